@@ -1,0 +1,116 @@
+"""The folder of one run: what lies where, and who may make it."""
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from finetune.artifacts.write import storage_errors, write_json
+from finetune.errors import OutputError
+from finetune.events import Event, event_as_dict
+
+
+class RunFolder:
+    """One run's folder; `run.json` is its manifest, written last: a run without it is unfinished."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.plan = path / "plan.yaml"
+        self.manifest = path / "run.json"
+        self.events = path / "events.jsonl"
+        self.adapter = path / "adapter"
+        self.checkpoints = path / "checkpoints"
+        self.report_page = path / "report.html"
+        self.report_data = path / "report.json"
+
+    @classmethod
+    def create(cls, output: Path | None) -> Self:
+        """Make a new run folder at `output`, or below `runs/` with a name of its own.
+
+        Raises:
+            OutputError: the folder exists and is not empty, is a file, or cannot be made or written.
+        """
+        path = output if output is not None else Path("runs") / new_run_id()
+        if path.is_symlink():
+            raise OutputError(f"output {path} is a symbolic link", hint="name a real folder")
+        if path.is_file():
+            raise OutputError(f"output {path} is a file", hint="choose a new folder with --output")
+        if path.is_dir() and any(path.iterdir()):
+            raise OutputError(
+                f"output folder {path} exists and is not empty",
+                hint="a run folder is never reused: choose a new --output, or continue that run with --resume",
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / f".writable.{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise OutputError(
+                f"output folder {path} cannot be written: {error.strerror}", hint="choose another --output"
+            ) from None
+        return cls(path)
+
+    @classmethod
+    def unfinished(cls, output: Path | None) -> Self:
+        """The run to resume: the one at `output`, or the newest unfinished one below `runs/`.
+
+        Raises:
+            OutputError: there is none, or it is finished already.
+        """
+        if output is None:
+            found = [cls(path.parent) for path in Path("runs").glob("*/plan.yaml")]
+            open_runs = sorted((run for run in found if not run.manifest.exists()), key=lambda run: run.path.name)
+            if not open_runs:
+                raise OutputError("no unfinished run below runs/", hint="name the run with --output DIR")
+            return open_runs[-1]
+        run = cls(output)
+        if not run.plan.exists():
+            raise OutputError(f"{output} is no run folder: it has no plan.yaml", hint="name a folder made by ft train")
+        if run.manifest.exists():
+            raise OutputError(f"the run in {output} is finished", hint="start a new one with another --output")
+        return run
+
+    @classmethod
+    def finished(cls, path: Path) -> Self:
+        """A complete run.
+
+        Raises:
+            OutputError: there is no run, or it never finished.
+        """
+        run = cls(path)
+        if not path.is_dir():
+            raise OutputError(f"run folder {path} does not exist", hint="ft train makes one")
+        if not run.manifest.exists():
+            hint = f"continue it: ft train --resume --output {path}" if run.plan.exists() else "name a folder in runs/"
+            raise OutputError(f"{path} holds no finished run (no run.json)", hint=hint)
+        return run
+
+    def read_manifest(self) -> dict[str, Any]:
+        """What `run.json` says.
+
+        Raises:
+            OutputError: it is broken.
+        """
+        try:
+            value: dict[str, Any] = json.loads(self.manifest.read_text(encoding="utf-8"))
+            return dict(value)
+        except (OSError, ValueError, TypeError) as error:
+            raise OutputError(f"{self.manifest} is broken: {error}", hint="the run must be repeated") from None
+
+    def write_manifest(self, values: Mapping[str, Any]) -> None:
+        """Finish the run: from now on it exists."""
+        write_json(self.manifest, values)
+
+    def log(self, event: Event) -> None:
+        """Append one event as a line of JSON."""
+        with storage_errors(self.events), self.events.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event_as_dict(event), allow_nan=False) + "\n")
+
+
+def new_run_id() -> str:
+    """A name that sorts by time and that no other run has."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"

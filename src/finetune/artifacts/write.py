@@ -1,0 +1,110 @@
+"""Writes files so that they are whole or not there: temporary file, flush to disk, rename."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import StorageError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put `text` at `path` atomically: a reader sees the old file or the new one, never half of it.
+
+    Raises:
+        StorageError: no space left, read-only, ...; what was at `path` before is intact.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with storage_errors(path):
+        try:
+            with temporary.open("w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Put `value` at `path` as JSON, atomically. NaN and infinity are refused: they are not JSON.
+
+    Raises:
+        StorageError: as `write_text`.
+    """
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write into a temporary folder, then put it at `path` in one rename.
+
+    Raises:
+        StorageError: as `write_text`; `path` does not exist afterwards.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with storage_errors(path):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            fill(temporary)
+            _flush_tree(temporary)
+            temporary.rename(path)
+            _flush(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system or a writing library says of the disk into one clear error."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}", hint="free some space or choose another --output"
+        ) from None
+    except Exception as error:
+        # safetensors reports a full disk as its own error with the system's words in it.
+        if "No space left" not in str(error) and "os error" not in str(error):
+            raise
+        raise StorageError(f"cannot write {path}: {error}", hint="free some space") from None
+
+
+def file_hash(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def describe_files(folder: Path) -> list[dict[str, Any]]:
+    """Path (relative to `folder`), size in bytes and SHA-256 of every file below `folder`, in order."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return [describe_file(file, name=file.relative_to(folder).as_posix()) for file in files]
+
+
+def describe_file(path: Path, *, name: str | None = None) -> dict[str, Any]:
+    """Path, size in bytes and SHA-256 of one file."""
+    return {"path": name or str(path), "sha256": file_hash(path), "bytes": path.stat().st_size}
+
+
+def _flush_tree(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            _flush(file)
+
+
+def _flush(path: Path) -> None:
+    if os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

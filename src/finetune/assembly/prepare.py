@@ -1,0 +1,216 @@
+"""From a configuration to token ids: finds the model, reads the data, renders and encodes it, and settles the plan."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from finetune.config import LoadedConfig, ModelAndDataFacts, Plan, resolve, resolve_steps
+from finetune.data.facts import deranged
+from finetune.data.read import read_rows
+from finetune.data.shape import Example, Shaped, shape_rows
+from finetune.data.shipped import FACTS, REHEARSAL, RETENTION, data_path
+from finetune.data.split import hold_out
+from finetune.errors import DataError
+from finetune.models.adapt import check_rank, choose_layers
+from finetune.models.locate import SHIPPED, locate_model
+from finetune.models.shape import read_shape
+from finetune.records import AdapterTarget, Conversation, Message, ModelLocation, ModelShape, Question, Tokenized
+from finetune.templates.render import ChatTemplate, find_template
+from finetune.tokens.encode import Encoded, encode_row, encode_rows
+from finetune.tokens.tokenizer import FileTokenizer
+from finetune.training.loop import steps_per_epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything that is settled before a weight is loaded."""
+
+    plan: Plan
+    location: ModelLocation
+    shape: ModelShape
+    target: AdapterTarget
+    encoder: "Encoder"
+    train: Encoded
+    rehearsal: Encoded | None
+    held_out: Encoded | None
+    conversations: tuple[Conversation, ...]
+    questions: tuple[Question, ...]
+    retention: tuple[Question, ...]
+    total_steps: int
+    files: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def training_rows(self) -> tuple[Tokenized, ...]:
+        """The rows that are trained on: those to learn and those to rehearse."""
+        return self.train.rows + (self.rehearsal.rows if self.rehearsal else ())
+
+
+class Encoder:
+    """One model's template and tokenizer together: conversations in, ids out, the same way for training and asking."""
+
+    def __init__(self, location: ModelLocation, template: str) -> None:
+        self.tokenizer = FileTokenizer(location.folder)
+        tokenizer = self.tokenizer
+        self.source = find_template(template, tokenizer.chat_template)
+        self.template = ChatTemplate(self.source, tokenizer.control_tokens, bos=tokenizer.bos, eos=tokenizer.eos)
+        taught = (tokenizer.control_id(token) for token in self.template.terminators())
+        self.stop_ids = tuple(dict.fromkeys([*(token for token in taught if token is not None), *tokenizer.stop_ids]))
+
+    def encode(self, shaped: Shaped, plan: Plan) -> Encoded:
+        """Ids and trained marks of all examples, within the plan's length."""
+        rendered = [
+            self.template.render(example) if isinstance(example, Conversation) else self.template.render_document(example)
+            for example in shaped.examples
+        ]
+        tokens = plan.config.tokens
+        assert tokens.max_length is not None
+        return encode_rows(
+            rendered, self.tokenizer, max_length=tokens.max_length, overlong=tokens.overlong, dropped=shaped.dropped
+        )
+
+    def prompt_ids(self, conversation: Conversation) -> tuple[int, ...]:
+        """The ids of a prompt, up to where the answer begins."""
+        return encode_row(self.template.render_prompt(conversation), self.tokenizer).ids
+
+    def question(self, conversation: Conversation) -> Question:
+        """The conversation's last answer as a question with one right answer."""
+        asked = conversation.prompt
+        shown = "\n".join(message.content for message in asked.messages if message.role in ("user", "input"))
+        return Question(self.prompt_ids(asked), shown, conversation.answer)
+
+
+def prepare(loaded: LoadedConfig) -> Prepared:
+    """Settle everything that can be settled without loading a weight, and refuse what cannot work.
+
+    Raises:
+        FineTuneError: the model, the data, the template or their combination cannot be used.
+    """
+    location = locate_model(loaded.config.model.path, revision=loaded.config.model.revision)
+    shape = read_shape(location.folder)
+    loaded = _with_shipped_data(loaded)
+    shaped, notes = _read(str(loaded.config.data.train), loaded.config.data.limit)
+    has_template = FileTokenizer(location.folder).chat_template is not None
+    plan = resolve(loaded, ModelAndDataFacts(shape.context_length, has_template, len(shaped.examples)))
+    config = plan.config
+    adapter = config.adapter
+    modules = choose_layers(shape, adapter.targets)
+    target = AdapterTarget(adapter.rank, adapter.alpha, adapter.dropout, modules)
+    check_rank(shape, target)
+    encoder = Encoder(location, config.template.name)
+    kept, held = hold_out(shaped.examples, config.data.valid_fraction or 0.0, config.training.seed)
+    train = encoder.encode(replace(shaped, examples=tuple(kept)), plan)
+    if not train.rows:
+        raise DataError(
+            f"no row of {config.data.train} is left to train on: {train.counts.dropped}",
+            hint="raise tokens.max_length, or look at what the rows hold",
+        )
+    rehearsal = _encode_file(encoder, config.data.rehearsal, plan, notes)
+    held_out = _held_out(encoder, plan, held, notes)
+    conversations = tuple(example for example in kept if isinstance(example, Conversation))
+    rows = len(train.rows) + (len(rehearsal.rows) if rehearsal else 0)
+    total = _total_steps(plan, rows)
+    plan = resolve_steps(plan, total)
+    files = [config.data.train, config.data.valid, config.data.rehearsal, config.data.retention]
+    return Prepared(
+        plan=plan,
+        location=location,
+        shape=shape,
+        target=target,
+        encoder=encoder,
+        train=train,
+        rehearsal=rehearsal,
+        held_out=held_out,
+        conversations=conversations,
+        questions=_questions(encoder, conversations, plan, count=config.evaluation.questions),
+        retention=_retention(encoder, plan, notes),
+        total_steps=total,
+        files=tuple(data_path(name) for name in files if name),
+        notes=tuple(notes),
+    )
+
+
+def sham_rows(prepared: Prepared) -> tuple[Tokenized, ...] | None:
+    """The training rows with the last answers dealt out among the wrong questions; None where that cannot be."""
+    answers = deranged([conversation.answer for conversation in prepared.conversations])
+    if not answers:
+        return None
+    shams = tuple(
+        Conversation((*conversation.messages[:-1], Message("assistant", answer)), conversation.where)
+        for conversation, answer in zip(prepared.conversations, answers, strict=True)
+    )
+    encoded = prepared.encoder.encode(Shaped(shams, {}, {}, ()), prepared.plan)
+    return encoded.rows + (prepared.rehearsal.rows if prepared.rehearsal else ())
+
+
+def _with_shipped_data(loaded: LoadedConfig) -> LoadedConfig:
+    """Without data of one's own: the shipped facts, with rehearsal and retention for the models that know them."""
+    if loaded.config.data.train is not None:
+        return loaded
+    data = {"train": FACTS}
+    if loaded.config.model.path in SHIPPED:
+        data |= {"rehearsal": REHEARSAL, "retention": RETENTION}
+    data = {key: value for key, value in data.items() if getattr(loaded.config.data, key) is None}
+    config = loaded.config.model_copy(update={"data": loaded.config.data.model_copy(update=data)})
+    return LoadedConfig(config, {**loaded.origins, **{f"data.{key}": "derived" for key in data}})
+
+
+def _read(name: str, limit: int | None = None) -> tuple[Shaped, list[str]]:
+    shaped = shape_rows(read_rows(data_path(name), limit=limit))
+    notes = []
+    if shaped.ignored_columns:
+        notes.append(f"{name}: columns that were not read: {', '.join(shaped.ignored_columns)}")
+    if limit is not None:
+        notes.append(f"{name}: only the first {limit} rows were read (data.limit)")
+    return shaped, notes
+
+
+def _encode_file(encoder: Encoder, name: str | None, plan: Plan, notes: list[str]) -> Encoded | None:
+    if name is None:
+        return None
+    shaped, more = _read(name)
+    notes += more
+    return encoder.encode(shaped, plan)
+
+
+def _held_out(encoder: Encoder, plan: Plan, held: list[Example], notes: list[str]) -> Encoded | None:
+    if plan.config.data.valid is not None:
+        return _encode_file(encoder, plan.config.data.valid, plan, notes)
+    if not held:
+        return None
+    notes.append(f"{len(held)} rows were held out of training to measure the loss on (data.valid_fraction)")
+    return encoder.encode(Shaped(tuple(held), {}, {}, ()), plan)
+
+
+def _total_steps(plan: Plan, rows: int) -> int:
+    training = plan.config.training
+    per_epoch = steps_per_epoch(rows, training.batch_size, training.accumulation)
+    total = max(1, round(training.epochs * per_epoch))
+    return total if training.max_steps is None else min(total, training.max_steps)
+
+
+def _questions(
+    encoder: Encoder, conversations: Sequence[Conversation], plan: Plan, *, count: int
+) -> tuple[Question, ...]:
+    """Up to `count` conversations whose answer is short enough to be compared word for word, chosen by the seed."""
+    order = list(range(len(conversations)))
+    random.Random(f"questions-{plan.config.training.seed}").shuffle(order)
+    chosen: list[int] = []
+    for index in order:
+        if len(chosen) == count:
+            break
+        answer = encoder.tokenizer.encode_content(conversations[index].answer)
+        if len(answer) <= plan.config.evaluation.max_new_tokens - 1:
+            chosen.append(index)
+    return tuple(encoder.question(conversations[index]) for index in sorted(chosen))
+
+
+def _retention(encoder: Encoder, plan: Plan, notes: list[str]) -> tuple[Question, ...]:
+    name = plan.config.data.retention
+    if name is None:
+        return ()
+    shaped, more = _read(name)
+    notes += more
+    conversations = [example for example in shaped.examples if isinstance(example, Conversation)]
+    return _questions(encoder, conversations, plan, count=plan.config.evaluation.retention_questions)

@@ -1,0 +1,1 @@
+"""Trains with torch and PEFT. Files: backend (open), session (verbs), state (save, load), probe, reload."""

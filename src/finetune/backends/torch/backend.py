@@ -1,0 +1,70 @@
+"""Opens models with torch and transformers; every foreign exception is mapped to one of ours here, at the wall."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from finetune.backends.torch.session import TorchSession
+from finetune.errors import ModelError
+from finetune.records import ModelLocation
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class TorchBackend:
+    """LoRA with torch and PEFT."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+
+    def versions(self) -> dict[str, str]:
+        """Name and version of each library that computes."""
+        import peft
+
+        return {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+
+    def create(self, config: Mapping[str, Any], folder: Path, seed: int) -> None:
+        """Write a model of random weights and the given transformers config into an existing folder."""
+        settings = transformers.AutoConfig.for_model(**config)
+        torch.manual_seed(seed)
+        transformers.AutoModelForCausalLM.from_config(settings).save_pretrained(folder)
+
+    def open(self, location: ModelLocation, dtype: str, pad_id: int) -> TorchSession:
+        """Load the model's weights, all of them from its files.
+
+        Raises:
+            ModelError: the architecture is unknown, a file is corrupt, or a weight is missing.
+        """
+        return TorchSession(load_model(location, dtype), location, pad_id)
+
+
+def load_model(location: ModelLocation, dtype: str) -> Any:
+    """The causal language model in `location`, every weight read from its files and none made up.
+
+    Raises:
+        ModelError: as `TorchBackend.open`.
+    """
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            location.folder, dtype=_DTYPES[dtype], output_loading_info=True, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model {location.name!r} in {location.folder} cannot be loaded: {first}",
+            hint="check that it is a causal language model whose weights are complete",
+        ) from None
+    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if lacking:
+        raise ModelError(
+            f"model {location.name!r} lacks {len(lacking)} weights, among them {lacking[0]}; they would be random",
+            hint="get the model's weights again",
+        )
+    return model

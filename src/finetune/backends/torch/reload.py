@@ -1,0 +1,40 @@
+"""Loads a saved adapter on a fresh base in this process, with PEFT alone, and compares its logits with those saved.
+
+Started by `finetune.evaluation.reload`. Nothing of the session's own loading code is used: what this process can do,
+any user of PEFT can do.
+"""
+
+import json
+import sys
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+
+def main() -> None:
+    """Read one request from standard input, compare, print one JSON object."""
+    request = json.load(sys.stdin)
+    saved = load_file(request["logits"])
+    dtype = getattr(torch, request["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(request["folder"], dtype=dtype).eval()
+    with torch.no_grad():
+        base = [model(input_ids=torch.tensor([ids])).logits[0].float() for ids in request["prompts"]]
+        adapted = PeftModel.from_pretrained(model, request["adapter"]).eval()
+        tuned = [adapted(input_ids=torch.tensor([ids])).logits[0].float() for ids in request["prompts"]]
+    wanted = [saved[str(index)] for index in range(len(request["prompts"]))]
+    print(
+        json.dumps(
+            {
+                "prompts": len(wanted),
+                "largest_logit": max(float(logits.abs().max()) for logits in wanted),
+                "difference": max(float((a - b).abs().max()) for a, b in zip(tuned, wanted, strict=True)),
+                "difference_from_base": max(float((a - b).abs().max()) for a, b in zip(base, wanted, strict=True)),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

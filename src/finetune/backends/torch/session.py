@@ -1,0 +1,227 @@
+"""A model in torch: train, score, ask, save. The only place where batches become tensors."""
+
+import contextlib
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from finetune.backends.torch import state
+from finetune.errors import TrainingError
+from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
+
+_ASKED_TOGETHER = 64
+
+
+class TorchSession:
+    """One loaded model; implements `ports.Session` with torch and PEFT."""
+
+    def __init__(self, model: Any, location: ModelLocation, pad_id: int) -> None:
+        self.model = model
+        self.location = location
+        self.pad_id = pad_id
+        self.context_length = int(model.config.max_position_embeddings)
+        self._optimizer: torch.optim.AdamW | None = None
+        self._max_grad_norm = 1.0
+        self.model.eval()
+
+    def attach(self, target: AdapterTarget | None, seed: int) -> None:
+        """Put a freshly initialised adapter on the model and freeze the rest; None makes every weight trainable."""
+        # Before the adapter is drawn, not after: the seed fixes its initial values too.
+        torch.manual_seed(seed)
+        if target is None:
+            self.model.requires_grad_(True)
+            return
+        from peft import LoraConfig, get_peft_model
+        from transformers.pytorch_utils import Conv1D
+
+        config = LoraConfig(
+            r=target.rank,
+            lora_alpha=target.alpha,  # type: ignore[arg-type]  # PEFT divides it; a fraction is as good as an int
+            lora_dropout=target.dropout,
+            target_modules=list(target.modules),
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in self.model.modules()),
+            task_type="CAUSAL_LM",
+        )
+        self.model.name_or_path = str(self.location.folder if self.location.source != "hub" else self.location.name)
+        self.model = get_peft_model(self.model, config)
+
+    def prepare_updates(self, optimization: Optimization) -> None:
+        """Make the optimizer for everything that is trainable."""
+        self._max_grad_norm = optimization.max_grad_norm
+        self._optimizer = torch.optim.AdamW(
+            list(self._trainable().values()),
+            lr=0.0,
+            betas=optimization.betas,
+            eps=optimization.epsilon,
+            weight_decay=optimization.weight_decay,
+            fused=True,
+        )
+
+    def accumulate(self, batch: Batch, weight: float) -> float:
+        """Add `weight` x (summed loss of the batch) to the gradients; returns the summed loss in nats."""
+        self.model.train()
+        try:
+            loss = self._summed_loss(batch)
+            (loss * weight).backward()
+        except (RuntimeError, MemoryError) as error:
+            raise _as_memory_error(error, batch) from error
+        return float(loss.detach())
+
+    def clip_gradients(self) -> float:
+        """Clip all gradients together to the limit; returns their L2 norm before clipping."""
+        return float(torch.nn.utils.clip_grad_norm_(self._trainable().values(), self._max_grad_norm))
+
+    def update(self, learning_rate: float) -> None:
+        """Step the optimizer and clear the gradients."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def optimizer(self) -> torch.optim.AdamW:
+        """The optimizer that `prepare_updates` made."""
+        if self._optimizer is None:
+            raise TrainingError("prepare_updates must come before the first update")
+        return self._optimizer
+
+    def loss(self, batch: Batch) -> float:
+        """The summed loss of the batch in nats, dropout off; mode and random state are left as they were."""
+        with self._at_rest(), torch.no_grad():
+            return float(self._summed_loss(batch))
+
+    def save_logits(self, prompts: Sequence[Sequence[int]], path: Path) -> None:
+        """Write the logits after each token of each prompt, (tokens, vocabulary) in float32, keyed "0", "1", ..."""
+        with self._at_rest(), torch.no_grad():
+            logits = [self.model(input_ids=torch.tensor([list(ids)])).logits[0].float() for ids in prompts]
+        save_file({str(index): tensor.contiguous() for index, tensor in enumerate(logits)}, path)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> list[list[int]]:
+        """Greedy continuations without the prompt and without the stop token, in the order of `prompts`."""
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for index, prompt in enumerate(prompts):
+            by_length[len(prompt)].append(index)
+        answers: list[list[int]] = [[] for _ in prompts]
+        with self._at_rest(), torch.no_grad():
+            # Only prompts of equal length share a batch: no padding, so no prompt can change another's answer.
+            for length, members in by_length.items():
+                room = min(max_new_tokens, self.context_length - length)
+                for start in range(0, len(members) if room > 0 else 0, _ASKED_TOGETHER):
+                    asked = members[start : start + _ASKED_TOGETHER]
+                    ids = torch.tensor([list(prompts[index]) for index in asked])
+                    for index, row in zip(asked, self._continue(ids, room, stop_ids), strict=True):
+                        answers[index] = _until_stop(row, stop_ids)
+        return answers
+
+    def _continue(self, ids: torch.Tensor, room: int, stop_ids: Sequence[int]) -> list[list[int]]:
+        from transformers import GenerationConfig
+
+        config = GenerationConfig(
+            max_new_tokens=room, do_sample=False, eos_token_id=list(stop_ids), pad_token_id=self.pad_id
+        )
+        full = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        return [[int(token) for token in row] for row in full[:, ids.shape[1] :]]
+
+    def adapter_disabled(self) -> contextlib.AbstractContextManager[None]:
+        """Within this context the model answers as its base would."""
+        context: contextlib.AbstractContextManager[None] = self.model.disable_adapter()
+        return context
+
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of each parameter tensor by name, base and adapter."""
+        return {name: _fingerprint(tensor) for name, tensor in self.model.named_parameters()}
+
+    def trainable_names(self) -> list[str]:
+        """Names of the tensors that training may change."""
+        return list(self._trainable())
+
+    def gradient_norms(self) -> dict[str, float]:
+        """The L2 norm of each trainable tensor's gradient, as accumulated so far."""
+        return {
+            name: float(tensor.grad.norm()) if tensor.grad is not None else 0.0
+            for name, tensor in self._trainable().items()
+        }
+
+    def save_model(self, folder: Path) -> None:
+        """Write the whole model, its weights in safetensors, into an existing folder."""
+        self.model.save_pretrained(str(folder))
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter in PEFT's own format into an existing empty folder."""
+        self.model.save_pretrained(str(folder), save_embedding_layers=False)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Put a saved adapter on the model; every tensor must match."""
+        self.model = state.load_peft_adapter(self.model, folder)
+        self.model.eval()
+
+    def save_state(self, folder: Path) -> None:
+        """Write adapter, optimizer and random state so that `load_state` continues bit for bit."""
+        state.save_state(self._trainable(), self.optimizer, folder)
+
+    def load_state(self, folder: Path) -> None:
+        """Restore what `save_state` wrote."""
+        state.load_state(self._trainable(), self.optimizer, folder)
+
+    def _trainable(self) -> dict[str, torch.nn.Parameter]:
+        return {name: tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad}
+
+    def _summed_loss(self, batch: Batch) -> torch.Tensor:
+        ids, attention, targets, here = self._tensors(batch)
+        # Logits are made only where a target follows: most positions of a prompt never need any.
+        output = self.model(input_ids=ids, attention_mask=attention, logits_to_keep=here, use_cache=False)
+        return torch.nn.functional.cross_entropy(output.logits.float(), targets, reduction="sum")
+
+    def _tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """ids (rows, length), attention mask or None, targets (n,), and where their logits are (rows, length) bool."""
+        length = max(len(row.ids) for row in batch.rows)
+        ids = torch.full((len(batch.rows), length), self.pad_id)
+        here = torch.zeros((len(batch.rows), length), dtype=torch.bool)
+        real = torch.zeros((len(batch.rows), length), dtype=torch.long)
+        for index, row in enumerate(batch.rows):
+            ids[index, : len(row.ids)] = torch.tensor(row.ids)
+            here[index, : len(row.ids) - 1] = torch.tensor(row.trained[1:], dtype=torch.bool)
+            real[index, : len(row.ids)] = 1
+        targets = torch.roll(ids, -1, dims=1)[here]
+        return ids, None if bool(real.all()) else real, targets, here
+
+    @contextlib.contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        modes = {module: module.training for module in self.model.modules()}
+        random_state = torch.get_rng_state()
+        self.model.eval()
+        try:
+            yield
+        finally:
+            torch.set_rng_state(random_state)
+            for module, training in modes.items():
+                module.training = training
+
+
+def _fingerprint(tensor: torch.Tensor) -> str:
+    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(raw.tobytes()).hexdigest()
+
+
+def _until_stop(ids: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
+    end = next((index for index, token in enumerate(ids) if token in stop_ids), len(ids))
+    return list(ids[:end])
+
+
+def _as_memory_error(error: Exception, batch: Batch) -> Exception:
+    text = str(error)
+    exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text
+    if not exhausted:
+        return error
+    longest = max(len(row.ids) for row in batch.rows)
+    return TrainingError(
+        f"out of memory with {len(batch.rows)} rows of up to {longest} tokens: {text.splitlines()[0]}",
+        hint="lower training.batch_size (and raise training.accumulation), or lower tokens.max_length",
+    )

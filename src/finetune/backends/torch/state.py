@@ -1,0 +1,80 @@
+"""Writes and restores what a torch session is made of: adapter tensors, optimizer moments, random state."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from finetune.errors import ModelError, RefusedError
+
+_TENSORS = "state.safetensors"
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def save_state(trainable: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Write every trainable tensor, its optimizer moments and torch's random state into `folder`."""
+    tensors: dict[str, torch.Tensor] = {"random": torch.get_rng_state()}
+    for name, tensor in trainable.items():
+        tensors[f"weight/{name}"] = tensor.detach().contiguous()
+        for moment, value in optimizer.state.get(tensor, {}).items():
+            tensors[f"{moment}/{name}"] = torch.as_tensor(value).contiguous()
+    save_file(tensors, folder / _TENSORS)
+
+
+def load_state(trainable: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Restore what `save_state` wrote; nothing is changed unless every tensor is there with its shape.
+
+    Raises:
+        RefusedError: the file is corrupt, or its tensors are not those of this model and adapter.
+    """
+    path = folder / _TENSORS
+    try:
+        saved = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise RefusedError(f"checkpoint {path} cannot be read: {error}", hint="use an older checkpoint") from None
+    expected = {f"{part}/{name}" for name in trainable for part in ("weight", *_MOMENTS)} | {"random"}
+    wrong = expected ^ set(saved)
+    wrong |= {
+        f"weight/{name}" for name, tensor in trainable.items()
+        if f"weight/{name}" in saved and saved[f"weight/{name}"].shape != tensor.shape
+    }  # fmt: skip
+    if wrong:
+        raise RefusedError(
+            f"checkpoint {path} does not fit this run: {len(wrong)} tensors differ, among them {min(wrong)}",
+            hint="resume with the model and adapter settings that the run was started with",
+        )
+    with torch.no_grad():
+        for name, tensor in trainable.items():
+            tensor.copy_(saved[f"weight/{name}"])
+            optimizer.state[tensor] = {moment: saved[f"{moment}/{name}"] for moment in _MOMENTS}
+    torch.set_rng_state(saved["random"])
+
+
+def load_peft_adapter(model: Any, folder: Path) -> Any:
+    """The model with the adapter in `folder` on it, through PEFT's own reader; every tensor must match.
+
+    Raises:
+        ModelError: a file is missing or corrupt, or a tensor is missing, unknown or of another shape.
+    """
+    from peft import PeftModel
+
+    weights = folder / "adapter_model.safetensors"
+    try:
+        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        saved = set(load_file(weights))
+        adapted = PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"adapter {folder} cannot be loaded on this model: {first}") from None
+    wanted = {name.replace(".default.", ".") for name, _ in adapted.named_parameters() if ".lora_" in name}
+    if saved != wanted:
+        odd = sorted(saved ^ wanted)
+        raise ModelError(
+            f"adapter {folder} does not fit this model: {len(odd)} tensors are missing or unknown, first {odd[0]}",
+            hint="use the base model that the adapter was trained on",
+        )
+    return adapted

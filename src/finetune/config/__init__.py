@@ -1,0 +1,59 @@
+"""Load a configuration and settle it into a plan.
+
+    load_config(path, environ=..., overrides=..., profile=...)  ->  LoadedConfig   every problem at once
+    resolve(loaded, facts)  ->  Plan    and    resolve_steps(plan, total_steps)  ->  Plan
+    dump_plan(plan)  <->  load_plan(path)
+
+Importing this loads pydantic and PyYAML and nothing heavier.
+"""
+
+from finetune.config.commented import commented_config, json_schema
+from finetune.config.keys import KEYS, default_of, description_of, flatten, unflatten
+from finetune.config.load import LoadedConfig, load_config
+from finetune.config.plan_file import dump_plan, load_plan, plan_as_list
+from finetune.config.profiles import PROFILES, Profile
+from finetune.config.resolve import ModelAndDataFacts, Plan, resolve, resolve_steps
+from finetune.config.schema import (
+    AdapterSpec,
+    DataSpec,
+    EvaluationSpec,
+    JudgeSpec,
+    LoopSpec,
+    ModelSpec,
+    TemplateSpec,
+    TokenSpec,
+    TrainingConfig,
+)
+from finetune.config.sources import Origin, parse_assignments
+
+__all__ = [
+    "KEYS",
+    "PROFILES",
+    "AdapterSpec",
+    "DataSpec",
+    "EvaluationSpec",
+    "JudgeSpec",
+    "LoadedConfig",
+    "LoopSpec",
+    "ModelAndDataFacts",
+    "ModelSpec",
+    "Origin",
+    "Plan",
+    "Profile",
+    "TemplateSpec",
+    "TokenSpec",
+    "TrainingConfig",
+    "commented_config",
+    "default_of",
+    "description_of",
+    "dump_plan",
+    "flatten",
+    "json_schema",
+    "load_config",
+    "load_plan",
+    "parse_assignments",
+    "plan_as_list",
+    "resolve",
+    "resolve_steps",
+    "unflatten",
+]

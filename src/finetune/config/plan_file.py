@@ -1,0 +1,64 @@
+"""Write a plan as YAML that says where each value came from, and read it back."""
+
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from finetune.config.keys import KEYS, SECTIONS, flatten, split_key
+from finetune.config.load import load_config
+from finetune.config.resolve import Plan
+from finetune.config.sources import Origin
+from finetune.config.yaml_file import read_yaml
+
+_ORIGINS: dict[str, Origin] = {word: word for word in get_args(Origin)}
+# What YAML counts as a line break, so that its line numbers fit.
+_LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
+_ORIGIN_COMMENT = re.compile(rf"  # ({'|'.join(_ORIGINS)})$")
+
+
+def plan_as_list(plan: Plan) -> list[dict[str, Any]]:
+    """Every setting as `{"key", "value", "origin"}`, JSON-ready, in the order of the schema."""
+    values = flatten(plan.config)
+    return [{"key": key, "value": _plain(values[key]), "origin": plan.origins[key]} for key in KEYS]
+
+
+def dump_plan(plan: Plan) -> str:
+    """The plan as YAML, one setting per line with its origin as a comment; `load_plan` is the inverse."""
+    lines: list[str] = []
+    section = ""
+    for entry in plan_as_list(plan):
+        home, name = split_key(entry["key"])
+        if home and home != section:
+            lines.append(f"{home}:")
+        section = home
+        lines.append(f"{'  ' if home else ''}{yaml_line(name, entry['value'])}  # {entry['origin']}")
+    return "\n".join(lines) + "\n"
+
+
+def load_plan(path: Path) -> Plan:
+    """Read what `dump_plan` wrote; a value whose origin comment is gone counts as coming from the file.
+
+    Raises ConfigError, like `load_config`.
+    """
+    loaded = load_config(path, environ={}, overrides={}, profile=None)
+    file = read_yaml(path)
+    lines = _LINE_BREAK.split(file.text)
+    origins: dict[str, Origin] = dict(loaded.origins)
+    for key, line in file.lines.items():
+        comment = _ORIGIN_COMMENT.search(lines[line - 1])
+        if comment and key in origins and key not in SECTIONS:
+            origins[key] = _ORIGINS[comment.group(1)]
+    return Plan(loaded.config, origins)
+
+
+def yaml_line(name: str, value: Any) -> str:
+    """`name: value` on one line, read back as the same value by any YAML 1.1 reader, floats exactly."""
+    flow = None if isinstance(value, list) else False
+    text: str = yaml.safe_dump({name: value}, default_flow_style=flow, allow_unicode=True, width=float("inf"))
+    return text.rstrip("\n")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

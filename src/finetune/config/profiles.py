@@ -1,0 +1,58 @@
+"""Named starting points: a handful of values each, all of which a file, the environment or a flag may override."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Values by dotted key, and one sentence saying whom they suit."""
+
+    sentence: str
+    values: Mapping[str, Any]
+
+
+PROFILES: Mapping[str, Profile] = {
+    "chat": Profile(
+        "Conversations of several turns, in the model's own chat format, with room for long ones.",
+        {
+            "template.name": "auto",
+            "tokens.max_length": 4096,
+            "tokens.overlong": "truncate_prompt",
+            "adapter.rank": 16,
+            "adapter.alpha": 32.0,
+            "training.epochs": 2.0,
+            "training.batch_size": 4,
+            "training.accumulation": 4,
+        },
+    ),
+    "instruction": Profile(
+        "One instruction and one answer per row, in the Alpaca format.",
+        {
+            "template.name": "alpaca",
+            "tokens.max_length": 1024,
+            "training.epochs": 3.0,
+        },
+    ),
+    "code": Profile(
+        "Source code: long rows, a larger adapter and a gentler learning rate.",
+        {
+            "tokens.max_length": 4096,
+            "adapter.rank": 16,
+            "adapter.alpha": 32.0,
+            "training.epochs": 2.0,
+            "training.batch_size": 2,
+            "training.accumulation": 8,
+            "training.learning_rate": 1e-4,
+        },
+    ),
+    "demo": Profile(
+        "The shipped model on the shipped data, in about a minute on a laptop.",
+        {
+            "training.learning_rate": 5e-3,
+            "training.epochs": 30.0,
+        },
+    ),
+}
+"""Every profile by name. A `max_length` above what the model can read is lowered when it came from a profile."""

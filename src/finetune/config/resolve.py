@@ -1,0 +1,104 @@
+"""Turn a configuration into a plan: nothing left open, each value with its origin."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.config.keys import flatten, unflatten
+from finetune.config.load import LoadedConfig
+from finetune.config.schema import TrainingConfig
+from finetune.config.sources import Origin
+from finetune.errors import ConfigError, Problem
+
+LONGEST_BY_DEFAULT = 2048
+"""Tokens per row unless somebody asks for more: enough for most data, and kind to memory."""
+HELD_OUT_SHARE = 0.05
+FEWEST_ROWS_TO_HOLD_OUT = 200
+"""Below this many rows, 5 % is too few to measure a loss on and too many to lose."""
+SHORTEST = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ModelAndDataFacts:
+    """What must be known of model and data before a configuration can be settled."""
+
+    context_length: int
+    has_chat_template: bool
+    train_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A configuration with nothing left open; `origins` says by dotted key where each value came from."""
+
+    config: TrainingConfig
+    origins: Mapping[str, Origin]
+
+
+def resolve(loaded: LoadedConfig, facts: ModelAndDataFacts) -> Plan:
+    """Settle everything but the step counts, which `resolve_steps` settles. Raises ConfigError with every conflict."""
+    config, origins = loaded.config, loaded.origins
+    derived: dict[str, Any] = {}
+    problems = [*_length_problems(loaded, facts), *_split_problems(loaded), *_template_problems(loaded, facts)]
+    if problems:
+        raise ConfigError(problems)
+    if config.tokens.max_length is None:
+        derived["tokens.max_length"] = min(facts.context_length, LONGEST_BY_DEFAULT)
+    elif config.tokens.max_length > facts.context_length:  # only a profile's wish gets here
+        derived["tokens.max_length"] = facts.context_length
+    if config.template.name == "auto":
+        derived["template.name"] = "tokenizer" if facts.has_chat_template else "alpaca"
+    if config.data.valid_fraction is None:
+        splits = config.data.valid is None and facts.train_rows >= FEWEST_ROWS_TO_HOLD_OUT
+        derived["data.valid_fraction"] = HELD_OUT_SHARE if splits else 0.0
+    return _settled(Plan(config, origins), derived)
+
+
+def resolve_steps(plan: Plan, total_steps: int) -> Plan:
+    """Settle what depends on the number of steps: checkpoints and held-out losses about ten times a run.
+
+    A checkpoint costs more than a look at the loss, so short runs make one every ten steps at most, and one at least.
+    """
+    training = plan.config.training
+    tenth = max(1, round(total_steps / 10))
+    derived: dict[str, Any] = {}
+    if training.save_every is None:
+        derived["training.save_every"] = max(1, min(total_steps, max(10, tenth)))
+    if training.evaluate_every is None:
+        derived["training.evaluate_every"] = tenth
+    return _settled(plan, derived)
+
+
+def _settled(plan: Plan, derived: Mapping[str, Any]) -> Plan:
+    config = unflatten({**flatten(plan.config), **derived})
+    return Plan(config, {**plan.origins, **dict.fromkeys(derived, "derived")})
+
+
+def _length_problems(loaded: LoadedConfig, facts: ModelAndDataFacts) -> list[Problem]:
+    asked, origin = loaded.config.tokens.max_length, loaded.origins["tokens.max_length"]
+    where = f"tokens.max_length ({origin})"
+    if facts.context_length < SHORTEST:
+        what = f"the model reads only {facts.context_length} tokens at a time, fewer than the {SHORTEST} a row needs"
+        return [Problem(what, "model.path", "choose another model")]
+    # A profile does not know the model; its wish is lowered instead.
+    if asked is None or asked <= facts.context_length or origin == "profile":
+        return []
+    what = f"max_length is {asked}, but the model reads at most {facts.context_length} tokens"
+    return [Problem(what, where, f"set it to {facts.context_length} or less, or leave it out")]
+
+
+def _split_problems(loaded: LoadedConfig) -> list[Problem]:
+    data = loaded.config.data
+    if data.valid is None or not data.valid_fraction:
+        return []
+    what = f"valid_fraction is {data.valid_fraction}, but data.valid names held-out rows already: {data.valid!r}"
+    where = f"data.valid_fraction ({loaded.origins['data.valid_fraction']})"
+    return [Problem(what, where, "leave out one of the two")]
+
+
+def _template_problems(loaded: LoadedConfig, facts: ModelAndDataFacts) -> list[Problem]:
+    if loaded.config.template.name != "tokenizer" or facts.has_chat_template:
+        return []
+    where = f"template.name ({loaded.origins['template.name']})"
+    what = "template is tokenizer, but this model's tokenizer has no chat template"
+    return [Problem(what, where, "use auto, alpaca, chatml, llama2, llama3 or a .jinja file")]

@@ -1,0 +1,214 @@
+"""What a training configuration may say: small frozen groups of settings, unknown keys refused.
+
+Each field carries one sentence in a user's words; `ft init`, `ft schema` and the error messages are made from it.
+`None` in a field that may be derived means "work it out"; `finetune.config.resolve` does.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _refuse_boolean(value: object) -> object:
+    """Python counts True as 1; in a configuration that is always a slip."""
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not true or false")
+    return value
+
+
+def _refuse_the_word_none(value: str) -> str:
+    """Python's None written as text would become a path called "None"."""
+    if value == "None":
+        raise ValueError("write null for no value")
+    return value
+
+
+_NotBoolean = BeforeValidator(_refuse_boolean)
+
+# Control characters and line breaks: never meant in a name or path, and trouble in logs and YAML.
+_UNPRINTABLE = r"\x00-\x1f\x7f-\x9f\u2028\u2029"
+
+Count = Annotated[int, Field(ge=1), _NotBoolean]
+CountOrZero = Annotated[int, Field(ge=0), _NotBoolean]
+Length = Annotated[int, Field(ge=8), _NotBoolean]
+# The widest range that NumPy's and every framework's seeding accepts.
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1), _NotBoolean]
+Positive = Annotated[float, Field(gt=0), _NotBoolean]
+PositiveOrZero = Annotated[float, Field(ge=0), _NotBoolean]
+Share = Annotated[float, Field(ge=0, lt=1), _NotBoolean]
+Text = Annotated[
+    str,
+    Field(min_length=1, pattern=r"^[^" + _UNPRINTABLE + r"]+$", json_schema_extra={"not": {"const": "None"}}),
+    AfterValidator(_refuse_the_word_none),
+]
+TemplatePath = Annotated[str, Field(pattern=r"^[^" + _UNPRINTABLE + r"]+\.jinja$")]
+TemplateName = Literal["auto", "tokenizer", "alpaca", "chatml", "llama2", "llama3"]
+Names = Annotated[tuple[Text, ...], Field(min_length=1)]
+ExtraRuns = Literal["auto", "always", "never"]
+
+
+class Spec(BaseModel):
+    """A frozen group of settings; unknown keys, NaN and infinity are refused."""
+
+    # Built at first use, so that importing stays fast.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+
+
+class ModelSpec(Spec):
+    """Which model is fine-tuned."""
+
+    path: Text = Field(
+        default="reference-llama",
+        description="The model to fine-tune: the name of a shipped model, a local folder or a Hugging Face Hub id.",
+    )
+    revision: Text | None = Field(
+        default=None, description="Which branch, tag or commit of a Hub model to take; null takes the Hub's default."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="The number format the weights are held in; bfloat16 halves their memory."
+    )
+
+
+class DataSpec(Spec):
+    """What is learned, what is held out, and what must not be forgotten."""
+
+    train: Text | None = Field(
+        default=None,
+        description="The training rows: a file, a folder or a Hub data set; null takes the shipped data set.",
+    )
+    valid: Text | None = Field(
+        default=None, description="Rows never trained on, to watch the loss on; null splits them off the training rows."
+    )
+    valid_fraction: Share | None = Field(
+        default=None,
+        description="The share of training rows to hold out; null means 0.05, or none from fewer than 200 rows.",
+    )
+    rehearsal: Text | None = Field(
+        default=None,
+        description="Rows mixed into training so that the model keeps what it knew; they never count as learning.",
+    )
+    retention: Text | None = Field(
+        default=None,
+        description="Questions whose answers the model must keep; they are asked before and after training.",
+    )
+    limit: Count | None = Field(default=None, description="Use only this many training rows; null uses them all.")
+
+
+class TemplateSpec(Spec):
+    """How a row becomes text; `template: chatml` is short for `template: {name: chatml}`."""
+
+    name: TemplateName | TemplatePath = Field(
+        default="auto",
+        description="The prompt template; auto takes the tokenizer's own if it has one and alpaca otherwise.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class TokenSpec(Spec):
+    """How text becomes tokens."""
+
+    max_length: Length | None = Field(
+        default=None, description="The most tokens one row may have; null means what the model can read, at most 2048."
+    )
+    overlong: Literal["drop", "truncate_prompt"] = Field(
+        default="drop",
+        description="What happens to a longer row: left out, or its prompt cut so that the whole answer stays.",
+    )
+
+
+class AdapterSpec(Spec):
+    """The LoRA adapter that is trained."""
+
+    rank: Count = Field(default=8, description="The adapter's rank: a higher one learns more and takes more memory.")
+    alpha: Positive = Field(
+        default=16.0, description="How strongly the adapter acts: its output is scaled by alpha / rank."
+    )
+    dropout: Share = Field(
+        default=0.0, description="The share of adapter inputs switched off at random while training."
+    )
+    targets: Literal["all-linear"] | Names = Field(
+        default="all-linear", description="Which layers get an adapter: all linear ones, or a list of layer names."
+    )
+
+
+class LoopSpec(Spec):
+    """How long and how fast is trained."""
+
+    epochs: Positive = Field(default=3.0, description="How many times the training rows are gone through.")
+    max_steps: Count | None = Field(default=None, description="Stop after this many steps even if epochs remain.")
+    batch_size: Count = Field(default=8, description="How many rows go through the model together.")
+    accumulation: Count = Field(default=1, description="How many batches are added up before the weights move once.")
+    learning_rate: Positive = Field(default=2e-4, description="How far the weights move per step, at its highest.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="How the learning rate goes down after warm-up."
+    )
+    warmup_fraction: Share = Field(
+        default=0.05, description="The share of the steps in which the learning rate rises from near zero."
+    )
+    weight_decay: PositiveOrZero = Field(
+        default=0.0, description="How strongly AdamW pulls adapter weights towards zero."
+    )
+    max_grad_norm: Positive = Field(default=1.0, description="Gradients longer than this are shortened to it.")
+    seed: Seed = Field(default=0, description="The number all randomness starts from: same seed, same run.")
+    save_every: Count | None = Field(
+        default=None, description="Steps between checkpoints; null means about a tenth of the run, at least 10."
+    )
+    evaluate_every: Count | None = Field(
+        default=None, description="Steps between looks at the held-out loss; null means a tenth of the run."
+    )
+
+
+class EvaluationSpec(Spec):
+    """What the model is asked before and after training."""
+
+    questions: CountOrZero = Field(
+        default=64, description="How many trained questions are asked before and after training."
+    )
+    retention_questions: CountOrZero = Field(
+        default=64, description="How many questions the model must keep are asked before and after training."
+    )
+    max_new_tokens: Count = Field(default=32, description="The most tokens one answer may have.")
+
+
+class JudgeSpec(Spec):
+    """Which extra runs are made as evidence that the fine-tuning worked."""
+
+    sham: ExtraRuns = Field(
+        default="auto",
+        description="Train once more on shuffled answers for comparison; auto does so when it takes seconds.",
+    )
+    memory: ExtraRuns = Field(
+        default="auto",
+        description="Measure LoRA's memory against full fine-tuning; auto does so when it takes seconds.",
+    )
+    memory_batch_size: Count = Field(default=4, description="How many rows per batch the memory measurement uses.")
+    memory_length: Length = Field(default=64, description="How many tokens per row the memory measurement uses.")
+
+
+class TrainingConfig(Spec):
+    """Everything a fine-tuning run can be told."""
+
+    model: ModelSpec = Field(default_factory=ModelSpec, description="Which model is fine-tuned.")
+    data: DataSpec = Field(
+        default_factory=DataSpec, description="What is learned, what is held out, what must not be forgotten."
+    )
+    template: TemplateSpec = Field(
+        default_factory=TemplateSpec,
+        description="How a row becomes text; `template: chatml` is short for the name below.",
+    )
+    tokens: TokenSpec = Field(default_factory=TokenSpec, description="How text becomes tokens.")
+    adapter: AdapterSpec = Field(default_factory=AdapterSpec, description="The LoRA adapter that is trained.")
+    training: LoopSpec = Field(default_factory=LoopSpec, description="How long and how fast is trained.")
+    evaluation: EvaluationSpec = Field(
+        default_factory=EvaluationSpec, description="What the model is asked before and after training."
+    )
+    judge: JudgeSpec = Field(
+        default_factory=JudgeSpec, description="Which extra runs are made as evidence that it worked."
+    )
+    backend: Literal["torch", "mlx", "reference"] = Field(
+        default="torch", description="Which framework does the computing."
+    )

@@ -1,0 +1,140 @@
+"""Read a YAML configuration file safely, remembering the line each setting stands on."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.errors import Problem
+
+_LARGEST_FILE = 2**20
+# The parser raises YAMLError; the constructors of odd values (`!!int x`, `!!bool x`, deep nesting) raise the others.
+_REFUSALS = (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_TIMESTAMP = "tag:yaml.org,2002:timestamp"
+
+
+@dataclass(frozen=True)
+class YamlFile:
+    """What a configuration file says: nested values, the line of each dotted key, and what is wrong with the file."""
+
+    path: Path
+    values: dict[Any, Any] = field(default_factory=dict)
+    lines: dict[str, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    text: str = ""
+
+    def place(self, key: str) -> str:
+        """Where a dotted key stands: `config.yaml:12 training.learning_rate`."""
+        line = self.lines.get(key, self.lines.get(key.partition(".")[0]))  # `template: chatml` stands on its section's
+        return f"{self.path} {key}" if line is None else f"{self.path}:{line} {key}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader with dates left as text."""
+
+    # Built anew so that nobody else's loader changes; a date-like branch name stays the text it is.
+    yaml_implicit_resolvers = {
+        first: [entry for entry in resolvers if entry[0] != _TIMESTAMP]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def read_yaml(path: Path) -> YamlFile:
+    """Read a configuration file; whatever is wrong with it comes back as problems, never as an exception."""
+    text, problem = _read_text(path)
+    if problem:
+        return YamlFile(path, problems=[problem])
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        duplicates = [] if node is None else _duplicates(node, "", set())
+        values = None if node is None else loader.construct_document(node)
+    except _REFUSALS as error:
+        return YamlFile(path, problems=[_syntax_problem(path, error)], text=text)
+    if values is None:
+        return YamlFile(path, text=text)
+    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
+        what = f"the file must hold settings such as `backend: torch`, but holds {_kind(values)}"
+        problem = Problem(what, str(path), "start from the file that `ft init` writes")
+        return YamlFile(path, problems=[problem], text=text)
+    problems = [
+        Problem(f"`{key}` is written twice, first on line {first}", f"{path}:{line} {key}", "keep one of the two")
+        for key, first, line in duplicates
+    ]
+    return YamlFile(path, values, _lines(node), problems, text)
+
+
+def read_scalar(text: str) -> Any:
+    """What a word typed in a shell means in YAML: `null` is None, `[a, b]` a list; broken YAML stays the text it is."""
+    try:
+        return _Loader(text).get_single_data()
+    except _REFUSALS:
+        return text
+
+
+def _duplicates(node: yaml.Node, prefix: str, seen: set[int]) -> list[tuple[str, int, int]]:
+    """Keys written twice, with both lines; looked for before `<<` merges bring in legitimate ones."""
+    if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+        return []
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        return [found for part in node.value for found in _duplicates(part, prefix, seen)]
+    found: list[tuple[str, int, int]] = []
+    first: dict[tuple[str, str], int] = {}
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        identity, line = (key.tag, str(key.value)), key.start_mark.line + 1
+        if identity in first:
+            found.append((name, first[identity], line))
+        first.setdefault(identity, line)
+        found += _duplicates(value, f"{name}.", seen)
+    return found
+
+
+def _read_text(path: Path) -> tuple[str, Problem | None]:
+    where = str(path)
+    try:
+        if path.is_dir():
+            return "", Problem("this is a folder, not a configuration file", where, "name the YAML file inside it")
+        if path.stat().st_size > _LARGEST_FILE:
+            what = f"the file has {path.stat().st_size} bytes, more than a configuration can need"
+            return "", Problem(what, where, "name a YAML file; data and models are named inside it")
+        return path.read_bytes().decode("utf-8-sig"), None
+    except FileNotFoundError:
+        return "", Problem("there is no such file", where, "check the path, or make a start with `ft init`")
+    except UnicodeDecodeError as error:
+        what = f"the file is not UTF-8 text: byte {error.start} cannot be read"
+        return "", Problem(what, where, "save it as UTF-8 in your editor")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        return "", Problem(f"the file cannot be read: {reason}", where, "check the path and its permissions")
+
+
+def _syntax_problem(path: Path, error: Exception) -> Problem:
+    mark = getattr(error, "problem_mark", None)
+    where = str(path) if mark is None else f"{path}:{mark.line + 1}:{mark.column + 1}"
+    reason = getattr(error, "problem", None) or str(error).partition(";")[0]
+    if "could not determine a constructor for the tag" in reason:
+        tag = reason.split("'")[1].replace("tag:yaml.org,2002:", "!!")
+        return Problem(f"the YAML tag {tag} is not allowed here", where, "write plain values: text, numbers and lists")
+    if "'\\t'" in reason:
+        return Problem("a tab is used for indentation, which YAML forbids", where, "indent with spaces")
+    if isinstance(error, yaml.YAMLError):
+        hint = "check indentation, colons, brackets and quotes there"
+        return Problem(f"this is not valid YAML: {reason}", where, hint)
+    return Problem(f"a value cannot be read: {reason}", where, "write plain text, numbers and lists")
+
+
+def _lines(node: yaml.MappingNode) -> dict[str, int]:
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        lines[str(key.value)] = key.start_mark.line + 1
+        if isinstance(value, yaml.MappingNode):
+            for inner, _ in value.value:
+                lines[f"{key.value}.{inner.value}"] = inner.start_mark.line + 1
+    return lines
+
+
+def _kind(value: object) -> str:
+    return "a list" if isinstance(value, list) else "only text" if isinstance(value, str) else "a single value"

@@ -1,0 +1,69 @@
+"""What was measured of one run, for the judges; None means that it was not measured, and `why` says why."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from finetune.records import MemoryMeasure, Reload, Scores
+
+
+@dataclass(frozen=True, slots=True)
+class LossEvidence:
+    """Losses in nats per trained token. `fixed`: the same training batches before and after, dropout off."""
+
+    per_step: tuple[float, ...]
+    fixed_before: float
+    fixed_after: float
+    vocab_size: int
+    held_out_before: float | None = None
+    held_out_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LearningEvidence:
+    """Answers to the trained questions by base, tuned and sham model, and to questions the base already knew."""
+
+    base: Scores
+    tuned: Scores
+    sham: Scores | None = None
+    retention_base: Scores | None = None
+    retention_tuned: Scores | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEvidence:
+    """LoRA and full fine-tuning, each measured in a process of its own at the same sizes."""
+
+    lora: MemoryMeasure
+    full: MemoryMeasure
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterEvidence:
+    """Fingerprints of every tensor before and after, and the gradients of the first step."""
+
+    before: Mapping[str, str]
+    after: Mapping[str, str]
+    declared: tuple[str, ...]
+    first_gradients: Mapping[str, float]
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactEvidence:
+    """Sizes of the files that were written, what a fresh process made of them, and files nobody refers to."""
+
+    files: Mapping[str, int]
+    reload: Reload | None
+    stray: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """All that was measured. `why` tells for a missing part (its field name) why it is missing."""
+
+    loss: LossEvidence
+    parameters: ParameterEvidence
+    artifacts: ArtifactEvidence
+    learning: LearningEvidence | None = None
+    memory: MemoryEvidence | None = None
+    why: Mapping[str, str] = field(default_factory=dict)

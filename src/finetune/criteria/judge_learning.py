@@ -1,0 +1,106 @@
+"""Judges whether the model learned: signed, against a sham control, with intervals, and without forgetting."""
+
+from finetune.criteria.evidence import Evidence, LearningEvidence
+from finetune.criteria.statistics import difference_interval, wilson_interval
+from finetune.criteria.validator import MIN_IMPROVED_SHARE, TrainingSuccessValidator
+from finetune.records import Outcome, Scores, Verdict
+
+MAX_SHAM_SHARE = 0.2
+MAX_RETENTION_LOSS = 0.1
+_TITLES = {
+    "model-learning": "Answers improve",
+    "learning-signed": "More improve than get worse",
+    "learning-sham": "The truth was learned, not the habit",
+    "learning-retention": "What the base knew, it still knows",
+}
+_ALLOWED = {
+    "model-learning": "> 30 % improve",
+    "learning-signed": "> 30 points, whole interval > 0",
+    "learning-sham": "sham <= 20 %, tuned above it by > 30 points",
+    "learning-retention": "at most 10 points lost",
+}
+
+
+def judge_learning(evidence: Evidence) -> list[Verdict]:
+    """Verdicts on criterion 2; `not applicable` where there are no questions to ask."""
+    learning = evidence.learning
+    if learning is None:
+        reason = evidence.why.get("learning", "no questions were asked")
+        return [_without(key, "not applicable", reason) for key in _TITLES]
+    return [
+        _judge_improvement(learning),
+        _judge_signed(learning),
+        _judge_sham(learning, evidence.why.get("sham", "the sham control was not run")),
+        _judge_retention(learning, evidence.why.get("retention", "no retention questions were given")),
+    ]
+
+
+def _without(key: str, outcome: Outcome, reason: str) -> Verdict:
+    return Verdict(
+        key, _TITLES[key], 2, outcome, "not measured", _ALLOWED[key], reason, companion=key != "model-learning"
+    )
+
+
+def _judged(key: str, outcome: Outcome, measured: str, numbers: dict[str, float], reason: str = "") -> Verdict:
+    return Verdict(
+        key, _TITLES[key], 2, outcome, measured, _ALLOWED[key], reason, companion=key != "model-learning", numbers=numbers
+    )
+
+
+def _marks(scores: Scores) -> list[str]:
+    return ["right" if answer.right else "wrong" for answer in scores.answers]
+
+
+def _judge_improvement(learning: LearningEvidence) -> Verdict:
+    truth = ["right"] * len(learning.base.answers)
+    share = TrainingSuccessValidator.improved_share(_marks(learning.base), _marks(learning.tuned), truth)
+    outcome: Outcome = "holds" if share > MIN_IMPROVED_SHARE else "broken"
+    reason = ""
+    if outcome == "broken" and learning.base.share >= 1 - MIN_IMPROVED_SHARE:
+        outcome, reason = "undecided", "the base answers so many already that too few could improve"
+    measured = f"{share:.0%} improve ({learning.base.share:.0%} right before, {learning.tuned.share:.0%} after)"
+    return _judged("model-learning", outcome, measured, {"improved": share}, reason)
+
+
+def _judge_signed(learning: LearningEvidence) -> Verdict:
+    count = len(learning.base.answers)
+    pairs = list(zip(learning.base.answers, learning.tuned.answers, strict=True))
+    better = sum(new.right and not old.right for old, new in pairs)
+    worse = sum(old.right and not new.right for old, new in pairs)
+    net = (better - worse) / count
+    low, high = difference_interval((learning.tuned.right, count), (learning.base.right, count))
+    outcome: Outcome = "holds" if net > MIN_IMPROVED_SHARE and low > 0 else "broken" if high < MIN_IMPROVED_SHARE else "undecided"
+    if outcome == "undecided" and net <= 0:
+        outcome = "broken"
+    measured = f"{better} better, {worse} worse of {count}: {100 * net:+.0f} points [{100 * low:.0f}, {100 * high:.0f}]"
+    return _judged("learning-signed", outcome, measured, {"net": net, "low": low, "high": high})
+
+
+def _judge_sham(learning: LearningEvidence, why: str) -> Verdict:
+    if learning.sham is None:
+        return _without("learning-sham", "undecided", why)
+    count = len(learning.tuned.answers)
+    low, high = difference_interval((learning.tuned.right, count), (learning.sham.right, len(learning.sham.answers)))
+    if learning.sham.share > MAX_SHAM_SHARE or high < MIN_IMPROVED_SHARE:
+        outcome: Outcome = "broken"
+    else:
+        outcome = "holds" if low > MIN_IMPROVED_SHARE else "undecided"
+    measured = (
+        f"sham {learning.sham.share:.0%}, tuned {learning.tuned.share:.0%}: "
+        f"difference [{100 * low:.0f}, {100 * high:.0f}] points"
+    )
+    return _judged("learning-sham", outcome, measured, {"sham": learning.sham.share, "low": low, "high": high})
+
+
+def _judge_retention(learning: LearningEvidence, why: str) -> Verdict:
+    base, tuned = learning.retention_base, learning.retention_tuned
+    if base is None or tuned is None:
+        return _without("learning-retention", "not applicable", why)
+    lost = base.share - tuned.share
+    low, high = wilson_interval(tuned.right, len(tuned.answers))
+    outcome: Outcome = "holds" if lost <= MAX_RETENTION_LOSS else "broken"
+    measured = (
+        f"{base.share:.0%} before, {tuned.share:.0%} [{100 * low:.0f}, {100 * high:.0f}] after "
+        f"on {len(tuned.answers)} questions"
+    )
+    return _judged("learning-retention", outcome, measured, {"lost": lost, "low": low, "high": high})

@@ -1,0 +1,32 @@
+"""Intervals for shares, so that no verdict on a handful of answers pretends to be exact."""
+
+import math
+
+Z95 = 1.959963984540054
+"""The two-sided 95 % point of the normal distribution."""
+
+
+def wilson_interval(right: int, count: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a share.
+
+    Source: E. B. Wilson, 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    if not 0 <= right <= count or count == 0:
+        raise ValueError(f"no interval for {right} of {count}")
+    share = right / count
+    scale = 1 + Z95**2 / count
+    centre = (share + Z95**2 / (2 * count)) / scale
+    half = Z95 * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2)) / scale
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def difference_interval(first: tuple[int, int], second: tuple[int, int]) -> tuple[float, float]:
+    """The 95 % interval of the difference of two shares, each given as (right, count).
+
+    Source: R. G. Newcombe, 1998, "Interval estimation for the difference between independent proportions", method 10.
+    """
+    p, q = first[0] / first[1], second[0] / second[1]
+    (low_p, high_p), (low_q, high_q) = wilson_interval(*first), wilson_interval(*second)
+    below = math.hypot(p - low_p, high_q - q)
+    above = math.hypot(high_p - p, q - low_q)
+    return p - q - below, p - q + above

@@ -1,0 +1,150 @@
+"""Recognises the shape of each row (alpaca, chat messages, prompt/completion, text) and brings it into one form."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.data.read import raise_all
+from finetune.errors import DataError
+from finetune.records import Conversation, Document, Message, Row
+
+ROLES = ("system", "user", "assistant")
+Example = Conversation | Document
+
+
+@dataclass(frozen=True, slots=True)
+class Shaped:
+    """The rows in one form, with what was dropped and which columns nobody read."""
+
+    examples: tuple[Example, ...]
+    shapes: dict[str, int]
+    dropped: dict[str, int]
+    ignored_columns: tuple[str, ...]
+
+
+def shape_rows(rows: Sequence[Row]) -> Shaped:
+    """Turn rows into conversations and documents; a row whose answer is empty is dropped and counted.
+
+    Raises:
+        DataError: a row has no known shape, a missing or mistyped field, or an unknown role; all such rows are named.
+    """
+    examples: list[Example] = []
+    shapes: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    ignored: set[str] = set()
+    problems: list[str] = []
+    for row in rows:
+        try:
+            name = shape_of(row)
+            example = _PARSERS[name](row)
+        except DataError as error:
+            problems.append(error.message)
+            continue
+        shapes[name] += 1
+        ignored |= set(row.values) - _COLUMNS[name]
+        reason = _emptiness(example)
+        if reason:
+            dropped[reason] += 1
+        else:
+            examples.append(example)
+    raise_all(problems, hint="rows are alpaca (instruction, output), chat (messages), prompt/completion, or text")
+    return Shaped(tuple(examples), dict(shapes), dict(dropped), tuple(sorted(map(str, ignored))))
+
+
+def shape_of(row: Row) -> str:
+    """Which of the four shapes a row has, by its columns.
+
+    Raises:
+        DataError: no shape fits, or more than one does.
+    """
+    keys = set(row.values)
+    fitting = [name for name, marks in _MARKS.items() if marks <= keys]
+    if len(fitting) == 1:
+        return fitting[0]
+    columns = ", ".join(sorted(map(str, keys))) or "none"
+    if fitting:
+        raise DataError(f"{row.where}: columns ({columns}) fit several shapes: {', '.join(fitting)}")
+    missing = {name: marks - keys for name, marks in _MARKS.items() if marks & keys}
+    if missing:
+        name, lacks = next(iter(missing.items()))
+        raise DataError(f"{row.where}: {name} row without {' and '.join(sorted(lacks))!r} (columns: {columns})")
+    raise DataError(f"{row.where}: no known shape (columns: {columns})")
+
+
+def _emptiness(example: Example) -> str:
+    if isinstance(example, Document):
+        return "" if example.text.strip() else "empty text"
+    if not example.messages or example.messages[-1].role != "assistant":
+        return "no answer at the end"
+    return "" if example.answer.strip() else "empty answer"
+
+
+def _text_field(row: Row, key: str) -> str:
+    value = row.values.get(key)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{row.where}: {key!r} must be text, found {type(value).__name__} {str(value)[:60]!r}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"{row.where}: {key!r} holds half of a surrogate pair, which is not text") from None
+    return value
+
+
+def _parse_alpaca(row: Row) -> Conversation:
+    messages = [Message("user", _text_field(row, "instruction"))]
+    if system := _text_field(row, "system"):
+        messages.insert(0, Message("system", system))
+    if extra := _text_field(row, "input"):
+        messages.append(Message("input", extra))
+    messages.append(Message("assistant", _text_field(row, "output")))
+    return Conversation(tuple(messages), row.where)
+
+
+def _parse_chat(row: Row) -> Conversation:
+    return Conversation(_messages(row, "messages"), row.where)
+
+
+def _parse_prompt_completion(row: Row) -> Conversation:
+    if isinstance(row.values["prompt"], list) or isinstance(row.values["completion"], list):
+        return Conversation(_messages(row, "prompt") + _messages(row, "completion"), row.where)
+    turns = (Message("user", _text_field(row, "prompt")), Message("assistant", _text_field(row, "completion")))
+    return Conversation(turns, row.where)
+
+
+def _parse_text(row: Row) -> Document:
+    return Document(_text_field(row, "text"), row.where)
+
+
+def _messages(row: Row, key: str) -> tuple[Message, ...]:
+    turns = row.values[key]
+    if not isinstance(turns, list):
+        raise DataError(f"{row.where}: {key!r} must be a list of messages, found {type(turns).__name__}")
+    return tuple(_message(Row(turn, f"{row.where} {key}[{index}]")) for index, turn in enumerate(turns))
+
+
+def _message(turn: Row) -> Message:
+    values: Any = turn.values
+    if not isinstance(values, dict):
+        raise DataError(f"{turn.where}: expected a message object, found {type(values).__name__}")
+    role = values.get("role")
+    if role not in ROLES:
+        raise DataError(f"{turn.where}: unknown role {role!r}, expected one of {', '.join(ROLES)}")
+    return Message(role, _text_field(turn, "content"))
+
+
+_MARKS: dict[str, set[str]] = {
+    "alpaca": {"instruction", "output"},
+    "chat": {"messages"},
+    "prompt/completion": {"prompt", "completion"},
+    "text": {"text"},
+}
+_COLUMNS: dict[str, set[str]] = {**_MARKS, "alpaca": {"instruction", "output", "input", "system"}}
+_PARSERS: dict[str, Callable[[Row], Example]] = {
+    "alpaca": _parse_alpaca,
+    "chat": _parse_chat,
+    "prompt/completion": _parse_prompt_completion,
+    "text": _parse_text,
+}

@@ -1,0 +1,112 @@
+"""Every error that FineTune raises on purpose, drawn as one tree.
+
+    FineTuneError                  exit 1   something failed; the message says what, where and how to mend it
+    ├── UsageError                 exit 2   the command or the configuration is wrong
+    │   └── ConfigError            exit 2   one or more configuration problems, all reported at once
+    ├── RefusedError               exit 3   a check refused before any work began; nothing was changed
+    │   ├── DataError              exit 3   a data file or row cannot be used
+    │   ├── TemplateError          exit 3   a prompt template cannot be used with this tokenizer or data
+    │   ├── ModelError             exit 3   a model cannot be found, read or adapted
+    │   ├── OutputError            exit 3   the output folder cannot be used
+    │   └── MissingExtraError      exit 3   an optional dependency is not installed
+    ├── TrainingError              exit 1   training itself went wrong
+    │   └── NonFiniteError         exit 1   a loss or gradient became NaN or infinite
+    ├── StorageError               exit 1   writing to disk failed (no space left, read-only, ...)
+    ├── EvidenceError              exit 1   a judge was asked to judge without the evidence it needs
+    └── InterruptedRunError        exit 130 the user pressed Ctrl-C; the last checkpoint is intact
+
+A verdict of "broken" is not an error: it is a finding, carried by `records.Verdict`.
+"""
+
+from dataclasses import dataclass
+
+
+class FineTuneError(Exception):
+    """Something went wrong that FineTune understands; `hint` says how to mend it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong in a configuration: what, where, and how to mend it."""
+
+    what: str
+    where: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        line = f"{self.where}: {self.what}"
+        return f"{line}\n    hint: {self.hint}" if self.hint else line
+
+
+class UsageError(FineTuneError):
+    """The command line or the configuration is wrong."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """One or more configuration problems; `problems` holds them all."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        count = len(problems)
+        head = "1 problem in the configuration" if count == 1 else f"{count} problems in the configuration"
+        super().__init__("\n".join([f"{head}:", *(f"  {problem}" for problem in problems)]))
+        self.problems = problems
+
+
+class RefusedError(FineTuneError):
+    """A check refused before any work began."""
+
+    exit_code = 3
+
+
+class DataError(RefusedError):
+    """A data file or a row in it cannot be used."""
+
+
+class TemplateError(RefusedError):
+    """A prompt template cannot be used with this tokenizer or this data."""
+
+
+class ModelError(RefusedError):
+    """A model cannot be found, read or adapted."""
+
+
+class OutputError(RefusedError):
+    """The output folder cannot be used."""
+
+
+class MissingExtraError(RefusedError):
+    """An optional dependency that this command needs is not installed."""
+
+
+class TrainingError(FineTuneError):
+    """Training itself went wrong."""
+
+
+class NonFiniteError(TrainingError):
+    """A loss or a gradient norm became NaN or infinite; the run stopped there."""
+
+
+class StorageError(FineTuneError):
+    """Writing to disk failed; what was there before is intact."""
+
+
+class EvidenceError(FineTuneError):
+    """A judge was asked to judge without the evidence it needs."""
+
+
+class InterruptedRunError(FineTuneError):
+    """The user stopped the run; the last checkpoint is intact."""
+
+    exit_code = 130

@@ -1,0 +1,30 @@
+"""Checks in a fresh process that a saved adapter gives the same logits on a fresh base."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.children import ask_child
+from finetune.ports import Session
+from finetune.records import ModelLocation, Reload
+
+
+def check_reload(
+    backend: str, session: Session, location: ModelLocation, adapter: Path, *, prompts: Sequence[Sequence[int]], dtype: str
+) -> Reload:
+    """Compare the session's logits on `prompts` with those of the saved adapter, loaded elsewhere.
+
+    Raises:
+        EvidenceError: the fresh process could not load the adapter.
+    """
+    with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
+        logits = Path(folder) / "logits.safetensors"
+        session.save_logits(prompts, logits)
+        request = {
+            "folder": str(location.folder),
+            "adapter": str(adapter.resolve()),
+            "logits": str(logits),
+            "prompts": [list(prompt) for prompt in prompts],
+            "dtype": dtype,
+        }
+        return Reload(**ask_child(f"finetune.backends.{backend}.reload", request))

@@ -1,0 +1,60 @@
+"""Finds a model's files: one that ships with FineTune, a local folder, or a repository on the hub."""
+
+import re
+from pathlib import Path
+
+from finetune.errors import MissingExtraError, ModelError
+from finetune.records import ModelLocation
+
+SHIPPED_FOLDER = Path(__file__).resolve().parent.parent / "reference_model"
+SHIPPED = ("reference-llama", "reference-gpt2")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_OFFLINE_HINT = f"without a hub, use a model that ships with FineTune: {' or '.join(SHIPPED)}, or a local folder"
+_WANTED_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
+
+
+def locate_model(name: str, *, revision: str | None = None) -> ModelLocation:
+    """Find a model by shipped name, local folder or hub id, downloading it into the hub's own cache when needed.
+
+    Raises:
+        ModelError: nothing there, not a model folder, or the hub cannot be reached.
+    """
+    if name in SHIPPED:
+        return ModelLocation(name, SHIPPED_FOLDER / name, "shipped")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return ModelLocation(name, _checked(folder.resolve()), "local")
+    if folder.exists():
+        raise ModelError(f"model {name!r} is a file", hint="name the folder that holds config.json")
+    if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
+        raise ModelError(f"model folder {name!r} does not exist", hint=_OFFLINE_HINT)
+    return ModelLocation(name, _checked(_download(name, revision)), "hub")
+
+
+def _checked(folder: Path) -> Path:
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{folder} has no config.json, so it is no model folder", hint=_OFFLINE_HINT)
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder} holds no .safetensors weights", hint="convert the model once: save_pretrained(...) writes them"
+        )
+    return folder
+
+
+def _download(name: str, revision: str | None) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    except ImportError:
+        raise MissingExtraError(
+            f"model {name!r} is not a local folder, and huggingface_hub is not installed",
+            hint="pip install huggingface_hub, or " + _OFFLINE_HINT,
+        ) from None
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_WANTED_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"unknown model {name!r}: no local folder of that name, and the hub could not give it ({reason})",
+            hint=_OFFLINE_HINT,
+        ) from None

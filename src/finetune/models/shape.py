@@ -1,0 +1,102 @@
+"""Reads a model's shape from its config and the headers of its safetensors files, without loading a weight."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import ModelError
+from finetune.records import LinearLayer, ModelShape
+
+_NOT_ADAPTED = ("embed", "wte", "wpe", "lm_head", "embed_out", "output")
+
+
+def read_shape(folder: Path) -> ModelShape:
+    """The shape of the model in `folder`: sizes from `config.json`, exact tensor shapes from the weights' headers.
+
+    Raises:
+        ModelError: a file is missing, cut off or corrupt; the file is named.
+    """
+    config = _read_config(folder)
+    tensors = read_tensor_shapes(folder)
+    linear = [
+        LinearLayer(name.removesuffix(".weight"), (shape[0], shape[1]))
+        for name, shape in sorted(tensors.items())
+        if len(shape) == 2 and name.endswith(".weight") and not _is_table(name)
+    ]
+    architectures = config.get("architectures") or [config.get("model_type", "unknown")]
+    text = config.get("text_config", config)
+    return ModelShape(
+        architecture=str(architectures[0]),
+        parameters=sum(_size(shape) for shape in tensors.values()),
+        vocab_size=int(text.get("vocab_size", 0)),
+        hidden_size=_first(text, "hidden_size", "n_embd", "d_model"),
+        layers=_first(text, "num_hidden_layers", "n_layer", "num_layers"),
+        context_length=_first(text, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
+        linear_layers=tuple(linear),
+    )
+
+
+def read_tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in the folder's safetensors files, read from their headers.
+
+    Raises:
+        ModelError: a file is cut off or corrupt.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="np") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} is corrupt or cut off: {error}", hint="get the model's weights again") from None
+    return shapes
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model: those its index names, or all of them.
+
+    Raises:
+        ModelError: the index is broken, or names a file outside the folder or one that is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        single = folder / "model.safetensors"
+        return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{index} is broken: {error}", hint="get the model again") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ModelError(f"{index} names {name!r}, which is not a plain file name", hint="do not use this model")
+        if not (folder / name).exists():
+            raise ModelError(f"{index} names {name}, which is missing", hint="get the model again")
+    return [folder / name for name in names]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", hint="get the model again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} does not hold an object", hint="get the model again")
+    return value
+
+
+def _is_table(name: str) -> bool:
+    return any(part.startswith(_NOT_ADAPTED) for part in name.split("."))
+
+
+def _first(config: dict[str, Any], *keys: str) -> int:
+    return next((int(config[key]) for key in keys if isinstance(config.get(key), int)), 0)
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    total = 1
+    for side in shape:
+        total *= side
+    return total

@@ -1,0 +1,253 @@
+"""The order of a fine-tune, from a configuration to a report; the only file that knows it."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from finetune.artifacts.checkpoints import CheckpointStore
+from finetune.artifacts.run_folder import RunFolder
+from finetune.artifacts.write import describe_files, write_folder, write_json, write_text
+from finetune.assembly.observe import (
+    Observation,
+    artifact_evidence,
+    held_out_batches,
+    learning_evidence,
+    loss_evidence,
+    memory_evidence,
+    observe,
+    parameter_evidence,
+)
+from finetune.assembly.prepare import Prepared, prepare
+from finetune.assembly.record import Course, run_record
+from finetune.backends import open_backend
+from finetune.config import LoadedConfig, dump_plan
+from finetune.criteria.evidence import Evidence
+from finetune.criteria.judge import judge
+from finetune.errors import InterruptedRunError
+from finetune.events import CheckpointSaved, Event, FirstGradients, FixedLoss, HeldOutLoss, PhaseStarted, StepDone
+from finetune.ports import Backend, Session
+from finetune.records import Optimization, Tokenized
+from finetune.report import build_report, render_html
+from finetune.tokens.batch import epoch_batches
+from finetune.training.loop import LoopPlan, train
+
+Listener = Callable[[Event], None]
+
+
+@dataclass
+class _Run:
+    """One run in progress: who listens, where it writes, and how long its phases took."""
+
+    prepared: Prepared
+    backend: Backend
+    folder: RunFolder
+    listener: Listener
+    timing: dict[str, float] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
+
+    def tell(self, event: Event) -> None:
+        """Log an event and pass it on."""
+        self.folder.log(event)
+        self.listener(event)
+
+    @contextlib.contextmanager
+    def phase(self, name: str, note: str = "") -> Iterator[None]:
+        """Tell that a phase starts, and keep its time in seconds."""
+        self.listener(PhaseStarted(name, note))
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timing[name] = self.timing.get(name, 0.0) + time.perf_counter() - started
+
+
+def fine_tune(
+    loaded: LoadedConfig,
+    *,
+    output: Path | None = None,
+    resume: bool = False,
+    command: str = "ft train",
+    listener: Listener = lambda event: None,
+) -> tuple[Path, dict[str, Any]]:
+    """Fine-tune as configured, judge the result on measured evidence, and write the run folder.
+
+    Args:
+        output: the run folder to make (or, with `resume`, to continue); by default one below `runs/`.
+        command: what to write down as the command that repeats the run.
+        listener: is told every event.
+
+    Returns:
+        The run folder and the content of its `run.json`.
+
+    Raises:
+        FineTuneError: something was refused, failed, or was interrupted; see `finetune.errors`.
+    """
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    clock = time.perf_counter()
+    backend = open_backend(loaded.config.backend)
+    listener(PhaseStarted("prepare", f"{loaded.config.model.path}"))
+    prepared = prepare(loaded)
+    folder = RunFolder.unfinished(output) if resume else RunFolder.create(output)
+    run = _Run(prepared, backend, folder, listener, {"prepare": time.perf_counter() - clock})
+    if not resume:
+        write_text(folder.plan, dump_plan(prepared.plan))
+    session, before, fingerprints = _open(run)
+    _train(run, session, before)
+    _save_adapter(run, session)
+    with run.phase("observe tuned"):
+        after = observe(session, prepared)
+    run.tell(FixedLoss(prepared.total_steps, *after.fixed))
+    events = _read_events(folder)
+    evidence = _collect(run, session, (before, after, fingerprints), events)
+    verdicts = judge(evidence)
+    run.timing["total"] = time.perf_counter() - clock
+    course = Course(folder.path.name, command, started, run.timing, backend.versions())
+    return folder.path, _finish(run, run_record(prepared, course, evidence, verdicts, events))
+
+
+def _open(run: _Run) -> tuple[Session, Observation, dict[str, str]]:
+    prepared = run.prepared
+    with run.phase("load", f"{prepared.location.name}, {prepared.shape.parameters / 1e6:.2f} M parameters"):
+        session = _session(run)
+    with run.phase("observe base"):
+        before = observe(session, prepared)
+    with run.phase("attach"):
+        _attach(run, session)
+    return session, before, session.fingerprints()
+
+
+def _session(run: _Run) -> Session:
+    config = run.prepared.plan.config
+    return run.backend.open(run.prepared.location, config.model.dtype, run.prepared.encoder.tokenizer.pad_id)
+
+
+def _attach(run: _Run, session: Session) -> None:
+    training = run.prepared.plan.config.training
+    session.attach(run.prepared.target, training.seed)
+    session.prepare_updates(Optimization(training.weight_decay, training.max_grad_norm))
+
+
+def _steps(run: _Run, session: Session, rows: tuple[Tokenized, ...], *, done: int = 0) -> Iterator[Event]:
+    training = run.prepared.plan.config.training
+    assert training.evaluate_every is not None
+    plan = LoopPlan(
+        total_steps=run.prepared.total_steps,
+        accumulation=training.accumulation,
+        peak_learning_rate=training.learning_rate,
+        warmup_steps=round(training.warmup_fraction * run.prepared.total_steps),
+        schedule=training.schedule,
+        evaluate_every=training.evaluate_every,
+    )
+    batches_of = partial(_epoch, rows, training.batch_size, training.seed)
+    return train(session, batches_of, held_out_batches(run.prepared), plan, done_steps=done)
+
+
+def _epoch(rows: tuple[Tokenized, ...], batch_size: int, seed: int, epoch: int) -> Any:
+    return epoch_batches(rows, batch_size, seed=seed, epoch=epoch)
+
+
+def _train(run: _Run, session: Session, before: Observation) -> None:
+    store = CheckpointStore(run.folder.checkpoints)
+    every = run.prepared.plan.config.training.save_every
+    identity = {"plan": dump_plan(run.prepared.plan), "base": run.prepared.location.name}
+    done = store.newest() or 0
+    if done:
+        session.load_state(store.open(done, identity))
+    _rewind_events(run.folder, done)
+    if not done:
+        run.tell(FixedLoss(0, *before.fixed))
+        if before.held_out:
+            run.tell(HeldOutLoss(0, *before.held_out))
+    saved = done
+    try:
+        with run.phase("train", f"{run.prepared.total_steps} steps, from step {done}"):
+            for event in _steps(run, session, run.prepared.training_rows, done=done):
+                run.tell(event)
+                if isinstance(event, StepDone) and (event.step % (every or 1) == 0 or event.step == event.total_steps):
+                    path = store.save(event.step, session.save_state, identity)
+                    saved = event.step
+                    run.tell(CheckpointSaved(event.step, path.relative_to(run.folder.path).as_posix()))
+    except KeyboardInterrupt:
+        kept = f"the checkpoint of step {saved} is intact" if saved else "no checkpoint had been written yet"
+        raise InterruptedRunError(
+            f"interrupted; {kept}", hint=f"go on with: ft train --resume --output {run.folder.path}"
+        ) from None
+
+
+def _rewind_events(folder: RunFolder, done: int) -> None:
+    """Forget what was logged after the checkpoint that is resumed: those steps are done again."""
+    if not folder.events.exists():
+        return
+    events = _read_events(folder)
+    kept = [event for event in events if event.get("step", 1 if "norms" in event else 0) <= done]
+    write_text(folder.events, "".join(json.dumps(event) + "\n" for event in (kept if done else [])))
+
+
+def _read_events(folder: RunFolder) -> list[dict[str, Any]]:
+    lines = folder.events.read_text(encoding="utf-8").split("\n")
+    events = []
+    for line in lines:
+        # A killed process can leave the last line half written; what it told is done again on resume.
+        with contextlib.suppress(json.JSONDecodeError):
+            events.append(json.loads(line))
+    return events
+
+
+def _save_adapter(run: _Run, session: Session) -> None:
+    encoder = run.prepared.encoder
+
+    def fill(folder: Path) -> None:
+        session.save_adapter(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            source = run.prepared.location.folder / name
+            if source.exists():
+                (folder / name).write_bytes(source.read_bytes())
+        # The template trained on travels with the adapter, whichever the model shipped.
+        (folder / "chat_template.jinja").write_text(encoder.source.jinja, encoding="utf-8")
+
+    with run.phase("save adapter"):
+        write_folder(run.folder.adapter, fill)
+
+
+def _collect(
+    run: _Run, session: Session, looks: tuple[Observation, Observation, dict[str, str]], events: list[dict[str, Any]]
+) -> Evidence:
+    prepared, (before, after, fingerprints) = run.prepared, looks
+    steps = [event for event in events if event["event"] == "StepDone"]
+    gradients = next((event["norms"] for event in events if event["event"] == FirstGradients.__name__), {})
+    parameters = parameter_evidence(session, fingerprints, gradients, len(steps))
+    with run.phase("check adapter", "in a fresh process, on a fresh base"):
+        files = describe_files(run.folder.path)
+        artifacts = artifact_evidence(prepared, session, run.folder.adapter, files, run.why)
+
+    def train_sham(rows: tuple[Tokenized, ...]) -> Session:
+        sham = _session(run)
+        _attach(run, sham)
+        for event in _steps(run, sham, rows):
+            if isinstance(event, StepDone):
+                run.listener(event)
+        return sham
+
+    with run.phase("sham control", "the same steps on shuffled answers"):
+        learning = learning_evidence(prepared, before, after, train_sham, run.why)
+    with run.phase("measure memory", "LoRA and full fine-tuning, each in a fresh process"):
+        memory = memory_evidence(prepared, run.why)
+    losses = loss_evidence(prepared, [step["loss"] for step in steps], before, after)
+    return Evidence(losses, parameters, artifacts, learning, memory, run.why)
+
+
+def _finish(run: _Run, record: dict[str, Any]) -> dict[str, Any]:
+    """Write the reports, and the manifest last: from then on the run exists."""
+    folder = run.folder
+    write_json(folder.report_data, build_report(record))
+    listed = {**record, "artifacts": describe_files(folder.path)}
+    write_text(folder.report_page, render_html([listed]))
+    record = {**record, "artifacts": describe_files(folder.path)}
+    folder.write_manifest(record)
+    return record

@@ -1,0 +1,99 @@
+"""The sockets: what a backend, a tokenizer and an event consumer must offer. Rooms know these and never each other."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back; markup may hold control tokens, content never does."""
+
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+    adds_bos: bool
+
+    def encode_markup(self, text: str) -> list[int]:
+        """Ids of template text: control tokens in it become their ids."""
+
+    def encode_content(self, text: str) -> list[int]:
+        """Ids of somebody's text: what looks like a control token stays ordinary text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, control tokens left out."""
+
+    def control_id(self, token: str) -> int | None:
+        """The id of a control token, or None when the tokenizer has no such token."""
+
+
+class Session(Protocol):
+    """A loaded model that can be trained, scored, asked and saved: the verbs in which backends differ."""
+
+    def attach(self, target: AdapterTarget | None, seed: int) -> None:
+        """Put a freshly initialised adapter on the model and freeze the rest; None makes every weight trainable."""
+
+    def prepare_updates(self, optimization: Optimization) -> None:
+        """Make the optimizer for everything that is trainable."""
+
+    def accumulate(self, batch: Batch, weight: float) -> float:
+        """Add `weight` x (summed loss of the batch) to the gradients; returns the summed loss in nats."""
+
+    def clip_gradients(self) -> float:
+        """Clip all gradients together to the limit; returns their L2 norm before clipping."""
+
+    def update(self, learning_rate: float) -> None:
+        """Step the optimizer and clear the gradients."""
+
+    def loss(self, batch: Batch) -> float:
+        """The summed loss of the batch in nats, dropout off; mode and random state are left as they were."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
+        """Greedy continuations without the prompt and without the stop token, in the order of `prompts`."""
+
+    def save_logits(self, prompts: Sequence[Sequence[int]], path: Path) -> None:
+        """Write the logits after each token of each prompt, (tokens, vocabulary) in float32, keyed "0", "1", ..."""
+
+    def adapter_disabled(self) -> AbstractContextManager[None]:
+        """Within this context the model answers as its base would."""
+
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of each parameter tensor by name, base and adapter."""
+
+    def trainable_names(self) -> list[str]:
+        """Names of the tensors that training may change."""
+
+    def gradient_norms(self) -> dict[str, float]:
+        """The L2 norm of each trainable tensor's gradient, as accumulated so far."""
+
+    def save_model(self, folder: Path) -> None:
+        """Write the whole model, its weights in safetensors, into an existing folder."""
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter in PEFT's own format into an existing empty folder."""
+
+    def load_adapter(self, folder: Path) -> None:
+        """Put a saved adapter on the model; every tensor must match."""
+
+    def save_state(self, folder: Path) -> None:
+        """Write adapter, optimizer and random state so that `load_state` continues bit for bit."""
+
+    def load_state(self, folder: Path) -> None:
+        """Restore what `save_state` wrote."""
+
+
+class Backend(Protocol):
+    """A framework that can train: it makes and opens models."""
+
+    name: str
+
+    def versions(self) -> dict[str, str]:
+        """Name and version of each library that computes."""
+
+    def create(self, config: Mapping[str, Any], folder: Path, seed: int) -> None:
+        """Write a model of random weights and the given transformers config into an existing folder."""
+
+    def open(self, location: ModelLocation, dtype: str, pad_id: int) -> Session:
+        """Load a model's weights, ready to attach an adapter to."""

@@ -1,0 +1,253 @@
+"""The frozen values that flow from room to room.
+
+    Row -> Conversation | Document -> Rendered -> Tokenized -> Batch -> Event... -> Scores -> Verdict
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Outcome = Literal["holds", "broken", "undecided", "not applicable"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a data file as it was read, with the place it came from (`file:line` or `file[index]`)."""
+
+    values: dict[str, Any]
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn: `role` is system, user, input or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns that end with an assistant answer when they are to be trained on."""
+
+    messages: tuple[Message, ...]
+    where: str
+
+    @property
+    def answer(self) -> str:
+        """The last assistant turn's text."""
+        return self.messages[-1].content
+
+    @property
+    def prompt(self) -> "Conversation":
+        """The same conversation without its last turn."""
+        return Conversation(self.messages[:-1], self.where)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Plain text, trained on from the first token to the end-of-text token."""
+
+    text: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of rendered text. `control`: control tokens in it are meant. `trained`: the model learns to say it."""
+
+    text: str
+    role: str
+    trained: bool
+    control: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A row as text, in segments; the loss mask is read off them and never recovered by searching."""
+
+    segments: tuple[Segment, ...]
+    where: str
+
+    @property
+    def text(self) -> str:
+        """The whole rendered text."""
+        return "".join(segment.text for segment in self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """Token ids with one *trained* mark each; equal lengths."""
+
+    ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+    where: str
+
+    @property
+    def target_count(self) -> int:
+        """How many tokens carry loss: the first token of a row is never a target, nothing precedes it."""
+        return sum(self.trained[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows that go through the model together; padding is the backend's business."""
+
+    rows: tuple[Tokenized, ...]
+
+    @property
+    def target_count(self) -> int:
+        """How many tokens of the batch carry loss."""
+        return sum(row.target_count for row in self.rows)
+
+    @property
+    def token_count(self) -> int:
+        """How many real tokens the batch holds, padding not counted."""
+        return sum(len(row.ids) for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class DataCounts:
+    """What became of the rows: `read` == `kept` + the sum of `dropped`; nothing is lost silently."""
+
+    read: int
+    kept: int
+    dropped: dict[str, int]
+    truncated: int
+    tokens: int
+    trained_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLocation:
+    """Where a model's files lie, what it was asked for as, and how it was found."""
+
+    name: str
+    folder: Path
+    source: Literal["shipped", "local", "hub"]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearLayer:
+    """A weight matrix an adapter can sit on; `inputs` x `outputs` may be stored in either order."""
+
+    name: str
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What a model's files say of its size, read without loading a weight."""
+
+    architecture: str
+    parameters: int
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    context_length: int
+    linear_layers: tuple[LinearLayer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterTarget:
+    """The LoRA adapter to attach: `scale` = alpha / rank."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Optimization:
+    """How weights move: AdamW's numbers, constant over the run; the learning rate comes with each step."""
+
+    weight_decay: float
+    max_grad_norm: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt as ids, with the text to show and the one answer that counts as right."""
+
+    ids: tuple[int, ...]
+    text: str
+    expected: str
+    kind: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model said to one question, next to the one answer that counts as right."""
+
+    question: str
+    expected: str
+    given: str
+    right: bool
+    kind: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Answers to one set of questions by one model."""
+
+    answers: tuple[Answer, ...]
+
+    @property
+    def right(self) -> int:
+        """How many answers are right."""
+        return sum(answer.right for answer in self.answers)
+
+    @property
+    def share(self) -> float:
+        """The share of right answers, 0 to 1."""
+        return self.right / len(self.answers)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryMeasure:
+    """What one fresh process measured while it trained a few steps; all in bytes."""
+
+    method: Literal["lora", "full"]
+    batch_size: int
+    length: int
+    dtype: str
+    steps: int
+    framework_rss: int
+    peak_rss: int
+    peak_tensors: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    weight_bytes: int
+
+    @property
+    def rss_above_framework(self) -> int:
+        """The peak resident set less what the framework alone took."""
+        return self.peak_rss - self.framework_rss
+
+
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """What a fresh process found when it loaded the saved adapter on a fresh base; differences of logits."""
+
+    prompts: int
+    largest_logit: float
+    difference: float
+    difference_from_base: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A judge's word on one criterion, always with the measured and the allowed value."""
+
+    id: str
+    title: str
+    criterion: int
+    outcome: Outcome
+    measured: str
+    allowed: str
+    reason: str = ""
+    companion: bool = False
+    numbers: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,230 @@
+"""Everything a run proved, in one JSON value that other programs can read: verdicts, scores, losses, memory, data."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from finetune.records import Outcome
+from finetune.report.numbers import as_number, wilson
+
+CRITERIA = {
+    1: "Loss convergence",
+    2: "Model learning",
+    3: "Memory efficiency",
+    4: "Parameter updates",
+    5: "Artifacts",
+}
+# From worst to best: one broken companion breaks its criterion, however well the literal reading looks.
+_WORST_FIRST: tuple[Outcome, ...] = ("broken", "undecided", "holds", "not applicable")
+_LOSS_FIELDS = {
+    "train": ("step", "loss", "learning_rate", "grad_norm"),
+    "fixed": ("step", "loss", "tokens"),
+    "held_out": ("step", "loss", "tokens"),
+}
+_ABSENT = {
+    "learning": "run.json holds no answers to the trained questions: the model was not questioned before and after.",
+    "retention": "run.json holds no answers to questions outside the training data: retention was not examined.",
+    "train": "run.json holds no training losses: the run recorded no optimizer step.",
+    "fixed": "run.json holds no loss on the same fixed batches before and after training.",
+    "held_out": "run.json holds no loss on rows kept out of training: it needs validation data.",
+    "memory": "run.json holds no memory measurement: LoRA and full fine-tuning were not run in fresh processes.",
+    "counts": "run.json holds no row counts for this data.",
+    "verdict": "No judge spoke on this criterion in this run.",
+}
+
+
+def build_report(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn run.json into report.json: the same facts, grouped by what a reader asks.
+
+    Absent facts are None or empty and `absent` says why in a sentence; numbers that are not finite become None
+    and are told in `notes`, so that the result is strict JSON.
+    """
+    criteria = _criteria(list_at(run, "verdicts"))
+    losses = {name: _series(list_at(map_at(run, "losses"), name), fields) for name, fields in _LOSS_FIELDS.items()}
+    scores = map_at(run, "scores")
+    memory = [_memory(map_at(map_at(run, "memory"), method), method) for method in ("lora", "full")]
+    judged = [criterion["outcome"] for criterion in criteria if criterion["outcome"]]
+    report = {
+        "format": 1,
+        "id": str(run.get("id") or "unnamed run"),
+        "status": str(run.get("status") or "unknown"),
+        "started": run.get("started"),
+        "folder": run.get("folder"),
+        "outcome": run.get("outcome") or worst(judged),
+        "criteria": criteria,
+        "headline": _headline(run, losses, memory),
+        "scores": {name: _tally(map_at(scores, name)) for name in ("learning", "retention")},
+        "answers": {name: _paired(map_at(scores, name)) for name in ("learning", "retention")},
+        "losses": losses,
+        "memory": [measure for measure in memory if measure],
+        "data": _data(map_at(run, "data")),
+        "timing": dict(map_at(run, "timing")),
+        "repeat": _repeat(run),
+        "notes": [str(note) for note in list_at(run, "notes")] + _not_finite(map_at(run, "losses")),
+        "absent": dict(_ABSENT),
+    }
+    return {key: _strict(value) for key, value in report.items()}
+
+
+def worst(outcomes: Iterable[str]) -> Outcome | None:
+    """The worst of several outcomes; "not applicable" only when all are, None when there are none."""
+    given = {outcome if outcome in _WORST_FIRST else "undecided" for outcome in outcomes}
+    return next((outcome for outcome in _WORST_FIRST if outcome in given), None)
+
+
+def map_at(value: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The object under a key; empty when it is absent or null."""
+    found = value.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+def list_at(value: Mapping[str, Any], key: str) -> Sequence[Any]:
+    """The list under a key; empty when it is absent or null."""
+    found = value.get(key)
+    return found if isinstance(found, list | tuple) else ()
+
+
+def _criteria(verdicts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    groups = []
+    for number, title in CRITERIA.items():
+        members = [dict(verdict) for verdict in verdicts if verdict.get("criterion") == number]
+        for member in members:
+            member["outcome"] = worst([str(member.get("outcome"))])
+        groups.append(
+            {
+                "criterion": number,
+                "title": title,
+                "outcome": worst(member["outcome"] for member in members),
+                "literal": [member for member in members if not member.get("companion")],
+                "companions": [member for member in members if member.get("companion")],
+            }
+        )
+    return groups
+
+
+def _series(points: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[dict[str, float | None]]:
+    return [{field: as_number(point.get(field)) for field in fields} for point in points]
+
+
+def _not_finite(losses: Mapping[str, Any]) -> list[str]:
+    """One sentence for each loss series that left the finite numbers, with the first step where it did."""
+    notes = []
+    for name, words in (("train", "training"), ("fixed", "fixed-batch"), ("held_out", "held-out")):
+        values = [(point.get("step"), point.get("loss")) for point in list_at(losses, name)]
+        bad = [step for step, loss in values if isinstance(loss, float) and not math.isfinite(loss)]
+        if bad:
+            notes.append(f"The {words} loss was not a finite number at {len(bad)} step(s), first at step {bad[0]}.")
+    return notes
+
+
+def _headline(
+    run: Mapping[str, Any], losses: Mapping[str, list[dict[str, Any]]], memory: Sequence[dict[str, Any] | None]
+) -> dict[str, Any]:
+    model = map_at(run, "model")
+    parameters, trainable = as_number(model.get("parameters")), as_number(model.get("trainable_parameters"))
+    lora, full = memory
+    timing = [as_number(seconds) or 0.0 for seconds in map_at(run, "timing").values()]
+    saving = 1 - lora["peak_tensors"] / full["peak_tensors"] if lora and full and full["peak_tensors"] else None
+    return {
+        "model": model.get("name"),
+        "data": [str(map_at({"file": file}, "file").get("path")) for file in list_at(map_at(run, "data"), "files")],
+        "parameters": parameters,
+        "trainable_parameters": trainable,
+        "trainable_share": trainable / parameters if trainable is not None and parameters else None,
+        "fixed_loss": _before_after(losses["fixed"]),
+        "held_out_loss": _before_after(losses["held_out"]),
+        "steps": max((point["step"] or 0 for point in losses["train"]), default=None),
+        "memory_saving": saving,
+        "seconds": sum(timing) if timing else None,
+        "tokens_per_second": as_number(map_at(run, "throughput").get("tokens_per_second")),
+        "peak_rss_bytes": as_number(run.get("peak_rss_bytes")),
+    }
+
+
+def _before_after(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """First and last measurement; one alone is no before and after."""
+    return {"before": points[0]["loss"], "after": points[-1]["loss"]} if len(points) > 1 else None
+
+
+def _tally(sets: Mapping[str, Any]) -> dict[str, dict[str, Any] | None]:
+    """Right answers of each model with the share and its 95 % interval."""
+    tallies: dict[str, dict[str, Any] | None] = {}
+    for model in ("base", "tuned", "sham"):
+        answers = list_at(map_at(sets, model), "answers")
+        right, of = sum(bool(answer.get("right")) for answer in answers), len(answers)
+        low, high = wilson(right, of) if of else (0.0, 0.0)
+        tallies[model] = {"right": right, "of": of, "share": right / of, "low": low, "high": high} if of else None
+    return tallies
+
+
+def _paired(sets: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The answers of base, tuned and sham to the same question side by side.
+
+    They meet by question and by how often it came before, not by position: a model that was asked fewer
+    questions must not have its answers shown under the wrong ones.
+    """
+    pairs: dict[tuple[str, int], dict[str, Any]] = {}
+    for model in ("base", "tuned", "sham"):
+        seen: dict[str, int] = {}
+        for answer in list_at(map_at(sets, model), "answers"):
+            question = str(answer.get("question", ""))
+            place = seen[question] = seen.get(question, 0) + 1
+            pair = pairs.setdefault(
+                (question, place),
+                {"question": question, "expected": answer.get("expected"), "kind": answer.get("kind") or "",
+                 "base": None, "tuned": None, "sham": None},
+            )  # fmt: skip
+            pair[model] = {"given": answer.get("given"), "right": bool(answer.get("right"))}
+    return [{**pair, "change": _change(pair)} for pair in pairs.values()]
+
+
+def _change(pair: Mapping[str, Any]) -> str:
+    if not pair["base"] or not pair["tuned"]:
+        return "not compared"
+    before, after = pair["base"]["right"], pair["tuned"]["right"]
+    return ("still right" if after else "worsened") if before else ("improved" if after else "still wrong")
+
+
+def _memory(measure: Mapping[str, Any], method: str) -> dict[str, Any] | None:
+    """The measured peak of one process, cut into parts that add up to its live tensors."""
+    peak = as_number(measure.get("peak_tensors"))
+    if peak is None:
+        return None
+    parts = {part: as_number(measure.get(f"{part}_bytes")) or 0.0 for part in ("weight", "gradient", "optimizer")}
+    peak_rss, framework = as_number(measure.get("peak_rss")), as_number(measure.get("framework_rss"))
+    return {
+        "method": method,
+        # Parts are measured one by one, the peak at another moment: the rest may come out a little below zero.
+        "parts": {**parts, "rest": max(0.0, peak - sum(parts.values()))},
+        "peak_tensors": peak,
+        "rss_above_framework": peak_rss - framework if peak_rss is not None and framework is not None else None,
+        **{key: measure.get(key) for key in ("batch_size", "length", "dtype", "steps")},
+    }
+
+
+def _data(data: Mapping[str, Any]) -> dict[str, Any]:
+    counts = {name: dict(map_at(data, name)) or None for name in ("train", "valid", "rehearsal")}
+    return {"files": [dict(file) for file in list_at(data, "files")], "counts": counts}
+
+
+def _repeat(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What somebody else needs to run the same again and to see that it is the same."""
+    return {
+        "command": run.get("command"),
+        "seeds": dict(map_at(run, "seeds")),
+        "versions": dict(map_at(run, "versions")),
+        "machine": dict(map_at(run, "machine")),
+        "plan": [dict(item) for item in list_at(run, "plan")],
+        "model": {key: value for key, value in map_at(run, "model").items() if key != "files"},
+        "model_files": [dict(file) for file in list_at(map_at(run, "model"), "files")],
+        "artifacts": [dict(file) for file in list_at(run, "artifacts")],
+    }
+
+
+def _strict(value: Any) -> Any:
+    """The value with every non-finite float as None: NaN is no JSON, and other programs refuse the whole file."""
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

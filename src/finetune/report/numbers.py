@@ -1,0 +1,94 @@
+"""Numbers as a reader wants them: three significant digits, bytes in MB, and "not measured" for what is absent."""
+
+import math
+from typing import Any
+
+NOT_MEASURED = "not measured"
+_Z_95 = 1.959963984540054
+
+
+def as_number(value: Any) -> float | None:
+    """The value as a finite number, or None: booleans, text, NaN and infinities are no measurements."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def say_number(value: Any) -> str:
+    """A number with three significant digits; whole numbers from 1000 on in full, with thousands separated."""
+    number = as_number(value)
+    if number is None:
+        return NOT_MEASURED
+    if number == 0:
+        return "0"
+    if abs(number) >= 999.5:
+        return f"{number:,.0f}" if abs(number) < 1e15 else f"{number:.2e}"
+    mantissa, _, exponent = f"{number:#.3g}".partition("e")
+    return f"{mantissa.rstrip('.')}e{int(exponent)}" if exponent else mantissa.rstrip(".")
+
+
+def say_count(value: Any) -> str:
+    """A whole number with thousands separated, never rounded."""
+    number = as_number(value)
+    return NOT_MEASURED if number is None else f"{number:,.0f}"
+
+
+def say_rate(value: Any) -> str:
+    """A learning rate without padding zeros: 0.0002, not 0.000200."""
+    number = as_number(value)
+    return NOT_MEASURED if number is None else f"{number:.3g}".replace("e-0", "e-")
+
+
+def say_bytes(value: Any) -> str:
+    """A size in MB (millions of bytes); kB below a tenth of one, GB from ten thousand on."""
+    number = as_number(value)
+    if number is None:
+        return NOT_MEASURED
+    if abs(number) < 1000:
+        return f"{number:.0f} B"
+    if abs(number) < 1e5:
+        return f"{say_number(number / 1e3)} kB"
+    return f"{say_number(number / 1e6)} MB" if abs(number) < 1e10 else f"{say_number(number / 1e9)} GB"
+
+
+def say_percent(share: Any) -> str:
+    """A share from 0 to 1 in per cent, with a decimal only where it matters."""
+    number = as_number(share)
+    if number is None:
+        return NOT_MEASURED
+    digits = 0 if abs(number) >= 0.0995 or number == 0 else 2 if abs(number) < 0.00995 else 1
+    return f"{number * 100:.{digits}f} %"
+
+
+def say_seconds(value: Any) -> str:
+    """A duration: milliseconds, seconds, minutes or hours, whichever reads best."""
+    number = as_number(value)
+    if number is None:
+        return NOT_MEASURED
+    if number < 1:
+        return f"{number * 1000:.0f} ms"
+    if number < 60:
+        return f"{say_number(number)} s"
+    minutes, seconds = divmod(round(number), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def wilson(right: int, of: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a share, which stays inside 0 to 1 even for 0 or all right.
+
+    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
+    """
+    share, square = right / of, _Z_95**2
+    centre = (share + square / (2 * of)) / (1 + square / of)
+    half = _Z_95 * math.sqrt(share * (1 - share) / of + square / (4 * of**2)) / (1 + square / of)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def visible(text: str) -> str:
+    """The text with control characters as pictures (NUL as U+2400): a page cannot carry them and may not hide them."""
+    pictures = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
+    # DEL has a picture of its own; the C1 controls have none, and some terminals obey them.
+    pictures |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
+    # A lone surrogate is legal in JSON and illegal in UTF-8: without this the page could not be written at all.
+    return text.translate(pictures).encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,142 @@
+"""The sentences and figures of a report, said once for the page, the comparison and the terminal alike."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import PurePath
+from typing import Any
+
+from finetune.report.numbers import (
+    NOT_MEASURED,
+    as_number,
+    say_bytes,
+    say_count,
+    say_number,
+    say_percent,
+    say_seconds,
+)
+
+# Every outcome has a symbol of its own, so that no reader depends on colour.
+SYMBOLS = {"holds": "✓", "broken": "✗", "undecided": "?", "not applicable": "–", "not judged": "·"}
+ASCII_SYMBOLS = {"holds": "+", "broken": "x", "undecided": "?", "not applicable": "-", "not judged": "."}
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One headline figure: what it is, its value in words, and the detail or the reason of its absence."""
+
+    label: str
+    value: str
+    detail: str
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is a value at all."""
+        return self.value != NOT_MEASURED
+
+
+def say_title(report: Mapping[str, Any]) -> str:
+    """Model and data in one line."""
+    headline = report["headline"]
+    files = [PurePath(path).name for path in headline["data"]]
+    data = " on " + files[0] + (f" and {len(files) - 1} more" if len(files) > 1 else "") if files else ""
+    return f"{headline['model'] or 'unnamed model'}{data}"
+
+
+def say_start(report: Mapping[str, Any]) -> str | None:
+    """When the run began, to the minute; as it was written when that is no ISO date."""
+    written = report["started"]
+    try:
+        start = datetime.fromisoformat(str(written))
+    except ValueError:
+        return None if written is None else str(written)
+    return f"{start:%Y-%m-%d %H:%M} {start:%Z}".rstrip()
+
+
+def say_outcome(report: Mapping[str, Any]) -> str:
+    """How many of the five criteria hold and which do not, in one sentence."""
+    criteria = report["criteria"]
+    failing = {
+        word: [item["title"].lower() for item in criteria if item["outcome"] == word]
+        for word in ("broken", "undecided")
+    }
+    if not any(item["outcome"] for item in criteria):
+        return "No criterion was judged in this run."
+    holding = sum(item["outcome"] == "holds" for item in criteria)
+    parts = [f"{word}: {', '.join(titles)}" for word, titles in failing.items() if titles]
+    idle = [item["title"].lower() for item in criteria if item["outcome"] in (None, "not applicable")]
+    if idle:
+        parts.append(f"not judged or not applicable: {', '.join(idle)}")
+    head = f"{'All' if holding == len(criteria) else f'{holding} of'} {len(criteria)} criteria hold"
+    return f"{head}{'; ' if parts else ''}{'; '.join(parts)}."
+
+
+def headline_figures(report: Mapping[str, Any]) -> list[Figure]:
+    """The figures a reader looks for first, always the same eight in the same order."""
+    headline, absent = report["headline"], report["absent"]
+    return [
+        _score(report, "learning", "Trained questions right"),
+        _score(report, "retention", "Other questions right"),
+        _losses(headline["fixed_loss"], "Loss on fixed batches", absent["fixed"]),
+        _losses(headline["held_out_loss"], "Loss on held-out rows", absent["held_out"]),
+        _trainable(headline),
+        _memory(report),
+        _tokens(report),
+        _time(headline),
+    ]
+
+
+def _score(report: Mapping[str, Any], name: str, label: str) -> Figure:
+    tally = report["scores"][name]
+    base, tuned, sham = tally["base"], tally["tuned"], tally["sham"]
+    if not base or not tuned:
+        return Figure(label, NOT_MEASURED, report["absent"][name])
+    control = f"; sham control {sham['right']} of {sham['of']}" if sham else ""
+    detail = f"{say_percent(base['share'])} before, {say_percent(tuned['share'])} after{control}"
+    of = f"{tuned['of']}" if base["of"] == tuned["of"] else f"{base['of']} and {tuned['of']}"
+    return Figure(label, f"{base['right']} → {tuned['right']} of {of}", detail)
+
+
+def _losses(losses: Mapping[str, Any] | None, label: str, why: str) -> Figure:
+    before, after = (losses["before"], losses["after"]) if losses else (None, None)
+    if before is None or after is None:
+        return Figure(label, NOT_MEASURED, why if losses is None else "The loss was not a finite number.")
+    change = f"{say_percent(abs(after / before - 1))} {'lower' if after <= before else 'higher'}, " if before else ""
+    return Figure(label, f"{say_number(before)} → {say_number(after)}", f"{change}nats per token")
+
+
+def _trainable(headline: Mapping[str, Any]) -> Figure:
+    label = "Trainable parameters"
+    if headline["trainable_parameters"] is None:
+        return Figure(label, NOT_MEASURED, "run.json holds no count of trainable parameters.")
+    detail = f"{say_percent(headline['trainable_share'])} of {say_count(headline['parameters'])}"
+    return Figure(label, say_count(headline["trainable_parameters"]), detail)
+
+
+def _memory(report: Mapping[str, Any]) -> Figure:
+    label, headline = "Memory against full", report["headline"]
+    saving = headline["memory_saving"]
+    if saving is None:
+        return Figure(label, NOT_MEASURED, report["absent"]["memory"])
+    peaks = {measure["method"]: say_bytes(measure["peak_tensors"]) for measure in report["memory"]}
+    word = "less" if saving >= 0 else "more"
+    detail = f"peak live tensors {peaks['lora']} with LoRA, {peaks['full']} in full"
+    return Figure(label, f"{say_percent(abs(saving))} {word}", detail)
+
+
+def _tokens(report: Mapping[str, Any]) -> Figure:
+    counts = report["data"]["counts"]["train"]
+    label = "Tokens trained on"
+    if not counts or as_number(counts.get("trained_tokens")) is None:
+        return Figure(label, NOT_MEASURED, report["absent"]["counts"])
+    detail = f"of {say_count(counts.get('tokens'))} tokens in {say_count(counts.get('kept'))} rows"
+    return Figure(label, say_count(counts["trained_tokens"]), detail)
+
+
+def _time(headline: Mapping[str, Any]) -> Figure:
+    if headline["seconds"] is None:
+        return Figure("Time", NOT_MEASURED, "run.json holds no timing.")
+    rate, peak = headline["tokens_per_second"], headline["peak_rss_bytes"]
+    parts = [f"{say_count(rate)} tokens per second"] if rate is not None else []
+    parts += [f"process peak {say_bytes(peak)}"] if peak is not None else []
+    return Figure("Time", say_seconds(headline["seconds"]), ", ".join(parts) or "speed and peak were not measured")

@@ -1,0 +1,204 @@
+"""Renders conversations into segments: what is markup, what is somebody's text, and what the model learns to say.
+
+Every template, built in or shipped with a model, is a Jinja template and takes the same path. Each message is
+replaced by a marker, the template is rendered, and the result is cut at the markers; so the place of every message
+is known and nothing is searched for. The cut text is then compared with what the template makes of the real messages.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from jinja2 import TemplateError as JinjaTemplateError
+from jinja2.exceptions import SecurityError
+
+from finetune.errors import TemplateError
+from finetune.records import Conversation, Document, Message, Rendered, Segment
+from finetune.templates.catalog import CATALOG, TemplateSource
+from finetune.templates.sandbox import TemplateRefusedError, compile_template
+
+_MARKER = re.compile("\ue000([0-9]+)\ue001")
+
+
+class ChatTemplate:
+    """A compiled template for one tokenizer: `render` for training, `render_prompt` for asking; they always agree.
+
+    Args:
+        source: the template.
+        control_tokens: every control token of the tokenizer, such as `<|im_end|>`.
+        bos: the begin-of-text token, or "" for a model without one.
+        eos: the end-of-text token.
+    """
+
+    def __init__(self, source: TemplateSource, control_tokens: Sequence[str], *, bos: str, eos: str) -> None:
+        missing = [token for token in source.control_tokens if token not in control_tokens]
+        if missing:
+            raise TemplateError(
+                f"template {source.name!r} needs control tokens that this tokenizer lacks: {', '.join(missing)}",
+                hint="choose template alpaca, or tokenizer for the model's own",
+            )
+        self.name = source.name
+        self._variables = {"bos_token": bos, "eos_token": eos}
+        self._jinja: Callable[..., str] = compile_template(source.name, source.jinja)
+        ordered = sorted(control_tokens, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, ordered)) if ordered else "(?!)")
+        self._eos = eos
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """The conversation as training text: every assistant answer and its terminator are marked trained.
+
+        Raises:
+            TemplateError: the template refuses the roles, rewrites the text, loses a message, or would ask at serve
+                time with another prompt than the one trained on.
+        """
+        messages = self._fitting(conversation)
+        pieces = self._cut(messages, conversation.where)
+        segments: list[Segment] = []
+        for index, (markup, message) in enumerate(zip(pieces[0::2], [*messages, None], strict=True)):
+            before = messages[index - 1] if index else None
+            terminator = self._terminator(markup, conversation.where) if _is_answer(before) else ""
+            if terminator:
+                segments.append(Segment(terminator, "assistant", trained=True, control=True))
+            rest = markup[len(terminator) :]
+            if message is None:
+                segments.append(Segment(rest, "markup", trained=False, control=True))
+            elif _is_answer(message):
+                segments += self._opened(segments, rest, messages[:index], conversation.where)
+                segments.append(Segment(message.content, message.role, trained=True, control=False))
+            else:
+                segments.append(Segment(rest, "markup", trained=False, control=True))
+                segments.append(Segment(message.content, message.role, trained=False, control=False))
+        return Rendered(tuple(segment for segment in segments if segment.text), conversation.where)
+
+    def render_prompt(self, conversation: Conversation) -> Rendered:
+        """The conversation as a question to the model: it ends where the answer would begin.
+
+        Raises:
+            TemplateError: as `render`.
+        """
+        messages = self._fitting(conversation)
+        pieces = self._cut(messages, conversation.where, add_generation_prompt=True)
+        segments: list[Segment] = []
+        for markup, message in zip(pieces[0::2], [*messages, None], strict=True):
+            segments.append(Segment(markup, "markup", trained=False, control=True))
+            if message is not None:
+                segments.append(Segment(message.content, message.role, trained=False, control=False))
+        return Rendered(tuple(segment for segment in segments if segment.text), conversation.where)
+
+    def render_document(self, document: Document) -> Rendered:
+        """Plain text as training text: all of it is trained, and the end-of-text token after it."""
+        text = Segment(document.text, "text", trained=True, control=False)
+        return Rendered((text, Segment(self._eos, "text", trained=True, control=True)), document.where)
+
+    def terminators(self) -> tuple[str, ...]:
+        """The control tokens that end an answer: what the model is taught to stop with, so what serving must stop at."""
+        probe = Conversation((Message("user", "question"), Message("assistant", "answer")), "template probe")
+        spoken = "".join(s.text for s in self.render(probe).segments if s.trained and s.control)
+        return tuple(dict.fromkeys(self._control.findall(spoken)))
+
+    def _fitting(self, conversation: Conversation) -> tuple[Message, ...]:
+        """The messages with an alpaca input joined to its instruction, for templates that know no such role."""
+        if self.name == "alpaca" or all(message.role != "input" for message in conversation.messages):
+            return conversation.messages
+        joined: list[Message] = []
+        for message in conversation.messages:
+            if message.role == "input":
+                joined[-1] = Message("user", joined[-1].content + "\n\n" + message.content)
+            else:
+                joined.append(message)
+        return tuple(joined)
+
+    def _cut(self, messages: tuple[Message, ...], where: str, *, add_generation_prompt: bool = False) -> list[str]:
+        """Markup and message texts in turn: [markup, text, markup, ..., text, markup], text exactly as in `messages`."""
+        marked = [Message(message.role, f"\ue000{index}\ue001") for index, message in enumerate(messages)]
+        pieces = _MARKER.split(self._call(marked, where, add_generation_prompt=add_generation_prompt))
+        order = [int(number) for number in pieces[1::2]]
+        if order != list(range(len(messages))):
+            lost = sorted(set(range(len(messages))) - set(order))
+            roles = ", ".join(messages[index].role for index in lost) or "none"
+            raise TemplateError(
+                f"{where}: template {self.name!r} does not show each message once and in order (lost: {roles})",
+                hint="choose a template that knows these roles, or leave those messages out of the data",
+            )
+        pieces[1::2] = [messages[int(number)].content for number in pieces[1::2]]
+        if "".join(pieces) != self._call(messages, where, add_generation_prompt=add_generation_prompt):
+            trimmed = tuple(Message(message.role, message.content.strip()) for message in messages)
+            if trimmed != messages:
+                return self._cut(trimmed, where, add_generation_prompt=add_generation_prompt)
+            raise TemplateError(
+                f"{where}: template {self.name!r} rewrites the text of the messages, so answers cannot be marked",
+                hint="choose another template, or one without conditions on the text",
+            )
+        return pieces
+
+    def _call(self, messages: Sequence[Message], where: str, *, add_generation_prompt: bool) -> str:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return self._jinja(messages=turns, add_generation_prompt=add_generation_prompt, **self._variables)
+        except TemplateRefusedError as error:
+            raise TemplateError(
+                f"{where}: template {self.name!r} refuses these messages: {error}",
+                hint="mend the order of roles in this row, or choose another template",
+            ) from None
+        except SecurityError as error:
+            raise TemplateError(f"template {self.name!r} is unsafe and was stopped: {error}") from None
+        except (JinjaTemplateError, TypeError, ValueError, LookupError, OverflowError, ArithmeticError) as error:
+            raise TemplateError(
+                f"{where}: template {self.name!r} fails: {error}", hint="does it need a role or field the data lacks?"
+            ) from None
+
+    def _terminator(self, markup: str, where: str) -> str:
+        """What follows an answer up to and including its control token; the model must learn to say it."""
+        found = self._control.search(markup)
+        if found is None or markup[: found.start()].strip():
+            raise TemplateError(
+                f"{where}: template {self.name!r} ends an answer with {markup[:40]!r} and no control token, "
+                "so the model could never learn to stop",
+                hint="end answers with the tokenizer's end-of-turn token or {{ eos_token }}",
+            )
+        return markup[: found.end()]
+
+    def _opened(
+        self, before: Sequence[Segment], markup: str, asked: tuple[Message, ...], where: str
+    ) -> list[Segment]:
+        """The markup in front of an answer, cut where the prompt ends at serve time; what follows is trained."""
+        trained_on = "".join(segment.text for segment in before) + markup
+        served = "".join(self._cut(asked, where, add_generation_prompt=True))
+        if not trained_on.startswith(served):
+            raise TemplateError(
+                f"{where}: template {self.name!r} is not prefix-preserving: at serve time the prompt would end with "
+                f"{served[-40:]!r}, but in training the answer follows {trained_on[-40:]!r}",
+                hint="choose another template: this one asks differently from how it trains",
+            )
+        spoken = trained_on[len(served) :]
+        prompt = markup[: len(markup) - len(spoken)]
+        opened = [Segment(prompt, "markup", trained=False, control=True)]
+        return [*opened, Segment(spoken, "assistant", trained=True, control=True)] if spoken else opened
+
+
+def _is_answer(message: Message | None) -> bool:
+    return message is not None and message.role == "assistant"
+
+
+def find_template(name: str, own: str | None) -> TemplateSource:
+    """The template by its name: one of the catalogue, `tokenizer` for the model's own, or a `.jinja` file.
+
+    Raises:
+        TemplateError: no such template; the names that exist are listed.
+    """
+    if name in CATALOG:
+        return CATALOG[name]
+    if name == "tokenizer":
+        if own is None:
+            raise TemplateError(
+                "this model's tokenizer ships no chat template", hint=f"choose one of {', '.join(CATALOG)}"
+            )
+        return TemplateSource("tokenizer", own)
+    if name.endswith(".jinja"):
+        try:
+            return TemplateSource(name, Path(name).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise TemplateError(f"template file {name} cannot be read: {error}", hint="check the path") from None
+    raise TemplateError(
+        f"unknown template {name!r}", hint=f"choose one of {', '.join(CATALOG)}, tokenizer, or a path to a .jinja file"
+    )

@@ -1,0 +1,148 @@
+"""Loads a model's own tokenizer from its folder, without any ML framework."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import ModelError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as RustTokenizer
+
+
+class FileTokenizer:
+    """The tokenizer of one model folder: `tokenizer.json` (or `vocab.json` + `merges.txt`) and its settings.
+
+    Control tokens are recognised in markup only: in somebody's text they stay ordinary characters.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        settings = _read_json(folder / "tokenizer_config.json")
+        model = _read_json(folder / "config.json")
+        self._markup = _load(folder)
+        self._content = _load(folder)
+        self._content.encode_special_tokens = True
+        added = self._markup.get_added_tokens_decoder()
+        self.control_tokens: tuple[str, ...] = tuple(token.content for token in added.values() if token.special)
+        self.bos = _token_text(settings.get("bos_token"), self._markup, model.get("bos_token_id"))
+        self.eos = _token_text(settings.get("eos_token"), self._markup, model.get("eos_token_id"))
+        if not self.eos:
+            raise ModelError(f"{folder}: the tokenizer has no end-of-text token", hint="set eos_token in its config")
+        pad = _token_text(settings.get("pad_token"), self._markup, model.get("pad_token_id"))
+        self.eos_id = self._known(self.eos)
+        self.bos_id = self._known(self.bos) if self.bos else None
+        self.pad_id = self._known(pad) if pad else self.eos_id
+        self.adds_bos = self._prepends_bos(settings)
+        self.chat_template = _chat_template(folder, settings)
+        generation = _read_json(folder / "generation_config.json").get("eos_token_id", [])
+        extra = generation if isinstance(generation, list) else [generation]
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([self.eos_id, *extra]))
+        ordered = sorted(self.control_tokens, key=len, reverse=True)
+        self._splitter = re.compile("|".join(map(re.escape, ordered)) if ordered else "(?!)")
+
+    def encode_markup(self, text: str) -> list[int]:
+        """Ids of template text: control tokens in it become their ids."""
+        return list(self._markup.encode(text, add_special_tokens=False).ids)
+
+    def encode_content(self, text: str) -> list[int]:
+        """Ids of somebody's text: what looks like a control token stays ordinary text."""
+        return list(self._content.encode(text, add_special_tokens=False).ids)
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As `encode_content`, with the (start, end) characters that each id covers."""
+        encoding = self._content.encode(text, add_special_tokens=False)
+        return list(encoding.ids), list(encoding.offsets)
+
+    def split_control(self, text: str) -> list[str]:
+        """Markup cut at its control tokens: even places are ordinary text, odd places control tokens."""
+        pieces: list[str] = []
+        end = 0
+        for found in self._splitter.finditer(text):
+            pieces += [text[end : found.start()], found.group()]
+            end = found.end()
+        return [*pieces, text[end:]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, control tokens left out."""
+        return str(self._markup.decode(list(ids), skip_special_tokens=True))
+
+    def control_id(self, token: str) -> int | None:
+        """The id of a control token, or None when the tokenizer has no such token."""
+        return self._markup.token_to_id(token) if token in self.control_tokens else None
+
+    def __len__(self) -> int:
+        return int(self._markup.get_vocab_size())
+
+    def _known(self, token: str) -> int:
+        number = self._markup.token_to_id(token)
+        if number is None:
+            raise ModelError(f"{self.folder}: token {token!r} is named in the settings but not in the vocabulary")
+        return int(number)
+
+    def _prepends_bos(self, settings: dict[str, Any]) -> bool:
+        if self.bos_id is None:
+            return False
+        if self._markup.encode("a").ids[:1] == [self.bos_id]:
+            return True
+        return settings.get("add_bos_token") is True
+
+
+def _load(folder: Path) -> "RustTokenizer":
+    from tokenizers import Tokenizer
+
+    fast, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    if not fast.exists() and not (vocabulary.exists() and merges.exists()):
+        raise ModelError(
+            f"{folder} has no tokenizer.json (nor vocab.json and merges.txt)",
+            hint="convert the tokenizer once: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+        )
+    try:
+        return Tokenizer.from_file(str(fast)) if fast.exists() else _from_merges(folder, vocabulary, merges)
+    except Exception as error:  # the library raises bare Exception for a broken file
+        raise ModelError(f"{folder}: the tokenizer cannot be read: {error}", hint="get the model again") from None
+
+
+def _from_merges(folder: Path, vocabulary: Path, merges: Path) -> "RustTokenizer":
+    from tokenizers import AddedToken, ByteLevelBPETokenizer
+
+    built = ByteLevelBPETokenizer.from_file(str(vocabulary), str(merges))
+    settings = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+    marks = [settings.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")]
+    texts = [mark.get("content") if isinstance(mark, dict) else mark for mark in marks] + ["<|endoftext|>"]
+    known = [text for text in dict.fromkeys(texts) if text and built.token_to_id(text) is not None]
+    built.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in known])
+    return built._tokenizer
+
+
+def _token_text(value: Any, tokenizer: "RustTokenizer", fallback_id: Any) -> str:
+    if isinstance(value, dict):
+        value = value.get("content")
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(fallback_id, list):
+        fallback_id = fallback_id[0] if fallback_id else None
+    return str(tokenizer.id_to_token(fallback_id) or "") if isinstance(fallback_id, int) else ""
+
+
+def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", hint="get the model again") from None
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,109 @@
+"""The training loop, the only one: it drives a session, yields events, and knows no framework."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from finetune.errors import NonFiniteError
+from finetune.events import Event, FirstGradients, HeldOutLoss, StepDone
+from finetune.ports import Session
+from finetune.records import Batch, Tokenized
+from finetune.training.schedule import Schedule, learning_rate_at
+
+Batching = Callable[[int], list[Batch]]
+
+
+@dataclass(frozen=True, slots=True)
+class LoopPlan:
+    """Everything the loop needs to know, decided beforehand."""
+
+    total_steps: int
+    accumulation: int
+    peak_learning_rate: float
+    warmup_steps: int
+    schedule: Schedule
+    evaluate_every: int
+
+
+def steps_per_epoch(row_count: int, batch_size: int, accumulation: int) -> int:
+    """How many optimizer steps an epoch takes; the last one may hold fewer rows."""
+    return math.ceil(math.ceil(row_count / batch_size) / accumulation)
+
+
+def train(
+    session: Session, batches_of: Batching, held_out: Sequence[Batch], plan: LoopPlan, *, done_steps: int = 0
+) -> Iterator[Event]:
+    """Train until `plan.total_steps` optimizer steps are done, and tell each step as it is done.
+
+    `batches_of(epoch)` must give the same batches each time it is asked, so that a run continued after `done_steps`
+    steps sees what an uninterrupted one would have seen. The loss of a step is weighted by tokens over all batches
+    that the step accumulates; the batches left over at the end of an epoch make a step of their own.
+
+    Raises:
+        NonFiniteError: a loss or gradient norm is NaN or infinite; no weight is changed by that step.
+    """
+    step = 0
+    epoch = 0
+    while step < plan.total_steps:
+        batches = batches_of(epoch)
+        windows = [batches[start : start + plan.accumulation] for start in range(0, len(batches), plan.accumulation)]
+        for index, window in enumerate(windows):
+            if step == plan.total_steps:
+                return
+            step += 1
+            if step <= done_steps:
+                continue
+            yield from _one_step(session, window, plan, step, epoch + (index + 1) / len(windows))
+            if held_out and (step % plan.evaluate_every == 0 or step == plan.total_steps):
+                yield HeldOutLoss(step, *mean_loss(session, held_out))
+        epoch += 1
+
+
+def _one_step(session: Session, window: Sequence[Batch], plan: LoopPlan, step: int, epoch: float) -> Iterator[Event]:
+    import psutil
+
+    started = time.perf_counter()
+    targets = sum(batch.target_count for batch in window)
+    total = 0.0
+    for batch in window:
+        total += session.accumulate(batch, 1 / targets)
+    loss = total / targets
+    if not math.isfinite(loss):
+        raise _non_finite("loss", loss, step, window)
+    if step == 1:
+        yield FirstGradients(session.gradient_norms())
+    rate = learning_rate_at(
+        step, plan.total_steps, peak=plan.peak_learning_rate, warmup_steps=plan.warmup_steps, schedule=plan.schedule
+    )
+    norm = session.clip_gradients()
+    if not math.isfinite(norm):
+        raise _non_finite("gradient norm", norm, step, window)
+    session.update(rate)
+    yield StepDone(
+        step=step,
+        total_steps=plan.total_steps,
+        epoch=epoch,
+        loss=loss,
+        learning_rate=rate,
+        grad_norm=norm,
+        tokens=sum(batch.token_count for batch in window),
+        trained_tokens=targets,
+        seconds=time.perf_counter() - started,
+        rss=psutil.Process().memory_info().rss,
+    )
+
+
+def mean_loss(session: Session, batches: Sequence[Batch]) -> tuple[float, int]:
+    """The loss per trained token over all batches (token-weighted, dropout off), and the number of those tokens."""
+    targets = sum(batch.target_count for batch in batches)
+    return sum(session.loss(batch) for batch in batches) / targets, targets
+
+
+def _non_finite(what: str, value: float, step: int, window: Sequence[Batch]) -> NonFiniteError:
+    rows: list[Tokenized] = [row for batch in window for row in batch.rows]
+    places = ", ".join(row.where for row in rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
+    return NonFiniteError(
+        f"the {what} became {value} at step {step} (rows {places}); the weights are those of step {step - 1}",
+        hint="lower training.learning_rate, or look for broken rows at those places",
+    )

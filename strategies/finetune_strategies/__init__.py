@@ -1,0 +1,1 @@
+"""Hypothesis strategies for FineTune's values; import the module you need, e.g. `finetune_strategies.configs`."""

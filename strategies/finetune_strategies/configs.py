@@ -1,0 +1,151 @@
+"""Configurations, valid and refused, drawn from a table that says what each setting accepts."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import strategies as st
+
+from finetune.config import TrainingConfig, unflatten
+
+Tree = dict[str, Any]
+
+_LOOKS_LIKE_SOMETHING_ELSE = (
+    "null", "~", "true", "no", "on", "1e-5", "2e-5", "0123", "1:30", "12", ".nan", "2024-01-01", "-", "- a", "a: b",
+    "a #b", "#a", "'", '"', "'a", "[a]", "{a}", "*a", "&a", "!a", "%a", "@a", "a:", "=", "<<", " a ", "none", "NONE",
+    "data/Москва.jsonl", "资料/数据.json", "naïve café.csv", "🦙.parquet", "e\u0301", "\ufeffa", "C:\\data", "a" * 300,
+)  # fmt: skip
+_PRINTABLE = st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"])
+
+
+def texts() -> st.SearchStrategy[str]:
+    """Names and paths: any printable text, often text that YAML would take for something else."""
+    free = st.text(_PRINTABLE, min_size=1, max_size=30).filter(lambda text: text != "None")
+    return st.sampled_from(_LOOKS_LIKE_SOMETHING_ELSE) | free
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a setting accepts and what it refuses."""
+
+    accepted: st.SearchStrategy[Any]
+    refused: st.SearchStrategy[Any]
+
+
+_NEVER = st.sampled_from([True, False, [], {}, {"a": 1}, [1]])
+_NOT_NUMBERS = _NEVER | st.sampled_from(["abc", "", "None", "nan", ".inf", float("nan"), float("inf"), -float("inf")])
+
+
+def _whole(least: int, most: int = 10**6) -> Setting:
+    outside = st.integers(max_value=least - 1) | st.sampled_from([3.5, "3.5"])
+    return Setting(st.integers(least, most), _NOT_NUMBERS | st.none() | outside)
+
+
+def _number(outside: st.SearchStrategy[float], **bounds: Any) -> Setting:
+    return Setting(st.floats(allow_nan=False, allow_infinity=False, **bounds), _NOT_NUMBERS | st.none() | outside)
+
+
+def _words(*words: str) -> Setting:
+    wrong = st.sampled_from([words[0].upper(), words[0][:-1], "", "None", 0, 1.5])
+    return Setting(st.sampled_from(words), _NEVER | st.none() | wrong)
+
+
+def _optional(setting: Setting) -> Setting:
+    refused = setting.refused.filter(lambda value: value is not None)
+    return Setting(st.none() | setting.accepted, refused)
+
+
+_POSITIVE = _number(st.sampled_from([0, -0.0, -1e-300, "-1"]), min_value=0, exclude_min=True)
+_SHARE = _number(st.sampled_from([1, -1e-9, 2.0, "1.0"]), min_value=0, max_value=1, exclude_max=True)
+_TEXT = Setting(texts(), _NEVER | st.none() | st.sampled_from([0, 7, 1.5, "", "None", "a\nb", "a\0", "\x85"]))
+_EXTRA_RUNS = _words("auto", "always", "never")
+_TEMPLATES = _words("auto", "tokenizer", "alpaca", "chatml", "llama2", "llama3")
+_NAME_LISTS = st.lists(texts(), min_size=1, max_size=4)
+
+SETTINGS: dict[str, Setting] = {
+    "model.path": _TEXT,
+    "model.revision": _optional(_TEXT),
+    "model.dtype": _words("float32", "bfloat16"),
+    "data.train": _optional(_TEXT),
+    "data.valid": _optional(_TEXT),
+    "data.valid_fraction": _optional(_SHARE),
+    "data.rehearsal": _optional(_TEXT),
+    "data.retention": _optional(_TEXT),
+    "data.limit": _optional(_whole(1)),
+    "template.name": Setting(
+        _TEMPLATES.accepted | texts().map(lambda text: f"{text}.jinja"), _TEMPLATES.refused | st.just(".jinja")
+    ),
+    "tokens.max_length": _optional(_whole(8)),
+    "tokens.overlong": _words("drop", "truncate_prompt"),
+    "adapter.rank": _whole(1),
+    "adapter.alpha": _POSITIVE,
+    "adapter.dropout": _SHARE,
+    "adapter.targets": Setting(
+        st.just("all-linear") | _NAME_LISTS, st.sampled_from(["q_proj", "", [], [""], [1], [True], {}, 3, True, None])
+    ),
+    "training.epochs": _POSITIVE,
+    "training.max_steps": _optional(_whole(1)),
+    "training.batch_size": _whole(1),
+    "training.accumulation": _whole(1),
+    "training.learning_rate": _POSITIVE,
+    "training.schedule": _words("cosine", "linear", "constant"),
+    "training.warmup_fraction": _SHARE,
+    "training.weight_decay": _number(st.sampled_from([-1.0, "-1e-9"]), min_value=0),
+    "training.max_grad_norm": _POSITIVE,
+    "training.seed": Setting(st.integers(0, 2**32 - 1), _whole(0).refused | st.integers(min_value=2**32)),
+    "training.save_every": _optional(_whole(1)),
+    "training.evaluate_every": _optional(_whole(1)),
+    "evaluation.questions": _whole(0),
+    "evaluation.retention_questions": _whole(0),
+    "evaluation.max_new_tokens": _whole(1),
+    "judge.sham": _EXTRA_RUNS,
+    "judge.memory": _EXTRA_RUNS,
+    "judge.memory_batch_size": _whole(1),
+    "judge.memory_length": _whole(8),
+    "backend": _words("torch", "mlx", "reference"),
+}
+"""Every setting by dotted key, written down independently of the product's schema."""
+
+NUMBERS = tuple(
+    key
+    for key in SETTINGS
+    if key.startswith(("training.", "evaluation.", "judge.memory_", "adapter."))
+    and key not in ("adapter.targets", "training.schedule")
+) + ("data.valid_fraction", "data.limit", "tokens.max_length")
+NULLABLE = (
+    "model.revision", "data.train", "data.valid", "data.valid_fraction", "data.rehearsal", "data.retention",
+    "data.limit", "tokens.max_length", "training.max_steps", "training.save_every", "training.evaluate_every",
+)  # fmt: skip
+
+
+def nested(values: dict[str, Any]) -> Tree:
+    """The mapping that a YAML file with these dotted keys holds."""
+    tree: Tree = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = value
+    return tree
+
+
+def settings_given() -> st.SearchStrategy[dict[str, Any]]:
+    """Accepted values for some of the settings, by dotted key, in any order."""
+    everything = st.fixed_dictionaries({}, optional={key: setting.accepted for key, setting in SETTINGS.items()})
+    return everything.flatmap(lambda values: st.permutations(list(values.items()))).map(dict)
+
+
+def configs() -> st.SearchStrategy[TrainingConfig]:
+    """Valid configurations."""
+    return settings_given().map(unflatten)
+
+
+def planted_problems(most: int = 8) -> st.SearchStrategy[dict[str, Any]]:
+    """A refused value for each of some settings, by dotted key: as many problems as keys."""
+    keys = st.lists(st.sampled_from(list(SETTINGS)), min_size=1, max_size=most, unique=True)
+    return keys.flatmap(lambda chosen: st.fixed_dictionaries({key: SETTINGS[key].refused for key in chosen}))
+
+
+@st.composite
+def refused_configs(draw: st.DrawFn) -> tuple[Tree, str]:
+    """A raw configuration with exactly one refused value, and the dotted key that must be named."""
+    [(key, value)] = draw(planted_problems(most=1)).items()
+    good = draw(settings_given())
+    return nested({**good, key: value}), key

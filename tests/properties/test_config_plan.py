@@ -1,0 +1,155 @@
+"""Laws of what is made from a configuration: profiles, the commented file, the JSON Schema and the plan."""
+
+import json
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune.config import (
+    KEYS,
+    PROFILES,
+    LoadedConfig,
+    ModelAndDataFacts,
+    Plan,
+    TrainingConfig,
+    commented_config,
+    description_of,
+    dump_plan,
+    flatten,
+    json_schema,
+    load_config,
+    load_plan,
+    plan_as_list,
+    resolve,
+    resolve_steps,
+    unflatten,
+)
+from finetune.errors import ConfigError
+from finetune_strategies.config_files import SOURCES, load_text, refusal, yaml_file
+from finetune_strategies.configs import configs, nested, settings_given
+
+FACTS = st.builds(ModelAndDataFacts, st.integers(8, 10**6), st.booleans(), st.integers(0, 10**6))
+
+
+@pytest.mark.parametrize("name", list(PROFILES))
+def test_profile_sets_exactly_its_values(name: str) -> None:
+    """Each of the four profiles changes its own keys, wherever it is named, and nothing else."""
+    assert set(PROFILES) == {"chat", "instruction", "code", "demo"}
+    assert set(PROFILES[name].values) <= set(KEYS) and PROFILES[name].sentence.endswith(".")
+    expected = unflatten(PROFILES[name].values)
+    by_flag, by_file = load_text("", profile=name), load_text(f"profile: {name}")
+    by_variable = load_text("profile: chat" if name != "chat" else "", environ={"FT_PROFILE": name})
+    assert by_flag == by_file == by_variable
+    assert by_flag.config == expected
+    assert {key for key, origin in by_flag.origins.items() if origin == "profile"} == set(PROFILES[name].values)
+    [problem] = refusal(f"profile: {name}x").problems
+    assert problem.hint == f"did you mean {name}?"
+
+
+def test_profile_null_from_a_flag_cancels_the_files() -> None:
+    """A stronger `profile: null` means none."""
+    assert load_text("profile: code", overrides={"profile": None}).config == TrainingConfig()
+
+
+def test_commented_config_loads_to_the_defaults() -> None:
+    """The file of `ft init` changes nothing, and still changes nothing with all 37 settings switched on."""
+    text = commented_config()
+    loaded = load_text(text)
+    assert loaded.config == TrainingConfig()
+    assert set(loaded.origins.values()) == {"default"}
+    switched = [line.replace("#", "", 1) if line.lstrip()[:2].strip("# ") else line for line in text.splitlines()]
+    assert sum(new != old for new, old in zip(switched, text.splitlines(), strict=True)) == len(KEYS) + 1
+    loaded = load_text("\n".join(switched))
+    assert loaded.config == TrainingConfig()
+    assert set(loaded.origins.values()) == {"file"}
+    assert all(description_of(key).split()[0] in text for key in KEYS)
+
+
+def test_json_schema_describes_every_setting_and_nothing_else() -> None:
+    """The JSON Schema names the 36 settings and `profile`, explains each and closes every object."""
+    schema = json_schema()
+    json.dumps(schema)
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert schema["additionalProperties"] is False and schema["title"] and "required" not in schema
+    found = []
+    for name, part in schema["properties"].items():
+        assert part["description"]
+        reference = next((choice["$ref"] for choice in part.get("anyOf", []) if "$ref" in choice), None)
+        if reference is None:
+            found.append(name)
+            continue
+        group = schema["$defs"][reference.rpartition("/")[2]]
+        assert group["additionalProperties"] is False and "required" not in group
+        assert all(inner["description"] for inner in group["properties"].values())
+        found += [f"{name}.{inner}" for inner in group["properties"]]
+    assert sorted(found) == sorted([*KEYS, "profile"])
+
+
+@given(settings_given())
+@settings(max_examples=25, deadline=None)
+def test_json_schema_accepts_what_the_loader_accepts(values: dict[str, Any]) -> None:
+    """Every accepted configuration, the commented file included, satisfies the JSON Schema."""
+    jsonschema = pytest.importorskip("jsonschema")
+    validator = jsonschema.Draft202012Validator(json_schema())
+    validator.validate(nested(values))
+    validator.validate(yaml.safe_load(commented_config()))
+
+
+@given(configs(), FACTS, st.integers(1, 10**6), st.data())
+@settings(max_examples=80, deadline=None)
+def test_plan_leaves_nothing_open(
+    config: TrainingConfig, facts: ModelAndDataFacts, steps: int, data: st.DataObject
+) -> None:
+    """Resolving fills every derivable value, marks it derived, and keeps every given one; a conflict is refused."""
+    origins = {key: data.draw(st.sampled_from(["file", "flag"]), label=key) for key in ("tokens.max_length",)}
+    loaded = LoadedConfig(config, {**dict.fromkeys(KEYS, "file"), **origins})
+    too_long = (config.tokens.max_length or 0) > facts.context_length
+    two_splits = config.data.valid is not None and bool(config.data.valid_fraction)
+    no_template = config.template.name == "tokenizer" and not facts.has_chat_template
+    if conflicts := too_long + two_splits + no_template:
+        with pytest.raises(ConfigError) as caught:
+            resolve(loaded, facts)
+        assert len(caught.value.problems) == conflicts
+        return
+    plan = resolve_steps(resolve(loaded, facts), steps)
+    before, after = flatten(config), flatten(plan.config)
+    for key in KEYS:
+        open_before = before[key] == "auto" if key == "template.name" else before[key] is None
+        derived = open_before and (key == "template.name" or after[key] is not None)
+        assert plan.origins[key] == ("derived" if derived else loaded.origins[key])
+        assert derived or after[key] == before[key]
+    assert after["template.name"] != "auto"
+    assert 8 <= after["tokens.max_length"] <= facts.context_length
+    assert (before["tokens.max_length"] is not None) or after["tokens.max_length"] == min(2048, facts.context_length)
+    split = facts.train_rows >= 200 and config.data.valid is None
+    assert before["data.valid_fraction"] is not None or after["data.valid_fraction"] == (0.05 if split else 0.0)
+    assert before["training.save_every"] is not None or 1 <= after["training.save_every"] <= steps
+    assert before["training.evaluate_every"] is not None or 1 <= after["training.evaluate_every"] <= steps
+    assert resolve_steps(plan, steps + 1) == plan
+
+
+def test_plan_lowers_a_profiles_length_to_what_the_model_reads() -> None:
+    """A profile does not know the model, so its wish yields; a user's is refused."""
+    facts = ModelAndDataFacts(context_length=512, has_chat_template=True, train_rows=10)
+    plan = resolve(load_text("", profile="code"), facts)
+    assert (plan.config.tokens.max_length, plan.origins["tokens.max_length"]) == (512, "derived")
+    with pytest.raises(ConfigError, match="512"):
+        resolve(load_text("tokens: {max_length: 4096}"), facts)
+
+
+@given(configs(), st.data())
+@settings(max_examples=60, deadline=None)
+def test_plan_written_and_read_is_the_same_plan(config: TrainingConfig, data: st.DataObject) -> None:
+    """A dumped plan loads as the same plan, origins included, and as the same configuration; any YAML reader agrees."""
+    origins = {key: data.draw(st.sampled_from([*SOURCES, "derived"])) for key in KEYS}
+    plan = Plan(config, origins)
+    text = dump_plan(plan)
+    with yaml_file(text) as path:
+        assert load_plan(path) == plan
+        assert load_config(path, environ={}, overrides={}, profile=None).config == config
+    listed = {entry["key"]: entry["value"] for entry in plan_as_list(plan)}
+    assert yaml.safe_load(text) == nested(listed)
+    assert json.loads(json.dumps(plan_as_list(plan))) == plan_as_list(plan)

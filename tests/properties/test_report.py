@@ -1,0 +1,319 @@
+"""Laws of the report: it says what the run proved, all of it, inertly, and the same way each time."""
+
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from finetune.errors import UsageError
+from finetune.report import build_report, print_report, render_html
+from finetune.report.numbers import say_number, visible, wilson
+from properties.sample_run import sample_run
+
+OUTCOMES = ("holds", "broken", "undecided", "not applicable")
+CHARTS = ("loss", "rate", "scores", "memory")
+HOSTILE = (
+    "</script><img src=x onerror=alert(1)>",
+    "{{ 7 * 7 }}{% raw %}{# gone #}",
+    "<!--",
+    "]]></style></svg></span><script>alert(1)</script>",
+    "&lt;b&gt; &#x41; &amp;amp;",
+    "\u202eright to left override \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 e\u0301 \u200b",
+    "long" * 5000,
+    "\n\n  leading and trailing  \n",
+    "$x^2$ \\frac{",
+    "[bold]rich[/] [/nothing]",
+    "' onmouseover='alert(1)",
+)
+# Control characters are a law of their own: a page cannot carry them as they are.
+TEXTS = st.sampled_from(HOSTILE) | st.text(
+    st.characters(exclude_categories=("Cs", "Cc"), include_characters="\n\t"), min_size=1, max_size=80
+)
+
+
+class Page(HTMLParser):
+    """The page as a parser sees it: elements, attributes, and the text inside each element of class `text`."""
+
+    VOID = ("meta", "link", "img", "br", "input")
+
+    def __init__(self, page: str) -> None:
+        """Parse the whole page at once."""
+        super().__init__(convert_charrefs=True)
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.texts: list[str] = []
+        self.prose = ""
+        self._open: list[tuple[str, bool]] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Count the element and note whether it holds text of the run's own."""
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        own = dict(attrs).get("class") == "text"
+        if own:
+            self.texts.append("")
+        if tag not in self.VOID:
+            self._open.append((tag, own))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Count an element without content, as SVG writes them."""
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        """Close the innermost element, which must be the one that is named."""
+        assert self._open.pop()[0] == tag
+
+    def handle_data(self, data: str) -> None:
+        """Collect text where a reader would see it."""
+        if self._open and self._open[-1][1]:
+            self.texts[-1] += data
+        if self._open and self._open[-1][0] not in ("script", "style"):
+            self.prose += data
+
+    def values(self, name: str) -> list[str]:
+        """Every value of one attribute."""
+        return [value for _, attribute, value in self.attributes if attribute == name]
+
+
+def test_page_shows_hostile_text_inertly() -> None:
+    """Whatever a model, a row or a path says, the page shows it letter for letter and gains no element by it."""
+    plain_tags = Page(render_html([_quiet("a plain answer")])).tags
+
+    @settings(max_examples=30, deadline=None)
+    @given(text=TEXTS)
+    @example(text=HOSTILE[0])
+    @example(text=HOSTILE[3])
+    @example(text=HOSTILE[7])
+    def check(text: str) -> None:
+        page = Page(render_html([_quiet(text)]))
+        assert page.tags == plain_tags
+        assert page.tags["script"] == 1
+        assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+        assert page.texts == [text] * 4  # question, expected, before, after
+
+    check()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"), [("a\0b\rc", "a\u2400b\u240dc"), ("\x1b[31m", "\u241b[31m"), ("\ud800", "?")]
+)
+def test_text_with_control_characters_is_shown_not_obeyed(text: str, shown: str) -> None:
+    """A control character reaches neither page nor terminal; its picture does."""
+    assert visible(text) == shown
+    assert shown in Page(render_html([_quiet(text)])).texts
+    assert shown in _printed(sample_run(notes=[text]))
+
+
+@given(st.data())
+def test_criterion_is_as_good_as_its_worst_verdict(data: st.DataObject) -> None:
+    """A criterion is broken if any verdict is, else undecided if any is; not applicable only when all are."""
+    given_outcomes = data.draw(st.lists(st.sampled_from(OUTCOMES), max_size=5))
+    verdicts = [
+        {"criterion": 2, "outcome": outcome, "companion": data.draw(st.booleans())} for outcome in given_outcomes
+    ]
+    criterion = build_report({"verdicts": verdicts})["criteria"][1]
+    ranked = [word for word in ("broken", "undecided", "holds", "not applicable") if word in given_outcomes]
+    assert criterion["outcome"] == (ranked[0] if ranked else None)
+    assert len(criterion["literal"]) + len(criterion["companions"]) == len(given_outcomes)
+
+
+def test_page_and_terminal_name_every_outcome() -> None:
+    """Every outcome is said in words, and so are its measured and allowed values, on the page and in the terminal."""
+    run = sample_run()
+    page, printed = " ".join(Page(render_html([run])).prose.split()), " ".join(_printed(run).split())
+    assert len(run["verdicts"]) == 8
+    for word in OUTCOMES:
+        assert word in page
+        assert word in printed
+    for verdict in run["verdicts"]:
+        for said in (verdict["title"], verdict["measured"], verdict["allowed"], verdict["reason"]):
+            assert said in page
+    assert "No judge spoke" in Page(render_html([sample_run(verdicts=[])])).prose
+
+
+@pytest.mark.parametrize(
+    ("section", "emptied", "gone", "why"),
+    [
+        ("scores", None, {"scores"}, "the model was not questioned before and after"),
+        ("memory", None, {"memory"}, "were not run in fresh processes"),
+        ("losses", {}, {"loss", "rate"}, "the run recorded no optimizer step"),
+        ("data", None, set(), "run.json holds no row counts"),
+        ("plan", [], set(), "run.json holds no plan"),
+        ("timing", {}, set(), "run.json holds no timing"),
+    ],
+)
+def test_missing_section_says_why(section: str, emptied: object, gone: set[str], why: str) -> None:
+    """What was not recorded is said in a sentence, and no empty chart stands in for it."""
+    page = Page(render_html([sample_run(**{section: emptied})]))
+    assert set(page.values("data-chart")) == set(CHARTS) - gone
+    assert set(page.values("data-absent")) == gone
+    assert why in page.prose
+
+
+def test_empty_run_is_a_page_without_a_number() -> None:
+    """A run.json that holds nothing gives a page that says so and never prints None or nan."""
+    page = Page(render_html([{}]))
+    assert page.tags["svg"] == 0
+    assert set(page.values("data-absent")) == set(CHARTS)
+    assert not re.search(r"\b(None|nan|inf|Undefined)\b", page.prose)
+    assert page.prose.count("not measured") >= 8
+    assert "not measured" in _printed({})
+
+
+def test_page_of_the_same_run_is_the_same_bytes() -> None:
+    """The same run gives the same page, here, again, and in a fresh process with another hash seed."""
+    here = render_html([sample_run()])
+    assert render_html([sample_run()]) == here
+    script = (
+        "import hashlib; from finetune.report import render_html; from properties.sample_run import sample_run;"
+        "print(hashlib.sha256(render_html([sample_run()]).encode()).hexdigest())"
+    )
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root / "src"), str(root / "tests")])
+    other = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "7"},
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    assert other.stdout.strip() == hashlib.sha256(here.encode()).hexdigest()
+
+
+def test_charts_have_no_colour_of_their_own() -> None:
+    """Every mark, line and letter of a chart takes its colour from the page, so that it follows the theme."""
+    page = render_html([sample_run(), sample_run()])
+    drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert len(drawings) == 2 * len(CHARTS) + 1
+    for drawing in drawings:
+        assert not re.search(r"#[0-9a-fA-F]{3,8}\b[;\"]|rgba?\(|\bblack\b", drawing)
+        shown = re.sub(r"<clipPath.*?</clipPath>|<defs>.*?</defs>", "", drawing, flags=re.DOTALL)
+        elements = re.findall(r"<(?:path|text|use|rect)\b[^>]*>", shown)
+        assert len(elements) > 10
+        # Without a word on fill, SVG fills in black.
+        assert not [element for element in elements if not re.search(r"fill: (none|var\(--[a-z]+\))", element)]
+
+
+def test_page_ids_are_unique_and_references_resolve() -> None:
+    """No id occurs twice on a page of several runs, and every reference into the page finds its target."""
+    page = Page(render_html([sample_run(), sample_run(), sample_run(scores=None)]))
+    ids = page.values("id")
+    assert len(ids) > 300
+    assert len(set(ids)) == len(ids)
+    clips = [value[5:-1] for value in page.values("clip-path")]
+    links = [value[1:] for value in page.values("href") if value.startswith("#")]
+    assert clips
+    assert links
+    assert set(clips + links) <= set(ids)
+
+
+def test_page_needs_nothing_from_outside() -> None:
+    """The page names no address to load from, and its policy forbids one."""
+    page = render_html([sample_run(), sample_run()])
+    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+    assert f'content="{policy}"' in page
+    assert not re.search(r"https?:|@import|\bsrc=", page)
+    assert set(re.findall(r"url\((.)", page)) == {"#"}
+
+
+def test_page_compares_several_runs_and_only_several() -> None:
+    """Two runs are shown side by side before each one's own section; one run is not compared with itself."""
+    one, two = render_html([sample_run()]), render_html([sample_run(), sample_run(id="another-run", losses={})])
+    assert "side by side" not in Page(one).prose.replace("answers side by side", "")
+    assert "comparison" not in Page(one).values("data-chart")
+    assert "comparison" in Page(two).values("data-chart")
+    assert two.index('aria-label="Comparison"') < two.index("<article")
+    assert two.count("<article") == 2
+    with pytest.raises(UsageError):
+        render_html([])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_report_is_strict_json_and_tells_what_was_not_finite(bad: float) -> None:
+    """A loss that is not finite never makes report.json unreadable, and is never passed over in silence."""
+    losses = sample_run()["losses"]
+    losses["train"][3] = {**losses["train"][3], "loss": bad}
+    plan = [{"key": "training.weight_decay", "value": bad, "origin": "file"}]
+    report = build_report(sample_run(losses=losses, throughput={"tokens_per_second": bad}, plan=plan))
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert any("not a finite number" in note and "step 4" in note for note in report["notes"])
+    assert "not a finite number" in render_html([sample_run(losses=losses)])
+
+
+@given(st.randoms(use_true_random=False))
+def test_answers_meet_by_question_whatever_their_order(random: Any) -> None:
+    """Each answer is shown under its own question even when the models were asked in different orders."""
+    run = sample_run()
+    straight = build_report(run)["answers"]["learning"]
+    random.shuffle(run["scores"]["learning"]["tuned"]["answers"])
+    assert build_report(run)["answers"]["learning"] == straight
+    assert len(straight) == 10
+    assert all(pair["base"] and pair["tuned"] for pair in straight)
+
+
+def test_memory_parts_add_up_to_the_peak() -> None:
+    """The stacked parts of each bar are the measured peak of live tensors, no byte more or less."""
+    measures = build_report(sample_run())["memory"]
+    assert [measure["method"] for measure in measures] == ["lora", "full"]
+    for measure in measures:
+        assert sum(measure["parts"].values()) == measure["peak_tensors"]
+
+
+@given(st.integers(1, 500).flatmap(lambda of: st.tuples(st.integers(0, of), st.just(of))))
+def test_interval_holds_the_share_and_stays_within_bounds(counts: tuple[int, int]) -> None:
+    """A Wilson interval holds the measured share, lies within 0 to 1, and narrows with more questions."""
+    right, of = counts
+    low, high = wilson(right, of)
+    assert 0 <= low <= right / of + 1e-12
+    assert right / of - 1e-12 <= high <= 1
+    wide = wilson(right * 4, of * 4)
+    assert wide[1] - wide[0] < high - low
+
+
+@given(st.floats(1e-9, 1e9))
+def test_number_is_said_to_three_significant_digits(value: float) -> None:
+    """A number read back from the report is within half a per cent of the one that was measured."""
+    assert float(say_number(value).replace(",", "")) == pytest.approx(value, rel=0.00501)
+
+
+def test_terminal_report_fits_80_columns_without_colour() -> None:
+    """In a pipe the report is plain text of at most 80 columns."""
+    printed = _printed(sample_run())
+    assert "\x1b" not in printed
+    assert max(len(line) for line in printed.splitlines()) <= 80
+    assert "adapter/adapter_model.safetensors" in printed
+
+
+def _printed(run: dict[str, Any]) -> str:
+    stream = io.StringIO()
+    print_report([run], Console(file=stream, width=80))
+    return stream.getvalue()
+
+
+def _quiet(text: str) -> dict[str, Any]:
+    """A run whose every free text is the given one, with one chart to keep it quick."""
+    answer = {"question": text, "expected": text, "given": text, "right": True, "kind": text}
+    model = {"answers": [answer]}
+    run = sample_run(losses={}, memory=None, verdicts=[dict.fromkeys(("title", "measured", "allowed", "reason"), text)])
+    run["verdicts"][0] |= {"criterion": 1, "outcome": "holds"}
+    run["scores"] = {"learning": {"base": model, "tuned": model, "sham": None}, "retention": None}
+    return {
+        **run, "id": text, "command": text, "notes": [text], "started": text, "status": text,
+        "model": {"name": text, "files": [{"path": text, "sha256": text, "bytes": 3}]},
+        "plan": [{"key": text, "value": [text], "origin": text}],
+    }  # fmt: skip
