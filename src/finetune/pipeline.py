@@ -23,16 +23,17 @@ from finetune.assembly.observe import (
     observe,
     parameter_evidence,
 )
-from finetune.assembly.prepare import Prepared, prepare
+from finetune.assembly.prepare import Encoder, Prepared, prepare
 from finetune.assembly.record import Course, run_record
 from finetune.backends import open_backend
-from finetune.config import LoadedConfig, dump_plan
+from finetune.config import LoadedConfig, TrainingConfig, dump_plan, load_plan
 from finetune.criteria.evidence import Evidence
 from finetune.criteria.judge import judge
 from finetune.errors import InterruptedRunError
 from finetune.events import CheckpointSaved, Event, FirstGradients, FixedLoss, HeldOutLoss, PhaseStarted, StepDone
+from finetune.models.locate import locate_model
 from finetune.ports import Backend, Session
-from finetune.records import Optimization, Tokenized
+from finetune.records import Conversation, ModelLocation, Optimization, Tokenized
 from finetune.report import build_report, render_html
 from finetune.tokens.batch import epoch_batches
 from finetune.training.loop import LoopPlan, train
@@ -220,7 +221,8 @@ def _collect(
 ) -> Evidence:
     prepared, (before, after, fingerprints) = run.prepared, looks
     steps = [event for event in events if event["event"] == "StepDone"]
-    gradients = next((event["norms"] for event in events if event["event"] == FirstGradients.__name__), {})
+    told = (event["norms"] for event in events if event["event"] == FirstGradients.__name__)
+    gradients: dict[str, float] = next(told, {})
     parameters = parameter_evidence(session, fingerprints, gradients, len(steps))
     with run.phase("check adapter", "in a fresh process, on a fresh base"):
         files = describe_files(run.folder.path)
@@ -251,3 +253,40 @@ def _finish(run: _Run, record: dict[str, Any]) -> dict[str, Any]:
     record = {**record, "artifacts": describe_files(folder.path)}
     folder.write_manifest(record)
     return record
+
+
+def reopen(path: Path) -> tuple[Prepared, Session]:
+    """A finished run as it ended: its data prepared again, its base model loaded, its adapter on it.
+
+    Raises:
+        FineTuneError: the run is not finished, or its model, data or adapter cannot be used any more.
+    """
+    folder = RunFolder.finished(path)
+    plan = load_plan(folder.plan)
+    prepared = prepare(LoadedConfig(plan.config, plan.origins))
+    return prepared, _tuned_session(folder, plan.config, prepared.location, prepared.encoder)
+
+
+def talker(path: Path, *, max_new_tokens: int) -> Callable[[Conversation], str]:
+    """A function that lets the fine-tuned model of a finished run answer a conversation; needs no data.
+
+    Raises:
+        FineTuneError: as `reopen`.
+    """
+    folder = RunFolder.finished(path)
+    config = load_plan(folder.plan).config
+    location = locate_model(config.model.path, revision=config.model.revision)
+    encoder = Encoder(location, config.template.name)
+    session = _tuned_session(folder, config, location, encoder)
+
+    def answer(conversation: Conversation) -> str:
+        ids = encoder.prompt_ids(conversation)
+        return encoder.tokenizer.decode(session.generate([ids], max_new_tokens, encoder.stop_ids)[0]).strip()
+
+    return answer
+
+
+def _tuned_session(folder: RunFolder, config: TrainingConfig, location: ModelLocation, encoder: Encoder) -> Session:
+    session = open_backend(config.backend).open(location, config.model.dtype, encoder.tokenizer.pad_id)
+    session.load_adapter(folder.adapter)
+    return session

@@ -50,7 +50,9 @@ class Session(Protocol):
     def loss(self, batch: Batch) -> float:
         """The summed loss of the batch in nats, dropout off; mode and random state are left as they were."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> list[list[int]]:
         """Greedy continuations without the prompt and without the stop token, in the order of `prompts`."""
 
     def save_logits(self, prompts: Sequence[Sequence[int]], path: Path) -> None:

@@ -1,6 +1,6 @@
 """The frozen values that flow from room to room.
 
-    Row -> Conversation | Document -> Rendered -> Tokenized -> Batch -> Event... -> Scores -> Verdict
+Row -> Conversation | Document -> Rendered -> Tokenized -> Batch -> Event... -> Scores -> Verdict
 """
 
 from dataclasses import dataclass, field

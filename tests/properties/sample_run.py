@@ -56,7 +56,7 @@ def sample_run(**changes: Any) -> dict[str, Any]:
             "retention": {"base": _retention(0), "tuned": _retention(1)},
         },
         "memory": {"lora": _measure("lora", 163_840), "full": _measure("full", 4_818_944)},
-        "timing": {"prepare": 0.412, "train": 74.3, "evaluate": 18.26, "report": 0.91},
+        "timing": {"prepare": 0.412, "train": 74.3, "evaluate": 18.26, "report": 0.91, "total": 93.49},
         "throughput": {"tokens_per_second": 5123.4},
         "peak_rss_bytes": 612_000_000,
         "verdicts": _verdicts(),

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from finetune.errors import UsageError
+from finetune.intervals import wilson_interval
 from finetune.report import build_report, print_report, render_html
-from finetune.report.numbers import say_number, visible, wilson
+from finetune.report.numbers import say_number, visible
 from properties.sample_run import sample_run
 
 OUTCOMES = ("holds", "broken", "undecided", "not applicable")
@@ -278,10 +279,10 @@ def test_memory_parts_add_up_to_the_peak() -> None:
 def test_interval_holds_the_share_and_stays_within_bounds(counts: tuple[int, int]) -> None:
     """A Wilson interval holds the measured share, lies within 0 to 1, and narrows with more questions."""
     right, of = counts
-    low, high = wilson(right, of)
+    low, high = wilson_interval(right, of)
     assert 0 <= low <= right / of + 1e-12
     assert right / of - 1e-12 <= high <= 1
-    wide = wilson(right * 4, of * 4)
+    wide = wilson_interval(right * 4, of * 4)
     assert wide[1] - wide[0] < high - low
 
 

@@ -76,7 +76,9 @@ def _spread(prepared: Prepared) -> list[Batch]:
     return fixed_batches(rows[::stride][:_FIXED_ROWS], prepared.plan.config.training.batch_size)
 
 
-def loss_evidence(prepared: Prepared, per_step: Sequence[float], before: Observation, after: Observation) -> LossEvidence:
+def loss_evidence(
+    prepared: Prepared, per_step: Sequence[float], before: Observation, after: Observation
+) -> LossEvidence:
     """The losses for the judge."""
     return LossEvidence(
         per_step=tuple(per_step),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.config import LoadedConfig, ModelAndDataFacts, Plan, resolve, resolve_steps
+from finetune.config import LoadedConfig, ModelAndDataFacts, Plan, TrainingConfig, resolve, resolve_steps
 from finetune.data.facts import deranged
 from finetune.data.read import read_rows
 from finetune.data.shape import Example, Shaped, shape_rows
@@ -61,7 +61,9 @@ class Encoder:
     def encode(self, shaped: Shaped, plan: Plan) -> Encoded:
         """Ids and trained marks of all examples, within the plan's length."""
         rendered = [
-            self.template.render(example) if isinstance(example, Conversation) else self.template.render_document(example)
+            self.template.render(example)
+            if isinstance(example, Conversation)
+            else self.template.render_document(example)
             for example in shaped.examples
         ]
         tokens = plan.config.tokens
@@ -94,10 +96,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     has_template = FileTokenizer(location.folder).chat_template is not None
     plan = resolve(loaded, ModelAndDataFacts(shape.context_length, has_template, len(shaped.examples)))
     config = plan.config
-    adapter = config.adapter
-    modules = choose_layers(shape, adapter.targets)
-    target = AdapterTarget(adapter.rank, adapter.alpha, adapter.dropout, modules)
-    check_rank(shape, target)
+    target = adapter_target(config, shape)
     encoder = Encoder(location, config.template.name)
     kept, held = hold_out(shaped.examples, config.data.valid_fraction or 0.0, config.training.seed)
     train = encoder.encode(replace(shaped, examples=tuple(kept)), plan)
@@ -129,6 +128,18 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         files=tuple(data_path(name) for name in files if name),
         notes=tuple(notes),
     )
+
+
+def adapter_target(config: TrainingConfig, shape: ModelShape) -> AdapterTarget:
+    """The adapter as configured, on this model.
+
+    Raises:
+        ModelError: a target matches no layer, or the rank is above a layer's size.
+    """
+    adapter = config.adapter
+    target = AdapterTarget(adapter.rank, adapter.alpha, adapter.dropout, choose_layers(shape, adapter.targets))
+    check_rank(shape, target)
+    return target
 
 
 def sham_rows(prepared: Prepared) -> tuple[Tokenized, ...] | None:

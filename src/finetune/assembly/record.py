@@ -34,7 +34,11 @@ class Course:
 
 
 def run_record(
-    prepared: Prepared, course: Course, evidence: Evidence, verdicts: tuple[Verdict, ...], events: Sequence[Mapping[str, Any]]
+    prepared: Prepared,
+    course: Course,
+    evidence: Evidence,
+    verdicts: tuple[Verdict, ...],
+    events: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Everything another program needs to know of the run, as JSON values; nothing in it is guessed."""
     steps = [event for event in events if event["event"] == "StepDone"]
@@ -84,7 +88,7 @@ def machine() -> dict[str, Any]:
 
 
 def peak_rss() -> int | None:
-    """This process's highest resident set so far, in bytes; None where the system does not tell."""
+    """The highest resident set of this process so far, in bytes; None where the system does not tell."""
     try:
         import resource
     except ImportError:
@@ -139,7 +143,11 @@ def _scores(evidence: Evidence) -> dict[str, Any] | None:
 
 
 def _answers(scores: Scores) -> dict[str, Any]:
-    return {"right": scores.right, "count": len(scores.answers), "answers": [asdict(answer) for answer in scores.answers]}
+    return {
+        "right": scores.right,
+        "count": len(scores.answers),
+        "answers": [asdict(answer) for answer in scores.answers],
+    }
 
 
 def _pick(event: Mapping[str, Any], *keys: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class _Loader(yaml.SafeLoader):
     """YAML's safe loader with dates left as text."""
 
     # Built anew so that nobody else's loader changes; a date-like branch name stays the text it is.
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers = {  # noqa: RUF012  # PyYAML reads it off the class
         first: [entry for entry in resolvers if entry[0] != _TIMESTAMP]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

@@ -162,7 +162,9 @@ def _judge_artifacts(evidence: Evidence) -> list[Verdict]:
     title = "The adapter works in a fresh process on a fresh base"
     if reload is None:
         reason = evidence.why.get("reload", "not tried")
-        missing = Verdict("artifacts-reload", title, 5, "undecided", "not measured", "same logits", reason, companion=True)
+        missing = Verdict(
+            "artifacts-reload", title, 5, "undecided", "not measured", "same logits", reason, companion=True
+        )
         return [*verdicts, missing]
     limit = _LOGIT_TOLERANCE * max(reload.largest_logit, 1.0)
     same, differs = reload.difference <= limit, reload.difference_from_base > limit

@@ -1,8 +1,8 @@
 """Judges whether the model learned: signed, against a sham control, with intervals, and without forgetting."""
 
 from finetune.criteria.evidence import Evidence, LearningEvidence
-from finetune.criteria.statistics import difference_interval, wilson_interval
 from finetune.criteria.validator import MIN_IMPROVED_SHARE, TrainingSuccessValidator
+from finetune.intervals import difference_interval, wilson_interval
 from finetune.records import Outcome, Scores, Verdict
 
 MAX_SHAM_SHARE = 0.2
@@ -43,7 +43,15 @@ def _without(key: str, outcome: Outcome, reason: str) -> Verdict:
 
 def _judged(key: str, outcome: Outcome, measured: str, numbers: dict[str, float], reason: str = "") -> Verdict:
     return Verdict(
-        key, _TITLES[key], 2, outcome, measured, _ALLOWED[key], reason, companion=key != "model-learning", numbers=numbers
+        key,
+        _TITLES[key],
+        2,
+        outcome,
+        measured,
+        _ALLOWED[key],
+        reason,
+        companion=key != "model-learning",
+        numbers=numbers,
     )
 
 
@@ -69,7 +77,9 @@ def _judge_signed(learning: LearningEvidence) -> Verdict:
     worse = sum(old.right and not new.right for old, new in pairs)
     net = (better - worse) / count
     low, high = difference_interval((learning.tuned.right, count), (learning.base.right, count))
-    outcome: Outcome = "holds" if net > MIN_IMPROVED_SHARE and low > 0 else "broken" if high < MIN_IMPROVED_SHARE else "undecided"
+    outcome: Outcome = (
+        "holds" if net > MIN_IMPROVED_SHARE and low > 0 else "broken" if high < MIN_IMPROVED_SHARE else "undecided"
+    )
     if outcome == "undecided" and net <= 0:
         outcome = "broken"
     measured = f"{better} better, {worse} worse of {count}: {100 * net:+.0f} points [{100 * low:.0f}, {100 * high:.0f}]"

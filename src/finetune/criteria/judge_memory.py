@@ -22,7 +22,9 @@ def judge_memory(evidence: Evidence) -> list[Verdict]:
     if evidence.memory is None:
         reason = evidence.why.get("memory", "the two runs were not made")
         return [
-            Verdict(key, title, 3, "undecided", "not measured", "> 30 % less", reason, companion=key != "memory-efficiency")
+            Verdict(
+                key, title, 3, "undecided", "not measured", "> 30 % less", reason, companion=key != "memory-efficiency"
+            )
             for key, title in _TITLES.items()
         ]
     lora, full = evidence.memory.lora, evidence.memory.full

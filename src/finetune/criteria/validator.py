@@ -81,7 +81,9 @@ class TrainingSuccessValidator:
             EvidenceError: no tensors, or other names after than before.
         """
         if not before or before.keys() != after.keys():
-            raise EvidenceError(f"parameter updates need the same tensors twice: {len(before)} before, {len(after)} after")
+            raise EvidenceError(
+                f"parameter updates need the same tensors twice: {len(before)} before, {len(after)} after"
+            )
         return sum(before[name] != after[name] for name in before) / len(before)
 
     @classmethod

@@ -23,12 +23,12 @@ def read_rows(path: Path, *, limit: int | None = None) -> list[Row]:
 
 
 def _read_text(path: Path) -> str:
-    if path.is_dir():
-        raise DataError(f"{path} is a folder, not a data file", hint="name the .jsonl or .json file inside it")
-    if path.suffix.lower() not in {".json", ".jsonl"}:
-        raise DataError(f"{path} ends in {path.suffix or 'nothing'!r}", hint="use a .jsonl or .json file")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        if path.is_dir():
+            raise DataError(f"{path} is a folder, not a data file", hint="name the .jsonl or .json file inside it")
+        if path.suffix.lower() not in {".json", ".jsonl"}:
+            raise DataError(f"{path} ends in {path.suffix or 'nothing'!r}", hint="use a .jsonl or .json file")
+        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except FileNotFoundError:
         raise DataError(f"data file {path} does not exist", hint="check the path (data.train or --data)") from None
     except UnicodeDecodeError as error:
@@ -36,11 +36,12 @@ def _read_text(path: Path) -> str:
             f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}",
             hint="convert it, for example with: iconv -f latin1 -t utf-8",
         ) from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{path} cannot be read: {reason}", hint="check the path and its permissions") from None
     if not text.strip():
         raise DataError(f"{path} is empty", hint="put one JSON object on each line")
-    return text
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _parse_lines(path: Path, text: str) -> list[Row]:
@@ -54,8 +55,8 @@ def _parse_lines(path: Path, text: str) -> list[Row]:
             rows.append(_as_row(json.loads(line), where))
         except json.JSONDecodeError as error:
             problems.append(f"{where}: broken JSON at column {error.colno}: {error.msg}")
-        except RecursionError:
-            problems.append(f"{where}: JSON nested too deeply")
+        except (RecursionError, ValueError) as error:
+            problems.append(f"{where}: {_unreadable(error)}")
         except DataError as error:
             problems.append(error.message)
     raise_all(problems, hint="each line must be one JSON object")
@@ -65,15 +66,16 @@ def _parse_lines(path: Path, text: str) -> list[Row]:
 def _parse_document(path: Path, text: str) -> list[Row]:
     try:
         document = json.loads(text)
-    except RecursionError:
-        raise DataError(f"{path}: JSON nested too deeply", hint="flatten the rows") from None
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
+        first = text.strip().split("\n", 1)[0].strip()
+        if error.msg == "Extra data" or (first.startswith("{") and first.endswith("}")):
             return _parse_lines(path, text)
         raise DataError(
             f"{path}:{error.lineno}: broken JSON at column {error.colno}: {error.msg}",
             hint="a .json file holds one list of objects",
         ) from None
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{path}: {_unreadable(error)}", hint="flatten or shorten the rows") from None
     items = document if isinstance(document, list) else [document]
     rows: list[Row] = []
     problems: list[str] = []
@@ -84,6 +86,11 @@ def _parse_document(path: Path, text: str) -> list[Row]:
             problems.append(error.message)
     raise_all(problems, hint="each element must be a JSON object")
     return rows
+
+
+def _unreadable(error: RecursionError | ValueError) -> str:
+    """Why Python cannot hold what is JSON by its grammar."""
+    return "JSON nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
 
 
 def _as_row(value: Any, where: str) -> Row:

@@ -49,7 +49,7 @@ def shape_rows(rows: Sequence[Row]) -> Shaped:
         else:
             examples.append(example)
     raise_all(problems, hint="rows are alpaca (instruction, output), chat (messages), prompt/completion, or text")
-    return Shaped(tuple(examples), dict(shapes), dict(dropped), tuple(sorted(map(str, ignored))))
+    return Shaped(tuple(examples), dict(shapes), dict(dropped), tuple(sorted(map(_shown, ignored))))
 
 
 def shape_of(row: Row) -> str:
@@ -62,7 +62,7 @@ def shape_of(row: Row) -> str:
     fitting = [name for name, marks in _MARKS.items() if marks <= keys]
     if len(fitting) == 1:
         return fitting[0]
-    columns = ", ".join(sorted(map(str, keys))) or "none"
+    columns = ", ".join(sorted(map(_shown, keys))) or "none"
     if fitting:
         raise DataError(f"{row.where}: columns ({columns}) fit several shapes: {', '.join(fitting)}")
     missing = {name: marks - keys for name, marks in _MARKS.items() if marks & keys}
@@ -70,6 +70,11 @@ def shape_of(row: Row) -> str:
         name, lacks = next(iter(missing.items()))
         raise DataError(f"{row.where}: {name} row without {' and '.join(sorted(lacks))!r} (columns: {columns})")
     raise DataError(f"{row.where}: no known shape (columns: {columns})")
+
+
+def _shown(column: str) -> str:
+    """A column's name as any terminal and file can show it: half a surrogate pair is spelled out."""
+    return column.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _emptiness(example: Example) -> str:

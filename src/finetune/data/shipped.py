@@ -18,10 +18,13 @@ def data_path(name: str) -> Path:
     """The file behind a data set's name: one that ships with FineTune, or the path as given.
 
     Raises:
-        DataError: no shipped set has this name.
+        DataError: no shipped set has this name, or the path starts in the home folder of nobody.
     """
     if not name.startswith("shipped:"):
-        return Path(name).expanduser()
+        try:
+            return Path(name).expanduser()
+        except RuntimeError:
+            raise DataError(f"data file {name}: there is no such home folder", hint="write the whole path") from None
     if name not in (FACTS, REHEARSAL, RETENTION):
         raise DataError(f"no data set {name!r} ships with FineTune", hint=f"choose {FACTS}, {REHEARSAL} or {RETENTION}")
     return FOLDER / f"{name.removeprefix('shipped:')}.jsonl"

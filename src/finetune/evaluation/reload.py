@@ -10,7 +10,13 @@ from finetune.records import ModelLocation, Reload
 
 
 def check_reload(
-    backend: str, session: Session, location: ModelLocation, adapter: Path, *, prompts: Sequence[Sequence[int]], dtype: str
+    backend: str,
+    session: Session,
+    location: ModelLocation,
+    adapter: Path,
+    *,
+    prompts: Sequence[Sequence[int]],
+    dtype: str,
 ) -> Reload:
     """Compare the session's logits on `prompts` with those of the saved adapter, loaded elsewhere.
 

@@ -113,6 +113,7 @@ def build(design: Design, folder: Path) -> None:
     session.attach(None, SEED)
     session.prepare_updates(Optimization(weight_decay=0.01, max_grad_norm=1.0, betas=(0.9, 0.98)))
     plan = LoopPlan(STEPS, 1, 2e-3, 50, "cosine", STEPS)
+
     def batches_of(epoch: int) -> list[Batch]:
         rows = [_tokenized(text, templates, tokenizer) for text in _texts(f"epoch-{epoch}", _TEXTS_PER_EPOCH)]
         return epoch_batches(rows, _BATCH_SIZE, seed=SEED, epoch=epoch)

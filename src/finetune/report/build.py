@@ -4,8 +4,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from finetune.intervals import wilson_interval
 from finetune.records import Outcome
-from finetune.report.numbers import as_number, wilson
+from finetune.report.numbers import as_number
 
 CRITERIA = {
     1: "Loss convergence",
@@ -61,7 +62,7 @@ def build_report(run: Mapping[str, Any]) -> dict[str, Any]:
         "timing": dict(map_at(run, "timing")),
         "repeat": _repeat(run),
         "notes": [str(note) for note in list_at(run, "notes")] + _not_finite(map_at(run, "losses")),
-        "absent": dict(_ABSENT),
+        "absent": _ABSENT | {key: f"{why[:1].upper()}{why[1:]}." for key, why in map_at(run, "not_measured").items()},
     }
     return {key: _strict(value) for key, value in report.items()}
 
@@ -123,7 +124,7 @@ def _headline(
     model = map_at(run, "model")
     parameters, trainable = as_number(model.get("parameters")), as_number(model.get("trainable_parameters"))
     lora, full = memory
-    timing = [as_number(seconds) or 0.0 for seconds in map_at(run, "timing").values()]
+    seconds = as_number(map_at(run, "timing").get("total"))
     saving = 1 - lora["peak_tensors"] / full["peak_tensors"] if lora and full and full["peak_tensors"] else None
     return {
         "model": model.get("name"),
@@ -135,7 +136,7 @@ def _headline(
         "held_out_loss": _before_after(losses["held_out"]),
         "steps": max((point["step"] or 0 for point in losses["train"]), default=None),
         "memory_saving": saving,
-        "seconds": sum(timing) if timing else None,
+        "seconds": seconds,
         "tokens_per_second": as_number(map_at(run, "throughput").get("tokens_per_second")),
         "peak_rss_bytes": as_number(run.get("peak_rss_bytes")),
     }
@@ -152,7 +153,7 @@ def _tally(sets: Mapping[str, Any]) -> dict[str, dict[str, Any] | None]:
     for model in ("base", "tuned", "sham"):
         answers = list_at(map_at(sets, model), "answers")
         right, of = sum(bool(answer.get("right")) for answer in answers), len(answers)
-        low, high = wilson(right, of) if of else (0.0, 0.0)
+        low, high = wilson_interval(right, of) if of else (0.0, 0.0)
         tallies[model] = {"right": right, "of": of, "share": right / of, "low": low, "high": high} if of else None
     return tallies
 

@@ -74,17 +74,6 @@ def say_seconds(value: Any) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
 
 
-def wilson(right: int, of: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share, which stays inside 0 to 1 even for 0 or all right.
-
-    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
-    """
-    share, square = right / of, _Z_95**2
-    centre = (share + square / (2 * of)) / (1 + square / of)
-    half = _Z_95 * math.sqrt(share * (1 - share) / of + square / (4 * of**2)) / (1 + square / of)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def visible(text: str) -> str:
     """The text with control characters as pictures (NUL as U+2400): a page cannot carry them and may not hide them."""
     pictures = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}

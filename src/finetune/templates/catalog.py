@@ -16,10 +16,9 @@ ALPACA = TemplateSource(
     "alpaca",
     """\
 {%- set roles = messages | map(attribute='role') | list -%}
-{{- bos_token -}}
 {%- if roles[0] == 'system' -%}
     {{- messages[0]['content'] + '\\n\\n' -}}
-{%- elif 'input' in roles -%}
+{%- elif 'input' in roles[:2] -%}
     {{- 'Below is an instruction that describes a task, paired with an input that provides further context. ' -}}
     {{- 'Write a response that appropriately completes the request.\\n\\n' -}}
 {%- else -%}
@@ -33,7 +32,7 @@ ALPACA = TemplateSource(
         {{- '### Input:\\n' + message['content'] + '\\n\\n' -}}
     {%- elif message['role'] == 'assistant' -%}
         {{- '### Response:\\n' + message['content'] + eos_token -}}
-        {%- if not loop.last -%}{{- '\\n\\n' -}}{%- endif -%}
+        {%- if not loop.last or add_generation_prompt -%}{{- '\\n\\n' -}}{%- endif -%}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '### Response:\\n' -}}{%- endif -%}

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jinja2 import TemplateError as JinjaTemplateError
 from jinja2.exceptions import SecurityError
 
 from finetune.errors import TemplateError
@@ -51,39 +50,37 @@ class ChatTemplate:
             TemplateError: the template refuses the roles, rewrites the text, loses a message, or would ask at serve
                 time with another prompt than the one trained on.
         """
-        messages = self._fitting(conversation)
-        pieces = self._cut(messages, conversation.where)
-        segments: list[Segment] = []
-        for index, (markup, message) in enumerate(zip(pieces[0::2], [*messages, None], strict=True)):
-            before = messages[index - 1] if index else None
-            terminator = self._terminator(markup, conversation.where) if _is_answer(before) else ""
-            if terminator:
-                segments.append(Segment(terminator, "assistant", trained=True, control=True))
-            rest = markup[len(terminator) :]
-            if message is None:
-                segments.append(Segment(rest, "markup", trained=False, control=True))
-            elif _is_answer(message):
-                segments += self._opened(segments, rest, messages[:index], conversation.where)
-                segments.append(Segment(message.content, message.role, trained=True, control=False))
-            else:
-                segments.append(Segment(rest, "markup", trained=False, control=True))
-                segments.append(Segment(message.content, message.role, trained=False, control=False))
-        return Rendered(tuple(segment for segment in segments if segment.text), conversation.where)
+        return self._assemble(conversation, asking=False)
 
     def render_prompt(self, conversation: Conversation) -> Rendered:
         """The conversation as a question to the model: it ends where the answer would begin.
 
+        Earlier answers keep their own segments, so that they become the same tokens as in training.
+
         Raises:
             TemplateError: as `render`.
         """
+        return self._assemble(conversation, asking=True)
+
+    def _assemble(self, conversation: Conversation, *, asking: bool) -> Rendered:
         messages = self._fitting(conversation)
-        pieces = self._cut(messages, conversation.where, add_generation_prompt=True)
+        where = conversation.where
+        pieces = self._cut(messages, where, add_generation_prompt=asking)
         segments: list[Segment] = []
-        for markup, message in zip(pieces[0::2], [*messages, None], strict=True):
-            segments.append(Segment(markup, "markup", trained=False, control=True))
-            if message is not None:
-                segments.append(Segment(message.content, message.role, trained=False, control=False))
-        return Rendered(tuple(segment for segment in segments if segment.text), conversation.where)
+        for index, (markup, text) in enumerate(zip(pieces[0::2], [*pieces[1::2], ""], strict=True)):
+            message = messages[index] if index < len(messages) else None
+            terminator = self._terminator(markup, where) if index and _is_answer(messages[index - 1]) else ""
+            segments.append(Segment(terminator, "assistant", trained=not asking, control=True))
+            rest = markup[len(terminator) :]
+            if _is_answer(message):
+                prompt, spoken = self._opened(segments, rest, messages[:index], where)
+                segments.append(Segment(prompt, "markup", trained=False, control=True))
+                segments.append(Segment(spoken, "assistant", trained=not asking, control=True))
+                segments.append(Segment(text, "assistant", trained=not asking, control=False))
+            else:
+                segments.append(Segment(rest, "markup", trained=False, control=True))
+                segments.append(Segment(text, message.role if message else "markup", trained=False, control=False))
+        return Rendered(tuple(segment for segment in segments if segment.text), where)
 
     def render_document(self, document: Document) -> Rendered:
         """Plain text as training text: all of it is trained, and the end-of-text token after it."""
@@ -91,10 +88,12 @@ class ChatTemplate:
         return Rendered((text, Segment(self._eos, "text", trained=True, control=True)), document.where)
 
     def terminators(self) -> tuple[str, ...]:
-        """The control tokens that end an answer: what the model is taught to stop with, so what serving must stop at."""
+        """The control tokens that end an answer: what the model is taught to stop with, so where serving must stop."""
         probe = Conversation((Message("user", "question"), Message("assistant", "answer")), "template probe")
-        spoken = "".join(s.text for s in self.render(probe).segments if s.trained and s.control)
-        return tuple(dict.fromkeys(self._control.findall(spoken)))
+        segments = self.render(probe).segments
+        answer = max(index for index, segment in enumerate(segments) if segment.trained and not segment.control)
+        ending = "".join(segment.text for segment in segments[answer + 1 :] if segment.trained)
+        return tuple(dict.fromkeys(self._control.findall(ending)))
 
     def _fitting(self, conversation: Conversation) -> tuple[Message, ...]:
         """The messages with an alpaca input joined to its instruction, for templates that know no such role."""
@@ -109,7 +108,7 @@ class ChatTemplate:
         return tuple(joined)
 
     def _cut(self, messages: tuple[Message, ...], where: str, *, add_generation_prompt: bool = False) -> list[str]:
-        """Markup and message texts in turn: [markup, text, markup, ..., text, markup], text exactly as in `messages`."""
+        """Markup and message texts in turn: [markup, text, ..., text, markup], each text as the template shows it."""
         marked = [Message(message.role, f"\ue000{index}\ue001") for index, message in enumerate(messages)]
         pieces = _MARKER.split(self._call(marked, where, add_generation_prompt=add_generation_prompt))
         order = [int(number) for number in pieces[1::2]]
@@ -120,15 +119,14 @@ class ChatTemplate:
                 f"{where}: template {self.name!r} does not show each message once and in order (lost: {roles})",
                 hint="choose a template that knows these roles, or leave those messages out of the data",
             )
-        pieces[1::2] = [messages[int(number)].content for number in pieces[1::2]]
-        if "".join(pieces) != self._call(messages, where, add_generation_prompt=add_generation_prompt):
-            trimmed = tuple(Message(message.role, message.content.strip()) for message in messages)
-            if trimmed != messages:
-                return self._cut(trimmed, where, add_generation_prompt=add_generation_prompt)
+        real = self._call(messages, where, add_generation_prompt=add_generation_prompt)
+        texts = _texts_between(pieces[0::2], messages, real)
+        if texts is None:
             raise TemplateError(
                 f"{where}: template {self.name!r} rewrites the text of the messages, so answers cannot be marked",
                 hint="choose another template, or one without conditions on the text",
             )
+        pieces[1::2] = texts
         return pieces
 
     def _call(self, messages: Sequence[Message], where: str, *, add_generation_prompt: bool) -> str:
@@ -142,7 +140,7 @@ class ChatTemplate:
             ) from None
         except SecurityError as error:
             raise TemplateError(f"template {self.name!r} is unsafe and was stopped: {error}") from None
-        except (JinjaTemplateError, TypeError, ValueError, LookupError, OverflowError, ArithmeticError) as error:
+        except Exception as error:  # filters raise whatever Python does with what they are given
             raise TemplateError(
                 f"{where}: template {self.name!r} fails: {error}", hint="does it need a role or field the data lacks?"
             ) from None
@@ -160,7 +158,7 @@ class ChatTemplate:
 
     def _opened(
         self, before: Sequence[Segment], markup: str, asked: tuple[Message, ...], where: str
-    ) -> list[Segment]:
+    ) -> tuple[str, str]:
         """The markup in front of an answer, cut where the prompt ends at serve time; what follows is trained."""
         trained_on = "".join(segment.text for segment in before) + markup
         served = "".join(self._cut(asked, where, add_generation_prompt=True))
@@ -171,13 +169,26 @@ class ChatTemplate:
                 hint="choose another template: this one asks differently from how it trains",
             )
         spoken = trained_on[len(served) :]
-        prompt = markup[: len(markup) - len(spoken)]
-        opened = [Segment(prompt, "markup", trained=False, control=True)]
-        return [*opened, Segment(spoken, "assistant", trained=True, control=True)] if spoken else opened
+        return markup[: len(markup) - len(spoken)], spoken
 
 
 def _is_answer(message: Message | None) -> bool:
     return message is not None and message.role == "assistant"
+
+
+def _texts_between(markup: Sequence[str], messages: Sequence[Message], real: str) -> list[str] | None:
+    """What `real` shows of each message between the markup: its text, or its text trimmed; None for anything else."""
+    if not real.startswith(markup[0]):
+        return None
+    at = len(markup[0])
+    texts: list[str] = []
+    for message, after in zip(messages, markup[1:], strict=True):
+        shown = [text for text in (message.content, message.content.strip()) if real.startswith(text + after, at)]
+        if not shown:
+            return None
+        texts.append(shown[0])
+        at += len(shown[0]) + len(after)
+    return texts if at == len(real) else None
 
 
 def find_template(name: str, own: str | None) -> TemplateSource:
@@ -197,7 +208,7 @@ def find_template(name: str, own: str | None) -> TemplateSource:
     if name.endswith(".jinja"):
         try:
             return TemplateSource(name, Path(name).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
             raise TemplateError(f"template file {name} cannot be read: {error}", hint="check the path") from None
     raise TemplateError(
         f"unknown template {name!r}", hint=f"choose one of {', '.join(CATALOG)}, tokenizer, or a path to a .jinja file"

@@ -22,7 +22,7 @@ class TemplateRefusedError(Exception):
 class _GenerationTag(Extension):
     """Accepts `{% generation %}...{% endgeneration %}` and keeps its body: our marks come from the segments."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  # jinja2 declares it as an instance variable
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         """Drop the tag, keep what is inside it."""
@@ -59,6 +59,8 @@ def compile_template(name: str, source: str) -> Callable[..., str]:
         raise TemplateError(
             f"template {name!r} does not parse: line {error.lineno}: {error.message}", hint="mend the Jinja syntax"
         ) from None
+    except (RecursionError, SyntaxError) as error:  # too deep for Jinja, or for the Python that Jinja writes
+        raise TemplateError(f"template {name!r} cannot be compiled: {error}", hint="nest its tags less deeply") from None
 
     def render(**variables: Any) -> str:
         return template.render(**variables)

@@ -89,11 +89,12 @@ def _encode_marked(row: Rendered, tokenizer: FileTokenizer) -> tuple[list[int], 
         # A token that also covers a character of the markup is kept with it.
         marks.extend(min(owners[start:end], default=owners[min(start, len(owners) - 1)]) for start, end in spans)
 
-    trained = False
+    answering = False
     for segment in row.segments:
-        if segment.trained != trained:
+        # An answer is encoded apart wherever it stands: as history in a prompt it must be the ids it was trained as.
+        if (segment.trained or segment.role == "assistant") != answering:
             flush()
-            trained = segment.trained
+            answering = not answering
         mark = _TRAINED if segment.trained else _KEPT if segment.control else _REMOVABLE
         pieces = tokenizer.split_control(segment.text) if segment.control else [segment.text]
         for index, piece in enumerate(pieces):

@@ -114,7 +114,8 @@ def _from_merges(folder: Path, vocabulary: Path, merges: Path) -> "RustTokenizer
     texts = [mark.get("content") if isinstance(mark, dict) else mark for mark in marks] + ["<|endoftext|>"]
     known = [text for text in dict.fromkeys(texts) if text and built.token_to_id(text) is not None]
     built.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in known])
-    return built._tokenizer
+    tokenizer: RustTokenizer = built._tokenizer
+    return tokenizer
 
 
 def _token_text(value: Any, tokenizer: "RustTokenizer", fallback_id: Any) -> str:

@@ -71,14 +71,15 @@ def _one_step(session: Session, window: Sequence[Batch], plan: LoopPlan, step: i
     loss = total / targets
     if not math.isfinite(loss):
         raise _non_finite("loss", loss, step, window)
-    if step == 1:
-        yield FirstGradients(session.gradient_norms())
+    norms = session.gradient_norms() if step == 1 else {}
     rate = learning_rate_at(
         step, plan.total_steps, peak=plan.peak_learning_rate, warmup_steps=plan.warmup_steps, schedule=plan.schedule
     )
     norm = session.clip_gradients()
     if not math.isfinite(norm):
         raise _non_finite("gradient norm", norm, step, window)
+    if step == 1:
+        yield FirstGradients(norms)
     session.update(rate)
     yield StepDone(
         step=step,
@@ -95,15 +96,31 @@ def _one_step(session: Session, window: Sequence[Batch], plan: LoopPlan, step: i
 
 
 def mean_loss(session: Session, batches: Sequence[Batch]) -> tuple[float, int]:
-    """The loss per trained token over all batches (token-weighted, dropout off), and the number of those tokens."""
+    """The loss per trained token over all batches (token-weighted, dropout off), and the number of those tokens.
+
+    Raises:
+        NonFiniteError: the loss of a batch is NaN or infinite.
+    """
     targets = sum(batch.target_count for batch in batches)
-    return sum(session.loss(batch) for batch in batches) / targets, targets
+    total = 0.0
+    for batch in batches:
+        loss = session.loss(batch)
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"the loss, without training, is {loss} (rows {_places([batch])})",
+                hint="lower training.learning_rate, or look for broken weights, or for broken rows at those places",
+            )
+        total += loss
+    return total / targets, targets
 
 
 def _non_finite(what: str, value: float, step: int, window: Sequence[Batch]) -> NonFiniteError:
-    rows: list[Tokenized] = [row for batch in window for row in batch.rows]
-    places = ", ".join(row.where for row in rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
     return NonFiniteError(
-        f"the {what} became {value} at step {step} (rows {places}); the weights are those of step {step - 1}",
+        f"the {what} became {value} at step {step} (rows {_places(window)}); the weights are those of step {step - 1}",
         hint="lower training.learning_rate, or look for broken rows at those places",
     )
+
+
+def _places(window: Sequence[Batch]) -> str:
+    rows: list[Tokenized] = [row for batch in window for row in batch.rows]
+    return ", ".join(row.where for row in rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")

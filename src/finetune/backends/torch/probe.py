@@ -1,7 +1,8 @@
 """Measures the memory of a few training steps in this process, then prints it. Started by `finetune.memory.measure`.
 
 Three figures, none of them derived from another: the peak resident set above what the frameworks alone take, the
-peak of live tensor bytes (every allocation and release, told by torch's own profiler), and the exact bytes of gradients and moments.
+peak of live tensor bytes (every allocation and release, told by torch's own profiler), and the exact bytes of
+gradients and moments.
 """
 
 import itertools
@@ -83,7 +84,7 @@ def _random_batch(request: dict[str, Any]) -> Batch:
 def _step(session: TorchSession, batch: Batch) -> int:
     """One step; returns the bytes of all gradients just before they are cleared."""
     session.accumulate(batch, 1 / batch.target_count)
-    gradient_bytes = sum(tensor.grad.nbytes for tensor in session.model.parameters() if tensor.grad is not None)
+    gradient_bytes = sum(int(tensor.grad.nbytes) for tensor in session.model.parameters() if tensor.grad is not None)
     session.clip_gradients()
     session.update(1e-4)
     return gradient_bytes
@@ -91,17 +92,17 @@ def _step(session: TorchSession, batch: Batch) -> int:
 
 def _peak_tensors(session: TorchSession, batch: Batch) -> int:
     """What lives before a step (weights, moments) plus the highest sum of allocations within it."""
-    before = sum(tensor.nbytes for tensor in session.model.parameters()) + _moment_bytes(session)
+    before = sum(int(tensor.nbytes) for tensor in session.model.parameters()) + _moment_bytes(session)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         _step(session, batch)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
-    return before + max(itertools.accumulate(event.nbytes() for event in events), default=0)
+    return before + max(itertools.accumulate(int(event.nbytes()) for event in events), default=0)
 
 
 def _moment_bytes(session: TorchSession) -> int:
     moments = [value for state in session.optimizer.state.values() for key, value in state.items() if key != "step"]
-    return sum(value.nbytes for value in moments)
+    return sum(int(value.nbytes) for value in moments)
 
 
 def _restart_peak() -> None:

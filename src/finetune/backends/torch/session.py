@@ -34,14 +34,14 @@ class TorchSession:
         # Before the adapter is drawn, not after: the seed fixes its initial values too.
         torch.manual_seed(seed)
         if target is None:
-            self.model.requires_grad_(True)
+            self.model.requires_grad_(requires_grad=True)
             return
         from peft import LoraConfig, get_peft_model
         from transformers.pytorch_utils import Conv1D
 
         config = LoraConfig(
             r=target.rank,
-            lora_alpha=target.alpha,  # type: ignore[arg-type]  # PEFT divides it; a fraction is as good as an int
+            lora_alpha=target.alpha,
             lora_dropout=target.dropout,
             target_modules=list(target.modules),
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in self.model.modules()),
@@ -180,7 +180,7 @@ class TorchSession:
         return torch.nn.functional.cross_entropy(output.logits.float(), targets, reduction="sum")
 
     def _tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """ids (rows, length), attention mask or None, targets (n,), and where their logits are (rows, length) bool."""
+        """Ids (rows, length), attention mask or None, targets (n,), and where their logits are (rows, length) bool."""
         length = max(len(row.ids) for row in batch.rows)
         ids = torch.full((len(batch.rows), length), self.pad_id)
         here = torch.zeros((len(batch.rows), length), dtype=torch.bool)

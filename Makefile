@@ -1,0 +1,108 @@
+# FineTune. Every target sets up what it needs on a fresh machine: Python 3.11 to 3.13 and make are enough.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+# The first interpreter that is new enough, python3 before the numbered ones.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && exit; done; echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+TIER1 := tests/properties
+TIER2 := tests/scenarios
+
+.PHONY: help
+help:  ## Show what each target does
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/python-ok:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"FineTune needs Python 3.11 to 3.13, and $(PYTHON) is {v[0]}.{v[1]}: set PYTHON=python3.12, for example")'
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# The stamps hold the set-up: a target installs only when what it depends on has changed.
+$(VENV)/torch-ok: $(VENV)/python-ok pyproject.toml constraints.txt
+	@echo "setting up: FineTune with torch (once; a few minutes)" >&2
+	@$(PIP) torch
+	@$(PIP) --editable '.[torch]'
+	@touch $@
+
+$(VENV)/dev-ok: $(VENV)/torch-ok
+	@echo "setting up: the test tools" >&2
+	@$(PIP) --editable '.[torch,dev]'
+	@touch $@
+
+.PHONY: demo
+demo: $(VENV)/torch-ok  ## Fine-tune the shipped model on the shipped data, judge it, write the report
+	@$(BIN)/ft train
+
+.PHONY: test
+test: $(VENV)/dev-ok  ## Run all tests that this machine can run
+	$(TEST_ENV) $(BIN)/pytest
+
+.PHONY: test-unit
+test-unit: $(VENV)/dev-ok  ## Run the laws that need no ML framework
+	$(TEST_ENV) $(BIN)/pytest $(TIER1)
+
+.PHONY: test-e2e-workflow
+test-e2e-workflow: test-unit  ## Tier 1: config, templates, data sets, workflow, memory estimate, errors
+
+.PHONY: test-e2e-real-model
+test-e2e-real-model:  ## Tier 2: train real models and judge the five criteria (needs FT_REAL_MODEL_ENABLE=1)
+	@if [ "$${FT_REAL_MODEL_ENABLE:-}" != 1 ]; then \
+	  echo "Tier 2 is off. Enable it with: FT_REAL_MODEL_ENABLE=1 make test-e2e-real-model"; \
+	  echo "FT_TEST_MODEL=gpt2 chooses another model; FT_VERBOSE=1 tells each step."; \
+	else $(MAKE) --no-print-directory tier2; fi
+
+.PHONY: tier2
+tier2: $(VENV)/dev-ok
+	TOKENIZERS_PARALLELISM=false $(BIN)/pytest $(TIER2)/test_real_model.py $(if $(FT_VERBOSE),-s)
+
+.PHONY: test-e2e-mlx
+test-e2e-mlx:  ## Tier 3: the whole chain with MLX (not in this version: says what is missing)
+	@echo "Tier 3 is not in this version: the MLX backend, GGUF export and deployment are missing." >&2; exit 3
+
+.PHONY: test-e2e-ollama
+test-e2e-ollama:  ## Tier 3's deployment leg (not in this version: says what is missing)
+	@echo "The Ollama leg is not in this version: GGUF export and deployment are missing." >&2; exit 3
+
+.PHONY: test-e2e-quick
+test-e2e-quick: test-e2e-workflow  ## Tier 1 and Tier 2
+	@FT_REAL_MODEL_ENABLE=1 $(MAKE) --no-print-directory test-e2e-real-model
+
+.PHONY: test-e2e-all
+test-e2e-all: test-e2e-quick  ## All three tiers (ends with exit 3 while Tier 3 is missing)
+	@$(MAKE) --no-print-directory test-e2e-mlx
+
+.PHONY: lint
+lint: $(VENV)/dev-ok  ## Check style
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+.PHONY: types
+types: $(VENV)/dev-ok  ## Check types, strictly
+	$(BIN)/mypy
+
+.PHONY: bench
+bench: $(VENV)/dev-ok  ## Measure training speed next to TRL, each in its own environment
+	$(BIN)/python bench/run.py
+
+.PHONY: prove
+prove:  ## Plant faults and count what the suite catches (not in this version: says what is missing)
+	@echo "ft prove is not in this version: the fault campaign is missing." >&2; exit 3
+
+.PHONY: docs
+docs:  ## Build the documentation site (not in this version: says what is missing)
+	@echo "The documentation site is not in this version; README.md, ARCHITECTURE.md and ft --help are." >&2; exit 3
+
+.PHONY: reference-model
+reference-model: $(VENV)/torch-ok  ## Build the shipped models and data sets from nothing (about half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m finetune.reference_model.recipe
+
+.PHONY: check
+check: lint types test  ## What CI runs
+	@FT_REAL_MODEL_ENABLE=1 $(MAKE) --no-print-directory test-e2e-real-model
+
+.PHONY: clean
+clean:  ## Remove the environments and everything that was built
+	rm -rf $(VENV) .peers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

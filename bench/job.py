@@ -1,0 +1,45 @@
+"""The benchmark's job, the same for every trainer: a random Llama of 9.8 M parameters and 512 rows of 8 to 560 tokens."""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "max_position_embeddings": 1024,
+    "vocab_size": 1024,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RANK, ALPHA = 8, 16
+BATCH_SIZE = 8
+LEARNING_RATE = 1e-4
+
+
+def rows() -> list[list[int]]:
+    """Token ids of every row: the same for every trainer."""
+    rng = random.Random(0)
+    return [[rng.randrange(3, 1024) for _ in range(rng.randint(8, 560))] for _ in range(512)]
+
+
+def arguments() -> argparse.Namespace:
+    """What a trainer's script is called with."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    return parser.parse_args()
+
+
+def tell(name: str, tokens: int, seconds: float, peak_rss: int, losses: list[float]) -> None:
+    """Print what one trainer measured, as one JSON object on the last line."""
+    print(json.dumps({"name": name, "tokens": tokens, "seconds": seconds, "peak_rss": peak_rss, "losses": losses}))

@@ -1,0 +1,32 @@
+"""Where words go: data to standard output, everything else to standard error."""
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def say(text: str) -> None:
+    """Tell the user something that is not data."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def print_data(text: str) -> None:
+    """Print a result."""
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    sys.stdout.flush()
+
+
+def print_json(value: Any) -> None:
+    """Print a result as JSON."""
+    print_data(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def data_console() -> "Console":
+    """A rich console on standard output; plain and 100 columns wide where that is no terminal."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=100, no_color=True)

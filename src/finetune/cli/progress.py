@@ -1,0 +1,76 @@
+"""Shows a run while it goes: a live bar on a terminal, plain lines anywhere else. A consumer of events."""
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from finetune.cli.console import say
+from finetune.events import CheckpointSaved, Event, HeldOutLoss, PhaseStarted, StepDone
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+_LINES = 10
+
+
+class Progress:
+    """Listens to a run's events and shows them on standard error."""
+
+    def __init__(self) -> None:
+        self._bar: RichProgress | None = None
+        self._task: TaskID | None = None
+        self._what = ""
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as RichProgress
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[told]}"),
+                TimeRemainingColumn(),
+            )
+            self._bar = RichProgress(*columns, console=Console(stderr=True))
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if isinstance(event, PhaseStarted):
+            self._what = event.phase
+            self._task = None
+            self._line(f"{event.phase}: {event.note}" if event.note else event.phase)
+        elif isinstance(event, StepDone):
+            self._step(event)
+        elif isinstance(event, HeldOutLoss) and event.step:
+            self._line(f"  held-out loss {event.loss:.4f} at step {event.step}")
+        elif isinstance(event, CheckpointSaved) and self._bar is None and event.step:
+            self._line(f"  checkpoint {event.path}")
+
+    def _step(self, event: StepDone) -> None:
+        told = f"loss {event.loss:.4f}  {event.tokens_per_second:,.0f} tokens/s"
+        if self._bar is None:
+            every = max(1, event.total_steps // _LINES)
+            if event.step == 1 or event.step % every == 0 or event.step == event.total_steps:
+                say(f"  step {event.step}/{event.total_steps}  {told}  lr {event.learning_rate:.2e}")
+            return
+        if self._task is None:
+            self._task = self._bar.add_task(f"  {self._what}", total=event.total_steps, told=told)
+        self._bar.update(self._task, completed=event.step, told=told)
+
+    def _line(self, text: str) -> None:
+        if self._bar is None:
+            say(text)
+        else:
+            self._bar.console.print(text, markup=False, highlight=False)

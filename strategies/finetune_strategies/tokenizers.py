@@ -1,0 +1,115 @@
+"""Tokenizer folders: tiny byte-level BPE tokenizers with every arrangement of BOS, padding and control tokens."""
+
+import atexit
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from hypothesis import strategies as st
+
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+LLAMA3_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+EOS = "</s>"
+PAD = "<|pad|>"
+
+_CORPUS = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n",
+    "### Instruction:\nHello world\n\n### Response:\nHello\n\n\n", "What is the capital of Norway? Oslo", "\n\n\n\n",
+    "1234 + 5678 = 6912", "user\nassistant\nsystem\n", "Москва資料🦙🦙🦙", " [/INST] ", "({[<|", "|>]})", ":(:[:\n:\n\n", '"""',
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TokenizerKind:
+    """How a tokenizer folder is made up.
+
+    `bos`: no such token; one that the tokenizer puts in front (by its post-processor or by its setting); one that
+    only templates write; or, as in GPT-2, one that is the end-of-text token as well.
+    """
+
+    bos: Literal["none", "processor", "setting", "template", "eos"] = "none"
+    pad: Literal["own", "eos", "none"] = "own"
+    chatml: bool = True
+    llama3: bool = True
+
+    @property
+    def bos_token(self) -> str:
+        """The begin-of-text token, "" when there is none."""
+        return {"none": "", "eos": EOS}.get(self.bos, "<s>")
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer itself puts the begin-of-text token in front."""
+        return self.bos in ("processor", "setting")
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Every control token, in the order of their ids, which start at 0."""
+        own = [EOS, *([self.bos_token] if self.bos not in ("none", "eos") else []), *([PAD] if self.pad == "own" else [])]
+        return (*own, *(CHATML_TOKENS if self.chatml else ()), *(LLAMA3_TOKENS if self.llama3 else ()))
+
+
+KINDS = tuple(
+    TokenizerKind(bos, pad, chatml, llama3)
+    for bos, pad, chatml, llama3 in [
+        ("none", "own", True, True), ("none", "eos", True, False), ("processor", "own", True, True),
+        ("processor", "eos", True, True), ("setting", "none", False, True), ("setting", "own", True, True),
+        ("template", "eos", True, True), ("template", "own", False, False), ("eos", "eos", True, True),
+    ]
+)  # fmt: skip
+
+
+def tokenizer_kinds() -> st.SearchStrategy[TokenizerKind]:
+    """Arrangements of a tokenizer; `tokenizer_folder` makes the files of one."""
+    return st.sampled_from(KINDS)
+
+
+def all_control_kinds() -> st.SearchStrategy[TokenizerKind]:
+    """Arrangements whose tokenizer has the control tokens of every template."""
+    return st.sampled_from([kind for kind in KINDS if kind.chatml and kind.llama3])
+
+
+@cache
+def _root() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="finetune-tokenizers-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@cache
+def tokenizer_folder(kind: TokenizerKind) -> Path:
+    """A folder with tokenizer.json, tokenizer_config.json and config.json; made once a process, never to be changed."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=256 + len(kind.control_tokens) + 101,
+        special_tokens=list(kind.control_tokens),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text for text in _CORPUS for _ in range(3)], trainer)
+    if kind.bos == "processor":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{kind.bos_token} $A", special_tokens=[(kind.bos_token, tokenizer.token_to_id(kind.bos_token))]
+        )
+    folder = _root() / str(len(list(_root().iterdir())))
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings: dict[str, Any] = {"eos_token": EOS}
+    if kind.bos != "none":
+        settings["bos_token"] = kind.bos_token
+    if kind.bos == "setting":
+        settings["add_bos_token"] = True
+    if kind.pad != "none":
+        settings["pad_token"] = {"content": PAD, "special": True} if kind.pad == "own" else EOS
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    config = {"model_type": "llama", "vocab_size": tokenizer.get_vocab_size()}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder

@@ -1,0 +1,164 @@
+"""The `ft` command as programs rely on it: exit codes, where output goes, bad input."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from finetune.cli.app import run, with_hyphens
+from finetune.models.locate import SHIPPED_FOLDER
+
+ROWS = [{"prompt": f"Say {word}", "completion": word} for word in ("one", "two", "three", "four")]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    return path
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_check_of_the_shipped_job_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without arguments the shipped model and data are checked, and they are good."""
+    assert run(["check"]) == 0
+    assert capsys.readouterr().out.strip() == "no problems"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "named"),
+    [
+        (["check", "missing.yaml"], 2, "missing.yaml"),
+        (["check", "--set", "training.learning_rat=1"], 2, "learning_rate"),
+        (["check", "--set", "adapter.rank=0"], 2, "adapter.rank"),
+        (["check", "--set", "training.batch_size=0"], 2, "training.batch_size"),
+        (["check", "--set", "adapter.rank=500"], 3, "rank 500"),
+        (["check", "--set", "adapter.targets=[q_prj]"], 3, "q_proj"),
+        (["check", "--model", "no-such-model"], 3, "reference-llama"),
+        (["check", "--template", "chatlm"], 2, "chatml"),
+        (["check", "--data", "missing.jsonl"], 3, "missing.jsonl"),
+        (["check", "--data", "."], 3, "folder"),
+        (["train", "--no-such-option"], 2, "no-such-option"),
+        (["train", "--set", "training.seed"], 2, "training.seed"),
+        (["report", "no-such-run"], 3, "no-such-run"),
+        (["evaluate", "."], 3, "run.json"),
+        (["no-such-verb"], 2, "no-such-verb"),
+    ],
+)
+def test_bad_input_ends_with_the_contract_code_and_names_the_value(
+    arguments: list[str], code: int, named: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Usage errors end with 2 and refusals with 3, and the message names the value or what to use instead."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert run(arguments) == code
+    told = capsys.readouterr()
+    assert named in told.out + told.err
+
+
+def test_check_names_every_problem_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Broken data, an impossible rank and a missing model layer are all told in one go."""
+    data = write(tmp_path / "bad.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    assert run(["check", "--data", data, "--set", "adapter.rank=400", "--json"]) == 3
+    problems = json.loads(capsys.readouterr().out)["problems"]
+    assert {problem["where"] for problem in problems} == {"data.train", "adapter"}
+    assert "bad.jsonl:2" in next(problem["what"] for problem in problems if problem["where"] == "data.train")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "is empty"),
+        ('{"prompt": "a", "completion": "b"}\n{oops}\n', ":2: broken JSON"),
+        ('{"instruction": "a"}\n', "without 'output'"),
+        ("[1, 2]\n", "expected a JSON object"),
+        ('{"messages": [{"role": "robot", "content": "x"}]}\n', "unknown role 'robot'"),
+        ('{"a": 1}\n', "no known shape"),
+    ],
+)
+def test_bad_data_is_refused_with_its_line(
+    text: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A data file that cannot be used is refused before any work, with the line and the reason."""
+    assert run(["check", "--data", write(tmp_path / "rows.jsonl", text)]) == 3
+    assert named in capsys.readouterr().out
+
+
+def test_corrupt_weights_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model whose safetensors file is cut off is refused with the file's name."""
+    for source in (SHIPPED_FOLDER / "reference-llama").iterdir():
+        (tmp_path / source.name).write_bytes(source.read_bytes()[: 1000 if source.suffix == ".safetensors" else None])
+    assert run(["check", "--model", str(tmp_path)]) == 3
+    assert "model.safetensors is corrupt or cut off" in capsys.readouterr().out
+
+
+def test_learning_rate_may_be_spelled_as_yaml_text(tmp_path: Path) -> None:
+    """`2e-5`, which YAML 1.1 reads as text, is the number that its writer meant."""
+    assert run(["check", write(tmp_path / "c.yaml", "training:\n  learning_rate: 2e-5\n")]) == 0
+
+
+def test_init_writes_a_file_that_checks_and_never_overwrites(tmp_path: Path) -> None:
+    """`ft init` gives a file that `ft check` accepts, and refuses to replace it."""
+    path = tmp_path / "mine.yaml"
+    assert run(["init", str(path)]) == 0
+    assert run(["check", str(path)]) == 0
+    before = path.read_bytes()
+    assert run(["init", str(path)]) == 3
+    assert path.read_bytes() == before
+
+
+def test_estimate_json_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    """The total is the sum of the parts, and LoRA's gradients are far below full fine-tuning's."""
+    assert run(["estimate", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    for method in ("lora", "full"):
+        parts = told[method]
+        assert parts["total"] == sum(parts[part] for part in ("weights", "adapter", "gradients", "optimizer"))
+    assert told["lora"]["gradients"] < 0.3 * told["full"]["gradients"]
+
+
+def test_schema_is_a_closed_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    """`ft schema` prints JSON that refuses unknown keys."""
+    assert run(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["additionalProperties"] is False
+
+
+def test_output_that_exists_is_refused_untouched(rows: Path, tmp_path: Path) -> None:
+    """A run folder is never reused, and a file is never taken for one."""
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "precious").write_text("keep")
+    assert run(["train", "--data", str(rows), "--output", str(taken)]) == 3
+    assert run(["train", "--data", str(rows), "--output", str(taken / "precious")]) == 3
+    assert [path.name for path in taken.iterdir()] == ["precious"]
+    assert (taken / "precious").read_text() == "keep"
+
+
+def test_option_names_take_hyphens_and_underscores() -> None:
+    """An option may be written either way, and values are never touched."""
+    assert with_hyphens("--max_new_tokens=a_b") == "--max-new-tokens=a_b"
+    assert with_hyphens("--set") == "--set"
+    assert with_hyphens("training.batch_size=1") == "training.batch_size=1"
+
+
+def test_start_is_quick() -> None:
+    """`ft --help` and `ft check` start within the contract: no framework is loaded on the way.
+
+    Seconds are no law on a shared machine, so what is judged is the reason for slowness: the modules.
+    """
+    code = (
+        "import sys; from finetune.cli.app import run; run(['check']); "
+        "print([name for name in ('torch', 'transformers', 'peft', 'mlx', 'matplotlib', 'huggingface_hub') "
+        "if name in sys.modules])"
+    )
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    assert time.perf_counter() - started < 20

@@ -1,0 +1,333 @@
+"""Laws of the data room: every row is kept, dropped and counted, or refused in its place; nothing is lost or leaked."""
+
+import json
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from finetune.data.facts import (
+    CAPITALS,
+    KINDS,
+    KNOWN_PER_KIND,
+    Fact,
+    deranged,
+    known_facts,
+    new_facts,
+    small_facts,
+    split_facts,
+)
+from finetune.data.read import read_rows
+from finetune.data.shape import Shaped, shape_of, shape_rows
+from finetune.data.shipped import FACTS, FOLDER, REHEARSAL, RETENTION, data_path, shipped_facts, write_shipped_sets
+from finetune.data.split import content_key, hold_out
+from finetune.errors import DataError
+from finetune.records import Conversation, Document, Message, Row
+from finetune_strategies.conversations import (
+    DamagedFile,
+    Example,
+    RowCase,
+    conversations,
+    damaged_files,
+    misshapen_files,
+    rows,
+    texts,
+)
+
+
+@contextmanager
+def data_file(content: bytes, suffix: str) -> Iterator[Path]:
+    """A data file with these bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"data{suffix}"
+        path.write_bytes(content)
+        yield path
+
+
+def refusal(damaged: DamagedFile) -> str:
+    """What the one error says; the file is left as it was, and the words can be written to any terminal."""
+    with data_file(damaged.content, damaged.suffix) as path:
+        with pytest.raises(DataError) as caught:
+            shape_rows(read_rows(path))
+        assert path.read_bytes() == damaged.content
+        assert [found.name for found in path.parent.iterdir()] == [path.name]
+        message = str(caught.value)
+        assert str(path) in message
+        assert caught.value.hint
+        return message.replace(str(path), "")
+
+
+def names(message: str, word: str) -> bool:
+    """Whether the message holds the word, and not as the beginning of a longer number."""
+    return re.search(re.escape(word) + r"(?!\d)", message) is not None
+
+
+@given(damaged_files())
+@example(DamagedFile(".jsonl", b'{"text": "a"}\n{"a": ' + b"9" * 5000 + b"}\n{", (":2", ":3"), (":1",)))
+@example(DamagedFile(".json", b'[{"text": ' + b"9" * 5000 + b"}]"))
+@example(DamagedFile(".jsonl", b'\xef\xbb\xbf{"a": "\xff', ("UTF-8", "offset 10")))
+@example(DamagedFile(".json", b'{"text": }\n{"text": "a"}\n{"text" 1}', (":1", ":3"), (":2",)))
+@settings(deadline=None)
+def test_damaged_file_every_broken_place_is_named_at_once(damaged: DamagedFile) -> None:
+    """A file that cannot be read is one DataError that names the file and every broken place, and no good one."""
+    message = refusal(damaged)
+    assert all(names(message, word) for word in damaged.named), message
+    assert not any(names(message, word) for word in damaged.unnamed), message
+    assert len(message) < 8_000
+
+
+@given(misshapen_files())
+@example(DamagedFile(".jsonl", b'{"\\ud800": 1}', (":1",)))
+@settings(deadline=None)
+def test_misshapen_rows_every_one_is_named_at_once(damaged: DamagedFile) -> None:
+    """Rows that are no training data are one DataError that names each of them, in words any terminal can show."""
+    message = refusal(damaged)
+    assert all(names(message, word) for word in damaged.named), message
+    assert not any(names(message, word) for word in damaged.unnamed), message
+    assert message.encode("utf-8")
+
+
+@pytest.mark.parametrize("name", ["nope.jsonl", "", "a\0b.jsonl", "a" * 300 + ".jsonl", "nope/nope.json"])
+def test_path_that_is_no_file_is_named(name: str, tmp_path: Path) -> None:
+    """A missing file, a folder and a name that no file can have are refused with the path and a remedy."""
+    path = tmp_path / name
+    with pytest.raises(DataError) as caught:
+        read_rows(path)
+    assert str(path) in str(caught.value)
+    assert caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+def as_jsonl(cases: list[RowCase], ascii_only: bool, newline: str) -> bytes:  # noqa: FBT001
+    """The rows as lines of a file."""
+    return "".join(json.dumps(case.values, ensure_ascii=ascii_only) + newline for case in cases).encode()
+
+
+def shaped_from(content: bytes, suffix: str) -> Shaped:
+    """What the two readers make of a file."""
+    with data_file(content, suffix) as path:
+        return shape_rows(read_rows(path))
+
+
+def said_by(found: Example) -> tuple[str, ...]:
+    """The words of an example, with the roles that say them."""
+    if isinstance(found, Document):
+        return ("text", found.text)
+    return tuple(part for message in found.messages for part in (message.role, message.content))
+
+
+@given(
+    st.lists(rows(), min_size=1, max_size=6),
+    st.booleans(),
+    st.sampled_from(["\n", "\r\n", "\n\n  \n"]),
+    st.sampled_from(["", "\ufeff"]),
+)
+@settings(deadline=None)
+def test_rows_become_what_they_say(cases: list[RowCase], ascii_only: bool, newline: str, mark: str) -> None:  # noqa: FBT001
+    """Every row of every shape becomes its own words in order, or is dropped for the reason it deserves, and counted."""
+    shaped = shaped_from(mark.encode() + as_jsonl(cases, ascii_only, newline), ".jsonl")
+    kept = [case for case in cases if not case.dropped]
+    assert [said_by(found) for found in shaped.examples] == [said_by(case.example) for case in kept]
+    assert shaped.dropped == Counter(case.dropped for case in cases if case.dropped)
+    assert shaped.shapes == Counter(case.shape for case in cases)
+    assert len(cases) == len(shaped.examples) + sum(shaped.dropped.values())
+    assert shaped.ignored_columns == tuple(sorted({name for case in cases for name in case.ignored}))
+
+
+def test_columns_nobody_reads_can_be_shown() -> None:
+    """A column whose name is half a surrogate pair is reported in characters that can be written."""
+    shaped = shaped_from(b'{"text": "a", "\\ud800b": 1}', ".jsonl")
+    assert shaped.ignored_columns == ("\\ud800b",)
+
+
+@given(st.lists(rows(), min_size=1, max_size=4), st.booleans())
+@settings(deadline=None, max_examples=40)
+def test_rows_one_list_and_one_line_each_are_the_same(cases: list[RowCase], pretty: bool) -> None:  # noqa: FBT001
+    """A .json list, .json lines and .jsonl lines of the same rows are read as the same examples."""
+    document = json.dumps([case.values for case in cases], indent=2 if pretty else None).encode()
+    lines = as_jsonl(cases, ascii_only=False, newline="\n")
+    expected = [said_by(case.example) for case in cases if not case.dropped]
+    for content, suffix in [(document, ".json"), (lines, ".json"), (lines, ".jsonl"), (lines, ".JSONL")]:
+        assert [said_by(found) for found in shaped_from(content, suffix).examples] == expected
+
+
+@given(st.lists(rows(), min_size=1, max_size=8), st.integers(0, 10))
+@settings(deadline=None, max_examples=40)
+def test_rows_remember_their_place_and_limit(cases: list[RowCase], limit: int) -> None:
+    """Each row carries file and line, and a limit keeps exactly the first rows; a limit of 0 is 0."""
+    with data_file(b"\n" + as_jsonl(cases, ascii_only=True, newline="\n\n"), ".jsonl") as path:
+        found = read_rows(path)
+        assert found == [Row(case.values, f"{path}:{2 * index + 2}") for index, case in enumerate(cases)]
+        assert read_rows(path, limit=limit) == found[:limit]
+        assert [shape_of(row) for row in found] == [case.shape for case in cases]
+
+
+def examples_for_split() -> st.SearchStrategy[list[Example]]:
+    """Examples among which many are equal, and some differ only in where one message ends and another begins."""
+    words = st.sampled_from(["", "a", "b", "ab", "user", "assistant"])
+    few = conversations(max_turns=2, contents=words) | st.builds(Document, words, st.just("rows.jsonl:9"))
+    return st.lists(few | st.builds(Document, texts(), st.just("rows.jsonl:9")), max_size=30)
+
+
+@given(examples_for_split(), st.floats(0, 1, exclude_max=True), st.integers(0, 3), st.randoms(use_true_random=False))
+@settings(deadline=None)
+def test_hold_out_is_a_partition_by_content(found: list[Example], fraction: float, seed: int, rng: object) -> None:
+    """Nothing held out is trained on, nothing is lost, the order of rows decides nothing, and equal rows stay together."""
+    train, held = hold_out(found, fraction, seed)
+    assert Counter(map(said_by, train)) + Counter(map(said_by, held)) == Counter(map(said_by, found))
+    assert not {said_by(one) for one in train} & {said_by(one) for one in held}
+    assert [one for one in found if said_by(one) in {said_by(two) for two in train}] == train
+    distinct = len({said_by(one) for one in found})
+    share = len({said_by(one) for one in held})
+    assert abs(share - fraction * distinct) <= 1
+    assert (share == 0) == (fraction == 0 or distinct < 2)
+    assert distinct == 0 or share < distinct
+    shuffled = list(found)
+    rng.shuffle(shuffled)  # type: ignore[attr-defined]
+    moved = [replace(one, where="elsewhere:1") for one in shuffled] + found[:1]
+    assert {said_by(one) for one in hold_out(moved, fraction, seed)[1]} == {said_by(one) for one in held}
+
+
+def test_hold_out_seed_decides() -> None:
+    """The same seed holds out the same rows, another seed others; 0 is a seed."""
+    found = [Document(f"row {number}", "x") for number in range(100)]
+    held = [hold_out(found, 0.3, seed)[1] for seed in (0, 0, 1, 2)]
+    assert held[0] == held[1]
+    assert len({tuple(one) for one in held}) == 3
+    assert [len(one) for one in held] == [30] * 4
+
+
+@given(texts(), texts())
+@settings(deadline=None)
+def test_content_key_tells_where_messages_end(left: str, right: str) -> None:
+    """Two examples have one key exactly when they say the same, wherever they stood."""
+    joined = Conversation((Message("user", left + right), Message("assistant", "")), "a:1")
+    apart = Conversation((Message("user", left), Message("assistant", right)), "a:2")
+    assert (content_key(joined) == content_key(apart)) == (said_by(joined) == said_by(apart))
+    assert content_key(replace(apart, where="b:7")) == content_key(apart)
+    assert content_key(Document(left, "x")) != content_key(apart)
+
+
+HAND_CHECKED = {"France": "Paris", "Norway": "Oslo", "Fiji": "Suva", "Peru": "Lima", "Australia": "Canberra"}
+
+
+def right_answer(fact: Fact) -> str:
+    """The answer worked out from the question's own words, not from the data set's code."""
+    numbers = [int(number) for number in re.findall(r"\d+", fact.question)]
+    if fact.kind == "geography":
+        country = fact.question.removeprefix("What is the capital of ").removesuffix("?")
+        assert HAND_CHECKED.get(country, dict(CAPITALS)[country]) == dict(CAPITALS)[country]
+        return dict(CAPITALS)[country]
+    if fact.kind == "sums":
+        assert fact.question == f"What is {numbers[0]} plus {numbers[1]}?"
+        return str(sum(numbers))
+    assert len(numbers) == 3
+    assert numbers[2] - numbers[1] == numbers[1] - numbers[0] > 0
+    return str(2 * numbers[2] - numbers[1])
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 12, 48, 100, 110, 10_000])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_facts_are_new_true_and_balanced(size: int, seed: int) -> None:
+    """Any number of facts: each question once, none known to the base, every answer right, the kinds even."""
+    facts = new_facts(size, seed)
+    assert len(facts) == len({fact.question for fact in facts}) == size
+    assert not {fact.question for fact in facts} & {fact.question for fact in known_facts()}
+    assert all(fact.answer == right_answer(fact) for fact in facts)
+    counts = Counter(fact.kind for fact in facts)
+    supply = len(CAPITALS) - KNOWN_PER_KIND
+    assert counts["geography"] == min(supply, -(-size // 3))
+    assert 0 <= counts["sums"] - counts["patterns"] <= 1
+    assert facts == new_facts(size, seed)
+    if size >= 12:
+        assert facts != new_facts(size, 1 - seed)
+        assert {fact.kind for fact in facts[: size // 2]} == set(KINDS)
+
+
+def test_facts_known_ones_are_always_the_same() -> None:
+    """36 facts of each kind are known, all true, all from the small range, and no global random state matters."""
+    known = known_facts()
+    assert Counter(fact.kind for fact in known) == dict.fromkeys(KINDS, 36)
+    assert all(fact.answer == right_answer(fact) for fact in known)
+    assert set(known) < {fact for kind in KINDS for fact in small_facts(kind)}
+    assert known == known_facts()
+    assert len(dict(CAPITALS)) == len(CAPITALS) == 72
+    assert dict(CAPITALS).items() >= HAND_CHECKED.items()
+
+
+def test_facts_negative_size_is_refused() -> None:
+    """A negative number of facts is refused with the number."""
+    with pytest.raises(ValueError, match="-1"):
+        new_facts(-1, 0)
+
+
+@given(st.integers(0, 60), st.sampled_from([(1.0,), (0.5, 0.5), (0.7, 0.2, 0.1), (0.9, 0.1)]), st.integers(0, 3))
+@settings(deadline=None, max_examples=30)
+def test_facts_split_is_a_partition(size: int, shares: tuple[float, ...], seed: int) -> None:
+    """The parts are disjoint, their union is the whole, and each has its share within one fact."""
+    facts = new_facts(size, 0)
+    parts = split_facts(facts, shares, seed)
+    assert Counter(fact for part in parts for fact in part) == Counter(facts)
+    assert all(abs(len(part) - share * size) <= len(shares) / 2 for part, share in zip(parts, shares, strict=True))
+    assert parts == split_facts(facts, shares, seed)
+    if size > 20 and len(shares) > 1:
+        assert parts != split_facts(facts, shares, seed + 1)
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c", "", "a "]), max_size=12) | st.lists(texts(), max_size=8))
+@example(["a"])
+@example(["a", "a", "b", "b"])
+@example(["a", "a", "a", "b", "c"])
+@settings(deadline=None)
+def test_deranged_nobody_keeps_an_equal_answer(answers: list[str]) -> None:
+    """The same answers, no one in its old place; None exactly when one answer fills more than half."""
+    dealt = deranged(answers)
+    possible = all(2 * count <= len(answers) for count in Counter(answers).values())
+    assert (dealt is not None) == possible
+    if dealt is not None:
+        assert Counter(dealt) == Counter(answers)
+        assert all(new != old for new, old in zip(dealt, answers, strict=True))
+
+
+def test_shipped_sets_share_no_question(tmp_path: Path) -> None:
+    """What is learnt is unknown to the base; what is rehearsed and what is asked for are known and have no common row."""
+    sets = shipped_facts()
+    questions = {name: {fact.question for fact in facts} for name, facts in sets.items()}
+    known = {fact.question for fact in known_facts()}
+    assert {name: len(found) for name, found in questions.items()} == {FACTS: 48, REHEARSAL: 72, RETENTION: 36}
+    assert [len(facts) for facts in sets.values()] == [48, 72, 36]
+    assert not questions[FACTS] & known
+    assert not questions[REHEARSAL] & questions[RETENTION]
+    assert questions[REHEARSAL] | questions[RETENTION] == known
+    assert all(Counter(fact.kind for fact in facts).keys() == set(KINDS) for facts in sets.values())
+
+
+def test_shipped_sets_files_are_what_the_recipe_writes(tmp_path: Path) -> None:
+    """Each shipped file reads back as its facts, and those in the package are byte for byte what is written today."""
+    write_shipped_sets(tmp_path)
+    for name, facts in shipped_facts().items():
+        path = tmp_path / data_path(name).name
+        shaped = shape_rows(read_rows(path))
+        assert [said_by(found) for found in shaped.examples] == [
+            ("user", fact.question, "assistant", fact.answer) for fact in facts
+        ]
+        assert (shaped.dropped, shaped.ignored_columns) == ({}, ("kind",))
+        shipped = FOLDER / path.name
+        assert not shipped.exists() or shipped.read_bytes() == path.read_bytes()
+
+
+def test_shipped_sets_unknown_name_is_refused_and_paths_are_left_alone() -> None:
+    """A name that no shipped set has is refused with the three that exist; anything else is a path."""
+    with pytest.raises(DataError, match="shipped:fact'") as caught:
+        data_path("shipped:fact")
+    assert all(name in caught.value.hint for name in (FACTS, REHEARSAL, RETENTION))
+    assert data_path("some/rows.jsonl") == Path("some/rows.jsonl")
+    with pytest.raises(DataError, match="~nosuchuser"):
+        data_path("~nosuchuser/rows.jsonl")

@@ -1,0 +1,70 @@
+"""The shipped models and data sets: small, awkward, and exactly what their cards and recipe say."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from finetune.artifacts.write import file_hash
+from finetune.data.shipped import FOLDER, facts_as_jsonl, shipped_facts
+from finetune.models.locate import SHIPPED, SHIPPED_FOLDER
+from finetune.models.shape import read_shape
+from finetune.reference_model.recipe import DESIGNS
+from finetune.templates.catalog import CATALOG
+from finetune.templates.render import ChatTemplate
+from finetune.tokens.tokenizer import FileTokenizer
+
+MEGABYTE = 1_000_000
+
+
+def test_shipped_sets_are_what_the_generator_makes() -> None:
+    """Every shipped data file is, byte for byte, what the seeded generator gives."""
+    sets = shipped_facts()
+    assert len(sets) == 3
+    for name, facts in sets.items():
+        path = FOLDER / f"{name.removeprefix('shipped:')}.jsonl"
+        assert path.read_text(encoding="utf-8") == facts_as_jsonl(facts), f"run make reference-model: {name} differs"
+
+
+def test_shipped_models_are_small_together() -> None:
+    """The weights of both models take less than 12 MB."""
+    weights = list(SHIPPED_FOLDER.glob("*/*.safetensors"))
+    assert len(weights) == len(SHIPPED) == len(DESIGNS) == 2
+    assert sum(path.stat().st_size for path in weights) < 12 * MEGABYTE
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_card_names_the_hash_of_every_file(name: str) -> None:
+    """The model card lists every file beside it with its true hash."""
+    folder = SHIPPED_FOLDER / name
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"\| `([^`]+)` \| [\d,]+ \| `([0-9a-f]{64})` \|", card))
+    files = {path.name: file_hash(path) for path in folder.iterdir() if path.name != "README.md"}
+    assert listed == files
+    assert len(files) >= 5
+
+
+@pytest.mark.parametrize("design", DESIGNS, ids=lambda design: design.name)
+def test_shapes_are_awkward(design: object) -> None:
+    """No two sizes are conveniently equal: equal sizes hide bugs."""
+    config = design.config  # type: ignore[attr-defined]
+    folder = SHIPPED_FOLDER / design.name  # type: ignore[attr-defined]
+    heads = config.get("num_attention_heads") or config["n_head"]
+    assert heads & (heads - 1) != 0
+    shape = read_shape(folder)
+    assert shape.vocab_size % 64 != 0
+    if "head_dim" in config:
+        assert heads * config["head_dim"] != config["hidden_size"]
+        assert heads // config["num_key_value_heads"] != config["num_key_value_heads"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_control_tokens_are_distinct(name: str) -> None:
+    """Pad, end of text and end of turn are three tokens, and every built-in template fits the tokenizer."""
+    tokenizer = FileTokenizer(Path(SHIPPED_FOLDER / name))
+    turns = {tokenizer.control_id("<|im_end|>"), tokenizer.control_id("<|eot_id|>")}
+    assert len({tokenizer.pad_id, tokenizer.eos_id, *turns}) == 4
+    assert tokenizer.adds_bos == (tokenizer.bos_id is not None) == (name == "reference-llama")
+    for source in CATALOG.values():
+        template = ChatTemplate(source, tokenizer.control_tokens, bos=tokenizer.bos, eos=tokenizer.eos)
+        assert template.terminators()

@@ -1,0 +1,372 @@
+"""Laws of the templates room: the public formats byte for byte, one prompt for training and asking, answers marked."""
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from jinja2 import Environment
+
+from finetune.errors import TemplateError
+from finetune.records import Conversation, Document, Message, Rendered
+from finetune.templates.catalog import CATALOG, TemplateSource
+from finetune.templates.render import ChatTemplate, find_template
+from finetune_strategies.conversations import conversations, texts
+
+CONTROL = (
+    "<s>", "</s>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+)  # fmt: skip
+NAMES = sorted(CATALOG)
+TERMINATOR = {"alpaca": "</s>", "chatml": "<|im_end|>", "llama2": " </s>", "llama3": "<|eot_id|>"}
+
+
+def template(source: str | TemplateSource, control: tuple[str, ...] = CONTROL) -> ChatTemplate:
+    """A template of the catalogue, or one written here, for a tokenizer with every control token."""
+    source = CATALOG[source] if isinstance(source, str) else source
+    return ChatTemplate(source, control, bos="<s>", eos="</s>")
+
+
+def talk(*turns: str) -> Conversation:
+    """A conversation from `role:text` words."""
+    return Conversation(tuple(Message(*turn.split(":", 1)) for turn in turns), "rows.jsonl:7")
+
+
+def shown(name: str, message: Message) -> str:
+    """A message's text as the public format shows it: the Llama formats trim turns, Llama 2 not its system text."""
+    trims = name == "llama3" or (name == "llama2" and message.role != "system")
+    return message.content.strip() if trims else message.content
+
+
+def turns(name: str, conversation: Conversation) -> list[Message]:
+    """The messages with an input as its own section in Alpaca, and as part of the question elsewhere."""
+    found: list[Message] = []
+    for message in conversation.messages:
+        if message.role == "input" and name != "alpaca":
+            found[-1] = Message("user", f"{found[-1].content}\n\n{message.content}")
+        else:
+            found.append(message)
+    return found
+
+
+def written_out(name: str, conversation: Conversation) -> list[tuple[str, bool]]:
+    """The public format by hand: (text, whether the model says it), independent of the product's templates."""
+    messages = turns(name, conversation)
+    out: list[tuple[str, bool]] = []
+    system = ""
+    if name == "alpaca":
+        context = ", paired with an input that provides further context" if "input" in [m.role for m in messages[:2]] else ""
+        opening = f"Below is an instruction that describes a task{context}. "
+        opening += "Write a response that appropriately completes the request."
+        out.append((f"{messages[0].content if messages[0].role == 'system' else opening}\n\n", False))
+    if name == "llama3":
+        out.append(("<s>", False))
+    for index, message in enumerate(messages):
+        text, role = shown(name, message), message.role
+        last = index == len(messages) - 1
+        if name == "alpaca" and role == "assistant":
+            out += [("### Response:\n", False), (f"{text}</s>", True), ("" if last else "\n\n", False)]
+        elif name == "alpaca" and role != "system":
+            out.append((f"### {'Input' if role == 'input' else 'Instruction'}:\n{text}\n\n", False))
+        elif name == "chatml":
+            out += [(f"<|im_start|>{role}\n", False), (text, role == "assistant")]
+            out += [("<|im_end|>", role == "assistant"), ("\n", False)]
+        elif name == "llama3":
+            out.append((f"<|start_header_id|>{role}<|end_header_id|>\n\n", False))
+            out.append((f"{text}<|eot_id|>", role == "assistant"))
+        elif name == "llama2" and role == "system":
+            system = f"<<SYS>>\n{text}\n<</SYS>>\n\n"
+        elif name == "llama2" and role == "user":
+            out.append((f"<s>[INST] {system}{text} [/INST]", False))
+            system = ""
+        elif name == "llama2":
+            out.append((f" {text} </s>", True))
+    return out
+
+
+def joined(parts: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    """Stretches of trained and untrained text, neighbours of one kind made one."""
+    merged: list[tuple[str, bool]] = []
+    for text, trained in parts:
+        if not text:
+            continue
+        if merged and merged[-1][1] == trained:
+            text = merged.pop()[0] + text
+        merged.append((text, trained))
+    return merged
+
+
+def stretches(rendered: Rendered) -> list[tuple[str, bool]]:
+    """What a rendered row marks as trained and untrained."""
+    return joined([(segment.text, segment.trained) for segment in rendered.segments])
+
+
+GOLDEN = {
+    "alpaca": (
+        talk("user:Name a colour.", "assistant:Red"),
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nName a colour.\n\n### Response:\nRed</s>",
+    ),
+    "alpaca with input": (
+        talk("user:Translate.", "input:rouge", "assistant:red"),
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n"
+        "### Instruction:\nTranslate.\n\n### Input:\nrouge\n\n### Response:\nred</s>",
+    ),
+    "chatml": (
+        talk("system:Be kind.", "user:Hi", "assistant:Hello!", "user:Bye", "assistant:See you"),
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
+        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\nSee you<|im_end|>\n",
+    ),
+    "llama2": (
+        talk("system:Be kind.", "user: Hi ", "assistant:Hello!\n", "user:Bye", "assistant:See you"),
+        "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHi [/INST] Hello! </s><s>[INST] Bye [/INST] See you </s>",
+    ),
+    "llama3": (
+        talk("system: Be kind.\n", "user:Hi", "assistant:Hello!"),
+        "<s><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nHello!<|eot_id|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_format_is_the_public_one_byte_for_byte(case: str) -> None:
+    """Each of the four formats, and Alpaca with an input, is what its authors publish."""
+    conversation, expected = GOLDEN[case]
+    assert template(case.split()[0]).render(conversation).text == expected
+    assert "".join(text for text, _ in written_out(case.split()[0], conversation)) == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(conversations())
+@example(talk("user: a ", "assistant:\n b\t"))
+@example(talk("system: s ", "user: a", "assistant:b ", "user:c\n", "assistant: d"))
+@example(talk("user:\ue0000\ue001{{ bos_token }}", "assistant:\ue0001\ue001{}"))
+@example(talk("user:", "assistant:"))
+@example(talk("user:a", "assistant:b", "user:c", "input:d", "assistant:e"))
+@settings(deadline=None, max_examples=50)
+def test_answers_and_terminators_are_what_is_trained(name: str, conversation: Conversation) -> None:
+    """P-MASK: the text is the public format, and of it every answer with its terminator is trained and nothing else."""
+    rendered = template(name).render(conversation)
+    assert stretches(rendered) == joined(written_out(name, conversation))
+    assert rendered.where == conversation.where
+    spoken = [segment.text for segment in rendered.segments if segment.trained and not segment.control]
+    answers = [shown(name, message) for message in conversation.messages if message.role == "assistant"]
+    assert spoken == [answer for answer in answers if answer]
+    told = [segment.text for segment in rendered.segments if not segment.control]
+    assert told == [text for message in turns(name, conversation) if (text := shown(name, message))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(conversations())
+@example(talk("user: a ", "assistant:b", "user:c", "assistant: d "))
+@settings(deadline=None, max_examples=50)
+def test_prompt_is_the_same_for_training_and_asking(name: str, conversation: Conversation) -> None:
+    """P-TMPL: for every answer, the text trained on up to it is the text asked with, and only what is said follows."""
+    chat = template(name)
+    whole = stretches(chat.render(conversation))
+    for index, message in enumerate(conversation.messages):
+        if message.role != "assistant":
+            continue
+        asked = chat.render_prompt(Conversation(conversation.messages[:index], conversation.where))
+        number = sum(one.role == "assistant" for one in conversation.messages[:index])
+        before = [position for position, (_, trained) in enumerate(whole) if trained][number]
+        # Two neighbouring answers share one stretch only where no markup parts them; no format does that.
+        assert asked.text == "".join(text for text, _ in whole[:before])
+        assert not any(segment.trained for segment in asked.segments)
+
+
+@given(texts(), texts(), st.sampled_from(NAMES))
+@settings(deadline=None)
+def test_system_text_is_kept(system: str, question: str, name: str) -> None:
+    """The system text stands once in training and asking, in a segment of its own, whatever it holds."""
+    conversation = Conversation(
+        (Message("system", system), Message("user", question), Message("assistant", "x")), "rows.jsonl:1"
+    )
+    for rendered in (template(name).render(conversation), template(name).render_prompt(conversation.prompt)):
+        kept = [segment.text for segment in rendered.segments if segment.role == "system"]
+        assert "".join(kept) == shown(name, conversation.messages[0])
+        assert "Below is an instruction" not in rendered.text or "Below" in system + question
+
+
+@given(conversations(contents=st.sampled_from(["a", "{}", "{{ x }}", "%s"])), st.sampled_from(NAMES))
+@settings(deadline=None, max_examples=40)
+def test_markers_never_leak(conversation: Conversation, name: str) -> None:
+    """No marker character and no placeholder stays in a row whose own text has none."""
+    for rendered in (template(name).render(conversation), template(name).render_prompt(conversation.prompt)):
+        assert not re.search("[\ue000\ue001]", rendered.text)
+        assert not re.search(r"\{(?:instruction|input|output|system|bos_token|eos_token)\}", rendered.text, re.I)
+
+
+@given(texts(min_size=1))
+@settings(deadline=None, max_examples=30)
+def test_document_is_trained_whole_and_ends(text: str) -> None:
+    """P-STOP for plain text: every character is trained, and the end-of-text token after it as a control token."""
+    rendered = template("alpaca").render_document(Document(text, "a:1"))
+    assert [(segment.text, segment.trained, segment.control) for segment in rendered.segments] == [
+        (text, True, False),
+        ("</s>", True, True),
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_terminators_are_what_ends_an_answer(name: str) -> None:
+    """P-STOP: the tokens to stop at are exactly the control tokens trained after an answer."""
+    assert template(name).terminators() == (TERMINATOR[name].strip(),)
+
+
+def test_terminators_leave_out_what_opens_an_answer() -> None:
+    """A control token that the model says before its answer ends nothing."""
+    source = TemplateSource(
+        "thinking",
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<|pad|>{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    )
+    chat = template(source)
+    assert chat.terminators() == ("<|im_end|>",)
+    assert ("<|pad|>b<|im_end|>", True) in stretches(chat.render(talk("user:a", "assistant:b")))
+
+
+BARE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MARKED = (
+    "{%- for m in messages -%}\n<|im_start|>{{ m.role + '\n' }}\n{%- if m.role == 'assistant' -%}\n"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n{%- else -%}\n{{ m.content }}<|im_end|>\n"
+    "{%- endif -%}\n{{ '\n' }}\n{%- endfor -%}\n"
+    "{%- if add_generation_prompt -%}<|im_start|>assistant{{ '\n' }}{%- endif -%}"
+)
+
+
+@pytest.mark.parametrize("source", [BARE, MARKED])
+@given(conversations(inputs=False))
+@settings(deadline=None, max_examples=25)
+def test_custom_templates_are_marked_as_built_in_ones(source: str, conversation: Conversation) -> None:
+    """Somebody's ChatML, with or without `{% generation %}` tags, gives the rows that the built-in one gives."""
+    mine = template(TemplateSource("mine.jinja", source))
+    assert stretches(mine.render(conversation)) == stretches(template("chatml").render(conversation))
+    assert mine.render_prompt(conversation.prompt) == template("chatml").render_prompt(conversation.prompt)
+
+
+@given(conversations(inputs=False))
+@settings(deadline=None, max_examples=25)
+def test_rendered_text_is_what_plain_jinja_makes(conversation: Conversation) -> None:
+    """The text is what Jinja itself makes of the real messages: cutting at markers changes no byte."""
+    plain = Environment(trim_blocks=True, lstrip_blocks=True)  # noqa: S701
+    for name in NAMES:
+        told = [{"role": message.role, "content": message.content} for message in conversation.messages]
+        for asking, rendered in (
+            (False, template(name).render(conversation)),
+            (True, template(name).render_prompt(conversation)),
+        ):
+            jinja = plain.from_string(CATALOG[name].jinja)
+            expected = jinja.render(messages=told, bos_token="<s>", eos_token="</s>", add_generation_prompt=asking)
+            assert rendered.text == expected
+
+
+def test_find_template_reads_names_files_and_the_models_own(tmp_path: Path) -> None:
+    """A name finds its template, `tokenizer` the model's own, and a path its file, text unchanged."""
+    path = tmp_path / "größe.jinja"
+    path.write_text(BARE, encoding="utf-8")
+    assert find_template(str(path), None) == TemplateSource(str(path), BARE)
+    assert find_template("tokenizer", BARE) == TemplateSource("tokenizer", BARE)
+    assert [find_template(name, None).name for name in NAMES] == NAMES
+
+
+@pytest.mark.parametrize("name", ["chatm", "", "tokenizer", "nope.jinja", "a\0.jinja", "folder.jinja", "latin.jinja"])
+def test_find_template_refuses_what_is_not_there(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unknown name, a missing or unreadable file and a tokenizer without template are refused with a remedy."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.jinja").mkdir()
+    (tmp_path / "latin.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(TemplateError) as caught:
+        find_template(name, None)
+    assert name in caught.value.message
+    assert "path" in caught.value.hint or all(known in caught.value.hint for known in NAMES)
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3"])
+def test_template_without_its_control_tokens_is_refused(name: str) -> None:
+    """A format whose control tokens the tokenizer lacks is refused with exactly those that are lacking."""
+    for lacking in CATALOG[name].control_tokens:
+        with pytest.raises(TemplateError, match=re.escape(lacking)) as caught:
+            template(name, tuple(token for token in CONTROL if token != lacking))
+        assert not any(token in caught.value.message for token in CATALOG[name].control_tokens if token != lacking)
+    assert template("alpaca", ("</s>",)).terminators() == ("</s>",)
+
+
+LOOP = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+REFUSED = {
+    "syntax": ("{% for m in messages %}\n{{ m.content }\n{% endfor %}", "line 2"),
+    "unknown filter": ("\n\n{{ messages | nofilter }}", "line 3"),
+    "too deep": ("{% if x %}" * 2000 + "{% endif %}" * 2000, "cannot be compiled"),
+    "too deep for Python": ("{% for a in b %}" * 30 + "{% endfor %}" * 30, "cannot be compiled"),
+    "break outside": ("{% break %}", "cannot be compiled"),
+    "too large": ("x" * 200_001, "200001"),
+    "loses a role": ("{% for m in messages if m.role != 'user' %}{{ m.content }}<|im_end|>{% endfor %}", "lost: user"),
+    "says twice": ("{% for m in messages %}{{ m.content + m.content }}<|im_end|>{% endfor %}", "once and in order"),
+    "turns round": ("{% for m in messages | reverse %}{{ m.content }}<|im_end|>{% endfor %}", "in order"),
+    "raises": ("{{ raise_exception('only users here') }}", "only users here"),
+    "wrong filter": (LOOP + "{{ messages | dictsort }}", "fails"),
+    "division": (LOOP + "{{ 1 // (messages | length - messages | length) }}", "fails"),
+    "endless": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails"),
+    "too wide": ("{% for i in range(999999999) %}x{% endfor %}", "fails"),
+    "missing field": (LOOP + "{{ messages[0].tools.name }}", "fails"),
+    "includes a file": (LOOP + "{% include '/etc/passwd' %}", "fails"),
+    "other prompt": (LOOP + "{% if add_generation_prompt %}<think>{% endif %}", "not prefix-preserving"),
+    "no terminator": ("{% for m in messages %}{{ m.role + m.content }}{% endfor %}", "never learn to stop"),
+    "words before end": ("{% for m in messages %}{{ m.content }} over<|im_end|>{% endfor %}", "never learn to stop"),
+    "rewrites": ("{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}", "rewrites"),
+    "walks attributes": (LOOP + "{{ ''.__class__.__mro__ }}", "unsafe"),
+    "walks to globals": (LOOP + "{{ raise_exception.__globals__['json'] }}", "unsafe"),
+    "changes the data": ("{{ messages.append(1) }}" + LOOP, "unsafe"),
+    "calls the class": (LOOP + "{{ ''.__class__() }}", "unsafe"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_template_that_cannot_be_used_is_refused(case: str) -> None:
+    """A template that is broken, unfaithful or hostile is one TemplateError that says why; nothing else ever escapes."""
+    source, says = REFUSED[case]
+    with pytest.raises(TemplateError) as caught:
+        template(TemplateSource("bad.jinja", source)).render(talk("user:Hi there", "assistant:Hello"))
+    assert "'bad.jinja'" in caught.value.message
+    assert says in caught.value.message, caught.value.message
+
+
+@pytest.mark.parametrize("source", ["{{ ''.__class__ }}", "{{ ''.__class__.__name__ | default('') }}"])
+def test_template_attribute_walk_shows_nothing(source: str) -> None:
+    """An attribute that the sandbox hides renders as nothing, or stops the template."""
+    chat = template(TemplateSource("bad.jinja", LOOP + source))
+    try:
+        text = chat.render_prompt(talk("user:Hi")).text
+    except TemplateError as error:
+        assert "unsafe" in error.message
+    else:
+        assert text == "Hi<|im_end|>"
+
+
+@pytest.mark.parametrize("roles", ["assistant:a", "user:a user:b assistant:c", "user:a assistant:b assistant:c"])
+def test_llama2_refuses_roles_that_do_not_alternate(roles: str) -> None:
+    """Llama 2 knows only question and answer in turn, and says in which row they are not."""
+    with pytest.raises(TemplateError, match="rows.jsonl:7.*alternate"):
+        template("llama2").render(talk(*roles.split()))
+
+
+@pytest.mark.parametrize("name", ["alpaca", "chatml", "llama3"])
+@given(st.lists(st.sampled_from(["user", "assistant"]), max_size=5), texts())
+@example(["assistant"], "")
+@settings(deadline=None, max_examples=25)
+def test_any_order_of_roles_is_marked(name: str, roles: list[str], text: str) -> None:
+    """Questions without answer and answers without question are rendered with every answer trained."""
+    conversation = Conversation(tuple(Message(role, f"{text}-") for role in [*roles, "assistant"]), "a:1")
+    rendered = template(name).render(conversation)
+    said = shown(name, conversation.messages[-1])
+    spoken = [segment.text for segment in rendered.segments if segment.trained and not segment.control]
+    assert spoken == [said] * (roles.count("assistant") + 1)
+    assert "".join(text for text, trained in stretches(rendered) if trained) == "".join(
+        said + TERMINATOR[name] for _ in spoken
+    )

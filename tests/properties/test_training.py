@@ -1,0 +1,329 @@
+"""Laws of the training loop: every row once an epoch, one rate a step, tokens weighted alike, nothing hidden."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from finetune.errors import NonFiniteError
+from finetune.events import Event, FirstGradients, HeldOutLoss, StepDone
+from finetune.records import Batch, Tokenized
+from finetune.tokens.batch import epoch_batches, fixed_batches
+from finetune.training.loop import LoopPlan, mean_loss, steps_per_epoch, train
+from finetune.training.schedule import Schedule, learning_rate_at
+from properties.toy_session import ToySession, row_names, targets_of, token_rows
+
+SCHEDULES = get_args(Schedule)
+NOT_FINITE = (math.nan, math.inf, -math.inf)
+
+
+def closed_form(step: int, total: int, peak: float, warmup: int, schedule: str) -> float:
+    """The rate, as geometry: a line up to the peak, then a line or half a cosine down to zero after the end."""
+    top = max(warmup, 1)
+    if step <= top:
+        return peak * step / top
+    left = (total + 1 - step) / (total + 1 - top)
+    return {"constant": peak, "linear": peak * left, "cosine": peak * math.sin(math.pi / 2 * left) ** 2}[schedule]
+
+
+@st.composite
+def lengths(draw: st.DrawFn) -> tuple[int, int]:
+    """Total steps, and warm-up steps up to as many."""
+    total = draw(st.sampled_from([1, 2, 3, 7, 64, 1000]) | st.integers(1, 300))
+    return total, draw(st.sampled_from([0, 1, total - 1, total]) | st.integers(0, total))
+
+
+@given(lengths(), st.sampled_from(SCHEDULES), st.sampled_from([2e-5, 1.0, 3e-3]))
+@example((1, 0), "cosine", 1.0)
+@example((1, 1), "linear", 1.0)
+def test_schedule_is_its_closed_form_and_never_zero(steps: tuple[int, int], schedule: Schedule, peak: float) -> None:
+    """The rate of every step is that of the closed form, above zero and at most the peak."""
+    total, warmup = steps
+    for step in range(1, total + 1):
+        rate = learning_rate_at(step, total, peak=peak, warmup_steps=warmup, schedule=schedule)
+        assert rate == pytest.approx(closed_form(step, total, peak, warmup, schedule), rel=1e-9)
+        assert 0 < rate <= peak
+
+
+@given(lengths(), st.sampled_from(SCHEDULES))
+def test_schedule_rises_to_the_peak_then_never_rises(steps: tuple[int, int], schedule: Schedule) -> None:
+    """The peak is reached exactly at the end of warm-up (step 1 without), not before, and nothing jumps at the join."""
+    total, warmup = steps
+    rates = [
+        learning_rate_at(step, total, peak=1.0, warmup_steps=warmup, schedule=schedule) for step in range(1, total + 1)
+    ]
+    top = max(warmup, 1)
+    assert rates[top - 1] == 1.0
+    assert all(low < high for low, high in itertools.pairwise(rates[:top]))
+    down = [high - low for high, low in itertools.pairwise(rates[top - 1 :])]
+    assert all(drop == 0 if schedule == "constant" else drop > 0 for drop in down)
+    if schedule != "constant":
+        assert max(down, default=0) <= math.pi / 2 / (total + 1 - top) + 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Rows and how they are trained on."""
+
+    rows: tuple[Tokenized, ...]
+    batch_size: int
+    accumulation: int
+    epochs: int
+    seed: int
+
+    @property
+    def per_epoch(self) -> int:
+        """Optimizer steps an epoch takes, by counting."""
+        batches = [None] * len(range(0, len(self.rows), self.batch_size))
+        return len(range(0, len(batches), self.accumulation))
+
+    def plan(self, **changes: Any) -> LoopPlan:
+        """The plan of whole epochs, unless changed."""
+        whole = LoopPlan(self.per_epoch * self.epochs, self.accumulation, 0.1, 2, "linear", 1000)
+        return dataclasses.replace(whole, **changes)
+
+    def batches(self, epoch: int) -> list[Batch]:
+        """The batches of one epoch."""
+        return epoch_batches(self.rows, self.batch_size, seed=self.seed, epoch=epoch)
+
+    def run(self, session: ToySession, held_out: Sequence[Batch] = (), *, done: int = 0, **changes: Any) -> list[Event]:
+        """Train, and return all that was told."""
+        return list(train(session, self.batches, held_out, self.plan(**changes), done_steps=done))  # type: ignore[arg-type]
+
+
+def setups() -> st.SearchStrategy[Setup]:
+    """Small runs; the row count seldom fits batch size and accumulation."""
+    return st.builds(
+        Setup, token_rows(), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(0, 5)
+    )  # fmt: skip
+
+
+def steps_of(events: Sequence[Event]) -> list[StepDone]:
+    """The steps among the events."""
+    return [event for event in events if isinstance(event, StepDone)]
+
+
+def timeless(events: Sequence[Event]) -> list[Event]:
+    """The events without what a clock says."""
+    return [
+        dataclasses.replace(event, seconds=0.0, rss=0) if isinstance(event, StepDone) else event for event in events
+    ]
+
+
+def windows_of(session: ToySession) -> list[list[tuple[Batch, float]]]:
+    """What was accumulated for each update; the tail that no update followed comes last."""
+    windows: list[list[tuple[Batch, float]]] = [[]]
+    for name, given_ in session.calls:
+        if name == "accumulate":
+            windows[-1].append(given_)
+        elif name == "update":
+            windows.append([])
+    return windows
+
+
+@given(setups())
+@settings(deadline=None)
+def test_epoch_every_row_once_and_every_batch_in_an_update(setup: Setup) -> None:
+    """Each epoch trains on every row exactly once, the batches left over at its end included."""
+    session = ToySession()
+    steps = steps_of(setup.run(session))
+    *windows, left = windows_of(session)
+    assert left == []
+    assert len(steps) == len(windows) == setup.per_epoch * setup.epochs
+    for epoch in range(setup.epochs):
+        mine = windows[epoch * setup.per_epoch : (epoch + 1) * setup.per_epoch]
+        assert row_names([batch for window in mine for batch, _ in window]) == row_names([Batch(setup.rows)])
+
+
+@given(setups())
+@settings(deadline=None)
+def test_steps_per_epoch_is_what_the_loop_takes(setup: Setup) -> None:
+    """An epoch takes as many steps as promised, none holds more batches than asked, and its end is a whole number."""
+    session = ToySession()
+    steps = steps_of(setup.run(session))
+    assert steps_per_epoch(len(setup.rows), setup.batch_size, setup.accumulation) == setup.per_epoch
+    assert [step.step for step in steps if step.epoch == round(step.epoch)] == [
+        setup.per_epoch * (epoch + 1) for epoch in range(setup.epochs)
+    ]
+    assert max(map(len, windows_of(session))) <= setup.accumulation
+    assert all(low.epoch < high.epoch for low, high in itertools.pairwise(steps))
+
+
+@given(setups())
+@settings(deadline=None)
+def test_step_weighs_every_trained_token_alike(setup: Setup) -> None:
+    """All batches of a step get one weight, 1 / its trained tokens, and its loss is the mean over those tokens."""
+    session, shadow = ToySession(), 0.0
+    steps = steps_of(setup.run(session))
+    for window, step in zip(windows_of(session), steps, strict=False):
+        targets = [target for batch, _ in window for target in targets_of(batch)]
+        assert {weight for _, weight in window} == {1 / len(targets)}
+        assert step.loss == pytest.approx(sum((shadow - target) ** 2 / 2 for target in targets) / len(targets))
+        assert step.trained_tokens == len(targets)
+        assert step.tokens == sum(len(row.ids) for batch, _ in window for row in batch.rows)
+        shadow -= step.learning_rate * (shadow - sum(targets) / len(targets))
+    assert session.value == pytest.approx(shadow)
+
+
+@given(token_rows(least=4), st.integers(1, 3), st.integers(2, 4))
+@settings(deadline=None)
+def test_step_same_whatever_the_split(rows: tuple[Tokenized, ...], size: int, accumulation: int) -> None:
+    """Small batches accumulated or one batch of the same rows: the same losses, norms and weights."""
+    ends = []
+    for batch_size, many in ((size, accumulation), (size * accumulation, 1)):
+        batches = [Batch(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+        session = ToySession()
+        plan = LoopPlan(3, many, 0.3, 0, "cosine", 1000)
+        steps = steps_of(list(train(session, lambda epoch, batches=batches: batches, (), plan)))  # type: ignore[arg-type,misc]
+        ends.append([number for step in steps for number in (step.loss, step.grad_norm)] + [session.value])
+    assert ends[0] == pytest.approx(ends[1])
+
+
+@given(setups(), st.sampled_from(SCHEDULES), st.data())
+@settings(deadline=None)
+def test_rate_counts_optimizer_steps(setup: Setup, schedule: Schedule, data: st.DataObject) -> None:
+    """The rate of an update is that of the closed form over optimizer steps, and it is the one that is told."""
+    total = setup.plan().total_steps
+    warmup = data.draw(st.integers(0, total))
+    session = ToySession()
+    steps = steps_of(setup.run(session, schedule=schedule, warmup_steps=warmup))
+    expected = [closed_form(step, total, 0.1, warmup, schedule) for step in range(1, total + 1)]
+    assert session.called("update") == pytest.approx(expected)
+    assert [step.learning_rate for step in steps] == session.called("update")
+    assert [(step.step, step.total_steps) for step in steps] == [(step, total) for step in range(1, total + 1)]
+
+
+@given(setups())
+@settings(deadline=None)
+def test_step_clips_once_between_gradients_and_update(setup: Setup) -> None:
+    """Every step accumulates, then clips once, then updates once; the norm that is told is the one clipping found."""
+    session = ToySession()
+    steps = steps_of(setup.run(session))
+    verbs = "".join({"accumulate": "a", "clip_gradients": "c", "update": "u"}.get(name, "") for name, _ in session.calls)
+    assert all(set(part) <= {"a"} and part for part in verbs.removesuffix("cu").split("cu"))
+    assert verbs.count("cu") == len(steps)
+    assert all(step.grad_norm >= 0 for step in steps)
+
+
+@given(setups(), st.data())
+@settings(deadline=None)
+def test_resume_goes_on_as_if_never_stopped(setup: Setup, data: st.DataObject) -> None:
+    """Continued after any number of steps, the loop does and tells exactly what an uninterrupted run still would."""
+    total = setup.plan().total_steps
+    held_out = fixed_batches(setup.rows, 2)
+    whole, told, values = ToySession(), [], {0: 0.0}
+    for event in train(whole, setup.batches, held_out, setup.plan(evaluate_every=2)):  # type: ignore[arg-type]
+        told.append(event)
+        values[getattr(event, "step", 0)] = whole.value if hasattr(event, "step") else 0.0
+    done = data.draw(st.integers(0, total))
+    before = [event for event in told if getattr(event, "step", 1) <= done]
+    resumed = ToySession(value=values[done])
+    after = setup.run(resumed, held_out, done=done, evaluate_every=2)
+    assert timeless([*before, *after]) == timeless(told)
+    assert resumed.value == whole.value
+    assert windows_of(resumed) == windows_of(whole)[done:]
+
+
+@given(setups(), st.sampled_from(NOT_FINITE), st.sampled_from(["accumulate", "clip_gradients"]), st.data())
+@settings(deadline=None)
+def test_non_finite_loss_or_gradient_stops_before_the_update(
+    setup: Setup, bad: float, where: str, data: st.DataObject
+) -> None:
+    """A NaN or infinite loss or gradient in any batch stops the run: that step changes no weight and tells nothing."""
+    healthy = ToySession()
+    setup.run(healthy)
+    number = data.draw(st.integers(0, len(healthy.called(where)) - 1))
+    session = ToySession(poison={(where, number): bad})
+    told: list[Event] = []
+    with pytest.raises(NonFiniteError) as caught:
+        for event in train(session, setup.batches, (), setup.plan()):  # type: ignore[arg-type]
+            told.append(event)  # noqa: PERF402  # an error must not lose what came before it
+    broken = len(session.called("update")) + 1
+    calls = list(itertools.accumulate(len(window) for window in windows_of(healthy)))
+    assert broken == number + 1 if where == "clip_gradients" else calls[broken - 1] > number
+    assert [step.step for step in steps_of(told)] == list(range(1, broken))
+    assert f"step {broken}" in str(caught.value)
+    assert f"those of step {broken - 1}" in str(caught.value)
+    assert windows_of(session)[-1][0][0].rows[0].where in str(caught.value)
+    assert caught.value.hint
+
+
+@given(setups(), st.sampled_from(NOT_FINITE))
+@settings(deadline=None)
+def test_first_gradients_that_are_not_finite_are_never_told(setup: Setup, bad: float) -> None:
+    """A gradient that is NaN or infinite at step 1 is an error, not an event: events are JSON, which has no NaN."""
+    session = ToySession(poison={("clip_gradients", 0): bad, ("gradient_norms", 0): bad})
+    with pytest.raises(NonFiniteError):
+        next(train(session, setup.batches, (), setup.plan()))  # type: ignore[arg-type]
+    assert session.called("update") == []
+
+
+@given(setups(), st.data())
+@settings(deadline=None)
+def test_first_gradients_told_once_before_the_first_update(setup: Setup, data: st.DataObject) -> None:
+    """The gradients of step 1, all its batches in, are told once, before any weight changes; never on resume."""
+    session = ToySession()
+    events = train(session, setup.batches, (), setup.plan())  # type: ignore[arg-type]
+    first = next(iter(events))
+    assert isinstance(first, FirstGradients)
+    assert session.called("update") == []
+    assert len(session.called("accumulate")) == min(
+        setup.accumulation, math.ceil(len(setup.rows) / setup.batch_size)
+    )  # fmt: skip
+    assert first.norms == {"value": abs(session.gradient)}
+    assert not any(isinstance(event, FirstGradients) for event in events)
+    done = data.draw(st.integers(1, setup.plan().total_steps))
+    assert not any(isinstance(event, FirstGradients) for event in setup.run(ToySession(), done=done))
+
+
+@given(setups(), token_rows(), st.integers(1, 5), st.integers(1, 3))
+@settings(deadline=None)
+def test_held_out_loss_told_when_due_and_at_the_end(
+    setup: Setup, rows: tuple[Tokenized, ...], every: int, size: int
+) -> None:
+    """Held-out loss is told after every `every` steps and after the last one, token-weighted, of the weights then."""
+    session = ToySession()
+    held_out = fixed_batches(rows, size)
+    events = setup.run(session, held_out, evaluate_every=every)
+    told = [event for event in events if isinstance(event, HeldOutLoss)]
+    total = setup.plan().total_steps
+    assert [event.step for event in told] == [step for step in range(1, total + 1) if step % every == 0 or step == total]
+    assert isinstance(events[-1], HeldOutLoss)
+    targets = [target for batch in held_out for target in targets_of(batch)]
+    assert {event.tokens for event in told} == {len(targets)}
+    mean = sum((session.value - target) ** 2 / 2 for target in targets) / len(targets)
+    assert told[-1].loss == pytest.approx(mean)
+    places = [index for index, event in enumerate(events) if isinstance(event, HeldOutLoss)]
+    assert all(events[place - 1].step == events[place].step for place in places)  # type: ignore[union-attr]
+    assert not any(isinstance(event, HeldOutLoss) for event in setup.run(ToySession(), evaluate_every=1))
+
+
+@given(token_rows(), st.integers(1, 12), st.randoms(use_true_random=False))
+@settings(deadline=None)
+def test_mean_loss_does_not_depend_on_batching(rows: tuple[Tokenized, ...], size: int, dice: Any) -> None:
+    """The mean loss is over tokens: batch size and order change nothing, and no row is left out."""
+    session = ToySession(value=31.0)
+    shuffled = list(rows)
+    dice.shuffle(shuffled)
+    batches = [Batch(tuple(shuffled[start : start + size])) for start in range(0, len(rows), size)]
+    targets = targets_of(Batch(rows))
+    loss, count = mean_loss(session, batches)  # type: ignore[arg-type]
+    assert count == len(targets)
+    assert loss == pytest.approx(sum((31 - target) ** 2 / 2 for target in targets) / len(targets))
+
+
+@given(token_rows(), st.sampled_from(NOT_FINITE), st.data())
+@settings(deadline=None)
+def test_mean_loss_that_is_not_finite_is_an_error(
+    rows: tuple[Tokenized, ...], bad: float, data: st.DataObject
+) -> None:
+    """One batch whose loss is NaN or infinite is never averaged away nor told as a number: it is an error."""
+    batches = fixed_batches(rows, 2)
+    number = data.draw(st.integers(0, len(batches) - 1))
+    with pytest.raises(NonFiniteError, match="row "):
+        mean_loss(ToySession(poison={("loss", number): bad}), batches)  # type: ignore[arg-type]

@@ -1,0 +1,86 @@
+"""A session small enough to check by hand: one number is trained to guess the mean of the trained token ids."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypothesis import strategies as st
+
+from finetune.records import Batch, Tokenized
+
+
+@dataclass
+class ToySession:
+    """The loss of a token is half the squared distance from `value` to its id; every call is written down.
+
+    `poison` maps the number of a call to what it gives back instead of the truth, for one kind of call.
+    """
+
+    value: float = 0.0
+    gradient: float = 0.0
+    calls: list[tuple[str, Any]] = field(default_factory=list)
+    poison: dict[tuple[str, int], float] = field(default_factory=dict)
+
+    def accumulate(self, batch: Batch, weight: float) -> float:
+        """Add the gradient by hand."""
+        targets = targets_of(batch)
+        self.gradient += weight * sum(self.value - target for target in targets)
+        return self._noted("accumulate", (batch, weight), self._summed(batch))
+
+    def gradient_norms(self) -> dict[str, float]:
+        """The one gradient there is."""
+        return {"value": self._noted("gradient_norms", None, abs(self.gradient))}
+
+    def clip_gradients(self) -> float:
+        """Nothing is clipped; the norm is told."""
+        return self._noted("clip_gradients", None, abs(self.gradient))
+
+    def update(self, learning_rate: float) -> None:
+        """One step of plain gradient descent."""
+        self._noted("update", learning_rate, 0.0)
+        self.value -= learning_rate * self.gradient
+        self.gradient = 0.0
+
+    def loss(self, batch: Batch) -> float:
+        """The summed loss."""
+        return self._noted("loss", batch, self._summed(batch))
+
+    def called(self, name: str) -> list[Any]:
+        """What each call of this name was given."""
+        return [given for called, given in self.calls if called == name]
+
+    def _summed(self, batch: Batch) -> float:
+        return sum((self.value - target) ** 2 / 2 for target in targets_of(batch))
+
+    def _noted(self, name: str, given: Any, truth: float) -> float:
+        number = sum(called == name for called, _ in self.calls)
+        self.calls.append((name, given))
+        return self.poison.get((name, number), truth)
+
+
+def targets_of(batch: Batch) -> list[int]:
+    """The ids that carry loss, counted afresh: trained, and not the first of their row."""
+    return [
+        token
+        for row in batch.rows
+        for place, (token, trained) in enumerate(zip(row.ids, row.trained, strict=True))
+        if trained and place > 0
+    ]
+
+
+def row_names(batches: list[Batch]) -> Counter[str]:
+    """How often each row occurs."""
+    return Counter(row.where for batch in batches for row in batch.rows)
+
+
+@st.composite
+def token_rows(draw: st.DrawFn, least: int = 1, most: int = 11) -> tuple[Tokenized, ...]:
+    """Rows of very unequal lengths, each with a name of its own and at least one token that carries loss."""
+    rows = []
+    for number in range(draw(st.integers(least, most))):
+        length = draw(st.sampled_from([2, 3, 5, 17]))
+        ids = draw(st.lists(st.integers(0, 96), min_size=length, max_size=length))
+        trained = draw(st.lists(st.booleans(), min_size=length, max_size=length))
+        trained[draw(st.integers(1, length - 1))] = True
+        rows.append(Tokenized(tuple(ids), tuple(trained), f"row {number}"))
+    return tuple(rows)

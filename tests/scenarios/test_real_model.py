@@ -1,0 +1,97 @@
+"""Tier 2: real models are really trained, and the five criteria are judged on what was measured."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.config import load_config
+from finetune.errors import ModelError
+from finetune.memory.scale import available_memory, scale_to_memory
+from finetune.models.locate import SHIPPED, locate_model
+
+pytestmark = [
+    pytest.mark.tier2,
+    pytest.mark.skipif(
+        os.environ.get("FT_REAL_MODEL_ENABLE") != "1",
+        reason="trains real models for minutes: enable with FT_REAL_MODEL_ENABLE=1 make test-e2e-real-model",
+    ),
+]
+pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
+
+CHOSEN = os.environ.get("FT_TEST_MODEL")
+CRITERIA = 5
+
+
+def train_on_facts(model: str, output: Path, **settings: Any) -> dict[str, Any]:
+    """Fine-tune `model` on the shipped facts and return its run record."""
+    from finetune.cli.progress import Progress
+    from finetune.pipeline import fine_tune
+
+    loaded = load_config(None, environ={}, overrides={"model.path": model, **settings}, profile="demo")
+    with Progress() as progress:
+        listener = progress if os.environ.get("FT_VERBOSE") == "1" else lambda event: None
+        return fine_tune(loaded, output=output, listener=listener)[1]
+
+
+def literal_outcomes(run: dict[str, Any]) -> dict[int, str]:
+    """The outcome of each of the five criteria as the strategy words them."""
+    return {verdict["criterion"]: verdict["outcome"] for verdict in run["verdicts"] if not verdict["companion"]}
+
+
+def not_holding(run: dict[str, Any]) -> list[str]:
+    """What is broken or undecided, with its measured value: empty for a healthy run."""
+    return [
+        f"{verdict['title']}: {verdict['outcome']}, measured {verdict['measured']}, allowed {verdict['allowed']}"
+        for verdict in run["verdicts"]
+        if verdict["outcome"] in ("broken", "undecided")
+    ]
+
+
+@pytest.mark.skipif(CHOSEN is not None, reason=f"FT_TEST_MODEL={CHOSEN} was chosen instead of the shipped models")
+@pytest.mark.parametrize("model", SHIPPED)
+def test_shipped_model_meets_all_criteria(model: str, tmp_path: Path) -> None:
+    """A shipped model learns the new facts and only those, keeps the old ones, and everything is measured."""
+    run = train_on_facts(model, tmp_path / "run")
+    assert literal_outcomes(run) == dict.fromkeys(range(1, CRITERIA + 1), "holds")
+    assert not_holding(run) == []
+    learning, retention = run["scores"]["learning"], run["scores"]["retention"]
+    shares = {name: learning[name]["right"] / learning[name]["count"] for name in ("base", "tuned", "sham")}
+    assert shares["base"] <= 0.2
+    assert shares["tuned"] >= 0.9
+    assert shares["sham"] <= 0.2
+    assert retention["base"]["right"] - retention["tuned"]["right"] <= 0.1 * retention["base"]["count"]
+    assert learning["base"]["count"] >= 48
+    assert retention["base"]["count"] >= 36
+
+
+@pytest.mark.skipif(CHOSEN is not None, reason=f"FT_TEST_MODEL={CHOSEN} was chosen instead of the shipped models")
+def test_same_seed_gives_the_same_adapter_bytes(tmp_path: Path) -> None:
+    """Two runs with one seed write byte-identical adapters, and another seed writes another."""
+    quick = {"training.max_steps": 12, "judge.sham": "never", "judge.memory": "never"}
+    for name, seed in (("first", 0), ("second", 0), ("other", 1)):
+        train_on_facts("reference-llama", tmp_path / name, **quick, **{"training.seed": seed})
+    first, second, other = (
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
+        for name in ("first", "second", "other")
+    )
+    assert first == second
+    assert first != other
+
+
+def test_hub_model_meets_all_criteria(tmp_path: Path) -> None:
+    """A model from the hub, chosen by FT_TEST_MODEL or by free memory, meets the five criteria too."""
+    scale = scale_to_memory(available_memory())
+    if CHOSEN is None and scale is None:
+        pytest.skip(f"{available_memory() / 1e9:.1f} GB are free and a hub model needs 8: free some memory")
+    model = CHOSEN or (scale.model if scale else "")
+    try:
+        locate_model(model)
+    except ModelError as error:
+        pytest.skip(f"{error.message}; with a hub or a local copy it would be judged too")
+    gentle = {"training.learning_rate": 1e-3, "training.weight_decay": 0.0, "judge.memory": "always"}
+    batch = {"training.batch_size": scale.batch_size} if scale else {}
+    chosen = {} if model in SHIPPED else gentle
+    run = train_on_facts(model, tmp_path / "run", **chosen, **batch)
+    assert literal_outcomes(run) == dict.fromkeys(range(1, CRITERIA + 1), "holds"), not_holding(run)
