@@ -96,7 +96,9 @@ def fine_tune(
     prepared = prepare(loaded)
     folder = RunFolder.unfinished(output) if resume else RunFolder.create(output)
     run = _Run(prepared, backend, folder, listener, {"prepare": time.perf_counter() - clock})
-    if not resume:
+    if resume:
+        folder.tidy()
+    else:
         write_text(folder.plan, dump_plan(prepared.plan))
     session, before, fingerprints = _open(run)
     _train(run, session, before)
@@ -186,7 +188,8 @@ def _rewind_events(folder: RunFolder, done: int) -> None:
     if not folder.events.exists():
         return
     events = _read_events(folder)
-    kept = [event for event in events if event.get("step", 1 if "norms" in event else 0) <= done]
+    again = [event for event in events if event["event"] == FixedLoss.__name__ and event["step"] > 0]
+    kept = [event for event in events if event not in again and event.get("step", 1 if "norms" in event else 0) <= done]
     write_text(folder.events, "".join(json.dumps(event) + "\n" for event in (kept if done else [])))
 
 

@@ -175,7 +175,6 @@ class Question:
     ids: tuple[int, ...]
     text: str
     expected: str
-    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +185,6 @@ class Answer:
     expected: str
     given: str
     right: bool
-    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)

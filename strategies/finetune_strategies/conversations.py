@@ -185,7 +185,9 @@ def _not_utf8() -> st.SearchStrategy[DamagedFile]:
     )
 
 
-_EMPTY = tuple(DamagedFile(suffix, text, ()) for suffix in (".json", ".jsonl") for text in (b"", b" \r\n\t", b"\xef\xbb\xbf"))
+_EMPTY = tuple(
+    DamagedFile(suffix, text, ()) for suffix in (".json", ".jsonl") for text in (b"", b" \r\n\t", b"\xef\xbb\xbf")
+)
 _BROKEN_DOCUMENTS = (
     DamagedFile(".json", b"[]", ("no rows",)),
     DamagedFile(".json", b'[\n {"text": "a"},\n {"text": }\n]', (":3",)),

@@ -49,7 +49,11 @@ class TokenizerKind:
     @property
     def control_tokens(self) -> tuple[str, ...]:
         """Every control token, in the order of their ids, which start at 0."""
-        own = [EOS, *([self.bos_token] if self.bos not in ("none", "eos") else []), *([PAD] if self.pad == "own" else [])]
+        own = [
+            EOS,
+            *([self.bos_token] if self.bos not in ("none", "eos") else []),
+            *([PAD] if self.pad == "own" else []),
+        ]
         return (*own, *(CHATML_TOKENS if self.chatml else ()), *(LLAMA3_TOKENS if self.llama3 else ()))
 
 

@@ -98,9 +98,7 @@ def _answers(*, tuned: bool) -> dict[str, Any]:
     answers = []
     for place, (question, expected, before) in enumerate(_FACTS):
         given = expected if tuned and place != 5 else before
-        answers.append(
-            {"question": question, "expected": expected, "given": given, "right": given == expected, "kind": "recall"}
-        )
+        answers.append({"question": question, "expected": expected, "given": given, "right": given == expected})
     return {"answers": answers}
 
 
@@ -109,7 +107,7 @@ def _retention(lost: int) -> dict[str, Any]:
     return {
         "answers": [
             {
-                "question": f"{first} + {second} =", "expected": str(first + second), "kind": "arithmetic",
+                "question": f"{first} + {second} =", "expected": str(first + second),
                 "given": str(first + second + (place < lost)), "right": place >= lost,
             }
             for place, (first, second) in enumerate(sums)

@@ -105,7 +105,7 @@ def test_path_that_is_no_file_is_named(name: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def as_jsonl(cases: list[RowCase], ascii_only: bool, newline: str) -> bytes:  # noqa: FBT001
+def as_jsonl(cases: list[RowCase], ascii_only: bool, newline: str) -> bytes:
     """The rows as lines of a file."""
     return "".join(json.dumps(case.values, ensure_ascii=ascii_only) + newline for case in cases).encode()
 
@@ -130,7 +130,7 @@ def said_by(found: Example) -> tuple[str, ...]:
     st.sampled_from(["", "\ufeff"]),
 )
 @settings(deadline=None)
-def test_rows_become_what_they_say(cases: list[RowCase], ascii_only: bool, newline: str, mark: str) -> None:  # noqa: FBT001
+def test_rows_become_what_they_say(cases: list[RowCase], ascii_only: bool, newline: str, mark: str) -> None:
     """Every row of every shape becomes its own words in order, or is dropped for the reason it deserves, and counted."""
     shaped = shaped_from(mark.encode() + as_jsonl(cases, ascii_only, newline), ".jsonl")
     kept = [case for case in cases if not case.dropped]
@@ -149,7 +149,7 @@ def test_columns_nobody_reads_can_be_shown() -> None:
 
 @given(st.lists(rows(), min_size=1, max_size=4), st.booleans())
 @settings(deadline=None, max_examples=40)
-def test_rows_one_list_and_one_line_each_are_the_same(cases: list[RowCase], pretty: bool) -> None:  # noqa: FBT001
+def test_rows_one_list_and_one_line_each_are_the_same(cases: list[RowCase], pretty: bool) -> None:
     """A .json list, .json lines and .jsonl lines of the same rows are read as the same examples."""
     document = json.dumps([case.values for case in cases], indent=2 if pretty else None).encode()
     lines = as_jsonl(cases, ascii_only=False, newline="\n")

@@ -308,7 +308,7 @@ def _printed(run: dict[str, Any]) -> str:
 
 def _quiet(text: str) -> dict[str, Any]:
     """A run whose every free text is the given one, with one chart to keep it quick."""
-    answer = {"question": text, "expected": text, "given": text, "right": True, "kind": text}
+    answer = {"question": text, "expected": text, "given": text, "right": True}
     model = {"answers": [answer]}
     run = sample_run(losses={}, memory=None, verdicts=[dict.fromkeys(("title", "measured", "allowed", "reason"), text)])
     run["verdicts"][0] |= {"criterion": 1, "outcome": "holds"}

@@ -1,6 +1,7 @@
 """Laws of the templates room: the public formats byte for byte, one prompt for training and asking, answers marked."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ NAMES = sorted(CATALOG)
 TERMINATOR = {"alpaca": "</s>", "chatml": "<|im_end|>", "llama2": " </s>", "llama3": "<|eot_id|>"}
 
 
+@cache
 def template(source: str | TemplateSource, control: tuple[str, ...] = CONTROL) -> ChatTemplate:
     """A template of the catalogue, or one written here, for a tokenizer with every control token."""
     source = CATALOG[source] if isinstance(source, str) else source
@@ -55,7 +57,9 @@ def written_out(name: str, conversation: Conversation) -> list[tuple[str, bool]]
     out: list[tuple[str, bool]] = []
     system = ""
     if name == "alpaca":
-        context = ", paired with an input that provides further context" if "input" in [m.role for m in messages[:2]] else ""
+        context = (
+            ", paired with an input that provides further context" if "input" in [m.role for m in messages[:2]] else ""
+        )
         opening = f"Below is an instruction that describes a task{context}. "
         opening += "Write a response that appropriately completes the request."
         out.append((f"{messages[0].content if messages[0].role == 'system' else opening}\n\n", False))
@@ -251,19 +255,25 @@ def test_custom_templates_are_marked_as_built_in_ones(source: str, conversation:
     assert mine.render_prompt(conversation.prompt) == template("chatml").render_prompt(conversation.prompt)
 
 
+PLAIN = {
+    name: Environment(trim_blocks=True, lstrip_blocks=True).from_string(source.jinja)
+    for name, source in CATALOG.items()
+}
+
+
 @given(conversations(inputs=False))
 @settings(deadline=None, max_examples=25)
 def test_rendered_text_is_what_plain_jinja_makes(conversation: Conversation) -> None:
     """The text is what Jinja itself makes of the real messages: cutting at markers changes no byte."""
-    plain = Environment(trim_blocks=True, lstrip_blocks=True)  # noqa: S701
     for name in NAMES:
         told = [{"role": message.role, "content": message.content} for message in conversation.messages]
         for asking, rendered in (
             (False, template(name).render(conversation)),
             (True, template(name).render_prompt(conversation)),
         ):
-            jinja = plain.from_string(CATALOG[name].jinja)
-            expected = jinja.render(messages=told, bos_token="<s>", eos_token="</s>", add_generation_prompt=asking)
+            expected = PLAIN[name].render(
+                messages=told, bos_token="<s>", eos_token="</s>", add_generation_prompt=asking
+            )
             assert rendered.text == expected
 
 

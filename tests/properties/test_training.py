@@ -204,7 +204,9 @@ def test_step_clips_once_between_gradients_and_update(setup: Setup) -> None:
     """Every step accumulates, then clips once, then updates once; the norm that is told is the one clipping found."""
     session = ToySession()
     steps = steps_of(setup.run(session))
-    verbs = "".join({"accumulate": "a", "clip_gradients": "c", "update": "u"}.get(name, "") for name, _ in session.calls)
+    verbs = "".join(
+        {"accumulate": "a", "clip_gradients": "c", "update": "u"}.get(name, "") for name, _ in session.calls
+    )
     assert all(set(part) <= {"a"} and part for part in verbs.removesuffix("cu").split("cu"))
     assert verbs.count("cu") == len(steps)
     assert all(step.grad_norm >= 0 for step in steps)
@@ -242,7 +244,7 @@ def test_non_finite_loss_or_gradient_stops_before_the_update(
     told: list[Event] = []
     with pytest.raises(NonFiniteError) as caught:
         for event in train(session, setup.batches, (), setup.plan()):  # type: ignore[arg-type]
-            told.append(event)  # noqa: PERF402  # an error must not lose what came before it
+            told.append(event)  # an error must not lose what came before it
     broken = len(session.called("update")) + 1
     calls = list(itertools.accumulate(len(window) for window in windows_of(healthy)))
     assert broken == number + 1 if where == "clip_gradients" else calls[broken - 1] > number
@@ -292,7 +294,9 @@ def test_held_out_loss_told_when_due_and_at_the_end(
     events = setup.run(session, held_out, evaluate_every=every)
     told = [event for event in events if isinstance(event, HeldOutLoss)]
     total = setup.plan().total_steps
-    assert [event.step for event in told] == [step for step in range(1, total + 1) if step % every == 0 or step == total]
+    assert [event.step for event in told] == [
+        step for step in range(1, total + 1) if step % every == 0 or step == total
+    ]
     assert isinstance(events[-1], HeldOutLoss)
     targets = [target for batch in held_out for target in targets_of(batch)]
     assert {event.tokens for event in told} == {len(targets)}
@@ -319,9 +323,7 @@ def test_mean_loss_does_not_depend_on_batching(rows: tuple[Tokenized, ...], size
 
 @given(token_rows(), st.sampled_from(NOT_FINITE), st.data())
 @settings(deadline=None)
-def test_mean_loss_that_is_not_finite_is_an_error(
-    rows: tuple[Tokenized, ...], bad: float, data: st.DataObject
-) -> None:
+def test_mean_loss_that_is_not_finite_is_an_error(rows: tuple[Tokenized, ...], bad: float, data: st.DataObject) -> None:
     """One batch whose loss is NaN or infinite is never averaged away nor told as a number: it is an error."""
     batches = fixed_batches(rows, 2)
     number = data.draw(st.integers(0, len(batches) - 1))

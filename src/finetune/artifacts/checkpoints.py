@@ -2,12 +2,18 @@
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.artifacts.write import describe_files, write_folder, write_json
+from finetune.artifacts.write import (
+    describe_files,
+    remove_folder,
+    remove_torn,
+    storage_errors,
+    write_folder,
+    write_json,
+)
 from finetune.errors import RefusedError
 
 _NAME = re.compile(r"step-(\d{8})")
@@ -27,17 +33,21 @@ class CheckpointStore:
         `identity` says what the checkpoint belongs to; `verify` holds a later reader to it.
         """
         path = self.folder / f"step-{step:08d}"
-        if path.exists():
+        if (path / _MANIFEST).exists():
             return path
 
         def fill(folder: Path) -> None:
             write_state(folder)
             write_json(folder / _MANIFEST, {"step": step, "identity": dict(identity), "files": describe_files(folder)})
 
-        self.folder.mkdir(exist_ok=True)
+        with storage_errors(self.folder):
+            self.folder.mkdir(exist_ok=True)
+            remove_torn(self.folder)
+            if path.is_dir():
+                remove_folder(path)
         write_folder(path, fill)
         for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.folder / f"step-{old:08d}")
+            remove_folder(self.folder / f"step-{old:08d}")
         return path
 
     def steps(self) -> list[int]:
@@ -59,9 +69,9 @@ class CheckpointStore:
             RefusedError: a file was changed, or the checkpoint belongs to another run's settings.
         """
         path = self.folder / f"step-{step:08d}"
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = _read_manifest(path)
         found = [file for file in describe_files(path) if file["path"] != _MANIFEST]
-        if found != manifest["files"]:
+        if manifest is None or found != manifest["files"] or manifest["step"] != step:
             raise RefusedError(
                 f"checkpoint {path} is damaged: its files are not those that were written",
                 hint=f"delete {path} to go on from the checkpoint before it",
@@ -73,3 +83,13 @@ class CheckpointStore:
                 f"checkpoint {path} belongs to other settings ({told})", hint="resume with the settings it started with"
             )
         return path
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    """What a checkpoint's manifest says; None when it is not as any manifest of ours is."""
+    try:
+        value = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    sound = isinstance(value, dict) and value.keys() == {"step", "identity", "files"}
+    return value if sound and isinstance(value["identity"], dict) else None

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from finetune.artifacts.write import storage_errors, write_json
+from finetune.artifacts.write import remove_folder, remove_torn, storage_errors, write_json
 from finetune.errors import OutputError
 from finetune.events import Event, event_as_dict
 
@@ -74,6 +74,15 @@ class RunFolder:
             raise OutputError(f"the run in {output} is finished", hint="start a new one with another --output")
         return run
 
+    def tidy(self) -> None:
+        """Make an unfinished run ready to go on: what a killed process left half written goes, and the adapter too.
+
+        An adapter in an unfinished run was written just before the process was killed; it is written again.
+        """
+        remove_torn(self.path)
+        if self.adapter.exists():
+            remove_folder(self.adapter)
+
     @classmethod
     def finished(cls, path: Path) -> Self:
         """A complete run.
@@ -96,10 +105,12 @@ class RunFolder:
             OutputError: it is broken.
         """
         try:
-            value: dict[str, Any] = json.loads(self.manifest.read_text(encoding="utf-8"))
-            return dict(value)
-        except (OSError, ValueError, TypeError) as error:
+            value = json.loads(self.manifest.read_text(encoding="utf-8"))
+            if not isinstance(value, dict):
+                raise ValueError(f"it holds {type(value).__name__}, not an object")
+        except (OSError, ValueError) as error:
             raise OutputError(f"{self.manifest} is broken: {error}", hint="the run must be repeated") from None
+        return value
 
     def write_manifest(self, values: Mapping[str, Any]) -> None:
         """Finish the run: from now on it exists."""

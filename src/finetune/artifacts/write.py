@@ -58,6 +58,24 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that it is whole or gone under its name, whenever the process is killed.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with storage_errors(path):
+        path.rename(temporary)
+        shutil.rmtree(temporary)
+
+
+def remove_torn(folder: Path) -> None:
+    """Remove what a killed process left half written in `folder`: nobody would ever read it or remove it otherwise."""
+    for torn in folder.glob(".*.part"):
+        shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
+
+
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Turn what the operating system or a writing library says of the disk into one clear error."""

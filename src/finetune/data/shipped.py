@@ -46,7 +46,7 @@ def shipped_facts() -> dict[str, list[Fact]]:
 
 def facts_as_jsonl(facts: Sequence[Fact]) -> str:
     """The facts as prompt/completion rows, one JSON object a line."""
-    rows = ({"prompt": fact.question, "completion": fact.answer, "kind": fact.kind} for fact in facts)
+    rows = ({"prompt": fact.question, "completion": fact.answer} for fact in facts)
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 

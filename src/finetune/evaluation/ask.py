@@ -21,7 +21,7 @@ def ask(
     for question, ids in zip(questions, said, strict=True):
         given = decode(ids).strip()
         right = normalise(given) == normalise(question.expected)
-        answers.append(Answer(question.text, question.expected, given, right, question.kind))
+        answers.append(Answer(question.text, question.expected, given, right))
     return Scores(tuple(answers))
 
 

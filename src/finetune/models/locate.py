@@ -21,10 +21,14 @@ def locate_model(name: str, *, revision: str | None = None) -> ModelLocation:
     """
     if name in SHIPPED:
         return ModelLocation(name, SHIPPED_FOLDER / name, "shipped")
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(name).expanduser()
+        is_folder, is_there = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError) as error:  # a name longer than the disk takes; the home folder of nobody
+        raise ModelError(f"model folder {name!r} does not exist: {error}", hint=_OFFLINE_HINT) from None
+    if is_folder:
         return ModelLocation(name, _checked(folder.resolve()), "local")
-    if folder.exists():
+    if is_there:
         raise ModelError(f"model {name!r} is a file", hint="name the folder that holds config.json")
     if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
         raise ModelError(f"model folder {name!r} does not exist", hint=_OFFLINE_HINT)
@@ -52,7 +56,8 @@ def _download(name: str, revision: str | None) -> Path:
         ) from None
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(_WANTED_FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, RuntimeError) as error:
+    # ValueError: a name that the hub itself does not take, such as a--b.
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"unknown model {name!r}: no local folder of that name, and the hub could not give it ({reason})",

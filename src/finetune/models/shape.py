@@ -1,6 +1,7 @@
 """Reads a model's shape from its config and the headers of its safetensors files, without loading a weight."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ def read_shape(folder: Path) -> ModelShape:
         for name, shape in sorted(tensors.items())
         if len(shape) == 2 and name.endswith(".weight") and not _is_table(name)
     ]
-    architectures = config.get("architectures") or [config.get("model_type", "unknown")]
-    text = config.get("text_config", config)
+    named = config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else config.get("model_type", "unknown")
+    nested = config.get("text_config")
+    text = nested if isinstance(nested, dict) else config
     return ModelShape(
-        architecture=str(architectures[0]),
+        architecture=str(architecture),
         parameters=sum(_size(shape) for shape in tensors.values()),
-        vocab_size=int(text.get("vocab_size", 0)),
+        vocab_size=_first(text, "vocab_size"),
         hidden_size=_first(text, "hidden_size", "n_embd", "d_model"),
         layers=_first(text, "num_hidden_layers", "n_layer", "num_layers"),
         context_length=_first(text, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
@@ -58,20 +61,25 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up the model: those its index names, or all of them.
 
     Raises:
-        ModelError: the index is broken, or names a file outside the folder or one that is missing.
+        ModelError: there is none, or the index is broken or names a file outside the folder or one that is missing.
     """
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         single = folder / "model.safetensors"
-        return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+        files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ModelError(f"{folder} holds no .safetensors weights", hint="get the model again")
+        return files
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ModelError(f"{index} is broken: {error}", hint="get the model again") from None
+    if not names:
+        raise ModelError(f"{index} is broken: it names no file", hint="get the model again")
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
             raise ModelError(f"{index} names {name!r}, which is not a plain file name", hint="do not use this model")
-        if not (folder / name).exists():
+        if not os.path.isfile(folder / name):  # unlike Path, it takes names that no file can have
             raise ModelError(f"{index} names {name}, which is missing", hint="get the model again")
     return [folder / name for name in names]
 
@@ -80,7 +88,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {error}", hint="get the model again") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path} does not hold an object", hint="get the model again")

@@ -172,7 +172,7 @@ def _paired(sets: Mapping[str, Any]) -> list[dict[str, Any]]:
             place = seen[question] = seen.get(question, 0) + 1
             pair = pairs.setdefault(
                 (question, place),
-                {"question": question, "expected": answer.get("expected"), "kind": answer.get("kind") or "",
+                {"question": question, "expected": answer.get("expected"),
                  "base": None, "tuned": None, "sham": None},
             )  # fmt: skip
             pair[model] = {"given": answer.get("given"), "right": bool(answer.get("right"))}

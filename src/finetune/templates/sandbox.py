@@ -60,7 +60,9 @@ def compile_template(name: str, source: str) -> Callable[..., str]:
             f"template {name!r} does not parse: line {error.lineno}: {error.message}", hint="mend the Jinja syntax"
         ) from None
     except (RecursionError, SyntaxError) as error:  # too deep for Jinja, or for the Python that Jinja writes
-        raise TemplateError(f"template {name!r} cannot be compiled: {error}", hint="nest its tags less deeply") from None
+        raise TemplateError(
+            f"template {name!r} cannot be compiled: {error}", hint="nest its tags less deeply"
+        ) from None
 
     def render(**variables: Any) -> str:
         return template.render(**variables)

@@ -67,4 +67,15 @@ def load_model(location: ModelLocation, dtype: str) -> Any:
             f"model {location.name!r} lacks {len(lacking)} weights, among them {lacking[0]}; they would be random",
             hint="get the model's weights again",
         )
+    _fuse_activations(model)
     return model
+
+
+def _fuse_activations(model: Any) -> None:
+    """Compute GPT-2's GELU in one kernel: the same formula, without keeping its five intermediate results."""
+    from transformers.activations import NewGELUActivation
+
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))

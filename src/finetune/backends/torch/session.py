@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -48,7 +49,10 @@ class TorchSession:
             task_type="CAUSAL_LM",
         )
         self.model.name_or_path = str(self.location.folder if self.location.source != "hub" else self.location.name)
-        self.model = get_peft_model(self.model, config)
+        with warnings.catch_warnings():
+            # transformers warns PEFT of a renamed attribute; there is nothing for a user to do about it.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            self.model = get_peft_model(self.model, config)
 
     def prepare_updates(self, optimization: Optimization) -> None:
         """Make the optimizer for everything that is trainable."""

@@ -1,0 +1,283 @@
+"""Laws of what a run leaves on disk: whole or not there, in a folder that is its own."""
+
+import errno
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune.artifacts.run_folder import RunFolder, new_run_id
+from finetune.artifacts.write import describe_files, write_folder, write_json, write_text
+from finetune.errors import OutputError, StorageError
+from finetune.events import HeldOutLoss
+from properties.disks import everything_below, full_after, read_only_folder
+
+BIG = "ä" * 40_000
+
+
+def _no_space(*arguments: Any, **named: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_write_text_old_content_survives_a_full_disk(tmp_path: Path) -> None:
+    """When the disk is full halfway through, the error is ours, the old file is intact and nothing else is left."""
+    path = tmp_path / "plan.yaml"
+    write_text(path, "old\n")
+    with full_after(9_999), pytest.raises(StorageError, match=r"plan\.yaml") as caught:
+        write_text(path, BIG)
+    assert caught.value.hint
+    assert everything_below(tmp_path) == {"plan.yaml": b"old\n"}
+
+
+@pytest.mark.parametrize(("owner", "name"), [(os, "fsync"), (Path, "replace"), (Path, "open")])
+def test_write_text_old_content_survives_any_failing_call(
+    owner: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever call to the system fails, the error is ours, the old file is intact and nothing else is left."""
+    path = tmp_path / "run.json"
+    write_text(path, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, _no_space)
+        with pytest.raises(StorageError, match="No space left"):
+            write_text(path, "new")
+    assert everything_below(tmp_path) == {"run.json": b"old"}
+
+
+def test_write_text_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new text is flushed to disk first and renamed last: a power cut leaves the old file or the new one."""
+    order: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (order.append("flush"), fsync(handle))[1])
+    monkeypatch.setattr(Path, "replace", lambda self, to: (order.append("rename"), replace(self, to))[1])
+    write_text(tmp_path / "a", "text")
+    assert order[:2] == ["flush", "rename"]
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+@settings(max_examples=40, deadline=None)
+def test_write_text_is_read_back(text: str) -> None:
+    """What is read back is the text, line ends and all, on any system."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "text"
+        write_text(path, text)
+        assert path.read_bytes() == text.encode()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_write_json_refuses_what_json_has_not(value: float, tmp_path: Path) -> None:
+    """NaN and infinity are refused, in files and in the event log, and the old file stays."""
+    write_json(tmp_path / "a.json", {"é": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"deep": [value]})
+    run = RunFolder.create(tmp_path / "run")
+    with pytest.raises(ValueError, match="JSON"):
+        run.log(HeldOutLoss(1, value, 1))
+    assert json.loads((tmp_path / "a.json").read_bytes()) == {"é": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "run"]
+
+
+def _fails_halfway(folder: Path) -> None:
+    (folder / "first").write_text("whole")
+    (folder / "second").write_text(BIG)
+
+
+@pytest.mark.parametrize("name", ["fsync", "rename"])
+def test_write_folder_all_or_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder whose writing fails, at whatever point, is not there at all, and neither is what was written so far."""
+    target = tmp_path / "adapter"
+    with full_after(9_999), pytest.raises(StorageError):
+        write_folder(target, _fails_halfway)
+    assert everything_below(tmp_path) == {}
+    with monkeypatch.context() as patch:
+        patch.setattr(*(os, "fsync", _no_space) if name == "fsync" else (Path, "rename", _no_space))
+        with pytest.raises(StorageError, match="No space left"):
+            write_folder(target, _fails_halfway)
+    assert everything_below(tmp_path) == {}
+    write_folder(target, _fails_halfway)
+    assert everything_below(target) == {"first": b"whole", "second": BIG.encode()}
+
+
+@pytest.mark.parametrize(
+    "words", ["I/O error: No space left on device (os error 28)", "Error while serializing: IoError(os error 122)"]
+)
+def test_write_folder_a_library_that_meets_a_full_disk_is_understood(words: str, tmp_path: Path) -> None:
+    """A full disk that a library reports in its own way becomes our error; any other error of its stays what it is."""
+
+    def fill(folder: Path) -> None:
+        raise RuntimeError(words)
+
+    def stumble(folder: Path) -> None:
+        raise RuntimeError("shape mismatch")
+
+    with pytest.raises(StorageError, match="os error"):
+        write_folder(tmp_path / "adapter", fill)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        write_folder(tmp_path / "adapter", stumble)
+    assert everything_below(tmp_path) == {}
+
+
+def test_write_folder_never_replaces_one(tmp_path: Path) -> None:
+    """A folder with content in the way is neither mixed with the new one nor lost."""
+    write_folder(tmp_path / "a", lambda folder: (folder / "old").write_text("old") and None)
+    with pytest.raises(StorageError):
+        write_folder(tmp_path / "a", lambda folder: (folder / "new").write_text("new") and None)
+    assert everything_below(tmp_path) == {"a": None, "a/old": b"old"}
+
+
+def test_describe_files_sees_every_byte(tmp_path: Path) -> None:
+    """Files at any depth are listed in order with size and hash, and any change of content shows."""
+    for name, content in (("b/c.bin", b"x" * 3_000_000), ("a.txt", b""), (".hidden", b"1")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    described = describe_files(tmp_path)
+    assert [(file["path"], file["bytes"]) for file in described] == [
+        (".hidden", 1),
+        ("a.txt", 0),
+        ("b/c.bin", 3_000_000),
+    ]
+    with (tmp_path / "b/c.bin").open("r+b") as file:
+        file.seek(2_999_999)
+        file.write(b"y")
+    assert [old == new for old, new in zip(described, describe_files(tmp_path), strict=True)] == [True, True, False]
+
+
+def _file(path: Path) -> None:
+    path.write_text("mine")
+
+
+def _full_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "mine").write_text("mine")
+
+
+def _link_to_folder(path: Path) -> None:
+    path.with_name("target").mkdir()
+    path.symlink_to(path.with_name("target"))
+
+
+def _dangling_link(path: Path) -> None:
+    path.symlink_to(path.with_name("nowhere"))
+
+
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("arrange", [_file, _full_folder, _link_to_folder, _dangling_link, _pipe])
+def test_run_folder_create_refuses_what_is_there(arrange: Callable[[Path], None], tmp_path: Path) -> None:
+    """A file, a folder with content, a link or anything else in the way is refused by name, and nothing changes."""
+    path = tmp_path / "out"
+    arrange(path)
+    names = sorted(file.name for file in tmp_path.rglob("*"))
+    with pytest.raises(OutputError) as caught:
+        RunFolder.create(path)
+    assert str(path) in caught.value.message
+    assert caught.value.hint
+    assert caught.value.exit_code == 3
+    assert sorted(file.name for file in tmp_path.rglob("*")) == names
+
+
+def test_run_folder_create_below_a_file_is_refused(tmp_path: Path) -> None:
+    """An output below a file cannot be made: refused, with no traceback of the system's."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        RunFolder.create(tmp_path / "file" / "out")
+
+
+def test_run_folder_create_in_a_read_only_place_is_refused() -> None:
+    """An output in a folder we may not write, or that folder itself, is refused before any work."""
+    with read_only_folder() as folder:
+        for output in (folder / "out", folder):
+            with pytest.raises(OutputError, match="cannot be written"):
+                RunFolder.create(output)
+        assert everything_below(folder) == {}
+
+
+def test_run_folder_create_makes_an_empty_folder(tmp_path: Path) -> None:
+    """A missing folder is made with its parents, an empty one is used, and nothing is left in it by the making."""
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "a" / "b" / "run", tmp_path / "empty"):
+        assert RunFolder.create(path).path == path
+        assert everything_below(path) == {}
+
+
+def test_run_folder_own_names_sort_by_time_and_never_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an output each run gets a folder of its own below runs/."""
+    monkeypatch.chdir(tmp_path)
+    made = [RunFolder.create(None).path for _ in range(20)]
+    assert len(set(made)) == 20
+    assert {path.parent for path in made} == {Path("runs")}
+    assert new_run_id()[:15] >= min(path.name for path in made)[:15]
+
+
+def _run(path: Path, *, plan: bool = True, manifest: str | None = None) -> RunFolder:
+    path.mkdir(parents=True)
+    run = RunFolder(path)
+    if plan:
+        run.plan.write_text("{}")
+    if manifest is not None:
+        run.manifest.write_text(manifest)
+    return run
+
+
+def test_run_folder_unfinished_is_a_plan_without_a_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a run with a plan and no run.json can be resumed; without a name it is the newest such run."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="no unfinished run"):
+        RunFolder.unfinished(None)
+    _run(Path("runs/20250101-000000-aaaa"))
+    _run(Path("runs/20260101-000000-bbbb"))
+    _run(Path("runs/20270101-000000-cccc"), manifest="{}")
+    _run(Path("runs/20280101-000000-dddd"), plan=False)
+    assert RunFolder.unfinished(None).path.name == "20260101-000000-bbbb"
+    assert RunFolder.unfinished(Path("runs/20250101-000000-aaaa")).path.name == "20250101-000000-aaaa"
+    for name, word in (
+        ("20270101-000000-cccc", "finished"),
+        ("20280101-000000-dddd", "no run folder"),
+        ("x", "no run"),
+    ):
+        with pytest.raises(OutputError, match=word) as caught:
+            RunFolder.unfinished(Path("runs") / name)
+        assert caught.value.hint
+
+
+def test_run_folder_finished_needs_the_manifest(tmp_path: Path) -> None:
+    """A run exists when its run.json does; one that is not finished is told how to go on."""
+    _run(tmp_path / "done", manifest="{}")
+    assert RunFolder.finished(tmp_path / "done").read_manifest() == {}
+    _run(tmp_path / "half")
+    for name, hint in (("half", "--resume"), ("missing", "ft train")):
+        with pytest.raises(OutputError, match=name) as caught:
+            RunFolder.finished(tmp_path / name)
+        assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b"3", b'"text"', b'[["a", 1]]', b"\xff{}", b'{"a": 1}{']
+)
+def test_run_folder_a_broken_manifest_is_refused(content: bytes, tmp_path: Path) -> None:
+    """A run.json that is cut off, not text or no object is refused by name."""
+    run = _run(tmp_path / "run")
+    run.manifest.write_bytes(content)
+    with pytest.raises(OutputError, match=r"run\.json is broken"):
+        run.read_manifest()
+
+
+def test_run_folder_tidy_leaves_what_a_resume_needs(tmp_path: Path) -> None:
+    """Before a killed run goes on, half-written files and the adapter it had just written go, and nothing else does."""
+    run = _run(tmp_path / "run")
+    for name in (".run.json.77.part", ".adapter.77.part/adapter_model.safetensors", "adapter/adapter_config.json"):
+        (run.path / name).parent.mkdir(exist_ok=True)
+        (run.path / name).write_text("half")
+    run.checkpoints.mkdir()
+    run.log(HeldOutLoss(1, 2.0, 3))
+    run.tidy()
+    run.tidy()
+    assert sorted(path.name for path in run.path.iterdir()) == ["checkpoints", "events.jsonl", "plan.yaml"]

@@ -1,0 +1,272 @@
+"""Laws of checkpoints: only whole ones exist, the newest stay, and a changed byte or another run is refused."""
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from finetune.artifacts.checkpoints import CheckpointStore
+from finetune.errors import RefusedError, StorageError
+from properties.disks import full_after
+
+IDENTITY = {"plan": "rank: 4\n", "base": "reference-llama"}
+MANIFEST = "checkpoint.json"
+FOREIGN = (
+    "notes.txt", "step-7/checkpoint.json", "step-00000012.bak/checkpoint.json", "step-000000012/checkpoint.json",
+    "Step-00000012/checkpoint.json", "step-0000001x/checkpoint.json", "best/state.bin", "step-00000013",
+    ".step-00000014/checkpoint.json", "step--0000001/checkpoint.json",
+)  # fmt: skip
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """A store next to a dictionary that says what it must hold."""
+
+    @initialize(keep=st.integers(1, 3))
+    def begin(self, keep: int) -> None:
+        """A store in a folder that does not exist yet."""
+        self.root = Path(tempfile.mkdtemp())
+        self.store = CheckpointStore(self.root / "checkpoints", keep=keep)
+        self.whole: dict[int, bytes] = {}
+        self.changed: set[int] = set()
+        self.foreign: dict[str, bytes] = {}
+        self.last = 0
+        assert self.store.newest() is None
+
+    def teardown(self) -> None:
+        """Leave nothing."""
+        if hasattr(self, "root"):
+            shutil.rmtree(self.root)
+
+    def path(self, step: int) -> Path:
+        """Where a checkpoint lies."""
+        return self.store.folder / f"step-{step:08d}"
+
+    def next_step(self, ahead: int) -> int:
+        """A later step; the places where the number of digits grows come early."""
+        return next(edge for edge in (9, 10, 99, 100, 9_900, 10_000, self.last + ahead) if edge > self.last)
+
+    @rule(ahead=st.integers(1, 10_000), content=st.binary(min_size=1, max_size=9))
+    def save(self, ahead: int, content: bytes) -> None:
+        """A saved checkpoint is there, and of the older ones the newest few."""
+        step = self.last = self.next_step(ahead)
+
+        def write(folder: Path) -> None:
+            (folder / "deep").mkdir()
+            (folder / "deep" / "state.bin").write_bytes(content)
+            (folder / "empty").write_bytes(b"")
+            # Older ones go only when the new one is safe.
+            assert self.store.steps() == sorted(self.whole)
+
+        assert self.store.save(step, write, IDENTITY) == self.path(step)
+        self.whole[step] = content
+        self.whole = dict(sorted(self.whole.items())[-self.store.keep :])
+        self.changed &= set(self.whole)
+
+    @rule(ahead=st.integers(1, 100))
+    def save_on_a_full_disk(self, ahead: int) -> None:
+        """A checkpoint that does not fit changes nothing."""
+        with full_after(5_000), pytest.raises(StorageError):
+            self.store.save(
+                self.next_step(ahead),
+                lambda folder: (folder / "state.bin").write_bytes(b"x" * 9_999) and None,
+                IDENTITY,
+            )
+
+    @precondition(lambda self: self.whole)
+    @rule()
+    def save_again(self) -> None:
+        """A step that is already kept is not written again."""
+        self.store.save(max(self.whole), lambda folder: pytest.fail("written twice"), IDENTITY)
+
+    @precondition(lambda self: self.whole)
+    @rule(data=st.data(), mask=st.integers(1, 255))
+    def flip(self, data: st.DataObject, mask: int) -> None:
+        """One changed byte anywhere, the manifest included, and the checkpoint is refused by name."""
+        step = data.draw(st.sampled_from(sorted(self.whole)))
+        files = sorted(file for file in self.path(step).rglob("*") if file.is_file() and file.stat().st_size)
+        file = data.draw(st.sampled_from(files))
+        old = file.read_bytes()
+        place = data.draw(st.integers(0, len(old) - 1))
+        new = old[:place] + bytes([old[place] ^ mask]) + old[place + 1 :]
+        if file.name == MANIFEST and _means_the_same(old, new):
+            return
+        file.write_bytes(new)
+        with pytest.raises(RefusedError, match=f"step-{step:08d}") as caught:
+            self.store.open(step, IDENTITY)
+        assert caught.value.hint
+        file.write_bytes(old)
+
+    @precondition(lambda self: self.whole)
+    @rule(data=st.data(), kind=st.sampled_from(["truncate", "remove", "add", "rename"]))
+    def damage(self, data: st.DataObject, kind: str) -> None:
+        """A file cut short, gone, new or under another name: refused from now on, the others not."""
+        step = data.draw(st.sampled_from(sorted(self.whole)))
+        state = self.path(step) / "deep" / "state.bin"
+        if kind == "add" or not state.exists():
+            (self.path(step) / "new").write_bytes(b"")
+        elif kind == "truncate":
+            state.write_bytes(state.read_bytes()[:-1])
+        else:
+            state.unlink() if kind == "remove" else state.rename(state.with_name("state.ban"))
+        self.changed.add(step)
+
+    @precondition(lambda self: self.whole)
+    @rule(data=st.data(), repeat=st.booleans())
+    def tear(self, data: st.DataObject, repeat: bool) -> None:
+        """Without its manifest a checkpoint does not exist, and its step can be saved again."""
+        step = data.draw(st.sampled_from(sorted(self.whole)))
+        (self.path(step) / MANIFEST).unlink()
+        del self.whole[step]
+        self.changed.discard(step)
+        if repeat and step > max(self.whole, default=0):
+            self.store.save(step, lambda folder: (folder / "deep").mkdir(), IDENTITY)
+            assert self.store.newest() == step
+            shutil.rmtree(self.path(step))
+
+    @precondition(lambda self: self.whole)
+    @rule(name=st.sampled_from(FOREIGN))
+    def plant(self, name: str) -> None:
+        """What is not ours is neither listed nor touched."""
+        path = self.store.folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"{}")
+        self.foreign[name] = b"{}"
+
+    @precondition(lambda self: self.whole)
+    @rule(key=st.sampled_from(sorted(IDENTITY)))
+    def open_as_another(self, key: str) -> None:
+        """A checkpoint of other settings is refused, and told are the setting and both its values."""
+        step = max(set(self.whole) - self.changed, default=None)
+        if step is not None:
+            with pytest.raises(RefusedError) as caught:
+                self.store.open(step, {**IDENTITY, key: "other"})
+            assert f"{key}: {IDENTITY[key]!r} -> 'other'" in caught.value.message
+            with pytest.raises(RefusedError, match="None -> 1"):
+                self.store.open(step, {**IDENTITY, "more": 1})
+
+    @invariant()
+    def agrees(self) -> None:
+        """Store and dictionary agree; what is whole opens, what is changed does not, and nothing is half written."""
+        if not hasattr(self, "store"):
+            return
+        assert self.store.steps() == sorted(self.whole)
+        assert self.store.newest() == max(self.whole, default=None)
+        for step, content in self.whole.items():
+            if step in self.changed:
+                with pytest.raises(RefusedError):
+                    self.store.open(step, IDENTITY)
+            else:
+                assert (self.store.open(step, IDENTITY) / "deep" / "state.bin").read_bytes() == content
+        assert not list(self.root.rglob("*.part"))
+        assert all((self.store.folder / name).read_bytes() == content for name, content in self.foreign.items())
+
+
+StoreMachine.TestCase.settings = settings(max_examples=20, stateful_step_count=15, deadline=None)
+test_checkpoints_store_agrees_with_its_model = StoreMachine.TestCase
+
+
+def _means_the_same(old: bytes, new: bytes) -> bool:
+    """Whether a changed byte is only other white space between the words of the JSON."""
+    try:
+        return bool(json.loads(old) == json.loads(new))
+    except ValueError:
+        return False
+
+
+def _save(store: CheckpointStore, step: int) -> None:
+    store.save(step, lambda folder: (folder / "state.bin").write_text(f"{step}") and None, IDENTITY)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_checkpoints_rotation_goes_by_number(keep: int, tmp_path: Path) -> None:
+    """Across 9900 and 10000, with all times equal, the highest steps stay, and the newest is never removed."""
+    store = CheckpointStore(tmp_path / "checkpoints", keep=keep)
+    steps = [9_800, 9_900, 10_000, 10_100, 99_999_999]
+    for count, step in enumerate(steps, start=1):
+        _save(store, step)
+        for path in store.folder.iterdir():
+            os.utime(path, (0, 0))
+        assert store.steps() == steps[max(0, count - keep) : count]
+
+
+def test_checkpoints_manifest_is_written_last(tmp_path: Path) -> None:
+    """While the state is being written there is no manifest, and until all is there the folder has not its name."""
+    store = CheckpointStore(tmp_path / "checkpoints")
+
+    def write(folder: Path) -> None:
+        assert not (folder / MANIFEST).exists()
+        assert store.steps() == []
+        (folder / "state.bin").write_text("x")
+
+    listed = json.loads((store.save(3, write, IDENTITY) / MANIFEST).read_text())
+    assert [file["path"] for file in listed["files"]] == ["state.bin"]
+
+
+def test_checkpoints_missing_one_is_refused(tmp_path: Path) -> None:
+    """A step that was never saved is refused, not a traceback."""
+    with pytest.raises(RefusedError):
+        CheckpointStore(tmp_path / "checkpoints").open(5, IDENTITY)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from finetune.artifacts.checkpoints import CheckpointStore
+store = CheckpointStore(Path(sys.argv[1]), keep=2)
+for step in range(int(sys.argv[2]), 10**8):
+    def write(folder):
+        with (folder / "state.bin").open("w") as file:
+            for _ in range(64):
+                file.write(f"{step:08d}" * 512)
+                file.flush()
+    store.save(step, write, {"plan": "rank: 4\\n", "base": "reference-llama"})
+    print(step, flush=True)
+"""
+
+
+def test_checkpoints_killed_writer_leaves_only_whole_ones(tmp_path: Path) -> None:
+    """A process killed at any moment of writing leaves whole checkpoints only: the last it told of, or the one after."""
+    folder, dice, first = tmp_path / "checkpoints", random.Random(0), 9_997
+    for _ in range(6):
+        with subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(folder), str(first)], stdout=subprocess.PIPE, text=True
+        ) as writer:
+            assert writer.stdout is not None
+            told = [int(writer.stdout.readline())]
+            time.sleep(dice.uniform(0, 0.05))
+            writer.send_signal(signal.SIGKILL)
+            told += [int(line) for line in writer.stdout.read().split()]
+        assert writer.returncode == -signal.SIGKILL
+        store = CheckpointStore(folder, keep=2)
+        steps = store.steps()
+        assert steps[-1] - told[-1] in (0, 1)
+        assert len(steps) <= 3
+        assert all(later - earlier == 1 for earlier, later in itertools.pairwise(steps))
+        for step in steps:
+            assert (store.open(step, IDENTITY) / "state.bin").read_text() == f"{step:08d}" * 512 * 64
+        first = steps[-1] + 1
+    store.save(first, lambda path: (path / "state.bin").write_text("x") and None, IDENTITY)
+    assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:08d}" for step in (first - 1, first)]
+
+
+def test_checkpoints_leftovers_of_a_killed_writer_go_at_the_next_save(tmp_path: Path) -> None:
+    """What a killed process had half written is removed by the next one, and nothing else is."""
+    store = CheckpointStore(tmp_path / "checkpoints")
+    torn = store.folder / ".step-00000003.77.part"
+    torn.mkdir(parents=True)
+    (torn / "state.bin").write_text("half")
+    (store.folder / "notes.part").write_text("mine")
+    _save(store, 4)
+    assert sorted(path.name for path in store.folder.iterdir()) == ["notes.part", "step-00000004"]

@@ -1,0 +1,280 @@
+"""Laws of the models room: what is no whole, honest model is refused by name before a weight is loaded."""
+
+import json
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from finetune.errors import ModelError
+from finetune.models.adapt import check_rank, choose_layers
+from finetune.models.locate import SHIPPED, SHIPPED_FOLDER, locate_model
+from finetune.models.shape import read_shape, read_tensor_shapes, weight_files
+from finetune.records import AdapterTarget, ModelShape
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 11,
+    "hidden_size": 6,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 32,
+}
+LAYERS = {"self_attn.q_proj": (6, 6), "self_attn.k_proj": (2, 6), "mlp.up_proj": (10, 6), "mlp.down_proj": (6, 10)}
+
+
+def tensors() -> dict[str, np.ndarray]:
+    """The weights of a Llama of two layers: tables, norms and four linear layers each."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (11, 6), "lm_head.weight": (11, 6)}
+    shapes["model.norm.weight"] = (6,)
+    for layer in range(2):
+        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in LAYERS.items()}
+        shapes |= {f"model.layers.{layer}.input_layernorm.weight": (6,), f"model.layers.{layer}.q_proj.bias": (6,)}
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+
+
+def write_model(folder: Path, *, config: Any = CONFIG, shards: int = 1) -> Path:
+    """A model folder with one weights file, or with several and an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    weights = tensors()
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors")
+        return folder
+    names = {tensor: f"model-{number % shards}.safetensors" for number, tensor in enumerate(weights)}
+    for file in set(names.values()):
+        save_file({name: weights[name] for name in weights if names[name] == file}, folder / file)
+    write_index(folder, names)
+    return folder
+
+
+def write_index(folder: Path, names: Any) -> None:
+    """The index that says which file holds which tensor."""
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}), encoding="utf-8")
+
+
+@contextmanager
+def model(**how: Any) -> Iterator[Path]:
+    """A model folder that goes away again."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield write_model(Path(folder) / "model", **how)
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hub can be reached, as on a plane."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_shape_is_what_the_files_hold(shards: int, tmp_path: Path) -> None:
+    """Sizes come from the config, parameters and linear layers from the weights, however many files hold them."""
+    shape = read_shape(write_model(tmp_path, shards=shards))
+    assert shape.parameters == sum(array.size for array in tensors().values())
+    expected = {f"model.layers.{layer}.{name}": size for layer in range(2) for name, size in LAYERS.items()}
+    assert {layer.name: layer.shape for layer in shape.linear_layers} == expected
+    assert (shape.architecture, shape.vocab_size, shape.hidden_size) == ("LlamaForCausalLM", 11, 6)
+    assert (shape.layers, shape.context_length) == (2, 32)
+    assert read_tensor_shapes(tmp_path) == {name: array.shape for name, array in tensors().items()}
+
+
+def test_shape_reads_other_families_names(tmp_path: Path) -> None:
+    """GPT-2's names for the same sizes, and sizes nested under text_config, are read."""
+    gpt2 = {"model_type": "gpt2", "vocab_size": 7, "n_embd": 5, "n_layer": 3, "n_positions": 9}
+    nested = {"model_type": "vlm", "text_config": gpt2}
+    for number, config in enumerate((gpt2, nested)):
+        shape = read_shape(write_model(tmp_path / str(number), config=config))
+        assert (shape.vocab_size, shape.hidden_size, shape.layers, shape.context_length) == (7, 5, 3, 9)
+        assert shape.architecture == config["model_type"]
+
+
+@given(st.integers(0, 10**6), st.integers(1, 3))
+@example(0, 1)
+@example(7, 1)
+@settings(deadline=None, max_examples=30)
+def test_weights_cut_off_are_refused_by_name(at: int, shards: int) -> None:
+    """A weights file that ends too early, wherever it was cut, is refused and named."""
+    with model(shards=shards) as folder:
+        file = weight_files(folder)[-1]
+        content = file.read_bytes()
+        file.write_bytes(content[: at % len(content)])
+        with pytest.raises(ModelError, match=file.name) as caught:
+            read_shape(folder)
+        assert caught.value.hint
+
+
+@given(st.integers(0, 10**6), st.integers(1, 255))
+@settings(deadline=None, max_examples=60)
+def test_weights_flipped_header_never_escapes(at: int, flip: int) -> None:
+    """A flipped bit in a header is refused by the file's name, or changes nothing but a tensor's name or type."""
+    with model() as folder:
+        file = folder / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        header = 8 + struct.unpack("<Q", content[:8])[0]
+        content[at % header] ^= flip
+        file.write_bytes(content)
+        try:
+            found = read_tensor_shapes(folder)
+        except ModelError as error:
+            assert file.name in error.message
+            assert error.hint
+        else:
+            assert at % header >= 8
+            # Sizes are bound to the offsets: what is still read is at most renamed or retyped.
+            assert len(found) <= len(tensors())
+            assert sum(int(np.prod(shape)) * 4 for shape in found.values()) <= 8 * len(content)
+
+
+INDEXES = {
+    "../outside.safetensors": "not a plain file name",
+    "sub/model.safetensors": "not a plain file name",
+    "/etc/passwd": "not a plain file name",
+    "..": "index.json",
+    "": "index.json",
+    ".": "index.json",
+    "missing.safetensors": "missing.safetensors",
+    "a" * 300 + ".safetensors": "index.json",
+    "a\0b": "index.json",
+    7: "index.json",
+    None: "index.json",
+}
+
+
+@pytest.mark.parametrize("name", INDEXES)
+def test_index_that_names_no_shard_is_refused(name: Any, tmp_path: Path) -> None:
+    """An index that names a file outside the folder, a missing one or no name at all is refused, and nothing is read."""
+    folder = write_model(tmp_path / "model", shards=2)
+    save_file(tensors(), tmp_path / "outside.safetensors")
+    (folder / "sub").mkdir()
+    save_file(tensors(), folder / "sub" / "model.safetensors")
+    write_index(folder, dict.fromkeys(tensors(), name))
+    with pytest.raises(ModelError, match=r"index\.json") as caught:
+        weight_files(folder)
+    assert INDEXES[name] in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "{}", '{"weight_map": 3}', '{"weight_map": {"a": []}}', '{"weight_map": {}}', "[" * 50_000],
+)
+def test_index_broken_is_refused(text: str, tmp_path: Path) -> None:
+    """An index that is no index, or names nothing, is refused by its name."""
+    folder = write_model(tmp_path)
+    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ModelError, match=r"index\.json"):
+        read_shape(folder)
+
+
+BROKEN_CONFIGS = ["", "{", "[]", "3", "null", "[" * 50_000, '{"a": ' + "9" * 5000 + "}", '"\ud800"']
+ODD_CONFIGS = (
+    {"vocab_size": "many"}, {"vocab_size": None}, {"vocab_size": 1.5}, {"text_config": None}, {"text_config": [1]},
+    {"architectures": "Llama"}, {"architectures": []}, {"architectures": {}}, {"architectures": 3},
+    {"hidden_size": "6"}, {"num_hidden_layers": None}, {},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BROKEN_CONFIGS)
+def test_config_broken_is_refused(text: str, tmp_path: Path) -> None:
+    """A config that is no JSON object is refused by its name."""
+    folder = write_model(tmp_path)
+    (folder / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ModelError, match=r"config\.json"):
+        read_shape(folder)
+
+
+@pytest.mark.parametrize("config", ODD_CONFIGS)
+def test_config_with_odd_fields_is_read_as_not_said(config: dict[str, Any], tmp_path: Path) -> None:
+    """A size that is no whole number counts as not said (0); the weights still give parameters and layers."""
+    shape = read_shape(write_model(tmp_path, config=config))
+    assert (shape.vocab_size, shape.hidden_size, shape.layers) == (0, 0, 0)
+    assert len(shape.linear_layers) == 2 * len(LAYERS)
+    assert shape.architecture
+
+
+def test_folder_without_config_or_weights_is_refused(tmp_path: Path) -> None:
+    """A folder that lacks its config or its weights is no model, and says which it lacks."""
+    folder = write_model(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    for read in (lambda: locate_model(str(folder)), lambda: read_shape(folder)):
+        with pytest.raises(ModelError, match="safetensors"):
+            read()
+    (folder / "config.json").unlink()
+    for read in (lambda: locate_model(str(folder)), lambda: read_shape(folder)):
+        with pytest.raises(ModelError, match=r"config\.json"):
+            read()
+    with pytest.raises(ModelError, match=r"config\.json"):
+        locate_model(str(tmp_path))
+
+
+def test_locate_finds_shipped_and_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shipped name is found in the package, a folder where it lies, absolute, relative or in the home folder."""
+    folder = write_model(tmp_path / "größe model").resolve()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (str(folder), "größe model", "./größe model", "~/größe model"):
+        location = locate_model(name)
+        assert (location.name, location.folder, location.source) == (name, folder, "local")
+    assert len(SHIPPED) == 2
+    for name in SHIPPED:
+        assert locate_model(name).folder == SHIPPED_FOLDER / name
+        assert locate_model(name).source == "shipped"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ModelError, match="is a file"):
+        locate_model("file")
+
+
+UNKNOWN = (
+    "nobody/nothing-here", "no-such-model", "./nowhere", "/nowhere/at/all", "~/nowhere", "~nosuchuser/model", "a..b",
+    "a--b", "model.git", "aé/b", "a" * 300, "a" * 120 + "/b", "a/b/c", "a b", "a\0b", "\n", "-x", "https://x.org/y", "a/",
+)  # fmt: skip
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_locate_unknown_model_names_a_shipped_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever name leads nowhere, the error holds the name and a model that is always there, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        locate_model(name)
+    assert repr(name) in caught.value.message
+    assert SHIPPED[0] in caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+def shape_of(folder: Path) -> ModelShape:
+    """The shape of the little model."""
+    return read_shape(write_model(folder))
+
+
+@given(st.lists(st.sampled_from(["q_proj", "k_proj", "up_proj", "down_proj"]), min_size=1, unique=True), st.data())
+@settings(deadline=None, max_examples=30)
+def test_choose_layers_takes_what_is_named_or_lists_what_exists(targets: list[str], data: st.DataObject) -> None:
+    """Named layers are chosen, one name that matches nothing refuses them all and the existing names are listed."""
+    with model() as folder:
+        shape = read_shape(folder)
+    existing = {"q_proj", "k_proj", "up_proj", "down_proj"}
+    assert set(choose_layers(shape, "all-linear")) == existing
+    assert choose_layers(shape, targets) == tuple(targets)
+    wrong = data.draw(st.sampled_from(["q_prj", "lm_head", "embed_tokens", "norm", "model", "", "Q_PROJ", "proj"]))
+    with pytest.raises(ModelError, match=repr(wrong)) as caught:
+        choose_layers(shape, data.draw(st.permutations([*targets, wrong])))
+    assert all(name in caught.value.hint for name in existing)
+    assert not any(repr(name) in caught.value.message for name in targets)
+
+
+@pytest.mark.parametrize(("modules", "largest"), [(("q_proj",), 6), (("k_proj",), 2), (("up_proj", "k_proj"), 2)])
+def test_rank_may_be_as_large_as_the_smallest_side(modules: tuple[str, ...], largest: int, tmp_path: Path) -> None:
+    """A rank up to the smaller side of every chosen layer is taken; one more is refused with layer and limit."""
+    shape = shape_of(tmp_path)
+    check_rank(shape, AdapterTarget(largest, 1.0, 0.0, modules))
+    with pytest.raises(ModelError, match=f"rank {largest + 1} .*{modules[-1]}") as caught:
+        check_rank(shape, AdapterTarget(largest + 1, 1.0, 0.0, modules))
+    assert f"at most {largest}" in caught.value.hint
