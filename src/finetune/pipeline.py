@@ -22,6 +22,7 @@ from finetune.assembly.observe import (
     memory_evidence,
     observe,
     parameter_evidence,
+    wanted,
 )
 from finetune.assembly.prepare import Encoder, Prepared, prepare
 from finetune.assembly.record import Course, run_record
@@ -232,17 +233,19 @@ def _collect(
         artifacts = artifact_evidence(prepared, session, run.folder.adapter, files, run.why)
 
     def train_sham(rows: tuple[Tokenized, ...]) -> Session:
-        sham = _session(run)
-        _attach(run, sham)
-        for event in _steps(run, sham, rows):
-            if isinstance(event, StepDone):
-                run.listener(event)
+        with run.phase("sham control", "the same steps on shuffled answers"):
+            sham = _session(run)
+            _attach(run, sham)
+            for event in _steps(run, sham, rows):
+                if isinstance(event, StepDone):
+                    run.listener(event)
         return sham
 
-    with run.phase("sham control", "the same steps on shuffled answers"):
-        learning = learning_evidence(prepared, before, after, train_sham, run.why)
-    with run.phase("measure memory", "LoRA and full fine-tuning, each in a fresh process"):
-        memory = memory_evidence(prepared, run.why)
+    learning = learning_evidence(prepared, before, after, train_sham, run.why)
+    memory = None
+    if wanted(prepared, "memory", run.why):
+        with run.phase("measure memory", "LoRA and full fine-tuning, each in a fresh process"):
+            memory = memory_evidence(prepared, run.why)
     losses = loss_evidence(prepared, [step["loss"] for step in steps], before, after)
     return Evidence(losses, parameters, artifacts, learning, memory, run.why)
 

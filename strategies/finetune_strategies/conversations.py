@@ -19,9 +19,9 @@ LOOKS_LIKE_CONTROL = (
 
 _AWKWARD = (
     "{}", "{0}", "{{ }}", "{{ bos_token }}", "{% raw %}", "{% if x %}", "{#", "%s", "$x", "{instruction}", '"""', "'''",
-    "\r\n", "\n", "\n\n\n", "  ", "\t", " \n", "\u00a0", "\u2028", "\x85", "\x1f", "\0", "\ue0000\ue001", "\ue0001\ue001",
-    "\ue000", "\ue001", "\ufeff", "\u202e", "e\u0301", "é", "Москва", "資料庫", "🦙", "👩‍🔬", "\U00020000", "\U0010fffd",
-    "a", "Hello world", "42", "'s", "...", ":", "\\n",
+    "\r\n", "\n", "\n\n\n", "  ", "\t", " \n", "\u00a0", "\u2028", "\x85", "\x1f", "\0", "\ue0000\ue001",
+    "\ue0001\ue001", "\ue000", "\ue001", "\ufeff", "\u202e", "e\u0301", "é", "Москва", "資料庫", "🦙", "👩‍🔬",
+    "\U00020000", "\U0010fffd", "a", "Hello world", "42", "'s", "...", ":", "\\n",
 )  # fmt: skip
 _EVERY_PLANE = st.characters(exclude_categories=["Cs"])
 
@@ -73,10 +73,10 @@ def _spoken(pairs: list[tuple[str, str]]) -> Conversation:
 
 @st.composite
 def _alpaca(draw: st.DrawFn) -> tuple[dict[str, Any], Example]:
-    values: dict[str, Any] = {"instruction": draw(texts()), "output": draw(texts())}
+    values: dict[str, Any] = {"instruction": draw(texts()), "output": draw(texts() | said())}
     for key in ("input", "system"):
-        if draw(st.booleans()):
-            values[key] = draw(st.none() | st.just("") | texts())
+        if draw(st.integers(0, 3)):
+            values[key] = draw(st.sampled_from([None, ""]) | texts(min_size=1) | said())
     pairs = [("system", values["system"])] if values.get("system") else []
     pairs.append(("user", values["instruction"]))
     pairs += [("input", values["input"])] if values.get("input") else []
@@ -136,13 +136,15 @@ class DamagedFile:
 
 _GOOD_LINES = ('{"text": "a"}', '{"prompt": "a", "completion": "b"}', "", "   ", '{"text": "a\\u2028b\u2028\x85"}\r')
 _BROKEN_LINES = (
-    "{", '{"a": }', '{"a": 1,}', "nope", '{"a": 1} {"b": 2}', "{'a': 1}", '{"a": 1', '"\t"', "]", '{"a": ' + "9" * 5000 + "}",
-    "[" * 20_000, "[]", "3", "null", '"text"', "NaN", "true", "[{}]", '\ufeff\ufeff{"a": 1}',
+    "{", '{"a": }', '{"a": 1,}', "nope", '{"a": 1} {"b": 2}', "{'a': 1}", '{"a": 1', '"\t"', "]",
+    '{"a": ' + "9" * 5000 + "}", "[" * 20_000,
+    "[]", "3", "null", '"text"', "NaN", "true", "[{}]", '\ufeff\ufeff{"a": 1}',
 )  # fmt: skip
-_MISSHAPEN = (
-    {}, {"a": 1}, {"instruction": "x"}, {"output": "x"}, {"prompt": "x"}, {"text": 3}, {"text": ["x"]}, {"messages": "x"},
-    {"messages": {"role": "user"}}, {"messages": ["x"]}, {"messages": [{"role": "bot", "content": "x"}]}, {"messages": None},
-    {"messages": [{"content": "x"}]}, {"messages": [{"role": "user", "content": {}}]}, {"messages": [{"role": [], "content": ""}]},
+_MISSHAPEN: tuple[dict[str, Any], ...] = (
+    {}, {"a": 1}, {"instruction": "x"}, {"output": "x"}, {"prompt": "x"}, {"text": 3}, {"text": ["x"]},
+    {"messages": "x"}, {"messages": {"role": "user"}}, {"messages": ["x"]}, {"messages": None},
+    {"messages": [{"role": "bot", "content": "x"}]}, {"messages": [{"content": "x"}]},
+    {"messages": [{"role": "user", "content": {}}]}, {"messages": [{"role": [], "content": ""}]},
     {"prompt": "x", "completion": ["y"]}, {"prompt": ["x"], "completion": [{"role": "assistant", "content": "y"}]},
     {"instruction": 1, "output": "x"}, {"instruction": "x", "output": False}, {"text": "x", "messages": []},
     {"instruction": "a", "output": "b", "prompt": "c", "completion": "d"}, {"text": "\ud800"}, {"\ud800": 1},
@@ -170,7 +172,8 @@ def _document_with(items: list[tuple[Any, bool]]) -> DamagedFile:
 
 
 def _documents() -> st.SearchStrategy[DamagedFile]:
-    item = st.just(({"text": "a"}, False)) | st.sampled_from([(value, True) for value in (3, None, "x", [], [{}], 0.5)])
+    wrong: tuple[Any, ...] = (3, None, "x", [], [{}], 0.5)
+    item = st.just(({"text": "a"}, False)) | st.sampled_from(wrong).map(lambda value: (value, True))
     items = st.lists(item, min_size=1, max_size=15)
     return items.filter(lambda found: any(broken for _, broken in found)).map(_document_with)
 
@@ -185,9 +188,8 @@ def _not_utf8() -> st.SearchStrategy[DamagedFile]:
     )
 
 
-_EMPTY = tuple(
-    DamagedFile(suffix, text, ()) for suffix in (".json", ".jsonl") for text in (b"", b" \r\n\t", b"\xef\xbb\xbf")
-)
+_BLANK = (b"", b" \r\n\t", b"\xef\xbb\xbf")
+_EMPTY = tuple(DamagedFile(suffix, text, ("empty",)) for suffix in (".json", ".jsonl") for text in _BLANK)
 _BROKEN_DOCUMENTS = (
     DamagedFile(".json", b"[]", ("no rows",)),
     DamagedFile(".json", b'[\n {"text": "a"},\n {"text": }\n]', (":3",)),

@@ -19,7 +19,8 @@ PAD = "<|pad|>"
 _CORPUS = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n",
     "### Instruction:\nHello world\n\n### Response:\nHello\n\n\n", "What is the capital of Norway? Oslo", "\n\n\n\n",
-    "1234 + 5678 = 6912", "user\nassistant\nsystem\n", "Москва資料🦙🦙🦙", " [/INST] ", "({[<|", "|>]})", ":(:[:\n:\n\n", '"""',
+    "1234 + 5678 = 6912", "user\nassistant\nsystem\n", "Москва資料🦙🦙🦙",
+    " [/INST] ", "({[<|", "|>]})", ":(:[:\n:\n\n", '"""',
 )  # fmt: skip
 
 
@@ -49,22 +50,22 @@ class TokenizerKind:
     @property
     def control_tokens(self) -> tuple[str, ...]:
         """Every control token, in the order of their ids, which start at 0."""
-        own = [
-            EOS,
-            *([self.bos_token] if self.bos not in ("none", "eos") else []),
-            *([PAD] if self.pad == "own" else []),
-        ]
-        return (*own, *(CHATML_TOKENS if self.chatml else ()), *(LLAMA3_TOKENS if self.llama3 else ()))
+        bos = () if self.bos in ("none", "eos") else (self.bos_token,)
+        pad = (PAD,) if self.pad == "own" else ()
+        return (EOS, *bos, *pad, *(CHATML_TOKENS if self.chatml else ()), *(LLAMA3_TOKENS if self.llama3 else ()))
 
 
-KINDS = tuple(
-    TokenizerKind(bos, pad, chatml, llama3)
-    for bos, pad, chatml, llama3 in [
-        ("none", "own", True, True), ("none", "eos", True, False), ("processor", "own", True, True),
-        ("processor", "eos", True, True), ("setting", "none", False, True), ("setting", "own", True, True),
-        ("template", "eos", True, True), ("template", "own", False, False), ("eos", "eos", True, True),
-    ]
-)  # fmt: skip
+KINDS = (
+    TokenizerKind("none", "own"),
+    TokenizerKind("none", "eos", llama3=False),
+    TokenizerKind("processor", "own"),
+    TokenizerKind("processor", "eos"),
+    TokenizerKind("setting", "none", chatml=False),
+    TokenizerKind("setting", "own"),
+    TokenizerKind("template", "eos"),
+    TokenizerKind("template", "own", chatml=False, llama3=False),
+    TokenizerKind("eos", "eos"),
+)
 
 
 def tokenizer_kinds() -> st.SearchStrategy[TokenizerKind]:

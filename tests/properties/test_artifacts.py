@@ -271,9 +271,10 @@ def test_run_folder_a_broken_manifest_is_refused(content: bytes, tmp_path: Path)
 
 
 def test_run_folder_tidy_leaves_what_a_resume_needs(tmp_path: Path) -> None:
-    """Before a killed run goes on, half-written files and the adapter it had just written go, and nothing else does."""
+    """Before a killed run goes on, half-written files, adapter and report go, and nothing else does."""
     run = _run(tmp_path / "run")
-    for name in (".run.json.77.part", ".adapter.77.part/adapter_model.safetensors", "adapter/adapter_config.json"):
+    torn = (".run.json.77.part", ".adapter.77.part/adapter_model.safetensors", "adapter/adapter_config.json")
+    for name in (*torn, "report.html", "report.json"):
         (run.path / name).parent.mkdir(exist_ok=True)
         (run.path / name).write_text("half")
     run.checkpoints.mkdir()

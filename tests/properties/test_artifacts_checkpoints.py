@@ -237,7 +237,7 @@ for step in range(int(sys.argv[2]), 10**8):
 
 
 def test_checkpoints_killed_writer_leaves_only_whole_ones(tmp_path: Path) -> None:
-    """A process killed at any moment of writing leaves whole checkpoints only: the last it told of, or the one after."""
+    """A process killed at any moment leaves whole checkpoints only: up to the last it told of, or the one after."""
     folder, dice, first = tmp_path / "checkpoints", random.Random(0), 9_997
     for _ in range(6):
         with subprocess.Popen(

@@ -131,7 +131,7 @@ def said_by(found: Example) -> tuple[str, ...]:
 )
 @settings(deadline=None)
 def test_rows_become_what_they_say(cases: list[RowCase], ascii_only: bool, newline: str, mark: str) -> None:
-    """Every row of every shape becomes its own words in order, or is dropped for the reason it deserves, and counted."""
+    """Every row of every shape becomes its own words in order, or is dropped for its reason and counted."""
     shaped = shaped_from(mark.encode() + as_jsonl(cases, ascii_only, newline), ".jsonl")
     kept = [case for case in cases if not case.dropped]
     assert [said_by(found) for found in shaped.examples] == [said_by(case.example) for case in kept]
@@ -139,6 +139,33 @@ def test_rows_become_what_they_say(cases: list[RowCase], ascii_only: bool, newli
     assert shaped.shapes == Counter(case.shape for case in cases)
     assert len(cases) == len(shaped.examples) + sum(shaped.dropped.values())
     assert shaped.ignored_columns == tuple(sorted({name for case in cases for name in case.ignored}))
+
+
+BY_HAND = (
+    ({"instruction": "i", "output": "o"}, ("user", "i", "assistant", "o")),
+    ({"output": "o", "input": None, "instruction": "i", "system": ""}, ("user", "i", "assistant", "o")),
+    (
+        {"instruction": "i", "input": "n", "output": " o\n", "system": "s"},
+        ("system", "s", "user", "i", "input", "n", "assistant", " o\n"),
+    ),
+    ({"prompt": " p ", "completion": "c"}, ("user", " p ", "assistant", "c")),
+    (
+        {"prompt": [{"role": "user", "content": "p"}], "completion": [{"role": "assistant", "content": "c"}]},
+        ("user", "p", "assistant", "c"),
+    ),
+    (
+        {"messages": [{"role": role, "content": role[0]} for role in ("system", "user", "assistant")]},
+        ("system", "s", "user", "u", "assistant", "a"),
+    ),
+    ({"text": "\n t"}, ("text", "\n t")),
+)
+
+
+def test_rows_of_every_shape_say_what_is_written_by_hand() -> None:
+    """The seven ways to write a row mean what their formats' authors mean by them."""
+    shaped = shaped_from("\n".join(json.dumps(values) for values, _ in BY_HAND).encode(), ".jsonl")
+    assert tuple(said_by(found) for found in shaped.examples) == tuple(said for _, said in BY_HAND)
+    assert len(shaped.examples) == 7
 
 
 def test_columns_nobody_reads_can_be_shown() -> None:
@@ -179,7 +206,7 @@ def examples_for_split() -> st.SearchStrategy[list[Example]]:
 @given(examples_for_split(), st.floats(0, 1, exclude_max=True), st.integers(0, 3), st.randoms(use_true_random=False))
 @settings(deadline=None)
 def test_hold_out_is_a_partition_by_content(found: list[Example], fraction: float, seed: int, rng: object) -> None:
-    """Nothing held out is trained on, nothing is lost, the order of rows decides nothing, and equal rows stay together."""
+    """Nothing held out is trained on, nothing is lost, row order decides nothing, equal rows stay together."""
     train, held = hold_out(found, fraction, seed)
     assert Counter(map(said_by, train)) + Counter(map(said_by, held)) == Counter(map(said_by, found))
     assert not {said_by(one) for one in train} & {said_by(one) for one in held}
@@ -205,6 +232,7 @@ def test_hold_out_seed_decides() -> None:
 
 
 @given(texts(), texts())
+@example("", "assistant")
 @settings(deadline=None)
 def test_content_key_tells_where_messages_end(left: str, right: str) -> None:
     """Two examples have one key exactly when they say the same, wherever they stood."""
@@ -297,7 +325,7 @@ def test_deranged_nobody_keeps_an_equal_answer(answers: list[str]) -> None:
 
 
 def test_shipped_sets_share_no_question(tmp_path: Path) -> None:
-    """What is learnt is unknown to the base; what is rehearsed and what is asked for are known and have no common row."""
+    """What is learnt is unknown to the base; what is rehearsed and what is asked for are known and disjoint."""
     sets = shipped_facts()
     questions = {name: {fact.question for fact in facts} for name, facts in sets.items()}
     known = {fact.question for fact in known_facts()}
@@ -318,7 +346,7 @@ def test_shipped_sets_files_are_what_the_recipe_writes(tmp_path: Path) -> None:
         assert [said_by(found) for found in shaped.examples] == [
             ("user", fact.question, "assistant", fact.answer) for fact in facts
         ]
-        assert (shaped.dropped, shaped.ignored_columns) == ({}, ("kind",))
+        assert (shaped.dropped, shaped.ignored_columns) == ({}, ())
         shipped = FOLDER / path.name
         assert not shipped.exists() or shipped.read_bytes() == path.read_bytes()
 

@@ -121,16 +121,17 @@ def test_weights_flipped_header_never_escapes(at: int, flip: int) -> None:
         header = 8 + struct.unpack("<Q", content[:8])[0]
         content[at % header] ^= flip
         file.write_bytes(content)
+        said = ""
         try:
-            found = read_tensor_shapes(folder)
+            found = sorted(read_tensor_shapes(folder).values())
         except ModelError as error:
-            assert file.name in error.message
-            assert error.hint
+            said = str(error)
+        if said:
+            assert file.name in said
+            assert "hint" in said
         else:
             assert at % header >= 8
-            # Sizes are bound to the offsets: what is still read is at most renamed or retyped.
-            assert len(found) <= len(tensors())
-            assert sum(int(np.prod(shape)) * 4 for shape in found.values()) <= 8 * len(content)
+            assert found == sorted(array.shape for array in tensors().values())
 
 
 INDEXES = {
@@ -150,7 +151,7 @@ INDEXES = {
 
 @pytest.mark.parametrize("name", INDEXES)
 def test_index_that_names_no_shard_is_refused(name: Any, tmp_path: Path) -> None:
-    """An index that names a file outside the folder, a missing one or no name at all is refused, and nothing is read."""
+    """An index that names a file outside the folder, a missing one or no name at all is refused."""
     folder = write_model(tmp_path / "model", shards=2)
     save_file(tensors(), tmp_path / "outside.safetensors")
     (folder / "sub").mkdir()
@@ -233,14 +234,15 @@ def test_locate_finds_shipped_and_local(tmp_path: Path, monkeypatch: pytest.Monk
 
 UNKNOWN = (
     "nobody/nothing-here", "no-such-model", "./nowhere", "/nowhere/at/all", "~/nowhere", "~nosuchuser/model", "a..b",
-    "a--b", "model.git", "aé/b", "a" * 300, "a" * 120 + "/b", "a/b/c", "a b", "a\0b", "\n", "-x", "https://x.org/y", "a/",
+    "a--b", "model.git", "aé/b", "a" * 300, "a" * 120 + "/b", "a/b/c", "a b", "a\0b", "\n", "-x",
+    "https://x.org/y", "a/",
 )  # fmt: skip
 
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_locate_unknown_model_names_a_shipped_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever name leads nowhere, the error holds the name and a model that is always there, and nothing is written."""
+    """Whatever name leads nowhere, the error holds the name and a model that is always there; nothing is written."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError) as caught:
         locate_model(name)

@@ -57,9 +57,8 @@ def written_out(name: str, conversation: Conversation) -> list[tuple[str, bool]]
     out: list[tuple[str, bool]] = []
     system = ""
     if name == "alpaca":
-        context = (
-            ", paired with an input that provides further context" if "input" in [m.role for m in messages[:2]] else ""
-        )
+        paired = any(message.role == "input" for message in messages[:2])
+        context = ", paired with an input that provides further context" if paired else ""
         opening = f"Below is an instruction that describes a task{context}. "
         opening += "Write a response that appropriately completes the request."
         out.append((f"{messages[0].content if messages[0].role == 'system' else opening}\n\n", False))
@@ -119,7 +118,8 @@ GOLDEN = {
     ),
     "chatml": (
         talk("system:Be kind.", "user:Hi", "assistant:Hello!", "user:Bye", "assistant:See you"),
-        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\nHello!<|im_end|>\n"
         "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\nSee you<|im_end|>\n",
     ),
     "llama2": (
@@ -339,7 +339,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_template_that_cannot_be_used_is_refused(case: str) -> None:
-    """A template that is broken, unfaithful or hostile is one TemplateError that says why; nothing else ever escapes."""
+    """A template that is broken, unfaithful or hostile is one TemplateError that says why; nothing else escapes."""
     source, says = REFUSED[case]
     with pytest.raises(TemplateError) as caught:
         template(TemplateSource("bad.jinja", source)).render(talk("user:Hi there", "assistant:Hello"))
@@ -352,17 +352,16 @@ def test_template_attribute_walk_shows_nothing(source: str) -> None:
     """An attribute that the sandbox hides renders as nothing, or stops the template."""
     chat = template(TemplateSource("bad.jinja", LOOP + source))
     try:
-        text = chat.render_prompt(talk("user:Hi")).text
+        seen = chat.render_prompt(talk("user:Hi")).text
     except TemplateError as error:
-        assert "unsafe" in error.message
-    else:
-        assert text == "Hi<|im_end|>"
+        seen = error.message
+    assert seen == "Hi<|im_end|>" or "unsafe" in seen
 
 
 @pytest.mark.parametrize("roles", ["assistant:a", "user:a user:b assistant:c", "user:a assistant:b assistant:c"])
 def test_llama2_refuses_roles_that_do_not_alternate(roles: str) -> None:
     """Llama 2 knows only question and answer in turn, and says in which row they are not."""
-    with pytest.raises(TemplateError, match="rows.jsonl:7.*alternate"):
+    with pytest.raises(TemplateError, match=r"rows\.jsonl:7.*alternate"):
         template("llama2").render(talk(*roles.split()))
 
 

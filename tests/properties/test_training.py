@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 import pytest
@@ -91,9 +91,14 @@ class Setup:
         """The batches of one epoch."""
         return epoch_batches(self.rows, self.batch_size, seed=self.seed, epoch=epoch)
 
-    def run(self, session: ToySession, held_out: Sequence[Batch] = (), *, done: int = 0, **changes: Any) -> list[Event]:
-        """Train, and return all that was told."""
-        return list(train(session, self.batches, held_out, self.plan(**changes), done_steps=done))  # type: ignore[arg-type]
+    def events(self, session: ToySession, held_out: Sequence[Batch] = (), **changes: Any) -> Iterator[Event]:
+        """Train step by step."""
+        done = changes.pop("done", 0)
+        return train(session, self.batches, held_out, self.plan(**changes), done_steps=done)  # type: ignore[arg-type]
+
+    def run(self, session: ToySession, held_out: Sequence[Batch] = (), **changes: Any) -> list[Event]:
+        """Train to the end, and return all that was told."""
+        return list(self.events(session, held_out, **changes))
 
 
 def setups() -> st.SearchStrategy[Setup]:
@@ -219,7 +224,7 @@ def test_resume_goes_on_as_if_never_stopped(setup: Setup, data: st.DataObject) -
     total = setup.plan().total_steps
     held_out = fixed_batches(setup.rows, 2)
     whole, told, values = ToySession(), [], {0: 0.0}
-    for event in train(whole, setup.batches, held_out, setup.plan(evaluate_every=2)):  # type: ignore[arg-type]
+    for event in setup.events(whole, held_out, evaluate_every=2):
         told.append(event)
         values[getattr(event, "step", 0)] = whole.value if hasattr(event, "step") else 0.0
     done = data.draw(st.integers(0, total))
@@ -243,8 +248,7 @@ def test_non_finite_loss_or_gradient_stops_before_the_update(
     session = ToySession(poison={(where, number): bad})
     told: list[Event] = []
     with pytest.raises(NonFiniteError) as caught:
-        for event in train(session, setup.batches, (), setup.plan()):  # type: ignore[arg-type]
-            told.append(event)  # an error must not lose what came before it
+        _collect(setup.events(session), told)
     broken = len(session.called("update")) + 1
     calls = list(itertools.accumulate(len(window) for window in windows_of(healthy)))
     assert broken == number + 1 if where == "clip_gradients" else calls[broken - 1] > number
@@ -255,13 +259,19 @@ def test_non_finite_loss_or_gradient_stops_before_the_update(
     assert caught.value.hint
 
 
+def _collect(events: Iterator[Event], told: list[Event]) -> None:
+    """List the events; an error does not lose those before it."""
+    for event in events:
+        told.append(event)
+
+
 @given(setups(), st.sampled_from(NOT_FINITE))
 @settings(deadline=None)
 def test_first_gradients_that_are_not_finite_are_never_told(setup: Setup, bad: float) -> None:
     """A gradient that is NaN or infinite at step 1 is an error, not an event: events are JSON, which has no NaN."""
     session = ToySession(poison={("clip_gradients", 0): bad, ("gradient_norms", 0): bad})
     with pytest.raises(NonFiniteError):
-        next(train(session, setup.batches, (), setup.plan()))  # type: ignore[arg-type]
+        next(setup.events(session))
     assert session.called("update") == []
 
 
@@ -270,8 +280,8 @@ def test_first_gradients_that_are_not_finite_are_never_told(setup: Setup, bad: f
 def test_first_gradients_told_once_before_the_first_update(setup: Setup, data: st.DataObject) -> None:
     """The gradients of step 1, all its batches in, are told once, before any weight changes; never on resume."""
     session = ToySession()
-    events = train(session, setup.batches, (), setup.plan())  # type: ignore[arg-type]
-    first = next(iter(events))
+    events = setup.events(session)
+    first = next(events)
     assert isinstance(first, FirstGradients)
     assert session.called("update") == []
     assert len(session.called("accumulate")) == min(
@@ -288,7 +298,7 @@ def test_first_gradients_told_once_before_the_first_update(setup: Setup, data: s
 def test_held_out_loss_told_when_due_and_at_the_end(
     setup: Setup, rows: tuple[Tokenized, ...], every: int, size: int
 ) -> None:
-    """Held-out loss is told after every `every` steps and after the last one, token-weighted, of the weights then."""
+    """Held-out loss is told when due and at the end, token-weighted, of the weights then, before its step is done."""
     session = ToySession()
     held_out = fixed_batches(rows, size)
     events = setup.run(session, held_out, evaluate_every=every)
@@ -297,13 +307,14 @@ def test_held_out_loss_told_when_due_and_at_the_end(
     assert [event.step for event in told] == [
         step for step in range(1, total + 1) if step % every == 0 or step == total
     ]
-    assert isinstance(events[-1], HeldOutLoss)
+    assert isinstance(events[-1], StepDone)
     targets = [target for batch in held_out for target in targets_of(batch)]
     assert {event.tokens for event in told} == {len(targets)}
     mean = sum((session.value - target) ** 2 / 2 for target in targets) / len(targets)
     assert told[-1].loss == pytest.approx(mean)
     places = [index for index, event in enumerate(events) if isinstance(event, HeldOutLoss)]
-    assert all(events[place - 1].step == events[place].step for place in places)  # type: ignore[union-attr]
+    assert all(isinstance(events[place + 1], StepDone) for place in places)
+    assert all(events[place + 1].step == events[place].step for place in places)  # type: ignore[union-attr]
     assert not any(isinstance(event, HeldOutLoss) for event in setup.run(ToySession(), evaluate_every=1))
 
 

@@ -75,13 +75,15 @@ class RunFolder:
         return run
 
     def tidy(self) -> None:
-        """Make an unfinished run ready to go on: what a killed process left half written goes, and the adapter too.
+        """Make an unfinished run ready to go on: what a killed process left half written goes, adapter and report too.
 
-        An adapter in an unfinished run was written just before the process was killed; it is written again.
+        Those two are in an unfinished run when it was killed just before its manifest; they are written again.
         """
         remove_torn(self.path)
         if self.adapter.exists():
             remove_folder(self.adapter)
+        self.report_page.unlink(missing_ok=True)
+        self.report_data.unlink(missing_ok=True)
 
     @classmethod
     def finished(cls, path: Path) -> Self:

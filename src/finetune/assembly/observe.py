@@ -110,7 +110,7 @@ def learning_evidence(
         )
         return None
     sham = None
-    rows = sham_rows(prepared) if _wanted(prepared, prepared.plan.config.judge.sham, "sham", why) else None
+    rows = sham_rows(prepared) if wanted(prepared, "sham", why) else None
     if rows:
         sham = score(train_sham(rows), prepared, prepared.questions)
     elif "sham" not in why:
@@ -119,10 +119,8 @@ def learning_evidence(
 
 
 def memory_evidence(prepared: Prepared, why: dict[str, str]) -> MemoryEvidence | None:
-    """LoRA and full fine-tuning, each measured in a fresh process at the same sizes."""
+    """LoRA and full fine-tuning, each measured in a fresh process at the same sizes; None where that failed."""
     config = prepared.plan.config
-    if not _wanted(prepared, config.judge.memory, "memory", why):
-        return None
     sizes = {
         "batch_size": config.judge.memory_batch_size,
         "length": min(config.judge.memory_length, prepared.shape.context_length),
@@ -168,7 +166,9 @@ def parameter_evidence(
     return ParameterEvidence(before, session.fingerprints(), tuple(session.trainable_names()), first_gradients, steps)
 
 
-def _wanted(prepared: Prepared, choice: str, name: str, why: dict[str, str]) -> bool:
+def wanted(prepared: Prepared, name: str, why: dict[str, str]) -> bool:
+    """Whether the extra runs of `judge.sham` or `judge.memory` are to be made; where not, `why` says why."""
+    choice = getattr(prepared.plan.config.judge, name)
     if choice == "auto" and prepared.shape.parameters > _SMALL_MODEL:
         why[name] = (
             f"not run by itself above {_SMALL_MODEL / 1e6:.0f} M parameters: ask for it with judge.{name}=always"

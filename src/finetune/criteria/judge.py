@@ -10,6 +10,7 @@ from finetune.criteria.validator import (
     MIN_LOSS_REDUCTION,
     TrainingSuccessValidator,
 )
+from finetune.errors import EvidenceError
 from finetune.records import Outcome, Verdict
 
 _START_MARGIN = 1.0
@@ -19,7 +20,11 @@ _LOGIT_TOLERANCE = 1e-4
 
 
 def judge(evidence: Evidence) -> tuple[Verdict, ...]:
-    """A verdict on every criterion and companion, each with the measured and the allowed value."""
+    """A verdict on every criterion and companion, each with the measured and the allowed value.
+
+    Raises:
+        EvidenceError: what was measured cannot be judged: a number is not finite, or two halves do not fit.
+    """
     return (
         *_judge_loss(evidence),
         *judge_learning(evidence),
@@ -59,7 +64,7 @@ def _judge_loss(evidence: Evidence) -> list[Verdict]:
                 numbers={"reduction": fell},
             )
         )  # fmt: skip
-    same = (loss.fixed_before - loss.fixed_after) / loss.fixed_before
+    same = TrainingSuccessValidator.loss_reduction((loss.fixed_before, loss.fixed_after))
     verdicts.append(
         Verdict(
             "loss-fixed-batches", "It falls on the same batches, dropout off", 1, _word(same > MIN_LOSS_REDUCTION),
@@ -102,6 +107,10 @@ def _judge_held_out(evidence: Evidence) -> list[Verdict]:
 def _judge_parameters(evidence: Evidence) -> list[Verdict]:
     parameters = evidence.parameters
     declared = set(parameters.declared)
+    if not declared <= parameters.before.keys() == parameters.after.keys():
+        raise EvidenceError(
+            "parameter updates need fingerprints of the same tensors, the declared ones among them, twice"
+        )
     adapter_before = {name: parameters.before[name] for name in declared}
     adapter_after = {name: parameters.after[name] for name in declared}
     share = TrainingSuccessValidator.changed_share(adapter_before, adapter_after)
@@ -135,7 +144,8 @@ def _judge_first_gradients(evidence: Evidence) -> Verdict:
         return Verdict(
             "parameter-first-step", title, 4, "not applicable", "not measured", "B > 0, A = 0", reason, companion=True
         )
-    silent = [name for name, norm in norms.items() if ".lora_B." in name and norm == 0]
+    # Written so that NaN is no gradient.
+    silent = [name for name, norm in norms.items() if ".lora_B." in name and not 0 < norm < math.inf]
     moved = [name for name, norm in norms.items() if ".lora_A." in name and norm != 0]
     return Verdict(
         "parameter-first-step", title, 4, _word(not silent and not moved),

@@ -1,5 +1,7 @@
 """Judges whether the model learned: signed, against a sham control, with intervals, and without forgetting."""
 
+import math
+
 from finetune.criteria.evidence import Evidence, LearningEvidence
 from finetune.criteria.validator import MIN_IMPROVED_SHARE, TrainingSuccessValidator
 from finetune.intervals import difference_interval, wilson_interval
@@ -7,6 +9,7 @@ from finetune.records import Outcome, Scores, Verdict
 
 MAX_SHAM_SHARE = 0.2
 MAX_RETENTION_LOSS = 0.1
+MAX_CHANCE = 0.025
 _TITLES = {
     "model-learning": "Answers improve",
     "learning-signed": "More improve than get worse",
@@ -15,7 +18,7 @@ _TITLES = {
 }
 _ALLOWED = {
     "model-learning": "> 30 % improve",
-    "learning-signed": "> 30 points, whole interval > 0",
+    "learning-signed": "> 30 points, whole interval > 0, by chance at most 2.5 %",
     "learning-sham": "sham <= 20 %, tuned above it by > 30 points",
     "learning-retention": "at most 10 points lost",
 }
@@ -77,13 +80,28 @@ def _judge_signed(learning: LearningEvidence) -> Verdict:
     worse = sum(old.right and not new.right for old, new in pairs)
     net = (better - worse) / count
     low, high = difference_interval((learning.tuned.right, count), (learning.base.right, count))
+    chance = _chance_of(better, worse)
+    sure = low > 0 and chance <= MAX_CHANCE
     outcome: Outcome = (
-        "holds" if net > MIN_IMPROVED_SHARE and low > 0 else "broken" if high < MIN_IMPROVED_SHARE else "undecided"
+        "holds" if net > MIN_IMPROVED_SHARE and sure else "broken" if high < MIN_IMPROVED_SHARE else "undecided"
     )
     if outcome == "undecided" and net <= 0:
         outcome = "broken"
     measured = f"{better} better, {worse} worse of {count}: {100 * net:+.0f} points [{100 * low:.0f}, {100 * high:.0f}]"
-    return _judged("learning-signed", outcome, measured, {"net": net, "low": low, "high": high})
+    reason = f"coin flips alone do as well {chance:.1%} of the time" if chance > MAX_CHANCE else ""
+    return _judged(
+        "learning-signed", outcome, measured, {"net": net, "low": low, "high": high, "chance": chance}, reason
+    )
+
+
+def _chance_of(better: int, worse: int) -> float:
+    """How often coin flips make at least `better` of all changed answers right: the exact one-sided sign test.
+
+    The two models answer the same questions, so that their shares are not independent as the interval takes them to
+    be: answers that all flip at random would pass it three times as often as it promises.
+    """
+    changed = better + worse
+    return sum(math.comb(changed, count) for count in range(better, changed + 1)) / 2**changed
 
 
 def _judge_sham(learning: LearningEvidence, why: str) -> Verdict:

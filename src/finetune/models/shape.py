@@ -2,13 +2,15 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import ModelError
 from finetune.records import LinearLayer, ModelShape
 
-_NOT_ADAPTED = ("embed", "wte", "wpe", "lm_head", "embed_out", "output")
+_TABLES = re.compile(r"embed.*|wte|wpe|lm_head|output")
+"""Names of embedding tables and output heads, which LoRA leaves alone unless they are named."""
 
 
 def read_shape(folder: Path) -> ModelShape:
@@ -96,7 +98,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _is_table(name: str) -> bool:
-    return any(part.startswith(_NOT_ADAPTED) for part in name.split("."))
+    return any(_TABLES.fullmatch(part) for part in name.split("."))
 
 
 def _first(config: dict[str, Any], *keys: str) -> int:

@@ -38,7 +38,8 @@ def train(
 
     `batches_of(epoch)` must give the same batches each time it is asked, so that a run continued after `done_steps`
     steps sees what an uninterrupted one would have seen. The loss of a step is weighted by tokens over all batches
-    that the step accumulates; the batches left over at the end of an epoch make a step of their own.
+    that the step accumulates; the batches left over at the end of an epoch make a step of their own. `StepDone` is
+    the last event of its step.
 
     Raises:
         NonFiniteError: a loss or gradient norm is NaN or infinite; no weight is changed by that step.
@@ -54,9 +55,12 @@ def train(
             step += 1
             if step <= done_steps:
                 continue
-            yield from _one_step(session, window, plan, step, epoch + (index + 1) / len(windows))
-            if held_out and (step % plan.evaluate_every == 0 or step == plan.total_steps):
-                yield HeldOutLoss(step, *mean_loss(session, held_out))
+            due = held_out and (step % plan.evaluate_every == 0 or step == plan.total_steps)
+            for event in _one_step(session, window, plan, step, epoch + (index + 1) / len(windows)):
+                # Before `StepDone`, which listeners take as the moment to save: what follows it would be lost on resume.
+                if due and isinstance(event, StepDone):
+                    yield HeldOutLoss(step, *mean_loss(session, held_out))
+                yield event
         epoch += 1
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -49,9 +48,7 @@ class TorchSession:
             task_type="CAUSAL_LM",
         )
         self.model.name_or_path = str(self.location.folder if self.location.source != "hub" else self.location.name)
-        with warnings.catch_warnings():
-            # transformers warns PEFT of a renamed attribute; there is nothing for a user to do about it.
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        with state.quiet_wrapping():
             self.model = get_peft_model(self.model, config)
 
     def prepare_updates(self, optimization: Optimization) -> None:
@@ -130,8 +127,24 @@ class TorchSession:
         config = GenerationConfig(
             max_new_tokens=room, do_sample=False, eos_token_id=list(stop_ids), pad_token_id=self.pad_id
         )
-        full = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        with self._without_preferences():
+            full = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
         return [[int(token) for token in row] for row in full[:, ids.shape[1] :]]
+
+    @contextlib.contextmanager
+    def _without_preferences(self) -> Iterator[None]:
+        """Set aside the model's own generation settings, such as penalties: what `_continue` leaves open is theirs."""
+        from transformers import GenerationConfig
+
+        holders = [module for module in self.model.modules() if hasattr(module, "generation_config")]
+        own = [(holder, holder.generation_config) for holder in holders]
+        for holder in holders:
+            holder.generation_config = GenerationConfig()
+        try:
+            yield
+        finally:
+            for holder, preferences in own:
+                holder.generation_config = preferences
 
     def adapter_disabled(self) -> contextlib.AbstractContextManager[None]:
         """Within this context the model answers as its base would."""

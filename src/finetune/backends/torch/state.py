@@ -1,7 +1,9 @@
 """Writes and restores what a torch session is made of: adapter tensors, optimizer moments, random state."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,14 @@ def load_state(trainable: Mapping[str, torch.nn.Parameter], optimizer: torch.opt
     torch.set_rng_state(saved["random"])
 
 
+@contextlib.contextmanager
+def quiet_wrapping() -> Iterator[None]:
+    """Keep back one warning while PEFT wraps a model: transformers tells PEFT of a renamed attribute."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
+
+
 def load_peft_adapter(model: Any, folder: Path) -> Any:
     """The model with the adapter in `folder` on it, through PEFT's own reader; every tensor must match.
 
@@ -66,8 +76,9 @@ def load_peft_adapter(model: Any, folder: Path) -> Any:
     try:
         json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         saved = set(load_file(weights))
-        adapted = PeftModel.from_pretrained(model, str(folder))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        with quiet_wrapping():
+            adapted = PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"adapter {folder} cannot be loaded on this model: {first}") from None
     wanted = {name.replace(".default.", ".") for name, _ in adapted.named_parameters() if ".lora_" in name}

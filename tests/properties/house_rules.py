@@ -1,0 +1,134 @@
+"""Reads a source tree and lists what breaks the rules of the house; works on any tree of that layout.
+
+Only import statements are read: a module named in a string, as for a child process, is not an import.
+"""
+
+import ast
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+RANKS = {
+    "errors": 0, "records": 0, "ports": 0,
+    "events": 1, "config": 1, "children": 1, "intervals": 1,
+    "data": 2, "templates": 2, "tokens": 2, "models": 2, "training": 2, "artifacts": 2, "evaluation": 2,
+    "criteria": 2, "memory": 2, "report": 2,
+    "backends": 3, "assembly": 3,
+    "pipeline": 4, "reference_model": 4,
+    "cli": 5,
+}  # fmt: skip
+FRAMEWORKS = {"torch", "transformers", "peft", "mlx", "mlx_lm", "accelerate", "trl", "tensorflow", "jax"}
+ROOT_ALLOWED = {"cli/app.py"}
+"""`ft --version` reads the version; nobody else needs the package root."""
+NEIGHBOURS_ALLOWED = {("ports", "records")}
+"""The sockets are written in terms of the values; both are foundations of rank 0."""
+MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 399, 59, 6
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One parsed file of the package `finetune`, by its path below the package's folder."""
+
+    name: str
+    lines: int
+    tree: ast.Module
+
+    @property
+    def room(self) -> str:
+        """The folder (or file at the top) that it belongs to; each backend is a room of its own."""
+        parts = self.name.removesuffix(".py").split("/")
+        return "/".join(parts[:2]) if parts[0] == "backends" and len(parts) > 2 else parts[0]
+
+    def imports(self) -> Iterator[tuple[int, str]]:
+        """Line and full dotted name of every import, inside functions and TYPE_CHECKING too."""
+        package = ["finetune", *self.name.split("/")[:-1]]
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                yield from ((node.lineno, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                above = package[: len(package) - node.level + 1] if node.level else []
+                base = ".".join([*above, *([node.module] if node.module else [])])
+                yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def read_tree(root: Path) -> list[SourceFile]:
+    """Every Python file below the package's folder."""
+    texts = [
+        (path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")) for path in sorted(root.rglob("*.py"))
+    ]
+    return [SourceFile(name, len(text.splitlines()), ast.parse(text)) for name, text in texts]
+
+
+def import_problems(files: list[SourceFile]) -> list[str]:
+    """Imports upwards, sideways, of the package root, or of an ML framework outside its room."""
+    problems = []
+    for file in files:
+        if file.room != "__init__":
+            problems += [
+                f"{file.name}:{line}: {problem}" for line, name in file.imports() if (problem := _wrong(file, name))
+            ]
+    return problems
+
+
+def _wrong(file: SourceFile, imported: str) -> str:
+    top, _, rest = imported.partition(".")
+    if top in FRAMEWORKS:
+        return "" if file.room.startswith("backends/") else f"imports the framework {top}"
+    if top != "finetune":
+        return ""
+    room = rest.split(".")[0]
+    if room not in RANKS:
+        return "" if file.name in ROOT_ALLOWED and not rest else "imports the package root"
+    own = file.room.split("/")[0]
+    if room == own:
+        inside = "/".join(rest.split(".")[:2])
+        sideways = file.room != own and inside != file.room
+        return f"imports the neighbour {inside}" if sideways else ""
+    if own not in RANKS:
+        return f"the room {own} has no rank"
+    allowed = RANKS[room] < RANKS[own] or (own, room) in NEIGHBOURS_ALLOWED
+    return "" if allowed else f"{own} (rank {RANKS[own]}) imports {room} (rank {RANKS[room]})"
+
+
+def size_problems(files: list[SourceFile]) -> list[str]:
+    """Files, functions and parameter lists that are too long. A typer command's parameters are options: any number."""
+    problems = [f"{file.name}: {file.lines} lines" for file in files if file.lines > MOST_LINES]
+    for file, node in _functions(files):
+        length = (node.end_lineno or node.lineno) - node.lineno + 1
+        if length > MOST_FUNCTION_LINES:
+            problems.append(f"{file.name}:{node.lineno}: {node.name} has {length} lines")
+        names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        count = len(names) - (names[:1] in (["self"], ["cls"]))
+        if count > MOST_PARAMETERS and not (file.room == "cli" and node.name == "command"):
+            problems.append(f"{file.name}:{node.lineno}: {node.name} has {count} parameters")
+    return problems
+
+
+def docstring_problems(files: list[SourceFile]) -> list[str]:
+    """Public modules, classes, functions and methods that say nothing of themselves."""
+    problems = [f"{file.name}: the file" for file in files if not ast.get_docstring(file.tree)]
+    for file in files:
+        for owner in _scopes(file.tree):
+            for node in owner.body:
+                named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+                if named and not node.name.startswith("_") and not ast.get_docstring(node):
+                    problems.append(f"{file.name}:{node.lineno}: {node.name}")
+    return problems
+
+
+def _scopes(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef]:
+    yield tree
+    yield from (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and not node.name.startswith("_"))
+
+
+def _functions(files: list[SourceFile]) -> Iterator[tuple[SourceFile, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    return itertools.chain.from_iterable(
+        ((file, node) for node in ast.walk(file.tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+        for file in files
+    )
+
+
+def count_functions(files: list[SourceFile]) -> int:
+    """How many functions and methods there are."""
+    return sum(1 for _ in _functions(files))

@@ -1,0 +1,124 @@
+"""Laws of the estimate: it is a hand count of what is certain, and it grows with whatever makes a run larger."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.memory.estimate import Estimate, adapter_parameters, estimate_memory
+from finetune.records import AdapterTarget, LinearLayer, ModelShape
+
+BYTES = {"float32": 4, "bfloat16": 2}
+PARTS = ("weights", "adapter", "gradients", "optimizer", "total")
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> ModelShape:
+    """Models of a few blocks; matrices are not square, and the blocks not alike."""
+    layers = tuple(
+        LinearLayer(f"model.layers.{block}.{name}", (draw(st.integers(3, 90)), draw(st.integers(3, 90))))
+        for block in range(draw(st.integers(1, 3)))
+        for name in ("attn.q_proj", "attn.kv_proj", "mlp.q_proj_up")
+    )
+    rest = draw(st.integers(1, 10_000))
+    numbers = sum(layer.shape[0] * layer.shape[1] for layer in layers) + rest
+    return ModelShape("TestForCausalLM", numbers, 97, 20, 2, 40, layers)
+
+
+def targets() -> st.SearchStrategy[AdapterTarget]:
+    """Adapters on one, some or all of the layers."""
+    modules = st.lists(st.sampled_from(["q_proj", "kv_proj", "q_proj_up"]), min_size=1, unique=True).map(tuple)
+    return st.builds(AdapterTarget, st.integers(1, 9), st.just(16.0), st.just(0.0), modules)
+
+
+def dtypes() -> st.SearchStrategy[str]:
+    """The types a base can have."""
+    return st.sampled_from(sorted(BYTES))
+
+
+@given(shapes(), targets(), dtypes())
+def test_estimate_lora_is_a_hand_count(shape: ModelShape, target: AdapterTarget, dtype: str) -> None:
+    """A and B of each targeted layer in float32, as many gradients, twice as many moments, and the frozen base."""
+    numbers = 0
+    for layer in shape.linear_layers:
+        if any(layer.name.endswith(f".{module}") for module in target.modules):
+            numbers += target.rank * layer.shape[0]
+            numbers += target.rank * layer.shape[1]
+    found = estimate_memory(shape, target, dtype)
+    assert found.trainable_parameters == adapter_parameters(shape, target) == numbers > 0
+    assert (found.adapter, found.gradients, found.optimizer) == (4 * numbers, 4 * numbers, 8 * numbers)
+    assert found.weights == shape.parameters * BYTES[dtype]
+
+
+@given(shapes(), dtypes())
+def test_estimate_full_is_a_hand_count(shape: ModelShape, dtype: str) -> None:
+    """Every number of the model with its gradient and two moments, all in the model's own type, and no adapter."""
+    found = estimate_memory(shape, None, dtype)
+    size = shape.parameters * BYTES[dtype]
+    assert (found.weights, found.adapter, found.gradients, found.optimizer) == (size, 0, size, 2 * size)
+    assert found.trainable_parameters == shape.parameters
+
+
+@given(shapes(), targets(), dtypes())
+def test_estimate_total_is_the_sum_of_its_parts(shape: ModelShape, target: AdapterTarget, dtype: str) -> None:
+    """The total is what the parts add up to, and what is not in it is named."""
+    for found in (estimate_memory(shape, target, dtype), estimate_memory(shape, None, dtype)):
+        assert found.total == sum(getattr(found, part) for part in PARTS if part != "total")
+        assert len(found.not_included) == 3
+
+
+def _no_part_shrinks(small: Estimate, large: Estimate) -> bool:
+    return all(getattr(small, part) <= getattr(large, part) for part in PARTS)
+
+
+@given(shapes(), targets(), dtypes())
+def test_estimate_grows_with_rank_targets_and_type(shape: ModelShape, target: AdapterTarget, dtype: str) -> None:
+    """A higher rank, one more target, a wider type or one more layer makes no part smaller, and the total larger."""
+    base = estimate_memory(shape, target, dtype)
+    others = {*("q_proj", "kv_proj", "q_proj_up")} - set(target.modules)
+    extra = LinearLayer(f"model.layers.9.{target.modules[0]}", (5, 7))
+    larger = [
+        estimate_memory(shape, dataclasses.replace(target, rank=target.rank + 1), dtype),
+        *(estimate_memory(shape, dataclasses.replace(target, modules=(*target.modules, one)), dtype) for one in others),
+        estimate_memory(
+            dataclasses.replace(
+                shape, linear_layers=(*shape.linear_layers, extra), parameters=shape.parameters + 35
+            ), target, dtype,
+        ),
+    ]  # fmt: skip
+    assert all(_no_part_shrinks(base, more) and base.total < more.total for more in larger)
+    narrow, wide = (estimate_memory(shape, target, name) for name in ("bfloat16", "float32"))
+    assert _no_part_shrinks(narrow, wide)
+    assert (narrow.adapter, 2 * narrow.weights) == (wide.adapter, wide.weights)
+
+
+@given(shapes(), targets(), dtypes(), st.floats(0.5, 99), st.floats(0, 0.9))
+def test_estimate_alpha_and_dropout_cost_nothing(
+    shape: ModelShape, target: AdapterTarget, dtype: str, alpha: float, dropout: float
+) -> None:
+    """Scale and dropout are not tensors."""
+    other = dataclasses.replace(target, alpha=alpha, dropout=dropout)
+    assert estimate_memory(shape, other, dtype) == estimate_memory(shape, target, dtype)
+
+
+@given(shapes(), targets(), dtypes())
+def test_estimate_lora_trains_less_when_it_is_smaller(shape: ModelShape, target: AdapterTarget, dtype: str) -> None:
+    """LoRA needs less than full fine-tuning exactly when the adapter with its four copies is below the base's three."""
+    lora, full = estimate_memory(shape, target, dtype), estimate_memory(shape, None, dtype)
+    adapter = 4 * 4 * lora.trainable_parameters
+    assert (lora.total < full.total) == (adapter < 3 * BYTES[dtype] * shape.parameters)
+
+
+def test_estimate_a_name_within_a_name_is_not_hit() -> None:
+    """A target is a whole name: `q_proj` adapts neither `q_proj_up` nor a folder called so."""
+    layers = (LinearLayer("a.q_proj_up", (3, 5)), LinearLayer("q_proj.other", (3, 5)), LinearLayer("b.q_proj", (7, 2)))
+    shape = ModelShape("Test", 1000, 97, 20, 1, 40, layers)
+    assert adapter_parameters(shape, AdapterTarget(2, 4.0, 0.0, ("q_proj",))) == 2 * (7 + 2)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", ""])
+def test_estimate_guesses_no_unknown_type(dtype: str) -> None:
+    """A type whose size is not known has no estimate."""
+    with pytest.raises(KeyError):
+        estimate_memory(ModelShape("Test", 1, 1, 1, 1, 1, ()), None, dtype)
