@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -259,6 +260,25 @@ def test_checkpoints_killed_writer_leaves_only_whole_ones(tmp_path: Path) -> Non
         first = steps[-1] + 1
     store.save(first, lambda path: (path / "state.bin").write_text("x") and None, IDENTITY)
     assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:08d}" for step in (first - 1, first)]
+
+
+def test_checkpoints_killed_rotation_leaves_only_whole_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process killed while it removes an old checkpoint leaves it whole or gone under its name."""
+    store = CheckpointStore(tmp_path / "checkpoints", keep=1)
+    _save(store, 3)
+
+    def killed(path: Path, **how: Any) -> None:
+        for file in path.rglob("*.bin"):
+            file.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **how: killed(path) if path.is_dir() else None)
+        with pytest.raises(KeyboardInterrupt):
+            _save(store, 4)
+    assert store.steps() == [4]
+    _save(store, 5)
+    assert [path.name for path in store.folder.iterdir()] == ["step-00000005"]
 
 
 def test_checkpoints_leftovers_of_a_killed_writer_go_at_the_next_save(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ B_NAMES = [name for name in ADAPTER if "lora_B" in name]
 BREAKS: list[tuple[str, Evidence]] = [
     ("loss-convergence", altered("loss", per_step=(4.0, 1.0, 3.801))),
     ("loss-fixed-batches", altered("loss", fixed_after=4.1 * 0.951)),
-    ("loss-start", altered("loss", fixed_before=math.log(512) + 1.001)),
+    ("loss-start", altered("loss", fixed_before=math.log(512) + 1.001, fixed_after=math.log(512))),
     ("loss-held-out", altered("loss", held_out_after=4.2 * 1.051)),
     ("model-learning", altered("learning", tuned=scores(6))),
     ("learning-signed", altered("learning", base=scores(10), tuned=scores(10))),
@@ -130,6 +130,16 @@ def test_judge_each_fault_breaks_its_verdict(key: str, evidence: Evidence) -> No
     found = verdicts_on(evidence)
     assert found[key].outcome == "broken"
     assert overall(tuple(found.values())) == "broken"
+
+
+def test_judge_a_bad_start_is_undecided_only_where_the_end_beats_a_guess() -> None:
+    """A base worse than guessing leaves convergence undecided when the end beats a guess, and breaks it otherwise."""
+    guess = math.log(512)
+    for end, outcome in ((guess - 1e-9, "undecided"), (guess, "broken"), (guess + 0.5, "broken")):
+        verdict = verdicts_on(altered("loss", fixed_before=guess + 2, fixed_after=end))["loss-start"]
+        assert verdict.outcome == outcome
+        assert "uniform guess" in verdict.reason
+    assert verdicts_on(altered("loss", fixed_before=guess + 1, fixed_after=guess))["loss-start"].outcome == "holds"
 
 
 MISSES: list[tuple[str, Outcome, str, Evidence]] = [

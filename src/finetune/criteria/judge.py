@@ -2,7 +2,7 @@
 
 import math
 
-from finetune.criteria.evidence import Evidence
+from finetune.criteria.evidence import Evidence, LossEvidence
 from finetune.criteria.judge_learning import judge_learning
 from finetune.criteria.judge_memory import judge_memory
 from finetune.criteria.validator import (
@@ -72,15 +72,24 @@ def _judge_loss(evidence: Evidence) -> list[Verdict]:
             companion=True, numbers={"before": loss.fixed_before, "after": loss.fixed_after},
         )
     )  # fmt: skip
-    limit = math.log(loss.vocab_size) + _START_MARGIN
-    verdicts.append(
-        Verdict(
-            "loss-start", "The start was plausible", 1, _word(loss.fixed_before <= limit),
-            f"{loss.fixed_before:.3g} nats", f"<= {limit:.3g} (ln of the vocabulary + 1)",
-            "falling from a bad start is not learning", companion=True,
+    return [*verdicts, _judge_start(loss), *_judge_held_out(evidence)]
+
+
+def _judge_start(loss: LossEvidence) -> Verdict:
+    """Falling from a bad start is not learning, unless the end is better than any guess could be."""
+    guess = math.log(loss.vocab_size)
+    outcome: Outcome = "holds"
+    reason = ""
+    if loss.fixed_before > guess + _START_MARGIN:
+        outcome = "undecided" if loss.fixed_after < guess else "broken"
+        reason = (
+            f"the base is worse on these rows than a uniform guess ({guess:.3g}): is it the right base and tokenizer?"
         )
+    return Verdict(
+        "loss-start", "The start was plausible", 1, outcome,
+        f"{loss.fixed_before:.3g} nats", f"<= {guess + _START_MARGIN:.3g} (ln of the vocabulary + 1)", reason,
+        companion=True, numbers={"start": loss.fixed_before, "guess": guess},
     )  # fmt: skip
-    return verdicts + _judge_held_out(evidence)
 
 
 def _judge_held_out(evidence: Evidence) -> list[Verdict]:

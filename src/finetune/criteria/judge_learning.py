@@ -101,7 +101,7 @@ def _chance_of(better: int, worse: int) -> float:
     be: answers that all flip at random would pass it three times as often as it promises.
     """
     changed = better + worse
-    return sum(math.comb(changed, count) for count in range(better, changed + 1)) / 2**changed
+    return float(sum(math.comb(changed, count) for count in range(better, changed + 1)) / 2**changed)
 
 
 def _judge_sham(learning: LearningEvidence, why: str) -> Verdict:

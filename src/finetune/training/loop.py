@@ -57,7 +57,7 @@ def train(
                 continue
             due = held_out and (step % plan.evaluate_every == 0 or step == plan.total_steps)
             for event in _one_step(session, window, plan, step, epoch + (index + 1) / len(windows)):
-                # Before `StepDone`, which listeners take as the moment to save: what follows it would be lost on resume.
+                # Before `StepDone`, when listeners save: what came after it would be missing from a resumed run.
                 if due and isinstance(event, StepDone):
                     yield HeldOutLoss(step, *mean_loss(session, held_out))
                 yield event
