@@ -104,7 +104,7 @@ BREAKS: list[tuple[str, Evidence]] = [
     ("learning-signed", altered("learning", base=scores(10), tuned=scores(10))),
     ("learning-sham", altered("learning", sham=scores(5))),
     ("learning-sham", altered("learning", tuned=scores(3), sham=scores(4))),
-    ("learning-retention", altered("learning", retention_base=scores(18), retention_tuned=scores(15))),
+    ("learning-retention", altered("learning", retention_base=scores(18), retention_tuned=scores(8))),
     ("memory-efficiency", altered("memory", lora=measure("lora", 70_000_000, 10_000))),
     ("memory-exact", altered("memory", lora=measure("lora", 50_000_000, 700_000))),
     ("memory-resident", altered("memory", lora=measure("lora", 50_000_000, 1, peak_rss=1_100_000_000))),
@@ -267,8 +267,8 @@ def test_judge_a_sham_that_learns_as_much_breaks() -> None:
 
 
 def test_judge_retention_may_lose_ten_points_and_no_more() -> None:
-    """10 points lost hold, the next answer lost breaks."""
-    for lost, outcome in ((0, "holds"), (1, "holds"), (2, "holds"), (3, "broken"), (18, "broken")):
+    """10 points lost hold; more are undecided while they may be chance, and broken when the whole interval is beyond."""
+    for lost, outcome in ((0, "holds"), (1, "holds"), (2, "holds"), (3, "undecided"), (10, "broken"), (18, "broken")):
         assert (
             verdicts_on(altered("learning", retention_tuned=scores(18 - lost)))["learning-retention"].outcome == outcome
         )

@@ -273,12 +273,13 @@ def test_looking_leaves_no_trace(noisy_location: ModelLocation, what: str, tmp_p
     session = adapted(noisy_location, dropout=0.5)
     train_a_little(session)
     session.accumulate(Batch(ROWS), 0.1)
+    session.model.eval()
+    expected = _look(session, tmp_path, what)
     for index, module in enumerate(session.model.modules()):
-        module.training = index % 3 > 0
+        module.training = index % 3 > 0 or isinstance(module, torch.nn.Dropout)
     modes, state, marks = _modes(session), torch.get_rng_state(), (gradients(session), session.fingerprints())
     assert len(set(modes.values())) == 2
-    looks = [_look(session, tmp_path, what) for _ in range(3)]
-    assert looks[0] == looks[1] == looks[2]
+    assert [_look(session, tmp_path, what) for _ in range(2)] == [expected, expected]
     assert _modes(session) == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert close(gradients(session), marks[0], 0.0)

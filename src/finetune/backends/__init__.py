@@ -6,7 +6,8 @@ from importlib.util import find_spec
 from finetune.errors import MissingExtraError, UsageError
 from finetune.ports import Backend
 
-_NEEDS = {"torch": ("torch", "transformers", "peft")}
+_NEEDS: dict[str, tuple[str, ...]] = {"torch": ("torch", "transformers", "peft"), "reference": ()}
+"""The libraries that each backend needs beyond those that are always installed."""
 
 
 def open_backend(name: str) -> Backend:
@@ -24,5 +25,5 @@ def open_backend(name: str) -> Backend:
             f"backend {name!r} needs {', '.join(missing)}, which is not installed",
             hint=f"pip install 'finetune-suite[{name}]'",
         )
-    backend: Backend = import_module(f"finetune.backends.{name}.backend").TorchBackend()
+    backend: Backend = import_module(f"finetune.backends.{name}.backend").BACKEND()
     return backend

@@ -126,9 +126,14 @@ def _judge_retention(learning: LearningEvidence, why: str) -> Verdict:
         return _without("learning-retention", "not applicable", why)
     lost = base.share - tuned.share
     low, high = wilson_interval(tuned.right, len(tuned.answers))
-    outcome: Outcome = "holds" if lost <= MAX_RETENTION_LOSS else "broken"
+    surely_lost = difference_interval((base.right, len(base.answers)), (tuned.right, len(tuned.answers)))[0]
+    outcome: Outcome = "holds"
+    reason = ""
+    if lost > MAX_RETENTION_LOSS:
+        outcome = "broken" if surely_lost > MAX_RETENTION_LOSS else "undecided"
+        reason = f"{100 * lost:.0f} points are lost, {max(0.0, 100 * surely_lost):.0f} of them surely"
     measured = (
         f"{base.share:.0%} before, {tuned.share:.0%} [{100 * low:.0f}, {100 * high:.0f}] after "
         f"on {len(tuned.answers)} questions"
     )
-    return _judged("learning-retention", outcome, measured, {"lost": lost, "low": low, "high": high})
+    return _judged("learning-retention", outcome, measured, {"lost": lost, "low": low, "high": high}, reason)

@@ -123,7 +123,8 @@ def _read_target(folder: Path) -> AdapterTarget:
         target = AdapterTarget(settings["r"], settings["lora_alpha"], settings.get("lora_dropout", 0.0), modules)
         sound = (
             type(target.rank) is int and target.rank > 0
-            and all(type(number) in (int, float) and 0 <= number < math.inf for number in (target.alpha, target.dropout))
+            and type(target.alpha) in (int, float) and 0 < target.alpha < math.inf
+            and type(target.dropout) in (int, float) and 0 <= target.dropout < 1
             and isinstance(settings["target_modules"], list) and all(isinstance(name, str) for name in modules)
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -14,54 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.backends.reference.adapter import Adapter, tensor_name
+from finetune.backends.reference.architecture import EMBEDDING, FINAL_NORM, HEAD, Architecture, block_path
 
 Array = NDArray[np.float64]
 Backward = Callable[[Array], Array]
-EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
-
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """The sizes and constants of a Llama, under the names of its `config.json`."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    rope_theta: float
-    tie_word_embeddings: bool
-
-    def linear_layers(self) -> dict[str, tuple[int, int]]:
-        """Each linear layer's (outputs, inputs) by its path, in the order in which transformers names them."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        block = {
-            "self_attn.q_proj": (queries, hidden),
-            "self_attn.k_proj": (keys, hidden),
-            "self_attn.v_proj": (keys, hidden),
-            "self_attn.o_proj": (hidden, queries),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-        }
-        layers = {f"{_block(i)}.{name}": shape for i in range(self.num_hidden_layers) for name, shape in block.items()}
-        return layers if self.tie_word_embeddings else {**layers, HEAD: (self.vocab_size, hidden)}
-
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every weight by its name, in the order of transformers; a tied head is no weight of its own."""
-        linear = {f"{name}.weight": shape for name, shape in self.linear_layers().items()}
-        shapes: dict[str, tuple[int, ...]] = {f"{EMBEDDING}.weight": (self.vocab_size, self.hidden_size)}
-        for index in range(self.num_hidden_layers):
-            shapes |= {name: shape for name, shape in linear.items() if name.startswith(f"{_block(index)}.")}
-            shapes[f"{_block(index)}.input_layernorm.weight"] = (self.hidden_size,)
-            shapes[f"{_block(index)}.post_attention_layernorm.weight"] = (self.hidden_size,)
-        head = {} if self.tie_word_embeddings else {f"{HEAD}.weight": linear[f"{HEAD}.weight"]}
-        return {**shapes, f"{FINAL_NORM}.weight": (self.hidden_size,), **head}
 
 
 @dataclass
@@ -86,7 +42,7 @@ class Pass:
         x = self.weights[embedding][ids.reshape(-1)]
         backs = []
         for index in range(self.shape.num_hidden_layers):
-            x, back = self.block(_block(index), x, real)
+            x, back = self.block(block_path(index), x, real)
             backs += [back] if self.wanted else []
         x, norm_back = self.norm(FINAL_NORM, x)
 
@@ -126,12 +82,13 @@ class Pass:
             self._add(f"{path}.weight", (dy * unit).sum(axis=0))
             dunit = dy * gain
             along: Array = np.mean(dunit * unit, axis=-1, keepdims=True)
-            return scale * (dunit - unit * along)
+            dx: Array = scale * (dunit - unit * along)
+            return dx
 
         return unit * gain, backward
 
     def linear(self, path: str, x: Array) -> tuple[Array, Backward]:
-        """x W^T, (t, inputs) -> (t, outputs), plus alpha / rank x dropout(x) A^T B^T where the adapter sits."""
+        """(t, inputs) -> (t, outputs): x W^T, plus alpha / rank x dropout(x) A^T B^T where the adapter sits."""
         name = f"{EMBEDDING if path == HEAD and self.shape.tie_word_embeddings else path}.weight"
         weight = self.weights[name]
         y = x @ weight.T
@@ -170,11 +127,10 @@ class Pass:
             if start:
                 k, v = (np.concatenate(pair, axis=2) for pair in zip(self.cache[path], (k, v), strict=True))
             self.cache[path] = k, v
-        # (r, n, m): a token sees itself and what came before, and no padding. Cached tokens are all real.
-        seen = np.tri(tokens, start + tokens, start, dtype=bool) & np.pad(real, ((0, 0), (start, 0)), constant_values=True)[:, None]  # fmt: skip  # noqa: E501
         group = self.shape.num_attention_heads // keys
+        seen = np.tile(_seen(real, start), (1, group, 1))[:, None]
         temperature = self.shape.head_dim**-0.5
-        scores = np.where(np.tile(seen, (1, group, 1))[:, None], q @ k.swapaxes(2, 3) * temperature, -np.inf)
+        scores = np.where(seen, q @ k.swapaxes(2, 3) * temperature, -np.inf)
         chance = softmax(scores)  # (r, k, g x n, m)
         mixed = (chance @ v).reshape(rows, -1, tokens, self.shape.head_dim)
         y, o_back = self.linear(f"{path}.o_proj", _joined(mixed))
@@ -217,32 +173,40 @@ class Pass:
         """What to multiply with: 0 with probability `rate`, else 1 / (1 - rate); None when nothing is dropped."""
         if self.random is None or rate == 0:
             return None
-        keep = self.random.random(shape) >= rate
-        return keep / (1 - rate) if rate < 1 else np.zeros(shape)
+        return (self.random.random(shape) >= rate) / (1 - rate)
 
     def _add(self, name: str, gradient: Array) -> None:
         if name in self.wanted:
             self.gradients[name] = self.gradients[name] + gradient if name in self.gradients else gradient
 
 
+def _seen(real: NDArray[np.bool_], start: int) -> NDArray[np.bool_]:
+    """(r, n, m): a token sees itself and what came before, and no padding; the `start` cached tokens are all real."""
+    known = np.pad(real, ((0, 0), (start, 0)), constant_values=True)
+    causal: NDArray[np.bool_] = np.tri(real.shape[1], known.shape[1], start, dtype=np.bool_)
+    return causal & known[:, None]
+
+
 def softmax(scores: Array) -> Array:
     """Each last axis as probabilities; -inf becomes 0."""
     raised: Array = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return raised / raised.sum(axis=-1, keepdims=True)
+    raised /= raised.sum(axis=-1, keepdims=True)
+    return raised
 
 
 def softmax_backward(chance: Array, dchance: Array) -> Array:
     """The gradient of the scores from that of the probabilities."""
-    return chance * (dchance - (dchance * chance).sum(axis=-1, keepdims=True))
+    mean: Array = (dchance * chance).sum(axis=-1, keepdims=True)
+    return chance * (dchance - mean)
 
 
 def cross_entropy(logits: Array, targets: NDArray[np.int64]) -> tuple[float, Array]:
     """The summed loss in nats of logits (targets, v) and its gradient, of the same shape."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
     chance = softmax(logits)
-    rows = np.arange(len(targets))
-    shifted = logits - logits.max(axis=-1, keepdims=True) if len(targets) else logits
-    loss = float((np.log(np.exp(shifted).sum(axis=-1)) - shifted[rows, targets]).sum())
-    chance[rows, targets] -= 1
+    right = np.arange(len(targets)), targets
+    loss = float((np.log(np.exp(shifted).sum(axis=-1)) - shifted[right]).sum())
+    chance[right] -= 1
     return loss, chance
 
 
@@ -261,7 +225,3 @@ def _split(x: Array, rows: int, tokens: int, width: int) -> Array:
 def _joined(x: Array) -> Array:
     """(r, heads, n, d) -> (t, heads x d)."""
     return x.transpose(0, 2, 1, 3).reshape(x.shape[0] * x.shape[2], -1)
-
-
-def _block(index: int) -> str:
-    return f"model.layers.{index}"

@@ -45,6 +45,9 @@ class TorchBackend:
         return TorchSession(load_model(location, dtype), location, pad_id)
 
 
+BACKEND = TorchBackend
+
+
 def load_model(location: ModelLocation, dtype: str) -> Any:
     """The causal language model in `location`, every weight read from its files and none made up.
 

@@ -1,0 +1,236 @@
+"""A Llama in NumPy: train, score, ask, save. The only place where batches become arrays."""
+
+import contextlib
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from finetune.backends.reference import state
+from finetune.backends.reference.adapter import Adapter, draw_adapter, read_adapter, write_adapter
+from finetune.backends.reference.architecture import HEAD, Architecture
+from finetune.backends.reference.model import Array, Pass, cross_entropy
+from finetune.backends.reference.optimizer import AdamW, clip
+from finetune.backends.reference.weights import read_config
+from finetune.errors import ModelError, TrainingError
+from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
+
+_ASKED_TOGETHER = 64
+
+
+class ReferenceSession:
+    """One loaded Llama; implements `ports.Session` in float64, with the tensor names of torch and PEFT."""
+
+    def __init__(self, shape: Architecture, weights: dict[str, Array], location: ModelLocation, pad_id: int) -> None:
+        self.shape = shape
+        self.weights = weights
+        self.location = location
+        self.pad_id = pad_id
+        self.adapter: Adapter | None = None
+        self.trainable: dict[str, Array] = weights
+        self.gradients: dict[str, Array] = {}
+        self._random = np.random.Generator(np.random.PCG64(0))
+        self._optimizer: AdamW | None = None
+
+    def attach(self, target: AdapterTarget | None, seed: int) -> None:
+        """Put a freshly initialised adapter on the model and freeze the rest; None makes every weight trainable.
+
+        Raises:
+            ModelError: a name in `target.modules` matches no linear layer.
+        """
+        random = np.random.Generator(np.random.PCG64(seed))
+        self._wear(draw_adapter(self.shape.linear_layers(), target, random) if target else None)
+        self._random = random  # dropout goes on where the adapter's values ended
+
+    def _wear(self, adapter: Adapter | None) -> None:
+        self.adapter = adapter
+        self.trainable = adapter.tensors() if adapter else self.weights
+        self.gradients = {}
+        self._optimizer = None
+
+    def prepare_updates(self, optimization: Optimization) -> None:
+        """Make the optimizer for everything that is trainable."""
+        self._optimizer = AdamW(self.trainable, optimization)
+
+    @property
+    def optimizer(self) -> AdamW:
+        """The optimizer that `prepare_updates` made."""
+        if self._optimizer is None:
+            raise TrainingError("prepare_updates must come before the first update")
+        return self._optimizer
+
+    def accumulate(self, batch: Batch, weight: float) -> float:
+        """Add `weight` x (summed loss of the batch) to the gradients; returns the summed loss in nats."""
+        if not self.trainable:
+            raise TrainingError("nothing is trainable: a loaded adapter is frozen", hint="attach a fresh adapter")
+        trip = Pass(self.shape, self.weights, self.adapter, frozenset(self.trainable), self._random, self.gradients)
+        # NaN and infinity pass through in silence: the training loop looks for them in the loss and the norm.
+        with np.errstate(all="ignore"):
+            loss, backward = self._summed_loss(trip, batch)
+            backward(weight)
+        return loss
+
+    def clip_gradients(self) -> float:
+        """Clip all gradients together to the limit; returns their L2 norm before clipping."""
+        with np.errstate(all="ignore"):
+            return clip(self.gradients.values(), self.optimizer.optimization.max_grad_norm)
+
+    def update(self, learning_rate: float) -> None:
+        """Step the optimizer and clear the gradients; without gradients nothing moves."""
+        optimizer = self.optimizer
+        if self.gradients:
+            with np.errstate(all="ignore"):
+                optimizer.step(self.gradients, learning_rate)
+        self.gradients = {}
+
+    def loss(self, batch: Batch) -> float:
+        """The summed loss of the batch in nats, dropout off; the random state is left as it was."""
+        with np.errstate(all="ignore"):
+            return self._summed_loss(Pass(self.shape, self.weights, self.adapter), batch)[0]
+
+    def logits(self, ids: Sequence[int]) -> Array:
+        """The logits (tokens, vocabulary) after each token of a prompt."""
+        logits: Array = self._logits(Pass(self.shape, self.weights, self.adapter), np.array([list(ids)], np.int64))[0]
+        return logits
+
+    def save_logits(self, prompts: Sequence[Sequence[int]], path: Path) -> None:
+        """Write the logits after each token of each prompt, (tokens, vocabulary) in float32, keyed "0", "1", ..."""
+        save_file({str(index): self.logits(ids).astype(np.float32) for index, ids in enumerate(prompts)}, path)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> list[list[int]]:
+        """Greedy continuations without the prompt and without the stop token, in the order of `prompts`."""
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for index, prompt in enumerate(prompts):
+            by_length[len(prompt)].append(index)
+        answers: list[list[int]] = [[] for _ in prompts]
+        # Only prompts of equal length share a batch: no padding, so no prompt can change another's answer.
+        for length, members in by_length.items():
+            room = min(max_new_tokens, self.shape.max_position_embeddings - length)
+            for start in range(0, len(members) if room > 0 else 0, _ASKED_TOGETHER):
+                asked = members[start : start + _ASKED_TOGETHER]
+                ids = np.array([list(prompts[index]) for index in asked], np.int64)
+                for index, answer in zip(asked, self._continue(ids, room, stop_ids), strict=True):
+                    answers[index] = answer
+        return answers
+
+    def _continue(self, ids: NDArray[np.int64], room: int, stop_ids: Sequence[int]) -> list[list[int]]:
+        trip = Pass(self.shape, self.weights, self.adapter, cache={})
+        said: list[list[int]] = [[] for _ in ids]
+        open_ = set(range(len(ids)))
+        for _ in range(room):
+            ids = self._logits(trip, ids)[:, -1].argmax(axis=-1)[:, None]
+            open_ -= {row for row in open_ if ids[row, 0] in stop_ids}
+            if not open_:
+                break
+            for row in open_:
+                said[row].append(int(ids[row, 0]))
+        return said
+
+    @contextlib.contextmanager
+    def adapter_disabled(self) -> Iterator[None]:
+        """Within this context the model answers as its base would."""
+        if self.adapter is None:
+            raise TrainingError("the model has no adapter that could be disabled")
+        adapter, self.adapter = self.adapter, None
+        try:
+            yield
+        finally:
+            self.adapter = adapter
+
+    def merged_weights(self) -> dict[str, Array]:
+        """Every weight of a model without an adapter that computes the same: W + alpha / rank x B A."""
+        if self.adapter is None:
+            return dict(self.weights)
+        scale = self.adapter.scale
+        grown = {f"{path}.weight": scale * (up @ down) for path, (down, up) in self.adapter.pairs.items()}
+        return {name: weight + grown.get(name, 0.0) for name, weight in self.weights.items()}
+
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of each parameter tensor by name, base and adapter."""
+        tensors = {self._shown(name): weight for name, weight in self.weights.items()}
+        tensors |= self.adapter.tensors() if self.adapter else {}
+        return {name: hashlib.sha256(tensor.tobytes()).hexdigest() for name, tensor in tensors.items()}
+
+    def _shown(self, name: str) -> str:
+        """What PEFT calls a base weight once an adapter is on."""
+        if self.adapter is None:
+            return name
+        path = name.removesuffix(".weight")
+        return f"base_model.model.{path}.{'base_layer.' if path in self.adapter.pairs else ''}weight"
+
+    def trainable_names(self) -> list[str]:
+        """Names of the tensors that training may change."""
+        return list(self.trainable)
+
+    def gradient_norms(self) -> dict[str, float]:
+        """The L2 norm of each trainable tensor's gradient, as accumulated so far."""
+        with np.errstate(all="ignore"):
+            return {name: float(np.linalg.norm(self.gradients.get(name, 0.0))) for name in self.trainable}
+
+    def save_model(self, folder: Path) -> None:
+        """Write the whole model in float32, its adapter merged into it, into an existing folder."""
+        config = read_config(self.location.folder) | {"dtype": "float32"}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        tensors = {name: weight.astype(np.float32) for name, weight in self.merged_weights().items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter in PEFT's own format, in float32, into an existing empty folder."""
+        if self.adapter is None:
+            raise ModelError("the model has no adapter that could be saved")
+        base = self.location.name if self.location.source == "hub" else str(self.location.folder)
+        write_adapter(self.adapter, base, folder)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Put a saved adapter on the model, frozen as PEFT does it; every tensor must match."""
+        self._wear(read_adapter(self.shape.linear_layers(), folder))
+        self.trainable = {}
+
+    def save_state(self, folder: Path) -> None:
+        """Write trainable tensors, optimizer and random state so that `load_state` continues bit for bit."""
+        state.save_state(self.optimizer, self._random, folder)
+
+    def load_state(self, folder: Path) -> None:
+        """Restore what `save_state` wrote."""
+        state.load_state(self.optimizer, self._random, folder)
+
+    def _logits(self, trip: Pass, ids: NDArray[np.int64]) -> Array:
+        """(rows, tokens) ids without padding -> (rows, tokens, vocabulary)."""
+        with np.errstate(all="ignore"):
+            hidden, _ = trip.hidden(ids, np.ones(ids.shape, np.bool_))
+            return trip.linear(HEAD, hidden)[0].reshape(*ids.shape, -1)
+
+    def _summed_loss(self, trip: Pass, batch: Batch) -> tuple[float, Callable[[float], Array]]:
+        ids, real, targets, here = self._arrays(batch)
+        hidden, hidden_back = trip.hidden(ids, real)
+        # Logits are made only where a target follows: most positions of a prompt never need any.
+        logits, head_back = trip.linear(HEAD, hidden[here])
+        loss, dlogits = cross_entropy(logits, targets)
+
+        def backward(weight: float) -> Array:
+            dhidden = np.zeros_like(hidden)
+            dhidden[here] = head_back(weight * dlogits)
+            return hidden_back(dhidden)
+
+        return loss, backward
+
+    def _arrays(
+        self, batch: Batch
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64], NDArray[np.bool_]]:
+        """Ids (rows, length), which are real (rows, length), targets (n,), where their logits are (rows x length,)."""
+        length = max(len(row.ids) for row in batch.rows)
+        ids = np.full((len(batch.rows), length), self.pad_id, np.int64)
+        real = np.zeros(ids.shape, np.bool_)
+        here = np.zeros(ids.shape, np.bool_)
+        for index, row in enumerate(batch.rows):
+            ids[index, : len(row.ids)] = row.ids
+            real[index, : len(row.ids)] = True
+            here[index, : len(row.ids) - 1] = row.trained[1:]
+        return ids, real, np.roll(ids, -1, axis=1)[here], here.reshape(-1)

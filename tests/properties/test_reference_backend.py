@@ -1,0 +1,247 @@
+"""Laws of the reference backend's arithmetic: its gradients are slopes, and its shortcuts change nothing."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from finetune.backends.reference.model import Pass
+from finetune.backends.reference.optimizer import AdamW, clip
+from finetune.errors import NonFiniteError
+from finetune.records import AdapterTarget, Batch, Optimization, Tokenized
+from finetune.training.loop import LoopPlan, train
+from properties.tiny_llamas import BATCH, CONFIG, DROPPING, LINEAR, ROWS, TARGET, adapted, configs, step, targets, tiny
+from properties.toy_session import token_rows
+
+FEW = settings(deadline=None, max_examples=20)
+
+
+def gradients(session: Any, *batches: Batch) -> tuple[float, dict[str, Any]]:
+    """The loss and every gradient of the batches, accumulated."""
+    session.gradients = {}
+    loss = sum(session.accumulate(batch, 0.3) for batch in batches)
+    return loss, dict(session.gradients)
+
+
+def close(first: Any, second: Any, tolerance: float = 1e-12) -> bool:
+    """Whether the same tensors are there and differ by no more than rounding, as a share of the largest of each."""
+    return first.keys() == second.keys() and all(
+        np.abs(first[name] - second[name]).max() <= tolerance * (1 + np.abs(first[name]).max()) for name in first
+    )
+
+
+def check_slopes(session: Any, batch: Batch) -> None:
+    """Every tensor's gradient, along a random direction, is the central difference of the loss, dropout replayed."""
+    dice = np.random.default_rng(3)
+    drawn = session._random.bit_generator.state
+    _, found = gradients(session, batch)
+
+    def loss() -> float:
+        session._random.bit_generator.state = drawn
+        return gradients(session, batch)[0]
+
+    assert found.keys() == session.trainable.keys()
+    for name, tensor in session.trainable.items():
+        direction = dice.normal(size=tensor.shape)
+        direction *= 1e-5 / np.linalg.norm(direction)
+        tensor += direction
+        above = loss()
+        tensor -= 2 * direction
+        below = loss()
+        tensor += direction
+        slope, claimed = 0.3 * (above - below) / 2e-5, float((found[name] * direction).sum()) / 1e-5
+        assert abs(slope - claimed) <= 1e-6 * np.linalg.norm(found[name]) + 1e-8, name
+
+
+@given(configs(), targets(), token_rows(1, 3))
+@FEW
+def test_gradient_of_the_adapter_is_the_slope_of_the_loss(
+    config: dict[str, Any], target: AdapterTarget, rows: tuple[Tokenized, ...]
+) -> None:
+    """The gradient of each A and B, neither of them zero, is the slope of the loss, whatever the shape."""
+    check_slopes(adapted(target, trained=True, config=config), Batch(rows))
+
+
+@given(configs(), token_rows(1, 3))
+@FEW
+def test_gradient_of_every_weight_is_the_slope_of_the_loss(config: dict[str, Any], rows: tuple[Tokenized, ...]) -> None:
+    """Without an adapter the gradient of every weight is the slope of the loss, tied head and norms included."""
+    check_slopes(adapted(None, config=config), Batch(rows))
+
+
+@given(configs(), targets(), st.integers(0, 2**32 - 1))
+@example(CONFIG, TARGET, 0)
+@FEW
+def test_adapter_fresh_is_the_base_and_a_changes_last(config: dict[str, Any], target: AdapterTarget, seed: int) -> None:
+    """A fresh adapter changes no logit; at the first step every B has a gradient and no A; one step on, both have."""
+    base = tiny(config)
+    wanted = base.logits(ROWS[1].ids)
+    base.attach(target, seed)
+    base.prepare_updates(Optimization(0.0, 1.0))
+    assert np.array_equal(base.logits(ROWS[1].ids), wanted)
+    frozen = {name: hash_ for name, hash_ in base.fingerprints().items() if ".lora_" not in name}
+    base.accumulate(BATCH, 0.1)
+    norms = base.gradient_norms()
+    assert list(norms) == base.trainable_names()
+    assert all((norm == 0) == (".lora_A." in name) for name, norm in norms.items())
+    base.update(0.01)
+    step(base)
+    assert np.abs(base.logits(ROWS[1].ids) - wanted).max() > 1e-6
+    with base.adapter_disabled():
+        assert np.array_equal(base.logits(ROWS[1].ids), wanted)
+    assert frozen.items() <= base.fingerprints().items()
+    bounds = [1 / math.sqrt(pair[0].shape[1]) for pair in base.adapter.pairs.values()]
+    base.attach(target, seed)
+    drawn = [np.abs(pair[0]).max() / bound for pair, bound in zip(base.adapter.pairs.values(), bounds, strict=True)]
+    assert 0.3 < max(drawn) <= 1
+
+
+@given(st.sampled_from([0.5, 3.0, 7.0]), st.sampled_from([2.0, 0.25]))
+@settings(deadline=None, max_examples=6)
+def test_adapter_acts_in_proportion_to_alpha(alpha: float, factor: float) -> None:
+    """On the head the change of the logits grows with alpha; anywhere, `factor` x alpha undoes B / factor."""
+    changes = []
+    for each in (alpha, factor * alpha):
+        session = adapted(AdapterTarget(2, each, 0.0, ("lm_head",)), trained=True)
+        tuned = session.logits(ROWS[1].ids)
+        with session.adapter_disabled():
+            changes.append(tuned - session.logits(ROWS[1].ids))
+    assert np.abs(changes[0]).max() > 1e-3
+    assert np.allclose(changes[1], factor * changes[0], rtol=0, atol=1e-12 * np.abs(changes[1]).max() + 1e-12)
+    first, second = (adapted(AdapterTarget(2, a, 0.0, LINEAR), trained=True) for a in (alpha, factor * alpha))
+    for _, up in second.adapter.pairs.values():
+        up /= factor
+    assert np.allclose(first.logits(ROWS[1].ids), second.logits(ROWS[1].ids), rtol=0, atol=1e-12)
+
+
+@given(token_rows(2, 5), st.randoms(use_true_random=False), st.sampled_from([0, 1, 96]), st.integers(1, 4))
+@FEW
+def test_padding_mates_split_and_order_do_not_matter(
+    rows: tuple[Tokenized, ...], dice: Any, pad_id: int, size: int
+) -> None:
+    """Loss and gradients of rows are those of each row alone, in any order, batches and padding."""
+    mixed = list(rows)
+    dice.shuffle(mixed)
+    alone = gradients(adapted(trained=True), *(Batch((row,)) for row in rows))
+    padded = adapted(trained=True, pad_id=pad_id)
+    together = gradients(padded, *(Batch(tuple(mixed[at : at + size])) for at in range(0, len(mixed), size)))
+    assert together[0] == pytest.approx(alone[0], rel=1e-12)
+    assert close(together[1], alone[1])
+    assert padded.loss(Batch(rows)) == pytest.approx(alone[0], rel=1e-12)
+
+
+def test_loss_is_the_surprise_of_the_trained_tokens() -> None:
+    """The loss is minus the summed log-probability of each trained token that has one before it, and of no other."""
+    session = tiny()
+    expected = 0.0
+    for row in ROWS:
+        for place, logits in enumerate(session.logits(row.ids)[:-1]):
+            if row.trained[place + 1]:
+                expected += math.log(sum(math.exp(value) for value in logits)) - logits[row.ids[place + 1]]
+    assert session.loss(BATCH) == pytest.approx(expected, rel=1e-12)
+    nothing = Batch((Tokenized((3, 4, 5), (True, False, False), "x"),))
+    assert session.loss(nothing) == session.accumulate(nothing, 1.0) == 0.0
+
+
+@given(configs(), targets())
+@settings(deadline=None, max_examples=8)
+def test_merged_is_adapted(config: dict[str, Any], target: AdapterTarget) -> None:
+    """Folded into the weights the adapter gives the same logits, which are not the base's."""
+    session = adapted(target, trained=True, config=config)
+    tuned, merged = session.logits(ROWS[1].ids), session.merged_weights()
+    assert merged.keys() == session.weights.keys()
+    plain = tiny(config)
+    assert np.abs(plain.logits(ROWS[1].ids) - tuned).max() > 1e-6
+    plain.weights.update(merged)
+    assert np.abs(plain.logits(ROWS[1].ids) - tuned).max() <= 1e-10
+
+
+def test_seed_decides_everything_and_resuming_changes_nothing(tmp_path: Path) -> None:
+    """One seed, 0 too, one course to the bit; another seed, another; resumed midway, dropout on, it is the same."""
+    ends = []
+    for seed in (0, 0, 1):
+        session = adapted(DROPPING, seed=seed)
+        ends.append(([step(session, number) for number in range(5)], session.fingerprints()))
+    assert ends[0] == ends[1]
+    assert ends[0][0] != ends[2][0]
+    first, second = adapted(DROPPING), adapted(DROPPING, seed=9)
+    losses = [step(first, number) for number in range(3)]
+    first.save_state(tmp_path)
+    first.loss(BATCH), first.generate([ROWS[0].ids], 3, ())
+    second.load_state(tmp_path)
+    assert (losses + [step(second, number) for number in (3, 4)], second.fingerprints()) == ends[0]
+
+
+def test_dropout_keeps_the_mean_and_its_gradient_is_the_slope() -> None:
+    """Dropout changes the loss, not the mean of what the adapter adds; with the same draws gradients are slopes."""
+    session = adapted(DROPPING, trained=True)
+    assert session.accumulate(BATCH, 1.0) != session.loss(BATCH)
+    x = np.tile(np.random.default_rng(0).normal(size=11), (20_000, 1))
+    many, still = (
+        Pass(session.shape, session.weights, session.adapter, random=random).linear(
+            "model.layers.0.self_attn.q_proj", x
+        )[0]
+        for random in (np.random.default_rng(1), None)
+    )
+    assert many.std(axis=0).max() > 0.1
+    assert np.abs(many.mean(axis=0) - still[0]).max() < 5 * many.std(axis=0).max() / math.sqrt(20_000)
+    check_slopes(session, BATCH)
+
+
+def test_adamw_and_clipping_are_torchs_formulas() -> None:
+    """Each number moves as the scalar AdamW says on gradients clipped together, with torch's 1e-6 below the line."""
+    dice, rates = np.random.default_rng(0), (0.1, 0.03, 0.007)
+    tensors = {name: dice.normal(size=shape) for name, shape in (("a", (2, 3)), ("b", (4,)))}
+    expected = {
+        (name, at): [value, 0.0, 0.0] for name, tensor in tensors.items() for at, value in np.ndenumerate(tensor)
+    }
+    optimizer = AdamW(tensors, Optimization(0.2, 1e-6, (0.8, 0.95), 1e-3))
+    for count, rate in enumerate(rates, start=1):
+        raw = {name: dice.normal(size=tensor.shape) * 1e-6 for name, tensor in tensors.items()}
+        norm = math.sqrt(sum(value**2 for tensor in raw.values() for value in tensor.flat))
+        given_ = {name: tensor.copy() for name, tensor in raw.items()}
+        assert clip(given_.values(), 1e-6) == pytest.approx(norm, rel=1e-12)
+        factor = min(1.0, 1e-6 / (norm + 1e-6))
+        assert factor < 0.9
+        assert close(given_, {name: tensor * factor for name, tensor in raw.items()}, 1e-18)
+        optimizer.step({name: tensor * 1e6 for name, tensor in given_.items()}, rate)
+        for (name, at), state in expected.items():
+            slope = float(raw[name][at]) * factor * 1e6
+            state[1] = 0.8 * state[1] + (1 - 0.8) * slope
+            state[2] = 0.95 * state[2] + (1 - 0.95) * slope**2
+            moved = state[1] / (1 - 0.8**count) / (math.sqrt(state[2] / (1 - 0.95**count)) + 1e-3)
+            state[0] = state[0] - rate * 0.2 * state[0] - rate * moved
+            assert tensors[name][at] == pytest.approx(state[0], rel=1e-12)
+    below = np.array([3e-7, 4e-7])
+    assert clip([below], 1.0) == pytest.approx(5e-7)
+    assert below.tolist() == [3e-7, 4e-7]
+
+
+@given(st.lists(st.lists(st.integers(3, 96), min_size=1, max_size=24), min_size=1, max_size=4), st.integers(0, 9))
+@FEW
+def test_generation_says_what_teacher_forcing_would(prompts: list[list[int]], most: int) -> None:
+    """Each token said is the likeliest after all before it; it ends at a stop token, at the limit or at the context."""
+    session = adapted(trained=True)
+    stops = session.generate([prompts[0]], 3, ())[0][-1:]
+    for prompt, answer in zip(prompts, session.generate(prompts, most, stops), strict=True):
+        forced = session.logits([*prompt, *answer]).argmax(axis=-1)[len(prompt) - 1 :].tolist()
+        room = min(most, 24 - len(prompt))
+        assert forced[:-1] == answer
+        assert len(answer) <= room
+        assert len(answer) == room or forced[-1] in stops
+        assert not set(answer) & set(stops)
+
+
+def test_training_stops_at_a_weight_that_is_no_number() -> None:
+    """A NaN or infinite weight stops the first step, and nothing is moved by it."""
+    for poison in (math.nan, math.inf):
+        session = adapted()
+        session.weights["model.layers.1.mlp.up_proj.weight"][2, 3] = poison
+        before = session.fingerprints()
+        with pytest.raises(NonFiniteError, match="step 1"):
+            list(train(session, lambda epoch: [BATCH], (), LoopPlan(2, 1, 0.1, 0, "constant", 9)))
+        assert session.fingerprints() == before

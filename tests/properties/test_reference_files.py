@@ -1,0 +1,228 @@
+"""Laws of the reference backend's files: what it writes holds it whole, and what it cannot compute it refuses."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from finetune.backends import open_backend
+from finetune.errors import EvidenceError, ModelError, RefusedError, TrainingError
+from finetune.evaluation.reload import check_reload
+from finetune.records import AdapterTarget, Optimization
+from properties.tiny_llamas import BATCH, CONFIG, DROPPING, LINEAR, ROWS, TARGET, adapted, open_model, step, tiny
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def test_names_are_pefts(tmp_path: Path) -> None:
+    """Tensors bear PEFT's names, in memory and on disk; without an adapter every weight is trainable."""
+    session = tiny()
+    assert session.trainable_names() == list(session.fingerprints()) == list(session.weights)
+    session.attach(TARGET, 0)
+    names = session.trainable_names()
+    first = "base_model.model.model.layers.0.self_attn.q_proj"
+    assert names[:2] == [f"{first}.lora_A.default.weight", f"{first}.lora_B.default.weight"]
+    assert len(names) == 2 * 2 * 3
+    assert {f"{first}.base_layer.weight", "base_model.model.lm_head.weight", *names} <= set(session.fingerprints())
+    session.save_adapter(tmp_path)
+    saved = load_file(tmp_path / WEIGHTS)
+    assert set(saved) == {name.replace(".default", "") for name in names}
+    assert {str(tensor.dtype) for tensor in saved.values()} == {"float32"}
+    for bad in ("q_prj", "proj", "lm"):
+        with pytest.raises(ModelError, match=bad):
+            session.attach(AdapterTarget(1, 1.0, 0.0, ("q_proj", bad)), 0)
+
+
+def test_adapter_saved_is_the_adapter_and_frozen(tmp_path: Path) -> None:
+    """A saved adapter comes back rounded to float32 and nothing else, to the same bytes; it is frozen as PEFT's is."""
+    session, again = adapted(trained=True), tiny()
+    session.save_adapter(tmp_path)
+    again.load_adapter(tmp_path)
+    assert again.adapter.target == TARGET
+    assert again.trainable_names() == []
+    with pytest.raises(TrainingError):
+        again.accumulate(BATCH, 1.0)
+    for name, tensor in session.adapter.tensors().items():
+        assert np.array_equal(again.adapter.tensors()[name], tensor.astype(np.float32))
+    assert np.abs(again.logits(ROWS[1].ids) - session.logits(ROWS[1].ids)).max() < 1e-4
+    (tmp_path / "again").mkdir()
+    again.save_adapter(tmp_path / "again")
+    assert (tmp_path / WEIGHTS).read_bytes() == (tmp_path / "again" / WEIGHTS).read_bytes()
+
+
+def _tensors(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / name)
+        change(tensors)
+        save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, folder / name)
+
+    return damage
+
+
+def _settings(name: str, **changes: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        value = json.loads((folder / name).read_text()) | changes
+        (folder / name).write_text(json.dumps({key: each for key, each in value.items() if each != "absent"}))
+
+    return damage
+
+
+def _bytes(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes())) and None
+
+
+def damages(weights: str, config: str) -> dict[str, Callable[[Path], None]]:
+    """What may have happened to a file of tensors and to the settings next to it."""
+    return {
+        "dropped": _tensors(weights, lambda tensors: tensors.pop(max(tensors))),
+        "added": _tensors(weights, lambda tensors: tensors.update({"more": np.zeros(3, np.float32)})),
+        "turned": _tensors(weights, lambda tensors: tensors.update({min(tensors): tensors[min(tensors)].T})),
+        "whole numbers": _tensors(weights, lambda tensors: tensors.update({min(tensors): np.zeros(2, np.int32)})),
+        "cut off": _bytes(weights, lambda content: content[:-5]),
+        "garbage": _bytes(weights, lambda content: b"\xff" * 300),
+        "missing": lambda folder: (folder / weights).unlink(),
+        "no settings": lambda folder: (folder / config).unlink(),
+        "broken settings": _bytes(config, lambda content: b"{"),
+        "settings of nothing": _bytes(config, lambda content: b"[]"),
+    }
+
+
+ADAPTER_DAMAGES = damages(WEIGHTS, "adapter_config.json") | {
+    f"{key} {value}": _settings("adapter_config.json", **{key: value})
+    for key, value in [
+        ("use_dora", True), ("use_rslora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 2}), ("r", 2),
+        ("r", True), ("r", "absent"), ("lora_alpha", "7"), ("lora_dropout", 1.0), ("peft_type", "IA3"),
+        ("target_modules", "all-linear"), ("target_modules", ["q_prj"]), ("target_modules", "absent"),
+        ("modules_to_save", ["lm_head"]), ("init_lora_weights", "pissa"), ("a_new_kind", 3), ("fan_in_fan_out", True),
+        ("layers_to_transform", [1]),
+    ]
+}  # fmt: skip
+MODEL_DAMAGES = damages("model.safetensors", "config.json") | {
+    f"{key} {value}": _settings("config.json", **{key: value})
+    for key, value in [
+        ("model_type", "gpt2"), ("model_type", "qwen2"), ("model_type", "absent"), ("attention_bias", True),
+        ("mlp_bias", True), ("hidden_act", "gelu"), ("attention_dropout", 0.1), ("quantization_config", {"bits": 4}),
+        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}), ("rope_parameters", [3]),
+        ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}), ("num_hidden_layers", 3),
+        ("num_key_value_heads", 2), ("num_key_value_heads", 0), ("head_dim", 3), ("vocab_size", "97"),
+        ("rms_norm_eps", float("nan")), ("hidden_size", True), ("tie_word_embeddings", 1), ("hidden_size", "absent"),
+    ]
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ADAPTER_DAMAGES)
+def test_adapter_damaged_is_refused(kind: str, tmp_path: Path) -> None:
+    """An adapter whose files are damaged, or that is more than plain LoRA, is refused and the model stays as it was."""
+    assert len(ADAPTER_DAMAGES) == 28
+    adapted(trained=True).save_adapter(tmp_path)
+    ADAPTER_DAMAGES[kind](tmp_path)
+    session = tiny()
+    before = session.fingerprints()
+    with pytest.raises(ModelError, match="adapter"):
+        session.load_adapter(tmp_path)
+    assert session.fingerprints() == before
+
+
+@pytest.mark.parametrize("kind", MODEL_DAMAGES)
+def test_model_damaged_or_of_another_kind_is_refused(kind: str, tmp_path: Path) -> None:
+    """A model whose files are damaged, or that computes something we do not, is refused by its folder's name."""
+    assert len(MODEL_DAMAGES) == 30
+    open_backend("reference").create(CONFIG, tmp_path, 0)
+    MODEL_DAMAGES[kind](tmp_path)
+    with pytest.raises(ModelError) as caught:
+        open_model(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["F64", "F32", "F16", "BF16"])
+def test_model_is_read_from_any_float(kind: str, tmp_path: Path) -> None:
+    """Weights stored in two, four or eight bytes become the very same numbers in float64; shards are read together."""
+    open_backend("reference").create(CONFIG, tmp_path, 0)
+    path, names = tmp_path / "model.safetensors", {}
+    for number, (name, weight) in enumerate(load_file(path).items()):
+        coarse = (weight.view(np.uint32) & 0xFFFF0000).view(np.float32) * np.float32(1)
+        raw = {"F64": coarse.astype("<f8"), "F32": coarse, "F16": coarse.astype("<f2")}.get(kind)
+        bits = raw if raw is not None else (coarse.view(np.uint32) >> 16).astype("<u2")
+        header = json.dumps({name: {"dtype": kind, "shape": bits.shape, "data_offsets": [0, bits.nbytes]}}).encode()
+        header += b" " * (-len(header) % 8)
+        names[name] = f"model-{number}.safetensors"
+        (tmp_path / names[name]).write_bytes(len(header).to_bytes(8, "little") + header + bits.tobytes())
+        names[name, "value"] = (raw if raw is not None else coarse).astype(np.float64)
+    index = {name: file for name, file in names.items() if isinstance(name, str)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    weights = open_model(tmp_path).weights
+    assert len(weights) == 2 * 9 + 3
+    assert all(np.array_equal(weights[name], names[name, "value"]) for name in weights)
+
+
+def test_model_saved_is_the_model_with_its_adapter(tmp_path: Path) -> None:
+    """A model saved whole answers as the session did, its adapter merged in; seeds make models, 0 included."""
+    files = []
+    for number, seed in enumerate((0, 0, 1)):
+        (tmp_path / str(number)).mkdir()
+        open_backend("reference").create(CONFIG, tmp_path / str(number), seed)
+        files.append((tmp_path / str(number) / "model.safetensors").read_bytes())
+    assert files[0] == files[1] != files[2]
+    session = open_model(tmp_path / "0", dtype="float64")
+    session.attach(TARGET, 0)
+    session.prepare_updates(Optimization(0.0, 1.0))
+    step(session)
+    session.save_model(tmp_path / "1")
+    again = open_model(tmp_path / "1")
+    assert np.abs(again.logits(ROWS[1].ids) - session.logits(ROWS[1].ids)).max() < 1e-4
+    with pytest.raises(ModelError, match="bfloat16"):
+        open_model(tmp_path / "0", dtype="bfloat16")
+
+
+STATE_DAMAGES = {
+    "dropped": _tensors("state.safetensors", lambda tensors: tensors.pop(max(tensors))),
+    "added": _tensors("state.safetensors", lambda tensors: tensors.update({"weight/more": np.zeros(3)})),
+    "turned": _tensors("state.safetensors", lambda tensors: tensors.update({min(tensors): tensors[min(tensors)].T})),
+    "cut off": _bytes("state.safetensors", lambda content: content[:-3]),
+    "cut off too": _bytes("state.json", lambda content: content[:-30]),
+    "no random state": _settings("state.json", random="absent"),
+    "another random state": _settings("state.json", random={"bit_generator": "MT19937"}),
+}
+
+
+@pytest.mark.parametrize("kind", STATE_DAMAGES)
+def test_state_that_does_not_fit_is_refused_and_changes_nothing(kind: str, tmp_path: Path) -> None:
+    """A state with something missing, unknown or of another shape is refused, and the run goes on as if never asked."""
+    assert len(STATE_DAMAGES) == 7
+    saved, session, same = adapted(DROPPING), adapted(DROPPING), adapted(DROPPING)
+    step(saved)
+    saved.save_state(tmp_path)
+    STATE_DAMAGES[kind](tmp_path)
+    with pytest.raises(RefusedError, match="checkpoint"):
+        session.load_state(tmp_path)
+    assert step(session) == step(same)
+    assert session.fingerprints() == same.fingerprints()
+
+
+def test_fresh_process_finds_the_same_logits_without_any_framework(tmp_path: Path) -> None:
+    """A fresh process finds the same logits, not the base's, and says when it cannot; no ML framework is loaded."""
+    model, adapter = tmp_path / "model", tmp_path / "adapter"
+    model.mkdir(), adapter.mkdir()
+    open_backend("reference").create(CONFIG, model, 0)
+    session = open_model(model)
+    session.attach(AdapterTarget(3, 7.0, 0.0, LINEAR), 0)
+    session.prepare_updates(Optimization(0.0, 1.0))
+    step(session)
+    session.save_adapter(adapter)
+    asked: Sequence[Sequence[int]] = [row.ids for row in ROWS]
+    found = check_reload("reference", session, session.location, adapter, prompts=asked, dtype="float32")
+    assert found.prompts == 7
+    assert found.difference <= 1e-5 < 1e-3 < found.difference_from_base
+    shutil.rmtree(adapter)
+    with pytest.raises(EvidenceError, match="adapter"):
+        check_reload("reference", session, session.location, adapter, prompts=asked, dtype="float32")
+    code = "import sys, finetune.backends.reference.reload; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert not set(done.stdout.split()) & {"torch", "transformers", "peft", "mlx", "ml_dtypes", "jax"}

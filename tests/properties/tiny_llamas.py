@@ -1,0 +1,93 @@
+"""Tiny random Llamas of awkward shapes for the reference backend, and rows for them."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from finetune.backends import open_backend
+from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Tokenized
+
+VOCAB = 97
+# Three query heads share one key head; 3 x 6 is not the hidden size; no two sides of a matrix are alike.
+CONFIG: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 11, "intermediate_size": 13, "num_hidden_layers": 2,
+    "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 6, "max_position_embeddings": 24,
+    "initializer_range": 0.4, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}, "pad_token_id": 0,
+}  # fmt: skip
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGET = AdapterTarget(3, 7.0, 0.0, ("q_proj", "v_proj", "down_proj"))
+DROPPING = AdapterTarget(2, 5.0, 0.4, LINEAR)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> dict[str, Any]:
+    """Llamas with awkward shapes."""
+    heads, keys = draw(st.sampled_from([(3, 1), (3, 3), (5, 1), (6, 3), (5, 5)]))
+    shape = {
+        "num_attention_heads": heads, "num_key_value_heads": keys, "head_dim": draw(st.sampled_from([2, 6, 10])),
+        "hidden_size": draw(st.sampled_from([5, 7, 11])), "intermediate_size": draw(st.sampled_from([3, 13])),
+        "num_hidden_layers": draw(st.integers(1, 2)), "tie_word_embeddings": draw(st.booleans()),
+    }  # fmt: skip
+    rope = draw(st.sampled_from([{"rope_theta": 30.0}, {"rope_parameters": {"rope_theta": 1e4}}]))
+    return {key: value for key, value in CONFIG.items() if key != "rope_parameters"} | shape | rope
+
+
+def targets() -> st.SearchStrategy[AdapterTarget]:
+    """Adapters on some of the layers, by short names or by a whole path."""
+    names = st.sampled_from([*LINEAR, "model.layers.0.mlp.up_proj", "self_attn.q_proj"])
+    modules = st.lists(names, min_size=1, max_size=4, unique=True).map(tuple)
+    return st.builds(AdapterTarget, st.integers(1, 3), st.sampled_from([0.5, 7.0]), st.just(0.0), modules)
+
+
+def open_model(folder: Path, *, dtype: str = "float32", pad_id: int = 0) -> Any:
+    """The model in a folder."""
+    return open_backend("reference").open(ModelLocation("tiny", folder, "local"), dtype, pad_id)
+
+
+def tiny(config: dict[str, Any] = CONFIG, *, pad_id: int = 0) -> Any:
+    """A model none of whose weights is round: the gains of its norms are not one, nor its values those of float32."""
+    with tempfile.TemporaryDirectory() as folder:
+        open_backend("reference").create(config, Path(folder), 5)
+        session = open_model(Path(folder), pad_id=pad_id)
+    dice = np.random.default_rng(1)
+    for weight in session.weights.values():
+        weight += dice.normal(0, 0.1, weight.shape)
+    return session
+
+
+def adapted(target: AdapterTarget | None = TARGET, *, seed: int = 0, trained: bool = False, **how: Any) -> Any:
+    """A model with an adapter, ready to be trained; `trained`: its B is not zero."""
+    session = tiny(**how)
+    session.attach(target, seed)
+    session.prepare_updates(Optimization(weight_decay=0.05, max_grad_norm=1.0))
+    if trained:
+        dice = np.random.default_rng(2)
+        for tensor in session.trainable.values():
+            tensor += dice.normal(0, 0.3, tensor.shape)
+    return session
+
+
+def make_rows(count: int, *, seed: int = 0) -> tuple[Tokenized, ...]:
+    """Rows of very unequal lengths with trained and untrained tokens mixed."""
+    dice = np.random.default_rng(seed)
+    lengths = [(2, 17, 3, 11, 7)[number % 5] for number in range(count)]
+    marks = [[*(dice.random(length - 1) < 0.6), True] for length in lengths]
+    ids = [dice.integers(3, VOCAB, length).tolist() for length in lengths]
+    return tuple(
+        Tokenized(tuple(i), tuple(map(bool, m)), f"row {n}") for n, (i, m) in enumerate(zip(ids, marks, strict=True))
+    )
+
+
+ROWS = make_rows(7)
+BATCH = Batch(ROWS)
+
+
+def step(session: Any, number: int = 0) -> float:
+    """One step of training."""
+    loss = session.accumulate(Batch(make_rows(4, seed=number)), 0.1)
+    session.clip_gradients()
+    session.update(0.03)
+    return float(loss)
