@@ -1,4 +1,4 @@
-"""The benchmark's job, the same for every trainer: a random Llama of 9.8 M parameters and 512 rows of 8 to 560 tokens."""
+"""The job of the benchmark, the same for every trainer: a random 9.8 M-parameter Llama, 512 rows of 8 to 560 tokens."""
 
 import argparse
 import json

@@ -1,7 +1,6 @@
 """The order of a fine-tune, from a configuration to a report; the only file that knows it."""
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,12 +24,12 @@ from finetune.assembly.observe import (
     wanted,
 )
 from finetune.assembly.prepare import Encoder, Prepared, prepare
-from finetune.assembly.record import Course, run_record
+from finetune.assembly.record import Course, base_files, run_identity, run_record
 from finetune.backends import open_backend
 from finetune.config import LoadedConfig, TrainingConfig, dump_plan, load_plan
 from finetune.criteria.evidence import Evidence
 from finetune.criteria.judge import judge
-from finetune.errors import InterruptedRunError
+from finetune.errors import InterruptedRunError, ModelError
 from finetune.events import CheckpointSaved, Event, FirstGradients, FixedLoss, HeldOutLoss, PhaseStarted, StepDone
 from finetune.models.locate import locate_model
 from finetune.ports import Backend, Session
@@ -107,7 +106,7 @@ def fine_tune(
     with run.phase("observe tuned"):
         after = observe(session, prepared)
     run.tell(FixedLoss(prepared.total_steps, *after.fixed))
-    events = _read_events(folder)
+    events = folder.read_events()
     evidence = _collect(run, session, (before, after, fingerprints), events)
     verdicts = judge(evidence)
     run.timing["total"] = time.perf_counter() - clock
@@ -159,11 +158,11 @@ def _epoch(rows: tuple[Tokenized, ...], batch_size: int, seed: int, epoch: int) 
 def _train(run: _Run, session: Session, before: Observation) -> None:
     store = CheckpointStore(run.folder.checkpoints)
     every = run.prepared.plan.config.training.save_every
-    identity = {"plan": dump_plan(run.prepared.plan), "base": run.prepared.location.name}
+    identity = run_identity(run.prepared)
     done = store.newest() or 0
     if done:
         session.load_state(store.open(done, identity))
-    _rewind_events(run.folder, done)
+    run.folder.rewind_events(done)
     if not done:
         run.tell(FixedLoss(0, *before.fixed))
         if before.held_out:
@@ -182,26 +181,6 @@ def _train(run: _Run, session: Session, before: Observation) -> None:
         raise InterruptedRunError(
             f"interrupted; {kept}", hint=f"go on with: ft train --resume --output {run.folder.path}"
         ) from None
-
-
-def _rewind_events(folder: RunFolder, done: int) -> None:
-    """Forget what was logged after the checkpoint that is resumed: those steps are done again."""
-    if not folder.events.exists():
-        return
-    events = _read_events(folder)
-    again = [event for event in events if event["event"] == FixedLoss.__name__ and event["step"] > 0]
-    kept = [event for event in events if event not in again and event.get("step", 1 if "norms" in event else 0) <= done]
-    write_text(folder.events, "".join(json.dumps(event) + "\n" for event in (kept if done else [])))
-
-
-def _read_events(folder: RunFolder) -> list[dict[str, Any]]:
-    lines = folder.events.read_text(encoding="utf-8").split("\n")
-    events = []
-    for line in lines:
-        # A killed process can leave the last line half written; what it told is done again on resume.
-        with contextlib.suppress(json.JSONDecodeError):
-            events.append(json.loads(line))
-    return events
 
 
 def _save_adapter(run: _Run, session: Session) -> None:
@@ -270,6 +249,11 @@ def reopen(path: Path) -> tuple[Prepared, Session]:
     folder = RunFolder.finished(path)
     plan = load_plan(folder.plan)
     prepared = prepare(LoadedConfig(plan.config, plan.origins))
+    if folder.read_manifest()["model"]["files"] != base_files(prepared.location):
+        raise ModelError(
+            f"the base model {prepared.location.name!r} is not the one that {path} was trained on: its weights differ",
+            hint="get the model revision that run.json names",
+        )
     return prepared, _tuned_session(folder, plan.config, prepared.location, prepared.encoder)
 
 

@@ -105,12 +105,13 @@ SETTINGS: dict[str, Setting] = {
 }
 """Every setting by dotted key, written down independently of the product's schema."""
 
-NUMBERS = tuple(
-    key
-    for key in SETTINGS
-    if key.startswith(("training.", "evaluation.", "judge.memory_", "adapter."))
-    and key not in ("adapter.targets", "training.schedule")
-) + ("data.valid_fraction", "data.limit", "tokens.max_length")
+_COUNTING = ("training.", "evaluation.", "judge.memory_", "adapter.")
+NUMBERS = (
+    *(key for key in SETTINGS if key.startswith(_COUNTING) and key not in ("adapter.targets", "training.schedule")),
+    "data.valid_fraction",
+    "data.limit",
+    "tokens.max_length",
+)
 NULLABLE = (
     "model.revision", "data.train", "data.valid", "data.valid_fraction", "data.rehearsal", "data.retention",
     "data.limit", "tokens.max_length", "training.max_steps", "training.save_every", "training.evaluate_every",

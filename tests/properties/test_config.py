@@ -131,11 +131,14 @@ def test_unknown_key_is_refused_with_the_nearest_name(key: str, data: st.DataObj
     assume(wrong not in names)
     wrong_key = f"{section}.{wrong}" if section else wrong
     [problem] = refusal(yaml.safe_dump(nested({wrong_key: 1}))).problems
-    assert wrong_key in problem.where and f"did you mean {name}?" in problem.hint
+    assert wrong_key in problem.where
+    assert f"did you mean {name}?" in problem.hint
     [problem] = refusal(overrides={wrong_key: 1}).problems
-    assert problem.where == f"--set {wrong_key}" and f"did you mean {key}?" in problem.hint
+    assert problem.where == f"--set {wrong_key}"
+    assert f"did you mean {key}?" in problem.hint
     [problem] = refusal(environ={variable(wrong_key): "1"}).problems
-    assert problem.where == variable(wrong_key) and variable(key) in problem.hint
+    assert problem.where == variable(wrong_key)
+    assert variable(key) in problem.hint
 
 
 @given(st.sampled_from([key for key in KEYS if "." in key]), st.data())
@@ -262,7 +265,8 @@ def test_none_is_not_the_word_none(key: str) -> None:
 def test_broken_file_is_refused_in_its_place(text: str | bytes, place: str, says: str) -> None:
     """Whatever is wrong with a file is one problem that names line, column or key, never a traceback."""
     [problem] = refusal(text).problems
-    assert problem.where.endswith(place) and says in str(problem)
+    assert problem.where.endswith(place)
+    assert says in str(problem)
     assert len(str(problem)) < 600
 
 
@@ -277,7 +281,8 @@ def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             load_config(path, environ={}, overrides={}, profile=None)
         [problem] = caught.value.problems
-        assert problem.where == str(path) and problem.hint
+        assert problem.where == str(path)
+        assert problem.hint
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "---\n", "null", "training:\n", "\ufeffbackend: torch", "{}"])

@@ -38,7 +38,8 @@ FACTS = st.builds(ModelAndDataFacts, st.integers(8, 10**6), st.booleans(), st.in
 def test_profile_sets_exactly_its_values(name: str) -> None:
     """Each of the four profiles changes its own keys, wherever it is named, and nothing else."""
     assert set(PROFILES) == {"chat", "instruction", "code", "demo"}
-    assert set(PROFILES[name].values) <= set(KEYS) and PROFILES[name].sentence.endswith(".")
+    assert set(PROFILES[name].values) <= set(KEYS)
+    assert PROFILES[name].sentence.endswith(".")
     expected = unflatten(PROFILES[name].values)
     by_flag, by_file = load_text("", profile=name), load_text(f"profile: {name}")
     by_variable = load_text("profile: chat" if name != "chat" else "", environ={"FT_PROFILE": name})
@@ -73,7 +74,9 @@ def test_json_schema_describes_every_setting_and_nothing_else() -> None:
     schema = json_schema()
     json.dumps(schema)
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    assert schema["additionalProperties"] is False and schema["title"] and "required" not in schema
+    assert schema["additionalProperties"] is False
+    assert schema["title"]
+    assert "required" not in schema
     found = []
     for name, part in schema["properties"].items():
         assert part["description"]
@@ -82,7 +85,8 @@ def test_json_schema_describes_every_setting_and_nothing_else() -> None:
             found.append(name)
             continue
         group = schema["$defs"][reference.rpartition("/")[2]]
-        assert group["additionalProperties"] is False and "required" not in group
+        assert group["additionalProperties"] is False
+        assert "required" not in group
         assert all(inner["description"] for inner in group["properties"].values())
         found += [f"{name}.{inner}" for inner in group["properties"]]
     assert sorted(found) == sorted([*KEYS, "profile"])

@@ -267,7 +267,7 @@ def test_judge_a_sham_that_learns_as_much_breaks() -> None:
 
 
 def test_judge_retention_may_lose_ten_points_and_no_more() -> None:
-    """10 points lost hold; more are undecided while they may be chance, and broken when the whole interval is beyond."""
+    """10 points lost hold; more are undecided while they may be chance, and broken once the whole interval is."""
     for lost, outcome in ((0, "holds"), (1, "holds"), (2, "holds"), (3, "undecided"), (10, "broken"), (18, "broken")):
         assert (
             verdicts_on(altered("learning", retention_tuned=scores(18 - lost)))["learning-retention"].outcome == outcome

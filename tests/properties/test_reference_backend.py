@@ -118,6 +118,54 @@ def test_adapter_acts_in_proportion_to_alpha(alpha: float, factor: float) -> Non
     assert np.allclose(first.logits(ROWS[1].ids), second.logits(ROWS[1].ids), rtol=0, atol=1e-12)
 
 
+def by_hand(config: dict[str, Any], weights: dict[str, Any], ids: Any) -> Any:
+    """The logits of one row as the papers have it: token by token, head by head, RoPE as a turn of complex numbers."""
+    heads, keys, width = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    theta = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
+
+    def normed(name: str, x: Any) -> Any:
+        return [weights[f"{name}.weight"] * token / math.sqrt(sum(token**2) / len(token) + 1e-6) for token in x]
+
+    def turned(vector: Any, place: int) -> Any:
+        half = width // 2
+        return [
+            complex(vector[i], vector[i + half]) * np.exp(1j * place * theta ** (-2 * i / width)) for i in range(half)
+        ]
+
+    x = [weights["model.embed_tokens.weight"][token] for token in ids]
+    for layer in range(config["num_hidden_layers"]):
+        path = f"model.layers.{layer}"
+        q, k, v, out = (weights[f"{path}.self_attn.{name}_proj.weight"] for name in "qkvo")
+        gate, up, down = (weights[f"{path}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        inputs = normed(f"{path}.input_layernorm", x)
+        for place, token in enumerate(inputs):
+            said = []
+            for head in range(heads):
+                own, shared = slice(head * width, (head + 1) * width), head * keys // heads
+                theirs = slice(shared * width, (shared + 1) * width)
+                asked = np.conj(turned((q @ token)[own], place))
+                seen = [turned((k @ inputs[other])[theirs], other) for other in range(place + 1)]
+                chances = np.exp([(asked @ each).real / math.sqrt(width) for each in seen])
+                said += list(sum(c * (v @ inputs[i])[theirs] for i, c in enumerate(chances / chances.sum())))
+            x[place] = x[place] + out @ np.array(said)
+        for place, token in enumerate(normed(f"{path}.post_attention_layernorm", x)):
+            opened = gate @ token
+            x[place] = x[place] + down @ (opened / (1 + np.exp(-opened)) * (up @ token))
+    head_name = "model.embed_tokens" if config["tie_word_embeddings"] else "lm_head"
+    return np.array([weights[f"{head_name}.weight"] @ token for token in normed("model.norm", x)])
+
+
+@given(configs(), targets())
+@settings(deadline=None, max_examples=10)
+def test_logits_are_those_worked_out_token_by_token(config: dict[str, Any], target: AdapterTarget) -> None:
+    """The logits are those of a Llama written with loops, whose weights have grown by alpha / rank x B A."""
+    session = adapted(target, trained=True, config=config)
+    grown = {f"{path}.weight": target.alpha / target.rank * b @ a for path, (a, b) in session.adapter.pairs.items()}
+    weights = {name: weight + grown.get(name, 0.0) for name, weight in session.weights.items()}
+    ids = ROWS[3].ids[:7]
+    assert np.abs(session.logits(ids) - by_hand(config, weights, ids)).max() < 1e-10
+
+
 @given(token_rows(2, 5), st.randoms(use_true_random=False), st.sampled_from([0, 1, 96]), st.integers(1, 4))
 @FEW
 def test_padding_mates_split_and_order_do_not_matter(

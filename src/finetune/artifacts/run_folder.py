@@ -1,5 +1,6 @@
 """The folder of one run: what lies where, and who may make it."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -8,9 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from finetune.artifacts.write import remove_folder, remove_torn, storage_errors, write_json
+from finetune.artifacts.write import remove_folder, remove_torn, storage_errors, write_json, write_text
 from finetune.errors import OutputError
-from finetune.events import Event, event_as_dict
+from finetune.events import Event, FixedLoss, event_as_dict
 
 
 class RunFolder:
@@ -122,6 +123,26 @@ class RunFolder:
         """Append one event as a line of JSON."""
         with storage_errors(self.events), self.events.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event_as_dict(event), allow_nan=False) + "\n")
+
+    def read_events(self) -> list[dict[str, Any]]:
+        """Every event that was logged whole, as `event_as_dict` wrote it; none where nothing was logged."""
+        events = []
+        for line in self.events.read_text(encoding="utf-8").split("\n") if self.events.exists() else []:
+            # A killed process can leave the last line half written; what it told is done again on resume.
+            with contextlib.suppress(json.JSONDecodeError):
+                events.append(json.loads(line))
+        return events
+
+    def rewind_events(self, done: int) -> None:
+        """Forget what was logged after the checkpoint of step `done`: those steps are done again."""
+        kept = [event for event in self.read_events() if done and _stays(event, done)]
+        write_text(self.events, "".join(json.dumps(event) + "\n" for event in kept))
+
+
+def _stays(event: Mapping[str, Any], done: int) -> bool:
+    """Whether an event tells of a step up to `done`; first gradients carry no step, and the last fixed loss is new."""
+    ended = event["event"] == FixedLoss.__name__ and event["step"] > 0
+    return not ended and event.get("step", 1) <= done
 
 
 def new_run_id() -> str:

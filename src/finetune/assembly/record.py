@@ -1,5 +1,6 @@
 """Writes down what a run was and what was measured: the content of run.json."""
 
+import json
 import os
 import platform
 import sys
@@ -9,14 +10,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from finetune.artifacts.write import describe_file
+from finetune.artifacts.write import describe_file, file_hash
 from finetune.assembly.prepare import Prepared
 from finetune.config import plan_as_list
 from finetune.criteria.evidence import Evidence
 from finetune.criteria.judge import overall
 from finetune.memory.estimate import adapter_parameters
 from finetune.models.shape import weight_files
-from finetune.records import Scores, Verdict
+from finetune.records import ModelLocation, Scores, Verdict
 
 FORMAT = 1
 _BASE_LIBRARIES = ("finetune-suite", "tokenizers", "numpy", "safetensors", "jinja2")
@@ -74,6 +75,20 @@ def run_record(
     }
 
 
+def run_identity(prepared: Prepared) -> dict[str, Any]:
+    """What a checkpoint belongs to: every setting, and the hashes of the base's weights and of the data."""
+    identity = {entry["key"]: entry["value"] for entry in plan_as_list(prepared.plan)}
+    identity |= {f"weights {file['path']}": file["sha256"] for file in base_files(prepared.location)}
+    identity |= {f"data {path.name}": file_hash(path) for path in prepared.files}
+    plain: dict[str, Any] = json.loads(json.dumps(identity))
+    return plain
+
+
+def base_files(location: ModelLocation) -> list[dict[str, Any]]:
+    """Name, size and hash of each file that holds the base model's weights."""
+    return [describe_file(path, name=path.name) for path in weight_files(location.folder)]
+
+
 def machine() -> dict[str, Any]:
     """What the run was made on."""
     import psutil
@@ -106,7 +121,7 @@ def _model(prepared: Prepared) -> dict[str, Any]:
         "parameters": shape.parameters,
         "trainable_parameters": adapter_parameters(shape, prepared.target),
         "context_length": shape.context_length,
-        "files": [describe_file(path, name=path.name) for path in weight_files(location.folder)],
+        "files": base_files(location),
     }
 
 

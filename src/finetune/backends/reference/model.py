@@ -36,13 +36,13 @@ class Pass:
     gradients: dict[str, Array] = field(default_factory=dict)
     cache: dict[str, tuple[Array, Array]] | None = None
 
-    def hidden(self, ids: NDArray[np.int64], real: NDArray[np.bool_]) -> tuple[Array, Backward]:
-        """The last hidden states (t, h) of right-padded ids (r, n); `real` (r, n) is false where there is padding."""
+    def hidden(self, ids: NDArray[np.int64]) -> tuple[Array, Backward]:
+        """The last hidden states (t, h) of ids (r, n), padded on the right: no real token ever sees what follows it."""
         embedding = f"{EMBEDDING}.weight"
         x = self.weights[embedding][ids.reshape(-1)]
         backs = []
         for index in range(self.shape.num_hidden_layers):
-            x, back = self.block(block_path(index), x, real)
+            x, back = self.block(block_path(index), x, ids.shape)
             backs += [back] if self.wanted else []
         x, norm_back = self.norm(FINAL_NORM, x)
 
@@ -58,10 +58,10 @@ class Pass:
 
         return x, backward
 
-    def block(self, path: str, x: Array, real: NDArray[np.bool_]) -> tuple[Array, Backward]:
+    def block(self, path: str, x: Array, size: tuple[int, ...]) -> tuple[Array, Backward]:
         """One layer (t, h) -> (t, h): each half reads the normalised stream and adds to it."""
         normed, norm_back = self.norm(f"{path}.input_layernorm", x)
-        attended, attention_back = self.attention(f"{path}.self_attn", normed, real)
+        attended, attention_back = self.attention(f"{path}.self_attn", normed, size)
         middle = x + attended
         normed, second_norm_back = self.norm(f"{path}.post_attention_layernorm", middle)
         thought, mlp_back = self.mlp(f"{path}.mlp", normed)
@@ -114,9 +114,9 @@ class Pass:
 
         return y, backward
 
-    def attention(self, path: str, x: Array, real: NDArray[np.bool_]) -> tuple[Array, Backward]:
+    def attention(self, path: str, x: Array, size: tuple[int, ...]) -> tuple[Array, Backward]:
         """Causal attention (t, h) -> (t, h). The g query heads that share a key head are simply more of its queries."""
-        rows, tokens, keys = *real.shape, self.shape.num_key_value_heads
+        (rows, tokens), keys = size, self.shape.num_key_value_heads
         (q, q_back), (k, k_back), (v, v_back) = (self.linear(f"{path}.{name}_proj", x) for name in "qkv")
         start = self.cache[path][0].shape[2] if self.cache and path in self.cache else 0
         angles = self._angles(start, tokens)
@@ -128,7 +128,7 @@ class Pass:
                 k, v = (np.concatenate(pair, axis=2) for pair in zip(self.cache[path], (k, v), strict=True))
             self.cache[path] = k, v
         group = self.shape.num_attention_heads // keys
-        seen = np.tile(_seen(real, start), (1, group, 1))[:, None]
+        seen = np.tile(np.tri(tokens, start + tokens, start, dtype=np.bool_), (group, 1))  # (g x n, m)
         temperature = self.shape.head_dim**-0.5
         scores = np.where(seen, q @ k.swapaxes(2, 3) * temperature, -np.inf)
         chance = softmax(scores)  # (r, k, g x n, m)
@@ -178,13 +178,6 @@ class Pass:
     def _add(self, name: str, gradient: Array) -> None:
         if name in self.wanted:
             self.gradients[name] = self.gradients[name] + gradient if name in self.gradients else gradient
-
-
-def _seen(real: NDArray[np.bool_], start: int) -> NDArray[np.bool_]:
-    """(r, n, m): a token sees itself and what came before, and no padding; the `start` cached tokens are all real."""
-    known = np.pad(real, ((0, 0), (start, 0)), constant_values=True)
-    causal: NDArray[np.bool_] = np.tri(real.shape[1], known.shape[1], start, dtype=np.bool_)
-    return causal & known[:, None]
 
 
 def softmax(scores: Array) -> Array:

@@ -204,12 +204,12 @@ class ReferenceSession:
     def _logits(self, trip: Pass, ids: NDArray[np.int64]) -> Array:
         """(rows, tokens) ids without padding -> (rows, tokens, vocabulary)."""
         with np.errstate(all="ignore"):
-            hidden, _ = trip.hidden(ids, np.ones(ids.shape, np.bool_))
+            hidden, _ = trip.hidden(ids)
             return trip.linear(HEAD, hidden)[0].reshape(*ids.shape, -1)
 
     def _summed_loss(self, trip: Pass, batch: Batch) -> tuple[float, Callable[[float], Array]]:
-        ids, real, targets, here = self._arrays(batch)
-        hidden, hidden_back = trip.hidden(ids, real)
+        ids, targets, here = self._arrays(batch)
+        hidden, hidden_back = trip.hidden(ids)
         # Logits are made only where a target follows: most positions of a prompt never need any.
         logits, head_back = trip.linear(HEAD, hidden[here])
         loss, dlogits = cross_entropy(logits, targets)
@@ -221,16 +221,12 @@ class ReferenceSession:
 
         return loss, backward
 
-    def _arrays(
-        self, batch: Batch
-    ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64], NDArray[np.bool_]]:
-        """Ids (rows, length), which are real (rows, length), targets (n,), where their logits are (rows x length,)."""
+    def _arrays(self, batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+        """Ids (rows, length), targets (n,), and where their logits are (rows x length,)."""
         length = max(len(row.ids) for row in batch.rows)
         ids = np.full((len(batch.rows), length), self.pad_id, np.int64)
-        real = np.zeros(ids.shape, np.bool_)
         here = np.zeros(ids.shape, np.bool_)
         for index, row in enumerate(batch.rows):
             ids[index, : len(row.ids)] = row.ids
-            real[index, : len(row.ids)] = True
             here[index, : len(row.ids) - 1] = row.trained[1:]
-        return ids, real, np.roll(ids, -1, axis=1)[here], here.reshape(-1)
+        return ids, np.roll(ids, -1, axis=1)[here], here.reshape(-1)
