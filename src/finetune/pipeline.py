@@ -94,13 +94,15 @@ def fine_tune(
     backend = open_backend(loaded.config.backend)
     listener(PhaseStarted("prepare", f"{loaded.config.model.path}"))
     prepared = prepare(loaded)
-    folder = RunFolder.unfinished(output) if resume else RunFolder.create(output)
+    folder = RunFolder.unfinished(output) if resume else RunFolder.place(output)
     run = _Run(prepared, backend, folder, listener, {"prepare": time.perf_counter() - clock})
+    session, before, fingerprints = _open(run)
+    # Only now, when nothing can be refused any more, is anything written.
     if resume:
         folder.tidy()
     else:
+        folder.make()
         write_text(folder.plan, dump_plan(prepared.plan))
-    session, before, fingerprints = _open(run)
     _train(run, session, before)
     _save_adapter(run, session)
     with run.phase("observe tuned"):
@@ -222,11 +224,12 @@ def _collect(
 
     learning = learning_evidence(prepared, before, after, train_sham, run.why)
     memory = None
-    if wanted(prepared, "memory", run.why):
+    unable = frozenset({"memory"}) - run.backend.abilities
+    if wanted(prepared, "memory", run.why, unable):
         with run.phase("measure memory", "LoRA and full fine-tuning, each in a fresh process"):
             memory = memory_evidence(prepared, run.why)
     losses = loss_evidence(prepared, [step["loss"] for step in steps], before, after)
-    return Evidence(losses, parameters, artifacts, learning, memory, run.why)
+    return Evidence(losses, parameters, artifacts, learning, memory, run.why, unable)
 
 
 def _finish(run: _Run, record: dict[str, Any]) -> dict[str, Any]:

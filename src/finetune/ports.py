@@ -87,9 +87,10 @@ class Session(Protocol):
 
 
 class Backend(Protocol):
-    """A framework that can train: it makes and opens models."""
+    """A framework that can train: it makes and opens models. `abilities` names what else it can do ("memory")."""
 
     name: str
+    abilities: frozenset[str]
 
     def versions(self) -> dict[str, str]:
         """Name and version of each library that computes."""

@@ -26,6 +26,13 @@ def _no_space(*arguments: Any, **named: Any) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def make_run(output: Path | None) -> RunFolder:
+    """A new run folder, made."""
+    run = RunFolder.place(output)
+    run.make()
+    return run
+
+
 def test_write_text_old_content_survives_a_full_disk(tmp_path: Path) -> None:
     """When the disk is full halfway through, the error is ours, the old file is intact and nothing else is left."""
     path = tmp_path / "plan.yaml"
@@ -76,7 +83,7 @@ def test_write_json_refuses_what_json_has_not(value: float, tmp_path: Path) -> N
     write_json(tmp_path / "a.json", {"é": 1})
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "a.json", {"deep": [value]})
-    run = RunFolder.create(tmp_path / "run")
+    run = make_run(tmp_path / "run")
     with pytest.raises(ValueError, match="JSON"):
         run.log(HeldOutLoss(1, value, 1))
     assert json.loads((tmp_path / "a.json").read_bytes()) == {"é": 1}
@@ -177,7 +184,7 @@ def test_run_folder_create_refuses_what_is_there(arrange: Callable[[Path], None]
     arrange(path)
     names = sorted(file.name for file in tmp_path.rglob("*"))
     with pytest.raises(OutputError) as caught:
-        RunFolder.create(path)
+        make_run(path)
     assert str(path) in caught.value.message
     assert caught.value.hint
     assert caught.value.exit_code == 3
@@ -188,7 +195,7 @@ def test_run_folder_create_below_a_file_is_refused(tmp_path: Path) -> None:
     """An output below a file cannot be made: refused, with no traceback of the system's."""
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
-        RunFolder.create(tmp_path / "file" / "out")
+        make_run(tmp_path / "file" / "out")
 
 
 def test_run_folder_create_in_a_read_only_place_is_refused() -> None:
@@ -196,7 +203,7 @@ def test_run_folder_create_in_a_read_only_place_is_refused() -> None:
     with read_only_folder() as folder:
         for output in (folder / "out", folder):
             with pytest.raises(OutputError, match="cannot be written"):
-                RunFolder.create(output)
+                make_run(output)
         assert everything_below(folder) == {}
 
 
@@ -204,14 +211,14 @@ def test_run_folder_create_makes_an_empty_folder(tmp_path: Path) -> None:
     """A missing folder is made with its parents, an empty one is used, and nothing is left in it by the making."""
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "a" / "b" / "run", tmp_path / "empty"):
-        assert RunFolder.create(path).path == path
+        assert make_run(path).path == path
         assert everything_below(path) == {}
 
 
 def test_run_folder_own_names_sort_by_time_and_never_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an output each run gets a folder of its own below runs/."""
     monkeypatch.chdir(tmp_path)
-    made = [RunFolder.create(None).path for _ in range(20)]
+    made = [make_run(None).path for _ in range(20)]
     assert len(set(made)) == 20
     assert {path.parent for path in made} == {Path("runs")}
     assert new_run_id()[:15] >= min(path.name for path in made)[:15]

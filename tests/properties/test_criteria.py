@@ -157,6 +157,7 @@ MISSES: list[tuple[str, Outcome, str, Evidence]] = [
     ("memory-efficiency", "undecided", "memory", healthy(memory=None)),
     ("memory-exact", "undecided", "memory", healthy(memory=None)),
     ("memory-resident", "undecided", "memory", healthy(memory=None)),
+    ("memory-efficiency", "not applicable", "memory", healthy(memory=None, unable=frozenset({"memory"}))),
     ("parameter-updates", "undecided", "", altered("parameters", steps=1)),
     ("parameter-first-step", "not applicable", "first_gradients", altered("parameters", first_gradients={})),
     ("artifacts-reload", "undecided", "reload", altered("artifacts", reload=None)),
@@ -166,7 +167,7 @@ MISSES: list[tuple[str, Outcome, str, Evidence]] = [
 @pytest.mark.parametrize(("key", "outcome", "part", "evidence"), MISSES)
 def test_judge_what_was_not_measured_never_holds(key: str, outcome: Outcome, part: str, evidence: Evidence) -> None:
     """A verdict without its evidence is undecided or does not apply, with the reason given or one of its own."""
-    assert len(MISSES) == 17
+    assert len(MISSES) == 18
     own = verdicts_on(evidence)[key]
     assert own.outcome == outcome
     assert own.reason

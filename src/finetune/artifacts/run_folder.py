@@ -28,11 +28,11 @@ class RunFolder:
         self.report_data = path / "report.json"
 
     @classmethod
-    def create(cls, output: Path | None) -> Self:
-        """Make a new run folder at `output`, or below `runs/` with a name of its own.
+    def place(cls, output: Path | None) -> Self:
+        """Where a new run will be: at `output`, or below `runs/` under a name of its own. Nothing is made yet.
 
         Raises:
-            OutputError: the folder exists and is not empty, is a file, or cannot be made or written.
+            OutputError: the folder exists and is not empty, or is a file or a link.
         """
         path = output if output is not None else Path("runs") / new_run_id()
         if path.is_symlink():
@@ -44,16 +44,23 @@ class RunFolder:
                 f"output folder {path} exists and is not empty",
                 hint="a run folder is never reused: choose a new --output, or continue that run with --resume",
             )
+        return cls(path)
+
+    def make(self) -> None:
+        """Make the folder.
+
+        Raises:
+            OutputError: it cannot be made or written.
+        """
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            probe = path / f".writable.{os.getpid()}"
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".writable.{os.getpid()}"
             probe.touch()
             probe.unlink()
         except OSError as error:
             raise OutputError(
-                f"output folder {path} cannot be written: {error.strerror}", hint="choose another --output"
+                f"output folder {self.path} cannot be written: {error.strerror}", hint="choose another --output"
             ) from None
-        return cls(path)
 
     @classmethod
     def unfinished(cls, output: Path | None) -> Self:

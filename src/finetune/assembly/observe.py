@@ -166,9 +166,12 @@ def parameter_evidence(
     return ParameterEvidence(before, session.fingerprints(), tuple(session.trainable_names()), first_gradients, steps)
 
 
-def wanted(prepared: Prepared, name: str, why: dict[str, str]) -> bool:
+def wanted(prepared: Prepared, name: str, why: dict[str, str], unable: frozenset[str] = frozenset()) -> bool:
     """Whether the extra runs of `judge.sham` or `judge.memory` are to be made; where not, `why` says why."""
     choice = getattr(prepared.plan.config.judge, name)
+    if name in unable:
+        why[name] = f"the {prepared.plan.config.backend} backend has no means to measure it"
+        return False
     if choice == "auto" and prepared.shape.parameters > _SMALL_MODEL:
         why[name] = (
             f"not run by itself above {_SMALL_MODEL / 1e6:.0f} M parameters: ask for it with judge.{name}=always"

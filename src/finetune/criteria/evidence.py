@@ -59,7 +59,9 @@ class ArtifactEvidence:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """All that was measured. `why` tells for a missing part (its field name) why it is missing."""
+    """All that was measured. `why` tells for a missing part (its field name) why it is missing; `unable` names parts
+    that the backend has no means to measure.
+    """
 
     loss: LossEvidence
     parameters: ParameterEvidence
@@ -67,3 +69,4 @@ class Evidence:
     learning: LearningEvidence | None = None
     memory: MemoryEvidence | None = None
     why: Mapping[str, str] = field(default_factory=dict)
+    unable: frozenset[str] = frozenset()

@@ -15,17 +15,16 @@ _TITLES = {
 
 
 def judge_memory(evidence: Evidence) -> list[Verdict]:
-    """Verdicts on criterion 3; `undecided` where it was not measured.
+    """Verdicts on criterion 3; `undecided` where it was not measured, `not applicable` where it cannot be.
 
     Raises:
         EvidenceError: the two runs were not measured at the same sizes.
     """
     if evidence.memory is None:
         reason = evidence.why.get("memory", "the two runs were not made")
+        outcome: Outcome = "not applicable" if "memory" in evidence.unable else "undecided"
         return [
-            Verdict(
-                key, title, 3, "undecided", "not measured", "> 30 % less", reason, companion=key != "memory-efficiency"
-            )
+            Verdict(key, title, 3, outcome, "not measured", "> 30 % less", reason, companion=key != "memory-efficiency")
             for key, title in _TITLES.items()
         ]
     lora, full = evidence.memory.lora, evidence.memory.full

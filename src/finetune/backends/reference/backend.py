@@ -21,6 +21,7 @@ class ReferenceBackend:
     """LoRA on a float64 NumPy Llama with hand-written gradients."""
 
     name = "reference"
+    abilities: frozenset[str] = frozenset()
 
     def versions(self) -> dict[str, str]:
         """Name and version of each library that computes."""

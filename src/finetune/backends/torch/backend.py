@@ -19,6 +19,7 @@ class TorchBackend:
     """LoRA with torch and PEFT."""
 
     name = "torch"
+    abilities: frozenset[str] = frozenset({"memory"})
 
     def __init__(self) -> None:
         transformers.utils.logging.set_verbosity_error()
