@@ -7,6 +7,8 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && exit; done; echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
+WORKFLOW_VENV := .venv-workflow
+CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"FineTune needs Python 3.11 to 3.13, and $(PYTHON) is {v[0]}.{v[1]}: set PYTHON=python3.12, for example")'
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # One thread a process and a few processes: the models under test are too small to share a core usefully.
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
@@ -19,7 +21,7 @@ help:  ## Show what each target does
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/python-ok:
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"FineTune needs Python 3.11 to 3.13, and $(PYTHON) is {v[0]}.{v[1]}: set PYTHON=python3.12, for example")'
+	@$(CHECK_PYTHON)
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
@@ -28,6 +30,14 @@ $(VENV)/torch-ok: $(VENV)/python-ok pyproject.toml constraints.txt
 	@echo "setting up: FineTune with torch (once; a few minutes)" >&2
 	@$(PIP) torch
 	@$(PIP) --editable '.[torch]'
+	@touch $@
+
+# Tier 1 has an environment of its own, so that it cannot lean on an ML framework by accident.
+$(WORKFLOW_VENV)/ok: pyproject.toml constraints.txt
+	@echo "setting up: an environment without any ML framework (once)" >&2
+	@$(CHECK_PYTHON)
+	@$(PYTHON) -m venv $(WORKFLOW_VENV)
+	@$(WORKFLOW_VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[verify]'
 	@touch $@
 
 $(VENV)/dev-ok: $(VENV)/torch-ok
@@ -48,7 +58,8 @@ test-unit: $(VENV)/dev-ok  ## Run the laws that need no ML framework
 	$(TEST_ENV) $(BIN)/pytest $(IN_PARALLEL) $(TIER1)
 
 .PHONY: test-e2e-workflow
-test-e2e-workflow: test-unit  ## Tier 1: config, templates, data sets, workflow, memory estimate, errors
+test-e2e-workflow: $(WORKFLOW_VENV)/ok  ## Tier 1, with no ML framework installed: config, data, templates, workflow, errors
+	$(TEST_ENV) $(WORKFLOW_VENV)/bin/pytest $(IN_PARALLEL) $(TIER1)
 
 .PHONY: test-e2e-real-model
 test-e2e-real-model:  ## Tier 2: train real models and judge the five criteria (needs FT_REAL_MODEL_ENABLE=1)
@@ -107,4 +118,4 @@ check: lint types test  ## What CI runs
 
 .PHONY: clean
 clean:  ## Remove the environments and everything that was built
-	rm -rf $(VENV) .peers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(WORKFLOW_VENV) .peers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
