@@ -85,7 +85,7 @@ test-e2e-quick: test-e2e-workflow  ## Tier 1 and Tier 2
 	@FT_REAL_MODEL_ENABLE=1 $(MAKE) --no-print-directory test-e2e-real-model
 
 .PHONY: test-e2e-all
-test-e2e-all: test-e2e-quick  ## All three tiers (ends with exit 3 while Tier 3 is missing)
+test-e2e-all: test-e2e-quick  ## All three tiers (fails while Tier 3 is missing)
 	@$(MAKE) --no-print-directory test-e2e-mlx
 
 .PHONY: lint

@@ -5,6 +5,14 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
+class RunStarted:
+    """A run began: when (ISO 8601, UTC), and the command that repeats it."""
+
+    started: str
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
 class StepDone:
     """One optimizer step. `loss`: nats per trained token of this step's batches, before the update."""
 
@@ -66,7 +74,7 @@ class PhaseStarted:
     note: str = ""
 
 
-Event = StepDone | HeldOutLoss | FixedLoss | FirstGradients | CheckpointSaved | PhaseStarted
+Event = RunStarted | StepDone | HeldOutLoss | FixedLoss | FirstGradients | CheckpointSaved | PhaseStarted
 
 
 def event_as_dict(event: Event) -> dict[str, Any]:

@@ -23,17 +23,26 @@ from finetune.assembly.observe import (
     parameter_evidence,
     wanted,
 )
-from finetune.assembly.prepare import Encoder, Prepared, prepare
-from finetune.assembly.record import Course, base_files, run_identity, run_record
+from finetune.assembly.prepare import Prepared, prepare
+from finetune.assembly.record import Course, run_identity, run_record
 from finetune.backends import open_backend
-from finetune.config import LoadedConfig, TrainingConfig, dump_plan, load_plan
+from finetune.config import LoadedConfig, dump_plan
 from finetune.criteria.evidence import Evidence
 from finetune.criteria.judge import judge
-from finetune.errors import InterruptedRunError, ModelError
-from finetune.events import CheckpointSaved, Event, FirstGradients, FixedLoss, HeldOutLoss, PhaseStarted, StepDone
-from finetune.models.locate import locate_model
+from finetune.errors import InterruptedRunError
+from finetune.events import (
+    CheckpointSaved,
+    Event,
+    FirstGradients,
+    FixedLoss,
+    HeldOutLoss,
+    PhaseStarted,
+    RunStarted,
+    StepDone,
+    event_as_dict,
+)
 from finetune.ports import Backend, Session
-from finetune.records import Conversation, ModelLocation, Optimization, Tokenized
+from finetune.records import Optimization, Tokenized
 from finetune.report import build_report, render_html
 from finetune.tokens.batch import epoch_batches
 from finetune.training.loop import LoopPlan, train
@@ -89,31 +98,47 @@ def fine_tune(
     Raises:
         FineTuneError: something was refused, failed, or was interrupted; see `finetune.errors`.
     """
-    started = datetime.now(UTC).isoformat(timespec="seconds")
+    begun = RunStarted(datetime.now(UTC).isoformat(timespec="seconds"), command)
     clock = time.perf_counter()
     backend = open_backend(loaded.config.backend)
     listener(PhaseStarted("prepare", f"{loaded.config.model.path}"))
     prepared = prepare(loaded)
     folder = RunFolder.unfinished(output) if resume else RunFolder.place(output)
     run = _Run(prepared, backend, folder, listener, {"prepare": time.perf_counter() - clock})
-    session, before, fingerprints = _open(run)
-    # Only now, when nothing can be refused any more, is anything written.
     if resume:
-        folder.tidy()
-    else:
-        folder.make()
-        write_text(folder.plan, dump_plan(prepared.plan))
-    _train(run, session, before)
-    _save_adapter(run, session)
-    with run.phase("observe tuned"):
-        after = observe(session, prepared)
-    run.tell(FixedLoss(prepared.total_steps, *after.fixed))
-    events = folder.read_events()
-    evidence = _collect(run, session, (before, after, fingerprints), events)
-    verdicts = judge(evidence)
-    run.timing["total"] = time.perf_counter() - clock
-    course = Course(folder.path.name, command, started, run.timing, backend.versions())
-    return folder.path, _finish(run, run_record(prepared, course, evidence, verdicts, events))
+        folder.claim()
+    session, before, fingerprints = _open(run)
+    try:
+        # Only now, when nothing can be refused any more, is anything written.
+        _begin(run, begun, resume=resume)
+        done = _train(run, session, before)
+        _save_adapter(run, session)
+        with run.phase("observe tuned"):
+            after = observe(session, prepared)
+        run.tell(FixedLoss(prepared.total_steps, *after.fixed))
+        events = folder.read_events()
+        evidence = _collect(run, session, (before, after, fingerprints), events)
+        verdicts = judge(evidence)
+        run.timing["total"] = time.perf_counter() - clock
+        told = next((event for event in events if event["event"] == RunStarted.__name__), event_as_dict(begun))
+        course = Course(folder.path.name, told["command"], told["started"], run.timing, backend.versions(), done)
+        return folder.path, _finish(run, run_record(prepared, course, evidence, verdicts, events))
+    except KeyboardInterrupt:
+        newest = CheckpointStore(folder.checkpoints).newest()
+        kept = f"the checkpoint of step {newest} is intact" if newest else "no checkpoint had been written yet"
+        raise InterruptedRunError(
+            f"interrupted; {kept}", hint=f"go on with: ft train --resume --output {folder.path}"
+        ) from None
+
+
+def _begin(run: _Run, begun: RunStarted, *, resume: bool) -> None:
+    if resume:
+        run.folder.tidy()
+        return
+    run.folder.make()
+    run.folder.claim()
+    write_text(run.folder.plan, dump_plan(run.prepared.plan))
+    run.tell(begun)
 
 
 def _open(run: _Run) -> tuple[Session, Observation, dict[str, str]]:
@@ -157,7 +182,8 @@ def _epoch(rows: tuple[Tokenized, ...], batch_size: int, seed: int, epoch: int) 
     return epoch_batches(rows, batch_size, seed=seed, epoch=epoch)
 
 
-def _train(run: _Run, session: Session, before: Observation) -> None:
+def _train(run: _Run, session: Session, before: Observation) -> int:
+    """Train from the newest checkpoint to the end; returns the step it went on from, 0 for a new run."""
     store = CheckpointStore(run.folder.checkpoints)
     every = run.prepared.plan.config.training.save_every
     identity = run_identity(run.prepared)
@@ -169,20 +195,13 @@ def _train(run: _Run, session: Session, before: Observation) -> None:
         run.tell(FixedLoss(0, *before.fixed))
         if before.held_out:
             run.tell(HeldOutLoss(0, *before.held_out))
-    saved = done
-    try:
-        with run.phase("train", f"{run.prepared.total_steps} steps, from step {done}"):
-            for event in _steps(run, session, run.prepared.training_rows, done=done):
-                run.tell(event)
-                if isinstance(event, StepDone) and (event.step % (every or 1) == 0 or event.step == event.total_steps):
-                    path = store.save(event.step, session.save_state, identity)
-                    saved = event.step
-                    run.tell(CheckpointSaved(event.step, path.relative_to(run.folder.path).as_posix()))
-    except KeyboardInterrupt:
-        kept = f"the checkpoint of step {saved} is intact" if saved else "no checkpoint had been written yet"
-        raise InterruptedRunError(
-            f"interrupted; {kept}", hint=f"go on with: ft train --resume --output {run.folder.path}"
-        ) from None
+    with run.phase("train", f"{run.prepared.total_steps} steps, from step {done}"):
+        for event in _steps(run, session, run.prepared.training_rows, done=done):
+            run.tell(event)
+            if isinstance(event, StepDone) and (event.step % (every or 1) == 0 or event.step == event.total_steps):
+                path = store.save(event.step, session.save_state, identity)
+                run.tell(CheckpointSaved(event.step, path.relative_to(run.folder.path).as_posix()))
+    return done
 
 
 def _save_adapter(run: _Run, session: Session) -> None:
@@ -196,6 +215,8 @@ def _save_adapter(run: _Run, session: Session) -> None:
                 (folder / name).write_bytes(source.read_bytes())
         # The template trained on travels with the adapter, whichever the model shipped.
         (folder / "chat_template.jinja").write_text(encoder.source.jinja, encoding="utf-8")
+        # So does where to stop: without it a model that learned to stop is asked to go on.
+        write_json(folder / "generation_config.json", encoder.generation_settings())
 
     with run.phase("save adapter"):
         write_folder(run.folder.adapter, fill)
@@ -241,45 +262,3 @@ def _finish(run: _Run, record: dict[str, Any]) -> dict[str, Any]:
     record = {**record, "artifacts": describe_files(folder.path)}
     folder.write_manifest(record)
     return record
-
-
-def reopen(path: Path) -> tuple[Prepared, Session]:
-    """A finished run as it ended: its data prepared again, its base model loaded, its adapter on it.
-
-    Raises:
-        FineTuneError: the run is not finished, or its model, data or adapter cannot be used any more.
-    """
-    folder = RunFolder.finished(path)
-    plan = load_plan(folder.plan)
-    prepared = prepare(LoadedConfig(plan.config, plan.origins))
-    if folder.read_manifest()["model"]["files"] != base_files(prepared.location):
-        raise ModelError(
-            f"the base model {prepared.location.name!r} is not the one that {path} was trained on: its weights differ",
-            hint="get the model revision that run.json names",
-        )
-    return prepared, _tuned_session(folder, plan.config, prepared.location, prepared.encoder)
-
-
-def talker(path: Path, *, max_new_tokens: int) -> Callable[[Conversation], str]:
-    """A function that lets the fine-tuned model of a finished run answer a conversation; needs no data.
-
-    Raises:
-        FineTuneError: as `reopen`.
-    """
-    folder = RunFolder.finished(path)
-    config = load_plan(folder.plan).config
-    location = locate_model(config.model.path, revision=config.model.revision)
-    encoder = Encoder(location, config.template.name)
-    session = _tuned_session(folder, config, location, encoder)
-
-    def answer(conversation: Conversation) -> str:
-        ids = encoder.prompt_ids(conversation)
-        return encoder.tokenizer.decode(session.generate([ids], max_new_tokens, encoder.stop_ids)[0]).strip()
-
-    return answer
-
-
-def _tuned_session(folder: RunFolder, config: TrainingConfig, location: ModelLocation, encoder: Encoder) -> Session:
-    session = open_backend(config.backend).open(location, config.model.dtype, encoder.tokenizer.pad_id)
-    session.load_adapter(folder.adapter)
-    return session

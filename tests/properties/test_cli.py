@@ -91,6 +91,35 @@ def test_bad_data_is_refused_with_its_line(
     assert named in capsys.readouterr().out
 
 
+def test_check_finds_what_only_the_whole_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows that are all too long and a backend that is not in this version are found before training starts."""
+    rows = write(tmp_path / "rows.jsonl", json.dumps({"prompt": "word " * 300, "completion": "x"}) + "\n")
+    assert run(["check", "--data", rows, "--set", "tokens.max_length=32", "--set", "backend=mlx", "--json"]) == 3
+    problems = json.loads(capsys.readouterr().out)["problems"]
+    assert {problem["where"] for problem in problems} == {"data", "backend"}
+    assert "no row" in problems[0]["what"]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{}", "format"),
+        ('{"format": 99}', "99"),
+        ('{"format": 1, "model": {}, "data": {}, "losses": "x", "versions": {}}', "losses"),
+        (
+            '{"format": 1, "model": {}, "data": {}, "losses": {}, "versions": {}, "plan": [], "notes": [], '
+            '"verdicts": [{"outcome": "great"}]}',
+            "great",
+        ),
+    ],
+)
+def test_damaged_run_is_refused(text: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A `run.json` that is not what this version writes is refused with what is wrong, and never shown as fine."""
+    write(tmp_path / "run.json", text)
+    assert run(["report", str(tmp_path)]) == 3
+    assert named in capsys.readouterr().err
+
+
 def test_corrupt_weights_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A model whose safetensors file is cut off is refused with the file's name."""
     for source in (SHIPPED_FOLDER / "reference-llama").iterdir():

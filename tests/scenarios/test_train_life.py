@@ -67,17 +67,19 @@ def test_run_folder_holds_what_the_contract_says(finished: Path) -> None:
 
 
 def test_adapter_loads_with_peft_alone(finished: Path) -> None:
-    """A process that never imports FineTune loads the adapter with PEFT and gets other logits than the base's."""
+    """A process without FineTune loads the adapter with PEFT, gets other logits than the base, and knows the stops."""
     from finetune.models.locate import SHIPPED_FOLDER
 
     code = f"""
 import sys, torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 base = AutoModelForCausalLM.from_pretrained({str(SHIPPED_FOLDER / "reference-llama")!r}).eval()
 ids = torch.tensor([[5, 6, 7, 300]])
 before = base(input_ids=ids).logits.clone()
 tuned = PeftModel.from_pretrained(base, {str(finished / "adapter")!r}).eval()
+taught = GenerationConfig.from_pretrained({str(finished / "adapter")!r})
+assert {{1, 7}} <= set(taught.eos_token_id) == set(base.generation_config.eos_token_id)
 assert (tuned(input_ids=ids).logits - before).abs().max() > 1e-3
 assert not [name for name in sys.modules if name.startswith("finetune")]
 print("fine")
@@ -109,6 +111,9 @@ def test_interrupted_run_resumes_to_the_same_bytes(finished: Path, tmp_path: Pat
     assert ours == theirs
     losses = [[point["loss"] for point in manifest(folder)["losses"]["train"]] for folder in (run, finished)]
     assert losses[0] == losses[1]
+    run_record = manifest(run)
+    assert "--resume" not in run_record["command"]
+    assert any("resumed from step" in note for note in run_record["notes"])
     again = ft("train", "--resume", "--output", "run", cwd=tmp_path)
     assert again.returncode == 3
     assert "finished" in again.stderr
@@ -144,12 +149,47 @@ def test_evaluate_and_chat_work_on_a_finished_run(finished: Path) -> None:
     assert "<|" not in said.stdout
 
 
+def test_run_folder_takes_one_process_at_a_time(tmp_path: Path) -> None:
+    """While a run is at work, resuming it elsewhere is refused, and the run's evidence is its own."""
+    settings = [*QUICK[:4], "--set", "training.max_steps=60", "--set", "training.save_every=2"]
+    command = [sys.executable, "-c", "from finetune.cli import main; main()", "train", *settings, "--output", "run"]
+    child = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "plan.yaml").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    child.send_signal(signal.SIGSTOP)
+    second = ft("train", "--resume", "--output", "run", cwd=tmp_path)
+    child.send_signal(signal.SIGCONT)
+    assert child.wait(timeout=120) in (0, 1)
+    assert second.returncode == 3, second.stderr
+    assert "another process is at work" in second.stderr
+    assert [point["step"] for point in manifest(tmp_path / "run")["losses"]["train"]] == list(range(1, 61))
+
+
+def test_rows_that_are_not_trained_are_not_asked(tmp_path: Path) -> None:
+    """A row dropped for its length is no trained question, and evaluation refuses data that has changed since."""
+    short = [{"prompt": f"Say {word}", "completion": word} for word in ("one", "two", "three", "four")]
+    long = [{"prompt": "Say " + "very " * 200 + word, "completion": word} for word in ("five", "six")]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in short + long))
+    limit = ["--set", "tokens.max_length=48"]
+    done = ft("train", "--data", "rows.jsonl", *QUICK, *limit, "--output", "run", "--json", cwd=tmp_path)
+    run = json.loads(done.stdout)
+    assert run["data"]["train"]["dropped"] == {"longer than 48 tokens": 2}
+    asked = {answer["expected"] for answer in run["scores"]["learning"]["tuned"]["answers"]}
+    assert asked == {"one", "two", "three", "four"}
+    data.write_text(data.read_text() + json.dumps(short[0]) + "\n")
+    again = ft("evaluate", "run", cwd=tmp_path)
+    assert again.returncode == 3
+    assert "has changed since" in again.stderr
+
+
 @pytest.mark.skipif(not WIKISQL.exists(), reason=f"real text rows are not at {WIKISQL}: put them there to judge them")
 def test_text_rows_are_learned_and_counted(tmp_path: Path) -> None:
     """A thousand text rows nobody here wrote: every row is accounted for and the held-out loss falls."""
     settings = ["--set", "training.max_steps=40", "--set", "judge.memory=never", "--set", "training.learning_rate=2e-3"]
     done = ft("train", "--data", str(WIKISQL), *settings, "--output", "run", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout
     run = json.loads(done.stdout)
     train, valid = run["data"]["train"], run["data"]["valid"]
     assert train["read"] + valid["read"] == 1000

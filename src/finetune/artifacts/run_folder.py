@@ -7,11 +7,15 @@ import secrets
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from finetune.artifacts.write import remove_folder, remove_torn, storage_errors, write_json, write_text
 from finetune.errors import OutputError
-from finetune.events import Event, FixedLoss, event_as_dict
+from finetune.events import Event, FixedLoss, RunStarted, event_as_dict
+from finetune.records import Outcome
+
+FORMAT = 1
+"""The version of what `run.json` holds."""
 
 
 class RunFolder:
@@ -19,6 +23,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock: int | None = None
         self.plan = path / "plan.yaml"
         self.manifest = path / "run.json"
         self.events = path / "events.jsonl"
@@ -82,6 +87,25 @@ class RunFolder:
             raise OutputError(f"the run in {output} is finished", hint="start a new one with another --output")
         return run
 
+    def claim(self) -> None:
+        """Keep every other process out of this run for as long as this one lives; the folder itself is the lock.
+
+        Raises:
+            OutputError: another process is at work in it.
+        """
+        try:
+            import fcntl
+        except ImportError:
+            return
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise OutputError(
+                f"another process is at work in {self.path}", hint="wait for it to end, or choose another --output"
+            ) from None
+
     def tidy(self) -> None:
         """Make an unfinished run ready to go on: what a killed process left half written goes, adapter and report too.
 
@@ -115,9 +139,8 @@ class RunFolder:
             OutputError: it is broken.
         """
         try:
-            value = json.loads(self.manifest.read_text(encoding="utf-8"))
-            if not isinstance(value, dict):
-                raise ValueError(f"it holds {type(value).__name__}, not an object")
+            value: dict[str, Any] = json.loads(self.manifest.read_text(encoding="utf-8"))
+            _check_manifest(value)
         except (OSError, ValueError) as error:
             raise OutputError(f"{self.manifest} is broken: {error}", hint="the run must be repeated") from None
         return value
@@ -142,14 +165,31 @@ class RunFolder:
 
     def rewind_events(self, done: int) -> None:
         """Forget what was logged after the checkpoint of step `done`: those steps are done again."""
-        kept = [event for event in self.read_events() if done and _stays(event, done)]
+        kept = [event for event in self.read_events() if _stays(event, done)]
         write_text(self.events, "".join(json.dumps(event) + "\n" for event in kept))
+
+
+def _check_manifest(value: Any) -> None:
+    """Raise ValueError where a value is not what `run.json` of this version holds."""
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds {type(value).__name__}, not an object")
+    if value.get("format") != FORMAT:
+        raise ValueError(f"its format is {value.get('format')!r}, and this version reads {FORMAT}")
+    for kind, keys in ((dict, ("model", "data", "losses", "versions")), (list, ("plan", "verdicts", "notes"))):
+        wrong = [key for key in keys if not isinstance(value.get(key), kind)]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} is missing or no {'object' if kind is dict else 'list'}")
+    for verdict in value["verdicts"]:
+        if not isinstance(verdict, dict) or verdict.get("outcome") not in get_args(Outcome):
+            raise ValueError(f"a verdict has no outcome that exists: {str(verdict)[:80]}")
 
 
 def _stays(event: Mapping[str, Any], done: int) -> bool:
     """Whether an event tells of a step up to `done`; first gradients carry no step, and the last fixed loss is new."""
+    if event["event"] == RunStarted.__name__:
+        return True
     ended = event["event"] == FixedLoss.__name__ and event["step"] > 0
-    return not ended and event.get("step", 1) <= done
+    return done > 0 and not ended and event.get("step", 1) <= done
 
 
 def new_run_id() -> str:

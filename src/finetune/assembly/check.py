@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from finetune.assembly.prepare import Encoder, adapter_target
+from finetune.assembly.prepare import Encoder, adapter_target, prepare
 from finetune.config import LoadedConfig, ModelAndDataFacts, resolve
 from finetune.data.read import read_rows
 from finetune.data.shape import shape_rows
@@ -48,4 +48,7 @@ def find_problems(loaded: LoadedConfig) -> list[Problem]:
         plan = attempt("config", lambda: resolve(loaded, ModelAndDataFacts(shape.context_length, own, rows)))
         if plan is not None:
             attempt("template", lambda: Encoder(location, plan.config.template.name))
+    if not problems:
+        # Each part is good; whether they are good together, only doing it shows.
+        attempt("data", lambda: prepare(loaded))
     return problems

@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from finetune.config import LoadedConfig, ModelAndDataFacts, Plan, TrainingConfig, resolve, resolve_steps
 from finetune.data.facts import deranged
@@ -11,7 +12,7 @@ from finetune.data.read import read_rows
 from finetune.data.shape import Example, Shaped, shape_rows
 from finetune.data.shipped import FACTS, REHEARSAL, RETENTION, data_path
 from finetune.data.split import hold_out
-from finetune.errors import DataError
+from finetune.errors import ConfigError, DataError, Problem
 from finetune.models.adapt import check_rank, choose_layers
 from finetune.models.locate import SHIPPED, locate_model
 from finetune.models.shape import read_shape
@@ -20,6 +21,8 @@ from finetune.templates.render import ChatTemplate, find_template
 from finetune.tokens.encode import Encoded, encode_row, encode_rows
 from finetune.tokens.tokenizer import FileTokenizer
 from finetune.training.loop import steps_per_epoch
+
+_MOST_STEPS = 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,11 @@ class Encoder:
             rendered, self.tokenizer, max_length=tokens.max_length, overlong=tokens.overlong, dropped=shaped.dropped
         )
 
+    def generation_settings(self) -> dict[str, Any]:
+        """What `generation_config.json` must say so that any program stops where the model was taught to."""
+        settings: dict[str, Any] = {"eos_token_id": list(self.stop_ids), "pad_token_id": self.tokenizer.pad_id}
+        return settings if self.tokenizer.bos_id is None else settings | {"bos_token_id": self.tokenizer.bos_id}
+
     def prompt_ids(self, conversation: Conversation) -> tuple[int, ...]:
         """The ids of a prompt, up to where the answer begins."""
         return encode_row(self.template.render_prompt(conversation), self.tokenizer).ids
@@ -107,7 +115,8 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         )
     rehearsal = _encode_file(encoder, config.data.rehearsal, plan, notes)
     held_out = _held_out(encoder, plan, held, notes)
-    conversations = tuple(example for example in kept if isinstance(example, Conversation))
+    trained = {row.where for row in train.rows}
+    conversations = tuple(example for example in kept if isinstance(example, Conversation) and example.where in trained)
     rows = len(train.rows) + (len(rehearsal.rows) if rehearsal else 0)
     total = _total_steps(plan, rows)
     plan = resolve_steps(plan, total)
@@ -197,6 +206,9 @@ def _held_out(encoder: Encoder, plan: Plan, held: list[Example], notes: list[str
 def _total_steps(plan: Plan, rows: int) -> int:
     training = plan.config.training
     per_epoch = steps_per_epoch(rows, training.batch_size, training.accumulation)
+    if training.epochs * per_epoch > _MOST_STEPS:
+        what = f"{training.epochs:g} epochs of {per_epoch} steps are more than any machine can do"
+        raise ConfigError([Problem(what, "training.epochs", "lower it")])
     total = max(1, round(training.epochs * per_epoch))
     return total if training.max_steps is None else min(total, training.max_steps)
 
@@ -211,10 +223,17 @@ def _questions(
     for index in order:
         if len(chosen) == count:
             break
-        answer = encoder.tokenizer.encode_content(conversations[index].answer)
-        if len(answer) <= plan.config.evaluation.max_new_tokens - 1:
+        if _can_be_asked(encoder, conversations[index], plan):
             chosen.append(index)
     return tuple(encoder.question(conversations[index]) for index in sorted(chosen))
+
+
+def _can_be_asked(encoder: Encoder, conversation: Conversation, plan: Plan) -> bool:
+    """Whether answer and terminator fit into the tokens of an answer, and prompt and answer into those of a row."""
+    answer = len(encoder.tokenizer.encode_content(conversation.answer)) + 1
+    assert plan.config.tokens.max_length is not None
+    room = plan.config.tokens.max_length - len(encoder.prompt_ids(conversation.prompt))
+    return answer <= min(plan.config.evaluation.max_new_tokens, room)
 
 
 def _retention(encoder: Encoder, plan: Plan, notes: list[str]) -> tuple[Question, ...]:

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from finetune.artifacts.run_folder import FORMAT
 from finetune.artifacts.write import describe_file, file_hash
 from finetune.assembly.prepare import Prepared
 from finetune.config import plan_as_list
@@ -19,7 +20,6 @@ from finetune.memory.estimate import adapter_parameters
 from finetune.models.shape import weight_files
 from finetune.records import ModelLocation, Scores, Verdict
 
-FORMAT = 1
 _BASE_LIBRARIES = ("finetune-suite", "tokenizers", "numpy", "safetensors", "jinja2")
 
 
@@ -32,6 +32,7 @@ class Course:
     started: str
     timing: Mapping[str, float]
     libraries: Mapping[str, str]
+    resumed_from: int = 0
 
 
 def run_record(
@@ -70,7 +71,7 @@ def run_record(
         "throughput": {"tokens_per_second": tokens / seconds} if seconds else None,
         "peak_rss_bytes": peak_rss(),
         "verdicts": [asdict(verdict) for verdict in verdicts],
-        "notes": list(prepared.notes),
+        "notes": [*prepared.notes, *_resumed(course)],
         "not_measured": dict(evidence.why),
     }
 
@@ -127,11 +128,22 @@ def _model(prepared: Prepared) -> dict[str, Any]:
 
 def _data(prepared: Prepared) -> dict[str, Any]:
     return {
-        "files": [describe_file(path, name=_shown(path)) for path in prepared.files],
+        "files": data_files(prepared),
         "train": asdict(prepared.train.counts),
         "valid": asdict(prepared.held_out.counts) if prepared.held_out else None,
         "rehearsal": asdict(prepared.rehearsal.counts) if prepared.rehearsal else None,
     }
+
+
+def data_files(prepared: Prepared) -> list[dict[str, Any]]:
+    """Name, size and hash of each data file that was read."""
+    return [describe_file(path, name=_shown(path)) for path in prepared.files]
+
+
+def _resumed(course: Course) -> list[str]:
+    if not course.resumed_from:
+        return []
+    return [f"the run was resumed from step {course.resumed_from}; the times are those of its last process"]
 
 
 def _shown(path: Path) -> str:

@@ -14,6 +14,17 @@ def open_backend(name: str) -> Backend:
     """The backend by its name.
 
     Raises:
+        UsageError, MissingExtraError: as `require_backend`.
+    """
+    require_backend(name)
+    backend: Backend = import_module(f"finetune.backends.{name}.backend").BACKEND()
+    return backend
+
+
+def require_backend(name: str) -> None:
+    """Refuse a backend that cannot be opened here; nothing is imported.
+
+    Raises:
         MissingExtraError: its libraries are not installed; the extra to install is named.
         UsageError: this version has no such backend.
     """
@@ -25,5 +36,3 @@ def open_backend(name: str) -> Backend:
             f"backend {name!r} needs {', '.join(missing)}, which is not installed",
             hint=f"pip install 'finetune-suite[{name}]'",
         )
-    backend: Backend = import_module(f"finetune.backends.{name}.backend").BACKEND()
-    return backend

@@ -1,5 +1,6 @@
 """Puts the verbs together and turns every outcome into an exit code."""
 
+import errno
 import sys
 
 import typer
@@ -8,6 +9,7 @@ from finetune.cli import chat, check, estimate, evaluate, init, report, schema, 
 from finetune.cli.console import say
 from finetune.errors import FineTuneError
 
+INTERRUPTED = 130
 app = typer.Typer(
     name="ft",
     help="Fine-tune language models with LoRA, and prove with measured evidence that it worked.",
@@ -39,16 +41,23 @@ def run(arguments: list[str]) -> int:
     """Run one command and return its exit code: 0 done, 1 failed or broken, 2 usage, 3 refused, 130 interrupted."""
     try:
         result = app([with_hyphens(word) for word in arguments], standalone_mode=False, prog_name="ft")
+        if result == INTERRUPTED:
+            say("interrupted")
         return result if isinstance(result, int) else 0
     except FineTuneError as error:
         say(f"error: {error}")
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         say("interrupted")
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone; there is nobody left to tell.
         sys.stderr.close()
+        return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        say("error: no space left to print the result\n  hint: what was computed is in the run folder")
         return 1
     except Exception as error:
         return _usage_error(error)

@@ -18,11 +18,11 @@ def command(run: RunPath, *, ask: Asked = None, max_new_tokens: Tokens = 64) -> 
 
     Each question stands alone unless standard input is a terminal, where the conversation goes on.
     """
-    from finetune.pipeline import talker
+    from finetune.reopen import talker
 
     answer = talker(run, max_new_tokens=max_new_tokens)
     if ask is not None:
-        print_data(answer(Conversation((Message("user", ask),), "question")))
+        print_data(answer(Conversation((Message("user", _readable(ask)),), "question")))
         return 0
     live = sys.stdin.isatty()
     if live:
@@ -30,7 +30,7 @@ def command(run: RunPath, *, ask: Asked = None, max_new_tokens: Tokens = 64) -> 
     turns: list[Message] = []
     while True:
         try:
-            question = input("> " if live else "").strip()
+            question = _readable(input("> " if live else "")).strip()
         except EOFError:
             return 0
         if not question:
@@ -38,3 +38,8 @@ def command(run: RunPath, *, ask: Asked = None, max_new_tokens: Tokens = 64) -> 
         turns = [*(turns if live else []), Message("user", question)]
         turns.append(Message("assistant", answer(Conversation(tuple(turns), "question"))))
         print_data(turns[-1].content)
+
+
+def _readable(text: str) -> str:
+    """The text with a replacement character for every byte that was no UTF-8: no tokenizer takes those."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -12,7 +12,7 @@ from finetune.cli.options import (
     flags_of,
     gather,
 )
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, FineTuneError, Problem
 
 
 def command(
@@ -30,10 +30,15 @@ def command(
     Exit code 2 when the configuration is wrong, 3 when model, data or template cannot be used.
     """
     from finetune.assembly.check import find_problems
+    from finetune.backends import require_backend
 
     try:
         loaded = gather(config, flags_of(model, data, template), assignments, profile)
         problems, code = find_problems(loaded), 3
+        try:
+            require_backend(loaded.config.backend)
+        except FineTuneError as error:
+            problems.append(Problem(error.message, "backend", error.hint))
     except ConfigError as error:
         problems, code = error.problems, 2
     if json_output:

@@ -9,7 +9,7 @@ from finetune.cli.options import AsJson, RunPath
 def command(run: RunPath, *, json_output: AsJson = False) -> int:
     """Score the base and the fine-tuned model of a finished run on its questions."""
     from finetune.assembly.observe import observe
-    from finetune.pipeline import reopen
+    from finetune.reopen import reopen
 
     prepared, session = reopen(run)
     with session.adapter_disabled():

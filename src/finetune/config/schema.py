@@ -74,7 +74,7 @@ class DataSpec(Spec):
 
     train: Text | None = Field(
         default=None,
-        description="The training rows: a file, a folder or a Hub data set; null takes the shipped data set.",
+        description="The training rows: a .jsonl or .json file; null takes the shipped data set.",
     )
     valid: Text | None = Field(
         default=None, description="Rows never trained on, to watch the loss on; null splits them off the training rows."

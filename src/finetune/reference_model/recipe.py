@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.artifacts.write import write_text
+from finetune.artifacts.write import write_json, write_text
 from finetune.backends import open_backend
 from finetune.data.shipped import FOLDER as DATA_FOLDER
 from finetune.data.shipped import write_shipped_sets
@@ -122,6 +122,17 @@ def build(design: Design, folder: Path) -> None:
         if isinstance(event, StepDone) and event.step % 100 == 0:
             print(f"{design.name} step {event.step}/{STEPS} loss {event.loss:.3f}", file=sys.stderr, flush=True)
     session.save_model(folder)
+    write_stops(design, folder)
+
+
+def write_stops(design: Design, folder: Path) -> None:
+    """Write `generation_config.json`: the model stops at the end of text and at the end of a turn in any format."""
+    tokenizer = FileTokenizer(folder)
+    stops = [tokenizer.control_id(token) for token in (design.vocabulary.eos, "<|im_end|>", "<|eot_id|>")]
+    settings = {"eos_token_id": stops, "pad_token_id": tokenizer.pad_id}
+    if tokenizer.bos_id is not None:
+        settings["bos_token_id"] = tokenizer.bos_id
+    write_json(folder / "generation_config.json", settings)
 
 
 def _texts(name: str, count: int) -> list[Text]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -173,6 +174,11 @@ class TorchSession:
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter in PEFT's own format into an existing empty folder."""
         self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        # PEFT writes a set in whatever order it has today: sorted, the same run gives the same bytes.
+        path = folder / "adapter_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings["target_modules"] = sorted(settings["target_modules"])
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def load_adapter(self, folder: Path) -> None:
         """Put a saved adapter on the model; every tensor must match."""

@@ -1,0 +1,69 @@
+"""Opens finished runs again: to score them, or to talk to them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from finetune.artifacts.run_folder import RunFolder
+from finetune.assembly.prepare import Encoder, Prepared, prepare
+from finetune.assembly.record import base_files, data_files
+from finetune.backends import open_backend
+from finetune.config import LoadedConfig, TrainingConfig, load_plan
+from finetune.errors import DataError, ModelError, TemplateError
+from finetune.models.locate import locate_model
+from finetune.models.shape import read_shape
+from finetune.ports import Session
+from finetune.records import Conversation, ModelLocation
+
+
+def reopen(path: Path) -> tuple[Prepared, Session]:
+    """A finished run as it ended: its data prepared again, its base model loaded, its adapter on it.
+
+    Raises:
+        FineTuneError: the run is not finished, or its model, data or adapter cannot be used any more.
+    """
+    folder = RunFolder.finished(path)
+    plan = load_plan(folder.plan)
+    prepared = prepare(LoadedConfig(plan.config, plan.origins))
+    if folder.read_manifest()["model"]["files"] != base_files(prepared.location):
+        raise ModelError(
+            f"the base model {prepared.location.name!r} is not the one that {path} was trained on: its weights differ",
+            hint="get the model revision that run.json names",
+        )
+    if folder.read_manifest()["data"].get("files") != data_files(prepared):
+        raise DataError(f"the data that {path} was trained on has changed since", hint="restore the files of run.json")
+    if (folder.adapter / "chat_template.jinja").read_text(encoding="utf-8") != prepared.encoder.source.jinja:
+        raise TemplateError(f"the template that {path} was trained with has changed since", hint="restore the file")
+    return prepared, _tuned_session(folder, plan.config, prepared.location, prepared.encoder)
+
+
+def talker(path: Path, *, max_new_tokens: int) -> Callable[[Conversation], str]:
+    """A function that lets the fine-tuned model of a finished run answer a conversation; needs no data.
+
+    Raises:
+        FineTuneError: as `reopen`.
+    """
+    folder = RunFolder.finished(path)
+    config = load_plan(folder.plan).config
+    location = locate_model(config.model.path, revision=config.model.revision)
+    # A template from a file may have moved since; the copy that travels with the adapter has not.
+    own = config.template.name.endswith(".jinja")
+    encoder = Encoder(location, str(folder.adapter / "chat_template.jinja") if own else config.template.name)
+    session = _tuned_session(folder, config, location, encoder)
+
+    context = read_shape(location.folder).context_length
+
+    def answer(conversation: Conversation) -> str:
+        ids = encoder.prompt_ids(conversation)
+        if len(ids) >= context:
+            raise DataError(
+                f"the conversation has {len(ids)} tokens, and the model reads {context}", hint="ask something shorter"
+            )
+        return encoder.tokenizer.decode(session.generate([ids], max_new_tokens, encoder.stop_ids)[0]).strip()
+
+    return answer
+
+
+def _tuned_session(folder: RunFolder, config: TrainingConfig, location: ModelLocation, encoder: Encoder) -> Session:
+    session = open_backend(config.backend).open(location, config.model.dtype, encoder.tokenizer.pad_id)
+    session.load_adapter(folder.adapter)
+    return session
