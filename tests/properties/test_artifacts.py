@@ -257,9 +257,8 @@ def test_run_folder_unfinished_is_a_plan_without_a_manifest(tmp_path: Path, monk
 
 def test_run_folder_finished_needs_the_manifest(tmp_path: Path) -> None:
     """A run exists when its run.json does; one that is not finished is told how to go on."""
-    whole = dict.fromkeys(("model", "data", "losses", "versions"), {}) | dict.fromkeys(
-        ("plan", "verdicts", "notes"), []
-    )
+    whole: dict[str, object] = {key: {} for key in ("model", "data", "losses", "versions")}
+    whole |= {key: [] for key in ("plan", "verdicts", "notes")}
     _run(tmp_path / "done", manifest=json.dumps({"format": 1, **whole}))
     assert RunFolder.finished(tmp_path / "done").read_manifest() == {"format": 1, **whole}
     _run(tmp_path / "half")

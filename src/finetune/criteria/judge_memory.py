@@ -41,6 +41,10 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
 
 
+def _say_less(share: float) -> str:
+    return f"{abs(share):.0%} {'less' if share >= 0 else 'more'}"
+
+
 def _judge_tensors(memory: MemoryEvidence) -> Verdict:
     lora, full = memory.lora, memory.full
     less = TrainingSuccessValidator.memory_reduction(full.peak_tensors, lora.peak_tensors)
@@ -50,7 +54,7 @@ def _judge_tensors(memory: MemoryEvidence) -> Verdict:
         reason += "; activations and logits outweigh what LoRA saves at these sizes"
     return Verdict(
         "memory-efficiency", _TITLES["memory-efficiency"], 3, outcome,
-        f"{less:.0%} less ({_megabytes(lora.peak_tensors)} against {_megabytes(full.peak_tensors)})", "> 30 % less",
+        f"{_say_less(less)} ({_megabytes(lora.peak_tensors)} against {_megabytes(full.peak_tensors)})", "> 30 % less",
         reason, numbers={"reduction": less},
     )  # fmt: skip
 
@@ -61,7 +65,7 @@ def _judge_exact(memory: MemoryEvidence) -> Verdict:
     less = TrainingSuccessValidator.memory_reduction(full, lora)
     return Verdict(
         "memory-exact", _TITLES["memory-exact"], 3, "holds" if less > MIN_MEMORY_REDUCTION else "broken",
-        f"{less:.0%} less ({_megabytes(lora)} against {_megabytes(full)})", "> 30 % less",
+        f"{_say_less(less)} ({_megabytes(lora)} against {_megabytes(full)})", "> 30 % less",
         "the exact part: bytes of gradients and AdamW moments", companion=True, numbers={"reduction": less},
     )  # fmt: skip
 
@@ -70,7 +74,7 @@ def _judge_resident(memory: MemoryEvidence) -> Verdict:
     lora, full = memory.lora.rss_above_framework, memory.full.rss_above_framework
     # Not the validator's figure: a run so small that it adds nothing to the frameworks is no missing evidence.
     less = (full - lora) / full if full > 0 else 0.0
-    measured = f"{less:.0%} less ({_megabytes(lora)} against {_megabytes(full)})"
+    measured = f"{_say_less(less)} ({_megabytes(lora)} against {_megabytes(full)})"
     outcome: Outcome = "holds" if less > MIN_MEMORY_REDUCTION else "broken"
     reason = f"peak resident set above the {_megabytes(memory.lora.framework_rss)} of the frameworks"
     if full < _RESOLVABLE_RSS:
