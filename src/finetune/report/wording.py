@@ -36,10 +36,9 @@ class Figure:
 
 
 def say_title(report: Mapping[str, Any]) -> str:
-    """Model and data in one line."""
+    """The model and the rows it was trained on, in one line; the first data file holds those rows."""
     headline = report["headline"]
-    files = [PurePath(path).name for path in headline["data"]]
-    data = " on " + files[0] + (f" and {len(files) - 1} more" if len(files) > 1 else "") if files else ""
+    data = f" on {PurePath(headline['data'][0]).name}" if headline["data"] else ""
     return f"{headline['model'] or 'unnamed model'}{data}"
 
 
