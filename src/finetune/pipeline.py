@@ -105,10 +105,10 @@ def fine_tune(
     prepared = prepare(loaded)
     folder = RunFolder.unfinished(output) if resume else RunFolder.place(output)
     run = _Run(prepared, backend, folder, listener, {"prepare": time.perf_counter() - clock})
-    if resume:
-        folder.claim()
-    session, before, fingerprints = _open(run)
     try:
+        if resume:
+            folder.claim()
+        session, before, fingerprints = _open(run)
         # Only now, when nothing can be refused any more, is anything written.
         _begin(run, begun, resume=resume)
         done = _train(run, session, before)
@@ -124,11 +124,17 @@ def fine_tune(
         course = Course(folder.path.name, told["command"], told["started"], run.timing, backend.versions(), done)
         return folder.path, _finish(run, run_record(prepared, course, evidence, verdicts, events))
     except KeyboardInterrupt:
-        newest = CheckpointStore(folder.checkpoints).newest()
-        kept = f"the checkpoint of step {newest} is intact" if newest else "no checkpoint had been written yet"
-        raise InterruptedRunError(
-            f"interrupted; {kept}", hint=f"go on with: ft train --resume --output {folder.path}"
-        ) from None
+        raise _interrupted(folder) from None
+    finally:
+        folder.release()
+
+
+def _interrupted(folder: RunFolder) -> InterruptedRunError:
+    if not folder.plan.exists():
+        return InterruptedRunError("interrupted before anything was written")
+    newest = CheckpointStore(folder.checkpoints).newest()
+    kept = f"the checkpoint of step {newest} is intact" if newest else "no checkpoint had been written yet"
+    return InterruptedRunError(f"interrupted; {kept}", hint=f"go on with: ft train --resume --output {folder.path}")
 
 
 def _begin(run: _Run, begun: RunStarted, *, resume: bool) -> None:

@@ -291,3 +291,16 @@ def test_run_folder_tidy_leaves_what_a_resume_needs(tmp_path: Path) -> None:
     run.tidy()
     run.tidy()
     assert sorted(path.name for path in run.path.iterdir()) == ["checkpoints", "events.jsonl", "plan.yaml"]
+
+
+def test_run_folder_claim_keeps_everybody_else_out_until_release(tmp_path: Path) -> None:
+    """A claimed run is refused to others, in this process too, and free again after release."""
+    first, second = make_run(tmp_path / "run"), RunFolder(tmp_path / "run")
+    first.claim()
+    with pytest.raises(OutputError, match="another process is at work"):
+        second.claim()
+    second.release()
+    first.release()
+    second.claim()
+    second.release()
+    assert list((tmp_path / "run").iterdir()) == []

@@ -88,7 +88,7 @@ class RunFolder:
         return run
 
     def claim(self) -> None:
-        """Keep every other process out of this run for as long as this one lives; the folder itself is the lock.
+        """Keep everybody else out of this run until `release`, or until this process ends; the folder is the lock.
 
         Raises:
             OutputError: another process is at work in it.
@@ -97,14 +97,21 @@ class RunFolder:
             import fcntl
         except ImportError:
             return
-        self._lock = os.open(self.path, os.O_RDONLY)
+        handle = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            os.close(self._lock)
+            os.close(handle)
             raise OutputError(
                 f"another process is at work in {self.path}", hint="wait for it to end, or choose another --output"
             ) from None
+        self._lock = handle
+
+    def release(self) -> None:
+        """Let others in again; nothing happens where nothing was claimed."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def tidy(self) -> None:
         """Make an unfinished run ready to go on: what a killed process left half written goes, adapter and report too.
