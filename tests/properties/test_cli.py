@@ -15,6 +15,12 @@ from finetune.models.locate import SHIPPED_FOLDER
 ROWS = [{"prompt": f"Say {word}", "completion": word} for word in ("one", "two", "three", "four")]
 
 
+@pytest.fixture(autouse=True)
+def _backend_that_is_always_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tier 1 has no ML framework, and `ft check` rightly calls a backend without its libraries a problem."""
+    monkeypatch.setenv("FT_BACKEND", "reference")
+
+
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     path = tmp_path / "rows.jsonl"
