@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune.artifacts import run_folder
 from finetune.artifacts.run_folder import RunFolder, new_run_id
 from finetune.artifacts.write import describe_files, write_folder, write_json, write_text
 from finetune.errors import OutputError, StorageError
@@ -216,12 +217,18 @@ def test_run_folder_create_makes_an_empty_folder(tmp_path: Path) -> None:
 
 
 def test_run_folder_own_names_sort_by_time_and_never_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without an output each run gets a folder of its own below runs/."""
+    """Without an output each run gets a folder of its own below runs/, the newest sorts last, chance plays no part."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_folder.secrets, "token_hex", lambda size: "0" * 2 * size)
     made = [make_run(None).path for _ in range(20)]
     assert len(set(made)) == 20
+    assert made == sorted(made)
     assert {path.parent for path in made} == {Path("runs")}
-    assert new_run_id()[:15] >= min(path.name for path in made)[:15]
+
+
+def test_run_folder_own_names_differ_within_one_microsecond() -> None:
+    """Thousands of names made as fast as a processor can are all different."""
+    assert len({new_run_id() for _ in range(5000)}) == 5000
 
 
 def _run(path: Path, *, plan: bool = True, manifest: str | None = None) -> RunFolder:

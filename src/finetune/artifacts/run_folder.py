@@ -200,5 +200,5 @@ def _stays(event: Mapping[str, Any], done: int) -> bool:
 
 
 def new_run_id() -> str:
-    """A name that sorts by time and that no other run has."""
-    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    """A name that sorts by time, to the microsecond, and that no other run has, even one begun at that microsecond."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}-{secrets.token_hex(4)}"
