@@ -1,11 +1,20 @@
-"""Registers the Hypothesis profiles, the only place where that happens."""
+"""Loads the Hypothesis profile, counts the cases of a run, and tells how to replay its failures."""
 
-import os
+from finetune_strategies.profiles import load_profile
+from finetune_strategies.replay import (
+    pytest_addoption,
+    pytest_cmdline_main,
+    pytest_collection_finish,
+    pytest_configure,
+    pytest_runtest_call,
+)
 
-from hypothesis import Phase, settings
+__all__ = [
+    "pytest_addoption",
+    "pytest_cmdline_main",
+    "pytest_collection_finish",
+    "pytest_configure",
+    "pytest_runtest_call",
+]
 
-settings.register_profile("fast", derandomize=True, deadline=None, print_blob=True, database=None, max_examples=60)
-settings.register_profile("ci", settings.get_profile("fast"))
-settings.register_profile("slow", deadline=None, print_blob=True, max_examples=1000)
-settings.register_profile("debug", deadline=None, print_blob=True, max_examples=20, phases=list(Phase))
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "fast")
+load_profile()

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from finetune.assembly.observe import (
     parameter_evidence,
     wanted,
 )
-from finetune.assembly.prepare import Prepared, prepare
+from finetune.assembly.prepare import Prepared, pack_length, packed_sample, prepare
 from finetune.assembly.record import Course, run_identity, run_record
 from finetune.backends import open_backend
 from finetune.config import LoadedConfig, dump_plan
@@ -42,10 +41,11 @@ from finetune.events import (
     event_as_dict,
 )
 from finetune.ports import Backend, Session
-from finetune.records import Optimization, Tokenized
+from finetune.records import Batch, Optimization, Tokenized
 from finetune.report import build_report, render_html
 from finetune.tokens.batch import epoch_batches
 from finetune.training.loop import LoopPlan, train
+from finetune.training.packing import check_packing
 
 Listener = Callable[[Event], None]
 
@@ -180,12 +180,12 @@ def _steps(run: _Run, session: Session, rows: tuple[Tokenized, ...], *, done: in
         schedule=training.schedule,
         evaluate_every=training.evaluate_every,
     )
-    batches_of = partial(_epoch, rows, training.batch_size, training.seed)
+    length = pack_length(run.prepared.plan)
+
+    def batches_of(epoch: int) -> list[Batch]:
+        return epoch_batches(rows, training.batch_size, seed=training.seed, epoch=epoch, pack_length=length)
+
     return train(session, batches_of, held_out_batches(run.prepared), plan, done_steps=done)
-
-
-def _epoch(rows: tuple[Tokenized, ...], batch_size: int, seed: int, epoch: int) -> Any:
-    return epoch_batches(rows, batch_size, seed=seed, epoch=epoch)
 
 
 def _train(run: _Run, session: Session, before: Observation) -> int:
@@ -196,6 +196,9 @@ def _train(run: _Run, session: Session, before: Observation) -> int:
     done = store.newest() or 0
     if done:
         session.load_state(store.open(done, identity))
+    if run.prepared.plan.config.training.packing:
+        with run.phase("check packing", "rows that share a sequence must not see each other"):
+            check_packing(session, packed_sample(run.prepared), run.prepared.plan.config.model.dtype)
     run.folder.rewind_events(done)
     if not done:
         run.tell(FixedLoss(0, *before.fixed))

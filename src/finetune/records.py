@@ -4,8 +4,12 @@ Row -> Conversation | Document -> Rendered -> Tokenized -> Batch -> Event... -> 
 """
 
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
+
+NO_LIMIT = 2**31 - 1
+"""The context length of a model that states none, such as one that knows no positions."""
 
 Outcome = Literal["holds", "broken", "undecided", "not applicable"]
 
@@ -91,9 +95,22 @@ class Tokenized:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows that go through the model together; padding is the backend's business."""
+    """Rows that go through the model together; padding is the backend's business.
+
+    `packed` says how many rows share each sequence, in order; without it each row has a sequence of its own. Rows
+    that share a sequence never see each other: each is attended to, and counted in positions, as if it were alone.
+    """
 
     rows: tuple[Tokenized, ...]
+    packed: tuple[int, ...] = ()
+
+    @property
+    def sequences(self) -> tuple[tuple[Tokenized, ...], ...]:
+        """The rows of each sequence."""
+        if not self.packed:
+            return tuple((row,) for row in self.rows)
+        rows = iter(self.rows)
+        return tuple(tuple(islice(rows, count)) for count in self.packed)
 
     @property
     def target_count(self) -> int:
@@ -108,7 +125,10 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class DataCounts:
-    """What became of the rows: `read` == `kept` + the sum of `dropped`; nothing is lost silently."""
+    """What became of the rows: `read` == `kept` + the sum of `dropped`; nothing is lost silently.
+
+    Of those kept, `truncated` lost words of their prompt and `split` were cut into several pieces.
+    """
 
     read: int
     kept: int
@@ -116,6 +136,7 @@ class DataCounts:
     truncated: int
     tokens: int
     trained_tokens: int
+    split: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finetune.artifacts.run_folder import RunFolder
-from finetune.assembly.prepare import Encoder, Prepared, prepare
+from finetune.assembly.encoder import Encoder
+from finetune.assembly.prepare import Prepared, prepare
 from finetune.assembly.record import base_files, data_files
 from finetune.backends import open_backend
 from finetune.config import LoadedConfig, TrainingConfig, load_plan

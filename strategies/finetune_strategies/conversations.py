@@ -198,7 +198,7 @@ _BROKEN_DOCUMENTS = (
     DamagedFile(".json", b"[" * 50_000, ("nested",)),
     DamagedFile(".json", b'[{"text": ' + b"9" * 5000 + b"}]", ()),
     DamagedFile(".json", '{"text": "a"}'.encode("utf-16"), ("UTF-8", "offset 0")),
-    DamagedFile(".csv", b"text\na\n", (".csv",)),
+    DamagedFile(".txt", b"text\na\n", (".txt",)),
     DamagedFile("", b'{"text": "a"}', ("nothing",)),
 )
 

@@ -2,15 +2,12 @@
 
 import json
 import re
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetune.data.facts import (
@@ -40,15 +37,8 @@ from finetune_strategies.conversations import (
     rows,
     texts,
 )
-
-
-@contextmanager
-def data_file(content: bytes, suffix: str) -> Iterator[Path]:
-    """A data file with these bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"data{suffix}"
-        path.write_bytes(content)
-        yield path
+from finetune_strategies.profiles import examples
+from properties.data_files import data_file, said_by
 
 
 def refusal(damaged: DamagedFile) -> str:
@@ -74,7 +64,6 @@ def names(message: str, word: str) -> bool:
 @example(DamagedFile(".json", b'[{"text": ' + b"9" * 5000 + b"}]"))
 @example(DamagedFile(".jsonl", b'\xef\xbb\xbf{"a": "\xff', ("UTF-8", "offset 10")))
 @example(DamagedFile(".json", b'{"text": }\n{"text": "a"}\n{"text" 1}', (":1", ":3"), (":2",)))
-@settings(deadline=None)
 def test_damaged_file_every_broken_place_is_named_at_once(damaged: DamagedFile) -> None:
     """A file that cannot be read is one DataError that names the file and every broken place, and no good one."""
     message = refusal(damaged)
@@ -85,7 +74,6 @@ def test_damaged_file_every_broken_place_is_named_at_once(damaged: DamagedFile) 
 
 @given(misshapen_files())
 @example(DamagedFile(".jsonl", b'{"\\ud800": 1}', (":1",)))
-@settings(deadline=None)
 def test_misshapen_rows_every_one_is_named_at_once(damaged: DamagedFile) -> None:
     """Rows that are no training data are one DataError that names each of them, in words any terminal can show."""
     message = refusal(damaged)
@@ -116,20 +104,12 @@ def shaped_from(content: bytes, suffix: str) -> Shaped:
         return shape_rows(read_rows(path))
 
 
-def said_by(found: Example) -> tuple[str, ...]:
-    """The words of an example, with the roles that say them."""
-    if isinstance(found, Document):
-        return ("text", found.text)
-    return tuple(part for message in found.messages for part in (message.role, message.content))
-
-
 @given(
     st.lists(rows(), min_size=1, max_size=6),
     st.booleans(),
     st.sampled_from(["\n", "\r\n", "\n\n  \n"]),
     st.sampled_from(["", "\ufeff"]),
 )
-@settings(deadline=None)
 def test_rows_become_what_they_say(cases: list[RowCase], ascii_only: bool, newline: str, mark: str) -> None:
     """Every row of every shape becomes its own words in order, or is dropped for its reason and counted."""
     shaped = shaped_from(mark.encode() + as_jsonl(cases, ascii_only, newline), ".jsonl")
@@ -175,7 +155,7 @@ def test_columns_nobody_reads_can_be_shown() -> None:
 
 
 @given(st.lists(rows(), min_size=1, max_size=4), st.booleans())
-@settings(deadline=None, max_examples=40)
+@examples(2 / 3)
 def test_rows_one_list_and_one_line_each_are_the_same(cases: list[RowCase], pretty: bool) -> None:
     """A .json list, .json lines and .jsonl lines of the same rows are read as the same examples."""
     document = json.dumps([case.values for case in cases], indent=2 if pretty else None).encode()
@@ -186,7 +166,7 @@ def test_rows_one_list_and_one_line_each_are_the_same(cases: list[RowCase], pret
 
 
 @given(st.lists(rows(), min_size=1, max_size=8), st.integers(0, 10))
-@settings(deadline=None, max_examples=40)
+@examples(2 / 3)
 def test_rows_remember_their_place_and_limit(cases: list[RowCase], limit: int) -> None:
     """Each row carries file and line, and a limit keeps exactly the first rows; a limit of 0 is 0."""
     with data_file(b"\n" + as_jsonl(cases, ascii_only=True, newline="\n\n"), ".jsonl") as path:
@@ -204,7 +184,6 @@ def examples_for_split() -> st.SearchStrategy[list[Example]]:
 
 
 @given(examples_for_split(), st.floats(0, 1, exclude_max=True), st.integers(0, 3), st.randoms(use_true_random=False))
-@settings(deadline=None)
 def test_hold_out_is_a_partition_by_content(found: list[Example], fraction: float, seed: int, rng: object) -> None:
     """Nothing held out is trained on, nothing is lost, row order decides nothing, equal rows stay together."""
     train, held = hold_out(found, fraction, seed)
@@ -233,7 +212,6 @@ def test_hold_out_seed_decides() -> None:
 
 @given(texts(), texts())
 @example("", "assistant")
-@settings(deadline=None)
 def test_content_key_tells_where_messages_end(left: str, right: str) -> None:
     """Two examples have one key exactly when they say the same, wherever they stood."""
     joined = Conversation((Message("user", left + right), Message("assistant", "")), "a:1")
@@ -297,7 +275,7 @@ def test_facts_negative_size_is_refused() -> None:
 
 
 @given(st.integers(0, 60), st.sampled_from([(1.0,), (0.5, 0.5), (0.7, 0.2, 0.1), (0.9, 0.1)]), st.integers(0, 3))
-@settings(deadline=None, max_examples=30)
+@examples(1 / 2)
 def test_facts_split_is_a_partition(size: int, shares: tuple[float, ...], seed: int) -> None:
     """The parts are disjoint, their union is the whole, and each has its share within one fact."""
     facts = new_facts(size, 0)
@@ -313,7 +291,6 @@ def test_facts_split_is_a_partition(size: int, shares: tuple[float, ...], seed: 
 @example(["a"])
 @example(["a", "a", "b", "b"])
 @example(["a", "a", "a", "b", "c"])
-@settings(deadline=None)
 def test_deranged_nobody_keeps_an_equal_answer(answers: list[str]) -> None:
     """The same answers, no one in its old place; None exactly when one answer fills more than half."""
     dealt = deranged(answers)

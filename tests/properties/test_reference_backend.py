@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetune.backends.reference.model import Pass
@@ -14,10 +14,23 @@ from finetune.backends.reference.optimizer import AdamW, clip
 from finetune.errors import NonFiniteError
 from finetune.records import AdapterTarget, Batch, Optimization, Tokenized
 from finetune.training.loop import LoopPlan, train
-from properties.tiny_llamas import BATCH, CONFIG, DROPPING, LINEAR, ROWS, TARGET, adapted, configs, step, targets, tiny
-from properties.toy_session import token_rows
+from finetune_strategies.adapters import AdaptedModel, adapted_models
+from finetune_strategies.datasets import seeds, token_rows
+from finetune_strategies.models import llama_configs, shape_of_config
+from finetune_strategies.profiles import examples
+from properties.tiny_llamas import BATCH, CONFIG, DROPPING, LINEAR, ROWS, TARGET, VOCAB, adapted, step, tiny
 
-FEW = settings(deadline=None, max_examples=20)
+FEW = examples(1 / 3)
+
+
+def configs() -> st.SearchStrategy[dict[str, Any]]:
+    """Llamas of awkward shapes that know the words of the rows below."""
+    return llama_configs(vocab_size=VOCAB)
+
+
+def models() -> st.SearchStrategy[AdaptedModel]:
+    """The same with an adapter on some layers, by short names or by a whole path."""
+    return adapted_models(configs(), paths=True, dropouts=(0.0,))
 
 
 def gradients(session: Any, *batches: Batch) -> tuple[float, dict[str, Any]]:
@@ -57,13 +70,11 @@ def check_slopes(session: Any, batch: Batch) -> None:
         assert abs(slope - claimed) <= 1e-6 * np.linalg.norm(found[name]) + 1e-8, name
 
 
-@given(configs(), targets(), token_rows(1, 3))
+@given(models(), token_rows(1, 3))
 @FEW
-def test_gradient_of_the_adapter_is_the_slope_of_the_loss(
-    config: dict[str, Any], target: AdapterTarget, rows: tuple[Tokenized, ...]
-) -> None:
+def test_gradient_of_the_adapter_is_the_slope_of_the_loss(model: AdaptedModel, rows: tuple[Tokenized, ...]) -> None:
     """The gradient of each A and B, neither of them zero, is the slope of the loss, whatever the shape."""
-    check_slopes(adapted(target, trained=True, config=config), Batch(rows))
+    check_slopes(adapted(model.target, trained=True, config=model.config), Batch(rows))
 
 
 @given(configs(), token_rows(1, 3))
@@ -73,14 +84,14 @@ def test_gradient_of_every_weight_is_the_slope_of_the_loss(config: dict[str, Any
     check_slopes(adapted(None, config=config), Batch(rows))
 
 
-@given(configs(), targets(), st.integers(0, 2**32 - 1))
-@example(CONFIG, TARGET, 0)
+@given(models(), seeds())
+@example(AdaptedModel(CONFIG, shape_of_config(CONFIG), TARGET), 0)
 @FEW
-def test_adapter_fresh_is_the_base_and_a_changes_last(config: dict[str, Any], target: AdapterTarget, seed: int) -> None:
+def test_adapter_fresh_is_the_base_and_a_changes_last(model: AdaptedModel, seed: int) -> None:
     """A fresh adapter changes no logit; at the first step every B has a gradient and no A; one step on, both have."""
-    base = tiny(config)
+    base = tiny(model.config)
     wanted = base.logits(ROWS[1].ids)
-    base.attach(target, seed)
+    base.attach(model.target, seed)
     base.prepare_updates(Optimization(0.0, 1.0))
     assert np.array_equal(base.logits(ROWS[1].ids), wanted)
     frozen = {name: hash_ for name, hash_ in base.fingerprints().items() if ".lora_" not in name}
@@ -95,13 +106,13 @@ def test_adapter_fresh_is_the_base_and_a_changes_last(config: dict[str, Any], ta
         assert np.array_equal(base.logits(ROWS[1].ids), wanted)
     assert frozen.items() <= base.fingerprints().items()
     bounds = [1 / math.sqrt(pair[0].shape[1]) for pair in base.adapter.pairs.values()]
-    base.attach(target, seed)
+    base.attach(model.target, seed)
     drawn = [np.abs(pair[0]).max() / bound for pair, bound in zip(base.adapter.pairs.values(), bounds, strict=True)]
     assert 0.3 < max(drawn) <= 1
 
 
 @given(st.sampled_from([0.5, 3.0, 7.0]), st.sampled_from([2.0, 0.25]))
-@settings(deadline=None, max_examples=6)
+@examples(0.1)
 def test_adapter_acts_in_proportion_to_alpha(alpha: float, factor: float) -> None:
     """On the head the change of the logits grows with alpha; anywhere, `factor` x alpha undoes B / factor."""
     changes = []
@@ -120,11 +131,12 @@ def test_adapter_acts_in_proportion_to_alpha(alpha: float, factor: float) -> Non
 
 def by_hand(config: dict[str, Any], weights: dict[str, Any], ids: Any) -> Any:
     """The logits of one row as the papers have it: token by token, head by head, RoPE as a turn of complex numbers."""
-    heads, keys, width = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    heads, keys, epsilon = config["num_attention_heads"], config["num_key_value_heads"], config["rms_norm_eps"]
+    width = config.get("head_dim") or config["hidden_size"] // heads
     theta = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
 
     def normed(name: str, x: Any) -> Any:
-        return [weights[f"{name}.weight"] * token / math.sqrt(sum(token**2) / len(token) + 1e-6) for token in x]
+        return [weights[f"{name}.weight"] * token / math.sqrt(sum(token**2) / len(token) + epsilon) for token in x]
 
     def turned(vector: Any, place: int) -> Any:
         half = width // 2
@@ -155,15 +167,18 @@ def by_hand(config: dict[str, Any], weights: dict[str, Any], ids: Any) -> Any:
     return np.array([weights[f"{head_name}.weight"] @ token for token in normed("model.norm", x)])
 
 
-@given(configs(), targets())
-@settings(deadline=None, max_examples=10)
-def test_logits_are_those_worked_out_token_by_token(config: dict[str, Any], target: AdapterTarget) -> None:
+@given(models())
+@examples(1 / 6)
+def test_logits_are_those_worked_out_token_by_token(model: AdaptedModel) -> None:
     """The logits are those of a Llama written with loops, whose weights have grown by alpha / rank x B A."""
-    session = adapted(target, trained=True, config=config)
-    grown = {f"{path}.weight": target.alpha / target.rank * b @ a for path, (a, b) in session.adapter.pairs.items()}
+    session = adapted(model.target, trained=True, config=model.config)
+    grown = {
+        f"{path}.weight": model.target.alpha / model.target.rank * b @ a
+        for path, (a, b) in session.adapter.pairs.items()
+    }
     weights = {name: weight + grown.get(name, 0.0) for name, weight in session.weights.items()}
     ids = ROWS[3].ids[:7]
-    assert np.abs(session.logits(ids) - by_hand(config, weights, ids)).max() < 1e-10
+    assert np.abs(session.logits(ids) - by_hand(model.config, weights, ids)).max() < 1e-10
 
 
 @given(token_rows(2, 5), st.randoms(use_true_random=False), st.sampled_from([0, 1, 96]), st.integers(1, 4))
@@ -182,6 +197,22 @@ def test_padding_mates_split_and_order_do_not_matter(
     assert padded.loss(Batch(rows)) == pytest.approx(alone[0], rel=1e-12)
 
 
+@given(configs(), token_rows(2, 6), st.randoms(use_true_random=False), st.sampled_from([0, 96]), st.integers(1, 3))
+@FEW
+def test_rows_that_share_a_sequence_do_not_see_each_other(
+    config: dict[str, Any], rows: tuple[Tokenized, ...], dice: Any, pad_id: int, size: int
+) -> None:
+    """P-PACK: packed in any order and grouping, loss and gradients of rows are those of each row alone."""
+    mixed = list(rows)
+    dice.shuffle(mixed)
+    counts = [size] * (len(mixed) // size) + ([len(mixed) % size] if len(mixed) % size else [])
+    alone = gradients(adapted(trained=True, config=config), *(Batch((row,)) for row in rows))
+    session = adapted(trained=True, config=config, pad_id=pad_id)
+    together = gradients(session, Batch(tuple(mixed), tuple(counts)))
+    assert together[0] == pytest.approx(alone[0], rel=1e-12)
+    assert close(together[1], alone[1])
+
+
 def test_loss_is_the_surprise_of_the_trained_tokens() -> None:
     """The loss is minus the summed log-probability of each trained token that has one before it, and of no other."""
     session = tiny()
@@ -195,14 +226,14 @@ def test_loss_is_the_surprise_of_the_trained_tokens() -> None:
     assert session.loss(nothing) == session.accumulate(nothing, 1.0) == 0.0
 
 
-@given(configs(), targets())
-@settings(deadline=None, max_examples=8)
-def test_merged_is_adapted(config: dict[str, Any], target: AdapterTarget) -> None:
+@given(models())
+@examples(1 / 8)
+def test_merged_is_adapted(model: AdaptedModel) -> None:
     """Folded into the weights the adapter gives the same logits, which are not the base's."""
-    session = adapted(target, trained=True, config=config)
+    session = adapted(model.target, trained=True, config=model.config)
     tuned, merged = session.logits(ROWS[1].ids), session.merged_weights()
     assert merged.keys() == session.weights.keys()
-    plain = tiny(config)
+    plain = tiny(model.config)
     assert np.abs(plain.logits(ROWS[1].ids) - tuned).max() > 1e-6
     plain.weights.update(merged)
     assert np.abs(plain.logits(ROWS[1].ids) - tuned).max() <= 1e-10

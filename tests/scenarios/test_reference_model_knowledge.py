@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
 
-from finetune.assembly.prepare import Encoder
+from finetune.assembly.encoder import Encoder
 from finetune.backends import open_backend
 from finetune.data.facts import known_facts
 from finetune.data.shipped import FACTS, shipped_facts

@@ -18,11 +18,20 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         StorageError: no space left, read-only, ...; what was at `path` before is intact.
     """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Put `content` at `path` atomically, as `write_text` does.
+
+    Raises:
+        StorageError: as `write_text`.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with storage_errors(path):
         try:
-            with temporary.open("w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
+            with temporary.open("wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -37,6 +46,16 @@ def write_json(path: Path, value: Any) -> None:
         StorageError: as `write_text`.
     """
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are missing.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    with storage_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:

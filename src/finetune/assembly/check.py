@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from finetune.assembly.prepare import Encoder, adapter_target, prepare
+from finetune.assembly.encoder import Encoder
+from finetune.assembly.prepare import adapter_target, prepare
 from finetune.config import LoadedConfig, ModelAndDataFacts, resolve
 from finetune.data.read import read_rows
 from finetune.data.shape import shape_rows

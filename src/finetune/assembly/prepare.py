@@ -4,8 +4,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from finetune.assembly.encoder import Encoder
 from finetune.config import LoadedConfig, ModelAndDataFacts, Plan, TrainingConfig, resolve, resolve_steps
 from finetune.data.facts import deranged
 from finetune.data.read import read_rows
@@ -16,9 +16,9 @@ from finetune.errors import ConfigError, DataError, Problem
 from finetune.models.adapt import check_rank, choose_layers
 from finetune.models.locate import SHIPPED, locate_model
 from finetune.models.shape import read_shape
-from finetune.records import AdapterTarget, Conversation, Message, ModelLocation, ModelShape, Question, Tokenized
-from finetune.templates.render import ChatTemplate, find_template
-from finetune.tokens.encode import Encoded, encode_row, encode_rows
+from finetune.records import AdapterTarget, Batch, Conversation, Message, ModelLocation, ModelShape, Question, Tokenized
+from finetune.tokens.batch import sequences_of
+from finetune.tokens.fit import Encoded
 from finetune.tokens.tokenizer import FileTokenizer
 from finetune.training.loop import steps_per_epoch
 
@@ -33,7 +33,7 @@ class Prepared:
     location: ModelLocation
     shape: ModelShape
     target: AdapterTarget
-    encoder: "Encoder"
+    encoder: Encoder
     train: Encoded
     rehearsal: Encoded | None
     held_out: Encoded | None
@@ -48,47 +48,6 @@ class Prepared:
     def training_rows(self) -> tuple[Tokenized, ...]:
         """The rows that are trained on: those to learn and those to rehearse."""
         return self.train.rows + (self.rehearsal.rows if self.rehearsal else ())
-
-
-class Encoder:
-    """One model's template and tokenizer together: conversations in, ids out, the same way for training and asking."""
-
-    def __init__(self, location: ModelLocation, template: str) -> None:
-        self.tokenizer = FileTokenizer(location.folder)
-        tokenizer = self.tokenizer
-        self.source = find_template(template, tokenizer.chat_template)
-        self.template = ChatTemplate(self.source, tokenizer.control_tokens, bos=tokenizer.bos, eos=tokenizer.eos)
-        taught = (tokenizer.control_id(token) for token in self.template.terminators())
-        self.stop_ids = tuple(dict.fromkeys([*(token for token in taught if token is not None), *tokenizer.stop_ids]))
-
-    def encode(self, shaped: Shaped, plan: Plan) -> Encoded:
-        """Ids and trained marks of all examples, within the plan's length."""
-        rendered = [
-            self.template.render(example)
-            if isinstance(example, Conversation)
-            else self.template.render_document(example)
-            for example in shaped.examples
-        ]
-        tokens = plan.config.tokens
-        assert tokens.max_length is not None
-        return encode_rows(
-            rendered, self.tokenizer, max_length=tokens.max_length, overlong=tokens.overlong, dropped=shaped.dropped
-        )
-
-    def generation_settings(self) -> dict[str, Any]:
-        """What `generation_config.json` must say so that any program stops where the model was taught to."""
-        settings: dict[str, Any] = {"eos_token_id": list(self.stop_ids), "pad_token_id": self.tokenizer.pad_id}
-        return settings if self.tokenizer.bos_id is None else settings | {"bos_token_id": self.tokenizer.bos_id}
-
-    def prompt_ids(self, conversation: Conversation) -> tuple[int, ...]:
-        """The ids of a prompt, up to where the answer begins."""
-        return encode_row(self.template.render_prompt(conversation), self.tokenizer).ids
-
-    def question(self, conversation: Conversation) -> Question:
-        """The conversation's last answer as a question with one right answer."""
-        asked = conversation.prompt
-        shown = "\n".join(message.content for message in asked.messages if message.role in ("user", "input"))
-        return Question(self.prompt_ids(asked), shown, conversation.answer)
 
 
 def prepare(loaded: LoadedConfig) -> Prepared:
@@ -117,8 +76,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     held_out = _held_out(encoder, plan, held, notes)
     trained = {row.where for row in train.rows}
     conversations = tuple(example for example in kept if isinstance(example, Conversation) and example.where in trained)
-    rows = len(train.rows) + (len(rehearsal.rows) if rehearsal else 0)
-    total = _total_steps(plan, rows)
+    total = _total_steps(plan, train.rows + (rehearsal.rows if rehearsal else ()))
     plan = resolve_steps(plan, total)
     files = [config.data.train, config.data.valid, config.data.rehearsal, config.data.retention]
     return Prepared(
@@ -164,6 +122,19 @@ def sham_rows(prepared: Prepared) -> tuple[Tokenized, ...] | None:
     return encoded.rows + (prepared.rehearsal.rows if prepared.rehearsal else ())
 
 
+def pack_length(plan: Plan) -> int | None:
+    """How many tokens a sequence that rows share may have; None when each row has its own."""
+    return plan.config.tokens.max_length if plan.config.training.packing else None
+
+
+def packed_sample(prepared: Prepared) -> Batch | None:
+    """The first sequence that rows share, as a batch; None when no two rows do."""
+    training = prepared.plan.config.training
+    found = sequences_of(prepared.training_rows, seed=training.seed, pack_length=pack_length(prepared.plan))
+    shared = next((sequence for sequence in found if len(sequence) > 1), None)
+    return Batch(shared, (len(shared),)) if shared else None
+
+
 def _with_shipped_data(loaded: LoadedConfig) -> LoadedConfig:
     """Without data of one's own: the shipped facts, with rehearsal and retention for the models that know them."""
     if loaded.config.data.train is not None:
@@ -203,9 +174,10 @@ def _held_out(encoder: Encoder, plan: Plan, held: list[Example], notes: list[str
     return encoder.encode(Shaped(tuple(held), {}, {}, ()), plan)
 
 
-def _total_steps(plan: Plan, rows: int) -> int:
+def _total_steps(plan: Plan, rows: Sequence[Tokenized]) -> int:
     training = plan.config.training
-    per_epoch = steps_per_epoch(rows, training.batch_size, training.accumulation)
+    sequences = len(sequences_of(rows, seed=training.seed, pack_length=pack_length(plan)))
+    per_epoch = steps_per_epoch(sequences, training.batch_size, training.accumulation)
     if training.epochs * per_epoch > _MOST_STEPS:
         what = f"{training.epochs:g} epochs of {per_epoch} steps are more than any machine can do"
         raise ConfigError([Problem(what, "training.epochs", "lower it")])

@@ -6,7 +6,7 @@ Each field carries one sentence in a user's words; `ft init`, `ft schema` and th
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
 
 
 def _refuse_boolean(value: object) -> object:
@@ -74,7 +74,7 @@ class DataSpec(Spec):
 
     train: Text | None = Field(
         default=None,
-        description="The training rows: a .jsonl or .json file; null takes the shipped data set.",
+        description="The training rows: a .jsonl, .json, .csv, .tsv or .parquet file; null takes the shipped data set.",
     )
     valid: Text | None = Field(
         default=None, description="Rows never trained on, to watch the loss on; null splits them off the training rows."
@@ -114,9 +114,13 @@ class TokenSpec(Spec):
     max_length: Length | None = Field(
         default=None, description="The most tokens one row may have; null means what the model can read, at most 2048."
     )
-    overlong: Literal["drop", "truncate_prompt"] = Field(
+    overlong: Literal["drop", "truncate_prompt", "split", "refuse"] = Field(
         default="drop",
-        description="What happens to a longer row: left out, or its prompt cut so that the whole answer stays.",
+        description="What happens to a longer row: left out, its prompt cut so that the whole answer stays, "
+        "plain text split into pieces, or the run refused.",
+    )
+    cache: Text | None = Field(
+        default=None, description="A folder to keep token ids in between runs over the same rows; null keeps none."
     )
 
 
@@ -142,6 +146,10 @@ class LoopSpec(Spec):
     max_steps: Count | None = Field(default=None, description="Stop after this many steps even if epochs remain.")
     batch_size: Count = Field(default=8, description="How many rows go through the model together.")
     accumulation: Count = Field(default=1, description="How many batches are added up before the weights move once.")
+    packing: StrictBool = Field(
+        default=False,
+        description="Let short rows share a sequence of up to tokens.max_length tokens, apart from each other.",
+    )
     learning_rate: Positive = Field(default=2e-4, description="How far the weights move per step, at its highest.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="How the learning rate goes down after warm-up."

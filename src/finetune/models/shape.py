@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import ModelError
-from finetune.records import LinearLayer, ModelShape
+from finetune.records import NO_LIMIT, LinearLayer, ModelShape
 
 _TABLES = re.compile(r"embed.*|wte|wpe|lm_head|output")
 """Names of embedding tables and output heads, which LoRA leaves alone unless they are named."""
@@ -36,7 +36,7 @@ def read_shape(folder: Path) -> ModelShape:
         vocab_size=_first(text, "vocab_size"),
         hidden_size=_first(text, "hidden_size", "n_embd", "d_model"),
         layers=_first(text, "num_hidden_layers", "n_layer", "num_layers"),
-        context_length=_first(text, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
+        context_length=_first(text, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len") or NO_LIMIT,
         linear_layers=tuple(linear),
     )
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from finetune.artifacts.write import describe_files, write_text
-from finetune.assembly.prepare import Encoder
+from finetune.assembly.encoder import Encoder
 from finetune.backends import open_backend
 from finetune.data.facts import Fact, known_facts
 from finetune.data.shipped import FACTS, shipped_facts

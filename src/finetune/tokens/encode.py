@@ -1,65 +1,40 @@
-"""Turns rendered rows into token ids with trained marks, and holds every row to the length limit."""
+"""Turns rendered rows into token ids, each with a mark that says what may happen to it."""
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import islice
 
-from finetune.records import DataCounts, Rendered, Tokenized
+from finetune.records import Rendered, Tokenized
 from finetune.tokens.tokenizer import FileTokenizer
 
-Overlong = Literal["drop", "truncate_prompt"]
-_KEPT, _REMOVABLE, _TRAINED = range(3)
+KEPT, REMOVABLE, TRAINED = range(3)
+"""What a token is: markup that stays, a word of the prompt that a length limit may cut, or something to learn."""
+
+_TOGETHER = 1000
+"""Rows handed to the tokenizer at once: enough to keep every core busy, few enough to hold in memory."""
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
-    """The rows that fit, with an account of every row that was read."""
+class Marked:
+    """A row's token ids, whatever their number, with a mark each; `document`: plain text, not a conversation."""
 
-    rows: tuple[Tokenized, ...]
-    counts: DataCounts
+    ids: tuple[int, ...]
+    marks: bytes
+    where: str
+    document: bool
+
+    def tokenized(self) -> Tokenized:
+        """The ids with only the *trained* marks."""
+        return Tokenized(self.ids, tuple(mark == TRAINED for mark in self.marks), self.where)
 
 
-def encode_rows(
-    rows: Iterable[Rendered], tokenizer: FileTokenizer, *, max_length: int, overlong: Overlong, dropped: dict[str, int]
-) -> Encoded:
-    """Encode rows and hold them to `max_length` tokens; `dropped` says what earlier steps already dropped.
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A stretch of text that is encoded as a whole, with each character's mark; or one control token's id."""
 
-    `overlong` is the declared policy: `drop` leaves too long rows out; `truncate_prompt` cuts the oldest words of
-    the prompt, never its markup and never the answer, and drops a row only when that is not enough.
-    """
-    kept: list[Tokenized] = []
-    losses = Counter(dropped)
-    read = sum(dropped.values())
-    truncated = 0
-    for row in rows:
-        read += 1
-        ids, marks = _encode_marked(row, tokenizer)
-        excess = len(ids) - max_length
-        if excess > 0 and overlong == "truncate_prompt":
-            removable = [index for index, mark in enumerate(marks) if mark == _REMOVABLE]
-            if len(removable) >= excess:
-                gone = set(removable[:excess])
-                ids = [token for index, token in enumerate(ids) if index not in gone]
-                marks = [mark for index, mark in enumerate(marks) if index not in gone]
-                truncated += 1
-                excess = 0
-        tokenized = Tokenized(tuple(ids), tuple(mark == _TRAINED for mark in marks), row.where)
-        if excess > 0:
-            losses[f"longer than {max_length} tokens"] += 1
-        elif tokenized.target_count == 0:
-            losses["no trained token"] += 1
-        else:
-            kept.append(tokenized)
-    counts = DataCounts(
-        read=read,
-        kept=len(kept),
-        dropped=dict(losses),
-        truncated=truncated,
-        tokens=sum(len(row.ids) for row in kept),
-        trained_tokens=sum(row.target_count for row in kept),
-    )
-    return Encoded(tuple(kept), counts)
+    text: str
+    marks: bytes
+    control: int | None = None
 
 
 def encode_row(row: Rendered, tokenizer: FileTokenizer) -> Tokenized:
@@ -68,45 +43,77 @@ def encode_row(row: Rendered, tokenizer: FileTokenizer) -> Tokenized:
     The prompt is encoded apart from the answer, because that is how it is encoded when the model is asked; so the
     prompt's ids are always a prefix of the row's ids.
     """
-    ids, marks = _encode_marked(row, tokenizer)
-    return Tokenized(tuple(ids), tuple(mark == _TRAINED for mark in marks), row.where)
+    return next(mark_rows([row], tokenizer)).tokenized()
 
 
-def _encode_marked(row: Rendered, tokenizer: FileTokenizer) -> tuple[list[int], list[int]]:
-    ids: list[int] = []
-    marks: list[int] = []
-    run: list[tuple[str, int]] = []
+def mark_rows(rows: Iterable[Rendered], tokenizer: FileTokenizer) -> Iterator[Marked]:
+    """Encode rows as `encode_row` does, many at a time, and say of each token what it is."""
+    waiting = iter(rows)
+    while some := list(islice(waiting, _TOGETHER)):
+        runs = [_runs(row, tokenizer) for row in some]
+        encoded = _encode_runs([run for of_row in runs for run in of_row], tokenizer)
+        for row, of_row in zip(some, runs, strict=True):
+            pieces = list(islice(encoded, len(of_row)))
+            ids = [token for new, _ in pieces for token in new]
+            marks = b"".join(mark for _, mark in pieces)
+            if tokenizer.adds_bos and ids[:1] != [tokenizer.bos_id]:
+                assert tokenizer.bos_id is not None
+                ids.insert(0, tokenizer.bos_id)
+                marks = bytes([KEPT]) + marks
+            yield Marked(tuple(ids), marks, row.where, is_document(row))
 
-    def flush() -> None:
-        text = "".join(piece for piece, _ in run)
-        if not text:
-            run.clear()
-            return
-        owners = [mark for piece, mark in run for _ in piece]
-        run.clear()
-        new, spans = tokenizer.encode_spans(text)
-        ids.extend(new)
-        # A token that also covers a character of the markup is kept with it.
-        marks.extend(min(owners[start:end], default=owners[min(start, len(owners) - 1)]) for start, end in spans)
+
+def is_document(row: Rendered) -> bool:
+    """Whether the row is plain text, which may be cut anywhere, and not a conversation."""
+    return all(segment.role == "text" for segment in row.segments)
+
+
+def _runs(row: Rendered, tokenizer: FileTokenizer) -> list[_Run]:
+    """The row cut where tokens must not reach across: at control tokens, and where an answer begins or ends."""
+    runs: list[_Run] = []
+    open_: list[tuple[str, int]] = []
+
+    def close() -> None:
+        if text := "".join(piece for piece, _ in open_):
+            runs.append(_Run(text, b"".join(bytes([mark]) * len(piece) for piece, mark in open_)))
+        open_.clear()
 
     answering = False
     for segment in row.segments:
         # An answer is encoded apart wherever it stands: as history in a prompt it must be the ids it was trained as.
         if (segment.trained or segment.role == "assistant") != answering:
-            flush()
+            close()
             answering = not answering
-        mark = _TRAINED if segment.trained else _KEPT if segment.control else _REMOVABLE
+        mark = TRAINED if segment.trained else KEPT if segment.control else REMOVABLE
         pieces = tokenizer.split_control(segment.text) if segment.control else [segment.text]
         for index, piece in enumerate(pieces):
             if index % 2 == 0:
-                run.append((piece, mark))
+                open_.append((piece, mark))
                 continue
-            flush()
-            ids.append(tokenizer.encode_markup(piece)[0])
-            marks.append(_TRAINED if segment.trained else _KEPT)
-    flush()
-    if tokenizer.adds_bos and ids[:1] != [tokenizer.bos_id]:
-        assert tokenizer.bos_id is not None
-        ids.insert(0, tokenizer.bos_id)
-        marks.insert(0, _KEPT)
-    return ids, marks
+            close()
+            control = TRAINED if segment.trained else KEPT
+            runs.append(_Run(piece, bytes([control]), tokenizer.encode_markup(piece)[0]))
+    close()
+    return runs
+
+
+def _encode_runs(runs: Sequence[_Run], tokenizer: FileTokenizer) -> Iterator[tuple[Sequence[int], bytes]]:
+    """Ids and marks of each run; where the characters fell is asked for only where their marks differ."""
+    uniform = [run.control is None and run.marks.count(run.marks[0]) == len(run.marks) for run in runs]
+    plain = iter(tokenizer.encode_many([run.text for run, same in zip(runs, uniform, strict=True) if same]))
+    mixed = iter(
+        tokenizer.encode_many_spans(
+            [run.text for run, same in zip(runs, uniform, strict=True) if not same and run.control is None]
+        )
+    )
+    for run, same in zip(runs, uniform, strict=True):
+        if run.control is not None:
+            yield (run.control,), run.marks
+        elif same:
+            ids = next(plain)
+            yield ids, run.marks[:1] * len(ids)
+        else:
+            ids, spans = next(mixed)
+            last = len(run.marks) - 1
+            # A token that also covers a character of the markup is kept with it.
+            yield ids, bytes(min(run.marks[start:end], default=run.marks[min(start, last)]) for start, end in spans)

@@ -36,13 +36,16 @@ class Pass:
     gradients: dict[str, Array] = field(default_factory=dict)
     cache: dict[str, tuple[Array, Array]] | None = None
 
-    def hidden(self, ids: NDArray[np.int64]) -> tuple[Array, Backward]:
-        """The last hidden states (t, h) of ids (r, n), padded on the right: no real token ever sees what follows it."""
+    def hidden(self, ids: NDArray[np.int64], starts: NDArray[np.int64]) -> tuple[Array, Backward]:
+        """The last hidden states (t, h) of ids (r, n), padded on the right: no real token ever sees what follows it.
+
+        `starts` (r, n) says where in its sequence the row of each token starts: what stands before, it never sees.
+        """
         embedding = f"{EMBEDDING}.weight"
         x = self.weights[embedding][ids.reshape(-1)]
         backs = []
         for index in range(self.shape.num_hidden_layers):
-            x, back = self.block(block_path(index), x, ids.shape)
+            x, back = self.block(block_path(index), x, starts)
             backs += [back] if self.wanted else []
         x, norm_back = self.norm(FINAL_NORM, x)
 
@@ -58,10 +61,10 @@ class Pass:
 
         return x, backward
 
-    def block(self, path: str, x: Array, size: tuple[int, ...]) -> tuple[Array, Backward]:
+    def block(self, path: str, x: Array, starts: NDArray[np.int64]) -> tuple[Array, Backward]:
         """One layer (t, h) -> (t, h): each half reads the normalised stream and adds to it."""
         normed, norm_back = self.norm(f"{path}.input_layernorm", x)
-        attended, attention_back = self.attention(f"{path}.self_attn", normed, size)
+        attended, attention_back = self.attention(f"{path}.self_attn", normed, starts)
         middle = x + attended
         normed, second_norm_back = self.norm(f"{path}.post_attention_layernorm", middle)
         thought, mlp_back = self.mlp(f"{path}.mlp", normed)
@@ -114,21 +117,22 @@ class Pass:
 
         return y, backward
 
-    def attention(self, path: str, x: Array, size: tuple[int, ...]) -> tuple[Array, Backward]:
+    def attention(self, path: str, x: Array, starts: NDArray[np.int64]) -> tuple[Array, Backward]:
         """Causal attention (t, h) -> (t, h). The g query heads that share a key head are simply more of its queries."""
-        (rows, tokens), keys = size, self.shape.num_key_value_heads
+        (rows, tokens), keys = starts.shape, self.shape.num_key_value_heads
         (q, q_back), (k, k_back), (v, v_back) = (self.linear(f"{path}.{name}_proj", x) for name in "qkv")
-        start = self.cache[path][0].shape[2] if self.cache and path in self.cache else 0
-        angles = self._angles(start, tokens)
+        past = self.cache[path][0].shape[2] if self.cache and path in self.cache else 0
+        places = past + np.arange(tokens)
+        angles = self._angles(places - starts)
         q = _rotated(_split(q, rows, tokens, self.shape.head_dim), angles).reshape(rows, keys, -1, self.shape.head_dim)
         k = _rotated(_split(k, rows, tokens, self.shape.head_dim), angles)
         v = _split(v, rows, tokens, self.shape.head_dim)
         if self.cache is not None:
-            if start:
+            if past:
                 k, v = (np.concatenate(pair, axis=2) for pair in zip(self.cache[path], (k, v), strict=True))
             self.cache[path] = k, v
         group = self.shape.num_attention_heads // keys
-        seen = np.tile(np.tri(tokens, start + tokens, start, dtype=np.bool_), (group, 1))  # (g x n, m)
+        seen = self._seen(places, starts, group)
         temperature = self.shape.head_dim**-0.5
         scores = np.where(seen, q @ k.swapaxes(2, 3) * temperature, -np.inf)
         chance = softmax(scores)  # (r, k, g x n, m)
@@ -162,11 +166,17 @@ class Pass:
 
         return y, backward
 
-    def _angles(self, start: int, tokens: int) -> tuple[Array, Array]:
-        """Cosine and sine (n, d/2) of RoPE's angles: position x theta^(-2i/d) for the i-th pair of a head."""
+    def _seen(self, places: NDArray[np.int64], starts: NDArray[np.int64], group: int) -> NDArray[np.bool_]:
+        """Which positions each query attends to (r, 1, g x n, m): none after its own, none before its row's start."""
+        keys = np.arange(places[-1] + 1)
+        seen = (keys <= places[:, None]) & (keys >= starts[:, :, None])
+        return np.tile(seen, (1, group, 1))[:, None]
+
+    def _angles(self, positions: NDArray[np.int64]) -> tuple[Array, Array]:
+        """Cosine and sine (r, 1, n, d/2) of RoPE's angles: position x theta^(-2i/d) for the i-th pair of a head."""
         width = self.shape.head_dim
         frequencies = self.shape.rope_theta ** -(np.arange(0, width, 2, dtype=np.float64) / width)
-        angles = np.arange(start, start + tokens, dtype=np.float64)[:, None] * frequencies
+        angles = positions[:, None, :, None] * frequencies
         return np.cos(angles), np.sin(angles)
 
     def _dropout(self, shape: tuple[int, ...], rate: float) -> Array | None:

@@ -204,12 +204,12 @@ class ReferenceSession:
     def _logits(self, trip: Pass, ids: NDArray[np.int64]) -> Array:
         """(rows, tokens) ids without padding -> (rows, tokens, vocabulary)."""
         with np.errstate(all="ignore"):
-            hidden, _ = trip.hidden(ids)
+            hidden, _ = trip.hidden(ids, np.zeros_like(ids))
             return trip.linear(HEAD, hidden)[0].reshape(*ids.shape, -1)
 
     def _summed_loss(self, trip: Pass, batch: Batch) -> tuple[float, Callable[[float], Array]]:
-        ids, targets, here = self._arrays(batch)
-        hidden, hidden_back = trip.hidden(ids)
+        ids, targets, here, starts = self._arrays(batch)
+        hidden, hidden_back = trip.hidden(ids, starts)
         # Logits are made only where a target follows: most positions of a prompt never need any.
         logits, head_back = trip.linear(HEAD, hidden[here])
         loss, dlogits = cross_entropy(logits, targets)
@@ -221,12 +221,20 @@ class ReferenceSession:
 
         return loss, backward
 
-    def _arrays(self, batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-        """Ids (rows, length), targets (n,), and where their logits are (rows x length,)."""
-        length = max(len(row.ids) for row in batch.rows)
-        ids = np.full((len(batch.rows), length), self.pad_id, np.int64)
+    def _arrays(
+        self, batch: Batch
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:
+        """Ids (sequences, length), targets (n,), where their logits are, and where each token's row starts."""
+        sequences = batch.sequences
+        length = max(sum(len(row.ids) for row in sequence) for sequence in sequences)
+        ids = np.full((len(sequences), length), self.pad_id, np.int64)
         here = np.zeros(ids.shape, np.bool_)
-        for index, row in enumerate(batch.rows):
-            ids[index, : len(row.ids)] = row.ids
-            here[index, : len(row.ids) - 1] = row.trained[1:]
-        return ids, np.roll(ids, -1, axis=1)[here], here.reshape(-1)
+        starts = np.zeros(ids.shape, np.int64)
+        for index, sequence in enumerate(sequences):
+            end = 0
+            for row in sequence:
+                start, end = end, end + len(row.ids)
+                ids[index, start:end] = row.ids
+                here[index, start : end - 1] = row.trained[1:]
+                starts[index, start:] = start
+        return ids, np.roll(ids, -1, axis=1)[here], here.reshape(-1), starts

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from finetune.backends.torch import state
 from finetune.errors import TrainingError
-from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
+from finetune.records import NO_LIMIT, AdapterTarget, Batch, ModelLocation, Optimization
 
 _ASKED_TOGETHER = 64
 
@@ -25,7 +25,7 @@ class TorchSession:
         self.model = model
         self.location = location
         self.pad_id = pad_id
-        self.context_length = int(model.config.max_position_embeddings)
+        self.context_length = int(getattr(model.config, "max_position_embeddings", NO_LIMIT))
         self._optimizer: torch.optim.AdamW | None = None
         self._max_grad_norm = 1.0
         self.model.eval()
@@ -197,23 +197,32 @@ class TorchSession:
         return {name: tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad}
 
     def _summed_loss(self, batch: Batch) -> torch.Tensor:
-        ids, attention, targets, here = self._tensors(batch)
+        inputs, targets, here = self._tensors(batch)
         # Logits are made only where a target follows: most positions of a prompt never need any.
-        output = self.model(input_ids=ids, attention_mask=attention, logits_to_keep=here, use_cache=False)
+        output = self.model(**inputs, logits_to_keep=here, use_cache=False)
         return torch.nn.functional.cross_entropy(output.logits.float(), targets, reduction="sum")
 
-    def _tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """Ids (rows, length), attention mask or None, targets (n,), and where their logits are (rows, length) bool."""
-        length = max(len(row.ids) for row in batch.rows)
-        ids = torch.full((len(batch.rows), length), self.pad_id)
-        here = torch.zeros((len(batch.rows), length), dtype=torch.bool)
-        real = torch.zeros((len(batch.rows), length), dtype=torch.long)
-        for index, row in enumerate(batch.rows):
-            ids[index, : len(row.ids)] = torch.tensor(row.ids)
-            here[index, : len(row.ids) - 1] = torch.tensor(row.trained[1:], dtype=torch.bool)
-            real[index, : len(row.ids)] = 1
+    def _tensors(self, batch: Batch) -> tuple[dict[str, torch.Tensor | None], torch.Tensor, torch.Tensor]:
+        """What the model is given, targets (n,), and where their logits are (sequences, length) bool."""
+        sequences = batch.sequences
+        length = max(sum(len(row.ids) for row in sequence) for sequence in sequences)
+        ids = torch.full((len(sequences), length), self.pad_id)
+        here = torch.zeros(ids.shape, dtype=torch.bool)
+        real = torch.zeros_like(ids)
+        positions = torch.zeros_like(ids)
+        for index, sequence in enumerate(sequences):
+            end = 0
+            for row in sequence:
+                start, end = end, end + len(row.ids)
+                ids[index, start:end] = torch.tensor(row.ids)
+                here[index, start : end - 1] = torch.tensor(row.trained[1:], dtype=torch.bool)
+                positions[index, start:end] = torch.arange(len(row.ids))
+            real[index, :end] = 1
         targets = torch.roll(ids, -1, dims=1)[here]
-        return ids, None if bool(real.all()) else real, targets, here
+        if batch.packed:
+            # Positions that begin anew are how transformers knows that rows share a sequence; then it takes no mask.
+            return {"input_ids": ids, "attention_mask": None, "position_ids": positions}, targets, here
+        return {"input_ids": ids, "attention_mask": None if bool(real.all()) else real}, targets, here
 
     @contextlib.contextmanager
     def _at_rest(self) -> Iterator[None]:

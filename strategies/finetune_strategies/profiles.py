@@ -1,0 +1,96 @@
+"""How hard Hypothesis looks: profiles, each law's share of one, and where failures are kept.
+
+| profile    | cases a law | seeds         | failures are kept   | for                                              |
+|------------|-------------|---------------|---------------------|--------------------------------------------------|
+| `fast`     | 60          | of the law    | no, they come again | work and pushes: the same cases on every machine |
+| `ci`       | 100         | new each run  | `.hypothesis`       | one job of each push                             |
+| `slow`     | 1,000       | new each run  | `.hypothesis`       | every night; minutes                             |
+| `thorough` | 5,000       | new each run  | `.hypothesis`       | before a release; an hour or more                |
+| `debug`    | 20          | new each run  | `.hypothesis`       | one law that fails: every case told, explained   |
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from hypothesis import Phase, Verbosity, settings
+from hypothesis.database import (
+    DirectoryBasedExampleDatabase,
+    ExampleDatabase,
+    GitHubArtifactDatabase,
+    MultiplexedDatabase,
+    ReadOnlyDatabase,
+)
+from hypothesis.internal.conjecture import engine
+
+from finetune.errors import UsageError
+
+DEFAULT = "fast"
+EXAMPLES = ".hypothesis/examples"
+"""Where failures are kept; CI hands this folder on."""
+ARTIFACT = "hypothesis-example-db"
+"""The name under which CI hands it on."""
+SHRINK_SECONDS = 30
+"""How long one failing law is made smaller, except in `slow` and `thorough`, where nobody waits."""
+
+_BRIEFLY = tuple(phase for phase in Phase if phase is not Phase.explain)
+_PROFILES: dict[str, dict[str, Any]] = {
+    "fast": {"max_examples": 60, "stateful_step_count": 15, "derandomize": True, "phases": _BRIEFLY},
+    "ci": {"max_examples": 100, "stateful_step_count": 20, "phases": _BRIEFLY},
+    "slow": {"max_examples": 1_000, "stateful_step_count": 50},
+    "thorough": {"max_examples": 5_000, "stateful_step_count": 100},
+    "debug": {"max_examples": 20, "stateful_step_count": 15, "verbosity": Verbosity.verbose},
+}
+PROFILES = tuple(_PROFILES)
+_UNHURRIED = ("slow", "thorough")
+
+
+def load_profile(name: str | None = None, environ: Mapping[str, str] = os.environ) -> str:
+    """Register every profile and load one: the named one, else `HYPOTHESIS_PROFILE`, else `fast`; returns its name.
+
+    `FT_HYPOTHESIS_REPO=owner/name` lets every profile but `fast` try the failures that the CI of that GitHub
+    repository has kept, too; it needs a `GITHUB_TOKEN`. Without that variable nothing is contacted.
+
+    Raises:
+        UsageError: there is no such profile, or the repository's name is none.
+    """
+    chosen = name or environ.get("HYPOTHESIS_PROFILE") or DEFAULT
+    if chosen not in _PROFILES:
+        raise UsageError(f"there is no Hypothesis profile {chosen!r}", hint=f"choose one of: {', '.join(PROFILES)}")
+    kept = failures_kept(environ.get("FT_HYPOTHESIS_REPO", ""))
+    # Where Hypothesis finds itself in CI it loads a profile of its own; ours must not inherit from that one.
+    parent = settings.get_profile("default")
+    for profile, changes in _PROFILES.items():
+        database = None if changes.get("derandomize") else kept
+        settings.register_profile(profile, parent, deadline=None, print_blob=True, database=database, **changes)
+    settings.load_profile(chosen)
+    return chosen
+
+
+def limit_shrinking(profile: str) -> None:
+    """Give a failing law `SHRINK_SECONDS` to become small; what was found until then is reported, and kept.
+
+    Hypothesis has no setting for it, only this constant, which its authors leave open to change.
+    """
+    if not profile.startswith(_UNHURRIED):
+        engine.MAX_SHRINKING_SECONDS = SHRINK_SECONDS
+
+
+def failures_kept(repository: str = "") -> ExampleDatabase:
+    """The failures of this checkout and, read only, those that the CI of `repository` (owner/name) handed on.
+
+    Raises:
+        UsageError: `repository` is not of that form.
+    """
+    local = DirectoryBasedExampleDatabase(EXAMPLES)
+    if not repository:
+        return local
+    owner, _, name = repository.partition("/")
+    if not owner or not name or "/" in name:
+        raise UsageError(f"FT_HYPOTHESIS_REPO names no repository: {repository!r}", hint="write it as owner/name")
+    return MultiplexedDatabase(local, ReadOnlyDatabase(GitHubArtifactDatabase(owner, name, artifact_name=ARTIFACT)))
+
+
+def examples(share: float = 1.0) -> settings:
+    """Decorates a law: it is to have this share of the cases that the loaded profile gives a law, at least one."""
+    return settings(max_examples=max(1, round(settings().max_examples * share)))

@@ -1,0 +1,75 @@
+"""Tokenizers, templates and conversations put together as the product does it, and ids spelled out without it."""
+
+from collections.abc import Sequence
+from functools import cache
+
+from finetune.records import Conversation, Message, Rendered
+from finetune.templates.catalog import CATALOG, TemplateSource
+from finetune.templates.render import ChatTemplate
+from finetune.tokens.fit import Encoded, Overlong, encode_rows
+from finetune.tokens.tokenizer import FileTokenizer
+from finetune_strategies.tokenizers import EOS, KINDS, TokenizerKind, all_control_kinds, tokenizer_folder
+
+NAMES = sorted(CATALOG)
+TERMINATOR = {"alpaca": EOS, "chatml": "<|im_end|>", "llama2": EOS, "llama3": "<|eot_id|>"}
+TIGHT = TemplateSource(
+    "tight.jinja",
+    "{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}",
+)
+"""No white space between markup and text, so that a tokenizer is tempted to merge across the border."""
+
+FULL = all_control_kinds()
+FIRST = KINDS[0]
+
+
+@cache
+def tokenizer_of(kind: TokenizerKind) -> FileTokenizer:
+    """The product's tokenizer of a folder."""
+    return FileTokenizer(tokenizer_folder(kind))
+
+
+@cache
+def template_of(kind: TokenizerKind, name: str) -> ChatTemplate:
+    """The template as the product puts it together with a tokenizer."""
+    tokenizer = tokenizer_of(kind)
+    source = TIGHT if name == "tight" else CATALOG[name]
+    return ChatTemplate(source, tokenizer.control_tokens, bos=tokenizer.bos, eos=tokenizer.eos)
+
+
+def spelled(kind: TokenizerKind, ids: Sequence[int]) -> str:
+    """Ids as text, control tokens spelled out: independent of what the product skips."""
+    out: list[str] = []
+    run: list[int] = []
+    for token in [*ids, -1]:
+        if 0 <= token < len(kind.control_tokens) or token == -1:
+            out.append(tokenizer_of(kind).decode(run))
+            out.append(kind.control_tokens[token] if token >= 0 else "")
+            run = []
+        else:
+            run.append(token)
+    return "".join(out)
+
+
+def control_ids(kind: TokenizerKind, ids: Sequence[int]) -> list[str]:
+    """The control tokens among the ids."""
+    return [kind.control_tokens[token] for token in ids if token < len(kind.control_tokens)]
+
+
+def said(name: str, conversation: Conversation) -> list[str]:
+    """For each answer what the model must learn to say, by the public format."""
+    answers = [message.content for message in conversation.messages if message.role == "assistant"]
+    if name == "llama2":
+        return [f" {answer.strip()} {EOS}" for answer in answers]
+    end = TERMINATOR.get(name, EOS)
+    return [(answer.strip() if name == "llama3" else answer) + end for answer in answers]
+
+
+def talk(*turns: str) -> Conversation:
+    """A conversation from `role:text` words."""
+    return Conversation(tuple(Message(*turn.split(":", 1)) for turn in turns), "rows.jsonl:7")
+
+
+def encoded(kind: TokenizerKind, rows: list[Rendered], length: int, overlong: Overlong = "drop") -> Encoded:
+    """The rows held to a length."""
+    return encode_rows(rows, tokenizer_of(kind), max_length=length, overlong=overlong, dropped={})
