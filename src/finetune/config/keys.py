@@ -33,6 +33,7 @@ _NAMES_ELSEWHERE: dict[str, str] = {
     "micro_batch_size": "training.batch_size",
     "per_device_train_batch_size": "training.batch_size",
     "gradient_accumulation_steps": "training.accumulation",
+    "sample_packing": "training.packing",
     "lr_scheduler_type": "training.schedule",
     "warmup_ratio": "training.warmup_fraction",
     "r": "adapter.rank",

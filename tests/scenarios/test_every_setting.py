@@ -1,0 +1,172 @@
+"""P-KNOB: every setting, when it is changed, changes what a whole run does, or is refused; none is a dead knob."""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.assembly import observe
+from finetune.backends import open_backend
+from finetune.config import KEYS, json_schema, load_config
+from finetune.errors import FineTuneError
+from finetune.pipeline import fine_tune
+from finetune_strategies.tokenizers import KINDS, tokenizer_folder
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 12, "intermediate_size": 9, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 4, "max_position_embeddings": 256, "initializer_range": 0.3,
+    "pad_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+BASE: dict[str, Any] = {
+    "backend": "reference", "model.path": "MODEL", "data.train": "TRAIN", "data.valid": "VALID",
+    "data.rehearsal": "KNOWN", "data.retention": "KNOWN", "template.name": "chatml", "adapter.rank": 2,
+    "tokens.max_length": 128, "training.epochs": 2.0, "training.batch_size": 3, "training.learning_rate": 0.01,
+    "evaluation.max_new_tokens": 3, "judge.sham": "never", "judge.memory": "never",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Change:
+    """Another value for a setting, and what else must be so that it can matter; `None` leaves a setting out."""
+
+    value: Any
+    given: dict[str, Any] = field(default_factory=dict)
+
+
+CHANGES: dict[str, Change] = {
+    "model.path": Change("OTHER"),
+    "model.revision": Change("main"),
+    "model.dtype": Change("bfloat16"),
+    "data.train": Change("KNOWN"),
+    "data.valid": Change("KNOWN"),
+    "data.valid_fraction": Change(0.5, {"data.valid": None}),
+    "data.rehearsal": Change("VALID"),
+    "data.retention": Change("VALID"),
+    "data.limit": Change(5),
+    "template.name": Change("alpaca"),
+    "tokens.max_length": Change(40),
+    "tokens.overlong": Change("truncate_prompt", {"tokens.max_length": 40}),
+    "tokens.cache": Change("CACHE"),
+    "adapter.rank": Change(3),
+    "adapter.alpha": Change(5.0),
+    "adapter.dropout": Change(0.5),
+    "adapter.targets": Change(["q_proj"]),
+    "training.epochs": Change(1.0),
+    "training.max_steps": Change(2),
+    "training.batch_size": Change(2),
+    "training.accumulation": Change(2),
+    "training.packing": Change(True),
+    "training.learning_rate": Change(0.02),
+    "training.schedule": Change("linear"),
+    "training.warmup_fraction": Change(0.5),
+    "training.weight_decay": Change(0.5),
+    "training.max_grad_norm": Change(0.01),
+    "training.seed": Change(1),
+    "training.save_every": Change(3),
+    "training.evaluate_every": Change(3),
+    "evaluation.questions": Change(2),
+    "evaluation.retention_questions": Change(2),
+    "evaluation.max_new_tokens": Change(5),
+    "judge.sham": Change("always"),
+    "judge.memory": Change("auto"),
+    "judge.memory_batch_size": Change(3, {"judge.memory": "always"}),
+    "judge.memory_length": Change(32, {"judge.memory": "always"}),
+    "backend": Change("mlx"),
+}
+_ALWAYS_NEW = ("id", "started", "command", "plan", "timing", "throughput", "peak_rss_bytes", "machine")
+"""What differs from run to run, or repeats the settings themselves: no proof that a setting does anything."""
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two tiny models and three small data sets."""
+    folder = tmp_path_factory.mktemp("knobs")
+    for number, name in enumerate(("MODEL", "OTHER")):
+        (folder / name).mkdir()
+        for file in tokenizer_folder(KINDS[number]).iterdir():
+            shutil.copy(file, folder / name)
+        words = json.loads((folder / name / "config.json").read_text())["vocab_size"]
+        open_backend("reference").create({**LLAMA, "vocab_size": words}, folder / name, seed=number)
+    for name, count in (("TRAIN", 11), ("VALID", 4), ("KNOWN", 5)):
+        rows = [{"prompt": f"{name} {'word ' * (4 * index)}", "completion": f"{index}"} for index in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {name: str(next(folder.glob(f"{name}*"))) for name in ("MODEL", "OTHER", "TRAIN", "VALID", "KNOWN")} | {
+        "CACHE": str(folder / "CACHE")
+    }
+
+
+def outcome(settings: dict[str, Any], places: dict[str, str], output: Path) -> Any:
+    """Everything a run did that can be seen from outside, or the words of its refusal."""
+    chosen = {
+        key: places.get(value, value) if isinstance(value, str) else value
+        for key, value in settings.items()
+        if value is not None
+    }
+    try:
+        folder, record = fine_tune(load_config(None, environ={}, overrides=chosen, profile=None), output=output)
+    except FineTuneError as error:
+        return str(error).replace(str(output), "")
+    cache = Path(places["CACHE"])
+    kept = sorted(path.name for path in cache.iterdir()) if cache.exists() else []
+    shutil.rmtree(cache, ignore_errors=True)
+    record = {key: value for key, value in record.items() if key not in _ALWAYS_NEW}
+    weights = next(item["sha256"] for item in record["artifacts"] if item["path"].endswith("adapter_model.safetensors"))
+    record["artifacts"] = [weights, sorted(path.name for path in folder.glob("checkpoints/*")), kept]
+    return json.loads(json.dumps(record))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What a memory measurement was asked for; the reference backend itself has no means to measure."""
+    found: list[Any] = []
+
+    def note(*request: Any, **sizes: Any) -> Any:
+        found.append((request[0], sizes))
+        raise observe.EvidenceError("not here")
+
+    monkeypatch.setattr(observe, "measure_memory", note)
+    monkeypatch.setattr("finetune.backends.reference.backend.ReferenceBackend.abilities", frozenset({"memory"}))
+    return found
+
+
+def test_every_setting_is_in_the_table_and_the_schema() -> None:
+    """The table below has every setting of the JSON Schema, no other, and a value that is not the one used anyway."""
+    schema = json_schema()
+    listed = {name for name in schema["properties"] if name not in schema.get("$defs", {})}
+    assert set(CHANGES) == set(KEYS)
+    assert {key.split(".")[0] for key in CHANGES} <= listed
+    assert len(CHANGES) == 38
+    assert all(change.value != {**BASE, **change.given}.get(key) for key, change in CHANGES.items())
+
+
+@pytest.fixture(scope="module")
+def repeated(places: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What runs without the change did, by what else they were given; each is made once."""
+    return {}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_setting_changed_changes_the_run(
+    key: str, places: dict[str, str], repeated: dict[str, Any], asked: list[Any], tmp_path: Path
+) -> None:
+    """With this one setting changed, a run trains, writes, asks or refuses differently from the same run without it."""
+    change = CHANGES[key]
+    given = {**BASE, **change.given}
+    name = json.dumps(change.given)
+    if name not in repeated:
+        repeated[name] = [outcome(given, places, tmp_path / "before"), list(asked)]
+        asked.clear()
+    before = repeated[name]
+    after = [outcome({**given, key: change.value}, places, tmp_path / "after"), list(asked)]
+    assert after != before
+
+
+def test_nothing_changed_changes_nothing(places: dict[str, str], asked: list[Any], tmp_path: Path) -> None:
+    """Two runs with the same settings do the same in everything that the law above looks at."""
+    first, second = (outcome(BASE, places, tmp_path / name) for name in ("first", "second"))
+    assert isinstance(first, dict)
+    assert first == second
+    assert asked == []
