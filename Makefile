@@ -105,8 +105,8 @@ prove:  ## Plant faults and count what the suite catches (not in this version: s
 	@echo "ft prove is not in this version: the fault campaign is missing." >&2; exit 3
 
 .PHONY: docs
-docs:  ## Build the documentation site (not in this version: says what is missing)
-	@echo "The documentation site is not in this version; README.md, ARCHITECTURE.md and ft --help are." >&2; exit 3
+docs: $(VENV)/torch-ok  ## Write docs/commands.md and docs/settings.md from the program itself
+	@$(BIN)/python docs/reference.py && echo "written: docs/commands.md docs/settings.md"
 
 .PHONY: reference-model
 reference-model: $(VENV)/torch-ok  ## Build the shipped models and data sets from nothing (about half an hour)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; `ft init` writes one.")]
 ModelName = Annotated[str | None, typer.Option("--model", help="Shipped name, local folder or hub id.")]
-DataFile = Annotated[str | None, typer.Option("--data", help="A .jsonl or .json file of training rows.")]
+DataFile = Annotated[str | None, typer.Option("--data", help="Training rows: .jsonl, .json, .csv, .tsv or .parquet.")]
 TemplateName = Annotated[
     str | None, typer.Option("--template", help="auto, tokenizer, alpaca, chatml, llama2, llama3 or a .jinja file.")
 ]

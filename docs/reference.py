@@ -1,0 +1,115 @@
+"""Writes the reference pages from the program itself, so that they cannot say anything else: `make docs`."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from finetune.cli.app import app
+from finetune.config import KEYS, default_of, description_of, json_schema
+from finetune.config.profiles import PROFILES
+
+FOLDER = Path(__file__).resolve().parent
+WIDTH = 100
+
+
+def commands_page() -> str:
+    """What `ft --help` and `ft VERB --help` print, verb by verb."""
+    group: Any = typer.main.get_command(app)
+    lines = ["# Commands", "", "Made from `ft --help` by `make docs`.", "", "```text", _help(group, "ft", None), "```"]
+    for name, command in group.commands.items():
+        parent = group.context_class(group, info_name="ft", **group.context_settings)
+        lines += ["", f"## ft {name}", "", "```text", _help(command, name, parent), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _help(command: Any, name: str, parent: Any) -> str:
+    context = command.context_class(
+        command,
+        info_name=name,
+        parent=parent,
+        terminal_width=WIDTH,
+        max_content_width=WIDTH,
+        **command.context_settings,
+    )
+    text: str = command.get_help(context)
+    return "\n".join(line.rstrip() for line in text.rstrip().splitlines())
+
+
+def settings_page() -> str:
+    """Every setting with what it accepts, its default and its sentence; then the profiles."""
+    schema = json_schema()
+    lines = [
+        "# Settings",
+        "",
+        "Made from the configuration's schema by `make docs`; `ft init` writes the same as a commented file.",
+        "",
+        "| setting | accepts | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    for key in KEYS:
+        accepts = " or ".join(dict.fromkeys(_accepted(_schema_of(schema, key), schema)))
+        default = json.dumps(default_of(key))
+        lines.append(f"| `{key}` | {accepts} | `{default}` | {description_of(key)} |")
+    lines += ["", "## Profiles", "", "| profile | for | sets |", "|---|---|---|"]
+    for name, profile in PROFILES.items():
+        values = ", ".join(f"`{key}={json.dumps(value)}`" for key, value in profile.values.items())
+        lines.append(f"| `{name}` | {profile.sentence} | {values} |")
+    return "\n".join(lines) + "\n"
+
+
+def _schema_of(schema: dict[str, Any], key: str) -> dict[str, Any]:
+    found = schema
+    for part in key.split("."):
+        found = _resolved(found, schema)["properties"][part]
+    return found
+
+
+def _resolved(part: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """The part that a reference points to; of alternatives, the one with settings in it."""
+    if "$ref" in part:
+        return _resolved(schema["$defs"][part["$ref"].rsplit("/", 1)[-1]], schema)
+    for choice in part.get("anyOf", []):
+        if "properties" in (found := _resolved(choice, schema)):
+            return found
+    return part
+
+
+def _accepted(part: dict[str, Any], schema: dict[str, Any]) -> Iterator[str]:
+    """What a setting may be, in a reader's words."""
+    if "$ref" in part:
+        yield from _accepted(_resolved(part, schema), schema)
+    elif "anyOf" in part:
+        for choice in part["anyOf"]:
+            yield from _accepted(choice, schema)
+    elif "enum" in part or "const" in part:
+        yield from (f"`{json.dumps(value)}`" for value in part.get("enum", [part.get("const")]))
+    elif part.get("type") == "array":
+        yield "a list of " + " or ".join(_accepted(part["items"], schema)) + "s"
+    else:
+        yield _bounded(part)
+
+
+def _bounded(part: dict[str, Any]) -> str:
+    words = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
+    kind = words.get(part.get("type", ""), str(part.get("type")))
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {part[name]:,}" for name, sign in signs.items() if name in part]
+    if str(part.get("pattern", "")).endswith(r"\.jinja$"):
+        kind = "path of a .jinja file"
+    return f"{kind} {' and '.join(limits)}".rstrip()
+
+
+PAGES = {"commands.md": commands_page, "settings.md": settings_page}
+
+
+def main() -> None:
+    """Write every page."""
+    for name, page in PAGES.items():
+        (FOLDER / name).write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
