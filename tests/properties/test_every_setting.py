@@ -9,22 +9,15 @@ from typing import Any
 import pytest
 
 from finetune.assembly import observe
-from finetune.backends import open_backend
 from finetune.config import KEYS, json_schema, load_config
 from finetune.errors import FineTuneError
 from finetune.pipeline import fine_tune
-from finetune_strategies.tokenizers import KINDS, tokenizer_folder
+from finetune_strategies.tokenizers import KINDS
+from properties.workplace import QUICK, make_data, make_model, no_fresh_process
 
-LLAMA: dict[str, Any] = {
-    "model_type": "llama", "hidden_size": 12, "intermediate_size": 9, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 4, "max_position_embeddings": 256, "initializer_range": 0.3,
-    "pad_token_id": 0, "eos_token_id": 0,
-}  # fmt: skip
 BASE: dict[str, Any] = {
-    "backend": "reference", "model.path": "MODEL", "data.train": "TRAIN", "data.valid": "VALID",
-    "data.rehearsal": "KNOWN", "data.retention": "KNOWN", "template.name": "chatml", "adapter.rank": 2,
-    "tokens.max_length": 128, "training.epochs": 2.0, "training.batch_size": 3, "training.learning_rate": 0.01,
-    "evaluation.max_new_tokens": 3, "judge.sham": "never", "judge.memory": "never",
+    **QUICK, "model.path": "MODEL", "data.train": "TRAIN", "data.valid": "VALID",
+    "data.rehearsal": "KNOWN", "data.retention": "KNOWN",
 }  # fmt: skip
 
 
@@ -85,14 +78,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Two tiny models and three small data sets."""
     folder = tmp_path_factory.mktemp("knobs")
     for number, name in enumerate(("MODEL", "OTHER")):
-        (folder / name).mkdir()
-        for file in tokenizer_folder(KINDS[number]).iterdir():
-            shutil.copy(file, folder / name)
-        words = json.loads((folder / name / "config.json").read_text())["vocab_size"]
-        open_backend("reference").create({**LLAMA, "vocab_size": words}, folder / name, seed=number)
+        make_model(folder / name, kind=KINDS[number], seed=number)
     for name, count in (("TRAIN", 11), ("VALID", 4), ("KNOWN", 5)):
-        rows = [{"prompt": f"{name} {'word ' * (4 * index)}", "completion": f"{index}"} for index in range(count)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        make_data(folder / f"{name}.jsonl", count)
     return {name: str(next(folder.glob(f"{name}*"))) for name in ("MODEL", "OTHER", "TRAIN", "VALID", "KNOWN")} | {
         "CACHE": str(folder / "CACHE")
     }
@@ -106,7 +94,8 @@ def outcome(settings: dict[str, Any], places: dict[str, str], output: Path) -> A
         if value is not None
     }
     try:
-        folder, record = fine_tune(load_config(None, environ={}, overrides=chosen, profile=None), output=output)
+        with no_fresh_process():
+            folder, record = fine_tune(load_config(None, environ={}, overrides=chosen, profile=None), output=output)
     except FineTuneError as error:
         return str(error).replace(str(output), "")
     cache = Path(places["CACHE"])

@@ -1,0 +1,270 @@
+"""Laws of the whole workflow, from a configuration to a judged run, without any ML framework."""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from finetune.artifacts.run_folder import RunFolder
+from finetune.artifacts.write import describe_file
+from finetune.config import LoadedConfig, load_plan
+from finetune.errors import ConfigError, FineTuneError, RefusedError, StorageError
+from finetune.events import Event, PhaseStarted, StepDone
+from finetune.pipeline import fine_tune
+from finetune.records import Outcome
+from finetune_strategies.profiles import examples
+from finetune_strategies.tokenizers import KINDS
+from properties.disks import everything_below, full_after
+from properties.workplace import make_data, make_model, no_fresh_process, settings
+
+ADAPTER = "adapter/adapter_model.safetensors"
+CRITERIA = {1: 4, 2: 4, 3: 3, 4: 3, 5: 3}
+OUTCOMES: tuple[Outcome, ...] = ("holds", "broken", "undecided", "not applicable")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model."""
+    return make_model(tmp_path_factory.mktemp("workflow") / "model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eleven rows: no multiple of any batch size used here."""
+    return make_data(tmp_path_factory.mktemp("data") / "rows.jsonl", 11)
+
+
+class Death(BaseException):
+    """Stands for the end of the process: nothing of ours catches it."""
+
+
+def go_on(folder: Path) -> dict[str, Any]:
+    """Continue a run, as `ft train --resume` does."""
+    plan = load_plan(RunFolder.unfinished(folder).plan)
+    return fine_tune(LoadedConfig(plan.config, plan.origins), output=folder, resume=True)[1]
+
+
+def test_workflow_goes_through_its_phases_in_order_and_the_manifest_comes_last(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    """A run prepares, looks, trains, saves, looks again, checks and judges; run.json lists every file as it is."""
+    heard: list[Event] = []
+    folder, record = fine_tune(
+        settings(model, data, judge__sham="always"), output=tmp_path / "run", listener=heard.append, command="ft x"
+    )
+    phases = [event.phase for event in heard if isinstance(event, PhaseStarted)]
+    assert phases == [
+        "prepare", "load", "observe base", "attach", "train", "save adapter", "observe tuned", "check adapter",
+        "sham control",
+    ]  # fmt: skip
+    written = json.loads((folder / "run.json").read_text())
+    assert written == record
+    assert (written["command"], written["status"]) == ("ft x", "complete")
+    listed = {file["path"]: file for file in written["artifacts"]}
+    there = {path for path, content in everything_below(folder).items() if content is not None}
+    assert there - {"run.json"} == set(listed)
+    assert all(describe_file(folder / name, name=name) == file for name, file in listed.items())
+    assert {ADAPTER, "report.html", "report.json", "plan.yaml", "events.jsonl"} <= set(listed)
+    newest = max(path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "run.json" and path.is_file())
+    assert (folder / "run.json").stat().st_mtime_ns >= newest
+    assert written["reload"]["difference"] <= 1e-6 * written["reload"]["largest_logit"]
+
+
+def test_workflow_judges_every_criterion_on_what_was_measured(model: Path, data: Path, tmp_path: Path) -> None:
+    """Each of the five criteria has its verdicts, each with a measured and an allowed value or a reason."""
+    with no_fresh_process():
+        record = fine_tune(settings(model, data, judge__sham="always"), output=tmp_path / "run")[1]
+    verdicts = record["verdicts"]
+    assert {number: sum(one["criterion"] == number for one in verdicts) for number in CRITERIA} == CRITERIA
+    assert all(one["outcome"] in OUTCOMES and one["allowed"] for one in verdicts)
+    assert all(one["measured"] or one["reason"] for one in verdicts)
+    by_id = {one["id"]: one for one in verdicts}
+    assert all(one["outcome"] == "not applicable" for one in verdicts if one["criterion"] == 3)
+    assert by_id["parameter-updates"]["outcome"] == by_id["parameter-exactly"]["outcome"] == "holds"
+    assert record["scores"]["learning"]["sham"]["count"] == record["scores"]["learning"]["tuned"]["count"] == 11
+
+
+@given(st.integers(2, 17), st.integers(1, 5), st.integers(1, 3), st.booleans(), st.sampled_from([0, 1, 7]))
+@example(11, 3, 2, True, 0)
+@examples(1 / 6)
+def test_workflow_counts_add_up(
+    model: Path, rows: int, batch_size: int, accumulation: int, packing: bool, seed: int
+) -> None:
+    """Rows read are kept or dropped, each kept row is trained once an epoch, and steps, tokens and losses agree."""
+    with TemporaryDirectory() as name, no_fresh_process():
+        place = make_data(Path(name) / "rows.jsonl", rows)
+        changes = {"batch_size": batch_size, "accumulation": accumulation, "packing": packing, "seed": seed}
+        loaded = settings(model, place, **{f"training__{key}": value for key, value in changes.items()})
+        folder, record = fine_tune(loaded, output=Path(name) / "run")
+        events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    counts = record["data"]["train"]
+    assert (counts["read"], counts["kept"], counts["dropped"]) == (rows, rows, {})
+    steps = [event for event in events if event["event"] == "StepDone"]
+    assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
+    assert steps[-1]["epoch"] == 2.0
+    for epoch in (1, 2):
+        mine = [step for step in steps if epoch - 1 < step["epoch"] <= epoch]
+        assert sum(step["tokens"] for step in mine) == counts["tokens"]
+        assert sum(step["trained_tokens"] for step in mine) == counts["trained_tokens"]
+        assert len(mine) == len(steps) / 2
+    if not packing:
+        assert len(steps) == 2 * math.ceil(math.ceil(rows / batch_size) / accumulation)
+    assert [loss["loss"] for loss in record["losses"]["train"]] == [step["loss"] for step in steps]
+    assert record["seeds"] == {"training": seed}
+
+
+def test_workflow_seed_decides_every_byte(model: Path, data: Path, tmp_path: Path) -> None:
+    """P-SEED: the same seed gives the same adapter and losses, another seed others; 0 is a seed."""
+    found = []
+    with no_fresh_process():
+        for number, seed in enumerate((0, 0, 1)):
+            loaded = settings(model, data, training__seed=seed, adapter__dropout=0.3)
+            folder, record = fine_tune(loaded, output=tmp_path / str(number))
+            found.append(((folder / ADAPTER).read_bytes(), record["losses"], record["scores"]))
+    assert found[0] == found[1]
+    assert found[0][0] != found[2][0]
+    assert found[0][1] != found[2][1]
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], int]:
+    """A run that nobody stopped, with its number of events; accumulation, dropout and packing are on."""
+    heard: list[Event] = []
+    output = tmp_path_factory.mktemp("whole") / "run"
+    with no_fresh_process():
+        folder, record = fine_tune(demanding(model, data), output=output, listener=heard.append)
+    return folder, record, len(heard)
+
+
+def demanding(model: Path, data: Path) -> LoadedConfig:
+    """A run with everything in it that a resume could forget."""
+    changes = {"accumulation": 2, "packing": True, "save_every": 2, "evaluate_every": 3, "batch_size": 1, "epochs": 3.0}
+    return settings(
+        model, data, adapter__dropout=0.3, data__valid_fraction=0.2, tokens__max_length=64,
+        **{f"training__{key}": value for key, value in changes.items()},
+    )  # fmt: skip
+
+
+@given(st.data())
+@examples(1 / 5)
+def test_workflow_stopped_anywhere_and_resumed_is_the_run_that_was_never_stopped(
+    model: Path, data: Path, whole: tuple[Path, dict[str, Any], int], data_: st.DataObject
+) -> None:
+    """P-RESUME: dead at any event, once or twice, a resumed run ends with the same adapter, losses and verdicts."""
+    folder, record, events = whole
+    deaths = data_.draw(st.lists(st.integers(0, events - 1), min_size=1, max_size=2))
+    with TemporaryDirectory() as name, no_fresh_process():
+        output = Path(name) / "run"
+        for death in [*deaths, events]:
+            begun = (output / "plan.yaml").exists()
+            plan = load_plan(output / "plan.yaml") if begun else None
+            loaded = LoadedConfig(plan.config, plan.origins) if plan else demanding(model, data)
+            if not (output / "run.json").exists():
+                alive_until(death, loaded, output, resume=begun)
+        found = json.loads((output / "run.json").read_text())
+        assert (output / ADAPTER).read_bytes() == (folder / ADAPTER).read_bytes()
+        assert list(output.rglob("*.part")) == []
+    for part in ("losses", "scores", "verdicts", "data"):
+        assert found[part] == record[part]
+
+
+def alive_until(death: int, loaded: LoadedConfig, output: Path, *, resume: bool) -> None:
+    """A run that dies when it tells its event of this number, if it tells so many."""
+    heard = 0
+
+    def listen(event: Event) -> None:
+        nonlocal heard
+        heard += 1
+        if heard > death:
+            raise Death
+
+    with contextlib.suppress(Death):
+        fine_tune(loaded, output=output, listener=listen, resume=resume)
+
+
+@given(st.integers(0, 60_000))
+@example(0)
+@examples(1 / 8)
+def test_workflow_on_a_full_disk_fails_clearly_and_can_go_on(
+    model: Path, data: Path, whole: tuple[Path, dict[str, Any], int], size: int
+) -> None:
+    """P-CRASH: a disk that is full at any file is one clear error; with space again the run ends as it would have."""
+    folder = whole[0]
+    with TemporaryDirectory() as name, no_fresh_process():
+        output = Path(name) / "run"
+        with full_after(size):
+            try:
+                fine_tune(demanding(model, data), output=output)
+                failed = None
+            except StorageError as error:
+                failed = error
+        if failed:
+            assert str(output) in str(failed)
+            assert failed.hint
+            assert not (output / "run.json").exists()
+            if (output / "plan.yaml").exists():
+                go_on(output)
+            else:
+                fine_tune(demanding(model, data), output=output)
+        assert (output / ADAPTER).read_bytes() == (folder / ADAPTER).read_bytes()
+
+
+def _no_answers(place: Path) -> None:
+    place.write_text('{"prompt": "a", "completion": ""}\n' * 3)
+
+
+def _cut_off(place: Path) -> None:
+    place.write_bytes(place.read_bytes()[:-7])
+
+
+REFUSED: dict[str, tuple[dict[str, Any], Callable[[Path], None] | None, str]] = {
+    "no such model": ({"model__path": "./nowhere"}, None, "nowhere"),
+    "no such data": ({"data__train": "nowhere.jsonl"}, None, "nowhere.jsonl"),
+    "rank above a layer": ({"adapter__rank": 500}, None, "rank 500"),
+    "no such layer": ({"adapter__targets": ["q_prj"]}, None, "q_proj"),
+    "too long for the model": ({"tokens__max_length": 999}, None, "999"),
+    "a template's control tokens": ({"template__name": "llama3", "model__path": "SMALL"}, None, "<|eot_id|>"),
+    "no row fits": ({"tokens__max_length": 8}, None, "longer than 8 tokens"),
+    "rows too long and refused": ({"tokens__max_length": 20, "tokens__overlong": "refuse"}, None, "rows.jsonl:"),
+    "two kinds of held-out rows": ({"data__valid": "DATA", "data__valid_fraction": 0.5}, None, "valid_fraction"),
+    "no template of its own": ({"template__name": "tokenizer"}, None, "chat template"),
+    "no answer in any row": ({}, _no_answers, "empty answer"),
+    "a broken line": ({}, _cut_off, "rows.jsonl:11"),
+    "no such framework": ({"backend": "mlx"}, None, "mlx"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_workflow_refused_leaves_nothing_behind(case: str, model: Path, tmp_path: Path) -> None:
+    """What cannot work is refused before work begins, with the value and a remedy; the disk is as it was."""
+    changes, damage, named = REFUSED[case]
+    place = make_data(tmp_path / "rows.jsonl", 11)
+    if damage:
+        damage(place)
+    small = make_model(tmp_path / "small", kind=next(kind for kind in KINDS if not kind.llama3))
+    places = {"DATA": str(place), "SMALL": str(small)}
+    before = everything_below(tmp_path)
+    changes = {key: places.get(value, value) if isinstance(value, str) else value for key, value in changes.items()}
+    with pytest.raises((RefusedError, ConfigError, FineTuneError)) as caught:
+        fine_tune(settings(model, place, **changes), output=tmp_path / "run")
+    assert named in str(caught.value)
+    assert caught.value.exit_code in (2, 3)
+    assert "hint" in str(caught.value)
+    assert everything_below(tmp_path) == before
+
+
+def test_workflow_numbers_that_are_not_finite_stop_the_run(model: Path, data: Path, tmp_path: Path) -> None:
+    """P-FINITE: a learning rate that blows up ends with one error that names the step; there is no manifest."""
+    with pytest.raises(FineTuneError, match="step") as caught:
+        fine_tune(settings(model, data, training__learning_rate=1e200), output=tmp_path / "run")
+    assert caught.value.exit_code == 1
+    assert not (tmp_path / "run" / "run.json").exists()
+    steps = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert all(step["event"] != StepDone.__name__ or abs(step["loss"]) < 1e300 for step in steps)

@@ -1,0 +1,56 @@
+"""A place to fine-tune in, whole and in milliseconds: tiny models with real tokenizers, small data, no framework."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from finetune.backends import open_backend
+from finetune.config import LoadedConfig, load_config
+from finetune.records import Reload
+from finetune_strategies.tokenizers import KINDS, TokenizerKind, tokenizer_folder
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 12, "intermediate_size": 9, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 4, "max_position_embeddings": 256, "initializer_range": 0.3,
+    "pad_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+QUICK: dict[str, Any] = {
+    "backend": "reference", "template.name": "chatml", "adapter.rank": 2, "tokens.max_length": 128,
+    "training.epochs": 2.0, "training.batch_size": 3, "training.learning_rate": 0.01, "evaluation.max_new_tokens": 3,
+    "judge.sham": "never", "judge.memory": "never",
+}  # fmt: skip
+
+
+def make_model(folder: Path, *, kind: TokenizerKind = KINDS[0], seed: int = 0) -> Path:
+    """A tiny random Llama with a tokenizer of this kind."""
+    folder.mkdir(parents=True)
+    for file in tokenizer_folder(kind).iterdir():
+        shutil.copy(file, folder)
+    words = json.loads((folder / "config.json").read_text())["vocab_size"]
+    open_backend("reference").create({**LLAMA, "vocab_size": words}, folder, seed=seed)
+    return folder
+
+
+def make_data(path: Path, count: int) -> Path:
+    """Questions of very unequal lengths, each with a short answer."""
+    rows = [{"prompt": f"{path.stem} {'word ' * (4 * index % 29)}", "completion": f"{index}"} for index in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def settings(model: Path, data: Path, **changes: Any) -> LoadedConfig:
+    """A quick fine-tune of the model on the data; `training__seed=1` changes a setting."""
+    chosen = {key.replace("__", "."): value for key, value in changes.items()}
+    overrides = {**QUICK, "model.path": str(model), "data.train": str(data), **chosen}
+    return load_config(None, environ={}, overrides=overrides, profile=None)
+
+
+@contextmanager
+def no_fresh_process() -> Iterator[None]:
+    """Within this context the saved adapter is not loaded in a process of its own; that has laws of its own."""
+    with patch("finetune.assembly.observe.check_reload", lambda *given, **named: Reload(8, 10.0, 0.0, 1.0)):
+        yield
