@@ -154,6 +154,21 @@ def test_columns_nobody_reads_can_be_shown() -> None:
     assert shaped.ignored_columns == ("\\ud800b",)
 
 
+def test_what_a_message_says_besides_its_text_is_reported() -> None:
+    """Tool calls, names and weights of messages are not read, and that is said by name; null is nothing."""
+    turns = [
+        {"role": "user", "content": "a", "name": "Ann", "weight": None},
+        {"role": "assistant", "content": "b", "weight": 0, "tool_calls": []},
+    ]
+    content = json.dumps({"messages": turns}) + "\n" + json.dumps({"prompt": turns[:1], "completion": turns[1:]})
+    shaped = shaped_from(content.encode(), ".jsonl")
+    assert len(shaped.examples) == 2
+    assert shaped.ignored_columns == (
+        "completion.tool_calls", "completion.weight", "messages.name", "messages.tool_calls", "messages.weight",
+        "prompt.name",
+    )  # fmt: skip
+
+
 @given(st.lists(rows(), min_size=1, max_size=4), st.booleans())
 @examples(2 / 3)
 def test_rows_one_list_and_one_line_each_are_the_same(cases: list[RowCase], pretty: bool) -> None:

@@ -123,7 +123,7 @@ def memory_evidence(prepared: Prepared, why: dict[str, str]) -> MemoryEvidence |
     config = prepared.plan.config
     sizes = {
         "batch_size": config.judge.memory_batch_size,
-        "length": min(config.judge.memory_length, prepared.shape.context_length),
+        "length": config.judge.memory_length,
         "dtype": config.model.dtype,
         "vocab_size": prepared.shape.vocab_size,
     }

@@ -46,6 +46,8 @@ def resolve(loaded: LoadedConfig, facts: ModelAndDataFacts) -> Plan:
         derived["tokens.max_length"] = min(facts.context_length, LONGEST_BY_DEFAULT)
     elif config.tokens.max_length > facts.context_length:  # only a profile's wish gets here
         derived["tokens.max_length"] = facts.context_length
+    if config.judge.memory_length > facts.context_length:  # only the default gets here
+        derived["judge.memory_length"] = facts.context_length
     if config.template.name == "auto":
         derived["template.name"] = "tokenizer" if facts.has_chat_template else "alpaca"
     if config.data.valid_fraction is None:
@@ -75,16 +77,25 @@ def _settled(plan: Plan, derived: Mapping[str, Any]) -> Plan:
 
 
 def _length_problems(loaded: LoadedConfig, facts: ModelAndDataFacts) -> list[Problem]:
-    asked, origin = loaded.config.tokens.max_length, loaded.origins["tokens.max_length"]
-    where = f"tokens.max_length ({origin})"
     if facts.context_length < SHORTEST:
         what = f"the model reads only {facts.context_length} tokens at a time, fewer than the {SHORTEST} a row needs"
         return [Problem(what, "model.path", "choose another model")]
-    # A profile does not know the model; its wish is lowered instead.
-    if asked is None or asked <= facts.context_length or origin == "profile":
-        return []
-    what = f"max_length is {asked}, but the model reads at most {facts.context_length} tokens"
-    return [Problem(what, where, f"set it to {facts.context_length} or less, or leave it out")]
+    asked = {
+        "tokens.max_length": loaded.config.tokens.max_length,
+        "judge.memory_length": loaded.config.judge.memory_length,
+    }
+    return [
+        Problem(
+            f"{key.partition('.')[2]} is {length}, but the model reads at most {facts.context_length} tokens",
+            f"{key} ({loaded.origins[key]})",
+            f"set it to {facts.context_length} or less, or leave it out",
+        )
+        for key, length in asked.items()
+        # A profile or a default does not know the model; its wish is lowered instead.
+        if length is not None
+        and length > facts.context_length
+        and loaded.origins[key] not in ("profile", "default")
+    ]
 
 
 def _split_problems(loaded: LoadedConfig) -> list[Problem]:

@@ -42,7 +42,7 @@ def shape_rows(rows: Sequence[Row]) -> Shaped:
             problems.append(error.message)
             continue
         shapes[name] += 1
-        ignored |= set(row.values) - _COLUMNS[name]
+        ignored |= _ignored(row, name)
         reason = _emptiness(example)
         if reason:
             dropped[reason] += 1
@@ -70,6 +70,20 @@ def shape_of(row: Row) -> str:
         name, lacks = next(iter(missing.items()))
         raise DataError(f"{row.where}: {name} row without {' and '.join(sorted(lacks))!r} (columns: {columns})")
     raise DataError(f"{row.where}: no known shape (columns: {columns})")
+
+
+def _ignored(row: Row, shape: str) -> set[str]:
+    """What of the row nobody reads: whole columns, and what a message says besides role and content."""
+    within = {
+        f"{column}.{key}"
+        for column, turns in row.values.items()
+        if column in _COLUMNS[shape] and isinstance(turns, list)
+        for turn in turns
+        for key, value in turn.items()
+        # A Parquet file gives every message every key that any of them has.
+        if key not in ("role", "content") and value is not None
+    }
+    return within | (set(row.values) - _COLUMNS[shape])
 
 
 def _shown(column: str) -> str:
