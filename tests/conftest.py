@@ -3,7 +3,6 @@
 from finetune_strategies.profiles import load_profile
 from finetune_strategies.replay import (
     pytest_addoption,
-    pytest_cmdline_main,
     pytest_collection_finish,
     pytest_configure,
     pytest_runtest_call,
@@ -11,7 +10,6 @@ from finetune_strategies.replay import (
 
 __all__ = [
     "pytest_addoption",
-    "pytest_cmdline_main",
     "pytest_collection_finish",
     "pytest_configure",
     "pytest_runtest_call",

@@ -6,6 +6,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from finetune.config import TrainingConfig, unflatten
+from finetune_strategies.datasets import seeds
 
 Tree = dict[str, Any]
 
@@ -75,7 +76,8 @@ SETTINGS: dict[str, Setting] = {
         _TEMPLATES.accepted | texts().map(lambda text: f"{text}.jinja"), _TEMPLATES.refused | st.just(".jinja")
     ),
     "tokens.max_length": _optional(_whole(8)),
-    "tokens.overlong": _words("drop", "truncate_prompt"),
+    "tokens.overlong": _words("drop", "truncate_prompt", "split", "refuse"),
+    "tokens.cache": _optional(_TEXT),
     "adapter.rank": _whole(1),
     "adapter.alpha": _POSITIVE,
     "adapter.dropout": _SHARE,
@@ -86,12 +88,13 @@ SETTINGS: dict[str, Setting] = {
     "training.max_steps": _optional(_whole(1)),
     "training.batch_size": _whole(1),
     "training.accumulation": _whole(1),
+    "training.packing": Setting(st.booleans(), st.sampled_from([0, 1, 2, "", "maybe", [], {}, None, 1.0])),
     "training.learning_rate": _POSITIVE,
     "training.schedule": _words("cosine", "linear", "constant"),
     "training.warmup_fraction": _SHARE,
     "training.weight_decay": _number(st.sampled_from([-1.0, "-1e-9"]), min_value=0),
     "training.max_grad_norm": _POSITIVE,
-    "training.seed": Setting(st.integers(0, 2**32 - 1), _whole(0).refused | st.integers(min_value=2**32)),
+    "training.seed": Setting(seeds(), _whole(0).refused | st.integers(min_value=2**32)),
     "training.save_every": _optional(_whole(1)),
     "training.evaluate_every": _optional(_whole(1)),
     "evaluation.questions": _whole(0),
@@ -106,15 +109,17 @@ SETTINGS: dict[str, Setting] = {
 """Every setting by dotted key, written down independently of the product's schema."""
 
 _COUNTING = ("training.", "evaluation.", "judge.memory_", "adapter.")
+_NO_NUMBERS = ("adapter.targets", "training.schedule", "training.packing")
 NUMBERS = (
-    *(key for key in SETTINGS if key.startswith(_COUNTING) and key not in ("adapter.targets", "training.schedule")),
+    *(key for key in SETTINGS if key.startswith(_COUNTING) and key not in _NO_NUMBERS),
     "data.valid_fraction",
     "data.limit",
     "tokens.max_length",
 )
 NULLABLE = (
     "model.revision", "data.train", "data.valid", "data.valid_fraction", "data.rehearsal", "data.retention",
-    "data.limit", "tokens.max_length", "training.max_steps", "training.save_every", "training.evaluate_every",
+    "data.limit", "tokens.max_length", "tokens.cache", "training.max_steps", "training.save_every",
+    "training.evaluate_every",
 )  # fmt: skip
 
 
@@ -131,6 +136,12 @@ def settings_given() -> st.SearchStrategy[dict[str, Any]]:
     """Accepted values for some of the settings, by dotted key, in any order."""
     everything = st.fixed_dictionaries({}, optional={key: setting.accepted for key, setting in SETTINGS.items()})
     return everything.flatmap(lambda values: st.permutations(list(values.items()))).map(dict)
+
+
+def specs(section: str) -> st.SearchStrategy[Any]:
+    """One group of settings, `training` for example, some of them given and the others at their defaults."""
+    own = {key: setting.accepted for key, setting in SETTINGS.items() if key.startswith(f"{section}.")}
+    return st.fixed_dictionaries({}, optional=own).map(lambda given: getattr(unflatten(given), section))
 
 
 def configs() -> st.SearchStrategy[TrainingConfig]:

@@ -1,7 +1,6 @@
-"""Texts, conversations, data rows with what a reader must make of them, and damaged data files."""
+"""Texts, conversations, and data rows with what a reader must make of them."""
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import strategies as st
@@ -122,94 +121,3 @@ def rows(draw: st.DrawFn) -> RowCase:
         dropped = "" if example.answer.strip() else "empty answer"
     names = draw(st.permutations(sorted(values)))
     return RowCase({name: values[name] for name in names}, shape, example, dropped, tuple(sorted(ignored)))
-
-
-@dataclass(frozen=True)
-class DamagedFile:
-    """A data file that must be refused, and every word that the one error must hold besides the file's path."""
-
-    suffix: str
-    content: bytes
-    named: tuple[str, ...] = field(default=())
-    unnamed: tuple[str, ...] = field(default=())
-
-
-_GOOD_LINES = ('{"text": "a"}', '{"prompt": "a", "completion": "b"}', "", "   ", '{"text": "a\\u2028b\u2028\x85"}\r')
-_BROKEN_LINES = (
-    "{", '{"a": }', '{"a": 1,}', "nope", '{"a": 1} {"b": 2}', "{'a': 1}", '{"a": 1', '"\t"', "]",
-    '{"a": ' + "9" * 5000 + "}", "[" * 20_000,
-    "[]", "3", "null", '"text"', "NaN", "true", "[{}]", '\ufeff\ufeff{"a": 1}',
-)  # fmt: skip
-_MISSHAPEN: tuple[dict[str, Any], ...] = (
-    {}, {"a": 1}, {"instruction": "x"}, {"output": "x"}, {"prompt": "x"}, {"text": 3}, {"text": ["x"]},
-    {"messages": "x"}, {"messages": {"role": "user"}}, {"messages": ["x"]}, {"messages": None},
-    {"messages": [{"role": "bot", "content": "x"}]}, {"messages": [{"content": "x"}]},
-    {"messages": [{"role": "user", "content": {}}]}, {"messages": [{"role": [], "content": ""}]},
-    {"prompt": "x", "completion": ["y"]}, {"prompt": ["x"], "completion": [{"role": "assistant", "content": "y"}]},
-    {"instruction": 1, "output": "x"}, {"instruction": "x", "output": False}, {"text": "x", "messages": []},
-    {"instruction": "a", "output": "b", "prompt": "c", "completion": "d"}, {"text": "\ud800"}, {"\ud800": 1},
-    {"messages": [{"role": "\udfff", "content": "x"}]}, {"prompt": "x", "completion": "\udc00y"},
-)  # fmt: skip
-
-
-def _lines(bad: tuple[str, ...]) -> st.SearchStrategy[DamagedFile]:
-    line = st.sampled_from(_GOOD_LINES).map(lambda text: (text, False)) | st.sampled_from(bad).map(lambda t: (t, True))
-    drawn = st.lists(line, min_size=1, max_size=45).filter(lambda found: any(broken for _, broken in found))
-    return drawn.map(_as_lines)
-
-
-def _as_lines(found: list[tuple[str, bool]]) -> DamagedFile:
-    places = [f":{number}" for number, (_, broken) in enumerate(found, start=1) if broken]
-    good = [f":{number}" for number, (_, broken) in enumerate(found, start=1) if not broken]
-    more = [f"and {len(places) - 20} more"] if len(places) > 20 else []
-    content = "\n".join(text for text, _ in found).encode()
-    return DamagedFile(".jsonl", content, (*places[:20], *more), (*good, *places[20:]))
-
-
-def _document_with(items: list[tuple[Any, bool]]) -> DamagedFile:
-    wrong = [f"[{index}]" for index, (_, broken) in enumerate(items) if broken]
-    return DamagedFile(".json", json.dumps([item for item, _ in items], indent=1).encode(), tuple(wrong))
-
-
-def _documents() -> st.SearchStrategy[DamagedFile]:
-    wrong: tuple[Any, ...] = (3, None, "x", [], [{}], 0.5)
-    item = st.just(({"text": "a"}, False)) | st.sampled_from(wrong).map(lambda value: (value, True))
-    items = st.lists(item, min_size=1, max_size=15)
-    return items.filter(lambda found: any(broken for _, broken in found)).map(_document_with)
-
-
-def _not_utf8() -> st.SearchStrategy[DamagedFile]:
-    bad = st.sampled_from([b"\xff", b"\xc3(", b"\x80", b"\xed\xa0\x80", b"caf\xe9"])
-    head = st.sampled_from([b"", b"\xef\xbb\xbf", b'{"text": "', "é🦙\n".encode()])
-    return st.tuples(head, bad, st.sampled_from([".json", ".jsonl"])).map(
-        lambda drawn: DamagedFile(
-            drawn[2], drawn[0] + drawn[1], ("UTF-8", f"offset {len(drawn[0]) + (3 if drawn[1][:1] == b'c' else 0)}")
-        )
-    )
-
-
-_BLANK = (b"", b" \r\n\t", b"\xef\xbb\xbf")
-_EMPTY = tuple(DamagedFile(suffix, text, ("empty",)) for suffix in (".json", ".jsonl") for text in _BLANK)
-_BROKEN_DOCUMENTS = (
-    DamagedFile(".json", b"[]", ("no rows",)),
-    DamagedFile(".json", b'[\n {"text": "a"},\n {"text": }\n]', (":3",)),
-    DamagedFile(".json", b'[{"text": "a"}', (":1",)),
-    DamagedFile(".json", b'{"text": "a"}\n{"text": }\n{"text": "b"}\nnope', (":2", ":4"), (":1", ":3")),
-    DamagedFile(".json", b"[" * 50_000, ("nested",)),
-    DamagedFile(".json", b'[{"text": ' + b"9" * 5000 + b"}]", ()),
-    DamagedFile(".json", '{"text": "a"}'.encode("utf-16"), ("UTF-8", "offset 0")),
-    DamagedFile(".txt", b"text\na\n", (".txt",)),
-    DamagedFile("", b'{"text": "a"}', ("nothing",)),
-)
-
-
-def damaged_files() -> st.SearchStrategy[DamagedFile]:
-    """Files that cannot be read, with the places that must be named."""
-    return st.one_of(
-        _lines(_BROKEN_LINES), _documents(), _not_utf8(), st.sampled_from(_EMPTY), st.sampled_from(_BROKEN_DOCUMENTS)
-    )
-
-
-def misshapen_files() -> st.SearchStrategy[DamagedFile]:
-    """Files that can be read but hold rows that are not training data, with the places that must be named."""
-    return _lines(tuple(json.dumps(value) for value in _MISSHAPEN))

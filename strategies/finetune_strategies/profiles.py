@@ -2,7 +2,7 @@
 
 | profile    | cases a law | seeds         | failures are kept   | for                                              |
 |------------|-------------|---------------|---------------------|--------------------------------------------------|
-| `fast`     | 60          | of the law    | no, they come again | work and pushes: the same cases on every machine |
+| `fast`     | 30          | of the law    | no, they come again | work and pushes: the same cases on every machine |
 | `ci`       | 100         | new each run  | `.hypothesis`       | one job of each push                             |
 | `slow`     | 1,000       | new each run  | `.hypothesis`       | every night; minutes                             |
 | `thorough` | 5,000       | new each run  | `.hypothesis`       | before a release; an hour or more                |
@@ -30,12 +30,14 @@ EXAMPLES = ".hypothesis/examples"
 """Where failures are kept; CI hands this folder on."""
 ARTIFACT = "hypothesis-example-db"
 """The name under which CI hands it on."""
+RECEIVED = ".hypothesis/received"
+"""Where it is kept, for a day, by those who have asked for it."""
 SHRINK_SECONDS = 30
 """How long one failing law is made smaller, except in `slow` and `thorough`, where nobody waits."""
 
 _BRIEFLY = tuple(phase for phase in Phase if phase is not Phase.explain)
 _PROFILES: dict[str, dict[str, Any]] = {
-    "fast": {"max_examples": 60, "stateful_step_count": 15, "derandomize": True, "phases": _BRIEFLY},
+    "fast": {"max_examples": 30, "stateful_step_count": 15, "derandomize": True, "phases": _BRIEFLY},
     "ci": {"max_examples": 100, "stateful_step_count": 20, "phases": _BRIEFLY},
     "slow": {"max_examples": 1_000, "stateful_step_count": 50},
     "thorough": {"max_examples": 5_000, "stateful_step_count": 100},
@@ -88,9 +90,14 @@ def failures_kept(repository: str = "") -> ExampleDatabase:
     owner, _, name = repository.partition("/")
     if not owner or not name or "/" in name:
         raise UsageError(f"FT_HYPOTHESIS_REPO names no repository: {repository!r}", hint="write it as owner/name")
-    return MultiplexedDatabase(local, ReadOnlyDatabase(GitHubArtifactDatabase(owner, name, artifact_name=ARTIFACT)))
+    shared = GitHubArtifactDatabase(owner, name, artifact_name=ARTIFACT, path=RECEIVED)
+    return MultiplexedDatabase(local, ReadOnlyDatabase(shared))
 
 
-def examples(share: float = 1.0) -> settings:
-    """Decorates a law: it is to have this share of the cases that the loaded profile gives a law, at least one."""
-    return settings(max_examples=max(1, round(settings().max_examples * share)))
+def examples(share: float = 1.0, *, of: str | None = None) -> settings:
+    """Decorates a law: it is to have this share of the cases that a profile gives a law, at least one.
+
+    `of` names a profile whose cases they are, whichever is loaded; without it the loaded one decides.
+    """
+    profile = settings() if of is None else settings.get_profile(of)
+    return settings(profile, max_examples=max(1, round(profile.max_examples * share)))

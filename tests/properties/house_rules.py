@@ -23,6 +23,7 @@ ROOT_ALLOWED = {"cli/app.py"}
 """`ft --version` reads the version; nobody else needs the package root."""
 NEIGHBOURS_ALLOWED = {("ports", "records")}
 """The sockets are written in terms of the values; both are foundations of rank 0."""
+_COUNTS = {"max_examples", "stateful_step_count"}
 MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 399, 59, 6
 
 
@@ -115,6 +116,16 @@ def docstring_problems(files: list[SourceFile]) -> list[str]:
                 if named and not node.name.startswith("_") and not ast.get_docstring(node):
                     problems.append(f"{file.name}:{node.lineno}: {node.name}")
     return problems
+
+
+def hypothesis_problems(files: list[SourceFile]) -> list[str]:
+    """Laws that state a number of cases of their own, not a share of the profile's, or that silence a health check."""
+    keywords = ((file, node) for file in files for node in ast.walk(file.tree) if isinstance(node, ast.keyword))
+    return [
+        f"{file.name}:{node.value.lineno}: sets {node.arg}"
+        for file, node in keywords
+        if node.arg == "suppress_health_check" or (node.arg in _COUNTS and isinstance(node.value, ast.Constant))
+    ]
 
 
 def _scopes(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef]:

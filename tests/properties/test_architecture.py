@@ -13,11 +13,13 @@ import pytest
 
 import finetune
 from finetune.errors import FineTuneError
+from finetune_strategies import profiles
 from properties.house_rules import (
     RANKS,
     SourceFile,
     count_functions,
     docstring_problems,
+    hypothesis_problems,
     import_problems,
     read_tree,
     size_problems,
@@ -73,11 +75,37 @@ def test_strategies_know_values_only() -> None:
     """The strategies import the ranks 0 and 1 of the product, and no ML framework."""
     folder = Path(importlib.import_module("finetune_strategies").__file__ or "").parent
     found = read_tree(folder)
-    assert len(found) >= 3
+    assert len(found) >= 14
     imported = {name for file in found for _, name in file.imports()}
     rooms = {name.split(".")[1] for name in imported if name.startswith("finetune.")}
     assert {room: RANKS[room] for room in rooms if RANKS[room] > 1} == {}
     assert not {name.split(".")[0] for name in imported} & {"torch", "transformers", "peft", "mlx"}
+
+
+def test_laws_leave_their_number_of_cases_to_the_profile() -> None:
+    """No law wants a number of cases but as a share of the profile's, and none silences a health check."""
+    tests = Path(__file__).parents[1]
+    files = [*read_tree(tests), *read_tree(Path(profiles.__file__).parent)]
+    assert len(files) >= 45
+    assert hypothesis_problems(files) == []
+
+
+OWN_WAYS = {
+    "@settings(max_examples=9)\ndef f(): pass\n": "x.py:1: sets max_examples",
+    "FEW = partial(settings,\n  suppress_health_check=list(HealthCheck))\n": "x.py:2: sets suppress_health_check",
+    "A.TestCase.settings = settings(max_examples=part, stateful_step_count=5)\n": "x.py:1: sets stateful_step_count",
+}
+
+
+@pytest.mark.parametrize("text", OWN_WAYS, ids=OWN_WAYS.values())
+def test_laws_with_a_number_of_their_own_are_found(text: str, tmp_path: Path) -> None:
+    """Each of 3 ways around the profile is found in its place; a share of the profile's number is none."""
+    assert len(OWN_WAYS) == 3
+    _plant(tmp_path, "y.py", "@examples(0.5)\ndef f(): pass\nsettings(max_examples=round(0.5 * more), deadline=None)\n")
+    assert hypothesis_problems(read_tree(tmp_path)) == []
+    _plant(tmp_path, "x.py", text)
+    [problem] = hypothesis_problems(read_tree(tmp_path))
+    assert problem.startswith(OWN_WAYS[text])
 
 
 PLANTED: list[tuple[str, str, Callable[[list[SourceFile]], list[str]], str]] = [

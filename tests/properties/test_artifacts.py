@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.artifacts import run_folder
@@ -18,6 +18,7 @@ from finetune.artifacts.run_folder import RunFolder, new_run_id
 from finetune.artifacts.write import describe_files, write_folder, write_json, write_text
 from finetune.errors import OutputError, StorageError
 from finetune.events import HeldOutLoss
+from finetune_strategies.profiles import examples
 from properties.disks import everything_below, full_after, read_only_folder
 
 BIG = "ä" * 40_000
@@ -69,7 +70,7 @@ def test_write_text_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
-@settings(max_examples=40, deadline=None)
+@examples(2 / 3)
 def test_write_text_is_read_back(text: str) -> None:
     """What is read back is the text, line ends and all, on any system."""
     with tempfile.TemporaryDirectory() as folder:

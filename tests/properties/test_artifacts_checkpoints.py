@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from finetune.artifacts.checkpoints import CheckpointStore
 from finetune.errors import RefusedError, StorageError
+from finetune_strategies.profiles import examples
 from properties.disks import full_after
 
 IDENTITY = {"plan": "rank: 4\n", "base": "reference-llama"}
@@ -174,7 +174,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert all((self.store.folder / name).read_bytes() == content for name, content in self.foreign.items())
 
 
-StoreMachine.TestCase.settings = settings(max_examples=20, stateful_step_count=15, deadline=None)
+StoreMachine.TestCase.settings = examples(1 / 3)
 test_checkpoints_store_agrees_with_its_model = StoreMachine.TestCase
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from finetune.config import (
@@ -35,19 +35,20 @@ from finetune_strategies.configs import (
     refused_configs,
     settings_given,
 )
+from finetune_strategies.profiles import examples
 
 
 def test_settings_every_one_is_known_to_the_strategies() -> None:
-    """The table of settings in the strategies and the schema name the same 36 settings."""
+    """The table of settings in the strategies and the schema name the same 38 settings."""
     assert sorted(SETTINGS) == sorted(KEYS)
-    assert len(KEYS) == 36
+    assert len(KEYS) == 38
 
 
 def test_settings_every_one_and_every_section_has_a_description() -> None:
-    """Each of the 36 settings and 8 sections explains itself in one sentence."""
+    """Each of the 38 settings and 8 sections explains itself in one sentence."""
     sentences = [description_of(key) for key in KEYS]
     sentences += [field.description or "" for field in TrainingConfig.model_fields.values()]
-    assert len(sentences) == 36 + 9
+    assert len(sentences) == 38 + 9
     assert all(len(sentence) > 15 and sentence.endswith(".") for sentence in sentences)
 
 
@@ -55,7 +56,6 @@ FLOAT_SPELLINGS = (repr, str.upper, "{:.17e}".format, "{:.17E}".format, "{:.25g}
 
 
 @given(settings_given(), st.data())
-@settings(max_examples=60, deadline=None)
 def test_config_is_what_the_file_says(values: dict[str, Any], data: st.DataObject) -> None:
     """Whatever order and float spelling a file uses, loading it gives exactly its values and defaults elsewhere."""
     lines: dict[str, list[str]] = {}
@@ -78,7 +78,6 @@ def test_config_is_what_the_file_says(values: dict[str, Any], data: st.DataObjec
 @example(1e-05)
 @example(5e-324)
 @example(1e16)
-@settings(deadline=None)
 def test_floats_any_spelling_reads_as_the_same_number(value: float) -> None:
     """`2e-5`, which YAML 1.1 takes for text, is the number, from the file, the environment and --set."""
     short = repr(value).replace("e-0", "e-").replace(".0e", "e")
@@ -92,7 +91,7 @@ def test_floats_any_spelling_reads_as_the_same_number(value: float) -> None:
 
 @pytest.mark.parametrize(("weaker", "stronger"), list(itertools.combinations(SOURCES, 2)))
 @given(data=st.data())
-@settings(max_examples=15, deadline=None)
+@examples(1 / 4)
 def test_precedence_stronger_source_wins(weaker: str, stronger: str, data: st.DataObject) -> None:
     """For every pair of sources and every setting the stronger source decides value and origin."""
     key = data.draw(st.sampled_from(KEYS))
@@ -106,7 +105,7 @@ def test_precedence_stronger_source_wins(weaker: str, stronger: str, data: st.Da
 
 
 @given(st.lists(settings_given(), min_size=4, max_size=4))
-@settings(max_examples=30, deadline=None)
+@examples(1 / 2)
 def test_origins_name_the_strongest_source_of_every_key(given_values: list[dict[str, Any]]) -> None:
     """Every setting has an origin, and it is the strongest source that names the setting."""
     sources = dict(zip(SOURCES[1:], given_values, strict=True))
@@ -118,7 +117,6 @@ def test_origins_name_the_strongest_source_of_every_key(given_values: list[dict[
 
 
 @given(st.sampled_from(KEYS), st.data())
-@settings(deadline=None)
 def test_unknown_key_is_refused_with_the_nearest_name(key: str, data: st.DataObject) -> None:
     """One letter too many, too few, wrong or swapped: refused in every source, naming the setting that was meant."""
     section, _, name = key.rpartition(".")
@@ -142,7 +140,6 @@ def test_unknown_key_is_refused_with_the_nearest_name(key: str, data: st.DataObj
 
 
 @given(st.sampled_from([key for key in KEYS if "." in key]), st.data())
-@settings(deadline=None)
 def test_misplaced_key_is_sent_to_its_section(key: str, data: st.DataObject) -> None:
     """A setting written in another section, or in none, is refused and its home is named."""
     home, name = key.split(".")
@@ -155,7 +152,6 @@ def test_misplaced_key_is_sent_to_its_section(key: str, data: st.DataObject) -> 
 
 
 @given(planted_problems(), planted_problems(), planted_problems())
-@settings(max_examples=60, deadline=None)
 def test_problems_are_all_reported_at_once(
     file: dict[str, Any], environment: dict[str, Any], flags: dict[str, Any]
 ) -> None:
@@ -195,7 +191,6 @@ def _may_be_null(name: str, typed: str) -> bool:
 
 
 @given(refused_configs())
-@settings(deadline=None)
 def test_refused_value_is_named_by_its_key(refused: tuple[dict[str, Any], str]) -> None:
     """One refused value among good ones: exactly one problem, at its key."""
     raw, key = refused
@@ -234,7 +229,7 @@ def test_numbers_whole_ones_take_3_0_and_refuse_3_5() -> None:
 @pytest.mark.parametrize("key", NULLABLE)
 def test_none_is_not_the_word_none(key: str) -> None:
     """Null is None after every round trip, and the text "None" is never taken for it (axolotl #3859)."""
-    assert len(NULLABLE) == 11
+    assert len(NULLABLE) == 12
     for source in SOURCES[2:]:
         assert value_of(load_from({"profile": {key: "x"}, source: {key: None}}), key) is None
     with yaml_file(dump_plan(Plan(TrainingConfig(), dict.fromkeys(KEYS, "default")))) as path:
@@ -324,7 +319,6 @@ def test_assignments_without_a_value_are_all_refused() -> None:
 
 
 @given(st.text(max_size=300) | st.lists(st.text()) | st.binary(max_size=200) | st.integers())
-@settings(deadline=None)
 def test_shown_values_are_short(value: object) -> None:
     """A refused value is shown, but never longer than 80 characters."""
     [problem] = refusal(overrides={"training.schedule": value}).problems

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.config import (
@@ -30,6 +30,7 @@ from finetune.config import (
 from finetune.errors import ConfigError
 from finetune_strategies.config_files import SOURCES, load_text, refusal, yaml_file
 from finetune_strategies.configs import configs, nested, settings_given
+from finetune_strategies.profiles import examples
 
 FACTS = st.builds(ModelAndDataFacts, st.integers(8, 10**6), st.booleans(), st.integers(0, 10**6))
 
@@ -56,7 +57,7 @@ def test_profile_null_from_a_flag_cancels_the_files() -> None:
 
 
 def test_commented_config_loads_to_the_defaults() -> None:
-    """The file of `ft init` changes nothing, and still changes nothing with all 37 settings switched on."""
+    """The file of `ft init` changes nothing, and still changes nothing with all 39 settings switched on."""
     text = commented_config()
     loaded = load_text(text)
     assert loaded.config == TrainingConfig()
@@ -70,7 +71,7 @@ def test_commented_config_loads_to_the_defaults() -> None:
 
 
 def test_json_schema_describes_every_setting_and_nothing_else() -> None:
-    """The JSON Schema names the 36 settings and `profile`, explains each and closes every object."""
+    """The JSON Schema names the 38 settings and `profile`, explains each and closes every object."""
     schema = json_schema()
     json.dumps(schema)
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
@@ -93,7 +94,7 @@ def test_json_schema_describes_every_setting_and_nothing_else() -> None:
 
 
 @given(settings_given())
-@settings(max_examples=25, deadline=None)
+@examples(0.4)
 def test_json_schema_accepts_what_the_loader_accepts(values: dict[str, Any]) -> None:
     """Every accepted configuration, the commented file included, satisfies the JSON Schema."""
     jsonschema = pytest.importorskip("jsonschema", reason="needs jsonschema: pip install 'finetune-suite[dev]'")
@@ -103,14 +104,15 @@ def test_json_schema_accepts_what_the_loader_accepts(values: dict[str, Any]) -> 
 
 
 @given(configs(), FACTS, st.integers(1, 10**6), st.data())
-@settings(max_examples=80, deadline=None)
+@examples(4 / 3)
 def test_plan_leaves_nothing_open(
     config: TrainingConfig, facts: ModelAndDataFacts, steps: int, data: st.DataObject
 ) -> None:
     """Resolving fills every derivable value, marks it derived, and keeps every given one; a conflict is refused."""
     origins = {key: data.draw(st.sampled_from(["file", "flag"]), label=key) for key in ("tokens.max_length",)}
     loaded = LoadedConfig(config, {**dict.fromkeys(KEYS, "file"), **origins})
-    too_long = (config.tokens.max_length or 0) > facts.context_length
+    lengths = (config.tokens.max_length or 0, config.judge.memory_length)
+    too_long = sum(length > facts.context_length for length in lengths)
     two_splits = config.data.valid is not None and bool(config.data.valid_fraction)
     no_template = config.template.name == "tokenizer" and not facts.has_chat_template
     if conflicts := too_long + two_splits + no_template:
@@ -144,8 +146,16 @@ def test_plan_lowers_a_profiles_length_to_what_the_model_reads() -> None:
         resolve(load_text("tokens: {max_length: 4096}"), facts)
 
 
+def test_plan_lowers_the_default_length_of_the_memory_measurement_and_says_so() -> None:
+    """A model that reads less than the default measures at what it reads, marked derived; a user's wish is refused."""
+    facts = ModelAndDataFacts(context_length=40, has_chat_template=True, train_rows=10)
+    plan = resolve(load_text(""), facts)
+    assert (plan.config.judge.memory_length, plan.origins["judge.memory_length"]) == (40, "derived")
+    with pytest.raises(ConfigError, match="memory_length is 41"):
+        resolve(load_text("judge: {memory_length: 41}"), facts)
+
+
 @given(configs(), st.data())
-@settings(max_examples=60, deadline=None)
 def test_plan_written_and_read_is_the_same_plan(config: TrainingConfig, data: st.DataObject) -> None:
     """A dumped plan loads as the same plan, origins included, and as the same configuration; any YAML reader agrees."""
     origins = {key: data.draw(st.sampled_from([*SOURCES, "derived"])) for key in KEYS}

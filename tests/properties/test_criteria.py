@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.criteria.evidence import ArtifactEvidence, Evidence, MemoryEvidence
@@ -204,7 +204,6 @@ def test_judge_a_number_that_is_not_finite_never_holds(key: str, make: Any, bad:
 
 
 @given(st.integers(1, 40), st.data())
-@settings(max_examples=60, deadline=None)
 def test_judge_one_more_right_answer_never_lowers_a_verdict(count: int, data: st.DataObject) -> None:
     """When one more answer of the tuned model is right, no verdict on learning gets worse; of the sham, none better."""
     marks = {
@@ -319,7 +318,6 @@ def test_judge_a_base_that_knows_the_answers_cannot_improve() -> None:
     st.lists(st.floats(0.01, 20), min_size=2, max_size=5), st.integers(0, COUNT), st.integers(0, COUNT),
     st.integers(0, 5), st.floats(0, 1), st.integers(0, 10),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
 def test_judge_every_verdict_is_told_with_measured_and_allowed(
     losses: list[float], base: int, tuned: int, strays: int, difference: float, steps: int
 ) -> None:

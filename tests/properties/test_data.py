@@ -28,58 +28,14 @@ from finetune.data.split import content_key, hold_out
 from finetune.errors import DataError
 from finetune.records import Conversation, Document, Message, Row
 from finetune_strategies.conversations import (
-    DamagedFile,
     Example,
     RowCase,
     conversations,
-    damaged_files,
-    misshapen_files,
     rows,
     texts,
 )
 from finetune_strategies.profiles import examples
 from properties.data_files import data_file, said_by
-
-
-def refusal(damaged: DamagedFile) -> str:
-    """What the one error says; the file is left as it was, and the words can be written to any terminal."""
-    with data_file(damaged.content, damaged.suffix) as path:
-        with pytest.raises(DataError) as caught:
-            shape_rows(read_rows(path))
-        assert path.read_bytes() == damaged.content
-        assert [found.name for found in path.parent.iterdir()] == [path.name]
-        message = str(caught.value)
-        assert str(path) in message
-        assert caught.value.hint
-        return message.replace(str(path), "")
-
-
-def names(message: str, word: str) -> bool:
-    """Whether the message holds the word, and not as the beginning of a longer number."""
-    return re.search(re.escape(word) + r"(?!\d)", message) is not None
-
-
-@given(damaged_files())
-@example(DamagedFile(".jsonl", b'{"text": "a"}\n{"a": ' + b"9" * 5000 + b"}\n{", (":2", ":3"), (":1",)))
-@example(DamagedFile(".json", b'[{"text": ' + b"9" * 5000 + b"}]"))
-@example(DamagedFile(".jsonl", b'\xef\xbb\xbf{"a": "\xff', ("UTF-8", "offset 10")))
-@example(DamagedFile(".json", b'{"text": }\n{"text": "a"}\n{"text" 1}', (":1", ":3"), (":2",)))
-def test_damaged_file_every_broken_place_is_named_at_once(damaged: DamagedFile) -> None:
-    """A file that cannot be read is one DataError that names the file and every broken place, and no good one."""
-    message = refusal(damaged)
-    assert all(names(message, word) for word in damaged.named), message
-    assert not any(names(message, word) for word in damaged.unnamed), message
-    assert len(message) < 8_000
-
-
-@given(misshapen_files())
-@example(DamagedFile(".jsonl", b'{"\\ud800": 1}', (":1",)))
-def test_misshapen_rows_every_one_is_named_at_once(damaged: DamagedFile) -> None:
-    """Rows that are no training data are one DataError that names each of them, in words any terminal can show."""
-    message = refusal(damaged)
-    assert all(names(message, word) for word in damaged.named), message
-    assert not any(names(message, word) for word in damaged.unnamed), message
-    assert message.encode("utf-8")
 
 
 @pytest.mark.parametrize("name", ["nope.jsonl", "", "a\0b.jsonl", "a" * 300 + ".jsonl", "nope/nope.json"])

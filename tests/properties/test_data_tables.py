@@ -32,7 +32,7 @@ def tables() -> st.SearchStrategy[list[dict[str, str]]]:
 def as_csv(table: list[dict[str, str]], *, delimiter: str = ",", newline: str = "\n", mark: str = "") -> bytes:
     """The table as the standard library writes it."""
     file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, COLUMNS, delimiter=delimiter, lineterminator=newline)
+    writer = csv.DictWriter(file, COLUMNS, delimiter=delimiter, lineterminator=newline, quoting=csv.QUOTE_ALL)
     writer.writeheader()
     writer.writerows(table)
     return (mark + file.getvalue()).encode()

@@ -13,7 +13,7 @@ from finetune.config import KEYS, json_schema, load_config
 from finetune.errors import FineTuneError
 from finetune.pipeline import fine_tune
 from finetune_strategies.tokenizers import KINDS
-from properties.workplace import QUICK, make_data, make_model, no_fresh_process
+from properties.workplace import QUICK, make_data, make_model, quick_end
 
 BASE: dict[str, Any] = {
     **QUICK, "model.path": "MODEL", "data.train": "TRAIN", "data.valid": "VALID",
@@ -94,7 +94,7 @@ def outcome(settings: dict[str, Any], places: dict[str, str], output: Path) -> A
         if value is not None
     }
     try:
-        with no_fresh_process():
+        with quick_end():
             folder, record = fine_tune(load_config(None, environ={}, overrides=chosen, profile=None), output=output)
     except FineTuneError as error:
         return str(error).replace(str(output), "")

@@ -60,13 +60,13 @@ def check_slopes(session: Any, batch: Batch) -> None:
     assert found.keys() == session.trainable.keys()
     for name, tensor in session.trainable.items():
         direction = dice.normal(size=tensor.shape)
-        direction *= 1e-5 / np.linalg.norm(direction)
+        direction *= 3e-6 / np.linalg.norm(direction)
         tensor += direction
         above = loss()
         tensor -= 2 * direction
         below = loss()
         tensor += direction
-        slope, claimed = 0.3 * (above - below) / 2e-5, float((found[name] * direction).sum()) / 1e-5
+        slope, claimed = 0.3 * (above - below) / 6e-6, float((found[name] * direction).sum()) / 3e-6
         assert abs(slope - claimed) <= 1e-6 * np.linalg.norm(found[name]) + 1e-8, name
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -22,6 +22,7 @@ from finetune.errors import UsageError
 from finetune.intervals import wilson_interval
 from finetune.report import build_report, print_report, render_html
 from finetune.report.numbers import say_number, visible
+from finetune_strategies.profiles import examples
 from properties.sample_run import sample_run
 
 OUTCOMES = ("holds", "broken", "undecided", "not applicable")
@@ -97,7 +98,7 @@ def test_page_shows_hostile_text_inertly() -> None:
     """Whatever a model, a row or a path says, the page shows it letter for letter and gains no element by it."""
     plain_tags = Page(render_html([_quiet("a plain answer")])).tags
 
-    @settings(max_examples=30, deadline=None)
+    @examples(1 / 2)
     @given(text=TEXTS)
     @example(text=HOSTILE[0])
     @example(text=HOSTILE[3])

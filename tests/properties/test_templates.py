@@ -5,15 +5,17 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from jinja2 import Environment
 
 from finetune.errors import TemplateError
-from finetune.records import Conversation, Document, Message, Rendered
+from finetune.records import Conversation, Document, Message
 from finetune.templates.catalog import CATALOG, TemplateSource
 from finetune.templates.render import ChatTemplate, find_template
 from finetune_strategies.conversations import conversations, texts
+from finetune_strategies.profiles import examples
+from properties.rendered_text import joined, stretches, talk
 
 CONTROL = (
     "<s>", "</s>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
@@ -27,11 +29,6 @@ def template(source: str | TemplateSource, control: tuple[str, ...] = CONTROL) -
     """A template of the catalogue, or one written here, for a tokenizer with every control token."""
     source = CATALOG[source] if isinstance(source, str) else source
     return ChatTemplate(source, control, bos="<s>", eos="</s>")
-
-
-def talk(*turns: str) -> Conversation:
-    """A conversation from `role:text` words."""
-    return Conversation(tuple(Message(*turn.split(":", 1)) for turn in turns), "rows.jsonl:7")
 
 
 def shown(name: str, message: Message) -> str:
@@ -87,23 +84,6 @@ def written_out(name: str, conversation: Conversation) -> list[tuple[str, bool]]
     return out
 
 
-def joined(parts: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
-    """Stretches of trained and untrained text, neighbours of one kind made one."""
-    merged: list[tuple[str, bool]] = []
-    for text, trained in parts:
-        if not text:
-            continue
-        if merged and merged[-1][1] == trained:
-            text = merged.pop()[0] + text
-        merged.append((text, trained))
-    return merged
-
-
-def stretches(rendered: Rendered) -> list[tuple[str, bool]]:
-    """What a rendered row marks as trained and untrained."""
-    return joined([(segment.text, segment.trained) for segment in rendered.segments])
-
-
 GOLDEN = {
     "alpaca": (
         talk("user:Name a colour.", "assistant:Red"),
@@ -150,7 +130,7 @@ def test_format_is_the_public_one_byte_for_byte(case: str) -> None:
 @example(talk("user:\ue0000\ue001{{ bos_token }}", "assistant:\ue0001\ue001{}"))
 @example(talk("user:", "assistant:"))
 @example(talk("user:a", "assistant:b", "user:c", "input:d", "assistant:e"))
-@settings(deadline=None, max_examples=50)
+@examples(0.8)
 def test_answers_and_terminators_are_what_is_trained(name: str, conversation: Conversation) -> None:
     """P-MASK: the text is the public format, and of it every answer with its terminator is trained and nothing else."""
     rendered = template(name).render(conversation)
@@ -166,7 +146,7 @@ def test_answers_and_terminators_are_what_is_trained(name: str, conversation: Co
 @pytest.mark.parametrize("name", NAMES)
 @given(conversations())
 @example(talk("user: a ", "assistant:b", "user:c", "assistant: d "))
-@settings(deadline=None, max_examples=50)
+@examples(0.8)
 def test_prompt_is_the_same_for_training_and_asking(name: str, conversation: Conversation) -> None:
     """P-TMPL: for every answer, the text trained on up to it is the text asked with, and only what is said follows."""
     chat = template(name)
@@ -183,7 +163,6 @@ def test_prompt_is_the_same_for_training_and_asking(name: str, conversation: Con
 
 
 @given(texts(), texts(), st.sampled_from(NAMES))
-@settings(deadline=None)
 def test_system_text_is_kept(system: str, question: str, name: str) -> None:
     """The system text stands once in training and asking, in a segment of its own, whatever it holds."""
     conversation = Conversation(
@@ -196,7 +175,7 @@ def test_system_text_is_kept(system: str, question: str, name: str) -> None:
 
 
 @given(conversations(contents=st.sampled_from(["a", "{}", "{{ x }}", "%s"])), st.sampled_from(NAMES))
-@settings(deadline=None, max_examples=40)
+@examples(0.7)
 def test_markers_never_leak(conversation: Conversation, name: str) -> None:
     """No marker character and no placeholder stays in a row whose own text has none."""
     for rendered in (template(name).render(conversation), template(name).render_prompt(conversation.prompt)):
@@ -205,7 +184,7 @@ def test_markers_never_leak(conversation: Conversation, name: str) -> None:
 
 
 @given(texts(min_size=1))
-@settings(deadline=None, max_examples=30)
+@examples(0.5)
 def test_document_is_trained_whole_and_ends(text: str) -> None:
     """P-STOP for plain text: every character is trained, and the end-of-text token after it as a control token."""
     rendered = template("alpaca").render_document(Document(text, "a:1"))
@@ -247,7 +226,7 @@ MARKED = (
 
 @pytest.mark.parametrize("source", [BARE, MARKED])
 @given(conversations(inputs=False))
-@settings(deadline=None, max_examples=25)
+@examples(0.4)
 def test_custom_templates_are_marked_as_built_in_ones(source: str, conversation: Conversation) -> None:
     """Somebody's ChatML, with or without `{% generation %}` tags, gives the rows that the built-in one gives."""
     mine = template(TemplateSource("mine.jinja", source))
@@ -262,7 +241,7 @@ PLAIN = {
 
 
 @given(conversations(inputs=False))
-@settings(deadline=None, max_examples=25)
+@examples(0.4)
 def test_rendered_text_is_what_plain_jinja_makes(conversation: Conversation) -> None:
     """The text is what Jinja itself makes of the real messages: cutting at markers changes no byte."""
     for name in NAMES:
@@ -315,17 +294,17 @@ REFUSED = {
     "too deep": ("{% if x %}" * 2000 + "{% endif %}" * 2000, "cannot be compiled"),
     "too deep for Python": ("{% for a in b %}" * 30 + "{% endfor %}" * 30, "cannot be compiled"),
     "break outside": ("{% break %}", "cannot be compiled"),
-    "too large": ("x" * 200_001, "200001"),
+    "too large": ("x" * 50_001, "50001"),
     "loses a role": ("{% for m in messages if m.role != 'user' %}{{ m.content }}<|im_end|>{% endfor %}", "lost: user"),
     "says twice": ("{% for m in messages %}{{ m.content + m.content }}<|im_end|>{% endfor %}", "once and in order"),
     "turns round": ("{% for m in messages | reverse %}{{ m.content }}<|im_end|>{% endfor %}", "in order"),
     "raises": ("{{ raise_exception('only users here') }}", "only users here"),
     "wrong filter": (LOOP + "{{ messages | dictsort }}", "fails"),
     "division": (LOOP + "{{ 1 // (messages | length - messages | length) }}", "fails"),
-    "endless": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails"),
-    "too wide": ("{% for i in range(999999999) %}x{% endfor %}", "fails"),
+    "endless": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "unsafe"),
+    "too wide": ("{% for i in range(999999999) %}x{% endfor %}", "unsafe"),
     "missing field": (LOOP + "{{ messages[0].tools.name }}", "fails"),
-    "includes a file": (LOOP + "{% include '/etc/passwd' %}", "fails"),
+    "includes a file": (LOOP + "{% include '/etc/passwd' %}", "unsafe and was refused: line 1"),
     "other prompt": (LOOP + "{% if add_generation_prompt %}<think>{% endif %}", "not prefix-preserving"),
     "no terminator": ("{% for m in messages %}{{ m.role + m.content }}{% endfor %}", "never learn to stop"),
     "words before end": ("{% for m in messages %}{{ m.content }} over<|im_end|>{% endfor %}", "never learn to stop"),
@@ -368,7 +347,7 @@ def test_llama2_refuses_roles_that_do_not_alternate(roles: str) -> None:
 @pytest.mark.parametrize("name", ["alpaca", "chatml", "llama3"])
 @given(st.lists(st.sampled_from(["user", "assistant"]), max_size=5), texts())
 @example(["assistant"], "")
-@settings(deadline=None, max_examples=25)
+@examples(0.4)
 def test_any_order_of_roles_is_marked(name: str, roles: list[str], text: str) -> None:
     """Questions without answer and answers without question are rendered with every answer trained."""
     conversation = Conversation(tuple(Message(role, f"{text}-") for role in [*roles, "assistant"]), "a:1")

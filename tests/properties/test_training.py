@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetune.errors import NonFiniteError
@@ -16,7 +16,8 @@ from finetune.records import Batch, Tokenized
 from finetune.tokens.batch import epoch_batches, fixed_batches
 from finetune.training.loop import LoopPlan, mean_loss, steps_per_epoch, train
 from finetune.training.schedule import Schedule, learning_rate_at
-from properties.toy_session import ToySession, row_names, targets_of, token_rows
+from finetune_strategies.datasets import token_rows
+from properties.toy_session import ToySession, row_names, targets_of
 
 SCHEDULES = get_args(Schedule)
 NOT_FINITE = (math.nan, math.inf, -math.inf)
@@ -132,7 +133,6 @@ def windows_of(session: ToySession) -> list[list[tuple[Batch, float]]]:
 
 
 @given(setups())
-@settings(deadline=None)
 def test_epoch_every_row_once_and_every_batch_in_an_update(setup: Setup) -> None:
     """Each epoch trains on every row exactly once, the batches left over at its end included."""
     session = ToySession()
@@ -146,7 +146,6 @@ def test_epoch_every_row_once_and_every_batch_in_an_update(setup: Setup) -> None
 
 
 @given(setups())
-@settings(deadline=None)
 def test_steps_per_epoch_is_what_the_loop_takes(setup: Setup) -> None:
     """An epoch takes as many steps as promised, none holds more batches than asked, and its end is a whole number."""
     session = ToySession()
@@ -160,7 +159,6 @@ def test_steps_per_epoch_is_what_the_loop_takes(setup: Setup) -> None:
 
 
 @given(setups())
-@settings(deadline=None)
 def test_step_weighs_every_trained_token_alike(setup: Setup) -> None:
     """All batches of a step get one weight, 1 / its trained tokens, and its loss is the mean over those tokens."""
     session, shadow = ToySession(), 0.0
@@ -176,7 +174,6 @@ def test_step_weighs_every_trained_token_alike(setup: Setup) -> None:
 
 
 @given(token_rows(least=4), st.integers(1, 3), st.integers(2, 4))
-@settings(deadline=None)
 def test_step_same_whatever_the_split(rows: tuple[Tokenized, ...], size: int, accumulation: int) -> None:
     """Small batches accumulated or one batch of the same rows: the same losses, norms and weights."""
     ends = []
@@ -190,7 +187,6 @@ def test_step_same_whatever_the_split(rows: tuple[Tokenized, ...], size: int, ac
 
 
 @given(setups(), st.sampled_from(SCHEDULES), st.data())
-@settings(deadline=None)
 def test_rate_counts_optimizer_steps(setup: Setup, schedule: Schedule, data: st.DataObject) -> None:
     """The rate of an update is that of the closed form over optimizer steps, and it is the one that is told."""
     total = setup.plan().total_steps
@@ -204,7 +200,6 @@ def test_rate_counts_optimizer_steps(setup: Setup, schedule: Schedule, data: st.
 
 
 @given(setups())
-@settings(deadline=None)
 def test_step_clips_once_between_gradients_and_update(setup: Setup) -> None:
     """Every step accumulates, then clips once, then updates once; the norm that is told is the one clipping found."""
     session = ToySession()
@@ -218,7 +213,6 @@ def test_step_clips_once_between_gradients_and_update(setup: Setup) -> None:
 
 
 @given(setups(), st.data())
-@settings(deadline=None)
 def test_resume_goes_on_as_if_never_stopped(setup: Setup, data: st.DataObject) -> None:
     """Continued after any number of steps, the loop does and tells exactly what an uninterrupted run still would."""
     total = setup.plan().total_steps
@@ -237,7 +231,6 @@ def test_resume_goes_on_as_if_never_stopped(setup: Setup, data: st.DataObject) -
 
 
 @given(setups(), st.sampled_from(NOT_FINITE), st.sampled_from(["accumulate", "clip_gradients"]), st.data())
-@settings(deadline=None)
 def test_non_finite_loss_or_gradient_stops_before_the_update(
     setup: Setup, bad: float, where: str, data: st.DataObject
 ) -> None:
@@ -266,7 +259,6 @@ def _collect(events: Iterator[Event], told: list[Event]) -> None:
 
 
 @given(setups(), st.sampled_from(NOT_FINITE))
-@settings(deadline=None)
 def test_first_gradients_that_are_not_finite_are_never_told(setup: Setup, bad: float) -> None:
     """A gradient that is NaN or infinite at step 1 is an error, not an event: events are JSON, which has no NaN."""
     session = ToySession(poison={("clip_gradients", 0): bad, ("gradient_norms", 0): bad})
@@ -276,7 +268,6 @@ def test_first_gradients_that_are_not_finite_are_never_told(setup: Setup, bad: f
 
 
 @given(setups(), st.data())
-@settings(deadline=None)
 def test_first_gradients_told_once_before_the_first_update(setup: Setup, data: st.DataObject) -> None:
     """The gradients of step 1, all its batches in, are told once, before any weight changes; never on resume."""
     session = ToySession()
@@ -294,7 +285,6 @@ def test_first_gradients_told_once_before_the_first_update(setup: Setup, data: s
 
 
 @given(setups(), token_rows(), st.integers(1, 5), st.integers(1, 3))
-@settings(deadline=None)
 def test_held_out_loss_told_when_due_and_at_the_end(
     setup: Setup, rows: tuple[Tokenized, ...], every: int, size: int
 ) -> None:
@@ -319,7 +309,6 @@ def test_held_out_loss_told_when_due_and_at_the_end(
 
 
 @given(token_rows(), st.integers(1, 12), st.randoms(use_true_random=False))
-@settings(deadline=None)
 def test_mean_loss_does_not_depend_on_batching(rows: tuple[Tokenized, ...], size: int, dice: Any) -> None:
     """The mean loss is over tokens: batch size and order change nothing, and no row is left out."""
     session = ToySession(value=31.0)
@@ -333,7 +322,6 @@ def test_mean_loss_does_not_depend_on_batching(rows: tuple[Tokenized, ...], size
 
 
 @given(token_rows(), st.sampled_from(NOT_FINITE), st.data())
-@settings(deadline=None)
 def test_mean_loss_that_is_not_finite_is_an_error(rows: tuple[Tokenized, ...], bad: float, data: st.DataObject) -> None:
     """One batch whose loss is NaN or infinite is never averaged away nor told as a number: it is an error."""
     batches = fixed_batches(rows, 2)

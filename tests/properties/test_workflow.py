@@ -22,7 +22,7 @@ from finetune.records import Outcome
 from finetune_strategies.profiles import examples
 from finetune_strategies.tokenizers import KINDS
 from properties.disks import everything_below, full_after
-from properties.workplace import make_data, make_model, no_fresh_process, settings
+from properties.workplace import make_data, make_model, quick_end, settings
 
 ADAPTER = "adapter/adapter_model.safetensors"
 CRITERIA = {1: 4, 2: 4, 3: 3, 4: 3, 5: 3}
@@ -79,7 +79,7 @@ def test_workflow_goes_through_its_phases_in_order_and_the_manifest_comes_last(
 
 def test_workflow_judges_every_criterion_on_what_was_measured(model: Path, data: Path, tmp_path: Path) -> None:
     """Each of the five criteria has its verdicts, each with a measured and an allowed value or a reason."""
-    with no_fresh_process():
+    with quick_end():
         record = fine_tune(settings(model, data, judge__sham="always"), output=tmp_path / "run")[1]
     verdicts = record["verdicts"]
     assert {number: sum(one["criterion"] == number for one in verdicts) for number in CRITERIA} == CRITERIA
@@ -93,12 +93,12 @@ def test_workflow_judges_every_criterion_on_what_was_measured(model: Path, data:
 
 @given(st.integers(2, 17), st.integers(1, 5), st.integers(1, 3), st.booleans(), st.sampled_from([0, 1, 7]))
 @example(11, 3, 2, True, 0)
-@examples(1 / 6)
+@examples(1 / 3)
 def test_workflow_counts_add_up(
     model: Path, rows: int, batch_size: int, accumulation: int, packing: bool, seed: int
 ) -> None:
     """Rows read are kept or dropped, each kept row is trained once an epoch, and steps, tokens and losses agree."""
-    with TemporaryDirectory() as name, no_fresh_process():
+    with TemporaryDirectory() as name, quick_end():
         place = make_data(Path(name) / "rows.jsonl", rows)
         changes = {"batch_size": batch_size, "accumulation": accumulation, "packing": packing, "seed": seed}
         loaded = settings(model, place, **{f"training__{key}": value for key, value in changes.items()})
@@ -123,7 +123,7 @@ def test_workflow_counts_add_up(
 def test_workflow_seed_decides_every_byte(model: Path, data: Path, tmp_path: Path) -> None:
     """P-SEED: the same seed gives the same adapter and losses, another seed others; 0 is a seed."""
     found = []
-    with no_fresh_process():
+    with quick_end():
         for number, seed in enumerate((0, 0, 1)):
             loaded = settings(model, data, training__seed=seed, adapter__dropout=0.3)
             folder, record = fine_tune(loaded, output=tmp_path / str(number))
@@ -138,7 +138,7 @@ def whole(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A run that nobody stopped, with its number of events; accumulation, dropout and packing are on."""
     heard: list[Event] = []
     output = tmp_path_factory.mktemp("whole") / "run"
-    with no_fresh_process():
+    with quick_end():
         folder, record = fine_tune(demanding(model, data), output=output, listener=heard.append)
     return folder, record, len(heard)
 
@@ -153,14 +153,14 @@ def demanding(model: Path, data: Path) -> LoadedConfig:
 
 
 @given(st.data())
-@examples(1 / 5)
+@examples(1 / 3)
 def test_workflow_stopped_anywhere_and_resumed_is_the_run_that_was_never_stopped(
     model: Path, data: Path, whole: tuple[Path, dict[str, Any], int], data_: st.DataObject
 ) -> None:
     """P-RESUME: dead at any event, once or twice, a resumed run ends with the same adapter, losses and verdicts."""
     folder, record, events = whole
     deaths = data_.draw(st.lists(st.integers(0, events - 1), min_size=1, max_size=2))
-    with TemporaryDirectory() as name, no_fresh_process():
+    with TemporaryDirectory() as name, quick_end():
         output = Path(name) / "run"
         for death in [*deaths, events]:
             begun = (output / "plan.yaml").exists()
@@ -191,13 +191,13 @@ def alive_until(death: int, loaded: LoadedConfig, output: Path, *, resume: bool)
 
 @given(st.integers(0, 60_000))
 @example(0)
-@examples(1 / 8)
+@examples(1 / 4)
 def test_workflow_on_a_full_disk_fails_clearly_and_can_go_on(
     model: Path, data: Path, whole: tuple[Path, dict[str, Any], int], size: int
 ) -> None:
     """P-CRASH: a disk that is full at any file is one clear error; with space again the run ends as it would have."""
     folder = whole[0]
-    with TemporaryDirectory() as name, no_fresh_process():
+    with TemporaryDirectory() as name, quick_end():
         output = Path(name) / "run"
         with full_after(size):
             try:

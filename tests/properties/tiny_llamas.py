@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hypothesis import strategies as st
 
 from finetune.backends import open_backend
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Tokenized
@@ -20,26 +19,6 @@ CONFIG: dict[str, Any] = {
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TARGET = AdapterTarget(3, 7.0, 0.0, ("q_proj", "v_proj", "down_proj"))
 DROPPING = AdapterTarget(2, 5.0, 0.4, LINEAR)
-
-
-@st.composite
-def configs(draw: st.DrawFn) -> dict[str, Any]:
-    """Llamas with awkward shapes."""
-    heads, keys = draw(st.sampled_from([(3, 1), (3, 3), (5, 1), (6, 3), (5, 5)]))
-    shape = {
-        "num_attention_heads": heads, "num_key_value_heads": keys, "head_dim": draw(st.sampled_from([2, 6, 10])),
-        "hidden_size": draw(st.sampled_from([5, 7, 11])), "intermediate_size": draw(st.sampled_from([3, 13])),
-        "num_hidden_layers": draw(st.integers(1, 2)), "tie_word_embeddings": draw(st.booleans()),
-    }  # fmt: skip
-    rope = draw(st.sampled_from([{"rope_theta": 30.0}, {"rope_parameters": {"rope_theta": 1e4}}]))
-    return {key: value for key, value in CONFIG.items() if key != "rope_parameters"} | shape | rope
-
-
-def targets() -> st.SearchStrategy[AdapterTarget]:
-    """Adapters on some of the layers, by short names or by a whole path."""
-    names = st.sampled_from([*LINEAR, "model.layers.0.mlp.up_proj", "self_attn.q_proj"])
-    modules = st.lists(names, min_size=1, max_size=4, unique=True).map(tuple)
-    return st.builds(AdapterTarget, st.integers(1, 3), st.sampled_from([0.5, 7.0]), st.just(0.0), modules)
 
 
 def open_model(folder: Path, *, dtype: str = "float32", pad_id: int = 0) -> Any:

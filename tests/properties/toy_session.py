@@ -4,9 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from hypothesis import strategies as st
-
-from finetune.records import Batch, Tokenized
+from finetune.records import Batch
 
 
 @dataclass
@@ -71,16 +69,3 @@ def targets_of(batch: Batch) -> list[int]:
 def row_names(batches: list[Batch]) -> Counter[str]:
     """How often each row occurs."""
     return Counter(row.where for batch in batches for row in batch.rows)
-
-
-@st.composite
-def token_rows(draw: st.DrawFn, least: int = 1, most: int = 11) -> tuple[Tokenized, ...]:
-    """Rows of very unequal lengths, each with a name of its own and at least one token that carries loss."""
-    rows = []
-    for number in range(draw(st.integers(least, most))):
-        length = draw(st.sampled_from([2, 3, 5, 17]))
-        ids = draw(st.lists(st.integers(0, 96), min_size=length, max_size=length))
-        trained = draw(st.lists(st.booleans(), min_size=length, max_size=length))
-        trained[draw(st.integers(1, length - 1))] = True
-        rows.append(Tokenized(tuple(ids), tuple(trained), f"row {number}"))
-    return tuple(rows)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from finetune.errors import EvidenceError, ModelError, RefusedError  # noqa: E402
 from finetune.evaluation.reload import check_reload  # noqa: E402
 from finetune.records import ModelLocation  # noqa: E402
+from finetune_strategies.profiles import examples  # noqa: E402
 from scenarios.tiny_models import (  # noqa: E402
     CONTEXT,
     VOCAB,
@@ -93,7 +94,7 @@ def greedy(session: Any, prompt: list[int], room: int, stops: list[int], folder:
 
 
 @given(st.lists(st.lists(st.integers(3, VOCAB - 1), min_size=1, max_size=4), min_size=2, max_size=6))
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(1 / 8)
 def test_answers_do_not_depend_on_who_else_is_asked(trained: Any, prompts: list[list[int]]) -> None:
     """Prompts of mixed lengths asked together get the answers each gets alone, in the order they were asked."""
     together = trained.generate(prompts, 6, [2, 7])

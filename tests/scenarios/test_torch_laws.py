@@ -2,12 +2,11 @@
 
 import itertools
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
@@ -22,6 +21,7 @@ from finetune.models.shape import read_shape  # noqa: E402
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Tokenized  # noqa: E402
 from finetune.tokens.batch import epoch_batches  # noqa: E402
 from finetune.training.loop import LoopPlan, train  # noqa: E402
+from finetune_strategies.profiles import examples  # noqa: E402
 from scenarios.tiny_models import (  # noqa: E402
     NO_DROPOUT,
     VOCAB,
@@ -39,7 +39,6 @@ from scenarios.tiny_models import (  # noqa: E402
 pytestmark = pytest.mark.tier2
 ROWS = make_rows(7)
 KINDS = ("llama", "gpt2")
-FEW = partial(settings, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -101,7 +100,7 @@ def test_loss_is_that_of_plain_transformers(location: ModelLocation) -> None:
 
 
 @given(st.sets(st.integers(0, 6), min_size=1), st.sampled_from([0, 1, 50, VOCAB - 1]))
-@FEW(max_examples=10)
+@examples(1 / 6)
 def test_padding_and_batch_mates_do_not_matter(location: ModelLocation, mates: set[int], pad_id: int) -> None:
     """Loss and gradients of rows are the sums of those of each row alone, whatever id they are padded with."""
     rows = [ROWS[index] for index in sorted(mates)]
@@ -297,7 +296,7 @@ def test_looking_leaves_no_trace_when_it_fails(noisy_location: ModelLocation) ->
 
 
 @given(st.integers(1, 7))
-@FEW(max_examples=7)
+@examples(1 / 8)
 def test_loss_does_not_depend_on_batch_size(trained: Any, size: int) -> None:
     """The total loss over all rows is the same in batches of any size and any order."""
     whole = trained.loss(Batch(ROWS))

@@ -9,12 +9,10 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jinja2.exceptions import SecurityError
-
 from finetune.errors import TemplateError
 from finetune.records import Conversation, Document, Message, Rendered, Segment
 from finetune.templates.catalog import CATALOG, TemplateSource
-from finetune.templates.sandbox import TemplateRefusedError, compile_template
+from finetune.templates.sandbox import TemplateStoppedError, compile_template
 
 _MARKER = re.compile("\ue000([0-9]+)\ue001")
 
@@ -131,19 +129,12 @@ class ChatTemplate:
 
     def _call(self, messages: Sequence[Message], where: str, *, add_generation_prompt: bool) -> str:
         turns = [{"role": message.role, "content": message.content} for message in messages]
+        # transformers gives every template these two, so templates ask whether they are none, not whether defined.
+        variables = {**self._variables, "tools": None, "documents": None}
         try:
-            return self._jinja(messages=turns, add_generation_prompt=add_generation_prompt, **self._variables)
-        except TemplateRefusedError as error:
-            raise TemplateError(
-                f"{where}: template {self.name!r} refuses these messages: {error}",
-                hint="mend the order of roles in this row, or choose another template",
-            ) from None
-        except SecurityError as error:
-            raise TemplateError(f"template {self.name!r} is unsafe and was stopped: {error}") from None
-        except Exception as error:  # filters raise whatever Python does with what they are given
-            raise TemplateError(
-                f"{where}: template {self.name!r} fails: {error}", hint="does it need a role or field the data lacks?"
-            ) from None
+            return self._jinja(messages=turns, add_generation_prompt=add_generation_prompt, **variables)
+        except TemplateStoppedError as error:
+            raise TemplateError(f"{where}: template {self.name!r} {error}", hint=error.hint) from None
 
     def _terminator(self, markup: str, where: str) -> str:
         """What follows an answer up to and including its control token; the model must learn to say it."""

@@ -1,0 +1,157 @@
+"""How much a template may do: one account a render, counted and never timed, so that it ends alike on every machine.
+
+The unit is one character of text copied or looked through. A step of the template (a node of its syntax tree) and an
+element of a list count as 64: they take about that much longer, and about that much more memory. Every loop, call,
+filter, comparison and sum pays before it works, so an account that is empty stops a template before memory is taken.
+"""
+
+from collections.abc import ItemsView, KeysView, Mapping, Sequence, ValuesView
+from typing import Any
+
+from jinja2.runtime import Undefined
+
+BASE = 2_000_000
+"""Paid in before any message: 31,000 steps or 2 MB of text. Of 72 templates in use none takes a fifth of it for a call
+of tools in five messages, which is where they do the most besides reading messages."""
+PER_MESSAGE = 1_000_000
+"""15,600 steps for each message. Most templates take under 1,000; Gemma 4 looks back at all earlier messages for each
+one, and takes 5,500 of them in a conversation of 400."""
+PER_CHARACTER = 32
+"""A template may copy each character of the messages 32 times: the hungriest of those 72 copies them 11 times."""
+STEP = 64
+"""One step of the template, one element of a list."""
+CALL = 256
+"""A call of a macro, a method or a filter, above its steps."""
+MAX_DEPTH = 40
+"""How deep macros may call macros; Python itself gives up at about 150."""
+MAX_NESTING = 60
+"""How deep lists and dicts may nest where they are shown or compared; JSON schemas of tools nest to about 10."""
+MAX_NUMBER = 2**64
+"""Whole numbers beyond this are refused: their digits are the cheapest way to fill memory."""
+
+SHOWN_GROWTH = 10
+"""`\\U00010000` for one character: the most that showing a list, or escaping for JSON, makes of it."""
+
+_SCALARS = (bool, int, float, type(None), Undefined)
+
+
+class UnsafeTemplateError(Exception):
+    """The template does something that no chat template needs to do, or more of it than its messages call for."""
+
+
+def allowance(messages: Sequence[Mapping[str, str]]) -> int:
+    """What a template may spend on these messages: it grows with their number and their length."""
+    characters = sum(len(text) for message in messages for text in message.values())
+    return BASE + PER_MESSAGE * len(messages) + PER_CHARACTER * characters
+
+
+class Meter:
+    """The account of one render."""
+
+    __slots__ = ("_allowed", "_depth", "_left")
+
+    def __init__(self, allowed: int) -> None:
+        self._allowed = self._left = allowed
+        self._depth = 0
+
+    @property
+    def spent(self) -> int:
+        """What has been spent so far."""
+        return self._allowed - self._left
+
+    def spend(self, units: int) -> None:
+        """Pay for work.
+
+        Raises:
+            UnsafeTemplateError: the account does not hold as much.
+        """
+        self.afford(units)
+        self._left -= units
+
+    def afford(self, units: int) -> None:
+        """Make sure that a result of at most this size could be paid for, before it is made.
+
+        Raises:
+            UnsafeTemplateError: the account does not hold as much.
+        """
+        if units > self._left:
+            raise UnsafeTemplateError(
+                f"it takes more work than such messages need (over {self._allowed:,} characters and steps)"
+            )
+
+    def look(self, value: Any, times: int = 1, *, indent: int = 0) -> int:
+        """Pay for going through all of a value `times` times; returns what one time costs."""
+        units = weight(value, self._left, indent=indent)
+        self.spend(units * times)
+        return units
+
+    def shown(self, value: Any) -> str:
+        """The value as text; what is no text yet is paid for."""
+        if isinstance(value, str):
+            return value
+        self.afford(SHOWN_GROWTH * self.look(value))
+        text = str(value)
+        self.spend(len(text))
+        return text
+
+    def keep(self, value: Any) -> Any:
+        """Pay for a value that was made; a stream is drawn into a list first and handed on as a stream again."""
+        if isinstance(value, str):
+            self.spend(len(value))
+        elif isinstance(value, list | tuple | dict):
+            self.spend(STEP * len(value) + sum(len(item) for item in value if isinstance(item, str)))
+        elif isinstance(value, int) and abs(value) > MAX_NUMBER:
+            raise UnsafeTemplateError("it makes a number of more than 64 bits")
+        elif hasattr(value, "__next__"):
+            return iter(self.drawn(value))
+        return value
+
+    def drawn(self, stream: Any) -> list[Any]:
+        """Everything a stream gives, each element paid for as it comes."""
+        found = []
+        for item in stream:
+            self.spend(STEP)
+            found.append(item)
+        return found
+
+    def enter(self) -> None:
+        """Go into a macro.
+
+        Raises:
+            UnsafeTemplateError: macros are already as deep as they may go.
+        """
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise UnsafeTemplateError(f"its macros call each other more than {MAX_DEPTH} deep")
+
+    def leave(self) -> None:
+        """Come out of a macro."""
+        self._depth -= 1
+
+
+def weight(value: Any, limit: int, *, indent: int = 0) -> int:
+    """How many units it takes to go through all of a value, or anything above `limit` when it is more than that.
+
+    A list that holds another one ten times counts it ten times: that is what showing or comparing it costs.
+
+    Raises:
+        UnsafeTemplateError: the value nests too deep, or holds something that is not plain data.
+    """
+    total = 0
+    pending: list[tuple[Any, int]] = [(value, 1)]
+    while pending and total <= limit:
+        item, depth = pending.pop()
+        total += STEP + indent * depth
+        if isinstance(item, str):
+            total += len(item)
+        elif isinstance(item, range):
+            total += STEP * len(item)
+        elif isinstance(item, list | tuple | dict | KeysView | ValuesView | ItemsView):
+            if depth > MAX_NESTING:
+                raise UnsafeTemplateError(f"it nests lists more than {MAX_NESTING} deep")
+            pending.extend((inner, depth + 1) for inner in item)
+            if isinstance(item, dict):
+                pending.extend((inner, depth + 1) for inner in item.values())
+        elif not isinstance(item, _SCALARS):
+            raise UnsafeTemplateError(f"it shows or compares a {type(item).__name__}, which is no text, number or list")
+    return total

@@ -1,0 +1,113 @@
+"""LoRA adapters that fit a model, and near misses with the reason for which they must be refused."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hypothesis import strategies as st
+
+from finetune.records import AdapterTarget, LinearLayer, ModelShape
+from finetune_strategies.models import Config, model_configs, model_shapes, shape_of_config
+
+_ALPHAS = (7.0, 0.5, 16.0, 3.0)
+
+
+@dataclass(frozen=True)
+class AdaptedModel:
+    """A model's config and shape with an adapter that fits it."""
+
+    config: Config
+    shape: ModelShape
+    target: AdapterTarget
+
+
+@dataclass(frozen=True)
+class UnfitAdapter:
+    """An adapter that this model cannot have: the reason, and every word that the refusal must hold."""
+
+    shape: ModelShape
+    target: AdapterTarget
+    reason: Literal["rank too large", "matches nothing"]
+    named: tuple[str, ...]
+
+
+def layer_names(shape: ModelShape) -> tuple[str, ...]:
+    """The short names of a model's linear layers, such as `q_proj`, each once."""
+    return tuple(dict.fromkeys(_short(layer) for layer in shape.linear_layers))
+
+
+def adapted_layers(shape: ModelShape, target: AdapterTarget) -> tuple[LinearLayer, ...]:
+    """The layers that an adapter sits on: those with a name, or the end of a path, that it names."""
+    return tuple(
+        layer
+        for layer in shape.linear_layers
+        if any(layer.name == name or layer.name.endswith(f".{name}") for name in target.modules)
+    )
+
+
+@st.composite
+def adapter_targets(
+    draw: st.DrawFn, shape: ModelShape, *, paths: bool = False, dropouts: tuple[float, ...] = (0.0, 0.1, 0.4)
+) -> AdapterTarget:
+    """Adapters that fit the shape: on some of its layers or on all, alpha never the rank, the rank seldom a divisor.
+
+    `paths`: layers may be named by a whole path or the end of one as well, as a backend takes them.
+    """
+    modules = draw(_modules(shape, paths=paths))
+    sides = [side for layer in adapted_layers(shape, AdapterTarget(1, 1.0, 0.0, modules)) for side in layer.shape]
+    ranks = st.integers(1, min(sides))
+    odd = [rank for rank in range(1, min(sides) + 1) if any(side % rank for side in sides)]
+    rank = draw(st.sampled_from(odd) | ranks if odd else ranks)
+    alpha = draw(st.sampled_from([alpha for alpha in _ALPHAS if alpha != rank]))
+    return AdapterTarget(rank, alpha, draw(st.sampled_from(dropouts)), modules)
+
+
+def adapted_models(configs: st.SearchStrategy[Config] | None = None, **how: Any) -> st.SearchStrategy[AdaptedModel]:
+    """Models, of any config or of those given, each with an adapter that fits it; `how` as for `adapter_targets`."""
+
+    def adapt(config: Config) -> st.SearchStrategy[AdaptedModel]:
+        shape = shape_of_config(config)
+        return adapter_targets(shape, **how).map(lambda target: AdaptedModel(config, shape, target))
+
+    return (model_configs() if configs is None else configs).flatmap(adapt)
+
+
+def any_adapter_targets() -> st.SearchStrategy[AdapterTarget]:
+    """Adapters of tiny models that need not be known."""
+    return model_shapes().flatmap(adapter_targets)
+
+
+@st.composite
+def unfit_adapters(draw: st.DrawFn) -> UnfitAdapter:
+    """Adapters that are right but for one thing: a rank above a layer's size, or a name that no layer has."""
+    shape = draw(model_shapes())
+    target = draw(adapter_targets(shape))
+    if draw(st.booleans()):
+        least = min(min(layer.shape) for layer in adapted_layers(shape, target))
+        rank = least + draw(st.integers(1, 3))
+        too_large = AdapterTarget(rank, target.alpha, target.dropout, target.modules)
+        return UnfitAdapter(shape, too_large, "rank too large", (f"rank {rank}", f"at most {least}"))
+    name = draw(st.sampled_from(target.modules).flatmap(_misspelt))
+    at = draw(st.integers(0, len(target.modules)))
+    modules = (*target.modules[:at], name, *target.modules[at:])
+    named = (repr(name), *layer_names(shape))
+    return UnfitAdapter(shape, AdapterTarget(target.rank, target.alpha, 0.0, modules), "matches nothing", named)
+
+
+def _misspelt(name: str) -> st.SearchStrategy[str]:
+    return st.sampled_from([name[:-1], f"{name}_", name.upper(), f"x{name}", "lm_head", f"{name} ", "all-linear"])
+
+
+def _modules(shape: ModelShape, *, paths: bool) -> st.SearchStrategy[tuple[str, ...]]:
+    short = layer_names(shape)
+    ends = [".".join(layer.name.split(".")[-2:]) for layer in shape.linear_layers]
+    names = list(dict.fromkeys([*short, *(ends if paths else []), *(_paths(shape) if paths else [])]))
+    some = st.lists(st.sampled_from(names), min_size=1, max_size=4, unique=True).map(tuple)
+    return some | st.just(short)
+
+
+def _paths(shape: ModelShape) -> list[str]:
+    return [layer.name for layer in shape.linear_layers]
+
+
+def _short(layer: LinearLayer) -> str:
+    return layer.name.rsplit(".", 1)[-1]

@@ -1,0 +1,171 @@
+"""Laws of the profiles: the same cases where that is promised, more of them at night, and failures that are kept."""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from zipfile import ZipFile
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from hypothesis.database import DirectoryBasedExampleDatabase, GitHubArtifactDatabase
+from hypothesis.internal.conjecture import engine
+
+from finetune.errors import UsageError
+from finetune_strategies.profiles import (
+    EXAMPLES,
+    PROFILES,
+    RECEIVED,
+    SHRINK_SECONDS,
+    examples,
+    failures_kept,
+    limit_shrinking,
+    load_profile,
+)
+from finetune_strategies.replay import replay_command
+
+RANDOM = tuple(name for name in PROFILES if name != "fast")
+TELL = """
+from hypothesis import settings
+from finetune_strategies.profiles import PROFILES, load_profile
+load_profile()
+for name in PROFILES:
+    print(name, repr(settings.get_profile(name)))
+"""
+
+
+def test_profile_of_every_kind_is_there() -> None:
+    """The five profiles ask for more cases the more time there is; none has a deadline or silences a health check."""
+    assert PROFILES == ("fast", "ci", "slow", "thorough", "debug")
+    counts = [settings.get_profile(name).max_examples for name in ("debug", "fast", "ci", "slow", "thorough")]
+    assert counts == sorted(set(counts))
+    steps = [settings.get_profile(name).stateful_step_count for name in ("fast", "ci", "slow", "thorough")]
+    assert steps == sorted(set(steps))
+    for profile in map(settings.get_profile, PROFILES):
+        assert (profile.deadline, profile.suppress_health_check, profile.print_blob) == (None, (), True)
+        assert Phase.shrink in profile.phases
+
+
+def test_profile_fast_leaves_nothing_to_chance_and_the_others_keep_failures() -> None:
+    """`fast` makes the same cases at every run and keeps nothing; the others differ each time and keep what fails."""
+    fast = settings.get_profile("fast")
+    assert (fast.derandomize, fast.database) == (True, None)
+    for profile in map(settings.get_profile, RANDOM):
+        assert not profile.derandomize
+        assert profile.database is not None
+    explained = {name for name in PROFILES if Phase.explain in settings.get_profile(name).phases}
+    assert explained == {"slow", "thorough", "debug"}
+
+
+def test_profile_is_the_same_in_ci_as_at_home() -> None:
+    """Where Hypothesis finds itself in CI it changes its defaults; ours stay what they are, whichever is loaded."""
+    home = {
+        name: value for name, value in os.environ.items() if name not in ("CI", "GITHUB_ACTIONS", "FT_HYPOTHESIS_REPO")
+    }
+    told = [
+        subprocess.run([sys.executable, "-c", TELL], env={**home, **extra}, capture_output=True, text=True, check=True)
+        for extra in ({}, {"CI": "true", "GITHUB_ACTIONS": "true", "HYPOTHESIS_PROFILE": "slow"})
+    ]
+    assert told[0].stdout == told[1].stdout
+    assert len(told[0].stdout.splitlines()) == 5
+
+
+@pytest.mark.parametrize("name", ["fats", "FAST", "default"])
+def test_profile_unknown_is_refused(name: str) -> None:
+    """A profile that is none is refused, and those that are there are named."""
+    with pytest.raises(UsageError, match=name) as caught:
+        load_profile(environ={"HYPOTHESIS_PROFILE": name})
+    assert all(profile in caught.value.hint for profile in PROFILES)
+
+
+@given(st.sampled_from(PROFILES), st.floats(0, 4))
+@examples(1 / 2)
+def test_examples_are_a_share_of_the_profile(profile: str, share: float) -> None:
+    """A law's share grows with the profile, is never none, and changes nothing else."""
+    whole, part = settings.get_profile(profile), examples(share, of=profile)
+    assert part.max_examples == max(1, round(share * whole.max_examples))
+    assert repr(settings(part, max_examples=whole.max_examples)) == repr(whole)
+    assert examples(share).max_examples == max(1, round(share * settings().max_examples))
+
+
+@pytest.mark.parametrize("value", ["owner", "owner/", "/name", "a/b/c", "https://github.com/a/b"])
+def test_failures_of_no_repository_are_refused(value: str) -> None:
+    """What is not owner/name is refused with the value and the form."""
+    with pytest.raises(UsageError, match="FT_HYPOTHESIS_REPO") as caught:
+        load_profile(environ={"FT_HYPOTHESIS_REPO": value})
+    assert value in caught.value.message
+    assert "owner/name" in caught.value.hint
+
+
+def test_failures_that_ci_kept_are_tried_next_to_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The artifact that CI made of its failures is read as it is, ours are kept beside it, and it is never written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        GitHubArtifactDatabase, "_get_bytes", lambda self, url: pytest.fail(f"asked the network: {url}")
+    )
+    ci = DirectoryBasedExampleDatabase(tmp_path / "ci" / EXAMPLES)
+    ci.save(b"a law", b"fails in CI")
+    (tmp_path / RECEIVED).mkdir(parents=True)
+    archive = tmp_path / RECEIVED / f"{datetime.now(UTC).isoformat().replace(':', '_')}.zip"
+    with ZipFile(archive, "w") as packed:
+        for file in (tmp_path / "ci" / EXAMPLES).rglob("*"):
+            if file.is_file():
+                packed.write(file, file.relative_to(tmp_path / "ci" / EXAMPLES))
+    before = archive.read_bytes()
+    both = failures_kept("owner/name")
+    both.save(b"a law", b"fails here")
+    assert set(both.fetch(b"a law")) == {b"fails in CI", b"fails here"}
+    assert set(failures_kept().fetch(b"a law")) == {b"fails here"}
+    both.delete(b"a law", b"fails in CI")
+    assert archive.read_bytes() == before
+    assert (tmp_path / EXAMPLES).is_dir()
+
+
+def test_shrinking_ends_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failing law whose cases are slow is reported soon after the time for shrinking is over, with what was found."""
+    monkeypatch.setattr(engine, "MAX_SHRINKING_SECONDS", 300)
+    limit_shrinking("thorough")
+    assert engine.MAX_SHRINKING_SECONDS == 300
+    limit_shrinking("fast")
+    assert engine.MAX_SHRINKING_SECONDS == SHRINK_SECONDS
+    monkeypatch.setattr(engine, "MAX_SHRINKING_SECONDS", 0.3)
+
+    @given(st.lists(st.integers(), min_size=8))
+    @examples(of="fast")
+    def slow(numbers: list[int]) -> None:
+        time.sleep(0.01)
+        assert sum(abs(number) for number in numbers) % 7 < 5
+
+    start = time.perf_counter()
+    with pytest.raises(AssertionError):
+        slow()
+    assert time.perf_counter() - start < 3
+
+
+def test_replay_names_the_environment_that_the_run_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command names profile, switches, program, test and seed, quoted for a shell."""
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "pytest").touch()
+    monkeypatch.setenv("FT_REAL_MODEL_ENABLE", "1")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("FT_TEST_MODEL", raising=False)
+    monkeypatch.delenv("FT_HYPOTHESIS_REPO", raising=False)
+    config = SimpleNamespace(rootpath=tmp_path)
+    loaded = settings.get_current_profile_name()
+    node = "tests/test_x.py::test_y[it's a $HOME]"
+    try:
+        for profile in PROFILES:
+            settings.load_profile(profile)
+            words = [f"HYPOTHESIS_PROFILE={profile}", "FT_REAL_MODEL_ENABLE=1", ".venv/bin/pytest", node]
+            assert shlex.split(replay_command(node, config)) == words
+            assert shlex.split(replay_command(node, config, number="77")) == [*words, "--hypothesis-seed=77"]
+        monkeypatch.setattr(sys, "prefix", str(tmp_path.parent))
+        assert " pytest " in replay_command(node, config)
+    finally:
+        settings.load_profile(loaded)

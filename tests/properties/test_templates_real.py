@@ -1,0 +1,129 @@
+"""Laws of the templates that model families ship: they render, answers are marked, and there is room to spare."""
+
+import re
+
+import pytest
+from hypothesis import example, given
+
+from finetune.errors import TemplateError
+from finetune.records import Conversation, Message
+from finetune.templates import sandbox
+from finetune.templates.budget import Meter, allowance
+from finetune.templates.catalog import CATALOG, TemplateSource
+from finetune.templates.render import ChatTemplate
+from finetune.templates.sandbox import compile_template
+from finetune_strategies.conversations import conversations, said
+from finetune_strategies.profiles import examples
+from properties.real_templates import FOLDER, REAL, RealTemplate
+from properties.rendered_text import stretches, talk
+
+TALK = talk("user:Hi", "assistant:Hello", "user: Bye\n", "assistant:See you")
+WITH_SYSTEM = talk("system:Be kind.", "user:Hi", "assistant:Hello")
+
+
+def fitting(real: RealTemplate, conversation: Conversation) -> Conversation:
+    """The conversation as this family's template takes it."""
+    turns = conversation.messages
+    if real.system in ("refused", "lost"):
+        turns = tuple(message for message in turns if message.role != "system")
+    if real.tidy:
+        turns = tuple(Message(message.role, message.content.strip()) for message in turns)
+    return Conversation(turns, conversation.where)
+
+
+def told(real: RealTemplate, conversation: Conversation) -> list[str]:
+    """What the model learns to say, by the fixture's own words."""
+    answers = [message.content for message in conversation.messages if message.role == "assistant"]
+    shown = [answer.strip() if real.trims else answer for answer in answers]
+    thinks = [""] * (len(shown) - 1) + [real.thinks]
+    return [real.first + thought + text + real.ending for thought, text in zip(thinks, shown, strict=True)]
+
+
+def test_real_templates_are_all_here() -> None:
+    """There are 17 templates, each with its file."""
+    assert sorted(REAL) == sorted(path.stem for path in FOLDER.glob("*.jinja"))
+    assert len(REAL) == 17
+
+
+@pytest.mark.parametrize("name", REAL)
+@given(conversations(inputs=False, contents=said()))
+@example(TALK)
+@example(WITH_SYSTEM)
+@examples(0.1)
+def test_real_template_trains_its_answers(name: str, conversation: Conversation) -> None:
+    """P-MASK, P-PREFIX: every answer with its ending is trained, nothing else is, and each begins where asking ends."""
+    real = REAL[name]
+    conversation = fitting(real, conversation)
+    whole = stretches(real.compiled.render(conversation))
+    assert [text for text, trained in whole if trained] == told(real, conversation)
+    before = ""
+    answers = (index for index, message in enumerate(conversation.messages) if message.role == "assistant")
+    for text, trained in whole:
+        if trained:
+            asked = Conversation(conversation.messages[: next(answers)], conversation.where)
+            assert before.endswith(real.opening)
+            assert real.compiled.render_prompt(asked).text == before
+        before += text
+    assert real.compiled.terminators() == (real.ending.strip(),)
+
+
+OUTSIDE = {
+    "gemma-2": (WITH_SYSTEM, "System role not supported"),
+    "mistral-v0.1": (WITH_SYSTEM, "roles must alternate"),
+    "mistral-v0.3": (WITH_SYSTEM, "lost: system"),
+    "command-r": (talk("user:a", "user:b", "assistant:c"), "roles must alternate"),
+    "gemma-3": (talk("user:a", "assistant:b", "assistant:c"), "roles must alternate"),
+    "llama-2": (talk("system:s", "user: a ", "assistant:b"), "rewrites the text"),
+    "phi-3": (talk("system:", "user:a", "assistant:b"), "rewrites the text"),
+    "qwen-3": (talk("user:a", "assistant:<think>x</think>b"), "rewrites the text"),
+    "deepseek-v3": (talk("user:a", "assistant:<think>x</think>b"), "rewrites the text"),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_real_template_refuses_what_it_cannot_show(name: str) -> None:
+    """What a family's template takes no note of, or rewrites, is refused with the reason and the row."""
+    conversation, says = OUTSIDE[name]
+    with pytest.raises(TemplateError, match=re.escape(says)) as caught:
+        REAL[name].compiled.render(conversation)
+    assert f"rows.jsonl:7: template '{name}.jinja'" in caught.value.message
+
+
+def test_template_that_opens_a_thought_for_asking_only_is_refused() -> None:
+    """DeepSeek R1's template asks with an open thought that it never trains: it is not prefix-preserving."""
+    real = REAL["deepseek-v3"]
+    thinking = real.jinja.replace("{{'<｜Assistant｜>'}}", "{{'<｜Assistant｜><think>\\n'}}")
+    assert thinking != real.jinja
+    chat = ChatTemplate(TemplateSource("r1.jinja", thinking), real.control_tokens, bos=real.bos, eos=real.eos)
+    with pytest.raises(TemplateError, match=r"not prefix-preserving.*<think>"):
+        chat.render(TALK)
+
+
+def test_template_that_prints_the_date_prints_one_day() -> None:
+    """Llama 3.2's template asks for today's date, and gets the day on which Llama 3.1's stands, for ever."""
+    rendered = REAL["llama-3.2"].compiled.render(WITH_SYSTEM)
+    assert "Today Date: 26 Jul 2024\n\nBe kind.<|eot_id|>" in rendered.text
+    assert rendered.text == REAL["llama-3.1"].compiled.render(WITH_SYSTEM).text
+
+
+LENGTHS = {"long": (200, 100_000), "many": (200, 3), "one": (1, 1_000_000), "few": (2, 9)}
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+def test_real_template_takes_half_of_what_it_may(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of 21 templates takes at most half of what it may; two are tried on 200 messages of 100,000 characters."""
+    number, length = LENGTHS[case]
+    meters: list[Meter] = []
+    monkeypatch.setattr(sandbox, "Meter", lambda allowed: meters.append(Meter(allowed)) or meters[-1])
+    text = "x y\n" * (length // 4) + "z" * (length % 4)
+    messages = [{"role": ("user", "assistant")[index % 2], "content": text} for index in range(number)]
+    sources = [(name, source.jinja) for name, source in CATALOG.items()]
+    sources += [(name, real.jinja) for name, real in REAL.items()]
+    for name, jinja in sources:
+        if case != "long" or name in ("qwen-3", "llama-3.2"):
+            shown = compile_template(name, jinja)(
+                messages=messages, add_generation_prompt=True, bos_token="", eos_token="", tools=None
+            )
+            assert len(shown) >= number * (length - 1), name
+            assert meters[-1].spent <= allowance(messages) / 2, name
+    assert len(meters) == (2 if case == "long" else 21)
