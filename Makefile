@@ -8,6 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '
 VENV := .venv
 BIN := $(VENV)/bin
 WORKFLOW_VENV := .venv-workflow
+MUTANTS_VENV := .venv-mutants
 CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"FineTune needs Python 3.11 to 3.13, and $(PYTHON) is {v[0]}.{v[1]}: set PYTHON=python3.12, for example")'
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # One thread a process and a few processes: the models under test are too small to share a core usefully.
@@ -100,6 +101,17 @@ types: $(VENV)/dev-ok  ## Check types, strictly
 bench: $(VENV)/dev-ok  ## Measure training speed next to TRL, each in its own environment
 	$(BIN)/python bench/run.py
 
+$(MUTANTS_VENV)/ok: pyproject.toml constraints.txt
+	@echo "setting up: an environment for mutants (once)" >&2
+	@$(CHECK_PYTHON)
+	@$(PYTHON) -m venv $(MUTANTS_VENV)
+	@$(MUTANTS_VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[verify]' mutmut
+	@touch $@
+
+.PHONY: mutants
+mutants: $(MUTANTS_VENV)/ok  ## Break the code in 400 small ways and count how many breaks Tier 1 notices (about an hour)
+	@$(MUTANTS_VENV)/bin/python bench/mutants.py
+
 .PHONY: prove
 prove:  ## Plant faults and count what the suite catches (not in this version: says what is missing)
 	@echo "ft prove is not in this version: the fault campaign is missing." >&2; exit 3
@@ -118,4 +130,4 @@ check: lint types test  ## What CI runs
 
 .PHONY: clean
 clean:  ## Remove the environments and everything that was built
-	rm -rf $(VENV) $(WORKFLOW_VENV) .peers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(WORKFLOW_VENV) $(MUTANTS_VENV) .mutants .peers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finetune.artifacts.run_folder import RunFolder
+from finetune.artifacts.write import describe_files
 from finetune.assembly.encoder import Encoder
 from finetune.assembly.prepare import Prepared, prepare
 from finetune.assembly.record import base_files, data_files
@@ -25,11 +26,6 @@ def reopen(path: Path) -> tuple[Prepared, Session]:
     folder = RunFolder.finished(path)
     plan = load_plan(folder.plan)
     prepared = prepare(LoadedConfig(plan.config, plan.origins))
-    if folder.read_manifest()["model"]["files"] != base_files(prepared.location):
-        raise ModelError(
-            f"the base model {prepared.location.name!r} is not the one that {path} was trained on: its weights differ",
-            hint="get the model revision that run.json names",
-        )
     if folder.read_manifest()["data"].get("files") != data_files(prepared):
         raise DataError(f"the data that {path} was trained on has changed since", hint="restore the files of run.json")
     if (folder.adapter / "chat_template.jinja").read_text(encoding="utf-8") != prepared.encoder.source.jinja:
@@ -65,6 +61,25 @@ def talker(path: Path, *, max_new_tokens: int) -> Callable[[Conversation], str]:
 
 
 def _tuned_session(folder: RunFolder, config: TrainingConfig, location: ModelLocation, encoder: Encoder) -> Session:
+    """The adapter on its base, both byte for byte those of the run."""
+    manifest = folder.read_manifest()
+    if manifest["model"]["files"] != base_files(location):
+        raise ModelError(
+            f"the base model {location.name!r} is not the one that {folder.path} was trained on: its weights differ",
+            hint="get the model revision that run.json names",
+        )
+    found = describe_files(folder.adapter)
+    now = {f"adapter/{file['path']}": {**file, "path": f"adapter/{file['path']}"} for file in found}
+    written = [file for file in manifest["artifacts"] if file["path"].startswith("adapter/")]
+    # The model card is for people, who may well add to it.
+    changed = [
+        file["path"] for file in written if now.get(file["path"]) != file and not file["path"].endswith("README.md")
+    ]
+    if changed:
+        raise ModelError(
+            f"the adapter in {folder.adapter} is not the one that was trained: changed or gone: {', '.join(changed)}",
+            hint="restore the folder, or train again",
+        )
     session = open_backend(config.backend).open(location, config.model.dtype, encoder.tokenizer.pad_id)
     session.load_adapter(folder.adapter)
     return session

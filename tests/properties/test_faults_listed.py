@@ -1,0 +1,123 @@
+"""The page of faults is true to the suite: every law that it names exists, and its numbers are those of its rows."""
+
+import ast
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "faults.md"
+SECTIONS = 8
+ROWS = 97
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A row of the page: a fault, and what kills it."""
+
+    id: str
+    name: str
+    words: str
+    kills: str
+
+    @property
+    def cannot_exist(self) -> bool:
+        """Whether it is said why this fault cannot exist."""
+        return self.kills.startswith("cannot exist: ")
+
+    @property
+    def tier(self) -> int:
+        """The tier whose laws kill it; 0 when it cannot exist."""
+        return 0 if self.cannot_exist else 2 if self.kills.startswith("Tier 2: ") else 1
+
+    @property
+    def laws(self) -> list[tuple[str, str]]:
+        """File and name of each law."""
+        return re.findall(r"`(test_\w+\.py)::(\w+)`", self.kills)
+
+
+def listed(text: str) -> list[Listed]:
+    """The rows of every table of the page."""
+    found = re.findall(r"^\| (A\d{3}) `([\w.]+)`(?: \(.*?\))? \| (.*?) \| (.*?) \|$", text, re.MULTILINE)
+    return [Listed(*row) for row in found]
+
+
+@cache
+def laws_of(folder: str, file: str) -> frozenset[str]:
+    """The names of the tests that a file defines: functions, and state machines that are given a name."""
+    tree = ast.parse((ROOT / "tests" / folder / file).read_text(encoding="utf-8"))
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    machines = {
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute) and node.value.attr == "TestCase"
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    return frozenset(name for name in functions | machines if name.startswith("test_"))
+
+
+def missing_laws(rows: list[Listed]) -> list[str]:
+    """What the rows name that does not exist where they say, or name nothing at all."""
+    problems = []
+    for row in rows:
+        folder = "scenarios" if row.tier == 2 else "properties"
+        if bool(row.laws) == row.cannot_exist:
+            problems.append(f"{row.id}: a law or a reason, and not both")
+        for file, law in row.laws:
+            there = (ROOT / "tests" / folder / file).is_file() and law in laws_of(folder, file)
+            problems += [] if there else [f"{row.id}: tests/{folder}/{file}::{law} does not exist"]
+    return problems
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Listed]:
+    """The rows of the page."""
+    return listed(PAGE.read_text(encoding="utf-8"))
+
+
+def test_faults_are_all_listed_once(rows: list[Listed]) -> None:
+    """There are 97 rows in 8 sections, each with a fault of its own, in order, and with words of its own."""
+    text = PAGE.read_text(encoding="utf-8")
+    assert len(re.findall(r"^## \d\. ", text, re.MULTILINE)) == SECTIONS
+    assert len(rows) == ROWS == len(re.findall(r"^\| A", text, re.MULTILINE))
+    assert [row.id for row in rows] == sorted({row.id for row in rows})
+    assert len({row.name for row in rows}) == len({row.words for row in rows}) == ROWS
+
+
+def test_faults_name_laws_that_exist(rows: list[Listed]) -> None:
+    """Every law that a row names is a test of the file it is said to be in; at least 60 different ones are named."""
+    assert len({law for row in rows for law in row.laws}) >= 60
+    assert missing_laws(rows) == []
+
+
+def test_faults_that_are_counted_are_those_of_the_rows(rows: list[Listed]) -> None:
+    """The five numbers above the tables are counted from them."""
+    head = PAGE.read_text(encoding="utf-8").split("\n## ")[0]
+    told = [int(number) for number in re.findall(r"\*\*(\d+)\*\*", head)]
+    tiers = [row.tier for row in rows]
+    assert told == [len(rows), tiers.count(0), len(rows) - tiers.count(0), tiers.count(1), tiers.count(2)]
+
+
+WRONG = {
+    "no such file": "`test_nowhere.py::test_split_never_cuts_a_conversation`",
+    "no such law": "`test_tokens_fit.py::test_split_never_cuts`",
+    "no test": "`test_tokens_fit.py::encoded`",
+    "a law of the other tier": "Tier 2: `test_tokens_fit.py::test_split_never_cuts_a_conversation`",
+    "nothing": "somebody will notice",
+    "a reason and a law": "cannot exist: see `test_tokens_fit.py::test_split_never_cuts_a_conversation`",
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_faults_whose_law_does_not_exist_are_found(case: str) -> None:
+    """Each of 6 ways to name no law is found; a row that names one is not."""
+    assert len(WRONG) == 6
+    good = "| A105 `pack.x` (TRL #1) | words | `test_tokens_fit.py::test_split_never_cuts_a_conversation` |"
+    assert len(listed(good)) == 1
+    assert missing_laws(listed(good)) == []
+    [row] = listed(f"| A105 `pack.x` | words | {WRONG[case]} |")
+    assert missing_laws([row])[0].startswith("A105: ")

@@ -1,0 +1,119 @@
+"""Laws of a finished run that is opened again: it is the model that was trained, or it is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from finetune.assembly.observe import observe
+from finetune.errors import FineTuneError
+from finetune.pipeline import fine_tune
+from finetune.records import Conversation, Message
+from finetune.reopen import reopen, talker
+from properties.tiny_llamas import open_model
+from properties.workplace import make_data, make_model, quick_end, settings
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A place with a model, its data, a template and a finished run that has changed what the model says."""
+    place = tmp_path_factory.mktemp("reopen")
+    model, data = make_model(place / "model"), make_data(place / "rows.jsonl", 5)
+    template = place / "own.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    changes = {"training__learning_rate": 0.3, "training__epochs": 4.0, "adapter__alpha": 7.0, "adapter__rank": 3}
+    with quick_end():
+        fine_tune(settings(model, data, template__name=str(template), **changes), output=place / "run")
+    return place
+
+
+def test_reopened_run_is_the_run_that_ended(finished: Path) -> None:
+    """P-ART: losses and answers are those recorded, the logits those of the adapter on a fresh base, not the base's."""
+    prepared, session = reopen(finished / "run")
+    record = json.loads((finished / "run" / "run.json").read_text())
+    found = observe(session, prepared)
+    assert found.fixed[0] == pytest.approx(record["losses"]["fixed"][-1]["loss"], rel=1e-5)
+    assert found.learning is not None
+    assert [answer.given for answer in found.learning.answers] == [
+        answer["given"] for answer in record["scores"]["learning"]["tuned"]["answers"]
+    ]
+    ids = prepared.train.rows[0].ids
+    fresh = open_model(finished / "model")
+    base = fresh.logits(ids)
+    fresh.load_adapter(finished / "run" / "adapter")
+    tuned: Any = session.logits(ids)  # type: ignore[attr-defined]
+    assert np.array_equal(tuned, fresh.logits(ids))
+    assert np.abs(tuned - base).max() > 0.1
+
+
+def test_talker_says_what_the_tuned_model_says(finished: Path) -> None:
+    """What is said in a chat is what the adapter on a fresh base says to the prompt trained on, and not the base."""
+    prepared, session = reopen(finished / "run")
+    talk = talker(finished / "run", max_new_tokens=6)
+    said, base = [], []
+    for text in ("rows", "rows word word", "what?", "7"):
+        asked = Conversation((Message("user", text),), "question")
+        ids, encoder = prepared.encoder.prompt_ids(asked), prepared.encoder
+        said.append(talk(asked))
+        assert said[-1] == encoder.tokenizer.decode(session.generate([ids], 6, encoder.stop_ids)[0]).strip()
+        with session.adapter_disabled():
+            base.append(encoder.tokenizer.decode(session.generate([ids], 6, encoder.stop_ids)[0]).strip())
+    assert said != base
+
+
+def _other_base(place: Path) -> None:
+    shutil.rmtree(place / "model")
+    make_model(place / "model", seed=1)
+
+
+def _append(name: str, text: str) -> Callable[[Path], None]:
+    def change(place: Path) -> None:
+        with (place / name).open("a") as file:
+            file.write(text)
+
+    return change
+
+
+def _flip(place: Path) -> None:
+    weights = place / "run" / "adapter" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-6] ^= 0x40
+    weights.write_bytes(content)
+
+
+CHANGES: dict[str, Callable[[Path], None]] = {
+    "other weights of the same shape": _other_base,
+    "other data": _append("rows.jsonl", '{"prompt": "more", "completion": "1"}\n'),
+    "other template": _append("own.jinja", " "),
+    "a byte of the adapter": _flip,
+    "where to stop": _append("run/adapter/generation_config.json", " "),
+    "no adapter": lambda place: (place / "run" / "adapter" / "adapter_model.safetensors").unlink(),
+    "no manifest": lambda place: (place / "run" / "run.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_reopened_run_on_something_else_is_refused(what: str, finished: Path) -> None:
+    """A run whose base, data, template, adapter or manifest is not what it was is refused, never quietly scored."""
+    assert len(CHANGES) == 7
+    kept = finished.with_name("kept")
+    shutil.copytree(finished, kept)
+    try:
+        CHANGES[what](finished)
+        with pytest.raises(FineTuneError) as caught:
+            reopen(finished / "run")
+        assert caught.value.message
+        # To talk to the model needs no data, and takes the template that travels with the adapter.
+        if what not in ("other data", "other template"):
+            with pytest.raises(FineTuneError):
+                talker(finished / "run", max_new_tokens=6)
+    finally:
+        shutil.rmtree(finished)
+        kept.rename(finished)
