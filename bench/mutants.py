@@ -35,10 +35,11 @@ _ENDS = {0: "survived", 1: "killed", 3: "killed", 5: "no tests", 33: "no tests",
 
 def copy_project() -> None:
     """Put the project into a folder of its own: mutants never touch the real files."""
-    WORK.mkdir(exist_ok=True)
+    # Whole, mutmut's own notes included: it would go on running tests by names that they had before.
+    shutil.rmtree(WORK, ignore_errors=True)
+    WORK.mkdir()
     for name in (*COPIED, "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"):
         source, target = ROOT / name, WORK / name
-        shutil.rmtree(target, ignore_errors=True)
         if source.is_dir():
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
         else:

@@ -158,7 +158,11 @@ class LinearLayer:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What a model's files say of its size, read without loading a weight."""
+    """What a model's files say of its size, read without loading a weight; 0 is a size that they do not say.
+
+    `heads` ask and `kv_heads` answer, each `head_dim` wide; the dropouts are shares that the model itself switches
+    off in training; `tied_head` says that the embedding table is the output head too.
+    """
 
     architecture: str
     parameters: int
@@ -167,6 +171,13 @@ class ModelShape:
     layers: int
     context_length: int
     linear_layers: tuple[LinearLayer, ...]
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    intermediate_size: int = 0
+    tied_head: bool = False
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

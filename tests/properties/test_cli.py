@@ -150,13 +150,17 @@ def test_init_writes_a_file_that_checks_and_never_overwrites(tmp_path: Path) -> 
 
 
 def test_estimate_json_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
-    """The total is the sum of the parts, and LoRA's gradients are far below full fine-tuning's."""
+    """Parts less what never lives at once are the total, low to high; gradients of LoRA are far below the full ones."""
     assert run(["estimate", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     for method in ("lora", "full"):
-        parts = told[method]
-        assert parts["total"] == sum(parts[part] for part in ("weights", "adapter", "gradients", "optimizer"))
-    assert told["lora"]["gradients"] < 0.3 * told["full"]["gradients"]
+        parts, total, overlap = (told[method][name] for name in ("parts", "total", "overlap"))
+        for word in ("low", "expected", "high"):
+            assert total[word] == sum(part[word] for part in parts.values()) - overlap[word]
+        assert total["low"] <= total["expected"] <= total["high"]
+        assert len(parts) >= 7
+    lora, full = (told[method]["parts"]["gradients"]["expected"] for method in ("lora", "full"))
+    assert 0 < lora < 0.3 * full
 
 
 def test_schema_is_a_closed_json_schema(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
@@ -19,6 +19,7 @@ from finetune.models.adapt import check_rank, choose_layers
 from finetune.models.locate import SHIPPED, SHIPPED_FOLDER, locate_model
 from finetune.models.shape import read_shape, read_tensor_shapes, weight_files
 from finetune.records import AdapterTarget, ModelShape
+from finetune_strategies.profiles import examples
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -96,10 +97,62 @@ def test_shape_reads_other_families_names(tmp_path: Path) -> None:
         assert shape.architecture == config["model_type"]
 
 
+SIZES = ("heads", "kv_heads", "head_dim", "intermediate_size", "tied_head", "attention_dropout", "hidden_dropout")
+SAID = {
+    "llama": (
+        {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 5, "intermediate_size": 10},
+        (6, 2, 5, 10, False, 0.0, 0.0),
+    ),
+    "a head as wide as its share, each with a key head of its own": (
+        {"num_attention_heads": 3, "intermediate_size": 10, "attention_dropout": 0.2},
+        (3, 3, 2, 10, False, 0.2, 0.0),
+    ),
+    "gpt2, four times as wide inside": (
+        {"n_embd": 6, "n_head": 2, "n_inner": None, "attn_pdrop": 0.1, "resid_pdrop": 0.3},
+        (2, 2, 3, 24, False, 0.1, 0.3),
+    ),
+    "tied": ({"tie_word_embeddings": True, "n_inner": 7}, (0, 0, 0, 7, True, 0.0, 0.0)),
+    "nested": ({"text_config": {"n_head": 2, "hidden_size": 8}}, (2, 2, 4, 32, False, 0.0, 0.0)),
+    "odd": (
+        {"num_attention_heads": -1, "attention_dropout": "much", "attn_pdrop": 10**400, "tie_word_embeddings": "no"},
+        (0, 0, 0, 24, False, 0.0, 0.0),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_shape_reads_what_memory_depends_on(case: str, tmp_path: Path) -> None:
+    """Heads, inner size, tied tables and dropouts are read under each family's names, or follow from the others."""
+    config, expected = SAID[case]
+    nested = "text_config" in config or "n_embd" in config
+    shape = read_shape(write_model(tmp_path, config=config if nested else {**CONFIG, **config}))
+    assert tuple(getattr(shape, name) for name in SIZES) == expected
+
+
+def test_shape_counts_each_number_once(tmp_path: Path) -> None:
+    """A tied head that was saved twice, and the masks and frequencies of old files, are no weights of their own."""
+    plain = read_shape(write_model(tmp_path / "plain"))
+    weights = tensors() | {
+        "model.layers.0.attn.bias": np.zeros((1, 1, 32, 32), np.float32),
+        "model.layers.0.attn.masked_bias": np.zeros((), np.float32),
+        "model.layers.1.self_attn.rotary_emb.inv_freq": np.zeros(3, np.float32),
+    }
+    old = write_model(tmp_path / "old")
+    save_file(weights, old / "model.safetensors")
+    assert read_shape(old).parameters == plain.parameters
+    tied = read_shape(write_model(tmp_path / "tied", config={**CONFIG, "tie_word_embeddings": True}))
+    assert tied.parameters == plain.parameters - 11 * 6
+    headless = write_model(tmp_path / "headless")
+    save_file(
+        {name: value for name, value in tensors().items() if "lm_head" not in name}, headless / "model.safetensors"
+    )
+    assert read_shape(headless).tied_head is True
+
+
 @given(st.integers(0, 10**6), st.integers(1, 3))
 @example(0, 1)
 @example(7, 1)
-@settings(deadline=None, max_examples=30)
+@examples(1 / 2)
 def test_weights_cut_off_are_refused_by_name(at: int, shards: int) -> None:
     """A weights file that ends too early, wherever it was cut, is refused and named."""
     with model(shards=shards) as folder:
@@ -112,7 +165,6 @@ def test_weights_cut_off_are_refused_by_name(at: int, shards: int) -> None:
 
 
 @given(st.integers(0, 10**6), st.integers(1, 255))
-@settings(deadline=None, max_examples=60)
 def test_weights_flipped_header_never_escapes(at: int, flip: int) -> None:
     """A flipped bit in a header is refused by the file's name, or changes nothing but a tensor's name or type."""
     with model() as folder:
@@ -257,7 +309,7 @@ def shape_of(folder: Path) -> ModelShape:
 
 
 @given(st.lists(st.sampled_from(["q_proj", "k_proj", "up_proj", "down_proj"]), min_size=1, unique=True), st.data())
-@settings(deadline=None, max_examples=30)
+@examples(1 / 2)
 def test_choose_layers_takes_what_is_named_or_lists_what_exists(targets: list[str], data: st.DataObject) -> None:
     """Named layers are chosen, one name that matches nothing refuses them all and the existing names are listed."""
     with model() as folder:

@@ -87,7 +87,7 @@ def test_failing_template_becomes_the_plainest() -> None:
     assert len(case.jinja.splitlines()) == 16
 
 
-@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("name", ["before", "stop", "system", "trims", "style"])
 def test_failing_template_keeps_one_choice_only(name: str) -> None:
     """A failure that needs one choice is reported with that choice changed and no other."""
     plain = TemplateShape()
@@ -115,7 +115,7 @@ def test_failing_broken_template_becomes_one_question() -> None:
 SIMPLEST = {
     "hidden attribute": "{{ (''.__class__) }}", "far method": "{{ (''.format) }}",
     "far filter": "{{ (messages | attr('__class__')) }}", "width": "{{ ('%100000d' % 1) }}",
-    "number": "{{ (10 ** 100000 ** 9) }}", "syntax": "{% include 'x' %}",
+    "number": "{{ (2 ** 100000) }}", "syntax": "{% include 'x' %}",
     "recursion": "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
 }  # fmt: skip
 

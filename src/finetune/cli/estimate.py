@@ -1,9 +1,14 @@
-"""`ft estimate`: the bytes a run is certain to need, before it starts."""
+"""`ft estimate`: what a run will take of memory, before it starts."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from finetune.cli.console import data_console, print_json
 from finetune.cli.options import (
     AsJson,
     Assignments,
+    BackendName,
     ConfigFile,
     DataFile,
     ModelName,
@@ -13,6 +18,15 @@ from finetune.cli.options import (
     gather,
 )
 
+if TYPE_CHECKING:
+    from finetune.config import LoadedConfig
+    from finetune.memory.load import StepLoad
+    from finetune.records import ModelShape
+
+Measure = Annotated[
+    bool, typer.Option("--measure-framework", help="Measure here what the libraries take, in a fresh process.")
+]
+
 
 def command(
     config: ConfigFile = None,
@@ -20,42 +34,71 @@ def command(
     model: ModelName = None,
     data: DataFile = None,
     template: TemplateName = None,
+    backend: BackendName = None,
     profile: ProfileName = None,
     assignments: Assignments = None,
+    measure_framework: Measure = False,
     json_output: AsJson = False,
 ) -> int:
-    """Tell what weights, adapter, gradients and optimizer take, for LoRA and for full fine-tuning.
+    """Tell what a run will take of memory at its peak, by part: at least, as expected, and at most.
 
-    These parts are exact. Activations, logits and the framework come on top and are not guessed here.
+    For LoRA and for full fine-tuning, from the model's shape alone. Without --data every row is taken to be as long
+    as tokens.max_length and trained throughout; with it, the largest batch of your rows counts.
     """
-    from dataclasses import asdict
-
     from finetune.assembly.prepare import adapter_target
-    from finetune.memory.estimate import estimate_memory
+    from finetune.memory.framework import framework_of
+    from finetune.memory.measure import measure_framework as measured_here
+    from finetune.memory.outlook import foresee, outlook_notes, outlook_table, outlook_values
+    from finetune.memory.scale import available_memory
     from finetune.models.locate import locate_model
     from finetune.models.shape import read_shape
 
-    settings = gather(config, flags_of(model, data, template), assignments, profile).config
+    loaded = gather(config, flags_of(model, data, template, backend), assignments, profile)
+    settings = loaded.config
+    framework = framework_of(settings.backend)
+    if measure_framework:
+        framework = framework.measured(measured_here(settings.backend))
     shape = read_shape(locate_model(settings.model.path, revision=settings.model.revision).folder)
     target = adapter_target(settings, shape)
-    lora = estimate_memory(shape, target, settings.model.dtype)
-    full = estimate_memory(shape, None, settings.model.dtype)
+    load, basis = _load(loaded, shape)
+    outlook = foresee(shape, target, settings.model.dtype, load, framework, available_memory())
     if json_output:
-        print_json(
-            {
-                "model": settings.model.path,
-                "parameters": shape.parameters,
-                "lora": {**asdict(lora), "total": lora.total},
-                "full": {**asdict(full), "total": full.total},
-            }
-        )
+        print_json({"model": settings.model.path, "basis": basis, **outlook_values(outlook)})
         return 0
-    from rich.table import Table
-
-    table = Table("part", "LoRA", "full fine-tuning", box=None, title=f"{settings.model.path}: exact parts, in bytes")
-    for part in ("weights", "adapter", "gradients", "optimizer", "total"):
-        table.add_row(part, f"{getattr(lora, part):,}", f"{getattr(full, part):,}")
     console = data_console()
-    console.print(table)
-    console.print(f"not included: {', '.join(lora.not_included)}", markup=False)
+    trained = outlook.forecasts["LoRA"].trainable_parameters
+    lines = [
+        f"{settings.model.path}: {shape.parameters:,} parameters; the adapter trains {trained:,} of its own",
+        f"{load.rows} x {load.length} tokens at once, {load.targets:,} of them trained: {basis}",
+    ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+    console.print(outlook_table(outlook))
+    for line in outlook_notes(outlook):
+        console.print(line, markup=False, highlight=False)
     return 0
+
+
+def _load(loaded: "LoadedConfig", shape: "ModelShape") -> tuple["StepLoad", str]:
+    """The largest batch, and what it was taken from."""
+    from finetune.assembly.prepare import pack_length, prepare
+    from finetune.config import ModelAndDataFacts, resolve
+    from finetune.memory.load import full_load, load_of
+    from finetune.tokens.batch import epoch_batches
+
+    training = loaded.config.training
+    if loaded.config.data.train is None:
+        # Neither template nor rows matter here, so nothing can be wrong with them.
+        plan = resolve(loaded, ModelAndDataFacts(shape.context_length, has_chat_template=True, train_rows=1))
+        assert plan.config.tokens.max_length is not None
+        load = full_load(training.batch_size, plan.config.tokens.max_length, training.accumulation)
+        return load, "every row as long as tokens.max_length allows (--data takes your own)"
+    prepared = prepare(loaded)
+    batches = epoch_batches(
+        prepared.training_rows,
+        training.batch_size,
+        seed=training.seed,
+        epoch=0,
+        pack_length=pack_length(prepared.plan),
+    )
+    return load_of(batches, training.accumulation), f"the largest batch of {loaded.config.data.train}"

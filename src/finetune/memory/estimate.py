@@ -1,24 +1,26 @@
-"""Says before a run which bytes it is certain to need, part by part, from the model's shape alone."""
+"""Counts the bytes that a run is certain to need, part by part, from the model's shape alone."""
 
 from dataclasses import dataclass
 
 from finetune.records import AdapterTarget, ModelShape
 
-_BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+"""Bytes of one number by its format; the reference backend computes in float64."""
+ADAPTER_BYTES = BYTES["float32"]
+"""An adapter is trained in float32 at least, whatever the format of the base."""
 _MOMENTS = 2
 """AdamW keeps two moments for each trainable number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Exact parts, in bytes. What depends on the run's activations is not in it, and is not guessed."""
+    """Exact parts, in bytes: what lives from one step to the next, and the gradients."""
 
     weights: int
     adapter: int
     gradients: int
     optimizer: int
     trainable_parameters: int
-    not_included: tuple[str, ...] = ("activations", "logits", "framework")
 
     @property
     def total(self) -> int:
@@ -35,11 +37,12 @@ def adapter_parameters(shape: ModelShape, target: AdapterTarget) -> int:
 def estimate_memory(shape: ModelShape, target: AdapterTarget | None, dtype: str) -> Estimate:
     """The exact parts for LoRA with `target`, or for full fine-tuning where `target` is None.
 
-    An adapter is trained in float32 whatever the dtype of the base; a full fine-tune in the dtype of the weights.
+    An adapter is trained in float32 at least, whatever the dtype of the base; a full fine-tune in the dtype of the
+    weights.
     """
-    size = _BYTES[dtype]
+    size = BYTES[dtype]
     trainable = shape.parameters if target is None else adapter_parameters(shape, target)
-    width = size if target is None else _BYTES["float32"]
+    width = size if target is None else max(size, ADAPTER_BYTES)
     return Estimate(
         weights=shape.parameters * size,
         adapter=0 if target is None else trainable * width,

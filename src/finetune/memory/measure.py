@@ -1,9 +1,11 @@
 """Measures what training takes, in a fresh process for each method, so that nothing else is counted."""
 
 from dataclasses import asdict
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from finetune.children import ask_child
+from finetune.errors import UsageError
 from finetune.records import AdapterTarget, MemoryMeasure, ModelLocation
 
 
@@ -33,3 +35,16 @@ def measure_memory(
         **sizes,
     }
     return MemoryMeasure(**ask_child(f"finetune.backends.{backend}.probe", request))
+
+
+def measure_framework(backend: str) -> int:
+    """The resident bytes of a fresh process that has loaded a backend's libraries and trained on a dozen numbers.
+
+    Raises:
+        UsageError: the backend has no means to measure it.
+        EvidenceError: the process failed.
+    """
+    module = f"finetune.backends.{backend}.probe"
+    if find_spec(module) is None:
+        raise UsageError(f"the {backend} backend has no means to measure memory", hint="use its documented figures")
+    return int(ask_child(module, {"method": "framework"})["framework_rss"])

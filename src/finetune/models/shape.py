@@ -11,6 +11,8 @@ from finetune.records import NO_LIMIT, LinearLayer, ModelShape
 
 _TABLES = re.compile(r"embed.*|wte|wpe|lm_head|output")
 """Names of embedding tables and output heads, which LoRA leaves alone unless they are named."""
+_HEADS = {"lm_head", "embed_out", "output"}
+"""Names of output heads."""
 
 
 def read_shape(folder: Path) -> ModelShape:
@@ -30,14 +32,24 @@ def read_shape(folder: Path) -> ModelShape:
     architecture = named[0] if isinstance(named, list) and named else config.get("model_type", "unknown")
     nested = config.get("text_config")
     text = nested if isinstance(nested, dict) else config
+    hidden = _first(text, "hidden_size", "n_embd", "d_model")
+    heads = _first(text, "num_attention_heads", "n_head", "num_heads")
+    tied = _is_tied(config, tensors)
     return ModelShape(
         architecture=str(architecture),
-        parameters=sum(_size(shape) for shape in tensors.values()),
+        parameters=sum(_size(shape) for name, shape in tensors.items() if not _is_no_weight(name, shape, tied=tied)),
         vocab_size=_first(text, "vocab_size"),
-        hidden_size=_first(text, "hidden_size", "n_embd", "d_model"),
+        hidden_size=hidden,
         layers=_first(text, "num_hidden_layers", "n_layer", "num_layers"),
         context_length=_first(text, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len") or NO_LIMIT,
         linear_layers=tuple(linear),
+        heads=heads,
+        kv_heads=_first(text, "num_key_value_heads", "num_kv_heads") or heads,
+        head_dim=_first(text, "head_dim") or (hidden // heads if heads > 0 else 0),
+        intermediate_size=_first(text, "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden,
+        tied_head=tied,
+        attention_dropout=_share(text, "attention_dropout", "attn_pdrop"),
+        hidden_dropout=_share(text, "resid_pdrop", "hidden_dropout"),
     )
 
 
@@ -101,8 +113,31 @@ def _is_table(name: str) -> bool:
     return any(_TABLES.fullmatch(part) for part in name.split("."))
 
 
+def _is_tied(config: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> bool:
+    """Whether one table is both embedding and output head: as the config says, or else as a missing head shows."""
+    said = config.get("tie_word_embeddings")
+    return said if isinstance(said, bool) else not any(_is_head(name) for name in tensors)
+
+
+def _is_head(name: str) -> bool:
+    return name.removesuffix(".weight").rsplit(".", 1)[-1] in _HEADS
+
+
+def _is_no_weight(name: str, shape: tuple[int, ...], *, tied: bool) -> bool:
+    """Of no weight's own: a tied head saved twice, and the masks and frequencies that old files carry."""
+    is_mask = name.endswith(".bias") and len(shape) == 4
+    return is_mask or name.endswith((".masked_bias", ".inv_freq")) or (tied and _is_head(name))
+
+
+def _share(config: dict[str, Any], *keys: str) -> float:
+    """The first of these fields that is a share from 0 to below 1; 0 where none is said."""
+    said = (config.get(key) for key in keys)
+    return next((float(value) for value in said if isinstance(value, int | float) and 0 <= value < 1), 0.0)
+
+
 def _first(config: dict[str, Any], *keys: str) -> int:
-    return next((int(config[key]) for key in keys if isinstance(config.get(key), int)), 0)
+    said = (config.get(key) for key in keys)
+    return next((int(value) for value in said if isinstance(value, int) and value > 0), 0)
 
 
 def _size(shape: tuple[int, ...]) -> int:

@@ -176,7 +176,7 @@ def _replace(context: Any, s: Any, old: Any, new: Any, count: Any = None) -> Any
 def _indent(context: Any, s: Any, width: Any = 4, first: Any = False, blank: Any = False) -> Any:  # noqa: FBT002
     meter: Meter = context.meter
     meter.spend(CALL)
-    added = _small(width, 1000) if isinstance(width, int) else meter.look(width)
+    added = width if isinstance(width, int) else meter.look(width)
     meter.afford(meter.look(s) + (meter.shown(s).count("\n") + 2) * added)
     return meter.keep(FILTERS["indent"](s, width, first, blank))
 

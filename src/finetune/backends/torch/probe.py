@@ -1,8 +1,9 @@
 """Measures the memory of a few training steps in this process, then prints it. Started by `finetune.memory.measure`.
 
-Three figures, none of them derived from another: the peak resident set above what the frameworks alone take, the
-peak of live tensor bytes (every allocation and release, told by torch's own profiler), and the exact bytes of
-gradients and moments.
+Asked for the method "framework", it stops before any model is loaded. Of training it tells three
+figures, none of them derived from another: the peak resident set above what the frameworks alone take, the peak of
+live tensor bytes (every allocation and release, told by torch's own profiler), and the exact bytes of gradients and
+moments.
 """
 
 import itertools
@@ -27,6 +28,9 @@ def main() -> None:
     request = json.load(sys.stdin)
     _warm_up()
     framework = psutil.Process().memory_info().rss
+    if request["method"] == "framework":
+        print(json.dumps({"framework_rss": framework}))
+        return
     _restart_peak()
     session = _open(request)
     batch = _random_batch(request)
@@ -43,7 +47,7 @@ def main() -> None:
                 "steps": _STEPS,
                 "framework_rss": framework,
                 "peak_rss": peak_rss,
-                "peak_tensors": _peak_tensors(session, batch),
+                "peak_tensors": peak_tensors(session, batch),
                 "gradient_bytes": gradient_bytes,
                 "optimizer_bytes": _moment_bytes(session),
                 "weight_bytes": sum(tensor.nbytes for tensor in session.model.parameters()),
@@ -90,10 +94,17 @@ def _step(session: TorchSession, batch: Batch) -> int:
     return gradient_bytes
 
 
-def _peak_tensors(session: TorchSession, batch: Batch) -> int:
-    """What lives before a step (weights, moments) plus the highest sum of allocations within it."""
+def peak_tensors(session: TorchSession, batch: Batch, accumulation: int = 1) -> int:
+    """What lives before a step (weights, moments) plus the highest sum of allocations within it, in bytes.
+
+    Args:
+        session: has made a step already, so that its moments exist.
+        accumulation: how often the batch is added up in the step.
+    """
     before = sum(int(tensor.nbytes) for tensor in session.model.parameters()) + _moment_bytes(session)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        for _ in range(accumulation - 1):
+            session.accumulate(batch, 1 / batch.target_count)
         _step(session, batch)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())

@@ -1,0 +1,84 @@
+"""Says whether a run fits into memory and, where it does not, what to lower and to which value."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from finetune.memory.load import StepLoad
+
+TotalOf = Callable[[StepLoad], int]
+"""The bytes that a step with this load is expected to take."""
+SHORTEST = 8
+"""Tokens: no configuration allows shorter rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One way to make it fit: these settings, and the bytes that the run is then expected to take."""
+
+    settings: dict[str, int]
+    total: int
+
+
+def ways_to_fit(total_of: TotalOf, load: StepLoad, available: int) -> list[Change]:
+    """The smallest changes that make a run fit into `available` bytes; empty when it fits, or when nothing helps.
+
+    Fewer rows at once, with as many more batches added up, train the same; shorter rows do not. Both together are
+    told only where neither is enough.
+    """
+    if total_of(load) <= available:
+        return []
+    ways = [*_fewer_rows(total_of, load, available), *_shorter_rows(total_of, load, available)]
+    if ways or load.rows == 1:
+        return ways
+    single = _with_rows(load, 1)
+    settings = {"training.batch_size": 1, "training.accumulation": single.accumulation}
+    return [Change(settings | way.settings, way.total) for way in _shorter_rows(total_of, single, available)]
+
+
+def scaled(load: StepLoad, *, rows: int | None = None, length: int | None = None) -> StepLoad:
+    """The load with other numbers of rows or tokens a row, as large a share of them trained."""
+    changed = replace(load, rows=rows or load.rows, length=length or load.length)
+    targets = -(-load.targets * changed.tokens // load.tokens)
+    return replace(changed, targets=min(targets, changed.rows * (changed.length - 1)))
+
+
+def _with_rows(load: StepLoad, rows: int) -> StepLoad:
+    """As many rows for each movement of the weights, or a few more, but only so many of them at once."""
+    accumulation = -(-load.rows * load.accumulation // rows)
+    return replace(scaled(load, rows=rows), accumulation=accumulation, masked=load.masked and rows > 1)
+
+
+def _fewer_rows(total_of: TotalOf, load: StepLoad, available: int) -> Iterator[Change]:
+    rows = _largest(lambda rows: total_of(_with_rows(load, rows)) <= available, load.rows)
+    if rows:
+        fewer = _with_rows(load, rows)
+        yield Change({"training.batch_size": rows, "training.accumulation": fewer.accumulation}, total_of(fewer))
+
+
+def _shorter_rows(total_of: TotalOf, load: StepLoad, available: int) -> Iterator[Change]:
+    def fits(length: int) -> bool:
+        return total_of(scaled(load, length=length)) <= available
+
+    length = _largest(fits, load.length)
+    if length >= SHORTEST:
+        yield Change({"tokens.max_length": length}, total_of(scaled(load, length=length)))
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that fits; 0 when not even 1 does."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def say_size(size: int) -> str:
+    """Bytes in KiB, MiB or GiB, whichever leaves a number below 1024 with three digits to read."""
+    value, unit = size / 1024, "KiB"
+    for larger in ("MiB", "GiB", "TiB"):
+        if abs(value) < 999.5:
+            break
+        value, unit = value / 1024, larger
+    digits = max(0, 3 - len(str(int(abs(value)))))
+    return f"{value:,.{digits}f} {unit}" if size else "0"

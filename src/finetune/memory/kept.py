@@ -1,0 +1,199 @@
+"""Counts what a step keeps for its backward pass with torch, tensor by tensor, from the model's shape.
+
+Letters: h hidden size, i inner size of the MLP, q width of all query heads, k width of all key heads, n length, r rank;
+c bytes of the model's own numbers, 4 those of float32. All counts are bytes per token unless they say otherwise.
+
+Source: what `torch.autograd.graph.saved_tensors_hooks` sees of transformers 5.23's Llama and GPT-2 and of PEFT 0.21,
+with SDPA attention on the CPU; each term below is one tensor that it showed.
+"""
+
+from dataclasses import dataclass
+
+from finetune.memory.estimate import ADAPTER_BYTES, BYTES
+from finetune.memory.load import StepLoad
+from finetune.records import AdapterTarget, ModelShape
+
+_F32 = 4
+_INDEX = 8
+_LLAMA_BLOCKS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}
+_GPT2_BLOCKS = {"GPT2LMHeadModel"}
+KNOWN = _LLAMA_BLOCKS | _GPT2_BLOCKS
+"""Architectures whose blocks are counted tensor by tensor; any other gets the general formula and a wide band."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Bytes that live through a part of a step.
+
+    `blocks` is kept by all blocks together, `first_block` by the one nearest the input, `outside` by what stands
+    around them; `logits` is alive when the loss is differentiated; `brief` comes and goes while one block is.
+    """
+
+    blocks: int
+    first_block: int
+    outside: int
+    logits: int
+    brief: int
+
+    @property
+    def activations(self) -> int:
+        """What waits for the backward pass."""
+        return self.blocks + self.outside
+
+
+def kept_by_torch(shape: ModelShape, target: AdapterTarget | None, dtype: str, load: StepLoad) -> Kept:
+    """What one step keeps with torch; `target` is None for full fine-tuning."""
+    step = _Step(shape, target, BYTES[dtype], load)
+    if shape.architecture in KNOWN:
+        block = step.gpt2_block if shape.architecture in _GPT2_BLOCKS else step.llama_block
+        # A frozen embedding passes no gradient on, so the first block keeps less than the others.
+        first = block(grad=step.full)
+        blocks = first + block(grad=True) * max(0, shape.layers - 1)
+    else:
+        blocks = step.any_blocks()
+        first = blocks // max(1, shape.layers)
+    return Kept(
+        blocks=load.tokens * blocks,
+        first_block=load.tokens * first,
+        outside=step.outside(),
+        # Log-probabilities, the gradient of the loss by them and that by the logits: all three in float32.
+        logits=3 * _F32 * load.targets * shape.vocab_size,
+        brief=load.tokens * step.brief(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One step of one method on one model; `size` is c."""
+
+    shape: ModelShape
+    target: AdapterTarget | None
+    size: int
+    load: StepLoad
+
+    @property
+    def full(self) -> bool:
+        return self.target is None
+
+    @property
+    def queries(self) -> int:
+        return self.shape.heads * self.shape.head_dim
+
+    def trains(self, *modules: str) -> bool:
+        return self.target is None or any(module in self.target.modules for module in modules)
+
+    def inputs(self, width: int, *modules: str, alive: bool = False) -> int:
+        """What linear layers that all read one tensor of `width` keep; `alive`: that tensor is kept by another anyway.
+
+        A frozen linear layer keeps nothing. An adapter keeps what A reads and what B reads: the first is shared
+        between layers, unless it is a float32 copy of its own (the model is bfloat16) or went through dropout, which
+        keeps a mask too.
+        """
+        if self.target is None:
+            return 0 if alive else self.size * width
+        hit = sum(module in self.target.modules for module in modules)
+        small = hit * ADAPTER_BYTES * self.target.rank
+        if self.target.dropout > 0:
+            return hit * 2 * ADAPTER_BYTES * width + small
+        if self.size != ADAPTER_BYTES:
+            return hit * ADAPTER_BYTES * width + small
+        return small + (ADAPTER_BYTES * width if hit and not alive else 0)
+
+    def attention(self, *, keys: int) -> int:
+        """Queries, keys, values, the output and its log-sum; with dropout in it, the whole table of weights instead.
+
+        CPU attention keeps no table of weights by itself. Dropout makes it: weights, mask and product, each heads x n,
+        beside copies of queries, keys and values, all in float32; the output is then kept by whoever reads it.
+        """
+        if self.shape.attention_dropout > 0:
+            return _F32 * (3 * self.queries + 3 * self.shape.heads * self.load.length)
+        mask = self.size * self.load.length if self.load.masked else 0
+        return self.size * 2 * (self.queries + keys) + _F32 * self.shape.heads + mask
+
+    def llama_block(self, *, grad: bool) -> int:
+        """Llama, Mistral, Qwen2; `grad` says whether a gradient is wanted of the block's input."""
+        h, i = self.shape.hidden_size, self.shape.intermediate_size
+        # Under a mask keys and values are repeated for every query head, and kept so.
+        keys = self.queries if self.load.masked else self.shape.kv_heads * self.shape.head_dim
+        told = self.rms_norm() if grad else 0
+        told += self.inputs(h, "q_proj", "k_proj", "v_proj")
+        grad = grad or self.trains("q_proj", "k_proj", "v_proj")
+        told += self.attention(keys=keys) if grad else 0
+        told += self.inputs(self.queries, "o_proj", alive=grad and self.shape.attention_dropout == 0)
+        grad = grad or self.trains("o_proj")
+        told += self.rms_norm() if grad else 0
+        told += self.inputs(h, "gate_proj", "up_proj")
+        grad = grad or self.trains("gate_proj", "up_proj")
+        told += 3 * i * self.size if grad else 0  # gate, silu(gate) and up
+        return told + self.inputs(i, "down_proj")
+
+    def rms_norm(self) -> int:
+        """Its input and a factor in float32; to train its gain, the normalised input too."""
+        h = self.shape.hidden_size
+        return _F32 * (h + 1) + (self.size * h if self.full else 0)
+
+    def gpt2_block(self, *, grad: bool) -> int:
+        """GPT-2; `grad` says whether a gradient is wanted of the block's input."""
+        h, i = self.shape.hidden_size, self.shape.intermediate_size
+        dropped = self.size * h if self.shape.hidden_dropout > 0 else 0
+        told = self.layer_norm() if grad else 0
+        told += self.inputs(h, "c_attn")
+        grad = grad or self.trains("c_attn")
+        told += self.attention(keys=self.queries) if grad else 0
+        told += self.inputs(h, "c_proj", alive=grad and self.shape.attention_dropout == 0)
+        grad = grad or self.trains("c_proj")
+        told += dropped + self.layer_norm() if grad else 0
+        told += self.inputs(h, "c_fc")
+        grad = grad or self.trains("c_fc")
+        told += i * self.size if grad else 0  # what the fused GELU reads
+        told += self.inputs(i, "c_proj")
+        return told + (dropped if grad or self.trains("c_proj") else 0)
+
+    def layer_norm(self) -> int:
+        """Its input, mean and spread."""
+        return self.size * (self.shape.hidden_size + 2)
+
+    def any_blocks(self) -> int:
+        """All blocks of any transformer: what each linear layer reads and writes, as if kept once each.
+
+        The rest of a block keeps about as much as its linear layers share, in the two families that are counted.
+        """
+        told = self.size * sum(sum(layer.shape) for layer in self.shape.linear_layers)
+        if self.shape.attention_dropout > 0:
+            told += 3 * _F32 * self.shape.heads * self.load.length * self.shape.layers
+        if self.load.masked:
+            told += self.size * self.load.length * self.shape.layers
+        if self.target is None:
+            return told
+        hit = [layer for layer in self.shape.linear_layers if self.trains(layer.name.rsplit(".", 1)[-1])]
+        read = sum(max(layer.shape) for layer in hit)  # the wider side: which one is the input is not known
+        copies = (self.size != ADAPTER_BYTES) + 2 * (self.target.dropout > 0)
+        return told + ADAPTER_BYTES * (copies * read + self.target.rank * len(hit))
+
+    def outside(self) -> int:
+        """The final norm, the hidden states that get logits, ids and marks, RoPE's angles; in bytes of the step."""
+        h, tokens = self.shape.hidden_size, self.load.tokens
+        gpt2 = self.shape.architecture in _GPT2_BLOCKS
+        told = tokens * (self.layer_norm() if gpt2 else self.rms_norm()) + _INDEX * self.load.targets + tokens
+        if not gpt2:
+            told += 2 * self.size * self.load.length * self.shape.head_dim
+        if self.full:
+            told += self.size * h * self.load.targets + _INDEX * tokens
+            told += self.size * h * tokens if self.shape.hidden_dropout > 0 else 0
+        return told
+
+    def brief(self) -> int:
+        """What comes and goes while gradients pass through a block or the final norm, at the widest of three places.
+
+        In the MLP: gradients as wide as its inner tensor, of gate and up, or of the base and of the adapter. In an
+        RMSNorm: five tensors in float32 beside what it keeps. In attention with dropout: one more table, when what
+        the MLP kept is gone.
+        """
+        h, i = self.shape.hidden_size, self.shape.intermediate_size
+        gpt2 = self.shape.architecture in _GPT2_BLOCKS
+        by_base = i * self.size * (1 if gpt2 or self.target else 2)
+        by_adapter = ADAPTER_BYTES * (i + self.target.rank) if self.target else 0
+        mlp = by_base + by_adapter + h * self.size
+        norm = 0 if gpt2 else self.rms_norm() + 5 * _F32 * h
+        table = _F32 * self.shape.heads * self.load.length + (h - i) * self.size
+        return max(mlp, norm, table if self.shape.attention_dropout > 0 else 0)

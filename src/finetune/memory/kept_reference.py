@@ -1,0 +1,50 @@
+"""Counts what a step keeps for its backward pass with the reference backend, whose numbers all take 8 bytes.
+
+Its backward functions hold what they need until the whole step is over, whatever is frozen: nothing is given back on
+the way, and LoRA keeps as much as full fine-tuning. Letters as in `kept`; counts are numbers per token.
+"""
+
+from finetune.memory.estimate import BYTES
+from finetune.memory.kept import Kept
+from finetune.memory.load import StepLoad
+from finetune.records import AdapterTarget, ModelShape
+
+_F64 = BYTES["float64"]
+_LINEAR = {
+    "q_proj": "h",
+    "k_proj": "h",
+    "v_proj": "h",
+    "o_proj": "q",
+    "gate_proj": "h",
+    "up_proj": "h",
+    "down_proj": "i",
+}
+
+
+def kept_by_reference(shape: ModelShape, target: AdapterTarget | None, load: StepLoad) -> Kept:
+    """What one step keeps with the reference backend; `target` is None for full fine-tuning."""
+    h, i, table = shape.hidden_size, shape.intermediate_size, shape.heads * load.length
+    block = _block(shape, load) + (_adapters(shape, target) if target else 0)
+    return Kept(
+        blocks=_F64 * load.tokens * block * shape.layers,
+        first_block=_F64 * load.tokens * block,
+        outside=_F64 * (load.tokens * (2 * h + 1) + load.targets * h),
+        # Logits, logits less their maximum, probabilities, and exponentials on the way to the loss.
+        logits=_F64 * 4 * load.targets * shape.vocab_size,
+        brief=_F64 * load.tokens * (max(3 * table, 3 * i) + h),
+    )
+
+
+def _block(shape: ModelShape, load: StepLoad) -> int:
+    h, i = shape.hidden_size, shape.intermediate_size
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    norms = 2 * (2 * h + 1)  # each: the normalised input, its output, one factor
+    attention = 2 * queries + 2 * keys + shape.heads * load.length + shape.head_dim  # with the table, and RoPE's angles
+    return norms + attention + 5 * i  # gate, its sigmoid, silu(gate), up and their product
+
+
+def _adapters(shape: ModelShape, target: AdapterTarget) -> int:
+    widths = {"h": shape.hidden_size, "q": shape.heads * shape.head_dim, "i": shape.intermediate_size}
+    hit = [widths[read] for name, read in _LINEAR.items() if name in target.modules]
+    masks = 2 * sum(hit) if target.dropout > 0 else 0
+    return target.rank * len(hit) + masks

@@ -1,0 +1,58 @@
+"""What one training step has to hold at once: so many rows, so many tokens, so many of them with loss."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from finetune.records import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoad:
+    """The batch that a step holds: `rows` sequences, each `length` tokens long, with `targets` tokens that carry loss.
+
+    `masked` says that an attention mask is needed, because rows are padded or share a sequence; `accumulation` is how
+    many such batches are added up before the weights move.
+    """
+
+    rows: int
+    length: int
+    targets: int
+    masked: bool = False
+    accumulation: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens go through the model at once, padding counted."""
+        return self.rows * self.length
+
+    @property
+    def lightest(self) -> "StepLoad":
+        """The same rows with one trained token each, none of them padded."""
+        return replace(self, targets=min(self.targets, self.rows), masked=False)
+
+    @property
+    def heaviest(self) -> "StepLoad":
+        """The same rows with every token trained, and padded wherever there are several."""
+        most = max(self.targets, self.rows * (self.length - 1))
+        return replace(self, targets=most, masked=self.masked or self.rows > 1)
+
+
+def full_load(rows: int, length: int, accumulation: int = 1) -> StepLoad:
+    """The most that a configuration allows: every row as long as it may be, every token but its first a target."""
+    return StepLoad(rows, length, rows * (length - 1), accumulation=accumulation)
+
+
+def load_of(batches: Sequence[Batch], accumulation: int = 1) -> StepLoad:
+    """What the largest of these batches holds.
+
+    Args:
+        batches: at least one, as training is given them.
+    """
+    loads = [_load_of_batch(batch, accumulation) for batch in batches]
+    return max(loads, key=lambda load: (load.tokens, load.targets))
+
+
+def _load_of_batch(batch: Batch, accumulation: int) -> StepLoad:
+    lengths = [sum(len(row.ids) for row in sequence) for sequence in batch.sequences]
+    masked = bool(batch.packed) or min(lengths) < max(lengths)
+    return StepLoad(len(lengths), max(lengths), batch.target_count, masked, accumulation)
