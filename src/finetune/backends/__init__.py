@@ -6,7 +6,11 @@ from importlib.util import find_spec
 from finetune.errors import MissingExtraError, UsageError
 from finetune.ports import Backend
 
-_NEEDS: dict[str, tuple[str, ...]] = {"torch": ("torch", "transformers", "peft"), "reference": ()}
+_NEEDS: dict[str, tuple[str, ...]] = {
+    "torch": ("torch", "transformers", "peft"),
+    "mlx": ("mlx", "mlx_lm"),
+    "reference": (),
+}
 """The libraries that each backend needs beyond those that are always installed."""
 
 

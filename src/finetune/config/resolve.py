@@ -92,9 +92,7 @@ def _length_problems(loaded: LoadedConfig, facts: ModelAndDataFacts) -> list[Pro
         )
         for key, length in asked.items()
         # A profile or a default does not know the model; its wish is lowered instead.
-        if length is not None
-        and length > facts.context_length
-        and loaded.origins[key] not in ("profile", "default")
+        if length is not None and length > facts.context_length and loaded.origins[key] not in ("profile", "default")
     ]
 
 

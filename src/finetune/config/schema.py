@@ -144,7 +144,9 @@ class LoopSpec(Spec):
 
     epochs: Positive = Field(default=3.0, description="How many times the training rows are gone through.")
     max_steps: Count | None = Field(default=None, description="Stop after this many steps even if epochs remain.")
-    batch_size: Count = Field(default=8, description="How many rows (with packing: sequences) go through the model at once.")
+    batch_size: Count = Field(
+        default=8, description="How many rows (with packing: sequences) go through the model at once."
+    )
     accumulation: Count = Field(default=1, description="How many batches are added up before the weights move once.")
     packing: StrictBool = Field(
         default=False,
