@@ -92,7 +92,7 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize(("content", "named"), DAMAGED.items(), ids=lambda value: repr(value)[:30])
+@pytest.mark.parametrize(("content", "named"), DAMAGED.items(), ids=range(len(DAMAGED)))
 def test_table_damage_is_named_in_its_place(content: bytes, named: tuple[str, ...], tmp_path: Path) -> None:
     """A damaged table is one DataError that names the file, every place and a remedy; the file stays as it is."""
     path = tmp_path / "rows.csv"
