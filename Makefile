@@ -117,8 +117,8 @@ prove:  ## Plant faults and count what the suite catches (not in this version: s
 	@echo "ft prove is not in this version: the fault campaign is missing." >&2; exit 3
 
 .PHONY: docs
-docs: $(VENV)/torch-ok  ## Write docs/commands.md and docs/settings.md from the program itself
-	@$(BIN)/python docs/reference.py && echo "written: docs/commands.md docs/settings.md"
+docs: $(VENV)/torch-ok  ## Write the pages of docs/ that the program itself can tell
+	@$(BIN)/python docs/reference.py && echo "written: docs/commands.md settings.md finetune.yaml schema.json"
 
 .PHONY: reference-model
 reference-model: $(VENV)/torch-ok  ## Build the shipped models and data sets from nothing (about half an hour)

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from finetune.cli.app import app
-from finetune.config import KEYS, default_of, description_of, json_schema
+from finetune.config import KEYS, commented_config, default_of, description_of, json_schema
 from finetune.config.profiles import PROFILES
 
 FOLDER = Path(__file__).resolve().parent
@@ -102,7 +102,17 @@ def _bounded(part: dict[str, Any]) -> str:
     return f"{kind} {' and '.join(limits)}".rstrip()
 
 
-PAGES = {"commands.md": commands_page, "settings.md": settings_page}
+def schema_page() -> str:
+    """The JSON Schema of the configuration."""
+    return json.dumps(json_schema(), indent=1) + "\n"
+
+
+PAGES = {
+    "commands.md": commands_page,
+    "settings.md": settings_page,
+    "finetune.yaml": commented_config,
+    "schema.json": schema_page,
+}
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ def reference() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["commands.md", "settings.md"])
+@pytest.mark.parametrize("name", ["commands.md", "settings.md", "finetune.yaml", "schema.json"])
 def test_reference_page_says_what_the_program_says(reference: ModuleType, name: str) -> None:
     """The page is what `make docs` writes today."""
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == reference.PAGES[name](), "run: make docs"

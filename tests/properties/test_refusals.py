@@ -1,0 +1,293 @@
+"""What is refused, is refused in these words: they are what a user has, so they change only on purpose.
+
+`refusals.txt` holds them. After a change that is meant: FT_WRITE_REFUSALS=1 pytest tests/properties/test_refusals.py,
+and read the difference.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune.artifacts.checkpoints import CheckpointStore
+from finetune.artifacts.run_folder import RunFolder
+from finetune.config import KEYS, ModelAndDataFacts, load_config, load_plan, parse_assignments, resolve
+from finetune.data.facts import new_facts
+from finetune.data.read import read_rows
+from finetune.data.shape import shape_rows
+from finetune.data.shipped import data_path
+from finetune.errors import FineTuneError, NonFiniteError
+from finetune.memory.measure import measure_framework
+from finetune.records import Batch, Conversation, Message, Row, Tokenized
+from finetune.templates.catalog import TemplateSource
+from finetune.templates.render import ChatTemplate, find_template
+from finetune.templates.sandbox import compile_template
+from finetune.tokens.tokenizer import FileTokenizer
+from finetune.training.loop import LoopPlan, mean_loss, train
+from finetune.training.packing import check_packing
+from finetune_strategies.tokenizers import KINDS, tokenizer_folder
+from properties.toy_session import ToySession
+
+GOLDEN = Path(__file__).with_name("refusals.txt")
+Case = Callable[[Path], Any]
+
+
+def config_text(text: str, **how: Any) -> Case:
+    """Load this text as a configuration file."""
+
+    def load(folder: Path) -> Any:
+        (folder / "job.yaml").write_text(text, encoding="utf-8")
+        loaded = load_config(folder / "job.yaml", **{"environ": {}, "overrides": {}, "profile": None, **how})
+        return resolve(loaded, ModelAndDataFacts(context_length=64, has_chat_template=False, train_rows=10))
+
+    return load
+
+
+def data_text(content: bytes, name: str = "rows.jsonl") -> Case:
+    """Read these bytes as a data file."""
+
+    def read(folder: Path) -> Any:
+        (folder / name).write_bytes(content)
+        return shape_rows(read_rows(folder / name))
+
+    return read
+
+
+def template(source: str, *roles: str, control: tuple[str, ...] = ("<e>",)) -> Case:
+    """Render a conversation of these roles."""
+    turns = tuple(Message(role, f"{role} {number}") for number, role in enumerate(roles or ("user", "assistant")))
+
+    def render(folder: Path) -> Any:
+        chat = ChatTemplate(TemplateSource("t.jinja", source), control, bos="", eos="<e>")
+        return chat.render(Conversation(turns, "rows.jsonl:7"))
+
+    return render
+
+
+def tokenizer(change: Callable[[Path], Any]) -> Case:
+    """Open a tokenizer folder after a change."""
+
+    def open_(folder: Path) -> Any:
+        for file in tokenizer_folder(KINDS[0]).iterdir():
+            shutil.copy(file, folder)
+        change(folder)
+        return FileTokenizer(folder)
+
+    return open_
+
+
+def settings_file(name: str, **values: Any) -> Callable[[Path], Any]:
+    """Change values of a JSON file."""
+
+    def change(folder: Path) -> None:
+        path = folder / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return change
+
+
+def trained(poison: dict[tuple[str, int], float], rows: int = 2) -> Case:
+    """Train a session that tells something that is no number."""
+
+    def go(folder: Path) -> Any:
+        batch = Batch(tuple(Tokenized((1, 2), (True, True), f"rows.jsonl:{row}") for row in range(1, rows + 1)))
+        session: Any = ToySession(poison=poison)
+        if ("loss", 0) in poison:
+            return mean_loss(session, [batch])
+        return list(train(session, lambda epoch: [batch], [], LoopPlan(3, 1, 0.1, 0, "constant", 1)))
+
+    return go
+
+
+def packed(folder: Path) -> Any:
+    """Check a session that mixes rows."""
+    rows = tuple(Tokenized((1, 2), (True, True), "rows.jsonl:1") for _ in range(2))
+    return check_packing(ToySession(poison={("loss", 0): 3.0}), Batch(rows, (2,)), "float32")  # type: ignore[arg-type]
+
+
+def run_file(text: str) -> Case:
+    """Open a run whose manifest says this."""
+
+    def open_(folder: Path) -> Any:
+        (folder / "run.json").write_text(text)
+        return RunFolder.finished(folder).read_manifest()
+
+    return open_
+
+
+def checkpoint(change: Callable[[Path], Any], identity: dict[str, Any]) -> Case:
+    """Open a checkpoint after a change."""
+
+    def open_(folder: Path) -> Any:
+        store = CheckpointStore(folder / "checkpoints")
+        path = store.save(3, lambda place: (place / "state.bin").write_bytes(b"abc"), {"seed": 1, "rank": 8})
+        change(path)
+        return store.open(3, identity)
+
+    return open_
+
+
+def claimed_twice(folder: Path) -> Any:
+    """Two at work in one folder."""
+    first = RunFolder(folder)
+    first.claim()
+    try:
+        return RunFolder(folder).claim()
+    finally:
+        first.release()
+
+
+def made(name: str, kind: str, then: Callable[[Path], Any]) -> Case:
+    """Make a file, a folder with something in it or a link of this name, then do something with it."""
+
+    def go(folder: Path) -> Any:
+        path = folder / name
+        if kind == "file":
+            path.write_text("a")
+        elif kind == "link":
+            path.symlink_to(folder)
+        elif kind == "full":
+            path.mkdir()
+            (path / "a").write_text("a")
+        elif kind == "plan":
+            path.mkdir()
+            (path / "plan.yaml").write_text("{}")
+        return then(path)
+
+    return go
+
+
+GENERATION = "{% if add_generation_prompt %}A:{% endif %}"
+EACH = "{% for m in messages %}{{ m.role[0] | upper + ':' + m.content + '<e>' }}{% endfor %}"
+ROWS = (
+    '{"prompt": "a"}\n{"prompt": 3, "completion": "b"}\n{"a": 1}\n{"text": "a", "messages": []}\n'
+    '{"messages": 3}\n{"messages": [3]}\n{"messages": [{"role": "robot", "content": "a"}]}\n'
+    '{"messages": [{"role": "user", "content": 4}]}\n{"text": "\\ud800"}\n{"instruction": "a"}\n'
+)
+BAD_VALUES = ("'word'", "-1", "[]", "{a: 1}", "null", "true", ".nan", "1e400", "''")
+CASES: dict[str, Case] = {
+    **{f"config {key} = {value}": config_text(
+        f"{key.split('.')[0]}:\n  {key.split('.')[1]}: {value}\n" if "." in key else f"{key}: {value}\n"
+    ) for key in KEYS for value in BAD_VALUES},
+    **{f"config {text!r}": config_text(text) for text in (
+        "training: {learing_rate: 1, seed: 0}", "training: {rank: 8}", "traning: {}", "seed: 3", "lr: 3",
+        "training:\n  seed: 1\n  seed: 2\n", "[1, 2]", "a: [", "\tx: 1", "training: 3", "profile: chta", "3",
+        "template: chatlm", "template: {name: chatml, size: 3}", "model: {path: None}", "template: tokenizer",
+        "tokens: {max_length: 65}", "judge: {memory_length: 65}", "data: {valid: a.jsonl, valid_fraction: 0.1}",
+        "adapter: {targets: [3]}", "training: {seed: 4294967296, epochs: 0, batch_size: 0}",
+    )},
+    "config environment": config_text("", environ={
+        "FT_TRAINING__SED": "1", "FT_TRAINING_SEED": "1", "FT_TRAINING__SEED": "x", "FT_PROFILE": "chta",
+        "FT_NOTHING__HERE": "1",
+    }),
+    "config flags": config_text("", overrides={"training.seed": "x", "training.sed": 1, "adapter.rank": -1}),
+    "config profile": config_text("", profile="chta"),
+    "config file missing": lambda folder: load_config(folder / "no.yaml", environ={}, overrides={}, profile=None),
+    "config file is a folder": lambda folder: load_config(folder, environ={}, overrides={}, profile=None),
+    "config assignments": lambda folder: parse_assignments(["training.seed", "=1", "training.sed=1", "seed=1"]),
+    "config plan": made("plan.yaml", "file", load_plan),
+    "config tiny model": lambda folder: resolve(
+        load_config(None, environ={}, overrides={}, profile=None), ModelAndDataFacts(4, True, 1)
+    ),
+    "data rows": data_text(ROWS.encode()),
+    **{f"data {name} {content!r}": data_text(content, name) for name, content in (
+        ("rows.jsonl", b"{\n[\n"), ("rows.jsonl", b'{"a": ' + b"9" * 5000 + b"}"), ("rows.jsonl", b"\xff"),
+        ("rows.jsonl", b""), ("rows.jsonl", b'{"a": 1, "a": 2}'), ("rows.jsonl", b"[" * 100_000),
+        ("rows.json", b"[{"), ("rows.json", b"[3]"), ("rows.json", b"[]"), ("rows.json", b'[{"a": 1, "a": 2}]'),
+        ("rows.json", b'{"text": "a"} x'), ("rows.csv", b"a,a\n1,2\n"), ("rows.csv", b'a\n"b\n'),
+        ("rows.csv", b"text\na,b\n"), ("rows.csv", b"text\n"), ("rows.txt", b"a"),
+        ("rows", b"a"), ("rows.jsonl", b'{"text": "a"}\n' + b"{\n" * 25),
+    )},
+    "data missing": lambda folder: read_rows(folder / "no.jsonl"),
+    "data folder": lambda folder: read_rows(folder),
+    "data nul": lambda folder: read_rows(folder / "a\0.jsonl"),
+    "data shipped": lambda folder: data_path("shipped:fact"),
+    "data nobody's home": lambda folder: data_path("~nosuchuser/rows.jsonl"),
+    "template missing": lambda folder: find_template("nope", None),
+    "template tokenizer": lambda folder: find_template("tokenizer", None),
+    "template file": lambda folder: find_template(str(folder / "no.jinja"), None),
+    "template control": template("a", control=()),
+    "template syntax": lambda folder: compile_template("t", "{% for %}"),
+    "template size": lambda folder: compile_template("t", " " * 60_000),
+    "template refuses": template("{{ raise_exception('no ' + messages[0].role) }}"),
+    "template unsafe": template("{{ ''.__class__ }}"),
+    "template loops": template("{% for a in range(99999) %}{% for b in range(99999) %}a{% endfor %}{% endfor %}"),
+    "template fails": template("{{ messages[9].content.x.y }}"),
+    "template loses": template("{{ messages[0].content }}"),
+    "template doubles": template("{% for m in messages %}{{ m.content + m.content + '<e>' }}{% endfor %}"),
+    "template rewrites": template("{% for m in messages %}{{ m.content | upper + '<e>' }}{% endfor %}" + GENERATION),
+    "template never stops": template("{% for m in messages %}{{ m.content + '\n' }}{% endfor %}" + GENERATION),
+    "template asks otherwise": template(EACH + "{% if add_generation_prompt %}B:{% endif %}"),
+    **{f"tokenizer {name}": tokenizer(change) for name, change in {
+        "file missing": lambda folder: (folder / "tokenizer.json").unlink(),
+        "file broken": lambda folder: (folder / "tokenizer.json").write_text("{"),
+        "settings broken": lambda folder: (folder / "tokenizer_config.json").write_text("{"),
+        "no end": settings_file("tokenizer_config.json", eos_token=None),
+        "unknown end": settings_file("tokenizer_config.json", eos_token="<nope>"),
+        "unknown pad": settings_file("tokenizer_config.json", pad_token="<nope>"),
+    }.items()},
+    "memory backend": lambda folder: measure_framework("reference"),
+    **{f"training {name} {number} of {rows}": trained({(name, number): value}, rows) for name, number, value, rows in (
+        ("accumulate", 0, float("nan"), 2), ("accumulate", 1, float("inf"), 4), ("clip_gradients", 2, float("nan"), 5),
+        ("loss", 0, float("inf"), 6),
+    )},
+    "training packed": packed,
+    "run output is a file": made("a", "file", RunFolder.place),
+    "run output is a link": made("a", "link", RunFolder.place),
+    "run output is not empty": made("a", "full", RunFolder.place),
+    "run output cannot be": made("a", "file", lambda path: RunFolder(path / "b").make()),
+    "run claimed": claimed_twice,
+    "run unfinished is none": made("a", "full", RunFolder.unfinished),
+    "run finished is none": made("a", "full", RunFolder.finished),
+    "run finished is unfinished": made("a", "plan", RunFolder.finished),
+    "run finished is missing": lambda folder: RunFolder.finished(folder / "a"),
+    **{f"run manifest {text}": run_file(text) for text in ("{", "[]", "{}", '{"verdicts": {}, "plan": 3}')},
+    "checkpoint changed": checkpoint(lambda path: (path / "state.bin").write_bytes(b"abd"), {}),
+    "checkpoint torn": checkpoint(lambda path: (path / "checkpoint.json").write_text("{"), {}),
+    "checkpoint of others": checkpoint(lambda path: None, {"seed": 2, "rank": 8, "alpha": 1.0}),
+}  # fmt: skip
+
+
+def said(case: Case, folder: Path) -> str:
+    """The whole refusal with its kind, or that nothing was refused."""
+    try:
+        case(folder)
+    except (FineTuneError, NonFiniteError) as error:
+        return f"{type(error).__name__} {error.exit_code}: {error}".replace(str(folder), "HERE").replace("\0", "<NUL>")
+    except ValueError as error:
+        return f"ValueError: {error}"
+    return "accepted"
+
+
+def written() -> Iterator[tuple[str, str]]:
+    """Each case of the golden file with its words."""
+    for block in GOLDEN.read_text(encoding="utf-8").split("\n\n== ")[1:]:
+        name, _, words = block.partition("\n")
+        yield name, words.strip("\n")
+
+
+CASES["data facts"] = lambda folder: new_facts(-1, 0)
+CASES["data row of nothing"] = lambda folder: shape_rows([Row({}, "rows.jsonl:1")])
+
+
+def short(name: str) -> str:
+    """A case's name, cut."""
+    return name if len(name) <= 70 else name[:67] + "..."
+
+
+def test_refusal_is_in_the_words_that_users_know(tmp_path: Path) -> None:
+    """Every bad input is refused, or accepted, as it was; no word of a message changes by accident."""
+    assert len(CASES) >= 430
+    found = {}
+    for number, (name, case) in enumerate(CASES.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        found[short(name)] = said(case, folder).strip("\n")
+    if "FT_WRITE_REFUSALS" in os.environ:
+        blocks = [f"== {name}\n{words}" for name, words in found.items()]
+        GOLDEN.write_text("\n\n".join(["Written by test_refusals.py; see there.", *blocks]) + "\n", encoding="utf-8")
+    golden = dict(written())
+    assert {name: words for name, words in found.items() if words != golden.get(name)} == {}
+    assert len(found) == len(golden) == len(CASES)
