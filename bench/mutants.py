@@ -24,6 +24,8 @@ PASSED_OVER = ("test_architecture", "test_faults_listed", "test_every_setting")
 SETTINGS = """
 [tool.mutmut]
 source_paths = ["src"]
+# Workers that come from a process in which no test has run: what a law keeps between cases would hide a mutant.
+process_isolation = "forkserver"
 only_mutate = [{rooms}]
 pytest_add_cli_args_test_selection = ["tests/properties"]
 pytest_add_cli_args = ["-p", "no:cacheprovider", "-p", "without_shrinking", {passed_over}]

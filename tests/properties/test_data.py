@@ -70,6 +70,7 @@ def test_rows_become_what_they_say(cases: list[RowCase], ascii_only: bool, newli
     """Every row of every shape becomes its own words in order, or is dropped for its reason and counted."""
     shaped = shaped_from(mark.encode() + as_jsonl(cases, ascii_only, newline), ".jsonl")
     kept = [case for case in cases if not case.dropped]
+    assert all(re.fullmatch(r".*data\.jsonl:\d+", found.where) for found in shaped.examples)
     assert [said_by(found) for found in shaped.examples] == [said_by(case.example) for case in kept]
     assert shaped.dropped == Counter(case.dropped for case in cases if case.dropped)
     assert shaped.shapes == Counter(case.shape for case in cases)
