@@ -5,7 +5,9 @@ import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +227,18 @@ def test_run_folder_own_names_sort_by_time_and_never_meet(tmp_path: Path, monkey
     assert len(set(made)) == 20
     assert made == sorted(made)
     assert {path.parent for path in made} == {Path("runs")}
+
+
+def test_run_folder_own_names_are_in_universal_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's name is the time in UTC wherever it is made, so that names from two places sort."""
+    monkeypatch.setenv("TZ", "Pacific/Kiritimati")
+    time.tzset()
+    try:
+        before, name, after = (datetime.now(UTC), new_run_id(), datetime.now(UTC))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert f"{before:%Y%m%d-%H%M%S-%f}" <= name[:22] <= f"{after:%Y%m%d-%H%M%S-%f}"
 
 
 def test_run_folder_own_names_differ_within_one_microsecond() -> None:

@@ -144,6 +144,15 @@ def test_parquet_damage_is_one_clear_error(data: st.DataObject) -> None:
         assert path.read_bytes() == broken
 
 
+def test_parquet_damage_says_what_is_wrong(tmp_path: Path) -> None:
+    """What pyarrow finds wrong is told in its first line, with what to do."""
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"PAR1 nothing")
+    with pytest.raises(DataError, match=r"rows\.parquet: broken Parquet file: .*[Pp]arquet") as caught:
+        read_rows(path)
+    assert caught.value.hint == "write the file again"
+
+
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where pyarrow is missing, the file and the extra to install are named."""
     path = tmp_path / "rows.parquet"

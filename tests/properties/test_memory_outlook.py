@@ -188,3 +188,9 @@ def test_framework_of_a_backend_without_a_probe_is_not_measured() -> None:
     """Asked to measure what it cannot, it says so instead of telling a number."""
     with pytest.raises(UsageError, match="reference backend has no means"):
         measure_framework("reference")
+
+
+def test_sizes_at_the_edge_of_a_unit_are_the_larger_unit() -> None:
+    """What would be rounded to 1,000 is told in the next unit; nothing is 0, and a saving has its sign."""
+    told = [say_size(round(kib * 1024)) for kib in (0, 1, 999.4, 999.5, 1024, 1024 * 999.5, -2048)]
+    assert told == ["0", "1.00 KiB", "999 KiB", "0.98 MiB", "1.00 MiB", "0.98 GiB", "-2.00 MiB"]

@@ -159,6 +159,9 @@ def made(name: str, kind: str, then: Callable[[Path], Any]) -> Case:
     return go
 
 
+MANIFEST = (
+    '{"format": 1, "model": {}, "data": {}, "losses": {}, "versions": {}, "plan": [], "notes": [], "verdicts": 3}'
+)
 GENERATION = "{% if add_generation_prompt %}A:{% endif %}"
 EACH = "{% for m in messages %}{{ m.role[0] | upper + ':' + m.content + '<e>' }}{% endfor %}"
 ROWS = (
@@ -215,6 +218,7 @@ CASES: dict[str, Case] = {
     "template unsafe": template("{{ ''.__class__ }}"),
     "template loops": template("{% for a in range(99999) %}{% for b in range(99999) %}a{% endfor %}{% endfor %}"),
     "template fails": template("{{ messages[9].content.x.y }}"),
+    "template filter arguments": template("{{ messages[0].content | tojson(zzz=1) }}"),
     "template loses": template("{{ messages[0].content }}"),
     "template doubles": template("{% for m in messages %}{{ m.content + m.content + '<e>' }}{% endfor %}"),
     "template rewrites": template("{% for m in messages %}{{ m.content | upper + '<e>' }}{% endfor %}" + GENERATION),
@@ -243,7 +247,9 @@ CASES: dict[str, Case] = {
     "run finished is none": made("a", "full", RunFolder.finished),
     "run finished is unfinished": made("a", "plan", RunFolder.finished),
     "run finished is missing": lambda folder: RunFolder.finished(folder / "a"),
-    **{f"run manifest {text}": run_file(text) for text in ("{", "[]", "{}", '{"verdicts": {}, "plan": 3}')},
+    **{f"run manifest {number}": run_file(text) for number, text in enumerate(
+        ("{", "[]", "{}", '{"format": 1, "plan": []}', MANIFEST, MANIFEST.replace("3", "[{}]"))
+    )},
     "checkpoint changed": checkpoint(lambda path: (path / "state.bin").write_bytes(b"abd"), {}),
     "checkpoint torn": checkpoint(lambda path: (path / "checkpoint.json").write_text("{"), {}),
     "checkpoint of others": checkpoint(lambda path: None, {"seed": 2, "rank": 8, "alpha": 1.0}),
