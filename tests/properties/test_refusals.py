@@ -4,6 +4,7 @@
 and read the difference.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -139,6 +140,12 @@ def claimed_twice(folder: Path) -> Any:
         first.release()
 
 
+def nowhere(folder: Path) -> Any:
+    """Go on with the newest run where there is none."""
+    with contextlib.chdir(folder):
+        return RunFolder.unfinished(None)
+
+
 def made(name: str, kind: str, then: Callable[[Path], Any]) -> Case:
     """Make a file, a folder with something in it or a link of this name, then do something with it."""
 
@@ -186,6 +193,7 @@ CASES: dict[str, Case] = {
         "FT_NOTHING__HERE": "1",
     }),
     "config flags": config_text("", overrides={"training.seed": "x", "training.sed": 1, "adapter.rank": -1}),
+    "config giant": config_text("training:\n  seed: " + "9" * 5000 + "\n"),
     "config profile": config_text("", profile="chta"),
     "config file missing": lambda folder: load_config(folder / "no.yaml", environ={}, overrides={}, profile=None),
     "config file is a folder": lambda folder: load_config(folder, environ={}, overrides={}, profile=None),
@@ -243,6 +251,7 @@ CASES: dict[str, Case] = {
     "run output is not empty": made("a", "full", RunFolder.place),
     "run output cannot be": made("a", "file", lambda path: RunFolder(path / "b").make()),
     "run claimed": claimed_twice,
+    "run unfinished is nowhere": nowhere,
     "run unfinished is none": made("a", "full", RunFolder.unfinished),
     "run finished is none": made("a", "full", RunFolder.finished),
     "run finished is unfinished": made("a", "plan", RunFolder.finished),
@@ -251,6 +260,7 @@ CASES: dict[str, Case] = {
         ("{", "[]", "{}", '{"format": 1, "plan": []}', MANIFEST, MANIFEST.replace("3", "[{}]"))
     )},
     "checkpoint changed": checkpoint(lambda path: (path / "state.bin").write_bytes(b"abd"), {}),
+    "checkpoint of no identity": checkpoint(settings_file("checkpoint.json", identity=[]), {}),
     "checkpoint torn": checkpoint(lambda path: (path / "checkpoint.json").write_text("{"), {}),
     "checkpoint of others": checkpoint(lambda path: None, {"seed": 2, "rank": 8, "alpha": 1.0}),
 }  # fmt: skip
