@@ -242,9 +242,12 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Path], None] | None, str]] = 
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_workflow_refused_leaves_nothing_behind(case: str, model: Path, tmp_path: Path) -> None:
+def test_workflow_refused_leaves_nothing_behind(
+    case: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What cannot work is refused before work begins, with the value and a remedy; the disk is as it was."""
     changes, damage, named = REFUSED[case]
+    monkeypatch.setattr("finetune.backends.find_spec", lambda library: None)  # no framework, whatever is here
     place = make_data(tmp_path / "rows.jsonl", 11)
     if damage:
         damage(place)

@@ -1,0 +1,51 @@
+"""Loads a saved adapter on a fresh base in this process and compares its logits with those saved.
+
+Started by `finetune.evaluation.reload`. mlx-lm alone does it: its own model, its own `LoRALinear`; of ours only what
+reads and renames the files is used.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_unflatten
+from mlx_lm.tuner.lora import LoRALinear
+
+from finetune.backends.mlx.adapter import read_adapter
+from finetune.backends.mlx.layers import layer_shapes
+from finetune.backends.mlx.tensors import read_tensors
+from finetune.backends.mlx.zoo import linear_layers, load_model
+from finetune.records import ModelLocation
+
+
+def main() -> None:
+    """Read one request from standard input, compare, print one JSON object."""
+    request = json.load(sys.stdin)
+    prompts = request["prompts"]
+    saved = read_tensors(Path(request["logits"]), "the saved logits")
+    wanted = [saved[str(index)] for index in range(len(prompts))]
+    loaded = load_model(ModelLocation(request["folder"], Path(request["folder"]), "local"), request["dtype"])
+    base = [loaded.model(mx.array([ids]))[0].astype(mx.float32) for ids in prompts]
+    target, pairs = read_adapter(layer_shapes(loaded), loaded.names, Path(request["adapter"]))
+    layers = []
+    for path, module in linear_layers(loaded.model).items():
+        if loaded.names.shown(path) in pairs:
+            down, up = pairs[loaded.names.shown(path)]
+            layer = LoRALinear.from_base(module, r=target.rank, scale=target.alpha / target.rank)
+            layer.lora_a, layer.lora_b = down.T, up.T
+            layers.append((path, layer))
+    loaded.model.update_modules(tree_unflatten(layers))
+    loaded.model.eval()
+    tuned = [loaded.model(mx.array([ids]))[0].astype(mx.float32) for ids in prompts]
+    answer = {
+        "prompts": len(wanted),
+        "largest_logit": max(float(mx.abs(logits).max().item()) for logits in wanted),
+        "difference": max(float(mx.abs(a - b).max().item()) for a, b in zip(tuned, wanted, strict=True)),
+        "difference_from_base": max(float(mx.abs(a - b).max().item()) for a, b in zip(base, wanted, strict=True)),
+    }
+    json.dump(answer, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

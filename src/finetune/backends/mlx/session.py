@@ -1,0 +1,236 @@
+"""A model in MLX: train, score, ask, save."""
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from finetune.backends.mlx import state
+from finetune.backends.mlx.adapter import read_adapter, write_adapter
+from finetune.backends.mlx.layers import Adapter, draw_pairs, layer_shapes, put_on
+from finetune.backends.mlx.optimizer import AdamW, clip, norms
+from finetune.backends.mlx.tensors import fingerprint, first_line, write_tensors
+from finetune.backends.mlx.trip import Arrays, Sizes, arrays_of, plan_trip
+from finetune.backends.mlx.zoo import Loaded, write_config
+from finetune.errors import ModelError, TrainingError
+from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
+
+_EXHAUSTED = ("allocate", "memory", "Insufficient Memory")
+
+
+class MlxSession:
+    """One loaded model; implements `ports.Session` with MLX, with the tensor names of torch and PEFT.
+
+    The model is always at rest: mlx-lm's models have no dropout of their own, so only the adapter's is applied.
+    """
+
+    def __init__(self, loaded: Loaded, location: ModelLocation, pad_id: int) -> None:
+        self.loaded = loaded
+        self.location = location
+        # Padding is never seen; but an id beyond the table would be read from whatever memory lies there.
+        sizes = Sizes(loaded.words, loaded.context, pad_id if 0 <= pad_id < loaded.words else 0)
+        self.trip = plan_trip(loaded.model, sizes)
+        self._layers = layer_shapes(loaded)
+        self.adapter: Adapter | None = None
+        self.gradients: dict[str, mx.array] = {}
+        self._key = mx.random.key(0)
+        self._optimizer: AdamW | None = None
+        self._trained: dict[str, str] = self._places()
+
+    def attach(self, target: AdapterTarget | None, seed: int) -> None:
+        """Put a freshly initialised adapter on the model and freeze the rest; None makes every weight trainable.
+
+        Raises:
+            ModelError: a name in `target.modules` matches no linear layer, or mlx-lm keeps one that it matches in
+                another form than the model's files.
+        """
+        drawing, self._key = mx.random.split(mx.random.key(seed))
+        pairs = draw_pairs(self._layers, target, drawing) if target else {}
+        self._take_off()
+        if target is not None:
+            self.adapter = put_on(self.loaded, target, pairs)
+        self._trained = self.adapter.tensors(self.loaded.names) if self.adapter else self._places()
+
+    def _take_off(self) -> None:
+        if self.adapter is not None:
+            self.adapter.take_off(self.loaded.model)
+        self.adapter = None
+        self.gradients = {}
+        self._optimizer = None
+
+    def prepare_updates(self, optimization: Optimization) -> None:
+        """Make the optimizer for everything that is trainable."""
+        self._optimizer = AdamW(self._trainable(), optimization)
+
+    @property
+    def optimizer(self) -> AdamW:
+        """The optimizer that `prepare_updates` made."""
+        if self._optimizer is None:
+            raise TrainingError("prepare_updates must come before the first update")
+        return self._optimizer
+
+    def accumulate(self, batch: Batch, weight: float) -> float:
+        """Add `weight` x (summed loss of the batch) to the gradients; returns the summed loss in nats."""
+        if not self._trained:
+            raise TrainingError("nothing is trainable: a loaded adapter is frozen", hint="attach a fresh adapter")
+        arrays = arrays_of(batch, self.trip.sizes)
+        if not arrays.targets.size:
+            return 0.0
+        self._key, key = mx.random.split(self._key)
+        try:
+            with self.adapter.dropping(key) if self.adapter else contextlib.nullcontext():
+                loss, gradients = self._slopes(arrays, weight)
+            before = self.gradients
+            added = {name: before[name] + each if before else each for name, each in gradients.items()}
+            # The one place where the graph of a batch is worked out: loss and gradients together.
+            mx.eval(loss, added, self._key)
+        except (RuntimeError, MemoryError) as error:
+            raise _as_memory_error(error, batch) from error
+        self.gradients = added
+        return float(loss.item())
+
+    def _slopes(self, arrays: Arrays, weight: float) -> tuple[mx.array, dict[str, mx.array]]:
+        """The summed loss and, in float32, `weight` times its slope along each trainable tensor."""
+
+        def scaled(weights: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
+            self._put(weights)
+            loss = self.trip.summed_loss(arrays)
+            return weight * loss, loss
+
+        weights = self._trainable()
+        try:
+            (_, loss), gradients = mx.value_and_grad(scaled)(weights)
+        finally:
+            self._put(weights)
+        return loss, {name: gradient.astype(mx.float32) for name, gradient in gradients.items()}
+
+    def clip_gradients(self) -> float:
+        """Clip all gradients together to the limit; returns their L2 norm before clipping."""
+        self.gradients, norm = clip(self.gradients, self.optimizer.optimization.max_grad_norm)
+        return norm
+
+    def update(self, learning_rate: float) -> None:
+        """Step the optimizer and clear the gradients; without gradients nothing moves."""
+        optimizer = self.optimizer
+        if self.gradients:
+            moved = optimizer.step(self._trainable(), self.gradients, learning_rate)
+            mx.eval(moved, optimizer.first, optimizer.second)
+            self._put(moved)
+        self.gradients = {}
+
+    def loss(self, batch: Batch) -> float:
+        """The summed loss of the batch in nats, dropout off; the random state is left as it was."""
+        arrays = arrays_of(batch, self.trip.sizes)
+        return float(self.trip.summed_loss(arrays).item()) if arrays.targets.size else 0.0
+
+    def save_logits(self, prompts: Sequence[Sequence[int]], path: Path) -> None:
+        """Write the logits after each token of each prompt, (tokens, vocabulary) in float32, keyed "0", "1", ..."""
+        logits = {str(index): self.trip.logits(ids) for index, ids in enumerate(prompts)}
+        write_tensors(logits, path)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> list[list[int]]:
+        """Greedy continuations without the prompt and without the stop token, in the order of `prompts`."""
+        return self.trip.answers(prompts, max_new_tokens, stop_ids)
+
+    def adapter_disabled(self) -> contextlib.AbstractContextManager[None]:
+        """Within this context the model answers as its base would."""
+        if self.adapter is None:
+            raise TrainingError("the model has no adapter that could be disabled")
+        return self.adapter.disabled()
+
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of each parameter tensor by name, base and adapter."""
+        tensors = self._tensors()
+        places = self._places() | (self.adapter.tensors(self.loaded.names) if self.adapter else {})
+        return {name: fingerprint(tensors[place]) for name, place in places.items()}
+
+    def trainable_names(self) -> list[str]:
+        """Names of the tensors that training may change."""
+        return list(self._trained)
+
+    def gradient_norms(self) -> dict[str, float]:
+        """The L2 norm of each trainable tensor's gradient, as accumulated so far."""
+        return dict.fromkeys(self._trained, 0.0) | norms(self.gradients)
+
+    def save_model(self, folder: Path) -> None:
+        """Write the whole model as transformers reads it, its adapter merged into it, into an existing folder.
+
+        Raises:
+            ModelError: mlx-lm keeps weights of this architecture in another form than the model's files.
+        """
+        names, adapter = self.loaded.names, self.adapter
+        weights = self._base()
+        if adapter is not None:
+            weights = {adapter.own(place): tensor for place, tensor in weights.items()}
+            weights |= {f"{path}.weight": layer.merged() for path, layer in adapter.layers.items()}
+        tensors = names.to_files(weights)
+        names.refuse_foreign(list(tensors), "the model's weights")
+        write_config({**self.loaded.config, "dtype": self.loaded.dtype}, folder)
+        write_tensors(tensors, folder / "model.safetensors")
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter in PEFT's own format, in float32, into an existing empty folder."""
+        if self.adapter is None:
+            raise ModelError("the model has no adapter that could be saved")
+        base = self.location.name if self.location.source == "hub" else str(self.location.folder)
+        write_adapter(self.adapter, self.loaded.names, base, folder)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Put a saved adapter, PEFT's or mlx-lm's, on the model, frozen as PEFT does it; every tensor must match."""
+        target, pairs = read_adapter(self._layers, self.loaded.names, folder)
+        self._take_off()
+        self.adapter = put_on(self.loaded, target, pairs)
+        self._trained = {}
+
+    def save_state(self, folder: Path) -> None:
+        """Write trainable tensors, optimizer and random state so that `load_state` continues bit for bit."""
+        state.save_state(self._trainable(), self.optimizer, self._key, folder)
+
+    def load_state(self, folder: Path) -> None:
+        """Restore what `save_state` wrote."""
+        weights, self._key = state.load_state(self._trainable(), self.optimizer, folder)
+        self._put(weights)
+
+    def _tensors(self) -> dict[str, mx.array]:
+        return dict(tree_flatten(self.loaded.model.parameters()))
+
+    def _base(self) -> dict[str, mx.array]:
+        """The model's own tensors by their places, the adapter's left out."""
+        own = self.adapter.tensors(self.loaded.names).values() if self.adapter else ()
+        return {place: tensor for place, tensor in self._tensors().items() if place not in own}
+
+    def _places(self) -> dict[str, str]:
+        """Where each of the model's own tensors lies, by its name; PEFT's once an adapter is on."""
+        names, adapter = self.loaded.names, self.adapter
+        if adapter is None:
+            return {names.shown(place): place for place in self._base()}
+        own = {place: adapter.own(place) for place in self._base()}
+        return {_below_peft(names.shown(plain), wrapped=plain != place): place for place, plain in own.items()}
+
+    def _trainable(self) -> dict[str, mx.array]:
+        tensors = self._tensors()
+        return {name: tensors[place] for name, place in self._trained.items()}
+
+    def _put(self, weights: dict[str, mx.array]) -> None:
+        self.loaded.model.update(tree_unflatten([(self._trained[name], weight) for name, weight in weights.items()]))
+
+
+def _below_peft(name: str, *, wrapped: bool) -> str:
+    """What PEFT calls a base weight once an adapter is on, one of its own layer or not."""
+    path, _, leaf = name.rpartition(".")
+    return f"base_model.model.{path}.{'base_layer.' if wrapped else ''}{leaf}"
+
+
+def _as_memory_error(error: Exception, batch: Batch) -> Exception:
+    text = str(error)
+    if not isinstance(error, MemoryError) and not any(word in text for word in _EXHAUSTED):
+        return error
+    longest = max(len(row.ids) for row in batch.rows)
+    return TrainingError(
+        f"out of memory with {len(batch.rows)} rows of up to {longest} tokens: {first_line(error)}",
+        hint="lower training.batch_size (and raise training.accumulation), or lower tokens.max_length",
+    )

@@ -1,0 +1,223 @@
+"""Trips through a model: batches to summed losses, prompts to answers. The only place where batches become arrays."""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from finetune.backends.mlx.tensors import first_line
+from finetune.errors import ModelError, TrainingError
+from finetune.records import Batch, Tokenized
+
+_TRUNKS = ("model", "transformer", "backbone")
+_ASKED_TOGETHER = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What limits a trip: the words and the tokens that a model knows, and what rows are padded with."""
+
+    words: int
+    context: int
+    pad_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Arrays:
+    """Ids (sequences, length), targets (n,), the flat places of their logits, and where each token's row starts."""
+
+    ids: mx.array
+    targets: mx.array
+    places: mx.array
+    starts: mx.array | None
+
+
+def arrays_of(batch: Batch, sizes: Sizes) -> Arrays:
+    """The batch padded on the right, where causal attention never looks.
+
+    Raises:
+        TrainingError: a row holds a word that the model does not know, which MLX itself would not notice, or is
+            longer than its context.
+    """
+    for row in batch.rows:
+        _check_row(row, sizes)
+    sequences = batch.sequences
+    length = max(sum(len(row.ids) for row in sequence) for sequence in sequences)
+    ids = np.full((len(sequences), length), sizes.pad_id, np.int32)
+    here = np.zeros(ids.shape, np.bool_)
+    starts = np.zeros(ids.shape, np.int32)
+    for index, sequence in enumerate(sequences):
+        end = 0
+        for row in sequence:
+            start, end = end, end + len(row.ids)
+            ids[index, start:end] = row.ids
+            here[index, start : end - 1] = row.trained[1:]
+            starts[index, start:] = start
+    shared = any(len(sequence) > 1 for sequence in sequences)
+    return Arrays(
+        ids=mx.array(ids),
+        targets=mx.array(np.roll(ids, -1, axis=1)[here]),
+        places=mx.array(np.flatnonzero(here)),
+        starts=mx.array(starts) if shared else None,
+    )
+
+
+def _check_row(row: Tokenized, sizes: Sizes) -> None:
+    low, high = min(row.ids, default=0), max(row.ids, default=0)
+    if low < 0 or high >= sizes.words:
+        strange = low if low < 0 else high
+        raise TrainingError(f"{row.where} holds token {strange}; the model knows those from 0 to {sizes.words - 1}")
+    if len(row.ids) > sizes.context:
+        raise TrainingError(
+            f"{row.where} has {len(row.ids)} tokens; the model takes {sizes.context}", hint="lower tokens.max_length"
+        )
+
+
+class _Sieve:
+    """A trunk of which only some places go on to the head: (rows, tokens, width) -> (1, places, width)."""
+
+    def __init__(self, trunk: Any, places: mx.array) -> None:
+        self._trunk = trunk
+        self._places = places
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        hidden = self._trunk(*args, **kwargs)
+        return hidden.reshape(-1, hidden.shape[-1])[self._places][None]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trunk, name)
+
+
+@dataclass(frozen=True, slots=True)
+class Trip:
+    """The way through one model; of what its module `trunk` returns only some places need go on to its head."""
+
+    model: Any
+    trunk: str | None
+    sizes: Sizes
+
+    def logits(self, ids: Sequence[int]) -> mx.array:
+        """The logits (tokens, vocabulary) after each token of a prompt, in float32."""
+        row = Tokenized(tuple(ids), (False,) * len(ids), "a prompt")
+        _check_row(row, self.sizes)
+        return self.model(mx.array([row.ids]))[0].astype(mx.float32)
+
+    def logits_at(self, ids: mx.array, places: mx.array, **given: Any) -> mx.array:
+        """The logits (places, vocabulary) at these places, counted through all rows, and no others where it can be.
+
+        The model's own code makes them, so that tied heads, scales and caps are what they are: only what it hands to
+        its head is sieved.
+        """
+        if self.trunk is None:
+            logits: mx.array = self.model(ids, **given)
+            return logits.reshape(-1, logits.shape[-1])[places]
+        # An attribute of the object goes before its module of that name, and leaves the tree of weights alone.
+        vars(self.model)[self.trunk] = _Sieve(self.model[self.trunk], places)
+        try:
+            logits = self.model(ids, **given)
+        finally:
+            del vars(self.model)[self.trunk]
+        return logits[0]
+
+    def summed_loss(self, arrays: Arrays) -> mx.array:
+        """The summed cross-entropy of the targets in nats, in float32."""
+        given = {} if arrays.starts is None else {"cache": [_Apart(arrays.starts)] * len(self.model.layers)}
+        logits = self.logits_at(arrays.ids, arrays.places, **given)
+        return nn.losses.cross_entropy(logits.astype(mx.float32), arrays.targets, reduction="sum")
+
+    def answers(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> list[list[int]]:
+        """Greedy continuations without the prompt and without the stop token, in the order of `prompts`."""
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for index, prompt in enumerate(prompts):
+            by_length[len(prompt)].append(index)
+        answers: list[list[int]] = [[] for _ in prompts]
+        # Only prompts of equal length share a batch: no padding, so no prompt can change another's answer.
+        for length, members in by_length.items():
+            room = min(max_new_tokens, self.sizes.context - length)
+            for start in range(0, len(members) if room > 0 else 0, _ASKED_TOGETHER):
+                asked = members[start : start + _ASKED_TOGETHER]
+                for index in asked:
+                    _check_row(Tokenized(tuple(prompts[index]), (), f"prompt {index}"), self.sizes)
+                ids = mx.array([list(prompts[index]) for index in asked])
+                for index, answer in zip(asked, self._continue(ids, room, stop_ids), strict=True):
+                    answers[index] = answer
+        return answers
+
+    def _continue(self, ids: mx.array, room: int, stop_ids: Sequence[int]) -> list[list[int]]:
+        said: list[list[int]] = [[] for _ in range(len(ids))]
+        open_ = set(range(len(ids)))
+        for words in islice(self._greedy_words(ids), room):
+            open_ -= {row for row in open_ if words[row] in stop_ids}
+            if not open_:
+                break
+            for row in open_:
+                said[row].append(words[row])
+        return said
+
+    def _greedy_words(self, ids: mx.array) -> Iterator[list[int]]:
+        """The likeliest next word of each row, again and again; each is read before the next is made."""
+        cache = make_prompt_cache(self.model)
+        while True:
+            last = mx.arange(1, len(ids) + 1) * ids.shape[1] - 1
+            ids = mx.argmax(self.logits_at(ids, last, cache=cache), axis=-1)[:, None]
+            mx.eval(ids, [each.state for each in cache])
+            yield [int(word) for word in ids[:, 0].tolist()]
+
+
+def plan_trip(model: Any, sizes: Sizes) -> Trip:
+    """The shortest way through a model, found by trying.
+
+    Its head can be given a few places only where a trunk hands over hidden states and the head treats every token
+    alike. A model whose logits come out differently that way, or not at all, keeps making all of them.
+
+    Raises:
+        ModelError: mlx-lm's code fails on this model's sizes.
+    """
+    ids, places = mx.array([[0, 1, 0, 1], [1, 1, 0, 0]]), mx.array([1, 3, 6])
+    whole = Trip(model, None, sizes)
+    try:
+        wanted = whole.logits_at(ids, places).astype(mx.float32)
+        mx.eval(wanted)
+    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise ModelError(
+            f"mlx-lm cannot compute this {model.model_type}: {first_line(error)}", hint="use the torch backend for it"
+        ) from None
+    for name in (name for name in _TRUNKS if name in model):
+        sieved = Trip(model, name, sizes)
+        with contextlib.suppress(ValueError, TypeError, AttributeError, IndexError):
+            found = sieved.logits_at(ids, places).astype(mx.float32)
+            if found.shape == wanted.shape and mx.abs(found - wanted).max() <= 1e-2 * mx.abs(wanted).max():
+                return sieved
+    return whole
+
+
+class _Apart:
+    """Stands where mlx-lm expects a cache, to say who sees whom: rows that share a sequence never see each other.
+
+    It keeps nothing. Positions go on through the sequence; a model that knows distances only cannot tell.
+    """
+
+    offset = 0
+
+    def __init__(self, starts: mx.array) -> None:
+        self._starts = starts
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return keys, values
+
+    def make_mask(self, count: int, *, return_array: bool = False, window_size: int | None = None) -> mx.array:
+        del return_array  # there is no shorter way to say it than the whole mask
+        places = mx.arange(count)
+        seen = (places[None] <= places[:, None]) & (places >= self._starts[..., None])
+        if window_size is not None:
+            seen = seen & (places[None] > places[:, None] - window_size)
+        return seen[:, None]
