@@ -17,6 +17,7 @@ from finetune.config import (
     KEYS,
     Plan,
     TrainingConfig,
+    commented_config,
     description_of,
     dump_plan,
     load_config,
@@ -355,3 +356,19 @@ def test_import_is_light() -> None:
     heavy = "numpy torch transformers peft mlx datasets pandas pyarrow"
     code = f"import sys, finetune.config; print([name for name in {heavy!r}.split() if name in sys.modules])"
     assert run_python(code) == "[]"
+
+
+def test_template_by_its_short_name_is_text_as_it_is_typed() -> None:
+    """`--set template=a: b.jinja` names a file, as template.name does, and is no YAML mapping."""
+    for key in ("template", "template.name"):
+        given = parse_assignments([f"{key}=a: b.jinja"])
+        assert given == {key: "a: b.jinja"}
+        loaded = load_config(None, environ={}, overrides=given, profile=None)
+        assert loaded.config.template.name == "a: b.jinja"
+
+
+def test_comments_of_the_written_file_break_at_spaces_only() -> None:
+    """A word with a hyphen, such as a path or a name, stays whole in the commented file."""
+    words = {word for line in commented_config().splitlines() for word in line.lstrip("# ").split()}
+    assert not [word for word in words if word.endswith("-") and len(word) > 1]
+    assert "held-out" in commented_config()
