@@ -22,7 +22,7 @@ def read_tensors(path: Path, owner: str) -> dict[str, Array]:
         ModelError: the file is missing, cut off or corrupt, or holds something else than floats; `owner` names it.
     """
     try:
-        entries = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
+        entries = deserialize(path.read_bytes())
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{owner} cannot be loaded: {path.name}: {error}", hint="get its files again") from None
     tensors = {}
