@@ -127,7 +127,8 @@ def test_plan_leaves_nothing_open(
         derived = open_before and (key == "template.name" or after[key] is not None)
         assert plan.origins[key] == ("derived" if derived else loaded.origins[key])
         assert derived or after[key] == before[key]
-    assert after["template.name"] != "auto"
+    own = "tokenizer" if facts.has_chat_template else "alpaca"
+    assert after["template.name"] == (own if before["template.name"] == "auto" else before["template.name"])
     assert 8 <= after["tokens.max_length"] <= facts.context_length
     assert (before["tokens.max_length"] is not None) or after["tokens.max_length"] == min(2048, facts.context_length)
     split = facts.train_rows >= 200 and config.data.valid is None

@@ -46,6 +46,16 @@ def config_text(text: str, **how: Any) -> Case:
     return load
 
 
+def config_bytes(name: str, content: bytes) -> Case:
+    """Load a file of this name as a configuration."""
+
+    def load(folder: Path) -> Any:
+        (folder / name).write_bytes(content)
+        return load_config(folder / name, environ={}, overrides={}, profile=None)
+
+    return load
+
+
 def data_text(content: bytes, name: str = "rows.jsonl") -> Case:
     """Read these bytes as a data file."""
 
@@ -196,6 +206,9 @@ CASES: dict[str, Case] = {
     "config giant": config_text("training:\n  seed: " + "9" * 5000 + "\n"),
     "config profile": config_text("", profile="chta"),
     "config file missing": lambda folder: load_config(folder / "no.yaml", environ={}, overrides={}, profile=None),
+    **{f"config file {name}": config_bytes(name, content) for name, content in (
+        ("job.yaml", b"\xff\xfe"), ("job.jsonl", b"{}"), ("job", b"a: 1"), ("job.csv", b"a"),
+    )},
     "config file is a folder": lambda folder: load_config(folder, environ={}, overrides={}, profile=None),
     "config assignments": lambda folder: parse_assignments(["training.seed", "=1", "training.sed=1", "seed=1"]),
     "config plan": made("plan.yaml", "file", load_plan),
@@ -213,7 +226,6 @@ CASES: dict[str, Case] = {
     )},
     "data missing": lambda folder: read_rows(folder / "no.jsonl"),
     "data folder": lambda folder: read_rows(folder),
-    "data nul": lambda folder: read_rows(folder / "a\0.jsonl"),
     "data shipped": lambda folder: data_path("shipped:fact"),
     "data nobody's home": lambda folder: data_path("~nosuchuser/rows.jsonl"),
     "template missing": lambda folder: find_template("nope", None),

@@ -149,9 +149,10 @@ def test_split_learns_each_token_exactly_once(kind: TokenizerKind, text: str, ti
 def test_split_never_cuts_a_conversation() -> None:
     """A conversation that is too long is left out and counted: half an answer would teach to stop half-way."""
     chat = template_of(FIRST, "chatml").render(talk("user:one two three", "assistant:four five six"))
-    result = encoded(FIRST, [chat, document(FIRST, "one two three four five six")], 6, "split")
+    long, short = document(FIRST, "one two three four five six"), document(FIRST, "one")
+    result = encoded(FIRST, [chat, long, short, long, short], 6, "split")
     assert result.counts.dropped == {"longer than 6 tokens": 1}
-    assert (result.counts.read, result.counts.kept, result.counts.split) == (2, 1, 1)
+    assert (result.counts.read, result.counts.kept, result.counts.split) == (5, 4, 2)
     assert len(result.rows) > 1
 
 
