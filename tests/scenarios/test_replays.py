@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from finetune_strategies.profiles import ARTIFACT, EXAMPLES, RECEIVED
 
@@ -69,17 +70,20 @@ def run(folder: Path, *arguments: str, **environment: str) -> subprocess.Complet
     )
 
 
+CASES = settings.get_profile("fast").max_examples
+
+
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_cases_of_all_workers_are_counted_together(workers: str, tmp_path: Path) -> None:
     """The sum is that of all tests, whichever process ran them; too small a sum fails the run that asked for more."""
     for number in range(2):
         (tmp_path / f"test_{number}.py").write_text(TWO_LAWS)
-    done = run(tmp_path, "-n", workers, "--least-cases", "240")
+    done = run(tmp_path, "-n", workers, "--least-cases", str(4 * CASES))
     assert done.returncode == 0, done.stdout
-    assert "Hypothesis generated 240 cases in 4 tests (profile fast)" in done.stdout
-    short = run(tmp_path, "-n", workers, "--least-cases", "241")
+    assert f"Hypothesis generated {4 * CASES} cases in 4 tests (profile fast)" in done.stdout
+    short = run(tmp_path, "-n", workers, "--least-cases", str(4 * CASES + 1))
     assert short.returncode == 1
-    assert "fewer than the 241 asked for" in short.stdout
+    assert f"fewer than the {4 * CASES + 1} asked for" in short.stdout
 
 
 def told(folder: Path) -> dict[str, list[str]]:
@@ -132,7 +136,7 @@ def test_cases_do_not_depend_on_what_else_is_imported(tmp_path: Path) -> None:
     (tmp_path / "told").unlink()
     run(tmp_path)
     assert (tmp_path / "told").read_text() == alone
-    assert len(alone.splitlines()) == 60
+    assert len(alone.splitlines()) == CASES
 
 
 def test_failure_that_ci_found_comes_up_at_home(tmp_path: Path) -> None:
@@ -166,4 +170,4 @@ def test_observations_are_written_when_asked_for(tmp_path: Path) -> None:
     done = run(tmp_path, HYPOTHESIS_EXPERIMENTAL_OBSERVABILITY="1")
     assert done.returncode == 0, done.stdout
     [file] = observed.glob("*_testcases.jsonl")
-    assert len(file.read_text().splitlines()) >= 120
+    assert len(file.read_text().splitlines()) >= 2 * CASES
