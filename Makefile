@@ -109,7 +109,7 @@ $(MUTANTS_VENV)/ok: pyproject.toml constraints.txt
 	@touch $@
 
 .PHONY: mutants
-mutants: $(MUTANTS_VENV)/ok  ## Break the code in 400 small ways and count how many breaks Tier 1 notices (about an hour)
+mutants: $(MUTANTS_VENV)/ok  ## Break the code in 400 small ways and count how many breaks Tier 1 notices (a quarter of an hour or more)
 	@$(MUTANTS_VENV)/bin/python bench/mutants.py
 
 .PHONY: prove

@@ -277,6 +277,14 @@ def test_find_template_refuses_what_is_not_there(name: str, tmp_path: Path, monk
     assert "path" in caught.value.hint or all(known in caught.value.hint for known in NAMES)
 
 
+@pytest.mark.parametrize("control", [("<e>", "<e>>"), ("<e>>", "<e>"), ("<e>", "<a>", "<e>>")])
+def test_longest_control_token_ends_an_answer(control: tuple[str, ...]) -> None:
+    """Where one control token begins another, the whole of the longer one is what the model learns to stop with."""
+    chat = template(TemplateSource("t", "{% for m in messages %}{{ m.content + '<e>>' }}{% endfor %}"), control)
+    conversation = Conversation((Message("user", "a"), Message("assistant", "b")), "row")
+    assert [segment.text for segment in chat.render(conversation).segments if segment.trained] == ["b", "<e>>"]
+
+
 @pytest.mark.parametrize("name", ["chatml", "llama3"])
 def test_template_without_its_control_tokens_is_refused(name: str) -> None:
     """A format whose control tokens the tokenizer lacks is refused with exactly those that are lacking."""
