@@ -263,7 +263,8 @@ def test_logits_before_a_frozen_head_are_those_of_a_slice(sizes: Sizes, targets:
     kept = kept_by_torch(model.shape, lora(model), "float32", load)
     hidden = 2 * targets * sizes.hidden * 4
     assert kept.logits - hidden == min(4 * targets * words, max(2**26, 4 * words))
-    assert kept_by_torch(model.shape, lora(model), "bfloat16", load).logits == (kept.logits - hidden) * 3 / 2 + hidden / 2
+    narrow = kept_by_torch(model.shape, lora(model), "bfloat16", load)
+    assert narrow.logits == (kept.logits - hidden) * 3 / 2 + hidden / 2
 
 
 LARGE, TINY = StepLoad(rows=9, length=40, targets=300), StepLoad(rows=1, length=2, targets=1)

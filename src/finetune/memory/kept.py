@@ -212,7 +212,7 @@ class _Step:
         return max(self.brief_in_mlp(gpt2=gpt2), self.load.tokens * other)
 
     def brief_in_mlp(self, *, gpt2: bool) -> int:
-        """Gradients as wide as the inner tensor, of gate and up, or of the base and of the adapter; in bytes of the step.
+        """Gradients as wide as the inner tensor, of gate and up or of base and adapter, in bytes of the step.
 
         An adapter that is folded into its weight makes no gradient of its own that wide, but that weight once more,
         and then two tensors as wide as its rank.

@@ -52,7 +52,7 @@ def without_head(head: torch.nn.Linear) -> Iterator[None]:
         del head.forward
 
 
-class _HeadLoss(torch.autograd.Function):
+class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, *frozen: Any) -> torch.Tensor:
         weight, bias, targets = frozen
@@ -76,6 +76,6 @@ class _HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad, None, None, None

@@ -12,12 +12,13 @@ import torch
 from peft.tuners.lora.layer import Linear
 
 
-class FoldedLinear(Linear):
+class FoldedLinear(Linear):  # type: ignore[misc]
     """PEFT's `Linear` with another forward pass; made from one by `fold_adapters`, never constructed."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The layer's output; of x (..., in) it is (..., out)."""
-        name = self._only_adapter(x)
+        # Asked without training, a layer is PEFT's to the last bit, and one token needs no folded weight.
+        name = self._only_adapter(x) if torch.is_grad_enabled() else None
         if name is None or args or kwargs:
             output: torch.Tensor = super().forward(x, *args, **kwargs)
             return output
@@ -49,7 +50,7 @@ def fold_adapters(model: torch.nn.Module) -> None:
             module.__class__ = FoldedLinear
 
 
-class _Folded(torch.autograd.Function):
+class _Folded(torch.autograd.Function):  # type: ignore[misc]
     """x (W + scale B A)' + bias, for a frozen W (out, in) and bias (out,); A is (rank, in), B is (out, rank)."""
 
     @staticmethod
@@ -60,7 +61,7 @@ class _Folded(torch.autograd.Function):
         return torch.nn.functional.linear(x, torch.addmm(weight, b, a, alpha=scale), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, a, b = ctx.saved_tensors
         # Folded again rather than kept: a copy of every weight would cost more than the small product.
         dx = grad @ torch.addmm(weight, b, a, alpha=ctx.scale) if ctx.needs_input_grad[0] else None
@@ -68,7 +69,7 @@ class _Folded(torch.autograd.Function):
         return dx, None, None, da, db, None
 
 
-class _Added(torch.autograd.Function):
+class _Added(torch.autograd.Function):  # type: ignore[misc]
     """output + scale (x A') B': what dropout leaves of x is not what the frozen weight reads, so nothing folds."""
 
     @staticmethod
@@ -80,7 +81,7 @@ class _Added(torch.autograd.Function):
         return torch.addmm(output.flatten(0, -2), read, b.t(), alpha=scale).view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, a, b = ctx.saved_tensors
         da, db, through = _factor_gradients(x, grad, a, b, ctx.scale)
         dx = (through.t() @ a).view_as(x) if ctx.needs_input_grad[1] else None
