@@ -104,6 +104,9 @@ CHANGED = {
     "hidden dropout keeps two masks": (
         replace(GPT2, hidden_dropout=0.1), lora(GPT2), "float32", LOAD, 8 * 4 * (2 * (sum(GPT2_LORA) + 12) - 8),
     ),
+    "an adapter on the inner layer alone leaves the first block bare": (
+        GPT2, lora(GPT2, modules=("c_fc",)), "float32", LOAD, 8 * 4 * ((6 + 13) + (8 + 27 + 8 + 6 + 13)),
+    ),
     "an adapter on down alone leaves the first block bare": (
         LLAMA, lora(LLAMA, modules=("down_proj",)), "float32", LOAD, 8 * 4 * (7 + (6 + 19 + 6 + 21 + 7)),
     ),
@@ -292,7 +295,7 @@ def test_forecast_peak_is_its_largest_moment(case: str) -> None:
     assert told.tensors == stays + held + tables * 4 * 997 * 5
     resident = max(told.tensors - stays, kept.activations + told.gradients + tables * 4 * 997 * 5)
     assert told.total == stays + resident + told.heap + told.framework
-    assert told.heap == round((1.0 if target else 0.2) * kept.activations)
+    assert told.heap == round((0.45 if target else 0.2) * kept.activations)
 
 
 def test_forecast_heap_wastes_no_more_than_blocks_can() -> None:
@@ -302,7 +305,7 @@ def test_forecast_heap_wastes_no_more_than_blocks_can() -> None:
         forecast_memory(model.shape, lora(model), "float32", full_load(rows, 500), FRAMEWORKS["torch"]).expected
         for rows in (100, 200)
     )
-    assert half.heap == whole.heap == 2 * 176 * 2**20 < half.activations
+    assert half.heap == whole.heap == round(0.45 * 2 * 176 * 2**20) < 0.45 * half.activations
 
 
 @given(sizes(("llama",)), jobs())

@@ -56,22 +56,13 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, *frozen: Any) -> torch.Tensor:
         weight, bias, targets = frozen
-        wanted = ctx.needs_input_grad[0]
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        gradient = torch.empty_like(hidden) if wanted else None
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         size = max(1, SLICE_BYTES // (total.element_size() * len(weight)))
         for start in range(0, len(hidden), size):
             here = slice(start, start + size)
-            scores = torch.nn.functional.linear(hidden[here], weight, bias).to(total.dtype)
-            answers = targets[here, None]
-            highest = scores.amax(-1, keepdim=True)
-            right = scores.gather(-1, answers) - highest
-            # In place: the one large tensor becomes the probabilities, and then their gradient.
-            sums = scores.sub_(highest).exp_().sum(-1, keepdim=True)
-            total += (sums.log() - right).sum()
-            if gradient is not None:
-                scores.div_(sums).scatter_add_(-1, answers, torch.full_like(sums, -1.0))
-                gradient[here] = scores.to(weight.dtype) @ weight
+            part = None if gradient is None else gradient[here]
+            total += _slice_loss(hidden[here], (weight, bias), targets[here, None], part)
         ctx.save_for_backward(gradient)
         return total
 
@@ -79,3 +70,23 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad, None, None, None
+
+
+def _slice_loss(
+    hidden: torch.Tensor, head: tuple[torch.Tensor, Any], answers: torch.Tensor, gradient: torch.Tensor | None
+) -> torch.Tensor:
+    """The summed loss of some tokens against answers (tokens, 1); their gradient is written where one is wanted.
+
+    A function of its own, so that its logits are gone before the next slice makes others.
+    """
+    weight, bias = head
+    scores = torch.nn.functional.linear(hidden, weight, bias)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    highest = scores.amax(-1, keepdim=True)
+    right = scores.gather(-1, answers) - highest
+    # In place: the one large tensor becomes the probabilities, and then their gradient.
+    sums = scores.sub_(highest).exp_().sum(-1, keepdim=True)
+    if gradient is not None:
+        scores.div_(sums).scatter_add_(-1, answers, torch.full_like(sums, -1.0))
+        torch.mm(scores.to(weight.dtype), weight, out=gradient)
+    return (sums.log() - right).sum()
