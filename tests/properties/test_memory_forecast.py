@@ -42,16 +42,15 @@ def forecast(job: Job) -> Forecast:
 # Numbers per token of a block that wants its input's gradient, in the order in which a block makes them.
 LLAMA_LORA = [
     *(5, 1),  # the first norm: its input, its factor
-    *(5, 3, 3, 3),  # what q, k and v read, and A's output in each
+    5,  # what q, k and v read
     *(6, 2, 2, 6, 3),  # queries, one key head's keys and values, the output, a log-sum for each head
-    3,  # A's output in o, which reads the output above
     *(5, 1),  # the second norm
-    *(5, 3, 3),  # what gate and up read, and A's output in each
+    5,  # what gate and up read
     *(7, 7, 7),  # gate, silu(gate), up
-    *(7, 3),  # their product, which down reads, and A's output in it
+    7,  # their product, which down reads
 ]
 LLAMA_FULL = [5, 1, 5, 5, 6, 2, 2, 6, 3, 5, 1, 5, 5, 7, 7, 7, 7]
-GPT2_LORA = [6, 1, 1, 6, 3, 18, 6, 3, 3, 6, 1, 1, 6, 3, 13, 13, 3]
+GPT2_LORA = [6, 1, 1, 6, 18, 6, 3, 6, 1, 1, 6, 13, 13]
 GPT2_FULL = [6, 1, 1, 6, 18, 6, 3, 6, 1, 1, 6, 13, 13]
 ROPE = 2 * 4 * 2  # cosines and sines of 4 places, as wide as a head
 GOLDEN = {
@@ -67,8 +66,8 @@ BRIEF = {
     # Six tensors as wide as the model in the final norm, a factor, and the normalised input when its gain is trained.
     "llama, LoRA": 6 * 5 + 1,
     "llama, full": 7 * 5 + 1,
-    # The MLP's inner tensor of the base, of the adapter with A's output, and the gradient that flows past it.
-    "gpt2, LoRA": 2 * 13 + 3 + 6,
+    # The MLP's inner tensor and the gradient that flows past it, beside a folded weight of 6 x 13 in all.
+    "gpt2, LoRA": 13 + 6 + 6 * 13 / 8,
     "gpt2, full": 13 + 6,
 }
 
@@ -80,7 +79,8 @@ def test_kept_is_a_hand_count(case: str) -> None:
     kept = kept_by_torch(model.shape, target, "float32", LOAD)
     assert kept.blocks == 8 * 4 * numbers
     assert kept.outside == outside
-    assert kept.logits == 3 * 4 * 3 * 11
+    # Three targets: their logits alone, hidden states and their gradient; or three tables of logits.
+    assert kept.logits == (3 * 4 * 3 * 11 if target is None else 4 * 3 * (11 + 2 * model.hidden))
     assert kept.brief == 8 * 4 * BRIEF[case]
 
 
@@ -92,7 +92,7 @@ CHANGED = {
     ),
     "dropout keeps a mask and a product for each layer": (
         LLAMA, lora(LLAMA, dropout=0.1), "float32", LOAD,
-        8 * 4 * (2 * (6 + 2 * (15 + 6 + 10 + 7) + 21 + 19 + 21) + 6),
+        8 * 4 * (2 * (6 + 2 * (15 + 6 + 10 + 7) + 19 + 21) + 6),
     ),
     "a mask repeats keys and values, and is kept": (
         LLAMA, lora(LLAMA), "float32", replace(LOAD, masked=True), 8 * 4 * (2 * (sum(LLAMA_LORA) + 2 * 4 + 4) - 6),
@@ -104,8 +104,11 @@ CHANGED = {
     "hidden dropout keeps two masks": (
         replace(GPT2, hidden_dropout=0.1), lora(GPT2), "float32", LOAD, 8 * 4 * (2 * (sum(GPT2_LORA) + 12) - 8),
     ),
+    "an adapter on the inner layer alone leaves the first block bare": (
+        GPT2, lora(GPT2, modules=("c_fc",)), "float32", LOAD, 8 * 4 * ((6 + 13) + (8 + 27 + 8 + 6 + 13)),
+    ),
     "an adapter on down alone leaves the first block bare": (
-        LLAMA, lora(LLAMA, modules=("down_proj",)), "float32", LOAD, 8 * 4 * (10 + (6 + 19 + 6 + 21 + 10)),
+        LLAMA, lora(LLAMA, modules=("down_proj",)), "float32", LOAD, 8 * 4 * (7 + (6 + 19 + 6 + 21 + 7)),
     ),
 }  # fmt: skip
 
@@ -244,14 +247,27 @@ def test_kept_by_each_further_block_is_the_same(job: Job) -> None:
 
 @given(jobs(), st.integers(1, 7))
 def test_logits_are_of_targets_by_vocabulary_alone(job: Job, times: int) -> None:
-    """Logits are as many as there are trained tokens times words: neither length nor format nor method matters."""
+    """With a trained head, logits are as many as trained tokens times words: neither length nor format matters."""
+    job = replace(job, target=None)
     told = forecast(job).expected.logits
     words = replace(job.sizes, vocab=times * job.sizes.vocab)
     longer = replace(job.load, length=job.load.length + 5)
-    other = replace(job, sizes=words, load=longer, dtype="bfloat16", target=None)
+    other = replace(job, sizes=words, load=longer, dtype="bfloat16")
     assert forecast(other).expected.logits == times * told
     each = 4 * 8 if job.backend == "reference" else 3 * 4
     assert told == each * job.load.targets * job.sizes.vocab
+
+
+@given(st.sampled_from((LLAMA, GPT2)), st.integers(1, 10**6), st.integers(1, 10**6))
+def test_logits_before_a_frozen_head_are_those_of_a_slice(sizes: Sizes, targets: int, words: int) -> None:
+    """Of any number of tokens, logits take 64 MiB at most, or what one token's take; hidden states come on top."""
+    load = StepLoad(rows=1, length=targets + 1, targets=targets)
+    model = replace(sizes, vocab=words)
+    kept = kept_by_torch(model.shape, lora(model), "float32", load)
+    hidden = 2 * targets * sizes.hidden * 4
+    assert kept.logits - hidden == min(4 * targets * words, max(2**26, 4 * words))
+    narrow = kept_by_torch(model.shape, lora(model), "bfloat16", load)
+    assert narrow.logits == (kept.logits - hidden) * 3 / 2 + hidden / 2
 
 
 LARGE, TINY = StepLoad(rows=9, length=40, targets=300), StepLoad(rows=1, length=2, targets=1)
@@ -279,7 +295,7 @@ def test_forecast_peak_is_its_largest_moment(case: str) -> None:
     assert told.tensors == stays + held + tables * 4 * 997 * 5
     resident = max(told.tensors - stays, kept.activations + told.gradients + tables * 4 * 997 * 5)
     assert told.total == stays + resident + told.heap + told.framework
-    assert told.heap == round((1.0 if target else 0.2) * kept.activations)
+    assert told.heap == round((0.45 if target else 0.2) * kept.activations)
 
 
 def test_forecast_heap_wastes_no_more_than_blocks_can() -> None:
@@ -289,7 +305,7 @@ def test_forecast_heap_wastes_no_more_than_blocks_can() -> None:
         forecast_memory(model.shape, lora(model), "float32", full_load(rows, 500), FRAMEWORKS["torch"]).expected
         for rows in (100, 200)
     )
-    assert half.heap == whole.heap == 2 * 176 * 2**20 < half.activations
+    assert half.heap == whole.heap == round(0.45 * 2 * 176 * 2**20) < 0.45 * half.activations
 
 
 @given(sizes(("llama",)), jobs())
@@ -341,12 +357,12 @@ def test_forecast_of_the_reference_backend_is_what_numpy_allocates(method: str, 
 
 
 def test_load_is_of_the_largest_batch() -> None:
-    """The batch with the most tokens counts, padding counted, and it is masked when rows are padded or packed."""
+    """The batch with the most tokens counts, padding counted, and it is masked when rows share a sequence."""
     row = {size: Tokenized((1,) * size, (False,) + (True,) * (size - 1), "row") for size in (2, 5, 9)}
     small, padded = Batch((row[5], row[5])), Batch((row[9], row[2]))
     packed = Batch((row[9], row[5], row[5]), packed=(1, 2))
     assert load_of([small]) == StepLoad(2, 5, 8)
-    assert load_of([small, padded], 3) == StepLoad(2, 9, 9, masked=True, accumulation=3)
+    assert load_of([small, padded], 3) == StepLoad(2, 9, 9, accumulation=3)
     assert load_of([padded, packed, small]) == StepLoad(2, 10, 16, masked=True)
     assert full_load(3, 7) == StepLoad(3, 7, 18) == load_of([rows_of(3, 7, 2)])
 
@@ -360,7 +376,7 @@ def test_load_is_between_its_lightest_and_heaviest(job: Job) -> None:
         (load.rows, load.length, load.accumulation)
     }
     assert light.targets == load.rows <= load.targets <= heavy.targets == load.rows * (load.length - 1)
-    assert (light.masked, heavy.masked) == (False, load.rows > 1)
+    assert (light.masked, heavy.masked) == (False, load.masked)
     assert light.lightest == light
     assert heavy.heaviest == heavy
 
@@ -393,5 +409,6 @@ def test_forecast_of_an_uncounted_architecture_has_a_wide_band(job: Job) -> None
     heavy = forecast(replace(job, load=job.load.heaviest))
     assert told.high.activations == pytest.approx(2.5 * heavy.expected.activations, abs=4)
     counted = forecast(replace(job, sizes=replace(job.sizes, kind="llama")))
-    assert told.expected.logits == counted.expected.logits
+    # Whether its logits are its head's alone is not known either: they count as if they could not be sliced.
+    assert told.expected.logits == 3 * 4 * job.load.targets * job.sizes.vocab
     assert told.expected.optimizer == counted.expected.optimizer

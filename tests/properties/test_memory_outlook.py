@@ -137,7 +137,7 @@ def test_estimate_follows_the_settings(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_estimate_takes_the_largest_batch_of_ones_own_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With --data, rows count as long as they are: fewer tokens, fewer of them trained, a mask where they differ."""
+    """With --data, rows count as long as they are: fewer tokens, fewer of them trained, a mask where they share."""
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"Say {word}", "completion": word} for word in ("one", "two", "three and four and five")]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -146,11 +146,11 @@ def test_estimate_takes_the_largest_batch_of_ones_own_rows(tmp_path: Path, capsy
     assert batch["rows"] == 3
     assert 10 < batch["length"] < 100
     assert 3 <= batch["targets"] < 0.5 * batch["rows"] * batch["length"]
-    assert batch["masked"] is True
+    assert batch["masked"] is False
     assert str(path) in value["basis"]
     assert value["lora"]["parts"]["logits"]["low"] < value["lora"]["parts"]["logits"]["expected"]
     packed = told(capsys, "--data", str(path), "--set", "training.packing=true")["batch"]
-    assert (packed["rows"], packed["targets"]) == (1, batch["targets"])
+    assert (packed["rows"], packed["targets"], packed["masked"]) == (1, batch["targets"], True)
 
 
 def test_estimate_says_what_to_lower(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

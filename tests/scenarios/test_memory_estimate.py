@@ -102,7 +102,8 @@ def test_live_tensors_are_as_counted(family: ModelLocation, step: str, method: s
     times = asked.get("accumulation", 1)
     peak = peak_tensors(session, batch, times)
     told = forecast_of(family, target, dtype, load_of([batch], times))
-    assert told.expected.tensors == pytest.approx(peak, rel=COUNTED)
+    # In bfloat16 a product takes room of its own, up to 0.2 MB, which is much beside so small a model.
+    assert told.expected.tensors == pytest.approx(peak, rel=COUNTED, abs=51_200 if dtype == "bfloat16" else 0)
 
 
 OTHERS = {

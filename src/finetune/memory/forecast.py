@@ -50,20 +50,22 @@ class Forecast:
 
 
 _HEAP = {
-    ("torch", "lora"): (1.0, 1.25),
+    ("torch", "lora"): (0.45, 0.9),
     ("torch", "full"): (0.2, 0.5),
     ("reference", "lora"): (0.06, 0.2),
     ("reference", "full"): (0.06, 0.2),
 }
 """The share of activations that the heap wastes: expected and highest, by backend and method, measured with glibc.
 
-The small rank-r tensors of LoRA outlive the large ones they were allocated between, so what these leave cannot be
-joined: resident memory lay above live tensors by 0.89 to 1.08 of the activations, on four models in 17 sizes; in full
-fine-tuning by 0.1 to 0.4 of them. An allocator that returns every large block at once wastes nothing, hence `low`.
+Small tensors that outlive the large ones they were allocated between keep what these leave from being joined: resident
+memory lay above live tensors by 0.17 to 0.68 of the activations where these were over 100 MB, on five models in nine
+sizes; in full fine-tuning by 0.1 to 0.4 of them. An allocator that returns every large block at once wastes nothing,
+hence `low`.
 """
 _MOST_HEAP_PER_BLOCK = 176 * MIB
 """Above 32 MiB glibc gives each tensor pages of its own and takes them back: activations of more than this in each
-block waste no more. Measured on a model of four blocks with up to 56,320 tokens at once: 128 to 201 MiB for LoRA."""
+block waste no more. Measured with LoRA on a model of four blocks: 77 MiB wasted per block with 15,360 tokens at once,
+148 with 30,720 and 67 with 57,600."""
 _KNOWN_BAND, _OTHER_BAND = (0.95, 1.05), (0.5, 2.5)
 """How far activations may lie from the count: where blocks are counted tensor by tensor, and where they are not."""
 

@@ -14,6 +14,9 @@ from finetune.memory.load import StepLoad
 from finetune.records import AdapterTarget, ModelShape
 
 _F32 = 4
+SLICE_BYTES = 1 << 26
+"""The most that the logits of a slice of tokens take in float32, where torch takes the loss slice by slice; a slice
+holds a whole token at least."""
 _INDEX = 8
 _LLAMA_BLOCKS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}
 _GPT2_BLOCKS = {"GPT2LMHeadModel"}
@@ -56,9 +59,8 @@ def kept_by_torch(shape: ModelShape, target: AdapterTarget | None, dtype: str, l
         blocks=load.tokens * blocks,
         first_block=load.tokens * first,
         outside=step.outside(),
-        # Log-probabilities, the gradient of the loss by them and that by the logits: all three in float32.
-        logits=3 * _F32 * load.targets * shape.vocab_size,
-        brief=load.tokens * step.brief(),
+        logits=step.logits(),
+        brief=step.brief(),
     )
 
 
@@ -85,19 +87,19 @@ class _Step:
     def inputs(self, width: int, *modules: str, alive: bool = False) -> int:
         """What linear layers that all read one tensor of `width` keep; `alive`: that tensor is kept by another anyway.
 
-        A frozen linear layer keeps nothing. An adapter keeps what A reads and what B reads: the first is shared
-        between layers, unless it is a float32 copy of its own (the model is bfloat16) or went through dropout, which
-        keeps a mask too.
+        A frozen linear layer keeps nothing. An adapter keeps what A reads, which layers share, unless it went through
+        dropout, which keeps a mask too. Beside a bfloat16 model it is a float32 copy for each layer, and what B reads
+        is kept as well.
         """
         if self.target is None:
             return 0 if alive else self.size * width
         hit = sum(module in self.target.modules for module in modules)
-        small = hit * ADAPTER_BYTES * self.target.rank
+        small = hit * ADAPTER_BYTES * self.target.rank if self.size != ADAPTER_BYTES else 0
         if self.target.dropout > 0:
             return hit * 2 * ADAPTER_BYTES * width + small
         if self.size != ADAPTER_BYTES:
             return hit * ADAPTER_BYTES * width + small
-        return small + (ADAPTER_BYTES * width if hit and not alive else 0)
+        return ADAPTER_BYTES * width if hit and not alive else 0
 
     def attention(self, *, keys: int) -> int:
         """Queries, keys, values, the output and its log-sum; with dropout in it, the whole table of weights instead.
@@ -182,18 +184,46 @@ class _Step:
             told += self.size * h * tokens if self.shape.hidden_dropout > 0 else 0
         return told
 
-    def brief(self) -> int:
-        """What comes and goes while gradients pass through a block or the final norm, at the widest of three places.
+    def logits(self) -> int:
+        """What the loss takes for itself, in bytes of the step.
 
-        In the MLP: gradients as wide as its inner tensor, of gate and up, or of the base and of the adapter. In an
-        RMSNorm: five tensors in float32 beside what it keeps. In attention with dropout: one more table, when what
-        the MLP kept is gone.
+        Where the head is trained, or not known to be plain: log-probabilities, the gradient of the loss by them and
+        that by the logits, all three in float32. Before a frozen head: the logits of a slice of tokens, in the
+        model's format and in float32, the hidden states and their gradient.
+        """
+        words = self.shape.vocab_size
+        if self.full or self.shape.architecture not in KNOWN:
+            return 3 * _F32 * self.load.targets * words
+        at_once = min(_F32 * words * self.load.targets, max(SLICE_BYTES, _F32 * words))
+        narrow = at_once * self.size // _F32 if self.size != _F32 else 0
+        return at_once + narrow + 2 * self.load.targets * self.shape.hidden_size * self.size
+
+    def brief(self) -> int:
+        """What comes and goes while gradients pass through a block or the final norm, in bytes of the step.
+
+        The widest of three places: the MLP, an RMSNorm with five tensors in float32 beside what it keeps, or, where
+        attention drops out, one more table, when what the MLP kept is gone.
         """
         h, i = self.shape.hidden_size, self.shape.intermediate_size
         gpt2 = self.shape.architecture in _GPT2_BLOCKS
-        by_base = i * self.size * (1 if gpt2 or self.target else 2)
-        by_adapter = ADAPTER_BYTES * (i + self.target.rank) if self.target else 0
-        mlp = by_base + by_adapter + h * self.size
         norm = 0 if gpt2 else self.rms_norm() + 5 * _F32 * h
         table = _F32 * self.shape.heads * self.load.length + (h - i) * self.size
-        return max(mlp, norm, table if self.shape.attention_dropout > 0 else 0)
+        other = max(norm, table if self.shape.attention_dropout > 0 else 0)
+        return max(self.brief_in_mlp(gpt2=gpt2), self.load.tokens * other)
+
+    def brief_in_mlp(self, *, gpt2: bool) -> int:
+        """Gradients as wide as the inner tensor, of gate and up or of base and adapter, in bytes of the step.
+
+        An adapter that is folded into its weight makes no gradient of its own that wide, but that weight once more,
+        and then two tensors as wide as its rank.
+        """
+        h, i, tokens = self.shape.hidden_size, self.shape.intermediate_size, self.load.tokens
+        through = tokens * self.size * (i + h)
+        gated = tokens * self.size * (2 * i + h)
+        if self.target is None:
+            return through if gpt2 else gated
+        if self.target.dropout > 0 or self.size != ADAPTER_BYTES:
+            return through + tokens * ADAPTER_BYTES * (i + self.target.rank)
+        folded = max(ADAPTER_BYTES * h * i, 2 * ADAPTER_BYTES * self.target.rank * tokens)
+        out = "c_proj" if gpt2 else "down_proj"
+        return max(through + (folded if self.trains(out) else 0), 0 if gpt2 else gated)

@@ -10,8 +10,8 @@ from finetune.records import Batch
 class StepLoad:
     """The batch that a step holds: `rows` sequences, each `length` tokens long, with `targets` tokens that carry loss.
 
-    `masked` says that an attention mask is needed, because rows are padded or share a sequence; `accumulation` is how
-    many such batches are added up before the weights move.
+    `masked` says that an attention mask is needed, because rows share a sequence; `accumulation` is how many such
+    batches are added up before the weights move.
     """
 
     rows: int
@@ -27,14 +27,13 @@ class StepLoad:
 
     @property
     def lightest(self) -> "StepLoad":
-        """The same rows with one trained token each, none of them padded."""
+        """The same rows with one trained token each, each in a sequence of its own."""
         return replace(self, targets=min(self.targets, self.rows), masked=False)
 
     @property
     def heaviest(self) -> "StepLoad":
-        """The same rows with every token trained, and padded wherever there are several."""
-        most = max(self.targets, self.rows * (self.length - 1))
-        return replace(self, targets=most, masked=self.masked or self.rows > 1)
+        """The same rows with every token trained."""
+        return replace(self, targets=max(self.targets, self.rows * (self.length - 1)))
 
 
 def full_load(rows: int, length: int, accumulation: int = 1) -> StepLoad:
@@ -54,5 +53,4 @@ def load_of(batches: Sequence[Batch], accumulation: int = 1) -> StepLoad:
 
 def _load_of_batch(batch: Batch, accumulation: int) -> StepLoad:
     lengths = [sum(len(row.ids) for row in sequence) for sequence in batch.sequences]
-    masked = bool(batch.packed) or min(lengths) < max(lengths)
-    return StepLoad(len(lengths), max(lengths), batch.target_count, masked, accumulation)
+    return StepLoad(len(lengths), max(lengths), batch.target_count, bool(batch.packed), accumulation)

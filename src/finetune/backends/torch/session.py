@@ -1,6 +1,7 @@
 """A model in torch: train, score, ask, save. The only place where batches become tensors."""
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections import defaultdict
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from finetune.backends.torch import state
+from finetune.backends.torch import head_loss, state
 from finetune.errors import TrainingError
 from finetune.records import NO_LIMIT, AdapterTarget, Batch, ModelLocation, Optimization
 
@@ -40,6 +41,8 @@ class TorchSession:
         from peft import LoraConfig, get_peft_model
         from transformers.pytorch_utils import Conv1D
 
+        from finetune.backends.torch.lora_linear import fold_adapters
+
         config = LoraConfig(
             r=target.rank,
             lora_alpha=target.alpha,
@@ -51,6 +54,7 @@ class TorchSession:
         self.model.name_or_path = str(self.location.folder if self.location.source != "hub" else self.location.name)
         with state.quiet_wrapping():
             self.model = get_peft_model(self.model, config)
+        fold_adapters(self.model)
 
     def prepare_updates(self, optimization: Optimization) -> None:
         """Make the optimizer for everything that is trainable."""
@@ -199,8 +203,18 @@ class TorchSession:
     def _summed_loss(self, batch: Batch) -> torch.Tensor:
         inputs, targets, here = self._tensors(batch)
         # Logits are made only where a target follows: most positions of a prompt never need any.
-        output = self.model(**inputs, logits_to_keep=here, use_cache=False)
-        return torch.nn.functional.cross_entropy(output.logits.float(), targets, reduction="sum")
+        asked = {**inputs, "logits_to_keep": here, "use_cache": False}
+        head = self._head
+        if head is None or not head_loss.is_frozen(head, self.model):
+            return torch.nn.functional.cross_entropy(self.model(**asked).logits.float(), targets, reduction="sum")
+        with head_loss.without_head(head):
+            hidden = self.model(**asked).logits
+        return head_loss.summed_loss(hidden, head, targets)
+
+    @functools.cached_property
+    def _head(self) -> torch.nn.Linear | None:
+        with self._at_rest(), torch.no_grad():
+            return head_loss.find_head(self.model)
 
     def _tensors(self, batch: Batch) -> tuple[dict[str, torch.Tensor | None], torch.Tensor, torch.Tensor]:
         """What the model is given, targets (n,), and where their logits are (sequences, length) bool."""
@@ -208,7 +222,6 @@ class TorchSession:
         length = max(sum(len(row.ids) for row in sequence) for sequence in sequences)
         ids = torch.full((len(sequences), length), self.pad_id)
         here = torch.zeros(ids.shape, dtype=torch.bool)
-        real = torch.zeros_like(ids)
         positions = torch.zeros_like(ids)
         for index, sequence in enumerate(sequences):
             end = 0
@@ -217,12 +230,12 @@ class TorchSession:
                 ids[index, start:end] = torch.tensor(row.ids)
                 here[index, start : end - 1] = torch.tensor(row.trained[1:], dtype=torch.bool)
                 positions[index, start:end] = torch.arange(len(row.ids))
-            real[index, :end] = 1
         targets = torch.roll(ids, -1, dims=1)[here]
         if batch.packed:
             # Positions that begin anew are how transformers knows that rows share a sequence; then it takes no mask.
             return {"input_ids": ids, "attention_mask": None, "position_ids": positions}, targets, here
-        return {"input_ids": ids, "attention_mask": None if bool(real.all()) else real}, targets, here
+        # Padding stands at the end, where no real token of a causal model looks: no mask, and attention skips half.
+        return {"input_ids": ids, "attention_mask": None}, targets, here
 
     @contextlib.contextmanager
     def _at_rest(self) -> Iterator[None]:
