@@ -28,6 +28,7 @@ class TorchSession:
         self.context_length = int(getattr(model.config, "max_position_embeddings", NO_LIMIT))
         self._optimizer: torch.optim.AdamW | None = None
         self._max_grad_norm = 1.0
+        self._target: AdapterTarget | None = None
         self.model.eval()
 
     def attach(self, target: AdapterTarget | None, seed: int) -> None:
@@ -45,22 +46,30 @@ class TorchSession:
             lora_alpha=target.alpha,
             lora_dropout=target.dropout,
             target_modules=list(target.modules),
+            use_dora=target.kind == "dora",
+            use_rslora=target.scaling == "rank_stabilized",
+            rank_pattern=dict(target.rank_pattern),
+            alpha_pattern=dict(target.alpha_pattern),
+            modules_to_save=state.whole_paths(self.model, target.saved) or None,
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in self.model.modules()),
             task_type="CAUSAL_LM",
         )
         self.model.name_or_path = str(self.location.folder if self.location.source != "hub" else self.location.name)
         with state.quiet_wrapping():
             self.model = get_peft_model(self.model, config)
+        self._target = target
 
     def prepare_updates(self, optimization: Optimization) -> None:
         """Make the optimizer for everything that is trainable."""
         self._max_grad_norm = optimization.max_grad_norm
+        groups: dict[tuple[float, float], list[torch.nn.Parameter]] = defaultdict(list)
+        for name, tensor in self._trainable().items():
+            groups[optimization.pace_of(name, tensor.ndim), optimization.decay_of(tensor.ndim)].append(tensor)
         self._optimizer = torch.optim.AdamW(
-            list(self._trainable().values()),
+            [{"params": tensors, "weight_decay": decay, "pace": pace} for (pace, decay), tensors in groups.items()],
             lr=0.0,
             betas=optimization.betas,
             eps=optimization.epsilon,
-            weight_decay=optimization.weight_decay,
             fused=True,
         )
 
@@ -81,7 +90,7 @@ class TorchSession:
     def update(self, learning_rate: float) -> None:
         """Step the optimizer and clear the gradients."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["pace"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -178,7 +187,10 @@ class TorchSession:
         path = folder / "adapter_config.json"
         settings = json.loads(path.read_text(encoding="utf-8"))
         settings["target_modules"] = sorted(settings["target_modules"])
-        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if target := self._target:
+            # PEFT sorts these by name, and by that changes which pattern is the first that fits.
+            settings |= {"rank_pattern": dict(target.rank_pattern), "alpha_pattern": dict(target.alpha_pattern)}
+        path.write_text(json.dumps(dict(sorted(settings.items())), indent=2) + "\n", encoding="utf-8")
 
     def load_adapter(self, folder: Path) -> None:
         """Put a saved adapter on the model; every tensor must match."""
