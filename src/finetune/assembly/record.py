@@ -16,7 +16,6 @@ from finetune.assembly.prepare import Prepared
 from finetune.config import plan_as_list
 from finetune.criteria.evidence import Evidence
 from finetune.criteria.judge import overall
-from finetune.memory.estimate import adapter_parameters
 from finetune.models.shape import weight_files
 from finetune.records import ModelLocation, Scores, Verdict
 
@@ -120,7 +119,7 @@ def _model(prepared: Prepared) -> dict[str, Any]:
         "source": location.source,
         "architecture": shape.architecture,
         "parameters": shape.parameters,
-        "trainable_parameters": adapter_parameters(shape, prepared.target),
+        "trainable_parameters": prepared.trainable_parameters,
         "context_length": shape.context_length,
         "files": base_files(location),
     }

@@ -160,7 +160,8 @@ def _phrase(schema: dict[str, Any]) -> str:
     if kind == "array":
         return "a list of at least one name"
     if kind == "object":
-        return f"a mapping of at least one name to {_phrase(schema['additionalProperties'])}"
+        [value] = schema["patternProperties"].values()
+        return f"a mapping of at least one name to {_phrase(value)}"
     if kind == "string":
         return "a path ending in .jinja" if schema.get("pattern", "").endswith(r"\.jinja$") else "printable text"
     return str(kind)

@@ -44,8 +44,9 @@ Text = Annotated[
 TemplatePath = Annotated[str, Field(pattern=r"^[^" + _UNPRINTABLE + r"]+\.jinja$")]
 TemplateName = Literal["auto", "tokenizer", "alpaca", "chatml", "llama2", "llama3"]
 Names = Annotated[tuple[Text, ...], Field(min_length=1)]
-RankPattern = Annotated[dict[Text, Count], Field(min_length=1)]
-AlphaPattern = Annotated[dict[Text, Positive], Field(min_length=1)]
+_Mapping = Field(min_length=1, json_schema_extra={"additionalProperties": False})
+RankPattern = Annotated[dict[Text, Count], _Mapping]
+AlphaPattern = Annotated[dict[Text, Positive], _Mapping]
 ExtraRuns = Literal["auto", "always", "never"]
 
 

@@ -9,7 +9,7 @@ with SDPA attention on the CPU; each term below is one tensor that it showed.
 
 from dataclasses import dataclass
 
-from finetune.memory.estimate import ADAPTER_BYTES, BYTES
+from finetune.memory.estimate import ADAPTER_BYTES, BYTES, outputs
 from finetune.memory.load import StepLoad
 from finetune.records import AdapterTarget, ModelShape
 
@@ -47,7 +47,7 @@ def kept_by_torch(shape: ModelShape, target: AdapterTarget | None, dtype: str, l
     if shape.architecture in KNOWN:
         block = step.gpt2_block if shape.architecture in _GPT2_BLOCKS else step.llama_block
         # A frozen embedding passes no gradient on, so the first block keeps less than the others.
-        first = block(grad=step.full)
+        first = block(grad=step.full or step.saves("embed_tokens", "wte", "wpe"))
         blocks = first + block(grad=True) * max(0, shape.layers - 1)
     else:
         blocks = step.any_blocks()
@@ -58,8 +58,14 @@ def kept_by_torch(shape: ModelShape, target: AdapterTarget | None, dtype: str, l
         outside=step.outside(),
         # Log-probabilities, the gradient of the loss by them and that by the logits: all three in float32.
         logits=3 * _F32 * load.targets * shape.vocab_size,
-        brief=load.tokens * step.brief(),
+        brief=max(load.tokens * step.brief(), step.dora_norm()),
     )
+
+
+def mean_rank(shape: ModelShape, target: AdapterTarget, module: str) -> int:
+    """The rank of the adapters on layers of one name, on average over the blocks, rounded up."""
+    ranks = [target.rank_of(layer.name) for layer in shape.linear_layers if layer.name.rsplit(".", 1)[-1] == module]
+    return -(-sum(ranks) // len(ranks)) if ranks else target.rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,11 @@ class _Step:
     def queries(self) -> int:
         return self.shape.heads * self.shape.head_dim
 
+    def saves(self, *modules: str) -> bool:
+        """Whether one of these modules is trained whole beside an adapter."""
+        saved = self.target.saved if self.target else ()
+        return any(path.rsplit(".", 1)[-1] in modules for path in saved)
+
     def trains(self, *modules: str) -> bool:
         return self.target is None or any(module in self.target.modules for module in modules)
 
@@ -87,17 +98,33 @@ class _Step:
 
         A frozen linear layer keeps nothing. An adapter keeps what A reads and what B reads: the first is shared
         between layers, unless it is a float32 copy of its own (the model is bfloat16) or went through dropout, which
-        keeps a mask too.
+        keeps a mask too. DoRA keeps what it stretches: what the layer writes, and what the adapter does.
         """
         if self.target is None:
             return 0 if alive else self.size * width
-        hit = sum(module in self.target.modules for module in modules)
-        small = hit * ADAPTER_BYTES * self.target.rank
+        adapted = [module for module in modules if module in self.target.modules]
+        hit = len(adapted)
+        small = sum(ADAPTER_BYTES * mean_rank(self.shape, self.target, module) for module in adapted)
+        if self.target.kind == "dora":
+            small += sum((ADAPTER_BYTES + self.size) * self.written(module) for module in adapted)
         if self.target.dropout > 0:
             return hit * 2 * ADAPTER_BYTES * width + small
         if self.size != ADAPTER_BYTES:
             return hit * ADAPTER_BYTES * width + small
         return small + (ADAPTER_BYTES * width if hit and not alive else 0)
+
+    def written(self, module: str) -> int:
+        """How many numbers the layers of one name write for each token, on average over the blocks."""
+        widths = [outputs(self.shape, layer) for layer in self.shape.linear_layers if layer.name.endswith(f".{module}")]
+        return sum(widths) // max(1, len(widths))
+
+    def dora_norm(self) -> int:
+        """What PEFT makes to find the lengths of the rows of one layer, in bytes: an identity and three such matrices."""
+        if self.target is None or self.target.kind == "lora":
+            return 0
+        hit = [layer for layer in self.shape.linear_layers if self.trains(layer.name.rsplit(".", 1)[-1])]
+        reads = (layer.shape[0] * layer.shape[1] // outputs(self.shape, layer) for layer in hit)
+        return max(ADAPTER_BYTES * width * (width + 3 * outputs(self.shape, layer)) for width, layer in zip(reads, hit, strict=True))
 
     def attention(self, *, keys: int) -> int:
         """Queries, keys, values, the output and its log-sum; with dropout in it, the whole table of weights instead.
@@ -168,7 +195,10 @@ class _Step:
         hit = [layer for layer in self.shape.linear_layers if self.trains(layer.name.rsplit(".", 1)[-1])]
         read = sum(max(layer.shape) for layer in hit)  # the wider side: which one is the input is not known
         copies = (self.size != ADAPTER_BYTES) + 2 * (self.target.dropout > 0)
-        return told + ADAPTER_BYTES * (copies * read + self.target.rank * len(hit))
+        ranks = sum(self.target.rank_of(layer.name) for layer in hit)
+        if self.target.kind == "dora":
+            told += sum((ADAPTER_BYTES + self.size) * outputs(self.shape, layer) for layer in hit)
+        return told + ADAPTER_BYTES * (copies * read + ranks)
 
     def outside(self) -> int:
         """The final norm, the hidden states that get logits, ids and marks, RoPE's angles; in bytes of the step."""
@@ -177,6 +207,8 @@ class _Step:
         told = tokens * (self.layer_norm() if gpt2 else self.rms_norm()) + _INDEX * self.load.targets + tokens
         if not gpt2:
             told += 2 * self.size * self.load.length * self.shape.head_dim
+        if self.saves("lm_head"):
+            told += self.size * h * self.load.targets
         if self.full:
             told += self.size * h * self.load.targets + _INDEX * tokens
             told += self.size * h * tokens if self.shape.hidden_dropout > 0 else 0
@@ -192,7 +224,8 @@ class _Step:
         h, i = self.shape.hidden_size, self.shape.intermediate_size
         gpt2 = self.shape.architecture in _GPT2_BLOCKS
         by_base = i * self.size * (1 if gpt2 or self.target else 2)
-        by_adapter = ADAPTER_BYTES * (i + self.target.rank) if self.target else 0
+        most = max([self.target.rank, *self.target.rank_pattern.values()]) if self.target else 0
+        by_adapter = ADAPTER_BYTES * (i + most) if self.target else 0
         mlp = by_base + by_adapter + h * self.size
         norm = 0 if gpt2 else self.rms_norm() + 5 * _F32 * h
         table = _F32 * self.shape.heads * self.load.length + (h - i) * self.size

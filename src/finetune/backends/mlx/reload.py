@@ -1,4 +1,4 @@
-"""Loads a saved adapter on a fresh base in this process and compares its logits with those saved.
+"""Loads a saved adapter on a fresh base, or a saved model, in this process and compares its logits with those saved.
 
 Started by `finetune.evaluation.reload`. mlx-lm alone does it: its own model, its own `LoRALinear` and `DoRALinear`; of ours only what
 reads and renames the files is used.
@@ -28,7 +28,10 @@ def main() -> None:
     wanted = [saved[str(index)] for index in range(len(prompts))]
     loaded = load_model(ModelLocation(request["folder"], Path(request["folder"]), "local"), request["dtype"])
     base = [loaded.model(mx.array([ids]))[0].astype(mx.float32) for ids in prompts]
-    _put_on(loaded, Path(request["adapter"]))
+    if "model" in request:
+        loaded = load_model(ModelLocation(request["model"], Path(request["model"]), "local"), request["dtype"])
+    else:
+        _put_on(loaded, Path(request["adapter"]))
     loaded.model.eval()
     tuned = [loaded.model(mx.array([ids]))[0].astype(mx.float32) for ids in prompts]
     answer = {

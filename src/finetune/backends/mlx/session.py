@@ -159,6 +159,15 @@ class MlxSession:
         """The L2 norm of each trainable tensor's gradient, as accumulated so far."""
         return dict.fromkeys(self._trained, 0.0) | norms(self.gradients)
 
+    def check_saving(self) -> None:
+        """Refuse now what `save_model` could only refuse in the end.
+
+        Raises:
+            ModelError: mlx-lm keeps weights of this architecture in another form than the model's files.
+        """
+        names = self.loaded.names
+        names.refuse_foreign([names.shown(place) for place in self._base()], "the model's weights")
+
     def save_model(self, folder: Path) -> None:
         """Write the whole model as transformers reads it, its adapter merged into it, into an existing folder.
 

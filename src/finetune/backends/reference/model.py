@@ -97,15 +97,20 @@ class Pass:
         name = f"{EMBEDDING if path == HEAD and self.shape.tie_word_embeddings else path}.weight"
         weight = self.weights[name]
         y = x @ weight.T
-        added, adapter_back = self._added(path, x, y) if self.adapter and path in self.adapter.pairs else (0.0, None)
+        adapter_back: Backward | None = None
+        if self.adapter and path in self.adapter.pairs:
+            added, adapter_back = self._added(path, x, y)
+            y += added
 
         def backward(dy: Array) -> Array:
             dx: Array = dy @ weight
             if name in self.wanted:
                 self._add(name, dy.T @ x)
-            return dx if adapter_back is None else dx + adapter_back(dy)
+            if adapter_back is not None:
+                dx += adapter_back(dy)
+            return dx
 
-        return y + added, backward
+        return y, backward
 
     def _added(self, path: str, x: Array, y: Array) -> tuple[Array, Backward]:
         """What the adapter adds to y = x W^T: z = s dropout(x) A^T B^T, and with DoRA g z + (g - 1) y.
@@ -118,23 +123,26 @@ class Pass:
         keep = self._dropout(x.shape, adapter.target.dropout)
         kept = x if keep is None else x * keep
         small = kept @ down.T
-        lora = scale * (small @ up.T)
-        lengths = adapter.lengths(path, weight) if path in adapter.magnitudes else None
-        stretch = 1.0 if lengths is None else adapter.magnitudes[path] / lengths
-        stretched = None if lengths is None else y if keep is None else kept @ weight.T
+        added = scale * (small @ up.T)
+        stretch, unstretched, lengths = np.float64(1.0), None, np.float64(1.0)
+        if path in adapter.magnitudes:
+            lengths = adapter.lengths(path, weight)
+            stretch = adapter.magnitudes[path] / lengths
+            unstretched = added + (y if keep is None else kept @ weight.T)
+            added = stretch * unstretched - (unstretched - added)
 
         def backward(dy: Array) -> Array:
-            dlora = dy * stretch
+            dlora = dy if unstretched is None else dy * stretch
             dsmall = scale * (dlora @ up)
             self._add(tensor_name(path, "A"), dsmall.T @ kept)
             self._add(tensor_name(path, "B"), scale * (dlora.T @ small))
             dkept: Array = dsmall @ down
-            if stretched is not None:
-                self._add(tensor_name(path, "m"), (dy * (lora + stretched)).sum(axis=0) / lengths)
+            if unstretched is not None:
+                self._add(tensor_name(path, "m"), (dy * unstretched).sum(axis=0) / lengths)
                 dkept += (dy * (stretch - 1)) @ weight
             return dkept if keep is None else dkept * keep
 
-        return stretch * lora + (0.0 if stretched is None else (stretch - 1) * stretched), backward
+        return added, backward
 
     def attention(self, path: str, x: Array, starts: NDArray[np.int64]) -> tuple[Array, Backward]:
         """Causal attention (t, h) -> (t, h). The g query heads that share a key head are simply more of its queries."""

@@ -176,6 +176,9 @@ class TorchSession:
             for name, tensor in self._trainable().items()
         }
 
+    def check_saving(self) -> None:
+        """Refuse now what `save_model` could only refuse in the end: nothing."""
+
     def save_model(self, folder: Path) -> None:
         """Write the whole model, its weights in safetensors, into an existing folder."""
         self.model.save_pretrained(str(folder))
