@@ -165,8 +165,9 @@ class MlxSession:
         Raises:
             ModelError: mlx-lm keeps weights of this architecture in another form than the model's files.
         """
-        names = self.loaded.names
-        names.refuse_foreign([names.shown(place) for place in self._base()], "the model's weights")
+        names, adapter = self.loaded.names, self.adapter
+        places = [adapter.own(place) if adapter else place for place in self._base()]
+        names.refuse_foreign([names.shown(place) for place in places], "the model's weights")
 
     def save_model(self, folder: Path) -> None:
         """Write the whole model as transformers reads it, its adapter merged into it, into an existing folder.
