@@ -29,7 +29,9 @@ def reopen(path: Path) -> tuple[Prepared, Session]:
     prepared = prepare(LoadedConfig(plan.config, plan.origins))
     if folder.read_manifest()["data"].get("files") != data_files(prepared):
         raise DataError(f"the data that {path} was trained on has changed since", hint="restore the files of run.json")
-    if (_saved(folder, plan.config) / "chat_template.jinja").read_text(encoding="utf-8") != prepared.encoder.source.jinja:
+    if (_saved(folder, plan.config) / "chat_template.jinja").read_text(
+        encoding="utf-8"
+    ) != prepared.encoder.source.jinja:
         raise TemplateError(f"the template that {path} was trained with has changed since", hint="restore the file")
     return prepared, _tuned_session(folder, plan.config, prepared.location, prepared.encoder)
 
@@ -45,9 +47,7 @@ def compare(prepared: Prepared, session: Session) -> tuple[Observation, Observat
         with session.adapter_disabled():
             return observe(session, prepared), tuned
     config = prepared.plan.config
-    base = open_backend(config.backend).open(
-        prepared.location, config.model.dtype, prepared.encoder.tokenizer.pad_id
-    )
+    base = open_backend(config.backend).open(prepared.location, config.model.dtype, prepared.encoder.tokenizer.pad_id)
     return observe(base, prepared), tuned
 
 

@@ -62,10 +62,11 @@ def adapter_targets(
 
 
 @st.composite
-def varied_targets(draw: st.DrawFn, shape: ModelShape, **how: Any) -> AdapterTarget:
-    """Adapters of any kind that fit the shape: LoRA or DoRA, either scaling, layers with ranks and alphas of their own,
-    and modules that are trained whole; `how` as for `adapter_targets`."""
-    plain = draw(adapter_targets(shape, **how))
+def varied_targets(
+    draw: st.DrawFn, shape: ModelShape, *, dropouts: tuple[float, ...] = (0.0, 0.1, 0.4)
+) -> AdapterTarget:
+    """Adapters of any kind that fit the shape: LoRA or DoRA, either scaling, patterns, and modules trained whole."""
+    plain = draw(adapter_targets(shape, dropouts=dropouts))
     layers = adapted_layers(shape, plain)
     ranks, alphas = draw(_patterns(layers)), draw(_patterns(layers))
     sides = {key: min(min(layer.shape) for layer in layers if fits(key, layer.name)) for key in ranks}
@@ -80,7 +81,7 @@ def varied_targets(draw: st.DrawFn, shape: ModelShape, **how: Any) -> AdapterTar
 
 
 def varied_models(configs: st.SearchStrategy[Config] | None = None, **how: Any) -> st.SearchStrategy[AdaptedModel]:
-    """Models, of any config or of those given, each with an adapter of any kind; `how` as for `adapter_targets`."""
+    """Models, of any config or of those given, each with an adapter of any kind; `how` as for `varied_targets`."""
 
     def adapt(config: Config) -> st.SearchStrategy[AdaptedModel]:
         shape = shape_of_config(config)

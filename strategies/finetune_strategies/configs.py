@@ -61,14 +61,15 @@ _TEXT = Setting(texts(), _NEVER | st.none() | st.sampled_from([0, 7, 1.5, "", "N
 _EXTRA_RUNS = _words("auto", "always", "never")
 _TEMPLATES = _words("auto", "tokenizer", "alpaca", "chatml", "llama2", "llama3")
 _NAME_LISTS = st.lists(texts(), min_size=1, max_size=4)
-_NO_MAPPINGS = st.sampled_from([{}, [], "q_proj", 3, True, {"": 1}, {"q_proj": "x"}, {"q_proj": None}, {1: 2}, ["q_proj"]])
+_NO_MAPPINGS = st.sampled_from(
+    [{}, [], "q_proj", 3, True, {"": 1}, {"q_proj": "x"}, {"q_proj": None}, {1: 2}, ["q_proj"]]
+)
 
 
 def _mapping(value: Setting) -> Setting:
     mappings = st.dictionaries(texts(), value.accepted, min_size=1, max_size=3)
     wrong = value.refused.filter(lambda each: each != "x").map(lambda each: {"q_proj": each})
     return _optional(Setting(mappings, _NO_MAPPINGS | wrong))
-
 
 
 SETTINGS: dict[str, Setting] = {

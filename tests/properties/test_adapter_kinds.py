@@ -51,7 +51,9 @@ def test_adapter_of_any_kind_is_the_base_until_it_is_trained(model: AdaptedModel
 def test_gradient_of_any_kind_is_the_slope_of_the_loss(model: AdaptedModel) -> None:
     """Each gradient is the slope of the loss: A, B, magnitudes and whole modules; of DoRA with the lengths held."""
     session = adapted(model.target, trained=True, config=model.config)
-    held = {path: session.adapter.lengths(path, session.weights[f"{path}.weight"]) for path in session.adapter.magnitudes}
+    held = {
+        path: session.adapter.lengths(path, session.weights[f"{path}.weight"]) for path in session.adapter.magnitudes
+    }
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Adapter, "lengths", lambda self, path, weight: held[path])
         check_slopes(session, BATCH)
@@ -60,7 +62,7 @@ def test_gradient_of_any_kind_is_the_slope_of_the_loss(model: AdaptedModel) -> N
 @given(MODELS)
 @FEW
 def test_merged_adapter_of_any_kind_computes_the_same(model: AdaptedModel) -> None:
-    """A model without an adapter, of the merged weights, has the same logits; DoRA's rows have the lengths it trains."""
+    """A model without an adapter, of the merged weights, has the same logits; DoRA's rows have its lengths."""
     session = adapted(model.target, trained=True, config=model.config)
     merged, wanted = session.merged_weights(), session.logits(ROWS[1].ids)
     for path, lengths in session.adapter.magnitudes.items():
@@ -72,7 +74,7 @@ def test_merged_adapter_of_any_kind_computes_the_same(model: AdaptedModel) -> No
 
 @given(st.integers(1, 9), st.sampled_from([0.5, 7.0, 16.0]))
 def test_rank_stabilised_scale_is_alpha_by_the_root_of_the_rank(rank: int, alpha: float) -> None:
-    """rsLoRA multiplies with alpha / sqrt(rank) and LoRA with alpha / rank, each with the layer's own two numbers."""
+    """RsLoRA multiplies with alpha / sqrt(rank) and LoRA with alpha / rank, each with the layer's own two numbers."""
     plain = AdapterTarget(rank, alpha, 0.0, ("q_proj",))
     stable = replace(plain, scaling="rank_stabilized")
     assert plain.scale_of("a.q_proj") == alpha / rank
@@ -114,7 +116,11 @@ def test_pattern_that_changes_nothing_is_refused(drawn: tuple[ModelShape, Adapte
     wrong |= {re.escape(outside[0]): "only others"} if outside else {}
     wrong |= {f"(?:{last})": "never counts"} if last else {}
     pattern = data.draw(st.sampled_from(sorted(wrong)))
-    setting = data.draw(st.sampled_from(["rank_pattern", "alpha_pattern"])) if wrong[pattern] != "never counts" else "rank_pattern"
+    setting = (
+        data.draw(st.sampled_from(["rank_pattern", "alpha_pattern"]))
+        if wrong[pattern] != "never counts"
+        else "rank_pattern"
+    )
     bad = replace(target, **{setting: {**getattr(target, setting), pattern: 1}})
     with pytest.raises(ModelError, match=re.escape(wrong[pattern])) as caught:
         check_patterns(shape, bad)
@@ -127,20 +133,28 @@ def test_pattern_that_changes_nothing_is_refused(drawn: tuple[ModelShape, Adapte
 def test_rank_of_a_pattern_above_a_layer_is_refused(shape: ModelShape, more: int) -> None:
     """A rank that is too high for one layer is refused, whichever setting gives it, and that layer is named."""
     layer = min(shape.linear_layers, key=lambda layer: min(layer.shape))
-    target = AdapterTarget(1, 7.0, 0.0, layer_names(shape), rank_pattern={re.escape(layer.name): min(layer.shape) + more})
+    target = AdapterTarget(
+        1, 7.0, 0.0, layer_names(shape), rank_pattern={re.escape(layer.name): min(layer.shape) + more}
+    )
     with pytest.raises(ModelError, match=rf"rank_pattern: rank {min(layer.shape) + more} .* {re.escape(layer.name)} "):
         check_rank(shape, target)
 
 
 @given(model_shapes())
 def test_modules_to_save_are_found_by_the_end_of_their_path_or_refused(shape: ModelShape) -> None:
-    """A name means whole parts of a path; one that nothing has, that gets an adapter or is tied is refused with a way."""
+    """A name means whole parts of a path; what nothing has, what gets an adapter or is tied is refused."""
     modules = layer_names(shape)
-    norm, inner = ("model.norm", "input_layernorm") if "model.norm.weight" in shape.weights else ("transformer.ln_f", "ln_1")
+    norm, inner = (
+        ("model.norm", "input_layernorm") if "model.norm.weight" in shape.weights else ("transformer.ln_f", "ln_1")
+    )
     assert choose_saved(shape, [norm.rsplit(".", 1)[-1]], modules) == (norm,)
     assert len(choose_saved(shape, [inner], modules)) == shape.layers
     table = "embed_tokens" if norm == "model.norm" else "wte"
-    for name, word in ((modules[0], "gets an adapter"), ("nrm", "matches no module"), ("layernorm", "matches no module")):
+    for name, word in (
+        (modules[0], "gets an adapter"),
+        ("nrm", "matches no module"),
+        ("layernorm", "matches no module"),
+    ):
         with pytest.raises(ModelError, match=word) as caught:
             choose_saved(shape, [norm, name], modules)
         assert repr(name) in caught.value.message
@@ -165,7 +179,9 @@ def test_estimate_counts_every_kind_by_hand(drawn: tuple[ModelShape, AdapterTarg
     whole = sum(math.prod(size) for name, size in shape.weights.items() if name.rpartition(".")[0] in target.saved)
     assert adapter_parameters(shape, target) == numbers + whole
     told = estimate_memory(shape, target, "bfloat16")
-    assert (told.adapter, told.gradients, told.optimizer) == tuple(each * (4 * numbers + 2 * whole) for each in (1, 1, 2))
+    assert (told.adapter, told.gradients, told.optimizer) == tuple(
+        each * (4 * numbers + 2 * whole) for each in (1, 1, 2)
+    )
 
 
 @given(MODELS)

@@ -56,7 +56,7 @@ def test_full_run_leaves_a_whole_model(place: Path) -> None:
 
 
 def test_full_run_is_judged_by_what_applies_to_it(place: Path) -> None:
-    """What speaks of an adapter does not apply, and says why; every tensor changed, and a fresh process finds the same."""
+    """What speaks of an adapter does not apply and says why; every tensor changed; a fresh process finds the same."""
     found = verdicts_of(place / "run")
     for name in ("parameter-exactly", "parameter-first-step", "memory-efficiency", "memory-exact", "memory-resident"):
         assert found[name]["outcome"] == "not applicable"
@@ -87,7 +87,7 @@ def test_full_run_whose_model_was_changed_is_refused(place: Path, tmp_path: Path
     content = path.read_bytes()
     try:
         path.write_bytes(content[:-6] + bytes([content[-6] ^ 0x40]) + content[-5:])
-        with pytest.raises(ModelError, match="model.safetensors"):
+        with pytest.raises(ModelError, match=r"model\.safetensors"):
             reopen(place / "run")
     finally:
         path.write_bytes(content)

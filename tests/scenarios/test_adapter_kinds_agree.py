@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given
+from safetensors.numpy import load_file, save_file
 
 torch = pytest.importorskip("torch", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
 pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
@@ -26,7 +27,9 @@ pytestmark = pytest.mark.tier2
 LLAMAS = varied_models(llama_configs(vocab_size=97), dropouts=(0.0,))
 GPT2S = varied_models(
     # What mlx-lm computes: no dropout of its own, a tied head only, an inner size of four times the width only.
-    gpt2_configs(vocab_size=97).map(lambda config: {**config, **NO_DROPOUT, "tie_word_embeddings": True, "n_inner": None}),
+    gpt2_configs(vocab_size=97).map(
+        lambda config: {**config, **NO_DROPOUT, "tie_word_embeddings": True, "n_inner": None}
+    ),
     dropouts=(0.0,),
 )
 ROWS = make_rows(6)
@@ -37,8 +40,17 @@ def open_all(model: AdaptedModel, folder: Path) -> dict[str, Any]:
     """The model in every backend that computes it, with one adapter on all of them, freshly drawn."""
     llama = model.config["model_type"] == "llama"
     open_backend("reference" if llama else "torch").create(model.config, folder, 3)
+    dice = np.random.default_rng(9)
+    tensors = load_file(folder / "model.safetensors")
+    # A new model's biases are zero and its gains one: nobody could tell what became of them.
+    odd = {name: value + dice.normal(0, 0.2, value.shape).astype("f4") if value.ndim == 1 else value
+           for name, value in tensors.items()}  # fmt: skip
+    save_file(odd, folder / "model.safetensors", metadata={"format": "pt"})
     location = ModelLocation("tiny", folder, "local")
-    sessions: dict[str, Any] = {"torch": open_backend("torch").open(location, "float32", 0), "mlx": open_session(location)}
+    sessions: dict[str, Any] = {
+        "torch": open_backend("torch").open(location, "float32", 0),
+        "mlx": open_session(location),
+    }
     if llama:
         sessions["reference"] = open_backend("reference").open(location, "float32", 0)
     for session in sessions.values():
@@ -61,7 +73,9 @@ def shaken(sessions: dict[str, Any]) -> None:
     """Move every trainable tensor alike, so that no B is zero and no magnitude a length of the base's."""
     dice = np.random.default_rng(4)
     held = {name: tensor.detach().numpy() for name, tensor in sessions["torch"]._trainable().items()}
-    spread(sessions, {name: value + dice.normal(0, 0.1, value.shape).astype(np.float32) for name, value in held.items()})
+    spread(
+        sessions, {name: value + dice.normal(0, 0.1, value.shape).astype(np.float32) for name, value in held.items()}
+    )
 
 
 def logits(session: Any, prompt: list[int] = PROMPT) -> Any:

@@ -1,4 +1,4 @@
-"""Laws of every kind of adapter in torch and MLX: optimizer groups, patterns, resuming and files are as they must be."""
+"""Laws of every kind of adapter in torch and MLX: optimizer groups, patterns, resuming and files."""
 
 import copy
 import json
@@ -55,7 +55,7 @@ def trained(backend: str, location: ModelLocation, target: AdapterTarget | None)
 
 @pytest.mark.parametrize("ratio", [1.0, 4.0])
 def test_torch_moves_tensors_as_pefts_lora_plus_does(location: ModelLocation, ratio: float) -> None:
-    """Each trained tensor has the learning rate that PEFT's own LoRA+ optimizer gives it; matrices decay, others do not."""
+    """Each tensor has the learning rate that PEFT's own LoRA+ optimizer gives it; matrices decay, others do not."""
     from peft.optimizers import create_loraplus_optimizer
 
     for name, target in kinds(location).items():
@@ -83,7 +83,9 @@ def test_order_of_patterns_survives_the_file(location: ModelLocation, tmp_path: 
     first, second = MODULES[location.name][:2]
     patterns = {f"1.*{second}": 1, f".*{second}": 2, f".*{first}": 3}
     assert list(patterns) != sorted(patterns)
-    target = AdapterTarget(2, 7.0, 0.0, MODULES[location.name], alpha_pattern={key: 4.0 * rank for key, rank in patterns.items()})
+    target = AdapterTarget(
+        2, 7.0, 0.0, MODULES[location.name], alpha_pattern={key: 4.0 * rank for key, rank in patterns.items()}
+    )
     session = trained("torch", location, target)
     session.save_adapter(tmp_path)
     assert list(json.loads((tmp_path / "adapter_config.json").read_text())["alpha_pattern"]) == list(patterns)
@@ -122,7 +124,9 @@ def test_resume_of_every_kind_is_the_same_run(location: ModelLocation, backend: 
 
 @pytest.mark.parametrize("kind", ["dora", "saved", "full"])
 @pytest.mark.parametrize("backend", list(OPENERS))
-def test_what_was_saved_works_in_a_fresh_process(location: ModelLocation, backend: str, kind: str, tmp_path: Path) -> None:
+def test_what_was_saved_works_in_a_fresh_process(
+    location: ModelLocation, backend: str, kind: str, tmp_path: Path
+) -> None:
     """P-ART: a fresh process without our loading code finds the same logits, and not the base's."""
     session = trained(backend, location, kinds(location)[kind])
     session.check_saving()

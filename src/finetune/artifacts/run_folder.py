@@ -115,9 +115,10 @@ class RunFolder:
             self._lock = None
 
     def tidy(self) -> None:
-        """Make an unfinished run ready to go on: what a killed process left half written goes, what it saved and its report too.
+        """Make an unfinished run ready to go on: what a killed process left half written goes.
 
-        Those are in an unfinished run when it was killed just before its manifest; they are written again.
+        So do what it saved and its report: they are in an unfinished run when it was killed just before its manifest,
+        and are written again.
         """
         remove_torn(self.path)
         for saved in (self.adapter, self.model):

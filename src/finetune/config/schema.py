@@ -160,7 +160,7 @@ class AdapterSpec(Spec):
     )
     modules_to_save: Names | None = Field(
         default=None,
-        description="Modules that are trained whole and saved beside the adapter, such as lm_head or norm; null for none.",
+        description="Modules that are trained whole and saved beside the adapter, such as lm_head; null for none.",
     )
 
 
@@ -240,7 +240,9 @@ class TrainingConfig(Spec):
         description="How a row becomes text; `template: chatml` is short for the name below.",
     )
     tokens: TokenSpec = Field(default_factory=TokenSpec, description="How text becomes tokens.")
-    adapter: AdapterSpec = Field(default_factory=AdapterSpec, description="What is trained: an adapter, or the whole model.")
+    adapter: AdapterSpec = Field(
+        default_factory=AdapterSpec, description="What is trained: an adapter, or the whole model."
+    )
     training: LoopSpec = Field(default_factory=LoopSpec, description="How long and how fast is trained.")
     evaluation: EvaluationSpec = Field(
         default_factory=EvaluationSpec, description="What the model is asked before and after training."

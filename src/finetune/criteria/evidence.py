@@ -40,7 +40,7 @@ class MemoryEvidence:
 
 @dataclass(frozen=True, slots=True)
 class ParameterEvidence:
-    """Fingerprints of every tensor before and after, and the gradients of the first step; `kind` says what is trained."""
+    """Fingerprints of every tensor before and after, and the first step's gradients; `kind` says what is trained."""
 
     before: Mapping[str, str]
     after: Mapping[str, str]

@@ -136,14 +136,7 @@ def _judge_parameters(evidence: Evidence) -> list[Verdict]:
         )
     ]  # fmt: skip
     if whole:
-        told = "nothing is frozen: the whole model is trained", "no adapter is trained, so there is neither A nor B"
-        return [
-            *verdicts,
-            Verdict("parameter-exactly", "Nothing else changes", 4, "not applicable", "0 tensors", "0", told[0], True),
-            Verdict(
-                "parameter-first-step", _FIRST_STEP, 4, "not applicable", "not measured", "B > 0, A = 0", told[1], True
-            ),
-        ]
+        return [*verdicts, *_without_adapter()]
     changed = {name for name in parameters.before if parameters.before[name] != parameters.after[name]}
     strays = sorted(changed - declared)
     verdicts.append(
@@ -154,6 +147,20 @@ def _judge_parameters(evidence: Evidence) -> list[Verdict]:
         )
     )  # fmt: skip
     return [*verdicts, _judge_first_gradients(evidence)]
+
+
+def _without_adapter() -> list[Verdict]:
+    """What is said of the frozen rest and of A and B where the whole model is trained."""
+    return [
+        Verdict(
+            "parameter-exactly", "Nothing else changes", 4, "not applicable", "0 frozen tensors", "0",
+            "nothing is frozen: the whole model is trained", companion=True,
+        ),
+        Verdict(
+            "parameter-first-step", _FIRST_STEP, 4, "not applicable", "not measured", "B > 0, A = 0",
+            "no adapter is trained, so there is neither A nor B", companion=True,
+        ),
+    ]  # fmt: skip
 
 
 def _judge_first_gradients(evidence: Evidence) -> Verdict:
@@ -189,8 +196,10 @@ def _judge_artifacts(evidence: Evidence) -> list[Verdict]:
         ),
     ]  # fmt: skip
     reload = artifacts.reload
-    whole = evidence.parameters.kind == "full"
-    title = f"The {'saved model works in a fresh process' if whole else 'adapter works in a fresh process on a fresh base'}"
+    title = "The adapter works in a fresh process on a fresh base"
+    idle = "the adapter changes nothing"
+    if evidence.parameters.kind == "full":
+        title, idle = "The saved model works in a fresh process", "the saved model is the base"
     if reload is None:
         reason = evidence.why.get("reload", "not tried")
         missing = Verdict(
@@ -203,7 +212,7 @@ def _judge_artifacts(evidence: Evidence) -> list[Verdict]:
         Verdict(
             "artifacts-reload", title, 5, _word(same and differs),
             f"logits differ by {reload.difference:.2g}; from the base by {reload.difference_from_base:.2g}",
-            f"<= {limit:.2g}; > {limit:.2g}", "" if differs else f"the {'saved model is the base' if whole else 'adapter changes nothing'}", companion=True,
+            f"<= {limit:.2g}; > {limit:.2g}", "" if differs else idle, companion=True,
         )
     )  # fmt: skip
     return verdicts

@@ -18,7 +18,7 @@ def check_reload(
     prompts: Sequence[Sequence[int]],
     dtype: str,
 ) -> Reload:
-    """Compare the session's logits on `prompts` with those of the saved adapter, or of the saved model, loaded elsewhere.
+    """Compare the session's logits on `prompts` with those of what was saved, an adapter or a model, loaded elsewhere.
 
     Args:
         location: the base.

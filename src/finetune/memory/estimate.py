@@ -35,7 +35,8 @@ _TURNED = {"GPT2LMHeadModel", "OpenAIGPTLMHeadModel"}
 
 def adapter_parameters(shape: ModelShape, target: AdapterTarget) -> int:
     """How many numbers are trained: rank x (inputs + outputs) for each adapted layer, with DoRA its outputs again, and
-    every weight of a module that is trained whole."""
+    every weight of a module that is trained whole.
+    """
     return _in_float32(shape, target) + _saved(shape, target)
 
 

@@ -119,12 +119,15 @@ class _Step:
         return sum(widths) // max(1, len(widths))
 
     def dora_norm(self) -> int:
-        """What PEFT makes to find the lengths of the rows of one layer, in bytes: an identity and three such matrices."""
+        """What PEFT makes to find the lengths of one layer's rows, in bytes: an identity and three such matrices."""
         if self.target is None or self.target.kind == "lora":
             return 0
         hit = [layer for layer in self.shape.linear_layers if self.trains(layer.name.rsplit(".", 1)[-1])]
         reads = (layer.shape[0] * layer.shape[1] // outputs(self.shape, layer) for layer in hit)
-        return max(ADAPTER_BYTES * width * (width + 3 * outputs(self.shape, layer)) for width, layer in zip(reads, hit, strict=True))
+        return max(
+            ADAPTER_BYTES * width * (width + 3 * outputs(self.shape, layer))
+            for width, layer in zip(reads, hit, strict=True)
+        )
 
     def attention(self, *, keys: int) -> int:
         """Queries, keys, values, the output and its log-sum; with dropout in it, the whole table of weights instead.

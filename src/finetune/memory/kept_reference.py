@@ -47,7 +47,7 @@ def _block(shape: ModelShape, load: StepLoad) -> int:
 def _adapters(shape: ModelShape, target: AdapterTarget) -> int:
     heads = {"q": shape.heads * shape.head_dim, "k": shape.kv_heads * shape.head_dim}
     widths = {"h": shape.hidden_size, "i": shape.intermediate_size, **heads}
-    hit = {name: ends for name, ends in _LINEAR.items() if name in target.modules}
-    masks = 2 * sum(widths[read] for read, _ in hit.values()) if target.dropout > 0 else 0
-    stretched = sum(widths[written] for _, written in hit.values()) if target.kind == "dora" else 0
+    hit = {name: (widths[ends[0]], widths[ends[1]]) for name, ends in _LINEAR.items() if name in target.modules}
+    masks = 2 * sum(read for read, _ in hit.values()) if target.dropout > 0 else 0
+    stretched = sum(written for _, written in hit.values()) if target.kind == "dora" else 0
     return sum(mean_rank(shape, target, name) for name in hit) + masks + stretched

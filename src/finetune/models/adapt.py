@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from finetune.errors import ModelError
 from finetune.models.shape import is_head
@@ -89,7 +88,7 @@ def check_patterns(shape: ModelShape, target: AdapterTarget) -> None:
                 )  # fmt: skip
             if not set(hit) & set(left):
                 raise ModelError(
-                    f"adapter.{setting}: {pattern!r} never counts: each layer that it fits, a pattern before it fits too",
+                    f"adapter.{setting}: {pattern!r} never counts: patterns before it fit each of its layers",
                     hint="put the pattern for fewer layers first",
                 )
             left = [path for path in left if path not in hit]

@@ -50,11 +50,15 @@ def write_adapter(adapter: Adapter, loaded: Loaded, base: str, folder: Path) -> 
     write_settings(adapter.target, base, folder, turned=names.turned)
     places = dict(tree_flatten(loaded.model.parameters()))
     tensors = {on_disk(name): places[place] for name, place in adapter.tensors(names).items()}
-    tensors |= {on_disk(saved_name(names.shown(place))): names.turn(place, places[place]) for place in adapter.originals}
+    tensors |= {
+        on_disk(saved_name(names.shown(place))): names.turn(place, places[place]) for place in adapter.originals
+    }
     write_tensors(tensors, folder / WEIGHTS)
 
 
-def read_adapter(shapes: Mapping[str, Shape], layers: Layers, names: Names, folder: Path) -> tuple[AdapterTarget, Tensors]:
+def read_adapter(
+    shapes: Mapping[str, Shape], layers: Layers, names: Names, folder: Path
+) -> tuple[AdapterTarget, Tensors]:
     """The adapter in `folder`, PEFT's or mlx-lm's, for a base whose weights have these shapes.
 
     Raises:

@@ -36,7 +36,8 @@ class Parts(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Tensors:
     """An adapter apart from any model: the parts by transformers' path of the layer, and weights of modules trained
-    whole, by transformers' names."""
+    whole, by transformers' names.
+    """
 
     parts: dict[str, Parts]
     saved: dict[str, mx.array]
@@ -191,7 +192,7 @@ def put_on(loaded: Loaded, target: AdapterTarget, tensors: Tensors) -> Adapter:
     """
     names, parts = loaded.names, tensors.parts
     names.refuse_foreign([*(f"{path}.weight" for path in parts), *tensors.saved], "an adapter for them")
-    places = {place: tensor for place, tensor in tree_flatten(loaded.model.parameters())}
+    places = dict(tree_flatten(loaded.model.parameters()))
     originals = {place: tensor for place, tensor in places.items() if names.shown(place) in tensors.saved}
     layers = {}
     for path, base in linear_layers(loaded.model).items():

@@ -1,7 +1,7 @@
 """Loads a saved adapter on a fresh base, or a saved model, in this process and compares its logits with those saved.
 
-Started by `finetune.evaluation.reload`. mlx-lm alone does it: its own model, its own `LoRALinear` and `DoRALinear`; of ours only what
-reads and renames the files is used.
+Started by `finetune.evaluation.reload`. mlx-lm alone does it: its own model, its own `LoRALinear` and `DoRALinear`;
+of ours only what reads and renames the files is used.
 """
 
 import json

@@ -80,7 +80,9 @@ class Adapter:
         return growth
 
 
-def draw_adapter(weights: Mapping[str, Array], layers: Layers, target: AdapterTarget, random: np.random.Generator) -> Adapter:
+def draw_adapter(
+    weights: Mapping[str, Array], layers: Layers, target: AdapterTarget, random: np.random.Generator
+) -> Adapter:
     """A fresh adapter: A uniform within 1 / sqrt(in), which is Kaiming's with a = sqrt(5), layer by layer; B zero.
 
     Magnitudes are the lengths of the base's rows, and modules that are trained whole start as copies.

@@ -124,7 +124,7 @@ class Pass:
         kept = x if keep is None else x * keep
         small = kept @ down.T
         added = scale * (small @ up.T)
-        stretch, unstretched, lengths = np.float64(1.0), None, np.float64(1.0)
+        stretch, unstretched, lengths = np.ones(1), None, np.ones(1)
         if path in adapter.magnitudes:
             lengths = adapter.lengths(path, weight)
             stretch = adapter.magnitudes[path] / lengths

@@ -25,7 +25,7 @@ class AdamW:
         self.second = {name: np.zeros_like(tensor) for name, tensor in tensors.items()}
 
     def step(self, gradients: Mapping[str, Array], learning_rate: float) -> None:
-        """Decay each matrix, then move each tensor against its averaged gradient, both averages corrected for their start."""
+        """Decay each matrix, then move each tensor against its averaged gradient; both averages start corrected."""
         beta1, beta2 = self.optimization.betas
         self.steps += 1
         for name, tensor in self.tensors.items():

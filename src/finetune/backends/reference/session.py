@@ -97,7 +97,9 @@ class ReferenceSession:
 
     def logits(self, ids: Sequence[int]) -> Array:
         """The logits (tokens, vocabulary) after each token of a prompt."""
-        logits: Array = self._logits(Pass(self.shape, self._weights_now(), self.adapter), np.array([list(ids)], np.int64))[0]
+        logits: Array = self._logits(
+            Pass(self.shape, self._weights_now(), self.adapter), np.array([list(ids)], np.int64)
+        )[0]
         return logits
 
     def save_logits(self, prompts: Sequence[Sequence[int]], path: Path) -> None:
@@ -150,7 +152,9 @@ class ReferenceSession:
         """Every weight of a model without an adapter that computes the same."""
         if self.adapter is None:
             return dict(self.weights)
-        grown = {f"{path}.weight": self.adapter.merged(path, self.weights[f"{path}.weight"]) for path in self.adapter.pairs}
+        grown = {
+            f"{path}.weight": self.adapter.merged(path, self.weights[f"{path}.weight"]) for path in self.adapter.pairs
+        }
         return {**self._weights_now(), **grown}
 
     def _weights_now(self) -> Mapping[str, Array]:
