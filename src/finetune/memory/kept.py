@@ -106,12 +106,19 @@ class _Step:
         hit = len(adapted)
         small = sum(ADAPTER_BYTES * mean_rank(self.shape, self.target, module) for module in adapted)
         if self.target.kind == "dora":
-            small += sum((ADAPTER_BYTES + self.size) * self.written(module) for module in adapted)
+            small += sum(self.stretched * self.written(module) for module in adapted)
         if self.target.dropout > 0:
             return hit * 2 * ADAPTER_BYTES * width + small
         if self.size != ADAPTER_BYTES:
             return hit * ADAPTER_BYTES * width + small
         return small + (ADAPTER_BYTES * width if hit and not alive else 0)
+
+    @property
+    def stretched(self) -> int:
+        """Bytes of what DoRA stretches, for each number that a layer writes: the base's, computed anew of an input that
+        went through dropout, and the adapter's."""
+        dropped = self.target is not None and self.target.dropout > 0
+        return ADAPTER_BYTES + (ADAPTER_BYTES if dropped else self.size)
 
     def written(self, module: str) -> int:
         """How many numbers the layers of one name write for each token, on average over the blocks."""
@@ -200,7 +207,7 @@ class _Step:
         copies = (self.size != ADAPTER_BYTES) + 2 * (self.target.dropout > 0)
         ranks = sum(self.target.rank_of(layer.name) for layer in hit)
         if self.target.kind == "dora":
-            told += sum((ADAPTER_BYTES + self.size) * outputs(self.shape, layer) for layer in hit)
+            told += sum(self.stretched * outputs(self.shape, layer) for layer in hit)
         return told + ADAPTER_BYTES * (copies * read + ranks)
 
     def outside(self) -> int:
@@ -210,6 +217,9 @@ class _Step:
         told = tokens * (self.layer_norm() if gpt2 else self.rms_norm()) + _INDEX * self.load.targets + tokens
         if not gpt2:
             told += 2 * self.size * self.load.length * self.shape.head_dim
+        if self.target and self.target.kind == "dora" and self.target.dropout > 0 and self.size != ADAPTER_BYTES:
+            hit = (layer for layer in self.shape.linear_layers if self.trains(layer.name.rsplit(".", 1)[-1]))
+            told += ADAPTER_BYTES * sum(layer.shape[0] * layer.shape[1] for layer in hit)  # copies of the weights
         if self.saves("lm_head"):
             told += self.size * h * self.load.targets
         if self.full:
