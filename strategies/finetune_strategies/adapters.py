@@ -109,13 +109,10 @@ def _whole_modules(shape: ModelShape, layers: tuple[LinearLayer, ...]) -> list[s
     """Norms, untied tables, and in a Llama linear layers that get no adapter."""
     taken, linear = {layer.name for layer in layers}, {layer.name for layer in shape.linear_layers}
     names = {name.rpartition(".")[0]: size for name, size in shape.weights.items() if name.endswith(".weight")}
-    return [
-        path
-        for path, size in names.items()
-        if path not in taken
-        and not (shape.tied_head and len(size) == 2 and size[0] == shape.vocab_size)
-        and not (path in linear and shape.architecture != "LlamaForCausalLM")
-    ]
+    tables = [path for path, size in names.items() if len(size) == 2 and size[0] == shape.vocab_size]
+    free = linear if shape.architecture != "LlamaForCausalLM" else set()
+    others = [path for path in names if path not in taken | free and path not in tables]
+    return others + ([] if shape.tied_head else 3 * tables)
 
 
 def adapted_models(configs: st.SearchStrategy[Config] | None = None, **how: Any) -> st.SearchStrategy[AdaptedModel]:

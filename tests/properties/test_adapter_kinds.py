@@ -20,6 +20,7 @@ from finetune.records import AdapterTarget, ModelShape, Optimization, fits
 from finetune_strategies.adapters import AdaptedModel, adapted_layers, layer_names, varied_models, varied_targets
 from finetune_strategies.models import llama_configs, model_shapes
 from finetune_strategies.profiles import examples
+from properties.drawing import drawn
 from properties.test_reference_backend import check_slopes
 from properties.tiny_llamas import BATCH, CONFIG, LINEAR, ROWS, TARGET, VOCAB, adapted, step, tiny
 
@@ -302,3 +303,30 @@ def test_fits_is_the_end_of_a_path_from_a_dot_on() -> None:
     assert not fits("1.self_attn.q_proj", "model.layers.11.self_attn.q_proj")
     assert fits("q_proj|v_proj", "a.v_proj")
     assert not fits("self_attn", "a.self_attn.v_proj")
+
+
+def _overlap(model: AdaptedModel) -> bool:
+    layers = [layer.name for layer in adapted_layers(model.shape, model.target)]
+    return any(sum(fits(key, path) for key in model.target.rank_pattern) > 1 for path in layers)
+
+
+CORNERS = {
+    "dora": lambda m: m.target.kind == "dora",
+    "lora": lambda m: m.target.kind == "lora",
+    "rank-stabilised": lambda m: m.target.scaling == "rank_stabilized",
+    "ranks by pattern": lambda m: len(m.target.rank_pattern) > 0,
+    "alphas by pattern": lambda m: len(m.target.alpha_pattern) > 0,
+    "two patterns fit one layer": _overlap,
+    "trained whole": lambda m: len(m.target.saved) > 0,
+    "an untied table trained whole": lambda m: "lm_head" in m.target.saved,
+    "a layer trained whole": lambda m: any(path.endswith("_proj") for path in m.target.saved),
+    "nothing trained whole": lambda m: not m.target.saved,
+}
+
+
+def test_strategy_of_kinds_reaches_its_corners() -> None:
+    """Among 150 adapters of any kind each of the ten corners is met several times."""
+    models = drawn(varied_models())
+    counts = {name: sum(map(wanted, models)) for name, wanted in CORNERS.items()}
+    assert len(counts) == 10
+    assert {name: count for name, count in counts.items() if count < 5} == {}

@@ -116,9 +116,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_live_tensors_are_as_counted_for_every_kind_of_adapter(
-    family: ModelLocation, kind: str, dtype: str
-) -> None:
+def test_live_tensors_are_as_counted_for_every_kind_of_adapter(family: ModelLocation, kind: str, dtype: str) -> None:
     """With DoRA, ranks by pattern and modules trained whole, live tensors peak within 5 % of what is expected."""
     shape = read_shape(family.folder)
     ends = KINDS[kind].get("saved", ())

@@ -77,7 +77,9 @@ def run_record(
 
 def run_identity(prepared: Prepared) -> dict[str, Any]:
     """What a checkpoint belongs to: every setting, and the hashes of the base's weights and of the data."""
-    identity = {entry["key"]: entry["value"] for entry in plan_as_list(prepared.plan)}
+    # Of a mapping the order counts too: the first pattern that fits a layer is its own.
+    settings = {entry["key"]: entry["value"] for entry in plan_as_list(prepared.plan)}
+    identity = {key: list(value.items()) if isinstance(value, dict) else value for key, value in settings.items()}
     identity |= {f"weights {file['path']}": file["sha256"] for file in base_files(prepared.location)}
     identity |= {f"data {path.name}": file_hash(path) for path in prepared.files}
     plain: dict[str, Any] = json.loads(json.dumps(identity))

@@ -26,7 +26,7 @@ def check_reload(
     Raises:
         EvidenceError: the fresh process could not load what was saved.
     """
-    kind = "adapter" if (saved / "adapter_config.json").exists() else "model"
+    kind = "model" if (saved / "config.json").exists() else "adapter"
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
         logits = Path(folder) / "logits.safetensors"
         session.save_logits(prompts, logits)

@@ -116,7 +116,8 @@ class _Step:
     @property
     def stretched(self) -> int:
         """Bytes of what DoRA stretches, for each number that a layer writes: the base's, computed anew of an input that
-        went through dropout, and the adapter's."""
+        went through dropout, and the adapter's.
+        """
         dropped = self.target is not None and self.target.dropout > 0
         return ADAPTER_BYTES + (ADAPTER_BYTES if dropped else self.size)
 

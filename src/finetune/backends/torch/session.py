@@ -28,7 +28,6 @@ class TorchSession:
         self.context_length = int(getattr(model.config, "max_position_embeddings", NO_LIMIT))
         self._optimizer: torch.optim.AdamW | None = None
         self._max_grad_norm = 1.0
-        self._target: AdapterTarget | None = None
         self.model.eval()
 
     def attach(self, target: AdapterTarget | None, seed: int) -> None:
@@ -57,7 +56,6 @@ class TorchSession:
         self.model.name_or_path = str(self.location.folder if self.location.source != "hub" else self.location.name)
         with state.quiet_wrapping():
             self.model = get_peft_model(self.model, config)
-        self._target = target
 
     def prepare_updates(self, optimization: Optimization) -> None:
         """Make the optimizer for everything that is trainable."""
@@ -190,9 +188,9 @@ class TorchSession:
         path = folder / "adapter_config.json"
         settings = json.loads(path.read_text(encoding="utf-8"))
         settings["target_modules"] = sorted(settings["target_modules"])
-        if target := self._target:
+        for key in ("rank_pattern", "alpha_pattern"):
             # PEFT sorts these by name, and by that changes which pattern is the first that fits.
-            settings |= {"rank_pattern": dict(target.rank_pattern), "alpha_pattern": dict(target.alpha_pattern)}
+            settings[key] = dict(getattr(self.model.peft_config["default"], key))
         path.write_text(json.dumps(dict(sorted(settings.items())), indent=2) + "\n", encoding="utf-8")
 
     def load_adapter(self, folder: Path) -> None:
