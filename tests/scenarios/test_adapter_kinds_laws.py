@@ -14,7 +14,7 @@ pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune
 
 from finetune.errors import ModelError  # noqa: E402
 from finetune.evaluation.reload import check_reload  # noqa: E402
-from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization  # noqa: E402
+from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Tokenized  # noqa: E402
 from scenarios import tiny_mlx, tiny_models  # noqa: E402
 from scenarios.tiny_models import MODULES, batches_of, make_rows, step  # noqa: E402
 
@@ -178,3 +178,19 @@ def test_adapter_that_mlx_lms_format_has_no_place_for_is_refused(location: Model
     prompts = [list(row.ids) for row in ROWS]
     assert tiny_mlx.furthest(tiny_mlx.logits_of(alone, prompts), tiny_mlx.logits_of(session, prompts)) < 1e-4
     assert tiny_mlx.equal(tiny_mlx.logits_of(again, prompts), tiny_mlx.logits_of(session, prompts))
+
+
+def test_word_that_pads_is_trained_where_rows_hold_it(location: ModelLocation) -> None:
+    """The padding word of a row's own, such as one that ends answers too, has a gradient; as padding it has none."""
+    session = OPENERS["torch"](location)
+    session.attach(None, 0)
+    table = session.model.get_input_embeddings().weight
+    found = []
+    for first in (0, 5):
+        session.model.zero_grad()
+        rows = [Tokenized((first, 7), (False, True), "short"), Tokenized((8, 9, 10, 11), (True,) * 4, "long")]
+        session.accumulate(Batch(tuple(rows)), 1.0)
+        found.append(table.grad[0].abs().max().item())
+    tied = session.model.get_output_embeddings().weight is table  # a head's gradient reaches every word
+    assert found[0] > (2 * found[1] if tied else 0)
+    assert tied or found[1] == 0
