@@ -112,12 +112,12 @@ def fine_tune(
         # Only now, when nothing can be refused any more, is anything written.
         _begin(run, begun, resume=resume)
         done = _train(run, session, before)
-        _save_adapter(run, session)
+        saved = _save(run, session)
         with run.phase("observe tuned"):
             after = observe(session, prepared)
         run.tell(FixedLoss(prepared.total_steps, *after.fixed))
         events = folder.read_events()
-        evidence = _collect(run, session, (before, after, fingerprints), events)
+        evidence = _collect(run, session, saved, (before, after, fingerprints), events)
         verdicts = judge(evidence)
         run.timing["total"] = time.perf_counter() - clock
         told = next((event for event in events if event["event"] == RunStarted.__name__), event_as_dict(begun))
@@ -166,7 +166,10 @@ def _session(run: _Run) -> Session:
 def _attach(run: _Run, session: Session) -> None:
     training = run.prepared.plan.config.training
     session.attach(run.prepared.target, training.seed)
-    session.prepare_updates(Optimization(training.weight_decay, training.max_grad_norm))
+    if run.prepared.target is None:
+        session.check_saving()
+    ratio = training.lora_plus_ratio
+    session.prepare_updates(Optimization(training.weight_decay, training.max_grad_norm, lora_plus_ratio=ratio))
 
 
 def _steps(run: _Run, session: Session, rows: tuple[Tokenized, ...], *, done: int = 0) -> Iterator[Event]:
@@ -213,35 +216,42 @@ def _train(run: _Run, session: Session, before: Observation) -> int:
     return done
 
 
-def _save_adapter(run: _Run, session: Session) -> None:
-    encoder = run.prepared.encoder
+def _save(run: _Run, session: Session) -> Path:
+    """Save what was trained, the adapter or the whole model, with all that belongs to it; returns its folder."""
+    encoder, adapter = run.prepared.encoder, run.prepared.target is not None
 
     def fill(folder: Path) -> None:
-        session.save_adapter(folder)
+        session.save_adapter(folder) if adapter else session.save_model(folder)
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
             source = run.prepared.location.folder / name
             if source.exists():
                 (folder / name).write_bytes(source.read_bytes())
-        # The template trained on travels with the adapter, whichever the model shipped.
+        # The template trained on travels along, whichever the model shipped.
         (folder / "chat_template.jinja").write_text(encoder.source.jinja, encoding="utf-8")
         # So does where to stop: without it a model that learned to stop is asked to go on.
         write_json(folder / "generation_config.json", encoder.generation_settings())
 
-    with run.phase("save adapter"):
-        write_folder(run.folder.adapter, fill)
+    path = run.folder.adapter if adapter else run.folder.model
+    with run.phase(f"save {path.name}"):
+        write_folder(path, fill)
+    return path
 
 
 def _collect(
-    run: _Run, session: Session, looks: tuple[Observation, Observation, dict[str, str]], events: list[dict[str, Any]]
+    run: _Run,
+    session: Session,
+    saved: Path,
+    looks: tuple[Observation, Observation, dict[str, str]],
+    events: list[dict[str, Any]],
 ) -> Evidence:
     prepared, (before, after, fingerprints) = run.prepared, looks
     steps = [event for event in events if event["event"] == "StepDone"]
     told = (event["norms"] for event in events if event["event"] == FirstGradients.__name__)
     gradients: dict[str, float] = next(told, {})
-    parameters = parameter_evidence(session, fingerprints, gradients, len(steps))
-    with run.phase("check adapter", "in a fresh process, on a fresh base"):
+    parameters = parameter_evidence(prepared, session, fingerprints, gradients, len(steps))
+    with run.phase(f"check {saved.name}", "in a fresh process" + (", on a fresh base" if prepared.target else "")):
         files = describe_files(run.folder.path)
-        artifacts = artifact_evidence(prepared, session, run.folder.adapter, files, run.why)
+        artifacts = artifact_evidence(prepared, session, saved, files, run.why)
 
     def train_sham(rows: tuple[Tokenized, ...]) -> Session:
         with run.phase("sham control", "the same steps on shuffled answers"):
@@ -254,7 +264,7 @@ def _collect(
 
     learning = learning_evidence(prepared, before, after, train_sham, run.why)
     memory = None
-    unable = frozenset({"memory"}) - run.backend.abilities
+    unable = frozenset({"memory"}) - (run.backend.abilities if prepared.target else frozenset())
     if wanted(prepared, "memory", run.why, unable):
         with run.phase("measure memory", "LoRA and full fine-tuning, each in a fresh process"):
             memory = memory_evidence(prepared, run.why)

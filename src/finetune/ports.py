@@ -70,6 +70,9 @@ class Session(Protocol):
     def gradient_norms(self) -> dict[str, float]:
         """The L2 norm of each trainable tensor's gradient, as accumulated so far."""
 
+    def check_saving(self) -> None:
+        """Refuse now what `save_model` could only refuse in the end."""
+
     def save_model(self, folder: Path) -> None:
         """Write the whole model, its weights in safetensors, into an existing folder."""
 

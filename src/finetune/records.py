@@ -3,15 +3,22 @@
 Row -> Conversation | Document -> Rendered -> Tokenized -> Batch -> Event... -> Scores -> Verdict
 """
 
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 NO_LIMIT = 2**31 - 1
 """The context length of a model that states none, such as one that knows no positions."""
 
 Outcome = Literal["holds", "broken", "undecided", "not applicable"]
+AdapterKind = Literal["lora", "dora"]
+Scaling = Literal["standard", "rank_stabilized"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +168,8 @@ class ModelShape:
     """What a model's files say of its size, read without loading a weight; 0 is a size that they do not say.
 
     `heads` ask and `kv_heads` answer, each `head_dim` wide; the dropouts are shares that the model itself switches
-    off in training; `tied_head` says that the embedding table is the output head too.
+    off in training; `tied_head` says that the embedding table is the output head too; `weights` holds the shape of
+    each weight by its name.
     """
 
     architecture: str
@@ -178,26 +186,75 @@ class ModelShape:
     tied_head: bool = False
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
+    weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterTarget:
-    """The LoRA adapter to attach: `scale` = alpha / rank."""
+    """The adapter to attach to every linear layer whose path ends with one of `modules`.
+
+    `kind`: lora adds B A to a layer's weight; dora trains the length of each of its rows as well. `scaling` says what
+    B A is multiplied with: alpha / rank, or alpha / sqrt(rank). The patterns give layers a rank or an alpha of their
+    own, as PEFT's do: each is a regular expression for a path or the end of one, and the first that fits counts.
+    `saved` are the paths of modules that are trained whole.
+    """
 
     rank: int
     alpha: float
     dropout: float
     modules: tuple[str, ...]
+    kind: AdapterKind = "lora"
+    scaling: Scaling = "standard"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    saved: tuple[str, ...] = ()
+
+    def rank_of(self, path: str) -> int:
+        """The rank of one layer's adapter."""
+        return _first_fitting(self.rank_pattern, path, self.rank)
+
+    def alpha_of(self, path: str) -> float:
+        """The alpha of one layer's adapter."""
+        return _first_fitting(self.alpha_pattern, path, self.alpha)
+
+    def scale_of(self, path: str) -> float:
+        """What B A of one layer is multiplied with."""
+        rank = self.rank_of(path)
+        return self.alpha_of(path) / (rank if self.scaling == "standard" else math.sqrt(rank))
+
+
+def fits(pattern: str, path: str) -> bool:
+    """Whether a regular expression fits a layer's path, or the end of it from a dot on, as PEFT has it."""
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
+def _first_fitting(patterns: Mapping[str, T], path: str, otherwise: T) -> T:
+    return next((value for pattern, value in patterns.items() if fits(pattern, path)), otherwise)
 
 
 @dataclass(frozen=True, slots=True)
 class Optimization:
-    """How weights move: AdamW's numbers, constant over the run; the learning rate comes with each step."""
+    """How weights move: AdamW's numbers, constant over the run; the learning rate comes with each step.
+
+    `lora_plus_ratio` is how many times faster B moves than A; other trained tensors of one dimension move with B.
+    """
 
     weight_decay: float
     max_grad_norm: float
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
+    lora_plus_ratio: float = 1.0
+
+    def pace_of(self, name: str, dimensions: int) -> float:
+        """What the learning rate is multiplied with for a trained tensor, by its name in a PEFT model.
+
+        Source: Hayou et al. 2024 (arXiv:2402.12354), and `create_loraplus_optimizer` of Hugging Face PEFT.
+        """
+        return self.lora_plus_ratio if ".lora_B." in name or dimensions == 1 else 1.0
+
+    def decay_of(self, dimensions: int) -> float:
+        """The weight decay of a trained tensor: matrices shrink, while gains, biases and magnitudes do not."""
+        return self.weight_decay if dimensions > 1 else 0.0
 
 
 @dataclass(frozen=True, slots=True)

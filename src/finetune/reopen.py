@@ -6,6 +6,7 @@ from pathlib import Path
 from finetune.artifacts.run_folder import RunFolder
 from finetune.artifacts.write import describe_files
 from finetune.assembly.encoder import Encoder
+from finetune.assembly.observe import Observation, observe
 from finetune.assembly.prepare import Prepared, prepare
 from finetune.assembly.record import base_files, data_files
 from finetune.backends import open_backend
@@ -28,9 +29,26 @@ def reopen(path: Path) -> tuple[Prepared, Session]:
     prepared = prepare(LoadedConfig(plan.config, plan.origins))
     if folder.read_manifest()["data"].get("files") != data_files(prepared):
         raise DataError(f"the data that {path} was trained on has changed since", hint="restore the files of run.json")
-    if (folder.adapter / "chat_template.jinja").read_text(encoding="utf-8") != prepared.encoder.source.jinja:
+    if (_saved(folder, plan.config) / "chat_template.jinja").read_text(
+        encoding="utf-8"
+    ) != prepared.encoder.source.jinja:
         raise TemplateError(f"the template that {path} was trained with has changed since", hint="restore the file")
     return prepared, _tuned_session(folder, plan.config, prepared.location, prepared.encoder)
+
+
+def compare(prepared: Prepared, session: Session) -> tuple[Observation, Observation]:
+    """A look at the base and a look at the tuned model that `reopen` gave.
+
+    Raises:
+        FineTuneError: the base cannot be loaded again.
+    """
+    tuned = observe(session, prepared)
+    if prepared.target is not None:
+        with session.adapter_disabled():
+            return observe(session, prepared), tuned
+    config = prepared.plan.config
+    base = open_backend(config.backend).open(prepared.location, config.model.dtype, prepared.encoder.tokenizer.pad_id)
+    return observe(base, prepared), tuned
 
 
 def talker(path: Path, *, max_new_tokens: int) -> Callable[[Conversation], str]:
@@ -42,9 +60,10 @@ def talker(path: Path, *, max_new_tokens: int) -> Callable[[Conversation], str]:
     folder = RunFolder.finished(path)
     config = load_plan(folder.plan).config
     location = locate_model(config.model.path, revision=config.model.revision)
-    # A template from a file may have moved since; the copy that travels with the adapter has not.
+    # A template from a file may have moved since; the copy that travels with what was saved has not.
     own = config.template.name.endswith(".jinja")
-    encoder = Encoder(location, str(folder.adapter / "chat_template.jinja") if own else config.template.name)
+    copy = _saved(folder, config) / "chat_template.jinja"
+    encoder = Encoder(location, str(copy) if own else config.template.name)
     session = _tuned_session(folder, config, location, encoder)
 
     context = read_shape(location.folder).context_length
@@ -60,26 +79,35 @@ def talker(path: Path, *, max_new_tokens: int) -> Callable[[Conversation], str]:
     return answer
 
 
+def _saved(folder: RunFolder, config: TrainingConfig) -> Path:
+    """Where a run keeps what it trained: an adapter, or the whole model."""
+    return folder.model if config.adapter.kind == "full" else folder.adapter
+
+
 def _tuned_session(folder: RunFolder, config: TrainingConfig, location: ModelLocation, encoder: Encoder) -> Session:
-    """The adapter on its base, both byte for byte those of the run."""
+    """The adapter on its base, or the whole model, byte for byte those of the run."""
     manifest = folder.read_manifest()
     if manifest["model"]["files"] != base_files(location):
         raise ModelError(
             f"the base model {location.name!r} is not the one that {folder.path} was trained on: its weights differ",
             hint="get the model revision that run.json names",
         )
-    found = describe_files(folder.adapter)
-    now = {f"adapter/{file['path']}": {**file, "path": f"adapter/{file['path']}"} for file in found}
-    written = [file for file in manifest["artifacts"] if file["path"].startswith("adapter/")]
+    saved = _saved(folder, config)
+    found = describe_files(saved)
+    now = {f"{saved.name}/{file['path']}": {**file, "path": f"{saved.name}/{file['path']}"} for file in found}
+    written = [file for file in manifest["artifacts"] if file["path"].startswith(f"{saved.name}/")]
     # The model card is for people, who may well add to it.
     changed = [
         file["path"] for file in written if now.get(file["path"]) != file and not file["path"].endswith("README.md")
     ]
     if changed:
         raise ModelError(
-            f"the adapter in {folder.adapter} is not the one that was trained: changed or gone: {', '.join(changed)}",
+            f"the {saved.name} in {saved} is not the one that was trained: changed or gone: {', '.join(changed)}",
             hint="restore the folder, or train again",
         )
+    if saved == folder.model:
+        location = ModelLocation(location.name, saved.resolve(), "local")
     session = open_backend(config.backend).open(location, config.model.dtype, encoder.tokenizer.pad_id)
-    session.load_adapter(folder.adapter)
+    if saved == folder.adapter:
+        session.load_adapter(saved)
     return session

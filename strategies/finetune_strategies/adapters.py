@@ -1,11 +1,11 @@
 """LoRA adapters that fit a model, and near misses with the reason for which they must be refused."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from hypothesis import strategies as st
 
-from finetune.records import AdapterTarget, LinearLayer, ModelShape
+from finetune.records import AdapterTarget, LinearLayer, ModelShape, fits
 from finetune_strategies.models import Config, model_configs, model_shapes, shape_of_config
 
 _ALPHAS = (7.0, 0.5, 16.0, 3.0)
@@ -61,6 +61,60 @@ def adapter_targets(
     return AdapterTarget(rank, alpha, draw(st.sampled_from(dropouts)), modules)
 
 
+@st.composite
+def varied_targets(
+    draw: st.DrawFn, shape: ModelShape, *, dropouts: tuple[float, ...] = (0.0, 0.1, 0.4)
+) -> AdapterTarget:
+    """Adapters of any kind that fit the shape: LoRA or DoRA, either scaling, patterns, and modules trained whole."""
+    plain = draw(adapter_targets(shape, dropouts=dropouts))
+    layers = adapted_layers(shape, plain)
+    ranks, alphas = draw(_patterns(layers)), draw(_patterns(layers))
+    sides = {key: min(min(layer.shape) for layer in layers if fits(key, layer.name)) for key in ranks}
+    return replace(
+        plain,
+        kind=draw(st.sampled_from(["dora", "lora"])),
+        scaling=draw(st.sampled_from(["rank_stabilized", "standard"])),
+        rank_pattern={key: draw(st.integers(1, most)) for key, most in sides.items()},
+        alpha_pattern={key: draw(st.sampled_from([5.0, 0.3, 12.0])) for key in alphas},
+        saved=tuple(draw(st.lists(st.sampled_from(_whole_modules(shape, layers)), max_size=2, unique=True))),
+    )
+
+
+def varied_models(configs: st.SearchStrategy[Config] | None = None, **how: Any) -> st.SearchStrategy[AdaptedModel]:
+    """Models, of any config or of those given, each with an adapter of any kind; `how` as for `varied_targets`."""
+
+    def adapt(config: Config) -> st.SearchStrategy[AdaptedModel]:
+        shape = shape_of_config(config)
+        return varied_targets(shape, **how).map(lambda target: AdaptedModel(config, shape, target))
+
+    return (model_configs() if configs is None else configs).flatmap(adapt)
+
+
+@st.composite
+def _patterns(draw: st.DrawFn, layers: tuple[LinearLayer, ...]) -> list[str]:
+    """Patterns for some of the layers; where several fit one, each is still the first to fit another."""
+    short = [_short(layer) for layer in layers]
+    ends = [".".join(layer.name.split(".")[-3:]) for layer in layers]
+    regular = [rf"{name[:2]}.*" for name in short] + [rf".*\.0\..*\.{name}|x{name}" for name in short]
+    given = draw(st.lists(st.sampled_from(list(dict.fromkeys([*short, *ends, *regular]))), max_size=3, unique=True))
+    kept, left = [], [layer.name for layer in layers]
+    for key in given:
+        if any(fits(key, path) for path in left):
+            kept.append(key)
+            left = [path for path in left if not fits(key, path)]
+    return kept
+
+
+def _whole_modules(shape: ModelShape, layers: tuple[LinearLayer, ...]) -> list[str]:
+    """Norms, untied tables, and in a Llama linear layers that get no adapter."""
+    taken, linear = {layer.name for layer in layers}, {layer.name for layer in shape.linear_layers}
+    names = {name.rpartition(".")[0]: size for name, size in shape.weights.items() if name.endswith(".weight")}
+    tables = [path for path, size in names.items() if len(size) == 2 and size[0] == shape.vocab_size]
+    free = linear if shape.architecture != "LlamaForCausalLM" else set()
+    others = [path for path in names if path not in taken | free and path not in tables]
+    return others + ([] if shape.tied_head else 3 * tables)
+
+
 def adapted_models(configs: st.SearchStrategy[Config] | None = None, **how: Any) -> st.SearchStrategy[AdaptedModel]:
     """Models, of any config or of those given, each with an adapter that fits it; `how` as for `adapter_targets`."""
 
@@ -72,8 +126,8 @@ def adapted_models(configs: st.SearchStrategy[Config] | None = None, **how: Any)
 
 
 def any_adapter_targets() -> st.SearchStrategy[AdapterTarget]:
-    """Adapters of tiny models that need not be known."""
-    return model_shapes().flatmap(adapter_targets)
+    """Adapters of any kind, of tiny models that need not be known."""
+    return model_shapes().flatmap(lambda shape: adapter_targets(shape) | varied_targets(shape))
 
 
 @st.composite

@@ -61,6 +61,16 @@ _TEXT = Setting(texts(), _NEVER | st.none() | st.sampled_from([0, 7, 1.5, "", "N
 _EXTRA_RUNS = _words("auto", "always", "never")
 _TEMPLATES = _words("auto", "tokenizer", "alpaca", "chatml", "llama2", "llama3")
 _NAME_LISTS = st.lists(texts(), min_size=1, max_size=4)
+_NO_MAPPINGS = st.sampled_from(
+    [{}, [], "q_proj", 3, True, {"": 1}, {"q_proj": "x"}, {"q_proj": None}, {1: 2}, ["q_proj"]]
+)
+
+
+def _mapping(value: Setting) -> Setting:
+    mappings = st.dictionaries(texts(), value.accepted, min_size=1, max_size=3)
+    wrong = value.refused.filter(lambda each: each != "x").map(lambda each: {"q_proj": each})
+    return _optional(Setting(mappings, _NO_MAPPINGS | wrong))
+
 
 SETTINGS: dict[str, Setting] = {
     "model.path": _TEXT,
@@ -78,11 +88,18 @@ SETTINGS: dict[str, Setting] = {
     "tokens.max_length": _optional(_whole(8)),
     "tokens.overlong": _words("drop", "truncate_prompt", "split", "refuse"),
     "tokens.cache": _optional(_TEXT),
+    "adapter.kind": _words("lora", "dora", "full"),
     "adapter.rank": _whole(1),
     "adapter.alpha": _POSITIVE,
+    "adapter.scaling": _words("standard", "rank_stabilized"),
     "adapter.dropout": _SHARE,
     "adapter.targets": Setting(
         st.just("all-linear") | _NAME_LISTS, st.sampled_from(["q_proj", "", [], [""], [1], [True], {}, 3, True, None])
+    ),
+    "adapter.rank_pattern": _mapping(_whole(1)),
+    "adapter.alpha_pattern": _mapping(_POSITIVE),
+    "adapter.modules_to_save": _optional(
+        Setting(_NAME_LISTS, st.sampled_from(["norm", "", [], [""], [1], [True], {}, 3, True, "all-linear"]))
     ),
     "training.epochs": _POSITIVE,
     "training.max_steps": _optional(_whole(1)),
@@ -92,6 +109,7 @@ SETTINGS: dict[str, Setting] = {
     "training.learning_rate": _POSITIVE,
     "training.schedule": _words("cosine", "linear", "constant"),
     "training.warmup_fraction": _SHARE,
+    "training.lora_plus_ratio": _POSITIVE,
     "training.weight_decay": _number(st.sampled_from([-1.0, "-1e-9"]), min_value=0),
     "training.max_grad_norm": _POSITIVE,
     "training.seed": Setting(seeds(), _whole(0).refused | st.integers(min_value=2**32)),
@@ -109,7 +127,10 @@ SETTINGS: dict[str, Setting] = {
 """Every setting by dotted key, written down independently of the product's schema."""
 
 _COUNTING = ("training.", "evaluation.", "judge.memory_", "adapter.")
-_NO_NUMBERS = ("adapter.targets", "training.schedule", "training.packing")
+_NO_NUMBERS = (
+    "adapter.kind", "adapter.scaling", "adapter.targets", "adapter.rank_pattern", "adapter.alpha_pattern",
+    "adapter.modules_to_save", "training.schedule", "training.packing",
+)  # fmt: skip
 NUMBERS = (
     *(key for key in SETTINGS if key.startswith(_COUNTING) and key not in _NO_NUMBERS),
     "data.valid_fraction",
@@ -119,7 +140,7 @@ NUMBERS = (
 NULLABLE = (
     "model.revision", "data.train", "data.valid", "data.valid_fraction", "data.rehearsal", "data.retention",
     "data.limit", "tokens.max_length", "tokens.cache", "training.max_steps", "training.save_every",
-    "training.evaluate_every",
+    "training.evaluate_every", "adapter.rank_pattern", "adapter.alpha_pattern", "adapter.modules_to_save",
 )  # fmt: skip
 
 

@@ -122,7 +122,32 @@ def shape_of_config(config: Mapping[str, Any]) -> ModelShape:
         tied_head=bool(config.get("tie_word_embeddings")),
         attention_dropout=config.get("attn_pdrop", 0.0),
         hidden_dropout=config.get("resid_pdrop", 0.0),
+        weights={f"{name}.weight": shape for name, shape in layers.items()} | dict(_other_weights(config)),
     )
+
+
+def _other_weights(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Tables, norms and biases."""
+    llama = config["model_type"] == "llama"
+    width, words = config["hidden_size" if llama else "n_embd"], config["vocab_size"]
+    if not config.get("tie_word_embeddings"):
+        yield "lm_head.weight", (words, width)
+    if llama:
+        yield "model.embed_tokens.weight", (words, width)
+        yield "model.norm.weight", (width,)
+        for index in range(config["num_hidden_layers"]):
+            yield f"model.layers.{index}.input_layernorm.weight", (width,)
+            yield f"model.layers.{index}.post_attention_layernorm.weight", (width,)
+        return
+    yield "transformer.wte.weight", (words, width)
+    yield "transformer.wpe.weight", (config["n_positions"], width)
+    norms = ["ln_f", *(f"h.{index}.{norm}" for index in range(config["n_layer"]) for norm in ("ln_1", "ln_2"))]
+    for norm in norms:
+        yield f"transformer.{norm}.weight", (width,)
+        yield f"transformer.{norm}.bias", (width,)
+    for index in range(config["n_layer"]):
+        for name, (_, outputs) in _gpt2_block(config):
+            yield f"transformer.h.{index}.{name}.bias", (outputs,)
 
 
 def _llama_block(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -43,10 +43,15 @@ CHANGES: dict[str, Change] = {
     "tokens.max_length": Change(40),
     "tokens.overlong": Change("truncate_prompt", {"tokens.max_length": 40}),
     "tokens.cache": Change("CACHE"),
+    "adapter.kind": Change("dora"),
     "adapter.rank": Change(3),
     "adapter.alpha": Change(5.0),
+    "adapter.scaling": Change("rank_stabilized"),
     "adapter.dropout": Change(0.5),
     "adapter.targets": Change(["q_proj"]),
+    "adapter.rank_pattern": Change({"q_proj": 1}),
+    "adapter.alpha_pattern": Change({"q_proj": 3.0}),
+    "adapter.modules_to_save": Change(["model.norm"]),
     "training.epochs": Change(1.0),
     "training.max_steps": Change(2),
     "training.batch_size": Change(2),
@@ -55,6 +60,7 @@ CHANGES: dict[str, Change] = {
     "training.learning_rate": Change(0.02),
     "training.schedule": Change("linear"),
     "training.warmup_fraction": Change(0.5),
+    "training.lora_plus_ratio": Change(4.0),
     "training.weight_decay": Change(0.5),
     "training.max_grad_norm": Change(0.01),
     "training.seed": Change(1),
@@ -127,7 +133,7 @@ def test_every_setting_is_in_the_table_and_the_schema() -> None:
     listed = {name for name in schema["properties"] if name not in schema.get("$defs", {})}
     assert set(CHANGES) == set(KEYS)
     assert {key.split(".")[0] for key in CHANGES} <= listed
-    assert len(CHANGES) == 38
+    assert len(CHANGES) == 44
     assert all(change.value != {**BASE, **change.given}.get(key) for key, change in CHANGES.items())
 
 

@@ -97,11 +97,12 @@ def damages(weights: str, config: str) -> dict[str, Callable[[Path], None]]:
 ADAPTER_DAMAGES = damages(WEIGHTS, "adapter_config.json") | {
     f"{key} {value}": _settings("adapter_config.json", **{key: value})
     for key, value in [
-        ("use_dora", True), ("use_rslora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 2}), ("r", 2),
+        ("use_dora", True), ("use_rslora", "yes"), ("bias", "all"), ("rank_pattern", {"q_proj": 2}), ("r", 2),
         ("r", True), ("r", "absent"), ("lora_alpha", "7"), ("lora_dropout", 1.0), ("peft_type", "IA3"),
         ("target_modules", "all-linear"), ("target_modules", ["q_prj"]), ("target_modules", "absent"),
         ("modules_to_save", ["lm_head"]), ("init_lora_weights", "pissa"), ("a_new_kind", 3), ("fan_in_fan_out", True),
-        ("layers_to_transform", [1]),
+        ("layers_to_transform", [1]), ("alpha_pattern", {"q_proj": 0}), ("alpha_pattern", {"(": 3.0}),
+        ("rank_pattern", ["q_proj"]), ("modules_to_save", "norm"), ("modules_to_save", ["norm"]),
     ]
 }  # fmt: skip
 MODEL_DAMAGES = damages("model.safetensors", "config.json") | {
@@ -119,8 +120,8 @@ MODEL_DAMAGES = damages("model.safetensors", "config.json") | {
 
 @pytest.mark.parametrize("kind", ADAPTER_DAMAGES)
 def test_adapter_damaged_is_refused(kind: str, tmp_path: Path) -> None:
-    """An adapter whose files are damaged, or that is more than plain LoRA, is refused and the model stays as it was."""
-    assert len(ADAPTER_DAMAGES) == 28
+    """An adapter whose files are damaged, or of a kind that is not known, is refused and the model stays as it was."""
+    assert len(ADAPTER_DAMAGES) == 33
     adapted(trained=True).save_adapter(tmp_path)
     ADAPTER_DAMAGES[kind](tmp_path)
     session = tiny()

@@ -14,6 +14,7 @@ from typing import Any
 
 from finetune.artifacts.checkpoints import CheckpointStore
 from finetune.artifacts.run_folder import RunFolder
+from finetune.assembly.prepare import adapter_target
 from finetune.config import KEYS, ModelAndDataFacts, load_config, load_plan, parse_assignments, resolve
 from finetune.data.facts import new_facts
 from finetune.data.read import read_rows
@@ -21,7 +22,7 @@ from finetune.data.shape import shape_rows
 from finetune.data.shipped import data_path
 from finetune.errors import FineTuneError, NonFiniteError
 from finetune.memory.measure import measure_framework
-from finetune.records import Batch, Conversation, Message, Row, Tokenized
+from finetune.records import Batch, Conversation, LinearLayer, Message, ModelShape, Row, Tokenized
 from finetune.templates.catalog import TemplateSource
 from finetune.templates.render import ChatTemplate, find_template
 from finetune.templates.sandbox import compile_template
@@ -304,6 +305,33 @@ def written() -> Iterator[tuple[str, str]]:
         yield name, words.strip("\n")
 
 
+_LAYERS = {f"model.layers.{index}.self_attn.{name}": (8, 6) for index in range(2) for name in ("q_proj", "v_proj")}
+_OTHERS = {"model.embed_tokens.weight": (97, 6), "model.norm.weight": (6,)}
+SHAPE = ModelShape(
+    "TinyForCausalLM", 1000, 97, 6, 2, 40, tuple(LinearLayer(*layer) for layer in _LAYERS.items()), tied_head=True,
+    weights={**{f"{name}.weight": shape for name, shape in _LAYERS.items()}, **_OTHERS},
+)  # fmt: skip
+
+
+def adapter(**said: Any) -> Case:
+    """Settle an adapter on a tiny model."""
+    given = {f"adapter.{key}": value for key, value in said.items()}
+    return lambda folder: adapter_target(load_config(None, environ={}, overrides=given, profile=None).config, SHAPE)
+
+
+CASES |= {
+    "adapter pattern of nothing": adapter(rank_pattern={"q_prj": 2}),
+    "adapter pattern of others": adapter(targets=["v_proj"], alpha_pattern={"q_proj": 2.0}),
+    "adapter pattern too late": adapter(rank_pattern={".*_proj": 2, "q_proj": 3}),
+    "adapter pattern broken": adapter(rank_pattern={"q_proj(": 2}),
+    "adapter pattern too high": adapter(rank=2, rank_pattern={"1.self_attn.q_proj": 7}),
+    "adapter rank too high": adapter(rank=7),
+    "adapter saves nothing": adapter(rank=2, modules_to_save=["nrm"]),
+    "adapter saves a tied table": adapter(rank=2, modules_to_save=["embed_tokens"]),
+    "adapter saves a tied head": adapter(rank=2, modules_to_save=["lm_head"]),
+    "adapter saves an adapted layer": adapter(rank=2, modules_to_save=["norm", "q_proj"]),
+    "adapter of a whole model": config_text("adapter: {kind: full, rank: 3}", profile="chat"),
+}
 CASES["data facts"] = lambda folder: new_facts(-1, 0)
 CASES["data row of nothing"] = lambda folder: shape_rows([Row({}, "rows.jsonl:1")])
 

@@ -3,6 +3,7 @@
 import os
 import platform
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,35 @@ def test_live_tensors_are_as_counted(family: ModelLocation, step: str, method: s
     told = forecast_of(family, target, dtype, load_of([batch], times))
     # In bfloat16 a product takes room of its own, up to 0.2 MB, which is much beside so small a model.
     assert told.expected.tensors == pytest.approx(peak, rel=COUNTED, abs=51_200 if dtype == "bfloat16" else 0)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "dora": {"kind": "dora"},
+    "dora with dropout": {"kind": "dora", "dropout": 0.2},
+    "patterns": {"rank_pattern": {r".*\.0\..*": 7}},
+    "whole tables": {"saved": ("embed_tokens", "lm_head", "norm")},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_live_tensors_are_as_counted_for_every_kind_of_adapter(family: ModelLocation, kind: str, dtype: str) -> None:
+    """With DoRA, ranks by pattern and modules trained whole, live tensors peak within 5 % of what is expected."""
+    shape = read_shape(family.folder)
+    ends = KINDS[kind].get("saved", ())
+    modules = (name.rpartition(".")[0] for name in shape.weights)
+    saved = tuple(path for path in dict.fromkeys(modules) if path.rsplit(".", 1)[-1] in ends)
+    if ends and (shape.tied_head or len(saved) < 3):
+        pytest.skip("its tables are tied, or go by other names")
+    target = replace(target_of(family, {}), **{**KINDS[kind], "saved": saved})
+    batch = batch_of(shape.vocab_size, {"rows": 4, "length": 40})
+    session = open_session(family, dtype=dtype)
+    session.attach(target, seed=0)
+    session.prepare_updates(Optimization(0.0, 1.0))
+    session.accumulate(batch, 1 / batch.target_count)
+    session.update(1e-4)
+    told = forecast_of(family, target, dtype, load_of([batch]))
+    assert told.expected.tensors == pytest.approx(peak_tensors(session, batch), rel=COUNTED)
 
 
 OTHERS = {

@@ -183,7 +183,7 @@ def test_adapter_folder_holds_what_peft_reads(location: ModelLocation, trained: 
 ADAPTER_DAMAGES = damages(WEIGHTS, SETTINGS) | {
     f"{key} {value}": changed_settings(SETTINGS, **{key: value})
     for key, value in [
-        ("use_dora", True), ("use_rslora", True), ("rank_pattern", {"q_proj": 2}), ("r", 2), ("r", "absent"),
+        ("use_dora", True), ("use_rslora", 2), ("rank_pattern", {"q_proj|c_fc|c_attn": 2}), ("r", 2), ("r", "absent"),
         ("lora_alpha", "7"), ("peft_type", "IA3"), ("target_modules", ["q_prj"]), ("modules_to_save", ["lm_head"]),
     ]
 }  # fmt: skip
@@ -191,7 +191,7 @@ ADAPTER_DAMAGES = damages(WEIGHTS, SETTINGS) | {
 
 @pytest.mark.parametrize("kind", ADAPTER_DAMAGES)
 def test_adapter_damaged_is_refused(location: ModelLocation, saved: Path, kind: str) -> None:
-    """An adapter whose files are damaged, or that is more than plain LoRA, is refused and the model stays as it was."""
+    """An adapter whose files are damaged, or of a kind that is not known, is refused and the model stays as it was."""
     assert len(ADAPTER_DAMAGES) == 21
     ADAPTER_DAMAGES[kind](saved)
     session = adapted(location, seed=6)

@@ -73,7 +73,7 @@ def test_adapter_travels_through_mlx_lms_format(
 
 
 MLX_DAMAGES = damages("adapters.safetensors", SETTINGS) | {
-    "dora": changed_settings(SETTINGS, fine_tune_type="dora"),
+    "dora without magnitudes": changed_settings(SETTINGS, fine_tune_type="dora"),
     "full": changed_settings(SETTINGS, fine_tune_type="full"),
     "no parameters": changed_settings(SETTINGS, lora_parameters="absent"),
     "no scale": changed_settings(SETTINGS, lora_parameters={"rank": 3}),

@@ -28,6 +28,7 @@ class RunFolder:
         self.manifest = path / "run.json"
         self.events = path / "events.jsonl"
         self.adapter = path / "adapter"
+        self.model = path / "model"
         self.checkpoints = path / "checkpoints"
         self.report_page = path / "report.html"
         self.report_data = path / "report.json"
@@ -114,13 +115,15 @@ class RunFolder:
             self._lock = None
 
     def tidy(self) -> None:
-        """Make an unfinished run ready to go on: what a killed process left half written goes, adapter and report too.
+        """Make an unfinished run ready to go on: what a killed process left half written goes.
 
-        Those two are in an unfinished run when it was killed just before its manifest; they are written again.
+        So do what it saved and its report: they are in an unfinished run when it was killed just before its manifest,
+        and are written again.
         """
         remove_torn(self.path)
-        if self.adapter.exists():
-            remove_folder(self.adapter)
+        for saved in (self.adapter, self.model):
+            if saved.exists():
+                remove_folder(saved)
         self.report_page.unlink(missing_ok=True)
         self.report_data.unlink(missing_ok=True)
 

@@ -121,6 +121,7 @@ def learning_evidence(
 def memory_evidence(prepared: Prepared, why: dict[str, str]) -> MemoryEvidence | None:
     """LoRA and full fine-tuning, each measured in a fresh process at the same sizes; None where that failed."""
     config = prepared.plan.config
+    assert prepared.target is not None
     sizes = {
         "batch_size": config.judge.memory_batch_size,
         "length": config.judge.memory_length,
@@ -137,9 +138,9 @@ def memory_evidence(prepared: Prepared, why: dict[str, str]) -> MemoryEvidence |
 
 
 def artifact_evidence(
-    prepared: Prepared, session: Session, adapter: Path, files: Sequence[Mapping[str, Any]], why: dict[str, str]
+    prepared: Prepared, session: Session, saved: Path, files: Sequence[Mapping[str, Any]], why: dict[str, str]
 ) -> ArtifactEvidence:
-    """Sizes of what was written, and what a fresh process makes of the adapter."""
+    """Sizes of what was written, and what a fresh process makes of the saved adapter or model."""
     found: Reload | None = None
     rows = prepared.train.rows[:_RELOADED_PROMPTS]
     config = prepared.plan.config
@@ -148,7 +149,7 @@ def artifact_evidence(
             config.backend,
             session,
             prepared.location,
-            adapter,
+            saved,
             prompts=[row.ids for row in rows],
             dtype=config.model.dtype,
         )
@@ -160,14 +161,19 @@ def artifact_evidence(
 
 
 def parameter_evidence(
-    session: Session, before: Mapping[str, str], first_gradients: Mapping[str, float], steps: int
+    prepared: Prepared, session: Session, before: Mapping[str, str], first_gradients: Mapping[str, float], steps: int
 ) -> ParameterEvidence:
     """Fingerprints before and after, for the judge."""
-    return ParameterEvidence(before, session.fingerprints(), tuple(session.trainable_names()), first_gradients, steps)
+    kind = prepared.plan.config.adapter.kind
+    declared = tuple(session.trainable_names())
+    return ParameterEvidence(before, session.fingerprints(), declared, first_gradients, steps, kind)
 
 
 def wanted(prepared: Prepared, name: str, why: dict[str, str], unable: frozenset[str] = frozenset()) -> bool:
     """Whether the extra runs of `judge.sham` or `judge.memory` are to be made; where not, `why` says why."""
+    if name == "memory" and prepared.target is None:
+        why[name] = "the whole model is trained (adapter.kind is full): there is no adapter to compare with that"
+        return False
     choice = getattr(prepared.plan.config.judge, name)
     if name in unable:
         why[name] = f"the {prepared.plan.config.backend} backend has no means to measure it"

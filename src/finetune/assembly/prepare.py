@@ -13,7 +13,8 @@ from finetune.data.shape import Example, Shaped, shape_rows
 from finetune.data.shipped import FACTS, REHEARSAL, RETENTION, data_path
 from finetune.data.split import hold_out
 from finetune.errors import ConfigError, DataError, Problem
-from finetune.models.adapt import check_rank, choose_layers
+from finetune.memory.estimate import adapter_parameters
+from finetune.models.adapt import check_patterns, check_rank, choose_layers, choose_saved
 from finetune.models.locate import SHIPPED, locate_model
 from finetune.models.shape import read_shape
 from finetune.records import AdapterTarget, Batch, Conversation, Message, ModelLocation, ModelShape, Question, Tokenized
@@ -32,7 +33,7 @@ class Prepared:
     plan: Plan
     location: ModelLocation
     shape: ModelShape
-    target: AdapterTarget
+    target: AdapterTarget | None
     encoder: Encoder
     train: Encoded
     rehearsal: Encoded | None
@@ -48,6 +49,11 @@ class Prepared:
     def training_rows(self) -> tuple[Tokenized, ...]:
         """The rows that are trained on: those to learn and those to rehearse."""
         return self.train.rows + (self.rehearsal.rows if self.rehearsal else ())
+
+    @property
+    def trainable_parameters(self) -> int:
+        """How many numbers are trained."""
+        return adapter_parameters(self.shape, self.target) if self.target else self.shape.parameters
 
 
 def prepare(loaded: LoadedConfig) -> Prepared:
@@ -97,14 +103,28 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     )
 
 
-def adapter_target(config: TrainingConfig, shape: ModelShape) -> AdapterTarget:
-    """The adapter as configured, on this model.
+def adapter_target(config: TrainingConfig, shape: ModelShape) -> AdapterTarget | None:
+    """The adapter as configured, on this model; None where the whole model is trained.
 
     Raises:
-        ModelError: a target matches no layer, or the rank is above a layer's size.
+        ModelError: a target, a pattern or a module to save matches nothing, or a rank is above a layer's size.
     """
     adapter = config.adapter
-    target = AdapterTarget(adapter.rank, adapter.alpha, adapter.dropout, choose_layers(shape, adapter.targets))
+    if adapter.kind == "full":
+        return None
+    modules = choose_layers(shape, adapter.targets)
+    target = AdapterTarget(
+        adapter.rank,
+        adapter.alpha,
+        adapter.dropout,
+        modules,
+        kind=adapter.kind,
+        scaling=adapter.scaling,
+        rank_pattern=adapter.rank_pattern or {},
+        alpha_pattern=adapter.alpha_pattern or {},
+        saved=choose_saved(shape, adapter.modules_to_save or (), modules),
+    )
+    check_patterns(shape, target)
     check_rank(shape, target)
     return target
 

@@ -16,7 +16,6 @@ from finetune.assembly.prepare import Prepared
 from finetune.config import plan_as_list
 from finetune.criteria.evidence import Evidence
 from finetune.criteria.judge import overall
-from finetune.memory.estimate import adapter_parameters
 from finetune.models.shape import weight_files
 from finetune.records import ModelLocation, Scores, Verdict
 
@@ -78,7 +77,9 @@ def run_record(
 
 def run_identity(prepared: Prepared) -> dict[str, Any]:
     """What a checkpoint belongs to: every setting, and the hashes of the base's weights and of the data."""
-    identity = {entry["key"]: entry["value"] for entry in plan_as_list(prepared.plan)}
+    # Of a mapping the order counts too: the first pattern that fits a layer is its own.
+    settings = {entry["key"]: entry["value"] for entry in plan_as_list(prepared.plan)}
+    identity = {key: list(value.items()) if isinstance(value, dict) else value for key, value in settings.items()}
     identity |= {f"weights {file['path']}": file["sha256"] for file in base_files(prepared.location)}
     identity |= {f"data {path.name}": file_hash(path) for path in prepared.files}
     plain: dict[str, Any] = json.loads(json.dumps(identity))
@@ -120,7 +121,7 @@ def _model(prepared: Prepared) -> dict[str, Any]:
         "source": location.source,
         "architecture": shape.architecture,
         "parameters": shape.parameters,
-        "trainable_parameters": adapter_parameters(shape, prepared.target),
+        "trainable_parameters": prepared.trainable_parameters,
         "context_length": shape.context_length,
         "files": base_files(location),
     }

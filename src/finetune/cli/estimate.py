@@ -46,6 +46,7 @@ def command(
     as tokens.max_length and trained throughout; with it, the largest batch of your rows counts.
     """
     from finetune.assembly.prepare import adapter_target
+    from finetune.config import TrainingConfig
     from finetune.memory.framework import framework_of
     from finetune.memory.measure import measure_framework as measured_here
     from finetune.memory.outlook import foresee, outlook_notes, outlook_table, outlook_values
@@ -59,16 +60,20 @@ def command(
     if measure_framework:
         framework = framework.measured(measured_here(settings.backend))
     shape = read_shape(locate_model(settings.model.path, revision=settings.model.revision).folder)
-    target = adapter_target(settings, shape)
+    # Where the whole model is to be trained, a plain adapter is shown beside it.
+    target = adapter_target(settings, shape) or adapter_target(TrainingConfig(), shape)
+    assert target is not None
     load, basis = _load(loaded, shape)
     outlook = foresee(shape, target, settings.model.dtype, load, framework, available_memory())
     if json_output:
         print_json({"model": settings.model.path, "basis": basis, **outlook_values(outlook)})
         return 0
     console = data_console()
-    trained = outlook.forecasts["LoRA"].trainable_parameters
+    trained = f"the adapter trains {outlook.forecasts['LoRA'].trainable_parameters:,} of its own"
+    if settings.adapter.kind == "full":
+        trained = "all of them are trained"
     lines = [
-        f"{settings.model.path}: {shape.parameters:,} parameters; the adapter trains {trained:,} of its own",
+        f"{settings.model.path}: {shape.parameters:,} parameters; {trained}",
         f"{load.rows} x {load.length} tokens at once, {load.targets:,} of them trained: {basis}",
     ]
     for line in lines:

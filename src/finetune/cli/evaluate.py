@@ -8,13 +8,9 @@ from finetune.cli.options import AsJson, RunPath
 
 def command(run: RunPath, *, json_output: AsJson = False) -> int:
     """Score the base and the fine-tuned model of a finished run on its questions."""
-    from finetune.assembly.observe import observe
-    from finetune.reopen import reopen
+    from finetune.reopen import compare, reopen
 
-    prepared, session = reopen(run)
-    with session.adapter_disabled():
-        base = observe(session, prepared)
-    tuned = observe(session, prepared)
+    base, tuned = compare(*reopen(run))
     sets = {"trained questions": (base.learning, tuned.learning), "retention": (base.retention, tuned.retention)}
     result: dict[str, Any] = {
         name: {"count": len(old.answers), "base": old.right, "tuned": new.right}

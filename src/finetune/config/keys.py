@@ -41,6 +41,18 @@ _NAMES_ELSEWHERE: dict[str, str] = {
     "lora_rank": "adapter.rank",
     "lora_alpha": "adapter.alpha",
     "lora_dropout": "adapter.dropout",
+    "use_dora": "adapter.kind",
+    "peft_use_dora": "adapter.kind",
+    "fine_tune_type": "adapter.kind",
+    "finetuning_type": "adapter.kind",
+    "use_peft": "adapter.kind",
+    "full_finetuning": "adapter.kind",
+    "use_rslora": "adapter.scaling",
+    "peft_use_rslora": "adapter.scaling",
+    "lora_modules_to_save": "adapter.modules_to_save",
+    "additional_target": "adapter.modules_to_save",
+    "loraplus_lr_ratio": "training.lora_plus_ratio",
+    "loraplus_ratio": "training.lora_plus_ratio",
     "target_modules": "adapter.targets",
     "lora_target_modules": "adapter.targets",
     "base_model": "model.path",
@@ -147,6 +159,9 @@ def _phrase(schema: dict[str, Any]) -> str:
         return f"{'a whole number' if kind == 'integer' else 'a number'} {_bounds(schema)}".strip()
     if kind == "array":
         return "a list of at least one name"
+    if kind == "object":
+        [value] = schema["patternProperties"].values()
+        return f"a mapping of at least one name to {_phrase(value)}"
     if kind == "string":
         return "a path ending in .jinja" if schema.get("pattern", "").endswith(r"\.jinja$") else "printable text"
     return str(kind)

@@ -55,8 +55,11 @@ def load_plan(path: Path) -> Plan:
 
 def yaml_line(name: str, value: Any) -> str:
     """`name: value` on one line, read back as the same value by any YAML 1.1 reader, floats exactly."""
-    flow = None if isinstance(value, list) else False
-    text: str = yaml.safe_dump({name: value}, default_flow_style=flow, allow_unicode=True, width=float("inf"))
+    flow = None if isinstance(value, list | dict) else False
+    # Sorted, the patterns of a mapping would mean something else: the first that fits counts.
+    text: str = yaml.safe_dump(
+        {name: value}, default_flow_style=flow, allow_unicode=True, width=float("inf"), sort_keys=False
+    )
     return text.rstrip("\n")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.config.keys import flatten, unflatten
+from finetune.config.keys import default_of, flatten, unflatten
 from finetune.config.load import LoadedConfig
 from finetune.config.schema import TrainingConfig
 from finetune.config.sources import Origin
@@ -40,6 +40,7 @@ def resolve(loaded: LoadedConfig, facts: ModelAndDataFacts) -> Plan:
     config, origins = loaded.config, loaded.origins
     derived: dict[str, Any] = {}
     problems = [*_length_problems(loaded, facts), *_split_problems(loaded), *_template_problems(loaded, facts)]
+    problems += _adapter_problems(loaded)
     if problems:
         raise ConfigError(problems)
     if config.tokens.max_length is None:
@@ -111,3 +112,20 @@ def _template_problems(loaded: LoadedConfig, facts: ModelAndDataFacts) -> list[P
     where = f"template.name ({loaded.origins['template.name']})"
     what = "template is tokenizer, but this model's tokenizer has no chat template"
     return [Problem(what, where, "use auto, alpaca, chatml, llama2, llama3 or a .jinja file")]
+
+
+def _adapter_problems(loaded: LoadedConfig) -> list[Problem]:
+    """What is said of an adapter where none is trained; a profile does not know that there is none."""
+    if loaded.config.adapter.kind != "full":
+        return []
+    values = flatten(loaded.config)
+    idle = [key for key in values if key.startswith("adapter.") and key != "adapter.kind"]
+    return [
+        Problem(
+            "adapter.kind is full: every weight is trained, and there is no adapter that this could be said of",
+            f"{key} ({loaded.origins[key]})",
+            "leave it out, or set adapter.kind to lora or dora",
+        )
+        for key in (*idle, "training.lora_plus_ratio")
+        if values[key] != default_of(key) and loaded.origins[key] != "profile"
+    ]

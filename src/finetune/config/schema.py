@@ -44,6 +44,9 @@ Text = Annotated[
 TemplatePath = Annotated[str, Field(pattern=r"^[^" + _UNPRINTABLE + r"]+\.jinja$")]
 TemplateName = Literal["auto", "tokenizer", "alpaca", "chatml", "llama2", "llama3"]
 Names = Annotated[tuple[Text, ...], Field(min_length=1)]
+_Mapping = Field(min_length=1, json_schema_extra={"additionalProperties": False})
+RankPattern = Annotated[dict[Text, Count], _Mapping]
+AlphaPattern = Annotated[dict[Text, Positive], _Mapping]
 ExtraRuns = Literal["auto", "always", "never"]
 
 
@@ -125,17 +128,39 @@ class TokenSpec(Spec):
 
 
 class AdapterSpec(Spec):
-    """The LoRA adapter that is trained."""
+    """What is trained: an adapter, or the whole model."""
 
+    kind: Literal["lora", "dora", "full"] = Field(
+        default="lora",
+        description="What is trained: a LoRA adapter, a DoRA adapter (which trains the length of each row as well), or "
+        "the full model and no adapter.",
+    )
     rank: Count = Field(default=8, description="The adapter's rank: a higher one learns more and takes more memory.")
     alpha: Positive = Field(
         default=16.0, description="How strongly the adapter acts: its output is scaled by alpha / rank."
+    )
+    scaling: Literal["standard", "rank_stabilized"] = Field(
+        default="standard",
+        description="What scales the adapter's output: alpha / rank, or alpha / sqrt(rank), which is called rsLoRA and "
+        "lets high ranks learn as fast as low ones.",
     )
     dropout: Share = Field(
         default=0.0, description="The share of adapter inputs switched off at random while training."
     )
     targets: Literal["all-linear"] | Names = Field(
         default="all-linear", description="Which layers get an adapter: all linear ones, or a list of layer names."
+    )
+    rank_pattern: RankPattern | None = Field(
+        default=None,
+        description="Ranks of some layers' own: a regular expression for the end of a layer's path, and the rank; the "
+        "first that fits counts.",
+    )
+    alpha_pattern: AlphaPattern | None = Field(
+        default=None, description="Alphas of some layers' own, by pattern as in rank_pattern."
+    )
+    modules_to_save: Names | None = Field(
+        default=None,
+        description="Modules that are trained whole and saved beside the adapter, such as lm_head; null for none.",
     )
 
 
@@ -159,8 +184,12 @@ class LoopSpec(Spec):
     warmup_fraction: Share = Field(
         default=0.05, description="The share of the steps in which the learning rate rises from near zero."
     )
+    lora_plus_ratio: Positive = Field(
+        default=1.0,
+        description="How many times faster B moves than A, which is called LoRA+; 1 moves all alike.",
+    )
     weight_decay: PositiveOrZero = Field(
-        default=0.0, description="How strongly AdamW pulls adapter weights towards zero."
+        default=0.0, description="How strongly AdamW pulls trained matrices towards zero; gains and biases are spared."
     )
     max_grad_norm: Positive = Field(default=1.0, description="Gradients longer than this are shortened to it.")
     seed: Seed = Field(default=0, description="The number all randomness starts from: same seed, same run.")
@@ -211,7 +240,9 @@ class TrainingConfig(Spec):
         description="How a row becomes text; `template: chatml` is short for the name below.",
     )
     tokens: TokenSpec = Field(default_factory=TokenSpec, description="How text becomes tokens.")
-    adapter: AdapterSpec = Field(default_factory=AdapterSpec, description="The LoRA adapter that is trained.")
+    adapter: AdapterSpec = Field(
+        default_factory=AdapterSpec, description="What is trained: an adapter, or the whole model."
+    )
     training: LoopSpec = Field(default_factory=LoopSpec, description="How long and how fast is trained.")
     evaluation: EvaluationSpec = Field(
         default_factory=EvaluationSpec, description="What the model is asked before and after training."

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from finetune.records import MemoryMeasure, Reload, Scores
 
@@ -39,13 +40,14 @@ class MemoryEvidence:
 
 @dataclass(frozen=True, slots=True)
 class ParameterEvidence:
-    """Fingerprints of every tensor before and after, and the gradients of the first step."""
+    """Fingerprints of every tensor before and after, and the first step's gradients; `kind` says what is trained."""
 
     before: Mapping[str, str]
     after: Mapping[str, str]
     declared: tuple[str, ...]
     first_gradients: Mapping[str, float]
     steps: int
+    kind: Literal["lora", "dora", "full"] = "lora"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from finetune.records import Outcome, Verdict
 
 _START_MARGIN = 1.0
 """Nats by which the start loss may exceed that of a uniform guess before 'it fell' means nothing."""
+_FIRST_STEP = "At the first step B has a gradient and A has none"
 _LOGIT_TOLERANCE = 1e-4
 """Allowed difference of reloaded logits, as a share of the largest logit; float32 sums in another order stay below."""
 
@@ -123,16 +124,19 @@ def _judge_parameters(evidence: Evidence) -> list[Verdict]:
     adapter_before = {name: parameters.before[name] for name in declared}
     adapter_after = {name: parameters.after[name] for name in declared}
     share = TrainingSuccessValidator.changed_share(adapter_before, adapter_after)
-    enough = parameters.steps >= 2
+    whole = parameters.kind == "full"
+    enough = whole or parameters.steps >= 2
     verdicts = [
         Verdict(
-            "parameter-updates", "Adapter tensors change", 4,
+            "parameter-updates", "The model's tensors change" if whole else "Adapter tensors change", 4,
             _word(share > MIN_CHANGED_SHARE) if enough else "undecided",
             f"{share:.0%} of {len(declared)} tensors", "> 80 %",
             "" if enough else "A cannot change at the first step (B starts at 0): needs two steps",
             numbers={"share": share},
         )
     ]  # fmt: skip
+    if whole:
+        return [*verdicts, *_without_adapter()]
     changed = {name for name in parameters.before if parameters.before[name] != parameters.after[name]}
     strays = sorted(changed - declared)
     verdicts.append(
@@ -145,9 +149,23 @@ def _judge_parameters(evidence: Evidence) -> list[Verdict]:
     return [*verdicts, _judge_first_gradients(evidence)]
 
 
+def _without_adapter() -> list[Verdict]:
+    """What is said of the frozen rest and of A and B where the whole model is trained."""
+    return [
+        Verdict(
+            "parameter-exactly", "Nothing else changes", 4, "not applicable", "0 frozen tensors", "0",
+            "nothing is frozen: the whole model is trained", companion=True,
+        ),
+        Verdict(
+            "parameter-first-step", _FIRST_STEP, 4, "not applicable", "not measured", "B > 0, A = 0",
+            "no adapter is trained, so there is neither A nor B", companion=True,
+        ),
+    ]  # fmt: skip
+
+
 def _judge_first_gradients(evidence: Evidence) -> Verdict:
     norms = evidence.parameters.first_gradients
-    title = "At the first step B has a gradient and A has none"
+    title = _FIRST_STEP
     if not norms:
         reason = evidence.why.get("first_gradients", "the first step's gradients were not recorded")
         return Verdict(
@@ -179,6 +197,9 @@ def _judge_artifacts(evidence: Evidence) -> list[Verdict]:
     ]  # fmt: skip
     reload = artifacts.reload
     title = "The adapter works in a fresh process on a fresh base"
+    idle = "the adapter changes nothing"
+    if evidence.parameters.kind == "full":
+        title, idle = "The saved model works in a fresh process", "the saved model is the base"
     if reload is None:
         reason = evidence.why.get("reload", "not tried")
         missing = Verdict(
@@ -191,7 +212,7 @@ def _judge_artifacts(evidence: Evidence) -> list[Verdict]:
         Verdict(
             "artifacts-reload", title, 5, _word(same and differs),
             f"logits differ by {reload.difference:.2g}; from the base by {reload.difference_from_base:.2g}",
-            f"<= {limit:.2g}; > {limit:.2g}", "" if differs else "the adapter changes nothing", companion=True,
+            f"<= {limit:.2g}; > {limit:.2g}", "" if differs else idle, companion=True,
         )
     )  # fmt: skip
     return verdicts

@@ -1,4 +1,4 @@
-"""Checks in a fresh process that a saved adapter gives the same logits on a fresh base."""
+"""Checks in a fresh process that a saved adapter, or a saved model, gives the same logits."""
 
 import tempfile
 from collections.abc import Sequence
@@ -13,22 +13,26 @@ def check_reload(
     backend: str,
     session: Session,
     location: ModelLocation,
-    adapter: Path,
+    saved: Path,
     *,
     prompts: Sequence[Sequence[int]],
     dtype: str,
 ) -> Reload:
-    """Compare the session's logits on `prompts` with those of the saved adapter, loaded elsewhere.
+    """Compare the session's logits on `prompts` with those of what was saved, an adapter or a model, loaded elsewhere.
+
+    Args:
+        location: the base.
 
     Raises:
-        EvidenceError: the fresh process could not load the adapter.
+        EvidenceError: the fresh process could not load what was saved.
     """
+    kind = "model" if (saved / "config.json").exists() else "adapter"
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
         logits = Path(folder) / "logits.safetensors"
         session.save_logits(prompts, logits)
         request = {
             "folder": str(location.folder),
-            "adapter": str(adapter.resolve()),
+            kind: str(saved.resolve()),
             "logits": str(logits),
             "prompts": [list(prompt) for prompt in prompts],
             "dtype": dtype,

@@ -1,8 +1,9 @@
 """Counts the bytes that a run is certain to need, part by part, from the model's shape alone."""
 
+import math
 from dataclasses import dataclass
 
-from finetune.records import AdapterTarget, ModelShape
+from finetune.records import AdapterTarget, LinearLayer, ModelShape
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 """Bytes of one number by its format; the reference backend computes in float64."""
@@ -28,10 +29,35 @@ class Estimate:
         return self.weights + self.adapter + self.gradients + self.optimizer
 
 
+_TURNED = {"GPT2LMHeadModel", "OpenAIGPTLMHeadModel"}
+"""Architectures whose weights are stored inputs x outputs."""
+
+
 def adapter_parameters(shape: ModelShape, target: AdapterTarget) -> int:
-    """How many numbers the adapter holds: rank x (inputs + outputs) for each adapted layer."""
+    """How many numbers are trained: rank x (inputs + outputs) for each adapted layer, with DoRA its outputs again, and
+    every weight of a module that is trained whole.
+    """
+    return _in_float32(shape, target) + _saved(shape, target)
+
+
+def _in_float32(shape: ModelShape, target: AdapterTarget) -> int:
+    """The numbers of the adapter proper, which are float32 at least."""
     hit = [layer for layer in shape.linear_layers if layer.name.rsplit(".", 1)[-1] in target.modules]
-    return sum(target.rank * sum(layer.shape) for layer in hit)
+    pairs = sum(target.rank_of(layer.name) * sum(layer.shape) for layer in hit)
+    if target.kind == "lora":
+        return pairs
+    return pairs + sum(outputs(shape, layer) for layer in hit)
+
+
+def outputs(shape: ModelShape, layer: LinearLayer) -> int:
+    """How many numbers a layer writes for each token."""
+    return layer.shape[shape.architecture in _TURNED]
+
+
+def _saved(shape: ModelShape, target: AdapterTarget) -> int:
+    """The numbers of modules that are trained whole: copies in the format of the base."""
+    names = [name for name in shape.weights if name.rpartition(".")[0] in target.saved]
+    return sum(math.prod(shape.weights[name]) for name in names)
 
 
 def estimate_memory(shape: ModelShape, target: AdapterTarget | None, dtype: str) -> Estimate:
@@ -42,11 +68,13 @@ def estimate_memory(shape: ModelShape, target: AdapterTarget | None, dtype: str)
     """
     size = BYTES[dtype]
     trainable = shape.parameters if target is None else adapter_parameters(shape, target)
-    width = size if target is None else max(size, ADAPTER_BYTES)
+    trained = trainable * size
+    if target is not None:
+        trained = _in_float32(shape, target) * max(size, ADAPTER_BYTES) + _saved(shape, target) * size
     return Estimate(
         weights=shape.parameters * size,
-        adapter=0 if target is None else trainable * width,
-        gradients=trainable * width,
-        optimizer=trainable * width * _MOMENTS,
+        adapter=0 if target is None else trained,
+        gradients=trained,
+        optimizer=trained * _MOMENTS,
         trainable_parameters=trainable,
     )

@@ -9,7 +9,7 @@ with SDPA attention on the CPU; each term below is one tensor that it showed.
 
 from dataclasses import dataclass
 
-from finetune.memory.estimate import ADAPTER_BYTES, BYTES
+from finetune.memory.estimate import ADAPTER_BYTES, BYTES, outputs
 from finetune.memory.load import StepLoad
 from finetune.records import AdapterTarget, ModelShape
 
@@ -50,7 +50,7 @@ def kept_by_torch(shape: ModelShape, target: AdapterTarget | None, dtype: str, l
     if shape.architecture in KNOWN:
         block = step.gpt2_block if shape.architecture in _GPT2_BLOCKS else step.llama_block
         # A frozen embedding passes no gradient on, so the first block keeps less than the others.
-        first = block(grad=step.full)
+        first = block(grad=step.full or step.saves("embed_tokens", "wte", "wpe"))
         blocks = first + block(grad=True) * max(0, shape.layers - 1)
     else:
         blocks = step.any_blocks()
@@ -60,8 +60,14 @@ def kept_by_torch(shape: ModelShape, target: AdapterTarget | None, dtype: str, l
         first_block=load.tokens * first,
         outside=step.outside(),
         logits=step.logits(),
-        brief=step.brief(),
+        brief=max(step.brief(), step.dora_norm()),
     )
+
+
+def mean_rank(shape: ModelShape, target: AdapterTarget, module: str) -> int:
+    """The rank of the adapters on layers of one name, on average over the blocks, rounded up."""
+    ranks = [target.rank_of(layer.name) for layer in shape.linear_layers if layer.name.rsplit(".", 1)[-1] == module]
+    return -(-sum(ranks) // len(ranks)) if ranks else target.rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +87,11 @@ class _Step:
     def queries(self) -> int:
         return self.shape.heads * self.shape.head_dim
 
+    def saves(self, *modules: str) -> bool:
+        """Whether one of these modules is trained whole beside an adapter."""
+        saved = self.target.saved if self.target else ()
+        return any(path.rsplit(".", 1)[-1] in modules for path in saved)
+
     def trains(self, *modules: str) -> bool:
         return self.target is None or any(module in self.target.modules for module in modules)
 
@@ -89,17 +100,45 @@ class _Step:
 
         A frozen linear layer keeps nothing. An adapter keeps what A reads, which layers share, unless it went through
         dropout, which keeps a mask too. Beside a bfloat16 model it is a float32 copy for each layer, and what B reads
-        is kept as well.
+        is kept as well, as it is with DoRA, which keeps what it stretches, too: what the layer writes, and the adapter.
         """
         if self.target is None:
             return 0 if alive else self.size * width
-        hit = sum(module in self.target.modules for module in modules)
-        small = hit * ADAPTER_BYTES * self.target.rank if self.size != ADAPTER_BYTES else 0
+        adapted = [module for module in modules if module in self.target.modules]
+        hit = len(adapted)
+        plain = self.target.kind == "lora" and self.size == ADAPTER_BYTES
+        small = 0 if plain else sum(ADAPTER_BYTES * mean_rank(self.shape, self.target, module) for module in adapted)
+        if self.target.kind == "dora":
+            small += sum(self.stretched * self.written(module) for module in adapted)
         if self.target.dropout > 0:
             return hit * 2 * ADAPTER_BYTES * width + small
         if self.size != ADAPTER_BYTES:
             return hit * ADAPTER_BYTES * width + small
-        return ADAPTER_BYTES * width if hit and not alive else 0
+        return small + (ADAPTER_BYTES * width if hit and not alive else 0)
+
+    @property
+    def stretched(self) -> int:
+        """Bytes of what DoRA stretches, for each number that a layer writes: the base's, computed anew of an input that
+        went through dropout, and the adapter's.
+        """
+        dropped = self.target is not None and self.target.dropout > 0
+        return ADAPTER_BYTES + (ADAPTER_BYTES if dropped else self.size)
+
+    def written(self, module: str) -> int:
+        """How many numbers the layers of one name write for each token, on average over the blocks."""
+        widths = [outputs(self.shape, layer) for layer in self.shape.linear_layers if layer.name.endswith(f".{module}")]
+        return sum(widths) // max(1, len(widths))
+
+    def dora_norm(self) -> int:
+        """What PEFT makes to find the lengths of one layer's rows, in bytes: an identity and three such matrices."""
+        if self.target is None or self.target.kind == "lora":
+            return 0
+        hit = [layer for layer in self.shape.linear_layers if self.trains(layer.name.rsplit(".", 1)[-1])]
+        reads = (layer.shape[0] * layer.shape[1] // outputs(self.shape, layer) for layer in hit)
+        return max(
+            ADAPTER_BYTES * width * (width + 3 * outputs(self.shape, layer))
+            for width, layer in zip(reads, hit, strict=True)
+        )
 
     def attention(self, *, keys: int) -> int:
         """Queries, keys, values, the output and its log-sum; with dropout in it, the whole table of weights instead.
@@ -170,7 +209,10 @@ class _Step:
         hit = [layer for layer in self.shape.linear_layers if self.trains(layer.name.rsplit(".", 1)[-1])]
         read = sum(max(layer.shape) for layer in hit)  # the wider side: which one is the input is not known
         copies = (self.size != ADAPTER_BYTES) + 2 * (self.target.dropout > 0)
-        return told + ADAPTER_BYTES * (copies * read + self.target.rank * len(hit))
+        ranks = sum(self.target.rank_of(layer.name) for layer in hit)
+        if self.target.kind == "dora":
+            told += sum(self.stretched * outputs(self.shape, layer) for layer in hit)
+        return told + ADAPTER_BYTES * (copies * read + ranks)
 
     def outside(self) -> int:
         """The final norm, the hidden states that get logits, ids and marks, RoPE's angles; in bytes of the step."""
@@ -179,6 +221,11 @@ class _Step:
         told = tokens * (self.layer_norm() if gpt2 else self.rms_norm()) + _INDEX * self.load.targets + tokens
         if not gpt2:
             told += 2 * self.size * self.load.length * self.shape.head_dim
+        if self.target and self.target.kind == "dora" and self.target.dropout > 0 and self.size != ADAPTER_BYTES:
+            hit = (layer for layer in self.shape.linear_layers if self.trains(layer.name.rsplit(".", 1)[-1]))
+            told += ADAPTER_BYTES * sum(layer.shape[0] * layer.shape[1] for layer in hit)  # copies of the weights
+        if self.saves("lm_head"):
+            told += self.size * h * self.load.targets
         if self.full:
             told += self.size * h * self.load.targets + _INDEX * tokens
             told += self.size * h * tokens if self.shape.hidden_dropout > 0 else 0
@@ -192,7 +239,7 @@ class _Step:
         model's format and in float32, the hidden states and their gradient.
         """
         words = self.shape.vocab_size
-        if self.full or self.shape.architecture not in KNOWN:
+        if self.full or self.shape.architecture not in KNOWN or (self.target and "lm_head" in self.target.saved):
             return 3 * _F32 * self.load.targets * words
         at_once = min(_F32 * words * self.load.targets, max(SLICE_BYTES, _F32 * words))
         narrow = at_once * self.size // _F32 if self.size != _F32 else 0
@@ -222,8 +269,9 @@ class _Step:
         gated = tokens * self.size * (2 * i + h)
         if self.target is None:
             return through if gpt2 else gated
-        if self.target.dropout > 0 or self.size != ADAPTER_BYTES:
-            return through + tokens * ADAPTER_BYTES * (i + self.target.rank)
-        folded = max(ADAPTER_BYTES * h * i, 2 * ADAPTER_BYTES * self.target.rank * tokens)
+        most = max([self.target.rank, *self.target.rank_pattern.values()])
+        if self.target.dropout > 0 or self.size != ADAPTER_BYTES or self.target.kind == "dora":
+            return through + tokens * ADAPTER_BYTES * (i + most)
+        folded = max(ADAPTER_BYTES * h * i, 2 * ADAPTER_BYTES * most * tokens)
         out = "c_proj" if gpt2 else "down_proj"
         return max(through + (folded if self.trains(out) else 0), 0 if gpt2 else gated)

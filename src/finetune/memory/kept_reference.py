@@ -5,20 +5,21 @@ the way, and LoRA keeps as much as full fine-tuning. Letters as in `kept`; count
 """
 
 from finetune.memory.estimate import BYTES
-from finetune.memory.kept import Kept
+from finetune.memory.kept import Kept, mean_rank
 from finetune.memory.load import StepLoad
 from finetune.records import AdapterTarget, ModelShape
 
 _F64 = BYTES["float64"]
 _LINEAR = {
-    "q_proj": "h",
-    "k_proj": "h",
-    "v_proj": "h",
-    "o_proj": "q",
-    "gate_proj": "h",
-    "up_proj": "h",
-    "down_proj": "i",
+    "q_proj": "hq",
+    "k_proj": "hk",
+    "v_proj": "hk",
+    "o_proj": "qh",
+    "gate_proj": "hi",
+    "up_proj": "hi",
+    "down_proj": "ih",
 }
+"""The widths that each linear layer reads and writes."""
 
 
 def kept_by_reference(shape: ModelShape, target: AdapterTarget | None, load: StepLoad) -> Kept:
@@ -44,7 +45,9 @@ def _block(shape: ModelShape, load: StepLoad) -> int:
 
 
 def _adapters(shape: ModelShape, target: AdapterTarget) -> int:
-    widths = {"h": shape.hidden_size, "q": shape.heads * shape.head_dim, "i": shape.intermediate_size}
-    hit = [widths[read] for name, read in _LINEAR.items() if name in target.modules]
-    masks = 2 * sum(hit) if target.dropout > 0 else 0
-    return target.rank * len(hit) + masks
+    heads = {"q": shape.heads * shape.head_dim, "k": shape.kv_heads * shape.head_dim}
+    widths = {"h": shape.hidden_size, "i": shape.intermediate_size, **heads}
+    hit = {name: (widths[ends[0]], widths[ends[1]]) for name, ends in _LINEAR.items() if name in target.modules}
+    masks = 2 * sum(read for read, _ in hit.values()) if target.dropout > 0 else 0
+    stretched = sum(written for _, written in hit.values()) if target.kind == "dora" else 0
+    return sum(mean_rank(shape, target, name) for name in hit) + masks + stretched

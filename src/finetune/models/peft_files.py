@@ -1,24 +1,31 @@
 """An adapter's files in PEFT's own format: their names, their settings, and which layers they speak of.
 
 Next to the tensors lies `adapter_config.json`. Of a layer at `path` the file holds A (rank x inputs) and B (outputs x
-rank), named `base_model.model.<path>.lora_A.weight` and `...lora_B.weight`.
+rank), named `base_model.model.<path>.lora_A.weight` and `...lora_B.weight`, with DoRA the magnitudes (outputs) too,
+named `...lora_magnitude_vector`; of a module that was trained whole, its weights under their own names.
 
 Source: `LoraConfig` and `get_peft_model_state_dict` of Hugging Face PEFT.
 """
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import ModelError
 from finetune.records import AdapterTarget
 
+Shape = tuple[int, ...]
 Layers = Mapping[str, tuple[int, int]]
 """(outputs, inputs) of each linear layer by its path, whichever way round its weight is stored."""
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_UNDERSTOOD = {"r", "lora_alpha", "lora_dropout", "target_modules", "peft_type"}
+_UNDERSTOOD = {
+    "r", "lora_alpha", "lora_dropout", "target_modules", "peft_type", "use_dora", "use_rslora", "rank_pattern",
+    "alpha_pattern", "modules_to_save",
+}  # fmt: skip
+_ENDINGS = {"A": "lora_A.default.weight", "B": "lora_B.default.weight", "m": "lora_magnitude_vector.default.weight"}
 _WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "loftq_config", "megatron_core", "peft_version",
     "qalora_group_size", "revision", "runtime_config", "task_type",
@@ -43,28 +50,50 @@ def adapted_layers(layers: Layers, modules: Iterable[str]) -> list[str]:
     return hit
 
 
-def tensor_name(path: str, half: str) -> str:
-    """What PEFT calls the matrix `half`, A or B, of a layer's adapter."""
-    return f"base_model.model.{path}.lora_{half}.default.weight"
+def parts_of(target: AdapterTarget) -> str:
+    """The letters of what each layer's adapter is made of: A and B, and m for magnitudes."""
+    return "ABm" if target.kind == "dora" else "AB"
+
+
+def tensor_name(path: str, part: str) -> str:
+    """What PEFT calls a `part` of a layer's adapter: A, B or the magnitudes m."""
+    return f"base_model.model.{path}.{_ENDINGS[part]}"
+
+
+def saved_name(name: str) -> str:
+    """What PEFT calls a weight of a module that is trained whole."""
+    path, _, leaf = name.rpartition(".")
+    return f"base_model.model.{path}.modules_to_save.default.{leaf}"
+
+
+def frozen_name(name: str, adapted: Container[str], saved: Container[str]) -> str:
+    """What PEFT calls a weight of the base once layers at the paths `adapted` and the weights `saved` are trained."""
+    path, _, leaf = name.rpartition(".")
+    inner = "base_layer." if path in adapted else "original_module." if name in saved else ""
+    return f"base_model.model.{path}.{inner}{leaf}"
 
 
 def on_disk(name: str) -> str:
     """The name in the file of a tensor that PEFT calls `name` in memory."""
+    name = name.replace(".modules_to_save.default.", ".").replace("_vector.default.weight", "_vector")
     return name.replace(".default.", ".")
 
 
-def tensor_shapes(layers: Layers, target: AdapterTarget) -> dict[str, tuple[int, int]]:
+def tensor_shapes(layers: Layers, target: AdapterTarget, saved: Mapping[str, Shape]) -> dict[str, Shape]:
     """The shape of every tensor in the file of this adapter, by its name there.
+
+    Args:
+        saved: the shape of each weight of the modules that are trained whole.
 
     Raises:
         ModelError: as `adapted_layers`.
     """
-    shapes = {}
+    shapes: dict[str, Shape] = {}
     for path in adapted_layers(layers, target.modules):
-        outputs, inputs = layers[path]
-        shapes[on_disk(tensor_name(path, "A"))] = target.rank, inputs
-        shapes[on_disk(tensor_name(path, "B"))] = outputs, target.rank
-    return shapes
+        (outputs, inputs), rank = layers[path], target.rank_of(path)
+        sizes: dict[str, Shape] = {"A": (rank, inputs), "B": (outputs, rank), "m": (outputs,)}
+        shapes |= {on_disk(tensor_name(path, part)): sizes[part] for part in parts_of(target)}
+    return shapes | {on_disk(saved_name(name)): shape for name, shape in saved.items()}
 
 
 def check_tensor_shapes(saved: Mapping[str, tuple[int, ...]], expected: Mapping[str, Any], folder: Path) -> None:
@@ -90,7 +119,8 @@ def write_settings(target: AdapterTarget, base: str, folder: Path, *, turned: bo
         base: what its base model is to be found as.
         turned: the layers' weights are stored inputs x outputs, as GPT-2's are.
     """
-    settings = {
+    settings: dict[str, Any] = {
+        "alpha_pattern": dict(target.alpha_pattern),
         "base_model_name_or_path": base,
         "bias": "none",
         "fan_in_fan_out": turned,
@@ -98,10 +128,14 @@ def write_settings(target: AdapterTarget, base: str, folder: Path, *, turned: bo
         "init_lora_weights": True,
         "lora_alpha": target.alpha,
         "lora_dropout": target.dropout,
+        "modules_to_save": list(target.saved) or None,
         "peft_type": "LORA",
         "r": target.rank,
+        "rank_pattern": dict(target.rank_pattern),
         "target_modules": list(target.modules),
         "task_type": "CAUSAL_LM",
+        "use_dora": target.kind == "dora",
+        "use_rslora": target.scaling == "rank_stabilized",
     }
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -110,38 +144,58 @@ def read_settings(folder: Path, *, turned: bool) -> AdapterTarget:
     """What the settings in `folder` say; `turned` as for `write_settings`.
 
     Raises:
-        ModelError: they are missing or broken, or the adapter is of a kind that is not plain LoRA.
+        ModelError: they are missing or broken, or the adapter is of a kind that is neither LoRA nor DoRA.
     """
     try:
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         odd = {key: value for key, value in settings.items() if not _is_plain(key, value, turned=turned)}
-        modules = tuple(settings["target_modules"])
-        target = AdapterTarget(settings["r"], settings["lora_alpha"], settings.get("lora_dropout", 0.0), modules)
-        sound = (
-            isinstance(settings["target_modules"], list)
-            and all(isinstance(name, str) for name in modules)
-            and is_sound(target)
+        target = AdapterTarget(
+            settings["r"],
+            settings["lora_alpha"],
+            settings.get("lora_dropout", 0.0),
+            _names(settings["target_modules"]),
+            "dora" if _switch(settings, "use_dora") else "lora",
+            "rank_stabilized" if _switch(settings, "use_rslora") else "standard",
+            dict(settings.get("rank_pattern") or {}),
+            dict(settings.get("alpha_pattern") or {}),
+            _names(settings.get("modules_to_save") or []),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        sound = is_sound(target)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, re.error) as error:
         raise ModelError(f"adapter {folder} has no usable {SETTINGS}: {error}") from None
     if not sound:
         raise ModelError(f"adapter {folder} has no usable {SETTINGS}: a setting is of the wrong kind")
     if odd:
         key = min(odd)
         raise ModelError(
-            f"adapter {folder} sets {key} to {odd[key]!r}; this backend does plain LoRA only",
+            f"adapter {folder} sets {key} to {odd[key]!r}; this backend does LoRA and DoRA only",
             hint="use the torch backend for this adapter",
         )
     return target
 
 
 def is_sound(target: AdapterTarget) -> bool:
-    """Whether rank, alpha and dropout read from a file are numbers that an adapter can have."""
+    """Whether ranks, alphas and dropout read from a file are numbers that an adapter can have."""
+    ranks, alphas = [target.rank, *target.rank_pattern.values()], [target.alpha, *target.alpha_pattern.values()]
+    for pattern in (*target.rank_pattern, *target.alpha_pattern):
+        re.compile(pattern)
     return (
-        type(target.rank) is int and target.rank > 0
-        and type(target.alpha) in (int, float) and 0 < target.alpha < math.inf
+        all(type(rank) is int and rank > 0 for rank in ranks)
+        and all(type(alpha) in (int, float) and 0 < alpha < math.inf for alpha in alphas)
         and type(target.dropout) in (int, float) and 0 <= target.dropout < 1
     )  # fmt: skip
+
+
+def _switch(settings: Mapping[str, Any], key: str) -> bool:
+    if settings.get(key) not in (None, False, True):
+        raise TypeError(f"{key} is neither true nor false")
+    return bool(settings.get(key))
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise TypeError("a setting is of the wrong kind")
+    return tuple(value)
 
 
 def _is_plain(key: str, value: Any, *, turned: bool) -> bool:

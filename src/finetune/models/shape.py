@@ -35,9 +35,10 @@ def read_shape(folder: Path) -> ModelShape:
     hidden = _first(text, "hidden_size", "n_embd", "d_model")
     heads = _first(text, "num_attention_heads", "n_head", "num_heads")
     tied = _is_tied(config, tensors)
+    weights = {name: shape for name, shape in tensors.items() if not _is_no_weight(name, shape, tied=tied)}
     return ModelShape(
         architecture=str(architecture),
-        parameters=sum(_size(shape) for name, shape in tensors.items() if not _is_no_weight(name, shape, tied=tied)),
+        parameters=sum(_size(shape) for shape in weights.values()),
         vocab_size=_first(text, "vocab_size"),
         hidden_size=hidden,
         layers=_first(text, "num_hidden_layers", "n_layer", "num_layers"),
@@ -50,6 +51,7 @@ def read_shape(folder: Path) -> ModelShape:
         tied_head=tied,
         attention_dropout=_share(text, "attention_dropout", "attn_pdrop"),
         hidden_dropout=_share(text, "resid_pdrop", "hidden_dropout"),
+        weights=weights,
     )
 
 
@@ -109,6 +111,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return value
 
 
+def is_head(name: str) -> bool:
+    """Whether a weight or a module of this name is an output head."""
+    return name.removesuffix(".weight").rsplit(".", 1)[-1] in _HEADS
+
+
 def _is_table(name: str) -> bool:
     return any(_TABLES.fullmatch(part) for part in name.split("."))
 
@@ -116,17 +123,13 @@ def _is_table(name: str) -> bool:
 def _is_tied(config: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> bool:
     """Whether one table is both embedding and output head: as the config says, or else as a missing head shows."""
     said = config.get("tie_word_embeddings")
-    return said if isinstance(said, bool) else not any(_is_head(name) for name in tensors)
-
-
-def _is_head(name: str) -> bool:
-    return name.removesuffix(".weight").rsplit(".", 1)[-1] in _HEADS
+    return said if isinstance(said, bool) else not any(is_head(name) for name in tensors)
 
 
 def _is_no_weight(name: str, shape: tuple[int, ...], *, tied: bool) -> bool:
     """Of no weight's own: a tied head saved twice, and the masks and frequencies that old files carry."""
     is_mask = name.endswith(".bias") and len(shape) == 4
-    return is_mask or name.endswith((".masked_bias", ".inv_freq")) or (tied and _is_head(name))
+    return is_mask or name.endswith((".masked_bias", ".inv_freq")) or (tied and is_head(name))
 
 
 def _share(config: dict[str, Any], *keys: str) -> float:

@@ -1,66 +1,84 @@
-"""A LoRA adapter's files, in PEFT's format and in mlx-lm's; both hold the same numbers.
+"""An adapter's files, in PEFT's format and in mlx-lm's; both hold the same numbers.
 
 PEFT writes A (rank x inputs) and B (outputs x rank) under transformers' paths, and alpha. mlx-lm writes both the other
-way round, under its own paths, and alpha / rank, which it calls scale. Both name their settings `adapter_config.json`.
+way round, under its own paths, and what B A is multiplied with, which it calls scale. Both name their settings
+`adapter_config.json`.
 
-Source: `LoRALinear` and `load_adapters` of mlx-lm (`tuner/lora.py`, `tuner/utils.py`).
+Source: `LoRALinear`, `DoRALinear` and `load_adapters` of mlx-lm (`tuner/lora.py`, `tuner/utils.py`).
 """
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
-from finetune.backends.mlx.layers import Adapter, Pairs
+from finetune.backends.mlx.layers import Adapter, Parts, Tensors
 from finetune.backends.mlx.names import Names
 from finetune.backends.mlx.tensors import read_tensors, write_tensors
+from finetune.backends.mlx.zoo import Loaded
 from finetune.errors import ModelError
+from finetune.models.adapt import refuse_tied, saved_weights
 from finetune.models.peft_files import (
     SETTINGS,
     WEIGHTS,
     Layers,
+    Shape,
+    adapted_layers,
     check_tensor_shapes,
     is_sound,
     on_disk,
+    parts_of,
     read_settings,
+    saved_name,
     tensor_name,
     tensor_shapes,
     write_settings,
 )
+from finetune.models.shape import is_head
 from finetune.records import AdapterTarget
 
 MLX_WEIGHTS = "adapters.safetensors"
 
 
-def write_adapter(adapter: Adapter, names: Names, base: str, folder: Path) -> None:
+def write_adapter(adapter: Adapter, loaded: Loaded, base: str, folder: Path) -> None:
     """Write the adapter so that PEFT loads it; `base` is what its base model is to be found as."""
+    names = loaded.names
     write_settings(adapter.target, base, folder, turned=names.turned)
-    tensors = {
-        on_disk(tensor_name(names.shown(path), half)): matrix
-        for path, layer in adapter.layers.items()
-        for half, matrix in zip("AB", (layer.down, layer.up), strict=True)
+    places = dict(tree_flatten(loaded.model.parameters()))
+    tensors = {on_disk(name): places[place] for name, place in adapter.tensors(names).items()}
+    tensors |= {
+        on_disk(saved_name(names.shown(place))): names.turn(place, places[place]) for place in adapter.originals
     }
     write_tensors(tensors, folder / WEIGHTS)
 
 
-def read_adapter(layers: Layers, names: Names, folder: Path) -> tuple[AdapterTarget, Pairs]:
-    """The adapter in `folder`, PEFT's or mlx-lm's: its target, and (A, B) of each layer by transformers' path.
+def read_adapter(
+    shapes: Mapping[str, Shape], layers: Layers, names: Names, folder: Path
+) -> tuple[AdapterTarget, Tensors]:
+    """The adapter in `folder`, PEFT's or mlx-lm's, for a base whose weights have these shapes.
 
     Raises:
-        ModelError: a file is missing or corrupt, the adapter is of a kind that is not plain LoRA, or a tensor is
+        ModelError: a file is missing or corrupt, the adapter is of a kind that is neither LoRA nor DoRA, or a tensor is
             missing, unknown or of another shape.
     """
     if (folder / MLX_WEIGHTS).exists():
         return read_mlx_adapter(layers, names, folder)
     target = read_settings(folder, turned=names.turned)
-    expected = tensor_shapes(layers, target)
+    kept = {name: shapes[name] for name in saved_weights(shapes, target)}
+    if not any(is_head(name) for name in shapes):
+        refuse_tied(kept, max(shape[0] for shape in shapes.values()), f"adapter {folder}")
+    expected = tensor_shapes(layers, target, kept)
     saved = _float32(folder / WEIGHTS, folder)
     check_tensor_shapes({name: tensor.shape for name, tensor in saved.items()}, expected, folder)
-    ordered = iter(saved[name] for name in expected)
-    paths = [name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for name in list(expected)[::2]]
-    return target, {path: (down, up) for path, down, up in zip(paths, ordered, ordered, strict=True)}
+    parts = {
+        path: Parts(*(saved[on_disk(tensor_name(path, part))] for part in parts_of(target)))
+        for path in adapted_layers(layers, target.modules)
+    }
+    return target, Tensors(parts, {name: names.turn(name, saved[on_disk(saved_name(name))]) for name in kept})
 
 
 def write_mlx_adapter(adapter: Adapter, base: str, blocks: int, folder: Path) -> None:
@@ -69,13 +87,22 @@ def write_mlx_adapter(adapter: Adapter, base: str, blocks: int, folder: Path) ->
     Args:
         base: what its base model is to be found as.
         blocks: how many transformer blocks the model has; whole paths say which of their layers are adapted.
+
+    Raises:
+        ModelError: ranks or scales differ between layers, or modules are trained whole: the format has one of each,
+            and no place for those.
     """
     target = adapter.target
+    scales = {layer.scale for layer in adapter.layers.values()}
+    ranks = {len(layer.down) for layer in adapter.layers.values()}
+    if len(scales) > 1 or len(ranks) > 1 or adapter.originals:
+        told = "modules that are trained whole" if adapter.originals else "ranks or scales that differ between layers"
+        raise ModelError(f"mlx-lm's adapter format has no place for {told}", hint="write it in PEFT's format")
     settings = {
-        "fine_tune_type": "lora",
+        "fine_tune_type": target.kind,
         "lora_parameters": {
-            "rank": target.rank,
-            "scale": target.alpha / target.rank,
+            "rank": ranks.pop(),
+            "scale": scales.pop(),
             "dropout": target.dropout,
             "keys": list(adapter.layers),
         },
@@ -85,10 +112,12 @@ def write_mlx_adapter(adapter: Adapter, base: str, blocks: int, folder: Path) ->
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     tensors = {f"{path}.lora_a": layer.down.T for path, layer in adapter.layers.items()}
     tensors |= {f"{path}.lora_b": layer.up.T for path, layer in adapter.layers.items()}
+    if target.kind == "dora":
+        tensors |= {f"{path}.m": layer.magnitude for path, layer in adapter.layers.items()}
     write_tensors(tensors, folder / MLX_WEIGHTS)
 
 
-def read_mlx_adapter(layers: Layers, names: Names, folder: Path) -> tuple[AdapterTarget, Pairs]:
+def read_mlx_adapter(layers: Layers, names: Names, folder: Path) -> tuple[AdapterTarget, Tensors]:
     """The adapter in `folder`, which mlx-lm or `write_mlx_adapter` wrote, as `read_adapter` gives one.
 
     Raises:
@@ -101,28 +130,30 @@ def read_mlx_adapter(layers: Layers, names: Names, folder: Path) -> tuple[Adapte
         dropout = told.get("dropout", 0.0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ModelError(f"adapter {folder} has no usable {SETTINGS}: {error!r}") from None
-    if kind != "lora":
+    if kind not in ("lora", "dora"):
         raise ModelError(
-            f"adapter {folder} has fine_tune_type {kind!r}; this backend does plain LoRA only",
+            f"adapter {folder} has fine_tune_type {kind!r}; this backend does LoRA and DoRA only",
             hint="fuse it into its model with mlx_lm.fuse",
         )
     saved = _float32(folder / MLX_WEIGHTS, folder)
     paths = sorted({name.rpartition(".")[0] for name in saved})
     shown = {names.shown(path): path for path in paths}
-    target = AdapterTarget(rank, alpha, dropout, tuple(path for path in layers if path in shown))
+    target = AdapterTarget(rank, alpha, dropout, tuple(path for path in layers if path in shown), kind)
     if not is_sound(target):
         raise ModelError(f"adapter {folder} has no usable {SETTINGS}: a setting is of the wrong kind")
     if not paths:
         raise ModelError(f"adapter {folder} holds no tensor", hint="save it again")
-    expected: dict[str, tuple[int, ...]] = {}
+    expected: dict[str, Shape] = {}
     for path in paths:
         outputs, inputs = layers.get(names.shown(path), (0, 0))
         expected |= {f"{path}.lora_a": (inputs, rank), f"{path}.lora_b": (rank, outputs)}
+        expected |= {f"{path}.m": (outputs,)} if kind == "dora" else {}
     check_tensor_shapes({name: tensor.shape for name, tensor in saved.items()}, expected, folder)
-    return target, {
-        path: (mx.contiguous(saved[f"{shown[path]}.lora_a"].T), mx.contiguous(saved[f"{shown[path]}.lora_b"].T))
-        for path in target.modules
-    }
+    parts = {}
+    for path in target.modules:
+        down, up = (mx.contiguous(saved[f"{shown[path]}.lora_{half}"].T) for half in "ab")
+        parts[path] = Parts(down, up, saved.get(f"{shown[path]}.m"))
+    return target, Tensors(parts, {})
 
 
 def _float32(path: Path, folder: Path) -> dict[str, mx.array]:

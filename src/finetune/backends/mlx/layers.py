@@ -1,40 +1,63 @@
-"""LoRA on mlx-lm's linear layers: what the adapter adds, and how it is put on a model, taken off and merged.
+"""Adapters on mlx-lm's linear layers: what they add, and how they are put on a model, taken off and merged.
 
-An adapted layer's output grows by alpha / rank x B A x. A (rank x inputs) and B (outputs x rank) are float32 whatever
-the base computes in.
+LoRA makes a layer's weight W + s B A, with s = alpha / rank, or alpha / sqrt(rank). DoRA stretches each row of that to
+a length that it trains; the length that the row has is a constant when gradients are made. A (rank x inputs), B
+(outputs x rank) and the lengths (outputs) are float32 whatever the base computes in.
 
-Source: Hu et al. 2021 (arXiv:2106.09685), and `LoraLayer` of Hugging Face PEFT.
+Source: Hu et al. 2021 (arXiv:2106.09685), Liu et al. 2024 (arXiv:2402.09353), and `LoraLayer` and `DoraLinearLayer` of
+Hugging Face PEFT.
 """
 
 import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx import nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from finetune.backends.mlx.names import Names
 from finetune.backends.mlx.zoo import Loaded, linear_layers
-from finetune.models.peft_files import Layers, adapted_layers, tensor_name
+from finetune.models.adapt import saved_weights
+from finetune.models.peft_files import Layers, adapted_layers, parts_of, saved_name, tensor_name
 from finetune.records import AdapterTarget
 
-Pairs = dict[str, tuple[mx.array, mx.array]]
-"""(A, B) of each adapted layer by transformers' path."""
-_HALVES = {"A": "down", "B": "up"}
+
+class Parts(NamedTuple):
+    """What one layer's adapter is made of: A, B and, with DoRA, the magnitudes."""
+
+    down: mx.array
+    up: mx.array
+    magnitude: mx.array | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """An adapter apart from any model: the parts by transformers' path of the layer, and weights of modules trained
+    whole, by transformers' names.
+    """
+
+    parts: dict[str, Parts]
+    saved: dict[str, mx.array]
+
+
+_PLACES = {"A": "down", "B": "up", "m": "magnitude"}
 
 
 class LoRALinear(nn.Module):  # type: ignore[misc]
     """A linear layer with an adapter; `key` draws the dropout of the adapter's input, None leaves it out."""
 
-    def __init__(self, base: Any, target: AdapterTarget, down: mx.array, up: mx.array) -> None:
+    def __init__(self, base: Any, parts: Parts, scale: float, dropout: float) -> None:
         super().__init__()
         self.base = base
-        self.down = down
-        self.up = up
-        self.target = target
+        self.down = parts.down
+        self.up = parts.up
+        if parts.magnitude is not None:
+            self.magnitude = parts.magnitude
+        self.scale = scale
+        self.share_dropped = dropout
         self.key: mx.array | None = None
         self.disabled = False
 
@@ -45,32 +68,53 @@ class LoRALinear(nn.Module):  # type: ignore[misc]
             return y
         seen = x.astype(mx.float32)
         if self.key is not None:
-            kept = 1 - self.target.dropout
+            kept = 1 - self.share_dropped
             seen = seen * mx.random.bernoulli(kept, seen.shape, key=self.key) / kept
-        added = (seen @ self.down.T) @ self.up.T
-        return (y + self.target.alpha / self.target.rank * added).astype(y.dtype)
+        added = self.scale * ((seen @ self.down.T) @ self.up.T)
+        if "magnitude" not in self:
+            return (y + added).astype(y.dtype)
+        weight = self.weight()
+        stretch = self.magnitude / mx.stop_gradient(self._lengths(weight))
+        # Where the input is dropped, the output that is stretched is that of the dropped input; never the bias.
+        plain = seen @ weight.T if self.key is not None else y - self.base.bias if "bias" in self.base else y
+        return (y + (stretch - 1) * plain + stretch * added).astype(y.dtype)
+
+    def weight(self) -> mx.array:
+        """The base's weight (outputs, inputs) in float32."""
+        weight: mx.array = self.base.weight
+        return weight.astype(mx.float32)
 
     def merged(self) -> mx.array:
         """The weight (outputs, inputs) of a plain layer that computes the same, in the base's dtype."""
-        weight: mx.array = self.base.weight
-        grown = self.target.alpha / self.target.rank * (self.up @ self.down)
-        return (weight.astype(mx.float32) + grown).astype(weight.dtype)
+        weight = self.weight()
+        grown = weight + self.scale * (self.up @ self.down)
+        if "magnitude" in self:
+            grown = (self.magnitude / self._lengths(weight))[:, None] * grown
+        return grown.astype(self.base.weight.dtype)
+
+    def _lengths(self, weight: mx.array) -> mx.array:
+        return mx.linalg.norm(weight + self.scale * (self.up @ self.down), axis=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """An adapter that sits on a model: its layers by mlx-lm's paths."""
+    """An adapter that sits on a model: its layers by mlx-lm's paths.
+
+    `originals` are the base's weights of modules that are trained whole, by where they lie in the model.
+    """
 
     target: AdapterTarget
     layers: dict[str, LoRALinear]
+    originals: dict[str, mx.array]
 
     def tensors(self, names: Names) -> dict[str, str]:
-        """Where each matrix lies in the model, by its name in a PEFT model."""
-        return {
-            tensor_name(names.shown(path), half): f"{path}.{attribute}"
+        """Where each trained tensor lies in the model, by its name in a PEFT model."""
+        places = {
+            tensor_name(names.shown(path), part): f"{path}.{_PLACES[part]}"
             for path in self.layers
-            for half, attribute in _HALVES.items()
+            for part in parts_of(self.target)
         }
+        return places | {saved_name(names.shown(place)): place for place in self.originals}
 
     def own(self, place: str) -> str:
         """Where a tensor of the base lies when the adapter is off."""
@@ -80,17 +124,21 @@ class Adapter:
     def take_off(self, model: Any) -> None:
         """Leave the model as it was without the adapter."""
         model.update_modules(tree_unflatten([(path, layer.base) for path, layer in self.layers.items()]))
+        model.update(tree_unflatten(list(self.originals.items())))
 
     @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self, model: Any) -> Iterator[None]:
         """Within this context the layers do what their bases do."""
+        trained = {place: tensor for place, tensor in tree_flatten(model.parameters()) if place in self.originals}
         for layer in self.layers.values():
             layer.disabled = True
+        model.update(tree_unflatten(list(self.originals.items())))
         try:
             yield
         finally:
             for layer in self.layers.values():
                 layer.disabled = False
+            model.update(tree_unflatten(list(trained.items())))
 
     @contextlib.contextmanager
     def dropping(self, key: mx.array) -> Iterator[None]:
@@ -111,31 +159,48 @@ def layer_shapes(loaded: Loaded) -> Layers:
     return {loaded.names.shown(path): tuple(module.weight.shape) for path, module in layers.items()}
 
 
-def draw_pairs(layers: Layers, target: AdapterTarget, key: mx.array) -> Pairs:
-    """A fresh adapter: A uniform within 1 / sqrt(inputs), layer by layer; B zero.
+def weight_shapes(loaded: Loaded) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight of a model without an adapter, by transformers' name, as its files have it."""
+    tensors = loaded.names.to_files(dict(tree_flatten(loaded.model.parameters())))
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def draw_tensors(loaded: Loaded, layers: Layers, target: AdapterTarget, key: mx.array) -> Tensors:
+    """A fresh adapter: A uniform within 1 / sqrt(inputs), layer by layer; B zero; magnitudes the base's lengths.
 
     Raises:
         ModelError: a name in `target.modules` matches no linear layer.
     """
     paths = adapted_layers(layers, target.modules)
-    pairs = {}
+    bases = {loaded.names.shown(path): module for path, module in linear_layers(loaded.model).items()}
+    parts = {}
     for path, own in zip(paths, mx.random.split(key, len(paths)), strict=True):
-        outputs, inputs = layers[path]
+        (outputs, inputs), rank = layers[path], target.rank_of(path)
         bound = 1 / math.sqrt(inputs)
-        down = mx.random.uniform(-bound, bound, (target.rank, inputs), key=own)
-        pairs[path] = down, mx.zeros((outputs, target.rank))
-    return pairs
+        down, up = mx.random.uniform(-bound, bound, (rank, inputs), key=own), mx.zeros((outputs, rank))
+        lengths = mx.linalg.norm(bases[path].weight.astype(mx.float32), axis=1) if target.kind == "dora" else None
+        parts[path] = Parts(down, up, lengths)
+    own_weights = {loaded.names.shown(place): tensor for place, tensor in tree_flatten(loaded.model.parameters())}
+    return Tensors(parts, {name: own_weights[name] for name in saved_weights(own_weights, target)})
 
 
-def put_on(loaded: Loaded, target: AdapterTarget, pairs: Pairs) -> Adapter:
-    """Put an adapter of these matrices on a model that has none.
+def put_on(loaded: Loaded, target: AdapterTarget, tensors: Tensors) -> Adapter:
+    """Put an adapter of these tensors on a model that has none.
 
     Raises:
         ModelError: mlx-lm keeps a layer in another form than the model's files, so that the adapter would fit none.
     """
-    loaded.names.refuse_foreign([f"{path}.weight" for path in pairs], "an adapter for them")
-    bases = {path: module for path, module in linear_layers(loaded.model).items() if loaded.names.shown(path) in pairs}
-    layers = {path: LoRALinear(base, target, *pairs[loaded.names.shown(path)]) for path, base in bases.items()}
+    names, parts = loaded.names, tensors.parts
+    names.refuse_foreign([*(f"{path}.weight" for path in parts), *tensors.saved], "an adapter for them")
+    places = dict(tree_flatten(loaded.model.parameters()))
+    originals = {place: tensor for place, tensor in places.items() if names.shown(place) in tensors.saved}
+    layers = {}
+    for path, base in linear_layers(loaded.model).items():
+        shown = names.shown(path)
+        if shown in parts:
+            layers[path] = LoRALinear(base, parts[shown], target.scale_of(shown), target.dropout)
     loaded.model.update_modules(tree_unflatten(list(layers.items())))
-    mx.eval([(layer.down, layer.up) for layer in layers.values()])
-    return Adapter(target, layers)
+    own = {place: tensors.saved[names.shown(place)].astype(tensor.dtype) for place, tensor in originals.items()}
+    loaded.model.update(tree_unflatten(list(own.items())))
+    mx.eval(loaded.model.parameters())
+    return Adapter(target, layers, originals)

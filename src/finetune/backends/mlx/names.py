@@ -49,11 +49,12 @@ class Names:
 
     def to_files(self, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Weights by mlx-lm's names as transformers has them."""
+        return {self.shown(name): self.turn(name, tensor) for name, tensor in tensors.items()}
+
+    def turn(self, name: str, tensor: mx.array) -> mx.array:
+        """A weight of mlx-lm's as files hold it, and the other way round."""
         turned = _TURNED.get(self.model_type, ())
-        return {
-            self.shown(name): tensor.T if turned and name.endswith(turned) else tensor
-            for name, tensor in tensors.items()
-        }
+        return tensor.T if turned and name.endswith(turned) else tensor
 
 
 def for_mlx_lm(model_type: str, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:

@@ -13,7 +13,7 @@ from finetune.records import Optimization
 
 
 class AdamW:
-    """AdamW with decoupled weight decay on every tensor alike; its averages are float32 whatever the weights are.
+    """AdamW with decoupled weight decay on matrices; its averages are float32 whatever the weights are.
 
     Source: Loshchilov and Hutter 2019 (arXiv:1711.05101) and `torch.optim.AdamW`.
     """
@@ -30,7 +30,6 @@ class AdamW:
         """The weights after one step: decayed, then moved against their averaged gradients."""
         beta1, beta2 = self.optimization.betas
         self.steps += 1
-        rate = learning_rate / (1 - beta1**self.steps)
         # The square root, too, in Python's own doubles: one rounding less for each number.
         start = (1 - beta2**self.steps) ** 0.5
         moved = {}
@@ -38,7 +37,9 @@ class AdamW:
             gradient = gradients[name]
             first = self.first[name] + (1 - beta1) * (gradient - self.first[name])
             second = self.second[name] + (1 - beta2) * (gradient * gradient - self.second[name])
-            kept = weight.astype(mx.float32) * (1 - learning_rate * self.optimization.weight_decay)
+            pace = learning_rate * self.optimization.pace_of(name, weight.ndim)
+            rate = pace / (1 - beta1**self.steps)
+            kept = weight.astype(mx.float32) * (1 - pace * self.optimization.decay_of(weight.ndim))
             spread = mx.sqrt(second) / start + self.optimization.epsilon
             moved[name] = (kept - rate * first / spread).astype(weight.dtype)
             self.first[name], self.second[name] = first, second

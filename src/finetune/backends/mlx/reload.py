@@ -1,7 +1,7 @@
-"""Loads a saved adapter on a fresh base in this process and compares its logits with those saved.
+"""Loads a saved adapter on a fresh base, or a saved model, in this process and compares its logits with those saved.
 
-Started by `finetune.evaluation.reload`. mlx-lm alone does it: its own model, its own `LoRALinear`; of ours only what
-reads and renames the files is used.
+Started by `finetune.evaluation.reload`. mlx-lm alone does it: its own model, its own `LoRALinear` and `DoRALinear`;
+of ours only what reads and renames the files is used.
 """
 
 import json
@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
 from finetune.backends.mlx.adapter import read_adapter
-from finetune.backends.mlx.layers import layer_shapes
+from finetune.backends.mlx.layers import layer_shapes, weight_shapes
 from finetune.backends.mlx.tensors import read_tensors
-from finetune.backends.mlx.zoo import linear_layers, load_model
+from finetune.backends.mlx.zoo import Loaded, linear_layers, load_model
 from finetune.records import ModelLocation
 
 
@@ -27,15 +28,10 @@ def main() -> None:
     wanted = [saved[str(index)] for index in range(len(prompts))]
     loaded = load_model(ModelLocation(request["folder"], Path(request["folder"]), "local"), request["dtype"])
     base = [loaded.model(mx.array([ids]))[0].astype(mx.float32) for ids in prompts]
-    target, pairs = read_adapter(layer_shapes(loaded), loaded.names, Path(request["adapter"]))
-    layers = []
-    for path, module in linear_layers(loaded.model).items():
-        if loaded.names.shown(path) in pairs:
-            down, up = pairs[loaded.names.shown(path)]
-            layer = LoRALinear.from_base(module, r=target.rank, scale=target.alpha / target.rank)
-            layer.lora_a, layer.lora_b = down.T, up.T
-            layers.append((path, layer))
-    loaded.model.update_modules(tree_unflatten(layers))
+    if "model" in request:
+        loaded = load_model(ModelLocation(request["model"], Path(request["model"]), "local"), request["dtype"])
+    else:
+        _put_on(loaded, Path(request["adapter"]))
     loaded.model.eval()
     tuned = [loaded.model(mx.array([ids]))[0].astype(mx.float32) for ids in prompts]
     answer = {
@@ -45,6 +41,31 @@ def main() -> None:
         "difference_from_base": max(float(mx.abs(a - b).max().item()) for a, b in zip(base, wanted, strict=True)),
     }
     json.dump(answer, sys.stdout)
+
+
+def _put_on(loaded: Loaded, folder: Path) -> None:
+    """Put the adapter in `folder` on the model with mlx-lm's own layers."""
+    names = loaded.names
+    target, tensors = read_adapter(weight_shapes(loaded), layer_shapes(loaded), names, folder)
+    kind = DoRALinear if target.kind == "dora" else LoRALinear
+    layers = []
+    for path, module in linear_layers(loaded.model).items():
+        shown = names.shown(path)
+        if shown in tensors.parts:
+            down, up, magnitude = tensors.parts[shown]
+            layer = kind.from_base(module, r=target.rank_of(shown), scale=target.scale_of(shown))
+            layer.lora_a, layer.lora_b = down.T, up.T
+            if magnitude is not None:
+                layer.m = magnitude
+            layers.append((path, layer))
+    places = dict(tree_flatten(loaded.model.parameters()))
+    saved = {
+        place: tensors.saved[names.shown(place)].astype(tensor.dtype)
+        for place, tensor in places.items()
+        if names.shown(place) in tensors.saved
+    }
+    loaded.model.update_modules(tree_unflatten(layers))
+    loaded.model.update(tree_unflatten(list(saved.items())))
 
 
 if __name__ == "__main__":

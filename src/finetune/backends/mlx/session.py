@@ -9,12 +9,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from finetune.backends.mlx import state
 from finetune.backends.mlx.adapter import read_adapter, write_adapter
-from finetune.backends.mlx.layers import Adapter, draw_pairs, layer_shapes, put_on
+from finetune.backends.mlx.layers import Adapter, draw_tensors, layer_shapes, put_on, weight_shapes
 from finetune.backends.mlx.optimizer import AdamW, clip, norms
 from finetune.backends.mlx.tensors import fingerprint, first_line, write_tensors
 from finetune.backends.mlx.trip import Arrays, Sizes, arrays_of, plan_trip
 from finetune.backends.mlx.zoo import Loaded, write_config
 from finetune.errors import ModelError, TrainingError
+from finetune.models.peft_files import adapted_layers, frozen_name
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
 
 _EXHAUSTED = ("allocate", "memory", "Insufficient Memory")
@@ -32,7 +33,7 @@ class MlxSession:
         # Padding is never seen; but an id beyond the table would be read from whatever memory lies there.
         sizes = Sizes(loaded.words, loaded.context, pad_id if 0 <= pad_id < loaded.words else 0)
         self.trip = plan_trip(loaded.model, sizes)
-        self._layers = layer_shapes(loaded)
+        self._layers, self._shapes = layer_shapes(loaded), weight_shapes(loaded)
         self.adapter: Adapter | None = None
         self.gradients: dict[str, mx.array] = {}
         self._key = mx.random.key(0)
@@ -47,10 +48,10 @@ class MlxSession:
                 another form than the model's files.
         """
         drawing, self._key = mx.random.split(mx.random.key(seed))
-        pairs = draw_pairs(self._layers, target, drawing) if target else {}
+        adapted_layers(self._layers, target.modules if target else ())
         self._take_off()
         if target is not None:
-            self.adapter = put_on(self.loaded, target, pairs)
+            self.adapter = put_on(self.loaded, target, draw_tensors(self.loaded, self._layers, target, drawing))
         self._trained = self.adapter.tensors(self.loaded.names) if self.adapter else self._places()
 
     def _take_off(self) -> None:
@@ -140,13 +141,15 @@ class MlxSession:
         """Within this context the model answers as its base would."""
         if self.adapter is None:
             raise TrainingError("the model has no adapter that could be disabled")
-        return self.adapter.disabled()
+        return self.adapter.disabled(self.loaded.model)
 
     def fingerprints(self) -> dict[str, str]:
         """A hash of each parameter tensor by name, base and adapter."""
-        tensors = self._tensors()
-        places = self._places() | (self.adapter.tensors(self.loaded.names) if self.adapter else {})
-        return {name: fingerprint(tensors[place]) for name, place in places.items()}
+        tensors, base = self._tensors(), self._base()
+        told = {name: base[place] for name, place in self._places().items()}
+        if self.adapter:
+            told |= {name: tensors[place] for name, place in self.adapter.tensors(self.loaded.names).items()}
+        return {name: fingerprint(tensor) for name, tensor in told.items()}
 
     def trainable_names(self) -> list[str]:
         """Names of the tensors that training may change."""
@@ -155,6 +158,16 @@ class MlxSession:
     def gradient_norms(self) -> dict[str, float]:
         """The L2 norm of each trainable tensor's gradient, as accumulated so far."""
         return dict.fromkeys(self._trained, 0.0) | norms(self.gradients)
+
+    def check_saving(self) -> None:
+        """Refuse now what `save_model` could only refuse in the end.
+
+        Raises:
+            ModelError: mlx-lm keeps weights of this architecture in another form than the model's files.
+        """
+        names, adapter = self.loaded.names, self.adapter
+        places = [adapter.own(place) if adapter else place for place in self._base()]
+        names.refuse_foreign([names.shown(place) for place in places], "the model's weights")
 
     def save_model(self, folder: Path) -> None:
         """Write the whole model as transformers reads it, its adapter merged into it, into an existing folder.
@@ -167,6 +180,8 @@ class MlxSession:
         if adapter is not None:
             weights = {adapter.own(place): tensor for place, tensor in weights.items()}
             weights |= {f"{path}.weight": layer.merged() for path, layer in adapter.layers.items()}
+            now = self._tensors()
+            weights |= {place: now[place] for place in adapter.originals}
         tensors = names.to_files(weights)
         names.refuse_foreign(list(tensors), "the model's weights")
         write_config({**self.loaded.config, "dtype": self.loaded.dtype}, folder)
@@ -177,13 +192,13 @@ class MlxSession:
         if self.adapter is None:
             raise ModelError("the model has no adapter that could be saved")
         base = self.location.name if self.location.source == "hub" else str(self.location.folder)
-        write_adapter(self.adapter, self.loaded.names, base, folder)
+        write_adapter(self.adapter, self.loaded, base, folder)
 
     def load_adapter(self, folder: Path) -> None:
         """Put a saved adapter, PEFT's or mlx-lm's, on the model, frozen as PEFT does it; every tensor must match."""
-        target, pairs = read_adapter(self._layers, self.loaded.names, folder)
+        target, tensors = read_adapter(self._shapes, self._layers, self.loaded.names, folder)
         self._take_off()
-        self.adapter = put_on(self.loaded, target, pairs)
+        self.adapter = put_on(self.loaded, target, tensors)
         self._trained = {}
 
     def save_state(self, folder: Path) -> None:
@@ -199,17 +214,22 @@ class MlxSession:
         return dict(tree_flatten(self.loaded.model.parameters()))
 
     def _base(self) -> dict[str, mx.array]:
-        """The model's own tensors by their places, the adapter's left out."""
-        own = self.adapter.tensors(self.loaded.names).values() if self.adapter else ()
-        return {place: tensor for place, tensor in self._tensors().items() if place not in own}
+        """The model's own tensors by their places, as they are without the adapter."""
+        if self.adapter is None:
+            return self._tensors()
+        own = self.adapter.tensors(self.loaded.names).values()
+        base = {place: tensor for place, tensor in self._tensors().items() if place not in own}
+        return base | self.adapter.originals
 
     def _places(self) -> dict[str, str]:
         """Where each of the model's own tensors lies, by its name; PEFT's once an adapter is on."""
         names, adapter = self.loaded.names, self.adapter
         if adapter is None:
             return {names.shown(place): place for place in self._base()}
-        own = {place: adapter.own(place) for place in self._base()}
-        return {_below_peft(names.shown(plain), wrapped=plain != place): place for place, plain in own.items()}
+        own = {place: names.shown(adapter.own(place)) for place in self._base()}
+        adapted = {names.shown(path) for path in adapter.layers}
+        saved = {names.shown(place) for place in adapter.originals}
+        return {frozen_name(plain, adapted, saved): place for place, plain in own.items()}
 
     def _trainable(self) -> dict[str, mx.array]:
         tensors = self._tensors()
@@ -217,12 +237,6 @@ class MlxSession:
 
     def _put(self, weights: dict[str, mx.array]) -> None:
         self.loaded.model.update(tree_unflatten([(self._trained[name], weight) for name, weight in weights.items()]))
-
-
-def _below_peft(name: str, *, wrapped: bool) -> str:
-    """What PEFT calls a base weight once an adapter is on, one of its own layer or not."""
-    path, _, leaf = name.rpartition(".")
-    return f"base_model.model.{path}.{'base_layer.' if wrapped else ''}{leaf}"
 
 
 def _as_memory_error(error: Exception, batch: Batch) -> Exception:

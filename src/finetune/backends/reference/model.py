@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from finetune.backends.reference.adapter import Adapter
 from finetune.backends.reference.architecture import EMBEDDING, FINAL_NORM, HEAD, Architecture, block_path
-from finetune.models.peft_files import tensor_name
+from finetune.models.peft_files import saved_name, tensor_name
 
 Array = NDArray[np.float64]
 Backward = Callable[[Array], Array]
@@ -25,7 +25,8 @@ Backward = Callable[[Array], Array]
 class Pass:
     """One trip through the model: forward, and back when `wanted` names tensors whose gradients are to be made.
 
-    `random` draws the dropout of the adapter's inputs; without it the model is at rest. `cache` keeps the keys and
+    `weights` are the base's, or the adapter's own where it trains a module whole. `random` draws the dropout of the
+    adapter's inputs; without it the model is at rest. `cache` keeps the keys and
     values of each layer from one trip to the next, so that a continuation needs only its new tokens.
     """
 
@@ -92,31 +93,56 @@ class Pass:
         return unit * gain, backward
 
     def linear(self, path: str, x: Array) -> tuple[Array, Backward]:
-        """(t, inputs) -> (t, outputs): x W^T, plus alpha / rank x dropout(x) A^T B^T where the adapter sits."""
+        """(t, inputs) -> (t, outputs): x W^T, and what the adapter adds where one sits."""
         name = f"{EMBEDDING if path == HEAD and self.shape.tie_word_embeddings else path}.weight"
         weight = self.weights[name]
         y = x @ weight.T
-        pair = self.adapter.pairs.get(path) if self.adapter else None
-        if self.adapter and pair:
-            down, up, scale = *pair, self.adapter.scale
-            keep = self._dropout(x.shape, self.adapter.target.dropout)
-            kept = x if keep is None else x * keep
-            small = kept @ down.T
-            y += scale * (small @ up.T)
+        adapter_back: Backward | None = None
+        if self.adapter and path in self.adapter.pairs:
+            added, adapter_back = self._added(path, x, y)
+            y += added
 
         def backward(dy: Array) -> Array:
             dx: Array = dy @ weight
             if name in self.wanted:
                 self._add(name, dy.T @ x)
-            if pair:
-                dsmall = scale * (dy @ up)
-                self._add(tensor_name(path, "A"), dsmall.T @ kept)
-                self._add(tensor_name(path, "B"), scale * (dy.T @ small))
-                dkept = dsmall @ down
-                dx += dkept if keep is None else dkept * keep
+            if adapter_back is not None:
+                dx += adapter_back(dy)
             return dx
 
         return y, backward
+
+    def _added(self, path: str, x: Array, y: Array) -> tuple[Array, Backward]:
+        """What the adapter adds to y = x W^T: z = s dropout(x) A^T B^T, and with DoRA g z + (g - 1) y.
+
+        g is what each output is stretched by. Where x is dropped, the y that is stretched is that of dropout(x).
+        """
+        assert self.adapter is not None
+        adapter, weight = self.adapter, self.weights[f"{path}.weight"]
+        (down, up), scale = adapter.pairs[path], adapter.target.scale_of(path)
+        keep = self._dropout(x.shape, adapter.target.dropout)
+        kept = x if keep is None else x * keep
+        small = kept @ down.T
+        added = scale * (small @ up.T)
+        stretch, unstretched, lengths = np.ones(1), None, np.ones(1)
+        if path in adapter.magnitudes:
+            lengths = adapter.lengths(path, weight)
+            stretch = adapter.magnitudes[path] / lengths
+            unstretched = added + (y if keep is None else kept @ weight.T)
+            added = stretch * unstretched - (unstretched - added)
+
+        def backward(dy: Array) -> Array:
+            dlora = dy if unstretched is None else dy * stretch
+            dsmall = scale * (dlora @ up)
+            self._add(tensor_name(path, "A"), dsmall.T @ kept)
+            self._add(tensor_name(path, "B"), scale * (dlora.T @ small))
+            dkept: Array = dsmall @ down
+            if unstretched is not None:
+                self._add(tensor_name(path, "m"), (dy * unstretched).sum(axis=0) / lengths)
+                dkept += (dy * (stretch - 1)) @ weight
+            return dkept if keep is None else dkept * keep
+
+        return added, backward
 
     def attention(self, path: str, x: Array, starts: NDArray[np.int64]) -> tuple[Array, Backward]:
         """Causal attention (t, h) -> (t, h). The g query heads that share a key head are simply more of its queries."""
@@ -187,8 +213,10 @@ class Pass:
         return (self.random.random(shape) >= rate) / (1 - rate)
 
     def _add(self, name: str, gradient: Array) -> None:
-        if name in self.wanted:
-            self.gradients[name] = self.gradients[name] + gradient if name in self.gradients else gradient
+        if name not in self.wanted:
+            return
+        name = saved_name(name) if self.adapter and name in self.adapter.saved else name
+        self.gradients[name] = self.gradients[name] + gradient if name in self.gradients else gradient
 
 
 def softmax(scores: Array) -> Array:

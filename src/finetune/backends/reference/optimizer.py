@@ -12,7 +12,7 @@ Array = NDArray[np.float64]
 
 
 class AdamW:
-    """AdamW with decoupled weight decay on every tensor alike.
+    """AdamW with decoupled weight decay on matrices.
 
     Source: Loshchilov and Hutter 2019 (arXiv:1711.05101) and `torch.optim.AdamW`.
     """
@@ -25,16 +25,17 @@ class AdamW:
         self.second = {name: np.zeros_like(tensor) for name, tensor in tensors.items()}
 
     def step(self, gradients: Mapping[str, Array], learning_rate: float) -> None:
-        """Decay every tensor, then move it against its averaged gradient, both averages corrected for their start."""
+        """Decay each matrix, then move each tensor against its averaged gradient; both averages start corrected."""
         beta1, beta2 = self.optimization.betas
         self.steps += 1
         for name, tensor in self.tensors.items():
             first, second, gradient = self.first[name], self.second[name], gradients[name]
-            tensor *= 1 - learning_rate * self.optimization.weight_decay
+            pace = learning_rate * self.optimization.pace_of(name, tensor.ndim)
+            tensor *= 1 - pace * self.optimization.decay_of(tensor.ndim)
             first += (1 - beta1) * (gradient - first)
             second += (1 - beta2) * (gradient * gradient - second)
             spread = np.sqrt(second / (1 - beta2**self.steps)) + self.optimization.epsilon
-            tensor -= learning_rate / (1 - beta1**self.steps) * first / spread
+            tensor -= pace / (1 - beta1**self.steps) * first / spread
 
 
 def clip(gradients: Iterable[Array], limit: float) -> float:

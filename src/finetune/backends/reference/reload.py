@@ -1,7 +1,8 @@
-"""Loads a saved adapter on a fresh base in this process and compares its logits with those saved, without a framework.
+"""Loads a saved adapter on a fresh base, or a saved model, in this process and compares its logits with those saved.
 
-Started by `finetune.evaluation.reload`. The logits compared are float32; so is the adapter on disk, while the session
-that saved it computes with more digits: the difference is not zero, but far below a float32 model's own.
+No framework is used. Started by `finetune.evaluation.reload`. The logits compared are float32; so is the adapter on
+disk, while the session that saved it computes with more digits: the difference is not zero, but far below a float32
+model's own.
 """
 
 import json
@@ -23,7 +24,11 @@ def main() -> None:
     location = ModelLocation(request["folder"], Path(request["folder"]), "local")
     session = ReferenceBackend().open(location, request["dtype"], pad_id=0)
     base = [session.logits(ids) for ids in request["prompts"]]
-    session.load_adapter(Path(request["adapter"]))
+    if "model" in request:
+        saved_model = ModelLocation(request["model"], Path(request["model"]), "local")
+        session = ReferenceBackend().open(saved_model, request["dtype"], pad_id=0)
+    else:
+        session.load_adapter(Path(request["adapter"]))
     tuned = [session.logits(ids) for ids in request["prompts"]]
     answer = {
         "prompts": len(wanted),

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from finetune.backends.reference.model import Array, Pass, cross_entropy
 from finetune.backends.reference.optimizer import AdamW, clip
 from finetune.backends.reference.weights import read_config
 from finetune.errors import ModelError, TrainingError
+from finetune.models.peft_files import frozen_name
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
 
 _ASKED_TOGETHER = 64
@@ -44,7 +45,7 @@ class ReferenceSession:
             ModelError: a name in `target.modules` matches no linear layer.
         """
         random = np.random.Generator(np.random.PCG64(seed))
-        self._wear(draw_adapter(self.shape.linear_layers(), target, random) if target else None)
+        self._wear(draw_adapter(self.weights, self.shape.linear_layers(), target, random) if target else None)
         self._random = random  # dropout goes on where the adapter's values ended
 
     def _wear(self, adapter: Adapter | None) -> None:
@@ -68,7 +69,8 @@ class ReferenceSession:
         """Add `weight` x (summed loss of the batch) to the gradients; returns the summed loss in nats."""
         if not self.trainable:
             raise TrainingError("nothing is trainable: a loaded adapter is frozen", hint="attach a fresh adapter")
-        trip = Pass(self.shape, self.weights, self.adapter, frozenset(self.trainable), self._random, self.gradients)
+        wanted = frozenset(self.trainable) | frozenset(self.adapter.saved if self.adapter else ())
+        trip = Pass(self.shape, self._weights_now(), self.adapter, wanted, self._random, self.gradients)
         # NaN and infinity pass through in silence: the training loop looks for them in the loss and the norm.
         with np.errstate(all="ignore"):
             loss, backward = self._summed_loss(trip, batch)
@@ -91,11 +93,13 @@ class ReferenceSession:
     def loss(self, batch: Batch) -> float:
         """The summed loss of the batch in nats, dropout off; the random state is left as it was."""
         with np.errstate(all="ignore"):
-            return self._summed_loss(Pass(self.shape, self.weights, self.adapter), batch)[0]
+            return self._summed_loss(Pass(self.shape, self._weights_now(), self.adapter), batch)[0]
 
     def logits(self, ids: Sequence[int]) -> Array:
         """The logits (tokens, vocabulary) after each token of a prompt."""
-        logits: Array = self._logits(Pass(self.shape, self.weights, self.adapter), np.array([list(ids)], np.int64))[0]
+        logits: Array = self._logits(
+            Pass(self.shape, self._weights_now(), self.adapter), np.array([list(ids)], np.int64)
+        )[0]
         return logits
 
     def save_logits(self, prompts: Sequence[Sequence[int]], path: Path) -> None:
@@ -121,7 +125,7 @@ class ReferenceSession:
         return answers
 
     def _continue(self, ids: NDArray[np.int64], room: int, stop_ids: Sequence[int]) -> list[list[int]]:
-        trip = Pass(self.shape, self.weights, self.adapter, cache={})
+        trip = Pass(self.shape, self._weights_now(), self.adapter, cache={})
         said: list[list[int]] = [[] for _ in ids]
         open_ = set(range(len(ids)))
         for _ in range(room):
@@ -145,25 +149,25 @@ class ReferenceSession:
             self.adapter = adapter
 
     def merged_weights(self) -> dict[str, Array]:
-        """Every weight of a model without an adapter that computes the same: W + alpha / rank x B A."""
+        """Every weight of a model without an adapter that computes the same."""
         if self.adapter is None:
             return dict(self.weights)
-        scale = self.adapter.scale
-        grown = {f"{path}.weight": scale * (up @ down) for path, (down, up) in self.adapter.pairs.items()}
-        return {name: weight + grown.get(name, 0.0) for name, weight in self.weights.items()}
+        grown = {
+            f"{path}.weight": self.adapter.merged(path, self.weights[f"{path}.weight"]) for path in self.adapter.pairs
+        }
+        return {**self._weights_now(), **grown}
+
+    def _weights_now(self) -> Mapping[str, Array]:
+        """The weights that the model computes with: an adapter's own where it trains a module whole."""
+        return self.weights if self.adapter is None else {**self.weights, **self.adapter.saved}
 
     def fingerprints(self) -> dict[str, str]:
         """A hash of each parameter tensor by name, base and adapter."""
-        tensors = {self._shown(name): weight for name, weight in self.weights.items()}
-        tensors |= self.adapter.tensors() if self.adapter else {}
+        tensors = dict(self.weights)
+        if adapter := self.adapter:
+            shown = {name: frozen_name(name, adapter.pairs, adapter.saved) for name in self.weights}
+            tensors = {shown[name]: weight for name, weight in self.weights.items()} | adapter.tensors()
         return {name: hashlib.sha256(tensor.tobytes()).hexdigest() for name, tensor in tensors.items()}
-
-    def _shown(self, name: str) -> str:
-        """What PEFT calls a base weight once an adapter is on."""
-        if self.adapter is None:
-            return name
-        path = name.removesuffix(".weight")
-        return f"base_model.model.{path}.{'base_layer.' if path in self.adapter.pairs else ''}weight"
 
     def trainable_names(self) -> list[str]:
         """Names of the tensors that training may change."""
@@ -173,6 +177,9 @@ class ReferenceSession:
         """The L2 norm of each trainable tensor's gradient, as accumulated so far."""
         with np.errstate(all="ignore"):
             return {name: float(np.linalg.norm(self.gradients.get(name, 0.0))) for name in self.trainable}
+
+    def check_saving(self) -> None:
+        """Refuse now what `save_model` could only refuse in the end: nothing."""
 
     def save_model(self, folder: Path) -> None:
         """Write the whole model in float32, its adapter merged into it, into an existing folder."""
@@ -190,7 +197,7 @@ class ReferenceSession:
 
     def load_adapter(self, folder: Path) -> None:
         """Put a saved adapter on the model, frozen as PEFT does it; every tensor must match."""
-        self._wear(read_adapter(self.shape.linear_layers(), folder))
+        self._wear(read_adapter(self.weights, self.shape.linear_layers(), folder))
         self.trainable = {}
 
     def save_state(self, folder: Path) -> None:

@@ -72,7 +72,18 @@ def load_model(location: ModelLocation, dtype: str) -> Any:
             hint="get the model's weights again",
         )
     _fuse_activations(model)
+    _train_every_word(model)
     return model
+
+
+def _train_every_word(model: Any) -> None:
+    """Let the word that pads be trained like any other where rows really hold it, as when it ends them too.
+
+    As padding it has no loss and is never seen, and so no gradient anyway.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None
 
 
 def _fuse_activations(model: Any) -> None:

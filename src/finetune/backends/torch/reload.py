@@ -1,5 +1,7 @@
 """Loads a saved adapter on a fresh base in this process, with PEFT alone, and compares its logits with those saved.
 
+A saved model is loaded by transformers alone.
+
 Started by `finetune.evaluation.reload`. Nothing of the session's own loading code is used: what this process can do,
 any user of PEFT can do.
 """
@@ -21,7 +23,10 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(request["folder"], dtype=dtype).eval()
     with torch.no_grad():
         base = [model(input_ids=torch.tensor([ids])).logits[0].float() for ids in request["prompts"]]
-        adapted = PeftModel.from_pretrained(model, request["adapter"]).eval()
+        if "model" in request:
+            adapted = AutoModelForCausalLM.from_pretrained(request["model"], dtype=dtype).eval()
+        else:
+            adapted = PeftModel.from_pretrained(model, request["adapter"]).eval()
         tuned = [adapted(input_ids=torch.tensor([ids])).logits[0].float() for ids in request["prompts"]]
     wanted = [saved[str(index)] for index in range(len(request["prompts"]))]
     print(

@@ -48,6 +48,11 @@ class TorchSession:
             lora_alpha=target.alpha,
             lora_dropout=target.dropout,
             target_modules=list(target.modules),
+            use_dora=target.kind == "dora",
+            use_rslora=target.scaling == "rank_stabilized",
+            rank_pattern=dict(target.rank_pattern),
+            alpha_pattern=dict(target.alpha_pattern),
+            modules_to_save=state.whole_paths(self.model, target.saved) or None,
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in self.model.modules()),
             task_type="CAUSAL_LM",
         )
@@ -59,12 +64,14 @@ class TorchSession:
     def prepare_updates(self, optimization: Optimization) -> None:
         """Make the optimizer for everything that is trainable."""
         self._max_grad_norm = optimization.max_grad_norm
+        groups: dict[tuple[float, float], list[torch.nn.Parameter]] = defaultdict(list)
+        for name, tensor in self._trainable().items():
+            groups[optimization.pace_of(name, tensor.ndim), optimization.decay_of(tensor.ndim)].append(tensor)
         self._optimizer = torch.optim.AdamW(
-            list(self._trainable().values()),
+            [{"params": tensors, "weight_decay": decay, "pace": pace} for (pace, decay), tensors in groups.items()],
             lr=0.0,
             betas=optimization.betas,
             eps=optimization.epsilon,
-            weight_decay=optimization.weight_decay,
             fused=True,
         )
 
@@ -85,7 +92,7 @@ class TorchSession:
     def update(self, learning_rate: float) -> None:
         """Step the optimizer and clear the gradients."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["pace"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -171,6 +178,9 @@ class TorchSession:
             for name, tensor in self._trainable().items()
         }
 
+    def check_saving(self) -> None:
+        """Refuse now what `save_model` could only refuse in the end: nothing."""
+
     def save_model(self, folder: Path) -> None:
         """Write the whole model, its weights in safetensors, into an existing folder."""
         self.model.save_pretrained(str(folder))
@@ -182,7 +192,10 @@ class TorchSession:
         path = folder / "adapter_config.json"
         settings = json.loads(path.read_text(encoding="utf-8"))
         settings["target_modules"] = sorted(settings["target_modules"])
-        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for key in ("rank_pattern", "alpha_pattern"):
+            # PEFT sorts these by name, and by that changes which pattern is the first that fits.
+            settings[key] = dict(getattr(self.model.peft_config["default"], key))
+        path.write_text(json.dumps(dict(sorted(settings.items())), indent=2) + "\n", encoding="utf-8")
 
     def load_adapter(self, folder: Path) -> None:
         """Put a saved adapter on the model; every tensor must match."""

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import ModelError, RefusedError
+from finetune.models.adapt import ends_with
+from finetune.models.peft_files import on_disk
 
 _TENSORS = "state.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -56,6 +58,12 @@ def load_state(trainable: Mapping[str, torch.nn.Parameter], optimizer: torch.opt
     torch.set_rng_state(saved["random"])
 
 
+def whole_paths(model: Any, names: tuple[str, ...]) -> list[str]:
+    """The whole paths of the modules meant: PEFT would take `norm` for the end of `input_layernorm`, too."""
+    modules = [path for path, _ in model.named_modules()]
+    return [path for name in names for path in ends_with(modules, name)]
+
+
 @contextlib.contextmanager
 def quiet_wrapping() -> Iterator[None]:
     """Keep back one warning while PEFT wraps a model: transformers tells PEFT of a renamed attribute."""
@@ -81,7 +89,8 @@ def load_peft_adapter(model: Any, folder: Path) -> Any:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"adapter {folder} cannot be loaded on this model: {first}") from None
-    wanted = {name.replace(".default.", ".") for name, _ in adapted.named_parameters() if ".lora_" in name}
+    adapter = ("lora_", "modules_to_save.")
+    wanted = {on_disk(name) for name, _ in adapted.named_parameters() if any(f".{part}" in name for part in adapter)}
     if saved != wanted:
         odd = sorted(saved ^ wanted)
         raise ModelError(

@@ -1,0 +1,332 @@
+"""Laws of every kind of adapter by the specification itself: the float64 reference, and what its settings mean."""
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.backends.reference.adapter import Adapter
+from finetune.errors import ModelError
+from finetune.memory.estimate import adapter_parameters, estimate_memory
+from finetune.models.adapt import check_patterns, check_rank, choose_saved
+from finetune.models.shape import read_shape
+from finetune.records import AdapterTarget, ModelShape, Optimization, fits
+from finetune_strategies.adapters import AdaptedModel, adapted_layers, layer_names, varied_models, varied_targets
+from finetune_strategies.models import llama_configs, model_shapes
+from finetune_strategies.profiles import examples
+from properties.drawing import drawn
+from properties.test_reference_backend import check_slopes
+from properties.tiny_llamas import BATCH, CONFIG, LINEAR, ROWS, TARGET, VOCAB, adapted, step, tiny
+
+MODELS = varied_models(llama_configs(vocab_size=VOCAB), dropouts=(0.0, 0.4))
+FEW = examples(1 / 3)
+
+
+@given(MODELS)
+@FEW
+def test_adapter_of_any_kind_is_the_base_until_it_is_trained(model: AdaptedModel) -> None:
+    """A fresh adapter changes no logit by more than rounding; trained, it does, and only its own tensors have moved."""
+    session = tiny(model.config)
+    wanted = session.logits(ROWS[1].ids)
+    session.attach(model.target, 3)
+    session.prepare_updates(Optimization(0.01, 1.0))
+    before = session.fingerprints()
+    assert np.abs(session.logits(ROWS[1].ids) - wanted).max() < 1e-12
+    for number in range(2):
+        step(session, number)
+    changed = {name for name, mark in session.fingerprints().items() if mark != before[name]}
+    assert changed == set(session.trainable_names())
+    assert np.abs(session.logits(ROWS[1].ids) - wanted).max() > 1e-6
+    with session.adapter_disabled():
+        assert np.array_equal(session.logits(ROWS[1].ids), wanted)
+
+
+@given(MODELS)
+@FEW
+def test_gradient_of_any_kind_is_the_slope_of_the_loss(model: AdaptedModel) -> None:
+    """Each gradient is the slope of the loss: A, B, magnitudes and whole modules; of DoRA with the lengths held."""
+    session = adapted(model.target, trained=True, config=model.config)
+    held = {
+        path: session.adapter.lengths(path, session.weights[f"{path}.weight"]) for path in session.adapter.magnitudes
+    }
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Adapter, "lengths", lambda self, path, weight: held[path])
+        check_slopes(session, BATCH)
+
+
+@given(MODELS)
+@FEW
+def test_merged_adapter_of_any_kind_computes_the_same(model: AdaptedModel) -> None:
+    """A model without an adapter, of the merged weights, has the same logits; DoRA's rows have its lengths."""
+    session = adapted(model.target, trained=True, config=model.config)
+    merged, wanted = session.merged_weights(), session.logits(ROWS[1].ids)
+    for path, lengths in session.adapter.magnitudes.items():
+        assert np.allclose(np.linalg.norm(merged[f"{path}.weight"], axis=1), np.abs(lengths), rtol=1e-12)
+    session.attach(None, 0)
+    session.weights.update(merged)
+    assert np.allclose(session.logits(ROWS[1].ids), wanted, rtol=0, atol=1e-9 * np.abs(wanted).max())
+
+
+@given(st.integers(1, 9), st.sampled_from([0.5, 7.0, 16.0]))
+def test_rank_stabilised_scale_is_alpha_by_the_root_of_the_rank(rank: int, alpha: float) -> None:
+    """RsLoRA multiplies with alpha / sqrt(rank) and LoRA with alpha / rank, each with the layer's own two numbers."""
+    plain = AdapterTarget(rank, alpha, 0.0, ("q_proj",))
+    stable = replace(plain, scaling="rank_stabilized")
+    assert plain.scale_of("a.q_proj") == alpha / rank
+    assert stable.scale_of("a.q_proj") == alpha / math.sqrt(rank)
+    own = replace(stable, rank_pattern={"q_proj": 4}, alpha_pattern={"v_proj": 3.0})
+    assert own.scale_of("a.q_proj") == alpha / 2
+    assert own.scale_of("a.v_proj") == 3.0 / math.sqrt(rank)
+    sessions = [adapted(AdapterTarget(4, 6.0, 0.0, LINEAR, scaling=each), trained=True) for each in
+                ("standard", "rank_stabilized")]  # fmt: skip
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    grown = [session.merged_weights()[weight] - session.weights[weight] for session in sessions]
+    assert np.allclose(grown[1], 2 * grown[0], rtol=1e-9)
+
+
+@given(model_shapes().flatmap(lambda shape: st.tuples(st.just(shape), varied_targets(shape))))
+def test_patterns_give_each_layer_what_the_first_that_fits_says(drawn: tuple[ModelShape, AdapterTarget]) -> None:
+    """Rank and alpha of a layer are those of the first pattern that fits all of its path's end, or the common ones."""
+    shape, target = drawn
+    check_patterns(shape, target)
+    check_rank(shape, target)
+    for layer in adapted_layers(shape, target):
+        ends = [layer.name[at:] for at in (0, *(m.end() for m in re.finditer(r"\.", layer.name)))]
+        for patterns, common, found in (
+            (target.rank_pattern, target.rank, target.rank_of(layer.name)),
+            (target.alpha_pattern, target.alpha, target.alpha_of(layer.name)),
+        ):
+            hit = [value for key, value in patterns.items() if any(re.fullmatch(key, end) for end in ends)]
+            assert found == (hit[0] if hit else common)
+
+
+@given(model_shapes().flatmap(lambda shape: st.tuples(st.just(shape), varied_targets(shape))), st.data())
+def test_pattern_that_changes_nothing_is_refused(drawn: tuple[ModelShape, AdapterTarget], data: st.DataObject) -> None:
+    """A pattern that fits no layer, only layers without adapter, or none that is left to it, is refused with names."""
+    shape, target = drawn
+    adapted_names = {layer.name for layer in adapted_layers(shape, target)}
+    outside = [layer.name for layer in shape.linear_layers if layer.name not in adapted_names]
+    last = next(reversed(target.rank_pattern), None)
+    wrong = {"q_prj": "linear layer of", "(": "regular expression", "lm_head": "linear layer of"}
+    wrong |= {re.escape(outside[0]): "only others"} if outside else {}
+    wrong |= {f"(?:{last})": "never counts"} if last else {}
+    pattern = data.draw(st.sampled_from(sorted(wrong)))
+    setting = (
+        data.draw(st.sampled_from(["rank_pattern", "alpha_pattern"]))
+        if wrong[pattern] != "never counts"
+        else "rank_pattern"
+    )
+    bad = replace(target, **{setting: {**getattr(target, setting), pattern: 1}})
+    with pytest.raises(ModelError, match=re.escape(wrong[pattern])) as caught:
+        check_patterns(shape, bad)
+    assert f"adapter.{setting}: {pattern!r}" in caught.value.message
+    if "fits no" in caught.value.message:
+        assert all(name.rsplit(".", 1)[-1] in caught.value.hint for name in adapted_names)
+
+
+@given(model_shapes(), st.integers(1, 4))
+def test_rank_of_a_pattern_above_a_layer_is_refused(shape: ModelShape, more: int) -> None:
+    """A rank that is too high for one layer is refused, whichever setting gives it, and that layer is named."""
+    layer = min(shape.linear_layers, key=lambda layer: min(layer.shape))
+    target = AdapterTarget(
+        1, 7.0, 0.0, layer_names(shape), rank_pattern={re.escape(layer.name): min(layer.shape) + more}
+    )
+    with pytest.raises(ModelError, match=rf"rank_pattern: rank {min(layer.shape) + more} .* {re.escape(layer.name)} "):
+        check_rank(shape, target)
+
+
+@given(model_shapes())
+def test_modules_to_save_are_found_by_the_end_of_their_path_or_refused(shape: ModelShape) -> None:
+    """A name means whole parts of a path; what nothing has, what gets an adapter or is tied is refused."""
+    modules = layer_names(shape)
+    norm, inner = (
+        ("model.norm", "input_layernorm") if "model.norm.weight" in shape.weights else ("transformer.ln_f", "ln_1")
+    )
+    assert choose_saved(shape, [norm.rsplit(".", 1)[-1]], modules) == (norm,)
+    assert len(choose_saved(shape, [inner], modules)) == shape.layers
+    table = "embed_tokens" if norm == "model.norm" else "wte"
+    for name, word in (
+        (modules[0], "gets an adapter"),
+        ("nrm", "matches no module"),
+        ("layernorm", "matches no module"),
+    ):
+        with pytest.raises(ModelError, match=word) as caught:
+            choose_saved(shape, [norm, name], modules)
+        assert repr(name) in caught.value.message
+        assert norm.rsplit(".", 1)[-1] in caught.value.hint or "adapter.targets" in caught.value.hint
+    for name in (table, "lm_head"):
+        if shape.tied_head:
+            with pytest.raises(ModelError, match="come apart"):
+                choose_saved(shape, [name], modules)
+        else:
+            assert [path.rsplit(".", 1)[-1] for path in choose_saved(shape, [name], modules)] == [name]
+
+
+@given(model_shapes().flatmap(lambda shape: st.tuples(st.just(shape), varied_targets(shape))))
+def test_estimate_counts_every_kind_by_hand(drawn: tuple[ModelShape, AdapterTarget]) -> None:
+    """A and B of each layer's own rank, DoRA's outputs, and whole modules in the format of the base."""
+    shape, target = drawn
+    turned = shape.architecture == "GPT2LMHeadModel"
+    numbers = 0
+    for layer in adapted_layers(shape, target):
+        numbers += target.rank_of(layer.name) * (layer.shape[0] + layer.shape[1])
+        numbers += (layer.shape[1] if turned else layer.shape[0]) * (target.kind == "dora")
+    whole = sum(math.prod(size) for name, size in shape.weights.items() if name.rpartition(".")[0] in target.saved)
+    assert adapter_parameters(shape, target) == numbers + whole
+    told = estimate_memory(shape, target, "bfloat16")
+    assert (told.adapter, told.gradients, told.optimizer) == tuple(
+        each * (4 * numbers + 2 * whole) for each in (1, 1, 2)
+    )
+
+
+@given(MODELS)
+@FEW
+def test_estimate_counts_what_the_session_trains(tmp_path_factory: pytest.TempPathFactory, model: AdaptedModel) -> None:
+    """As many numbers are trained as the estimate says, by the shape that the model's files tell."""
+    session = tiny(model.config)
+    session.attach(model.target, 0)
+    trained = sum(tensor.size for tensor in session.trainable.values())
+    folder = tmp_path_factory.mktemp("whole")
+    session.attach(None, 0)
+    (folder / "config.json").write_text("{}")
+    session.location = replace(session.location, folder=folder)
+    session.save_model(folder)
+    assert read_shape(folder).weights == {name: weight.shape for name, weight in session.weights.items()}
+    assert adapter_parameters(model.shape, model.target) == trained
+
+
+@given(MODELS, st.sampled_from([1.0, 4.0, 0.25]))
+@FEW
+def test_lora_plus_moves_b_by_the_ratio(model: AdaptedModel, ratio: float) -> None:
+    """LoRA+: at each step B and what has one dimension move `ratio` times as far as they would, everything else as far.
+
+    AdamW's first step is as long as the learning rate, whatever the gradient: the ratio shows to all digits.
+    """
+    moves = []
+    for each in (1.0, ratio):
+        session = tiny(model.config)
+        session.attach(replace(model.target, dropout=0.0), 3)
+        session.prepare_updates(Optimization(0.0, 1.0, lora_plus_ratio=each))
+        before = {name: tensor.copy() for name, tensor in session.trainable.items()}
+        step(session)
+        moves.append({name: tensor - before[name] for name, tensor in session.trainable.items()})
+    for name, plain in moves[0].items():
+        fast = ".lora_B." in name or plain.ndim == 1
+        assert np.allclose(moves[1][name], (ratio if fast else 1.0) * plain, rtol=1e-9, atol=1e-15), name
+        assert np.abs(plain).max() > 0 or ".lora_A." in name
+
+
+def test_full_training_moves_every_weight_that_has_a_gradient() -> None:
+    """Without an adapter each single number with a gradient moves, and no tensor is without one."""
+    session = adapted(None)
+    session.prepare_updates(Optimization(0.0, 1e9))
+    before = {name: tensor.copy() for name, tensor in session.trainable.items()}
+    session.accumulate(BATCH, 0.1)
+    slopes = {name: value.copy() for name, value in session.gradients.items()}
+    session.update(0.01)
+    assert slopes.keys() == before.keys() == session.weights.keys()
+    for name, slope in slopes.items():
+        assert np.array_equal(session.trainable[name] != before[name], slope != 0), name
+        assert (slope != 0).mean() > 0.3
+
+
+def trained_through(target: AdapterTarget | None, folder: Path, stops: list[int]) -> dict[str, bytes]:
+    """The state's files of a run of four steps that went on in a fresh session after each of `stops`."""
+    done = 0
+    for stop in [*stops, 4]:
+        session = adapted(target)
+        session.prepare_updates(Optimization(0.05, 1.0, lora_plus_ratio=3.0))
+        if done:
+            session.load_state(folder / str(done))
+        for number in range(done, stop):
+            step(session, number)
+        done = stop
+        (folder / str(stop)).mkdir(parents=True, exist_ok=True)
+        session.save_state(folder / str(stop))
+    return {path.name: path.read_bytes() for path in sorted((folder / "4").iterdir())}
+
+
+KINDS: dict[str, AdapterTarget | None] = {
+    "lora": replace(TARGET, dropout=0.3, scaling="rank_stabilized", rank_pattern={"q_proj": 2}),
+    "dora": replace(TARGET, kind="dora", dropout=0.3),
+    "saved": replace(TARGET, kind="dora", saved=("model.norm", "lm_head", "model.embed_tokens")),
+    "full": None,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resume_of_every_kind_is_the_same_run(kind: str, tmp_path: Path) -> None:
+    """P-RESUME: stopped after any step and continued in a fresh session, all of the state is the same to the byte."""
+    whole = trained_through(KINDS[kind], tmp_path / "whole", [])
+    for number, stops in enumerate(([1], [3], [1, 2])):
+        assert trained_through(KINDS[kind], tmp_path / str(number), stops) == whole
+
+
+@given(MODELS)
+@FEW
+def test_adapter_of_any_kind_travels_through_its_files(
+    tmp_path_factory: pytest.TempPathFactory, model: AdaptedModel
+) -> None:
+    """What was saved is loaded as it was: target, tensors to float32, and the order of the patterns."""
+    folder = tmp_path_factory.mktemp("adapter")
+    session = adapted(model.target, trained=True, config=model.config)
+    session.save_adapter(folder)
+    again = tiny(model.config)
+    again.load_adapter(folder)
+    found = again.adapter.target
+    assert found == model.target
+    assert list(found.rank_pattern) == list(model.target.rank_pattern)
+    assert list(found.alpha_pattern) == list(model.target.alpha_pattern)
+    for name, tensor in session.adapter.tensors().items():
+        assert np.array_equal(again.adapter.tensors()[name], tensor.astype(np.float32)), name
+
+
+def test_adapter_with_a_tied_table_of_its_own_is_refused(tmp_path: Path) -> None:
+    """An adapter from elsewhere that trains one half of a tied table is refused: here the halves cannot come apart."""
+    untied = adapted(replace(TARGET, saved=("model.embed_tokens",)), trained=True)
+    untied.save_adapter(tmp_path)
+    again: Any = tiny({**CONFIG, "tie_word_embeddings": True})
+    with pytest.raises(ModelError, match="come apart"):
+        again.load_adapter(tmp_path)
+
+
+def test_fits_is_the_end_of_a_path_from_a_dot_on() -> None:
+    """`proj` is not the end of `q_proj`, nor is `layers.1` that of `layers.11`; alternatives count as one pattern."""
+    assert fits("q_proj", "model.layers.1.self_attn.q_proj")
+    assert not fits("proj", "model.layers.1.self_attn.q_proj")
+    assert not fits("1.self_attn.q_proj", "model.layers.11.self_attn.q_proj")
+    assert fits("q_proj|v_proj", "a.v_proj")
+    assert not fits("self_attn", "a.self_attn.v_proj")
+
+
+def _overlap(model: AdaptedModel) -> bool:
+    layers = [layer.name for layer in adapted_layers(model.shape, model.target)]
+    return any(sum(fits(key, path) for key in model.target.rank_pattern) > 1 for path in layers)
+
+
+CORNERS = {
+    "dora": lambda m: m.target.kind == "dora",
+    "lora": lambda m: m.target.kind == "lora",
+    "rank-stabilised": lambda m: m.target.scaling == "rank_stabilized",
+    "ranks by pattern": lambda m: len(m.target.rank_pattern) > 0,
+    "alphas by pattern": lambda m: len(m.target.alpha_pattern) > 0,
+    "two patterns fit one layer": _overlap,
+    "trained whole": lambda m: len(m.target.saved) > 0,
+    "an untied table trained whole": lambda m: "lm_head" in m.target.saved,
+    "a layer trained whole": lambda m: any(path.endswith("_proj") for path in m.target.saved),
+    "nothing trained whole": lambda m: not m.target.saved,
+}
+
+
+def test_strategy_of_kinds_reaches_its_corners() -> None:
+    """Among 150 adapters of any kind each of the ten corners is met several times."""
+    models = drawn(varied_models())
+    counts = {name: sum(map(wanted, models)) for name, wanted in CORNERS.items()}
+    assert len(counts) == 10
+    assert {name: count for name, count in counts.items() if count < 5} == {}
