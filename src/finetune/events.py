@@ -6,10 +6,19 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class RunStarted:
-    """A run began: when (ISO 8601, UTC), and the command that repeats it."""
+    """A run began: when (ISO 8601, UTC), the command that repeats it, and an id that no other run has."""
 
     started: str
     command: str
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RunResumed:
+    """A run went on after `step`; `changes` says what is not as it was, and was allowed to change."""
+
+    step: int
+    changes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +76,25 @@ class CheckpointSaved:
 
 
 @dataclass(frozen=True, slots=True)
+class StoppedEarly:
+    """Training ends with `step`: the held-out loss has not improved for `looks` looks; `best_step` had the lowest."""
+
+    step: int
+    total_steps: int
+    looks: int
+    best_step: int
+    best_loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunJudged:
+    """The judges have spoken: the run's outcome, and that of each verdict by its id."""
+
+    outcome: str
+    verdicts: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class PhaseStarted:
     """The run turned to something new; `note` says why or how large."""
 
@@ -74,7 +102,36 @@ class PhaseStarted:
     note: str = ""
 
 
-Event = RunStarted | StepDone | HeldOutLoss | FixedLoss | FirstGradients | CheckpointSaved | PhaseStarted
+@dataclass(frozen=True, slots=True)
+class TrackerOpened:
+    """A tracker is told of the run from now on; `place` is where it writes."""
+
+    tracker: str
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrackerFailed:
+    """A tracker could not take what it was told; the run goes on without it."""
+
+    tracker: str
+    error: str
+
+
+Event = (
+    RunStarted
+    | RunResumed
+    | StepDone
+    | HeldOutLoss
+    | FixedLoss
+    | FirstGradients
+    | CheckpointSaved
+    | StoppedEarly
+    | RunJudged
+    | PhaseStarted
+    | TrackerOpened
+    | TrackerFailed
+)
 
 
 def event_as_dict(event: Event) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune.artifacts.checkpoints import CheckpointStore
+from finetune.artifacts.checkpoints import CheckpointStore, Owner
 from finetune.artifacts.run_folder import RunFolder
 from finetune.config import KEYS, ModelAndDataFacts, load_config, load_plan, parse_assignments, resolve
 from finetune.data.facts import new_facts
@@ -133,7 +133,7 @@ def checkpoint(change: Callable[[Path], Any], identity: dict[str, Any]) -> Case:
 
     def open_(folder: Path) -> Any:
         store = CheckpointStore(folder / "checkpoints")
-        path = store.save(3, lambda place: (place / "state.bin").write_bytes(b"abc"), {"seed": 1, "rank": 8})
+        path = store.save(3, lambda place: (place / "state.bin").write_bytes(b"abc"), Owner({"seed": 1, "rank": 8}, {}))
         change(path)
         return store.open(3, identity)
 

@@ -95,8 +95,8 @@ from finetune.cli import main
 
 save = CheckpointStore.save
 
-def save_and_stop(self, step, *rest):
-    path = save(self, step, *rest)
+def save_and_stop(self, step, *rest, **more):
+    path = save(self, step, *rest, **more)
     if step == 3:
         os.kill(os.getpid(), signal.SIGINT)
     return path

@@ -31,14 +31,19 @@ def command(
     """
     from finetune.assembly.check import find_problems
     from finetune.backends import require_backend
+    from finetune.tracking.choose import require_trackers
 
     try:
         loaded = gather(config, flags_of(model, data, template), assignments, profile)
         problems, code = find_problems(loaded), 3
-        try:
-            require_backend(loaded.config.backend)
-        except FineTuneError as error:
-            problems.append(Problem(error.message, "backend", error.hint))
+        for where, check in (
+            ("backend", lambda: require_backend(loaded.config.backend)),
+            ("tracking.to", lambda: require_trackers(loaded.config.tracking.to)),
+        ):
+            try:
+                check()
+            except FineTuneError as error:
+                problems.append(Problem(error.message, where, error.hint))
     except ConfigError as error:
         problems, code = error.problems, 2
     if json_output:
