@@ -89,8 +89,10 @@ def fine_tune(
     except KeyboardInterrupt:
         raise _interrupted(folder) from None
     finally:
-        run.close_trackers(complete=False)
-        folder.release()
+        try:
+            run.close_trackers(complete=False)
+        finally:
+            folder.release()
 
 
 def _interrupted(folder: RunFolder) -> InterruptedRunError:

@@ -241,7 +241,9 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Path], None] | None, str]] = 
     "nothing held out to stop by": ({"training__stop_after": 3}, None, "training.stop_after"),
     "nothing held out to choose by": ({"training__keep": "best", "data__valid_fraction": 0.0}, None, "training.keep"),
     "no held-out row fits": (
-        {"training__keep": "best", "tokens__max_length": 40, "data__valid": "LONG"}, None, "training.keep",
+        {"training__keep": "best", "tokens__max_length": 40, "data__valid": "LONG"},
+        None,
+        "training.keep",
     ),
     "a margin for nothing": ({"training__stop_margin": 0.5, "data__valid_fraction": 0.3}, None, "stop_after is not"),
     "no such tracker here": ({"tracking__to": ["wandb", "mlflow"]}, None, "finetune-suite[wandb,mlflow]"),

@@ -19,9 +19,8 @@ def require_trackers(names: Sequence[str]) -> None:
     """
     missing = [name for name in names if find_spec(name) is None]
     if missing:
-        many = "trackers" if len(missing) > 1 else "tracker"
         raise MissingExtraError(
-            f"tracking.to asks for the {many} {', '.join(missing)}, which is not installed",
+            f"tracking.to asks for {', '.join(missing)}, which {'are' if missing[1:] else 'is'} not installed",
             hint=f"pip install 'finetune-suite[{','.join(missing)}]', or leave it out of tracking.to",
         )
 

@@ -121,7 +121,8 @@ class _Line:
         for event in iter(self._waiting.get, None):
             for step, numbers in digest.take(event):
                 self._log(tracker, step, numbers)
-        for step, numbers in digest.rest():
+        # A step that was not done is told by who goes on with the run, all of it.
+        for step, numbers in digest.rest() if self._complete else ():
             self._log(tracker, step, numbers)
         if tracker is not None:
             with self._counted():
