@@ -1,7 +1,8 @@
 """What a training run tells while it goes; progress bar, log, checkpoints and report listen."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_args
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,3 +141,11 @@ def event_as_dict(event: Event) -> dict[str, Any]:
     if isinstance(event, StepDone):
         values["tokens_per_second"] = event.tokens_per_second
     return values
+
+
+def event_from_dict(values: Mapping[str, Any]) -> Event:
+    """The event that `event_as_dict` gave as these values, as they are read back from JSON."""
+    kind: type[Event] = next(kind for kind in get_args(Event) if kind.__name__ == values["event"])
+    names = {field.name for field in fields(kind)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return kind(**{name: value for name, value in given.items() if name in names})

@@ -28,6 +28,8 @@ from finetune.events import (
     StoppedEarly,
     TrackerFailed,
     TrackerOpened,
+    event_as_dict,
+    event_from_dict,
 )
 from finetune.pipeline import fine_tune
 from finetune.tracking import choose, consumer
@@ -154,9 +156,7 @@ def test_tracker_holds_each_step_once_wherever_the_run_is_killed(model: Path, da
         for death in [*data_.draw(st.lists(st.integers(0, 26), min_size=1, max_size=2)), None]:
             record = {} if (output / "run.json").exists() else run(job(model, data, "mlflow"), output, death)[0]
         record = record or json.loads((output / "run.json").read_text())
-    # A run that dies before its first step may have told of the base, and tells of it again.
-    steps = [step for step, _ in tool.steps if step > 0]
-    assert steps == list(range(1, STEPS + 1))
+    assert [step for step, _ in tool.steps] == list(range(STEPS + 1))
     told = dict(tool.steps)
     assert [told[point["step"]]["train/loss"] for point in record["losses"]["train"]] == [
         point["loss"] for point in record["losses"]["train"]
@@ -172,18 +172,35 @@ def reopened(tool: SilentTracker) -> SilentTracker:
     return tool
 
 
-def test_tracker_of_a_resumed_run_knows_what_it_goes_on_from(model: Path, data: Path, tmp_path: Path) -> None:
-    """The same id, the step of the checkpoint, and the last step that was told before the run was killed."""
+def test_tracker_that_was_killed_before_it_was_open_is_told_the_whole_run(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    """Opened only by the process that goes on, a tracker is told what was done before; the run keeps its id."""
     opened: list[Tracked] = []
+    tool = SilentTracker()
     with trackers(lambda name, tracked: opened.append(tracked) or SilentTracker()):
         _, heard = run(job(model, data, "wandb"), tmp_path / "whole")
         said = [event for event in heard if not isinstance(event, TrackerOpened)]
         death = next(place for place, event in enumerate(said) if isinstance(event, StepDone) and event.step == 5)
         run(job(model, data, "wandb"), tmp_path / "run", death)
-        _, heard = run(job(model, data, "wandb"), tmp_path / "run")
-    assert [(one.done, one.told, one.resumed) for one in opened] == [(None, -1, False), (None, -1, False), (3, 5, True)]
-    assert opened[0].id != opened[1].id == opened[2].id
+    with trackers(lambda name, tracked: opened.append(tracked) or tool):
+        record, heard = run(job(model, data, "wandb"), tmp_path / "run")
     assert [event.step for event in heard if isinstance(event, RunResumed)] == [3]
+    assert [one.resumed for one in opened] == [False, False, True]
+    assert opened[0].id != opened[1].id == opened[2].id
+    assert [step for step, _ in tool.steps] == list(range(STEPS + 1))
+    assert [numbers["train/loss"] for step, numbers in tool.steps if step] == [
+        point["loss"] for point in record["losses"]["train"]
+    ]
+
+
+@given(st.sampled_from(get_args(Event)).flatmap(st.from_type))
+def test_event_is_read_back_from_json_as_it_was(event: Event) -> None:
+    """Every kind of event survives the log: what is read back is what was told."""
+    if not getattr(event, "seconds", 1.0):
+        return
+    read = json.loads(json.dumps(event_as_dict(event)))
+    assert repr(event_from_dict(read)) == repr(event)
 
 
 class Harmful(SilentTracker):

@@ -9,10 +9,10 @@ from finetune.artifacts.checkpoints import CheckpointStore
 from finetune.artifacts.run_folder import RunFolder
 from finetune.assembly.prepare import Prepared
 from finetune.config import plan_as_list
-from finetune.events import Event, PhaseStarted, RunStarted, StepDone
+from finetune.events import Event, PhaseStarted, RunStarted, event_from_dict
 from finetune.ports import Backend
 from finetune.tracking.consumer import Trackers
-from finetune.tracking.tracker import NOTHING, Tracked
+from finetune.tracking.tracker import Tracked
 
 Listener = Callable[[Event], None]
 
@@ -37,22 +37,21 @@ class Run:
             self.trackers(event)
 
     def open_trackers(self, *, resumed: bool) -> None:
-        """From now on trackers, too, are told; must come before what a resume does again is forgotten."""
+        """From now on trackers, too, are told, and first of what was done before the run was resumed."""
         tracking = self.prepared.plan.config.tracking
         if not tracking.to:
             return
-        events = self.folder.read_events()
-        steps = (event["step"] for event in events if event["event"] == StepDone.__name__)
+        done = CheckpointStore(self.folder.checkpoints).newest() or 0
+        history = [event_from_dict(event) for event in self.folder.events_up_to(done)]
         tracked = Tracked(
-            id=next((event["id"] for event in events if event["event"] == RunStarted.__name__), self.folder.path.name),
+            id=next((event.id for event in history if isinstance(event, RunStarted)), self.folder.path.name),
             name=tracking.name or self.folder.path.resolve().name,
             project=tracking.project,
             folder=self.folder.path,
             parameters={entry["key"]: entry["value"] for entry in plan_as_list(self.prepared.plan)},
-            done=(CheckpointStore(self.folder.checkpoints).newest() or 0) if resumed else None,
-            told=max(steps, default=NOTHING),
+            resumed=resumed,
         )
-        self.trackers = Trackers(tracking.to, tracked, self.listener)
+        self.trackers = Trackers(tracking.to, tracked, self.listener, history)
 
     def close_trackers(self, *, complete: bool) -> None:
         """Have trackers write what they were told; closing twice does nothing more."""

@@ -1,6 +1,7 @@
 """Consumers of a run's events that can do it no harm: each tracker works in a thread of its own."""
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from queue import Full, Queue
@@ -18,11 +19,20 @@ _MOST_WAITING = 10_000
 
 
 class Trackers:
-    """Passes a run's events to trackers; what goes wrong there is told once each, counted, and stops nothing."""
+    """Passes a run's events to trackers; what goes wrong there is told once each, counted, and stops nothing.
 
-    def __init__(self, names: Sequence[str], tracked: Tracked, warn: Callable[[Event], None]) -> None:
+    `history` is what was told of the run before it was resumed; a tracker that holds some of it is told the rest.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        tracked: Tracked,
+        warn: Callable[[Event], None],
+        history: Sequence[Event] = (),
+    ) -> None:
         self._warn = warn
-        self._lines = [_Line(name, tracked) for name in names]
+        self._lines = [_Line(name, tracked, history) for name in names]
 
     def __call__(self, event: Event) -> None:
         """Pass one event on; this takes no time."""
@@ -61,12 +71,13 @@ class Trackers:
 class _Line:
     """One tracker, its thread, and the events that wait for it."""
 
-    def __init__(self, name: str, tracked: Tracked) -> None:
+    def __init__(self, name: str, tracked: Tracked, history: Sequence[Event]) -> None:
         self.name = name
         self.place: str | None = None
         self.failures = 0
         self.first_error = ""
         self._tracked = tracked
+        self._history = history
         self._waiting: Queue[Event | None] = Queue(_MOST_WAITING)
         self._complete = False
         self._ended = False
@@ -118,7 +129,7 @@ class _Line:
             tracker = open_tracker(self.name, self._tracked)
             self.place = tracker.place
         digest = Digest()
-        for event in iter(self._waiting.get, None):
+        for event in itertools.chain(self._history, iter(self._waiting.get, None)):
             for step, numbers in digest.take(event):
                 self._log(tracker, step, numbers)
         # A step that was not done is told by who goes on with the run, all of it.

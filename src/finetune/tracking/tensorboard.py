@@ -17,10 +17,10 @@ class TensorBoard:
 
         folder = tracked.folder / "tensorboard"
         self.place = str(folder)
-        self.last_step = tracked.done or NOTHING
+        self.last_step = NOTHING
         self._writer = EventFileWriter(self.place)
-        # Readers forget the steps from here on: those that a killed process told are told again.
-        self._add(self.last_step + 1, session_log=SessionLog(status=SessionLog.START))
+        # Readers forget all steps from 0 on: what a killed process told is told again, from the beginning.
+        self._add(0, session_log=SessionLog(status=SessionLog.START))
         shown = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in
                  tracked.parameters.items()}  # fmt: skip
         self._add(0, summary=hparams_pb(shown, trial_id=tracked.id))

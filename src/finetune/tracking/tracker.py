@@ -13,8 +13,8 @@ NOTHING = -1
 class Tracked:
     """The run that is tracked.
 
-    `id` is its own, `name` is for people. `parameters` are its settings by dotted key. `done` is the step it goes on
-    from, and `told` the last step that trackers were told of before it was stopped; None and `NOTHING` for a new run.
+    `id` is its own, `name` is for people, `parameters` are its settings by dotted key. A resumed run was begun by
+    another process, which may have told trackers of it up to any step.
     """
 
     id: str
@@ -22,13 +22,7 @@ class Tracked:
     project: str
     folder: Path
     parameters: Mapping[str, Any]
-    done: int | None = None
-    told: int = NOTHING
-
-    @property
-    def resumed(self) -> bool:
-        """Whether the run was begun by another process."""
-        return self.done is not None
+    resumed: bool = False
 
 
 class Tracker(Protocol):
@@ -37,7 +31,7 @@ class Tracker(Protocol):
     place: str
     """Where it writes, for people."""
     last_step: int
-    """The last step it holds already: up to there nothing is told again."""
+    """The last step it holds already: up to there nothing is told again, and after it everything is."""
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """Take in the numbers of one step; steps only go up."""

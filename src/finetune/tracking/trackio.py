@@ -18,7 +18,7 @@ class Trackio:
         _print_elsewhere()
         # Trackio finds the run to go on with by its name, and two run folders may well be called the same.
         name = f"{tracked.name}-{tracked.id[:6]}"
-        self.last_step = _last_step(tracked, name) if tracked.resumed else NOTHING
+        self.last_step = _last_step(tracked.project, name) if tracked.resumed else NOTHING
         self._run: Any = trackio.init(
             project=tracked.project,
             name=name,
@@ -51,12 +51,12 @@ def _print_elsewhere() -> None:
             module.print = functools.partial(print, file=sys.stderr)  # type: ignore[attr-defined]
 
 
-def _last_step(tracked: Tracked, name: str) -> int:
-    """The last step in the local database: what was still on its way when the process was killed is told again."""
+def _last_step(project: str, name: str) -> int:
+    """The last step in the local database; what was still on its way when the process was killed comes after it."""
     from trackio.sqlite_storage import SQLiteStorage
 
-    found = SQLiteStorage.get_max_step_for_run(tracked.project, name)
-    return tracked.told if found is None else int(found)
+    found = SQLiteStorage.get_max_step_for_run(project, name)
+    return NOTHING if found is None else int(found)
 
 
 TRACKER = Trackio

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.tracking.tracker import Tracked
+from finetune.tracking.tracker import NOTHING, Tracked
 
 
 class WeightsAndBiases:
@@ -26,13 +26,19 @@ class WeightsAndBiases:
             mode=mode,
             settings=wandb.Settings(console="off", silent=True),
         )
-        # Offline there is nobody to ask what is there already.
-        self.last_step = tracked.told
+        # Offline there is nobody to ask what is there already, so the last step is kept in the run folder.
+        self._kept = tracked.folder / "wandb-last-step" if self._run.offline else None
+        if self._kept is None:
+            self.last_step = int(self._run.step) - 1
+        else:
+            self.last_step = int(self._kept.read_text()) if self._kept.exists() else NOTHING
         self.place = str(self._run.settings.sync_dir if self._run.offline else self._run.url)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Hand over one step."""
-        self._run.log(dict(numbers), step=step)
+        """Hand over one step, whole."""
+        self._run.log(dict(numbers), step=step, commit=True)
+        if self._kept is not None:
+            self._kept.write_text(f"{step}\n")
 
     def finish(self, words: Mapping[str, str], numbers: Mapping[str, float], *, complete: bool) -> None:
         """Put how the run ended into its summary, and wait until all is written."""
