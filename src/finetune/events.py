@@ -145,7 +145,8 @@ def event_as_dict(event: Event) -> dict[str, Any]:
 
 def event_from_dict(values: Mapping[str, Any]) -> Event:
     """The event that `event_as_dict` gave as these values, as they are read back from JSON."""
-    kind: type[Event] = next(kind for kind in get_args(Event) if kind.__name__ == values["event"])
+    kind: Any = next(kind for kind in get_args(Event) if kind.__name__ == values["event"])
     names = {field.name for field in fields(kind)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return kind(**{name: value for name, value in given.items() if name in names})
+    event: Event = kind(**{name: value for name, value in given.items() if name in names})
+    return event

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -239,6 +240,31 @@ def test_checkpoints_rotation_goes_by_number(keep: int, tmp_path: Path) -> None:
         assert store.steps() == steps[max(0, count - keep) : count]
 
 
+@given(st.integers(1, 3), st.integers(1, 9), st.data())
+@example(1, 4, None)
+def test_checkpoints_newest_best_and_in_use_stay(keep: int, count: int, data: st.DataObject | None) -> None:
+    """P-KEEP: after any saves the newest stay, the best of each of them, and what is in use until it is let go."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = CheckpointStore(Path(folder) / "checkpoints", keep=keep)
+        best: dict[int, int] = {}
+        used: set[int] = set()
+        there: set[int] = set()
+        for step in range(1, count + 1):
+            best[step] = data.draw(st.sampled_from([step, *best.values()])) if data else 1
+            store.save(step, lambda place: (place / "a").write_text("a") and None, OWNER, best=best[step])
+            there.add(step)
+            newest = sorted(there)[-keep:]
+            there &= {*newest, *(best[one] for one in newest), *used}
+            assert store.steps() == sorted(there)
+            if data.draw(st.booleans()) if data else step == 2:
+                used.add(data.draw(st.sampled_from(sorted(there))) if data else 2)
+                for one in used:
+                    store.open(one, IDENTITY)
+        store.release()
+        newest = sorted(there)[-keep:]
+        assert store.steps() == sorted(there & {*newest, *(best[one] for one in newest)})
+
+
 def test_checkpoints_manifest_is_written_last(tmp_path: Path) -> None:
     """While the state is being written there is no manifest, and until all is there the folder has not its name."""
     store = CheckpointStore(tmp_path / "checkpoints")
@@ -250,6 +276,20 @@ def test_checkpoints_manifest_is_written_last(tmp_path: Path) -> None:
 
     listed = json.loads((store.save(3, write, OWNER) / MANIFEST).read_text())
     assert [file["path"] for file in listed["files"]] == ["state.bin"]
+
+
+def test_checkpoints_every_byte_of_the_manifest_counts(tmp_path: Path) -> None:
+    """Whichever byte of a manifest is another, the best step and what may differ included, the checkpoint is refused."""
+    store = CheckpointStore(tmp_path / "checkpoints")
+    path = store.save(12, lambda place: (place / "a").write_text("a") and None, OWNER, best=12) / MANIFEST
+    old = path.read_bytes()
+    assert len(old) > 300
+    for place in range(len(old)):
+        new = old[:place] + bytes([old[place] ^ 1]) + old[place + 1 :]
+        if not _means_the_same(old, new):
+            path.write_bytes(new)
+            with pytest.raises(RefusedError):
+                store.open(12, IDENTITY)
 
 
 def test_checkpoints_missing_one_is_refused(tmp_path: Path) -> None:

@@ -54,8 +54,13 @@ class CheckpointStore:
 
         def fill(folder: Path) -> None:
             write_state(folder)
-            manifest = {"step": step, "best": best, "identity": dict(owner.identity), "told": dict(owner.told)}
-            manifest["files"] = describe_files(folder)
+            manifest = {
+                "step": step,
+                "best": best,
+                "identity": dict(owner.identity),
+                "told": dict(owner.told),
+                "files": describe_files(folder),
+            }
             write_json(folder / _MANIFEST, {**manifest, "sha256": _digest(manifest)})
 
         with storage_errors(self.folder):

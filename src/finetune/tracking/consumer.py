@@ -129,7 +129,8 @@ class _Line:
             tracker = open_tracker(self.name, self._tracked)
             self.place = tracker.place
         digest = Digest()
-        for event in itertools.chain(self._history, iter(self._waiting.get, None)):
+        waiting: Iterator[Event] = iter(self._waiting.get, None)
+        for event in itertools.chain(self._history, waiting):
             for step, numbers in digest.take(event):
                 self._log(tracker, step, numbers)
         # A step that was not done is told by who goes on with the run, all of it.

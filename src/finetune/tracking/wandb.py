@@ -26,19 +26,14 @@ class WeightsAndBiases:
             mode=mode,
             settings=wandb.Settings(console="off", silent=True),
         )
-        # Offline there is nobody to ask what is there already, so the last step is kept in the run folder.
-        self._kept = tracked.folder / "wandb-last-step" if self._run.offline else None
-        if self._kept is None:
-            self.last_step = int(self._run.step) - 1
-        else:
-            self.last_step = int(self._kept.read_text()) if self._kept.exists() else NOTHING
+        # Offline nobody can say what is there already: a killed process loses the last seconds. So each offline
+        # folder holds the run from its beginning, and the newest is the one to sync.
+        self.last_step = NOTHING if self._run.offline else int(self._run.step) - 1
         self.place = str(self._run.settings.sync_dir if self._run.offline else self._run.url)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """Hand over one step, whole."""
         self._run.log(dict(numbers), step=step, commit=True)
-        if self._kept is not None:
-            self._kept.write_text(f"{step}\n")
 
     def finish(self, words: Mapping[str, str], numbers: Mapping[str, float], *, complete: bool) -> None:
         """Put how the run ended into its summary, and wait until all is written."""

@@ -24,9 +24,10 @@ class Watch:
     def look(self, step: int, loss: float) -> Self:
         """The watch after one more look."""
         improved = loss < self._mark - self.margin
-        best = {"best_step": step, "best_loss": loss} if loss < self.best_loss else {}
+        best_step, best_loss = (step, loss) if loss < self.best_loss else (self.best_step, self.best_loss)
         mark = loss if improved else self._mark
-        return replace(self, idle=0 if improved else self.idle + 1, _mark=mark, **best)
+        idle = 0 if improved else self.idle + 1
+        return replace(self, best_step=best_step, best_loss=best_loss, idle=idle, _mark=mark)
 
     @property
     def stops(self) -> bool:
