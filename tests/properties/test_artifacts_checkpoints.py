@@ -279,7 +279,7 @@ def test_checkpoints_manifest_is_written_last(tmp_path: Path) -> None:
 
 
 def test_checkpoints_every_byte_of_the_manifest_counts(tmp_path: Path) -> None:
-    """Whichever byte of a manifest is another, the best step and what may differ included, the checkpoint is refused."""
+    """Whichever byte of a manifest is another, in the best step or in what may differ, the checkpoint is refused."""
     store = CheckpointStore(tmp_path / "checkpoints")
     path = store.save(12, lambda place: (place / "a").write_text("a") and None, OWNER, best=12) / MANIFEST
     old = path.read_bytes()

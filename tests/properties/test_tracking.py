@@ -304,8 +304,10 @@ def test_tracker_that_is_too_slow_loses_and_says_so(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(consumer, "open_tracker", lambda name, tracked: freed.wait(60) and SilentTracker())
     tracked = Tracked("id", "name", "project", Path("."), {})
     told = consumer.Trackers(["wandb"], tracked, warned.append)
+    started = time.monotonic()
     for step in range(1, 11):
         told(HeldOutLoss(step, 1.0, 1))
+    assert time.monotonic() - started < 5
     freed.set()
     time.sleep(0.2)
     told.close(complete=True)

@@ -29,7 +29,7 @@ class WeightsAndBiases:
         # Offline nobody can say what is there already: a killed process loses the last seconds. So each offline
         # folder holds the run from its beginning, and the newest is the one to sync.
         self.last_step = NOTHING if self._run.offline else int(self._run.step) - 1
-        self.place = str(self._run.settings.sync_dir if self._run.offline else self._run.url)
+        self.place = str(self._run.settings.sync_dir if self._run.offline else self._run.url or mode)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """Hand over one step, whole."""
