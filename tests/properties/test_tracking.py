@@ -15,6 +15,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from finetune.artifacts.run_folder import RunFolder
 from finetune.cli.progress import Progress
 from finetune.config import LoadedConfig, load_plan
 from finetune.config.schema import Trackers as Names
@@ -330,6 +331,28 @@ def test_tracker_of_a_run_that_fails_is_closed_as_failed(model: Path, data: Path
     [(words, _, complete)] = tracker.ended
     assert not complete
     assert "outcome" not in words
+
+
+def test_run_is_let_go_even_when_its_listener_dies_of_what_a_tracker_says(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    """A listener that fails at every word, those at the very end included, leaves a run folder that can be claimed."""
+    dead = threading.Event()
+
+    def opened(name: str, tracked: Tracked) -> Any:
+        dead.wait(60)
+        return SilentTracker()
+
+    def listen(event: Event) -> None:
+        if isinstance(event, StepDone | TrackerOpened):
+            dead.set()
+            raise Death
+
+    with trackers(opened), quick_end(), pytest.raises(Death):
+        fine_tune(job(model, data, "wandb"), output=tmp_path / "run", listener=listen)
+    folder = RunFolder(tmp_path / "run")
+    folder.claim()
+    folder.release()
 
 
 def steps(count: int) -> list[Event]:
