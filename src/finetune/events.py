@@ -1,15 +1,25 @@
 """What a training run tells while it goes; progress bar, log, checkpoints and report listen."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_args
 
 
 @dataclass(frozen=True, slots=True)
 class RunStarted:
-    """A run began: when (ISO 8601, UTC), and the command that repeats it."""
+    """A run began: when (ISO 8601, UTC), the command that repeats it, and an id that no other run has."""
 
     started: str
     command: str
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RunResumed:
+    """A run went on after `step`; `changes` says what is not as it was, and was allowed to change."""
+
+    step: int
+    changes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,25 @@ class CheckpointSaved:
 
 
 @dataclass(frozen=True, slots=True)
+class StoppedEarly:
+    """Training ends with `step`: the held-out loss has not improved for `looks` looks; `best_step` had the lowest."""
+
+    step: int
+    total_steps: int
+    looks: int
+    best_step: int
+    best_loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunJudged:
+    """The judges have spoken: the run's outcome, and that of each verdict by its id."""
+
+    outcome: str
+    verdicts: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class PhaseStarted:
     """The run turned to something new; `note` says why or how large."""
 
@@ -74,7 +103,36 @@ class PhaseStarted:
     note: str = ""
 
 
-Event = RunStarted | StepDone | HeldOutLoss | FixedLoss | FirstGradients | CheckpointSaved | PhaseStarted
+@dataclass(frozen=True, slots=True)
+class TrackerOpened:
+    """A tracker is told of the run from now on; `place` is where it writes."""
+
+    tracker: str
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrackerFailed:
+    """A tracker could not take what it was told; the run goes on without it."""
+
+    tracker: str
+    error: str
+
+
+Event = (
+    RunStarted
+    | RunResumed
+    | StepDone
+    | HeldOutLoss
+    | FixedLoss
+    | FirstGradients
+    | CheckpointSaved
+    | StoppedEarly
+    | RunJudged
+    | PhaseStarted
+    | TrackerOpened
+    | TrackerFailed
+)
 
 
 def event_as_dict(event: Event) -> dict[str, Any]:
@@ -83,3 +141,12 @@ def event_as_dict(event: Event) -> dict[str, Any]:
     if isinstance(event, StepDone):
         values["tokens_per_second"] = event.tokens_per_second
     return values
+
+
+def event_from_dict(values: Mapping[str, Any]) -> Event:
+    """The event that `event_as_dict` gave as these values, as they are read back from JSON."""
+    kind: Any = next(kind for kind in get_args(Event) if kind.__name__ == values["event"])
+    names = {field.name for field in fields(kind)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    event: Event = kind(**{name: value for name, value in given.items() if name in names})
+    return event

@@ -1,20 +1,17 @@
 """The order of a fine-tune, from a configuration to a report; the only file that knows it."""
 
-import contextlib
+import secrets
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from finetune.artifacts.checkpoints import CheckpointStore
 from finetune.artifacts.run_folder import RunFolder
-from finetune.artifacts.write import describe_files, write_folder, write_json, write_text
+from finetune.artifacts.write import write_folder, write_json, write_text
 from finetune.assembly.observe import (
     Observation,
     artifact_evidence,
-    held_out_batches,
     learning_evidence,
     loss_evidence,
     memory_evidence,
@@ -22,59 +19,20 @@ from finetune.assembly.observe import (
     parameter_evidence,
     wanted,
 )
-from finetune.assembly.prepare import Prepared, pack_length, packed_sample, prepare
-from finetune.assembly.record import Course, run_identity, run_record
+from finetune.assembly.prepare import prepare
+from finetune.assembly.record import Course, run_owner, run_record
+from finetune.assembly.run import Listener, Run
+from finetune.assembly.train import Trained, check_resume, steps_of, train_run
 from finetune.backends import open_backend
 from finetune.config import LoadedConfig, dump_plan
 from finetune.criteria.evidence import Evidence
-from finetune.criteria.judge import judge
+from finetune.criteria.judge import judge, overall
 from finetune.errors import InterruptedRunError
-from finetune.events import (
-    CheckpointSaved,
-    Event,
-    FirstGradients,
-    FixedLoss,
-    HeldOutLoss,
-    PhaseStarted,
-    RunStarted,
-    StepDone,
-    event_as_dict,
-)
-from finetune.ports import Backend, Session
-from finetune.records import Batch, Optimization, Tokenized
+from finetune.events import FirstGradients, FixedLoss, PhaseStarted, RunJudged, RunStarted, StepDone, event_as_dict
+from finetune.ports import Session
+from finetune.records import Optimization, Tokenized
 from finetune.report import build_report, render_html
-from finetune.tokens.batch import epoch_batches
-from finetune.training.loop import LoopPlan, train
-from finetune.training.packing import check_packing
-
-Listener = Callable[[Event], None]
-
-
-@dataclass
-class _Run:
-    """One run in progress: who listens, where it writes, and how long its phases took."""
-
-    prepared: Prepared
-    backend: Backend
-    folder: RunFolder
-    listener: Listener
-    timing: dict[str, float] = field(default_factory=dict)
-    why: dict[str, str] = field(default_factory=dict)
-
-    def tell(self, event: Event) -> None:
-        """Log an event and pass it on."""
-        self.folder.log(event)
-        self.listener(event)
-
-    @contextlib.contextmanager
-    def phase(self, name: str, note: str = "") -> Iterator[None]:
-        """Tell that a phase starts, and keep its time in seconds."""
-        self.listener(PhaseStarted(name, note))
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.timing[name] = self.timing.get(name, 0.0) + time.perf_counter() - started
+from finetune.tracking.choose import require_trackers
 
 
 def fine_tune(
@@ -98,35 +56,43 @@ def fine_tune(
     Raises:
         FineTuneError: something was refused, failed, or was interrupted; see `finetune.errors`.
     """
-    begun = RunStarted(datetime.now(UTC).isoformat(timespec="seconds"), command)
+    begun = RunStarted(datetime.now(UTC).isoformat(timespec="seconds"), command, secrets.token_hex(8))
     clock = time.perf_counter()
     backend = open_backend(loaded.config.backend)
+    require_trackers(loaded.config.tracking.to)
     listener(PhaseStarted("prepare", f"{loaded.config.model.path}"))
     prepared = prepare(loaded)
     folder = RunFolder.unfinished(output) if resume else RunFolder.place(output)
-    run = _Run(prepared, backend, folder, listener, {"prepare": time.perf_counter() - clock})
+    run = Run(prepared, backend, folder, listener, {"prepare": time.perf_counter() - clock})
     try:
+        owner = run_owner(prepared, backend.versions())
         if resume:
             folder.claim()
+            check_resume(run, owner)
         session, before, fingerprints = _open(run)
         # Only now, when nothing can be refused any more, is anything written.
         _begin(run, begun, resume=resume)
-        done = _train(run, session, before)
+        trained = train_run(run, session, before, owner)
         saved = _save(run, session)
         with run.phase("observe tuned"):
             after = observe(session, prepared)
-        run.tell(FixedLoss(prepared.total_steps, *after.fixed))
-        events = folder.read_events()
-        evidence = _collect(run, session, saved, (before, after, fingerprints), events)
+        run.tell(FixedLoss(trained.kept, *after.fixed))
+        evidence = _collect(run, session, saved, (before, after, fingerprints), trained)
         verdicts = judge(evidence)
+        run.tell(RunJudged(overall(verdicts), {verdict.id: verdict.outcome for verdict in verdicts}))
+        run.close_trackers(complete=True)
+        events = folder.read_events()
         run.timing["total"] = time.perf_counter() - clock
         told = next((event for event in events if event["event"] == RunStarted.__name__), event_as_dict(begun))
-        course = Course(folder.path.name, told["command"], told["started"], run.timing, backend.versions(), done)
-        return folder.path, _finish(run, run_record(prepared, course, evidence, verdicts, events))
+        course = Course(folder.path.name, told["command"], told["started"], run.timing, backend.versions(), trained)
+        return folder.path, _finish(run, run_record(run, course, evidence, verdicts, events))
     except KeyboardInterrupt:
         raise _interrupted(folder) from None
     finally:
-        folder.release()
+        try:
+            run.close_trackers(complete=False)
+        finally:
+            folder.release()
 
 
 def _interrupted(folder: RunFolder) -> InterruptedRunError:
@@ -137,17 +103,19 @@ def _interrupted(folder: RunFolder) -> InterruptedRunError:
     return InterruptedRunError(f"interrupted; {kept}", hint=f"go on with: ft train --resume --output {folder.path}")
 
 
-def _begin(run: _Run, begun: RunStarted, *, resume: bool) -> None:
+def _begin(run: Run, begun: RunStarted, *, resume: bool) -> None:
     if resume:
         run.folder.tidy()
+        run.open_trackers(resumed=True)
         return
     run.folder.make()
     run.folder.claim()
     write_text(run.folder.plan, dump_plan(run.prepared.plan))
     run.tell(begun)
+    run.open_trackers(resumed=False)
 
 
-def _open(run: _Run) -> tuple[Session, Observation, dict[str, str]]:
+def _open(run: Run) -> tuple[Session, Observation, dict[str, str]]:
     prepared = run.prepared
     with run.phase("load", f"{prepared.location.name}, {prepared.shape.parameters / 1e6:.2f} M parameters"):
         session = _session(run)
@@ -158,12 +126,12 @@ def _open(run: _Run) -> tuple[Session, Observation, dict[str, str]]:
     return session, before, session.fingerprints()
 
 
-def _session(run: _Run) -> Session:
+def _session(run: Run) -> Session:
     config = run.prepared.plan.config
     return run.backend.open(run.prepared.location, config.model.dtype, run.prepared.encoder.tokenizer.pad_id)
 
 
-def _attach(run: _Run, session: Session) -> None:
+def _attach(run: Run, session: Session) -> None:
     training = run.prepared.plan.config.training
     session.attach(run.prepared.target, training.seed)
     if run.prepared.target is None:
@@ -172,51 +140,7 @@ def _attach(run: _Run, session: Session) -> None:
     session.prepare_updates(Optimization(training.weight_decay, training.max_grad_norm, lora_plus_ratio=ratio))
 
 
-def _steps(run: _Run, session: Session, rows: tuple[Tokenized, ...], *, done: int = 0) -> Iterator[Event]:
-    training = run.prepared.plan.config.training
-    assert training.evaluate_every is not None
-    plan = LoopPlan(
-        total_steps=run.prepared.total_steps,
-        accumulation=training.accumulation,
-        peak_learning_rate=training.learning_rate,
-        warmup_steps=round(training.warmup_fraction * run.prepared.total_steps),
-        schedule=training.schedule,
-        evaluate_every=training.evaluate_every,
-    )
-    length = pack_length(run.prepared.plan)
-
-    def batches_of(epoch: int) -> list[Batch]:
-        return epoch_batches(rows, training.batch_size, seed=training.seed, epoch=epoch, pack_length=length)
-
-    return train(session, batches_of, held_out_batches(run.prepared), plan, done_steps=done)
-
-
-def _train(run: _Run, session: Session, before: Observation) -> int:
-    """Train from the newest checkpoint to the end; returns the step it went on from, 0 for a new run."""
-    store = CheckpointStore(run.folder.checkpoints)
-    every = run.prepared.plan.config.training.save_every
-    identity = run_identity(run.prepared)
-    done = store.newest() or 0
-    if done:
-        session.load_state(store.open(done, identity))
-    if run.prepared.plan.config.training.packing:
-        with run.phase("check packing", "rows that share a sequence must not see each other"):
-            check_packing(session, packed_sample(run.prepared), run.prepared.plan.config.model.dtype)
-    run.folder.rewind_events(done)
-    if not done:
-        run.tell(FixedLoss(0, *before.fixed))
-        if before.held_out:
-            run.tell(HeldOutLoss(0, *before.held_out))
-    with run.phase("train", f"{run.prepared.total_steps} steps, from step {done}"):
-        for event in _steps(run, session, run.prepared.training_rows, done=done):
-            run.tell(event)
-            if isinstance(event, StepDone) and (event.step % (every or 1) == 0 or event.step == event.total_steps):
-                path = store.save(event.step, session.save_state, identity)
-                run.tell(CheckpointSaved(event.step, path.relative_to(run.folder.path).as_posix()))
-    return done
-
-
-def _save(run: _Run, session: Session) -> Path:
+def _save(run: Run, session: Session) -> Path:
     """Save what was trained, the adapter or the whole model, with all that belongs to it; returns its folder."""
     encoder, adapter = run.prepared.encoder, run.prepared.target is not None
 
@@ -238,26 +162,28 @@ def _save(run: _Run, session: Session) -> Path:
 
 
 def _collect(
-    run: _Run,
+    run: Run,
     session: Session,
     saved: Path,
     looks: tuple[Observation, Observation, dict[str, str]],
-    events: list[dict[str, Any]],
+    trained: Trained,
 ) -> Evidence:
     prepared, (before, after, fingerprints) = run.prepared, looks
-    steps = [event for event in events if event["event"] == "StepDone"]
+    events = run.folder.read_events()
+    # The steps that the kept weights are made of; what came after the best step has left nothing behind.
+    steps = [event for event in events if event["event"] == StepDone.__name__ and event["step"] <= trained.kept]
     told = (event["norms"] for event in events if event["event"] == FirstGradients.__name__)
     gradients: dict[str, float] = next(told, {})
     parameters = parameter_evidence(prepared, session, fingerprints, gradients, len(steps))
     with run.phase(f"check {saved.name}", "in a fresh process" + (", on a fresh base" if prepared.target else "")):
-        files = describe_files(run.folder.path)
+        files = run.folder.describe()
         artifacts = artifact_evidence(prepared, session, saved, files, run.why)
 
     def train_sham(rows: tuple[Tokenized, ...]) -> Session:
         with run.phase("sham control", "the same steps on shuffled answers"):
             sham = _session(run)
             _attach(run, sham)
-            for event in _steps(run, sham, rows):
+            for event in steps_of(run, sham, rows, last=trained.kept):
                 if isinstance(event, StepDone):
                     run.listener(event)
         return sham
@@ -272,12 +198,12 @@ def _collect(
     return Evidence(losses, parameters, artifacts, learning, memory, run.why, unable)
 
 
-def _finish(run: _Run, record: dict[str, Any]) -> dict[str, Any]:
+def _finish(run: Run, record: dict[str, Any]) -> dict[str, Any]:
     """Write the reports, and the manifest last: from then on the run exists."""
     folder = run.folder
     write_json(folder.report_data, build_report(record))
-    listed = {**record, "artifacts": describe_files(folder.path)}
+    listed = {**record, "artifacts": folder.describe()}
     write_text(folder.report_page, render_html([listed]))
-    record = {**record, "artifacts": describe_files(folder.path)}
+    record = {**record, "artifacts": folder.describe()}
     folder.write_manifest(record)
     return record

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from finetune.artifacts.run_folder import RunFolder
 from finetune.artifacts.write import describe_files
@@ -27,11 +28,13 @@ def reopen(path: Path) -> tuple[Prepared, Session]:
     folder = RunFolder.finished(path)
     plan = load_plan(folder.plan)
     prepared = prepare(LoadedConfig(plan.config, plan.origins))
-    if folder.read_manifest()["data"].get("files") != data_files(prepared):
-        raise DataError(f"the data that {path} was trained on has changed since", hint="restore the files of run.json")
-    if (_saved(folder, plan.config) / "chat_template.jinja").read_text(
-        encoding="utf-8"
-    ) != prepared.encoder.source.jinja:
+    if changed := _changed(folder.read_manifest()["data"].get("files"), data_files(prepared)):
+        raise DataError(
+            f"the data that {path} was trained on has changed since: {', '.join(changed)}",
+            hint="restore the files of run.json",
+        )
+    template = _saved(folder, plan.config) / "chat_template.jinja"
+    if template.read_text(encoding="utf-8") != prepared.encoder.source.jinja:
         raise TemplateError(f"the template that {path} was trained with has changed since", hint="restore the file")
     return prepared, _tuned_session(folder, plan.config, prepared.location, prepared.encoder)
 
@@ -84,12 +87,20 @@ def _saved(folder: RunFolder, config: TrainingConfig) -> Path:
     return folder.model if config.adapter.kind == "full" else folder.adapter
 
 
+def _changed(before: Any, now: list[dict[str, Any]]) -> list[str]:
+    """The names of files that are not what they were; those of one list alone are among them."""
+    old = {file["path"]: file for file in before or []}
+    new = {file["path"]: file for file in now}
+    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+
+
 def _tuned_session(folder: RunFolder, config: TrainingConfig, location: ModelLocation, encoder: Encoder) -> Session:
     """The adapter on its base, or the whole model, byte for byte those of the run."""
     manifest = folder.read_manifest()
-    if manifest["model"]["files"] != base_files(location):
+    if differing := _changed(manifest["model"]["files"], base_files(location)):
         raise ModelError(
-            f"the base model {location.name!r} is not the one that {folder.path} was trained on: its weights differ",
+            f"the base model {location.name!r} is not the one that {folder.path} was trained on: "
+            f"changed or gone: {', '.join(differing)}",
             hint="get the model revision that run.json names",
         )
     saved = _saved(folder, config)

@@ -115,6 +115,9 @@ SETTINGS: dict[str, Setting] = {
     "training.seed": Setting(seeds(), _whole(0).refused | st.integers(min_value=2**32)),
     "training.save_every": _optional(_whole(1)),
     "training.evaluate_every": _optional(_whole(1)),
+    "training.stop_after": _optional(_whole(1)),
+    "training.stop_margin": _number(st.sampled_from([-1.0, "-1e-9"]), min_value=0),
+    "training.keep": _words("last", "best"),
     "evaluation.questions": _whole(0),
     "evaluation.retention_questions": _whole(0),
     "evaluation.max_new_tokens": _whole(1),
@@ -122,6 +125,12 @@ SETTINGS: dict[str, Setting] = {
     "judge.memory": _EXTRA_RUNS,
     "judge.memory_batch_size": _whole(1),
     "judge.memory_length": _whole(8),
+    "tracking.to": Setting(
+        st.lists(st.sampled_from(["tensorboard", "trackio", "wandb", "mlflow"]), unique=True, max_size=4),
+        st.sampled_from(["wandb", "", ["wandb", "wandb"], ["wandbb"], [1], [""], {}, 3, True, None]),
+    ),
+    "tracking.project": _TEXT,
+    "tracking.name": _optional(_TEXT),
     "backend": _words("torch", "mlx", "reference"),
 }
 """Every setting by dotted key, written down independently of the product's schema."""
@@ -129,7 +138,7 @@ SETTINGS: dict[str, Setting] = {
 _COUNTING = ("training.", "evaluation.", "judge.memory_", "adapter.")
 _NO_NUMBERS = (
     "adapter.kind", "adapter.scaling", "adapter.targets", "adapter.rank_pattern", "adapter.alpha_pattern",
-    "adapter.modules_to_save", "training.schedule", "training.packing",
+    "adapter.modules_to_save", "training.schedule", "training.packing", "training.keep",
 )  # fmt: skip
 NUMBERS = (
     *(key for key in SETTINGS if key.startswith(_COUNTING) and key not in _NO_NUMBERS),
@@ -141,6 +150,7 @@ NULLABLE = (
     "model.revision", "data.train", "data.valid", "data.valid_fraction", "data.rehearsal", "data.retention",
     "data.limit", "tokens.max_length", "tokens.cache", "training.max_steps", "training.save_every",
     "training.evaluate_every", "adapter.rank_pattern", "adapter.alpha_pattern", "adapter.modules_to_save",
+    "training.stop_after", "tracking.name",
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from hypothesis.strategies._internal import types
 _SECTIONS = {
     "ModelSpec": "model", "DataSpec": "data", "TemplateSpec": "template", "TokenSpec": "tokens",
     "AdapterSpec": "adapter", "LoopSpec": "training", "EvaluationSpec": "evaluation", "JudgeSpec": "judge",
+    "TrackingSpec": "tracking",
 }  # fmt: skip
 STRATEGIES: dict[tuple[str, str], tuple[str, ...]] = {
     ("finetune.config.schema", "TrainingConfig"): ("configs", "configs"),

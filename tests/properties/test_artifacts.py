@@ -4,6 +4,9 @@ import errno
 import json
 import math
 import os
+import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,7 +22,7 @@ from finetune.artifacts import run_folder
 from finetune.artifacts.run_folder import RunFolder, new_run_id
 from finetune.artifacts.write import describe_files, write_folder, write_json, write_text
 from finetune.errors import OutputError, StorageError
-from finetune.events import HeldOutLoss
+from finetune.events import CheckpointSaved, FixedLoss, HeldOutLoss, RunJudged, RunStarted, StepDone
 from finetune_strategies.profiles import examples
 from properties.disks import everything_below, full_after, read_only_folder
 
@@ -316,14 +319,71 @@ def test_run_folder_tidy_leaves_what_a_resume_needs(tmp_path: Path) -> None:
 
 
 def test_run_folder_claim_keeps_everybody_else_out_until_release(tmp_path: Path) -> None:
-    """A claimed run is refused to others, in this process too, and free again after release."""
+    """A claimed run is refused to others, in this process too, by the holder's id, and free again after release."""
     first, second = make_run(tmp_path / "run"), RunFolder(tmp_path / "run")
     first.claim()
-    with pytest.raises(OutputError, match="another process is at work"):
+    with pytest.raises(OutputError, match=rf"another process \(process {os.getpid()} on .+\) is at work"):
         second.claim()
     second.release()
+    assert first.describe() == []
     for _ in range(2):
         first.release()
     second.claim()
     second.release()
     assert list((tmp_path / "run").iterdir()) == []
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from finetune.artifacts.run_folder import RunFolder
+run = RunFolder(Path(sys.argv[1]))
+run.claim()
+print("claimed", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("left", [None, "", "{", "[1]", '{"pid": "x", "host": 3}', '{"pid": 1}'])
+def test_run_folder_claim_names_the_process_that_holds_it(left: str | None, tmp_path: Path) -> None:
+    """Another process's claim is told with its id; what a dead one left of its own, or what is no id, holds nobody."""
+    run = make_run(tmp_path / "run")
+    command = [sys.executable, "-c", HOLDER, str(run.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "claimed\n"
+        if left is not None:
+            run.holder.write_text(left)
+        with pytest.raises(OutputError, match="is at work") as caught:
+            run.claim()
+        assert (f"process {holder.pid} on {socket.gethostname()}" in str(caught.value)) == (left is None)
+        holder.kill()
+    assert run.holder.exists()
+    assert RunFolder.place(run.path).path == run.path
+    run.claim()
+    assert json.loads(run.holder.read_text())["pid"] == os.getpid()
+    run.release()
+
+
+@given(st.integers(0, 6), st.integers(0, 6))
+def test_run_folder_events_without_steps_are_no_ground_to_go_on_from(steps: int, done: int) -> None:
+    """A log that lacks steps before the checkpoint is refused by name; later steps are forgotten, and so is the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = _run(Path(folder) / "run")
+        run.log(RunStarted("then", "ft train", "id"))
+        for step in range(1, steps + 1):
+            run.log(StepDone(step, 6, 1.0, 2.0, 0.1, 1.0, 3, 2, 0.1, 5))
+            run.log(CheckpointSaved(step, "x"))
+        run.log(FixedLoss(steps or 1, 1.0, 3))
+        run.log(RunJudged("holds", {"a": "holds"}))
+        before = run.events.read_bytes()
+        if done > steps:
+            with pytest.raises(OutputError, match=f"tells of {steps} of the {done} steps") as caught:
+                run.rewind_events(done)
+            assert caught.value.hint
+            assert run.events.read_bytes() == before
+        else:
+            run.rewind_events(done)
+            kept = [(event["event"], event.get("step")) for event in run.read_events()]
+            both = [(kind, step) for step in range(1, done + 1) for kind in ("StepDone", "CheckpointSaved")]
+            assert kept == [("RunStarted", None), *both]

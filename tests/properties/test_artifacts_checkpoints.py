@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from finetune.artifacts.checkpoints import CheckpointStore
+from finetune.artifacts.checkpoints import CheckpointStore, Owner
 from finetune.errors import RefusedError, StorageError
 from finetune_strategies.profiles import examples
 from properties.disks import full_after
 
 IDENTITY = {"plan": "rank: 4\n", "base": "reference-llama"}
+OWNER = Owner(IDENTITY, {"torch": "2.13", "cores": 2})
 MANIFEST = "checkpoint.json"
 FOREIGN = (
     "notes.txt", "step-7/checkpoint.json", "step-00000012.bak/checkpoint.json", "step-000000012/checkpoint.json",
@@ -39,7 +41,11 @@ class StoreMachine(RuleBasedStateMachine):
         """A store in a folder that does not exist yet."""
         self.root = Path(tempfile.mkdtemp())
         self.store = CheckpointStore(self.root / "checkpoints", keep=keep)
+        # Looks into the same folder without keeping anything in use.
+        self.reader = CheckpointStore(self.root / "checkpoints")
         self.whole: dict[int, bytes] = {}
+        self.best: dict[int, int | None] = {}
+        self.used: set[int] = set()
         self.changed: set[int] = set()
         self.foreign: dict[str, bytes] = {}
         self.last = 0
@@ -58,10 +64,18 @@ class StoreMachine(RuleBasedStateMachine):
         """A later step; the places where the number of digits grows come early."""
         return next(edge for edge in (9, 10, 99, 100, 9_900, 10_000, self.last + ahead) if edge > self.last)
 
-    @rule(ahead=st.integers(1, 10_000), content=st.binary(min_size=1, max_size=9))
-    def save(self, ahead: int, content: bytes) -> None:
-        """A saved checkpoint is there, and of the older ones the newest few."""
+    def rotate(self) -> None:
+        """What must stay: the newest few, what was the best when each of them was written, and what is in use."""
+        newest = sorted(self.whole)[-self.store.keep :]
+        stay = {*newest, *(self.best[step] for step in newest), *self.used}
+        self.whole = {step: content for step, content in self.whole.items() if step in stay}
+        self.changed &= set(self.whole)
+
+    @rule(ahead=st.integers(1, 10_000), content=st.binary(min_size=1, max_size=9), data=st.data())
+    def save(self, ahead: int, content: bytes, data: st.DataObject) -> None:
+        """A saved checkpoint is there, and of the older ones those that must be."""
         step = self.last = self.next_step(ahead)
+        best = data.draw(st.sampled_from([None, step, *self.whole]))
 
         def write(folder: Path) -> None:
             (folder / "deep").mkdir()
@@ -70,10 +84,33 @@ class StoreMachine(RuleBasedStateMachine):
             # Older ones go only when the new one is safe.
             assert self.store.steps() == sorted(self.whole)
 
-        assert self.store.save(step, write, IDENTITY) == self.path(step)
-        self.whole[step] = content
-        self.whole = dict(sorted(self.whole.items())[-self.store.keep :])
-        self.changed &= set(self.whole)
+        assert self.store.save(step, write, OWNER, best=best) == self.path(step)
+        self.whole[step], self.best[step] = content, best
+        self.rotate()
+
+    @precondition(lambda self: set(self.whole) - self.changed)
+    @rule(data=st.data())
+    def use(self, data: st.DataObject) -> None:
+        """A checkpoint that was opened stays until it is let go."""
+        step = data.draw(st.sampled_from(sorted(set(self.whole) - self.changed)))
+        self.store.open(step, IDENTITY)
+        self.used.add(step)
+
+    @rule()
+    def let_go(self) -> None:
+        """What was in use stays only if it must for another reason."""
+        self.store.release()
+        self.used.clear()
+        self.rotate()
+
+    @precondition(lambda self: self.whole)
+    @rule(data=st.data(), told=st.sampled_from([{"torch": "2.13"}, {"torch": "3", "cores": 2}, {}, {"new": 1}]))
+    def tell_changes(self, data: st.DataObject, told: dict[str, Any]) -> None:
+        """What is not as it was when a checkpoint was written is told, each with both values, and nothing else."""
+        step = data.draw(st.sampled_from(sorted(self.whole)))
+        keys = {key for key in {*told, *OWNER.told} if told.get(key) != OWNER.told.get(key)}
+        found = self.store.changes(step, told)
+        assert sorted(found) == sorted(f"{key}: {OWNER.told.get(key)!r} -> {told.get(key)!r}" for key in keys)
 
     @rule(ahead=st.integers(1, 100))
     def save_on_a_full_disk(self, ahead: int) -> None:
@@ -82,14 +119,14 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.save(
                 self.next_step(ahead),
                 lambda folder: (folder / "state.bin").write_bytes(b"x" * 9_999) and None,
-                IDENTITY,
+                OWNER,
             )
 
     @precondition(lambda self: self.whole)
     @rule()
     def save_again(self) -> None:
         """A step that is already kept is not written again."""
-        self.store.save(max(self.whole), lambda folder: pytest.fail("written twice"), IDENTITY)
+        self.store.save(max(self.whole), lambda folder: pytest.fail("written twice"), OWNER)
 
     @precondition(lambda self: self.whole)
     @rule(data=st.data(), mask=st.integers(1, 255))
@@ -105,7 +142,7 @@ class StoreMachine(RuleBasedStateMachine):
             return
         file.write_bytes(new)
         with pytest.raises(RefusedError, match=f"step-{step:08d}") as caught:
-            self.store.open(step, IDENTITY)
+            self.reader.open(step, IDENTITY)
         assert caught.value.hint
         file.write_bytes(old)
 
@@ -131,8 +168,9 @@ class StoreMachine(RuleBasedStateMachine):
         (self.path(step) / MANIFEST).unlink()
         del self.whole[step]
         self.changed.discard(step)
+        self.used.discard(step)
         if repeat and step > max(self.whole, default=0):
-            self.store.save(step, lambda folder: (folder / "deep").mkdir(), IDENTITY)
+            self.store.save(step, lambda folder: (folder / "deep").mkdir(), OWNER, best=self.best[step])
             assert self.store.newest() == step
             shutil.rmtree(self.path(step))
 
@@ -152,10 +190,10 @@ class StoreMachine(RuleBasedStateMachine):
         step = max(set(self.whole) - self.changed, default=None)
         if step is not None:
             with pytest.raises(RefusedError) as caught:
-                self.store.open(step, {**IDENTITY, key: "other"})
+                self.reader.open(step, {**IDENTITY, key: "other"})
             assert f"{key}: {IDENTITY[key]!r} -> 'other'" in caught.value.message
             with pytest.raises(RefusedError, match="None -> 1"):
-                self.store.open(step, {**IDENTITY, "more": 1})
+                self.reader.open(step, {**IDENTITY, "more": 1})
 
     @invariant()
     def agrees(self) -> None:
@@ -167,9 +205,9 @@ class StoreMachine(RuleBasedStateMachine):
         for step, content in self.whole.items():
             if step in self.changed:
                 with pytest.raises(RefusedError):
-                    self.store.open(step, IDENTITY)
+                    self.reader.open(step, IDENTITY)
             else:
-                assert (self.store.open(step, IDENTITY) / "deep" / "state.bin").read_bytes() == content
+                assert (self.reader.open(step, IDENTITY) / "deep" / "state.bin").read_bytes() == content
         assert not list(self.root.rglob("*.part"))
         assert all((self.store.folder / name).read_bytes() == content for name, content in self.foreign.items())
 
@@ -187,7 +225,7 @@ def _means_the_same(old: bytes, new: bytes) -> bool:
 
 
 def _save(store: CheckpointStore, step: int) -> None:
-    store.save(step, lambda folder: (folder / "state.bin").write_text(f"{step}") and None, IDENTITY)
+    store.save(step, lambda folder: (folder / "state.bin").write_text(f"{step}") and None, OWNER)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -202,6 +240,31 @@ def test_checkpoints_rotation_goes_by_number(keep: int, tmp_path: Path) -> None:
         assert store.steps() == steps[max(0, count - keep) : count]
 
 
+@given(st.integers(1, 3), st.integers(1, 9), st.data())
+@example(1, 4, None)
+def test_checkpoints_newest_best_and_in_use_stay(keep: int, count: int, data: st.DataObject | None) -> None:
+    """P-KEEP: after any saves the newest stay, the best of each of them, and what is in use until it is let go."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = CheckpointStore(Path(folder) / "checkpoints", keep=keep)
+        best: dict[int, int] = {}
+        used: set[int] = set()
+        there: set[int] = set()
+        for step in range(1, count + 1):
+            best[step] = data.draw(st.sampled_from([step, *best.values()])) if data else 1
+            store.save(step, lambda place: (place / "a").write_text("a") and None, OWNER, best=best[step])
+            there.add(step)
+            newest = sorted(there)[-keep:]
+            there &= {*newest, *(best[one] for one in newest), *used}
+            assert store.steps() == sorted(there)
+            if data.draw(st.booleans()) if data else step == 2:
+                used.add(data.draw(st.sampled_from(sorted(there))) if data else 2)
+                for one in used:
+                    store.open(one, IDENTITY)
+        store.release()
+        newest = sorted(there)[-keep:]
+        assert store.steps() == sorted(there & {*newest, *(best[one] for one in newest)})
+
+
 def test_checkpoints_manifest_is_written_last(tmp_path: Path) -> None:
     """While the state is being written there is no manifest, and until all is there the folder has not its name."""
     store = CheckpointStore(tmp_path / "checkpoints")
@@ -211,8 +274,22 @@ def test_checkpoints_manifest_is_written_last(tmp_path: Path) -> None:
         assert store.steps() == []
         (folder / "state.bin").write_text("x")
 
-    listed = json.loads((store.save(3, write, IDENTITY) / MANIFEST).read_text())
+    listed = json.loads((store.save(3, write, OWNER) / MANIFEST).read_text())
     assert [file["path"] for file in listed["files"]] == ["state.bin"]
+
+
+def test_checkpoints_every_byte_of_the_manifest_counts(tmp_path: Path) -> None:
+    """Whichever byte of a manifest is another, in the best step or in what may differ, the checkpoint is refused."""
+    store = CheckpointStore(tmp_path / "checkpoints")
+    path = store.save(12, lambda place: (place / "a").write_text("a") and None, OWNER, best=12) / MANIFEST
+    old = path.read_bytes()
+    assert len(old) > 300
+    for place in range(len(old)):
+        new = old[:place] + bytes([old[place] ^ 1]) + old[place + 1 :]
+        if not _means_the_same(old, new):
+            path.write_bytes(new)
+            with pytest.raises(RefusedError):
+                store.open(12, IDENTITY)
 
 
 def test_checkpoints_missing_one_is_refused(tmp_path: Path) -> None:
@@ -224,7 +301,7 @@ def test_checkpoints_missing_one_is_refused(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from finetune.artifacts.checkpoints import CheckpointStore
+from finetune.artifacts.checkpoints import CheckpointStore, Owner
 store = CheckpointStore(Path(sys.argv[1]), keep=2)
 for step in range(int(sys.argv[2]), 10**8):
     def write(folder):
@@ -232,7 +309,7 @@ for step in range(int(sys.argv[2]), 10**8):
             for _ in range(64):
                 file.write(f"{step:08d}" * 512)
                 file.flush()
-    store.save(step, write, {"plan": "rank: 4\\n", "base": "reference-llama"})
+    store.save(step, write, Owner({"plan": "rank: 4\\n", "base": "reference-llama"}, {}))
     print(step, flush=True)
 """
 
@@ -258,7 +335,8 @@ def test_checkpoints_killed_writer_leaves_only_whole_ones(tmp_path: Path) -> Non
         for step in steps:
             assert (store.open(step, IDENTITY) / "state.bin").read_text() == f"{step:08d}" * 512 * 64
         first = steps[-1] + 1
-    store.save(first, lambda path: (path / "state.bin").write_text("x") and None, IDENTITY)
+    store.save(first, lambda path: (path / "state.bin").write_text("x") and None, OWNER)
+    store.release()
     assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:08d}" for step in (first - 1, first)]
 
 

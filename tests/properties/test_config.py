@@ -40,16 +40,16 @@ from finetune_strategies.profiles import examples
 
 
 def test_settings_every_one_is_known_to_the_strategies() -> None:
-    """The table of settings in the strategies and the schema name the same 44 settings."""
+    """The table of settings in the strategies and the schema name the same 50 settings."""
     assert sorted(SETTINGS) == sorted(KEYS)
-    assert len(KEYS) == 44
+    assert len(KEYS) == 50
 
 
 def test_settings_every_one_and_every_section_has_a_description() -> None:
-    """Each of the 44 settings and 8 sections explains itself in one sentence."""
+    """Each of the 50 settings and 9 sections explains itself in one sentence."""
     sentences = [description_of(key) for key in KEYS]
     sentences += [field.description or "" for field in TrainingConfig.model_fields.values()]
-    assert len(sentences) == 44 + 9
+    assert len(sentences) == 50 + 10
     assert all(len(sentence) > 15 and sentence.endswith(".") for sentence in sentences)
 
 
@@ -214,8 +214,8 @@ def test_zero_survives_every_source(source: str, key: str) -> None:
 @pytest.mark.parametrize("key", NUMBERS)
 @pytest.mark.parametrize("value", [True, False, float("nan"), float("inf"), "abc", "nan", "true"])
 def test_numbers_refuse_what_is_no_number(key: str, value: object) -> None:
-    """Booleans, NaN, infinity and words are refused for each of the 23 numbers, in every source."""
-    assert len(NUMBERS) == 23
+    """Booleans, NaN, infinity and words are refused for each of the 25 numbers, in every source."""
+    assert len(NUMBERS) == 25
     assert len(refusal(yaml.safe_dump(nested({key: value}))).problems) == 1
     assert len(refusal(environ={variable(key): word(value)}).problems) == 1
     assert len(refusal(overrides={key: value}).problems) == 1
@@ -230,7 +230,7 @@ def test_numbers_whole_ones_take_3_0_and_refuse_3_5() -> None:
 @pytest.mark.parametrize("key", NULLABLE)
 def test_none_is_not_the_word_none(key: str) -> None:
     """Null is None after every round trip, and the text "None" is never taken for it (axolotl #3859)."""
-    assert len(NULLABLE) == 15
+    assert len(NULLABLE) == 17
     for source in SOURCES[2:]:
         assert value_of(load_from({"profile": {key: "x"}, source: {key: None}}), key) is None
     with yaml_file(dump_plan(Plan(TrainingConfig(), dict.fromkeys(KEYS, "default")))) as path:

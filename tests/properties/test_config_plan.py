@@ -71,7 +71,7 @@ def test_commented_config_loads_to_the_defaults() -> None:
 
 
 def test_json_schema_describes_every_setting_and_nothing_else() -> None:
-    """The JSON Schema names the 44 settings and `profile`, explains each and closes every object."""
+    """The JSON Schema names the 50 settings and `profile`, explains each and closes every object."""
     schema = json_schema()
     json.dumps(schema)
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
@@ -103,6 +103,12 @@ def test_json_schema_accepts_what_the_loader_accepts(values: dict[str, Any]) -> 
     validator.validate(yaml.safe_load(commented_config()))
 
 
+def facts_hold_out(config: TrainingConfig, facts: ModelAndDataFacts) -> bool:
+    """Whether rows are split off the training rows: as many as asked for, or some where there are many."""
+    fraction = config.data.valid_fraction
+    return facts.train_rows >= 200 if fraction is None else fraction > 0
+
+
 @given(configs(), FACTS, st.integers(1, 10**6), st.data())
 @examples(4 / 3)
 def test_plan_leaves_nothing_open(
@@ -119,7 +125,10 @@ def test_plan_leaves_nothing_open(
     of_adapters = [key for key in KEYS if key.startswith("adapter.") or key == "training.lora_plus_ratio"]
     said = [key for key in of_adapters if flatten(config)[key] != plain[key]]
     idle = len(said) - 1 if config.adapter.kind == "full" else 0  # all but adapter.kind itself
-    if conflicts := too_long + two_splits + no_template + idle:
+    held_out = config.data.valid is not None or facts_hold_out(config, facts)
+    unwatched = 0 if held_out else (config.training.stop_after is not None) + (config.training.keep == "best")
+    margin = bool(config.training.stop_margin) and config.training.stop_after is None
+    if conflicts := too_long + two_splits + no_template + idle + unwatched + margin:
         with pytest.raises(ConfigError) as caught:
             resolve(loaded, facts)
         assert len(caught.value.problems) == conflicts

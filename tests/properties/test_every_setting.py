@@ -13,6 +13,7 @@ from finetune.config import KEYS, json_schema, load_config
 from finetune.errors import FineTuneError
 from finetune.pipeline import fine_tune
 from finetune_strategies.tokenizers import KINDS
+from properties.silent_tracker import SilentTracker
 from properties.workplace import QUICK, make_data, make_model, quick_end
 
 BASE: dict[str, Any] = {
@@ -28,6 +29,9 @@ class Change:
     value: Any
     given: dict[str, Any] = field(default_factory=dict)
 
+
+RISING: dict[str, Any] = {"training.evaluate_every": 1, "training.learning_rate": 1.0, "training.epochs": 3.0}
+"""So fast that the held-out loss rises after its lowest."""
 
 CHANGES: dict[str, Change] = {
     "model.path": Change("OTHER"),
@@ -66,6 +70,9 @@ CHANGES: dict[str, Change] = {
     "training.seed": Change(1),
     "training.save_every": Change(3),
     "training.evaluate_every": Change(3),
+    "training.stop_after": Change(1, RISING),
+    "training.stop_margin": Change(9.0, {"training.stop_after": 2, "training.evaluate_every": 1}),
+    "training.keep": Change("best", RISING),
     "evaluation.questions": Change(2),
     "evaluation.retention_questions": Change(2),
     "evaluation.max_new_tokens": Change(5),
@@ -73,6 +80,9 @@ CHANGES: dict[str, Change] = {
     "judge.memory": Change("auto"),
     "judge.memory_batch_size": Change(3, {"judge.memory": "always"}),
     "judge.memory_length": Change(32, {"judge.memory": "always"}),
+    "tracking.to": Change(["tensorboard"]),
+    "tracking.project": Change("another", {"tracking.to": ["tensorboard"]}),
+    "tracking.name": Change("another", {"tracking.to": ["tensorboard"]}),
     "backend": Change("mlx"),
 }
 _ALWAYS_NEW = ("id", "started", "command", "plan", "timing", "throughput", "peak_rss_bytes", "machine")
@@ -122,6 +132,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         found.append((request[0], sizes))
         raise observe.EvidenceError("not here")
 
+    monkeypatch.setattr("finetune.tracking.choose.find_spec", lambda name: name)
+    monkeypatch.setattr(
+        "finetune.tracking.consumer.open_tracker",
+        lambda name, tracked: found.append((name, tracked.project, tracked.name)) or SilentTracker(),
+    )
     monkeypatch.setattr(observe, "measure_memory", note)
     monkeypatch.setattr("finetune.backends.reference.backend.ReferenceBackend.abilities", frozenset({"memory"}))
     return found
@@ -133,7 +148,7 @@ def test_every_setting_is_in_the_table_and_the_schema() -> None:
     listed = {name for name in schema["properties"] if name not in schema.get("$defs", {})}
     assert set(CHANGES) == set(KEYS)
     assert {key.split(".")[0] for key in CHANGES} <= listed
-    assert len(CHANGES) == 44
+    assert len(CHANGES) == 50
     assert all(change.value != {**BASE, **change.given}.get(key) for key, change in CHANGES.items())
 
 

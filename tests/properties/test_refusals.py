@@ -8,11 +8,12 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune.artifacts.checkpoints import CheckpointStore
+from finetune.artifacts.checkpoints import CheckpointStore, Owner
 from finetune.artifacts.run_folder import RunFolder
 from finetune.assembly.prepare import adapter_target
 from finetune.config import KEYS, ModelAndDataFacts, load_config, load_plan, parse_assignments, resolve
@@ -27,6 +28,7 @@ from finetune.templates.catalog import TemplateSource
 from finetune.templates.render import ChatTemplate, find_template
 from finetune.templates.sandbox import compile_template
 from finetune.tokens.tokenizer import FileTokenizer
+from finetune.tracking.choose import require_trackers
 from finetune.training.loop import LoopPlan, mean_loss, train
 from finetune.training.packing import check_packing
 from finetune_strategies.tokenizers import KINDS, tokenizer_folder
@@ -134,7 +136,7 @@ def checkpoint(change: Callable[[Path], Any], identity: dict[str, Any]) -> Case:
 
     def open_(folder: Path) -> Any:
         store = CheckpointStore(folder / "checkpoints")
-        path = store.save(3, lambda place: (place / "state.bin").write_bytes(b"abc"), {"seed": 1, "rank": 8})
+        path = store.save(3, lambda place: (place / "state.bin").write_bytes(b"abc"), Owner({"seed": 1, "rank": 8}, {}))
         change(path)
         return store.open(3, identity)
 
@@ -261,6 +263,14 @@ CASES: dict[str, Case] = {
         "unknown end": settings_file("tokenizer_config.json", eos_token="<nope>"),
         "unknown pad": settings_file("tokenizer_config.json", pad_token="<nope>"),
     }.items()},
+    "trackers missing": lambda folder: require_trackers(["trackery"]),
+    "trackers missing, two": lambda folder: require_trackers(["trackery", "trackest"]),
+    **{f"nothing held out {words}": config_text(f"training: {{{words}}}") for words in (
+        "stop_after: 3", "keep: best, stop_after: 1", "stop_margin: 0.1",
+    )},
+    **{f"trackers {words}": config_text(f"tracking: {{to: {words}}}") for words in (
+        "wandb", "'wandb, mlflow'", "[wandb, wandb]", "[wandbb]", "tensorbord", "none",
+    )},
     "memory backend": lambda folder: measure_framework("reference"),
     **{f"training {name} {number} of {rows}": trained({(name, number): value}, rows) for name, number, value, rows in (
         ("accumulate", 0, float("nan"), 2), ("accumulate", 1, float("inf"), 4), ("clip_gradients", 2, float("nan"), 5),
@@ -272,6 +282,7 @@ CASES: dict[str, Case] = {
     "run output is not empty": made("a", "full", RunFolder.place),
     "run output cannot be": made("a", "file", lambda path: RunFolder(path / "b").make()),
     "run claimed": claimed_twice,
+    "run events are not whole": lambda folder: RunFolder(folder).events_up_to(3),
     "run unfinished is nowhere": nowhere,
     "run unfinished is none": made("a", "full", RunFolder.unfinished),
     "run finished is none": made("a", "full", RunFolder.finished),
@@ -292,7 +303,8 @@ def said(case: Case, folder: Path) -> str:
     try:
         case(folder)
     except (FineTuneError, NonFiniteError) as error:
-        return f"{type(error).__name__} {error.exit_code}: {error}".replace(str(folder), "HERE").replace("\0", "<NUL>")
+        words = f"{type(error).__name__} {error.exit_code}: {error}".replace(str(folder), "HERE").replace("\0", "<NUL>")
+        return words.replace(f"process {os.getpid()} on {socket.gethostname()}", "process ID on HOST")
     except ValueError as error:
         return f"ValueError: {error}"
     return "accepted"

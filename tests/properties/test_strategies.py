@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.artifacts.checkpoints import CheckpointStore
+from finetune.artifacts.checkpoints import CheckpointStore, Owner
 from finetune.backends import open_backend
 from finetune.config import TrainingConfig, flatten
 from finetune.data.facts import new_facts
@@ -249,7 +249,7 @@ def test_fault_is_found_in_a_checkpoint(data: st.DataObject) -> None:
     """Whatever happens to a file of a saved checkpoint, it is refused or no longer exists; nothing else has changed."""
     with tempfile.TemporaryDirectory() as name:
         store = CheckpointStore(Path(name) / "checkpoints")
-        folder = store.save(3, _write_state, {"plan": "x"})
+        folder = store.save(3, _write_state, Owner({"plan": "x"}, {}))
         before = {path: (folder / path).read_bytes() for path in sizes_below(folder)}
         fault = data.draw(file_faults(sizes_below(folder)), label="fault")
         changed = damage(folder, fault)
@@ -333,8 +333,8 @@ def test_strategy_failures_of_models_become_small() -> None:
 
 @pytest.mark.parametrize("home", STRATEGIES, ids=lambda home: home[1])
 def test_type_of_ours_has_its_strategy(home: tuple[str, str]) -> None:
-    """`st.from_type` draws each of 14 types, as varied as its own strategy does and not only with its defaults."""
-    assert len(STRATEGIES) == 14
+    """`st.from_type` draws each of 15 types, as varied as its own strategy does and not only with its defaults."""
+    assert len(STRATEGIES) == 15
     kind = getattr(__import__(home[0], fromlist=["x"]), home[1])
     assert strategy_for(int) is None
     values = drawn(st.from_type(kind), share=0.5)

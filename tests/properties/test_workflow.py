@@ -238,6 +238,15 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Path], None] | None, str]] = 
     "no answer in any row": ({}, _no_answers, "empty answer"),
     "a broken line": ({}, _cut_off, "rows.jsonl:11"),
     "no such framework": ({"backend": "mlx"}, None, "mlx"),
+    "nothing held out to stop by": ({"training__stop_after": 3}, None, "training.stop_after"),
+    "nothing held out to choose by": ({"training__keep": "best", "data__valid_fraction": 0.0}, None, "training.keep"),
+    "no held-out row fits": (
+        {"training__keep": "best", "tokens__max_length": 40, "data__valid": "LONG"},
+        None,
+        "training.keep",
+    ),
+    "a margin for nothing": ({"training__stop_margin": 0.5, "data__valid_fraction": 0.3}, None, "stop_after is not"),
+    "no such tracker here": ({"tracking__to": ["wandb", "mlflow"]}, None, "finetune-suite[wandb,mlflow]"),
 }
 
 
@@ -247,12 +256,14 @@ def test_workflow_refused_leaves_nothing_behind(
 ) -> None:
     """What cannot work is refused before work begins, with the value and a remedy; the disk is as it was."""
     changes, damage, named = REFUSED[case]
-    monkeypatch.setattr("finetune.backends.find_spec", lambda library: None)  # no framework, whatever is here
+    for room in ("backends", "tracking.choose"):  # neither a framework nor a tracker, whatever is here
+        monkeypatch.setattr(f"finetune.{room}.find_spec", lambda library: None)
     place = make_data(tmp_path / "rows.jsonl", 11)
     if damage:
         damage(place)
     small = make_model(tmp_path / "small", kind=next(kind for kind in KINDS if not kind.llama3))
-    places = {"DATA": str(place), "SMALL": str(small)}
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "word " * 60, "completion": "1"}) + "\n")
+    places = {"DATA": str(place), "SMALL": str(small), "LONG": str(tmp_path / "long.jsonl")}
     before = everything_below(tmp_path)
     changes = {key: places.get(value, value) if isinstance(value, str) else value for key, value in changes.items()}
     with pytest.raises((RefusedError, ConfigError, FineTuneError)) as caught:

@@ -4,18 +4,28 @@ import contextlib
 import json
 import os
 import secrets
+import socket
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, get_args
 
-from finetune.artifacts.write import remove_folder, remove_torn, storage_errors, write_json, write_text
+from finetune.artifacts.write import (
+    describe_files,
+    flush,
+    remove_folder,
+    remove_torn,
+    storage_errors,
+    write_json,
+    write_text,
+)
 from finetune.errors import OutputError
-from finetune.events import Event, FixedLoss, RunStarted, event_as_dict
+from finetune.events import Event, FixedLoss, RunJudged, RunStarted, StepDone, event_as_dict
 from finetune.records import Outcome
 
 FORMAT = 1
 """The version of what `run.json` holds."""
+_HOLDER = "lock.json"
 
 
 class RunFolder:
@@ -32,6 +42,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.report_page = path / "report.html"
         self.report_data = path / "report.json"
+        self.holder = path / _HOLDER
 
     @classmethod
     def place(cls, output: Path | None) -> Self:
@@ -45,7 +56,8 @@ class RunFolder:
             raise OutputError(f"output {path} is a symbolic link", hint="name a real folder")
         if path.is_file():
             raise OutputError(f"output {path} is a file", hint="choose a new folder with --output")
-        if path.is_dir() and any(path.iterdir()):
+        # A holder's name without a plan is all that a run killed at its very beginning leaves.
+        if path.is_dir() and any(file.name != _HOLDER for file in path.iterdir()):
             raise OutputError(
                 f"output folder {path} exists and is not empty",
                 hint="a run folder is never reused: choose a new --output, or continue that run with --resume",
@@ -89,7 +101,9 @@ class RunFolder:
         return run
 
     def claim(self) -> None:
-        """Keep everybody else out of this run until `release`, or until this process ends; the folder is the lock.
+        """Keep everybody else out of this run until `release`, or until this process ends.
+
+        The system's lock on the folder decides; the holder's process id is written beside it for others to read.
 
         Raises:
             OutputError: another process is at work in it.
@@ -104,15 +118,24 @@ class RunFolder:
         except OSError:
             os.close(handle)
             raise OutputError(
-                f"another process is at work in {self.path}", hint="wait for it to end, or choose another --output"
+                f"another process{_holder_in(self.holder)} is at work in {self.path}",
+                hint="wait for it to end, or choose another --output",
             ) from None
         self._lock = handle
+        # Not by way of a temporary file: whoever is killed here must leave nothing that keeps the folder from use.
+        with storage_errors(self.holder):
+            self.holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
 
     def release(self) -> None:
         """Let others in again; nothing happens where nothing was claimed."""
         if self._lock is not None:
+            self.holder.unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = None
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Path, size and hash of every file of the run; the lock is none of them."""
+        return [file for file in describe_files(self.path) if file["path"] != self.holder.name]
 
     def tidy(self) -> None:
         """Make an unfinished run ready to go on: what a killed process left half written goes.
@@ -173,10 +196,33 @@ class RunFolder:
                 events.append(json.loads(line))
         return events
 
-    def rewind_events(self, done: int) -> None:
-        """Forget what was logged after the checkpoint of step `done`: those steps are done again."""
+    def secure_events(self) -> None:
+        """Have what was logged on disk: a checkpoint may only follow the events that led to it."""
+        with storage_errors(self.events):
+            flush(self.events)
+
+    def events_up_to(self, done: int) -> list[dict[str, Any]]:
+        """What was logged up to the checkpoint of step `done`; what came later is done again.
+
+        Raises:
+            OutputError: the steps up to it are not all there; without them the run cannot be judged.
+        """
         kept = [event for event in self.read_events() if _stays(event, done)]
-        write_text(self.events, "".join(json.dumps(event) + "\n" for event in kept))
+        steps = [event["step"] for event in kept if event["event"] == StepDone.__name__]
+        if steps != list(range(1, done + 1)):
+            raise OutputError(
+                f"{self.events} tells of {len(steps)} of the {done} steps before the checkpoint, so it is not whole",
+                hint="restore it, or start a new run with another --output",
+            )
+        return kept
+
+    def rewind_events(self, done: int) -> None:
+        """Forget what was logged after the checkpoint of step `done`.
+
+        Raises:
+            OutputError: as `events_up_to`.
+        """
+        write_text(self.events, "".join(json.dumps(event) + "\n" for event in self.events_up_to(done)))
 
 
 def _check_manifest(value: Any) -> None:
@@ -194,11 +240,20 @@ def _check_manifest(value: Any) -> None:
             raise ValueError(f"a verdict has no outcome that exists: {str(verdict)[:80]}")
 
 
+def _holder_in(path: Path) -> str:
+    """Which process holds a run, as it wrote itself; empty where that cannot be read."""
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return f" (process {int(holder['pid'])} on {holder['host']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def _stays(event: Mapping[str, Any], done: int) -> bool:
     """Whether an event tells of a step up to `done`; first gradients carry no step, and the last fixed loss is new."""
     if event["event"] == RunStarted.__name__:
         return True
-    ended = event["event"] == FixedLoss.__name__ and event["step"] > 0
+    ended = event["event"] == RunJudged.__name__ or (event["event"] == FixedLoss.__name__ and event["step"] > 0)
     return done > 0 and not ended and event.get("step", 1) <= done
 
 

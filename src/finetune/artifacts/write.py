@@ -72,7 +72,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
             fill(temporary)
             _flush_tree(temporary)
             temporary.rename(path)
-            _flush(path.parent)
+            flush(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -134,10 +134,11 @@ def describe_file(path: Path, *, name: str | None = None) -> dict[str, Any]:
 def _flush_tree(folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file():
-            _flush(file)
+            flush(file)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk."""
     if os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY)

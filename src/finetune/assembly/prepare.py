@@ -6,7 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.assembly.encoder import Encoder
-from finetune.config import LoadedConfig, ModelAndDataFacts, Plan, TrainingConfig, resolve, resolve_steps
+from finetune.config import (
+    LoadedConfig,
+    ModelAndDataFacts,
+    Plan,
+    TrainingConfig,
+    resolve,
+    resolve_steps,
+    unwatched_problems,
+)
 from finetune.data.facts import deranged
 from finetune.data.read import read_rows
 from finetune.data.shape import Example, Shaped, shape_rows
@@ -80,6 +88,8 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         )
     rehearsal = _encode_file(encoder, config.data.rehearsal, plan, notes)
     held_out = _held_out(encoder, plan, held, notes)
+    if not (held_out and held_out.rows) and (problems := unwatched_problems(config, plan.origins)):
+        raise ConfigError(problems)
     trained = {row.where for row in train.rows}
     conversations = tuple(example for example in kept if isinstance(example, Conversation) and example.where in trained)
     total = _total_steps(plan, train.rows + (rehearsal.rows if rehearsal else ()))

@@ -1,5 +1,6 @@
 """Writes down what a run was and what was measured: the content of run.json."""
 
+import hashlib
 import json
 import os
 import platform
@@ -10,38 +11,47 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from finetune.artifacts.checkpoints import Owner
 from finetune.artifacts.run_folder import FORMAT
 from finetune.artifacts.write import describe_file, file_hash
 from finetune.assembly.prepare import Prepared
+from finetune.assembly.run import Run
+from finetune.assembly.train import Trained, say_ending
 from finetune.config import plan_as_list
 from finetune.criteria.evidence import Evidence
 from finetune.criteria.judge import overall
+from finetune.data.shipped import data_path
+from finetune.events import RunResumed
 from finetune.models.shape import weight_files
-from finetune.records import ModelLocation, Scores, Verdict
+from finetune.records import ModelLocation, Scores, Tokenized, Verdict
 
+_SIDE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_FREE = ("tracking.", "tokens.cache", "training.save_every")
+"""Settings that change no weight: a run may go on with others than it was started with, and says so."""
 _BASE_LIBRARIES = ("finetune-suite", "tokenizers", "numpy", "safetensors", "jinja2")
 
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """How a run went: when it started, what was asked, how long each phase took."""
+    """How a run went: when it started, what was asked, how training ended, how long each phase took."""
 
     run_id: str
     command: str
     started: str
     timing: Mapping[str, float]
     libraries: Mapping[str, str]
-    resumed_from: int = 0
+    trained: Trained
 
 
 def run_record(
-    prepared: Prepared,
+    run: Run,
     course: Course,
     evidence: Evidence,
     verdicts: tuple[Verdict, ...],
     events: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Everything another program needs to know of the run, as JSON values; nothing in it is guessed."""
+    prepared, trackers = run.prepared, run.trackers
     steps = [event for event in events if event["event"] == "StepDone"]
     seconds = sum(step["seconds"] for step in steps)
     tokens = sum(step["tokens"] for step in steps)
@@ -52,12 +62,14 @@ def run_record(
         "outcome": overall(verdicts),
         "started": course.started,
         "command": course.command,
-        "versions": {"python": platform.python_version(), **_versions(), **course.libraries},
+        "versions": _all_versions(course.libraries),
         "machine": machine(),
         "seeds": {"training": prepared.plan.config.training.seed},
         "plan": plan_as_list(prepared.plan),
         "model": _model(prepared),
         "data": _data(prepared),
+        "training": _training(course.trained),
+        "tracking": trackers.places() if trackers else [],
         "losses": {
             "train": [_pick(step, "step", "loss", "learning_rate", "grad_norm") for step in steps],
             "fixed": [_pick(event, "step", "loss", "tokens") for event in events if event["event"] == "FixedLoss"],
@@ -70,25 +82,51 @@ def run_record(
         "throughput": {"tokens_per_second": tokens / seconds} if seconds else None,
         "peak_rss_bytes": peak_rss(),
         "verdicts": [asdict(verdict) for verdict in verdicts],
-        "notes": [*prepared.notes, *_resumed(course)],
+        "notes": [
+            *prepared.notes,
+            *say_ending(course.trained, prepared.plan.config.training.keep),
+            *_resumed(events),
+            *(trackers.notes() if trackers else []),
+        ],
         "not_measured": dict(evidence.why),
     }
 
 
-def run_identity(prepared: Prepared) -> dict[str, Any]:
-    """What a checkpoint belongs to: every setting, and the hashes of the base's weights and of the data."""
-    # Of a mapping the order counts too: the first pattern that fits a layer is its own.
+def run_owner(prepared: Prepared, libraries: Mapping[str, str]) -> Owner:
+    """What a checkpoint belongs to.
+
+    To go on as if nothing had happened, the settings, the files of the base, the data, the template and the token ids
+    made of them must be the same. Versions, the machine and the settings that change no weight may differ.
+    """
     settings = {entry["key"]: entry["value"] for entry in plan_as_list(prepared.plan)}
-    identity = {key: list(value.items()) if isinstance(value, dict) else value for key, value in settings.items()}
-    identity |= {f"weights {file['path']}": file["sha256"] for file in base_files(prepared.location)}
-    identity |= {f"data {path.name}": file_hash(path) for path in prepared.files}
-    plain: dict[str, Any] = json.loads(json.dumps(identity))
-    return plain
+    # Of a mapping the order counts too: the first pattern that fits a layer is its own.
+    settings = {key: list(value.items()) if isinstance(value, dict) else value for key, value in settings.items()}
+    told = {key: settings.pop(key) for key in list(settings) if key.startswith(_FREE)}
+    told |= {f"version of {name}": number for name, number in _all_versions(libraries).items()}
+    told |= {key: value for key, value in machine().items() if key in ("system", "processor", "cores")}
+    identity = settings | {f"model {file['path']}": file["sha256"] for file in base_files(prepared.location)}
+    named = ((key, getattr(prepared.plan.config.data, key)) for key in ("train", "valid", "rehearsal", "retention"))
+    identity |= {f"data.{key} file": file_hash(data_path(name)) for key, name in named if name}
+    identity["template"] = hashlib.sha256(prepared.encoder.source.jinja.encode()).hexdigest()
+    identity["token ids"] = _digest([*prepared.training_rows, *(prepared.held_out.rows if prepared.held_out else ())])
+    plain: list[dict[str, Any]] = json.loads(json.dumps([identity, told]))
+    return Owner(*plain)
+
+
+def _digest(rows: Sequence[Tokenized]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.ids, row.trained]).encode())
+    return digest.hexdigest()
 
 
 def base_files(location: ModelLocation) -> list[dict[str, Any]]:
-    """Name, size and hash of each file that holds the base model's weights."""
-    return [describe_file(path, name=path.name) for path in weight_files(location.folder)]
+    """Name, size and hash of each file of the base model that training depends on: weights, shape and tokenizer."""
+    others = (location.folder / name for name in _SIDE_FILES)
+    return [
+        describe_file(path, name=path.name)
+        for path in [*weight_files(location.folder), *(path for path in others if path.exists())]
+    ]
 
 
 def machine() -> dict[str, Any]:
@@ -141,10 +179,28 @@ def data_files(prepared: Prepared) -> list[dict[str, Any]]:
     return [describe_file(path, name=_shown(path)) for path in prepared.files]
 
 
-def _resumed(course: Course) -> list[str]:
-    if not course.resumed_from:
-        return []
-    return [f"the run was resumed from step {course.resumed_from}; the times are those of its last process"]
+def _training(trained: Trained) -> dict[str, Any]:
+    watch = trained.watch
+    return {
+        "planned_steps": trained.planned,
+        "steps": trained.taken,
+        "kept_step": trained.kept,
+        "stopped_early": trained.stopped_early,
+        "best": {"step": watch.best_step, "held_out_loss": watch.best_loss} if watch.best_step else None,
+    }
+
+
+def _resumed(events: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = [event for event in events if event["event"] == RunResumed.__name__]
+    notes = [
+        f"since the run was resumed from step {event['step']}, this is not as it was: {'; '.join(event['changes'])}"
+        for event in found
+        if event["changes"]
+    ]
+    if not found:
+        return notes
+    steps = ", ".join(str(event["step"]) for event in found)
+    return [f"the run was resumed from step {steps}; the times are those of its last process", *notes]
 
 
 def _shown(path: Path) -> str:
@@ -180,6 +236,10 @@ def _answers(scores: Scores) -> dict[str, Any]:
 
 def _pick(event: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {key: event[key] for key in keys}
+
+
+def _all_versions(libraries: Mapping[str, str]) -> dict[str, str]:
+    return {"python": platform.python_version(), **_versions(), **libraries}
 
 
 def _versions() -> dict[str, str]:

@@ -1,5 +1,7 @@
 """`ft check`: every problem at once, before anything is loaded."""
 
+from typing import TYPE_CHECKING
+
 from finetune.cli.console import print_data, print_json
 from finetune.cli.options import (
     AsJson,
@@ -13,6 +15,9 @@ from finetune.cli.options import (
     gather,
 )
 from finetune.errors import ConfigError, FineTuneError, Problem
+
+if TYPE_CHECKING:
+    from finetune.config import TrainingConfig
 
 
 def command(
@@ -30,15 +35,11 @@ def command(
     Exit code 2 when the configuration is wrong, 3 when model, data or template cannot be used.
     """
     from finetune.assembly.check import find_problems
-    from finetune.backends import require_backend
 
     try:
         loaded = gather(config, flags_of(model, data, template), assignments, profile)
         problems, code = find_problems(loaded), 3
-        try:
-            require_backend(loaded.config.backend)
-        except FineTuneError as error:
-            problems.append(Problem(error.message, "backend", error.hint))
+        problems += _missing_packages(loaded.config)
     except ConfigError as error:
         problems, code = error.problems, 2
     if json_output:
@@ -49,3 +50,20 @@ def command(
     else:
         print_data("no problems")
     return code if problems else 0
+
+
+def _missing_packages(config: "TrainingConfig") -> list[Problem]:
+    """A problem for the backend and for the trackers that are asked for and not installed."""
+    from finetune.backends import require_backend
+    from finetune.tracking.choose import require_trackers
+
+    problems: list[Problem] = []
+    try:
+        require_backend(config.backend)
+    except FineTuneError as error:
+        problems.append(Problem(error.message, "backend", error.hint))
+    try:
+        require_trackers(config.tracking.to)
+    except FineTuneError as error:
+        problems.append(Problem(error.message, "tracking.to", error.hint))
+    return problems

@@ -5,7 +5,17 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from finetune.cli.console import say
-from finetune.events import CheckpointSaved, Event, HeldOutLoss, PhaseStarted, StepDone
+from finetune.events import (
+    CheckpointSaved,
+    Event,
+    HeldOutLoss,
+    PhaseStarted,
+    RunResumed,
+    StepDone,
+    StoppedEarly,
+    TrackerFailed,
+    TrackerOpened,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -57,6 +67,29 @@ class Progress:
             self._line(f"  held-out loss {event.loss:.4f} at step {event.step}")
         elif isinstance(event, CheckpointSaved) and self._bar is None and event.step:
             self._line(f"  checkpoint {event.path}")
+
+        elif isinstance(event, StoppedEarly):
+            self._stopped(event)
+        elif isinstance(event, RunResumed | TrackerOpened | TrackerFailed):
+            self._tell(event)
+
+    def _tell(self, event: RunResumed | TrackerOpened | TrackerFailed) -> None:
+        if isinstance(event, TrackerOpened):
+            self._line(f"  tracker {event.tracker} writes to {event.place}")
+        elif isinstance(event, TrackerFailed):
+            self._line(f"  warning: tracker {event.tracker} failed, and the run goes on: {event.error}")
+        else:
+            self._line(f"  resumed from step {event.step}")
+            for change in event.changes:
+                self._line(f"  warning: not as it was: {change}")
+
+    def _stopped(self, event: StoppedEarly) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, total=event.step)
+        self._line(
+            f"  stopping early, at step {event.step} of {event.total_steps}: no better held-out loss for "
+            f"{event.looks} looks; the best was {event.best_loss:.4f} at step {event.best_step}"
+        )
 
     def _step(self, event: StepDone) -> None:
         told = f"loss {event.loss:.4f}  {event.tokens_per_second:,.0f} tokens/s"

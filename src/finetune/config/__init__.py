@@ -12,7 +12,7 @@ from finetune.config.keys import KEYS, default_of, description_of, flatten, unfl
 from finetune.config.load import LoadedConfig, load_config
 from finetune.config.plan_file import dump_plan, load_plan, plan_as_list
 from finetune.config.profiles import PROFILES, Profile
-from finetune.config.resolve import ModelAndDataFacts, Plan, resolve, resolve_steps
+from finetune.config.resolve import ModelAndDataFacts, Plan, resolve, resolve_steps, unwatched_problems
 from finetune.config.schema import (
     AdapterSpec,
     DataSpec,
@@ -22,6 +22,7 @@ from finetune.config.schema import (
     ModelSpec,
     TemplateSpec,
     TokenSpec,
+    TrackingSpec,
     TrainingConfig,
 )
 from finetune.config.sources import Origin, parse_assignments
@@ -42,6 +43,7 @@ __all__ = [
     "Profile",
     "TemplateSpec",
     "TokenSpec",
+    "TrackingSpec",
     "TrainingConfig",
     "commented_config",
     "default_of",
@@ -56,4 +58,5 @@ __all__ = [
     "resolve",
     "resolve_steps",
     "unflatten",
+    "unwatched_problems",
 ]

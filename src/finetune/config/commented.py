@@ -53,6 +53,7 @@ def json_schema() -> dict[str, Any]:
 
 def _setting_block(key: str, indent: str) -> str:
     default = default_of(key)
+    default = list(default) if isinstance(default, tuple) else default
     shown = "null" if default is None else default
     prose = _comment(description_of(key), indent)
     allowed = _comment(f"Allowed: {expectation(key)}. Default: {shown}.", indent)

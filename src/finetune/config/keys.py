@@ -36,6 +36,18 @@ _NAMES_ELSEWHERE: dict[str, str] = {
     "sample_packing": "training.packing",
     "lr_scheduler_type": "training.schedule",
     "warmup_ratio": "training.warmup_fraction",
+    "early_stopping_patience": "training.stop_after",
+    "early_stopping": "training.stop_after",
+    "patience": "training.stop_after",
+    "early_stopping_threshold": "training.stop_margin",
+    "load_best_model_at_end": "training.keep",
+    "save_steps": "training.save_every",
+    "steps_per_eval": "training.evaluate_every",
+    "eval_steps": "training.evaluate_every",
+    "report_to": "tracking.to",
+    "wandb_project": "tracking.project",
+    "run_name": "tracking.name",
+    "wandb_name": "tracking.name",
     "r": "adapter.rank",
     "lora_r": "adapter.rank",
     "lora_rank": "adapter.rank",
@@ -139,6 +151,11 @@ def allowed_words(key: str) -> list[str]:
     return words
 
 
+def allowed_items(key: str) -> list[str]:
+    """The fixed words that a list may hold, for a setting that takes such a list."""
+    return [word for part in _alternatives(schema_of(key)) for word in part.get("items", {}).get("enum", [])]
+
+
 def expectation(key: str) -> str:
     """What a setting accepts, in words: "a whole number of at least 1, or null"."""
     return ", or ".join(_phrase(part) for part in _alternatives(schema_of(key)))
@@ -158,7 +175,8 @@ def _phrase(schema: dict[str, Any]) -> str:
     if kind in ("integer", "number"):
         return f"{'a whole number' if kind == 'integer' else 'a number'} {_bounds(schema)}".strip()
     if kind == "array":
-        return "a list of at least one name"
+        words = schema["items"].get("enum")
+        return "a list of " + (f"some of {', '.join(words)}, each once" if words else "at least one name")
     if kind == "object":
         [value] = schema["patternProperties"].values()
         return f"a mapping of at least one name to {_phrase(value)}"

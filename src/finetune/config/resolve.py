@@ -39,8 +39,15 @@ def resolve(loaded: LoadedConfig, facts: ModelAndDataFacts) -> Plan:
     """Settle everything but the step counts, which `resolve_steps` settles. Raises ConfigError with every conflict."""
     config, origins = loaded.config, loaded.origins
     derived: dict[str, Any] = {}
+    fraction = config.data.valid_fraction
+    if fraction is None:
+        splits = config.data.valid is None and facts.train_rows >= FEWEST_ROWS_TO_HOLD_OUT
+        fraction = derived["data.valid_fraction"] = HELD_OUT_SHARE if splits else 0.0
     problems = [*_length_problems(loaded, facts), *_split_problems(loaded), *_template_problems(loaded, facts)]
     problems += _adapter_problems(loaded)
+    problems += _margin_problems(loaded)
+    if config.data.valid is None and not fraction:
+        problems += unwatched_problems(config, loaded.origins)
     if problems:
         raise ConfigError(problems)
     if config.tokens.max_length is None:
@@ -51,9 +58,6 @@ def resolve(loaded: LoadedConfig, facts: ModelAndDataFacts) -> Plan:
         derived["judge.memory_length"] = facts.context_length
     if config.template.name == "auto":
         derived["template.name"] = "tokenizer" if facts.has_chat_template else "alpaca"
-    if config.data.valid_fraction is None:
-        splits = config.data.valid is None and facts.train_rows >= FEWEST_ROWS_TO_HOLD_OUT
-        derived["data.valid_fraction"] = HELD_OUT_SHARE if splits else 0.0
     return _settled(Plan(config, origins), derived)
 
 
@@ -70,6 +74,21 @@ def resolve_steps(plan: Plan, total_steps: int) -> Plan:
     if training.evaluate_every is None:
         derived["training.evaluate_every"] = tenth
     return _settled(plan, derived)
+
+
+def unwatched_problems(config: TrainingConfig, origins: Mapping[str, Origin]) -> list[Problem]:
+    """What cannot be done when no rows are held out: there is no loss to stop by, or to choose the best step by."""
+    training = config.training
+    asked = {"stop_after": training.stop_after is not None, "keep": training.keep == "best"}
+    return [
+        Problem(
+            f"{name} is {getattr(training, name)}, but no rows are held out to look at the loss on",
+            f"training.{name} ({origins[f'training.{name}']})",
+            "hold rows out with data.valid, or with data.valid_fraction (0.05, for example), or leave it out",
+        )
+        for name, wanted in asked.items()
+        if wanted
+    ]
 
 
 def _settled(plan: Plan, derived: Mapping[str, Any]) -> Plan:
@@ -104,6 +123,15 @@ def _split_problems(loaded: LoadedConfig) -> list[Problem]:
     what = f"valid_fraction is {data.valid_fraction}, but data.valid names held-out rows already: {data.valid!r}"
     where = f"data.valid_fraction ({loaded.origins['data.valid_fraction']})"
     return [Problem(what, where, "leave out one of the two")]
+
+
+def _margin_problems(loaded: LoadedConfig) -> list[Problem]:
+    training = loaded.config.training
+    if training.stop_after is not None or not training.stop_margin:
+        return []
+    what = f"stop_margin is {training.stop_margin:g}, but nothing is stopped early: stop_after is not set"
+    where = f"training.stop_margin ({loaded.origins['training.stop_margin']})"
+    return [Problem(what, where, "set training.stop_after as well, or leave it out")]
 
 
 def _template_problems(loaded: LoadedConfig, facts: ModelAndDataFacts) -> list[Problem]:

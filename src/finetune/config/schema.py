@@ -23,6 +23,12 @@ def _refuse_the_word_none(value: str) -> str:
     return value
 
 
+def _refuse_repetition(values: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("name each one once")
+    return values
+
+
 _NotBoolean = BeforeValidator(_refuse_boolean)
 
 # Control characters and line breaks: never meant in a name or path, and trouble in logs and YAML.
@@ -47,6 +53,11 @@ Names = Annotated[tuple[Text, ...], Field(min_length=1)]
 _Mapping = Field(min_length=1, json_schema_extra={"additionalProperties": False})
 RankPattern = Annotated[dict[Text, Count], _Mapping]
 AlphaPattern = Annotated[dict[Text, Positive], _Mapping]
+Trackers = Annotated[
+    tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...],
+    Field(json_schema_extra={"uniqueItems": True}),
+    AfterValidator(_refuse_repetition),
+]
 ExtraRuns = Literal["auto", "always", "never"]
 
 
@@ -199,6 +210,17 @@ class LoopSpec(Spec):
     evaluate_every: Count | None = Field(
         default=None, description="Steps between looks at the held-out loss; null means a tenth of the run."
     )
+    stop_after: Count | None = Field(
+        default=None,
+        description="Stop when the held-out loss has not improved for this many looks in a row; null never does.",
+    )
+    stop_margin: PositiveOrZero = Field(
+        default=0.0, description="By how many nats per token the held-out loss must fall to count as improved."
+    )
+    keep: Literal["last", "best"] = Field(
+        default="last",
+        description="Which weights the run ends with: those of the last step, or of the lowest held-out loss.",
+    )
 
 
 class EvaluationSpec(Spec):
@@ -228,6 +250,18 @@ class JudgeSpec(Spec):
     memory_length: Length = Field(default=64, description="How many tokens per row the memory measurement uses.")
 
 
+class TrackingSpec(Spec):
+    """Which trackers are told of the run while it goes; `events.jsonl` in the run folder always is."""
+
+    to: Trackers = Field(
+        default=(), description="The trackers to tell: a list of tensorboard, trackio, wandb, mlflow; empty for none."
+    )
+    project: Text = Field(default="finetune", description="The project (in MLflow: experiment) that runs belong to.")
+    name: Text | None = Field(
+        default=None, description="What the run is called there; null takes the name of the run folder."
+    )
+
+
 class TrainingConfig(Spec):
     """Everything a fine-tuning run can be told."""
 
@@ -249,6 +283,9 @@ class TrainingConfig(Spec):
     )
     judge: JudgeSpec = Field(
         default_factory=JudgeSpec, description="Which extra runs are made as evidence that it worked."
+    )
+    tracking: TrackingSpec = Field(
+        default_factory=TrackingSpec, description="Which trackers are told of the run while it goes."
     )
     backend: Literal["torch", "mlx", "reference"] = Field(
         default="torch", description="Which framework does the computing."

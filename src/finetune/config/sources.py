@@ -12,6 +12,7 @@ from finetune.config.keys import (
     SECTIONS,
     accepts_null,
     accepts_text,
+    allowed_items,
     allowed_words,
     default_of,
     expectation,
@@ -179,12 +180,23 @@ def _value_hint(key: str, value: object) -> str:
     near = get_close_matches(value, words, n=1) if isinstance(value, str) else []
     if near:
         return f"did you mean {near[0]}?"
+    if near_item := _near_item(key, value):
+        return f"write a list: [{near_item}]"
     if value == "None" and accepts_null(key):
         return "write null for no value"
     if accepts_text(key) and value is not None and not isinstance(value, (str, list, dict)):
         return "put it in quotes if it is meant as text"
     default = default_of(key)
-    return f"leave it out for the default, {'null' if default is None else default}"
+    shown_default = "null" if default is None else list(default) if isinstance(default, tuple) else default
+    return f"leave it out for the default, {shown_default}"
+
+
+def _near_item(key: str, value: object) -> str | None:
+    """The word of a list that somebody who wrote one word, or several with commas, most likely meant."""
+    words = allowed_items(key)
+    parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else []
+    near = [found for part in parts for found in get_close_matches(part, words, n=1)]
+    return ", ".join(near) if parts and len(near) == len(parts) else None
 
 
 def _suggest_in_file(wrong: str, nearest: str) -> str:

@@ -59,6 +59,7 @@ def build_report(run: Mapping[str, Any]) -> dict[str, Any]:
         "losses": losses,
         "memory": [measure for measure in memory if measure],
         "data": _data(map_at(run, "data")),
+        "training": dict(map_at(run, "training")),
         "timing": dict(map_at(run, "timing")),
         "repeat": _repeat(run),
         "notes": [str(note) for note in list_at(run, "notes")] + _not_finite(map_at(run, "losses")),
@@ -133,13 +134,20 @@ def _headline(
         "trainable_parameters": trainable,
         "trainable_share": trainable / parameters if trainable is not None and parameters else None,
         "fixed_loss": _before_after(losses["fixed"]),
-        "held_out_loss": _before_after(losses["held_out"]),
+        "held_out_loss": _before_after(_up_to(losses["held_out"], map_at(run, "training").get("kept_step"))),
         "steps": max((point["step"] or 0 for point in losses["train"]), default=None),
+        "kept_step": as_number(map_at(run, "training").get("kept_step")),
         "memory_saving": saving,
         "seconds": seconds,
         "tokens_per_second": as_number(map_at(run, "throughput").get("tokens_per_second")),
         "peak_rss_bytes": as_number(run.get("peak_rss_bytes")),
     }
+
+
+def _up_to(points: Sequence[Mapping[str, Any]], kept: Any) -> Sequence[Mapping[str, Any]]:
+    """The looks up to the step whose weights were kept: a later one says nothing of the adapter."""
+    step = as_number(kept)
+    return points if step is None else [point for point in points if (point["step"] or 0) <= step]
 
 
 def _before_after(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -16,7 +16,10 @@ Batching = Callable[[int], list[Batch]]
 
 @dataclass(frozen=True, slots=True)
 class LoopPlan:
-    """Everything the loop needs to know, decided beforehand."""
+    """Everything the loop needs to know, decided beforehand.
+
+    `last_step` ends training before `total_steps`, over which the learning rate is laid out all the same.
+    """
 
     total_steps: int
     accumulation: int
@@ -24,6 +27,12 @@ class LoopPlan:
     warmup_steps: int
     schedule: Schedule
     evaluate_every: int
+    last_step: int | None = None
+
+    @property
+    def end(self) -> int:
+        """The last step that is taken."""
+        return self.total_steps if self.last_step is None else self.last_step
 
 
 def steps_per_epoch(row_count: int, batch_size: int, accumulation: int) -> int:
@@ -34,7 +43,7 @@ def steps_per_epoch(row_count: int, batch_size: int, accumulation: int) -> int:
 def train(
     session: Session, batches_of: Batching, held_out: Sequence[Batch], plan: LoopPlan, *, done_steps: int = 0
 ) -> Iterator[Event]:
-    """Train until `plan.total_steps` optimizer steps are done, and tell each step as it is done.
+    """Train until `plan.end` optimizer steps are done, and tell each step as it is done.
 
     `batches_of(epoch)` must give the same batches each time it is asked, so that a run continued after `done_steps`
     steps sees what an uninterrupted one would have seen. The loss of a step is weighted by tokens over all batches
@@ -46,16 +55,16 @@ def train(
     """
     step = 0
     epoch = 0
-    while step < plan.total_steps:
+    while step < plan.end:
         batches = batches_of(epoch)
         windows = [batches[start : start + plan.accumulation] for start in range(0, len(batches), plan.accumulation)]
         for index, window in enumerate(windows):
-            if step == plan.total_steps:
+            if step == plan.end:
                 return
             step += 1
             if step <= done_steps:
                 continue
-            due = held_out and (step % plan.evaluate_every == 0 or step == plan.total_steps)
+            due = held_out and (step % plan.evaluate_every == 0 or step == plan.end)
             for event in _one_step(session, window, plan, step, epoch + (index + 1) / len(windows)):
                 # Before `StepDone`, when listeners save: what came after it would be missing from a resumed run.
                 if due and isinstance(event, StepDone):
@@ -87,7 +96,7 @@ def _one_step(session: Session, window: Sequence[Batch], plan: LoopPlan, step: i
     session.update(rate)
     yield StepDone(
         step=step,
-        total_steps=plan.total_steps,
+        total_steps=plan.end,
         epoch=epoch,
         loss=loss,
         learning_rate=rate,

@@ -1,0 +1,172 @@
+"""Trains a run's session to its end: from the newest checkpoint, until it is time to stop, to the weights to keep."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from finetune.artifacts.checkpoints import CheckpointStore, Owner
+from finetune.assembly.observe import Observation, held_out_batches
+from finetune.assembly.prepare import pack_length, packed_sample
+from finetune.assembly.run import Run
+from finetune.errors import RefusedError
+from finetune.events import (
+    CheckpointSaved,
+    Event,
+    FixedLoss,
+    HeldOutLoss,
+    RunResumed,
+    StepDone,
+    StoppedEarly,
+)
+from finetune.ports import Session
+from finetune.records import Batch, Tokenized
+from finetune.tokens.batch import epoch_batches
+from finetune.training.loop import LoopPlan, train
+from finetune.training.packing import check_packing
+from finetune.training.stopping import Watch
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """How training went: the steps that were planned and taken, the step whose weights are kept, and the best one."""
+
+    planned: int
+    taken: int
+    kept: int
+    watch: Watch
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the held-out loss ended training before its last step."""
+        return self.taken < self.planned
+
+
+def steps_of(
+    run: Run, session: Session, rows: tuple[Tokenized, ...], *, done: int = 0, last: int | None = None
+) -> Iterator[Event]:
+    """Train the session on the rows as the run's plan says, after step `done` and up to step `last`."""
+    training = run.prepared.plan.config.training
+    assert training.evaluate_every is not None
+    plan = LoopPlan(
+        total_steps=run.prepared.total_steps,
+        accumulation=training.accumulation,
+        peak_learning_rate=training.learning_rate,
+        warmup_steps=round(training.warmup_fraction * run.prepared.total_steps),
+        schedule=training.schedule,
+        evaluate_every=training.evaluate_every,
+        last_step=last,
+    )
+    length = pack_length(run.prepared.plan)
+
+    def batches_of(epoch: int) -> list[Batch]:
+        return epoch_batches(rows, training.batch_size, seed=training.seed, epoch=epoch, pack_length=length)
+
+    return train(session, batches_of, held_out_batches(run.prepared), plan, done_steps=done)
+
+
+def check_resume(run: Run, owner: Owner) -> None:
+    """Refuse, before anything is done, to go on with a run that is not as it was; a run without checkpoint may.
+
+    Raises:
+        RefusedError: a checkpoint is damaged, missing, or belongs to other settings, or events are missing.
+    """
+    store = CheckpointStore(run.folder.checkpoints)
+    done = store.newest()
+    if done is None:
+        return
+    store.open(done, owner.identity)
+    watch = _watch(run, done)
+    if run.prepared.plan.config.training.keep == "best" and watch.best_step:
+        if watch.best_step not in store.steps():
+            raise RefusedError(
+                f"the checkpoint of the best step so far, {watch.best_step}, is gone from {store.folder}",
+                hint="restore it, or start a new run with another --output",
+            )
+        store.open(watch.best_step, owner.identity)
+
+
+def train_run(run: Run, session: Session, before: Observation, owner: Owner) -> Trained:
+    """Train from the newest checkpoint to the end; the session then has the weights that the run keeps.
+
+    Raises:
+        RefusedError: as `check_resume`.
+    """
+    store = CheckpointStore(run.folder.checkpoints)
+    done = store.newest() or 0
+    if done:
+        session.load_state(store.open(done, owner.identity))
+    if run.prepared.plan.config.training.packing:
+        with run.phase("check packing", "rows that share a sequence must not see each other"):
+            check_packing(session, packed_sample(run.prepared), run.prepared.plan.config.model.dtype)
+    run.folder.rewind_events(done)
+    if done:
+        run.tell(RunResumed(done, tuple(store.changes(done, owner.told))))
+    else:
+        run.tell(FixedLoss(0, *before.fixed))
+        if before.held_out:
+            run.tell(HeldOutLoss(0, *before.held_out))
+    with run.phase("train", f"{run.prepared.total_steps} steps, from step {done}"):
+        taken, watch = _go_on(run, session, store, owner)
+    kept = taken
+    if run.prepared.plan.config.training.keep == "best" and watch.best_step not in (0, taken):
+        kept = watch.best_step
+        with run.phase("take the best step", f"step {kept}, held-out loss {watch.best_loss:.4f}"):
+            session.load_state(store.open(kept, owner.identity))
+    store.release()
+    return Trained(run.prepared.total_steps, taken, kept, watch)
+
+
+def _go_on(run: Run, session: Session, store: CheckpointStore, owner: Owner) -> tuple[int, Watch]:
+    """Train, tell and keep checkpoints until the steps are done or the watch stops; the last step, and the watch."""
+    training, total = run.prepared.plan.config.training, run.prepared.total_steps
+    step = store.newest() or 0
+    watch = _watch(run, step)
+    if watch.stops:
+        return step, watch
+    for event in steps_of(run, session, run.prepared.training_rows, done=step):
+        run.tell(event)
+        if isinstance(event, HeldOutLoss):
+            watch = watch.look(event.step, event.loss)
+            # Before `StepDone`, for what is told after a checkpoint would be missing from a resumed run.
+            if watch.stops and event.step < total:
+                run.tell(StoppedEarly(event.step, total, watch.idle, watch.best_step, watch.best_loss))
+        if not isinstance(event, StepDone):
+            continue
+        step = event.step
+        best = training.keep == "best" and watch.best_step == step
+        if step % (training.save_every or 1) == 0 or step == total or watch.stops or best:
+            run.folder.secure_events()
+            kept = (watch.best_step or None) if training.keep == "best" else None
+            path = store.save(step, session.save_state, owner, best=kept)
+            run.tell(CheckpointSaved(step, path.relative_to(run.folder.path).as_posix()))
+        if watch.stops:
+            break
+    return step, watch
+
+
+def _watch(run: Run, done: int) -> Watch:
+    """The watch as it was after step `done`: what the logged looks up to there say."""
+    training = run.prepared.plan.config.training
+    watch = Watch(training.stop_after, training.stop_margin)
+    for event in run.folder.events_up_to(done):
+        # The base's own loss, at step 0, is no step of the training that could be stopped at or kept.
+        if event["event"] == HeldOutLoss.__name__ and event["step"] > 0:
+            watch = watch.look(event["step"], event["loss"])
+    return watch
+
+
+def say_ending(trained: Trained, keep: str) -> list[str]:
+    """Why training ended where it did, and whose weights were kept, for people; nothing where nothing is unusual."""
+    notes = []
+    watch = trained.watch
+    if trained.stopped_early:
+        notes.append(
+            f"training stopped early, at step {trained.taken} of {trained.planned}: the held-out loss had not improved "
+            f"for {watch.idle} looks in a row; it was lowest, {watch.best_loss:.4f}, at step {watch.best_step}; the "
+            "learning rate went as planned for all steps"
+        )
+    if keep == "best":
+        notes.append(
+            f"the adapter is that of step {trained.kept}, which had the lowest held-out loss; a loss that the step was "
+            "chosen by flatters it"
+        )
+    return notes

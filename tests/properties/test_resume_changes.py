@@ -1,0 +1,190 @@
+"""Laws of going on with a run when something has changed since: refused where it matters, told where it may differ."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.artifacts.run_folder import RunFolder
+from finetune.assembly import encoder, record
+from finetune.config import LoadedConfig, load_plan
+from finetune.errors import RefusedError
+from finetune.events import CheckpointSaved, Event, RunResumed
+from finetune.pipeline import fine_tune
+from properties.disks import everything_below
+from properties.workplace import make_data, make_model, quick_end, settings
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+class Death(BaseException):
+    """Stands for the end of the process: nothing of ours catches it."""
+
+
+def die_at_step_4(event: Event) -> None:
+    """Die right after the checkpoint of step 4."""
+    if isinstance(event, CheckpointSaved) and event.step == 4:
+        raise Death
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its data (two files of the same name among them), a template, and a run killed at step 4 of 8."""
+    place = tmp_path_factory.mktemp("changes")
+    model, data = make_model(place / "model"), make_data(place / "rows.jsonl", 11)
+    for name, count in (("valid", 4), ("known", 5)):
+        (place / name).mkdir()
+        make_data(place / name / "rows.jsonl", count)
+    (place / "own.jinja").write_text(TEMPLATE)
+    loaded = settings(
+        model, data, data__valid=str(place / "valid" / "rows.jsonl"), data__retention=str(place / "known/rows.jsonl"),
+        template__name=str(place / "own.jinja"), training__save_every=2, adapter__dropout=0.2,
+    )  # fmt: skip
+    with quick_end():
+        with contextlib.suppress(Death):
+            fine_tune(loaded, output=place / "run", listener=die_at_step_4)
+        fine_tune(loaded, output=place / "whole")
+    assert not (place / "run" / "run.json").exists()
+    return place
+
+
+def go_on(place: Path) -> tuple[dict[str, Any], list[Event]]:
+    """Continue the run, as `ft train --resume` does."""
+    heard: list[Event] = []
+    plan = load_plan(RunFolder.unfinished(place / "run").plan)
+    with quick_end():
+        loaded = LoadedConfig(plan.config, plan.origins)
+        return fine_tune(loaded, output=place / "run", resume=True, listener=heard.append)[1], heard
+
+
+@pytest.fixture
+def place(killed: Path) -> Any:
+    """The killed run, as it was each time: paths in its plan stay good."""
+    kept = killed.with_name("kept")
+    shutil.copytree(killed, kept)
+    yield killed
+    shutil.rmtree(killed)
+    kept.rename(killed)
+
+
+def in_plan(old: str, new: str) -> Callable[[Path], None]:
+    """Change a line of the plan."""
+
+    def change(place: Path) -> None:
+        text = (place / "run" / "plan.yaml").read_text()
+        assert old in text
+        (place / "run" / "plan.yaml").write_text(text.replace(old, new))
+
+    return change
+
+
+def longer(name: str, more: str) -> Callable[[Path], None]:
+    """Add to the end of a file."""
+
+    def change(place: Path) -> None:
+        with (place / name).open("a") as file:
+            file.write(more)
+
+    return change
+
+
+def _other_weights(place: Path) -> None:
+    shutil.rmtree(place / "model")
+    make_model(place / "model", seed=1)
+
+
+def _lost_events(place: Path) -> None:
+    (place / "run" / "events.jsonl").write_text("")
+
+
+ROW = '{"prompt": "more", "completion": "1"}\n'
+REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "training rows": (longer("rows.jsonl", ROW), "data.train file"),
+    "held-out rows of the same name": (longer("valid/rows.jsonl", ROW), "data.valid file"),
+    "retention rows of the same name": (longer("known/rows.jsonl", ROW), "data.retention file"),
+    "template": (longer("own.jinja", "{# #}"), "template"),
+    "tokenizer": (longer("model/tokenizer.json", "\n"), "model tokenizer.json"),
+    "shape of the model": (longer("model/config.json", "\n"), "model config.json"),
+    "weights": (_other_weights, "model model.safetensors"),
+    "learning rate": (in_plan("learning_rate: 0.01", "learning_rate: 0.02"), "training.learning_rate: 0.01 -> 0.02"),
+    "dtype": (in_plan("dtype: float32", "dtype: bfloat16"), "model.dtype: 'float32' -> 'bfloat16'"),
+    "what is kept": (in_plan("keep: last", "keep: best"), "training.keep: 'last' -> 'best'"),
+    "events": (_lost_events, "tells of 0 of the 4 steps"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_resume_of_a_run_that_would_not_be_the_same_is_refused(what: str, place: Path) -> None:
+    """Whatever changes the weights or their judgement is refused, by name, before anything is done or removed."""
+    assert len(REFUSED) == 11
+    change, named = REFUSED[what]
+    change(place)
+    before = everything_below(place / "run")
+    with pytest.raises(RefusedError) as caught:
+        go_on(place)
+    assert named in caught.value.message
+    assert caught.value.hint
+    assert everything_below(place / "run") == before
+
+
+def test_resume_with_a_library_that_makes_other_ids_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files all alike, and other token ids out of them: refused, whatever the cause."""
+    plain = encoder.mark_rows
+    monkeypatch.setattr(encoder, "mark_rows", lambda rows, tokenizer: plain(list(rows)[::-1], tokenizer))
+    with pytest.raises(RefusedError, match="token ids: "):
+        go_on(place)
+
+
+def _other_library(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    versions = record._versions()
+    monkeypatch.setattr(record, "_versions", lambda: versions | {"tokenizers": "99.0"})
+
+
+def _other_machine(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 77)
+
+
+def _other_tracking(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    in_plan("project: finetune", "project: mine")(place)
+
+
+def _other_rhythm(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    in_plan("save_every: 2", "save_every: 3")(place)
+
+
+TOLD: dict[str, tuple[Callable[[pytest.MonkeyPatch, Path], None], str]] = {
+    "a library": (_other_library, "-> '99.0'"),
+    "the machine": (_other_machine, "-> 77"),
+    "who is told": (_other_tracking, "tracking.project: 'finetune' -> 'mine'"),
+    "how often is saved": (_other_rhythm, "training.save_every: 2 -> 3"),
+}
+
+
+@pytest.mark.parametrize("what", [None, *TOLD])
+def test_resume_says_exactly_what_is_not_as_it_was(
+    what: str | None, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What may differ is told, once, as old and new value, in the log, in run.json and to listeners; and only that."""
+    assert len(TOLD) == 4
+    if what is not None:
+        TOLD[what][0](monkeypatch, place)
+    found, heard = go_on(place)
+    [resumed] = [event for event in heard if isinstance(event, RunResumed)]
+    assert resumed.step == 4
+    assert len(resumed.changes) == (0 if what is None else 1)
+    assert all(TOLD[what][1] in change for change in resumed.changes if what)
+    assert any("resumed from step 4" in note for note in found["notes"])
+    notes = [note for note in found["notes"] if "not as it was" in note]
+    assert notes == [f"since the run was resumed from step 4, this is not as it was: {one}" for one in resumed.changes]
+    logged = [json.loads(line) for line in (place / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["changes"] for event in logged if event["event"] == "RunResumed"] == [list(resumed.changes)]
+    assert (place / "run" / ADAPTER).read_bytes() == (place / "whole" / ADAPTER).read_bytes()

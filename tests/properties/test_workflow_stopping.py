@@ -1,0 +1,254 @@
+"""Laws of whole runs that stop early or keep their best step: wherever they are killed, they end as they would have."""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from finetune.assembly import train as assembly
+from finetune.backends.reference.session import ReferenceSession
+from finetune.config import LoadedConfig, load_plan
+from finetune.errors import RefusedError
+from finetune.events import Event, HeldOutLoss, StepDone, StoppedEarly
+from finetune.pipeline import fine_tune
+from finetune.report import build_report, render_html
+from finetune.training.schedule import learning_rate_at
+from finetune_strategies.profiles import examples
+from properties.test_stopping import lowest
+from properties.workplace import make_data, make_model, quick_end, settings
+
+ADAPTER = "adapter/adapter_model.safetensors"
+STEPS = 8
+KEEPS = ("last", "best")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model."""
+    return make_model(tmp_path_factory.mktemp("stopping") / "model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six rows."""
+    return make_data(tmp_path_factory.mktemp("data") / "rows.jsonl", 6)
+
+
+def job(model: Path, data: Path, **changes: Any) -> LoadedConfig:
+    """Eight steps of one batch, a look after each, a checkpoint every third, dropout so that random state matters."""
+    given_ = {"max_steps": STEPS, "epochs": 99.0, "evaluate_every": 1, "save_every": 3, "keep": "best", **changes}
+    named = {f"training__{key}": value for key, value in given_.items()}
+    return settings(model, data, data__valid_fraction=0.3, adapter__dropout=0.3, evaluation__questions=2, **named)
+
+
+@contextlib.contextmanager
+def looks(losses: list[float]) -> Iterator[None]:
+    """Within this context the look at step n shows the n-th of these losses; training itself is as it is."""
+    plain = assembly.train
+
+    def told(*given_: Any, **named: Any) -> Iterator[Event]:
+        for event in plain(*given_, **named):
+            looked = isinstance(event, HeldOutLoss)
+            yield HeldOutLoss(event.step, losses[event.step - 1], event.tokens) if looked else event
+
+    with patch.object(assembly, "train", told):
+        yield
+
+
+def last_step(losses: list[float], stop_after: int | None) -> int:
+    """The step after which a run with these looks ends."""
+    due = [step for step in range(1, STEPS + 1) if stop_after and step - lowest(losses[:step]) >= stop_after]
+    return due[0] if due else STEPS
+
+
+class Death(BaseException):
+    """Stands for the end of the process: nothing of ours catches it."""
+
+
+def run(loaded: LoadedConfig, output: Path, *, death: int | None = None) -> list[Event]:
+    """Begin the run, or go on with it, until it ends, or dies when it tells its event of this number."""
+    heard: list[Event] = []
+
+    def listen(event: Event) -> None:
+        heard.append(event)
+        if death is not None and len(heard) > death:
+            raise Death
+
+    begun = (output / "plan.yaml").exists()
+    if begun:
+        plan = load_plan(output / "plan.yaml")
+        loaded = LoadedConfig(plan.config, plan.origins)
+    with contextlib.suppress(Death):
+        fine_tune(loaded, output=output, listener=listen, resume=begun)
+    return heard
+
+
+def ended(output: Path) -> dict[str, Any]:
+    """What a finished run says of itself."""
+    found: dict[str, Any] = json.loads((output / "run.json").read_text())
+    return found
+
+
+CURVES = st.lists(st.sampled_from([1.0, 1.5, 2.0, 2.5, 3.0]), min_size=STEPS, max_size=STEPS)
+
+
+@given(CURVES, st.none() | st.integers(1, 3), st.sampled_from(KEEPS))
+@example([3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0], 2, "best")
+@example([2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 3, "best")
+@example([3.0, 2.5, 2.0, 1.5, 1.0, 1.0, 1.0, 3.0], 3, "last")
+@examples(1 / 3)
+def test_run_ends_and_keeps_what_its_looks_say(
+    model: Path, data: Path, losses: list[float], stop_after: int | None, keep: str
+) -> None:
+    """The last step is the rule's, the adapter is that of the last or of the best step, and run.json says which."""
+    end = last_step(losses, stop_after)
+    kept = lowest(losses[:end]) if keep == "best" else end
+    with TemporaryDirectory() as name, quick_end(), looks(losses):
+        place = Path(name)
+        heard = run(job(model, data, stop_after=stop_after, keep=keep), place / "run")
+        told = ended(place / "run")
+        assert (place / "run" / ADAPTER).read_bytes() == weights_of(model, data, place / "plain", kept)
+        stays = {int(path.name[5:]) for path in (place / "run" / "checkpoints").iterdir()}
+    steps = [event for event in heard if isinstance(event, StepDone)]
+    assert [event.step for event in steps] == list(range(1, end + 1))
+    assert {event.total_steps for event in steps} == {STEPS}
+    warmup = round(0.05 * STEPS)
+    assert [event.learning_rate for event in steps] == [
+        learning_rate_at(step, STEPS, peak=0.01, warmup_steps=warmup, schedule="cosine") for step in range(1, end + 1)
+    ]
+    early = [event for event in heard if isinstance(event, StoppedEarly)]
+    best = lowest(losses[:end])
+    assert early == (
+        [StoppedEarly(end, STEPS, stop_after, best, losses[best - 1])] if end < STEPS and stop_after else []
+    )  # fmt: skip
+    assert told["training"] == {
+        "planned_steps": STEPS, "steps": end, "kept_step": kept, "stopped_early": end < STEPS,
+        "best": {"step": best, "held_out_loss": losses[best - 1]},
+    }  # fmt: skip
+    assert [point["step"] for point in told["losses"]["fixed"]] == [0, kept]
+    assert any(f"step {end} of {STEPS}" in note for note in told["notes"]) == (end < STEPS)
+    assert any(f"that of step {kept}," in note for note in told["notes"]) == (keep == "best")
+    assert end in stays
+    assert keep == "last" or kept in stays
+
+
+WEIGHTS: dict[tuple[Path, Path, int], bytes] = {}
+
+
+def weights_of(model: Path, data: Path, output: Path, step: int) -> bytes:
+    """The adapter of the same run as it is after this step, told by a run that was cut off there."""
+    if (model, data, step) not in WEIGHTS:
+        plain = assembly.steps_of
+
+        def cut(*given_: Any, **named: Any) -> Iterator[Event]:
+            return plain(*given_, **{**named, "last": step})
+
+        with patch.object(assembly, "steps_of", cut):
+            run(job(model, data, keep="last"), output)
+        WEIGHTS[model, data, step] = (output / ADAPTER).read_bytes()
+    return WEIGHTS[model, data, step]
+
+
+@given(st.data(), st.sampled_from([(2, "best"), (2, "last"), (None, "best")]))
+@examples(1 / 2)
+def test_run_that_stops_or_chooses_is_the_same_wherever_it_is_killed(
+    model: Path, data: Path, data_: st.DataObject, how: tuple[int | None, str]
+) -> None:
+    """P-RESUME: dead at any event, twice, it ends at the same step with the same adapter, looks and checkpoints."""
+    losses, (stop_after, keep) = data_.draw(CURVES), how
+    loaded = job(model, data, stop_after=stop_after, keep=keep)
+    with TemporaryDirectory() as name, quick_end(), looks(losses):
+        whole, broken = Path(name) / "whole", Path(name) / "broken"
+        events = len(run(loaded, whole))
+        for death in [*data_.draw(st.lists(st.integers(0, events - 1), min_size=1, max_size=2)), None]:
+            if not (broken / "run.json").exists():
+                run(loaded, broken, death=death)
+        expected, found = ended(whole), ended(broken)
+        assert (whole / ADAPTER).read_bytes() == (broken / ADAPTER).read_bytes()
+        places = [sorted(path.name for path in (one / "checkpoints").iterdir()) for one in (whole, broken)]
+        assert places[0] == places[1]
+    for part in ("training", "losses", "scores", "verdicts", "data"):
+        assert found[part] == expected[part]
+
+
+def test_run_killed_at_every_event_in_turn_ends_as_it_would_have(model: Path, data: Path, tmp_path: Path) -> None:
+    """P-RESUME: each single event of a run that stops early and keeps its best is survived; none is special."""
+    losses = [3.0, 2.0, 1.0, 2.0, 1.5, 9.0, 9.0, 9.0]
+    loaded = job(model, data, stop_after=2)
+    with quick_end(), looks(losses):
+        events = len(run(loaded, tmp_path / "whole"))
+        assert events > 20
+        for death in range(events):
+            output = tmp_path / str(death)
+            run(loaded, output, death=death)
+            if not (output / "run.json").exists():
+                run(loaded, output)
+            assert ended(output)["training"] == ended(tmp_path / "whole")["training"]
+            assert ended(output)["losses"] == ended(tmp_path / "whole")["losses"]
+            assert (output / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
+
+
+def test_run_whose_best_checkpoint_is_gone_is_not_gone_on_with(model: Path, data: Path, tmp_path: Path) -> None:
+    """Without the checkpoint of the best step a resume is refused before anything is done, and says which is gone."""
+    losses = [3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+    with quick_end(), looks(losses):
+        events = run(job(model, data), tmp_path / "run")
+        place = next(number for number, event in enumerate(events) if isinstance(event, StepDone) and event.step == 7)
+        run(job(model, data), tmp_path / "again", death=place)
+        (tmp_path / "again" / "checkpoints" / "step-00000002" / "checkpoint.json").unlink()
+        before = (tmp_path / "again" / "events.jsonl").read_bytes()
+        with pytest.raises(RefusedError, match="best step so far, 2, is gone") as caught:
+            run(job(model, data), tmp_path / "again")
+        assert caught.value.hint
+        assert (tmp_path / "again" / "events.jsonl").read_bytes() == before
+
+
+def test_sham_control_takes_the_steps_of_the_adapter(model: Path, data: Path, tmp_path: Path) -> None:
+    """A run that keeps step 3 of 8 is compared with a sham of 3 steps, at the same learning rates."""
+    updates: list[list[float]] = []
+    attach, update = ReferenceSession.attach, ReferenceSession.update
+    with (
+        quick_end(),
+        looks([3.0, 2.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0]),
+        patch.object(ReferenceSession, "attach", lambda *given_: (updates.append([]), attach(*given_))[1]),
+        patch.object(ReferenceSession, "update", lambda self, rate: (updates[-1].append(rate), update(self, rate))[1]),
+    ):
+        loaded = job(model, data, stop_after=2)
+        judged = loaded.config.judge.model_copy(update={"sham": "always"})
+        run(LoadedConfig(loaded.config.model_copy(update={"judge": judged}), loaded.origins), tmp_path / "run")
+    assert [len(rates) for rates in updates] == [5, 3]
+    assert updates[1] == updates[0][:3]
+
+
+def test_report_tells_the_losses_of_the_step_that_is_kept(model: Path, data: Path, tmp_path: Path) -> None:
+    """The held-out loss after training is that of the kept step, and page and report say that training stopped."""
+    losses = [3.0, 2.0, 1.0, 2.0, 2.5, 9.0, 9.0, 9.0]
+    with quick_end(), looks(losses):
+        run(job(model, data, stop_after=2), tmp_path / "run")
+    record = ended(tmp_path / "run")
+    report = build_report(record)
+    assert report["headline"]["held_out_loss"]["after"] == 1.0
+    assert report["training"]["kept_step"] == report["headline"]["kept_step"] == 3
+    page = render_html([record])
+    assert "stopped early, at step 5 of 8" in page
+    assert "the adapter is that of step 3" in page
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_run_judges_only_the_steps_that_made_the_adapter(keep: str, model: Path, data: Path, tmp_path: Path) -> None:
+    """Steps after the one that is kept are no evidence: a best step 1 has one step, and the last has them all."""
+    with quick_end(), looks([1.0] + [2.0] * (STEPS - 1)):
+        run(job(model, data, keep=keep), tmp_path / "run")
+    record = ended(tmp_path / "run")
+    [verdict] = [one for one in record["verdicts"] if one["id"] == "loss-convergence"]
+    assert (verdict["measured"] == "1 step") == (keep == "best")
+    assert len(record["losses"]["train"]) == STEPS
+    assert all(math.isfinite(point["loss"]) for point in record["losses"]["train"])
