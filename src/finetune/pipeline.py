@@ -1,34 +1,39 @@
 """The order of a fine-tune, from a configuration to a report; the only file that knows it."""
 
 import contextlib
+import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from finetune.artifacts.checkpoints import CheckpointStore
+from finetune.artifacts.left import what_is_left
 from finetune.artifacts.run_folder import RunFolder
 from finetune.artifacts.write import describe_files, write_folder, write_json, write_text
 from finetune.assembly.observe import (
     Observation,
     artifact_evidence,
-    held_out_batches,
     learning_evidence,
     loss_evidence,
     memory_evidence,
     observe,
     parameter_evidence,
+    rows_of_sham,
     wanted,
 )
-from finetune.assembly.prepare import Prepared, pack_length, packed_sample, prepare
+from finetune.assembly.prepare import Prepared, packed_sample, prepare
 from finetune.assembly.record import Course, run_identity, run_record
+from finetune.assembly.steps import training_steps
 from finetune.backends import open_backend
-from finetune.config import LoadedConfig, dump_plan
+from finetune.config import LoadedConfig, dump_plan, resolve_processes
 from finetune.criteria.evidence import Evidence
 from finetune.criteria.judge import judge
-from finetune.errors import InterruptedRunError
+from finetune.errors import FineTuneError, InterruptedRunError, LostProcessError
 from finetune.events import (
     CheckpointSaved,
     Event,
@@ -40,12 +45,12 @@ from finetune.events import (
     StepDone,
     event_as_dict,
 )
-from finetune.ports import Backend, Session
-from finetune.records import Batch, Optimization, Tokenized
+from finetune.place import launch_words
+from finetune.ports import Backend, Group, Session
+from finetune.records import Optimization, Tokenized
 from finetune.report import build_report, render_html
-from finetune.tokens.batch import epoch_batches
-from finetune.training.loop import LoopPlan, train
 from finetune.training.packing import check_packing
+from finetune.training.team import check_same
 
 Listener = Callable[[Event], None]
 
@@ -56,10 +61,16 @@ class _Run:
 
     prepared: Prepared
     backend: Backend
+    group: Group
     folder: RunFolder
     listener: Listener
     timing: dict[str, float] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What its checkpoints belong to."""
+        return run_identity(self.prepared)
 
     def tell(self, event: Event) -> None:
         """Log an event and pass it on."""
@@ -87,13 +98,15 @@ def fine_tune(
 ) -> tuple[Path, dict[str, Any]]:
     """Fine-tune as configured, judge the result on measured evidence, and write the run folder.
 
+    Of several processes that a launcher has started, the first does all this and the others train along.
+
     Args:
         output: the run folder to make (or, with `resume`, to continue); by default one below `runs/`.
         command: what to write down as the command that repeats the run.
         listener: is told every event.
 
     Returns:
-        The run folder and the content of its `run.json`.
+        The run folder and the content of its `run.json`; a process that only trained along has nothing to tell.
 
     Raises:
         FineTuneError: something was refused, failed, or was interrupted; see `finetune.errors`.
@@ -101,10 +114,14 @@ def fine_tune(
     begun = RunStarted(datetime.now(UTC).isoformat(timespec="seconds"), command)
     clock = time.perf_counter()
     backend = open_backend(loaded.config.backend)
+    group = backend.join()
+    listener = (lambda event: None) if group.rank else listener
     listener(PhaseStarted("prepare", f"{loaded.config.model.path}"))
-    prepared = prepare(loaded)
-    folder = RunFolder.unfinished(output) if resume else RunFolder.place(output)
-    run = _Run(prepared, backend, folder, listener, {"prepare": time.perf_counter() - clock})
+    prepared = prepare(resolve_processes(loaded, group.size, resume=resume))
+    folder = RunFolder.unfinished(output) if resume else RunFolder.place(None if group.rank else output)
+    run = _Run(prepared, backend, group, folder, listener, {"prepare": time.perf_counter() - clock})
+    if group.rank:
+        return folder.path, _assist(run)
     try:
         if resume:
             folder.claim()
@@ -123,18 +140,29 @@ def fine_tune(
         told = next((event for event in events if event["event"] == RunStarted.__name__), event_as_dict(begun))
         course = Course(folder.path.name, told["command"], told["started"], run.timing, backend.versions(), done)
         return folder.path, _finish(run, run_record(prepared, course, evidence, verdicts, events))
-    except KeyboardInterrupt:
-        raise _interrupted(folder) from None
+    except (KeyboardInterrupt, LostProcessError) as error:
+        raise _ended(run, error) from None
     finally:
         folder.release()
 
 
-def _interrupted(folder: RunFolder) -> InterruptedRunError:
-    if not folder.plan.exists():
-        return InterruptedRunError("interrupted before anything was written")
-    newest = CheckpointStore(folder.checkpoints).newest()
-    kept = f"the checkpoint of step {newest} is intact" if newest else "no checkpoint had been written yet"
-    return InterruptedRunError(f"interrupted; {kept}", hint=f"go on with: ft train --resume --output {folder.path}")
+def _ended(run: _Run, error: BaseException) -> FineTuneError:
+    kept, hint = what_is_left(run.folder, launch=launch_words(os.environ, run.group.size))
+    if isinstance(error, LostProcessError):
+        return LostProcessError(f"{error.message}; {kept}", hint=hint)
+    return InterruptedRunError(f"interrupted; {kept}", hint=hint)
+
+
+def _assist(run: _Run) -> dict[str, Any]:
+    """Train along, the sham control too, as all processes but the first do: they write, judge and tell nothing."""
+    session = _session(run)
+    _attach(run, session)
+    deque(_steps(run, session, run.prepared.training_rows, done=_restore(run, session)), maxlen=0)
+    if rows := rows_of_sham(run.prepared, {}):
+        sham = _session(run)
+        _attach(run, sham)
+        deque(_steps(run, sham, rows), maxlen=0)
+    return {}
 
 
 def _begin(run: _Run, begun: RunStarted, *, resume: bool) -> None:
@@ -170,32 +198,24 @@ def _attach(run: _Run, session: Session) -> None:
 
 
 def _steps(run: _Run, session: Session, rows: tuple[Tokenized, ...], *, done: int = 0) -> Iterator[Event]:
-    training = run.prepared.plan.config.training
-    assert training.evaluate_every is not None
-    plan = LoopPlan(
-        total_steps=run.prepared.total_steps,
-        accumulation=training.accumulation,
-        peak_learning_rate=training.learning_rate,
-        warmup_steps=round(training.warmup_fraction * run.prepared.total_steps),
-        schedule=training.schedule,
-        evaluate_every=training.evaluate_every,
-    )
-    length = pack_length(run.prepared.plan)
+    return training_steps(session, run.prepared, rows, run.group, done=done)
 
-    def batches_of(epoch: int) -> list[Batch]:
-        return epoch_batches(rows, training.batch_size, seed=training.seed, epoch=epoch, pack_length=length)
 
-    return train(session, batches_of, held_out_batches(run.prepared), plan, done_steps=done)
+def _restore(run: _Run, session: Session) -> int:
+    """Go on from the newest checkpoint, every process from the same one; returns its step, 0 for a new run."""
+    store = CheckpointStore(run.folder.checkpoints)
+    done = store.newest() or 0
+    if done:
+        session.load_state(store.open(done, run.identity))
+    check_same(run.group, {**run.identity, **run.backend.versions(), "the step to go on from": done})
+    return done
 
 
 def _train(run: _Run, session: Session, before: Observation) -> int:
     """Train from the newest checkpoint to the end; returns the step it went on from, 0 for a new run."""
     store = CheckpointStore(run.folder.checkpoints)
     every = run.prepared.plan.config.training.save_every
-    identity = run_identity(run.prepared)
-    done = store.newest() or 0
-    if done:
-        session.load_state(store.open(done, identity))
+    done = _restore(run, session)
     if run.prepared.plan.config.training.packing:
         with run.phase("check packing", "rows that share a sequence must not see each other"):
             check_packing(session, packed_sample(run.prepared), run.prepared.plan.config.model.dtype)
@@ -208,7 +228,7 @@ def _train(run: _Run, session: Session, before: Observation) -> int:
         for event in _steps(run, session, run.prepared.training_rows, done=done):
             run.tell(event)
             if isinstance(event, StepDone) and (event.step % (every or 1) == 0 or event.step == event.total_steps):
-                path = store.save(event.step, session.save_state, identity)
+                path = store.save(event.step, session.save_state, run.identity)
                 run.tell(CheckpointSaved(event.step, path.relative_to(run.folder.path).as_posix()))
     return done
 

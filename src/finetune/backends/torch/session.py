@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from finetune.backends.torch import state
+from finetune.backends.torch.group import pool_gradients
 from finetune.errors import TrainingError
+from finetune.ports import Group
 from finetune.records import NO_LIMIT, AdapterTarget, Batch, ModelLocation, Optimization
 
 _ASKED_TOGETHER = 64
@@ -73,6 +75,14 @@ class TorchSession:
         except (RuntimeError, MemoryError) as error:
             raise _as_memory_error(error, batch) from error
         return float(loss.detach())
+
+    def pool_gradients(self, group: Group) -> None:
+        """Add up the gradients of all processes of a group: afterwards each has the sum."""
+        pool_gradients(self._trainable().values(), group)
+
+    def reseed(self, seed: int) -> None:
+        """Draw the random numbers of training from this seed from now on."""
+        torch.manual_seed(seed)
 
     def clip_gradients(self) -> float:
         """Clip all gradients together to the limit; returns their L2 norm before clipping."""
