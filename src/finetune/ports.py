@@ -50,7 +50,7 @@ class Group(Protocol):
         """Let the processes share the weights that are not trained, where the launcher was told so."""
 
     def restore(self, session: "Session") -> None:
-        """Give every process all weights again."""
+        """Give the first process all weights again, once the others have gone."""
 
 
 class Session(Protocol):

@@ -60,6 +60,8 @@ def main() -> None:
     except Exception:
         leave_note(folder, replace(note, state="failed", exit_code=1))
         raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if not told:
         leave_note(folder, replace(note, state="done" if code < 2 else "failed", exit_code=code))
     sys.exit(code)

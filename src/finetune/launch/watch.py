@@ -57,15 +57,16 @@ def watch(
 
 def _failure(launch: Launch, notes: dict[int, Note], kept: str, hint: str) -> FineTuneError | None:
     """What went wrong, told of the process that it began with; None when every process is done."""
-    for note in notes.values():
-        if note.state == "failed":
-            where = f"rank {note.rank}: " if note.rank else ""
-            error = FineTuneError(f"{where}{note.message or 'failed; its last words stand above'}", hint=note.hint)
-            error.exit_code = note.exit_code
-            return error
+    failed = [note for note in notes.values() if note.state == "failed"]
     silent = [note for note in notes.values() if note.state == "at work"]
+    # A failure of ours, known by its words, comes first; what else failed beside a silent one has failed for its lack.
+    for note in failed if not silent else [note for note in failed if note.message]:
+        where = f"rank {note.rank}: " if note.rank else ""
+        error = FineTuneError(f"{where}{note.message or 'failed; its last words stand above'}", hint=note.hint)
+        error.exit_code = note.exit_code
+        return error
     ended = silent or [note for note in notes.values() if note.state != "done"]
-    if not notes or not ended:
+    if not ended:
         return None
     who = " and ".join(f"rank {note.rank} (process {note.pid})" for note in ended)
     how = "ended without a word, as one that was killed or ran out of memory does" if silent else "was stopped"

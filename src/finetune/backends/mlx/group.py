@@ -43,7 +43,7 @@ class MlxGroup:
             mx.eval(tensor)
         except RuntimeError as error:
             raise LostProcessError(
-                f"process {self.rank} of {self.size} has lost another one: {str(error).splitlines()[0]}",
+                f"rank {self.rank} has lost another process of this run: {str(error).splitlines()[0]}",
                 hint="what ended the other one is told above",
             ) from None
         return tensor

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from finetune.backends.torch.sharding import shard, unshard
+from finetune.backends.torch.sharding import shard, whole_again
 from finetune.errors import LostProcessError, RefusedError, TrainingError
 from finetune.place import refuse_launched
 from finetune.ports import Group
@@ -47,10 +47,7 @@ class TorchGroup:
         try:
             dist.all_reduce(tensor)
         except RuntimeError as error:
-            raise LostProcessError(
-                f"process {self.rank} of {self.size} has lost another one: {str(error).splitlines()[0]}",
-                hint="what ended the other one is told above",
-            ) from None
+            raise as_lost(error) from None
         return tensor
 
     def divide(self, session: Any) -> None:
@@ -60,10 +57,11 @@ class TorchGroup:
             self.in_step = True
 
     def restore(self, session: Any) -> None:
-        """Have all weights in this process again."""
+        """Have all weights in the first process again, which goes on alone."""
         if self._sharded:
-            unshard(session.model)
             self.in_step = False
+            if self.rank == 0:
+                session.model = whole_again(session.model, session.location)
 
 
 def join_group() -> Group:
@@ -90,6 +88,16 @@ def _refuse_wishes(environ: Mapping[str, str]) -> None:
     for name, (what, fine, hint) in _NOT_OURS.items():
         if (asked := environ.get(name)) is not None and asked.lower() not in fine:
             raise RefusedError(f"accelerate asks for {what} ({name}={asked}), which is not done here", hint=hint)
+
+
+def as_lost(error: Exception) -> Exception:
+    """The error as what it is: with FSDP any pass through the model can find that another process has ended."""
+    if not (isinstance(error, RuntimeError) and "gloo" in str(error) and dist.is_initialized()):
+        return error
+    return LostProcessError(
+        f"rank {dist.get_rank()} has lost another process of this run: {str(error).splitlines()[0]}",
+        hint="what ended the other one is told above",
+    )
 
 
 def pool_gradients(trainable: Iterable[torch.nn.Parameter], group: Group) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from finetune.backends.torch import state
-from finetune.backends.torch.group import pool_gradients
+from finetune.backends.torch.group import as_lost, pool_gradients
 from finetune.errors import TrainingError
 from finetune.ports import Group
 from finetune.records import NO_LIMIT, AdapterTarget, Batch, ModelLocation, Optimization
@@ -261,7 +261,7 @@ def _as_memory_error(error: Exception, batch: Batch) -> Exception:
     text = str(error)
     exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text
     if not exhausted:
-        return error
+        return as_lost(error)
     longest = max(len(row.ids) for row in batch.rows)
     return TrainingError(
         f"out of memory with {len(batch.rows)} rows of up to {longest} tokens: {text.splitlines()[0]}",

@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from finetune.backends.torch.state import quiet_wrapping
 from finetune.errors import RefusedError
+from finetune.records import ModelLocation
 
 
 def shard(model: Any) -> None:
@@ -24,15 +27,26 @@ def shard(model: Any) -> None:
         fully_shard(block, mesh=mesh, ignored_params=trained)
 
 
-def unshard(model: Any) -> None:
-    """Have every weight in this process again: from now on it computes without the others."""
-    from torch.distributed.fsdp import FSDPModule
+def whole_again(model: Any, location: ModelLocation) -> Any:
+    """The same model with every weight in this process: the frozen ones from their files, the trained ones from here.
 
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_reshard_after_forward(False)  # noqa: FBT003  # torch takes it by position
-            module.set_reshard_after_backward(False)  # noqa: FBT003
-            module.unshard()
+    torch can fetch a block's weights back, but shares them out anew whenever somebody saves; and only one process
+    goes on, so that the others need not take part.
+    """
+    from peft import get_peft_model
+
+    from finetune.backends.torch.backend import load_model
+
+    frozen = next(tensor for tensor in model.parameters() if not tensor.requires_grad)
+    trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    with torch.random.fork_rng(), quiet_wrapping():
+        whole = get_peft_model(load_model(location, str(frozen.dtype).removeprefix("torch.")), model.peft_config["default"])
+    with torch.no_grad():
+        for name, tensor in whole.named_parameters():
+            if tensor.requires_grad:
+                tensor.copy_(trained.pop(name))
+    assert not trained
+    return whole.eval()
 
 
 def _blocks(model: Any) -> list[Any]:
