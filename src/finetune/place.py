@@ -43,4 +43,6 @@ def refuse_launched(environ: Mapping[str, str], backend: str) -> None:
     if launcher and LAUNCHERS[launcher][0] != backend:
         able = [name for name, (room, _) in LAUNCHERS.items() if room == backend]
         hint = f"start it with {' or '.join(able)}" if able else "use one process, or the backend torch or mlx"
-        raise RefusedError(f"{launcher} has started several processes, and backend {backend!r} cannot join them", hint=hint)
+        raise RefusedError(
+            f"{launcher} has started several processes, and backend {backend!r} cannot join them", hint=hint
+        )

@@ -150,7 +150,7 @@ def test_team_of_any_size_does_the_same_work(job: Job, processes: int) -> None:
 @example(Job(5, 1, 2, 2), 2)
 @examples(1 / 3)
 def test_team_deals_every_row_to_one_process_and_every_share_its_own_dice(job: Job, processes: int) -> None:
-    """Each row of each step is computed once in all, with the weight of the whole step, and no two shares draw alike."""
+    """Each row of each step is computed once in all, with the whole step's weight, and no two shares draw alike."""
     lists: list[list[Any]] = [[] for _ in range(processes)]
 
     def work(member: Member) -> None:
@@ -182,7 +182,7 @@ def test_team_deals_every_row_to_one_process_and_every_share_its_own_dice(job: J
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_team_stops_in_every_process_where_one_loss_is_not_finite(rank: int) -> None:
-    """P-FINITE: a loss that is NaN in one process ends all of them at that step, in the same words, weights untouched."""
+    """P-FINITE: a loss that is NaN in one process ends all at that step, in the same words, weights untouched."""
     job = Job(9, 1, 3)
 
     def work(member: Member) -> Any:
@@ -298,7 +298,8 @@ def test_only_the_first_process_writes_judges_and_tells(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     steps = [event["step"] for event in events if event["event"] == "StepDone"]
-    assert steps == list(range(1, 3 * steps_per_epoch(9, 3, 2) + 1))
+    kept = first[1]["data"]["train"]["kept"]
+    assert steps == list(range(1, 3 * steps_per_epoch(kept, 3, 2) + 1))
     assert list((tmp_path / "run").rglob("*.part")) == []
 
 

@@ -1,4 +1,4 @@
-"""What a launcher starts for `ft train --launch`: `ft` as one of several processes, which leaves notes of how it goes."""
+"""What a launcher starts for `ft train --launch`: `ft` as one of several processes, which notes how it goes."""
 
 import os
 import signal
@@ -24,11 +24,10 @@ class _Marked:
 
     def write(self, text: str) -> int:
         """Write the text with a mark before each line."""
-        lines = text.splitlines(keepends=True)
-        for number, line in enumerate(lines):
-            lines[number] = self._start + line if self._begins else line
-            self._begins = line.endswith("\n")
-        self._stream.write("".join(lines))
+        if text:
+            begun = self._start + text if self._begins else text
+            self._begins = text.endswith("\n")
+            self._stream.write(begun[:-1].replace("\n", f"\n{self._start}") + begun[-1])
         return len(text)
 
     def __getattr__(self, name: str) -> Any:
@@ -38,7 +37,7 @@ class _Marked:
 def main() -> None:
     """Run `ft`, and note how it ended; the process that watches tells the user."""
     folder, rank = Path(os.environ[NOTES]), rank_of(os.environ)
-    sys.stderr = _Marked(sys.stderr, MARK if rank == 0 else f"{MARK}rank {rank}: ")  # type: ignore[assignment]
+    sys.stderr = _Marked(sys.stderr, MARK if rank == 0 else f"{MARK}rank {rank}: ")
     note = Note(rank, os.getpid(), "at work")
     leave_note(folder, note)
 
@@ -53,7 +52,9 @@ def main() -> None:
     def complain(error: FineTuneError) -> None:
         told.append(error)
         state: State = "lost" if isinstance(error, LostProcessError) else "failed"
-        leave_note(folder, replace(note, state=state, exit_code=error.exit_code, message=error.message, hint=error.hint))
+        leave_note(
+            folder, replace(note, state=state, exit_code=error.exit_code, message=error.message, hint=error.hint)
+        )
 
     try:
         code = run(sys.argv[1:], complain)

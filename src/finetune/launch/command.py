@@ -56,7 +56,9 @@ def _asked_by(config: Path) -> int | None:
     try:
         value = yaml.safe_load(config.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"--launch-config {config} cannot be read: {error}", hint="`accelerate config` writes one") from None
+        raise UsageError(
+            f"--launch-config {config} cannot be read: {error}", hint="`accelerate config` writes one"
+        ) from None
     number = value.get("num_processes") if isinstance(value, dict) else None
     return number if isinstance(number, int) and number > 0 else None
 

@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from collections import deque
@@ -18,7 +17,7 @@ from finetune.errors import FineTuneError, InterruptedRunError, LostProcessError
 from finetune.launch.command import Launch, command_line, environment
 from finetune.launch.notes import Note, leave_command, read_notes
 
-MARK = "\x1e"
+MARK = "\x02"
 """What a line of ours begins with; the launchers' own lines do not."""
 _GRACE = 60.0
 """Seconds that processes have to end once they were asked to."""
@@ -79,6 +78,8 @@ def _run(command: Sequence[str], env: dict[str, str], say: Callable[[str], None]
         command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         encoding="utf-8", errors="replace", start_new_session=True,
     )  # fmt: skip
+    # The launchers may read standard input: one that is open and silent keeps them waiting.
+    assert process.stdin is not None
     assert process.stdout is not None
     reader = threading.Thread(target=_pass_on, args=(process.stdout, say, said), daemon=True)
     reader.start()
@@ -90,6 +91,9 @@ def _run(command: Sequence[str], env: dict[str, str], say: Callable[[str], None]
             interrupted = True
             _end(process)
     reader.join(timeout=10)
+    process.stdin.close()
+    if not reader.is_alive():  # else a process that outlived its launcher still holds the other end
+        process.stdout.close()
     return interrupted
 
 

@@ -15,7 +15,7 @@ from finetune.ports import Group
 from finetune.training.team import Alone
 
 _PATIENCE = timedelta(days=7)
-"""How long a process waits for the others, which may be asking the model questions; one that has died is seen at once."""
+"""How long a process waits for others, which may be asking the model questions; one that died is seen at once."""
 _NOT_OURS = {
     "ACCELERATE_MIXED_PRECISION": ("mixed precision", ("no",), "set model.dtype instead"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient accumulation", ("1",), "set training.accumulation instead"),
@@ -110,5 +110,3 @@ def pool_gradients(trainable: Iterable[torch.nn.Parameter], group: Group) -> Non
     *parts, found = whole.split([*(tensor.numel() for tensor in tensors), len(tensors)])
     for tensor, part, count in zip(tensors, parts, found.tolist(), strict=True):
         tensor.grad = part.view_as(tensor).to(tensor.dtype) if count else None
-
-

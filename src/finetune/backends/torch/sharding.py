@@ -40,7 +40,9 @@ def whole_again(model: Any, location: ModelLocation) -> Any:
     frozen = next(tensor for tensor in model.parameters() if not tensor.requires_grad)
     trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     with torch.random.fork_rng(), quiet_wrapping():
-        whole = get_peft_model(load_model(location, str(frozen.dtype).removeprefix("torch.")), model.peft_config["default"])
+        whole = get_peft_model(
+            load_model(location, str(frozen.dtype).removeprefix("torch.")), model.peft_config["default"]
+        )
     with torch.no_grad():
         for name, tensor in whole.named_parameters():
             if tensor.requires_grad:
