@@ -12,7 +12,7 @@ class Crew:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.barrier = threading.Barrier(size, timeout=60)
+        self.barrier = threading.Barrier(size, timeout=20)
         self.handed_in: list[Any] = [None] * size
 
     def run(self, work: Callable[["Member"], Any]) -> list[Any]:
