@@ -224,7 +224,8 @@ def _train(run: _Run, session: Session, before: Observation) -> int:
         run.tell(FixedLoss(0, *before.fixed))
         if before.held_out:
             run.tell(HeldOutLoss(0, *before.held_out))
-    with run.phase("train", f"{run.prepared.total_steps} steps, from step {done}"):
+    crowd = f", in {run.group.size} processes" if run.group.size > 1 else ""
+    with run.phase("train", f"{run.prepared.total_steps} steps, from step {done}{crowd}"):
         for event in _steps(run, session, run.prepared.training_rows, done=done):
             run.tell(event)
             if isinstance(event, StepDone) and (event.step % (every or 1) == 0 or event.step == event.total_steps):

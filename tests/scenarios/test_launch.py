@@ -69,6 +69,7 @@ def assert_same_training(run: Path, other: Path) -> None:
     """The same steps, up to float32's rounding of a sum of two, and no more."""
     assert len(steps(run)) == len(steps(other)) == 9
     for mine, theirs in zip(steps(run), steps(other), strict=True):
+        assert mine.pop("event") == theirs.pop("event")
         assert mine == pytest.approx(theirs, rel=1e-4)
     tensors, others = load_file(run / ADAPTER), load_file(other / ADAPTER)
     largest = max(float(np.abs(tensor).max()) for tensor in tensors.values())

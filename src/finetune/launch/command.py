@@ -36,6 +36,7 @@ def plan_launch(launcher: str | None, processes: int | None, config: Path | None
 
     Raises:
         UsageError: the options do not go together, or nobody says how many processes there are to be.
+        RefusedError: the file asks accelerate for something that it does not start.
     """
     if launcher is None:
         given = "--processes" if processes is not None else "--launch-config"
@@ -44,22 +45,29 @@ def plan_launch(launcher: str | None, processes: int | None, config: Path | None
         raise UsageError(f"there is no launcher {launcher!r}", hint=f"choose one of: {', '.join(LAUNCHERS)}")
     if config is not None and launcher != "accelerate":
         raise UsageError(f"--launch-config is a file of accelerate's, and {launcher} does not read it")
-    number = processes or planned or (_asked_by(config) if config else None)
+    told = _asked_by(config) if config else None
+    number = processes or planned or told
     if number is None:
         raise UsageError("--launch does not say how many processes to start", hint="add --processes, such as 2")
     return Launch(launcher, number, config)
 
 
 def _asked_by(config: Path) -> int | None:
+    """How many processes a file of accelerate's asks for; None where it does not say."""
     import yaml
 
     try:
         value = yaml.safe_load(config.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(
-            f"--launch-config {config} cannot be read: {error}", hint="`accelerate config` writes one"
-        ) from None
-    number = value.get("num_processes") if isinstance(value, dict) else None
+        what = f"--launch-config {config} cannot be read: {str(error).splitlines()[0]}"
+        raise UsageError(what, hint="`accelerate config` writes one") from None
+    asked = value if isinstance(value, dict) else {}
+    if asked.get("use_cpu") or asked.get("distributed_type") == "MULTI_CPU":
+        raise RefusedError(
+            f"accelerate starts what {config} asks for, training on processors, through mpirun only",
+            hint="set distributed_type to MULTI_GPU and use_cpu to false: FineTune computes on processors all the same",
+        )
+    number = asked.get("num_processes")
     return number if isinstance(number, int) and number > 0 else None
 
 
