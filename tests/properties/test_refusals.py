@@ -323,6 +323,7 @@ CASES |= {
     "launch file without a launcher": launched(None, None, "a.yaml", "torch", {}),
     "launch by nobody": launched("deepspeed", 2, None, "torch", {}),
     "launch of how many": launched("torchrun", None, None, "torch", {}),
+    "launch of one": launched("mlx.launch", 1, None, "mlx", {}),
     "launch file of nobody": launched("torchrun", 2, "a.yaml", "torch", {}),
     "launch file missing": launched("accelerate", None, "b.yaml", "torch", {}),
     "launch file broken": launched("accelerate", None, "a.yaml", "torch", {}, text="a: [\n"),

@@ -49,6 +49,8 @@ def plan_launch(launcher: str | None, processes: int | None, config: Path | None
     number = processes or planned or told
     if number is None:
         raise UsageError("--launch does not say how many processes to start", hint="add --processes, such as 2")
+    if number == 1:
+        raise UsageError("one process needs no launcher", hint="leave out --launch, or ask for more with --processes")
     return Launch(launcher, number, config)
 
 
