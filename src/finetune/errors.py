@@ -10,7 +10,8 @@
     │   ├── OutputError            exit 3   the output folder cannot be used
     │   └── MissingExtraError      exit 3   an optional dependency is not installed
     ├── TrainingError              exit 1   training itself went wrong
-    │   └── NonFiniteError         exit 1   a loss or gradient became NaN or infinite
+    │   ├── NonFiniteError         exit 1   a loss or gradient became NaN or infinite
+    │   └── LostProcessError       exit 1   another process of the same run has ended
     ├── StorageError               exit 1   writing to disk failed (no space left, read-only, ...)
     ├── EvidenceError              exit 1   a judge was asked to judge without the evidence it needs
     └── InterruptedRunError        exit 130 the user pressed Ctrl-C; the last checkpoint is intact
@@ -96,6 +97,10 @@ class TrainingError(FineTuneError):
 
 class NonFiniteError(TrainingError):
     """A loss or a gradient norm became NaN or infinite; the run stopped there."""
+
+
+class LostProcessError(TrainingError):
+    """Another process of the same run has ended, so that this one cannot go on; the last checkpoint is intact."""
 
 
 class StorageError(FineTuneError):

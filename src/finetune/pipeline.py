@@ -1,12 +1,14 @@
 """The order of a fine-tune, from a configuration to a report; the only file that knows it."""
 
+import os
 import secrets
 import time
+from collections import deque
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from finetune.artifacts.checkpoints import CheckpointStore
+from finetune.artifacts.left import what_is_left
 from finetune.artifacts.run_folder import RunFolder
 from finetune.artifacts.write import write_folder, write_json, write_text
 from finetune.assembly.observe import (
@@ -17,20 +19,22 @@ from finetune.assembly.observe import (
     memory_evidence,
     observe,
     parameter_evidence,
+    rows_of_sham,
     wanted,
 )
 from finetune.assembly.prepare import prepare
 from finetune.assembly.record import Course, run_owner, run_record
 from finetune.assembly.run import Listener, Run
-from finetune.assembly.train import Trained, check_resume, steps_of, train_run
+from finetune.assembly.train import Trained, check_resume, steps_of, train_along, train_run
 from finetune.backends import open_backend
-from finetune.config import LoadedConfig, dump_plan
+from finetune.config import LoadedConfig, dump_plan, resolve_processes
 from finetune.criteria.evidence import Evidence
 from finetune.criteria.judge import judge, overall
-from finetune.errors import InterruptedRunError
+from finetune.errors import FineTuneError, InterruptedRunError, LostProcessError
 from finetune.events import FirstGradients, FixedLoss, PhaseStarted, RunJudged, RunStarted, StepDone, event_as_dict
+from finetune.place import launch_words
 from finetune.ports import Session
-from finetune.records import Optimization, Tokenized
+from finetune.records import Optimization, Tokenized, Verdict
 from finetune.report import build_report, render_html
 from finetune.tracking.choose import require_trackers
 
@@ -45,13 +49,15 @@ def fine_tune(
 ) -> tuple[Path, dict[str, Any]]:
     """Fine-tune as configured, judge the result on measured evidence, and write the run folder.
 
+    Of several processes that a launcher has started, the first does all this and the others train along.
+
     Args:
         output: the run folder to make (or, with `resume`, to continue); by default one below `runs/`.
         command: what to write down as the command that repeats the run.
         listener: is told every event.
 
     Returns:
-        The run folder and the content of its `run.json`.
+        The run folder and the content of its `run.json`; a process that only trained along has nothing to tell.
 
     Raises:
         FineTuneError: something was refused, failed, or was interrupted; see `finetune.errors`.
@@ -60,10 +66,14 @@ def fine_tune(
     clock = time.perf_counter()
     backend = open_backend(loaded.config.backend)
     require_trackers(loaded.config.tracking.to)
+    group = backend.join()
+    listener = (lambda event: None) if group.rank else listener
     listener(PhaseStarted("prepare", f"{loaded.config.model.path}"))
-    prepared = prepare(loaded)
-    folder = RunFolder.unfinished(output) if resume else RunFolder.place(output)
-    run = Run(prepared, backend, folder, listener, {"prepare": time.perf_counter() - clock})
+    prepared = prepare(resolve_processes(loaded, group.size, resume=resume))
+    folder = RunFolder.unfinished(output) if resume else RunFolder.place(None if group.rank else output)
+    run = Run(prepared, backend, group, folder, listener, {"prepare": time.perf_counter() - clock})
+    if group.rank:
+        return folder.path, _assist(run)
     try:
         owner = run_owner(prepared, backend.versions())
         if resume:
@@ -81,13 +91,10 @@ def fine_tune(
         verdicts = judge(evidence)
         run.tell(RunJudged(overall(verdicts), {verdict.id: verdict.outcome for verdict in verdicts}))
         run.close_trackers(complete=True)
-        events = folder.read_events()
         run.timing["total"] = time.perf_counter() - clock
-        told = next((event for event in events if event["event"] == RunStarted.__name__), event_as_dict(begun))
-        course = Course(folder.path.name, told["command"], told["started"], run.timing, backend.versions(), trained)
-        return folder.path, _finish(run, run_record(run, course, evidence, verdicts, events))
-    except KeyboardInterrupt:
-        raise _interrupted(folder) from None
+        return folder.path, _finish(run, _record(run, begun, trained, evidence, verdicts))
+    except (KeyboardInterrupt, LostProcessError) as error:
+        raise _ended(run, error) from None
     finally:
         try:
             run.close_trackers(complete=False)
@@ -95,12 +102,24 @@ def fine_tune(
             folder.release()
 
 
-def _interrupted(folder: RunFolder) -> InterruptedRunError:
-    if not folder.plan.exists():
-        return InterruptedRunError("interrupted before anything was written")
-    newest = CheckpointStore(folder.checkpoints).newest()
-    kept = f"the checkpoint of step {newest} is intact" if newest else "no checkpoint had been written yet"
-    return InterruptedRunError(f"interrupted; {kept}", hint=f"go on with: ft train --resume --output {folder.path}")
+def _ended(run: Run, error: BaseException) -> FineTuneError:
+    kept, hint = what_is_left(run.folder, launch=launch_words(os.environ, run.group.size))
+    if isinstance(error, LostProcessError):
+        return LostProcessError(f"{error.message}; {kept}", hint=hint)
+    return InterruptedRunError(f"interrupted; {kept}", hint=hint)
+
+
+def _assist(run: Run) -> dict[str, Any]:
+    """Train along, the sham control too, as all processes but the first do: they write, judge and tell nothing."""
+    session = _session(run)
+    _attach(run, session)
+    kept = train_along(run, session, run_owner(run.prepared, run.backend.versions()))
+    if rows := rows_of_sham(run.prepared, {}):
+        sham = _session(run)
+        _attach(run, sham)
+        deque(steps_of(run, sham, rows, last=kept), maxlen=0)
+        run.group.restore(sham)
+    return {}
 
 
 def _begin(run: Run, begun: RunStarted, *, resume: bool) -> None:
@@ -186,6 +205,7 @@ def _collect(
             for event in steps_of(run, sham, rows, last=trained.kept):
                 if isinstance(event, StepDone):
                     run.listener(event)
+            run.group.restore(sham)
         return sham
 
     learning = learning_evidence(prepared, before, after, train_sham, run.why)
@@ -196,6 +216,17 @@ def _collect(
             memory = memory_evidence(prepared, run.why)
     losses = loss_evidence(prepared, [step["loss"] for step in steps], before, after)
     return Evidence(losses, parameters, artifacts, learning, memory, run.why, unable)
+
+
+def _record(
+    run: Run, begun: RunStarted, trained: Trained, evidence: Evidence, verdicts: tuple[Verdict, ...]
+) -> dict[str, Any]:
+    """What `run.json` says; of a resumed run the command and the time are those that it was begun with."""
+    events = run.folder.read_events()
+    told = next((event for event in events if event["event"] == RunStarted.__name__), event_as_dict(begun))
+    versions = run.backend.versions()
+    course = Course(run.folder.path.name, told["command"], told["started"], run.timing, versions, trained)
+    return run_record(run, course, evidence, verdicts, events)
 
 
 def _finish(run: Run, record: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,30 @@ class Tokenizer(Protocol):
         """The id of a control token, or None when the tokenizer has no such token."""
 
 
+class Group(Protocol):
+    """The processes that train one model together, as one of them sees them: it is number `rank` of `size`.
+
+    Every process must ask for the same sums in the same order. An error that ends one process ends them all.
+    """
+
+    rank: int
+    size: int
+    in_step: bool
+    """Whether every process must go through the model as often as any other, as where they share its weights."""
+
+    def total(self, value: float) -> float:
+        """The sum of one number over all processes, in double precision; the same in each."""
+
+    def sum(self, tensor: Any) -> Any:
+        """The sum of a tensor of the backend's own kind over all processes; the same in each."""
+
+    def divide(self, session: "Session") -> None:
+        """Let the processes share the weights that are not trained, where the launcher was told so."""
+
+    def restore(self, session: "Session") -> None:
+        """Give the first process all weights again, once the others have gone."""
+
+
 class Session(Protocol):
     """A loaded model that can be trained, scored, asked and saved: the verbs in which backends differ."""
 
@@ -40,6 +64,12 @@ class Session(Protocol):
 
     def accumulate(self, batch: Batch, weight: float) -> float:
         """Add `weight` x (summed loss of the batch) to the gradients; returns the summed loss in nats."""
+
+    def pool_gradients(self, group: Group) -> None:
+        """Add up the gradients of all processes of a group: afterwards each has the sum."""
+
+    def reseed(self, seed: int) -> None:
+        """Draw the random numbers of training from this seed from now on."""
 
     def clip_gradients(self) -> float:
         """Clip all gradients together to the limit; returns their L2 norm before clipping."""
@@ -97,6 +127,9 @@ class Backend(Protocol):
 
     def versions(self) -> dict[str, str]:
         """Name and version of each library that computes."""
+
+    def join(self) -> Group:
+        """The processes that a launcher has started together with this one; a group of one where none has."""
 
     def create(self, config: Mapping[str, Any], folder: Path, seed: int) -> None:
         """Write a model of random weights and the given transformers config into an existing folder."""

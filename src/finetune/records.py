@@ -119,6 +119,17 @@ class Batch:
         rows = iter(self.rows)
         return tuple(tuple(islice(rows, count)) for count in self.packed)
 
+    def dealt(self, shares: int) -> tuple["Batch", ...]:
+        """The batch in so many shares, its sequences dealt out in turn like cards; a share may be empty.
+
+        Batches hold their sequences by length, so that shares come out about equally long.
+        """
+        hands = [self.sequences[number::shares] for number in range(shares)]
+        return tuple(
+            Batch(tuple(row for sequence in hand for row in sequence), tuple(map(len, hand)) if self.packed else ())
+            for hand in hands
+        )
+
     @property
     def target_count(self) -> int:
         """How many tokens of the batch carry loss."""

@@ -104,6 +104,7 @@ SETTINGS: dict[str, Setting] = {
     "training.epochs": _POSITIVE,
     "training.max_steps": _optional(_whole(1)),
     "training.batch_size": _whole(1),
+    "training.processes": _optional(_whole(1)),
     "training.accumulation": _whole(1),
     "training.packing": Setting(st.booleans(), st.sampled_from([0, 1, 2, "", "maybe", [], {}, None, 1.0])),
     "training.learning_rate": _POSITIVE,

@@ -40,16 +40,16 @@ from finetune_strategies.profiles import examples
 
 
 def test_settings_every_one_is_known_to_the_strategies() -> None:
-    """The table of settings in the strategies and the schema name the same 50 settings."""
+    """The table of settings in the strategies and the schema name the same 51 settings."""
     assert sorted(SETTINGS) == sorted(KEYS)
-    assert len(KEYS) == 50
+    assert len(KEYS) == 51
 
 
 def test_settings_every_one_and_every_section_has_a_description() -> None:
-    """Each of the 50 settings and 9 sections explains itself in one sentence."""
+    """Each of the 51 settings and 9 sections explains itself in one sentence."""
     sentences = [description_of(key) for key in KEYS]
     sentences += [field.description or "" for field in TrainingConfig.model_fields.values()]
-    assert len(sentences) == 50 + 10
+    assert len(sentences) == 51 + 10
     assert all(len(sentence) > 15 and sentence.endswith(".") for sentence in sentences)
 
 
@@ -184,7 +184,8 @@ def _in_file_order(values: dict[str, Any]) -> list[str]:
 
 def _is_text(name: str) -> bool:
     key = name.removeprefix("FT_").lower().replace("__", ".")
-    return key.startswith(("model.path", "model.rev", "data.", "template.", "tokens.cache")) and key not in NUMBERS
+    texts = ("model.path", "model.rev", "data.", "template.", "tokens.cache", "tracking.project", "tracking.name")
+    return key.startswith(texts) and key not in NUMBERS
 
 
 def _may_be_null(name: str, typed: str) -> bool:
@@ -214,8 +215,8 @@ def test_zero_survives_every_source(source: str, key: str) -> None:
 @pytest.mark.parametrize("key", NUMBERS)
 @pytest.mark.parametrize("value", [True, False, float("nan"), float("inf"), "abc", "nan", "true"])
 def test_numbers_refuse_what_is_no_number(key: str, value: object) -> None:
-    """Booleans, NaN, infinity and words are refused for each of the 25 numbers, in every source."""
-    assert len(NUMBERS) == 25
+    """Booleans, NaN, infinity and words are refused for each of the 26 numbers, in every source."""
+    assert len(NUMBERS) == 26
     assert len(refusal(yaml.safe_dump(nested({key: value}))).problems) == 1
     assert len(refusal(environ={variable(key): word(value)}).problems) == 1
     assert len(refusal(overrides={key: value}).problems) == 1

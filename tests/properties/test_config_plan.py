@@ -71,7 +71,7 @@ def test_commented_config_loads_to_the_defaults() -> None:
 
 
 def test_json_schema_describes_every_setting_and_nothing_else() -> None:
-    """The JSON Schema names the 50 settings and `profile`, explains each and closes every object."""
+    """The JSON Schema names the 51 settings and `profile`, explains each and closes every object."""
     schema = json_schema()
     json.dumps(schema)
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"

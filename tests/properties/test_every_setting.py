@@ -59,6 +59,7 @@ CHANGES: dict[str, Change] = {
     "training.epochs": Change(1.0),
     "training.max_steps": Change(2),
     "training.batch_size": Change(2),
+    "training.processes": Change(2),
     "training.accumulation": Change(2),
     "training.packing": Change(True),
     "training.learning_rate": Change(0.02),
@@ -148,7 +149,7 @@ def test_every_setting_is_in_the_table_and_the_schema() -> None:
     listed = {name for name in schema["properties"] if name not in schema.get("$defs", {})}
     assert set(CHANGES) == set(KEYS)
     assert {key.split(".")[0] for key in CHANGES} <= listed
-    assert len(CHANGES) == 50
+    assert len(CHANGES) == 51
     assert all(change.value != {**BASE, **change.given}.get(key) for key, change in CHANGES.items())
 
 

@@ -16,13 +16,23 @@ from typing import Any
 from finetune.artifacts.checkpoints import CheckpointStore, Owner
 from finetune.artifacts.run_folder import RunFolder
 from finetune.assembly.prepare import adapter_target
-from finetune.config import KEYS, ModelAndDataFacts, load_config, load_plan, parse_assignments, resolve
+from finetune.config import (
+    KEYS,
+    ModelAndDataFacts,
+    load_config,
+    load_plan,
+    parse_assignments,
+    resolve,
+    resolve_processes,
+)
 from finetune.data.facts import new_facts
 from finetune.data.read import read_rows
 from finetune.data.shape import shape_rows
 from finetune.data.shipped import data_path
 from finetune.errors import FineTuneError, NonFiniteError
+from finetune.launch.command import check_launch, plan_launch
 from finetune.memory.measure import measure_framework
+from finetune.place import refuse_launched
 from finetune.records import Batch, Conversation, LinearLayer, Message, ModelShape, Row, Tokenized
 from finetune.templates.catalog import TemplateSource
 from finetune.templates.render import ChatTemplate, find_template
@@ -343,6 +353,41 @@ CASES |= {
     "adapter saves a tied head": adapter(rank=2, modules_to_save=["lm_head"]),
     "adapter saves an adapted layer": adapter(rank=2, modules_to_save=["norm", "q_proj"]),
     "adapter of a whole model": config_text("adapter: {kind: full, rank: 3}", profile="chat"),
+}
+
+
+def launched(*asked: Any, text: str = "num_machines: 1\n") -> Case:
+    """Ask for a launch by launcher, processes and accelerate's file, with a backend and an environment."""
+
+    def go(folder: Path) -> Any:
+        (folder / "a.yaml").write_text(text)
+        launcher, processes, file, backend, environ = asked
+        found = plan_launch(launcher, processes, folder / file if file else None, planned=None)
+        return check_launch(found, backend, environ)
+
+    return go
+
+
+CASES |= {
+    "launch without a launcher": launched(None, 2, None, "torch", {}),
+    "launch file without a launcher": launched(None, None, "a.yaml", "torch", {}),
+    "launch by nobody": launched("deepspeed", 2, None, "torch", {}),
+    "launch of how many": launched("torchrun", None, None, "torch", {}),
+    "launch of one": launched("mlx.launch", 1, None, "mlx", {}),
+    "launch file of nobody": launched("torchrun", 2, "a.yaml", "torch", {}),
+    "launch file missing": launched("accelerate", None, "b.yaml", "torch", {}),
+    "launch file broken": launched("accelerate", None, "a.yaml", "torch", {}, text="a: [\n"),
+    "launch file of mpirun": launched("accelerate", 2, "a.yaml", "torch", {}, text="distributed_type: MULTI_CPU\n"),
+    "launch file of how many": launched("accelerate", None, "a.yaml", "torch", {}),
+    "launch of mlx by torchrun": launched("torchrun", 2, None, "mlx", {}),
+    "launch of the reference": launched("mlx.launch", 2, None, "reference", {}),
+    "launch in a launch": launched("torchrun", 2, None, "torch", {"RANK": "0", "WORLD_SIZE": "2"}),
+    "launch in a watched one": launched("torchrun", 2, None, "torch", {"FT_LAUNCH": "/tmp"}),
+    "processes of others": lambda folder: refuse_launched({"MLX_RANK": "0", "MLX_HOSTFILE": "h"}, "torch"),
+    "processes of nobody's": lambda folder: refuse_launched({"RANK": "0", "WORLD_SIZE": "2"}, "reference"),
+    "processes not started": lambda folder: resolve_processes(
+        load_config(None, environ={}, overrides={"training.processes": 3}, profile=None), 1, resume=False
+    ),
 }
 CASES["data facts"] = lambda folder: new_facts(-1, 0)
 CASES["data row of nothing"] = lambda folder: shape_rows([Row({}, "rows.jsonl:1")])

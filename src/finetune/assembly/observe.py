@@ -110,12 +110,17 @@ def learning_evidence(
         )
         return None
     sham = None
-    rows = sham_rows(prepared) if wanted(prepared, "sham", why) else None
+    rows = rows_of_sham(prepared, why)
     if rows:
         sham = score(train_sham(rows), prepared, prepared.questions)
     elif "sham" not in why:
         why["sham"] = "one answer fills half of the rows, so answers cannot be shuffled"
     return LearningEvidence(before.learning, after.learning, sham, before.retention, after.retention)
+
+
+def rows_of_sham(prepared: Prepared, why: dict[str, str]) -> tuple[Tokenized, ...] | None:
+    """The rows that the sham control is trained on; None where there is to be none."""
+    return sham_rows(prepared) if prepared.questions and wanted(prepared, "sham", why) else None
 
 
 def memory_evidence(prepared: Prepared, why: dict[str, str]) -> MemoryEvidence | None:

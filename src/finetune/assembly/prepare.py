@@ -157,6 +157,11 @@ def pack_length(plan: Plan) -> int | None:
     return plan.config.tokens.max_length if plan.config.training.packing else None
 
 
+def batch_of_all(plan: Plan) -> int:
+    """How many rows (with packing: sequences) all processes together take at once."""
+    return plan.config.training.batch_size * (plan.config.training.processes or 1)
+
+
 def packed_sample(prepared: Prepared) -> Batch | None:
     """The first sequence that rows share, as a batch; None when no two rows do."""
     training = prepared.plan.config.training
@@ -207,7 +212,7 @@ def _held_out(encoder: Encoder, plan: Plan, held: list[Example], notes: list[str
 def _total_steps(plan: Plan, rows: Sequence[Tokenized]) -> int:
     training = plan.config.training
     sequences = len(sequences_of(rows, seed=training.seed, pack_length=pack_length(plan)))
-    per_epoch = steps_per_epoch(sequences, training.batch_size, training.accumulation)
+    per_epoch = steps_per_epoch(sequences, batch_of_all(plan), training.accumulation)
     if training.epochs * per_epoch > _MOST_STEPS:
         what = f"{training.epochs:g} epochs of {per_epoch} steps are more than any machine can do"
         raise ConfigError([Problem(what, "training.epochs", "lower it")])

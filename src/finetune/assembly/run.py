@@ -10,7 +10,7 @@ from finetune.artifacts.run_folder import RunFolder
 from finetune.assembly.prepare import Prepared
 from finetune.config import plan_as_list
 from finetune.events import Event, PhaseStarted, RunStarted, event_from_dict
-from finetune.ports import Backend
+from finetune.ports import Backend, Group
 from finetune.tracking.consumer import Trackers
 from finetune.tracking.tracker import Tracked
 
@@ -23,6 +23,7 @@ class Run:
 
     prepared: Prepared
     backend: Backend
+    group: Group
     folder: RunFolder
     listener: Listener
     timing: dict[str, float] = field(default_factory=dict)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from finetune.artifacts.checkpoints import CheckpointStore, Owner
 from finetune.assembly.observe import Observation, held_out_batches
-from finetune.assembly.prepare import pack_length, packed_sample
+from finetune.assembly.prepare import batch_of_all, pack_length, packed_sample
 from finetune.assembly.run import Run
 from finetune.errors import RefusedError
 from finetune.events import (
@@ -23,6 +23,7 @@ from finetune.tokens.batch import epoch_batches
 from finetune.training.loop import LoopPlan, train
 from finetune.training.packing import check_packing
 from finetune.training.stopping import Watch
+from finetune.training.team import check_same, in_team
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,12 @@ class Trained:
 def steps_of(
     run: Run, session: Session, rows: tuple[Tokenized, ...], *, done: int = 0, last: int | None = None
 ) -> Iterator[Event]:
-    """Train the session on the rows as the run's plan says, after step `done` and up to step `last`."""
+    """Train the session on the rows as the run's plan says, after step `done` and up to step `last`.
+
+    The batches are those of one process whose batch size is that of all processes together, so that so many
+    processes learn from every batch what it would: each takes its share of it. When the last event is told, what the
+    processes hold of the model's weights may still be divided among them; `run.group.restore` undoes that.
+    """
     training = run.prepared.plan.config.training
     assert training.evaluate_every is not None
     plan = LoopPlan(
@@ -55,12 +61,14 @@ def steps_of(
         evaluate_every=training.evaluate_every,
         last_step=last,
     )
-    length = pack_length(run.prepared.plan)
+    size, length = batch_of_all(run.prepared.plan), pack_length(run.prepared.plan)
 
     def batches_of(epoch: int) -> list[Batch]:
-        return epoch_batches(rows, training.batch_size, seed=training.seed, epoch=epoch, pack_length=length)
+        return epoch_batches(rows, size, seed=training.seed, epoch=epoch, pack_length=length)
 
-    return train(session, batches_of, held_out_batches(run.prepared), plan, done_steps=done)
+    team = in_team(session, run.group, shares=training.processes or 1, seed=training.seed, done_steps=done)
+    run.group.divide(session)
+    return train(team, batches_of, held_out_batches(run.prepared), plan, done_steps=done)
 
 
 def check_resume(run: Run, owner: Owner) -> None:
@@ -91,9 +99,7 @@ def train_run(run: Run, session: Session, before: Observation, owner: Owner) -> 
         RefusedError: as `check_resume`.
     """
     store = CheckpointStore(run.folder.checkpoints)
-    done = store.newest() or 0
-    if done:
-        session.load_state(store.open(done, owner.identity))
+    done = _restore(run, session, store, owner)
     if run.prepared.plan.config.training.packing:
         with run.phase("check packing", "rows that share a sequence must not see each other"):
             check_packing(session, packed_sample(run.prepared), run.prepared.plan.config.model.dtype)
@@ -104,15 +110,42 @@ def train_run(run: Run, session: Session, before: Observation, owner: Owner) -> 
         run.tell(FixedLoss(0, *before.fixed))
         if before.held_out:
             run.tell(HeldOutLoss(0, *before.held_out))
-    with run.phase("train", f"{run.prepared.total_steps} steps, from step {done}"):
+    crowd = f", in {run.group.size} processes" if run.group.size > 1 else ""
+    with run.phase("train", f"{run.prepared.total_steps} steps, from step {done}{crowd}"):
         taken, watch = _go_on(run, session, store, owner)
-    kept = taken
-    if run.prepared.plan.config.training.keep == "best" and watch.best_step not in (0, taken):
-        kept = watch.best_step
+    run.group.restore(session)
+    best = watch.best_step if run.prepared.plan.config.training.keep == "best" else 0
+    kept = round(run.group.total(best or taken))
+    if kept != taken:
         with run.phase("take the best step", f"step {kept}, held-out loss {watch.best_loss:.4f}"):
             session.load_state(store.open(kept, owner.identity))
     store.release()
     return Trained(run.prepared.total_steps, taken, kept, watch)
+
+
+def train_along(run: Run, session: Session, owner: Owner) -> int:
+    """Train as all processes but the first do, who decides when to stop; returns the step that the first one keeps."""
+    done = _restore(run, session, CheckpointStore(run.folder.checkpoints), owner)
+    if not _anybody_stops(run, stops=False):
+        for event in steps_of(run, session, run.prepared.training_rows, done=done):
+            if isinstance(event, HeldOutLoss) and _anybody_stops(run, stops=False):
+                break
+    run.group.restore(session)
+    return round(run.group.total(0))
+
+
+def _restore(run: Run, session: Session, store: CheckpointStore, owner: Owner) -> int:
+    """Go on from the newest checkpoint, every process from the same one; returns its step, 0 for a new run."""
+    done = store.newest() or 0
+    if done:
+        session.load_state(store.open(done, owner.identity))
+    check_same(run.group, {**owner.identity, **run.backend.versions(), "the step to go on from": done})
+    return done
+
+
+def _anybody_stops(run: Run, *, stops: bool) -> bool:
+    """Whether training ends here: the first process says so and the others ask."""
+    return run.group.total(stops) > 0
 
 
 def _go_on(run: Run, session: Session, store: CheckpointStore, owner: Owner) -> tuple[int, Watch]:
@@ -120,12 +153,13 @@ def _go_on(run: Run, session: Session, store: CheckpointStore, owner: Owner) -> 
     training, total = run.prepared.plan.config.training, run.prepared.total_steps
     step = store.newest() or 0
     watch = _watch(run, step)
-    if watch.stops:
+    if _anybody_stops(run, stops=watch.stops):
         return step, watch
     for event in steps_of(run, session, run.prepared.training_rows, done=step):
         run.tell(event)
         if isinstance(event, HeldOutLoss):
             watch = watch.look(event.step, event.loss)
+            _anybody_stops(run, stops=watch.stops)
             # Before `StepDone`, for what is told after a checkpoint would be missing from a resumed run.
             if watch.stops and event.step < total:
                 run.tell(StoppedEarly(event.step, total, watch.idle, watch.best_step, watch.best_loss))

@@ -1,13 +1,16 @@
 """Puts the verbs together and turns every outcome into an exit code."""
 
 import errno
+import os
 import sys
+from collections.abc import Callable
 
 import typer
 
 from finetune.cli import chat, check, estimate, evaluate, init, report, schema, train
 from finetune.cli.console import say
 from finetune.errors import FineTuneError
+from finetune.place import rank_of
 
 INTERRUPTED = 130
 app = typer.Typer(
@@ -37,7 +40,12 @@ def _options(
     """Fine-tune language models with LoRA, and prove with measured evidence that it worked."""
 
 
-def run(arguments: list[str]) -> int:
+def _complain(error: FineTuneError) -> None:
+    rank = rank_of(os.environ)
+    say(f"rank {rank}: error: {error}" if rank else f"error: {error}")
+
+
+def run(arguments: list[str], complain: Callable[[FineTuneError], None] = _complain) -> int:
     """Run one command and return its exit code: 0 done, 1 failed or broken, 2 usage, 3 refused, 130 interrupted."""
     try:
         result = app([with_hyphens(word) for word in arguments], standalone_mode=False, prog_name="ft")
@@ -45,7 +53,7 @@ def run(arguments: list[str]) -> int:
             say("interrupted")
         return result if isinstance(result, int) else 0
     except FineTuneError as error:
-        say(f"error: {error}")
+        complain(error)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         say("interrupted")

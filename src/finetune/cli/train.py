@@ -1,9 +1,10 @@
 """`ft train`: fine-tune, judge, report."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,6 +26,14 @@ from finetune.errors import UsageError
 Output = Annotated[Path | None, typer.Option("--output", help="The run folder to make; by default below runs/.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run (--output names it).")]
 
+Starter = Annotated[
+    str | None, typer.Option("--launch", help="Train in several processes: torchrun, accelerate or mlx.launch.")
+]
+Processes = Annotated[int | None, typer.Option("--processes", min=1, help="How many processes --launch starts.")]
+StarterConfig = Annotated[
+    Path | None, typer.Option("--launch-config", help="A file that `accelerate config` wrote, for --launch accelerate.")
+]
+
 
 def command(
     config: ConfigFile = None,
@@ -37,6 +46,9 @@ def command(
     output: Output = None,
     assignments: Assignments = None,
     resume: Resume = False,
+    launch: Starter = None,
+    processes: Processes = None,
+    launch_config: StarterConfig = None,
     json_output: AsJson = False,
 ) -> int:
     """Fine-tune a model, judge the result on measured evidence and write a report.
@@ -46,21 +58,51 @@ def command(
     from finetune.artifacts.run_folder import RunFolder
     from finetune.cli.progress import Progress
     from finetune.config import LoadedConfig, load_plan
+    from finetune.launch.command import plan_launch
+    from finetune.launch.notes import read_command
+    from finetune.launch.together import train_together
     from finetune.pipeline import fine_tune
+    from finetune.place import NOTES
 
     flags = flags_of(model, data, template, backend)
     if resume:
         if config or profile or assignments or any(flags.values()):
             raise UsageError(
-                "--resume takes its settings from the run itself", hint="leave out everything but --output and --json"
+                "--resume takes its settings from the run itself",
+                hint="leave out everything but --output, --launch and --json",
             )
         plan = load_plan(RunFolder.unfinished(output).plan)
         loaded = LoadedConfig(plan.config, plan.origins)
     else:
         loaded = gather(config, flags, assignments, profile)
-    asked = shlex.join(["ft", *sys.argv[1:]])
-    with Progress() as progress:
-        folder, run = fine_tune(loaded, output=output, resume=resume, command=asked, listener=progress)
+    watched = os.environ.get(NOTES)
+    asked = (read_command(Path(watched)) if watched else "") or shlex.join(["ft", *sys.argv[1:]])
+    if launch or processes or launch_config:
+        starter = plan_launch(launch, processes, launch_config, planned=loaded.config.training.processes)
+        given = {"model": model, "data": data, "template": template, "backend": backend, "profile": profile}
+        words = _again(config, given, assignments, resume=resume)
+        folder, run = train_together(starter, loaded.config.backend, words, output=output, command=asked, say=say)
+    else:
+        with Progress() as progress:
+            folder, run = fine_tune(loaded, output=output, resume=resume, command=asked, listener=progress)
+    # A process that trained along has nothing to tell, and one that is watched leaves the telling to its watcher.
+    if run and not watched:
+        _tell(run, folder, json_output=json_output)
+    return 1 if run.get("outcome") == "broken" else 0
+
+
+def _again(
+    config: Path | None, given: dict[str, str | None], assignments: list[str] | None, *, resume: bool
+) -> list[str]:
+    """The words that ask each process for the same as this one was asked for."""
+    options = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    # How many processes there are is said by whoever starts them.
+    kept = [each for each in assignments or [] if not each.startswith("training.processes=")]
+    file = [str(config)] if config else []
+    return ["train", *file, *options, *(f"--set={each}" for each in kept), *(["--resume"] if resume else [])]
+
+
+def _tell(run: dict[str, Any], folder: Path, *, json_output: bool) -> None:
     if json_output:
         print_json({**run, "folder": str(folder)})
     else:
@@ -68,4 +110,3 @@ def command(
 
         print_report([{**run, "folder": str(folder)}], data_console())
     say(f"report: {folder / 'report.html'}")
-    return 1 if run["outcome"] == "broken" else 0

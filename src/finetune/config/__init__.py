@@ -12,7 +12,14 @@ from finetune.config.keys import KEYS, default_of, description_of, flatten, unfl
 from finetune.config.load import LoadedConfig, load_config
 from finetune.config.plan_file import dump_plan, load_plan, plan_as_list
 from finetune.config.profiles import PROFILES, Profile
-from finetune.config.resolve import ModelAndDataFacts, Plan, resolve, resolve_steps, unwatched_problems
+from finetune.config.resolve import (
+    ModelAndDataFacts,
+    Plan,
+    resolve,
+    resolve_processes,
+    resolve_steps,
+    unwatched_problems,
+)
 from finetune.config.schema import (
     AdapterSpec,
     DataSpec,
@@ -56,6 +63,7 @@ __all__ = [
     "parse_assignments",
     "plan_as_list",
     "resolve",
+    "resolve_processes",
     "resolve_steps",
     "unflatten",
     "unwatched_problems",

@@ -32,6 +32,8 @@ _NAMES_ELSEWHERE: dict[str, str] = {
     "iters": "training.max_steps",
     "micro_batch_size": "training.batch_size",
     "per_device_train_batch_size": "training.batch_size",
+    "num_processes": "training.processes",
+    "nproc_per_node": "training.processes",
     "gradient_accumulation_steps": "training.accumulation",
     "sample_packing": "training.packing",
     "lr_scheduler_type": "training.schedule",

@@ -58,7 +58,29 @@ def resolve(loaded: LoadedConfig, facts: ModelAndDataFacts) -> Plan:
         derived["judge.memory_length"] = facts.context_length
     if config.template.name == "auto":
         derived["template.name"] = "tokenizer" if facts.has_chat_template else "alpaca"
+    if config.training.processes is None:
+        derived["training.processes"] = 1
     return _settled(Plan(config, origins), derived)
+
+
+def resolve_processes(loaded: LoadedConfig, started: int, *, resume: bool) -> LoadedConfig:
+    """Settle among how many processes the work is shared, of which a launcher has started so many.
+
+    A resumed run keeps its number: other processes, fewer or more, share out the same work.
+
+    Raises:
+        ConfigError: another number was asked for.
+    """
+    asked = loaded.config.training.processes
+    if asked is None:
+        training = loaded.config.training.model_copy(update={"processes": started})
+        config = loaded.config.model_copy(update={"training": training})
+        return LoadedConfig(config, {**loaded.origins, "training.processes": "derived"})
+    if asked != started and not resume:
+        what = f"processes is {asked}, but {started} {'process was' if started == 1 else 'processes were'} started"
+        hint = "start them with --launch, such as: ft train --launch torchrun, or leave the setting out"
+        raise ConfigError([Problem(what, f"training.processes ({loaded.origins['training.processes']})", hint)])
+    return loaded
 
 
 def resolve_steps(plan: Plan, total_steps: int) -> Plan:

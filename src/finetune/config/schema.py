@@ -183,6 +183,11 @@ class LoopSpec(Spec):
     batch_size: Count = Field(
         default=8, description="How many rows (with packing: sequences) go through the model at once."
     )
+    processes: Count | None = Field(
+        default=None,
+        description="How many processes share the work, each with a batch of its own; null means as many as a "
+        "launcher has started.",
+    )
     accumulation: Count = Field(default=1, description="How many batches are added up before the weights move once.")
     packing: StrictBool = Field(
         default=False,

@@ -26,7 +26,7 @@ from finetune.errors import ConfigError, Problem
 
 Origin = Literal["default", "profile", "file", "environment", "flag", "derived"]
 
-RESERVED_VARIABLES = frozenset({"FT_REAL_MODEL_ENABLE", "FT_TEST_MODEL", "FT_E2E_MODEL_ID", "FT_VERBOSE"})
+RESERVED_VARIABLES = frozenset({"FT_REAL_MODEL_ENABLE", "FT_TEST_MODEL", "FT_E2E_MODEL_ID", "FT_VERBOSE", "FT_LAUNCH"})
 """Variables that begin with FT_ and are no settings."""
 
 _NULL_WORDS = ("", "null", "Null", "NULL", "~")

@@ -11,11 +11,13 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from finetune.backends.mlx.blas import blas_name, blas_note
+from finetune.backends.mlx.group import join_group
 from finetune.backends.mlx.names import Names
 from finetune.backends.mlx.session import MlxSession
 from finetune.backends.mlx.tensors import DTYPES, write_tensors
 from finetune.backends.mlx.zoo import build_model, load_model, put_weights, write_config
 from finetune.errors import ModelError
+from finetune.ports import Group
 from finetune.records import ModelLocation
 
 _ARCHITECTURES = {
@@ -37,6 +39,10 @@ class MlxBackend:
         """Name and version of each library that computes; of the BLAS, which MLX calls without a GPU, its name."""
         told = {"mlx": version("mlx"), "mlx-lm": version("mlx-lm")}
         return told | ({"blas": blas_name()} if mx.default_device() == mx.cpu else {})
+
+    def join(self) -> Group:
+        """The processes that mlx.launch has started together with this one."""
+        return join_group()
 
     def create(self, config: Mapping[str, Any], folder: Path, seed: int) -> None:
         """Write a model of random weights in float32: normal with `initializer_range` (0.02), norms one, biases zero.

@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from finetune.backends.mlx import state
 from finetune.backends.mlx.adapter import read_adapter, write_adapter
+from finetune.backends.mlx.group import pool_gradients
 from finetune.backends.mlx.layers import Adapter, draw_tensors, layer_shapes, put_on, weight_shapes
 from finetune.backends.mlx.optimizer import AdamW, clip, norms
 from finetune.backends.mlx.tensors import fingerprint, first_line, write_tensors
@@ -16,6 +17,7 @@ from finetune.backends.mlx.trip import Arrays, Sizes, arrays_of, plan_trip
 from finetune.backends.mlx.zoo import Loaded, write_config
 from finetune.errors import ModelError, TrainingError
 from finetune.models.peft_files import adapted_layers, frozen_name
+from finetune.ports import Group
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
 
 _EXHAUSTED = ("allocate", "memory", "Insufficient Memory")
@@ -106,6 +108,14 @@ class MlxSession:
         finally:
             self._put(weights)
         return loss, {name: gradient.astype(mx.float32) for name, gradient in gradients.items()}
+
+    def pool_gradients(self, group: Group) -> None:
+        """Add up the gradients of all processes of a group: afterwards each has the sum."""
+        self.gradients = pool_gradients(self._trainable(), self.gradients, group)
+
+    def reseed(self, seed: int) -> None:
+        """Draw the random numbers of training from this seed from now on."""
+        self._key = mx.random.key(seed)
 
     def clip_gradients(self) -> float:
         """Clip all gradients together to the limit; returns their L2 norm before clipping."""

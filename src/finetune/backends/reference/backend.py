@@ -1,6 +1,7 @@
 """Makes and opens Llamas in plain NumPy; whatever a file holds that this cannot compute is refused here."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from finetune.backends.reference.session import ReferenceSession
 from finetune.backends.reference.weights import check_tensors, read_config, read_tensors
 from finetune.errors import ModelError
 from finetune.models.shape import weight_files
+from finetune.place import refuse_launched
+from finetune.ports import Group
 from finetune.records import ModelLocation
+from finetune.training.team import Alone
 
 
 class ReferenceBackend:
@@ -26,6 +30,15 @@ class ReferenceBackend:
     def versions(self) -> dict[str, str]:
         """Name and version of each library that computes."""
         return {"numpy": np.__version__, "safetensors": safetensors.__version__}
+
+    def join(self) -> Group:
+        """A group of one: this backend knows no other process.
+
+        Raises:
+            RefusedError: a launcher has started several, and each would make the same run.
+        """
+        refuse_launched(os.environ, "reference")
+        return Alone()
 
     def create(self, config: Mapping[str, Any], folder: Path, seed: int) -> None:
         """Write a Llama of random weights in float32: normal with `initializer_range` (0.02), norms one, padding zero.

@@ -19,6 +19,7 @@ from finetune.backends.reference.optimizer import AdamW, clip
 from finetune.backends.reference.weights import read_config
 from finetune.errors import ModelError, TrainingError
 from finetune.models.peft_files import frozen_name
+from finetune.ports import Group
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
 
 _ASKED_TOGETHER = 64
@@ -76,6 +77,19 @@ class ReferenceSession:
             loss, backward = self._summed_loss(trip, batch)
             backward(weight)
         return loss
+
+    def pool_gradients(self, group: Group) -> None:
+        """Add up the gradients of all processes of a group: afterwards each has the sum."""
+        own = [self.gradients.get(name, np.zeros_like(tensor)) for name, tensor in self.trainable.items()]
+        whole = group.sum(np.concatenate([gradient.ravel() for gradient in own]))
+        parts = np.split(whole, np.cumsum([gradient.size for gradient in own])[:-1])
+        self.gradients = {
+            name: part.reshape(tensor.shape) for (name, tensor), part in zip(self.trainable.items(), parts, strict=True)
+        }
+
+    def reseed(self, seed: int) -> None:
+        """Draw the random numbers of training from this seed from now on."""
+        self._random.bit_generator.state = np.random.PCG64(seed).state
 
     def clip_gradients(self) -> float:
         """Clip all gradients together to the limit; returns their L2 norm before clipping."""

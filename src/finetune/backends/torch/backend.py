@@ -8,8 +8,10 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
+from finetune.backends.torch.group import join_group
 from finetune.backends.torch.session import TorchSession
 from finetune.errors import ModelError
+from finetune.ports import Group
 from finetune.records import ModelLocation
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -30,6 +32,10 @@ class TorchBackend:
         import peft
 
         return {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+
+    def join(self) -> Group:
+        """The processes that torchrun or accelerate has started together with this one."""
+        return join_group()
 
     def create(self, config: Mapping[str, Any], folder: Path, seed: int) -> None:
         """Write a model of random weights and the given transformers config into an existing folder."""

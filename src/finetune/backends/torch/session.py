@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from finetune.backends.torch import head_loss, state
+from finetune.backends.torch.group import as_lost, pool_gradients
 from finetune.errors import TrainingError
+from finetune.ports import Group
 from finetune.records import NO_LIMIT, AdapterTarget, Batch, ModelLocation, Optimization
 
 _ASKED_TOGETHER = 64
@@ -63,6 +65,8 @@ class TorchSession:
 
     def prepare_updates(self, optimization: Optimization) -> None:
         """Make the optimizer for everything that is trainable."""
+        # Looked at now, while this process holds the whole model: later it would need all the others for that.
+        self._head  # noqa: B018
         self._max_grad_norm = optimization.max_grad_norm
         groups: dict[tuple[float, float], list[torch.nn.Parameter]] = defaultdict(list)
         for name, tensor in self._trainable().items():
@@ -84,6 +88,14 @@ class TorchSession:
         except (RuntimeError, MemoryError) as error:
             raise _as_memory_error(error, batch) from error
         return float(loss.detach())
+
+    def pool_gradients(self, group: Group) -> None:
+        """Add up the gradients of all processes of a group: afterwards each has the sum."""
+        pool_gradients(self._trainable().values(), group)
+
+    def reseed(self, seed: int) -> None:
+        """Draw the random numbers of training from this seed from now on."""
+        torch.manual_seed(seed)
 
     def clip_gradients(self) -> float:
         """Clip all gradients together to the limit; returns their L2 norm before clipping."""
@@ -277,7 +289,7 @@ def _as_memory_error(error: Exception, batch: Batch) -> Exception:
     text = str(error)
     exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text
     if not exhausted:
-        return error
+        return as_lost(error)
     longest = max(len(row.ids) for row in batch.rows)
     return TrainingError(
         f"out of memory with {len(batch.rows)} rows of up to {longest} tokens: {text.splitlines()[0]}",

@@ -1,0 +1,48 @@
+"""Which of a run's processes this is, as the launcher that started it has left it in the environment."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from finetune.errors import RefusedError
+
+Launcher = Literal["torchrun", "accelerate", "mlx.launch"]
+LAUNCHERS: dict[str, tuple[str, str]] = {
+    "torchrun": ("torch", "torch"),
+    "accelerate": ("torch", "accelerate"),
+    "mlx.launch": ("mlx", "mlx"),
+}
+"""Each launcher with the backend that understands it and the library that brings it."""
+NOTES = "FT_LAUNCH"
+"""Names the folder where `ft train --launch` and the processes that it has started leave notes for each other."""
+
+
+def rank_of(environ: Mapping[str, str]) -> int:
+    """The number of this process in its run, from 0."""
+    return int(environ.get("RANK") or environ.get("MLX_RANK") or 0)
+
+
+def started_by(environ: Mapping[str, str]) -> str:
+    """What has started this process together with others: a launcher's name, or "" where it stands alone."""
+    if int(environ.get("WORLD_SIZE") or 1) > 1 and "RANK" in environ:
+        return "accelerate" if "ACCELERATE_MIXED_PRECISION" in environ else "torchrun"
+    return "mlx.launch" if environ.get("MLX_RANK") and environ.get("MLX_HOSTFILE") else ""
+
+
+def launch_words(environ: Mapping[str, str], size: int) -> str:
+    """The options of `ft train` that start so many processes again as these were; "" for one alone."""
+    return f"--launch {started_by(environ)} --processes {size}" if size > 1 else ""
+
+
+def refuse_launched(environ: Mapping[str, str], backend: str) -> None:
+    """Refuse to be one of several processes whose launcher the backend does not understand.
+
+    Raises:
+        RefusedError: each of them would take itself for the only one and make the same run.
+    """
+    launcher = started_by(environ)
+    if launcher and LAUNCHERS[launcher][0] != backend:
+        able = [name for name, (room, _) in LAUNCHERS.items() if room == backend]
+        hint = f"start it with {' or '.join(able)}" if able else "use one process, or the backend torch or mlx"
+        raise RefusedError(
+            f"{launcher} has started several processes, and backend {backend!r} cannot join them", hint=hint
+        )
