@@ -25,7 +25,7 @@ from finetune.assembly.observe import (
 from finetune.assembly.prepare import prepare
 from finetune.assembly.record import Course, run_owner, run_record
 from finetune.assembly.run import Listener, Run
-from finetune.assembly.train import Trained, check_resume, steps_of, train_along, train_run
+from finetune.assembly.train import Trained, claim_resumed, steps_of, train_along, train_run
 from finetune.backends import open_backend
 from finetune.config import LoadedConfig, dump_plan, resolve_processes
 from finetune.criteria.evidence import Evidence
@@ -77,8 +77,7 @@ def fine_tune(
     try:
         owner = run_owner(prepared, backend.versions())
         if resume:
-            folder.claim()
-            check_resume(run, owner)
+            claim_resumed(run, owner)
         session, before, fingerprints = _open(run)
         # Only now, when nothing can be refused any more, is anything written.
         _begin(run, begun, resume=resume)
@@ -96,10 +95,7 @@ def fine_tune(
     except (KeyboardInterrupt, LostProcessError) as error:
         raise _ended(run, error) from None
     finally:
-        try:
-            run.close_trackers(complete=False)
-        finally:
-            folder.release()
+        run.let_go()
 
 
 def _ended(run: Run, error: BaseException) -> FineTuneError:

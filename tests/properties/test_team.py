@@ -317,6 +317,26 @@ def test_run_of_two_processes_is_the_run_of_one_with_twice_the_batch(model: Path
     assert one["scores"] == two["scores"]
 
 
+def test_first_process_says_when_all_stop_and_what_is_kept(model: Path, data: Path, tmp_path: Path) -> None:
+    """Where the held-out loss rises, two processes stop at the step, keep the one and train the sham as one does."""
+    rising = {
+        "adapter__dropout": 0.0, "training__learning_rate": 1.5, "training__schedule": "constant", "training__keep":
+        "best", "training__stop_after": 2, "training__evaluate_every": 1, "training__epochs": 9.0,
+        "training__max_grad_norm": 1.0, "judge__sham": "always",
+    }  # fmt: skip
+    both = good(fine_tune_together(job_of(model, data, **rising), 2, tmp_path / "two"))
+    with quick_end():
+        one = fine_tune(job_of(model, data, **rising, training__batch_size=2), output=tmp_path / "one")[1]
+    two = both[0][1]
+    best, same = two["training"].pop("best"), one["training"].pop("best")
+    assert best == pytest.approx(same, rel=1e-9)
+    assert two["training"] == one["training"]
+    assert 0 < two["training"]["kept_step"] < two["training"]["steps"] < two["training"]["planned_steps"]
+    assert two["scores"] == one["scores"]
+    assert two["scores"]["learning"]["sham"] is not None
+    assert both[1][1] == {}
+
+
 @given(st.floats(0, 0.99), st.sampled_from([2, 3, 1]))
 @example(0.5, 2)
 @example(0.7, 3)

@@ -59,6 +59,13 @@ class Run:
         if self.trackers is not None:
             self.trackers.close(complete=complete)
 
+    def let_go(self) -> None:
+        """Leave the run, however it ended: trackers write what they have, and others may take hold of the folder."""
+        try:
+            self.close_trackers(complete=False)
+        finally:
+            self.folder.release()
+
     @contextlib.contextmanager
     def phase(self, name: str, note: str = "") -> Iterator[None]:
         """Tell that a phase starts, and keep its time in seconds."""

@@ -71,12 +71,16 @@ def steps_of(
     return train(team, batches_of, held_out_batches(run.prepared), plan, done_steps=done)
 
 
-def check_resume(run: Run, owner: Owner) -> None:
-    """Refuse, before anything is done, to go on with a run that is not as it was; a run without checkpoint may.
+def claim_resumed(run: Run, owner: Owner) -> None:
+    """Take hold of a run to go on with, and refuse, before anything is done, one that is not as it was.
+
+    A run without a checkpoint may have changed.
 
     Raises:
+        OutputError: another process is at work in it.
         RefusedError: a checkpoint is damaged, missing, or belongs to other settings, or events are missing.
     """
+    run.folder.claim()
     store = CheckpointStore(run.folder.checkpoints)
     done = store.newest()
     if done is None:
@@ -96,7 +100,7 @@ def train_run(run: Run, session: Session, before: Observation, owner: Owner) -> 
     """Train from the newest checkpoint to the end; the session then has the weights that the run keeps.
 
     Raises:
-        RefusedError: as `check_resume`.
+        RefusedError: as `claim_resumed`.
     """
     store = CheckpointStore(run.folder.checkpoints)
     done = _restore(run, session, store, owner)
