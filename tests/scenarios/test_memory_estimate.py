@@ -71,6 +71,14 @@ def target_of(location: ModelLocation, how: dict[str, Any]) -> AdapterTarget:
     return AdapterTarget(how.get("rank", 3), 7.0, how.get("dropout", 0.0), layers)
 
 
+def about(peak: int, dtype: str) -> Any:
+    """A measured peak, give or take 5 %.
+
+    In bfloat16 a product takes room of its own, up to 0.2 MB whatever its size, which is much beside so small a model.
+    """
+    return pytest.approx(peak, rel=COUNTED, abs=60_000 if dtype == "bfloat16" else 0)
+
+
 def forecast_of(location: ModelLocation, target: AdapterTarget | None, dtype: str, load: StepLoad) -> Forecast:
     """What is expected."""
     return forecast_memory(read_shape(location.folder), target, dtype, load, TORCH)
@@ -103,8 +111,7 @@ def test_live_tensors_are_as_counted(family: ModelLocation, step: str, method: s
     times = asked.get("accumulation", 1)
     peak = peak_tensors(session, batch, times)
     told = forecast_of(family, target, dtype, load_of([batch], times))
-    # In bfloat16 a product takes room of its own, up to 0.2 MB, which is much beside so small a model.
-    assert told.expected.tensors == pytest.approx(peak, rel=COUNTED, abs=51_200 if dtype == "bfloat16" else 0)
+    assert told.expected.tensors == about(peak, dtype)
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -133,7 +140,7 @@ def test_live_tensors_are_as_counted_for_every_kind_of_adapter(family: ModelLoca
     session.accumulate(batch, 1 / batch.target_count)
     session.update(1e-4)
     told = forecast_of(family, target, dtype, load_of([batch]))
-    assert told.expected.tensors == pytest.approx(peak_tensors(session, batch), rel=COUNTED)
+    assert told.expected.tensors == about(peak_tensors(session, batch), dtype)
 
 
 OTHERS = {
