@@ -1,12 +1,14 @@
 """LoRA adapters that fit a model, and near misses with the reason for which they must be refused."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 from hypothesis import strategies as st
 
 from finetune.records import AdapterTarget, LinearLayer, ModelShape, fits
 from finetune_strategies.models import Config, model_configs, model_shapes, shape_of_config
+from finetune_strategies.picks import EITHER, between, pick
 
 _ALPHAS = (7.0, 0.5, 16.0, 3.0)
 
@@ -54,11 +56,16 @@ def adapter_targets(
     """
     modules = draw(_modules(shape, paths=paths))
     sides = [side for layer in adapted_layers(shape, AdapterTarget(1, 1.0, 0.0, modules)) for side in layer.shape]
+    rank = draw(_ranks(*sorted(set(sides))))
+    alpha = draw(pick(*(alpha for alpha in _ALPHAS if alpha != rank)))
+    return AdapterTarget(rank, alpha, draw(pick(*dropouts)), modules)
+
+
+@cache
+def _ranks(*sides: int) -> st.SearchStrategy[int]:
     ranks = st.integers(1, min(sides))
     odd = [rank for rank in range(1, min(sides) + 1) if any(side % rank for side in sides)]
-    rank = draw(st.sampled_from(odd) | ranks if odd else ranks)
-    alpha = draw(st.sampled_from([alpha for alpha in _ALPHAS if alpha != rank]))
-    return AdapterTarget(rank, alpha, draw(st.sampled_from(dropouts)), modules)
+    return st.sampled_from(odd) | ranks if odd else ranks
 
 
 @st.composite
@@ -130,37 +137,40 @@ def any_adapter_targets() -> st.SearchStrategy[AdapterTarget]:
     return model_shapes().flatmap(lambda shape: adapter_targets(shape) | varied_targets(shape))
 
 
+_SHAPES = model_shapes()
+
+
 @st.composite
 def unfit_adapters(draw: st.DrawFn) -> UnfitAdapter:
     """Adapters that are right but for one thing: a rank above a layer's size, or a name that no layer has."""
-    shape = draw(model_shapes())
+    shape = draw(_SHAPES)
     target = draw(adapter_targets(shape))
-    if draw(st.booleans()):
+    if draw(EITHER):
         least = min(min(layer.shape) for layer in adapted_layers(shape, target))
-        rank = least + draw(st.integers(1, 3))
+        rank = least + draw(between(1, 3))
         too_large = AdapterTarget(rank, target.alpha, target.dropout, target.modules)
         return UnfitAdapter(shape, too_large, "rank too large", (f"rank {rank}", f"at most {least}"))
-    name = draw(st.sampled_from(target.modules).flatmap(_misspelt))
-    at = draw(st.integers(0, len(target.modules)))
+    name = draw(pick(*target.modules).flatmap(_misspelt))
+    at = draw(between(0, len(target.modules)))
     modules = (*target.modules[:at], name, *target.modules[at:])
     named = (repr(name), *layer_names(shape))
     return UnfitAdapter(shape, AdapterTarget(target.rank, target.alpha, 0.0, modules), "matches nothing", named)
 
 
 def _misspelt(name: str) -> st.SearchStrategy[str]:
-    return st.sampled_from([name[:-1], f"{name}_", name.upper(), f"x{name}", "lm_head", f"{name} ", "all-linear"])
+    return pick(name[:-1], f"{name}_", name.upper(), f"x{name}", "lm_head", f"{name} ", "all-linear")
 
 
 def _modules(shape: ModelShape, *, paths: bool) -> st.SearchStrategy[tuple[str, ...]]:
-    short = layer_names(shape)
-    ends = [".".join(layer.name.split(".")[-2:]) for layer in shape.linear_layers]
-    names = list(dict.fromkeys([*short, *(ends if paths else []), *(_paths(shape) if paths else [])]))
+    return _named(tuple(layer.name for layer in shape.linear_layers), layer_names(shape), paths=paths)
+
+
+@cache
+def _named(layers: tuple[str, ...], short: tuple[str, ...], *, paths: bool) -> st.SearchStrategy[tuple[str, ...]]:
+    ends = [".".join(layer.split(".")[-2:]) for layer in layers]
+    names = list(dict.fromkeys([*short, *(ends if paths else []), *(layers if paths else [])]))
     some = st.lists(st.sampled_from(names), min_size=1, max_size=4, unique=True).map(tuple)
     return some | st.just(short)
-
-
-def _paths(shape: ModelShape) -> list[str]:
-    return [layer.name for layer in shape.linear_layers]
 
 
 def _short(layer: LinearLayer) -> str:

@@ -1,6 +1,5 @@
 """Configurations as users write them: files, environment variables and flags."""
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 from finetune.config import PROFILES, LoadedConfig, Plan, Profile, flatten, load_config, parse_assignments
 from finetune.errors import ConfigError
 from finetune_strategies.configs import nested
+from finetune_strategies.scratch import empty_folder
 
 SOURCES = ("default", "profile", "file", "environment", "flag")
 """Where a setting may come from, weakest first."""
@@ -32,8 +32,8 @@ def variable(key: str) -> str:
 @contextmanager
 def yaml_file(text: str | bytes) -> Iterator[Path]:
     """A configuration file with this text."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
+    with empty_folder() as folder:
+        path = folder / "config.yaml"
         path.write_bytes(text.encode() if isinstance(text, str) else text)
         yield path
 

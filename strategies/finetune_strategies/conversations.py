@@ -1,11 +1,13 @@
 """Texts, conversations, and data rows with what a reader must make of them."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from hypothesis import strategies as st
 
 from finetune.records import Conversation, Document, Message
+from finetune_strategies.picks import EITHER, between, order_of
 
 Example = Conversation | Document
 
@@ -25,12 +27,14 @@ _AWKWARD = (
 _EVERY_PLANE = st.characters(exclude_categories=["Cs"])
 
 
+@cache
 def texts(min_size: int = 0) -> st.SearchStrategy[str]:
     """Any text without lone surrogates, often with markup, braces, line ends or marker characters in it."""
     piece = st.sampled_from(LOOKS_LIKE_CONTROL) | st.sampled_from(_AWKWARD) | st.text(_EVERY_PLANE, max_size=6)
     return st.lists(piece, max_size=5).map("".join).filter(lambda text: len(text) >= min_size)
 
 
+@cache
 def said() -> st.SearchStrategy[str]:
     """Text that says something: not only white space."""
     return texts(min_size=1).filter(lambda text: bool(text.strip()))
@@ -42,10 +46,10 @@ def conversations(
 ) -> Conversation:
     """Turns of user and assistant that end with an answer, with or without system text and alpaca inputs."""
     words = texts() if contents is None else contents
-    messages = [Message("system", draw(words))] if draw(st.booleans()) else []
-    for _ in range(draw(st.integers(1, max_turns))):
+    messages = [Message("system", draw(words))] if draw(EITHER) else []
+    for _ in range(draw(between(1, max_turns))):
         messages.append(Message("user", draw(words)))
-        if inputs and draw(st.booleans()):
+        if inputs and draw(EITHER):
             messages.append(Message("input", draw(words)))
         messages.append(Message("assistant", draw(words)))
     return Conversation(tuple(messages), "rows.jsonl:1")
@@ -62,6 +66,11 @@ class RowCase:
     ignored: tuple[str, ...] = ()
 
 
+_OUTPUTS = texts() | said()
+_EXTRAS = st.sampled_from([None, ""]) | texts(min_size=1) | said()
+_CHATS = conversations(inputs=False)
+
+
 def _told(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in pairs]
 
@@ -72,10 +81,10 @@ def _spoken(pairs: list[tuple[str, str]]) -> Conversation:
 
 @st.composite
 def _alpaca(draw: st.DrawFn) -> tuple[dict[str, Any], Example]:
-    values: dict[str, Any] = {"instruction": draw(texts()), "output": draw(texts() | said())}
+    values: dict[str, Any] = {"instruction": draw(texts()), "output": draw(_OUTPUTS)}
     for key in ("input", "system"):
-        if draw(st.integers(0, 3)):
-            values[key] = draw(st.sampled_from([None, ""]) | texts(min_size=1) | said())
+        if draw(between(0, 3)):
+            values[key] = draw(_EXTRAS)
     pairs = [("system", values["system"])] if values.get("system") else []
     pairs.append(("user", values["instruction"]))
     pairs += [("input", values["input"])] if values.get("input") else []
@@ -84,18 +93,18 @@ def _alpaca(draw: st.DrawFn) -> tuple[dict[str, Any], Example]:
 
 @st.composite
 def _chat(draw: st.DrawFn) -> tuple[dict[str, Any], Example]:
-    pairs = [(m.role, m.content) for m in draw(conversations(inputs=False)).messages]
-    if draw(st.booleans()):
+    pairs = [(m.role, m.content) for m in draw(_CHATS).messages]
+    if draw(EITHER):
         pairs = pairs[:-1]
     return {"messages": _told(pairs)}, _spoken(pairs)
 
 
 @st.composite
 def _prompt_completion(draw: st.DrawFn) -> tuple[dict[str, Any], Example]:
-    if draw(st.booleans()):
+    if draw(EITHER):
         prompt, completion = draw(texts()), draw(texts())
         return {"prompt": prompt, "completion": completion}, _spoken([("user", prompt), ("assistant", completion)])
-    pairs = [(m.role, m.content) for m in draw(conversations(inputs=False)).messages]
+    pairs = [(m.role, m.content) for m in draw(_CHATS).messages]
     return {"prompt": _told(pairs[:-1]), "completion": _told(pairs[-1:])}, _spoken(pairs)
 
 
@@ -104,20 +113,23 @@ def _document() -> st.SearchStrategy[tuple[dict[str, Any], Example]]:
 
 
 _SHAPES = {"alpaca": _alpaca(), "chat": _chat(), "prompt/completion": _prompt_completion(), "text": _document()}
+_SHAPE_NAMES = st.sampled_from(sorted(_SHAPES))
+_IGNORED = st.lists(st.sampled_from(["id", "kind", "größe", "", "score"]), max_size=2, unique=True)
+_UNREAD = st.none() | st.integers() | texts()
 
 
 @st.composite
 def rows(draw: st.DrawFn) -> RowCase:
     """A row of any shape, with columns nobody reads, and what it must become."""
-    shape = draw(st.sampled_from(sorted(_SHAPES)))
+    shape = draw(_SHAPE_NAMES)
     values, example = draw(_SHAPES[shape])
-    ignored = draw(st.lists(st.sampled_from(["id", "kind", "größe", "", "score"]), max_size=2, unique=True))
-    values = {**values, **{name: draw(st.none() | st.integers() | texts()) for name in ignored}}
+    ignored = draw(_IGNORED)
+    values = {**values, **{name: draw(_UNREAD) for name in ignored}}
     if isinstance(example, Document):
         dropped = "" if example.text.strip() else "empty text"
     elif not example.messages or example.messages[-1].role != "assistant":
         dropped = "no answer at the end"
     else:
         dropped = "" if example.answer.strip() else "empty answer"
-    names = draw(st.permutations(sorted(values)))
+    names = draw(order_of(*sorted(values)))
     return RowCase({name: values[name] for name in names}, shape, example, dropped, tuple(sorted(ignored)))

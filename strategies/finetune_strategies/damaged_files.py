@@ -1,13 +1,14 @@
 """Data files that must be refused, each with what is wrong and every place that the one error must name."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import strategies as st
 
 from finetune_strategies.data_files import BOM, table_line
+from finetune_strategies.picks import EITHER, between, pick
 
 SHOWN = 20
 """So many places are named in full; the rest are counted."""
@@ -67,25 +68,34 @@ MISSHAPES = (*_MISSHAPEN, "unknown header")
 
 def damaged_files() -> st.SearchStrategy[DamagedFile]:
     """Files that cannot be read, with the places that must be named; every one of `DAMAGES` comes up."""
-    fixed = st.sampled_from(_FIXED)
-    return st.one_of(_lines(BROKEN_LINES), _lists(), _cut_off(), _foreign(), fixed, _tables(), _quotes())
+    return st.one_of(_lines(_BROKEN), _lists(), _cut_off(), _foreign(), st.sampled_from(_FIXED), _tables(), _quotes())
 
 
 def misshapen_files() -> st.SearchStrategy[DamagedFile]:
     """Files that can be read but hold rows that are no training data; every one of `MISSHAPES` comes up."""
-    return _lines(_MISSHAPEN_LINES) | st.lists(st.sampled_from(["a", "b", ""]), min_size=1, max_size=3).map(_headless)
+    return _lines(_WRONG) | st.lists(st.sampled_from(["a", "b", ""]), min_size=1, max_size=3).map(_headless)
+
+
+_Line = tuple[str, str]
+
+
+def _kinds_of_lines(broken: Mapping[str, Sequence[str]]) -> tuple[st.SearchStrategy[_Line], ...]:
+    """A line with its damage: a broken one, and any, of which half are good; no damage is likelier than another."""
+    lines = {"": _GOOD_LINES, **{damage: broken[damage] for damage in sorted(broken)}}
+    of_kind = {damage: st.sampled_from([(damage, line) for line in found]) for damage, found in lines.items()}
+    bad = sorted(broken)
+    return tuple(st.sampled_from(kinds).flatmap(of_kind.__getitem__) for kinds in (bad, [""] * len(bad) + bad))
+
+
+_BROKEN, _WRONG = _kinds_of_lines(BROKEN_LINES), _kinds_of_lines(_MISSHAPEN_LINES)
+_MORE_LINES = {kinds: st.lists(kinds[1], max_size=44) for kinds in (_BROKEN, _WRONG)}
 
 
 @st.composite
-def _lines(draw: st.DrawFn, broken: dict[str, tuple[str, ...]]) -> DamagedFile:
+def _lines(draw: st.DrawFn, kinds: tuple[st.SearchStrategy[_Line], ...]) -> DamagedFile:
     """Good lines with broken ones among them; the damage is that of the first."""
-    good = st.sampled_from(_GOOD_LINES).map(lambda line: ("", line))
-    bad = st.sampled_from(sorted(broken)).flatmap(
-        lambda damage: st.sampled_from(broken[damage]).map(lambda line: (damage, line))
-    )
-    found = [draw(bad), *draw(st.lists(good | bad, max_size=44))]
-    at = draw(st.integers(0, len(found) - 1))
-    found = [*found[1 : at + 1], found[0], *found[at + 1 :]]
+    found = draw(_MORE_LINES[kinds])
+    found.insert(draw(between(0, len(found))), draw(kinds[0]))
     damage = next(damage for damage, _ in found if damage)
     places = [(f":{number}", bool(damage)) for number, (damage, _) in enumerate(found, start=1)]
     return _naming(".jsonl", "\n".join(line for _, line in found).encode(), places, damage)
@@ -98,57 +108,68 @@ def _naming(suffix: str, content: bytes, places: Iterable[tuple[str, bool]], dam
     return DamagedFile(suffix, content, (*wrong[:SHOWN], *more), (*sound, *wrong[SHOWN:]), damage)
 
 
+_WRONG_ITEMS: tuple[Any, ...] = (3, None, "x", [], [{}], 0.5)
+_WRONG_ITEM = st.sampled_from(_WRONG_ITEMS)
+_ITEMS = st.lists(
+    st.sampled_from([*[({"text": "a"}, False)] * len(_WRONG_ITEMS), *((item, True) for item in _WRONG_ITEMS)]),
+    max_size=14,
+)
+
+
 @st.composite
 def _lists(draw: st.DrawFn) -> DamagedFile:
-    wrong: tuple[Any, ...] = (3, None, "x", [], [{}], 0.5)
-    item = st.just(({"text": "a"}, False)) | st.sampled_from(wrong).map(lambda value: (value, True))
-    items = [(draw(st.sampled_from(wrong)), True), *draw(st.lists(item, max_size=14))]
-    items = draw(st.permutations(items))
+    items = draw(_ITEMS)
+    items.insert(draw(between(0, len(items))), (draw(_WRONG_ITEM), True))
     content = json.dumps([value for value, _ in items], indent=1).encode()
     places = [(f"[{index}]", broken) for index, (_, broken) in enumerate(items)]
     return _naming(".json", content, places, "not an object in a list")
 
 
+_SOUND_LINES = st.lists(st.sampled_from(_GOOD_LINES[:2]), min_size=1, max_size=4)
+
+
 @st.composite
 def _cut_off(draw: st.DrawFn) -> DamagedFile:
     """A sound file that ends too early, as after a full disk or a broken download."""
-    rows = draw(st.lists(st.sampled_from(_GOOD_LINES[:2]).map(json.loads), min_size=1, max_size=4))
-    lines = [json.dumps(row) for row in rows]
-    if draw(st.booleans()):
-        left = draw(st.integers(1, len(lines[-1]) - 1))
+    lines = draw(_SOUND_LINES)
+    if draw(EITHER):
+        left = draw(between(1, len(lines[-1]) - 1))
         places = [(f":{number}", number == len(lines)) for number in range(1, len(lines) + 1)]
         return _naming(".jsonl", "\n".join([*lines[:-1], lines[-1][:left]]).encode(), places, "cut off line")
-    content = json.dumps(rows, indent=1).encode()
-    return DamagedFile(".json", content[: draw(st.integers(1, len(content) - 1))], ("broken JSON",), (), "cut off list")
+    content = json.dumps([json.loads(line) for line in lines], indent=1).encode()
+    return DamagedFile(".json", content[: draw(between(1, len(content) - 1))], ("broken JSON",), (), "cut off list")
 
 
 @st.composite
 def _foreign(draw: st.DrawFn) -> DamagedFile:
     """Bytes in no encoding, in another one than UTF-8, or with one wrong byte after a sound beginning."""
-    suffix = draw(st.sampled_from([".jsonl", ".json", ".csv"]))
-    text = draw(st.sampled_from(['{"text": "café"}', '{"text": "a"}\n{"text": "naïve"}\n']))
-    if draw(st.booleans()):
+    suffix = draw(pick(".jsonl", ".json", ".csv"))
+    text = draw(pick('{"text": "café"}', '{"text": "a"}\n{"text": "naïve"}\n'))
+    if draw(EITHER):
         return DamagedFile(suffix, text.encode("utf-16"), ("UTF-8", "offset 0"), (), "UTF-16")
-    if draw(st.booleans()):
+    if draw(EITHER):
         content = text.encode("latin-1")
         at = next(index for index, byte in enumerate(content) if byte > 127)
         return DamagedFile(suffix, content, ("UTF-8", f"offset {at}"), (), "latin-1")
-    head = draw(st.sampled_from([b"", BOM, b'{"text": "', "é🦙\n".encode()]))
-    bad, at = draw(st.sampled_from([(b"\xff", 0), (b"\xc3(", 0), (b"\x80", 0), (b"\xed\xa0\x80", 0), (b"caf\xe9", 3)]))
+    head = draw(pick(b"", BOM, b'{"text": "', "é🦙\n".encode()))
+    bad, at = draw(pick((b"\xff", 0), (b"\xc3(", 0), (b"\x80", 0), (b"\xed\xa0\x80", 0), (b"caf\xe9", 3)))
     return DamagedFile(suffix, head + bad, ("UTF-8", f"offset {len(head) + at}"), (), "not UTF-8")
+
+
+_KINDS_OF_ROWS = st.lists(st.sampled_from([0, 1, 2]), max_size=30)
 
 
 @st.composite
 def _tables(draw: st.DrawFn) -> DamagedFile:
     """A table some of whose rows have too few or too many cells."""
-    columns = draw(st.sampled_from([("prompt", "completion"), ("instruction", "output", "input")]))
+    columns = draw(pick(("prompt", "completion"), ("instruction", "output", "input")))
     width = len(columns)
-    kinds = [0, *draw(st.lists(st.sampled_from([0, 1, width]), max_size=30))]  # 0: ragged, 1: sound, else: blank
-    kinds = draw(st.permutations(kinds))
+    kinds = draw(_KINDS_OF_ROWS)  # 0: ragged, 1: sound, 2: blank
+    kinds.insert(draw(between(0, len(kinds))), 0)
     lines, places = [table_line(columns)], []
     for number, kind in enumerate(kinds, start=2):
-        wrong = draw(st.sampled_from([count for count in range(1, width + 3) if count != width]))
-        lines.append("\n" if kind == width else table_line(["x"] * (width if kind else wrong)))
+        cells = width if kind else draw(pick(*(count for count in range(1, width + 3) if count != width)))
+        lines.append("\n" if kind == 2 else table_line(["x"] * cells))
         places.append((f":{number}", kind == 0))
     return _naming(".csv", "".join(lines).encode(), places, "ragged table")
 
@@ -156,9 +177,9 @@ def _tables(draw: st.DrawFn) -> DamagedFile:
 @st.composite
 def _quotes(draw: st.DrawFn) -> DamagedFile:
     """A table with a quote that is not closed, or with text behind a closed one."""
-    before = draw(st.integers(0, 5))
+    before = draw(between(0, 5))
     lines = ["text,id\n", *(f'"a {number}",b\n' for number in range(before))]
-    damage, line = draw(st.sampled_from([("open quote", '"a,b\nc,d\n'), ("text after a quote", '"a"b,c\n')]))
+    damage, line = draw(pick(("open quote", '"a,b\nc,d\n'), ("text after a quote", '"a"b,c\n')))
     places = [(f":{number}", number == before + 2) for number in range(1, before + 3)]
     return _naming(".csv", "".join([*lines, line]).encode(), places, damage)
 

@@ -9,6 +9,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from finetune_strategies.conversations import rows, said, texts
+from finetune_strategies.picks import EITHER, pick
 
 BOM = b"\xef\xbb\xbf"
 _NEWLINES = {"lf": "\n", "crlf": "\r\n", "cr": "\r", "blank lines": "\n\n  \n"}
@@ -30,6 +31,24 @@ class GoodFile:
     traits: frozenset[str]
 
 
+def _odd_rows() -> st.SearchStrategy[list[dict[str, Any]]]:
+    """Perhaps one row of text with a column that is hard to hold: deep, long, or with an odd name."""
+    deep: Any = 0
+    for _ in range(60):
+        deep = [deep]
+    odd: list[dict[str, Any]] = [{"n": 10**4000}, {"n": -1e308}, {"n": deep}, {"": 1}, {"größe": {"a": [None]}}]
+    return st.just([]) | st.sampled_from(odd).map(lambda columns: [{"text": "odd", **columns}])
+
+
+_SEVERAL_ROWS, _SOME_ROWS = (st.lists(rows(), min_size=least, max_size=5) for least in (2, 1))
+_ODD_ROWS = _odd_rows()
+_CELL = said() | texts() | st.sampled_from(["", 'a "b"', "a,b\tc", "a\nb", "a\r\nb", "a\rb", "007"])
+_CELLS = {
+    width: st.lists(st.lists(_CELL, min_size=width, max_size=width), min_size=1, max_size=4)
+    for width in set(map(len, _TABLE_COLUMNS))
+}
+
+
 def good_files() -> st.SearchStrategy[GoodFile]:
     """Sound files: JSON lines, JSON lists, CSV and TSV; with byte order marks, blank lines and any line ends."""
     return good_lines() | good_lists() | good_tables()
@@ -38,15 +57,15 @@ def good_files() -> st.SearchStrategy[GoodFile]:
 @st.composite
 def good_lines(draw: st.DrawFn) -> GoodFile:
     """One JSON object a line, in a `.jsonl` or `.json` file."""
-    values = [case.values for case in draw(st.lists(rows(), min_size=2, max_size=5))] + draw(_odd_rows())
-    dress = draw(st.sampled_from(sorted(_NEWLINES)))
-    lead = draw(st.sampled_from(["", "\n\n"]))
-    ascii_only, suffix = draw(st.booleans()), draw(st.sampled_from([".jsonl", ".json", ".JSONL"]))
+    values = [case.values for case in draw(_SEVERAL_ROWS)] + draw(_ODD_ROWS)
+    dress = draw(pick(*sorted(_NEWLINES)))
+    lead = draw(pick("", "\n\n"))
+    ascii_only, suffix = draw(EITHER), draw(pick(".jsonl", ".json", ".JSONL"))
     lines = [json.dumps(each, ensure_ascii=ascii_only) for each in values]
-    text = lead + _NEWLINES[dress].join(lines) + draw(st.sampled_from(["", "\n", "\n \n\n"]))
+    text = lead + _NEWLINES[dress].join(lines) + draw(pick("", "\n", "\n \n\n"))
     step = 3 if dress == "blank lines" else 1
     places = [f":{1 + len(lead) + step * index}" for index in range(len(values))]
-    content, marked = _with_mark(text, mark=draw(st.booleans()))
+    content, marked = _with_mark(text, mark=draw(EITHER))
     found = tuple(zip(places, values, strict=True))
     return GoodFile(suffix, content, found, frozenset({"lines", dress, *marked}))
 
@@ -54,10 +73,10 @@ def good_lines(draw: st.DrawFn) -> GoodFile:
 @st.composite
 def good_lists(draw: st.DrawFn) -> GoodFile:
     """One JSON list of objects in a `.json` file, or a single object."""
-    values = [case.values for case in draw(st.lists(rows(), min_size=1, max_size=5))] + draw(_odd_rows())
-    alone = len(values) == 1 and draw(st.booleans())
-    text = json.dumps(values[0] if alone else values, indent=draw(st.sampled_from([None, 1])), ensure_ascii=False)
-    content, marked = _with_mark(text, mark=draw(st.booleans()))
+    values = [case.values for case in draw(_SOME_ROWS)] + draw(_ODD_ROWS)
+    alone = len(values) == 1 and draw(EITHER)
+    text = json.dumps(values[0] if alone else values, indent=draw(pick(None, 1)), ensure_ascii=False)
+    content, marked = _with_mark(text, mark=draw(EITHER))
     found = tuple((f"[{index}]", each) for index, each in enumerate(values))
     return GoodFile(".json", content, found, frozenset({"one object" if alone else "list", *marked}))
 
@@ -65,18 +84,17 @@ def good_lists(draw: st.DrawFn) -> GoodFile:
 @st.composite
 def good_tables(draw: st.DrawFn) -> GoodFile:
     """A `.csv` or `.tsv` file below a header line; every cell is text, and cells may hold line ends and quotes."""
-    columns = draw(st.sampled_from(_TABLE_COLUMNS))
-    cell = said() | texts() | st.sampled_from(["", 'a "b"', "a,b\tc", "a\nb", "a\r\nb", "a\rb", "007"])
-    cells = draw(st.lists(st.lists(cell, min_size=len(columns), max_size=len(columns)), min_size=1, max_size=4))
-    dress, suffix = draw(st.sampled_from(["lf", "crlf"])), draw(st.sampled_from([".csv", ".tsv"]))
-    quote_all = draw(st.booleans())
+    columns = draw(pick(*_TABLE_COLUMNS))
+    cells = draw(_CELLS[len(columns)])
+    dress, suffix = draw(pick("lf", "crlf")), draw(pick(".csv", ".tsv"))
+    quote_all = draw(EITHER)
     lines = [
         table_line(line, delimiter="\t" if suffix == ".tsv" else ",", newline=_NEWLINES[dress], quote_all=quote_all)
         for line in [list(columns), *cells]
     ]
-    if draw(st.booleans()):
+    if draw(EITHER):
         lines.insert(1, _NEWLINES[dress])
-    content, marked = _with_mark("".join(lines), mark=draw(st.booleans()))
+    content, marked = _with_mark("".join(lines), mark=draw(EITHER))
     starts = [1 + sum(map(count_line_ends, lines[:index])) for index in range(len(lines))]
     places = [f":{start}" for start in starts[len(lines) - len(cells) :]]
     found = tuple((place, dict(zip(columns, line, strict=True))) for place, line in zip(places, cells, strict=True))
@@ -96,15 +114,6 @@ def table_line(cells: Sequence[str], *, delimiter: str = ",", newline: str = "\n
 def count_line_ends(text: str) -> int:
     """How many lines end in a text, however they end."""
     return len(re.findall("\r\n|\r|\n", text))
-
-
-def _odd_rows() -> st.SearchStrategy[list[dict[str, Any]]]:
-    """Perhaps one row of text with a column that is hard to hold: deep, long, or with an odd name."""
-    deep: Any = 0
-    for _ in range(60):
-        deep = [deep]
-    odd: list[dict[str, Any]] = [{"n": 10**4000}, {"n": -1e308}, {"n": deep}, {"": 1}, {"größe": {"a": [None]}}]
-    return st.just([]) | st.sampled_from(odd).map(lambda columns: [{"text": "odd", **columns}])
 
 
 def _with_mark(text: str, *, mark: bool) -> tuple[bytes, set[str]]:

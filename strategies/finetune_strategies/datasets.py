@@ -3,11 +3,13 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from hypothesis import strategies as st
 
 from finetune.records import Batch, Tokenized
+from finetune_strategies.picks import between, pick
 
 RowShape = Literal["alpaca", "chat", "prompt/completion", "text"]
 ROW_SHAPES: tuple[RowShape, ...] = ("alpaca", "chat", "prompt/completion", "text")
@@ -15,6 +17,7 @@ LARGEST_SEED = 2**32 - 1
 """The largest seed that NumPy and every framework take."""
 
 
+@cache
 def seeds() -> st.SearchStrategy[int]:
     """Any seed there is; 0, which is one, and those of more than 31 bits come often."""
     return st.sampled_from([0, 1, LARGEST_SEED]) | st.integers(0, LARGEST_SEED) | st.integers(2**31, LARGEST_SEED)
@@ -37,10 +40,14 @@ class Dealing:
 @st.composite
 def dealings(draw: st.DrawFn, *, most_rows: int = 13, most_accumulation: int = 3) -> Dealing:
     """Rows in batches, mostly with a short one at the end; a batch may be larger than all rows together."""
-    rows = draw(st.integers(1, most_rows))
+    rows = draw(between(1, most_rows))
+    return Dealing(rows, draw(_batch_sizes(rows)), draw(between(1, most_accumulation)))
+
+
+@cache
+def _batch_sizes(rows: int) -> st.SearchStrategy[int]:
     uneven = [size for size in range(2, rows + 2) if rows % size]
-    size = draw(st.sampled_from(uneven) | st.sampled_from(uneven[::-1]) | st.integers(1, rows))
-    return Dealing(rows, size, draw(st.integers(1, most_accumulation)))
+    return st.sampled_from(uneven) | st.sampled_from(uneven[::-1]) | st.integers(1, rows)
 
 
 @dataclass(frozen=True)
@@ -53,12 +60,15 @@ class DataSet:
     batch_size: int
 
 
+_SIZES = st.sampled_from([12, 1, 13, 48, 100]) | st.integers(1, 120)
+_BATCH_SIZES = st.sampled_from([5, 7, 8]) | st.integers(1, 16)
+
+
 @st.composite
 def data_sets(draw: st.DrawFn) -> DataSet:
     """Requests for data sets: twelve rows, one, or any number that no batch divides; any seed, any shape of row."""
-    size = draw(st.sampled_from([12, 1, 13, 48, 100]) | st.integers(1, 120))
-    batch_size = draw(st.sampled_from([5, 7, 8]) | st.integers(1, 16))
-    return DataSet(size, draw(seeds()), draw(st.sampled_from(ROW_SHAPES)), batch_size)
+    size, batch_size = draw(_SIZES), draw(_BATCH_SIZES)
+    return DataSet(size, draw(seeds()), draw(pick(*ROW_SHAPES)), batch_size)
 
 
 def row_of(question: str, answer: str, shape: RowShape) -> dict[str, Any]:
@@ -78,16 +88,22 @@ def as_jsonl(rows: Sequence[dict[str, Any]], *, newline: str = "\n", ascii_only:
     return "".join(json.dumps(row, ensure_ascii=ascii_only) + newline for row in rows).encode()
 
 
+@cache
+def _words(length: int) -> st.SearchStrategy[bytes]:
+    return st.binary(min_size=2 * length, max_size=2 * length)
+
+
 @st.composite
 def token_rows(draw: st.DrawFn, least: int = 1, most: int = 11, *, vocab_size: int = 97) -> tuple[Tokenized, ...]:
     """Rows of very unequal lengths, each with a name of its own and at least one token that carries loss."""
     rows = []
-    for number in range(draw(st.integers(least, most))):
-        length = draw(st.sampled_from([2, 3, 5, 17]))
-        ids = draw(st.lists(st.integers(0, vocab_size - 1), min_size=length, max_size=length))
-        trained = draw(st.lists(st.booleans(), min_size=length, max_size=length))
-        trained[draw(st.integers(1, length - 1))] = True
-        rows.append(Tokenized(tuple(ids), tuple(trained), f"row {number}"))
+    for number in range(draw(between(least, most))):
+        length = draw(pick(2, 3, 5, 17))
+        # One choice for all ids of a row and one for all its marks: a choice for each would take ten times as long.
+        words, marks = draw(_words(length)), draw(between(0, 2**length - 1))
+        ids = tuple(int.from_bytes(words[2 * at : 2 * at + 2]) % vocab_size for at in range(length))
+        sure = draw(between(1, length - 1))
+        rows.append(Tokenized(ids, tuple(at == sure or bool(marks >> at & 1) for at in range(length)), f"row {number}"))
     return tuple(rows)
 
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 from hypothesis import strategies as st
 
 from finetune.errors import UsageError
+from finetune_strategies.picks import between, pick
 
 
 @dataclass(frozen=True)
@@ -100,18 +102,23 @@ def full_disks(sizes: Mapping[str, int]) -> st.SearchStrategy[DiskFull]:
     return st.builds(DiskFull, st.sampled_from([0, most - 1]) | st.integers(0, most - 1))
 
 
+@cache
+def _places(size: int) -> st.SearchStrategy[int]:
+    return st.sampled_from([0, size - 1]) | st.integers(0, size - 1)
+
+
 @st.composite
 def file_faults(draw: st.DrawFn, sizes: Mapping[str, int]) -> FileFault:
     """Damage to one of these files, given with their sizes in bytes; an empty one can only go missing."""
-    file = draw(st.sampled_from(sorted(sizes)))
+    file = draw(pick(*sorted(sizes)))
     size = sizes[file]
     kinds: tuple[type[FileFault], ...] = (Missing, Truncated, Flipped, Torn) if size else (Missing,)
-    kind = draw(st.sampled_from(kinds))
+    kind = draw(pick(*kinds))
     if kind is Missing:
         return Missing(file)
-    place = draw(st.sampled_from([0, size - 1]) | st.integers(0, size - 1))
+    place = draw(_places(size))
     if kind is Flipped:
-        return Flipped(file, place, draw(st.integers(1, 255)))
+        return Flipped(file, place, draw(between(1, 255)))
     return Truncated(file, place) if kind is Truncated else Torn(file, place)
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
+from finetune_strategies.picks import between, pick
+
 
 @dataclass(frozen=True)
 class HostileTemplate:
@@ -63,29 +65,27 @@ _SYNTAX = (
     "{{ 'a' | replace(*messages) }}", "{{ 99999999999999999999999 }}",
 )  # fmt: skip
 
+_PLACES = (
+    "{{ X }}", "{% set x = X %}{{ x }}", "{% if X %}{% endif %}{{ X }}", "{% for m in messages %}{{ X }}{% endfor %}",
+    "{% macro f(x) %}{{ x }}{% endmacro %}{{ f(X) }}", "{% filter trim %}{{ X }}{% endfilter %}",
+    "{% set x %}{{ X }}{% endset %}", "{{ '' if false else X }}", "{{ messages | length and [X] }}",
+    "{% macro f() %}{{ caller() }}{% endmacro %}{% call f() %}{{ X }}{% endcall %}",
+    "{% with x = X %}{{ x }}{% endwith %}",
+)  # fmt: skip
+
 
 @st.composite
 def _placed(draw: st.DrawFn, expression: st.SearchStrategy[str]) -> str:
     """An expression somewhere in a template, where it is evaluated."""
-    place = draw(st.sampled_from([
-        "{{ X }}", "{% set x = X %}{{ x }}", "{% if X %}{% endif %}{{ X }}",
-        "{% for m in messages %}{{ X }}{% endfor %}",
-        "{% macro f(x) %}{{ x }}{% endmacro %}{{ f(X) }}", "{% filter trim %}{{ X }}{% endfilter %}",
-        "{% set x %}{{ X }}{% endset %}", "{{ '' if false else X }}", "{{ messages | length and [X] }}",
-        "{% macro f() %}{{ caller() }}{% endmacro %}{% call f() %}{{ X }}{% endcall %}",
-        "{% with x = X %}{{ x }}{% endwith %}",
-    ]))  # fmt: skip
-    return place.replace("X", f"({draw(expression)})")
+    return draw(pick(*_PLACES)).replace("X", f"({draw(expression)})")
 
 
 @st.composite
 def _loops(draw: st.DrawFn) -> str:
     """Loops in loops, of which the innermost runs a million times or more, or whose body is long."""
-    rounds = draw(st.sampled_from([(10**9,), (20_000, 20_000), (100, 100, 10_000), (30, 30, 30, 30, 30)]))
-    body = draw(
-        st.sampled_from(["", "x", "{{ i }}", "{% set y = i + 1 %}", "{{ messages[0].content | trim }}", "{{ f() }}"])
-    )
-    condition = draw(st.sampled_from(["", " if false", " if i is odd"]))
+    rounds = draw(pick((10**9,), (20_000, 20_000), (100, 100, 10_000), (30, 30, 30, 30, 30)))
+    body = draw(pick("", "x", "{{ i }}", "{% set y = i + 1 %}", "{{ messages[0].content | trim }}", "{{ f() }}"))
+    condition = draw(pick("", " if false", " if i is odd"))
     conditions = [""] * (len(rounds) - 1) + [condition]
     opened = "".join(f"{{% for i in range({n}){only} %}}" for n, only in zip(rounds, conditions, strict=True))
     return f"{{% macro f() %}}{'{{ 1 }}' * 9}{{% endmacro %}}{opened}{body}{'{% endfor %}' * len(rounds)}"
@@ -99,9 +99,9 @@ def _growth(pair: tuple[str, str]) -> str:
 @st.composite
 def _sharing(draw: st.DrawFn) -> str:
     """A list that holds a list twice, which holds a list twice, and so on: small in memory, endless to go through."""
-    pair = draw(st.sampled_from(["(ns.x, ns.x)", "[ns.x, ns.x]", "(ns.x, 1, ns.x)"]))
-    depth = draw(st.integers(20, 55))
-    showing = draw(st.sampled_from(_SHOWING)).format(x="ns.x")
+    pair = draw(pick("(ns.x, ns.x)", "[ns.x, ns.x]", "(ns.x, 1, ns.x)"))
+    depth = draw(between(20, 55))
+    showing = draw(pick(*_SHOWING)).format(x="ns.x")
     grown = (
         f"{{% set ns = namespace(x=('a',)) %}}{{% for i in range({depth}) %}}{{% set ns.x = {pair} %}}{{% endfor %}}"
     )

@@ -10,6 +10,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from finetune.records import LinearLayer, ModelShape
+from finetune_strategies.picks import EITHER, between, pick
 
 Config = dict[str, Any]
 
@@ -22,35 +23,37 @@ _ROPES: tuple[Config, ...] = (
     {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
 )
 """RoPE's base as older and newer configs write it."""
+_ANY_ROPE = st.sampled_from(_ROPES)
+_MOSTLY_TIED = st.sampled_from([True, True, False])
 
 
 def _vocabularies(fixed: int | None) -> st.SearchStrategy[int]:
-    return st.sampled_from([61, 97, 131]) if fixed is None else st.just(fixed)
+    return pick(61, 97, 131) if fixed is None else pick(fixed)
 
 
 @st.composite
 def llama_configs(draw: st.DrawFn, *, vocab_size: int | None = None, context: int = 24) -> Config:
     """Configs of tiny Llamas that every backend computes; `vocab_size` is drawn when it is not given."""
-    heads, keys = draw(st.sampled_from(_HEADS))
+    heads, keys = draw(pick(*_HEADS))
     # transformers wants the width to be a multiple of the heads; an odd one, so that even heads never fill it.
     sizes: Config = {
-        "hidden_size": heads * draw(st.sampled_from([3, 5])),
-        "head_dim": draw(st.sampled_from([2, 6, 10])),
+        "hidden_size": heads * draw(pick(3, 5)),
+        "head_dim": draw(pick(2, 6, 10)),
     }
-    if draw(st.integers(0, 5)) == 5:  # as in most real configs: the width of a head follows from the others
-        sizes = {"hidden_size": heads * draw(st.sampled_from([2, 6]))}
+    if draw(between(0, 5)) == 5:  # as in most real configs: the width of a head follows from the others
+        sizes = {"hidden_size": heads * draw(pick(2, 6))}
     return {
         "model_type": "llama",
         "vocab_size": draw(_vocabularies(vocab_size)),
         **sizes,
-        "intermediate_size": draw(st.sampled_from([7, 13])),
-        "num_hidden_layers": draw(st.integers(1, 2)),
+        "intermediate_size": draw(pick(7, 13)),
+        "num_hidden_layers": draw(between(1, 2)),
         "num_attention_heads": heads,
         "num_key_value_heads": keys,
         "max_position_embeddings": context,
-        "tie_word_embeddings": draw(st.booleans()),
-        "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5, 0.02])),
-        **draw(st.sampled_from(_ROPES)),
+        "tie_word_embeddings": draw(EITHER),
+        "rms_norm_eps": draw(pick(1e-6, 1e-5, 0.02)),
+        **draw(_ANY_ROPE),
         "initializer_range": 0.4,
         "pad_token_id": 0,
     }
@@ -59,19 +62,19 @@ def llama_configs(draw: st.DrawFn, *, vocab_size: int | None = None, context: in
 @st.composite
 def gpt2_configs(draw: st.DrawFn, *, vocab_size: int | None = None, context: int = 24) -> Config:
     """Configs of tiny GPT-2s: weights stored the other way round, learned positions, biases, perhaps dropout."""
-    heads = draw(st.sampled_from([3, 5, 6, 7]))
-    width = heads * draw(st.sampled_from([2, 3]))
-    dropout = draw(st.sampled_from([0.0, 0.1]))
+    heads = draw(pick(3, 5, 6, 7))
+    width = heads * draw(pick(2, 3))
+    dropout = draw(pick(0.0, 0.1))
     return {
         "model_type": "gpt2",
         "vocab_size": draw(_vocabularies(vocab_size)),
         "n_embd": width,
-        "n_inner": draw(st.sampled_from([None, 13])),
+        "n_inner": draw(pick(None, 13)),
         "n_head": heads,
-        "n_layer": draw(st.integers(1, 2)),
+        "n_layer": draw(between(1, 2)),
         "n_positions": context,
-        "tie_word_embeddings": draw(st.sampled_from([True, True, False])),
-        "layer_norm_epsilon": draw(st.sampled_from([1e-5, 0.02])),
+        "tie_word_embeddings": draw(_MOSTLY_TIED),
+        "layer_norm_epsilon": draw(pick(1e-5, 0.02)),
         "resid_pdrop": dropout,
         "embd_pdrop": dropout,
         "attn_pdrop": dropout,

@@ -2,7 +2,7 @@
 
 | profile    | cases a law | seeds         | failures are kept   | for                                              |
 |------------|-------------|---------------|---------------------|--------------------------------------------------|
-| `fast`     | 30          | of the law    | no, they come again | work and pushes: the same cases on every machine |
+| `fast`     | 24          | of the law    | no, they come again | work and pushes: the same cases on every machine |
 | `ci`       | 100         | new each run  | `.hypothesis`       | one job of each push                             |
 | `slow`     | 1,000       | new each run  | `.hypothesis`       | every night; minutes                             |
 | `thorough` | 5,000       | new each run  | `.hypothesis`       | before a release; an hour or more                |
@@ -37,7 +37,7 @@ SHRINK_SECONDS = 30
 
 _BRIEFLY = tuple(phase for phase in Phase if phase is not Phase.explain)
 _PROFILES: dict[str, dict[str, Any]] = {
-    "fast": {"max_examples": 30, "stateful_step_count": 15, "derandomize": True, "phases": _BRIEFLY},
+    "fast": {"max_examples": 24, "stateful_step_count": 15, "derandomize": True, "phases": _BRIEFLY},
     "ci": {"max_examples": 100, "stateful_step_count": 20, "phases": _BRIEFLY},
     "slow": {"max_examples": 1_000, "stateful_step_count": 50},
     "thorough": {"max_examples": 5_000, "stateful_step_count": 100},

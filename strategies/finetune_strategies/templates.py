@@ -7,12 +7,14 @@ and, apart from it, the text that the Jinja must come to, with a mark at what th
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 from hypothesis import strategies as st
 
 from finetune.records import Conversation, Message
 from finetune_strategies.conversations import conversations
+from finetune_strategies.picks import pick
 
 EOS = "</s>"
 BOS = "<s>"
@@ -182,6 +184,7 @@ def _prelude(shape: TemplateShape) -> list[str]:
     ]  # fmt: skip
 
 
+@cache
 def template_shapes() -> st.SearchStrategy[TemplateShape]:
     """Ways to write a conversation, from which a model can be trained."""
     return st.builds(
@@ -201,11 +204,14 @@ def template_shapes() -> st.SearchStrategy[TemplateShape]:
     )
 
 
+_CONVERSATIONS = conversations(inputs=False)
+
+
 @st.composite
 def templates_with_conversations(draw: st.DrawFn) -> TemplateCase:
     """A sound template, a conversation of roles that it takes, and the text that it must make of it."""
     shape = draw(template_shapes())
-    conversation = draw(conversations(inputs=False))
+    conversation = draw(_CONVERSATIONS)
     if shape.system == "refused" and conversation.messages[0].role == "system":
         conversation = replace(conversation, messages=conversation.messages[1:])
     return TemplateCase(write_jinja(shape), conversation, shape.written_out(conversation), shape)
@@ -222,29 +228,32 @@ FAULTS: Mapping[str, str] = {
 """How a template can be unfit for training, and the words of the refusal."""
 
 
+_PLAIN = conversations(inputs=False, contents=st.sampled_from(["ab", "a b", "abc\n", " ab", "été ab"]))
+
+
 @st.composite
 def broken_templates(draw: st.DrawFn) -> BrokenTemplate:
     """A sound template with one fault planted, and a conversation that shows it."""
-    fault = draw(st.sampled_from(list(FAULTS)))
+    fault = draw(pick(*FAULTS))
     shape = draw(template_shapes())
-    conversation = draw(conversations(inputs=False, contents=st.sampled_from(["ab", "a b", "abc\n", " ab", "été ab"])))
+    conversation = draw(_PLAIN)
     turns = [message for message in conversation.messages if message.role != "system"]
     if fault == "asks otherwise":
-        asks = draw(st.sampled_from([shape.opening("assistant") + "<|start|>?", "?", shape.opening("assistant") + "-"]))
+        asks = draw(pick(shape.opening("assistant") + "<|start|>?", "?", shape.opening("assistant") + "-"))
         source = write_jinja(shape, asks=asks)
     elif fault == "loses questions":
         source = write_jinja(shape, skips="user")
     elif fault == "doubles answers":
-        source = write_jinja(shape, answers=draw(st.sampled_from(["{0} + {0}", "{0} ~ '-' ~ {0}"])))
+        source = write_jinja(shape, answers=draw(pick("{0} + {0}", "{0} ~ '-' ~ {0}")))
     elif fault == "rewrites answers":
         rewriting = ["{} | upper", "{} | replace('b', 'c')", "{} ~ ('!' if 'b' in {} else '')", "{}.split('b')[0]"]
-        source = write_jinja(shape, answers=draw(st.sampled_from(rewriting)).replace("{}", "{0}"))
+        source = write_jinja(shape, answers=draw(pick(*rewriting)).replace("{}", "{0}"))
     elif fault == "never ends":
-        stop = draw(st.sampled_from(["", ".", " (over)"]))
+        stop = draw(pick("", ".", " (over)"))
         source = write_jinja(replace(shape, stop=stop, between=f"{stop}\n"))
     else:
         source = write_jinja(replace(shape, system="refused"))
-        turns.insert(0, Message("system", draw(st.sampled_from(["", "ab"]))))
+        turns.insert(0, Message("system", draw(pick("", "ab"))))
     takes_system = shape.system != "refused" and fault != "refuses"
     kept = list(conversation.messages) if takes_system else turns
     return BrokenTemplate(source, replace(conversation, messages=tuple(kept)), fault, FAULTS[fault])

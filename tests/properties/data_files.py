@@ -1,19 +1,19 @@
 """Data files on disk, and what the examples read from them say."""
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from finetune.records import Document
 from finetune_strategies.conversations import Example
+from finetune_strategies.scratch import empty_folder
 
 
 @contextmanager
 def data_file(content: bytes, suffix: str) -> Iterator[Path]:
     """A data file with these bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"data{suffix}"
+    with empty_folder() as folder:
+        path = folder / f"data{suffix}"
         path.write_bytes(content)
         yield path
 

@@ -10,7 +10,7 @@ from finetune_strategies.profiles import examples
 
 
 def drawn(strategy: st.SearchStrategy[Any], *, share: float = 5) -> list[Any]:
-    """So many times a law's values (150 of them), the same ones in every profile and at every run."""
+    """So many times a law's values (120 of them), the same ones in every profile and at every run."""
     found: list[Any] = []
 
     @given(strategy)
@@ -24,4 +24,4 @@ def drawn(strategy: st.SearchStrategy[Any], *, share: float = 5) -> list[Any]:
 
 def simplest(strategy: st.SearchStrategy[Any], wanted: Callable[[Any], bool] = lambda value: True) -> Any:
     """What a failure that needs a `wanted` value is reported with."""
-    return find(strategy, wanted, settings=examples(40, of="fast"))
+    return find(strategy, wanted, settings=examples(50, of="fast"))

@@ -24,7 +24,8 @@ def adapter_of(tmp_path: Path, kind: Any, template: str) -> tuple[Path, Path]:
     (model / "chat_template.jinja").write_text(OWN)
     data = make_data(tmp_path / "rows.jsonl", 4)
     with quick_end():
-        run, _ = fine_tune(settings(model, data, template__name=template), output=tmp_path / "run")
+        briefly = {"training__max_steps": 1, "evaluation__questions": 0}
+        run, _ = fine_tune(settings(model, data, template__name=template, **briefly), output=tmp_path / "run")
     return model, run / "adapter"
 
 

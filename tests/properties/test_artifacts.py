@@ -24,6 +24,7 @@ from finetune.artifacts.write import describe_files, write_folder, write_json, w
 from finetune.errors import OutputError, StorageError
 from finetune.events import CheckpointSaved, FixedLoss, HeldOutLoss, RunJudged, RunStarted, StepDone
 from finetune_strategies.profiles import examples
+from finetune_strategies.scratch import empty_folder
 from properties.disks import everything_below, full_after, read_only_folder
 
 BIG = "ä" * 40_000
@@ -78,8 +79,8 @@ def test_write_text_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
 @examples(2 / 3)
 def test_write_text_is_read_back(text: str) -> None:
     """What is read back is the text, line ends and all, on any system."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "text"
+    with empty_folder() as folder:
+        path = folder / "text"
         write_text(path, text)
         assert path.read_bytes() == text.encode()
 

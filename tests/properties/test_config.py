@@ -255,7 +255,7 @@ def test_none_is_not_the_word_none(key: str) -> None:
         (b"backend: \xff", "config.yaml", "UTF-8"),
         ("training: {seed: !!int abc}", "config.yaml", "cannot be read"),
         ("training: {seed: " + "9" * 5000 + "}", "config.yaml", "cannot be read"),
-        ("[" * 5000, "config.yaml", "cannot be read"),
+        ("[" * 1000, "config.yaml", "cannot be read"),
         ("a: 1\n---\nb: 2", ":2:1", "another document"),
     ],
 )
@@ -327,17 +327,8 @@ def test_shown_values_are_short(value: object) -> None:
     assert len(problem.what.partition("; it is ")[2]) <= 80
 
 
-def run_python(code: str) -> str:
-    """What a fresh interpreter prints."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-def test_yaml_of_everybody_else_is_left_alone() -> None:
-    """Importing and loading change nothing in PyYAML for everybody else."""
-    code = """
-import datetime, yaml
+ALONE = """
+import datetime, sys, yaml
 def state():
     tables = ("yaml_implicit_resolvers", "yaml_constructors", "yaml_representers", "yaml_multi_representers")
     kinds = [yaml.Loader, yaml.FullLoader, yaml.SafeLoader, yaml.Dumper, yaml.SafeDumper]
@@ -345,18 +336,30 @@ def state():
             for kind in kinds for table in tables if hasattr(kind, table)]
 before = state()
 from finetune.config import Plan, TrainingConfig, KEYS, dump_plan, parse_assignments
+heavy = "numpy torch transformers peft mlx datasets pandas pyarrow"
+print([name for name in heavy.split() if name in sys.modules])
 parse_assignments(["training.seed=2024-01-01"])
 dump_plan(Plan(TrainingConfig(), dict.fromkeys(KEYS, "default")))
 print(state() == before, yaml.safe_load("2024-01-01") == datetime.date(2024, 1, 1), len(before))
 """
-    assert run_python(code) == "True True 12"
 
 
-def test_import_is_light() -> None:
+@pytest.fixture(scope="module")
+def told_alone() -> list[str]:
+    """What a fresh interpreter prints that imports and uses the room."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", ALONE], env=env, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_yaml_of_everybody_else_is_left_alone(told_alone: list[str]) -> None:
+    """Importing and loading change nothing in PyYAML for everybody else."""
+    assert told_alone[1:] == ["True True 12"]
+
+
+def test_import_is_light(told_alone: list[str]) -> None:
     """Importing the room loads no numerical or machine-learning library."""
-    heavy = "numpy torch transformers peft mlx datasets pandas pyarrow"
-    code = f"import sys, finetune.config; print([name for name in {heavy!r}.split() if name in sys.modules])"
-    assert run_python(code) == "[]"
+    assert told_alone[0] == "[]"
 
 
 def test_template_by_its_short_name_is_text_as_it_is_typed() -> None:

@@ -211,7 +211,7 @@ def right_answer(fact: Fact) -> str:
     return str(2 * numbers[2] - numbers[1])
 
 
-@pytest.mark.parametrize("size", [0, 1, 2, 12, 48, 100, 110, 10_000])
+@pytest.mark.parametrize("size", [0, 1, 2, 12, 48, 100, 110, 3_000])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_facts_are_new_true_and_balanced(size: int, seed: int) -> None:
     """Any number of facts: each question once, none known to the base, every answer right, the kinds even."""

@@ -18,7 +18,7 @@ from properties.workplace import QUICK, make_data, make_model, quick_end
 
 BASE: dict[str, Any] = {
     **QUICK, "model.path": "MODEL", "data.train": "TRAIN", "data.valid": "VALID",
-    "data.rehearsal": "KNOWN", "data.retention": "KNOWN",
+    "data.rehearsal": "KNOWN", "data.retention": "KNOWN", "evaluation.questions": 2, "evaluation.max_new_tokens": 2,
 }  # fmt: skip
 
 
@@ -42,7 +42,7 @@ CHANGES: dict[str, Change] = {
     "data.valid_fraction": Change(0.5, {"data.valid": None}),
     "data.rehearsal": Change("VALID"),
     "data.retention": Change("VALID"),
-    "data.limit": Change(5),
+    "data.limit": Change(4),
     "template.name": Change("alpaca"),
     "tokens.max_length": Change(40),
     "tokens.overlong": Change("truncate_prompt", {"tokens.max_length": 40}),
@@ -74,7 +74,7 @@ CHANGES: dict[str, Change] = {
     "training.stop_after": Change(1, RISING),
     "training.stop_margin": Change(9.0, {"training.stop_after": 2, "training.evaluate_every": 1}),
     "training.keep": Change("best", RISING),
-    "evaluation.questions": Change(2),
+    "evaluation.questions": Change(1),
     "evaluation.retention_questions": Change(2),
     "evaluation.max_new_tokens": Change(5),
     "judge.sham": Change("always"),
@@ -96,7 +96,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("knobs")
     for number, name in enumerate(("MODEL", "OTHER")):
         make_model(folder / name, kind=KINDS[number], seed=number)
-    for name, count in (("TRAIN", 11), ("VALID", 4), ("KNOWN", 5)):
+    for name, count in (("TRAIN", 5), ("VALID", 2), ("KNOWN", 3)):
         make_data(folder / f"{name}.jsonl", count)
     return {name: str(next(folder.glob(f"{name}*"))) for name in ("MODEL", "OTHER", "TRAIN", "VALID", "KNOWN")} | {
         "CACHE": str(folder / "CACHE")

@@ -2,7 +2,6 @@
 
 import json
 import struct
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from finetune.models.locate import SHIPPED, SHIPPED_FOLDER, locate_model
 from finetune.models.shape import read_shape, read_tensor_shapes, weight_files
 from finetune.records import AdapterTarget, ModelShape
 from finetune_strategies.profiles import examples
+from finetune_strategies.scratch import empty_folder
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -64,8 +64,8 @@ def write_index(folder: Path, names: Any) -> None:
 @contextmanager
 def model(**how: Any) -> Iterator[Path]:
     """A model folder that goes away again."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield write_model(Path(folder) / "model", **how)
+    with empty_folder() as folder:
+        yield write_model(folder / "model", **how)
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -94,22 +96,35 @@ class Page(HTMLParser):
         return [value for _, attribute, value in self.attributes if attribute == name]
 
 
+@cache
+def page_of_one() -> str:
+    """The page of one complete run; it is drawn once for all laws that only look at it."""
+    return render_html([sample_run()])
+
+
+@cache
+def page_of_three() -> str:
+    """The page of two runs that are alike and of one without losses and scores, side by side."""
+    return render_html([sample_run(), sample_run(), sample_run(id="another-run", losses={}, scores=None)])
+
+
 def test_page_shows_hostile_text_inertly() -> None:
     """Whatever a model, a row or a path says, the page shows it letter for letter and gains no element by it."""
-    plain_tags = Page(render_html([_quiet("a plain answer")])).tags
+    plain_tags = Page(render_html([_quiet("some", "plain", "words", "here")])).tags
 
-    @examples(1 / 2)
-    @given(text=TEXTS)
-    @example(text=HOSTILE[0])
-    @example(text=HOSTILE[3])
-    @example(text=HOSTILE[7])
-    def check(text: str) -> None:
-        page = Page(render_html([_quiet(text)]))
+    @examples(1 / 5)
+    @given(texts=st.lists(TEXTS, min_size=4, max_size=4))
+    @example(texts=HOSTILE[0:4])
+    @example(texts=HOSTILE[4:8])
+    @example(texts=HOSTILE[8:12])
+    def check(texts: Sequence[str]) -> None:
+        page = Page(render_html([_quiet(*texts)]))
         assert page.tags == plain_tags
         assert page.tags["script"] == 1
         assert not [name for _, name, _ in page.attributes if name.startswith("on")]
-        assert page.texts == [text] * 4  # question, expected, before, after
+        assert page.texts == list(texts)  # question, expected, before, after
 
+    assert len(HOSTILE) == 12
     check()
 
 
@@ -139,7 +154,7 @@ def test_criterion_is_as_good_as_its_worst_verdict(data: st.DataObject) -> None:
 def test_page_and_terminal_name_every_outcome() -> None:
     """Every outcome is said in words, and so are its measured and allowed values, on the page and in the terminal."""
     run = sample_run()
-    page, printed = " ".join(Page(render_html([run])).prose.split()), " ".join(_printed(run).split())
+    page, printed = " ".join(Page(page_of_one()).prose.split()), " ".join(_printed(run).split())
     assert len(run["verdicts"]) == 8
     for word in OUTCOMES:
         assert word in page
@@ -147,26 +162,31 @@ def test_page_and_terminal_name_every_outcome() -> None:
     for verdict in run["verdicts"]:
         for said in (verdict["title"], verdict["measured"], verdict["allowed"], verdict["reason"]):
             assert said in page
-    assert "No judge spoke" in Page(render_html([sample_run(verdicts=[])])).prose
+    without = sample_run(verdicts=[], losses={}, scores=None, memory=None)
+    assert "No judge spoke" in Page(render_html([without])).prose
 
 
-@pytest.mark.parametrize(
-    ("section", "emptied", "gone", "why"),
-    [
-        ("scores", None, {"scores"}, "the model was not questioned before and after"),
-        ("memory", None, {"memory"}, "were not run in fresh processes"),
-        ("losses", {}, {"loss", "rate"}, "the run recorded no optimizer step"),
-        ("data", None, set(), "run.json holds no row counts"),
-        ("plan", [], set(), "run.json holds no plan"),
-        ("timing", {}, set(), "run.json holds no timing"),
-    ],
-)
-def test_missing_section_says_why(section: str, emptied: object, gone: set[str], why: str) -> None:
-    """What was not recorded is said in a sentence, and no empty chart stands in for it."""
-    page = Page(render_html([sample_run(**{section: emptied})]))
+MISSING: dict[str, tuple[Any, set[str], str]] = {
+    "scores": (None, {"scores"}, "the model was not questioned before and after"),
+    "memory": (None, {"memory"}, "were not run in fresh processes"),
+    "losses": ({}, {"loss", "rate"}, "the run recorded no optimizer step"),
+    "data": (None, set(), "run.json holds no row counts"),
+    "plan": ([], set(), "run.json holds no plan"),
+    "timing": ({}, set(), "run.json holds no timing"),
+}
+"""What a run can lack: how it does, the charts that go with it, and what the page then says."""
+
+
+@pytest.mark.parametrize("sections", [("scores", "plan", "timing"), ("memory", "losses", "data")])
+def test_missing_section_says_why(sections: tuple[str, ...]) -> None:
+    """What was not recorded is said in a sentence, all else is shown, and no empty chart stands in for it."""
+    page = Page(render_html([sample_run(**{section: MISSING[section][0] for section in sections})]))
+    gone = set().union(*(MISSING[section][1] for section in sections))
     assert set(page.values("data-chart")) == set(CHARTS) - gone
     assert set(page.values("data-absent")) == gone
-    assert why in page.prose
+    assert [section for section in MISSING if MISSING[section][2] in page.prose] == [
+        section for section in MISSING if section in sections
+    ]
 
 
 def test_empty_run_is_a_page_without_a_number() -> None:
@@ -181,7 +201,7 @@ def test_empty_run_is_a_page_without_a_number() -> None:
 
 def test_page_of_the_same_run_is_the_same_bytes() -> None:
     """The same run gives the same page, here, again, and in a fresh process with another hash seed."""
-    here = render_html([sample_run()])
+    here = page_of_one()
     assert render_html([sample_run()]) == here
     script = (
         "import hashlib; from finetune.report import render_html; from properties.sample_run import sample_run;"
@@ -199,9 +219,8 @@ def test_page_of_the_same_run_is_the_same_bytes() -> None:
 
 def test_charts_have_no_colour_of_their_own() -> None:
     """Every mark, line and letter of a chart takes its colour from the page, so that it follows the theme."""
-    page = render_html([sample_run(), sample_run()])
-    drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    assert len(drawings) == 2 * len(CHARTS) + 1
+    drawings = re.findall(r"<svg.*?</svg>", page_of_three(), flags=re.DOTALL)
+    assert len(drawings) == 2 * len(CHARTS) + 2  # one of the third run, and the comparison
     for drawing in drawings:
         assert not re.search(r"#[0-9a-fA-F]{3,8}\b[;\"]|rgba?\(|\bblack\b", drawing)
         shown = re.sub(r"<clipPath.*?</clipPath>|<defs>.*?</defs>", "", drawing, flags=re.DOTALL)
@@ -213,7 +232,7 @@ def test_charts_have_no_colour_of_their_own() -> None:
 
 def test_page_ids_are_unique_and_references_resolve() -> None:
     """No id occurs twice on a page of several runs, and every reference into the page finds its target."""
-    page = Page(render_html([sample_run(), sample_run(), sample_run(scores=None)]))
+    page = Page(page_of_three())
     ids = page.values("id")
     assert len(ids) > 300
     assert len(set(ids)) == len(ids)
@@ -226,7 +245,7 @@ def test_page_ids_are_unique_and_references_resolve() -> None:
 
 def test_page_needs_nothing_from_outside() -> None:
     """The page names no address to load from, and its policy forbids one."""
-    page = render_html([sample_run(), sample_run()])
+    page = page_of_three()
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
     assert f'content="{policy}"' in page
     assert not re.search(r"https?:|@import|\bsrc=", page)
@@ -234,27 +253,43 @@ def test_page_needs_nothing_from_outside() -> None:
 
 
 def test_page_compares_several_runs_and_only_several() -> None:
-    """Two runs are shown side by side before each one's own section; one run is not compared with itself."""
-    one, two = render_html([sample_run()]), render_html([sample_run(), sample_run(id="another-run", losses={})])
+    """Runs are shown side by side before each one's own section; one run is not compared with itself."""
+    one, several = page_of_one(), page_of_three()
     assert "side by side" not in Page(one).prose.replace("answers side by side", "")
     assert "comparison" not in Page(one).values("data-chart")
-    assert "comparison" in Page(two).values("data-chart")
-    assert two.index('aria-label="Comparison"') < two.index("<article")
-    assert two.count("<article") == 2
+    assert "comparison" in Page(several).values("data-chart")
+    assert several.index('aria-label="Comparison"') < several.index("<article")
+    assert several.count("<article") == 3
     with pytest.raises(UsageError):
         render_html([])
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+NOT_FINITE = (math.nan, math.inf, -math.inf)
+
+
+@pytest.mark.parametrize("bad", NOT_FINITE)
 def test_report_is_strict_json_and_tells_what_was_not_finite(bad: float) -> None:
     """A loss that is not finite never makes report.json unreadable, and is never passed over in silence."""
-    losses = sample_run()["losses"]
-    losses["train"][3] = {**losses["train"][3], "loss": bad}
     plan = [{"key": "training.weight_decay", "value": bad, "origin": "file"}]
-    report = build_report(sample_run(losses=losses, throughput={"tokens_per_second": bad}, plan=plan))
+    report = build_report(sample_run(losses=_losses(bad), throughput={"tokens_per_second": bad}, plan=plan))
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert any("not a finite number" in note and "step 4" in note for note in report["notes"])
-    assert "not a finite number" in render_html([sample_run(losses=losses)])
+
+
+def test_page_tells_what_was_not_finite() -> None:
+    """A page whose losses are not all finite is drawn without those, and says how many they are and where."""
+    page = Page(render_html([sample_run(losses=_losses(*NOT_FINITE), scores=None, memory=None)]))
+    assert "not a finite number at 3 step(s), first at step 4" in page.prose
+    assert not re.search(r"\b(nan|inf)\b", page.prose)
+    assert {"loss", "rate"} <= set(page.values("data-chart"))
+
+
+def _losses(*bad: float) -> dict[str, Any]:
+    """The losses of a healthy run, but for these from the fourth step on."""
+    losses: dict[str, Any] = sample_run()["losses"]
+    for step, loss in enumerate(bad, start=3):
+        losses["train"][step] = {**losses["train"][step], "loss": loss}
+    return losses
 
 
 @given(st.randoms(use_true_random=False))
@@ -307,15 +342,19 @@ def _printed(run: dict[str, Any]) -> str:
     return stream.getvalue()
 
 
-def _quiet(text: str) -> dict[str, Any]:
-    """A run whose every free text is the given one, with one chart to keep it quick."""
-    answer = {"question": text, "expected": text, "given": text, "right": True}
-    model = {"answers": [answer]}
-    run = sample_run(losses={}, memory=None, verdicts=[dict.fromkeys(("title", "measured", "allowed", "reason"), text)])
-    run["verdicts"][0] |= {"criterion": 1, "outcome": "holds"}
-    run["scores"] = {"learning": {"base": model, "tuned": model, "sham": None}, "retention": None}
+def _quiet(*texts: str) -> dict[str, Any]:
+    """A run with one chart: its only answer is made of four texts, or of one four times, and all else says them all."""
+    question, expected, before, after = (texts * 4)[:4]
+    base, tuned = (
+        {"answers": [{"question": question, "expected": expected, "given": given, "right": True}]}
+        for given in (before, after)
+    )
+    every = " ".join(texts)
+    verdict = dict.fromkeys(("title", "measured", "allowed", "reason"), every) | {"criterion": 1, "outcome": "holds"}
+    scores = {"learning": {"base": base, "tuned": tuned, "sham": None}, "retention": None}
     return {
-        **run, "id": text, "command": text, "notes": [text], "started": text, "status": text,
-        "model": {"name": text, "files": [{"path": text, "sha256": text, "bytes": 3}]},
-        "plan": [{"key": text, "value": [text], "origin": text}],
+        **sample_run(losses={}, memory=None, verdicts=[verdict], scores=scores),
+        **dict.fromkeys(("id", "command", "started", "status"), every), "notes": list(texts),
+        "model": {"name": every, "files": [{"path": text, "sha256": every, "bytes": 3} for text in texts]},
+        "plan": [{"key": text, "value": [text], "origin": every} for text in texts],
     }  # fmt: skip

@@ -5,7 +5,6 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -64,6 +63,7 @@ from finetune_strategies.faults import (
 from finetune_strategies.models import Config, gpt2_configs, llama_configs, model_configs, shape_of_config
 from finetune_strategies.profiles import examples
 from finetune_strategies.registration import STRATEGIES, strategy_for
+from finetune_strategies.scratch import empty_folder
 from properties.drawing import drawn, simplest
 
 SIZES = {"a.bin": 7, "b.bin": 1, "empty": 0}
@@ -99,10 +99,10 @@ CORNERS: dict[str, tuple[st.SearchStrategy[Any], Corners]] = {
         "key heads shared": (lambda c: c["num_key_value_heads"] < c["num_attention_heads"], 39),
         "more than one key head, shared": (lambda c: 1 < c["num_key_value_heads"] < c["num_attention_heads"], 16),
         "each head its own": (lambda c: c["num_key_value_heads"] == c["num_attention_heads"], 14),
-        "no power of two heads": (lambda c: c["num_attention_heads"] & (c["num_attention_heads"] - 1) > 0, 150),
+        "no power of two heads": (lambda c: c["num_attention_heads"] & (c["num_attention_heads"] - 1) > 0, 120),
         "heads do not fill the width": (lambda c: head_width(c) * c["num_attention_heads"] != c["hidden_size"], 49),
         "heads fill the width": (lambda c: head_width(c) * c["num_attention_heads"] == c["hidden_size"], 4),
-        "vocabulary no multiple of 64": (lambda c: c["vocab_size"] % 64 > 0, 150),
+        "vocabulary no multiple of 64": (lambda c: c["vocab_size"] % 64 > 0, 120),
         "tied": (lambda c: c["tie_word_embeddings"], 30),
         "untied": (lambda c: not c["tie_word_embeddings"], 23),
         "another epsilon": (lambda c: c["rms_norm_eps"] == 0.02, 18),
@@ -115,15 +115,15 @@ CORNERS: dict[str, tuple[st.SearchStrategy[Any], Corners]] = {
         "inner size as usual": (lambda c: c["n_inner"] is None, 27),
         "dropout": (lambda c: c["resid_pdrop"] > 0, 28),
         "untied": (lambda c: not c["tie_word_embeddings"], 16),
-        "no power of two heads": (lambda c: c["n_head"] & (c["n_head"] - 1) > 0, 150),
-        "width is no multiple of 8": (lambda c: c["n_embd"] % 8 > 0, 150),
+        "no power of two heads": (lambda c: c["n_head"] & (c["n_head"] - 1) > 0, 120),
+        "width is no multiple of 8": (lambda c: c["n_embd"] % 8 > 0, 120),
     }),
     "adapted_models": (adapted_models(), {
         "llama": (lambda m: m.config["model_type"] == "llama", 25),
         "gpt2": (lambda m: m.config["model_type"] == "gpt2", 28),
         "rank 1": (lambda m: m.target.rank == 1, 3),
         "rank that does not divide": (lambda m: not divides_all(m), 49),
-        "scale is not 1": (lambda m: m.target.alpha != m.target.rank, 150),
+        "scale is not 1": (lambda m: m.target.alpha != m.target.rank, 120),
         "scale below 1": (lambda m: m.target.alpha < m.target.rank, 16),
         "dropout": (lambda m: m.target.dropout > 0, 27),
         "no dropout": (lambda m: m.target.dropout == 0, 25),
@@ -177,7 +177,7 @@ CORNERS: dict[str, tuple[st.SearchStrategy[Any], Corners]] = {
 
 @pytest.mark.parametrize("name", CORNERS)
 def test_strategy_reaches_every_corner(name: str) -> None:
-    """Of 150 values, the same at every run, at least the stated number lies in each corner."""
+    """Of 120 values, the same at every run, at least the stated number lies in each corner."""
     strategy, corners = CORNERS[name]
     values = drawn(strategy)
     counts = {corner: sum(map(wanted, values)) for corner, (wanted, _) in corners.items()}
@@ -194,9 +194,9 @@ def test_strategy_corners_are_all_looked_for() -> None:
 @examples(1 / 2)
 def test_model_shape_is_what_the_files_hold(config: Config) -> None:
     """The shape counted by hand from a config is what a model made from it has in its files."""
-    with tempfile.TemporaryDirectory() as folder:
-        open_backend("reference").create(config, Path(folder), 0)
-        assert read_shape(Path(folder)) == shape_of_config(config)
+    with empty_folder() as folder:
+        open_backend("reference").create(config, folder, 0)
+        assert read_shape(folder) == shape_of_config(config)
 
 
 @given(adapted_models())
@@ -232,8 +232,8 @@ def test_adapter_unfit_is_refused_for_its_reason(unfit: UnfitAdapter) -> None:
 def test_data_set_rows_ask_and_answer_in_every_shape(data: DataSet) -> None:
     """The facts of any seed and size, written in any shape of row, are read back as they were."""
     facts = new_facts(data.size, data.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.jsonl"
+    with empty_folder() as folder:
+        path = folder / "rows.jsonl"
         path.write_bytes(as_jsonl([row_of(fact.question, fact.answer, data.row_shape) for fact in facts]))
         shaped = shape_rows(read_rows(path))
     assert shaped.shapes == {data.row_shape: data.size}
@@ -247,8 +247,8 @@ def test_data_set_rows_ask_and_answer_in_every_shape(data: DataSet) -> None:
 @given(st.data())
 def test_fault_is_found_in_a_checkpoint(data: st.DataObject) -> None:
     """Whatever happens to a file of a saved checkpoint, it is refused or no longer exists; nothing else has changed."""
-    with tempfile.TemporaryDirectory() as name:
-        store = CheckpointStore(Path(name) / "checkpoints")
+    with empty_folder() as place:
+        store = CheckpointStore(place / "checkpoints")
         folder = store.save(3, _write_state, Owner({"plan": "x"}, {}))
         before = {path: (folder / path).read_bytes() for path in sizes_below(folder)}
         fault = data.draw(file_faults(sizes_below(folder)), label="fault")
@@ -337,7 +337,7 @@ def test_type_of_ours_has_its_strategy(home: tuple[str, str]) -> None:
     assert len(STRATEGIES) == 15
     kind = getattr(__import__(home[0], fromlist=["x"]), home[1])
     assert strategy_for(int) is None
-    values = drawn(st.from_type(kind), share=0.5)
+    values = drawn(st.from_type(kind), share=5 / 8)
     assert {type(value) for value in values} == {kind}
     assert len({repr(value) for value in values}) >= 6
 
@@ -352,13 +352,14 @@ def test_type_of_a_configuration_is_drawn_from_the_table_of_settings() -> None:
 DRAW = """
 from hypothesis import given, settings, strategies as st
 from finetune import TrainingConfig
-found = []
-@given(st.from_type(TrainingConfig))
-@settings(database=None)
-def draw(config):
-    found.append(config)
-draw()
-assert sum(config != TrainingConfig() for config in found) > 50, found
+def knows_it():
+    found = []
+    @given(st.from_type(TrainingConfig))
+    @settings(database=None, max_examples=20)
+    def draw(config):
+        found.append(config)
+    draw()
+    return sum(config != TrainingConfig() for config in found) > 10
 """
 IMPORT_ALONE = """
 import sys, hypothesis, hypothesis.strategies
@@ -367,22 +368,21 @@ assert not loaded & {"pydantic", "numpy", "tokenizers", "yaml", "finetune"}, loa
 """
 NO_LATE_LOOKUP = """
 from types import SimpleNamespace
+assert not knows_it()
 from finetune_strategies import registration
 registration.types = SimpleNamespace()
 registration.register()
+assert knows_it()
 """
 
 
 def test_type_of_ours_is_known_after_importing_hypothesis_alone() -> None:
     """In a fresh process `import hypothesis` loads nothing of ours that is heavy, and yet knows our types."""
     assert "finetune_strategies.registration:register" in {entry.value for entry in entry_points(group="hypothesis")}
-    subprocess.run([sys.executable, "-c", IMPORT_ALONE + DRAW], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", IMPORT_ALONE + DRAW + "assert knows_it()"], check=True, timeout=60)
 
 
 def test_type_of_ours_is_known_without_hypothesis_late_lookup() -> None:
     """Should Hypothesis drop the table through which it asks late, our types are registered in its public one."""
     alone = {**os.environ, "HYPOTHESIS_NO_PLUGINS": "1"}
-    subprocess.run([sys.executable, "-c", NO_LATE_LOOKUP + DRAW], check=True, timeout=60, env=alone)
-    assert (
-        subprocess.run([sys.executable, "-c", DRAW], timeout=60, env=alone, stderr=subprocess.DEVNULL).returncode == 1
-    )
+    subprocess.run([sys.executable, "-c", DRAW + NO_LATE_LOOKUP], check=True, timeout=60, env=alone)

@@ -21,7 +21,7 @@ TRAITS = {
     "lines": 20, "list": 10, "one object": 1, "table": 15, "mark": 20, "lf": 10, "crlf": 8, "cr": 4, "blank lines": 4,
     "line end in a cell": 6, "lone carriage return in a cell": 2,
 }  # fmt: skip
-"""What a sound file can be like, and how many of 150 must be."""
+"""What a sound file can be like, and how many of 120 must be."""
 
 
 def names(message: str, word: str) -> bool:
@@ -71,7 +71,7 @@ def test_damaged_file_is_refused_in_every_place(file: DamagedFile) -> None:
 
 
 def test_damaged_files_show_every_damage() -> None:
-    """Each of 24 damages and 6 wrong shapes comes up among 600 and 150 files, at any place up to the twentieth."""
+    """Each of 24 damages and 6 wrong shapes comes up among 480 and 120 files, at any place up to the twentieth."""
     assert (len(DAMAGES), len(MISSHAPES)) == (24, 6)
     damaged, misshapen = drawn(damaged_files(), share=20), drawn(misshapen_files())
     assert {file.damage for file in damaged} == set(DAMAGES)
@@ -83,7 +83,7 @@ def test_damaged_files_show_every_damage() -> None:
 
 
 def test_good_files_show_every_trait() -> None:
-    """Each of 11 traits is that of at least the stated number of 150 files, and a mark is what it says."""
+    """Each of 11 traits is that of at least the stated number of 120 files, and a mark is what it says."""
     files = drawn(good_files())
     counts = Counter(trait for file in files for trait in file.traits)
     assert set(counts) == set(TRAITS)

@@ -31,14 +31,14 @@ VALUES = {
 @pytest.fixture(scope="module")
 def cases() -> list[Any]:
     """What a few laws would see of sound templates."""
-    return drawn(templates_with_conversations(), share=3)
+    return drawn(templates_with_conversations(), share=15 / 4)
 
 
 def test_shapes_reach_every_choice() -> None:
     """Each of the 43 choices of 12 kinds is drawn, and so is each pair of a system's place and a way to write it."""
     assert VALUES.keys() == {field.name for field in fields(TemplateShape)}
     assert sum(VALUES.values()) == 43
-    shapes = drawn(template_shapes(), share=6)
+    shapes = drawn(template_shapes(), share=15 / 2)
     for name, number in VALUES.items():
         assert len({getattr(shape, name) for shape in shapes}) == number, name
     assert len({(shape.system, shape.style) for shape in shapes}) == 12
@@ -97,7 +97,7 @@ def test_failing_template_keeps_one_choice_only(name: str) -> None:
 
 def test_broken_templates_reach_every_fault() -> None:
     """Each of 6 faults is drawn, with its words, and each template differs from the sound one."""
-    found = drawn(broken_templates(), share=2)
+    found = drawn(broken_templates(), share=5 / 2)
     assert {(each.fault, each.says) for each in found} == set(FAULTS.items())
     assert len(FAULTS) == 6
     sound = write_jinja(TemplateShape())
@@ -123,9 +123,9 @@ SIMPLEST = {
 def test_hostile_templates_reach_every_attack() -> None:
     """Each of 11 kinds is drawn where any may be, in at least 6 of 11 places each where it can be put anywhere."""
     assert len(ATTACKS) == 11
-    assert {each.kind for each in drawn(hostile_templates(), share=2)} == set(ATTACKS)
+    assert {each.kind for each in drawn(hostile_templates(), share=3)} == set(ATTACKS)
     for kind in ("hidden attribute", "far method", "far filter", "width", "size", "number"):
-        opened = {each.source.split("(")[0] for each in drawn(hostile_templates(kind), share=0.8)}
+        opened = {each.source.split("(")[0] for each in drawn(hostile_templates(kind), share=1)}
         assert len(opened) >= 6, kind
 
 

@@ -101,7 +101,8 @@ def test_workflow_counts_add_up(
     with TemporaryDirectory() as name, quick_end():
         place = make_data(Path(name) / "rows.jsonl", rows)
         changes = {"batch_size": batch_size, "accumulation": accumulation, "packing": packing, "seed": seed}
-        loaded = settings(model, place, **{f"training__{key}": value for key, value in changes.items()})
+        changed = {f"training__{key}": value for key, value in changes.items()}
+        loaded = settings(model, place, **changed, evaluation__questions=1)
         folder, record = fine_tune(loaded, output=Path(name) / "run")
         events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     counts = record["data"]["train"]
@@ -147,7 +148,7 @@ def demanding(model: Path, data: Path) -> LoadedConfig:
     """A run with everything in it that a resume could forget."""
     changes = {"accumulation": 2, "packing": True, "save_every": 2, "evaluate_every": 3, "batch_size": 1, "epochs": 3.0}
     return settings(
-        model, data, adapter__dropout=0.3, data__valid_fraction=0.2, tokens__max_length=64,
+        model, data, adapter__dropout=0.3, data__valid_fraction=0.2, tokens__max_length=64, evaluation__questions=2,
         **{f"training__{key}": value for key, value in changes.items()},
     )  # fmt: skip
 

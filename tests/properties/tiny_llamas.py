@@ -1,6 +1,7 @@
 """Tiny random Llamas of awkward shapes for the reference backend, and rows for them."""
 
-import tempfile
+import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from finetune.backends import open_backend
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Tokenized
+from finetune_strategies.scratch import empty_folder
 
 VOCAB = 97
 # Three query heads share one key head; 3 x 6 is not the hidden size; no two sides of a matrix are alike.
@@ -26,11 +28,20 @@ def open_model(folder: Path, *, dtype: str = "float32", pad_id: int = 0) -> Any:
     return open_backend("reference").open(ModelLocation("tiny", folder, "local"), dtype, pad_id)
 
 
+@cache
+def _files(config: str) -> dict[str, bytes]:
+    """The files of a new model."""
+    with empty_folder() as folder:
+        open_backend("reference").create(json.loads(config), folder, 5)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def tiny(config: dict[str, Any] = CONFIG, *, pad_id: int = 0) -> Any:
     """A model none of whose weights is round: the gains of its norms are not one, nor its values those of float32."""
-    with tempfile.TemporaryDirectory() as folder:
-        open_backend("reference").create(config, Path(folder), 5)
-        session = open_model(Path(folder), pad_id=pad_id)
+    with empty_folder() as folder:
+        for name, content in _files(json.dumps(config)).items():
+            (folder / name).write_bytes(content)
+        session = open_model(folder, pad_id=pad_id)
     dice = np.random.default_rng(1)
     for weight in session.weights.values():
         weight += dice.normal(0, 0.1, weight.shape)

@@ -1,12 +1,14 @@
 """Shapes of transformers as their files would show them, from a handful of sizes that no two of are alike."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 from hypothesis import strategies as st
 
 from finetune.memory.framework import FRAMEWORKS
 from finetune.memory.load import StepLoad
 from finetune.records import AdapterTarget, LinearLayer, ModelShape
+from finetune_strategies.picks import EITHER, between, pick
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel", "other": "OtherForCausalLM"}
 
@@ -82,36 +84,36 @@ class Job:
 @st.composite
 def sizes(draw: st.DrawFn, kinds: tuple[str, ...] = tuple(ARCHITECTURES)) -> Sizes:
     """Sizes without a common factor; GPT-2's heads are as wide as the model, and each has a key head of its own."""
-    kind = draw(st.sampled_from(kinds))
-    heads, kv_heads = draw(st.sampled_from([(3, 1), (6, 2), (6, 3), (5, 5), (1, 1)]))
-    head_dim = draw(st.sampled_from([2, 4, 10]))
+    kind = draw(pick(*kinds))
+    heads, kv_heads = draw(pick((3, 1), (6, 2), (6, 3), (5, 5), (1, 1)))
+    head_dim = draw(pick(2, 4, 10))
     if kind == "gpt2":
         kv_heads = heads
     return Sizes(
         kind,
-        hidden=heads * head_dim if kind == "gpt2" else draw(st.sampled_from([7, 11, 23, 47])),
-        inner=draw(st.sampled_from([5, 13, 29, 101])),
+        hidden=heads * head_dim if kind == "gpt2" else draw(pick(7, 11, 23, 47)),
+        inner=draw(pick(5, 13, 29, 101)),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        layers=draw(st.integers(1, 4)),
-        vocab=draw(st.sampled_from([3, 61, 997])),
-        tied=draw(st.booleans()),
-        attention_dropout=draw(st.sampled_from([0.0, 0.1])),
-        hidden_dropout=draw(st.sampled_from([0.0, 0.1])),
+        layers=draw(between(1, 4)),
+        vocab=draw(pick(3, 61, 997)),
+        tied=draw(EITHER),
+        attention_dropout=draw(pick(0.0, 0.1)),
+        hidden_dropout=draw(pick(0.0, 0.1)),
     )
 
 
 @st.composite
 def loads(draw: st.DrawFn) -> StepLoad:
     """Batches of a few rows; from one trained token a row to all of them."""
-    rows, length = draw(st.integers(1, 9)), draw(st.integers(2, 50))
+    rows, length = draw(between(1, 9)), draw(between(2, 50))
     return StepLoad(
         rows,
         length,
-        draw(st.integers(rows, rows * (length - 1))),
-        masked=rows > 1 and draw(st.booleans()),
-        accumulation=draw(st.sampled_from([1, 1, 3])),
+        draw(between(rows, rows * (length - 1))),
+        masked=rows > 1 and draw(EITHER),
+        accumulation=draw(pick(1, 1, 3)),
     )
 
 
@@ -119,9 +121,18 @@ def loads(draw: st.DrawFn) -> StepLoad:
 def jobs(draw: st.DrawFn, kinds: tuple[str, ...] = tuple(ARCHITECTURES)) -> Job:
     """Any model, method, format, batch and backend; the reference backend has no dropout in the model itself."""
     model = draw(sizes(kinds))
-    backend = draw(st.sampled_from(sorted(FRAMEWORKS)))
+    backend = draw(pick(*sorted(FRAMEWORKS)))
     if backend == "reference":
         model = replace(model, attention_dropout=0.0, hidden_dropout=0.0)
-    modules = st.lists(st.sampled_from(model.names()), min_size=1, unique=True).map(tuple)
+    target, dtype = draw(_targets(model.names())), draw(pick("float32", "bfloat16"))
+    return Job(model, target, dtype, draw(_LOADS), backend)
+
+
+_LOADS = loads()
+
+
+@cache
+def _targets(names: tuple[str, ...]) -> st.SearchStrategy[AdapterTarget | None]:
+    modules = st.lists(st.sampled_from(names), min_size=1, unique=True).map(tuple)
     target = st.builds(AdapterTarget, st.integers(1, 9), st.just(16.0), st.sampled_from([0.0, 0.1]), modules)
-    return Job(model, draw(st.none() | target), draw(st.sampled_from(["float32", "bfloat16"])), draw(loads()), backend)
+    return st.none() | target

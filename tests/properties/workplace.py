@@ -4,6 +4,8 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +20,7 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 1, "head_dim": 4, "max_position_embeddings": 256, "initializer_range": 0.3,
     "pad_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
+_version = cache(version)
 QUICK: dict[str, Any] = {
     "backend": "reference", "template.name": "chatml", "adapter.rank": 2, "tokens.max_length": 128,
     "training.epochs": 2.0, "training.batch_size": 3, "training.learning_rate": 0.01, "evaluation.max_new_tokens": 3,
@@ -51,9 +54,13 @@ def settings(model: Path, data: Path, **changes: Any) -> LoadedConfig:
 
 @contextmanager
 def quick_end() -> Iterator[None]:
-    """Within this context no fresh process loads the saved adapter and no chart is drawn: both have their own laws."""
+    """Within this context no fresh process loads the saved adapter and no chart is drawn: both have their own laws.
+
+    The versions of libraries are looked up once and for all.
+    """
     with (
         patch("finetune.assembly.observe.check_reload", lambda *given, **named: Reload(8, 10.0, 0.0, 1.0)),
         patch("finetune.pipeline.render_html", lambda runs: f"<title>{runs[0]['id']}</title>"),
+        patch("finetune.assembly.record.version", _version),
     ):
         yield
