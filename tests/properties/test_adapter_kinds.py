@@ -325,8 +325,9 @@ CORNERS = {
 
 
 def test_strategy_of_kinds_reaches_its_corners() -> None:
-    """Among 150 adapters of any kind each of the ten corners is met several times."""
-    models = drawn(varied_models())
+    """Among 240 adapters of any kind each of the ten corners is met several times."""
+    models = drawn(varied_models(), share=10)
+    assert len(models) == 240
     counts = {name: sum(map(wanted, models)) for name, wanted in CORNERS.items()}
     assert len(counts) == 10
     assert {name: count for name, count in counts.items() if count < 5} == {}
