@@ -30,7 +30,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 def tell(name, number):
     with open(f"told-{name}", "a") as file:
         print(number, file=file)
-    assert number < 2**60
+    assert number < 1000
 @pytest.mark.parametrize("word", ["it's; a 'b'", "$HOME *"])
 @given(number=st.integers(0, 2**64))
 def test_number(word, number):
