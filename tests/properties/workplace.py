@@ -13,6 +13,7 @@ from unittest.mock import patch
 from finetune.backends import open_backend
 from finetune.config import LoadedConfig, load_config
 from finetune.records import Reload
+from finetune.templates.sandbox import compile_template
 from finetune_strategies.tokenizers import KINDS, TokenizerKind, tokenizer_folder
 
 LLAMA: dict[str, Any] = {
@@ -20,7 +21,7 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 1, "head_dim": 4, "max_position_embeddings": 256, "initializer_range": 0.3,
     "pad_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
-_version = cache(version)
+_version, _compiled = cache(version), cache(compile_template)
 QUICK: dict[str, Any] = {
     "backend": "reference", "template.name": "chatml", "adapter.rank": 2, "tokens.max_length": 128,
     "training.epochs": 2.0, "training.batch_size": 3, "training.learning_rate": 0.01, "evaluation.max_new_tokens": 3,
@@ -56,11 +57,12 @@ def settings(model: Path, data: Path, **changes: Any) -> LoadedConfig:
 def quick_end() -> Iterator[None]:
     """Within this context no fresh process loads the saved adapter and no chart is drawn: both have their own laws.
 
-    The versions of libraries are looked up once and for all.
+    What is the same for all runs is made once: the versions of libraries, and a template's Python.
     """
     with (
         patch("finetune.assembly.observe.check_reload", lambda *given, **named: Reload(8, 10.0, 0.0, 1.0)),
         patch("finetune.pipeline.render_html", lambda runs: f"<title>{runs[0]['id']}</title>"),
         patch("finetune.assembly.record.version", _version),
+        patch("finetune.templates.render.compile_template", _compiled),
     ):
         yield
