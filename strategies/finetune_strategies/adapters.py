@@ -79,11 +79,11 @@ def varied_targets(
     sides = {key: min(min(layer.shape) for layer in layers if fits(key, layer.name)) for key in ranks}
     return replace(
         plain,
-        kind=draw(st.sampled_from(["dora", "lora"])),
-        scaling=draw(st.sampled_from(["rank_stabilized", "standard"])),
-        rank_pattern={key: draw(st.integers(1, most)) for key, most in sides.items()},
-        alpha_pattern={key: draw(st.sampled_from([5.0, 0.3, 12.0])) for key in alphas},
-        saved=tuple(draw(st.lists(st.sampled_from(_whole_modules(shape, layers)), max_size=2, unique=True))),
+        kind=draw(pick("dora", "lora")),
+        scaling=draw(pick("rank_stabilized", "standard")),
+        rank_pattern={key: draw(between(1, most)) for key, most in sides.items()},
+        alpha_pattern={key: draw(pick(5.0, 0.3, 12.0)) for key in alphas},
+        saved=tuple(draw(_some_of(2, *_whole_modules(shape, layers)))),
     )
 
 
@@ -103,13 +103,18 @@ def _patterns(draw: st.DrawFn, layers: tuple[LinearLayer, ...]) -> list[str]:
     short = [_short(layer) for layer in layers]
     ends = [".".join(layer.name.split(".")[-3:]) for layer in layers]
     regular = [rf"{name[:2]}.*" for name in short] + [rf".*\.0\..*\.{name}|x{name}" for name in short]
-    given = draw(st.lists(st.sampled_from(list(dict.fromkeys([*short, *ends, *regular]))), max_size=3, unique=True))
+    given = draw(_some_of(3, *dict.fromkeys([*short, *ends, *regular])))
     kept, left = [], [layer.name for layer in layers]
     for key in given:
         if any(fits(key, path) for path in left):
             kept.append(key)
             left = [path for path in left if not fits(key, path)]
     return kept
+
+
+@cache
+def _some_of(most: int, *names: str) -> st.SearchStrategy[list[str]]:
+    return st.lists(st.sampled_from(names), max_size=most, unique=True)
 
 
 def _whole_modules(shape: ModelShape, layers: tuple[LinearLayer, ...]) -> list[str]:

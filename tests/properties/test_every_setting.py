@@ -86,7 +86,7 @@ CHANGES: dict[str, Change] = {
     "tracking.name": Change("another", {"tracking.to": ["tensorboard"]}),
     "backend": Change("mlx"),
 }
-_ALWAYS_NEW = ("id", "started", "command", "plan", "timing", "throughput", "peak_rss_bytes", "machine")
+_ALWAYS_NEW = ("id", "started", "command", "plan", "notes", "timing", "throughput", "peak_rss_bytes", "machine")
 """What differs from run to run, or repeats the settings themselves: no proof that a setting does anything."""
 
 

@@ -179,7 +179,7 @@ WORKER = [sys.executable, "-m", command.WORKER]
 
 @pytest.mark.parametrize(
     ("arguments", "state", "code"),
-    [(["schema"], "done", 0), (["train", "--model", "./nowhere", "--backend", "reference"], "failed", 3),
+    [(["--version"], "done", 0), (["train", "--model", "./nowhere", "--backend", "reference"], "failed", 3),
      (["train", "--nonsense"], "failed", 2)],
 )  # fmt: skip
 def test_worker_notes_how_it_ended(arguments: list[str], state: str, code: int, tmp_path: Path) -> None:

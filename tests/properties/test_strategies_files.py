@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from finetune.data.read import read_rows
 from finetune.data.shape import shape_rows
 from finetune.errors import DataError
-from finetune_strategies.damaged_files import DAMAGES, MISSHAPES, DamagedFile, damaged_files, misshapen_files
+from finetune_strategies.damaged_files import (
+    BROKEN_LINES,
+    DAMAGES,
+    MISSHAPES,
+    DamagedFile,
+    damaged_files,
+    misshapen_files,
+)
 from finetune_strategies.data_files import BOM, GoodFile, good_files, good_lines, good_lists, good_tables
 from finetune_strategies.profiles import examples
 from properties.data_files import data_file
@@ -37,7 +44,8 @@ def test_good_json_file_is_read_row_by_row(file: GoodFile) -> None:
 
 @given(good_tables())
 @example(GoodFile(".csv", b'text,b\n"a\rb",c\n', ((":2", {"text": "a\rb", "b": "c"}),), frozenset()))
-@examples(4 / 3)
+@example(GoodFile(".tsv", b'text\n"a\r\nb"\nc\n', ((":2", {"text": "a\r\nb"}), (":4", {"text": "c"})), frozenset()))
+@examples(2)
 def test_good_table_is_read_row_by_row(file: GoodFile) -> None:
     """A sound table holds exactly the cells that were written, each row in its place, line ends in cells and all."""
     assert found_in(file) == list(file.rows)
@@ -54,9 +62,23 @@ def found_in(file: GoodFile) -> list[tuple[str, dict[str, Any]]]:
 @example(DamagedFile(".jsonl", b'\xef\xbb\xbf{"a": "\xff', ("UTF-8", "offset 10")))
 @example(DamagedFile(".json", b'{"text": }\n{"text": "a"}\n{"text" 1}', (":1", ":3"), (":2",)))
 @example(DamagedFile(".jsonl", b'{"\\ud800": 1}', (":1",)))
-@examples(3)
+@examples(4)
 def test_damaged_file_is_refused_in_every_place(file: DamagedFile) -> None:
     """A damaged file is one DataError that names the file, all that is wrong, nothing that is right, and a remedy."""
+    refused_in_every_place(file)
+
+
+@pytest.mark.parametrize("damage", BROKEN_LINES)
+def test_line_of_every_damage_is_refused_in_its_place(damage: str) -> None:
+    """Each line of each of 7 damages, alone between two good ones, is what the one error names."""
+    assert len(BROKEN_LINES) == 7
+    for line in BROKEN_LINES[damage]:
+        content = f'{{"text": "a"}}\n{line}\n{{"text": "b"}}\n'.encode()
+        refused_in_every_place(DamagedFile(".jsonl", content, (":2",), (":1", ":3"), damage))
+
+
+def refused_in_every_place(file: DamagedFile) -> None:
+    """The law of damaged files, for one of them."""
     with data_file(file.content, file.suffix) as path:
         with pytest.raises(DataError) as caught:
             shape_rows(read_rows(path))

@@ -46,7 +46,7 @@ def job(model: Path, data: Path, **changes: Any) -> LoadedConfig:
     """Eight steps of one batch, a look after each, a checkpoint every third, dropout so that random state matters."""
     given_ = {"max_steps": STEPS, "epochs": 99.0, "evaluate_every": 1, "save_every": 3, "keep": "best", **changes}
     named = {f"training__{key}": value for key, value in given_.items()}
-    return settings(model, data, data__valid_fraction=0.3, adapter__dropout=0.3, evaluation__questions=2, **named)
+    return settings(model, data, data__valid_fraction=0.3, adapter__dropout=0.3, evaluation__questions=1, **named)
 
 
 @contextlib.contextmanager
@@ -239,7 +239,7 @@ def test_report_tells_the_losses_of_the_step_that_is_kept(model: Path, data: Pat
     report = build_report(record)
     assert report["headline"]["held_out_loss"]["after"] == 1.0
     assert report["training"]["kept_step"] == report["headline"]["kept_step"] == 3
-    page = render_html([record])
+    page = render_html([{**record, "losses": {}, "scores": None}])  # without charts
     assert "stopped early, at step 5 of 8" in page
     assert "the adapter is that of step 3" in page
 
