@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -200,7 +199,5 @@ def test_start_is_quick() -> None:
         "print([name for name in ('torch', 'transformers', 'peft', 'mlx', 'matplotlib', 'huggingface_hub') "
         "if name in sys.modules])"
     )
-    started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
-    assert time.perf_counter() - started < 20

@@ -154,11 +154,11 @@ CLOSED = {"conditions": "{% endif %}", "brackets": "", "openings": ""}
 
 @pytest.mark.parametrize("case", EXTREMES)
 def test_most_expensive_attacks_end_soon(case: str) -> None:
-    """Each of 30 attacks ends within 5 seconds, for the work that it does; most take a twentieth of one."""
+    """Each of 30 attacks ends within 5 seconds of work, for the work that it does; most take a twentieth of one."""
     assert len(EXTREMES) == 30
-    start = time.perf_counter()
+    start = time.process_time()
     error = refusal(EXTREMES[case])
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert any(words in error.message for words in ("more work", "nests", "looks up a tuple"))
 
 
@@ -175,13 +175,13 @@ def test_most_expensive_attacks_take_little_memory(case: str) -> None:
 
 @pytest.mark.parametrize("case", TOO_LONG)
 def test_attacks_on_the_compiler_end_soon(case: str) -> None:
-    """Each of 5 templates, as long as one may be, is refused or stopped within 5 seconds."""
+    """Each of 5 templates, as long as one may be, is refused or stopped within 5 seconds of work."""
     assert len(TOO_LONG) == 5
     closing = CLOSED.get(case, " }}")
     source = TOO_LONG[case][: MAX_TEMPLATE_CHARS - len(closing)]
-    start = time.perf_counter()
+    start = time.process_time()
     refusal(source.rsplit("{% elif", 1)[0] + closing)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_words_outside_the_vocabulary_are_refused() -> None:

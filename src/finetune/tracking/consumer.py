@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from queue import Full, Queue
+from queue import SimpleQueue
 from threading import Thread
 
 from finetune.events import Event, TrackerFailed, TrackerOpened
@@ -78,7 +78,7 @@ class _Line:
         self.first_error = ""
         self._tracked = tracked
         self._history = history
-        self._waiting: Queue[Event | None] = Queue(_MOST_WAITING)
+        self._waiting: SimpleQueue[Event | None] = SimpleQueue()
         self._complete = False
         self._ended = False
         self._told: set[str] = set()
@@ -86,18 +86,18 @@ class _Line:
         self._thread = Thread(target=self._work, name=f"tracker {name}", daemon=True)
         self._thread.start()
 
-    def put(self, event: Event | None) -> None:
-        """Let an event wait for the tracker."""
-        try:
-            self._waiting.put_nowait(event)
-        except Full:
+    def put(self, event: Event) -> None:
+        """Let an event wait for the tracker, where there is room."""
+        if self._waiting.qsize() < _MOST_WAITING:
+            self._waiting.put(event)
+        else:
             self._failed("it is too slow: what it was told is lost")
 
     def end(self, *, complete: bool) -> None:
         """Nothing more will be told."""
         if not self._ended:
             self._ended, self._complete = True, complete
-            self.put(None)
+            self._waiting.put(None)  # for which there is always room
 
     def wait(self, seconds: float) -> float:
         """Wait for the tracker to be done; the seconds that are left."""
