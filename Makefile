@@ -98,7 +98,7 @@ types: $(VENV)/dev-ok  ## Check types, strictly
 	$(BIN)/mypy
 
 .PHONY: bench
-bench: $(VENV)/dev-ok  ## Measure training speed next to TRL, each in its own environment
+bench: $(VENV)/dev-ok  ## Measure speed and memory next to TRL and mlx_lm.lora, each in its own environment, as ratios (half an hour)
 	$(BIN)/python bench/run.py
 
 $(MUTANTS_VENV)/ok: pyproject.toml constraints.txt

@@ -5,7 +5,6 @@ import time
 import job
 
 from finetune.assembly.encoder import Encoder
-from finetune.assembly.record import peak_rss
 from finetune.backends import open_backend
 from finetune.config import ModelAndDataFacts, load_config, resolve
 from finetune.data.read import read_rows
@@ -23,12 +22,12 @@ def main() -> None:
     started = time.perf_counter()
     encoded = Encoder(location, "tokenizer").encode(shape_rows(read_rows(asked.rows)), plan)
     prepared = time.perf_counter()
-    for batch in epoch_batches(encoded.rows, job.BATCH_SIZE, seed=0, epoch=0):
+    for batch in epoch_batches(encoded.rows, job.DATA_BATCH_SIZE, seed=0, epoch=0):
         session._tensors(batch)
     ended = time.perf_counter()
     counts = encoded.counts
     job.tell_data(
-        "finetune", counts.tokens, counts.trained_tokens, (prepared - started, ended - prepared), peak_rss() or 0
+        "finetune", counts.tokens, counts.trained_tokens, (prepared - started, ended - prepared), job.peak_rss()
     )
 
 

@@ -1,8 +1,6 @@
 """TRL's SFTTrainer on the benchmark's data, with its own defaults: prepare the data set, and collate it once."""
 
 import os
-import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,7 +24,7 @@ def measure(model: Path, rows: Path, folder: str) -> None:
     from trl import SFTConfig, SFTTrainer
 
     config = SFTConfig(
-        output_dir=folder, per_device_train_batch_size=job.BATCH_SIZE, max_length=512, report_to="none",
+        output_dir=folder, per_device_train_batch_size=job.DATA_BATCH_SIZE, max_length=512, report_to="none",
         use_cpu=True, bf16=False, disable_tqdm=True, max_steps=1,
     )  # fmt: skip
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
@@ -42,9 +40,7 @@ def measure(model: Path, rows: Path, folder: str) -> None:
         tokens += int(batch["attention_mask"].sum())
         trained += int((batch["labels"][:, 1:] != -100).sum())
     ended = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak = peak if sys.platform == "darwin" else peak * 1024
-    job.tell_data("trl", tokens, trained, (prepared - started, ended - prepared), peak)
+    job.tell_data("trl", tokens, trained, (prepared - started, ended - prepared), job.peak_rss())
 
 
 if __name__ == "__main__":

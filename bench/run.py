@@ -1,127 +1,187 @@
-"""Measures training and data preparation next to TRL: the same jobs, each in its own environment, as ratios.
+"""Measures training and data preparation next to the peers: the same jobs, each in its own environment, as ratios.
 
-`make bench`, or `python bench/run.py --steps 20 --repeats 3`. Timings of a machine drift by the hour; only the
-ratios inside one run mean anything.
+`make bench`, or `python bench/run.py --only long --repeats 5`. Timings of a machine drift by the hour; only the
+ratios inside one run mean anything, and they are taken turn by turn.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import job
+from peers import ROOT, fast_blas, peer_python
 
-ROOT = Path(__file__).resolve().parent.parent
-PEER = ROOT / ".peers" / "trl"
-PEER_PACKAGES = ("torch", "transformers", "peft", "datasets", "trl")
-
-
-def peer_python() -> Path:
-    """The interpreter of TRL's own environment, made when it is missing."""
-    python = PEER / "bin" / "python"
-    done = PEER / "packages-ok"
-    if not done.exists():
-        print("setting up: an environment for TRL (once)", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", PEER], check=True)
-        pip = [python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt"]
-        subprocess.run([*pip, "torch"], check=True)
-        subprocess.run([*pip, *PEER_PACKAGES], check=True)
-        done.touch()
-    return python
+OURS = Path(sys.executable)
+Found = dict[str, list[dict]]
 
 
-def make_model(folder: Path) -> None:
-    """A random model and a tokenizer with a word for each id."""
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """Who trains, by which script and in which environment; some are too slow for all steps of a job."""
+
+    name: str
+    script: str
+    python: Path
+    arguments: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    steps: int | None = None
+
+
+def contestants(backend: str) -> list[Contestant]:
+    """FineTune first, which every other one is compared with."""
+    if backend == "torch":
+        return [
+            Contestant("finetune", "train_finetune.py", OURS),
+            Contestant("trl", "train_trl.py", peer_python("trl")),
+        ]
+    peer, fast = peer_python("mlx-lm"), fast_blas()
+    ours = Contestant("finetune mlx", "train_finetune.py", OURS, ("--backend", "mlx"), fast)
+    same = Contestant("mlx_lm, same BLAS", "train_mlx_lm.py", peer, (), fast)
+    return [ours, same, Contestant("mlx_lm, stock", "train_mlx_lm.py", peer, steps=2)] if fast else [ours, same]
+
+
+@contextmanager
+def model_of(task: job.Job) -> Iterator[Path]:
+    """The folder of a job's model: the shipped one, or one of random weights with a tokenizer of a word for each id."""
     from tokenizers import Tokenizer, models
 
     from finetune.backends import open_backend
+    from finetune.models.locate import locate_model
 
-    open_backend("torch").create(job.CONFIG, folder, seed=0)
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{index}": index for index in range(3, 1024)}}
-    Tokenizer(models.WordLevel(words, unk_token="<pad>")).save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "bos_token": "<s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "</s>"}))
+    if isinstance(task.model, str):
+        yield locate_model(task.model).folder
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        open_backend("torch").create(task.model, folder, seed=0)
+        words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{index}": index for index in range(3, 1024)}}
+        Tokenizer(models.WordLevel(words, unk_token="<pad>")).save(str(folder / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "bos_token": "<s>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "</s>"}))
+        yield folder
 
 
-def measure(python: Path, script: str, model: Path, *job_arguments: str) -> dict:
-    """Run one trainer once."""
-    command = [python, ROOT / "bench" / script, "--model", model, *job_arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def measure(one: Contestant, model: Path, *arguments: str) -> dict:
+    """Run one contestant once."""
+    command = [one.python, ROOT / "bench" / one.script, "--name", one.name, "--model", model]
+    environment = {**os.environ, **one.environment}
+    done = subprocess.run(
+        [*command, *one.arguments, *arguments], capture_output=True, text=True, check=False, env=environment
+    )
     if done.returncode:
-        sys.exit(f"{script} failed:\n{done.stderr[-3000:]}")
+        sys.exit(f"{one.script} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def compare_training(python: Path, steps: int, repeats: int) -> dict[str, list[dict]]:
+def compare_training(name: str, backend: str, repeats: int) -> Found:
     """Train turn by turn and print each turn."""
-    found: dict[str, list[dict]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder))
+    task = job.JOBS[name]
+    print(f"training, {task.title}, LoRA r {job.RANK} on all linear layers, fp32, {task.steps} steps", flush=True)
+    found: Found = {}
+    with model_of(task) as model:
         for turn in range(repeats):
-            for script, interpreter in (("train_finetune.py", Path(sys.executable)), ("train_trl.py", python)):
-                one = measure(interpreter, script, Path(folder), "--steps", str(steps))
-                found.setdefault(one["name"], []).append(one)
-                speed = one["tokens"] / one["seconds"]
+            for one in contestants(backend):
+                told = measure(one, model, "--job", name, "--steps", str(one.steps or task.steps))
+                found.setdefault(one.name, []).append(told)
                 print(
-                    f"turn {turn + 1}  {one['name']:<9} {speed:9,.0f} tokens/s  ({one['tokens']:,} tokens in "
-                    f"{one['seconds']:.1f} s, first loss {one['losses'][0]:.3f}, peak {one['peak_rss'] / 1e6:,.0f} MB)",
+                    f"turn {turn + 1}  {one.name:<17} {told['tokens'] / told['seconds']:9,.0f} tokens/s  ("
+                    f"{told['tokens']:,} tokens in {told['seconds']:.1f} s, first loss {told['losses'][0]:.3f}, "
+                    f"peak {told['peak_rss'] / 1e6:,.0f} MB)",
                     flush=True,
                 )
+    ours = next(iter(found.values()))
+    shares = [one["saving"] / one["seconds"] for one in ours]
+    if any(shares):
+        print(f"checkpoints, one every ten steps: {spread(shares, '.1%')} of FineTune's time in training")
     return found
 
 
-def compare_data(python: Path, rows: int, repeats: int) -> dict[str, list[dict]]:
+def compare_data(rows: int, repeats: int) -> Found:
     """Prepare data turn by turn and print each turn; both must have made the same tokens and marked the same ones."""
     from finetune.models.locate import locate_model
 
     model = locate_model("reference-llama").folder
-    found: dict[str, list[dict]] = {}
+    both = [
+        Contestant("finetune", "prepare_finetune.py", OURS),
+        Contestant("trl", "prepare_trl.py", peer_python("trl")),
+    ]
+    found: Found = {}
     with tempfile.TemporaryDirectory() as folder:
         questions = Path(folder) / "questions.jsonl"
         job.write_questions(questions, rows)
         for turn in range(repeats):
-            for script, interpreter in (("prepare_finetune.py", Path(sys.executable)), ("prepare_trl.py", python)):
-                one = measure(interpreter, script, model, "--rows", str(questions))
-                found.setdefault(one["name"], []).append(one)
+            for one in both:
+                told = measure(one, model, "--rows", str(questions))
+                found.setdefault(one.name, []).append(told)
                 print(
-                    f"turn {turn + 1}  {one['name']:<9} {one['tokens'] / one['seconds']:9,.0f} tokens/s  ("
-                    f"{one['tokens']:,} tokens, {one['trained']:,} trained; prepared in {one['prepare']:.1f} s, "
-                    f"batched in {one['batch']:.1f} s, peak {one['peak_rss'] / 1e6:,.0f} MB)",
+                    f"turn {turn + 1}  {one.name:<9} {told['tokens'] / told['seconds']:9,.0f} tokens/s  ("
+                    f"{told['tokens']:,} tokens, {told['trained']:,} trained; prepared in {told['prepare']:.1f} s, "
+                    f"batched in {told['batch']:.1f} s, peak {told['peak_rss'] / 1e6:,.0f} MB)",
                     flush=True,
                 )
-    made = {(one["tokens"], one["trained"]) for ones in found.values() for one in ones}
+    made = {(told["tokens"], told["trained"]) for ones in found.values() for told in ones}
     print("tokens and marks: the same" if len(made) == 1 else f"tokens and marks DIFFER: {sorted(made)}")
     return found
 
 
-def ratios(found: dict[str, list[dict]], what: str) -> None:
-    """Print how FineTune compares, from the turns' own ratios."""
-    pairs = list(zip(found["finetune"], found["trl"], strict=True))
-    speed = [(a["tokens"] / a["seconds"]) / (b["tokens"] / b["seconds"]) for a, b in pairs]
-    memory = [a["peak_rss"] / b["peak_rss"] for a, b in pairs]
-    print(f"{what} speed: FineTune / TRL = {statistics.median(speed):.2f} (from {min(speed):.2f} to {max(speed):.2f})")
-    print(f"{what} peak memory: FineTune / TRL = {statistics.median(memory):.2f}")
+def compare_start(backend: str, repeats: int) -> Found:
+    """Start `ft train` on the shipped model turn by turn with a process that only imports the frameworks."""
+    found: Found = {backend: []}
+    for _ in range(repeats + 1):
+        command = [OURS, ROOT / "bench" / "first_step.py", backend]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[backend].append(json.loads(done.stdout))
+    del found[backend][0]  # which found the files not yet in the system's cache
+    pairs = found[backend]
+    ratios = [one["first step"] / one["import"] for one in pairs]
+    alone = statistics.median(one["import"] for one in pairs)
+    print(f"{backend}: first step done after {spread(ratios)} x the time of importing the frameworks ({alone:.1f} s)")
+    return found
+
+
+def spread(numbers: list[float], form: str = ".2f") -> str:
+    """The median, and from where to where."""
+    return f"{statistics.median(numbers):{form}} (from {min(numbers):{form}} to {max(numbers):{form}})"
+
+
+def tell_ratios(found: Found) -> None:
+    """Print how FineTune compares with each other one, from the turns' own ratios."""
+    (us, ours), *others = found.items()
+    for name, theirs in others:
+        pairs = list(zip(ours, theirs, strict=True))
+        speed = [(a["tokens"] / a["seconds"]) / (b["tokens"] / b["seconds"]) for a, b in pairs]
+        memory = [a["peak_rss"] / b["peak_rss"] for a, b in pairs]
+        print(f"speed: {us} / {name} = {spread(speed)};  peak memory: {spread(memory)}", flush=True)
 
 
 def main() -> None:
+    what = ["data", *job.JOBS, "mlx", "start"]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", choices=["training", "data"], help="measure only this")
+    parser.add_argument("--only", choices=what, action="append", help="measure only this, or these")
     parser.add_argument("--json", type=Path, help="also write every measurement here")
     asked = parser.parse_args()
-    python = peer_python()
     found = {}
-    if asked.only != "training":
-        found["data"] = compare_data(python, asked.rows, asked.repeats)
-    if asked.only != "data":
-        found["training"] = compare_training(python, asked.steps, asked.repeats)
-    for what, measurements in found.items():
-        ratios(measurements, what)
+    for each in asked.only or what:
+        if each == "start":
+            found |= {f"start {backend}": compare_start(backend, asked.repeats) for backend in ("torch", "mlx")}
+            continue
+        if each == "data":
+            found[each] = compare_data(asked.rows, asked.repeats)
+        elif each == "mlx":
+            found[each] = compare_training("long", "mlx", asked.repeats)
+        else:
+            found[each] = compare_training(each, "torch", asked.repeats)
+        tell_ratios(found[each])
     if asked.json:
         asked.json.write_text(json.dumps(found, indent=1))
 

@@ -1,34 +1,48 @@
-"""FineTune on the benchmark's job."""
+"""FineTune on a training job, with torch or MLX; a checkpoint is written every ten steps, and timed by itself."""
 
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
 
 import job
 
-from finetune.assembly.record import peak_rss
+from finetune.artifacts.checkpoints import CheckpointStore, Owner
 from finetune.backends import open_backend
 from finetune.events import StepDone
 from finetune.records import AdapterTarget, ModelLocation, Optimization, Tokenized
 from finetune.tokens.batch import epoch_batches
 from finetune.training.loop import LoopPlan, train
 
+SAVE_EVERY = 10
+
 
 def main() -> None:
     asked = job.arguments()
-    rows = [Tokenized(tuple(ids), (True,) * len(ids), f"row {index}") for index, ids in enumerate(job.rows())]
-    session = open_backend("torch").open(ModelLocation("bench", asked.model, "local"), "float32", pad_id=0)
-    session.attach(AdapterTarget(job.RANK, job.ALPHA, 0.0, job.MODULES), seed=0)
+    task, steps = job.JOBS[asked.job], asked.steps
+    rows = [Tokenized(tuple(ids), (True,) * len(ids), f"row {index}") for index, ids in enumerate(task.rows())]
+    session = open_backend(asked.backend).open(ModelLocation("bench", asked.model, "local"), "float32", pad_id=0)
+    session.attach(AdapterTarget(job.RANK, job.ALPHA, 0.0, task.modules), seed=0)
     session.prepare_updates(Optimization(weight_decay=0.0, max_grad_norm=1.0))
-    plan = LoopPlan(asked.steps, 1, job.LEARNING_RATE, 0, "constant", asked.steps)
+    plan = LoopPlan(steps, 1, job.LEARNING_RATE, 0, "constant", steps)
+    saving, done = 0.0, []
+    with tempfile.TemporaryDirectory() as folder:
+        store = CheckpointStore(Path(folder) / "checkpoints", keep=2)
+        started = time.perf_counter()
+        for event in train(session, partial(_batches, rows, task.batch_size), [], plan):
+            if isinstance(event, StepDone):
+                done.append(event)
+                if event.step % SAVE_EVERY == 0:
+                    save_started = time.perf_counter()
+                    store.save(event.step, session.save_state, Owner({}, {}))
+                    saving += time.perf_counter() - save_started
+        seconds = time.perf_counter() - started - saving
+    tokens = sum(step.tokens for step in done)
+    job.tell(asked.name, tokens, seconds, job.peak_rss(), [step.loss for step in done], saving=saving)
 
-    def batches_of(epoch: int) -> list:
-        return partial(epoch_batches, rows, job.BATCH_SIZE, seed=0)(epoch=epoch)
 
-    started = time.perf_counter()
-    steps = [event for event in train(session, batches_of, [], plan) if isinstance(event, StepDone)]
-    seconds = time.perf_counter() - started
-    tokens = sum(step.tokens for step in steps)
-    job.tell("finetune", tokens, seconds, peak_rss() or 0, [step.loss for step in steps])
+def _batches(rows: list[Tokenized], size: int, epoch: int) -> list:
+    return epoch_batches(rows, size, seed=0, epoch=epoch)
 
 
 if __name__ == "__main__":

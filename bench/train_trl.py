@@ -1,7 +1,5 @@
 """TRL's SFTTrainer on the benchmark's job, with its own defaults for everything the job leaves open."""
 
-import resource
-import sys
 import tempfile
 import time
 
@@ -25,12 +23,13 @@ class Clock(TrainerCallback):
 
 def main() -> None:
     asked = job.arguments()
+    task = job.JOBS[asked.job]
     model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(asked.model)
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
             output_dir=folder,
-            per_device_train_batch_size=job.BATCH_SIZE,
+            per_device_train_batch_size=task.batch_size,
             max_steps=asked.steps,
             learning_rate=job.LEARNING_RATE,
             lr_scheduler_type="constant",
@@ -49,16 +48,15 @@ def main() -> None:
         trainer = SFTTrainer(
             model=model,
             args=config,
-            train_dataset=Dataset.from_dict({"input_ids": job.rows()}),
+            train_dataset=Dataset.from_dict({"input_ids": task.rows()}),
             processing_class=tokenizer,
-            peft_config=LoraConfig(r=job.RANK, lora_alpha=job.ALPHA, target_modules=list(job.MODULES)),
+            peft_config=LoraConfig(r=job.RANK, lora_alpha=job.ALPHA, target_modules=list(task.modules)),
             callbacks=[clock],
         )
         trainer.train()
     tokens = int(trainer.state.num_input_tokens_seen)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    job.tell("trl", tokens, clock.ended - clock.started, peak if sys.platform == "darwin" else peak * 1024, losses)
+    job.tell(asked.name, tokens, clock.ended - clock.started, job.peak_rss(), losses)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from finetune.data.shipped import data_path
 from finetune.events import RunResumed
 from finetune.models.shape import weight_files
 from finetune.records import ModelLocation, Scores, Tokenized, Verdict
+from finetune.resident import peak_rss
 
 _SIDE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _FREE = ("tracking.", "tokens.cache", "training.save_every")
@@ -140,16 +141,6 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
     }
-
-
-def peak_rss() -> int | None:
-    """The highest resident set of this process so far, in bytes; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _model(prepared: Prepared) -> dict[str, Any]:

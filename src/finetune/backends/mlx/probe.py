@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 from finetune.backends.mlx.backend import MlxBackend
 from finetune.backends.mlx.session import MlxSession
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Tokenized
+from finetune.resident import peak_rss, restart_peak
 
 _STEPS = 3
 
@@ -31,7 +32,7 @@ def main() -> None:
     if request["method"] == "framework":
         json.dump({"framework_rss": framework}, sys.stdout)
         return
-    _restart_peak()
+    restart_peak()
     session = _open(request)
     batch = _random_batch(request)
     for _ in range(_STEPS):
@@ -43,7 +44,7 @@ def main() -> None:
         "dtype": request["dtype"],
         "steps": _STEPS,
         "framework_rss": framework,
-        "peak_rss": _peak_rss(),
+        "peak_rss": peak_rss(),
         "peak_tensors": peak_tensors(session, batch),
         "gradient_bytes": gradient_bytes,
         "optimizer_bytes": moment_bytes(session),
@@ -101,24 +102,6 @@ def moment_bytes(session: MlxSession) -> int:
     """The bytes of the optimizer's averages."""
     optimizer = session.optimizer
     return sum(int(tensor.nbytes) for moments in (optimizer.first, optimizer.second) for tensor in moments.values())
-
-
-def _restart_peak() -> None:
-    """Forget the peak so far (imports reach high); only Linux can."""
-    control = Path("/proc/self/clear_refs")
-    if control.exists():
-        control.write_text("5")
-
-
-def _peak_rss() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch
 from finetune.backends.torch.backend import TorchBackend
 from finetune.backends.torch.session import TorchSession
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Tokenized
+from finetune.resident import peak_rss, restart_peak
 
 _STEPS = 3
 
@@ -31,12 +32,12 @@ def main() -> None:
     if request["method"] == "framework":
         print(json.dumps({"framework_rss": framework}))
         return
-    _restart_peak()
+    restart_peak()
     session = _open(request)
     batch = _random_batch(request)
     for _ in range(_STEPS):
         gradient_bytes = _step(session, batch)
-    peak_rss = _peak_rss()
+    peak = peak_rss()
     print(
         json.dumps(
             {
@@ -46,7 +47,7 @@ def main() -> None:
                 "dtype": request["dtype"],
                 "steps": _STEPS,
                 "framework_rss": framework,
-                "peak_rss": peak_rss,
+                "peak_rss": peak,
                 "peak_tensors": peak_tensors(session, batch),
                 "gradient_bytes": gradient_bytes,
                 "optimizer_bytes": _moment_bytes(session),
@@ -114,24 +115,6 @@ def peak_tensors(session: TorchSession, batch: Batch, accumulation: int = 1) -> 
 def _moment_bytes(session: TorchSession) -> int:
     moments = [value for state in session.optimizer.state.values() for key, value in state.items() if key != "step"]
     return sum(int(value.nbytes) for value in moments)
-
-
-def _restart_peak() -> None:
-    """Forget the peak so far (imports reach high); only Linux can."""
-    control = Path("/proc/self/clear_refs")
-    if control.exists():
-        control.write_text("5")
-
-
-def _peak_rss() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":
