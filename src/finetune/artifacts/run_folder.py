@@ -106,8 +106,14 @@ class RunFolder:
         The system's lock on the folder decides; the holder's process id is written beside it for others to read.
 
         Raises:
-            OutputError: another process is at work in it.
+            OutputError: another process is at work in it, or it holds symbolic links.
         """
+        links = sorted(path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.is_symlink())
+        if links:
+            raise OutputError(
+                f"{self.path} holds symbolic links: {', '.join(links)}",
+                hint="put the files themselves there: a run writes and removes what is in its folder",
+            )
         try:
             import fcntl
         except ImportError:

@@ -29,8 +29,10 @@ def write_bytes(path: Path, content: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with storage_errors(path):
+        temporary.unlink(missing_ok=True)
         try:
-            with temporary.open("wb") as file:
+            # Only ever a new file: what bears the name already may be a link to somewhere else.
+            with temporary.open("xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -92,7 +94,7 @@ def remove_folder(path: Path) -> None:
 def remove_torn(folder: Path) -> None:
     """Remove what a killed process left half written in `folder`: nobody would ever read it or remove it otherwise."""
     for torn in folder.glob(".*.part"):
-        shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
+        shutil.rmtree(torn) if torn.is_dir() and not torn.is_symlink() else torn.unlink()
 
 
 @contextlib.contextmanager
