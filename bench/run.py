@@ -135,9 +135,10 @@ def compare_data(rows: int, repeats: int) -> Found:
 def compare_start(backend: str, repeats: int) -> Found:
     """Start `ft train` on the shipped model turn by turn with a process that only imports the frameworks."""
     found: Found = {backend: []}
+    command = [OURS, ROOT / "bench" / "first_step.py", backend]
+    environment = {**os.environ, **(fast_blas() if backend == "mlx" else {})}
     for _ in range(repeats + 1):
-        command = [OURS, ROOT / "bench" / "first_step.py", backend]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         found[backend].append(json.loads(done.stdout))
     del found[backend][0]  # which found the files not yet in the system's cache
     pairs = found[backend]

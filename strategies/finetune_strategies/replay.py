@@ -30,7 +30,7 @@ __all__ = [
 
 CASES, SEED = "hypothesis cases", "hypothesis seed"
 PACKAGES = ("finetune", "finetune_strategies")
-SWITCHES = ("FT_REAL_MODEL_ENABLE", "FT_TEST_MODEL", "FT_HYPOTHESIS_REPO", "HF_HUB_OFFLINE")
+SWITCHES = ("FT_REAL_MODEL_ENABLE", "FT_TEST_MODEL", "FT_HYPOTHESIS_REPO", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
 """Variables that decide what a test does, and so belong to its replay."""
 _COLLECTOR: Any = collector
 

@@ -28,7 +28,7 @@ from finetune_strategies.profiles import (
     limit_shrinking,
     load_profile,
 )
-from finetune_strategies.replay import replay_command
+from finetune_strategies.replay import SWITCHES, replay_command
 
 RANDOM = tuple(name for name in PROFILES if name != "fast")
 TELL = """
@@ -150,17 +150,18 @@ def test_replay_names_the_environment_that_the_run_had(tmp_path: Path, monkeypat
     monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "pytest").touch()
-    monkeypatch.setenv("FT_REAL_MODEL_ENABLE", "1")
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.delenv("FT_TEST_MODEL", raising=False)
-    monkeypatch.delenv("FT_HYPOTHESIS_REPO", raising=False)
+    for name in SWITCHES:
+        monkeypatch.delenv(name, raising=False)
+    for name in ("OMP_NUM_THREADS", "FT_REAL_MODEL_ENABLE"):
+        monkeypatch.setenv(name, "1")
     config = SimpleNamespace(rootpath=tmp_path)
     loaded = settings.get_current_profile_name()
     node = "tests/test_x.py::test_y[it's a $HOME]"
     try:
         for profile in PROFILES:
             settings.load_profile(profile)
-            words = [f"HYPOTHESIS_PROFILE={profile}", "FT_REAL_MODEL_ENABLE=1", ".venv/bin/pytest", node]
+            switched = ["FT_REAL_MODEL_ENABLE=1", "OMP_NUM_THREADS=1"]
+            words = [f"HYPOTHESIS_PROFILE={profile}", *switched, ".venv/bin/pytest", node]
             assert shlex.split(replay_command(node, config)) == words
             assert shlex.split(replay_command(node, config, number="77")) == [*words, "--hypothesis-seed=77"]
         monkeypatch.setattr(sys, "prefix", str(tmp_path.parent))
