@@ -83,7 +83,7 @@ class MlxSession:
             return 0.0
         self._key, key = mx.random.split(self._key)
         try:
-            with self.adapter.dropping(key) if self.adapter else contextlib.nullcontext():
+            with self.adapter.learning(key) if self.adapter else contextlib.nullcontext():
                 loss, gradients = self._slopes(arrays, weight)
             before = self.gradients
             added = {name: before[name] + each if before else each for name, each in gradients.items()}
