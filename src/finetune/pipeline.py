@@ -142,8 +142,8 @@ def _open(run: Run) -> tuple[Session, Observation, dict[str, str]]:
 
 
 def _session(run: Run) -> Session:
-    config = run.prepared.plan.config
-    return run.backend.open(run.prepared.location, config.model.dtype, run.prepared.encoder.tokenizer.pad_id)
+    model, pad_id = run.prepared.plan.config.model, run.prepared.encoder.tokenizer.pad_id
+    return run.backend.open(run.prepared.location, model.dtype, pad_id, quantize=model.quantization)
 
 
 def _attach(run: Run, session: Session) -> None:

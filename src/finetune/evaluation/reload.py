@@ -2,11 +2,12 @@
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from finetune.children import ask_child
 from finetune.ports import Session
-from finetune.records import ModelLocation, Reload
+from finetune.records import ModelLocation, Quantization, Reload
 
 
 def check_reload(
@@ -17,11 +18,13 @@ def check_reload(
     *,
     prompts: Sequence[Sequence[int]],
     dtype: str,
+    quantize: Quantization | None = None,
 ) -> Reload:
     """Compare the session's logits on `prompts` with those of what was saved, an adapter or a model, loaded elsewhere.
 
     Args:
         location: the base.
+        quantize: how the base is quantised as it is loaded.
 
     Raises:
         EvidenceError: the fresh process could not load what was saved.
@@ -36,5 +39,6 @@ def check_reload(
             "logits": str(logits),
             "prompts": [list(prompt) for prompt in prompts],
             "dtype": dtype,
+            "quantize": asdict(quantize) if quantize else None,
         }
         return Reload(**ask_child(f"finetune.backends.{backend}.reload", request))
