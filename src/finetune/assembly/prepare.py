@@ -20,12 +20,12 @@ from finetune.data.read import read_rows
 from finetune.data.shape import Example, Shaped, shape_rows
 from finetune.data.shipped import FACTS, REHEARSAL, RETENTION, data_path
 from finetune.data.split import hold_out
-from finetune.errors import ConfigError, DataError, Problem
+from finetune.errors import ConfigError, DataError, ModelError, Problem
 from finetune.memory.estimate import adapter_parameters, weight_bytes
 from finetune.models.adapt import check_patterns, check_rank, choose_layers, choose_saved
 from finetune.models.locate import SHIPPED, locate_model
-from finetune.models.quantize import kept_in_full, quantize_shape, say_quantized
-from finetune.models.shape import read_shape
+from finetune.models.quantize import kept_in_full, quantize_shape, refuse_quantized, say_quantized
+from finetune.models.shape import read_config, read_shape
 from finetune.records import AdapterTarget, Batch, Conversation, Message, ModelLocation, ModelShape, Question, Tokenized
 from finetune.tokens.batch import sequences_of
 from finetune.tokens.fit import Encoded
@@ -122,18 +122,14 @@ def planned_shape(config: TrainingConfig, location: ModelLocation) -> ModelShape
         ModelError: a file is missing or corrupt, or a quantised base is not what this configuration can train on.
     """
     shape, owner = read_shape(location.folder), f"model {location.name!r}"
-    if shape.quantized:
-        told = f"{owner} is quantised ({say_quantized(shape)})"
-        if config.backend != "mlx":
-            raise ModelError(
-                f"{told}, but the {config.backend} backend trains on full weights only",
-                hint="set backend: mlx, or name the full model that it was made from",
-            )
-        if config.adapter.kind == "full":
-            raise ModelError(
-                f"{told}, but adapter.kind is full: what is quantised cannot be trained",
-                hint="set adapter.kind to lora or dora, or name the full model that it was made from",
-            )
+    if config.backend != "mlx":
+        refuse_quantized(read_config(location.folder), None, config.backend, owner)
+    if shape.quantized and config.adapter.kind == "full":
+        raise ModelError(
+            f"{owner} is quantised ({say_quantized(shape)}), but adapter.kind is full: what is quantised cannot be "
+            "trained",
+            hint="set adapter.kind to lora or dora, or name the full model that it was made from",
+        )
     how = config.model.quantization
     return quantize_shape(shape, how, owner) if how else shape
 

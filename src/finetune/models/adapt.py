@@ -58,7 +58,7 @@ def choose_saved(shape: ModelShape, names: Sequence[str], modules: Sequence[str]
             )
         if packed := [path for path in hit if path in shape.quantized]:
             raise ModelError(
-                f"adapter.modules_to_save: {name!r} matches {packed[0]}, which is quantised: it cannot be trained whole",
+                f"adapter.modules_to_save: {name!r} matches {packed[0]}, quantised: it cannot be trained whole",
                 hint="leave it out, or train on the full model",
             )
         chosen += hit

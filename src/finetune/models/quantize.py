@@ -70,9 +70,10 @@ def read_quantized(
 def _one(told: Any, path: str, owner: str) -> Quantization:
     """How one module is quantised: as the config says of its path, or else of all."""
     own = told.get(path, told) if isinstance(told, dict) else None
-    bits, group, mode = (own.get(key) if isinstance(own, dict) else None for key in ("bits", "group_size", "mode"))
-    sound = type(bits) is type(group) is int and bits in _BITS and group in _GROUPS
-    if not sound or mode not in (None, "affine"):
+    said = own if isinstance(own, dict) else {}
+    bits, group, mode = said.get("bits"), said.get("group_size"), said.get("mode", "affine")
+    whole = type(bits) is int and type(group) is int
+    if not whole or bits not in _BITS or group not in _GROUPS or mode != "affine":
         raise ModelError(
             f"{owner}: config.json says of {path} bits {bits!r}, group_size {group!r}, mode {mode!r}; read are bits of "
             f"{', '.join(map(str, _BITS))}, a group_size of {', '.join(map(str, _GROUPS))}, and mode 'affine'",

@@ -34,14 +34,23 @@ def pack(model: Any, how: Quantization, owner: str) -> None:
     nn.quantize(model, how.group_size, how.bits, class_predicate=divides)
 
 
-def pack_as_filed(model: Any, quantized: Mapping[str, Quantization]) -> None:
-    """Make a new model's layers ready for packed weights, those by these paths; the weights are yet to be set."""
+def pack_as_filed(model: Any, quantized: Mapping[str, Quantization], owner: str) -> None:
+    """Make a new model's layers ready for packed weights, those by these paths; the weights are yet to be set.
+
+    Raises:
+        ModelError: the rows of one do not divide into its groups.
+    """
 
     def settings(path: str, module: Any) -> Any:
         how = quantized.get(path)
         return {"group_size": how.group_size, "bits": how.bits} if how and hasattr(module, "to_quantized") else False
 
-    nn.quantize(model, class_predicate=settings)
+    try:
+        nn.quantize(model, class_predicate=settings)
+    except ValueError as error:
+        raise ModelError(
+            f"{owner} is not quantised as its config has it: {first_line(error)}", hint="get the model's files again"
+        ) from None
 
 
 def is_packed(module: Any) -> bool:

@@ -68,7 +68,7 @@ def load_model(location: ModelLocation, dtype: str, quantize: Quantization | Non
         quantize_shape(shape, quantize, owner)
     config = {key: value for key, value in read_config(location.folder).items() if key not in SETTINGS}
     model = build_model(config, owner, tied=shape.tied_head)
-    pack_as_filed(model, shape.quantized)
+    pack_as_filed(model, shape.quantized, owner)
     weights: dict[str, mx.array] = {}
     for file in weight_files(location.folder):
         weights |= read_tensors(file, owner)
@@ -139,11 +139,10 @@ def put_weights(model: Any, names: Names, weights: Mapping[str, mx.array], owner
                 f"{owner} cannot be loaded: {names.shown(name)} is {given[name].shape}, its config says {tensor.shape}",
                 hint="get the model's files again",
             )
-        packed = tensor.dtype == given[name].dtype == mx.uint32
-        if not packed and not mx.issubdtype(given[name].dtype, mx.floating):
-            raise ModelError(
-                f"{owner} cannot be loaded: {names.shown(name)} holds {given[name].dtype}, no fractions", hint=_HINT
-            )
+        kind = given[name].dtype
+        if not (kind == mx.uint32 if tensor.dtype == mx.uint32 else mx.issubdtype(kind, mx.floating)):
+            told = "packed numbers" if tensor.dtype == mx.uint32 else "fractions"
+            raise ModelError(f"{owner} cannot be loaded: {names.shown(name)} holds {kind}, no {told}", hint=_HINT)
     model.load_weights(list(given.items()))
 
 

@@ -51,8 +51,8 @@ class TorchBackend:
         """Load the model's weights, all of them from its files.
 
         Raises:
-            ModelError: the architecture is unknown, a file is corrupt, a weight is missing, or the model is quantised or
-                to be.
+            ModelError: the architecture is unknown, a file is corrupt, a weight is missing, or the model is quantised
+                or to be.
         """
         owner = f"model {location.name!r} in {location.folder}"
         refuse_quantized(read_config(location.folder), quantize, self.name, owner)
