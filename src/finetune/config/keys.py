@@ -84,6 +84,11 @@ _NAMES_ELSEWHERE: dict[str, str] = {
     "sequence_len": "tokens.max_length",
 }
 
+VALUES_ELSEWHERE: dict[tuple[str, str], str] = {
+    ("adapter.kind", "qlora"): "set it to lora, and model.quantize to 4bit",
+}
+"""What other trainers put into a setting that says it in two here, and how."""
+
 
 def split_key(key: str) -> tuple[str, str]:
     """Section and name of a dotted key; the section of a top-level one is empty."""

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from finetune.children import ask_child
 from finetune.ports import Session
@@ -17,14 +18,13 @@ def check_reload(
     saved: Path,
     *,
     prompts: Sequence[Sequence[int]],
-    dtype: str,
-    quantize: Quantization | None = None,
+    **opening: Any,
 ) -> Reload:
     """Compare the session's logits on `prompts` with those of what was saved, an adapter or a model, loaded elsewhere.
 
     Args:
         location: the base.
-        quantize: how the base is quantised as it is loaded.
+        opening: how the base is opened: `dtype`, and `quantize` where it is quantised as it is loaded.
 
     Raises:
         EvidenceError: the fresh process could not load what was saved.
@@ -38,7 +38,6 @@ def check_reload(
             kind: str(saved.resolve()),
             "logits": str(logits),
             "prompts": [list(prompt) for prompt in prompts],
-            "dtype": dtype,
-            "quantize": asdict(quantize) if quantize else None,
+            **{key: asdict(value) if isinstance(value, Quantization) else value for key, value in opening.items()},
         }
         return Reload(**ask_child(f"finetune.backends.{backend}.reload", request))

@@ -26,7 +26,7 @@ def main() -> None:
     prompts = request["prompts"]
     saved = read_tensors(Path(request["logits"]), "the saved logits")
     wanted = [saved[str(index)] for index in range(len(prompts))]
-    quantize = Quantization(**request["quantize"]) if request["quantize"] else None
+    quantize = Quantization(**request["quantize"]) if request.get("quantize") else None
     loaded = load_model(ModelLocation(request["folder"], Path(request["folder"]), "local"), request["dtype"], quantize)
     base = [loaded.model(mx.array([ids]))[0].astype(mx.float32) for ids in prompts]
     if "model" in request:
