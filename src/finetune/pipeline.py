@@ -206,7 +206,8 @@ def _collect(
 
     learning = learning_evidence(prepared, before, after, train_sham, run.why)
     memory = None
-    unable = frozenset({"memory"}) - (run.backend.abilities if prepared.target else frozenset())
+    full_too = prepared.target is not None and not prepared.shape.quantized
+    unable = frozenset({"memory"}) - (run.backend.abilities if full_too else frozenset())
     if wanted(prepared, "memory", run.why, unable):
         with run.phase("measure memory", "LoRA and full fine-tuning, each in a fresh process"):
             memory = memory_evidence(prepared, run.why)

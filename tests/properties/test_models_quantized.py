@@ -140,6 +140,11 @@ def test_full_base_is_planned_as_it_will_be_quantised(tmp_path: Path) -> None:
         found = planned_shape(config, location).quantized
         assert set(found.values()) == {Quantization(8, size)}
         assert len(found) == count
+    config = asked(model__quantize="4bit", model__quantize_group_size=128)
     with pytest.raises(ModelError, match="groups of 128") as caught:
-        planned_shape(asked(model__quantize="4bit", model__quantize_group_size=128), location)
-    assert "model.quantize_group_size" in caught.value.hint
+        planned_shape(config, location)
+    assert caught.value.hint == "set model.quantize_group_size to 64"
+    save_file({"o_proj.weight": np.zeros((5, 18), np.float32)}, location.folder / "model.safetensors")
+    with pytest.raises(ModelError, match="groups of 128") as caught:
+        planned_shape(config, location)
+    assert caught.value.hint == "leave out model.quantize"

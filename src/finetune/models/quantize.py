@@ -105,11 +105,13 @@ def quantize_shape(shape: ModelShape, how: Quantization, owner: str) -> ModelSha
             f"model.quantize is {how.bits}bit, but {owner} is quantised already, {say_quantized(shape)}",
             hint="leave out model.quantize, or name the full model that it was made from",
         )
-    paths = [path for path, inputs in _matrices(shape).items() if inputs % how.group_size == 0]
+    matrices = _matrices(shape)
+    paths = [path for path, inputs in matrices.items() if inputs % how.group_size == 0]
     if not paths:
+        fitting = [size for size in _GROUPS if any(inputs % size == 0 for inputs in matrices.values())]
         raise ModelError(
             f"model.quantize: no matrix of {owner} has rows that divide into groups of {how.group_size}",
-            hint="set model.quantize_group_size to 32, or leave out model.quantize",
+            hint=f"set model.quantize_group_size to {max(fitting)}" if fitting else "leave out model.quantize",
         )
     return replace(shape, quantized=dict.fromkeys(paths, how))
 
