@@ -142,8 +142,8 @@ def _open(run: Run) -> tuple[Session, Observation, dict[str, str]]:
 
 
 def _session(run: Run) -> Session:
-    config = run.prepared.plan.config
-    return run.backend.open(run.prepared.location, config.model.dtype, run.prepared.encoder.tokenizer.pad_id)
+    model, pad_id = run.prepared.plan.config.model, run.prepared.encoder.tokenizer.pad_id
+    return run.backend.open(run.prepared.location, model.dtype, pad_id, quantize=model.quantization)
 
 
 def _attach(run: Run, session: Session) -> None:
@@ -206,7 +206,8 @@ def _collect(
 
     learning = learning_evidence(prepared, before, after, train_sham, run.why)
     memory = None
-    unable = frozenset({"memory"}) - (run.backend.abilities if prepared.target else frozenset())
+    full_too = prepared.target is not None and not prepared.shape.quantized
+    unable = frozenset({"memory"}) - (run.backend.abilities if full_too else frozenset())
     if wanted(prepared, "memory", run.why, unable):
         with run.phase("measure memory", "LoRA and full fine-tuning, each in a fresh process"):
             memory = memory_evidence(prepared, run.why)

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
+from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Quantization
 
 
 class Tokenizer(Protocol):
@@ -134,5 +134,7 @@ class Backend(Protocol):
     def create(self, config: Mapping[str, Any], folder: Path, seed: int) -> None:
         """Write a model of random weights and the given transformers config into an existing folder."""
 
-    def open(self, location: ModelLocation, dtype: str, pad_id: int) -> Session:
-        """Load a model's weights, ready to attach an adapter to."""
+    def open(
+        self, location: ModelLocation, dtype: str, pad_id: int, *, quantize: Quantization | None = None
+    ) -> Session:
+        """Load a model's weights, quantised where that is asked for, ready to attach an adapter to."""

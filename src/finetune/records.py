@@ -167,6 +167,18 @@ class ModelLocation:
 
 
 @dataclass(frozen=True, slots=True)
+class Quantization:
+    """How the numbers of a matrix are held: in so many bits, each `group_size` of a row sharing a scale and a bias."""
+
+    bits: int
+    group_size: int
+
+    def bytes_of(self, count: int, size: int) -> int:
+        """What so many numbers weigh, whose scales and biases take `size` bytes each."""
+        return count * self.bits // 8 + 2 * size * (count // self.group_size)
+
+
+@dataclass(frozen=True, slots=True)
 class LinearLayer:
     """A weight matrix an adapter can sit on; `inputs` x `outputs` may be stored in either order."""
 
@@ -180,7 +192,7 @@ class ModelShape:
 
     `heads` ask and `kv_heads` answer, each `head_dim` wide; the dropouts are shares that the model itself switches
     off in training; `tied_head` says that the embedding table is the output head too; `weights` holds the shape of
-    each weight by its name.
+    each weight by its name, and `quantized` says by module which of them are packed, whose shapes are the true ones.
     """
 
     architecture: str
@@ -198,6 +210,12 @@ class ModelShape:
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    quantized: Mapping[str, Quantization] = field(default_factory=dict)
+
+    @property
+    def turned(self) -> bool:
+        """Whether linear layers are stored inputs x outputs."""
+        return self.architecture in ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel")
 
 
 @dataclass(frozen=True, slots=True)

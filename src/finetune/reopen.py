@@ -49,6 +49,7 @@ def compare(prepared: Prepared, session: Session) -> tuple[Observation, Observat
     if prepared.target is not None:
         with session.adapter_disabled():
             return observe(session, prepared), tuned
+    # Only what is not quantised can be trained whole, so this base is not.
     config = prepared.plan.config
     base = open_backend(config.backend).open(prepared.location, config.model.dtype, prepared.encoder.tokenizer.pad_id)
     return observe(base, prepared), tuned
@@ -118,7 +119,9 @@ def _tuned_session(folder: RunFolder, config: TrainingConfig, location: ModelLoc
         )
     if saved == folder.model:
         location = ModelLocation(location.name, saved.resolve(), "local")
-    session = open_backend(config.backend).open(location, config.model.dtype, encoder.tokenizer.pad_id)
+    session = open_backend(config.backend).open(
+        location, config.model.dtype, encoder.tokenizer.pad_id, quantize=config.model.quantization
+    )
     if saved == folder.adapter:
         session.load_adapter(saved)
     return session

@@ -76,6 +76,10 @@ SETTINGS: dict[str, Setting] = {
     "model.path": _TEXT,
     "model.revision": _optional(_TEXT),
     "model.dtype": _words("float32", "bfloat16"),
+    "model.quantize": _optional(_words("4bit", "8bit")),
+    "model.quantize_group_size": Setting(
+        st.sampled_from([32, 64, 128]), st.sampled_from([0, 16, 48, 96, 256, -32, "many", "", True, None, [], {}, 32.5])
+    ),
     "data.train": _optional(_TEXT),
     "data.valid": _optional(_TEXT),
     "data.valid_fraction": _optional(_SHARE),
@@ -151,7 +155,7 @@ NULLABLE = (
     "model.revision", "data.train", "data.valid", "data.valid_fraction", "data.rehearsal", "data.retention",
     "data.limit", "tokens.max_length", "tokens.cache", "training.max_steps", "training.save_every",
     "training.evaluate_every", "adapter.rank_pattern", "adapter.alpha_pattern", "adapter.modules_to_save",
-    "training.stop_after", "tracking.name",
+    "training.stop_after", "tracking.name", "model.quantize",
 )  # fmt: skip
 
 

@@ -128,7 +128,9 @@ def test_plan_leaves_nothing_open(
     held_out = config.data.valid is not None or facts_hold_out(config, facts)
     unwatched = 0 if held_out else (config.training.stop_after is not None) + (config.training.keep == "best")
     margin = bool(config.training.stop_margin) and config.training.stop_after is None
-    if conflicts := too_long + two_splits + no_template + idle + unwatched + margin:
+    quantize, size = config.model.quantize, config.model.quantize_group_size
+    packed = (config.backend != "mlx") + (config.adapter.kind == "full") if quantize else size != 64
+    if conflicts := too_long + two_splits + no_template + idle + unwatched + margin + packed:
         with pytest.raises(ConfigError) as caught:
             resolve(loaded, facts)
         assert len(caught.value.problems) == conflicts

@@ -37,6 +37,8 @@ CHANGES: dict[str, Change] = {
     "model.path": Change("OTHER"),
     "model.revision": Change("main"),
     "model.dtype": Change("bfloat16"),
+    "model.quantize": Change("4bit"),
+    "model.quantize_group_size": Change(32, {"model.quantize": "4bit"}),
     "data.train": Change("KNOWN"),
     "data.valid": Change("KNOWN"),
     "data.valid_fraction": Change(0.5, {"data.valid": None}),
@@ -149,7 +151,7 @@ def test_every_setting_is_in_the_table_and_the_schema() -> None:
     listed = {name for name in schema["properties"] if name not in schema.get("$defs", {})}
     assert set(CHANGES) == set(KEYS)
     assert {key.split(".")[0] for key in CHANGES} <= listed
-    assert len(CHANGES) == 51
+    assert len(CHANGES) == 53
     assert all(change.value != {**BASE, **change.given}.get(key) for key, change in CHANGES.items())
 
 

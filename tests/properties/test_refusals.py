@@ -353,6 +353,11 @@ CASES |= {
     "adapter saves a tied head": adapter(rank=2, modules_to_save=["lm_head"]),
     "adapter saves an adapted layer": adapter(rank=2, modules_to_save=["norm", "q_proj"]),
     "adapter of a whole model": config_text("adapter: {kind: full, rank: 3}", profile="chat"),
+    "adapter of other trainers": config_text("adapter: {kind: QLoRA}\nmodel: {load_in_4bit: true}\nq_group_size: 32"),
+    "quantised by torch": config_text("model: {quantize: 4bit}"),
+    "quantised and whole": config_text("model: {quantize: 8bit}\nbackend: mlx\nadapter: {kind: full}"),
+    "quantised in groups of nothing": config_text("model: {quantize_group_size: 32}\nbackend: mlx"),
+    "quantised as nobody does": config_text("model: {quantize: 4, quantize_group_size: 48}"),
 }
 
 

@@ -13,7 +13,7 @@ if find_spec("mlx") is None or find_spec("mlx_lm") is None:
 
 # Before anybody imports MLX itself: this is what makes it fast on Linux.
 from finetune.backends import open_backend
-from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
+from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Quantization
 from scenarios.tiny_models import CONFIGS, VOCAB, target_of
 
 BACKEND: Any = open_backend("mlx")
@@ -32,9 +32,11 @@ def make_model(kind: str, folder: Path, **changes: Any) -> ModelLocation:
     return ModelLocation(kind, folder, "local")
 
 
-def open_session(location: ModelLocation, *, dtype: str = "float32", pad_id: int = 0) -> Any:
-    """The model as it is."""
-    return BACKEND.open(location, dtype, pad_id)
+def open_session(
+    location: ModelLocation, *, dtype: str = "float32", pad_id: int = 0, quantize: Quantization | None = None
+) -> Any:
+    """The model as it is, or quantised."""
+    return BACKEND.open(location, dtype, pad_id, quantize=quantize)
 
 
 def adapted(

@@ -4,14 +4,13 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from finetune.assembly.encoder import Encoder
-from finetune.assembly.prepare import adapter_target, prepare
+from finetune.assembly.prepare import adapter_target, planned_shape, prepare
 from finetune.config import LoadedConfig, ModelAndDataFacts, resolve
 from finetune.data.read import read_rows
 from finetune.data.shape import shape_rows
 from finetune.data.shipped import FACTS, data_path
 from finetune.errors import ConfigError, FineTuneError, Problem
 from finetune.models.locate import locate_model
-from finetune.models.shape import read_shape
 
 T = TypeVar("T")
 
@@ -39,7 +38,7 @@ def find_problems(loaded: LoadedConfig) -> list[Problem]:
     location = attempt("model.path", lambda: locate_model(config.model.path, revision=config.model.revision))
     if location is None:
         return problems
-    shape = attempt("model.path", lambda: read_shape(location.folder))
+    shape = attempt("model.path", lambda: planned_shape(config, location))
     if shape is None:
         return problems
     attempt("adapter", lambda: adapter_target(config, shape))

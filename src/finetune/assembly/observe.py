@@ -157,6 +157,7 @@ def artifact_evidence(
             saved,
             prompts=[row.ids for row in rows],
             dtype=config.model.dtype,
+            quantize=config.model.quantization,
         )
     except EvidenceError as error:
         why["reload"] = error.message
@@ -178,6 +179,9 @@ def wanted(prepared: Prepared, name: str, why: dict[str, str], unable: frozenset
     """Whether the extra runs of `judge.sham` or `judge.memory` are to be made; where not, `why` says why."""
     if name == "memory" and prepared.target is None:
         why[name] = "the whole model is trained (adapter.kind is full): there is no adapter to compare with that"
+        return False
+    if name == "memory" and prepared.shape.quantized:
+        why[name] = "the base is quantised: it cannot be fully fine-tuned, so there is nothing to compare with"
         return False
     choice = getattr(prepared.plan.config.judge, name)
     if name in unable:

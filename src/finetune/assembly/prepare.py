@@ -20,11 +20,12 @@ from finetune.data.read import read_rows
 from finetune.data.shape import Example, Shaped, shape_rows
 from finetune.data.shipped import FACTS, REHEARSAL, RETENTION, data_path
 from finetune.data.split import hold_out
-from finetune.errors import ConfigError, DataError, Problem
-from finetune.memory.estimate import adapter_parameters
+from finetune.errors import ConfigError, DataError, ModelError, Problem
+from finetune.memory.estimate import adapter_parameters, weight_bytes
 from finetune.models.adapt import check_patterns, check_rank, choose_layers, choose_saved
 from finetune.models.locate import SHIPPED, locate_model
-from finetune.models.shape import read_shape
+from finetune.models.quantize import kept_in_full, quantize_shape, refuse_quantized, say_quantized
+from finetune.models.shape import read_config, read_shape
 from finetune.records import AdapterTarget, Batch, Conversation, Message, ModelLocation, ModelShape, Question, Tokenized
 from finetune.tokens.batch import sequences_of
 from finetune.tokens.fit import Encoded
@@ -71,9 +72,10 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         FineTuneError: the model, the data, the template or their combination cannot be used.
     """
     location = locate_model(loaded.config.model.path, revision=loaded.config.model.revision)
-    shape = read_shape(location.folder)
+    shape = planned_shape(loaded.config, location)
     loaded = _with_shipped_data(loaded)
     shaped, notes = _read(str(loaded.config.data.train), loaded.config.data.limit)
+    notes += _quantized_notes(loaded.config, shape)
     has_template = FileTokenizer(location.folder).chat_template is not None
     plan = resolve(loaded, ModelAndDataFacts(shape.context_length, has_template, len(shaped.examples)))
     config = plan.config
@@ -111,6 +113,42 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         files=tuple(data_path(name) for name in files if name),
         notes=tuple(notes),
     )
+
+
+def planned_shape(config: TrainingConfig, location: ModelLocation) -> ModelShape:
+    """The shape of the model as the run will hold it: quantised where its files are, or where that is asked for.
+
+    Raises:
+        ModelError: a file is missing or corrupt, or a quantised base is not what this configuration can train on.
+    """
+    shape, owner = read_shape(location.folder), f"model {location.name!r}"
+    if config.backend != "mlx":
+        refuse_quantized(read_config(location.folder), None, config.backend, owner)
+    if shape.quantized and config.adapter.kind == "full":
+        raise ModelError(
+            f"{owner} is quantised ({say_quantized(shape)}), but adapter.kind is full: what is quantised cannot be "
+            "trained",
+            hint="set adapter.kind to lora or dora, or name the full model that it was made from",
+        )
+    how = config.model.quantization
+    return quantize_shape(shape, how, owner) if how else shape
+
+
+def _quantized_notes(config: TrainingConfig, shape: ModelShape) -> list[str]:
+    """What of the base is quantised, what it weighs, and what stays as it is."""
+    if not shape.quantized:
+        return []
+    when = "as it is loaded" if config.model.quantize else "in its files"
+    full, size = (weight_bytes(each, config.model.dtype) for each in (replace(shape, quantized={}), shape))
+    note = (
+        f"the base is quantised {when}: {len(shape.quantized)} matrices, {say_quantized(shape)}; its weights take "
+        f"{size:,} bytes, in {config.model.dtype} they would take {full:,}"
+    )
+    kept = kept_in_full(shape)
+    if not kept:
+        return [note]
+    named = ", ".join(kept[:3]) + (", ..." if len(kept) > 3 else "")
+    return [f"{note}; {len(kept)} matrices stay in full: {named}"]
 
 
 def adapter_target(config: TrainingConfig, shape: ModelShape) -> AdapterTarget | None:

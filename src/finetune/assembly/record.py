@@ -22,6 +22,8 @@ from finetune.criteria.evidence import Evidence
 from finetune.criteria.judge import overall
 from finetune.data.shipped import data_path
 from finetune.events import RunResumed
+from finetune.memory.estimate import weight_bytes
+from finetune.models.quantize import kept_in_full, say_quantized
 from finetune.models.shape import weight_files
 from finetune.records import ModelLocation, Scores, Tokenized, Verdict
 from finetune.resident import peak_rss
@@ -152,7 +154,22 @@ def _model(prepared: Prepared) -> dict[str, Any]:
         "parameters": shape.parameters,
         "trainable_parameters": prepared.trainable_parameters,
         "context_length": shape.context_length,
+        "quantization": _quantization(prepared),
         "files": base_files(location),
+    }
+
+
+def _quantization(prepared: Prepared) -> dict[str, Any] | None:
+    """How the base is quantised, for whoever loads it again under the adapter; None for a full one."""
+    model, shape = prepared.plan.config.model, prepared.shape
+    if not shape.quantized:
+        return None
+    return {
+        "where": "load" if model.quantize else "files",
+        "how": say_quantized(shape),
+        "quantized": len(shape.quantized),
+        "in_full": kept_in_full(shape),
+        "weight_bytes": weight_bytes(shape, model.dtype),
     }
 
 

@@ -45,21 +45,20 @@ def command(
     For LoRA and for full fine-tuning, from the model's shape alone. Without --data every row is taken to be as long
     as tokens.max_length and trained throughout; with it, the largest batch of your rows counts.
     """
-    from finetune.assembly.prepare import adapter_target
+    from finetune.assembly.prepare import adapter_target, planned_shape
     from finetune.config import TrainingConfig
     from finetune.memory.framework import framework_of
     from finetune.memory.measure import measure_framework as measured_here
     from finetune.memory.outlook import foresee, outlook_notes, outlook_table, outlook_values
     from finetune.memory.scale import available_memory
     from finetune.models.locate import locate_model
-    from finetune.models.shape import read_shape
 
     loaded = gather(config, flags_of(model, data, template, backend), assignments, profile)
     settings = loaded.config
     framework = framework_of(settings.backend)
     if measure_framework:
         framework = framework.measured(measured_here(settings.backend))
-    shape = read_shape(locate_model(settings.model.path, revision=settings.model.revision).folder)
+    shape = planned_shape(settings, locate_model(settings.model.path, revision=settings.model.revision))
     # Where the whole model is to be trained, a plain adapter is shown beside it.
     target = adapter_target(settings, shape) or adapter_target(TrainingConfig(), shape)
     assert target is not None

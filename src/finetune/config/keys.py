@@ -71,12 +71,23 @@ _NAMES_ELSEWHERE: dict[str, str] = {
     "lora_target_modules": "adapter.targets",
     "base_model": "model.path",
     "model_name_or_path": "model.path",
+    "load_in_4bit": "model.quantize",
+    "load_in_8bit": "model.quantize",
+    "quantization_bit": "model.quantize",
+    "quantization": "model.quantize",
+    "q_bits": "model.quantize",
+    "q_group_size": "model.quantize_group_size",
     "dataset": "data.train",
     "chat_template": "template.name",
     "max_seq_length": "tokens.max_length",
     "max_seq_len": "tokens.max_length",
     "sequence_len": "tokens.max_length",
 }
+
+VALUES_ELSEWHERE: dict[tuple[str, str], str] = {
+    ("adapter.kind", "qlora"): "set it to lora, and model.quantize to 4bit",
+}
+"""What other trainers put into a setting that says it in two here, and how."""
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -150,7 +161,7 @@ def allowed_words(key: str) -> list[str]:
     words: list[str] = []
     for part in _alternatives(schema_of(key)):
         words += part.get("enum", [part["const"]] if "const" in part else [])
-    return words
+    return [word for word in words if isinstance(word, str)]
 
 
 def allowed_items(key: str) -> list[str]:
@@ -170,7 +181,7 @@ def _alternatives(schema: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _phrase(schema: dict[str, Any]) -> str:
     if "enum" in schema:
-        return "one of " + ", ".join(schema["enum"])
+        return "one of " + ", ".join(map(str, schema["enum"]))
     if "const" in schema:
         return str(schema["const"])
     kind = schema["type"]

@@ -46,6 +46,7 @@ def resolve(loaded: LoadedConfig, facts: ModelAndDataFacts) -> Plan:
     problems = [*_length_problems(loaded, facts), *_split_problems(loaded), *_template_problems(loaded, facts)]
     problems += _adapter_problems(loaded)
     problems += _margin_problems(loaded)
+    problems += _quantize_problems(loaded)
     if config.data.valid is None and not fraction:
         problems += unwatched_problems(config, loaded.origins)
     if problems:
@@ -162,6 +163,27 @@ def _template_problems(loaded: LoadedConfig, facts: ModelAndDataFacts) -> list[P
     where = f"template.name ({loaded.origins['template.name']})"
     what = "template is tokenizer, but this model's tokenizer has no chat template"
     return [Problem(what, where, "use auto, alpaca, chatml, llama2, llama3 or a .jinja file")]
+
+
+def _quantize_problems(loaded: LoadedConfig) -> list[Problem]:
+    """What a quantised base cannot be trained with, or a size of groups that nothing is quantised in."""
+    config, quantize = loaded.config, loaded.config.model.quantize
+    if quantize is None:
+        size, origin = config.model.quantize_group_size, loaded.origins["model.quantize_group_size"]
+        if size == default_of("model.quantize_group_size") or origin == "profile":
+            return []
+        what = f"quantize_group_size is {size}, but nothing is quantised: quantize is not set"
+        return [Problem(what, f"model.quantize_group_size ({origin})", "set model.quantize as well, or leave it out")]
+    where = f"model.quantize ({loaded.origins['model.quantize']})"
+    problems = []
+    if config.backend != "mlx":
+        what = f"quantize is {quantize}, but the {config.backend} backend trains on full weights only"
+        hint = "set backend: mlx, which alone quantises in this version (bitsandbytes is not in it), or leave it out"
+        problems.append(Problem(what, where, hint))
+    if config.adapter.kind == "full":
+        what = f"quantize is {quantize}, but adapter.kind is full: what is quantised cannot be trained"
+        problems.append(Problem(what, where, "set adapter.kind to lora or dora, or leave it out"))
+    return problems
 
 
 def _adapter_problems(loaded: LoadedConfig) -> list[Problem]:

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
 
+from finetune.records import Quantization
+
 
 def _refuse_boolean(value: object) -> object:
     """Python counts True as 1; in a configuration that is always a slip."""
@@ -81,6 +83,21 @@ class ModelSpec(Spec):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="The number format the weights are held in; bfloat16 halves their memory."
     )
+    quantize: Literal["4bit", "8bit"] | None = Field(
+        default=None,
+        description="How to quantise the base's matrices as they are loaded, for an adapter on top (QLoRA); mlx only. "
+        "null leaves the base as its files have it, full or quantised by mlx-lm.",
+    )
+    quantize_group_size: Literal[32, 64, 128] = Field(
+        default=64,
+        description="How many quantised numbers of a row share a scale and a bias; fewer are closer to the full model "
+        "and take more memory.",
+    )
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the base is quantised as it is loaded."""
+        return Quantization(int(self.quantize[0]), self.quantize_group_size) if self.quantize else None
 
 
 class DataSpec(Spec):

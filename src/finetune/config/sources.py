@@ -10,6 +10,7 @@ from finetune.config.keys import (
     KEYS,
     PROFILE_KEY,
     SECTIONS,
+    VALUES_ELSEWHERE,
     accepts_null,
     accepts_text,
     allowed_items,
@@ -176,6 +177,8 @@ _BOUNDED.maxlevel = 3
 
 
 def _value_hint(key: str, value: object) -> str:
+    if isinstance(value, str) and (key, value.lower()) in VALUES_ELSEWHERE:
+        return VALUES_ELSEWHERE[key, value.lower()]
     words = allowed_words(key)
     near = get_close_matches(value, words, n=1) if isinstance(value, str) else []
     if near:

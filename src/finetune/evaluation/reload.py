@@ -2,11 +2,13 @@
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from finetune.children import ask_child
 from finetune.ports import Session
-from finetune.records import ModelLocation, Reload
+from finetune.records import ModelLocation, Quantization, Reload
 
 
 def check_reload(
@@ -16,12 +18,13 @@ def check_reload(
     saved: Path,
     *,
     prompts: Sequence[Sequence[int]],
-    dtype: str,
+    **opening: Any,
 ) -> Reload:
     """Compare the session's logits on `prompts` with those of what was saved, an adapter or a model, loaded elsewhere.
 
     Args:
         location: the base.
+        opening: how the base is opened: `dtype`, and `quantize` where it is quantised as it is loaded.
 
     Raises:
         EvidenceError: the fresh process could not load what was saved.
@@ -35,6 +38,6 @@ def check_reload(
             kind: str(saved.resolve()),
             "logits": str(logits),
             "prompts": [list(prompt) for prompt in prompts],
-            "dtype": dtype,
+            **{key: asdict(value) if isinstance(value, Quantization) else value for key, value in opening.items()},
         }
         return Reload(**ask_child(f"finetune.backends.{backend}.reload", request))

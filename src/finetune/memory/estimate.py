@@ -29,10 +29,6 @@ class Estimate:
         return self.weights + self.adapter + self.gradients + self.optimizer
 
 
-_TURNED = {"GPT2LMHeadModel", "OpenAIGPTLMHeadModel"}
-"""Architectures whose weights are stored inputs x outputs."""
-
-
 def adapter_parameters(shape: ModelShape, target: AdapterTarget) -> int:
     """How many numbers are trained: rank x (inputs + outputs) for each adapted layer, with DoRA its outputs again, and
     every weight of a module that is trained whole.
@@ -51,13 +47,23 @@ def _in_float32(shape: ModelShape, target: AdapterTarget) -> int:
 
 def outputs(shape: ModelShape, layer: LinearLayer) -> int:
     """How many numbers a layer writes for each token."""
-    return layer.shape[shape.architecture in _TURNED]
+    return layer.shape[shape.turned]
 
 
 def _saved(shape: ModelShape, target: AdapterTarget) -> int:
     """The numbers of modules that are trained whole: copies in the format of the base."""
     names = [name for name in shape.weights if name.rpartition(".")[0] in target.saved]
     return sum(math.prod(shape.weights[name]) for name in names)
+
+
+def weight_bytes(shape: ModelShape, dtype: str) -> int:
+    """What the base's weights take: what is quantised in its bits with scales and biases in `dtype`, the rest in that.
+
+    Source: `mlx.core.quantize`.
+    """
+    sizes = {path: math.prod(shape.weights[f"{path}.weight"]) for path in shape.quantized}
+    packed = sum(how.bytes_of(sizes[path], BYTES[dtype]) for path, how in shape.quantized.items())
+    return packed + (shape.parameters - sum(sizes.values())) * BYTES[dtype]
 
 
 def estimate_memory(shape: ModelShape, target: AdapterTarget | None, dtype: str) -> Estimate:
@@ -72,7 +78,7 @@ def estimate_memory(shape: ModelShape, target: AdapterTarget | None, dtype: str)
     if target is not None:
         trained = _in_float32(shape, target) * max(size, ADAPTER_BYTES) + _saved(shape, target) * size
     return Estimate(
-        weights=shape.parameters * size,
+        weights=weight_bytes(shape, dtype),
         adapter=0 if target is None else trained,
         gradients=trained,
         optimizer=trained * _MOMENTS,

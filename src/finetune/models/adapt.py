@@ -32,8 +32,8 @@ def choose_saved(shape: ModelShape, names: Sequence[str], modules: Sequence[str]
     """The paths of the modules to train whole, beside an adapter on `modules`: those that end with one of `names`.
 
     Raises:
-        ModelError: a name matches no module that has weights, one that gets an adapter, or a table that is tied to
-            the output head: trained on its own it would come apart from it.
+        ModelError: a name matches no module that has weights, one that gets an adapter, one that is quantised, or a
+            table that is tied to the output head: trained on its own it would come apart from it.
     """
     existing = tuple(dict.fromkeys(name.rpartition(".")[0] for name in shape.weights))
     chosen: list[str] = []
@@ -55,6 +55,11 @@ def choose_saved(shape: ModelShape, names: Sequence[str], modules: Sequence[str]
             raise ModelError(
                 f"adapter.modules_to_save: {name!r} matches {adapted[0]}, which gets an adapter already",
                 hint="train it one way: leave it out here, or name the other layers in adapter.targets",
+            )
+        if packed := [path for path in hit if path in shape.quantized]:
+            raise ModelError(
+                f"adapter.modules_to_save: {name!r} matches {packed[0]}, quantised: it cannot be trained whole",
+                hint="leave it out, or train on the full model",
             )
         chosen += hit
     return tuple(dict.fromkeys(chosen))

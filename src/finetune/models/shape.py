@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import ModelError
+from finetune.models.quantize import read_quantized, unpacked
 from finetune.records import NO_LIMIT, LinearLayer, ModelShape
 
 _TABLES = re.compile(r"embed.*|wte|wpe|lm_head|output")
@@ -19,10 +20,12 @@ def read_shape(folder: Path) -> ModelShape:
     """The shape of the model in `folder`: sizes from `config.json`, exact tensor shapes from the weights' headers.
 
     Raises:
-        ModelError: a file is missing, cut off or corrupt; the file is named.
+        ModelError: a file is missing, cut off or corrupt, and is named; or the model is quantised as none is read here.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     tensors = read_tensor_shapes(folder)
+    quantized = read_quantized(config, tensors, str(folder))
+    tensors = unpacked(tensors, quantized)
     linear = [
         LinearLayer(name.removesuffix(".weight"), (shape[0], shape[1]))
         for name, shape in sorted(tensors.items())
@@ -52,6 +55,7 @@ def read_shape(folder: Path) -> ModelShape:
         attention_dropout=_share(text, "attention_dropout", "attn_pdrop"),
         hidden_dropout=_share(text, "resid_pdrop", "hidden_dropout"),
         weights=weights,
+        quantized={path: how for path, how in quantized.items() if f"{path}.weight" in weights},
     )
 
 
@@ -100,7 +104,12 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """What `config.json` says.
+
+    Raises:
+        ModelError: it is missing or no JSON object.
+    """
     path = folder / "config.json"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

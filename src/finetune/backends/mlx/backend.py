@@ -18,7 +18,7 @@ from finetune.backends.mlx.tensors import DTYPES, write_tensors
 from finetune.backends.mlx.zoo import build_model, load_model, put_weights, write_config
 from finetune.errors import ModelError
 from finetune.ports import Group
-from finetune.records import ModelLocation
+from finetune.records import ModelLocation, Quantization
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
@@ -73,16 +73,21 @@ class MlxBackend:
         write_config(config, folder)
         write_tensors(weights, folder / "model.safetensors")
 
-    def open(self, location: ModelLocation, dtype: str, pad_id: int) -> MlxSession:
-        """Load the model's weights, all of them from its files.
+    def open(
+        self, location: ModelLocation, dtype: str, pad_id: int, *, quantize: Quantization | None = None
+    ) -> MlxSession:
+        """Load the model's weights, all of them from its files; what mlx-lm has quantised there stays so.
+
+        Args:
+            quantize: how to quantise a full model as it is loaded.
 
         Raises:
-            ModelError: the architecture is unknown to mlx-lm or computed otherwise by it, the model is quantised, a
-                file is corrupt, or a weight is missing, unknown or of another shape.
+            ModelError: the architecture is unknown to mlx-lm or computed otherwise by it, a file is corrupt, a weight
+                is missing, unknown or of another shape, or the model is quantised in another way or cannot be.
         """
         if dtype not in DTYPES:
             raise ModelError(f"the mlx backend computes in {' or '.join(DTYPES)}, not in {dtype}")
-        return MlxSession(load_model(location, dtype), location, pad_id)
+        return MlxSession(load_model(location, dtype, quantize), location, pad_id)
 
 
 BACKEND = MlxBackend

@@ -20,8 +20,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from finetune.backends.mlx.fold import through_folded
 from finetune.backends.mlx.names import Names
+from finetune.backends.mlx.packed import full_weight, in_full, packed_layers
 from finetune.backends.mlx.zoo import Loaded, linear_layers
-from finetune.models.adapt import saved_weights
+from finetune.errors import ModelError
+from finetune.models.adapt import ends_with, saved_weights
 from finetune.models.peft_files import Layers, adapted_layers, parts_of, saved_name, tensor_name
 from finetune.records import AdapterTarget
 
@@ -93,9 +95,8 @@ class LoRALinear(nn.Module):  # type: ignore[misc]
         return plain and self.key is None and "magnitude" not in self
 
     def weight(self) -> mx.array:
-        """The base's weight (outputs, inputs) in float32."""
-        weight: mx.array = self.base.weight
-        return weight.astype(mx.float32)
+        """The base's weight (outputs, inputs) in float32, unpacked where it is packed."""
+        return full_weight(self.base).astype(mx.float32)
 
     def merged(self) -> mx.array:
         """The weight (outputs, inputs) of a plain layer that computes the same, in the base's dtype."""
@@ -103,7 +104,7 @@ class LoRALinear(nn.Module):  # type: ignore[misc]
         grown = weight + self.scale * (self.up @ self.down)
         if "magnitude" in self:
             grown = (self.magnitude / self._lengths(weight))[:, None] * grown
-        return grown.astype(self.base.weight.dtype)
+        return grown.astype(full_weight(self.base).dtype)
 
     def _lengths(self, weight: mx.array) -> mx.array:
         return mx.linalg.norm(weight + self.scale * (self.up @ self.down), axis=1)
@@ -167,15 +168,30 @@ class Adapter:
 
 
 def layer_shapes(loaded: Loaded) -> Layers:
-    """(outputs, inputs) of each linear layer by transformers' path."""
+    """(outputs, inputs) of each linear layer by transformers' path: the true ones, packed or not."""
     layers = linear_layers(loaded.model)
-    return {loaded.names.shown(path): tuple(module.weight.shape) for path, module in layers.items()}
+    return {loaded.names.shown(path): tuple(full_weight(module).shape) for path, module in layers.items()}
 
 
 def weight_shapes(loaded: Loaded) -> dict[str, tuple[int, ...]]:
-    """The shape of every weight of a model without an adapter, by transformers' name, as its files have it."""
-    tensors = loaded.names.to_files(dict(tree_flatten(loaded.model.parameters())))
+    """The shape of every weight of a model without an adapter, by transformers' name, as its full files have it."""
+    tensors = loaded.names.to_files(in_full(loaded.model, dict(tree_flatten(loaded.model.parameters()))))
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def refuse_packed(loaded: Loaded, target: AdapterTarget | None) -> None:
+    """Refuse to train packed weights: whole modules beside an adapter or, where `target` is None, all of the model.
+
+    Raises:
+        ModelError: one would have to be.
+    """
+    packed = [loaded.names.shown(path.removesuffix(".base")) for path in packed_layers(loaded.model)]
+    wanted = packed if target is None else [path for name in target.saved for path in ends_with(packed, name)]
+    if wanted:
+        raise ModelError(
+            f"{wanted[0]} is quantised, and what is quantised cannot be trained whole",
+            hint="train an adapter and no such module, or load the full model",
+        )
 
 
 def draw_tensors(loaded: Loaded, layers: Layers, target: AdapterTarget, key: mx.array) -> Tensors:
@@ -191,7 +207,7 @@ def draw_tensors(loaded: Loaded, layers: Layers, target: AdapterTarget, key: mx.
         (outputs, inputs), rank = layers[path], target.rank_of(path)
         bound = 1 / math.sqrt(inputs)
         down, up = mx.random.uniform(-bound, bound, (rank, inputs), key=own), mx.zeros((outputs, rank))
-        lengths = mx.linalg.norm(bases[path].weight.astype(mx.float32), axis=1) if target.kind == "dora" else None
+        lengths = mx.linalg.norm(full_weight(bases[path]).astype(mx.float32), axis=1) if target.kind == "dora" else None
         parts[path] = Parts(down, up, lengths)
     own_weights = {loaded.names.shown(place): tensor for place, tensor in tree_flatten(loaded.model.parameters())}
     return Tensors(parts, {name: own_weights[name] for name in saved_weights(own_weights, target)})

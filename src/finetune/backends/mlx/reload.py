@@ -17,7 +17,7 @@ from finetune.backends.mlx.adapter import read_adapter
 from finetune.backends.mlx.layers import layer_shapes, weight_shapes
 from finetune.backends.mlx.tensors import read_tensors
 from finetune.backends.mlx.zoo import Loaded, linear_layers, load_model
-from finetune.records import ModelLocation
+from finetune.records import ModelLocation, Quantization
 
 
 def main() -> None:
@@ -26,7 +26,8 @@ def main() -> None:
     prompts = request["prompts"]
     saved = read_tensors(Path(request["logits"]), "the saved logits")
     wanted = [saved[str(index)] for index in range(len(prompts))]
-    loaded = load_model(ModelLocation(request["folder"], Path(request["folder"]), "local"), request["dtype"])
+    quantize = Quantization(**request["quantize"]) if request.get("quantize") else None
+    loaded = load_model(ModelLocation(request["folder"], Path(request["folder"]), "local"), request["dtype"], quantize)
     base = [loaded.model(mx.array([ids]))[0].astype(mx.float32) for ids in prompts]
     if "model" in request:
         loaded = load_model(ModelLocation(request["model"], Path(request["model"]), "local"), request["dtype"])

@@ -10,8 +10,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from finetune.backends.mlx import state
 from finetune.backends.mlx.adapter import read_adapter, write_adapter
 from finetune.backends.mlx.group import pool_gradients
-from finetune.backends.mlx.layers import Adapter, draw_tensors, layer_shapes, put_on, weight_shapes
+from finetune.backends.mlx.layers import Adapter, draw_tensors, layer_shapes, put_on, refuse_packed, weight_shapes
 from finetune.backends.mlx.optimizer import AdamW, clip, norms
+from finetune.backends.mlx.packed import in_full, packed_layers
 from finetune.backends.mlx.tensors import fingerprint, first_line, write_tensors
 from finetune.backends.mlx.trip import Arrays, Sizes, arrays_of, plan_trip
 from finetune.backends.mlx.zoo import Loaded, write_config
@@ -40,15 +41,16 @@ class MlxSession:
         self.gradients: dict[str, mx.array] = {}
         self._key = mx.random.key(0)
         self._optimizer: AdamW | None = None
-        self._trained: dict[str, str] = self._places()
+        self._trained: dict[str, str] = {} if packed_layers(loaded.model) else self._places()
 
     def attach(self, target: AdapterTarget | None, seed: int) -> None:
         """Put a freshly initialised adapter on the model and freeze the rest; None makes every weight trainable.
 
         Raises:
-            ModelError: a name in `target.modules` matches no linear layer, or mlx-lm keeps one that it matches in
-                another form than the model's files.
+            ModelError: a name in `target.modules` matches no linear layer, mlx-lm keeps one that it matches in another
+                form than the model's files, or a module to train whole is quantised.
         """
+        refuse_packed(self.loaded, target)
         drawing, self._key = mx.random.split(mx.random.key(seed))
         adapted_layers(self._layers, target.modules if target else ())
         self._take_off()
@@ -77,7 +79,9 @@ class MlxSession:
     def accumulate(self, batch: Batch, weight: float) -> float:
         """Add `weight` x (summed loss of the batch) to the gradients; returns the summed loss in nats."""
         if not self._trained:
-            raise TrainingError("nothing is trainable: a loaded adapter is frozen", hint="attach a fresh adapter")
+            raise TrainingError(
+                "nothing is trainable: a loaded adapter and a quantised base are frozen", hint="attach a fresh adapter"
+            )
         arrays = arrays_of(batch, self.trip.sizes)
         if not arrays.targets.size:
             return 0.0
@@ -176,17 +180,19 @@ class MlxSession:
             ModelError: mlx-lm keeps weights of this architecture in another form than the model's files.
         """
         names, adapter = self.loaded.names, self.adapter
-        places = [adapter.own(place) if adapter else place for place in self._base()]
+        places = [adapter.own(place) if adapter else place for place in in_full(self.loaded.model, self._base())]
         names.refuse_foreign([names.shown(place) for place in places], "the model's weights")
 
     def save_model(self, folder: Path) -> None:
         """Write the whole model as transformers reads it, its adapter merged into it, into an existing folder.
 
+        What is quantised is written in full.
+
         Raises:
             ModelError: mlx-lm keeps weights of this architecture in another form than the model's files.
         """
         names, adapter = self.loaded.names, self.adapter
-        weights = self._base()
+        weights = in_full(self.loaded.model, self._base())
         if adapter is not None:
             weights = {adapter.own(place): tensor for place, tensor in weights.items()}
             weights |= {f"{path}.weight": layer.merged() for path, layer in adapter.layers.items()}
@@ -207,6 +213,7 @@ class MlxSession:
     def load_adapter(self, folder: Path) -> None:
         """Put a saved adapter, PEFT's or mlx-lm's, on the model, frozen as PEFT does it; every tensor must match."""
         target, tensors = read_adapter(self._shapes, self._layers, self.loaded.names, folder)
+        refuse_packed(self.loaded, target)
         self._take_off()
         self.adapter = put_on(self.loaded, target, tensors)
         self._trained = {}

@@ -13,10 +13,12 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from finetune.backends.mlx.names import Names, for_mlx_lm
+from finetune.backends.mlx.packed import pack, pack_as_filed
 from finetune.backends.mlx.tensors import DTYPES, first_line, read_tensors
 from finetune.errors import ModelError
-from finetune.models.shape import read_shape, weight_files
-from finetune.records import NO_LIMIT, ModelLocation
+from finetune.models.quantize import SETTINGS, quantize_shape
+from finetune.models.shape import read_config, read_shape, weight_files
+from finetune.records import NO_LIMIT, ModelLocation, Quantization
 
 _HINT = "use the torch backend for this model"
 _LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
@@ -39,7 +41,7 @@ _LEFT_OUT: dict[str, dict[str, Any]] = {
 class Loaded:
     """A model of mlx-lm's at rest, with the names of its weights.
 
-    `words` and `context` are how many tokens it knows and takes; `config` is transformers' own.
+    `words` and `context` are how many tokens it knows and takes; `config` is transformers' own, that of a full model.
     """
 
     model: Any
@@ -50,17 +52,23 @@ class Loaded:
     config: dict[str, Any]
 
 
-def load_model(location: ModelLocation, dtype: str) -> Loaded:
+def load_model(location: ModelLocation, dtype: str, quantize: Quantization | None = None) -> Loaded:
     """The model in a folder, every weight read from its files and none made up, in float32 or bfloat16.
 
+    What its files hold quantised stays so to the bit, with scales and biases in `dtype`; `quantize` says how to
+    quantise a full model.
+
     Raises:
-        ModelError: mlx-lm does not know the architecture or computes it otherwise, the model is quantised, a file is
-            missing or corrupt, or a weight is missing, unknown or of another shape.
+        ModelError: mlx-lm does not know the architecture or computes it otherwise, a file is missing or corrupt, a
+            weight is missing, unknown or of another shape, or the model is quantised in another way or cannot be.
     """
     owner = f"model {location.name!r} in {location.folder}"
     shape = read_shape(location.folder)
-    config = json.loads((location.folder / "config.json").read_text(encoding="utf-8"))
+    if quantize:
+        quantize_shape(shape, quantize, owner)
+    config = {key: value for key, value in read_config(location.folder).items() if key not in SETTINGS}
     model = build_model(config, owner, tied=shape.tied_head)
+    pack_as_filed(model, shape.quantized, owner)
     weights: dict[str, mx.array] = {}
     for file in weight_files(location.folder):
         weights |= read_tensors(file, owner)
@@ -73,6 +81,8 @@ def load_model(location: ModelLocation, dtype: str) -> Loaded:
         if keep(name) and mx.issubdtype(tensor.dtype, mx.floating)
     ]
     model.load_weights(cast, strict=False)
+    if quantize:
+        pack(model, quantize, owner)
     mx.eval(model.parameters())
     context = _context_length(shape.context_length, config, _classes(config, owner)[1])
     return Loaded(model, dtype, shape.vocab_size or NO_LIMIT, context, names, config)
@@ -129,10 +139,10 @@ def put_weights(model: Any, names: Names, weights: Mapping[str, mx.array], owner
                 f"{owner} cannot be loaded: {names.shown(name)} is {given[name].shape}, its config says {tensor.shape}",
                 hint="get the model's files again",
             )
-        if not mx.issubdtype(given[name].dtype, mx.floating):
-            raise ModelError(
-                f"{owner} cannot be loaded: {names.shown(name)} holds {given[name].dtype}, no fractions", hint=_HINT
-            )
+        kind = given[name].dtype
+        if not (kind == mx.uint32 if tensor.dtype == mx.uint32 else mx.issubdtype(kind, mx.floating)):
+            told = "packed numbers" if tensor.dtype == mx.uint32 else "fractions"
+            raise ModelError(f"{owner} cannot be loaded: {names.shown(name)} holds {kind}, no {told}", hint=_HINT)
     model.load_weights(list(given.items()))
 
 
@@ -140,8 +150,8 @@ def _classes(config: Mapping[str, Any], owner: str) -> tuple[Any, Any]:
     from mlx_lm.utils import _get_classes
 
     name = config.get("model_type")
-    if config.get("quantization") or config.get("quantization_config"):
-        raise ModelError(f"{owner} is quantised; this backend trains on float32 and bfloat16 weights", hint=_HINT)
+    if any(config.get(key) for key in SETTINGS):
+        raise ModelError(f"{owner} is to be of full weights, and its config says that they are quantised", hint=_HINT)
     try:
         if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
             raise ValueError(f"model type {name!r}")
@@ -235,7 +245,7 @@ def _context_length(told: int, config: Mapping[str, Any], args_class: Any) -> in
 def linear_layers(model: Any) -> dict[str, Any]:
     """Every linear layer by mlx-lm's path, in the model's order."""
     leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
-    return {path: module for path, module in leaves if isinstance(module, nn.Linear)}
+    return {path: module for path, module in leaves if isinstance(module, (nn.Linear, nn.QuantizedLinear))}
 
 
 def write_config(config: Mapping[str, Any], folder: Path) -> None:

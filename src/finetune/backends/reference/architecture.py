@@ -66,7 +66,7 @@ def read_architecture(config: Mapping[str, Any], owner: str) -> Architecture:
 
     Raises:
         ModelError: it is no Llama, or a Llama with something that the reference backend does not compute: biases,
-            attention dropout, another activation than SiLU, another RoPE than the default one, quantised weights.
+            attention dropout, another activation than SiLU, another RoPE than the default one.
     """
     if config.get("model_type") != "llama":
         raise ModelError(
@@ -100,8 +100,6 @@ def read_architecture(config: Mapping[str, Any], owner: str) -> Architecture:
 def _refuse_extras(config: Mapping[str, Any], owner: str) -> None:
     plain = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0}
     odd = {key: config[key] for key, value in plain.items() if config.get(key, value) != value}
-    if config.get("quantization_config"):
-        odd["quantization_config"] = config["quantization_config"]
     if odd:
         key = min(odd)
         told = ", ".join(f"{name} {value!r}" for name, value in plain.items())

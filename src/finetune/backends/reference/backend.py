@@ -12,12 +12,13 @@ from safetensors.numpy import save_file
 
 from finetune.backends.reference.architecture import EMBEDDING, HEAD, read_architecture
 from finetune.backends.reference.session import ReferenceSession
-from finetune.backends.reference.weights import check_tensors, read_config, read_tensors
+from finetune.backends.reference.weights import check_tensors, read_tensors
 from finetune.errors import ModelError
-from finetune.models.shape import weight_files
+from finetune.models.quantize import refuse_quantized
+from finetune.models.shape import read_config, weight_files
 from finetune.place import refuse_launched
 from finetune.ports import Group
-from finetune.records import ModelLocation
+from finetune.records import ModelLocation, Quantization
 from finetune.training.team import Alone
 
 
@@ -63,12 +64,15 @@ class ReferenceBackend:
             metadata={"format": "pt"},
         )
 
-    def open(self, location: ModelLocation, dtype: str, pad_id: int) -> ReferenceSession:
+    def open(
+        self, location: ModelLocation, dtype: str, pad_id: int, *, quantize: Quantization | None = None
+    ) -> ReferenceSession:
         """Load a Llama's weights; float32, float16 and bfloat16 files alike become float64, which holds them exactly.
 
         Raises:
             ModelError: the architecture is not one that this backend computes, a file is corrupt, a weight is missing,
-                unknown or of another shape, or the model is to compute in another dtype than float32 or float64.
+                unknown or of another shape, or the model is to compute in another dtype than float32 or float64, or is
+                quantised or to be.
         """
         owner = f"model {location.name!r} in {location.folder}"
         if dtype not in ("float32", "float64"):
@@ -76,7 +80,9 @@ class ReferenceBackend:
                 f"the reference backend always computes in float64 and cannot imitate {dtype}",
                 hint="set model.dtype to float32, or use the torch backend",
             )
-        shape = read_architecture(read_config(location.folder), owner)
+        config = read_config(location.folder)
+        refuse_quantized(config, quantize, self.name, owner)
+        shape = read_architecture(config, owner)
         weights: dict[str, Any] = {}
         for file in weight_files(location.folder):
             weights |= read_tensors(file, owner)

@@ -16,9 +16,9 @@ from finetune.backends.reference.adapter import Adapter, draw_adapter, read_adap
 from finetune.backends.reference.architecture import HEAD, Architecture
 from finetune.backends.reference.model import Array, Pass, cross_entropy
 from finetune.backends.reference.optimizer import AdamW, clip
-from finetune.backends.reference.weights import read_config
 from finetune.errors import ModelError, TrainingError
 from finetune.models.peft_files import frozen_name
+from finetune.models.shape import read_config
 from finetune.ports import Group
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
 

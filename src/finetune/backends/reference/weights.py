@@ -1,9 +1,7 @@
 """Model files to float64 arrays and back; what this Llama cannot compute is refused here, before a weight is read."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,22 +35,6 @@ def read_tensors(path: Path, owner: str) -> dict[str, Array]:
             raw = (raw.astype(np.uint32) << 16).view(np.float32)
         tensors[name] = raw.astype(np.float64)
     return tensors
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """What `config.json` says.
-
-    Raises:
-        ModelError: it is missing or no JSON object.
-    """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", hint="get the model again") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} does not hold an object", hint="get the model again")
-    return config
 
 
 def check_tensors(weights: Mapping[str, Array], expected: Mapping[str, tuple[int, ...]], owner: str) -> None:

@@ -11,8 +11,10 @@ from safetensors import SafetensorError
 from finetune.backends.torch.group import join_group
 from finetune.backends.torch.session import TorchSession
 from finetune.errors import ModelError
+from finetune.models.quantize import refuse_quantized
+from finetune.models.shape import read_config
 from finetune.ports import Group
-from finetune.records import ModelLocation
+from finetune.records import ModelLocation, Quantization
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -43,12 +45,17 @@ class TorchBackend:
         torch.manual_seed(seed)
         transformers.AutoModelForCausalLM.from_config(settings).save_pretrained(folder)
 
-    def open(self, location: ModelLocation, dtype: str, pad_id: int) -> TorchSession:
+    def open(
+        self, location: ModelLocation, dtype: str, pad_id: int, *, quantize: Quantization | None = None
+    ) -> TorchSession:
         """Load the model's weights, all of them from its files.
 
         Raises:
-            ModelError: the architecture is unknown, a file is corrupt, or a weight is missing.
+            ModelError: the architecture is unknown, a file is corrupt, a weight is missing, or the model is quantised
+                or to be.
         """
+        owner = f"model {location.name!r} in {location.folder}"
+        refuse_quantized(read_config(location.folder), quantize, self.name, owner)
         return TorchSession(load_model(location, dtype), location, pad_id)
 
 
