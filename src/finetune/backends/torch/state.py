@@ -1,6 +1,7 @@
 """Writes and restores what a torch session is made of: adapter tensors, optimizer moments, random state."""
 
 import contextlib
+import copy
 import json
 import warnings
 from collections.abc import Iterator, Mapping
@@ -70,6 +71,13 @@ def quiet_wrapping() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         yield
+
+
+def merged(model: Any) -> Any:
+    """A model without an adapter that computes the same; where there is one, a copy, so that nothing is changed."""
+    from peft import PeftModel
+
+    return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
 
 
 def load_peft_adapter(model: Any, folder: Path) -> Any:
