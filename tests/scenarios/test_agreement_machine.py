@@ -263,7 +263,7 @@ class AgreementMachine(RuleBasedStateMachine):
             return
         wanted = weights(self.sessions[self.exact])
         for name, session in self.sessions.items():
-            assert session.trainable_names() and set(session.trainable_names()) == set(wanted), name
+            assert set(session.trainable_names()) == set(wanted) != set(), name
             assert steps_of(session) == self.steps, name
             assert self.untrained(session) == self.frozen[name], name
             found = weights(session)
