@@ -115,7 +115,7 @@ def test_rate_that_moves_the_weights_is_the_closed_form(place: Place) -> None:
             # B begins at zero, where float32 has room for so small a step.
             moves.append(max(np.abs(now[name] - held[name]).max() for name in now if ".lora_B." in name))
             held = now
-    assert moves == pytest.approx([0.5 * peak, peak, 0.75 * peak, 0.5 * peak, 0.25 * peak], rel=1e-3)
+    assert moves == pytest.approx([0.5 * peak, peak, 0.75 * peak, 0.5 * peak, 0.25 * peak], rel=1e-2)
 
 
 KNOBS: dict[str, Callable[[Place], Any]] = {
@@ -131,7 +131,7 @@ KNOBS: dict[str, Callable[[Place], Any]] = {
     "weight_decay": lambda place: 0.5,
     "max_grad_norm": lambda place: 0.01,
     "betas": lambda place: (0.5, 0.9),
-    "epsilon": lambda place: 1e-2,
+    "epsilon": lambda place: 1e-1,
     "lora_plus_ratio": lambda place: 4.0,
 }
 
@@ -144,7 +144,8 @@ def test_every_knob_of_adapter_and_optimizer_is_wired(place: Place) -> None:
     assert len(KNOBS) == 14
 
     def end(changed: str | None) -> float:
-        target, optimization = place.target(), Optimization(0.05, 1.0)
+        # Without so large an epsilon AdamW moves as far after clipping as before.
+        target, optimization = place.target(), Optimization(0.05, 1.0, epsilon=1e-3)
         change = {changed: KNOBS[changed](place)} if changed else {}
         if changed and owners[changed] is AdapterTarget:
             target = replace(target, **change)

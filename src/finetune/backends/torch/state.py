@@ -25,8 +25,11 @@ def save_state(trainable: Mapping[str, torch.nn.Parameter], optimizer: torch.opt
     tensors: dict[str, torch.Tensor] = {"random": torch.get_rng_state()}
     for name, tensor in trainable.items():
         tensors[f"weight/{name}"] = tensor.detach().contiguous()
-        for moment, value in optimizer.state.get(tensor, {}).items():
-            tensors[f"{moment}/{name}"] = torch.as_tensor(value).contiguous()
+        for moment in _MOMENTS:
+            # Before a tensor's first step torch keeps nothing of it, and begins with zeros.
+            start = torch.zeros(()) if moment == "step" else torch.zeros_like(tensor)
+            value = optimizer.state.get(tensor, {}).get(moment, start)
+            tensors[f"{moment}/{name}"] = torch.as_tensor(value).detach().contiguous()
     save_file(tensors, folder / _TENSORS)
 
 
