@@ -13,11 +13,10 @@ from finetune.records import Batch, ModelLocation, Optimization, Tokenized
 from finetune_strategies.adapters import AdaptedModel
 from finetune_strategies.datasets import token_rows
 from finetune_strategies.profiles import examples
+from scenarios.nearness import apart, check_gradients
 from scenarios.side_by_side import (
     GPT2S,
     LLAMAS,
-    apart,
-    check_gradients,
     in_float64,
     logits,
     open_all,

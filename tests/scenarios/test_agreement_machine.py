@@ -27,7 +27,8 @@ from finetune_strategies.adapters import AdaptedModel
 from finetune_strategies.datasets import Dealing, dealings, token_rows
 from finetune_strategies.profiles import examples
 from scenarios import side_by_side
-from scenarios.side_by_side import GPT2S, LLAMAS, apart, check_gradients, labels, labels_by_hand, steps_of, weights
+from scenarios.nearness import apart, check_gradients
+from scenarios.side_by_side import GPT2S, LLAMAS, labels, labels_by_hand, steps_of, weights
 
 pytestmark = pytest.mark.tier2
 CLOSE = 1e-4

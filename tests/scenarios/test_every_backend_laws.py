@@ -15,7 +15,8 @@ from finetune.events import StepDone
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
 from finetune.tokens.batch import epoch_batches
 from finetune.training.loop import LoopPlan, train
-from scenarios.side_by_side import apart, logits, torch, weights
+from scenarios.nearness import apart
+from scenarios.side_by_side import logits, torch, weights
 from scenarios.tiny_models import MODULES, NO_DROPOUT, make_model, make_rows, step
 
 pytestmark = pytest.mark.tier2
