@@ -164,6 +164,16 @@ def test_every_knob_of_adapter_and_optimizer_is_wired(place: Place) -> None:
     assert len(set(ends.values())) == len(ends)
 
 
+def test_fresh_adapter_of_every_kind_is_the_base(place: Place) -> None:
+    """P-GRAD: before the first step nothing has changed, whatever an adapter is made of; after one step it has."""
+    base = logits(place.open(), PROMPT)
+    for kind, target in kinds(place).items():
+        session = place.adapted(target)
+        assert apart(logits(session, PROMPT), base) < 1e-6, kind
+        step(session, [Batch(ROWS)], 0.05)
+        assert apart(logits(session, PROMPT), base) > 1e-3, kind
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora", "saved"])
 def test_model_saved_is_the_adapted_one_and_the_session_stays(place: Place, kind: str, tmp_path: Path) -> None:
     """P-MERGE: read by transformers alone it computes the same, which the base does not; who wrote it is as before."""
