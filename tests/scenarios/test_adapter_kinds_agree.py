@@ -72,21 +72,21 @@ def test_gpt2s_agree_in_every_kind(
     check_agreement(model, rows, tmp_path_factory.mktemp("model"))
 
 
-@given(LLAMAS)
+@given(LLAMAS | GPT2S)
 @examples(1 / 4)
-def test_ten_steps_agree_in_every_kind(tmp_path_factory: pytest.TempPathFactory, model: AdaptedModel) -> None:
-    """Ten steps from a fresh adapter, B moving four times as fast: loss and gradient norm of each agree."""
+def test_twenty_steps_agree_in_every_kind(tmp_path_factory: pytest.TempPathFactory, model: AdaptedModel) -> None:
+    """Twenty steps from a fresh adapter, B moving four times as fast: loss and gradient norm of each agree."""
     sessions = open_all(model, write_model(model, tmp_path_factory.mktemp("model")))
-    told: dict[str, list[float]] = {}
-    for name, session in sessions.items():
+    told: list[list[float]] = []
+    for session in sessions.values():
         session.prepare_updates(Optimization(weight_decay=0.05, max_grad_norm=1.0, lora_plus_ratio=4.0))
-        told[name] = []
-        for number in range(10):
+        told.append([])
+        for number in range(20):
             batch = Batch(make_rows(5, seed=number % 3))
-            told[name] += [session.accumulate(batch, 1 / batch.target_count), session.clip_gradients()]
+            told[-1] += [session.accumulate(batch, 1 / batch.target_count), session.clip_gradients()]
             session.update(1e-3)
-    assert told["torch"] == pytest.approx(told["reference"], rel=3e-4)
-    assert told["mlx"] == pytest.approx(told["reference"], rel=3e-4)
+    for numbers in told[1:]:
+        assert numbers == pytest.approx(told[0], rel=3e-4)
 
 
 @given(LLAMAS | GPT2S)

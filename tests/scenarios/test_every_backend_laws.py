@@ -22,7 +22,11 @@ from scenarios.tiny_models import MODULES, NO_DROPOUT, make_model, make_rows, st
 pytestmark = pytest.mark.tier2
 ROWS = make_rows(7)
 PROMPT = list(ROWS[1].ids)
-WHOLE = {"llama": "model.norm", "gpt2": "transformer.ln_f"}
+WHOLE = {
+    "llama": ("model.norm", "model.layers.0.mlp.up_proj"),
+    "gpt2": ("transformer.ln_f", "transformer.h.0.mlp.c_fc"),
+}
+"""Modules to train whole: gains, and a matrix, which GPT-2 stores the other way round."""
 UNCLIPPED = Optimization(0.0, 1e9)
 
 
@@ -68,7 +72,7 @@ def kinds(place: Place) -> dict[str, AdapterTarget]:
     return {
         "lora": place.target(scaling="rank_stabilized", rank_pattern={MODULES[place.location.name][0]: 2}),
         "dora": place.target(kind="dora"),
-        "saved": place.target(saved=(WHOLE[place.location.name],)),
+        "saved": place.target(saved=WHOLE[place.location.name]),
     }
 
 
@@ -128,7 +132,7 @@ KNOBS: dict[str, Callable[[Place], Any]] = {
     "scaling": lambda place: "rank_stabilized",
     "rank_pattern": lambda place: {MODULES[place.location.name][0]: 1},
     "alpha_pattern": lambda place: {MODULES[place.location.name][0]: 3.0},
-    "saved": lambda place: (WHOLE[place.location.name],),
+    "saved": lambda place: WHOLE[place.location.name],
     "weight_decay": lambda place: 0.5,
     "max_grad_norm": lambda place: 0.01,
     "betas": lambda place: (0.5, 0.9),
@@ -191,6 +195,18 @@ def test_model_saved_is_the_adapted_one_and_the_session_stays(place: Place, kind
     assert apart(logits(place.open(), PROMPT), tuned) > 1e-2
     assert (tmp_path / "config.json").exists()
     assert not (tmp_path / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "saved"])
+def test_adapter_saved_is_the_adapter_here_and_in_peft(place: Place, kind: str, tmp_path: Path) -> None:
+    """P-ART: a new session, of the backend that wrote it or of torch with PEFT, computes what was trained."""
+    session = place.trained(kinds(place)[kind])
+    session.save_adapter(tmp_path)
+    for backend in {place.backend, "torch"}:
+        again = Place(backend, place.location).open()
+        again.load_adapter(tmp_path)
+        assert apart(logits(again, PROMPT), logits(session, PROMPT)) < 1e-5
+        assert again.trainable_names() == []
 
 
 def test_merged_in_half_precision_is_rounded_once(place: Place, tmp_path: Path) -> None:
