@@ -243,7 +243,7 @@ def test_merged_in_half_precision_is_rounded_once(place: Place, tmp_path: Path) 
 
 
 def test_run_that_is_looked_at_is_the_same_run(place: Place, tmp_path: Path) -> None:
-    """P-EVAL: losses, answers, logits and files taken between steps change nothing to come, dropout and all."""
+    """P-EVAL: what is taken between steps is taken without dropout, and changes nothing to come, dropout and all."""
     ends = []
     for looked in (False, True):
         session = place.adapted(place.target(dropout=0.4), Optimization(0.05, 1.0))
@@ -252,6 +252,9 @@ def test_run_that_is_looked_at_is_the_same_run(place: Place, tmp_path: Path) -> 
             if looked:
                 seen = [look(session, tmp_path / f"{number}-{again}") for again in (0, 1)]
                 assert seen[0] == seen[1]
+                still = place.open()
+                still.load_adapter(tmp_path / f"{number}-0" / "adapter")
+                assert still.loss(Batch(ROWS)) == pytest.approx(seen[0][1][0], rel=1e-5)
             session.clip_gradients()
             session.update(0.05)
         ends.append((losses, session.fingerprints()))
@@ -269,6 +272,20 @@ def look(session: Any, folder: Path) -> Any:
         base = session.loss(Batch(ROWS))
     told = session.loss(Batch(ROWS)), session.generate([[5, 6, 7], [8, 9]], 4, [2]), session.gradient_norms()
     return base, told, (folder / "logits").read_bytes()
+
+
+def test_state_before_the_first_step_is_gone_on_from(place: Place, tmp_path: Path) -> None:
+    """P-RESUME: a run that was stopped before it took a step is, begun again from its state, the same run."""
+    ends = []
+    for resumed in (False, True):
+        session = place.open()
+        session.attach(place.target(dropout=0.4), 9 if resumed else 4)
+        session.prepare_updates(Optimization(0.05, 1.0))
+        session.load_state(tmp_path) if resumed else session.save_state(tmp_path)
+        for _ in range(2):
+            step(session, [Batch(ROWS)], 0.05)
+        ends.append(session.fingerprints())
+    assert ends[0] == ends[1]
 
 
 def test_checkpoint_that_is_kept_is_the_state_of_its_step(place: Place, tmp_path: Path) -> None:
