@@ -104,7 +104,7 @@ class Session(Protocol):
         """Refuse now what `save_model` could only refuse in the end."""
 
     def save_model(self, folder: Path) -> None:
-        """Write the whole model, its weights in safetensors, into an existing folder."""
+        """Write the whole model, its adapter merged into it and weights in safetensors, into an existing folder."""
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter in PEFT's own format into an existing empty folder."""

@@ -10,8 +10,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "faults.md"
-SECTIONS = 8
-ROWS = 97
+SECTIONS = 9
+ROWS = 106
+BACKENDS_PAGE = ROOT / "docs" / "backends.md"
+NONE = "–"
+"""Stands where a law or a fault has nothing to be about; the page says why."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def rows() -> list[Listed]:
 
 
 def test_faults_are_all_listed_once(rows: list[Listed]) -> None:
-    """There are 97 rows in 8 sections, each with a fault of its own, in order, and with words of its own."""
+    """There are 106 rows in 9 sections, each with a fault of its own, in order, and with words of its own."""
     text = PAGE.read_text(encoding="utf-8")
     assert len(re.findall(r"^## \d\. ", text, re.MULTILINE)) == SECTIONS
     assert len(rows) == ROWS == len(re.findall(r"^\| A", text, re.MULTILINE))
@@ -100,6 +103,41 @@ def test_faults_that_are_counted_are_those_of_the_rows(rows: list[Listed]) -> No
     told = [int(number) for number in re.findall(r"\*\*(\d+)\*\*", head)]
     tiers = [row.tier for row in rows]
     assert told == [len(rows), tiers.count(0), len(rows) - tiers.count(0), tiers.count(1), tiers.count(2)]
+
+
+def cells(text: str, heading: str) -> list[list[str]]:
+    """The rows of the table under a heading, without its head."""
+    part = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in part.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[1:]]
+
+
+def unknown_laws(cell: str) -> list[str]:
+    """The laws of a cell that do not exist; a cell that names none is unknown as a whole, unless it says so."""
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", cell)
+    if not named:
+        return [] if cell == NONE else [cell]
+    folders = ("properties", "scenarios")
+    there = [
+        any((ROOT / "tests" / folder / file).is_file() and law in laws_of(folder, file) for folder in folders)
+        for file, law in named
+    ]
+    return [f"{file}::{law}" for (file, law), found in zip(named, there, strict=True) if not found]
+
+
+def test_laws_of_backends_exist_where_they_are_said_to(rows: list[Listed]) -> None:
+    """The page of backends names 16 laws, each with a test for both frameworks, and faults that are listed, by test."""
+    text = BACKENDS_PAGE.read_text(encoding="utf-8")
+    laws, faults = cells(text, "Laws"), cells(text, "Faults")
+    assert len({row[0] for row in laws}) == len(laws) == 16
+    assert all(NONE not in row[1:3] for row in laws)
+    ids = [row[0].split()[0] for row in faults]
+    assert ids == sorted(set(ids))
+    assert len(ids) >= 30
+    assert set(ids) <= {row.id for row in rows if not row.cannot_exist}
+    assert [law for row in laws + faults for cell in row[1:] for law in unknown_laws(cell)] == []
+    assert unknown_laws("`test_faults_listed.py::test_nobody`") == ["test_faults_listed.py::test_nobody"]
+    assert unknown_laws("somebody") == ["somebody"]
 
 
 WRONG = {

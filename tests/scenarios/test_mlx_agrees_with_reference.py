@@ -17,6 +17,7 @@ from finetune_strategies.adapters import AdaptedModel, adapted_models
 from finetune_strategies.datasets import token_rows
 from finetune_strategies.models import llama_configs
 from finetune_strategies.profiles import examples
+from scenarios.nearness import apart, check_gradients
 from scenarios.tiny_mlx import gradients, logits_of, open_session, set_weights
 from scenarios.tiny_models import batches_of, make_rows
 
@@ -47,11 +48,6 @@ def attach_both(reference: Any, session: Any, target: AdapterTarget, *, trained:
     set_weights(session, reference.trainable)
 
 
-def apart(ours: Any, theirs: Any) -> float:
-    """The largest difference, as a share of the largest value."""
-    return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30))
-
-
 def all_layers(location: ModelLocation) -> AdapterTarget:
     """An adapter on every linear layer, whose scale is neither one nor whole."""
     return AdapterTarget(3, 7.0, 0.0, choose_layers(read_shape(location.folder), "all-linear"))
@@ -72,14 +68,7 @@ def test_tiny_llamas_agree(
         assert session.fingerprints().keys() == reference.fingerprints().keys()
         found, wanted = session.accumulate(Batch(rows), 0.2), reference.accumulate(Batch(rows), 0.2)
         assert found == pytest.approx(wanted, rel=1e-4, abs=1e-5)
-        slopes = gradients(session) if session.gradients else {}
-        largest = max((np.abs(value).max() for value in reference.gradients.values()), default=0.0)
-        differences = {
-            name: np.abs(slopes[name] - wanted).max() / (np.abs(wanted).max() + 1e-3 * largest)
-            for name, wanted in reference.gradients.items()
-            if largest and np.abs(wanted).max() > 0
-        }
-        assert {name: share for name, share in differences.items() if share > 3e-4} == {}
+        check_gradients(gradients(session), reference.gradients)
         ids = rows[0].ids
         assert apart(logits_of(session, [ids])[0], reference.logits(ids)) < 1e-4
 

@@ -16,6 +16,7 @@ from finetune.models.adapt import choose_layers  # noqa: E402
 from finetune.models.locate import locate_model  # noqa: E402
 from finetune.models.shape import read_shape  # noqa: E402
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization  # noqa: E402
+from scenarios.nearness import apart  # noqa: E402
 from scenarios.tiny_mlx import IDS, gradients, logits_of, open_session, set_weights  # noqa: E402
 from scenarios.tiny_models import CONFIGS, NO_DROPOUT, batches_of, make_rows  # noqa: E402
 
@@ -93,11 +94,6 @@ def torch_logits(session: Any, ids: tuple[int, ...]) -> Any:
     session.model.eval()
     with torch.no_grad():
         return session.model(input_ids=torch.tensor([ids])).logits[0].float().numpy()
-
-
-def apart(ours: Any, theirs: Any) -> float:
-    """The largest difference, as a share of the largest value."""
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -26,6 +26,7 @@ from finetune.models.locate import locate_model  # noqa: E402
 from finetune.models.shape import read_shape  # noqa: E402
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Tokenized  # noqa: E402
 from finetune.tokens.tokenizer import FileTokenizer  # noqa: E402
+from scenarios.nearness import apart  # noqa: E402
 from scenarios.tiny_models import CONFIGS, VOCAB, batches_of, make_model, make_rows  # noqa: E402
 
 pytestmark = pytest.mark.tier2
@@ -113,11 +114,6 @@ def logits_of(session: Any, row: Tokenized) -> Any:
 def gradients_of(session: Any) -> dict[str, Any]:
     """Each gradient that torch found."""
     return {name: value.grad.numpy() for name, value in session.model.named_parameters() if value.grad is not None}
-
-
-def apart(ours: Any, theirs: Any) -> float:
-    """The largest difference, as a share of the largest value."""
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
 def test_logits_agree(location: ModelLocation) -> None:

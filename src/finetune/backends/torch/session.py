@@ -194,8 +194,8 @@ class TorchSession:
         """Refuse now what `save_model` could only refuse in the end: nothing."""
 
     def save_model(self, folder: Path) -> None:
-        """Write the whole model, its weights in safetensors, into an existing folder."""
-        self.model.save_pretrained(str(folder))
+        """Write the whole model as transformers reads it, its adapter merged into it, into an existing folder."""
+        state.merged(self.model).save_pretrained(str(folder))
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter in PEFT's own format into an existing empty folder."""

@@ -1,6 +1,7 @@
 """Writes and restores what a torch session is made of: adapter tensors, optimizer moments, random state."""
 
 import contextlib
+import copy
 import json
 import warnings
 from collections.abc import Iterator, Mapping
@@ -24,8 +25,11 @@ def save_state(trainable: Mapping[str, torch.nn.Parameter], optimizer: torch.opt
     tensors: dict[str, torch.Tensor] = {"random": torch.get_rng_state()}
     for name, tensor in trainable.items():
         tensors[f"weight/{name}"] = tensor.detach().contiguous()
-        for moment, value in optimizer.state.get(tensor, {}).items():
-            tensors[f"{moment}/{name}"] = torch.as_tensor(value).contiguous()
+        for moment in _MOMENTS:
+            # Before a tensor's first step torch keeps nothing of it, and begins with zeros.
+            start = torch.zeros(()) if moment == "step" else torch.zeros_like(tensor)
+            value = optimizer.state.get(tensor, {}).get(moment, start)
+            tensors[f"{moment}/{name}"] = torch.as_tensor(value).detach().contiguous()
     save_file(tensors, folder / _TENSORS)
 
 
@@ -70,6 +74,13 @@ def quiet_wrapping() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         yield
+
+
+def merged(model: Any) -> Any:
+    """A model without an adapter that computes the same; where there is one, a copy, so that nothing is changed."""
+    from peft import PeftModel
+
+    return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
 
 
 def load_peft_adapter(model: Any, folder: Path) -> Any:
