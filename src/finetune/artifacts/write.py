@@ -27,13 +27,20 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         StorageError: as `write_text`.
     """
+    write_file(path, lambda temporary: temporary.write_bytes(content))
+
+
+def write_file(path: Path, fill: Callable[[Path], object]) -> None:
+    """Let `fill` write a temporary file, then put it at `path` in one rename.
+
+    Raises:
+        StorageError: as `write_text`; where `fill` raises, what was at `path` before is intact too.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with storage_errors(path):
         try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            fill(temporary)
+            flush(temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

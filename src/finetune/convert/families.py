@@ -36,6 +36,11 @@ class Family:
     narrow: bool = False
     always_tied: bool = False
 
+    @property
+    def looks_up(self) -> bool:
+        """Whether llama.cpp takes its activation from a table of rounded numbers."""
+        return self.acts == _GELU_TANH
+
 
 _LLAMA = Family("llama", scalings=("default", "linear", "yarn", "llama3"), permuted=True)
 FAMILIES: dict[str, Family] = {
@@ -62,6 +67,13 @@ class Described:
     heads: int
     kv_heads: int
     notes: tuple[str, ...] = ()
+
+    @property
+    def tried_context(self) -> int:
+        """How many tokens llama.cpp reads just as the trainer does: no more than long-context factors start with."""
+        context: int = self.metadata[f"{self.family.arch}.context_length"]
+        original: int = self.metadata.get(f"{self.family.arch}.rope.scaling.original_context_length", context)
+        return min(context, original) if "rope_factors_short.weight" in self.extra else context
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

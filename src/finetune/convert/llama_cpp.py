@@ -29,25 +29,34 @@ _FULL_PRECISION = 0
 
 @dataclass(frozen=True, slots=True)
 class Questions:
-    """What is asked of a file: the tokens of texts, and `steps` greedy continuations of prompts."""
+    """What is asked of a file: the tokens of texts, greedy continuations of prompts, the next token of sequences.
+
+    `steps` is how long a continuation may be, `context` how many tokens llama.cpp must read, and `plain_id` a token
+    whose text is a whole character: without one llama.cpp tells no probabilities.
+    """
 
     texts: Sequence[str]
     prompts: Sequence[Sequence[int]]
+    sequences: Sequence[Sequence[int]]
     steps: int
     context: int
+    plain_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """What followed a prompt: ids with the one that ended it, their text, and log probabilities at each step.
-
-    `likeliest` and `logs` (steps x tokens) hold the likeliest ids of each step and their log probabilities.
-    """
+    """What followed a prompt: ids without the one that ended it, their text, and whether one did."""
 
     ids: tuple[int, ...]
     text: str
     ended: bool
-    likeliest: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Next:
+    """The likeliest ids to follow a sequence, the likeliest first, and the logarithms of their probabilities."""
+
+    ids: NDArray[np.int64]
     logs: NDArray[np.float64]
 
 
@@ -59,9 +68,10 @@ class Answers:
     markup: tuple[tuple[int, ...], ...]
     around: tuple[tuple[int, ...], ...]
     continuations: tuple[Continuation, ...]
+    following: tuple[Next, ...]
 
 
-def ask_llama_cpp(model: Path, questions: Questions, *, adapter: Path | None = None, timeout: float = 600) -> Answers:
+def ask_llama_cpp(model: Path, questions: Questions, *, adapter: Path | None = None, timeout: float = 3600) -> Answers:
     """Load a file, with an adapter on it if there is one, and ask.
 
     Raises:
@@ -72,20 +82,20 @@ def ask_llama_cpp(model: Path, questions: Questions, *, adapter: Path | None = N
         request = {
             "model": str(model),
             "adapter": str(adapter) if adapter else None,
-            "texts": list(questions.texts),
-            "prompts": [list(prompt) for prompt in questions.prompts],
-            "steps": questions.steps,
-            "context": questions.context,
             "numbers": str(numbers),
+            **{key: _plain(getattr(questions, key)) for key in Questions.__slots__},
         }
         told = ask_child("finetune.convert.llama_cpp", request, timeout=timeout)
         with np.load(numbers) as stored:
-            continuations = tuple(
-                Continuation(tuple(one["ids"]), one["text"], one["ended"], stored[f"ids{index}"], stored[f"logs{index}"])
-                for index, one in enumerate(told["continuations"])
-            )
+            following = tuple(Next(stored[f"ids{i}"], stored[f"logs{i}"]) for i in range(len(questions.sequences)))
     ids = (tuple(map(tuple, told[kind])) for kind in ("plain", "markup", "around"))
-    return Answers(*ids, continuations)
+    continuations = (Continuation(tuple(ids), text, ended) for ids, text, ended in told["continuations"])
+    return Answers(*ids, tuple(continuations), following)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: lists for all sequences but text."""
+    return [_plain(one) for one in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def main() -> None:
@@ -100,31 +110,39 @@ def main() -> None:
                 "around": {"add_special": True, "parse_special": False},
             }.items()
         }
+        told["continuations"] = [_continue(address, prompt, request["steps"]) for prompt in request["prompts"]]
         numbers: dict[str, Any] = {}
-        told["continuations"] = [
-            _continue(address, prompt, request["steps"], numbers, index)
-            for index, prompt in enumerate(request["prompts"])
-        ]
+        for index, sequence in enumerate(request["sequences"]):
+            likeliest = _next(address, sequence, request["plain_id"])
+            numbers[f"ids{index}"] = np.array([one["id"] for one in likeliest], np.int64)
+            numbers[f"logs{index}"] = np.array([one["logprob"] for one in likeliest], np.float64)
     np.savez(request["numbers"], **numbers)
     sys.stdout.write(json.dumps(told) + "\n")
 
 
-def _continue(
-    address: str, prompt: Sequence[int], steps: int, numbers: dict[str, Any], index: int
-) -> dict[str, Any]:
+def _continue(address: str, prompt: Sequence[int], steps: int) -> tuple[list[int], str, bool]:
+    asked = {"prompt": prompt, "n_predict": steps, "temperature": 0, "return_tokens": True, "cache_prompt": False}
+    done = _post(address, "completion", asked)
+    ended = done["stop_type"] == "eos"
+    return done["tokens"][:-1] if ended else done["tokens"], done["content"], ended
+
+
+def _next(address: str, sequence: Sequence[int], plain_id: int) -> list[dict[str, Any]]:
+    """The likeliest tokens after a sequence.
+
+    The token that is taken is chosen for its text; the probabilities are those from before the choice.
+    """
     asked = {
-        "prompt": prompt,
-        "n_predict": steps,
+        "prompt": sequence,
+        "n_predict": 1,
         "temperature": 0,
         "n_probs": MOST_PROBABILITIES,
-        "return_tokens": True,
+        "logit_bias": [[plain_id, 1e6]],
         "cache_prompt": False,
     }
-    done = _post(address, "completion", asked)
-    tops = [step["top_logprobs"] for step in done["completion_probabilities"]]
-    numbers[f"ids{index}"] = np.array([[one["id"] for one in top] for top in tops], np.int64)
-    numbers[f"logs{index}"] = np.array([[one["logprob"] for one in top] for top in tops], np.float64)
-    return {"ids": done["tokens"], "text": done["content"], "ended": done["stop_type"] == "eos"}
+    [step] = _post(address, "completion", asked)["completion_probabilities"]
+    likeliest: list[dict[str, Any]] = step["top_logprobs"]
+    return likeliest
 
 
 def _post(address: str, path: str, asked: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from finetune.errors import ModelError
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
 SPACE = "\u2581"
-_STOPS_BY_NAME = {
+STOPS_BY_NAME = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>",
     "<|end_of_text|>", "<EOT>", "[EOT]", "[EOS]", "<eos>",
 }  # fmt: skip
@@ -235,7 +235,7 @@ def _special_keys(special: Special, texts: Sequence[str]) -> tuple[dict[str, Any
         "tokenizer.ggml.add_eos_token": special.adds_eos,
     }
     others = [number for number in special.stops if number != special.eos]
-    nameless = [number for number in others if texts[number] not in _STOPS_BY_NAME]
+    nameless = [number for number in others if texts[number] not in STOPS_BY_NAME]
     ordered = [*nameless, *(number for number in others if number not in nameless)]
     for key, number in zip(("eot", "eom"), ordered, strict=False):
         keys[f"tokenizer.ggml.{key}_token_id"] = number
