@@ -10,6 +10,7 @@ from typing import Any
 
 from finetune.artifacts.write import file_hash, make_folder, write_file
 from finetune.assembly.gguf_source import Exportable, exportable_model, exportable_run
+from finetune.backends import open_backend
 from finetune.convert.blueprint import Blueprint, Outtype, plan_adapter, plan_model
 from finetune.convert.compare import BOUNDS, TABLE_BOUND, Trainer, compare, prepare_questions
 from finetune.convert.corpus import nasty_texts
@@ -70,7 +71,7 @@ def export(
     run = Path(source) if (Path(source) / "plan.yaml").exists() else None
     outtype = outtype or ("f32" if adapter_only else "f16")
     path = _place(output, run, source, f"adapter-{outtype}" if adapter_only else outtype)
-    exportable = exportable_run(run) if run else exportable_model(source, backend=backend)
+    exportable = exportable_run(run, open_backend) if run else exportable_model(source, open_backend(backend))
     vocabulary = describe_vocabulary(exportable.tokenizer.description(), exportable.special, exportable.rows)
     keys = _metadata(exportable, vocabulary)
     if adapter_only:
@@ -117,9 +118,13 @@ def _examine(
     named = (number for number, text in enumerate(texts) if text in STOPS_BY_NAME)
     stops = tuple(dict.fromkeys([*exportable.special.stops, *named]))
     trainer = Trainer(exportable.tokenizer, exportable.open(), stops)
-    corpus = nasty_texts([token["content"] for token in exportable.tokenizer.description()["added_tokens"]], vocabulary.form)
+    corpus = nasty_texts(
+        [token["content"] for token in exportable.tokenizer.description()["added_tokens"]], vocabulary.form
+    )
     context = min(exportable.described.tried_context, MOST_CONTEXT)
-    questions, wanted = prepare_questions(trainer, corpus, exportable.prompts, steps=min(STEPS, context // 4), context=context)
+    questions, wanted = prepare_questions(
+        trainer, corpus, exportable.prompts, steps=min(STEPS, context // 4), context=context
+    )
     bound = max(BOUNDS[outtype], TABLE_BOUND if exportable.described.family.looks_up else 0.0)
     if under is None:
         return compare(trainer, questions, wanted, ask_llama_cpp(file, questions), bound=bound)

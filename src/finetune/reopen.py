@@ -4,17 +4,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finetune.artifacts.run_folder import RunFolder
+from finetune.assembly.encoder import Encoder
 from finetune.assembly.observe import Observation, observe
 from finetune.assembly.prepare import Prepared, prepare
 from finetune.assembly.record import data_files
 from finetune.assembly.saved import changed, open_encoder, open_tuned, saved_in
 from finetune.backends import open_backend
-from finetune.config import LoadedConfig, load_plan
+from finetune.config import LoadedConfig, TrainingConfig, load_plan
 from finetune.errors import DataError, TemplateError
 from finetune.models.locate import locate_model
 from finetune.models.shape import read_shape
 from finetune.ports import Session
-from finetune.records import Conversation
+from finetune.records import Conversation, ModelLocation
 
 
 def reopen(path: Path) -> tuple[Prepared, Session]:
@@ -34,7 +35,7 @@ def reopen(path: Path) -> tuple[Prepared, Session]:
     template = saved_in(folder, plan.config) / "chat_template.jinja"
     if template.read_text(encoding="utf-8") != prepared.encoder.source.jinja:
         raise TemplateError(f"the template that {path} was trained with has changed since", hint="restore the file")
-    return prepared, open_tuned(folder, plan.config, prepared.location, prepared.encoder.tokenizer.pad_id)
+    return prepared, _open(folder, plan.config, prepared.location, prepared.encoder)
 
 
 def compare(prepared: Prepared, session: Session) -> tuple[Observation, Observation]:
@@ -62,7 +63,7 @@ def talker(path: Path, *, max_new_tokens: int) -> Callable[[Conversation], str]:
     config = load_plan(folder.plan).config
     location = locate_model(config.model.path, revision=config.model.revision)
     encoder = open_encoder(folder, config, location)
-    session = open_tuned(folder, config, location, encoder.tokenizer.pad_id)
+    session = _open(folder, config, location, encoder)
     context = read_shape(location.folder).context_length
 
     def answer(conversation: Conversation) -> str:
@@ -74,3 +75,7 @@ def talker(path: Path, *, max_new_tokens: int) -> Callable[[Conversation], str]:
         return encoder.tokenizer.decode(session.generate([ids], max_new_tokens, encoder.stop_ids)[0]).strip()
 
     return answer
+
+
+def _open(folder: RunFolder, config: TrainingConfig, location: ModelLocation, encoder: Encoder) -> Session:
+    return open_tuned(open_backend(config.backend), folder, config, location, encoder, config.model.dtype)

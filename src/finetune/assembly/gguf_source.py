@@ -1,4 +1,4 @@
-"""A run's result, or a model as it is, as what can be written as GGUF: weights, tokenizer, names, and what to ask it."""
+"""A run's result, or a model as it is, made ready for GGUF: its weights, tokenizer and names, and what to ask it."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -10,7 +10,6 @@ import yaml
 
 from finetune.artifacts.run_folder import RunFolder
 from finetune.assembly.saved import check_saved, open_encoder, open_tuned
-from finetune.backends import open_backend, require_backend
 from finetune.config import load_plan
 from finetune.convert.families import Described, describe_model
 from finetune.convert.sources import Adapter, Files, Merged, Source
@@ -19,7 +18,7 @@ from finetune.errors import ModelError
 from finetune.models.locate import locate_model
 from finetune.models.peft_files import WEIGHTS, read_settings
 from finetune.models.shape import read_shape, weight_files
-from finetune.ports import Session
+from finetune.ports import Backend, Session
 from finetune.records import Conversation, Message, ModelLocation, ModelShape
 from finetune.tokens.tokenizer import FileTokenizer
 
@@ -54,7 +53,7 @@ class Exportable:
         return _rows(self.shape)
 
 
-def exportable_run(path: Path) -> Exportable:
+def exportable_run(path: Path, open_backend: Callable[[str], Backend]) -> Exportable:
     """What a finished run has trained.
 
     Raises:
@@ -83,17 +82,16 @@ def exportable_run(path: Path) -> Exportable:
         _special(encoder.tokenizer, encoder.stop_ids),
         (*prompts, *_plain_prompts(encoder.tokenizer)),
         _naming(location, manifest),
-        lambda: open_tuned(folder, config, location, encoder.tokenizer.pad_id, dtype="float32"),
+        lambda: open_tuned(open_backend(config.backend), folder, config, location, encoder, "float32"),
     )
 
 
-def exportable_model(name: str, *, backend: str) -> Exportable:
+def exportable_model(name: str, backend: Backend) -> Exportable:
     """A model as it is, by shipped name, local folder or hub id.
 
     Raises:
         FineTuneError: it cannot be found, or not be written as GGUF.
     """
-    require_backend(backend)
     location = locate_model(name)
     shape, described = _describe(location.folder)
     tokenizer = FileTokenizer(location.folder)
@@ -107,7 +105,7 @@ def exportable_model(name: str, *, backend: str) -> Exportable:
         _special(tokenizer, tokenizer.stop_ids),
         _plain_prompts(tokenizer),
         _naming(location, None),
-        lambda: open_backend(backend).open(location, "float32", tokenizer.pad_id),
+        lambda: backend.open(location, "float32", tokenizer.pad_id),
     )
 
 

@@ -7,10 +7,9 @@ from finetune.artifacts.run_folder import RunFolder
 from finetune.artifacts.write import describe_files
 from finetune.assembly.encoder import Encoder
 from finetune.assembly.record import base_files
-from finetune.backends import open_backend
 from finetune.config import TrainingConfig
 from finetune.errors import ModelError
-from finetune.ports import Session
+from finetune.ports import Backend, Session
 from finetune.records import ModelLocation
 
 
@@ -61,9 +60,9 @@ def check_saved(folder: RunFolder, config: TrainingConfig, location: ModelLocati
 
 
 def open_tuned(
-    folder: RunFolder, config: TrainingConfig, location: ModelLocation, pad_id: int, *, dtype: str | None = None
+    backend: Backend, folder: RunFolder, config: TrainingConfig, location: ModelLocation, encoder: Encoder, dtype: str
 ) -> Session:
-    """The adapter on its base, or the whole model; `dtype` where it is not to be the run's own.
+    """The adapter on its base, or the whole model, in numbers of this type.
 
     Raises:
         ModelError: as `check_saved`.
@@ -71,7 +70,7 @@ def open_tuned(
     saved = check_saved(folder, config, location)
     whole = saved == folder.model
     place = ModelLocation(location.name, saved.resolve(), "local") if whole else location
-    session = open_backend(config.backend).open(place, dtype or config.model.dtype, pad_id)
+    session = backend.open(place, dtype, encoder.tokenizer.pad_id)
     if not whole:
         session.load_adapter(saved)
     return session

@@ -10,9 +10,7 @@ from finetune.cli.options import AsJson
 from finetune.errors import UsageError
 
 Source = Annotated[str, typer.Argument(metavar="RUN", help="A run folder; or a model: shipped name, folder or hub id.")]
-Out = Annotated[
-    str | None, typer.Option("--outtype", help="f32, f16, bf16 or q8_0. Default: f16; f32 for an adapter.")
-]
+Out = Annotated[str | None, typer.Option("--outtype", help="f32, f16, bf16 or q8_0. Default: f16; f32 for an adapter.")]
 AdapterOnly = Annotated[bool, typer.Option("--adapter-only", help="The adapter alone, for llama.cpp's --lora.")]
 File = Annotated[
     Path | None, typer.Option("--output", metavar="FILE", help="The file to make. Default: below the run's folder.")

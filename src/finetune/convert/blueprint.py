@@ -107,7 +107,9 @@ def plan_adapter(
         b = interleaved_rows(described, f"{path}.weight", b * np.float32(ratio))
         for part, matrix in (("lora_a", a), ("lora_b", b)):
             name = f"{place}.{part}"
-            tensors.append(Tensor(name, matrix.shape, _type_of(name, matrix.shape, outtype), partial(np.asarray, matrix)))
+            tensors.append(
+                Tensor(name, matrix.shape, _type_of(name, matrix.shape, outtype), partial(np.asarray, matrix))
+            )
     keys = {
         "general.type": "adapter",
         "general.file_type": FILE_TYPES[outtype],
@@ -142,7 +144,7 @@ def _places(described: Described, layers: int, names: Sequence[str] | Mapping[st
 
 
 def _type_of(place: str, shape: Sequence[int], outtype: Outtype) -> Outtype:
-    """As llama.cpp's own converter has it: norms, biases and positions in full, and rows of whole blocks only in q8_0."""
+    """As llama.cpp's own converter has it: norms, biases, positions in full; in q8_0 only rows of whole blocks."""
     full = len(shape) < 2 or place.endswith("_norm.weight") or place.startswith("position_embd")
     if full or not place.endswith((".weight", ".lora_a", ".lora_b")):
         return "f32"

@@ -39,7 +39,7 @@ class Trainer:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What the trainer answers to the questions: greedy ids for each prompt, and logits after each sequence's tokens."""
+    """What the trainer answers: greedy ids for each prompt, and logits after each token of each sequence."""
 
     ids: tuple[tuple[int, ...], ...]
     logits: tuple[Array, ...]
@@ -48,7 +48,7 @@ class Wanted:
 def prepare_questions(
     trainer: Trainer, texts: Sequence[str], prompts: Sequence[Sequence[int]], *, steps: int, context: int
 ) -> tuple[Questions, Wanted]:
-    """What to ask llama.cpp, and what the trainer answers: next tokens after each prompt, and after its continuation."""
+    """What to ask llama.cpp, and what the trainer answers: next tokens after each prompt and its continuation."""
     kept = [list(prompt[: context - steps - 1]) for prompt in prompts if prompt]
     ids = trainer.session.generate(kept, steps, trainer.stops)
     sequences = [sequence for prompt, more in zip(kept, ids, strict=True) for sequence in (prompt, [*prompt, *more])]
@@ -76,7 +76,7 @@ def compare(
 
 
 def _compare_tokens(tokenizer: Tokenizer, questions: Questions, answers: Answers) -> Check:
-    bos = [tokenizer.bos_id] if tokenizer.adds_bos else []
+    bos = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     problems: list[str] = []
     for index, text in enumerate(questions.texts):
         plain = tokenizer.encode_content(text)
@@ -87,7 +87,8 @@ def _compare_tokens(tokenizer: Tokenizer, questions: Questions, answers: Answers
         ):
             if (place := _first_difference(own, theirs)) is not None:
                 problems.append(
-                    f"{kind} {text[:SHOWN]!r}: token {place} is {_at(own, place)} here and {_at(theirs, place)} in llama.cpp"
+                    f"{kind} {text[:SHOWN]!r}: token {place} is {_at(own, place)} here and "
+                    f"{_at(theirs, place)} in llama.cpp"
                 )
     count = 3 * len(questions.texts)
     return Check("token ids", f"{count - len(problems)} of {count} equal", "all equal", next(iter(problems), ""))
@@ -156,5 +157,5 @@ def _at(ids: Sequence[int], place: int) -> str:
 
 def _log_softmax(row: Array) -> Array:
     shifted = row - row.max()
-    return shifted - np.log(np.exp(shifted).sum())
-
+    logs: Array = shifted - np.log(np.exp(shifted).sum())
+    return logs

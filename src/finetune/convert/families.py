@@ -117,7 +117,9 @@ def describe_model(config: Mapping[str, Any], *, tied: bool, vocab_size: int) ->
 
 
 def _gpt2(settings: Settings, family: Family) -> Described:
-    settings.require("scale_attn_by_inverse_layer_idx", settings.get("scale_attn_by_inverse_layer_idx", False), (False,))
+    settings.require(
+        "scale_attn_by_inverse_layer_idx", settings.get("scale_attn_by_inverse_layer_idx", False), (False,)
+    )
     settings.require("scale_attn_weights", settings.get("scale_attn_weights", True), (True,))
     width, heads = settings.whole("n_embd", "hidden_size"), settings.whole("n_head", "num_attention_heads")
     metadata = {
@@ -172,7 +174,9 @@ def _context(settings: Settings, family: Family) -> tuple[int, tuple[str, ...]]:
     """How many tokens the model reads; no more than its window where llama.cpp would look beyond it."""
     context = settings.whole("max_position_embeddings")
     window = settings.get("sliding_window")
-    used = window is not None and settings.get("use_sliding_window") is not False and not family.arch.startswith("gemma")
+    used = (
+        window is not None and settings.get("use_sliding_window") is not False and not family.arch.startswith("gemma")
+    )
     if not used or int(window) >= context:
         return context, ()
     note = f"context cut from {context} to the sliding window, {window}: llama.cpp would look beyond it"

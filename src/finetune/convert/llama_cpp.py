@@ -88,9 +88,9 @@ def ask_llama_cpp(model: Path, questions: Questions, *, adapter: Path | None = N
         told = ask_child("finetune.convert.llama_cpp", request, timeout=timeout)
         with np.load(numbers) as stored:
             following = tuple(Next(stored[f"ids{i}"], stored[f"logs{i}"]) for i in range(len(questions.sequences)))
-    ids = (tuple(map(tuple, told[kind])) for kind in ("plain", "markup", "around"))
+    plain, markup, around = (tuple(map(tuple, told[kind])) for kind in ("plain", "markup", "around"))
     continuations = (Continuation(tuple(ids), text, ended) for ids, text, ended in told["continuations"])
-    return Answers(*ids, tuple(continuations), following)
+    return Answers(plain, markup, around, tuple(continuations), following)
 
 
 def _plain(value: Any) -> Any:

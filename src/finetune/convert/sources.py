@@ -176,4 +176,3 @@ def _same_shape(path: str, found: Sequence[int], wanted: Sequence[int]) -> None:
             f"the adapter's {path} is for a weight of {tuple(found)}, and the base has {tuple(wanted)}",
             hint="use the base model that the adapter was trained on",
         )
-
