@@ -11,7 +11,7 @@ from typing import Any
 from finetune.artifacts.write import file_hash, make_folder, write_file
 from finetune.assembly.gguf_source import Exportable, exportable_model, exportable_run
 from finetune.backends import open_backend
-from finetune.convert.blueprint import Blueprint, Outtype, plan_adapter, plan_model
+from finetune.convert.blueprint import OUTTYPES, Blueprint, Outtype, plan_adapter, plan_model
 from finetune.convert.compare import BOUNDS, TABLE_BOUND, Trainer, compare, prepare_questions
 from finetune.convert.corpus import nasty_texts
 from finetune.convert.llama_cpp import ask_llama_cpp
@@ -72,16 +72,34 @@ def export(
     outtype = outtype or ("f32" if adapter_only else "f16")
     path = _place(output, run, source, f"adapter-{outtype}" if adapter_only else outtype)
     exportable = exportable_run(run, open_backend) if run else exportable_model(source, open_backend(backend))
+    return write_exportable(exportable, path, outtype, adapter_only=adapter_only, tell=tell)
+
+
+def write_exportable(
+    exportable: Exportable,
+    path: Path,
+    outtype: Outtype,
+    *,
+    adapter_only: bool = False,
+    tell: Teller = lambda words: None,
+) -> Exported:
+    """Write one file and examine it, as `export` does.
+
+    Raises:
+        FineTuneError: as `export`.
+    """
     vocabulary = describe_vocabulary(exportable.tokenizer.description(), exportable.special, exportable.rows)
     keys = _metadata(exportable, vocabulary)
+    described, shape = exportable.described, exportable.shape
+    under = None
     if adapter_only:
         if exportable.adapter is None:
-            raise ModelError(f"{source} has no adapter", hint="leave out --adapter-only")
+            raise ModelError("there is no adapter to export alone", hint="leave out --adapter-only")
         naming = {key: value for key, value in keys.items() if key.startswith("general.")}
-        blueprint = plan_adapter(exportable.described, exportable.shape, exportable.adapter, naming, outtype)
-        under = plan_model(exportable.described, exportable.shape, exportable.base, keys, outtype)
+        blueprint = plan_adapter(described, shape, exportable.adapter, naming, outtype)
+        under = plan_model(described, shape, exportable.base, keys, outtype)
     else:
-        blueprint, under = plan_model(exportable.described, exportable.shape, exportable.source, keys, outtype), None
+        blueprint = plan_model(described, shape, exportable.source, keys, outtype)
     make_folder(path.parent)
     _check_space(path, blueprint.bytes + (under.bytes if under else 0))
     examined: list[Check] = []
@@ -91,11 +109,10 @@ def export(
         write_gguf(blueprint, temporary)
         examined.append(_hold(read_back(blueprint, temporary)))
         tell("asking the trainer and llama.cpp the same")
-        for check in _examine(exportable, vocabulary, temporary, under, outtype):
-            examined.append(_hold(check))
+        examined.extend(map(_hold, _examine(exportable, vocabulary, temporary, under, outtype)))
 
     write_file(path, fill)
-    counts = {kind: sum(tensor.outtype == kind for tensor in blueprint.tensors) for kind in BOUNDS}
+    counts = {kind: sum(tensor.outtype == kind for tensor in blueprint.tensors) for kind in OUTTYPES}
     told = (*(under or blueprint).notes, *vocabulary.notes)
     return Exported(path, outtype, {kind: count for kind, count in counts.items() if count}, tuple(examined), told)
 

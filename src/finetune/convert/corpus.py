@@ -32,14 +32,18 @@ def nasty_texts(added: Sequence[str], form: str = "") -> list[str]:
     Args:
         added: tokens that stand apart from the vocabulary, such as control tokens; they occur in plain text, side by
             side, and where one begins before another has ended.
-        form: the Unicode form in which the texts are wanted.
+        form: the Unicode form in which the texts are wanted, or ASCII where no others are.
     """
     texts = [*_WRITTEN, *_with_added(added)]
     dice = random.Random(0)
     for _ in range(_DRAWN):
         pools = [dice.choice(_POOL) for _ in range(dice.randint(1, 12))]
         texts.append("".join(dice.choice(pool) for pool in pools for _ in range(dice.randint(1, 4))))
-    return list(dict.fromkeys(unicodedata.normalize(form, text) if form else text for text in texts))  # type: ignore[arg-type]
+    if form == "ASCII":
+        texts = [text for text in texts if text.isascii()]
+    elif form:
+        texts = [unicodedata.normalize(form, text) for text in texts]  # type: ignore[arg-type]
+    return list(dict.fromkeys(texts))
 
 
 def _with_added(added: Sequence[str]) -> list[str]:

@@ -215,7 +215,7 @@ def _own(settings: Settings, family: Family, rope: RopeSettings, head: int) -> d
 
 
 def stored(described: Described, name: str, weight: Array) -> Array:
-    """A weight as GGUF stores it, by its name in the model's own files; the inverse is `restored`."""
+    """A weight as GGUF stores it, by its name in the model's own files."""
     module, family = name.split(".")[-2] if "." in name else name, described.family
     if module in family.turned and weight.ndim == 2:
         return weight.T
@@ -228,16 +228,6 @@ def interleaved_rows(described: Described, name: str, rows: Array) -> Array:
     """The rows that a weight of this name makes, in the order in which GGUF stores them."""
     heads = _permuted_heads(described, name.split(".")[-2])
     return interleave(rows, heads) if heads else rows
-
-
-def restored(described: Described, name: str, weight: Array) -> Array:
-    """The weight that `stored` gave."""
-    module, family = name.split(".")[-2] if "." in name else name, described.family
-    if module in family.turned and weight.ndim == 2:
-        return weight.T
-    if heads := _permuted_heads(described, module):
-        return part(weight, heads)
-    return weight - family.norm_offset if module.endswith("norm") else weight
 
 
 def _permuted_heads(described: Described, module: str) -> int:
@@ -253,9 +243,3 @@ def interleave(rows: Array, heads: int) -> Array:
     """
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
-
-
-def part(rows: Array, heads: int) -> Array:
-    """The inverse of `interleave`."""
-    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)

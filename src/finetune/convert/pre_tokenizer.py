@@ -35,6 +35,13 @@ NAMES: dict[tuple[tuple[str, ...], bool], str] = {
 """llama.cpp's name of each list of patterns, and of whether a word of the vocabulary is taken whole."""
 
 
+ASCII_ONLY = ("tekken", "gpt-4o")
+"""Those whose patterns llama.cpp has rewritten so that only in ASCII they are sure to cut alike.
+
+It takes every other letter for a small one and a capital at once, and combining marks for no part of a word.
+"""
+
+
 def name_pre_tokenizer(pre_tokenizer: Any, *, whole_words: bool) -> str:
     """llama.cpp's name for a byte-level pre-tokenizer, as `tokenizer.json` describes it.
 

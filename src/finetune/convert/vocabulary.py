@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.convert.pre_tokenizer import name_pre_tokenizer
+from finetune.convert.pre_tokenizer import ASCII_ONLY, name_pre_tokenizer
 from finetune.errors import ModelError
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
@@ -18,6 +18,12 @@ STOPS_BY_NAME = {
     "<|end_of_text|>", "<EOT>", "[EOT]", "[EOS]", "<eos>",
 }  # fmt: skip
 """Tokens at which llama.cpp stops whatever the file says."""
+
+_FORMS = {
+    "NFC": "llama.cpp does not bring text into Unicode's form NFC as this tokenizer does: send it in that form",
+    "ASCII": "llama.cpp cuts words with combining marks, or with capitals inside that are no ASCII, otherwise than this "
+    "tokenizer does: token ids were compared of ASCII text only",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +40,10 @@ class Special:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """A tokenizer's keys in GGUF; `form` is the Unicode form in which llama.cpp makes the same ids, if only in one."""
+    """A tokenizer's keys in GGUF.
+
+    `form` is what text llama.cpp is sure to make the same ids of: NFC, ASCII, or "" for all text.
+    """
 
     metadata: dict[str, Any]
     needs_strip: bool
@@ -71,8 +80,10 @@ def describe_vocabulary(tokenizer: Mapping[str, Any], special: Special, rows: in
         metadata |= _byte_level(tokenizer, model)
         form = _form(tokenizer.get("normalizer"))
     ids, notes = _special_keys(special, texts)
+    if metadata.get("tokenizer.ggml.pre") in ASCII_ONLY:
+        form = "ASCII"
     if form:
-        notes = (*notes, f"llama.cpp does not bring text into {form} as this tokenizer does: send it in that form")
+        notes = (*notes, _FORMS[form])
     return Vocabulary(metadata | ids, needs_strip, form, notes)
 
 
