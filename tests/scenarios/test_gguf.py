@@ -265,7 +265,7 @@ def test_export_refuses_before_it_writes(run: Path, tmp_path: Path) -> None:
     folder = make_model("llama", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}), encoding="utf-8")
-    shutil.copytree(run, tmp_path / "changed")
+    shutil.copytree(run, tmp_path / "changed", ignore=shutil.ignore_patterns("*.gguf"))
     (tmp_path / "changed" / "adapter" / WEIGHTS).write_bytes(b"")
     cases = {
         ("export", str(run), "--outtype", "q4_k_m"): (2, "llama-quantize"),

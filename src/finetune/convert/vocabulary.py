@@ -21,8 +21,8 @@ STOPS_BY_NAME = {
 
 _FORMS = {
     "NFC": "llama.cpp does not bring text into Unicode's form NFC as this tokenizer does: send it in that form",
-    "ASCII": "llama.cpp cuts words with combining marks, or with capitals inside that are no ASCII, otherwise than this "
-    "tokenizer does: token ids were compared of ASCII text only",
+    "ASCII": "llama.cpp cuts words with combining marks, or with capitals inside that are no ASCII, otherwise than "
+    "this tokenizer does: token ids were compared of ASCII text only",
 }
 
 
