@@ -152,7 +152,7 @@ def test_merged_weights_compute_what_the_adapter_does(model: AdaptedModel) -> No
 
 
 def test_files_are_read_in_every_float(tmp_path: Path) -> None:
-    """A bfloat16 is the upper half of a float32; NaN, cut-off files and integers are refused by name."""
+    """A bfloat16 is the upper half of a float32, and every file counts; NaN, cuts and integers are refused by name."""
     weights = np.array([[1.0, -2.5], [3.25, 1e30]], np.float32)
     raw = (weights.view(np.uint32) >> 16).astype("<u2").tobytes()
     header = json.dumps({"w": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}}).encode()
@@ -161,6 +161,8 @@ def test_files_are_read_in_every_float(tmp_path: Path) -> None:
     expected = np.frombuffer(raw, "<u2").astype(np.uint32) << 16
     assert np.array_equal(Files([path]).read("w").ravel(), expected.view(np.float32))
     assert np.array_equal(Files([path]).read("w")[0], weights[0])
+    save_file({"v": weights}, tmp_path / "second.safetensors")
+    assert list(Files([path, tmp_path / "second.safetensors"]).names()) == ["w", "v"]
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ModelError, match="w cannot be read"):
         Files([path]).read("w")

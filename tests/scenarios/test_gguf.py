@@ -199,6 +199,20 @@ def test_gguf_that_is_not_the_model_is_told_and_gone(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_gguf_weight_too_large_for_its_type_is_refused(tmp_path: Path) -> None:
+    """A weight above what f16 holds is named and refused in f16, and written in bf16."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = make_model("llama", tmp_path / "model")
+    gpt2_like(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 5] = 7e4
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FineTuneError, match=r"blk\.1\.ffn_down\.weight holds 70000"):
+        write_exportable(exportable(folder), tmp_path / "model.gguf", "f16")
+    assert stages(write_exportable(exportable(folder), tmp_path / "model.gguf", "bf16")) == STAGES
+
+
 def test_llama_cpp_says_why_it_cannot_load(tmp_path: Path) -> None:
     """A file that is cut off, and one that is none, end in an error with llama.cpp's own words."""
     done = write_exportable(exportable(SHIPPED[0]), tmp_path / "model.gguf", "f16")

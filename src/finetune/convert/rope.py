@@ -115,12 +115,14 @@ def _llama3_factors(rope: Mapping[str, Any], width: int, context: int) -> Array:
     factor = _number(rope, "factor", 8.0)
     low, high = _number(rope, "low_freq_factor", 1.0), _number(rope, "high_freq_factor", 4.0)
     original = float(rope.get("original_max_position_embeddings") or context)
+    # In float32 from the first step on, as transformers has it.
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
-    waves = 2 * math.pi * np.power(np.float64(rope["rope_theta"]), exponents.astype(np.float64))
-    smooth = (original / waves - low) / (high - low)
-    between = 1 / ((1 - smooth) / factor + smooth)
-    factors = np.where(waves < original / high, 1.0, np.where(waves > original / low, factor, between))
-    return factors.astype(np.float32)
+    waves = np.float32(2 * math.pi) / (np.float32(1) / np.power(np.float32(rope["rope_theta"]), exponents))
+    smooth = (np.float32(original) / waves - np.float32(low)) / np.float32(high - low)
+    between = np.float32(1) / ((np.float32(1) - smooth) / np.float32(factor) + smooth)
+    return np.where(
+        waves < original / high, np.float32(1), np.where(waves > original / low, np.float32(factor), between)
+    )
 
 
 def _factors(rope: Mapping[str, Any], key: str, width: int) -> Array:
