@@ -124,6 +124,28 @@ def test_context_ends_where_the_window_does() -> None:
     assert (whole.metadata["qwen3.context_length"], whole.notes) == (64, ())
 
 
+def test_windows_alternate_as_the_family_has_them() -> None:
+    """Every second layer of Gemma 2 and every sixth of Gemma 3 sees all, in files that say so and in older ones."""
+    for kind, every in (("gemma2", 2), ("gemma3_text", 6)):
+        sizes = {
+            "num_hidden_layers": 7,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 8,
+            "final_logit_softcapping": 30.0,
+        }
+        caps = {"attn_logit_softcapping": 50.0} if kind == "gemma2" else {}
+        older = {**LLAMA, **sizes, **caps, "model_type": kind, "hidden_act": "gelu_pytorch_tanh"}
+        names = ["full_attention" if layer % every == 0 else "sliding_attention" for layer in range(1, 8)]
+        for config in (older, {**older, "layer_types": names}):
+            told = describe(config).metadata
+            assert told[f"{FAMILIES[kind].arch}.attention.sliding_window_pattern"] == [
+                name == "sliding_attention" for name in names
+            ]
+            assert told[f"{FAMILIES[kind].arch}.final_logit_softcapping"] == 30.0
+        with pytest.raises(ModelError, match="query_pre_attn_scalar is 9"):
+            describe({**older, "query_pre_attn_scalar": 9})
+
+
 @examples(1 / 2)
 @given(varied_models(llama_configs(), dropouts=(0.0,)))
 def test_merged_weights_compute_what_the_adapter_does(model: AdaptedModel) -> None:
