@@ -255,7 +255,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_export_of_a_run(run: Path) -> None:
-    """`ft export RUN` writes below the run; its questions are asked again; its origin stands in it; it is written once."""
+    """`ft export RUN` writes below the run, once; its questions are asked again; its origin stands in the file."""
     done = ft("export", "run", "--json", cwd=run.parent)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
