@@ -78,4 +78,7 @@ def talker(path: Path, *, max_new_tokens: int) -> Callable[[Conversation], str]:
 
 
 def _open(folder: RunFolder, config: TrainingConfig, location: ModelLocation, encoder: Encoder) -> Session:
-    return open_tuned(open_backend(config.backend), folder, config, location, encoder, config.model.dtype)
+    def opener(place: ModelLocation) -> Session:
+        return open_backend(config.backend).open(place, config.model.dtype, encoder.tokenizer.pad_id)
+
+    return open_tuned(folder, config, location, opener)

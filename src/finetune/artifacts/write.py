@@ -27,7 +27,12 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         StorageError: as `write_text`.
     """
-    write_file(path, lambda temporary: temporary.write_bytes(content))
+
+    def fill(temporary: Path) -> None:
+        with temporary.open("xb") as file:
+            file.write(content)
+
+    write_file(path, fill)
 
 
 def write_file(path: Path, fill: Callable[[Path], object]) -> None:
@@ -38,6 +43,8 @@ def write_file(path: Path, fill: Callable[[Path], object]) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with storage_errors(path):
+        # Only ever a new file: what bears the name already may be a link to somewhere else.
+        temporary.unlink(missing_ok=True)
         try:
             fill(temporary)
             flush(temporary)

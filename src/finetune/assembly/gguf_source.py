@@ -72,6 +72,10 @@ def exportable_run(path: Path, open_backend: Callable[[str], Backend]) -> Export
     asked = ((manifest.get("scores") or {}).get("learning") or {}).get("tuned") or {"answers": []}
     questions = [answer["question"] for answer in asked["answers"][:MOST_QUESTIONS]]
     prompts = [encoder.prompt_ids(Conversation((Message("user", text),), "export")) for text in questions]
+
+    def opener(place: ModelLocation) -> Session:
+        return open_backend(config.backend).open(place, "float32", encoder.tokenizer.pad_id)
+
     return Exportable(
         shape,
         described,
@@ -82,7 +86,7 @@ def exportable_run(path: Path, open_backend: Callable[[str], Backend]) -> Export
         _special(encoder.tokenizer, encoder.stop_ids),
         (*prompts, *_plain_prompts(encoder.tokenizer)),
         _naming(location, manifest),
-        lambda: open_tuned(open_backend(config.backend), folder, config, location, encoder, "float32"),
+        lambda: open_tuned(folder, config, location, opener),
     )
 
 

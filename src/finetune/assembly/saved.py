@@ -1,5 +1,6 @@
 """What a finished run has saved: where it lies, whether it is still what was trained, and a session on it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from finetune.assembly.encoder import Encoder
 from finetune.assembly.record import base_files
 from finetune.config import TrainingConfig
 from finetune.errors import ModelError
-from finetune.ports import Backend, Session
+from finetune.ports import Session
 from finetune.records import ModelLocation
 
 
@@ -60,17 +61,16 @@ def check_saved(folder: RunFolder, config: TrainingConfig, location: ModelLocati
 
 
 def open_tuned(
-    backend: Backend, folder: RunFolder, config: TrainingConfig, location: ModelLocation, encoder: Encoder, dtype: str
+    folder: RunFolder, config: TrainingConfig, location: ModelLocation, opener: Callable[[ModelLocation], Session]
 ) -> Session:
-    """The adapter on its base, or the whole model, in numbers of this type.
+    """The adapter on its base, or the whole model, opened by `opener`.
 
     Raises:
         ModelError: as `check_saved`.
     """
     saved = check_saved(folder, config, location)
-    whole = saved == folder.model
-    place = ModelLocation(location.name, saved.resolve(), "local") if whole else location
-    session = backend.open(place, dtype, encoder.tokenizer.pad_id)
-    if not whole:
-        session.load_adapter(saved)
+    if saved == folder.model:
+        return opener(ModelLocation(location.name, saved.resolve(), "local"))
+    session = opener(location)
+    session.load_adapter(saved)
     return session
