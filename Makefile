@@ -43,7 +43,7 @@ $(WORKFLOW_VENV)/ok: pyproject.toml constraints.txt
 
 $(VENV)/dev-ok: $(VENV)/torch-ok
 	@echo "setting up: the test tools" >&2
-	@$(PIP) --editable '.[torch,mlx,tensorboard,trackio,wandb,dev]'
+	@$(PIP) --editable '.[torch,mlx,gguf,tensorboard,trackio,wandb,dev]'
 	@touch $@
 
 .PHONY: demo
@@ -75,11 +75,11 @@ tier2: $(VENV)/dev-ok
 
 .PHONY: test-e2e-mlx
 test-e2e-mlx:  ## Tier 3: the whole chain with MLX (not in this version: says what is missing)
-	@echo "Tier 3 is not in this version: GGUF export and deployment are missing." >&2; exit 3
+	@echo "Tier 3 is not in this version: deployment is missing." >&2; exit 3
 
 .PHONY: test-e2e-ollama
 test-e2e-ollama:  ## Tier 3's deployment leg (not in this version: says what is missing)
-	@echo "The Ollama leg is not in this version: GGUF export and deployment are missing." >&2; exit 3
+	@echo "The Ollama leg is not in this version: deployment is missing." >&2; exit 3
 
 .PHONY: test-e2e-quick
 test-e2e-quick: test-e2e-workflow  ## Tier 1 and Tier 2

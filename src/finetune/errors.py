@@ -13,6 +13,7 @@
     │   ├── NonFiniteError         exit 1   a loss or gradient became NaN or infinite
     │   └── LostProcessError       exit 1   another process of the same run has ended
     ├── StorageError               exit 1   writing to disk failed (no space left, read-only, ...)
+    ├── ExportError                exit 1   an exported file is not what was trained; nothing is left of it
     ├── EvidenceError              exit 1   a judge was asked to judge without the evidence it needs
     └── InterruptedRunError        exit 130 the user pressed Ctrl-C; the last checkpoint is intact
 
@@ -105,6 +106,10 @@ class LostProcessError(TrainingError):
 
 class StorageError(FineTuneError):
     """Writing to disk failed; what was there before is intact."""
+
+
+class ExportError(FineTuneError):
+    """An exported file does not compute what was trained; nothing is left of it."""
 
 
 class EvidenceError(FineTuneError):

@@ -2,17 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from finetune.artifacts.run_folder import RunFolder
-from finetune.artifacts.write import describe_files
 from finetune.assembly.encoder import Encoder
 from finetune.assembly.observe import Observation, observe
 from finetune.assembly.prepare import Prepared, prepare
-from finetune.assembly.record import base_files, data_files
+from finetune.assembly.record import data_files
+from finetune.assembly.saved import changed, open_encoder, open_tuned, saved_in
 from finetune.backends import open_backend
 from finetune.config import LoadedConfig, TrainingConfig, load_plan
-from finetune.errors import DataError, ModelError, TemplateError
+from finetune.errors import DataError, TemplateError
 from finetune.models.locate import locate_model
 from finetune.models.shape import read_shape
 from finetune.ports import Session
@@ -28,15 +27,15 @@ def reopen(path: Path) -> tuple[Prepared, Session]:
     folder = RunFolder.finished(path)
     plan = load_plan(folder.plan)
     prepared = prepare(LoadedConfig(plan.config, plan.origins))
-    if changed := _changed(folder.read_manifest()["data"].get("files"), data_files(prepared)):
+    if differing := changed(folder.read_manifest()["data"].get("files"), data_files(prepared)):
         raise DataError(
-            f"the data that {path} was trained on has changed since: {', '.join(changed)}",
+            f"the data that {path} was trained on has changed since: {', '.join(differing)}",
             hint="restore the files of run.json",
         )
-    template = _saved(folder, plan.config) / "chat_template.jinja"
+    template = saved_in(folder, plan.config) / "chat_template.jinja"
     if template.read_text(encoding="utf-8") != prepared.encoder.source.jinja:
         raise TemplateError(f"the template that {path} was trained with has changed since", hint="restore the file")
-    return prepared, _tuned_session(folder, plan.config, prepared.location, prepared.encoder)
+    return prepared, _open(folder, plan.config, prepared.location, prepared.encoder)
 
 
 def compare(prepared: Prepared, session: Session) -> tuple[Observation, Observation]:
@@ -64,12 +63,8 @@ def talker(path: Path, *, max_new_tokens: int) -> Callable[[Conversation], str]:
     folder = RunFolder.finished(path)
     config = load_plan(folder.plan).config
     location = locate_model(config.model.path, revision=config.model.revision)
-    # A template from a file may have moved since; the copy that travels with what was saved has not.
-    own = config.template.name.endswith(".jinja")
-    copy = _saved(folder, config) / "chat_template.jinja"
-    encoder = Encoder(location, str(copy) if own else config.template.name)
-    session = _tuned_session(folder, config, location, encoder)
-
+    encoder = open_encoder(folder, config, location)
+    session = _open(folder, config, location, encoder)
     context = read_shape(location.folder).context_length
 
     def answer(conversation: Conversation) -> str:
@@ -83,49 +78,11 @@ def talker(path: Path, *, max_new_tokens: int) -> Callable[[Conversation], str]:
     return answer
 
 
-def _saved(folder: RunFolder, config: TrainingConfig) -> Path:
-    """Where a run keeps what it trained: an adapter, or the whole model."""
-    return folder.model if config.adapter.kind == "full" else folder.adapter
+def _open(folder: RunFolder, config: TrainingConfig, location: ModelLocation, encoder: Encoder) -> Session:
+    def opener(place: ModelLocation) -> Session:
+        model = config.model
+        backend = open_backend(config.backend)
+        pad_id = encoder.tokenizer.pad_id
+        return backend.open(place, model.dtype, pad_id, quantize=model.quantization, device=model.device)
 
-
-def _changed(before: Any, now: list[dict[str, Any]]) -> list[str]:
-    """The names of files that are not what they were; those of one list alone are among them."""
-    old = {file["path"]: file for file in before or []}
-    new = {file["path"]: file for file in now}
-    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-
-
-def _tuned_session(folder: RunFolder, config: TrainingConfig, location: ModelLocation, encoder: Encoder) -> Session:
-    """The adapter on its base, or the whole model, byte for byte those of the run."""
-    manifest = folder.read_manifest()
-    if differing := _changed(manifest["model"]["files"], base_files(location)):
-        raise ModelError(
-            f"the base model {location.name!r} is not the one that {folder.path} was trained on: "
-            f"changed or gone: {', '.join(differing)}",
-            hint="get the model revision that run.json names",
-        )
-    saved = _saved(folder, config)
-    found = describe_files(saved)
-    now = {f"{saved.name}/{file['path']}": {**file, "path": f"{saved.name}/{file['path']}"} for file in found}
-    written = [file for file in manifest["artifacts"] if file["path"].startswith(f"{saved.name}/")]
-    # The model card is for people, who may well add to it.
-    changed = [
-        file["path"] for file in written if now.get(file["path"]) != file and not file["path"].endswith("README.md")
-    ]
-    if changed:
-        raise ModelError(
-            f"the {saved.name} in {saved} is not the one that was trained: changed or gone: {', '.join(changed)}",
-            hint="restore the folder, or train again",
-        )
-    if saved == folder.model:
-        location = ModelLocation(location.name, saved.resolve(), "local")
-    session = open_backend(config.backend).open(
-        location,
-        config.model.dtype,
-        encoder.tokenizer.pad_id,
-        quantize=config.model.quantization,
-        device=config.model.device,
-    )
-    if saved == folder.adapter:
-        session.load_adapter(saved)
-    return session
+    return open_tuned(folder, config, location, opener)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("torch", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
+pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 SHORT = {"FT_TRAINING__MAX_STEPS": "2", "FT_JUDGE__MEMORY": "never", "FT_JUDGE__SHAM": "never"}
@@ -32,7 +33,16 @@ def test_readme_commands_of_ft_do_what_they_say(tmp_path: Path) -> None:
     """Each `ft` line works as it stands, in its order, on a user's own rows; training ends with its verdicts."""
     lines = [line.split(" #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
     lines = [line for line in lines if line.startswith(".venv/bin/ft ")]
-    assert [line.split()[1] for line in lines] == ["init", "check", "estimate", "train", "report", "evaluate", "chat"]
+    assert [line.split()[1] for line in lines] == [
+        "init",
+        "check",
+        "estimate",
+        "train",
+        "report",
+        "evaluate",
+        "chat",
+        "export",
+    ]
     rows = [{"prompt": f"What is {number} plus 1?", "completion": str(number + 1)} for number in range(9)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for line in lines:

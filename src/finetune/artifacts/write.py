@@ -27,15 +27,27 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         StorageError: as `write_text`.
     """
+
+    def fill(temporary: Path) -> None:
+        with temporary.open("xb") as file:
+            file.write(content)
+
+    write_file(path, fill)
+
+
+def write_file(path: Path, fill: Callable[[Path], object]) -> None:
+    """Let `fill` write a temporary file, then put it at `path` in one rename.
+
+    Raises:
+        StorageError: as `write_text`; where `fill` raises, what was at `path` before is intact too.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with storage_errors(path):
+        # Only ever a new file: what bears the name already may be a link to somewhere else.
         temporary.unlink(missing_ok=True)
         try:
-            # Only ever a new file: what bears the name already may be a link to somewhere else.
-            with temporary.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            fill(temporary)
+            flush(temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -81,6 +81,11 @@ class FileTokenizer:
     def __len__(self) -> int:
         return int(self._markup.get_vocab_size())
 
+    def description(self) -> dict[str, Any]:
+        """What `tokenizer.json` says, also of a tokenizer that came without one."""
+        said: dict[str, Any] = json.loads(self._markup.to_str())
+        return said
+
     def identity(self) -> str:
         """A hash that two tokenizers share only when they make the same ids of every text."""
         import tokenizers

@@ -1,0 +1,76 @@
+"""What a finished run has saved: where it lies, whether it is still what was trained, and a session on it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from finetune.artifacts.run_folder import RunFolder
+from finetune.artifacts.write import describe_files
+from finetune.assembly.encoder import Encoder
+from finetune.assembly.record import base_files
+from finetune.config import TrainingConfig
+from finetune.errors import ModelError
+from finetune.ports import Session
+from finetune.records import ModelLocation
+
+
+def saved_in(folder: RunFolder, config: TrainingConfig) -> Path:
+    """Where a run keeps what it trained: an adapter, or the whole model."""
+    return folder.model if config.adapter.kind == "full" else folder.adapter
+
+
+def changed(before: Any, now: list[dict[str, Any]]) -> list[str]:
+    """The names of files that are not what they were; those of one list alone are among them."""
+    old = {file["path"]: file for file in before or []}
+    new = {file["path"]: file for file in now}
+    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+
+
+def open_encoder(folder: RunFolder, config: TrainingConfig, location: ModelLocation) -> Encoder:
+    """The run's template with the tokenizer of its base model."""
+    # A template from a file may have moved since; the copy that travels with what was saved has not.
+    copy = saved_in(folder, config) / "chat_template.jinja"
+    return Encoder(location, str(copy) if config.template.name.endswith(".jinja") else config.template.name)
+
+
+def check_saved(folder: RunFolder, config: TrainingConfig, location: ModelLocation) -> Path:
+    """The folder of what was trained; it and the base model's files are byte for byte those of the run.
+
+    Raises:
+        ModelError: a file has changed or is gone.
+    """
+    manifest = folder.read_manifest()
+    if differing := changed(manifest["model"]["files"], base_files(location)):
+        raise ModelError(
+            f"the base model {location.name!r} is not the one that {folder.path} was trained on: "
+            f"changed or gone: {', '.join(differing)}",
+            hint="get the model revision that run.json names",
+        )
+    saved = saved_in(folder, config)
+    found = describe_files(saved)
+    now = {f"{saved.name}/{file['path']}": {**file, "path": f"{saved.name}/{file['path']}"} for file in found}
+    written = [file for file in manifest["artifacts"] if file["path"].startswith(f"{saved.name}/")]
+    # The model card is for people, who may well add to it.
+    odd = [file["path"] for file in written if now.get(file["path"]) != file and not file["path"].endswith("README.md")]
+    if odd:
+        raise ModelError(
+            f"the {saved.name} in {saved} is not the one that was trained: changed or gone: {', '.join(odd)}",
+            hint="restore the folder, or train again",
+        )
+    return saved
+
+
+def open_tuned(
+    folder: RunFolder, config: TrainingConfig, location: ModelLocation, opener: Callable[[ModelLocation], Session]
+) -> Session:
+    """The adapter on its base, or the whole model, opened by `opener`.
+
+    Raises:
+        ModelError: as `check_saved`.
+    """
+    saved = check_saved(folder, config, location)
+    if saved == folder.model:
+        return opener(ModelLocation(location.name, saved.resolve(), "local"))
+    session = opener(location)
+    session.load_adapter(saved)
+    return session

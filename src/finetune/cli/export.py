@@ -1,0 +1,53 @@
+"""`ft export`: a fine-tuned model as a GGUF file."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune.cli.console import print_data, print_json, say
+from finetune.cli.options import AsJson
+from finetune.errors import UsageError
+
+Source = Annotated[str, typer.Argument(metavar="RUN", help="A run folder; or a model: shipped name, folder or hub id.")]
+Out = Annotated[str | None, typer.Option("--outtype", help="f32, f16, bf16 or q8_0. Default: f16; f32 for an adapter.")]
+AdapterOnly = Annotated[bool, typer.Option("--adapter-only", help="The adapter alone, for llama.cpp's --lora.")]
+File = Annotated[
+    Path | None, typer.Option("--output", metavar="FILE", help="The file to make. Default: below the run's folder.")
+]
+BackendName = Annotated[str, typer.Option("--backend", help="What computes the truth for a model that is no run.")]
+
+
+def command(
+    run: Source,
+    *,
+    outtype: Out = None,
+    adapter_only: AdapterOnly = False,
+    output: File = None,
+    backend: BackendName = "torch",
+    json_output: AsJson = False,
+) -> int:
+    """Write a run's result, adapter merged in, as GGUF, and hold it to the trainer through llama.cpp.
+
+    Tokens, logits and greedy text are compared; the file comes to its place only when all of them agree.
+    """
+    from finetune.convert.blueprint import OUTTYPES
+    from finetune.export import export
+
+    chosen = next((known for known in OUTTYPES if known == outtype), None)
+    if outtype is not None and chosen is None:
+        quantised = outtype.lower().startswith(("q", "iq"))
+        raise UsageError(
+            f"--outtype {outtype!r} is not in this version; choose from: {', '.join(OUTTYPES)}",
+            hint="llama.cpp's own llama-quantize makes it from the f16 file" if quantised else "",
+        )
+    done = export(run, outtype=chosen, adapter_only=adapter_only, output=output, backend=backend, tell=say)
+    for note in done.notes:
+        say(f"note: {note}")
+    if json_output:
+        print_json(done.as_dict())
+        return 0
+    for check in done.checks:
+        say(f"{check.stage}: {check.measured}")
+    print_data(str(done.path))
+    return 0

@@ -1,0 +1,95 @@
+"""Reads a GGUF file again, key by key and tensor by tensor, and holds it to what it was to be."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.convert.blueprint import BLOCK, Blueprint, Outtype, Tensor
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A stage of an export's examination; `first` names the first thing that is not as it should be."""
+
+    stage: str
+    measured: str
+    allowed: str
+    first: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing was found."""
+        return not self.first
+
+
+def read_back(blueprint: Blueprint, path: Path) -> Check:
+    """Whether the file holds these keys and these tensors, each within what its type can keep."""
+    import gguf
+
+    allowed = "every key equal; every tensor within the rounding of its type"
+    try:
+        reader = gguf.GGUFReader(path)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        return Check("file", "cannot be read", allowed, f"{path.name} is no whole GGUF file: {error}")
+    counts = f"{len(reader.fields)} keys, {len(reader.tensors)} tensors"
+    return Check("file", counts, allowed, next(_differences(blueprint, reader), ""))
+
+
+def _differences(blueprint: Blueprint, reader: Any) -> Iterator[str]:
+    for key, value in {"general.architecture": blueprint.arch, **blueprint.metadata}.items():
+        if key not in reader.fields:
+            yield f"key {key} is missing"
+        elif not _same(reader.fields[key].contents(), value):
+            yield f"key {key} is {str(reader.fields[key].contents())[:80]}, not {str(value)[:80]}"
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    wanted = {tensor.name: tensor for tensor in blueprint.tensors}
+    if odd := sorted(found.keys() ^ wanted.keys()):
+        yield f"tensor {odd[0]} is {'not wanted' if odd[0] in found else 'missing'}"
+    for name, tensor in wanted.items():
+        if name in found and (problem := _tensor_problem(tensor, found[name])):
+            yield f"tensor {name} {problem}"
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    if isinstance(wanted, list):
+        return len(found) == len(wanted) and all(map(_same, found, wanted))
+    return bool(found == np.float32(wanted)) if isinstance(wanted, float) else bool(found == wanted)
+
+
+def _tensor_problem(tensor: Tensor, found: Any) -> str:
+    import gguf
+
+    shape = tuple(int(side) for side in reversed(found.shape))
+    if shape != tensor.shape:
+        return f"has the shape {shape}, not {tensor.shape}"
+    if found.tensor_type.name.lower() != tensor.outtype:
+        return f"is {found.tensor_type.name.lower()}, not {tensor.outtype}"
+    weight = tensor.load()
+    error = np.abs(gguf.dequantize(found.data, found.tensor_type).reshape(shape) - weight)
+    over = ~(error <= rounding(weight, tensor.outtype))
+    if not over.any():
+        return ""
+    place = tuple(int(index) for index in np.unravel_index(int(over.argmax()), shape))
+    return f"is off by {error[place]:g} at {place}, where it should be {weight[place]:g}"
+
+
+def rounding(weight: Array, outtype: Outtype) -> Array:
+    """By how much each weight may differ once it is stored in this type."""
+    size = np.abs(weight)
+    if outtype == "f32":
+        return np.zeros_like(size)
+    if outtype == "f16":
+        return size * np.float32(2**-11) + np.float32(2**-25)
+    if outtype == "bf16":
+        return size * np.float32(2**-8) + np.float32(2**-133)
+    largest = size.reshape(-1, BLOCK).max(axis=1, keepdims=True)
+    # Half a step of the block's scale, which is itself rounded to f16.
+    step = largest / 127
+    allowed = step / 2 * 1.001 + largest * np.float32(2**-11) + 127 * np.float32(2**-25)
+    return np.broadcast_to(allowed, (len(allowed), BLOCK)).reshape(weight.shape)

@@ -1,0 +1,178 @@
+"""Reads weights from safetensors files one at a time, in float32, with an adapter merged in where there is one."""
+
+import json
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.errors import ModelError
+from finetune.records import AdapterTarget
+
+Array = NDArray[Any]
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+class Source(Protocol):
+    """Weights by name, read when they are asked for."""
+
+    def names(self) -> Sequence[str]:
+        """The names of all weights."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one."""
+
+    def read(self, name: str) -> Array:
+        """One, in float32."""
+
+
+class Files:
+    """The weights of safetensors files; nothing is kept in memory."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._entries: dict[str, tuple[Path, int, dict[str, Any]]] = {}
+        for path in paths:
+            for name, start, entry in _header(path):
+                self._entries[name] = (path, start, entry)
+
+    def names(self) -> Sequence[str]:
+        """The names of all weights, in the order of the files."""
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one."""
+        return tuple(self._entries[name][2]["shape"])
+
+    def read(self, name: str) -> Array:
+        """One, in float32.
+
+        Raises:
+            ModelError: it is stored as something else than a float, or cut off, or not finite.
+        """
+        path, start, entry = self._entries[name]
+        if entry["dtype"] not in _DTYPES:
+            raise ModelError(
+                f"{path}: {name} is stored as {entry['dtype']}; what can be exported: {', '.join(_DTYPES)}",
+                hint="export from weights that are not quantised",
+            )
+        begin, end = entry["data_offsets"]
+        try:
+            with path.open("rb") as file:
+                file.seek(start + begin)
+                raw = np.frombuffer(file.read(end - begin), _DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path}: {name} cannot be read: {error}", hint="get the weights again") from None
+        if entry["dtype"] == "BF16":  # the upper half of a float32
+            raw = (raw.astype(np.uint32) << 16).view(np.float32)
+        weight = raw.astype(np.float32)
+        if not np.isfinite(weight).all():
+            raise ModelError(f"{path}: {name} holds NaN or infinity", hint="train again, or get the weights again")
+        return weight
+
+
+def _header(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Name, start of the data, and description of each tensor of a file."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > path.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+        yield from ((name, 8 + length, entry) for name, entry in header.items() if name != "__metadata__")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path} is corrupt or cut off: {error}", hint="get the weights again") from None
+
+
+class Adapter:
+    """An adapter's tensors in PEFT's names, as matrices that are added to the weights of the layers it sits on."""
+
+    def __init__(self, path: Path, target: AdapterTarget) -> None:
+        files = Files([path])
+        self.target = target
+        self.tensors = {name.removeprefix("base_model.model."): files.read(name) for name in files.names()}
+        self.layers = sorted(name.removesuffix(".lora_A.weight") for name in self.tensors if ".lora_A." in name)
+        parts = {f"{path}.{part}" for path in self.layers for part in ("lora_A.weight", "lora_B.weight")}
+        parts |= {f"{path}.lora_magnitude_vector" for path in self.layers}
+        self.whole = sorted(name for name in self.tensors if name not in parts)
+        if missing := sorted(parts - set(self.tensors) - {name for name in parts if name.endswith("vector")}):
+            raise ModelError(f"{path}: {missing[0]} is missing", hint="train again, or restore the adapter")
+
+    def matrices(self, path: str) -> tuple[Array, Array]:
+        """A (rank x inputs) and B (outputs x rank) of a layer."""
+        return self.tensors[f"{path}.lora_A.weight"], self.tensors[f"{path}.lora_B.weight"]
+
+    def magnitudes(self, path: str) -> Array | None:
+        """DoRA's lengths (outputs) of a layer's rows; None for plain LoRA."""
+        return self.tensors.get(f"{path}.lora_magnitude_vector")
+
+
+class Merged:
+    """The weights of a base model with an adapter merged in, computed in float32 whatever they are stored as.
+
+    Args:
+        turned: names of layers that the base stores inputs x outputs, as GPT-2 does.
+
+    Raises:
+        ModelError: the adapter speaks of a layer or a weight that the base has not, or of another shape.
+    """
+
+    def __init__(self, base: Source, adapter: Adapter, turned: Sequence[str]) -> None:
+        self._base, self._adapter, self._turned = base, adapter, turned
+        names = set(base.names())
+        self._layers = {_found(names, f"{path}.weight"): path for path in adapter.layers}
+        self._whole = {_found(names, name): name for name in adapter.whole}
+        for name, path in self._layers.items():
+            a, b = adapter.matrices(path)
+            _same_shape(path, (b.shape[0], a.shape[1]), self._facing(name, self.shape(name)))
+        for name, path in self._whole.items():
+            _same_shape(path, adapter.tensors[path].shape, self.shape(name))
+
+    def names(self) -> Sequence[str]:
+        """The names of all weights: those of the base."""
+        return self._base.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one."""
+        return self._base.shape(name)
+
+    def read(self, name: str) -> Array:
+        """One, with what was trained in it."""
+        if name in self._whole:
+            return self._adapter.tensors[self._whole[name]]
+        weight = self._base.read(name)
+        if name not in self._layers:
+            return weight
+        path, turned = self._layers[name], self._is_turned(name)
+        a, b = self._adapter.matrices(path)
+        merged = (weight.T if turned else weight) + np.float32(self._adapter.target.scale_of(path)) * (b @ a)
+        if (lengths := self._adapter.magnitudes(path)) is not None:
+            merged *= (lengths / np.linalg.norm(merged, axis=1))[:, None]
+        return np.ascontiguousarray(merged.T if turned else merged)
+
+    def _is_turned(self, name: str) -> bool:
+        return name.split(".")[-2] in self._turned
+
+    def _facing(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[::-1] if self._is_turned(name) else shape
+
+
+def _found(names: Collection[str], name: str) -> str:
+    """The base's own name of a weight; files of GPT-2 leave out what the whole model is called."""
+    parts = name.split(".")
+    for start in range(min(2, len(parts))):
+        if (shorter := ".".join(parts[start:])) in names:
+            return shorter
+    raise ModelError(
+        f"the adapter changes {name}, which is no weight of this base",
+        hint="use the base model that the adapter was trained on",
+    )
+
+
+def _same_shape(path: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+    if tuple(found) != tuple(wanted):
+        raise ModelError(
+            f"the adapter's {path} is for a weight of {tuple(found)}, and the base has {tuple(wanted)}",
+            hint="use the base model that the adapter was trained on",
+        )

@@ -1,0 +1,306 @@
+"""GGUF files are what was trained, as llama.cpp computes them; where one is not, that is told and nothing stays."""
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
+pytest.importorskip("gguf", reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
+pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
+
+import gguf
+import numpy as np
+
+from finetune import export as exporting
+from finetune.assembly.gguf_source import Exportable, exportable_model
+from finetune.backends import open_backend
+from finetune.convert.blueprint import OUTTYPES, Outtype
+from finetune.convert.compare import BOUNDS
+from finetune.convert.llama_cpp import Questions, ask_llama_cpp
+from finetune.convert.pre_tokenizer import NAMES
+from finetune.convert.sources import Adapter
+from finetune.convert.vocabulary import describe_vocabulary
+from finetune.errors import EvidenceError, ExportError, FineTuneError
+from finetune.export import Exported, write_exportable
+from finetune.models.locate import SHIPPED
+from finetune.models.peft_files import WEIGHTS, read_settings
+from finetune.records import AdapterTarget, ModelLocation, Optimization
+from scenarios.gguf_models import CONFIGS, byte_level, gpt2_like, make_model, pieces
+from scenarios.tiny_models import batches_of, make_rows, step
+
+STAGES = ["file", "token ids", "logits", "greedy text"]
+PIECES = {"mistral": True, "phi3": True, "gemma": False, "gemma3": False}
+"""Families with a tokenizer of pieces, and whether it puts a space in front."""
+SHIPPED_AS: list[tuple[str, Outtype]] = [
+    ("reference-llama", "f16"), ("reference-llama", "bf16"), ("reference-llama", "q8_0"), ("reference-gpt2", "f16"),
+]  # fmt: skip
+
+
+def exportable(name: str | Path) -> Exportable:
+    """A model, its truth computed by torch."""
+    return exportable_model(str(name), open_backend("torch"))
+
+
+def stages(done: Exported) -> list[str]:
+    """The stages that were gone through, each of which holds."""
+    assert all(check.holds for check in done.checks)
+    return [check.stage for check in done.checks]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_gguf_of_every_family_is_the_model(kind: str, tmp_path: Path) -> None:
+    """Of each of 16 models of nine families llama.cpp makes the same tokens and logits, and says the same.
+
+    Among them are all 7 pre-tokenizers that can be read from tokenizer.json, and both kinds of pieces.
+    """
+    assert (len(CONFIGS), len(NAMES)) == (16, 7)
+    folder = make_model(kind, tmp_path / "model")
+    number = list(CONFIGS).index(kind)
+    (patterns, whole_words), name = list(NAMES.items())[number % len(NAMES)]
+    if kind in PIECES:
+        name = "default"
+        pieces(folder, prefix=PIECES[kind])
+    else:
+        byte_level(folder, patterns, whole_words=whole_words, adds_bos=number % 2 == 0)
+    done = write_exportable(exportable(folder), tmp_path / "model.gguf", "f32")
+    assert stages(done) == STAGES
+    assert done.tensors.keys() == {"f32"}
+    assert gguf.GGUFReader(done.path).fields["tokenizer.ggml.pre"].contents() == name
+
+
+@pytest.mark.parametrize(("name", "outtype"), SHIPPED_AS)
+def test_gguf_of_shipped_models_is_within_each_type(name: str, outtype: Outtype, tmp_path: Path) -> None:
+    """The shipped models pass in each of 3 smaller types, and in f16 no greedy token differs."""
+    assert {outtype for _, outtype in SHIPPED_AS} == set(OUTTYPES) - {"f32"}
+    done = write_exportable(exportable(name), tmp_path / "model.gguf", outtype)
+    assert stages(done) == STAGES
+    if outtype == "f16":
+        assert done.checks[-1].measured.startswith("5 of 5 equal, 0 part")
+
+
+TARGETS = {
+    "lora": AdapterTarget(3, 7.0, 0.0, ("q_proj", "k_proj", "v_proj", "down_proj")),
+    "rank-stabilized": AdapterTarget(4, 3.0, 0.0, ("q_proj", "k_proj"), scaling="rank_stabilized"),
+    "patterns": AdapterTarget(
+        2, 4.0, 0.0, ("k_proj", "up_proj"), rank_pattern={"k_proj": 5}, alpha_pattern={"layers.1.mlp.up_proj": 9.0}
+    ),
+    "dora": AdapterTarget(2, 5.0, 0.0, ("q_proj", "o_proj"), kind="dora"),
+    "saved": AdapterTarget(2, 5.0, 0.0, ("k_proj",), saved=("lm_head", "model.norm")),
+    "gpt2": AdapterTarget(3, 7.0, 0.0, ("c_attn", "c_proj")),
+    "gpt2 dora": AdapterTarget(3, 7.0, 0.0, ("c_attn", "c_fc"), kind="dora"),
+}
+ALONE = {"lora", "rank-stabilized", "patterns", "gpt2"}
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_gguf_of_an_adapter_is_what_was_trained(kind: str, tmp_path: Path) -> None:
+    """Each of 7 adapters, merged or alone, gives what the trainer computes with it; what cannot stand alone is told."""
+    target = TARGETS[kind]
+    folder = make_model("gpt2" if kind.startswith("gpt2") else "llama", tmp_path / "model")
+    gpt2_like(folder)
+    session = open_backend("torch").open(ModelLocation("x", folder, "local"), "float32", 0)
+    session.attach(target, 1)
+    session.prepare_updates(Optimization(0.0, 1.0))
+    for number in range(3):
+        step(session, batches_of(make_rows(4, seed=number), 2), 0.03)
+    (tmp_path / "adapter").mkdir()
+    session.save_adapter(tmp_path / "adapter")
+    settings = read_settings(tmp_path / "adapter", turned=kind.startswith("gpt2"))
+    adapter = Adapter(tmp_path / "adapter" / WEIGHTS, settings)
+    tuned = dataclasses.replace(exportable(folder), adapter=adapter, open=lambda: session)
+    assert stages(write_exportable(tuned, tmp_path / "merged.gguf", "f32")) == STAGES
+    if kind == "saved":  # the smallest change: the base is told from it all the same
+        with pytest.raises(ExportError, match="'logits'"):
+            write_exportable(dataclasses.replace(tuned, adapter=None), tmp_path / "base.gguf", "f32")
+    if kind in ALONE:
+        done = write_exportable(tuned, tmp_path / "alone.gguf", "f32", adapter_only=True)
+        assert stages(done) == STAGES
+        names = {tensor.name.rsplit(".", 1)[-1] for tensor in gguf.GGUFReader(done.path).tensors}
+        assert names == {"lora_a", "lora_b"}
+    else:
+        with pytest.raises(FineTuneError, match="alone cannot hold"):
+            write_exportable(tuned, tmp_path / "alone.gguf", "f32", adapter_only=True)
+
+
+def _other_family(**changes: Any) -> Callable[[Exportable], Exportable]:
+    def change(made: Exportable) -> Exportable:
+        family = dataclasses.replace(made.described.family, **changes)
+        return dataclasses.replace(made, described=dataclasses.replace(made.described, family=family))
+
+    return change
+
+
+def _other_key(key: str, value: Any) -> Callable[[Exportable], Exportable]:
+    def change(made: Exportable) -> Exportable:
+        assert made.described.metadata[key] != value
+        made.described.metadata[key] = value
+        return made
+
+    return change
+
+
+def _same(made: Exportable) -> Exportable:
+    return made
+
+
+def _wrong_pre(described: Any) -> Any:
+    return dataclasses.replace(described, metadata=described.metadata | {"tokenizer.ggml.pre": "qwen2"})
+
+
+def _without_bos(described: Any) -> Any:
+    return dataclasses.replace(described, metadata=described.metadata | {"tokenizer.ggml.add_bos_token": False})
+
+
+def _one_weight_off(path: Path) -> None:
+    reader = gguf.GGUFReader(path, "r+")
+    tensor = next(tensor for tensor in reader.tensors if tensor.name == "blk.1.ffn_down.weight")
+    tensor.data[3, 5] += 0.01
+    reader.data.flush()
+
+
+FAULTS: dict[str, tuple[str, str, Any]] = {
+    "no permutation (A220)": ("logits", "made", _other_family(permuted=False)),
+    "rope base lost (A223)": ("logits", "made", _other_key("llama.rope.freq_base", 500_000.0)),
+    "epsilon lost": ("logits", "made", _other_key("llama.attention.layer_norm_rms_epsilon", 1e-6)),
+    "pre-tokenizer guessed (A222)": ("token ids", "vocabulary", _wrong_pre),
+    "add_bos lost (A224)": ("token ids", "vocabulary", _without_bos),
+    "a weight off by little": ("file", "file", _one_weight_off),
+    "cut off": ("file", "file", lambda path: os.truncate(path, path.stat().st_size // 2)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_gguf_that_is_not_the_model_is_told_and_gone(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of 7 faults is found at the first stage where it shows, and leaves no file of any name behind."""
+    stage, where, change = FAULTS[fault]
+    folder = make_model("llama", tmp_path / "model")
+    gpt2_like(folder)
+    made = exportable(folder)
+    if where == "made":
+        made = change(made)
+    elif where == "vocabulary":
+        monkeypatch.setattr(exporting, "describe_vocabulary", lambda *told: change(describe_vocabulary(*told)))
+    else:
+        write = exporting.write_gguf
+        monkeypatch.setattr(exporting, "write_gguf", lambda plan, path: (write(plan, path), change(path)))
+    with pytest.raises(ExportError, match=f"at the stage '{stage}'"):
+        write_exportable(made, tmp_path / "out" / "model.gguf", "f32")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_gguf_weight_too_large_for_its_type_is_refused(tmp_path: Path) -> None:
+    """A weight above what f16 holds is named and refused in f16, and written in bf16."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = make_model("llama", tmp_path / "model")
+    gpt2_like(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 5] = 7e4
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FineTuneError, match=r"blk\.1\.ffn_down\.weight holds 70000"):
+        write_exportable(exportable(folder), tmp_path / "model.gguf", "f16")
+    assert stages(write_exportable(exportable(folder), tmp_path / "model.gguf", "bf16")) == STAGES
+
+
+def test_llama_cpp_says_why_it_cannot_load(tmp_path: Path) -> None:
+    """A file that is cut off, and one that is none, end in an error with llama.cpp's own words."""
+    done = write_exportable(exportable(SHIPPED[0]), tmp_path / "model.gguf", "f16")
+    os.truncate(done.path, 200_000)
+    (tmp_path / "none.gguf").write_bytes(b"GGUF")
+    for path in (done.path, tmp_path / "none.gguf"):
+        with pytest.raises(EvidenceError, match=r"llama\.cpp cannot load it: .*(bounds|corrupt|read|fail)"):
+            ask_llama_cpp(path, Questions([], [], [], 1, 64, 0))
+
+
+@pytest.mark.parametrize("outtype", OUTTYPES)
+def test_rounding_is_that_of_the_type(outtype: Outtype) -> None:
+    """Weights of all sizes, stored and read again, are off by no more than is allowed, and some by half of it."""
+    from finetune.convert.read_back import rounding
+
+    dice = np.random.default_rng(0)
+    weights = (dice.standard_normal((64, 96)) * 10.0 ** dice.integers(-6, 4, (64, 96))).astype(np.float32)
+    kind = gguf.GGMLQuantizationType[outtype.upper()]
+    off = np.abs(gguf.dequantize(gguf.quantize(weights, kind), kind).reshape(weights.shape) - weights)
+    allowed = rounding(weights, outtype)
+    assert (off <= allowed).all()
+    assert outtype == "f32" or (off > allowed / 2.5).any()
+    assert list(BOUNDS) == list(OUTTYPES)
+
+
+def ft(*arguments: str, cwd: Path, limit: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `ft` in a process of its own."""
+    command = [sys.executable, "-c", "from finetune.cli import main; main()", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, preexec_fn=limit, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short finished run."""
+    folder = tmp_path_factory.mktemp("export")
+    quick = ["judge.sham=never", "judge.memory=never", "training.max_steps=10"]
+    done = ft("train", "--output", "run", *(word for key in quick for word in ("--set", key)), cwd=folder)
+    assert done.returncode in (0, 1), done.stderr
+    return folder / "run"
+
+
+def test_export_of_a_run(run: Path) -> None:
+    """`ft export RUN` writes below the run, once; its questions are asked again; its origin stands in the file."""
+    done = ft("export", "run", "--json", cwd=run.parent)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["file"] == "run/gguf/run-f16.gguf"
+    assert [check["stage"] for check in told["checks"]] == STAGES
+    assert "of 37 equal" in told["checks"][-1]["measured"]
+    fields = gguf.GGUFReader(run.parent / told["file"]).fields
+    manifest = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert fields["general.base_model.0.name"].contents() == "reference-llama"
+    assert fields["general.finetune"].contents() == manifest["id"]
+    assert fields["general.dataset.0.name"].contents() == Path(manifest["data"]["files"][0]["path"]).name
+    assert fields["general.license"].contents()
+    template = (run / "adapter" / "chat_template.jinja").read_text(encoding="utf-8")
+    assert fields["tokenizer.chat_template"].contents() == template
+    again = ft("export", "run", cwd=run.parent)
+    assert (again.returncode, "exists already" in again.stderr) == (3, True)
+
+
+def test_export_refuses_before_it_writes(run: Path, tmp_path: Path) -> None:
+    """Each of 5 mistakes ends with its exit code, and the remedy, and no file."""
+    folder = make_model("llama", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}), encoding="utf-8")
+    shutil.copytree(run, tmp_path / "changed", ignore=shutil.ignore_patterns("*.gguf"))
+    (tmp_path / "changed" / "adapter" / WEIGHTS).write_bytes(b"")
+    cases = {
+        ("export", str(run), "--outtype", "q4_k_m"): (2, "llama-quantize"),
+        ("export", str(folder)): (3, "'mamba' cannot be written as GGUF"),
+        ("export", "nothing-here/at/all"): (3, "does not exist"),
+        ("export", "changed"): (3, "is not the one that was trained"),
+        ("export", "reference-gpt2", "--adapter-only"): (3, "no adapter"),
+    }
+    for arguments, (code, words) in cases.items():
+        done = ft(*arguments, cwd=tmp_path)
+        assert (done.returncode, words in done.stderr) == (code, True), done.stderr
+    assert list(tmp_path.rglob("*.gguf*")) == []
+
+
+def test_export_on_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    """Where the file finds no room, the error says so with exit code 1, and no part of it is left."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    done = ft("export", "reference-llama", "--output", "model.gguf", cwd=tmp_path, limit=limit)
+    assert done.returncode == 1
+    assert "cannot write model.gguf" in done.stderr
+    assert list(tmp_path.iterdir()) == []
