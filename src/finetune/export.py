@@ -105,7 +105,8 @@ def write_exportable(
     examined: list[Check] = []
 
     def fill(temporary: Path) -> None:
-        tell(f"writing {len(blueprint.tensors)} tensors, about {blueprint.bytes / 1e6:.1f} MB")
+        weights = sum(tensor.bytes for tensor in blueprint.tensors)
+        tell(f"writing {len(blueprint.tensors)} tensors of {weights / 1e6:.1f} MB together")
         write_gguf(blueprint, temporary)
         examined.append(_hold(read_back(blueprint, temporary)))
         tell("asking the trainer and llama.cpp the same")
