@@ -72,7 +72,9 @@ def test_code_of_a_model_is_never_run(llama: ModelLocation, tmp_path: Path, monk
     trace = tmp_path / "trace"
     known = changed(llama, tmp_path / "known", auto_map=OWN_CODE)
     unknown = changed(llama, tmp_path / "unknown", auto_map=OWN_CODE, model_type="wizardry")
-    for each in (known, unknown):
+    # transformers knows the architecture, but no causal language model of it: only the model's own code has one.
+    another = changed(llama, tmp_path / "another", auto_map=OWN_CODE, model_type="t5")
+    for each in (known, unknown, another):
         arm(each.folder, trace)
     session = adapted(known)
     assert session.generate([[5, 6]], 2, [2])
@@ -82,6 +84,8 @@ def test_code_of_a_model_is_never_run(llama: ModelLocation, tmp_path: Path, monk
     check_reload("torch", session, known, tmp_path / "adapter", prompts=[[5, 6]], dtype="float32")
     with pytest.raises(ModelError, match=r"model_type 'wizardry' .* code of its own, and that is never run"):
         open_session(unknown)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        open_session(another)
     assert not asked
     assert not trace.exists()
 
