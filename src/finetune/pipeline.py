@@ -134,6 +134,7 @@ def _open(run: Run) -> tuple[Session, Observation, dict[str, str]]:
     prepared = run.prepared
     with run.phase("load", f"{prepared.location.name}, {prepared.shape.parameters / 1e6:.2f} M parameters"):
         session = _session(run)
+        run.device = session.device
     with run.phase("observe base"):
         before = observe(session, prepared)
     with run.phase("attach"):
@@ -143,7 +144,9 @@ def _open(run: Run) -> tuple[Session, Observation, dict[str, str]]:
 
 def _session(run: Run) -> Session:
     model, pad_id = run.prepared.plan.config.model, run.prepared.encoder.tokenizer.pad_id
-    return run.backend.open(run.prepared.location, model.dtype, pad_id, quantize=model.quantization)
+    return run.backend.open(
+        run.prepared.location, model.dtype, pad_id, quantize=model.quantization, device=model.device
+    )
 
 
 def _attach(run: Run, session: Session) -> None:

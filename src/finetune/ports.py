@@ -56,6 +56,10 @@ class Group(Protocol):
 class Session(Protocol):
     """A loaded model that can be trained, scored, asked and saved: the verbs in which backends differ."""
 
+    @property
+    def device(self) -> str:
+        """Where the model computes: "cpu", or a GPU by its name."""
+
     def attach(self, target: AdapterTarget | None, seed: int) -> None:
         """Put a freshly initialised adapter on the model and freeze the rest; None makes every weight trainable."""
 
@@ -135,6 +139,16 @@ class Backend(Protocol):
         """Write a model of random weights and the given transformers config into an existing folder."""
 
     def open(
-        self, location: ModelLocation, dtype: str, pad_id: int, *, quantize: Quantization | None = None
+        self,
+        location: ModelLocation,
+        dtype: str,
+        pad_id: int,
+        *,
+        quantize: Quantization | None = None,
+        device: str = "auto",
     ) -> Session:
-        """Load a model's weights, quantised where that is asked for, ready to attach an adapter to."""
+        """Load a model's weights, quantised where that is asked for, ready to attach an adapter to.
+
+        Args:
+            device: "cpu", "gpu", or "auto" for a GPU where there is one.
+        """

@@ -120,7 +120,11 @@ def _tuned_session(folder: RunFolder, config: TrainingConfig, location: ModelLoc
     if saved == folder.model:
         location = ModelLocation(location.name, saved.resolve(), "local")
     session = open_backend(config.backend).open(
-        location, config.model.dtype, encoder.tokenizer.pad_id, quantize=config.model.quantization
+        location,
+        config.model.dtype,
+        encoder.tokenizer.pad_id,
+        quantize=config.model.quantization,
+        device=config.model.device,
     )
     if saved == folder.adapter:
         session.load_adapter(saved)

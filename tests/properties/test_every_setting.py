@@ -37,6 +37,7 @@ CHANGES: dict[str, Change] = {
     "model.path": Change("OTHER"),
     "model.revision": Change("main"),
     "model.dtype": Change("bfloat16"),
+    "model.device": Change("gpu"),
     "model.quantize": Change("4bit"),
     "model.quantize_group_size": Change(32, {"model.quantize": "4bit"}),
     "data.train": Change("KNOWN"),
@@ -151,7 +152,7 @@ def test_every_setting_is_in_the_table_and_the_schema() -> None:
     listed = {name for name in schema["properties"] if name not in schema.get("$defs", {})}
     assert set(CHANGES) == set(KEYS)
     assert {key.split(".")[0] for key in CHANGES} <= listed
-    assert len(CHANGES) == 53
+    assert len(CHANGES) == 54
     assert all(change.value != {**BASE, **change.given}.get(key) for key, change in CHANGES.items())
 
 

@@ -62,6 +62,7 @@ def test_run_folder_holds_what_the_contract_says(finished: Path) -> None:
     assert len(listed) >= 10
     events = [json.loads(line) for line in (finished / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "StepDone"] == list(range(1, 11))
+    assert run["machine"]["device"].partition(":")[0] in ("cpu", "cuda")
     counts = run["data"]["train"]
     assert counts["read"] == counts["kept"] + sum(counts["dropped"].values())
 

@@ -36,9 +36,9 @@ def make_model(kind: str, folder: Path, **changes: Any) -> ModelLocation:
     return ModelLocation(kind, folder, "local")
 
 
-def open_session(location: ModelLocation, *, dtype: str = "float32", pad_id: int = 0) -> Any:
-    """The model as it is."""
-    return open_backend("torch").open(location, dtype, pad_id)
+def open_session(location: ModelLocation, *, dtype: str = "float32", pad_id: int = 0, device: str = "cpu") -> Any:
+    """The model as it is, on the processor unless a law is about another device."""
+    return open_backend("torch").open(location, dtype, pad_id, device=device)
 
 
 def target_of(kind: str, *, rank: int = 3, dropout: float = 0.0) -> AdapterTarget:

@@ -66,7 +66,7 @@ def run_record(
         "started": course.started,
         "command": course.command,
         "versions": _all_versions(course.libraries),
-        "machine": machine(),
+        "machine": {**machine(), "device": run.device},
         "seeds": {"training": prepared.plan.config.training.seed},
         "plan": plan_as_list(prepared.plan),
         "model": _model(prepared),

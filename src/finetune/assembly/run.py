@@ -19,7 +19,7 @@ Listener = Callable[[Event], None]
 
 @dataclass
 class Run:
-    """One run in progress; `why` says of each thing that is not measured why it is not."""
+    """One run in progress; `why` says of each thing that is not measured why it is not, `device` where it computes."""
 
     prepared: Prepared
     backend: Backend
@@ -29,6 +29,7 @@ class Run:
     timing: dict[str, float] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
     trackers: Trackers | None = None
+    device: str = ""
 
     def tell(self, event: Event) -> None:
         """Log an event and pass it on."""

@@ -83,6 +83,11 @@ class ModelSpec(Spec):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="The number format the weights are held in; bfloat16 halves their memory."
     )
+    device: Literal["auto", "cpu", "gpu"] = Field(
+        default="auto",
+        description="Where the model computes: auto takes a GPU where the backend sees one, and the processor "
+        "elsewhere; gpu refuses to run where there is none.",
+    )
     quantize: Literal["4bit", "8bit"] | None = Field(
         default=None,
         description="How to quantise the base's matrices as they are loaded, for an adapter on top (QLoRA); mlx only. "

@@ -16,7 +16,7 @@ from finetune.backends.mlx.names import Names
 from finetune.backends.mlx.session import MlxSession
 from finetune.backends.mlx.tensors import DTYPES, write_tensors
 from finetune.backends.mlx.zoo import build_model, load_model, put_weights, write_config
-from finetune.errors import ModelError
+from finetune.errors import ModelError, RefusedError
 from finetune.ports import Group
 from finetune.records import ModelLocation, Quantization
 
@@ -74,7 +74,13 @@ class MlxBackend:
         write_tensors(weights, folder / "model.safetensors")
 
     def open(
-        self, location: ModelLocation, dtype: str, pad_id: int, *, quantize: Quantization | None = None
+        self,
+        location: ModelLocation,
+        dtype: str,
+        pad_id: int,
+        *,
+        quantize: Quantization | None = None,
+        device: str = "auto",
     ) -> MlxSession:
         """Load the model's weights, all of them from its files; what mlx-lm has quantised there stays so.
 
@@ -84,13 +90,25 @@ class MlxBackend:
         Raises:
             ModelError: the architecture is unknown to mlx-lm or computed otherwise by it, a file is corrupt, a weight
                 is missing, unknown or of another shape, or the model is quantised in another way or cannot be.
+            RefusedError: a GPU is asked for where there is none.
         """
+        _compute_on(device)
         if dtype not in DTYPES:
             raise ModelError(f"the mlx backend computes in {' or '.join(DTYPES)}, not in {dtype}")
         return MlxSession(load_model(location, dtype, quantize), location, pad_id)
 
 
 BACKEND = MlxBackend
+
+
+def _compute_on(device: str) -> None:
+    gpu = mx.is_available(mx.gpu)
+    if device == "gpu" and not gpu:
+        raise RefusedError(
+            "model.device is gpu, but MLX sees none on this machine",
+            hint="set model.device to cpu, or on Linux with an NVIDIA GPU: pip install 'mlx[cuda13]'",
+        )
+    mx.set_default_device(mx.gpu if gpu and device != "cpu" else mx.cpu)
 
 
 def _drawn(name: str, shape: tuple[int, ...], spread: float, key: mx.array) -> mx.array:

@@ -43,6 +43,12 @@ class MlxSession:
         self._optimizer: AdamW | None = None
         self._trained: dict[str, str] = {} if packed_layers(loaded.model) else self._places()
 
+    @property
+    def device(self) -> str:
+        """Where the model computes: "cpu", or the GPU by its name."""
+        gpu = mx.default_device() == mx.gpu
+        return f"gpu ({mx.device_info().get('device_name', 'unnamed')})" if gpu else "cpu"
+
     def attach(self, target: AdapterTarget | None, seed: int) -> None:
         """Put a freshly initialised adapter on the model and freeze the rest; None makes every weight trainable.
 

@@ -65,7 +65,13 @@ class ReferenceBackend:
         )
 
     def open(
-        self, location: ModelLocation, dtype: str, pad_id: int, *, quantize: Quantization | None = None
+        self,
+        location: ModelLocation,
+        dtype: str,
+        pad_id: int,
+        *,
+        quantize: Quantization | None = None,
+        device: str = "auto",
     ) -> ReferenceSession:
         """Load a Llama's weights; float32, float16 and bfloat16 files alike become float64, which holds them exactly.
 
@@ -75,6 +81,11 @@ class ReferenceBackend:
                 quantised or to be.
         """
         owner = f"model {location.name!r} in {location.folder}"
+        if device == "gpu":
+            raise ModelError(
+                "model.device is gpu, but the reference backend computes on the processor only",
+                hint="set model.device to cpu, or use another backend",
+            )
         if dtype not in ("float32", "float64"):
             raise ModelError(
                 f"the reference backend always computes in float64 and cannot imitate {dtype}",

@@ -39,6 +39,11 @@ class ReferenceSession:
         self._random = np.random.Generator(np.random.PCG64(0))
         self._optimizer: AdamW | None = None
 
+    @property
+    def device(self) -> str:
+        """Where the model computes."""
+        return "cpu"
+
     def attach(self, target: AdapterTarget | None, seed: int) -> None:
         """Put a freshly initialised adapter on the model and freeze the rest; None makes every weight trainable.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 
+from finetune.backends.torch.device import choose_device
 from finetune.backends.torch.group import join_group
 from finetune.backends.torch.session import TorchSession
 from finetune.errors import ModelError
@@ -48,17 +49,25 @@ class TorchBackend:
         transformers.AutoModelForCausalLM.from_config(settings).save_pretrained(folder)
 
     def open(
-        self, location: ModelLocation, dtype: str, pad_id: int, *, quantize: Quantization | None = None
+        self,
+        location: ModelLocation,
+        dtype: str,
+        pad_id: int,
+        *,
+        quantize: Quantization | None = None,
+        device: str = "auto",
     ) -> TorchSession:
         """Load the model's weights, all of them from its files.
 
         Raises:
             ModelError: the architecture is unknown, a file is corrupt, a weight is missing, or the model is quantised
                 or to be.
+            RefusedError: a GPU is asked for where there is none, or where several processes train.
         """
+        place = choose_device(device)
         owner = f"model {location.name!r} in {location.folder}"
         refuse_quantized(read_config(location.folder), quantize, self.name, owner)
-        return TorchSession(load_model(location, dtype), location, pad_id)
+        return TorchSession(load_model(location, dtype).to(place), location, pad_id)
 
 
 BACKEND = TorchBackend

@@ -30,7 +30,8 @@ def find_head(model: Any) -> torch.nn.Linear | None:
     said: list[torch.Tensor] = []
     hook = head.register_forward_hook(lambda module, inputs, output: said.append(output))
     try:
-        logits = model(input_ids=torch.arange(3)[None], use_cache=False).logits
+        ids = torch.arange(3, device=head.weight.device)[None]
+        logits = model(input_ids=ids, use_cache=False).logits
     finally:
         hook.remove()
     return head if len(said) == 1 and torch.equal(said[0], logits) else None
@@ -56,7 +57,7 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, *frozen: Any) -> torch.Tensor:
         weight, bias, targets = frozen
-        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         size = max(1, SLICE_BYTES // (total.element_size() * len(weight)))
         for start in range(0, len(hidden), size):

@@ -73,7 +73,7 @@ def _warm_up() -> None:
 
 def _open(request: dict[str, Any]) -> TorchSession:
     location = ModelLocation(request["name"], Path(request["folder"]), request["source"])
-    session = TorchBackend().open(location, request["dtype"], pad_id=0)
+    session = TorchBackend().open(location, request["dtype"], pad_id=0, device="cpu")
     session.attach(AdapterTarget(**request["target"]) if request["method"] == "lora" else None, seed=0)
     session.prepare_updates(Optimization(weight_decay=0.0, max_grad_norm=1.0))
     return session

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from finetune.backends.torch import head_loss, state
+from finetune.backends.torch.device import name_device, random_state, set_random_state
 from finetune.backends.torch.group import as_lost, pool_gradients
 from finetune.errors import TrainingError
 from finetune.ports import Group
@@ -32,6 +33,16 @@ class TorchSession:
         self._optimizer: torch.optim.AdamW | None = None
         self._max_grad_norm = 1.0
         self.model.eval()
+
+    @property
+    def device(self) -> str:
+        """Where the model computes: "cpu", or a GPU by its name."""
+        return name_device(self._place)
+
+    @property
+    def _place(self) -> torch.device:
+        place: torch.device = self.model.device
+        return place
 
     def attach(self, target: AdapterTarget | None, seed: int) -> None:
         """Put a freshly initialised adapter on the model and freeze the rest; None makes every weight trainable."""
@@ -123,7 +134,7 @@ class TorchSession:
     def save_logits(self, prompts: Sequence[Sequence[int]], path: Path) -> None:
         """Write the logits after each token of each prompt, (tokens, vocabulary) in float32, keyed "0", "1", ..."""
         with self._at_rest(), torch.no_grad():
-            logits = [self.model(input_ids=torch.tensor([list(ids)])).logits[0].float() for ids in prompts]
+            logits = [self.model(input_ids=self._ids([ids])).logits[0].float().cpu() for ids in prompts]
         save_file({str(index): tensor.contiguous() for index, tensor in enumerate(logits)}, path)
 
     def generate(
@@ -140,10 +151,13 @@ class TorchSession:
                 room = min(max_new_tokens, self.context_length - length)
                 for start in range(0, len(members) if room > 0 else 0, _ASKED_TOGETHER):
                     asked = members[start : start + _ASKED_TOGETHER]
-                    ids = torch.tensor([list(prompts[index]) for index in asked])
+                    ids = self._ids([prompts[index] for index in asked])
                     for index, row in zip(asked, self._continue(ids, room, stop_ids), strict=True):
                         answers[index] = _until_stop(row, stop_ids)
         return answers
+
+    def _ids(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        return torch.tensor([list(ids) for ids in prompts], device=self._place)
 
     def _continue(self, ids: torch.Tensor, room: int, stop_ids: Sequence[int]) -> list[list[int]]:
         from transformers import GenerationConfig
@@ -153,7 +167,8 @@ class TorchSession:
         )
         with self._without_preferences():
             full = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
-        return [[int(token) for token in row] for row in full[:, ids.shape[1] :]]
+        answers: list[list[int]] = full[:, ids.shape[1] :].tolist()
+        return answers
 
     @contextlib.contextmanager
     def _without_preferences(self) -> Iterator[None]:
@@ -216,11 +231,12 @@ class TorchSession:
 
     def save_state(self, folder: Path) -> None:
         """Write adapter, optimizer and random state so that `load_state` continues bit for bit."""
-        state.save_state(self._trainable(), self.optimizer, folder)
+        state.save_state(self._trainable(), self.optimizer, random_state(self._place), folder)
 
     def load_state(self, folder: Path) -> None:
         """Restore what `save_state` wrote."""
-        state.load_state(self._trainable(), self.optimizer, folder)
+        kinds = random_state(self._place).keys()
+        set_random_state(state.load_state(self._trainable(), self.optimizer, kinds, folder), self._place)
 
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad}
@@ -256,6 +272,8 @@ class TorchSession:
                 here[index, start : end - 1] = torch.tensor(row.trained[1:], dtype=torch.bool)
                 positions[index, start:end] = torch.arange(len(row.ids))
         targets = torch.roll(ids, -1, dims=1)[here]
+        # Put together where reading it costs nothing, then sent where the model is.
+        ids, here, positions, targets = (tensor.to(self._place) for tensor in (ids, here, positions, targets))
         if batch.packed:
             # Positions that begin anew are how transformers knows that rows share a sequence; then it takes no mask.
             return {"input_ids": ids, "attention_mask": None, "position_ids": positions}, targets, here
@@ -265,18 +283,18 @@ class TorchSession:
     @contextlib.contextmanager
     def _at_rest(self) -> Iterator[None]:
         modes = {module: module.training for module in self.model.modules()}
-        random_state = torch.get_rng_state()
+        drawn = random_state(self._place)
         self.model.eval()
         try:
             yield
         finally:
-            torch.set_rng_state(random_state)
+            set_random_state(drawn, self._place)
             for module, training in modes.items():
                 module.training = training
 
 
 def _fingerprint(tensor: torch.Tensor) -> str:
-    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(raw.tobytes()).hexdigest()
 
 

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,14 @@ _TENSORS = "state.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def save_state(trainable: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Write every trainable tensor, its optimizer moments and torch's random state into `folder`."""
-    tensors: dict[str, torch.Tensor] = {"random": torch.get_rng_state()}
+def save_state(
+    trainable: Mapping[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    drawn: Mapping[str, torch.Tensor],
+    folder: Path,
+) -> None:
+    """Write every trainable tensor, its optimizer moments and the random states `drawn` into `folder`."""
+    tensors: dict[str, torch.Tensor] = dict(drawn)
     for name, tensor in trainable.items():
         tensors[f"weight/{name}"] = tensor.detach().contiguous()
         for moment in _MOMENTS:
@@ -33,8 +38,12 @@ def save_state(trainable: Mapping[str, torch.nn.Parameter], optimizer: torch.opt
     save_file(tensors, folder / _TENSORS)
 
 
-def load_state(trainable: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Restore what `save_state` wrote; nothing is changed unless every tensor is there with its shape.
+def load_state(
+    trainable: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, kinds: Collection[str], folder: Path
+) -> dict[str, torch.Tensor]:
+    """Restore what `save_state` wrote, all but the random states of these kinds, which are returned.
+
+    Nothing is changed unless every tensor is there with its shape.
 
     Raises:
         RefusedError: the file is corrupt, or its tensors are not those of this model and adapter.
@@ -44,8 +53,8 @@ def load_state(trainable: Mapping[str, torch.nn.Parameter], optimizer: torch.opt
         saved = load_file(path)
     except (SafetensorError, OSError) as error:
         raise RefusedError(f"checkpoint {path} cannot be read: {error}", hint="use an older checkpoint") from None
-    expected = {f"{part}/{name}" for name in trainable for part in ("weight", *_MOMENTS)} | {"random"}
-    wrong = expected ^ set(saved)
+    expected = {f"{part}/{name}" for name in trainable for part in ("weight", *_MOMENTS)}
+    wrong = (expected | set(kinds)) ^ set(saved)
     wrong |= {
         f"weight/{name}" for name, tensor in trainable.items()
         if f"weight/{name}" in saved and saved[f"weight/{name}"].shape != tensor.shape
@@ -53,13 +62,13 @@ def load_state(trainable: Mapping[str, torch.nn.Parameter], optimizer: torch.opt
     if wrong:
         raise RefusedError(
             f"checkpoint {path} does not fit this run: {len(wrong)} tensors differ, among them {min(wrong)}",
-            hint="resume with the model and adapter settings that the run was started with",
+            hint="resume with the model, device and adapter settings that the run was started with",
         )
     with torch.no_grad():
         for name, tensor in trainable.items():
             tensor.copy_(saved[f"weight/{name}"])
-            optimizer.state[tensor] = {moment: saved[f"{moment}/{name}"] for moment in _MOMENTS}
-    torch.set_rng_state(saved["random"])
+            optimizer.state[tensor] = {moment: saved[f"{moment}/{name}"].to(tensor.device) for moment in _MOMENTS}
+    return {kind: saved[kind] for kind in kinds}
 
 
 def whole_paths(model: Any, names: tuple[str, ...]) -> list[str]:
