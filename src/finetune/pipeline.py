@@ -125,6 +125,7 @@ def _begin(run: Run, begun: RunStarted, *, resume: bool) -> None:
         return
     run.folder.make()
     run.folder.claim()
+    RunFolder.place(run.folder.path)  # again: another process may have made its run there while this one loaded
     write_text(run.folder.plan, dump_plan(run.prepared.plan))
     run.tell(begun)
     run.open_trackers(resumed=False)

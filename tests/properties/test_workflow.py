@@ -12,10 +12,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from finetune import pipeline
 from finetune.artifacts.run_folder import RunFolder
 from finetune.artifacts.write import describe_file
 from finetune.config import LoadedConfig, load_plan
-from finetune.errors import ConfigError, FineTuneError, RefusedError, StorageError
+from finetune.errors import ConfigError, FineTuneError, OutputError, RefusedError, StorageError
 from finetune.events import Event, PhaseStarted, StepDone
 from finetune.pipeline import fine_tune
 from finetune.records import Outcome
@@ -283,3 +284,31 @@ def test_workflow_numbers_that_are_not_finite_stop_the_run(model: Path, data: Pa
     assert not (tmp_path / "run" / "run.json").exists()
     steps = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert all(step["event"] != StepDone.__name__ or abs(step["loss"]) < 1e300 for step in steps)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_workflow_overtaken_by_another_process_leaves_its_run_alone(
+    resume: bool, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where another process makes or finishes the run in the same folder while this one gets ready, it is refused."""
+    folder, loaded = tmp_path / "run", settings(model, data)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, StepDone):
+            raise Death
+
+    if resume:
+        with pytest.raises(Death):
+            fine_tune(loaded, output=folder, listener=stop)
+    owner, done = pipeline.run_owner, []
+
+    def overtaken(*given: Any) -> Any:
+        monkeypatch.setattr(pipeline, "run_owner", owner)
+        fine_tune(loaded, output=folder, resume=resume)
+        done.append(everything_below(folder))
+        return owner(*given)
+
+    monkeypatch.setattr(pipeline, "run_owner", overtaken)
+    with pytest.raises(OutputError, match="is finished" if resume else "not empty"):
+        fine_tune(loaded, output=folder, resume=resume)
+    assert [everything_below(folder)] == done
