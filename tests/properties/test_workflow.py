@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +17,7 @@ from finetune import pipeline
 from finetune.artifacts.run_folder import RunFolder
 from finetune.artifacts.write import describe_file
 from finetune.config import LoadedConfig, load_plan
-from finetune.errors import ConfigError, FineTuneError, OutputError, RefusedError, StorageError
+from finetune.errors import ConfigError, FineTuneError, OutOfMemoryError, OutputError, RefusedError, StorageError
 from finetune.events import Event, PhaseStarted, StepDone
 from finetune.pipeline import fine_tune
 from finetune.records import Outcome
@@ -312,3 +313,24 @@ def test_workflow_overtaken_by_another_process_leaves_its_run_alone(
     with pytest.raises(OutputError, match="is finished" if resume else "not empty"):
         fine_tune(loaded, output=folder, resume=resume)
     assert [everything_below(folder)] == done
+
+
+def test_workflow_out_of_memory_tells_the_estimate_and_what_would_fit(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory runs out, a run ends with what was estimated, what is left of it, and settings expected to fit."""
+
+    def fail(*given: Any) -> Any:
+        raise MemoryError("Unable to allocate 1 TiB")
+
+    monkeypatch.setattr("finetune.backends.reference.session.ReferenceSession.update", fail)
+    loaded = settings(model, data, training__batch_size=4)
+    with pytest.raises(
+        OutOfMemoryError, match=r"1 TiB; no checkpoint .* estimate for 4 x \d+ tokens .* \d iB"
+    ) as ended:
+        fine_tune(loaded, output=tmp_path / "run")
+    assert "training.batch_size (and" in ended.value.hint
+    monkeypatch.setattr("finetune.assembly.exhausted._within_reach", lambda: 51 * 1024**2)
+    with pytest.raises(OutOfMemoryError) as ended:
+        fine_tune(loaded, output=tmp_path / "other")
+    assert re.search(r"--set training.batch_size=[123] --set training.accumulation=", ended.value.hint)

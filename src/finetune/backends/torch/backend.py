@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import transformers
 
-from finetune.backends.torch.device import choose_device
+from finetune.backends.torch.device import choose_device, is_exhausted
 from finetune.backends.torch.group import join_group
 from finetune.backends.torch.session import TorchSession
-from finetune.errors import ModelError
+from finetune.errors import ModelError, OutOfMemoryError
 from finetune.models.quantize import refuse_quantized
 from finetune.models.shape import read_config, read_shape
 from finetune.ports import Group
@@ -90,6 +90,11 @@ def load_model(location: ModelLocation, dtype: str) -> Any:
             use_safetensors=True, trust_remote_code=False, ignore_mismatched_sizes=True,
         )  # fmt: skip
     except Exception as error:  # what a model's files say can go wrong inside transformers in any way
+        if is_exhausted(error):
+            raise OutOfMemoryError(
+                f"out of memory while {owner} was loaded: {next(iter(str(error).splitlines()), '')}",
+                hint="use a smaller model, or set model.dtype to bfloat16",
+            ) from None
         # Where settings do not go together its first line names its own check; what that found is the cause.
         cause = error.__cause__ or error
         told = "" if isinstance(cause, KeyError) else str(cause).strip()
