@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetune.artifacts import run_folder
@@ -388,3 +388,21 @@ def test_run_folder_events_without_steps_are_no_ground_to_go_on_from(steps: int,
             kept = [(event["event"], event.get("step")) for event in run.read_events()]
             both = [(kind, step) for step in range(1, done + 1) for kind in ("StepDone", "CheckpointSaved")]
             assert kept == [("RunStarted", None), *both]
+
+
+@given(st.binary(max_size=12) | st.sampled_from([b"5", b"[]", b'{"a": 1}', b'{"event": "StepDone"}', b'{"event": []}']))
+@example(b"\xff\xfe\x00")
+@examples(1 / 4)
+def test_run_folder_lines_that_tell_of_no_event_are_none(line: bytes) -> None:
+    """Whatever else stands in a log, between its lines or in place of one, is no event and ends nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = _run(Path(folder) / "run")
+        for step in (1, 2):
+            run.log(StepDone(step, 6, 1.0, 2.0, 0.1, 1.0, 3, 2, 0.1, 5))
+        first, second = run.events.read_bytes().splitlines()
+        whole = run.read_events()
+        run.events.write_bytes(b"\n".join([first, line, second, line]))
+        assert run.read_events() == whole == run.events_up_to(2)
+        run.events.write_bytes(b"\n".join([line, second, b""]))
+        with pytest.raises(OutputError, match="tells of 1 of the 2 steps"):
+            run.events_up_to(2)
