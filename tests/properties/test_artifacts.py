@@ -5,6 +5,7 @@ import json
 import math
 import os
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -117,6 +118,24 @@ def test_write_folder_all_or_nothing(name: str, tmp_path: Path, monkeypatch: pyt
     assert everything_below(tmp_path) == {}
     write_folder(target, _fails_halfway)
     assert everything_below(target) == {"first": b"whole", "second": BIG.encode()}
+
+
+def test_write_folder_is_on_disk_before_and_after_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file is flushed, then the folder renamed, then its name flushed, before anything older may be removed."""
+    order: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+    kinds = {True: "flush folder", False: "flush file"}
+
+    def flushed(handle: int) -> None:
+        order.append(kinds[stat.S_ISDIR(os.fstat(handle).st_mode)])
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "rename", lambda self, to: (order.append("rename"), rename(self, to))[1])
+    write_folder(tmp_path / "a", lambda folder: [(folder / name).write_text(name) for name in "xyz"] and None)
+    assert order == ["flush file"] * 3 + ["rename", "flush folder"]
 
 
 @pytest.mark.parametrize(

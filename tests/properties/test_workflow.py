@@ -14,6 +14,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetune import pipeline
+from finetune.artifacts import run_folder
+from finetune.artifacts.checkpoints import CheckpointStore
 from finetune.artifacts.run_folder import RunFolder
 from finetune.artifacts.write import describe_file
 from finetune.config import LoadedConfig, load_plan
@@ -334,3 +336,26 @@ def test_workflow_out_of_memory_tells_the_estimate_and_what_would_fit(
     with pytest.raises(OutOfMemoryError) as ended:
         fine_tune(loaded, output=tmp_path / "other")
     assert re.search(r"--set training.batch_size=[12] --set training.accumulation=", ended.value.hint)
+
+
+def test_workflow_has_its_log_on_disk_before_each_checkpoint(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a checkpoint is written, every event before it is on disk: a power cut leaves no gap."""
+    secured, saved = [0], []
+    flush, save = run_folder.flush, CheckpointStore.save
+
+    def flushed(path: Path) -> None:
+        secured.append(path.stat().st_size)
+        flush(path)
+
+    def keep(self: CheckpointStore, *given: Any, **named: Any) -> Path:
+        saved.append((tmp_path / "run" / "events.jsonl").stat().st_size - secured[-1])
+        return save(self, *given, **named)
+
+    monkeypatch.setattr(run_folder, "flush", flushed)
+    monkeypatch.setattr(CheckpointStore, "save", keep)
+    with quick_end():
+        fine_tune(settings(model, data, training__save_every=2), output=tmp_path / "run")
+    assert len(saved) > 1
+    assert set(saved) == {0}
