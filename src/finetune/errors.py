@@ -11,6 +11,7 @@
     │   └── MissingExtraError      exit 3   an optional dependency is not installed
     ├── TrainingError              exit 1   training itself went wrong
     │   ├── NonFiniteError         exit 1   a loss or gradient became NaN or infinite
+    │   ├── OutOfMemoryError       exit 1   memory ran out; what was expected, and what to lower
     │   └── LostProcessError       exit 1   another process of the same run has ended
     ├── StorageError               exit 1   writing to disk failed (no space left, read-only, ...)
     ├── ExportError                exit 1   an exported file is not what was trained; nothing is left of it
@@ -98,6 +99,10 @@ class TrainingError(FineTuneError):
 
 class NonFiniteError(TrainingError):
     """A loss or a gradient norm became NaN or infinite; the run stopped there."""
+
+
+class OutOfMemoryError(TrainingError):
+    """Memory ran out: the message says with how much at once, the hint what to lower."""
 
 
 class LostProcessError(TrainingError):

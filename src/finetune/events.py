@@ -144,8 +144,12 @@ def event_as_dict(event: Event) -> dict[str, Any]:
 
 
 def event_from_dict(values: Mapping[str, Any]) -> Event:
-    """The event that `event_as_dict` gave as these values, as they are read back from JSON."""
-    kind: Any = next(kind for kind in get_args(Event) if kind.__name__ == values["event"])
+    """The event that `event_as_dict` gave as these values, as they are read back from JSON.
+
+    Raises:
+        KeyError, TypeError: they are those of no event.
+    """
+    kind: Any = {kind.__name__: kind for kind in get_args(Event)}[values["event"]]
     names = {field.name for field in fields(kind)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     event: Event = kind(**{name: value for name, value in given.items() if name in names})

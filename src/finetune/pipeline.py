@@ -11,6 +11,7 @@ from typing import Any
 from finetune.artifacts.left import what_is_left
 from finetune.artifacts.run_folder import RunFolder
 from finetune.artifacts.write import write_folder, write_json, write_text
+from finetune.assembly.exhausted import with_estimate
 from finetune.assembly.observe import (
     Observation,
     artifact_evidence,
@@ -30,7 +31,7 @@ from finetune.backends import open_backend
 from finetune.config import LoadedConfig, dump_plan, resolve_processes
 from finetune.criteria.evidence import Evidence
 from finetune.criteria.judge import judge, overall
-from finetune.errors import FineTuneError, InterruptedRunError, LostProcessError
+from finetune.errors import FineTuneError, InterruptedRunError, LostProcessError, OutOfMemoryError
 from finetune.events import FirstGradients, FixedLoss, PhaseStarted, RunJudged, RunStarted, StepDone, event_as_dict
 from finetune.place import launch_words
 from finetune.ports import Session
@@ -94,6 +95,8 @@ def fine_tune(
         return folder.path, _finish(run, _record(run, begun, trained, evidence, verdicts))
     except (KeyboardInterrupt, LostProcessError) as error:
         raise _ended(run, error) from None
+    except (MemoryError, OutOfMemoryError) as error:
+        raise with_estimate(error, prepared, what_is_left(run.folder)[0]) from None
     finally:
         run.let_go()
 
@@ -125,6 +128,7 @@ def _begin(run: Run, begun: RunStarted, *, resume: bool) -> None:
         return
     run.folder.make()
     run.folder.claim()
+    RunFolder.place(run.folder.path)  # again: another process may have made its run there while this one loaded
     write_text(run.folder.plan, dump_plan(run.prepared.plan))
     run.tell(begun)
     run.open_trackers(resumed=False)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetune.artifacts import run_folder
@@ -117,6 +118,24 @@ def test_write_folder_all_or_nothing(name: str, tmp_path: Path, monkeypatch: pyt
     assert everything_below(tmp_path) == {}
     write_folder(target, _fails_halfway)
     assert everything_below(target) == {"first": b"whole", "second": BIG.encode()}
+
+
+def test_write_folder_is_on_disk_before_and_after_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file is flushed, then the folder renamed, then its name flushed, before anything older may be removed."""
+    order: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+    kinds = {True: "flush folder", False: "flush file"}
+
+    def flushed(handle: int) -> None:
+        order.append(kinds[stat.S_ISDIR(os.fstat(handle).st_mode)])
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "rename", lambda self, to: (order.append("rename"), rename(self, to))[1])
+    write_folder(tmp_path / "a", lambda folder: [(folder / name).write_text(name) for name in "xyz"] and None)
+    assert order == ["flush file"] * 3 + ["rename", "flush folder"]
 
 
 @pytest.mark.parametrize(
@@ -388,3 +407,21 @@ def test_run_folder_events_without_steps_are_no_ground_to_go_on_from(steps: int,
             kept = [(event["event"], event.get("step")) for event in run.read_events()]
             both = [(kind, step) for step in range(1, done + 1) for kind in ("StepDone", "CheckpointSaved")]
             assert kept == [("RunStarted", None), *both]
+
+
+@given(st.binary(max_size=12) | st.sampled_from([b"5", b"[]", b'{"a": 1}', b'{"event": "StepDone"}', b'{"event": []}']))
+@example(b"\xff\xfe\x00")
+@examples(1 / 4)
+def test_run_folder_lines_that_tell_of_no_event_are_none(line: bytes) -> None:
+    """Whatever else stands in a log, between its lines or in place of one, is no event and ends nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = _run(Path(folder) / "run")
+        for step in (1, 2):
+            run.log(StepDone(step, 6, 1.0, 2.0, 0.1, 1.0, 3, 2, 0.1, 5))
+        first, second = run.events.read_bytes().splitlines()
+        whole = run.read_events()
+        run.events.write_bytes(b"\n".join([first, line, second, line]))
+        assert run.read_events() == whole == run.events_up_to(2)
+        run.events.write_bytes(b"\n".join([line, second, b""]))
+        with pytest.raises(OutputError, match="tells of 1 of the 2 steps"):
+            run.events_up_to(2)

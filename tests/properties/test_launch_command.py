@@ -209,3 +209,20 @@ def test_plan_takes_the_number_from_flag_setting_or_file(tmp_path: Path) -> None
     assert plan_launch("accelerate", 2, file, planned=3).processes == 2
     assert plan_launch("accelerate", None, file, planned=3).processes == 3
     assert plan_launch("accelerate", None, file, planned=None).processes == 5
+
+
+@pytest.mark.parametrize(("line", "told"), [
+    ("distributed_type: TPU", "distributed_type 'TPU'"), ("distributed_type: NO", "distributed_type False"),
+    ("num_machines: 2", "num_machines 2"), ("gpu_ids: 0,1", "gpu_ids '0,1'"), ("gpu_ids: [0]", r"gpu_ids \[0\]"),
+    ("distributed_type: FSDP\nnum_machines: 1\ngpu_ids: all", ""),
+])  # fmt: skip
+def test_plan_refuses_a_file_that_asks_for_what_is_not_started(line: str, told: str, tmp_path: Path) -> None:
+    """GPUs by number, other machines or kinds of devices are refused by name: never waited for, never left out."""
+    file = tmp_path / "accelerate.yaml"
+    file.write_text(f"num_processes: 2\n{line}\n")
+    if not told:
+        assert plan_launch("accelerate", None, file, planned=None).processes == 2
+        return
+    with pytest.raises(RefusedError, match=told) as caught:
+        plan_launch("accelerate", None, file, planned=None)
+    assert caught.value.hint

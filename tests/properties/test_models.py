@@ -252,6 +252,17 @@ def test_config_with_odd_fields_is_read_as_not_said(config: dict[str, Any], tmp_
     assert shape.architecture
 
 
+@pytest.mark.parametrize("layers", [16, 10**9])
+def test_config_of_more_layers_than_there_are_weights_is_refused(layers: int, tmp_path: Path) -> None:
+    """A number of layers that the weights cannot bear out is refused with both numbers, before anybody builds them."""
+    folder = write_model(tmp_path)
+    held = len(read_tensor_shapes(folder))
+    assert held == 15
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
+    with pytest.raises(ModelError, match=f"{layers:,} layers, and its files hold {held} weights"):
+        read_shape(folder)
+
+
 def test_folder_without_config_or_weights_is_refused(tmp_path: Path) -> None:
     """A folder that lacks its config or its weights is no model, and says which it lacks."""
     folder = write_model(tmp_path / "model")

@@ -12,7 +12,7 @@ import pytest
 
 from finetune.artifacts.run_folder import RunFolder
 from finetune.assembly import encoder, record
-from finetune.config import LoadedConfig, load_plan
+from finetune.config import LoadedConfig, load_plan, plan_as_list
 from finetune.errors import RefusedError
 from finetune.events import CheckpointSaved, Event, RunResumed
 from finetune.pipeline import fine_tune
@@ -113,6 +113,8 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "retention rows of the same name": (longer("known/rows.jsonl", ROW), "data.retention file"),
     "template": (longer("own.jinja", "{# #}"), "template"),
     "tokenizer": (longer("model/tokenizer.json", "\n"), "model tokenizer.json"),
+    "tokenizer's settings": (longer("model/tokenizer_config.json", "\n"), "model tokenizer_config.json"),
+    "tokenizer's special words": (longer("model/special_tokens_map.json", "{}"), "model special_tokens_map.json"),
     "shape of the model": (longer("model/config.json", "\n"), "model config.json"),
     "weights": (_other_weights, "model model.safetensors"),
     "learning rate": (in_plan("learning_rate: 0.01", "learning_rate: 0.02"), "training.learning_rate: 0.01 -> 0.02"),
@@ -125,7 +127,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_resume_of_a_run_that_would_not_be_the_same_is_refused(what: str, place: Path) -> None:
     """Whatever changes the weights or their judgement is refused, by name, before anything is done or removed."""
-    assert len(REFUSED) == 11
+    assert len(REFUSED) == 13
     change, named = REFUSED[what]
     change(place)
     before = everything_below(place / "run")
@@ -136,12 +138,32 @@ def test_resume_of_a_run_that_would_not_be_the_same_is_refused(what: str, place:
     assert everything_below(place / "run") == before
 
 
-def test_resume_with_a_library_that_makes_other_ids_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files all alike, and other token ids out of them: refused, whatever the cause."""
-    plain = encoder.mark_rows
-    monkeypatch.setattr(encoder, "mark_rows", lambda rows, tokenizer: plain(list(rows)[::-1], tokenizer))
+@pytest.mark.parametrize("count", [11, 4], ids=["trained", "held out"])
+def test_resume_with_a_library_that_makes_other_ids_is_refused(
+    count: int, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files all alike, and other token ids out of them, of rows to train on or to look at: refused, whatever why."""
+    plain, turned = encoder.mark_rows, []
+
+    def turn(rows: Any, tokenizer: Any) -> Any:
+        rows = list(rows)
+        turned.append(len(rows) == count)
+        return plain(rows[::-1] if turned[-1] else rows, tokenizer)
+
+    monkeypatch.setattr(encoder, "mark_rows", turn)
     with pytest.raises(RefusedError, match="token ids: "):
         go_on(place)
+    assert turned.count(True) == 1
+
+
+def test_every_setting_must_be_the_same_but_those_that_change_no_weight(killed: Path) -> None:
+    """Of all settings only who is told, where ids are kept and how often is saved may be others on resume."""
+    manifest = json.loads((killed / "run" / "checkpoints" / "step-00000004" / "checkpoint.json").read_text())
+    keys = {entry["key"] for entry in plan_as_list(load_plan(killed / "run" / "plan.yaml"))}
+    assert len(keys) > 40
+    free = {"tracking.to", "tracking.project", "tracking.name", "tokens.cache", "training.save_every"}
+    assert keys & manifest["told"].keys() == free
+    assert keys - free <= manifest["identity"].keys()
 
 
 def _other_library(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,10 +13,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from finetune import pipeline
+from finetune.artifacts import run_folder
+from finetune.artifacts.checkpoints import CheckpointStore
 from finetune.artifacts.run_folder import RunFolder
 from finetune.artifacts.write import describe_file
 from finetune.config import LoadedConfig, load_plan
-from finetune.errors import ConfigError, FineTuneError, RefusedError, StorageError
+from finetune.errors import ConfigError, FineTuneError, OutOfMemoryError, OutputError, RefusedError, StorageError
 from finetune.events import Event, PhaseStarted, StepDone
 from finetune.pipeline import fine_tune
 from finetune.records import Outcome
@@ -283,3 +287,75 @@ def test_workflow_numbers_that_are_not_finite_stop_the_run(model: Path, data: Pa
     assert not (tmp_path / "run" / "run.json").exists()
     steps = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert all(step["event"] != StepDone.__name__ or abs(step["loss"]) < 1e300 for step in steps)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_workflow_overtaken_by_another_process_leaves_its_run_alone(
+    resume: bool, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where another process makes or finishes the run in the same folder while this one gets ready, it is refused."""
+    folder, loaded = tmp_path / "run", settings(model, data)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, StepDone):
+            raise Death
+
+    if resume:
+        with pytest.raises(Death):
+            fine_tune(loaded, output=folder, listener=stop)
+    owner, done = pipeline.run_owner, []
+
+    def overtaken(*given: Any) -> Any:
+        monkeypatch.setattr(pipeline, "run_owner", owner)
+        fine_tune(loaded, output=folder, resume=resume)
+        done.append(everything_below(folder))
+        return owner(*given)
+
+    monkeypatch.setattr(pipeline, "run_owner", overtaken)
+    with pytest.raises(OutputError, match="is finished" if resume else "not empty"):
+        fine_tune(loaded, output=folder, resume=resume)
+    assert [everything_below(folder)] == done
+
+
+def test_workflow_out_of_memory_tells_the_estimate_and_what_would_fit(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory runs out, a run ends with what was estimated, what is left of it, and settings expected to fit."""
+
+    def fail(*given: Any) -> Any:
+        raise MemoryError("Unable to allocate 1 TiB")
+
+    monkeypatch.setattr("finetune.backends.reference.session.ReferenceSession.update", fail)
+    loaded = settings(model, data, training__batch_size=4)
+    with pytest.raises(OutOfMemoryError, match="1 TiB; no checkpoint had been written yet; the estimate") as ended:
+        fine_tune(loaded, output=tmp_path / "run")
+    told = re.search(r"for 3 x \d+ tokens at once was ([\d.]+) MiB, at most [\d.]+ MiB", ended.value.message)
+    assert told is not None
+    assert "training.batch_size (and" in ended.value.hint
+    monkeypatch.setattr("finetune.assembly.exhausted._within_reach", lambda: int((float(told[1]) - 0.3) * 1024**2))
+    with pytest.raises(OutOfMemoryError) as ended:
+        fine_tune(loaded, output=tmp_path / "other")
+    assert re.search(r"--set training.batch_size=[12] --set training.accumulation=", ended.value.hint)
+
+
+def test_workflow_has_its_log_on_disk_before_each_checkpoint(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a checkpoint is written, every event before it is on disk: a power cut leaves no gap."""
+    secured, saved = [0], []
+    flush, save = run_folder.flush, CheckpointStore.save
+
+    def flushed(path: Path) -> None:
+        secured.append(path.stat().st_size)
+        flush(path)
+
+    def keep(self: CheckpointStore, *given: Any, **named: Any) -> Path:
+        saved.append((tmp_path / "run" / "events.jsonl").stat().st_size - secured[-1])
+        return save(self, *given, **named)
+
+    monkeypatch.setattr(run_folder, "flush", flushed)
+    monkeypatch.setattr(CheckpointStore, "save", keep)
+    with quick_end():
+        fine_tune(settings(model, data, training__save_every=2), output=tmp_path / "run")
+    assert len(saved) > 1
+    assert set(saved) == {0}

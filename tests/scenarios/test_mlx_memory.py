@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune.errors import TrainingError
+from finetune.errors import OutOfMemoryError
 from finetune.memory.measure import measure_framework, measure_memory
 from finetune.records import Batch, ModelLocation
 from scenarios.tiny_mlx import adapted, make_model, mx
@@ -52,7 +52,7 @@ def test_out_of_memory_names_the_batch(location: ModelLocation, monkeypatch: pyt
         monkeypatch.setattr(session, "_slopes", raiser)
 
     fail("[malloc_or_wait] Unable to allocate 123 bytes.\nmore")
-    with pytest.raises(TrainingError, match="out of memory with 7 rows of up to 23 tokens") as caught:
+    with pytest.raises(OutOfMemoryError, match="out of memory with 7 rows of up to 23 tokens") as caught:
         session.accumulate(Batch(ROWS), 1.0)
     assert "training.batch_size" in caught.value.hint
     fail("[matmul] shape mismatch")

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="needs the torch extra: pip install 
 transformers = pytest.importorskip("transformers", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
 pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
 
-from finetune.errors import NonFiniteError, TrainingError  # noqa: E402
+from finetune.errors import NonFiniteError, OutOfMemoryError, TrainingError  # noqa: E402
 from finetune.events import StepDone  # noqa: E402
 from finetune.memory.estimate import estimate_memory  # noqa: E402
 from finetune.models.adapt import choose_layers  # noqa: E402
@@ -368,12 +368,28 @@ def test_out_of_memory_names_the_batch(location: ModelLocation, monkeypatch: pyt
     session = adapted(location)
     words = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 123 bytes.\nmore"
     monkeypatch.setattr(session, "_summed_loss", _fails_with(words))
-    with pytest.raises(TrainingError, match="out of memory with 7 rows of up to 23 tokens") as caught:
+    with pytest.raises(OutOfMemoryError, match="out of memory with 7 rows of up to 23 tokens") as caught:
         session.accumulate(Batch(ROWS), 1.0)
     assert "training.batch_size" in caught.value.hint
+    with pytest.raises(OutOfMemoryError, match="out of memory: Default"):
+        session.loss(Batch(ROWS))
     monkeypatch.setattr(session, "_summed_loss", _fails_with("shape mismatch"))
-    with pytest.raises(RuntimeError, match="shape mismatch"):
-        session.accumulate(Batch(ROWS), 1.0)
+    for ask in (lambda: session.accumulate(Batch(ROWS), 1.0), lambda: session.loss(Batch(ROWS))):
+        with pytest.raises(RuntimeError, match="shape mismatch"):
+            ask()
+
+
+def test_out_of_memory_while_loading_is_no_fault_of_the_files(
+    location: ModelLocation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory runs out as the weights are loaded, that is said, and not that the model is broken."""
+
+    def fail(*given: Any, **named: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 123 bytes.")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(OutOfMemoryError, match="out of memory while model"):
+        open_session(location)
 
 
 def test_update_before_an_optimizer_is_an_error(location: ModelLocation) -> None:

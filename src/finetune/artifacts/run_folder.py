@@ -20,7 +20,7 @@ from finetune.artifacts.write import (
     write_text,
 )
 from finetune.errors import OutputError
-from finetune.events import Event, FixedLoss, RunJudged, RunStarted, StepDone, event_as_dict
+from finetune.events import Event, FixedLoss, RunJudged, RunStarted, StepDone, event_as_dict, event_from_dict
 from finetune.records import Outcome
 
 FORMAT = 1
@@ -196,10 +196,13 @@ class RunFolder:
     def read_events(self) -> list[dict[str, Any]]:
         """Every event that was logged whole, as `event_as_dict` wrote it; none where nothing was logged."""
         events = []
-        for line in self.events.read_text(encoding="utf-8").split("\n") if self.events.exists() else []:
-            # A killed process can leave the last line half written; what it told is done again on resume.
-            with contextlib.suppress(json.JSONDecodeError):
-                events.append(json.loads(line))
+        for line in self.events.read_bytes().split(b"\n") if self.events.exists() else []:
+            # A killed process can leave the last line half written; what it told is done again on resume. Nor is a
+            # line that was changed so that it tells of no event one.
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                told = json.loads(line)
+                event_from_dict(told)
+                events.append(told)
         return events
 
     def secure_events(self) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from finetune.artifacts.checkpoints import CheckpointStore, Owner
+from finetune.artifacts.run_folder import RunFolder
 from finetune.assembly.observe import Observation, held_out_batches
 from finetune.assembly.prepare import batch_of_all, pack_length, packed_sample
 from finetune.assembly.run import Run
@@ -77,10 +78,11 @@ def claim_resumed(run: Run, owner: Owner) -> None:
     A run without a checkpoint may have changed.
 
     Raises:
-        OutputError: another process is at work in it.
+        OutputError: another process is at work in it, or has finished it.
         RefusedError: a checkpoint is damaged, missing, or belongs to other settings, or events are missing.
     """
     run.folder.claim()
+    RunFolder.unfinished(run.folder.path)  # again: another process may have finished it while this one got ready
     store = CheckpointStore(run.folder.checkpoints)
     done = store.newest()
     if done is None:

@@ -15,6 +15,11 @@ from finetune.place import LAUNCHERS, NOTES, started_by
 WORKER = "finetune.cli.worker"
 """The module that each process runs."""
 
+_STARTED: dict[str, tuple[str | int, ...]] = {
+    "distributed_type": ("MULTI_GPU", "FSDP"), "num_machines": (1,), "gpu_ids": ("all",),
+}  # fmt: skip
+"""What a file of accelerate's may ask for: the values that start as many processes as it says, here."""
+
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -69,6 +74,13 @@ def _asked_by(config: Path) -> int | None:
             f"accelerate starts what {config} asks for, training on processors, through mpirun only",
             hint="set distributed_type to MULTI_GPU and use_cpu to false: FineTune computes on processors all the same",
         )
+    for key, able in _STARTED.items():
+        if asked.get(key, able[0]) not in able:
+            raise RefusedError(
+                f"{config} asks accelerate for {key} {asked[key]!r}; runs of several processes are on this machine's "
+                "processors",
+                hint=f"set {key} to {' or '.join(map(str, able))} there",
+            )
     number = asked.get("num_processes")
     return number if isinstance(number, int) and number > 0 else None
 

@@ -20,7 +20,8 @@ def read_shape(folder: Path) -> ModelShape:
     """The shape of the model in `folder`: sizes from `config.json`, exact tensor shapes from the weights' headers.
 
     Raises:
-        ModelError: a file is missing, cut off or corrupt, and is named; or the model is quantised as none is read here.
+        ModelError: a file is missing, cut off or corrupt, and is named; the config says more layers than there are
+            weights for; or the model is quantised as none is read here.
     """
     config = read_config(folder)
     tensors = read_tensor_shapes(folder)
@@ -38,13 +39,19 @@ def read_shape(folder: Path) -> ModelShape:
     hidden = _first(text, "hidden_size", "n_embd", "d_model")
     heads = _first(text, "num_attention_heads", "n_head", "num_heads")
     tied = _is_tied(config, tensors)
+    layers = _first(text, "num_hidden_layers", "n_layer", "num_layers")
+    if layers > len(tensors):  # else whoever builds it would be at it for as long as the number is large
+        raise ModelError(
+            f"{folder}: its config.json says {layers:,} layers, and its files hold {len(tensors):,} weights in all",
+            hint="get the model again",
+        )
     weights = {name: shape for name, shape in tensors.items() if not _is_no_weight(name, shape, tied=tied)}
     return ModelShape(
         architecture=str(architecture),
         parameters=sum(_size(shape) for shape in weights.values()),
         vocab_size=_first(text, "vocab_size"),
         hidden_size=hidden,
-        layers=_first(text, "num_hidden_layers", "n_layer", "num_layers"),
+        layers=layers,
         context_length=_first(text, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len") or NO_LIMIT,
         linear_layers=tuple(linear),
         heads=heads,

@@ -16,7 +16,7 @@ from finetune.backends.mlx.packed import in_full, packed_layers
 from finetune.backends.mlx.tensors import fingerprint, first_line, write_tensors
 from finetune.backends.mlx.trip import Arrays, Sizes, arrays_of, plan_trip
 from finetune.backends.mlx.zoo import Loaded, write_config
-from finetune.errors import ModelError, TrainingError
+from finetune.errors import ModelError, OutOfMemoryError, TrainingError
 from finetune.models.peft_files import adapted_layers, frozen_name
 from finetune.ports import Group
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
@@ -267,7 +267,7 @@ def _as_memory_error(error: Exception, batch: Batch) -> Exception:
     if not isinstance(error, MemoryError) and not any(word in text for word in _EXHAUSTED):
         return error
     longest = max(len(row.ids) for row in batch.rows)
-    return TrainingError(
+    return OutOfMemoryError(
         f"out of memory with {len(batch.rows)} rows of up to {longest} tokens: {first_line(error)}",
         hint="lower training.batch_size (and raise training.accumulation), or lower tokens.max_length",
     )

@@ -1,22 +1,24 @@
 """Opens models with torch and transformers; every foreign exception is mapped to one of ours here, at the wall."""
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
-from finetune.backends.torch.device import choose_device
+from finetune.backends.torch.device import choose_device, is_exhausted
 from finetune.backends.torch.group import join_group
 from finetune.backends.torch.session import TorchSession
-from finetune.errors import ModelError
+from finetune.errors import ModelError, OutOfMemoryError
 from finetune.models.quantize import refuse_quantized
-from finetune.models.shape import read_config
+from finetune.models.shape import read_config, read_shape
 from finetune.ports import Group
 from finetune.records import ModelLocation, Quantization
 
+_CHOSEN = ("attn_implementation", "experts_implementation")
+_OWN_KERNELS = (None, "eager", "sdpa")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -77,25 +79,83 @@ def load_model(location: ModelLocation, dtype: str) -> Any:
     Raises:
         ModelError: as `TorchBackend.open`.
     """
+    owner = f"model {location.name!r} in {location.folder}"
+    config = read_config(location.folder)
+    _refuse_unknown(config, owner)
+    _refuse_kernels(config, owner)
     try:
+        # Said outright: left open, transformers asks whoever is at the keyboard whether to run the model's own code.
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            location.folder, dtype=_DTYPES[dtype], output_loading_info=True, local_files_only=True, use_safetensors=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            location.folder, dtype=_DTYPES[dtype], output_loading_info=True, local_files_only=True,
+            use_safetensors=True, trust_remote_code=False, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except Exception as error:  # what a model's files say can go wrong inside transformers in any way
+        if is_exhausted(error):
+            raise OutOfMemoryError(
+                f"out of memory while {owner} was loaded: {next(iter(str(error).splitlines()), '')}",
+                hint="use a smaller model, or set model.dtype to bfloat16",
+            ) from None
+        # Where settings do not go together its first line names its own check; what that found is the cause.
+        cause = error.__cause__ or error
+        told = "" if isinstance(cause, KeyError) else str(cause).strip()
         raise ModelError(
-            f"model {location.name!r} in {location.folder} cannot be loaded: {first}",
-            hint="check that it is a causal language model whose weights are complete",
+            f"{owner} cannot be loaded: {told.splitlines()[0] if told else repr(cause)}",
+            hint="check that it is a causal language model whose weights and config.json are complete",
         ) from None
-    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if lacking:
+    if wrong := sorted(info["mismatched_keys"]):
+        name, found, wanted = wrong[0]
+        raise ModelError(
+            f"{owner} cannot be loaded: {name} is {tuple(found)}, its config says {tuple(wanted)}",
+            hint="get the model's files again",
+        )
+    if lacking := sorted(info["missing_keys"]):
         raise ModelError(
             f"model {location.name!r} lacks {len(lacking)} weights, among them {lacking[0]}; they would be random",
             hint="get the model's weights again",
         )
+    if unknown := sorted(info["unexpected_keys"] & read_shape(location.folder).weights.keys()):
+        raise ModelError(
+            f"{owner} cannot be loaded: as its config.json has it, the model has no place for {len(unknown)} of its "
+            f"weights, first {unknown[0]}",
+            hint="get the model's files again: what has no place would be left out in silence",
+        )
     _fuse_activations(model)
     _train_every_word(model)
     return model
+
+
+def _refuse_unknown(config: Mapping[str, Any], owner: str) -> None:
+    """Refuse an architecture that transformers does not know itself.
+
+    Raises:
+        ModelError: as said; code that a model brings along is never run.
+    """
+    kind, known = config.get("model_type"), list(transformers.CONFIG_MAPPING)
+    if kind in known:
+        return
+    own = "; it brings code of its own, and that is never run" if config.get("auto_map") else ""
+    near = difflib.get_close_matches(str(kind), known, n=6, cutoff=0.0)
+    raise ModelError(
+        f"{owner} is of an architecture that transformers does not know: model_type {kind!r} in its config.json{own}",
+        hint=f"upgrade transformers, or use one of its {len(known)} kinds, of which the nearest by name are: "
+        + ", ".join(near),
+    )
+
+
+def _refuse_kernels(config: Mapping[str, Any], owner: str) -> None:
+    """Refuse a config that chooses what computes its layers: by a name on the hub it would be code from there.
+
+    Raises:
+        ModelError: it, or a part of it, names another implementation than transformers' own.
+    """
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _refuse_kernels(value, owner)
+        if key.lstrip("_").startswith(_CHOSEN) and value not in _OWN_KERNELS:
+            raise ModelError(
+                f"{owner} has {key} {value!r} in its config.json, which this backend does not run",
+                hint=f"take {key} out of it: what computes attention is no property of the weights",
+            )
 
 
 def _train_every_word(model: Any) -> None:

@@ -33,6 +33,11 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if taken else torch.device("cpu")
 
 
+def is_exhausted(error: Exception) -> bool:
+    """Whether an error of torch's, or of Python's, says that memory ran out."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 def name_device(device: torch.device) -> str:
     """What a run writes down: "cpu", or the GPU by its name."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type

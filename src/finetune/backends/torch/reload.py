@@ -20,11 +20,12 @@ def main() -> None:
     request = json.load(sys.stdin)
     saved = load_file(request["logits"])
     dtype = getattr(torch, request["dtype"])
-    model = AutoModelForCausalLM.from_pretrained(request["folder"], dtype=dtype).eval()
+    opening = {"dtype": dtype, "local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    model = AutoModelForCausalLM.from_pretrained(request["folder"], **opening).eval()
     with torch.no_grad():
         base = [model(input_ids=torch.tensor([ids])).logits[0].float() for ids in request["prompts"]]
         if "model" in request:
-            adapted = AutoModelForCausalLM.from_pretrained(request["model"], dtype=dtype).eval()
+            adapted = AutoModelForCausalLM.from_pretrained(request["model"], **opening).eval()
         else:
             adapted = PeftModel.from_pretrained(model, request["adapter"]).eval()
         tuned = [adapted(input_ids=torch.tensor([ids])).logits[0].float() for ids in request["prompts"]]

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from finetune.backends.torch import head_loss, state
-from finetune.backends.torch.device import name_device, random_state, set_random_state
+from finetune.backends.torch.device import is_exhausted, name_device, random_state, set_random_state
 from finetune.backends.torch.group import as_lost, pool_gradients
-from finetune.errors import TrainingError
+from finetune.errors import OutOfMemoryError, TrainingError
 from finetune.ports import Group
 from finetune.records import NO_LIMIT, AdapterTarget, Batch, ModelLocation, Optimization
 
@@ -287,6 +287,8 @@ class TorchSession:
         self.model.eval()
         try:
             yield
+        except (RuntimeError, MemoryError) as error:
+            raise _as_memory_error(error) from error
         finally:
             set_random_state(drawn, self._place)
             for module, training in modes.items():
@@ -303,13 +305,11 @@ def _until_stop(ids: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
     return list(ids[:end])
 
 
-def _as_memory_error(error: Exception, batch: Batch) -> Exception:
-    text = str(error)
-    exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text
-    if not exhausted:
+def _as_memory_error(error: Exception, batch: Batch | None = None) -> Exception:
+    if not is_exhausted(error):
         return as_lost(error)
-    longest = max(len(row.ids) for row in batch.rows)
-    return TrainingError(
-        f"out of memory with {len(batch.rows)} rows of up to {longest} tokens: {text.splitlines()[0]}",
+    what = f" with {len(batch.rows)} rows of up to {max(len(row.ids) for row in batch.rows)} tokens" if batch else ""
+    return OutOfMemoryError(
+        f"out of memory{what}: {next(iter(str(error).splitlines()), '')}",
         hint="lower training.batch_size (and raise training.accumulation), or lower tokens.max_length",
     )
