@@ -66,8 +66,8 @@ def talker(path: Path, *, max_new_tokens: int) -> Callable[[Conversation], str]:
     location = locate_model(config.model.path, revision=config.model.revision)
     # A template from a file may have moved since; the copy that travels with what was saved has not.
     own = config.template.name.endswith(".jinja")
-    copy = _saved(folder, config) / "chat_template.jinja"
-    encoder = Encoder(location, str(copy) if own else config.template.name)
+    saved = _saved(folder, config)
+    encoder = Encoder(location, str(saved / "chat_template.jinja") if own else config.template.name)
     session = _tuned_session(folder, config, location, encoder)
 
     context = read_shape(location.folder).context_length
@@ -84,8 +84,21 @@ def talker(path: Path, *, max_new_tokens: int) -> Callable[[Conversation], str]:
 
 
 def _saved(folder: RunFolder, config: TrainingConfig) -> Path:
-    """Where a run keeps what it trained: an adapter, or the whole model."""
-    return folder.model if config.adapter.kind == "full" else folder.adapter
+    """Where a run keeps what it trained, an adapter or the whole model: byte for byte what it wrote there."""
+    saved = folder.model if config.adapter.kind == "full" else folder.adapter
+    found = describe_files(saved)
+    now = {f"{saved.name}/{file['path']}": {**file, "path": f"{saved.name}/{file['path']}"} for file in found}
+    written = [file for file in folder.read_manifest()["artifacts"] if file["path"].startswith(f"{saved.name}/")]
+    # The model card is for people, who may well add to it.
+    changed = [
+        file["path"] for file in written if now.get(file["path"]) != file and not file["path"].endswith("README.md")
+    ]
+    if changed:
+        raise ModelError(
+            f"the {saved.name} in {saved} is not the one that was trained: changed or gone: {', '.join(changed)}",
+            hint="restore the folder, or train again",
+        )
+    return saved
 
 
 def _changed(before: Any, now: list[dict[str, Any]]) -> list[str]:
@@ -96,32 +109,19 @@ def _changed(before: Any, now: list[dict[str, Any]]) -> list[str]:
 
 
 def _tuned_session(folder: RunFolder, config: TrainingConfig, location: ModelLocation, encoder: Encoder) -> Session:
-    """The adapter on its base, or the whole model, byte for byte those of the run."""
-    manifest = folder.read_manifest()
-    if differing := _changed(manifest["model"]["files"], base_files(location)):
+    """What `_saved` has found good, on the base that it was trained on or alone."""
+    if differing := _changed(folder.read_manifest()["model"]["files"], base_files(location)):
         raise ModelError(
             f"the base model {location.name!r} is not the one that {folder.path} was trained on: "
             f"changed or gone: {', '.join(differing)}",
             hint="get the model revision that run.json names",
         )
-    saved = _saved(folder, config)
-    found = describe_files(saved)
-    now = {f"{saved.name}/{file['path']}": {**file, "path": f"{saved.name}/{file['path']}"} for file in found}
-    written = [file for file in manifest["artifacts"] if file["path"].startswith(f"{saved.name}/")]
-    # The model card is for people, who may well add to it.
-    changed = [
-        file["path"] for file in written if now.get(file["path"]) != file and not file["path"].endswith("README.md")
-    ]
-    if changed:
-        raise ModelError(
-            f"the {saved.name} in {saved} is not the one that was trained: changed or gone: {', '.join(changed)}",
-            hint="restore the folder, or train again",
-        )
-    if saved == folder.model:
-        location = ModelLocation(location.name, saved.resolve(), "local")
+    whole = config.adapter.kind == "full"
+    if whole:
+        location = ModelLocation(location.name, folder.model.resolve(), "local")
     session = open_backend(config.backend).open(
         location, config.model.dtype, encoder.tokenizer.pad_id, quantize=config.model.quantization
     )
-    if saved == folder.adapter:
-        session.load_adapter(saved)
+    if not whole:
+        session.load_adapter(folder.adapter)
     return session

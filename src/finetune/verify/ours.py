@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from finetune.artifacts.checkpoints import CheckpointStore, Owner
 from finetune.artifacts.run_folder import RunFolder
 from finetune.artifacts.write import describe_files
@@ -59,6 +61,14 @@ class Ours:
         """`ft train --resume`."""
         return self._ft(folder, death, "train", "--resume", "--output", str(folder))
 
+    def change(self, folder: Path, key: str, value: Any) -> None:
+        """Write another value into the plan."""
+        plan = RunFolder(folder).plan
+        values = yaml.safe_load(plan.read_text(encoding="utf-8"))
+        section, _, name = key.rpartition(".")
+        (values[section] if section else values)[name] = value
+        plan.write_text(yaml.safe_dump(values), encoding="utf-8")
+
     def evaluate(self, folder: Path) -> Ending:
         """`ft evaluate`."""
         return self._ft(folder, None, "evaluate", str(folder), "--json")
@@ -71,12 +81,14 @@ class Ours:
         run = RunFolder(folder)
         found = {file["path"]: file["sha256"] for file in run.describe()}
         record = run.read_manifest() if run.manifest.exists() else None
+        events = run.read_events()
         return Look(
             begun=run.plan.exists(),
             finished=record is not None,
             checkpoints=self.listed(run.checkpoints),
-            course=tuple(_timeless(event) for event in run.read_events() if event["event"] in _COURSE),
-            files={path: mark for path, mark in found.items() if path.startswith(("adapter/", "model/", "checkpoints/"))},
+            course=tuple(_timeless(event) for event in events if event["event"] in _COURSE),
+            resumed=tuple(event["step"] for event in events if event["event"] == "RunResumed"),
+            files={path: mark for path, mark in found.items() if path.startswith(("adapter/", "model/", "checkpoints/", "plan"))},
             names=tuple(found),
             record=_plain(record) if record else {},
             damaged=tuple(f["path"] for f in record["artifacts"] if found.get(f["path"]) != f["sha256"]) if record else (),

@@ -43,6 +43,7 @@ class Look:
         finished: the run says that it is whole.
         checkpoints: each that is listed as complete, with what is wrong with it: "" for nothing.
         course: what the run's log tells of training, in order.
+        resumed: after which steps the run went on when it was resumed, in order.
         files: everything that two runs of the same task must have alike, with a hash of its content.
         names: every file there is.
         record: what a finished run says of itself.
@@ -53,6 +54,7 @@ class Look:
     finished: bool
     checkpoints: Mapping[int, str]
     course: tuple[Mapping[str, Any], ...]
+    resumed: tuple[int, ...]
     files: Mapping[str, str]
     names: tuple[str, ...]
     record: Mapping[str, Any] = field(default_factory=dict)
@@ -82,6 +84,10 @@ class Trains(Subject, Protocol):
 
     def resume(self, folder: Path, death: Death | None = None) -> Ending:
         """Go on with the run in a folder."""
+        ...
+
+    def change(self, folder: Path, key: str, value: Any) -> None:
+        """Change a setting of a run that is to be gone on with, as its user could."""
         ...
 
     def evaluate(self, folder: Path) -> Ending:
