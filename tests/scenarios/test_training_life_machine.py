@@ -41,6 +41,8 @@ class TrainingLife(RuleBasedStateMachine):
         self.folder = self.root / "run"
         self.newest = 0
         self.rhythm = self.task.settings["training.save_every"]
+        # What shows nothing new until another process has been at work.
+        self.tried: set[str] = set()
 
     def teardown(self) -> None:
         """However the story went, it ends well."""
@@ -83,6 +85,7 @@ class TrainingLife(RuleBasedStateMachine):
 
     def go_on(self, death: Death | None) -> None:
         """One process more; it ends as it was meant to, or finishes the run before."""
+        self.tried.clear()
         before = self.look
         if before.begun:
             ending = self.subject.resume(self.folder, death)
@@ -109,15 +112,18 @@ class TrainingLife(RuleBasedStateMachine):
         assert kept in told
         assert ("go on with: ft train --resume" in told) == look.begun
 
+    @precondition(lambda self: self.folder.exists() and "move" not in self.tried)
     @rule()
     def move(self) -> None:
         """The folder is somewhere else from now on."""
-        if self.folder.exists():
-            self.folder = self.folder.rename(self.root / f"{self.folder.name}-moved")
+        self.tried.add("move")
+        self.folder = self.folder.rename(self.root / f"{self.folder.name}-moved")
 
+    @precondition(lambda self: "ask" not in self.tried)
     @rule()
     def ask_for_what_cannot_be(self) -> None:
         """Beginning twice, resuming what is finished or was never begun, measuring what is not finished: refused."""
+        self.tried.add("ask")
         look, before = self.look, content(self.folder)
         refused = []
         if look.begun:
@@ -175,10 +181,11 @@ class TrainingLife(RuleBasedStateMachine):
         self.subject.change(self.folder, "training.save_every", rhythm)
         self.rhythm = rhythm
 
-    @precondition(lambda self: self.look.finished)
+    @precondition(lambda self: self.look.finished and "measure" not in self.tried)
     @rule()
     def measure(self) -> None:
         """A finished run measures as one that nobody disturbed."""
+        self.tried.add("measure")
         assert measured(self.subject.evaluate(self.folder)) == self.whole.measured
 
     @precondition(lambda self: self.look.finished)
