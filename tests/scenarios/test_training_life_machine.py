@@ -23,7 +23,7 @@ from scenarios.subjects import CODES, TASKS, content, deaths, measured, ours, sp
 pytestmark = pytest.mark.tier2
 REFUSED = 3
 OTHER_SETTINGS = {
-    "training.learning_rate": 0.5, "training.seed": 1, "adapter.alpha": 3.0, "model.dtype": "bfloat16",
+    "training.learning_rate": 0.5, "training.seed": 1, "training.weight_decay": 0.1, "model.dtype": "bfloat16",
     "training.batch_size": 2,
 }  # fmt: skip
 
