@@ -104,4 +104,4 @@ def spoil(file: Path, place: int, how: str) -> None:
     old = file.read_bytes()
     at = place % max(1, len(old))
     flipped = old[:at] + bytes([old[at] ^ 1]) + old[at + 1 :] if old else b"x"
-    file.write_bytes(flipped if how == "flip" or not old else old[: at])
+    file.write_bytes(flipped if how == "flip" or not old else old[:at])

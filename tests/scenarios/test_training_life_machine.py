@@ -50,7 +50,7 @@ class TrainingLife(RuleBasedStateMachine):
             return
         try:
             # A story that has failed already, or that Hypothesis gives up, has no other end.
-            if sys.exception() is None if sys.version_info >= (3, 12) else sys.exc_info()[0] is None:
+            if sys.exc_info()[0] is None:
                 if not self.look.finished:
                     self.go_on(None)
                 self.at_every_moment()
@@ -108,8 +108,8 @@ class TrainingLife(RuleBasedStateMachine):
 
     def check_last_words(self, told: str, look: Look) -> None:
         """What an interrupted run says is left of it is what is left."""
-        kept = f"the checkpoint of step {max(look.checkpoints)} is intact" if look.checkpoints else "had been written yet"
-        assert kept in told
+        intact = f"the checkpoint of step {max(look.checkpoints, default=0)} is intact"
+        assert (intact if look.checkpoints else "had been written yet") in told
         assert ("go on with: ft train --resume" in told) == look.begun
 
     @precondition(lambda self: self.folder.exists() and "move" not in self.tried)
@@ -137,7 +137,9 @@ class TrainingLife(RuleBasedStateMachine):
         assert content(self.folder) == before
 
     @precondition(resumable)
-    @rule(where=st.integers(0, 4_000), which=st.integers(0, 2), how=st.sampled_from(["flip", "cut"]), mend=st.booleans())
+    @rule(
+        where=st.integers(0, 4_000), which=st.integers(0, 2), how=st.sampled_from(["flip", "cut"]), mend=st.booleans()
+    )
     def spoil_the_newest(self, where: int, which: int, how: str, mend: bool) -> None:
         """A damaged checkpoint is refused by name and nothing is touched; mended or removed, the run can go on."""
         [folder] = self.folder.rglob(f"step-{self.newest:08d}")

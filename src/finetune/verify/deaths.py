@@ -50,10 +50,10 @@ class Watch:
         if event in ("os.remove", "os.rename"):
             self._forget(given[0] if event == "os.remove" else given[1], given[-1])
 
-    def flush(self, handle: int) -> None:
+    def flush(self, file: Any) -> None:
         """Do as `os.fsync`, in whose place this is put, and know what is safe from then on."""
-        self._flush(handle)
-        found = os.fstat(handle)
+        self._flush(file)
+        found = os.fstat(file if isinstance(file, int) else file.fileno())
         if stat.S_ISREG(found.st_mode):
             self._safe[found.st_ino] = found.st_size
 
@@ -82,7 +82,8 @@ class Watch:
 
             size = os.stat(path).st_size if os.path.isfile(path) else 0
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size + _TORN_AFTER, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + _TORN_AFTER, most))
             # Python asks the system not to kill for this, and gets an error from the write instead.
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL if death.by == "torn" else signal.SIG_IGN)
             return

@@ -12,7 +12,6 @@ import yaml
 
 from finetune.artifacts.checkpoints import CheckpointStore, Owner
 from finetune.artifacts.run_folder import RunFolder
-from finetune.artifacts.write import describe_files
 from finetune.errors import RefusedError
 from finetune.verify.deaths import Death
 from finetune.verify.nursery import Nursery
@@ -25,6 +24,7 @@ _IMPORTED = (
 """What a command may need."""
 _COURSE = ("FixedLoss", "HeldOutLoss", "FirstGradients", "StepDone", "StoppedEarly", "RunJudged")
 _CLOCKS = ("seconds", "rss", "tokens_per_second")
+_SAME = ("plan.yaml", "adapter/", "model/", "checkpoints/")
 _OWN = ("id", "started", "command", "timing", "throughput", "peak_rss_bytes", "artifacts")
 """What a run says of itself that another one of the same task would not."""
 _OWNER = Owner({"task": "kept"}, {})
@@ -49,8 +49,8 @@ class Ours:
 
     def train(self, task: Task, folder: Path, death: Death | None = None) -> Ending:
         """`ft train`, by a configuration that is put beside the folder."""
-        chosen: dict[str, Any] = {"model": {"path": str(task.model)}, "data": {"train": str(task.data)}, "backend": self._backend}
-        for key, value in task.settings.items():
+        chosen: dict[str, Any] = {"backend": self._backend}
+        for key, value in {**task.settings, "model.path": str(task.model), "data.train": str(task.data)}.items():
             section, _, name = key.partition(".")
             chosen.setdefault(section, {})[name] = value
         config = folder.with_name(f"{folder.name}.yaml")
@@ -81,6 +81,7 @@ class Ours:
         run = RunFolder(folder)
         found = {file["path"]: file["sha256"] for file in run.describe()}
         record = run.read_manifest() if run.manifest.exists() else None
+        written = record["artifacts"] if record else []
         events = run.read_events()
         return Look(
             begun=run.plan.exists(),
@@ -88,10 +89,10 @@ class Ours:
             checkpoints=self.listed(run.checkpoints),
             course=tuple(_timeless(event) for event in events if event["event"] in _COURSE),
             resumed=tuple(event["step"] for event in events if event["event"] == "RunResumed"),
-            files={path: mark for path, mark in found.items() if path.startswith(("adapter/", "model/", "checkpoints/", "plan"))},
+            files={path: mark for path, mark in found.items() if path.startswith(_SAME)},
             names=tuple(found),
             record=_plain(record) if record else {},
-            damaged=tuple(f["path"] for f in record["artifacts"] if found.get(f["path"]) != f["sha256"]) if record else (),
+            damaged=tuple(file["path"] for file in written if found.get(file["path"]) != file["sha256"]),
         )
 
     def obey(self, folder: Path, keep: int, orders: Sequence[Order], death: Death | None = None) -> Ending:
