@@ -1,9 +1,7 @@
 """What the scenario machines share: the subject they act through, what it is to train, and how its processes die."""
 
 import atexit
-import shutil
 import signal
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +13,7 @@ from hypothesis import strategies as st
 from finetune.verify.deaths import Death
 from finetune.verify.ours import Ours
 from finetune.verify.subjects import Ending, Look, Task
+from finetune_strategies.scratch import lasting_folder
 from properties.workplace import QUICK, make_data, make_model
 
 CODES = {
@@ -40,9 +39,7 @@ TASKS: dict[str, Mapping[str, Any]] = {
 @cache
 def place() -> Path:
     """A folder for this session."""
-    folder = Path(tempfile.mkdtemp(prefix="finetune-stories-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    return lasting_folder("stories")
 
 
 @cache

@@ -50,10 +50,10 @@ class Watch:
         if event in ("os.remove", "os.rename"):
             self._forget(given[0] if event == "os.remove" else given[1], given[-1])
 
-    def flush(self, file: Any) -> None:
+    def flush(self, fd: Any) -> None:
         """Do as `os.fsync`, in whose place this is put, and know what is safe from then on."""
-        self._flush(file)
-        found = os.fstat(file if isinstance(file, int) else file.fileno())
+        self._flush(fd)
+        found = os.fstat(fd if isinstance(fd, int) else fd.fileno())
         if stat.S_ISREG(found.st_mode):
             self._safe[found.st_ino] = found.st_size
 
