@@ -191,5 +191,5 @@ class ArtifactStore(RuleBasedStateMachine):
         assert all(f"{step:08d}" in listed[step] for step in self.damaged)
 
 
-ArtifactStore.TestCase.settings = examples(2 / 3)
+ArtifactStore.TestCase.settings = examples(3 / 2)
 test_artifact_store_holds_what_it_must_through_everything = ArtifactStore.TestCase

@@ -8,10 +8,12 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -231,3 +233,30 @@ def without(values: Mapping[str, Any], starts: tuple[str, ...]) -> dict[str, Any
 
 TrainingLife.TestCase.settings = examples(1 / 3)
 test_training_life_ends_as_if_nothing_had_happened = TrainingLife.TestCase
+
+
+class TorchLife(TrainingLife):
+    """The same with torch."""
+
+    backend: ClassVar = "torch"
+
+
+class MlxLife(TrainingLife):
+    """The same with MLX."""
+
+    backend: ClassVar = "mlx"
+
+
+def with_framework(machine: type[TrainingLife], *modules: str) -> Any:
+    """The machine's test, of few stories: loading a saved adapter with a framework takes many seconds each time."""
+    machine.TestCase.settings = examples(1 / 50)
+    missing = [module for module in modules if find_spec(module) is None]
+    hurried = pytest.mark.skipif(
+        settings.get_current_profile_name().startswith("fast"), reason="a minute: HYPOTHESIS_PROFILE=ci has time for it"
+    )
+    extra = pytest.mark.skipif(bool(missing), reason=f"needs the {machine.backend} extra: {', '.join(missing)} missing")
+    return extra(hurried(machine.TestCase))
+
+
+test_training_life_with_torch = with_framework(TorchLife, "torch", "transformers", "peft")
+test_training_life_with_mlx = with_framework(MlxLife, "mlx", "mlx_lm")
