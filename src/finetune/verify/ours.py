@@ -22,11 +22,6 @@ _IMPORTED = (
     "matplotlib.backends.backend_svg", "matplotlib.ticker", "rich.progress", "rich.table", "tokenizers",
 )  # fmt: skip
 """What a command may need."""
-_FRAMEWORKS = {
-    "reference": (), "torch": ("torch", "transformers", "peft", "finetune.backends.torch.session"),
-    "mlx": ("mlx.core", "mlx_lm", "finetune.backends.mlx.session"),
-}  # fmt: skip
-"""What a backend needs besides, and imports only when it is asked to."""
 _COURSE = ("FixedLoss", "HeldOutLoss", "FirstGradients", "StepDone", "StoppedEarly", "RunJudged")
 _CLOCKS = ("seconds", "rss", "tokens_per_second")
 _SAME = ("plan.yaml", "adapter/", "model/", "checkpoints/")
@@ -44,8 +39,8 @@ class Ours:
 
     @cached_property
     def _nursery(self) -> Nursery:
-        # The backend itself first: what must be done before its framework is imported is done there.
-        return Nursery([*_IMPORTED, f"finetune.backends.{self._backend}.backend", *_FRAMEWORKS[self._backend]])
+        more = ["peft"] if self._backend == "torch" else []
+        return Nursery([*_IMPORTED, f"finetune.backends.{self._backend}.backend", *more])
 
     def close(self) -> None:
         """End the process that starts the others, if there is one."""
