@@ -85,9 +85,9 @@ def measured(ending: Ending) -> str:
     return ending.answer
 
 
-def deaths(changes: int) -> st.SearchStrategy[Death]:
-    """Every way to die, at any of so many changes to the disk, often one of the first; some come too late."""
-    return st.builds(Death, st.integers(0, 8) | st.integers(0, changes), st.sampled_from(sorted(CODES)))
+def deaths(changes: int, *ways: str) -> st.SearchStrategy[Death]:
+    """These ways to die, or all, at any of so many changes to the disk, often one of the first; some come too late."""
+    return st.builds(Death, st.integers(0, 8) | st.integers(0, changes), st.sampled_from(ways or sorted(CODES)))
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -7,19 +7,22 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from finetune.verify.deaths import Death
 from finetune.verify.subjects import Order
 from finetune_strategies.profiles import examples
 from scenarios.subjects import CODES, deaths, ours, spoil
 
 pytestmark = pytest.mark.tier2
-CHANGES = 30
-"""More than any orders of one process make to the store."""
+CHANGES = 32
+"""As many as two orders of one process make to the store."""
+PLACES = st.integers(0, 40) | st.integers(-90, -1) | st.integers(0, 700)
+"""Where a file is damaged: what a manifest tells of itself stands at its beginning and at its end."""
 
 
 class ArtifactStore(RuleBasedStateMachine):
@@ -76,12 +79,14 @@ class ArtifactStore(RuleBasedStateMachine):
                 orders.append(Order("open", data.draw(st.sampled_from(steps))) if kind == "open" else Order("release"))
         return orders
 
-    @rule(data=st.data(), dies=st.booleans())
-    def work(self, data: st.DataObject, dies: bool) -> None:
+    @rule(data=st.data(), death=st.none() | deaths(CHANGES) | deaths(CHANGES))
+    def work(self, data: st.DataObject, death: Death | None) -> None:
         """A process does as it is told, or dies before it has done it all."""
         self.tried.clear()
-        orders = self.draw_orders(data)
-        death = data.draw(deaths(CHANGES), label="death") if dies else None
+        self.carry_out(self.draw_orders(data), death)
+
+    def carry_out(self, orders: list[Order], death: Death | None) -> bool:
+        """Let a process do this, and take down what must be there; whether it died before it had done it all."""
         ending = self.subject.obey(self.folder, self.keep, orders, death)
         answers = [json.loads(line) for line in ending.answer.splitlines()]
         used: set[int] = set()
@@ -90,13 +95,14 @@ class ArtifactStore(RuleBasedStateMachine):
         cut_short = len(answers) < len(orders)
         if not cut_short:
             assert ending.code == 0, ending.told
-            return
+            return False
         assert death is not None, ending.told
         codes = {CODES[death.by], -CODES["interrupt"]} if death.by != "interrupt" else {1, 130}
         assert ending.code in codes, ending.told
         if death.by == "full":
             assert "cannot write" in ending.told
         self.survive(orders[len(answers)], used)
+        return True
 
     def follow(self, order: Order, answer: Any, used: set[int]) -> None:
         """What an order that was done has changed."""
@@ -149,7 +155,7 @@ class ArtifactStore(RuleBasedStateMachine):
         self.folder = self.folder.rename(self.root / f"{self.folder.name}-moved")
 
     @precondition(lambda self: set(self.there) - self.damaged)
-    @rule(data=st.data(), where=st.integers(0, 700), which=st.integers(0, 2), how=st.sampled_from(["flip", "cut"]))
+    @rule(data=st.data(), where=PLACES, which=st.integers(0, 2), how=st.sampled_from(["flip", "cut"]))
     def damage(self, data: st.DataObject, where: int, which: int, how: str) -> None:
         """A byte of one file changes, or its end is lost."""
         step = data.draw(st.sampled_from(sorted(set(self.there) - self.damaged)))
@@ -191,5 +197,24 @@ class ArtifactStore(RuleBasedStateMachine):
         assert all(f"{step:08d}" in listed[step] for step in self.damaged)
 
 
-ArtifactStore.TestCase.settings = examples(3 / 2)
+ArtifactStore.TestCase.settings = examples()
 test_artifact_store_holds_what_it_must_through_everything = ArtifactStore.TestCase
+
+
+@pytest.mark.parametrize("by", ["power", "torn"])
+def test_artifact_store_survives_a_death_at_every_change(by: Literal["power", "torn"]) -> None:
+    """P-CRASH: at whichever change a process dies that saves and rotates, what must be there is, and it goes on."""
+    died = 0
+    for after in range(CHANGES):
+        story = ArtifactStore()
+        story.begin(keep=1)
+        story.carry_out([Order("save", 9, "a", 9), Order("save", 10, "b", 9), Order("save", 11, "c")], None)
+        assert sorted(story.there) == [11]
+        died += story.carry_out([Order("save", 12, "d", 11), Order("save", 13, "e", 13)], Death(after, by))
+        story.agrees()
+        story.carry_out([Order("save", 14, "f")], None)
+        story.agrees()
+        assert sorted(story.there) == [14]
+        story.teardown()
+    # Whoever writes nothing more does not notice that the disk is full.
+    assert died > CHANGES / 2

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 from hypothesis import settings
@@ -42,6 +42,7 @@ class TrainingLife(RuleBasedStateMachine):
         self.root = Path(tempfile.mkdtemp())
         self.folder = self.root / "run"
         self.newest = 0
+        self.lives = 0
         self.same_plan = True
         # What shows nothing new until another process has been at work.
         self.tried: set[str] = set()
@@ -75,19 +76,26 @@ class TrainingLife(RuleBasedStateMachine):
 
     @precondition(unfinished)
     @rule(data=st.data())
-    def live(self, data: st.DataObject) -> None:
-        """Begin or go on, and come to an end of some kind."""
-        self.go_on(data.draw(deaths(self.whole.changes), label="death"))
+    def be_killed(self, data: st.DataObject) -> None:
+        """Begin or go on, and come to a sudden end."""
+        self.go_on(data.draw(deaths(self.whole.changes, "kill", "power", "torn"), label="death"))
 
     @precondition(unfinished)
+    @rule(data=st.data())
+    def be_stopped(self, data: st.DataObject) -> None:
+        """Begin or go on, and come to an end that can be told of."""
+        self.go_on(data.draw(deaths(self.whole.changes, "interrupt", "full"), label="death"))
+
+    @precondition(lambda self: self.lives > 2 and self.unfinished())
     @rule()
     def finish(self) -> None:
-        """Begin or go on, and be left alone."""
+        """Go on, and be left alone."""
         self.go_on(None)
 
     def go_on(self, death: Death | None) -> None:
         """One process more; it ends as it was meant to, or finishes the run before."""
         self.tried.clear()
+        self.lives += 1
         before = self.look
         if before.begun:
             ending = self.subject.resume(self.folder, death)
@@ -236,6 +244,26 @@ TrainingLife.TestCase.settings = examples(1 / 3)
 test_training_life_ends_as_if_nothing_had_happened = TrainingLife.TestCase
 
 
+def told_only_where_there_is_time(why: str) -> pytest.MarkDecorator:
+    """Leaves out, in the profile `fast`, what takes minutes."""
+    hurried = settings.get_current_profile_name().startswith("fast")
+    return pytest.mark.skipif(hurried, reason=f"{why}: HYPOTHESIS_PROFILE=ci has time for it")
+
+
+@told_only_where_there_is_time("some hundred runs")
+@pytest.mark.parametrize("by", ["kill", "power"])
+def test_training_life_goes_on_after_a_death_at_every_change(by: Literal["kill", "power"]) -> None:
+    """P-CRASH, P-RESUME: at whichever change to its folder a run dies, it goes on to the end it would have had."""
+    count = whole("reference", "plain").changes
+    assert count > 80
+    for after in range(count):
+        story = TrainingLife()
+        story.begin("plain")
+        story.go_on(Death(after, by))
+        story.at_every_moment()
+        story.teardown()
+
+
 class TorchLife(TrainingLife):
     """The same with torch."""
 
@@ -252,9 +280,7 @@ def with_framework(machine: type[TrainingLife], *modules: str) -> Any:
     """The machine's test, of few stories: loading a saved adapter with a framework takes many seconds each time."""
     machine.TestCase.settings = examples(1 / 50)
     missing = [module for module in modules if find_spec(module) is None]
-    hurried = pytest.mark.skipif(
-        settings.get_current_profile_name().startswith("fast"), reason="a minute: HYPOTHESIS_PROFILE=ci has time for it"
-    )
+    hurried = told_only_where_there_is_time("a minute")
     extra = pytest.mark.skipif(bool(missing), reason=f"needs the {machine.backend} extra: {', '.join(missing)} missing")
     return extra(hurried(machine.TestCase))
 

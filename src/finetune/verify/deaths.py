@@ -45,7 +45,7 @@ class Watch:
             return
         if self._death is not None and self.changes == self._death.after:
             death, self._death = self._death, None
-            self._die(death, given[0])
+            self._die(death, given[0] if event == "open" else "")
         self.changes += 1
         if event in ("os.remove", "os.rename"):
             self._forget(given[0] if event == "os.remove" else given[1], given[-1])
@@ -77,10 +77,11 @@ class Watch:
         return [(path, os.stat(path)) for path in paths]
 
     def _die(self, death: Death, path: Any) -> None:
+        """End this process; `path` is what it is about to write to, empty where it changes something else."""
         if death.by in ("torn", "full"):
             import resource
 
-            size = os.stat(path).st_size if os.path.isfile(path) else 0
+            size = os.stat(path).st_size if path and os.path.isfile(path) else 0
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             resource.setrlimit(resource.RLIMIT_FSIZE, (size + _TORN_AFTER, most))
