@@ -122,16 +122,15 @@ def _assist(run: Run) -> dict[str, Any]:
 
 
 def _begin(run: Run, begun: RunStarted, *, resume: bool) -> None:
-    if resume:
-        run.folder.tidy()
-        run.open_trackers(resumed=True)
-        return
-    run.folder.make()
-    run.folder.claim()
-    RunFolder.place(run.folder.path)  # again: another process may have made its run there while this one loaded
-    write_text(run.folder.plan, dump_plan(run.prepared.plan))
-    run.tell(begun)
-    run.open_trackers(resumed=False)
+    if not resume:
+        run.folder.make()
+        run.folder.claim()
+        RunFolder.place(run.folder.path)  # again: another process may have made its run there while this one loaded
+    run.folder.tidy()
+    if not resume:
+        write_text(run.folder.plan, dump_plan(run.prepared.plan))
+        run.tell(begun)
+    run.open_trackers(resumed=resume)
 
 
 def _open(run: Run) -> tuple[Session, Observation, dict[str, str]]:

@@ -13,7 +13,7 @@ _SPARE: list[Path] = []
 @contextmanager
 def empty_folder() -> Iterator[Path]:
     """A folder with nothing in it, for this context alone."""
-    folder = _SPARE.pop() if _SPARE else _new_folder()
+    folder = _SPARE.pop() if _SPARE else lasting_folder("scratch")
     try:
         yield folder
     finally:
@@ -25,7 +25,8 @@ def empty_folder() -> Iterator[Path]:
         _SPARE.append(folder)
 
 
-def _new_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="finetune-scratch-"))
+def lasting_folder(what: str) -> Path:
+    """A new folder, named after what it is for, that lasts as long as this process."""
+    folder = Path(tempfile.mkdtemp(prefix=f"finetune-{what}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

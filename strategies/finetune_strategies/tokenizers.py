@@ -1,15 +1,14 @@
 """Tokenizer folders: tiny byte-level BPE tokenizers with every arrangement of BOS, padding and control tokens."""
 
-import atexit
 import json
-import shutil
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from hypothesis import strategies as st
+
+from finetune_strategies.scratch import lasting_folder
 
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 LLAMA3_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -80,9 +79,7 @@ def all_control_kinds() -> st.SearchStrategy[TokenizerKind]:
 
 @cache
 def _root() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="finetune-tokenizers-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    return lasting_folder("tokenizers")
 
 
 @cache

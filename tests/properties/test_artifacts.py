@@ -242,6 +242,22 @@ def test_run_folder_create_makes_an_empty_folder(tmp_path: Path) -> None:
         assert everything_below(path) == {}
 
 
+def test_run_folder_of_a_run_that_was_killed_while_beginning_is_free(tmp_path: Path) -> None:
+    """Without a plan nothing can be gone on with: what is left half written keeps nobody out, and goes."""
+    path = tmp_path / "run"
+    path.mkdir()
+    for name in (".plan.yaml.7.part", ".writable.7.part", "lock.json"):
+        (path / name).write_text("{")
+    run = make_run(path)
+    run.claim()
+    run.tidy()
+    run.release()
+    assert everything_below(path) == {}
+    (path / ".notes").write_text("mine")
+    with pytest.raises(OutputError, match="not empty"):
+        RunFolder.place(path)
+
+
 def test_run_folder_own_names_sort_by_time_and_never_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an output each run gets a folder of its own below runs/, the newest sorts last, chance plays no part."""
     monkeypatch.chdir(tmp_path)

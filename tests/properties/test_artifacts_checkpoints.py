@@ -265,6 +265,20 @@ def test_checkpoints_newest_best_and_in_use_stay(keep: int, count: int, data: st
         assert store.steps() == sorted(there & {*newest, *(best[one] for one in newest)})
 
 
+def test_checkpoints_nothing_goes_while_the_best_is_unknown(tmp_path: Path) -> None:
+    """A newest checkpoint whose manifest is damaged may have named any as the best: none is removed until it is old."""
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+    for step, best in ((1, 1), (2, 1), (3, 1)):
+        store.save(step, lambda place: (place / "a").write_text("a") and None, OWNER, best=best)
+    assert store.steps() == [1, 2, 3]
+    (store.folder / "step-00000003" / MANIFEST).write_text("{")
+    store.release()
+    assert store.steps() == [1, 2, 3]
+    for step, left in ((4, [1, 2, 3, 4]), (5, [1, 4, 5])):
+        store.save(step, lambda place: (place / "a").write_text("a") and None, OWNER, best=1)
+        assert store.steps() == left
+
+
 def test_checkpoints_manifest_is_written_last(tmp_path: Path) -> None:
     """While the state is being written there is no manifest, and until all is there the folder has not its name."""
     store = CheckpointStore(tmp_path / "checkpoints")

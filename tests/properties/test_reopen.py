@@ -94,22 +94,28 @@ CHANGES: dict[str, Callable[[Path], None]] = {
     "other template": _append("own.jinja", " "),
     "a byte of the adapter": _flip,
     "where to stop": _append("run/adapter/generation_config.json", " "),
+    "the template beside the adapter": _append("run/adapter/chat_template.jinja", " "),
+    "no folder of the adapter": lambda place: shutil.rmtree(place / "run" / "adapter"),
     "no adapter": lambda place: (place / "run" / "adapter" / "adapter_model.safetensors").unlink(),
     "no manifest": lambda place: (place / "run" / "run.json").unlink(),
 }
 
 
+OF_THE_TEMPLATE = ("the template beside the adapter", "no folder of the adapter")
+"""Where the copy of the template is to blame, it is named, and not the file that it was made from."""
+
+
 @pytest.mark.parametrize("what", CHANGES)
 def test_reopened_run_on_something_else_is_refused(what: str, finished: Path) -> None:
     """A run whose base, data, template, adapter or manifest is not what it was is refused, never quietly scored."""
-    assert len(CHANGES) == 7
+    assert len(CHANGES) == 9
     kept = finished.with_name("kept")
     shutil.copytree(finished, kept)
     try:
         CHANGES[what](finished)
         with pytest.raises(FineTuneError) as caught:
             reopen(finished / "run")
-        assert caught.value.message
+        assert ("adapter/chat_template.jinja" in caught.value.message) == (what in OF_THE_TEMPLATE)
         # To talk to the model needs no data, and takes the template that travels with the adapter.
         if what not in ("other data", "other template"):
             with pytest.raises(FineTuneError):

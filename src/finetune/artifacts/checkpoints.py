@@ -34,7 +34,8 @@ class Owner:
 class CheckpointStore:
     """The checkpoints of one run, in `folder`.
 
-    The newest `keep` stay, with the one that was the best when each of them was written, and those in use.
+    The newest `keep` stay, with the one that was the best when each of them was written, and those in use; all stay
+    where one of the newest is so damaged that it cannot say which that was.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
@@ -80,7 +81,9 @@ class CheckpointStore:
     def _rotate(self) -> None:
         steps = self.steps()
         newest = steps[-self.keep :]
-        best = {(_read_manifest(self._path(step)) or {}).get("best") for step in newest}
+        manifests = [_read_manifest(self._path(step)) for step in newest]
+        # One that cannot be read any more may have named any of them as the best.
+        best = set(steps) if None in manifests else {each["best"] for each in manifests if each}
         for old in sorted(set(steps) - {*newest, *best, *self._in_use}):
             remove_folder(self._path(old))
 

@@ -13,6 +13,7 @@ from typing import Any, Self, get_args
 from finetune.artifacts.write import (
     describe_files,
     flush,
+    is_torn,
     remove_folder,
     remove_torn,
     storage_errors,
@@ -56,8 +57,8 @@ class RunFolder:
             raise OutputError(f"output {path} is a symbolic link", hint="name a real folder")
         if path.is_file():
             raise OutputError(f"output {path} is a file", hint="choose a new folder with --output")
-        # A holder's name without a plan is all that a run killed at its very beginning leaves.
-        if path.is_dir() and any(file.name != _HOLDER for file in path.iterdir()):
+        # What a run killed at its very beginning leaves, before it had a plan: nothing that could be gone on with.
+        if path.is_dir() and any(file.name != _HOLDER and not is_torn(file) for file in path.iterdir()):
             raise OutputError(
                 f"output folder {path} exists and is not empty",
                 hint="a run folder is never reused: choose a new --output, or continue that run with --resume",
@@ -72,7 +73,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".writable.{os.getpid()}"
+            probe = self.path / f".writable.{os.getpid()}.part"
             probe.touch()
             probe.unlink()
         except OSError as error:
@@ -144,7 +145,7 @@ class RunFolder:
         return [file for file in describe_files(self.path) if file["path"] != self.holder.name]
 
     def tidy(self) -> None:
-        """Make an unfinished run ready to go on: what a killed process left half written goes.
+        """Make a run ready to begin or to go on: what a killed process left half written goes.
 
         So do what it saved and its report: they are in an unfinished run when it was killed just before its manifest,
         and are written again.

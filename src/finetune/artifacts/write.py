@@ -105,8 +105,13 @@ def remove_folder(path: Path) -> None:
 
 def remove_torn(folder: Path) -> None:
     """Remove what a killed process left half written in `folder`: nobody would ever read it or remove it otherwise."""
-    for torn in folder.glob(".*.part"):
+    for torn in filter(is_torn, folder.iterdir()):
         shutil.rmtree(torn) if torn.is_dir() and not torn.is_symlink() else torn.unlink()
+
+
+def is_torn(path: Path) -> bool:
+    """Whether a name is one that only what is still being written has."""
+    return path.name.startswith(".") and path.name.endswith(".part")
 
 
 @contextlib.contextmanager

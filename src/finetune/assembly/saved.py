@@ -15,8 +15,23 @@ from finetune.records import ModelLocation
 
 
 def saved_in(folder: RunFolder, config: TrainingConfig) -> Path:
-    """Where a run keeps what it trained: an adapter, or the whole model."""
-    return folder.model if config.adapter.kind == "full" else folder.adapter
+    """Where a run keeps what it trained, an adapter or the whole model: byte for byte what it wrote there.
+
+    Raises:
+        ModelError: a file has changed or is gone.
+    """
+    saved = folder.model if config.adapter.kind == "full" else folder.adapter
+    found = describe_files(saved)
+    now = {f"{saved.name}/{file['path']}": {**file, "path": f"{saved.name}/{file['path']}"} for file in found}
+    written = [file for file in folder.read_manifest()["artifacts"] if file["path"].startswith(f"{saved.name}/")]
+    # The model card is for people, who may well add to it.
+    odd = [file["path"] for file in written if now.get(file["path"]) != file and not file["path"].endswith("README.md")]
+    if odd:
+        raise ModelError(
+            f"the {saved.name} in {saved} is not the one that was trained: changed or gone: {', '.join(odd)}",
+            hint="restore the folder, or train again",
+        )
+    return saved
 
 
 def changed(before: Any, now: list[dict[str, Any]]) -> list[str]:
@@ -39,25 +54,13 @@ def check_saved(folder: RunFolder, config: TrainingConfig, location: ModelLocati
     Raises:
         ModelError: a file has changed or is gone.
     """
-    manifest = folder.read_manifest()
-    if differing := changed(manifest["model"]["files"], base_files(location)):
+    if differing := changed(folder.read_manifest()["model"]["files"], base_files(location)):
         raise ModelError(
             f"the base model {location.name!r} is not the one that {folder.path} was trained on: "
             f"changed or gone: {', '.join(differing)}",
             hint="get the model revision that run.json names",
         )
-    saved = saved_in(folder, config)
-    found = describe_files(saved)
-    now = {f"{saved.name}/{file['path']}": {**file, "path": f"{saved.name}/{file['path']}"} for file in found}
-    written = [file for file in manifest["artifacts"] if file["path"].startswith(f"{saved.name}/")]
-    # The model card is for people, who may well add to it.
-    odd = [file["path"] for file in written if now.get(file["path"]) != file and not file["path"].endswith("README.md")]
-    if odd:
-        raise ModelError(
-            f"the {saved.name} in {saved} is not the one that was trained: changed or gone: {', '.join(odd)}",
-            hint="restore the folder, or train again",
-        )
-    return saved
+    return saved_in(folder, config)
 
 
 def open_tuned(

@@ -1,0 +1,4 @@
+"""Judges a trainer, ours or anybody's, by what it does and leaves behind. Verb: act, through a subject.
+
+`subjects` is the door, `ours` stands behind it, `nursery` starts real processes fast, and `deaths` says how they end.
+"""

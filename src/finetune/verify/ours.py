@@ -1,0 +1,157 @@
+"""Our own trainer as a subject: the program `ft`, its run folders, and its store of checkpoints."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.artifacts.checkpoints import CheckpointStore, Owner
+from finetune.artifacts.run_folder import RunFolder
+from finetune.errors import RefusedError
+from finetune.verify.deaths import Death
+from finetune.verify.nursery import Nursery
+from finetune.verify.subjects import Ending, Look, Order, Task
+
+_IMPORTED = (
+    "finetune.cli.app", "finetune.launch.together", "finetune.pipeline", "finetune.reopen", "finetune.verify.ours",
+    "matplotlib.backends.backend_svg", "matplotlib.ticker", "rich.progress", "rich.table", "tokenizers",
+)  # fmt: skip
+"""What a command may need."""
+_COURSE = ("FixedLoss", "HeldOutLoss", "FirstGradients", "StepDone", "StoppedEarly", "RunJudged")
+_CLOCKS = ("seconds", "rss", "tokens_per_second")
+_SAME = ("plan.yaml", "adapter/", "model/", "checkpoints/")
+_OWN = ("id", "started", "command", "timing", "throughput", "peak_rss_bytes", "artifacts")
+"""What a run says of itself that another one of the same task would not."""
+_OWNER = Owner({"task": "kept"}, {})
+
+
+class Ours:
+    """`ft` with one backend; a subject that trains and keeps checkpoints."""
+
+    def __init__(self, backend: str) -> None:
+        self.name = f"finetune with {backend}"
+        self._backend = backend
+
+    @cached_property
+    def _nursery(self) -> Nursery:
+        more = ["peft"] if self._backend == "torch" else []
+        return Nursery([*_IMPORTED, f"finetune.backends.{self._backend}.backend", *more])
+
+    def close(self) -> None:
+        """End the process that starts the others, if there is one."""
+        if "_nursery" in self.__dict__:
+            self._nursery.close()
+            del self._nursery
+
+    def train(self, task: Task, folder: Path, death: Death | None = None) -> Ending:
+        """`ft train`, by a configuration that is put beside the folder."""
+        chosen: dict[str, Any] = {"backend": self._backend}
+        for key, value in {**task.settings, "model.path": str(task.model), "data.train": str(task.data)}.items():
+            section, _, name = key.partition(".")
+            chosen.setdefault(section, {})[name] = value
+        config = folder.with_name(f"{folder.name}.yaml")
+        config.write_text(json.dumps(chosen), encoding="utf-8")
+        return self._ft(folder, death, "train", str(config), "--output", str(folder))
+
+    def resume(self, folder: Path, death: Death | None = None) -> Ending:
+        """`ft train --resume`."""
+        return self._ft(folder, death, "train", "--resume", "--output", str(folder))
+
+    def change(self, folder: Path, key: str, value: Any) -> None:
+        """Write another value into the plan."""
+        plan = RunFolder(folder).plan
+        values = yaml.safe_load(plan.read_text(encoding="utf-8"))
+        section, _, name = key.rpartition(".")
+        (values[section] if section else values)[name] = value
+        plan.write_text(yaml.safe_dump(values), encoding="utf-8")
+
+    def evaluate(self, folder: Path) -> Ending:
+        """`ft evaluate`."""
+        return self._ft(folder, None, "evaluate", str(folder), "--json")
+
+    def _ft(self, folder: Path, death: Death | None, *words: str) -> Ending:
+        return self._nursery.run("finetune.cli:main", words, folder, death)
+
+    def look(self, folder: Path) -> Look:
+        """What the run folder holds."""
+        run = RunFolder(folder)
+        found = {file["path"]: file["sha256"] for file in run.describe()}
+        record = run.read_manifest() if run.manifest.exists() else None
+        written = record["artifacts"] if record else []
+        events = run.read_events()
+        return Look(
+            begun=run.plan.exists(),
+            finished=record is not None,
+            checkpoints=self.listed(run.checkpoints),
+            course=tuple(_timeless(event) for event in events if event["event"] in _COURSE),
+            resumed=tuple(event["step"] for event in events if event["event"] == "RunResumed"),
+            files={path: mark for path, mark in found.items() if path.startswith(_SAME)},
+            names=tuple(found),
+            record=_plain(record) if record else {},
+            damaged=tuple(file["path"] for file in written if found.get(file["path"]) != file["sha256"]),
+        )
+
+    def obey(self, folder: Path, keep: int, orders: Sequence[Order], death: Death | None = None) -> Ending:
+        """What each order asks of one `CheckpointStore`."""
+        words = [str(folder), str(keep), json.dumps([asdict(order) for order in orders])]
+        return self._nursery.run("finetune.verify.ours:follow_orders", words, folder, death)
+
+    def listed(self, folder: Path) -> Mapping[int, str]:
+        """Every step of the store, each opened."""
+        store = CheckpointStore(folder)
+        return {step: _wrong_with(store, step) for step in store.steps()}
+
+
+def follow_orders() -> None:
+    """The program of `Ours.obey`: does what the process's arguments say, and prints a line after each order."""
+    folder, keep, orders = sys.argv[1:]
+    store = CheckpointStore(Path(folder), keep=int(keep))
+    for values in json.loads(orders):
+        sys.stdout.write(json.dumps(_follow(store, Order(**values))) + "\n")
+        sys.stdout.flush()
+
+
+def _follow(store: CheckpointStore, order: Order) -> Any:
+    if order.do == "release":
+        store.release()
+    elif order.do == "save":
+        store.save(order.step, lambda place: _write(place, order.content), _OWNER, best=order.best)
+    else:
+        try:
+            return (store.open(order.step, _OWNER.identity) / "deep" / "state").read_text(encoding="utf-8")
+        except RefusedError as error:
+            return {"refused": str(error)}
+    return None
+
+
+def _write(place: Path, content: str) -> None:
+    (place / "deep").mkdir()
+    (place / "deep" / "state").write_text(content, encoding="utf-8")
+    (place / "empty").touch()
+
+
+def _wrong_with(store: CheckpointStore, step: int) -> str:
+    """Why a checkpoint cannot be opened by the one it belongs to, whoever that is."""
+    try:
+        identity = json.loads((store.folder / f"step-{step:08d}" / "checkpoint.json").read_text())["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        identity = {}
+    try:
+        store.open(step, identity)
+    except RefusedError as error:
+        return str(error)
+    return ""
+
+
+def _timeless(event: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in event.items() if key not in _CLOCKS}
+
+
+def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in record.items() if key not in _OWN}
+    return {**kept, "notes": [note for note in record["notes"] if "resumed from step" not in note]}
