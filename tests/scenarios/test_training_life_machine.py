@@ -245,7 +245,7 @@ def without(values: Mapping[str, Any], starts: tuple[str, ...]) -> dict[str, Any
     return {name: value for name, value in values.items() if not name.startswith(starts)}
 
 
-TrainingLife.TestCase.settings = examples(1 / 2)
+TrainingLife.TestCase.settings = examples(1 / 4)
 test_training_life_ends_as_if_nothing_had_happened = TrainingLife.TestCase
 
 
@@ -259,7 +259,7 @@ def test_training_life_goes_on_after_a_power_cut_at_every_change() -> None:
     """
     count = whole("reference", "plain").changes
     assert count > 80
-    for after in range(count - 5 if HURRIED else 0, count):
+    for after in range(count - 3 if HURRIED else 0, count):
         story = TrainingLife()
         story.begin("plain")
         story.go_on(Death(after, "power"))
