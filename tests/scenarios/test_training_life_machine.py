@@ -245,7 +245,8 @@ def without(values: Mapping[str, Any], starts: tuple[str, ...]) -> dict[str, Any
     return {name: value for name, value in values.items() if not name.startswith(starts)}
 
 
-TrainingLife.TestCase.settings = examples(1 / 4)
+# Each rule is a process or two, and a short story can have several deaths.
+TrainingLife.TestCase.settings = settings(examples(1 / 4), stateful_step_count=settings().stateful_step_count // 2)
 test_training_life_ends_as_if_nothing_had_happened = TrainingLife.TestCase
 
 
