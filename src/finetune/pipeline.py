@@ -238,6 +238,8 @@ def _finish(run: Run, record: dict[str, Any]) -> dict[str, Any]:
     write_json(folder.report_data, build_report(record))
     listed = {**record, "artifacts": folder.describe()}
     write_text(folder.report_page, render_html([listed]))
+    # Whatever the manifest names is on disk before it.
+    folder.secure_events()
     record = {**record, "artifacts": folder.describe()}
     folder.write_manifest(record)
     return record

@@ -343,15 +343,18 @@ def test_run_folder_a_broken_manifest_is_refused(content: bytes, tmp_path: Path)
 def test_run_folder_tidy_leaves_what_a_resume_needs(tmp_path: Path) -> None:
     """Before a killed run goes on, half-written files, adapter and report go, and nothing else does."""
     run = _run(tmp_path / "run")
-    torn = (".run.json.77.part", ".adapter.77.part/adapter_model.safetensors", "adapter/adapter_config.json")
+    torn = (
+        ".run.json.77.part", ".adapter.77.part/adapter_model.safetensors", "adapter/adapter_config.json",
+        "checkpoints/.step-00000002.77.part/checkpoint.json",
+    )  # fmt: skip
     for name in (*torn, "report.html", "report.json"):
-        (run.path / name).parent.mkdir(exist_ok=True)
+        (run.path / name).parent.mkdir(exist_ok=True, parents=True)
         (run.path / name).write_text("half")
-    run.checkpoints.mkdir()
     run.log(HeldOutLoss(1, 2.0, 3))
     run.tidy()
     run.tidy()
     assert sorted(path.name for path in run.path.iterdir()) == ["checkpoints", "events.jsonl", "plan.yaml"]
+    assert list(run.checkpoints.iterdir()) == []
 
 
 def test_run_folder_claim_keeps_everybody_else_out_until_release(tmp_path: Path) -> None:

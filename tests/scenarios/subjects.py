@@ -97,8 +97,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def spoil(file: Path, place: int, how: str) -> None:
-    """Change one bit of a file, or cut its end off; an empty one grows."""
+    """Change one bit of a file, or cut its end off, more than a line's; an empty one grows."""
     old = file.read_bytes()
     at = place % max(1, len(old))
     flipped = old[:at] + bytes([old[at] ^ 1]) + old[at + 1 :] if old else b"x"
-    file.write_bytes(flipped if how == "flip" or not old else old[:at])
+    file.write_bytes(flipped if how == "flip" or not old else old[: max(0, at - 1)])

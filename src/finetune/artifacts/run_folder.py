@@ -150,7 +150,8 @@ class RunFolder:
         So do what it saved and its report: they are in an unfinished run when it was killed just before its manifest,
         and are written again.
         """
-        remove_torn(self.path)
+        for folder in (self.path, self.checkpoints):
+            remove_torn(folder)
         for saved in (self.adapter, self.model):
             if saved.exists():
                 remove_folder(saved)

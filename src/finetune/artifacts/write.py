@@ -105,7 +105,7 @@ def remove_folder(path: Path) -> None:
 
 def remove_torn(folder: Path) -> None:
     """Remove what a killed process left half written in `folder`: nobody would ever read it or remove it otherwise."""
-    for torn in filter(is_torn, folder.iterdir()):
+    for torn in filter(is_torn, folder.iterdir() if folder.exists() else ()):
         shutil.rmtree(torn) if torn.is_dir() and not torn.is_symlink() else torn.unlink()
 
 
