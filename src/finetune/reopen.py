@@ -49,8 +49,9 @@ def compare(prepared: Prepared, session: Session) -> tuple[Observation, Observat
         with session.adapter_disabled():
             return observe(session, prepared), tuned
     # Only what is not quantised can be trained whole, so this base is not.
-    config = prepared.plan.config
-    base = open_backend(config.backend).open(prepared.location, config.model.dtype, prepared.encoder.tokenizer.pad_id)
+    config, pad_id = prepared.plan.config, prepared.encoder.tokenizer.pad_id
+    backend = open_backend(config.backend)
+    base = backend.open(prepared.location, config.model.dtype, pad_id, device=config.model.device)
     return observe(base, prepared), tuned
 
 

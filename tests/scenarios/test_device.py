@@ -10,11 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from finetune.assembly.gguf_source import exportable_run
+from finetune.backends import open_backend
+from finetune.backends.reference.backend import ReferenceBackend
 from finetune.backends.torch.device import choose_device
 from finetune.config import load_config
 from finetune.errors import FineTuneError, RefusedError
 from finetune.pipeline import fine_tune
 from finetune.records import Batch, ModelLocation
+from finetune.reopen import compare, reopen, talker
 from scenarios.tiny_models import adapted, make_model, make_rows, step
 
 pytestmark = pytest.mark.tier2
@@ -88,6 +92,28 @@ def test_state_of_another_kind_of_device_is_refused_and_changes_nothing(
         fresh.load_state(tmp_path)
     assert fresh.fingerprints() == before
     assert fresh.device == "cpu"
+
+
+def test_whatever_opens_a_runs_model_opens_it_where_the_run_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training, the sham control, scoring again, talking and exporting ask for the device of the run's settings."""
+    found = []
+    real = ReferenceBackend.open
+
+    def spy(self: Any, *given: Any, **named: Any) -> Any:
+        found.append(named.get("device"))
+        return real(self, *given, **named)
+
+    monkeypatch.setattr(ReferenceBackend, "open", spy)
+    few = {"training.max_steps": 2, "data.limit": 4, "evaluation.questions": 1, "evaluation.retention_questions": 1}
+    for kind in ("lora", "full"):
+        settings = {"backend": "reference", "model.device": "cpu", "adapter.kind": kind, "judge.sham": "always", **few}
+        folder, _ = fine_tune(load_config(None, environ={}, overrides=settings, profile=None), output=tmp_path / kind)
+        compare(*reopen(folder))
+        talker(folder, max_new_tokens=1)
+        exportable_run(folder, open_backend).open()
+    assert found == ["cpu"] * 11
 
 
 @needs_gpu

@@ -75,7 +75,8 @@ def exportable_run(path: Path, open_backend: Callable[[str], Backend]) -> Export
     prompts = [encoder.prompt_ids(Conversation((Message("user", text),), "export")) for text in questions]
 
     def opener(place: ModelLocation) -> Session:
-        return open_backend(config.backend).open(place, "float32", encoder.tokenizer.pad_id)
+        backend = open_backend(config.backend)
+        return backend.open(place, "float32", encoder.tokenizer.pad_id, device=config.model.device)
 
     return Exportable(
         shape,
