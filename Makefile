@@ -50,6 +50,10 @@ $(VENV)/dev-ok: $(VENV)/torch-ok
 demo: $(VENV)/torch-ok  ## Fine-tune the shipped model on the shipped data, judge it, write the report
 	@$(BIN)/ft train
 
+.PHONY: converter
+converter: $(VENV)/dev-ok  ## Get llama.cpp's own converter, to which laws and the benchmark hold ours
+	@$(BIN)/python bench/peers.py
+
 .PHONY: test
 test: $(VENV)/dev-ok  ## Run all tests that this machine can run
 	$(TEST_ENV) $(BIN)/pytest $(IN_PARALLEL)

@@ -1,9 +1,15 @@
-"""The peers' own environments, made when they are missing, and the BLAS that a contestant is given."""
+"""The peers' own environments, made when they are missing, and the BLAS that a contestant is given.
+
+`python bench/peers.py` gets llama.cpp's converter, which laws and the benchmark hold ours to.
+"""
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +35,30 @@ def peer_python(peer: str) -> Path:
     return python
 
 
+def converter() -> Path:
+    """The folder of llama.cpp's `convert_hf_to_gguf.py`, from the source archive of llama-cpp-python."""
+    folder = PEERS / "llama.cpp"
+    if not folder.exists():
+        print("getting llama.cpp's converter (once)", file=sys.stderr)
+        PEERS.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=PEERS) as name:
+            # pip builds nothing of it; it only reads what the archive needs.
+            words = ["download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", name]
+            command = [sys.executable, "-m", "pip", *words, "--constraint", ROOT / "constraints.txt"]
+            subprocess.run([*command, "llama-cpp-python"], check=True)
+            [archive] = Path(name).glob("*.tar.gz")
+            with tarfile.open(archive) as files:
+                files.extractall(name, [file for file in files if _is_of_converter(file.name)], filter="data")
+            [found] = Path(name).glob("*/vendor/llama.cpp")
+            shutil.move(found, folder)
+    return folder
+
+
+def _is_of_converter(name: str) -> bool:
+    below = name.partition("/vendor/llama.cpp/")[2]
+    return below == "convert_hf_to_gguf.py" or below.startswith(("conversion/", "gguf-py/gguf/"))
+
+
 def fast_blas() -> dict[str, str]:
     """The environment in which MLX on Linux multiplies by a fast library: the system's OpenBLAS, or else MKL."""
     if sys.platform != "linux":
@@ -39,3 +69,7 @@ def fast_blas() -> dict[str, str]:
         found = sorted((PEERS / "mlx-lm" / "lib").glob("libmkl_rt.so*"))
         return {"LD_PRELOAD": str(found[-1])} if found else {}
     return {"LD_PRELOAD": "libopenblas.so.0"}
+
+
+if __name__ == "__main__":
+    converter()

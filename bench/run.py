@@ -7,6 +7,7 @@ ratios inside one run mean anything, and they are taken turn by turn.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import job
-from peers import ROOT, fast_blas, peer_python
+from peers import ROOT, converter, fast_blas, peer_python
 
 OURS = Path(sys.executable)
 Found = dict[str, list[dict]]
@@ -132,6 +133,35 @@ def compare_data(rows: int, repeats: int) -> Found:
     return found
 
 
+def compare_converting(repeats: int) -> Found:
+    """Write GPT-2 124 M as GGUF turn by turn with llama.cpp's own converter; both read the files from the cache."""
+    from finetune.models.locate import locate_model
+
+    found: Found = {}
+    converter()
+    with model_of(job.JOBS["gpt2"]) as model:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(locate_model("reference-gpt2").folder / name, model)
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "n_ctx": config["n_positions"]}))
+        for turn in range(repeats + 1):
+            for outtype in ("f16", "q8_0"):
+                for name in ("finetune", "llama_cpp"):
+                    request = {"model": str(model), "outtype": outtype, "file": f"{model}/{name}.gguf", "pre": "gpt-2"}
+                    program = [OURS, ROOT / "bench" / f"convert_{name}.py"]
+                    done = subprocess.run(
+                        program, input=json.dumps(request) + "\n", capture_output=True, text=True, check=False
+                    )
+                    if done.returncode:
+                        sys.exit(f"convert_{name}.py failed:\n{done.stderr[-3000:]}")
+                    told = json.loads(done.stdout)
+                    if turn:  # the first finds the files not yet in the system's cache
+                        one = {"seconds": told["seconds"][0], "tokens": 1, "peak_rss": told["peak_rss"]}
+                        found.setdefault(f"{name} {outtype}", []).append(one)
+                        print(f"turn {turn}  {name:<9} {outtype:<5} {one['seconds']:6.2f} s", flush=True)
+    return found
+
+
 def compare_start(backend: str, repeats: int) -> Found:
     """Start `ft train` on the shipped model turn by turn with a process that only imports the frameworks."""
     found: Found = {backend: []}
@@ -164,7 +194,7 @@ def tell_ratios(found: Found) -> None:
 
 
 def main() -> None:
-    what = ["data", *job.JOBS, "mlx", "start"]
+    what = ["data", *job.JOBS, "mlx", "start", "convert"]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--repeats", type=int, default=3)
@@ -175,6 +205,11 @@ def main() -> None:
     for each in asked.only or what:
         if each == "start":
             found |= {f"start {backend}": compare_start(backend, asked.repeats) for backend in ("torch", "mlx")}
+            continue
+        if each == "convert":
+            found[each] = compare_converting(asked.repeats)
+            for outtype in ("f16", "q8_0"):
+                tell_ratios({name: ones for name, ones in found[each].items() if name.endswith(outtype)})
             continue
         if each == "data":
             found[each] = compare_data(asked.rows, asked.repeats)

@@ -2,8 +2,8 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ from typing import Any
 from finetune.artifacts.write import file_hash, make_folder, write_file
 from finetune.assembly.gguf_source import Exportable, exportable_model, exportable_run
 from finetune.backends import open_backend
-from finetune.convert.blueprint import OUTTYPES, Blueprint, Outtype, plan_adapter, plan_model
+from finetune.convert.blueprint import Blueprint, plan_adapter, plan_model
 from finetune.convert.compare import BOUNDS, TABLE_BOUND, Trainer, compare, prepare_questions
 from finetune.convert.corpus import nasty_texts
 from finetune.convert.llama_cpp import ask_llama_cpp
+from finetune.convert.outtypes import BLOCKS, QUANTISED, Outtype
 from finetune.convert.read_back import Check, read_back
 from finetune.convert.vocabulary import STOPS_BY_NAME, Vocabulary, describe_vocabulary, serving_template
 from finetune.convert.write import write_gguf
@@ -91,7 +92,7 @@ def write_exportable(
     vocabulary = describe_vocabulary(exportable.tokenizer.description(), exportable.special, exportable.rows)
     keys = _metadata(exportable, vocabulary)
     described, shape = exportable.described, exportable.shape
-    under = None
+    under = twin = None
     if adapter_only:
         if exportable.adapter is None:
             raise ModelError("there is no adapter to export alone", hint="leave out --adapter-only")
@@ -100,8 +101,9 @@ def write_exportable(
         under = plan_model(described, shape, exportable.base, keys, outtype)
     else:
         blueprint = plan_model(described, shape, exportable.source, keys, outtype)
+        twin = plan_whole(exportable, "f32") if outtype in QUANTISED else None
     make_folder(path.parent)
-    _check_space(path, blueprint.bytes + (under.bytes if under else 0))
+    _check_space(path, blueprint.bytes + sum(other.bytes for other in (under, twin) if other))
     examined: list[Check] = []
 
     def fill(temporary: Path) -> None:
@@ -110,12 +112,24 @@ def write_exportable(
         write_gguf(blueprint, temporary)
         examined.append(_hold(read_back(blueprint, temporary)))
         tell("asking the trainer and llama.cpp the same")
-        examined.extend(map(_hold, _examine(exportable, vocabulary, temporary, under, outtype)))
+        files = _Files(temporary, outtype, under, twin)
+        examined.extend(_hold(check, outtype) for check in _examine(exportable, vocabulary, files))
 
     write_file(path, fill)
-    counts = {kind: sum(tensor.outtype == kind for tensor in blueprint.tensors) for kind in OUTTYPES}
+    counts = {kind: sum(tensor.storage == kind for tensor in blueprint.tensors) for kind in BLOCKS}
     told = (*exportable.notes, *(under or blueprint).notes, *vocabulary.notes)
     return Exported(path, outtype, {kind: count for kind, count in counts.items() if count}, tuple(examined), told)
+
+
+def plan_whole(exportable: Exportable, outtype: Outtype) -> Blueprint:
+    """The file of the whole model, adapter merged in.
+
+    Raises:
+        ModelError: something of it has no place in GGUF.
+    """
+    vocabulary = describe_vocabulary(exportable.tokenizer.description(), exportable.special, exportable.rows)
+    keys = _metadata(exportable, vocabulary)
+    return plan_model(exportable.described, exportable.shape, exportable.source, keys, outtype)
 
 
 def _metadata(exportable: Exportable, vocabulary: Vocabulary) -> dict[str, Any]:
@@ -129,9 +143,20 @@ def _metadata(exportable: Exportable, vocabulary: Vocabulary) -> dict[str, Any]:
     return keys
 
 
-def _examine(
-    exportable: Exportable, vocabulary: Vocabulary, file: Path, under: Blueprint | None, outtype: Outtype
-) -> tuple[Check, ...]:
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """What llama.cpp is to load: the file, the base below it where it is an adapter, and the same file in f32.
+
+    By the last one what quantising does to a model is told from what a fault does.
+    """
+
+    path: Path
+    outtype: Outtype
+    under: Blueprint | None
+    twin: Blueprint | None
+
+
+def _examine(exportable: Exportable, vocabulary: Vocabulary, files: _Files) -> Iterator[Check]:
     texts: list[str] = vocabulary.metadata["tokenizer.ggml.tokens"]
     named = (number for number, text in enumerate(texts) if text in STOPS_BY_NAME)
     stops = tuple(dict.fromkeys([*exportable.special.stops, *named]))
@@ -143,24 +168,38 @@ def _examine(
     questions, wanted = prepare_questions(
         trainer, corpus, exportable.prompts, steps=min(STEPS, context // 4), context=context
     )
-    bound = max(BOUNDS[outtype], TABLE_BOUND if exportable.described.family.looks_up else 0.0)
-    if under is None:
-        return compare(trainer, questions, wanted, ask_llama_cpp(file, questions), bound=bound)
-    with tempfile.TemporaryDirectory(prefix=".finetune-", dir=file.parent) as folder:
-        base = Path(folder) / "base.gguf"
-        write_gguf(under, base)
-        answers = ask_llama_cpp(base, questions, adapter=file)
-    return compare(trainer, questions, wanted, answers, bound=bound)
+    least = TABLE_BOUND if exportable.described.family.looks_up else 0.0
+    with tempfile.TemporaryDirectory(prefix=".finetune-", dir=files.path.parent) as folder:
+        other = Path(folder) / "other.gguf"
+        if files.twin:
+            write_gguf(files.twin, other)
+            for check in compare(
+                trainer, questions, wanted, ask_llama_cpp(other, questions), bound=max(BOUNDS["f32"], least)
+            ):
+                yield replace(check, stage=f"{check.stage} before quantising")
+        if files.under:
+            write_gguf(files.under, other)
+            answers = ask_llama_cpp(other, questions, adapter=files.path)
+        else:
+            answers = ask_llama_cpp(files.path, questions)
+    yield from compare(trainer, questions, wanted, answers, bound=max(BOUNDS[files.outtype], least))
 
 
-def _hold(check: Check) -> Check:
-    if not check.holds:
-        raise ExportError(
-            f"the file was written, but at the stage {check.stage!r} it is not what was trained: {check.first} "
-            f"({check.measured}; allowed: {check.allowed}); nothing is left of it",
-            hint="this is a fault of FineTune or of llama.cpp: please report it with the model's config.json",
-        )
-    return check
+def _hold(check: Check, outtype: Outtype = "f32") -> Check:
+    if check.holds:
+        return check
+    # What is the file's own fault shows in the same file before quantising.
+    told = outtype in QUANTISED and check.stage in ("logits", "greedy text")
+    hint = (
+        f"this model bears {outtype} badly: use a larger --outtype"
+        if told
+        else "this is a fault of FineTune or of llama.cpp: please report it with the model's config.json"
+    )
+    raise ExportError(
+        f"the file was written, but at the stage {check.stage!r} it is not what was trained: {check.first} "
+        f"({check.measured}; allowed: {check.allowed}); nothing is left of it",
+        hint=hint,
+    )
 
 
 def _require_libraries() -> None:

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from finetune.convert.corpus import nasty_texts
 from finetune.convert.families import FAMILIES, describe_model, interleave, stored
+from finetune.convert.outtypes import BLOCKS, OUTTYPES, Outtype, choose_storage
 from finetune.convert.pre_tokenizer import DIGITS, GPT2, NAMES, QWEN2, name_pre_tokenizer
 from finetune.convert.sources import Adapter, Files, Merged
 from finetune.convert.vocabulary import CONTROL, SPACE, UNUSED, Special, describe_vocabulary, serving_template
@@ -337,3 +338,33 @@ def test_nasty_texts_are_many_and_always_the_same() -> None:
     assert {"a<|a|>b", "<|a|>|b|"} <= set(texts)
     assert all(text.isascii() for text in nasty_texts([], "ASCII"))
     assert "cafe\u0301" not in "".join(nasty_texts([], "NFC"))
+
+
+def test_outtype_gives_more_bits_to_half_of_the_layers() -> None:
+    """q4_k_m and q5_k_m keep half of 32 layers' values and down projections in q6_k, as llama.cpp's README has it."""
+    for outtype, mostly in (("q4_k_m", "q4_k"), ("q5_k_m", "q5_k")):
+        for part in ("attn_v", "ffn_down"):
+            kept = [_storage(f"blk.{layer}.{part}.weight", (256, 512), outtype) for layer in range(32)]
+            assert (kept.count("q6_k"), kept.count(mostly)) == (16, 16)
+            assert kept[:4] == kept[-4:] == ["q6_k"] * 4
+        assert _storage("blk.0.attn_q.weight", (256, 512), outtype) == mostly
+        assert _storage("output.weight", (640, 256), outtype, is_head=True) == "q6_k"
+    assert _storage("blk.5.attn_qkv.weight", (768, 256), "q4_k_m") == "q5_k"
+    assert _storage("blk.5.attn_qkv.weight", (768, 256), "q5_k_m") == "q6_k"
+
+
+@given(st.sampled_from(OUTTYPES), st.integers(1, 600), st.integers(0, 31), st.sampled_from(["attn_v", "attn_k"]))
+def test_outtype_never_cuts_a_block(outtype: Outtype, width: int, layer: int, part: str) -> None:
+    """Every row is a whole number of blocks; norms, biases and positions stay in full."""
+    for is_head in (False, True):
+        storage = _storage(f"blk.{layer}.{part}.weight", (3, width), outtype, is_head=is_head)
+        assert width % BLOCKS[storage].weights == 0
+        assert storage != "f32" or outtype == "f32"
+    for place, shape in (("blk.0.attn_norm.weight", (width,)), ("position_embd.weight", (3, width))):
+        assert _storage(place, shape, outtype) == "f32"
+    smaller = {"q4_k_m": "q5_0", "q5_k_m": "q5_1", "q6_k": "q8_0"}
+    assert outtype not in smaller or _storage("blk.0.attn_k.weight", (3, 96), outtype) == smaller[outtype]
+
+
+def _storage(place: str, shape: tuple[int, ...], outtype: Any, *, is_head: bool = False) -> Any:
+    return choose_storage(place, shape, outtype, 32, is_head=is_head)

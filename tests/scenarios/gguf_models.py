@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from finetune.assembly.gguf_source import Exportable, exportable_model
 from finetune.backends import open_backend
 from finetune.convert.corpus import nasty_texts
-from finetune.convert.pre_tokenizer import DIGITS, GPT2
+from finetune.convert.pre_tokenizer import DIGITS, GPT2, NAMES
 
 CONTROL = ("<|pad|>", "</s>", "<s>", "<|im_start|>", "<|im_end|>")
 IDS = {"vocab_size": 640, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
@@ -61,6 +62,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
              "tie_word_embeddings": False, "layer_norm_epsilon": 0.01, "initializer_range": 0.15},
 }  # fmt: skip
 
+PIECES = {"mistral": True, "phi3": True, "gemma": False, "gemma3": False}
+"""Models with a tokenizer of pieces, and whether it puts a space in front."""
+
 
 def make_model(kind: str, folder: Path, **changes: Any) -> Path:
     """A model of random weights; with biases and gains that are not what every model starts with."""
@@ -82,6 +86,22 @@ def _numbers(size: int) -> Any:
     import numpy as np
 
     return np.arange(size)
+
+
+def give_tokenizer(kind: str, folder: Path) -> str:
+    """A tokenizer for a model, of another sort for each kind; returns llama.cpp's name of its pre-tokenizer."""
+    if kind in PIECES:
+        pieces(folder, prefix=PIECES[kind])
+        return "default"
+    number = list(CONFIGS).index(kind)
+    (patterns, whole_words), name = list(NAMES.items())[number % len(NAMES)]
+    byte_level(folder, patterns, whole_words=whole_words, adds_bos=number % 2 == 0)
+    return name
+
+
+def exportable(name: str | Path) -> Exportable:
+    """A model, its truth computed by torch."""
+    return exportable_model(str(name), open_backend("torch"))
 
 
 def byte_level(folder: Path, patterns: Sequence[str], *, whole_words: bool = False, adds_bos: bool = True) -> None:

@@ -10,7 +10,10 @@ from finetune.cli.options import AsJson
 from finetune.errors import UsageError
 
 Source = Annotated[str, typer.Argument(metavar="RUN", help="A run folder; or a model: shipped name, folder or hub id.")]
-Out = Annotated[str | None, typer.Option("--outtype", help="f32, f16, bf16 or q8_0. Default: f16; f32 for an adapter.")]
+Out = Annotated[
+    str | None,
+    typer.Option("--outtype", help="f32, f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m. Default: f16; f32 for an adapter."),
+]
 AdapterOnly = Annotated[bool, typer.Option("--adapter-only", help="The adapter alone, for llama.cpp's --lora.")]
 File = Annotated[
     Path | None, typer.Option("--output", metavar="FILE", help="The file to make. Default: below the run's folder.")
@@ -31,7 +34,7 @@ def command(
 
     Tokens, logits and greedy text are compared; the file comes to its place only when all of them agree.
     """
-    from finetune.convert.blueprint import OUTTYPES
+    from finetune.convert.outtypes import OUTTYPES
     from finetune.export import export
 
     chosen = next((known for known in OUTTYPES if known == outtype), None)

@@ -3,22 +3,18 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finetune.convert.families import Described, interleaved_rows, stored
+from finetune.convert.outtypes import BLOCKS, FILE_TYPES, Outtype, Storage, choose_storage
 from finetune.convert.sources import Adapter, Source
 from finetune.errors import ModelError
 from finetune.records import ModelShape
 
 Array = NDArray[Any]
-Outtype = Literal["f32", "f16", "bf16", "q8_0"]
-OUTTYPES: tuple[Outtype, ...] = get_args(Outtype)
-FILE_TYPES: dict[Outtype, int] = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
-BLOCK = 32
-"""How many weights of a row share a scale in q8_0."""
 ALIGNMENT = 32
 
 
@@ -28,14 +24,14 @@ class Tensor:
 
     name: str
     shape: tuple[int, ...]
-    outtype: Outtype
+    storage: Storage
     load: Callable[[], Array]
 
     @property
     def bytes(self) -> int:
         """How many bytes it takes in the file."""
-        count = int(np.prod(self.shape))
-        return count // BLOCK * 34 if self.outtype == "q8_0" else count * (4 if self.outtype == "f32" else 2)
+        block = BLOCKS[self.storage]
+        return int(np.prod(self.shape)) // block.weights * block.bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,20 +64,39 @@ def plan_model(
         Tensor(f"{name}", factors.shape, "f32", partial(np.asarray, factors))
         for name, factors in described.extra.items()
     ]
-    for name, place in _places(described, shape.layers, shape.weights).items():
+    places = _places(described, shape.layers, shape.weights)
+    head = "output.weight" if "output.weight" in places.values() else "token_embd.weight"
+    for name, place in places.items():
         sides = stored(described, name, np.broadcast_to(np.float32(0), source.shape(name))).shape
         load = partial(_load, described, source, name)
-        tensors.append(Tensor(place, sides, _type_of(place, sides, outtype), load))
-    spared = [tensor.name for tensor in tensors if outtype == "q8_0" and tensor.outtype == "f16"]
-    notes = (f"{len(spared)} tensors stay f16, their rows being no multiple of {BLOCK}",) if spared else ()
+        storage = choose_storage(place, sides, outtype, shape.layers, is_head=place == head)
+        tensors.append(Tensor(place, sides, storage, load))
     keys = {
         "general.type": "model",
         "general.file_type": FILE_TYPES[outtype],
         "general.quantization_version": 2,
+        "general.size_label": _size_label(tensors),
         **metadata,
         **described.metadata,
     }
-    return Blueprint(described.family.arch, keys, tuple(tensors), (*described.notes, *notes))
+    return Blueprint(described.family.arch, keys, tuple(tensors), (*described.notes, *_larger(tensors, outtype)))
+
+
+def _size_label(tensors: Sequence[Tensor]) -> str:
+    """How many weights there are, in words such as 7.2B."""
+    from gguf.utility import model_weight_count_rounded_notation
+
+    return str(model_weight_count_rounded_notation(sum(int(np.prod(one.shape)) for one in tensors), min_digits=2))
+
+
+def _larger(tensors: Sequence[Tensor], outtype: Outtype) -> tuple[str, ...]:
+    """What is said of tensors whose rows do not fit the blocks of the type."""
+    if outtype in ("f32", "f16", "bf16"):
+        return ()
+    size = BLOCKS["q8_0" if outtype == "q8_0" else "q6_k"].weights
+    odd = [tensor for tensor in tensors if tensor.storage != "f32" and tensor.shape[-1] % size]
+    kinds = ", ".join(sorted({tensor.storage for tensor in odd}))
+    return (f"{len(odd)} tensors are kept as {kinds}, their rows being no multiple of {size}",) if odd else ()
 
 
 def plan_adapter(
@@ -92,8 +107,11 @@ def plan_adapter(
     GGUF has one alpha for all layers; what a layer's own scale differs by is multiplied into its B.
 
     Raises:
-        ModelError: it trains more than A and B of linear layers, or a layer that has no place in GGUF.
+        ModelError: it trains more than A and B of linear layers, or a layer that has no place in GGUF; or the type is
+            not one that llama.cpp's own converter writes adapters in.
     """
+    if outtype not in ("f32", "f16", "bf16", "q8_0"):
+        raise ModelError(f"an adapter alone is not written as {outtype}", hint="use f32, f16, bf16 or q8_0")
     if adapter.target.kind == "dora" or adapter.whole:
         what = "DoRA's magnitudes" if adapter.target.kind == "dora" else adapter.whole[0]
         raise ModelError(
@@ -107,9 +125,8 @@ def plan_adapter(
         b = interleaved_rows(described, f"{path}.weight", b * np.float32(ratio))
         for part, matrix in (("lora_a", a), ("lora_b", b)):
             name = f"{place}.{part}"
-            tensors.append(
-                Tensor(name, matrix.shape, _type_of(name, matrix.shape, outtype), partial(np.asarray, matrix))
-            )
+            storage = choose_storage(name, matrix.shape, outtype, shape.layers, is_head=False)
+            tensors.append(Tensor(name, matrix.shape, storage, partial(np.asarray, matrix)))
     keys = {
         "general.type": "adapter",
         "general.file_type": FILE_TYPES[outtype],
@@ -141,11 +158,3 @@ def _places(described: Described, layers: int, names: Sequence[str] | Mapping[st
             hint="this model cannot be written as GGUF",
         )
     return {name: str(place) for name, place in places.items()}
-
-
-def _type_of(place: str, shape: Sequence[int], outtype: Outtype) -> Outtype:
-    """As llama.cpp's own converter has it: norms, biases, positions in full; in q8_0 only rows of whole blocks."""
-    full = len(shape) < 2 or place.endswith("_norm.weight") or place.startswith("position_embd")
-    if full or not place.endswith((".weight", ".lora_a", ".lora_b")):
-        return "f32"
-    return "f16" if outtype == "q8_0" and shape[-1] % BLOCK else outtype

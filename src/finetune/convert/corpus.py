@@ -23,20 +23,20 @@ _POOL = (
     "aeiourstln", "AEXZ", "0123456789", "    \n\t", "'.,;:!?-_()[]{}<>|/\\\"`~@#$%^&*+=", "éüøłижλΩ", "中文あア한",
     "😀🦙", "\u0301\u0308\u200d\u00a0\u3000\u2009", "१٣Ⅷ¼",
 )  # fmt: skip
-_DRAWN = 150
 
 
-def nasty_texts(added: Sequence[str], form: str = "") -> list[str]:
+def nasty_texts(added: Sequence[str], form: str = "", *, drawn: int = 150) -> list[str]:
     """The texts, the same ones every time.
 
     Args:
         added: tokens that stand apart from the vocabulary, such as control tokens; they occur in plain text, side by
             side, and where one begins before another has ended.
         form: the Unicode form in which the texts are wanted, or ASCII where no others are.
+        drawn: how many are put together at random; some may be the same.
     """
     texts = [*_WRITTEN, *_with_added(added)]
     dice = random.Random(0)
-    for _ in range(_DRAWN):
+    for _ in range(drawn):
         pools = [dice.choice(_POOL) for _ in range(dice.randint(1, 12))]
         texts.append("".join(dice.choice(pool) for pool in pools for _ in range(dice.randint(1, 4))))
     if form == "ASCII":

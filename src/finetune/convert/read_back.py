@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.convert.blueprint import BLOCK, Blueprint, Outtype, Tensor
+from finetune.convert.blueprint import Blueprint, Tensor
+from finetune.convert.outtypes import BLOCKS, COARSENESS, Storage
 
 Array = NDArray[Any]
 
@@ -68,28 +69,33 @@ def _tensor_problem(tensor: Tensor, found: Any) -> str:
     shape = tuple(int(side) for side in reversed(found.shape))
     if shape != tensor.shape:
         return f"has the shape {shape}, not {tensor.shape}"
-    if found.tensor_type.name.lower() != tensor.outtype:
-        return f"is {found.tensor_type.name.lower()}, not {tensor.outtype}"
+    if found.tensor_type.name.lower() != tensor.storage:
+        return f"is {found.tensor_type.name.lower()}, not {tensor.storage}"
     weight = tensor.load()
     error = np.abs(gguf.dequantize(found.data, found.tensor_type).reshape(shape) - weight)
-    over = ~(error <= rounding(weight, tensor.outtype))
+    over = ~(error <= rounding(weight, tensor.storage))
     if not over.any():
         return ""
     place = tuple(int(index) for index in np.unravel_index(int(over.argmax()), shape))
     return f"is off by {error[place]:g} at {place}, where it should be {weight[place]:g}"
 
 
-def rounding(weight: Array, outtype: Outtype) -> Array:
+def rounding(weight: Array, storage: Storage) -> Array:
     """By how much each weight may differ once it is stored in this type."""
     size = np.abs(weight)
-    if outtype == "f32":
+    if storage == "f32":
         return np.zeros_like(size)
-    if outtype == "f16":
+    if storage == "f16":
         return size * np.float32(2**-11) + np.float32(2**-25)
-    if outtype == "bf16":
+    if storage == "bf16":
         return size * np.float32(2**-8) + np.float32(2**-133)
-    largest = size.reshape(-1, BLOCK).max(axis=1, keepdims=True)
-    # Half a step of the block's scale, which is itself rounded to f16.
-    step = largest / 127
-    allowed = step / 2 * 1.001 + largest * np.float32(2**-11) + 127 * np.float32(2**-25)
-    return np.broadcast_to(allowed, (len(allowed), BLOCK)).reshape(weight.shape)
+    block = BLOCKS[storage].weights
+    largest = size.reshape(-1, block).max(axis=1, keepdims=True)
+    # Scales are f16 numbers, and below the smallest of them nothing is left.
+    lost = 127 * np.float32(2**-25)
+    if storage == "q8_0":
+        # Half a step of the block's scale, which is itself rounded to f16.
+        allowed = largest / 127 / 2 * 1.001 + largest * np.float32(2**-11) + lost
+    else:
+        allowed = largest * np.float32(COARSENESS[storage]) + lost
+    return np.broadcast_to(allowed, (len(allowed), block)).reshape(weight.shape)

@@ -66,8 +66,8 @@ class Files:
             raise ModelError(f"{path}: {name} cannot be read: {error}", hint="get the weights again") from None
         if entry["dtype"] == "BF16":  # the upper half of a float32
             raw = (raw.astype(np.uint32) << 16).view(np.float32)
-        weight = raw.astype(np.float32)
-        if not np.isfinite(weight).all():
+        weight = raw.astype(np.float32, copy=False)
+        if weight.size and not np.isfinite([weight.min(), weight.max()]).all():
             raise ModelError(f"{path}: {name} holds NaN or infinity", hint="train again, or get the weights again")
         return weight
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from finetune.convert.blueprint import Blueprint, Tensor
+from finetune.convert.quantise import quantise
 from finetune.errors import ModelError
 
 LARGEST_HALF = 65504.0
@@ -29,7 +30,7 @@ def write_gguf(blueprint: Blueprint, path: Path) -> None:
             else:
                 writer.add_key_value(key, value, *_kind(value))
         for tensor in blueprint.tensors:
-            kind = gguf.GGMLQuantizationType[tensor.outtype.upper()]
+            kind = gguf.GGMLQuantizationType[tensor.storage.upper()]
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -37,7 +38,7 @@ def write_gguf(blueprint: Blueprint, path: Path) -> None:
         for tensor in blueprint.tensors:
             weight = tensor.load()
             _check_size(tensor, weight)
-            writer.write_tensor_data(gguf.quantize(weight, gguf.GGMLQuantizationType[tensor.outtype.upper()]))
+            writer.write_tensor_data(quantise(weight, tensor.storage))
         writer.flush()
     finally:
         writer.close()
@@ -54,10 +55,12 @@ def _kind(value: Any) -> tuple[Any, ...]:
 
 
 def _check_size(tensor: Tensor, weight: Any) -> None:
-    largest = float(np.abs(weight).max(initial=0))
-    limit = {"f16": LARGEST_HALF, "q8_0": LARGEST_HALF * 127}.get(tensor.outtype)
-    if limit is not None and largest > limit:
+    if tensor.storage in ("f32", "bf16"):
+        return
+    largest = max(float(weight.max(initial=0)), -float(weight.min(initial=0)))
+    limit = LARGEST_HALF * 127 if tensor.storage == "q8_0" else LARGEST_HALF
+    if largest > limit:
         raise ModelError(
-            f"{tensor.name} holds {largest:g}, which is more than {tensor.outtype} can ({limit:g})",
+            f"{tensor.name} holds {largest:g}, which is more than {tensor.storage} can ({limit:g})",
             hint="use --outtype bf16 or f32",
         )
