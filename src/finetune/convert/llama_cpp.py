@@ -98,9 +98,7 @@ def main() -> None:
     """Answer one request from standard input on standard output."""
     request = json.load(sys.stdin)
     adapter = request["adapter"]
-    server = load_exact(
-        Path(request["model"]), context=request["context"], adapter=Path(adapter) if adapter else None
-    )
+    server = load_exact(Path(request["model"]), context=request["context"], adapter=Path(adapter) if adapter else None)
     address = server.listening_address
     told: dict[str, Any] = {
         kind: [_ask(address, "tokenize", {"content": text, **how})["tokens"] for text in request["texts"]]

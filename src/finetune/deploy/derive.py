@@ -6,6 +6,7 @@ does more than that cannot be said in Go's language, and is refused.
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 from finetune.deploy.go_template import ExecutionError, GoTemplate, literal, quoted
 from finetune.errors import TemplateError
@@ -44,7 +45,9 @@ def derive_template(render: Render, *, bos: str, texts: Sequence[str]) -> str:
         TemplateError: it cannot be said in that language, or what was derived is not proved.
     """
     markup = _markup(render)
-    stripped = {role: _strips(render, markup, role) for role in _LETTERS.values() if any(role in pair for pair in markup)}
+    stripped = {
+        role: _strips(render, markup, role) for role in _LETTERS.values() if any(role in pair for pair in markup)
+    }
     if bos:
         markup = {pair: text.removeprefix(bos) if pair[0] == _BEGINNING else text for pair, text in markup.items()}
     template = _write(markup, stripped)
@@ -105,7 +108,7 @@ def _markup(render: Render) -> _Markup:
                 raise
             continue
         roles = [_BEGINNING, *(message.role for message in conversation.messages), _ANSWER]
-        for pair, between in zip(zip(roles, roles[1:], strict=False), _between(text, conversation), strict=True):
+        for pair, between in zip(pairwise(roles), _between(text, conversation), strict=True):
             if found.setdefault(pair, between) != between:
                 raise TemplateError(
                     f"the chat template cannot be said in Ollama's language: between {pair[0] or 'the beginning'} and "
@@ -170,9 +173,7 @@ def _write(markup: _Markup, stripped: Mapping[str, bool]) -> str:
 
 def _after(markup: _Markup, role: str) -> str:
     """The markup in front of a message, by the role of the one before it."""
-    cases = [
-        f'if eq $last "{before}" }}}}{literal(text)}' for (before, after), text in markup.items() if after == role
-    ]
+    cases = [f'if eq $last "{before}" }}}}{literal(text)}' for (before, after), text in markup.items() if after == role]
     otherwise = _refusal("an order of roles that was not trained")
     return "{{ " + "{{ else ".join(cases) + f"{{{{ else }}}}{otherwise}{{{{ end }}}}"
 
