@@ -3,8 +3,7 @@
 import contextlib
 import json
 import re
-import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +13,7 @@ from finetune.artifacts.run_folder import RunFolder
 from finetune.artifacts.write import file_hash, make_folder, write_json, write_text
 from finetune.assembly.exam import Exam, Messages, prepare_exam
 from finetune.assembly.gguf_source import exportable_run
-from finetune.assembly.served import compare_answers, compare_prompts, hold, inert_notes
+from finetune.assembly.served import compare_answers, compare_prompts, edge_notes, hold, inert_notes
 from finetune.backends import open_backend
 from finetune.convert.blueprint import Outtype
 from finetune.convert.read_back import Check
@@ -22,7 +21,8 @@ from finetune.deploy.derive import derive_template
 from finetune.deploy.llama_server import LlamaServer, llama_server
 from finetune.deploy.modelfile import Modelfile, write_modelfile
 from finetune.deploy.ollama import Ollama, Recipe, full_name
-from finetune.errors import DeploymentError, FineTuneError, OutputError
+from finetune.deploy.place import Blob, check_free, place_model
+from finetune.errors import FineTuneError
 from finetune.export import Teller, export
 
 COUNTED = 4
@@ -94,7 +94,7 @@ def deploy_llama_cpp(
             compare_prompts(exam, server.rendered_ids),
             *compare_answers(exam, lambda messages: server.chat(messages, most=exam.most)),
         )
-        notes = (*exam.notes, *inert_notes(exam, server.rendered_ids))
+        notes = (*exam.notes, *edge_notes(exam, server.rendered_ids), *inert_notes(exam, server.rendered_ids))
         deployed = Deployed(
             target="llama.cpp",
             name=name,
@@ -132,9 +132,7 @@ def deploy_ollama(
     """
     name = full_name(name or default_name(run))
     running = server.version()
-    before = _named(server, name)
-    if before and not replace:
-        raise OutputError(f"{server.address} has a model {name} already", hint="choose another --name, or --replace it")
+    check_free(server, name, replace=replace)
     exportable = exportable_run(run, open_backend)
     exam = prepare_exam(run, exportable)
     template = derive_template(exam.render, bos=exam.bos, texts=exam.texts)
@@ -143,13 +141,10 @@ def deploy_ollama(
     recipe = Recipe(template, {"num_ctx": exam.context, "stop": list(exam.stops)}, (str(licence),) if licence else ())
     tell(f"sending {file.name} to Ollama {running} at {server.address}")
     digest = server.upload(file)
-    with _staged(server, name, before) as staging:
-        server.create(staging, file.name, digest, recipe)
-        tell("asking it")
-        checks, notes = _verify(server, staging, exam, recipe)
-        server.copy(staging, name)
-        if _named(server, name) != _named(server, staging):
-            raise DeploymentError(f"{name} is not what was created and verified", hint="see whether others deploy too")
+    tell("asking it")
+    checks, notes = place_model(
+        server, name, Blob(file.name, digest), recipe, verify=lambda first: _verify(server, first, exam, recipe)
+    )
     deployed = Deployed(
         target="ollama",
         name=name,
@@ -193,53 +188,6 @@ def _same(record: Path, wanted: dict[str, str]) -> bool:
         return False
 
 
-def _named(server: Ollama, name: str) -> str:
-    """What a name means now, by its digest; "" for nothing. Names that differ by case alone are one to Ollama."""
-    return next((mark for known, mark in server.listed().items() if known.lower() == name.lower()), "")
-
-
-@contextlib.contextmanager
-def _staged(server: Ollama, name: str, before: str) -> Iterator[str]:
-    """Another name, under which a model is made and verified before it gets its own; it is gone afterwards.
-
-    Raises:
-        DeploymentError: what went wrong within, with what the name means now.
-    """
-    model, _, tag = name.rpartition(":")
-    staging = f"{model}:{tag[:60]}-part-{secrets.token_hex(4)}"
-    try:
-        yield staging
-    except FineTuneError as error:
-        told = f"{_state(server, name, before)}; {_removed(server, staging)}"
-        raise DeploymentError(f"{error.message}; {told}", hint=error.hint) from None
-    except BaseException:
-        _removed(server, staging)
-        raise
-    if left := _removed(server, staging, must=True):
-        raise DeploymentError(f"{name} is deployed and verified, but {left}", hint=f"ollama rm {staging}")
-
-
-def _state(server: Ollama, name: str, before: str) -> str:
-    """What a name means now that something went wrong."""
-    try:
-        now = _named(server, name)
-    except FineTuneError:
-        return f"what {name} means now cannot be seen, for the server does not answer"
-    if now == before:
-        return f"{name} means what it meant before" if before else f"there is no model {name}"
-    return f"{name} means the new model" if now else f"there is no model {name} any more"
-
-
-def _removed(server: Ollama, staging: str, *, must: bool = False) -> str:
-    """What became of the model under its first name; "" where it must be there and could be removed."""
-    try:
-        if must or _named(server, staging):
-            server.delete(staging)
-    except FineTuneError:
-        return f"{staging} may be left there: remove it with `ollama rm {staging}`"
-    return "" if must else "nothing half made is left"
-
-
 def _verify(server: Ollama, name: str, exam: Exam, recipe: Recipe) -> tuple[tuple[Check, ...], tuple[str, ...]]:
     """Hold a model of Ollama's to the run; what was found, and what is to be known of it."""
 
@@ -254,7 +202,8 @@ def _verify(server: Ollama, name: str, exam: Exam, recipe: Recipe) -> tuple[tupl
     answers = compare_answers(exam, lambda messages: server.chat(name, messages, most=exam.most))
     shown = _recipe_check(server, name, recipe)
     if exam.prompts and server.rendered(name, exam.prompts[0].messages) is not None:
-        return hold(shown, compare_prompts(exam, ids_of), *answers), inert_notes(exam, ids_of)
+        notes = (*edge_notes(exam, ids_of), *inert_notes(exam, ids_of))
+        return hold(shown, compare_prompts(exam, ids_of), *answers), notes
     note = "this Ollama does not tell what it makes of a conversation, so prompts were only counted: a newer one does"
     return hold(shown, _count_prompts(server, name, exam), *answers), (note,)
 

@@ -19,6 +19,7 @@ from finetune.errors import FineTuneError, TemplateError
 from finetune.models.locate import locate_model
 from finetune.records import Conversation, Message
 
+_SPACES_OF_ASCII = " \t\n\r\v\f"
 Messages = tuple[Mapping[str, str], ...]
 
 
@@ -50,6 +51,7 @@ class Exam:
         stops: the control tokens at which an answer ends.
         texts: what messages of drawn conversations say; no control token is in them.
         prompts: drawn conversations.
+        odd_prompts: drawn conversations with space at the edge of a message that is not ASCII's.
         questions: those that the run asked.
         notes: what could not be asked, and why.
     """
@@ -60,6 +62,7 @@ class Exam:
     stops: tuple[str, ...]
     texts: tuple[str, ...]
     prompts: tuple[Prompt, ...]
+    odd_prompts: tuple[Prompt, ...]
     questions: tuple[Asked, ...]
     notes: tuple[str, ...]
 
@@ -92,13 +95,15 @@ def prepare_exam(path: Path, exportable: Exportable) -> Exam:
     texts = [text for text in nasty_texts((), form) if not any(token in text for token in tokenizer.control_tokens)]
     context, most = min(length, exportable.described.tried_context), config.evaluation.max_new_tokens
     questions, notes = _questions(folder, encoder)
+    prompts = _prompts(encoder, drawn_conversations(texts), context)
     return Exam(
         encoder=encoder,
         context=context,
         most=most,
         stops=tuple(token for token in tokenizer.control_tokens if tokenizer.control_id(token) in encoder.stop_ids),
         texts=tuple(texts),
-        prompts=_prompts(encoder, drawn_conversations(texts), context),
+        prompts=tuple(prompt for prompt in prompts if not _is_odd(prompt)),
+        odd_prompts=tuple(filter(_is_odd, prompts)),
         questions=tuple(asked for asked in questions if len(asked.prompt.ids) + most <= context),
         notes=notes,
     )
@@ -114,6 +119,11 @@ def _prompts(encoder: Encoder, conversations: Sequence[Conversation], context: i
         if len(ids) < context:
             prompts.append(Prompt(_messages(conversation), ids))
     return tuple(prompts)
+
+
+def _is_odd(prompt: Prompt) -> bool:
+    """Whether a message begins or ends with space that Python strips and C++ does not."""
+    return any(text.strip() != text.strip(_SPACES_OF_ASCII) for text in (each["content"] for each in prompt.messages))
 
 
 def _questions(folder: RunFolder, encoder: Encoder) -> tuple[list[Asked], tuple[str, ...]]:

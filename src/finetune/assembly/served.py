@@ -59,6 +59,17 @@ def _difference(asked: Asked, found: Said) -> str:
     return f"to {question[:_SHOWN]!r} it says {found.text[:_SHOWN]!r}, and the run's own said {asked.given[:_SHOWN]!r}"
 
 
+def edge_notes(exam: Exam, ids_of: Callable[[Messages], Sequence[int]]) -> tuple[str, ...]:
+    """Whether the server strips what the run's template strips, also of space that is not ASCII's."""
+    count = sum(tuple(ids_of(prompt.messages)) != prompt.ids for prompt in exam.odd_prompts)
+    if not count:
+        return ()
+    return (
+        f"the run's template strips all space around a message, and the server that of ASCII only: {count} of "
+        f"{len(exam.odd_prompts)} prompts with other space there are not as in training; strip it before you send it",
+    )
+
+
 def inert_notes(exam: Exam, ids_of: Callable[[Messages], Sequence[int]]) -> tuple[str, ...]:
     """Whether a message can hold a control token as plain text, as in training."""
     token = exam.stops[0]
