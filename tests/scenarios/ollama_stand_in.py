@@ -1,9 +1,9 @@
 """A server that speaks Ollama's protocol, with troubles on demand, for machines that have no Ollama.
 
 What it does is what Ollama publishes; the pages are those of https://docs.ollama.com/api and, where they say less,
-Ollama's own source. `HEAD` and `POST /api/blobs/:digest`: page "Create a Model", 200 or 404, 201 or 400 where the digest
-is another. `/api/create` by `files`, NDJSON up to `success`, errors in mid-stream with status 200: the same page and
-`server/create.go`. `/api/tags`, `/api/show`, `/api/copy`, `/api/delete`, `/api/version`: the pages of those names.
+Ollama's own source. `HEAD` and `POST /api/blobs/:digest`: page "Create a Model", 200 or 404, 201 or 400 where the
+digest is another. `/api/create` by `files`, NDJSON up to `success`, errors in mid-stream with status 200: the same page
+and `server/create.go`. `/api/tags`, `/api/show`, `/api/copy`, `/api/delete`, `/api/version`: the pages of those names.
 `/api/chat`, streamed or not, with `done_reason` and `prompt_eval_count`: page "Generate a chat completion"; roles are
 joined as in `template/template.go` and rendered by the model's own TEMPLATE; `_debug_render_only`: `server/routes.go`.
 
@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -78,8 +79,9 @@ Speak = Callable[[bytes, Model, str, int], Spoken]
 
 def echo(content: bytes, model: Model, prompt: str, most: int) -> Spoken:
     """Says which file, template and stops the model has, and what it was asked."""
-    told = json.dumps([content.decode(errors="replace"), model.template, list(model.parameters["stop"]), prompt])
-    return Spoken(told, prompt_tokens=len(prompt))
+    assert model.digest == f"sha256:{hashlib.sha256(content).hexdigest()}"
+    told = [model.digest, model.template, list(model.parameters["stop"]), prompt]
+    return Spoken(json.dumps(told), prompt_tokens=len(prompt))
 
 
 @dataclass
@@ -92,9 +94,11 @@ class StandIn:
     models: dict[str, Model] = field(default_factory=dict)
     troubles: list[Trouble] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
     port: int = 0
     _server: ThreadingHTTPServer | None = None
     _released: threading.Event = field(default_factory=threading.Event)
+    _ending: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def address(self) -> str:
@@ -114,7 +118,10 @@ class StandIn:
             daemon_threads = True
 
             def handle_error(self, request: Any, client_address: Any) -> None:
-                """A client that goes is nobody's trouble but its own."""
+                """A client that goes is nobody's trouble but its own; all else is one of this file's."""
+                error = sys.exc_info()[1]
+                if not isinstance(error, ConnectionError):
+                    stand_in.faults.append(repr(error))
 
         self._server = Server(("127.0.0.1", self.port), Handler)
         self.port = self._server.server_address[1]
@@ -122,11 +129,17 @@ class StandIn:
 
     def stop(self) -> None:
         """Be gone; nothing happens where it is already."""
-        server, self._server = self._server, None
-        self._released.set()
-        if server is not None:
+        self._end(self._server)
+
+    def _end(self, server: ThreadingHTTPServer | None) -> None:
+        with self._ending:
+            if server is None or self._server is not server:
+                return
+            self._released.set()
             server.shutdown()
             server.server_close()
+            self._server = None
+        assert self.faults == [], self.faults
 
     def trouble(self, path: str) -> Trouble | None:
         """The next trouble of a path; it comes once."""
@@ -141,9 +154,7 @@ class StandIn:
 
     def leave(self) -> None:
         """Be gone, from within a request."""
-        if self._server is not None:
-            self._server.socket.close()
-        threading.Thread(target=self.stop, daemon=True).start()
+        threading.Thread(target=self._end, args=[self._server], daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -168,19 +179,19 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *given: Any) -> None:
         """Say nothing."""
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         """Whether a blob is there."""
         self._answer(lambda: (200 if self.path.rsplit("/", 1)[-1] in self.owner.blobs else 404, b""))
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         """Its version, or its models."""
         self._answer({"/api/version": self._version, "/api/tags": self._tags}.get(self.path, self._unknown))
 
-    def do_DELETE(self) -> None:  # noqa: N802
+    def do_DELETE(self) -> None:
         """Remove a model."""
         self._answer(self._delete)
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         """All else."""
         if self.path.startswith("/api/blobs/"):
             self._answer(self._blob)
@@ -307,7 +318,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _show(self) -> tuple[int, bytes]:
         model = self._model(self._asked()["model"])
         named = [
-            (key, each) for key, value in model.parameters.items() for each in (value if isinstance(value, list) else [value])
+            (key, each)
+            for key, value in model.parameters.items()
+            for each in (value if isinstance(value, list) else [value])
         ]
         shown = "\n".join(f"{key:<30} {json.dumps(value, ensure_ascii=False)}" for key, value in named)
         return 200, json.dumps({"template": model.template, "parameters": shown, "model_info": {}}).encode()
@@ -353,8 +366,9 @@ def _collated(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     """Neighbours of the same role are one message."""
     found: list[dict[str, str]] = []
     for message in messages:
-        if found and found[-1]["role"] == message["role"]:
-            found[-1] = {**found[-1], "content": f"{found[-1]['content']}\n\n{message['content']}"}
+        role, content = message["role"], message.get("content", "")  # the library leaves out what is empty
+        if found and found[-1]["role"] == role:
+            found[-1] = {"role": role, "content": f"{found[-1]['content']}\n\n{content}"}
         else:
-            found.append(message)
+            found.append({"role": role, "content": content})
     return found

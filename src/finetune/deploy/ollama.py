@@ -177,6 +177,8 @@ class Ollama:
         """
         with self._talking(f"delete {name}"):
             self._client.delete(name)
+        if name in self.listed():
+            raise DeploymentError(f"{name} is still at {self.address} after it was deleted", hint=f"ollama rm {name}")
 
     def chat(self, name: str, messages: Sequence[Mapping[str, str]], *, most: int, fresh: bool = False) -> Said:
         """The likeliest answer to a conversation.
@@ -273,4 +275,5 @@ def _bounded_transport(whole: float) -> "httpx.BaseTransport":
             answer.stream = Body(answer.stream, until)
             return answer
 
-    return Bounded()
+    # A connection that is kept breaks the next request where the server was started again meanwhile.
+    return Bounded(limits=httpx.Limits(max_keepalive_connections=0))

@@ -48,7 +48,10 @@ def place_model(server: Ollama, name: str, blob: Blob, recipe: Recipe, *, verify
         verified = verify(staging)
         server.copy(staging, name)
         if _named(server, name) != _named(server, staging):
-            raise DeploymentError(f"{name} is not what was created and verified", hint="see whether others deploy too")
+            raise DeploymentError(
+                f"{name} at {server.address} is not what was created and verified",
+                hint="see whether others deploy there, too",
+            )
     return verified
 
 
@@ -75,7 +78,9 @@ def _staged(server: Ollama, name: str, before: str) -> Iterator[str]:
         _removed(server, staging)
         raise
     if left := _removed(server, staging, must=True):
-        raise DeploymentError(f"{name} is deployed and verified, but {left}", hint=f"ollama rm {staging}")
+        raise DeploymentError(
+            f"{name} at {server.address} is deployed and verified, but {left}", hint=f"ollama rm {staging}"
+        )
 
 
 def _state(server: Ollama, name: str, before: str) -> str:
