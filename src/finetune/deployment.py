@@ -22,7 +22,7 @@ from finetune.deploy.llama_server import LlamaServer, llama_server
 from finetune.deploy.modelfile import Modelfile, write_modelfile
 from finetune.deploy.ollama import Ollama, Recipe, full_name
 from finetune.deploy.place import Blob, check_free, place_model
-from finetune.errors import FineTuneError
+from finetune.errors import DeploymentError, FineTuneError, OutputError
 from finetune.export import Teller, export
 
 COUNTED = 4
@@ -131,7 +131,10 @@ def deploy_ollama(
             it meant before, or the error says what could not be seen to.
     """
     name = full_name(name or default_name(run))
-    running = server.version()
+    try:
+        running = server.version()
+    except DeploymentError as error:
+        raise OutputError(error.message, hint=f"{error.hint}; or serve it with --to llama.cpp") from None
     check_free(server, name, replace=replace)
     exportable = exportable_run(run, open_backend)
     exam = prepare_exam(run, exportable)
