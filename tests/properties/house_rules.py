@@ -22,8 +22,8 @@ RANKS = {
 FRAMEWORKS = {"torch", "transformers", "peft", "mlx", "mlx_lm", "accelerate", "trl", "tensorflow", "jax"}
 ROOT_ALLOWED = {"cli/app.py"}
 """`ft --version` reads the version; nobody else needs the package root."""
-NEIGHBOURS_ALLOWED = {("ports", "records")}
-"""The sockets are written in terms of the values; both are foundations of rank 0."""
+NEIGHBOURS_ALLOWED = {("ports", "records"), ("deployment", "export")}
+"""The sockets are written in terms of the values, both foundations of rank 0; what is deployed is exported first."""
 _COUNTS = {"max_examples", "stateful_step_count"}
 _SILENCER = "suppress_health_check"
 MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 399, 59, 6

@@ -52,6 +52,7 @@ def command(
         def serve(deployed: "Deployed", server: "LlamaServer") -> None:
             _tell(deployed, json_output=json_output)
             if not check_only:
+                _say_how_to_ask(deployed)
                 server.wait()
 
         deploy_llama_cpp(run, outtype=kind, port=port, tell=say, serve=serve)
@@ -59,6 +60,7 @@ def command(
         with closing(Ollama(host)) as server:
             done = deploy_ollama(run, server=server, name=name, replace=replace, outtype=kind, tell=say)
         _tell(done, json_output=json_output)
+        _say_how_to_ask(done)
     else:
         raise UsageError(f"--to {to!r} is no target", hint=f"choose from: {', '.join(TARGETS)}")
     return 0
@@ -69,10 +71,13 @@ def _tell(deployed: "Deployed", *, json_output: bool) -> None:
         say(f"{check.stage}: {check.measured}")
     for note in deployed.notes:
         say(f"note: {note}")
-    path = "v1/chat/completions" if deployed.target == "llama.cpp" else "api/chat"
-    asked = f'{{"model": "{deployed.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-    say(f"ask it: curl {deployed.address}/{path} -H 'Content-Type: application/json' -d '{asked}'")
     if json_output:
         print_json(deployed.as_dict())
     else:
         print_data(deployed.address if deployed.target == "llama.cpp" else deployed.name)
+
+
+def _say_how_to_ask(deployed: "Deployed") -> None:
+    path = "v1/chat/completions" if deployed.target == "llama.cpp" else "api/chat"
+    asked = f'{{"model": "{deployed.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    say(f"ask it: curl {deployed.address}/{path} -H 'Content-Type: application/json' -d '{asked}'")

@@ -256,6 +256,8 @@ def _bounded_transport(whole: float) -> "httpx.BaseTransport":
     import httpx
 
     class Body(httpx.SyncByteStream):
+        """An answer's content, up to its time."""
+
         def __init__(self, inner: Any, until: float) -> None:
             self._inner, self._until = inner, until
 
@@ -266,10 +268,14 @@ def _bounded_transport(whole: float) -> "httpx.BaseTransport":
                 yield block
 
         def close(self) -> None:
+            """Let the connection go."""
             self._inner.close()
 
     class Bounded(httpx.HTTPTransport):
+        """Connections whose answers have a time each."""
+
         def handle_request(self, request: httpx.Request) -> httpx.Response:
+            """Send a request; its answer."""
             until = time.monotonic() + whole
             answer = super().handle_request(request)
             answer.stream = Body(answer.stream, until)
