@@ -13,7 +13,7 @@ from finetune.artifacts.run_folder import RunFolder
 from finetune.artifacts.write import file_hash, make_folder, write_json, write_text
 from finetune.assembly.exam import Exam, Messages, prepare_exam
 from finetune.assembly.gguf_source import exportable_run
-from finetune.assembly.served import compare_answers, compare_prompts, edge_notes, hold, inert_notes
+from finetune.assembly.served import compare_answers, compare_prompts, edge_notes, hold, inert_notes, unmeasured_notes
 from finetune.backends import open_backend
 from finetune.convert.blueprint import Outtype
 from finetune.convert.read_back import Check
@@ -94,7 +94,7 @@ def deploy_llama_cpp(
             compare_prompts(exam, server.rendered_ids),
             *compare_answers(exam, lambda messages: server.chat(messages, most=exam.most)),
         )
-        notes = (*exam.notes, *edge_notes(exam, server.rendered_ids), *inert_notes(exam, server.rendered_ids))
+        notes = (*unmeasured_notes(checks), *edge_notes(exam, server.rendered_ids))
         deployed = Deployed(
             target="llama.cpp",
             name=name,
@@ -104,7 +104,7 @@ def deploy_llama_cpp(
             context=exam.context,
             stops=exam.stops,
             checks=checks,
-            notes=notes,
+            notes=(*exam.notes, *notes, *inert_notes(exam, server.rendered_ids)),
         )
         _record(run, deployed)
         serve(deployed, server)
@@ -157,7 +157,7 @@ def deploy_ollama(
         context=exam.context,
         stops=exam.stops,
         checks=checks,
-        notes=(*exam.notes, *notes, *_write_recipe(run, file, recipe)),
+        notes=(*exam.notes, *unmeasured_notes(checks), *notes, *_write_recipe(run, file, recipe)),
     )
     _record(run, deployed)
     return deployed

@@ -13,12 +13,9 @@ import pytest
 pytest.importorskip("gguf", reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
 pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
 
-from finetune.assembly.gguf_source import exportable_model
-from finetune.backends import open_backend
 from finetune.deploy.llama_server import Patience, llama_server
 from finetune.errors import DeploymentError
-from finetune.export import write_exportable
-from finetune_strategies.scratch import lasting_folder
+from scenarios.served_models import shipped_gguf
 
 pytestmark = pytest.mark.tier2
 ASKED = [{"role": "user", "content": "What is 2 plus 2?"}]
@@ -35,9 +32,7 @@ with llama_server(Path(sys.argv[1]), context=64, name="x") as server:
 @pytest.fixture(scope="module")
 def file() -> Path:
     """A GGUF file of a shipped model."""
-    path = lasting_folder("llama") / "model.gguf"
-    write_exportable(exportable_model("reference-llama", open_backend("reference")), path, "f16")
-    return path
+    return shipped_gguf()
 
 
 def gone(number: int) -> bool:

@@ -14,15 +14,12 @@ pytest.importorskip("ollama", reason="needs the ollama extra: pip install 'finet
 pytest.importorskip("gguf", reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
 pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
 
-from finetune.assembly.gguf_source import exportable_model
-from finetune.backends import open_backend
 from finetune.deploy.ollama import Ollama, Patience, Recipe
 from finetune.deploy.place import Blob, check_free, place_model
 from finetune.deployment import ollama_available
 from finetune.errors import DeploymentError, OutputError, UsageError
-from finetune.export import write_exportable
-from finetune_strategies.scratch import lasting_folder
 from scenarios.ollama_stand_in import StandIn, Trouble, running
+from scenarios.served_models import shipped_gguf
 
 pytestmark = pytest.mark.tier2
 TEMPLATE = "{{ range .Messages }}{{ .Role }}: {{ .Content }}\n{{ end }}assistant:"
@@ -36,9 +33,7 @@ KINDS = ("half-closed", "hang", "garbage", "refused", "stream error", "gone")
 @pytest.fixture(scope="module")
 def file() -> Path:
     """A GGUF file of a shipped model."""
-    path = lasting_folder("ollama") / "model.gguf"
-    write_exportable(exportable_model("reference-llama", open_backend("reference")), path, "f16")
-    return path
+    return shipped_gguf()
 
 
 @pytest.fixture(params=["stand-in", "ollama"])

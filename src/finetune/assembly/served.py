@@ -49,6 +49,8 @@ def compare_answers(exam: Exam, answer: Callable[[Messages], Said]) -> tuple[Che
     )
     # The run asks only what can be answered within its limit, so that a right answer must have ended.
     must = [(asked, found) for asked, found in pairs if normalise(found.text) == normalise(asked.expected)]
+    if not must:
+        return (answers,)
     endless = next((f"{found.text[:_SHOWN]!r} has no end" for _, found in must if not found.ended), "")
     ended = sum(found.ended for _, found in must)
     return answers, Check("stop", f"{ended} of {len(must)} right answers end by themselves", "all of them", endless)
@@ -57,6 +59,12 @@ def compare_answers(exam: Exam, answer: Callable[[Messages], Said]) -> tuple[Che
 def _difference(asked: Asked, found: Said) -> str:
     question = asked.prompt.messages[-1]["content"]
     return f"to {question[:_SHOWN]!r} it says {found.text[:_SHOWN]!r}, and the run's own said {asked.given[:_SHOWN]!r}"
+
+
+def unmeasured_notes(checks: Sequence[Check]) -> tuple[str, ...]:
+    """What could not be judged."""
+    judged = {check.stage for check in checks}
+    return () if "stop" in judged else ("where answers end was not measured: none of them was right",)
 
 
 def edge_notes(exam: Exam, ids_of: Callable[[Messages], Sequence[int]]) -> tuple[str, ...]:
@@ -72,6 +80,8 @@ def edge_notes(exam: Exam, ids_of: Callable[[Messages], Sequence[int]]) -> tuple
 
 def inert_notes(exam: Exam, ids_of: Callable[[Messages], Sequence[int]]) -> tuple[str, ...]:
     """Whether a message can hold a control token as plain text, as in training."""
+    if not exam.stops:
+        return ()
     token = exam.stops[0]
     number = exam.encoder.tokenizer.control_id(token)
     counts = [
