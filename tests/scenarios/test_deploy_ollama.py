@@ -18,6 +18,7 @@ from finetune.deploy.ollama import Ollama, Patience, Recipe
 from finetune.deploy.place import Blob, check_free, place_model
 from finetune.deployment import ollama_available
 from finetune.errors import DeploymentError, OutputError, UsageError
+from scenarios import ollama_stand_in
 from scenarios.ollama_stand_in import StandIn, Trouble, running
 from scenarios.served_models import shipped_gguf
 
@@ -134,15 +135,17 @@ def test_ollama_that_answers_drop_by_drop_is_given_up(file: Path) -> None:
         client.close()
 
 
-def test_ollama_that_ends_before_success_has_not_created(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream that ends as if all were well, but without its last word, is a failure."""
+def test_ollama_that_ends_before_its_last_word_has_failed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that ends as if all were well, but without its last line, is a failure: of creating, and of answering."""
     with running() as stand_in:
         client = Ollama(stand_in.address)
         digest = client.upload(file)
-        monkeypatch.setattr("scenarios.ollama_stand_in._lines", lambda told: b'{"status":"writing manifest"}\n')
+        client.create(NAME, file.name, digest, RECIPE)
+        whole = ollama_stand_in._lines
+        monkeypatch.setattr(ollama_stand_in, "_lines", lambda told: whole(told[:-1]))
         with pytest.raises(DeploymentError, match=r"did not say that .* was created: its last word was 'writing manif"):
             client.create(NAME, file.name, digest, RECIPE)
-        with pytest.raises(DeploymentError, match=r"broke off|no answer"):
+        with pytest.raises(DeploymentError, match="broke off in its answer"):
             client.chat(NAME, ASKED, most=4)
         client.close()
 
