@@ -136,7 +136,7 @@ def test_ollama_that_answers_drop_by_drop_is_given_up(file: Path) -> None:
 
 
 def test_ollama_that_ends_before_its_last_word_has_failed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream that ends as if all were well, but without its last line, is a failure: of creating, and of answering."""
+    """A stream that ends as if all were well, but without its last line, is a failure to create, or to answer."""
     with running() as stand_in:
         client = Ollama(stand_in.address)
         digest = client.upload(file)
