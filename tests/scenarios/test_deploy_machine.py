@@ -31,6 +31,8 @@ TEMPLATES = [
     "{{ range .Messages }}{{ .Content }}!{{ end }}",
 ]
 PATHS = ["/api/blobs/", "/api/create", "/api/chat", "/api/copy", "/api/delete", "/api/tags"]
+UNNAMED = PATHS[:3]
+"""Where a trouble comes before the model has its name."""
 KINDS = ["half-closed", "hang", "garbage", "refused", "stream error", "gone"]
 
 
@@ -121,6 +123,8 @@ class DeployCycle(RuleBasedStateMachine):
             assert found == serving
         else:
             self.check_told(ending, name, found, before)
+            # What was not verified has no name.
+            assert trouble.path not in UNNAMED or found == before
         if found is not None:
             self.there[whole(name)] = found
         self.clear_up(ending)
