@@ -15,6 +15,7 @@
     │   └── LostProcessError       exit 1   another process of the same run has ended
     ├── StorageError               exit 1   writing to disk failed (no space left, read-only, ...)
     ├── ExportError                exit 1   an exported file is not what was trained; nothing is left of it
+    ├── DeploymentError            exit 1   a server failed, or does not answer as it was trained
     ├── EvidenceError              exit 1   a judge was asked to judge without the evidence it needs
     └── InterruptedRunError        exit 130 the user pressed Ctrl-C; the last checkpoint is intact
 
@@ -115,6 +116,10 @@ class StorageError(FineTuneError):
 
 class ExportError(FineTuneError):
     """An exported file does not compute what was trained; nothing is left of it."""
+
+
+class DeploymentError(FineTuneError):
+    """A server failed, or a model that it serves does not answer as it was trained."""
 
 
 class EvidenceError(FineTuneError):

@@ -12,18 +12,18 @@ from pathlib import Path
 
 RANKS = {
     "errors": 0, "records": 0, "ports": 0,
-    "events": 1, "config": 1, "children": 1, "intervals": 1, "place": 1, "resident": 1,
+    "events": 1, "config": 1, "children": 1, "runtime": 1, "intervals": 1, "place": 1, "resident": 1,
     "data": 2, "templates": 2, "tokens": 2, "models": 2, "training": 2, "artifacts": 2, "evaluation": 2,
-    "criteria": 2, "memory": 2, "report": 2, "tracking": 2, "convert": 2,
+    "criteria": 2, "memory": 2, "report": 2, "tracking": 2, "convert": 2, "deploy": 2,
     "backends": 3, "assembly": 3,
-    "pipeline": 4, "reopen": 4, "export": 4, "launch": 4, "reference_model": 4, "verify": 4,
+    "pipeline": 4, "reopen": 4, "export": 4, "deployment": 4, "launch": 4, "reference_model": 4, "verify": 4,
     "cli": 5,
 }  # fmt: skip
 FRAMEWORKS = {"torch", "transformers", "peft", "mlx", "mlx_lm", "accelerate", "trl", "tensorflow", "jax"}
 ROOT_ALLOWED = {"cli/app.py"}
 """`ft --version` reads the version; nobody else needs the package root."""
-NEIGHBOURS_ALLOWED = {("ports", "records")}
-"""The sockets are written in terms of the values; both are foundations of rank 0."""
+NEIGHBOURS_ALLOWED = {("ports", "records"), ("deployment", "export")}
+"""The sockets are written in terms of the values, both foundations of rank 0; what is deployed is exported first."""
 _COUNTS = {"max_examples", "stateful_step_count"}
 _SILENCER = "suppress_health_check"
 MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 399, 59, 6

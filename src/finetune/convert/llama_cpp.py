@@ -3,13 +3,10 @@
 Whatever a broken file does to llama.cpp, it does to that process alone.
 """
 
-import contextlib
 import json
-import os
 import sys
 import tempfile
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.children import ask_child
+from finetune.runtime import load_exact, post
 
 MOST_PROBABILITIES = 1000
 """Of how many tokens, the likeliest first, llama.cpp tells the probability at each step."""
 _PATIENCE = 300
 """Seconds that one answer may take."""
-_FULL_PRECISION = 0
-"""llama.cpp's number of the type f32, in which it is to remember keys and values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,28 +97,30 @@ def _plain(value: Any) -> Any:
 def main() -> None:
     """Answer one request from standard input on standard output."""
     request = json.load(sys.stdin)
-    with _server(request) as address:
-        told: dict[str, Any] = {
-            kind: [_post(address, "tokenize", {"content": text, **how})["tokens"] for text in request["texts"]]
-            for kind, how in {
-                "plain": {"add_special": False, "parse_special": False},
-                "markup": {"add_special": False, "parse_special": True},
-                "around": {"add_special": True, "parse_special": False},
-            }.items()
-        }
-        told["continuations"] = [_continue(address, prompt, request["steps"]) for prompt in request["prompts"]]
-        numbers: dict[str, Any] = {}
-        for index, sequence in enumerate(request["sequences"]):
-            likeliest = _next(address, sequence, request["plain_id"])
-            numbers[f"ids{index}"] = np.array([one["id"] for one in likeliest], np.int64)
-            numbers[f"logs{index}"] = np.array([one["logprob"] for one in likeliest], np.float64)
+    adapter = request["adapter"]
+    server = load_exact(Path(request["model"]), context=request["context"], adapter=Path(adapter) if adapter else None)
+    address = server.listening_address
+    told: dict[str, Any] = {
+        kind: [_ask(address, "tokenize", {"content": text, **how})["tokens"] for text in request["texts"]]
+        for kind, how in {
+            "plain": {"add_special": False, "parse_special": False},
+            "markup": {"add_special": False, "parse_special": True},
+            "around": {"add_special": True, "parse_special": False},
+        }.items()
+    }
+    told["continuations"] = [_continue(address, prompt, request["steps"]) for prompt in request["prompts"]]
+    numbers: dict[str, Any] = {}
+    for index, sequence in enumerate(request["sequences"]):
+        likeliest = _next(address, sequence, request["plain_id"])
+        numbers[f"ids{index}"] = np.array([one["id"] for one in likeliest], np.int64)
+        numbers[f"logs{index}"] = np.array([one["logprob"] for one in likeliest], np.float64)
     np.savez(request["numbers"], **numbers)
     sys.stdout.write(json.dumps(told) + "\n")
 
 
 def _continue(address: str, prompt: Sequence[int], steps: int) -> tuple[list[int], str, bool]:
     asked = {"prompt": prompt, "n_predict": steps, "temperature": 0, "return_tokens": True, "cache_prompt": False}
-    done = _post(address, "completion", asked)
+    done = _ask(address, "completion", asked)
     ended = done["stop_type"] == "eos"
     return done["tokens"][:-1] if ended else done["tokens"], done["content"], ended
 
@@ -140,59 +138,13 @@ def _next(address: str, sequence: Sequence[int], plain_id: int) -> list[dict[str
         "logit_bias": [[plain_id, 1e6]],
         "cache_prompt": False,
     }
-    [step] = _post(address, "completion", asked)["completion_probabilities"]
+    [step] = _ask(address, "completion", asked)["completion_probabilities"]
     likeliest: list[dict[str, Any]] = step["top_logprobs"]
     return likeliest
 
 
-def _post(address: str, path: str, asked: dict[str, Any]) -> dict[str, Any]:
-    body = json.dumps(asked).encode()
-    request = urllib.request.Request(f"{address}/{path}", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=_PATIENCE) as answer:
-        said: dict[str, Any] = json.load(answer)
-    return said
-
-
-@contextlib.contextmanager
-def _server(request: dict[str, Any]) -> Iterator[str]:
-    """The address at which llama.cpp serves the file; it computes as exactly as it can."""
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path = request["model"]
-    if request["adapter"]:
-        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(request["adapter"], 1.0)]
-    params.n_ctx = request["context"]
-    params.n_parallel = 1
-    params.port = 0
-    params.warmup = False
-    params.ui = False
-    params.use_jinja = False
-    params.fit_params = False
-    params.n_gpu_layers = 0
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type(_FULL_PRECISION)
-    server = _load(params)  # it serves for as long as somebody holds it
-    yield server.listening_address
-
-
-def _load(params: Any) -> Any:
-    """llama.cpp with the file loaded; where it cannot be, what it says goes where errors go, as the last line."""
-    import xllamacpp
-
-    with tempfile.TemporaryFile() as words:
-        kept = os.dup(2)
-        os.dup2(words.fileno(), 2)
-        try:
-            return xllamacpp.Server(params)
-        except RuntimeError:
-            words.seek(0)
-            lines = words.read().decode("utf-8", "replace").splitlines()
-            said = next((line.split(": ", 1)[-1] for line in lines if "error" in line), "it does not say why")
-            raise SystemExit(f"llama.cpp cannot load it: {said}") from None
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+def _ask(address: str, path: str, asked: dict[str, Any]) -> dict[str, Any]:
+    return post(address, path, asked, timeout=_PATIENCE)
 
 
 if __name__ == "__main__":

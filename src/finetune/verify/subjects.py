@@ -123,3 +123,36 @@ class KeepsCheckpoints(Subject, Protocol):
     def listed(self, folder: Path) -> Mapping[int, str]:
         """Each checkpoint that is listed as complete, with what is wrong with it: "" for nothing."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What is to be served: a GGUF file, the template of its server's kind, and where answers stop."""
+
+    file: Path
+    template: str
+    stops: tuple[str, ...]
+
+
+@runtime_checkable
+class Deploys(Subject, Protocol):
+    """It gives names on a server to models, asks them, and removes them.
+
+    No trouble of the server's raises here: it is in the ending, whose `told` says what then is what.
+    """
+
+    def deploy(self, name: str, serving: Serving, *, replace: bool = False) -> Ending:
+        """Let a name mean this model; what bore it before gives way only where that is said."""
+        ...
+
+    def answer(self, name: str, question: str) -> Ending:
+        """What a name's model says."""
+        ...
+
+    def remove(self, name: str) -> Ending:
+        """Let a name mean nothing any more."""
+        ...
+
+    def served(self) -> Mapping[str, str]:
+        """Each name that means a model, with a mark of all that it is."""
+        ...

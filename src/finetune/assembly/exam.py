@@ -1,0 +1,164 @@
+"""What a served model of a run is asked, and what must come of it: ids of prompts, and answers of the run's own."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.artifacts.run_folder import RunFolder
+from finetune.assembly.encoder import Encoder
+from finetune.assembly.gguf_source import Exportable
+from finetune.assembly.prepare import prepare
+from finetune.assembly.record import data_files
+from finetune.assembly.saved import changed, open_encoder
+from finetune.config import LoadedConfig, load_plan
+from finetune.convert.corpus import nasty_texts
+from finetune.convert.vocabulary import describe_vocabulary
+from finetune.deploy.derive import drawn_conversations
+from finetune.errors import FineTuneError, TemplateError
+from finetune.models.locate import locate_model
+from finetune.records import Conversation, Message
+
+_SPACES_OF_ASCII = " \t\n\r\v\f"
+Messages = tuple[Mapping[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation as a chat API takes it, and the ids that the model was trained to be asked with."""
+
+    messages: Messages
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question of the run, what its tuned model said, and the one answer that counts as right."""
+
+    prompt: Prompt
+    given: str
+    expected: str
+
+
+@dataclass(frozen=True, slots=True)
+class Exam:
+    """All that a served model is held to.
+
+    Attributes:
+        encoder: the run's template and tokenizer.
+        context: how many tokens a row of training could have; no longer conversation was ever trained on.
+        most: how many tokens an answer may have.
+        stops: the control tokens at which an answer ends.
+        texts: what messages of drawn conversations say; no control token is in them.
+        prompts: drawn conversations.
+        odd_prompts: drawn conversations with space at the edge of a message that is not ASCII's.
+        questions: those that the run asked.
+        notes: what could not be asked, and why.
+    """
+
+    encoder: Encoder
+    context: int
+    most: int
+    stops: tuple[str, ...]
+    texts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
+    odd_prompts: tuple[Prompt, ...]
+    questions: tuple[Asked, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def bos(self) -> str:
+        """What a server puts in front of every prompt by itself: the begin-of-text token, or nothing."""
+        return self.encoder.tokenizer.bos if self.encoder.tokenizer.adds_bos else ""
+
+    def render(self, conversation: Conversation) -> str:
+        """The prompt as text.
+
+        Raises:
+            TemplateError: the template refuses these roles.
+        """
+        return self.encoder.template.render_prompt(conversation).text
+
+
+def prepare_exam(path: Path, exportable: Exportable) -> Exam:
+    """The exam of a finished run.
+
+    Raises:
+        FineTuneError: the run is not finished, or its model or template cannot be used any more.
+    """
+    folder = RunFolder.finished(path)
+    config = load_plan(folder.plan).config
+    encoder = open_encoder(folder, config, locate_model(config.model.path, revision=config.model.revision))
+    tokenizer, length = encoder.tokenizer, config.tokens.max_length
+    assert length is not None
+    form = describe_vocabulary(tokenizer.description(), exportable.special, exportable.rows).form
+    texts = [text for text in nasty_texts((), form) if not any(token in text for token in tokenizer.control_tokens)]
+    context, most = min(length, exportable.described.tried_context), config.evaluation.max_new_tokens
+    questions, notes = _questions(folder, encoder)
+    prompts = _prompts(encoder, drawn_conversations(texts), context)
+    return Exam(
+        encoder=encoder,
+        context=context,
+        most=most,
+        stops=tuple(token for token in tokenizer.control_tokens if tokenizer.control_id(token) in encoder.stop_ids),
+        texts=tuple(texts),
+        prompts=tuple(prompt for prompt in prompts if not _is_odd(prompt)),
+        odd_prompts=tuple(filter(_is_odd, prompts)),
+        questions=tuple(asked for asked in questions if len(asked.prompt.ids) + most <= context),
+        notes=notes,
+    )
+
+
+def _prompts(encoder: Encoder, conversations: Sequence[Conversation], context: int) -> tuple[Prompt, ...]:
+    prompts = []
+    for conversation in conversations:
+        try:
+            ids = encoder.prompt_ids(conversation)
+        except TemplateError:
+            continue
+        if len(ids) < context:
+            prompts.append(Prompt(_messages(conversation), ids))
+    return tuple(prompts)
+
+
+def _is_odd(prompt: Prompt) -> bool:
+    """Whether a message begins or ends with space that Python strips and C++ does not."""
+    return any(text.strip() != text.strip(_SPACES_OF_ASCII) for text in (each["content"] for each in prompt.messages))
+
+
+def _questions(folder: RunFolder, encoder: Encoder) -> tuple[list[Asked], tuple[str, ...]]:
+    """The run's questions as it asked them; only its data still has their conversations."""
+    plan, manifest = load_plan(folder.plan), folder.read_manifest()
+    said: list[dict[str, Any]] = (((manifest.get("scores") or {}).get("learning") or {}).get("tuned") or {}).get(
+        "answers", []
+    )
+    if not said:
+        return [], ("the run asked no questions, so no answers were compared",)
+    try:
+        prepared = prepare(LoadedConfig(plan.config, plan.origins))
+        differing = changed(manifest["data"].get("files"), data_files(prepared))
+    except FineTuneError as error:
+        return [], (f"answers were not compared: the run's data cannot be read again: {error.message}",)
+    if differing or len(prepared.questions) != len(said):
+        return [], (f"answers were not compared: the run's data has changed since: {', '.join(differing)}",)
+    conversations = {encoder.prompt_ids(each.prompt): each.prompt for each in prepared.conversations}
+    found, unsaid = [], 0
+    for question, answer in zip(prepared.questions, said, strict=True):
+        conversation = conversations[question.ids]
+        if encoder.template.name == "alpaca" and any(each.role == "input" for each in conversation.messages):
+            unsaid += 1
+            continue
+        found.append(Asked(Prompt(_messages(conversation), question.ids), answer["given"], answer["expected"]))
+    notes = (f"{unsaid} questions have an input of their own, a role that no chat API has: not asked",)
+    return found, notes if unsaid else ()
+
+
+def _messages(conversation: Conversation) -> Messages:
+    """The conversation for a chat API, an input joined to its question as templates that know none have it."""
+    joined: list[Message] = []
+    for message in conversation.messages:
+        if message.role == "input":
+            joined[-1] = Message("user", f"{joined[-1].content}\n\n{message.content}")
+        else:
+            joined.append(message)
+    return tuple({"role": message.role, "content": message.content} for message in joined)

@@ -1,0 +1,83 @@
+"""`ft deploy`: a fine-tuned model behind an API, held to what was trained."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetune.cli.console import print_data, print_json, say
+from finetune.cli.options import AsJson, RunPath
+from finetune.errors import UsageError
+
+if TYPE_CHECKING:
+    from finetune.deploy.llama_server import LlamaServer
+    from finetune.deployment import Deployed
+
+TARGETS = ("ollama", "llama.cpp")
+Target = Annotated[str, typer.Option("--to", help="ollama or llama.cpp.")]
+Name = Annotated[str | None, typer.Option("--name", help="The model's name in Ollama. Default: made of the run's id.")]
+Replace = Annotated[bool, typer.Option("--replace", help="Let a model of that name in Ollama give way.")]
+Host = Annotated[str | None, typer.Option("--host", help="Where Ollama answers. Default: OLLAMA_HOST.")]
+Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="Where llama.cpp listens; 0: any free port.")]
+CheckOnly = Annotated[bool, typer.Option("--check-only", help="End llama.cpp's server once it is verified.")]
+Out = Annotated[str, typer.Option("--outtype", help="The file's type: f32, f16, bf16 or q8_0.")]
+
+
+def command(
+    run: RunPath,
+    *,
+    to: Target,
+    name: Name = None,
+    replace: Replace = False,
+    host: Host = None,
+    port: Port = 0,
+    check_only: CheckOnly = False,
+    outtype: Out = "f16",
+    json_output: AsJson = False,
+) -> int:
+    """Serve a run's result, and verify it there: the same prompts, answers and stops as in training.
+
+    ollama: the model is created, verified, and only then named. llama.cpp: its server runs until Ctrl-C.
+    """
+    from contextlib import closing
+
+    from finetune.convert.outtypes import OUTTYPES
+    from finetune.deploy.ollama import Ollama
+    from finetune.deployment import deploy_llama_cpp, deploy_ollama
+
+    kind = next((known for known in OUTTYPES if known == outtype), None)
+    if kind is None:
+        raise UsageError(f"--outtype {outtype!r} is not in this version; choose from: {', '.join(OUTTYPES)}")
+    if to == "llama.cpp":
+
+        def serve(deployed: "Deployed", server: "LlamaServer") -> None:
+            _tell(deployed, json_output=json_output)
+            if not check_only:
+                _say_how_to_ask(deployed)
+                server.wait()
+
+        deploy_llama_cpp(run, outtype=kind, port=port, tell=say, serve=serve)
+    elif to == "ollama":
+        with closing(Ollama(host)) as server:
+            done = deploy_ollama(run, server=server, name=name, replace=replace, outtype=kind, tell=say)
+        _tell(done, json_output=json_output)
+        _say_how_to_ask(done)
+    else:
+        raise UsageError(f"--to {to!r} is no target", hint=f"choose from: {', '.join(TARGETS)}")
+    return 0
+
+
+def _tell(deployed: "Deployed", *, json_output: bool) -> None:
+    for check in deployed.checks:
+        say(f"{check.stage}: {check.measured}")
+    for note in deployed.notes:
+        say(f"note: {note}")
+    if json_output:
+        print_json(deployed.as_dict())
+    else:
+        print_data(deployed.address if deployed.target == "llama.cpp" else deployed.name)
+
+
+def _say_how_to_ask(deployed: "Deployed") -> None:
+    path = "v1/chat/completions" if deployed.target == "llama.cpp" else "api/chat"
+    asked = f'{{"model": "{deployed.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    say(f"ask it: curl {deployed.address}/{path} -H 'Content-Type: application/json' -d '{asked}'")

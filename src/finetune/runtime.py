@@ -1,0 +1,79 @@
+"""llama.cpp within this process: loads a GGUF file, and answers over HTTP at an address of this machine."""
+
+import json
+import os
+import tempfile
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+_FULL_PRECISION = 0
+"""llama.cpp's number of the type f32, in which it is to remember keys and values."""
+_WARNINGS = 2
+"""How much llama.cpp says while it serves: its warnings and errors."""
+
+
+def load_exact(model: Path, *, context: int, adapter: Path | None = None) -> Any:
+    """llama.cpp with the file loaded, computing as exactly as it can; it serves for as long as somebody holds it."""
+    import xllamacpp
+
+    params = _parameters(model, context)
+    if adapter is not None:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
+    params.use_jinja = False
+    params.n_gpu_layers = 0
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type(_FULL_PRECISION)
+    return _load(params)
+
+
+def load_chat(model: Path, *, context: int, port: int, name: str) -> Any:
+    """llama.cpp with the file loaded as its users have it, its chat template in force; serves as `load_exact` does."""
+    params = _parameters(model, context)
+    params.use_jinja = True
+    params.port = port
+    params.model_alias = {name}
+    params.verbosity = _WARNINGS
+    return _load(params)
+
+
+def post(address: str, path: str, asked: dict[str, Any], *, timeout: float) -> dict[str, Any]:
+    """What llama.cpp answers; `timeout` is in seconds, for each time that nothing comes."""
+    body = json.dumps(asked).encode()
+    request = urllib.request.Request(f"{address}/{path}", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
+        said: dict[str, Any] = json.load(answer)
+    return said
+
+
+def _parameters(model: Path, context: int) -> Any:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(model)
+    params.n_ctx = context
+    params.n_parallel = 1
+    params.port = 0
+    params.warmup = False
+    params.ui = False
+    params.fit_params = False
+    return params
+
+
+def _load(params: Any) -> Any:
+    """llama.cpp with the file loaded; where it cannot be, what it says goes where errors go, as the last line."""
+    import xllamacpp
+
+    with tempfile.TemporaryFile() as words:
+        kept = os.dup(2)
+        os.dup2(words.fileno(), 2)
+        try:
+            return xllamacpp.Server(params)
+        except RuntimeError:
+            words.seek(0)
+            lines = words.read().decode("utf-8", "replace").splitlines()
+            said = next((line.split(": ", 1)[-1] for line in lines if "error" in line), "it does not say why")
+            raise SystemExit(f"llama.cpp cannot load it: {said}") from None
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

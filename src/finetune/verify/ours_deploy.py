@@ -1,0 +1,68 @@
+"""Our own way to Ollama as a subject."""
+
+from collections.abc import Callable, Mapping
+
+from finetune.deploy.ollama import Ollama, Patience, Recipe, full_name
+from finetune.deploy.place import Blob, check_free, place_model
+from finetune.errors import FineTuneError
+from finetune.verify.subjects import Ending, Serving
+
+_CONTEXT = 64
+_MOST = 8
+
+
+class OursOnOllama:
+    """What `ft deploy --to ollama` does once it has a file; a subject that deploys.
+
+    Args:
+        host: where the server answers.
+        patience: how long it waits.
+    """
+
+    name = "finetune with Ollama"
+
+    def __init__(self, host: str, patience: Patience) -> None:
+        self._server = Ollama(host, patience=patience)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._server.close()
+
+    def deploy(self, name: str, serving: Serving, *, replace: bool = False) -> Ending:
+        """Upload, create, ask once, and name."""
+        server, whole = self._server, full_name(name)
+
+        def act() -> str:
+            check_free(server, whole, replace=replace)
+            blob = Blob(serving.file.name, server.upload(serving.file))
+            recipe = Recipe(serving.template, {"num_ctx": _CONTEXT, "stop": list(serving.stops)})
+            return place_model(server, whole, blob, recipe, verify=lambda first: self._said(first, "?"))
+
+        return _ending(act)
+
+    def answer(self, name: str, question: str) -> Ending:
+        """Ask once."""
+        return _ending(lambda: self._said(full_name(name), question))
+
+    def remove(self, name: str) -> Ending:
+        """Delete it."""
+
+        def act() -> str:
+            self._server.delete(full_name(name))
+            return ""
+
+        return _ending(act)
+
+    def served(self) -> Mapping[str, str]:
+        """What the server lists."""
+        return self._server.listed()
+
+    def _said(self, name: str, question: str) -> str:
+        return self._server.chat(name, [{"role": "user", "content": question}], most=_MOST).text
+
+
+def _ending(act: Callable[[], str]) -> Ending:
+    try:
+        return Ending(0, act(), "", None)
+    except FineTuneError as error:
+        return Ending(error.exit_code, "", str(error), None)

@@ -1,0 +1,223 @@
+"""`ft deploy`: what is served is what was trained, or nothing is served and the reason is told."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("gguf", reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
+pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
+pytest.importorskip("ollama", reason="needs the ollama extra: pip install 'finetune-suite[ollama]'")
+
+from finetune import deployment
+from finetune.deploy.llama_server import LlamaServer, llama_server
+from finetune.deploy.ollama import Ollama
+from finetune.deployment import deploy_llama_cpp, deploy_ollama
+from finetune.errors import DeploymentError
+from finetune_strategies.scratch import lasting_folder
+from properties.modelfile_reader import read_modelfile
+from scenarios.ollama_stand_in import Model, Spoken, StandIn, running
+
+pytestmark = pytest.mark.tier2
+STAGES = ["template", "answers", "stop"]
+
+
+def ft(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `ft` in a process of its own."""
+    command = [sys.executable, "-c", "from finetune.cli import main; main()", *arguments]
+    env = {**os.environ, **environment}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short finished run."""
+    folder = tmp_path_factory.mktemp("deploy")
+    quick = ["judge.sham=never", "judge.memory=never", "training.max_steps=60", "evaluation.questions=20"]
+    words = ("train", "--backend", "reference", "--output", "run", *(w for key in quick for w in ("--set", key)))
+    done = ft(*words, cwd=folder)
+    assert done.returncode in (0, 1), done.stderr
+    return folder / "run"
+
+
+class Speaker:
+    """Lets llama.cpp speak for the stand-in's models."""
+
+    def __init__(self) -> None:
+        self._servers: dict[str, LlamaServer] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __call__(self, content: bytes, model: Model, prompt: str, most: int) -> Spoken:
+        """What the model goes on with, up to its stops."""
+        if model.digest not in self._servers:
+            file = lasting_folder("speaker") / "model.gguf"
+            file.write_bytes(content)
+            served = llama_server(file, context=model.parameters["num_ctx"], name="x")
+            self._servers[model.digest] = self._stack.enter_context(served)
+        asked = {"prompt": prompt, "temperature": 0, "n_predict": most, "stop": model.parameters["stop"]}
+        told = self._servers[model.digest].ask("completion", asked)
+        return Spoken(told["content"], told["stop_type"] != "limit", told["tokens_evaluated"])
+
+    def close(self) -> None:
+        """End them."""
+        self._stack.close()
+
+
+@pytest.fixture
+def ollama() -> Iterator[StandIn]:
+    """A server in Ollama's stead whose models really answer."""
+    with contextlib.closing(Speaker()) as speaker, running(speak=speaker) as stand_in:
+        yield stand_in
+
+
+def test_deploy_to_llama_cpp_is_verified(run: Path) -> None:
+    """Prompts have the ids of training, answers are the run's own; a file that is another's is written anew, once."""
+    manifest = (run / "run.json").read_bytes()
+    (run / "deploy").mkdir()
+    (run / "deploy" / "run-f16.gguf").write_bytes(b"GGUF, but of whom?")
+    (run / "deploy" / "run-f16.gguf.json").write_text('{"run": "another"}', encoding="utf-8")
+    done = ft("deploy", "run", "--to", "llama.cpp", "--check-only", "--json", cwd=run.parent)
+    assert done.returncode == 0, done.stderr
+    assert "writing" in done.stderr
+    told = json.loads(done.stdout)
+    assert [check["stage"] for check in told["checks"]] == STAGES
+    prompts, equal = (int(word) for word in told["checks"][0]["measured"].split()[:3:2])
+    assert prompts == equal >= 60
+    assert told["checks"][1]["measured"].startswith("20 of 20 are the run's own")
+    assert json.loads((run / "deploy" / "llama.cpp.json").read_text(encoding="utf-8")) == told
+    assert sum("control token" in note for note in told["notes"]) == 1
+    again = ft("deploy", "run", "--to", "llama.cpp", "--check-only", cwd=run.parent)
+    assert "which was made of this run and has not changed" in again.stderr
+    assert (run / "run.json").read_bytes() == manifest
+
+
+def test_deploy_serves_until_interrupted(run: Path) -> None:
+    """Once verified it tells where it listens, answers there, and Ctrl-C ends it with 130 and no server left."""
+    command = [sys.executable, "-c", "from finetune.cli import main; main()", "deploy", "run", "--to", "llama.cpp"]
+    with subprocess.Popen(
+        command, cwd=run.parent, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as ours:
+        assert ours.stdout is not None
+        address = ours.stdout.readline().strip()
+        body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}).encode()
+        request = urllib.request.Request(f"{address}/v1/chat/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            assert json.load(answer)["choices"]
+        ours.send_signal(signal.SIGINT)
+        assert ours.wait(120) == 130
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"{address}/health", timeout=5)
+
+
+def test_deploy_to_ollama_is_verified(run: Path, ollama: StandIn) -> None:
+    """The model gets its name once it is verified; its recipe lies beside the file; it gives way only when told to."""
+    words = ("deploy", "run", "--to", "ollama", "--name", "facts:first")
+    done = ft(*words, "--json", cwd=run.parent, OLLAMA_HOST=ollama.address)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert [check["stage"] for check in told["checks"]] == ["recipe", *STAGES]
+    assert list(ollama.models) == ["facts:first"]
+    recipe = dict(read_modelfile((run / "deploy" / "Modelfile").read_text(encoding="utf-8")))
+    assert recipe["from"] == "./run-f16.gguf"
+    assert recipe["template"] == ollama.models["facts:first"].template
+    assert recipe["num_ctx"] == str(told["context"]) == str(ollama.models["facts:first"].parameters["num_ctx"])
+    assert recipe["stop"] in told["stops"]
+    second = ft(*words, cwd=run.parent, OLLAMA_HOST=ollama.address)
+    assert (second.returncode, "--replace" in second.stderr) == (3, True)
+    third = ft(*words, "--replace", cwd=run.parent, OLLAMA_HOST=ollama.address)
+    assert (third.returncode, third.stdout) == (0, "facts:first\n")
+
+
+def test_deploy_to_an_ollama_that_tells_less(run: Path, ollama: StandIn) -> None:
+    """An older server, which does not tell its prompts, has them counted, and that is said to be less."""
+    ollama.tells_renderings = False
+    with contextlib.closing(Ollama(ollama.address)) as server:
+        done = deploy_ollama(run, server=server)
+    assert done.checks[1].measured == "4 of 4 prompts have as many tokens"
+    assert any("only counted" in note for note in done.notes)
+
+
+def _changed(derive: Callable[..., str], old: str, new: str) -> Callable[..., str]:
+    def change(*given: Any, **named: Any) -> str:
+        template = derive(*given, **named)
+        assert old in template
+        return template.replace(old, new)
+
+    return change
+
+
+def _endless(speak: Callable[..., Spoken]) -> Callable[..., Spoken]:
+    def say(*given: Any) -> Spoken:
+        return Spoken(speak(*given).text, ended=False)
+
+    return say
+
+
+def _other(speak: Callable[..., Spoken]) -> Callable[..., Spoken]:
+    def say(*given: Any) -> Spoken:
+        return Spoken(f"{speak(*given).text}!")
+
+    return say
+
+
+FAULTS: dict[str, tuple[str, Any]] = {
+    "one line break less (A242)": ("template", ("<|end_header_id|>\n\n", "<|end_header_id|>\n")),
+    "two begin-of-text tokens (P-BOS)": ("template", ("{{ $last :", "<|begin_of_text|>{{ $last :")),
+    "no markup at all (A240)": ("template", ("<|start_header_id|>", "")),
+    "runs on (A241)": ("stop", _endless),
+    "another model": ("answers", _other),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_deploy_of_what_was_not_trained_is_told_and_gone(
+    fault: str, run: Path, ollama: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of 5 faults is found at its stage, and neither the name nor anything half made is left on the server."""
+    stage, how = FAULTS[fault]
+    if isinstance(how, tuple):
+        monkeypatch.setattr(deployment, "derive_template", _changed(deployment.derive_template, *how))
+    else:
+        ollama.speak = how(ollama.speak)
+    with (
+        contextlib.closing(Ollama(ollama.address)) as server,
+        pytest.raises(DeploymentError, match=f"at the stage '{stage}'") as told,
+    ):
+        deploy_ollama(run, server=server, name="facts")
+    assert "there is no model facts:latest; nothing half made is left" in told.value.message
+    assert ollama.models == {}
+
+
+def test_deploy_refuses_before_it_writes(run: Path, ollama: StandIn) -> None:
+    """Each of 6 mistakes ends with its exit code and its remedy, before a file is written or a server asked."""
+    nowhere = "127.0.0.1:9"
+    cases = {
+        ("run", "--to", "cloud"): (2, "ollama, llama.cpp"),
+        ("run", "--to", "ollama", "--name", "a b"): (2, "model[:tag]"),
+        ("run", "--to", "ollama", "--host", "127.0.0.1:port"): (2, "11434"),
+        ("run", "--to", "ollama", "--host", nowhere): (3, "ollama serve"),
+        ("run", "--to", "llama.cpp", "--outtype", "q4"): (2, "q8_0"),
+        ("nothing", "--to", "llama.cpp"): (3, "does not exist"),
+    }
+    before = sorted(run.rglob("*"))
+    for arguments, (code, words) in cases.items():
+        done = ft("deploy", *arguments, cwd=run.parent, OLLAMA_HOST=ollama.address)
+        assert (done.returncode, words in done.stderr) == (code, True), done.stderr
+    assert sorted(run.rglob("*")) == before
+    assert ollama.asked == []
+
+
+def test_deployed_can_be_used_from_python(run: Path) -> None:
+    """Other code gets the running server for as long as it needs it, and what was verified afterwards."""
+    seen: list[str] = []
+    done = deploy_llama_cpp(run, serve=lambda deployed, server: seen.append(server.ask("tokenize", {"content": "a"})))  # type: ignore[arg-type]
+    assert len(seen) == 1
+    assert all(check.holds for check in done.checks)
