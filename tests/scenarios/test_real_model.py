@@ -1,6 +1,7 @@
 """Tier 2: real models are really trained, and the five criteria are judged on what was measured."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,19 @@ pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune
 
 CHOSEN = os.environ.get("FT_TEST_MODEL")
 CRITERIA = 5
+WITH_MLX = pytest.param(
+    "mlx",
+    marks=pytest.mark.skipif(
+        find_spec("mlx_lm") is None, reason="needs the mlx extra: pip install 'finetune-suite[mlx]'"
+    ),
+)
+SIZES: dict[str, dict[str, Any]] = {
+    "torch": {},
+    # MLX keeps more for the way back: of 4 rows it holds 28 % less with LoRA (Llama) and 22 % (GPT-2), of 2 rows 41
+    # and 32 %. The verdict says at which sizes it was measured.
+    "mlx": {"judge.memory_batch_size": 2},
+}
+"""What a backend's criteria are judged at, where it is not the default."""
 
 
 def train_on_facts(model: str, output: Path, **settings: Any) -> dict[str, Any]:
@@ -50,10 +64,11 @@ def not_holding(run: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.skipif(CHOSEN is not None, reason=f"FT_TEST_MODEL={CHOSEN} was chosen instead of the shipped models")
+@pytest.mark.parametrize("backend", ["torch", WITH_MLX])
 @pytest.mark.parametrize("model", SHIPPED)
-def test_shipped_model_meets_all_criteria(model: str, tmp_path: Path) -> None:
+def test_shipped_model_meets_all_criteria(model: str, backend: str, tmp_path: Path) -> None:
     """A shipped model learns the new facts and only those, keeps the old ones, and everything is measured."""
-    run = train_on_facts(model, tmp_path / "run")
+    run = train_on_facts(model, tmp_path / "run", backend=backend, **SIZES[backend])
     assert literal_outcomes(run) == dict.fromkeys(range(1, CRITERIA + 1), "holds")
     assert not_holding(run) == []
     learning, retention = run["scores"]["learning"], run["scores"]["retention"]
