@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -139,6 +139,20 @@ class RunFolder:
             self.holder.unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep everybody else out for a while, and clear what one that was killed has left half written.
+
+        Raises:
+            OutputError: as `claim`.
+        """
+        self.claim()
+        try:
+            remove_torn(self.path)
+            yield
+        finally:
+            self.release()
 
     def describe(self) -> list[dict[str, Any]]:
         """Path, size and hash of every file of the run; the lock is none of them."""

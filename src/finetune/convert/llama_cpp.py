@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from finetune.children import ask_child
+from finetune.convert.drift import Next
 
 MOST_PROBABILITIES = 1000
 """Of how many tokens, the likeliest first, llama.cpp tells the probability at each step."""
@@ -50,14 +50,6 @@ class Continuation:
     ids: tuple[int, ...]
     text: str
     ended: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Next:
-    """The likeliest ids to follow a sequence, the likeliest first, and the logarithms of their probabilities."""
-
-    ids: NDArray[np.int64]
-    logs: NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
