@@ -85,16 +85,22 @@ def read_tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model: as for transformers `model.safetensors`, or those its index names.
+    """The safetensors files that make up the model: those its index names, or all of them.
 
     Raises:
-        ModelError: there is none, the index is broken or names a file outside the folder or one that is missing, or a
-            file is a link that leads out of the folder.
+        ModelError: there is none, the index is broken or names a file outside the folder or one that is missing, a
+            file is a link that leads out of the folder, or the index passes over `model.safetensors`.
     """
-    single = folder / "model.safetensors"
-    files = [single] if single.exists() else _indexed(folder) or sorted(folder.glob("*.safetensors"))
+    single, indexed = folder / "model.safetensors", _indexed(folder)
+    files = indexed or ([single] if single.exists() else sorted(folder.glob("*.safetensors")))
     if not files:
         raise ModelError(f"{folder} holds no .safetensors weights", hint="get the model again")
+    if single.exists() and files != [single]:
+        raise ModelError(
+            f"{folder} holds model.safetensors, and model.safetensors.index.json names other files: transformers would "
+            "read the one, other programs the others",
+            hint="remove what is not the model",
+        )
     for file in files:
         refuse_leading_out(file)
     return files
