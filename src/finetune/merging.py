@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune.artifacts.write import check_space, describe_files, make_folder, write_folder
-from finetune.assembly.answering import ask_folder
 from finetune.assembly.merged import plan_weights, write_merged
 from finetune.assembly.result import Result, open_result
 from finetune.assembly.truth import tell_truth
 from finetune.backends import open_backend
+from finetune.convert.answering import ask_folder
 from finetune.convert.compare import BOUNDS
 from finetune.convert.drift import problems
 from finetune.convert.model_files import Dtype, ModelFiles

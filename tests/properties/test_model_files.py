@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from finetune.assembly import answering
+from finetune.convert import answering
 from finetune.convert.drift import Asked
 from finetune.convert.model_files import DTYPES, INDEX, KINDS, Dtype, ModelFiles
 from finetune.convert.sources import Adapter, Files, Merged
-from finetune.errors import MissingExtraError, ModelError
+from finetune.errors import ModelError
 from finetune.models.shape import weight_files
 from finetune.records import AdapterTarget
 from finetune_strategies.profiles import examples
@@ -165,11 +165,7 @@ def test_folder_is_asked_in_a_fresh_process_without_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where transformers is not installed a backend of ours answers: the ids and distributions of its session."""
-
-    def refuse(name: str) -> None:
-        raise MissingExtraError(f"{name} is not installed")
-
-    monkeypatch.setattr(answering, "require_backend", refuse)
+    monkeypatch.setattr(answering, "find_spec", lambda name: None)
     folder = make_model(tmp_path / "model")
     path, places = ((5, 6, 7), (8,)), ((0, 0), (0, 3), (1, 1))
     asked = Asked(((3, 4), (9, 10, 11)), (3, 2), (0,), path, places)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from finetune.assembly.answering import Row, answers_of, rows_of
+from finetune.convert.answering import Row, answers_of, rows_of
 from finetune.convert.drift import Asked, Drift, Ids, Told, measure
 from finetune.ports import Session
 

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from finetune.artifacts.write import check_space, storage_errors
-from finetune.assembly.answering import ask_folder, ask_session
 from finetune.assembly.gguf_source import Exportable, all_stops, exportable_result, file_metadata, require_gguf
 from finetune.assembly.merged import merged_problems, plan_weights, write_merged, written_weights
 from finetune.assembly.result import Result
+from finetune.convert.answering import ask_folder, ask_session
 from finetune.convert.blueprint import Outtype, plan_model
 from finetune.convert.compare import BOUNDS, TABLE_BOUND
 from finetune.convert.drift import Asked, Ids, Told

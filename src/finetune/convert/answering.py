@@ -1,22 +1,17 @@
 """Asks a session, or a model folder in a fresh process, what every way to compute a model is asked."""
 
-import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.backends import open_backend, require_backend
 from finetune.children import ask_child
 from finetune.convert.drift import Asked, Ids, Next, Told, log_softmax
-from finetune.errors import MissingExtraError
 from finetune.ports import Session
-from finetune.records import ModelLocation
 
 Row = NDArray[np.float32]
 _PATIENCE = 3600
@@ -65,11 +60,8 @@ def ask_folder(folder: Path, asked: Asked, *, otherwise: str) -> Told:
     Raises:
         EvidenceError: the fresh process could not load it or failed.
     """
-    try:
-        require_backend("torch")
-        module = "finetune.backends.torch.plain"
-    except MissingExtraError:
-        module = "finetune.assembly.answering"
+    plain = all(find_spec(library) for library in ("torch", "transformers"))
+    module = "finetune.backends.torch.plain" if plain else "finetune.backends.answer"
     with tempfile.TemporaryDirectory(prefix="finetune-") as place:
         logits = Path(place) / "logits.safetensors"
         request = {"folder": str(folder), "backend": otherwise, "logits": str(logits), **asdict(asked)}
@@ -82,26 +74,3 @@ def _read_rows(path: Path, asked: Asked) -> list[Row]:
 
     found = load_file(path)
     return [found[f"{number} {token}"] for number, token in asked.places]
-
-
-def main() -> None:
-    """Answer one request from standard input as `finetune.backends.torch.plain` does, through one of our backends."""
-    from safetensors.numpy import save_file
-
-    request: dict[str, Any] = json.load(sys.stdin)
-    asked = Asked(
-        prompts=tuple(map(tuple, request["prompts"])),
-        steps=tuple(request["steps"]),
-        stops=tuple(request["stops"]),
-        path=tuple(map(tuple, request["path"])),
-        places=tuple((number, token) for number, token in request["places"]),
-    )
-    location = ModelLocation(request["folder"], Path(request["folder"]), "local")
-    session = open_backend(request["backend"]).open(location, "float32", 0)
-    rows = zip(asked.places, rows_of(session, asked), strict=True)
-    save_file({f"{number} {token}": row for (number, token), row in rows}, request["logits"])
-    sys.stdout.write(json.dumps({"ids": answers_of(session, asked)}) + "\n")
-
-
-if __name__ == "__main__":
-    main()
