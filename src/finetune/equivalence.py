@@ -132,7 +132,8 @@ class _Comparison:
                 gguf = error
         stops = gguf.stops if isinstance(gguf, GgufWays) else result.encoder.stop_ids
         context = read_shape(result.folder).context_length
-        truth = tell_truth(result.open(), prompts or result.prompts(), steps, stops, context)
+        plain = [prompt for prompt in result.prompts() if len(prompt) < context]
+        truth = tell_truth(result.open(), prompts or plain, steps, stops, context)
         return cls(result, questions, gguf, truth)
 
     def trainer(self) -> Row:

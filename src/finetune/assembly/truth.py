@@ -37,11 +37,10 @@ def tell_truth(session: Session, prompts: Sequence[Ids], steps: int, stops: Ids,
     """Let the trainer answer.
 
     Args:
-        context: how many tokens the model reads; an answer ends there.
+        context: how many tokens the model reads; an answer ends there, and to a prompt as long as that there is none.
     """
-    kept = tuple(tuple(prompt) for prompt in prompts if 0 < len(prompt) < context)
-    rooms = tuple(min(steps, context - len(prompt)) for prompt in kept)
-    asked = Asked(kept, rooms, stops)
+    rooms = tuple(max(0, min(steps, context - len(prompt))) for prompt in prompts)
+    asked = Asked(tuple(prompts), rooms, stops)
     path = answers_of(session, asked)
     # Each token of an answer was chosen at a place, and so was its end, where it came before there was no room.
     places = [
