@@ -1,11 +1,13 @@
 """Writes a run's result, or a model, as GGUF; the file comes to its place only when llama.cpp computes the same."""
 
+import contextlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.artifacts.run_folder import RunFolder
 from finetune.artifacts.write import check_space, file_hash, make_folder, write_file
 from finetune.assembly.gguf_source import (
     Exportable,
@@ -77,7 +79,8 @@ def export(
     outtype = outtype or ("f32" if adapter_only else "f16")
     path = _place(output, run, source, f"adapter-{outtype}" if adapter_only else outtype)
     exportable = exportable_run(run, open_backend) if run else exportable_model(source, open_backend(backend))
-    return write_exportable(exportable, path, outtype, adapter_only=adapter_only, tell=tell)
+    with RunFolder(run).held() if run and output is None else contextlib.nullcontext():
+        return write_exportable(exportable, path, outtype, adapter_only=adapter_only, tell=tell)
 
 
 def write_exportable(
@@ -156,7 +159,7 @@ def _hold(check: Check) -> Check:
 
 def _place(output: Path | None, run: Path | None, source: str, kind: str) -> Path:
     name = source.rstrip("/").rsplit("/", 1)[-1]
-    path = output or (run / "gguf" / f"{name}-{kind}.gguf" if run else Path(f"{name}-{kind}.gguf"))
+    path = output or (RunFolder(run).gguf / f"{name}-{kind}.gguf" if run else Path(f"{name}-{kind}.gguf"))
     if path.exists():
         raise OutputError(f"{path} exists already", hint="remove it, or name another file with --output")
     if path.suffix != ".gguf":

@@ -61,7 +61,7 @@ def merge(run: Path, *, output: Path | None, dtype: Dtype | None, tell: Teller =
             none of these cases is there a folder.
     """
     result = open_result(run, open_backend)
-    path = output or run / "merged"
+    path = output or result.run.merged
     if os.path.lexists(path):
         raise OutputError(f"{path} exists already", hint="remove it, or name another folder with --output")
     weights = plan_weights(result, dtype)

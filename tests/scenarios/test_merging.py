@@ -75,11 +75,11 @@ def spoil_one_weight(path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_model_is_what_was_trained(kind: str, tmp_path: Path) -> None:
-    """P-MERGE: of each of 8 kinds, plain transformers says the same from disk, and not what the base says.
+    """P-MERGE: of each of 10 kinds, plain transformers says the same from disk, and not what the base says.
 
     The tokenizer gives the ids of the run's, untouched weights keep their bytes, and nothing of the sources moves.
     """
-    assert len(KINDS) == 8
+    assert len(KINDS) == 10
     result = open_result(tiny_run(tmp_path, kind), open_backend)
     before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
     weights = write(result, tmp_path / "merged")

@@ -22,6 +22,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "adapter.targets": ["k_proj"], "adapter.alpha": 5.0, "adapter.modules_to_save": ["lm_head", "model.norm"],
     }),
     "tied head": ("qwen3", {"adapter.targets": ["v_proj", "up_proj"], "adapter.alpha": 5.0}),
+    "rank-stabilized": ("llama", {
+        "adapter.targets": TARGETS, "adapter.alpha": 3.0, "adapter.scaling": "rank_stabilized",
+        "adapter.rank_pattern": {"k_proj": 5},
+    }),
+    "dora on llama": ("llama", {"adapter.targets": ["q_proj"], "adapter.alpha": 5.0, "adapter.kind": "dora"}),
     "gpt2": ("gpt2", {"adapter.targets": ["c_attn", "c_proj"], "adapter.alpha": 7.0}),
     "gpt2, dora": ("gpt2", {"adapter.targets": ["c_attn", "c_fc"], "adapter.alpha": 7.0, "adapter.kind": "dora"}),
     "whole model": ("llama", {"adapter.kind": "full"}),

@@ -40,6 +40,8 @@ class RunFolder:
         self.events = path / "events.jsonl"
         self.adapter = path / "adapter"
         self.model = path / "model"
+        self.merged = path / "merged"
+        self.gguf = path / "gguf"
         self.checkpoints = path / "checkpoints"
         self.report_page = path / "report.html"
         self.report_data = path / "report.json"
@@ -149,7 +151,8 @@ class RunFolder:
         """
         self.claim()
         try:
-            remove_torn(self.path)
+            for folder in (self.path, self.gguf):
+                remove_torn(folder)
             yield
         finally:
             self.release()

@@ -49,7 +49,7 @@ def merged_way(result: Result) -> OneWay:
     Raises:
         FineTuneError: there is one that is not what was written, or none can be made.
     """
-    kept = result.run.path / "merged"
+    kept = result.run.merged
     if not kept.exists():
         weights = plan_weights(result, None)
 
@@ -95,7 +95,7 @@ class GgufWays:
         keys = file_metadata(made_of, self.vocabulary)
         blueprint = plan_model(made_of.described, made_of.shape, made_of.source, keys, outtype)
         bound = max(BOUNDS[outtype], TABLE_BOUND if made_of.described.family.looks_up else 0.0)
-        found = sorted((self.result.run.path / "gguf").glob(f"*-{outtype}.gguf"))
+        found = sorted(self.result.run.gguf.glob(f"*-{outtype}.gguf"))
         kept = [file for file in found if not file.name.endswith(f"adapter-{outtype}.gguf")]
 
         def written(file: Path, asked: Asked) -> Told:
