@@ -16,6 +16,8 @@ pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'fine
 import gguf
 
 from finetune.artifacts.run_folder import RunFolder
+from finetune.assembly.merged import plan_weights, write_merged
+from finetune.assembly.result import open_result
 from finetune.assembly.ways import OneWay
 from finetune.backends import open_backend
 from finetune.cli.app import run as ft
@@ -25,7 +27,6 @@ from finetune.convert.drift import Asked, Told
 from finetune.equivalence import THROUGH, Equivalence, Row, compare_ways
 from finetune.errors import EvidenceError, UsageError
 from finetune.export import export
-from finetune.merging import merge
 from finetune.records import ModelLocation
 from scenarios.tiny_runs import tiny_run
 
@@ -135,7 +136,9 @@ def written(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("written")
     shutil.copytree(run.parent, place / "all")
     made = place / "all" / "run"
-    merge(made, output=None, dtype=None)
+    result = open_result(made, open_backend)
+    made.joinpath("merged").mkdir()
+    write_merged(result, plan_weights(result, None), made / "merged")
     export(str(made), outtype="f16", adapter_only=False, output=None, backend="torch", tell=lambda words: None)
     return made
 

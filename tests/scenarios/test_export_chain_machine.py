@@ -327,7 +327,8 @@ def test_export_chain_told_from_end_to_end() -> None:
 
 HURRIED = settings.get_current_profile_name().startswith("fast")
 ExportChain.TestCase.settings = settings(examples(1 / 24), stateful_step_count=settings().stateful_step_count // 2)
-test_export_chain_hands_on_what_was_trained = ExportChain.TestCase
+hurried = pytest.mark.skipif(HURRIED, reason="takes a minute: HYPOTHESIS_PROFILE=ci has time for it")
+test_export_chain_hands_on_what_was_trained = hurried(ExportChain.TestCase)
 
 
 @pytest.mark.parametrize("by", ["power", "full"])
@@ -354,5 +355,4 @@ class TorchChain(ExportChain):
 
 
 TorchChain.TestCase.settings = examples(1 / 25)
-hurried = pytest.mark.skipif(HURRIED, reason="takes minutes: HYPOTHESIS_PROFILE=ci has time for it")
 test_export_chain_with_torch = hurried(TorchChain.TestCase)
