@@ -90,7 +90,7 @@ def test_merged_model_is_what_was_trained(kind: str, tmp_path: Path) -> None:
     drift = truth.drift(through_transformers(tmp_path / "merged", truth))
     assert problems(drift, 1e-4) == []
     assert drift.partings == ()
-    assert drift.places >= len(truth.asked.prompts) > 10
+    assert drift.places > 10
     base = truth.drift(through_transformers(tmp_path / "model", truth))
     assert any("spreads" in words for words in problems(base, 1e-3))
     assert list(merged_problems(result, weights, tmp_path / "merged")) == []
