@@ -34,8 +34,9 @@ def write_base(folder: Path, kinds: list[str], shards: int) -> Files:
     shapes = {"a.weight": (6, 4), "b.weight": (3, 6), "c.weight": (5,), "d.weight": (2, 3)}
     entries: dict[str, tuple[str, tuple[int, ...], bytes]] = {"mask": ("U8", (3,), bytes((0, 1, 255)))}
     for (name, shape), kind in zip(shapes.items(), kinds, strict=True):
-        weight = dice.normal(0, 2, shape).astype(np.float32)
-        raw = (weight.view(np.uint32) >> 16).astype(np.uint16) if kind == "BF16" else weight.astype(_NUMPY[kind])
+        weight = dice.normal(0, 2, shape)
+        upper = (weight.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        raw = upper if kind == "BF16" else weight.astype(_NUMPY[kind])
         entries[name] = (kind, shape, raw.tobytes())
     paths = []
     for number in range(shards):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.console import print_data, print_json, say
+from finetune.cli.console import print_examined, say
 from finetune.cli.options import AsJson, RunPath
 from finetune.errors import UsageError
 
@@ -29,12 +29,5 @@ def command(run: RunPath, *, output: Folder = None, dtype: Stored = None, json_o
             f"--dtype {dtype!r} is not one of: {', '.join(DTYPES)}", hint="leave it out to keep the base's"
         )
     done = merge(run, output=output, dtype=chosen, tell=say)
-    for note in done.notes:
-        say(f"note: {note}")
-    if json_output:
-        print_json(done.as_dict())
-        return 0
-    for check in done.checks:
-        say(f"{check.stage}: {check.measured}")
-    print_data(str(done.path))
+    print_examined(done, as_json=json_output)
     return 0
