@@ -1,15 +1,22 @@
 """Writes a run's result, or a model, as GGUF; the file comes to its place only when llama.cpp computes the same."""
 
-import shutil
+import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from finetune.artifacts.write import file_hash, make_folder, write_file
-from finetune.assembly.gguf_source import Exportable, exportable_model, exportable_run
+from finetune.artifacts.run_folder import RunFolder
+from finetune.artifacts.write import check_space, file_hash, make_folder, write_file
+from finetune.assembly.gguf_source import (
+    Exportable,
+    all_stops,
+    exportable_model,
+    exportable_run,
+    file_metadata,
+    require_gguf,
+)
 from finetune.backends import open_backend
 from finetune.convert.blueprint import Blueprint, plan_adapter, plan_model
 from finetune.convert.compare import BOUNDS, TABLE_BOUND, Trainer, compare, prepare_questions
@@ -17,9 +24,9 @@ from finetune.convert.corpus import nasty_texts
 from finetune.convert.llama_cpp import ask_llama_cpp
 from finetune.convert.outtypes import BLOCKS, QUANTISED, Outtype
 from finetune.convert.read_back import Check, read_back
-from finetune.convert.vocabulary import STOPS_BY_NAME, Vocabulary, describe_vocabulary, serving_template
+from finetune.convert.vocabulary import Vocabulary, describe_vocabulary
 from finetune.convert.write import write_gguf
-from finetune.errors import ExportError, MissingExtraError, ModelError, OutputError
+from finetune.errors import ExportError, ModelError, OutputError
 
 STEPS = 24
 """How many greedy tokens are compared."""
@@ -68,12 +75,13 @@ def export(
         FineTuneError: it was refused, the disk did not take it, or the file does not compute what was trained; in
             none of these cases is there a file.
     """
-    _require_libraries()
+    require_gguf()
     run = Path(source) if (Path(source) / "plan.yaml").exists() else None
     outtype = outtype or ("f32" if adapter_only else "f16")
     path = _place(output, run, source, f"adapter-{outtype}" if adapter_only else outtype)
     exportable = exportable_run(run, open_backend) if run else exportable_model(source, open_backend(backend))
-    return write_exportable(exportable, path, outtype, adapter_only=adapter_only, tell=tell)
+    with RunFolder(run).held() if run and output is None else contextlib.nullcontext():
+        return write_exportable(exportable, path, outtype, adapter_only=adapter_only, tell=tell)
 
 
 def write_exportable(
@@ -90,7 +98,7 @@ def write_exportable(
         FineTuneError: as `export`.
     """
     vocabulary = describe_vocabulary(exportable.tokenizer.description(), exportable.special, exportable.rows)
-    keys = _metadata(exportable, vocabulary)
+    keys = file_metadata(exportable, vocabulary)
     described, shape = exportable.described, exportable.shape
     under = twin = None
     if adapter_only:
@@ -103,7 +111,11 @@ def write_exportable(
         blueprint = plan_model(described, shape, exportable.source, keys, outtype)
         twin = plan_whole(exportable, "f32") if outtype in QUANTISED else None
     make_folder(path.parent)
-    _check_space(path, blueprint.bytes + sum(other.bytes for other in (under, twin) if other))
+    check_space(
+        path,
+        blueprint.bytes + sum(other.bytes for other in (under, twin) if other),
+        smaller="a smaller --outtype",
+    )
     examined: list[Check] = []
 
     def fill(temporary: Path) -> None:
@@ -128,19 +140,8 @@ def plan_whole(exportable: Exportable, outtype: Outtype) -> Blueprint:
         ModelError: something of it has no place in GGUF.
     """
     vocabulary = describe_vocabulary(exportable.tokenizer.description(), exportable.special, exportable.rows)
-    keys = _metadata(exportable, vocabulary)
+    keys = file_metadata(exportable, vocabulary)
     return plan_model(exportable.described, exportable.shape, exportable.source, keys, outtype)
-
-
-def _metadata(exportable: Exportable, vocabulary: Vocabulary) -> dict[str, Any]:
-    keys = {**exportable.naming, **vocabulary.metadata}
-    name = str(keys["general.name"])
-    if vocabulary.needs_strip is not any(word in name.lower() for word in ("phi-3", "phi3")):
-        # By the model's name alone llama.cpp decides whether control tokens swallow the space after them.
-        keys["general.name"] = f"phi-3 {name}" if vocabulary.needs_strip else name.lower().replace("phi", "phi ")
-    if exportable.template is not None:
-        keys["tokenizer.chat_template"] = serving_template(exportable.template, exportable.special)
-    return keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +158,7 @@ class _Files:
 
 
 def _examine(exportable: Exportable, vocabulary: Vocabulary, files: _Files) -> Iterator[Check]:
-    texts: list[str] = vocabulary.metadata["tokenizer.ggml.tokens"]
-    named = (number for number, text in enumerate(texts) if text in STOPS_BY_NAME)
-    stops = tuple(dict.fromkeys([*exportable.special.stops, *named]))
-    trainer = Trainer(exportable.tokenizer, exportable.open(), stops)
+    trainer = Trainer(exportable.tokenizer, exportable.open(), all_stops(exportable, vocabulary))
     corpus = nasty_texts(
         [token["content"] for token in exportable.tokenizer.description()["added_tokens"]], vocabulary.form
     )
@@ -202,27 +200,11 @@ def _hold(check: Check, outtype: Outtype = "f32") -> Check:
     )
 
 
-def _require_libraries() -> None:
-    if missing := [library for library in ("gguf", "xllamacpp") if find_spec(library) is None]:
-        raise MissingExtraError(
-            f"ft export needs {', '.join(missing)}, which is not installed", hint="pip install 'finetune-suite[gguf]'"
-        )
-
-
 def _place(output: Path | None, run: Path | None, source: str, kind: str) -> Path:
     name = source.rstrip("/").rsplit("/", 1)[-1]
-    path = output or (run / "gguf" / f"{name}-{kind}.gguf" if run else Path(f"{name}-{kind}.gguf"))
+    path = output or (RunFolder(run).gguf / f"{name}-{kind}.gguf" if run else Path(f"{name}-{kind}.gguf"))
     if path.exists():
         raise OutputError(f"{path} exists already", hint="remove it, or name another file with --output")
     if path.suffix != ".gguf":
         raise OutputError(f"output {path} does not end with .gguf", hint="name the file, not its folder")
     return path
-
-
-def _check_space(path: Path, wanted: int) -> None:
-    free = shutil.disk_usage(path.parent).free
-    if wanted > free:
-        raise OutputError(
-            f"{path} takes about {wanted / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free",
-            hint="free some space, choose another --output, or a smaller --outtype",
-        )

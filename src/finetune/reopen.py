@@ -6,11 +6,11 @@ from pathlib import Path
 from finetune.artifacts.run_folder import RunFolder
 from finetune.assembly.encoder import Encoder
 from finetune.assembly.observe import Observation, observe
-from finetune.assembly.prepare import Prepared, prepare
-from finetune.assembly.record import data_files
-from finetune.assembly.saved import changed, open_encoder, open_tuned, saved_in
+from finetune.assembly.prepare import Prepared
+from finetune.assembly.result import prepare_again
+from finetune.assembly.saved import open_encoder, open_tuned, saved_in
 from finetune.backends import open_backend
-from finetune.config import LoadedConfig, TrainingConfig, load_plan
+from finetune.config import TrainingConfig, load_plan
 from finetune.errors import DataError, TemplateError
 from finetune.models.locate import locate_model
 from finetune.models.shape import read_shape
@@ -25,13 +25,7 @@ def reopen(path: Path) -> tuple[Prepared, Session]:
         FineTuneError: the run is not finished, or its model, data or adapter cannot be used any more.
     """
     folder = RunFolder.finished(path)
-    plan = load_plan(folder.plan)
-    prepared = prepare(LoadedConfig(plan.config, plan.origins))
-    if differing := changed(folder.read_manifest()["data"].get("files"), data_files(prepared)):
-        raise DataError(
-            f"the data that {path} was trained on has changed since: {', '.join(differing)}",
-            hint="restore the files of run.json",
-        )
+    plan, prepared = load_plan(folder.plan), prepare_again(folder)
     template = saved_in(folder, plan.config) / "chat_template.jinja"
     if template.read_text(encoding="utf-8") != prepared.encoder.source.jinja:
         raise TemplateError(f"the template that {path} was trained with has changed since", hint="restore the file")

@@ -16,7 +16,8 @@ RANKS = {
     "data": 2, "templates": 2, "tokens": 2, "models": 2, "training": 2, "artifacts": 2, "evaluation": 2,
     "criteria": 2, "memory": 2, "report": 2, "tracking": 2, "convert": 2, "deploy": 2,
     "backends": 3, "assembly": 3,
-    "pipeline": 4, "reopen": 4, "export": 4, "deployment": 4, "launch": 4, "reference_model": 4, "verify": 4,
+    "pipeline": 4, "reopen": 4, "export": 4, "merging": 4, "equivalence": 4, "deployment": 4, "launch": 4,
+    "reference_model": 4, "verify": 4,
     "cli": 5,
 }  # fmt: skip
 FRAMEWORKS = {"torch", "transformers", "peft", "mlx", "mlx_lm", "accelerate", "trl", "tensorflow", "jax"}

@@ -1,6 +1,7 @@
 """Laws of the models room: what is no whole, honest model is refused by name before a weight is loaded."""
 
 import json
+import shutil
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -224,6 +225,56 @@ def test_index_broken_is_refused(text: str, tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     with pytest.raises(ModelError, match=r"index\.json"):
         read_shape(folder)
+
+
+LINKS = {"../outside.safetensors": False, "../beside/w.safetensors": False, "real.safetensors": True, "/": False}
+
+
+@pytest.mark.parametrize("target", LINKS)
+@pytest.mark.parametrize("indexed", [False, True])
+def test_weights_that_lead_out_of_the_folder_are_refused(target: str, indexed: bool, tmp_path: Path) -> None:
+    """A weights file that is a link is read where it stays in its folder, and refused by name where it leads out."""
+    folder = write_model(tmp_path / "model")
+    (tmp_path / "beside").mkdir()
+    for outside in (tmp_path / "outside.safetensors", tmp_path / "beside" / "w.safetensors"):
+        shutil.copy(folder / "model.safetensors", outside)
+    (folder / "model.safetensors").rename(folder / "real.safetensors")
+    name = "model-00001-of-00001.safetensors" if indexed else "model.safetensors"
+    (folder / name).symlink_to(tmp_path / "outside.safetensors" if target == "/" else target)
+    if indexed:
+        write_index(folder, dict.fromkeys(tensors(), name))
+    if LINKS[target]:
+        assert weight_files(folder) == [folder / name]
+    else:
+        with pytest.raises(ModelError, match="leads out of its folder") as caught:
+            read_shape(folder)
+        assert (name in caught.value.message, bool(caught.value.hint)) == (True, True)
+
+
+def test_weights_of_the_hubs_cache_are_read_through_its_links(tmp_path: Path) -> None:
+    """A snapshot's links into the blobs of its own repository are how the hub keeps files; another's are refused."""
+    cache = tmp_path / "models--a--b"
+    (cache / "blobs").mkdir(parents=True)
+    folder = write_model(cache / "snapshots" / "123")
+    for file in sorted(folder.iterdir()):
+        blob = file.rename(cache / "blobs" / f"hash-of-{file.name}")
+        file.symlink_to(f"../../blobs/{blob.name}")
+    assert read_shape(folder).weights.keys() == tensors().keys()
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../../../outside")
+    write_model(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "outside")
+    with pytest.raises(ModelError, match="leads out"):
+        read_shape(folder)
+
+
+def test_two_sets_of_weights_are_refused(tmp_path: Path) -> None:
+    """Where the index passes over model.safetensors, programs would read different weights: refused with both names."""
+    folder = write_model(tmp_path, shards=2)
+    assert len(weight_files(folder)) == 2
+    shutil.copy(weight_files(folder)[0], folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"model\.safetensors, and model\.safetensors\.index\.json names other files"):
+        weight_files(folder)
 
 
 BROKEN_CONFIGS = ["", "{", "[]", "3", "null", "[" * 50_000, '{"a": ' + "9" * 5000 + "}", '"\ud800"']

@@ -41,7 +41,9 @@ def test_readme_commands_of_ft_do_what_they_say(tmp_path: Path) -> None:
         "report",
         "evaluate",
         "chat",
+        "merge",
         "export",
+        "compare",
     ]
     rows = [{"prompt": f"What is {number} plus 1?", "completion": str(number + 1)} for number in range(9)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

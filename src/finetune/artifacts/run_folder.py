@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -40,6 +40,8 @@ class RunFolder:
         self.events = path / "events.jsonl"
         self.adapter = path / "adapter"
         self.model = path / "model"
+        self.merged = path / "merged"
+        self.gguf = path / "gguf"
         self.checkpoints = path / "checkpoints"
         self.report_page = path / "report.html"
         self.report_data = path / "report.json"
@@ -139,6 +141,21 @@ class RunFolder:
             self.holder.unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep everybody else out for a while, and clear what one that was killed has left half written.
+
+        Raises:
+            OutputError: as `claim`.
+        """
+        self.claim()
+        try:
+            for folder in (self.path, self.gguf):
+                remove_torn(folder)
+            yield
+        finally:
+            self.release()
 
     def describe(self) -> list[dict[str, Any]]:
         """Path, size and hash of every file of the run; the lock is none of them."""

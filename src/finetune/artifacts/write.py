@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import StorageError
+from finetune.errors import OutputError, StorageError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -70,6 +70,20 @@ def make_folder(path: Path) -> None:
     """
     with storage_errors(path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+def check_space(path: Path, wanted: int, *, smaller: str) -> None:
+    """Refuse to write what the disk has no room for; `smaller` says how less can be written.
+
+    Raises:
+        OutputError: it has not, where the folder that `path` is in lies.
+    """
+    free = shutil.disk_usage(path.parent).free
+    if wanted > free:
+        raise OutputError(
+            f"{path} takes about {wanted / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free",
+            hint=f"free some space, choose another --output, or {smaller}",
+        )
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:

@@ -3,27 +3,21 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from finetune.artifacts.run_folder import RunFolder
-from finetune.assembly.saved import check_saved, open_encoder, open_tuned
-from finetune.config import TrainingConfig, load_plan
+from finetune.assembly.result import Result, licence, open_result, plain_prompts
 from finetune.convert.families import Described, describe_model
 from finetune.convert.sources import Adapter, Files, Merged, Source
-from finetune.convert.vocabulary import Special
-from finetune.errors import ModelError
+from finetune.convert.vocabulary import STOPS_BY_NAME, Special, Vocabulary, serving_template
+from finetune.errors import MissingExtraError
 from finetune.models.locate import locate_model
-from finetune.models.peft_files import WEIGHTS, read_settings
 from finetune.models.shape import read_shape, weight_files
 from finetune.ports import Backend, Session
-from finetune.records import Conversation, Message, ModelLocation, ModelShape
+from finetune.records import ModelLocation, ModelShape
 from finetune.tokens.tokenizer import FileTokenizer
 
-MOST_QUESTIONS = 32
-_PROMPTS = ("Hello", "The capital of France is", "1 2 3 4 5 6 7", "def main():\n    ", "a b c d e f g " * 100)
 _TABLES = ("embed_tokens.weight", "wte.weight")
 
 
@@ -60,36 +54,29 @@ def exportable_run(path: Path, open_backend: Callable[[str], Backend]) -> Export
     Raises:
         FineTuneError: the run is not finished, a file of it has changed, or the model cannot be written as GGUF.
     """
-    folder = RunFolder.finished(path)
-    config, manifest = load_plan(folder.plan).config, folder.read_manifest()
-    location = locate_model(config.model.path, revision=config.model.revision)
-    saved = check_saved(folder, config, location)
-    whole = saved == folder.model
-    encoder = open_encoder(folder, config, location)
-    shape, described = _describe(saved if whole else location.folder)
-    adapter = None
-    if not whole:
-        adapter = Adapter(saved / WEIGHTS, read_settings(saved, turned=bool(described.family.turned)))
-    asked = ((manifest.get("scores") or {}).get("learning") or {}).get("tuned") or {"answers": []}
-    questions = [answer["question"] for answer in asked["answers"][:MOST_QUESTIONS]]
-    prompts = [encoder.prompt_ids(Conversation((Message("user", text),), "export")) for text in questions]
+    return exportable_result(open_result(path, open_backend))
 
-    def opener(place: ModelLocation) -> Session:
-        backend = open_backend(config.backend)
-        return backend.open(place, "float32", encoder.tokenizer.pad_id, device=config.model.device)
 
+def exportable_result(result: Result) -> Exportable:
+    """What a run that was opened has trained.
+
+    Raises:
+        FineTuneError: the model cannot be written as GGUF.
+    """
+    encoder = result.encoder
+    shape, described = _describe(result.folder)
     return Exportable(
         shape,
         described,
-        Files(weight_files(saved if whole else location.folder)),
-        adapter,
+        Files(weight_files(result.folder)),
+        result.adapter(),
         encoder.tokenizer,
         encoder.source.jinja,
         _special(encoder.tokenizer, encoder.stop_ids),
-        (*prompts, *_plain_prompts(encoder.tokenizer)),
-        _naming(location, manifest),
-        lambda: open_tuned(folder, config, location, opener),
-        _quantized_notes(config),
+        result.prompts(),
+        _naming(result.location, result.manifest),
+        result.open,
+        result.quantized_notes,
     )
 
 
@@ -110,19 +97,41 @@ def exportable_model(name: str, backend: Backend) -> Exportable:
         tokenizer,
         tokenizer.chat_template,
         _special(tokenizer, tokenizer.stop_ids),
-        _plain_prompts(tokenizer),
+        plain_prompts(tokenizer),
         _naming(location, None),
         lambda: backend.open(location, "float32", tokenizer.pad_id),
     )
 
 
-def _quantized_notes(config: TrainingConfig) -> tuple[str, ...]:
-    if config.model.quantize is None:
-        return ()
-    return (
-        f"the adapter learned on a base that was quantised to {config.model.quantize} as it was loaded; the file holds "
-        "the full base with that adapter, and is held to what the full base computes with it",
-    )
+def require_gguf() -> None:
+    """Refuse what needs libraries that are not installed.
+
+    Raises:
+        MissingExtraError: the extra to install is named.
+    """
+    if missing := [library for library in ("gguf", "xllamacpp") if find_spec(library) is None]:
+        raise MissingExtraError(
+            f"GGUF needs {', '.join(missing)}, which is not installed", hint="pip install 'finetune-suite[gguf]'"
+        )
+
+
+def file_metadata(exportable: Exportable, vocabulary: Vocabulary) -> dict[str, Any]:
+    """The keys of the file beside those of the architecture: names, tokenizer, template."""
+    keys = {**exportable.naming, **vocabulary.metadata}
+    name = str(keys["general.name"])
+    if vocabulary.needs_strip is not any(word in name.lower() for word in ("phi-3", "phi3")):
+        # By the model's name alone llama.cpp decides whether control tokens swallow the space after them.
+        keys["general.name"] = f"phi-3 {name}" if vocabulary.needs_strip else name.lower().replace("phi", "phi ")
+    if exportable.template is not None:
+        keys["tokenizer.chat_template"] = serving_template(exportable.template, exportable.special)
+    return keys
+
+
+def all_stops(exportable: Exportable, vocabulary: Vocabulary) -> tuple[int, ...]:
+    """The ids at which an answer ends, those at which llama.cpp stops by itself, for their names, among them."""
+    texts: list[str] = vocabulary.metadata["tokenizer.ggml.tokens"]
+    named = (number for number, text in enumerate(texts) if text in STOPS_BY_NAME)
+    return tuple(dict.fromkeys([*exportable.special.stops, *named]))
 
 
 def _describe(folder: Path) -> tuple[ModelShape, Described]:
@@ -139,17 +148,12 @@ def _special(tokenizer: FileTokenizer, stops: tuple[int, ...]) -> Special:
     return Special(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, stops, tokenizer.adds_bos)
 
 
-def _plain_prompts(tokenizer: FileTokenizer) -> tuple[tuple[int, ...], ...]:
-    bos = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
-    return tuple((*bos, *tokenizer.encode_content(text)) for text in _PROMPTS)
-
-
 def _naming(location: ModelLocation, manifest: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the file says of where the model comes from: base model, data set, licence."""
     name = location.name.rstrip("/").rsplit("/", 1)[-1]
     keys: dict[str, Any] = {"general.name": name}
-    if licence := _licence(location.folder / "README.md"):
-        keys["general.license"] = licence
+    if named := licence(location.folder):
+        keys["general.license"] = named
     if manifest is None:
         return keys
     keys |= {
@@ -167,17 +171,3 @@ def _naming(location: ModelLocation, manifest: Mapping[str, Any] | None) -> dict
         keys["general.dataset.count"] = len(files)
         keys |= {f"general.dataset.{index}.name": Path(file).name for index, file in enumerate(files)}
     return keys
-
-
-def _licence(card: Path) -> str:
-    """The licence that a model card names at its head; empty where there is none."""
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    parts = text.split("---\n", 2)
-    if not text.startswith("---\n") or len(parts) < 3:
-        return ""
-    try:
-        head = yaml.safe_load(parts[1])
-    except yaml.YAMLError as error:
-        raise ModelError(f"{card}: the head of the model card is no YAML: {error}", hint="mend it") from None
-    licence = head.get("license") if isinstance(head, dict) else None
-    return licence if isinstance(licence, str) else ""

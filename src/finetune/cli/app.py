@@ -7,7 +7,20 @@ from collections.abc import Callable
 
 import typer
 
-from finetune.cli import chat, check, deploy, estimate, evaluate, export, init, report, schema, train
+from finetune.cli import (
+    chat,
+    check,
+    compare,
+    deploy,
+    estimate,
+    evaluate,
+    export,
+    init,
+    merge,
+    report,
+    schema,
+    train,
+)
 from finetune.cli.console import say
 from finetune.errors import FineTuneError
 from finetune.place import rank_of
@@ -21,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (train, check, estimate, init, schema, evaluate, chat, report, export, deploy):
+for verb in (train, check, estimate, init, schema, evaluate, chat, report, merge, export, compare, deploy):
     app.command(verb.__name__.rsplit(".", 1)[-1])(verb.command)
 
 

@@ -25,6 +25,18 @@ def print_json(value: Any) -> None:
     print_data(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
 
 
+def print_examined(done: Any, *, as_json: bool) -> None:
+    """Print what was written and examined: its place as data, its notes and checks beside that; or all as JSON."""
+    for note in done.notes:
+        say(f"note: {note}")
+    if as_json:
+        print_json(done.as_dict())
+        return
+    for check in done.checks:
+        say(f"{check.stage}: {check.measured}")
+    print_data(str(done.path))
+
+
 def data_console() -> "Console":
     """A rich console on standard output; plain and 100 columns wide where that is no terminal."""
     from rich.console import Console

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.console import print_data, print_json, say
+from finetune.cli.console import print_examined, say
 from finetune.cli.options import AsJson
 from finetune.errors import UsageError
 
@@ -45,12 +45,5 @@ def command(
             hint="llama.cpp's own llama-quantize makes it from the f16 file" if quantised else "",
         )
     done = export(run, outtype=chosen, adapter_only=adapter_only, output=output, backend=backend, tell=say)
-    for note in done.notes:
-        say(f"note: {note}")
-    if json_output:
-        print_json(done.as_dict())
-        return 0
-    for check in done.checks:
-        say(f"{check.stage}: {check.measured}")
-    print_data(str(done.path))
+    print_examined(done, as_json=json_output)
     return 0

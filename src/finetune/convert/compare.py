@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.convert.llama_cpp import Answers, Continuation, Next, Questions
+from finetune.convert.drift import Next, distance, first_difference, log_softmax
+from finetune.convert.llama_cpp import Answers, Continuation, Questions
 from finetune.convert.outtypes import Outtype
 from finetune.convert.read_back import Check
 from finetune.ports import Session, Tokenizer
@@ -89,7 +90,7 @@ def _compare_tokens(tokenizer: Tokenizer, questions: Questions, answers: Answers
             ("markup", tokenizer.encode_markup(text), answers.markup[index]),
             ("text with what is put around it", [*bos, *plain], answers.around[index]),
         ):
-            if (place := _first_difference(own, theirs)) is not None:
+            if (place := first_difference(own, theirs)) is not None:
                 problems.append(
                     f"{kind} {text[:SHOWN]!r}: token {place} is {_at(own, place)} here and "
                     f"{_at(theirs, place)} in llama.cpp"
@@ -102,11 +103,11 @@ def _compare_logits(questions: Questions, wanted: Wanted, following: Sequence[Ne
     worst, first = 0.0, ""
     for index, (logits, told) in enumerate(zip(wanted.logits, following, strict=True)):
         row = logits[-1]
-        own = _log_softmax(row)[told.ids]
-        off = np.abs(own - told.logs)
-        distance = float(np.sqrt((off**2).mean()) / row.std())
-        worst = max(worst, distance)
-        if not distance <= bound and not first:
+        off_by = distance(row, told)
+        worst = max(worst, off_by)
+        if not off_by <= bound and not first:
+            own = log_softmax(row)[told.ids]
+            off = np.abs(own - told.logs)
             place = int(off.argmax())
             first = (
                 f"after {len(questions.sequences[index])} tokens of sequence {index}, the log probability of token "
@@ -122,7 +123,7 @@ def _compare_text(
     """Greedy text differs only where two tokens are as good as equal: within what logits may be off."""
     same, ties, first = 0, 0, ""
     for index, (own, told) in enumerate(zip(wanted.ids, continuations, strict=True)):
-        if (place := _first_difference(own, told.ids)) is None:
+        if (place := first_difference(own, told.ids)) is None:
             same += 1
             first = first or _text_problem(trainer, index, own, told)
             continue
@@ -148,18 +149,5 @@ def _text_problem(trainer: Trainer, index: int, own: Sequence[int], told: Contin
     return f"prompt {index}: the same ids are {text[:SHOWN]!r} here and {told.text[:SHOWN]!r} in llama.cpp"
 
 
-def _first_difference(own: Sequence[int], theirs: Sequence[int]) -> int | None:
-    if tuple(own) == tuple(theirs):
-        return None
-    pairs = zip(own, theirs, strict=False)
-    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(own), len(theirs)))
-
-
 def _at(ids: Sequence[int], place: int) -> str:
     return str(ids[place]) if place < len(ids) else "the end"
-
-
-def _log_softmax(row: Array) -> Array:
-    shifted = row - row.max()
-    logs: Array = shifted - np.log(np.exp(shifted).sum())
-    return logs

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from finetune.children import ask_child
+from finetune.convert.drift import Next
 from finetune.runtime import load_exact, post
 
 MOST_PROBABILITIES = 1000
@@ -46,14 +46,6 @@ class Continuation:
     ids: tuple[int, ...]
     text: str
     ended: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Next:
-    """The likeliest ids to follow a sequence, the likeliest first, and the logarithms of their probabilities."""
-
-    ids: NDArray[np.int64]
-    logs: NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)

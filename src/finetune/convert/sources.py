@@ -45,24 +45,52 @@ class Files:
         """The shape of one."""
         return tuple(self._entries[name][2]["shape"])
 
+    def kind(self, name: str) -> str:
+        """How one is stored, as safetensors calls it: F32, BF16, ..."""
+        return str(self._entries[name][2]["dtype"])
+
+    def size(self, name: str) -> int:
+        """How many bytes one takes."""
+        begin, end = self._entries[name][2]["data_offsets"]
+        return int(end - begin)
+
+    def file(self, name: str) -> Path:
+        """The file that holds one."""
+        return self._entries[name][0]
+
+    def raw(self, name: str) -> bytes:
+        """One, byte for byte as it is stored.
+
+        Raises:
+            ModelError: it is cut off.
+        """
+        path, start, entry = self._entries[name]
+        size = self.size(name)
+        try:
+            with path.open("rb") as file:
+                file.seek(start + entry["data_offsets"][0])
+                content = file.read(size)
+            if len(content) != size:
+                raise ValueError(f"{len(content)} of {size} bytes are there")
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path}: {name} cannot be read: {error}", hint="get the weights again") from None
+        return content
+
     def read(self, name: str) -> Array:
         """One, in float32.
 
         Raises:
             ModelError: it is stored as something else than a float, or cut off, or not finite.
         """
-        path, start, entry = self._entries[name]
+        path, _, entry = self._entries[name]
         if entry["dtype"] not in _DTYPES:
             raise ModelError(
                 f"{path}: {name} is stored as {entry['dtype']}; what can be exported: {', '.join(_DTYPES)}",
                 hint="export from weights that are not quantised",
             )
-        begin, end = entry["data_offsets"]
         try:
-            with path.open("rb") as file:
-                file.seek(start + begin)
-                raw = np.frombuffer(file.read(end - begin), _DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        except (OSError, ValueError) as error:
+            raw = np.frombuffer(self.raw(name), _DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        except ValueError as error:
             raise ModelError(f"{path}: {name} cannot be read: {error}", hint="get the weights again") from None
         if entry["dtype"] == "BF16":  # the upper half of a float32
             raw = (raw.astype(np.uint32) << 16).view(np.float32)
@@ -136,6 +164,10 @@ class Merged:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one."""
         return self._base.shape(name)
+
+    def changes(self, name: str) -> bool:
+        """Whether one is another than the base's."""
+        return name in self._whole or name in self._layers
 
     def read(self, name: str) -> Array:
         """One, with what was trained in it."""

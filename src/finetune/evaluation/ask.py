@@ -16,7 +16,15 @@ def ask(
     stop_ids: Sequence[int],
 ) -> Scores:
     """Ask every question once, greedily, and score the answers by exact match after `normalise`."""
-    said = session.generate([question.ids for question in questions], max_new_tokens, stop_ids)
+    return score(
+        questions, session.generate([question.ids for question in questions], max_new_tokens, stop_ids), decode
+    )
+
+
+def score(
+    questions: Sequence[Question], said: Sequence[Sequence[int]], decode: Callable[[Sequence[int]], str]
+) -> Scores:
+    """Score the ids that were said to each question by exact match after `normalise`."""
     answers = []
     for question, ids in zip(questions, said, strict=True):
         given = decode(ids).strip()

@@ -88,15 +88,39 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up the model: those its index names, or all of them.
 
     Raises:
-        ModelError: there is none, or the index is broken or names a file outside the folder or one that is missing.
+        ModelError: there is none, the index is broken or names a file outside the folder or one that is missing, a
+            file is a link that leads out of the folder, or the index passes over `model.safetensors`.
     """
+    single, indexed = folder / "model.safetensors", _indexed(folder)
+    files = indexed or ([single] if single.exists() else sorted(folder.glob("*.safetensors")))
+    if not files:
+        raise ModelError(f"{folder} holds no .safetensors weights", hint="get the model again")
+    if single.exists() and files != [single]:
+        raise ModelError(
+            f"{folder} holds model.safetensors, and model.safetensors.index.json names other files: transformers would "
+            "read the one, other programs the others",
+            hint="remove what is not the model",
+        )
+    for file in files:
+        refuse_leading_out(file)
+    return files
+
+
+def refuse_leading_out(file: Path) -> None:
+    """Refuse a link to a file outside its folder; the hub's own cache keeps what a snapshot names in `blobs`."""
+    folder, found = file.parent.resolve(), file.resolve()
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    if not (found.is_relative_to(folder) or found.is_relative_to(blobs)):
+        raise ModelError(
+            f"{file} is a link that leads out of its folder, to {found}", hint="put the file itself into the folder"
+        )
+
+
+def _indexed(folder: Path) -> list[Path]:
+    """The files that an index names; none where there is no index."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
-        single = folder / "model.safetensors"
-        files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ModelError(f"{folder} holds no .safetensors weights", hint="get the model again")
-        return files
+        return []
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:

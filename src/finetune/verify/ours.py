@@ -35,32 +35,33 @@ class Ours:
 
     def __init__(self, backend: str) -> None:
         self.name = f"finetune with {backend}"
-        self._backend = backend
+        self.backend = backend
 
     @cached_property
-    def _nursery(self) -> Nursery:
-        more = ["peft"] if self._backend == "torch" else []
-        return Nursery([*_IMPORTED, f"finetune.backends.{self._backend}.backend", *more])
+    def nursery(self) -> Nursery:
+        """What starts our processes."""
+        more = ["peft"] if self.backend == "torch" else []
+        return Nursery([*_IMPORTED, f"finetune.backends.{self.backend}.backend", *more])
 
     def close(self) -> None:
         """End the process that starts the others, if there is one."""
-        if "_nursery" in self.__dict__:
-            self._nursery.close()
-            del self._nursery
+        if "nursery" in self.__dict__:
+            self.nursery.close()
+            del self.nursery
 
     def train(self, task: Task, folder: Path, death: Death | None = None) -> Ending:
         """`ft train`, by a configuration that is put beside the folder."""
-        chosen: dict[str, Any] = {"backend": self._backend}
+        chosen: dict[str, Any] = {"backend": self.backend}
         for key, value in {**task.settings, "model.path": str(task.model), "data.train": str(task.data)}.items():
             section, _, name = key.partition(".")
             chosen.setdefault(section, {})[name] = value
         config = folder.with_name(f"{folder.name}.yaml")
         config.write_text(json.dumps(chosen), encoding="utf-8")
-        return self._ft(folder, death, "train", str(config), "--output", str(folder))
+        return self.ft(folder, death, "train", str(config), "--output", str(folder))
 
     def resume(self, folder: Path, death: Death | None = None) -> Ending:
         """`ft train --resume`."""
-        return self._ft(folder, death, "train", "--resume", "--output", str(folder))
+        return self.ft(folder, death, "train", "--resume", "--output", str(folder))
 
     def change(self, folder: Path, key: str, value: Any) -> None:
         """Write another value into the plan."""
@@ -72,10 +73,11 @@ class Ours:
 
     def evaluate(self, folder: Path) -> Ending:
         """`ft evaluate`."""
-        return self._ft(folder, None, "evaluate", str(folder), "--json")
+        return self.ft(folder, None, "evaluate", str(folder), "--json")
 
-    def _ft(self, folder: Path, death: Death | None, *words: str) -> Ending:
-        return self._nursery.run("finetune.cli:main", words, folder, death)
+    def ft(self, folder: Path, death: Death | None, *words: str) -> Ending:
+        """Run `ft` with these words; changes in the folder are counted."""
+        return self.nursery.run("finetune.cli:main", words, folder, death)
 
     def look(self, folder: Path) -> Look:
         """What the run folder holds."""
@@ -99,7 +101,7 @@ class Ours:
     def obey(self, folder: Path, keep: int, orders: Sequence[Order], death: Death | None = None) -> Ending:
         """What each order asks of one `CheckpointStore`."""
         words = [str(folder), str(keep), json.dumps([asdict(order) for order in orders])]
-        return self._nursery.run("finetune.verify.ours:follow_orders", words, folder, death)
+        return self.nursery.run("finetune.verify.ours:follow_orders", words, folder, death)
 
     def listed(self, folder: Path) -> Mapping[int, str]:
         """Every step of the store, each opened."""

@@ -99,6 +99,39 @@ class Trains(Subject, Protocol):
         ...
 
 
+@runtime_checkable
+class Exports(Trains, Protocol):
+    """It hands on what a finished run has trained: as a model folder, and as GGUF; and compares what it handed on.
+
+    As with `Trains`, each runs in a process of its own, and no trouble raises here.
+    """
+
+    def merge(self, folder: Path, death: Death | None = None) -> Ending:
+        """Fold the adapter of the run in a folder into its base, as a model folder below the run's."""
+        ...
+
+    def take_off(self, folder: Path) -> Ending:
+        """Fold the adapter in, take it off again, and say what is left.
+
+        Its answer is an object of JSON: whether the model's weights are `kept` byte for byte, whether it is the `base`
+        again in every logit, and whether it was `another` with the adapter on.
+        """
+        ...
+
+    def export(
+        self, source: Path, outtype: str, *, output: Path | None = None, alone: bool = False, death: Death | None = None
+    ) -> Ending:
+        """Write a run, or a model folder, as GGUF; where no output is named, below the run. `alone`: the adapter only.
+
+        Changes are counted in the folder of the output, or of the run.
+        """
+        ...
+
+    def compare(self, folder: Path, through: Sequence[str], death: Death | None = None) -> Ending:
+        """Hold what was handed on to the run; its answer is what `equivalence.json` holds."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
     """One thing to do with a store of checkpoints: save a step with this content, open one, or let go of the opened."""

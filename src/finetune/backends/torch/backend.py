@@ -13,7 +13,7 @@ from finetune.backends.torch.group import join_group
 from finetune.backends.torch.session import TorchSession
 from finetune.errors import ModelError, OutOfMemoryError
 from finetune.models.quantize import refuse_quantized
-from finetune.models.shape import read_config, read_shape
+from finetune.models.shape import read_config, read_shape, weight_files
 from finetune.ports import Group
 from finetune.records import ModelLocation, Quantization
 
@@ -83,6 +83,7 @@ def load_model(location: ModelLocation, dtype: str) -> Any:
     config = read_config(location.folder)
     _refuse_unknown(config, owner)
     _refuse_kernels(config, owner)
+    _refuse_other_weights(location.folder, config, owner)
     try:
         # Said outright: left open, transformers asks whoever is at the keyboard whether to run the model's own code.
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -156,6 +157,20 @@ def _refuse_kernels(config: Mapping[str, Any], owner: str) -> None:
                 f"{owner} has {key} {value!r} in its config.json, which this backend does not run",
                 hint=f"take {key} out of it: what computes attention is no property of the weights",
             )
+
+
+def _refuse_other_weights(folder: Path, config: Mapping[str, Any], owner: str) -> None:
+    """Refuse weights that transformers would read and nobody else, or that lie outside the folder.
+
+    Raises:
+        ModelError: as `weight_files`, or the config names a file of its own.
+    """
+    weight_files(folder)
+    if (named := config.get("transformers_weights")) is not None:
+        raise ModelError(
+            f"{owner} names weights for transformers alone in its config.json: transformers_weights {named!r}",
+            hint="call the file model.safetensors, and take that setting out",
+        )
 
 
 def _train_every_word(model: Any) -> None:

@@ -1,0 +1,66 @@
+"""`ft compare`: the same questions through every way to compute what was trained."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetune.cli.console import data_console, print_json, say
+from finetune.cli.options import AsJson, RunPath
+
+if TYPE_CHECKING:
+    from finetune.equivalence import Equivalence, Row
+
+Through = Annotated[
+    str | None,
+    typer.Option("--through", metavar="WAYS", help="Such as merged,mlx,gguf-q8_0. Default: every way there is."),
+]
+
+
+def command(run: RunPath, *, through: Through = None, json_output: AsJson = False) -> int:
+    """Ask a run's questions through every way to compute it, and hold each to the trainer.
+
+    Trainer, merged model, torch, MLX, reference and GGUF of each type: exact matches, the first token that differs, KL.
+    """
+    from finetune.equivalence import THROUGH, compare_ways
+
+    names = [name.strip() for name in through.split(",")] if through is not None else THROUGH
+    found = compare_ways(run, names, tell=say)
+    for note in found.notes:
+        say(f"note: {note}")
+    if json_output:
+        print_json(found.as_dict())
+    else:
+        _print(found)
+    return 0 if found.holds else 1
+
+
+def _print(found: "Equivalence") -> None:
+    from rich.table import Table
+
+    sets = list(found.asked)
+    table = Table("way", "outcome", *sets, "differ", "first difference", "mean KL", "worst KL", "off by", box=None)
+    for row in found.rows:
+        table.add_row(row.way, row.outcome, *(_right(found, row, name) for name in sets), *_drift(found, row))
+    data_console().print(table)
+    asked = " and ".join(f"{count} of {name}" for name, count in found.asked.items())
+    say(f"questions: {asked}; distributions at {found.tokens} tokens of the trainer's own answers")
+
+
+def _right(found: "Equivalence", row: "Row", name: str) -> str:
+    return f"{row.right[name]}/{found.asked[name]}" if name in row.right else ""
+
+
+def _drift(found: "Equivalence", row: "Row") -> tuple[str, ...]:
+    drift = row.drift
+    if drift is None:
+        return ("",) * 5
+    first = next(iter(drift.partings), None)
+    shown = ""
+    if first is not None:
+        own, theirs = (
+            "end" if token is None else repr(found.texts.get(token, "")) for token in (first.own, first.theirs)
+        )
+        shown = f"q{first.question} t{first.token}: {theirs} for {own}, {first.gap:.2g} nats"
+    if drift.mean_kl is None or drift.worst_kl is None or drift.distance is None:
+        return str(len(drift.partings)), shown, "", "", ""
+    return str(len(drift.partings)), shown, f"{drift.mean_kl:.1e}", f"{drift.worst_kl:.1e}", f"{drift.distance:.1e}"

@@ -1,0 +1,33 @@
+"""`ft merge`: a fine-tuned model as an ordinary model folder."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune.cli.console import print_examined, say
+from finetune.cli.options import AsJson, RunPath
+from finetune.errors import UsageError
+
+Folder = Annotated[
+    Path | None, typer.Option("--output", metavar="DIR", help="The folder to make. Default: merged below the run's.")
+]
+Stored = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16. Default: as the base.")]
+
+
+def command(run: RunPath, *, output: Folder = None, dtype: Stored = None, json_output: AsJson = False) -> int:
+    """Fold a run's adapter into its base: a Hugging Face model folder, held to the trainer in a fresh process.
+
+    Weights, answers and log probabilities are compared; the folder comes to its place only when all of them agree.
+    """
+    from finetune.convert.model_files import DTYPES
+    from finetune.merging import merge
+
+    chosen = next((known for known in DTYPES if known == dtype), None)
+    if dtype is not None and chosen is None:
+        raise UsageError(
+            f"--dtype {dtype!r} is not one of: {', '.join(DTYPES)}", hint="leave it out to keep the base's"
+        )
+    done = merge(run, output=output, dtype=chosen, tell=say)
+    print_examined(done, as_json=json_output)
+    return 0

@@ -1,0 +1,252 @@
+"""Every way to compute a run is held to its trainer: what is the same holds, what is not is named."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
+pytest.importorskip("mlx_lm", reason="needs the mlx extra: pip install 'finetune-suite[mlx]'")
+pytest.importorskip("gguf", reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
+pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
+
+import gguf
+
+from finetune.artifacts.run_folder import RunFolder
+from finetune.assembly.merged import plan_weights, write_merged
+from finetune.assembly.result import open_result
+from finetune.assembly.ways import OneWay
+from finetune.backends import open_backend
+from finetune.cli.app import run as ft
+from finetune.convert.answering import ask_session
+from finetune.convert.compare import BOUNDS
+from finetune.convert.drift import Asked, Told
+from finetune.equivalence import THROUGH, Equivalence, Row, compare_ways
+from finetune.errors import EvidenceError, UsageError
+from finetune.export import export
+from finetune.records import ModelLocation
+from scenarios.tiny_runs import tiny_run
+
+pytestmark = pytest.mark.tier2
+EXACT = ("merged", "mlx", "reference", "gguf-f32")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of torch."""
+    return tiny_run(tmp_path_factory.mktemp("compare"), "lora")
+
+
+def row_of(found: Equivalence, way: str) -> Row:
+    """The one row of a way."""
+    [row] = [row for row in found.rows if row.way == way]
+    return row
+
+
+def test_every_way_computes_what_was_trained(run: Path) -> None:
+    """P-CONV: the run's questions through all ways: equal where weights are in float32, within the bound where not.
+
+    The trainer scores as the run did, and nothing that the run wrote is another.
+    """
+    before = {path: path.read_bytes() for path in sorted(run.parent.rglob("*")) if path.is_file()}
+    found = compare_ways(run)
+    assert found.holds
+    assert [row.way for row in found.rows] == [name for name in THROUGH if name != "torch"]
+    for row in found.rows[1:]:
+        assert (row.outcome, row.reason) == ("holds", ""), row
+        assert row.drift is not None
+        assert row.drift.places == found.tokens >= 8
+        assert row.drift.questions == found.asked["learning"] >= 8
+        if row.way in EXACT:
+            assert row.drift.partings == ()
+            assert row.bound == BOUNDS["f32"]
+            assert row.right == found.rows[0].right
+    assert {row.bound for row in found.rows if row.way.startswith("gguf")} == set(BOUNDS.values())
+    coarse = row_of(found, "gguf-q8_0").drift
+    assert coarse is not None
+    assert coarse.mean_kl is not None
+    assert coarse.mean_kl > 1e-7
+    manifest = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert found.rows[0].right["learning"] == manifest["scores"]["learning"]["tuned"]["right"]
+    told = json.loads((run / "equivalence.json").read_text(encoding="utf-8"))
+    assert (told["outcome"], len(told["ways"])) == ("holds", len(THROUGH) - 1)
+    after = {path: path.read_bytes() for path in sorted(run.parent.rglob("*")) if path.is_file()}
+    assert after.pop(run / "equivalence.json")
+    assert after == before
+    files = {file["path"]: file["sha256"] for file in RunFolder(run).describe()}
+    assert all(files[file["path"]] == file["sha256"] for file in manifest["artifacts"])
+
+
+def answers(change: Callable[[Told], Told], folder: Path, run: Path) -> OneWay:
+    """A way that computes a model folder with torch, and changes what it tells."""
+
+    def ask(asked: Asked) -> Told:
+        session = open_backend("torch").open(ModelLocation("x", folder, "local"), "float32", 0)
+        if folder != run:
+            session.load_adapter(run / "adapter")
+        return change(ask_session(session, asked))
+
+    return OneWay("other", BOUNDS["f32"], "another server", ask)
+
+
+def _other_token(told: Told) -> Told:
+    first = (*told.ids[0][:1], (told.ids[0][1] + 1) % 640 if len(told.ids[0]) > 1 else 9)
+    return Told((first, *told.ids[1:]), told.following)
+
+
+def _shorter(told: Told) -> Told:
+    return Told((told.ids[0][:-1], *told.ids[1:]), None)
+
+
+CHANGES: dict[str, tuple[Callable[[Told], Told], str]] = {
+    "nothing": (lambda told: told, ""),
+    "answers alone": (lambda told: Told(told.ids, None), ""),
+    "another token": (_other_token, "question 0, token 1"),
+    "an answer ends early": (_shorter, "the end instead of token"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_way_is_held_to_the_trainer(change: str, run: Path) -> None:
+    """A server of somebody's own is judged as our ways are: by ids and, where it tells them, by distributions."""
+    tell, said = CHANGES[change]
+    found = compare_ways(run, (), more=[answers(tell, run.parent / "model", run)])
+    row = row_of(found, "other")
+    assert (row.outcome, said in row.reason) == ("broken" if said else "holds", True), row
+    assert found.holds == (not said)
+
+
+def test_the_base_is_not_taken_for_what_was_trained(run: Path) -> None:
+    """A200: where the adapter was left out, distributions say so."""
+    base = run.parent / "model"
+
+    def ask(asked: Asked) -> Told:
+        return ask_session(open_backend("torch").open(ModelLocation("x", base, "local"), "float32", 0), asked)
+
+    found = compare_ways(run, (), more=[OneWay("base", BOUNDS["f32"], "the base", ask)])
+    assert "spreads of the logits" in row_of(found, "base").reason
+
+
+@pytest.fixture(scope="module")
+def written(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run with what `ft merge` and `ft export` make of it."""
+    place = tmp_path_factory.mktemp("written")
+    shutil.copytree(run.parent, place / "all")
+    made = place / "all" / "run"
+    result = open_result(made, open_backend)
+    made.joinpath("merged").mkdir()
+    write_merged(result, plan_weights(result, None), made / "merged")
+    export(str(made), outtype="f16", adapter_only=False, output=None, backend="torch", tell=lambda words: None)
+    return made
+
+
+def test_what_was_written_is_what_is_compared(written: Path) -> None:
+    """Where a merged folder and a GGUF file lie in the run, those are asked, and hold."""
+    found = compare_ways(written, ("merged", "gguf-f16"))
+    assert [(row.outcome, row.what) for row in found.rows[1:]] == [
+        ("holds", "the model folder merged"),
+        ("holds", "llama.cpp on gguf/run-f16.gguf"),
+    ]
+
+
+def info_of(path: Path, number: int) -> tuple[int, int]:
+    """Where a tensor's description in a GGUF file has its first side and its offset."""
+    field = gguf.GGUFReader(path).tensors[number].field
+    name, sides = 8 + int(field.parts[0][0]), int(field.parts[2][0])
+    return field.offset + name + 4, field.offset + name + 4 + 8 * sides + 4
+
+
+def _at(place: Callable[[Path], int], value: int) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        content, at = bytearray(path.read_bytes()), place(path)
+        content[at : at + 8] = value.to_bytes(8, "little")
+        path.write_bytes(content)
+
+    return change
+
+
+def _flip(path: Path) -> None:
+    place = int(gguf.GGUFReader(path).tensors[5].data_offset) + 9
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x40
+    path.write_bytes(content)
+
+
+def _json_flip(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"llama", b"lloma", 1))
+
+
+GGUF, WEIGHTS = "gguf/run-f16.gguf", "merged/model.safetensors"
+SPOILT: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "cut in the middle": (GGUF, lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "whole"),
+    "cut by a byte": (GGUF, lambda path: path.write_bytes(path.read_bytes()[:-40]), "whole"),
+    "cut in the header": (GGUF, lambda path: path.write_bytes(path.read_bytes()[:300]), "whole"),
+    "empty": (GGUF, lambda path: path.write_bytes(b""), "whole"),
+    "no GGUF": (GGUF, lambda path: path.write_bytes(b"GGML" + path.read_bytes()[4:]), "whole"),
+    "one tensor fewer": (GGUF, _at(lambda path: 8, 3), "tensor"),
+    "more tensors than there are": (GGUF, _at(lambda path: 8, 2**40), "whole"),
+    "more keys than there are": (GGUF, _at(lambda path: 16, 2**40), "whole"),
+    "one key fewer": (GGUF, _at(lambda path: 16, 3), ""),
+    "a side too long": (GGUF, _at(lambda path: info_of(path, 3)[0], 2**62), ""),
+    "a side of nothing": (GGUF, _at(lambda path: info_of(path, 3)[0], 0), ""),
+    "an offset beyond the end": (GGUF, _at(lambda path: info_of(path, 3)[1], 2**62), ""),
+    "another tensor's offset": (GGUF, _at(lambda path: info_of(path, 3)[1], 0), "tensor"),
+    "a byte of a weight": (GGUF, _flip, "is off by"),
+    "another name": (GGUF, _json_flip, "key general."),
+    "weights cut": (WEIGHTS, lambda path: path.write_bytes(path.read_bytes()[:-9]), "cannot be read"),
+    "weights' header cut": (WEIGHTS, lambda path: path.write_bytes(path.read_bytes()[:50]), "corrupt"),
+    "a byte of merged weights": (
+        WEIGHTS, lambda path: path.write_bytes(path.read_bytes()[:-3] + b"\0\0\0"), "other numbers"
+    ),
+    "settings changed": ("merged/config.json", lambda path: path.write_text("{}"), "config.json has changed"),
+    "no tokenizer": ("merged/tokenizer.json", lambda path: path.unlink(), "tokenizer.json is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_what_is_damaged_is_told_by_name(what: str, written: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each of 20 ways to spoil a written file makes its way broken, with the file's name; nothing is touched."""
+    assert len(SPOILT) == 20
+    name, spoil, said = SPOILT[what]
+    path, kept = written / name, (written / name).read_bytes()
+    way = "gguf-f16" if name == GGUF else "merged"
+    spoil(path)
+    spoilt = path.read_bytes() if path.exists() else None
+    try:
+        code = ft(["compare", str(written), "--through", way, "--json"])
+        told = json.loads(capsys.readouterr().out)
+        [row] = [row for row in told["ways"] if row["way"] == way]
+        assert (code, told["outcome"], row["outcome"]) == (1, "broken", "broken"), row
+        assert path.name in row["reason"] or "merged" in row["reason"]
+        assert said in row["reason"]
+        assert "write it again" in row["reason"]
+        assert (path.read_bytes() if path.exists() else None) == spoilt
+    finally:
+        path.write_bytes(kept)
+
+
+def test_what_cannot_be_computed_is_skipped_with_the_reason(tmp_path: Path) -> None:
+    """A GPT-2 is none of the reference's models: skipped, never silent; where nothing is left, that is no success."""
+    run = tiny_run(tmp_path, "gpt2")
+    found = compare_ways(run, ("reference", "gguf-f32"))
+    assert row_of(found, "gguf-f32").outcome == "holds"
+    row = row_of(found, "reference")
+    assert (row.outcome, "computes 'llama' only" in row.reason) == ("skipped", True)
+    assert found.holds
+    with pytest.raises(EvidenceError, match="no way could be held to the trainer"):
+        compare_ways(run, ("reference",))
+    with pytest.raises(UsageError, match="no way 'llama'"):
+        compare_ways(run, ("llama",))
+    assert not list(run.glob(".*"))
+
+
+def test_table_says_what_the_file_says(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The terminal has a line for each way, with its outcome; what is not data goes elsewhere."""
+    assert ft(["compare", str(run), "--through", "reference"]) == 0
+    shown = capsys.readouterr()
+    lines = [line.split() for line in shown.out.splitlines() if line.strip()]
+    assert [line[:2] for line in lines] == [["way", "outcome"], ["trainer", "truth"], ["reference", "holds"]]
+    assert "asking the trainer" in shown.err

@@ -1,0 +1,71 @@
+"""Finished runs in seconds: tiny random models of several families, trained a little with adapters of every kind."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.config import load_config
+from finetune.pipeline import fine_tune
+from properties.workplace import QUICK, make_data, quick_end
+from scenarios.gguf_models import gpt2_like, make_model
+
+TARGETS = ["q_proj", "k_proj", "down_proj"]
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("llama", {"adapter.targets": TARGETS, "adapter.alpha": 7.0}),
+    "rank-stabilized, by patterns": ("llama with biases, Llama 3's rope", {
+        "adapter.targets": TARGETS, "adapter.alpha": 3.0, "adapter.scaling": "rank_stabilized",
+        "adapter.rank_pattern": {"k_proj": 5}, "adapter.alpha_pattern": {"layers.1.mlp.down_proj": 9.0},
+    }),
+    "dora": ("qwen2", {"adapter.targets": ["q_proj", "o_proj"], "adapter.alpha": 5.0, "adapter.kind": "dora"}),
+    "modules to save": ("llama", {
+        "adapter.targets": ["k_proj"], "adapter.alpha": 5.0, "adapter.modules_to_save": ["lm_head", "model.norm"],
+    }),
+    "tied head": ("qwen3", {"adapter.targets": ["v_proj", "up_proj"], "adapter.alpha": 5.0}),
+    "rank-stabilized": ("llama", {
+        "adapter.targets": TARGETS, "adapter.alpha": 3.0, "adapter.scaling": "rank_stabilized",
+        "adapter.rank_pattern": {"k_proj": 5},
+    }),
+    "dora on llama": ("llama", {"adapter.targets": ["q_proj"], "adapter.alpha": 5.0, "adapter.kind": "dora"}),
+    "gpt2": ("gpt2", {"adapter.targets": ["c_attn", "c_proj"], "adapter.alpha": 7.0}),
+    "gpt2, dora": ("gpt2", {"adapter.targets": ["c_attn", "c_fc"], "adapter.alpha": 7.0, "adapter.kind": "dora"}),
+    "whole model": ("llama", {"adapter.kind": "full"}),
+}  # fmt: skip
+"""The model and what differs from a plain run; together all kinds of weights that training can change."""
+
+
+def tiny_model(folder: Path, family: str) -> Path:
+    """A tiny random model whose tokenizer llama.cpp knows."""
+    make_model(family, folder)
+    gpt2_like(folder)
+    return folder
+
+
+def tiny_run(place: Path, kind: str, backend: str = "torch", changes: Mapping[str, Any] | None = None) -> Path:
+    """A finished run of this kind in `place`, beside its model and its data."""
+    family, chosen = KINDS[kind]
+    model = place / "model"
+    if not model.exists():
+        tiny_model(model, family)
+    data = make_data(place / "rows.jsonl", 9)
+    config = place / "config.json"
+    config.write_text(json.dumps(as_file({**chosen, **(changes or {})}, model, data, backend)), encoding="utf-8")
+    with quick_end():
+        fine_tune(load_config(config, environ={}, overrides={}, profile=None), output=place / "run")
+    return place / "run"
+
+
+def as_file(chosen: dict[str, Any], model: Path, data: Path, backend: str) -> dict[str, Any]:
+    """A configuration as its file has it."""
+    plain = {
+        key: value for key, value in QUICK.items() if key != "adapter.rank" or chosen.get("adapter.kind") != "full"
+    }
+    plain |= {"model.path": str(model), "data.train": str(data), "backend": backend, "training.learning_rate": 0.02}
+    sections: dict[str, Any] = {}
+    for key, value in (plain | chosen).items():
+        section, _, name = key.partition(".")
+        if name:
+            sections.setdefault(section, {})[name] = value
+        else:
+            sections[section] = value
+    return sections
