@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from finetune.artifacts.write import write_json
+from finetune.assembly.prepare import Prepared
 from finetune.assembly.result import Result, open_result
+from finetune.assembly.server_way import conversations_of
 from finetune.assembly.truth import Truth, tell_truth
 from finetune.assembly.ways import GgufWays, OneWay, backend_way, merged_way, open_gguf_ways
 from finetune.backends import open_backend
@@ -21,7 +23,8 @@ FORMAT = 1
 """The version of what `equivalence.json` holds."""
 TRAINER = "trainer"
 BACKENDS = ("torch", "mlx", "reference")
-THROUGH = (TRAINER, "merged", *BACKENDS, *(f"gguf-{outtype}" for outtype in OUTTYPES))
+SERVER = "server"
+THROUGH = (TRAINER, "merged", *BACKENDS, *(f"gguf-{outtype}" for outtype in OUTTYPES), SERVER)
 """The ways there are, in the order in which they are asked."""
 STEPS_WITHOUT_QUESTIONS = 24
 KL = "KL divergence in nats from the trainer's distribution, over every id that the way tells and the rest as one"
@@ -113,6 +116,7 @@ def compare_ways(
 @dataclass(frozen=True)
 class _Comparison:
     result: Result
+    prepared: Prepared
     questions: dict[str, tuple[Question, ...]]
     gguf: GgufWays | RefusedError | None
     truth: Truth
@@ -125,7 +129,7 @@ class _Comparison:
         prompts: list[Ids] = [question.ids for group in questions.values() for question in group]
         steps = result.config.evaluation.max_new_tokens if prompts else STEPS_WITHOUT_QUESTIONS
         gguf: GgufWays | RefusedError | None = None
-        if any(name.startswith("gguf-") for name in through):
+        if any(name == SERVER or name.startswith("gguf-") for name in through):
             try:
                 gguf = open_gguf_ways(result)
             except RefusedError as error:
@@ -134,7 +138,7 @@ class _Comparison:
         context = read_shape(result.folder).context_length
         plain = [prompt for prompt in result.prompts() if len(prompt) < context]
         truth = tell_truth(result.open(), prompts or plain, steps, stops, context)
-        return cls(result, questions, gguf, truth)
+        return cls(result, prepared, questions, gguf, truth)
 
     def trainer(self) -> Row:
         """The trainer's own row."""
@@ -159,6 +163,8 @@ class _Comparison:
             return (backend_way(self.result, name),)
         if name == "merged":
             return (merged_way(self.result),)
+        if isinstance(self.gguf, GgufWays) and name == SERVER:
+            return self.gguf.served(conversations_of(self.result.encoder, self.prepared))
         if isinstance(self.gguf, GgufWays):
             outtype: Outtype = next(known for known in get_args(Outtype) if name == f"gguf-{known}")
             return self.gguf.of(outtype)

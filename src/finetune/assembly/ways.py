@@ -1,7 +1,7 @@
 """The ways to compute what a run has trained: other backends, the merged model folder, and GGUF files of each type."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +11,7 @@ from finetune.artifacts.write import check_space, storage_errors
 from finetune.assembly.gguf_source import Exportable, all_stops, exportable_result, file_metadata, require_gguf
 from finetune.assembly.merged import merged_problems, plan_weights, write_merged, written_weights
 from finetune.assembly.result import Result
+from finetune.assembly.server_way import ask_server
 from finetune.convert.answering import ask_folder, ask_session
 from finetune.convert.blueprint import plan_model
 from finetune.convert.compare import BOUNDS, TABLE_BOUND
@@ -21,6 +22,7 @@ from finetune.convert.read_back import read_back
 from finetune.convert.vocabulary import Vocabulary, describe_vocabulary
 from finetune.convert.write import write_gguf
 from finetune.errors import ExportError, ModelError
+from finetune.records import Conversation
 
 Asker = Callable[[Asked], Told]
 
@@ -92,6 +94,25 @@ class GgufWays:
         Raises:
             FineTuneError: the model cannot be written so.
         """
+        return self._asked(f"gguf-{outtype}", outtype, partial(_ask_file, self.exportable))
+
+    def served(self, known: Mapping[Ids, Conversation]) -> tuple[OneWay, ...]:
+        """The chat API of llama.cpp's server on a file in f16.
+
+        Args:
+            known: conversations by the ids of their prompts.
+
+        Raises:
+            FineTuneError: the model cannot be written so.
+        """
+        return self._asked("server", "f16", partial(ask_server, known=known))[:1]
+
+    def _asked(self, name: str, outtype: Outtype, ask: Callable[[Path, Asked], Told]) -> tuple[OneWay, ...]:
+        """A way that asks a file, for each file there is.
+
+        Raises:
+            FineTuneError: the model cannot be written so.
+        """
         made_of = self.exportable
         keys = file_metadata(made_of, self.vocabulary)
         blueprint = plan_model(made_of.described, made_of.shape, made_of.source, keys, outtype)
@@ -101,14 +122,13 @@ class GgufWays:
 
         def written(file: Path, asked: Asked) -> Told:
             _refuse_damaged(file, read_back(blueprint, file).first)
-            return _ask_file(made_of, file, asked)
+            return ask(file, asked)
 
         def made(asked: Asked) -> Told:
             with _passing_folder(self.result, blueprint.bytes) as place:
                 write_gguf(blueprint, place / "model.gguf")
-                return _ask_file(made_of, place / "model.gguf", asked)
+                return ask(place / "model.gguf", asked)
 
-        name = f"gguf-{outtype}"
         ways = (OneWay(name, bound, f"llama.cpp on gguf/{file.name}", partial(written, file)) for file in kept)
         return tuple(ways) or (OneWay(name, bound, "llama.cpp on a file made for this", made),)
 

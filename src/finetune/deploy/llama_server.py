@@ -94,10 +94,23 @@ class LlamaServer:
         Raises:
             DeploymentError: as `ask`.
         """
-        told = self.ask("v1/chat/completions", {"messages": list(messages), "temperature": 0, "max_tokens": most})
+        told = self._complete(messages, most=most)
         [choice] = told["choices"]
         ended = choice["finish_reason"] == "stop"
         return Said(choice["message"]["content"] or "", ended, told["usage"]["prompt_tokens"])
+
+    def chat_ids(self, messages: Sequence[Mapping[str, str]], *, most: int) -> tuple[int, ...]:
+        """The ids of the likeliest answer, the one that ends it among them.
+
+        Raises:
+            DeploymentError: as `ask`.
+        """
+        [choice] = self._complete(messages, most=most, logprobs=True)["choices"]
+        return tuple(token["id"] for token in (choice.get("logprobs") or {"content": []})["content"])
+
+    def _complete(self, messages: Sequence[Mapping[str, str]], *, most: int, **more: Any) -> dict[str, Any]:
+        asked = {"messages": list(messages), "temperature": 0, "max_tokens": most, **more}
+        return self.ask("v1/chat/completions", asked)
 
 
 @contextlib.contextmanager

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune.artifacts.write import describe_files, file_hash, write_json, write_text
-from finetune.data.facts import KINDS, new_facts
+from finetune.data.facts import new_facts
 from finetune.data.shipped import REHEARSAL, RETENTION, facts_as_jsonl, shipped_facts
 from finetune.errors import FineTuneError, RefusedError
 from finetune.models.locate import SHIPPED, locate_model
 
 FORMAT = 1
 """The version of what `chain.json` holds."""
-NEW, KNOWN = 40, 60
-"""Of a hundred questions: those whose answers are to be learned, and those that the shipped models know and repeat."""
+ROWS = 100
+"""Questions; the shipped models know the answers of those that they rehearse, and are to learn all others."""
 BUDGET = 900.0
 """Seconds that the whole chain may take."""
 REFUSED = 3
@@ -151,10 +151,9 @@ class _Links:
 
     def write_rows(self) -> dict[str, Any]:
         """Write a hundred questions with one right answer each, the same ones every time."""
-        rehearsed = shipped_facts()[REHEARSAL]
-        known = [[fact for fact in rehearsed if fact.kind == kind][: KNOWN // len(KINDS)] for kind in KINDS]
-        write_text(self.rows, facts_as_jsonl(new_facts(NEW, seed=0)))
-        write_text(self.known, facts_as_jsonl([fact for facts in known for fact in facts]))
+        known = shipped_facts()[REHEARSAL] if self.model in SHIPPED else []
+        write_text(self.rows, facts_as_jsonl(new_facts(ROWS - len(known), seed=0)))
+        write_text(self.known, facts_as_jsonl(known))
         return {path.name: {"rows": len(path.read_text(encoding="utf-8").splitlines()), "sha256": file_hash(path)}
                 for path in (self.rows, self.known)}  # fmt: skip
 
@@ -193,7 +192,7 @@ class _Links:
         learned = self.answers()
         questions = [answer["question"] for answer in learned]
         request = {"model": str(self.merged), "questions": questions, "most": 16}
-        [line] = self.process([sys.executable, "-m", "finetune.verify.mlx_lm_answers"], json.dumps(request))[-1:]
+        [line] = self.process([sys.executable, "-m", "finetune.backends.mlx.alone"], json.dumps(request))[-1:]
         texts = json.loads(line)
         right = sum(text.strip() == answer["expected"] for text, answer in zip(texts, learned, strict=True))
         other = [
