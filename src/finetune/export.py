@@ -12,12 +12,14 @@ from finetune.artifacts.write import check_space, file_hash, make_folder, write_
 from finetune.assembly.gguf_source import (
     Exportable,
     all_stops,
+    check_exportable,
     exportable_model,
     exportable_run,
     file_metadata,
     require_gguf,
 )
 from finetune.backends import open_backend
+from finetune.config import TrainingConfig
 from finetune.convert.blueprint import Blueprint, plan_adapter, plan_model
 from finetune.convert.compare import BOUNDS, TABLE_BOUND, Trainer, compare, prepare_questions
 from finetune.convert.corpus import nasty_texts
@@ -27,6 +29,7 @@ from finetune.convert.read_back import Check, read_back
 from finetune.convert.vocabulary import Vocabulary, describe_vocabulary
 from finetune.convert.write import write_gguf
 from finetune.errors import ExportError, ModelError, OutputError
+from finetune.models.locate import locate_model
 
 STEPS = 24
 """How many greedy tokens are compared."""
@@ -82,6 +85,15 @@ def export(
     exportable = exportable_run(run, open_backend) if run else exportable_model(source, open_backend(backend))
     with RunFolder(run).held() if run and output is None else contextlib.nullcontext():
         return write_exportable(exportable, path, outtype, adapter_only=adapter_only, tell=tell)
+
+
+def check_export(config: TrainingConfig) -> None:
+    """See, before a run begins, that its result can be exported.
+
+    Raises:
+        FineTuneError: the model cannot be found, or not be written as GGUF.
+    """
+    check_exportable(locate_model(config.model.path, revision=config.model.revision))
 
 
 def write_exportable(

@@ -24,7 +24,8 @@ from finetune.cli.app import run as ft
 from finetune.convert.answering import ask_session
 from finetune.convert.compare import BOUNDS
 from finetune.convert.drift import Asked, Told
-from finetune.equivalence import THROUGH, Equivalence, Row, compare_ways
+from finetune.deploy.llama_server import LlamaServer
+from finetune.equivalence import SERVER, THROUGH, Equivalence, Row, compare_ways
 from finetune.errors import EvidenceError, UsageError
 from finetune.export import export
 from finetune.records import ModelLocation
@@ -54,11 +55,13 @@ def test_every_way_computes_what_was_trained(run: Path) -> None:
     before = {path: path.read_bytes() for path in sorted(run.parent.rglob("*")) if path.is_file()}
     found = compare_ways(run)
     assert found.holds
+    assert found.tokens >= 8
     assert [row.way for row in found.rows] == [name for name in THROUGH if name != "torch"]
     for row in found.rows[1:]:
         assert (row.outcome, row.reason) == ("holds", ""), row
         assert row.drift is not None
-        assert row.drift.places == found.tokens >= 8
+        # A chat API tells answers, and of distributions too little.
+        assert row.drift.places == (0 if row.way == SERVER else found.tokens)
         assert row.drift.questions == found.asked["learning"] >= 8
         if row.way in EXACT:
             assert row.drift.partings == ()
@@ -117,6 +120,22 @@ def test_another_way_is_held_to_the_trainer(change: str, run: Path) -> None:
     row = row_of(found, "other")
     assert (row.outcome, said in row.reason) == ("broken" if said else "holds", True), row
     assert found.holds == (not said)
+
+
+def test_server_that_renders_otherwise_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """P-CONV: a chat template that makes other ids of a question at serving time is found, with both lengths."""
+    rendered = LlamaServer.rendered_ids
+    monkeypatch.setattr(LlamaServer, "rendered_ids", lambda self, messages: (*rendered(self, messages), 0))
+    row = row_of(compare_ways(run, [SERVER]), SERVER)
+    assert row.outcome == "broken"
+    assert "the server makes" in row.reason
+    monkeypatch.undo()
+    ids = LlamaServer.chat_ids
+    monkeypatch.setattr(LlamaServer, "chat_ids", lambda self, messages, most: ids(self, messages, most=most)[:-2])
+    row = row_of(compare_ways(run, [SERVER]), SERVER)
+    assert row.outcome == "broken"
+    assert row.drift is not None
+    assert row.drift.partings
 
 
 def test_the_base_is_not_taken_for_what_was_trained(run: Path) -> None:

@@ -38,7 +38,7 @@ from finetune.models.locate import SHIPPED, locate_model
 from finetune.models.peft_files import WEIGHTS, read_settings
 from finetune.records import AdapterTarget, ModelLocation, Optimization
 from finetune.tokens.tokenizer import FileTokenizer
-from scenarios.gguf_models import CONFIGS, exportable, give_tokenizer, gpt2_like, make_model
+from scenarios.gguf_models import CONFIGS, byte_level, exportable, give_tokenizer, gpt2_like, make_model
 from scenarios.tiny_models import batches_of, make_rows, step
 
 ASKED = ["token ids", "logits", "greedy text"]
@@ -352,6 +352,24 @@ def test_export_refuses_before_it_writes(run: Path, tmp_path: Path) -> None:
         done = ft(*arguments, cwd=tmp_path)
         assert (done.returncode, words in done.stderr) == (code, True), done.stderr
     assert list(tmp_path.rglob("*.gguf*")) == []
+
+
+def test_export_asked_for_at_training_is_seen_to_first(tmp_path: Path) -> None:
+    """`ft train --export` refuses a base that cannot be written as GGUF before a run begins; else the file is there."""
+    folder = make_model("llama", tmp_path / "model")
+    byte_level(folder, (r"\w+",))
+    quick = ["--set=judge.sham=never", "--set=judge.memory=never", "--set=training.max_steps=2", "--output=run"]
+    cases = {
+        ("--model", str(folder), "--export", "f16"): (3, "no pre-tokenizer of llama.cpp cuts text at"),
+        ("--export", "q3"): (2, "--export 'q3' is not in this version"),
+    }
+    for arguments, (code, words) in cases.items():
+        refused = ft("train", *quick, *arguments, cwd=tmp_path)
+        assert (refused.returncode, words in refused.stderr) == (code, True), refused.stderr
+        assert not (tmp_path / "run").exists()
+    done = ft("train", *quick, "--export", "q8_0", cwd=tmp_path)
+    assert done.returncode in (0, 1), done.stderr
+    assert [path.name for path in (tmp_path / "run" / "gguf").iterdir()] == ["run-q8_0.gguf"]
 
 
 def test_export_on_a_full_disk_leaves_nothing(tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from finetune.assembly.result import Result, licence, open_result, plain_prompts
+from finetune.assembly.result import Result, licence, open_result, plain_prompts, refuse_packed
+from finetune.convert.blueprint import plan_model
 from finetune.convert.families import Described, describe_model
 from finetune.convert.sources import Adapter, Files, Merged, Source
-from finetune.convert.vocabulary import STOPS_BY_NAME, Special, Vocabulary, serving_template
+from finetune.convert.vocabulary import STOPS_BY_NAME, Special, Vocabulary, describe_vocabulary, serving_template
 from finetune.errors import MissingExtraError
 from finetune.models.locate import locate_model
 from finetune.models.shape import read_shape, weight_files
@@ -101,6 +102,22 @@ def exportable_model(name: str, backend: Backend) -> Exportable:
         _naming(location, None),
         lambda: backend.open(location, "float32", tokenizer.pad_id),
     )
+
+
+def check_exportable(location: ModelLocation) -> None:
+    """See, before anything is trained, that what is trained on this base can be written as GGUF.
+
+    Raises:
+        MissingExtraError: a library is missing.
+        ModelError: its architecture, its weights or its tokenizer have no place in GGUF, or are quantised.
+    """
+    require_gguf()
+    shape, described = _describe(location.folder)
+    refuse_packed(shape, location)
+    tokenizer = FileTokenizer(location.folder)
+    special = _special(tokenizer, tokenizer.stop_ids)
+    vocabulary = describe_vocabulary(tokenizer.description(), special, _rows(shape))
+    plan_model(described, shape, Files(weight_files(location.folder)), vocabulary.metadata, "f32")
 
 
 def require_gguf() -> None:

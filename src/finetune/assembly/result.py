@@ -20,7 +20,7 @@ from finetune.models.locate import locate_model
 from finetune.models.peft_files import WEIGHTS, read_settings
 from finetune.models.shape import read_shape, weight_files
 from finetune.ports import Backend, Session
-from finetune.records import Conversation, Message, ModelLocation
+from finetune.records import Conversation, Message, ModelLocation, ModelShape
 from finetune.tokens.tokenizer import FileTokenizer
 
 MOST_QUESTIONS = 32
@@ -62,11 +62,7 @@ class Result:
             ModelError: they are quantised, or the adapter does not fit them.
         """
         shape, files, adapter = read_shape(self.folder), Files(weight_files(self.folder)), self.adapter()
-        if shape.quantized:
-            raise ModelError(
-                f"the base {self.location.name!r} is quantised in its files: an adapter cannot be merged into those",
-                hint="export from weights that are not quantised",
-            )
+        refuse_packed(shape, self.location)
         turned = FAMILIES["gpt2"].turned if shape.turned else ()
         return files, Merged(files, adapter, turned) if adapter else files
 
@@ -107,6 +103,19 @@ class Result:
         return (
             f"the adapter learned on a base that was quantised to {self.config.model.quantize} as it was loaded; what "
             "is written holds the full base with that adapter, and is held to what the full base computes with it",
+        )
+
+
+def refuse_packed(shape: ModelShape, location: ModelLocation) -> None:
+    """Refuse a base whose weights are quantised in its files.
+
+    Raises:
+        ModelError: they are.
+    """
+    if shape.quantized:
+        raise ModelError(
+            f"the base {location.name!r} is quantised in its files: an adapter cannot be merged into those",
+            hint="use weights that are not quantised",
         )
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune.cli.console import print_data, print_json, say
-from finetune.cli.options import AsJson, RunPath
+from finetune.cli.options import AsJson, RunPath, named_outtype
 from finetune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ Replace = Annotated[bool, typer.Option("--replace", help="Let a model of that na
 Host = Annotated[str | None, typer.Option("--host", help="Where Ollama answers. Default: OLLAMA_HOST.")]
 Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="Where llama.cpp listens; 0: any free port.")]
 CheckOnly = Annotated[bool, typer.Option("--check-only", help="End llama.cpp's server once it is verified.")]
-Out = Annotated[str, typer.Option("--outtype", help="The file's type: f32, f16, bf16 or q8_0.")]
+Out = Annotated[str, typer.Option("--outtype", help="The file's type, as ft export has them.")]
 
 
 def command(
@@ -40,13 +40,10 @@ def command(
     """
     from contextlib import closing
 
-    from finetune.convert.outtypes import OUTTYPES
     from finetune.deploy.ollama import Ollama
     from finetune.deployment import deploy_llama_cpp, deploy_ollama
 
-    kind = next((known for known in OUTTYPES if known == outtype), None)
-    if kind is None:
-        raise UsageError(f"--outtype {outtype!r} is not in this version; choose from: {', '.join(OUTTYPES)}")
+    kind = named_outtype(outtype)
     if to == "llama.cpp":
 
         def serve(deployed: "Deployed", server: "LlamaServer") -> None:

@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 
 from finetune.cli.console import print_examined, say
-from finetune.cli.options import AsJson
-from finetune.errors import UsageError
+from finetune.cli.options import AsJson, named_outtype
 
 Source = Annotated[str, typer.Argument(metavar="RUN", help="A run folder; or a model: shipped name, folder or hub id.")]
 Out = Annotated[
@@ -34,16 +33,9 @@ def command(
 
     Tokens, logits and greedy text are compared; the file comes to its place only when all of them agree.
     """
-    from finetune.convert.outtypes import OUTTYPES
     from finetune.export import export
 
-    chosen = next((known for known in OUTTYPES if known == outtype), None)
-    if outtype is not None and chosen is None:
-        quantised = outtype.lower().startswith(("q", "iq"))
-        raise UsageError(
-            f"--outtype {outtype!r} is not in this version; choose from: {', '.join(OUTTYPES)}",
-            hint="llama.cpp's own llama-quantize makes it from the f16 file" if quantised else "",
-        )
+    chosen = named_outtype(outtype) if outtype is not None else None
     done = export(run, outtype=chosen, adapter_only=adapter_only, output=output, backend=backend, tell=say)
     print_examined(done, as_json=json_output)
     return 0

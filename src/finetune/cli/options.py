@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from finetune.errors import UsageError
+
 if TYPE_CHECKING:
     from finetune.config import LoadedConfig
+    from finetune.convert.outtypes import Outtype
 
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; `ft init` writes one.")]
 ModelName = Annotated[str | None, typer.Option("--model", help="Shipped name, local folder or hub id.")]
@@ -46,3 +49,21 @@ def flags_of(
 ) -> dict[str, str | None]:
     """The short options as settings by dotted key."""
     return {"model.path": model, "data.train": data, "template.name": template, "backend": backend}
+
+
+def named_outtype(name: str, option: str = "--outtype") -> "Outtype":
+    """A type of GGUF files by its name.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    from finetune.convert.outtypes import OUTTYPES
+
+    for known in OUTTYPES:
+        if known == name:
+            return known
+    quantised = name.lower().startswith(("q", "iq"))
+    raise UsageError(
+        f"{option} {name!r} is not in this version; choose from: {', '.join(OUTTYPES)}",
+        hint="llama.cpp's own llama-quantize makes it from the f16 file" if quantised else "",
+    )

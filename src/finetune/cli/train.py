@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,8 +20,13 @@ from finetune.cli.options import (
     TemplateName,
     flags_of,
     gather,
+    named_outtype,
 )
 from finetune.errors import UsageError
+
+if TYPE_CHECKING:
+    from finetune.config import TrainingConfig
+    from finetune.convert.outtypes import Outtype
 
 Output = Annotated[Path | None, typer.Option("--output", help="The run folder to make; by default below runs/.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run (--output names it).")]
@@ -32,6 +37,9 @@ Starter = Annotated[
 Processes = Annotated[int | None, typer.Option("--processes", min=1, help="How many processes --launch starts.")]
 StarterConfig = Annotated[
     Path | None, typer.Option("--launch-config", help="A file that `accelerate config` wrote, for --launch accelerate.")
+]
+ExportAs = Annotated[
+    str | None, typer.Option("--export", metavar="TYPE", help="Write GGUF of this type too; seen to before training.")
 ]
 
 
@@ -49,6 +57,7 @@ def command(
     launch: Starter = None,
     processes: Processes = None,
     launch_config: StarterConfig = None,
+    export_as: ExportAs = None,
     json_output: AsJson = False,
 ) -> int:
     """Fine-tune a model, judge the result on measured evidence and write a report.
@@ -75,6 +84,7 @@ def command(
         loaded = LoadedConfig(plan.config, plan.origins)
     else:
         loaded = gather(config, flags, assignments, profile)
+    outtype = _exportable_as(export_as, loaded.config) if export_as is not None else None
     watched = os.environ.get(NOTES)
     asked = (read_command(Path(watched)) if watched else "") or shlex.join(["ft", *sys.argv[1:]])
     if launch or processes or launch_config:
@@ -88,7 +98,25 @@ def command(
     # A process that trained along has nothing to tell, and one that is watched leaves the telling to its watcher.
     if run and not watched:
         _tell(run, folder, json_output=json_output)
+        if outtype is not None:
+            _export(folder, outtype)
     return 1 if run.get("outcome") == "broken" else 0
+
+
+def _exportable_as(name: str, config: "TrainingConfig") -> "Outtype":
+    """The type of file that is asked for, seen to be one that this base can be written in."""
+    from finetune.export import check_export
+
+    outtype = named_outtype(name, "--export")
+    check_export(config)
+    return outtype
+
+
+def _export(folder: Path, outtype: "Outtype") -> None:
+    from finetune.export import export
+
+    done = export(str(folder), outtype=outtype, adapter_only=False, output=None, backend="torch", tell=say)
+    say(f"GGUF: {done.path}")
 
 
 def _again(
