@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -28,7 +29,7 @@ from finetune.convert.drift import Told, problems
 from finetune.convert.model_files import ModelFiles
 from finetune.errors import ExportError
 from finetune.merging import merge
-from scenarios.tiny_runs import KINDS, tiny_run
+from scenarios.tiny_runs import KINDS, tiny_model, tiny_run
 
 pytestmark = pytest.mark.tier2
 FAMILIES = [kind for kind in KINDS if kind not in ("rank-stabilized", "dora on llama")]
@@ -97,7 +98,32 @@ def test_merged_model_is_what_was_trained(kind: str, tmp_path: Path) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "merged")
     assert tokenizer.encode("1 and 12", add_special_tokens=False) == result.encoder.tokenizer.encode_content("1 and 12")
     assert tokenizer.chat_template == result.encoder.source.jinja
+    if kind.startswith("gpt2"):  # llama.cpp's converter and mlx-lm ask for the older of two names
+        config = json.loads((tmp_path / "merged" / "config.json").read_text())
+        assert config["n_ctx"] == config["n_positions"] == 128
     assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("kind", ["lora", "rank-stabilized, by patterns", "tied head", "far rotations"])
+def test_merged_model_is_what_was_trained_for_mlx_lm_too(kind: str, tmp_path: Path) -> None:
+    """P-MERGE: programs that read older names of settings, as mlx-lm does, compute the same from the folder alone."""
+    pytest.importorskip("mlx_lm", reason="needs the mlx extra: pip install 'finetune-suite[mlx]'")
+    from finetune.backends.mlx import load_fast_blas
+
+    load_fast_blas()
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    if kind == "far rotations":
+        tiny_model(tmp_path / "model", "llama, linear rope")
+    result = open_result(tiny_run(tmp_path, "lora" if kind == "far rotations" else kind), open_backend)
+    write(result, tmp_path / "merged")
+    truth = truth_of(result)
+    model, _ = load_model(tmp_path / "merged")
+    rows = [np.array(model(mx.array([truth.asked.sequence(place)]))[0, -1]) for place in truth.asked.places]
+    drift = truth.drift(Told(truth.asked.path, following_of(rows)))
+    assert problems(drift, 1e-4) == []
+    assert drift.places > 10
 
 
 @pytest.mark.parametrize(("stored", "dtype"), [(torch.bfloat16, None), (torch.float32, "float16")])

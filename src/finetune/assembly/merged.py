@@ -1,7 +1,7 @@
 """A run's result as an ordinary Hugging Face model folder: weights, settings, tokenizer, template and model card."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def side_files(result: Result, dtype: Dtype | None) -> dict[str, bytes]:
     config = read_config(result.folder)
     if dtype is not None:
         config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
-    files = {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
+    files = {"config.json": (json.dumps(config | _older_names(config), indent=2) + "\n").encode()}
     for name in _TOKENIZER:
         # What was trained with travels with it; the rest of a tokenizer's files lies by the base.
         place = next(
@@ -60,6 +60,22 @@ def side_files(result: Result, dtype: Dtype | None) -> dict[str, bytes]:
     for name in ("chat_template.jinja", "generation_config.json"):
         files[name] = (result.saved / name).read_bytes()
     return {**files, CARD: _card(result, dtype).encode()}
+
+
+def _older_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under the names that they had, which mlx-lm and llama.cpp's converter read, and no others.
+
+    transformers 5 writes only the newer ones, and mlx-lm then turns by its default base without a word.
+    """
+    older: dict[str, Any] = {}
+    if config.get("model_type") == "gpt2" and "n_positions" in config:
+        older["n_ctx"] = config["n_positions"]
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        older["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            older["rope_scaling"] = rope
+    return older
 
 
 def written_weights(result: Result, folder: Path) -> ModelFiles:

@@ -189,6 +189,11 @@ class _Links:
         """Let mlx-lm itself, which knows nothing of us, answer the questions from the merged model."""
         if find_spec("mlx_lm") is None:
             raise _SkippedError("mlx-lm is not installed: pip install 'finetune-suite[mlx]'")
+        config = json.loads((self.merged / "config.json").read_text(encoding="utf-8"))
+        if config["model_type"] == "gpt2":
+            raise _SkippedError(
+                "mlx-lm reads GPT-2 only with the weights' names of OpenAI's own files, not transformers'"
+            )
         learned = self.answers()
         questions = [answer["question"] for answer in learned]
         request = {"model": str(self.merged), "questions": questions, "most": 16}
