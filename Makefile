@@ -131,6 +131,7 @@ reference-model: $(VENV)/torch-ok  ## Build the shipped models and data sets fro
 .PHONY: check
 check: lint types test  ## What CI runs
 	@FT_REAL_MODEL_ENABLE=1 $(MAKE) --no-print-directory test-e2e-real-model
+	@$(MAKE) --no-print-directory test-e2e-mlx
 
 .PHONY: clean
 clean:  ## Remove the environments and everything that was built
