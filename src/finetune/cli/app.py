@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import typer
 
-from finetune.cli import chat, check, estimate, evaluate, export, init, report, schema, train
+from finetune.cli import chat, check, estimate, evaluate, export, init, replay, report, schema, train
 from finetune.cli.console import say
 from finetune.errors import FineTuneError
 from finetune.place import rank_of
@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (train, check, estimate, init, schema, evaluate, chat, report, export):
+for verb in (train, check, estimate, init, schema, evaluate, chat, report, export, replay):
     app.command(verb.__name__.rsplit(".", 1)[-1])(verb.command)
 
 
