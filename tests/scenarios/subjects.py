@@ -14,7 +14,7 @@ from finetune.verify.deaths import CODES, Death
 from finetune.verify.laws import LawBrokenError
 from finetune.verify.recipes import TaskRecipe
 from finetune.verify.stages import Stage
-from finetune.verify.stories import Finding, StoreScene, Story, TrainingScene, origin_of, save_story
+from finetune.verify.stories import StoreScene, Story, TrainingScene, origin_of, save_story
 from finetune.verify.theatre import Theatre, perform
 
 QUICK_TASK: Mapping[str, Any] = {
@@ -89,7 +89,7 @@ class Storyteller(RuleBasedStateMachine):
         story = Story(
             setting=self.setting,
             stages=tuple(self.stages),
-            broken=Finding.of(broken, len(self.stages)),
+            broken=theatre(self.subject).finding(broken, len(self.stages)),
             origin=origin_of(self.subject, seed),
         )
         path = KEPT / f"{type(self).__name__}-{broken.law.id}.json"

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from finetune.config import default_of
 from finetune.verify.recipes import FEWEST_WORDS, ModelRecipe, TaskRecipe
 from finetune.verify.stages import Stage
 from finetune.verify.stories import Finding, StoreScene, Story, TrainingScene
@@ -25,7 +26,7 @@ _SIZES: Mapping[str, int] = {
 _LEAST: Mapping[str, int] = dict.fromkeys(
     ("training.epochs", "training.max_steps", "training.batch_size", "training.accumulation", "adapter.rank"), 1
 )
-"""Settings that are made smaller and not left out, for without them a story might take longer."""
+"""Settings that are left out only at their default, and made smaller: without them a story might take longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +165,10 @@ def _smaller_settings(task: TaskRecipe) -> Iterator[Mapping[str, Any]]:
     for key in (key for key in _LEAST if key in settings):
         for number in lower(int(settings[key]), _LEAST[key]):
             yield {"settings": {**settings, key: type(settings[key])(number)}}
-    others = tuple(key for key in settings if key not in _LEAST)
+    sizes = {key for key in _LEAST if key in settings and settings[key] != default_of(key)}
+    others = tuple(key for key in settings if key not in sizes)
     for kept in (*shorter(others), ()):
-        yield {"settings": {key: value for key, value in settings.items() if key in kept or key in _LEAST}}
+        yield {"settings": {key: value for key, value in settings.items() if key in sizes or key in kept}}
 
 
 def _smaller_models(task: TaskRecipe) -> Iterator[Mapping[str, Any]]:

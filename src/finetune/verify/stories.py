@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from finetune.artifacts.write import write_text
 from finetune.errors import UsageError
-from finetune.verify.laws import LAWS, LawBrokenError
+from finetune.verify.laws import LAWS
 from finetune.verify.recipes import Recipe, TaskRecipe
 from finetune.verify.stages import Stage, stages_of
 
@@ -49,12 +49,6 @@ class Finding(Recipe):
     stage: Annotated[int, Field(ge=0)]
     expected: str
     got: str
-
-    @classmethod
-    def of(cls, broken: LawBrokenError, stage: int) -> "Finding":
-        """What a broken law says of itself."""
-        law = broken.law
-        return cls(law=law.id, statement=law.statement, stage=stage, expected=broken.expected, got=broken.got)
 
 
 class Origin(Recipe):

@@ -107,10 +107,16 @@ class Theatre:
                         idle.append(number)
                 return Outcome("kept", idle=tuple(idle), died=tuple(sorted(world.died.items())))
         except LawBrokenError as broken:
-            return Outcome("broken", Finding.of(broken, number), idle=tuple(idle))
+            return Outcome("broken", self.finding(broken, number), idle=tuple(idle))
         # Whatever else goes wrong, in the subject's door or in here, says nothing about a law.
         except Exception as error:
             return Outcome("error", why=f"stage {number}: {type(error).__name__}: {error}", idle=tuple(idle))
+
+    def finding(self, broken: LawBrokenError, stage: int) -> Finding:
+        """A broken law at a stage, in words that do not depend on where this folder is."""
+        expected, got = (words.replace(str(self._folder), "...") for words in (broken.expected, broken.got))
+        law = broken.law
+        return Finding(law=law.id, statement=law.statement, stage=stage, expected=expected, got=got)
 
     @contextmanager
     def _opened(self, story: Story) -> Iterator[World]:
