@@ -30,7 +30,7 @@ _TRAINS = {
     "checkpoints.damage-found": "Exactly the checkpoint that was damaged is called damaged.",
     "resume.newest": "A run goes on from its newest complete checkpoint.",
     "resume.refuses-damaged": "A run does not go on from a damaged checkpoint: it is refused by its name.",
-    "resume.refuses-changed": "With a setting changed that changes weights a run does not go on: it is refused by name.",
+    "resume.refuses-changed": "With a setting changed that changes weights no run goes on: it is refused by its name.",
     "refuse.what-cannot-be": "To begin twice, resume what is finished or never begun, or measure too early is refused.",
     "refuse.touches-nothing": "What is refused is refused with a hint, and all stays as it is.",
     "course.same": "What the log tells of training is, at every moment, how an undisturbed run begins.",
