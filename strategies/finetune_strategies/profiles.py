@@ -108,7 +108,7 @@ def examples(share: float = 1.0, *, of: str | None = None) -> settings:
 
 
 class _InTime(settings):
-    """Settings that ask for no more cases once their time is up; it begins when the first case has been made."""
+    """Settings that ask for no more cases once their time is up; it begins when Hypothesis first asks."""
 
     _clock: Callable[[], float] | None = None
     _end = float("inf")
@@ -138,5 +138,5 @@ def stories(share: float = 1.0, *, steps: float = 1.0, clock: Callable[[], float
         max(1, round(part * whole))
         for part, whole in ((share, profile.max_examples), (steps, profile.stateful_step_count))
     )
-    seconds = MACHINE_SECONDS[settings.get_current_profile_name().partition("-with-")[0]]
+    seconds = MACHINE_SECONDS.get(settings.get_current_profile_name().partition("-with-")[0], MACHINE_SECONDS[DEFAULT])
     return _InTime(profile, max_examples=cases, stateful_step_count=length).limit(seconds, clock)

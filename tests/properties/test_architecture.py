@@ -38,7 +38,7 @@ HEAVY = (
     "yaml",
     "huggingface_hub",
 )
-VERBS = ("train", "check", "estimate", "init", "schema", "evaluate", "chat", "report", "export")
+VERBS = ("train", "check", "estimate", "init", "schema", "evaluate", "chat", "report", "export", "replay")
 
 
 @pytest.fixture(scope="module")

@@ -158,10 +158,12 @@ def test_same_break_is_the_same_law_at_the_same_kind_of_stage() -> None:
     task = TaskRecipe(rows=({"text": "a"},), settings={})
     origin = Origin(subject="reference")
     story = Story(setting=TrainingScene(task=task), stages=(Move(), GoOn()), broken=found(2), origin=origin)
-    assert same_break(story, Outcome("broken", found(2))) == found(2)
-    assert same_break(story, Outcome("broken", found(1))) is None
-    assert same_break(story, Outcome("broken", found(2, "end.files"))) is None
-    assert same_break(story, Outcome("kept")) is None
+    assert same_break(story, story, Outcome("broken", found(2))) == found(2)
+    assert same_break(story, story, Outcome("broken", found(1))) is None
+    assert same_break(story, story, Outcome("broken", found(2, "end.files"))) is None
+    assert same_break(story, story, Outcome("kept")) is None
+    shorter_one = story.model_copy(update={"stages": (GoOn(),)})
+    assert same_break(story, shorter_one, Outcome("broken", found(1))) == found(1)
 
 
 GOOD: dict[str, Any] = {

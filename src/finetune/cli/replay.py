@@ -75,7 +75,7 @@ def _smaller(theatre: Any, story: "Story", outcome: "Outcome", file: Path, secon
         say("nothing to make smaller: no law broke")
         return None
     broken = story.model_copy(update={"broken": outcome.finding})
-    found = minimise(broken, lambda each: same_break(each, theatre.run(each)), seconds=seconds)
+    found = minimise(broken, lambda each: same_break(broken, each, theatre.run(each)), seconds=seconds)
     path = file.with_suffix(".min.json")
     save_story(found.story, path)
     ended = "nothing smaller breaks so" if found.finished else "time was over before all had been tried"
@@ -89,7 +89,7 @@ def _tell(name: str, story: "Story", outcome: "Outcome") -> None:
         lines.append(f"  {outcome.why}")
     finding = outcome.finding
     if finding is not None:
-        stage = story.stages[finding.stage - 1].do if finding.stage else "a run that nothing disturbs"
+        stage = story.stage_of(finding) or "a run that nothing disturbs"
         lines += [f"  law: {finding.law}: {finding.statement}"]
         if story.broken is not None and story.broken.law != finding.law:
             lines.append(f"  another law than the story tells of: {story.broken.law}")

@@ -42,13 +42,12 @@ Judge = Callable[[Story], Finding | None]
 """Tells a candidate; which law broke and how, None where it is not the one that is looked for."""
 
 
-def same_break(story: Story, outcome: Outcome) -> Finding | None:
-    """What broke, where it is the story's own law at the same kind of stage."""
+def same_break(looked_for: Story, candidate: Story, outcome: Outcome) -> Finding | None:
+    """What broke in the candidate, where it is the law that is looked for, at the same kind of stage."""
     finding = outcome.finding
-    if finding is None or story.broken is None or finding.law != story.broken.law:
+    if finding is None or looked_for.broken is None or finding.law != looked_for.broken.law:
         return None
-    found = story.stages[finding.stage - 1].do if finding.stage else ""
-    return finding if found == story.breaking_stage else None
+    return finding if candidate.stage_of(finding) == looked_for.stage_of(looked_for.broken) else None
 
 
 def minimise(

@@ -73,10 +73,9 @@ class Story(Recipe):
     broken: Finding | None = None
     origin: Origin
 
-    @property
-    def breaking_stage(self) -> str:
-        """The name of the stage at which the law broke; "" where none did."""
-        return self.stages[self.broken.stage - 1].do if self.broken and self.broken.stage else ""
+    def stage_of(self, finding: Finding) -> str:
+        """The name of the stage at which a law broke; "" where not even an undisturbed run came to its end."""
+        return self.stages[finding.stage - 1].do if finding.stage else ""
 
     @property
     def text(self) -> str:
