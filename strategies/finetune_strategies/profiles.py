@@ -36,7 +36,7 @@ RECEIVED = ".hypothesis/received"
 SHRINK_SECONDS = 30
 """How long one failing law is made smaller, except in `slow` and `thorough`, where nobody waits."""
 
-MACHINE_SECONDS = {"fast": 120.0, "ci": 600.0, "slow": 3_600.0, "thorough": 14_400.0, "debug": 120.0}
+MACHINE_SECONDS = {"fast": 120.0, "ci": 300.0, "slow": 1_200.0, "thorough": 7_200.0, "debug": 120.0}
 """How long one state machine begins new stories; it ends with the one that it is at."""
 
 _BRIEFLY = tuple(phase for phase in Phase if phase is not Phase.explain)

@@ -1,19 +1,24 @@
 """Laws of replay, held against trainers that lie: each lie is found, told small, and told of ours it is none."""
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import Phase, settings
 
 from finetune.cli.app import run
 from finetune.verify.deaths import Death
 from finetune.verify.laws import LawBrokenError
+from finetune.verify.nursery import Nursery
 from finetune.verify.recipes import TaskRecipe
 from finetune.verify.stages import Stage
-from finetune.verify.stories import Story, TrainingScene, load_story, origin_of, save_story
+from finetune.verify.stories import Finding, Story, TrainingScene, load_story, origin_of, save_story
 from finetune.verify.theatre import Outcome
 from finetune.verify.training_stages import GoOn, SpoilCheckpoint
 from finetune_strategies.profiles import examples
@@ -92,8 +97,9 @@ def test_story_of_a_lie_is_broken_by_the_liar_and_kept_by_ours(liar: str, tmp_pa
     assert again == story
     assert str(theatre(named(liar))._folder) not in path.read_text()
     kept = theatre("reference").run(again)
-    assert (kept.verdict, kept.idle) == ("kept", ())
-    assert dict(kept.died).get("kill", 0) + dict(kept.died).get("power", 0) >= 1
+    assert (kept.verdict, kept.idle, kept.late) == ("kept", (), ())
+    deaths = sum(isinstance(stage, GoOn) and stage.death is not None for stage in story.stages)
+    assert sum(count for _, count in kept.died) == deaths >= 1
 
 
 class OfARun(TrainingLife):
@@ -154,3 +160,47 @@ def case(request: pytest.FixtureRequest) -> tuple[type[Storyteller], str]:
     if HURRIED:
         pytest.skip("takes minutes: HYPOTHESIS_PROFILE=ci has time for it")
     return OfARun, liar
+
+
+def test_story_that_does_not_come_to_its_point_is_not_fixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the stage at which it broke finds nothing to act on, nothing is judged: ERROR, and a late death is told."""
+    stages = (GoOn(death=Death(100_000, "kill")), SpoilCheckpoint())
+    finding = Finding(law="resume.refuses-damaged", statement="", stage=2, expected="", got="")
+    story = Story(setting=TrainingScene(task=SMALL), stages=stages, broken=finding, origin=origin_of("reference"))
+    path = tmp_path / "story.json"
+    save_story(story, path)
+    assert run(["replay", str(path)]) == 4
+    told = capsys.readouterr().out
+    assert told.startswith("ERROR: reference\n  stage 2, at which the law broke, found nothing to act on")
+    assert "death never came: 1" in told
+
+
+def leave_children() -> None:
+    """A program that starts two others and ends: one holds its pipes open for a while, the other outlives everybody."""
+    sleeper = [sys.executable, "-c", "import time; time.sleep({})"]
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.Popen([*sleeper[:2], sleeper[2].format(30)])
+    print(subprocess.Popen([*sleeper[:2], sleeper[2].format(600)], **quiet).pid)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is still at work, not just remembered by the system."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_process_takes_along_what_it_had_started(tmp_path: Path) -> None:
+    """When a process under test ends, nothing that it started is left."""
+    nursery = Nursery([])
+    try:
+        ending = nursery.run("scenarios.test_stories:leave_children", [], tmp_path, None)
+    finally:
+        nursery.close()
+    assert ending.code == 0, ending.told
+    left = int(ending.answer)
+    deadline = time.monotonic() + 60
+    while alive(left) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not alive(left)

@@ -96,6 +96,8 @@ def _tell(name: str, story: "Story", outcome: "Outcome") -> None:
         lines += [f"  stage {finding.stage}: {stage}", f"  expected: {finding.expected}", f"  got: {finding.got}"]
     if outcome.idle:
         lines.append(f"  stages that found nothing to act on: {', '.join(map(str, outcome.idle))}")
+    if outcome.late:
+        lines.append(f"  stages whose death never came: {', '.join(map(str, outcome.late))}")
     print_data("\n".join(lines))
 
 
@@ -108,6 +110,7 @@ def _as_dict(name: str, story: "Story", outcome: "Outcome", smaller: "Minimised 
         "told of": story.broken.model_dump() if story.broken else None,
         "why": outcome.why,
         "idle": list(outcome.idle),
+        "late": list(outcome.late),
         "deaths": dict(outcome.died),
         "minimised": {"tried": smaller.tried, "finished": smaller.finished} if smaller else None,
     }

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from finetune.verify.checkpoint_store import CheckpointStore
 from finetune.verify.laws import LawBrokenError
@@ -41,14 +41,43 @@ class Outcome:
 
     `broken` has the law that broke, its stage and what was seen; of an `error`, which is nobody's broken law, and of a
     story that is `not applicable`, `why` says what was in the way. `idle` are the stages, counted from 1, that found
-    nothing to act on; `died` counts the processes that really ended as a stage wanted.
+    nothing to act on, and `late` those whose death never came; `died` counts the processes that really ended so.
     """
 
     verdict: Verdict
     finding: Finding | None = None
     why: str = ""
     idle: tuple[int, ...] = ()
+    late: tuple[int, ...] = ()
     died: tuple[tuple[str, int], ...] = ()
+
+
+class _Told:
+    """How far a story has been told, and which of its stages did not come to what they were meant for."""
+
+    def __init__(self, story: Story) -> None:
+        self.number = 0
+        self.idle: list[int] = []
+        self.late: list[int] = []
+        self._story = story
+
+    def take(self, world: World, stage: Stage) -> None:
+        """Do the next stage."""
+        self.number += 1
+        before = world.died.total()
+        if not perform(world, stage):
+            self.idle.append(self.number)
+        elif getattr(stage, "death", None) is not None and world.died.total() == before:
+            self.late.append(self.number)
+
+    def outcome(self, world: World) -> Outcome:
+        """What came of it when no law broke."""
+        broken = self._story.broken
+        marks: Any = {"idle": tuple(self.idle), "late": tuple(self.late), "died": tuple(sorted(world.died.items()))}
+        if broken is not None and broken.stage in self.idle:
+            why = f"stage {broken.stage}, at which the law broke, found nothing to act on: the law was not judged"
+            return Outcome("error", why=why, **marks)
+        return Outcome("kept", **marks)
 
 
 class Theatre:
@@ -98,19 +127,17 @@ class Theatre:
         missing = lacking(self.subject, story)
         if missing:
             return Outcome("not applicable", why=f"{self.subject.name} lacks an ability: {', '.join(missing)}")
-        number = 0
-        idle: list[int] = []
+        told = _Told(story)
         try:
             with self._opened(story) as world:
-                for number, stage in enumerate(story.stages, start=1):
-                    if not perform(world, stage):
-                        idle.append(number)
-                return Outcome("kept", idle=tuple(idle), died=tuple(sorted(world.died.items())))
+                for stage in story.stages:
+                    told.take(world, stage)
+                return told.outcome(world)
         except LawBrokenError as broken:
-            return Outcome("broken", self.finding(broken, number), idle=tuple(idle))
+            return Outcome("broken", self.finding(broken, told.number), idle=tuple(told.idle), late=tuple(told.late))
         # Whatever else goes wrong, in the subject's door or in here, says nothing about a law.
         except Exception as error:
-            return Outcome("error", why=f"stage {number}: {type(error).__name__}: {error}", idle=tuple(idle))
+            return Outcome("error", why=f"stage {told.number}: {type(error).__name__}: {error}", idle=tuple(told.idle))
 
     def finding(self, broken: LawBrokenError, stage: int) -> Finding:
         """A broken law at a stage, in words that do not depend on where this folder is."""
