@@ -144,9 +144,9 @@ def undisturbed(subject: Trains, task: Task, folder: Path) -> Whole:
         EvidenceError: the subject refuses the task, so that there is no story to tell.
     """
     ending = in_time(subject.train(task, folder))
-    if ending.code == REFUSED:
-        raise EvidenceError(f"{subject.name} refuses the task of this story: {ending.told.strip()[-400:]}")
     look = subject.look(folder)
+    if ending.code == REFUSED and not look.begun:
+        raise EvidenceError(f"{subject.name} refuses the task of this story: {ending.told.strip()[-400:]}")
     done = ending.code in (0, 1) and look.finished and ending.changes is not None
     demand("run.ends", done, expected="a finished run", got=(ending.code, ending.told))
     return Whole(look, ending.changes or 0, lambda: measured(subject, folder))
