@@ -153,6 +153,20 @@ def test_candidates_are_smaller_and_miss_no_single_step(items: tuple[int, ...], 
     assert numbers == [] if number <= least else (numbers[0], numbers[-1]) == (least, number - 1)
 
 
+def test_same_break_of_an_undisturbed_run_gives_the_same_reason() -> None:
+    """Numbers and paths may differ; another error is another failure."""
+    task = TaskRecipe(rows=({"text": "a"},), settings={})
+
+    def dead(words: str) -> Finding:
+        return found(0, "run.ends").model_copy(update={"got": f"code 1: load\n{words}\n  hint: mend it"})
+
+    wanted = dead("error: checkpoint /tmp/a/step-3 is damaged")
+    story = Story(setting=TrainingScene(task=task), stages=(), broken=wanted, origin=Origin(subject="reference"))
+    for words, same in (("checkpoint /x/step-14 is damaged", True), ("the loss became nan at step 3", False)):
+        finding = dead(f"error: {words}")
+        assert (same_break(story, story, Outcome("broken", finding)) == finding) is same
+
+
 def test_same_break_is_the_same_law_at_the_same_kind_of_stage() -> None:
     """Another law, or the same one at another kind of stage, is another failure."""
     task = TaskRecipe(rows=({"text": "a"},), settings={})

@@ -13,7 +13,7 @@ from typing import Any
 from finetune.verify.deaths import CODES, Death
 from finetune.verify.laws import demand, demand_same
 from finetune.verify.subjects import KeepsCheckpoints, Order
-from finetune.verify.training_life import in_time
+from finetune.verify.training_life import in_time, told_of
 
 
 class CheckpointStore:
@@ -59,7 +59,7 @@ class CheckpointStore:
         used: set[int] = set()
         for order, answer in zip(orders, answers, strict=False):
             self._follow(order, answer, used)
-        told = (ending.code, ending.told)
+        told = told_of(ending)
         if len(answers) >= len(orders):
             demand("store.code", ending.code == 0, expected=0, got=told)
             return

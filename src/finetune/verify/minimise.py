@@ -4,6 +4,7 @@ Every candidate is smaller than the best so far, and none is tried twice, so tha
 """
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -43,11 +44,20 @@ Judge = Callable[[Story], Finding | None]
 
 
 def same_break(looked_for: Story, candidate: Story, outcome: Outcome) -> Finding | None:
-    """What broke in the candidate, where it is the law that is looked for, at the same kind of stage."""
-    finding = outcome.finding
-    if finding is None or looked_for.broken is None or finding.law != looked_for.broken.law:
+    """What broke in the candidate, where it is the law that is looked for, at the same kind of stage.
+
+    A run that not even undisturbed comes to its end must give the same reason: other tasks have other ones.
+    """
+    finding, wanted = outcome.finding, looked_for.broken
+    if finding is None or wanted is None or finding.law != wanted.law:
         return None
-    return finding if candidate.stage_of(finding) == looked_for.stage_of(looked_for.broken) else None
+    same = candidate.stage_of(finding) == looked_for.stage_of(wanted)
+    return finding if same and (finding.stage > 0 or _reason(finding) == _reason(wanted)) else None
+
+
+def _reason(finding: Finding) -> list[str]:
+    """The errors that were told, without numbers and paths."""
+    return [re.sub(r"\S*/\S*|\d+", "", line) for line in re.findall(r"error: .*", finding.got)]
 
 
 def minimise(

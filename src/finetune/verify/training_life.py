@@ -67,7 +67,7 @@ class TrainingLife:
         demand("run.says-so", "Traceback" not in ending.told, expected="words", got=ending.told)
         if after.finished:
             codes = {0, 1, *([CODES[death.by]] if death else [])}
-            demand("run.code", ending.code in codes, expected=f"one of {codes}", got=(ending.code, ending.told))
+            demand("run.code", ending.code in codes, expected=f"one of {codes}", got=told_of(ending))
         else:
             self._check_death(death, ending, after)
         newest = max(after.checkpoints, default=0)
@@ -77,9 +77,9 @@ class TrainingLife:
         self.newest = newest
 
     def _check_death(self, death: Death | None, ending: Ending, after: Look) -> None:
-        demand("run.ends", death is not None, expected="a finished run", got=(ending.code, ending.told))
+        demand("run.ends", death is not None, expected="a finished run", got=told_of(ending))
         assert death is not None
-        demand("run.code", ending.code == CODES[death.by], expected=CODES[death.by], got=(ending.code, ending.told))
+        demand("run.code", ending.code == CODES[death.by], expected=CODES[death.by], got=told_of(ending))
         if death.by == "full":
             demand("run.full-disk", "cannot write" in ending.told, expected="cannot write", got=ending.told)
         if death.by == "interrupt":
@@ -95,7 +95,7 @@ class TrainingLife:
         before = content(self.folder)
         ending = in_time(self.subject.resume(self.folder))
         refused = ending.code == REFUSED and named in ending.told
-        demand(law, refused, expected=f"code {REFUSED}, naming {named}", got=(ending.code, ending.told))
+        demand(law, refused, expected=f"code {REFUSED}, naming {named}", got=told_of(ending))
         self.unchanged(before, ending)
 
     def unchanged(self, before: Mapping[str, bytes], refusal: Ending) -> None:
@@ -148,7 +148,7 @@ def undisturbed(subject: Trains, task: Task, folder: Path) -> Whole:
     if ending.code == REFUSED and not look.begun:
         raise EvidenceError(f"{subject.name} refuses the task of this story: {ending.told.strip()[-400:]}")
     done = ending.code in (0, 1) and look.finished and ending.changes is not None
-    demand("run.ends", done, expected="a finished run", got=(ending.code, ending.told))
+    demand("run.ends", done, expected="a finished run", got=told_of(ending))
     return Whole(look, ending.changes or 0, lambda: measured(subject, folder))
 
 
@@ -168,6 +168,11 @@ def in_time(ending: Ending) -> Ending:
     if ending.code == -signal.SIGALRM:
         raise EvidenceError("a process took longer than it is given, and was ended")
     return ending
+
+
+def told_of(ending: Ending) -> str:
+    """How a process ended, and what it said last."""
+    return f"code {ending.code}: {ending.told.strip()[-500:]}"
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -1,13 +1,13 @@
 """What can happen to a run: deaths, moves, damage, requests that cannot be, other settings, measuring."""
 
 import shutil
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from finetune.verify.laws import demand, demand_same
 from finetune.verify.stages import Damage, Doom, Place, Stage, Which
-from finetune.verify.training_life import REFUSED, TrainingLife, content, in_time, spoil
+from finetune.verify.training_life import REFUSED, TrainingLife, content, in_time, spoil, told_of
 
 OTHER_SETTINGS = {
     "training.learning_rate": 0.5, "training.seed": 1, "training.weight_decay": 0.1, "model.dtype": "bfloat16",
@@ -76,7 +76,8 @@ class AskForWhatCannotBe(TrainingStage):
             refused["measure"] = world.subject.evaluate(world.folder)
         for what, ending in refused.items():
             code = in_time(ending).code
-            demand("refuse.what-cannot-be", code == REFUSED, expected=REFUSED, got=(what, code, ending.told))
+            refused_it = f"{what}: code {REFUSED}"
+            demand("refuse.what-cannot-be", code == REFUSED, expected=refused_it, got=told_of(ending))
             world.unchanged(before, ending)
 
 
@@ -172,6 +173,5 @@ class SpoilResult(TrainingStage):
         demand_same("result.damage-found", (name,), world.look.damaged)
         ending = in_time(world.subject.evaluate(world.folder))
         refused = ending.code == REFUSED and name.split("/")[-1] in ending.told
-        told: Any = (ending.code, ending.told)
-        demand("measure.refuses-damaged", refused, expected=f"code {REFUSED}, naming {name}", got=told)
+        demand("measure.refuses-damaged", refused, expected=f"code {REFUSED}, naming {name}", got=told_of(ending))
         (world.folder / name).write_bytes(old)
