@@ -127,6 +127,27 @@ def test_minimise_finds_the_smallest_and_tells_nothing_twice(story: Story) -> No
     assert again.story == done.story
 
 
+def test_minimise_moves_a_death_with_the_rows() -> None:
+    """Where a death shows only in the second pass through the rows, fewer rows and an earlier death come together."""
+
+    def in_second_pass(story: Story) -> bool:
+        assert isinstance(story.setting, TrainingScene)
+        rows = len(story.setting.task.rows)
+        return rows > 1 and any(
+            20 + 10 * rows < stage.death.after < 20 + 20 * rows
+            for stage in story.stages
+            if isinstance(stage, GoOn) and stage.death
+        )
+
+    task = TaskRecipe(rows=({"text": "a"},) * 11, settings={})
+    stages = (GoOn(death=Death(190, "kill")), GoOn())
+    story = Story(setting=TrainingScene(task=task), stages=stages, broken=found(2), origin=Origin(subject="reference"))
+    done = minimise(story, Judge(in_second_pass))
+    assert isinstance(done.story.setting, TrainingScene)
+    assert len(done.story.setting.task.rows) == 2
+    assert done.story.stages == (GoOn(death=Death(41, "kill")),)
+
+
 @given(stories(), st.integers(0, 12))
 @examples(1 / 2)
 def test_minimise_ends_in_time_with_the_best_so_far(story: Story, seconds: int) -> None:

@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -134,6 +134,26 @@ def _with_smaller_stages(story: Story) -> Iterator[Story]:
             yield story.model_copy(update={"stages": (*story.stages[:number], other, *story.stages[number + 1 :])})
 
 
+def _with_fewer_rows_and_earlier_deaths(story: Story) -> Iterator[Story]:
+    """Fewer rows are fewer steps, so that a death comes too late unless it is as much earlier."""
+    if not isinstance(story.setting, TrainingScene):
+        return
+    task = story.setting.task
+    for rows in shorter(task.rows):
+        share = len(rows) / len(task.rows)
+        yield story.model_copy(
+            update={
+                "setting": TrainingScene(task=task.model_copy(update={"rows": rows})),
+                "stages": tuple(_dying_earlier(stage, share) for stage in story.stages),
+            }
+        )
+
+
+def _dying_earlier(stage: Stage, share: float) -> Stage:
+    death = getattr(stage, "death", None)
+    return stage.model_copy(update={"death": replace(death, after=round(death.after * share))}) if death else stage
+
+
 def _keeping_fewer(story: Story) -> Iterator[Story]:
     if isinstance(story.setting, StoreScene):
         for keep in lower(story.setting.keep, 1):
@@ -190,8 +210,8 @@ def _smaller_models(task: TaskRecipe) -> Iterator[Mapping[str, Any]]:
 
 
 _PASSES: tuple[Callable[[Story], Iterator[Story]], ...] = (
-    _with_fewer_stages, _of_task(_fewer_rows), _of_task(_smaller_settings), _of_task(_smaller_models),
-    _of_task(_shorter_rows), _with_smaller_stages, _keeping_fewer,
+    _with_fewer_stages, _of_task(_fewer_rows), _with_fewer_rows_and_earlier_deaths, _of_task(_smaller_settings),
+    _of_task(_smaller_models), _of_task(_shorter_rows), _with_smaller_stages, _keeping_fewer,
 )  # fmt: skip
 """What spares most comes first."""
 
