@@ -10,7 +10,8 @@
 """
 
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hypothesis import Phase, Verbosity, settings
@@ -34,6 +35,9 @@ RECEIVED = ".hypothesis/received"
 """Where it is kept, for a day, by those who have asked for it."""
 SHRINK_SECONDS = 30
 """How long one failing law is made smaller, except in `slow` and `thorough`, where nobody waits."""
+
+MACHINE_SECONDS = {"fast": 120.0, "ci": 300.0, "slow": 1_200.0, "thorough": 7_200.0, "debug": 120.0}
+"""How long one state machine begins new stories; it ends with the one that it is at."""
 
 _BRIEFLY = tuple(phase for phase in Phase if phase is not Phase.explain)
 _PROFILES: dict[str, dict[str, Any]] = {
@@ -101,3 +105,38 @@ def examples(share: float = 1.0, *, of: str | None = None) -> settings:
     """
     profile = settings() if of is None else settings.get_profile(of)
     return settings(profile, max_examples=max(1, round(profile.max_examples * share)))
+
+
+class _InTime(settings):
+    """Settings that ask for no more cases once their time is up; it begins when Hypothesis first asks."""
+
+    _clock: Callable[[], float] | None = None
+    _end = float("inf")
+
+    def limit(self, seconds: float, clock: Callable[[], float]) -> "_InTime":
+        """Set the time."""
+        self._seconds, self._clock = seconds, clock
+        return self
+
+    @property
+    def max_examples(self) -> int:
+        """As many as were asked for, or one: Hypothesis asks for more only while it has made fewer."""
+        if self._clock is None:
+            return self._max_examples
+        now = self._clock()
+        self._end = min(self._end, now + self._seconds)
+        return self._max_examples if now < self._end else 1
+
+
+def stories(share: float = 1.0, *, steps: float = 1.0, clock: Callable[[], float] = time.monotonic) -> settings:
+    """Settings for a state machine: a share of the profile's cases and of its steps, within the profile's time.
+
+    How many stories there was time for is among the cases that a run counts.
+    """
+    profile = settings()
+    cases, length = (
+        max(1, round(part * whole))
+        for part, whole in ((share, profile.max_examples), (steps, profile.stateful_step_count))
+    )
+    seconds = MACHINE_SECONDS.get(settings.get_current_profile_name().partition("-with-")[0], MACHINE_SECONDS[DEFAULT])
+    return _InTime(profile, max_examples=cases, stateful_step_count=length).limit(seconds, clock)

@@ -38,7 +38,10 @@ HEAVY = (
     "yaml",
     "huggingface_hub",
 )
-VERBS = ("train", "check", "estimate", "init", "schema", "evaluate", "chat", "report", "export", "deploy")
+VERBS = (
+    "train", "check", "estimate", "init", "schema", "evaluate", "chat", "report", "merge", "export", "compare",
+    "deploy", "replay",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from hypothesis.internal.conjecture import engine
 from finetune.errors import UsageError
 from finetune_strategies.profiles import (
     EXAMPLES,
+    MACHINE_SECONDS,
     PROFILES,
     RECEIVED,
     SHRINK_SECONDS,
@@ -27,6 +28,7 @@ from finetune_strategies.profiles import (
     failures_kept,
     limit_shrinking,
     load_profile,
+    stories,
 )
 from finetune_strategies.replay import SWITCHES, replay_command
 
@@ -143,6 +145,29 @@ def test_shrinking_ends_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(AssertionError):
         slow()
     assert time.perf_counter() - start < 60
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(1, 24), (50, 3)])
+def test_machine_begins_no_new_story_when_its_time_is_up(seconds: int, told: int) -> None:
+    """Until then it tells all that its profile asks for; each profile has a time, longer the more it asks for."""
+    assert set(MACHINE_SECONDS) == set(PROFILES)
+    times = [MACHINE_SECONDS[name] for name in ("fast", "ci", "slow", "thorough")]
+    assert times == sorted(set(times))
+    count = 0
+
+    @given(st.integers())
+    def story(number: int) -> None:
+        nonlocal count
+        count += 1
+
+    begun = settings.get_current_profile_name()
+    settings.load_profile("fast")
+    try:
+        within = stories(clock=lambda: float(seconds * count))
+        within(story)()
+    finally:
+        settings.load_profile(begun)
+    assert count == told
 
 
 def test_replay_names_the_environment_that_the_run_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,27 +1,26 @@
-"""What the scenario machines share: the subject they act through, what it is to train, and how its processes die."""
+"""What the scenario machines share: the theatre in which they tell stories, tasks, deaths, and how a story is kept."""
 
 import atexit
-import signal
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine
 
-from finetune.verify.deaths import Death
-from finetune.verify.ours import Ours
-from finetune.verify.subjects import Ending, Look, Task
-from finetune_strategies.scratch import lasting_folder
-from properties.workplace import QUICK, make_data, make_model
+from finetune.verify.choose import opened_subject
+from finetune.verify.deaths import CODES, Death
+from finetune.verify.laws import LawBrokenError
+from finetune.verify.recipes import TaskRecipe
+from finetune.verify.stages import Stage
+from finetune.verify.stories import StoreScene, Story, TrainingScene, origin_of, save_story
+from finetune.verify.theatre import Theatre, perform
 
-CODES = {
-    "kill": -signal.SIGKILL, "power": -signal.SIGKILL, "torn": -signal.SIGXFSZ, "interrupt": 130, "full": 1,
+QUICK_TASK: Mapping[str, Any] = {
+    "template.name": "chatml", "tokens.max_length": 128, "training.epochs": 2.0, "training.batch_size": 3,
+    "training.learning_rate": 0.01, "training.save_every": 2, "evaluation.max_new_tokens": 3,
 }  # fmt: skip
-"""How a process ends that dies so; of a full disk it does not die, but says so."""
-QUICK_TASK = {key: value for key, value in QUICK.items() if key not in ("backend", "adapter.rank")}
-QUICK_TASK |= {"training.save_every": 2}
 ADAPTER = {"adapter.rank": 2, "adapter.dropout": 0.2}
 TASKS: dict[str, Mapping[str, Any]] = {
     "plain": ADAPTER,
@@ -34,71 +33,75 @@ TASKS: dict[str, Mapping[str, Any]] = {
     "whole model": {"adapter.kind": "full", "training.epochs": 1.0, "training.save_every": 1},
 }  # fmt: skip
 """What differs from the quick task: each has another way through training, saving and resuming."""
+ROWS = tuple({"prompt": f"say {'word ' * (4 * index % 15)}", "completion": f"{index}"} for index in range(11))
+"""Of very unequal lengths."""
+KEPT = Path(".hypothesis/stories")
+"""Where the stories of failing machines lie."""
 
 
 @cache
-def place() -> Path:
-    """A folder for this session."""
-    return lasting_folder("stories")
+def theatre(name: str) -> Theatre:
+    """A subject's theatre, for this session."""
+    subject = opened_subject(name)
+    opened = Theatre(subject.__enter__())
+    atexit.register(subject.__exit__, None, None, None)
+    atexit.register(opened.close)
+    return opened
 
 
-@cache
-def ours(backend: str) -> Ours:
-    """Our own trainer, and its nursery of processes, for this session."""
-    subject = Ours(backend)
-    atexit.register(subject.close)
-    return subject
+def training(name: str) -> TrainingScene:
+    """The beginning of a run of a task: a tiny random model and a few rows."""
+    return TrainingScene(task=TaskRecipe(rows=ROWS, settings={**QUICK_TASK, **TASKS[name]}))
 
 
-@cache
-def task(name: str) -> Task:
-    """A task by its name, with a tiny random model and a few rows."""
-    model, data = place() / "model", place() / "rows.jsonl"
-    if not model.exists():
-        make_model(model)
-        make_data(data, 11)
-    return Task(model, data, {**QUICK_TASK, **TASKS[name]})
+class Storyteller(RuleBasedStateMachine):
+    """A machine that draws stages, does them, and keeps the story in which a law broke."""
 
+    subject: ClassVar = "reference"
 
-@dataclass(frozen=True)
-class Whole:
-    """A run that nobody disturbed: what it left, what it says when measured again, how often it changed its folder."""
+    def begin_in(self, setting: TrainingScene | StoreScene) -> None:
+        """Nothing has been done yet."""
+        self.setting = setting
+        self.stages: list[Stage] = []
+        try:
+            self.world: Any = theatre(self.subject).open(setting)
+        except LawBrokenError as broken:
+            self.keep(broken)
+            raise
 
-    look: Look
-    measured: str
-    changes: int
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything to act on."""
+        return hasattr(self, "world")
 
+    def do(self, stage: Stage) -> None:
+        """Do one stage, as whoever replays the story will."""
+        self.stages.append(stage)
+        try:
+            perform(self.world, stage)
+        except LawBrokenError as broken:
+            self.keep(broken)
+            raise
 
-@cache
-def whole(backend: str, name: str) -> Whole:
-    """The task, done without any trouble."""
-    folder = place() / f"{backend} {name}"
-    ending = ours(backend).train(task(name), folder)
-    assert ending.code in (0, 1), ending.told
-    assert ending.changes is not None
-    return Whole(ours(backend).look(folder), measured(ours(backend).evaluate(folder)), ending.changes)
+    def keep(self, broken: LawBrokenError) -> None:
+        """Write down what was done, and how to do it again; of a failing test's stories the smallest comes last."""
+        seed = str(getattr(type(self), "_hypothesis_internal_use_seed", None) or "")
+        story = Story(
+            setting=self.setting,
+            stages=tuple(self.stages),
+            broken=theatre(self.subject).finding(broken, len(self.stages)),
+            origin=origin_of(self.subject, seed),
+        )
+        path = KEPT / f"{type(self).__name__}-{broken.law.id}.json"
+        save_story(story, path)
+        broken.add_note(f"replay: ft replay {path}")
 
-
-def measured(ending: Ending) -> str:
-    """What was measured."""
-    assert ending.code == 0, ending.told
-    return ending.answer
+    def teardown(self) -> None:
+        """Leave nothing."""
+        if self.begun:
+            self.world.close()
 
 
 def deaths(changes: int, *ways: str) -> st.SearchStrategy[Death]:
     """These ways to die, or all, at any of so many changes to the disk, often one of the first; some come too late."""
     return st.builds(Death, st.integers(0, 8) | st.integers(0, changes), st.sampled_from(ways or sorted(CODES)))
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder; whose turn it is in there is nobody's content."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "lock.json")
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
-def spoil(file: Path, place: int, how: str) -> None:
-    """Change one bit of a file, or cut its end off, more than a line's; an empty one grows."""
-    old = file.read_bytes()
-    at = place % max(1, len(old))
-    flipped = old[:at] + bytes([old[at] ^ 1]) + old[at + 1 :] if old else b"x"
-    file.write_bytes(flipped if how == "flip" or not old else old[: max(0, at - 1)])

@@ -19,8 +19,8 @@ from finetune.deploy.ollama import Patience
 from finetune.verify.ours_deploy import OursOnOllama
 from finetune.verify.subjects import Deploys, Ending, Serving
 from finetune_strategies.profiles import examples
+from finetune_strategies.scratch import lasting_folder
 from scenarios.ollama_stand_in import StandIn, Trouble
-from scenarios.subjects import place
 
 pytestmark = pytest.mark.tier2
 PATIENCE = Patience(connect=5, silence=0.5, whole=0.5)
@@ -39,7 +39,7 @@ KINDS = ["half-closed", "hang", "garbage", "refused", "stream error", "gone"]
 @cache
 def file(number: int) -> Path:
     """A file that begins as GGUF does; the stand-in looks no further."""
-    path = place() / f"served-{number}.gguf"
+    path = lasting_folder("served") / f"served-{number}.gguf"
     path.write_bytes(b"GGUF" + bytes([number]) * 1000)
     return path
 

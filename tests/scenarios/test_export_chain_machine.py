@@ -23,13 +23,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from finetune.verify.deaths import Death
+from finetune.verify.deaths import CODES, Death
 from finetune.verify.ours_export import OursExports
 from finetune.verify.subjects import Ending, Exports, Task
+from finetune.verify.training_life import content, spoil
 from finetune_strategies.profiles import examples
 from finetune_strategies.scratch import lasting_folder
 from properties.workplace import QUICK, make_data
-from scenarios.subjects import CODES, content, deaths, spoil
+from scenarios.subjects import deaths
 from scenarios.tiny_runs import KINDS, tiny_model
 
 pytestmark = pytest.mark.tier2

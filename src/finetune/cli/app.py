@@ -17,6 +17,7 @@ from finetune.cli import (
     export,
     init,
     merge,
+    replay,
     report,
     schema,
     train,
@@ -34,7 +35,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (train, check, estimate, init, schema, evaluate, chat, report, merge, export, compare, deploy):
+for verb in (train, check, estimate, init, schema, evaluate, chat, report, merge, export, compare, deploy, replay):
     app.command(verb.__name__.rsplit(".", 1)[-1])(verb.command)
 
 

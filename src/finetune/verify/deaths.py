@@ -8,7 +8,7 @@ import signal
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _HEARD = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
@@ -24,8 +24,16 @@ class Death:
     middle of the next write. `interrupt`: by Ctrl-C. `full`: not at all, but from then on the disk takes nothing more.
     """
 
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}
+
     after: int
     by: Literal["kill", "power", "torn", "interrupt", "full"]
+
+
+CODES = {
+    "kill": -signal.SIGKILL, "power": -signal.SIGKILL, "torn": -signal.SIGXFSZ, "interrupt": 130, "full": 1,
+}  # fmt: skip
+"""How a process ends that dies so; of a full disk it does not die, but says so."""
 
 
 class Watch:

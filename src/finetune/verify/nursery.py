@@ -11,6 +11,8 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -37,6 +39,8 @@ class Nursery:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            # What can be imported here, a subject's own programs for example, can be imported there.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             # Ctrl-C is for whoever runs the suite, and comes to us when our input is closed.
             start_new_session=True,
         )
@@ -83,11 +87,21 @@ def _bear(request: dict[str, Any]) -> dict[str, Any]:
         _live(request, {name: end for name, (_, end) in ends.items()})
     for _, end in ends.values():
         os.close(end)
-    heard = _listen({end: name for name, (end, _) in ends.items()})
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with ThreadPoolExecutor(1) as waiting:
+        ended = waiting.submit(_await_end, child)
+        heard = _listen({end: name for name, (end, _) in ends.items()})
+    code = os.waitstatus_to_exitcode(ended.result())
     changes = heard.pop("changes")
     words = {name: text.decode(errors="replace") for name, text in heard.items()}
     return {"code": code, **words, "changes": int(changes) if changes else None}
+
+
+def _await_end(child: int) -> int:
+    """How a process ended; what it had started goes with it, and holds none of its pipes open."""
+    status = os.waitpid(child, 0)[1]
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(child, signal.SIGKILL)
+    return status
 
 
 def _listen(ends: dict[int, str]) -> dict[str, bytes]:
@@ -109,6 +123,7 @@ def _live(request: dict[str, Any], ends: dict[str, int]) -> None:
     """Be the program; never returns."""
     code = 1
     try:
+        os.setpgid(0, 0)
         for number, end in enumerate([os.open(os.devnull, os.O_RDONLY), ends["answer"], ends["told"]]):
             os.dup2(end, number)
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -31,7 +31,13 @@ _OWNER = Owner({"task": "kept"}, {})
 
 
 class Ours:
-    """`ft` with one backend; a subject that trains and keeps checkpoints."""
+    """`ft` with one backend; a subject that trains and keeps checkpoints.
+
+    The programs are named here, so that a subject with a planted fault can have others.
+    """
+
+    program: ClassVar = "finetune.cli:main"
+    keeper: ClassVar = "finetune.verify.ours:follow_orders"
 
     def __init__(self, backend: str) -> None:
         self.name = f"finetune with {backend}"
@@ -77,7 +83,7 @@ class Ours:
 
     def ft(self, folder: Path, death: Death | None, *words: str) -> Ending:
         """Run `ft` with these words; changes in the folder are counted."""
-        return self.nursery.run("finetune.cli:main", words, folder, death)
+        return self.nursery.run(self.program, words, folder, death)
 
     def look(self, folder: Path) -> Look:
         """What the run folder holds."""
@@ -101,7 +107,7 @@ class Ours:
     def obey(self, folder: Path, keep: int, orders: Sequence[Order], death: Death | None = None) -> Ending:
         """What each order asks of one `CheckpointStore`."""
         words = [str(folder), str(keep), json.dumps([asdict(order) for order in orders])]
-        return self.nursery.run("finetune.verify.ours:follow_orders", words, folder, death)
+        return self.nursery.run(self.keeper, words, folder, death)
 
     def listed(self, folder: Path) -> Mapping[int, str]:
         """Every step of the store, each opened."""

@@ -6,7 +6,7 @@ Each ability is a protocol of its own; a subject has it by having its methods, a
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from finetune.verify.deaths import Death
 
@@ -135,6 +135,8 @@ class Exports(Trains, Protocol):
 @dataclass(frozen=True, slots=True)
 class Order:
     """One thing to do with a store of checkpoints: save a step with this content, open one, or let go of the opened."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}
 
     do: Literal["save", "open", "release"]
     step: int = 0

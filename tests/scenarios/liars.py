@@ -1,0 +1,166 @@
+"""Trainers that lie: ours with one fault each, planted where a real trainer had it, in the processes that it starts."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import finetune.artifacts.checkpoints as checkpoints
+import finetune.assembly.train as assembly
+from finetune.artifacts.checkpoints import CheckpointStore
+from finetune.backends.reference.session import ReferenceSession
+from finetune.cli import main
+from finetune.verify.ours import Ours, follow_orders
+
+
+class Liar(Ours):
+    """Ours with the reference backend; a subclass says which program has the fault."""
+
+    def __init__(self) -> None:
+        super().__init__("reference")
+        self.name = type(self).__name__
+
+
+def plant(owner: Any, name: str, fault: Any) -> None:
+    """Put a fault in the place of what is right, for as long as this process lives; the fault is given what is."""
+    right = getattr(owner, name)
+    setattr(owner, name, lambda *given, **named: fault(right, *given, **named))
+
+
+class ForgetsMoments(Liar):
+    """mlx-lm #97: resumes with the weights alone; the optimizer's averages begin anew."""
+
+    program: ClassVar = "scenarios.liars:forget_moments"
+
+
+def forget_moments() -> None:
+    """`ft` with that fault."""
+
+    def load(right: Any, session: ReferenceSession, folder: Path) -> None:
+        right(session, folder)
+        for tensor in (*session.optimizer.first.values(), *session.optimizer.second.values()):
+            tensor[...] = 0
+
+    plant(ReferenceSession, "load_state", load)
+    main()
+
+
+class ForgetsDice(Liar):
+    """transformers #35782: the random state is not restored, so that dropout draws other masks."""
+
+    program: ClassVar = "scenarios.liars:forget_dice"
+
+
+def forget_dice() -> None:
+    """`ft` with that fault."""
+
+    def load(right: Any, session: ReferenceSession, folder: Path) -> None:
+        before = session._random.bit_generator.state
+        right(session, folder)
+        session._random.bit_generator.state = before
+
+    plant(ReferenceSession, "load_state", load)
+    main()
+
+
+class ForgetsOrder(Liar):
+    """transformers #40691: a resumed run deals the rows out as in the first epoch."""
+
+    program: ClassVar = "scenarios.liars:forget_order"
+
+
+def forget_order() -> None:
+    """`ft` with that fault."""
+
+    def steps(right: Any, session: Any, batches_of: Any, *rest: Any, done_steps: int = 0) -> Any:
+        dealt = (lambda epoch: batches_of(0)) if done_steps else batches_of
+        return right(session, dealt, *rest, done_steps=done_steps)
+
+    plant(assembly, "train", steps)
+    main()
+
+
+class GoesOnFromOlder(Liar):
+    """Goes on from the checkpoint before the newest."""
+
+    program: ClassVar = "scenarios.liars:go_on_from_older"
+
+
+def go_on_from_older() -> None:
+    """`ft` with that fault."""
+    plant(CheckpointStore, "newest", lambda right, store: ([None, *store.steps()][-2:] or [None])[0])
+    main()
+
+
+class ReportsTooEarly(Liar):
+    """transformers #29059: a checkpoint's folder has its name before its files are on the disk."""
+
+    program: ClassVar = "scenarios.liars:report_too_early"
+
+
+def report_too_early() -> None:
+    """`ft` with that fault."""
+
+    def write(right: Any, path: Path, fill: Any) -> None:
+        path.mkdir(parents=True)
+        fill(path)
+
+    plant(checkpoints, "write_folder", write)
+    main()
+
+
+class RemovesFirst(Liar):
+    """Makes room for a new checkpoint by removing the old ones before the new one is there."""
+
+    program: ClassVar = "scenarios.liars:remove_first"
+
+
+def remove_first() -> None:
+    """`ft` with that fault."""
+
+    def save(right: Any, store: CheckpointStore, *given: Any, **named: Any) -> Path:
+        for step in store.steps():
+            checkpoints.remove_folder(store._path(step))
+        path: Path = right(store, *given, **named)
+        return path
+
+    plant(CheckpointStore, "save", save)
+    main()
+
+
+class TrustsDamage(Liar):
+    """Loads whatever a checkpoint holds, without a look at its hashes."""
+
+    program: ClassVar = "scenarios.liars:trust_damage"
+
+
+def trust_damage() -> None:
+    """`ft` with that fault."""
+    plant(CheckpointStore, "open", lambda right, store, step, identity: store._path(step))
+    main()
+
+
+class SortsByName(Liar):
+    """accelerate #1463: takes step 9 for newer than step 10 when it removes the oldest."""
+
+    keeper: ClassVar = "scenarios.liars:sort_by_name"
+
+
+def sort_by_name() -> None:
+    """The store's program with that fault."""
+    plant(CheckpointStore, "steps", lambda right, store: sorted(right(store), key=str))
+    follow_orders()
+
+
+class LosesTheBest(Liar):
+    """Keeps the newest checkpoints only, whatever was the best."""
+
+    keeper: ClassVar = "scenarios.liars:lose_the_best"
+
+
+def lose_the_best() -> None:
+    """The store's program with that fault."""
+
+    def save(right: Any, store: CheckpointStore, *given: Any, best: int | None = None) -> Any:
+        return right(store, *given, best=None)
+
+    plant(CheckpointStore, "save", save)
+    follow_orders()
