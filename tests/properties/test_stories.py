@@ -368,3 +368,9 @@ def test_stages_have_names_of_their_own() -> None:
     work = Work(orders=(Order("save", 9, "a"),))
     story = Story(setting=StoreScene(keep=2), stages=(work,), origin=Origin(subject="reference"))
     assert parse_story(json.loads(story.text))[0] == story
+
+
+def test_story_measures_nothing_of_the_machine(tmp_path: Path) -> None:
+    """A story that says nothing of extra runs has none: what they measure is another number each time."""
+    task = TaskRecipe(rows=({"prompt": "a", "completion": "1"},), settings={}).build(tmp_path / "task")
+    assert (task.settings["judge.sham"], task.settings["judge.memory"]) == ("never", "never")

@@ -1,6 +1,7 @@
 """Laws of replay, held against trainers that lie: each lie is found, told small, and told of ours it is none."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -100,6 +101,18 @@ def test_story_of_a_lie_is_broken_by_the_liar_and_kept_by_ours(liar: str, tmp_pa
     assert (kept.verdict, kept.idle, kept.late) == ("kept", (), ())
     deaths = sum(isinstance(stage, GoOn) and stage.death is not None for stage in story.stages)
     assert sum(count for _, count in kept.died) == deaths >= 1
+
+
+def test_replay_knows_every_stage_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """`ft replay` as a user calls it: from its file alone a story is FIXED (0) on ours and BROKEN (1) on a liar."""
+    story, _ = first_broken("ForgetsMoments", LIES["ForgetsMoments"][1]())
+    save_story(story, tmp_path / "story.json")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    for subject, code, word in (("reference", 0, "FIXED"), (named("ForgetsMoments"), 1, "BROKEN")):
+        words = ["replay", "story.json", "--subject", subject]
+        command = [sys.executable, "-c", "from finetune.cli import main; main()", *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert (done.returncode, word in done.stdout) == (code, True), done.stderr
 
 
 class OfARun(TrainingLife):

@@ -105,7 +105,8 @@ class TaskRecipe(Recipe):
         self.model.build(folder / "model")
         rows = folder / "rows.jsonl"
         write_text(rows, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
-        return Task(folder / "model", rows, self.settings)
+        # What a run measures of the machine is no part of a story, and another one each time.
+        return Task(folder / "model", rows, {**dict.fromkeys(_EXTRA_RUNS, "never"), **self.settings})
 
 
 def setting_problems(settings: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ A new act is a new class here or anywhere: it names itself in `do` and its scene
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, Field
@@ -71,9 +72,12 @@ class Stage(Recipe, ABC):
         """
 
 
+_TOLD_IN = ("finetune.verify.training_stages", "finetune.verify.checkpoint_stages")
 _KNOWN: dict[str, dict[str, type[Stage]]] = {}
 
 
 def stages_of(scene: str) -> Mapping[str, type[Stage]]:
     """Every stage that a story of this scene may have, by its name."""
+    for module in _TOLD_IN:  # they know this module, and name themselves when they are read
+        import_module(module)
     return _KNOWN.get(scene, {})
