@@ -240,7 +240,9 @@ def finish_steps(axes: "Axes", *, ticks: int = 5, columns: int = 6) -> None:
 def _few_ticks(*, whole: bool = False, count: int = 5) -> Any:
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(count, integer=whole, steps=[1, 2, 2.5, 5, 10])
+    # Whole numbers only, even where there is but one to name.
+    least = 1 if whole else 2
+    return MaxNLocator(count, integer=whole, min_n_ticks=least, steps=[1, 2, 2.5, 5, 10])
 
 
 def _right_label(axes: "Axes", at: float, text: str) -> None:

@@ -22,7 +22,8 @@ from finetune.errors import DataError, StorageError
 HISTORY = ".finetune/history.jsonl"
 """Where sessions are written when nothing else is asked for."""
 WRITTEN_BY = "make test-e2e-workflow, FT_REAL_MODEL_ENABLE=1 make test-e2e-real-model and make test-e2e-mlx write one"
-ScoreName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][ -~]{0,99}$")]
+SCORE_NAME = r"^[A-Za-z0-9][ -~]{0,99}$"
+ScoreName = Annotated[str, StringConstraints(pattern=SCORE_NAME)]
 
 
 class HistoryEntry(BaseModel):
@@ -37,8 +38,8 @@ class HistoryEntry(BaseModel):
     commit: str | None
     python: str
     platform: str
-    profile: str
-    """The Hypothesis profile."""
+    profile: str | None
+    """The Hypothesis profile, None where none was loaded."""
     seconds: Annotated[FiniteFloat, Field(ge=0)]
     passed: NonNegativeInt
     failed: NonNegativeInt
@@ -59,7 +60,7 @@ class HistoryEntry(BaseModel):
     @property
     def place(self) -> str:
         """Machine, Python and profile: only sessions of one place can be compared."""
-        return f"{self.platform} Python {self.python} {self.profile}"
+        return f"{self.platform} Python {self.python} {self.profile or ''}".rstrip()
 
 
 def append_entry(path: Path, entry: HistoryEntry) -> None:

@@ -27,7 +27,7 @@ class Look:
 
 
 def _tick_seconds(value: float) -> str:
-    return f"{say_rate(value)} s"
+    return f"{value:,g} s"
 
 
 def _say_rate_of_passing(value: float) -> str:
