@@ -51,13 +51,14 @@ def _show_history(files: Sequence[Path], *, html: Path | None, json_output: bool
     from finetune.report.history import HISTORY, WRITTEN_BY, in_order, read_history
     from finetune.report.history_views import print_history, render_history
 
-    read = [read_history(path) for path in files or [Path(HISTORY)]]
+    files = files or [Path(HISTORY)]
+    read = [read_history(path) for path in files]
     entries = in_order([entry for found, _ in read for entry in found])
     problems = [problem for _, found in read for problem in found]
     for problem in problems:
         say(f"left out: {problem}")
     if not entries:
-        names = ", ".join(str(path) for path in files or [HISTORY])
+        names = ", ".join(str(path) for path in files)
         raise DataError(f"no session is told of in {names}", hint=WRITTEN_BY)
     if json_output:
         print_json({"entries": [entry.model_dump(mode="json") for entry in entries], "problems": problems})
