@@ -104,9 +104,12 @@ def test_history_names_each_damaged_line_and_reads_the_rest(tmp_path: Path) -> N
 
 
 ADDING = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 from finetune.report.history import HistoryEntry, append_entry
+Path(f"ready-{os.getpid()}").touch()
+while len(list(Path().glob("ready-*"))) < 2:
+    time.sleep(0.001)
 entry = HistoryEntry.model_validate_json(sys.argv[2])
 os.fsync = lambda handle: None  # what is looked for here is order, not the disk
 for number in range(200):
@@ -119,7 +122,9 @@ def test_history_takes_lines_of_two_processes(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     command = [sys.executable, "-c", ADDING, str(path)]
     started = [
-        subprocess.Popen([*command, entry(scores={f"{name} {n}": 0.5 for n in range(99)}).model_dump_json()])
+        subprocess.Popen(
+            [*command, entry(scores={f"{name} {n}": 0.5 for n in range(99)}).model_dump_json()], cwd=tmp_path
+        )
         for name in "ab"
     ]
     assert [process.wait(timeout=120) for process in started] == [0, 0]
@@ -127,6 +132,15 @@ def test_history_takes_lines_of_two_processes(tmp_path: Path) -> None:
     assert problems == []
     for name in "ab":
         assert [each.passed for each in found if f"{name} 0" in each.scores] == list(range(200))
+
+
+def test_history_takes_a_line_in_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a line is, it is one write to the system, between whose parts no other process can come."""
+    writes: list[bytes] = []
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda handle, line: writes.append(line) or write(handle, line))
+    append_entry(tmp_path / "history.jsonl", entry(scores={f"{n}": 0.5 for n in range(9999)}))
+    assert [len(writes), b"".join(writes)] == [1, (tmp_path / "history.jsonl").read_bytes()]
 
 
 def test_history_that_cannot_be_kept_or_read_says_where(tmp_path: Path) -> None:
