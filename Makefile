@@ -64,7 +64,7 @@ test-unit: $(VENV)/dev-ok  ## Run the laws that need no ML framework
 
 .PHONY: test-e2e-workflow
 test-e2e-workflow: $(WORKFLOW_VENV)/ok  ## Tier 1, with no ML framework installed: config, data, templates, workflow, errors
-	$(TEST_ENV) $(WORKFLOW_VENV)/bin/pytest $(IN_PARALLEL) $(TIER1)
+	FT_TIER=1 $(TEST_ENV) $(WORKFLOW_VENV)/bin/pytest $(IN_PARALLEL) $(TIER1)
 
 .PHONY: test-e2e-real-model
 test-e2e-real-model:  ## Tier 2: train real models and judge the five criteria (needs FT_REAL_MODEL_ENABLE=1)
@@ -75,7 +75,7 @@ test-e2e-real-model:  ## Tier 2: train real models and judge the five criteria (
 
 .PHONY: tier2
 tier2: $(VENV)/dev-ok
-	TOKENIZERS_PARALLELISM=false $(BIN)/pytest $(TIER2)/test_real_model.py $(if $(FT_VERBOSE),-s)
+	FT_TIER=2 TOKENIZERS_PARALLELISM=false $(BIN)/pytest $(TIER2)/test_real_model.py $(if $(FT_VERBOSE),-s)
 
 .PHONY: test-e2e-mlx
 test-e2e-mlx: $(VENV)/dev-ok  ## Tier 3: fine-tune, merge, MLX, GGUF, deploy, evaluate, compare (FT_E2E_MODEL_ID chooses the model)

@@ -1,4 +1,4 @@
-"""Loads the Hypothesis profile, counts the cases of a run, and tells how to replay its failures."""
+"""Loads the Hypothesis profile, counts the cases of a run, tells how to replay its failures, and keeps a history."""
 
 from finetune_strategies.profiles import load_profile
 from finetune_strategies.replay import (
@@ -14,5 +14,6 @@ __all__ = [
     "pytest_configure",
     "pytest_runtest_call",
 ]
+pytest_plugins = ["finetune.verify.sessions"]
 
 load_profile()

@@ -1,4 +1,4 @@
-"""How much of the machine's memory this process has held."""
+"""How much of the machine's memory this process and its children have held."""
 
 import sys
 from pathlib import Path
@@ -15,11 +15,24 @@ def peak_rss() -> int | None:
     if _STATUS.exists():
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
+    return _most_resident("RUSAGE_SELF")
+
+
+def largest_child() -> int | None:
+    """The highest resident set of any one child, or child of a child, that has been waited for, in bytes.
+
+    0 where there was none, None where the system does not tell. On Linux it is no less than what this process held
+    when it started the child: together with `peak_rss` the larger of both is right.
+    """
+    return _most_resident("RUSAGE_CHILDREN")
+
+
+def _most_resident(whose: str) -> int | None:
     try:
         import resource
     except ImportError:
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak: int = resource.getrusage(getattr(resource, whose)).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 

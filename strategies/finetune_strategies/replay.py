@@ -148,17 +148,27 @@ class Ledger:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     @property
+    def total(self) -> int:
+        """How many cases all tests made."""
+        return sum(self.cases.values())
+
+    @property
+    def profile(self) -> str:
+        """The profile that they were made by."""
+        return _profile()
+
+    @property
     def too_few(self) -> bool:
         """Whether fewer cases were made than were asked for."""
-        return sum(self.cases.values()) < int(self.config.getoption("--least-cases"))
+        return self.total < int(self.config.getoption("--least-cases"))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Tell the sum, and the commands."""
         if not self.cases and not self.failed:
             return
         terminalreporter.section("cases and replays")
-        told = f"Hypothesis generated {sum(self.cases.values()):,} cases in {len(self.cases)} tests"
-        terminalreporter.write_line(f"{told} (profile {_profile()})")
+        told = f"Hypothesis generated {self.total:,} cases in {len(self.cases)} tests"
+        terminalreporter.write_line(f"{told} (profile {self.profile})")
         if self.too_few:
             wanted = self.config.getoption("--least-cases")
             terminalreporter.write_line(f"that is fewer than the {wanted:,} asked for with --least-cases", red=True)

@@ -1,6 +1,7 @@
 """Tier 2: real models are really trained, and the five criteria are judged on what was measured."""
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from finetune.config import load_config
 from finetune.errors import ModelError
 from finetune.memory.scale import available_memory, scale_to_memory
 from finetune.models.locate import SHIPPED, locate_model
+from scenarios.recorded_scores import record_scores
 
 pytestmark = [
     pytest.mark.tier2,
@@ -23,6 +25,7 @@ pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune
 
 CHOSEN = os.environ.get("FT_TEST_MODEL")
 CRITERIA = 5
+Recorder = Callable[[str, object], None]
 WITH_MLX = pytest.param(
     "mlx",
     marks=pytest.mark.skipif(
@@ -66,9 +69,10 @@ def not_holding(run: dict[str, Any]) -> list[str]:
 @pytest.mark.skipif(CHOSEN is not None, reason=f"FT_TEST_MODEL={CHOSEN} was chosen instead of the shipped models")
 @pytest.mark.parametrize("backend", ["torch", WITH_MLX])
 @pytest.mark.parametrize("model", SHIPPED)
-def test_shipped_model_meets_all_criteria(model: str, backend: str, tmp_path: Path) -> None:
+def test_shipped_model_meets_all_criteria(model: str, backend: str, tmp_path: Path, record_property: Recorder) -> None:
     """A shipped model learns the new facts and only those, keeps the old ones, and everything is measured."""
     run = train_on_facts(model, tmp_path / "run", backend=backend, **SIZES[backend])
+    record_scores(record_property, run, backend=backend)
     assert literal_outcomes(run) == dict.fromkeys(range(1, CRITERIA + 1), "holds")
     assert not_holding(run) == []
     learning, retention = run["scores"]["learning"], run["scores"]["retention"]
@@ -95,7 +99,7 @@ def test_same_seed_gives_the_same_adapter_bytes(tmp_path: Path) -> None:
     assert first != other
 
 
-def test_hub_model_meets_all_criteria(tmp_path: Path) -> None:
+def test_hub_model_meets_all_criteria(tmp_path: Path, record_property: Recorder) -> None:
     """A model from the hub, chosen by FT_TEST_MODEL or by free memory, meets the five criteria too."""
     scale = scale_to_memory(available_memory())
     if CHOSEN is None and scale is None:
@@ -109,4 +113,5 @@ def test_hub_model_meets_all_criteria(tmp_path: Path) -> None:
     batch = {"training.batch_size": scale.batch_size} if scale else {}
     chosen = {} if model in SHIPPED else gentle
     run = train_on_facts(model, tmp_path / "run", **chosen, **batch)
+    record_scores(record_property, run, backend="torch")
     assert literal_outcomes(run) == dict.fromkeys(range(1, CRITERIA + 1), "holds"), not_holding(run)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from finetune.report import render_html
+from finetune.report.history_views import render_history
 from properties.sample_run import sample_run
+from properties.test_history import entry
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -107,6 +109,35 @@ def test_charts_can_be_seen_in_the_theme(browser: "Browser", report_file: Path, 
         assert not [value for value in chart["extra"] if value < 2], (chart["chart"], theme)
         assert min(chart["boxes"]) > 0, chart["chart"]
         assert chart["black"] == 0, (chart["chart"], "something is painted black whatever the theme")
+
+
+@pytest.fixture(scope="module")
+def history_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A history of one session, and of two machines with a gap and a score."""
+    first = entry(tier=1, cases=None, scores={"m/torch tuned": 0.9, "chain GGUF seconds": 2.0})
+    more = [entry(day, tier=2, cases=day or None, platform="Darwin-arm64" * (1 + 9 * (day % 2))) for day in range(5)]
+    path = tmp_path_factory.mktemp("history") / "history.html"
+    path.write_text(render_history([first, *more], ["history.jsonl:9: " + "x" * 900]), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("theme", THEMES)
+def test_history_can_be_seen_in_the_theme(browser: "Browser", history_file: Path, theme: str, width: int) -> None:
+    """The page of the history keeps the laws of the report's: alone, no wider than the screen, every mark in sight."""
+    page, told = _open(browser, history_file, theme, width)
+    charts = page.evaluate(MARKS)
+    assert told == [f"request {history_file.as_uri()}"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.close()
+    assert [chart["chart"] for chart in charts] == [
+        "seconds", "pass-rate", "memory", "score-0-0", "score-1-0", "seconds", "pass-rate", "cases", "memory",
+    ]  # fmt: skip
+    for chart in charts:
+        assert min(chart["width"], chart["height"]) > 100, chart["chart"]
+        assert len(chart["marks"]) >= 1, chart["chart"]
+        assert [mark for mark in [*chart["marks"], *chart["letters"]] if mark[1] < 2] == [], chart["chart"]
+        assert chart["black"] == 0, chart["chart"]
 
 
 @pytest.mark.parametrize("theme", THEMES)

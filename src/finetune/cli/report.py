@@ -1,5 +1,6 @@
-"""`ft report`: show what runs measured, side by side."""
+"""`ft report`: show what runs measured, side by side; or what the tests did over time."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -7,13 +8,28 @@ import typer
 
 from finetune.cli.console import data_console, print_json, say
 from finetune.cli.options import AsJson
+from finetune.errors import DataError, UsageError
 
-Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="One or more run folders.")]
+Runs = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="RUN...", help="One or more run folders; with --history, history files."),
+]
 Page = Annotated[Path | None, typer.Option("--html", help="Write one self-contained page about all of them here.")]
+History = Annotated[
+    bool,
+    typer.Option("--history", help="Show the tests' sessions over time; of .finetune/history.jsonl, or the files."),
+]
 
 
-def command(runs: Runs, *, html: Page = None, json_output: AsJson = False) -> int:
-    """Show the report of one run, or several runs side by side."""
+def command(runs: Runs = None, *, history: History = False, html: Page = None, json_output: AsJson = False) -> int:
+    """Show the report of one run, or several runs side by side; or the history of the tests."""
+    if history:
+        return _show_history(runs or [], html=html, json_output=json_output)
+    if not runs:
+        raise UsageError(
+            "ft report needs a run folder, and none was given", hint="ft report runs/*/, or ft report --history"
+        )
+
     from finetune.artifacts.run_folder import RunFolder
     from finetune.artifacts.write import write_text
     from finetune.report import build_report, print_report, render_html
@@ -26,5 +42,29 @@ def command(runs: Runs, *, html: Page = None, json_output: AsJson = False) -> in
         print_report(found, data_console())
     if html is not None:
         write_text(html, render_html(found))
+        say(f"wrote {html}")
+    return 0
+
+
+def _show_history(files: Sequence[Path], *, html: Path | None, json_output: bool) -> int:
+    from finetune.artifacts.write import write_text
+    from finetune.report.history import HISTORY, WRITTEN_BY, in_order, read_history
+    from finetune.report.history_views import print_history, render_history
+
+    files = files or [Path(HISTORY)]
+    read = [read_history(path) for path in files]
+    entries = in_order([entry for found, _ in read for entry in found])
+    problems = [problem for _, found in read for problem in found]
+    for problem in problems:
+        say(f"left out: {problem}")
+    if not entries:
+        names = ", ".join(str(path) for path in files)
+        raise DataError(f"no session is told of in {names}", hint=WRITTEN_BY)
+    if json_output:
+        print_json({"entries": [entry.model_dump(mode="json") for entry in entries], "problems": problems})
+    else:
+        print_history(entries, data_console())
+    if html is not None:
+        write_text(html, render_history(entries, problems))
         say(f"wrote {html}")
     return 0

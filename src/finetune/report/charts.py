@@ -20,8 +20,8 @@ _PARTS = {
     "optimizer": ("optimizer", ink.OCHRE),
     "rest": ("the rest", ink.BLUE),
 }
-_RUN_COLOURS = (ink.TEAL, ink.BLUE, ink.OCHRE, ink.RED, ink.VIOLET, ink.GREY)
-_RUN_DASHES = ("-", "--", ":", "-.")
+RUN_COLOURS = (ink.TEAL, ink.BLUE, ink.OCHRE, ink.RED, ink.VIOLET, ink.GREY)
+RUN_DASHES = ("-", "--", ":", "-.")
 _SCORE_ROWS = (
     ("learning", "base", "before", ink.GREY),
     ("learning", "tuned", "after", ink.TEAL),
@@ -60,13 +60,13 @@ def draw_comparison(reports: Sequence[Mapping[str, Any]], names: Sequence[str]) 
     if not any(points for _, points in drawn):
         return Chart("comparison", title, caption, None, "None of these runs recorded a finite training loss.")
     with ink.sheet(_WIDE, _HEIGHT) as figure:
-        axes = figure.add_axes(_inside(_WIDE, _HEIGHT, top=30))
+        axes = figure.add_axes(axes_inside(_WIDE, _HEIGHT, top=30))
         for place, (name, points) in enumerate(drawn):
-            dashes = _RUN_DASHES[place // len(_RUN_COLOURS) % len(_RUN_DASHES)]
-            colour = _RUN_COLOURS[place % len(_RUN_COLOURS)]
+            dashes = RUN_DASHES[place // len(RUN_COLOURS) % len(RUN_DASHES)]
+            colour = RUN_COLOURS[place % len(RUN_COLOURS)]
             if points:
                 _line(axes, points, f"run {name}", color=colour, linestyle=dashes)
-        _finish_steps(axes)
+        finish_steps(axes)
         said = "; ".join(f"run {name} from {_ends(points)}" for name, points in drawn if points)
         return Chart("comparison", title, caption, ink.to_svg(figure, prefix="all", title=title, description=said))
 
@@ -77,12 +77,12 @@ def _loss(report: Mapping[str, Any], prefix: str) -> Chart:
     if not any(series.values()):
         return Chart("loss", title, caption, None, report["absent"]["train"])
     with ink.sheet(_WIDTH, _HEIGHT) as figure:
-        axes = figure.add_axes(_inside(_WIDTH, _HEIGHT, top=30))
+        axes = figure.add_axes(axes_inside(_WIDTH, _HEIGHT, top=30))
         _line(axes, series["train"], "each step", color=ink.BLUE, linewidth=1.3)
         _line(axes, series["held_out"], "held out", color=ink.OCHRE, marker="s", markersize=4.5)
         # Before and after were measured, what lies between was not: no line joins them.
         _line(axes, series["fixed"], "fixed batches", color=ink.TEAL, linestyle="none", marker="D", markersize=7)
-        _finish_steps(axes)
+        finish_steps(axes)
         words = {"train": "training loss", "fixed": "loss on fixed batches", "held_out": "held-out loss"}
         said = "; ".join(f"{words[name]} from {_ends(points)}" for name, points in series.items() if points)
         return Chart("loss", title, caption, ink.to_svg(figure, prefix=prefix, title=title, description=said))
@@ -103,10 +103,10 @@ def _rate(report: Mapping[str, Any], prefix: str) -> Chart:
     with ink.sheet(_WIDTH, _HEIGHT) as figure:
         for place, (points, label, colour) in enumerate(panels):
             share = (_HEIGHT - 30 - _BELOW - gap * (len(panels) - 1)) / len(panels)
-            axes = figure.add_axes(_inside(_WIDTH, _HEIGHT, left=54, top=30 + place * (share + gap), tall=share))
+            axes = figure.add_axes(axes_inside(_WIDTH, _HEIGHT, left=54, top=30 + place * (share + gap), tall=share))
             _line(axes, points, label, color=colour, linewidth=1.5)
             axes.set_ylim(bottom=0)
-            _finish_steps(axes, ticks=3)
+            finish_steps(axes, ticks=3)
         said = "; ".join(
             f"{label} from {say_rate(points[0][1])} to {say_rate(points[-1][1])}, "
             f"highest {say_rate(max(value for _, value in points))}"
@@ -132,7 +132,7 @@ def _scores(report: Mapping[str, Any], prefix: str) -> Chart:
         place += 1
     height = round(27 * place + 30)
     with ink.sheet(_WIDTH, height) as figure:
-        axes = figure.add_axes(_inside(_WIDTH, height, left=_LABELS, right=104))
+        axes = figure.add_axes(axes_inside(_WIDTH, height, left=_LABELS, right=104))
         for at, (group, model, _, colour, tally) in zip(places, rows, strict=True):
             bars = axes.barh(at, tally["share"], height=0.62, color=colour)
             bars[0].set_gid(f"{ink.MARK}-{group}-{model}")
@@ -165,7 +165,7 @@ def _memory(report: Mapping[str, Any], prefix: str) -> Chart:
     names = {"lora": "LoRA", "full": "Full"}
     height = round(98 * len(measures) + 58)
     with ink.sheet(_WIDTH, height) as figure:
-        axes = figure.add_axes(_inside(_WIDTH, height, left=_LABELS, right=68, top=34))
+        axes = figure.add_axes(axes_inside(_WIDTH, height, left=_LABELS, right=68, top=34))
         places: list[float] = []
         labels: list[str] = []
         for row, measure in enumerate(measures):
@@ -183,7 +183,7 @@ def _memory(report: Mapping[str, Any], prefix: str) -> Chart:
         axes.xaxis.set_major_locator(_few_ticks())
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} MB")
         ink.plain_axes(axes, grid="x")
-        axes.legend(ncols=4, loc="lower left", bbox_to_anchor=(-_LABELS / (_WIDTH - _LABELS - 68), 1.0), **_LEGEND)
+        axes.legend(ncols=4, loc="lower left", bbox_to_anchor=(-_LABELS / (_WIDTH - _LABELS - 68), 1.0), **LEGEND)
         said = "; ".join(_say_measure(measure, names[measure["method"]]) for measure in measures)
         return Chart("memory", title, caption, ink.to_svg(figure, prefix=prefix, title=title, description=said))
 
@@ -203,7 +203,7 @@ def _say_measure(measure: Mapping[str, Any], name: str) -> str:
     return f"{name}: peak live tensors {say_bytes(measure['peak_tensors'])}, of it {parts}"
 
 
-_LEGEND: dict[str, Any] = {
+LEGEND: dict[str, Any] = {
     "borderpad": 0,
     "borderaxespad": 0.4,
     "columnspacing": 1.4,
@@ -227,19 +227,22 @@ def _line(axes: "Axes", points: Sequence[tuple[float, float]], label: str, **loo
     line.set_gid(f"{ink.MARK}-{label.replace(' ', '-')}")
 
 
-def _finish_steps(axes: "Axes", *, ticks: int = 5) -> None:
+def finish_steps(axes: "Axes", *, ticks: int = 5, columns: int = 6) -> None:
+    """Make axes of things by whole steps: light, few ticks, the legend above them in so many columns."""
     ink.plain_axes(axes, grid="y")
     axes.margins(x=0.015)
     axes.xaxis.set_major_locator(_few_ticks(whole=True))
     axes.yaxis.set_major_locator(_few_ticks(count=ticks))
     axes.yaxis.set_major_formatter(lambda value, _: say_rate(value))
-    axes.legend(ncols=6, loc="lower left", bbox_to_anchor=(0, 1.0), **_LEGEND)
+    axes.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.0), **LEGEND)
 
 
 def _few_ticks(*, whole: bool = False, count: int = 5) -> Any:
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(count, integer=whole, steps=[1, 2, 2.5, 5, 10])
+    # Whole numbers only, even where there is but one to name.
+    least = 1 if whole else 2
+    return MaxNLocator(count, integer=whole, min_n_ticks=least, steps=[1, 2, 2.5, 5, 10])
 
 
 def _right_label(axes: "Axes", at: float, text: str) -> None:
@@ -253,7 +256,7 @@ def _ends(points: Sequence[tuple[float, float]]) -> str:
     return f"{say_number(points[0][1])} to {say_number(points[-1][1])} over {len(points)} points"
 
 
-def _inside(
+def axes_inside(
     width: int, height: int, *, left: int = 42, right: int = 10, top: float = 8, tall: float | None = None
 ) -> tuple[float, float, float, float]:
     """The axes' place in figure shares for margins in CSS pixels: charts beside each other line up."""

@@ -21,7 +21,7 @@ from finetune.report.numbers import (
 from finetune.report.wording import SYMBOLS, headline_figures, say_outcome, say_start, say_title
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    from jinja2 import Environment, Template
 
 _CHANGES = ("worsened", "improved", "still wrong", "still right", "not compared")
 _SHOWN_ANSWERS = 6
@@ -38,7 +38,7 @@ def render_html(runs: Sequence[Mapping[str, Any]]) -> str:
     reports = [build_report(run) for run in runs]
     names = [_letters(place) for place in range(len(reports))]
     sections = [_section(report, name) for report, name in zip(reports, names, strict=True)]
-    return _template().render(
+    return page_template("template.html.j2").render(
         sections=sections,
         title=say_title(reports[0]) if len(reports) == 1 else f"{len(reports)} runs side by side",
         comparison=_comparison(sections, draw_comparison(reports, names)) if len(reports) > 1 else None,
@@ -105,8 +105,13 @@ def _letters(place: int) -> str:
     return (_letters(head - 1) if head else "") + chr(ord("A") + tail)
 
 
+def page_template(name: str) -> "Template":
+    """One of the templates beside this file; what it prints of values is inert and visible."""
+    return _environment().get_template(name)
+
+
 @cache
-def _template() -> "Template":
+def _environment() -> "Environment":
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as error:
@@ -125,7 +130,7 @@ def _template() -> "Template":
         count=say_count, number=say_number, bytes=say_bytes, percent=say_percent, seconds=say_seconds, plain=_plain
     )
     environment.globals.update(symbols=SYMBOLS, classes=_CLASSES)
-    return environment.get_template("template.html.j2")
+    return environment
 
 
 def _say(value: Any) -> Any:

@@ -1,0 +1,65 @@
+"""Laws of recorded sessions in real runs with the hooks of this suite: however many workers, one session, one line."""
+
+from pathlib import Path
+
+import pytest
+
+from finetune.report.history import read_history
+from scenarios.test_replays import CASES, TWO_LAWS, run
+
+MB = 10**6
+OUTCOMES = """
+import pytest
+def test_holds_much(record_property):
+    held = bytearray(b"x" * 300_000_000)
+    record_property("score.model tuned", 0.9)
+def test_fails(): assert 0
+def test_skips(): pytest.skip("cannot be had")
+"""
+DYING = "import os\ndef test_dies(): os._exit(3)\n"
+STOPPED = "def test_is_stopped(): raise KeyboardInterrupt\n"
+UNREADABLE = "import no_such_module\n"
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_session_is_one_whoever_ran_its_tests(workers: str, tmp_path: Path) -> None:
+    """Counts, cases, scores and the largest process are those of all workers; without FT_TIER nothing is written."""
+    (tmp_path / "test_laws.py").write_text(TWO_LAWS)
+    (tmp_path / "test_outcomes.py").write_text(OUTCOMES)
+    history = tmp_path / ".finetune" / "history.jsonl"
+    run(tmp_path, "-n", workers)
+    assert not history.exists()
+    done = run(tmp_path, "-n", workers, FT_TIER="1")
+    assert f"recorded in {history}" in done.stdout
+    [entry], problems = read_history(history)
+    assert problems == []
+    assert (entry.passed, entry.failed, entry.skipped, entry.errors) == (3, 1, 1, 0)
+    assert (entry.tier, entry.cases, entry.profile) == (1, 2 * CASES, "fast")
+    assert entry.scores == {"model tuned": 0.9}
+    assert entry.largest_process_bytes is not None
+    assert 300 * MB < entry.largest_process_bytes < 900 * MB
+
+
+def test_session_whose_worker_died_tells_no_largest_process(tmp_path: Path) -> None:
+    """How large a worker was that died is not known, and no smaller number stands in for it."""
+    (tmp_path / "test_dying.py").write_text(DYING)
+    run(tmp_path, "-n", "1", FT_TIER="1", FT_HISTORY="kept.jsonl")
+    [entry], _ = read_history(tmp_path / "kept.jsonl")
+    assert (entry.failed + entry.errors, entry.largest_process_bytes) == (1, None)
+
+
+def test_session_that_cannot_be_collected_is_recorded(tmp_path: Path) -> None:
+    """A file that no worker can collect is one error of the session."""
+    (tmp_path / "test_unreadable.py").write_text(UNREADABLE)
+    run(tmp_path, "-n", "2", FT_TIER="1", FT_HISTORY="kept.jsonl")
+    [entry], _ = read_history(tmp_path / "kept.jsonl")
+    assert (entry.passed, entry.errors, entry.pass_rate) == (0, 1, 0.0)
+
+
+def test_session_that_was_stopped_or_has_no_tier_leaves_nothing(tmp_path: Path) -> None:
+    """A session that somebody stopped says so and writes nothing; a tier that there is not ends it at once."""
+    (tmp_path / "test_it.py").write_text(STOPPED)
+    assert "not recorded: it was stopped" in run(tmp_path, FT_TIER="1", FT_HISTORY="kept.jsonl").stdout
+    refused = run(tmp_path, FT_TIER="4", FT_HISTORY="kept.jsonl")
+    assert (refused.returncode, "'4'" in refused.stderr) == (4, True)
+    assert not (tmp_path / "kept.jsonl").exists()
