@@ -28,7 +28,7 @@ TRAITS = {
     "lines": 20, "list": 10, "one object": 1, "table": 15, "mark": 20, "lf": 10, "crlf": 8, "cr": 4, "blank lines": 4,
     "line end in a cell": 6, "lone carriage return in a cell": 2,
 }  # fmt: skip
-"""What a sound file can be like, and how many of 120 must be."""
+"""What a sound file can be like, and how many of 240 must be."""
 
 
 def names(message: str, word: str) -> bool:
@@ -105,8 +105,8 @@ def test_damaged_files_show_every_damage() -> None:
 
 
 def test_good_files_show_every_trait() -> None:
-    """Each of 11 traits is that of at least the stated number of 120 files, and a mark is what it says."""
-    files = drawn(good_files())
+    """Each of 11 traits is that of at least the stated number of 240 files, and a mark is what it says."""
+    files = drawn(good_files(), share=10)
     counts = Counter(trait for file in files for trait in file.traits)
     assert set(counts) == set(TRAITS)
     assert {trait: count for trait, count in counts.items() if count < TRAITS[trait]} == {}
