@@ -38,15 +38,14 @@ def test_chain_writes_into_no_folder_of_others(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+SAYS = "import sys; print('error: it broke', file=sys.stderr); sys.exit({})"
 PROGRAMS = {
-    "refused": (
-        "import sys; print('error: no such thing', file=sys.stderr); sys.exit(3)",
-        RefusedError,
-        "no such thing",
-    ),
-    "failed": ("import sys; print('error: it broke', file=sys.stderr); sys.exit(1)", FineTuneError, "it broke"),
-    "without a word": ("import sys; sys.exit(1)", FineTuneError, "ended with 1"),
+    "refused": (SAYS.format(3), RefusedError, "it broke"),
+    "failed": (SAYS.format(1), FineTuneError, "it broke"),
+    "without a word": ("raise SystemExit(1)", FineTuneError, "ended with 1"),
 }
+SLEEPS = "import time; time.sleep(99)"
+PARENT = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {SLEEPS!r}]); {SLEEPS}"
 
 
 @pytest.mark.parametrize("how", PROGRAMS)
