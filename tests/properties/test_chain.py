@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetune.errors import RefusedError
@@ -31,6 +31,8 @@ links.process([sys.executable, "-c", child, sys.argv[1]])
 
 @examples(1 / 4)
 @given(st.sets(st.sampled_from([*MADE, ".merged.7.part", "thesis.docx", ".git"])))
+@example({"chain.json", "run", "thesis.docx"})
+@example({"run", "chain.md"})
 def test_chain_clears_what_is_a_chains_and_nothing_else(names: set[str]) -> None:
     """Only a folder in which everything is of a chain is cleared; of any other not one file goes."""
     whole = not names or (names <= {*MADE, ".merged.7.part"} and "chain.json" in names)
