@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.artifacts.run_folder import RunFolder
-from finetune.artifacts.write import file_hash, make_folder, write_json, write_text
+from finetune.artifacts.write import file_hash, make_folder, remove_torn, storage_errors, write_json, write_text
 from finetune.assembly.exam import Exam, Messages, prepare_exam
 from finetune.assembly.gguf_source import exportable_run
 from finetune.assembly.served import compare_answers, compare_prompts, edge_notes, hold, inert_notes, unmeasured_notes
@@ -172,15 +172,20 @@ def default_name(run: Path) -> str:
 def _gguf(run: Path, outtype: Outtype, tell: Teller) -> Path:
     """The run's GGUF file: the one of an earlier deployment where it is still that, or a new one."""
     folder = RunFolder.finished(run)
-    file = run / "deploy" / f"{run.resolve().name}-{outtype}.gguf"
+    file = folder.deploy / f"{run.resolve().name}-{outtype}.gguf"
     record = file.with_name(f"{file.name}.json")
     made_of = {"run": file_hash(folder.manifest), "outtype": outtype}
     if file.is_file() and record.is_file() and _same(record, {**made_of, "sha256": file_hash(file)}):
         tell(f"taking {file}, which was made of this run and has not changed")
         return file
-    file.unlink(missing_ok=True)
-    export(str(run), outtype=outtype, adapter_only=False, output=file, backend="torch", tell=tell)
-    write_json(record, {**made_of, "sha256": file_hash(file)})
+    make_folder(folder.deploy)
+    with folder.held():
+        with storage_errors(file):
+            # Whoever serves another file of this run may be writing what it found.
+            remove_torn(folder.deploy, like=".*.gguf.*")
+            file.unlink(missing_ok=True)
+        export(str(run), outtype=outtype, adapter_only=False, output=file, backend="torch", tell=tell)
+        write_json(record, {**made_of, "sha256": file_hash(file)})
     return file
 
 
@@ -241,10 +246,11 @@ def _write_recipe(run: Path, file: Path, recipe: Recipe) -> tuple[str, ...]:
         text = write_modelfile(Modelfile(f"./{file.name}", recipe.template, "", parameters, recipe.licenses))
     except FineTuneError as error:
         return (f"no Modelfile was written: {error.message}",)
-    write_text(run / "deploy" / "Modelfile", text)
+    write_text(RunFolder(run).deploy / "Modelfile", text)
     return ()
 
 
 def _record(run: Path, deployed: Deployed) -> None:
-    make_folder(run / "deploy")
-    write_json(run / "deploy" / f"{deployed.target}.json", deployed.as_dict())
+    folder = RunFolder(run).deploy
+    make_folder(folder)
+    write_json(folder / f"{deployed.target}.json", deployed.as_dict())

@@ -40,8 +40,18 @@ def load_chat(model: Path, *, context: int, port: int, name: str) -> Any:
 def post(address: str, path: str, asked: dict[str, Any], *, timeout: float) -> dict[str, Any]:
     """What llama.cpp answers; `timeout` is in seconds, for each time that nothing comes."""
     body = json.dumps(asked).encode()
-    request = urllib.request.Request(f"{address}/{path}", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=timeout) as answer:
+    return _read(urllib.request.Request(f"{address}/{path}", body, {"Content-Type": "application/json"}), timeout)
+
+
+def get(address: str, path: str, *, timeout: float) -> dict[str, Any]:
+    """What llama.cpp tells unasked; `timeout` as for `post`."""
+    return _read(urllib.request.Request(f"{address}/{path}"), timeout)
+
+
+def _read(request: urllib.request.Request, timeout: float) -> dict[str, Any]:
+    # It is on this machine, where a proxy that the environment names cannot find it.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(request, timeout=timeout) as answer:
         said: dict[str, Any] = json.load(answer)
     return said
 

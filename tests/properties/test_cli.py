@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.cli import main
 from finetune.cli.app import run, with_hyphens
 from finetune.models.locate import SHIPPED_FOLDER
 
@@ -201,3 +202,22 @@ def test_start_is_quick() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_ctrl_c_before_the_first_word_is_told_as_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever interrupts while the program is still being loaded gets 130 too, and no traceback."""
+
+    class Impatient:
+        """Ctrl-C where the verbs are looked for."""
+
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            """Interrupt."""
+            if name == "finetune.cli.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "finetune.cli.app")
+    monkeypatch.setattr(sys, "meta_path", [Impatient, *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130

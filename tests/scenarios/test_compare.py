@@ -215,6 +215,9 @@ SPOILT: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "another tensor's offset": (GGUF, _at(lambda path: info_of(path, 3)[1], 0), "tensor"),
     "a byte of a weight": (GGUF, _flip, "is off by"),
     "another name": (GGUF, _json_flip, "key general."),
+    "a byte of a key's text": (
+        GGUF, lambda path: path.write_bytes(path.read_bytes().replace(b"llama", b"ll\xe1ma", 1)), "whole"
+    ),
     "weights cut": (WEIGHTS, lambda path: path.write_bytes(path.read_bytes()[:-9]), "cannot be read"),
     "weights' header cut": (WEIGHTS, lambda path: path.write_bytes(path.read_bytes()[:50]), "corrupt"),
     "a byte of merged weights": (
@@ -227,8 +230,8 @@ SPOILT: dict[str, tuple[str, Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("what", SPOILT)
 def test_what_is_damaged_is_told_by_name(what: str, written: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each of 20 ways to spoil a written file makes its way broken, with the file's name; nothing is touched."""
-    assert len(SPOILT) == 20
+    """Each of 21 ways to spoil a written file makes its way broken, with the file's name; nothing is touched."""
+    assert len(SPOILT) == 21
     name, spoil, said = SPOILT[what]
     path, kept = written / name, (written / name).read_bytes()
     way = "gguf-f16" if name == GGUF else "merged"

@@ -169,10 +169,11 @@ def test_ollama_host_is_read_as_documented(told: str, monkeypatch: pytest.Monkey
     assert client.address in (HOSTS[told], f"{scheme}://{host.removesuffix(':443')}")
 
 
-def test_ollama_host_that_is_none_is_refused() -> None:
-    """An address with a port that is none is refused by its own words, with the form."""
-    with pytest.raises(UsageError, match=r"'127\.0\.0\.1:port'") as refused:
-        Ollama("127.0.0.1:port")
+@pytest.mark.parametrize("told", ["127.0.0.1:port", ":99999", "[::1", "http://", "ftp://127.0.0.1", "unix:///x"])
+def test_ollama_host_that_is_none_is_refused(told: str) -> None:
+    """An address with a port, a host or a scheme that is none is refused by its own words, with the form."""
+    with pytest.raises(UsageError, match=re.escape(f"{told!r}, of --host")) as refused:
+        Ollama(told)
     assert "11434" in refused.value.hint
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +19,11 @@ pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'fine
 pytest.importorskip("ollama", reason="needs the ollama extra: pip install 'finetune-suite[ollama]'")
 
 from finetune import deployment
+from finetune.artifacts.run_folder import RunFolder
 from finetune.deploy.llama_server import LlamaServer, llama_server
 from finetune.deploy.ollama import Ollama
 from finetune.deployment import deploy_llama_cpp, deploy_ollama
-from finetune.errors import DeploymentError
+from finetune.errors import DeploymentError, OutputError, StorageError
 from finetune_strategies.scratch import lasting_folder
 from properties.modelfile_reader import read_modelfile
 from scenarios.ollama_stand_in import Model, Spoken, StandIn, running
@@ -84,6 +86,8 @@ def test_deploy_to_llama_cpp_is_verified(run: Path) -> None:
     (run / "deploy").mkdir()
     (run / "deploy" / "run-f16.gguf").write_bytes(b"GGUF, but of whom?")
     (run / "deploy" / "run-f16.gguf.json").write_text('{"run": "another"}', encoding="utf-8")
+    (run / "deploy" / ".run-f16.gguf.7.part").write_bytes(b"of one that was killed")
+    (run / "deploy" / ".run-f16.gguf.x.part").mkdir()
     done = ft("deploy", "run", "--to", "llama.cpp", "--check-only", "--json", cwd=run.parent)
     assert done.returncode == 0, done.stderr
     assert "writing" in done.stderr
@@ -94,9 +98,25 @@ def test_deploy_to_llama_cpp_is_verified(run: Path) -> None:
     assert told["checks"][1]["measured"].startswith("20 of 20 are the run's own")
     assert json.loads((run / "deploy" / "llama.cpp.json").read_text(encoding="utf-8")) == told
     assert sum("control token" in note for note in told["notes"]) == 1
+    assert not list(run.rglob("*.part"))
     again = ft("deploy", "run", "--to", "llama.cpp", "--check-only", cwd=run.parent)
     assert "which was made of this run and has not changed" in again.stderr
     assert (run / "run.json").read_bytes() == manifest
+
+
+def test_deploy_leaves_a_run_to_whoever_is_at_work_in_it(run: Path, tmp_path: Path) -> None:
+    """While another process is at work in the run its file stays; where no folder can be made, that is told."""
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("deploy"))
+    place = RunFolder(tmp_path / "run")
+    place.deploy.mkdir()
+    (file := place.deploy / "run-f16.gguf").write_bytes(b"of another run")
+    with place.held(), pytest.raises(OutputError, match="is at work in"):
+        deploy_llama_cpp(place.path)
+    assert file.read_bytes() == b"of another run"
+    shutil.rmtree(place.deploy)
+    place.deploy.write_bytes(b"")
+    with pytest.raises(StorageError, match=r"cannot write .*deploy"):
+        deploy_llama_cpp(place.path)
 
 
 def test_deploy_serves_until_interrupted(run: Path) -> None:

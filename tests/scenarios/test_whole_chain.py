@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 
 from finetune.models.locate import SHIPPED
-from finetune.verify.chain import ROWS, Chain, run_chain
+from finetune.verify.chain import ROWS, Chain, clear_chain, run_chain
 
 pytestmark = pytest.mark.tier3
 pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
@@ -32,8 +31,7 @@ IDENTICAL = ("merged", "torch", "reference", "gguf-f32", "gguf-f16", "server")
 def chain() -> Chain:
     """The chain, gone through once; what it made is kept in `FT_ARTIFACTS`."""
     folder = Path(os.environ.get("FT_ARTIFACTS") or ".finetune/chain")
-    if (folder / "chain.json").exists():  # of an earlier time; anything else is not ours to remove
-        shutil.rmtree(folder)
+    clear_chain(folder)
     return run_chain(MODEL, folder, tell=lambda words: print(words, flush=True))
 
 

@@ -42,6 +42,7 @@ class RunFolder:
         self.model = path / "model"
         self.merged = path / "merged"
         self.gguf = path / "gguf"
+        self.deploy = path / "deploy"
         self.checkpoints = path / "checkpoints"
         self.report_page = path / "report.html"
         self.report_data = path / "report.json"

@@ -117,9 +117,13 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(temporary)
 
 
-def remove_torn(folder: Path) -> None:
-    """Remove what a killed process left half written in `folder`: nobody would ever read it or remove it otherwise."""
-    for torn in filter(is_torn, folder.iterdir() if folder.exists() else ()):
+def remove_torn(folder: Path, *, like: str = "*") -> None:
+    """Remove what a killed process left half written in `folder`: nobody would ever read it or remove it otherwise.
+
+    Args:
+        like: a pattern of the names to remove, where somebody may be writing others.
+    """
+    for torn in [path for path in folder.glob(like) if is_torn(path)]:
         shutil.rmtree(torn) if torn.is_dir() and not torn.is_symlink() else torn.unlink()
 
 

@@ -6,8 +6,11 @@ import sys
 
 def main() -> None:
     """Run `ft` with the process's arguments; option names may be written with hyphens or underscores."""
-    from finetune.cli.app import run
-
+    try:
+        from finetune.cli.app import run
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
     # A closed stream is None: what would be written there goes nowhere, and nothing can be read.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:

@@ -36,10 +36,11 @@ def read_back(blueprint: Blueprint, path: Path) -> Check:
     allowed = "every key equal; every tensor within the rounding of its type"
     try:
         reader = gguf.GGUFReader(path)
+        # Values of keys are read as they are compared.
+        first = next(_differences(blueprint, reader), "")
     except (OSError, ValueError, IndexError, KeyError) as error:
         return Check("file", "cannot be read", allowed, f"{path.name} is no whole GGUF file: {error}")
-    counts = f"{len(reader.fields)} keys, {len(reader.tensors)} tensors"
-    return Check("file", counts, allowed, next(_differences(blueprint, reader), ""))
+    return Check("file", f"{len(reader.fields)} keys, {len(reader.tensors)} tensors", allowed, first)
 
 
 def _differences(blueprint: Blueprint, reader: Any) -> Iterator[str]:

@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import IO, Any
 
 from finetune.deploy.said import Said
 from finetune.errors import DeploymentError
-from finetune.runtime import load_chat, post
+from finetune.runtime import get, load_chat, post
 
 _PAUSE = 0.05
 
@@ -161,11 +160,14 @@ def _address(process: "subprocess.Popen[bytes]", words: IO[bytes], told: Path, l
             )
         time.sleep(_PAUSE)
     address = told.read_text(encoding="utf-8")
-    with urllib.request.urlopen(f"{address}/health", timeout=load) as answer:
-        if json.load(answer).get("status") != "ok":
-            raise DeploymentError(
-                f"llama.cpp's server at {address} does not say that it is well", hint="start it again"
-            )
+    try:
+        well = get(address, "health", timeout=load).get("status") == "ok"
+    except (OSError, ValueError) as error:
+        raise DeploymentError(
+            f"llama.cpp's server at {address} does not answer: {error}", hint="start it again"
+        ) from None
+    if not well:
+        raise DeploymentError(f"llama.cpp's server at {address} does not say that it is well", hint="start it again")
     return address
 
 

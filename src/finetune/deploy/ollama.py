@@ -75,12 +75,15 @@ class Ollama:
         told = host or os.environ.get("OLLAMA_HOST") or "127.0.0.1:11434"
         self._patience = patience or Patience()
         times = httpx.Timeout(self._patience.silence, connect=self._patience.connect)
+        scheme, named, place = told.partition("://")
         try:
+            if named and (scheme.lower() not in ("http", "https") or not place):
+                raise ValueError("http:// or https:// and a host make one")
             transport = _bounded_transport(self._patience.whole)
             self._client = ollama.Client(told, timeout=times, transport=transport, trust_env=False)
         except (ValueError, httpx.InvalidURL) as error:
             raise UsageError(
-                f"OLLAMA_HOST is {told!r}, which is no address: {error}", hint="write it as 127.0.0.1:11434"
+                f"{told!r}, of {'--host' if host else 'OLLAMA_HOST'}, is no address: {error}", hint="write it as 127.0.0.1:11434"
             ) from None
         # The library asks neither for blobs that are there nor for renderings alone.
         self._http: httpx.Client = self._client._client

@@ -6,6 +6,7 @@ skipped and says what is missing; one that fails is told, and those that can do 
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.artifacts.write import describe_files, file_hash, write_json, write_text
+from finetune.artifacts.write import describe_files, file_hash, is_torn, make_folder, remove_torn, write_json, write_text
 from finetune.data.facts import new_facts
 from finetune.data.shipped import REHEARSAL, RETENTION, facts_as_jsonl, shipped_facts
 from finetune.errors import FineTuneError, RefusedError
@@ -29,6 +30,8 @@ ROWS = 100
 BUDGET = 900.0
 """Seconds that the whole chain may take."""
 REFUSED = 3
+MADE = ("run", "merged", "questions.jsonl", "known.jsonl", "report.html", "chain.md", "chain.json")
+"""What a chain leaves in its folder; the last is there from the first step on."""
 PROGRAM = (sys.executable, "-c", "from finetune.cli import main; main()")
 Outcome = Literal["done", "skipped", "failed"]
 Teller = Callable[[str], None]
@@ -87,9 +90,11 @@ def run_chain(model: str, folder: Path, *, tell: Teller = lambda words: None) ->
     Raises:
         FineTuneError: there is something in the folder already.
     """
+    if folder.exists() and not folder.is_dir():
+        raise RefusedError(f"{folder} is no folder", hint="name a new folder")
     if folder.exists() and any(folder.iterdir()):
         raise RefusedError(f"{folder} is not empty", hint="name a new folder, or empty it")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     links = _Links(model, folder, time.monotonic() + BUDGET)
     steps: list[Step] = []
     for name, (needed, act) in links.all().items():
@@ -100,6 +105,22 @@ def run_chain(model: str, folder: Path, *, tell: Teller = lambda words: None) ->
         write_json(folder / "chain.json", chain.as_dict())
     write_text(folder / "chain.md", _page(chain))
     return chain
+
+
+def clear_chain(folder: Path) -> None:
+    """Remove what an earlier chain left in a folder, and nothing else.
+
+    Raises:
+        RefusedError: there is something that no chain leaves; then everything stays.
+    """
+    there = list(folder.iterdir()) if folder.is_dir() else []
+    if strange := sorted(path.name for path in there if path.name not in MADE and not is_torn(path)):
+        raise RefusedError(f"{folder} holds {strange[0]!r}, which no chain made", hint="name a new folder")
+    if there and not (folder / MADE[-1]).is_file():
+        raise RefusedError(f"{folder} holds no {MADE[-1]}: it is of no chain", hint="name a new folder, or empty it")
+    remove_torn(folder)
+    for path in (folder / name for name in MADE):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def _go(name: str, needed: str, act: Callable[[], dict[str, Any]], before: Sequence[Step]) -> Step:
@@ -253,21 +274,30 @@ class _Links:
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             start_new_session=True,
         )  # fmt: skip
+        name = " ".join(words[3:5]) or words[-1]
         try:
             said, told = child.communicate(given, timeout=max(1.0, self.deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.communicate()
+            _kill(child)
             raise FineTuneError(
-                f"{' '.join(words[2:5])} was stopped: the chain has {BUDGET:.0f} s", hint="choose a smaller model"
+                f"{name} was stopped: the chain has {BUDGET:.0f} s", hint="choose a smaller model"
             ) from None
+        except BaseException:
+            _kill(child)
+            raise
         if child.returncode == 0:
             return said.splitlines()
         # What went wrong stands behind the last line that begins with the word for it.
         last = told[told.rfind("error:") :].removeprefix("error:").strip() if "error:" in told else told[-600:].strip()
         if child.returncode == REFUSED:
             raise _SkippedError(last)
-        raise FineTuneError(f"{' '.join(words[3:5])} ended with {child.returncode}: {last or 'a verdict is broken'}")
+        raise FineTuneError(f"{name} ended with {child.returncode}: {last or 'a verdict is broken'}")
+
+
+def _kill(child: "subprocess.Popen[str]") -> None:
+    """End a process and all that it has started in its session."""
+    os.killpg(child.pid, signal.SIGKILL)
+    child.communicate()
 
 
 def _rights(scores: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,53 @@
+"""llama.cpp's server is asked on this machine, whatever stands between it and the world."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from finetune.runtime import get, post
+
+
+class Echo(BaseHTTPRequestHandler):
+    """Answers with what was asked."""
+
+    def do_GET(self) -> None:
+        """Tell the path."""
+        self._say({"path": self.path})
+
+    def do_POST(self) -> None:
+        """Tell the path and the body."""
+        self._say({"path": self.path, "body": json.loads(self.rfile.read(int(self.headers["Content-Length"])))})
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+    def _say(self, value: dict[str, object]) -> None:
+        said = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    """A server of this machine."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_runtime_asks_past_any_proxy(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy that the environment names, which cannot see this machine, does not come between."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert get(address, "health", timeout=60) == {"path": "/health"}
+    assert post(address, "tokenize", {"content": "a"}, timeout=60) == {"path": "/tokenize", "body": {"content": "a"}}
