@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import tempfile
 import urllib.request
 from pathlib import Path
@@ -78,12 +79,14 @@ def _load(params: Any) -> Any:
         kept = os.dup(2)
         os.dup2(words.fileno(), 2)
         try:
-            return xllamacpp.Server(params)
+            server = xllamacpp.Server(params)
         except RuntimeError:
             words.seek(0)
             lines = words.read().decode("utf-8", "replace").splitlines()
             said = next((line.split(": ", 1)[-1] for line in lines if "error" in line), "it does not say why")
+            # A thread of llama.cpp's may still be writing: what comes late goes where the rest of its words went.
+            sys.stderr = os.fdopen(kept, "w", encoding="utf-8")
             raise SystemExit(f"llama.cpp cannot load it: {said}") from None
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+        os.dup2(kept, 2)
+        os.close(kept)
+    return server
