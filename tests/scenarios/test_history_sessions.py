@@ -29,12 +29,13 @@ def test_session_is_one_whoever_ran_its_tests(workers: str, tmp_path: Path) -> N
     history = tmp_path / ".finetune" / "history.jsonl"
     run(tmp_path, "-n", workers)
     assert not history.exists()
-    done = run(tmp_path, "-n", workers, FT_TIER="1")
+    # Without git: a small child would tell, on Linux, how large this process was.
+    done = run(tmp_path, "-n", workers, FT_TIER="1", PATH=str(tmp_path))
     assert f"recorded in {history}" in done.stdout
     [entry], problems = read_history(history)
     assert problems == []
     assert (entry.passed, entry.failed, entry.skipped, entry.errors) == (3, 1, 1, 0)
-    assert (entry.tier, entry.cases, entry.profile) == (1, 2 * CASES, "fast")
+    assert (entry.tier, entry.cases, entry.profile, entry.commit) == (1, 2 * CASES, "fast", None)
     assert entry.scores == {"model tuned": 0.9}
     assert entry.largest_process_bytes is not None
     assert 300 * MB < entry.largest_process_bytes < 900 * MB

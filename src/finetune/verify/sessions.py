@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 
@@ -102,7 +102,7 @@ class Recorder:
         return HistoryEntry(
             when=self.when,
             tier=self.tier,
-            commit=_commit(self.config.rootpath),
+            commit=commit_of(self.config.rootpath),
             python=".".join(platform.python_version_tuple()[:2]),
             platform=f"{platform.system()}-{platform.machine()}",
             profile=ledger.profile if ledger else None,
@@ -135,7 +135,7 @@ def measured_scores(recorded: Sequence[tuple[str, object]]) -> tuple[dict[str, f
     return scores, complaints
 
 
-def _commit(folder: Path) -> str | None:
+def commit_of(folder: Path) -> str | None:
     """The short hash of the checkout's commit; None where there is no checkout or no git."""
     command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
     try:
