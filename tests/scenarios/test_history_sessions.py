@@ -29,8 +29,7 @@ def test_session_is_one_whoever_ran_its_tests(workers: str, tmp_path: Path) -> N
     history = tmp_path / ".finetune" / "history.jsonl"
     run(tmp_path, "-n", workers)
     assert not history.exists()
-    # Without git: a small child would tell, on Linux, how large this process was.
-    done = run(tmp_path, "-n", workers, FT_TIER="1", PATH=str(tmp_path))
+    done = run(tmp_path, "-n", workers, FT_TIER="1")
     assert f"recorded in {history}" in done.stdout
     [entry], problems = read_history(history)
     assert problems == []
