@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from finetune.errors import DataError, StorageError
 from finetune.report.history import HistoryEntry, append_entry, read_history
 from finetune.report.history_views import print_history, render_history
 from finetune.report.trends import draw_trends, score_groups
-from finetune.verify.sessions import measured_scores
+from finetune.verify.sessions import commit_of, measured_scores
 from finetune_strategies.profiles import examples
 from finetune_strategies.scratch import empty_folder
 from properties.sample_run import sample_run
@@ -279,6 +280,22 @@ def test_session_of_a_tier_is_recorded(tmp_path: Path) -> None:
     assert (found.cases, found.profile, found.commit) == (None, None, None)
     assert found.largest_process_bytes is not None
     assert found.seconds > 0
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git: apt-get install git")
+def test_commit_is_that_of_the_checkout_or_none(tmp_path: Path) -> None:
+    """The short hash of what is checked out; a folder without a commit has none, and no other's."""
+    assert commit_of(tmp_path) is None
+    author = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+    for words in (["init", "--quiet"], [*author, "commit", "--quiet", "--allow-empty", "--message", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True, timeout=60)
+    head = subprocess.run(
+        ["git", "-C", str(tmp_path), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=60
+    )
+    found = commit_of(tmp_path)
+    assert found is not None
+    assert len(found) >= 4
+    assert head.stdout.startswith(found)
 
 
 def test_scores_are_numbers_with_names_of_their_own() -> None:

@@ -16,8 +16,8 @@ def test_holds_much(record_property):
 def test_fails(): assert 0
 def test_skips(): pytest.skip("cannot be had")
 """
-DYING = "import os\ndef test_dies(): os._exit(3)\n"
-STOPPED = "def test_is_stopped(): raise KeyboardInterrupt\n"
+DYING = "import os\ndef test_dies():\n    held = b'x' * 300_000_000\n    os._exit(3)\n"
+STOPPED = "def test_passes(): ...\ndef test_is_stopped(): raise KeyboardInterrupt\n"
 UNREADABLE = "import no_such_module\n"
 
 
@@ -34,18 +34,19 @@ def test_session_is_one_whoever_ran_its_tests(workers: str, tmp_path: Path) -> N
     [entry], problems = read_history(history)
     assert problems == []
     assert (entry.passed, entry.failed, entry.skipped, entry.errors) == (3, 1, 1, 0)
-    assert (entry.tier, entry.cases, entry.profile) == (1, 2 * CASES, "fast")
+    assert (entry.tier, entry.cases, entry.profile, entry.commit) == (1, 2 * CASES, "fast", None)
     assert entry.scores == {"model tuned": 0.9}
     assert entry.largest_process_bytes is not None
     assert 300 * MB < entry.largest_process_bytes < 900 * MB
 
 
-def test_session_whose_worker_died_tells_no_largest_process(tmp_path: Path) -> None:
-    """How large a worker was that died is not known, and no smaller number stands in for it."""
+def test_session_whose_worker_died_knows_how_large_it_was(tmp_path: Path) -> None:
+    """A worker that died counts as one failure, and its size as any other's."""
     (tmp_path / "test_dying.py").write_text(DYING)
     run(tmp_path, "-n", "1", FT_TIER="1", FT_HISTORY="kept.jsonl")
     [entry], _ = read_history(tmp_path / "kept.jsonl")
-    assert (entry.failed + entry.errors, entry.largest_process_bytes) == (1, None)
+    assert entry.failed + entry.errors == 1
+    assert (entry.largest_process_bytes or 0) > 300 * MB
 
 
 def test_session_that_cannot_be_collected_is_recorded(tmp_path: Path) -> None:

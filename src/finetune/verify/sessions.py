@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 
@@ -29,7 +29,6 @@ __all__ = ["pytest_configure"]
 
 SCORE = "score."
 TIERS: dict[str, Literal[1, 2, 3]] = {"1": 1, "2": 2, "3": 3}
-_PEAK = "finetune peak"
 _COUNTS = {"passed": "passed", "failed": "failed", "error": "errors", "skipped": "skipped", "xfailed": "skipped"}
 """Under which count each of pytest's categories goes; an expected failure has proved as little as a skipped test."""
 
@@ -39,52 +38,21 @@ def pytest_configure(config: pytest.Config) -> None:
     named = os.environ.get("FT_TIER", "")
     if named and named not in TIERS:
         raise pytest.UsageError(f"there is no tier {named!r}: FT_TIER is 1, 2 or 3, or not set")
-    if named and hasattr(config, "workerinput"):
-        config.pluginmanager.register(Worker(config), "finetune-history")
-    elif named:
+    if named and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Recorder(config, TIERS[named]), "finetune-history")
 
 
-class Peak:
-    """The largest process so far: this one, and the children that it has waited for."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-
-    def pytest_runtest_logfinish(self) -> None:
-        """Look after each test, for one may have the system forget the peak of this process."""
-        self.look()
-
-    def look(self) -> None:
-        """Look again."""
-        self.bytes = max(self.bytes, peak_rss() or 0, largest_child() or 0)
-
-
-class Worker(Peak):
-    """Tells the controller how large this worker has been."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.config = config
-
-    def pytest_sessionfinish(self) -> None:
-        """Tell."""
-        self.look()
-        self.config.workeroutput[_PEAK] = self.bytes
-
-
-class Recorder(Peak):
+class Recorder:
     """What the reports of all tests, whoever ran them, say of a session."""
 
     def __init__(self, config: pytest.Config, tier: Literal[1, 2, 3]) -> None:
-        super().__init__()
         self.config = config
         self.tier = tier
         self.when, self.began = datetime.now(UTC), time.monotonic()
         self.counts: Counter[str] = Counter()
         self.recorded: list[tuple[str, object]] = []
         self.lines: list[str] = []
-        self.silent_worker = self.stopped = False
+        self.stopped = False
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count one report, and take the scores that a test has left."""
@@ -103,16 +71,9 @@ class Recorder(Peak):
         """A session that somebody stopped says nothing of its tier; one that its own errors ended does."""
         self.stopped = not isinstance(excinfo.value, pytest.Session.Interrupted)
 
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_testnodedown(self, node: Any) -> None:
-        """Take in how large a worker was; one that died before it told leaves the largest unknown."""
-        peak = getattr(node, "workeroutput", {}).get(_PEAK)
-        self.silent_worker |= peak is None
-        self.bytes = max(self.bytes, peak or 0)
-
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
-        """Write the entry."""
+        """Write the entry, when the workers have ended and been waited for, so that their sizes are known, too."""
         if self.stopped or not self.counts.total():
             self.lines.append("this session was not recorded: it was stopped, or had no tests")
             return
@@ -137,12 +98,11 @@ class Recorder(Peak):
     def _entry(self, scores: dict[str, float]) -> "HistoryEntry":
         from finetune.report.history import HistoryEntry
 
-        self.look()
         ledger = self.config.pluginmanager.get_plugin("finetune-ledger")
         return HistoryEntry(
             when=self.when,
             tier=self.tier,
-            commit=_commit(self.config.rootpath),
+            commit=commit_of(self.config.rootpath),
             python=".".join(platform.python_version_tuple()[:2]),
             platform=f"{platform.system()}-{platform.machine()}",
             profile=ledger.profile if ledger else None,
@@ -152,7 +112,7 @@ class Recorder(Peak):
             skipped=self.counts["skipped"],
             errors=self.counts["errors"],
             cases=ledger.total if ledger else None,
-            largest_process_bytes=None if self.silent_worker else self.bytes or None,
+            largest_process_bytes=max(peak_rss() or 0, largest_child() or 0) or None,
             scores=scores,
         )
 
@@ -175,7 +135,7 @@ def measured_scores(recorded: Sequence[tuple[str, object]]) -> tuple[dict[str, f
     return scores, complaints
 
 
-def _commit(folder: Path) -> str | None:
+def commit_of(folder: Path) -> str | None:
     """The short hash of the checkout's commit; None where there is no checkout or no git."""
     command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
     try:
