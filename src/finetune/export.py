@@ -179,9 +179,7 @@ def _examine(exportable: Exportable, vocabulary: Vocabulary, files: _Files) -> I
         trainer, corpus, exportable.prompts, steps=min(STEPS, context // 4), context=context
     )
     least = TABLE_BOUND if exportable.described.family.looks_up else 0.0
-    with tempfile.TemporaryDirectory(
-        prefix=f".{files.path.name}.", suffix=".part", dir=files.path.parent
-    ) as folder:
+    with tempfile.TemporaryDirectory(prefix=f".{files.path.name}.", suffix=".part", dir=files.path.parent) as folder:
         other = Path(folder) / "other.gguf"
         if files.twin:
             write_gguf(files.twin, other)

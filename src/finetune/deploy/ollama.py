@@ -83,7 +83,8 @@ class Ollama:
             self._client = ollama.Client(told, timeout=times, transport=transport, trust_env=False)
         except (ValueError, httpx.InvalidURL) as error:
             raise UsageError(
-                f"{told!r}, of {'--host' if host else 'OLLAMA_HOST'}, is no address: {error}", hint="write it as 127.0.0.1:11434"
+                f"{told!r}, of {'--host' if host else 'OLLAMA_HOST'}, is no address: {error}",
+                hint="write it as 127.0.0.1:11434",
             ) from None
         # The library asks neither for blobs that are there nor for renderings alone.
         self._http: httpx.Client = self._client._client

@@ -17,7 +17,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.artifacts.write import describe_files, file_hash, is_torn, make_folder, remove_torn, write_json, write_text
+from finetune.artifacts.write import (
+    describe_files,
+    file_hash,
+    is_torn,
+    make_folder,
+    remove_torn,
+    write_json,
+    write_text,
+)
 from finetune.data.facts import new_facts
 from finetune.data.shipped import REHEARSAL, RETENTION, facts_as_jsonl, shipped_facts
 from finetune.errors import FineTuneError, RefusedError
