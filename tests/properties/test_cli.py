@@ -218,6 +218,6 @@ def test_ctrl_c_before_the_first_word_is_told_as_interrupted(monkeypatch: pytest
 
     monkeypatch.delitem(sys.modules, "finetune.cli.app")
     monkeypatch.setattr(sys, "meta_path", [Impatient, *sys.meta_path])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
         main()
-    assert ended.value.code == 130
+    assert getattr(ended.value, "code", None) == 130

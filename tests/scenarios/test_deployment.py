@@ -20,6 +20,9 @@ pytest.importorskip("ollama", reason="needs the ollama extra: pip install 'finet
 
 from finetune import deployment
 from finetune.artifacts.run_folder import RunFolder
+from finetune.assembly.exam import prepare_exam
+from finetune.assembly.gguf_source import exportable_run
+from finetune.backends import open_backend
 from finetune.deploy.llama_server import LlamaServer, llama_server
 from finetune.deploy.ollama import Ollama
 from finetune.deployment import deploy_llama_cpp, deploy_ollama
@@ -117,6 +120,21 @@ def test_deploy_leaves_a_run_to_whoever_is_at_work_in_it(run: Path, tmp_path: Pa
     place.deploy.write_bytes(b"")
     with pytest.raises(StorageError, match=r"cannot write .*deploy"):
         deploy_llama_cpp(place.path)
+
+
+def test_deploy_asks_no_question_that_servers_read_otherwise(tmp_path: Path) -> None:
+    """A run's own question that holds a control token's name is left out and counted; the others are asked."""
+    rows = [{"prompt": f"What is {n}{' <|end_of_text|>' * (n % 2)}?", "completion": "A number"} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    quick = ["judge.sham=never", "judge.memory=never", "training.max_steps=1", "evaluation.questions=12"]
+    words = ("--data", str(tmp_path / "rows.jsonl"), "--backend", "reference", "--output", "run")
+    done = ft("train", *words, *(w for key in quick for w in ("--set", key)), cwd=tmp_path)
+    assert done.returncode in (0, 1), done.stderr
+    exam = prepare_exam(tmp_path / "run", exportable_run(tmp_path / "run", open_backend))
+    asked = [asked.prompt.messages[-1]["content"] for asked in exam.questions]
+    assert not [text for text in asked if "<|" in text]
+    [told] = [int(note.split()[0]) for note in exam.notes if "a control token's name" in note]
+    assert min(told, len(asked)) > 0
 
 
 def test_deploy_serves_until_interrupted(run: Path) -> None:

@@ -95,6 +95,9 @@ def prepare_exam(path: Path, exportable: Exportable) -> Exam:
     texts = [text for text in nasty_texts((), form) if not any(token in text for token in tokenizer.control_tokens)]
     context, most = min(length, exportable.described.tried_context), config.evaluation.max_new_tokens
     questions, notes = _questions(folder, encoder)
+    plain = [asked for asked in questions if not _has_control(asked.prompt, tokenizer.control_tokens)]
+    if odd := len(questions) - len(plain):
+        notes += (f"{odd} questions have a control token's name in their text, which servers take for it: not asked",)
     prompts = _prompts(encoder, drawn_conversations(texts), context)
     return Exam(
         encoder=encoder,
@@ -104,7 +107,7 @@ def prepare_exam(path: Path, exportable: Exportable) -> Exam:
         texts=tuple(texts),
         prompts=tuple(prompt for prompt in prompts if not _is_odd(prompt)),
         odd_prompts=tuple(filter(_is_odd, prompts)),
-        questions=tuple(asked for asked in questions if len(asked.prompt.ids) + most <= context),
+        questions=tuple(asked for asked in plain if len(asked.prompt.ids) + most <= context),
         notes=notes,
     )
 
@@ -119,6 +122,11 @@ def _prompts(encoder: Encoder, conversations: Sequence[Conversation], context: i
         if len(ids) < context:
             prompts.append(Prompt(_messages(conversation), ids))
     return tuple(prompts)
+
+
+def _has_control(prompt: Prompt, tokens: Sequence[str]) -> bool:
+    """Whether a message has a control token's name in its text: plain text in training, and to servers the token."""
+    return any(token in each["content"] for each in prompt.messages for token in tokens)
 
 
 def _is_odd(prompt: Prompt) -> bool:
