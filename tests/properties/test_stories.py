@@ -128,24 +128,30 @@ def test_minimise_finds_the_smallest_and_tells_nothing_twice(story: Story) -> No
 
 
 def test_minimise_moves_a_death_with_the_rows() -> None:
-    """Where a death shows only in the second pass through the rows, fewer rows and an earlier death come together."""
+    """Where a death shows at one step only, fewer rows and an earlier death come together."""
 
-    def in_second_pass(story: Story) -> bool:
+    def at_its_step(story: Story) -> bool:
         assert isinstance(story.setting, TrainingScene)
-        rows = len(story.setting.task.rows)
-        return rows > 1 and any(
-            20 + 10 * rows < stage.death.after < 20 + 20 * rows
-            for stage in story.stages
-            if isinstance(stage, GoOn) and stage.death
-        )
+        deaths = [stage.death.after for stage in story.stages if isinstance(stage, GoOn) and stage.death]
+        return len(story.setting.task.rows) > 1 and 10 * len(story.setting.task.rows) in deaths
 
     task = TaskRecipe(rows=({"text": "a"},) * 11, settings={})
-    stages = (GoOn(death=Death(190, "kill")), GoOn())
+    stages = (GoOn(death=Death(110, "kill")), GoOn())
     story = Story(setting=TrainingScene(task=task), stages=stages, broken=found(2), origin=Origin(subject="reference"))
-    done = minimise(story, Judge(in_second_pass))
+    done = minimise(story, Judge(at_its_step))
     assert isinstance(done.story.setting, TrainingScene)
     assert len(done.story.setting.task.rows) == 2
-    assert done.story.stages == (GoOn(death=Death(41, "kill")),)
+    assert done.story.stages == (GoOn(death=Death(20, "kill")),)
+
+
+def test_minimise_leaves_out_what_comes_after_the_break() -> None:
+    """Of a candidate that breaks earlier only what was told until then is kept, at once."""
+    task = TaskRecipe(rows=({"text": "a"},), settings={})
+    stages = (GoOn(), Move(), Measure(), GoOn(), Move())
+    story = Story(setting=TrainingScene(task=task), stages=stages, broken=found(5), origin=Origin(subject="reference"))
+    ticks = iter(range(9))
+    done = minimise(story, lambda candidate: found(1), seconds=2, clock=lambda: next(ticks))
+    assert (done.tried, len(done.story.stages), done.story.broken) == (1, 1, found(1))
 
 
 @given(stories(), st.integers(0, 12))
