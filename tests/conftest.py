@@ -1,5 +1,7 @@
 """Loads the Hypothesis profile, counts the cases of a run, tells how to replay its failures, and keeps a history."""
 
+import signal
+
 from finetune_strategies.profiles import load_profile
 from finetune_strategies.replay import (
     pytest_addoption,
@@ -17,3 +19,7 @@ __all__ = [
 pytest_plugins = ["finetune.verify.sessions"]
 
 load_profile()
+
+# A session that was started in the background ignores Ctrl-C, and so would every program that a law interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
