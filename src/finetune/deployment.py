@@ -11,7 +11,8 @@ from typing import Any
 
 from finetune.artifacts.run_folder import RunFolder
 from finetune.artifacts.write import file_hash, make_folder, remove_torn, storage_errors, write_json, write_text
-from finetune.assembly.exam import Exam, Messages, prepare_exam
+from finetune.assembly.chat import Messages
+from finetune.assembly.exam import Exam, prepare_exam
 from finetune.assembly.gguf_source import exportable_run
 from finetune.assembly.served import compare_answers, compare_prompts, edge_notes, hold, inert_notes, unmeasured_notes
 from finetune.backends import open_backend

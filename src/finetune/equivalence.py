@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from finetune.artifacts.write import write_json
+from finetune.assembly.chat import conversations_of
 from finetune.assembly.prepare import Prepared
 from finetune.assembly.result import Result, open_result
-from finetune.assembly.server_way import conversations_of
 from finetune.assembly.truth import Truth, tell_truth
 from finetune.assembly.ways import GgufWays, OneWay, backend_way, merged_way, open_gguf_ways
 from finetune.backends import open_backend

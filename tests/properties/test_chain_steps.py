@@ -61,9 +61,16 @@ def test_chain_tells_how_a_program_ended(how: str, tmp_path: Path) -> None:
 def test_chain_ends_what_takes_too_long_and_its_children(tmp_path: Path) -> None:
     """When the time is over, a program and all that it has started are gone, and that is told."""
     links = chain._Links("x", tmp_path, time.monotonic())
+    before = set(children())
     with pytest.raises(FineTuneError, match="was stopped: the chain has"):
         links.process([sys.executable, "-c", PARENT])
     deadline = time.monotonic() + 30
-    while psutil.Process().children(recursive=True) and time.monotonic() < deadline:
+    while set(children()) - before and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert psutil.Process().children(recursive=True) == []
+    assert set(children()) - before == set()
+
+
+def children() -> list[psutil.Process]:
+    """What this process has started and what that has; other tests may keep some for the whole session."""
+    found: list[psutil.Process] = psutil.Process().children(recursive=True)
+    return found

@@ -1,26 +1,26 @@
 """What a served model of a run is asked, and what must come of it: ids of prompts, and answers of the run's own."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.artifacts.run_folder import RunFolder
+from finetune.assembly.chat import Messages, cannot_be_told, chat_messages, conversations_of
 from finetune.assembly.encoder import Encoder
 from finetune.assembly.gguf_source import Exportable
-from finetune.assembly.prepare import prepare
-from finetune.assembly.record import data_files
-from finetune.assembly.saved import changed, open_encoder
-from finetune.config import LoadedConfig, load_plan
+from finetune.assembly.result import prepare_again
+from finetune.assembly.saved import open_encoder
+from finetune.config import load_plan
 from finetune.convert.corpus import nasty_texts
 from finetune.convert.vocabulary import describe_vocabulary
 from finetune.deploy.derive import drawn_conversations
 from finetune.errors import FineTuneError, TemplateError
 from finetune.models.locate import locate_model
-from finetune.records import Conversation, Message
+from finetune.records import Conversation
 
 _SPACES_OF_ASCII = " \t\n\r\v\f"
-Messages = tuple[Mapping[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +95,6 @@ def prepare_exam(path: Path, exportable: Exportable) -> Exam:
     texts = [text for text in nasty_texts((), form) if not any(token in text for token in tokenizer.control_tokens)]
     context, most = min(length, exportable.described.tried_context), config.evaluation.max_new_tokens
     questions, notes = _questions(folder, encoder)
-    plain = [asked for asked in questions if not _has_control(asked.prompt, tokenizer.control_tokens)]
-    if odd := len(questions) - len(plain):
-        notes += (f"{odd} questions have a control token's name in their text, which servers take for it: not asked",)
     prompts = _prompts(encoder, drawn_conversations(texts), context)
     return Exam(
         encoder=encoder,
@@ -107,7 +104,7 @@ def prepare_exam(path: Path, exportable: Exportable) -> Exam:
         texts=tuple(texts),
         prompts=tuple(prompt for prompt in prompts if not _is_odd(prompt)),
         odd_prompts=tuple(filter(_is_odd, prompts)),
-        questions=tuple(asked for asked in plain if len(asked.prompt.ids) + most <= context),
+        questions=tuple(asked for asked in questions if len(asked.prompt.ids) + most <= context),
         notes=notes,
     )
 
@@ -120,13 +117,8 @@ def _prompts(encoder: Encoder, conversations: Sequence[Conversation], context: i
         except TemplateError:
             continue
         if len(ids) < context:
-            prompts.append(Prompt(_messages(conversation), ids))
+            prompts.append(Prompt(chat_messages(conversation), ids))
     return tuple(prompts)
-
-
-def _has_control(prompt: Prompt, tokens: Sequence[str]) -> bool:
-    """Whether a message has a control token's name in its text: plain text in training, and to servers the token."""
-    return any(token in each["content"] for each in prompt.messages for token in tokens)
 
 
 def _is_odd(prompt: Prompt) -> bool:
@@ -136,37 +128,23 @@ def _is_odd(prompt: Prompt) -> bool:
 
 def _questions(folder: RunFolder, encoder: Encoder) -> tuple[list[Asked], tuple[str, ...]]:
     """The run's questions as it asked them; only its data still has their conversations."""
-    plan, manifest = load_plan(folder.plan), folder.read_manifest()
+    manifest = folder.read_manifest()
     said: list[dict[str, Any]] = (((manifest.get("scores") or {}).get("learning") or {}).get("tuned") or {}).get(
         "answers", []
     )
     if not said:
         return [], ("the run asked no questions, so no answers were compared",)
     try:
-        prepared = prepare(LoadedConfig(plan.config, plan.origins))
-        differing = changed(manifest["data"].get("files"), data_files(prepared))
+        prepared = prepare_again(folder)
     except FineTuneError as error:
-        return [], (f"answers were not compared: the run's data cannot be read again: {error.message}",)
-    if differing or len(prepared.questions) != len(said):
-        return [], (f"answers were not compared: the run's data has changed since: {', '.join(differing)}",)
-    conversations = {encoder.prompt_ids(each.prompt): each.prompt for each in prepared.conversations}
-    found, unsaid = [], 0
+        return [], (f"answers were not compared: {error.message}",)
+    if len(prepared.questions) != len(said):
+        return [], (f"answers were not compared: of {len(said)} questions there are {len(prepared.questions)} now",)
+    known, unsaid, found = conversations_of(encoder, prepared), Counter[str](), []
     for question, answer in zip(prepared.questions, said, strict=True):
-        conversation = conversations[question.ids]
-        if encoder.template.name == "alpaca" and any(each.role == "input" for each in conversation.messages):
-            unsaid += 1
+        conversation = known[question.ids]
+        if why := cannot_be_told(encoder, conversation):
+            unsaid[why] += 1
             continue
-        found.append(Asked(Prompt(_messages(conversation), question.ids), answer["given"], answer["expected"]))
-    notes = (f"{unsaid} questions have an input of their own, a role that no chat API has: not asked",)
-    return found, notes if unsaid else ()
-
-
-def _messages(conversation: Conversation) -> Messages:
-    """The conversation for a chat API, an input joined to its question as templates that know none have it."""
-    joined: list[Message] = []
-    for message in conversation.messages:
-        if message.role == "input":
-            joined[-1] = Message("user", f"{joined[-1].content}\n\n{message.content}")
-        else:
-            joined.append(message)
-    return tuple({"role": message.role, "content": message.content} for message in joined)
+        found.append(Asked(Prompt(chat_messages(conversation), question.ids), answer["given"], answer["expected"]))
+    return found, tuple(f"{count} questions {why}: not asked" for why, count in unsaid.items())

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 
-from finetune.assembly.exam import Asked, Exam, Messages
+from finetune.assembly.chat import Messages
+from finetune.assembly.exam import Asked, Exam
 from finetune.convert.read_back import Check
 from finetune.deploy.said import Said
 from finetune.errors import DeploymentError

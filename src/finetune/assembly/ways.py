@@ -105,7 +105,7 @@ class GgufWays:
         Raises:
             FineTuneError: the model cannot be written so.
         """
-        return self._asked("server", "f16", partial(ask_server, known=known))[:1]
+        return self._asked("server", "f16", partial(ask_server, encoder=self.result.encoder, known=known))[:1]
 
     def _asked(self, name: str, outtype: Outtype, ask: Callable[[Path, Asked], Told]) -> tuple[OneWay, ...]:
         """A way that asks a file, for each file there is.
