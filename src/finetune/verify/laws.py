@@ -85,7 +85,7 @@ def demand(law: str, holds: object, *, expected: object, got: object) -> None:
         LawBrokenError: it does not hold.
     """
     if not holds:
-        raise _kind(law)(LAWS[law], _short(expected), _short(got))
+        raise _kind(law)(LAWS[law], short(expected), short(got))
 
 
 def demand_same(law: str, expected: Any, got: Any) -> None:
@@ -106,7 +106,7 @@ def _part(values: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     return {key: values[key] for key in keys if key in values}
 
 
-def _short(evidence: object) -> str:
+def short(evidence: object) -> str:
     """Words as they are, from their end, where a program says why it ended; anything else from its beginning."""
     if isinstance(evidence, str):
         return evidence if len(evidence) <= _MOST else f"... {evidence[-_MOST:]}"

@@ -81,6 +81,7 @@ def _write_tokenizer(folder: Path) -> None:
     tokenizer.add_special_tokens(list(CONTROL_TOKENS))
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", {"eos_token": _EOS, "pad_token": _PAD})
+    write_text(folder / "chat_template.jinja", CHATML.jinja)
 
 
 Row = dict[Annotated[str, Field(max_length=40)], Annotated[str, Field(max_length=2_000)]]

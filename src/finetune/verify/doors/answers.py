@@ -1,0 +1,169 @@
+"""What the answers to questions look like, ability by ability; anything else is no answer.
+
+Every question has `model`, the folder of a Hugging Face model, and `settings`, by the names that `ft schema` has; those
+that are not given have the trainer's own defaults. A row is an object as data files have it. Ids are token ids. Weights
+travel in safetensors files, an adapter's by the names that PEFT gives them in its files (`base_model.model.<layer>.
+lora_A.weight`), in float32.
+
+Folders of adapters are the trainer's own, in whatever format it has; `adapter_weights` says what is in one.
+"""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Ids = list[int]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Answer(BaseModel):
+    """What a trainer said, read strictly; numbers may be NaN, for laws to judge."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Rendered(Answer):
+    """`render`: the text that a conversation becomes."""
+
+    text: str
+
+
+class TokenRow(Answer):
+    """One row as it is trained on; `targets` says of each token whether the model is taught to say it."""
+
+    row: Count
+    ids: Ids
+    targets: list[bool]
+
+
+class TokenRows(Answer):
+    """`tokenize`: rows as the trainer's own path from data to batches makes them; `dropped` counts the others by why.
+
+    A row that is cut into several comes several times, with the same `row`.
+    """
+
+    rows: list[TokenRow]
+    dropped: dict[str, int] = Field(default_factory=dict)
+
+
+class MicroBatch(Answer):
+    """What goes through the model at once, padding and all; each list has a list for each sequence.
+
+    `targets` says of each token whether a loss is taken at it (as the token to be predicted), `real` whether it is of a
+    row and not padding. `positions` and `segments` where the model is given such: a token attends to its own segment.
+    """
+
+    ids: list[Ids]
+    targets: list[list[bool]]
+    real: list[list[bool]]
+    positions: list[Ids] | None = None
+    segments: list[Ids] | None = None
+
+
+class Step(Answer):
+    """The micro-batches whose gradients are added up before the weights move once."""
+
+    micro: list[MicroBatch]
+
+
+class Epochs(Answer):
+    """`batches`: the optimizer steps of each epoch, in order, exactly as training takes them."""
+
+    epochs: list[list[Step]]
+
+
+class Loss(Answer):
+    """`loss`: what the trainer reports for a batch, in nats a token; `count`: over how many, where it says so."""
+
+    loss: float
+    count: Count | None = None
+
+
+class Gradient(Answer):
+    """`gradient`: the L2 norm of the gradient of each adapter tensor by the name that PEFT's files give it, for one
+    optimizer step before clipping, and the loss that is reported for that step.
+    """
+
+    norms: dict[str, float]
+    loss: float
+
+
+class TrainedStep(Answer):
+    """What is told of an optimizer step; what the trainer does not tell is null."""
+
+    step: Annotated[int, Field(ge=1)]
+    loss: float | None = None
+    learning_rate: float | None = None
+
+
+class Course(Answer):
+    """`train` and `resume`: the steps that were told, what is kept at which step, and where the adapter lies.
+
+    Attributes:
+        adapter: the folder of the finished adapter, null when training was stopped before its end.
+        checkpoints: those that can be gone on from, by their step.
+        told: everything that was said in words.
+    """
+
+    steps: list[TrainedStep]
+    adapter: str | None
+    checkpoints: dict[str, str] = Field(default_factory=dict)
+    told: str = ""
+
+
+class Weights(Answer):
+    """`initial_adapter`, `adapter_weights`: the file of an adapter's weights, and what each B A is multiplied with."""
+
+    file: str
+    scale: float
+
+
+class Logits(Answer):
+    """`logits`: a file with the logits after each token of each prompt, (tokens, vocabulary), keyed "0", "1", ..."""
+
+    file: str
+
+
+class Folder(Answer):
+    """`merge`: the model folder that was written."""
+
+    folder: str
+
+
+class File(Answer):
+    """`export`: the file that was written."""
+
+    file: str
+
+
+class Generated(Answer):
+    """`generate`: greedy continuations, without the prompt and without what ended them."""
+
+    answers: list[Ids]
+
+
+class Accepted(Answer):
+    """`configure`: the trainer takes these settings; `told` is what it said about them."""
+
+    told: str = ""
+    effective: dict[str, object] = Field(default_factory=dict)
+
+
+ANSWERS: dict[str, type[Answer]] = {
+    "configure": Accepted,
+    "render": Rendered,
+    "tokenize": TokenRows,
+    "batches": Epochs,
+    "loss": Loss,
+    "gradient": Gradient,
+    "train": Course,
+    "resume": Course,
+    "evaluate": Loss,
+    "initial_adapter": Weights,
+    "adapter_weights": Weights,
+    "logits": Logits,
+    "merge": Folder,
+    "export": File,
+    "generate": Generated,
+}
+"""Each ability, with what an answer to it looks like."""

@@ -1,0 +1,86 @@
+"""What is behind a door as the suite sees it: who answers, what it can, and the ways in which asking can fail."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from finetune.verify.doors.serving import RefusesError, UnsupportedError, answer_to
+
+__all__ = ["About", "Door", "InsideDoor", "RefusesError", "SubjectError", "UnsupportedError"]
+
+
+class SubjectError(Exception):
+    """A trainer hung, ended, or answered with what is no answer: no law is judged by that, and it is told as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """Who answers: its name, the versions of what computes, and each ability with "" or why it is missing."""
+
+    name: str
+    versions: Mapping[str, str]
+    abilities: Mapping[str, str]
+
+    def lacks(self, needed: Sequence[str]) -> str:
+        """What of this is missing, and why; empty where nothing is."""
+        unknown = "it has no such ability"
+        reasons = {ability: self.abilities.get(ability, unknown) for ability in needed}
+        return "; ".join(f"{ability}: {why}" for ability, why in reasons.items() if why)
+
+
+class Door(Protocol):
+    """Something that can be asked."""
+
+    about: About
+
+    def ask(self, ability: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The answer to one question.
+
+        Raises:
+            RefusesError: the trainer refuses, in its own words.
+            UnsupportedError: it has nothing of the kind.
+            SubjectError: it hung, ended, or answered with what is no answer.
+        """
+        ...
+
+    def close(self) -> None:
+        """Leave nothing running."""
+        ...
+
+
+class InsideDoor:
+    """A trainer in this very process: for laws of our own that must be quick."""
+
+    def __init__(
+        self, about: About, handlers: Mapping[str, Callable[..., Any]], refusals: Sequence[type[Exception]]
+    ) -> None:
+        self.about = about
+        self._handlers = handlers
+        self._refusals = tuple(refusals)
+
+    def ask(self, ability: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The answer to one question."""
+        return unwrapped(answer_to(self._handlers, ability, given, self._refusals), ability)
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
+def unwrapped(reply: Any, ability: str) -> Mapping[str, Any]:
+    """What a reply holds.
+
+    Raises:
+        RefusesError, UnsupportedError, SubjectError: as `Door.ask`.
+    """
+    if not isinstance(reply, dict) or len(reply) != 1:
+        raise SubjectError(f"asked to {ability} it replied with what is no reply: {str(reply)[:300]!r}")
+    [(kind, content)] = reply.items()
+    if kind == "answer" and isinstance(content, dict):
+        return content
+    if kind == "refused":
+        raise RefusesError(str(content))
+    if kind == "unsupported":
+        raise UnsupportedError(str(content))
+    if kind == "error":
+        raise SubjectError(f"asked to {ability} it failed:\n{str(content)[-2000:]}")
+    raise SubjectError(f"asked to {ability} it replied with what is no reply: {str(reply)[:300]!r}")

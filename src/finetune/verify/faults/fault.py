@@ -1,0 +1,73 @@
+"""A fault, and how it is planted: in a function's place, for as long as the process lives."""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+_MODULES: tuple[str, ...] = ()
+"""Where faults stand, stage by stage; each names itself when its module is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that somebody's trainer did wrong, planted in ours.
+
+    Attributes:
+        id: its number in the list of real faults, such as A064; several plantings of one have a letter more.
+        slug: its name there, such as mask.end_inclusive; the part before the dot is its stage.
+        real: where it happened, such as "mlx-lm #1697"; "" where it is a known kind without a public case.
+        what: what goes wrong, in a sentence.
+        apply: plants it in this process.
+    """
+
+    id: str
+    slug: str
+    real: str
+    what: str
+    apply: Callable[[], None]
+
+    @property
+    def stage(self) -> str:
+        """The part of a fine-tune in which it sits."""
+        return self.slug.partition(".")[0]
+
+
+_KNOWN: dict[str, Fault] = {}
+reached: Counter[str] = Counter()
+"""How often what was planted in this process was come by, by the name of what it replaced."""
+
+
+def fault(id: str, slug: str, *, real: str, what: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Make a planting a fault that `ft prove` knows."""
+
+    def known(apply: Callable[[], None]) -> Callable[[], None]:
+        assert id not in _KNOWN, id
+        _KNOWN[id] = Fault(id, slug, real, what, apply)
+        return apply
+
+    return known
+
+
+def plant(owner: Any, name: str, wrong: Callable[..., Any]) -> None:
+    """Put a fault in the place of what is right; the fault is given what is right, and then what that was given.
+
+    `owner` is a module or a class. Where other modules have taken the name with `from ... import`, it is planted there.
+    """
+    right = getattr(owner, name)
+
+    @functools.wraps(right)
+    def planted(*given: Any, **named: Any) -> Any:
+        reached[f"{getattr(owner, '__name__', owner)}.{name}"] += 1
+        return wrong(right, *given, **named)
+
+    setattr(owner, name, planted)
+
+
+def faults() -> Mapping[str, Fault]:
+    """Every fault by its id, in the order of the list."""
+    for module in _MODULES:
+        import_module(module)
+    return dict(sorted(_KNOWN.items()))

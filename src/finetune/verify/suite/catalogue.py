@@ -1,0 +1,86 @@
+"""The laws that any trainer is held to, each with its cases and its check: one `@law` is all there is to a new one."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
+
+from hypothesis import strategies as st
+
+from finetune.verify.laws import LAWS, Law
+from finetune.verify.recipes import Recipe
+from finetune.verify.suite.trainer import Trainer
+
+Tier = Literal[1, 2]
+Check = Callable[[Trainer, Any], None]
+_MODULES = (
+    "finetune.verify.suite.template_laws",
+    "finetune.verify.suite.batch_laws",
+)
+"""Where laws stand; each names itself when its module is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class CaseLaw:
+    """A law that is checked on cases.
+
+    Attributes:
+        law: its id, its sentence, and the ability that it is about.
+        tier: 1 where a case takes milliseconds, 2 where something is trained for seconds.
+        needs: the abilities that its check asks for.
+        oracle: what decides, and why that is right.
+        cases: the cases; each is a value that can be written down and read again.
+        kind: the type of the cases.
+        cost: about how long one case takes for our own trainer, beside the others: cheap laws are judged first.
+        examples: how many cases in profile `fast`.
+    """
+
+    law: Law
+    tier: Tier
+    needs: tuple[str, ...]
+    oracle: str
+    cases: st.SearchStrategy[Any]
+    kind: type[Recipe]
+    check: Check
+    cost: int = 1
+    examples: int = 24
+
+    @property
+    def id(self) -> str:
+        """Its id."""
+        return self.law.id
+
+
+_CASE_LAWS: dict[str, CaseLaw] = {}
+
+
+def law(
+    id: str, statement: str, *, needs: Sequence[str], oracle: str, cases: st.SearchStrategy[Any], **more: Any
+) -> Callable[[Check], Check]:
+    """Make a check a law: `more` are fields of `CaseLaw` that are not as they mostly are."""
+
+    def known(check: Check) -> Check:
+        kind: type[Recipe] = check.__annotations__["case"]
+        told = Law(id, statement, ", ".join(needs))
+        assert id not in _CASE_LAWS, id
+        fields: dict[str, Any] = {"tier": 1, **more}
+        _CASE_LAWS[id] = CaseLaw(
+            law=told, needs=tuple(needs), oracle=oracle, cases=cases, kind=kind, check=check, **fields
+        )
+        return check
+
+    return known
+
+
+def case_laws(tier: int = 2) -> Mapping[str, CaseLaw]:
+    """Every law up to a tier, cheapest first."""
+    for module in _MODULES:
+        import_module(module)
+    found = sorted(_CASE_LAWS.values(), key=lambda law: (law.tier, law.cost, law.id))
+    return {law.id: law for law in found if law.tier <= tier}
+
+
+def all_laws() -> Iterator[Law]:
+    """Every law there is: those that are checked on cases, and those of stories."""
+    yield from (law.law for law in case_laws().values())
+    yield from LAWS.values()

@@ -1,0 +1,127 @@
+"""Holds a trainer to one law: draws cases, makes a case that breaks it as small as time allows, and keeps it."""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import reject as reject_case
+from hypothesis.errors import Flaky, Unsatisfiable, UnsatisfiedAssumption
+
+from finetune.verify.doors.door import RefusesError, SubjectError, UnsupportedError
+from finetune.verify.recipes import Recipe
+from finetune.verify.suite.catalogue import CaseLaw
+from finetune.verify.suite.trainer import Trainer
+from finetune.verify.suite.verdicts import BrokenError, Judgement, Word
+
+_PHASES = (Phase.generate, Phase.shrink)
+_EVERY = list(HealthCheck)
+_MOST_UNABLE = 25
+"""Cases that a trainer may have nothing for before the first that it has something for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How hard a judge looks: a seed, how many times the cases of profile `fast`, and seconds at most for each part."""
+
+    seed: int = 0
+    times: float = 1.0
+    seconds: float = 60.0
+    shrink_seconds: float = 30.0
+
+
+class _Enough(BaseException):
+    """Nothing more is to be found out here; it goes through Hypothesis as Ctrl-C would."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What was seen of one law so far."""
+
+    began: float = field(default_factory=time.monotonic)
+    broke: float = 0.0
+    cases: int = 0
+    unable: Counter[str] = field(default_factory=Counter)
+    refused: int = 0
+    smallest: tuple[Recipe, BrokenError] | None = None
+    trouble: str = ""
+
+
+def judge(law: CaseLaw, trainer: Trainer, effort: Effort) -> Judgement:
+    """Hold a trainer to a law. No trouble of the trainer's raises here: it is in the judgement."""
+    if why := trainer.lacks(*law.needs):
+        return Judgement(law.id, law.law.statement, "not applicable", why=why)
+    seen = _Seen()
+
+    def once(case: Recipe) -> None:
+        _judge_case(law, trainer, case, seen, effort)
+
+    count = max(1, round(law.examples * effort.times))
+    look = settings(
+        max_examples=count, deadline=None, database=None, phases=_PHASES, suppress_health_check=_EVERY,
+        report_multiple_bugs=False, print_blob=False,
+    )  # fmt: skip
+    drawn: Callable[[], None] = seed(f"{effort.seed} {law.id}")(look(given(case=law.cases)(once)))
+    try:
+        with contextlib.suppress(_Enough, BrokenError, Unsatisfiable):
+            drawn()
+    except Flaky:
+        seen.trouble = "what broke once held when it was asked again: the trainer does not answer alike twice"
+    return _concluded(law, seen)
+
+
+def judge_again(law: CaseLaw, trainer: Trainer, case: Recipe) -> Judgement:
+    """Hold a trainer to a law in one case."""
+    if why := trainer.lacks(*law.needs):
+        return Judgement(law.id, law.law.statement, "not applicable", why=why)
+    seen = _Seen()
+    with contextlib.suppress(_Enough, BrokenError, UnsatisfiedAssumption):
+        _judge_case(law, trainer, case, seen, Effort())
+    return _concluded(law, seen)
+
+
+def _judge_case(law: CaseLaw, trainer: Trainer, case: Recipe, seen: _Seen, effort: Effort) -> None:
+    now = time.monotonic()
+    over = now - seen.broke > effort.shrink_seconds if seen.smallest else now - seen.began > effort.seconds
+    if over:
+        raise _Enough
+    try:
+        law.check(trainer, case)
+    except BrokenError as broken:
+        if seen.smallest is None:
+            seen.broke = time.monotonic()
+        seen.smallest = (case, broken)
+        seen.cases += 1
+        raise
+    except (RefusesError, UnsupportedError) as unable:
+        seen.unable[str(unable)[:200]] += 1
+        seen.refused += isinstance(unable, RefusesError)
+        if not seen.cases and seen.unable.total() >= _MOST_UNABLE:
+            raise _Enough from None
+        reject_case()
+    except SubjectError as trouble:
+        if seen.smallest is None:
+            seen.trouble = str(trouble)
+        raise _Enough from None
+    else:
+        seen.cases += 1
+
+
+def _concluded(law: CaseLaw, seen: _Seen) -> Judgement:
+    told: dict[str, Any] = {"cases": seen.cases, "unable": dict(seen.unable.most_common(5))}
+    word: Word = "holds"
+    if seen.smallest is not None:
+        case, broken = seen.smallest
+        word = "broken"
+        told |= {"expected": broken.expected, "got": broken.got, "case": case.model_dump(mode="json")}
+        told["why"] = seen.trouble
+    elif seen.trouble:
+        word, told["why"] = "error", seen.trouble
+    elif not seen.cases:
+        # What says that it can and then refuses every case has not been judged, and is not what it says.
+        word = "error" if seen.refused else "not applicable"
+        told["why"] = "; ".join(seen.unable) or "no case came up"
+    return Judgement(law.id, law.law.statement, word, seconds=round(time.monotonic() - seen.began, 3), **told)

@@ -1,0 +1,100 @@
+"""Holds a trainer to all laws up to a tier, cheapest first; what one law comes to never stops the others."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from platform import machine, python_version, system
+from typing import Any
+
+from finetune.errors import UsageError
+from finetune.verify.suite.catalogue import CaseLaw, case_laws
+from finetune.verify.suite.judge import Effort, judge
+from finetune.verify.suite.trainer import Trainer
+from finetune.verify.suite.verdicts import Judgement, Word
+
+FORMAT = "finetune verification"
+VERSION = 1
+Teller = Callable[[Judgement], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What all laws came to, with all that is needed to have it again."""
+
+    subject: str
+    versions: Mapping[str, str]
+    tier: int
+    effort: Effort
+    judgements: tuple[Judgement, ...]
+    seconds: float
+    trespasses: tuple[str, ...] = ()
+    machine: str = field(default_factory=lambda: f"{system()} {machine()}, Python {python_version()}")
+
+    @property
+    def counts(self) -> dict[Word, int]:
+        """How many laws came to each word."""
+        words: tuple[Word, ...] = ("holds", "broken", "undecided", "error", "not applicable")
+        return {word: sum(each.word == word for each in self.judgements) for word in words}
+
+    @property
+    def passes(self) -> bool:
+        """Whether laws were judged, and all of them hold."""
+        counts = self.counts
+        bad = counts["broken"] + counts["error"] + counts["undecided"]
+        return counts["holds"] > 0 and not bad and not self.trespasses
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "subject": self.subject,
+            "versions": dict(self.versions),
+            "suite": version("finetune-suite"),
+            "machine": self.machine,
+            "tier": self.tier,
+            "seed": self.effort.seed,
+            "times": self.effort.times,
+            "outcome": "holds" if self.passes else "broken",
+            "counts": dict(self.counts),
+            "seconds": self.seconds,
+            "trespasses": list(self.trespasses),
+            "laws": [each.as_dict() for each in self.judgements],
+        }
+
+
+def chosen_laws(tier: int, ids: Iterable[str] = ()) -> tuple[CaseLaw, ...]:
+    """The laws up to a tier, or those of them that are named.
+
+    Raises:
+        UsageError: there is no law of such a name in this tier.
+    """
+    known = case_laws(tier)
+    names = list(ids) or list(known)
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"there is no law {unknown[0]!r} up to tier {tier}", hint=f"choose from: {', '.join(known)}")
+    return tuple(known[name] for name in names)
+
+
+def verify(
+    trainer: Trainer, laws: Iterable[CaseLaw], effort: Effort, *, tier: int = 1, tell: Teller = lambda judgement: None
+) -> Verification:
+    """Judge every law; each is told as soon as it is judged."""
+    began, found = time.monotonic(), []
+    for law in laws:
+        judgement = _judged(law, trainer, effort)
+        tell(judgement)
+        found.append(judgement)
+    about = trainer.door.about
+    seconds = round(time.monotonic() - began, 3)
+    return Verification(about.name, about.versions, tier, effort, tuple(found), seconds)
+
+
+def _judged(law: CaseLaw, trainer: Trainer, effort: Effort) -> Judgement:
+    try:
+        return judge(law, trainer, effort)
+    # A law that fails itself says nothing about the trainer, and the others can still be judged.
+    except Exception as error:
+        why = f"the suite itself failed: {type(error).__name__}: {error}"
+        return Judgement(law.id, law.law.statement, "error", why=why)

@@ -1,0 +1,1 @@
+"""Trainers that the suite can be pointed at, each answering as `doors.answers` says."""

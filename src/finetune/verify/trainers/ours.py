@@ -1,0 +1,305 @@
+"""Our own trainer behind a door: each question goes through the rooms that `ft train` goes through."""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from finetune.artifacts.checkpoints import CheckpointStore
+from finetune.artifacts.run_folder import RunFolder
+from finetune.artifacts.write import write_folder, write_text
+from finetune.assembly.encoder import Encoder
+from finetune.assembly.observe import held_out_batches, observe
+from finetune.assembly.prepare import Prepared, prepare
+from finetune.assembly.record import run_owner
+from finetune.assembly.run import Run
+from finetune.assembly.train import claim_resumed, steps_of, train_run
+from finetune.backends import open_backend
+from finetune.config import LoadedConfig, dump_plan, flatten, load_config, resolve_processes
+from finetune.errors import FineTuneError
+from finetune.events import CheckpointSaved, Event, FirstGradients, StepDone
+from finetune.models.locate import locate_model
+from finetune.models.peft_files import WEIGHTS, on_disk
+from finetune.ports import Session
+from finetune.records import Batch, Conversation, Message, Optimization, Tokenized
+from finetune.training.loop import LoopPlan, mean_loss, train
+from finetune.verify.doors.door import About, InsideDoor
+from finetune.verify.doors.serving import serve
+
+Given = Mapping[str, Any]
+Handler = Callable[..., dict[str, Any]]
+_QUIET = {"judge.sham": "never", "judge.memory": "never", "data.valid_fraction": 0.0, "evaluation.questions": 0}
+"""What a run does beside training, which laws ask for by itself."""
+
+
+class OurTrainer:
+    """The handlers of all questions, with one backend; what is made goes into a scratch folder."""
+
+    def __init__(self, backend: str, scratch: Path) -> None:
+        self.backend = open_backend(backend)
+        self.scratch = scratch
+
+    @property
+    def handlers(self) -> dict[str, Handler]:
+        """A function for each ability."""
+        return {
+            "configure": self.configure,
+            "render": self.render,
+            "tokenize": self.tokenize,
+            "batches": self.batches,
+            "loss": self.loss,
+            "gradient": self.gradient,
+            "train": self.train,
+            "resume": self.resume,
+            "evaluate": self.evaluate,
+            "initial_adapter": self.initial_adapter,
+            "adapter_weights": self.adapter_weights,
+            "logits": self.logits,
+            "generate": self.generate,
+        }
+
+    def configure(self, model: str, settings: Given) -> dict[str, Any]:
+        """What `ft check` takes."""
+        loaded = self._loaded(model, settings)
+        return {"told": "", "effective": dict(flatten(loaded.config))}
+
+    def render(self, model: str, settings: Given, messages: Sequence[Given], *, prompt: bool) -> dict[str, Any]:
+        """A conversation as text, or a prompt up to where its answer begins."""
+        encoder = Encoder(locate_model(model), self._loaded(model, settings).config.template.name)
+        conversation = Conversation(tuple(Message(**message) for message in messages), "asked")
+        template = encoder.template
+        return {"text": (template.render_prompt if prompt else template.render)(conversation).text}
+
+    def tokenize(self, model: str, settings: Given, rows: Sequence[Given]) -> dict[str, Any]:
+        """Rows as they are trained on."""
+        prepared = self._prepared(model, settings, rows)
+        found = [
+            {"row": _line(row.where), "ids": list(row.ids), "targets": list(row.trained)} for row in prepared.train.rows
+        ]
+        return {"rows": found, "dropped": dict(prepared.train.counts.dropped)}
+
+    def batches(self, model: str, settings: Given, rows: Sequence[Given], epochs: int) -> dict[str, Any]:
+        """What the training loop itself takes, seen by a session that does nothing."""
+        prepared = self._prepared(model, {**settings, "training.epochs": float(epochs)}, rows)
+        watched = _Watched()
+        run = self._run(prepared, self._new())
+        for event in steps_of(run, cast("Session", watched), prepared.training_rows):
+            if isinstance(event, StepDone):
+                watched.steps.append(watched.window)
+                watched.window = []
+        each = len(watched.steps) // epochs
+        told = [{"micro": [_micro(batch) for batch in window]} for window in watched.steps]
+        return {"epochs": [told[start : start + each] for start in range(0, len(told), each)]}
+
+    def loss(self, model: str, settings: Given, batch: Sequence[Given], adapter: str | None = None) -> dict[str, Any]:
+        """The loss of one batch, dropout off."""
+        value, count = mean_loss(self._asked(model, settings, adapter), [Batch(_rows(batch))])
+        return {"loss": value, "count": count}
+
+    def gradient(self, model: str, settings: Given, micro: Sequence[Sequence[Given]]) -> dict[str, Any]:
+        """The norms that the training loop measures in its first step; so many batches are added up."""
+        rows = [_rows(batch) for batch in micro]
+        given = {**settings, "training.accumulation": len(rows), "training.max_steps": 1}
+        prepared = self._prepared(model, given, [{"prompt": "a", "completion": "b"}])
+        session = self._fresh(prepared)
+        window = [Batch(each) for each in rows]
+        plan = LoopPlan(1, len(window), 1e-3, 0, "constant", 1)
+        told: dict[str, Any] = {}
+        for event in train(session, lambda epoch: window, (), plan):
+            if isinstance(event, FirstGradients):
+                told["norms"] = {on_disk(name): norm for name, norm in event.norms.items()}
+            elif isinstance(event, StepDone):
+                told["loss"] = event.loss
+        return told
+
+    def train(
+        self, model: str, settings: Given, rows: Sequence[Given], folder: str, stop_after: int | None = None
+    ) -> dict[str, Any]:
+        """A run; with `stop_after` it ends, as by Ctrl-C, when the checkpoint of this step is there."""
+        prepared = self._prepared(model, settings, rows)
+        place = RunFolder.place(Path(folder))
+        place.make()
+        write_text(place.plan, dump_plan(prepared.plan))
+        write_text(place.path / "asked.json", json.dumps({"model": model, "settings": settings, "rows": list(rows)}))
+        return self._go_on(prepared, place, stop_after)
+
+    def resume(self, folder: str, stop_after: int | None = None, settings: Given | None = None) -> dict[str, Any]:
+        """Go on with a run that was stopped; `settings` are those that are changed meanwhile."""
+        asked = json.loads((Path(folder) / "asked.json").read_text(encoding="utf-8"))
+        prepared = self._prepared(asked["model"], {**asked["settings"], **(settings or {})}, asked["rows"])
+        return self._go_on(prepared, RunFolder.unfinished(Path(folder)), stop_after)
+
+    def evaluate(
+        self, model: str, settings: Given, rows: Sequence[Given], adapter: str | None = None
+    ) -> dict[str, Any]:
+        """The held-out loss of these rows."""
+        file = self._data(rows)
+        prepared = self._prepared(model, {**settings, "data.valid": str(file)}, rows)
+        session = self._asked(model, settings, adapter)
+        value, count = mean_loss(session, held_out_batches(prepared))
+        return {"loss": value, "count": count}
+
+    def initial_adapter(self, model: str, settings: Given) -> dict[str, Any]:
+        """The adapter that training begins with."""
+        prepared = self._prepared(model, settings, [{"prompt": "a", "completion": "b"}])
+        folder = self._new()
+        self._fresh(prepared).save_adapter(folder)
+        return self.adapter_weights(model, str(folder))
+
+    def adapter_weights(self, model: str, adapter: str) -> dict[str, Any]:
+        """What is in an adapter's folder, which is PEFT's own format."""
+        settings = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+        return {"file": str(Path(adapter) / WEIGHTS), "scale": settings["lora_alpha"] / settings["r"]}
+
+    def logits(
+        self, model: str, settings: Given, prompts: Sequence[Sequence[int]], adapter: str | None = None
+    ) -> dict[str, Any]:
+        """Logits of the base, or with an adapter that was saved."""
+        file = self._new() / "logits.safetensors"
+        self._asked(model, settings, adapter).save_logits(prompts, file)
+        return {"file": str(file)}
+
+    def generate(
+        self, model: str, settings: Given, prompts: Sequence[Sequence[int]], adapter: str | None = None
+    ) -> dict[str, Any]:
+        """Greedy answers, ended by what ends an answer."""
+        config = self._loaded(model, settings).config
+        stops = Encoder(locate_model(model), config.template.name).stop_ids
+        session = self._asked(model, settings, adapter)
+        return {"answers": session.generate(prompts, config.evaluation.max_new_tokens, stops)}
+
+    def _new(self) -> Path:
+        return Path(tempfile.mkdtemp(dir=self.scratch))
+
+    def _data(self, rows: Sequence[Given]) -> Path:
+        path = self._new() / "rows.jsonl"
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    def _loaded(self, model: str, settings: Given) -> LoadedConfig:
+        given = {**_QUIET, "backend": self.backend.name, **settings, "model.path": model}
+        return load_config(None, environ={}, overrides=given, profile=None)
+
+    def _prepared(self, model: str, settings: Given, rows: Sequence[Given]) -> Prepared:
+        loaded = self._loaded(model, {**settings, "data.train": str(self._data(rows))})
+        return prepare(resolve_processes(loaded, 1, resume=False))
+
+    def _run(self, prepared: Prepared, folder: Path, listener: Callable[[Event], None] = lambda event: None) -> Run:
+        return Run(prepared, self.backend, self.backend.join(), RunFolder(folder), listener)
+
+    def _fresh(self, prepared: Prepared) -> Session:
+        """A session with the adapter that training begins with."""
+        training, model = prepared.plan.config.training, prepared.plan.config.model
+        session = self.backend.open(prepared.location, model.dtype, prepared.encoder.tokenizer.pad_id, device="cpu")
+        session.attach(prepared.target, training.seed)
+        session.prepare_updates(Optimization(training.weight_decay, training.max_grad_norm))
+        return session
+
+    def _asked(self, model: str, settings: Given, adapter: str | None) -> Session:
+        """A session that only answers."""
+        config = self._loaded(model, settings).config
+        location = locate_model(model)
+        pad = Encoder(location, config.template.name).tokenizer.pad_id
+        session = self.backend.open(location, config.model.dtype, pad, device="cpu")
+        if adapter is not None:
+            session.load_adapter(Path(adapter))
+        return session
+
+    def _go_on(self, prepared: Prepared, place: RunFolder, stop_after: int | None) -> dict[str, Any]:
+        steps: list[dict[str, Any]] = []
+
+        def listen(event: Event) -> None:
+            if isinstance(event, StepDone):
+                steps.append({"step": event.step, "loss": event.loss, "learning_rate": event.learning_rate})
+            if isinstance(event, CheckpointSaved) and event.step == stop_after:
+                raise _StoppedError
+
+        run = self._run(prepared, place.path, listen)
+        owner = run_owner(prepared, self.backend.versions())
+        adapter = None
+        try:
+            claim_resumed(run, owner)
+            session = self._fresh(prepared)
+            train_run(run, session, observe(session, prepared), owner)
+            write_folder(place.adapter, session.save_adapter)
+            adapter = str(place.adapter)
+        except _StoppedError:
+            pass
+        finally:
+            run.let_go()
+        store = CheckpointStore(place.checkpoints)
+        kept = {str(step): str(store.folder / f"step-{step:08d}") for step in store.steps()}
+        return {"steps": steps, "adapter": adapter, "checkpoints": kept}
+
+
+class _StoppedError(Exception):
+    """Training ends here."""
+
+
+class _Watched:
+    """A session that computes nothing, and keeps what the training loop gives it."""
+
+    def __init__(self) -> None:
+        self.window: list[Batch] = []
+        self.steps: list[list[Batch]] = []
+
+    def accumulate(self, batch: Batch, weight: float) -> float:
+        """Keep the batch."""
+        self.window.append(batch)
+        return 1.0
+
+    def gradient_norms(self) -> dict[str, float]:
+        """There are none."""
+        return {}
+
+    def clip_gradients(self) -> float:
+        """There is nothing to clip."""
+        return 1.0
+
+    def update(self, learning_rate: float) -> None:
+        """There is nothing to move."""
+
+
+def inside(backend: str, scratch: Path) -> InsideDoor:
+    """Our trainer in this process."""
+    trainer = OurTrainer(backend, scratch)
+    about = About(f"finetune with {backend}", trainer.backend.versions(), dict.fromkeys(trainer.handlers, ""))
+    return InsideDoor(about, trainer.handlers, [FineTuneError])
+
+
+def _line(where: str) -> int:
+    """The number of a row, from 0, by the place it was read at."""
+    return int(where.rpartition(":")[2]) - 1
+
+
+def _rows(batch: Sequence[Given]) -> tuple[Tokenized, ...]:
+    return tuple(Tokenized(tuple(row["ids"]), tuple(row["targets"]), str(n)) for n, row in enumerate(batch))
+
+
+def _micro(batch: Batch) -> dict[str, Any]:
+    """A batch as it is, without padding: that is each backend's business."""
+    sequences = batch.sequences
+    return {
+        "ids": [[token for row in sequence for token in row.ids] for sequence in sequences],
+        # The first token of a row is never predicted: nothing precedes it.
+        "targets": [
+            [mark and place > 0 for row in sequence for place, mark in enumerate(row.trained)] for sequence in sequences
+        ],
+        "real": [[True] * sum(len(row.ids) for row in sequence) for sequence in sequences],
+        "positions": [[place for row in sequence for place in range(len(row.ids))] for sequence in sequences],
+        "segments": [[number for number, row in enumerate(sequence) for _ in row.ids] for sequence in sequences],
+    }
+
+
+def main() -> None:
+    """Answer questions: the backend is the first argument."""
+    backend = sys.argv[1]
+    trainer = OurTrainer(backend, Path.cwd())
+    versions = trainer.backend.versions()
+    serve(f"finetune with {backend}", versions, trainer.handlers, refusals=(FineTuneError,))
+
+
+if __name__ == "__main__":
+    main()
