@@ -13,7 +13,7 @@ from finetune.verify.doors.door import UnsupportedError
 from finetune.verify.recipes import FEWEST_WORDS, ModelRecipe, Recipe
 from finetune.verify.suite.cases import PAIRS, PLAIN, TEXTS, TINY, Pair, Rows
 from finetune.verify.suite.catalogue import law
-from finetune.verify.suite.talks import told, tokenized
+from finetune.verify.suite.talks import tokenized, told
 from finetune.verify.suite.trainer import Trainer
 from finetune.verify.suite.verdicts import hold
 
@@ -51,6 +51,7 @@ def seed_and_epoch_decide_the_order(trainer: Trainer, case: Seeded) -> None:
     hold(first[0] != first[1], expected="another order in epoch 2", got="that of epoch 1")
 
 
+_GOOD = Pair(prompt="a", completion="b")
 _ODD = st.one_of(
     PAIRS,
     st.builds(Pair, prompt=TEXTS, completion=st.sampled_from(("", " ", "\n"))),
@@ -77,7 +78,6 @@ def every_row_is_accounted_for(trainer: Trainer, case: Rows) -> None:
     )
 
 
-_GOOD = Pair(prompt="a", completion="b")
 Shape = Literal["prompt/completion", "lists", "messages", "alpaca"]
 
 
@@ -215,7 +215,7 @@ def _kept(draw: st.DrawFn) -> Kept:
 def cache_changes_nothing(trainer: Trainer, case: Kept) -> None:
     """Another tokenizer, other words and another template are never taken for what is kept."""
     cache = {"tokens.cache": str(trainer.folder() / "cache")}
-    rows, settings = [row.model_dump() for row in case.rows], {}
+    rows, settings = [row.model_dump() for row in case.rows], dict[str, Any]()
     tokenized(trainer, trainer.model(_MODELS[case.before]), rows, cache)
     if case.changed == "words":
         rows = [{**row, "completion": row["completion"][::-1] + "."} for row in rows]

@@ -11,7 +11,7 @@ from finetune.verify.doors.answers import Gradient, Logits, Loss
 from finetune.verify.recipes import FEWEST_WORDS, Recipe
 from finetune.verify.suite.cases import PLAIN, TEXTS, TINY, Pair, Rows, TokenRow, rows_of
 from finetune.verify.suite.catalogue import law
-from finetune.verify.suite.talks import Talk, talks, text_of, told, tokenized
+from finetune.verify.suite.talks import Talk, talks, text_of, tokenized, told
 from finetune.verify.suite.trainer import Trainer
 from finetune.verify.suite.verdicts import hold
 
@@ -138,7 +138,7 @@ def cut_rows_keep_their_answers(trainer: Trainer, case: Limited) -> None:
         hold(row.row in held, expected=f"row {row.row}, cut", got=f"rows {sorted(held)}")
         cut, size = held[row.row], min(len(row.ids), most)
         sizes = (len(cut.ids), len(cut.targets))
-        hold(sizes == (size, size), expected=f"{size} tokens, each with a mark", got="{} tokens, {} marks".format(*sizes))
+        hold(sizes == (size, size), expected=f"{size} tokens, each with a mark", got=f"tokens and marks: {sizes}")
         expected, said = (text_of(words, each, trained=True) for each in (row, cut))
         hold(said == expected, expected=f"learned: {expected!r}", got=repr(said))
 
@@ -204,7 +204,7 @@ def loss_of(trainer: Trainer, rows: tuple[TokenRow, ...]) -> tuple[float, int]:
 
 @law(
     "mask.surprise",
-    "The loss is the mean surprise at the learned tokens, each foretold from those before it; padding has no part in it.",
+    "The loss is the mean surprise at the learned tokens, each foretold from those before it; padding has no part.",
     needs=["loss", "logits"],
     oracle="the model's own logits, one row at a time",
     cases=_any_rows(),

@@ -1,4 +1,4 @@
-"""Laws of rows that go through the model together: in a batch, in a sequence that they share, or when they are asked."""
+"""Laws of what goes through the model together: rows of a batch, rows that share a sequence, prompts."""
 
 from collections import Counter
 from typing import Annotated
@@ -167,9 +167,9 @@ class Asked(Recipe):
     oracle="the answers to one prompt at a time",
     cases=st.builds(
         Asked,
-        prompts=st.lists(
-            st.lists(st.integers(6, 255), min_size=1, max_size=9).map(tuple), min_size=2, max_size=3
-        ).map(tuple),
+        prompts=st.lists(st.lists(st.integers(6, 255), min_size=1, max_size=9).map(tuple), min_size=2, max_size=3).map(
+            tuple
+        ),
     ),
     examples=6,
     cost=3,

@@ -49,9 +49,7 @@ def _chatml(messages: list[dict[str, str]], *, prompt: bool) -> str:
 
 def _alpaca(messages: list[dict[str, str]], *, prompt: bool) -> str:
     told = [message["content"] for message in messages if message["role"] == "system"]
-    usual = (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-    )
+    usual = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     turns = [
         f"### Instruction:\n{message['content']}"
         if message["role"] == "user"
@@ -152,7 +150,8 @@ def words_are_inert(trainer: Trainer, case: Spoken) -> None:
     rows = [{"prompt": "a", "completion": "b"}, case.pair.model_dump()]
     found = tokenized(trainer, model, rows, {"tokens.max_length": 1000}).rows
     words = trainer.words(model)
-    control = [[words[token].decode() for token in row.ids if words[token].decode("latin1") in CONTROL] for row in found]
+    said = [[words[token].decode("latin1") for token in row.ids] for row in found]
+    control = [[word for word in row if word in CONTROL] for row in said]
     hold(len(control) == 2, expected="2 rows", got=f"{len(control)} rows")
     hold(control[0] == control[1], expected=control[0], got=control[1])
 
@@ -181,9 +180,7 @@ def text_ends(trainer: Trainer, case: Said) -> None:
 
 
 _ROOM = FEWEST_WORDS + 1
-_BEGINNINGS = tuple(
-    ModelRecipe(bos=bos, vocabulary=_ROOM) for bos in ("known", "added", "configured", "written")
-)
+_BEGINNINGS = tuple(ModelRecipe(bos=bos, vocabulary=_ROOM) for bos in ("known", "added", "configured", "written"))
 
 
 class Begun(Recipe):

@@ -78,7 +78,8 @@ class OurTrainer:
         """Rows as they are trained on."""
         prepared = self._prepared(model, settings, rows)
         found = [
-            {"row": line_of(row.where), "ids": list(row.ids), "targets": list(row.trained)} for row in prepared.train.rows
+            {"row": line_of(row.where), "ids": list(row.ids), "targets": list(row.trained)}
+            for row in prepared.train.rows
         ]
         return {"rows": found, "dropped": dict(prepared.train.counts.dropped)}
 
