@@ -230,19 +230,30 @@ class Seeds(Recipe):
     other: Annotated[int, Field(ge=0)]
 
 
+class Dropped(Recipe):
+    """A seed, and the layers to adapt: all of them, or those that are named."""
+
+    seed: Annotated[int, Field(ge=0)]
+    layers: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | None
+
+
 @law(
     "config.dropout",
-    "Dropout acts on every layer that is adapted.",
+    "Dropout acts on every layer that is adapted, whichever these are.",
     needs=["gradient"],
     oracle="the gradient of each tensor without dropout: no half of twelve numbers left out leaves it as it is",
-    cases=st.builds(Seeds, one=st.integers(0, 9), other=st.just(0)),
-    examples=4,
+    cases=st.builds(
+        Dropped, seed=st.integers(0, 9), layers=st.none() | st.sampled_from([_LINEAR[:2], _LINEAR[3:5], _LINEAR[6:]])
+    ),
+    examples=6,
     cost=2,
 )
-def dropout_acts_everywhere(trainer: Trainer, case: Seeds) -> None:
+def dropout_acts_everywhere(trainer: Trainer, case: Dropped) -> None:
     """Each tensor that has a gradient has another one with dropout."""
-    at_rest = _gradient(trainer, {"training.seed": case.one}).norms
-    dropped = _gradient(trainer, {"training.seed": case.one, "adapter.dropout": 0.5}).norms
+    given: dict[str, Any] = {"training.seed": case.seed}
+    given |= {"adapter.targets": list(case.layers)} if case.layers else {}
+    at_rest = _gradient(trainer, given).norms
+    dropped = _gradient(trainer, {**given, "adapter.dropout": 0.5}).norms
     same = [name for name, norm in at_rest.items() if norm > 0 and dropped.get(name) == norm]
     hold(not same, expected="another gradient of every tensor", got=f"the same of {', '.join(same)}")
 
