@@ -1,7 +1,9 @@
 """Faults of what is learned: ends and first tokens are left out, targets are a place too far, answers are cut off."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from finetune.tokens import encode, fit
 from finetune.tokens.encode import KEPT, TRAINED, Marked
 from finetune.tokens.tokenizer import FileTokenizer
 from finetune.verify.faults.fault import fault, plant
-from finetune.verify.faults.template_faults import in_marking
+from finetune.verify.faults.template_faults import in_marking, in_saving
 
 Right = Callable[..., Any]
 Arrays = tuple[Any, Any, Any, Any]
@@ -201,6 +203,31 @@ def _measured_without_shift() -> None:
 @fault("A080", "shift.packed_path_differs", real="torchtune #2613", what="rows that share a sequence are shifted twice")
 def _packed_rows_are_shifted_twice() -> None:
     in_arrays(lambda session, batch, ids, here, starts: shifted(ids, here, starts, by=2 if batch.packed else 1))
+
+
+@fault("A082", "tok.not_round_trip", real="transformers #26773", what="the tokenizer that is saved makes other tokens")
+def _saved_tokenizer_differs() -> None:
+    def wrong(right: Right, prepared: Any, session: Any, folder: Path) -> None:
+        right(prepared, session, folder)
+        file = folder / "tokenizer.json"
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        saved["pre_tokenizer"]["add_prefix_space"] = True
+        file.write_text(json.dumps(saved), encoding="utf-8")
+
+    in_saving(wrong)
+
+
+@fault(
+    "A082b", "tok.specials_not_saved", real="transformers #28164", what="the tokenizer is saved without what it adds"
+)
+def _saved_tokenizer_adds_nothing() -> None:
+    def wrong(right: Right, prepared: Any, session: Any, folder: Path) -> None:
+        right(prepared, session, folder)
+        for name, key in (("tokenizer.json", "post_processor"), ("tokenizer_config.json", "add_bos_token")):
+            saved = json.loads((folder / name).read_text(encoding="utf-8"))
+            (folder / name).write_text(json.dumps({**saved, key: None}), encoding="utf-8")
+
+    in_saving(wrong)
 
 
 @fault(

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from finetune.assembly import encoder, prepare
@@ -29,6 +31,12 @@ def in_source(old: str, new: str) -> None:
         return replace(source, jinja=source.jinja.replace(old, new))
 
     plant(encoder, "find_template", wrong)
+
+
+def in_saving(wrong: Callable[..., None]) -> None:
+    """Plant it where what was trained is saved."""
+    for room in ("finetune.pipeline", "finetune.verify.trainers.ours"):
+        plant(import_module(room), "save_trained", wrong)
 
 
 @fault("A040", "tmpl.double_bos", real="llama-cpp-python #1501", what="template and tokenizer both put a mark in front")
@@ -138,6 +146,30 @@ def _system_in_prompts() -> None:
 @fault("A047b", "tmpl.default_system_everywhere", real="", what="every conversation has system words that nobody wrote")
 def _system_everywhere() -> None:
     plant(ChatTemplate, "_fitting", lambda right, *given: _with_default_system(right(*given)))
+
+
+@fault("A049", "tmpl.not_saved", real="LLaMA-Factory #8399", what="the template does not travel with the adapter")
+def _template_stays() -> None:
+    def wrong(right: Right, prepared: Any, session: Any, folder: Path) -> None:
+        right(prepared, session, folder)
+        (folder / "chat_template.jinja").unlink()
+
+    in_saving(wrong)
+
+
+@fault(
+    "A049b",
+    "tmpl.own_saved",
+    real="LLaMA-Factory #5836",
+    what="the model's own template travels instead",
+)
+def _own_template_travels() -> None:
+    def wrong(right: Right, prepared: Any, session: Any, folder: Path) -> None:
+        right(prepared, session, folder)
+        own = prepared.encoder.tokenizer.chat_template
+        (folder / "chat_template.jinja").write_text(own, encoding="utf-8")
+
+    in_saving(wrong)
 
 
 @fault("A050", "tmpl.sentinel_leak", real="unsloth #6531", what="a placeholder of the template's stays in the text")

@@ -223,6 +223,41 @@ def adapter_sits_where_it_is_to(trainer: Trainer, case: Targets) -> None:
     hold(found == sorted(case.layers), expected=f"an adapter on {sorted(case.layers)}, or a refusal", got=found)
 
 
+class Pattern(Recipe):
+    """A pattern for layers, and the rank that they are to have."""
+
+    pattern: str
+    rank: Annotated[int, Field(ge=1)]
+
+
+@law(
+    "config.patterns",
+    "A rank of its own is that of the layers that its pattern fits and of no others; one that fits none is refused.",
+    needs=["initial_adapter"],
+    oracle="the names of the layers",
+    cases=st.builds(
+        Pattern,
+        pattern=st.sampled_from(("q_proj", "up_proj", "mlp.down_proj", "other_proj", "q_pro")),
+        rank=st.sampled_from((1, 3)),
+    ),
+    examples=8,
+)
+def ranks_follow_their_patterns(trainer: Trainer, case: Pattern) -> None:
+    """By the sizes of the adapter's tensors."""
+    given = {**PLAIN, "adapter.rank_pattern": {case.pattern: case.rank}}
+    fitting = [layer for layer in _LINEAR if case.pattern.endswith(layer)]
+    try:
+        adapter = trainer.ask("initial_adapter", Weights, model=trainer.model(TINY), settings=given)
+    except RefusesError:
+        hold(not fitting, expected=f"rank {case.rank} on {fitting}", got="it is refused")
+        return
+    hold(fitting, expected=f"a pattern that fits nothing, {case.pattern!r}, is refused", got="it is taken")
+    sizes = {name: tensor.shape[0] for name, tensor in trainer.tensors(adapter.file).items() if ".lora_A." in name}
+    ranks = {name.split(".lora_")[0].rpartition(".")[2]: size for name, size in sizes.items()}
+    expected = {layer: case.rank if layer in fitting else PLAIN["adapter.rank"] for layer in _LINEAR}
+    hold(ranks == expected, expected=expected, got=ranks)
+
+
 class Seeds(Recipe):
     """Two seeds."""
 

@@ -1,14 +1,17 @@
 """Laws of rows on their way to tokens: what they become as text, and which tokens that is."""
 
+import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from hypothesis import strategies as st
 
-from finetune.verify.doors.answers import Rendered, TokenIds, TokenRows
+from finetune.verify.doors.answers import Course, Rendered, TokenIds, TokenRows
+from finetune.verify.doors.door import UnsupportedError
 from finetune.verify.recipes import FEWEST_WORDS, ModelRecipe, Recipe
 from finetune.verify.suite.cases import PAIRS, PLAIN, TEXTS, TINY, Pair, Rows, rows_of
 from finetune.verify.suite.catalogue import law
-from finetune.verify.suite.talks import CONTROL, WORDS, Talk, talks, text_of, tokenized
+from finetune.verify.suite.talks import CONTROL, WORDS, Talk, talks, text_of, tokenized, told
 from finetune.verify.suite.trainer import Trainer
 from finetune.verify.suite.verdicts import hold
 
@@ -258,3 +261,33 @@ def answers_end_where_it_stops(trainer: Trainer, case: Ended) -> None:
         while learned and words[learned[-1]] == b"\n":
             learned.pop()
         hold(learned and learned[-1] in stops, expected=f"one of {stops} in the end", got=learned[-3:])
+
+
+@law(
+    "template.travels",
+    "The tokenizer and the template that lie by an adapter make the tokens that it was trained on.",
+    needs=["train", "tokenize"],
+    oracle="the tokens that were trained on",
+    cases=st.builds(Ended, rows=rows_of(1, 1), template=st.sampled_from(("alpaca", "chatml"))),
+    examples=3,
+    cost=4,
+)
+def template_travels(trainer: Trainer, case: Ended) -> None:
+    """In place of the model's own, they are all that whoever loads the adapter knows."""
+    model = trainer.model(_BEGINNINGS[2])
+    settings = {**PLAIN, "template.name": case.template}
+    trained = {"model": model, "settings": {**settings, "training.max_steps": 1}, "rows": case.values}
+    course = trainer.ask("train", Course, **trained, folder=trainer.folder() / "run")
+    saved = Path(course.adapter or "")
+    if not (saved / "tokenizer.json").is_file():
+        raise UnsupportedError("no tokenizer lies by its adapters")
+    shipped = trainer.folder() / "shipped"
+    shutil.copytree(model, shipped)
+    for file in saved.glob("*token*.json"):
+        shutil.copy(file, shipped)
+    template = saved / "chat_template.jinja"
+    if template.is_file():
+        shutil.copy(template, shipped)
+    expected = told(tokenized(trainer, model, case.values, settings))
+    found = told(tokenized(trainer, shipped, case.values, {"template.name": "tokenizer"}))
+    hold(found == expected, expected=expected, got=found)
