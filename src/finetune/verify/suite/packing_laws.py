@@ -100,7 +100,7 @@ def packed_epoch_has_every_row(trainer: Trainer, case: Packed) -> None:
 def packing_packs(trainer: Trainer, case: Packed) -> None:
     """There are fewer sequences than rows."""
     lengths = sorted(len(row.ids) for row in tokenized(trainer, trainer.model(TINY), case.values, case.settings).rows)
-    if sum(lengths[:2]) > case.length:
+    if len(lengths) < 2 or sum(lengths[:2]) > case.length:
         raise UnsupportedError("no two rows fit into one sequence")
     epoch = _dealt(trainer, case).epochs[0]
     count = sum(len(batch.ids) for step in epoch for batch in step.micro)
