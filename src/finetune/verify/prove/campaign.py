@@ -83,8 +83,8 @@ class Proof:
 
     @property
     def passes(self) -> bool:
-        """Whether nothing survived or was inert, and no clean run was called broken."""
-        return len(self.killed()) == len(self.fates) and not self.false_alarms
+        """Whether there were faults, nothing survived or was inert, and no clean run was called broken."""
+        return bool(self.fates) and len(self.killed()) == len(self.fates) and not self.false_alarms
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON values."""

@@ -19,7 +19,7 @@ def junit(found: Verification) -> str:
     counts = found.counts
     suite = ElementTree.Element(
         "testsuite",
-        name=f"finetune: {found.subject}",
+        name=_clean(f"finetune: {found.subject}"),
         tests=str(len(found.judgements)),
         failures=str(counts["broken"]),
         errors=str(counts["error"] + counts["undecided"] + bool(found.trespasses)),

@@ -3,7 +3,7 @@
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -11,10 +11,12 @@ from platform import machine, python_version, system
 from typing import Any
 
 from finetune.errors import UsageError
+from finetune.verify.doors.door import SubjectError
 from finetune.verify.doors.late import unspoilt
+from finetune.verify.recipes import Recipe
 from finetune.verify.suite.catalogue import CaseLaw, case_laws
 from finetune.verify.suite.chance import broken_by_holm
-from finetune.verify.suite.judge import Effort, judge
+from finetune.verify.suite.judge import Effort, judge, judge_again
 from finetune.verify.suite.subjects import opened_door
 from finetune.verify.suite.trainer import Trainer
 from finetune.verify.suite.verdicts import Judgement, Word
@@ -136,11 +138,36 @@ def verify_subject(
         UsageError, MissingExtraError: there is no such subject, or it is not installed.
         SubjectError: it cannot even be started.
     """
+    with opened_trainer(name, python) as trainer:
+        found = verify(trainer, laws, effort, tier=tier, tell=tell)
+    left = getattr(trainer.door, "left_running", [])
+    return replace(found, trespasses=tuple(f"left running when it was closed: {command}" for command in left))
+
+
+def judge_subject_again(name: str, law: CaseLaw, case: Recipe, *, python: str | None = None) -> Judgement:
+    """Hold a subject, opened by its name, to one law in one case.
+
+    Raises:
+        UsageError, MissingExtraError: there is no such subject, or it is not installed.
+    """
+    try:
+        with opened_trainer(name, python) as trainer:
+            return judge_again(law, trainer, case)
+    except SubjectError as error:
+        return Judgement(law.id, law.law.statement, "error", why=str(error))
+
+
+@contextlib.contextmanager
+def opened_trainer(name: str, python: str | None = None) -> Iterator[Trainer]:
+    """A subject by its name with an oracle and a scratch folder, for as long as this is open.
+
+    Raises:
+        UsageError, MissingExtraError: there is no such subject, or it is not installed.
+        SubjectError: it cannot even be started.
+    """
     with tempfile.TemporaryDirectory(prefix="finetune-verify-") as place, contextlib.ExitStack() as ends:
         scratch = Path(place)
         oracle = unspoilt(scratch / "oracle")
         ends.callback(oracle.close)
         with opened_door(name, scratch, python=python) as door:
-            found = verify(Trainer(door, scratch, oracle), laws, effort, tier=tier, tell=tell)
-        left = getattr(door, "left_running", [])
-    return replace(found, trespasses=tuple(f"left running when it was closed: {command}" for command in left))
+            yield Trainer(door, scratch, oracle)
