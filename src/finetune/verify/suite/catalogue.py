@@ -17,6 +17,7 @@ Check = Callable[[Trainer, Any], None]
 _MODULES = (
     "finetune.verify.suite.template_laws",
     "finetune.verify.suite.batch_laws",
+    "finetune.verify.suite.chance_laws",
 )
 """Where laws stand; each names itself when its module is read."""
 
