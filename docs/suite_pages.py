@@ -30,7 +30,7 @@ def laws_page() -> str:
         "Made from the code by `make docs`; the faults that each kills are those of the last campaign ([kill",
         "matrix](kill-matrix.md)). `ft verify --law ID` judges one.",
         "",
-        f"{len(laws)} laws are held against cases that are drawn, {len(LAWS)} against stories that state machines tell.",
+        f"{len(laws)} laws are held against cases that are drawn, {len(LAWS)} against stories that machines tell.",
         "",
     ]
     for tier in (1, 2):
@@ -99,8 +99,8 @@ def kill_matrix_page() -> str:
         "picture](evidence/proof.html).",
         "",
         f"- **{counts['killed']} of {total}** faults are killed ({counts['killed'] / total:.1%}), by",
-        f"  {len(proof['laws'])} laws of tier {proof['tier']}; {counts['survived']} survived, {counts['inert']} changed",
-        "  nothing that is asked.",
+        f"  {len(proof['laws'])} laws of tier {proof['tier']}; {counts['survived']} survived,",
+        f"  {counts['inert']} changed nothing that is asked.",
         f"- **{len(proof['false_alarms'])} of {clean}** runs without a fault were called broken: with 95 %",
         f"  confidence at most {bound:.1%} of such runs are.",
         f"- All of it took {proof['seconds'] / 60:.0f} minutes on the machine where it was measured.",
@@ -122,10 +122,10 @@ def findings_page() -> str:
     lines = [
         "# Findings",
         "",
-        "What the suite said of other people's trainers, on one machine, with the versions named. Made by `make docs`",
-        "from what `ft verify --output` wrote into `docs/evidence/`. Only what was run is told. A law that is broken is",
-        "a difference between a trainer and a sentence; where its makers might say that they mean it so, the note says",
-        "so.",
+        "What the suite said of other people's trainers, on one machine, with the versions named. Made by `make",
+        "docs` from what `ft verify --output` wrote into `docs/evidence/`. Only what was run is told. A law that is",
+        "broken is a difference between a trainer and a sentence; where its makers might say that they mean it so, the",
+        "note says so.",
         "",
     ]
     for path in sorted(EVIDENCE.glob("*/verification.json")):
