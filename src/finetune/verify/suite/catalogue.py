@@ -15,6 +15,10 @@ from finetune.verify.suite.trainer import Trainer
 Tier = Literal[1, 2]
 Check = Callable[[Trainer, Any], None]
 _MODULES = (
+    "finetune.verify.suite.config_laws",
+    "finetune.verify.suite.data_laws",
+    "finetune.verify.suite.mask_laws",
+    "finetune.verify.suite.packing_laws",
     "finetune.verify.suite.template_laws",
     "finetune.verify.suite.batch_laws",
     "finetune.verify.suite.chance_laws",

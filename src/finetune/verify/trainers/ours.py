@@ -27,6 +27,7 @@ from finetune.records import Batch, Conversation, Message, Optimization, Tokeniz
 from finetune.training.loop import LoopPlan, mean_loss, train
 from finetune.verify.doors.door import About, InsideDoor
 from finetune.verify.doors.serving import serve
+from finetune.verify.trainers.ours_rows import line_of, row_handlers
 
 Given = Mapping[str, Any]
 Handler = Callable[..., dict[str, Any]]
@@ -58,6 +59,7 @@ class OurTrainer:
             "adapter_weights": self.adapter_weights,
             "logits": self.logits,
             "generate": self.generate,
+            **row_handlers(self),
         }
 
     def configure(self, model: str, settings: Given) -> dict[str, Any]:
@@ -76,7 +78,7 @@ class OurTrainer:
         """Rows as they are trained on."""
         prepared = self._prepared(model, settings, rows)
         found = [
-            {"row": _line(row.where), "ids": list(row.ids), "targets": list(row.trained)} for row in prepared.train.rows
+            {"row": line_of(row.where), "ids": list(row.ids), "targets": list(row.trained)} for row in prepared.train.rows
         ]
         return {"rows": found, "dropped": dict(prepared.train.counts.dropped)}
 
@@ -194,7 +196,8 @@ class OurTrainer:
         training, model = prepared.plan.config.training, prepared.plan.config.model
         session = self.backend.open(prepared.location, model.dtype, prepared.encoder.tokenizer.pad_id, device="cpu")
         session.attach(prepared.target, training.seed)
-        session.prepare_updates(Optimization(training.weight_decay, training.max_grad_norm))
+        ratio = training.lora_plus_ratio
+        session.prepare_updates(Optimization(training.weight_decay, training.max_grad_norm, lora_plus_ratio=ratio))
         return session
 
     def _asked(self, model: str, settings: Given, adapter: str | None) -> Session:
@@ -267,11 +270,6 @@ def inside(backend: str, scratch: Path) -> InsideDoor:
     trainer = OurTrainer(backend, scratch)
     about = About(f"finetune with {backend}", trainer.backend.versions(), dict.fromkeys(trainer.handlers, ""))
     return InsideDoor(about, trainer.handlers, [FineTuneError])
-
-
-def _line(where: str) -> int:
-    """The number of a row, from 0, by the place it was read at."""
-    return int(where.rpartition(":")[2]) - 1
 
 
 def _rows(batch: Sequence[Given]) -> tuple[Tokenized, ...]:
