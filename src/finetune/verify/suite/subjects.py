@@ -1,0 +1,129 @@
+"""A trainer to judge by its name: ours, another project's in its own environment, or one of the user's own."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from finetune.backends import require_backend
+from finetune.errors import MissingExtraError, UsageError
+from finetune.verify.choose import BACKENDS
+from finetune.verify.doors.door import About, Door
+from finetune.verify.doors.worker import WorkerDoor
+
+PYTHON_VARIABLE = "FT_SUBJECT_PYTHON"
+"""The environment variable that names the interpreter of another project's environment."""
+_VERIFY = Path(__file__).resolve().parents[1]
+_MISSING = (
+    "import sys; from importlib.util import find_spec; "
+    "print(*(name for name in sys.argv[1:] if find_spec(name) is None))"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another project's trainer: the program that answers for it, what that imports, and how to get it."""
+
+    script: str
+    needs: tuple[str, ...]
+    install: str
+
+
+PEERS: Mapping[str, Peer] = {
+    "trl": Peer("trl_sft.py", ("torch", "transformers", "peft", "datasets", "trl"), "torch trl peft"),
+    "trainer": Peer("plain_trainer.py", ("torch", "transformers", "peft"), "torch transformers peft accelerate"),
+    "mlx-lm": Peer("mlx_lm_lora.py", ("mlx", "mlx_lm"), "mlx-lm 'mlx[cpu]; platform_system == \"Linux\"'"),
+}
+"""Each trainer of others' by its name: `trainer` is transformers' `Trainer` with PEFT, as its users write it."""
+
+
+def is_shipped(name: str) -> bool:
+    """Whether a name means a trainer that the suite itself brings the door to."""
+    return name in BACKENDS or name in PEERS
+
+
+@contextmanager
+def opened_door(name: str, scratch: Path, *, python: str | None = None) -> Iterator[Door]:
+    """The door to a trainer, closed in the end with all that it started.
+
+    Args:
+        name: `reference`, `torch` or `mlx` (ours, by its backend), a name of `PEERS`, or `module:Class` of a door of
+            the user's own, which is called without arguments.
+        scratch: a folder that exists; the trainer's process lives in a new one below it.
+        python: the interpreter of a peer's environment. Default: the environment variable `FT_SUBJECT_PYTHON`, or else
+            this interpreter where it has what is needed.
+
+    Raises:
+        UsageError: there is no such trainer, or no such interpreter.
+        MissingExtraError: what it needs is not installed.
+        SubjectError: it did not start.
+    """
+    door = _made(name, Path(tempfile.mkdtemp(dir=scratch)), python)
+    try:
+        yield door
+    finally:
+        door.close()
+
+
+def _made(name: str, folder: Path, python: str | None) -> Door:
+    if name in BACKENDS:
+        require_backend(name)
+        return WorkerDoor([sys.executable, "-m", "finetune.verify.trainers.ours", name], folder)
+    if name in PEERS:
+        return _peer(name, folder, python or os.environ.get(PYTHON_VARIABLE) or sys.executable)
+    module, colon, maker = name.partition(":")
+    if colon and module and maker:
+        return _own(module, maker)
+    raise UsageError(f"there is no subject {name!r}", hint=_hint())
+
+
+def _peer(name: str, folder: Path, python: str) -> WorkerDoor:
+    """The door to another project's trainer; our own code cannot be imported there."""
+    peer = PEERS[name]
+    environment = {"PYTHONPATH": str(_VERIFY / "doors"), "PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1"}
+    if missing := _missing(python, peer.needs):
+        hint = (
+            f"make it an environment of its own: python -m venv {name}-env && {name}-env/bin/pip install "
+            f"{peer.install}; then say --python {name}-env/bin/python, or set {PYTHON_VARIABLE}"
+        )
+        raise MissingExtraError(f"subject {name!r} needs {missing}, which {python} has not", hint=hint)
+    return WorkerDoor([python, str(_VERIFY / "trainers" / peer.script)], folder, environment=environment)
+
+
+def _missing(python: str, needs: tuple[str, ...]) -> str:
+    """Which of these an interpreter cannot import.
+
+    Raises:
+        UsageError: it is no interpreter that runs.
+    """
+    command = [python, "-c", _MISSING, *needs]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        hint = "name the python program of an environment, such as trl-env/bin/python"
+        raise UsageError(f"{python} is no Python interpreter that runs: {error}", hint=hint) from None
+    return ", ".join(done.stdout.split())
+
+
+def _own(module: str, maker: str) -> Door:
+    name = f"{module}:{maker}"
+    try:
+        door: Door = getattr(import_module(module), maker)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise UsageError(f"the subject {name!r} cannot be made: {error}", hint=_hint()) from None
+    lacks = [part for part in ("ask", "close") if not callable(getattr(door, part, None))]
+    if lacks or not isinstance(getattr(door, "about", None), About):
+        raise UsageError(
+            f"{name!r} is no door: it has no {lacks[0] if lacks else 'about'}",
+            hint="a door has `about` (an About), `ask(ability, given)` and `close()`",
+        )
+    return door
+
+
+def _hint() -> str:
+    return f"choose one of: {', '.join((*BACKENDS, *PEERS))}; or write module:Class of a door that can be imported"
