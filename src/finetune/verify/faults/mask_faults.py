@@ -135,7 +135,8 @@ def _only_the_last_answer() -> None:
 def _own_templates_teach_nothing() -> None:
     def wrong(right: Right, template: Any, conversation: Any) -> Rendered:
         rendered: Rendered = right(template, conversation)
-        if template.name != "tokenizer" and not template.name.endswith(".jinja"):
+        own = template.name == "tokenizer" or template.name.endswith(".jinja")
+        if not own or conversation.where == "template probe":
             return rendered
         segments = tuple(replace(each, trained=each.trained and each.control) for each in rendered.segments)
         return replace(rendered, segments=segments)
