@@ -91,36 +91,28 @@ def _patterns_misnamed() -> None:
     plant(prepare, "AdapterTarget", lambda right, *given, **named: right(*given, **{**named, "rank_pattern": {}}))
 
 
-@fault(
-    "A005", "config.param_dropped_in_builder", real="torchtune #995", what="layers of the MLP are built without dropout"
-)
+def _without_dropout(spared: Callable[[str], bool]) -> None:
+    """Plant it where an adapter adds to its layer: some layers are built without dropout."""
+
+    def wrong(right: Right, trip: Any, path: str, *given: Any) -> Any:
+        drawn = trip.random
+        trip.random = None if spared(path) else drawn
+        try:
+            return right(trip, path, *given)
+        finally:
+            trip.random = drawn
+
+    plant(Pass, "_added", wrong)
+
+
+@fault("A005", "config.param_dropped_in_builder", real="torchtune #995", what="layers of the MLP have no dropout")
 def _dropout_not_in_the_mlp() -> None:
-    def wrong(right: Right, trip: Any, path: str, *given: Any) -> Any:
-        if "mlp" not in path:
-            return right(trip, path, *given)
-        drawn, trip.random = trip.random, None
-        try:
-            return right(trip, path, *given)
-        finally:
-            trip.random = drawn
-
-    plant(Pass, "_added", wrong)
+    _without_dropout(lambda path: ".mlp." in path)
 
 
-@fault(
-    "A005b", "config.dropout_of_attention_lost", real="torchtune #995", what="one layer of the attention has no dropout"
-)
+@fault("A005b", "config.dropout_of_one_layer_lost", real="torchtune #995", what="one layer of attention has no dropout")
 def _dropout_not_in_one_layer() -> None:
-    def wrong(right: Right, trip: Any, path: str, *given: Any) -> Any:
-        if not path.endswith("o_proj"):
-            return right(trip, path, *given)
-        drawn, trip.random = trip.random, None
-        try:
-            return right(trip, path, *given)
-        finally:
-            trip.random = drawn
-
-    plant(Pass, "_added", wrong)
+    _without_dropout(lambda path: path.endswith("o_proj"))
 
 
 @fault("A007", "config.none_as_string", real="axolotl #3859", what="no value becomes the word None")
