@@ -187,6 +187,7 @@ def settings_of_training_do_something(trainer: Trainer, case: Change) -> None:
         model, folder = trainer.model(TINY), trainer.folder()
         given = {**PLAIN, "training.batch_size": 2, "training.epochs": 2.0, **settings}
         course = trainer.ask("train", Course, model=model, settings=given, rows=ROWS[:3], folder=folder / "run")
+        hold(course.adapter, expected="an adapter", got="none when training has ended")
         learned = trainer.ask("adapter_weights", Weights, model=model, adapter=course.adapter)
         numbers = {name: tensor.tolist() for name, tensor in trainer.tensors(learned.file).items()}
         return course.steps, sorted(course.checkpoints), numbers

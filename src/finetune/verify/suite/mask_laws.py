@@ -11,7 +11,7 @@ from finetune.verify.doors.answers import Gradient, Logits, Loss
 from finetune.verify.recipes import FEWEST_WORDS, Recipe
 from finetune.verify.suite.cases import PLAIN, TEXTS, TINY, Pair, Rows, TokenRow, rows_of
 from finetune.verify.suite.catalogue import law
-from finetune.verify.suite.talks import Talk, talks, text_of, tokenized, told
+from finetune.verify.suite.talks import Talk, talks, text_of, tokenized, tokenized_row, told
 from finetune.verify.suite.trainer import Trainer
 from finetune.verify.suite.verdicts import hold
 
@@ -30,7 +30,7 @@ _NEAR = 2e-3
 def every_answer_is_learned(trainer: Trainer, case: Talk) -> None:
     """The learned tokens as text are the answers, each ended."""
     model = trainer.model(TINY)
-    [row] = tokenized(trainer, model, [{"messages": case.messages}], {"tokens.max_length": 1000}).rows
+    row = tokenized_row(trainer, model, {"messages": case.messages}, {"tokens.max_length": 1000})
     said = text_of(trainer.words(model), row, trained=True).replace(b"\n", b"")
     expected = "".join(f"{turn.completion}<|im_end|>" for turn in case.turns)
     hold(said == expected.encode(), expected=expected, got=said.decode(errors="replace"))
@@ -167,7 +167,10 @@ def pieces_are_the_whole(trainer: Trainer, case: Long) -> None:
     longest = max(len(row.ids) for row in rows)
     hold(longest <= case.most, expected=f"pieces of {case.most} tokens at most", got=f"one of {longest}")
     said = b"".join(
-        words[token] for row in rows for token, target in zip(row.ids[1:], row.targets[1:], strict=True) if target
+        words.get(token, b"?")
+        for row in rows
+        for token, target in zip(row.ids[1:], row.targets[1:], strict=True)
+        if target
     )
     expected = case.text.encode()[1:] + b"</s>"
     hold(said == expected, expected=repr(expected), got=repr(said))

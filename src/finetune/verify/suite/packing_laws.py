@@ -48,7 +48,9 @@ def _packed(packing: Sequence[bool]) -> st.SearchStrategy[Packed]:
 
 def _dealt(trainer: Trainer, case: Packed) -> Epochs:
     model, rows = trainer.model(TINY), case.values
-    return trainer.ask("batches", Epochs, model=model, settings=case.settings, rows=rows, epochs=2)
+    dealt = trainer.ask("batches", Epochs, model=model, settings=case.settings, rows=rows, epochs=2)
+    hold(len(dealt.epochs) == 2, expected="2 epochs", got=f"{len(dealt.epochs)} epochs")
+    return dealt
 
 
 @law(
@@ -64,7 +66,6 @@ def packed_epoch_has_every_row(trainer: Trainer, case: Packed) -> None:
     """By the tokens of each segment, or, where segments are not told, by all tokens together."""
     rows = tokenized(trainer, trainer.model(TINY), case.values, case.settings).rows
     dealt = _dealt(trainer, case)
-    hold(len(dealt.epochs) == 2, expected="2 epochs", got=f"{len(dealt.epochs)} epochs")
     for number, epoch in enumerate(dealt.epochs, start=1):
         micro = [batch for step in epoch for batch in step.micro]
         longest = max((sum(marks) for batch in micro for marks in batch.real), default=0)

@@ -52,6 +52,13 @@ def tokenized(
     return found
 
 
+def tokenized_row(trainer: Trainer, model: Path, row: Mapping[str, Any], settings: Mapping[str, Any]) -> TokenRow:
+    """A row as it is trained on, which is one row."""
+    rows = tokenized(trainer, model, [row], settings).rows
+    hold(len(rows) == 1, expected="1 row", got=f"{len(rows)} rows")
+    return rows[0]
+
+
 def text_of(words: Mapping[int, bytes], row: TokenRow, *, trained: bool = False) -> bytes:
     """The bytes of a row's tokens, control tokens by name; with `trained` only of those that are learned."""
     said = zip(row.ids, row.targets, strict=True)
