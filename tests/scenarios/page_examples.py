@@ -108,7 +108,7 @@ def agrees(shown: str, said: str) -> bool:
 def user(**more: str) -> dict[str, str]:
     """A user's environment: the programs of this one, no colours, no network, and our own switches only if asked for."""
     ours = str(Path(sys.executable).parent)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("FT_")}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("FT_", "GIT_"))}
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1"}
     return {**kept, **quiet, "PATH": ours + os.pathsep + os.environ.get("PATH", os.defpath), **more}
 
