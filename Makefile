@@ -126,7 +126,7 @@ docs: $(VENV)/torch-ok  ## Write the pages of docs/ that the program itself can 
 
 .PHONY: site
 site: $(VENV)/dev-ok  ## Build the documentation into site/; a page, link or anchor that is not there fails it
-	$(BIN)/mkdocs build --strict --clean --quiet && echo "written: site/index.html"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean && echo "written: site/index.html"
 
 .PHONY: reference-model
 reference-model: $(VENV)/torch-ok  ## Build the shipped models and data sets from nothing (about half an hour)
