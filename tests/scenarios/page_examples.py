@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FENCE = re.compile(r'^```(\w+)(?: title="([^"\n]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r'^```(\w*)(?: title="([^"\n]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 PROGRAMS = {"ft", "cmp", "ls", "pre-commit", "git"}
 """What an example may call."""
 PATIENCE = 300
@@ -97,7 +97,7 @@ def play(page: Path, folder: Path) -> int:
 
 
 def agrees(shown: str, said: str) -> bool:
-    """Whether a program said what is shown, left out what is left out, and nothing else; blanks that end a line aside."""
+    """Whether a program said what is shown and nothing else; what is left out, and blanks that end a line, aside."""
     pattern = "".join(
         r"(?:.*\n)*?" if line == "..." else r".*?".join(map(re.escape, line.rstrip().split("..."))) + r"\n"
         for line in shown.splitlines()
@@ -106,7 +106,7 @@ def agrees(shown: str, said: str) -> bool:
 
 
 def user(**more: str) -> dict[str, str]:
-    """A user's environment: the programs of this one, no colours, no network, and our own switches only if asked for."""
+    """A user's environment: our programs, no colours, no network, and of our own switches only those that are given."""
     ours = str(Path(sys.executable).parent)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("FT_", "GIT_"))}
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1"}

@@ -66,7 +66,7 @@ def opened(browser: "Browser", width: int) -> tuple["Page", list[str]]:
     return page, told
 
 
-@pytest.mark.parametrize("width", (1200, 360))
+@pytest.mark.parametrize("width", [1200, 360])
 def test_site_asks_nobody_else_and_fits_the_screen(browser: "Browser", address: str, width: int) -> None:
     """No page of at least 13 asks another host for anything, has an error, or is wider than its screen."""
     page, told = opened(browser, width)
@@ -105,32 +105,22 @@ def test_site_can_be_opened_from_a_disk(browser: "Browser", site: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "named"),
+    ("page", "text", "named"),
     [
-        ("[there](nowhere.md)", "nowhere.md"),
-        ("[there](index.md#nowhere)", "#nowhere"),
-        ("[there](/settings.md)", "/settings.md"),
-        ('--8<-- "nowhere.md"', "nowhere.md"),
+        ("index.md", "[there](nowhere.md)", "nowhere.md"),
+        ("index.md", "[there](index.md#nowhere)", "#nowhere"),
+        ("index.md", "[there](/settings.md)", "/settings.md"),
+        ("index.md", '--8<-- "nowhere.md"', "nowhere.md"),
+        ("lost.md", "# Lost", "lost.md"),
     ],
 )
-def test_site_that_leads_nowhere_is_not_built(text: str, named: str, tmp_path: Path) -> None:
-    """A link, an anchor or an inserted file that is not there fails the build, and is named."""
+def test_site_that_leads_nowhere_is_not_built(page: str, text: str, named: str, tmp_path: Path) -> None:
+    """A link, an anchor or an inserted file that is not there, or a page without a way to it, fails the build."""
     shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("mkdocs.yml", "ARCHITECTURE.md"):
         shutil.copy(ROOT / name, tmp_path)
-    with (tmp_path / "docs" / "index.md").open("a", encoding="utf-8") as page:
-        page.write(f"\n{text}\n")
+    with (tmp_path / "docs" / page).open("a", encoding="utf-8") as file:
+        file.write(f"\n{text}\n")
     done = built(tmp_path, tmp_path / "site")
     assert done.returncode != 0
     assert named in done.stdout + done.stderr
-
-
-def test_site_with_a_page_that_nobody_finds_is_not_built(tmp_path: Path) -> None:
-    """A page that the menu does not list fails the build, and is named."""
-    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("mkdocs.yml", "ARCHITECTURE.md"):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "docs" / "lost.md").write_text("# Lost\n", encoding="utf-8")
-    done = built(tmp_path, tmp_path / "site")
-    assert done.returncode != 0
-    assert "lost.md" in done.stdout + done.stderr

@@ -36,7 +36,8 @@ def command(
     Exit code 2 when a configuration is wrong, 3 when model, data or template cannot be used.
     """
     flags = flags_of(model, data, template)
-    found = [(path, *_problems(path, flags, assignments, profile)) for path in configs or [None]]
+    paths: list[Path | None] = list(configs) if configs else [None]
+    found = [(path, *_problems(path, flags, assignments, profile)) for path in paths]
     if json_output:
         told = [
             {"file": path and str(path), "what": problem.what, "where": problem.where, "hint": problem.hint}
