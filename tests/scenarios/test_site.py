@@ -87,7 +87,7 @@ def test_site_finds_a_setting(browser: "Browser", address: str) -> None:
     """Searching for one word of a setting's name works, and leads to the page where the word stands."""
     page, told = opened(browser, 1200)
     page.goto(f"{address}index.html")
-    page.locator("input.md-search__input").fill("max_grad_norm")
+    page.locator("input.md-search__input").press_sequentially("max_grad_norm")
     page.locator("a.md-search-result__link").first.click()
     page.wait_for_url("**/settings.html*")
     page.close()
