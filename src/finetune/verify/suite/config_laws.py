@@ -11,7 +11,7 @@ from finetune.verify.doors.door import RefusesError, UnsupportedError
 from finetune.verify.recipes import Recipe
 from finetune.verify.suite.cases import PLAIN, TINY
 from finetune.verify.suite.catalogue import law
-from finetune.verify.suite.talks import told, tokenized
+from finetune.verify.suite.talks import tokenized, told
 from finetune.verify.suite.trainer import Trainer
 from finetune.verify.suite.verdicts import hold
 

@@ -13,7 +13,7 @@ from finetune.verify.doors.door import UnsupportedError
 from finetune.verify.recipes import FEWEST_WORDS, ModelRecipe, Recipe
 from finetune.verify.suite.cases import PAIRS, PLAIN, TEXTS, TINY, Pair, Rows
 from finetune.verify.suite.catalogue import law
-from finetune.verify.suite.talks import told, tokenized
+from finetune.verify.suite.talks import tokenized, told
 from finetune.verify.suite.trainer import Trainer
 from finetune.verify.suite.verdicts import hold
 

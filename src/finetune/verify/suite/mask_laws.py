@@ -11,7 +11,7 @@ from finetune.verify.doors.answers import Gradient, Logits, Loss
 from finetune.verify.recipes import FEWEST_WORDS, Recipe
 from finetune.verify.suite.cases import PLAIN, TEXTS, TINY, Pair, Rows, TokenRow, rows_of
 from finetune.verify.suite.catalogue import law
-from finetune.verify.suite.talks import Talk, talks, text_of, told, tokenized
+from finetune.verify.suite.talks import Talk, talks, text_of, tokenized, told
 from finetune.verify.suite.trainer import Trainer
 from finetune.verify.suite.verdicts import hold
 
