@@ -1,4 +1,4 @@
-"""Faults of rows that go through the model together: neighbours and padding that are seen, rows and places that are lost."""
+"""Faults of what goes through the model together: neighbours and padding are seen, rows and places are lost."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,7 +22,9 @@ def _neighbours_are_seen() -> None:
     in_arrays(lambda session, batch, ids, here, starts: shifted(ids, here, np.zeros_like(starts)))
 
 
-@fault("A100b", "pack.boundary_is_learned", real="", what="the last token of a row foretells the first of its neighbour")
+@fault(
+    "A100b", "pack.boundary_is_learned", real="", what="the last token of a row foretells the first of its neighbour"
+)
 def _boundaries_are_learned() -> None:
     def wrong(session: Any, batch: Batch, ids: Any, here: Any, starts: Any) -> Arrays:
         for index, sequence in enumerate(batch.sequences):
@@ -53,7 +55,9 @@ def _pieces_are_rows() -> None:
     plant(fit, "_fit", wrong)
 
 
-@fault("A105b", "pack.cut_to_fill", real="TRL #5075", what="rows are cut where a sequence is full, and their rest goes on")
+@fault(
+    "A105b", "pack.cut_to_fill", real="TRL #5075", what="rows are cut where a sequence is full, and their rest goes on"
+)
 def _rows_are_cut_to_fill() -> None:
     def wrong(right: Right, rows: Sequence[Any], length: int, **named: Any) -> Any:
         sequences: list[tuple[Any, ...]] = []

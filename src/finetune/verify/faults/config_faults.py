@@ -69,12 +69,16 @@ def _seed_zero_makes_any_order() -> None:
     plant(train, "epoch_batches", wrong)
 
 
-@fault("A004", "config.field_misnamed", real="axolotl #1445", what="rank-stabilised scaling is asked for by a wrong name")
+@fault(
+    "A004", "config.field_misnamed", real="axolotl #1445", what="rank-stabilised scaling is asked for by a wrong name"
+)
 def _scaling_misnamed() -> None:
     plant(AdapterTarget, "scale_of", lambda right, target, path: target.alpha_of(path) / target.rank_of(path))
 
 
-@fault("A004b", "config.alpha_misnamed", real="", what="alpha is asked for by a wrong name and has its default for ever")
+@fault(
+    "A004b", "config.alpha_misnamed", real="", what="alpha is asked for by a wrong name and has its default for ever"
+)
 def _alpha_misnamed() -> None:
     def wrong(right: Right, rank: int, alpha: float, *given: Any, **named: Any) -> Any:
         return right(rank, 16.0, *given, **named)
@@ -87,7 +91,9 @@ def _patterns_misnamed() -> None:
     plant(prepare, "AdapterTarget", lambda right, *given, **named: right(*given, **{**named, "rank_pattern": {}}))
 
 
-@fault("A005", "config.param_dropped_in_builder", real="torchtune #995", what="layers of the MLP are built without dropout")
+@fault(
+    "A005", "config.param_dropped_in_builder", real="torchtune #995", what="layers of the MLP are built without dropout"
+)
 def _dropout_not_in_the_mlp() -> None:
     def wrong(right: Right, trip: Any, path: str, *given: Any) -> Any:
         if "mlp" not in path:
@@ -101,7 +107,9 @@ def _dropout_not_in_the_mlp() -> None:
     plant(Pass, "_added", wrong)
 
 
-@fault("A005b", "config.dropout_of_attention_lost", real="torchtune #995", what="one layer of the attention has no dropout")
+@fault(
+    "A005b", "config.dropout_of_attention_lost", real="torchtune #995", what="one layer of the attention has no dropout"
+)
 def _dropout_not_in_one_layer() -> None:
     def wrong(right: Right, trip: Any, path: str, *given: Any) -> Any:
         if not path.endswith("o_proj"):

@@ -1,4 +1,4 @@
-"""Faults of rows on their way into epochs: caches that mix them up, splits that leak, orders that stay, rows that go."""
+"""Faults of rows on their way into epochs: caches mix them up, splits leak, orders stay the same, rows are lost."""
 
 import hashlib
 import random
@@ -15,12 +15,19 @@ from finetune.verify.faults.fault import fault, plant
 Right = Callable[..., Any]
 
 
-@fault("A020", "data.cache_key_misses_tokenizer", real="axolotl #885", what="a cache knows a tokenizer by its class alone")
+@fault(
+    "A020", "data.cache_key_misses_tokenizer", real="axolotl #885", what="a cache knows a tokenizer by its class alone"
+)
 def _cache_knows_the_class() -> None:
     plant(FileTokenizer, "identity", lambda right, tokenizer: type(tokenizer).__name__)
 
 
-@fault("A020b", "data.cache_key_misses_bos", real="axolotl #33", what="a cache does not know whether texts begin with a mark")
+@fault(
+    "A020b",
+    "data.cache_key_misses_bos",
+    real="axolotl #33",
+    what="a cache does not know whether texts begin with a mark",
+)
 def _cache_knows_no_beginning() -> None:
     def wrong(right: Right, tokenizer: Any) -> str:
         adds, tokenizer.adds_bos = tokenizer.adds_bos, False
@@ -40,7 +47,9 @@ def _cache_counts_rows() -> None:
     plant(encoder, "cache_key", wrong)
 
 
-@fault("A022", "data.cache_key_too_broad", real="axolotl #3303", what="the place of a file is in the name of what is kept")
+@fault(
+    "A022", "data.cache_key_too_broad", real="axolotl #3303", what="the place of a file is in the name of what is kept"
+)
 def _cache_knows_the_place() -> None:
     def wrong(right: Right, rows: Any, tokenizer: Any) -> str:
         return hashlib.sha256(f"{right(rows, tokenizer)} {tokenizer.folder}".encode()).hexdigest()
@@ -48,7 +57,9 @@ def _cache_knows_the_place() -> None:
     plant(encoder, "cache_key", wrong)
 
 
-@fault("A024", "data.split_after_shuffle_mismatch", real="marin #2700", what="one side is shuffled, and the other is not")
+@fault(
+    "A024", "data.split_after_shuffle_mismatch", real="marin #2700", what="one side is shuffled, and the other is not"
+)
 def _sides_overlap() -> None:
     def wrong(right: Right, examples: Sequence[Any], fraction: float, seed: int) -> Any:
         train_side, held = right(examples, fraction, seed)
@@ -121,7 +132,9 @@ def _left_out_for_cut() -> None:
 @fault("A034b", "data.ids_cut_alone", real="axolotl #3401", what="ids are cut, and their marks are not")
 def _marks_are_not_cut() -> None:
     def wrong(right: Right, row: Any, *given: Any) -> Any:
-        return [replace(piece, marks=row.marks) if len(piece.ids) < len(row.ids) else piece for piece in right(row, *given)]
+        return [
+            replace(piece, marks=row.marks) if len(piece.ids) < len(row.ids) else piece for piece in right(row, *given)
+        ]
 
     plant(fit, "_fit", wrong)
 

@@ -1,7 +1,9 @@
-"""Faults of what is learned: ends left out, turns and first tokens forgotten, targets a place too far, answers cut off."""
+"""Faults of what is learned: ends and first tokens are left out, targets are a place too far, answers are cut off."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from finetune.tokens import encode, fit
 from finetune.tokens.encode import KEPT, TRAINED, Marked
 from finetune.tokens.tokenizer import FileTokenizer
 from finetune.verify.faults.fault import fault, plant
-from finetune.verify.faults.template_faults import in_marking
+from finetune.verify.faults.template_faults import in_marking, in_saving
 
 Right = Callable[..., Any]
 Arrays = tuple[Any, Any, Any, Any]
@@ -31,8 +33,8 @@ def in_marks(wrong: Callable[[Any, Marked], bytes]) -> None:
     in_marking(marked)
 
 
-def in_arrays(wrong: Callable[[Any, Batch, Any, Any, Any], tuple[Any, Any, Any, Any]]) -> None:
-    """Plant it where batches become arrays: `wrong` is given the session, the batch, ids, targets' places and starts."""
+def in_arrays(wrong: Callable[[Any, Batch, Any, Any, Any], Arrays]) -> None:
+    """Plant it where batches become arrays: from the session, the batch, ids, where targets are, and starts."""
 
     def arrays(right: Right, session: Any, batch: Batch) -> Arrays:
         ids, _, here, starts = right(session, batch)
@@ -55,14 +57,18 @@ def _padding_id_is_left_out() -> None:
     in_arrays(wrong)
 
 
-@fault("A060b", "mask.eos_untrained", real="TRL #1623", what="padding is the end-of-text token, and that is never learned")
+@fault(
+    "A060b", "mask.eos_untrained", real="TRL #1623", what="padding is the end-of-text token, and that is never learned"
+)
 def _end_is_left_out() -> None:
     in_marks(lambda tokenizer, row: bytes(
         KEPT if token == tokenizer.eos_id else mark for token, mark in zip(row.ids, row.marks, strict=True)
     ))  # fmt: skip
 
 
-@fault("A062", "mask.truncate_helper_flips_last", real="torchtune #2792", what="a limit of length unmarks the last token")
+@fault(
+    "A062", "mask.truncate_helper_flips_last", real="torchtune #2792", what="a limit of length unmarks the last token"
+)
 def _limit_unmarks_the_last() -> None:
     def wrong(right: Right, rows: Any, **named: Any) -> Any:
         return right((replace(row, marks=row.marks[:-1] + bytes([KEPT])) for row in rows), **named)
@@ -100,7 +106,9 @@ def _prompt_with_a_tag() -> None:
     plant(Encoder, "prompt_ids", wrong)
 
 
-@fault("A067", "mask.first_answer_token_lost", real="alpaca-lora #306", what="the first token of an answer is not learned")
+@fault(
+    "A067", "mask.first_answer_token_lost", real="alpaca-lora #306", what="the first token of an answer is not learned"
+)
 def _first_token_is_lost() -> None:
     def wrong(tokenizer: Any, row: Marked) -> bytes:
         pairs = zip(bytes([TRAINED]) + row.marks, row.marks, strict=False)
@@ -113,7 +121,9 @@ def _first_token_is_lost() -> None:
 def _only_the_last_answer() -> None:
     def wrong(right: Right, template: Any, conversation: Any) -> Rendered:
         segments = right(template, conversation).segments
-        last = max((place for place, each in enumerate(segments) if not each.trained and each.role == "user"), default=0)
+        last = max(
+            (place for place, each in enumerate(segments) if not each.trained and each.role == "user"), default=0
+        )
         kept = tuple(replace(each, trained=each.trained and place > last) for place, each in enumerate(segments))
         return Rendered(kept, conversation.where)
 
@@ -124,8 +134,9 @@ def _only_the_last_answer() -> None:
        what="a template that is not built in and has no marks of its own teaches nothing but ends")  # fmt: skip
 def _own_templates_teach_nothing() -> None:
     def wrong(right: Right, template: Any, conversation: Any) -> Rendered:
-        rendered = right(template, conversation)
-        if template.name != "tokenizer" and not template.name.endswith(".jinja"):
+        rendered: Rendered = right(template, conversation)
+        own = template.name == "tokenizer" or template.name.endswith(".jinja")
+        if not own or conversation.where == "template probe":
             return rendered
         segments = tuple(replace(each, trained=each.trained and each.control) for each in rendered.segments)
         return replace(rendered, segments=segments)
@@ -133,7 +144,9 @@ def _own_templates_teach_nothing() -> None:
     plant(ChatTemplate, "render", wrong)
 
 
-@fault("A075", "mask.truncated_turn_zeroed", real="transformers #34494", what="a stretch that is cut is not learned at all")
+@fault(
+    "A075", "mask.truncated_turn_zeroed", real="transformers #34494", what="a stretch that is cut is not learned at all"
+)
 def _cut_stretch_is_not_learned() -> None:
     def wrong(right: Right, row: Marked, *given: Any) -> list[Marked]:
         pieces = right(row, *given)
@@ -193,7 +206,34 @@ def _packed_rows_are_shifted_twice() -> None:
     in_arrays(lambda session, batch, ids, here, starts: shifted(ids, here, starts, by=2 if batch.packed else 1))
 
 
-@fault("A084", "tok.fragment_offset", real="ollama #15844", what="text between control tokens is repeated from its start")
+@fault("A082", "tok.not_round_trip", real="transformers #26773", what="the tokenizer that is saved makes other tokens")
+def _saved_tokenizer_differs() -> None:
+    def wrong(right: Right, prepared: Any, session: Any, folder: Path) -> None:
+        right(prepared, session, folder)
+        file = folder / "tokenizer.json"
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        saved["pre_tokenizer"]["add_prefix_space"] = True
+        file.write_text(json.dumps(saved), encoding="utf-8")
+
+    in_saving(wrong)
+
+
+@fault(
+    "A082b", "tok.specials_not_saved", real="transformers #28164", what="the tokenizer is saved without what it adds"
+)
+def _saved_tokenizer_adds_nothing() -> None:
+    def wrong(right: Right, prepared: Any, session: Any, folder: Path) -> None:
+        right(prepared, session, folder)
+        for name, key in (("tokenizer.json", "post_processor"), ("tokenizer_config.json", "add_bos_token")):
+            saved = json.loads((folder / name).read_text(encoding="utf-8"))
+            (folder / name).write_text(json.dumps({**saved, key: None}), encoding="utf-8")
+
+    in_saving(wrong)
+
+
+@fault(
+    "A084", "tok.fragment_offset", real="ollama #15844", what="text between control tokens is repeated from its start"
+)
 def _text_is_repeated() -> None:
     def wrong(right: Right, tokenizer: Any, text: str) -> list[str]:
         pieces = list(right(tokenizer, text))

@@ -1,7 +1,10 @@
-"""Faults of prompt templates: marks twice or never, words lost, added or eaten, and text that is not what is asked with."""
+"""Faults of prompt templates: marks twice or never, words lost, added or eaten, prompts that training never saw."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from finetune.assembly import encoder, prepare
@@ -30,6 +33,12 @@ def in_source(old: str, new: str) -> None:
     plant(encoder, "find_template", wrong)
 
 
+def in_saving(wrong: Callable[..., None]) -> None:
+    """Plant it where what was trained is saved."""
+    for room in ("finetune.pipeline", "finetune.verify.trainers.ours"):
+        plant(import_module(room), "save_trained", wrong)
+
+
 @fault("A040", "tmpl.double_bos", real="llama-cpp-python #1501", what="template and tokenizer both put a mark in front")
 def _two_beginnings() -> None:
     def wrong(right: Right, rows: Any, tokenizer: Any) -> Iterator[Any]:
@@ -48,16 +57,26 @@ def _no_beginning() -> None:
     plant(FileTokenizer, "_prepends_bos", lambda right, *given: False)
 
 
-@fault("A042", "tmpl.bos_rule_from_wrong_key", real="litgpt #1328", what="that there is a token is taken for that it is added")
+@fault(
+    "A042",
+    "tmpl.bos_rule_from_wrong_key",
+    real="litgpt #1328",
+    what="that there is a token is taken for that it is added",
+)
 def _beginning_by_name() -> None:
     plant(FileTokenizer, "_prepends_bos", lambda right, tokenizer, settings: bool(settings.get("bos_token")))
 
 
-@fault("A044", "tmpl.train_ne_shipped", real="axolotl #1832", what="the text to train on has a line break less than the shipped")
+@fault(
+    "A044",
+    "tmpl.train_ne_shipped",
+    real="axolotl #1832",
+    what="the text to train on has a line break less than the shipped",
+)
 def _training_text_differs() -> None:
     def wrong(right: Right, template: Any, conversation: Any) -> Rendered:
         segments = list(right(template, conversation).segments)
-        for place, (markup, answer) in enumerate(zip(segments, segments[1:], strict=False)):
+        for place, (markup, answer) in enumerate(pairwise(segments)):
             if answer.trained and not markup.trained:
                 segments[place] = replace(markup, text=markup.text.rstrip("\n"))
         return Rendered(tuple(segments), conversation.where)
@@ -65,10 +84,12 @@ def _training_text_differs() -> None:
     plant(ChatTemplate, "render", wrong)
 
 
-@fault("A044b", "tmpl.asked_with_a_space", real="", what="a prompt to ask with ends in a space more than one to train on")
+@fault(
+    "A044b", "tmpl.asked_with_a_space", real="", what="a prompt to ask with ends in a space more than one to train on"
+)
 def _asked_with_a_space() -> None:
     def wrong(right: Right, template: Any, conversation: Any) -> Rendered:
-        rendered = right(template, conversation)
+        rendered: Rendered = right(template, conversation)
         return replace(rendered, segments=(*rendered.segments, Segment(" ", "markup", trained=False, control=True)))
 
     plant(ChatTemplate, "render_prompt", wrong)
@@ -108,10 +129,16 @@ def _with_default_system(messages: Sequence[Message]) -> tuple[Message, ...]:
     return (*([] if told else [Message("system", "You are a helpful assistant.")]), *messages)
 
 
-@fault("A047", "tmpl.default_system_injected", real="alignment-handbook #117", what="a prompt has system words that nobody wrote")
+@fault(
+    "A047",
+    "tmpl.default_system_injected",
+    real="alignment-handbook #117",
+    what="a prompt has system words that nobody wrote",
+)
 def _system_in_prompts() -> None:
     def wrong(right: Right, template: Any, conversation: Any) -> Rendered:
-        return right(template, replace(conversation, messages=_with_default_system(conversation.messages)))
+        told: Rendered = right(template, replace(conversation, messages=_with_default_system(conversation.messages)))
+        return told
 
     plant(ChatTemplate, "render_prompt", wrong)
 
@@ -119,6 +146,30 @@ def _system_in_prompts() -> None:
 @fault("A047b", "tmpl.default_system_everywhere", real="", what="every conversation has system words that nobody wrote")
 def _system_everywhere() -> None:
     plant(ChatTemplate, "_fitting", lambda right, *given: _with_default_system(right(*given)))
+
+
+@fault("A049", "tmpl.not_saved", real="LLaMA-Factory #8399", what="the template does not travel with the adapter")
+def _template_stays() -> None:
+    def wrong(right: Right, prepared: Any, session: Any, folder: Path) -> None:
+        right(prepared, session, folder)
+        (folder / "chat_template.jinja").unlink()
+
+    in_saving(wrong)
+
+
+@fault(
+    "A049b",
+    "tmpl.own_saved",
+    real="LLaMA-Factory #5836",
+    what="the model's own template travels instead",
+)
+def _own_template_travels() -> None:
+    def wrong(right: Right, prepared: Any, session: Any, folder: Path) -> None:
+        right(prepared, session, folder)
+        own = prepared.encoder.tokenizer.chat_template
+        (folder / "chat_template.jinja").write_text(own, encoding="utf-8")
+
+    in_saving(wrong)
 
 
 @fault("A050", "tmpl.sentinel_leak", real="unsloth #6531", what="a placeholder of the template's stays in the text")
@@ -141,7 +192,9 @@ def _braces_are_filled() -> None:
     plant(ChatTemplate, "_fitting", wrong)
 
 
-@fault("A052", "tmpl.content_becomes_control", real="transformers #29279", what="words of the data become control tokens")
+@fault(
+    "A052", "tmpl.content_becomes_control", real="transformers #29279", what="words of the data become control tokens"
+)
 def _words_become_control() -> None:
     def wrong(right: Right, tokenizer: Any, folder: Any) -> None:
         right(tokenizer, folder)
@@ -150,7 +203,12 @@ def _words_become_control() -> None:
     plant(FileTokenizer, "__init__", wrong)
 
 
-@fault("A052b", "tmpl.content_is_markup", real="ollama #15931", what="what is said is searched for control tokens as markup is")
+@fault(
+    "A052b",
+    "tmpl.content_is_markup",
+    real="ollama #15931",
+    what="what is said is searched for control tokens as markup is",
+)
 def _words_are_markup() -> None:
     def wrong(right: Right, row: Rendered, tokenizer: Any) -> Any:
         return right(replace(row, segments=tuple(replace(each, control=True) for each in row.segments)), tokenizer)
@@ -158,7 +216,9 @@ def _words_are_markup() -> None:
     plant(encode, "_runs", wrong)
 
 
-@fault("A054", "tmpl.standard_rows_untemplated", real="TRL #3140", what="rows of prompt and completion bypass the template")
+@fault(
+    "A054", "tmpl.standard_rows_untemplated", real="TRL #3140", what="rows of prompt and completion bypass the template"
+)
 def _bare_rows() -> None:
     def wrong(right: Right, rows: Sequence[Any]) -> Any:
         bare = {row.where for row in rows if isinstance(row.values.get("prompt"), str)}
@@ -175,7 +235,7 @@ def _bare(example: Conversation) -> Document:
 @fault("A055", "tmpl.eos_not_appended", real="TRL #1623", what="plain text gets no end")
 def _text_without_end() -> None:
     def wrong(right: Right, *given: Any) -> Rendered:
-        rendered = right(*given)
+        rendered: Rendered = right(*given)
         return replace(rendered, segments=rendered.segments[:1])
 
     plant(ChatTemplate, "render_document", wrong)

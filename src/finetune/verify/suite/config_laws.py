@@ -89,7 +89,7 @@ class Change(Recipe):
 
     key: str
     value: bool | int | float | str | dict[str, float] | Annotated[tuple[str, ...], Field(strict=False)]
-    given: dict[str, bool | int | float | str] = {}
+    given: dict[str, bool | int | float | str]
 
 
 def _changes(*changes: tuple[str, Any] | tuple[str, Any, dict[str, Any]]) -> dict[str, Any]:
@@ -223,6 +223,41 @@ def adapter_sits_where_it_is_to(trainer: Trainer, case: Targets) -> None:
     hold(found == sorted(case.layers), expected=f"an adapter on {sorted(case.layers)}, or a refusal", got=found)
 
 
+class Pattern(Recipe):
+    """A pattern for layers, and the rank that they are to have."""
+
+    pattern: str
+    rank: Annotated[int, Field(ge=1)]
+
+
+@law(
+    "config.patterns",
+    "A rank of its own is that of the layers that its pattern fits and of no others; one that fits none is refused.",
+    needs=["initial_adapter"],
+    oracle="the names of the layers",
+    cases=st.builds(
+        Pattern,
+        pattern=st.sampled_from(("q_proj", "up_proj", "mlp.down_proj", "other_proj", "q_pro")),
+        rank=st.sampled_from((1, 3)),
+    ),
+    examples=8,
+)
+def ranks_follow_their_patterns(trainer: Trainer, case: Pattern) -> None:
+    """By the sizes of the adapter's tensors."""
+    given = {**PLAIN, "adapter.rank_pattern": {case.pattern: case.rank}}
+    fitting = [layer for layer in _LINEAR if case.pattern.endswith(layer)]
+    try:
+        adapter = trainer.ask("initial_adapter", Weights, model=trainer.model(TINY), settings=given)
+    except RefusesError:
+        hold(not fitting, expected=f"rank {case.rank} on {fitting}", got="it is refused")
+        return
+    hold(fitting, expected=f"a pattern that fits nothing, {case.pattern!r}, is refused", got="it is taken")
+    sizes = {name: tensor.shape[0] for name, tensor in trainer.tensors(adapter.file).items() if ".lora_A." in name}
+    ranks = {name.split(".lora_")[0].rpartition(".")[2]: size for name, size in sizes.items()}
+    expected = {layer: case.rank if layer in fitting else PLAIN["adapter.rank"] for layer in _LINEAR}
+    hold(ranks == expected, expected=expected, got=ranks)
+
+
 class Seeds(Recipe):
     """Two seeds."""
 
@@ -230,19 +265,30 @@ class Seeds(Recipe):
     other: Annotated[int, Field(ge=0)]
 
 
+class Dropped(Recipe):
+    """A seed, and the layers to adapt: all of them, or those that are named."""
+
+    seed: Annotated[int, Field(ge=0)]
+    layers: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | None
+
+
 @law(
     "config.dropout",
-    "Dropout acts on every layer that is adapted.",
+    "Dropout acts on every layer that is adapted, whichever these are.",
     needs=["gradient"],
     oracle="the gradient of each tensor without dropout: no half of twelve numbers left out leaves it as it is",
-    cases=st.builds(Seeds, one=st.integers(0, 9), other=st.just(0)),
-    examples=4,
+    cases=st.builds(
+        Dropped, seed=st.integers(0, 9), layers=st.none() | st.sampled_from([_LINEAR[:2], _LINEAR[3:5], _LINEAR[6:]])
+    ),
+    examples=6,
     cost=2,
 )
-def dropout_acts_everywhere(trainer: Trainer, case: Seeds) -> None:
+def dropout_acts_everywhere(trainer: Trainer, case: Dropped) -> None:
     """Each tensor that has a gradient has another one with dropout."""
-    at_rest = _gradient(trainer, {"training.seed": case.one}).norms
-    dropped = _gradient(trainer, {"training.seed": case.one, "adapter.dropout": 0.5}).norms
+    given: dict[str, Any] = {"training.seed": case.seed}
+    given |= {"adapter.targets": list(case.layers)} if case.layers else {}
+    at_rest = _gradient(trainer, given).norms
+    dropped = _gradient(trainer, {**given, "adapter.dropout": 0.5}).norms
     same = [name for name, norm in at_rest.items() if norm > 0 and dropped.get(name) == norm]
     hold(not same, expected="another gradient of every tensor", got=f"the same of {', '.join(same)}")
 

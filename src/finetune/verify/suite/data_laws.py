@@ -23,34 +23,32 @@ _ORDERED = [{"prompt": "q" * (1 + number % 4), "completion": f"answer {number}"}
 class Seeded(Recipe):
     """A seed, and how often the rows are gone through."""
 
-    seed: Annotated[int, Field(ge=0, le=2**32 - 2)]
-    epochs: Annotated[int, Field(ge=2, le=3)]
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
+    epochs: Annotated[int, Field(ge=1, le=2)]
 
 
 @law(
-    "data.order",
-    "Seed and epoch decide the order of the rows: the same for the same, and another for another.",
+    "order.same",
+    "The same seed deals rows out in the same order, epoch for epoch; 0 is a seed like any.",
     needs=["batches"],
-    oracle="the order when it is asked for again; twelve rows have the same order twice in one of 479,001,600 cases",
-    cases=st.builds(Seeded, seed=st.sampled_from((0, 1, 7, 2**31)), epochs=st.integers(2, 3)),
+    oracle="the order when it is asked for again",
+    cases=st.builds(Seeded, seed=st.sampled_from((0, 1, 2**31)), epochs=st.integers(1, 2)),
     examples=4,
-    cost=3,
+    cost=2,
 )
-def seed_and_epoch_decide_the_order(trainer: Trainer, case: Seeded) -> None:
-    """Asked twice it is the same; no two epochs, and no two seeds, have the same."""
+def seed_decides_the_order(trainer: Trainer, case: Seeded) -> None:
+    """Asked twice it is the same."""
 
-    def orders(seed: int) -> list[list[list[int]]]:
-        given = {**PLAIN, "training.batch_size": 1, "training.seed": seed}
-        model, epochs = trainer.model(TINY), case.epochs
-        dealt = trainer.ask("batches", Epochs, model=model, settings=given, rows=_ORDERED, epochs=epochs)
-        return [[ids for step in epoch for batch in step.micro for ids in batch.ids] for epoch in dealt.epochs]
+    def orders() -> list[list[list[list[int]]]]:
+        given = {"model": trainer.model(TINY), "settings": {**PLAIN, "training.seed": case.seed}, "rows": _ORDERED}
+        dealt = trainer.ask("batches", Epochs, epochs=case.epochs, **given)
+        return [[batch.ids for step in epoch for batch in step.micro] for epoch in dealt.epochs]
 
-    first, again, other = orders(case.seed), orders(case.seed), orders(case.seed + 1)
-    hold(first == again, expected=f"the same order twice with seed {case.seed}", got="two different ones")
-    hold(first[0] != other[0], expected=f"another order with seed {case.seed + 1}", got="the same")
-    hold(first[0] != first[1], expected="another order in epoch 2", got="that of epoch 1")
+    first, again = orders(), orders()
+    hold(first == again, expected=f"one order with seed {case.seed}: {first}", got=again)
 
 
+_GOOD = Pair(prompt="a", completion="b")
 _ODD = st.one_of(
     PAIRS,
     st.builds(Pair, prompt=TEXTS, completion=st.sampled_from(("", " ", "\n"))),
@@ -77,7 +75,6 @@ def every_row_is_accounted_for(trainer: Trainer, case: Rows) -> None:
     )
 
 
-_GOOD = Pair(prompt="a", completion="b")
 Shape = Literal["prompt/completion", "lists", "messages", "alpaca"]
 
 
@@ -215,7 +212,7 @@ def _kept(draw: st.DrawFn) -> Kept:
 def cache_changes_nothing(trainer: Trainer, case: Kept) -> None:
     """Another tokenizer, other words and another template are never taken for what is kept."""
     cache = {"tokens.cache": str(trainer.folder() / "cache")}
-    rows, settings = [row.model_dump() for row in case.rows], {}
+    rows, settings = [row.model_dump() for row in case.rows], dict[str, Any]()
     tokenized(trainer, trainer.model(_MODELS[case.before]), rows, cache)
     if case.changed == "words":
         rows = [{**row, "completion": row["completion"][::-1] + "."} for row in rows]

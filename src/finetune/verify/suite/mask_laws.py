@@ -138,7 +138,7 @@ def cut_rows_keep_their_answers(trainer: Trainer, case: Limited) -> None:
         hold(row.row in held, expected=f"row {row.row}, cut", got=f"rows {sorted(held)}")
         cut, size = held[row.row], min(len(row.ids), most)
         sizes = (len(cut.ids), len(cut.targets))
-        hold(sizes == (size, size), expected=f"{size} tokens, each with a mark", got="{} tokens, {} marks".format(*sizes))
+        hold(sizes == (size, size), expected=f"{size} tokens, each with a mark", got=f"tokens and marks: {sizes}")
         expected, said = (text_of(words, each, trained=True) for each in (row, cut))
         hold(said == expected, expected=f"learned: {expected!r}", got=repr(said))
 
@@ -204,7 +204,7 @@ def loss_of(trainer: Trainer, rows: tuple[TokenRow, ...]) -> tuple[float, int]:
 
 @law(
     "mask.surprise",
-    "The loss is the mean surprise at the learned tokens, each foretold from those before it; padding has no part in it.",
+    "The loss is the mean surprise at the learned tokens, each foretold from those before it; padding has no part.",
     needs=["loss", "logits"],
     oracle="the model's own logits, one row at a time",
     cases=_any_rows(),

@@ -11,6 +11,7 @@ from finetune.verify.doors.answers import TokenRow, TokenRows
 from finetune.verify.recipes import Recipe
 from finetune.verify.suite.cases import PLAIN, TEXTS, Pair
 from finetune.verify.suite.trainer import Trainer
+from finetune.verify.suite.verdicts import hold
 
 CONTROL = ("<|im_start|>", "<|im_end|>", "</s>", "<|pad|>")
 _STUMBLES = ("{}", "{{ x }}", "{INPUT}", "%s", "<|im_end|>", "</s>", "<|im_start|>assistant", "[INST]", "### Response:")
@@ -43,13 +44,17 @@ def talks(words: st.SearchStrategy[str], *, least: int = 1, templates: Sequence[
 def tokenized(
     trainer: Trainer, model: Path, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
 ) -> TokenRows:
-    """Rows as they are trained on, with these settings on top of plain ones."""
-    return trainer.ask("tokenize", TokenRows, model=model, settings={**PLAIN, **settings}, rows=list(rows))
+    """Rows as they are trained on, with these settings on top of plain ones; each token of theirs has a mark."""
+    found = trainer.ask("tokenize", TokenRows, model=model, settings={**PLAIN, **settings}, rows=list(rows))
+    for row in found.rows:
+        size, marks = len(row.ids), len(row.targets)
+        hold(size == marks, expected=f"{size} tokens with {size} marks", got=f"{size} tokens with {marks} marks")
+    return found
 
 
 def text_of(words: Mapping[int, bytes], row: TokenRow, *, trained: bool = False) -> bytes:
     """The bytes of a row's tokens, control tokens by name; with `trained` only of those that are learned."""
-    said = zip(row.ids, row.targets, strict=False)
+    said = zip(row.ids, row.targets, strict=True)
     return b"".join(words.get(token, b"?") for token, target in said if target or not trained)
 
 

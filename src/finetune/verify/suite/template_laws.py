@@ -1,14 +1,17 @@
 """Laws of rows on their way to tokens: what they become as text, and which tokens that is."""
 
+import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from hypothesis import strategies as st
 
-from finetune.verify.doors.answers import Rendered, TokenIds, TokenRows
+from finetune.verify.doors.answers import Course, Rendered, TokenIds, TokenRows
+from finetune.verify.doors.door import UnsupportedError
 from finetune.verify.recipes import FEWEST_WORDS, ModelRecipe, Recipe
 from finetune.verify.suite.cases import PAIRS, PLAIN, TEXTS, TINY, Pair, Rows, rows_of
 from finetune.verify.suite.catalogue import law
-from finetune.verify.suite.talks import CONTROL, WORDS, Talk, talks, text_of, tokenized
+from finetune.verify.suite.talks import CONTROL, WORDS, Talk, talks, text_of, tokenized, told
 from finetune.verify.suite.trainer import Trainer
 from finetune.verify.suite.verdicts import hold
 
@@ -49,9 +52,7 @@ def _chatml(messages: list[dict[str, str]], *, prompt: bool) -> str:
 
 def _alpaca(messages: list[dict[str, str]], *, prompt: bool) -> str:
     told = [message["content"] for message in messages if message["role"] == "system"]
-    usual = (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-    )
+    usual = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     turns = [
         f"### Instruction:\n{message['content']}"
         if message["role"] == "user"
@@ -152,7 +153,8 @@ def words_are_inert(trainer: Trainer, case: Spoken) -> None:
     rows = [{"prompt": "a", "completion": "b"}, case.pair.model_dump()]
     found = tokenized(trainer, model, rows, {"tokens.max_length": 1000}).rows
     words = trainer.words(model)
-    control = [[words[token].decode() for token in row.ids if words[token].decode("latin1") in CONTROL] for row in found]
+    said = [[words[token].decode("latin1") for token in row.ids] for row in found]
+    control = [[word for word in row if word in CONTROL] for row in said]
     hold(len(control) == 2, expected="2 rows", got=f"{len(control)} rows")
     hold(control[0] == control[1], expected=control[0], got=control[1])
 
@@ -181,9 +183,7 @@ def text_ends(trainer: Trainer, case: Said) -> None:
 
 
 _ROOM = FEWEST_WORDS + 1
-_BEGINNINGS = tuple(
-    ModelRecipe(bos=bos, vocabulary=_ROOM) for bos in ("known", "added", "configured", "written")
-)
+_BEGINNINGS = tuple(ModelRecipe(bos=bos, vocabulary=_ROOM) for bos in ("known", "added", "configured", "written"))
 
 
 class Begun(Recipe):
@@ -261,3 +261,33 @@ def answers_end_where_it_stops(trainer: Trainer, case: Ended) -> None:
         while learned and words[learned[-1]] == b"\n":
             learned.pop()
         hold(learned and learned[-1] in stops, expected=f"one of {stops} in the end", got=learned[-3:])
+
+
+@law(
+    "template.travels",
+    "The tokenizer and the template that lie by an adapter make the tokens that it was trained on.",
+    needs=["train", "tokenize"],
+    oracle="the tokens that were trained on",
+    cases=st.builds(Ended, rows=rows_of(1, 1), template=st.sampled_from(("alpaca", "chatml"))),
+    examples=3,
+    cost=4,
+)
+def template_travels(trainer: Trainer, case: Ended) -> None:
+    """In place of the model's own, they are all that whoever loads the adapter knows."""
+    model = trainer.model(_BEGINNINGS[2])
+    settings = {**PLAIN, "template.name": case.template}
+    trained = {"model": model, "settings": {**settings, "training.max_steps": 1}, "rows": case.values}
+    course = trainer.ask("train", Course, **trained, folder=trainer.folder() / "run")
+    saved = Path(course.adapter or "")
+    if not (saved / "tokenizer.json").is_file():
+        raise UnsupportedError("no tokenizer lies by its adapters")
+    shipped = trainer.folder() / "shipped"
+    shutil.copytree(model, shipped)
+    for file in saved.glob("*token*.json"):
+        shutil.copy(file, shipped)
+    template = saved / "chat_template.jinja"
+    if template.is_file():
+        shutil.copy(template, shipped)
+    expected = told(tokenized(trainer, model, case.values, settings))
+    found = told(tokenized(trainer, shipped, case.values, {"template.name": "tokenizer"}))
+    hold(found == expected, expected=expected, got=found)

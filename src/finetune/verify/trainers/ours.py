@@ -15,6 +15,7 @@ from finetune.assembly.observe import held_out_batches, observe
 from finetune.assembly.prepare import Prepared, prepare
 from finetune.assembly.record import run_owner
 from finetune.assembly.run import Run
+from finetune.assembly.saved import save_trained
 from finetune.assembly.train import claim_resumed, steps_of, train_run
 from finetune.backends import open_backend
 from finetune.config import LoadedConfig, dump_plan, flatten, load_config, resolve_processes
@@ -78,7 +79,8 @@ class OurTrainer:
         """Rows as they are trained on."""
         prepared = self._prepared(model, settings, rows)
         found = [
-            {"row": line_of(row.where), "ids": list(row.ids), "targets": list(row.trained)} for row in prepared.train.rows
+            {"row": line_of(row.where), "ids": list(row.ids), "targets": list(row.trained)}
+            for row in prepared.train.rows
         ]
         return {"rows": found, "dropped": dict(prepared.train.counts.dropped)}
 
@@ -226,7 +228,7 @@ class OurTrainer:
             claim_resumed(run, owner)
             session = self._fresh(prepared)
             train_run(run, session, observe(session, prepared), owner)
-            write_folder(place.adapter, session.save_adapter)
+            write_folder(place.adapter, lambda folder: save_trained(prepared, session, folder))
             adapter = str(place.adapter)
         except _StoppedError:
             pass

@@ -1,4 +1,4 @@
-"""What our trainer tells of rows before they are trained on: prompts, stops, the split, and rows that share sequences."""
+"""What our trainer tells of rows before they are trained on: prompts, stops, the split, rows that share sequences."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
