@@ -321,9 +321,7 @@ class TransformersSide:
         own.setdefault("target_modules", "all-linear")
         rank_stabilized = settings.get("adapter.scaling") == "rank_stabilized"
         try:
-            return peft.LoraConfig(
-                task_type="CAUSAL_LM", use_dora=kind == "dora", use_rslora=rank_stabilized, **own
-            )
+            return peft.LoraConfig(task_type="CAUSAL_LM", use_dora=kind == "dora", use_rslora=rank_stabilized, **own)
         except (TypeError, ValueError) as error:
             raise RefusesError(f"{type(error).__name__}: {error}") from error
 
@@ -409,9 +407,7 @@ def _labelled(batch: Sequence[Given]) -> list[dict[str, Any]]:
     return [
         {
             "input_ids": list(row["ids"]),
-            "labels": [
-                token if target else IGNORED for token, target in zip(row["ids"], row["targets"], strict=True)
-            ],
+            "labels": [token if target else IGNORED for token, target in zip(row["ids"], row["targets"], strict=True)],
         }
         for row in batch
     ]
