@@ -23,12 +23,12 @@ from mlx_lm_run import (
     arguments,
     config_of,
     effective_of,
+    evaluated,
     in_peft,
     in_place,
     micro_of,
     new_folder,
     no_loss,
-    tested,
     tokenizer_of,
     trained,
 )
@@ -108,12 +108,14 @@ def batches(model: str, settings: Given, rows: Sequence[Given], epochs: int) -> 
 
 def loss(model: str, settings: Given, batch: Sequence[Given], adapter: str | None = None) -> dict[str, Any]:
     """What it evaluates one batch to."""
-    return tested(model, {**settings, "training.batch_size": len(batch)}, adapter, ids=Ids(batch))
+    told: dict[str, Any] = evaluated(model, {**settings, "training.batch_size": len(batch)}, adapter, ids=Ids(batch))
+    return told
 
 
 def evaluate(model: str, settings: Given, rows: Sequence[Given], adapter: str | None = None) -> dict[str, Any]:
     """What it evaluates rows to, as a test set."""
-    return tested(model, settings, adapter, rows=rows)
+    told: dict[str, Any] = evaluated(model, settings, adapter, rows=rows)
+    return told
 
 
 def gradient(model: str, settings: Given, micro: Sequence[Sequence[Given]]) -> dict[str, Any]:

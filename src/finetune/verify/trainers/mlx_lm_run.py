@@ -1,4 +1,4 @@
-"""One call of `mlx_lm.lora`'s main function: settings to a configuration file, rows to a data file, and what is told."""
+"""One call of `mlx_lm.lora`'s main function: settings and rows in files of its own formats, and what it tells."""
 
 import ctypes
 import json
@@ -193,7 +193,7 @@ def trained(
     return steps
 
 
-def tested(
+def evaluated(
     model: str, settings: Given, adapter: str | None, rows: Sequence[Given] = (), ids: Ids | None = None
 ) -> dict[str, Any]:
     """The loss of a test set, with an adapter where one is given."""

@@ -5,7 +5,8 @@ from typing import Any
 import peft
 import transformers
 from serving import UnsupportedError
-from transformers_side import IGNORED, Given, Job, Kind, TransformersSide
+from transformers_settings import IGNORED, Given, Job, Kind
+from transformers_side import TransformersSide
 
 
 class _Arguments:

@@ -7,9 +7,8 @@ for is read off on the way, and nothing is computed here that the trainer comput
 import json
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,85 +18,19 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from serving import RefusesError, UnsupportedError, serve
-
-Given = Mapping[str, Any]
-IGNORED = -100
-_ARGUMENTS = {
-    "training.epochs": "num_train_epochs",
-    "training.max_steps": "max_steps",
-    "training.batch_size": "per_device_train_batch_size",
-    "training.accumulation": "gradient_accumulation_steps",
-    "training.learning_rate": "learning_rate",
-    "training.schedule": "lr_scheduler_type",
-    "training.warmup_fraction": "warmup_steps",
-    "training.weight_decay": "weight_decay",
-    "training.max_grad_norm": "max_grad_norm",
-    "training.seed": "seed",
-    "training.save_every": "save_steps",
-}
-_ADAPTER = {
-    "adapter.rank": "r",
-    "adapter.alpha": "lora_alpha",
-    "adapter.dropout": "lora_dropout",
-    "adapter.targets": "target_modules",
-    "adapter.rank_pattern": "rank_pattern",
-    "adapter.alpha_pattern": "alpha_pattern",
-    "adapter.modules_to_save": "modules_to_save",
-}
-_READ_ELSEWHERE = ("template.name", "model.dtype", "evaluation.max_new_tokens", "adapter.kind", "adapter.scaling")
-_LACKS: Mapping[str, tuple[Any, str]] = {
-    "tokens.overlong": (None, "it has one way only: a row is cut at its end"),
-    "tokens.cache": (None, "it has no such cache"),
-    "training.lora_plus_ratio": (1.0, "its optimizer has one learning rate for all"),
-    "training.processes": (1, "this door opens one process"),
-    "training.evaluate_every": (None, "this door trains without held-out rows"),
-    "training.stop_after": (None, "this door trains without held-out rows"),
-    "training.stop_margin": (0.0, "this door trains without held-out rows"),
-    "training.keep": ("last", "this door trains without held-out rows"),
-    "training.packing": (False, "it does not pack"),
-    "model.quantize": (None, "this door opens models as they are"),
-    "model.quantize_group_size": (64, "this door opens models as they are"),
-    "model.device": ("cpu", "this door computes on the processor"),
-    "data.limit": (None, "it takes all rows that it is given"),
-    "data.valid_fraction": (0.0, "it holds no rows out"),
-    "judge.sham": ("never", "it judges nothing"),
-    "judge.memory": ("never", "it judges nothing"),
-    "evaluation.questions": (0, "it asks no questions"),
-    "evaluation.retention_questions": (0, "it asks no questions"),
-}
-"""Settings that it has nothing like, each with the value that changes nothing, and why."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What one trainer has of its own.
-
-    Attributes:
-        name: what it is called.
-        packages: those whose versions decide what it does.
-        arguments: makes its configuration from keyword arguments.
-        build: makes the trainer.
-        has: its own arguments by our names, beside those that all have.
-    """
-
-    name: str
-    packages: tuple[str, ...]
-    arguments: Callable[..., Any]
-    build: Callable[["Job"], Any]
-    has: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a trainer is made of: rows as data files have them, or those that are ids and labels already."""
-
-    model: Any
-    tokenizer: Any
-    arguments: Any
-    adapter: Any
-    settings: Given
-    train: Sequence[Given]
-    held_out: Sequence[Given] | None = None
+from transformers_settings import (
+    ADAPTER,
+    ARGUMENTS,
+    IGNORED,
+    Given,
+    Job,
+    Kind,
+    adapted,
+    adapter_of,
+    arguments_of,
+    network_of,
+    tokenizer_of,
+)
 
 
 class TransformersSide:
@@ -120,15 +53,15 @@ class TransformersSide:
 
     def configure(self, model: str, settings: Given) -> dict[str, Any]:
         """What its own configuration takes, and reads back."""
-        arguments, adapter = self._arguments(settings, self._folder()), self._adapter(settings)
-        _tokenizer(model, settings)
-        found = {name: getattr(arguments, own) for name, own in {**_ARGUMENTS, **self.kind.has}.items()}
-        found |= {name: getattr(adapter, own) for name, own in _ADAPTER.items()}
+        arguments, adapter = arguments_of(self.kind, settings, self._folder()), adapter_of(settings)
+        tokenizer_of(model, settings)
+        found = {name: getattr(arguments, own) for name, own in {**ARGUMENTS, **self.kind.has}.items()}
+        found |= {name: getattr(adapter, own) for name, own in ADAPTER.items()}
         return {"told": "", "effective": json.loads(json.dumps(found, default=_plain))}
 
     def render(self, model: str, settings: Given, messages: Sequence[Given], *, prompt: bool) -> dict[str, Any]:
         """What the tokenizer's own template makes of a conversation."""
-        tokenizer = _tokenizer(model, settings)
+        tokenizer = tokenizer_of(model, settings)
         try:
             text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
         except Exception as error:
@@ -222,7 +155,7 @@ class TransformersSide:
         self, model: str, settings: Given, prompts: Sequence[Sequence[int]], adapter: str | None = None
     ) -> dict[str, Any]:
         """What the model computes, with an adapter where one is given."""
-        network = _adapted(_network(model, settings), adapter).eval()
+        network = adapted(network_of(model, settings), adapter).eval()
         with torch.no_grad():
             found = {
                 str(place): network(input_ids=torch.tensor([list(ids)])).logits[0].float().contiguous()
@@ -236,7 +169,7 @@ class TransformersSide:
         self, model: str, settings: Given, prompts: Sequence[Sequence[int]], adapter: str | None = None
     ) -> dict[str, Any]:
         """What transformers generates greedily, one prompt after the other."""
-        network = _adapted(_network(model, settings), adapter).eval()
+        network = adapted(network_of(model, settings), adapter).eval()
         most = settings.get("evaluation.max_new_tokens", 32)
         ends = network.generation_config.eos_token_id
         stops = {ends} if isinstance(ends, int) else set(ends or ())
@@ -252,9 +185,9 @@ class TransformersSide:
 
     def merge(self, model: str, settings: Given, adapter: str, folder: str) -> dict[str, Any]:
         """PEFT's merge, saved with its tokenizer."""
-        merged = _adapted(_network(model, settings), adapter).merge_and_unload()
+        merged = adapted(network_of(model, settings), adapter).merge_and_unload()
         merged.save_pretrained(folder)
-        _tokenizer(model, settings).save_pretrained(folder)
+        tokenizer_of(model, settings).save_pretrained(folder)
         return {"folder": folder}
 
     def _folder(self) -> str:
@@ -270,58 +203,19 @@ class TransformersSide:
         held_out: Sequence[Given] | None = None,
         adapter: str | None = None,
     ) -> Any:
-        arguments = self._arguments(settings, str(place or self._folder()), None if held_out is None else len(held_out))
+        arguments = arguments_of(
+            self.kind, settings, str(place or self._folder()), None if held_out is None else len(held_out)
+        )
         # An adapter's first weights come from the seed, as in a program that begins with `set_seed`.
         transformers.set_seed(arguments.seed)
-        network, wrap = _network(model, settings), self._adapter(settings)
+        network, wrap = network_of(model, settings), adapter_of(settings)
         if adapter is not None:
-            network, wrap = _adapted(network, adapter), None
+            network, wrap = adapted(network, adapter), None
         elif held_out is not None:
             wrap = None
-        job = Job(network, _tokenizer(model, settings), arguments, wrap, settings, rows, held_out)
+        job = Job(network, tokenizer_of(model, settings), arguments, wrap, settings, rows, held_out)
         try:
             return self.kind.build(job)
-        except (TypeError, ValueError) as error:
-            raise RefusesError(f"{type(error).__name__}: {error}") from error
-
-    def _arguments(self, settings: Given, folder: str, eval_batch: int | None = None) -> Any:
-        """Its own configuration; a setting of a name that nobody knows is handed on to it as it is."""
-        known = {**_ARGUMENTS, **self.kind.has}
-        own: dict[str, Any] = {
-            "output_dir": folder, "logging_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True,
-            "save_strategy": "steps" if settings.get("training.save_every") else "no",
-            "bf16": settings.get("model.dtype") == "bfloat16",
-        }  # fmt: skip
-        if eval_batch is not None:
-            own["per_device_eval_batch_size"] = min(eval_batch, settings.get("training.batch_size", eval_batch))
-        for name, value in settings.items():
-            if name in known:
-                if value is not None:
-                    own[known[name]] = value
-            elif name in _LACKS:
-                neutral, why = _LACKS[name]
-                if value != neutral:
-                    raise UnsupportedError(f"{name}: {value!r}: {why}")
-            elif name not in (*_ADAPTER, *_READ_ELSEWHERE):
-                own[name.rpartition(".")[2]] = value
-        if own.get("warmup_steps") and own.get("lr_scheduler_type") == "constant":
-            own["lr_scheduler_type"] = "constant_with_warmup"
-        if own.get("warmup_steps") == 1.0:
-            raise UnsupportedError("training.warmup_fraction: 1.0: it takes a share below 1, or a number of steps")
-        try:
-            return self.kind.arguments(**own)
-        except (TypeError, ValueError) as error:
-            raise RefusesError(f"{type(error).__name__}: {error}") from error
-
-    def _adapter(self, settings: Given) -> Any:
-        kind = settings.get("adapter.kind", "lora")
-        if kind not in ("lora", "dora"):
-            raise UnsupportedError(f"adapter.kind: {kind!r}: this door trains adapters")
-        own = {_ADAPTER[name]: value for name, value in settings.items() if name in _ADAPTER and value is not None}
-        own.setdefault("target_modules", "all-linear")
-        rank_stabilized = settings.get("adapter.scaling") == "rank_stabilized"
-        try:
-            return peft.LoraConfig(task_type="CAUSAL_LM", use_dora=kind == "dora", use_rslora=rank_stabilized, **own)
         except (TypeError, ValueError) as error:
             raise RefusesError(f"{type(error).__name__}: {error}") from error
 
@@ -382,24 +276,6 @@ class _Seen(transformers.TrainerCallback):  # type: ignore[misc]
         """After an epoch."""
         self.epochs.append(self.steps)
         self.steps = []
-
-
-def _tokenizer(model: str, settings: Given) -> Any:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    name = settings.get("template.name", "tokenizer")
-    own = tokenizer.chat_template or ""
-    if name != "tokenizer" and not (name == "chatml" and "<|im_start|>" in own):
-        raise UnsupportedError(f"template.name: {name!r}: it takes the tokenizer's own template")
-    return tokenizer
-
-
-def _network(model: str, settings: Given) -> Any:
-    dtype = getattr(torch, settings.get("model.dtype") or "float32")
-    return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-
-
-def _adapted(network: Any, adapter: str | None) -> Any:
-    return network if adapter is None else peft.PeftModel.from_pretrained(network, adapter)
 
 
 def _labelled(batch: Sequence[Given]) -> list[dict[str, Any]]:

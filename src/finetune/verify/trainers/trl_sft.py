@@ -6,7 +6,8 @@ from typing import Any
 import datasets
 import trl
 from serving import UnsupportedError
-from transformers_side import Given, Job, Kind, TransformersSide
+from transformers_settings import Given, Job, Kind
+from transformers_side import TransformersSide
 
 
 def _build(job: Job) -> Any:
