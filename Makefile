@@ -43,7 +43,7 @@ $(WORKFLOW_VENV)/ok: pyproject.toml constraints.txt
 
 $(VENV)/dev-ok: $(VENV)/torch-ok
 	@echo "setting up: the test tools" >&2
-	@$(PIP) --editable '.[torch,mlx,gguf,ollama,tensorboard,trackio,wandb,dev]'
+	@$(PIP) --editable '.[torch,mlx,gguf,ollama,tensorboard,trackio,wandb,ray,dev]'
 	@touch $@
 
 .PHONY: demo

@@ -30,3 +30,22 @@ def difference_interval(first: tuple[int, int], second: tuple[int, int]) -> tupl
     below = math.hypot(p - low_p, high_q - q)
     above = math.hypot(high_p - p, q - low_q)
     return p - q - below, p - q + above
+
+
+def most_probable(seen: int, count: int, confidence: float = 0.95) -> float:
+    """How probable something can be, at most, that was seen so often: the one-sided Clopper-Pearson bound.
+
+    Source: C. J. Clopper and E. S. Pearson, 1934, "The use of confidence or fiducial limits".
+    """
+    if not 0 <= seen <= count or count == 0:
+        raise ValueError(f"no bound for {seen} of {count}")
+    if seen == count:
+        return 1.0
+    low, high = seen / count, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        tail = math.fsum(
+            math.comb(count, each) * middle**each * (1 - middle) ** (count - each) for each in range(seen + 1)
+        )
+        low, high = (middle, high) if tail > 1 - confidence else (low, middle)
+    return high

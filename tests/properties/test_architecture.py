@@ -41,7 +41,7 @@ HEAVY = (
 )
 VERBS = (
     "train", "check", "estimate", "init", "schema", "evaluate", "chat", "report", "merge", "export", "compare",
-    "deploy", "replay",
+    "deploy", "verify", "prove", "replay",
 )  # fmt: skip
 
 

@@ -17,10 +17,12 @@ from finetune.cli import (
     export,
     init,
     merge,
+    prove,
     replay,
     report,
     schema,
     train,
+    verify,
 )
 from finetune.cli.console import say
 from finetune.errors import FineTuneError
@@ -35,7 +37,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (train, check, estimate, init, schema, evaluate, chat, report, merge, export, compare, deploy, replay):
+_MAKE = (train, check, estimate, init, schema, evaluate, chat, report, merge, export, compare, deploy)
+_PROVE = (verify, prove, replay)
+for verb in (*_MAKE, *_PROVE):
     app.command(verb.__name__.rsplit(".", 1)[-1])(verb.command)
 
 

@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from finetune.verify.stories import Story
     from finetune.verify.theatre import Outcome
 
-FileName = Annotated[Path, typer.Argument(metavar="FILE", help="A story, as a failing machine writes it.")]
+FileName = Annotated[
+    Path, typer.Argument(metavar="FILE", help="A finding of ft verify, or a story as a failing machine writes it.")
+]
 SubjectName = Annotated[
     str | None,
-    typer.Option("--subject", help="reference, torch or mlx (ours), or module:Class. Default: the story's own."),
+    typer.Option("--subject", help="As for ft verify; of a story ours or module:Class. Default: the file's own."),
 ]
+Python = Annotated[str | None, typer.Option("--python", help="As for ft verify.")]
 Minimise = Annotated[bool, typer.Option("--minimise", help="Make a story that breaks smaller, in FILE.min.json.")]
 Seconds = Annotated[float, typer.Option("--seconds", min=1, help="How long it may be made smaller.")]
 _ERROR = 4
@@ -30,15 +33,20 @@ def command(
     file: FileName,
     *,
     subject: SubjectName = None,
+    python: Python = None,
     minimise: Minimise = False,
     seconds: Seconds = 300,
     json_output: AsJson = False,
 ) -> int:
-    """Tell a failing story again: FIXED when every law of it holds, BROKEN when one does not, else ERROR.
+    """Try a failure again: FIXED when every law of it holds, BROKEN when one does not, else ERROR.
 
-    Exits with 0 when FIXED, 1 when BROKEN, 2 when the file is no story, 3 when the subject lacks an ability that the
-    story needs, and 4 on ERROR: then something else was in the way, and no law was judged.
+    Exits with 0 when FIXED, 1 when BROKEN, 2 when the file is no failure, 3 when the subject lacks an ability that is
+    needed, and 4 on ERROR: then something else was in the way, and no law was judged.
     """
+    from finetune.cli.replay_finding import replay_finding, tells_finding
+
+    if tells_finding(file):
+        return replay_finding(file, subject, python, as_json=json_output)
     from finetune.verify.choose import BACKENDS, opened_subject
     from finetune.verify.stories import load_story
     from finetune.verify.theatre import Theatre

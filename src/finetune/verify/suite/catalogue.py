@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from finetune.verify.laws import LAWS, Law
 from finetune.verify.recipes import Recipe
+from finetune.verify.suite.chance import Chance
 from finetune.verify.suite.trainer import Trainer
 
 Tier = Literal[1, 2]
@@ -29,21 +30,23 @@ class CaseLaw:
         tier: 1 where a case takes milliseconds, 2 where something is trained for seconds.
         needs: the abilities that its check asks for.
         oracle: what decides, and why that is right.
-        cases: the cases; each is a value that can be written down and read again.
+        cases: the cases; each is a value that can be written down and read again. None where chance draws them.
         kind: the type of the cases.
         cost: about how long one case takes for our own trainer, beside the others: cheap laws are judged first.
         examples: how many cases in profile `fast`.
+        chance: where the outcome of a case is left to chance even in a sound trainer, how often, and how it is judged.
     """
 
     law: Law
     tier: Tier
     needs: tuple[str, ...]
     oracle: str
-    cases: st.SearchStrategy[Any]
+    cases: st.SearchStrategy[Any] | None
     kind: type[Recipe]
     check: Check
     cost: int = 1
     examples: int = 24
+    chance: Chance | None = None
 
     @property
     def id(self) -> str:
@@ -55,18 +58,20 @@ _CASE_LAWS: dict[str, CaseLaw] = {}
 
 
 def law(
-    id: str, statement: str, *, needs: Sequence[str], oracle: str, cases: st.SearchStrategy[Any], **more: Any
+    id: str, statement: str, *, needs: Sequence[str], oracle: str, cases: st.SearchStrategy[Any] | Chance, **more: Any
 ) -> Callable[[Check], Check]:
-    """Make a check a law: `more` are fields of `CaseLaw` that are not as they mostly are."""
+    """Make a check a law: `more` are fields of `CaseLaw` that are not as they mostly are.
+
+    Where chance has a hand in it, cases that break it count against a trainer, and a single one says nothing.
+    """
 
     def known(check: Check) -> Check:
         kind: type[Recipe] = check.__annotations__["case"]
         told = Law(id, statement, ", ".join(needs))
         assert id not in _CASE_LAWS, id
-        fields: dict[str, Any] = {"tier": 1, **more}
-        _CASE_LAWS[id] = CaseLaw(
-            law=told, needs=tuple(needs), oracle=oracle, cases=cases, kind=kind, check=check, **fields
-        )
+        drawn = {"chance": cases, "cases": None} if isinstance(cases, Chance) else {"cases": cases}
+        fields: dict[str, Any] = {"tier": 1, **drawn, **more}
+        _CASE_LAWS[id] = CaseLaw(law=told, needs=tuple(needs), oracle=oracle, kind=kind, check=check, **fields)
         return check
 
     return known

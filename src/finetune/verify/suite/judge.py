@@ -4,7 +4,8 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from random import Random
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -14,6 +15,7 @@ from hypothesis.errors import Flaky, Unsatisfiable, UnsatisfiedAssumption
 from finetune.verify.doors.door import RefusesError, SubjectError, UnsupportedError
 from finetune.verify.recipes import Recipe
 from finetune.verify.suite.catalogue import CaseLaw
+from finetune.verify.suite.chance import Chance, Evidence
 from finetune.verify.suite.trainer import Trainer
 from finetune.verify.suite.verdicts import BrokenError, Judgement, Word
 
@@ -25,12 +27,16 @@ _MOST_UNABLE = 25
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How hard a judge looks: a seed, how many times the cases of profile `fast`, and seconds at most for each part."""
+    """How hard a judge looks: a seed, how many times the cases of profile `fast`, and seconds at most for each part.
+
+    `chances` is the number of laws that share the rate of false alarms.
+    """
 
     seed: int = 0
     times: float = 1.0
     seconds: float = 60.0
     shrink_seconds: float = 30.0
+    chances: int = 1
 
 
 class _Enough(BaseException):
@@ -54,6 +60,9 @@ def judge(law: CaseLaw, trainer: Trainer, effort: Effort) -> Judgement:
     """Hold a trainer to a law. No trouble of the trainer's raises here: it is in the judgement."""
     if why := trainer.lacks(*law.needs):
         return Judgement(law.id, law.law.statement, "not applicable", why=why)
+    if law.chance is not None:
+        return _judge_chance(law, law.chance, trainer, effort)
+    assert law.cases is not None
     seen = _Seen()
 
     def once(case: Recipe) -> None:
@@ -73,6 +82,36 @@ def judge(law: CaseLaw, trainer: Trainer, effort: Effort) -> Judgement:
     return _concluded(law, seen)
 
 
+def _judge_chance(law: CaseLaw, chance: Chance, trainer: Trainer, effort: Effort) -> Judgement:
+    """Draw cases until they say enough, or there are no more; what is broken is decided with all such laws at once."""
+    seen, evidence, random = _Seen(), Evidence(chance), Random(f"{effort.seed} {law.id}")
+    with contextlib.suppress(_Enough):
+        while not evidence.decided(effort.chances) and evidence.cases < chance.most:
+            before = seen.cases
+            with contextlib.suppress(UnsatisfiedAssumption):
+                try:
+                    _judge_case(law, trainer, chance.draw(random), seen, Effort(seconds=effort.seconds))
+                except BrokenError:
+                    evidence.add(kept=False)
+                else:
+                    evidence.add(kept=True)
+            if seen.cases == before and seen.unable.total() >= _MOST_UNABLE:
+                break
+    found = _concluded(law, seen)
+    if found.word not in ("holds", "broken"):
+        return found
+    word: Word = "holds" if evidence.holds else "undecided"
+    return replace(found, word=word, false_alarm=evidence.false_alarm, why=_tell(evidence))
+
+
+def _tell(evidence: Evidence) -> str:
+    chance = evidence.chance
+    return (
+        f"{evidence.cases} cases; a sound trainer keeps {chance.sound:.0%} of them, and looks as bad as this with "
+        f"probability {evidence.false_alarm:.2g} at most"
+    )
+
+
 def judge_again(law: CaseLaw, trainer: Trainer, case: Recipe) -> Judgement:
     """Hold a trainer to a law in one case."""
     if why := trainer.lacks(*law.needs):
@@ -85,7 +124,8 @@ def judge_again(law: CaseLaw, trainer: Trainer, case: Recipe) -> Judgement:
 
 def _judge_case(law: CaseLaw, trainer: Trainer, case: Recipe, seen: _Seen, effort: Effort) -> None:
     now = time.monotonic()
-    over = now - seen.broke > effort.shrink_seconds if seen.smallest else now - seen.began > effort.seconds
+    shrinking = seen.smallest is not None and law.chance is None
+    over = now - seen.broke > effort.shrink_seconds if shrinking else now - seen.began > effort.seconds
     if over:
         raise _Enough
     try:

@@ -1,15 +1,23 @@
 """Holds a trainer to all laws up to a tier, cheapest first; what one law comes to never stops the others."""
 
+import contextlib
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from platform import machine, python_version, system
 from typing import Any
 
 from finetune.errors import UsageError
+from finetune.verify.doors.door import SubjectError
+from finetune.verify.doors.late import unspoilt
+from finetune.verify.recipes import Recipe
 from finetune.verify.suite.catalogue import CaseLaw, case_laws
-from finetune.verify.suite.judge import Effort, judge
+from finetune.verify.suite.chance import broken_by_holm
+from finetune.verify.suite.judge import Effort, judge, judge_again
+from finetune.verify.suite.subjects import opened_door
 from finetune.verify.suite.trainer import Trainer
 from finetune.verify.suite.verdicts import Judgement, Word
 
@@ -81,14 +89,29 @@ def verify(
     trainer: Trainer, laws: Iterable[CaseLaw], effort: Effort, *, tier: int = 1, tell: Teller = lambda judgement: None
 ) -> Verification:
     """Judge every law; each is told as soon as it is judged."""
-    began, found = time.monotonic(), []
-    for law in laws:
+    began, found, chosen = time.monotonic(), [], tuple(laws)
+    effort = replace(effort, chances=max(1, sum(law.chance is not None for law in chosen)))
+    for law in chosen:
         judgement = _judged(law, trainer, effort)
         tell(judgement)
         found.append(judgement)
     about = trainer.door.about
     seconds = round(time.monotonic() - began, 3)
-    return Verification(about.name, about.versions, tier, effort, tuple(found), seconds)
+    return Verification(about.name, about.versions, tier, effort, _with_chance(found), seconds)
+
+
+def _with_chance(judgements: Sequence[Judgement]) -> tuple[Judgement, ...]:
+    """The judgements, those that chance has a hand in decided together, so that the whole suite rarely errs."""
+    alarms = {each.law: each.false_alarm for each in judgements if each.false_alarm is not None}
+    broken = broken_by_holm(alarms)
+    return tuple(
+        replace(each, word="broken")
+        if each.law in broken
+        else replace(each, case=None, expected="", got="")
+        if each.false_alarm is not None
+        else each
+        for each in judgements
+    )
 
 
 def _judged(law: CaseLaw, trainer: Trainer, effort: Effort) -> Judgement:
@@ -98,3 +121,53 @@ def _judged(law: CaseLaw, trainer: Trainer, effort: Effort) -> Judgement:
     except Exception as error:
         why = f"the suite itself failed: {type(error).__name__}: {error}"
         return Judgement(law.id, law.law.statement, "error", why=why)
+
+
+def verify_subject(
+    name: str,
+    laws: Iterable[CaseLaw],
+    effort: Effort,
+    *,
+    tier: int = 1,
+    python: str | None = None,
+    tell: Teller = lambda judgement: None,
+) -> Verification:
+    """Open a subject by its name, judge every law, and see what it left behind.
+
+    Raises:
+        UsageError, MissingExtraError: there is no such subject, or it is not installed.
+        SubjectError: it cannot even be started.
+    """
+    with opened_trainer(name, python) as trainer:
+        found = verify(trainer, laws, effort, tier=tier, tell=tell)
+    left = getattr(trainer.door, "left_running", [])
+    return replace(found, trespasses=tuple(f"left running when it was closed: {command}" for command in left))
+
+
+def judge_subject_again(name: str, law: CaseLaw, case: Recipe, *, python: str | None = None) -> Judgement:
+    """Hold a subject, opened by its name, to one law in one case.
+
+    Raises:
+        UsageError, MissingExtraError: there is no such subject, or it is not installed.
+    """
+    try:
+        with opened_trainer(name, python) as trainer:
+            return judge_again(law, trainer, case)
+    except SubjectError as error:
+        return Judgement(law.id, law.law.statement, "error", why=str(error))
+
+
+@contextlib.contextmanager
+def opened_trainer(name: str, python: str | None = None) -> Iterator[Trainer]:
+    """A subject by its name with an oracle and a scratch folder, for as long as this is open.
+
+    Raises:
+        UsageError, MissingExtraError: there is no such subject, or it is not installed.
+        SubjectError: it cannot even be started.
+    """
+    with tempfile.TemporaryDirectory(prefix="finetune-verify-") as place, contextlib.ExitStack() as ends:
+        scratch = Path(place)
+        oracle = unspoilt(scratch / "oracle")
+        ends.callback(oracle.close)
+        with opened_door(name, scratch, python=python) as door:
+            yield Trainer(door, scratch, oracle)

@@ -42,6 +42,11 @@ PEERS: Mapping[str, Peer] = {
 """Each trainer of others' by its name: `trainer` is transformers' `Trainer` with PEFT, as its users write it."""
 
 
+def is_shipped(name: str) -> bool:
+    """Whether a name means a trainer that the suite itself brings the door to."""
+    return name in BACKENDS or name in PEERS
+
+
 @contextmanager
 def opened_door(name: str, scratch: Path, *, python: str | None = None) -> Iterator[Door]:
     """The door to a trainer, closed in the end with all that it started.

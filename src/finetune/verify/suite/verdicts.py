@@ -39,7 +39,7 @@ class Judgement:
         why: of what is not judged, the reason.
         expected, got: of what is broken, for the smallest case.
         case: the smallest case in which it is broken, as JSON values.
-        sure: of what is decided by chance, the largest probability with which a sound trainer is called so.
+        false_alarm: of what chance has a hand in, how probable it is, at most, that a sound trainer looks so bad.
         seconds: how long it took.
     """
 
@@ -52,7 +52,7 @@ class Judgement:
     expected: str = ""
     got: str = ""
     case: dict[str, Any] | None = None
-    sure: float | None = None
+    false_alarm: float | None = None
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:

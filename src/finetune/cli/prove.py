@@ -1,0 +1,87 @@
+"""`ft prove`: plant faults in our own trainer, and count what the suite catches."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetune.cli.console import data_console, print_data, print_json, say
+from finetune.cli.options import AsJson
+from finetune.errors import MissingExtraError, UsageError
+
+if TYPE_CHECKING:
+    from finetune.verify.prove.campaign import Proof
+
+TierNumber = Annotated[int, typer.Option("--tier", min=1, max=2, help="The laws of this tier and those below it.")]
+FaultNames = Annotated[
+    list[str] | None, typer.Option("--fault", metavar="ID", help="Only this fault, by id or name; can be repeated.")
+]
+Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Plantings at once. Default: one a processor.")]
+EngineName = Annotated[str, typer.Option("--engine", help="processes here, or ray: over a Ray cluster.")]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Clean runs, each with a seed of its own.")]
+Output = Annotated[Path, typer.Option("--output", help="A folder for proof.json and proof.html.")]
+List = Annotated[bool, typer.Option("--list", help="Only name the faults.")]
+
+
+def command(
+    *,
+    tier: TierNumber = 1,
+    fault: FaultNames = None,
+    jobs: Jobs = None,
+    engine: EngineName = "processes",
+    seeds: Seeds = 20,
+    output: Output = Path("proof"),
+    list_faults: List = False,
+    json_output: AsJson = False,
+) -> int:
+    """Plant real faults in our own trainer, each in its own process, and count what the suite catches.
+
+    Exits with 0 when every fault was killed and no clean run was called broken, and with 1 otherwise.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("hypothesis") is None:
+        raise MissingExtraError("ft prove needs Hypothesis", hint="pip install 'finetune-suite[verify]'")
+    if engine not in ("processes", "ray"):
+        raise UsageError(f"there is no engine {engine!r}", hint="choose processes or ray")
+    from finetune.verify.prove.campaign import chosen_faults
+
+    chosen = chosen_faults(fault or ())
+    if list_faults:
+        print_data("\n".join(f"{each.id} {each.slug}: {each.what}" for each in chosen))
+        return 0
+    from finetune.report.matrix import render_matrix
+    from finetune.verify.prove.campaign import Engine, prove, workers_here
+    from finetune.verify.prove.place import write_proof
+
+    spread: Engine = "ray" if engine == "ray" else "processes"
+    found = prove(chosen, tier=tier, seeds=seeds, engine=spread, workers=jobs or workers_here(), tell=say)
+    page = write_proof(found, output, render_matrix(found.as_dict()))
+    if json_output:
+        print_json(found.as_dict())
+    else:
+        _print(found)
+        say(f"the kill matrix: {page}")
+    return 0 if found.passes else 1
+
+
+def _print(found: "Proof") -> None:
+    from rich.table import Table
+
+    from finetune.verify.prove.campaign import by_stage
+
+    table = Table("stage", "killed", "of", box=None)
+    for stage, (killed, count) in by_stage(found.fates).items():
+        table.add_row(stage, str(killed), str(count))
+    data_console().print(table)
+    for fate in (*found.killed("survived"), *found.killed("inert")):
+        fault = fate.fault
+        print_data(f"{fate.outcome.upper()} {fault.id} {fault.slug} {fault.real}: {fault.what}")
+    for seed, laws in found.false_alarms.items():
+        print_data(f"FALSE ALARM with seed {seed}: {', '.join(laws)}")
+    share = len(found.killed()) / len(found.fates) if found.fates else 0.0
+    print_data(f"tier {found.tier}: {len(found.killed())} of {len(found.fates)} faults killed ({share:.1%})")
+    print_data(
+        f"{len(found.false_alarms)} of {len(found.clean)} clean runs called broken: with 95 % confidence at most "
+        f"{found.false_alarm_bound:.1%} of such runs are"
+    )

@@ -1,0 +1,145 @@
+"""`ft verify`: hold a trainer to the laws of fine-tuning."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finetune.cli.console import data_console, print_data, print_json, say
+from finetune.cli.options import AsJson
+from finetune.errors import FineTuneError, MissingExtraError
+
+if TYPE_CHECKING:
+    from finetune.verify.suite.run import Verification
+    from finetune.verify.suite.verdicts import Judgement
+
+SubjectName = Annotated[
+    str,
+    typer.Option(
+        "--subject",
+        help="reference, torch or mlx (ours), trl, mlx-lm, trainer, a subject's TOML file, or module:Class.",
+    ),
+]
+TierNumber = Annotated[int, typer.Option("--tier", min=1, max=2, help="1: laws of milliseconds; 2: of training, too.")]
+Profile = Annotated[str, typer.Option("--profile", help="fast, ci, slow or thorough: 1, 4, 40 or 200 times the cases.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Where cases are drawn from: the same seed, the same cases.")]
+LawNames = Annotated[list[str] | None, typer.Option("--law", metavar="ID", help="Only this law; can be repeated.")]
+Python = Annotated[str | None, typer.Option("--python", help="The interpreter in which another trainer is installed.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", help="A folder for findings: a file to replay and a report for each.")
+]
+JUnit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write JUnit XML.")]
+Sarif = Annotated[Path | None, typer.Option("--sarif", metavar="FILE", help="Write SARIF.")]
+List = Annotated[bool, typer.Option("--list", help="Only name the laws.")]
+TIMES = {"fast": 1.0, "ci": 4.0, "slow": 40.0, "thorough": 200.0}
+
+
+def command(
+    *,
+    subject: SubjectName = "torch",
+    tier: TierNumber = 1,
+    profile: Profile = "fast",
+    seed: Seed = 0,
+    law: LawNames = None,
+    python: Python = None,
+    output: Output = None,
+    junit: JUnit = None,
+    sarif: Sarif = None,
+    list_laws: List = False,
+    json_output: AsJson = False,
+) -> int:
+    """Hold a trainer, ours or anybody's, to the laws of fine-tuning; what is broken is told by its smallest case.
+
+    Exits with 0 when every law that applies holds, and with 1 when one is broken, could not be judged, or none was.
+    """
+    _require()
+    from finetune.verify.suite.run import chosen_laws
+
+    laws = chosen_laws(tier, law or ())
+    if list_laws:
+        if json_output:
+            print_json([{"law": each.id, "statement": each.law.statement, "tier": each.tier} for each in laws])
+        else:
+            print_data("\n".join(f"{each.id}: {each.law.statement}" for each in laws))
+        return 0
+    found = _verified(subject, python, laws, tier, _times(profile), seed)
+    _write(found, subject, output, junit, sarif)
+    if json_output:
+        print_json(found.as_dict())
+    else:
+        _print(found, subject)
+    return 0 if found.passes else 1
+
+
+def _require() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("hypothesis") is None:
+        raise MissingExtraError("ft verify needs Hypothesis", hint="pip install 'finetune-suite[verify]'")
+
+
+def _times(profile: str) -> float:
+    from finetune.errors import UsageError
+
+    if profile not in TIMES:
+        raise UsageError(f"there is no profile {profile!r}", hint=f"choose one of: {', '.join(TIMES)}")
+    return TIMES[profile]
+
+
+def _verified(subject: str, python: str | None, laws: Any, tier: int, times: float, seed: int) -> "Verification":
+    from finetune.verify.doors.door import SubjectError
+    from finetune.verify.suite.judge import Effort
+    from finetune.verify.suite.run import verify_subject
+
+    effort = Effort(seed=seed, times=times, seconds=60 * max(1.0, times), shrink_seconds=30 * max(1.0, times**0.5))
+    try:
+        return verify_subject(subject, laws, effort, tier=tier, python=python, tell=_tell)
+    except SubjectError as error:
+        raise FineTuneError(f"the subject {subject!r} cannot be asked: {error}") from None
+
+
+def _tell(judgement: "Judgement") -> None:
+    why = f": {judgement.why}" if judgement.why and judgement.word != "holds" else ""
+    say(f"{judgement.law}: {judgement.word}{why}")
+
+
+def _write(found: "Verification", subject: str, output: Path | None, junit: Path | None, sarif: Path | None) -> None:
+    from importlib.metadata import version
+
+    from finetune.artifacts.write import write_text
+    from finetune.verify.suite import formats
+    from finetune.verify.suite.findings import as_document, tell_report, write_findings
+
+    suite = version("finetune-suite")
+    if output is not None:
+        for path in write_findings(found, subject, output, suite):
+            [judgement] = [each for each in found.judgements if each.law == path.stem]
+            write_text(path.with_suffix(".md"), tell_report(found, judgement, f"ft replay {path} --subject {subject}"))
+        write_text(output / "verification.json", as_document(found.as_dict()))
+    if junit is not None:
+        write_text(junit, formats.junit(found))
+    if sarif is not None:
+        write_text(sarif, as_document(formats.sarif(found, suite)))
+
+
+def _print(found: "Verification", subject: str) -> None:
+    from rich.table import Table
+
+    table = Table("law", "verdict", "cases", "seconds", box=None)
+    for each in found.judgements:
+        table.add_row(each.law, each.word, str(each.cases), f"{each.seconds:.1f}")
+    data_console().print(table)
+    for each in found.judgements:
+        if each.word == "broken":
+            case = json.dumps(each.case, ensure_ascii=False)
+            lines = [f"BROKEN {each.law}: {each.statement}", f"  expected: {each.expected}", f"  got: {each.got}"]
+            print_data("\n".join([*lines, f"  smallest case: {case}"]))
+    for trespass in found.trespasses:
+        print_data(f"TRESPASS: {trespass}")
+    counts = ", ".join(f"{count} {word}" for word, count in found.counts.items() if count)
+    versions = ", ".join(f"{name} {number}" for name, number in found.versions.items())
+    print_data(f"{found.subject} ({versions}): {counts}; seed {found.effort.seed}, {found.seconds:.0f} s")
+    if not found.passes:
+        again = f"ft verify --subject {subject} --tier {found.tier} --seed {found.effort.seed}"
+        say(f"again: {again}; --output FOLDER keeps each smallest case for ft replay")

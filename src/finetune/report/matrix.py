@@ -1,0 +1,82 @@
+"""The kill matrix as a page: every fault against every law, as one picture, and each fault with its example."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from finetune.report.html import page_template
+from finetune.report.numbers import say_count, say_percent, say_seconds
+
+_CELL = 11
+_LEFT, _TOP, _GAP = 250, 150, 6
+_WORDS = {"killed": "killed", "survived": "survived", "inert": "changed nothing"}
+
+
+def render_matrix(proof: Mapping[str, Any]) -> str:
+    """Render one self-contained page from the values of a `proof.json`; the same values give the same bytes."""
+    faults = proof["faults"]
+    count = len(faults)
+    killed = proof["counts"]["killed"]
+    tiles = [
+        ("Faults killed", f"{say_count(killed)} of {say_count(count)}", say_percent(killed / count) if count else ""),
+        ("Survived", say_count(proof["counts"]["survived"]), "changed an answer, and no law broke"),
+        ("Changed nothing", say_count(proof["counts"]["inert"]), "no law asked for what they change"),
+        (
+            "False alarms",
+            f"{len(proof['false_alarms'])} of {say_count(proof['clean_runs'])}",
+            f"at most {say_percent(proof['false_alarm_bound'])} of clean runs, with 95 % confidence",
+        ),
+    ]
+    return page_template("matrix.html.j2").render(
+        title=f"Kill matrix, tier {proof['tier']}",
+        lead=f"{say_count(len(proof['laws']))} laws, {say_seconds(proof['seconds'])} in all",
+        tiles=tiles,
+        picture=_picture(faults, proof["laws"]),
+        rows=[_row(fault) for fault in faults],
+        alarms=proof["false_alarms"],
+    )
+
+
+def _picture(faults: Sequence[Mapping[str, Any]], laws: Sequence[str]) -> dict[str, Any]:
+    """Where each cell, label and line of the picture is, in pixels; a gap parts the stages."""
+    cells, labels, y, stage = [], [], float(_TOP), ""
+    places = {law: _LEFT + number * _CELL for number, law in enumerate(laws)}
+    for fault in faults:
+        if stage and fault["stage"] != stage:
+            y += _GAP
+        stage = fault["stage"]
+        labels.append({"y": y, "text": f"{fault['fault']} {fault['slug']}", "outcome": fault["outcome"]})
+        hits = [law for law in fault["laws"] if law in places]
+        cells += [{"x": places[law], "y": y, "tip": f"{fault['slug']}: {law}", "first": law == hits[0]} for law in hits]
+        y += _CELL
+    width = _LEFT + len(laws) * _CELL + 90
+    return {
+        "width": width,
+        "height": y + 10,
+        "size": _CELL - 1,
+        "bottom": y,
+        "left": _LEFT,
+        "right": _LEFT + len(laws) * _CELL,
+        "top": _TOP,
+        "cells": cells,
+        "labels": labels,
+        "columns": [{"x": x + _CELL - 2, "text": law} for law, x in places.items()],
+    }
+
+
+def _row(fault: Mapping[str, Any]) -> dict[str, Any]:
+    example = fault["example"]
+    case = example and example["case"]
+    return {
+        "id": fault["fault"],
+        "slug": fault["slug"],
+        "what": fault["what"],
+        "real": fault["real"],
+        "outcome": _WORDS[fault["outcome"]],
+        "kind": "holds" if fault["outcome"] == "killed" else "broken",
+        "laws": fault["laws"],
+        "seconds": say_seconds(fault["seconds_to_kill"]) if fault["seconds_to_kill"] is not None else "",
+        "expected": example["expected"] if case else "",
+        "got": example["got"] if case else fault["trouble"] or (example["why"] if example else ""),
+        "case": json.dumps(case, ensure_ascii=False) if case else "",
+    }

@@ -1,0 +1,46 @@
+"""The oracle: our own trainer in float64, in a process of its own, which no planted fault reaches."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.verify.doors.door import About
+from finetune.verify.doors.worker import WorkerDoor
+
+
+class LateDoor:
+    """A door to a program that is started when it is first asked.
+
+    Args:
+        command: the program, as for `WorkerDoor`.
+        folder: where it lives; it is made.
+    """
+
+    def __init__(self, about: About, command: Sequence[str], folder: Path) -> None:
+        self.about = about
+        self._command = command
+        self._folder = folder
+        self._door: WorkerDoor | None = None
+
+    @property
+    def _opened(self) -> WorkerDoor:
+        if self._door is None:
+            self._folder.mkdir(parents=True)
+            self._door = WorkerDoor(self._command, self._folder)
+        return self._door
+
+    def ask(self, ability: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The answer to one question."""
+        return self._opened.ask(ability, given)
+
+    def close(self) -> None:
+        """End it, if it was ever started."""
+        if self._door is not None:
+            self._door.close()
+
+
+def unspoilt(folder: Path) -> LateDoor:
+    """Our trainer in float64 without any fault, for what has to come out."""
+    command = [sys.executable, "-m", "finetune.verify.trainers.ours", "reference"]
+    return LateDoor(About("finetune with reference", {}, {}), command, folder)

@@ -1,0 +1,109 @@
+"""A pytest plugin, there wherever FineTune is installed: `pytest --finetune-subject=trl` judges a trainer, law by law.
+
+Each law is one test, beside whatever else is collected. Nothing of the suite is read where the option is not given.
+"""
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from finetune.verify.suite.catalogue import CaseLaw
+    from finetune.verify.suite.verdicts import Judgement
+
+__all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_configure"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Say which trainer is judged, and how."""
+    group = parser.getgroup("finetune", "laws of fine-tuning")
+    group.addoption("--finetune-subject", metavar="NAME", help="Judge this trainer; as `ft verify --subject`.")
+    group.addoption("--finetune-tier", type=int, default=1, choices=(1, 2), help="Laws up to this tier.")
+    group.addoption("--finetune-seed", type=int, default=0, help="Where cases are drawn from.")
+    group.addoption("--finetune-python", metavar="PATH", help="The interpreter in which the trainer is installed.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Judge nothing twice: with pytest-xdist each law is judged where its test is run."""
+    config.addinivalue_line("markers", "finetune: a law of fine-tuning that a trainer is held to")
+
+
+def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test for each law."""
+    name = config.getoption("--finetune-subject")
+    if name:
+        collector = _Laws.from_parent(session, name=f"finetune[{name}]", nodeid=f"finetune[{name}]")
+        items += collector.collect()
+
+
+class _Laws(pytest.Collector):
+    """All laws of a tier; the trainer is opened for the first of them, and closed with the session."""
+
+    def collect(self) -> list[pytest.Item]:
+        """A test for each law."""
+        from finetune.verify.suite.run import chosen_laws
+
+        laws = chosen_laws(self.config.getoption("--finetune-tier"))
+        items: list[pytest.Item] = [_LawItem.from_parent(self, name=law.id, law=law) for law in laws]
+        return items
+
+
+class _LawItem(pytest.Item):
+    """One law."""
+
+    def __init__(self, *, law: "CaseLaw", **more: Any) -> None:
+        super().__init__(**more)
+        self.law = law
+        self.add_marker("finetune")
+
+    def runtest(self) -> None:
+        """Judge it.
+
+        Raises:
+            AssertionError: it is broken, or could not be judged.
+        """
+        from finetune.verify.suite.judge import Effort
+        from finetune.verify.suite.run import verify
+
+        found = verify(_trainer(self.config), [self.law], Effort(seed=self.config.getoption("--finetune-seed")))
+        [judgement] = found.judgements
+        if judgement.word == "not applicable":
+            pytest.skip(judgement.why)
+        if judgement.word != "holds":
+            raise LawError(judgement)
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        """The evidence, without a traceback into the suite."""
+        if isinstance(excinfo.value, LawError):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[str, int | None, str]:
+        """Where it stands in reports."""
+        return self.nodeid, None, f"{self.law.id}: {self.law.law.statement}"
+
+
+class LawError(AssertionError):
+    """A law does not hold, or could not be judged; the words are the evidence."""
+
+    def __init__(self, judgement: "Judgement") -> None:
+        lines = [f"{judgement.word}: {judgement.law}: {judgement.statement}"]
+        if judgement.word == "broken":
+            lines += [f"expected: {judgement.expected}", f"got: {judgement.got}", f"smallest case: {judgement.case}"]
+        super().__init__("\n  ".join([*lines, judgement.why] if judgement.why else lines))
+
+
+_OPEN = pytest.StashKey[Any]()
+
+
+def _trainer(config: pytest.Config) -> Any:
+    """The trainer of this session."""
+    from finetune.verify.suite.run import opened_trainer
+
+    if _OPEN not in config.stash:
+        ends = contextlib.ExitStack()
+        config.add_cleanup(ends.close)
+        opened = opened_trainer(config.getoption("--finetune-subject"), config.getoption("--finetune-python"))
+        config.stash[_OPEN] = ends.enter_context(opened)
+    return config.stash[_OPEN]

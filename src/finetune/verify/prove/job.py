@@ -1,0 +1,169 @@
+"""One planting: a process of its own in which our trainer has one fault, or none, and the suite judges it.
+
+`python -m finetune.verify.prove.job` reads what to do as JSON from its input, and prints what came of it as JSON.
+"""
+
+import contextlib
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune.verify.doors.door import Door
+from finetune.verify.doors.late import unspoilt
+from finetune.verify.faults.fault import faults, reached
+from finetune.verify.suite.judge import Effort
+from finetune.verify.suite.run import Verification, chosen_laws, verify
+from finetune.verify.suite.trainer import Trainer
+from finetune.verify.trainers.ours import inside
+
+_PATIENCE = 240
+"""Seconds after which a planting that does not end is ended; what hangs is noticed by anybody."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to plant, and how to judge: `fault` is an id, or "" for none; `laws` are ids, none for all of the tier."""
+
+    fault: str = ""
+    tier: int = 1
+    seed: int = 0
+    backend: str = "reference"
+    laws: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Planted:
+    """What came of a job.
+
+    Attributes:
+        words: what each law came to.
+        first: of the first law that broke, its judgement.
+        seconds: how long the judging took, and how long until that first law.
+        answers: a mark of every answer that was given, by a mark of its question: two plantings are told apart by it.
+        reached: how often what was planted was come by.
+        trouble: why the whole planting came to nothing; it was noticed, for it stopped everything.
+    """
+
+    fault: str
+    seed: int
+    words: Mapping[str, str] = field(default_factory=dict)
+    first: Mapping[str, Any] | None = None
+    seconds: float = 0.0
+    seconds_to_first: float | None = None
+    answers: Mapping[str, str] = field(default_factory=dict)
+    reached: Mapping[str, int] = field(default_factory=dict)
+    trouble: str = ""
+
+
+class MarkingDoor:
+    """A door that keeps a mark of everything that goes through it."""
+
+    def __init__(self, door: Door, scratch: Path) -> None:
+        self.about = door.about
+        self.marks: dict[str, str] = {}
+        self._door = door
+        self._scratch = str(scratch)
+
+    def ask(self, ability: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The answer to one question."""
+        question = self._mark([ability, given])
+        try:
+            answer = self._door.ask(ability, given)
+        except Exception as error:
+            self.marks.setdefault(question, self._mark([type(error).__name__, str(error)]))
+            raise
+        self.marks.setdefault(question, self._mark([answer]))
+        return answer
+
+    def close(self) -> None:
+        """End what is behind it."""
+        self._door.close()
+
+    def _mark(self, values: Any) -> str:
+        """A mark of values; a file is marked by what is in it, wherever it lies."""
+        whole = hashlib.sha256()
+        for text in _texts(values):
+            path = Path(text) if text.startswith(self._scratch) else None
+            whole.update(path.read_bytes() if path and path.is_file() else b"" if path else text.encode())
+            whole.update(b"\0")
+        return whole.hexdigest()[:16]
+
+
+def _texts(values: Any) -> Iterator[str]:
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            yield str(key)
+            yield from _texts(value)
+    elif isinstance(values, list | tuple):
+        yield "["
+        for value in values:
+            yield from _texts(value)
+    else:
+        yield str(values)
+
+
+def run_job(job: Job, *, patience: float = _PATIENCE) -> Planted:
+    """Do a job in a process of its own, whatever it does there."""
+    command = [sys.executable, "-m", "finetune.verify.prove.job"]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(asdict(job)), capture_output=True, text=True, timeout=patience, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return Planted(job.fault, job.seed, trouble=f"it did not end within {patience:.0f} s")
+    if done.returncode:
+        return Planted(job.fault, job.seed, trouble=f"it ended with {done.returncode}: {done.stderr[-600:].strip()}")
+    return Planted(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def do_job(job: Job) -> Planted:
+    """Plant the fault in this very process, and judge."""
+    with tempfile.TemporaryDirectory(prefix="finetune-prove-") as name, contextlib.ExitStack() as ends:
+        scratch = Path(name)
+        oracle = unspoilt(scratch / "oracle")
+        ends.callback(oracle.close)
+        laws = chosen_laws(job.tier, job.laws)
+        door = MarkingDoor(inside(job.backend, scratch), scratch)
+        if job.fault:
+            faults()[job.fault].apply()
+        firsts: list[float] = []
+        began = time.monotonic()
+
+        def tell(judgement: Any) -> None:
+            if judgement.word in ("broken", "error") and not firsts:
+                firsts.append(round(time.monotonic() - began, 3))
+
+        found = verify(Trainer(door, scratch, oracle), laws, _effort(job), tier=job.tier, tell=tell)
+        return _concluded(job, found, door, firsts)
+
+
+def _effort(job: Job) -> Effort:
+    return Effort(seed=job.seed, seconds=30, shrink_seconds=4)
+
+
+def _concluded(job: Job, found: Verification, door: MarkingDoor, firsts: list[float]) -> Planted:
+    bad = [each for each in found.judgements if each.word in ("broken", "error", "undecided")]
+    broken = next((each for each in bad if each.word == "broken"), bad[0] if bad else None)
+    return Planted(
+        fault=job.fault,
+        seed=job.seed,
+        words={each.law: each.word for each in found.judgements},
+        first=broken.as_dict() if broken else None,
+        seconds=found.seconds,
+        seconds_to_first=firsts[0] if firsts else None,
+        answers=door.marks,
+        reached=dict(reached),
+    )
+
+
+if __name__ == "__main__":
+    job = json.load(sys.stdin)
+    told = do_job(Job(**{**job, "laws": tuple(job["laws"])}))
+    print(json.dumps(asdict(told)))  # noqa: T201

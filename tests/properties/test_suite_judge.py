@@ -1,0 +1,308 @@
+"""Laws of the judge: what holds is said to hold, what is broken is made small, and nothing else is called either."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from finetune.errors import UsageError
+from finetune.verify.doors.answers import Loss
+from finetune.verify.doors.door import About, InsideDoor, RefusesError, UnsupportedError
+from finetune.verify.laws import Law
+from finetune.verify.recipes import Recipe
+from finetune.verify.suite import findings, formats, run
+from finetune.verify.suite.catalogue import CaseLaw, all_laws, case_laws
+from finetune.verify.suite.chance import FALSE_ALARMS, MISSES, Chance, Evidence, broken_by_holm
+from finetune.verify.suite.judge import Effort, judge, judge_again
+from finetune.verify.suite.trainer import Trainer
+from finetune.verify.suite.verdicts import Judgement, hold
+from finetune_strategies.profiles import examples
+
+
+class Number(Recipe):
+    """A case."""
+
+    value: int
+
+
+def law_of(check: Callable[[Trainer, Any], None], cases: Any = None, chance: Chance | None = None) -> CaseLaw:
+    """A law that is nobody's."""
+    drawn = None if chance else st.builds(Number, value=st.integers(0, 1000) if cases is None else cases)
+    told = Law("test.law", "It is so.", "loss")
+    return CaseLaw(told, 1, ("loss",), "nothing", drawn, Number, check, chance=chance)
+
+
+def trainer_of(answer: Callable[[int], Any], scratch: Path) -> Trainer:
+    """A trainer that answers one question, and counts."""
+    about = About("somebody", {"somebody": "1.0"}, {"loss": ""})
+    return Trainer(InsideDoor(about, {"loss": lambda value: answer(value)}, []), scratch)
+
+
+def loss_is_value(trainer: Trainer, case: Number) -> None:
+    """What is asked comes back."""
+    found = trainer.ask("loss", Loss, value=case.value)
+    hold(found.loss == case.value, expected=case.value, got=found.loss)
+
+
+def test_judge_says_of_what_holds_that_it_holds(tmp_path: Path) -> None:
+    """A trainer that keeps a law is told to, with the number of cases."""
+    found = judge(law_of(loss_is_value), trainer_of(lambda value: {"loss": float(value)}, tmp_path), Effort())
+    assert (found.word, found.cases, found.case) == ("holds", 24, None)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 7, 100, 899])
+def test_judge_makes_what_breaks_as_small_as_it_gets(limit: int, tmp_path: Path) -> None:
+    """Of all cases that break a law the smallest is told, with what had to be and what was, and breaks again."""
+    trainer = trainer_of(lambda value: {"loss": float(value if value < limit else -1)}, tmp_path)
+    law = law_of(loss_is_value, st.sampled_from([limit, 1000]) | st.integers(0, 1000))
+    found = judge(law, trainer, Effort())
+    assert (found.word, found.case) == ("broken", {"value": limit})
+    assert (found.expected, found.got) == (str(limit), "-1.0")
+    again = judge_again(law, trainer, Number.model_validate(found.case))
+    assert (again.word, again.case) == ("broken", found.case)
+    assert limit == 0 or judge_again(law, trainer, Number(value=limit - 1)).word == "holds"
+
+
+def raises(error: Exception) -> Callable[[int], Any]:
+    """An answer that is none."""
+
+    def answer(value: int) -> Any:
+        raise error
+
+    return answer
+
+
+TROUBLES: Mapping[str, tuple[Callable[[int], Any], str, str]] = {
+    "fails": (raises(ZeroDivisionError("by zero")), "error", "ZeroDivisionError"),
+    "answers garbage": (lambda value: {"words": 1}, "error", "loss: Field required"),
+    "answers text": (lambda value: {"loss": "low"}, "error", "valid number"),
+    "has nothing": (raises(UnsupportedError("no losses here")), "not applicable", "no losses here"),
+    "refuses all": (raises(RefusesError("never")), "error", "never"),
+}
+
+
+@pytest.mark.parametrize("how", TROUBLES)
+def test_judge_tells_trouble_from_what_is_broken(how: str, tmp_path: Path) -> None:
+    """Whatever a trainer does instead of answering is never called a broken law, and says what it was."""
+    answer, word, words = TROUBLES[how]
+    found = judge(law_of(loss_is_value), trainer_of(answer, tmp_path), Effort())
+    assert found.word == word
+    assert words in found.why
+    assert found.cases == 0
+
+
+def test_judge_tells_what_is_not_answered_alike_twice(tmp_path: Path) -> None:
+    """Where a broken case holds when it is asked again, that is said."""
+    asked = iter(range(10_000))
+    trainer = trainer_of(lambda value: {"loss": float(value) if next(asked) else -1.0}, tmp_path)
+    found = judge(law_of(loss_is_value), trainer, Effort())
+    assert found.word == "broken"
+    assert "does not answer alike twice" in found.why
+
+
+def test_judge_judges_what_it_can_of_a_trainer_that_cannot_all(tmp_path: Path) -> None:
+    """Cases for which a trainer has nothing are counted, and the others are judged."""
+
+    def answer(value: int) -> Any:
+        if value % 2:
+            raise UnsupportedError("odd numbers")
+        return {"loss": float(value)}
+
+    found = judge(law_of(loss_is_value), trainer_of(answer, tmp_path), Effort())
+    assert found.word == "holds"
+    assert found.cases > 0 < found.unable["odd numbers"]
+
+
+def test_judge_asks_nothing_of_an_ability_that_is_missing(tmp_path: Path) -> None:
+    """A law about an ability that is missing is not applicable, with the reason."""
+    about = About("somebody", {}, {"loss": "it keeps them to itself"})
+    found = judge(law_of(loss_is_value), Trainer(InsideDoor(about, {}, []), tmp_path), Effort())
+    assert (found.word, found.why) == ("not applicable", "loss: it keeps them to itself")
+
+
+def test_judge_stops_when_its_time_is_over(tmp_path: Path) -> None:
+    """No more cases are begun after the seconds of a law, and what was judged counts."""
+    trainer = trainer_of(lambda value: {"loss": float(value)}, tmp_path)
+    found = judge(law_of(loss_is_value), trainer, Effort(seconds=0.0))
+    assert (found.word, found.cases) == ("not applicable", 0)
+
+
+def test_verify_goes_on_when_a_law_itself_fails(tmp_path: Path) -> None:
+    """A law with a fault of its own is an error that says so, and the others are judged."""
+
+    def fails(trainer: Trainer, case: Number) -> None:
+        raise KeyError("mine")
+
+    trainer = trainer_of(lambda value: {"loss": float(value)}, tmp_path)
+    found = run.verify(trainer, [law_of(fails), law_of(loss_is_value)], Effort())
+    assert [each.word for each in found.judgements] == ["error", "holds"]
+    assert "the suite itself failed: KeyError: 'mine'" in found.judgements[0].why
+    assert not found.passes
+
+
+SIXES = Chance(lambda random: Number(value=random.randrange(6)), sound=0.8, broken=0.4, most=200)
+
+
+def is_no_six(trainer: Trainer, case: Number) -> None:
+    """A die shows something else; a sound one does in five of six throws."""
+    hold(case.value != trainer.ask("loss", Loss, value=5).loss, expected="no six", got="a six")
+
+
+def loaded(trainer: Trainer, case: Number) -> None:
+    """A die that shows a six every other time."""
+    hold(case.value % 2, expected="no six", got="a six")
+
+
+def test_chance_decides_what_it_can_and_says_how_sure(tmp_path: Path) -> None:
+    """A sound trainer holds and a broken one is broken, with the rate of false alarms; else it is neither."""
+    trainer = trainer_of(lambda value: {"loss": float(value)}, tmp_path)
+    found = run.verify(trainer, [law_of(is_no_six, chance=SIXES)], Effort())
+    assert found.judgements[0].word == "holds"
+    wide = Chance(SIXES.draw, sound=0.99, broken=0.5, most=200)
+    found = run.verify(trainer, [law_of(loaded, chance=wide)], Effort())
+    assert found.judgements[0].word == "broken"
+    assert found.judgements[0].false_alarm is not None
+    assert found.judgements[0].false_alarm <= FALSE_ALARMS
+    narrow = Chance(SIXES.draw, sound=0.84, broken=0.82, most=230)
+    found = run.verify(trainer, [law_of(is_no_six, chance=narrow)], Effort())
+    assert found.judgements[0].word == "undecided"
+    assert "cases; a sound trainer keeps 84%" in found.judgements[0].why
+    assert not found.passes
+
+
+def test_chance_errs_as_rarely_as_it_says() -> None:
+    """Of 2,000 sound trainers, as bad as sound ones get, no more are called broken than Ville's bound lets through."""
+    rate, alarms, misses = 0.05, 0, 0
+    for seed in range(2_000):
+        random = Random(seed)
+        sound, broken = Evidence(SIXES), Evidence(SIXES)
+        for _ in range(60):
+            sound.add(kept=random.random() < SIXES.sound)
+            broken.add(kept=random.random() < SIXES.broken)
+        alarms += sound.false_alarm <= rate
+        misses += broken.holds
+    # Five standard deviations of a count of so many at that rate: 2000 * 0.05 + 5 * sqrt(2000 * 0.05 * 0.95).
+    assert 0 < alarms <= 149
+    assert misses <= 2_000 * MISSES + 5 * (2_000 * MISSES) ** 0.5
+
+
+@given(alarms=st.dictionaries(st.text("abcdef", min_size=1, max_size=2), st.floats(0, 1), max_size=6))
+@example({"a": 0.0004, "b": 0.0006, "c": 0.5})
+@example({"a": 0.0003, "b": 0.0005, "c": 0.0009})
+@examples()
+def test_holm_rejects_what_its_closure_rejects(alarms: dict[str, float]) -> None:
+    """Holm's procedure is the closed test of Bonferroni's: a law is broken if every group that it is in is rejected."""
+    laws = sorted(alarms)
+    groups = [[law for place, law in enumerate(laws) if bits >> place & 1] for bits in range(1, 1 << len(laws))]
+    rejected = [group for group in groups if min(alarms[law] for law in group) <= 0.001 / len(group)]
+    expected = {law for law in laws if all(group in rejected for group in groups if law in group)}
+    assert broken_by_holm(alarms, 0.001) == expected
+
+
+def test_chance_that_could_decide_nothing_is_refused() -> None:
+    """Rates the wrong way round, and fewer cases than it takes to say that a law holds, are mistakes."""
+    for sound, broken, most in ((0.4, 0.8, 100), (0.8, 0.4, 6), (1.0, 0.5, 100)):
+        with pytest.raises(ValueError, match="nothing can be decided so"):
+            Chance(SIXES.draw, sound, broken, most)
+
+
+def test_catalogue_names_each_law_once_with_a_sentence() -> None:
+    """Every id is there once, has a place and a name, and its sentence is one; each law of cases says its oracle."""
+    laws = list(all_laws())
+    assert len({law.id for law in laws}) == len(laws) >= 35
+    for law in laws:
+        assert law.id.count(".") == 1, law.id
+        assert law.statement.endswith("."), law.id
+    for law in case_laws().values():
+        assert law.oracle, law.id
+        assert law.needs, law.id
+        assert (law.cases is None) == (law.chance is not None), law.id
+
+
+@pytest.fixture
+def broken_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> run.Verification:
+    """What comes of a trainer that breaks one law and lacks what another needs."""
+    trainer = trainer_of(lambda value: {"loss": -1.0}, tmp_path)
+    other = CaseLaw(Law("test.other", "So is that.", "merge"), 1, ("merge",), "-", st.none(), Number, loss_is_value)
+    found = run.verify(trainer, [law_of(loss_is_value), other], Effort(seed=7))
+    for module in (findings, formats):
+        monkeypatch.setattr(module, "case_laws", lambda: {"test.law": law_of(loss_is_value)})
+    return found
+
+
+def test_finding_is_the_same_after_being_written(broken_loss: run.Verification, tmp_path: Path) -> None:
+    """A finding's file holds its law, case and evidence; what was changed in it is refused by its place."""
+    [path] = findings.write_findings(broken_loss, "somebody", tmp_path / "found", "0.1.0")
+    assert path.name == "test.law.json"
+    assert findings.is_finding(path)
+    again = findings.load_finding(path)
+    assert (again.case, again.subject, again.expected, again.got) == (Number(value=0), "somebody", "0", "-1.0")
+    values = json.loads(path.read_text())
+    assert (values["seed"], values["versions"]) == (7, {"somebody": "1.0"})
+    for spoilt, words in (
+        ({"law": "test.none"}, "there is no law 'test.none'"),
+        ({"case": {"value": "x"}}, "value: Input should be a valid integer"),
+        ({"case": {"value": 1, "more": 2}}, "more: Extra inputs"),
+        ({"version": 9}, "version 9"),
+        ({"subject": None}, "subject: Input should be a valid string"),
+    ):
+        path.write_text(json.dumps({**values, **spoilt}))
+        with pytest.raises(UsageError, match=words):
+            findings.load_finding(path)
+    path.write_text("{")
+    assert not findings.is_finding(path)
+
+
+def test_finding_is_told_ready_to_be_filed(broken_loss: run.Verification) -> None:
+    """The report has the sentence, versions, seed, what was expected and got, the case, and how to have it again."""
+    told = findings.tell_report(broken_loss, broken_loss.judgements[0], "ft replay it.json")
+    for words in (
+        "It is so.",
+        "somebody 1.0",
+        "seed 7",
+        "expected: 0",
+        "got: -1.0",
+        '"value": 0',
+        "`ft replay it.json`",
+    ):
+        assert words in told
+
+
+def test_verification_is_told_in_junit_and_sarif(broken_loss: run.Verification) -> None:
+    """Both count what is broken and what is not applicable, and hold the evidence; no letter breaks them."""
+    from xml.etree import ElementTree
+
+    suite = ElementTree.fromstring(formats.junit(broken_loss))
+    assert {key: suite.get(key) for key in ("tests", "failures", "errors", "skipped")} == {
+        "tests": "2", "failures": "1", "errors": "0", "skipped": "1",
+    }  # fmt: skip
+    assert "got: -1.0" in (suite.findtext("testcase/failure") or "")
+    told = formats.sarif(broken_loss, "0.1.0")
+    [result] = told["runs"][0]["results"]
+    assert (result["ruleId"], result["level"]) == ("test.law", "error")
+    assert [rule["id"] for rule in told["runs"][0]["tool"]["driver"]["rules"]] == ["test.law"]
+
+
+@given(words=st.text())
+@examples(share=2)
+def test_junit_holds_whatever_a_trainer_says(words: str) -> None:
+    """Control letters, markup and halves of letters leave the XML whole."""
+    from xml.etree import ElementTree
+
+    judgement = Judgement("test.law", words, "broken", got=words, why=words)
+    other = Judgement("test.two", words, "error", why=words)
+    found = run.Verification(words, {}, 1, Effort(), (judgement, other), 0.0, (words,))
+    assert len(ElementTree.fromstring(formats.junit(found).encode())) == 3
+
+
+def test_laws_are_chosen_by_name_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A law that does not exist is refused with those that do."""
+    assert [law.id for law in run.chosen_laws(1, ["batches.cover"])] == ["batches.cover"]
+    with pytest.raises(UsageError, match=r"there is no law 'batches\.covers' up to tier 1") as caught:
+        run.chosen_laws(1, ["batches.covers"])
+    assert "batches.cover" in caught.value.hint
