@@ -17,6 +17,9 @@ Check = Callable[[Trainer, Any], None]
 _MODULES = (
     "finetune.verify.suite.template_laws",
     "finetune.verify.suite.batch_laws",
+    "finetune.verify.suite.mask_padding_laws",
+    "finetune.verify.suite.model_file_laws",
+    "finetune.verify.suite.second_run_laws",
 )
 """Where laws stand; each names itself when its module is read."""
 

@@ -53,6 +53,19 @@ def render(model: str, settings: Given, messages: Sequence[Given], *, prompt: bo
     return {"text": text}
 
 
+def prompt(model: str, settings: Given, messages: Sequence[Given]) -> dict[str, Any]:
+    """The ids of what the tokenizer's own template makes of a question."""
+    tokenizer = tokenizer_of(model, settings)
+    ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+    return {"ids": list(ids)}
+
+
+def stops(model: str, settings: Given) -> dict[str, Any]:
+    """What ends an answer when it generates."""
+    _, tokenizer = load(model)
+    return {"ids": sorted(tokenizer.eos_token_ids)}
+
+
 def tokenize(model: str, settings: Given, rows: Sequence[Given]) -> dict[str, Any]:
     """Rows as they leave its iterator one by one; its loss says which tokens count."""
     found: list[dict[str, Any]] = []
@@ -213,8 +226,9 @@ def generate(
     return {"answers": answers}
 
 
-def merge(model: str, settings: Given, adapter: str, folder: str) -> dict[str, Any]:
+def merge(model: str, settings: Given, adapter: str) -> dict[str, Any]:
     """Its own command for that."""
+    folder = new_folder()
     with arguments("mlx_lm.fuse", "--model", model, "--adapter-path", adapter, "--save-path", folder):
         fuse.main()
     return {"folder": folder}
@@ -252,12 +266,15 @@ def _checkpoints(place: Path, settings: Given) -> dict[str, str]:
 def main() -> None:
     """Answer questions."""
     handlers = {
-        "configure": configure, "render": render, "tokenize": tokenize, "batches": batches, "loss": loss,
+        "configure": configure, "render": render, "prompt": prompt, "stops": stops, "tokenize": tokenize, "batches": batches, "loss": loss,
         "gradient": gradient, "train": train, "resume": resume, "evaluate": evaluate,
         "initial_adapter": initial_adapter, "adapter_weights": adapter_weights, "logits": logits,
         "generate": generate, "merge": merge,
     }  # fmt: skip
-    missing = {"export": "its GGUF files hold merged models of 16 bits only, from `mlx_lm.fuse`"}
+    missing = {
+        "export": "its GGUF files hold merged models of 16 bits only, from `mlx_lm.fuse`",
+        "split": "this door trains without held-out rows",
+    }
     versions = {package: version(package) for package in ("mlx-lm", "mlx", "transformers")}
     serve("mlx_lm.lora", versions, handlers, missing=missing)
 

@@ -39,7 +39,7 @@ def _prepared(row: Given, job: Job) -> dict[str, Any]:
     """What tutorials do: the prompt as the template renders it, then the whole, and labels for what is new."""
     if "input_ids" in row:
         return {**row, "attention_mask": [1] * len(row["input_ids"])}
-    if set(row) != {"prompt", "completion"}:
+    if not {"prompt", "completion"} <= set(row):
         raise UnsupportedError(f"this preparation reads no rows of the keys {', '.join(row)}")
     asked = [{"role": "user", "content": row["prompt"]}]
     whole = [*asked, {"role": "assistant", "content": row["completion"]}]

@@ -43,11 +43,11 @@ class TransformersSide:
     def serve(self) -> None:
         """Answer until there are no more questions."""
         abilities = (
-            "configure", "render", "tokenize", "batches", "loss", "gradient", "train", "resume", "evaluate",
+            "configure", "render", "prompt", "stops", "tokenize", "batches", "loss", "gradient", "train", "resume", "evaluate",
             "initial_adapter", "adapter_weights", "logits", "generate", "merge",
         )  # fmt: skip
         handlers = {ability: getattr(self, ability) for ability in abilities}
-        missing = {"export": "it writes no GGUF files"}
+        missing = {"export": "it writes no GGUF files", "split": "this door trains without held-out rows"}
         versions = {package: version(package) for package in self.kind.packages}
         serve(self.kind.name, versions, handlers, missing=missing, refusals=(RefusesError,))
 
@@ -56,6 +56,10 @@ class TransformersSide:
         arguments, adapter = arguments_of(self.kind, settings, self._folder()), adapter_of(settings)
         tokenizer_of(model, settings)
         found = {name: getattr(arguments, own) for name, own in {**ARGUMENTS, **self.kind.has}.items()}
+        # Where it has another word for the same.
+        found["training.max_steps"] = None if arguments.max_steps < 0 else arguments.max_steps
+        for name in ("training.schedule", "training.save_every"):
+            del found[name]
         found |= {name: getattr(adapter, own) for name, own in ADAPTER.items()}
         return {"told": "", "effective": json.loads(json.dumps(found, default=_plain))}
 
@@ -67,6 +71,17 @@ class TransformersSide:
         except Exception as error:
             raise RefusesError(f"{type(error).__name__}: {error}") from error
         return {"text": text}
+
+    def prompt(self, model: str, settings: Given, messages: Sequence[Given]) -> dict[str, Any]:
+        """The ids of what the tokenizer's own template makes of a question."""
+        tokenizer = tokenizer_of(model, settings)
+        ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        return {"ids": list(ids)}
+
+    def stops(self, model: str, settings: Given) -> dict[str, Any]:
+        """What ends an answer when the model generates."""
+        ends = network_of(model, settings).generation_config.eos_token_id
+        return {"ids": [ends] if isinstance(ends, int) else list(ends or ())}
 
     def tokenize(self, model: str, settings: Given, rows: Sequence[Given]) -> dict[str, Any]:
         """The rows of its training data set, as it has prepared them."""
@@ -183,8 +198,9 @@ class TransformersSide:
             answers.append(said[:-1] if said and said[-1] in stops else said)
         return {"answers": answers}
 
-    def merge(self, model: str, settings: Given, adapter: str, folder: str) -> dict[str, Any]:
+    def merge(self, model: str, settings: Given, adapter: str) -> dict[str, Any]:
         """PEFT's merge, saved with its tokenizer."""
+        folder = self._folder()
         merged = adapted(network_of(model, settings), adapter).merge_and_unload()
         merged.save_pretrained(folder)
         tokenizer_of(model, settings).save_pretrained(folder)

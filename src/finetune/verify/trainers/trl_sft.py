@@ -30,8 +30,9 @@ def _shaped(row: Given) -> dict[str, Any]:
     """A pair as a conversation, so that the template is used; what TRL reads itself stays as it is."""
     if "input_ids" in row or "messages" in row or "text" in row:
         return dict(row)
-    if set(row) == {"prompt", "completion"}:
+    if {"prompt", "completion"} <= set(row):
         return {
+            **row,
             "prompt": [{"role": "user", "content": row["prompt"]}],
             "completion": [{"role": "assistant", "content": row["completion"]}],
         }
