@@ -27,14 +27,17 @@ class Spelling(Recipe):
     key: Literal["rope_theta", "rope_parameters"]
 
 
+_SPELLINGS = st.builds(
+    Spelling, theta=st.sampled_from([10.0, 500_000.0]), key=st.sampled_from(["rope_theta", "rope_parameters"])
+)
+
+
 @law(
     "model.rope_spelling",
     "A model's rotary positions have the base that its config.json says, by the newer name and by the older.",
     needs=["logits"],
     oracle="the logits of our trainer in float64, which reads both, as transformers does",
-    cases=st.builds(
-        Spelling, theta=st.sampled_from([10.0, 500_000.0]), key=st.sampled_from(["rope_theta", "rope_parameters"])
-    ),
+    cases=_SPELLINGS,
     cost=2,
     examples=4,
 )

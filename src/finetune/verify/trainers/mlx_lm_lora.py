@@ -266,7 +266,8 @@ def _checkpoints(place: Path, settings: Given) -> dict[str, str]:
 def main() -> None:
     """Answer questions."""
     handlers = {
-        "configure": configure, "render": render, "prompt": prompt, "stops": stops, "tokenize": tokenize, "batches": batches, "loss": loss,
+        "configure": configure, "render": render, "prompt": prompt, "stops": stops,
+        "tokenize": tokenize, "batches": batches, "loss": loss,
         "gradient": gradient, "train": train, "resume": resume, "evaluate": evaluate,
         "initial_adapter": initial_adapter, "adapter_weights": adapter_weights, "logits": logits,
         "generate": generate, "merge": merge,

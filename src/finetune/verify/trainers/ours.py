@@ -4,6 +4,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -174,8 +175,11 @@ class OurTrainer:
         return Path(tempfile.mkdtemp(dir=self.scratch))
 
     def _data(self, rows: Sequence[Given]) -> Path:
-        path = self._new() / "rows.jsonl"
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        # The same rows are the same file: a run that goes on is held to the place of its data.
+        path = self.scratch / f"rows-{sha256(text.encode()).hexdigest()[:16]}.jsonl"
+        if not path.exists():
+            write_text(path, text)
         return path
 
     def _loaded(self, model: str, settings: Given) -> LoadedConfig:
