@@ -32,6 +32,9 @@ _MODULES = (
     "finetune.verify.suite.evaluate_laws",
     "finetune.verify.suite.memory_laws",
     "finetune.verify.suite.safety_laws",
+    "finetune.verify.suite.mask_padding_laws",
+    "finetune.verify.suite.model_file_laws",
+    "finetune.verify.suite.second_run_laws",
 )
 """Where laws stand; each names itself when its module is read."""
 
