@@ -191,7 +191,7 @@ def prove(
     tier: int = 1,
     seeds: int = 20,
     enough: int = 3,
-    spread: Spread = Spread(),  # noqa: B008  # it is frozen
+    spread: Spread = Spread(),  # it is frozen
     tell: Teller = lambda words: None,
 ) -> Proof:
     """Judge the clean trainer with so many seeds, then plant each fault and judge; all with the laws of a tier.

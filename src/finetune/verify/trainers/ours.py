@@ -29,9 +29,9 @@ from finetune.records import Batch, Conversation, Message, Optimization, Tokeniz
 from finetune.training.loop import LoopPlan, mean_loss, train
 from finetune.verify.doors.door import About, InsideDoor
 from finetune.verify.doors.serving import serve
-from finetune.verify.trainers.ours_rows import line_of, row_handlers
 from finetune.verify.trainers.ours_files import look_after
 from finetune.verify.trainers.ours_results import hand_on, put_weights
+from finetune.verify.trainers.ours_rows import line_of, row_handlers
 
 Given = Mapping[str, Any]
 Handler = Callable[..., dict[str, Any]]
