@@ -85,6 +85,8 @@ class ModelRecipe(Recipe):
             "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads, "head_dim": self.head_size, "vocab_size": self.vocabulary,
             "max_position_embeddings": 1_024, "initializer_range": 0.3,
+            # Defaults, but not everybody's: what a trainer has to guess says nothing about how it trains.
+            "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "hidden_act": "silu", "tie_word_embeddings": False,
             "pad_token_id": CONTROL_TOKENS.index(_PAD), "eos_token_id": CONTROL_TOKENS.index(_EOS),
         }  # fmt: skip
         open_backend("reference").create(config, folder, seed=self.seed)

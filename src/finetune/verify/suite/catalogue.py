@@ -22,6 +22,19 @@ _MODULES = (
     "finetune.verify.suite.template_laws",
     "finetune.verify.suite.batch_laws",
     "finetune.verify.suite.chance_laws",
+    "finetune.verify.suite.loss_laws",
+    "finetune.verify.suite.schedule_laws",
+    "finetune.verify.suite.resume_laws",
+    "finetune.verify.suite.adapter_laws",
+    "finetune.verify.suite.merge_laws",
+    "finetune.verify.suite.export_laws",
+    "finetune.verify.suite.serve_laws",
+    "finetune.verify.suite.evaluate_laws",
+    "finetune.verify.suite.memory_laws",
+    "finetune.verify.suite.safety_laws",
+    "finetune.verify.suite.mask_padding_laws",
+    "finetune.verify.suite.model_file_laws",
+    "finetune.verify.suite.second_run_laws",
 )
 """Where laws stand; each names itself when its module is read."""
 

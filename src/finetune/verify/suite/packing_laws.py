@@ -7,7 +7,7 @@ from typing import Annotated
 from hypothesis import strategies as st
 from pydantic import Field
 
-from finetune.verify.doors.answers import Epochs, Generated, Loss
+from finetune.verify.doors.answers import Epochs, Loss
 from finetune.verify.doors.door import UnsupportedError
 from finetune.verify.recipes import Recipe
 from finetune.verify.suite.cases import PLAIN, TINY, Rows, TokenRow, rows_of, token_rows
@@ -153,36 +153,3 @@ def batches_have_their_sizes(trainer: Trainer, case: Packed) -> None:
         full, rest = divmod(batches, case.accumulation)
         expected = [case.accumulation] * full + [rest] * bool(rest)
         hold(steps == expected, expected=f"steps of {expected} batches", got=steps)
-
-
-class Asked(Recipe):
-    """Prompts of different lengths."""
-
-    prompts: Annotated[tuple[tuple[int, ...], ...], Field(min_length=2, max_length=3, strict=False)]
-
-
-@law(
-    "generate.alone",
-    "What a model answers does not depend on what else it is asked at the same time.",
-    needs=["generate"],
-    oracle="the answers to one prompt at a time",
-    cases=st.builds(
-        Asked,
-        prompts=st.lists(st.lists(st.integers(6, 255), min_size=1, max_size=9).map(tuple), min_size=2, max_size=3).map(
-            tuple
-        ),
-    ),
-    examples=6,
-    cost=3,
-)
-def answers_are_those_of_one_alone(trainer: Trainer, case: Asked) -> None:
-    """Prompts of unequal length, together and each alone."""
-    settings = {**PLAIN, "evaluation.max_new_tokens": 4}
-
-    def answers(prompts: list[list[int]]) -> list[list[int]]:
-        model = trainer.model(TINY)
-        return trainer.ask("generate", Generated, model=model, settings=settings, prompts=prompts).answers
-
-    prompts = [list(prompt) for prompt in case.prompts]
-    together, alone = answers(prompts), [answers([prompt])[0] for prompt in prompts]
-    hold(together == alone, expected=alone, got=together)

@@ -4,6 +4,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +29,8 @@ from finetune.records import Batch, Conversation, Message, Optimization, Tokeniz
 from finetune.training.loop import LoopPlan, mean_loss, train
 from finetune.verify.doors.door import About, InsideDoor
 from finetune.verify.doors.serving import serve
+from finetune.verify.trainers.ours_files import look_after
+from finetune.verify.trainers.ours_results import hand_on, put_weights
 from finetune.verify.trainers.ours_rows import line_of, row_handlers
 
 Given = Mapping[str, Any]
@@ -61,6 +64,8 @@ class OurTrainer:
             "logits": self.logits,
             "generate": self.generate,
             **row_handlers(self),
+            **hand_on(self),
+            **look_after(self),
         }
 
     def configure(self, model: str, settings: Given) -> dict[str, Any]:
@@ -102,12 +107,19 @@ class OurTrainer:
         value, count = mean_loss(self._asked(model, settings, adapter), [Batch(_rows(batch))])
         return {"loss": value, "count": count}
 
-    def gradient(self, model: str, settings: Given, micro: Sequence[Sequence[Given]]) -> dict[str, Any]:
-        """The norms that the training loop measures in its first step; so many batches are added up."""
+    def gradient(
+        self, model: str, settings: Given, micro: Sequence[Sequence[Given]], start: str | None = None
+    ) -> dict[str, Any]:
+        """The norms that the training loop measures in its first step; so many batches are added up.
+
+        With `start`, the file of an adapter's weights, it is the gradient there (of the oracle alone).
+        """
         rows = [_rows(batch) for batch in micro]
         given = {**settings, "training.accumulation": len(rows), "training.max_steps": 1}
         prepared = self._prepared(model, given, [{"prompt": "a", "completion": "b"}])
         session = self._fresh(prepared)
+        if start is not None:
+            put_weights(session, start)
         window = [Batch(each) for each in rows]
         plan = LoopPlan(1, len(window), 1e-3, 0, "constant", 1)
         told: dict[str, Any] = {}
@@ -155,7 +167,8 @@ class OurTrainer:
     def adapter_weights(self, model: str, adapter: str) -> dict[str, Any]:
         """What is in an adapter's folder, which is PEFT's own format."""
         settings = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
-        return {"file": str(Path(adapter) / WEIGHTS), "scale": settings["lora_alpha"] / settings["r"]}
+        rank = settings["r"] ** 0.5 if settings["use_rslora"] else settings["r"]
+        return {"file": str(Path(adapter) / WEIGHTS), "scale": settings["lora_alpha"] / rank}
 
     def logits(
         self, model: str, settings: Given, prompts: Sequence[Sequence[int]], adapter: str | None = None
@@ -178,8 +191,11 @@ class OurTrainer:
         return Path(tempfile.mkdtemp(dir=self.scratch))
 
     def _data(self, rows: Sequence[Given]) -> Path:
-        path = self._new() / "rows.jsonl"
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        """A file of these rows; the same rows lie in the same file, for a run knows its data by its name, too."""
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        path = self.scratch / f"rows-{sha256(text.encode()).hexdigest()[:32]}.jsonl"
+        if not path.exists():
+            write_text(path, text)
         return path
 
     def _loaded(self, model: str, settings: Given) -> LoadedConfig:
