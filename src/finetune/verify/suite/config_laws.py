@@ -259,13 +259,6 @@ def ranks_follow_their_patterns(trainer: Trainer, case: Pattern) -> None:
     hold(ranks == expected, expected=expected, got=ranks)
 
 
-class Seeds(Recipe):
-    """Two seeds."""
-
-    one: Annotated[int, Field(ge=0)]
-    other: Annotated[int, Field(ge=0)]
-
-
 class Dropped(Recipe):
     """A seed, and the layers to adapt: all of them, or those that are named."""
 
@@ -292,24 +285,3 @@ def dropout_acts_everywhere(trainer: Trainer, case: Dropped) -> None:
     dropped = _gradient(trainer, {**given, "adapter.dropout": 0.5}).norms
     same = [name for name, norm in at_rest.items() if norm > 0 and dropped.get(name) == norm]
     hold(not same, expected="another gradient of every tensor", got=f"the same of {', '.join(same)}")
-
-
-@law(
-    "config.seed",
-    "The same seed makes the same adapter, and another seed another; 0 is a seed like any.",
-    needs=["initial_adapter"],
-    oracle="the adapter that is made again",
-    cases=st.builds(Seeds, one=st.sampled_from((0, 1, 2**31)), other=st.integers(3, 99)),
-    examples=5,
-)
-def seed_decides_the_adapter(trainer: Trainer, case: Seeds) -> None:
-    """Asked twice it makes the same numbers."""
-    first, again, other = (_first_adapter(trainer, seed) for seed in (case.one, case.one, case.other))
-    hold(first == again, expected=f"the same adapter of seed {case.one} twice", got="two different ones")
-    hold(first != other, expected=f"another adapter of seed {case.other}", got=f"that of seed {case.one}")
-
-
-def _first_adapter(trainer: Trainer, seed: int) -> Mapping[str, Any]:
-    given = {**PLAIN, "training.seed": seed}
-    adapter = trainer.ask("initial_adapter", Weights, model=trainer.model(TINY), settings=given)
-    return {name: tensor.tolist() for name, tensor in trainer.tensors(adapter.file).items()}

@@ -12,7 +12,7 @@ from finetune.verify.doors.door import UnsupportedError
 from finetune.verify.recipes import Recipe
 from finetune.verify.suite.cases import PLAIN, TINY, Rows, TokenRow, rows_of, token_rows
 from finetune.verify.suite.catalogue import law
-from finetune.verify.suite.mask_laws import hold_loss, loss_alone
+from finetune.verify.suite.mask_laws import hold_loss, loss_of
 from finetune.verify.suite.talks import tokenized
 from finetune.verify.suite.trainer import Trainer
 from finetune.verify.suite.verdicts import hold
@@ -114,6 +114,12 @@ class Shared(Recipe):
     rows: Annotated[tuple[TokenRow, ...], Field(min_length=2, max_length=3, strict=False)]
 
 
+def _loss_alone(trainer: Trainer, rows: tuple[TokenRow, ...]) -> float:
+    """The loss of rows that go through the model one at a time, weighed by their learned tokens."""
+    alone = [loss_of(trainer, (row,)) for row in rows]
+    return sum(loss * learned for loss, learned in alone) / sum(learned for _, learned in alone)
+
+
 @law(
     "packing.apart",
     "Rows that share a sequence do not see each other: their loss is that of the rows, each alone.",
@@ -127,7 +133,7 @@ def neighbours_do_not_matter(trainer: Trainer, case: Shared) -> None:
     """Two or three rows in one sequence."""
     sequences = [[row.value for row in case.rows]]
     given = {"model": trainer.model(TINY), "settings": PLAIN, "sequences": sequences}
-    hold_loss(trainer.ask("packed_loss", Loss, **given).loss, loss_alone(trainer, case.rows))
+    hold_loss(trainer.ask("packed_loss", Loss, **given).loss, _loss_alone(trainer, case.rows))
 
 
 @law(
