@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 from finetune.assembly import prepare, train
@@ -41,6 +42,12 @@ def _limit_not_wired() -> None:
 @fault("A002e", "config.accumulation_not_wired", real="", what="accumulation is read, and the loop has a default")
 def _accumulation_not_wired() -> None:
     plant(train, "LoopPlan", lambda right, **given: right(**{**given, "accumulation": 1}))
+
+
+@fault("A002f", "config.ratio_not_wired", real="", what="how much faster B moves is read and never passed on")
+def _ratio_not_wired() -> None:
+    for room in ("finetune.pipeline", "finetune.verify.trainers.ours"):
+        plant(import_module(room), "Optimization", lambda right, decay, most, **named: right(decay, most))
 
 
 @fault("A003", "config.zero_is_false", real="torchtune #186", what="a setting that is 0 counts as not set")
