@@ -27,10 +27,10 @@ def laws_page() -> str:
     lines = [
         "# The laws",
         "",
-        "Made from the code by `make docs`; the faults that each kills are those of the last campaign ([kill matrix]"
-        "(kill-matrix.md)). `ft verify --law ID` judges one.",
+        "Made from the code by `make docs`; the faults that each kills are those of the last campaign ([kill",
+        "matrix](kill-matrix.md)). `ft verify --law ID` judges one.",
         "",
-        f"{len(laws)} laws are held against cases that are drawn, {len(LAWS)} against stories that state machines tell.",
+        f"{len(laws)} laws are held against cases that are drawn, {len(LAWS)} against stories that machines tell.",
         "",
     ]
     for tier in (1, 2):
@@ -42,8 +42,8 @@ def laws_page() -> str:
     lines += [
         "## Laws of stories",
         "",
-        "State machines hold our own trainer to these in real processes that are killed, moved and spoilt; each failure",
-        "is a story that `ft replay` tells again. The oracle is a run of the same task that nobody disturbed.",
+        "State machines hold our own trainer to these in real processes that are killed, moved and spoilt; each",
+        "failure is a story that `ft replay` tells again. The oracle is a run of the same task that nobody disturbed.",
         "",
         "| law | statement | ability |",
         "|---|---|---|",
@@ -93,14 +93,16 @@ def kill_matrix_page() -> str:
     lines = [
         "# Kill matrix",
         "",
-        "Each fault is one that somebody's trainer really had. It is planted in our own, in a process of its own, and the",
-        "laws are judged, cheapest first. Made by `make docs` from `docs/evidence/proof.json`, which",
-        f"`ft prove --tier {proof['tier']} --seeds {clean}` wrote; its page, `proof.html`, has the matrix as a picture.",
+        "Each fault is one that somebody's trainer really had. It is planted in our own, in a process of its own, and",
+        "the laws are judged, cheapest first. Made by `make docs` from `docs/evidence/proof.json`, which",
+        f"`ft prove --tier {proof['tier']} --seeds {clean}` wrote; its page has the [matrix as a",
+        "picture](evidence/proof.html).",
         "",
-        f"- **{counts['killed']} of {total}** faults are killed ({counts['killed'] / total:.1%}), by {len(proof['laws'])} "
-        f"laws of tier {proof['tier']}; {counts['survived']} survived, {counts['inert']} changed nothing that is asked.",
-        f"- **{len(proof['false_alarms'])} of {clean}** runs without a fault were called broken: with 95 % confidence at",
-        f"  most {bound:.1%} of such runs are.",
+        f"- **{counts['killed']} of {total}** faults are killed ({counts['killed'] / total:.1%}), by",
+        f"  {len(proof['laws'])} laws of tier {proof['tier']}; {counts['survived']} survived,",
+        f"  {counts['inert']} changed nothing that is asked.",
+        f"- **{len(proof['false_alarms'])} of {clean}** runs without a fault were called broken: with 95 %",
+        f"  confidence at most {bound:.1%} of such runs are.",
         f"- All of it took {proof['seconds'] / 60:.0f} minutes on the machine where it was measured.",
         "",
         "| fault | what goes wrong | seen in | killed by |",
@@ -120,9 +122,10 @@ def findings_page() -> str:
     lines = [
         "# Findings",
         "",
-        "What the suite said of other people's trainers, on one machine, with the versions named. Made by `make docs` from",
-        "what `ft verify --output` wrote into `docs/evidence/`. Only what was run is told. A law that is broken is a",
-        "difference between a trainer and a sentence; where its makers might say that they mean it so, the note says so.",
+        "What the suite said of other people's trainers, on one machine, with the versions named. Made by `make",
+        "docs` from what `ft verify --output` wrote into `docs/evidence/`. Only what was run is told. A law that is",
+        "broken is a difference between a trainer and a sentence; where its makers might say that they mean it so, the",
+        "note says so.",
         "",
     ]
     for path in sorted(EVIDENCE.glob("*/verification.json")):
@@ -137,7 +140,8 @@ def _subject(path: Path, notes: Mapping[str, str]) -> list[str]:
     lines = [
         f"## {found['subject']}",
         "",
-        f"{versions}; {found['machine']}; tier {found['tier']}, seed {found['seed']}, {found['seconds']:.0f} s: {counts}.",
+        f"{versions}; {found['machine']}; tier {found['tier']}, seed {found['seed']}, {found['seconds']:.0f} s:",
+        f"{counts}.",
         "",
     ]
     for judgement in found["laws"]:

@@ -15,10 +15,10 @@ from finetune.records import Conversation
 from finetune.templates.catalog import TemplateSource
 from finetune.templates.render import ChatTemplate
 from finetune.templates.sandbox import compile_template
+from finetune.verify.suite.modelfile_reader import read_modelfile
 from finetune_strategies.conversations import conversations, texts
 from finetune_strategies.profiles import examples
 from finetune_strategies.templates import BOS, CONTROL_TOKENS, EOS, TemplateCase, templates_with_conversations
-from properties.modelfile_reader import read_modelfile
 from properties.real_templates import REAL
 
 PIECES = ('"""', '"', '""', "\n", "\r", "\r\n", " ", "\t", "FROM x", "SYSTEM y", "PARAMETER stop z", "#", "{{", "\0")

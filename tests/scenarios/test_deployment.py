@@ -27,8 +27,8 @@ from finetune.deploy.llama_server import LlamaServer, llama_server
 from finetune.deploy.ollama import Ollama
 from finetune.deployment import deploy_llama_cpp, deploy_ollama
 from finetune.errors import DeploymentError, OutputError, StorageError
+from finetune.verify.suite.modelfile_reader import read_modelfile
 from finetune_strategies.scratch import lasting_folder
-from properties.modelfile_reader import read_modelfile
 from scenarios.ollama_stand_in import Model, Spoken, StandIn, running
 
 pytestmark = pytest.mark.tier2

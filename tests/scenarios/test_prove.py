@@ -9,7 +9,7 @@ import pytest
 from finetune.errors import UsageError
 from finetune.verify.doors.door import About, InsideDoor
 from finetune.verify.faults.fault import Fault, faults, plant, reached
-from finetune.verify.prove.campaign import Proof, by_stage, chosen_faults, fate_of, prove, run_jobs
+from finetune.verify.prove.campaign import Proof, Spread, by_stage, chosen_faults, fate_of, prove, run_jobs
 from finetune.verify.prove.job import Job, MarkingDoor, Planted, run_job
 
 LAWS = ("batches.cover", "mask.answers")
@@ -102,20 +102,25 @@ def test_planting_that_hangs_is_ended() -> None:
     assert "did not end within" in done.trouble
 
 
+def test_no_more_laws_are_asked_than_enough() -> None:
+    """When enough laws have caught a fault, the others are not asked."""
+    done = run_job(Job(fault="A027", laws=LAWS, enough=1))
+    assert list(done.words) == ["batches.cover"]
+
+
 def test_campaign_is_the_same_on_ray() -> None:
     """Spread over a local Ray cluster the campaign comes to the same."""
     pytest.importorskip("ray", reason="needs Ray: pip install 'finetune-suite[ray]'")
     jobs = [Job(laws=LAWS), Job(fault="A027", laws=LAWS)]
-    there, here = (list(run_jobs(jobs, engine, 1)) for engine in ("ray", "processes"))  # type: ignore[arg-type]
+    there, here = (list(run_jobs(jobs, spread)) for spread in (Spread("ray"), Spread()))
     assert [each.words for each in there] == [each.words for each in here]
     assert [each.answers for each in there] == [each.answers for each in here]
 
 
-def test_campaign_tells_of_each_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_campaign_tells_of_each_fault() -> None:
     """A small campaign, whole: a clean run, one fault, and what each came to."""
     told: list[str] = []
-    monkeypatch.setattr("finetune.verify.prove.campaign.chosen_laws", lambda tier: ())
-    found = prove(chosen_faults(["A027"]), seeds=1, tell=told.append)
+    found = prove(chosen_faults(["A027"]), seeds=1, enough=1, tell=told.append)
     assert told[0] == "clean, seed 0: holds"
     assert told[1].startswith("A027 data.last_batch_dropped: killed by batches.cover")
     assert found.passes

@@ -46,6 +46,19 @@ class TokenRows(Answer):
     dropped: dict[str, int] = Field(default_factory=dict)
 
 
+class TokenIds(Answer):
+    """`prompt`: the ids that a model is asked with; `stops`: those that end its answers."""
+
+    ids: Ids
+
+
+class Split(Answer):
+    """`split`: the rows that are trained on and those that are held out, by their numbers from 0."""
+
+    train: list[Count]
+    held_out: list[Count]
+
+
 class MicroBatch(Answer):
     """What goes through the model at once, padding and all; each list has a list for each sequence.
 
@@ -73,7 +86,10 @@ class Epochs(Answer):
 
 
 class Loss(Answer):
-    """`loss`: what the trainer reports for a batch, in nats a token; `count`: over how many, where it says so."""
+    """`loss`: what the trainer reports for a batch, in nats a token; `count`: over how many, where it says so.
+
+    `packed_loss` likewise, of sequences that several rows share.
+    """
 
     loss: float
     count: Count | None = None
@@ -119,13 +135,15 @@ class Weights(Answer):
 
 
 class Logits(Answer):
-    """`logits`: a file with the logits after each token of each prompt, (tokens, vocabulary), keyed "0", "1", ..."""
+    """`logits`, `logits_with`: a file with the logits after each token of each prompt, (tokens, vocabulary), keyed
+    "0", "1", ...
+    """
 
     file: str
 
 
 class Folder(Answer):
-    """`merge`: the model folder that was written."""
+    """`merge`, `merge_as`: the model folder that was written."""
 
     folder: str
 
@@ -149,12 +167,80 @@ class Accepted(Answer):
     effective: dict[str, object] = Field(default_factory=dict)
 
 
+class Names(Answer):
+    """`trainable`: the tensors that training would change, by the names that PEFT's files give them."""
+
+    names: list[str]
+
+
+class Exported(Answer):
+    """`describe_export`: what a GGUF file is to hold, without the file.
+
+    Attributes:
+        metadata: its keys.
+        file: every weight as the file has it, by the model's own names, in a safetensors file.
+    """
+
+    metadata: dict[str, object]
+    file: str
+
+
+class Planned(Answer):
+    """`plan_export`: a GGUF file as it will be written: its keys, and the shape of each tensor by GGUF's name."""
+
+    metadata: dict[str, object]
+    tensors: dict[str, list[int]]
+
+
+class Served(Answer):
+    """`serving`: what is left for Ollama: the recipe's file, and the chat template in its language."""
+
+    modelfile: str
+    template: str
+
+
+class Estimated(Answer):
+    """`estimate`: for LoRA how many numbers are trained, and the bytes of each part and in total, as expected."""
+
+    trainable: Count
+    parts: dict[str, Count]
+    total: Count
+
+
+class Kept(Answer):
+    """`keep_checkpoints`: for each order what was found, or why it was refused, and what is listed in the end.
+
+    Attributes:
+        found: of a checkpoint that was opened its content, of anything else "".
+        refused: the words of what was refused, "" for what was done.
+    """
+
+    found: list[str]
+    refused: list[str]
+    listed: list[int]
+
+
+class Content(Answer):
+    """`replace_file`: what a file holds in the end, and whether it was said that it could not be written."""
+
+    text: str
+    refused: bool
+
+
+class Done(Answer):
+    """`check_room`: there is nothing to say."""
+
+
 ANSWERS: dict[str, type[Answer]] = {
     "configure": Accepted,
     "render": Rendered,
     "tokenize": TokenRows,
+    "prompt": TokenIds,
+    "stops": TokenIds,
+    "split": Split,
     "batches": Epochs,
     "loss": Loss,
+    "packed_loss": Loss,
     "gradient": Gradient,
     "train": Course,
     "resume": Course,
@@ -165,5 +251,18 @@ ANSWERS: dict[str, type[Answer]] = {
     "merge": Folder,
     "export": File,
     "generate": Generated,
+    "trainable": Names,
+    "merge_as": Folder,
+    "describe_export": Exported,
+    "plan_export": Planned,
+    "serving": Served,
+    "render_served": Rendered,
+    "estimate": Estimated,
+    "keep_checkpoints": Kept,
+    "replace_file": Content,
+    "check_room": Done,
+    "load_config": Accepted,
+    "logits_with": Logits,
+    "train_from": Course,
 }
 """Each ability, with what an answer to it looks like."""

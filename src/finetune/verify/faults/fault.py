@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-_MODULES: tuple[str, ...] = ()
+_MODULES: tuple[str, ...] = (
+    "finetune.verify.faults.config_faults",
+    "finetune.verify.faults.data_faults",
+    "finetune.verify.faults.template_faults",
+    "finetune.verify.faults.mask_faults",
+    "finetune.verify.faults.batch_faults",
+)
 """Where faults stand, stage by stage; each names itself when its module is read."""
 
 

@@ -15,8 +15,23 @@ from finetune.verify.suite.trainer import Trainer
 Tier = Literal[1, 2]
 Check = Callable[[Trainer, Any], None]
 _MODULES = (
+    "finetune.verify.suite.config_laws",
+    "finetune.verify.suite.data_laws",
+    "finetune.verify.suite.mask_laws",
+    "finetune.verify.suite.packing_laws",
     "finetune.verify.suite.template_laws",
     "finetune.verify.suite.batch_laws",
+    "finetune.verify.suite.chance_laws",
+    "finetune.verify.suite.loss_laws",
+    "finetune.verify.suite.schedule_laws",
+    "finetune.verify.suite.resume_laws",
+    "finetune.verify.suite.adapter_laws",
+    "finetune.verify.suite.merge_laws",
+    "finetune.verify.suite.export_laws",
+    "finetune.verify.suite.serve_laws",
+    "finetune.verify.suite.evaluate_laws",
+    "finetune.verify.suite.memory_laws",
+    "finetune.verify.suite.safety_laws",
     "finetune.verify.suite.mask_padding_laws",
     "finetune.verify.suite.model_file_laws",
     "finetune.verify.suite.second_run_laws",

@@ -16,6 +16,7 @@ from finetune.assembly.observe import held_out_batches, observe
 from finetune.assembly.prepare import Prepared, prepare
 from finetune.assembly.record import run_owner
 from finetune.assembly.run import Run
+from finetune.assembly.saved import save_trained
 from finetune.assembly.train import claim_resumed, steps_of, train_run
 from finetune.backends import open_backend
 from finetune.config import LoadedConfig, dump_plan, flatten, load_config, resolve_processes
@@ -28,6 +29,9 @@ from finetune.records import Batch, Conversation, Message, Optimization, Tokeniz
 from finetune.training.loop import LoopPlan, mean_loss, train
 from finetune.verify.doors.door import About, InsideDoor
 from finetune.verify.doors.serving import serve
+from finetune.verify.trainers.ours_files import look_after
+from finetune.verify.trainers.ours_results import hand_on, put_weights
+from finetune.verify.trainers.ours_rows import line_of, row_handlers
 
 Given = Mapping[str, Any]
 Handler = Callable[..., dict[str, Any]]
@@ -59,6 +63,9 @@ class OurTrainer:
             "adapter_weights": self.adapter_weights,
             "logits": self.logits,
             "generate": self.generate,
+            **row_handlers(self),
+            **hand_on(self),
+            **look_after(self),
         }
 
     def configure(self, model: str, settings: Given) -> dict[str, Any]:
@@ -77,7 +84,8 @@ class OurTrainer:
         """Rows as they are trained on."""
         prepared = self._prepared(model, settings, rows)
         found = [
-            {"row": _line(row.where), "ids": list(row.ids), "targets": list(row.trained)} for row in prepared.train.rows
+            {"row": line_of(row.where), "ids": list(row.ids), "targets": list(row.trained)}
+            for row in prepared.train.rows
         ]
         return {"rows": found, "dropped": dict(prepared.train.counts.dropped)}
 
@@ -99,12 +107,19 @@ class OurTrainer:
         value, count = mean_loss(self._asked(model, settings, adapter), [Batch(_rows(batch))])
         return {"loss": value, "count": count}
 
-    def gradient(self, model: str, settings: Given, micro: Sequence[Sequence[Given]]) -> dict[str, Any]:
-        """The norms that the training loop measures in its first step; so many batches are added up."""
+    def gradient(
+        self, model: str, settings: Given, micro: Sequence[Sequence[Given]], start: str | None = None
+    ) -> dict[str, Any]:
+        """The norms that the training loop measures in its first step; so many batches are added up.
+
+        With `start`, the file of an adapter's weights, it is the gradient there (of the oracle alone).
+        """
         rows = [_rows(batch) for batch in micro]
         given = {**settings, "training.accumulation": len(rows), "training.max_steps": 1}
         prepared = self._prepared(model, given, [{"prompt": "a", "completion": "b"}])
         session = self._fresh(prepared)
+        if start is not None:
+            put_weights(session, start)
         window = [Batch(each) for each in rows]
         plan = LoopPlan(1, len(window), 1e-3, 0, "constant", 1)
         told: dict[str, Any] = {}
@@ -152,7 +167,8 @@ class OurTrainer:
     def adapter_weights(self, model: str, adapter: str) -> dict[str, Any]:
         """What is in an adapter's folder, which is PEFT's own format."""
         settings = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
-        return {"file": str(Path(adapter) / WEIGHTS), "scale": settings["lora_alpha"] / settings["r"]}
+        rank = settings["r"] ** 0.5 if settings["use_rslora"] else settings["r"]
+        return {"file": str(Path(adapter) / WEIGHTS), "scale": settings["lora_alpha"] / rank}
 
     def logits(
         self, model: str, settings: Given, prompts: Sequence[Sequence[int]], adapter: str | None = None
@@ -175,9 +191,9 @@ class OurTrainer:
         return Path(tempfile.mkdtemp(dir=self.scratch))
 
     def _data(self, rows: Sequence[Given]) -> Path:
+        """A file of these rows; the same rows lie in the same file, for a run knows its data by its name, too."""
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        # The same rows are the same file: a run that goes on is held to the place of its data.
-        path = self.scratch / f"rows-{sha256(text.encode()).hexdigest()[:16]}.jsonl"
+        path = self.scratch / f"rows-{sha256(text.encode()).hexdigest()[:32]}.jsonl"
         if not path.exists():
             write_text(path, text)
         return path
@@ -198,7 +214,8 @@ class OurTrainer:
         training, model = prepared.plan.config.training, prepared.plan.config.model
         session = self.backend.open(prepared.location, model.dtype, prepared.encoder.tokenizer.pad_id, device="cpu")
         session.attach(prepared.target, training.seed)
-        session.prepare_updates(Optimization(training.weight_decay, training.max_grad_norm))
+        ratio = training.lora_plus_ratio
+        session.prepare_updates(Optimization(training.weight_decay, training.max_grad_norm, lora_plus_ratio=ratio))
         return session
 
     def _asked(self, model: str, settings: Given, adapter: str | None) -> Session:
@@ -227,7 +244,7 @@ class OurTrainer:
             claim_resumed(run, owner)
             session = self._fresh(prepared)
             train_run(run, session, observe(session, prepared), owner)
-            write_folder(place.adapter, session.save_adapter)
+            write_folder(place.adapter, lambda folder: save_trained(prepared, session, folder))
             adapter = str(place.adapter)
         except _StoppedError:
             pass
@@ -271,11 +288,6 @@ def inside(backend: str, scratch: Path) -> InsideDoor:
     trainer = OurTrainer(backend, scratch)
     about = About(f"finetune with {backend}", trainer.backend.versions(), dict.fromkeys(trainer.handlers, ""))
     return InsideDoor(about, trainer.handlers, [FineTuneError])
-
-
-def _line(where: str) -> int:
-    """The number of a row, from 0, by the place it was read at."""
-    return int(where.rpartition(":")[2]) - 1
 
 
 def _rows(batch: Sequence[Given]) -> tuple[Tokenized, ...]:

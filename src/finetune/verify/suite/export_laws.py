@@ -1,0 +1,376 @@
+"""Laws of GGUF: keys and weights are what the model's own files say, in the order in which llama.cpp reads them."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from hypothesis import strategies as st
+from pydantic import Field
+from safetensors.numpy import load_file, save_file
+
+from finetune.verify.doors.answers import Exported, Planned
+from finetune.verify.recipes import FEWEST_WORDS, ModelRecipe, Recipe
+from finetune.verify.suite.cases import PLAIN, TINY, rows_of
+from finetune.verify.suite.catalogue import law
+from finetune.verify.suite.learned import MODELS, WIDE, Learned, adapter_of, altered, refused, train, weights_of
+from finetune.verify.suite.trainer import Tensors, Trainer
+from finetune.verify.suite.verdicts import hold
+
+_WEIGHTS = "model.safetensors"
+_GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+_BYTES = {**_GPT2, "use_regex": False}
+_DIGITS = {"type": "Digits", "individual_digits": True}
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _cut(pattern: str) -> dict[str, Any]:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, _BYTES]}
+
+
+_CUTS: Mapping[str, tuple[dict[str, Any], str]] = {
+    "GPT-2's": (_GPT2, "gpt-2"),
+    "Qwen2's": (_cut(_QWEN2), "qwen2"),
+    "SmolLM's": ({"type": "Sequence", "pretokenizers": [_DIGITS, _GPT2]}, "smollm"),
+    "nobody's": (_cut(r"\p{L}+|\p{N}{1,2}|[^\p{L}\p{N}]"), ""),
+    "nearly Qwen2's": (_cut(_QWEN2.replace(r"\p{N}|", r"\p{N}{1,2}|", 1)), ""),
+}  # fmt: skip
+
+
+def _model(trainer: Trainer, recipe: ModelRecipe) -> Path:
+    """A model whose config names its activation, as every model's that is handed around does."""
+    return altered(trainer, trainer.model(recipe), {"hidden_act": "silu"})
+
+
+def _described(trainer: Trainer, model: Path, **more: Any) -> tuple[Mapping[str, Any], Tensors]:
+    found = trainer.ask("describe_export", Exported, model=model, settings=PLAIN, **more)
+    return found.metadata, trainer.tensors(found.file)
+
+
+def _neighbours(rows: Any, heads: int) -> Any:
+    """The rows of each head in the order 0, half, 1, half + 1, ...: row by row, as llama.cpp turns them."""
+    size = len(rows) // heads
+    order = [head * size + half * (size // 2) + pair for head in range(heads) for pair in range(size // 2)
+             for half in (0, 1)]  # fmt: skip
+    return rows[order]
+
+
+class Written(Recipe):
+    """A model that is written as GGUF."""
+
+    model: ModelRecipe = TINY
+
+
+_WRITTEN = st.builds(Written, model=st.sampled_from([WIDE, TINY, ModelRecipe(heads=6, kv_heads=2, head_size=6)]))
+
+
+@law(
+    "export.weights",
+    "A GGUF file holds every weight with its own shape; of queries and keys alone the rows are in another order.",
+    needs=["describe_export"],
+    oracle="the rows of each head written down one by one, as llama.cpp turns neighbours",
+    cases=_WRITTEN,
+    examples=4,
+)
+def weights_are_the_models(trainer: Trainer, case: Written) -> None:
+    """Each weight of the model's files."""
+    model = _model(trainer, case.model)
+    _, found = _described(trainer, model)
+    for name, weight in load_file(model / _WEIGHTS).items():
+        heads = {"q_proj": case.model.heads, "k_proj": case.model.kv_heads}.get(name.split(".")[-2], 0)
+        wanted = _neighbours(weight, heads) if heads else weight
+        there = found.get(name)
+        hold(there is not None and there.shape == wanted.shape, expected=f"{name} {wanted.shape}",
+             got=None if there is None else there.shape)  # fmt: skip
+        hold(np.array_equal(there, wanted), expected=f"{name}: {wanted.ravel()[:3]}", got=there)
+
+
+@law(
+    "export.adapted",
+    "A GGUF file of a run holds its base's weights with the adapter in them.",
+    needs=["describe_export", "train", "adapter_weights"],
+    oracle="W + s B A in float64",
+    cases=st.builds(Learned, rows=rows_of(1, 1), kind=st.sampled_from(["of two layers", "lora"])),
+    examples=2,
+    cost=3,
+)
+def adapter_is_in_the_export(trainer: Trainer, case: Learned) -> None:
+    """The values of one that is not turned, and that every one differs from the base's."""
+    model = _model(trainer, case.model)
+    adapter = adapter_of(train(trainer, model, case.settings, case.values))
+    told, parts = weights_of(trainer, model, adapter)
+    (_, plain), (_, found) = _described(trainer, model), _described(trainer, model, adapter=adapter)
+    for name in [name for name in parts if ".lora_A." in name]:
+        stem = name.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
+        path = f"{stem}.weight"
+        hold(
+            not np.allclose(found[path], plain[path], atol=1e-6), expected=f"{path} with the adapter", got="the base's"
+        )
+        if not stem.endswith(("q_proj", "k_proj")):
+            grown = plain[path] + told.scale * (parts[name.replace("lora_A", "lora_B")] @ parts[name])
+            off = float(np.abs(found[path] - grown).max())
+            hold(off <= 1e-4, expected=f"{path} as base and adapter", got=f"off by {off:.3g}")
+
+
+class Turned(Recipe):
+    """The base of the rotation and its scaling."""
+
+    theta: Annotated[float, Field(gt=1)]
+    factor: Annotated[float, Field(ge=1)]
+    kind: Annotated[str, Field(pattern="default|linear|yarn|llama3")]
+    older: bool
+
+
+@law(
+    "export.rope",
+    "How positions turn queries and keys is written as the config says it, in its older words and in its newer ones.",
+    needs=["describe_export"],
+    oracle="the config itself; of Llama 3's scaling, that the shortest wave stays and the longest is divided",
+    cases=st.builds(
+        Turned,
+        theta=st.sampled_from([5e5, 1e4]),
+        factor=st.sampled_from([8.0, 2.0]),
+        kind=st.sampled_from(["linear", "llama3", "yarn", "default"]),
+        older=st.booleans(),
+    ),
+    examples=10,
+)
+def rotation_is_the_configs(trainer: Trainer, case: Turned) -> None:
+    """The keys of the rotation, and the factors of its frequencies."""
+    scaling: dict[str, Any] = {"rope_type": case.kind, "factor": case.factor}
+    if case.kind in ("yarn", "llama3"):
+        scaling |= {"original_max_position_embeddings": 64}
+    if case.kind == "llama3":
+        scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if case.kind == "default":
+        scaling = {"rope_type": "default"}
+    said = {"rope_parameters": {**scaling, "rope_theta": case.theta}}
+    if case.older:
+        said = {"rope_scaling": scaling if case.kind != "default" else {}, "rope_theta": case.theta}
+    model = altered(trainer, _model(trainer, ModelRecipe(head_size=16)), said)
+    keys, found = _described(trainer, model)
+    hold(keys.get("llama.rope.freq_base") == case.theta, expected=case.theta, got=keys.get("llama.rope.freq_base"))
+    told = {name: keys.get(f"llama.rope.scaling.{name}") for name in ("type", "factor")}
+    wanted = {"type": case.kind, "factor": case.factor} if case.kind in ("linear", "yarn") else dict.fromkeys(told)
+    hold(told == wanted, expected=wanted, got=told)
+    if case.kind == "yarn":
+        original = keys.get("llama.rope.scaling.original_context_length")
+        hold(original == 64, expected="an original context of 64", got=original)
+    factors = found.get("rope_freqs.weight")
+    if case.kind == "llama3":
+        ends = None if factors is None else (float(factors[0]), float(factors[-1]))
+        last = 2 * math.pi * case.theta ** (14 / 16)
+        assert last > 64, "the longest wave is longer than the original context"
+        hold(ends == (1.0, case.factor), expected=(1.0, case.factor), got=ends)
+    else:
+        hold(factors is None, expected="no factors of frequencies", got=factors)
+
+
+class Words(Recipe):
+    """How many rows the table has beyond the tokens, and how many tokens there are beyond its rows."""
+
+    spare: Annotated[int, Field(ge=0, le=9)] = 0
+    excess: Annotated[int, Field(ge=0, le=3)] = 0
+
+
+@law(
+    "export.vocabulary",
+    "Every row of the embedding has its token in the file, with its text; what the model lacks is not made up.",
+    needs=["describe_export"],
+    oracle="tokenizer.json itself",
+    cases=st.sampled_from([Words(), Words(spare=7), Words(excess=1), Words(spare=2)]),
+    examples=6,
+)
+def vocabulary_is_the_tokenizers(trainer: Trainer, case: Words) -> None:
+    """Texts and types of all tokens, the ids with a task, and the chat template."""
+    model = altered(trainer, _model(trainer, ModelRecipe(vocabulary=FEWEST_WORDS + case.spare)), {})
+    tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    words = {number: word for word, number in tokenizer["model"]["vocab"].items()}
+    for number in range(case.excess):
+        added = {**tokenizer["added_tokens"][0], "id": FEWEST_WORDS + number, "content": f"<|more{number}|>"}
+        tokenizer["added_tokens"].append(added)
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    asked = refused(lambda: _described(trainer, model))
+    if case.excess:
+        hold(asked is None, expected="more tokens than rows are refused", got="an answer")
+        return
+    hold(asked is not None, expected="an answer", got="a refusal")
+    assert asked is not None
+    keys = asked[0]
+    texts: Any = keys.get("tokenizer.ggml.tokens") or []
+    hold(len(texts) == FEWEST_WORDS + case.spare, expected=f"{FEWEST_WORDS + case.spare} tokens", got=len(texts))
+    odd = [number for number, word in words.items() if texts[number] != word]
+    hold(not odd and len(set(texts)) == len(texts), expected="each token's own text", got=[texts[each] for each in odd])
+    types: Any = keys.get("tokenizer.ggml.token_type") or []
+    for token in tokenizer["added_tokens"]:
+        hold(types[token["id"]] == 3, expected=f"{token['content']} is a control token", got=types[token["id"]])
+    control = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    wanted = {"eos": control["</s>"], "padding": control["<|pad|>"], "bos": control["</s>"]}
+    told = {name: keys.get(f"tokenizer.ggml.{name}_token_id") for name in wanted}
+    hold(told == wanted, expected=wanted, got=told)
+    adds = keys.get("tokenizer.ggml.add_bos_token")
+    hold(adds is False, expected="no begin-of-text token is put in front of text", got=adds)
+    template = (model / "chat_template.jinja").read_text(encoding="utf-8")
+    found = keys.get("tokenizer.chat_template")
+    hold(str(found).endswith(template), expected="the model's chat template", got=found)
+
+
+class Cut(Recipe):
+    """How text is cut before it is merged."""
+
+    by: str
+
+
+@law(
+    "export.pre_tokenizer",
+    "The pre-tokenizer that is named cuts text as the model's own does; one that llama.cpp lacks is refused.",
+    needs=["describe_export"],
+    oracle="the patterns behind llama.cpp's names, as its llama-vocab.cpp has them",
+    cases=st.builds(Cut, by=st.sampled_from(list(_CUTS))),
+    examples=6,
+)
+def pre_tokenizer_is_read(trainer: Trainer, case: Cut) -> None:
+    """The name, or that it is refused."""
+    model = altered(trainer, _model(trainer, TINY), {})
+    tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    cuts, name = _CUTS[case.by]
+    (model / "tokenizer.json").write_text(json.dumps({**tokenizer, "pre_tokenizer": cuts}), encoding="utf-8")
+    found = refused(lambda: _described(trainer, model))
+    told = "" if found is None else found[0].get("tokenizer.ggml.pre")
+    hold(told == name, expected=name or "a refusal", got=told or "a refusal")
+
+
+@law(
+    "export.shards",
+    "A model in several files is the model in one.",
+    needs=["describe_export"],
+    oracle="the same weights in one file",
+    cases=_WRITTEN,
+    examples=2,
+)
+def shards_are_one_model(trainer: Trainer, case: Written) -> None:
+    """Each weight, from two files and from one."""
+    whole = _model(trainer, case.model)
+    model = altered(trainer, whole, {})
+    tensors = load_file(model / _WEIGHTS)
+    (model / _WEIGHTS).unlink()
+    places = {}
+    for number, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), start=1):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in names}, model / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(names, file)
+    index = {"metadata": {}, "weight_map": places}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (_, found), (_, wanted) = _described(trainer, model), _described(trainer, whole)
+    hold(found.keys() == wanted.keys(), expected=sorted(wanted), got=sorted(found))
+    odd = [name for name in wanted if not np.array_equal(found[name], wanted[name])]
+    hold(not odd, expected="the weights of both files", got=odd)
+
+
+@law(
+    "export.packed",
+    "Weights that are packed are not taken for plain numbers.",
+    needs=["describe_export"],
+    oracle="a model whose numbers are packed in whole words, with scales and biases beside them",
+    cases=_WRITTEN,
+    examples=2,
+)
+def packed_weights_are_refused(trainer: Trainer, case: Written) -> None:
+    """One matrix is packed as mlx-lm does it."""
+    model = altered(trainer, _model(trainer, case.model), {"quantization": {"group_size": 32, "bits": 4}})
+    tensors = load_file(model / _WEIGHTS)
+    path = "model.layers.0.mlp.gate_proj"
+    rows = len(tensors[f"{path}.weight"])
+    tensors[f"{path}.weight"] = np.ones((rows, 4), np.uint32)
+    tensors |= {f"{path}.{part}": np.ones((rows, 1), np.float32) for part in ("scales", "biases")}
+    save_file(tensors, model / _WEIGHTS, metadata={"format": "pt"})
+    found = refused(lambda: _described(trainer, model))
+    hold(found is None, expected="a refusal", got="an answer with packed numbers as weights")
+
+
+class Nothing(Recipe):
+    """A setting that the config says is nothing."""
+
+    key: str
+
+
+@law(
+    "export.nulls",
+    "A setting that is null in a model's config is one that it does not say.",
+    needs=["describe_export"],
+    oracle="the same config without it",
+    cases=st.builds(
+        Nothing,
+        key=st.sampled_from(["quantization_config", "rope_scaling", "architectures", "sliding_window", "quantization"]),
+    ),
+    examples=5,
+)
+def null_is_not_said(trainer: Trainer, case: Nothing) -> None:
+    """The keys of the file."""
+    model = _model(trainer, TINY)
+    (found, _), (wanted, _) = _described(trainer, altered(trainer, model, {case.key: None})), _described(trainer, model)
+    odd = {key: found.get(key) for key in wanted if key != "general.name" and found.get(key) != wanted[key]}
+    hold(not odd, expected={key: wanted[key] for key in odd}, got=odd)
+
+
+class Typed(Learned):
+    """The type in which most of a file is kept."""
+
+    outtype: Annotated[str, Field(pattern="f32|f16|q8_0|q4_k_m")]
+
+
+_TYPED = st.builds(
+    Typed, rows=rows_of(1, 1), model=MODELS, outtype=st.sampled_from(["f16", "q8_0", "f32"]), kind=st.just("lora")
+)
+
+
+@law(
+    "export.types",
+    "Whatever type a file keeps its weights in, it says the same of the model and holds every weight.",
+    needs=["plan_export"],
+    oracle="the file of 32 bits a weight",
+    cases=_TYPED,
+    examples=4,
+    tier=2,
+)
+def types_change_no_words(trainer: Trainer, case: Typed) -> None:
+    """All keys but the type's own, and the names and shapes of the tensors."""
+    model = _model(trainer, case.model)
+    found, wanted = (
+        trainer.ask("plan_export", Planned, model=model, settings=PLAIN, outtype=each) for each in (case.outtype, "f32")
+    )
+    own = ("general.file_type",)
+    odd = {key for key in wanted.metadata if key not in own and found.metadata.get(key) != wanted.metadata[key]}
+    hold(not odd, expected={key: wanted.metadata[key] for key in odd}, got=[found.metadata.get(key) for key in odd])
+    hold(found.tensors == wanted.tensors, expected=wanted.tensors, got=found.tensors)
+    count = len(load_file(model / _WEIGHTS))
+    hold(len(found.tensors) == count, expected=f"{count} tensors", got=len(found.tensors))
+
+
+@law(
+    "export.alone",
+    "A file of an adapter alone holds A and B of its layers, and nothing of the base.",
+    needs=["plan_export", "train", "adapter_weights"],
+    oracle="the adapter's own tensors",
+    cases=_TYPED,
+    examples=3,
+    tier=2,
+    cost=3,
+)
+def adapter_alone_holds_itself(trainer: Trainer, case: Typed) -> None:
+    """The names and the number of the tensors."""
+    model = _model(trainer, case.model)
+    adapter = adapter_of(train(trainer, model, case.settings, case.values))
+    _, parts = weights_of(trainer, model, adapter)
+    given = {"model": model, "settings": case.settings, "outtype": case.outtype, "adapter": adapter, "alone": True}
+    found = trainer.ask("plan_export", Planned, **given)
+    odd = [name for name in found.tensors if not name.endswith((".lora_a", ".lora_b"))]
+    hold(not odd, expected="A and B alone", got=odd)
+    shapes = sorted(map(list, found.tensors.values()))
+    wanted = sorted(list(tensor.shape) for tensor in parts.values())
+    hold(shapes == wanted, expected=wanted, got=shapes)

@@ -1,0 +1,235 @@
+"""Laws of what others may hand to a trainer: nothing in a file is executed, and nothing outside a folder is touched."""
+
+import contextlib
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from hypothesis import strategies as st
+from pydantic import Field
+from safetensors.numpy import load_file, save_file
+
+from finetune.verify.doors.answers import Accepted, Course, Rendered
+from finetune.verify.doors.door import SubjectError
+from finetune.verify.recipes import ModelRecipe, Recipe
+from finetune.verify.suite.cases import PLAIN, TINY, Rows, rows_of
+from finetune.verify.suite.catalogue import law
+from finetune.verify.suite.learned import QUICK, adapter_of, altered, logits_of, marks, refused, train
+from finetune.verify.suite.trainer import Trainer
+from finetune.verify.suite.verdicts import hold
+
+_SHOWN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+_INSIDES = (
+    "{{ ''.__class__.__mro__ }}", "{{ messages.__class__.__base__.__subclasses__() }}",
+    "{{ cycler.__init__.__globals__ }}", "{{ self.__init__.__globals__ }}", "{{ ''['__class__'] }}",
+    "{{ ('%s' | attr('format')).__globals__ }}", "{{ raise_exception.__globals__ }}",
+)  # fmt: skip
+_COSTLY = (
+    "{{ 'a' * 9000000 }}", "{% for n in range(200000) %}a{% endfor %}", "{{ 2 ** 9999999 and '' }}",
+    "{{ '%9000000d' % 1 }}",
+)  # fmt: skip
+
+
+class Hostile(Recipe):
+    """A chat template that a stranger wrote."""
+
+    attack: str
+
+
+@law(
+    "safety.template",
+    "A template from a stranger can neither reach what lies behind its data nor take more than its messages call for.",
+    needs=["render"],
+    oracle="no chat template needs an attribute that begins with _, or millions of letters for two",
+    cases=st.builds(Hostile, attack=st.sampled_from([*_INSIDES, *_COSTLY])),
+    examples=11,
+)
+def hostile_template_is_refused(trainer: Trainer, case: Hostile) -> None:
+    """It is refused; an answer that says nothing of it will do as well."""
+    file = trainer.folder() / "hostile.jinja"
+    file.write_text(case.attack + _SHOWN, encoding="utf-8")
+    given = {"model": trainer.model(TINY), "settings": {**PLAIN, "template.name": str(file)}, "prompt": False}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    found = refused(lambda: trainer.ask("render", Rendered, messages=messages, **given))
+    if found is not None:
+        shown = found.text.partition("<|im_start|>")[0]
+        hold(case.attack in _INSIDES and not shown.strip(), expected=f"{case.attack} is refused", got=shown[:200])
+
+
+def _unseen(ask: Callable[[], Any], canary: Path, what: str) -> None:
+    """Ask, whatever comes of it, and see that nothing was executed."""
+    with contextlib.suppress(SubjectError):
+        refused(ask)
+    hold(not canary.exists(), expected=f"nothing in {what} is executed", got="it was")
+
+
+class _Bomb:
+    """What is called when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self._canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._canary,)
+
+
+class Pickled(Rows):
+    """Rows, and the file in whose place, or beside which, a pickle lies."""
+
+    name: str
+
+
+@law(
+    "safety.pickle",
+    "A pickle in an adapter or in a checkpoint, by whatever name, is never loaded.",
+    needs=["train", "resume", "logits"],
+    oracle="a file that would be there if it had been",
+    cases=st.builds(
+        Pickled,
+        rows=rows_of(1, 1),
+        name=st.sampled_from(["", "adapter_model.bin", "rng_state.pth", "optimizer.pt", "training_args.bin"]),
+    ),
+    examples=5,
+    cost=3,
+)
+def pickle_is_not_loaded(trainer: Trainer, case: Pickled) -> None:
+    """An empty name stands for every file that is there."""
+    canary, model = trainer.folder() / "canary", trainer.model(TINY)
+    bomb = pickle.dumps(_Bomb(canary))
+    folder = trainer.folder() / "run"
+    settings = {**QUICK, "training.save_every": 1, "training.epochs": 3.0}
+    given = {"model": model, "settings": settings, "rows": case.values}
+    begun = trainer.ask("train", Course, folder=folder, stop_after=1, **given)
+    adapter = Path(adapter_of(train(trainer, **given)))
+
+    def lay(place: Path) -> None:
+        within = [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]
+        for file in [(place if place.is_dir() else place.parent) / case.name] if case.name else within:
+            file.write_bytes(bomb)
+        for weights in place.rglob("*.safetensors") if case.name == "adapter_model.bin" else ():
+            weights.unlink()
+
+    lay(adapter)
+    _unseen(lambda: logits_of(trainer, "logits", model, adapter=str(adapter)), canary, "an adapter")
+    for checkpoint in begun.checkpoints.values():
+        lay(Path(checkpoint))
+    _unseen(lambda: trainer.ask("resume", Course, folder=folder), canary, "a checkpoint")
+
+
+class Elsewhere(Recipe):
+    """What an index names, or how a file leads elsewhere."""
+
+    kind: Annotated[str, Field(pattern="above|absolute|link")]
+
+
+@law(
+    "safety.files",
+    "The weights of a model are those in its folder: a name or a link that leads out of it is refused.",
+    needs=["logits"],
+    oracle="a folder that holds no weights has no answer",
+    cases=st.builds(Elsewhere, kind=st.sampled_from(["above", "absolute", "link"])),
+    examples=4,
+)
+def weights_lie_in_their_folder(trainer: Trainer, case: Elsewhere) -> None:
+    """The file lies in another folder."""
+    model = altered(trainer, trainer.model(TINY), {})
+    elsewhere = trainer.folder() / "other"
+    elsewhere.mkdir()
+    weights = elsewhere / "weights.safetensors"
+    shutil.move(model / "model.safetensors", weights)
+    if case.kind == "link":
+        (model / "model.safetensors").symlink_to(weights)
+    else:
+        name = str(weights) if case.kind == "absolute" else f"../../{elsewhere.parent.name}/other/weights.safetensors"
+        names = dict.fromkeys(load_file(weights), name)
+        index = {"metadata": {}, "weight_map": names}
+        (model / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+        # What looks for any weights at all finds some.
+        save_file({"unused": np.zeros(1, np.float32)}, model / "none.safetensors")
+    found = refused(lambda: logits_of(trainer, "logits", model))
+    hold(found is None, expected="a refusal", got="an answer computed from a file of another folder")
+
+
+class Code(Recipe):
+    """Which class a model's config names in a file of its own."""
+
+    name: str
+
+
+@law(
+    "safety.code",
+    "Code that lies beside a model is not executed.",
+    needs=["logits"],
+    oracle="a file that would be there if it had been",
+    cases=st.builds(Code, name=st.sampled_from(["AutoModelForCausalLM", "AutoConfig", "AutoTokenizer"])),
+    examples=3,
+)
+def code_is_not_executed(trainer: Trainer, case: Code) -> None:
+    """The config names it as transformers' configs name such code."""
+    canary = trainer.folder() / "canary"
+    model = altered(trainer, trainer.model(TINY), {"auto_map": {case.name: "modeling_own.Own"}})
+    text = f"from pathlib import Path\nPath({str(canary)!r}).touch()\nclass Own: pass\n"
+    (model / "modeling_own.py").write_text(text, encoding="utf-8")
+    _unseen(lambda: logits_of(trainer, "logits", model), canary, "a model's folder")
+
+
+class Configured(Recipe):
+    """What a configuration file says of an object to make."""
+
+    tag: str
+
+
+@law(
+    "safety.config",
+    "A configuration file makes no objects but plain values.",
+    needs=["load_config"],
+    oracle="a file that would be there if it had been",
+    cases=st.builds(Configured, tag=st.sampled_from(["apply:os.mkdir", "apply:subprocess.getoutput"])),
+    examples=2,
+)
+def config_makes_no_objects(trainer: Trainer, case: Configured) -> None:
+    """It asks YAML to call a function."""
+    canary = trainer.folder() / "canary"
+    word = str(canary) if "mkdir" in case.tag else f"touch {canary}"
+    file = trainer.folder() / "config.yaml"
+    file.write_text(f"model:\n  path: !!python/object/{case.tag} [{word!r}]\n", encoding="utf-8")
+    _unseen(lambda: trainer.ask("load_config", Accepted, file=str(file)), canary, "a configuration")
+
+
+class Linked(Rows):
+    """Which folder of a run is a link."""
+
+    name: str
+
+
+@law(
+    "safety.links",
+    "A run that is gone on with writes and removes nothing outside its folder.",
+    needs=["train", "resume"],
+    oracle="the files of another folder, before and after",
+    cases=st.builds(Linked, rows=rows_of(1, 1), name=st.sampled_from(["checkpoints", "adapter", "events.jsonl"])),
+    examples=3,
+    cost=3,
+)
+def links_are_not_followed(trainer: Trainer, case: Linked) -> None:
+    """A part of the run is moved elsewhere, and a link left in its place."""
+    folder, mine = trainer.folder() / "run", trainer.folder() / "mine"
+    settings = {**QUICK, "training.save_every": 1, "training.epochs": 4.0}
+    given = {"model": trainer.model(ModelRecipe()), "settings": settings, "rows": case.values}
+    trainer.ask("train", Course, folder=folder, stop_after=2, **given)
+    place = folder / case.name
+    if place.exists():
+        shutil.move(place, mine)
+    else:
+        mine.mkdir()
+        (mine / "kept").write_text("kept", encoding="utf-8")
+    place.symlink_to(mine)
+    before = mine.read_bytes() if mine.is_file() else marks(mine)
+    with contextlib.suppress(SubjectError):
+        refused(lambda: trainer.ask("resume", Course, folder=folder))
+    after = mine.read_bytes() if mine.is_file() else marks(mine)
+    hold(after == before, expected="another folder's files as they were", got="they were changed through a link")

@@ -1,0 +1,91 @@
+"""Laws of serving: the recipe that is left says what was trained, and nothing can be put into it by a text."""
+
+from pathlib import Path
+from typing import Annotated
+
+from hypothesis import strategies as st
+from pydantic import Field
+
+from finetune.verify.doors.answers import Rendered, Served
+from finetune.verify.doors.door import RefusesError
+from finetune.verify.recipes import Recipe
+from finetune.verify.suite.cases import PLAIN, TEXTS, TINY
+from finetune.verify.suite.catalogue import law
+from finetune.verify.suite.modelfile_reader import NoModelfileError, read_modelfile
+from finetune.verify.suite.trainer import Trainer
+from finetune.verify.suite.verdicts import hold
+
+
+class Licensed(Recipe):
+    """The text of a licence, which somebody else wrote."""
+
+    text: Annotated[str, Field(max_length=200)]
+
+
+_PIECES = ('"""', '"', "\n", "FROM evil", "ADAPTER evil", "PARAMETER stop z", 'a"""\nFROM evil\n', "b", " ")
+
+
+@law(
+    "serve.recipe",
+    "The recipe for a server is written, and read as the server reads it it says the file, the template, the stops "
+    "and the licence that it was given, and nothing else.",
+    needs=["serving"],
+    oracle="a reader made from Ollama's published grammar",
+    cases=st.builds(Licensed, text=st.lists(st.sampled_from(_PIECES), max_size=3).map("".join)),
+    examples=10,
+)
+def recipe_says_what_it_was_given(trainer: Trainer, case: Licensed) -> None:
+    """Its commands. A licence that no recipe can hold may be left out with all of it, where that is the reason."""
+    given = {"model": trainer.model(TINY), "settings": PLAIN, "license": case.text}
+    found = trainer.ask("serving", Served, **given)
+    file = Path(found.modelfile)
+    if not file.is_file():
+        hold('"""' in case.text, expected="a recipe", got="none")
+        return
+    try:
+        commands = read_modelfile(file.read_text(encoding="utf-8"))
+    except NoModelfileError as error:
+        commands = [("error", str(error))]
+    licence = [("license", case.text.strip() if case.text.strip() else case.text)] if case.text else []
+    kept = [(name, value) for name, value in commands if name in ("from", "template", "license")]
+    wanted = [("from", "./model.gguf"), ("template", found.template)]
+    hold(kept[:2] == wanted, expected=wanted, got=kept[:2])
+    hold([value for _, value in kept[2:]] in ([case.text], [value for _, value in licence]), expected=licence, got=kept)
+    stops = [value for name, value in commands if name == "stop"]
+    hold("<|im_end|>" in stops, expected="a stop at <|im_end|>, which ends an answer", got=stops)
+    others = {name for name, _ in commands} - {"from", "template", "license", "stop", "num_ctx"}
+    hold(not others, expected="no other command", got=sorted(others))
+
+
+class Talk(Recipe):
+    """What was said in turn, by the user first."""
+
+    said: Annotated[tuple[str, ...], Field(min_length=1, max_length=5, strict=False)]
+    system: str
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation, which ends with a question."""
+        said = self.said if len(self.said) % 2 else self.said[:-1]
+        turns = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(said)]
+        return [{"role": "system", "content": self.system}, *turns] if self.system else turns
+
+
+@law(
+    "serve.template",
+    "The template that a server is given makes of a conversation what training made of it.",
+    needs=["serving"],
+    oracle="the run's own template, and a reader of the server's language, neither of them the trainer's",
+    cases=st.builds(Talk, said=st.lists(TEXTS, min_size=1, max_size=3).map(tuple), system=st.just("") | TEXTS),
+    examples=6,
+)
+def served_prompt_is_the_trained_one(trainer: Trainer, case: Talk) -> None:
+    """The prompt, letter by letter."""
+    found = trainer.ask("serving", Served, model=trainer.model(TINY), settings=PLAIN)
+    given = {"model": trainer.model(TINY), "settings": PLAIN, "messages": case.messages, "prompt": True}
+    wanted = trainer.oracle.ask("render", Rendered, **given).text
+    try:
+        served = trainer.oracle.ask("render_served", Rendered, template=found.template, messages=case.messages).text
+    except RefusesError as error:
+        served = f"(refused: {error})"
+    hold(served == wanted, expected=wanted, got=served)

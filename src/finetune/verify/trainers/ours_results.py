@@ -1,0 +1,230 @@
+"""What our trainer hands on, behind its door: merged models, exports, recipes for servers; and what an oracle computes.
+
+What has to come out is computed by the reference backend alone, from weights that a trainer has shown.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from finetune import deployment
+from finetune.artifacts.run_folder import RunFolder
+from finetune.artifacts.write import make_folder
+from finetune.assembly import gguf_source
+from finetune.assembly.encoder import Encoder
+from finetune.assembly.merged import plan_weights, write_merged
+from finetune.assembly.prepare import adapter_target, planned_shape
+from finetune.assembly.result import Result
+from finetune.assembly.train import steps_of
+from finetune.backends import open_backend
+from finetune.backends.reference.session import ReferenceSession
+from finetune.config import ModelAndDataFacts, resolve
+from finetune.convert import blueprint
+from finetune.convert.families import stored
+from finetune.convert.sources import Adapter
+from finetune.convert.vocabulary import describe_vocabulary
+from finetune.deploy.go_template import GoTemplate
+from finetune.deploy.ollama import Recipe
+from finetune.events import StepDone
+from finetune.memory.forecast import PARTS, forecast_memory
+from finetune.memory.framework import framework_of
+from finetune.memory.load import full_load
+from finetune.models.locate import locate_model
+from finetune.models.peft_files import WEIGHTS, on_disk, read_settings
+from finetune.ports import Session
+from finetune.records import Conversation
+from finetune.verify.doors.serving import UnsupportedError
+
+if TYPE_CHECKING:
+    from finetune.verify.trainers.ours import OurTrainer
+
+Given = Mapping[str, Any]
+_TEXTS = ("ab", " a b ", "\n", "{{ .System }}", "1 2", "")
+_MAGNITUDES = ".lora_magnitude_vector"
+
+
+def hand_on(trainer: "OurTrainer") -> dict[str, Callable[..., dict[str, Any]]]:
+    """A function for each ability."""
+    hands = _Hands(trainer)
+    names = (
+        "trainable", "merge", "merge_as", "describe_export", "plan_export", "serving", "render_served", "estimate",
+        "logits_with", "train_from",
+    )  # fmt: skip
+    return {name: getattr(hands, name) for name in names}
+
+
+def put_weights(session: Session, file: str) -> None:
+    """Let training begin with these weights of an adapter, in the names of PEFT's files.
+
+    Raises:
+        UnsupportedError: the backend is not the oracle's.
+    """
+    if not isinstance(session, ReferenceSession) or session.adapter is None:
+        raise UnsupportedError("only the reference backend begins with given weights")
+    given = load_file(file)
+    for name, tensor in session.adapter.tensors().items():
+        tensor[...] = given[on_disk(name)]
+
+
+class _Hands:
+    """The handlers; each goes the way of the command of its name."""
+
+    def __init__(self, trainer: "OurTrainer") -> None:
+        self._trainer = trainer
+
+    def trainable(self, model: str, settings: Given, adapter: str | None = None) -> dict[str, Any]:
+        """What training would change: of a fresh adapter, or of one that was loaded to answer with."""
+        if adapter is not None:
+            session = self._trainer._asked(model, settings, adapter)
+        else:
+            session = self._trainer._fresh(self._prepared(model, settings))
+        return {"names": [on_disk(name) for name in session.trainable_names()]}
+
+    def merge(self, model: str, settings: Given, adapter: str) -> dict[str, Any]:
+        """`ft merge`, each weight in the type of the base."""
+        return self.merge_as(model, settings, adapter, None)
+
+    def merge_as(self, model: str, settings: Given, adapter: str, dtype: str | None) -> dict[str, Any]:
+        """`ft merge --dtype`."""
+        result, folder = self._result(model, settings, adapter), self._trainer._new()
+        write_merged(result, plan_weights(result, cast("Any", dtype)), folder)
+        return {"folder": str(folder)}
+
+    def describe_export(self, model: str, settings: Given, adapter: str | None = None) -> dict[str, Any]:
+        """What `ft export` settles before it writes, but for GGUF's own names of tensors."""
+        exportable = self._exportable(model, adapter)
+        keys = describe_vocabulary(exportable.tokenizer.description(), exportable.special, exportable.rows)
+        metadata = {**exportable.described.metadata, **gguf_source.file_metadata(exportable, keys)}
+        source = exportable.source
+        weights = {name: stored(exportable.described, name, source.read(name)) for name in exportable.shape.weights}
+        weights |= exportable.described.extra
+        file = self._trainer._new() / "stored.safetensors"
+        save_file({name: np.ascontiguousarray(weight) for name, weight in weights.items()}, file)
+        return {"metadata": metadata, "file": str(file)}
+
+    def plan_export(
+        self, model: str, settings: Given, outtype: str, adapter: str | None = None, *, alone: bool = False
+    ) -> dict[str, Any]:
+        """The GGUF file before it is written."""
+        exportable = self._exportable(model, adapter)
+        described, shape, kind = exportable.described, exportable.shape, cast("Any", outtype)
+        keys = describe_vocabulary(exportable.tokenizer.description(), exportable.special, exportable.rows)
+        metadata = gguf_source.file_metadata(exportable, keys)
+        if alone:
+            assert exportable.adapter is not None
+            planned = blueprint.plan_adapter(described, shape, exportable.adapter, exportable.naming, kind)
+        else:
+            planned = blueprint.plan_model(described, shape, exportable.source, metadata, kind)
+        return {
+            "metadata": dict(planned.metadata),
+            "tensors": {tensor.name: list(tensor.shape) for tensor in planned.tensors},
+        }
+
+    def serving(self, model: str, settings: Given, license: str = "") -> dict[str, Any]:
+        """What `ft deploy --to ollama` sends and leaves, but for the file of weights."""
+        encoder, folder = self._encoder(model, settings), self._trainer._new()
+        tokenizer = encoder.tokenizer
+        bos = tokenizer.bos if tokenizer.adds_bos else ""
+
+        def render(conversation: Conversation) -> str:
+            return encoder.template.render_prompt(conversation).text
+
+        template = deployment.derive_template(render, bos=bos, texts=_TEXTS)
+        stops = [token for token in tokenizer.control_tokens if tokenizer.control_id(token) in encoder.stop_ids]
+        recipe = Recipe(template, {"num_ctx": 64, "stop": stops}, (license,) if license else ())
+        make_folder(RunFolder(folder).deploy)
+        deployment._write_recipe(folder, Path("model.gguf"), recipe)
+        return {"modelfile": str(RunFolder(folder).deploy / "Modelfile"), "template": template}
+
+    def render_served(self, template: str, messages: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+        """What Ollama makes of a conversation by a template in its language."""
+        return {"text": GoTemplate(template).render(messages)}
+
+    def estimate(self, model: str, settings: Given) -> dict[str, Any]:
+        """`ft estimate` without rows of one's own, on the backend that the settings name."""
+        loaded = self._trainer._loaded(model, settings)
+        config = loaded.config
+        shape = planned_shape(config, locate_model(model))
+        facts = ModelAndDataFacts(shape.context_length, has_chat_template=True, train_rows=1)
+        length = resolve(loaded, facts).config.tokens.max_length
+        assert length is not None
+        load = full_load(config.training.batch_size, length, config.training.accumulation)
+        target, framework = adapter_target(config, shape), framework_of(config.backend)
+        found = forecast_memory(shape, target, config.model.dtype, load, framework)
+        return {
+            "trainable": found.trainable_parameters,
+            "parts": {part: getattr(found.expected, part) for part in PARTS},
+            "total": found.expected.total,
+        }
+
+    def logits_with(
+        self, model: str, settings: Given, prompts: Sequence[Sequence[int]], file: str, scale: float
+    ) -> dict[str, Any]:
+        """Logits of the base with these weights of an adapter, multiplied with this scale.
+
+        Raises:
+            UnsupportedError: the backend is not the oracle's.
+        """
+        session = self._trainer._asked(model, settings, None)
+        if not isinstance(session, ReferenceSession):
+            raise UnsupportedError("only the reference backend computes with given weights")
+        _put_on(session.weights, load_file(file), scale)
+        out = self._trainer._new() / "logits.safetensors"
+        session.save_logits(prompts, out)
+        return {"file": str(out)}
+
+    def train_from(self, model: str, settings: Given, rows: Sequence[Given], file: str) -> dict[str, Any]:
+        """A run that begins with these weights of an adapter."""
+        prepared = self._trainer._prepared(model, settings, rows)
+        session, folder = self._trainer._fresh(prepared), self._trainer._new()
+        put_weights(session, file)
+        run = self._trainer._run(prepared, folder)
+        told = [event for event in steps_of(run, session, prepared.training_rows) if isinstance(event, StepDone)]
+        (folder / "adapter").mkdir()
+        session.save_adapter(folder / "adapter")
+        steps = [{"step": each.step, "loss": each.loss, "learning_rate": each.learning_rate} for each in told]
+        return {"steps": steps, "adapter": str(folder / "adapter")}
+
+    def _prepared(self, model: str, settings: Given) -> Any:
+        return self._trainer._prepared(model, settings, [{"prompt": "a", "completion": "b"}])
+
+    def _encoder(self, model: str, settings: Given) -> Encoder:
+        return Encoder(locate_model(model), self._trainer._loaded(model, settings).config.template.name)
+
+    def _result(self, model: str, settings: Given, adapter: str) -> Result:
+        """A run's result as it is after `ft train`, which lays the template beside the adapter."""
+        encoder, folder = self._encoder(model, settings), self._trainer._new()
+        saved = folder / "adapter"
+        saved.mkdir()
+        for file in Path(adapter).iterdir():
+            (saved / file.name).write_bytes(file.read_bytes())
+        (saved / "chat_template.jinja").write_text(encoder.source.jinja, encoding="utf-8")
+        settings_file = saved / "generation_config.json"
+        settings_file.write_text(json.dumps(encoder.generation_settings()), encoding="utf-8")
+        config = self._trainer._loaded(model, settings).config
+        manifest = {"id": "asked", "data": {"files": []}}
+        return Result(RunFolder(folder), config, manifest, locate_model(model), saved, encoder, open_backend)
+
+    def _exportable(self, model: str, adapter: str | None) -> gguf_source.Exportable:
+        exportable = gguf_source.exportable_model(model, self._trainer.backend)
+        if adapter is None:
+            return exportable
+        folder = Path(adapter)
+        return replace(exportable, adapter=Adapter(folder / WEIGHTS, read_settings(folder, turned=False)))
+
+
+def _put_on(weights: dict[str, Any], given: Mapping[str, Any], scale: float) -> None:
+    """Grow weights by an adapter's: W + s B A, with its rows stretched to the magnitudes where there are some."""
+    tensors = {name.removeprefix("base_model.model."): tensor.astype(np.float64) for name, tensor in given.items()}
+    for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
+        path = name.removesuffix(".lora_A.weight")
+        grown = weights[f"{path}.weight"] + scale * (tensors.pop(f"{path}.lora_B.weight") @ tensors.pop(name))
+        if path + _MAGNITUDES in tensors:
+            grown *= (tensors.pop(path + _MAGNITUDES) / np.linalg.norm(grown, axis=1))[:, None]
+        weights[f"{path}.weight"] = grown
+    weights.update(tensors)
