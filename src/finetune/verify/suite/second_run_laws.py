@@ -29,8 +29,9 @@ class Stopped(Rows):
     def settings(self) -> dict[str, Any]:
         """The settings of the run."""
         return {
-            **PLAIN, "training.batch_size": 1, "training.max_steps": _STEPS, "training.learning_rate": 0.01,
-            "training.schedule": self.schedule, "training.seed": self.seed, "training.save_every": 1,
+            **PLAIN, "training.batch_size": 1, "training.epochs": float(_STEPS), "training.max_steps": _STEPS,
+            "training.learning_rate": 0.01, "training.schedule": self.schedule, "training.seed": self.seed,
+            "training.save_every": 1,
         }  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def resumed_training_goes_on(trainer: Trainer, case: Stopped) -> None:
     whole = trainer.ask("train", Course, folder=folders[0], **given)
     trainer.ask("train", Course, folder=folders[1], stop_after=_STOP, **given)
     rest = trainer.ask("resume", Course, folder=folders[1])
-    rates = [_rates(course)[-_STOP:] for course in (whole, rest)]
+    rates = [_rates(whole)[_STOP:], _rates(rest)]
     hold(rates[0] == rates[1], expected=f"learning rates {rates[0]}", got=f"learning rates {rates[1]}")
     right, found = (_weights(trainer, model, course) for course in (whole, rest))
     hold(right.keys() == found.keys(), expected=sorted(right), got=sorted(found))
