@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from hypothesis import strategies as st
 from pydantic import Field
 
+from finetune.config import default_of
 from finetune.verify.doors.answers import Accepted, Course, Epochs, Gradient, Weights
 from finetune.verify.doors.door import RefusesError, UnsupportedError
 from finetune.verify.recipes import Recipe
@@ -99,9 +100,12 @@ def _changes(*changes: tuple[str, Any] | tuple[str, Any, dict[str, Any]]) -> dic
 
 def _hold_changed(case: Change, outcome: Callable[[Mapping[str, Any]], object]) -> None:
     """What is observed differs once the setting does, or the other value is refused."""
-    before = outcome(case.given)
+    # Trainers have defaults of their own, one of which may be the other value.
+    plain = {case.key: default_of(case.key), **PLAIN}[case.key]
+    begun = {} if plain is None else {case.key: plain}
+    before = outcome({**begun, **case.given})
     try:
-        after = outcome({**case.given, case.key: case.value})
+        after = outcome({**begun, **case.given, case.key: case.value})
     except RefusesError:
         return
     hold(before != after, expected=f"{case.key} = {case.value} changes something", got=f"the same as before: {after}")
