@@ -11,6 +11,7 @@ from finetune.cli.options import AsJson
 from finetune.errors import FineTuneError, MissingExtraError
 
 if TYPE_CHECKING:
+    from finetune.verify.suite.judge import Effort
     from finetune.verify.suite.run import Verification
     from finetune.verify.suite.verdicts import Judgement
 
@@ -63,7 +64,7 @@ def command(
         else:
             print_data("\n".join(f"{each.id}: {each.law.statement}" for each in laws))
         return 0
-    found = _verified(subject, python, laws, tier, _times(profile), seed)
+    found = _verified(subject, laws, _effort(profile, seed), tier=tier, python=python, conduct=not law)
     _write(found, subject, output, junit, sarif)
     if json_output:
         print_json(found.as_dict())
@@ -79,22 +80,22 @@ def _require() -> None:
         raise MissingExtraError("ft verify needs Hypothesis", hint="pip install 'finetune-suite[verify]'")
 
 
-def _times(profile: str) -> float:
+def _effort(profile: str, seed: int) -> "Effort":
     from finetune.errors import UsageError
+    from finetune.verify.suite.judge import Effort
 
     if profile not in TIMES:
         raise UsageError(f"there is no profile {profile!r}", hint=f"choose one of: {', '.join(TIMES)}")
-    return TIMES[profile]
+    times = TIMES[profile]
+    return Effort(seed=seed, times=times, seconds=60 * times, shrink_seconds=30 * times**0.5)
 
 
-def _verified(subject: str, python: str | None, laws: Any, tier: int, times: float, seed: int) -> "Verification":
+def _verified(subject: str, laws: Any, effort: "Effort", **how: Any) -> "Verification":
     from finetune.verify.doors.door import SubjectError
-    from finetune.verify.suite.judge import Effort
     from finetune.verify.suite.run import verify_subject
 
-    effort = Effort(seed=seed, times=times, seconds=60 * max(1.0, times), shrink_seconds=30 * max(1.0, times**0.5))
     try:
-        return verify_subject(subject, laws, effort, tier=tier, python=python, tell=_tell)
+        return verify_subject(subject, laws, effort, tell=_tell, **how)
     except SubjectError as error:
         raise FineTuneError(f"the subject {subject!r} cannot be asked: {error}") from None
 

@@ -16,6 +16,7 @@ from finetune.verify.doors.late import unspoilt
 from finetune.verify.recipes import Recipe
 from finetune.verify.suite.catalogue import CaseLaw, case_laws
 from finetune.verify.suite.chance import broken_by_holm
+from finetune.verify.suite.conformance import conform
 from finetune.verify.suite.judge import Effort, judge, judge_again
 from finetune.verify.suite.subjects import opened_door
 from finetune.verify.suite.trainer import Trainer
@@ -129,9 +130,13 @@ def verify_subject(
     *,
     tier: int = 1,
     python: str | None = None,
+    conduct: bool = True,
     tell: Teller = lambda judgement: None,
 ) -> Verification:
-    """Open a subject by its name, judge every law, and see what it left behind.
+    """Open a subject by its name, judge how it keeps to the protocol, then every law, and what it left running.
+
+    Args:
+        conduct: whether the protocol is judged, too.
 
     Raises:
         UsageError, MissingExtraError: there is no such subject, or it is not installed.
@@ -139,10 +144,20 @@ def verify_subject(
     """
     chosen = tuple(laws)
     effort = replace(effort, chances=max(1, sum(law.chance is not None for law in chosen)))
+    began = time.monotonic()
+    kept: tuple[Judgement, ...] = ()
+    if conduct:
+        with tempfile.TemporaryDirectory(prefix="finetune-conduct-") as place:
+            kept = conform(lambda folder: opened_door(name, folder, python=python), Path(place), tell)
     with opened_trainer(name, python) as trainer:
         found = verify(trainer, chosen, effort, tier=tier, tell=tell)
     left = getattr(trainer.door, "left_running", [])
-    return replace(found, trespasses=tuple(f"left running when it was closed: {command}" for command in left))
+    return replace(
+        found,
+        judgements=(*kept, *found.judgements),
+        seconds=round(time.monotonic() - began, 3),
+        trespasses=tuple(f"left running when it was closed: {command}" for command in left),
+    )
 
 
 def judge_subject_again(name: str, law: CaseLaw, case: Recipe, *, python: str | None = None) -> Judgement:
