@@ -112,6 +112,9 @@ def _missing(python: str, needs: tuple[str, ...]) -> str:
 
 def _own(module: str, maker: str) -> Door:
     name = f"{module}:{maker}"
+    # As for other programs that are given such a name, what lies here can be imported.
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)
     try:
         door: Door = getattr(import_module(module), maker)()
     except (ImportError, AttributeError, TypeError) as error:
