@@ -43,7 +43,7 @@ $(WORKFLOW_VENV)/ok: pyproject.toml constraints.txt
 
 $(VENV)/dev-ok: $(VENV)/torch-ok
 	@echo "setting up: the test tools" >&2
-	@$(PIP) --editable '.[torch,mlx,gguf,ollama,tensorboard,trackio,wandb,dev]'
+	@$(PIP) --editable '.[torch,mlx,gguf,ollama,tensorboard,trackio,wandb,ray,dev]'
 	@touch $@
 
 .PHONY: demo
@@ -122,7 +122,11 @@ prove:  ## Plant faults and count what the suite catches (not in this version: s
 
 .PHONY: docs
 docs: $(VENV)/torch-ok  ## Write the pages of docs/ that the program itself can tell
-	@$(BIN)/python docs/reference.py && echo "written: docs/commands.md settings.md finetune.yaml schema.json"
+	@$(BIN)/python docs/reference.py
+
+.PHONY: site
+site: $(VENV)/dev-ok  ## Build the documentation into site/; a page, link or anchor that is not there fails it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean && echo "written: site/index.html"
 
 .PHONY: reference-model
 reference-model: $(VENV)/torch-ok  ## Build the shipped models and data sets from nothing (about half an hour)
@@ -135,4 +139,4 @@ check: lint types test  ## What CI runs
 
 .PHONY: clean
 clean:  ## Remove the environments and everything that was built
-	rm -rf $(VENV) $(WORKFLOW_VENV) $(MUTANTS_VENV) .mutants .peers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(WORKFLOW_VENV) $(MUTANTS_VENV) .mutants .peers build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,7 @@
 """Writes the reference pages from the program itself, so that they cannot say anything else: `make docs`."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,9 +117,10 @@ PAGES = {
 
 
 def main() -> None:
-    """Write every page."""
+    """Write every page, and say which."""
     for name, page in PAGES.items():
         (FOLDER / name).write_text(page(), encoding="utf-8")
+        sys.stderr.write(f"written: docs/{name}\n")
 
 
 if __name__ == "__main__":

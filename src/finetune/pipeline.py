@@ -26,6 +26,7 @@ from finetune.assembly.observe import (
 from finetune.assembly.prepare import prepare
 from finetune.assembly.record import Course, run_owner, run_record
 from finetune.assembly.run import Listener, Run
+from finetune.assembly.saved import save_trained
 from finetune.assembly.train import Trained, claim_resumed, steps_of, train_along, train_run
 from finetune.backends import open_backend
 from finetune.config import LoadedConfig, dump_plan, resolve_processes
@@ -163,22 +164,9 @@ def _attach(run: Run, session: Session) -> None:
 
 def _save(run: Run, session: Session) -> Path:
     """Save what was trained, the adapter or the whole model, with all that belongs to it; returns its folder."""
-    encoder, adapter = run.prepared.encoder, run.prepared.target is not None
-
-    def fill(folder: Path) -> None:
-        session.save_adapter(folder) if adapter else session.save_model(folder)
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-            source = run.prepared.location.folder / name
-            if source.exists():
-                (folder / name).write_bytes(source.read_bytes())
-        # The template trained on travels along, whichever the model shipped.
-        (folder / "chat_template.jinja").write_text(encoder.source.jinja, encoding="utf-8")
-        # So does where to stop: without it a model that learned to stop is asked to go on.
-        write_json(folder / "generation_config.json", encoder.generation_settings())
-
-    path = run.folder.adapter if adapter else run.folder.model
+    path = run.folder.model if run.prepared.target is None else run.folder.adapter
     with run.phase(f"save {path.name}"):
-        write_folder(path, fill)
+        write_folder(path, lambda folder: save_trained(run.prepared, session, folder))
     return path
 
 

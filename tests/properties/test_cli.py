@@ -78,6 +78,25 @@ def test_check_names_every_problem_at_once(tmp_path: Path, capsys: pytest.Captur
     assert "bad.jsonl:2" in next(problem["what"] for problem in problems if problem["where"] == "data.train")
 
 
+def test_check_judges_each_of_several_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every file is judged by itself under its name, and a wrong one (2) counts more than one that is refused (3)."""
+    good, refused, wrong = (
+        write(tmp_path / f"{name}.yaml", f"backend: reference\n{text}")
+        for name, text in (
+            ("good", ""),
+            ("refused", "adapter:\n  rank: 400\n"),
+            ("wrong", "training:\n  epochs: none\n"),
+        )
+    )
+    codes = [run(["check", *files]) for files in ([good, good], [good, refused], [refused, wrong], [wrong, refused])]
+    assert codes == [0, 3, 2, 2]
+    told = capsys.readouterr().out
+    assert (told.count(f"{good}: no problems"), told.count(f"{refused}: 1 problem:")) == (3, 3)
+    assert run(["check", good, refused, wrong, "--json"]) == 2
+    problems = json.loads(capsys.readouterr().out)["problems"]
+    assert [problem["file"] for problem in problems] == [refused, wrong]
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [

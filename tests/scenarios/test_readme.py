@@ -1,8 +1,6 @@
 """The README's commands, run one after another by a new user in an empty folder."""
 
 import json
-import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,26 +10,27 @@ import pytest
 pytest.importorskip("torch", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
 pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+from scenarios.page_examples import ROOT, blocks, user
+
 SHORT = {"FT_TRAINING__MAX_STEPS": "2", "FT_JUDGE__MEMORY": "never", "FT_JUDGE__SHAM": "never"}
 """Everything is done as written, but two steps of training are enough here."""
 
 
-def blocks(language: str) -> list[str]:
+def shown(language: str) -> list[str]:
     """The README's code blocks in a language."""
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    return [block.text for block in blocks(ROOT / "README.md") if block.language == language]
 
 
 def run(command: list[str], folder: Path, *, says: str = "") -> subprocess.CompletedProcess[str]:
     """Run a command as the README has it, in a user's environment."""
-    environment = {**os.environ, **SHORT, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = user(**SHORT)
     return subprocess.run(command, cwd=folder, input=says, capture_output=True, text=True, env=environment, check=False)
 
 
 @pytest.mark.tier2
 def test_readme_commands_of_ft_do_what_they_say(tmp_path: Path) -> None:
     """Each `ft` line works as it stands, in its order, on a user's own rows; training ends with its verdicts."""
-    lines = [line.split(" #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    lines = [line.split(" #")[0].strip() for block in shown("bash") for line in block.splitlines()]
     lines = [line for line in lines if line.startswith(".venv/bin/ft ")]
     assert [line.split()[1] for line in lines] == [
         "init",
@@ -72,7 +71,7 @@ def test_readme_commands_of_ft_do_what_they_say(tmp_path: Path) -> None:
 @pytest.mark.tier2
 def test_readme_python_example_runs(tmp_path: Path) -> None:
     """The Python block runs as it stands and prints an outcome and a report that exists."""
-    [code] = blocks("python")
+    [code] = shown("python")
     done = run([sys.executable, "-c", code], tmp_path)
     assert done.returncode == 0, done.stderr
     outcome, report = done.stdout.split()[:1], done.stdout.split()[-1]

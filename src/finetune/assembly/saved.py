@@ -1,17 +1,31 @@
-"""What a finished run has saved: where it lies, whether it is still what was trained, and a session on it."""
+"""What a run saves in the end: how it is written, where it lies, whether it is still that, and a session on it."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from finetune.artifacts.run_folder import RunFolder
-from finetune.artifacts.write import describe_files
+from finetune.artifacts.write import describe_files, write_json, write_text
 from finetune.assembly.encoder import Encoder
+from finetune.assembly.prepare import Prepared
 from finetune.assembly.record import base_files
 from finetune.config import TrainingConfig
 from finetune.errors import ModelError
 from finetune.ports import Session
 from finetune.records import ModelLocation
+
+
+def save_trained(prepared: Prepared, session: Session, folder: Path) -> None:
+    """Write what was trained, an adapter or the whole model, and all that it is asked with, into an existing folder."""
+    session.save_model(folder) if prepared.target is None else session.save_adapter(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        source = prepared.location.folder / name
+        if source.exists():
+            (folder / name).write_bytes(source.read_bytes())
+    # The template trained on travels along, whichever the model shipped.
+    write_text(folder / "chat_template.jinja", prepared.encoder.source.jinja)
+    # So does where to stop: without it a model that learned to stop is asked to go on.
+    write_json(folder / "generation_config.json", prepared.encoder.generation_settings())
 
 
 def saved_in(folder: RunFolder, config: TrainingConfig) -> Path:

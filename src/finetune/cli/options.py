@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from finetune.convert.outtypes import Outtype
 
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; `ft init` writes one.")]
+ConfigFiles = Annotated[list[Path] | None, typer.Argument(metavar="[CONFIG]", help="YAML files; `ft init` writes one.")]
 ModelName = Annotated[str | None, typer.Option("--model", help="Shipped name, local folder or hub id.")]
 DataFile = Annotated[str | None, typer.Option("--data", help="Training rows: .jsonl, .json, .csv, .tsv or .parquet.")]
 TemplateName = Annotated[

@@ -19,6 +19,9 @@ FaultNames = Annotated[
 Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Plantings at once. Default: one a processor.")]
 EngineName = Annotated[str, typer.Option("--engine", help="processes here, or ray: over a Ray cluster.")]
 Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Clean runs, each with a seed of its own.")]
+AllLaws = Annotated[
+    bool, typer.Option("--all-laws", help="Ask every law of every fault, and not only until three have caught it.")
+]
 Output = Annotated[Path, typer.Option("--output", help="A folder for proof.json and proof.html.")]
 List = Annotated[bool, typer.Option("--list", help="Only name the faults.")]
 
@@ -30,6 +33,7 @@ def command(
     jobs: Jobs = None,
     engine: EngineName = "processes",
     seeds: Seeds = 20,
+    all_laws: AllLaws = False,
     output: Output = Path("proof"),
     list_faults: List = False,
     json_output: AsJson = False,
@@ -51,11 +55,11 @@ def command(
         print_data("\n".join(f"{each.id} {each.slug}: {each.what}" for each in chosen))
         return 0
     from finetune.report.matrix import render_matrix
-    from finetune.verify.prove.campaign import Engine, prove, workers_here
+    from finetune.verify.prove.campaign import Spread, prove, workers_here
     from finetune.verify.prove.place import write_proof
 
-    spread: Engine = "ray" if engine == "ray" else "processes"
-    found = prove(chosen, tier=tier, seeds=seeds, engine=spread, workers=jobs or workers_here(), tell=say)
+    spread = Spread("ray" if engine == "ray" else "processes", jobs or workers_here())
+    found = prove(chosen, tier=tier, seeds=seeds, enough=0 if all_laws else 3, spread=spread, tell=say)
     page = write_proof(found, output, render_matrix(found.as_dict()))
     if json_output:
         print_json(found.as_dict())

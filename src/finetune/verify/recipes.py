@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,7 +14,7 @@ from finetune.errors import ConfigError
 from finetune.templates.catalog import CHATML
 from finetune.verify.subjects import Task
 
-_PAD, _EOS = "<|pad|>", "</s>"
+_PAD, _EOS, _BOS = "<|pad|>", "</s>", "<s>"
 CONTROL_TOKENS = (_EOS, _PAD, *CHATML.control_tokens)
 FEWEST_WORDS = 256 + len(CONTROL_TOKENS)
 """A token for each byte and each control token."""
@@ -39,7 +39,14 @@ class Recipe(BaseModel):
 
 
 class ModelRecipe(Recipe):
-    """A Llama of random weights with a tokenizer of one token a byte."""
+    """A Llama of random weights with a tokenizer of one token a byte.
+
+    Attributes:
+        bos: whether there is a begin-of-text token, and who puts it in front: nobody (`known`), the tokenizer's
+            post-processor (`added`), a setting of the tokenizer's (`configured`), or the post-processor and the chat
+            template, both (`written`).
+        turned: whether the tokens of bytes have their numbers the other way round.
+    """
 
     layers: Annotated[Size, Field(le=8)] = 1
     hidden: Annotated[Size, Field(le=256)] = 12
@@ -49,6 +56,19 @@ class ModelRecipe(Recipe):
     intermediate: Annotated[Size, Field(le=1_024)] = 9
     vocabulary: Annotated[int, Field(ge=FEWEST_WORDS, le=4_096)] = FEWEST_WORDS
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    bos: Literal["none", "known", "added", "configured", "written"] = "none"
+    turned: bool = False
+
+    @property
+    def begins(self) -> bool:
+        """Whether every text begins with the begin-of-text token."""
+        return self.bos not in ("none", "known")
+
+    @model_validator(mode="after")
+    def _every_token_has_a_row(self) -> Self:
+        if self.vocabulary < FEWEST_WORDS + (self.bos != "none"):
+            raise ValueError(f"{self.vocabulary} rows are too few for the tokens of a tokenizer with {_BOS}")
+        return self
 
     @model_validator(mode="after")
     def _heads_share_evenly(self) -> Self:
@@ -59,29 +79,42 @@ class ModelRecipe(Recipe):
     def build(self, folder: Path) -> None:
         """Write the model's files into a new folder."""
         folder.mkdir(parents=True)
-        _write_tokenizer(folder)
+        _write_tokenizer(folder, self)
         config = {
             "model_type": "llama", "hidden_size": self.hidden, "intermediate_size": self.intermediate,
             "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads, "head_dim": self.head_size, "vocab_size": self.vocabulary,
             "max_position_embeddings": 1_024, "initializer_range": 0.3,
+            # Defaults, but not everybody's: what a trainer has to guess says nothing about how it trains.
+            "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "hidden_act": "silu", "tie_word_embeddings": False,
             "pad_token_id": CONTROL_TOKENS.index(_PAD), "eos_token_id": CONTROL_TOKENS.index(_EOS),
         }  # fmt: skip
         open_backend("reference").create(config, folder, seed=self.seed)
 
 
-def _write_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def _write_tokenizer(folder: Path, recipe: ModelRecipe) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {word: number for number, word in enumerate([*CONTROL_TOKENS, *letters])}
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=recipe.turned)
+    control = [*CONTROL_TOKENS, *([_BOS] if recipe.bos != "none" else [])]
+    words = {word: number for number, word in enumerate([*CONTROL_TOKENS, *letters, *control[len(CONTROL_TOKENS) :]])}
     tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(CONTROL_TOKENS))
+    tokenizer.add_special_tokens(control)
+    if recipe.bos in ("added", "written"):
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{_BOS} $A", pair=f"{_BOS} $A $B", special_tokens=[(_BOS, words[_BOS])]
+        )
     tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", {"eos_token": _EOS, "pad_token": _PAD})
-    write_text(folder / "chat_template.jinja", CHATML.jinja)
+    settings: dict[str, Any] = {"eos_token": _EOS, "pad_token": _PAD}
+    if recipe.bos != "none":
+        settings["bos_token"] = _BOS
+    if recipe.bos in ("known", "configured"):
+        settings["add_bos_token"] = recipe.bos == "configured"
+    write_json(folder / "tokenizer_config.json", settings)
+    first = "{{- bos_token -}}\n" if recipe.bos == "written" else ""
+    write_text(folder / "chat_template.jinja", first + CHATML.jinja)
 
 
 Row = dict[Annotated[str, Field(max_length=40)], Annotated[str, Field(max_length=2_000)]]

@@ -46,6 +46,19 @@ class TokenRows(Answer):
     dropped: dict[str, int] = Field(default_factory=dict)
 
 
+class TokenIds(Answer):
+    """`prompt`: the ids that a model is asked with; `stops`: those that end its answers."""
+
+    ids: Ids
+
+
+class Split(Answer):
+    """`split`: the rows that are trained on and those that are held out, by their numbers from 0."""
+
+    train: list[Count]
+    held_out: list[Count]
+
+
 class MicroBatch(Answer):
     """What goes through the model at once, padding and all; each list has a list for each sequence.
 
@@ -73,7 +86,10 @@ class Epochs(Answer):
 
 
 class Loss(Answer):
-    """`loss`: what the trainer reports for a batch, in nats a token; `count`: over how many, where it says so."""
+    """`loss`: what the trainer reports for a batch, in nats a token; `count`: over how many, where it says so.
+
+    `packed_loss` likewise, of sequences that several rows share.
+    """
 
     loss: float
     count: Count | None = None
@@ -219,8 +235,12 @@ ANSWERS: dict[str, type[Answer]] = {
     "configure": Accepted,
     "render": Rendered,
     "tokenize": TokenRows,
+    "prompt": TokenIds,
+    "stops": TokenIds,
+    "split": Split,
     "batches": Epochs,
     "loss": Loss,
+    "packed_loss": Loss,
     "gradient": Gradient,
     "train": Course,
     "resume": Course,

@@ -6,7 +6,7 @@ import secrets
 import selectors
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from finetune.verify.doors.serving import PROTOCOL
 _MARK = "FT_SUBJECT"
 _MOST_BYTES = 64_000_000
 _LAST_WORDS = 2_000
+_MOST_SILENCES = 3
+"""How often a program may let a question pass before it is asked no more: laws are many, and patience is one."""
 
 
 class WorkerDoor:
@@ -48,6 +50,7 @@ class WorkerDoor:
         self._first_patience = first_patience
         self._mark = secrets.token_hex(8)
         self._process: subprocess.Popen[bytes] | None = None
+        self._silences = 0
         self.left_running: list[str] = []
         """What ran on after the program had ended, by its command."""
         try:
@@ -62,26 +65,36 @@ class WorkerDoor:
         Raises:
             RefusesError, UnsupportedError, SubjectError: as `Door.ask`.
         """
+        if self._silences >= _MOST_SILENCES:
+            raise SubjectError(f"it did not answer {self._silences} times, and is asked no more")
         if self._process is None:
             self._start()
         return unwrapped(self._exchange({"ask": ability, "with": dict(given)}, self._patience), ability)
 
     def close(self) -> None:
         """End the program, and whatever it has started and left."""
+        self._end(10)
+
+    def _end(self, grace: float) -> None:
+        """Let the program end by itself for so many seconds, or else end it; nothing that it started runs on."""
         process, self._process = self._process, None
+        started, ended = [] if process is None else _started_by(process.pid), True
         if process is not None:
             with suppress(OSError):
                 assert process.stdin is not None
                 process.stdin.close()
             with suppress(subprocess.TimeoutExpired):
-                process.wait(10)
+                process.wait(grace)
             if process.poll() is None:
+                ended = False
                 process.kill()
                 process.wait()
             for stream in (process.stdout, process.stderr):
                 if stream is not None:
                     stream.close()
-        self.left_running += end_marked(_MARK, self._mark)
+        left = [*end_marked(_MARK, self._mark), *_end_all(started)]
+        # What is ended from outside cannot end what it has started.
+        self.left_running += left if ended else []
 
     def _start(self) -> About:
         home = self._folder / "home"
@@ -116,7 +129,8 @@ class WorkerDoor:
                 process.stdin.flush()
             line = self._read_line(process, time.monotonic() + patience)
         except TimeoutError:
-            self.close()
+            self._silences += 1
+            self._end(0)
             raise SubjectError(f"{what}, it did not answer within {patience:.0f} s, and was ended") from None
         except OSError:
             line = b""
@@ -127,7 +141,7 @@ class WorkerDoor:
         try:
             return json.loads(line)
         except (ValueError, RecursionError):
-            self.close()
+            self._end(0)
             raise SubjectError(f"{what}, it answered with what is no JSON: {line[:300]!r}") from None
 
     def _read_line(self, process: "subprocess.Popen[bytes]", deadline: float) -> bytes:
@@ -166,12 +180,31 @@ def _introduced(hello: Any) -> About:
         raise SubjectError(f"it did not say who it is, but: {str(hello)[:300]!r}") from None
 
 
+def _started_by(number: int) -> list[psutil.Process]:
+    """What a process has started that still runs, and what that has."""
+    with suppress(psutil.Error):
+        return psutil.Process(number).children(recursive=True)
+    return []
+
+
+def _end_all(processes: Iterable[psutil.Process]) -> list[str]:
+    """End these where they still run, and see that they are gone; their commands."""
+    found, ended = [], []
+    for process in processes:
+        with suppress(psutil.Error, OSError):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline())[:200])
+                process.kill()
+                ended.append(process)
+    psutil.wait_procs(ended, timeout=10)
+    return found
+
+
 def end_marked(name: str, mark: str) -> list[str]:
     """End every process that has this in its environment; what was still running, by its command."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
-            if process.environ().get(name) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline())[:200])
-                process.kill()
-    return found
+            if process.environ().get(name) == mark:
+                found.append(process)
+    return _end_all(found)

@@ -8,6 +8,11 @@ from importlib import import_module
 from typing import Any
 
 _MODULES: tuple[str, ...] = (
+    "finetune.verify.faults.config_faults",
+    "finetune.verify.faults.data_faults",
+    "finetune.verify.faults.template_faults",
+    "finetune.verify.faults.mask_faults",
+    "finetune.verify.faults.batch_faults",
     "finetune.verify.faults.loss_faults",
     "finetune.verify.faults.resume_faults",
     "finetune.verify.faults.adapter_faults",

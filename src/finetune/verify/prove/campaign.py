@@ -20,6 +20,14 @@ Teller = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Spread:
+    """Where plantings are judged: in so many processes here, or over a Ray cluster, which knows how many it has."""
+
+    engine: Engine = "processes"
+    workers: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Fate:
     """What became of one fault.
 
@@ -117,16 +125,16 @@ def chosen_faults(ids: Sequence[str] = ()) -> tuple[Fault, ...]:
     return tuple(by_name[name] for name in ids) if ids else tuple(known.values())
 
 
-def run_jobs(jobs: Iterable[Job], engine: Engine, workers: int) -> Iterator[Planted]:
+def run_jobs(jobs: Iterable[Job], spread: Spread) -> Iterator[Planted]:
     """The jobs, so many at once, in their order.
 
     Raises:
         MissingExtraError: Ray is not installed.
     """
-    if engine == "ray":
+    if spread.engine == "ray":
         yield from _on_ray(jobs)
         return
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(spread.workers) as pool:
         yield from pool.map(run_job, jobs)
 
 
@@ -182,11 +190,14 @@ def prove(
     *,
     tier: int = 1,
     seeds: int = 20,
-    engine: Engine = "processes",
-    workers: int = 1,
+    enough: int = 3,
+    spread: Spread = Spread(),  # it is frozen
     tell: Teller = lambda words: None,
 ) -> Proof:
     """Judge the clean trainer with so many seeds, then plant each fault and judge; all with the laws of a tier.
+
+    Args:
+        enough: after so many laws that caught a fault no others are asked; 0 asks all.
 
     Raises:
         EvidenceError: not even the clean trainer could be judged.
@@ -194,15 +205,15 @@ def prove(
     began = time.monotonic()
     laws = tuple(law.id for law in chosen_laws(tier))
     clean = []
-    for planted in run_jobs((Job(tier=tier, seed=seed) for seed in range(seeds)), engine, workers):
+    for planted in run_jobs((Job(tier=tier, seed=seed) for seed in range(seeds)), spread):
         if planted.trouble:
             raise EvidenceError(f"the clean trainer could not be judged with seed {planted.seed}: {planted.trouble}")
         bad = _bad(planted)
         tell(f"clean, seed {planted.seed}: {'FALSE ALARM: ' + ', '.join(bad) if bad else 'holds'}")
         clean.append(planted)
     fates = []
-    jobs = (Job(fault=fault.id, tier=tier) for fault in chosen)
-    for fault, planted in zip(chosen, run_jobs(jobs, engine, workers), strict=True):
+    jobs = (Job(fault=fault.id, tier=tier, enough=enough) for fault in chosen)
+    for fault, planted in zip(chosen, run_jobs(jobs, spread), strict=True):
         fate = fate_of(fault, planted, clean[0])
         by = ", ".join(fate.laws[:3]) or planted.trouble[:100]
         tell(f"{fault.id} {fault.slug}: {fate.outcome}" + (f" by {by}" if by else ""))

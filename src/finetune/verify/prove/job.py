@@ -5,6 +5,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import subprocess
 import sys
@@ -21,21 +22,28 @@ from finetune.verify.faults.fault import faults, reached
 from finetune.verify.suite.judge import Effort
 from finetune.verify.suite.run import Verification, chosen_laws, verify
 from finetune.verify.suite.trainer import Trainer
+from finetune.verify.suite.verdicts import Judgement
 from finetune.verify.trainers.ours import inside
 
 _PATIENCE = 240
 """Seconds after which a planting that does not end is ended; what hangs is noticed by anybody."""
+_CAUGHT = ("broken", "error", "undecided")
+"""What a law comes to where something was noticed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to plant, and how to judge: `fault` is an id, or "" for none; `laws` are ids, none for all of the tier."""
+    """What to plant, and how to judge: `fault` is an id, or "" for none; `laws` are ids, none for all of the tier.
+
+    When `enough` laws have caught it the others are not asked; 0 asks them all.
+    """
 
     fault: str = ""
     tier: int = 1
     seed: int = 0
     backend: str = "reference"
     laws: tuple[str, ...] = ()
+    enough: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,23 +141,25 @@ def do_job(job: Job) -> Planted:
         door = MarkingDoor(inside(job.backend, scratch), scratch)
         if job.fault:
             faults()[job.fault].apply()
-        firsts: list[float] = []
+        catches: list[float] = []
         began = time.monotonic()
 
-        def tell(judgement: Any) -> None:
-            if judgement.word in ("broken", "error") and not firsts:
-                firsts.append(round(time.monotonic() - began, 3))
+        def tell(judgement: Judgement) -> None:
+            if judgement.word in _CAUGHT:
+                catches.append(round(time.monotonic() - began, 3))
 
-        found = verify(Trainer(door, scratch, oracle), laws, _effort(job), tier=job.tier, tell=tell)
-        return _concluded(job, found, door, firsts)
-
-
-def _effort(job: Job) -> Effort:
-    return Effort(seed=job.seed, seconds=30, shrink_seconds=4)
+        asked = itertools.takewhile(lambda law: not job.enough or len(catches) < job.enough, laws)
+        chances = sum(law.chance is not None for law in laws)
+        found = verify(Trainer(door, scratch, oracle), asked, _effort(job, chances), tier=job.tier, tell=tell)
+        return _concluded(job, found, door, catches)
 
 
-def _concluded(job: Job, found: Verification, door: MarkingDoor, firsts: list[float]) -> Planted:
-    bad = [each for each in found.judgements if each.word in ("broken", "error", "undecided")]
+def _effort(job: Job, chances: int) -> Effort:
+    return Effort(seed=job.seed, seconds=30, shrink_seconds=4, chances=chances)
+
+
+def _concluded(job: Job, found: Verification, door: MarkingDoor, catches: list[float]) -> Planted:
+    bad = [each for each in found.judgements if each.word in _CAUGHT]
     broken = next((each for each in bad if each.word == "broken"), bad[0] if bad else None)
     return Planted(
         fault=job.fault,
@@ -157,7 +167,7 @@ def _concluded(job: Job, found: Verification, door: MarkingDoor, firsts: list[fl
         words={each.law: each.word for each in found.judgements},
         first=broken.as_dict() if broken else None,
         seconds=found.seconds,
-        seconds_to_first=firsts[0] if firsts else None,
+        seconds_to_first=catches[0] if catches else None,
         answers=door.marks,
         reached=dict(reached),
     )

@@ -15,8 +15,13 @@ from finetune.verify.suite.trainer import Trainer
 Tier = Literal[1, 2]
 Check = Callable[[Trainer, Any], None]
 _MODULES = (
+    "finetune.verify.suite.config_laws",
+    "finetune.verify.suite.data_laws",
+    "finetune.verify.suite.mask_laws",
+    "finetune.verify.suite.packing_laws",
     "finetune.verify.suite.template_laws",
     "finetune.verify.suite.batch_laws",
+    "finetune.verify.suite.chance_laws",
     "finetune.verify.suite.loss_laws",
     "finetune.verify.suite.schedule_laws",
     "finetune.verify.suite.resume_laws",
@@ -27,6 +32,9 @@ _MODULES = (
     "finetune.verify.suite.evaluate_laws",
     "finetune.verify.suite.memory_laws",
     "finetune.verify.suite.safety_laws",
+    "finetune.verify.suite.mask_padding_laws",
+    "finetune.verify.suite.model_file_laws",
+    "finetune.verify.suite.second_run_laws",
 )
 """Where laws stand; each names itself when its module is read."""
 

@@ -88,10 +88,9 @@ def chosen_laws(tier: int, ids: Iterable[str] = ()) -> tuple[CaseLaw, ...]:
 def verify(
     trainer: Trainer, laws: Iterable[CaseLaw], effort: Effort, *, tier: int = 1, tell: Teller = lambda judgement: None
 ) -> Verification:
-    """Judge every law; each is told as soon as it is judged."""
-    began, found, chosen = time.monotonic(), [], tuple(laws)
-    effort = replace(effort, chances=max(1, sum(law.chance is not None for law in chosen)))
-    for law in chosen:
+    """Judge every law; each is told as soon as it is judged, and before the next one is asked for."""
+    began, found = time.monotonic(), []
+    for law in laws:
         judgement = _judged(law, trainer, effort)
         tell(judgement)
         found.append(judgement)
@@ -138,8 +137,10 @@ def verify_subject(
         UsageError, MissingExtraError: there is no such subject, or it is not installed.
         SubjectError: it cannot even be started.
     """
+    chosen = tuple(laws)
+    effort = replace(effort, chances=max(1, sum(law.chance is not None for law in chosen)))
     with opened_trainer(name, python) as trainer:
-        found = verify(trainer, laws, effort, tier=tier, tell=tell)
+        found = verify(trainer, chosen, effort, tier=tier, tell=tell)
     left = getattr(trainer.door, "left_running", [])
     return replace(found, trespasses=tuple(f"left running when it was closed: {command}" for command in left))
 

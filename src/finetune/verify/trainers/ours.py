@@ -16,6 +16,7 @@ from finetune.assembly.observe import held_out_batches, observe
 from finetune.assembly.prepare import Prepared, prepare
 from finetune.assembly.record import run_owner
 from finetune.assembly.run import Run
+from finetune.assembly.saved import save_trained
 from finetune.assembly.train import claim_resumed, steps_of, train_run
 from finetune.backends import open_backend
 from finetune.config import LoadedConfig, dump_plan, flatten, load_config, resolve_processes
@@ -30,6 +31,7 @@ from finetune.verify.doors.door import About, InsideDoor
 from finetune.verify.doors.serving import serve
 from finetune.verify.trainers.ours_files import look_after
 from finetune.verify.trainers.ours_results import hand_on, put_weights
+from finetune.verify.trainers.ours_rows import line_of, row_handlers
 
 Given = Mapping[str, Any]
 Handler = Callable[..., dict[str, Any]]
@@ -61,6 +63,7 @@ class OurTrainer:
             "adapter_weights": self.adapter_weights,
             "logits": self.logits,
             "generate": self.generate,
+            **row_handlers(self),
             **hand_on(self),
             **look_after(self),
         }
@@ -81,7 +84,8 @@ class OurTrainer:
         """Rows as they are trained on."""
         prepared = self._prepared(model, settings, rows)
         found = [
-            {"row": _line(row.where), "ids": list(row.ids), "targets": list(row.trained)} for row in prepared.train.rows
+            {"row": line_of(row.where), "ids": list(row.ids), "targets": list(row.trained)}
+            for row in prepared.train.rows
         ]
         return {"rows": found, "dropped": dict(prepared.train.counts.dropped)}
 
@@ -210,7 +214,8 @@ class OurTrainer:
         training, model = prepared.plan.config.training, prepared.plan.config.model
         session = self.backend.open(prepared.location, model.dtype, prepared.encoder.tokenizer.pad_id, device="cpu")
         session.attach(prepared.target, training.seed)
-        session.prepare_updates(Optimization(training.weight_decay, training.max_grad_norm))
+        ratio = training.lora_plus_ratio
+        session.prepare_updates(Optimization(training.weight_decay, training.max_grad_norm, lora_plus_ratio=ratio))
         return session
 
     def _asked(self, model: str, settings: Given, adapter: str | None) -> Session:
@@ -239,7 +244,7 @@ class OurTrainer:
             claim_resumed(run, owner)
             session = self._fresh(prepared)
             train_run(run, session, observe(session, prepared), owner)
-            write_folder(place.adapter, session.save_adapter)
+            write_folder(place.adapter, lambda folder: save_trained(prepared, session, folder))
             adapter = str(place.adapter)
         except _StoppedError:
             pass
@@ -283,11 +288,6 @@ def inside(backend: str, scratch: Path) -> InsideDoor:
     trainer = OurTrainer(backend, scratch)
     about = About(f"finetune with {backend}", trainer.backend.versions(), dict.fromkeys(trainer.handlers, ""))
     return InsideDoor(about, trainer.handlers, [FineTuneError])
-
-
-def _line(where: str) -> int:
-    """The number of a row, from 0, by the place it was read at."""
-    return int(where.rpartition(":")[2]) - 1
 
 
 def _rows(batch: Sequence[Given]) -> tuple[Tokenized, ...]:

@@ -1,0 +1,179 @@
+"""Writes the pages about the suite from the suite itself and from what was measured with it: `make docs`.
+
+What was measured lies in `docs/evidence/`: `proof.json` of `ft prove`, and of each trainer that was judged a folder
+that `ft verify --output` wrote, with a file to replay for each finding. `notes.yaml` says beside a finding why a
+maintainer might call it intended.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.verify.laws import LAWS
+from finetune.verify.suite.catalogue import CaseLaw, case_laws
+
+EVIDENCE = Path(__file__).resolve().parent / "evidence"
+_COSTS = {1: "milliseconds", 2: "tens of milliseconds", 3: "a tenth of a second"}
+
+
+def laws_page() -> str:
+    """Every law with its id, sentence, oracle, cost and the faults that it kills."""
+    kills = _kills()
+    laws = case_laws()
+    lines = [
+        "# The laws",
+        "",
+        "Made from the code by `make docs`; the faults that each kills are those of the last campaign ([kill",
+        "matrix](kill-matrix.md)). `ft verify --law ID` judges one.",
+        "",
+        f"{len(laws)} laws are held against cases that are drawn, {len(LAWS)} against stories that machines tell.",
+        "",
+    ]
+    for tier in (1, 2):
+        of_tier = [law for law in laws.values() if law.tier == tier]
+        if of_tier:
+            lines += [f"## Tier {tier}", ""]
+            for law in of_tier:
+                lines += _law(law, kills.get(law.id, ()))
+    lines += [
+        "## Laws of stories",
+        "",
+        "State machines hold our own trainer to these in real processes that are killed, moved and spoilt; each",
+        "failure is a story that `ft replay` tells again. The oracle is a run of the same task that nobody disturbed.",
+        "",
+        "| law | statement | ability |",
+        "|---|---|---|",
+    ]
+    lines += [f"| `{law.id}` | {law.statement} | {law.ability} |" for law in LAWS.values()]
+    return "\n".join(lines) + "\n"
+
+
+def _law(law: CaseLaw, kills: Sequence[str]) -> list[str]:
+    cost = _COSTS.get(law.cost, "longer") if law.tier == 1 else "seconds"
+    lines = [
+        f"### {law.id}",
+        "",
+        law.law.statement,
+        "",
+        f"- asks for: {', '.join(f'`{ability}`' for ability in law.needs)}",
+        f"- decided by: {law.oracle}",
+        f"- a case costs: {cost}",
+    ]
+    if law.chance is not None:
+        lines.append(
+            f"- chance: a sound trainer keeps {law.chance.sound:.0%} of the cases at least; judged by a sequential test"
+        )
+    lines.append(f"- kills: {', '.join(kills) or 'none of the planted faults'}")
+    return [*lines, ""]
+
+
+def _kills() -> Mapping[str, list[str]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for fault in _proof().get("faults", []):
+        for law in fault["laws"]:
+            found[law].append(f"{fault['fault']} `{fault['slug']}`")
+    return found
+
+
+def _proof() -> dict[str, Any]:
+    path = EVIDENCE / "proof.json"
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return values
+
+
+def kill_matrix_page() -> str:
+    """What the last campaign came to, fault by fault."""
+    proof = _proof()
+    counts, clean, bound = proof["counts"], proof["clean_runs"], proof["false_alarm_bound"]
+    total = sum(counts.values())
+    lines = [
+        "# Kill matrix",
+        "",
+        "Each fault is one that somebody's trainer really had. It is planted in our own, in a process of its own, and",
+        "the laws are judged, cheapest first. Made by `make docs` from `docs/evidence/proof.json`, which",
+        f"`ft prove --tier {proof['tier']} --seeds {clean}` wrote; its page has the [matrix as a",
+        "picture](evidence/proof.html).",
+        "",
+        f"- **{counts['killed']} of {total}** faults are killed ({counts['killed'] / total:.1%}), by",
+        f"  {len(proof['laws'])} laws of tier {proof['tier']}; {counts['survived']} survived,",
+        f"  {counts['inert']} changed nothing that is asked.",
+        f"- **{len(proof['false_alarms'])} of {clean}** runs without a fault were called broken: with 95 %",
+        f"  confidence at most {bound:.1%} of such runs are.",
+        f"- All of it took {proof['seconds'] / 60:.0f} minutes on the machine where it was measured.",
+        "",
+        "| fault | what goes wrong | seen in | killed by |",
+        "|---|---|---|---|",
+    ]
+    for fault in proof["faults"]:
+        by = ", ".join(f"`{law}`" for law in fault["laws"][:4]) or fault["trouble"].splitlines()[:1] or ""
+        more = f" and {len(fault['laws']) - 4} more" if len(fault["laws"]) > 4 else ""
+        told = f"{by}{more}" if fault["outcome"] == "killed" else f"**{fault['outcome']}**"
+        lines.append(f"| {fault['fault']} `{fault['slug']}` | {fault['what']} | {fault['real']} | {told} |")
+    return "\n".join(lines) + "\n"
+
+
+def findings_page() -> str:
+    """What was found in each trainer that was judged, with the smallest case and how to have it again."""
+    notes = yaml.safe_load((EVIDENCE / "notes.yaml").read_text(encoding="utf-8")) or {}
+    lines = [
+        "# Findings",
+        "",
+        "What the suite said of other people's trainers, on one machine, with the versions named. Made by `make",
+        "docs` from what `ft verify --output` wrote into `docs/evidence/`. Only what was run is told. A law that is",
+        "broken is a difference between a trainer and a sentence; where its makers might say that they mean it so, the",
+        "note says so.",
+        "",
+    ]
+    for path in sorted(EVIDENCE.glob("*/verification.json")):
+        lines += _subject(path, notes.get(path.parent.name, {}))
+    return "\n".join(lines) + "\n"
+
+
+def _subject(path: Path, notes: Mapping[str, str]) -> list[str]:
+    found, name = json.loads(path.read_text(encoding="utf-8")), path.parent.name
+    versions = ", ".join(f"{library} {number}" for library, number in found["versions"].items())
+    counts = ", ".join(f"{count} {word}" for word, count in found["counts"].items() if count)
+    lines = [
+        f"## {found['subject']}",
+        "",
+        f"{versions}; {found['machine']}; tier {found['tier']}, seed {found['seed']}, {found['seconds']:.0f} s:",
+        f"{counts}.",
+        "",
+    ]
+    for judgement in found["laws"]:
+        if judgement["word"] == "broken":
+            lines += _finding(judgement, name, notes.get(judgement["law"], ""))
+    unjudged = [each for each in found["laws"] if each["word"] not in ("holds", "broken")]
+    if unjudged:
+        lines += ["Not judged:", ""]
+        lines += [f"- `{each['law']}`: {each['word']}: {_line(each['why'])}" for each in unjudged]
+        lines.append("")
+    return lines
+
+
+def _finding(judgement: Mapping[str, Any], name: str, note: str) -> list[str]:
+    lines = [
+        f"### {name}: {judgement['statement']}",
+        "",
+        f"- law: [`{judgement['law']}`](laws.md)",
+        f"- expected: {_line(judgement['expected'])}",
+        f"- got: {_line(judgement['got'])}",
+    ]
+    if judgement["case"] is not None:
+        lines.append(f"- smallest case: `{json.dumps(judgement['case'], ensure_ascii=False)}`")
+        lines.append(f"- again: `ft replay docs/evidence/{name}/{judgement['law']}.json --subject {name}`")
+    if judgement["why"]:
+        lines.append(f"- {_line(judgement['why'])}")
+    if note:
+        lines.append(f"- intended? {note}")
+    return [*lines, ""]
+
+
+def _line(words: str) -> str:
+    """Words in one line, and none of them markup."""
+    told = " ".join(words.split())
+    return f"`{told.replace('`', chr(39))}`" if told else ""

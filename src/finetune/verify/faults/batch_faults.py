@@ -1,0 +1,105 @@
+"""Faults of what goes through the model together: neighbours and padding are seen, rows and places are lost."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from finetune.backends.reference.session import ReferenceSession
+from finetune.records import Batch
+from finetune.tokens import batch as batching
+from finetune.tokens import fit
+from finetune.tokens.encode import Marked
+from finetune.verify.faults.fault import fault, plant
+from finetune.verify.faults.mask_faults import Arrays, in_arrays, shifted
+
+Right = Callable[..., Any]
+
+
+@fault("A100", "pack.no_boundary", real="TRL #1230", what="rows that share a sequence see those before them")
+def _neighbours_are_seen() -> None:
+    in_arrays(lambda session, batch, ids, here, starts: shifted(ids, here, np.zeros_like(starts)))
+
+
+@fault(
+    "A100b", "pack.boundary_is_learned", real="", what="the last token of a row foretells the first of its neighbour"
+)
+def _boundaries_are_learned() -> None:
+    def wrong(session: Any, batch: Batch, ids: Any, here: Any, starts: Any) -> Arrays:
+        for index, sequence in enumerate(batch.sequences):
+            end = 0
+            for row in sequence[:-1]:
+                end += len(row.ids)
+                here[index, end - 1] = True
+        return shifted(ids, here, starts)
+
+    in_arrays(wrong)
+
+
+@fault("A104", "pack.tail_discarded", real="TRL #1621", what="a last sequence that is not full is thrown away")
+def _tail_is_discarded() -> None:
+    def wrong(right: Right, rows: Any, length: int, **named: Any) -> Any:
+        sequences = right(rows, length, **named)
+        full = sum(len(row.ids) for row in sequences[-1]) == length
+        return sequences if full or len(sequences) == 1 else sequences[:-1]
+
+    plant(batching, "pack_rows", wrong)
+
+
+@fault("A105", "pack.fragments_requeued", real="TRL #5075", what="pieces of conversations become rows of their own")
+def _pieces_are_rows() -> None:
+    def wrong(right: Right, row: Marked, *given: Any) -> Any:
+        return right(replace(row, document=True), *given)
+
+    plant(fit, "_fit", wrong)
+
+
+@fault(
+    "A105b", "pack.cut_to_fill", real="TRL #5075", what="rows are cut where a sequence is full, and their rest goes on"
+)
+def _rows_are_cut_to_fill() -> None:
+    def wrong(right: Right, rows: Sequence[Any], length: int, **named: Any) -> Any:
+        sequences: list[tuple[Any, ...]] = []
+        filled: list[Any] = []
+        for row in rows:
+            room = length - sum(len(each.ids) for each in filled)
+            if len(row.ids) > room > 0:
+                head = replace(row, ids=row.ids[:room], trained=row.trained[:room])
+                sequences.append((*filled, head))
+                filled = [replace(row, ids=row.ids[room:], trained=row.trained[room:])]
+            else:
+                filled.append(row)
+        return [*sequences, tuple(filled)]
+
+    plant(batching, "pack_rows", wrong)
+
+
+@fault("A108", "pad.side_for_generation", real="transformers #26569", what="prompts are padded where the answer begins")
+def _prompts_padded_on_the_right() -> None:
+    def wrong(right: Right, session: Any, prompts: Sequence[Sequence[int]], *given: Any) -> Any:
+        most = max(len(prompt) for prompt in prompts)
+        padded = [[*prompt, *[session.pad_id] * (most - len(prompt))] for prompt in prompts]
+        return right(session, padded, *given)
+
+    plant(ReferenceSession, "generate", wrong)
+
+
+@fault("A109", "pad.length_off_by_one", real="unsloth-zoo #672", what="the last token of the longest row is lost")
+def _last_place_is_lost() -> None:
+    def wrong(session: Any, batch: Batch, ids: Any, here: Any, starts: Any) -> Arrays:
+        here[:, -2:] = False
+        return shifted(ids, here, starts)
+
+    in_arrays(wrong)
+
+
+@fault("A110", "pad.attention_on_pads", real="", what="rows are padded in front, and see the padding")
+def _padding_is_seen() -> None:
+    def wrong(session: Any, batch: Batch, ids: Any, here: Any, starts: Any) -> Arrays:
+        for index, sequence in enumerate(batch.sequences):
+            room = ids.shape[1] - sum(len(row.ids) for row in sequence)
+            ids[index], here[index] = np.roll(ids[index], room), np.roll(here[index], room)
+        return shifted(ids, here, np.zeros_like(starts))
+
+    in_arrays(wrong)

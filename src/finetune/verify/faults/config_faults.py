@@ -1,0 +1,173 @@
+"""Faults of settings: dead, misnamed, taken for another, or accepted though there is no such thing."""
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+from finetune.assembly import prepare, train
+from finetune.backends.reference import session as reference
+from finetune.backends.reference.model import Pass
+from finetune.config import load, sources
+from finetune.config.keys import KEYS, PROFILE_KEY, SECTIONS
+from finetune.records import AdapterTarget, Optimization
+from finetune.verify.faults.fault import fault, plant
+
+Right = Callable[..., Any]
+
+
+@fault("A002", "config.flag_not_wired", real="mlx-examples #1313", what="packing is read and never passed on")
+def _packing_not_wired() -> None:
+    for room in (prepare, train):
+        plant(room, "pack_length", lambda right, *given: None)
+
+
+@fault("A002b", "config.decay_not_wired", real="", what="weight decay is read and never reaches the optimizer")
+def _decay_not_wired() -> None:
+    plant(Optimization, "decay_of", lambda right, *given: 0.0)
+
+
+@fault("A002c", "config.clipping_not_wired", real="", what="the limit of gradients is read and never passed on")
+def _clipping_not_wired() -> None:
+    plant(reference, "clip", lambda right, gradients, most: right(gradients, math.inf))
+
+
+@fault("A002d", "config.limit_not_wired", real="", what="the number of rows to read is read and never passed on")
+def _limit_not_wired() -> None:
+    plant(prepare, "read_rows", lambda right, path, *, limit=None: right(path))
+
+
+@fault("A002e", "config.accumulation_not_wired", real="", what="accumulation is read, and the loop has a default")
+def _accumulation_not_wired() -> None:
+    plant(train, "LoopPlan", lambda right, **given: right(**{**given, "accumulation": 1}))
+
+
+@fault("A002f", "config.ratio_not_wired", real="", what="how much faster B moves is read and never passed on")
+def _ratio_not_wired() -> None:
+    for room in ("finetune.pipeline", "finetune.verify.trainers.ours"):
+        plant(import_module(room), "Optimization", lambda right, decay, most, **named: right(decay, most))
+
+
+@fault("A003", "config.zero_is_false", real="torchtune #186", what="a setting that is 0 counts as not set")
+def _zero_is_not_set() -> None:
+    def wrong(right: Right, *given: Any) -> Any:
+        source = right(*given)
+        source.values = {key: value for key, value in source.values.items() if value or value is None}
+        return source
+
+    plant(load, "flag_source", wrong)
+
+
+@fault("A003b", "config.seed_zero_is_no_seed", real="mlx-lm #1661", what="with seed 0 the adapter is not seeded")
+def _seed_zero_makes_any_adapter() -> None:
+    def wrong(right: Right, session: Any, target: Any, seed: int) -> Any:
+        return right(session, target, seed or random.SystemRandom().getrandbits(31))
+
+    plant(reference.ReferenceSession, "attach", wrong)
+
+
+@fault("A003c", "config.order_zero_is_no_seed", real="mlx-lm #1661", what="with seed 0 the order of rows is not seeded")
+def _seed_zero_makes_any_order() -> None:
+    def wrong(right: Right, *given: Any, seed: int, **named: Any) -> Any:
+        return right(*given, seed=seed or random.SystemRandom().getrandbits(31), **named)
+
+    plant(train, "epoch_batches", wrong)
+
+
+@fault(
+    "A004", "config.field_misnamed", real="axolotl #1445", what="rank-stabilised scaling is asked for by a wrong name"
+)
+def _scaling_misnamed() -> None:
+    plant(AdapterTarget, "scale_of", lambda right, target, path: target.alpha_of(path) / target.rank_of(path))
+
+
+@fault(
+    "A004b", "config.alpha_misnamed", real="", what="alpha is asked for by a wrong name and has its default for ever"
+)
+def _alpha_misnamed() -> None:
+    def wrong(right: Right, rank: int, alpha: float, *given: Any, **named: Any) -> Any:
+        return right(rank, 16.0, *given, **named)
+
+    plant(prepare, "AdapterTarget", wrong)
+
+
+@fault("A004c", "config.patterns_misnamed", real="", what="the ranks that layers have of their own are never asked for")
+def _patterns_misnamed() -> None:
+    plant(prepare, "AdapterTarget", lambda right, *given, **named: right(*given, **{**named, "rank_pattern": {}}))
+
+
+def _without_dropout(spared: Callable[[str], bool]) -> None:
+    """Plant it where an adapter adds to its layer: some layers are built without dropout."""
+
+    def wrong(right: Right, trip: Any, path: str, *given: Any) -> Any:
+        drawn = trip.random
+        trip.random = None if spared(path) else drawn
+        try:
+            return right(trip, path, *given)
+        finally:
+            trip.random = drawn
+
+    plant(Pass, "_added", wrong)
+
+
+@fault("A005", "config.param_dropped_in_builder", real="torchtune #995", what="layers of the MLP have no dropout")
+def _dropout_not_in_the_mlp() -> None:
+    _without_dropout(lambda path: ".mlp." in path)
+
+
+@fault("A005b", "config.dropout_of_one_layer_lost", real="torchtune #995", what="one layer of attention has no dropout")
+def _dropout_not_in_one_layer() -> None:
+    _without_dropout(lambda path: path.endswith("o_proj"))
+
+
+@fault("A007", "config.none_as_string", real="axolotl #3859", what="no value becomes the word None")
+def _none_is_a_word() -> None:
+    def wrong(right: Right, values: Mapping[str, Any]) -> Any:
+        config = right(values)
+        tracking = config.tracking.model_copy(update={"name": str(config.tracking.name)})
+        return config.model_copy(update={"tracking": tracking})
+
+    plant(load, "unflatten", wrong)
+
+
+@fault("A009", "config.feature_silently_off", real="unsloth #7234", what="accumulation switches packing off")
+def _accumulation_stops_packing() -> None:
+    def wrong(right: Right, plan: Any) -> Any:
+        return None if plan.config.training.accumulation > 1 else right(plan)
+
+    for room in (prepare, train):
+        plant(room, "pack_length", wrong)
+
+
+@fault("A009b", "config.dropout_silently_off", real="unsloth #6829", what="targets of one's own switch dropout off")
+def _targets_stop_dropout() -> None:
+    def wrong(right: Right, config: Any, shape: Any) -> Any:
+        target = right(config, shape)
+        return target if config.adapter.targets == "all-linear" else replace(target, dropout=0.0)
+
+    plant(prepare, "adapter_target", wrong)
+
+
+@fault("A010", "config.layer_filter_matches_nothing", real="PEFT #1024", what="a target that fits no layer is dropped")
+def _unknown_target_is_dropped() -> None:
+    def wrong(right: Right, shape: Any, targets: str | Sequence[str]) -> Any:
+        known = right(shape, "all-linear")
+        return known if targets == "all-linear" else tuple(name for name in targets if name in known)
+
+    plant(prepare, "choose_layers", wrong)
+
+
+@fault("A010b", "config.pattern_matches_nothing", real="PEFT #1024", what="a pattern that fits no layer says nothing")
+def _unknown_pattern_is_ignored() -> None:
+    plant(prepare, "check_patterns", lambda right, *given: None)
+
+
+@fault("A012", "config.unknown_key_ignored", real="", what="a misspelt setting is accepted and does nothing")
+def _unknown_setting_is_ignored() -> None:
+    def wrong(right: Right, source: Any, key: str, value: Any) -> None:
+        if key in (*SECTIONS, *KEYS, PROFILE_KEY):
+            right(source, key, value)
+
+    plant(sources.Source, "add", wrong)

@@ -1,0 +1,228 @@
+"""Holds a door, whoever is behind it, to what the protocol says: before laws are judged by what it answers."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.verify.doors.answers import ANSWERS, Answer
+from finetune.verify.doors.door import Door, RefusesError, SubjectError, UnsupportedError
+from finetune.verify.suite.cases import PLAIN, TINY
+from finetune.verify.suite.trainer import Trainer
+from finetune.verify.suite.verdicts import BrokenError, Judgement, Word, hold
+
+Opener = Callable[[Path], AbstractContextManager[Door]]
+_ROWS = [{"prompt": "ab", "completion": "xyz"}, {"prompt": "a", "completion": "z"}]
+_BATCH = [{"ids": [9, 40, 77, 15], "targets": [False, False, True, True]}]
+_PROMPTS = [[9, 40, 77], [15]]
+_TALK = [{"role": "user", "content": "ab"}]
+_SETTINGS = {
+    **PLAIN,
+    "training.batch_size": 1,
+    "training.epochs": 1.0,
+    "training.max_steps": 2,
+    "training.save_every": 1,
+}
+_ALIKE = ("render", "tokenize", "batches", "loss", "gradient", "evaluate", "generate")
+"""Abilities whose answers name no files: asked twice, they answer alike."""
+_FILES = ("file", "folder", "adapter")
+_STATEMENTS = {
+    "door.hello": "It says who it is: its name, the versions of what computes, and what it can and cannot.",
+    "door.stranger": "It says of what it does not know that it has nothing of the kind, and goes on.",
+    "door.alike": "Asked the same twice, it answers alike.",
+    "door.inside": "It changes nothing beside the folders that it is given.",
+    "door.leaves": "When it is closed, nothing that it has started runs on.",
+}
+
+
+def conform(
+    open_door: Opener, scratch: Path, tell: Callable[[Judgement], None] = lambda judgement: None
+) -> tuple[Judgement, ...]:
+    """Judge a door by each sentence of the protocol that can be seen from outside; nothing that it does raises here.
+
+    What is watched for changes is `scratch`, but for the folder that the door lives in and those that it is given to
+    write to: the model and the files beside them. What happens elsewhere on the machine is not seen.
+
+    Args:
+        open_door: opens it; it lives in the folder that it is given.
+        scratch: an empty folder that exists.
+    """
+    found: list[Judgement] = []
+
+    def judged(id: str, statement: str, check: Callable[[], object]) -> None:
+        judgement = _judged(id, statement, check)
+        found.append(judgement)
+        tell(judgement)
+
+    own = scratch / "door"
+    own.mkdir()
+    try:
+        with open_door(own) as door:
+            for id, statement, check in _checks(door, scratch):
+                judged(id, statement, check)
+    except SubjectError as error:
+        trouble = str(error)
+
+        def fail() -> None:
+            raise SubjectError(trouble)
+
+        judged("door.hello", _STATEMENTS["door.hello"], fail)
+        return tuple(found)
+    left = getattr(door, "left_running", [])
+    judged(
+        "door.leaves",
+        _STATEMENTS["door.leaves"],
+        lambda: hold(not left, expected="nothing is left", got=f"still running: {'; '.join(left)}"),
+    )
+    return tuple(found)
+
+
+def _checks(door: Door, scratch: Path) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """Each check with its id and its sentence, in the order in which they are done."""
+    asked = scratch / "asked"
+    asked.mkdir()
+    (scratch / "beside.txt").write_text("nothing here is the trainer's\n", encoding="utf-8")
+    trainer = Trainer(door, asked)
+    questions = _Questions(trainer, scratch / "given")
+    before = _bytes_of(scratch)
+    yield "door.hello", _STATEMENTS["door.hello"], lambda: _hold_hello(door)
+    for ability in questions.known:
+        if not door.about.abilities.get(ability, "missing"):
+            statement = f"It can {ability}, as it says; numbers are numbers, and files that it names are there."
+            yield f"door.{ability}", statement, lambda ability=ability: _hold_answer(questions, ability)
+    yield "door.alike", _STATEMENTS["door.alike"], lambda: _hold_alike(questions)
+    yield "door.stranger", _STATEMENTS["door.stranger"], lambda: _hold_stranger(door)
+    yield "door.inside", _STATEMENTS["door.inside"], lambda: _hold_unchanged(before, _bytes_of(scratch))
+
+
+class _Questions:
+    """A small question for each ability, and the answers that there were."""
+
+    def __init__(self, trainer: Trainer, given: Path) -> None:
+        given.mkdir()
+        self.trainer = trainer
+        self.given = given
+        self.model = trainer.model(TINY)
+        self.answers: dict[str, Answer] = {}
+        base: dict[str, Any] = {"model": self.model, "settings": _SETTINGS}
+        self.known: dict[str, Callable[[], Mapping[str, Any]]] = {
+            "configure": lambda: base,
+            "render": lambda: {**base, "messages": _TALK, "prompt": True},
+            "tokenize": lambda: {**base, "rows": _ROWS},
+            "batches": lambda: {**base, "rows": _ROWS, "epochs": 1},
+            "loss": lambda: {**base, "batch": _BATCH},
+            "gradient": lambda: {**base, "micro": [_BATCH]},
+            "evaluate": lambda: {**base, "rows": _ROWS},
+            "initial_adapter": lambda: base,
+            "logits": lambda: {**base, "prompts": _PROMPTS},
+            "generate": lambda: {**base, "prompts": _PROMPTS},
+            "train": lambda: {**base, "rows": _ROWS, "folder": given / "whole"},
+            "resume": self._stopped,
+            "adapter_weights": lambda: {"model": self.model, "adapter": self._adapter()},
+            "merge": lambda: {**base, "adapter": self._adapter()},
+        }
+
+    def ask(self, ability: str) -> Answer:
+        """An answer of the form that the ability has."""
+        return self.trainer.ask(ability, ANSWERS[ability], **self.known[ability]())
+
+    def _stopped(self) -> Mapping[str, Any]:
+        folder = self.given / "stopped"
+        settings = {"model": self.model, "settings": _SETTINGS, "rows": _ROWS, "folder": folder, "stop_after": 1}
+        self.trainer.ask("train", ANSWERS["train"], **settings)
+        return {"folder": folder}
+
+    def _adapter(self) -> str:
+        trained = self.answers.get("train")
+        if trained is None:
+            raise UnsupportedError("nothing was trained that could be asked about")
+        return str(trained.model_dump()["adapter"])
+
+
+def _judged(id: str, statement: str, check: Callable[[], object]) -> Judgement:
+    began, word, told = time.monotonic(), "holds", {}
+    try:
+        check()
+    except BrokenError as broken:
+        word, told = "broken", {"expected": broken.expected, "got": broken.got}
+    except UnsupportedError as error:
+        word, told = "broken", {"expected": "what it says that it can", "got": f"it has nothing of the kind: {error}"}
+    except (RefusesError, SubjectError) as error:
+        word, told = "error", {"why": str(error)}
+    judged: Word = word  # type: ignore[assignment]
+    return Judgement(id, statement, judged, cases=1, seconds=round(time.monotonic() - began, 3), **told)
+
+
+def _hold_hello(door: Door) -> None:
+    about = door.about
+    hold(about.name.strip(), expected="a name", got=about.name)
+    hold(about.versions, expected="the version of at least one thing that computes", got=about.versions)
+    hold(any(not why for why in about.abilities.values()), expected="at least one ability", got=about.abilities)
+
+
+def _hold_answer(questions: _Questions, ability: str) -> None:
+    answer = questions.ask(ability)
+    plain = answer.model_dump()
+    odd = [f"{place} is {number}" for place, number in _numbers(plain) if not math.isfinite(number)]
+    hold(not odd, expected="numbers", got="; ".join(odd[:5]))
+    absent = [plain[key] for key in _FILES if plain.get(key) is not None and not Path(plain[key]).exists()]
+    hold(not absent, expected="files that are there", got=f"it names {', '.join(map(str, absent))}, which is not")
+    questions.answers[ability] = answer
+
+
+def _hold_alike(questions: _Questions) -> None:
+    for ability in _ALIKE:
+        if ability in questions.answers:
+            first, second = questions.answers[ability], questions.ask(ability)
+            hold(first == second, expected=f"{ability}: {first}", got=f"{ability}: {second}")
+    if "logits" in questions.answers:
+        first, second = (
+            questions.trainer.tensors(answer.model_dump()["file"])
+            for answer in (questions.answers["logits"], questions.ask("logits"))
+        )
+        same = first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
+        hold(same, expected="the same logits", got="others")
+
+
+def _hold_stranger(door: Door) -> None:
+    try:
+        answer = door.ask("fly", {})
+    except UnsupportedError:
+        return
+    hold(False, expected="it has nothing of the kind", got=f"it says that it can fly: {answer}")  # noqa: FBT003
+
+
+def _hold_unchanged(before: Mapping[str, str], after: Mapping[str, str]) -> None:
+    names = {name for name in {*before, *after} if before.get(name) != after.get(name)}
+    words = [
+        f"{name} is {'new' if name not in before else 'gone' if name not in after else 'another'}"
+        for name in sorted(names)
+    ]
+    hold(not words, expected="every file beside its folders as it was", got="; ".join(words))
+
+
+def _numbers(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """Every float within, by its place."""
+    if isinstance(value, float):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _numbers(each, f"{place}.{key}".strip("."))
+    elif isinstance(value, list):
+        for number, each in enumerate(value):
+            yield from _numbers(each, f"{place}[{number}]")
+
+
+def _bytes_of(scratch: Path) -> dict[str, str]:
+    """What is in each file that is none of the trainer's."""
+    theirs = (scratch / "door", scratch / "given")
+    return {
+        path.relative_to(scratch).as_posix(): sha256(path.read_bytes()).hexdigest() if path.is_file() else "a folder"
+        for path in sorted(scratch.rglob("*"))
+        if not any(path.is_relative_to(own) for own in theirs)
+    }

@@ -1,0 +1,99 @@
+"""Laws of runs that are not the first: those that go on, and those that come to where another has been."""
+
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from hypothesis import strategies as st
+from pydantic import Field
+
+from finetune.verify.doors.answers import Course, Weights
+from finetune.verify.doors.door import RefusesError
+from finetune.verify.suite.cases import PLAIN, TINY, Rows, rows_of
+from finetune.verify.suite.catalogue import law
+from finetune.verify.suite.trainer import Tensors, Trainer
+from finetune.verify.suite.verdicts import hold
+
+_STEPS, _STOP = 4, 2
+
+
+class Stopped(Rows):
+    """Rows and a schedule of a run of four steps that is stopped after two."""
+
+    schedule: Literal["constant", "linear", "cosine"]
+    seed: Annotated[int, Field(ge=0)]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the run."""
+        return {
+            **PLAIN, "training.batch_size": 1, "training.epochs": float(_STEPS), "training.max_steps": _STEPS,
+            "training.learning_rate": 0.01, "training.schedule": self.schedule, "training.seed": self.seed,
+            "training.save_every": 1,
+        }  # fmt: skip
+
+
+@law(
+    "resume.goes_on",
+    "Training that is stopped and goes on ends where training ends that was never stopped.",
+    needs=["train", "resume", "adapter_weights"],
+    oracle="the trainer's own run of the same steps without a stop",
+    cases=st.builds(
+        Stopped, rows=rows_of(1, 2), schedule=st.sampled_from(["constant", "linear"]), seed=st.integers(0, 2)
+    ),
+    tier=2,
+    cost=8,
+    examples=4,
+)
+def resumed_training_goes_on(trainer: Trainer, case: Stopped) -> None:
+    """The learning rates of the steps that remain, and the weights at the end, are those of the whole run."""
+    model, folders = trainer.model(TINY), [trainer.folder() / "run" for _ in range(2)]
+    given = {"model": model, "settings": case.settings, "rows": case.values}
+    whole = trainer.ask("train", Course, folder=folders[0], **given)
+    trainer.ask("train", Course, folder=folders[1], stop_after=_STOP, **given)
+    rest = trainer.ask("resume", Course, folder=folders[1])
+    rates = [_rates(whole)[_STOP:], _rates(rest)]
+    hold(rates[0] == rates[1], expected=f"learning rates {rates[0]}", got=f"learning rates {rates[1]}")
+    right, found = (_weights(trainer, model, course) for course in (whole, rest))
+    hold(right.keys() == found.keys(), expected=sorted(right), got=sorted(found))
+    away = {name: float(np.abs(right[name] - found[name]).max()) for name in right}
+    worst = max(away, key=lambda name: away[name])
+    hold(away[worst] <= 1e-4, expected=f"the weights of the whole run in {worst}", got=f"{away[worst]:.5f} away")
+
+
+@law(
+    "run.leaves_others",
+    "A run into the folder of another leaves the adapter that is there as it is, or is refused.",
+    needs=["train"],
+    oracle="the bytes of the first adapter's files",
+    cases=st.builds(Stopped, rows=rows_of(1, 2), schedule=st.just("constant"), seed=st.integers(0, 2)),
+    tier=2,
+    cost=6,
+    examples=3,
+)
+def second_run_leaves_the_first(trainer: Trainer, case: Stopped) -> None:
+    """No file of the first adapter is another one after a run with another seed."""
+    folder = trainer.folder() / "run"
+    given = {"model": trainer.model(TINY), "rows": case.values, "folder": folder}
+    first = trainer.ask("train", Course, settings=case.settings, **given).adapter
+    assert first is not None
+    before = _bytes(Path(first))
+    with suppress(RefusesError):
+        trainer.ask("train", Course, settings={**case.settings, "training.seed": case.seed + 1}, **given)
+    after = _bytes(Path(first))
+    changed = sorted(name for name in before if after.get(name) != before[name])
+    hold(not changed, expected="the first adapter's files", got=f"others: {', '.join(changed)}")
+
+
+def _rates(course: Course) -> list[float | None]:
+    return [None if step.learning_rate is None else float(f"{step.learning_rate:.6g}") for step in course.steps]
+
+
+def _weights(trainer: Trainer, model: Path, course: Course) -> Tensors:
+    return trainer.tensors(trainer.ask("adapter_weights", Weights, model=model, adapter=course.adapter).file)
+
+
+def _bytes(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}

@@ -1,0 +1,284 @@
+"""mlx-lm's LoRA trainer behind a door, through its own command line: run by an interpreter that has mlx-lm.
+
+Each question becomes a configuration file and a call of `mlx_lm.lora`'s main function. What is asked for is read off
+on the way, at what that hands to its own `train`: the batches, the loss, the optimizer.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm import fuse, lora
+from mlx_lm.generate import stream_generate
+from mlx_lm.tuner.datasets import CacheDataset
+from mlx_lm.tuner.trainer import iterate_batches
+from mlx_lm.utils import load
+from mlx_lm_run import (
+    Ids,
+    StoppedError,
+    arguments,
+    config_of,
+    effective_of,
+    evaluated,
+    in_peft,
+    in_place,
+    micro_of,
+    new_folder,
+    no_loss,
+    tokenizer_of,
+    trained,
+)
+from serving import RefusesError, UnsupportedError, serve
+
+Given = Mapping[str, Any]
+
+
+def configure(model: str, settings: Given) -> dict[str, Any]:
+    """What its command line makes of a configuration file."""
+    tokenizer_of(model, settings)
+    return {"told": "", "effective": effective_of(config_of(model, settings, "adapters", rows=1))}
+
+
+def render(model: str, settings: Given, messages: Sequence[Given], *, prompt: bool) -> dict[str, Any]:
+    """What the tokenizer's own template makes of a conversation."""
+    tokenizer = tokenizer_of(model, settings)
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    except Exception as error:
+        raise RefusesError(f"{type(error).__name__}: {error}") from error
+    return {"text": text}
+
+
+def prompt(model: str, settings: Given, messages: Sequence[Given]) -> dict[str, Any]:
+    """The ids of what the tokenizer's own template makes of a question."""
+    tokenizer = tokenizer_of(model, settings)
+    ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+    return {"ids": list(ids)}
+
+
+def stops(model: str, settings: Given) -> dict[str, Any]:
+    """What ends an answer when it generates."""
+    _, tokenizer = load(model)
+    return {"ids": sorted(tokenizer.eos_token_ids)}
+
+
+def tokenize(model: str, settings: Given, rows: Sequence[Given]) -> dict[str, Any]:
+    """Rows as they leave its iterator one by one; its loss says which tokens count."""
+    found: list[dict[str, Any]] = []
+    asked: list[int] = []
+    right = CacheDataset.__getitem__
+
+    def noted(self: Any, index: int) -> Any:
+        asked.append(index)
+        return right(self, index)
+
+    def watched(*given: Any, **named: Any) -> Iterator[Any]:
+        for batch, spans in iterate_batches(*given, **{**named, "loop": False}):
+            micro = micro_of(batch, spans)
+            count = sum(micro["real"][0])
+            told = {"row": asked[-1], "ids": micro["ids"][0][:count], "targets": micro["targets"][0][:count]}
+            found.append(told)
+            yield batch, spans
+
+    config = config_of(
+        model, {**settings, "training.batch_size": 1, "training.accumulation": 1}, new_folder(), rows=len(rows)
+    )
+    config["iters"] = len(rows) + 1
+    with in_place(CacheDataset, "__getitem__", noted):
+        trained(config, rows, batches=watched, loss=no_loss)
+    return {"rows": sorted(found, key=lambda row: row["row"])}
+
+
+def batches(model: str, settings: Given, rows: Sequence[Given], epochs: int) -> dict[str, Any]:
+    """What its iterator gives to training; each of its shuffles begins an epoch."""
+    told: list[list[dict[str, Any]]] = []
+    shuffle = lora.np.random.permutation
+
+    def shuffled(count: int) -> Any:
+        if len(told) == epochs:
+            raise StoppedError
+        told.append([])
+        return shuffle(count)
+
+    def watched(*given: Any, **named: Any) -> Iterator[Any]:
+        for batch, spans in iterate_batches(*given, **named):
+            told[-1].append(micro_of(batch, spans))
+            yield batch, spans
+
+    config = config_of(model, {**settings, "training.max_steps": 1_000_000}, new_folder(), rows=len(rows))
+    with in_place(lora.np.random, "permutation", shuffled):
+        trained(config, rows, batches=watched, loss=no_loss)
+    each = config["grad_accumulation_steps"]
+    if any(len(micro) % each for micro in told):
+        raise UnsupportedError("its steps go on from one epoch into the next, and no epoch has steps of its own")
+    steps = [[{"micro": micro[start : start + each]} for start in range(0, len(micro), each)] for micro in told]
+    return {"epochs": steps}
+
+
+def loss(model: str, settings: Given, batch: Sequence[Given], adapter: str | None = None) -> dict[str, Any]:
+    """What it evaluates one batch to."""
+    told: dict[str, Any] = evaluated(model, {**settings, "training.batch_size": len(batch)}, adapter, ids=Ids(batch))
+    return told
+
+
+def evaluate(model: str, settings: Given, rows: Sequence[Given], adapter: str | None = None) -> dict[str, Any]:
+    """What it evaluates rows to, as a test set."""
+    told: dict[str, Any] = evaluated(model, settings, adapter, rows=rows)
+    return told
+
+
+def gradient(model: str, settings: Given, micro: Sequence[Sequence[Given]]) -> dict[str, Any]:
+    """The gradient that its optimizer is given in its first step, where its iterator yields these micro-batches."""
+    told: dict[str, Any] = {}
+
+    def given_ones(dataset: Any, batch_size: int, max_seq_length: int, **_: Any) -> Iterator[Any]:
+        for rows in micro:
+            yield from iterate_batches(Ids(rows), len(rows), max_seq_length)
+
+    def watch(optimizer: Any) -> None:
+        move = optimizer.update
+
+        def update(network: Any, gradients: Any) -> None:
+            told["norms"] = {
+                f"base_model.model.{in_peft(name)}.weight": mx.linalg.norm(tensor).item()
+                for name, tensor in tree_flatten(gradients)
+            }
+            move(network, gradients)
+
+        optimizer.update = update
+
+    given = {**settings, "training.accumulation": len(micro), "training.max_steps": 1, "training.batch_size": 1}
+    config = config_of(model, given, new_folder(), rows=1)
+    # A compiled step shows no numbers on the way.
+    mx.disable_compile()
+    try:
+        steps = trained(config, [], batches=given_ones, watch=watch, ids=Ids(micro[0]))
+    finally:
+        mx.enable_compile()
+    return {**told, "loss": steps[0]["loss"]}
+
+
+def train(
+    model: str, settings: Given, rows: Sequence[Given], folder: str, stop_after: int | None = None
+) -> dict[str, Any]:
+    """A run; with `stop_after` it ends when it asks for the first batch after that step."""
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    asked = {"model": model, "settings": dict(settings), "rows": list(rows)}
+    (place / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
+    return _course(asked, place, stop_after, done=0)
+
+
+def resume(folder: str, stop_after: int | None = None, settings: Given | None = None) -> dict[str, Any]:
+    """Go on from the newest weights, as its manual says: with `resume_adapter_file`, and the iterations that remain."""
+    place = Path(folder)
+    asked = json.loads((place / "asked.json").read_text(encoding="utf-8"))
+    asked["settings"] |= settings or {}
+    done = max((int(step) for step in _checkpoints(place, asked["settings"])), default=0)
+    if not done:
+        raise RefusesError("there are no weights to go on from")
+    return _course(asked, place, stop_after, done=done)
+
+
+def initial_adapter(model: str, settings: Given) -> dict[str, Any]:
+    """What it saves when there is nothing to train."""
+    folder = new_folder()
+    trained({**config_of(model, settings, folder, rows=1), "iters": 0}, [{"prompt": "a", "completion": "b"}])
+    return adapter_weights(model, folder)
+
+
+def adapter_weights(model: str, adapter: str) -> dict[str, Any]:
+    """An adapter of its own format by the names and in the form of PEFT."""
+    config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+    weights = mx.load(str(Path(adapter) / "adapters.safetensors"))
+    found = {
+        f"base_model.model.{in_peft(name)}.weight": mx.contiguous(tensor.T.astype(mx.float32))
+        for name, tensor in weights.items()
+    }
+    file = str(Path(new_folder()) / "adapter.safetensors")
+    mx.save_safetensors(file, found)
+    return {"file": file, "scale": config["lora_parameters"]["scale"]}
+
+
+def logits(model: str, settings: Given, prompts: Sequence[Sequence[int]], adapter: str | None = None) -> dict[str, Any]:
+    """What the model computes, with an adapter where one is given."""
+    network, _ = load(model, adapter_path=adapter)
+    found = {str(place): network(mx.array([list(ids)]))[0].astype(mx.float32) for place, ids in enumerate(prompts)}
+    file = str(Path(new_folder()) / "logits.safetensors")
+    mx.save_safetensors(file, found)
+    return {"file": file}
+
+
+def generate(
+    model: str, settings: Given, prompts: Sequence[Sequence[int]], adapter: str | None = None
+) -> dict[str, Any]:
+    """What it generates greedily, one prompt after the other."""
+    network, tokenizer = load(model, adapter_path=adapter)
+    most = settings.get("evaluation.max_new_tokens", 32)
+    answers = []
+    for ids in prompts:
+        said = [part.token for part in stream_generate(network, tokenizer, list(ids), max_tokens=most)]
+        answers.append(said[:-1] if said and said[-1] in tokenizer.eos_token_ids else said)
+    return {"answers": answers}
+
+
+def merge(model: str, settings: Given, adapter: str) -> dict[str, Any]:
+    """Its own command for that."""
+    folder = new_folder()
+    with arguments("mlx_lm.fuse", "--model", model, "--adapter-path", adapter, "--save-path", folder):
+        fuse.main()
+    return {"folder": folder}
+
+
+def _course(asked: Given, place: Path, stop_after: int | None, *, done: int) -> dict[str, Any]:
+    """A run of what remains after so many steps."""
+    settings, adapters = asked["settings"], place / "adapters"
+    config = config_of(asked["model"], settings, str(adapters), rows=len(asked["rows"]))
+    each = config["grad_accumulation_steps"]
+    if done:
+        config["resume_adapter_file"] = str(adapters / f"{done * each:07d}_adapters.safetensors")
+        config["iters"] -= done * each
+    ended = False
+
+    def until(*given: Any, **named: Any) -> Iterator[Any]:
+        nonlocal ended
+        for count, batch in enumerate(iterate_batches(*given, **named)):
+            if stop_after is not None and count == (stop_after - done) * each:
+                ended = True
+                raise StoppedError
+            yield batch
+
+    steps = trained(config, asked["rows"], batches=until)
+    adapter = None if ended else str(adapters)
+    return {"steps": steps, "adapter": adapter, "checkpoints": _checkpoints(place, settings)}
+
+
+def _checkpoints(place: Path, settings: Given) -> dict[str, str]:
+    each = settings.get("training.accumulation", 1)
+    files = (place / "adapters").glob("*_adapters.safetensors")
+    return {str(int(file.name.partition("_")[0]) // each): str(file) for file in files}
+
+
+def main() -> None:
+    """Answer questions."""
+    handlers = {
+        "configure": configure, "render": render, "prompt": prompt, "stops": stops,
+        "tokenize": tokenize, "batches": batches, "loss": loss,
+        "gradient": gradient, "train": train, "resume": resume, "evaluate": evaluate,
+        "initial_adapter": initial_adapter, "adapter_weights": adapter_weights, "logits": logits,
+        "generate": generate, "merge": merge,
+    }  # fmt: skip
+    missing = {
+        "export": "its GGUF files hold merged models of 16 bits only, from `mlx_lm.fuse`",
+        "split": "this door trains without held-out rows",
+    }
+    versions = {package: version(package) for package in ("mlx-lm", "mlx", "transformers")}
+    serve("mlx_lm.lora", versions, handlers, missing=missing)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""What our trainer tells of rows before they are trained on: prompts, stops, the split, rows that share sequences."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from finetune.assembly.encoder import Encoder
+from finetune.models.locate import locate_model
+from finetune.records import Batch, Conversation, Message, Tokenized
+from finetune.training.loop import mean_loss
+
+if TYPE_CHECKING:
+    from finetune.verify.trainers.ours import OurTrainer
+
+Given = Mapping[str, Any]
+
+
+def row_handlers(trainer: "OurTrainer") -> dict[str, Callable[..., dict[str, Any]]]:
+    """A function for each of these abilities."""
+
+    def encoder_of(model: str, settings: Given) -> Encoder:
+        return Encoder(locate_model(model), trainer._loaded(model, settings).config.template.name)
+
+    def prompt(model: str, settings: Given, messages: Sequence[Given]) -> dict[str, Any]:
+        conversation = Conversation(tuple(Message(**message) for message in messages), "asked")
+        return {"ids": list(encoder_of(model, settings).prompt_ids(conversation))}
+
+    def stops(model: str, settings: Given) -> dict[str, Any]:
+        return {"ids": list(encoder_of(model, settings).stop_ids)}
+
+    def split(model: str, settings: Given, rows: Sequence[Given]) -> dict[str, Any]:
+        prepared = trainer._prepared(model, settings, rows)
+        held_out = prepared.held_out.rows if prepared.held_out else ()
+        return {"train": _numbers(prepared.train.rows), "held_out": _numbers(held_out)}
+
+    def packed_loss(model: str, settings: Given, sequences: Sequence[Sequence[Given]]) -> dict[str, Any]:
+        rows = [
+            Tokenized(tuple(row["ids"]), tuple(row["targets"]), str(number))
+            for number, row in enumerate(row for sequence in sequences for row in sequence)
+        ]
+        batch = Batch(tuple(rows), tuple(len(sequence) for sequence in sequences))
+        value, count = mean_loss(trainer._asked(model, settings, None), [batch])
+        return {"loss": value, "count": count}
+
+    return {"prompt": prompt, "stops": stops, "split": split, "packed_loss": packed_loss}
+
+
+def line_of(where: str) -> int:
+    """The number of a row, from 0, by the place it was read at; a piece of a row has that of the row."""
+    return int(where.partition(" piece ")[0].rpartition(":")[2]) - 1
+
+
+def _numbers(rows: Sequence[Tokenized]) -> list[int]:
+    return [line_of(row.where) for row in rows]

@@ -1,0 +1,336 @@
+"""What trainers that are built on transformers' own have in common, seen from the door: runs in their environment.
+
+Everything goes through the trainer itself: its preparation of rows, its collator, its loss and its loop. What is asked
+for is read off on the way, and nothing is computed here that the trainer computes.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from safetensors.torch import save_file
+from serving import RefusesError, UnsupportedError, serve
+from transformers_settings import (
+    ADAPTER,
+    ARGUMENTS,
+    IGNORED,
+    Given,
+    Job,
+    Kind,
+    adapted,
+    adapter_of,
+    arguments_of,
+    network_of,
+    tokenizer_of,
+)
+
+
+class TransformersSide:
+    """The handlers of all questions."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
+        transformers.utils.logging.disable_progress_bar()
+
+    def serve(self) -> None:
+        """Answer until there are no more questions."""
+        abilities = (
+            "configure", "render", "prompt", "stops", "tokenize", "batches", "loss", "gradient", "train", "resume",
+            "evaluate", "initial_adapter", "adapter_weights", "logits", "generate", "merge",
+        )  # fmt: skip
+        handlers = {ability: getattr(self, ability) for ability in abilities}
+        missing = {"export": "it writes no GGUF files", "split": "this door trains without held-out rows"}
+        versions = {package: version(package) for package in self.kind.packages}
+        serve(self.kind.name, versions, handlers, missing=missing, refusals=(RefusesError,))
+
+    def configure(self, model: str, settings: Given) -> dict[str, Any]:
+        """What its own configuration takes, and reads back."""
+        arguments, adapter = arguments_of(self.kind, settings, self._folder()), adapter_of(settings)
+        tokenizer_of(model, settings)
+        found = {name: getattr(arguments, own) for name, own in {**ARGUMENTS, **self.kind.has}.items()}
+        # Where it has another word for the same.
+        found["training.max_steps"] = None if arguments.max_steps < 0 else arguments.max_steps
+        for name in ("training.schedule", "training.save_every"):
+            del found[name]
+        found |= {name: getattr(adapter, own) for name, own in ADAPTER.items()}
+        return {"told": "", "effective": json.loads(json.dumps(found, default=_plain))}
+
+    def render(self, model: str, settings: Given, messages: Sequence[Given], *, prompt: bool) -> dict[str, Any]:
+        """What the tokenizer's own template makes of a conversation."""
+        tokenizer = tokenizer_of(model, settings)
+        try:
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+        except Exception as error:
+            raise RefusesError(f"{type(error).__name__}: {error}") from error
+        return {"text": text}
+
+    def prompt(self, model: str, settings: Given, messages: Sequence[Given]) -> dict[str, Any]:
+        """The ids of what the tokenizer's own template makes of a question."""
+        tokenizer = tokenizer_of(model, settings)
+        ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        return {"ids": list(ids)}
+
+    def stops(self, model: str, settings: Given) -> dict[str, Any]:
+        """What ends an answer when the model generates."""
+        ends = network_of(model, settings).generation_config.eos_token_id
+        return {"ids": [ends] if isinstance(ends, int) else list(ends or ())}
+
+    def tokenize(self, model: str, settings: Given, rows: Sequence[Given]) -> dict[str, Any]:
+        """The rows of its training data set, as it has prepared them."""
+        if settings.get("training.packing"):
+            raise UnsupportedError("packed sequences do not say which row they are of")
+        trainer = self._trainer(model, settings, rows)
+        found = [
+            {"row": row["row"], "ids": list(row["input_ids"]), "targets": [label != IGNORED for label in row["labels"]]}
+            for row in trainer.train_dataset
+        ]
+        left = len({row["row"] for row in found})
+        return {"rows": found, "dropped": {"left out in preparation": len(rows) - left} if left < len(rows) else {}}
+
+    def batches(self, model: str, settings: Given, rows: Sequence[Given], epochs: int) -> dict[str, Any]:
+        """What its loop gives to a training step; the step itself computes nothing."""
+        given = {**settings, "training.epochs": float(epochs), "training.max_steps": None}
+        trainer = self._trainer(model, given, rows)
+        seen = _Seen()
+        trainer.add_callback(seen)
+
+        def step(model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+            seen.micro.append(_micro(inputs))
+            return torch.zeros(())
+
+        trainer.training_step = step
+        trainer.train()
+        return {"epochs": seen.epochs}
+
+    def loss(self, model: str, settings: Given, batch: Sequence[Given], adapter: str | None = None) -> dict[str, Any]:
+        """What it evaluates one batch to."""
+        rows = _labelled(batch)
+        trainer = self._trainer(model, settings, rows, held_out=rows, adapter=adapter)
+        return {"loss": trainer.evaluate()["eval_loss"]}
+
+    def gradient(self, model: str, settings: Given, micro: Sequence[Sequence[Given]]) -> dict[str, Any]:
+        """The gradient of its first step, where its loop gets these micro-batches."""
+        given = {**settings, "training.accumulation": len(micro), "training.max_steps": 1, "training.max_grad_norm": 0}
+        trainer = self._trainer(model, given, [row for batch in micro for row in _labelled(batch)])
+        seen = _Seen()
+        trainer.add_callback(seen)
+        batches = [_labelled(batch) for batch in micro]
+        loader = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=trainer.data_collator)
+        prepared = trainer.accelerator.prepare(loader)
+        trainer.get_train_dataloader = lambda: prepared
+        trainer.train()
+        return {"norms": seen.norms, "loss": _steps(trainer)[0]["loss"]}
+
+    def train(
+        self, model: str, settings: Given, rows: Sequence[Given], folder: str, stop_after: int | None = None
+    ) -> dict[str, Any]:
+        """A run; with `stop_after` it ends, as by Ctrl-C, when the checkpoint of this step is there."""
+        place = Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        asked = {"model": model, "settings": dict(settings), "rows": list(rows)}
+        (place / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
+        return self._course(self._trainer(model, settings, rows, place), place, stop_after, resume=False)
+
+    def resume(self, folder: str, stop_after: int | None = None, settings: Given | None = None) -> dict[str, Any]:
+        """Go on from the newest checkpoint."""
+        place = Path(folder)
+        asked = json.loads((place / "asked.json").read_text(encoding="utf-8"))
+        trainer = self._trainer(asked["model"], {**asked["settings"], **(settings or {})}, asked["rows"], place)
+        return self._course(trainer, place, stop_after, resume=True)
+
+    def evaluate(
+        self, model: str, settings: Given, rows: Sequence[Given], adapter: str | None = None
+    ) -> dict[str, Any]:
+        """What it evaluates held-out rows to."""
+        trainer = self._trainer(model, settings, rows, held_out=rows, adapter=adapter)
+        return {"loss": trainer.evaluate()["eval_loss"]}
+
+    def initial_adapter(self, model: str, settings: Given) -> dict[str, Any]:
+        """The adapter as it is before the first step."""
+        trainer = self._trainer(model, settings, [{"prompt": "a", "completion": "b"}])
+        folder = self._folder()
+        trainer.save_model(folder)
+        return self.adapter_weights(model, folder)
+
+    def adapter_weights(self, model: str, adapter: str) -> dict[str, Any]:
+        """An adapter's folder is in PEFT's own format."""
+        config = peft.LoraConfig.from_pretrained(adapter)
+        scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+        return {"file": str(Path(adapter) / "adapter_model.safetensors"), "scale": scale}
+
+    def logits(
+        self, model: str, settings: Given, prompts: Sequence[Sequence[int]], adapter: str | None = None
+    ) -> dict[str, Any]:
+        """What the model computes, with an adapter where one is given."""
+        network = adapted(network_of(model, settings), adapter).eval()
+        with torch.no_grad():
+            found = {
+                str(place): network(input_ids=torch.tensor([list(ids)])).logits[0].float().contiguous()
+                for place, ids in enumerate(prompts)
+            }
+        file = Path(self._folder()) / "logits.safetensors"
+        save_file(found, file)
+        return {"file": str(file)}
+
+    def generate(
+        self, model: str, settings: Given, prompts: Sequence[Sequence[int]], adapter: str | None = None
+    ) -> dict[str, Any]:
+        """What transformers generates greedily, one prompt after the other."""
+        network = adapted(network_of(model, settings), adapter).eval()
+        most = settings.get("evaluation.max_new_tokens", 32)
+        ends = network.generation_config.eos_token_id
+        stops = {ends} if isinstance(ends, int) else set(ends or ())
+        answers = []
+        for ids in prompts:
+            asked = torch.tensor([list(ids)])
+            whole = network.generate(
+                input_ids=asked, attention_mask=torch.ones_like(asked), do_sample=False, max_new_tokens=most
+            )
+            said = whole[0, len(ids) :].tolist()
+            answers.append(said[:-1] if said and said[-1] in stops else said)
+        return {"answers": answers}
+
+    def merge(self, model: str, settings: Given, adapter: str) -> dict[str, Any]:
+        """PEFT's merge, saved with its tokenizer."""
+        folder = self._folder()
+        merged = adapted(network_of(model, settings), adapter).merge_and_unload()
+        merged.save_pretrained(folder)
+        tokenizer_of(model, settings).save_pretrained(folder)
+        return {"folder": folder}
+
+    def _folder(self) -> str:
+        return tempfile.mkdtemp(dir=Path.cwd())
+
+    def _trainer(
+        self,
+        model: str,
+        settings: Given,
+        rows: Sequence[Given],
+        place: Path | None = None,
+        *,
+        held_out: Sequence[Given] | None = None,
+        adapter: str | None = None,
+    ) -> Any:
+        arguments = arguments_of(
+            self.kind, settings, str(place or self._folder()), None if held_out is None else len(held_out)
+        )
+        # An adapter's first weights come from the seed, as in a program that begins with `set_seed`.
+        transformers.set_seed(arguments.seed)
+        network, wrap = network_of(model, settings), adapter_of(settings)
+        if adapter is not None:
+            network, wrap = adapted(network, adapter), None
+        elif held_out is not None:
+            wrap = None
+        job = Job(network, tokenizer_of(model, settings), arguments, wrap, settings, rows, held_out)
+        try:
+            return self.kind.build(job)
+        except (TypeError, ValueError) as error:
+            raise RefusesError(f"{type(error).__name__}: {error}") from error
+
+    def _course(self, trainer: Any, place: Path, stop_after: int | None, *, resume: bool) -> dict[str, Any]:
+        trainer.add_callback(_Stop(stop_after))
+        began = _last_step(place) if resume else 0
+        if resume and not began:
+            raise RefusesError("there is no checkpoint to go on from")
+        adapter = None
+        with suppress(_StoppedError):
+            trainer.train(resume_from_checkpoint=True if resume else None)
+            adapter = str(place / "adapter")
+            trainer.save_model(adapter)
+        kept = {path.name.rpartition("-")[2]: str(path) for path in place.glob("checkpoint-*")}
+        steps = [step for step in _steps(trainer) if step["step"] > began]
+        return {"steps": steps, "adapter": adapter, "checkpoints": kept}
+
+
+class _StoppedError(Exception):
+    """Training ends here."""
+
+
+class _Stop(transformers.TrainerCallback):  # type: ignore[misc]
+    """Ends training at once when the checkpoint of a step has been written."""
+
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After a checkpoint was written."""
+        if state.global_step == self.step:
+            raise _StoppedError
+
+
+class _Seen(transformers.TrainerCallback):  # type: ignore[misc]
+    """What went by: the micro-batches of each step and epoch, and the gradient before the weights move."""
+
+    def __init__(self) -> None:
+        self.micro: list[dict[str, Any]] = []
+        self.steps: list[dict[str, Any]] = []
+        self.epochs: list[list[dict[str, Any]]] = []
+        self.norms: dict[str, float] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Before the weights move."""
+        self.norms = {
+            name.replace(".default", ""): weight.grad.norm().item()
+            for name, weight in model.named_parameters()
+            if weight.grad is not None
+        }
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After an optimizer step."""
+        self.steps.append({"micro": self.micro})
+        self.micro = []
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After an epoch."""
+        self.epochs.append(self.steps)
+        self.steps = []
+
+
+def _labelled(batch: Sequence[Given]) -> list[dict[str, Any]]:
+    """Rows of ids with labels, as a data set has them that was prepared before."""
+    return [
+        {
+            "input_ids": list(row["ids"]),
+            "labels": [token if target else IGNORED for token, target in zip(row["ids"], row["targets"], strict=True)],
+        }
+        for row in batch
+    ]
+
+
+def _micro(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A micro-batch as the model gets it."""
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    targets = labels != IGNORED
+    targets[:, 0] = False
+    told: dict[str, Any] = {"ids": ids.tolist(), "targets": targets.tolist()}
+    mask = inputs.get("attention_mask")
+    told["real"] = (torch.ones_like(ids) if mask is None else mask).bool().tolist()
+    if "position_ids" in inputs:
+        told["positions"] = inputs["position_ids"].tolist()
+    if "seq_idx" in inputs:
+        told["segments"] = inputs["seq_idx"].tolist()
+    return told
+
+
+def _steps(trainer: Any) -> list[dict[str, Any]]:
+    return [
+        {"step": entry["step"], "loss": entry["loss"], "learning_rate": entry.get("learning_rate")}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+
+
+def _last_step(place: Path) -> int:
+    return max((int(path.name.rpartition("-")[2]) for path in place.glob("checkpoint-*")), default=0)
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else getattr(value, "value", str(value))

@@ -1,0 +1,56 @@
+"""TRL's SFTTrainer behind a door: run by an interpreter that has TRL."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import trl
+from serving import UnsupportedError
+from transformers_settings import Given, Job, Kind
+from transformers_side import TransformersSide
+
+
+def _build(job: Job) -> Any:
+    """An SFTTrainer over rows in the shapes of TRL's documentation."""
+    return trl.SFTTrainer(
+        model=job.model,
+        args=job.arguments,
+        train_dataset=_data(job.train),
+        eval_dataset=None if job.held_out is None else _data(job.held_out),
+        processing_class=job.tokenizer,
+        peft_config=job.adapter,
+    )
+
+
+def _data(rows: Sequence[Given]) -> Any:
+    return datasets.Dataset.from_list([{**_shaped(row), "row": place} for place, row in enumerate(rows)])
+
+
+def _shaped(row: Given) -> dict[str, Any]:
+    """A pair as a conversation, so that the template is used; what TRL reads itself stays as it is."""
+    if "input_ids" in row or "messages" in row or "text" in row:
+        return dict(row)
+    if {"prompt", "completion"} <= set(row):
+        return {
+            **row,
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+        }
+    raise UnsupportedError(f"it reads no rows of the keys {', '.join(row)}")
+
+
+def _arguments(**given: Any) -> Any:
+    return trl.SFTConfig(**given)
+
+
+def main() -> None:
+    """Answer questions."""
+    datasets.disable_caching()
+    datasets.disable_progress_bars()
+    packages = ("trl", "transformers", "peft", "torch", "accelerate", "datasets")
+    has = {"tokens.max_length": "max_length", "training.packing": "packing"}
+    TransformersSide(Kind("TRL SFTTrainer", packages, _arguments, _build, has)).serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Laws of doors: whatever is behind one, it is judged in bounded time, with evidence, and nothing of it is left."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from finetune.verify.doors import serving
+from finetune.verify.doors.door import Door
+from finetune.verify.doors.worker import WorkerDoor
+from finetune.verify.suite.conformance import Opener, conform
+from finetune.verify.suite.judge import Effort
+from finetune.verify.suite.run import chosen_laws, verify
+from finetune.verify.suite.subjects import opened_door
+from finetune.verify.suite.trainer import Trainer
+from finetune.verify.suite.verdicts import Judgement
+
+SLEEPER = "import time; time.sleep(3600)"
+SCRIPT = Path(__file__).with_name("bad_subjects.py")
+VERDICTS = {
+    "well": {},
+    "hangs": {"door.loss": ("error", "did not answer within")},
+    "hangs before it speaks": {"door.hello": ("error", "did not answer within")},
+    "crashes": {"door.loss": ("error", "the roof is on fire")},
+    "prints garbage": {"door.loss": ("error", "no JSON")},
+    "prints no end": {"door.loss": ("error", "did not answer within")},
+    "leaks": {"door.leaves": ("broken", "time.sleep(3600)")},
+    "leaks unmarked": {"door.leaves": ("broken", "time.sleep(3600)")},
+    "writes beside": {"door.inside": ("broken", "litter.txt is new")},
+    "spoils its input": {"door.inside": ("broken", "config.json is another")},
+    "says no number": {"door.loss": ("broken", "loss is nan")},
+    "lies": {"door.loss": ("broken", "there is no loss here")},
+    "answers otherwise": {"door.alike": ("broken", "loss=2.0")},
+    "names no file": {"door.logits": ("broken", "nowhere.safetensors, which is not")},
+    "is no protocol": {"door.hello": ("error", "no JSON")},
+}
+"""What each is found out by; all else holds."""
+SILENT = ("hangs", "hangs before it speaks", "prints no end")
+
+
+def opener(way: str) -> Opener:
+    """Opens a trainer that misbehaves in this way; only those that never answer are given little time for it."""
+
+    @contextmanager
+    def opened(folder: Path) -> Iterator[Door]:
+        door = WorkerDoor(
+            [sys.executable, str(SCRIPT), way],
+            folder,
+            environment={"PYTHONPATH": str(Path(serving.__file__).parent)},
+            patience=5 if way in SILENT else 120,
+            first_patience=5 if way == "hangs before it speaks" else 120,
+        )
+        try:
+            yield door
+        finally:
+            door.close()
+
+    return opened
+
+
+def orphans() -> list[int]:
+    """What runs on of the processes that a trainer here leaves."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        command = process.info["cmdline"] or []
+        if (SLEEPER in command or str(SCRIPT) in command) and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process.pid)
+    return found
+
+
+@pytest.mark.parametrize("way", VERDICTS)
+def test_conformance_finds_out_each_way_to_misbehave(way: str, tmp_path: Path) -> None:
+    """Each of 14 ways to misbehave is found out by the sentence that it breaks, with evidence; the others hold."""
+    assert len(VERDICTS) == 15
+    judged = {each.law: each for each in conform(opener(way), tmp_path)}
+    for law, (word, evidence) in VERDICTS[way].items():
+        assert judged[law].word == word, judged[law]
+        assert evidence in judged[law].got + judged[law].why
+    others = {law: each.word for law, each in judged.items() if law not in VERDICTS[way]}
+    if way == "well":
+        assert set(others) == {
+            "door.hello", "door.render", "door.loss", "door.alike", "door.stranger", "door.inside", "door.leaves",
+        }  # fmt: skip
+    assert set(others.values()) <= {"holds"}, others
+    assert orphans() == []
+
+
+@pytest.mark.parametrize("way", ["hangs", "crashes", "prints garbage", "says no number", "lies"])
+def test_verification_goes_on_beside_a_law_that_cannot_be_judged(way: str, tmp_path: Path) -> None:
+    """A trainer that misbehaves when one thing is asked is `error` or `broken` there; laws of the rest are judged."""
+    told: list[Judgement] = []
+    laws = [law for law in chosen_laws(1) if set(law.needs) <= {"loss"} or law.id == "batches.cover"]
+    assert len(laws) >= 2
+    with opener(way)(tmp_path) as door:
+        verify(Trainer(door, tmp_path), laws, Effort(times=0.2), tell=told.append)
+    words = {each.law: each.word for each in told}
+    assert len(words) == len(laws)
+    expected = {"lies": "not applicable", "says no number": "broken"}.get(way, "error")
+    assert words["padding.same_loss"] == expected, told
+    assert words["batches.cover"] == "not applicable"
+    assert orphans() == []
+
+
+def test_conformance_of_our_own_trainer(tmp_path: Path) -> None:
+    """Our trainer in a process of its own is what the protocol says, in every ability that there is a question for."""
+
+    @contextmanager
+    def opened(folder: Path) -> Iterator[Door]:
+        with opened_door("reference", folder) as door:
+            yield door
+
+    judged = {each.law: each for each in conform(opened, tmp_path)}
+    assert len(judged) >= 17
+    assert {law: each for law, each in judged.items() if each.word != "holds"} == {}

@@ -1,0 +1,127 @@
+"""Laws of the proof: a planted fault is killed in a process of its own, and what changes nothing is said to."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import UsageError
+from finetune.verify.doors.door import About, InsideDoor
+from finetune.verify.faults.fault import Fault, faults, plant, reached
+from finetune.verify.prove.campaign import Proof, Spread, by_stage, chosen_faults, fate_of, prove, run_jobs
+from finetune.verify.prove.job import Job, MarkingDoor, Planted, run_job
+
+LAWS = ("batches.cover", "mask.answers")
+NOBODY = Fault("A000", "none.none", "", "Nothing goes wrong.", lambda: None)
+
+
+def planted(words: dict[str, str], **more: object) -> Planted:
+    """What came of a planting."""
+    return dataclasses.replace(Planted("A000", 0, words=words), **more)  # type: ignore[arg-type]
+
+
+def test_fate_is_told_from_the_clean_run() -> None:
+    """Killed by what the clean run holds; else it changed an answer and survived, or it changed nothing."""
+    clean = planted({"a.a": "holds", "b.b": "broken", "c.c": "holds"}, answers={"1": "x", "2": "y"})
+    fate = fate_of(NOBODY, planted({"a.a": "broken", "b.b": "broken", "c.c": "error"}), clean)
+    assert (fate.outcome, fate.laws) == ("killed", ("a.a", "c.c"))
+    gone = fate_of(NOBODY, planted({"a.a": "not applicable", "b.b": "broken", "c.c": "holds"}), clean)
+    assert (gone.outcome, gone.laws) == ("killed", ("a.a",))
+    same = planted({"a.a": "holds", "b.b": "broken", "c.c": "holds"}, answers={"1": "x", "3": "new"})
+    assert fate_of(NOBODY, same, clean).outcome == "inert"
+    other = dataclasses.replace(same, answers={"1": "changed"})
+    assert fate_of(NOBODY, other, clean).outcome == "survived"
+    assert fate_of(NOBODY, planted({}, trouble="it hung"), clean).outcome == "killed"
+
+
+def test_proof_without_a_fault_or_with_a_survivor_does_not_pass() -> None:
+    """Only a campaign in which every fault was killed, and no clean run called broken, passes."""
+    clean = planted({"a.a": "holds"})
+    killed = fate_of(NOBODY, planted({"a.a": "broken"}), clean)
+    survived = dataclasses.replace(killed, outcome="survived")
+    cases = {((killed,), (clean,)): True, ((), (clean,)): False, ((killed, survived), (clean,)): False}
+    cases[(killed,), (clean, planted({"a.a": "broken"}))] = False
+    for (fates, runs), passes in cases.items():
+        assert Proof(1, "reference", ("a.a",), runs, fates, 1.0).passes == passes
+    assert by_stage((killed, survived)) == {"none": (1, 2)}
+
+
+def test_marks_tell_answers_apart_by_what_is_in_their_files(tmp_path: Path) -> None:
+    """Two answers that name files of other places are alike when the files are."""
+    contents = iter([b"one", b"one", b"two"])
+
+    def answer(number: int) -> dict[str, str]:
+        path = tmp_path / f"{number}-{os.urandom(4).hex()}"
+        path.write_bytes(next(contents))
+        return {"file": str(path)}
+
+    marks = []
+    for _ in range(3):
+        door = MarkingDoor(InsideDoor(About("", {}, {}), {"loss": answer}, []), tmp_path)
+        door.ask("loss", {"number": 1})
+        marks.append(door.marks)
+    assert marks[0] == marks[1] != marks[2]
+    assert [len(each) for each in marks] == [1, 1, 1]
+
+
+def test_planting_takes_the_place_of_what_is_right_and_is_counted() -> None:
+    """A planted fault is given what is right, and how often it was come by is known."""
+
+    class Adder:
+        def add(self, one: int, two: int) -> int:
+            return one + two
+
+    plant(Adder, "add", lambda right, self, one, two: right(self, one, two) + 1)
+    assert Adder().add(1, two=2) == 4
+    assert reached["Adder.add"] == 1
+
+
+def test_fault_that_does_not_exist_is_refused() -> None:
+    """A fault is chosen by id or by name."""
+    known = next(iter(faults().values()))
+    assert chosen_faults([known.slug]) == chosen_faults([known.id])
+    with pytest.raises(UsageError, match="there is no fault 'A9999'"):
+        chosen_faults(["A9999"])
+
+
+def test_dropped_batch_is_killed_in_a_process_of_its_own() -> None:
+    """A027, the last batch that is never trained on, breaks the law of coverage with at most three rows."""
+    done = run_job(Job(fault="A027", laws=LAWS))
+    assert not done.trouble
+    assert (done.words["batches.cover"], done.words["mask.answers"]) == ("broken", "holds")
+    assert done.first is not None
+    assert len(done.first["case"]["rows"]) <= 3
+    assert done.reached
+    assert done.seconds_to_first is not None
+
+
+def test_planting_that_hangs_is_ended() -> None:
+    """A process that does not end in time is trouble, and trouble is noticed."""
+    done = run_job(Job(laws=LAWS), patience=0.01)
+    assert "did not end within" in done.trouble
+
+
+def test_no_more_laws_are_asked_than_enough() -> None:
+    """When enough laws have caught a fault, the others are not asked."""
+    done = run_job(Job(fault="A027", laws=LAWS, enough=1))
+    assert list(done.words) == ["batches.cover"]
+
+
+def test_campaign_is_the_same_on_ray() -> None:
+    """Spread over a local Ray cluster the campaign comes to the same."""
+    pytest.importorskip("ray", reason="needs Ray: pip install 'finetune-suite[ray]'")
+    jobs = [Job(laws=LAWS), Job(fault="A027", laws=LAWS)]
+    there, here = (list(run_jobs(jobs, spread)) for spread in (Spread("ray"), Spread()))
+    assert [each.words for each in there] == [each.words for each in here]
+    assert [each.answers for each in there] == [each.answers for each in here]
+
+
+def test_campaign_tells_of_each_fault() -> None:
+    """A small campaign, whole: a clean run, one fault, and what each came to."""
+    told: list[str] = []
+    found = prove(chosen_faults(["A027"]), seeds=1, enough=1, tell=told.append)
+    assert told[0] == "clean, seed 0: holds"
+    assert told[1].startswith("A027 data.last_batch_dropped: killed by batches.cover")
+    assert found.passes
+    assert found.as_dict()["counts"] == {"killed": 1, "survived": 0, "inert": 0}
