@@ -93,9 +93,7 @@ def factors_lost() -> None:
     plant(gguf_source, "describe_model", described)
 
 
-@fault(
-    "A223c", "gguf.rope_base_lost", real="", what="The base of the rotation is lost, and the reader's default counts."
-)
+@fault("A223c", "gguf.rope_base_lost", real="", what="The base of the rotation is lost, so that a default counts.")
 def base_lost() -> None:
     """A model of another base turns too fast."""
     _without("rope.freq_base")

@@ -14,6 +14,7 @@ from finetune.backends.reference.model import Pass
 from finetune.backends.reference.optimizer import AdamW
 from finetune.backends.reference.session import ReferenceSession
 from finetune.events import Event
+from finetune.models.peft_files import tensor_name
 from finetune.records import Batch
 from finetune.training import loop
 from finetune.verify.faults.fault import fault, plant
@@ -239,6 +240,9 @@ def module_bypassed() -> None:
 
     def added(right: Any, trip: Pass, path: str, x: Any, y: Any) -> Any:
         if path.endswith("gate_proj"):
+            assert trip.adapter is not None
+            for part, tensor in zip("AB", trip.adapter.pairs[path], strict=True):
+                trip._add(tensor_name(path, part), np.zeros_like(tensor))
             return np.zeros_like(y), lambda dy: np.zeros_like(x)
         return right(trip, path, x, y)
 

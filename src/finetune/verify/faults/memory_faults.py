@@ -105,9 +105,7 @@ def length_ignored() -> None:
     plant(forecast, "kept_by_torch", kept)
 
 
-@fault(
-    "A287", "mem.merge_peak", real="unsloth #1122", what="Nobody looks whether the disk takes what is to be written."
-)
+@fault("A287", "mem.merge_peak", real="unsloth #1122", what="Nobody looks whether there is room for what is written.")
 def room_ignored() -> None:
     """It fails in the end instead of at the beginning."""
     plant(write, "check_space", lambda right, *given, **named: None)
