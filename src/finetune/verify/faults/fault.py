@@ -13,6 +13,15 @@ _MODULES: tuple[str, ...] = (
     "finetune.verify.faults.template_faults",
     "finetune.verify.faults.mask_faults",
     "finetune.verify.faults.batch_faults",
+    "finetune.verify.faults.loss_faults",
+    "finetune.verify.faults.resume_faults",
+    "finetune.verify.faults.adapter_faults",
+    "finetune.verify.faults.merge_faults",
+    "finetune.verify.faults.export_faults",
+    "finetune.verify.faults.serve_faults",
+    "finetune.verify.faults.evaluate_faults",
+    "finetune.verify.faults.memory_faults",
+    "finetune.verify.faults.safety_faults",
 )
 """Where faults stand, stage by stage; each names itself when its module is read."""
 
@@ -27,6 +36,7 @@ class Fault:
         real: where it happened, such as "mlx-lm #1697"; "" where it is a known kind without a public case.
         what: what goes wrong, in a sentence.
         apply: plants it in this process.
+        tier: of the laws that can see it: 2 where only what needs a library of that tier is changed.
     """
 
     id: str
@@ -34,6 +44,7 @@ class Fault:
     real: str
     what: str
     apply: Callable[[], None]
+    tier: int = 1
 
     @property
     def stage(self) -> str:
@@ -46,12 +57,14 @@ reached: Counter[str] = Counter()
 """How often what was planted in this process was come by, by the name of what it replaced."""
 
 
-def fault(id: str, slug: str, *, real: str, what: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+def fault(
+    id: str, slug: str, *, real: str, what: str, tier: int = 1
+) -> Callable[[Callable[[], None]], Callable[[], None]]:
     """Make a planting a fault that `ft prove` knows."""
 
     def known(apply: Callable[[], None]) -> Callable[[], None]:
         assert id not in _KNOWN, id
-        _KNOWN[id] = Fault(id, slug, real, what, apply)
+        _KNOWN[id] = Fault(id, slug, real, what, apply, tier)
         return apply
 
     return known

@@ -13,9 +13,19 @@ from safetensors.numpy import load_file, save_file
 
 from finetune.verify.doors.answers import Exported, Planned
 from finetune.verify.recipes import FEWEST_WORDS, ModelRecipe, Recipe
-from finetune.verify.suite.cases import PLAIN, TINY, rows_of
+from finetune.verify.suite.cases import PLAIN, TINY
 from finetune.verify.suite.catalogue import law
-from finetune.verify.suite.learned import MODELS, WIDE, Learned, adapter_of, altered, refused, train, weights_of
+from finetune.verify.suite.learned import (
+    MODELS,
+    ONE_ROW,
+    WIDE,
+    Learned,
+    adapter_of,
+    altered,
+    refused,
+    train,
+    weights_of,
+)
 from finetune.verify.suite.trainer import Tensors, Trainer
 from finetune.verify.suite.verdicts import hold
 
@@ -95,7 +105,7 @@ def weights_are_the_models(trainer: Trainer, case: Written) -> None:
     "A GGUF file of a run holds its base's weights with the adapter in them.",
     needs=["describe_export", "train", "adapter_weights"],
     oracle="W + s B A in float64",
-    cases=st.builds(Learned, rows=rows_of(1, 1), kind=st.sampled_from(["of two layers", "lora"])),
+    cases=st.builds(Learned, rows=ONE_ROW, kind=st.sampled_from(["of two layers", "lora"])),
     examples=2,
     cost=3,
 )
@@ -325,7 +335,7 @@ class Typed(Learned):
 
 
 _TYPED = st.builds(
-    Typed, rows=rows_of(1, 1), model=MODELS, outtype=st.sampled_from(["f16", "q8_0", "f32"]), kind=st.just("lora")
+    Typed, rows=ONE_ROW, model=MODELS, outtype=st.sampled_from(["f16", "q8_0", "f32"]), kind=st.just("lora")
 )
 
 

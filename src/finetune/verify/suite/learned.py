@@ -14,7 +14,7 @@ from pydantic import Field
 from finetune.verify.doors.answers import Course, Logits, Weights
 from finetune.verify.doors.door import RefusesError
 from finetune.verify.recipes import ModelRecipe
-from finetune.verify.suite.cases import PLAIN, TINY, Rows, rows_of
+from finetune.verify.suite.cases import PLAIN, TINY, Pair, Rows
 from finetune.verify.suite.trainer import Tensors, Trainer
 from finetune.verify.suite.verdicts import hold
 
@@ -51,11 +51,13 @@ class Learned(Rows):
 
 
 MODELS = st.sampled_from([TINY, WIDE])
+ONE_ROW = st.just((Pair(prompt="ab", completion="cde"),))
+"""For laws whose cases are to be all that there are: rows that are drawn make them too many."""
 
 
 def learned(*kinds: str) -> st.SearchStrategy[Learned]:
-    """A row or two, a model, and one of these kinds; any where none is named."""
-    return st.builds(Learned, rows=rows_of(1, 2), model=MODELS, kind=st.sampled_from(kinds or tuple(KINDS)))
+    """A row, a model, and one of these kinds; any where none is named."""
+    return st.builds(Learned, rows=ONE_ROW, model=MODELS, kind=st.sampled_from(kinds or tuple(KINDS)))
 
 
 def train(trainer: Trainer, model: Path, settings: Mapping[str, Any], rows: Sequence[Any], **more: Any) -> Course:

@@ -9,9 +9,10 @@ from pydantic import Field
 from safetensors.numpy import load_file, save_file
 
 from finetune.verify.doors.answers import Folder, TokenRows
-from finetune.verify.suite.cases import PLAIN, TINY, rows_of
+from finetune.verify.suite.cases import PLAIN, TINY
 from finetune.verify.suite.catalogue import law
 from finetune.verify.suite.learned import (
+    ONE_ROW,
     QUICK,
     Learned,
     accepted,
@@ -51,7 +52,7 @@ def _base(trainer: Trainer, case: Merging) -> Path:
 
 _MERGING = st.builds(
     Merging,
-    rows=rows_of(1, 1),
+    rows=ONE_ROW,
     model=learned().map(lambda case: case.model),
     kind=st.sampled_from(["lora", "of two layers", "rank-stabilised"]),
     tied=st.booleans(),
@@ -91,7 +92,7 @@ def merged_computes_the_same(trainer: Trainer, case: Merging) -> None:
     "Merging adds s B A to the weights in float32 at least, and leaves every other weight bit by bit.",
     needs=["train", "merge", "adapter_weights"],
     oracle="the sum in float64, which float32 rounds by 10^-6 of its largest part",
-    cases=st.builds(Merging, rows=rows_of(1, 1), kind=st.sampled_from(["lora", "of two layers"])),
+    cases=st.builds(Merging, rows=ONE_ROW, kind=st.sampled_from(["lora", "of two layers"])),
     examples=3,
     cost=3,
 )
@@ -120,7 +121,7 @@ def merging_is_exact(trainer: Trainer, case: Merging) -> None:
     "Merging changes neither the base nor the adapter.",
     needs=["train", "merge"],
     oracle="the bytes of both before and after",
-    cases=st.builds(Merging, rows=rows_of(1, 1)),
+    cases=st.builds(Merging, rows=ONE_ROW),
     examples=2,
     cost=3,
 )
@@ -140,7 +141,7 @@ def merging_leaves_the_base(trainer: Trainer, case: Merging) -> None:
     "A merged folder is a model: its tokenizer and its template make of rows what the base's make of them.",
     needs=["train", "merge"],
     oracle="our own reader of both folders",
-    cases=st.builds(Learned, rows=rows_of(1, 1)),
+    cases=st.builds(Learned, rows=ONE_ROW),
     examples=2,
     cost=3,
 )
@@ -168,7 +169,7 @@ class Large(Learned):
     "No weight becomes infinite in the type that a merged model is written in: what does not fit is refused.",
     needs=["train", "merge_as"],
     oracle="float16 ends at 65504",
-    cases=st.builds(Large, rows=rows_of(1, 1), size=st.sampled_from([7e4, 6e4])),
+    cases=st.builds(Large, rows=ONE_ROW, size=st.sampled_from([7e4, 6e4])),
     examples=3,
     cost=3,
 )
@@ -192,7 +193,7 @@ def merged_weight_is_finite(trainer: Trainer, case: Large) -> None:
     "A table that is embedding and head in one is not trained apart from itself, or comes back so from the disk.",
     needs=["train", "merge", "logits"],
     oracle="the logits before and after the folder was written",
-    cases=st.builds(Learned, rows=rows_of(1, 1)),
+    cases=st.builds(Learned, rows=ONE_ROW),
     examples=1,
     cost=3,
 )

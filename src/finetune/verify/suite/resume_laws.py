@@ -12,7 +12,7 @@ from finetune.verify.doors.door import RefusesError
 from finetune.verify.recipes import Recipe
 from finetune.verify.suite.cases import TINY, Pair, Rows, rows_of
 from finetune.verify.suite.catalogue import law
-from finetune.verify.suite.learned import QUICK, adapter_of, marks, refused, train, weights_of
+from finetune.verify.suite.learned import ONE_ROW, QUICK, adapter_of, marks, refused, train, weights_of
 from finetune.verify.suite.trainer import Trainer
 from finetune.verify.suite.verdicts import hold
 
@@ -29,7 +29,8 @@ class Stopped(Rows):
     stops: Annotated[tuple[int, int], Field(strict=False)]
 
 
-_STOPS = st.sampled_from([(3, 5), (1, 6), (4, 6), (2, 3), (3, 7)])
+_STOPS = st.sampled_from([(3, 5), (1, 6), (4, 6), (2, 3)])
+_FIVE = st.just(tuple(Pair(prompt="q" * (1 + number), completion=f"{number} of five") for number in range(5)))
 
 
 def _same_end(trainer: Trainer, whole: Course, pieces: Course) -> None:
@@ -45,7 +46,7 @@ def _same_end(trainer: Trainer, whole: Course, pieces: Course) -> None:
     "A run that is stopped at any step and gone on with is the run that was never stopped.",
     needs=["train", "resume", "adapter_weights"],
     oracle="the same run without a stop",
-    cases=st.builds(Stopped, rows=rows_of(5, 5), stops=_STOPS),
+    cases=st.builds(Stopped, rows=_FIVE, stops=_STOPS),
     examples=4,
     cost=8,
 )
@@ -137,9 +138,9 @@ class Best(Rows):
     oracle="the same run ended after each step, each looked at",
     cases=st.builds(
         Best,
-        rows=rows_of(1, 1),
+        rows=ONE_ROW,
         watched=st.builds(Pair, prompt=st.just("q"), completion=st.sampled_from(["zz", "a"])),
-        rate=st.sampled_from([0.4, 0.1]),
+        rate=st.just(0.4),
     ),
     examples=2,
     cost=8,

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 from finetune.verify.doors.answers import Accepted, Course, Rendered
 from finetune.verify.doors.door import SubjectError
 from finetune.verify.recipes import ModelRecipe, Recipe
-from finetune.verify.suite.cases import PLAIN, TINY, Rows, rows_of
+from finetune.verify.suite.cases import PLAIN, TINY, Rows
 from finetune.verify.suite.catalogue import law
-from finetune.verify.suite.learned import QUICK, adapter_of, altered, logits_of, marks, refused, train
+from finetune.verify.suite.learned import ONE_ROW, QUICK, adapter_of, altered, logits_of, marks, refused, train
 from finetune.verify.suite.trainer import Trainer
 from finetune.verify.suite.verdicts import hold
 
@@ -90,7 +90,7 @@ class Pickled(Rows):
     oracle="a file that would be there if it had been",
     cases=st.builds(
         Pickled,
-        rows=rows_of(1, 1),
+        rows=ONE_ROW,
         name=st.sampled_from(["", "adapter_model.bin", "rng_state.pth", "optimizer.pt", "training_args.bin"]),
     ),
     examples=5,
@@ -211,7 +211,7 @@ class Linked(Rows):
     "A run that is gone on with writes and removes nothing outside its folder.",
     needs=["train", "resume"],
     oracle="the files of another folder, before and after",
-    cases=st.builds(Linked, rows=rows_of(1, 1), name=st.sampled_from(["checkpoints", "adapter", "events.jsonl"])),
+    cases=st.builds(Linked, rows=ONE_ROW, name=st.sampled_from(["checkpoints", "adapter", "events.jsonl"])),
     examples=3,
     cost=3,
 )

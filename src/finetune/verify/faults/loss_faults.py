@@ -1,0 +1,350 @@
+"""Faults of losses, accumulation, schedules and the optimizer."""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+import finetune.assembly.train as assembly
+from finetune.backends.reference import session as reference
+from finetune.backends.reference.model import Pass
+from finetune.backends.reference.optimizer import AdamW
+from finetune.backends.reference.session import ReferenceSession
+from finetune.events import Event
+from finetune.models.peft_files import tensor_name
+from finetune.records import Batch
+from finetune.training import loop
+from finetune.verify.faults.fault import fault, plant
+
+
+class _Through:
+    """A session of which some methods are others."""
+
+    def __init__(self, session: Any, **others: Any) -> None:
+        self.__dict__.update(others)
+        self._session = session
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+
+@fault(
+    "A120", "accum.mean_of_means", real="transformers #34191", what="A step is the mean of its batches' mean losses."
+)
+def mean_of_means() -> None:
+    """Every batch weighs the same, however many tokens it has."""
+
+    def step(right: Any, session: Any, window: Sequence[Batch], *rest: Any) -> Iterator[Event]:
+        targets = sum(batch.target_count for batch in window)
+
+        def accumulate(batch: Batch, weight: float) -> float:
+            share = 1 / (len(window) * batch.target_count)
+            return float(session.accumulate(batch, share) * share * targets)
+
+        yield from right(_Through(session, accumulate=accumulate), window, *rest)
+
+    plant(loop, "_one_step", step)
+
+
+def _at_tail(wrong: Any) -> None:
+    """Let a step of fewer batches than it may have be another."""
+
+    def step(right: Any, session: Any, window: Sequence[Batch], plan: Any, *rest: Any) -> Iterator[Event]:
+        short = len(window) < plan.accumulation
+        yield from right(wrong(session, window, plan) if short else session, window, plan, *rest)
+
+    plant(loop, "_one_step", step)
+
+
+@fault(
+    "A124",
+    "accum.tail_never_stepped",
+    real="transformers #2995",
+    what="The batches left over at the end of an epoch have gradients and make no step.",
+)
+def tail_never_stepped() -> None:
+    """Their gradients are thrown away."""
+
+    def idle(session: Any, window: Any, plan: Any) -> Any:
+        def update(rate: float) -> None:
+            session.gradients = {}
+
+        return _Through(session, update=update)
+
+    _at_tail(idle)
+
+
+@fault(
+    "A124b",
+    "accum.tail_divided_by_all",
+    real="LLaMA-Factory #10705",
+    what="The batches left over at the end of an epoch are divided by as many as a whole step has.",
+)
+def tail_divided_by_all() -> None:
+    """Their step is too short."""
+
+    def short(session: Any, window: Sequence[Batch], plan: Any) -> Any:
+        def accumulate(batch: Batch, weight: float) -> float:
+            return float(session.accumulate(batch, weight * len(window) / plan.accumulation))
+
+        return _Through(session, accumulate=accumulate)
+
+    # AdamW undoes a factor that never changes: what shows it is the norm that is clipped at.
+    _at_tail(short)
+
+
+@fault(
+    "A125",
+    "accum.leaks_into_next_epoch",
+    real="transformers #22082, torchtune #2745",
+    what="The gradients of an epoch's last step are not cleared and join the next one.",
+)
+def leaks_into_next_epoch() -> None:
+    """What was left over is used twice."""
+
+    def leaky(session: Any, window: Any, plan: Any) -> Any:
+        def update(rate: float) -> None:
+            kept = {name: gradient.copy() for name, gradient in session.gradients.items()}
+            session.update(rate)
+            session.gradients = kept
+
+        return _Through(session, update=update)
+
+    _at_tail(leaky)
+
+
+@fault(
+    "A127",
+    "loss.chunked_mean_counts_masked",
+    real="litgpt #751",
+    what="The mean of a chunked loss counts tokens that are not trained.",
+)
+def counts_masked() -> None:
+    """Loss and gradient shrink by the share of trained tokens."""
+
+    def summed(right: Any, session: Any, trip: Any, batch: Batch) -> Any:
+        loss, backward = right(session, trip, batch)
+        share = batch.target_count / batch.token_count
+        return loss * share, lambda weight: backward(weight * share)
+
+    plant(ReferenceSession, "_summed_loss", summed)
+
+
+@fault(
+    "A129",
+    "loss.nan_hidden",
+    real="TRL #6702, transformers #13619",
+    what="A loss that is no number is logged as the one before it, and training goes on.",
+)
+def nan_hidden() -> None:
+    """The log looks clean and the model is dead."""
+    last = [1.0]
+
+    def accumulate(right: Any, session: Any, batch: Batch, weight: float) -> float:
+        loss = right(session, batch, weight)
+        last[0] = loss if math.isfinite(loss) else last[0]
+        return last[0]
+
+    def clipped(right: Any, session: Any) -> float:
+        norm = right(session)
+        return float(norm) if math.isfinite(norm) else 0.0
+
+    plant(ReferenceSession, "accumulate", accumulate)
+    plant(ReferenceSession, "clip_gradients", clipped)
+
+
+@fault("A130", "lr.warmup_in_micro_steps", real="litgpt #132", what="Warm-up is counted in batches instead of steps.")
+def warmup_in_batches() -> None:
+    """It is as many times too long as batches are added up."""
+
+    def planned(right: Any, **given: Any) -> Any:
+        return right(**{**given, "warmup_steps": given["warmup_steps"] * given["accumulation"]})
+
+    plant(assembly, "LoopPlan", planned)
+
+
+@fault(
+    "A130b",
+    "lr.horizon_in_micro_steps",
+    real="",
+    what="The schedule is laid out over batches instead of steps, so that it never comes down.",
+)
+def horizon_in_batches() -> None:
+    """The rate at the end is that of the middle."""
+
+    def planned(right: Any, **given: Any) -> Any:
+        total = given["total_steps"]
+        return right(
+            **{**given, "total_steps": total * given["accumulation"], "last_step": given["last_step"] or total}
+        )
+
+    plant(assembly, "LoopPlan", planned)
+
+
+@fault(
+    "A132", "lr.schedule_ends_at_init", real="mlx-examples #985", what="Where warm-up ends it begins again from zero."
+)
+def schedule_ends_at_init() -> None:
+    """The two parts are joined at the wrong place."""
+
+    def rate(right: Any, step: int, total: int, **given: Any) -> float:
+        warmup = given["warmup_steps"]
+        return float(right(step - warmup if step > warmup else step, total, **given))
+
+    plant(loop, "learning_rate_at", rate)
+
+
+@fault(
+    "A134",
+    "opt.fp16_trainable",
+    real="axolotl #1031, PEFT #1249",
+    what="What is trained is kept in half precision.",
+)
+def half_precision_trainable() -> None:
+    """Every update is rounded to 11 bits."""
+
+    def step(right: Any, optimizer: AdamW, *given: Any) -> None:
+        right(optimizer, *given)
+        for tensor in optimizer.tensors.values():
+            tensor[...] = tensor.astype(np.float16)
+
+    plant(AdamW, "step", step)
+
+
+@fault(
+    "A137",
+    "grad.loaded_frozen",
+    real="PEFT #282, transformers #24463",
+    what="The adapter is frozen: the optimizer has nothing to move, and nobody says so.",
+)
+def frozen_adapter() -> None:
+    """The optimizer is made of no tensors."""
+
+    def step(right: Any, optimizer: AdamW, gradients: Any, rate: float) -> None:
+        optimizer.steps += 1
+
+    plant(AdamW, "step", step)
+
+
+@fault(
+    "A139",
+    "grad.module_bypassed",
+    real="PEFT #2556",
+    what="A fused path reads a layer's weight itself, and its adapter is passed by.",
+)
+def module_bypassed() -> None:
+    """The gate of the MLP has an adapter that nothing goes through."""
+
+    def added(right: Any, trip: Pass, path: str, x: Any, y: Any) -> Any:
+        if path.endswith("gate_proj"):
+            assert trip.adapter is not None
+            for part, tensor in zip("AB", trip.adapter.pairs[path], strict=True):
+                trip._add(tensor_name(path, part), np.zeros_like(tensor))
+            return np.zeros_like(y), lambda dy: np.zeros_like(x)
+        return right(trip, path, x, y)
+
+    plant(Pass, "_added", added)
+
+
+@fault(
+    "A142",
+    "lora.double_wrap",
+    real="TRL #4713, #926",
+    what="A second adapter is merged into the base in memory, so that what is saved fits no fresh base.",
+)
+def double_wrap() -> None:
+    """The base is not the one in the files any more."""
+
+    def attach(right: Any, session: ReferenceSession, target: Any, seed: int) -> None:
+        right(session, target, seed)
+        name = next(name for name in session.weights if name.endswith("q_proj.weight"))
+        session.weights[name] = session.weights[name] * 1.25
+
+    plant(ReferenceSession, "attach", attach)
+
+
+@fault(
+    "A144",
+    "lora.dora_uninitialised",
+    real="torchtune #1909",
+    what="The magnitudes of DoRA are not those of the base's rows at first.",
+)
+def dora_uninitialised() -> None:
+    """All of them are one."""
+
+    def draw(right: Any, *given: Any) -> Any:
+        adapter = right(*given)
+        return replace(adapter, magnitudes={path: np.ones_like(each) for path, each in adapter.magnitudes.items()})
+
+    plant(reference, "draw_adapter", draw)
+
+
+@fault(
+    "A145",
+    "seed.after_adapter_init",
+    real="TRL #4887, LLaMA-Factory #10211",
+    what="The adapter is drawn before the seed is set.",
+)
+def seed_too_late() -> None:
+    """It is another one each time."""
+
+    def attach(right: Any, session: ReferenceSession, target: Any, seed: int) -> None:
+        right(session, target, int.from_bytes(os.urandom(4), "big"))
+
+    plant(ReferenceSession, "attach", attach)
+
+
+@fault(
+    "A145b",
+    "seed.zero_is_none",
+    real="mlx-lm #1661",
+    what="Seed 0 counts as no seed, so that the adapter is drawn from the clock.",
+)
+def seed_zero_is_none() -> None:
+    """`if seed:`, where 0 is the default."""
+
+    def attach(right: Any, session: ReferenceSession, target: Any, seed: int) -> None:
+        right(session, target, seed or int.from_bytes(os.urandom(4), "big"))
+
+    plant(ReferenceSession, "attach", attach)
+
+
+@fault("A147", "opt.resume_step_dropout_rng", real="", what="Every batch draws the same dropout.")
+def same_dropout() -> None:
+    """The random numbers begin anew within each step."""
+
+    def accumulate(right: Any, session: ReferenceSession, *given: Any) -> float:
+        session.reseed(0)
+        return float(right(session, *given))
+
+    plant(ReferenceSession, "accumulate", accumulate)
+
+
+@fault(
+    "A148",
+    "opt.decay_on_everything_twice",
+    real="",
+    what="Weight decay is added to the gradients as well, as Adam without the W has it.",
+)
+def decay_in_the_gradient() -> None:
+    """AdamW is Adam with decay."""
+
+    def step(right: Any, optimizer: AdamW, gradients: Any, rate: float) -> None:
+        decay = optimizer.optimization.weight_decay
+        grown = {name: gradient + decay * optimizer.tensors[name] for name, gradient in gradients.items()}
+        right(optimizer, grown, rate)
+
+    plant(AdamW, "step", step)
+
+
+@fault("A149", "opt.clip_each_tensor", real="", what="Gradients are clipped tensor by tensor, not all together.")
+def clip_each_tensor() -> None:
+    """The direction of a step changes with its length."""
+
+    def clip(right: Any, gradients: Any, limit: float) -> float:
+        return math.sqrt(sum(right([gradient], limit) ** 2 for gradient in gradients))
+
+    plant(reference, "clip", clip)

@@ -1,0 +1,109 @@
+"""Faults of what is left for a server."""
+
+from dataclasses import replace
+from typing import Any
+
+from finetune import deployment
+from finetune.deploy import modelfile
+from finetune.templates.render import ChatTemplate
+from finetune.verify.faults.fault import fault, plant
+
+
+@fault(
+    "A240", "serve.no_template", real="ollama #6821, unsloth #449", what="The recipe for a server names no template."
+)
+def no_template() -> None:
+    """FROM and nothing else."""
+    plant(modelfile, "_texts", lambda right, recipe: right(replace(recipe, template="")))
+
+
+@fault("A241", "serve.no_stop", real="ollama #8363, mlx-examples #567", what="The recipe names no stops.")
+def no_stop() -> None:
+    """The model runs on."""
+
+    def write(right: Any, recipe: Any) -> str:
+        kept = tuple(each for each in recipe.parameters if each[0] != "stop")
+        return str(right(replace(recipe, parameters=kept)))
+
+    plant(deployment, "write_modelfile", write)
+
+
+@fault(
+    "A241b",
+    "serve.stop_is_eos_alone",
+    real="ollama #2673",
+    what="Only the tokenizer's own end of text is a stop, and not what ends an answer.",
+)
+def stops_at_end_of_text_alone() -> None:
+    """What the template teaches is not looked at."""
+    plant(ChatTemplate, "terminators", lambda right, template: ())
+
+
+@fault(
+    "A242",
+    "serve.template_differs",
+    real="ollama #4206, unsloth #3899",
+    what="The template for the server was written by hand, and lacks a line break.",
+)
+def another_template() -> None:
+    """It was never compared."""
+
+    def derive(right: Any, *given: Any, **named: Any) -> str:
+        head, found, tail = str(right(*given, **named)).rpartition("\n")
+        return head + tail if found else tail
+
+    plant(deployment, "derive_template", derive)
+
+
+@fault(
+    "A242b",
+    "serve.system_fixed",
+    real="",
+    what="The template for the server has a system text of its own in front of every conversation.",
+)
+def system_fixed() -> None:
+    """As the first example of it had."""
+
+    def derive(right: Any, *given: Any, **named: Any) -> str:
+        return f"<|im_start|>system\nYou are helpful.<|im_end|>\n{right(*given, **named)}"
+
+    plant(deployment, "derive_template", derive)
+
+
+@fault(
+    "A245",
+    "serve.modelfile_not_written",
+    real="unsloth #798, #2115",
+    what="It is said that the recipe was written, and it is not there.",
+)
+def recipe_not_written() -> None:
+    """It returns before it writes."""
+    plant(deployment, "_write_recipe", lambda right, run, file, recipe: ())
+
+
+@fault(
+    "A249",
+    "serve.prompt_lowercased",
+    real="litgpt #2155",
+    what="The question is made small, where only the word that ends a talk was meant to be.",
+)
+def question_made_small() -> None:
+    """On its way to the template."""
+
+    def cut(right: Any, template: ChatTemplate, messages: Any, *rest: Any, **named: Any) -> Any:
+        if named.get("add_generation_prompt"):
+            messages = tuple(replace(message, content=message.content.lower()) for message in messages)
+        return right(template, messages, *rest, **named)
+
+    plant(ChatTemplate, "_cut", cut)
+
+
+@fault(
+    "A305",
+    "sec.modelfile_injection",
+    real="",
+    what="A text in the recipe ends its own quotes, and goes on with commands.",
+)
+def recipe_injected() -> None:
+    """Three quotes around whatever it is."""
+    plant(modelfile, "_quoted", lambda right, text, word: f'"""{text}"""')
