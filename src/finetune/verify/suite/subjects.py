@@ -13,6 +13,8 @@ from pathlib import Path
 from finetune.backends import require_backend
 from finetune.errors import MissingExtraError, UsageError
 from finetune.verify.choose import BACKENDS
+from finetune.verify.doors.command import CommandDoor
+from finetune.verify.doors.command_file import load_command
 from finetune.verify.doors.door import About, Door
 from finetune.verify.doors.worker import WorkerDoor
 
@@ -52,14 +54,15 @@ def opened_door(name: str, scratch: Path, *, python: str | None = None) -> Itera
     """The door to a trainer, closed in the end with all that it started.
 
     Args:
-        name: `reference`, `torch` or `mlx` (ours, by its backend), a name of `PEERS`, or `module:Class` of a door of
-            the user's own, which is called without arguments.
+        name: `reference`, `torch` or `mlx` (ours, by its backend), a name of `PEERS`, the path of a TOML file that
+            says which command to call, or `module:Class` of a door of the user's own, which is called without
+            arguments.
         scratch: a folder that exists; the trainer's process lives in a new one below it.
         python: the interpreter of a peer's environment. Default: the environment variable `FT_SUBJECT_PYTHON`, or else
             this interpreter where it has what is needed.
 
     Raises:
-        UsageError: there is no such trainer, or no such interpreter.
+        UsageError: there is no such trainer, no such interpreter, or what is wrong in the file.
         MissingExtraError: what it needs is not installed.
         SubjectError: it did not start.
     """
@@ -76,6 +79,9 @@ def _made(name: str, folder: Path, python: str | None) -> Door:
         return WorkerDoor([sys.executable, "-m", "finetune.verify.trainers.ours", name], folder)
     if name in PEERS:
         return _peer(name, folder, python or os.environ.get(PYTHON_VARIABLE) or sys.executable)
+    if name.endswith(".toml"):
+        interpreter = python or os.environ.get(PYTHON_VARIABLE) or sys.executable
+        return CommandDoor(load_command(Path(name)), folder, python=interpreter)
     module, colon, maker = name.partition(":")
     if colon and module and maker:
         return _own(module, maker)
@@ -129,4 +135,4 @@ def _own(module: str, maker: str) -> Door:
 
 
 def _hint() -> str:
-    return f"choose one of: {', '.join((*BACKENDS, *PEERS))}; or write module:Class of a door that can be imported"
+    return f"choose one of: {', '.join((*BACKENDS, *PEERS))}; or write the path of a .toml file, or module:Class"
