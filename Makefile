@@ -117,8 +117,12 @@ mutants: $(MUTANTS_VENV)/ok  ## Break the code in 400 small ways and count how m
 	@$(MUTANTS_VENV)/bin/python bench/mutants.py
 
 .PHONY: prove
-prove:  ## Plant faults and count what the suite catches (not in this version: says what is missing)
-	@echo "ft prove is not in this version: the fault campaign is missing." >&2; exit 3
+prove: $(WORKFLOW_VENV)/ok  ## Plant every fault in our own trainer and count what the laws of Tier 1 catch (minutes)
+	@$(TEST_ENV) $(WORKFLOW_VENV)/bin/ft prove --tier 1 --output proof
+
+.PHONY: peers
+peers: $(VENV)/dev-ok  ## Make the environments of TRL and mlx-lm, for `ft verify --subject trl --python .peers/trl/bin/python`
+	@$(BIN)/python -c 'import sys; sys.path.insert(0, "bench"); import peers; print(*map(peers.peer_python, peers.PACKAGES), sep="\n")'
 
 .PHONY: docs
 docs: $(VENV)/torch-ok  ## Write the pages of docs/ that the program itself can tell
@@ -139,4 +143,4 @@ check: lint types test  ## What CI runs
 
 .PHONY: clean
 clean:  ## Remove the environments and everything that was built
-	rm -rf $(VENV) $(WORKFLOW_VENV) $(MUTANTS_VENV) .mutants .peers build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(WORKFLOW_VENV) $(MUTANTS_VENV) .mutants .peers build dist site proof .pytest_cache .mypy_cache .ruff_cache .hypothesis

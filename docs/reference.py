@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from suite_pages import findings_page, kill_matrix_page, laws_page
 
 from finetune.cli.app import app
 from finetune.config import KEYS, commented_config, default_of, description_of, json_schema
@@ -113,6 +114,9 @@ PAGES = {
     "settings.md": settings_page,
     "finetune.yaml": commented_config,
     "schema.json": schema_page,
+    "laws.md": laws_page,
+    "findings.md": findings_page,
+    "kill-matrix.md": kill_matrix_page,
 }
 
 

@@ -4,6 +4,8 @@ import importlib.util
 import os
 import re
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,14 +23,16 @@ PAGES = [*(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTIN
 
 
 @pytest.fixture(scope="module")
-def reference() -> ModuleType:
-    """The program that writes the reference pages."""
+def reference() -> Iterator[ModuleType]:
+    """The program that writes the reference pages; as for a program, its own folder is searched first."""
+    sys.path.insert(0, str(ROOT / "docs"))
     spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    yield module
+    sys.path.remove(str(ROOT / "docs"))
 
 
 def test_reference_pages_say_what_the_program_says(reference: ModuleType) -> None:

@@ -29,9 +29,12 @@ def run(command: list[str], folder: Path, *, says: str = "") -> subprocess.Compl
 
 @pytest.mark.tier2
 def test_readme_commands_of_ft_do_what_they_say(tmp_path: Path) -> None:
-    """Each `ft` line works as it stands, in its order, on a user's own rows; training ends with its verdicts."""
+    """Each `ft` line works as it stands, in its order, on a user's own rows; training ends with its verdicts.
+
+    Lines that judge other trainers in their own environments have laws of their own.
+    """
     lines = [line.split(" #")[0].strip() for block in shown("bash") for line in block.splitlines()]
-    lines = [line for line in lines if line.startswith(".venv/bin/ft ")]
+    lines = [line for line in lines if line.startswith(".venv/bin/ft ") and ".peers/" not in line]
     assert [line.split()[1] for line in lines] == [
         "init",
         "check",
@@ -45,6 +48,9 @@ def test_readme_commands_of_ft_do_what_they_say(tmp_path: Path) -> None:
         "deploy",
         "deploy",
         "compare",
+        "verify",
+        "verify",
+        "prove",
         "report",
     ]
     rows = [{"prompt": f"What is {number} plus 1?", "completion": str(number + 1)} for number in range(9)]
