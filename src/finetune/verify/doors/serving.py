@@ -52,6 +52,30 @@ def answer_to(
         return {"error": traceback.format_exc()}
 
 
+def guarded(handlers: Mapping[str, Callable[..., Any]], own: str) -> dict[str, Callable[..., Any]]:
+    """Handlers for a trainer of others', whose every exception is its way to refuse; those of our side stay errors.
+
+    Args:
+        own: the folder of the programs that ask it.
+    """
+
+    def guard(handler: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded_handler(**given: Any) -> Any:
+            try:
+                return handler(**given)
+            except (RefusesError, UnsupportedError):
+                raise
+            except Exception as error:
+                frames = traceback.extract_tb(error.__traceback__)
+                if os.path.dirname(os.path.abspath(frames[-1].filename)) == own:
+                    raise
+                raise RefusesError(f"{type(error).__name__}: {error}") from error
+
+        return guarded_handler
+
+    return {ability: guard(handler) for ability, handler in handlers.items()}
+
+
 def serve(
     name: str,
     versions: Mapping[str, str],

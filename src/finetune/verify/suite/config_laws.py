@@ -178,7 +178,8 @@ def settings_of_the_adapter_do_something(trainer: Trainer, case: Change) -> None
     needs=["train", "adapter_weights"],
     oracle="a run with the other value",
     **_changes(
-        ("training.learning_rate", 0.02), ("training.schedule", "linear"), ("training.warmup_fraction", 0.5),
+        ("training.learning_rate", 0.02), ("training.schedule", "linear", {"training.schedule": "constant"}),
+        ("training.warmup_fraction", 0.5),
         ("training.lora_plus_ratio", 4.0), ("training.weight_decay", 9.0), ("training.max_grad_norm", 0.01),
         ("training.max_steps", 1), ("training.epochs", 1.0), ("training.save_every", 1), ("training.seed", 1),
     ),

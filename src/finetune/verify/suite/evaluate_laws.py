@@ -37,17 +37,19 @@ def _near(found: Loss, wanted: float) -> bool:
     "evaluate.oracle",
     "The held-out loss is the mean surprise of all held-out tokens, however many rows are looked at at once.",
     needs=["evaluate", "tokenize"],
-    oracle="the trainer's own tokens of these rows in float64, all at once",
+    oracle="the rows' own tokens in float64, all at once",
     cases=_LOOKED,
     examples=8,
     cost=2,
 )
 def held_out_loss_is_of_all_tokens(trainer: Trainer, case: Looked) -> None:
     """The loss, and the number of tokens where it is told."""
-    model = trainer.model(case.model)
-    rows = trainer.ask("tokenize", TokenRows, model=model, settings=PLAIN, rows=case.values).rows
-    batch = [{"ids": row.ids, "targets": row.targets} for row in rows]
-    wanted = trainer.oracle.ask("loss", Loss, model=model, settings=PLAIN, batch=batch)
+    given = {"model": trainer.model(case.model), "settings": PLAIN}
+    rows = [
+        {"ids": row.ids, "targets": row.targets}
+        for row in trainer.ask("tokenize", TokenRows, rows=case.values, **given).rows
+    ]
+    wanted = trainer.oracle.ask("loss", Loss, batch=rows, **given)
     found = _look(trainer, case, case.values, case.batch_size)
     hold(_near(found, wanted.loss), expected=f"loss {wanted.loss:.6f}", got=f"loss {found.loss:.6f}")
     hold(found.count in (None, wanted.count), expected=f"{wanted.count} tokens", got=f"{found.count} tokens")

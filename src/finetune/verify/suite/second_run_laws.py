@@ -1,7 +1,5 @@
-"""Laws of runs that are not the first: those that go on, and those that come to where another has been."""
+"""Laws of runs that go on: in the smallest case, which any trainer has that can go on at all."""
 
-from contextlib import suppress
-from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +8,6 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from finetune.verify.doors.answers import Course, Weights
-from finetune.verify.doors.door import RefusesError
 from finetune.verify.suite.cases import PLAIN, TINY, Rows, rows_of
 from finetune.verify.suite.catalogue import law
 from finetune.verify.suite.trainer import Tensors, Trainer
@@ -63,37 +60,9 @@ def resumed_training_goes_on(trainer: Trainer, case: Stopped) -> None:
     hold(away[worst] <= 1e-4, expected=f"the weights of the whole run in {worst}", got=f"{away[worst]:.5f} away")
 
 
-@law(
-    "run.leaves_others",
-    "A run into the folder of another leaves the adapter that is there as it is, or is refused.",
-    needs=["train"],
-    oracle="the bytes of the first adapter's files",
-    cases=st.builds(Stopped, rows=rows_of(1, 2), schedule=st.just("constant"), seed=st.integers(0, 2)),
-    tier=2,
-    cost=6,
-    examples=3,
-)
-def second_run_leaves_the_first(trainer: Trainer, case: Stopped) -> None:
-    """No file of the first adapter is another one after a run with another seed."""
-    folder = trainer.folder() / "run"
-    given = {"model": trainer.model(TINY), "rows": case.values, "folder": folder}
-    first = trainer.ask("train", Course, settings=case.settings, **given).adapter
-    assert first is not None
-    before = _bytes(Path(first))
-    with suppress(RefusesError):
-        trainer.ask("train", Course, settings={**case.settings, "training.seed": case.seed + 1}, **given)
-    after = _bytes(Path(first))
-    changed = sorted(name for name in before if after.get(name) != before[name])
-    hold(not changed, expected="the first adapter's files", got=f"others: {', '.join(changed)}")
-
-
 def _rates(course: Course) -> list[float | None]:
     return [None if step.learning_rate is None else float(f"{step.learning_rate:.6g}") for step in course.steps]
 
 
 def _weights(trainer: Trainer, model: Path, course: Course) -> Tensors:
     return trainer.tensors(trainer.ask("adapter_weights", Weights, model=model, adapter=course.adapter).file)
-
-
-def _bytes(folder: Path) -> dict[str, str]:
-    return {path.name: sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}

@@ -32,7 +32,7 @@ from mlx_lm_run import (
     tokenizer_of,
     trained,
 )
-from serving import RefusesError, UnsupportedError, serve
+from serving import RefusesError, UnsupportedError, guarded, serve
 
 Given = Mapping[str, Any]
 
@@ -277,7 +277,7 @@ def main() -> None:
         "split": "this door trains without held-out rows",
     }
     versions = {package: version(package) for package in ("mlx-lm", "mlx", "transformers")}
-    serve("mlx_lm.lora", versions, handlers, missing=missing)
+    serve("mlx_lm.lora", versions, guarded(handlers, str(Path(__file__).parent)), missing=missing)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ _READ_ELSEWHERE = (
     "training.learning_rate", "training.schedule", "training.warmup_fraction", "training.weight_decay",
     "training.save_every",
 )  # fmt: skip
+_NO_CLIPPING = 1e6
 _LACKS: Mapping[str, tuple[Any, str]] = {
     "tokens.overlong": (None, "it has one way only: a row is cut at its end"),
     "tokens.cache": (None, "it has no such cache"),
@@ -88,6 +89,7 @@ def config_of(model: str, settings: Given, folder: str, rows: int) -> dict[str, 
 
     It counts iterations, of one batch each, where we count steps and epochs.
     """
+    tokenizer_of(model, settings)
     each = settings.get("training.accumulation", 1)
     config: dict[str, Any] = {
         "model": model, "train": True, "adapter_path": folder, "num_layers": -1, "mask_prompt": True,
@@ -98,7 +100,8 @@ def config_of(model: str, settings: Given, folder: str, rows: int) -> dict[str, 
             config[_PLAIN[name]] = value
         elif name in _LACKS:
             neutral, why = _LACKS[name]
-            if value != neutral:
+            unbounded = name == "training.max_grad_norm" and value is not None and value >= _NO_CLIPPING
+            if value != neutral and not unbounded:
                 raise UnsupportedError(f"{name}: {value!r}: {why}")
         elif name not in _READ_ELSEWHERE:
             config[name.rpartition(".")[2]] = value

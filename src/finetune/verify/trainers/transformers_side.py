@@ -17,7 +17,7 @@ import peft
 import torch
 import transformers
 from safetensors.torch import save_file
-from serving import RefusesError, UnsupportedError, serve
+from serving import RefusesError, UnsupportedError, guarded, serve
 from transformers_settings import (
     ADAPTER,
     ARGUMENTS,
@@ -49,7 +49,7 @@ class TransformersSide:
         handlers = {ability: getattr(self, ability) for ability in abilities}
         missing = {"export": "it writes no GGUF files", "split": "this door trains without held-out rows"}
         versions = {package: version(package) for package in self.kind.packages}
-        serve(self.kind.name, versions, handlers, missing=missing, refusals=(RefusesError,))
+        serve(self.kind.name, versions, guarded(handlers, str(Path(__file__).parent)), missing=missing)
 
     def configure(self, model: str, settings: Given) -> dict[str, Any]:
         """What its own configuration takes, and reads back."""
@@ -230,10 +230,7 @@ class TransformersSide:
         elif held_out is not None:
             wrap = None
         job = Job(network, tokenizer_of(model, settings), arguments, wrap, settings, rows, held_out)
-        try:
-            return self.kind.build(job)
-        except (TypeError, ValueError) as error:
-            raise RefusesError(f"{type(error).__name__}: {error}") from error
+        return self.kind.build(job)
 
     def _course(self, trainer: Any, place: Path, stop_after: int | None, *, resume: bool) -> dict[str, Any]:
         trainer.add_callback(_Stop(stop_after))
@@ -278,7 +275,7 @@ class _Seen(transformers.TrainerCallback):  # type: ignore[misc]
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Before the weights move."""
         self.norms = {
-            name.replace(".default", ""): weight.grad.norm().item()
+            name.replace(".default", "").replace("vector.weight", "vector"): weight.grad.norm().item()
             for name, weight in model.named_parameters()
             if weight.grad is not None
         }

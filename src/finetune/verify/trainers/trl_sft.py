@@ -12,6 +12,8 @@ from transformers_side import TransformersSide
 
 def _build(job: Job) -> Any:
     """An SFTTrainer over rows in the shapes of TRL's documentation."""
+    # Of a conversation we teach the answers; of pairs that is its default.
+    job.arguments.assistant_only_loss = any("messages" in row for row in job.train)
     return trl.SFTTrainer(
         model=job.model,
         args=job.arguments,
