@@ -55,7 +55,7 @@ def command(
     Exits with 0 when every law that applies holds, and with 1 when one is broken, could not be judged, or none was.
     """
     _require()
-    from finetune.verify.suite.run import chosen_laws
+    from finetune.verify.suite.run import chosen_laws, judge_conduct
 
     laws = chosen_laws(tier, law or ())
     if list_laws:
@@ -64,7 +64,9 @@ def command(
         else:
             print_data("\n".join(f"{each.id}: {each.law.statement}" for each in laws))
         return 0
-    found = _verified(subject, laws, _effort(profile, seed), tier=tier, python=python, conduct=not law)
+    effort = _effort(profile, seed)
+    conduct = () if law else judge_conduct(subject, python=python, tell=_tell)
+    found = _verified(subject, laws, effort, tier=tier, python=python).after(conduct)
     _write(found, subject, output, junit, sarif)
     if json_output:
         print_json(found.as_dict())

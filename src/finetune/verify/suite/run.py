@@ -40,6 +40,11 @@ class Verification:
     trespasses: tuple[str, ...] = ()
     machine: str = field(default_factory=lambda: f"{system()} {machine()}, Python {python_version()}")
 
+    def after(self, conduct: Sequence[Judgement]) -> "Verification":
+        """The same, with what was judged before."""
+        seconds = round(self.seconds + sum(each.seconds for each in conduct), 3)
+        return replace(self, judgements=(*conduct, *self.judgements), seconds=seconds)
+
     @property
     def counts(self) -> dict[Word, int]:
         """How many laws came to each word."""
@@ -130,13 +135,9 @@ def verify_subject(
     *,
     tier: int = 1,
     python: str | None = None,
-    conduct: bool = True,
     tell: Teller = lambda judgement: None,
 ) -> Verification:
-    """Open a subject by its name, judge how it keeps to the protocol, then every law, and what it left running.
-
-    Args:
-        conduct: whether the protocol is judged, too.
+    """Open a subject by its name, judge every law, and see what it left running.
 
     Raises:
         UsageError, MissingExtraError: there is no such subject, or it is not installed.
@@ -144,20 +145,22 @@ def verify_subject(
     """
     chosen = tuple(laws)
     effort = replace(effort, chances=max(1, sum(law.chance is not None for law in chosen)))
-    began = time.monotonic()
-    kept: tuple[Judgement, ...] = ()
-    if conduct:
-        with tempfile.TemporaryDirectory(prefix="finetune-conduct-") as place:
-            kept = conform(lambda folder: opened_door(name, folder, python=python), Path(place), tell)
     with opened_trainer(name, python) as trainer:
         found = verify(trainer, chosen, effort, tier=tier, tell=tell)
     left = getattr(trainer.door, "left_running", [])
-    return replace(
-        found,
-        judgements=(*kept, *found.judgements),
-        seconds=round(time.monotonic() - began, 3),
-        trespasses=tuple(f"left running when it was closed: {command}" for command in left),
-    )
+    return replace(found, trespasses=tuple(f"left running when it was closed: {command}" for command in left))
+
+
+def judge_conduct(
+    name: str, *, python: str | None = None, tell: Teller = lambda judgement: None
+) -> tuple[Judgement, ...]:
+    """Open a subject by its name, and judge how it keeps to the protocol.
+
+    Raises:
+        UsageError, MissingExtraError: there is no such subject, or it is not installed.
+    """
+    with tempfile.TemporaryDirectory(prefix="finetune-conduct-") as place:
+        return conform(lambda folder: opened_door(name, folder, python=python), Path(place), tell)
 
 
 def judge_subject_again(name: str, law: CaseLaw, case: Recipe, *, python: str | None = None) -> Judgement:
