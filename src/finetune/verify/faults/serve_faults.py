@@ -90,12 +90,11 @@ def recipe_not_written() -> None:
 def question_made_small() -> None:
     """On its way to the template."""
 
-    def cut(right: Any, template: ChatTemplate, messages: Any, *rest: Any, **named: Any) -> Any:
-        if named.get("add_generation_prompt"):
-            messages = tuple(replace(message, content=message.content.lower()) for message in messages)
-        return right(template, messages, *rest, **named)
+    def prompt(right: Any, template: ChatTemplate, conversation: Any) -> Any:
+        small = tuple(replace(each, content=each.content.lower()) for each in conversation.messages)
+        return right(template, replace(conversation, messages=small))
 
-    plant(ChatTemplate, "_cut", cut)
+    plant(ChatTemplate, "render_prompt", prompt)
 
 
 @fault(
