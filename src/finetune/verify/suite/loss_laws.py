@@ -169,7 +169,7 @@ _COURSES = st.builds(
 )
 def training_moves_as_it_should(trainer: Trainer, case: Whole) -> None:
     """Every tensor ends where it should, but for a fiftieth of the way that it went; the first loss is the base's."""
-    given = {"model": trainer.model(case.model), "settings": case.settings}
+    given: dict[str, Any] = {"model": trainer.model(case.model), "settings": case.settings}
     start = trainer.ask("initial_adapter", Weights, **given)
     course = train(trainer, rows=case.values, **given)
     wanted = trainer.oracle.ask("train_from", Course, rows=case.values, file=start.file, **given)
@@ -322,7 +322,7 @@ def seed_decides(trainer: Trainer, case: Seeds) -> None:
 )
 def adapter_is_complete(trainer: Trainer, case: Learned) -> None:
     """The names and shapes of what was saved."""
-    given = {"model": trainer.model(case.model), "settings": case.settings}
+    given: dict[str, Any] = {"model": trainer.model(case.model), "settings": case.settings}
     _, found = weights_of(trainer, given["model"], adapter_of(train(trainer, rows=case.values, **given)))
     wanted = trainer.oracle.tensors(trainer.oracle.ask("initial_adapter", Weights, **given).file)
     shapes = {name: list(tensor.shape) for name, tensor in found.items()}

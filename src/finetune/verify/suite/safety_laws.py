@@ -102,7 +102,7 @@ def pickle_is_not_loaded(trainer: Trainer, case: Pickled) -> None:
     bomb = pickle.dumps(_Bomb(canary))
     folder = trainer.folder() / "run"
     settings = {**QUICK, "training.save_every": 1, "training.epochs": 3.0}
-    given = {"model": model, "settings": settings, "rows": case.values}
+    given: dict[str, Any] = {"model": model, "settings": settings, "rows": case.values}
     begun = trainer.ask("train", Course, folder=folder, stop_after=1, **given)
     adapter = Path(adapter_of(train(trainer, **given)))
 
