@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from finetune.artifacts.run_folder import RunFolder
-from finetune.artifacts.write import file_hash, make_folder, remove_torn, storage_errors, write_json, write_text
+from finetune.artifacts.write import file_hash, make_folder, remove_torn, storage_errors, write_json
 from finetune.assembly.chat import Messages
 from finetune.assembly.exam import Exam, prepare_exam
 from finetune.assembly.gguf_source import exportable_run
+from finetune.assembly.recipe import leave_recipe, make_recipe
 from finetune.assembly.served import compare_answers, compare_prompts, edge_notes, hold, inert_notes, unmeasured_notes
 from finetune.backends import open_backend
 from finetune.convert.outtypes import Outtype
 from finetune.convert.read_back import Check
-from finetune.deploy.derive import derive_template
 from finetune.deploy.llama_server import LlamaServer, llama_server
-from finetune.deploy.modelfile import Modelfile, write_modelfile
 from finetune.deploy.ollama import Ollama, Recipe, full_name
 from finetune.deploy.place import Blob, check_free, place_model
 from finetune.errors import DeploymentError, FineTuneError, OutputError
@@ -139,10 +138,15 @@ def deploy_ollama(
     check_free(server, name, replace=replace)
     exportable = exportable_run(run, open_backend)
     exam = prepare_exam(run, exportable)
-    template = derive_template(exam.render, bos=exam.bos, texts=exam.texts)
+    recipe = make_recipe(
+        exam.render,
+        bos=exam.bos,
+        texts=exam.texts,
+        context=exam.context,
+        stops=exam.stops,
+        licence=str(exportable.naming.get("general.license") or ""),
+    )
     file = _gguf(run, outtype, tell)
-    licence = exportable.naming.get("general.license")
-    recipe = Recipe(template, {"num_ctx": exam.context, "stop": list(exam.stops)}, (str(licence),) if licence else ())
     tell(f"sending {file.name} to Ollama {running} at {server.address}")
     digest = server.upload(file)
     tell("asking it")
@@ -158,7 +162,7 @@ def deploy_ollama(
         context=exam.context,
         stops=exam.stops,
         checks=checks,
-        notes=(*exam.notes, *unmeasured_notes(checks), *notes, *_write_recipe(run, file, recipe)),
+        notes=(*exam.notes, *unmeasured_notes(checks), *notes, *leave_recipe(run, file, recipe)),
     )
     _record(run, deployed)
     return deployed
@@ -237,18 +241,6 @@ def _count_prompts(server: Ollama, name: str, exam: Exam) -> Check:
         if found != len(prompt.ids) and not first:
             first = f"the conversation {str(list(prompt.messages))[:80]} has {found} tokens, and {len(prompt.ids)} here"
     return Check("template", f"{equal} of {COUNTED} prompts have as many tokens", "all of them", first)
-
-
-def _write_recipe(run: Path, file: Path, recipe: Recipe) -> tuple[str, ...]:
-    """Leave the same recipe as a Modelfile, where one can hold it."""
-    stops = tuple(("stop", stop) for stop in recipe.parameters["stop"])
-    parameters = (("num_ctx", recipe.parameters["num_ctx"]), *stops)
-    try:
-        text = write_modelfile(Modelfile(f"./{file.name}", recipe.template, "", parameters, recipe.licenses))
-    except FineTuneError as error:
-        return (f"no Modelfile was written: {error.message}",)
-    write_text(RunFolder(run).deploy / "Modelfile", text)
-    return ()
 
 
 def _record(run: Path, deployed: Deployed) -> None:

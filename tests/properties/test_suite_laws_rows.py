@@ -4,14 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from finetune.verify.faults import fault
-from finetune.verify.suite.catalogue import CaseLaw, case_laws
-from finetune.verify.suite.judge import Effort, judge
+from finetune.verify.faults.fault import faults
+from finetune.verify.suite.catalogue import CaseLaw
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.trainers.ours import inside
+from properties.suite_on_ours import laws_of, our_trainer, see_it_broken, see_it_hold
 
-ROOMS = ("config_laws", "data_laws", "template_laws", "mask_laws", "packing_laws")
-LAWS = [law for law in case_laws().values() if law.check.__module__.rpartition(".")[2] in ROOMS]
+LAWS = laws_of("config_laws", "data_laws", "template_laws", "mask_laws", "packing_laws")
 STAGES = {"config", "data", "tmpl", "mask", "shift", "tok", "pack", "pad"}
 KILLED = {
     "A003": "config.taken",
@@ -26,23 +24,21 @@ KILLED = {
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    """Our own trainer in this process, in float64."""
-    scratch = tmp_path_factory.mktemp("suite")
-    return Trainer(inside("reference", scratch), scratch)
+    """Our own trainer."""
+    return our_trainer(tmp_path_factory.mktemp("suite"))
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.id)
 def test_suite_law_holds_on_our_own_trainer(law: CaseLaw, trainer: Trainer) -> None:
     """Every law of these rooms holds on a fraction of its cases, and none of them is left unjudged."""
-    judgement = judge(law, trainer, Effort(times=0.25))
-    assert judgement.word == "holds", judgement
+    see_it_hold(law, trainer, times=0.25)
 
 
 def test_suite_has_its_laws_and_faults() -> None:
     """There are as many as there must be; each law says what decides, and each fault says what goes wrong."""
     assert len(LAWS) >= 38
     assert all(law.oracle and law.law.statement.endswith(".") for law in LAWS)
-    known = [each for each in fault.faults().values() if each.stage in STAGES]
+    known = [each for each in faults().values() if each.stage in STAGES]
     assert len(known) >= 80
     assert all(each.what and each.id[1:4].isdigit() and int(each.id[1:4]) <= 110 for each in known)
 
@@ -52,11 +48,4 @@ def test_suite_law_is_broken_by_a_fault(
     planted: str, law: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault that is planted in our trainer is noticed, in a case that is made small."""
-    # What is planted is taken out again when the test ends.
-    monkeypatch.setattr(fault, "setattr", monkeypatch.setattr, raising=False)
-    known = fault.faults()[planted]
-    trainer = Trainer(inside("reference", tmp_path), tmp_path)
-    known.apply()
-    judgement = judge(case_laws()[law], trainer, Effort(shrink_seconds=0.3))
-    assert judgement.word == "broken", judgement
-    assert judgement.case is not None
+    see_it_broken(planted, law, tmp_path, monkeypatch)

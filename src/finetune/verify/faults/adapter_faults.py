@@ -11,6 +11,7 @@ from finetune.backends.reference import adapter as files
 from finetune.backends.reference import session as reference
 from finetune.backends.reference.session import ReferenceSession
 from finetune.errors import ModelError
+from finetune.models.peft_files import read_settings
 from finetune.records import AdapterTarget
 from finetune.verify.faults.fault import fault, plant
 
@@ -43,7 +44,7 @@ def missing_keys_tolerated() -> None:
         try:
             return right(weights, layers, folder)
         except ModelError:
-            target = files.read_settings(folder, turned=False)
+            target = read_settings(folder, turned=False)
             return files.draw_adapter(weights, layers, target, np.random.Generator(np.random.PCG64(0)))
 
     plant(reference, "read_adapter", read)

@@ -10,6 +10,7 @@ from finetune.backends.reference.session import ReferenceSession
 from finetune.records import Batch
 from finetune.training import loop
 from finetune.verify.faults.fault import fault, plant
+from finetune.verify.faults.loss_faults import Through
 from finetune.verify.trainers import ours
 
 
@@ -204,15 +205,11 @@ def log_unweighted() -> None:
     def step(right: Any, session: Any, window: Sequence[Batch], *rest: Any) -> Any:
         targets = sum(batch.target_count for batch in window)
 
-        class Told:
-            def __getattr__(self, name: str) -> Any:
-                return getattr(session, name)
+        def accumulate(batch: Batch, weight: float) -> float:
+            loss = session.accumulate(batch, weight)
+            return float(loss / batch.target_count / len(window) * targets)
 
-            def accumulate(self, batch: Batch, weight: float) -> float:
-                loss = session.accumulate(batch, weight)
-                return float(loss / batch.target_count / len(window) * targets)
-
-        yield from right(Told(), window, *rest)
+        yield from right(Through(session, accumulate=accumulate), window, *rest)
 
     plant(loop, "_one_step", step)
 

@@ -88,7 +88,8 @@ def factors_lost() -> None:
     """No tensor of theirs is written."""
 
     def described(right: Any, *given: Any, **named: Any) -> Described:
-        return replace(right(*given, **named), extra={})
+        found: Described = right(*given, **named)
+        return replace(found, extra={})
 
     plant(gguf_source, "describe_model", described)
 
@@ -222,7 +223,7 @@ def first_part_only() -> None:
 
     def described(right: Any, folder: Any) -> Any:
         found, settings = right(folder)
-        there = Files(gguf_source.weight_files(folder)).names()
+        there = Files(shape.weight_files(folder)[:1]).names()
         return replace(found, weights={name: size for name, size in found.weights.items() if name in there}), settings
 
     plant(gguf_source, "weight_files", lambda right, folder: right(folder)[:1])

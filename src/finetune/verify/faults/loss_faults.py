@@ -20,7 +20,7 @@ from finetune.training import loop
 from finetune.verify.faults.fault import fault, plant
 
 
-class _Through:
+class Through:
     """A session of which some methods are others."""
 
     def __init__(self, session: Any, **others: Any) -> None:
@@ -44,7 +44,7 @@ def mean_of_means() -> None:
             share = 1 / (len(window) * batch.target_count)
             return float(session.accumulate(batch, share) * share * targets)
 
-        yield from right(_Through(session, accumulate=accumulate), window, *rest)
+        yield from right(Through(session, accumulate=accumulate), window, *rest)
 
     plant(loop, "_one_step", step)
 
@@ -72,7 +72,7 @@ def tail_never_stepped() -> None:
         def update(rate: float) -> None:
             session.gradients = {}
 
-        return _Through(session, update=update)
+        return Through(session, update=update)
 
     _at_tail(idle)
 
@@ -90,7 +90,7 @@ def tail_divided_by_all() -> None:
         def accumulate(batch: Batch, weight: float) -> float:
             return float(session.accumulate(batch, weight * len(window) / plan.accumulation))
 
-        return _Through(session, accumulate=accumulate)
+        return Through(session, accumulate=accumulate)
 
     # AdamW undoes a factor that never changes: what shows it is the norm that is clipped at.
     _at_tail(short)
@@ -111,7 +111,7 @@ def leaks_into_next_epoch() -> None:
             session.update(rate)
             session.gradients = kept
 
-        return _Through(session, update=update)
+        return Through(session, update=update)
 
     _at_tail(leaky)
 

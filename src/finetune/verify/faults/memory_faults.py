@@ -72,7 +72,8 @@ def logits_ignored() -> None:
     """Hidden states are all that there is."""
 
     def kept(right: Any, *given: Any) -> Kept:
-        return replace(right(*given), logits=0)
+        found: Kept = right(*given)
+        return replace(found, logits=0)
 
     plant(forecast, "kept_by_torch", kept)
 

@@ -28,7 +28,8 @@ def _when_resumed(dealt: Callable[[Any, Any, int], Any]) -> None:
 
 def _each(batches_of: Any, plan: Any) -> int:
     """How many steps an epoch has."""
-    return math.ceil(len(batches_of(0)) / plan.accumulation)
+    count: int = math.ceil(len(batches_of(0)) / plan.accumulation)
+    return count
 
 
 @fault(
@@ -258,7 +259,7 @@ def removes_first() -> None:
 
     def save(right: Any, store: CheckpointStore, *given: Any, **named: Any) -> Path:
         for step in store.steps():
-            checkpoints.remove_folder(store._path(step))
+            write.remove_folder(store._path(step))
         path: Path = right(store, *given, **named)
         return path
 

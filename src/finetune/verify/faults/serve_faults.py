@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from finetune import deployment
+from finetune.assembly import recipe
 from finetune.deploy import modelfile
 from finetune.templates.render import ChatTemplate
 from finetune.verify.faults.fault import fault, plant
@@ -14,18 +14,18 @@ from finetune.verify.faults.fault import fault, plant
 )
 def no_template() -> None:
     """FROM and nothing else."""
-    plant(modelfile, "_texts", lambda right, recipe: right(replace(recipe, template="")))
+    plant(modelfile, "_texts", lambda right, said: right(replace(said, template="")))
 
 
 @fault("A241", "serve.no_stop", real="ollama #8363, mlx-examples #567", what="The recipe names no stops.")
 def no_stop() -> None:
     """The model runs on."""
 
-    def write(right: Any, recipe: Any) -> str:
-        kept = tuple(each for each in recipe.parameters if each[0] != "stop")
-        return str(right(replace(recipe, parameters=kept)))
+    def write(right: Any, said: Any) -> str:
+        kept = tuple(each for each in said.parameters if each[0] != "stop")
+        return str(right(replace(said, parameters=kept)))
 
-    plant(deployment, "write_modelfile", write)
+    plant(recipe, "write_modelfile", write)
 
 
 @fault(
@@ -52,7 +52,7 @@ def another_template() -> None:
         head, found, tail = str(right(*given, **named)).rpartition("\n")
         return head + tail if found else tail
 
-    plant(deployment, "derive_template", derive)
+    plant(recipe, "derive_template", derive)
 
 
 @fault(
@@ -67,7 +67,7 @@ def system_fixed() -> None:
     def derive(right: Any, *given: Any, **named: Any) -> str:
         return f"<|im_start|>system\nYou are helpful.<|im_end|>\n{right(*given, **named)}"
 
-    plant(deployment, "derive_template", derive)
+    plant(recipe, "derive_template", derive)
 
 
 @fault(
@@ -78,7 +78,7 @@ def system_fixed() -> None:
 )
 def recipe_not_written() -> None:
     """It returns before it writes."""
-    plant(deployment, "_write_recipe", lambda right, run, file, recipe: ())
+    plant(recipe, "leave_recipe", lambda right, run, file, made: ())
 
 
 @fault(
@@ -90,12 +90,11 @@ def recipe_not_written() -> None:
 def question_made_small() -> None:
     """On its way to the template."""
 
-    def cut(right: Any, template: ChatTemplate, messages: Any, *rest: Any, **named: Any) -> Any:
-        if named.get("add_generation_prompt"):
-            messages = tuple(replace(message, content=message.content.lower()) for message in messages)
-        return right(template, messages, *rest, **named)
+    def prompt(right: Any, template: ChatTemplate, conversation: Any) -> Any:
+        small = tuple(replace(each, content=each.content.lower()) for each in conversation.messages)
+        return right(template, replace(conversation, messages=small))
 
-    plant(ChatTemplate, "_cut", cut)
+    plant(ChatTemplate, "render_prompt", prompt)
 
 
 @fault(

@@ -94,7 +94,7 @@ def weights_are_the_models(trainer: Trainer, case: Written) -> None:
     for name, weight in load_file(model / _WEIGHTS).items():
         heads = {"q_proj": case.model.heads, "k_proj": case.model.kv_heads}.get(name.split(".")[-2], 0)
         wanted = _neighbours(weight, heads) if heads else weight
-        there = found.get(name)
+        there: Any = found.get(name)
         hold(there is not None and there.shape == wanted.shape, expected=f"{name} {wanted.shape}",
              got=None if there is None else there.shape)  # fmt: skip
         hold(np.array_equal(there, wanted), expected=f"{name}: {wanted.ravel()[:3]}", got=there)
@@ -159,7 +159,7 @@ def rotation_is_the_configs(trainer: Trainer, case: Turned) -> None:
         scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     if case.kind == "default":
         scaling = {"rope_type": "default"}
-    said = {"rope_parameters": {**scaling, "rope_theta": case.theta}}
+    said: dict[str, Any] = {"rope_parameters": {**scaling, "rope_theta": case.theta}}
     if case.older:
         said = {"rope_scaling": scaling if case.kind != "default" else {}, "rope_theta": case.theta}
     model = altered(trainer, _model(trainer, ModelRecipe(head_size=16)), said)
@@ -269,7 +269,7 @@ def shards_are_one_model(trainer: Trainer, case: Written) -> None:
     model = altered(trainer, whole, {})
     tensors = load_file(model / _WEIGHTS)
     (model / _WEIGHTS).unlink()
-    places = {}
+    places: dict[str, str] = {}
     for number, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), start=1):
         file = f"model-{number:05d}-of-00002.safetensors"
         save_file({name: tensors[name] for name in names}, model / file, metadata={"format": "pt"})

@@ -92,7 +92,7 @@ class Damaged(Rows):
 def damaged_checkpoint_is_noticed(trainer: Trainer, case: Damaged) -> None:
     """One bit of the largest file of the newest checkpoint."""
     model, folder = trainer.model(TINY), trainer.folder() / "run"
-    given = {"model": model, "settings": _RUN, "rows": case.values}
+    given: dict[str, Any] = {"model": model, "settings": _RUN, "rows": case.values}
     begun = trainer.ask("train", Course, stop_after=2, folder=folder, **given)
     newest = Path(begun.checkpoints[max(begun.checkpoints, key=int)])
     files = [newest] if newest.is_file() else [path for path in newest.rglob("*") if path.is_file()]

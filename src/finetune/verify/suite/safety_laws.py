@@ -97,17 +97,17 @@ class Pickled(Rows):
     cost=3,
 )
 def pickle_is_not_loaded(trainer: Trainer, case: Pickled) -> None:
-    """An empty name stands for every file that is there."""
+    """An empty name stands for every file that is there but settings."""
     canary, model = trainer.folder() / "canary", trainer.model(TINY)
     bomb = pickle.dumps(_Bomb(canary))
     folder = trainer.folder() / "run"
     settings = {**QUICK, "training.save_every": 1, "training.epochs": 3.0}
-    given = {"model": model, "settings": settings, "rows": case.values}
+    given: dict[str, Any] = {"model": model, "settings": settings, "rows": case.values}
     begun = trainer.ask("train", Course, folder=folder, stop_after=1, **given)
     adapter = Path(adapter_of(train(trainer, **given)))
 
     def lay(place: Path) -> None:
-        within = [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]
+        within = [place] if place.is_file() else [file for file in place.rglob("*.[!j]*") if file.is_file()]
         for file in [(place if place.is_dir() else place.parent) / case.name] if case.name else within:
             file.write_bytes(bomb)
         for weights in place.rglob("*.safetensors") if case.name == "adapter_model.bin" else ():

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from finetune import deployment
 from finetune.artifacts.run_folder import RunFolder
 from finetune.artifacts.write import make_folder
-from finetune.assembly import gguf_source
+from finetune.assembly import gguf_source, recipe
 from finetune.assembly.encoder import Encoder
 from finetune.assembly.merged import plan_weights, write_merged
 from finetune.assembly.prepare import adapter_target, planned_shape
@@ -29,7 +28,6 @@ from finetune.convert.families import stored
 from finetune.convert.sources import Adapter
 from finetune.convert.vocabulary import describe_vocabulary
 from finetune.deploy.go_template import GoTemplate
-from finetune.deploy.ollama import Recipe
 from finetune.events import StepDone
 from finetune.memory.forecast import PARTS, forecast_memory
 from finetune.memory.framework import framework_of
@@ -134,12 +132,11 @@ class _Hands:
         def render(conversation: Conversation) -> str:
             return encoder.template.render_prompt(conversation).text
 
-        template = deployment.derive_template(render, bos=bos, texts=_TEXTS)
         stops = [token for token in tokenizer.control_tokens if tokenizer.control_id(token) in encoder.stop_ids]
-        recipe = Recipe(template, {"num_ctx": 64, "stop": stops}, (license,) if license else ())
+        made = recipe.make_recipe(render, bos=bos, texts=_TEXTS, context=64, stops=stops, licence=license)
         make_folder(RunFolder(folder).deploy)
-        deployment._write_recipe(folder, Path("model.gguf"), recipe)
-        return {"modelfile": str(RunFolder(folder).deploy / "Modelfile"), "template": template}
+        recipe.leave_recipe(folder, Path("model.gguf"), made)
+        return {"modelfile": str(RunFolder(folder).deploy / "Modelfile"), "template": made.template}
 
     def render_served(self, template: str, messages: Sequence[Mapping[str, str]]) -> dict[str, Any]:
         """What Ollama makes of a conversation by a template in its language."""
