@@ -54,6 +54,10 @@ demo: $(VENV)/torch-ok  ## Fine-tune the shipped model on the shipped data, judg
 converter: $(VENV)/dev-ok  ## Get llama.cpp's own converter, to which laws and the benchmark hold ours
 	@$(BIN)/python bench/peers.py
 
+.PHONY: peers
+peers: $(VENV)/dev-ok  ## Make the environments of TRL and mlx-lm, in which `ft verify` and the benchmark run them
+	@$(BIN)/python bench/peers.py trl mlx-lm
+
 .PHONY: test
 test: $(VENV)/dev-ok  ## Run all tests that this machine can run
 	$(TEST_ENV) $(BIN)/pytest $(IN_PARALLEL) -m "not tier3"
