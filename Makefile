@@ -54,10 +54,6 @@ demo: $(VENV)/torch-ok  ## Fine-tune the shipped model on the shipped data, judg
 converter: $(VENV)/dev-ok  ## Get llama.cpp's own converter, to which laws and the benchmark hold ours
 	@$(BIN)/python bench/peers.py
 
-.PHONY: peers
-peers: $(VENV)/dev-ok  ## Make the environments of TRL and mlx-lm, in which `ft verify` and the benchmark run them
-	@$(BIN)/python bench/peers.py trl mlx-lm
-
 .PHONY: test
 test: $(VENV)/dev-ok  ## Run all tests that this machine can run
 	$(TEST_ENV) $(BIN)/pytest $(IN_PARALLEL) -m "not tier3"
@@ -126,7 +122,7 @@ prove: $(WORKFLOW_VENV)/ok  ## Plant every fault in our own trainer and count wh
 
 .PHONY: peers
 peers: $(VENV)/dev-ok  ## Make the environments of TRL and mlx-lm, for `ft verify --subject trl --python .peers/trl/bin/python`
-	@$(BIN)/python -c 'import sys; sys.path.insert(0, "bench"); import peers; print(*map(peers.peer_python, peers.PACKAGES), sep="\n")'
+	@$(BIN)/python bench/peers.py trl mlx-lm
 
 .PHONY: docs
 docs: $(VENV)/torch-ok  ## Write the pages of docs/ that the program itself can tell

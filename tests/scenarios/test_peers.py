@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from safetensors.numpy import save_file
 
 from finetune.errors import MissingExtraError, UsageError
@@ -37,6 +38,10 @@ def python_of(peer: str) -> str:
     return str(python)
 
 
+@pytest.mark.skipif(
+    settings.get_current_profile_name().startswith("fast"),
+    reason="takes a minute: HYPOTHESIS_PROFILE=ci has time for it",
+)
 @pytest.mark.parametrize("peer", ENVIRONMENTS)
 def test_peers_are_what_the_protocol_says(peer: str, tmp_path: Path) -> None:
     """Every ability that a peer's door claims is answered as the protocol says; nothing of it is left."""
