@@ -122,7 +122,7 @@ prove: $(WORKFLOW_VENV)/ok  ## Plant every fault in our own trainer and count wh
 
 .PHONY: peers
 peers: $(VENV)/dev-ok  ## Make the environments of TRL and mlx-lm, for `ft verify --subject trl --python .peers/trl/bin/python`
-	@$(BIN)/python -c 'import sys; sys.path.insert(0, "bench"); import peers; print(*map(peers.peer_python, peers.PACKAGES), sep="\n")'
+	@$(BIN)/python bench/peers.py trl mlx-lm
 
 .PHONY: docs
 docs: $(VENV)/torch-ok  ## Write the pages of docs/ that the program itself can tell

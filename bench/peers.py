@@ -1,6 +1,7 @@
 """The peers' own environments, made when they are missing, and the BLAS that a contestant is given.
 
-`python bench/peers.py` gets llama.cpp's converter, which laws and the benchmark hold ours to.
+`python bench/peers.py` gets llama.cpp's converter, which laws and the benchmark hold ours to, and
+`python bench/peers.py trl mlx-lm` makes the environments in which laws judge these.
 """
 
 import ctypes
@@ -72,4 +73,7 @@ def fast_blas() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    converter()
+    for peer in sys.argv[1:]:
+        print(peer_python(peer))
+    if not sys.argv[1:]:
+        converter()

@@ -1,0 +1,163 @@
+"""Laws of doors to other people's trainers: each in its own environment, which `make peers` makes."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from safetensors.numpy import save_file
+
+from finetune.errors import MissingExtraError, UsageError
+from finetune.verify.doors.command import CommandDoor
+from finetune.verify.doors.command_file import CommandFile
+from finetune.verify.doors.door import Door, RefusesError, SubjectError, UnsupportedError
+from finetune.verify.doors.late import unspoilt
+from finetune.verify.suite.conformance import conform
+from finetune.verify.suite.judge import Effort, judge
+from finetune.verify.suite.run import chosen_laws
+from finetune.verify.suite.subjects import opened_door
+from finetune.verify.suite.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENTS = {"trl": "trl", "trainer": "trl", "mlx-lm": "mlx-lm"}
+FOUND_IN_MLX_LM = {
+    "padding.no_target": 1, "rows.remarks": 3, "model.rope_spelling": 0, "accumulation.same": 3, "resume.goes_on": 1,
+}  # fmt: skip
+"""What mlx-lm 0.32.2 does otherwise, with the rows of the smallest case."""
+
+
+def python_of(peer: str) -> str:
+    """The interpreter of a peer's environment."""
+    python = ROOT / ".peers" / ENVIRONMENTS[peer] / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"{peer}'s environment is not here: make peers")
+    return str(python)
+
+
+@pytest.mark.skipif(
+    settings.get_current_profile_name().startswith("fast"),
+    reason="takes a minute: HYPOTHESIS_PROFILE=ci has time for it",
+)
+@pytest.mark.parametrize("peer", ENVIRONMENTS)
+def test_peers_are_what_the_protocol_says(peer: str, tmp_path: Path) -> None:
+    """Every ability that a peer's door claims is answered as the protocol says; nothing of it is left."""
+    python = python_of(peer)
+
+    @contextmanager
+    def opened(folder: Path) -> Iterator[Door]:
+        with opened_door(peer, folder, python=python) as door:
+            yield door
+
+    judged = {each.law: each for each in conform(opened, tmp_path)}
+    assert len(judged) >= 19
+    assert {law: each for law, each in judged.items() if each.word != "holds"} == {}
+
+
+def test_peers_findings_are_found_again_and_small(tmp_path: Path) -> None:
+    """Five things that mlx-lm does otherwise come out of laws that know nothing of it, in three rows at most."""
+    laws = {law.id: law for law in chosen_laws(2, FOUND_IN_MLX_LM)}
+    oracle = unspoilt(tmp_path / "oracle")
+    try:
+        with opened_door("mlx-lm", tmp_path, python=python_of("mlx-lm")) as door:
+            if door.about.versions["mlx-lm"] != "0.32.2":
+                pytest.skip(f"pinned for mlx-lm 0.32.2, and this is {door.about.versions['mlx-lm']}")
+            trainer = Trainer(door, tmp_path, oracle)
+            for law, rows in FOUND_IN_MLX_LM.items():
+                judgement = judge(laws[law], trainer, Effort())
+                assert judgement.word == "broken", judgement
+                assert judgement.case is not None
+                assert len(judgement.case.get("rows", ())) == rows, judgement
+    finally:
+        oracle.close()
+
+
+def test_peers_that_are_not_installed_are_refused_with_the_way_to_get_them(tmp_path: Path) -> None:
+    """An interpreter without the peer, one that is none, and a name that is none are each refused by name."""
+    empty = tmp_path / "python"
+    empty.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
+    empty.chmod(0o755)
+    with pytest.raises(MissingExtraError, match="trl") as caught, opened_door("trl", tmp_path, python=str(empty)):
+        pass
+    assert "pip install" in str(caught.value)
+    assert "FT_SUBJECT_PYTHON" in str(caught.value)
+    for name, python in (("trl", str(tmp_path / "nobody")), ("trll", None), ("json:JSONDecoder", None)):
+        with pytest.raises(UsageError), opened_door(name, tmp_path, python=python):
+            pass
+
+
+COMMAND = """
+import json, shutil, sys, time
+from pathlib import Path
+way, adapter, output, rate, begin = sys.argv[1:]
+if way == "refuses": sys.exit("I will not")
+if way == "crashes": raise SystemExit(70)
+if way == "hangs": time.sleep(3600)
+for step in range(int(begin) + 1, 4):
+    print(f"step {step}: loss {1 / step} at {rate}")
+    place = Path(output) / f"checkpoint-{step}"
+    shutil.copytree(adapter, place)
+shutil.copytree(adapter, Path(output) / "adapter")
+"""
+
+
+def command(tmp_path: Path, way: str, seconds: float = 120) -> CommandDoor:
+    """The door to a command that trains nothing, and writes what it is given."""
+    adapter = tmp_path / "given"
+    adapter.mkdir()
+    save_file({"a": np.ones((1, 2), np.float32)}, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 6}))
+    script = tmp_path / "it.py"
+    script.write_text(COMMAND)
+    words = ["{python}", str(script), way, str(adapter), "{output}", "{settings.training.learning_rate}"]
+    file = CommandFile.model_validate(
+        {
+            "name": "it",
+            "adapter": "adapter",
+            "checkpoints": "checkpoint-(?P<step>[0-9]+)",
+            "told": {"line": r"step (?P<step>\d+): loss (?P<loss>\S+) at (?P<learning_rate>\S+)"},
+            "settings": {"training.learning_rate": 0.5, "training.max_steps": 3},
+            "refuses": [1],
+            "train": {"argv": [*words, "0"], "seconds": seconds},
+            "resume": {"argv": [*words, "1"]},
+        }
+    )
+    place = tmp_path / "place"
+    place.mkdir()
+    return CommandDoor(file, place)
+
+
+def test_command_tells_its_course_and_goes_on_from_what_it_had(tmp_path: Path) -> None:
+    """Steps, rates, checkpoints and the adapter are read off; a run that is stopped leaves what there was by then."""
+    door = command(tmp_path, "trains")
+    given = {"model": "m", "settings": {"training.learning_rate": 0.25}, "rows": [{"prompt": "a", "completion": "b"}]}
+    whole = door.ask("train", {**given, "folder": str(tmp_path / "whole")})
+    assert [(step["step"], step["learning_rate"]) for step in whole["steps"]] == [(1, 0.25), (2, 0.25), (3, 0.25)]
+    assert door.ask("adapter_weights", {"model": "m", "adapter": whole["adapter"]})["scale"] == 3.0
+    stopped = door.ask("train", {**given, "folder": str(tmp_path / "part"), "stop_after": 1})
+    assert (len(stopped["steps"]), stopped["adapter"], list(stopped["checkpoints"])) == (1, None, ["1"])
+    rest = door.ask("resume", {"folder": str(tmp_path / "part")})
+    assert [step["step"] for step in rest["steps"]] == [2, 3]
+    assert sorted(rest["checkpoints"]) == ["1", "2", "3"]
+    with pytest.raises(UnsupportedError, match=r"training\.seed: 7: the command has no place"):
+        door.ask("train", {**given, "settings": {"training.seed": 7}, "folder": str(tmp_path / "other")})
+    with pytest.raises(UnsupportedError, match="loss"):
+        door.ask("loss", {})
+
+
+@pytest.mark.parametrize(
+    ("way", "kind", "words"),
+    [
+        ("refuses", RefusesError, "I will not"),
+        ("crashes", SubjectError, "ended with code 70"),
+        ("hangs", SubjectError, "did not end within 3 s"),
+    ],
+)
+def test_command_that_fails_is_told_as_it_is(way: str, kind: type[Exception], words: str, tmp_path: Path) -> None:
+    """A command that refuses, crashes or hangs is each told apart, in bounded time."""
+    door = command(tmp_path, way, seconds=3 if way == "hangs" else 120)
+    with pytest.raises(kind, match=words):
+        door.ask("train", {"model": "m", "settings": {}, "rows": [], "folder": str(tmp_path / "run")})
