@@ -99,7 +99,7 @@ def test_verification_goes_on_beside_a_law_that_cannot_be_judged(way: str, tmp_p
     words = {each.law: each.word for each in told}
     assert len(words) == len(laws)
     expected = {"lies": "not applicable", "says no number": "broken"}.get(way, "error")
-    assert words["mask.padding"] == expected, told
+    assert words["padding.same_loss"] == expected, told
     assert words["batches.cover"] == "not applicable"
     assert orphans() == []
 

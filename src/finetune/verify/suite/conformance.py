@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def _checks(door: Door, scratch: Path) -> Iterator[tuple[str, str, Callable[[], 
     for ability in questions.known:
         if not door.about.abilities.get(ability, "missing"):
             statement = f"It can {ability}, as it says; numbers are numbers, and files that it names are there."
-            yield f"door.{ability}", statement, lambda ability=ability: _hold_answer(questions, ability)
+            yield f"door.{ability}", statement, partial(_hold_answer, questions, ability)
     yield "door.alike", _STATEMENTS["door.alike"], lambda: _hold_alike(questions)
     yield "door.stranger", _STATEMENTS["door.stranger"], lambda: _hold_stranger(door)
     yield "door.inside", _STATEMENTS["door.inside"], lambda: _hold_unchanged(before, _bytes_of(scratch))
@@ -145,7 +146,9 @@ class _Questions:
 
 
 def _judged(id: str, statement: str, check: Callable[[], object]) -> Judgement:
-    began, word, told = time.monotonic(), "holds", {}
+    began = time.monotonic()
+    word: Word = "holds"
+    told: dict[str, Any] = {}
     try:
         check()
     except BrokenError as broken:
@@ -154,8 +157,7 @@ def _judged(id: str, statement: str, check: Callable[[], object]) -> Judgement:
         word, told = "broken", {"expected": "what it says that it can", "got": f"it has nothing of the kind: {error}"}
     except (RefusesError, SubjectError) as error:
         word, told = "error", {"why": str(error)}
-    judged: Word = word  # type: ignore[assignment]
-    return Judgement(id, statement, judged, cases=1, seconds=round(time.monotonic() - began, 3), **told)
+    return Judgement(id, statement, word, cases=1, seconds=round(time.monotonic() - began, 3), **told)
 
 
 def _hold_hello(door: Door) -> None:
@@ -181,11 +183,11 @@ def _hold_alike(questions: _Questions) -> None:
             first, second = questions.answers[ability], questions.ask(ability)
             hold(first == second, expected=f"{ability}: {first}", got=f"{ability}: {second}")
     if "logits" in questions.answers:
-        first, second = (
+        before, after = (
             questions.trainer.tensors(answer.model_dump()["file"])
             for answer in (questions.answers["logits"], questions.ask("logits"))
         )
-        same = first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
+        same = before.keys() == after.keys() and all(np.array_equal(before[key], after[key]) for key in before)
         hold(same, expected="the same logits", got="others")
 
 

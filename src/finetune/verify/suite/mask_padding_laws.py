@@ -5,8 +5,9 @@ from typing import Annotated
 from hypothesis import strategies as st
 from pydantic import Field
 
-from finetune.verify.doors.answers import Epochs
-from finetune.verify.suite.cases import PLAIN, TINY, Rows, rows_of
+from finetune.verify.doors.answers import Epochs, Loss
+from finetune.verify.recipes import Recipe
+from finetune.verify.suite.cases import PLAIN, TINY, Rows, TokenRow, rows_of, token_rows
 from finetune.verify.suite.catalogue import law
 from finetune.verify.suite.trainer import Trainer
 from finetune.verify.suite.verdicts import hold
@@ -32,6 +33,33 @@ def padding_is_no_target(trainer: Trainer, case: Rows) -> None:
                 expected="no target beyond the row's last token",
                 got=f"a row of {sum(real)} tokens in {len(ids)}, with targets at {taught}: ids {ids}",
             )
+
+
+class Together(Recipe):
+    """Two rows of ids that share a batch."""
+
+    rows: Annotated[tuple[TokenRow, ...], Field(min_length=2, max_length=2, strict=False)]
+
+
+@law(
+    "padding.same_loss",
+    "The loss of rows that share a batch is that of their tokens, whatever the batch is filled up with.",
+    needs=["loss"],
+    oracle="the loss of each row alone by our trainer in float64, where nothing is filled up, weighted by its tokens",
+    cases=st.builds(Together, rows=st.lists(token_rows(most=14), min_size=2, max_size=2).map(tuple)),
+    cost=2,
+    examples=8,
+)
+def padding_changes_no_loss(trainer: Trainer, case: Together) -> None:
+    """One batch of both is the mean of each alone, a token counting as much as any other."""
+    model, settings = trainer.model(TINY), {**PLAIN, "training.batch_size": 2}
+    got = trainer.ask("loss", Loss, model=model, settings=settings, batch=[row.value for row in case.rows]).loss
+    alone = [
+        trainer.oracle.ask("loss", Loss, model=model, settings=settings, batch=[row.value]).loss for row in case.rows
+    ]
+    counts = [row.answer for row in case.rows]
+    expected = sum(count * loss for count, loss in zip(counts, alone, strict=True)) / sum(counts)
+    hold(abs(got - expected) <= 1e-3, expected=f"{expected:.5f}", got=f"{got:.5f}")
 
 
 class Remarked(Rows):

@@ -275,7 +275,7 @@ class _Seen(transformers.TrainerCallback):  # type: ignore[misc]
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Before the weights move."""
         self.norms = {
-            name.replace(".default", "").replace("vector.weight", "vector"): weight.grad.norm().item()
+            _in_files(name): weight.grad.norm().item()
             for name, weight in model.named_parameters()
             if weight.grad is not None
         }
@@ -315,6 +315,13 @@ def _micro(inputs: Mapping[str, Any]) -> dict[str, Any]:
     if "seq_idx" in inputs:
         told["segments"] = inputs["seq_idx"].tolist()
     return told
+
+
+def _in_files(name: str) -> str:
+    """What PEFT's files call a weight that it trains."""
+    for within, filed in ((".modules_to_save", ""), (".default", ""), ("magnitude_vector.weight", "magnitude_vector")):
+        name = name.replace(within, filed)
+    return name
 
 
 def _steps(trainer: Any) -> list[dict[str, Any]]:
