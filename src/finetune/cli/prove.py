@@ -20,7 +20,7 @@ Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Plantings at on
 EngineName = Annotated[str, typer.Option("--engine", help="processes here, or ray: over a Ray cluster.")]
 Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Clean runs, each with a seed of its own.")]
 AllLaws = Annotated[
-    bool, typer.Option("--all-laws", help="Ask every law of every fault, and not only until three have caught it.")
+    bool, typer.Option("--all-laws", help="Ask every law of every fault, and not only until one has caught it.")
 ]
 Output = Annotated[Path, typer.Option("--output", help="A folder for proof.json and proof.html.")]
 List = Annotated[bool, typer.Option("--list", help="Only name the faults.")]
@@ -59,7 +59,7 @@ def command(
     from finetune.verify.prove.place import write_proof
 
     spread = Spread("ray" if engine == "ray" else "processes", jobs or workers_here())
-    found = prove(chosen, tier=tier, seeds=seeds, enough=0 if all_laws else 3, spread=spread, tell=say)
+    found = prove(chosen, tier=tier, seeds=seeds, enough=0 if all_laws else 1, spread=spread, tell=say)
     page = write_proof(found, output, render_matrix(found.as_dict()))
     if json_output:
         print_json(found.as_dict())

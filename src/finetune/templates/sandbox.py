@@ -5,6 +5,7 @@ A template may come from anywhere. It can neither reach an attribute nor call a 
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import Template, TemplateSyntaxError, nodes
@@ -223,6 +224,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return meter.keep(self.binop_table[operator](left, right))
 
 
+@lru_cache(maxsize=32)
 def compile_template(name: str, source: str) -> Callable[..., str]:
     """A function that renders `source` in the sandbox; keyword arguments are the template's variables.
 

@@ -190,7 +190,7 @@ def prove(
     *,
     tier: int = 1,
     seeds: int = 20,
-    enough: int = 3,
+    enough: int = 1,
     spread: Spread = Spread(),  # it is frozen
     tell: Teller = lambda words: None,
 ) -> Proof:

@@ -81,15 +81,15 @@ def _lesson(random: Random) -> Lesson:
 
 
 LEARNING = {
-    **PLAIN, "template.name": "tokenizer", "adapter.rank": 8, "adapter.alpha": 16.0, "training.epochs": 60.0,
-    "training.batch_size": 2, "training.learning_rate": 0.01, "training.schedule": "constant",
+    **PLAIN, "template.name": "tokenizer", "adapter.rank": 8, "adapter.alpha": 16.0, "training.epochs": 90.0,
+    "training.batch_size": 2, "training.learning_rate": 0.004, "training.schedule": "constant",
     "training.warmup_fraction": 0.0, "evaluation.max_new_tokens": 12,
 }  # fmt: skip
 
 
 @law(
     "learning.by-heart",
-    "What was trained on until its loss was nothing is answered, word for word, and then the model stops.",
+    "What was trained on again and again is answered, word for word, and then the model stops.",
     needs=["tokenize", "train", "generate"],
     oracle="the answers that were trained on; the shipped model knows none of them",
     cases=Chance(_lesson, sound=0.9, broken=0.4, most=30),
