@@ -42,6 +42,8 @@ def test_proof_without_a_fault_or_with_a_survivor_does_not_pass() -> None:
     survived = dataclasses.replace(killed, outcome="survived")
     cases = {((killed,), (clean,)): True, ((), (clean,)): False, ((killed, survived), (clean,)): False}
     cases[(killed,), (clean, planted({"a.a": "broken"}))] = False
+    beyond = dataclasses.replace(survived, fault=dataclasses.replace(NOBODY, tier=2))
+    cases[(killed, beyond), (clean,)] = True
     for (fates, runs), passes in cases.items():
         assert Proof(1, "reference", ("a.a",), runs, fates, 1.0).passes == passes
     assert by_stage((killed, survived)) == {"none": (1, 2)}

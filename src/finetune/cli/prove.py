@@ -80,7 +80,8 @@ def _print(found: "Proof") -> None:
     data_console().print(table)
     for fate in (*found.killed("survived"), *found.killed("inert")):
         fault = fate.fault
-        print_data(f"{fate.outcome.upper()} {fault.id} {fault.slug} {fault.real}: {fault.what}")
+        beyond = f" (only tier {fault.tier} can see it)" if fault.tier > found.tier else ""
+        print_data(f"{fate.outcome.upper()} {fault.id} {fault.slug} {fault.real}: {fault.what}{beyond}")
     for seed, laws in found.false_alarms.items():
         print_data(f"FALSE ALARM with seed {seed}: {', '.join(laws)}")
     share = len(found.killed()) / len(found.fates) if found.fates else 0.0

@@ -22,7 +22,10 @@ SubjectName = Annotated[
         help="reference, torch or mlx (ours), trl, mlx-lm, trainer, a subject's TOML file, or module:Class.",
     ),
 ]
-TierNumber = Annotated[int, typer.Option("--tier", min=1, max=2, help="1: laws of milliseconds; 2: of training, too.")]
+TierNumber = Annotated[
+    int,
+    typer.Option("--tier", min=1, max=3, help="1: laws of milliseconds; 2: training, too; 3: the whole chain."),
+]
 Profile = Annotated[str, typer.Option("--profile", help="fast, ci, slow or thorough: 1, 4, 40 or 200 times the cases.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Where cases are drawn from: the same seed, the same cases.")]
 LawNames = Annotated[list[str] | None, typer.Option("--law", metavar="ID", help="Only this law; can be repeated.")]
@@ -67,6 +70,8 @@ def command(
     effort = _effort(profile, seed)
     conduct = () if law else judge_conduct(subject, python=python, tell=_tell)
     found = _verified(subject, laws, effort, tier=tier, python=python).after(conduct)
+    if tier == 3 and not law:
+        found = found.before(_chained(subject, output))
     _write(found, subject, output, junit, sarif)
     if json_output:
         print_json(found.as_dict())
@@ -102,6 +107,18 @@ def _verified(subject: str, laws: Any, effort: "Effort", **how: Any) -> "Verific
         raise FineTuneError(f"the subject {subject!r} cannot be asked: {error}") from None
 
 
+def _chained(subject: str, output: Path | None) -> "tuple[Judgement, ...]":
+    """What the whole chain came to; what it made is kept only where there is a folder for findings."""
+    import tempfile
+
+    from finetune.verify.suite.whole_chain import judge_chain
+
+    if output is not None:
+        return judge_chain(subject, output / "chain", _tell)
+    with tempfile.TemporaryDirectory(prefix="finetune-chain-") as folder:
+        return judge_chain(subject, Path(folder) / "chain", _tell)
+
+
 def _tell(judgement: "Judgement") -> None:
     why = f": {judgement.why}" if judgement.why and judgement.word != "holds" else ""
     say(f"{judgement.law}: {judgement.word}{why}")
@@ -135,9 +152,10 @@ def _print(found: "Verification", subject: str) -> None:
     data_console().print(table)
     for each in found.judgements:
         if each.word == "broken":
-            case = json.dumps(each.case, ensure_ascii=False)
             lines = [f"BROKEN {each.law}: {each.statement}", f"  expected: {each.expected}", f"  got: {each.got}"]
-            print_data("\n".join([*lines, f"  smallest case: {case}"]))
+            if each.case is not None:
+                lines.append(f"  smallest case: {json.dumps(each.case, ensure_ascii=False)}")
+            print_data("\n".join(lines))
     for trespass in found.trespasses:
         print_data(f"TRESPASS: {trespass}")
     counts = ", ".join(f"{count} {word}" for word, count in found.counts.items() if count)

@@ -87,12 +87,13 @@ class _SkippedError(RefusedError):
     """A step that cannot be done here."""
 
 
-def run_chain(model: str, folder: Path, *, tell: Teller = lambda words: None) -> Chain:
+def run_chain(model: str, folder: Path, *, backend: str | None = None, tell: Teller = lambda words: None) -> Chain:
     """Go through the whole chain, and leave `chain.json`, `chain.md` and everything that was made in a folder.
 
     Args:
         model: a shipped name, a local folder or a hub id.
         folder: a new or empty one.
+        backend: what trains; by default MLX where it is installed, and torch elsewhere.
         tell: is told each step as it ends.
 
     Raises:
@@ -104,6 +105,7 @@ def run_chain(model: str, folder: Path, *, tell: Teller = lambda words: None) ->
         raise RefusedError(f"{folder} is not empty", hint="name a new folder, or empty it")
     make_folder(folder)
     links = _Links(model, folder, time.monotonic() + BUDGET)
+    links.backend = backend or links.backend
     steps: list[Step] = []
     for name, (needed, act) in links.all().items():
         step = _go(name, needed, act, steps)

@@ -45,6 +45,11 @@ class Verification:
         seconds = round(self.seconds + sum(each.seconds for each in conduct), 3)
         return replace(self, judgements=(*conduct, *self.judgements), seconds=seconds)
 
+    def before(self, more: Sequence[Judgement]) -> "Verification":
+        """The same, with what was judged after it."""
+        seconds = round(self.seconds + sum(each.seconds for each in more), 3)
+        return replace(self, judgements=(*self.judgements, *more), seconds=seconds)
+
     @property
     def counts(self) -> dict[Word, int]:
         """How many laws came to each word."""
