@@ -11,6 +11,8 @@ import yaml
 
 from finetune.cli.app import app
 
+pytestmark = pytest.mark.tools
+
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = """a b; touch owned $(touch owned) `touch owned` "' && touch owned"""
 

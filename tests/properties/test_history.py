@@ -28,6 +28,8 @@ from finetune_strategies.scratch import empty_folder
 from properties.sample_run import sample_run
 from scenarios.recorded_scores import record_scores
 
+pytestmark = pytest.mark.tools
+
 COUNTS = st.integers(0, 10**6)
 NAMES = st.from_regex(r"[A-Za-z0-9][ -~]{0,99}", fullmatch=True)
 ENTRIES = st.builds(

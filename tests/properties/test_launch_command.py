@@ -20,6 +20,8 @@ from finetune.launch.command import Launch, check_launch, command_line, environm
 from finetune.launch.notes import Note, leave_note, read_notes
 from finetune.place import LAUNCHERS, NOTES, rank_of, started_by
 
+pytestmark = pytest.mark.tools
+
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 MLX = {"MLX_RANK": "1", "MLX_HOSTFILE": "/tmp/hosts"}
 

@@ -27,6 +27,8 @@ from finetune.report.numbers import say_number, visible
 from finetune_strategies.profiles import examples
 from properties.sample_run import sample_run
 
+pytestmark = pytest.mark.tools
+
 OUTCOMES = ("holds", "broken", "undecided", "not applicable")
 CHARTS = ("loss", "rate", "scores", "memory")
 HOSTILE = (

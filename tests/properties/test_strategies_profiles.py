@@ -32,6 +32,8 @@ from finetune_strategies.profiles import (
 )
 from finetune_strategies.replay import SWITCHES, replay_command
 
+pytestmark = pytest.mark.tools
+
 RANDOM = tuple(name for name in PROFILES if name != "fast")
 TELL = """
 from hypothesis import settings

@@ -23,6 +23,8 @@ from finetune.verify.suite.trainer import Trainer
 from finetune.verify.suite.verdicts import Judgement, hold
 from finetune_strategies.profiles import examples
 
+pytestmark = pytest.mark.tools
+
 
 class Number(Recipe):
     """A case."""

@@ -9,6 +9,8 @@ from finetune.verify.suite.catalogue import CaseLaw
 from finetune.verify.suite.trainer import Trainer
 from properties.suite_on_ours import laws_of, our_trainer, see_it_broken, see_it_hold
 
+pytestmark = pytest.mark.tools
+
 LAWS = laws_of(
     "loss_laws", "schedule_laws", "resume_laws", "adapter_laws", "merge_laws", "export_laws", "serve_laws",
     "evaluate_laws", "memory_laws", "safety_laws",

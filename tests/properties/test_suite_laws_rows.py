@@ -9,6 +9,8 @@ from finetune.verify.suite.catalogue import CaseLaw
 from finetune.verify.suite.trainer import Trainer
 from properties.suite_on_ours import laws_of, our_trainer, see_it_broken, see_it_hold
 
+pytestmark = pytest.mark.tools
+
 LAWS = laws_of("config_laws", "data_laws", "template_laws", "mask_laws", "packing_laws")
 STAGES = {"config", "data", "tmpl", "mask", "shift", "tok", "pack", "pad"}
 KILLED = {

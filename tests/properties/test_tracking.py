@@ -40,6 +40,8 @@ from finetune_strategies.profiles import examples
 from properties.silent_tracker import SilentTracker
 from properties.workplace import make_data, make_model, quick_end, settings
 
+pytestmark = pytest.mark.tools
+
 ADAPTER = "adapter/adapter_model.safetensors"
 STEPS = 6
 
