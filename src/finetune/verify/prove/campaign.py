@@ -145,11 +145,16 @@ def _on_ray(jobs: Iterable[Job]) -> Iterator[Planted]:
         import ray
     except ImportError:
         raise MissingExtraError("Ray is not installed", hint="pip install 'finetune-suite[ray]'") from None
+    ours = not ray.is_initialized()
     ray.init(ignore_reinit_error=True, log_to_driver=False)
-    remote = ray.remote(num_cpus=1)(run_job)
-    for waiting in [remote.remote(job) for job in jobs]:
-        planted: Planted = ray.get(waiting)
-        yield planted
+    try:
+        remote = ray.remote(num_cpus=1)(run_job)
+        for waiting in [remote.remote(job) for job in jobs]:
+            planted: Planted = ray.get(waiting)
+            yield planted
+    finally:
+        if ours:
+            ray.shutdown()
 
 
 def workers_here() -> int:
