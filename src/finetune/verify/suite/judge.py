@@ -29,6 +29,7 @@ _MOST_UNABLE = 25
 class Effort:
     """How hard a judge looks: a seed, how many times the cases of profile `fast`, and seconds at most for each part.
 
+    A law that trains for seconds has five times as long.
     `chances` is the number of laws that share the rate of false alarms.
     """
 
@@ -125,7 +126,8 @@ def judge_again(law: CaseLaw, trainer: Trainer, case: Recipe) -> Judgement:
 def _judge_case(law: CaseLaw, trainer: Trainer, case: Recipe, seen: _Seen, effort: Effort) -> None:
     now = time.monotonic()
     shrinking = seen.smallest is not None and law.chance is None
-    over = now - seen.broke > effort.shrink_seconds if shrinking else now - seen.began > effort.seconds
+    allowed = effort.seconds * (1 if law.tier == 1 else 5)
+    over = now - seen.broke > effort.shrink_seconds if shrinking else now - seen.began > allowed
     if over:
         raise _Enough
     try:

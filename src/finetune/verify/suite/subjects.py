@@ -78,14 +78,19 @@ def _made(name: str, folder: Path, python: str | None) -> Door:
         require_backend(name)
         return WorkerDoor([sys.executable, "-m", "finetune.verify.trainers.ours", name], folder)
     if name in PEERS:
-        return _peer(name, folder, python or os.environ.get(PYTHON_VARIABLE) or sys.executable)
+        return _peer(name, folder, _interpreter(python))
     if name.endswith(".toml"):
-        interpreter = python or os.environ.get(PYTHON_VARIABLE) or sys.executable
-        return CommandDoor(load_command(Path(name)), folder, python=interpreter)
+        return CommandDoor(load_command(Path(name)), folder, python=_interpreter(python))
     module, colon, maker = name.partition(":")
     if colon and module and maker:
         return _own(module, maker)
     raise UsageError(f"there is no subject {name!r}", hint=_hint())
+
+
+def _interpreter(named: str | None) -> str:
+    """The interpreter that is named, in a way that holds in any folder; a link to one stays a link."""
+    chosen = named or os.environ.get(PYTHON_VARIABLE) or sys.executable
+    return os.path.abspath(chosen) if os.sep in chosen else chosen
 
 
 def _peer(name: str, folder: Path, python: str) -> WorkerDoor:

@@ -274,7 +274,11 @@ def template_travels(trainer: Trainer, case: Ended) -> None:
     """In place of the model's own, they are all that whoever loads the adapter knows."""
     model = trainer.model(_BEGINNINGS[2])
     settings = {**PLAIN, "template.name": case.template}
-    trained = {"model": model, "settings": {**settings, "training.max_steps": 1}, "rows": case.values}
+    trained = {
+        "model": model,
+        "settings": {**settings, "training.batch_size": 1, "training.max_steps": 1},
+        "rows": case.values,
+    }
     course = trainer.ask("train", Course, **trained, folder=trainer.folder() / "run")
     hold(course.adapter, expected="an adapter", got="none when training has ended")
     saved = Path(str(course.adapter))
