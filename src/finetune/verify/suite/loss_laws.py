@@ -274,8 +274,8 @@ def dropout_acts_in_training_alone(trainer: Trainer, case: Rows) -> None:
     moved = any(not np.allclose(plain[name], dropped[name], rtol=1e-4, atol=1e-7) for name in plain)
     hold(moved, expected="another adapter with dropout than without", got="the same one")
     looks = []
-    for share, size in ((0.0, 2), (0.5, 1), (0.5, 2)):
-        settings = {**QUICK, "adapter.dropout": share, "training.batch_size": size}
+    for share in (0.0, 0.5, 0.5):
+        settings = {**QUICK, "adapter.dropout": share}
         look = trainer.ask("evaluate", Loss, model=model, rows=case.values, adapter=ends[0.5], settings=settings)
         looks.append(look.loss)
     hold(max(looks) - min(looks) <= 1e-4, expected="one loss, however often it is looked at", got=looks)

@@ -195,6 +195,8 @@ def adapter_weights(model: str, adapter: str) -> dict[str, Any]:
     """An adapter of its own format by the names and in the form of PEFT."""
     config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
     weights = mx.load(str(Path(adapter) / "adapters.safetensors"))
+    if others := [name for name in weights if not name.endswith((".lora_a", ".lora_b"))]:
+        raise UnsupportedError(f"{others[0]}: what its DoRA saves has no form in PEFT's files that this door knows")
     found = {
         f"base_model.model.{in_peft(name)}.weight": mx.contiguous(tensor.T.astype(mx.float32))
         for name, tensor in weights.items()
