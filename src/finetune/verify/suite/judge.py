@@ -1,6 +1,8 @@
 """Holds a trainer to one law: draws cases, makes a case that breaks it as small as time allows, and keeps it."""
 
 import contextlib
+import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from hypothesis.errors import Flaky, Unsatisfiable, UnsatisfiedAssumption
 from finetune.verify.doors.door import RefusesError, SubjectError, UnsupportedError
 from finetune.verify.recipes import Recipe
 from finetune.verify.suite.catalogue import CaseLaw
-from finetune.verify.suite.chance import Chance, Evidence
+from finetune.verify.suite.chance import Evidence
 from finetune.verify.suite.trainer import Trainer
 from finetune.verify.suite.verdicts import BrokenError, Judgement, Word
 
@@ -61,8 +63,11 @@ def judge(law: CaseLaw, trainer: Trainer, effort: Effort) -> Judgement:
     """Hold a trainer to a law. No trouble of the trainer's raises here: it is in the judgement."""
     if why := trainer.lacks(*law.needs):
         return Judgement(law.id, law.law.statement, "not applicable", why=why)
-    if law.chance is not None:
-        return _judge_chance(law, law.chance, trainer, effort)
+    judged = _judge_chance if law.chance is not None else _judge_drawn
+    return _placeless(judged(law, trainer, effort), trainer)
+
+
+def _judge_drawn(law: CaseLaw, trainer: Trainer, effort: Effort) -> Judgement:
     assert law.cases is not None
     seen = _Seen()
 
@@ -83,8 +88,10 @@ def judge(law: CaseLaw, trainer: Trainer, effort: Effort) -> Judgement:
     return _concluded(law, seen)
 
 
-def _judge_chance(law: CaseLaw, chance: Chance, trainer: Trainer, effort: Effort) -> Judgement:
+def _judge_chance(law: CaseLaw, trainer: Trainer, effort: Effort) -> Judgement:
     """Draw cases until they say enough, or there are no more; what is broken is decided with all such laws at once."""
+    chance = law.chance
+    assert chance is not None
     seen, evidence, random = _Seen(), Evidence(chance), Random(f"{effort.seed} {law.id}")
     with contextlib.suppress(_Enough):
         while not evidence.decided(effort.chances) and evidence.cases < chance.most:
@@ -120,7 +127,7 @@ def judge_again(law: CaseLaw, trainer: Trainer, case: Recipe) -> Judgement:
     seen = _Seen()
     with contextlib.suppress(_Enough, BrokenError, UnsatisfiedAssumption):
         _judge_case(law, trainer, case, seen, Effort())
-    return _concluded(law, seen)
+    return _placeless(_concluded(law, seen), trainer)
 
 
 def _judge_case(law: CaseLaw, trainer: Trainer, case: Recipe, seen: _Seen, effort: Effort) -> None:
@@ -167,3 +174,21 @@ def _concluded(law: CaseLaw, seen: _Seen) -> Judgement:
         word = "error" if seen.refused else "not applicable"
         told["why"] = "; ".join(seen.unable) or "no case came up"
     return Judgement(law.id, law.law.statement, word, seconds=round(time.monotonic() - seen.began, 3), **told)
+
+
+def _placeless(judgement: Judgement, trainer: Trainer) -> Judgement:
+    """The judgement in words that do not depend on where the suite, or what goes with it, lies."""
+    places = (str(trainer.scratch), *sorted({*sys.path, sys.prefix}, key=len, reverse=True))
+
+    def plain(words: str) -> str:
+        for place in places:
+            words = words.replace(f"{place}{os.sep}", ".../") if len(place) > 1 else words
+        return words
+
+    return replace(
+        judgement,
+        why=plain(judgement.why),
+        expected=plain(judgement.expected),
+        got=plain(judgement.got),
+        unable={plain(words): count for words, count in judgement.unable.items()},
+    )
