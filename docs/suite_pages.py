@@ -17,6 +17,17 @@ from finetune.verify.laws import LAWS
 from finetune.verify.suite.catalogue import CaseLaw, case_laws
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence"
+CANDIDATES = {
+    "the loss mask reaches one token into the padding": "padding.no_target",
+    "accumulation is a mean of means": "accumulation.same",
+    "the last incomplete batch is dropped": "batches.cover",
+    "a run goes on with its weights alone": "resume.goes_on",
+    "a second run writes over the adapter of the first": "runs.untouched",
+    "rows are sorted by the number of their keys, not by their length": "rows.remarks",
+    "unknown keys of the configuration are taken": "config.unknown",
+    "a model's `rope_parameters` are passed over": "model.rope_spelling",
+}
+"""What mlx-lm's source suggested before anything was run, and the law that is about it."""
 _COSTS = {1: "milliseconds", 2: "tens of milliseconds", 3: "a tenth of a second"}
 
 
@@ -128,9 +139,30 @@ def findings_page() -> str:
         "note says so.",
         "",
     ]
+    lines += _candidates()
     for path in sorted(EVIDENCE.glob("*/verification.json")):
         lines += _subject(path, notes.get(path.parent.name, {}))
     return "\n".join(lines) + "\n"
+
+
+def _candidates() -> list[str]:
+    """Which of the candidates the laws found by themselves, and in how small a case."""
+    found = json.loads((EVIDENCE / "mlx-lm" / "verification.json").read_text(encoding="utf-8"))
+    judged = {each["law"]: each for each in found["laws"]}
+    lines = [
+        "## What was looked for in mlx-lm",
+        "",
+        "Reading its source had suggested these before anything was run. Each law is one that any trainer is held to.",
+        "A finding of a trainer in another environment is tried again with `--python PATH` added.",
+        "",
+        "| suspected | law | verdict | rows in the smallest case |",
+        "|---|---|---|---|",
+    ]
+    for what, law in CANDIDATES.items():
+        case = judged[law]["case"] or {}
+        rows = len(case["rows"]) if "rows" in case else "none needed"
+        lines.append(f"| {what} | `{law}` | {judged[law]['word']} | {rows} |")
+    return [*lines, ""]
 
 
 def _subject(path: Path, notes: Mapping[str, str]) -> list[str]:
