@@ -16,6 +16,7 @@ from finetune.verify.doors.command import CommandDoor
 from finetune.verify.doors.command_file import CommandFile
 from finetune.verify.doors.door import Door, RefusesError, SubjectError, UnsupportedError
 from finetune.verify.doors.late import unspoilt
+from finetune.verify.suite import subjects
 from finetune.verify.suite.conformance import conform
 from finetune.verify.suite.judge import Effort, judge
 from finetune.verify.suite.run import chosen_laws
@@ -73,6 +74,13 @@ def test_peers_findings_are_found_again_and_small(tmp_path: Path) -> None:
                 assert len(judgement.case.get("rows", ())) == rows, judgement
     finally:
         oracle.close()
+
+
+def test_interpreter_named_from_here_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path from here is made one that holds in the folder that a trainer lives in; a bare name is looked up."""
+    monkeypatch.chdir(tmp_path)
+    assert subjects._interpreter("trl-env/bin/python") == str(tmp_path / "trl-env" / "bin" / "python")
+    assert subjects._interpreter("python3") == "python3"
 
 
 def test_peers_that_are_not_installed_are_refused_with_the_way_to_get_them(tmp_path: Path) -> None:
