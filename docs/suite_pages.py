@@ -78,7 +78,11 @@ def _law(law: CaseLaw, kills: Sequence[str]) -> list[str]:
         lines.append(
             f"- chance: a sound trainer keeps {law.chance.sound:.0%} of the cases at least; judged by a sequential test"
         )
-    lines.append(f"- kills: {', '.join(kills) or 'none of the planted faults'}")
+    first = _proof().get("enough") == 1
+    word, none = (
+        ("first to catch", "none: cheaper laws had caught them") if first else ("kills", "none that is planted")
+    )
+    lines.append(f"- {word}: {', '.join(kills) or none}")
     return [*lines, ""]
 
 
@@ -116,7 +120,9 @@ def kill_matrix_page() -> str:
         f"  confidence at most {bound:.1%} of such runs are.",
         f"- All of it took {proof['seconds'] / 60:.0f} minutes on the machine where it was measured.",
         "",
-        "| fault | what goes wrong | seen in | killed by |",
+        f"| fault | what goes wrong | seen in | {'first' if proof['enough'] == 1 else ''} killed by |".replace(
+            "|  k", "| k"
+        ),
         "|---|---|---|---|",
     ]
     for fault in proof["faults"]:

@@ -31,6 +31,7 @@ def render_matrix(proof: Mapping[str, Any]) -> str:
         title=f"Kill matrix, tier {proof['tier']}",
         lead=f"{say_count(len(proof['laws']))} laws, {say_seconds(proof['seconds'])} in all",
         tiles=tiles,
+        enough=proof["enough"],
         picture=_picture(faults, proof["laws"]),
         rows=[_row(fault) for fault in faults],
         alarms=proof["false_alarms"],

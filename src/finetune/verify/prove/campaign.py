@@ -66,6 +66,7 @@ class Proof:
 
     Attributes:
         laws: every law that was asked, cheapest first.
+        enough: after so many laws that caught a fault no others were asked of it; 0 where all were.
         clean: the runs without a fault, one for each seed.
     """
 
@@ -75,6 +76,7 @@ class Proof:
     clean: tuple[Planted, ...]
     fates: tuple[Fate, ...]
     seconds: float
+    enough: int = 0
 
     @property
     def false_alarms(self) -> dict[int, list[str]]:
@@ -104,6 +106,7 @@ class Proof:
             "tier": self.tier,
             "backend": self.backend,
             "laws": list(self.laws),
+            "enough": self.enough,
             "counts": {name: len(self.killed(name)) for name in ("killed", "survived", "inert")},
             "clean_runs": len(self.clean),
             "false_alarms": {str(seed): bad for seed, bad in self.false_alarms.items()},
@@ -225,4 +228,4 @@ def prove(
         by = ", ".join(fate.laws[:3]) or planted.trouble[:100]
         tell(f"{fault.id} {fault.slug}: {fate.outcome}" + (f" by {by}" if by else ""))
         fates.append(fate)
-    return Proof(tier, "reference", laws, tuple(clean), tuple(fates), round(time.monotonic() - began, 1))
+    return Proof(tier, "reference", laws, tuple(clean), tuple(fates), round(time.monotonic() - began, 1), enough)
