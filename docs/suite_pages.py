@@ -108,8 +108,9 @@ def kill_matrix_page() -> str:
     lines = [
         "# Kill matrix",
         "",
-        "Each fault is of a kind that trainers have had; a public case is named. It is planted in our own, in a process",
-        "of its own, and the laws are judged, cheapest first. Made by `make docs` from `docs/evidence/proof.json`, which",
+        "Each fault is of a kind that trainers have had; a public case is named. It is planted in our own, in a",
+        "process of its own, and the laws are judged, cheapest first. Made by `make docs` from",
+        "`docs/evidence/proof.json`, which",
         f"`ft prove --tier {proof['tier']} --seeds {clean}` wrote; its page has the [matrix as a",
         "picture](evidence/proof.html).",
         "",

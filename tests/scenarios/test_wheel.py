@@ -96,3 +96,23 @@ def test_wheel_runs_the_program_from_an_empty_folder(installed: Path, tmp_path: 
         assert done.returncode == 0, done.stderr
         assert told in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_wheel_judges_a_trainer_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+    """The installed `ft verify` and pytest plugin hold a trainer to a law where there is no source tree."""
+    law = ["--subject", "reference", "--law", "mask.answers"]
+    (tmp_path / "empty").mkdir()
+    for command, told in (
+        ([str(installed / "bin" / "ft"), "verify", "--tier", "1", *law], "1 holds"),
+        (["-m", "pytest", "--finetune-subject=reference", "-k", "mask.answers", "-p", "no:cacheprovider"], "1 passed"),
+    ):
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=tmp_path / "empty",
+            env=environment(installed),
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert told in done.stdout

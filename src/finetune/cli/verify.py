@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from finetune.verify.suite.verdicts import Judgement
 
 SubjectName = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--subject",
-        help="reference, torch or mlx (ours), trl, mlx-lm, trainer, a subject's TOML file, or module:Class.",
+        help="reference, torch or mlx (ours), trl, mlx-lm, trainer, a subject's TOML file, or module:Class. "
+        "Default: torch where it is installed, else reference.",
     ),
 ]
 TierNumber = Annotated[
@@ -41,7 +42,7 @@ TIMES = {"fast": 1.0, "ci": 4.0, "slow": 40.0, "thorough": 200.0}
 
 def command(
     *,
-    subject: SubjectName = "torch",
+    subject: SubjectName = None,
     tier: TierNumber = 1,
     profile: Profile = "fast",
     seed: Seed = 0,
@@ -67,7 +68,7 @@ def command(
         else:
             print_data("\n".join(f"{each.id}: {each.law.statement}" for each in laws))
         return 0
-    effort = _effort(profile, seed)
+    subject, effort = subject or _ours(), _effort(profile, seed)
     conduct = () if law else judge_conduct(subject, python=python, tell=_tell)
     found = _verified(subject, laws, effort, tier=tier, python=python).after(conduct)
     if tier == 3 and not law:
@@ -85,6 +86,18 @@ def _require() -> None:
 
     if find_spec("hypothesis") is None:
         raise MissingExtraError("ft verify needs Hypothesis", hint="pip install 'finetune-suite[verify]'")
+
+
+def _ours() -> str:
+    """Our own trainer with the best that is installed here."""
+    from finetune.backends import require_backend
+
+    try:
+        require_backend("torch")
+    except MissingExtraError as missing:
+        say(f"judging our reference backend: {missing.message}")
+        return "reference"
+    return "torch"
 
 
 def _effort(profile: str, seed: int) -> "Effort":
