@@ -18,8 +18,8 @@ pytest.importorskip("gguf", reason="needs the gguf extra: pip install 'finetune-
 pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
 pytest.importorskip("ollama", reason="needs the ollama extra: pip install 'finetune-suite[ollama]'")
 
-from finetune import deployment
 from finetune.artifacts.run_folder import RunFolder
+from finetune.assembly import recipe
 from finetune.assembly.exam import prepare_exam
 from finetune.assembly.gguf_source import exportable_run
 from finetune.backends import open_backend
@@ -222,7 +222,7 @@ def test_deploy_of_what_was_not_trained_is_told_and_gone(
     """Each of 5 faults is found at its stage, and neither the name nor anything half made is left on the server."""
     stage, how = FAULTS[fault]
     if isinstance(how, tuple):
-        monkeypatch.setattr(deployment, "derive_template", _changed(deployment.derive_template, *how))
+        monkeypatch.setattr(recipe, "derive_template", _changed(recipe.derive_template, *how))
     else:
         ollama.speak = how(ollama.speak)
     with (
