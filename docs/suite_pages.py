@@ -105,6 +105,7 @@ def kill_matrix_page() -> str:
     proof = _proof()
     counts, clean, bound = proof["counts"], proof["clean_runs"], proof["false_alarm_bound"]
     total = sum(counts.values())
+    errors = sum((fault["example"] or {}).get("word") == "error" for fault in proof["faults"])
     lines = [
         "# Kill matrix",
         "",
@@ -116,18 +117,18 @@ def kill_matrix_page() -> str:
         "",
         f"- **{counts['killed']} of {total}** faults are killed ({counts['killed'] / total:.1%}), by",
         f"  {len(proof['laws'])} laws of tier {proof['tier']}; {counts['survived']} survived,",
-        f"  {counts['inert']} changed nothing that is asked.",
+        f"  {counts['inert']} changed nothing that this tier asks for. Of those killed, {errors} ended the law in an",
+        "  error.",
         f"- **{len(proof['false_alarms'])} of {clean}** runs without a fault were called broken: with 95 %",
         f"  confidence at most {bound:.1%} of such runs are.",
         f"- All of it took {proof['seconds'] / 60:.0f} minutes on the machine where it was measured.",
         "",
-        f"| fault | what goes wrong | seen in | {'first' if proof['enough'] == 1 else ''} killed by |".replace(
-            "|  k", "| k"
-        ),
+        f"| fault | what goes wrong | seen in | {'first killed by' if proof['enough'] == 1 else 'killed by'} |",
         "|---|---|---|---|",
     ]
     for fault in proof["faults"]:
-        by = ", ".join(f"`{law}`" for law in fault["laws"][:4]) or fault["trouble"].splitlines()[:1] or ""
+        by = ", ".join(f"`{law}`" for law in fault["laws"][:4]) or "".join(fault["trouble"].splitlines()[:1])
+        by += " (it ended in an error)" if (fault["example"] or {}).get("word") == "error" else ""
         more = f" and {len(fault['laws']) - 4} more" if len(fault["laws"]) > 4 else ""
         told = f"{by}{more}" if fault["outcome"] == "killed" else f"**{fault['outcome']}**"
         lines.append(f"| {fault['fault']} `{fault['slug']}` | {fault['what']} | {fault['real']} | {told} |")

@@ -1,6 +1,7 @@
 """The pages say what the program does: help, settings and the commands of the README are one with the code."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -126,3 +127,14 @@ def test_make_help_lists_every_target() -> None:
     targets = re.findall(r"^([a-z0-9-]+):.*##", makefile, re.MULTILINE)
     assert [line.split()[0] for line in done.stdout.splitlines()] == targets
     assert len(targets) >= 18
+
+
+def test_notes_on_findings_are_each_about_one() -> None:
+    """Every note on why a finding may be intended belongs to a law that is broken in what was run."""
+    evidence = ROOT / "docs" / "evidence"
+    notes = yaml.safe_load((evidence / "notes.yaml").read_text(encoding="utf-8"))
+    assert len(notes) == 3
+    for name, of_trainer in notes.items():
+        found = json.loads((evidence / name / "verification.json").read_text(encoding="utf-8"))
+        broken = {each["law"] for each in found["laws"] if each["word"] == "broken"}
+        assert sorted(set(of_trainer) - broken) == [], name

@@ -308,3 +308,30 @@ def test_laws_are_chosen_by_name_or_refused(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(UsageError, match=r"there is no law 'batches\.covers' up to tier 1") as caught:
         run.chosen_laws(1, ["batches.covers"])
     assert "batches.cover" in caught.value.hint
+
+
+def test_verification_of_the_protocol_alone_does_not_pass() -> None:
+    """Where only the door was judged, and no law of fine-tuning, nothing is green."""
+    door = Judgement("door.hello", "It says who it is.", "holds", cases=1)
+    law = Judgement("test.law", "It is so.", "holds", cases=1)
+    only, both = (run.Verification("", {}, 1, Effort(), judged, 0.0) for judged in ((door,), (door, law)))
+    assert (only.passes, both.passes) == (False, True)
+
+
+ENDS: Mapping[str, Callable[[int], Any]] = {
+    "exits": raises(SystemExit(0)),  # type: ignore[arg-type]
+    "is a generator that ends": raises(GeneratorExit()),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_trainer_that_ends_the_process_is_an_error(how: str, tmp_path: Path) -> None:
+    """A trainer in this process that leaves it, even with 0, is told so, and the suite goes on."""
+    found = judge(law_of(loss_is_value), trainer_of(ENDS[how], tmp_path), Effort())
+    assert found.word == "error"
+    assert "it ended the process" in found.why
+
+
+def test_law_named_twice_is_judged_once() -> None:
+    """The same law named twice is one law."""
+    assert [law.id for law in run.chosen_laws(1, ["batches.cover", "batches.cover"])] == ["batches.cover"]

@@ -31,7 +31,9 @@ def test_fate_is_told_from_the_clean_run() -> None:
     same = planted({"a.a": "holds", "b.b": "broken", "c.c": "holds"}, answers={"1": "x", "3": "new"})
     assert fate_of(NOBODY, same, clean).outcome == "inert"
     other = dataclasses.replace(same, answers={"1": "changed"})
-    assert fate_of(NOBODY, other, clean).outcome == "survived"
+    assert fate_of(NOBODY, other, clean).outcome == "inert", "nothing that was planted was come by"
+    met = dataclasses.replace(other, reached={"a.b": 1})
+    assert fate_of(NOBODY, met, clean).outcome == "survived"
     assert fate_of(NOBODY, planted({}, trouble="it hung"), clean).outcome == "killed"
 
 
@@ -93,13 +95,21 @@ def test_fault_that_does_not_exist_is_refused() -> None:
 
 def test_dropped_batch_is_killed_in_a_process_of_its_own() -> None:
     """A027, the last batch that is never trained on, breaks the law of coverage with at most three rows."""
-    done = run_job(Job(fault="A027", laws=LAWS))
+    done = run_job(Job(fault="A027", laws=LAWS, shrink_seconds=60))
     assert not done.trouble
     assert (done.words["batches.cover"], done.words["mask.answers"]) == ("broken", "holds")
     assert done.first is not None
     assert len(done.first["case"]["rows"]) <= 3
     assert done.reached
     assert done.seconds_to_first is not None
+
+
+def test_clean_plantings_answer_alike_wherever_they_lie() -> None:
+    """Two processes without a fault give the same answer to every question that both were asked."""
+    laws = ("template.bytes", "mask.answers", "store.keeps", "resume.same", "safety.template")
+    one, two = (run_job(Job(laws=laws)).answers for _ in range(2))
+    assert len(one) > 30
+    assert [question for question in one.keys() & two.keys() if one[question] != two[question]] == []
 
 
 def test_planting_that_hangs_is_ended() -> None:

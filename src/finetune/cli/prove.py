@@ -54,6 +54,8 @@ def command(
     if list_faults:
         print_data("\n".join(f"{each.id} {each.slug}: {each.what}" for each in chosen))
         return 0
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is no folder", hint="name a new folder, or one of an earlier campaign")
     from finetune.report.matrix import render_matrix
     from finetune.verify.prove.campaign import Spread, prove, workers_here
     from finetune.verify.prove.place import write_proof

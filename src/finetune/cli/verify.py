@@ -69,6 +69,7 @@ def command(
             print_data("\n".join(f"{each.id}: {each.law.statement}" for each in laws))
         return 0
     subject, effort = subject or _ours(), _effort(profile, seed)
+    _make_room(output, junit, sarif)
     conduct = () if law else judge_conduct(subject, python=python, tell=_tell)
     found = _verified(subject, laws, effort, tier=tier, python=python).after(conduct)
     if tier == 3 and not law:
@@ -86,6 +87,21 @@ def _require() -> None:
 
     if find_spec("hypothesis") is None:
         raise MissingExtraError("ft verify needs Hypothesis", hint="pip install 'finetune-suite[verify]'")
+
+
+def _make_room(output: Path | None, *files: Path | None) -> None:
+    """Refuse now what could not be written in the end."""
+    from finetune.artifacts.write import make_folder
+    from finetune.errors import OutputError
+
+    for file in filter(None, files):
+        if file.is_dir() or not file.absolute().parent.is_dir():
+            raise OutputError(f"{file} cannot be written: it is a folder, or lies in none", hint="name a file")
+    if output is None:
+        return
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is no folder", hint="name a new folder, or one of an earlier run")
+    make_folder(output)
 
 
 def _ours() -> str:
@@ -175,5 +191,5 @@ def _print(found: "Verification", subject: str) -> None:
     versions = ", ".join(f"{name} {number}" for name, number in found.versions.items())
     print_data(f"{found.subject} ({versions}): {counts}; seed {found.effort.seed}, {found.seconds:.0f} s")
     if not found.passes:
-        again = f"ft verify --subject {subject} --tier {found.tier} --seed {found.effort.seed}"
+        again = f"ft verify --subject {subject} --tier {found.tier} --seed {found.effort.seed} (and options as now)"
         say(f"again: {again}; --output FOLDER keeps each smallest case for ft replay")

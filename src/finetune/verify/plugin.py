@@ -66,7 +66,9 @@ class _LawItem(pytest.Item):
         from finetune.verify.suite.judge import Effort
         from finetune.verify.suite.run import verify
 
-        found = verify(_trainer(self.config), [self.law], Effort(seed=self.config.getoption("--finetune-seed")))
+        seed, laws = self.config.getoption("--finetune-seed"), self.session.items
+        chances = sum(isinstance(item, _LawItem) and item.law.chance is not None for item in laws)
+        found = verify(_trainer(self.config), [self.law], Effort(seed=seed, chances=max(1, chances)))
         [judgement] = found.judgements
         if judgement.word == "not applicable":
             pytest.skip(judgement.why)
@@ -99,11 +101,16 @@ _OPEN = pytest.StashKey[Any]()
 
 def _trainer(config: pytest.Config) -> Any:
     """The trainer of this session."""
+    from finetune.errors import FineTuneError
+    from finetune.verify.doors.door import SubjectError
     from finetune.verify.suite.run import opened_trainer
 
     if _OPEN not in config.stash:
         ends = contextlib.ExitStack()
         config.add_cleanup(ends.close)
         opened = opened_trainer(config.getoption("--finetune-subject"), config.getoption("--finetune-python"))
-        config.stash[_OPEN] = ends.enter_context(opened)
+        try:
+            config.stash[_OPEN] = ends.enter_context(opened)
+        except (FineTuneError, SubjectError) as error:
+            pytest.exit(f"the trainer cannot be asked: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
     return config.stash[_OPEN]

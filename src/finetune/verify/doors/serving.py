@@ -50,6 +50,8 @@ def answer_to(
         if isinstance(error, (RefusesError, *refusals)):
             return {"refused": str(error) or type(error).__name__}
         return {"error": traceback.format_exc()}
+    except (SystemExit, GeneratorExit):
+        return {"error": "it ended the process:\n" + traceback.format_exc()}
 
 
 def guarded(handlers: Mapping[str, Callable[..., Any]], own: str) -> dict[str, Callable[..., Any]]:

@@ -31,8 +31,8 @@ class Spread:
 class Fate:
     """What became of one fault.
 
-    `killed` by the laws named, cheapest first. One that no law killed either changed an answer and `survived`, or is
-    `inert`: it changed nothing that anybody asked for, and is no fault at all where it was planted.
+    `killed` by the laws named, cheapest first: each was broken, or ended in an error. One that no law killed either
+    changed an answer and `survived`, or is `inert`: it changed nothing that anybody asked for in this tier.
     """
 
     fault: Fault
@@ -174,7 +174,9 @@ def fate_of(fault: Fault, planted: Planted, clean: Planted) -> Fate:
     )
     if laws or planted.trouble:
         return Fate(fault, "killed", laws, planted)
-    changed = any(clean.answers.get(question, mark) != mark for question, mark in planted.answers.items())
+    changed = bool(planted.reached) and any(
+        clean.answers.get(question, mark) != mark for question, mark in planted.answers.items()
+    )
     return Fate(fault, "survived" if changed else "inert", (), planted)
 
 

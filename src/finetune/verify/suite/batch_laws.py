@@ -48,6 +48,7 @@ def every_row_is_trained_on(trainer: Trainer, case: Dealt) -> None:
     model = trainer.model(TINY)
     rows = trainer.ask("tokenize", TokenRows, model=model, settings=settings, rows=case.values).rows
     dealt = trainer.ask("batches", Epochs, model=model, settings=settings, rows=case.values, epochs=2)
+    hold(len(dealt.epochs) == 2, expected="2 epochs", got=f"{len(dealt.epochs)} epochs")
     expected = sorted(row.ids for row in rows)
     for number, epoch in enumerate(dealt.epochs, start=1):
         micro = [batch for step in epoch for batch in step.micro]

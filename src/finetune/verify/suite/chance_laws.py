@@ -67,6 +67,7 @@ def _orders(trainer: Trainer, case: Shuffled, seed: int, *, epochs: int) -> list
     settings = {**PLAIN, "training.batch_size": 1, "training.seed": seed}
     given = {"model": trainer.model(TINY), "settings": settings, "rows": case.values}
     dealt = trainer.ask("batches", Epochs, epochs=epochs, **given)
+    hold(len(dealt.epochs) == epochs, expected=f"{epochs} epochs", got=f"{len(dealt.epochs)} epochs")
     return [[ids for step in epoch for batch in step.micro for ids in batch.ids] for epoch in dealt.epochs]
 
 

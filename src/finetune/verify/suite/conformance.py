@@ -157,6 +157,9 @@ def _judged(id: str, statement: str, check: Callable[[], object]) -> Judgement:
         word, told = "broken", {"expected": "what it says that it can", "got": f"it has nothing of the kind: {error}"}
     except (RefusesError, SubjectError) as error:
         word, told = "error", {"why": str(error)}
+    # A door of the user's own may raise anything.
+    except Exception as error:
+        word, told = "error", {"why": f"{type(error).__name__}: {error}"}
     return Judgement(id, statement, word, cases=1, seconds=round(time.monotonic() - began, 3), **told)
 
 

@@ -106,6 +106,8 @@ def _judge_chance(law: CaseLaw, trainer: Trainer, effort: Effort) -> Judgement:
             if seen.cases == before and seen.unable.total() >= _MOST_UNABLE:
                 break
     found = _concluded(law, seen)
+    if seen.trouble:
+        return replace(found, word="error", why=seen.trouble)
     if found.word not in ("holds", "broken"):
         return found
     word: Word = "holds" if evidence.holds else "undecided"
@@ -152,7 +154,7 @@ def _judge_case(law: CaseLaw, trainer: Trainer, case: Recipe, seen: _Seen, effor
             raise _Enough from None
         reject_case()
     except SubjectError as trouble:
-        if seen.smallest is None:
+        if seen.smallest is None or law.chance is not None:
             seen.trouble = str(trouble)
         raise _Enough from None
     else:

@@ -25,6 +25,7 @@ def padding_is_no_target(trainer: Trainer, case: Rows) -> None:
     """No target stands where nothing is real."""
     settings = {**PLAIN, "training.batch_size": len(case.rows), "training.accumulation": 1}
     told = trainer.ask("batches", Epochs, model=trainer.model(TINY), settings=settings, rows=case.values, epochs=1)
+    hold(len(told.epochs) == 1, expected="1 epoch", got=f"{len(told.epochs)} epochs")
     for batch in (micro for epoch in told.epochs for step in epoch for micro in step.micro):
         for ids, targets, real in zip(batch.ids, batch.targets, batch.real, strict=True):
             taught = [place for place, target in enumerate(targets) if target and not real[place]]

@@ -58,10 +58,11 @@ class Verification:
 
     @property
     def passes(self) -> bool:
-        """Whether laws were judged, and all of them hold."""
+        """Whether laws were judged, beside those of the protocol, and all of them hold."""
         counts = self.counts
         bad = counts["broken"] + counts["error"] + counts["undecided"]
-        return counts["holds"] > 0 and not bad and not self.trespasses
+        judged = any(each.word == "holds" and not each.law.startswith("door.") for each in self.judgements)
+        return judged and not bad and not self.trespasses
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON values."""
@@ -90,7 +91,7 @@ def chosen_laws(tier: int, ids: Iterable[str] = ()) -> tuple[CaseLaw, ...]:
         UsageError: there is no law of such a name in this tier.
     """
     known = case_laws(tier)
-    names = list(ids) or list(known)
+    names = list(dict.fromkeys(ids)) or list(known)
     if unknown := [name for name in names if name not in known]:
         raise UsageError(f"there is no law {unknown[0]!r} up to tier {tier}", hint=f"choose from: {', '.join(known)}")
     return tuple(known[name] for name in names)

@@ -128,8 +128,10 @@ def _own(module: str, maker: str) -> Door:
         sys.path.insert(0, here)
     try:
         door: Door = getattr(import_module(module), maker)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise UsageError(f"the subject {name!r} cannot be made: {error}", hint=_hint()) from None
+    # Whatever a class of the user's own does when it is made, it is no subject then.
+    except (Exception, SystemExit) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise UsageError(f"the subject {name!r} cannot be made: {why}", hint=_hint()) from None
     lacks = [part for part in ("ask", "close") if not callable(getattr(door, part, None))]
     if lacks or not isinstance(getattr(door, "about", None), About):
         raise UsageError(

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from finetune.verify.doors.answers import ANSWERS, Answer
-from finetune.verify.doors.door import Door, SubjectError
+from finetune.verify.doors.door import Door, RefusesError, SubjectError, UnsupportedError
 from finetune.verify.recipes import ModelRecipe
 
 Tensors = Mapping[str, NDArray[Any]]
@@ -49,7 +49,13 @@ class Trainer:
         """
         assert ANSWERS.get(ability, kind) is kind
         plain = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
-        answer = self.door.ask(ability, plain)
+        try:
+            answer = self.door.ask(ability, plain)
+        except (RefusesError, UnsupportedError, SubjectError):
+            raise
+        # A door of the user's own may raise anything: that is its trouble, and none of the suite's.
+        except Exception as error:
+            raise SubjectError(f"asked to {ability} its door raised {type(error).__name__}: {error}") from error
         try:
             return kind.model_validate(answer)
         except ValidationError as error:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finetune.models.locate import SHIPPED
-from finetune.verify.chain import Step, run_chain
+from finetune.verify.chain import Step, clear_chain, run_chain
 from finetune.verify.suite.verdicts import Judgement, Word
 
 BACKENDS = ("torch", "mlx")
@@ -19,13 +19,14 @@ def judge_chain(name: str, folder: Path, tell: Callable[[Judgement], None]) -> t
     `FT_E2E_MODEL_ID` names the model, by default a shipped one.
 
     Args:
-        folder: a new folder; everything that is made lies there.
+        folder: everything that is made lies there; what an earlier chain left there is removed.
     """
     if name not in BACKENDS:
         why = f"the chain goes through `ft` itself, with {' or '.join(BACKENDS)}"
         judgement = Judgement("chain.whole", _STATEMENT, "not applicable", why=why)
         tell(judgement)
         return (judgement,)
+    clear_chain(folder)
     found = run_chain(os.environ.get("FT_E2E_MODEL_ID") or SHIPPED[0], folder, backend=name)
     judgements = tuple(map(_judgement, found.steps))
     for each in judgements:

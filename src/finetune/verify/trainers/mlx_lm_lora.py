@@ -143,10 +143,7 @@ def gradient(model: str, settings: Given, micro: Sequence[Sequence[Given]]) -> d
         move = optimizer.update
 
         def update(network: Any, gradients: Any) -> None:
-            told["norms"] = {
-                f"base_model.model.{in_peft(name)}.weight": mx.linalg.norm(tensor).item()
-                for name, tensor in tree_flatten(gradients)
-            }
+            told["norms"] = {in_peft(name): mx.linalg.norm(tensor).item() for name, tensor in tree_flatten(gradients)}
             move(network, gradients)
 
         optimizer.update = update
@@ -197,10 +194,7 @@ def adapter_weights(model: str, adapter: str) -> dict[str, Any]:
     weights = mx.load(str(Path(adapter) / "adapters.safetensors"))
     if others := [name for name in weights if not name.endswith((".lora_a", ".lora_b"))]:
         raise UnsupportedError(f"{others[0]}: what its DoRA saves has no form in PEFT's files that this door knows")
-    found = {
-        f"base_model.model.{in_peft(name)}.weight": mx.contiguous(tensor.T.astype(mx.float32))
-        for name, tensor in weights.items()
-    }
+    found = {in_peft(name): mx.contiguous(tensor.T.astype(mx.float32)) for name, tensor in weights.items()}
     file = str(Path(new_folder()) / "adapter.safetensors")
     mx.save_safetensors(file, found)
     return {"file": file, "scale": config["lora_parameters"]["scale"]}

@@ -254,9 +254,10 @@ def no_loss(network: Any, batch: Any, spans: Any) -> tuple[Any, Any]:
 
 
 def in_peft(name: str) -> str:
-    """What PEFT calls an adapter's weight."""
+    """What PEFT's files call an adapter's weight."""
     path, _, kind = name.rpartition(".")
-    return f"{path}.{ {'lora_a': 'lora_A', 'lora_b': 'lora_B'}.get(kind, kind) }"
+    known = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
+    return f"base_model.model.{path}.{known.get(kind, kind)}"
 
 
 def tokenizer_of(model: str, settings: Given) -> Any:

@@ -264,6 +264,7 @@ class _Watched:
 
     def __init__(self) -> None:
         self.window: list[Batch] = []
+        self.gradients: dict[str, Any] = {}
         self.steps: list[list[Batch]] = []
 
     def accumulate(self, batch: Batch, weight: float) -> float:
@@ -274,6 +275,10 @@ class _Watched:
     def gradient_norms(self) -> dict[str, float]:
         """There are none."""
         return {}
+
+    def loss(self, batch: Batch) -> float:
+        """Nothing is computed."""
+        return 1.0
 
     def clip_gradients(self) -> float:
         """There is nothing to clip."""
