@@ -92,7 +92,7 @@ CORNERS: dict[str, tuple[st.SearchStrategy[Any], Corners]] = {
         "the default": (lambda config: config == TrainingConfig(), 2),
         "seed 0 given or not": (lambda config: config.training.seed == 0, 37),
         "seed above 31 bits": (lambda config: config.training.seed > 2**31, 2),
-        "named targets": (lambda config: config.adapter.targets != "all-linear", 5),
+        "named targets": (lambda config: config.adapter.targets != "all-linear", 8),
         "null where there was none": (lambda config: config.training.max_steps is not None, 13),
     }),
     "llama_configs": (llama_configs(), {
@@ -177,12 +177,11 @@ CORNERS: dict[str, tuple[st.SearchStrategy[Any], Corners]] = {
 
 @pytest.mark.parametrize("name", CORNERS)
 def test_strategy_reaches_every_corner(name: str) -> None:
-    """Of 120 values at least half the stated number lies in each corner, and one."""
+    """Of 120 values, the same at every run, at least the stated number lies in each corner."""
     strategy, corners = CORNERS[name]
     values = drawn(strategy)
     counts = {corner: sum(map(wanted, values)) for corner, (wanted, _) in corners.items()}
-    # Hypothesis draws words that it finds in our own code, too: every change of that moves these numbers.
-    assert {corner: count for corner, count in counts.items() if count < max(1, corners[corner][1] / 2)} == {}
+    assert {corner: count for corner, count in counts.items() if count < corners[corner][1]} == {}
 
 
 def test_strategy_corners_are_all_looked_for() -> None:
