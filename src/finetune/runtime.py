@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ _FULL_PRECISION = 0
 """llama.cpp's number of the type f32, in which it is to remember keys and values."""
 _WARNINGS = 2
 """How much llama.cpp says while it serves: its warnings and errors."""
+_LATE = 5.0
+"""Seconds that llama.cpp has to write why it could not begin, once it has said that it could not."""
+_WORDS = 1_000_000
+"""Bytes of what llama.cpp says that are read for it."""
 
 
 def load_exact(model: Path, *, context: int, adapter: Path | None = None) -> Any:
@@ -71,6 +76,18 @@ def _parameters(model: Path, context: int) -> Any:
     return params
 
 
+def _reason(file: int) -> str:
+    """What llama.cpp wrote of its error to the file; a thread of its own writes it, and may be late."""
+    latest = time.monotonic() + _LATE
+    while True:
+        # Not by seeking: the thread writes where the file is at.
+        lines = os.pread(file, _WORDS, 0).decode("utf-8", "replace").splitlines()
+        said = next((line.split(": ", 1)[-1] for line in lines if "error" in line), "")
+        if said or time.monotonic() > latest:
+            return said or "it does not say why"
+        time.sleep(0.01)
+
+
 def _load(params: Any) -> Any:
     """llama.cpp with the file loaded; where it cannot be, what it says goes where errors go, as the last line."""
     import xllamacpp
@@ -81,9 +98,7 @@ def _load(params: Any) -> Any:
         try:
             server = xllamacpp.Server(params)
         except RuntimeError:
-            words.seek(0)
-            lines = words.read().decode("utf-8", "replace").splitlines()
-            said = next((line.split(": ", 1)[-1] for line in lines if "error" in line), "it does not say why")
+            said = _reason(words.fileno())
             # A thread of llama.cpp's may still be writing: what comes late goes where the rest of its words went.
             sys.stderr = os.fdopen(kept, "w", encoding="utf-8")
             raise SystemExit(f"llama.cpp cannot load it: {said}") from None

@@ -1,6 +1,8 @@
 """llama.cpp's server is asked on this machine, whatever stands between it and the world."""
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -51,3 +53,32 @@ def test_runtime_asks_past_any_proxy(address: str, monkeypatch: pytest.MonkeyPat
         monkeypatch.delenv(name, raising=False)
     assert get(address, "health", timeout=60) == {"path": "/health"}
     assert post(address, "tokenize", {"content": "a"}, timeout=60) == {"path": "/tokenize", "body": {"content": "a"}}
+
+
+LATE = """
+import os, sys, threading, time, types
+from pathlib import Path
+
+class Params:
+    model = types.SimpleNamespace(path="")
+
+def server(params):
+    def later():
+        os.write(2, b"1 I srv start: begins\\n")
+        time.sleep(0.3)
+        os.write(2, b"1 E srv init: exiting due to an error of its own\\n")
+    threading.Thread(target=later).start()
+    raise RuntimeError("Failed to init server, please check the input params.")
+
+sys.modules["xllamacpp"] = types.SimpleNamespace(CommonParams=Params, Server=server)
+from finetune.runtime import load_chat
+load_chat(Path("model.gguf"), context=8, port=0, name="x")
+"""
+"""A llama.cpp that says why it cannot begin only after it has said that it cannot, as its own log thread may."""
+
+
+def test_runtime_waits_for_what_llama_cpp_says_late() -> None:
+    """Why it cannot begin is told, though it comes from a thread of llama.cpp's after the refusal."""
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "llama.cpp cannot load it: exiting due to an error of its own"
