@@ -14,6 +14,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # One thread a process and a few processes: the models under test are too small to share a core usefully.
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+MODELS_IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist load
 TIER1 := tests/properties
 TIER2 := tests/scenarios
 
@@ -75,7 +76,7 @@ test-e2e-real-model:  ## Tier 2: train real models and judge the five criteria (
 
 .PHONY: tier2
 tier2: $(VENV)/dev-ok
-	FT_TIER=2 TOKENIZERS_PARALLELISM=false $(BIN)/pytest $(TIER2)/test_real_model.py $(if $(FT_VERBOSE),-s)
+	FT_TIER=2 TOKENIZERS_PARALLELISM=false $(if $(FT_VERBOSE)$(FT_TEST_MODEL),,OMP_NUM_THREADS=1) $(BIN)/pytest $(TIER2)/test_real_model.py $(if $(FT_VERBOSE),-s,$(if $(FT_TEST_MODEL),,$(MODELS_IN_PARALLEL)))
 
 .PHONY: test-e2e-mlx
 test-e2e-mlx: $(VENV)/dev-ok  ## Tier 3: fine-tune, merge, MLX, GGUF, deploy, evaluate, compare (FT_E2E_MODEL_ID chooses the model)

@@ -100,6 +100,14 @@ def _proof() -> dict[str, Any]:
     return values
 
 
+def _idle(laws: list[str] | None) -> list[str]:
+    """Which laws caught nothing, where every law was asked of every fault."""
+    if laws is None:
+        return []
+    told = ", ".join(f"`{law}`" for law in laws) or "none"
+    return [f"- Every law was asked of every fault. Laws that caught none: {told}."]
+
+
 def kill_matrix_page() -> str:
     """What the last campaign came to, fault by fault."""
     proof = _proof()
@@ -112,7 +120,7 @@ def kill_matrix_page() -> str:
         "Each fault is of a kind that trainers have had; a public case is named. It is planted in our own, in a",
         "process of its own, and the laws are judged, cheapest first. Made by `make docs` from",
         "`docs/evidence/proof.json`, which",
-        f"`ft prove --tier {proof['tier']} --seeds {clean}` wrote; its page has the [matrix as a",
+        f"`ft prove --tier {proof['tier']} --seeds {clean}{'' if proof['enough'] else ' --all-laws'}` wrote; its page has the [matrix as a",
         "picture](evidence/proof.html).",
         "",
         f"- **{counts['killed']} of {total}** faults are killed ({counts['killed'] / total:.1%}), by",
@@ -121,6 +129,7 @@ def kill_matrix_page() -> str:
         "  error.",
         f"- **{len(proof['false_alarms'])} of {clean}** runs without a fault were called broken: with 95 %",
         f"  confidence at most {bound:.1%} of such runs are.",
+        *_idle(proof["idle"]),
         f"- All of it took {proof['seconds'] / 60:.0f} minutes on the machine where it was measured.",
         "",
         f"| fault | what goes wrong | seen in | {'first killed by' if proof['enough'] == 1 else 'killed by'} |",

@@ -32,6 +32,12 @@ def difference_interval(first: tuple[int, int], second: tuple[int, int]) -> tupl
     return p - q - below, p - q + above
 
 
+def _probability(seen: int, count: int, chance: float) -> float:
+    """How probable it is to see something so often; by logarithms, as the ways in which it can come are many."""
+    ways = math.lgamma(count + 1) - math.lgamma(seen + 1) - math.lgamma(count - seen + 1)
+    return math.exp(ways + seen * math.log(chance) + (count - seen) * math.log1p(-chance))
+
+
 def most_probable(seen: int, count: int, confidence: float = 0.95) -> float:
     """How probable something can be, at most, that was seen so often: the one-sided Clopper-Pearson bound.
 
@@ -44,8 +50,6 @@ def most_probable(seen: int, count: int, confidence: float = 0.95) -> float:
     low, high = seen / count, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        tail = math.fsum(
-            math.comb(count, each) * middle**each * (1 - middle) ** (count - each) for each in range(seen + 1)
-        )
+        tail = math.fsum(_probability(each, count, middle) for each in range(seen + 1))
         low, high = (middle, high) if tail > 1 - confidence else (low, middle)
     return high

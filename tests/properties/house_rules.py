@@ -13,6 +13,7 @@ from pathlib import Path
 RANKS = {
     "errors": 0, "records": 0, "ports": 0,
     "events": 1, "config": 1, "children": 1, "runtime": 1, "intervals": 1, "place": 1, "resident": 1,
+    "interrupts": 1,
     "data": 2, "templates": 2, "tokens": 2, "models": 2, "training": 2, "artifacts": 2, "evaluation": 2,
     "criteria": 2, "memory": 2, "report": 2, "tracking": 2, "convert": 2, "deploy": 2,
     "backends": 3, "assembly": 3,

@@ -2,12 +2,15 @@
 
 import itertools
 import math
+from fractions import Fraction
+from math import comb
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.intervals import difference_interval, wilson_interval
+from finetune.intervals import difference_interval, most_probable, wilson_interval
+from finetune_strategies.profiles import examples
 
 PUBLISHED_SHARES = [
     # R. G. Newcombe, Statistics in Medicine 17, 1998, 857-872, table I, method 3 (Wilson score).
@@ -85,3 +88,37 @@ def test_wilson_refuses_what_is_no_share(right: int, count: int) -> None:
     """No questions, or more right answers than questions, have no interval."""
     with pytest.raises(ValueError, match="no interval"):
         wilson_interval(right, count)
+
+
+@pytest.mark.parametrize(
+    ("seen", "count", "bound"),
+    [
+        (0, 20, 1 - 0.05 ** (1 / 20)),
+        (0, 200, 1 - 0.05 ** (1 / 200)),
+        (0, 5_000, 1 - 0.05 ** (1 / 5_000)),
+        (9, 10, 0.95 ** (1 / 10)),
+        (4_999, 5_000, 0.95 ** (1 / 5_000)),
+        (1, 10, 0.39416),
+        (7, 7, 1.0),
+    ],
+)
+def test_most_probable_is_the_published_bound(seen: int, count: int, bound: float) -> None:
+    """Where nothing, all but one, or everything was seen there is a closed form; 1 of 10 is from published tables."""
+    assert most_probable(seen, count) == pytest.approx(bound, abs=5e-6)
+
+
+@given(case=st.integers(1, 60).flatmap(lambda count: st.tuples(st.integers(0, count - 1), st.just(count))))
+@examples(share=2)
+def test_most_probable_solves_its_equation(case: tuple[int, int]) -> None:
+    """At the bound so few are seen with a probability of exactly 5 %, computed in whole numbers."""
+    seen, count = case
+    chance = Fraction(most_probable(seen, count))
+    tail = sum(comb(count, each) * chance**each * (1 - chance) ** (count - each) for each in range(seen + 1))
+    assert float(tail) == pytest.approx(0.05, abs=1e-9)
+
+
+@pytest.mark.parametrize(("seen", "count"), [(-1, 3), (4, 3), (0, 0)])
+def test_most_probable_refuses_what_is_no_count(seen: int, count: int) -> None:
+    """More than all, less than none, and nothing at all are mistakes."""
+    with pytest.raises(ValueError, match="no bound for"):
+        most_probable(seen, count)

@@ -1,6 +1,8 @@
 """Laws of the judge: what holds is said to hold, what is broken is made small, and nothing else is called either."""
 
+import dataclasses
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
@@ -118,6 +120,18 @@ def test_judge_judges_what_it_can_of_a_trainer_that_cannot_all(tmp_path: Path) -
     found = judge(law_of(loss_is_value), trainer_of(answer, tmp_path), Effort())
     assert found.word == "holds"
     assert found.cases > 0 < found.unable["odd numbers"]
+
+
+def test_judge_counts_what_is_said_of_new_places_as_one(tmp_path: Path) -> None:
+    """Names that are new in each case, and where the suite lies, do not make many reasons out of one."""
+
+    def answer(value: int) -> Any:
+        place = Path(tempfile.mkdtemp(dir=tempfile.mkdtemp(dir=tmp_path)))
+        raise UnsupportedError(f"no template at {place / 'own.jinja'}, nor in {place}")
+
+    found = judge(law_of(loss_is_value), trainer_of(answer, tmp_path), Effort())
+    assert found.unable == {"no template at .../own.jinja, nor in .../": 25}
+    assert found.why == "no template at .../own.jinja, nor in .../"
 
 
 def test_judge_asks_nothing_of_an_ability_that_is_missing(tmp_path: Path) -> None:
@@ -262,13 +276,14 @@ def test_finding_is_the_same_after_being_written(broken_loss: run.Verification, 
 
 def test_finding_is_told_ready_to_be_filed(broken_loss: run.Verification) -> None:
     """The report has the sentence, versions, seed, what was expected and got, the case, and how to have it again."""
-    told = findings.tell_report(broken_loss, broken_loss.judgements[0], "ft replay it.json")
+    judgement = dataclasses.replace(broken_loss.judgements[0], got="-1.0\n```\n# not a title")
+    told = findings.tell_report(broken_loss, judgement, "ft replay it.json")
     for words in (
         "It is so.",
         "somebody 1.0",
         "seed 7",
-        "expected: 0",
-        "got: -1.0",
+        "Expected:\n\n```text\n0\n```\n",
+        "Got:\n\n````text\n-1.0\n```\n# not a title\n````\n",
         '"value": 0',
         "`ft replay it.json`",
     ):
@@ -308,6 +323,9 @@ def test_laws_are_chosen_by_name_or_refused(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(UsageError, match=r"there is no law 'batches\.covers' up to tier 1") as caught:
         run.chosen_laws(1, ["batches.covers"])
     assert "batches.cover" in caught.value.hint
+    with pytest.raises(UsageError, match=r"'resume\.goes_on' \(of tier 2\), 'x' up to tier 1") as caught:
+        run.chosen_laws(1, ["resume.goes_on", "x"])
+    assert caught.value.hint == "say --tier 2"
 
 
 def test_verification_of_the_protocol_alone_does_not_pass() -> None:

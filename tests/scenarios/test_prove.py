@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import UsageError
+from finetune.report.matrix import render_matrix
 from finetune.verify.doors.door import About, InsideDoor
 from finetune.verify.faults.fault import Fault, faults, plant, reached
 from finetune.verify.prove.campaign import Proof, Spread, by_stage, chosen_faults, fate_of, prove, run_jobs
@@ -53,6 +54,20 @@ def test_proof_without_a_fault_or_with_a_survivor_does_not_pass() -> None:
     ):
         assert Proof(1, "reference", ("a.a",), runs, fates, 1.0).passes == passes
     assert by_stage((killed, survived)) == {"none": (1, 2)}
+
+
+def test_law_that_caught_nothing_is_named() -> None:
+    """Where every law was asked, those that no fault broke are told, in words and in the picture; else none is."""
+    clean = planted({"a.a": "holds", "b.b": "holds"})
+    fate = fate_of(NOBODY, planted({"a.a": "broken", "b.b": "holds"}), clean)
+    whole, part = (Proof(1, "reference", ("a.a", "b.b"), (clean,), (fate,), 1.0, enough) for enough in (0, 1))
+    assert (whole.idle, part.idle) == (("b.b",), None)
+    pages = [render_matrix(proof.as_dict()) for proof in (whole, part)]
+    assert ["caught no fault: b.b" in page for page in pages] == [True, False]
+    for page in pages:
+        assert page.count('<rect class="first"') == 1
+        assert "A000 none.none" in page
+        assert "none.none: a.a" in page
 
 
 def test_marks_tell_answers_apart_by_what_is_in_their_files(tmp_path: Path) -> None:

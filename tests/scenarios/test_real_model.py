@@ -1,7 +1,7 @@
 """Tier 2: real models are really trained, and the five criteria are judged on what was measured."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,18 @@ def test_same_seed_gives_the_same_adapter_bytes(tmp_path: Path) -> None:
     assert first != other
 
 
+@pytest.fixture
+def every_processor() -> Iterator[None]:
+    """A model of the hub is large enough for all of them, also where the shipped ones have a thread each."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or before)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("every_processor")
 def test_hub_model_meets_all_criteria(tmp_path: Path, record_property: Recorder) -> None:
     """A model from the hub, chosen by FT_TEST_MODEL or by free memory, meets the five criteria too."""
     scale = scale_to_memory(available_memory())

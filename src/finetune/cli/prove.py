@@ -52,16 +52,23 @@ def command(
 
     chosen = chosen_faults(fault or ())
     if list_faults:
-        print_data("\n".join(f"{each.id} {each.slug}: {each.what}" for each in chosen))
+        if json_output:
+            print_json(
+                [{"fault": each.id, "slug": each.slug, "stage": each.stage, "what": each.what} for each in chosen]
+            )
+        else:
+            print_data("\n".join(f"{each.id} {each.slug}: {each.what}" for each in chosen))
         return 0
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is no folder", hint="name a new folder, or one of an earlier campaign")
+    from finetune.interrupts import terminated_as_interrupted
     from finetune.report.matrix import render_matrix
     from finetune.verify.prove.campaign import Spread, prove, workers_here
     from finetune.verify.prove.place import write_proof
 
     spread = Spread("ray" if engine == "ray" else "processes", jobs or workers_here())
-    found = prove(chosen, tier=tier, seeds=seeds, enough=0 if all_laws else 1, spread=spread, tell=say)
+    with terminated_as_interrupted():
+        found = prove(chosen, tier=tier, seeds=seeds, enough=0 if all_laws else 1, spread=spread, tell=say)
     page = write_proof(found, output, render_matrix(found.as_dict()))
     if json_output:
         print_json(found.as_dict())
@@ -86,6 +93,8 @@ def _print(found: "Proof") -> None:
         print_data(f"{fate.outcome.upper()} {fault.id} {fault.slug} {fault.real}: {fault.what}{beyond}")
     for seed, laws in found.false_alarms.items():
         print_data(f"FALSE ALARM with seed {seed}: {', '.join(laws)}")
+    if found.idle:
+        print_data(f"caught no fault: {', '.join(found.idle)}")
     share = len(found.killed()) / len(found.fates) if found.fates else 0.0
     print_data(f"tier {found.tier}: {len(found.killed())} of {len(found.fates)} faults killed ({share:.1%})")
     print_data(

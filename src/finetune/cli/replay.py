@@ -8,6 +8,7 @@ import typer
 from finetune.cli.console import print_data, print_json, say
 from finetune.cli.options import AsJson
 from finetune.errors import RefusedError, UsageError
+from finetune.interrupts import terminated_as_interrupted
 
 if TYPE_CHECKING:
     from finetune.verify.minimise import Minimised
@@ -46,11 +47,15 @@ def command(
     from finetune.cli.replay_finding import replay_finding, tells_finding
 
     if tells_finding(file):
+        if minimise:
+            raise UsageError(f"{file} is a finding, which is as small as it gets", hint="--minimise is for stories")
         return replay_finding(file, subject, python, as_json=json_output)
     from finetune.verify.choose import BACKENDS, opened_subject
     from finetune.verify.stories import load_story
     from finetune.verify.theatre import Theatre
 
+    if python:
+        raise UsageError(f"--python {python}: {file} is a story, told in this environment", hint="leave --python out")
     story = load_story(file)
     name = subject or story.origin.subject
     if subject is None and name not in BACKENDS:
@@ -58,7 +63,7 @@ def command(
             f"the story was told to {name!r}, and no file decides what is imported here",
             hint=f"--subject {name} tells it to that one, --subject reference to ours",
         )
-    with opened_subject(name) as chosen:
+    with terminated_as_interrupted(), opened_subject(name) as chosen:
         theatre = Theatre(chosen)
         try:
             outcome = theatre.run(story)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from finetune.cli.console import print_data, print_json
 from finetune.errors import RefusedError, UsageError
+from finetune.interrupts import terminated_as_interrupted
 
 _CODES = {"holds": 0, "broken": 1, "error": 4, "undecided": 4}
 _WORDS = {"holds": "FIXED", "broken": "BROKEN", "error": "ERROR", "undecided": "ERROR"}
@@ -29,7 +30,8 @@ def replay_finding(file: Path, subject: str | None, python: str | None, *, as_js
             f"the finding is about {name!r}, and no file decides what is run here",
             hint=f"--subject {name} tries it on that one, --subject reference on ours",
         )
-    found = judge_subject_again(name, finding.law, finding.case, python=python)
+    with terminated_as_interrupted():
+        found = judge_subject_again(name, finding.law, finding.case, python=python)
     if found.word == "not applicable":
         raise RefusedError(f"not applicable: {found.why}", hint="try it on a subject that has it: --subject")
     if as_json:

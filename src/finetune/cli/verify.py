@@ -1,14 +1,16 @@
 """`ft verify`: hold a trainer to the laws of fine-tuning."""
 
 import json
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from finetune.cli.console import data_console, print_data, print_json, say
 from finetune.cli.options import AsJson
 from finetune.errors import FineTuneError, MissingExtraError
+from finetune.interrupts import terminated_as_interrupted
 
 if TYPE_CHECKING:
     from finetune.verify.suite.judge import Effort
@@ -38,6 +40,14 @@ JUnit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Wri
 Sarif = Annotated[Path | None, typer.Option("--sarif", metavar="FILE", help="Write SARIF.")]
 List = Annotated[bool, typer.Option("--list", help="Only name the laws.")]
 TIMES = {"fast": 1.0, "ci": 4.0, "slow": 40.0, "thorough": 200.0}
+
+
+class Places(NamedTuple):
+    """Where what was found is written, where it is."""
+
+    output: Path | None
+    junit: Path | None
+    sarif: Path | None
 
 
 def command(
@@ -70,15 +80,17 @@ def command(
         return 0
     subject, effort = subject or _ours(), _effort(profile, seed)
     _make_room(output, junit, sarif)
-    conduct = () if law else judge_conduct(subject, python=python, tell=_tell)
-    found = _verified(subject, laws, effort, tier=tier, python=python).after(conduct)
-    if tier == 3 and not law:
-        found = found.before(_chained(subject, output))
-    _write(found, subject, output, junit, sarif)
+    with terminated_as_interrupted():
+        conduct = () if law else judge_conduct(subject, python=python, tell=_tell)
+        found = _verified(subject, laws, effort, tier=tier, python=python).after(conduct)
+        if tier == 3 and not law:
+            found = found.before(_chained(subject, output))
+    asked = f"--subject {shlex.quote(subject)}" + (f" --python {shlex.quote(python)}" if python else "")
+    _write(found, subject, asked, Places(output, junit, sarif))
     if json_output:
         print_json(found.as_dict())
     else:
-        _print(found, subject)
+        _print(found, asked)
     return 0 if found.passes else 1
 
 
@@ -153,26 +165,31 @@ def _tell(judgement: "Judgement") -> None:
     say(f"{judgement.law}: {judgement.word}{why}")
 
 
-def _write(found: "Verification", subject: str, output: Path | None, junit: Path | None, sarif: Path | None) -> None:
+def _write(found: "Verification", subject: str, asked: str, places: Places) -> None:
     from importlib.metadata import version
 
     from finetune.artifacts.write import write_text
     from finetune.verify.suite import formats
-    from finetune.verify.suite.findings import as_document, tell_report, write_findings
+    from finetune.verify.suite.findings import as_document, earlier_findings, tell_report, write_findings
 
     suite = version("finetune-suite")
-    if output is not None:
-        for path in write_findings(found, subject, output, suite):
+    if places.output is not None:
+        paths = write_findings(found, subject, places.output, suite)
+        for path in paths:
             [judgement] = [each for each in found.judgements if each.law == path.stem]
-            write_text(path.with_suffix(".md"), tell_report(found, judgement, f"ft replay {path} --subject {subject}"))
-        write_text(output / "verification.json", as_document(found.as_dict()))
-    if junit is not None:
-        write_text(junit, formats.junit(found))
-    if sarif is not None:
-        write_text(sarif, as_document(formats.sarif(found, suite)))
+            again = f"ft replay {shlex.quote(str(path))} {asked}"
+            write_text(path.with_suffix(".md"), tell_report(found, judgement, again))
+        write_text(places.output / "verification.json", as_document(found.as_dict()))
+        if earlier := earlier_findings(places.output, paths):
+            names = ", ".join(path.name for path in earlier)
+            say(f"{places.output} keeps findings of an earlier run, which are none of this one: {names}")
+    if places.junit is not None:
+        write_text(places.junit, formats.junit(found))
+    if places.sarif is not None:
+        write_text(places.sarif, as_document(formats.sarif(found, suite)))
 
 
-def _print(found: "Verification", subject: str) -> None:
+def _print(found: "Verification", asked: str) -> None:
     from rich.table import Table
 
     table = Table("law", "verdict", "cases", "seconds", box=None)
@@ -191,5 +208,5 @@ def _print(found: "Verification", subject: str) -> None:
     versions = ", ".join(f"{name} {number}" for name, number in found.versions.items())
     print_data(f"{found.subject} ({versions}): {counts}; seed {found.effort.seed}, {found.seconds:.0f} s")
     if not found.passes:
-        again = f"ft verify --subject {subject} --tier {found.tier} --seed {found.effort.seed} (and options as now)"
+        again = f"ft verify {asked} --tier {found.tier} --seed {found.effort.seed} (and options as now)"
         say(f"again: {again}; --output FOLDER keeps each smallest case for ft replay")

@@ -14,6 +14,7 @@ from typing import IO, Any
 from finetune.artifacts.left import what_is_left
 from finetune.artifacts.run_folder import RunFolder
 from finetune.errors import FineTuneError, InterruptedRunError, LostProcessError, TrainingError
+from finetune.interrupts import terminated_as_interrupted
 from finetune.launch.command import Launch, command_line, environment
 from finetune.launch.notes import Note, leave_command, read_notes
 
@@ -84,7 +85,7 @@ def _run(command: Sequence[str], env: dict[str, str], say: Callable[[str], None]
     reader = threading.Thread(target=_pass_on, args=(process.stdout, say, said), daemon=True)
     reader.start()
     interrupted = False
-    with _terminated_as_interrupted():
+    with terminated_as_interrupted():
         try:
             process.wait()
         except KeyboardInterrupt:
@@ -114,20 +115,3 @@ def _end(process: subprocess.Popen[str]) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
             process.wait(timeout=_GRACE)
             return
-
-
-@contextlib.contextmanager
-def _terminated_as_interrupted() -> Any:
-    """Within this context SIGTERM ends a run as Ctrl-C does, so that no process is left behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

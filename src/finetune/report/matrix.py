@@ -34,6 +34,7 @@ def render_matrix(proof: Mapping[str, Any]) -> str:
         enough=proof["enough"],
         picture=_picture(faults, proof["laws"]),
         rows=[_row(fault) for fault in faults],
+        idle=proof["idle"],
         alarms=proof["false_alarms"],
     )
 

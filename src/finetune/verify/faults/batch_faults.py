@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from finetune.assembly import train
 from finetune.backends.reference.session import ReferenceSession
-from finetune.records import Batch
+from finetune.records import Batch, Tokenized
 from finetune.tokens import batch as batching
 from finetune.tokens import fit
 from finetune.tokens.encode import Marked
@@ -92,6 +93,24 @@ def _last_place_is_lost() -> None:
         return shifted(ids, here, starts)
 
     in_arrays(wrong)
+
+
+@fault(
+    "A109b", "pad.filled_and_learned", real="mlx-lm 0.32.2", what="short rows are filled up, and the filling is learned"
+)
+def _filling_is_learned() -> None:
+    def filled(row: Tokenized, room: int) -> Tokenized:
+        return replace(row, ids=(*row.ids, *row.ids[-1:] * room), trained=(*row.trained, *[True] * room))
+
+    def wrong(right: Right, *given: Any, **named: Any) -> Any:
+        batches = right(*given, **named)
+        most = [max(len(row.ids) for row in batch.rows) for batch in batches]
+        return [
+            replace(batch, rows=tuple(filled(row, size - len(row.ids)) for row in batch.rows))
+            for batch, size in zip(batches, most, strict=True)
+        ]
+
+    plant(train, "epoch_batches", wrong)
 
 
 @fault("A110", "pad.attention_on_pads", real="", what="rows are padded in front, and see the padding")

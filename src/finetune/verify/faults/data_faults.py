@@ -97,6 +97,14 @@ def _only_full_batches() -> None:
     plant(train, "epoch_batches", wrong)
 
 
+@fault("A027b", "data.sorted_by_columns", real="mlx-lm 0.32.2", what="rows with fewer columns come first")
+def _fewer_columns_first() -> None:
+    def wrong(right: Right, path: Any, **named: Any) -> Any:
+        return sorted(right(path, **named), key=lambda row: len(row.values))
+
+    plant(prepare, "read_rows", wrong)
+
+
 @fault("A029", "data.same_order_every_epoch", real="transformers #4398", what="every epoch has the order of the first")
 def _one_order() -> None:
     plant(train, "epoch_batches", lambda right, *given, epoch, **named: right(*given, epoch=0, **named))

@@ -13,6 +13,7 @@ _MODULES: tuple[str, ...] = (
     "finetune.verify.faults.template_faults",
     "finetune.verify.faults.mask_faults",
     "finetune.verify.faults.batch_faults",
+    "finetune.verify.faults.model_faults",
     "finetune.verify.faults.loss_faults",
     "finetune.verify.faults.resume_faults",
     "finetune.verify.faults.adapter_faults",

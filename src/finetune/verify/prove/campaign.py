@@ -1,10 +1,12 @@
 """The campaign: the clean trainer over many seeds, then every fault in a process of its own, and what was caught."""
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from finetune.errors import EvidenceError, MissingExtraError, UsageError
@@ -88,6 +90,12 @@ class Proof:
         """How often a clean run is called broken, at most, with 95 % confidence."""
         return most_probable(len(self.false_alarms), len(self.clean))
 
+    @property
+    def idle(self) -> tuple[str, ...] | None:
+        """The laws that caught no fault; None where not every law was asked of every fault."""
+        caught = {law for fate in self.fates for law in fate.laws}
+        return None if self.enough else tuple(law for law in self.laws if law not in caught)
+
     def killed(self, outcome: str = "killed") -> list[Fate]:
         """The faults with this outcome."""
         return [fate for fate in self.fates if fate.outcome == outcome]
@@ -109,6 +117,7 @@ class Proof:
             "enough": self.enough,
             "counts": {name: len(self.killed(name)) for name in ("killed", "survived", "inert")},
             "clean_runs": len(self.clean),
+            "idle": None if self.idle is None else list(self.idle),
             "false_alarms": {str(seed): bad for seed, bad in self.false_alarms.items()},
             "false_alarm_bound": self.false_alarm_bound,
             "seconds": self.seconds,
@@ -139,8 +148,12 @@ def run_jobs(jobs: Iterable[Job], spread: Spread) -> Iterator[Planted]:
     if spread.engine == "ray":
         yield from _on_ray(jobs)
         return
+    stop = threading.Event()
     with ThreadPoolExecutor(spread.workers) as pool:
-        yield from pool.map(run_job, jobs)
+        try:
+            yield from pool.map(partial(run_job, stop=stop), jobs)
+        finally:
+            stop.set()
 
 
 def _on_ray(jobs: Iterable[Job]) -> Iterator[Planted]:

@@ -1,6 +1,7 @@
 """One planting: a process of its own in which our trainer has one fault, or none, and the suite judges it.
 
-`python -m finetune.verify.prove.job` reads what to do as JSON from its input, and prints what came of it as JSON.
+`python -m finetune.verify.prove.job FOLDER JOB` does a job, given as JSON, in a folder, and prints what came of it as
+JSON. The folder is made and removed by whoever asks, for a process that is ended cannot do that.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -29,6 +31,8 @@ from finetune.verify.trainers.ours import inside
 
 _PATIENCE = 240
 """Seconds after which a planting that does not end is ended; what hangs is noticed by anybody."""
+_LOOKS = 0.2
+"""Seconds between two looks at whether it is to be ended."""
 _MEMORY = "/dev/shm"
 _CAUGHT = ("broken", "error", "undecided")
 """What a law comes to where something was noticed."""
@@ -124,26 +128,33 @@ def _texts(values: Any) -> Iterator[str]:
         yield str(values)
 
 
-def run_job(job: Job, *, patience: float = _PATIENCE) -> Planted:
-    """Do a job in a process of its own, whatever it does there."""
-    command = [sys.executable, "-m", "finetune.verify.prove.job"]
-    try:
-        done = subprocess.run(
-            command, input=json.dumps(asdict(job)), capture_output=True, text=True, timeout=patience, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return Planted(job.fault, job.seed, trouble=f"it did not end within {patience:.0f} s")
-    if done.returncode:
-        return Planted(job.fault, job.seed, trouble=f"it ended with {done.returncode}: {done.stderr[-600:].strip()}")
-    return Planted(**json.loads(done.stdout.splitlines()[-1]))
-
-
-def do_job(job: Job) -> Planted:
-    """Plant the fault in this very process, and judge."""
+def run_job(job: Job, *, patience: float = _PATIENCE, stop: threading.Event | None = None) -> Planted:
+    """Do a job in a process of its own, whatever it does there; once `stop` is set it is ended."""
     # In memory, where the system has such a place: a trainer waits for the disk at every file that it must not lose.
     place = _MEMORY if os.access(_MEMORY, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="finetune-prove-", dir=place) as name, contextlib.ExitStack() as ends:
-        scratch = Path(name)
+    latest = time.monotonic() + patience
+    with tempfile.TemporaryDirectory(prefix="finetune-prove-", dir=place, ignore_cleanup_errors=True) as folder:
+        command = [sys.executable, "-m", "finetune.verify.prove.job", folder, json.dumps(asdict(job))]
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            while True:
+                try:
+                    said, errors = process.communicate(timeout=_LOOKS)
+                    break
+                except subprocess.TimeoutExpired:
+                    if time.monotonic() < latest and not (stop and stop.is_set()):
+                        continue
+                    process.kill()
+                    return Planted(job.fault, job.seed, trouble=f"it did not end within {patience:.0f} s")
+    if process.returncode:
+        return Planted(job.fault, job.seed, trouble=f"it ended with {process.returncode}: {errors[-600:].strip()}")
+    return Planted(**json.loads(said.splitlines()[-1]))
+
+
+def do_job(job: Job, scratch: Path) -> Planted:
+    """Plant the fault in this very process, and judge; all that is made lies in this folder."""
+    with contextlib.ExitStack() as ends:
         oracle = unspoilt(scratch / "oracle")
         ends.callback(oracle.close)
         laws = chosen_laws(job.tier, job.laws)
@@ -183,6 +194,7 @@ def _concluded(job: Job, found: Verification, door: MarkingDoor, catches: list[f
 
 
 if __name__ == "__main__":
-    job = json.load(sys.stdin)
-    told = do_job(Job(**{**job, "laws": tuple(job["laws"])}))
+    folder, words = sys.argv[1:]
+    job = json.loads(words)
+    told = do_job(Job(**{**job, "laws": tuple(job["laws"])}), Path(folder))
     print(json.dumps(asdict(told)))  # noqa: T201

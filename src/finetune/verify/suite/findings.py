@@ -1,7 +1,8 @@
 """Findings: the smallest case in which a trainer broke a law, in a file that anybody can try again, and in words."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,11 @@ def write_findings(found: Verification, asked_as: str, folder: Path, suite: str)
     return paths
 
 
+def earlier_findings(folder: Path, written: Collection[Path]) -> list[Path]:
+    """The findings in a folder beside those that were written just now."""
+    return [path for path in sorted(folder.glob("*.json")) if path not in written and is_finding(path)]
+
+
 def is_finding(path: Path) -> bool:
     """Whether a file says that it is a finding; whether it is a good one is for `load_finding` to say."""
     try:
@@ -112,26 +118,25 @@ def tell_report(found: Verification, judgement: Judgement, replay: str) -> str:
     """A finding in Markdown, ready to be filed where the trainer is made."""
     versions = ", ".join(f"{name} {number}" for name, number in found.versions.items())
     case = json.dumps(judgement.case, indent=1, ensure_ascii=False)
-    return "\n".join(
-        [
-            f"### {judgement.statement}",
-            "",
-            f"Seen with {found.subject} ({versions}) on {found.machine}.",
-            f"Law `{judgement.law}`, seed {found.effort.seed}.",
-            "",
-            f"- expected: {judgement.expected}",
-            f"- got: {judgement.got}",
-            "",
-            "The smallest case that was found:",
-            "",
-            "```json",
-            case,
-            "```",
-            "",
-            f"Once more: `{replay}`",
-            "",
-        ]
-    )
+    lines = [
+        f"### {judgement.statement}",
+        "",
+        f"Seen with {found.subject} ({versions}) on {found.machine}.",
+        f"Law `{judgement.law}`, seed {found.effort.seed}.",
+        "",
+        *_block("Expected:", "text", judgement.expected),
+        *_block("Got:", "text", judgement.got),
+        *_block("The smallest case that was found:", "json", case),
+        f"Once more: `{replay}`",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _block(title: str, kind: str, text: str) -> list[str]:
+    """A block of Markdown between more backticks than the text has in a row, so that it cannot end it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return [title, "", f"{fence}{kind}", text, fence, ""]
 
 
 def as_document(values: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Holds a trainer to one law: draws cases, makes a case that breaks it as small as time allows, and keeps it."""
 
 import contextlib
-import os
+import re
 import sys
 import time
 from collections import Counter
@@ -23,6 +23,8 @@ from finetune.verify.suite.verdicts import BrokenError, Judgement, Word
 
 _PHASES = (Phase.generate, Phase.shrink)
 _EVERY = list(HealthCheck)
+_SOMEWHERE = ".../"
+"""Stands for a folder of the suite's."""
 _MOST_UNABLE = 25
 """Cases that a trainer may have nothing for before the first that it has something for."""
 
@@ -48,8 +50,9 @@ class _Enough(BaseException):
 
 @dataclass(slots=True)
 class _Seen:
-    """What was seen of one law so far."""
+    """What was seen of one law so far; `plain` takes from words what depends on where the suite lies."""
 
+    plain: Callable[[str], str]
     began: float = field(default_factory=time.monotonic)
     broke: float = 0.0
     cases: int = 0
@@ -64,12 +67,12 @@ def judge(law: CaseLaw, trainer: Trainer, effort: Effort) -> Judgement:
     if why := trainer.lacks(*law.needs):
         return Judgement(law.id, law.law.statement, "not applicable", why=why)
     judged = _judge_chance if law.chance is not None else _judge_drawn
-    return _placeless(judged(law, trainer, effort), trainer)
+    return judged(law, trainer, effort)
 
 
 def _judge_drawn(law: CaseLaw, trainer: Trainer, effort: Effort) -> Judgement:
     assert law.cases is not None
-    seen = _Seen()
+    seen = _Seen(_plain(trainer))
 
     def once(case: Recipe) -> None:
         _judge_case(law, trainer, case, seen, effort)
@@ -92,7 +95,7 @@ def _judge_chance(law: CaseLaw, trainer: Trainer, effort: Effort) -> Judgement:
     """Draw cases until they say enough, or there are no more; what is broken is decided with all such laws at once."""
     chance = law.chance
     assert chance is not None
-    seen, evidence, random = _Seen(), Evidence(chance), Random(f"{effort.seed} {law.id}")
+    seen, evidence, random = _Seen(_plain(trainer)), Evidence(chance), Random(f"{effort.seed} {law.id}")
     with contextlib.suppress(_Enough):
         while not evidence.decided(effort.chances) and evidence.cases < chance.most:
             before = seen.cases
@@ -126,10 +129,10 @@ def judge_again(law: CaseLaw, trainer: Trainer, case: Recipe) -> Judgement:
     """Hold a trainer to a law in one case."""
     if why := trainer.lacks(*law.needs):
         return Judgement(law.id, law.law.statement, "not applicable", why=why)
-    seen = _Seen()
+    seen = _Seen(_plain(trainer))
     with contextlib.suppress(_Enough, BrokenError, UnsatisfiedAssumption):
         _judge_case(law, trainer, case, seen, Effort())
-    return _placeless(_concluded(law, seen), trainer)
+    return _concluded(law, seen)
 
 
 def _judge_case(law: CaseLaw, trainer: Trainer, case: Recipe, seen: _Seen, effort: Effort) -> None:
@@ -148,14 +151,14 @@ def _judge_case(law: CaseLaw, trainer: Trainer, case: Recipe, seen: _Seen, effor
         seen.cases += 1
         raise
     except (RefusesError, UnsupportedError) as unable:
-        seen.unable[str(unable)[:200]] += 1
+        seen.unable[seen.plain(str(unable))[:200]] += 1
         seen.refused += isinstance(unable, RefusesError)
         if not seen.cases and seen.unable.total() >= _MOST_UNABLE:
             raise _Enough from None
         reject_case()
     except SubjectError as trouble:
         if seen.smallest is None or law.chance is not None:
-            seen.trouble = str(trouble)
+            seen.trouble = seen.plain(str(trouble))
         raise _Enough from None
     else:
         seen.cases += 1
@@ -167,7 +170,8 @@ def _concluded(law: CaseLaw, seen: _Seen) -> Judgement:
     if seen.smallest is not None:
         case, broken = seen.smallest
         word = "broken"
-        told |= {"expected": broken.expected, "got": broken.got, "case": case.model_dump(mode="json")}
+        told |= {"expected": seen.plain(broken.expected), "got": seen.plain(broken.got)}
+        told["case"] = case.model_dump(mode="json")
         told["why"] = seen.trouble
     elif seen.trouble:
         word, told["why"] = "error", seen.trouble
@@ -178,19 +182,9 @@ def _concluded(law: CaseLaw, seen: _Seen) -> Judgement:
     return Judgement(law.id, law.law.statement, word, seconds=round(time.monotonic() - seen.began, 3), **told)
 
 
-def _placeless(judgement: Judgement, trainer: Trainer) -> Judgement:
-    """The judgement in words that do not depend on where the suite, or what goes with it, lies."""
+def _plain(trainer: Trainer) -> Callable[[str], str]:
+    """Makes words such that they do not depend on where the suite, or what goes with it, lies, nor on new names."""
     places = (str(trainer.scratch), *sorted({*sys.path, sys.prefix}, key=len, reverse=True))
-
-    def plain(words: str) -> str:
-        for place in places:
-            words = words.replace(f"{place}{os.sep}", ".../") if len(place) > 1 else words
-        return words
-
-    return replace(
-        judgement,
-        why=plain(judgement.why),
-        expected=plain(judgement.expected),
-        got=plain(judgement.got),
-        unable={plain(words): count for words, count in judgement.unable.items()},
-    )
+    ours = "|".join(re.escape(place) for place in places if len(place) > 1)
+    name = re.compile(rf"(?:{ours})/(?:tmp[a-z0-9_]{{8}}(?:/|\b))*")
+    return lambda words: name.sub(_SOMEWHERE, words)

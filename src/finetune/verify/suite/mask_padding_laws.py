@@ -7,7 +7,7 @@ from pydantic import Field
 
 from finetune.verify.doors.answers import Epochs, Loss
 from finetune.verify.recipes import Recipe
-from finetune.verify.suite.cases import PLAIN, TINY, Rows, TokenRow, rows_of, token_rows
+from finetune.verify.suite.cases import PLAIN, TINY, Pair, Rows, TokenRow, rows_of, token_rows
 from finetune.verify.suite.catalogue import law
 from finetune.verify.suite.trainer import Trainer
 from finetune.verify.suite.verdicts import hold
@@ -71,7 +71,9 @@ class Remarked(Rows):
 
 @st.composite
 def _remarked(draw: st.DrawFn) -> Remarked:
-    rows = draw(rows_of(2, 3))
+    # All of one length, so that nothing but their order says which share a batch.
+    letters = draw(st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=6, unique=True))
+    rows = tuple(Pair(prompt="q", completion=letter) for letter in letters)
     return Remarked(rows=rows, remarked=draw(st.integers(0, len(rows) - 1)))
 
 

@@ -93,7 +93,11 @@ def chosen_laws(tier: int, ids: Iterable[str] = ()) -> tuple[CaseLaw, ...]:
     known = case_laws(tier)
     names = list(dict.fromkeys(ids)) or list(known)
     if unknown := [name for name in names if name not in known]:
-        raise UsageError(f"there is no law {unknown[0]!r} up to tier {tier}", hint=f"choose from: {', '.join(known)}")
+        whole = case_laws()
+        told = ", ".join(f"{name!r} (of tier {whole[name].tier})" if name in whole else repr(name) for name in unknown)
+        higher = [whole[name].tier for name in unknown if name in whole]
+        hint = f"say --tier {max(higher)}" if higher else f"choose from: {', '.join(known)}"
+        raise UsageError(f"there is no law {told} up to tier {tier}", hint=hint)
     return tuple(known[name] for name in names)
 
 

@@ -74,6 +74,11 @@ def opened_door(name: str, scratch: Path, *, python: str | None = None) -> Itera
 
 
 def _made(name: str, folder: Path, python: str | None) -> Door:
+    if python and name not in PEERS and not name.endswith(".toml"):
+        raise UsageError(
+            f"--python {python}: {name!r} is asked by this very interpreter",
+            hint=f"leave --python out; it is for {', '.join(PEERS)} and TOML files",
+        )
     if name in BACKENDS:
         require_backend(name)
         return WorkerDoor([sys.executable, "-m", "finetune.verify.trainers.ours", name], folder)

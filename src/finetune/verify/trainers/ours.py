@@ -99,7 +99,10 @@ class OurTrainer:
                 watched.steps.append(watched.window)
                 watched.window = []
         each = len(watched.steps) // epochs
-        told = [{"micro": [_micro(batch) for batch in window]} for window in watched.steps]
+        own: dict[str, list[Tokenized]] = {}
+        for row in prepared.training_rows:
+            own.setdefault(row.where, []).append(row)
+        told = [{"micro": [_micro(batch, own) for batch in window]} for window in watched.steps]
         return {"epochs": [told[start : start + each] for start in range(0, len(told), each)]}
 
     def loss(self, model: str, settings: Given, batch: Sequence[Given], adapter: str | None = None) -> dict[str, Any]:
@@ -299,8 +302,15 @@ def _rows(batch: Sequence[Given]) -> tuple[Tokenized, ...]:
     return tuple(Tokenized(tuple(row["ids"]), tuple(row["targets"]), str(n)) for n, row in enumerate(batch))
 
 
-def _micro(batch: Batch) -> dict[str, Any]:
-    """A batch as it is, without padding: that is each backend's business."""
+def _own_places(row: Tokenized, prepared: Sequence[Tokenized]) -> list[bool]:
+    """Which tokens of a row in a batch were prepared, and which it was filled up with."""
+    sizes = (len(each.ids) for each in prepared if row.ids[: len(each.ids)] == each.ids)
+    size = max(sizes, default=len(row.ids))
+    return [place < size for place in range(len(row.ids))]
+
+
+def _micro(batch: Batch, prepared: Mapping[str, Sequence[Tokenized]]) -> dict[str, Any]:
+    """A batch as the training loop gets it, with what of it was prepared."""
     sequences = batch.sequences
     return {
         "ids": [[token for row in sequence for token in row.ids] for sequence in sequences],
@@ -308,7 +318,9 @@ def _micro(batch: Batch) -> dict[str, Any]:
         "targets": [
             [mark and place > 0 for row in sequence for place, mark in enumerate(row.trained)] for sequence in sequences
         ],
-        "real": [[True] * sum(len(row.ids) for row in sequence) for sequence in sequences],
+        "real": [
+            [own for row in sequence for own in _own_places(row, prepared.get(row.where, ()))] for sequence in sequences
+        ],
         "positions": [[place for row in sequence for place in range(len(row.ids))] for sequence in sequences],
         "segments": [[number for number, row in enumerate(sequence) for _ in row.ids] for sequence in sequences],
     }

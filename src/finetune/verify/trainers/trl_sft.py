@@ -9,11 +9,23 @@ from serving import UnsupportedError
 from transformers_settings import Given, Job, Kind
 from transformers_side import TransformersSide
 
+_TURN = "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' -}}"
+"""A turn in the template of models that the suite makes."""
+_MARKED_TURN = (
+    "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{%- generation -%}{{- message['content'] + '<|im_end|>' + '\\n' -}}{%- endgeneration -%}"
+    "{%- else -%}{{- message['content'] + '<|im_end|>' + '\\n' -}}{%- endif -%}"
+)
+"""The same with marks, and with the line end among what is learned, as in TRL's own templates for training."""
+
 
 def _build(job: Job) -> Any:
     """An SFTTrainer over rows in the shapes of TRL's documentation."""
     # Of a conversation we teach the answers; of pairs that is its default.
-    job.arguments.assistant_only_loss = any("messages" in row for row in job.train)
+    if any("messages" in row for row in job.train):
+        job.arguments.assistant_only_loss = True
+        job.tokenizer.chat_template = _marked(job.tokenizer.chat_template)
     return trl.SFTTrainer(
         model=job.model,
         args=job.arguments,
@@ -24,15 +36,24 @@ def _build(job: Job) -> Any:
     )
 
 
+def _marked(template: str | None) -> str:
+    """A template that says what of it is an answer, as TRL asks its users to write it; it renders the same."""
+    own = template or ""
+    if _TURN not in own:
+        raise UnsupportedError("its template does not say what of it is an answer, and TRL asks for that")
+    return own.replace(_TURN, _MARKED_TURN)
+
+
 def _data(rows: Sequence[Given]) -> Any:
     return datasets.Dataset.from_list([{**_shaped(row), "row": place} for place, row in enumerate(rows)])
 
 
 def _shaped(row: Given) -> dict[str, Any]:
     """A pair as a conversation, so that the template is used; what TRL reads itself stays as it is."""
-    if "input_ids" in row or "messages" in row or "text" in row:
+    pair = {"prompt", "completion"} <= set(row)
+    if "input_ids" in row or "messages" in row or "text" in row or (pair and isinstance(row["prompt"], list)):
         return dict(row)
-    if {"prompt", "completion"} <= set(row):
+    if pair:
         return {
             **row,
             "prompt": [{"role": "user", "content": row["prompt"]}],

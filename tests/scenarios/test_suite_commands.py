@@ -1,0 +1,132 @@
+"""Laws of `ft verify`, `ft prove` and `ft replay` as commands: what they refuse, leave behind, and tell to do next."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from finetune.cli.app import run
+from finetune.verify.doors.door import About
+
+pytestmark = pytest.mark.tools
+LAW = "mask.answers"
+
+
+class Forgetful:
+    """A trainer in this process that loses every row."""
+
+    about = About("a forgetful trainer", {"forgetful": "1.0"}, {"tokenize": ""})
+
+    def ask(self, ability: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """No rows."""
+        return {"rows": []}
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
+FT = "import sys; from finetune.cli.app import run; sys.exit(run(sys.argv[1:]))"
+HERE = f"{__name__}:Forgetful"
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> Path:
+    """The folder of what was found of a trainer that breaks one law, with a blank in its name."""
+    folder = tmp_path / "what was found"
+    assert run(["verify", "--subject", HERE, "--law", LAW, "--output", str(folder)]) == 1
+    return folder
+
+
+def test_finding_is_had_again_by_the_line_in_its_report(found: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command that a report names is one, whatever the folder is called, and shows the same break."""
+    [line] = [line for line in (found / f"{LAW}.md").read_text().splitlines() if line.startswith("Once more: ")]
+    words = shlex.split(line.partition("`")[2].rstrip("`"))
+    capsys.readouterr()
+    assert words[0] == "ft"
+    assert run(words[1:]) == 1
+    assert capsys.readouterr().out.startswith(f"BROKEN: {HERE}")
+
+
+def test_findings_of_an_earlier_run_are_named(found: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What this run did not find, and lies where it writes, is told, and nothing of it is harmed."""
+    before = (found / f"{LAW}.json").read_bytes()
+    old = found / "mask.turns.json"
+    old.write_bytes(before)
+    capsys.readouterr()
+    assert run(["verify", "--subject", HERE, "--law", LAW, "--output", str(found)]) == 1
+    assert "findings of an earlier run, which are none of this one: mask.turns.json" in capsys.readouterr().err
+    assert old.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["verify", "--subject", "reference", "--python", "x"], "'reference' is asked by this very interpreter"),
+        (["verify", "--subject", HERE, "--python", "x"], "is asked by this very interpreter"),
+        (["verify", "--subject", "reference", "--law", "resume.goes_on"], "say --tier 2"),
+        (["replay", "FINDING", "--subject", "reference", "--minimise"], "is as small as it gets"),
+        (["replay", "STORY", "--python", "x"], "is a story, told in this environment"),
+    ],
+    ids=["python of ours", "python of a class", "law of a higher tier", "finding minimised", "python of a story"],
+)
+def test_option_that_does_nothing_is_refused(
+    words: list[str], said: str, found: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No option is passed over in silence: what it cannot do is said, and what to do instead."""
+    (tmp_path / "story.json").write_text("{}")
+    files = {"FINDING": str(found / f"{LAW}.json"), "STORY": str(tmp_path / "story.json")}
+    capsys.readouterr()
+    assert run([files.get(word, word) for word in words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_faults_are_listed_as_json_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--list --json` is JSON."""
+    assert run(["prove", "--list", "--json", "--fault", "A027"]) == 0
+    [told] = json.loads(capsys.readouterr().out)
+    assert (told["fault"], told["slug"]) == ("A027", "data.last_batch_dropped")
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "words",
+    [["verify", "--subject", "reference"], ["prove", "--seeds", "1", "--jobs", "1", "--output", "proof"]],
+    ids=["verify", "prove"],
+)
+def test_command_that_is_ended_leaves_nothing(words: list[str], sign: signal.Signals, tmp_path: Path) -> None:
+    """SIGTERM ends it as Ctrl-C does: with 130, no process that runs on, and no file of its own anywhere."""
+    own = tmp_path / "own"
+    own.mkdir()
+    memory = Path("/dev/shm")
+    before = set(memory.iterdir()) if memory.is_dir() else set()
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from finetune.cli.app import run; sys.exit(run(sys.argv[1:]))",
+        *words,
+    ]
+    environment = {**os.environ, "TMPDIR": str(own)}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        watched = psutil.Process(process.pid)
+        latest = time.monotonic() + 60
+        while not (children := watched.children(recursive=True)):
+            assert time.monotonic() < latest
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(sign)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert alive == []
+    assert sorted(own.iterdir()) == []
+    left = set(memory.iterdir()) - before if memory.is_dir() else set()
+    assert [path for path in left if path.name.startswith("finetune-prove-")] == []
