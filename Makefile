@@ -11,6 +11,8 @@ WORKFLOW_VENV := .venv-workflow
 MUTANTS_VENV := .venv-mutants
 CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"FineTune needs Python 3.11 to 3.13, and $(PYTHON) is {v[0]}.{v[1]}: set PYTHON=python3.12, for example")'
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Tests start many processes: what Python compiled is kept, also where the environment says not to.
+unexport PYTHONDONTWRITEBYTECODE
 # One thread a process and a few processes: the models under test are too small to share a core usefully.
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile

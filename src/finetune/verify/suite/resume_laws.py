@@ -82,7 +82,7 @@ class Damaged(Rows):
 
 @law(
     "resume.damaged",
-    "A run does not go on from a checkpoint of which a byte has changed.",
+    "A run does not go on from a checkpoint of which a few bytes have changed.",
     needs=["train", "resume", "adapter_weights"],
     oracle="a refusal, or the end of the run that nobody damaged",
     cases=st.builds(Damaged, rows=rows_of(2, 2), place=st.integers(300, 999)),
@@ -90,7 +90,7 @@ class Damaged(Rows):
     cost=4,
 )
 def damaged_checkpoint_is_noticed(trainer: Trainer, case: Damaged) -> None:
-    """One bit of the largest file of the newest checkpoint."""
+    """Sixteen bytes of the largest file of the newest checkpoint: two numbers at least, with their exponents."""
     model, folder = trainer.model(TINY), trainer.folder() / "run"
     given: dict[str, Any] = {"model": model, "settings": _RUN, "rows": case.values}
     begun = trainer.ask("train", Course, stop_after=2, folder=folder, **given)
@@ -98,7 +98,8 @@ def damaged_checkpoint_is_noticed(trainer: Trainer, case: Damaged) -> None:
     files = [newest] if newest.is_file() else [path for path in newest.rglob("*") if path.is_file()]
     file = max(files, key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
-    content[len(content) * case.place // 1000] ^= 64
+    start = min(len(content) * case.place // 1000, max(0, len(content) - 16))
+    content[start : start + 16] = bytes(byte ^ 64 for byte in content[start : start + 16])
     file.write_bytes(content)
     ended = refused(lambda: trainer.ask("resume", Course, folder=folder))
     if ended is not None:
