@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from finetune.verify.doors import serving
-from finetune.verify.doors.door import Door
+from finetune.verify.doors.door import Door, SubjectError
 from finetune.verify.doors.worker import WorkerDoor
 from finetune.verify.suite.conformance import Opener, conform
 from finetune.verify.suite.judge import Effort
@@ -115,3 +115,32 @@ def test_conformance_of_our_own_trainer(tmp_path: Path) -> None:
     judged = {each.law: each for each in conform(opened, tmp_path)}
     assert len(judged) >= 17
     assert {law: each for law, each in judged.items() if each.word != "holds"} == {}
+
+
+SLOW = """
+import time
+from serving import serve
+
+def slowly(**given):
+    time.sleep(3)
+    return {"steps": []}
+
+serve("slow", {}, {"train": slowly, "render": slowly})
+"""
+
+
+def test_run_of_training_may_take_longer_than_an_answer(tmp_path: Path) -> None:
+    """What takes longer than a question may is given up, but not where it trains; and a run has an end, too."""
+    environment = {"PYTHONPATH": str(Path(serving.__file__).parent)}
+    for patience, ability, answers in ((2, "train", True), (2, "render", False), (0.5, "train", False)):
+        folder = tmp_path / f"{patience} {ability}"
+        folder.mkdir()
+        door = WorkerDoor([sys.executable, "-c", SLOW], folder, environment=environment, patience=patience)
+        try:
+            if answers:
+                assert door.ask(ability, {}) == {"steps": []}
+            else:
+                with pytest.raises(SubjectError, match=rf"asked to {ability}, it did not answer within"):
+                    door.ask(ability, {})
+        finally:
+            door.close()

@@ -19,6 +19,9 @@ from finetune.verify.doors.serving import PROTOCOL
 _MARK = "FT_SUBJECT"
 _MOST_BYTES = 64_000_000
 _LAST_WORDS = 2_000
+_RUNS = ("train", "resume")
+_RUN_TAKES = 3
+"""How many times as long as other questions a run may take."""
 _MOST_SILENCES = 3
 """How often a program may let a question pass before it is asked no more: laws are many, and patience is one."""
 
@@ -31,7 +34,8 @@ class WorkerDoor:
     Args:
         command: the program and its arguments.
         folder: where it lives; it exists.
-        patience: seconds after which a question that is not answered is given up.
+        patience: seconds after which a question that is not answered is given up; a run of training has three times
+            as long.
     """
 
     def __init__(
@@ -69,7 +73,8 @@ class WorkerDoor:
             raise SubjectError(f"it did not answer {self._silences} times, and is asked no more")
         if self._process is None:
             self._start()
-        return unwrapped(self._exchange({"ask": ability, "with": dict(given)}, self._patience), ability)
+        patience = self._patience * (_RUN_TAKES if ability in _RUNS else 1)
+        return unwrapped(self._exchange({"ask": ability, "with": dict(given)}, patience), ability)
 
     def close(self) -> None:
         """End the program, and whatever it has started and left."""
