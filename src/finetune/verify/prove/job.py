@@ -136,17 +136,20 @@ def run_job(job: Job, *, patience: float = _PATIENCE, stop: threading.Event | No
     with tempfile.TemporaryDirectory(prefix="finetune-prove-", dir=place, ignore_cleanup_errors=True) as folder:
         command = [sys.executable, "-m", "finetune.verify.prove.job", folder, json.dumps(asdict(job))]
         with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process:
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            encoding="utf-8", errors="replace",
+        ) as process:  # fmt: skip
             while True:
                 try:
                     said, errors = process.communicate(timeout=_LOOKS)
                     break
                 except subprocess.TimeoutExpired:
-                    if time.monotonic() < latest and not (stop and stop.is_set()):
+                    ended = stop is not None and stop.is_set()
+                    if time.monotonic() < latest and not ended:
                         continue
                     process.kill()
-                    return Planted(job.fault, job.seed, trouble=f"it did not end within {patience:.0f} s")
+                    why = "the campaign was ended" if ended else f"it did not end within {patience:.0f} s"
+                    return Planted(job.fault, job.seed, trouble=why)
     if process.returncode:
         return Planted(job.fault, job.seed, trouble=f"it ended with {process.returncode}: {errors[-600:].strip()}")
     return Planted(**json.loads(said.splitlines()[-1]))
