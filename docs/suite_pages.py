@@ -114,13 +114,14 @@ def kill_matrix_page() -> str:
     counts, clean, bound = proof["counts"], proof["clean_runs"], proof["false_alarm_bound"]
     total = sum(counts.values())
     errors = sum((fault["example"] or {}).get("word") == "error" for fault in proof["faults"])
+    every = "" if proof["enough"] else " --all-laws"
     lines = [
         "# Kill matrix",
         "",
         "Each fault is of a kind that trainers have had; a public case is named. It is planted in our own, in a",
         "process of its own, and the laws are judged, cheapest first. Made by `make docs` from",
         "`docs/evidence/proof.json`, which",
-        f"`ft prove --tier {proof['tier']} --seeds {clean}{'' if proof['enough'] else ' --all-laws'}` wrote; its page has the [matrix as a",
+        f"`ft prove --tier {proof['tier']} --seeds {clean}{every}` wrote; its page has the [matrix as a",
         "picture](evidence/proof.html).",
         "",
         f"- **{counts['killed']} of {total}** faults are killed ({counts['killed'] / total:.1%}), by",
