@@ -80,7 +80,7 @@ class Damaged(Rows):
     place: Annotated[int, Field(ge=0, le=999)]
 
 
-def _numbers_begin(file: Path, content: bytes) -> int:
+def _numbers_begin(file: Path, content: bytes | bytearray) -> int:
     """Where a file's numbers begin: after the head of a safetensors file, and somewhere behind that of any other."""
     if file.suffix == ".safetensors":
         return min(8 + int.from_bytes(content[:8], "little"), len(content))
