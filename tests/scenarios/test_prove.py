@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from finetune.errors import UsageError
 from finetune.report.matrix import render_matrix
 from finetune.verify.doors.door import About, InsideDoor
 from finetune.verify.faults.fault import Fault, faults, plant, reached
+from finetune.verify.prove import campaign
 from finetune.verify.prove.campaign import Proof, Spread, by_stage, chosen_faults, fate_of, prove, run_jobs
 from finetune.verify.prove.job import Job, MarkingDoor, Planted, run_job
 
@@ -131,6 +133,31 @@ def test_planting_that_hangs_is_ended() -> None:
     """A process that does not end in time is trouble, and trouble is noticed."""
     done = run_job(Job(laws=LAWS), patience=0.01)
     assert "did not end within" in done.trouble
+
+
+def test_planting_is_ended_with_its_campaign() -> None:
+    """Who sets the event ends the process, and that is told as what it is."""
+    stop = threading.Event()
+    stop.set()
+    assert run_job(Job(laws=LAWS), stop=stop).trouble == "the campaign was ended"
+
+
+def test_campaign_that_is_left_ends_its_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for no more results leaves no job that runs to its end."""
+    begun, ended = threading.Event(), []
+
+    def job(job: Job, *, stop: threading.Event) -> Planted:
+        if job.seed:
+            begun.set()
+            ended.append(stop.wait(60))
+        return Planted("", job.seed)
+
+    monkeypatch.setattr(campaign, "run_job", job)
+    jobs = run_jobs([Job(seed=0), Job(seed=1)], Spread(workers=2))
+    assert next(jobs).seed == 0
+    assert begun.wait(60)
+    jobs.close()  # type: ignore[attr-defined]
+    assert ended == [True]
 
 
 def test_no_more_laws_are_asked_than_enough() -> None:
