@@ -19,6 +19,8 @@ from finetune.verify.chain import MADE, clear_chain, run_chain
 from finetune_strategies.profiles import examples
 from finetune_strategies.scratch import empty_folder
 
+pytestmark = pytest.mark.tools
+
 STARTS = """
 import sys, time
 from pathlib import Path

@@ -12,6 +12,8 @@ from finetune.errors import FineTuneError, RefusedError
 from finetune.verify import chain
 from finetune.verify.chain import run_chain
 
+pytestmark = pytest.mark.tools
+
 
 def test_chain_goes_on_where_it_can(tmp_path: Path) -> None:
     """Without a model nothing is trained: that step fails, what needs it is skipped by its name, the rows are there."""

@@ -21,6 +21,8 @@ from finetune_strategies.profiles import examples
 from finetune_strategies.templates import BOS, CONTROL_TOKENS, EOS, TemplateCase, templates_with_conversations
 from properties.real_templates import REAL
 
+pytestmark = pytest.mark.tools
+
 PIECES = ('"""', '"', '""', "\n", "\r", "\r\n", " ", "\t", "FROM x", "SYSTEM y", "PARAMETER stop z", "#", "{{", "\0")
 HOSTILE = st.lists(st.sampled_from(PIECES) | st.text(max_size=5), max_size=8).map("".join)
 CONTENTS = ("ab", " a b ", "\n", "{{ .System }}", '"""', "é🦙", "\u2003x\x85", "")

@@ -11,6 +11,8 @@ import pytest
 
 from finetune.runtime import get, post
 
+pytestmark = pytest.mark.tools
+
 
 class Echo(BaseHTTPRequestHandler):
     """Answers with what was asked."""

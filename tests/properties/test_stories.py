@@ -25,6 +25,8 @@ from finetune.verify.theatre import Outcome, run_story
 from finetune.verify.training_stages import GoOn, Measure, Move, SaveInAnotherRhythm, TrainingStage
 from finetune_strategies.profiles import examples
 
+pytestmark = pytest.mark.tools
+
 LAW = "course.same"
 
 

@@ -35,6 +35,8 @@ from properties.crew import Crew, Member, good
 from properties.tiny_llamas import DROPPING, TARGET, make_rows, tiny
 from properties.workplace import make_data, make_model, quick_end, settings
 
+pytestmark = pytest.mark.tools
+
 ADAPTER = "adapter/adapter_model.safetensors"
 
 
