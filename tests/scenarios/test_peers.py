@@ -1,6 +1,8 @@
 """Laws of doors to other people's trainers: each in its own environment, which `make peers` makes."""
 
+import ast
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import settings
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors.numpy import save_file
 
 from finetune.errors import MissingExtraError, UsageError
+from finetune.templates.catalog import CATALOG
 from finetune.verify.doors.command import CommandDoor
 from finetune.verify.doors.command_file import CommandFile
 from finetune.verify.doors.door import Door, RefusesError, SubjectError, UnsupportedError
@@ -169,3 +173,27 @@ def test_command_that_fails_is_told_as_it_is(way: str, kind: type[Exception], wo
     door = command(tmp_path, way, seconds=3 if way == "hangs" else 120)
     with pytest.raises(kind, match=words):
         door.ask("train", {"model": "m", "settings": {}, "rows": [], "folder": str(tmp_path / "run")})
+
+
+def test_trl_door_marks_answers_and_changes_no_text() -> None:
+    """The turn that TRL's door looks for stands in our template, and with its marks it says the same."""
+    source = (Path(subjects.__file__).parents[1] / "trainers" / "trl_sft.py").read_text(encoding="utf-8")
+    values = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    own = CATALOG["chatml"].jinja
+    marked = own.replace(values["_TURN"], values["_MARKED_TURN"])
+    mark = re.compile(r"\{%- (?:end)?generation -%\}")
+    assert len(mark.findall(marked)) == 2
+    messages = [
+        {"role": role, "content": f" {role}\n"} for role in ("system", "user", "assistant", "user", "assistant")
+    ]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    for turns, prompt in ((messages, False), (messages[:-1], True)):
+        one, other = (
+            environment.from_string(text).render(messages=turns, add_generation_prompt=prompt)
+            for text in (own, mark.sub("", marked))
+        )
+        assert one == other
