@@ -96,7 +96,7 @@ def test_story_of_a_lie_is_broken_by_the_liar_and_kept_by_ours(liar: str, tmp_pa
     save_story(story, path)
     again = load_story(path)
     assert again == story
-    assert str(theatre(named(liar))._folder) not in path.read_text()
+    assert str(theatre(named(liar)).folder) not in path.read_text()
     kept = theatre("reference").run(again)
     assert (kept.verdict, kept.idle, kept.late) == ("kept", (), ())
     deaths = sum(isinstance(stage, GoOn) and stage.death is not None for stage in story.stages)

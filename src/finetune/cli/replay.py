@@ -51,6 +51,7 @@ def command(
             raise UsageError(f"{file} is a finding, which is as small as it gets", hint="--minimise is for stories")
         return replay_finding(file, subject, python, as_json=json_output)
     from finetune.verify.choose import BACKENDS, opened_subject
+    from finetune.verify.confine import confined_to
     from finetune.verify.stories import load_story
     from finetune.verify.theatre import Theatre
 
@@ -66,7 +67,8 @@ def command(
     with terminated_as_interrupted(), opened_subject(name) as chosen:
         theatre = Theatre(chosen)
         try:
-            outcome = theatre.run(story)
+            with confined_to(theatre.folder, name):
+                outcome = theatre.run(story)
             smaller = _smaller(theatre, story, outcome, file, seconds) if minimise else None
         finally:
             theatre.close()

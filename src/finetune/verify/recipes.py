@@ -11,7 +11,7 @@ from finetune.artifacts.write import write_json, write_text
 from finetune.backends import open_backend
 from finetune.config import KEYS, unflatten
 from finetune.errors import ConfigError
-from finetune.templates.catalog import CHATML
+from finetune.templates.catalog import CATALOG, CHATML
 from finetune.verify.subjects import Task
 
 _PAD, _EOS, _BOS = "<|pad|>", "</s>", "<s>"
@@ -146,7 +146,7 @@ class TaskRecipe(Recipe):
 def setting_problems(settings: Mapping[str, Any]) -> list[str]:
     """What is wrong with a story's settings: each unknown, refused, too large, or leading out of the story."""
     problems = [f"setting {key}: leads out of the story; leave it out" for key in settings if key in OUTSIDE]
-    if str(settings.get("template.name", "")).endswith(".jinja"):
+    if str(settings.get("template.name", "chatml")) not in (*CATALOG, "tokenizer"):
         problems.append("setting template.name: a file is no part of a story; name a template")
     for key in _EXTRA_RUNS:
         if settings.get(key, "never") != "never":

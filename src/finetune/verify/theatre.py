@@ -85,13 +85,13 @@ class Theatre:
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
-        self._folder = Path(tempfile.mkdtemp(prefix="finetune-theatre-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="finetune-theatre-"))
         self._tasks: dict[str, Task] = {}
         self._wholes: dict[str, Whole] = {}
 
     def close(self) -> None:
         """Leave nothing."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def open(self, setting: TrainingScene | StoreScene) -> World:
         """The beginning of a story.
@@ -100,7 +100,7 @@ class Theatre:
             LawBrokenError: not even an undisturbed run of the task comes to its end.
             EvidenceError: the subject refuses the task.
         """
-        subject, root = self.subject, Path(tempfile.mkdtemp(dir=self._folder))
+        subject, root = self.subject, Path(tempfile.mkdtemp(dir=self.folder))
         if isinstance(setting, StoreScene):
             assert isinstance(subject, KeepsCheckpoints)
             return CheckpointStore(subject, setting.keep, root)
@@ -112,14 +112,14 @@ class Theatre:
         key = recipe.model_dump_json()
         if key not in self._wholes:
             assert isinstance(self.subject, Trains)
-            folder = Path(tempfile.mkdtemp(dir=self._folder)) / "whole"
+            folder = Path(tempfile.mkdtemp(dir=self.folder)) / "whole"
             self._wholes[key] = undisturbed(self.subject, self._task(recipe), folder)
         return self._wholes[key]
 
     def _task(self, recipe: TaskRecipe) -> Task:
         key = recipe.model_dump_json()
         if key not in self._tasks:
-            self._tasks[key] = recipe.build(Path(tempfile.mkdtemp(dir=self._folder)) / "task")
+            self._tasks[key] = recipe.build(Path(tempfile.mkdtemp(dir=self.folder)) / "task")
         return self._tasks[key]
 
     def run(self, story: Story) -> Outcome:
@@ -141,7 +141,7 @@ class Theatre:
 
     def finding(self, broken: LawBrokenError, stage: int) -> Finding:
         """A broken law at a stage, in words that do not depend on where this folder is."""
-        expected, got = (words.replace(str(self._folder), "...") for words in (broken.expected, broken.got))
+        expected, got = (words.replace(str(self.folder), "...") for words in (broken.expected, broken.got))
         law = broken.law
         return Finding(law=law.id, statement=law.statement, stage=stage, expected=expected, got=got)
 

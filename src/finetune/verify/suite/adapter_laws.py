@@ -57,7 +57,7 @@ def adapter_travels(trainer: Trainer, case: Learned) -> None:
 class Spoilt(Learned):
     """An adapter of which one tensor is spoilt, this one in the order of their names."""
 
-    how: Annotated[str, Field(pattern="missing|renamed|reshaped|added")]
+    how: Annotated[str, Field(pattern="^(missing|renamed|reshaped|added)$")]
     which: Annotated[int, Field(ge=0, le=5)]
 
 

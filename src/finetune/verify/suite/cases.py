@@ -1,7 +1,8 @@
 """Cases that laws share: conversations, rows and settings, small and of unequal sizes."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
 
 from hypothesis import strategies as st
 from pydantic import Field
@@ -18,6 +19,16 @@ PLAIN: Mapping[str, Any] = {
 }  # fmt: skip
 """Settings that the tiny model can have; the adapter's scale is 3, for one of 1 hides faults."""
 
+Word = Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9_]([A-Za-z0-9_.]*[A-Za-z0-9_])?$")]
+"""A plain word, such as the name of a layer or a setting: it leads nowhere when it becomes a part of a path."""
+
+
+def one_of(words: Iterable[str]) -> str:
+    """The pattern of these words alone: what a case calls by a name must be among the few that a law knows."""
+    return f"^({'|'.join(map(re.escape, words))})$"
+
+
+Template = Literal["chatml", "alpaca", "tokenizer"]
 Said = Annotated[str, Field(max_length=500)]
 
 

@@ -1,16 +1,16 @@
 """Laws of settings: each is known, taken as it is set, and does something."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from hypothesis import strategies as st
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
-from finetune.config import default_of
+from finetune.config import KEYS, default_of
 from finetune.verify.doors.answers import Accepted, Course, Epochs, Gradient, Weights
 from finetune.verify.doors.door import RefusesError, UnsupportedError
-from finetune.verify.recipes import Recipe
-from finetune.verify.suite.cases import PLAIN, TINY
+from finetune.verify.recipes import OUTSIDE, Recipe
+from finetune.verify.suite.cases import PLAIN, TINY, Word, one_of
 from finetune.verify.suite.catalogue import law
 from finetune.verify.suite.talks import tokenized, told
 from finetune.verify.suite.trainer import Trainer
@@ -21,11 +21,28 @@ ROWS = [{"prompt": "ab" * size, "completion": "xyz"[: 1 + size % 3] * size} for 
 _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+def _no_setting(key: str) -> str:
+    if key in KEYS:
+        raise ValueError("it is a setting, and the law is about names of none")
+    return key
+
+
+def _stays(key: str) -> str:
+    """A setting that leads to no file, no network and no other model."""
+    if key not in KEYS or key in OUTSIDE:
+        raise ValueError("it is no setting that the law changes")
+    return key
+
+
+Key = Annotated[Word, AfterValidator(_stays)]
+Plain = Annotated[Word, Field(pattern=r"^[a-z0-9_]+$")]
+
+
 class Named(Recipe):
     """A setting by a name that it does not have."""
 
-    key: str
-    value: float | str
+    key: Annotated[Word, AfterValidator(_no_setting)]
+    value: float | Word
 
 
 _MISSPELT = (
@@ -51,7 +68,7 @@ def unknown_setting_is_refused(trainer: Trainer, case: Named) -> None:
     hold(False, expected=f"{case.key} is refused", got=f"it is taken: {taken.told or 'nothing is said'}")  # noqa: FBT003
 
 
-Value = bool | int | float | str | None
+Value = bool | int | float | Plain | None
 _VALUES: Mapping[str, Sequence[Value]] = {
     "training.seed": (0, 7), "training.warmup_fraction": (0.0, 0.25), "training.weight_decay": (0.0, 0.5),
     "training.packing": (False, True), "training.max_steps": (None, 3), "training.accumulation": (1, 3),
@@ -63,7 +80,14 @@ _VALUES: Mapping[str, Sequence[Value]] = {
 class Set(Recipe):
     """Settings, by name."""
 
-    settings: dict[str, Value]
+    settings: dict[Annotated[str, Field(pattern=one_of(_VALUES))], Value]
+
+    @model_validator(mode="after")
+    def _known_values(self) -> Self:
+        for key, value in self.settings.items():
+            if value not in _VALUES[key]:
+                raise ValueError(f"{key} is none of {_VALUES[key]}")
+        return self
 
 
 @law(
@@ -88,9 +112,9 @@ def settings_are_taken(trainer: Trainer, case: Set) -> None:
 class Change(Recipe):
     """Another value for a setting, and what else must be set so that it can matter."""
 
-    key: str
-    value: bool | int | float | str | dict[str, float] | Annotated[tuple[str, ...], Field(strict=False)]
-    given: dict[str, bool | int | float | str]
+    key: Key
+    value: bool | int | float | Plain | dict[Word, float] | Annotated[tuple[Word, ...], Field(strict=False)]
+    given: dict[Key, bool | int | float | Plain]
 
 
 def _changes(*changes: tuple[str, Any] | tuple[str, Any, dict[str, Any]]) -> dict[str, Any]:
@@ -203,7 +227,7 @@ def settings_of_training_do_something(trainer: Trainer, case: Change) -> None:
 class Targets(Recipe):
     """Layers to adapt, by their short names."""
 
-    layers: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
+    layers: Annotated[tuple[Word, ...], Field(min_length=1, strict=False)]
 
 
 @law(
@@ -232,7 +256,7 @@ def adapter_sits_where_it_is_to(trainer: Trainer, case: Targets) -> None:
 class Pattern(Recipe):
     """A pattern for layers, and the rank that they are to have."""
 
-    pattern: str
+    pattern: Word
     rank: Annotated[int, Field(ge=1)]
 
 
@@ -268,7 +292,7 @@ class Dropped(Recipe):
     """A seed, and the layers to adapt: all of them, or those that are named."""
 
     seed: Annotated[int, Field(ge=0)]
-    layers: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | None
+    layers: Annotated[tuple[Word, ...], Field(min_length=1, strict=False)] | None
 
 
 @law(

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from finetune.verify.doors.answers import Exported, Planned
 from finetune.verify.recipes import FEWEST_WORDS, ModelRecipe, Recipe
-from finetune.verify.suite.cases import PLAIN, TINY
+from finetune.verify.suite.cases import PLAIN, TINY, one_of
 from finetune.verify.suite.catalogue import law
 from finetune.verify.suite.learned import (
     MODELS,
@@ -132,7 +132,7 @@ class Turned(Recipe):
 
     theta: Annotated[float, Field(gt=1)]
     factor: Annotated[float, Field(ge=1)]
-    kind: Annotated[str, Field(pattern="default|linear|yarn|llama3")]
+    kind: Annotated[str, Field(pattern="^(default|linear|yarn|llama3)$")]
     older: bool
 
 
@@ -233,7 +233,7 @@ def vocabulary_is_the_tokenizers(trainer: Trainer, case: Words) -> None:
 class Cut(Recipe):
     """How text is cut before it is merged."""
 
-    by: str
+    by: Annotated[str, Field(pattern=one_of(_CUTS))]
 
 
 @law(
@@ -303,10 +303,13 @@ def packed_weights_are_refused(trainer: Trainer, case: Written) -> None:
     hold(found is None, expected="a refusal", got="an answer with packed numbers as weights")
 
 
+_NULLS = ("quantization_config", "rope_scaling", "architectures", "sliding_window", "quantization")
+
+
 class Nothing(Recipe):
     """A setting that the config says is nothing."""
 
-    key: str
+    key: Annotated[str, Field(pattern=one_of(_NULLS))]
 
 
 @law(
@@ -314,10 +317,7 @@ class Nothing(Recipe):
     "A setting that is null in a model's config is one that it does not say.",
     needs=["describe_export"],
     oracle="the same config without it",
-    cases=st.builds(
-        Nothing,
-        key=st.sampled_from(["quantization_config", "rope_scaling", "architectures", "sliding_window", "quantization"]),
-    ),
+    cases=st.builds(Nothing, key=st.sampled_from(_NULLS)),
     examples=5,
 )
 def null_is_not_said(trainer: Trainer, case: Nothing) -> None:
@@ -331,7 +331,7 @@ def null_is_not_said(trainer: Trainer, case: Nothing) -> None:
 class Typed(Learned):
     """The type in which most of a file is kept."""
 
-    outtype: Annotated[str, Field(pattern="f32|f16|q8_0|q4_k_m")]
+    outtype: Annotated[str, Field(pattern="^(f32|f16|q8_0|q4_k_m)$")]
 
 
 _TYPED = st.builds(

@@ -19,6 +19,7 @@ from finetune.verify.suite.verdicts import Judgement
 FORMAT = "finetune finding"
 VERSION = 1
 MOST_BYTES = 1_000_000
+MOST_QUOTED = 200
 
 
 class _Written(Recipe):
@@ -109,9 +110,22 @@ def load_finding(path: Path) -> Finding:
             raise UsageError(f"{path}: there is no law {written.law!r}", hint="`ft verify --list` has them")
         case = law.kind.model_validate_json(json.dumps(written.case))
     except ValidationError as error:
-        wrong = "\n".join(f"  {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-        raise UsageError(f"{path} is no finding:\n{wrong}", hint="find it again with ft verify") from None
+        raise UsageError(f"{path} is no finding:\n{_wrong(error)}", hint="find it again with ft verify") from None
     return Finding(law, case, written.subject, written.expected, written.got)
+
+
+def _wrong(error: ValidationError) -> str:
+    """Each place that is wrong, why, and what is there, in letters that move no terminal."""
+    inside = "" if error.title == _Written.__name__ else "case."
+    lines = []
+    for each in error.errors(include_url=False):
+        there = "" if each["type"] == "missing" else f"; it is {json.dumps(each['input'], default=repr)[:MOST_QUOTED]}"
+        lines.append(f"  {inside}{'.'.join(map(_plain, each['loc']))}: {_plain(each['msg'])}{there}")
+    return "\n".join(lines)
+
+
+def _plain(word: object) -> str:
+    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in str(word))
 
 
 def tell_report(found: Verification, judgement: Judgement, replay: str) -> str:

@@ -14,7 +14,7 @@ from pydantic import Field
 from finetune.verify.doors.answers import Course, Logits, Weights
 from finetune.verify.doors.door import RefusesError
 from finetune.verify.recipes import ModelRecipe
-from finetune.verify.suite.cases import PLAIN, TINY, Pair, Rows
+from finetune.verify.suite.cases import PLAIN, TINY, Pair, Rows, one_of
 from finetune.verify.suite.trainer import Tensors, Trainer
 from finetune.verify.suite.verdicts import hold
 
@@ -42,7 +42,7 @@ class Learned(Rows):
     """Rows to learn, by a model and a kind of adapter."""
 
     model: ModelRecipe = TINY
-    kind: Annotated[str, Field(pattern="|".join(KINDS))] = "lora"
+    kind: Annotated[str, Field(pattern=one_of(KINDS))] = "lora"
 
     @property
     def settings(self) -> dict[str, Any]:

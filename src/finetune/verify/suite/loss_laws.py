@@ -10,7 +10,7 @@ from pydantic import Field
 from finetune.verify.doors.answers import Course, Gradient, Loss, Weights
 from finetune.verify.doors.door import UnsupportedError
 from finetune.verify.recipes import ModelRecipe, Recipe
-from finetune.verify.suite.cases import PAIRS, PLAIN, TINY, Pair, Rows, TokenRow, rows_of, token_rows
+from finetune.verify.suite.cases import PAIRS, PLAIN, TINY, Pair, Rows, TokenRow, one_of, rows_of, token_rows
 from finetune.verify.suite.catalogue import law
 from finetune.verify.suite.learned import (
     KINDS,
@@ -66,7 +66,7 @@ class Begun(Recipe):
     """A token row to take the first step on, with an adapter of a kind."""
 
     row: TokenRow
-    kind: Annotated[str, Field(pattern="|".join(KINDS))]
+    kind: Annotated[str, Field(pattern=one_of(KINDS))]
 
 
 @law(
@@ -127,7 +127,7 @@ class Whole(Learned):
     batch_size: Annotated[int, Field(ge=1, le=4)] = 4
     decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     clip: Annotated[float, Field(gt=0)] = 1e6
-    schedule: Annotated[str, Field(pattern="constant|linear|cosine")] = "constant"
+    schedule: Annotated[str, Field(pattern="^(constant|linear|cosine)$")] = "constant"
     rate: Annotated[float, Field(gt=0)] = 0.05
 
     @property

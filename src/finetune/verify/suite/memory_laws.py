@@ -22,9 +22,9 @@ class Counted(Recipe):
     """A model, an adapter, and the number format of the base."""
 
     model: ModelRecipe = TINY
-    kind: Annotated[str, Field(pattern="lora|dora|rank-stabilised|of two layers")] = "lora"
+    kind: Annotated[str, Field(pattern="^(lora|dora|rank-stabilised|of two layers)$")] = "lora"
     rank: Annotated[int, Field(ge=1, le=4)] = 2
-    dtype: Annotated[str, Field(pattern="float32|bfloat16")] = "float32"
+    dtype: Annotated[str, Field(pattern="^(float32|bfloat16)$")] = "float32"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def adapter_is_counted(trainer: Trainer, case: Counted) -> None:
 class Grown(Counted):
     """Which setting becomes larger."""
 
-    what: Annotated[str, Field(pattern="rank|targets|length|rows")]
+    what: Annotated[str, Field(pattern="^(rank|targets|length|rows)$")]
 
 
 _MORE: Mapping[str, Mapping[str, Any]] = {

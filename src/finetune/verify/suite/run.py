@@ -11,6 +11,7 @@ from platform import machine, python_version, system
 from typing import Any
 
 from finetune.errors import UsageError
+from finetune.verify.confine import confined_to
 from finetune.verify.doors.door import SubjectError
 from finetune.verify.doors.late import unspoilt
 from finetune.verify.recipes import Recipe
@@ -180,7 +181,7 @@ def judge_subject_again(name: str, law: CaseLaw, case: Recipe, *, python: str | 
         UsageError, MissingExtraError: there is no such subject, or it is not installed.
     """
     try:
-        with opened_trainer(name, python) as trainer:
+        with opened_trainer(name, python) as trainer, confined_to(trainer.scratch, name):
             return judge_again(law, trainer, case)
     except SubjectError as error:
         return Judgement(law.id, law.law.statement, "error", why=str(error))

@@ -6,7 +6,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from hypothesis import strategies as st
@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from finetune.verify.doors.answers import Accepted, Course, Rendered
 from finetune.verify.doors.door import SubjectError
 from finetune.verify.recipes import ModelRecipe, Recipe
-from finetune.verify.suite.cases import PLAIN, TINY, Rows
+from finetune.verify.suite.cases import PLAIN, TINY, Rows, one_of
 from finetune.verify.suite.catalogue import law
 from finetune.verify.suite.learned import ONE_ROW, QUICK, adapter_of, altered, logits_of, marks, refused, train
 from finetune.verify.suite.trainer import Trainer
@@ -37,7 +37,7 @@ _COSTLY = (
 class Hostile(Recipe):
     """A chat template that a stranger wrote."""
 
-    attack: str
+    attack: Annotated[str, Field(pattern=one_of([*_INSIDES, *_COSTLY]))]
 
 
 @law(
@@ -77,10 +77,13 @@ class _Bomb:
         return Path.touch, (self._canary,)
 
 
+_LOADED = ("", "adapter_model.bin", "rng_state.pth", "optimizer.pt", "training_args.bin")
+
+
 class Pickled(Rows):
     """Rows, and the file in whose place, or beside which, a pickle lies."""
 
-    name: str
+    name: Annotated[str, Field(pattern=one_of(_LOADED))]
 
 
 @law(
@@ -88,11 +91,7 @@ class Pickled(Rows):
     "A pickle in an adapter or in a checkpoint, by whatever name, is never loaded.",
     needs=["train", "resume", "logits"],
     oracle="a file that would be there if it had been",
-    cases=st.builds(
-        Pickled,
-        rows=ONE_ROW,
-        name=st.sampled_from(["", "adapter_model.bin", "rng_state.pth", "optimizer.pt", "training_args.bin"]),
-    ),
+    cases=st.builds(Pickled, rows=ONE_ROW, name=st.sampled_from(_LOADED)),
     examples=5,
     cost=3,
 )
@@ -123,7 +122,7 @@ def pickle_is_not_loaded(trainer: Trainer, case: Pickled) -> None:
 class Elsewhere(Recipe):
     """What an index names, or how a file leads elsewhere."""
 
-    kind: Annotated[str, Field(pattern="above|absolute|link")]
+    kind: Annotated[str, Field(pattern="^(above|absolute|link)$")]
 
 
 @law(
@@ -157,7 +156,7 @@ def weights_lie_in_their_folder(trainer: Trainer, case: Elsewhere) -> None:
 class Code(Recipe):
     """Which class a model's config names in a file of its own."""
 
-    name: str
+    name: Literal["AutoModelForCausalLM", "AutoConfig", "AutoTokenizer"]
 
 
 @law(
@@ -180,7 +179,7 @@ def code_is_not_executed(trainer: Trainer, case: Code) -> None:
 class Configured(Recipe):
     """What a configuration file says of an object to make."""
 
-    tag: str
+    tag: Literal["apply:os.mkdir", "apply:subprocess.getoutput"]
 
 
 @law(
@@ -203,7 +202,7 @@ def config_makes_no_objects(trainer: Trainer, case: Configured) -> None:
 class Linked(Rows):
     """Which folder of a run is a link."""
 
-    name: str
+    name: Literal["checkpoints", "adapter", "events.jsonl"]
 
 
 @law(

@@ -21,7 +21,7 @@ class Scheduled(Rows):
     accumulation: Annotated[int, Field(ge=1, le=4)]
     epochs: Annotated[int, Field(ge=1, le=10)]
     warmup: Annotated[int, Field(ge=0, le=5)]
-    schedule: Annotated[str, Field(pattern="constant|linear|cosine")]
+    schedule: Annotated[str, Field(pattern="^(constant|linear|cosine)$")]
 
     @property
     def steps(self) -> int:

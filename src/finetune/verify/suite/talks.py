@@ -9,7 +9,7 @@ from pydantic import Field
 
 from finetune.verify.doors.answers import TokenRow, TokenRows
 from finetune.verify.recipes import Recipe
-from finetune.verify.suite.cases import PLAIN, TEXTS, Pair
+from finetune.verify.suite.cases import PLAIN, TEXTS, Pair, Template
 from finetune.verify.suite.trainer import Trainer
 from finetune.verify.suite.verdicts import hold
 
@@ -24,7 +24,7 @@ class Talk(Recipe):
 
     system: str | None
     turns: Annotated[tuple[Pair, ...], Field(min_length=1, strict=False)]
-    template: str = "chatml"
+    template: Template = "chatml"
 
     @property
     def messages(self) -> list[dict[str, str]]:

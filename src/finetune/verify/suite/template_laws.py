@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from finetune.verify.doors.answers import Course, Rendered, TokenIds, TokenRows
 from finetune.verify.doors.door import UnsupportedError
 from finetune.verify.recipes import FEWEST_WORDS, ModelRecipe, Recipe
-from finetune.verify.suite.cases import PAIRS, PLAIN, TEXTS, TINY, Pair, Rows, rows_of
+from finetune.verify.suite.cases import PAIRS, PLAIN, TEXTS, TINY, Pair, Rows, Template, rows_of
 from finetune.verify.suite.catalogue import law
 from finetune.verify.suite.talks import CONTROL, WORDS, Talk, talks, text_of, tokenized, tokenized_row, told
 from finetune.verify.suite.trainer import Trainer
@@ -189,7 +189,7 @@ class Begun(Recipe):
 
     model: ModelRecipe
     pair: Pair
-    template: str
+    template: Template
 
 
 _BEGUN = st.builds(
@@ -238,7 +238,7 @@ def tokens_to_ask_begin_those_to_train_on(trainer: Trainer, case: Begun) -> None
 class Ended(Rows):
     """Rows, and a template."""
 
-    template: str
+    template: Template
 
 
 @law(
