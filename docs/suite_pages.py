@@ -113,8 +113,7 @@ def kill_matrix_page() -> str:
     proof = _proof()
     counts, clean, bound = proof["counts"], proof["clean_runs"], proof["false_alarm_bound"]
     total = sum(counts.values())
-    errors = sum((fault["example"] or {}).get("word") == "error" for fault in proof["faults"])
-    every = "" if proof["enough"] else " --all-laws"
+    every = "" if proof["stop_after"] else " --all-laws"
     lines = [
         "# Kill matrix",
         "",
@@ -126,21 +125,21 @@ def kill_matrix_page() -> str:
         "",
         f"- **{counts['killed']} of {total}** faults are killed ({counts['killed'] / total:.1%}), by",
         f"  {len(proof['laws'])} laws of tier {proof['tier']}; {counts['survived']} survived,",
-        f"  {counts['inert']} changed nothing that this tier asks for. Of those killed, {errors} ended the law in an",
-        "  error.",
+        f"  {counts['equivalent']} changed nothing that this tier asks for; {counts['error']} ended in an error, for",
+        "  the reason in the table. A fault is killed by a law that is broken on evidence, and by nothing else.",
         f"- **{len(proof['false_alarms'])} of {clean}** runs without a fault were called broken: with 95 %",
         f"  confidence at most {bound:.1%} of such runs are.",
         *_idle(proof["idle"]),
         f"- All of it took {proof['seconds'] / 60:.0f} minutes on the machine where it was measured.",
         "",
-        f"| fault | what goes wrong | seen in | {'first killed by' if proof['enough'] == 1 else 'killed by'} |",
+        f"| fault | what goes wrong | seen in | {'first killed by' if proof['stop_after'] == 1 else 'killed by'} |",
         "|---|---|---|---|",
     ]
     for fault in proof["faults"]:
-        by = ", ".join(f"`{law}`" for law in fault["laws"][:4]) or "".join(fault["trouble"].splitlines()[:1])
-        by += " (it ended in an error)" if (fault["example"] or {}).get("word") == "error" else ""
+        by = ", ".join(f"`{law}`" for law in fault["laws"][:4])
         more = f" and {len(fault['laws']) - 4} more" if len(fault["laws"]) > 4 else ""
-        told = f"{by}{more}" if fault["outcome"] == "killed" else f"**{fault['outcome']}**"
+        reason = "".join(fault["reason"].splitlines()[:1]).replace("|", "\\|")
+        told = f"{by}{more}" if fault["status"] == "killed" else f"**{fault['status']}**" + (reason and f": {reason}")
         lines.append(f"| {fault['fault']} `{fault['slug']}` | {fault['what']} | {fault['real']} | {told} |")
     return "\n".join(lines) + "\n"
 

@@ -65,7 +65,7 @@ def exportable_result(result: Result) -> Exportable:
         FineTuneError: the model cannot be written as GGUF.
     """
     encoder = result.encoder
-    shape, described = _describe(result.folder)
+    shape, described = describe_folder(result.folder)
     return Exportable(
         shape,
         described,
@@ -88,7 +88,7 @@ def exportable_model(name: str, backend: Backend) -> Exportable:
         FineTuneError: it cannot be found, or not be written as GGUF.
     """
     location = locate_model(name)
-    shape, described = _describe(location.folder)
+    shape, described = describe_folder(location.folder)
     tokenizer = FileTokenizer(location.folder)
     return Exportable(
         shape,
@@ -112,7 +112,7 @@ def check_exportable(location: ModelLocation) -> None:
         ModelError: its architecture, its weights or its tokenizer have no place in GGUF, or are quantised.
     """
     require_gguf()
-    shape, described = _describe(location.folder)
+    shape, described = describe_folder(location.folder)
     refuse_packed(shape, location)
     tokenizer = FileTokenizer(location.folder)
     special = _special(tokenizer, tokenizer.stop_ids)
@@ -151,7 +151,8 @@ def all_stops(exportable: Exportable, vocabulary: Vocabulary) -> tuple[int, ...]
     return tuple(dict.fromkeys([*exportable.special.stops, *named]))
 
 
-def _describe(folder: Path) -> tuple[ModelShape, Described]:
+def describe_folder(folder: Path) -> tuple[ModelShape, Described]:
+    """The shape of the model in a folder, and what GGUF says of it."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     shape = read_shape(folder)
     return shape, describe_model(config, tied=shape.tied_head, vocab_size=_rows(shape))

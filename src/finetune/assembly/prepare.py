@@ -89,7 +89,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
             hint="raise tokens.max_length, or look at what the rows hold",
         )
     rehearsal = _encode_file(encoder, config.data.rehearsal, plan, notes)
-    held_out = _held_out(encoder, plan, held, notes)
+    held_out = encode_held_out(encoder, plan, held, notes)
     if not (held_out and held_out.rows) and (problems := unwatched_problems(config, plan.origins)):
         raise ConfigError(problems)
     trained = {row.where for row in train.rows}
@@ -238,7 +238,8 @@ def _encode_file(encoder: Encoder, name: str | None, plan: Plan, notes: list[str
     return encoder.encode(shaped, plan)
 
 
-def _held_out(encoder: Encoder, plan: Plan, held: list[Example], notes: list[str]) -> Encoded | None:
+def encode_held_out(encoder: Encoder, plan: Plan, held: list[Example], notes: list[str]) -> Encoded | None:
+    """The rows to measure the loss on: a file of their own, or those held out; None where there are none."""
     if plan.config.data.valid is not None:
         return _encode_file(encoder, plan.config.data.valid, plan, notes)
     if not held:

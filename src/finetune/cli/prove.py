@@ -1,4 +1,4 @@
-"""`ft prove`: plant faults in our own trainer, and count what the suite catches."""
+"""`ft prove`: plant faults in our own trainer, and count what the suite kills."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,11 +16,17 @@ TierNumber = Annotated[int, typer.Option("--tier", min=1, max=2, help="The laws 
 FaultNames = Annotated[
     list[str] | None, typer.Option("--fault", metavar="ID", help="Only this fault, by id or name; can be repeated.")
 ]
-Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Plantings at once. Default: one a processor.")]
+Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Faults at once. Default: one a processor.")]
 EngineName = Annotated[str, typer.Option("--engine", help="processes here, or ray: over a Ray cluster.")]
 Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Clean runs, each with a seed of its own.")]
 AllLaws = Annotated[
-    bool, typer.Option("--all-laws", help="Ask every law of every fault, and not only until one has caught it.")
+    bool, typer.Option("--all-laws", help="Ask every law of every fault, and not only until one has killed it.")
+]
+BackendName = Annotated[str, typer.Option("--backend", help="Plant in this backend: reference, torch or mlx.")]
+LawSeconds = Annotated[float, typer.Option("--law-seconds", min=0.1, help="Judge no law longer than this.")]
+Against = Annotated[
+    Path | None,
+    typer.Option("--against", help="A kill-matrix.json: fail where a law kills a fault no more. Asks every law."),
 ]
 Output = Annotated[Path, typer.Option("--output", help="A folder for proof.json and proof.html.")]
 List = Annotated[bool, typer.Option("--list", help="Only name the faults.")]
@@ -30,17 +36,21 @@ def command(
     *,
     tier: TierNumber = 1,
     fault: FaultNames = None,
+    backend: BackendName = "reference",
     jobs: Jobs = None,
     engine: EngineName = "processes",
     seeds: Seeds = 20,
     all_laws: AllLaws = False,
+    law_seconds: LawSeconds = 30.0,
+    against: Against = None,
     output: Output = Path("proof"),
     list_faults: List = False,
     json_output: AsJson = False,
 ) -> int:
-    """Plant real faults in our own trainer, each in its own process, and count what the suite catches.
+    """Plant real faults in our own trainer, each in its own process, and count what the suite kills.
 
-    Exits with 0 when every fault was killed and no clean run was called broken, and with 1 otherwise.
+    Exits with 0 when every fault was killed, no clean run was called broken and no kill of --against was lost, and
+    with 1 otherwise.
     """
     from importlib.util import find_spec
 
@@ -48,9 +58,12 @@ def command(
         raise MissingExtraError("ft prove needs Hypothesis", hint="pip install 'finetune-suite[verify]'")
     if engine not in ("processes", "ray"):
         raise UsageError(f"there is no engine {engine!r}", hint="choose processes or ray")
-    from finetune.verify.prove.campaign import chosen_faults
+    from finetune.backends import require_backend
+    from finetune.verify.prove.baseline import lost_kills, read_baseline
+    from finetune.verify.prove.campaign import Campaign, Spread, chosen_faults, prove, workers_here
 
-    chosen = chosen_faults(fault or ())
+    require_backend(backend)
+    chosen = chosen_faults(fault or (), backend)
     if list_faults:
         if json_output:
             print_json(
@@ -59,23 +72,30 @@ def command(
         else:
             print_data("\n".join(f"{each.id} {each.slug}: {each.what}" for each in chosen))
         return 0
+    baseline = read_baseline(against) if against else None
+    if baseline and (baseline["tier"], baseline["backend"]) != (tier, backend):
+        kind = f"--tier {baseline['tier']} --backend {baseline['backend']}"
+        raise UsageError(f"{against} is of another campaign", hint=f"say {kind}")
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is no folder", hint="name a new folder, or one of an earlier campaign")
     from finetune.interrupts import terminated_as_interrupted
     from finetune.report.matrix import render_matrix
-    from finetune.verify.prove.campaign import Spread, prove, workers_here
     from finetune.verify.prove.place import write_proof
 
     spread = Spread("ray" if engine == "ray" else "processes", jobs or workers_here())
+    campaign = Campaign(tier, seeds, 0 if all_laws or against else 1, backend, law_seconds)
     with terminated_as_interrupted():
-        found = prove(chosen, tier=tier, seeds=seeds, enough=0 if all_laws else 1, spread=spread, tell=say)
+        found = prove(chosen, campaign, spread=spread, tell=say)
+    lost = lost_kills(found, baseline) if baseline else []
     page = write_proof(found, output, render_matrix(found.as_dict()))
     if json_output:
         print_json(found.as_dict())
     else:
         _print(found)
         say(f"the kill matrix: {page}")
-    return 0 if found.passes else 1
+    for sentence in lost:
+        say(f"LOST: {sentence}")
+    return 0 if found.passes and not lost else 1
 
 
 def _print(found: "Proof") -> None:
@@ -84,19 +104,20 @@ def _print(found: "Proof") -> None:
     from finetune.verify.prove.campaign import by_stage
 
     table = Table("stage", "killed", "of", box=None)
-    for stage, (killed, count) in by_stage(found.fates).items():
+    for stage, (killed, count) in by_stage(found.results).items():
         table.add_row(stage, str(killed), str(count))
     data_console().print(table)
-    for fate in (*found.killed("survived"), *found.killed("inert")):
-        fault = fate.fault
+    for result in (each for each in found.results if each.status != "killed"):
+        fault = result.fault
         beyond = f" (only tier {fault.tier} can see it)" if fault.tier > found.tier else ""
-        print_data(f"{fate.outcome.upper()} {fault.id} {fault.slug} {fault.real}: {fault.what}{beyond}")
+        reason = f" ({result.reason[:300]})" if result.reason else ""
+        print_data(f"{result.status.upper()} {fault.id} {fault.slug} {fault.real}: {fault.what}{beyond}{reason}")
     for seed, laws in found.false_alarms.items():
         print_data(f"FALSE ALARM with seed {seed}: {', '.join(laws)}")
     if found.idle:
-        print_data(f"caught no fault: {', '.join(found.idle)}")
-    share = len(found.killed()) / len(found.fates) if found.fates else 0.0
-    print_data(f"tier {found.tier}: {len(found.killed())} of {len(found.fates)} faults killed ({share:.1%})")
+        print_data(f"killed no fault: {', '.join(found.idle)}")
+    killed, of = len(found.of_status("killed")), len(found.results)
+    print_data(f"tier {found.tier}: {killed} of {of} faults killed ({killed / of if of else 0.0:.1%})")
     print_data(
         f"{len(found.false_alarms)} of {len(found.clean)} clean runs called broken: with 95 % confidence at most "
         f"{found.false_alarm_bound:.1%} of such runs are"

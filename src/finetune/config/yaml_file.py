@@ -30,7 +30,7 @@ class YamlFile:
         return f"{self.path} {key}" if line is None else f"{self.path}:{line} {key}"
 
 
-class _Loader(yaml.SafeLoader):
+class ConfigLoader(yaml.SafeLoader):
     """YAML's safe loader with dates left as text."""
 
     # Built anew so that nobody else's loader changes; a date-like branch name stays the text it is.
@@ -46,7 +46,7 @@ def read_yaml(path: Path) -> YamlFile:
     if problem:
         return YamlFile(path, problems=[problem])
     try:
-        loader = _Loader(text)
+        loader = ConfigLoader(text)
         node = loader.get_single_node()
         duplicates = [] if node is None else _duplicates(node, "", set())
         values = None if node is None else loader.construct_document(node)
@@ -68,7 +68,7 @@ def read_yaml(path: Path) -> YamlFile:
 def read_scalar(text: str) -> Any:
     """What a word typed in a shell means in YAML: `null` is None, `[a, b]` a list; broken YAML stays the text it is."""
     try:
-        return _Loader(text).get_single_data()
+        return ConfigLoader(text).get_single_data()
     except _REFUSALS:
         return text
 

@@ -219,18 +219,19 @@ def stored(described: Described, name: str, weight: Array) -> Array:
     module, family = name.split(".")[-2] if "." in name else name, described.family
     if module in family.turned and weight.ndim == 2:
         return weight.T
-    if heads := _permuted_heads(described, module):
+    if heads := permuted_heads(described, module):
         return interleave(weight, heads)
     return weight + family.norm_offset if module.endswith("norm") else weight
 
 
 def interleaved_rows(described: Described, name: str, rows: Array) -> Array:
     """The rows that a weight of this name makes, in the order in which GGUF stores them."""
-    heads = _permuted_heads(described, name.split(".")[-2])
+    heads = permuted_heads(described, name.split(".")[-2])
     return interleave(rows, heads) if heads else rows
 
 
-def _permuted_heads(described: Described, module: str) -> int:
+def permuted_heads(described: Described, module: str) -> int:
+    """How many heads a module's rows are permuted by; 0 where they stay in order."""
     if not described.family.permuted:
         return 0
     return {"q_proj": described.heads, "k_proj": described.kv_heads}.get(module, 0)

@@ -43,7 +43,7 @@ class ModelFiles:
     @property
     def rounding(self) -> Outtype:
         """The coarsest type that a weight is rounded to which was not of that type before."""
-        kinds = {self._kind(name) for name in self.base.names() if not self._kept(name)}
+        kinds = {self.kind(name) for name in self.base.names() if not self._kept(name)}
         return next((outtype for kind, outtype in _ROUNDING.items() if kind in kinds), "f32")
 
     def write(self, folder: Path) -> None:
@@ -80,7 +80,7 @@ class ModelFiles:
         for name in names:
             start, end = end, end + self._bytes(name)
             header[name] = {
-                "dtype": self._kind(name), "shape": list(self.base.shape(name)), "data_offsets": [start, end]
+                "dtype": self.kind(name), "shape": list(self.base.shape(name)), "data_offsets": [start, end]
             }  # fmt: skip
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -95,30 +95,32 @@ class ModelFiles:
         for name in sorted(there ^ wanted):
             yield f"{name} is {'not wanted' if name in there else 'missing'}"
         for name in sorted(there & wanted):
-            if (found.kind(name), found.shape(name)) != (self._kind(name), self.base.shape(name)):
-                yield f"{name} is {found.kind(name)} of {found.shape(name)}, not {self._kind(name)} of the base's shape"
+            if (found.kind(name), found.shape(name)) != (self.kind(name), self.base.shape(name)):
+                yield f"{name} is {found.kind(name)} of {found.shape(name)}, not {self.kind(name)} of the base's shape"
             elif found.raw(name) != self._content(name):
                 yield f"{name} holds other numbers than base and adapter give"
 
     def _content(self, name: str) -> bytes:
-        return self.base.raw(name) if self._kept(name) else self._converted(name)
+        return self.base.raw(name) if self._kept(name) else self.convert(name)
 
-    def _kind(self, name: str) -> str:
+    def kind(self, name: str) -> str:
+        """The kind of number that a tensor is written in."""
         kind = self.base.kind(name)
         return kind if self.dtype is None or kind not in _SIZES else KINDS[self.dtype]
 
     def _kept(self, name: str) -> bool:
         """Whether one is written byte for byte as the base has it."""
         changed = isinstance(self.source, Merged) and self.source.changes(name)
-        return not changed and self._kind(name) == self.base.kind(name)
+        return not changed and self.kind(name) == self.base.kind(name)
 
     def _bytes(self, name: str) -> int:
         if self._kept(name):
             return self.base.size(name)
-        return int(np.prod(self.base.shape(name))) * _SIZES[self._kind(name)]
+        return int(np.prod(self.base.shape(name))) * _SIZES[self.kind(name)]
 
-    def _converted(self, name: str) -> bytes:
-        weight, kind = self.source.read(name), self._kind(name)
+    def convert(self, name: str) -> bytes:
+        """The bytes of a tensor in the kind of number that it is written in."""
+        weight, kind = self.source.read(name), self.kind(name)
         if kind == "BF16":
             return _to_bfloat16(weight).tobytes()
         if kind == "F16" and (largest := float(np.abs(weight).max(initial=0))) > LARGEST_HALF:

@@ -70,7 +70,7 @@ def describe_vocabulary(tokenizer: Mapping[str, Any], special: Special, rows: in
         if model.get(key):
             raise ModelError(f"tokenizer.json: {key} is {model[key]!r}, which llama.cpp has not")
     pieces = bool(model.get("byte_fallback"))
-    texts, types = _tokens(model["vocab"], added, rows, pieces=pieces)
+    texts, types = list_tokens(model["vocab"], added, rows, pieces=pieces)
     needs_strip = _needs_strip(added)
     metadata: dict[str, Any] = {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": types}
     form = ""
@@ -79,7 +79,7 @@ def describe_vocabulary(tokenizer: Mapping[str, Any], special: Special, rows: in
     else:
         metadata |= _byte_level(tokenizer, model)
         form = _form(tokenizer.get("normalizer"))
-    ids, notes = _special_keys(special, texts)
+    ids, notes = special_keys(special, texts)
     if metadata.get("tokenizer.ggml.pre") in ASCII_ONLY:
         form = "ASCII"
     if form:
@@ -87,7 +87,7 @@ def describe_vocabulary(tokenizer: Mapping[str, Any], special: Special, rows: in
     return Vocabulary(metadata | ids, needs_strip, form, notes)
 
 
-def _tokens(
+def list_tokens(
     vocab: Mapping[str, int], added: Sequence[Mapping[str, Any]], rows: int, *, pieces: bool
 ) -> tuple[list[str], list[int]]:
     """Text and type of every id, up to the last row."""
@@ -235,7 +235,7 @@ def _needs_strip(added: Sequence[Mapping[str, Any]]) -> bool:
     return bool(swallowing)
 
 
-def _special_keys(special: Special, texts: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def special_keys(special: Special, texts: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The ids that have a task; the tokens that end an answer are the end-of-text token and two more at most."""
     keys: dict[str, Any] = {
         # Without this key llama.cpp takes token 11 for the one that begins text.

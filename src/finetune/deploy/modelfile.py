@@ -41,14 +41,14 @@ def write_modelfile(recipe: Modelfile) -> str:
     Raises:
         UsageError: a value holds what no Modelfile can.
     """
-    lines = [f"FROM {_quoted(recipe.source, 'FROM')}"]
+    lines = [f"FROM {quote(recipe.source, 'FROM')}"]
     for name, value in recipe.parameters:
         if not _PARAMETER.fullmatch(name):
             raise UsageError(
                 f"a Modelfile cannot hold the parameter {name!r}", hint="names are ASCII letters, digits and _"
             )
-        lines.append(f"PARAMETER {name} {_quoted(str(value), f'PARAMETER {name}')}")
-    lines += [f"{word} {_quoted(text, word)}" for word, text in _texts(recipe)]
+        lines.append(f"PARAMETER {name} {quote(str(value), f'PARAMETER {name}')}")
+    lines += [f"{word} {quote(text, word)}" for word, text in _texts(recipe)]
     return "\n".join(lines) + "\n"
 
 
@@ -57,7 +57,8 @@ def _texts(recipe: Modelfile) -> list[tuple[str, str]]:
     return [(word, text) for word, text in named if text] + [("LICENSE", text) for text in recipe.licenses]
 
 
-def _quoted(text: str, word: str) -> str:
+def quote(text: str, word: str) -> str:
+    """A text in the quotes of a Modelfile; one that would end them, or that nobody can see, is refused."""
     if odd := next((each for each in text if not (each.isprintable() or each in "\t\r\n")), None):
         raise UsageError(
             f"a Modelfile cannot hold the character U+{ord(odd):04X} of {word}: Ollama leaves it out as it reads",

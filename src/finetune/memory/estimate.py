@@ -33,10 +33,10 @@ def adapter_parameters(shape: ModelShape, target: AdapterTarget) -> int:
     """How many numbers are trained: rank x (inputs + outputs) for each adapted layer, with DoRA its outputs again, and
     every weight of a module that is trained whole.
     """
-    return _in_float32(shape, target) + _saved(shape, target)
+    return lora_parameters(shape, target) + _saved(shape, target)
 
 
-def _in_float32(shape: ModelShape, target: AdapterTarget) -> int:
+def lora_parameters(shape: ModelShape, target: AdapterTarget) -> int:
     """The numbers of the adapter proper, which are float32 at least."""
     hit = [layer for layer in shape.linear_layers if layer.name.rsplit(".", 1)[-1] in target.modules]
     pairs = sum(target.rank_of(layer.name) * sum(layer.shape) for layer in hit)
@@ -76,7 +76,7 @@ def estimate_memory(shape: ModelShape, target: AdapterTarget | None, dtype: str)
     trainable = shape.parameters if target is None else adapter_parameters(shape, target)
     trained = trainable * size
     if target is not None:
-        trained = _in_float32(shape, target) * max(size, ADAPTER_BYTES) + _saved(shape, target) * size
+        trained = lora_parameters(shape, target) * max(size, ADAPTER_BYTES) + _saved(shape, target) * size
     return Estimate(
         weights=weight_bytes(shape, dtype),
         adapter=0 if target is None else trained,

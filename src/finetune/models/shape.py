@@ -91,7 +91,7 @@ def weight_files(folder: Path) -> list[Path]:
         ModelError: there is none, the index is broken or names a file outside the folder or one that is missing, a
             file is a link that leads out of the folder, or the index passes over `model.safetensors`.
     """
-    single, indexed = folder / "model.safetensors", _indexed(folder)
+    single, indexed = folder / "model.safetensors", indexed_files(folder)
     files = indexed or ([single] if single.exists() else sorted(folder.glob("*.safetensors")))
     if not files:
         raise ModelError(f"{folder} holds no .safetensors weights", hint="get the model again")
@@ -116,7 +116,7 @@ def refuse_leading_out(file: Path) -> None:
         )
 
 
-def _indexed(folder: Path) -> list[Path]:
+def indexed_files(folder: Path) -> list[Path]:
     """The files that an index names; none where there is no index."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():

@@ -9,7 +9,7 @@ from finetune.report.numbers import say_count, say_percent, say_seconds
 
 _CELL = 11
 _LEFT, _TOP, _GAP = 250, 150, 6
-_WORDS = {"killed": "killed", "survived": "survived", "inert": "changed nothing"}
+_WORDS = {"killed": "killed", "survived": "survived", "equivalent": "changed nothing", "error": "not judged"}
 
 
 def render_matrix(proof: Mapping[str, Any]) -> str:
@@ -20,7 +20,8 @@ def render_matrix(proof: Mapping[str, Any]) -> str:
     tiles = [
         ("Faults killed", f"{say_count(killed)} of {say_count(count)}", say_percent(killed / count) if count else ""),
         ("Survived", say_count(proof["counts"]["survived"]), "changed an answer, and no law broke"),
-        ("Changed nothing", say_count(proof["counts"]["inert"]), "no law asked for what they change"),
+        ("Changed nothing", say_count(proof["counts"]["equivalent"]), "no law asked for what they change"),
+        ("Not judged", say_count(proof["counts"]["error"]), "not planted, never called, or seen in errors alone"),
         (
             "False alarms",
             f"{len(proof['false_alarms'])} of {say_count(proof['clean_runs'])}",
@@ -31,7 +32,7 @@ def render_matrix(proof: Mapping[str, Any]) -> str:
         title=f"Kill matrix, tier {proof['tier']}",
         lead=f"{say_count(len(proof['laws']))} laws, {say_seconds(proof['seconds'])} in all",
         tiles=tiles,
-        enough=proof["enough"],
+        stop_after=proof["stop_after"],
         picture=_picture(faults, proof["laws"]),
         rows=[_row(fault) for fault in faults],
         idle=proof["idle"],
@@ -47,7 +48,7 @@ def _picture(faults: Sequence[Mapping[str, Any]], laws: Sequence[str]) -> dict[s
         if stage and fault["stage"] != stage:
             y += _GAP
         stage = fault["stage"]
-        labels.append({"y": y, "text": f"{fault['fault']} {fault['slug']}", "outcome": fault["outcome"]})
+        labels.append({"y": y, "text": f"{fault['fault']} {fault['slug']}", "status": fault["status"]})
         hits = [law for law in fault["laws"] if law in places]
         cells += [{"x": places[law], "y": y, "tip": f"{fault['slug']}: {law}", "first": law == hits[0]} for law in hits]
         y += _CELL
@@ -74,11 +75,11 @@ def _row(fault: Mapping[str, Any]) -> dict[str, Any]:
         "slug": fault["slug"],
         "what": fault["what"],
         "real": fault["real"],
-        "outcome": _WORDS[fault["outcome"]],
-        "kind": "holds" if fault["outcome"] == "killed" else "broken",
+        "outcome": _WORDS[fault["status"]],
+        "kind": "holds" if fault["status"] == "killed" else "broken",
         "laws": fault["laws"],
         "seconds": say_seconds(fault["seconds_to_kill"]) if fault["seconds_to_kill"] is not None else "",
         "expected": example["expected"] if case else "",
-        "got": example["got"] if case else fault["trouble"] or (example["why"] if example else ""),
+        "got": example["got"] if case else fault["reason"] or (example["why"] if example else ""),
         "case": json.dumps(case, ensure_ascii=False) if case else "",
     }

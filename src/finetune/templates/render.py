@@ -61,7 +61,7 @@ class ChatTemplate:
         return self._assemble(conversation, asking=True)
 
     def _assemble(self, conversation: Conversation, *, asking: bool) -> Rendered:
-        messages = self._fitting(conversation)
+        messages = self.fit_messages(conversation)
         where = conversation.where
         pieces = self._cut(messages, where, add_generation_prompt=asking)
         segments: list[Segment] = []
@@ -93,7 +93,7 @@ class ChatTemplate:
         ending = "".join(segment.text for segment in segments[answer + 1 :] if segment.trained)
         return tuple(dict.fromkeys(self._control.findall(ending)))
 
-    def _fitting(self, conversation: Conversation) -> tuple[Message, ...]:
+    def fit_messages(self, conversation: Conversation) -> tuple[Message, ...]:
         """The messages with an alpaca input joined to its instruction, for templates that know no such role."""
         if self.name == "alpaca" or all(message.role != "input" for message in conversation.messages):
             return conversation.messages

@@ -52,7 +52,7 @@ def fit_rows(rows: Iterable[Marked], *, max_length: int, overlong: Overlong, dro
         told["read"] += 1
         pieces = [row]
         if len(row.ids) > max_length:
-            pieces = _fit(row, max_length, overlong)
+            pieces = shorten_row(row, max_length, overlong)
             refused += [f"{row.where}: {len(row.ids)} tokens"] if overlong == "refuse" else []
         learned = [piece for piece in (piece.tokenized() for piece in pieces) if piece.target_count]
         kept += learned
@@ -74,7 +74,7 @@ def fit_rows(rows: Iterable[Marked], *, max_length: int, overlong: Overlong, dro
     return Encoded(tuple(kept), counts)
 
 
-def _fit(row: Marked, max_length: int, overlong: Overlong) -> list[Marked]:
+def shorten_row(row: Marked, max_length: int, overlong: Overlong) -> list[Marked]:
     """What is left of a row that is too long: nothing, one shorter row, or its pieces."""
     if overlong == "truncate_prompt":
         removable = [index for index, mark in enumerate(row.marks) if mark == REMOVABLE]

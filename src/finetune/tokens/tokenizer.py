@@ -36,7 +36,7 @@ class FileTokenizer:
         self.eos_id = self._known(self.eos)
         self.bos_id = self._known(self.bos) if self.bos else None
         self.pad_id = self._known(pad) if pad else self.eos_id
-        self.adds_bos = self._prepends_bos(settings)
+        self.adds_bos = self.prepends_bos(settings)
         self.chat_template = _chat_template(folder, settings)
         generation = _read_json(folder / "generation_config.json").get("eos_token_id", [])
         extra = generation if isinstance(generation, list) else [generation]
@@ -99,7 +99,8 @@ class FileTokenizer:
             raise ModelError(f"{self.folder}: token {token!r} is named in the settings but not in the vocabulary")
         return int(number)
 
-    def _prepends_bos(self, settings: dict[str, Any]) -> bool:
+    def prepends_bos(self, settings: dict[str, Any]) -> bool:
+        """Whether this tokenizer puts a begin-of-text token in front of a text by itself."""
         if self.bos_id is None:
             return False
         if self._markup.encode("a").ids[:1] == [self.bos_id]:

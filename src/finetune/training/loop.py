@@ -65,7 +65,7 @@ def train(
             if step <= done_steps:
                 continue
             due = held_out and (step % plan.evaluate_every == 0 or step == plan.end)
-            for event in _one_step(session, window, plan, step, epoch + (index + 1) / len(windows)):
+            for event in training_step(session, window, plan, step, epoch + (index + 1) / len(windows)):
                 # Before `StepDone`, when listeners save: what came after it would be missing from a resumed run.
                 if due and isinstance(event, StepDone):
                     yield HeldOutLoss(step, *mean_loss(session, held_out))
@@ -73,7 +73,10 @@ def train(
         epoch += 1
 
 
-def _one_step(session: Session, window: Sequence[Batch], plan: LoopPlan, step: int, epoch: float) -> Iterator[Event]:
+def training_step(
+    session: Session, window: Sequence[Batch], plan: LoopPlan, step: int, epoch: float
+) -> Iterator[Event]:
+    """One optimizer step over the batches of a window, and what it tells."""
     import psutil
 
     started = time.perf_counter()

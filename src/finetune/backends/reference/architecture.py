@@ -81,7 +81,7 @@ def read_architecture(config: Mapping[str, Any], owner: str) -> Architecture:
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
         **{key: value for key, value in config.items() if value is not None},
-        "rope_theta": _rope_theta(config, owner),
+        "rope_theta": rope_theta(config, owner),
     }
     for name, kind in Architecture.__annotations__.items():
         value = values.get(name)
@@ -106,7 +106,7 @@ def _refuse_extras(config: Mapping[str, Any], owner: str) -> None:
         raise ModelError(f"{owner} has {key} {odd[key]!r}; the reference backend computes {told} only", hint=_HINT)
 
 
-def _rope_theta(config: Mapping[str, Any], owner: str) -> Any:
+def rope_theta(config: Mapping[str, Any], owner: str) -> Any:
     """RoPE's base, from `rope_parameters` or, in older configs, from `rope_theta` next to `rope_scaling`."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope

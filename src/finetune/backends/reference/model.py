@@ -99,7 +99,7 @@ class Pass:
         y = x @ weight.T
         adapter_back: Backward | None = None
         if self.adapter and path in self.adapter.pairs:
-            added, adapter_back = self._added(path, x, y)
+            added, adapter_back = self.adapter_output(path, x, y)
             y += added
 
         def backward(dy: Array) -> Array:
@@ -112,7 +112,7 @@ class Pass:
 
         return y, backward
 
-    def _added(self, path: str, x: Array, y: Array) -> tuple[Array, Backward]:
+    def adapter_output(self, path: str, x: Array, y: Array) -> tuple[Array, Backward]:
         """What the adapter adds to y = x W^T: z = s dropout(x) A^T B^T, and with DoRA g z + (g - 1) y.
 
         g is what each output is stretched by. Where x is dropped, the y that is stretched is that of dropout(x).

@@ -234,7 +234,7 @@ class ReferenceSession:
             return trip.linear(HEAD, hidden)[0].reshape(*ids.shape, -1)
 
     def _summed_loss(self, trip: Pass, batch: Batch) -> tuple[float, Callable[[float], Array]]:
-        ids, targets, here, starts = self._arrays(batch)
+        ids, targets, here, starts = self.arrays_of(batch)
         hidden, hidden_back = trip.hidden(ids, starts)
         # Logits are made only where a target follows: most positions of a prompt never need any.
         logits, head_back = trip.linear(HEAD, hidden[here])
@@ -247,7 +247,7 @@ class ReferenceSession:
 
         return loss, backward
 
-    def _arrays(
+    def arrays_of(
         self, batch: Batch
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:
         """Ids (sequences, length), targets (n,), where their logits are, and where each token's row starts."""

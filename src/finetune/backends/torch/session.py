@@ -242,7 +242,7 @@ class TorchSession:
         return {name: tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad}
 
     def _summed_loss(self, batch: Batch) -> torch.Tensor:
-        inputs, targets, here = self._tensors(batch)
+        inputs, targets, here = self.tensors_of(batch)
         # Logits are made only where a target follows: most positions of a prompt never need any.
         asked = {**inputs, "logits_to_keep": here, "use_cache": False}
         head = self._head
@@ -257,7 +257,7 @@ class TorchSession:
         with self._at_rest(), torch.no_grad():
             return head_loss.find_head(self.model)
 
-    def _tensors(self, batch: Batch) -> tuple[dict[str, torch.Tensor | None], torch.Tensor, torch.Tensor]:
+    def tensors_of(self, batch: Batch) -> tuple[dict[str, torch.Tensor | None], torch.Tensor, torch.Tensor]:
         """What the model is given, targets (n,), and where their logits are (sequences, length) bool."""
         sequences = batch.sequences
         length = max(sum(len(row.ids) for row in sequence) for sequence in sequences)

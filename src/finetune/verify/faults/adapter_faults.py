@@ -1,19 +1,41 @@
 """Faults of saving an adapter and of loading it."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from finetune.backends.reference import adapter as files
 from finetune.backends.reference import session as reference
-from finetune.backends.reference.session import ReferenceSession
 from finetune.errors import ModelError
-from finetune.models.peft_files import read_settings
+from finetune.models.peft_files import WEIGHTS, read_settings
 from finetune.records import AdapterTarget
-from finetune.verify.faults.fault import fault, plant
+from finetune.verify.faults.fault import backend_under_judgement, fault, plant
+from finetune.verify.faults.sessions import plant_session
+
+
+def _in_files(spoil: Callable[[dict[str, Any], dict[str, Any]], object]) -> None:
+    """Spoil the settings and the tensors of every adapter that is saved, whichever backend wrote it."""
+
+    def save(right: Any, session: Any, folder: Path) -> None:
+        right(session, folder)
+        place = folder / "adapter_config.json"
+        settings, tensors = json.loads(place.read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
+        spoil(settings, tensors)
+        place.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    plant_session("save_adapter", save)
+
+
+def _keep(tensors: dict[str, Any], named: Callable[[str], bool]) -> None:
+    for name in [name for name in tensors if not named(name)]:
+        del tensors[name]
 
 
 @fault(
@@ -24,11 +46,7 @@ from finetune.verify.faults.fault import fault, plant
 )
 def scale_not_saved() -> None:
     """The reader's default is 1."""
-
-    def settings(right: Any, target: AdapterTarget, *rest: Any, **named: Any) -> None:
-        right(replace(target, alpha=float(target.rank)), *rest, **named)
-
-    plant(files, "write_settings", settings)
+    _in_files(lambda settings, tensors: settings.update(lora_alpha=float(settings["r"])))
 
 
 @fault(
@@ -36,6 +54,7 @@ def scale_not_saved() -> None:
     "adapter.missing_keys_tolerated",
     real="PEFT #2118, mlx-lm #1727",
     what="Tensors that are missing or have other names are passed over, and stay as they begin.",
+    backends=("reference",),
 )
 def missing_keys_tolerated() -> None:
     """`strict=False`."""
@@ -55,6 +74,7 @@ def missing_keys_tolerated() -> None:
     "adapter.shapes_tolerated",
     real="PEFT #2084",
     what="A tensor of another shape than the model needs is cut to it.",
+    backends=("reference",),
 )
 def shapes_tolerated() -> None:
     """`ignore_mismatched_sizes`, and what fits is taken."""
@@ -82,7 +102,7 @@ def shapes_tolerated() -> None:
 )
 def adapter_ignored() -> None:
     """Nothing is loaded, and nobody says so."""
-    plant(ReferenceSession, "load_adapter", lambda right, session, folder: None)
+    plant_session("load_adapter", lambda right, session, folder: None)
 
 
 @fault(
@@ -94,10 +114,11 @@ def adapter_ignored() -> None:
 def extra_modules_lost() -> None:
     """Only A and B are written, and the settings know of nothing else."""
 
-    def write(right: Any, adapter: Any, *rest: Any) -> None:
-        right(replace(adapter, target=replace(adapter.target, saved=()), saved={}), *rest)
+    def lose(settings: dict[str, Any], tensors: dict[str, Any]) -> None:
+        settings["modules_to_save"] = None
+        _keep(tensors, lambda name: "lora_" in name)
 
-    plant(reference, "write_adapter", write)
+    _in_files(lose)
 
 
 @fault(
@@ -105,6 +126,7 @@ def extra_modules_lost() -> None:
     "adapter.rslora_set_scale",
     real="PEFT #2733",
     what="An adapter that is rank-stabilised is scaled as a plain one.",
+    backends=("reference", "mlx"),
 )
 def root_forgotten() -> None:
     """Alpha / r instead of alpha / sqrt(r)."""
@@ -116,6 +138,7 @@ def root_forgotten() -> None:
     "adapter.wrong_base_accepted",
     real="vllm #34186, #55193",
     what="What an adapter holds for layers that the base has not is dropped without a word.",
+    backends=("reference", "mlx"),
 )
 def wrong_base_accepted() -> None:
     """Names that match nothing count for nothing."""
@@ -123,7 +146,8 @@ def wrong_base_accepted() -> None:
     def check(right: Any, saved: Any, expected: Mapping[str, Any], folder: Path) -> None:
         right({name: shape for name, shape in saved.items() if name in expected}, expected, folder)
 
-    plant(files, "check_tensor_shapes", check)
+    files_here = import_module(f"finetune.backends.{backend_under_judgement()}.adapter")
+    plant(files_here, "check_tensor_shapes", check)
 
 
 @fault(
@@ -131,16 +155,17 @@ def wrong_base_accepted() -> None:
     "adapter.requires_grad_coupled",
     real="PEFT #2765",
     what="An adapter that is loaded to answer with can be trained.",
+    backends=("reference",),
 )
 def loaded_is_trainable() -> None:
     """To put it on is to thaw it."""
 
-    def load(right: Any, session: ReferenceSession, folder: Path) -> None:
+    def load(right: Any, session: Any, folder: Path) -> None:
         right(session, folder)
         assert session.adapter is not None
         session.trainable = session.adapter.tensors()
 
-    plant(ReferenceSession, "load_adapter", load)
+    plant_session("load_adapter", load)
 
 
 @fault(
@@ -151,23 +176,15 @@ def loaded_is_trainable() -> None:
 )
 def stale_names() -> None:
     """The layers of the MLP are not among them."""
-
-    def write(right: Any, adapter: Any, *rest: Any) -> None:
-        pairs = {path: pair for path, pair in adapter.pairs.items() if ".mlp." not in path}
-        lengths = {path: each for path, each in adapter.magnitudes.items() if path in pairs}
-        right(replace(adapter, pairs=pairs, magnitudes=lengths), *rest)
-
-    plant(reference, "write_adapter", write)
+    _in_files(lambda settings, tensors: _keep(tensors, lambda name: ".mlp." not in name))
 
 
 @fault("A193", "adapter.saved_in_half", real="", what="An adapter is saved in half precision and comes back rounded.")
 def saved_in_half() -> None:
     """Eleven bits of every number are left."""
 
-    def write(right: Any, adapter: Any, *rest: Any) -> None:
-        def half(tensor: Any) -> Any:
-            return tensor.astype(np.float16).astype(np.float64)
+    def half(settings: dict[str, Any], tensors: dict[str, Any]) -> None:
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.astype(np.float16).astype(tensor.dtype)
 
-        right(replace(adapter, pairs={path: (half(a), half(b)) for path, (a, b) in adapter.pairs.items()}), *rest)
-
-    plant(reference, "write_adapter", write)
+    _in_files(half)

@@ -7,27 +7,26 @@ from typing import Any
 import numpy as np
 
 from finetune.assembly import train
-from finetune.backends.reference.session import ReferenceSession
 from finetune.records import Batch, Tokenized
 from finetune.tokens import batch as batching
 from finetune.tokens import fit
 from finetune.tokens.encode import Marked
 from finetune.verify.faults.fault import fault, plant
-from finetune.verify.faults.mask_faults import Arrays, in_arrays, shifted
+from finetune.verify.faults.sessions import Arrays, pad_of, plant_arrays, plant_session, shifted
 
 Right = Callable[..., Any]
 
 
 @fault("A100", "pack.no_boundary", real="TRL #1230", what="rows that share a sequence see those before them")
 def _neighbours_are_seen() -> None:
-    in_arrays(lambda session, batch, ids, here, starts: shifted(ids, here, np.zeros_like(starts)))
+    plant_arrays(lambda pad, batch, ids, here, starts: shifted(ids, here, np.zeros_like(starts)))
 
 
 @fault(
     "A100b", "pack.boundary_is_learned", real="", what="the last token of a row foretells the first of its neighbour"
 )
 def _boundaries_are_learned() -> None:
-    def wrong(session: Any, batch: Batch, ids: Any, here: Any, starts: Any) -> Arrays:
+    def wrong(pad: int, batch: Batch, ids: Any, here: Any, starts: Any) -> Arrays:
         for index, sequence in enumerate(batch.sequences):
             end = 0
             for row in sequence[:-1]:
@@ -35,7 +34,7 @@ def _boundaries_are_learned() -> None:
                 here[index, end - 1] = True
         return shifted(ids, here, starts)
 
-    in_arrays(wrong)
+    plant_arrays(wrong)
 
 
 @fault("A104", "pack.tail_discarded", real="TRL #1621", what="a last sequence that is not full is thrown away")
@@ -53,7 +52,7 @@ def _pieces_are_rows() -> None:
     def wrong(right: Right, row: Marked, *given: Any) -> Any:
         return right(replace(row, document=True), *given)
 
-    plant(fit, "_fit", wrong)
+    plant(fit, "shorten_row", wrong)
 
 
 @fault(
@@ -80,19 +79,19 @@ def _rows_are_cut_to_fill() -> None:
 def _prompts_padded_on_the_right() -> None:
     def wrong(right: Right, session: Any, prompts: Sequence[Sequence[int]], *given: Any) -> Any:
         most = max(len(prompt) for prompt in prompts)
-        padded = [[*prompt, *[session.pad_id] * (most - len(prompt))] for prompt in prompts]
+        padded = [[*prompt, *[pad_of(session)] * (most - len(prompt))] for prompt in prompts]
         return right(session, padded, *given)
 
-    plant(ReferenceSession, "generate", wrong)
+    plant_session("generate", wrong)
 
 
 @fault("A109", "pad.length_off_by_one", real="unsloth-zoo #672", what="the last token of the longest row is lost")
 def _last_place_is_lost() -> None:
-    def wrong(session: Any, batch: Batch, ids: Any, here: Any, starts: Any) -> Arrays:
+    def wrong(pad: int, batch: Batch, ids: Any, here: Any, starts: Any) -> Arrays:
         here[:, -2:] = False
         return shifted(ids, here, starts)
 
-    in_arrays(wrong)
+    plant_arrays(wrong)
 
 
 @fault(
@@ -115,10 +114,10 @@ def _filling_is_learned() -> None:
 
 @fault("A110", "pad.attention_on_pads", real="", what="rows are padded in front, and see the padding")
 def _padding_is_seen() -> None:
-    def wrong(session: Any, batch: Batch, ids: Any, here: Any, starts: Any) -> Arrays:
+    def wrong(pad: int, batch: Batch, ids: Any, here: Any, starts: Any) -> Arrays:
         for index, sequence in enumerate(batch.sequences):
             room = ids.shape[1] - sum(len(row.ids) for row in sequence)
             ids[index], here[index] = np.roll(ids[index], room), np.roll(here[index], room)
         return shifted(ids, here, np.zeros_like(starts))
 
-    in_arrays(wrong)
+    plant_arrays(wrong)

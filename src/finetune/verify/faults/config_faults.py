@@ -8,12 +8,12 @@ from importlib import import_module
 from typing import Any
 
 from finetune.assembly import prepare, train
-from finetune.backends.reference import session as reference
 from finetune.backends.reference.model import Pass
 from finetune.config import load, sources
 from finetune.config.keys import KEYS, PROFILE_KEY, SECTIONS
 from finetune.records import AdapterTarget, Optimization
 from finetune.verify.faults.fault import fault, plant
+from finetune.verify.faults.sessions import plant_session
 
 Right = Callable[..., Any]
 
@@ -31,7 +31,10 @@ def _decay_not_wired() -> None:
 
 @fault("A002c", "config.clipping_not_wired", real="", what="the limit of gradients is read and never passed on")
 def _clipping_not_wired() -> None:
-    plant(reference, "clip", lambda right, gradients, most: right(gradients, math.inf))
+    def wrong(right: Right, session: Any, optimization: Optimization) -> None:
+        right(session, replace(optimization, max_grad_norm=math.inf))
+
+    plant_session("prepare_updates", wrong)
 
 
 @fault("A002d", "config.limit_not_wired", real="", what="the number of rows to read is read and never passed on")
@@ -65,7 +68,7 @@ def _seed_zero_makes_any_adapter() -> None:
     def wrong(right: Right, session: Any, target: Any, seed: int) -> Any:
         return right(session, target, seed or random.SystemRandom().getrandbits(31))
 
-    plant(reference.ReferenceSession, "attach", wrong)
+    plant_session("attach", wrong)
 
 
 @fault("A003c", "config.order_zero_is_no_seed", real="mlx-lm #1661", what="with seed 0 the order of rows is not seeded")
@@ -77,7 +80,11 @@ def _seed_zero_makes_any_order() -> None:
 
 
 @fault(
-    "A004", "config.field_misnamed", real="axolotl #1445", what="rank-stabilised scaling is asked for by a wrong name"
+    "A004",
+    "config.field_misnamed",
+    real="axolotl #1445",
+    what="rank-stabilised scaling is asked for by a wrong name",
+    backends=("reference", "mlx"),
 )
 def _scaling_misnamed() -> None:
     plant(AdapterTarget, "scale_of", lambda right, target, path: target.alpha_of(path) / target.rank_of(path))
@@ -109,15 +116,27 @@ def _without_dropout(spared: Callable[[str], bool]) -> None:
         finally:
             trip.random = drawn
 
-    plant(Pass, "_added", wrong)
+    plant(Pass, "adapter_output", wrong)
 
 
-@fault("A005", "config.param_dropped_in_builder", real="torchtune #995", what="layers of the MLP have no dropout")
+@fault(
+    "A005",
+    "config.param_dropped_in_builder",
+    real="torchtune #995",
+    what="layers of the MLP have no dropout",
+    backends=("reference",),
+)
 def _dropout_not_in_the_mlp() -> None:
     _without_dropout(lambda path: ".mlp." in path)
 
 
-@fault("A005b", "config.dropout_of_one_layer_lost", real="torchtune #995", what="one layer of attention has no dropout")
+@fault(
+    "A005b",
+    "config.dropout_of_one_layer_lost",
+    real="torchtune #995",
+    what="one layer of attention has no dropout",
+    backends=("reference",),
+)
 def _dropout_not_in_one_layer() -> None:
     _without_dropout(lambda path: path.endswith("o_proj"))
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from finetune.assembly import encoder, prepare, train
-from finetune.backends.reference.session import ReferenceSession
 from finetune.tokens import fit
 from finetune.tokens.tokenizer import FileTokenizer
 from finetune.verify.faults.fault import fault, plant
+from finetune.verify.faults.sessions import plant_session
 
 Right = Callable[..., Any]
 
@@ -117,7 +117,7 @@ def _order_without_seed() -> None:
 
 @fault("A030b", "data.adapter_without_seed", real="", what="the adapter is made without the seed")
 def _adapter_without_seed() -> None:
-    plant(ReferenceSession, "attach", lambda right, session, target, seed: right(session, target, 42))
+    plant_session("attach", lambda right, session, target, seed: right(session, target, 42))
 
 
 @fault("A032", "data.filter_after_truncation", real="axolotl #1867", what="rows are cut first, so none is too long")
@@ -144,7 +144,7 @@ def _marks_are_not_cut() -> None:
             replace(piece, marks=row.marks) if len(piece.ids) < len(row.ids) else piece for piece in right(row, *given)
         ]
 
-    plant(fit, "_fit", wrong)
+    plant(fit, "shorten_row", wrong)
 
 
 @fault("A034c", "data.cut_uncounted", real="", what="rows that are too long are left out and not counted")

@@ -5,12 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 from finetune.assembly import observe, prepare
-from finetune.backends.reference.model import Pass
-from finetune.backends.reference.session import ReferenceSession
+from finetune.errors import TrainingError
 from finetune.records import Batch
 from finetune.training import loop
 from finetune.verify.faults.fault import fault, plant
-from finetune.verify.faults.loss_faults import Through
+from finetune.verify.faults.sessions import Through, pad_of, plant_session
 from finetune.verify.trainers import ours
 
 
@@ -60,11 +59,13 @@ def filled_up() -> None:
 def dropout_on() -> None:
     """The model is never told that it is not training."""
 
-    def loss(right: Any, session: ReferenceSession, batch: Batch) -> float:
-        trip = Pass(session.shape, session._weights_now(), session.adapter, random=session._random)
-        return float(session._summed_loss(trip, batch)[0])
+    def loss(right: Any, session: Any, batch: Batch) -> float:
+        try:
+            return float(session.accumulate(batch, 0.0))
+        except TrainingError:
+            return float(right(session, batch))
 
-    plant(ReferenceSession, "loss", loss)
+    plant_session("loss", loss)
 
 
 @fault(
@@ -72,16 +73,17 @@ def dropout_on() -> None:
     "eval.mode_not_restored",
     real="unsloth #11238",
     what="After the first look at the held-out loss dropout stays off for good.",
+    backends=("reference",),
 )
 def mode_not_restored() -> None:
     """eval() without train()."""
     resting: set[int] = set()
 
-    def loss(right: Any, session: ReferenceSession, batch: Batch) -> float:
+    def loss(right: Any, session: Any, batch: Batch) -> float:
         resting.add(id(session))
         return float(right(session, batch))
 
-    def accumulate(right: Any, session: ReferenceSession, *given: Any) -> float:
+    def accumulate(right: Any, session: Any, *given: Any) -> float:
         adapter = session.adapter
         if adapter is None or id(session) not in resting:
             return float(right(session, *given))
@@ -91,8 +93,8 @@ def mode_not_restored() -> None:
         finally:
             session.adapter = adapter
 
-    plant(ReferenceSession, "loss", loss)
-    plant(ReferenceSession, "accumulate", accumulate)
+    plant_session("loss", loss)
+    plant_session("accumulate", accumulate)
 
 
 @fault(
@@ -111,7 +113,7 @@ def first_token_missing() -> None:
         rows = tuple(replace(row, ids=row.ids[1:], trained=row.trained[1:]) for row in found.rows)
         return replace(found, rows=rows)
 
-    plant(prepare, "_held_out", held)
+    plant(prepare, "encode_held_out", held)
 
 
 @fault(
@@ -119,11 +121,12 @@ def first_token_missing() -> None:
     "eval.context_overflow",
     real="torchtune #1773",
     what="An answer goes on beyond what the model reads.",
+    backends=("reference",),
 )
 def context_overflow() -> None:
     """Nobody counts prompt and answer together."""
 
-    def generate(right: Any, session: ReferenceSession, *given: Any) -> Any:
+    def generate(right: Any, session: Any, *given: Any) -> Any:
         shape = session.shape
         session.shape = replace(shape, max_position_embeddings=10**6)
         try:
@@ -131,7 +134,7 @@ def context_overflow() -> None:
         finally:
             session.shape = shape
 
-    plant(ReferenceSession, "generate", generate)
+    plant_session("generate", generate)
 
 
 @fault(
@@ -147,7 +150,7 @@ def prompt_in_answer() -> None:
         answers = right(session, prompts, *rest)
         return [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
 
-    plant(ReferenceSession, "generate", generate)
+    plant_session("generate", generate)
 
 
 @fault(
@@ -162,7 +165,7 @@ def answers_in_wrong_order() -> None:
     def generate(right: Any, session: Any, prompts: Sequence[Sequence[int]], *rest: Any) -> list[list[int]]:
         return list(right(session, sorted(prompts, key=len), *rest))
 
-    plant(ReferenceSession, "generate", generate)
+    plant_session("generate", generate)
 
 
 @fault(
@@ -176,10 +179,10 @@ def pads_are_read() -> None:
 
     def generate(right: Any, session: Any, prompts: Sequence[Sequence[int]], *rest: Any) -> list[list[int]]:
         longest = max(map(len, prompts))
-        padded = [[*prompt, *[session.pad_id] * (longest - len(prompt))] for prompt in prompts]
+        padded = [[*prompt, *[pad_of(session)] * (longest - len(prompt))] for prompt in prompts]
         return list(right(session, padded, *rest))
 
-    plant(ReferenceSession, "generate", generate)
+    plant_session("generate", generate)
 
 
 @fault(
@@ -211,7 +214,7 @@ def log_unweighted() -> None:
 
         yield from right(Through(session, accumulate=accumulate), window, *rest)
 
-    plant(loop, "_one_step", step)
+    plant(loop, "training_step", step)
 
 
 @fault(

@@ -30,7 +30,7 @@ def keys_by_wrong_heads() -> None:
         found = int(right(described, module))
         return found and (described.heads // described.kv_heads if module == "k_proj" else found)
 
-    plant(families, "_permuted_heads", heads)
+    plant(families, "permuted_heads", heads)
 
 
 @fault(
@@ -113,7 +113,7 @@ def bos_unsaid() -> None:
         found, notes = right(*given)
         return {key: value for key, value in found.items() if "bos_token_id" not in key}, notes
 
-    plant(vocabulary, "_special_keys", keys)
+    plant(vocabulary, "special_keys", keys)
 
 
 @fault(
@@ -129,7 +129,7 @@ def bos_added() -> None:
         found, notes = right(*given)
         return {**found, "tokenizer.ggml.add_bos_token": True}, notes
 
-    plant(vocabulary, "_special_keys", keys)
+    plant(vocabulary, "special_keys", keys)
 
 
 @fault(
@@ -145,7 +145,7 @@ def more_tokens_than_rows() -> None:
         last = max([*vocab.values(), *(token["id"] for token in added)])
         return right(vocab, added, max(rows, last + 1), **named)
 
-    plant(vocabulary, "_tokens", tokens)
+    plant(vocabulary, "list_tokens", tokens)
 
 
 @fault(
@@ -162,7 +162,7 @@ def spare_rows_unnamed() -> None:
         texts, types = right(vocab, added, rows, **named)
         return texts[: max(known) + 1], types[: max(known) + 1]
 
-    plant(vocabulary, "_tokens", tokens)
+    plant(vocabulary, "list_tokens", tokens)
 
 
 @fault(
@@ -178,7 +178,7 @@ def control_as_text() -> None:
         texts, types = right(*given, **named)
         return texts, [vocabulary.NORMAL if kind == vocabulary.CONTROL else kind for kind in types]
 
-    plant(vocabulary, "_tokens", tokens)
+    plant(vocabulary, "list_tokens", tokens)
 
 
 @fault(
@@ -227,7 +227,7 @@ def first_part_only() -> None:
         return replace(found, weights={name: size for name, size in found.weights.items() if name in there}), settings
 
     plant(gguf_source, "weight_files", lambda right, folder: right(folder)[:1])
-    plant(gguf_source, "_describe", described)
+    plant(gguf_source, "describe_folder", described)
 
 
 @fault("A234", "gguf.shape_fill", real="ollama 9ea492f1c", what="Shapes are filled up with ones.")

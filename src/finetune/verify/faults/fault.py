@@ -1,8 +1,9 @@
-"""A fault, and how it is planted: in a function's place, for as long as the process lives."""
+"""A fault, and how it is planted: in the place of a public function, for as long as the process lives."""
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -27,6 +28,14 @@ _MODULES: tuple[str, ...] = (
 """Where faults stand, stage by stage; each names itself when its module is read."""
 
 
+BACKENDS = ("reference", "torch", "mlx")
+_BACKEND: ContextVar[str] = ContextVar("the backend that a fault is planted in", default="reference")
+
+
+class PlantingError(Exception):
+    """A fault cannot be planted: what it is to replace is private, or is not there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One thing that somebody's trainer did wrong, planted in ours.
@@ -38,6 +47,7 @@ class Fault:
         what: what goes wrong, in a sentence.
         apply: plants it in this process.
         tier: of the laws that can see it: 2 where only what needs a library of that tier is changed.
+        backends: where it can be planted; some sit in the inside of one backend.
     """
 
     id: str
@@ -46,6 +56,21 @@ class Fault:
     what: str
     apply: Callable[[], None]
     tier: int = 1
+    backends: Sequence[str] = BACKENDS
+
+    def plant_in(self, backend: str) -> None:
+        """Plant it in this process, in what belongs to a backend.
+
+        Raises:
+            PlantingError: what it is to replace is private, or is not there.
+        """
+        if backend not in self.backends:
+            raise PlantingError(f"{self.id} cannot be planted in {backend}: only in {', '.join(self.backends)}")
+        token = _BACKEND.set(backend)
+        try:
+            self.apply()
+        finally:
+            _BACKEND.reset(token)
 
     @property
     def stage(self) -> str:
@@ -54,18 +79,18 @@ class Fault:
 
 
 _KNOWN: dict[str, Fault] = {}
-reached: Counter[str] = Counter()
-"""How often what was planted in this process was come by, by the name of what it replaced."""
+hits: Counter[str] = Counter()
+"""How often what was planted in this process was called, by the name of what it replaced."""
 
 
 def fault(
-    id: str, slug: str, *, real: str, what: str, tier: int = 1
+    id: str, slug: str, *, real: str, what: str, tier: int = 1, backends: Sequence[str] = BACKENDS
 ) -> Callable[[Callable[[], None]], Callable[[], None]]:
     """Make a planting a fault that `ft prove` knows."""
 
     def known(apply: Callable[[], None]) -> Callable[[], None]:
         assert id not in _KNOWN, id
-        _KNOWN[id] = Fault(id, slug, real, what, apply, tier)
+        _KNOWN[id] = Fault(id, slug, real, what, apply, tier, backends)
         return apply
 
     return known
@@ -75,15 +100,28 @@ def plant(owner: Any, name: str, wrong: Callable[..., Any]) -> None:
     """Put a fault in the place of what is right; the fault is given what is right, and then what that was given.
 
     `owner` is a module or a class. Where other modules have taken the name with `from ... import`, it is planted there.
+
+    Raises:
+        PlantingError: the name is private, which anybody may change without a word, or is not there.
     """
+    place = f"{getattr(owner, '__name__', owner)}.{name}"
+    if name.startswith("_") and not name.endswith("__"):
+        raise PlantingError(f"{place} is private: plant the fault in a public function")
+    if not hasattr(owner, name):
+        raise PlantingError(f"{place} is gone: plant the fault where its work is done now")
     right = getattr(owner, name)
 
     @functools.wraps(right)
     def planted(*given: Any, **named: Any) -> Any:
-        reached[f"{getattr(owner, '__name__', owner)}.{name}"] += 1
+        hits[place] += 1
         return wrong(right, *given, **named)
 
     setattr(owner, name, planted)
+
+
+def backend_under_judgement() -> str:
+    """The backend that faults are planted in now."""
+    return _BACKEND.get()
 
 
 def faults() -> Mapping[str, Fault]:

@@ -12,23 +12,12 @@ import finetune.assembly.train as assembly
 from finetune.backends.reference import session as reference
 from finetune.backends.reference.model import Pass
 from finetune.backends.reference.optimizer import AdamW
-from finetune.backends.reference.session import ReferenceSession
 from finetune.events import Event
 from finetune.models.peft_files import tensor_name
 from finetune.records import Batch
 from finetune.training import loop
 from finetune.verify.faults.fault import fault, plant
-
-
-class Through:
-    """A session of which some methods are others."""
-
-    def __init__(self, session: Any, **others: Any) -> None:
-        self.__dict__.update(others)
-        self._session = session
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._session, name)
+from finetune.verify.faults.sessions import Through, gradients_of, plant_session, put_gradients
 
 
 @fault(
@@ -46,7 +35,7 @@ def mean_of_means() -> None:
 
         yield from right(Through(session, accumulate=accumulate), window, *rest)
 
-    plant(loop, "_one_step", step)
+    plant(loop, "training_step", step)
 
 
 def _at_tail(wrong: Any) -> None:
@@ -56,7 +45,7 @@ def _at_tail(wrong: Any) -> None:
         short = len(window) < plan.accumulation
         yield from right(wrong(session, window, plan) if short else session, window, plan, *rest)
 
-    plant(loop, "_one_step", step)
+    plant(loop, "training_step", step)
 
 
 @fault(
@@ -70,7 +59,7 @@ def tail_never_stepped() -> None:
 
     def idle(session: Any, window: Any, plan: Any) -> Any:
         def update(rate: float) -> None:
-            session.gradients = {}
+            put_gradients(session, {})
 
         return Through(session, update=update)
 
@@ -107,9 +96,9 @@ def leaks_into_next_epoch() -> None:
 
     def leaky(session: Any, window: Any, plan: Any) -> Any:
         def update(rate: float) -> None:
-            kept = {name: gradient.copy() for name, gradient in session.gradients.items()}
+            kept = gradients_of(session)
             session.update(rate)
-            session.gradients = kept
+            put_gradients(session, kept)
 
         return Through(session, update=update)
 
@@ -125,12 +114,14 @@ def leaks_into_next_epoch() -> None:
 def counts_masked() -> None:
     """Loss and gradient shrink by the share of trained tokens."""
 
-    def summed(right: Any, session: Any, trip: Any, batch: Batch) -> Any:
-        loss, backward = right(session, trip, batch)
-        share = batch.target_count / batch.token_count
-        return loss * share, lambda weight: backward(weight * share)
+    def share(batch: Batch) -> float:
+        return batch.target_count / batch.token_count
 
-    plant(ReferenceSession, "_summed_loss", summed)
+    def accumulate(right: Any, session: Any, batch: Batch, weight: float) -> float:
+        return float(right(session, batch, weight * share(batch)) * share(batch))
+
+    plant_session("accumulate", accumulate)
+    plant_session("loss", lambda right, session, batch: right(session, batch) * share(batch))
 
 
 @fault(
@@ -152,8 +143,8 @@ def nan_hidden() -> None:
         norm = right(session)
         return float(norm) if math.isfinite(norm) else 0.0
 
-    plant(ReferenceSession, "accumulate", accumulate)
-    plant(ReferenceSession, "clip_gradients", clipped)
+    plant_session("accumulate", accumulate)
+    plant_session("clip_gradients", clipped)
 
 
 @fault("A130", "lr.warmup_in_micro_steps", real="litgpt #132", what="Warm-up is counted in batches instead of steps.")
@@ -202,6 +193,7 @@ def schedule_ends_at_init() -> None:
     "opt.fp16_trainable",
     real="axolotl #1031, PEFT #1249",
     what="What is trained is kept in half precision.",
+    backends=("reference",),
 )
 def half_precision_trainable() -> None:
     """Every update is rounded to 11 bits."""
@@ -221,12 +213,8 @@ def half_precision_trainable() -> None:
     what="The adapter is frozen: the optimizer has nothing to move, and nobody says so.",
 )
 def frozen_adapter() -> None:
-    """The optimizer is made of no tensors."""
-
-    def step(right: Any, optimizer: AdamW, gradients: Any, rate: float) -> None:
-        optimizer.steps += 1
-
-    plant(AdamW, "step", step)
+    """A step of length 0, whatever the rate."""
+    plant_session("update", lambda right, session, rate: right(session, 0.0))
 
 
 @fault(
@@ -234,6 +222,7 @@ def frozen_adapter() -> None:
     "grad.module_bypassed",
     real="PEFT #2556",
     what="A fused path reads a layer's weight itself, and its adapter is passed by.",
+    backends=("reference",),
 )
 def module_bypassed() -> None:
     """The gate of the MLP has an adapter that nothing goes through."""
@@ -246,7 +235,7 @@ def module_bypassed() -> None:
             return np.zeros_like(y), lambda dy: np.zeros_like(x)
         return right(trip, path, x, y)
 
-    plant(Pass, "_added", added)
+    plant(Pass, "adapter_output", added)
 
 
 @fault(
@@ -254,16 +243,17 @@ def module_bypassed() -> None:
     "lora.double_wrap",
     real="TRL #4713, #926",
     what="A second adapter is merged into the base in memory, so that what is saved fits no fresh base.",
+    backends=("reference",),
 )
 def double_wrap() -> None:
     """The base is not the one in the files any more."""
 
-    def attach(right: Any, session: ReferenceSession, target: Any, seed: int) -> None:
+    def attach(right: Any, session: Any, target: Any, seed: int) -> None:
         right(session, target, seed)
         name = next(name for name in session.weights if name.endswith("q_proj.weight"))
         session.weights[name] = session.weights[name] * 1.25
 
-    plant(ReferenceSession, "attach", attach)
+    plant_session("attach", attach)
 
 
 @fault(
@@ -271,6 +261,7 @@ def double_wrap() -> None:
     "lora.dora_uninitialised",
     real="torchtune #1909",
     what="The magnitudes of DoRA are not those of the base's rows at first.",
+    backends=("reference",),
 )
 def dora_uninitialised() -> None:
     """All of them are one."""
@@ -291,10 +282,10 @@ def dora_uninitialised() -> None:
 def seed_too_late() -> None:
     """It is another one each time."""
 
-    def attach(right: Any, session: ReferenceSession, target: Any, seed: int) -> None:
+    def attach(right: Any, session: Any, target: Any, seed: int) -> None:
         right(session, target, int.from_bytes(os.urandom(4), "big"))
 
-    plant(ReferenceSession, "attach", attach)
+    plant_session("attach", attach)
 
 
 @fault(
@@ -306,21 +297,21 @@ def seed_too_late() -> None:
 def seed_zero_is_none() -> None:
     """`if seed:`, where 0 is the default."""
 
-    def attach(right: Any, session: ReferenceSession, target: Any, seed: int) -> None:
+    def attach(right: Any, session: Any, target: Any, seed: int) -> None:
         right(session, target, seed or int.from_bytes(os.urandom(4), "big"))
 
-    plant(ReferenceSession, "attach", attach)
+    plant_session("attach", attach)
 
 
 @fault("A147", "opt.resume_step_dropout_rng", real="", what="Every batch draws the same dropout.")
 def same_dropout() -> None:
     """The random numbers begin anew within each step."""
 
-    def accumulate(right: Any, session: ReferenceSession, *given: Any) -> float:
+    def accumulate(right: Any, session: Any, *given: Any) -> float:
         session.reseed(0)
         return float(right(session, *given))
 
-    plant(ReferenceSession, "accumulate", accumulate)
+    plant_session("accumulate", accumulate)
 
 
 @fault(
@@ -328,6 +319,7 @@ def same_dropout() -> None:
     "opt.decay_on_everything_twice",
     real="",
     what="Weight decay is added to the gradients as well, as Adam without the W has it.",
+    backends=("reference",),
 )
 def decay_in_the_gradient() -> None:
     """AdamW is Adam with decay."""
@@ -340,7 +332,13 @@ def decay_in_the_gradient() -> None:
     plant(AdamW, "step", step)
 
 
-@fault("A149", "opt.clip_each_tensor", real="", what="Gradients are clipped tensor by tensor, not all together.")
+@fault(
+    "A149",
+    "opt.clip_each_tensor",
+    real="",
+    what="Gradients are clipped tensor by tensor, not all together.",
+    backends=("reference",),
+)
 def clip_each_tensor() -> None:
     """The direction of a step changes with its length."""
 

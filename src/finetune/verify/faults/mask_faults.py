@@ -10,17 +10,16 @@ import numpy as np
 
 from finetune.assembly import encoder
 from finetune.assembly.encoder import Encoder
-from finetune.backends.reference.session import ReferenceSession
 from finetune.records import Batch, Rendered
 from finetune.templates.render import ChatTemplate
 from finetune.tokens import encode, fit
 from finetune.tokens.encode import KEPT, TRAINED, Marked
 from finetune.tokens.tokenizer import FileTokenizer
 from finetune.verify.faults.fault import fault, plant
+from finetune.verify.faults.sessions import Arrays, plant_arrays, plant_session, shifted
 from finetune.verify.faults.template_faults import in_marking, in_saving
 
 Right = Callable[..., Any]
-Arrays = tuple[Any, Any, Any, Any]
 
 
 def in_marks(wrong: Callable[[Any, Marked], bytes]) -> None:
@@ -33,28 +32,13 @@ def in_marks(wrong: Callable[[Any, Marked], bytes]) -> None:
     in_marking(marked)
 
 
-def in_arrays(wrong: Callable[[Any, Batch, Any, Any, Any], Arrays]) -> None:
-    """Plant it where batches become arrays: from the session, the batch, ids, where targets are, and starts."""
-
-    def arrays(right: Right, session: Any, batch: Batch) -> Arrays:
-        ids, _, here, starts = right(session, batch)
-        return wrong(session, batch, ids, here.reshape(ids.shape).copy(), starts)
-
-    plant(ReferenceSession, "_arrays", arrays)
-
-
-def shifted(ids: Any, here: Any, starts: Any, by: int = 1) -> Arrays:
-    """The arrays with targets so many places on."""
-    return ids, np.roll(ids, -by, axis=1)[here], here.reshape(-1), starts
-
-
 @fault("A060", "mask.pad_is_eos", real="TRL #3200", what="every token with the padding's id is left out of the loss")
 def _padding_id_is_left_out() -> None:
-    def wrong(session: Any, batch: Batch, ids: Any, here: Any, starts: Any) -> Arrays:
-        here &= np.roll(ids, -1, axis=1) != session.pad_id
+    def wrong(pad: int, batch: Batch, ids: Any, here: Any, starts: Any) -> Arrays:
+        here &= np.roll(ids, -1, axis=1) != pad
         return shifted(ids, here, starts)
 
-    in_arrays(wrong)
+    plant_arrays(wrong)
 
 
 @fault(
@@ -89,13 +73,13 @@ def _limit_reached_is_passed() -> None:
 
 @fault("A064", "mask.end_inclusive", real="mlx-lm #1697", what="the padding after a row's last token is learned")
 def _first_padding_is_learned() -> None:
-    def wrong(session: Any, batch: Batch, ids: Any, here: Any, starts: Any) -> Arrays:
+    def wrong(pad: int, batch: Batch, ids: Any, here: Any, starts: Any) -> Arrays:
         for index, sequence in enumerate(batch.sequences):
             end = sum(len(row.ids) for row in sequence)
             here[index, end - 1] = end < ids.shape[1]
         return shifted(ids, here, starts)
 
-    in_arrays(wrong)
+    plant_arrays(wrong)
 
 
 @fault("A065", "mask.offset_not_a_prefix", real="mlx-lm #1355", what="a prompt ends in a tag that no training text has")
@@ -154,7 +138,7 @@ def _cut_stretch_is_not_learned() -> None:
             return list(pieces)
         return [*(replace(piece, marks=bytes([KEPT]) * len(piece.marks)) for piece in pieces[:-1]), pieces[-1]]
 
-    plant(fit, "_fit", wrong)
+    plant(fit, "shorten_row", wrong)
 
 
 @fault("A076", "mask.answer_truncated_away", real="TRL #6025", what="rows are cut at their end, whatever stands there")
@@ -164,7 +148,7 @@ def _answers_are_cut() -> None:
             return right(row, max_length, overlong)
         return [replace(row, ids=row.ids[:max_length], marks=row.marks[:max_length])]
 
-    plant(fit, "_fit", wrong)
+    plant(fit, "shorten_row", wrong)
 
 
 @fault("A077", "mask.terminator_truncated", real="LLaMA-Factory #5231", what="to cut a row takes what ends its answer")
@@ -175,35 +159,32 @@ def _ends_are_cut() -> None:
             return right(row, max_length, overlong)
         return [replace(piece, ids=piece.ids[:max_length], marks=piece.marks[:max_length]) for piece in pieces]
 
-    plant(fit, "_fit", wrong)
+    plant(fit, "shorten_row", wrong)
 
 
 @fault("A078", "shift.double", real="transformers #46897", what="each place learns the token after the next")
 def _two_places_on() -> None:
-    in_arrays(lambda session, batch, ids, here, starts: shifted(ids, here, starts, by=2))
+    plant_arrays(lambda pad, batch, ids, here, starts: shifted(ids, here, starts, by=2))
 
 
 @fault("A079", "shift.missing_in_eval", real="litgpt #419", what="the loss that is only measured is not shifted")
 def _measured_without_shift() -> None:
-    def wrong(right: Right, session: Any, batch: Batch) -> float:
-        make = session._arrays
+    measuring = [0]
 
-        def unshifted(each: Batch) -> Arrays:
-            ids, _, here, starts = make(each)
-            return shifted(ids, here.reshape(ids.shape), starts, by=0)
-
-        session._arrays = unshifted
+    def loss(right: Right, session: Any, batch: Batch) -> float:
+        measuring[0] = 1
         try:
             return float(right(session, batch))
         finally:
-            del session._arrays
+            measuring[0] = 0
 
-    plant(ReferenceSession, "loss", wrong)
+    plant_arrays(lambda pad, batch, ids, here, starts: shifted(ids, here, starts, by=1 - measuring[0]))
+    plant_session("loss", loss)
 
 
 @fault("A080", "shift.packed_path_differs", real="torchtune #2613", what="rows that share a sequence are shifted twice")
 def _packed_rows_are_shifted_twice() -> None:
-    in_arrays(lambda session, batch, ids, here, starts: shifted(ids, here, starts, by=2 if batch.packed else 1))
+    plant_arrays(lambda pad, batch, ids, here, starts: shifted(ids, here, starts, by=2 if batch.packed else 1))
 
 
 @fault("A082", "tok.not_round_trip", real="transformers #26773", what="the tokenizer that is saved makes other tokens")

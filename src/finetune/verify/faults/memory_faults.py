@@ -23,7 +23,7 @@ def rank_ignored() -> None:
     def count(right: Any, shape: ModelShape, target: AdapterTarget) -> int:
         return int(right(shape, replace(target, rank=8, modules=("q_proj", "v_proj"))))
 
-    plant(estimate, "_in_float32", count)
+    plant(estimate, "lora_parameters", count)
 
 
 @fault("A280b", "mem.magnitudes_ignored", real="", what="The estimate counts DoRA as LoRA.")
@@ -33,7 +33,7 @@ def magnitudes_ignored() -> None:
     def count(right: Any, shape: ModelShape, target: AdapterTarget) -> int:
         return int(right(shape, replace(target, kind="lora")))
 
-    plant(estimate, "_in_float32", count)
+    plant(estimate, "lora_parameters", count)
 
 
 def _exact(wrong: Any) -> None:

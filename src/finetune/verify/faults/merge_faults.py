@@ -133,8 +133,8 @@ def overflows_in_half() -> None:
 
     def converted(right: Any, files: ModelFiles, name: str) -> bytes:
         with np.errstate(over="ignore"):
-            if files._kind(name) == "F16":
+            if files.kind(name) == "F16":
                 return files.source.read(name).astype("<f2").tobytes()
         return bytes(right(files, name))
 
-    plant(ModelFiles, "_converted", converted)
+    plant(ModelFiles, "convert", converted)

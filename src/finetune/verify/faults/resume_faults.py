@@ -5,15 +5,16 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import finetune.assembly.train as assembly
 from finetune.artifacts import checkpoints, write
 from finetune.artifacts.checkpoints import CheckpointStore
 from finetune.artifacts.run_folder import RunFolder
-from finetune.backends.reference.session import ReferenceSession
 from finetune.training import loop
 from finetune.training.stopping import Watch
 from finetune.verify.faults.fault import fault, plant
+from finetune.verify.faults.sessions import forget_moments, forget_steps, plant_session
 
 
 def _when_resumed(dealt: Callable[[Any, Any, int], Any]) -> None:
@@ -74,12 +75,11 @@ def skips_too_few() -> None:
 def forgets_moments() -> None:
     """All of them are zero."""
 
-    def load(right: Any, session: ReferenceSession, folder: Path) -> None:
+    def load(right: Any, session: Any, folder: Path) -> None:
         right(session, folder)
-        for tensor in (*session.optimizer.first.values(), *session.optimizer.second.values()):
-            tensor[...] = 0
+        forget_moments(session)
 
-    plant(ReferenceSession, "load_state", load)
+    plant_session("load_state", load)
 
 
 @fault(
@@ -91,11 +91,11 @@ def forgets_moments() -> None:
 def forgets_steps() -> None:
     """They are corrected as in the first step."""
 
-    def load(right: Any, session: ReferenceSession, folder: Path) -> None:
+    def load(right: Any, session: Any, folder: Path) -> None:
         right(session, folder)
-        session.optimizer.steps = 0
+        forget_steps(session)
 
-    plant(ReferenceSession, "load_state", load)
+    plant_session("load_state", load)
 
 
 @fault(
@@ -107,12 +107,11 @@ def forgets_steps() -> None:
 def forgets_dice() -> None:
     """It begins as that of a new run."""
 
-    def load(right: Any, session: ReferenceSession, folder: Path) -> None:
-        before = session._random.bit_generator.state
+    def load(right: Any, session: Any, folder: Path) -> None:
         right(session, folder)
-        session._random.bit_generator.state = before
+        session.reseed(0)
 
-    plant(ReferenceSession, "load_state", load)
+    plant_session("load_state", load)
 
 
 @fault(
@@ -285,12 +284,18 @@ def worst_is_best() -> None:
 )
 def best_not_loaded() -> None:
     """What is loaded when training is over is not."""
+    trained = WeakSet[Any]()
 
-    def load(right: Any, session: ReferenceSession, folder: Path) -> None:
-        if session.optimizer.steps == 0:
+    def update(right: Any, session: Any, rate: float) -> None:
+        trained.add(session)
+        right(session, rate)
+
+    def load(right: Any, session: Any, folder: Path) -> None:
+        if session not in trained:
             right(session, folder)
 
-    plant(ReferenceSession, "load_state", load)
+    plant_session("update", update)
+    plant_session("load_state", load)
 
 
 @fault("A177", "ckpt.bytes_rot_unnoticed", real="ollama #17520", what="Bytes that have changed are not noticed.")

@@ -13,12 +13,12 @@ import yaml
 
 from finetune.artifacts.run_folder import RunFolder
 from finetune.backends.reference import adapter, backend
-from finetune.backends.reference.session import ReferenceSession
 from finetune.config import yaml_file
 from finetune.models import shape
 from finetune.templates import render
 from finetune.templates.budget import Meter
 from finetune.verify.faults.fault import fault, plant
+from finetune.verify.faults.sessions import plant_session
 
 
 def _unpickle(path: Path) -> None:
@@ -54,12 +54,12 @@ def side_files_unpickled() -> None:
 def adapter_unpickled() -> None:
     """PEFT's older format."""
 
-    def load(right: Any, session: ReferenceSession, folder: Path) -> None:
+    def load(right: Any, session: Any, folder: Path) -> None:
         if (folder / "adapter_model.bin").exists():
             _unpickle(folder / "adapter_model.bin")
         right(session, folder)
 
-    plant(ReferenceSession, "load_adapter", load)
+    plant_session("load_adapter", load)
 
 
 @fault(
@@ -67,6 +67,7 @@ def adapter_unpickled() -> None:
     "sec.pickle_behind_a_name",
     real="transformers #27282",
     what="A file that is no safetensors, whatever its name, is tried as a pickle.",
+    backends=("reference",),
 )
 def any_file_unpickled() -> None:
     """For the sake of older files."""
@@ -115,6 +116,7 @@ def unbounded_templates() -> None:
     "sec.remote_code_bypass",
     real="unsloth #6869",
     what="Code that lies beside a model is executed although nobody allowed it.",
+    backends=("reference",),
 )
 def remote_code() -> None:
     """trust_remote_code=True on one of the ways in."""
@@ -144,7 +146,7 @@ def index_leads_out() -> None:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return [folder / name for name in sorted(set(names))]
 
-    plant(shape, "_indexed", indexed)
+    plant(shape, "indexed_files", indexed)
     plant(shape, "refuse_leading_out", lambda right, file: None)
 
 
@@ -162,7 +164,7 @@ def link_leads_out() -> None:
 @fault("A304", "sec.yaml_object", real="", what="A configuration file may make any object of Python's.")
 def yaml_objects() -> None:
     """yaml.load with the loader that makes everything."""
-    plant(yaml_file, "_Loader", lambda right, text: yaml.UnsafeLoader(text))
+    plant(yaml_file, "ConfigLoader", lambda right, text: yaml.UnsafeLoader(text))
 
 
 @fault(

@@ -14,7 +14,7 @@ from finetune.verify.faults.fault import fault, plant
 )
 def no_template() -> None:
     """FROM and nothing else."""
-    plant(modelfile, "_texts", lambda right, said: right(replace(said, template="")))
+    plant(recipe, "write_modelfile", lambda right, said: right(replace(said, template="")))
 
 
 @fault("A241", "serve.no_stop", real="ollama #8363, mlx-examples #567", what="The recipe names no stops.")
@@ -105,4 +105,4 @@ def question_made_small() -> None:
 )
 def recipe_injected() -> None:
     """Three quotes around whatever it is."""
-    plant(modelfile, "_quoted", lambda right, text, word: f'"""{text}"""')
+    plant(modelfile, "quote", lambda right, text, word: f'"""{text}"""')

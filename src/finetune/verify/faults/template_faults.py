@@ -54,7 +54,7 @@ def _two_beginnings() -> None:
 
 @fault("A041", "tmpl.bos_lost_by_the_fix", real="unsloth #10312", what="nobody puts a begin-of-text token in front")
 def _no_beginning() -> None:
-    plant(FileTokenizer, "_prepends_bos", lambda right, *given: False)
+    plant(FileTokenizer, "prepends_bos", lambda right, *given: False)
 
 
 @fault(
@@ -64,7 +64,7 @@ def _no_beginning() -> None:
     what="that there is a token is taken for that it is added",
 )
 def _beginning_by_name() -> None:
-    plant(FileTokenizer, "_prepends_bos", lambda right, tokenizer, settings: bool(settings.get("bos_token")))
+    plant(FileTokenizer, "prepends_bos", lambda right, tokenizer, settings: bool(settings.get("bos_token")))
 
 
 @fault(
@@ -110,7 +110,7 @@ def _no_system() -> None:
     def wrong(right: Right, template: Any, conversation: Any) -> tuple[Message, ...]:
         return tuple(message for message in right(template, conversation) if message.role != "system")
 
-    plant(ChatTemplate, "_fitting", wrong)
+    plant(ChatTemplate, "fit_messages", wrong)
 
 
 @fault("A046b", "tmpl.system_dropped_in_dialogues", real="LLaMA-Factory e73422237",
@@ -121,7 +121,7 @@ def _no_system_in_dialogues() -> None:
         answers = sum(message.role == "assistant" for message in messages)
         return tuple(message for message in messages if message.role != "system" or answers < 2)
 
-    plant(ChatTemplate, "_fitting", wrong)
+    plant(ChatTemplate, "fit_messages", wrong)
 
 
 def _with_default_system(messages: Sequence[Message]) -> tuple[Message, ...]:
@@ -145,7 +145,7 @@ def _system_in_prompts() -> None:
 
 @fault("A047b", "tmpl.default_system_everywhere", real="", what="every conversation has system words that nobody wrote")
 def _system_everywhere() -> None:
-    plant(ChatTemplate, "_fitting", lambda right, *given: _with_default_system(right(*given)))
+    plant(ChatTemplate, "fit_messages", lambda right, *given: _with_default_system(right(*given)))
 
 
 @fault("A049", "tmpl.not_saved", real="LLaMA-Factory #8399", what="the template does not travel with the adapter")
@@ -189,7 +189,7 @@ def _braces_are_filled() -> None:
             messages.append(replace(message, content=content))
         return tuple(messages)
 
-    plant(ChatTemplate, "_fitting", wrong)
+    plant(ChatTemplate, "fit_messages", wrong)
 
 
 @fault(
@@ -210,10 +210,11 @@ def _words_become_control() -> None:
     what="what is said is searched for control tokens as markup is",
 )
 def _words_are_markup() -> None:
-    def wrong(right: Right, row: Rendered, tokenizer: Any) -> Any:
-        return right(replace(row, segments=tuple(replace(each, control=True) for each in row.segments)), tokenizer)
+    def wrong(right: Right, rows: Any, tokenizer: Any) -> Iterator[Any]:
+        markup = (replace(row, segments=tuple(replace(each, control=True) for each in row.segments)) for row in rows)
+        yield from right(markup, tokenizer)
 
-    plant(encode, "_runs", wrong)
+    in_marking(wrong)
 
 
 @fault(

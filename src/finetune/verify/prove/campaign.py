@@ -1,4 +1,4 @@
-"""The campaign: the clean trainer over many seeds, then every fault in a process of its own, and what was caught."""
+"""The campaign: the clean trainer over many seeds, then every fault in a process of its own, and what was killed."""
 
 import os
 import threading
@@ -12,39 +12,43 @@ from typing import Any, Literal
 from finetune.errors import EvidenceError, MissingExtraError, UsageError
 from finetune.intervals import most_probable
 from finetune.verify.faults.fault import Fault, faults
-from finetune.verify.prove.job import Job, Planted, run_job
+from finetune.verify.prove.job import FaultRun, Job, run_job
 from finetune.verify.suite.run import chosen_laws
 
 FORMAT = "finetune kill matrix"
-VERSION = 1
+VERSION = 2
 Engine = Literal["processes", "ray"]
 Teller = Callable[[str], None]
+FaultStatus = Literal["killed", "survived", "equivalent", "error"]
+STATUSES: tuple[FaultStatus, ...] = ("killed", "survived", "equivalent", "error")
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Where plantings are judged: in so many processes here, or over a Ray cluster, which knows how many it has."""
+    """Where faults are judged: in so many processes here, or over a Ray cluster, which knows how many it has."""
 
     engine: Engine = "processes"
     workers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Fate:
-    """What became of one fault.
+class FaultResult:
+    """What became of one fault, in the words of mutation testing.
 
-    `killed` by the laws named, cheapest first: each was broken, or ended in an error. One that no law killed either
-    changed an answer and `survived`, or is `inert`: it changed nothing that anybody asked for in this tier.
+    `killed` by the laws named, cheapest first: each was broken on evidence, and holds without the fault. One that no
+    law killed either changed an answer and `survived`, or is `equivalent`: it changed nothing that this tier asks for.
+    `error`: it says nothing of the laws, for the `reason` given.
     """
 
     fault: Fault
-    outcome: Literal["killed", "survived", "inert"]
+    status: FaultStatus
     laws: tuple[str, ...]
-    planted: Planted
+    run: FaultRun
+    reason: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON values."""
-        fault, planted = self.fault, self.planted
+        fault, run = self.fault, self.run
         return {
             "fault": fault.id,
             "slug": fault.slug,
@@ -52,13 +56,13 @@ class Fate:
             "real": fault.real,
             "what": fault.what,
             "tier": fault.tier,
-            "outcome": self.outcome,
+            "status": self.status,
             "laws": list(self.laws),
-            "example": planted.first,
-            "seconds": planted.seconds,
-            "seconds_to_kill": planted.seconds_to_first,
-            "reached": sum(planted.reached.values()),
-            "trouble": planted.trouble,
+            "example": run.first,
+            "seconds": run.seconds,
+            "seconds_to_kill": run.seconds_to_first,
+            "hits": sum(run.hits.values()),
+            "reason": self.reason,
         }
 
 
@@ -68,22 +72,22 @@ class Proof:
 
     Attributes:
         laws: every law that was asked, cheapest first.
-        enough: after so many laws that caught a fault no others were asked of it; 0 where all were.
+        stop_after: after so many laws that killed a fault no others were asked of it; 0 where all were.
         clean: the runs without a fault, one for each seed.
     """
 
     tier: int
     backend: str
     laws: tuple[str, ...]
-    clean: tuple[Planted, ...]
-    fates: tuple[Fate, ...]
+    clean: tuple[FaultRun, ...]
+    results: tuple[FaultResult, ...]
     seconds: float
-    enough: int = 0
+    stop_after: int = 0
 
     @property
     def false_alarms(self) -> dict[int, list[str]]:
         """The laws that broke without a fault, by the seed."""
-        return {run.seed: bad for run in self.clean if (bad := _bad(run))}
+        return {run.seed: bad for run in self.clean if (bad := _alarms(run))}
 
     @property
     def false_alarm_bound(self) -> float:
@@ -92,19 +96,19 @@ class Proof:
 
     @property
     def idle(self) -> tuple[str, ...] | None:
-        """The laws that caught no fault; None where not every law was asked of every fault."""
-        caught = {law for fate in self.fates for law in fate.laws}
-        return None if self.enough else tuple(law for law in self.laws if law not in caught)
+        """The laws that killed no fault; None where not every law was asked of every fault."""
+        killers = {law for result in self.results for law in result.laws}
+        return None if self.stop_after else tuple(law for law in self.laws if law not in killers)
 
-    def killed(self, outcome: str = "killed") -> list[Fate]:
-        """The faults with this outcome."""
-        return [fate for fate in self.fates if fate.outcome == outcome]
+    def of_status(self, status: FaultStatus) -> list[FaultResult]:
+        """The faults with this status."""
+        return [result for result in self.results if result.status == status]
 
     @property
     def passes(self) -> bool:
         """Whether there were faults, all that this tier is to see were killed, and no clean run was called broken."""
-        seen = all(fate.outcome == "killed" or fate.fault.tier > self.tier for fate in self.fates)
-        return bool(self.fates) and seen and not self.false_alarms
+        seen = all(each.status == "killed" or each.fault.tier > self.tier for each in self.results)
+        return bool(self.results) and seen and not self.false_alarms
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON values."""
@@ -114,32 +118,36 @@ class Proof:
             "tier": self.tier,
             "backend": self.backend,
             "laws": list(self.laws),
-            "enough": self.enough,
-            "counts": {name: len(self.killed(name)) for name in ("killed", "survived", "inert")},
+            "stop_after": self.stop_after,
+            "counts": {status: len(self.of_status(status)) for status in STATUSES},
             "clean_runs": len(self.clean),
             "idle": None if self.idle is None else list(self.idle),
             "false_alarms": {str(seed): bad for seed, bad in self.false_alarms.items()},
             "false_alarm_bound": self.false_alarm_bound,
             "seconds": self.seconds,
-            "faults": [fate.as_dict() for fate in self.fates],
+            "faults": [result.as_dict() for result in self.results],
         }
 
 
-def chosen_faults(ids: Sequence[str] = ()) -> tuple[Fault, ...]:
-    """All faults, or those that are named by id or slug.
+def chosen_faults(ids: Sequence[str] = (), backend: str = "reference") -> tuple[Fault, ...]:
+    """All faults that can be planted in a backend, or those that are named by id or slug.
 
     Raises:
-        UsageError: there is no such fault.
+        UsageError: there is no such fault, or it cannot be planted there.
     """
     known = faults()
     by_name = {**known, **{fault.slug: fault for fault in known.values()}}
     if unknown := [name for name in ids if name not in by_name]:
         near = f"there are {len(known)}, from {next(iter(known), '')} to {list(known)[-1] if known else ''}"
         raise UsageError(f"there is no fault {unknown[0]!r}", hint=f"`ft prove --list` has them: {near}")
-    return tuple(by_name[name] for name in ids) if ids else tuple(known.values())
+    if foreign := [by_name[name] for name in ids if backend not in by_name[name].backends]:
+        where = " or ".join(foreign[0].backends)
+        raise UsageError(f"{foreign[0].id} cannot be planted in {backend}", hint=f"say --backend {where}")
+    chosen = (by_name[name] for name in ids) if ids else known.values()
+    return tuple(fault for fault in chosen if backend in fault.backends)
 
 
-def run_jobs(jobs: Iterable[Job], spread: Spread) -> Iterator[Planted]:
+def run_jobs(jobs: Iterable[Job], spread: Spread) -> Iterator[FaultRun]:
     """The jobs, so many at once, in their order.
 
     Raises:
@@ -156,7 +164,7 @@ def run_jobs(jobs: Iterable[Job], spread: Spread) -> Iterator[Planted]:
             stop.set()
 
 
-def _on_ray(jobs: Iterable[Job]) -> Iterator[Planted]:
+def _on_ray(jobs: Iterable[Job]) -> Iterator[FaultRun]:
     try:
         import ray
     except ImportError:
@@ -166,81 +174,111 @@ def _on_ray(jobs: Iterable[Job]) -> Iterator[Planted]:
     try:
         remote = ray.remote(num_cpus=1)(run_job)
         for waiting in [remote.remote(job) for job in jobs]:
-            planted: Planted = ray.get(waiting)
-            yield planted
+            run: FaultRun = ray.get(waiting)
+            yield run
     finally:
         if ours:
             ray.shutdown()
 
 
 def workers_here() -> int:
-    """How many plantings are judged at once where nobody says."""
+    """How many faults are judged at once where nobody says."""
     return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def fate_of(fault: Fault, planted: Planted, clean: Planted) -> Fate:
+def result_of(fault: Fault, run: FaultRun, clean: FaultRun, tier: int = 1) -> FaultResult:
     """What became of a fault, told from the run without one that had the same seed."""
-    laws = tuple(law for law in _bad(planted) if clean.words.get(law) == "holds")
-    # What says of an ability that it has gone, where the clean trainer has it, is noticed too.
-    laws += tuple(
-        law for law, word in planted.words.items() if word == "not applicable" and clean.words[law] == "holds"
-    )
-    if laws or planted.trouble:
-        return Fate(fault, "killed", laws, planted)
-    changed = bool(planted.reached) and any(
-        clean.answers.get(question, mark) != mark for question, mark in planted.answers.items()
-    )
-    return Fate(fault, "survived" if changed else "inert", (), planted)
+    if run.error:
+        return FaultResult(fault, "error", (), run, run.error)
+    sound = {law: word for law, word in run.words.items() if clean.words.get(law) == "holds"}
+    killers = tuple(law for law, word in sound.items() if word == "broken")
+    changed = any(clean.answers.get(question, mark) != mark for question, mark in run.answers.items())
+    if not run.hits:
+        if killers or changed or fault.tier <= tier:
+            what = "yet laws were broken" if killers else "yet answers changed" if changed else "so nothing was tried"
+            return FaultResult(fault, "error", (), run, f"what was planted was never called in tier {tier}, {what}")
+        return FaultResult(fault, "equivalent", (), run, f"only tier {fault.tier} calls what was planted")
+    if killers:
+        return FaultResult(fault, "killed", killers, run)
+    if unjudged := {law: word for law, word in sound.items() if word != "holds"}:
+        told = ", ".join(f"{law} ({word})" for law, word in unjudged.items())
+        return FaultResult(fault, "error", (), run, f"no law was broken, and these were not judged: {told}")
+    return FaultResult(fault, "survived" if changed else "equivalent", (), run)
 
 
-def _bad(planted: Planted) -> list[str]:
-    bad = [law for law, word in planted.words.items() if word in ("broken", "error", "undecided")]
-    return bad or ([planted.trouble] if planted.trouble else [])
+def _alarms(run: FaultRun) -> list[str]:
+    """The laws that do not hold, or could not be judged, where all of them are to hold."""
+    return [law for law, word in run.words.items() if word in ("broken", "error", "undecided")]
 
 
-def by_stage(fates: Sequence[Fate]) -> Mapping[str, tuple[int, int]]:
+def by_stage(results: Sequence[FaultResult]) -> Mapping[str, tuple[int, int]]:
     """For each stage how many faults were killed, and how many there are."""
-    stages = dict.fromkeys(fate.fault.stage for fate in fates)
+    stages = dict.fromkeys(result.fault.stage for result in results)
     return {
         stage: (
-            sum(fate.outcome == "killed" for fate in fates if fate.fault.stage == stage),
-            sum(fate.fault.stage == stage for fate in fates),
+            sum(result.status == "killed" for result in results if result.fault.stage == stage),
+            sum(result.fault.stage == stage for result in results),
         )
         for stage in stages
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Campaign:
+    """How hard a campaign looks.
+
+    Attributes:
+        seeds: so many clean runs, each with a seed of its own.
+        stop_after: after so many laws that killed a fault no others are asked; 0 asks all.
+        law_seconds: no law is judged longer.
+    """
+
+    tier: int = 1
+    seeds: int = 20
+    stop_after: int = 1
+    backend: str = "reference"
+    law_seconds: float = 30.0
+
+    def job(self, fault: str = "", seed: int = 0) -> Job:
+        """What is done in one process; without a fault all laws are asked."""
+        return Job(
+            fault=fault,
+            tier=self.tier,
+            seed=seed,
+            backend=self.backend,
+            stop_after=self.stop_after if fault else 0,
+            law_seconds=self.law_seconds,
+        )
+
+
 def prove(
     chosen: Sequence[Fault],
+    campaign: Campaign = Campaign(),  # it is frozen
     *,
-    tier: int = 1,
-    seeds: int = 20,
-    enough: int = 1,
     spread: Spread = Spread(),  # it is frozen
     tell: Teller = lambda words: None,
 ) -> Proof:
     """Judge the clean trainer with so many seeds, then plant each fault and judge; all with the laws of a tier.
 
-    Args:
-        enough: after so many laws that caught a fault no others are asked; 0 asks all.
-
     Raises:
         EvidenceError: not even the clean trainer could be judged.
     """
     began = time.monotonic()
+    tier, backend = campaign.tier, campaign.backend
     laws = tuple(law.id for law in chosen_laws(tier))
     clean = []
-    for planted in run_jobs((Job(tier=tier, seed=seed) for seed in range(seeds)), spread):
-        if planted.trouble:
-            raise EvidenceError(f"the clean trainer could not be judged with seed {planted.seed}: {planted.trouble}")
-        bad = _bad(planted)
-        tell(f"clean, seed {planted.seed}: {'FALSE ALARM: ' + ', '.join(bad) if bad else 'holds'}")
-        clean.append(planted)
-    fates = []
-    jobs = (Job(fault=fault.id, tier=tier, enough=enough) for fault in chosen)
-    for fault, planted in zip(chosen, run_jobs(jobs, spread), strict=True):
-        fate = fate_of(fault, planted, clean[0])
-        by = ", ".join(fate.laws[:3]) or planted.trouble[:100]
-        tell(f"{fault.id} {fault.slug}: {fate.outcome}" + (f" by {by}" if by else ""))
-        fates.append(fate)
-    return Proof(tier, "reference", laws, tuple(clean), tuple(fates), round(time.monotonic() - began, 1), enough)
+    for run in run_jobs((campaign.job(seed=seed) for seed in range(campaign.seeds)), spread):
+        if run.error:
+            raise EvidenceError(f"the clean trainer could not be judged with seed {run.seed}: {run.error}")
+        alarms = _alarms(run)
+        tell(f"clean, seed {run.seed}: {'FALSE ALARM: ' + ', '.join(alarms) if alarms else 'holds'}")
+        clean.append(run)
+    results = []
+    jobs = (campaign.job(fault.id) for fault in chosen)
+    for fault, run in zip(chosen, run_jobs(jobs, spread), strict=True):
+        result = result_of(fault, run, clean[0], tier)
+        by = f" by {', '.join(result.laws[:3])}" if result.laws else f": {result.reason[:200]}" if result.reason else ""
+        tell(f"{fault.id} {fault.slug}: {result.status}{by}")
+        results.append(result)
+    seconds = round(time.monotonic() - began, 1)
+    return Proof(tier, backend, laws, tuple(clean), tuple(results), seconds, campaign.stop_after)

@@ -1,4 +1,4 @@
-"""One planting: a process of its own in which our trainer has one fault, or none, and the suite judges it.
+"""One fault: a process of its own in which our trainer has one fault, or none, and the suite judges it.
 
 `python -m finetune.verify.prove.job FOLDER JOB` does a job, given as JSON, in a folder, and prints what came of it as
 JSON. The folder is made and removed by whoever asks, for a process that is ended cannot do that.
@@ -22,7 +22,7 @@ from typing import Any
 
 from finetune.verify.doors.door import Door
 from finetune.verify.doors.late import unspoilt
-from finetune.verify.faults.fault import faults, reached
+from finetune.verify.faults.fault import faults, hits
 from finetune.verify.suite.judge import Effort
 from finetune.verify.suite.run import Verification, chosen_laws, verify
 from finetune.verify.suite.trainer import Trainer
@@ -30,20 +30,18 @@ from finetune.verify.suite.verdicts import Judgement
 from finetune.verify.trainers.ours import inside
 
 _PATIENCE = 240
-"""Seconds after which a planting that does not end is ended; what hangs is noticed by anybody."""
+"""Seconds after which a process that does not end is ended."""
 _LOOKS = 0.2
 """Seconds between two looks at whether it is to be ended."""
 _MEMORY = "/dev/shm"
-_CAUGHT = ("broken", "error", "undecided")
-"""What a law comes to where something was noticed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """What to plant, and how to judge: `fault` is an id, or "" for none; `laws` are ids, none for all of the tier.
 
-    When `enough` laws have caught it the others are not asked; 0 asks them all. A case that breaks a law is made
-    smaller for so many seconds.
+    When `stop_after` laws were broken the others are not asked; 0 asks them all. A case that breaks a law is made
+    smaller for so many seconds, and no law is judged longer than `law_seconds`.
     """
 
     fault: str = ""
@@ -51,21 +49,22 @@ class Job:
     seed: int = 0
     backend: str = "reference"
     laws: tuple[str, ...] = ()
-    enough: int = 0
+    stop_after: int = 0
     shrink_seconds: float = 1.5
+    law_seconds: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Planted:
+class FaultRun:
     """What came of a job.
 
     Attributes:
         words: what each law came to.
-        first: of the first law that broke, its judgement.
-        seconds: how long the judging took, and how long until that first law.
-        answers: a mark of every answer that was given, by a mark of its question: two plantings are told apart by it.
-        reached: how often what was planted was come by.
-        trouble: why the whole planting came to nothing; it was noticed, for it stopped everything.
+        first: of the first law that was broken, its judgement; of the first that was not judged, where none was broken.
+        seconds: how long the judging took, and how long until the first law was broken.
+        answers: a mark of every answer that was given, by a mark of its question: two runs are told apart by it.
+        hits: how often what was planted was called.
+        error: why no law could be judged: the fault could not be planted, or its process ended or hung.
     """
 
     fault: str
@@ -75,8 +74,8 @@ class Planted:
     seconds: float = 0.0
     seconds_to_first: float | None = None
     answers: Mapping[str, str] = field(default_factory=dict)
-    reached: Mapping[str, int] = field(default_factory=dict)
-    trouble: str = ""
+    hits: Mapping[str, int] = field(default_factory=dict)
+    error: str = ""
 
 
 class MarkingDoor:
@@ -128,7 +127,7 @@ def _texts(values: Any) -> Iterator[str]:
         yield str(values)
 
 
-def run_job(job: Job, *, patience: float = _PATIENCE, stop: threading.Event | None = None) -> Planted:
+def run_job(job: Job, *, patience: float = _PATIENCE, stop: threading.Event | None = None) -> FaultRun:
     """Do a job in a process of its own, whatever it does there; once `stop` is set it is ended."""
     # In memory, where the system has such a place: a trainer waits for the disk at every file that it must not lose.
     place = _MEMORY if os.access(_MEMORY, os.W_OK) else None
@@ -149,13 +148,13 @@ def run_job(job: Job, *, patience: float = _PATIENCE, stop: threading.Event | No
                         continue
                     process.kill()
                     why = "the campaign was ended" if ended else f"it did not end within {patience:.0f} s"
-                    return Planted(job.fault, job.seed, trouble=why)
+                    return FaultRun(job.fault, job.seed, error=why)
     if process.returncode:
-        return Planted(job.fault, job.seed, trouble=f"it ended with {process.returncode}: {errors[-600:].strip()}")
-    return Planted(**json.loads(said.splitlines()[-1]))
+        return FaultRun(job.fault, job.seed, error=f"it ended with {process.returncode}: {errors[-600:].strip()}")
+    return FaultRun(**json.loads(said.splitlines()[-1]))
 
 
-def do_job(job: Job, scratch: Path) -> Planted:
+def do_job(job: Job, scratch: Path) -> FaultRun:
     """Plant the fault in this very process, and judge; all that is made lies in this folder."""
     with contextlib.ExitStack() as ends:
         oracle = unspoilt(scratch / "oracle")
@@ -163,36 +162,41 @@ def do_job(job: Job, scratch: Path) -> Planted:
         laws = chosen_laws(job.tier, job.laws)
         door = MarkingDoor(inside(job.backend, scratch), scratch)
         if job.fault:
-            faults()[job.fault].apply()
-        catches: list[float] = []
+            try:
+                faults()[job.fault].plant_in(job.backend)
+            # What a planting raises says nothing of the laws, whatever it is.
+            except Exception as error:
+                why = f"it could not be planted: {type(error).__name__}: {error}"
+                return FaultRun(job.fault, job.seed, error=why)
+        kills: list[float] = []
         began = time.monotonic()
 
         def tell(judgement: Judgement) -> None:
-            if judgement.word in _CAUGHT:
-                catches.append(round(time.monotonic() - began, 3))
+            if judgement.word == "broken":
+                kills.append(round(time.monotonic() - began, 3))
 
-        asked = itertools.takewhile(lambda law: not job.enough or len(catches) < job.enough, laws)
+        asked = itertools.takewhile(lambda law: not job.stop_after or len(kills) < job.stop_after, laws)
         chances = sum(law.chance is not None for law in laws)
         found = verify(Trainer(door, scratch, oracle), asked, _effort(job, chances), tier=job.tier, tell=tell)
-        return _concluded(job, found, door, catches)
+        return _concluded(job, found, door, kills)
 
 
 def _effort(job: Job, chances: int) -> Effort:
-    return Effort(seed=job.seed, seconds=30, shrink_seconds=job.shrink_seconds, chances=chances)
+    return Effort(seed=job.seed, seconds=job.law_seconds, shrink_seconds=job.shrink_seconds, chances=chances)
 
 
-def _concluded(job: Job, found: Verification, door: MarkingDoor, catches: list[float]) -> Planted:
-    bad = [each for each in found.judgements if each.word in _CAUGHT]
-    broken = next((each for each in bad if each.word == "broken"), bad[0] if bad else None)
-    return Planted(
+def _concluded(job: Job, found: Verification, door: MarkingDoor, kills: list[float]) -> FaultRun:
+    bad = [each for each in found.judgements if each.word in ("broken", "error", "undecided")]
+    first = next((each for each in bad if each.word == "broken"), bad[0] if bad else None)
+    return FaultRun(
         fault=job.fault,
         seed=job.seed,
         words={each.law: each.word for each in found.judgements},
-        first=broken.as_dict() if broken else None,
+        first=first.as_dict() if first else None,
         seconds=found.seconds,
-        seconds_to_first=catches[0] if catches else None,
+        seconds_to_first=kills[0] if kills else None,
         answers=door.marks,
-        reached=dict(reached),
+        hits=dict(hits),
     )
 
 

@@ -3,13 +3,16 @@
 from pathlib import Path
 
 from finetune.artifacts.write import make_folder, write_text
+from finetune.verify.prove.baseline import baseline_text
 from finetune.verify.prove.campaign import Proof
 from finetune.verify.suite.findings import as_document
 
 
 def write_proof(found: Proof, folder: Path, page: str) -> Path:
-    """Write `proof.json` and `proof.html` into a folder; the place of the page."""
+    """Write `proof.json`, `proof.html` and, where all laws were asked, `kill-matrix.json`; the place of the page."""
     make_folder(folder)
     write_text(folder / "proof.json", as_document(found.as_dict()))
     write_text(folder / "proof.html", page)
+    if not found.stop_after:
+        write_text(folder / "kill-matrix.json", baseline_text(found))
     return folder / "proof.html"

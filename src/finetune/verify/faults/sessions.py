@@ -1,0 +1,146 @@
+"""How a fault is planted in the session of the backend under judgement, and what sessions keep under other names."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from finetune.records import Batch
+from finetune.verify.faults.fault import backend_under_judgement, plant
+
+Arrays = tuple[Any, Any, Any, Any]
+"""Ids (sequences, length), targets (n,), the flat places of their logits, and where each token's row starts."""
+WrongArrays = Callable[[int, Batch, Any, Any, Any], Arrays]
+_SESSIONS = {"reference": "ReferenceSession", "torch": "TorchSession", "mlx": "MlxSession"}
+
+
+def plant_session(name: str, wrong: Callable[..., Any]) -> None:
+    """Plant a fault in a method of `ports.Session`, as the backend under judgement has it."""
+    module = _session_module()
+    plant(getattr(module, _SESSIONS[backend_under_judgement()]), name, wrong)
+
+
+def _session_module() -> Any:
+    """Imported by its name: no framework is loaded but the one that is judged."""
+    return import_module(f"finetune.backends.{backend_under_judgement()}.session")
+
+
+def plant_arrays(wrong: WrongArrays) -> None:
+    """Plant a fault where a batch becomes arrays.
+
+    `wrong` is given the padding's id, the batch, ids, where targets are (sequences, length), and where each token's
+    row starts, all in NumPy, whatever the backend computes with.
+    """
+    module = _session_module()
+    if backend_under_judgement() == "reference":
+
+        def reference(right: Any, session: Any, batch: Batch) -> Arrays:
+            ids, _, here, starts = right(session, batch)
+            return wrong(session.pad_id, batch, ids, here.reshape(ids.shape).copy(), starts)
+
+        plant(module.ReferenceSession, "arrays_of", reference)
+    elif backend_under_judgement() == "torch":
+        plant(module.TorchSession, "tensors_of", lambda right, session, batch: _torch(right, session, batch, wrong))
+    else:
+        plant(module, "arrays_of", lambda right, batch, sizes: _mlx(right, batch, sizes, wrong))
+
+
+def _torch(right: Any, session: Any, batch: Batch, wrong: WrongArrays) -> tuple[Any, Any, Any]:
+    import torch
+
+    inputs, _, here = right(session, batch)
+    ids = inputs["input_ids"]
+    # Torch is told each token's place in its row, the others where the row starts in the sequence.
+    places = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    starts = places - inputs["position_ids"] if "position_ids" in inputs else torch.zeros_like(ids)
+    given = (tensor.cpu().numpy().copy() for tensor in (ids, here, starts))
+    ids, targets, here, starts = (
+        torch.from_numpy(np.ascontiguousarray(each)).to(places.device) for each in wrong(session.pad_id, batch, *given)
+    )
+    inputs = {**inputs, "input_ids": ids}
+    if "position_ids" in inputs:
+        inputs["position_ids"] = places - starts
+    return inputs, targets, here.reshape(ids.shape)
+
+
+def _mlx(right: Any, batch: Batch, sizes: Any, wrong: WrongArrays) -> Any:
+    import mlx.core as mx
+
+    found = right(batch, sizes)
+    ids = np.array(found.ids)
+    here = np.zeros(ids.size, np.bool_)
+    here[np.array(found.places)] = True
+    starts = np.zeros_like(ids) if found.starts is None else np.array(found.starts)
+    ids, targets, here, starts = wrong(sizes.pad_id, batch, ids, here.reshape(ids.shape), starts)
+    return replace(
+        found,
+        ids=mx.array(ids),
+        targets=mx.array(targets),
+        places=mx.array(np.flatnonzero(here)),
+        starts=mx.array(starts) if starts.any() else None,
+    )
+
+
+def shifted(ids: Any, here: Any, starts: Any, by: int = 1) -> Arrays:
+    """The arrays with targets so many places on."""
+    return ids, np.roll(ids, -by, axis=1)[here], here.reshape(-1), starts
+
+
+class Through:
+    """A session of which some methods are others."""
+
+    def __init__(self, session: Any, **others: Any) -> None:
+        self.__dict__.update(others)
+        self._session = session
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+
+def _backend_of(session: Any) -> str:
+    return next(backend for backend, name in _SESSIONS.items() if name == type(session).__name__)
+
+
+def pad_of(session: Any) -> int:
+    """The id that a session pads rows with."""
+    return int(session.trip.sizes.pad_id if _backend_of(session) == "mlx" else session.pad_id)
+
+
+def gradients_of(session: Any) -> dict[str, Any]:
+    """A copy of what a session has added up."""
+    if _backend_of(session) != "torch":
+        return {name: gradient + 0 for name, gradient in session.gradients.items()}
+    named = session.model.named_parameters()
+    return {name: tensor.grad.clone() for name, tensor in named if tensor.grad is not None}
+
+
+def put_gradients(session: Any, gradients: dict[str, Any]) -> None:
+    """Let a session have added up these, and no others."""
+    if _backend_of(session) != "torch":
+        session.gradients = gradients
+        return
+    for name, tensor in session.model.named_parameters():
+        tensor.grad = gradients.get(name)
+
+
+def forget_moments(session: Any) -> None:
+    """Make the optimizer's averages zero."""
+    optimizer = session.optimizer
+    if _backend_of(session) == "torch":
+        for state in optimizer.state.values():
+            state["exp_avg"].zero_()
+            state["exp_avg_sq"].zero_()
+        return
+    for moments in (optimizer.first, optimizer.second):
+        moments.update({name: tensor * 0 for name, tensor in moments.items()})
+
+
+def forget_steps(session: Any) -> None:
+    """Let the optimizer believe that it has made no step."""
+    if _backend_of(session) != "torch":
+        session.optimizer.steps = 0
+        return
+    for state in session.optimizer.state.values():
+        state["step"].zero_()
