@@ -120,8 +120,12 @@ mutants: $(MUTANTS_VENV)/ok  ## Break the code in 400 small ways and count how m
 	@$(MUTANTS_VENV)/bin/python bench/mutants.py
 
 .PHONY: prove
-prove: $(WORKFLOW_VENV)/ok  ## Plant every fault in our own trainer and count what the laws of Tier 1 catch (minutes)
+prove: $(WORKFLOW_VENV)/ok  ## Plant every fault in our own trainer and count what the laws of Tier 1 kill (minutes)
 	@$(TEST_ENV) $(WORKFLOW_VENV)/bin/ft prove --tier 1 --output proof
+
+.PHONY: matrix
+matrix: $(WORKFLOW_VENV)/ok  ## Ask every law of every fault, and name each kill of docs/evidence/kill-matrix.json that was lost
+	@$(TEST_ENV) $(WORKFLOW_VENV)/bin/ft prove --tier 1 --seeds 2 --against docs/evidence/kill-matrix.json --output proof
 
 .PHONY: peers
 peers: $(VENV)/dev-ok  ## Make the environments of TRL and mlx-lm, for `ft verify --subject trl --python .peers/trl/bin/python`

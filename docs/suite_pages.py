@@ -78,7 +78,7 @@ def _law(law: CaseLaw, kills: Sequence[str]) -> list[str]:
         lines.append(
             f"- chance: a sound trainer keeps {law.chance.sound:.0%} of the cases at least; judged by a sequential test"
         )
-    first = _proof().get("enough") == 1
+    first = _proof().get("stop_after") == 1
     word, none = (
         ("first to catch", "none: cheaper laws had caught them") if first else ("kills", "none that is planted")
     )

@@ -27,7 +27,7 @@ def test_fault_names_public_targets() -> None:
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(call, ast.Call) and getattr(call.func, "id", "") in ("plant", "plant_session")
         for name in call.args[:2]
-        if isinstance(name, ast.Constant)
+        if isinstance(name, ast.Constant) and isinstance(name.value, str)
     ]
     assert len(names) > 150
     assert [each for each in names if each[1].startswith("_") and each[1] != "__init__"] == []

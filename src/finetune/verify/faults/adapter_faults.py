@@ -16,7 +16,7 @@ from finetune.errors import ModelError
 from finetune.models.peft_files import WEIGHTS, read_settings
 from finetune.records import AdapterTarget
 from finetune.verify.faults.fault import backend_under_judgement, fault, plant
-from finetune.verify.faults.sessions import plant_session
+from finetune.verify.faults.sessions import plant_session, thaw
 
 
 def _in_files(spoil: Callable[[dict[str, Any], dict[str, Any]], object]) -> None:
@@ -155,15 +155,13 @@ def wrong_base_accepted() -> None:
     "adapter.requires_grad_coupled",
     real="PEFT #2765",
     what="An adapter that is loaded to answer with can be trained.",
-    backends=("reference",),
 )
 def loaded_is_trainable() -> None:
     """To put it on is to thaw it."""
 
     def load(right: Any, session: Any, folder: Path) -> None:
         right(session, folder)
-        assert session.adapter is not None
-        session.trainable = session.adapter.tensors()
+        thaw(session)
 
     plant_session("load_adapter", load)
 

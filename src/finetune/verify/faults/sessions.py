@@ -1,6 +1,7 @@
 """How a fault is planted in the session of the backend under judgement, and what sessions keep under other names."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -47,28 +48,25 @@ def plant_arrays(wrong: WrongArrays) -> None:
         plant(module, "arrays_of", lambda right, batch, sizes: _mlx(right, batch, sizes, wrong))
 
 
+# No framework is imported here: what the right function gave makes arrays of its own kind.
 def _torch(right: Any, session: Any, batch: Batch, wrong: WrongArrays) -> tuple[Any, Any, Any]:
-    import torch
-
     inputs, _, here = right(session, batch)
-    ids = inputs["input_ids"]
+    given = inputs["input_ids"]
     # Torch is told each token's place in its row, the others where the row starts in the sequence.
-    places = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-    starts = places - inputs["position_ids"] if "position_ids" in inputs else torch.zeros_like(ids)
-    given = (tensor.cpu().numpy().copy() for tensor in (ids, here, starts))
-    ids, targets, here, starts = (
-        torch.from_numpy(np.ascontiguousarray(each)).to(places.device) for each in wrong(session.pad_id, batch, *given)
+    places = np.broadcast_to(np.arange(given.shape[1]), tuple(given.shape))
+    starts = places - inputs["position_ids"].cpu().numpy() if "position_ids" in inputs else np.zeros_like(places)
+    ids, targets, kept, starts = wrong(
+        session.pad_id, batch, given.cpu().numpy().copy(), here.cpu().numpy().copy(), starts
     )
-    inputs = {**inputs, "input_ids": ids}
+    inputs = {**inputs, "input_ids": given.new_tensor(ids)}
     if "position_ids" in inputs:
-        inputs["position_ids"] = places - starts
-    return inputs, targets, here.reshape(ids.shape)
+        inputs["position_ids"] = given.new_tensor(places - starts)
+    return inputs, given.new_tensor(targets), here.new_tensor(kept.reshape(ids.shape))
 
 
 def _mlx(right: Any, batch: Batch, sizes: Any, wrong: WrongArrays) -> Any:
-    import mlx.core as mx
-
     found = right(batch, sizes)
+    array = type(found.ids)
     ids = np.array(found.ids)
     here = np.zeros(ids.size, np.bool_)
     here[np.array(found.places)] = True
@@ -76,10 +74,10 @@ def _mlx(right: Any, batch: Batch, sizes: Any, wrong: WrongArrays) -> Any:
     ids, targets, here, starts = wrong(sizes.pad_id, batch, ids, here.reshape(ids.shape), starts)
     return replace(
         found,
-        ids=mx.array(ids),
-        targets=mx.array(targets),
-        places=mx.array(np.flatnonzero(here)),
-        starts=mx.array(starts) if starts.any() else None,
+        ids=array(ids),
+        targets=array(targets),
+        places=array(np.flatnonzero(here)),
+        starts=array(starts) if starts.any() else None,
     )
 
 
@@ -144,3 +142,34 @@ def forget_steps(session: Any) -> None:
         return
     for state in session.optimizer.state.values():
         state["step"].zero_()
+
+
+def thaw(session: Any) -> None:
+    """Let an adapter that was loaded, and is frozen, be trained."""
+    backend = _backend_of(session)
+    if backend == "torch":
+        for name, tensor in session.model.named_parameters():
+            tensor.requires_grad_("lora_" in name)
+    elif session.adapter is not None and backend == "reference":
+        session.trainable = session.adapter.tensors()
+    elif session.adapter is not None:
+        session._trained = session.adapter.tensors(session.loaded.names)
+
+
+@contextlib.contextmanager
+def trainable(session: Any) -> Iterator[None]:
+    """Within this context a frozen adapter can be trained; afterwards it is as it was."""
+    if session.trainable_names():
+        yield
+        return
+    thaw(session)
+    try:
+        yield
+    finally:
+        put_gradients(session, {})
+        if _backend_of(session) == "torch":
+            session.model.requires_grad_(requires_grad=False)
+        elif _backend_of(session) == "reference":
+            session.trainable = {}
+        else:
+            session._trained = {}
