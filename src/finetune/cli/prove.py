@@ -10,6 +10,9 @@ from finetune.cli.options import AsJson
 from finetune.errors import MissingExtraError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from finetune.verify.faults.fault import Fault
     from finetune.verify.prove.campaign import Proof
 
 TierNumber = Annotated[int, typer.Option("--tier", min=1, max=2, help="The laws of this tier and those below it.")]
@@ -65,17 +68,9 @@ def command(
     require_backend(backend)
     chosen = chosen_faults(fault or (), backend)
     if list_faults:
-        if json_output:
-            print_json(
-                [{"fault": each.id, "slug": each.slug, "stage": each.stage, "what": each.what} for each in chosen]
-            )
-        else:
-            print_data("\n".join(f"{each.id} {each.slug}: {each.what}" for each in chosen))
+        _print_faults(chosen, as_json=json_output)
         return 0
-    baseline = read_baseline(against) if against else None
-    if baseline and (baseline["tier"], baseline["backend"]) != (tier, backend):
-        kind = f"--tier {baseline['tier']} --backend {baseline['backend']}"
-        raise UsageError(f"{against} is of another campaign", hint=f"say {kind}")
+    baseline = read_baseline(against, tier, backend) if against else None
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is no folder", hint="name a new folder, or one of an earlier campaign")
     from finetune.interrupts import terminated_as_interrupted
@@ -96,6 +91,13 @@ def command(
     for sentence in lost:
         say(f"LOST: {sentence}")
     return 0 if found.passes and not lost else 1
+
+
+def _print_faults(chosen: "Sequence[Fault]", *, as_json: bool) -> None:
+    if as_json:
+        print_json([{"fault": each.id, "slug": each.slug, "stage": each.stage, "what": each.what} for each in chosen])
+    else:
+        print_data("\n".join(f"{each.id} {each.slug}: {each.what}" for each in chosen))
 
 
 def _print(found: "Proof") -> None:

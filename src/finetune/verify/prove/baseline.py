@@ -24,27 +24,27 @@ def baseline_text(found: Proof) -> str:
     return "\n".join(["{", *lines, '  "faults": {', ",\n".join(faults), "  }", "}", ""])
 
 
-def read_baseline(path: Path) -> Mapping[str, Any]:
-    """What an earlier campaign wrote.
+def read_baseline(path: Path, tier: int, backend: str) -> Mapping[str, Any]:
+    """What an earlier campaign of this tier and backend wrote.
 
     Raises:
-        UsageError: there is no such file, or it is none of a campaign's.
+        UsageError: there is no such file, or it is none of such a campaign's.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if (values["format"], values["version"]) == (FORMAT, VERSION):
-            found: Mapping[str, Any] = values
-            return found
+        found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known = (found["format"], found["version"]) == (FORMAT, VERSION)
+        kind = found["tier"], found["backend"]
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise UsageError(f"{path} is no baseline of `ft prove`", hint="`ft prove --all-laws` writes kill-matrix.json")
+        known = False
+    if not known:
+        raise UsageError(f"{path} is no baseline of `ft prove`", hint="`ft prove --all-laws` writes kill-matrix.json")
+    if kind != (tier, backend):
+        raise UsageError(f"{path} is of another campaign", hint=f"say --tier {kind[0]} --backend {kind[1]}")
+    return found
 
 
 def lost_kills(found: Proof, baseline: Mapping[str, Any]) -> list[str]:
-    """A sentence for each law that killed a fault in the baseline and does so no more; faults not asked for aside.
-
-    Both must be of one tier and one backend.
-    """
+    """A sentence for each law that killed a fault in the baseline and does so no more; faults not asked for aside."""
     now = {result.fault.id: result for result in found.results}
     lost = [f"{id}, which the baseline has, is no fault any more" for id in baseline["faults"] if id not in faults()]
     for id, before in baseline["faults"].items():
