@@ -11,10 +11,10 @@ from pathlib import Path
 
 from job import peak_rss
 
-from finetune.assembly.gguf_source import exportable_model
 from finetune.backends import open_backend
-from finetune.convert.write import write_gguf
-from finetune.export import plan_whole
+from finetune.export.gguf import plan_whole
+from finetune.export.gguf_source import exportable_model
+from finetune.export.write import write_gguf
 
 
 def convert(request: dict[str, str]) -> float:

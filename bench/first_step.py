@@ -7,7 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from finetune.artifacts.checkpoints import CheckpointStore
+from finetune.run.checkpoints import CheckpointStore
 
 FRAMEWORKS = {"torch": "import torch, transformers, peft", "mlx": "import mlx.core, mlx_lm"}
 

@@ -57,9 +57,13 @@ def mutmut(*arguments: str, quiet: bool = False) -> str:
     program = Path(sysconfig.get_path("scripts")) / "mutmut"
     paths = os.pathsep.join(str(WORK / "mutants" / name) for name in ("src", "strategies", "bench"))
     environment = {
-        **os.environ, "PYTHONPATH": paths, "HYPOTHESIS_PROFILE": "fast", "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+        **os.environ,
+        "PYTHONPATH": paths,
+        "HYPOTHESIS_PROFILE": "fast",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [program, *arguments], cwd=WORK, env=environment, capture_output=quiet, text=True, check=False
     )

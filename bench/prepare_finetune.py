@@ -4,13 +4,13 @@ import time
 
 import job
 
-from finetune.assembly.encoder import Encoder
 from finetune.backends import open_backend
+from finetune.chat.encoder import Encoder
 from finetune.config import ModelAndDataFacts, load_config, resolve
+from finetune.data.batches import epoch_batches
 from finetune.data.read import read_rows
 from finetune.data.shape import shape_rows
 from finetune.records import ModelLocation
-from finetune.tokens.batch import epoch_batches
 
 
 def main() -> None:

@@ -24,9 +24,15 @@ def measure(model: Path, rows: Path, folder: str) -> None:
     from trl import SFTConfig, SFTTrainer
 
     config = SFTConfig(
-        output_dir=folder, per_device_train_batch_size=job.DATA_BATCH_SIZE, max_length=512, report_to="none",
-        use_cpu=True, bf16=False, disable_tqdm=True, max_steps=1,
-    )  # fmt: skip
+        output_dir=folder,
+        per_device_train_batch_size=job.DATA_BATCH_SIZE,
+        max_length=512,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        max_steps=1,
+    )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
     few = load_dataset("json", data_files=str(rows), split="train[:8]")
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import job
 
-from finetune.artifacts.checkpoints import CheckpointStore, Owner
 from finetune.backends import open_backend
+from finetune.data.batches import epoch_batches
 from finetune.events import StepDone
 from finetune.records import AdapterTarget, ModelLocation, Optimization, Tokenized
-from finetune.tokens.batch import epoch_batches
+from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune.training.loop import LoopPlan, train
 
 SAVE_EVERY = 10

@@ -9,7 +9,7 @@ _EXPORTS = {
     "FineTuneError": "finetune.errors",
     "TrainingConfig": "finetune.config",
     "TrainingSuccessValidator": "finetune.criteria.validator",
-    "fine_tune": "finetune.pipeline",
+    "fine_tune": "finetune.train",
     "load_config": "finetune.config",
 }
 __all__ = ["FineTuneError", "TrainingConfig", "TrainingSuccessValidator", "__version__", "fine_tune", "load_config"]

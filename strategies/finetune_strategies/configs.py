@@ -11,10 +11,48 @@ from finetune_strategies.datasets import seeds
 Tree = dict[str, Any]
 
 _LOOKS_LIKE_SOMETHING_ELSE = (
-    "null", "~", "true", "no", "on", "1e-5", "2e-5", "0123", "1:30", "12", ".nan", "2024-01-01", "-", "- a", "a: b",
-    "a #b", "#a", "'", '"', "'a", "[a]", "{a}", "*a", "&a", "!a", "%a", "@a", "a:", "=", "<<", " a ", "none", "NONE",
-    "data/Москва.jsonl", "资料/数据.json", "naïve café.csv", "🦙.parquet", "e\u0301", "\ufeffa", "C:\\data", "a" * 300,
-)  # fmt: skip
+    "null",
+    "~",
+    "true",
+    "no",
+    "on",
+    "1e-5",
+    "2e-5",
+    "0123",
+    "1:30",
+    "12",
+    ".nan",
+    "2024-01-01",
+    "-",
+    "- a",
+    "a: b",
+    "a #b",
+    "#a",
+    "'",
+    '"',
+    "'a",
+    "[a]",
+    "{a}",
+    "*a",
+    "&a",
+    "!a",
+    "%a",
+    "@a",
+    "a:",
+    "=",
+    "<<",
+    " a ",
+    "none",
+    "NONE",
+    "data/Москва.jsonl",
+    "资料/数据.json",
+    "naïve café.csv",
+    "🦙.parquet",
+    "e\u0301",
+    "\ufeffa",
+    "C:\\data",
+    "a" * 300,
+)
 _PRINTABLE = st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"])
 
 
@@ -143,9 +181,16 @@ SETTINGS: dict[str, Setting] = {
 
 _COUNTING = ("training.", "evaluation.", "judge.memory_", "adapter.")
 _NO_NUMBERS = (
-    "adapter.kind", "adapter.scaling", "adapter.targets", "adapter.rank_pattern", "adapter.alpha_pattern",
-    "adapter.modules_to_save", "training.schedule", "training.packing", "training.keep",
-)  # fmt: skip
+    "adapter.kind",
+    "adapter.scaling",
+    "adapter.targets",
+    "adapter.rank_pattern",
+    "adapter.alpha_pattern",
+    "adapter.modules_to_save",
+    "training.schedule",
+    "training.packing",
+    "training.keep",
+)
 NUMBERS = (
     *(key for key in SETTINGS if key.startswith(_COUNTING) and key not in _NO_NUMBERS),
     "data.valid_fraction",
@@ -153,11 +198,25 @@ NUMBERS = (
     "tokens.max_length",
 )
 NULLABLE = (
-    "model.revision", "data.train", "data.valid", "data.valid_fraction", "data.rehearsal", "data.retention",
-    "data.limit", "tokens.max_length", "tokens.cache", "training.max_steps", "training.save_every",
-    "training.evaluate_every", "adapter.rank_pattern", "adapter.alpha_pattern", "adapter.modules_to_save",
-    "training.stop_after", "tracking.name", "model.quantize",
-)  # fmt: skip
+    "model.revision",
+    "data.train",
+    "data.valid",
+    "data.valid_fraction",
+    "data.rehearsal",
+    "data.retention",
+    "data.limit",
+    "tokens.max_length",
+    "tokens.cache",
+    "training.max_steps",
+    "training.save_every",
+    "training.evaluate_every",
+    "adapter.rank_pattern",
+    "adapter.alpha_pattern",
+    "adapter.modules_to_save",
+    "training.stop_after",
+    "tracking.name",
+    "model.quantize",
+)
 
 
 def nested(values: dict[str, Any]) -> Tree:

@@ -43,26 +43,51 @@ BROKEN_LINES = {
 _MISSHAPEN: dict[str, tuple[dict[str, Any], ...]] = {
     "missing column": ({}, {"a": 1}, {"instruction": "x"}, {"output": "x"}, {"prompt": "x"}, {"completion": "x"}),
     "several shapes": (
-        {"text": "x", "messages": []}, {"instruction": "a", "output": "b", "prompt": "c", "completion": "d"},
+        {"text": "x", "messages": []},
+        {"instruction": "a", "output": "b", "prompt": "c", "completion": "d"},
     ),
     "wrong type": (
-        {"text": 3}, {"text": ["x"]}, {"messages": "x"}, {"messages": {"role": "user"}}, {"messages": ["x"]},
-        {"messages": None}, {"messages": [{"role": "user", "content": {}}]}, {"prompt": "x", "completion": ["y"]},
-        {"instruction": 1, "output": "x"}, {"instruction": "x", "output": False},
+        {"text": 3},
+        {"text": ["x"]},
+        {"messages": "x"},
+        {"messages": {"role": "user"}},
+        {"messages": ["x"]},
+        {"messages": None},
+        {"messages": [{"role": "user", "content": {}}]},
+        {"prompt": "x", "completion": ["y"]},
+        {"instruction": 1, "output": "x"},
+        {"instruction": "x", "output": False},
         {"prompt": ["x"], "completion": [{"role": "assistant", "content": "y"}]},
     ),
     "unknown role": (
-        {"messages": [{"role": "bot", "content": "x"}]}, {"messages": [{"content": "x"}]},
-        {"messages": [{"role": [], "content": ""}]}, {"messages": [{"role": "\udfff", "content": "x"}]},
+        {"messages": [{"role": "bot", "content": "x"}]},
+        {"messages": [{"content": "x"}]},
+        {"messages": [{"role": [], "content": ""}]},
+        {"messages": [{"role": "\udfff", "content": "x"}]},
     ),
     "half a surrogate pair": ({"text": "\ud800"}, {"\ud800": 1}, {"prompt": "x", "completion": "\udc00y"}),
-}  # fmt: skip
+}
 _MISSHAPEN_LINES = {damage: tuple(map(json.dumps, rows)) for damage, rows in _MISSHAPEN.items()}
 DAMAGES = (
-    *BROKEN_LINES, "not an object in a list", "cut off list", "cut off line", "not UTF-8", "latin-1", "UTF-16",
-    "UTF-16 without a mark", "empty", "no rows", "broken list", "too deep list", "too many digits in a list",
-    "unknown ending", "ragged table", "open quote", "text after a quote", "column twice",
-)  # fmt: skip
+    *BROKEN_LINES,
+    "not an object in a list",
+    "cut off list",
+    "cut off line",
+    "not UTF-8",
+    "latin-1",
+    "UTF-16",
+    "UTF-16 without a mark",
+    "empty",
+    "no rows",
+    "broken list",
+    "too deep list",
+    "too many digits in a list",
+    "unknown ending",
+    "ragged table",
+    "open quote",
+    "text after a quote",
+    "column twice",
+)
 MISSHAPES = (*_MISSHAPEN, "unknown header")
 
 

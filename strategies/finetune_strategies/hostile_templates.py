@@ -19,59 +19,160 @@ class HostileTemplate:
 
 _HUGE = st.sampled_from([10**5, 10**6, 10**8, 10**10, 10**18])
 _HIDDEN = (
-    "__class__", "__class__.__mro__", "__init__.__globals__", "__subclasses__()", "__doc__", "__dict__", "_x",
-)  # fmt: skip
-_HOLDERS = ("''", "messages", "messages[0]", "namespace", "raise_exception", "1", "(1, 2)", "self", "unknown",
-    "''.strip")  # fmt: skip
+    "__class__",
+    "__class__.__mro__",
+    "__init__.__globals__",
+    "__subclasses__()",
+    "__doc__",
+    "__dict__",
+    "_x",
+)
+_HOLDERS = (
+    "''",
+    "messages",
+    "messages[0]",
+    "namespace",
+    "raise_exception",
+    "1",
+    "(1, 2)",
+    "self",
+    "unknown",
+    "''.strip",
+)
 _FAR = (
-    "''.format", "''.encode", "''.ljust", "''.center", "''.zfill", "''.expandtabs", "messages.append", "messages.sort",
-    "messages[0].update", "messages[0].pop", "messages[0]['clear']", "range.index", "(1).bit_length", "joiner.__call__",
-)  # fmt: skip
+    "''.format",
+    "''.encode",
+    "''.ljust",
+    "''.center",
+    "''.zfill",
+    "''.expandtabs",
+    "messages.append",
+    "messages.sort",
+    "messages[0].update",
+    "messages[0].pop",
+    "messages[0]['clear']",
+    "range.index",
+    "(1).bit_length",
+    "joiner.__call__",
+)
 _FILTERS = (
-    "attr('__class__')", "center({n})", "wordwrap(1)", "xmlattr", "batch(1)", "slice({n})", "groupby('role')", "pprint",
-    "random", "filesizeformat", "urlize", "truncate({n})", "map('attr', '__class__') | list", "sum(start=[])",
-    "map('center', {n}) | list", "forceescape", "striptags",
-)  # fmt: skip
+    "attr('__class__')",
+    "center({n})",
+    "wordwrap(1)",
+    "xmlattr",
+    "batch(1)",
+    "slice({n})",
+    "groupby('role')",
+    "pprint",
+    "random",
+    "filesizeformat",
+    "urlize",
+    "truncate({n})",
+    "map('attr', '__class__') | list",
+    "sum(start=[])",
+    "map('center', {n}) | list",
+    "forceescape",
+    "striptags",
+)
 _WIDTHS = (
-    "'%{n}d' % 1", "'%{n}d' | format(1)", "'%.{n}f' % 1", "'%*d' % ({n}, 1)", "'{{:>{n}}}'.format('')",
-    "'a' | indent({n})", "[1] | tojson(indent={n})", "1 | round({n})", "1 | round(-{n}, 'ceil')",
-    "'%{n}d' is even", "'%{n}d' is divisibleby(3)", "strftime_now('%{n}Y')", "'a' | round(9, 'floor')",
-)  # fmt: skip
+    "'%{n}d' % 1",
+    "'%{n}d' | format(1)",
+    "'%.{n}f' % 1",
+    "'%*d' % ({n}, 1)",
+    "'{{:>{n}}}'.format('')",
+    "'a' | indent({n})",
+    "[1] | tojson(indent={n})",
+    "1 | round({n})",
+    "1 | round(-{n}, 'ceil')",
+    "'%{n}d' is even",
+    "'%{n}d' is divisibleby(3)",
+    "strftime_now('%{n}Y')",
+    "'a' | round(9, 'floor')",
+)
 _SIZES = (
-    "'{long}' * {n}", "{n} * '{long}'", "[0] * {n}", "(0, 0) * {n}", "range(90000 + {n}) | list",
-    "range({n}) | map('string') | list", "range(90000 + {n}) | reverse | list", "range(900) | join('{long}' * 900)",
+    "'{long}' * {n}",
+    "{n} * '{long}'",
+    "[0] * {n}",
+    "(0, 0) * {n}",
+    "range(90000 + {n}) | list",
+    "range({n}) | map('string') | list",
+    "range(90000 + {n}) | reverse | list",
+    "range(900) | join('{long}' * 900)",
     "('{long}' * 90) | replace('', '{long}' * 90)",
-    "('{long}' * 90).replace('a', '{long}' * 90)", "('{long}' * 900).join(range(900) | map('string'))",
-    "[1] | tojson(separators=('{long}' * {n}, ''))", "('a\\n' * 900) | indent('{long}' * 900)",
-    "('{long}' * 90000).rfind('b' + 'a' * 90000)", "('{long}' * 90000).strip('b' * 90000)",
-    "(['a'] * 900) | map(attribute='.' * 90000, default='a') | list", "range(90000) | sort | sort | length",
-)  # fmt: skip
-_NUMBERS = ("2 ** {n}", "10 ** {n} ** 9", "(-3) ** {n}", "{n} * 10 ** 18 * 10 ** 18", "('9' * 4000) | int",
-    "range({n} ** 9)", "range(10 ** 19) | list")  # fmt: skip
+    "('{long}' * 90).replace('a', '{long}' * 90)",
+    "('{long}' * 900).join(range(900) | map('string'))",
+    "[1] | tojson(separators=('{long}' * {n}, ''))",
+    "('a\\n' * 900) | indent('{long}' * 900)",
+    "('{long}' * 90000).rfind('b' + 'a' * 90000)",
+    "('{long}' * 90000).strip('b' * 90000)",
+    "(['a'] * 900) | map(attribute='.' * 90000, default='a') | list",
+    "range(90000) | sort | sort | length",
+)
+_NUMBERS = (
+    "2 ** {n}",
+    "10 ** {n} ** 9",
+    "(-3) ** {n}",
+    "{n} * 10 ** 18 * 10 ** 18",
+    "('9' * 4000) | int",
+    "range({n} ** 9)",
+    "range(10 ** 19) | list",
+)
 _GROWING = (
-    ("'a'", "ns.x ~ ns.x"), ("'a'", "ns.x + ns.x"), ("[1]", "ns.x + ns.x"), ("'a'", "[ns.x, ns.x] | join"),
-    ("'a'", "ns.x | replace('', 'aa')"), ("'a'", "'%s%s' % (ns.x, ns.x)"), ("'a'", "ns.x * 2"),
+    ("'a'", "ns.x ~ ns.x"),
+    ("'a'", "ns.x + ns.x"),
+    ("[1]", "ns.x + ns.x"),
+    ("'a'", "[ns.x, ns.x] | join"),
+    ("'a'", "ns.x | replace('', 'aa')"),
+    ("'a'", "'%s%s' % (ns.x, ns.x)"),
+    ("'a'", "ns.x * 2"),
     ("'a'", "ns.x.join('aaa')"),
-)  # fmt: skip
+)
 _SHOWING = (
-    "{x}", "{x} ~ ''", "{x} | string", "{x} | tojson", "{x} | join", "{x} == {x}[:]", "{x} in [{x}[:]]",
-    "{x} is eq({x}[:])", "[{x}, {x}[:]] | sort", "[{x}] | unique | list", "'%s' % ({x},)", "{{{x}: 1}}",
-    "{x} in {{1: 1}}", "{{1: 1}}.get({x})", "{{1: 1}}[{x}]", "raise_exception({x})", "{x} | length > 1 and [{x}] | max",
-)  # fmt: skip
+    "{x}",
+    "{x} ~ ''",
+    "{x} | string",
+    "{x} | tojson",
+    "{x} | join",
+    "{x} == {x}[:]",
+    "{x} in [{x}[:]]",
+    "{x} is eq({x}[:])",
+    "[{x}, {x}[:]] | sort",
+    "[{x}] | unique | list",
+    "'%s' % ({x},)",
+    "{{{x}: 1}}",
+    "{x} in {{1: 1}}",
+    "{{1: 1}}.get({x})",
+    "{{1: 1}}[{x}]",
+    "raise_exception({x})",
+    "{x} | length > 1 and [{x}] | max",
+)
 _SYNTAX = (
-    "{% include 'x' %}", "{% import 'x' as x %}", "{% from 'x' import y %}", "{% extends 'x' %}",
-    "{% block x %}{{ self.x() }}{% endblock %}", "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
-    "{% autoescape true %}{% endautoescape %}", "{{ raise_exception(*range(99)) }}", "{{ dict(**messages[0]) }}",
-    "{{ 'a' | replace(*messages) }}", "{{ 99999999999999999999999 }}",
-)  # fmt: skip
+    "{% include 'x' %}",
+    "{% import 'x' as x %}",
+    "{% from 'x' import y %}",
+    "{% extends 'x' %}",
+    "{% block x %}{{ self.x() }}{% endblock %}",
+    "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
+    "{% autoescape true %}{% endautoescape %}",
+    "{{ raise_exception(*range(99)) }}",
+    "{{ dict(**messages[0]) }}",
+    "{{ 'a' | replace(*messages) }}",
+    "{{ 99999999999999999999999 }}",
+)
 
 _PLACES = (
-    "{{ X }}", "{% set x = X %}{{ x }}", "{% if X %}{% endif %}{{ X }}", "{% for m in messages %}{{ X }}{% endfor %}",
-    "{% macro f(x) %}{{ x }}{% endmacro %}{{ f(X) }}", "{% filter trim %}{{ X }}{% endfilter %}",
-    "{% set x %}{{ X }}{% endset %}", "{{ '' if false else X }}", "{{ messages | length and [X] }}",
+    "{{ X }}",
+    "{% set x = X %}{{ x }}",
+    "{% if X %}{% endif %}{{ X }}",
+    "{% for m in messages %}{{ X }}{% endfor %}",
+    "{% macro f(x) %}{{ x }}{% endmacro %}{{ f(X) }}",
+    "{% filter trim %}{{ X }}{% endfilter %}",
+    "{% set x %}{{ X }}{% endset %}",
+    "{{ '' if false else X }}",
+    "{{ messages | length and [X] }}",
     "{% macro f() %}{{ caller() }}{% endmacro %}{% call f() %}{{ X }}{% endcall %}",
     "{% with x = X %}{{ x }}{% endwith %}",
-)  # fmt: skip
+)
 
 
 @st.composite
@@ -151,15 +252,19 @@ def every_attack(number: int = 10**8) -> list[HostileTemplate]:
     }
     found = [
         HostileTemplate(f"{{{{ {expression} }}}}", kind, ATTACKS[kind][0])
-        for kind, expressions in single.items() for expression in expressions
-    ]  # fmt: skip
+        for kind, expressions in single.items()
+        for expression in expressions
+    ]
     return found + [HostileTemplate(source, "syntax", ATTACKS["syntax"][0]) for source in _SYNTAX]
 
 
 def hostile_templates(kind: str | None = None) -> st.SearchStrategy[HostileTemplate]:
     """Templates that reach for Python, or for more time and memory than there is; of one kind of `ATTACKS`, or any."""
     kinds = [kind] if kind else list(ATTACKS)
-    return st.one_of([
-        source.map(lambda text, name=name, says=says: HostileTemplate(text, name, says))  # type: ignore[misc]
-        for name in kinds for says, source in [ATTACKS[name]]
-    ])  # fmt: skip
+    return st.one_of(
+        [
+            source.map(lambda text, name=name, says=says: HostileTemplate(text, name, says))  # type: ignore[misc]
+            for name in kinds
+            for says, source in [ATTACKS[name]]
+        ]
+    )

@@ -11,10 +11,16 @@ from hypothesis import strategies as st
 from hypothesis.strategies._internal import types
 
 _SECTIONS = {
-    "ModelSpec": "model", "DataSpec": "data", "TemplateSpec": "template", "TokenSpec": "tokens",
-    "AdapterSpec": "adapter", "LoopSpec": "training", "EvaluationSpec": "evaluation", "JudgeSpec": "judge",
+    "ModelSpec": "model",
+    "DataSpec": "data",
+    "TemplateSpec": "template",
+    "TokenSpec": "tokens",
+    "AdapterSpec": "adapter",
+    "LoopSpec": "training",
+    "EvaluationSpec": "evaluation",
+    "JudgeSpec": "judge",
     "TrackingSpec": "tracking",
-}  # fmt: skip
+}
 STRATEGIES: dict[tuple[str, str], tuple[str, ...]] = {
     ("finetune.config.schema", "TrainingConfig"): ("configs", "configs"),
     **{("finetune.config.schema", name): ("configs", "specs", section) for name, section in _SECTIONS.items()},

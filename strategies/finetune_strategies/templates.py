@@ -144,19 +144,31 @@ def write_jinja(shape: TemplateShape, *, answers: str = "{}", asks: str | None =
     between = "=" + _quoted(shape.between) if marks and shape.between else shape.between
     spoken = f"{tag(marks[0])}{say(*answer)}{tag(marks[1])}" if marks else ""
     turns = [
-        tag(f"if m['role'] == '{skips}'"), tag("elif m['role'] == 'system'"),
+        tag(f"if m['role'] == '{skips}'"),
+        tag("elif m['role'] == 'system'"),
         say(shape.opening("system"), "=" + content, shape.close) if shape.system == "turn" else tag(_REFUSAL),
-        tag("elif m['role'] == 'user'"), say(shape.opening("user"), *_folding(shape), "=" + trimmed, shape.close),
-        tag("set ns.folded = ''"), tag("else"),
-        say(shape.opening("assistant")) + spoken + say(between) if spoken
+        tag("elif m['role'] == 'user'"),
+        say(shape.opening("user"), *_folding(shape), "=" + trimmed, shape.close),
+        tag("set ns.folded = ''"),
+        tag("else"),
+        say(shape.opening("assistant")) + spoken + say(between)
+        if spoken
         else say(shape.opening("assistant"), *answer, shape.between),
         tag("endif"),
-    ]  # fmt: skip
+    ]
     asked = say(shape.opening("assistant") if asks is None else asks)
-    return "".join([
-        *([say("=bos_token")] if shape.says_bos else []), *map(tag, _prelude(shape)),
-        tag("for m in turns"), *turns, tag("endfor"), tag("if add_generation_prompt"), asked, tag("endif"),
-    ])  # fmt: skip
+    return "".join(
+        [
+            *([say("=bos_token")] if shape.says_bos else []),
+            *map(tag, _prelude(shape)),
+            tag("for m in turns"),
+            *turns,
+            tag("endfor"),
+            tag("if add_generation_prompt"),
+            asked,
+            tag("endif"),
+        ]
+    )
 
 
 _REFUSAL = "set ns.x = raise_exception('no system text')"
@@ -179,9 +191,15 @@ def _prelude(shape: TemplateShape) -> list[str]:
     if shape.system != "folded":
         return ["set turns = messages", "set ns = namespace(folded='')"]
     return [
-        "if messages[0].role == 'system'", "set folded = messages[0].content + '\\n\\n'", "set turns = messages[1:]",
-        "else", "set folded = ''", "set turns = messages", "endif", "set ns = namespace(folded=folded)",
-    ]  # fmt: skip
+        "if messages[0].role == 'system'",
+        "set folded = messages[0].content + '\\n\\n'",
+        "set turns = messages[1:]",
+        "else",
+        "set folded = ''",
+        "set turns = messages",
+        "endif",
+        "set ns = namespace(folded=folded)",
+    ]
 
 
 @cache

@@ -17,10 +17,18 @@ PAD = "<|pad|>"
 
 _CORPUS = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n",
-    "### Instruction:\nHello world\n\n### Response:\nHello\n\n\n", "What is the capital of Norway? Oslo", "\n\n\n\n",
-    "1234 + 5678 = 6912", "user\nassistant\nsystem\n", "Москва資料🦙🦙🦙",
-    " [/INST] ", "({[<|", "|>]})", ":(:[:\n:\n\n", '"""',
-)  # fmt: skip
+    "### Instruction:\nHello world\n\n### Response:\nHello\n\n\n",
+    "What is the capital of Norway? Oslo",
+    "\n\n\n\n",
+    "1234 + 5678 = 6912",
+    "user\nassistant\nsystem\n",
+    "Москва資料🦙🦙🦙",
+    " [/INST] ",
+    "({[<|",
+    "|>]})",
+    ":(:[:\n:\n\n",
+    '"""',
+)
 
 
 @dataclass(frozen=True)

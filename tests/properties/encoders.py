@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from functools import cache
 
+from finetune.chat.catalog import CATALOG, TemplateSource
+from finetune.chat.fit import Encoded, Overlong, encode_rows
+from finetune.chat.render import ChatTemplate
+from finetune.chat.tokenizer import FileTokenizer
 from finetune.records import Conversation, Message, Rendered
-from finetune.templates.catalog import CATALOG, TemplateSource
-from finetune.templates.render import ChatTemplate
-from finetune.tokens.fit import Encoded, Overlong, encode_rows
-from finetune.tokens.tokenizer import FileTokenizer
 from finetune_strategies.tokenizers import EOS, KINDS, TokenizerKind, all_control_kinds, tokenizer_folder
 
 NAMES = sorted(CATALOG)

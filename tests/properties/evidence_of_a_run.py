@@ -17,10 +17,24 @@ from finetune.records import Answer, MemoryMeasure, Reload, Scores, Verdict
 
 COUNT = 20
 VERDICTS = (
-    "loss-convergence", "loss-fixed-batches", "loss-start", "loss-held-out", "model-learning", "learning-signed",
-    "learning-sham", "learning-retention", "memory-efficiency", "memory-exact", "memory-resident", "parameter-updates",
-    "parameter-exactly", "parameter-first-step", "artifacts", "artifacts-no-strays", "artifacts-reload",
-)  # fmt: skip
+    "loss-convergence",
+    "loss-fixed-batches",
+    "loss-start",
+    "loss-held-out",
+    "model-learning",
+    "learning-signed",
+    "learning-sham",
+    "learning-retention",
+    "memory-efficiency",
+    "memory-exact",
+    "memory-resident",
+    "parameter-updates",
+    "parameter-exactly",
+    "parameter-first-step",
+    "artifacts",
+    "artifacts-no-strays",
+    "artifacts-reload",
+)
 ADAPTER = tuple(f"layers.{layer}.q_proj.lora_{side}.default.weight" for layer in range(5) for side in "AB")
 FROZEN = tuple(f"layers.{layer}.q_proj.base_layer.weight" for layer in range(5))
 
@@ -34,10 +48,18 @@ def scores(right: Sequence[bool] | int, count: int = COUNT) -> Scores:
 def measure(method: Any, peak: int, trainable: int, **changes: Any) -> MemoryMeasure:
     """What a process measured."""
     healthy = MemoryMeasure(
-        method=method, batch_size=4, length=96, dtype="float32", steps=3, framework_rss=400_000_000,
-        peak_rss=400_000_000 + 10 * peak, peak_tensors=peak, gradient_bytes=4 * trainable,
-        optimizer_bytes=8 * trainable, weight_bytes=4_000_000,
-    )  # fmt: skip
+        method=method,
+        batch_size=4,
+        length=96,
+        dtype="float32",
+        steps=3,
+        framework_rss=400_000_000,
+        peak_rss=400_000_000 + 10 * peak,
+        peak_tensors=peak,
+        gradient_bytes=4 * trainable,
+        optimizer_bytes=8 * trainable,
+        weight_bytes=4_000_000,
+    )
     return dataclasses.replace(healthy, **changes)
 
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from finetune.templates.catalog import TemplateSource
-from finetune.templates.render import ChatTemplate
+from finetune.chat.catalog import TemplateSource
+from finetune.chat.render import ChatTemplate
 
 FOLDER = Path(__file__).parent / "chat_templates"
 
@@ -86,11 +86,20 @@ REAL = {
         RealTemplate("phi-3", "<|assistant|>\n", "<|end|>", ("<|user|>", "<|system|>", "<|end|>"), tidy=True),
         RealTemplate("phi-4", "<|im_start|>assistant<|im_sep|>", "<|im_end|>", (*_CHATML, "<|im_sep|>")),
         RealTemplate(
-            "deepseek-v3", "<｜Assistant｜>", "<｜end▁of▁sentence｜>",
-            ("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"), bos="<｜begin▁of▁sentence｜>",
+            "deepseek-v3",
+            "<｜Assistant｜>",
+            "<｜end▁of▁sentence｜>",
+            ("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
+            bos="<｜begin▁of▁sentence｜>",
         ),
         RealTemplate("zephyr", "<|assistant|>\n", "</s>"),
-        RealTemplate("command-r", "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>", "<|END_OF_TURN_TOKEN|>", _COHERE,
-            bos="<BOS_TOKEN>", trims=True),
+        RealTemplate(
+            "command-r",
+            "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
+            "<|END_OF_TURN_TOKEN|>",
+            _COHERE,
+            bos="<BOS_TOKEN>",
+            trims=True,
+        ),
     )
-}  # fmt: skip
+}

@@ -29,7 +29,11 @@ def sample_run(**changes: Any) -> dict[str, Any]:
         "outcome": "broken",
         "versions": {"finetune": "0.1.0", "torch": "2.9.0", "transformers": "4.57.1", "peft": "0.18"},
         "machine": {
-            "system": "Linux 6.1", "python": "3.11.9", "processor": "x86_64", "cores": 2, "memory_bytes": 8_217_000_000,
+            "system": "Linux 6.1",
+            "python": "3.11.9",
+            "processor": "x86_64",
+            "cores": 2,
+            "memory_bytes": 8_217_000_000,
         },
         "seeds": {"training": 0, "data": 0},
         "plan": [
@@ -41,8 +45,13 @@ def sample_run(**changes: Any) -> dict[str, Any]:
             {"key": "data.path", "value": "facts.jsonl", "origin": "environment"},
         ],
         "model": {
-            "name": "tiny-llama", "source": "shipped", "architecture": "LlamaForCausalLM", "parameters": 1_204_736,
-            "trainable_parameters": 40_960, "context_length": 512, "files": [_file("model.safetensors", 4_819_216)],
+            "name": "tiny-llama",
+            "source": "shipped",
+            "architecture": "LlamaForCausalLM",
+            "parameters": 1_204_736,
+            "trainable_parameters": 40_960,
+            "context_length": 512,
+            "files": [_file("model.safetensors", 4_819_216)],
         },
         "data": {
             "files": [_file("data/facts.jsonl", 48_213)],
@@ -62,7 +71,7 @@ def sample_run(**changes: Any) -> dict[str, Any]:
         "verdicts": _verdicts(),
         "artifacts": [_file("adapter/adapter_model.safetensors", 165_008), _file("report.html", 141_000)],
         "notes": ["9 rows repeat another row word for word and were dropped.", "Dropout is 0."],
-    }  # fmt: skip
+    }
     return {**run, **changes}
 
 
@@ -72,8 +81,13 @@ def _file(path: str, size: int) -> dict[str, Any]:
 
 def _counts(read: int, kept: int, dropped: dict[str, int]) -> dict[str, Any]:
     return {
-        "read": read, "kept": kept, "dropped": dropped, "truncated": 2, "tokens": kept * 31, "trained_tokens": kept * 9,
-    }  # fmt: skip
+        "read": read,
+        "kept": kept,
+        "dropped": dropped,
+        "truncated": 2,
+        "tokens": kept * 31,
+        "trained_tokens": kept * 9,
+    }
 
 
 def _losses() -> dict[str, Any]:
@@ -107,22 +121,31 @@ def _retention(lost: int) -> dict[str, Any]:
     return {
         "answers": [
             {
-                "question": f"{first} + {second} =", "expected": str(first + second),
-                "given": str(first + second + (place < lost)), "right": place >= lost,
+                "question": f"{first} + {second} =",
+                "expected": str(first + second),
+                "given": str(first + second + (place < lost)),
+                "right": place >= lost,
             }
             for place, (first, second) in enumerate(sums)
         ]
-    }  # fmt: skip
+    }
 
 
 def _measure(method: str, trained: int) -> dict[str, Any]:
     weights = 4_818_944 + (163_840 if method == "lora" else 0)
     return {
-        "method": method, "batch_size": 8, "length": 128, "dtype": "float32", "steps": 3,
-        "framework_rss": 241_000_000, "peak_rss": 252_000_000 + 3 * trained,
+        "method": method,
+        "batch_size": 8,
+        "length": 128,
+        "dtype": "float32",
+        "steps": 3,
+        "framework_rss": 241_000_000,
+        "peak_rss": 252_000_000 + 3 * trained,
         "peak_tensors": weights + 3 * trained + 2_900_000,
-        "gradient_bytes": trained, "optimizer_bytes": 2 * trained, "weight_bytes": weights,
-    }  # fmt: skip
+        "gradient_bytes": trained,
+        "optimizer_bytes": 2 * trained,
+        "weight_bytes": weights,
+    }
 
 
 def _verdicts() -> list[dict[str, Any]]:
@@ -130,19 +153,47 @@ def _verdicts() -> list[dict[str, Any]]:
         (1, "last logged loss below the first", "holds", "3.66 → 0.36, 90 % lower", "more than 5 % lower", "", False),
         (1, "same fixed batches, dropout off", "holds", "3.87 → 0.305, 92 % lower", "more than 5 % lower", "", True),
         (2, "answers improved", "holds", "8 of 10 (80 %)", "more than 30 %", "", False),
-        (2, "better than the sham control", "undecided", "9 against 1 of 10", "p < 0.01 on 20 questions or more",
-         "10 questions are too few to tell the training from luck at this error rate.", True),
+        (
+            2,
+            "better than the sham control",
+            "undecided",
+            "9 against 1 of 10",
+            "p < 0.01 on 20 questions or more",
+            "10 questions are too few to tell the training from luck at this error rate.",
+            True,
+        ),
         (3, "LoRA below full fine-tuning", "holds", "56 % below", "more than 30 % below", "", False),
         (3, "gradient and optimizer bytes", "holds", "0.492 MB against 14.5 MB", "3.4 % of full or less", "", True),
-        (4, "LoRA tensors that changed", "broken", "14 of 16 (88 %)", "exactly the declared 16",
-         "layers.1.self_attn.k_proj lora_A and lora_B are bit for bit what they were at the start.", False),
-        (5, "artifacts exist and load", "not applicable", "", "logits equal within 1e-5",
-         "This backend cannot reload an adapter in a fresh process.", False),
-    ]  # fmt: skip
+        (
+            4,
+            "LoRA tensors that changed",
+            "broken",
+            "14 of 16 (88 %)",
+            "exactly the declared 16",
+            "layers.1.self_attn.k_proj lora_A and lora_B are bit for bit what they were at the start.",
+            False,
+        ),
+        (
+            5,
+            "artifacts exist and load",
+            "not applicable",
+            "",
+            "logits equal within 1e-5",
+            "This backend cannot reload an adapter in a fresh process.",
+            False,
+        ),
+    ]
     return [
         {
-            "id": f"criterion-{number}-{place}", "title": title, "criterion": number, "outcome": outcome,
-            "measured": measured, "allowed": allowed, "reason": reason, "companion": companion, "numbers": {},
+            "id": f"criterion-{number}-{place}",
+            "title": title,
+            "criterion": number,
+            "outcome": outcome,
+            "measured": measured,
+            "allowed": allowed,
+            "reason": reason,
+            "companion": companion,
+            "numbers": {},
         }
         for place, (number, title, outcome, measured, allowed, reason, companion) in enumerate(rows)
-    ]  # fmt: skip
+    ]

@@ -11,12 +11,29 @@ from finetune.verify.suite.trainer import Trainer
 from finetune.verify.trainers.ours import inside
 
 ROWS = (
-    "config_laws", "data_laws", "template_laws", "mask_laws", "mask_padding_laws", "batch_laws", "packing_laws",
-)  # fmt: skip
+    "config_laws",
+    "data_laws",
+    "template_laws",
+    "mask_laws",
+    "mask_padding_laws",
+    "batch_laws",
+    "packing_laws",
+)
 RESULTS = (
-    "loss_laws", "schedule_laws", "chance_laws", "resume_laws", "second_run_laws", "model_file_laws", "adapter_laws",
-    "merge_laws", "export_laws", "serve_laws", "evaluate_laws", "memory_laws", "safety_laws",
-)  # fmt: skip
+    "loss_laws",
+    "schedule_laws",
+    "chance_laws",
+    "resume_laws",
+    "second_run_laws",
+    "model_file_laws",
+    "adapter_laws",
+    "merge_laws",
+    "export_laws",
+    "serve_laws",
+    "evaluate_laws",
+    "memory_laws",
+    "safety_laws",
+)
 """The rooms of laws, by what they are about."""
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from finetune.pipeline import fine_tune
-from finetune.templates.catalog import CATALOG
-from finetune.tokens.tokenizer import FileTokenizer
+from finetune.chat.catalog import CATALOG
+from finetune.chat.tokenizer import FileTokenizer
+from finetune.train import fine_tune
 from finetune_strategies.tokenizers import EOS, KINDS
 from properties.encoders import TERMINATOR
 from properties.workplace import make_data, make_model, quick_end, settings

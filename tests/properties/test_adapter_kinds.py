@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune.adapters.choose import check_patterns, check_rank, choose_saved
 from finetune.backends.reference.adapter import Adapter
 from finetune.errors import ModelError
 from finetune.memory.estimate import adapter_parameters, estimate_memory
-from finetune.models.adapt import check_patterns, check_rank, choose_saved
 from finetune.models.shape import read_shape
 from finetune.records import AdapterTarget, ModelShape, Optimization, fits
 from finetune_strategies.adapters import AdaptedModel, adapted_layers, layer_names, varied_models, varied_targets
@@ -83,8 +83,10 @@ def test_rank_stabilised_scale_is_alpha_by_the_root_of_the_rank(rank: int, alpha
     own = replace(stable, rank_pattern={"q_proj": 4}, alpha_pattern={"v_proj": 3.0})
     assert own.scale_of("a.q_proj") == alpha / 2
     assert own.scale_of("a.v_proj") == 3.0 / math.sqrt(rank)
-    sessions = [adapted(AdapterTarget(4, 6.0, 0.0, LINEAR, scaling=each), trained=True) for each in
-                ("standard", "rank_stabilized")]  # fmt: skip
+    sessions = [
+        adapted(AdapterTarget(4, 6.0, 0.0, LINEAR, scaling=each), trained=True)
+        for each in ("standard", "rank_stabilized")
+    ]
     weight = "model.layers.0.self_attn.q_proj.weight"
     grown = [session.merged_weights()[weight] - session.weights[weight] for session in sessions]
     assert np.allclose(grown[1], 2 * grown[0], rtol=1e-9)

@@ -40,9 +40,22 @@ HEAVY = (
     "huggingface_hub",
 )
 VERBS = (
-    "train", "check", "estimate", "init", "schema", "evaluate", "chat", "report", "merge", "export", "compare",
-    "deploy", "verify", "prove", "replay",
-)  # fmt: skip
+    "train",
+    "check",
+    "estimate",
+    "init",
+    "schema",
+    "evaluate",
+    "chat",
+    "report",
+    "merge",
+    "export",
+    "compare",
+    "deploy",
+    "verify",
+    "prove",
+    "replay",
+)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +180,7 @@ ALLOWED = {
     "data/z.py": '"""X."""\n' + "# more\n" * 398,
     "backends/torch/session.py": '"""X."""\nimport torch\nfrom finetune.backends.torch import state\n',
     "verify/trainers/trl_sft.py": '"""X."""\nimport trl\nfrom serving import serve\n',
-    "pipeline.py": '"""X."""\nfrom finetune.backends import open_backend\nfrom finetune.assembly.prepare import a\n',
+    "pipeline.py": '"""X."""\nfrom finetune.backends import open_backend\nfrom finetune.training.prepare import a\n',
 }
 
 

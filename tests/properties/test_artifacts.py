@@ -19,11 +19,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetune.artifacts import run_folder
-from finetune.artifacts.run_folder import RunFolder, new_run_id
-from finetune.artifacts.write import describe_files, write_folder, write_json, write_text
 from finetune.errors import OutputError, StorageError
 from finetune.events import CheckpointSaved, FixedLoss, HeldOutLoss, RunJudged, RunStarted, StepDone
+from finetune.files import describe_files, write_folder, write_json, write_text
+from finetune.run import folder as run_folder
+from finetune.run.folder import RunFolder, new_run_id
 from finetune_strategies.profiles import examples
 from finetune_strategies.scratch import empty_folder
 from properties.disks import everything_below, full_after, read_only_folder
@@ -344,9 +344,11 @@ def test_run_folder_tidy_leaves_what_a_resume_needs(tmp_path: Path) -> None:
     """Before a killed run goes on, half-written files, adapter and report go, and nothing else does."""
     run = _run(tmp_path / "run")
     torn = (
-        ".run.json.77.part", ".adapter.77.part/adapter_model.safetensors", "adapter/adapter_config.json",
+        ".run.json.77.part",
+        ".adapter.77.part/adapter_model.safetensors",
+        "adapter/adapter_config.json",
         "checkpoints/.step-00000002.77.part/checkpoint.json",
-    )  # fmt: skip
+    )
     for name in (*torn, "report.html", "report.json"):
         (run.path / name).parent.mkdir(exist_ok=True, parents=True)
         (run.path / name).write_text("half")
@@ -375,7 +377,7 @@ def test_run_folder_claim_keeps_everybody_else_out_until_release(tmp_path: Path)
 HOLDER = """
 import sys
 from pathlib import Path
-from finetune.artifacts.run_folder import RunFolder
+from finetune.run.folder import RunFolder
 run = RunFolder(Path(sys.argv[1]))
 run.claim()
 print("claimed", flush=True)

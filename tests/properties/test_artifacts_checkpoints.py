@@ -18,8 +18,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from finetune.artifacts.checkpoints import CheckpointStore, Owner
 from finetune.errors import RefusedError, StorageError
+from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune_strategies.profiles import examples
 from properties.disks import full_after
 
@@ -27,10 +27,17 @@ IDENTITY = {"plan": "rank: 4\n", "base": "reference-llama"}
 OWNER = Owner(IDENTITY, {"torch": "2.13", "cores": 2})
 MANIFEST = "checkpoint.json"
 FOREIGN = (
-    "notes.txt", "step-7/checkpoint.json", "step-00000012.bak/checkpoint.json", "step-000000012/checkpoint.json",
-    "Step-00000012/checkpoint.json", "step-0000001x/checkpoint.json", "best/state.bin", "step-00000013",
-    ".step-00000014/checkpoint.json", "step--0000001/checkpoint.json",
-)  # fmt: skip
+    "notes.txt",
+    "step-7/checkpoint.json",
+    "step-00000012.bak/checkpoint.json",
+    "step-000000012/checkpoint.json",
+    "Step-00000012/checkpoint.json",
+    "step-0000001x/checkpoint.json",
+    "best/state.bin",
+    "step-00000013",
+    ".step-00000014/checkpoint.json",
+    "step--0000001/checkpoint.json",
+)
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -315,7 +322,7 @@ def test_checkpoints_missing_one_is_refused(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from finetune.artifacts.checkpoints import CheckpointStore, Owner
+from finetune.run.checkpoints import CheckpointStore, Owner
 store = CheckpointStore(Path(sys.argv[1]), keep=2)
 for step in range(int(sys.argv[2]), 10**8):
     def write(folder):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune.artifacts.run_folder import RunFolder
-from finetune.artifacts.write import describe_files, remove_torn, write_bytes
 from finetune.errors import OutputError
+from finetune.files import describe_files, remove_torn, write_bytes
+from finetune.run.folder import RunFolder
 
 PLACES = ("lock.json", "events.jsonl", "plan.yaml", "checkpoints", "checkpoints/step-00000002", "adapter", ".a.1.part")
 

@@ -11,14 +11,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from finetune.convert.corpus import nasty_texts
-from finetune.convert.families import FAMILIES, describe_model, interleave, stored
-from finetune.convert.outtypes import BLOCKS, OUTTYPES, Outtype, choose_storage
-from finetune.convert.pre_tokenizer import DIGITS, GPT2, NAMES, QWEN2, name_pre_tokenizer
-from finetune.convert.sources import Adapter, Files, Merged
-from finetune.convert.vocabulary import CONTROL, SPACE, UNUSED, Special, describe_vocabulary, serving_template
+from finetune.adapters.peft_files import WEIGHTS, read_settings
 from finetune.errors import FineTuneError, ModelError
-from finetune.models.peft_files import WEIGHTS, read_settings
+from finetune.export.corpus import nasty_texts
+from finetune.export.families import FAMILIES, describe_model, interleave, stored
+from finetune.export.outtypes import BLOCKS, OUTTYPES, Outtype, choose_storage
+from finetune.export.pre_tokenizer import DIGITS, GPT2, NAMES, QWEN2, name_pre_tokenizer
+from finetune.export.sources import Adapter, Files, Merged
+from finetune.export.vocabulary import CONTROL, SPACE, UNUSED, Special, describe_vocabulary, serving_template
 from finetune_strategies.adapters import AdaptedModel, varied_models
 from finetune_strategies.models import llama_configs
 from finetune_strategies.profiles import examples
@@ -27,9 +27,17 @@ from finetune_strategies.tokenizers import TokenizerKind, tokenizer_folder, toke
 from properties.tiny_llamas import open_model
 
 LLAMA = {
-    "model_type": "llama", "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "hidden_act": "silu", "rms_norm_eps": 1e-5,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+}
 describe = partial(describe_model, tied=True, vocab_size=50)
 
 
@@ -268,11 +276,16 @@ def test_pre_tokenizer_is_read_from_its_patterns(key: tuple[tuple[str, ...], boo
 
 
 ODD_CUTS: tuple[Any, ...] = (
-    None, {"type": "Whitespace"}, BYTES, BYTES | {"use_regex": True, "add_prefix_space": True}, _split(QWEN2),
-    _steps(_split(QWEN2, invert=True), BYTES), _steps(_split(QWEN2, behavior="Removed"), BYTES),
+    None,
+    {"type": "Whitespace"},
+    BYTES,
+    BYTES | {"use_regex": True, "add_prefix_space": True},
+    _split(QWEN2),
+    _steps(_split(QWEN2, invert=True), BYTES),
+    _steps(_split(QWEN2, behavior="Removed"), BYTES),
     _steps({"type": "Digits", "individual_digits": False}, BYTES),
     _steps(_split(QWEN2) | {"pattern": {"String": " "}}, BYTES),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("cuts", ODD_CUTS, ids=str)
@@ -311,7 +324,8 @@ PREPEND = {"type": "Prepend", "prepend": SPACE}
 METASPACE = {"type": "Metaspace", "replacement": SPACE, "split": False}
 ODD_PIECES: dict[str, dict[str, Any]] = {
     "space is put in front of the first word only": {
-        "normalizer": None, "pre_tokenizer": METASPACE | {"prepend_scheme": "first"}
+        "normalizer": None,
+        "pre_tokenizer": METASPACE | {"prepend_scheme": "first"},
     },
     "normalizer": {"normalizer": {"type": "NFKC"}},
     "two ids have the text 'a'": {"added_tokens": [{"id": 290, "content": "a"}]},
@@ -319,7 +333,7 @@ ODD_PIECES: dict[str, dict[str, Any]] = {
     "WordPiece": {"model": {"type": "WordPiece"}},
     "dropout": {"model": {"type": "BPE", "dropout": 0.1}},
     "<0x07>": {"model": {"type": "BPE", "byte_fallback": True, "vocab": {f"<0x{n:02X}>": n for n in range(7)}}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("words", ODD_PIECES)

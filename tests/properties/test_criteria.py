@@ -28,13 +28,16 @@ def _tensors(changed: int) -> tuple[dict[str, str], dict[str, str]]:
     ("judged", "at", "above"),
     [
         (Validator.validate_loss_convergence, ([100.0, 3.0, 95.0],), ([100.0, 300.0, 94.999],)),
-        (Validator.validate_model_learning, (["n"] * 10, ["y"] * 3 + ["n"] * 7, ["y"] * 10),
-         (["n"] * 10, ["y"] * 4 + ["n"] * 6, ["y"] * 10)),
+        (
+            Validator.validate_model_learning,
+            (["n"] * 10, ["y"] * 3 + ["n"] * 7, ["y"] * 10),
+            (["n"] * 10, ["y"] * 4 + ["n"] * 6, ["y"] * 10),
+        ),
         (Validator.validate_memory_efficiency, (100, 70), (100, 69.999)),
         (Validator.validate_parameter_updates, _tensors(8), _tensors(9)),
         (Validator.validate_artifacts, ({"a": 1, "b": 0},), ({"a": 1, "b": 1},)),
     ],
-)  # fmt: skip
+)
 def test_validator_exactly_the_threshold_is_not_enough(
     judged: Any, at: tuple[Any, ...], above: tuple[Any, ...]
 ) -> None:
@@ -58,7 +61,7 @@ def test_validator_exactly_the_threshold_is_not_enough(
         (Validator.validate_parameter_updates, ({"a": "1"}, {"b": "1"})),
         (Validator.validate_parameter_updates, ({"a": "1", "b": "1"}, {"a": "2"})),
     ],
-)  # fmt: skip
+)
 def test_validator_refuses_to_judge_without_evidence(judged: Any, given_: tuple[Any, ...]) -> None:
     """Missing, unequal or impossible figures are an error that says so, never a verdict."""
     with pytest.raises(EvidenceError) as caught:
@@ -119,7 +122,7 @@ BREAKS: list[tuple[str, Evidence]] = [
     ("artifacts-reload", altered("artifacts", reload=Reload(8, 0.5, 1.01e-4, 3.0))),
     ("artifacts-reload", altered("artifacts", reload=Reload(8, 12.0, 0.0, 0.0))),
     ("artifacts-reload", altered("artifacts", reload=Reload(8, 12.0, 1e-5, 1e-5))),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("key", "evidence"), BREAKS, ids=[f"{n}-{key}" for n, (key, _) in enumerate(BREAKS)])
@@ -189,7 +192,7 @@ NUMBERS: list[tuple[str, Any, tuple[float, ...]]] = [
     ("artifacts-reload", lambda bad: altered("artifacts", reload=Reload(8, 12.0, 0.0, bad)), (math.nan, -math.inf)),
     ("memory-efficiency", lambda bad: altered("memory", lora=measure("lora", 1, 1, peak_tensors=bad)), NOT_FINITE),
     ("memory-exact", lambda bad: altered("memory", full=measure("full", 1, 1, gradient_bytes=bad)), NOT_FINITE),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("key", "make", "bad"), [(key, make, bad) for key, make, bads in NUMBERS for bad in bads])
@@ -298,10 +301,16 @@ def test_judge_resident_memory_too_small_to_tell_does_not_apply() -> None:
         assert (found.outcome, bool(found.reason)) == ("not applicable", True)
 
 
-@pytest.mark.parametrize("change", [
-    {"declared": ("nowhere",)}, {"after": {}}, {"before": {}}, {"declared": ()},
-    {"after": {**healthy().parameters.after, "new.weight": "new"}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"declared": ("nowhere",)},
+        {"after": {}},
+        {"before": {}},
+        {"declared": ()},
+        {"after": {**healthy().parameters.after, "new.weight": "new"}},
+    ],
+)
 def test_judge_parameters_only_of_the_same_tensors(change: dict[str, Any]) -> None:
     """Fingerprints of other tensors after than before, or of none of the declared ones, are no evidence."""
     with pytest.raises(EvidenceError):
@@ -315,9 +324,13 @@ def test_judge_a_base_that_knows_the_answers_cannot_improve() -> None:
 
 
 @given(
-    st.lists(st.floats(0.01, 20), min_size=2, max_size=5), st.integers(0, COUNT), st.integers(0, COUNT),
-    st.integers(0, 5), st.floats(0, 1), st.integers(0, 10),
-)  # fmt: skip
+    st.lists(st.floats(0.01, 20), min_size=2, max_size=5),
+    st.integers(0, COUNT),
+    st.integers(0, COUNT),
+    st.integers(0, 5),
+    st.floats(0, 1),
+    st.integers(0, 10),
+)
 def test_judge_every_verdict_is_told_with_measured_and_allowed(
     losses: list[float], base: int, tuned: int, strays: int, difference: float, steps: int
 ) -> None:
@@ -330,7 +343,7 @@ def test_judge_every_verdict_is_told_with_measured_and_allowed(
         parameters=dataclasses.replace(
             healthy().parameters, after={**healthy().parameters.before, **after}, steps=steps
         ),
-    )  # fmt: skip
+    )
     found = verdicts_on(evidence)
     for verdict in found.values():
         assert verdict.measured

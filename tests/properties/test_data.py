@@ -121,9 +121,13 @@ def test_what_a_message_says_besides_its_text_is_reported() -> None:
     shaped = shaped_from(content.encode(), ".jsonl")
     assert len(shaped.examples) == 2
     assert shaped.ignored_columns == (
-        "completion.tool_calls", "completion.weight", "messages.name", "messages.tool_calls", "messages.weight",
+        "completion.tool_calls",
+        "completion.weight",
+        "messages.name",
+        "messages.tool_calls",
+        "messages.weight",
         "prompt.name",
-    )  # fmt: skip
+    )
 
 
 @given(st.lists(rows(), min_size=1, max_size=4), st.booleans())

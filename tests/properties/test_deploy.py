@@ -6,15 +6,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetune.deploy.derive import SPACES, derive_template, drawn_conversations, prove_template
-from finetune.deploy.go_template import ExecutionError, GoTemplate, literal
-from finetune.deploy.modelfile import Modelfile, write_modelfile
-from finetune.deploy.ollama import full_name
+from finetune.chat.catalog import TemplateSource
+from finetune.chat.render import ChatTemplate
+from finetune.chat.sandbox import compile_template
 from finetune.errors import TemplateError, UsageError
 from finetune.records import Conversation
-from finetune.templates.catalog import TemplateSource
-from finetune.templates.render import ChatTemplate
-from finetune.templates.sandbox import compile_template
+from finetune.serve.derive import SPACES, derive_template, drawn_conversations, prove_template
+from finetune.serve.go_template import ExecutionError, GoTemplate, literal
+from finetune.serve.modelfile import Modelfile, write_modelfile
+from finetune.serve.ollama import full_name
 from finetune.verify.suite.modelfile_reader import read_modelfile
 from finetune_strategies.conversations import conversations, texts
 from finetune_strategies.profiles import examples

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetune.convert.drift import (
+from finetune.evidence.drift import (
     Asked,
     Drift,
     Next,

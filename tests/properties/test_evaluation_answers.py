@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from finetune.evaluation.ask import ask, normalise
+from finetune.evidence.answers import ask, normalise
 from finetune.records import Question
 from finetune_strategies.conversations import texts
 
@@ -29,8 +29,11 @@ def score(expected: str, said: str) -> bool:
     questions = [Question((0,), "?", expected)]
     scores = ask(
         Parrot([said]),  # type: ignore[arg-type]
-        questions, lambda ids: "".join(map(chr, ids)), max_new_tokens=9, stop_ids=(),
-    )  # fmt: skip
+        questions,
+        lambda ids: "".join(map(chr, ids)),
+        max_new_tokens=9,
+        stop_ids=(),
+    )
     assert scores.answers[0].given == said.strip()
     return scores.answers[0].right
 
@@ -55,8 +58,11 @@ def test_answers_are_scored_against_their_own_question(expected: list[str]) -> N
     def right(said: list[str]) -> int:
         scores = ask(
             Parrot(said),  # type: ignore[arg-type]
-            questions, lambda ids: "".join(map(chr, ids)), max_new_tokens=9, stop_ids=(),
-        )  # fmt: skip
+            questions,
+            lambda ids: "".join(map(chr, ids)),
+            max_new_tokens=9,
+            stop_ids=(),
+        )
         return scores.right
 
     assert right(expected) == len(expected)

@@ -8,18 +8,24 @@ from typing import Any
 
 import pytest
 
-from finetune.assembly import observe
 from finetune.config import KEYS, json_schema, load_config
 from finetune.errors import FineTuneError
-from finetune.pipeline import fine_tune
+from finetune.evidence import observe
+from finetune.train import fine_tune
 from finetune_strategies.tokenizers import KINDS
 from properties.silent_tracker import SilentTracker
 from properties.workplace import QUICK, make_data, make_model, quick_end
 
 BASE: dict[str, Any] = {
-    **QUICK, "model.path": "MODEL", "data.train": "TRAIN", "data.valid": "VALID",
-    "data.rehearsal": "KNOWN", "data.retention": "KNOWN", "evaluation.questions": 2, "evaluation.max_new_tokens": 2,
-}  # fmt: skip
+    **QUICK,
+    "model.path": "MODEL",
+    "data.train": "TRAIN",
+    "data.valid": "VALID",
+    "data.rehearsal": "KNOWN",
+    "data.retention": "KNOWN",
+    "evaluation.questions": 2,
+    "evaluation.max_new_tokens": 2,
+}
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,15 @@ FREE = {"prompt", "completion", "text", "system", "said[]", "turns[]", "before",
 
 
 WRITTEN = {
-    "format": FORMAT, "version": VERSION, "law": "", "statement": "", "subject": "reference", "case": {},
-    "expected": "", "got": "",
-}  # fmt: skip
+    "format": FORMAT,
+    "version": VERSION,
+    "law": "",
+    "statement": "",
+    "subject": "reference",
+    "case": {},
+    "expected": "",
+    "got": "",
+}
 
 
 class Able:
@@ -140,13 +146,28 @@ def test_hostile_names_in_findings_are_refused(mine: Path, data: st.DataObject) 
     place = data.draw(st.sampled_from(places), label="place")
     up = "../" * data.draw(st.integers(1, 6), label="up")
     name = data.draw(
-        st.sampled_from([
-            str(mine / "victim"), str(mine / "file"), str(mine / "link"), f"{up}{mine.name}/victim",
-            f"{up}{mine.name}/file", f"./{up}{mine.name}/link", "a/victim", "a\\victim", "victim\0file", "..", ".",
-            "victim\n", "~/victim", "-victim", f"{mine}/x.jinja", f"checkpoints/../{up}{mine.name}/file",
-        ]),
+        st.sampled_from(
+            [
+                str(mine / "victim"),
+                str(mine / "file"),
+                str(mine / "link"),
+                f"{up}{mine.name}/victim",
+                f"{up}{mine.name}/file",
+                f"./{up}{mine.name}/link",
+                "a/victim",
+                "a\\victim",
+                "victim\0file",
+                "..",
+                ".",
+                "victim\n",
+                "~/victim",
+                "-victim",
+                f"{mine}/x.jinja",
+                f"checkpoints/../{up}{mine.name}/file",
+            ]
+        ),
         label="name",
-    )  # fmt: skip
+    )
     values = {**WRITTEN, "law": law.id, "case": changed(case, place, name)}
     before = tree(mine)
     with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()) as told:
@@ -184,9 +205,13 @@ def test_refusal_tells_value_place_and_remedy(tmp_path: Path, capsys: pytest.Cap
 
 
 STORY = {
-    "format": "finetune story", "version": 1, "scene": "checkpoints", "keep": 1, "broken": None,
+    "format": "finetune story",
+    "version": 1,
+    "scene": "checkpoints",
+    "keep": 1,
+    "broken": None,
     "origin": {"subject": "reference"},
-}  # fmt: skip
+}
 
 
 @given(

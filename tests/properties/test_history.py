@@ -41,20 +41,33 @@ ENTRIES = st.builds(
     platform=st.just("Linux-x86_64"),
     profile=st.none() | st.just("fast"),
     seconds=st.floats(0, 1e9),
-    passed=COUNTS, failed=COUNTS, skipped=COUNTS, errors=COUNTS,
+    passed=COUNTS,
+    failed=COUNTS,
+    skipped=COUNTS,
+    errors=COUNTS,
     cases=st.none() | COUNTS,
     largest_process_bytes=st.none() | st.integers(1, 2**50),
     scores=st.dictionaries(NAMES, st.floats(allow_nan=False, allow_infinity=False), max_size=3),
-)  # fmt: skip
+)
 
 
 def entry(day: int = 0, **changes: Any) -> HistoryEntry:
     """A session of Tier 1, so many days after the first."""
     usual: dict[str, Any] = {
-        "when": datetime(2026, 11, 1, tzinfo=UTC) + timedelta(days=day), "tier": 1, "commit": "abc1234",
-        "python": "3.12", "platform": "Linux-x86_64", "profile": "fast", "seconds": 30.0, "passed": 9, "failed": 1,
-        "skipped": 5, "errors": 0, "cases": 9000, "largest_process_bytes": 400_000_000,
-    }  # fmt: skip
+        "when": datetime(2026, 11, 1, tzinfo=UTC) + timedelta(days=day),
+        "tier": 1,
+        "commit": "abc1234",
+        "python": "3.12",
+        "platform": "Linux-x86_64",
+        "profile": "fast",
+        "seconds": 30.0,
+        "passed": 9,
+        "failed": 1,
+        "skipped": 5,
+        "errors": 0,
+        "cases": 9000,
+        "largest_process_bytes": 400_000_000,
+    }
     return HistoryEntry(**{**usual, **changes})
 
 

@@ -11,14 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.artifacts.left import what_is_left
-from finetune.artifacts.run_folder import RunFolder
 from finetune.backends import open_backend
+from finetune.distributed import launchers as command
+from finetune.distributed import supervise as watch
+from finetune.distributed.environment import LAUNCHERS, NOTES, rank_of, started_by
+from finetune.distributed.launchers import Launch, check_launch, command_line, environment, plan_launch
+from finetune.distributed.notes import Note, leave_note, read_notes
 from finetune.errors import FineTuneError, LostProcessError, RefusedError
-from finetune.launch import command, watch
-from finetune.launch.command import Launch, check_launch, command_line, environment, plan_launch
-from finetune.launch.notes import Note, leave_note, read_notes
-from finetune.place import LAUNCHERS, NOTES, rank_of, started_by
+from finetune.run.folder import RunFolder
+from finetune.run.resume_hint import what_is_left
 
 pytestmark = pytest.mark.tools
 
@@ -29,10 +30,13 @@ MLX = {"MLX_RANK": "1", "MLX_HOSTFILE": "/tmp/hosts"}
 @pytest.mark.parametrize(
     ("environ", "launcher", "rank"),
     [
-        ({}, "", 0), (TORCHRUN, "torchrun", 1), ({**TORCHRUN, "WORLD_SIZE": "1", "RANK": "0"}, "", 0),
-        ({**TORCHRUN, "ACCELERATE_MIXED_PRECISION": "no"}, "accelerate", 1), (MLX, "mlx.launch", 1),
+        ({}, "", 0),
+        (TORCHRUN, "torchrun", 1),
+        ({**TORCHRUN, "WORLD_SIZE": "1", "RANK": "0"}, "", 0),
+        ({**TORCHRUN, "ACCELERATE_MIXED_PRECISION": "no"}, "accelerate", 1),
+        (MLX, "mlx.launch", 1),
     ],
-)  # fmt: skip
+)
 def test_place_is_read_off_what_a_launcher_left(environ: dict[str, str], launcher: str, rank: int) -> None:
     """Rank and launcher come from the environment; a process that was started alone has none."""
     assert (started_by(environ), rank_of(environ)) == (launcher, rank)
@@ -132,8 +136,8 @@ PRETENDER = """
 import json, os, signal, sys
 from dataclasses import replace
 from pathlib import Path
-from finetune.launch.notes import Note, leave_note
-from finetune.launch.watch import MARK
+from finetune.distributed.notes import Note, leave_note
+from finetune.distributed.supervise import MARK
 folder = Path(os.environ["FT_LAUNCH"])
 leave_note(folder, Note(0, 1, "at work"))
 print("noise of a launcher")
@@ -181,9 +185,12 @@ WORKER = [sys.executable, "-m", command.WORKER]
 
 @pytest.mark.parametrize(
     ("arguments", "state", "code"),
-    [(["--version"], "done", 0), (["train", "--model", "./nowhere", "--backend", "reference"], "failed", 3),
-     (["train", "--nonsense"], "failed", 2)],
-)  # fmt: skip
+    [
+        (["--version"], "done", 0),
+        (["train", "--model", "./nowhere", "--backend", "reference"], "failed", 3),
+        (["train", "--nonsense"], "failed", 2),
+    ],
+)
 def test_worker_notes_how_it_ended(arguments: list[str], state: str, code: int, tmp_path: Path) -> None:
     """Done, refused or misused: the note says so, with its exit code; what is told is marked as ours."""
     told: Any = {**os.environ, NOTES: str(tmp_path)}
@@ -213,11 +220,17 @@ def test_plan_takes_the_number_from_flag_setting_or_file(tmp_path: Path) -> None
     assert plan_launch("accelerate", None, file, planned=None).processes == 5
 
 
-@pytest.mark.parametrize(("line", "told"), [
-    ("distributed_type: TPU", "distributed_type 'TPU'"), ("distributed_type: NO", "distributed_type False"),
-    ("num_machines: 2", "num_machines 2"), ("gpu_ids: 0,1", "gpu_ids '0,1'"), ("gpu_ids: [0]", r"gpu_ids \[0\]"),
-    ("distributed_type: FSDP\nnum_machines: 1\ngpu_ids: all", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("distributed_type: TPU", "distributed_type 'TPU'"),
+        ("distributed_type: NO", "distributed_type False"),
+        ("num_machines: 2", "num_machines 2"),
+        ("gpu_ids: 0,1", "gpu_ids '0,1'"),
+        ("gpu_ids: [0]", r"gpu_ids \[0\]"),
+        ("distributed_type: FSDP\nnum_machines: 1\ngpu_ids: all", ""),
+    ],
+)
 def test_plan_refuses_a_file_that_asks_for_what_is_not_started(line: str, told: str, tmp_path: Path) -> None:
     """GPUs by number, other machines or kinds of devices are refused by name: never waited for, never left out."""
     file = tmp_path / "accelerate.yaml"

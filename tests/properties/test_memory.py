@@ -85,11 +85,11 @@ def test_estimate_grows_with_rank_targets_and_type(shape: ModelShape, target: Ad
         estimate_memory(shape, dataclasses.replace(target, rank=target.rank + 1), dtype),
         *(estimate_memory(shape, dataclasses.replace(target, modules=(*target.modules, one)), dtype) for one in others),
         estimate_memory(
-            dataclasses.replace(
-                shape, linear_layers=(*shape.linear_layers, extra), parameters=shape.parameters + 35
-            ), target, dtype,
+            dataclasses.replace(shape, linear_layers=(*shape.linear_layers, extra), parameters=shape.parameters + 35),
+            target,
+            dtype,
         ),
-    ]  # fmt: skip
+    ]
     assert all(_no_part_shrinks(base, more) and base.total < more.total for more in larger)
     narrow, wide = (estimate_memory(shape, target, name) for name in ("bfloat16", "float32"))
     assert _no_part_shrinks(narrow, wide)

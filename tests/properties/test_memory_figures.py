@@ -26,15 +26,25 @@ SIZES = {
     "llama tied": Sizes("llama", hidden=24, inner=66, heads=6, kv_heads=3, head_dim=4, layers=2, vocab=607, tied=True),
     "gpt2": Sizes("gpt2", hidden=20, inner=83, heads=5, kv_heads=5, head_dim=4, layers=3, vocab=307, tied=True),
     "gpt2 dropping": Sizes(
-        "gpt2", hidden=20, inner=83, heads=5, kv_heads=5, head_dim=4, layers=2, vocab=307, attention_dropout=0.1,
+        "gpt2",
+        hidden=20,
+        inner=83,
+        heads=5,
+        kv_heads=5,
+        head_dim=4,
+        layers=2,
+        vocab=307,
+        attention_dropout=0.1,
         hidden_dropout=0.1,
     ),
     "other": Sizes("other", hidden=22, inner=57, heads=2, kv_heads=1, head_dim=8, layers=3, vocab=211),
-}  # fmt: skip
+}
 LOADS = {
-    "short": full_load(7, 3), "full": full_load(3, 37), "added up": full_load(2, 300, accumulation=3),
+    "short": full_load(7, 3),
+    "full": full_load(3, 37),
+    "added up": full_load(2, 300, accumulation=3),
     "padded": StepLoad(rows=5, length=41, targets=7, masked=True),
-}  # fmt: skip
+}
 
 
 def figures() -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune.adapters.choose import choose_layers
 from finetune.backends.reference.backend import ReferenceBackend
 from finetune.errors import UsageError
 from finetune.memory.estimate import estimate_memory
@@ -17,7 +18,6 @@ from finetune.memory.framework import FRAMEWORKS, framework_of
 from finetune.memory.kept import Kept, kept_by_torch
 from finetune.memory.kept_reference import kept_by_reference
 from finetune.memory.load import StepLoad, full_load, load_of
-from finetune.models.adapt import choose_layers
 from finetune.models.locate import locate_model
 from finetune.models.shape import read_shape
 from finetune.records import AdapterTarget, Batch, Optimization, Tokenized
@@ -86,31 +86,56 @@ def test_kept_is_a_hand_count(case: str) -> None:
 
 CHANGED = {
     "bfloat16 keeps a float32 copy of all that A reads": (
-        LLAMA, lora(LLAMA), "bfloat16", LOAD,
+        LLAMA,
+        lora(LLAMA),
+        "bfloat16",
+        LOAD,
         # norms 4 x 12 twice but once in the first block; inputs and A's outputs; attention; gate, silu(gate), up
         8 * (2 * (4 * 6 + 4 * (15 + 6 + 10 + 7) + 4 * 21 + 2 * 16 + 4 * 3 + 2 * 21) + 4 * 6),
     ),
     "dropout keeps a mask and a product for each layer": (
-        LLAMA, lora(LLAMA, dropout=0.1), "float32", LOAD,
+        LLAMA,
+        lora(LLAMA, dropout=0.1),
+        "float32",
+        LOAD,
         8 * 4 * (2 * (6 + 2 * (15 + 6 + 10 + 7) + 19 + 21) + 6),
     ),
     "a mask repeats keys and values, and is kept": (
-        LLAMA, lora(LLAMA), "float32", replace(LOAD, masked=True), 8 * 4 * (2 * (sum(LLAMA_LORA) + 2 * 4 + 4) - 6),
+        LLAMA,
+        lora(LLAMA),
+        "float32",
+        replace(LOAD, masked=True),
+        8 * 4 * (2 * (sum(LLAMA_LORA) + 2 * 4 + 4) - 6),
     ),
     "attention dropout keeps three tables and copies": (
-        replace(GPT2, attention_dropout=0.1), None, "float32", LOAD,
+        replace(GPT2, attention_dropout=0.1),
+        None,
+        "float32",
+        LOAD,
         8 * 4 * 2 * (sum(GPT2_FULL) - (18 + 6 + 3) + 18 + 6 + 3 * 3 * 4),
     ),
     "hidden dropout keeps two masks": (
-        replace(GPT2, hidden_dropout=0.1), lora(GPT2), "float32", LOAD, 8 * 4 * (2 * (sum(GPT2_LORA) + 12) - 8),
+        replace(GPT2, hidden_dropout=0.1),
+        lora(GPT2),
+        "float32",
+        LOAD,
+        8 * 4 * (2 * (sum(GPT2_LORA) + 12) - 8),
     ),
     "an adapter on the inner layer alone leaves the first block bare": (
-        GPT2, lora(GPT2, modules=("c_fc",)), "float32", LOAD, 8 * 4 * ((6 + 13) + (8 + 27 + 8 + 6 + 13)),
+        GPT2,
+        lora(GPT2, modules=("c_fc",)),
+        "float32",
+        LOAD,
+        8 * 4 * ((6 + 13) + (8 + 27 + 8 + 6 + 13)),
     ),
     "an adapter on down alone leaves the first block bare": (
-        LLAMA, lora(LLAMA, modules=("down_proj",)), "float32", LOAD, 8 * 4 * (7 + (6 + 19 + 6 + 21 + 7)),
+        LLAMA,
+        lora(LLAMA, modules=("down_proj",)),
+        "float32",
+        LOAD,
+        8 * 4 * (7 + (6 + 19 + 6 + 21 + 7)),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CHANGED)
@@ -214,9 +239,7 @@ def test_forecast_more_never_takes_less(job: Job, what: str) -> None:
 
 
 def _times(kept: Kept, factor: int) -> Kept:
-    return Kept(
-        *(factor * getattr(kept, name) for name in ("blocks", "first_block", "outside", "logits", "brief"))
-    )  # fmt: skip
+    return Kept(*(factor * getattr(kept, name) for name in ("blocks", "first_block", "outside", "logits", "brief")))
 
 
 @given(jobs(("llama", "gpt2")), st.integers(2, 5))

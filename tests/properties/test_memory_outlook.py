@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from finetune.cli.app import run
 from finetune.errors import UsageError
+from finetune.evidence.memory import measure_framework
 from finetune.memory.advise import SHORTEST, say_size, scaled, ways_to_fit
 from finetune.memory.forecast import PARTS, forecast_memory
 from finetune.memory.framework import FRAMEWORKS
 from finetune.memory.load import StepLoad, full_load
-from finetune.memory.measure import measure_framework
 from finetune.memory.outlook import FULL, LORA, foresee, outlook_notes, outlook_values
 from finetune.records import AdapterTarget
 from properties.transformer_shapes import Job, Sizes, jobs
@@ -31,9 +31,7 @@ def total_of(load: StepLoad) -> int:
 
 def changed(load: StepLoad, settings: dict[str, int]) -> StepLoad:
     """The load that these settings make."""
-    load = scaled(
-        load, rows=settings.get("training.batch_size"), length=settings.get("tokens.max_length")
-    )  # fmt: skip
+    load = scaled(load, rows=settings.get("training.batch_size"), length=settings.get("tokens.max_length"))
     return replace(load, accumulation=settings.get("training.accumulation", load.accumulation))
 
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetune.memory import measure
-from finetune.memory.measure import measure_framework
+from finetune.evidence import memory as measure
+from finetune.evidence.memory import measure_framework
 from finetune.memory.scale import GIB, Scale, available_memory, scale_to_memory
 
 LARGE, SMALL = Scale("microsoft/DialoGPT-small", 4), Scale("distilgpt2", 2)

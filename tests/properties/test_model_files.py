@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from finetune.convert import answering
-from finetune.convert.drift import Asked
-from finetune.convert.model_files import DTYPES, INDEX, KINDS, Dtype, ModelFiles
-from finetune.convert.sources import Adapter, Files, Merged
 from finetune.errors import ModelError
+from finetune.evidence import answering
+from finetune.evidence.drift import Asked
+from finetune.export.model_files import DTYPES, INDEX, KINDS, Dtype, ModelFiles
+from finetune.export.sources import Adapter, Files, Merged
 from finetune.models.shape import weight_files
 from finetune.records import AdapterTarget
 from finetune_strategies.profiles import examples
@@ -107,7 +107,7 @@ def test_merged_files_hold_what_base_and_adapter_give(kinds: list[str], shards: 
 @example(-1e-40)
 def test_bfloat16_is_the_nearest(value: float) -> None:
     """What a float is rounded to is a bfloat16, none is nearer, and of two as near it is the even one."""
-    from finetune.convert.model_files import _to_bfloat16
+    from finetune.export.model_files import _to_bfloat16
 
     bits = int(_to_bfloat16(np.array([value], np.float32))[0])
 

@@ -14,8 +14,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from finetune.adapters.choose import check_rank, choose_layers
 from finetune.errors import ModelError
-from finetune.models.adapt import check_rank, choose_layers
 from finetune.models.locate import SHIPPED, SHIPPED_FOLDER, locate_model
 from finetune.models.shape import read_shape, read_tensor_shapes, weight_files
 from finetune.records import AdapterTarget, ModelShape
@@ -118,7 +118,7 @@ SAID = {
         {"num_attention_heads": -1, "attention_dropout": "much", "attn_pdrop": 10**400, "tie_word_embeddings": "no"},
         (0, 0, 0, 24, False, 0.0, 0.0),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", SAID)
@@ -279,10 +279,19 @@ def test_two_sets_of_weights_are_refused(tmp_path: Path) -> None:
 
 BROKEN_CONFIGS = ["", "{", "[]", "3", "null", "[" * 50_000, '{"a": ' + "9" * 5000 + "}", '"\ud800"']
 ODD_CONFIGS = (
-    {"vocab_size": "many"}, {"vocab_size": None}, {"vocab_size": 1.5}, {"text_config": None}, {"text_config": [1]},
-    {"architectures": "Llama"}, {"architectures": []}, {"architectures": {}}, {"architectures": 3},
-    {"hidden_size": "6"}, {"num_hidden_layers": None}, {},
-)  # fmt: skip
+    {"vocab_size": "many"},
+    {"vocab_size": None},
+    {"vocab_size": 1.5},
+    {"text_config": None},
+    {"text_config": [1]},
+    {"architectures": "Llama"},
+    {"architectures": []},
+    {"architectures": {}},
+    {"architectures": 3},
+    {"hidden_size": "6"},
+    {"num_hidden_layers": None},
+    {},
+)
 
 
 @pytest.mark.parametrize("text", BROKEN_CONFIGS)
@@ -347,10 +356,26 @@ def test_locate_finds_shipped_and_local(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 UNKNOWN = (
-    "nobody/nothing-here", "no-such-model", "./nowhere", "/nowhere/at/all", "~/nowhere", "~nosuchuser/model", "a..b",
-    "a--b", "model.git", "aé/b", "a" * 300, "a" * 120 + "/b", "a/b/c", "a b", "a\0b", "\n", "-x",
-    "https://x.org/y", "a/",
-)  # fmt: skip
+    "nobody/nothing-here",
+    "no-such-model",
+    "./nowhere",
+    "/nowhere/at/all",
+    "~/nowhere",
+    "~nosuchuser/model",
+    "a..b",
+    "a--b",
+    "model.git",
+    "aé/b",
+    "a" * 300,
+    "a" * 120 + "/b",
+    "a/b/c",
+    "a b",
+    "a\0b",
+    "\n",
+    "-x",
+    "https://x.org/y",
+    "a/",
+)
 
 
 @pytest.mark.usefixtures("offline")

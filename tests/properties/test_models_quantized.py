@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from finetune.assembly.prepare import planned_shape
+from finetune.adapters.choose import choose_saved
 from finetune.config import load_config
 from finetune.errors import ModelError
 from finetune.memory.estimate import weight_bytes
-from finetune.models.adapt import choose_saved
 from finetune.models.quantize import kept_in_full, quantize_shape, read_quantized, unpacked
 from finetune.models.shape import read_shape
 from finetune.records import LinearLayer, ModelLocation, ModelShape, Quantization
+from finetune.training.prepare import planned_shape
 from finetune_strategies.picks import between, pick
 from finetune_strategies.profiles import examples
 
@@ -63,8 +63,11 @@ def test_shapes_behind_packed_ones_are_the_true_ones(
     found = read_quantized({"quantization": told}, files, "the model")
     assert found == {"a.b": how, "a.c": other}
     assert unpacked(files, found) == {
-        "a.b.weight": wide["a.b"], "a.c.weight": wide["a.c"], "a.d.weight": (7, 5), "a.c.bias": (3,)
-    }  # fmt: skip
+        "a.b.weight": wide["a.b"],
+        "a.c.weight": wide["a.c"],
+        "a.d.weight": (7, 5),
+        "a.c.bias": (3,),
+    }
     narrower = files | {"a.b.weight": (outputs, files["a.b.weight"][1] + 1)}
     with pytest.raises(ModelError, match=r"a\.b is packed as"):
         read_quantized({"quantization": told}, narrower, "the model")

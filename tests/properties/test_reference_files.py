@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from finetune.backends import open_backend
 from finetune.errors import EvidenceError, ModelError, RefusedError, TrainingError
-from finetune.evaluation.reload import check_reload
+from finetune.evidence.reload import check_reload
 from finetune.records import AdapterTarget, Optimization
 from properties.tiny_llamas import BATCH, CONFIG, DROPPING, LINEAR, ROWS, TARGET, adapted, open_model, step, tiny
 
@@ -97,25 +97,56 @@ def damages(weights: str, config: str) -> dict[str, Callable[[Path], None]]:
 ADAPTER_DAMAGES = damages(WEIGHTS, "adapter_config.json") | {
     f"{key} {value}": _settings("adapter_config.json", **{key: value})
     for key, value in [
-        ("use_dora", True), ("use_rslora", "yes"), ("bias", "all"), ("rank_pattern", {"q_proj": 2}), ("r", 2),
-        ("r", True), ("r", "absent"), ("lora_alpha", "7"), ("lora_dropout", 1.0), ("peft_type", "IA3"),
-        ("target_modules", "all-linear"), ("target_modules", ["q_prj"]), ("target_modules", "absent"),
-        ("modules_to_save", ["lm_head"]), ("init_lora_weights", "pissa"), ("a_new_kind", 3), ("fan_in_fan_out", True),
-        ("layers_to_transform", [1]), ("alpha_pattern", {"q_proj": 0}), ("alpha_pattern", {"(": 3.0}),
-        ("rank_pattern", ["q_proj"]), ("modules_to_save", "norm"), ("modules_to_save", ["norm"]),
+        ("use_dora", True),
+        ("use_rslora", "yes"),
+        ("bias", "all"),
+        ("rank_pattern", {"q_proj": 2}),
+        ("r", 2),
+        ("r", True),
+        ("r", "absent"),
+        ("lora_alpha", "7"),
+        ("lora_dropout", 1.0),
+        ("peft_type", "IA3"),
+        ("target_modules", "all-linear"),
+        ("target_modules", ["q_prj"]),
+        ("target_modules", "absent"),
+        ("modules_to_save", ["lm_head"]),
+        ("init_lora_weights", "pissa"),
+        ("a_new_kind", 3),
+        ("fan_in_fan_out", True),
+        ("layers_to_transform", [1]),
+        ("alpha_pattern", {"q_proj": 0}),
+        ("alpha_pattern", {"(": 3.0}),
+        ("rank_pattern", ["q_proj"]),
+        ("modules_to_save", "norm"),
+        ("modules_to_save", ["norm"]),
     ]
-}  # fmt: skip
+}
 MODEL_DAMAGES = damages("model.safetensors", "config.json") | {
     f"{key} {value}": _settings("config.json", **{key: value})
     for key, value in [
-        ("model_type", "gpt2"), ("model_type", "qwen2"), ("model_type", "absent"), ("attention_bias", True),
-        ("mlp_bias", True), ("hidden_act", "gelu"), ("attention_dropout", 0.1), ("quantization_config", {"bits": 4}),
-        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}), ("rope_parameters", [3]),
-        ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}), ("num_hidden_layers", 3),
-        ("num_key_value_heads", 2), ("num_key_value_heads", 0), ("head_dim", 3), ("vocab_size", "97"),
-        ("rms_norm_eps", float("nan")), ("hidden_size", True), ("tie_word_embeddings", 1), ("hidden_size", "absent"),
+        ("model_type", "gpt2"),
+        ("model_type", "qwen2"),
+        ("model_type", "absent"),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("hidden_act", "gelu"),
+        ("attention_dropout", 0.1),
+        ("quantization_config", {"bits": 4}),
+        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}),
+        ("rope_parameters", [3]),
+        ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
+        ("num_hidden_layers", 3),
+        ("num_key_value_heads", 2),
+        ("num_key_value_heads", 0),
+        ("head_dim", 3),
+        ("vocab_size", "97"),
+        ("rms_norm_eps", float("nan")),
+        ("hidden_size", True),
+        ("tie_word_embeddings", 1),
+        ("hidden_size", "absent"),
     ]
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", ADAPTER_DAMAGES)

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from finetune.artifacts.write import file_hash
+from finetune.chat.catalog import CATALOG
+from finetune.chat.render import ChatTemplate
+from finetune.chat.tokenizer import FileTokenizer
 from finetune.data.shipped import FOLDER, facts_as_jsonl, shipped_facts
+from finetune.files import file_hash
 from finetune.models.locate import SHIPPED, SHIPPED_FOLDER
 from finetune.models.shape import read_shape
 from finetune.reference_model.recipe import DESIGNS
-from finetune.templates.catalog import CATALOG
-from finetune.templates.render import ChatTemplate
-from finetune.tokens.tokenizer import FileTokenizer
 
 MEGABYTE = 1_000_000
 

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune.artifacts.checkpoints import CheckpointStore, Owner
-from finetune.artifacts.run_folder import RunFolder
-from finetune.assembly.prepare import adapter_target
+from finetune.chat.catalog import TemplateSource
+from finetune.chat.render import ChatTemplate, find_template
+from finetune.chat.sandbox import compile_template
+from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import (
     KEYS,
     ModelAndDataFacts,
@@ -29,18 +30,17 @@ from finetune.data.facts import new_facts
 from finetune.data.read import read_rows
 from finetune.data.shape import shape_rows
 from finetune.data.shipped import data_path
+from finetune.distributed.environment import refuse_launched
+from finetune.distributed.launchers import check_launch, plan_launch
 from finetune.errors import FineTuneError, NonFiniteError
-from finetune.launch.command import check_launch, plan_launch
-from finetune.memory.measure import measure_framework
-from finetune.place import refuse_launched
+from finetune.evidence.memory import measure_framework
 from finetune.records import Batch, Conversation, LinearLayer, Message, ModelShape, Row, Tokenized
-from finetune.templates.catalog import TemplateSource
-from finetune.templates.render import ChatTemplate, find_template
-from finetune.templates.sandbox import compile_template
-from finetune.tokens.tokenizer import FileTokenizer
+from finetune.run.checkpoints import CheckpointStore, Owner
+from finetune.run.folder import RunFolder
 from finetune.tracking.choose import require_trackers
 from finetune.training.loop import LoopPlan, mean_loss, train
-from finetune.training.packing import check_packing
+from finetune.training.packing_check import check_packing
+from finetune.training.prepare import adapter_target
 from finetune_strategies.tokenizers import KINDS, tokenizer_folder
 from properties.toy_session import ToySession
 
@@ -201,33 +201,72 @@ ROWS = (
 )
 BAD_VALUES = ("'word'", "-1", "[]", "{a: 1}", "null", "true", ".nan", "1e400", "''")
 CASES: dict[str, Case] = {
-    **{f"config {key} = {value}": config_text(
-        f"{key.split('.')[0]}:\n  {key.split('.')[1]}: {value}\n" if "." in key else f"{key}: {value}\n"
-    ) for key in KEYS for value in BAD_VALUES},
-    **{f"config {text!r}": config_text(text) for text in (
-        "training: {learing_rate: 1, seed: 0}", "training: {rank: 8}", "traning: {}", "seed: 3", "lr: 3",
-        "training:\n  seed: 1\n  seed: 2\n", "[1, 2]", "a: [", "\tx: 1", "training: 3", "profile: chta", "3",
-        "template: chatlm", "template: {name: chatml, size: 3}", "model: {path: None}", "template: tokenizer",
-        "tokens: {max_length: 65}", "judge: {memory_length: 65}", "data: {valid: a.jsonl, valid_fraction: 0.1}",
-        "adapter: {targets: [3]}", "training: {seed: 4294967296, epochs: 0, batch_size: 0}",
-    )},
-    "config environment": config_text("", environ={
-        "FT_TRAINING__SED": "1", "FT_TRAINING_SEED": "1", "FT_TRAINING__SEED": "x", "FT_PROFILE": "chta",
-        "FT_NOTHING__HERE": "1",
-    }),
+    **{
+        f"config {key} = {value}": config_text(
+            f"{key.split('.')[0]}:\n  {key.split('.')[1]}: {value}\n" if "." in key else f"{key}: {value}\n"
+        )
+        for key in KEYS
+        for value in BAD_VALUES
+    },
+    **{
+        f"config {text!r}": config_text(text)
+        for text in (
+            "training: {learing_rate: 1, seed: 0}",
+            "training: {rank: 8}",
+            "traning: {}",
+            "seed: 3",
+            "lr: 3",
+            "training:\n  seed: 1\n  seed: 2\n",
+            "[1, 2]",
+            "a: [",
+            "\tx: 1",
+            "training: 3",
+            "profile: chta",
+            "3",
+            "template: chatlm",
+            "template: {name: chatml, size: 3}",
+            "model: {path: None}",
+            "template: tokenizer",
+            "tokens: {max_length: 65}",
+            "judge: {memory_length: 65}",
+            "data: {valid: a.jsonl, valid_fraction: 0.1}",
+            "adapter: {targets: [3]}",
+            "training: {seed: 4294967296, epochs: 0, batch_size: 0}",
+        )
+    },
+    "config environment": config_text(
+        "",
+        environ={
+            "FT_TRAINING__SED": "1",
+            "FT_TRAINING_SEED": "1",
+            "FT_TRAINING__SEED": "x",
+            "FT_PROFILE": "chta",
+            "FT_NOTHING__HERE": "1",
+        },
+    ),
     "config environment twice": config_text("", environ={"FT_TEMPLATE": "chatml", "FT_TEMPLATE__NAME": "alpaca"}),
     "config flags": config_text("", overrides={"training.seed": "x", "training.sed": 1, "adapter.rank": -1}),
-    **{f"config {name}": config_text(text) for name, text in (
-        ("hexadecimal giant", "training:\n  seed: 0x" + "f" * 5000 + "\n"), ("of other things", "a" * 2_000_000),
-    )},
+    **{
+        f"config {name}": config_text(text)
+        for name, text in (
+            ("hexadecimal giant", "training:\n  seed: 0x" + "f" * 5000 + "\n"),
+            ("of other things", "a" * 2_000_000),
+        )
+    },
     "config path too long": lambda folder: load_config(folder / ("x" * 300), environ={}, overrides={}, profile=None),
     "data path too long": lambda folder: read_rows(folder / ("x" * 300 + ".jsonl")),
     "config giant": config_text("training:\n  seed: " + "9" * 5000 + "\n"),
     "config profile": config_text("", profile="chta"),
     "config file missing": lambda folder: load_config(folder / "no.yaml", environ={}, overrides={}, profile=None),
-    **{f"config file {name}": config_bytes(name, content) for name, content in (
-        ("job.yaml", b"\xff\xfe"), ("job.jsonl", b"{}"), ("job", b"a: 1"), ("job.csv", b"a"),
-    )},
+    **{
+        f"config file {name}": config_bytes(name, content)
+        for name, content in (
+            ("job.yaml", b"\xff\xfe"),
+            ("job.jsonl", b"{}"),
+            ("job", b"a: 1"),
+            ("job.csv", b"a"),
+        )
+    },
     "config file is a folder": lambda folder: load_config(folder, environ={}, overrides={}, profile=None),
     "config assignments": lambda folder: parse_assignments(["training.seed", "=1", "training.sed=1", "seed=1"]),
     "config plan": made("plan.yaml", "file", load_plan),
@@ -235,14 +274,29 @@ CASES: dict[str, Case] = {
         load_config(None, environ={}, overrides={}, profile=None), ModelAndDataFacts(4, True, 1)
     ),
     "data rows": data_text(ROWS.encode()),
-    **{f"data {name} {content!r}": data_text(content, name) for name, content in (
-        ("rows.jsonl", b"{\n[\n"), ("rows.jsonl", b'{"a": ' + b"9" * 5000 + b"}"), ("rows.jsonl", b"\xff"),
-        ("rows.jsonl", b""), ("rows.jsonl", b'{"a": 1, "a": 2}'), ("rows.jsonl", b"[" * 100_000),
-        ("rows.json", b"[{"), ("rows.json", b"[3]"), ("rows.json", b"[]"), ("rows.json", b'[{"a": 1, "a": 2}]'),
-        ("rows.json", b'{"text": "a"} x'), ("rows.csv", b"a,a\n1,2\n"), ("rows.csv", b'a\n"b\n'),
-        ("rows.csv", b"text\na,b\n"), ("rows.csv", b"text\n"), ("rows.txt", b"a"),
-        ("rows", b"a"), ("rows.jsonl", b'{"text": "a"}\n' + b"{\n" * 25),
-    )},
+    **{
+        f"data {name} {content!r}": data_text(content, name)
+        for name, content in (
+            ("rows.jsonl", b"{\n[\n"),
+            ("rows.jsonl", b'{"a": ' + b"9" * 5000 + b"}"),
+            ("rows.jsonl", b"\xff"),
+            ("rows.jsonl", b""),
+            ("rows.jsonl", b'{"a": 1, "a": 2}'),
+            ("rows.jsonl", b"[" * 100_000),
+            ("rows.json", b"[{"),
+            ("rows.json", b"[3]"),
+            ("rows.json", b"[]"),
+            ("rows.json", b'[{"a": 1, "a": 2}]'),
+            ("rows.json", b'{"text": "a"} x'),
+            ("rows.csv", b"a,a\n1,2\n"),
+            ("rows.csv", b'a\n"b\n'),
+            ("rows.csv", b"text\na,b\n"),
+            ("rows.csv", b"text\n"),
+            ("rows.txt", b"a"),
+            ("rows", b"a"),
+            ("rows.jsonl", b'{"text": "a"}\n' + b"{\n" * 25),
+        )
+    },
     "data missing": lambda folder: read_rows(folder / "no.jsonl"),
     "data folder": lambda folder: read_rows(folder),
     "data shipped": lambda folder: data_path("shipped:fact"),
@@ -265,27 +319,48 @@ CASES: dict[str, Case] = {
     "template rewrites": template("{% for m in messages %}{{ m.content | upper + '<e>' }}{% endfor %}" + GENERATION),
     "template never stops": template("{% for m in messages %}{{ m.content + '\n' }}{% endfor %}" + GENERATION),
     "template asks otherwise": template(EACH + "{% if add_generation_prompt %}B:{% endif %}"),
-    **{f"tokenizer {name}": tokenizer(change) for name, change in {
-        "file missing": lambda folder: (folder / "tokenizer.json").unlink(),
-        "file broken": lambda folder: (folder / "tokenizer.json").write_text("{"),
-        "settings broken": lambda folder: (folder / "tokenizer_config.json").write_text("{"),
-        "no end": settings_file("tokenizer_config.json", eos_token=None),
-        "unknown end": settings_file("tokenizer_config.json", eos_token="<nope>"),
-        "unknown pad": settings_file("tokenizer_config.json", pad_token="<nope>"),
-    }.items()},
+    **{
+        f"tokenizer {name}": tokenizer(change)
+        for name, change in {
+            "file missing": lambda folder: (folder / "tokenizer.json").unlink(),
+            "file broken": lambda folder: (folder / "tokenizer.json").write_text("{"),
+            "settings broken": lambda folder: (folder / "tokenizer_config.json").write_text("{"),
+            "no end": settings_file("tokenizer_config.json", eos_token=None),
+            "unknown end": settings_file("tokenizer_config.json", eos_token="<nope>"),
+            "unknown pad": settings_file("tokenizer_config.json", pad_token="<nope>"),
+        }.items()
+    },
     "trackers missing": lambda folder: require_trackers(["trackery"]),
     "trackers missing, two": lambda folder: require_trackers(["trackery", "trackest"]),
-    **{f"nothing held out {words}": config_text(f"training: {{{words}}}") for words in (
-        "stop_after: 3", "keep: best, stop_after: 1", "stop_margin: 0.1",
-    )},
-    **{f"trackers {words}": config_text(f"tracking: {{to: {words}}}") for words in (
-        "wandb", "'wandb, mlflow'", "[wandb, wandb]", "[wandbb]", "tensorbord", "none",
-    )},
+    **{
+        f"nothing held out {words}": config_text(f"training: {{{words}}}")
+        for words in (
+            "stop_after: 3",
+            "keep: best, stop_after: 1",
+            "stop_margin: 0.1",
+        )
+    },
+    **{
+        f"trackers {words}": config_text(f"tracking: {{to: {words}}}")
+        for words in (
+            "wandb",
+            "'wandb, mlflow'",
+            "[wandb, wandb]",
+            "[wandbb]",
+            "tensorbord",
+            "none",
+        )
+    },
     "memory backend": lambda folder: measure_framework("reference"),
-    **{f"training {name} {number} of {rows}": trained({(name, number): value}, rows) for name, number, value, rows in (
-        ("accumulate", 0, float("nan"), 2), ("accumulate", 1, float("inf"), 4), ("clip_gradients", 2, float("nan"), 5),
-        ("loss", 0, float("inf"), 6),
-    )},
+    **{
+        f"training {name} {number} of {rows}": trained({(name, number): value}, rows)
+        for name, number, value, rows in (
+            ("accumulate", 0, float("nan"), 2),
+            ("accumulate", 1, float("inf"), 4),
+            ("clip_gradients", 2, float("nan"), 5),
+            ("loss", 0, float("inf"), 6),
+        )
+    },
     "training packed": packed,
     "run output is a file": made("a", "file", RunFolder.place),
     "run output is a link": made("a", "link", RunFolder.place),
@@ -298,14 +373,17 @@ CASES: dict[str, Case] = {
     "run finished is none": made("a", "full", RunFolder.finished),
     "run finished is unfinished": made("a", "plan", RunFolder.finished),
     "run finished is missing": lambda folder: RunFolder.finished(folder / "a"),
-    **{f"run manifest {number}": run_file(text) for number, text in enumerate(
-        ("{", "[]", "{}", '{"format": 1, "plan": []}', MANIFEST, MANIFEST.replace("3", "[{}]"))
-    )},
+    **{
+        f"run manifest {number}": run_file(text)
+        for number, text in enumerate(
+            ("{", "[]", "{}", '{"format": 1, "plan": []}', MANIFEST, MANIFEST.replace("3", "[{}]"))
+        )
+    },
     "checkpoint changed": checkpoint(lambda path: (path / "state.bin").write_bytes(b"abd"), {}),
     "checkpoint of no identity": checkpoint(settings_file("checkpoint.json", identity=[]), {}),
     "checkpoint torn": checkpoint(lambda path: (path / "checkpoint.json").write_text("{"), {}),
     "checkpoint of others": checkpoint(lambda path: None, {"seed": 2, "rank": 8, "alpha": 1.0}),
-}  # fmt: skip
+}
 
 
 def said(case: Case, folder: Path) -> str:
@@ -330,9 +408,16 @@ def written() -> Iterator[tuple[str, str]]:
 _LAYERS = {f"model.layers.{index}.self_attn.{name}": (8, 6) for index in range(2) for name in ("q_proj", "v_proj")}
 _OTHERS = {"model.embed_tokens.weight": (97, 6), "model.norm.weight": (6,)}
 SHAPE = ModelShape(
-    "TinyForCausalLM", 1000, 97, 6, 2, 40, tuple(LinearLayer(*layer) for layer in _LAYERS.items()), tied_head=True,
+    "TinyForCausalLM",
+    1000,
+    97,
+    6,
+    2,
+    40,
+    tuple(LinearLayer(*layer) for layer in _LAYERS.items()),
+    tied_head=True,
     weights={**{f"{name}.weight": shape for name, shape in _LAYERS.items()}, **_OTHERS},
-)  # fmt: skip
+)
 
 
 def adapter(**said: Any) -> Case:

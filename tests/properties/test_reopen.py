@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetune.assembly.observe import observe
 from finetune.errors import FineTuneError
-from finetune.pipeline import fine_tune
+from finetune.evidence.observe import observe
+from finetune.evidence.reopen import reopen, talker
 from finetune.records import Conversation, Message
-from finetune.reopen import reopen, talker
+from finetune.train import fine_tune
 from properties.tiny_llamas import open_model
 from properties.workplace import make_data, make_model, quick_end, settings
 

@@ -214,8 +214,11 @@ def test_page_of_the_same_run_is_the_same_bytes() -> None:
     other = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "7"},
-        capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
     assert other.stdout.strip() == hashlib.sha256(here.encode()).hexdigest()
 
 
@@ -356,7 +359,8 @@ def _quiet(*texts: str) -> dict[str, Any]:
     scores = {"learning": {"base": base, "tuned": tuned, "sham": None}, "retention": None}
     return {
         **sample_run(losses={}, memory=None, verdicts=[verdict], scores=scores),
-        **dict.fromkeys(("id", "command", "started", "status"), every), "notes": list(texts),
+        **dict.fromkeys(("id", "command", "started", "status"), every),
+        "notes": list(texts),
         "model": {"name": every, "files": [{"path": text, "sha256": every, "bytes": 3} for text in texts]},
         "plan": [{"key": text, "value": [text], "origin": every} for text in texts],
-    }  # fmt: skip
+    }

@@ -7,7 +7,7 @@ import pytest
 
 MB = 10**6
 HOLDING = """
-from finetune.resident import peak_rss, restart_peak
+from finetune.processes import peak_rss, restart_peak
 before = peak_rss()
 held = bytearray(b"x" * 60_000_000)
 after = peak_rss()

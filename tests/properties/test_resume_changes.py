@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from finetune.artifacts.run_folder import RunFolder
-from finetune.assembly import encoder, record
+from finetune.chat import encoder
 from finetune.config import LoadedConfig, load_plan, plan_as_list
 from finetune.errors import RefusedError
 from finetune.events import CheckpointSaved, Event, RunResumed
-from finetune.pipeline import fine_tune
+from finetune.evidence import record
+from finetune.run.folder import RunFolder
+from finetune.train import fine_tune
 from properties.disks import everything_below
 from properties.workplace import make_data, make_model, quick_end, settings
 
@@ -46,9 +47,14 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_data(place / name / "rows.jsonl", count)
     (place / "own.jinja").write_text(TEMPLATE)
     loaded = settings(
-        model, data, data__valid=str(place / "valid" / "rows.jsonl"), data__retention=str(place / "known/rows.jsonl"),
-        template__name=str(place / "own.jinja"), training__save_every=2, adapter__dropout=0.2,
-    )  # fmt: skip
+        model,
+        data,
+        data__valid=str(place / "valid" / "rows.jsonl"),
+        data__retention=str(place / "known/rows.jsonl"),
+        template__name=str(place / "own.jinja"),
+        training__save_every=2,
+        adapter__dropout=0.2,
+    )
     with quick_end():
         with contextlib.suppress(Death):
             fine_tune(loaded, output=place / "run", listener=die_at_step_4)

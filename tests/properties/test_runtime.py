@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from finetune.runtime import get, post
+from finetune.export.llama_runtime import get, post
 
 pytestmark = pytest.mark.tools
 
@@ -73,7 +73,7 @@ def server(params):
     raise RuntimeError("Failed to init server, please check the input params.")
 
 sys.modules["xllamacpp"] = types.SimpleNamespace(CommonParams=Params, Server=server)
-from finetune.runtime import load_chat
+from finetune.export.llama_runtime import load_chat
 load_chat(Path("model.gguf"), context=8, port=0, name="x")
 """
 """A llama.cpp that says why it cannot begin only after it has said that it cannot, as its own log thread may."""

@@ -5,7 +5,7 @@ import math
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetune.training.stopping import Watch
+from finetune.training.early_stopping import Watch
 
 LOSSES = st.lists(st.sampled_from([0.5, 1.0, 1.5, math.nan, math.inf]) | st.floats(0, 4), min_size=1, max_size=12)
 

@@ -210,11 +210,14 @@ def test_same_break_is_the_same_law_at_the_same_kind_of_stage() -> None:
 
 
 GOOD: dict[str, Any] = {
-    "format": "finetune story", "version": 1, "scene": "training",
+    "format": "finetune story",
+    "version": 1,
+    "scene": "training",
     "task": {"rows": [{"prompt": "a", "completion": "b"}], "settings": {}},
     "stages": [{"do": "go on", "death": {"after": 3, "by": "kill"}}, {"do": "go on"}],
-    "broken": found(2).model_dump(), "origin": {"subject": "reference"},
-}  # fmt: skip
+    "broken": found(2).model_dump(),
+    "origin": {"subject": "reference"},
+}
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "not a story": ({"format": "x"}, "format"),
     "another version": ({"version": 2}, "version: 2"),
@@ -238,7 +241,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a law that is none": ({"broken": {**GOOD["broken"], "law": "x.y"}}, "no law 'x.y'"),
     "a stage too late": ({"broken": {**GOOD["broken"], "stage": 3}}, "3 of 2 stages"),
     "more than a story has": ({"run": "rm"}, "run: no story has this"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", BAD)

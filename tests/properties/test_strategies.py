@@ -14,16 +14,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.artifacts.checkpoints import CheckpointStore, Owner
+from finetune.adapters.choose import check_rank, choose_layers
 from finetune.backends import open_backend
 from finetune.config import TrainingConfig, flatten
 from finetune.data.facts import new_facts
 from finetune.data.read import read_rows
 from finetune.data.shape import shape_rows
 from finetune.errors import ModelError, RefusedError, UsageError
-from finetune.models.adapt import check_rank, choose_layers
 from finetune.models.shape import read_shape
 from finetune.records import ModelShape
+from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune_strategies.adapters import (
     AdaptedModel,
     UnfitAdapter,
@@ -82,97 +82,139 @@ def divides_all(model: AdaptedModel) -> bool:
 
 Corners = dict[str, tuple[Callable[[Any], bool], int]]
 CORNERS: dict[str, tuple[st.SearchStrategy[Any], Corners]] = {
-    "seeds": (seeds(), {
-        "0": (lambda seed: seed == 0, 1),
-        "the largest": (lambda seed: seed == LARGEST_SEED, 1),
-        "in between": (lambda seed: 1 < seed < LARGEST_SEED, 51),
-        "above 31 bits": (lambda seed: seed > 2**31, 24),
-    }),
-    "configs": (configs(), {
-        "the default": (lambda config: config == TrainingConfig(), 2),
-        "seed 0 given or not": (lambda config: config.training.seed == 0, 37),
-        "seed above 31 bits": (lambda config: config.training.seed > 2**31, 2),
-        "named targets": (lambda config: config.adapter.targets != "all-linear", 8),
-        "null where there was none": (lambda config: config.training.max_steps is not None, 13),
-    }),
-    "llama_configs": (llama_configs(), {
-        "key heads shared": (lambda c: c["num_key_value_heads"] < c["num_attention_heads"], 39),
-        "more than one key head, shared": (lambda c: 1 < c["num_key_value_heads"] < c["num_attention_heads"], 16),
-        "each head its own": (lambda c: c["num_key_value_heads"] == c["num_attention_heads"], 14),
-        "no power of two heads": (lambda c: c["num_attention_heads"] & (c["num_attention_heads"] - 1) > 0, 120),
-        "heads do not fill the width": (lambda c: head_width(c) * c["num_attention_heads"] != c["hidden_size"], 49),
-        "heads fill the width": (lambda c: head_width(c) * c["num_attention_heads"] == c["hidden_size"], 4),
-        "vocabulary no multiple of 64": (lambda c: c["vocab_size"] % 64 > 0, 120),
-        "tied": (lambda c: c["tie_word_embeddings"], 30),
-        "untied": (lambda c: not c["tie_word_embeddings"], 23),
-        "another epsilon": (lambda c: c["rms_norm_eps"] == 0.02, 18),
-        "theta as newer configs have it": (lambda c: "rope_parameters" in c, 31),
-        "one layer": (lambda c: c["num_hidden_layers"] == 1, 39),
-        "two layers": (lambda c: c["num_hidden_layers"] == 2, 14),
-    }),
-    "gpt2_configs": (gpt2_configs(), {
-        "inner size of its own": (lambda c: c["n_inner"] is not None, 25),
-        "inner size as usual": (lambda c: c["n_inner"] is None, 27),
-        "dropout": (lambda c: c["resid_pdrop"] > 0, 28),
-        "untied": (lambda c: not c["tie_word_embeddings"], 16),
-        "no power of two heads": (lambda c: c["n_head"] & (c["n_head"] - 1) > 0, 120),
-        "width is no multiple of 8": (lambda c: c["n_embd"] % 8 > 0, 120),
-    }),
-    "adapted_models": (adapted_models(), {
-        "llama": (lambda m: m.config["model_type"] == "llama", 25),
-        "gpt2": (lambda m: m.config["model_type"] == "gpt2", 28),
-        "rank 1": (lambda m: m.target.rank == 1, 3),
-        "rank that does not divide": (lambda m: not divides_all(m), 49),
-        "scale is not 1": (lambda m: m.target.alpha != m.target.rank, 120),
-        "scale below 1": (lambda m: m.target.alpha < m.target.rank, 16),
-        "dropout": (lambda m: m.target.dropout > 0, 27),
-        "no dropout": (lambda m: m.target.dropout == 0, 25),
-        "all layers": (lambda m: len(adapted_layers(m.shape, m.target)) == len(m.shape.linear_layers), 16),
-        "some layers": (lambda m: len(adapted_layers(m.shape, m.target)) < len(m.shape.linear_layers), 37),
-    }),
-    "unfit_adapters": (unfit_adapters(), {
-        "rank too large": (lambda unfit: unfit.reason == "rank too large", 12),
-        "matches nothing": (lambda unfit: unfit.reason == "matches nothing", 41),
-    }),
-    "dealings": (dealings(), {
-        "short last batch": (lambda dealing: dealing.left_over > 0, 41),
-        "even": (lambda dealing: dealing.left_over == 0, 12),
-        "one row a batch": (lambda dealing: dealing.batch_size == 1, 5),
-        "batch larger than all rows": (lambda dealing: dealing.batch_size > dealing.rows, 9),
-        "accumulated": (lambda dealing: dealing.accumulation > 1, 29),
-    }),
-    "data_sets": (data_sets(), {
-        "twelve rows": (lambda data: data.size == 12, 4),
-        "one row": (lambda data: data.size == 1, 14),
-        "short last batch": (lambda data: data.size % data.batch_size > 0, 29),
-        "seed 0": (lambda data: data.seed == 0, 7),
-        **{shape: (lambda data, shape=shape: data.row_shape == shape, 10) for shape in ROW_SHAPES},
-    }),
-    "batches": (batches(), {
-        "last batch short": (lambda found: len(found[-1].rows) < len(found[0].rows), 19),
-        "a single batch": (lambda found: len(found) == 1, 22),
-        "unequal lengths": (lambda found: len({len(row.ids) for each in found for row in each.rows}) > 1, 37),
-        "trained and not": (lambda found: any(len(set(row.trained)) == 2 for each in found for row in each.rows), 75),
-    }),
-    "kills": (kills(), {
-        "before a write": (lambda kill: kill.moment == "before", 16),
-        "after a write": (lambda kill: kill.moment == "after", 16),
-        "at the first step": (lambda kill: kill.step == 1, 2),
-        "at a later write": (lambda kill: kill.write > 1, 25),
-    }),
-    "file_faults": (file_faults(SIZES), {
-        **{kind.__name__: (lambda fault, kind=kind: isinstance(fault, kind), 4) for kind in (Torn, Truncated, Flipped)},
-        "missing": (lambda fault: isinstance(fault, Missing), 1),
-        "the empty file": (lambda fault: fault.file == "empty", 1),
-        "first byte": (lambda fault: isinstance(fault, Flipped) and fault.offset == 0, 32),
-        "last byte": (lambda fault: fault in [Flipped("a.bin", 6, mask) for mask in range(256)], 6),
-        "nothing left": (lambda fault: isinstance(fault, Truncated) and fault.size == 0, 1),
-    }),
-    "full_disks": (full_disks(SIZES), {
-        "no room": (lambda disk: disk.size == 0, 1),
-        "one byte too few": (lambda disk: disk.size == 6, 1),
-    }),
-}  # fmt: skip
+    "seeds": (
+        seeds(),
+        {
+            "0": (lambda seed: seed == 0, 1),
+            "the largest": (lambda seed: seed == LARGEST_SEED, 1),
+            "in between": (lambda seed: 1 < seed < LARGEST_SEED, 51),
+            "above 31 bits": (lambda seed: seed > 2**31, 24),
+        },
+    ),
+    "configs": (
+        configs(),
+        {
+            "the default": (lambda config: config == TrainingConfig(), 2),
+            "seed 0 given or not": (lambda config: config.training.seed == 0, 37),
+            "seed above 31 bits": (lambda config: config.training.seed > 2**31, 2),
+            "named targets": (lambda config: config.adapter.targets != "all-linear", 8),
+            "null where there was none": (lambda config: config.training.max_steps is not None, 13),
+        },
+    ),
+    "llama_configs": (
+        llama_configs(),
+        {
+            "key heads shared": (lambda c: c["num_key_value_heads"] < c["num_attention_heads"], 39),
+            "more than one key head, shared": (lambda c: 1 < c["num_key_value_heads"] < c["num_attention_heads"], 16),
+            "each head its own": (lambda c: c["num_key_value_heads"] == c["num_attention_heads"], 14),
+            "no power of two heads": (lambda c: c["num_attention_heads"] & (c["num_attention_heads"] - 1) > 0, 120),
+            "heads do not fill the width": (lambda c: head_width(c) * c["num_attention_heads"] != c["hidden_size"], 49),
+            "heads fill the width": (lambda c: head_width(c) * c["num_attention_heads"] == c["hidden_size"], 4),
+            "vocabulary no multiple of 64": (lambda c: c["vocab_size"] % 64 > 0, 120),
+            "tied": (lambda c: c["tie_word_embeddings"], 30),
+            "untied": (lambda c: not c["tie_word_embeddings"], 23),
+            "another epsilon": (lambda c: c["rms_norm_eps"] == 0.02, 18),
+            "theta as newer configs have it": (lambda c: "rope_parameters" in c, 31),
+            "one layer": (lambda c: c["num_hidden_layers"] == 1, 39),
+            "two layers": (lambda c: c["num_hidden_layers"] == 2, 14),
+        },
+    ),
+    "gpt2_configs": (
+        gpt2_configs(),
+        {
+            "inner size of its own": (lambda c: c["n_inner"] is not None, 25),
+            "inner size as usual": (lambda c: c["n_inner"] is None, 27),
+            "dropout": (lambda c: c["resid_pdrop"] > 0, 28),
+            "untied": (lambda c: not c["tie_word_embeddings"], 16),
+            "no power of two heads": (lambda c: c["n_head"] & (c["n_head"] - 1) > 0, 120),
+            "width is no multiple of 8": (lambda c: c["n_embd"] % 8 > 0, 120),
+        },
+    ),
+    "adapted_models": (
+        adapted_models(),
+        {
+            "llama": (lambda m: m.config["model_type"] == "llama", 25),
+            "gpt2": (lambda m: m.config["model_type"] == "gpt2", 28),
+            "rank 1": (lambda m: m.target.rank == 1, 3),
+            "rank that does not divide": (lambda m: not divides_all(m), 49),
+            "scale is not 1": (lambda m: m.target.alpha != m.target.rank, 120),
+            "scale below 1": (lambda m: m.target.alpha < m.target.rank, 16),
+            "dropout": (lambda m: m.target.dropout > 0, 27),
+            "no dropout": (lambda m: m.target.dropout == 0, 25),
+            "all layers": (lambda m: len(adapted_layers(m.shape, m.target)) == len(m.shape.linear_layers), 16),
+            "some layers": (lambda m: len(adapted_layers(m.shape, m.target)) < len(m.shape.linear_layers), 37),
+        },
+    ),
+    "unfit_adapters": (
+        unfit_adapters(),
+        {
+            "rank too large": (lambda unfit: unfit.reason == "rank too large", 12),
+            "matches nothing": (lambda unfit: unfit.reason == "matches nothing", 41),
+        },
+    ),
+    "dealings": (
+        dealings(),
+        {
+            "short last batch": (lambda dealing: dealing.left_over > 0, 41),
+            "even": (lambda dealing: dealing.left_over == 0, 12),
+            "one row a batch": (lambda dealing: dealing.batch_size == 1, 5),
+            "batch larger than all rows": (lambda dealing: dealing.batch_size > dealing.rows, 9),
+            "accumulated": (lambda dealing: dealing.accumulation > 1, 29),
+        },
+    ),
+    "data_sets": (
+        data_sets(),
+        {
+            "twelve rows": (lambda data: data.size == 12, 4),
+            "one row": (lambda data: data.size == 1, 14),
+            "short last batch": (lambda data: data.size % data.batch_size > 0, 29),
+            "seed 0": (lambda data: data.seed == 0, 7),
+            **{shape: (lambda data, shape=shape: data.row_shape == shape, 10) for shape in ROW_SHAPES},
+        },
+    ),
+    "batches": (
+        batches(),
+        {
+            "last batch short": (lambda found: len(found[-1].rows) < len(found[0].rows), 19),
+            "a single batch": (lambda found: len(found) == 1, 22),
+            "unequal lengths": (lambda found: len({len(row.ids) for each in found for row in each.rows}) > 1, 37),
+            "trained and not": (
+                lambda found: any(len(set(row.trained)) == 2 for each in found for row in each.rows),
+                75,
+            ),
+        },
+    ),
+    "kills": (
+        kills(),
+        {
+            "before a write": (lambda kill: kill.moment == "before", 16),
+            "after a write": (lambda kill: kill.moment == "after", 16),
+            "at the first step": (lambda kill: kill.step == 1, 2),
+            "at a later write": (lambda kill: kill.write > 1, 25),
+        },
+    ),
+    "file_faults": (
+        file_faults(SIZES),
+        {
+            **{
+                kind.__name__: (lambda fault, kind=kind: isinstance(fault, kind), 4)
+                for kind in (Torn, Truncated, Flipped)
+            },
+            "missing": (lambda fault: isinstance(fault, Missing), 1),
+            "the empty file": (lambda fault: fault.file == "empty", 1),
+            "first byte": (lambda fault: isinstance(fault, Flipped) and fault.offset == 0, 32),
+            "last byte": (lambda fault: fault in [Flipped("a.bin", 6, mask) for mask in range(256)], 6),
+            "nothing left": (lambda fault: isinstance(fault, Truncated) and fault.size == 0, 1),
+        },
+    ),
+    "full_disks": (
+        full_disks(SIZES),
+        {
+            "no room": (lambda disk: disk.size == 0, 1),
+            "one byte too few": (lambda disk: disk.size == 6, 1),
+        },
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CORNERS)

@@ -25,9 +25,18 @@ from properties.data_files import data_file
 from properties.drawing import drawn, simplest
 
 TRAITS = {
-    "lines": 20, "list": 10, "one object": 1, "table": 15, "mark": 20, "lf": 10, "crlf": 8, "cr": 4, "blank lines": 4,
-    "line end in a cell": 6, "lone carriage return in a cell": 2,
-}  # fmt: skip
+    "lines": 20,
+    "list": 10,
+    "one object": 1,
+    "table": 15,
+    "mark": 20,
+    "lf": 10,
+    "crlf": 8,
+    "cr": 4,
+    "blank lines": 4,
+    "line end in a cell": 6,
+    "lone carriage return in a cell": 2,
+}
 """What a sound file can be like, and how many of 240 must be."""
 
 

@@ -23,9 +23,19 @@ from properties.drawing import drawn, simplest
 from properties.rendered_text import talk
 
 VALUES = {
-    "before": 5, "after": 5, "close": 4, "stop": 5, "between": 4, "assistant": 2, "system": 3, "trims": 3,
-    "says_bos": 2, "says_first": 3, "style": 4, "finds_first": 3,
-}  # fmt: skip
+    "before": 5,
+    "after": 5,
+    "close": 4,
+    "stop": 5,
+    "between": 4,
+    "assistant": 2,
+    "system": 3,
+    "trims": 3,
+    "says_bos": 2,
+    "says_first": 3,
+    "style": 4,
+    "finds_first": 3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +82,16 @@ def test_written_jinja_is_what_it_is_said_to_be(cases: list[Any]) -> None:
 def test_stops_are_control_tokens(cases: list[Any]) -> None:
     """Every answer ends in a control token, and all five are in use."""
     assert {token for case in cases for token in CONTROL_TOKENS if case.shape.stop.endswith(token)} == {
-        "<|end|>", EOS, "<|stop|>"
-    }  # fmt: skip
+        "<|end|>",
+        EOS,
+        "<|stop|>",
+    }
     assert {token for case in cases for token in CONTROL_TOKENS if token in case.jinja or token == EOS} >= {
-        "<|start|>", "<|end|>", "<|stop|>", EOS
-    }  # fmt: skip
+        "<|start|>",
+        "<|end|>",
+        "<|stop|>",
+        EOS,
+    }
 
 
 def test_failing_template_becomes_the_plainest() -> None:
@@ -113,11 +128,14 @@ def test_failing_broken_template_becomes_one_question() -> None:
 
 
 SIMPLEST = {
-    "hidden attribute": "{{ (''.__class__) }}", "far method": "{{ (''.format) }}",
-    "far filter": "{{ (messages | attr('__class__')) }}", "width": "{{ ('%100000d' % 1) }}",
-    "number": "{{ (2 ** 100000) }}", "syntax": "{% include 'x' %}",
+    "hidden attribute": "{{ (''.__class__) }}",
+    "far method": "{{ (''.format) }}",
+    "far filter": "{{ (messages | attr('__class__')) }}",
+    "width": "{{ ('%100000d' % 1) }}",
+    "number": "{{ (2 ** 100000) }}",
+    "syntax": "{% include 'x' %}",
     "recursion": "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
-}  # fmt: skip
+}
 
 
 def test_hostile_templates_reach_every_attack() -> None:

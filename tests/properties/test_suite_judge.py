@@ -296,8 +296,11 @@ def test_verification_is_told_in_junit_and_sarif(broken_loss: run.Verification) 
 
     suite = ElementTree.fromstring(formats.junit(broken_loss))
     assert {key: suite.get(key) for key in ("tests", "failures", "errors", "skipped")} == {
-        "tests": "2", "failures": "1", "errors": "0", "skipped": "1",
-    }  # fmt: skip
+        "tests": "2",
+        "failures": "1",
+        "errors": "0",
+        "skipped": "1",
+    }
     assert "got: -1.0" in (suite.findtext("testcase/failure") or "")
     told = formats.sarif(broken_loss, "0.1.0")
     [result] = told["runs"][0]["results"]

@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 
 from finetune.backends.reference.backend import ReferenceBackend
 from finetune.config import LoadedConfig, load_plan, resolve_processes
+from finetune.data.batches import epoch_batches
+from finetune.distributed.data_parallel import Alone, check_same, in_team
 from finetune.errors import ConfigError, LostProcessError, NonFiniteError, RefusedError
 from finetune.events import Event, StepDone
-from finetune.pipeline import fine_tune
 from finetune.records import AdapterTarget, Batch, Optimization
-from finetune.tokens.batch import epoch_batches
+from finetune.train import fine_tune
 from finetune.training.loop import LoopPlan, steps_per_epoch, train
-from finetune.training.team import Alone, check_same, in_team
 from finetune_strategies.datasets import token_rows
 from finetune_strategies.profiles import examples
 from properties.crew import Crew, Member, good
@@ -113,9 +113,13 @@ def assert_alike(session: Any, other: Any, *, tolerance: float) -> None:
 def jobs() -> st.SearchStrategy[Job]:
     """Jobs whose rows seldom come out even; some have fewer rows than processes."""
     return st.builds(
-        Job, st.integers(1, 9), st.integers(1, 3), st.integers(2, 4), st.integers(1, 2),
+        Job,
+        st.integers(1, 9),
+        st.integers(1, 3),
+        st.integers(2, 4),
+        st.integers(1, 2),
         pack_length=st.sampled_from([None, 20]),
-    )  # fmt: skip
+    )
 
 
 @given(jobs())
@@ -248,10 +252,18 @@ class Death(BaseException):
 def job_of(model: Path, data: Path, **changes: Any) -> LoadedConfig:
     """A run with everything in it that a team could forget."""
     demanding = {
-        "training__accumulation": 2, "training__packing": True, "training__save_every": 2, "adapter__dropout": 0.3,
-        "data__valid_fraction": 0.2, "tokens__max_length": 64, "training__evaluate_every": 2, "training__epochs": 3.0,
-        "training__max_grad_norm": 0.05, "training__batch_size": 1, "evaluation__questions": 1,
-    }  # fmt: skip
+        "training__accumulation": 2,
+        "training__packing": True,
+        "training__save_every": 2,
+        "adapter__dropout": 0.3,
+        "data__valid_fraction": 0.2,
+        "tokens__max_length": 64,
+        "training__evaluate_every": 2,
+        "training__epochs": 3.0,
+        "training__max_grad_norm": 0.05,
+        "training__batch_size": 1,
+        "evaluation__questions": 1,
+    }
     return settings(model, data, **{**demanding, **changes})
 
 
@@ -322,10 +334,16 @@ def test_run_of_two_processes_is_the_run_of_one_with_twice_the_batch(model: Path
 def test_first_process_says_when_all_stop_and_what_is_kept(model: Path, data: Path, tmp_path: Path) -> None:
     """Where the held-out loss rises, two processes stop at the step, keep the one and train the sham as one does."""
     rising = {
-        "adapter__dropout": 0.0, "training__learning_rate": 1.5, "training__schedule": "constant", "training__keep":
-        "best", "training__stop_after": 2, "training__evaluate_every": 1, "training__epochs": 9.0,
-        "training__max_grad_norm": 1.0, "judge__sham": "always",
-    }  # fmt: skip
+        "adapter__dropout": 0.0,
+        "training__learning_rate": 1.5,
+        "training__schedule": "constant",
+        "training__keep": "best",
+        "training__stop_after": 2,
+        "training__evaluate_every": 1,
+        "training__epochs": 9.0,
+        "training__max_grad_norm": 1.0,
+        "judge__sham": "always",
+    }
     both = good(fine_tune_together(job_of(model, data, **rising), 2, tmp_path / "two"))
     with quick_end():
         one = fine_tune(job_of(model, data, **rising, training__batch_size=2), output=tmp_path / "one")[1]

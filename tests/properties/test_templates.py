@@ -9,17 +9,24 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from jinja2 import Environment
 
+from finetune.chat.catalog import CATALOG, TemplateSource
+from finetune.chat.render import ChatTemplate, find_template
 from finetune.errors import TemplateError
 from finetune.records import Conversation, Document, Message
-from finetune.templates.catalog import CATALOG, TemplateSource
-from finetune.templates.render import ChatTemplate, find_template
 from finetune_strategies.conversations import conversations, texts
 from finetune_strategies.profiles import examples
 from properties.rendered_text import joined, stretches, talk
 
 CONTROL = (
-    "<s>", "</s>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
-)  # fmt: skip
+    "<s>",
+    "</s>",
+    "<|pad|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+)
 NAMES = sorted(CATALOG)
 TERMINATOR = {"alpaca": "</s>", "chatml": "<|im_end|>", "llama2": " </s>", "llama3": "<|eot_id|>"}
 

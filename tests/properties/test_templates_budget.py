@@ -2,9 +2,9 @@
 
 import pytest
 
-from finetune.templates import sandbox
-from finetune.templates.budget import MAX_DEPTH, MAX_NESTING, STEP, Meter, UnsafeTemplateError, allowance, weight
-from finetune.templates.sandbox import TemplateStoppedError, compile_template
+from finetune.chat import sandbox
+from finetune.chat.budget import MAX_DEPTH, MAX_NESTING, STEP, Meter, UnsafeTemplateError, allowance, weight
+from finetune.chat.sandbox import TemplateStoppedError, compile_template
 
 ONE = [{"role": "user", "content": "x" * 1000}]
 _X = "{% set x = messages[0].content %}{% set d = {'a': x} %}{% set l = [x] * 9 %}"
@@ -40,7 +40,7 @@ PAID = {
     "join": ("{% set y = l | join(x) %}", 27_000),
     "replace": ("{% set y = x | replace('x', 'yy') %}", 3000),
     "dict": ("{% set y = dict([[x, 1]]) %}", 1000),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", PAID)

@@ -5,13 +5,13 @@ import re
 import pytest
 from hypothesis import example, given
 
+from finetune.chat import sandbox
+from finetune.chat.budget import Meter, allowance
+from finetune.chat.catalog import CATALOG, TemplateSource
+from finetune.chat.render import ChatTemplate
+from finetune.chat.sandbox import compile_template
 from finetune.errors import TemplateError
 from finetune.records import Conversation, Message
-from finetune.templates import sandbox
-from finetune.templates.budget import Meter, allowance
-from finetune.templates.catalog import CATALOG, TemplateSource
-from finetune.templates.render import ChatTemplate
-from finetune.templates.sandbox import compile_template
 from finetune_strategies.conversations import conversations, said
 from finetune_strategies.profiles import examples
 from properties.real_templates import FOLDER, REAL, RealTemplate

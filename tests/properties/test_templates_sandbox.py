@@ -9,12 +9,12 @@ from hypothesis import example, given
 from jinja2.filters import FILTERS
 from jinja2.tests import TESTS
 
+from finetune.chat.catalog import TemplateSource
+from finetune.chat.render import ChatTemplate
+from finetune.chat.sandbox import MAX_TEMPLATE_CHARS, compile_template
+from finetune.chat.template_words import DICT_METHODS, FILTER_TABLE, STRING_METHODS, TEST_TABLE
 from finetune.errors import TemplateError
 from finetune.records import Conversation
-from finetune.templates.catalog import TemplateSource
-from finetune.templates.render import ChatTemplate
-from finetune.templates.sandbox import MAX_TEMPLATE_CHARS, compile_template
-from finetune.templates.vocabulary import DICT_METHODS, FILTER_TABLE, STRING_METHODS, TEST_TABLE
 from finetune_strategies.hostile_templates import HostileTemplate, every_attack, hostile_templates
 from finetune_strategies.profiles import examples
 from finetune_strategies.templates import (
@@ -57,7 +57,7 @@ def shows(expression: str) -> str:
 def test_drawn_template_trains_what_it_says_and_asks_as_it_trains(case: TemplateCase) -> None:
     """P-MASK, P-TMPL, P-PREFIX: any sound template's text is the one written out by hand, by character spans each
     answer with its stop is trained and nothing else, and the prompt for an answer is what stands before it.
-    """  # fmt: skip
+    """
     rendered = chat(case.jinja).render(case.conversation)
     assert stretches(rendered) == joined(case.parts)
     at = 0
@@ -117,8 +117,11 @@ EXTREMES = {
     "long body": "{% for i in range(60000) %}" + "x" * 49_000 + "{% endfor %}",
     "wide body": "{% for i in range(60000) %}" + "{{ i }}" * 500 + "{% endfor %}",
     "macro body": "{% macro f() %}" + "{% set x = 1 %}" * 500 + "{% endmacro %}" + _MANY.replace("X", "{{ f() }}"),
-    "caller": "{% macro f() %}" + _MANY.replace("X", "{{ caller() }}") + "{% endmacro %}{% call f() %}"
-    + "x" * 9000 + "{% endcall %}",
+    "caller": "{% macro f() %}"
+    + _MANY.replace("X", "{{ caller() }}")
+    + "{% endmacro %}{% call f() %}"
+    + "x" * 9000
+    + "{% endcall %}",
     "tree of macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) ~ f(n - 1) }}{% endif %}{% endmacro %}{{ f(39) }}",
     "doubling": _GROW.replace("20", "99").replace("+", "~"),
     "slices": _GROW + _MANY.replace("X", "{% set y = ns.x[1:] %}"),
@@ -144,11 +147,14 @@ EXTREMES = {
     "methods": _MANY.replace("X", "{% set y = 'a'.strip().split('a') %}"),
     "tests": _MANY.replace("X", "{% set y = i is even and i is in [1] %}"),
     "streams": _MANY.replace("X", "{% set y = range(9) | map('string') | select('in', 'abc') | list %}"),
-}  # fmt: skip
+}
 TOO_LONG = {
-    "deep": "{{ " + "not " * 20_000, "brackets": "{{ " + "[" * 60_000,
-    "openings": "{{-" * 30_000, "digits": "{{ " + "9" * 60_000, "conditions": "{% if a %}" + "{% elif b %}" * 8000,
-}  # fmt: skip
+    "deep": "{{ " + "not " * 20_000,
+    "brackets": "{{ " + "[" * 60_000,
+    "openings": "{{-" * 30_000,
+    "digits": "{{ " + "9" * 60_000,
+    "conditions": "{% if a %}" + "{% elif b %}" * 8000,
+}
 CLOSED = {"conditions": "{% endif %}", "brackets": "", "openings": ""}
 
 
@@ -202,20 +208,38 @@ def test_words_outside_the_vocabulary_are_refused() -> None:
 
 
 ALIKE = {
-    "'a-b' | replace('-', '+') | upper": "A+B", "[3, 1, 2] | sort | join('<')": "1<2<3", "'x' * 3": "xxx",
-    "'%s=%03d' % ('a', 7)": "a=007", "'%5.1f' | format(2.25)": "  2.2", "2 ** 10 % 1000": "24", "7 // 2 - 1.5": "1.5",
+    "'a-b' | replace('-', '+') | upper": "A+B",
+    "[3, 1, 2] | sort | join('<')": "1<2<3",
+    "'x' * 3": "xxx",
+    "'%s=%03d' % ('a', 7)": "a=007",
+    "'%5.1f' | format(2.25)": "  2.2",
+    "2 ** 10 % 1000": "24",
+    "7 // 2 - 1.5": "1.5",
     "{'b': 1, 'a': [none, true]} | tojson": '{"b": 1, "a": [null, true]}',
-    "[1, 'é'] | tojson(indent=1)": '[\n 1,\n "é"\n]', "{'b': 1, 'a': 2} | dictsort | map('first') | join": "ab",
-    "messages[::-1][0].content ~ 1": "Hi1", "'a' in 'abc' and 'x' not in ['y', 'a']": "True",
-    "1 < 2 < 3 == 3": "True", "messages | map(attribute='role') | list": "['user']",
+    "[1, 'é'] | tojson(indent=1)": '[\n 1,\n "é"\n]',
+    "{'b': 1, 'a': 2} | dictsort | map('first') | join": "ab",
+    "messages[::-1][0].content ~ 1": "Hi1",
+    "'a' in 'abc' and 'x' not in ['y', 'a']": "True",
+    "1 < 2 < 3 == 3": "True",
+    "messages | map(attribute='role') | list": "['user']",
     "messages | selectattr('role', 'equalto', 'user') | list | length": "1",
-    "'a</think> b'.split('</think>')[-1].lstrip()": "b", "range(3) | reject('odd') | list": "[0, 2]",
-    "unknown | default('d')": "d", "unknown": "", "none": "None", "'a\\nb' | indent(2)": "a\n  b",
-    "2.567 | round(1)": "2.6", "', '.join(messages | map(attribute='content'))": "Hi",
-    "{'a': 1}.items() | list": "[('a', 1)]", "{'a': 1}.get('b', 2)": "2", "dict(a=1, b=2)['b']": "2",
-    "strftime_now('%d %b %Y')": "26 Jul 2024", "('a' | safe) + '<'": "a&lt;", "namespace(a=1).a": "1",
-    "[1, 2][5] is undefined": "True", "messages[0].content[:1]": "H",
-}  # fmt: skip
+    "'a</think> b'.split('</think>')[-1].lstrip()": "b",
+    "range(3) | reject('odd') | list": "[0, 2]",
+    "unknown | default('d')": "d",
+    "unknown": "",
+    "none": "None",
+    "'a\\nb' | indent(2)": "a\n  b",
+    "2.567 | round(1)": "2.6",
+    "', '.join(messages | map(attribute='content'))": "Hi",
+    "{'a': 1}.items() | list": "[('a', 1)]",
+    "{'a': 1}.get('b', 2)": "2",
+    "dict(a=1, b=2)['b']": "2",
+    "strftime_now('%d %b %Y')": "26 Jul 2024",
+    "('a' | safe) + '<'": "a&lt;",
+    "namespace(a=1).a": "1",
+    "[1, 2][5] is undefined": "True",
+    "messages[0].content[:1]": "H",
+}
 
 
 @pytest.mark.parametrize("expression", ALIKE, ids=range(len(ALIKE)))  # "::" in a name would cut it

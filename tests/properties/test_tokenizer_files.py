@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 
+from finetune.chat.tokenizer import FileTokenizer
 from finetune.errors import ModelError
 from finetune.models.locate import locate_model
-from finetune.tokens.tokenizer import FileTokenizer
 from finetune_strategies.conversations import texts
 from finetune_strategies.tokenizers import KINDS, tokenizer_folder
 

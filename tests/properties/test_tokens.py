@@ -7,12 +7,12 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from finetune.chat import encode
+from finetune.chat.catalog import CATALOG
+from finetune.chat.encode import encode_row, mark_rows
+from finetune.chat.tokenizer import FileTokenizer
 from finetune.errors import ModelError
 from finetune.records import Conversation, Document, Message
-from finetune.templates.catalog import CATALOG
-from finetune.tokens import encode
-from finetune.tokens.encode import encode_row, mark_rows
-from finetune.tokens.tokenizer import FileTokenizer
 from finetune_strategies.conversations import LOOKS_LIKE_CONTROL, conversations, texts
 from finetune_strategies.profiles import examples
 from finetune_strategies.tokenizers import EOS, KINDS, TokenizerKind, tokenizer_folder, tokenizer_kinds
@@ -210,9 +210,13 @@ def test_tokenizer_own_length_limit_and_padding_are_not_ours(tmp_path: Path) -> 
     settings = json.loads(file.read_text())
     settings["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     settings["padding"] = {
-        "strategy": {"Fixed": 16}, "direction": "Right", "pad_to_multiple_of": None,
-        "pad_id": 0, "pad_type_id": 0, "pad_token": EOS,
-    }  # fmt: skip
+        "strategy": {"Fixed": 16},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": EOS,
+    }
     file.write_text(json.dumps(settings))
     strict, free = FileTokenizer(tmp_path), tokenizer_of(FIRST)
     for text in ("a b c d e f g h i j", "a"):

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from finetune.data.batches import epoch_batches, fixed_batches, sequences_of
+from finetune.data.packing import pack_rows
 from finetune.records import Batch, Tokenized
-from finetune.tokens.batch import epoch_batches, fixed_batches, sequences_of
-from finetune.tokens.pack import pack_rows
 
 
 def token_rows() -> st.SearchStrategy[list[Tokenized]]:

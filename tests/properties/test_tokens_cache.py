@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune.chat.cache import cache_key, dump_marked, load_marked
+from finetune.chat.encode import mark_rows
 from finetune.records import Conversation, Document, Rendered, Segment
-from finetune.tokens.cache import cache_key, dump_marked, load_marked
-from finetune.tokens.encode import mark_rows
 from finetune_strategies.conversations import conversations, texts
 from finetune_strategies.profiles import examples
 from finetune_strategies.tokenizers import KINDS, TokenizerKind
@@ -122,7 +122,7 @@ def one_row() -> Conversation:
 @pytest.mark.parametrize("state", ["absent", "intact", "torn"])
 def test_cache_changes_no_token_of_a_run(state: str, tmp_path: Path) -> None:
     """An encoder with a cache makes the ids of one without, whether its file is there, missing or torn; it mends it."""
-    from finetune.assembly.encoder import Encoder
+    from finetune.chat.encoder import Encoder
     from finetune.config import load_config, resolve
     from finetune.config.resolve import ModelAndDataFacts
     from finetune.data.shape import Shaped

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune.pipeline import fine_tune
-from finetune.tokens.cache import cache_key
-from finetune.tokens.tokenizer import FileTokenizer
+from finetune.chat.cache import cache_key
+from finetune.chat.tokenizer import FileTokenizer
+from finetune.train import fine_tune
 from finetune_strategies.tokenizers import KINDS, TokenizerKind, tokenizer_folder
 from properties.encoders import talk, template_of, tokenizer_of
 from properties.workplace import make_data, make_model, quick_end, settings

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from finetune.chat.encode import encode_row
+from finetune.chat.fit import encode_rows
 from finetune.errors import DataError
 from finetune.records import Conversation, Document, Rendered
-from finetune.tokens.encode import encode_row
-from finetune.tokens.fit import encode_rows
 from finetune_strategies.conversations import conversations, texts
 from finetune_strategies.profiles import examples
 from finetune_strategies.tokenizers import TokenizerKind

@@ -15,7 +15,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetune.artifacts.run_folder import RunFolder
 from finetune.cli.progress import Progress
 from finetune.config import LoadedConfig, load_plan
 from finetune.config.schema import Trackers as Names
@@ -32,10 +31,11 @@ from finetune.events import (
     event_as_dict,
     event_from_dict,
 )
-from finetune.pipeline import fine_tune
+from finetune.run.folder import RunFolder
 from finetune.tracking import choose, consumer
 from finetune.tracking.numbers import Digest
 from finetune.tracking.tracker import Tracked
+from finetune.train import fine_tune
 from finetune_strategies.profiles import examples
 from properties.silent_tracker import SilentTracker
 from properties.workplace import make_data, make_model, quick_end, settings
@@ -115,9 +115,9 @@ def numbers_by_step(events: list[Event]) -> dict[int, set[str]]:
             found.setdefault(0, set()).add("fixed/loss")
         elif isinstance(event, StepDone):
             found.setdefault(event.step, set()).update(
-                f"train/{name}" for name in
-                ("loss", "learning_rate", "grad_norm", "epoch", "tokens", "tokens_per_second", "rss_bytes")
-            )  # fmt: skip
+                f"train/{name}"
+                for name in ("loss", "learning_rate", "grad_norm", "epoch", "tokens", "tokens_per_second", "rss_bytes")
+            )
     return found
 
 
@@ -342,7 +342,7 @@ def test_tracker_of_a_run_that_fails_is_closed_as_failed(model: Path, data: Path
     tracker = SilentTracker()
     with (
         trackers(lambda name, tracked: tracker),
-        patch("finetune.pipeline.judge", side_effect=RuntimeError("judge")),
+        patch("finetune.train.judge", side_effect=RuntimeError("judge")),
         pytest.raises(RuntimeError),
     ):
         run(job(model, data, "wandb"), tmp_path / "run")

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from finetune.data.batches import epoch_batches, fixed_batches
 from finetune.errors import NonFiniteError
 from finetune.events import Event, FirstGradients, HeldOutLoss, StepDone
 from finetune.records import Batch, Tokenized
-from finetune.tokens.batch import epoch_batches, fixed_batches
 from finetune.training.loop import LoopPlan, mean_loss, steps_per_epoch, train
 from finetune.training.schedule import Schedule, learning_rate_at
 from finetune_strategies.datasets import token_rows
@@ -104,9 +104,7 @@ class Setup:
 
 def setups() -> st.SearchStrategy[Setup]:
     """Small runs; the row count seldom fits batch size and accumulation."""
-    return st.builds(
-        Setup, token_rows(), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(0, 5)
-    )  # fmt: skip
+    return st.builds(Setup, token_rows(), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(0, 5))
 
 
 def steps_of(events: Sequence[Event]) -> list[StepDone]:
@@ -275,9 +273,7 @@ def test_first_gradients_told_once_before_the_first_update(setup: Setup, data: s
     first = next(events)
     assert isinstance(first, FirstGradients)
     assert session.called("update") == []
-    assert len(session.called("accumulate")) == min(
-        setup.accumulation, math.ceil(len(setup.rows) / setup.batch_size)
-    )  # fmt: skip
+    assert len(session.called("accumulate")) == min(setup.accumulation, math.ceil(len(setup.rows) / setup.batch_size))
     assert first.norms == {"value": abs(session.gradient)}
     assert not any(isinstance(event, FirstGradients) for event in events)
     done = data.draw(st.integers(1, setup.plan().total_steps))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from finetune.errors import TrainingError
 from finetune.records import Batch
-from finetune.training.packing import check_packing
+from finetune.training.packing_check import check_packing
 from properties.tiny_llamas import ROWS, adapted
 
 PACKED = Batch(ROWS[:4], (4,))

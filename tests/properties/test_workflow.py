@@ -13,16 +13,16 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetune import pipeline
-from finetune.artifacts import run_folder
-from finetune.artifacts.checkpoints import CheckpointStore
-from finetune.artifacts.run_folder import RunFolder
-from finetune.artifacts.write import describe_file
+from finetune import train as pipeline
 from finetune.config import LoadedConfig, load_plan
 from finetune.errors import ConfigError, FineTuneError, OutOfMemoryError, OutputError, RefusedError, StorageError
 from finetune.events import Event, PhaseStarted, StepDone
-from finetune.pipeline import fine_tune
+from finetune.files import describe_file
 from finetune.records import Outcome
+from finetune.run import folder as run_folder
+from finetune.run.checkpoints import CheckpointStore
+from finetune.run.folder import RunFolder
+from finetune.train import fine_tune
 from finetune_strategies.profiles import examples
 from finetune_strategies.tokenizers import KINDS
 from properties.disks import everything_below, full_after
@@ -65,9 +65,16 @@ def test_workflow_goes_through_its_phases_in_order_and_the_manifest_comes_last(
     )
     phases = [event.phase for event in heard if isinstance(event, PhaseStarted)]
     assert phases == [
-        "prepare", "load", "observe base", "attach", "train", "save adapter", "observe tuned", "check adapter",
+        "prepare",
+        "load",
+        "observe base",
+        "attach",
+        "train",
+        "save adapter",
+        "observe tuned",
+        "check adapter",
         "sham control",
-    ]  # fmt: skip
+    ]
     written = json.loads((folder / "run.json").read_text())
     assert written == record
     assert (written["command"], written["status"]) == ("ft x", "complete")
@@ -152,9 +159,14 @@ def demanding(model: Path, data: Path) -> LoadedConfig:
     """A run with everything in it that a resume could forget."""
     changes = {"accumulation": 2, "packing": True, "save_every": 2, "evaluate_every": 3, "batch_size": 1, "epochs": 3.0}
     return settings(
-        model, data, adapter__dropout=0.3, data__valid_fraction=0.2, tokens__max_length=64, evaluation__questions=2,
+        model,
+        data,
+        adapter__dropout=0.3,
+        data__valid_fraction=0.2,
+        tokens__max_length=64,
+        evaluation__questions=2,
         **{f"training__{key}": value for key, value in changes.items()},
-    )  # fmt: skip
+    )
 
 
 @given(st.data())
@@ -332,7 +344,7 @@ def test_workflow_out_of_memory_tells_the_estimate_and_what_would_fit(
     told = re.search(r"for 3 x \d+ tokens at once was ([\d.]+) MiB, at most [\d.]+ MiB", ended.value.message)
     assert told is not None
     assert "training.batch_size (and" in ended.value.hint
-    monkeypatch.setattr("finetune.assembly.exhausted._within_reach", lambda: int((float(told[1]) - 0.3) * 1024**2))
+    monkeypatch.setattr("finetune.training.out_of_memory._within_reach", lambda: int((float(told[1]) - 0.3) * 1024**2))
     with pytest.raises(OutOfMemoryError) as ended:
         fine_tune(loaded, output=tmp_path / "other")
     assert re.search(r"--set training.batch_size=[12] --set training.accumulation=", ended.value.hint)

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import LoadedConfig, load_plan
 from finetune.errors import ConfigError, ModelError
 from finetune.events import Event, StepDone
+from finetune.evidence.reopen import compare, reopen, talker
 from finetune.models.shape import read_shape
-from finetune.pipeline import fine_tune
 from finetune.records import Conversation, Message
-from finetune.reopen import compare, reopen, talker
-from finetune.tokens.tokenizer import FileTokenizer
+from finetune.train import fine_tune
 from properties.tiny_llamas import open_model
 from properties.workplace import make_data, make_model, quick_end, settings
 
@@ -105,7 +105,7 @@ def test_full_run_stopped_and_resumed_is_the_run_that_was_never_stopped(place: P
     loaded = settings(place / "model", place / "rows.jsonl", **FULL)
     with quick_end(), pytest.MonkeyPatch.context() as patched:
         if step == 99:
-            patched.setattr("finetune.pipeline.judge", lambda evidence: (_ for _ in ()).throw(Death))
+            patched.setattr("finetune.train.judge", lambda evidence: (_ for _ in ()).throw(Death))
         with pytest.raises(Death):
             fine_tune(loaded, output=tmp_path / "run", listener=listen)
     plan = load_plan(tmp_path / "run" / "plan.yaml")

@@ -14,8 +14,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetune.backends.reference.session import ReferenceSession
-from finetune.pipeline import fine_tune
 from finetune.records import AdapterTarget, Batch, Optimization, Tokenized
+from finetune.train import fine_tune
 from finetune.training.schedule import learning_rate_at
 from finetune_strategies.profiles import examples
 from properties.workplace import make_data, make_model, quick_end, settings
@@ -94,14 +94,24 @@ def run(model: Path, chosen: dict[str, Any]) -> Heard:
 
 
 CHOICES: dict[str, list[Any]] = {
-    "adapter.rank": [3, 1], "adapter.alpha": [7.0, 0.5], "adapter.dropout": [0.3, 0.0],
-    "adapter.targets": [["v_proj", "down_proj"], ["q_proj"]], "data.valid_fraction": [0.3, 0.0],
-    "training.epochs": [2.0, 3.0, 1.5], "training.batch_size": [2, 3, 4], "training.accumulation": [1, 2, 3],
-    "training.packing": [True, False], "training.learning_rate": [0.02, 1e-4], "training.max_grad_norm": [0.3, 2.0],
-    "training.schedule": ["linear", "cosine", "constant"], "training.warmup_fraction": [0.4, 0.0],
-    "training.weight_decay": [0.1, 0.0], "training.seed": [0, 1, 2**32 - 1], "training.evaluate_every": [1, 3],
+    "adapter.rank": [3, 1],
+    "adapter.alpha": [7.0, 0.5],
+    "adapter.dropout": [0.3, 0.0],
+    "adapter.targets": [["v_proj", "down_proj"], ["q_proj"]],
+    "data.valid_fraction": [0.3, 0.0],
+    "training.epochs": [2.0, 3.0, 1.5],
+    "training.batch_size": [2, 3, 4],
+    "training.accumulation": [1, 2, 3],
+    "training.packing": [True, False],
+    "training.learning_rate": [0.02, 1e-4],
+    "training.max_grad_norm": [0.3, 2.0],
+    "training.schedule": ["linear", "cosine", "constant"],
+    "training.warmup_fraction": [0.4, 0.0],
+    "training.weight_decay": [0.1, 0.0],
+    "training.seed": [0, 1, 2**32 - 1],
+    "training.evaluate_every": [1, 3],
     "evaluation.questions": [0, 2],
-}  # fmt: skip
+}
 
 
 def choices() -> st.SearchStrategy[dict[str, Any]]:

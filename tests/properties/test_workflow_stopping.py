@@ -13,13 +13,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetune.assembly import train as assembly
 from finetune.backends.reference.session import ReferenceSession
 from finetune.config import LoadedConfig, load_plan
 from finetune.errors import RefusedError
 from finetune.events import Event, HeldOutLoss, StepDone, StoppedEarly
-from finetune.pipeline import fine_tune
 from finetune.report import build_report, render_html
+from finetune.train import fine_tune
+from finetune.training import course as assembly
 from finetune.training.schedule import learning_rate_at
 from finetune_strategies.profiles import examples
 from properties.test_stopping import lowest
@@ -128,11 +128,14 @@ def test_run_ends_and_keeps_what_its_looks_say(
     best = lowest(losses[:end])
     assert early == (
         [StoppedEarly(end, STEPS, stop_after, best, losses[best - 1])] if end < STEPS and stop_after else []
-    )  # fmt: skip
+    )
     assert told["training"] == {
-        "planned_steps": STEPS, "steps": end, "kept_step": kept, "stopped_early": end < STEPS,
+        "planned_steps": STEPS,
+        "steps": end,
+        "kept_step": kept,
+        "stopped_early": end < STEPS,
         "best": {"step": best, "held_out_loss": losses[best - 1]},
-    }  # fmt: skip
+    }
     assert [point["step"] for point in told["losses"]["fixed"]] == [0, kept]
     assert any(f"step {end} of {STEPS}" in note for note in told["notes"]) == (end < STEPS)
     assert any(f"that of step {kept}," in note for note in told["notes"]) == (keep == "best")

@@ -14,10 +14,19 @@ from finetune_strategies.scratch import empty_folder
 VOCAB = 97
 # Three query heads share one key head; 3 x 6 is not the hidden size; no two sides of a matrix are alike.
 CONFIG: dict[str, Any] = {
-    "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 11, "intermediate_size": 13, "num_hidden_layers": 2,
-    "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 6, "max_position_embeddings": 24,
-    "initializer_range": 0.4, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}, "pad_token_id": 0,
-}  # fmt: skip
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": 11,
+    "intermediate_size": 13,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 6,
+    "max_position_embeddings": 24,
+    "initializer_range": 0.4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    "pad_token_id": 0,
+}
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TARGET = AdapterTarget(3, 7.0, 0.0, ("q_proj", "v_proj", "down_proj"))
 DROPPING = AdapterTarget(2, 5.0, 0.4, LINEAR)

@@ -11,22 +11,37 @@ from typing import Any
 from unittest.mock import patch
 
 from finetune.backends import open_backend
+from finetune.chat.sandbox import compile_template
 from finetune.config import LoadedConfig, load_config
 from finetune.records import Reload
-from finetune.templates.sandbox import compile_template
 from finetune_strategies.tokenizers import KINDS, TokenizerKind, tokenizer_folder
 
 LLAMA: dict[str, Any] = {
-    "model_type": "llama", "hidden_size": 12, "intermediate_size": 9, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 4, "max_position_embeddings": 256, "initializer_range": 0.3,
-    "pad_token_id": 0, "eos_token_id": 0,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 12,
+    "intermediate_size": 9,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "eos_token_id": 0,
+}
 _version, _compiled = cache(version), cache(compile_template)
 QUICK: dict[str, Any] = {
-    "backend": "reference", "template.name": "chatml", "adapter.rank": 2, "tokens.max_length": 128,
-    "training.epochs": 2.0, "training.batch_size": 3, "training.learning_rate": 0.01, "evaluation.max_new_tokens": 3,
-    "judge.sham": "never", "judge.memory": "never",
-}  # fmt: skip
+    "backend": "reference",
+    "template.name": "chatml",
+    "adapter.rank": 2,
+    "tokens.max_length": 128,
+    "training.epochs": 2.0,
+    "training.batch_size": 3,
+    "training.learning_rate": 0.01,
+    "evaluation.max_new_tokens": 3,
+    "judge.sham": "never",
+    "judge.memory": "never",
+}
 
 
 def make_model(folder: Path, *, kind: TokenizerKind = KINDS[0], seed: int = 0) -> Path:
@@ -60,9 +75,9 @@ def quick_end() -> Iterator[None]:
     What is the same for all runs is made once: the versions of libraries, and a template's Python.
     """
     with (
-        patch("finetune.assembly.observe.check_reload", lambda *given, **named: Reload(8, 10.0, 0.0, 1.0)),
-        patch("finetune.pipeline.render_html", lambda runs: f"<title>{runs[0]['id']}</title>"),
-        patch("finetune.assembly.record.version", _version),
-        patch("finetune.templates.render.compile_template", _compiled),
+        patch("finetune.evidence.observe.check_reload", lambda *given, **named: Reload(8, 10.0, 0.0, 1.0)),
+        patch("finetune.train.render_html", lambda runs: f"<title>{runs[0]['id']}</title>"),
+        patch("finetune.evidence.record.version", _version),
+        patch("finetune.chat.render.compile_template", _compiled),
     ):
         yield

@@ -6,26 +6,39 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune.assembly.gguf_source import Exportable, exportable_model
 from finetune.backends import open_backend
-from finetune.convert.corpus import nasty_texts
-from finetune.convert.pre_tokenizer import DIGITS, GPT2, NAMES
+from finetune.export.corpus import nasty_texts
+from finetune.export.gguf_source import Exportable, exportable_model
+from finetune.export.pre_tokenizer import DIGITS, GPT2, NAMES
 
 CONTROL = ("<|pad|>", "</s>", "<s>", "<|im_start|>", "<|im_end|>")
 IDS = {"vocab_size": 640, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 _CORE = {
-    "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.15,
-}  # fmt: skip
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.15,
+}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0, "original_max_position_embeddings": 32}
 _LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 10000.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "rope_theta": 10000.0,
     "original_max_position_embeddings": 32,
-}  # fmt: skip
+}
 _LONG = {
-    "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 256, "factor": 2.0,
-    "long_factor": [1 + place / 3 for place in range(12)], "short_factor": [1 + place / 9 for place in range(12)],
-}  # fmt: skip
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 256,
+    "factor": 2.0,
+    "long_factor": [1 + place / 3 for place in range(12)],
+    "short_factor": [1 + place / 9 for place in range(12)],
+}
 _GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -35,32 +48,76 @@ CONFIGS: dict[str, dict[str, Any]] = {
     # The number of key heads is neither that of heads nor its root; the heads are not as wide as the model.
     "llama": {"model_type": "llama", **_CORE, "head_dim": 10, "tie_word_embeddings": False, "rms_norm_eps": 1e-3},
     "llama with biases, Llama 3's rope": {
-        "model_type": "llama", **_CORE, "attention_bias": True, "mlp_bias": True, "rope_parameters": _LLAMA3,
+        "model_type": "llama",
+        **_CORE,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_parameters": _LLAMA3,
         "tie_word_embeddings": True,
     },
     "llama, linear rope": {
-        "model_type": "llama", **_CORE, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
+        "model_type": "llama",
+        **_CORE,
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
     },
     "llama, yarn": {"model_type": "llama", **_CORE, "rope_parameters": _YARN},
-    "mistral": {"model_type": "mistral", **_CORE, "sliding_window": None, "head_dim": 32, "num_attention_heads": 5,
-                "num_key_value_heads": 5},
+    "mistral": {
+        "model_type": "mistral",
+        **_CORE,
+        "sliding_window": None,
+        "head_dim": 32,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+    },
     "mistral, window": {"model_type": "mistral", **_CORE, "sliding_window": 48},
     "qwen2": {"model_type": "qwen2", **_CORE, "tie_word_embeddings": True},
     "qwen2, yarn": {"model_type": "qwen2", **_CORE, "rope_parameters": _YARN},
     "qwen3": {"model_type": "qwen3", **_CORE, "head_dim": 12, "tie_word_embeddings": True},
     "gemma": {"model_type": "gemma", **_CORE, "head_dim": 32, "num_key_value_heads": 1},
-    "gemma2": {"model_type": "gemma2", **_CORE, "head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 8,
-               "num_hidden_layers": 3},
-    "gemma3": {"model_type": "gemma3_text", **_CORE, "head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 8,
-               "num_hidden_layers": 7, "rope_parameters": _GEMMA3_ROPE},
+    "gemma2": {
+        "model_type": "gemma2",
+        **_CORE,
+        "head_dim": 12,
+        "query_pre_attn_scalar": 12,
+        "sliding_window": 8,
+        "num_hidden_layers": 3,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        **_CORE,
+        "head_dim": 12,
+        "query_pre_attn_scalar": 12,
+        "sliding_window": 8,
+        "num_hidden_layers": 7,
+        "rope_parameters": _GEMMA3_ROPE,
+    },
     "phi3": {"model_type": "phi3", **_CORE, "tie_word_embeddings": False},
-    "phi3, long": {"model_type": "phi3", **_CORE, **_FOUR, "max_position_embeddings": 512, "rope_parameters": _LONG,
-                   "original_max_position_embeddings": 256},
-    "phi3, half turned": {"model_type": "phi3", **_CORE, **_FOUR, "rope_parameters": {
-        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-    "gpt2": {"model_type": "gpt2", "n_embd": 90, "n_head": 6, "n_layer": 2, "n_positions": 128, "n_inner": 70,
-             "tie_word_embeddings": False, "layer_norm_epsilon": 0.01, "initializer_range": 0.15},
-}  # fmt: skip
+    "phi3, long": {
+        "model_type": "phi3",
+        **_CORE,
+        **_FOUR,
+        "max_position_embeddings": 512,
+        "rope_parameters": _LONG,
+        "original_max_position_embeddings": 256,
+    },
+    "phi3, half turned": {
+        "model_type": "phi3",
+        **_CORE,
+        **_FOUR,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_embd": 90,
+        "n_head": 6,
+        "n_layer": 2,
+        "n_positions": 128,
+        "n_inner": 70,
+        "tie_word_embeddings": False,
+        "layer_norm_epsilon": 0.01,
+        "initializer_range": 0.15,
+    },
+}
 
 PIECES = {"mistral": True, "phi3": True, "gemma": False, "gemma3": False}
 """Models with a tokenizer of pieces, and whether it puts a space in front."""
@@ -119,9 +176,11 @@ def byte_level(folder: Path, patterns: Sequence[str], *, whole_words: bool = Fal
     tokenizer.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=list(CONTROL), show_progress=False,
+        vocab_size=600,
+        special_tokens=list(CONTROL),
+        show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(nasty_texts(()), trainer)
     if adds_bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])

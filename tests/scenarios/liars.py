@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
-import finetune.artifacts.checkpoints as checkpoints
-import finetune.assembly.train as assembly
-from finetune.artifacts.checkpoints import CheckpointStore
+import finetune.run.checkpoints as checkpoints
+import finetune.training.course as assembly
 from finetune.backends.reference.session import ReferenceSession
 from finetune.cli import main
+from finetune.run.checkpoints import CheckpointStore
 from finetune.verify.ours import Ours, follow_orders
 
 

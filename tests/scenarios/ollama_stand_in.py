@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
-from finetune.deploy.go_template import ExecutionError, GoTemplate
+from finetune.serve.go_template import ExecutionError, GoTemplate
 
 _NAME = re.compile(r"(?:[\w.:-]+/)?(?:[\w-]+/)?\w[\w.-]{0,79}:\w[\w.-]{0,79}", re.ASCII)
 _DRIP = 0.02
@@ -349,8 +349,10 @@ class _Handler(BaseHTTPRequestHandler):
         most = asked.get("options", {}).get("num_predict", 8)
         said = self.owner.speak(self.owner.blobs[model.digest], model, prompt, most)
         end = {
-            "done": True, "done_reason": "stop" if said.ended else "length", "prompt_eval_count": said.prompt_tokens,
-        }  # fmt: skip
+            "done": True,
+            "done_reason": "stop" if said.ended else "length",
+            "prompt_eval_count": said.prompt_tokens,
+        }
         if asked.get("stream") is False:
             return 200, json.dumps({**head, "message": {"role": "assistant", "content": said.text}, **end}).encode()
         parts = [said.text[at : at + 5] for at in range(0, len(said.text), 5)]

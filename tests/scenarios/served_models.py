@@ -3,9 +3,9 @@
 from functools import cache
 from pathlib import Path
 
-from finetune.assembly.gguf_source import exportable_model
 from finetune.backends import open_backend
-from finetune.export import write_exportable
+from finetune.export.gguf import write_exportable
+from finetune.export.gguf_source import exportable_model
 from finetune_strategies.scratch import lasting_folder
 
 

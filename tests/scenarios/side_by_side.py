@@ -38,8 +38,10 @@ def write_model(model: AdaptedModel, folder: Path) -> ModelLocation:
     dice = np.random.default_rng(9)
     tensors = load_file(folder / "model.safetensors")
     # A new model's biases are zero and its gains one: nobody could tell what became of them.
-    odd = {name: value + dice.normal(0, 0.2, value.shape).astype("f4") if value.ndim == 1 else value
-           for name, value in tensors.items()}  # fmt: skip
+    odd = {
+        name: value + dice.normal(0, 0.2, value.shape).astype("f4") if value.ndim == 1 else value
+        for name, value in tensors.items()
+    }
     save_file(odd, folder / "model.safetensors", metadata={"format": "pt"})
     return ModelLocation("tiny", folder, "local")
 
@@ -119,7 +121,7 @@ def steps_of(session: Any) -> int:
 def labels(session: Any, batch: Batch) -> list[tuple[int, int]]:
     """Where a token is predicted, counted through the padded batch, and which token it must be."""
     if hasattr(session, "trip"):
-        from finetune.backends.mlx.trip import arrays_of
+        from finetune.backends.mlx.forward import arrays_of
 
         arrays = arrays_of(batch, session.trip.sizes)
         places, targets = arrays.places.tolist(), arrays.targets.tolist()

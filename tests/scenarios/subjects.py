@@ -18,20 +18,31 @@ from finetune.verify.stories import StoreScene, Story, TrainingScene, origin_of,
 from finetune.verify.theatre import Theatre, perform
 
 QUICK_TASK: Mapping[str, Any] = {
-    "template.name": "chatml", "tokens.max_length": 128, "training.epochs": 2.0, "training.batch_size": 3,
-    "training.learning_rate": 0.01, "training.save_every": 2, "evaluation.max_new_tokens": 3,
-}  # fmt: skip
+    "template.name": "chatml",
+    "tokens.max_length": 128,
+    "training.epochs": 2.0,
+    "training.batch_size": 3,
+    "training.learning_rate": 0.01,
+    "training.save_every": 2,
+    "evaluation.max_new_tokens": 3,
+}
 ADAPTER = {"adapter.rank": 2, "adapter.dropout": 0.2}
 TASKS: dict[str, Mapping[str, Any]] = {
     "plain": ADAPTER,
     "accumulating": ADAPTER | {"training.accumulation": 2, "training.epochs": 3.0, "training.save_every": 1},
-    "keeping the best": ADAPTER | {
-        "data.valid_fraction": 0.3, "training.keep": "best", "training.evaluate_every": 1, "training.save_every": 3,
-        "training.learning_rate": 0.1, "training.stop_after": 4, "training.epochs": 3.0,
+    "keeping the best": ADAPTER
+    | {
+        "data.valid_fraction": 0.3,
+        "training.keep": "best",
+        "training.evaluate_every": 1,
+        "training.save_every": 3,
+        "training.learning_rate": 0.1,
+        "training.stop_after": 4,
+        "training.epochs": 3.0,
     },
     "packing": ADAPTER | {"training.packing": True, "training.epochs": 3.0},
     "whole model": {"adapter.kind": "full", "training.epochs": 1.0, "training.save_every": 1},
-}  # fmt: skip
+}
 """What differs from the quick task: each has another way through training, saving and resuming."""
 ROWS = tuple({"prompt": f"say {'word ' * (4 * index % 15)}", "completion": f"{index}"} for index in range(11))
 """Of very unequal lengths."""

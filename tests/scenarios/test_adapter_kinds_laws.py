@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="needs the torch extra: pip install 
 pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
 
 from finetune.errors import ModelError  # noqa: E402
-from finetune.evaluation.reload import check_reload  # noqa: E402
+from finetune.evidence.reload import check_reload  # noqa: E402
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Tokenized  # noqa: E402
 from scenarios import tiny_mlx, tiny_models  # noqa: E402
 from scenarios.tiny_models import MODULES, batches_of, make_rows, step  # noqa: E402
@@ -73,8 +73,11 @@ def test_torch_moves_tensors_as_pefts_lora_plus_does(location: ModelLocation, ra
         assert rates.keys() == wanted.keys(), name
         assert rates == pytest.approx(wanted, rel=1e-12), name
         assert len(set(rates.values())) == (1 if ratio == 1.0 else 2)
-        decays = {tensor.ndim > 1: group["weight_decay"] for group in session.optimizer.param_groups
-                  for tensor in group["params"]}  # fmt: skip
+        decays = {
+            tensor.ndim > 1: group["weight_decay"]
+            for group in session.optimizer.param_groups
+            for tensor in group["params"]
+        }
         assert decays == {True: 0.07, **({False: 0.0} if target.kind == "dora" else {})}
 
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from finetune.backends import open_backend
+from finetune.data.batches import epoch_batches
 from finetune.events import Event, FirstGradients, StepDone
 from finetune.records import Batch, ModelLocation, Optimization, Tokenized
-from finetune.tokens.batch import epoch_batches
 from finetune.training.loop import LoopPlan, train
 from finetune.training.schedule import Schedule
 from finetune_strategies.adapters import AdaptedModel

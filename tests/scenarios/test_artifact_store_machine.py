@@ -66,9 +66,11 @@ class ArtifactStore(Storyteller):
 
     @precondition(lambda self: self.world.whole)
     @rule(
-        back=st.just(0) | st.integers(0, 9), where=PLACES, which=st.sampled_from([0, 0, 1, 2]),
+        back=st.just(0) | st.integers(0, 9),
+        where=PLACES,
+        which=st.sampled_from([0, 0, 1, 2]),
         how=st.sampled_from(["flip", "cut"]),
-    )  # fmt: skip
+    )
     def damage(self, back: int, where: int, which: int, how: Any) -> None:
         """A byte of one file changes, or its end is lost; often it is the newest manifest."""
         self.tried.clear()

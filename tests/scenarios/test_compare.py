@@ -15,20 +15,20 @@ pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'fine
 
 import gguf
 
-from finetune.artifacts.run_folder import RunFolder
-from finetune.assembly.merged import plan_weights, write_merged
-from finetune.assembly.result import open_result
-from finetune.assembly.ways import OneWay
 from finetune.backends import open_backend
 from finetune.cli.app import run as ft
-from finetune.convert.answering import ask_session
-from finetune.convert.compare import BOUNDS
-from finetune.convert.drift import Asked, Told
-from finetune.deploy.llama_server import LlamaServer
-from finetune.equivalence import SERVER, THROUGH, Equivalence, Row, compare_ways
+from finetune.compare.comparison import SERVER, THROUGH, Equivalence, Row, compare_ways
+from finetune.compare.paths import OneWay
 from finetune.errors import EvidenceError, UsageError
-from finetune.export import export
+from finetune.evidence.answering import ask_session
+from finetune.evidence.drift import Asked, Told
+from finetune.export.gguf import export
+from finetune.export.gguf_check import BOUNDS
+from finetune.export.merged_folder import plan_weights, write_merged
+from finetune.export.result import open_result
 from finetune.records import ModelLocation
+from finetune.run.folder import RunFolder
+from finetune.serve.llama_server import LlamaServer
 from scenarios.tiny_runs import tiny_run
 
 pytestmark = pytest.mark.tier2
@@ -216,16 +216,20 @@ SPOILT: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "a byte of a weight": (GGUF, _flip, "is off by"),
     "another name": (GGUF, _json_flip, "key general."),
     "a byte of a key's text": (
-        GGUF, lambda path: path.write_bytes(path.read_bytes().replace(b"llama", b"ll\xe1ma", 1)), "whole"
+        GGUF,
+        lambda path: path.write_bytes(path.read_bytes().replace(b"llama", b"ll\xe1ma", 1)),
+        "whole",
     ),
     "weights cut": (WEIGHTS, lambda path: path.write_bytes(path.read_bytes()[:-9]), "cannot be read"),
     "weights' header cut": (WEIGHTS, lambda path: path.write_bytes(path.read_bytes()[:50]), "corrupt"),
     "a byte of merged weights": (
-        WEIGHTS, lambda path: path.write_bytes(path.read_bytes()[:-3] + b"\0\0\0"), "other numbers"
+        WEIGHTS,
+        lambda path: path.write_bytes(path.read_bytes()[:-3] + b"\0\0\0"),
+        "other numbers",
     ),
     "settings changed": ("merged/config.json", lambda path: path.write_text("{}"), "config.json has changed"),
     "no tokenizer": ("merged/tokenizer.json", lambda path: path.unlink(), "tokenizer.json is missing"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", SPOILT)

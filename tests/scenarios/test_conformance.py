@@ -82,8 +82,14 @@ def test_conformance_finds_out_each_way_to_misbehave(way: str, tmp_path: Path) -
     others = {law: each.word for law, each in judged.items() if law not in VERDICTS[way]}
     if way == "well":
         assert set(others) == {
-            "door.hello", "door.render", "door.loss", "door.alike", "door.stranger", "door.inside", "door.leaves",
-        }  # fmt: skip
+            "door.hello",
+            "door.render",
+            "door.loss",
+            "door.alike",
+            "door.stranger",
+            "door.inside",
+            "door.leaves",
+        }
     assert set(others.values()) <= {"holds"}, others
     assert orphans() == []
 

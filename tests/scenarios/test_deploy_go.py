@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from finetune.deploy.derive import SPACES, derive_template, drawn_conversations
-from finetune.deploy.go_template import ExecutionError, GoTemplate, literal
+from finetune.serve.derive import SPACES, derive_template, drawn_conversations
+from finetune.serve.go_template import ExecutionError, GoTemplate, literal
 from properties.real_templates import REAL
 
 pytestmark = pytest.mark.tier2

@@ -13,8 +13,8 @@ import pytest
 pytest.importorskip("gguf", reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
 pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
 
-from finetune.deploy.llama_server import Patience, llama_server
 from finetune.errors import DeploymentError
+from finetune.serve.llama_server import Patience, llama_server
 from scenarios.served_models import shipped_gguf
 
 pytestmark = pytest.mark.tier2
@@ -22,7 +22,7 @@ ASKED = [{"role": "user", "content": "What is 2 plus 2?"}]
 ALONE = """
 import sys, time
 from pathlib import Path
-from finetune.deploy.llama_server import llama_server
+from finetune.serve.llama_server import llama_server
 with llama_server(Path(sys.argv[1]), context=64, name="x") as server:
     print(server._process.pid, flush=True)
     time.sleep(600)

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 pytest.importorskip("ollama", reason="needs the ollama extra: pip install 'finetune-suite[ollama]'")
 
-from finetune.deploy.ollama import Patience
+from finetune.serve.ollama import Patience
 from finetune.verify.ours_deploy import OursOnOllama
 from finetune.verify.subjects import Deploys, Ending, Serving
 from finetune_strategies.profiles import examples

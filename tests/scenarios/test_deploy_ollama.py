@@ -14,10 +14,10 @@ pytest.importorskip("ollama", reason="needs the ollama extra: pip install 'finet
 pytest.importorskip("gguf", reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
 pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
 
-from finetune.deploy.ollama import Ollama, Patience, Recipe
-from finetune.deploy.place import Blob, check_free, place_model
-from finetune.deployment import ollama_available
 from finetune.errors import DeploymentError, OutputError, UsageError
+from finetune.serve.deploy import ollama_available
+from finetune.serve.ollama import Ollama, Patience, Recipe
+from finetune.serve.publish import Blob, check_free, place_model
 from scenarios import ollama_stand_in
 from scenarios.ollama_stand_in import StandIn, Trouble, running
 from scenarios.served_models import shipped_gguf

@@ -18,15 +18,15 @@ pytest.importorskip("gguf", reason="needs the gguf extra: pip install 'finetune-
 pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
 pytest.importorskip("ollama", reason="needs the ollama extra: pip install 'finetune-suite[ollama]'")
 
-from finetune.artifacts.run_folder import RunFolder
-from finetune.assembly import recipe
-from finetune.assembly.exam import prepare_exam
-from finetune.assembly.gguf_source import exportable_run
 from finetune.backends import open_backend
-from finetune.deploy.llama_server import LlamaServer, llama_server
-from finetune.deploy.ollama import Ollama
-from finetune.deployment import deploy_llama_cpp, deploy_ollama
 from finetune.errors import DeploymentError, OutputError, StorageError
+from finetune.export.gguf_source import exportable_run
+from finetune.run.folder import RunFolder
+from finetune.serve import recipe
+from finetune.serve.deploy import deploy_llama_cpp, deploy_ollama
+from finetune.serve.expected import prepare_exam
+from finetune.serve.llama_server import LlamaServer, llama_server
+from finetune.serve.ollama import Ollama
 from finetune.verify.suite.modelfile_reader import read_modelfile
 from finetune_strategies.scratch import lasting_folder
 from scenarios.ollama_stand_in import Model, Spoken, StandIn, running

@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.assembly.gguf_source import exportable_run
 from finetune.backends import open_backend
 from finetune.backends.reference.backend import ReferenceBackend
 from finetune.backends.torch.device import choose_device
 from finetune.config import load_config
 from finetune.errors import FineTuneError, RefusedError
-from finetune.pipeline import fine_tune
+from finetune.evidence.reopen import compare, reopen, talker
+from finetune.export.gguf_source import exportable_run
 from finetune.records import Batch, ModelLocation
-from finetune.reopen import compare, reopen, talker
+from finetune.train import fine_tune
 from scenarios.tiny_models import adapted, make_model, make_rows, step
 
 pytestmark = pytest.mark.tier2
@@ -38,12 +38,18 @@ def location(tmp_path_factory: pytest.TempPathFactory) -> ModelLocation:
 @pytest.mark.parametrize(
     ("wanted", "seen", "together", "taken"),
     [
-        ("cpu", True, False, "cpu"), ("auto", True, False, "cuda"), ("gpu", True, False, "cuda"),
-        ("cpu", False, False, "cpu"), ("auto", False, False, "cpu"), ("gpu", False, False, None),
-        ("cpu", True, True, "cpu"), ("auto", True, True, "cpu"), ("gpu", True, True, None),
+        ("cpu", True, False, "cpu"),
+        ("auto", True, False, "cuda"),
+        ("gpu", True, False, "cuda"),
+        ("cpu", False, False, "cpu"),
+        ("auto", False, False, "cpu"),
+        ("gpu", False, False, None),
+        ("cpu", True, True, "cpu"),
+        ("auto", True, True, "cpu"),
+        ("gpu", True, True, None),
         ("gpu", False, True, None),
     ],
-)  # fmt: skip
+)
 def test_device_is_the_one_asked_for_or_refused(
     wanted: str, seen: bool, together: bool, taken: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from finetune.artifacts.checkpoints import CheckpointStore, Owner
 from finetune.backends import open_backend
+from finetune.data.batches import epoch_batches
 from finetune.events import StepDone
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
-from finetune.tokens.batch import epoch_batches
+from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune.training.loop import LoopPlan, train
 from scenarios.nearness import apart
 from scenarios.side_by_side import logits, torch, weights

@@ -20,24 +20,24 @@ pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'fine
 import gguf
 import numpy as np
 
-from finetune import export as exporting
-from finetune.assembly.gguf_source import Exportable
+from finetune.adapters.peft_files import WEIGHTS, read_settings
 from finetune.backends import open_backend
-from finetune.convert.compare import BOUNDS
-from finetune.convert.corpus import nasty_texts
-from finetune.convert.llama_cpp import Questions, ask_llama_cpp
-from finetune.convert.outtypes import BLOCKS, FILE_TYPES, OUTTYPES, QUANTISED, Outtype, Storage
-from finetune.convert.pre_tokenizer import NAMES
-from finetune.convert.quantise import chunk_quantiser, quantise
-from finetune.convert.read_back import rounding
-from finetune.convert.sources import Adapter
-from finetune.convert.vocabulary import describe_vocabulary
+from finetune.chat.tokenizer import FileTokenizer
 from finetune.errors import EvidenceError, ExportError, FineTuneError
-from finetune.export import Exported, write_exportable
+from finetune.export import gguf as exporting
+from finetune.export.corpus import nasty_texts
+from finetune.export.gguf import Exported, write_exportable
+from finetune.export.gguf_check import BOUNDS
+from finetune.export.gguf_source import Exportable
+from finetune.export.llama_cpp import Questions, ask_llama_cpp
+from finetune.export.outtypes import BLOCKS, FILE_TYPES, OUTTYPES, QUANTISED, Outtype, Storage
+from finetune.export.pre_tokenizer import NAMES
+from finetune.export.quantise import chunk_quantiser, quantise
+from finetune.export.read_back import rounding
+from finetune.export.sources import Adapter
+from finetune.export.vocabulary import describe_vocabulary
 from finetune.models.locate import SHIPPED, locate_model
-from finetune.models.peft_files import WEIGHTS, read_settings
 from finetune.records import AdapterTarget, ModelLocation, Optimization
-from finetune.tokens.tokenizer import FileTokenizer
 from scenarios.gguf_models import CONFIGS, byte_level, exportable, give_tokenizer, gpt2_like, make_model
 from scenarios.tiny_models import batches_of, make_rows, step
 
@@ -45,9 +45,14 @@ ASKED = ["token ids", "logits", "greedy text"]
 STAGES = ["file", *ASKED]
 QUANTISED_STAGES = ["file", *(f"{stage} before quantising" for stage in ASKED), *ASKED]
 SHIPPED_AS: list[tuple[str, Outtype]] = [
-    ("reference-llama", "f16"), ("reference-llama", "bf16"), ("reference-llama", "q8_0"), ("reference-gpt2", "f16"),
-    ("reference-llama", "q6_k"), ("reference-llama", "q5_k_m"), ("reference-llama", "q4_k_m"),
-]  # fmt: skip
+    ("reference-llama", "f16"),
+    ("reference-llama", "bf16"),
+    ("reference-llama", "q8_0"),
+    ("reference-gpt2", "f16"),
+    ("reference-llama", "q6_k"),
+    ("reference-llama", "q5_k_m"),
+    ("reference-llama", "q4_k_m"),
+]
 
 
 def stages(done: Exported) -> list[str]:
@@ -81,8 +86,15 @@ def test_gguf_of_shipped_models_is_within_each_type(name: str, outtype: Outtype,
         assert done.checks[-1].measured.startswith("5 of 5 equal, 0 part")
 
 
-WIDE = {"num_attention_heads": 4, "num_key_value_heads": 1, "hidden_size": 256, "intermediate_size": 512,
-        "num_hidden_layers": 3, "head_dim": 64, "initializer_range": 0.06}  # fmt: skip
+WIDE = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "head_dim": 64,
+    "initializer_range": 0.06,
+}
 WIDE_GPT2 = {"n_embd": 256, "n_head": 8, "n_inner": 512, "n_layer": 3, "initializer_range": 0.06}
 MIXES: dict[tuple[str, Outtype], set[Storage]] = {
     ("llama", "q6_k"): {"f32", "q6_k"},

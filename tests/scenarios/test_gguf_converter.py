@@ -14,9 +14,9 @@ pytest.importorskip("gguf", reason="needs the gguf extra: pip install 'finetune-
 
 import gguf
 
-from finetune.convert.outtypes import Outtype
-from finetune.convert.write import write_gguf
-from finetune.export import plan_whole
+from finetune.export.gguf import plan_whole
+from finetune.export.outtypes import Outtype
+from finetune.export.write import write_gguf
 from finetune_strategies.scratch import lasting_folder
 from scenarios.gguf_models import CONFIGS, exportable, give_tokenizer, make_model
 
@@ -31,9 +31,15 @@ WITHOUT_TOKENIZER = {"mistral", "gemma", "gemma2", "gemma3", "phi3", "phi3, long
 ROWS, TOKENS = 640, 600
 ALONE = {
     # Theirs leaves these to llama.cpp's defaults, which are the same.
-    "add_bos_token", "add_eos_token", "key_length", "value_length", "dimension_count", "vocab_size",
-    "sliding_window_pattern", "freq_base",
-}  # fmt: skip
+    "add_bos_token",
+    "add_eos_token",
+    "key_length",
+    "value_length",
+    "dimension_count",
+    "vocab_size",
+    "sliding_window_pattern",
+    "freq_base",
+}
 """What ours says and theirs does not, by the last part of the key."""
 NAMING = ("general.name", "general.basename", "general.version")
 """Theirs makes these of the folder's name."""
@@ -85,9 +91,10 @@ def differing_tensors(ours: Any, theirs: Any, kind: str) -> list[str]:
     own, other = ({tensor.name: tensor for tensor in file.tensors} for file in (ours, theirs))
     assert len(own) > 10
     return [
-        name for name in sorted(own.keys() | other.keys())
+        name
+        for name in sorted(own.keys() | other.keys())
         if name not in own or name not in other or not same_tensor(own[name], other[name], kind)
-    ]  # fmt: skip
+    ]
 
 
 def same_tensor(own: Any, other: Any, kind: str) -> bool:

@@ -22,16 +22,30 @@ pytestmark = pytest.mark.tier2
 ADAPTER = "adapter/adapter_model.safetensors"
 MAIN = "from finetune.cli import main; main()"
 QUICK = [
-    "--set", "judge.sham=never", "--set", "judge.memory=never", "--set", "training.max_steps=5",
-    "--set", "training.save_every=2", "--set", "training.evaluate_every=2", "--set", "data.valid_fraction=0.1",
-    "--set", "training.max_grad_norm=0.5", "--set", "evaluation.questions=2",
-    "--set", "evaluation.retention_questions=2",
-]  # fmt: skip
+    "--set",
+    "judge.sham=never",
+    "--set",
+    "judge.memory=never",
+    "--set",
+    "training.max_steps=5",
+    "--set",
+    "training.save_every=2",
+    "--set",
+    "training.evaluate_every=2",
+    "--set",
+    "data.valid_fraction=0.1",
+    "--set",
+    "training.max_grad_norm=0.5",
+    "--set",
+    "evaluation.questions=2",
+    "--set",
+    "evaluation.retention_questions=2",
+]
 PLANTED = """
 import os
 if os.environ.get("RANK", os.environ.get("MLX_RANK")) == os.environ["DIES"]:
     import signal
-    from finetune.training import team
+    from finetune.distributed import data_parallel as team
     accumulate = team._Team.accumulate
     def accumulate_or_die(self, *given):
         if self._step == 3:
@@ -149,7 +163,7 @@ from finetune.backends.torch.backend import TorchBackend
 from finetune.backends.torch.group import TorchGroup
 from finetune.models.locate import locate_model
 from finetune.records import AdapterTarget, Batch, Optimization, Tokenized
-from finetune.training.team import in_team
+from finetune.distributed.data_parallel import in_team
 
 backend = TorchBackend()
 backend.join()

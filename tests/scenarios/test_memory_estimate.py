@@ -11,13 +11,13 @@ import pytest
 
 pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
 
+from finetune.adapters.choose import choose_layers
 from finetune.backends.torch.probe import peak_tensors
+from finetune.evidence.memory import measure_framework, measure_memory
 from finetune.memory.forecast import Forecast, forecast_memory
 from finetune.memory.framework import FRAMEWORKS
 from finetune.memory.kept import KNOWN
 from finetune.memory.load import StepLoad, full_load, load_of
-from finetune.memory.measure import measure_framework, measure_memory
-from finetune.models.adapt import choose_layers
 from finetune.models.locate import SHIPPED, locate_model
 from finetune.models.shape import read_shape
 from finetune.records import AdapterTarget, Batch, MemoryMeasure, ModelLocation, Optimization, Tokenized

@@ -19,16 +19,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from finetune import merging
-from finetune.assembly.merged import merged_problems, plan_weights, write_merged, written_weights
-from finetune.assembly.result import Result, open_result
-from finetune.assembly.truth import Truth, tell_truth
 from finetune.backends import open_backend
-from finetune.convert.answering import following_of
-from finetune.convert.drift import Told, problems
-from finetune.convert.model_files import ModelFiles
 from finetune.errors import ExportError
-from finetune.merging import merge
+from finetune.evidence.answering import following_of
+from finetune.evidence.baseline import Truth, tell_truth
+from finetune.evidence.drift import Told, problems
+from finetune.export import merge as merging
+from finetune.export.merge import merge
+from finetune.export.merged_folder import merged_problems, plan_weights, write_merged, written_weights
+from finetune.export.model_files import ModelFiles
+from finetune.export.result import Result, open_result
 from scenarios.tiny_runs import KINDS, tiny_model, tiny_run
 
 pytestmark = pytest.mark.tier2

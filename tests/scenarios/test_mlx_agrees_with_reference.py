@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+from finetune.adapters.choose import choose_layers
 from finetune.backends import open_backend
-from finetune.models.adapt import choose_layers
+from finetune.chat.tokenizer import FileTokenizer
 from finetune.models.locate import locate_model
 from finetune.models.shape import read_shape
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Tokenized
-from finetune.tokens.tokenizer import FileTokenizer
 from finetune_strategies.adapters import AdaptedModel, adapted_models
 from finetune_strategies.datasets import token_rows
 from finetune_strategies.models import llama_configs

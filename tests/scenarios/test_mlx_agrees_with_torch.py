@@ -11,8 +11,8 @@ torch = pytest.importorskip("torch", reason="needs the torch extra: pip install 
 pytest.importorskip("transformers", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
 pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
 
+from finetune.adapters.choose import choose_layers  # noqa: E402
 from finetune.backends import open_backend  # noqa: E402
-from finetune.models.adapt import choose_layers  # noqa: E402
 from finetune.models.locate import locate_model  # noqa: E402
 from finetune.models.shape import read_shape  # noqa: E402
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization  # noqa: E402
@@ -23,14 +23,24 @@ from scenarios.tiny_models import CONFIGS, NO_DROPOUT, batches_of, make_rows  # 
 pytestmark = pytest.mark.tier2
 ROWS = make_rows(7)
 SIZES: dict[str, Any] = {
-    **IDS, "hidden_size": 24, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 40, "initializer_range": 0.3,
+    **IDS,
+    "hidden_size": 24,
+    "intermediate_size": 28,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 40,
+    "initializer_range": 0.3,
     "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
-}  # fmt: skip
+}
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
-}  # fmt: skip
+}
 # How far the logits may be apart, as a share of the largest. mlx-lm computes Gemma's and StarCoder's GELU by another
 # formula than transformers does, and rounds the scale of Gemma 3's embeddings to bfloat16.
 ARCHITECTURES: dict[str, tuple[dict[str, Any], float]] = {
@@ -40,9 +50,18 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], float]] = {
     "qwen3": ({}, 1e-5),
     "gemma": ({}, 3e-4),
     "gemma2": ({"sliding_window": 7}, 1e-5),
-    "gemma3_text": ({"head_dim": 6, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"],
-                     "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 100.0},
-                                         "sliding_attention": {"rope_type": "default", "rope_theta": 30.0}}}, 3e-3),
+    "gemma3_text": (
+        {
+            "head_dim": 6,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+            },
+        },
+        3e-3,
+    ),
     "phi3": ({}, 1e-5),
     "phi": ({"hidden_size": 32}, 1e-5),
     "granite": ({"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5}, 1e-5),
@@ -56,7 +75,7 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], float]] = {
     "nemotron": ({"hidden_size": 32}, 1e-5),
     "ernie4_5": ({}, 1e-5),
     "seed_oss": ({}, 1e-5),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module", params=["gpt2", "reference-gpt2", "llama"])

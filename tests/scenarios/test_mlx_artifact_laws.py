@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from finetune.errors import EvidenceError, ModelError, RefusedError, TrainingError
-from finetune.evaluation.reload import check_reload
+from finetune.evidence.reload import check_reload
 from finetune.records import Batch, ModelLocation
 from finetune_strategies.profiles import examples
 from scenarios.tiny_mlx import (
@@ -183,10 +183,17 @@ def test_adapter_folder_holds_what_peft_reads(location: ModelLocation, trained: 
 ADAPTER_DAMAGES = damages(WEIGHTS, SETTINGS) | {
     f"{key} {value}": changed_settings(SETTINGS, **{key: value})
     for key, value in [
-        ("use_dora", True), ("use_rslora", 2), ("rank_pattern", {"q_proj|c_fc|c_attn": 2}), ("r", 2), ("r", "absent"),
-        ("lora_alpha", "7"), ("peft_type", "IA3"), ("target_modules", ["q_prj"]), ("modules_to_save", ["lm_head"]),
+        ("use_dora", True),
+        ("use_rslora", 2),
+        ("rank_pattern", {"q_proj|c_fc|c_attn": 2}),
+        ("r", 2),
+        ("r", "absent"),
+        ("lora_alpha", "7"),
+        ("peft_type", "IA3"),
+        ("target_modules", ["q_prj"]),
+        ("modules_to_save", ["lm_head"]),
     ]
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", ADAPTER_DAMAGES)
@@ -233,12 +240,17 @@ def _state(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     return damaged_tensors("state.safetensors", change)
 
 
-@pytest.mark.parametrize("change", [
-    _state(lambda tensors: tensors.pop("random")), _state(lambda tensors: tensors.pop(min(tensors))),
-    _state(lambda tensors: tensors.update({max(tensors): np.zeros((2, 2), np.float32)})),
-    _state(lambda tensors: tensors.update({"weight/more": np.zeros(1, np.float32)})),
-    _state(lambda tensors: tensors.update({"steps": np.float32(3).reshape(())})),
-], ids=["random", "moment", "shape", "more", "kind"])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        _state(lambda tensors: tensors.pop("random")),
+        _state(lambda tensors: tensors.pop(min(tensors))),
+        _state(lambda tensors: tensors.update({max(tensors): np.zeros((2, 2), np.float32)})),
+        _state(lambda tensors: tensors.update({"weight/more": np.zeros(1, np.float32)})),
+        _state(lambda tensors: tensors.update({"steps": np.float32(3).reshape(())})),
+    ],
+    ids=["random", "moment", "shape", "more", "kind"],
+)
 def test_state_that_does_not_fit_is_refused_and_changes_nothing(
     location: ModelLocation, trained: Any, change: Callable[[Path], None], tmp_path: Path
 ) -> None:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune.data.batches import epoch_batches
 from finetune.errors import NonFiniteError, TrainingError
 from finetune.events import StepDone
 from finetune.records import Batch, ModelLocation, Optimization, Tokenized
-from finetune.tokens.batch import epoch_batches
 from finetune.training.loop import LoopPlan, train
 from finetune_strategies.profiles import examples
 from scenarios.tiny_mlx import (

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from finetune.errors import OutOfMemoryError
-from finetune.memory.measure import measure_framework, measure_memory
+from finetune.evidence.memory import measure_framework, measure_memory
 from finetune.records import Batch, ModelLocation
 from scenarios.tiny_mlx import adapted, make_model, mx
 from scenarios.tiny_models import VOCAB, make_rows, target_of

@@ -53,24 +53,34 @@ SHARED_DAMAGES = damages("model.safetensors", "config.json") | {
     "helper": changed_settings("config.json", model_type="rope_utils"),
 }
 MODEL_DAMAGES = {
-    "llama": SHARED_DAMAGES | {
+    "llama": SHARED_DAMAGES
+    | {
         f"{key} {value}": changed_settings("config.json", **{key: value})
         for key, value in [
-            ("hidden_act", "gelu"), ("num_hidden_layers", 3), ("num_key_value_heads", 3), ("hidden_size", 24),
-            ("attention_bias", True), ("rope_parameters", {"rope_type": "nonsense", "rope_theta": 1e4}),
+            ("hidden_act", "gelu"),
+            ("num_hidden_layers", 3),
+            ("num_key_value_heads", 3),
+            ("hidden_size", 24),
+            ("attention_bias", True),
+            ("rope_parameters", {"rope_type": "nonsense", "rope_theta": 1e4}),
             ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
             ("rope_parameters", {"full_attention": {"rope_theta": 9.0}, "other": {"rope_theta": 8.0}}),
             ("num_attention_heads", "absent"),
         ]
     },
-    "gpt2": SHARED_DAMAGES | {
+    "gpt2": SHARED_DAMAGES
+    | {
         f"{key} {value}": changed_settings("config.json", **{key: value})
         for key, value in [
-            ("activation_function", "relu"), ("scale_attn_by_inverse_layer_idx", True), ("n_inner", 13),
-            ("tie_word_embeddings", False), ("n_layer", 1), ("n_positions", 39),
+            ("activation_function", "relu"),
+            ("scale_attn_by_inverse_layer_idx", True),
+            ("n_inner", 13),
+            ("tie_word_embeddings", False),
+            ("n_layer", 1),
+            ("n_positions", 39),
         ]
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("family", "kind"), [(family, kind) for family in KINDS for kind in MODEL_DAMAGES[family]])
@@ -105,10 +115,13 @@ def test_rope_is_read_wherever_the_config_keeps_it(tmp_path: Path) -> None:
     location = make_model("llama", tmp_path)
     found = []
     for change in (
-        {"rope_theta": 30.0}, {"rope_parameters": {"rope_type": "default", "rope_theta": 30.0}},
-        {"rope_parameters": {"rope_theta": 30.0}, "rope_theta": 5.0}, {"rope_theta": 10000.0}, {},
+        {"rope_theta": 30.0},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 30.0}},
+        {"rope_parameters": {"rope_theta": 30.0}, "rope_theta": 5.0},
+        {"rope_theta": 10000.0},
+        {},
         {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 30.0}},
-    ):  # fmt: skip
+    ):
         changed_settings("config.json", **{"rope_theta": "absent", "rope_parameters": "absent", **change})(tmp_path)
         found.append(logits_of(open_session(location), PROMPTS))
     assert equal(found[0], found[1])

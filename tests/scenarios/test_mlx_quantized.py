@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from finetune.backends import open_backend
 from finetune.errors import ModelError, TrainingError
-from finetune.evaluation.reload import check_reload
+from finetune.evidence.reload import check_reload
 from finetune.memory.estimate import weight_bytes
 from finetune.models.quantize import kept_in_full, quantize_shape
 from finetune.models.shape import read_shape

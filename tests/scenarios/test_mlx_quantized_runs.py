@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune import pipeline
-from finetune.artifacts.run_folder import RunFolder
+from finetune import train as pipeline
 from finetune.backends import open_backend
 from finetune.config import LoadedConfig, load_config, load_plan
 from finetune.errors import ConfigError, ModelError, RefusedError
 from finetune.events import CheckpointSaved, Event
+from finetune.evidence.reopen import compare, reopen, talker
 from finetune.records import ModelLocation, Quantization
-from finetune.reopen import compare, reopen, talker
+from finetune.run.folder import RunFolder
 from finetune_strategies.tokenizers import KINDS, tokenizer_folder
 from properties.workplace import LLAMA, QUICK, make_data
 from scenarios.test_mlx_quantized import convert
@@ -46,10 +46,17 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def run(places: dict[str, Path], output: Path, model: str, settings: dict[str, Any], **how: Any) -> dict[str, Any]:
     """A short run on one of the models; returns what its run.json says."""
     overrides = {
-        **QUICK, "backend": "mlx", "model.path": str(places[model]), "data.train": str(places["data"]),
-        "training.max_steps": 4, "training.save_every": 2, "adapter.dropout": 0.2, "adapter.kind": "dora",
-        "judge.memory": "always", **settings,
-    }  # fmt: skip
+        **QUICK,
+        "backend": "mlx",
+        "model.path": str(places[model]),
+        "data.train": str(places["data"]),
+        "training.max_steps": 4,
+        "training.save_every": 2,
+        "adapter.dropout": 0.2,
+        "adapter.kind": "dora",
+        "judge.memory": "always",
+        **settings,
+    }
     loaded = load_config(None, environ={}, overrides=overrides, profile=None)
     return pipeline.fine_tune(loaded, output=output, **how)[1]
 

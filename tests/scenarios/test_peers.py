@@ -14,8 +14,8 @@ from hypothesis import settings
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors.numpy import save_file
 
+from finetune.chat.catalog import CATALOG
 from finetune.errors import MissingExtraError, UsageError
-from finetune.templates.catalog import CATALOG
 from finetune.verify.doors.command import CommandDoor
 from finetune.verify.doors.command_file import CommandFile
 from finetune.verify.doors.door import Door, RefusesError, SubjectError, UnsupportedError
@@ -30,8 +30,12 @@ from finetune.verify.suite.trainer import Trainer
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = {"trl": "trl", "trainer": "trl", "mlx-lm": "mlx-lm"}
 FOUND_IN_MLX_LM = {
-    "padding.no_target": 1, "rows.remarks": 3, "model.rope_spelling": 0, "accumulation.same": 3, "resume.goes_on": 1,
-}  # fmt: skip
+    "padding.no_target": 1,
+    "rows.remarks": 3,
+    "model.rope_spelling": 0,
+    "accumulation.same": 3,
+    "resume.goes_on": 1,
+}
 """What mlx-lm 0.32.2 does otherwise, with the rows of the smallest case."""
 
 

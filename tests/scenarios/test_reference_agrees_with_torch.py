@@ -20,12 +20,12 @@ pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune
 
 from transformers.models.llama import modeling_llama  # noqa: E402
 
+from finetune.adapters.choose import choose_layers  # noqa: E402
 from finetune.backends import open_backend  # noqa: E402
-from finetune.models.adapt import choose_layers  # noqa: E402
+from finetune.chat.tokenizer import FileTokenizer  # noqa: E402
 from finetune.models.locate import locate_model  # noqa: E402
 from finetune.models.shape import read_shape  # noqa: E402
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Tokenized  # noqa: E402
-from finetune.tokens.tokenizer import FileTokenizer  # noqa: E402
 from scenarios.nearness import apart  # noqa: E402
 from scenarios.tiny_models import CONFIGS, VOCAB, batches_of, make_model, make_rows  # noqa: E402
 

@@ -4,8 +4,8 @@ import pytest
 
 pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
 
-from finetune.assembly.encoder import Encoder
 from finetune.backends import open_backend
+from finetune.chat.encoder import Encoder
 from finetune.data.facts import known_facts
 from finetune.data.shipped import FACTS, shipped_facts
 from finetune.models.locate import SHIPPED, locate_model

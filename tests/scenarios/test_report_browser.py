@@ -113,8 +113,16 @@ def test_history_can_be_seen_in_the_theme(browser: "Browser", history_file: Path
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.close()
     assert [chart["chart"] for chart in charts] == [
-        "seconds", "pass-rate", "memory", "score-0-0", "score-1-0", "seconds", "pass-rate", "cases", "memory",
-    ]  # fmt: skip
+        "seconds",
+        "pass-rate",
+        "memory",
+        "score-0-0",
+        "score-1-0",
+        "seconds",
+        "pass-rate",
+        "cases",
+        "memory",
+    ]
     for chart in charts:
         assert min(chart["width"], chart["height"]) > 100, chart["chart"]
         assert len(chart["marks"]) >= 1, chart["chart"]

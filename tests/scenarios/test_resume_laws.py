@@ -11,25 +11,33 @@ import pytest
 pytest.importorskip("torch", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
 pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
 
-from finetune import pipeline
-from finetune.artifacts.run_folder import RunFolder
+from finetune import train as pipeline
 from finetune.config import LoadedConfig, load_config, load_plan
 from finetune.events import CheckpointSaved, Event, StepDone
 from finetune.records import Reload
+from finetune.run.folder import RunFolder
 
 pytestmark = pytest.mark.tier2
 STEPS = 5
 QUICK = {
-    "training.max_steps": STEPS, "training.batch_size": 5, "training.save_every": 2, "training.evaluate_every": 2,
-    "adapter.dropout": 0.2, "data.valid_fraction": 0.2, "evaluation.questions": 2, "evaluation.retention_questions": 2,
-    "evaluation.max_new_tokens": 4, "judge.sham": "never", "judge.memory": "never",
-}  # fmt: skip
+    "training.max_steps": STEPS,
+    "training.batch_size": 5,
+    "training.save_every": 2,
+    "training.evaluate_every": 2,
+    "adapter.dropout": 0.2,
+    "data.valid_fraction": 0.2,
+    "evaluation.questions": 2,
+    "evaluation.retention_questions": 2,
+    "evaluation.max_new_tokens": 4,
+    "judge.sham": "never",
+    "judge.memory": "never",
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_fresh_process() -> Iterator[None]:
     """The check in a fresh process has laws of its own, and takes seconds each time."""
-    with patch("finetune.assembly.observe.check_reload", lambda *given, **named: Reload(8, 10.0, 0.0, 1.0)):
+    with patch("finetune.evidence.observe.check_reload", lambda *given, **named: Reload(8, 10.0, 0.0, 1.0)):
         yield
 
 
@@ -77,9 +85,10 @@ def test_resume_ends_in_the_run_that_was_never_killed(
         raise Killed
 
     listeners = {
-        "after step 1": _dies_at(StepDone, 1), "after step 3": _dies_at(StepDone, 3),
+        "after step 1": _dies_at(StepDone, 1),
+        "after step 3": _dies_at(StepDone, 3),
         "at checkpoint 2": _dies_at(CheckpointSaved, 2),
-    }  # fmt: skip
+    }
     with monkeypatch.context() as planted:
         if death == "judging":
             planted.setattr(pipeline, "judge", die)

@@ -32,10 +32,14 @@ pytestmark = pytest.mark.tier2
 SMALL = TaskRecipe(
     rows=({"prompt": "a", "completion": "1"}, {"prompt": "bb", "completion": "2"}, {"prompt": "c", "completion": "3"}),
     settings={
-        "training.epochs": 2.0, "training.batch_size": 2, "training.save_every": 1, "adapter.rank": 1,
-        "adapter.dropout": 0.2, "training.learning_rate": 0.01,
+        "training.epochs": 2.0,
+        "training.batch_size": 2,
+        "training.save_every": 1,
+        "adapter.rank": 1,
+        "adapter.dropout": 0.2,
+        "training.learning_rate": 0.01,
     },
-)  # fmt: skip
+)
 END = GoOn()
 EVERY = range(28, 90, 4)
 """Changes to a run's folder after the first checkpoint; the windows in which these lies show are wider."""

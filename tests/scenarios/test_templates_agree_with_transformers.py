@@ -16,11 +16,11 @@ pytest.importorskip("transformers", reason="needs the torch extra: pip install '
 from transformers.utils import chat_template_utils as library
 
 from finetune import reference_model
+from finetune.chat.catalog import CATALOG, TemplateSource
+from finetune.chat.render import ChatTemplate
+from finetune.chat.sandbox import compile_template
 from finetune.errors import TemplateError
 from finetune.records import Conversation, Message
-from finetune.templates.catalog import CATALOG, TemplateSource
-from finetune.templates.render import ChatTemplate
-from finetune.templates.sandbox import compile_template
 from finetune_strategies.conversations import conversations, said
 from finetune_strategies.profiles import examples
 from finetune_strategies.templates import BOS, CONTROL_TOKENS, EOS, TemplateCase, templates_with_conversations
@@ -92,10 +92,11 @@ def test_drawn_templates_render_as_transformers_renders_them(case: TemplateCase)
 TOOL = {
     "type": "function",
     "function": {
-        "name": "weather", "description": "How it is <outside> & \"in\" Tromsø.",
+        "name": "weather",
+        "description": 'How it is <outside> & "in" Tromsø.',
         "parameters": {"type": "object", "properties": {"day": {"type": "string", "enum": ["a", "é"]}}},
     },
-}  # fmt: skip
+}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"day": "a", "days": [1, 2.5, None, True]}}}
 CALLED = [
     {"role": "user", "content": "How is it?"},
@@ -133,7 +134,7 @@ NICETIES = {
     "{{ loop.cycle('a', 'b') }}{% endfor %}",
     "macros": "{% macro f(a, b=2) %}{{ a }}{{ b }}{{ caller() if caller else '' }}{% endmacro %}"
     "{{ f(1) }}{{ f(1, b=3) }}{% call f('x') %}y{% endcall %}",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", NICETIES)
@@ -168,7 +169,7 @@ def test_built_in_template_is_the_familys_own(name: str, conversation: Conversat
 def test_llama2_is_the_familys_own_for_texts_without_space_around_them(conversation: Conversation) -> None:
     """Llama 2, built in, is the family's own. One thing differs on purpose: of a question behind a system text the
     family strips only the end, so that nobody can tell what was the question's own space; ours strips both ends.
-    """  # fmt: skip
+    """
     chat = ChatTemplate(CATALOG["llama2"], CONTROL, bos="<s>", eos="</s>")
     expected = theirs(REAL["llama-2"].jinja, conversation.messages, asking=False, bos_token="<s>", eos_token="</s>")
     assert chat.render(conversation).text == expected

@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers", reason="needs the torch extra
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from finetune.errors import EvidenceError, ModelError, RefusedError  # noqa: E402
-from finetune.evaluation.reload import check_reload  # noqa: E402
+from finetune.evidence.reload import check_reload  # noqa: E402
 from finetune.records import ModelLocation  # noqa: E402
 from finetune_strategies.profiles import examples  # noqa: E402
 from scenarios.tiny_models import (  # noqa: E402
@@ -115,10 +115,18 @@ def test_answers_are_greedy_and_end_before_the_stop(trained: Any, tmp_path: Path
     assert not any(token in stops for answer in stopped for token in answer)
 
 
-@pytest.mark.parametrize("settings_", [
-    {"do_sample": True, "temperature": 5.0}, {"repetition_penalty": 9.0}, {"no_repeat_ngram_size": 1},
-    {"suppress_tokens": list(range(3, 60))}, {"num_beams": 3}, {"min_new_tokens": 9, "eos_token_id": [2]},
-], ids=lambda each: next(iter(each)))  # fmt: skip
+@pytest.mark.parametrize(
+    "settings_",
+    [
+        {"do_sample": True, "temperature": 5.0},
+        {"repetition_penalty": 9.0},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(3, 60))},
+        {"num_beams": 3},
+        {"min_new_tokens": 9, "eos_token_id": [2]},
+    ],
+    ids=lambda each: next(iter(each)),
+)
 def test_answers_are_greedy_whatever_the_model_prefers(
     location: ModelLocation, settings_: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -304,10 +312,16 @@ def _swapped(tensors: dict[str, Any]) -> None:
     tensors[name] = torch.zeros(2, 2)
 
 
-@pytest.mark.parametrize("change", [
-    lambda tensors: tensors.pop("random"), lambda tensors: tensors.pop(min(tensors)), _swapped,
-    lambda tensors: tensors.update({"weight/more": torch.zeros(1)}),
-], ids=["random", "moment", "shape", "more"])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop("random"),
+        lambda tensors: tensors.pop(min(tensors)),
+        _swapped,
+        lambda tensors: tensors.update({"weight/more": torch.zeros(1)}),
+    ],
+    ids=["random", "moment", "shape", "more"],
+)
 def test_state_that_does_not_fit_is_refused_and_changes_nothing(
     location: ModelLocation, trained: Any, change: Callable[[dict[str, Any]], Any], tmp_path: Path
 ) -> None:

@@ -13,13 +13,13 @@ torch = pytest.importorskip("torch", reason="needs the torch extra: pip install 
 transformers = pytest.importorskip("transformers", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
 pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
 
+from finetune.adapters.choose import choose_layers  # noqa: E402
+from finetune.data.batches import epoch_batches  # noqa: E402
 from finetune.errors import NonFiniteError, OutOfMemoryError, TrainingError  # noqa: E402
 from finetune.events import StepDone  # noqa: E402
 from finetune.memory.estimate import estimate_memory  # noqa: E402
-from finetune.models.adapt import choose_layers  # noqa: E402
 from finetune.models.shape import read_shape  # noqa: E402
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Tokenized  # noqa: E402
-from finetune.tokens.batch import epoch_batches  # noqa: E402
 from finetune.training.loop import LoopPlan, train  # noqa: E402
 from finetune_strategies.profiles import examples  # noqa: E402
 from scenarios.tiny_models import (  # noqa: E402

@@ -15,7 +15,7 @@ pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import ModelError
-from finetune.evaluation.reload import check_reload
+from finetune.evidence.reload import check_reload
 from finetune.records import ModelLocation
 from scenarios.tiny_models import adapted, adapter_bytes, make_model, open_session
 
@@ -100,28 +100,38 @@ def test_model_of_pickles_alone_is_refused(llama: ModelLocation, tmp_path: Path)
     assert not (tmp_path / "trace").exists()
 
 
-@pytest.mark.parametrize("changes", [
-    {"attn_implementation": "somebody/kernel"}, {"_attn_implementation": "flash_attention_2"},
-    {"experts_implementation": "somebody/kernel"}, {"text_config": {"attn_implementation": {"": "somebody/kernel"}}},
-], ids=lambda changes: next(iter(changes)))  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attn_implementation": "somebody/kernel"},
+        {"_attn_implementation": "flash_attention_2"},
+        {"experts_implementation": "somebody/kernel"},
+        {"text_config": {"attn_implementation": {"": "somebody/kernel"}}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
 def test_kernels_from_elsewhere_are_refused(llama: ModelLocation, tmp_path: Path, changes: dict[str, Any]) -> None:
     """A config that names what is to compute its layers is refused with that name: it would be fetched and run."""
     with pytest.raises(ModelError, match=r"_implementation .*(somebody/kernel|flash_attention_2)"):
         open_session(changed(llama, tmp_path / "model", **changes))
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"model_type": "lama"}, r"does not know: model_type 'lama'[\s\S]*llama"),
-    ({"model_type": None}, "does not know: model_type None"),
-    ({"num_attention_heads": 0}, "modulo by zero"),
-    ({"head_dim": None, "num_attention_heads": 4}, "21.* is not a multiple of the number of attention heads .4"),
-    ({"rms_norm_eps": "small"}, "rms_norm_eps"),
-    ({"hidden_size": -21}, "-21"),
-    ({"hidden_act": "wizardry"}, "wizardry"),
-    ({"num_hidden_layers": 1}, r"no place for 9 of its weights, first model\.layers\.1"),
-    ({"num_hidden_layers": 3}, r"lacks 9 weights, among them model\.layers\.2"),
-    ({"intermediate_size": 30}, r"mlp\.\w+\.weight is \(2., 2.\), its config says \((30, 21|21, 30)\)"),
-], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "lama"}, r"does not know: model_type 'lama'[\s\S]*llama"),
+        ({"model_type": None}, "does not know: model_type None"),
+        ({"num_attention_heads": 0}, "modulo by zero"),
+        ({"head_dim": None, "num_attention_heads": 4}, "21.* is not a multiple of the number of attention heads .4"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+        ({"hidden_size": -21}, "-21"),
+        ({"hidden_act": "wizardry"}, "wizardry"),
+        ({"num_hidden_layers": 1}, r"no place for 9 of its weights, first model\.layers\.1"),
+        ({"num_hidden_layers": 3}, r"lacks 9 weights, among them model\.layers\.2"),
+        ({"intermediate_size": 30}, r"mlp\.\w+\.weight is \(2., 2.\), its config says \((30, 21|21, 30)\)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
 def test_config_that_does_not_fit_is_refused(
     llama: ModelLocation, tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:

@@ -11,10 +11,10 @@ torch = pytest.importorskip("torch", reason="needs the torch extra: pip install 
 pytest.importorskip("transformers", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
 pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
 
+from finetune.data.batches import epoch_batches  # noqa: E402
 from finetune.errors import TrainingError  # noqa: E402
 from finetune.records import Batch, ModelLocation  # noqa: E402
-from finetune.tokens.batch import epoch_batches  # noqa: E402
-from finetune.training.packing import check_packing  # noqa: E402
+from finetune.training.packing_check import check_packing  # noqa: E402
 from finetune_strategies.profiles import examples  # noqa: E402
 from scenarios.tiny_models import (  # noqa: E402
     NO_DROPOUT,

@@ -38,8 +38,13 @@ def plain_losses(location: ModelLocation, batches: list[Batch], rate: float) -> 
     model = transformers.AutoModelForCausalLM.from_pretrained(location.folder)
     torch.manual_seed(0)
     conv = location.name == "gpt2"
-    config = peft.LoraConfig(r=target.rank, lora_alpha=target.alpha, target_modules=list(MODULES[location.name]),
-                             fan_in_fan_out=conv, task_type="CAUSAL_LM")  # fmt: skip
+    config = peft.LoraConfig(
+        r=target.rank,
+        lora_alpha=target.alpha,
+        target_modules=list(MODULES[location.name]),
+        fan_in_fan_out=conv,
+        task_type="CAUSAL_LM",
+    )
     model = peft.get_peft_model(model, config).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.05)
@@ -178,8 +183,10 @@ def test_loss_by_slices_is_cross_entropy(width: int, words: int, tokens: int, bi
 
 
 AFTER_THE_HEAD = {
-    "gemma2": {"final_logit_softcapping": 2.0}, "cohere": {"logit_scale": 0.25}, "granite": {"logits_scaling": 3.0},
-}  # fmt: skip
+    "gemma2": {"final_logit_softcapping": 2.0},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 3.0},
+}
 
 
 @pytest.mark.parametrize("kind", AFTER_THE_HEAD)
@@ -216,19 +223,34 @@ def test_plain_head_is_sliced_only_while_it_is_frozen(tmp_path: Path) -> None:
 
 # As they say it themselves: what each family calls its sizes, where Llama's names are not known to it.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {}, "mistral": {"sliding_window": 5}, "qwen2": {}, "qwen3": {}, "gemma": {},
-    "gemma2": {"sliding_window": 5}, "phi3": {}, "bloom": {"n_head": 4, "n_layer": 2},
+    "llama": {},
+    "mistral": {"sliding_window": 5},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {"sliding_window": 5},
+    "phi3": {},
+    "bloom": {"n_head": 4, "n_layer": 2},
     "opt": {"ffn_dim": 40, "word_embed_proj_dim": 24},
-    "gpt2": {"n_embd": 24, "n_head": 4, "n_layer": 2, "n_positions": CONTEXT, **NO_DROPOUT}, "gpt_neox": {},
-    "gptj": {"n_embd": 24, "n_head": 4, "n_layer": 2, "rotary_dim": 6}, "mixtral": {"num_local_experts": 3},
-    "olmo2": {}, "stablelm": {}, "starcoder2": {"sliding_window": 5}, "mamba": {"state_size": 4},
+    "gpt2": {"n_embd": 24, "n_head": 4, "n_layer": 2, "n_positions": CONTEXT, **NO_DROPOUT},
+    "gpt_neox": {},
+    "gptj": {"n_embd": 24, "n_head": 4, "n_layer": 2, "rotary_dim": 6},
+    "mixtral": {"num_local_experts": 3},
+    "olmo2": {},
+    "stablelm": {},
+    "starcoder2": {"sliding_window": 5},
+    "mamba": {"state_size": 4},
     "mpt": {"d_model": 24, "n_heads": 4, "n_layers": 2},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "num_heads": 4, "window_size": 5},
-}  # fmt: skip
+}
 SIZED = {
-    "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 6,
-}  # fmt: skip
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,7 +17,7 @@ HOW = "pip install 'finetune-suite[{}]'"
 FT = "from finetune.cli import main; main()"
 KILLED_AT_5 = """
 import os, signal, time
-from finetune.artifacts.run_folder import RunFolder
+from finetune.run.folder import RunFolder
 from finetune.cli import main
 from finetune.events import StepDone
 from finetune.tracking import consumer
@@ -132,10 +132,17 @@ def test_tracker_holds_the_run_that_was_killed_and_resumed(name: str, waiting: b
     make_model(tmp_path / "model")
     make_data(tmp_path / "rows.jsonl", 6)
     values = {
-        **QUICK, "model.path": "model", "data.train": "rows.jsonl", "data.valid_fraction": 0.3, "training.epochs": 99.0,
-        "training.max_steps": STEPS, "training.evaluate_every": 2, "training.save_every": 3,
-        "tracking.to": f"[{name}]", "tracking.project": "laws",
-    }  # fmt: skip
+        **QUICK,
+        "model.path": "model",
+        "data.train": "rows.jsonl",
+        "data.valid_fraction": 0.3,
+        "training.epochs": 99.0,
+        "training.max_steps": STEPS,
+        "training.evaluate_every": 2,
+        "training.save_every": 3,
+        "tracking.to": f"[{name}]",
+        "tracking.project": "laws",
+    }
     given = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
     first = python(KILLED_AT_5.replace("WAITING", str(waiting)), "train", *given, "--output", "run", cwd=tmp_path)
     assert first.returncode == -9, first.stderr

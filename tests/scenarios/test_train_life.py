@@ -52,7 +52,7 @@ def test_json_goes_to_stdout_and_words_to_stderr(tmp_path: Path) -> None:
 
 def test_run_folder_holds_what_the_contract_says(finished: Path) -> None:
     """Every promised file is there, and the manifest's hashes are those of the files."""
-    from finetune.artifacts.write import file_hash
+    from finetune.files import file_hash
 
     run = manifest(finished)
     listed = {file["path"]: file["sha256"] for file in run["artifacts"]}
@@ -91,7 +91,7 @@ print("fine")
 
 STOPPED_AT_3 = """
 import os, signal
-from finetune.artifacts.checkpoints import CheckpointStore
+from finetune.run.checkpoints import CheckpointStore
 from finetune.cli import main
 
 save = CheckpointStore.save

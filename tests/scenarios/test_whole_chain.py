@@ -19,9 +19,18 @@ pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'fine
 
 MODEL = os.environ.get("FT_E2E_MODEL_ID") or SHIPPED[0]
 STEPS = (
-    "model", "data set", "fine-tuning", "merged model", "MLX generation", "GGUF", "Ollama", "llama.cpp", "evaluation",
-    "equivalence", "report",
-)  # fmt: skip
+    "model",
+    "data set",
+    "fine-tuning",
+    "merged model",
+    "MLX generation",
+    "GGUF",
+    "Ollama",
+    "llama.cpp",
+    "evaluation",
+    "equivalence",
+    "report",
+)
 QUESTIONS = "01c89cf1f3f4f592727327a56b22ac7a18ec0cb261ace7b194b9996750a82c59"
 """The hash of the shipped models' questions."""
 IDENTICAL = ("merged", "torch", "reference", "gguf-f32", "gguf-f16", "server")

@@ -14,16 +14,30 @@ CONTEXT = 40
 CONFIGS: dict[str, dict[str, Any]] = {
     # Three heads of six share one key; 3 x 6 is not the hidden size; no two sides of a matrix are alike.
     "llama": {
-        "model_type": "llama", "hidden_size": 21, "intermediate_size": 28, "num_hidden_layers": 2,
-        "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 6, "max_position_embeddings": CONTEXT,
-        "initializer_range": 0.3, "tie_word_embeddings": False,
+        "model_type": "llama",
+        "hidden_size": 21,
+        "intermediate_size": 28,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 6,
+        "max_position_embeddings": CONTEXT,
+        "initializer_range": 0.3,
+        "tie_word_embeddings": False,
     },
     # Five heads, weights stored the other way round, tied embeddings, and dropout of its own.
     "gpt2": {
-        "model_type": "gpt2", "n_embd": 20, "n_head": 5, "n_layer": 2, "n_positions": CONTEXT,
-        "initializer_range": 0.3, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1,
+        "model_type": "gpt2",
+        "n_embd": 20,
+        "n_head": 5,
+        "n_layer": 2,
+        "n_positions": CONTEXT,
+        "initializer_range": 0.3,
+        "resid_pdrop": 0.1,
+        "embd_pdrop": 0.1,
+        "attn_pdrop": 0.1,
     },
-}  # fmt: skip
+}
 MODULES = {"llama": ("q_proj", "v_proj", "down_proj"), "gpt2": ("c_attn", "c_proj")}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 

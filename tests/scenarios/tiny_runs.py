@@ -6,31 +6,47 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import load_config
-from finetune.pipeline import fine_tune
+from finetune.train import fine_tune
 from properties.workplace import QUICK, make_data, quick_end
 from scenarios.gguf_models import gpt2_like, make_model
 
 TARGETS = ["q_proj", "k_proj", "down_proj"]
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("llama", {"adapter.targets": TARGETS, "adapter.alpha": 7.0}),
-    "rank-stabilized, by patterns": ("llama with biases, Llama 3's rope", {
-        "adapter.targets": TARGETS, "adapter.alpha": 3.0, "adapter.scaling": "rank_stabilized",
-        "adapter.rank_pattern": {"k_proj": 5}, "adapter.alpha_pattern": {"layers.1.mlp.down_proj": 9.0},
-    }),
+    "rank-stabilized, by patterns": (
+        "llama with biases, Llama 3's rope",
+        {
+            "adapter.targets": TARGETS,
+            "adapter.alpha": 3.0,
+            "adapter.scaling": "rank_stabilized",
+            "adapter.rank_pattern": {"k_proj": 5},
+            "adapter.alpha_pattern": {"layers.1.mlp.down_proj": 9.0},
+        },
+    ),
     "dora": ("qwen2", {"adapter.targets": ["q_proj", "o_proj"], "adapter.alpha": 5.0, "adapter.kind": "dora"}),
-    "modules to save": ("llama", {
-        "adapter.targets": ["k_proj"], "adapter.alpha": 5.0, "adapter.modules_to_save": ["lm_head", "model.norm"],
-    }),
+    "modules to save": (
+        "llama",
+        {
+            "adapter.targets": ["k_proj"],
+            "adapter.alpha": 5.0,
+            "adapter.modules_to_save": ["lm_head", "model.norm"],
+        },
+    ),
     "tied head": ("qwen3", {"adapter.targets": ["v_proj", "up_proj"], "adapter.alpha": 5.0}),
-    "rank-stabilized": ("llama", {
-        "adapter.targets": TARGETS, "adapter.alpha": 3.0, "adapter.scaling": "rank_stabilized",
-        "adapter.rank_pattern": {"k_proj": 5},
-    }),
+    "rank-stabilized": (
+        "llama",
+        {
+            "adapter.targets": TARGETS,
+            "adapter.alpha": 3.0,
+            "adapter.scaling": "rank_stabilized",
+            "adapter.rank_pattern": {"k_proj": 5},
+        },
+    ),
     "dora on llama": ("llama", {"adapter.targets": ["q_proj"], "adapter.alpha": 5.0, "adapter.kind": "dora"}),
     "gpt2": ("gpt2", {"adapter.targets": ["c_attn", "c_proj"], "adapter.alpha": 7.0}),
     "gpt2, dora": ("gpt2", {"adapter.targets": ["c_attn", "c_fc"], "adapter.alpha": 7.0, "adapter.kind": "dora"}),
     "whole model": ("llama", {"adapter.kind": "full"}),
-}  # fmt: skip
+}
 """The model and what differs from a plain run; together all kinds of weights that training can change."""
 
 

@@ -25,8 +25,8 @@ from finetune.cli import (
     verify,
 )
 from finetune.cli.console import say
+from finetune.distributed.environment import rank_of
 from finetune.errors import FineTuneError
-from finetune.place import rank_of
 
 INTERRUPTED = 130
 app = typer.Typer(

@@ -18,7 +18,7 @@ def command(run: RunPath, *, ask: Asked = None, max_new_tokens: Tokens = 64) -> 
 
     Each question stands alone unless standard input is a terminal, where the conversation goes on.
     """
-    from finetune.reopen import talker
+    from finetune.evidence.reopen import talker
 
     answer = talker(run, max_new_tokens=max_new_tokens)
     if ask is not None:

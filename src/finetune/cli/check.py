@@ -55,7 +55,7 @@ def _problems(
     path: Path | None, flags: dict[str, str | None], assignments: list[str] | None, profile: str | None
 ) -> tuple[list[Problem], int]:
     """What is wrong with one configuration, and the exit code for it."""
-    from finetune.assembly.check import find_problems
+    from finetune.training.check import find_problems
 
     try:
         loaded = gather(path, flags, assignments, profile)

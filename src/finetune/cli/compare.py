@@ -8,7 +8,7 @@ from finetune.cli.console import data_console, print_json, say
 from finetune.cli.options import AsJson, RunPath
 
 if TYPE_CHECKING:
-    from finetune.equivalence import Equivalence, Row
+    from finetune.compare.comparison import Equivalence, Row
 
 Through = Annotated[
     str | None,
@@ -21,7 +21,7 @@ def command(run: RunPath, *, through: Through = None, json_output: AsJson = Fals
 
     Trainer, merged model, torch, MLX, reference and GGUF of each type: exact matches, the first token that differs, KL.
     """
-    from finetune.equivalence import THROUGH, compare_ways
+    from finetune.compare.comparison import THROUGH, compare_ways
 
     names = [name.strip() for name in through.split(",")] if through is not None else THROUGH
     found = compare_ways(run, names, tell=say)

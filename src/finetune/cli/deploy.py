@@ -9,8 +9,8 @@ from finetune.cli.options import AsJson, RunPath, named_outtype
 from finetune.errors import UsageError
 
 if TYPE_CHECKING:
-    from finetune.deploy.llama_server import LlamaServer
-    from finetune.deployment import Deployed
+    from finetune.serve.deploy import Deployed
+    from finetune.serve.llama_server import LlamaServer
 
 TARGETS = ("ollama", "llama.cpp")
 Target = Annotated[str, typer.Option("--to", help="ollama or llama.cpp.")]
@@ -40,8 +40,8 @@ def command(
     """
     from contextlib import closing
 
-    from finetune.deploy.ollama import Ollama
-    from finetune.deployment import deploy_llama_cpp, deploy_ollama
+    from finetune.serve.deploy import deploy_llama_cpp, deploy_ollama
+    from finetune.serve.ollama import Ollama
 
     kind = named_outtype(outtype)
     if to == "llama.cpp":

@@ -45,13 +45,13 @@ def command(
     For LoRA and for full fine-tuning, from the model's shape alone. Without --data every row is taken to be as long
     as tokens.max_length and trained throughout; with it, the largest batch of your rows counts.
     """
-    from finetune.assembly.prepare import adapter_target, planned_shape
     from finetune.config import TrainingConfig
+    from finetune.evidence.memory import measure_framework as measured_here
     from finetune.memory.framework import framework_of
-    from finetune.memory.measure import measure_framework as measured_here
     from finetune.memory.outlook import foresee, outlook_notes, outlook_table, outlook_values
     from finetune.memory.scale import available_memory
     from finetune.models.locate import locate_model
+    from finetune.training.prepare import adapter_target, planned_shape
 
     loaded = gather(config, flags_of(model, data, template, backend), assignments, profile)
     settings = loaded.config
@@ -85,10 +85,10 @@ def command(
 
 def _load(loaded: "LoadedConfig", shape: "ModelShape") -> tuple["StepLoad", str]:
     """The largest batch, and what it was taken from."""
-    from finetune.assembly.prepare import pack_length, prepare
     from finetune.config import ModelAndDataFacts, resolve
+    from finetune.data.batches import epoch_batches
     from finetune.memory.load import full_load, load_of
-    from finetune.tokens.batch import epoch_batches
+    from finetune.training.prepare import pack_length, prepare
 
     training = loaded.config.training
     if loaded.config.data.train is None:

@@ -8,7 +8,7 @@ from finetune.cli.options import AsJson, RunPath
 
 def command(run: RunPath, *, json_output: AsJson = False) -> int:
     """Score the base and the fine-tuned model of a finished run on its questions."""
-    from finetune.reopen import compare, reopen
+    from finetune.evidence.reopen import compare, reopen
 
     base, tuned = compare(*reopen(run))
     sets = {"trained questions": (base.learning, tuned.learning), "retention": (base.retention, tuned.retention)}

@@ -33,7 +33,7 @@ def command(
 
     Tokens, logits and greedy text are compared; the file comes to its place only when all of them agree.
     """
-    from finetune.export import export
+    from finetune.export.gguf import export
 
     chosen = named_outtype(outtype) if outtype is not None else None
     done = export(run, outtype=chosen, adapter_only=adapter_only, output=output, backend=backend, tell=say)

@@ -13,8 +13,8 @@ def command(
     path: Annotated[Path, typer.Argument(help="Where to write it; - prints it.")] = Path("finetune.yaml"),
 ) -> int:
     """Write a commented configuration file; an existing file is never overwritten."""
-    from finetune.artifacts.write import write_text
     from finetune.config import commented_config
+    from finetune.files import write_text
 
     if str(path) == "-":
         print_data(commented_config())

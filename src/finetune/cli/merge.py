@@ -20,8 +20,8 @@ def command(run: RunPath, *, output: Folder = None, dtype: Stored = None, json_o
 
     Weights, answers and log probabilities are compared; the folder comes to its place only when all of them agree.
     """
-    from finetune.convert.model_files import DTYPES
-    from finetune.merging import merge
+    from finetune.export.merge import merge
+    from finetune.export.model_files import DTYPES
 
     chosen = next((known for known in DTYPES if known == dtype), None)
     if dtype is not None and chosen is None:

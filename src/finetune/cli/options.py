@@ -10,7 +10,7 @@ from finetune.errors import UsageError
 
 if TYPE_CHECKING:
     from finetune.config import LoadedConfig
-    from finetune.convert.outtypes import Outtype
+    from finetune.export.outtypes import Outtype
 
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; `ft init` writes one.")]
 ConfigFiles = Annotated[list[Path] | None, typer.Argument(metavar="[CONFIG]", help="YAML files; `ft init` writes one.")]
@@ -58,7 +58,7 @@ def named_outtype(name: str, option: str = "--outtype") -> "Outtype":
     Raises:
         UsageError: there is none of that name.
     """
-    from finetune.convert.outtypes import OUTTYPES
+    from finetune.export.outtypes import OUTTYPES
 
     for known in OUTTYPES:
         if known == name:

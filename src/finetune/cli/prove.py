@@ -73,7 +73,7 @@ def command(
     baseline = read_baseline(against, tier, backend) if against else None
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is no folder", hint="name a new folder, or one of an earlier campaign")
-    from finetune.interrupts import terminated_as_interrupted
+    from finetune.processes import terminated_as_interrupted
     from finetune.report.matrix import render_matrix
     from finetune.verify.prove.place import write_proof
 

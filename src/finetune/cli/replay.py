@@ -8,7 +8,7 @@ import typer
 from finetune.cli.console import print_data, print_json, say
 from finetune.cli.options import AsJson
 from finetune.errors import RefusedError, UsageError
-from finetune.interrupts import terminated_as_interrupted
+from finetune.processes import terminated_as_interrupted
 
 if TYPE_CHECKING:
     from finetune.verify.minimise import Minimised

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from finetune.cli.console import print_data, print_json
 from finetune.errors import RefusedError, UsageError
-from finetune.interrupts import terminated_as_interrupted
+from finetune.processes import terminated_as_interrupted
 
 _CODES = {"holds": 0, "broken": 1, "error": 4, "undecided": 4}
 _WORDS = {"holds": "FIXED", "broken": "BROKEN", "error": "ERROR", "undecided": "ERROR"}

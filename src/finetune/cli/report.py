@@ -30,9 +30,9 @@ def command(runs: Runs = None, *, history: History = False, html: Page = None, j
             "ft report needs a run folder, and none was given", hint="ft report runs/*/, or ft report --history"
         )
 
-    from finetune.artifacts.run_folder import RunFolder
-    from finetune.artifacts.write import write_text
+    from finetune.files import write_text
     from finetune.report import build_report, print_report, render_html
+    from finetune.run.folder import RunFolder
 
     found = [{**RunFolder.finished(path).read_manifest(), "folder": str(path)} for path in runs]
     if json_output:
@@ -47,7 +47,7 @@ def command(runs: Runs = None, *, history: History = False, html: Page = None, j
 
 
 def _show_history(files: Sequence[Path], *, html: Path | None, json_output: bool) -> int:
-    from finetune.artifacts.write import write_text
+    from finetune.files import write_text
     from finetune.report.history import HISTORY, WRITTEN_BY, in_order, read_history
     from finetune.report.history_views import print_history, render_history
 

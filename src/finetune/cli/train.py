@@ -26,7 +26,7 @@ from finetune.errors import UsageError
 
 if TYPE_CHECKING:
     from finetune.config import TrainingConfig
-    from finetune.convert.outtypes import Outtype
+    from finetune.export.outtypes import Outtype
 
 Output = Annotated[Path | None, typer.Option("--output", help="The run folder to make; by default below runs/.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run (--output names it).")]
@@ -64,14 +64,14 @@ def command(
 
     Without arguments: the shipped model on the shipped data. Exit code 1 when a criterion is broken.
     """
-    from finetune.artifacts.run_folder import RunFolder
     from finetune.cli.progress import Progress
     from finetune.config import LoadedConfig, load_plan
-    from finetune.launch.command import plan_launch
-    from finetune.launch.notes import read_command
-    from finetune.launch.together import train_together
-    from finetune.pipeline import fine_tune
-    from finetune.place import NOTES
+    from finetune.distributed.environment import NOTES
+    from finetune.distributed.launch import train_together
+    from finetune.distributed.launchers import plan_launch
+    from finetune.distributed.notes import read_command
+    from finetune.run.folder import RunFolder
+    from finetune.train import fine_tune
 
     flags = flags_of(model, data, template, backend)
     if resume:
@@ -105,7 +105,7 @@ def command(
 
 def _exportable_as(name: str, config: "TrainingConfig") -> "Outtype":
     """The type of file that is asked for, seen to be one that this base can be written in."""
-    from finetune.export import check_export
+    from finetune.export.gguf import check_export
 
     outtype = named_outtype(name, "--export")
     check_export(config)
@@ -113,7 +113,7 @@ def _exportable_as(name: str, config: "TrainingConfig") -> "Outtype":
 
 
 def _export(folder: Path, outtype: "Outtype") -> None:
-    from finetune.export import export
+    from finetune.export.gguf import export
 
     done = export(str(folder), outtype=outtype, adapter_only=False, output=None, backend="torch", tell=say)
     say(f"GGUF: {done.path}")

@@ -10,7 +10,7 @@ import typer
 from finetune.cli.console import data_console, print_data, print_json, say
 from finetune.cli.options import AsJson
 from finetune.errors import FineTuneError, MissingExtraError
-from finetune.interrupts import terminated_as_interrupted
+from finetune.processes import terminated_as_interrupted
 
 if TYPE_CHECKING:
     from finetune.verify.suite.judge import Effort
@@ -103,8 +103,8 @@ def _require() -> None:
 
 def _make_room(output: Path | None, *files: Path | None) -> None:
     """Refuse now what could not be written in the end."""
-    from finetune.artifacts.write import make_folder
     from finetune.errors import OutputError
+    from finetune.files import make_folder
 
     for file in filter(None, files):
         if file.is_dir() or not file.absolute().parent.is_dir():
@@ -168,7 +168,7 @@ def _tell(judgement: "Judgement") -> None:
 def _write(found: "Verification", subject: str, asked: str, places: Places) -> None:
     from importlib.metadata import version
 
-    from finetune.artifacts.write import write_text
+    from finetune.files import write_text
     from finetune.verify.suite import formats
     from finetune.verify.suite.findings import as_document, earlier_findings, tell_report, write_findings
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from finetune.cli.app import run
+from finetune.distributed.environment import NOTES, rank_of
+from finetune.distributed.notes import Note, State, leave_note
+from finetune.distributed.supervise import MARK
 from finetune.errors import FineTuneError, LostProcessError
-from finetune.launch.notes import Note, State, leave_note
-from finetune.launch.watch import MARK
-from finetune.place import NOTES, rank_of
 
 
 class _Marked:

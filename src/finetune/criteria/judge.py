@@ -52,27 +52,41 @@ def _judge_loss(evidence: Evidence) -> list[Verdict]:
     if len(loss.per_step) < 2:
         verdicts.append(
             Verdict(
-                "loss-convergence", "Training loss falls", 1, "undecided",
-                f"{len(loss.per_step)} step", "> 5 % lower", "needs at least two steps",
+                "loss-convergence",
+                "Training loss falls",
+                1,
+                "undecided",
+                f"{len(loss.per_step)} step",
+                "> 5 % lower",
+                "needs at least two steps",
             )
-        )  # fmt: skip
+        )
     else:
         fell = TrainingSuccessValidator.loss_reduction(loss.per_step)
         verdicts.append(
             Verdict(
-                "loss-convergence", "Training loss falls", 1, _word(fell > MIN_LOSS_REDUCTION),
-                f"{fell:.1%} lower ({loss.per_step[0]:.3g} to {loss.per_step[-1]:.3g})", "> 5 % lower",
+                "loss-convergence",
+                "Training loss falls",
+                1,
+                _word(fell > MIN_LOSS_REDUCTION),
+                f"{fell:.1%} lower ({loss.per_step[0]:.3g} to {loss.per_step[-1]:.3g})",
+                "> 5 % lower",
                 numbers={"reduction": fell},
             )
-        )  # fmt: skip
+        )
     same = TrainingSuccessValidator.loss_reduction((loss.fixed_before, loss.fixed_after))
     verdicts.append(
         Verdict(
-            "loss-fixed-batches", "It falls on the same batches, dropout off", 1, _word(same > MIN_LOSS_REDUCTION),
-            f"{same:.1%} lower ({loss.fixed_before:.3g} to {loss.fixed_after:.3g})", "> 5 % lower",
-            companion=True, numbers={"before": loss.fixed_before, "after": loss.fixed_after},
+            "loss-fixed-batches",
+            "It falls on the same batches, dropout off",
+            1,
+            _word(same > MIN_LOSS_REDUCTION),
+            f"{same:.1%} lower ({loss.fixed_before:.3g} to {loss.fixed_after:.3g})",
+            "> 5 % lower",
+            companion=True,
+            numbers={"before": loss.fixed_before, "after": loss.fixed_after},
         )
-    )  # fmt: skip
+    )
     return [*verdicts, _judge_start(loss), *_judge_held_out(evidence)]
 
 
@@ -87,10 +101,16 @@ def _judge_start(loss: LossEvidence) -> Verdict:
             f"the base is worse on these rows than a uniform guess ({guess:.3g}): is it the right base and tokenizer?"
         )
     return Verdict(
-        "loss-start", "The start was plausible", 1, outcome,
-        f"{loss.fixed_before:.3g} nats", f"<= {guess + _START_MARGIN:.3g} (ln of the vocabulary + 1)", reason,
-        companion=True, numbers={"start": loss.fixed_before, "guess": guess},
-    )  # fmt: skip
+        "loss-start",
+        "The start was plausible",
+        1,
+        outcome,
+        f"{loss.fixed_before:.3g} nats",
+        f"<= {guess + _START_MARGIN:.3g} (ln of the vocabulary + 1)",
+        reason,
+        companion=True,
+        numbers={"start": loss.fixed_before, "guess": guess},
+    )
 
 
 def _judge_held_out(evidence: Evidence) -> list[Verdict]:
@@ -99,19 +119,30 @@ def _judge_held_out(evidence: Evidence) -> list[Verdict]:
         reason = evidence.why.get("held_out", "no rows were held out")
         return [
             Verdict(
-                "loss-held-out", "It falls on rows never trained on", 1, "not applicable",
-                "not measured", "lower than before", reason, companion=True,
+                "loss-held-out",
+                "It falls on rows never trained on",
+                1,
+                "not applicable",
+                "not measured",
+                "lower than before",
+                reason,
+                companion=True,
             )
-        ]  # fmt: skip
+        ]
     outcome: Outcome = "holds" if after < before else "broken" if after > before * 1.05 else "undecided"
     return [
         Verdict(
-            "loss-held-out", "It falls on rows never trained on", 1, outcome,
-            f"{before:.3g} to {after:.3g}", "lower than before",
+            "loss-held-out",
+            "It falls on rows never trained on",
+            1,
+            outcome,
+            f"{before:.3g} to {after:.3g}",
+            "lower than before",
             "" if outcome == "holds" else "what was learned does not carry over to other rows",
-            companion=True, numbers={"before": before, "after": after},
+            companion=True,
+            numbers={"before": before, "after": after},
         )
-    ]  # fmt: skip
+    ]
 
 
 def _judge_parameters(evidence: Evidence) -> list[Verdict]:
@@ -128,24 +159,32 @@ def _judge_parameters(evidence: Evidence) -> list[Verdict]:
     enough = whole or parameters.steps >= 2
     verdicts = [
         Verdict(
-            "parameter-updates", "The model's tensors change" if whole else "Adapter tensors change", 4,
+            "parameter-updates",
+            "The model's tensors change" if whole else "Adapter tensors change",
+            4,
             _word(share > MIN_CHANGED_SHARE) if enough else "undecided",
-            f"{share:.0%} of {len(declared)} tensors", "> 80 %",
+            f"{share:.0%} of {len(declared)} tensors",
+            "> 80 %",
             "" if enough else "A cannot change at the first step (B starts at 0): needs two steps",
             numbers={"share": share},
         )
-    ]  # fmt: skip
+    ]
     if whole:
         return [*verdicts, *_without_adapter()]
     changed = {name for name in parameters.before if parameters.before[name] != parameters.after[name]}
     strays = sorted(changed - declared)
     verdicts.append(
         Verdict(
-            "parameter-exactly", "Nothing else changes", 4, _word(not strays),
-            f"{len(strays)} of {len(parameters.before) - len(declared)} frozen tensors", "0",
-            f"changed: {strays[0]}" if strays else "", companion=True,
+            "parameter-exactly",
+            "Nothing else changes",
+            4,
+            _word(not strays),
+            f"{len(strays)} of {len(parameters.before) - len(declared)} frozen tensors",
+            "0",
+            f"changed: {strays[0]}" if strays else "",
+            companion=True,
         )
-    )  # fmt: skip
+    )
     return [*verdicts, _judge_first_gradients(evidence)]
 
 
@@ -153,14 +192,26 @@ def _without_adapter() -> list[Verdict]:
     """What is said of the frozen rest and of A and B where the whole model is trained."""
     return [
         Verdict(
-            "parameter-exactly", "Nothing else changes", 4, "not applicable", "0 frozen tensors", "0",
-            "nothing is frozen: the whole model is trained", companion=True,
+            "parameter-exactly",
+            "Nothing else changes",
+            4,
+            "not applicable",
+            "0 frozen tensors",
+            "0",
+            "nothing is frozen: the whole model is trained",
+            companion=True,
         ),
         Verdict(
-            "parameter-first-step", _FIRST_STEP, 4, "not applicable", "not measured", "B > 0, A = 0",
-            "no adapter is trained, so there is neither A nor B", companion=True,
+            "parameter-first-step",
+            _FIRST_STEP,
+            4,
+            "not applicable",
+            "not measured",
+            "B > 0, A = 0",
+            "no adapter is trained, so there is neither A nor B",
+            companion=True,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _judge_first_gradients(evidence: Evidence) -> Verdict:
@@ -175,10 +226,15 @@ def _judge_first_gradients(evidence: Evidence) -> Verdict:
     silent = [name for name, norm in norms.items() if ".lora_B." in name and not 0 < norm < math.inf]
     moved = [name for name, norm in norms.items() if ".lora_A." in name and norm != 0]
     return Verdict(
-        "parameter-first-step", title, 4, _word(not silent and not moved),
-        f"{len(silent)} B without, {len(moved)} A with a gradient", "0 and 0",
-        f"for example {(silent + moved)[0]}" if silent or moved else "", companion=True,
-    )  # fmt: skip
+        "parameter-first-step",
+        title,
+        4,
+        _word(not silent and not moved),
+        f"{len(silent)} B without, {len(moved)} A with a gradient",
+        "0 and 0",
+        f"for example {(silent + moved)[0]}" if silent or moved else "",
+        companion=True,
+    )
 
 
 def _judge_artifacts(evidence: Evidence) -> list[Verdict]:
@@ -187,14 +243,24 @@ def _judge_artifacts(evidence: Evidence) -> list[Verdict]:
     empty = [name for name, size in artifacts.files.items() if size == 0]
     verdicts = [
         Verdict(
-            "artifacts", "Files are written", 5, _word(good), f"{len(artifacts.files)} files, {len(empty)} empty",
+            "artifacts",
+            "Files are written",
+            5,
+            _word(good),
+            f"{len(artifacts.files)} files, {len(empty)} empty",
             "all there, none empty",
         ),
         Verdict(
-            "artifacts-no-strays", "Nothing unreferenced is left", 5, _word(not artifacts.stray),
-            f"{len(artifacts.stray)} files", "0", ", ".join(artifacts.stray[:3]), companion=True,
+            "artifacts-no-strays",
+            "Nothing unreferenced is left",
+            5,
+            _word(not artifacts.stray),
+            f"{len(artifacts.stray)} files",
+            "0",
+            ", ".join(artifacts.stray[:3]),
+            companion=True,
         ),
-    ]  # fmt: skip
+    ]
     reload = artifacts.reload
     title = "The adapter works in a fresh process on a fresh base"
     idle = "the adapter changes nothing"
@@ -210,9 +276,14 @@ def _judge_artifacts(evidence: Evidence) -> list[Verdict]:
     same, differs = reload.difference <= limit, reload.difference_from_base > limit
     verdicts.append(
         Verdict(
-            "artifacts-reload", title, 5, _word(same and differs),
+            "artifacts-reload",
+            title,
+            5,
+            _word(same and differs),
             f"logits differ by {reload.difference:.2g}; from the base by {reload.difference_from_base:.2g}",
-            f"<= {limit:.2g}; > {limit:.2g}", "" if differs else idle, companion=True,
+            f"<= {limit:.2g}; > {limit:.2g}",
+            "" if differs else idle,
+            companion=True,
         )
-    )  # fmt: skip
+    )
     return verdicts

@@ -53,10 +53,15 @@ def _judge_tensors(memory: MemoryEvidence) -> Verdict:
     if outcome == "broken":
         reason += "; activations and logits outweigh what LoRA saves at these sizes"
     return Verdict(
-        "memory-efficiency", _TITLES["memory-efficiency"], 3, outcome,
-        f"{_say_less(less)} ({_megabytes(lora.peak_tensors)} against {_megabytes(full.peak_tensors)})", "> 30 % less",
-        reason, numbers={"reduction": less},
-    )  # fmt: skip
+        "memory-efficiency",
+        _TITLES["memory-efficiency"],
+        3,
+        outcome,
+        f"{_say_less(less)} ({_megabytes(lora.peak_tensors)} against {_megabytes(full.peak_tensors)})",
+        "> 30 % less",
+        reason,
+        numbers={"reduction": less},
+    )
 
 
 def _judge_exact(memory: MemoryEvidence) -> Verdict:
@@ -64,10 +69,16 @@ def _judge_exact(memory: MemoryEvidence) -> Verdict:
     full = memory.full.gradient_bytes + memory.full.optimizer_bytes
     less = TrainingSuccessValidator.memory_reduction(full, lora)
     return Verdict(
-        "memory-exact", _TITLES["memory-exact"], 3, "holds" if less > MIN_MEMORY_REDUCTION else "broken",
-        f"{_say_less(less)} ({_megabytes(lora)} against {_megabytes(full)})", "> 30 % less",
-        "the exact part: bytes of gradients and AdamW moments", companion=True, numbers={"reduction": less},
-    )  # fmt: skip
+        "memory-exact",
+        _TITLES["memory-exact"],
+        3,
+        "holds" if less > MIN_MEMORY_REDUCTION else "broken",
+        f"{_say_less(less)} ({_megabytes(lora)} against {_megabytes(full)})",
+        "> 30 % less",
+        "the exact part: bytes of gradients and AdamW moments",
+        companion=True,
+        numbers={"reduction": less},
+    )
 
 
 def _judge_resident(memory: MemoryEvidence) -> Verdict:
@@ -81,6 +92,13 @@ def _judge_resident(memory: MemoryEvidence) -> Verdict:
         outcome = "not applicable"
         reason += f"; below {_megabytes(_RESOLVABLE_RSS)} it is mostly library pages and allocator slack"
     return Verdict(
-        "memory-resident", _TITLES["memory-resident"], 3, outcome, measured, "> 30 % less", reason,
-        companion=True, numbers={"reduction": less},
-    )  # fmt: skip
+        "memory-resident",
+        _TITLES["memory-resident"],
+        3,
+        outcome,
+        measured,
+        "> 30 % less",
+        reason,
+        companion=True,
+        numbers={"reduction": less},
+    )

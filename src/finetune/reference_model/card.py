@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from finetune.artifacts.write import describe_files, write_text
-from finetune.assembly.encoder import Encoder
 from finetune.backends import open_backend
+from finetune.chat.encoder import Encoder
 from finetune.data.facts import Fact, known_facts
 from finetune.data.shipped import FACTS, shipped_facts
-from finetune.evaluation.ask import ask
+from finetune.evidence.answers import ask
+from finetune.files import describe_files, write_text
 from finetune.models.shape import read_shape
 from finetune.ports import Session
 from finetune.records import Conversation, Message, ModelLocation, Scores

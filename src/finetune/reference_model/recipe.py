@@ -12,21 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.artifacts.write import write_json, write_text
 from finetune.backends import open_backend
+from finetune.chat.catalog import CATALOG, CHATML, LLAMA3, TemplateSource
+from finetune.chat.encode import encode_row
+from finetune.chat.render import ChatTemplate
+from finetune.chat.tokenizer import FileTokenizer
+from finetune.data.batches import epoch_batches
 from finetune.data.shipped import FOLDER as DATA_FOLDER
 from finetune.data.shipped import write_shipped_sets
 from finetune.events import StepDone
+from finetune.files import write_json, write_text
 from finetune.models.locate import SHIPPED_FOLDER
 from finetune.records import Batch, Document, ModelLocation, Optimization, Rendered, Tokenized
 from finetune.reference_model.card import write_card
 from finetune.reference_model.corpus import WORDS, Text, draw_text
 from finetune.reference_model.vocabulary import Vocabulary, build_tokenizer
-from finetune.templates.catalog import CATALOG, CHATML, LLAMA3, TemplateSource
-from finetune.templates.render import ChatTemplate
-from finetune.tokens.batch import epoch_batches
-from finetune.tokens.encode import encode_row
-from finetune.tokens.tokenizer import FileTokenizer
 from finetune.training.loop import LoopPlan, train
 
 SEED = 0

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.artifacts.write import write_json
-from finetune.templates.catalog import CHATML, LLAMA3
+from finetune.chat.catalog import CHATML, LLAMA3
+from finetune.files import write_json
 
 PAD = "<|pad|>"
 

@@ -180,9 +180,8 @@ def _paired(sets: Mapping[str, Any]) -> list[dict[str, Any]]:
             place = seen[question] = seen.get(question, 0) + 1
             pair = pairs.setdefault(
                 (question, place),
-                {"question": question, "expected": answer.get("expected"),
-                 "base": None, "tuned": None, "sham": None},
-            )  # fmt: skip
+                {"question": question, "expected": answer.get("expected"), "base": None, "tuned": None, "sham": None},
+            )
             pair[model] = {"given": answer.get("given"), "right": bool(answer.get("right"))}
     return [{**pair, "change": _change(pair)} for pair in pairs.values()]
 

@@ -16,9 +16,17 @@ if TYPE_CHECKING:
 INK, MUTED, RULE, PAPER = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04"
 BLUE, TEAL, OCHRE, RED, GREY, VIOLET = "#0a0c01", "#0a0c02", "#0a0c03", "#0a0c04", "#0a0c05", "#0a0c06"
 _VARIABLES = {
-    INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "card",
-    BLUE: "blue", TEAL: "teal", OCHRE: "ochre", RED: "red", GREY: "grey", VIOLET: "violet",
-}  # fmt: skip
+    INK: "ink",
+    MUTED: "muted",
+    RULE: "rule",
+    PAPER: "card",
+    BLUE: "blue",
+    TEAL: "teal",
+    OCHRE: "ochre",
+    RED: "red",
+    GREY: "grey",
+    VIOLET: "violet",
+}
 _POINTS_PER_INCH = 72
 TEXT_SIZE = 12.0
 # Elements that carry data get an id with this word in it: tests look for them, and so can a reader's own style sheet.

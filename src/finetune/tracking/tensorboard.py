@@ -21,8 +21,10 @@ class TensorBoard:
         self._writer = EventFileWriter(self.place)
         # Readers forget all steps from 0 on: what a killed process told is told again, from the beginning.
         self._add(0, session_log=SessionLog(status=SessionLog.START))
-        shown = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in
-                 tracked.parameters.items()}  # fmt: skip
+        shown = {
+            key: value if isinstance(value, bool | int | float) else str(value)
+            for key, value in tracked.parameters.items()
+        }
         self._add(0, summary=hparams_pb(shown, trial_id=tracked.id))
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:

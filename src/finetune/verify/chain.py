@@ -17,7 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.artifacts.write import (
+from finetune.data.facts import new_facts
+from finetune.data.shipped import REHEARSAL, RETENTION, facts_as_jsonl, shipped_facts
+from finetune.errors import FineTuneError, RefusedError
+from finetune.files import (
     describe_files,
     file_hash,
     is_torn,
@@ -26,9 +29,6 @@ from finetune.artifacts.write import (
     write_json,
     write_text,
 )
-from finetune.data.facts import new_facts
-from finetune.data.shipped import REHEARSAL, RETENTION, facts_as_jsonl, shipped_facts
-from finetune.errors import FineTuneError, RefusedError
 from finetune.models.locate import SHIPPED, locate_model
 
 FORMAT = 1
@@ -45,8 +45,12 @@ Outcome = Literal["done", "skipped", "failed"]
 Teller = Callable[[str], None]
 _LEARNS: dict[str, Any] = {"profile": "demo", "training.epochs": 24.0, "judge.memory_batch_size": 2}
 """How the shipped models learn and keep them."""
-_GENTLE: dict[str, Any] = {"training.learning_rate": 1e-3, "training.epochs": 10.0, "judge.sham": "never",
-                           "judge.memory": "never"}  # fmt: skip
+_GENTLE: dict[str, Any] = {
+    "training.learning_rate": 1e-3,
+    "training.epochs": 10.0,
+    "judge.sham": "never",
+    "judge.memory": "never",
+}
 """How any other model does."""
 
 
@@ -79,8 +83,14 @@ class Chain:
         counts = {kind: sum(step.outcome == kind for step in self.steps) for kind in ("done", "skipped", "failed")}
         seconds = sum(step.seconds for step in self.steps)
         steps = [asdict(step) for step in self.steps]
-        return {"format": FORMAT, "model": self.model, "backend": self.backend, "seconds": seconds, **counts,
-                "steps": steps}  # fmt: skip
+        return {
+            "format": FORMAT,
+            "model": self.model,
+            "backend": self.backend,
+            "seconds": seconds,
+            **counts,
+            "steps": steps,
+        }
 
 
 class _SkippedError(RefusedError):
@@ -185,8 +195,10 @@ class _Links:
         known = shipped_facts()[REHEARSAL] if self.model in SHIPPED else []
         write_text(self.rows, facts_as_jsonl(new_facts(ROWS - len(known), seed=0)))
         write_text(self.known, facts_as_jsonl(known))
-        return {path.name: {"rows": len(path.read_text(encoding="utf-8").splitlines()), "sha256": file_hash(path)}
-                for path in (self.rows, self.known)}  # fmt: skip
+        return {
+            path.name: {"rows": len(path.read_text(encoding="utf-8").splitlines()), "sha256": file_hash(path)}
+            for path in (self.rows, self.known)
+        }
 
     def fine_tune(self) -> dict[str, Any]:
         """Train through the command line, as a user would."""
@@ -209,8 +221,12 @@ class _Links:
         """What the run says of itself."""
         record = json.loads((self.run / "run.json").read_text(encoding="utf-8"))
         verdicts = {verdict["id"]: verdict["outcome"] for verdict in record["verdicts"]}
-        return {"verdicts": verdicts, "scores": _rights(record["scores"]), "timing": record["timing"],
-                "peak_rss_bytes": record["peak_rss_bytes"]}  # fmt: skip
+        return {
+            "verdicts": verdicts,
+            "scores": _rights(record["scores"]),
+            "timing": record["timing"],
+            "peak_rss_bytes": record["peak_rss_bytes"],
+        }
 
     def merge(self) -> dict[str, Any]:
         """Fold the adapter into an ordinary model folder."""
@@ -228,7 +244,7 @@ class _Links:
         learned = self.answers()
         questions = [answer["question"] for answer in learned]
         request = {"model": str(self.merged), "questions": questions, "most": 16}
-        [line] = self.process([sys.executable, "-m", "finetune.backends.mlx.alone"], json.dumps(request))[-1:]
+        [line] = self.process([sys.executable, "-m", "finetune.backends.mlx.mlx_lm_generate"], json.dumps(request))[-1:]
         texts = json.loads(line)
         right = sum(text.strip() == answer["expected"] for text, answer in zip(texts, learned, strict=True))
         other = [
@@ -281,9 +297,13 @@ class _Links:
     def process(self, words: Sequence[str], given: str | None = None) -> list[str]:
         """The lines that a program prints; it, and all that it starts, end with the time that there is."""
         child = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            words,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
             start_new_session=True,
-        )  # fmt: skip
+        )
         name = " ".join(words[3:5]) or words[-1]
         try:
             said, told = child.communicate(given, timeout=max(1.0, self.deadline - time.monotonic()))

@@ -31,8 +31,12 @@ class Death:
 
 
 CODES = {
-    "kill": -signal.SIGKILL, "power": -signal.SIGKILL, "torn": -signal.SIGXFSZ, "interrupt": 130, "full": 1,
-}  # fmt: skip
+    "kill": -signal.SIGKILL,
+    "power": -signal.SIGKILL,
+    "torn": -signal.SIGXFSZ,
+    "interrupt": 130,
+    "full": 1,
+}
 """How a process ends that dies so; of a full disk it does not die, but says so."""
 
 

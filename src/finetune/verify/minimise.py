@@ -21,9 +21,15 @@ from finetune.verify.theatre import Outcome
 SECONDS = 300.0
 """How long anybody waits, unless told otherwise."""
 _SIZES: Mapping[str, int] = {
-    "layers": 1, "hidden": 1, "heads": 1, "kv_heads": 1, "head_size": 2, "intermediate": 1, "vocabulary": FEWEST_WORDS,
+    "layers": 1,
+    "hidden": 1,
+    "heads": 1,
+    "kv_heads": 1,
+    "head_size": 2,
+    "intermediate": 1,
+    "vocabulary": FEWEST_WORDS,
     "seed": 0,
-}  # fmt: skip
+}
 _LEAST: Mapping[str, int] = dict.fromkeys(
     ("training.epochs", "training.max_steps", "training.batch_size", "training.accumulation", "adapter.rank"), 1
 )
@@ -210,9 +216,15 @@ def _smaller_models(task: TaskRecipe) -> Iterator[Mapping[str, Any]]:
 
 
 _PASSES: tuple[Callable[[Story], Iterator[Story]], ...] = (
-    _with_fewer_stages, _of_task(_fewer_rows), _with_fewer_rows_and_earlier_deaths, _of_task(_smaller_settings),
-    _of_task(_smaller_models), _of_task(_shorter_rows), _with_smaller_stages, _keeping_fewer,
-)  # fmt: skip
+    _with_fewer_stages,
+    _of_task(_fewer_rows),
+    _with_fewer_rows_and_earlier_deaths,
+    _of_task(_smaller_settings),
+    _of_task(_smaller_models),
+    _of_task(_shorter_rows),
+    _with_smaller_stages,
+    _keeping_fewer,
+)
 """What spares most comes first."""
 
 

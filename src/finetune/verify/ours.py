@@ -10,17 +10,25 @@ from typing import Any, ClassVar
 
 import yaml
 
-from finetune.artifacts.checkpoints import CheckpointStore, Owner
-from finetune.artifacts.run_folder import RunFolder
 from finetune.errors import RefusedError
+from finetune.run.checkpoints import CheckpointStore, Owner
+from finetune.run.folder import RunFolder
 from finetune.verify.deaths import Death
 from finetune.verify.nursery import Nursery
 from finetune.verify.subjects import Ending, Look, Order, Task
 
 _IMPORTED = (
-    "finetune.cli.app", "finetune.launch.together", "finetune.pipeline", "finetune.reopen", "finetune.verify.ours",
-    "matplotlib.backends.backend_svg", "matplotlib.ticker", "rich.progress", "rich.table", "tokenizers",
-)  # fmt: skip
+    "finetune.cli.app",
+    "finetune.distributed.launch",
+    "finetune.train",
+    "finetune.evidence.reopen",
+    "finetune.verify.ours",
+    "matplotlib.backends.backend_svg",
+    "matplotlib.ticker",
+    "rich.progress",
+    "rich.table",
+    "tokenizers",
+)
 """What a command may need."""
 _COURSE = ("FixedLoss", "HeldOutLoss", "FirstGradients", "StepDone", "StoppedEarly", "RunJudged")
 _CLOCKS = ("seconds", "rss", "tokens_per_second")

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Mapping
 
-from finetune.deploy.ollama import Ollama, Patience, Recipe, full_name
-from finetune.deploy.place import Blob, check_free, place_model
 from finetune.errors import FineTuneError
+from finetune.serve.ollama import Ollama, Patience, Recipe, full_name
+from finetune.serve.publish import Blob, check_free, place_model
 from finetune.verify.subjects import Ending, Serving
 
 _CONTEXT = 64

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from finetune.assembly.result import open_result
 from finetune.backends import open_backend
+from finetune.export.result import open_result
 from finetune.ports import Session
 from finetune.verify.deaths import Death
 from finetune.verify.ours import Ours

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from finetune.artifacts.write import write_json, write_text
 from finetune.backends import open_backend
+from finetune.chat.catalog import CATALOG, CHATML
 from finetune.config import KEYS, unflatten
 from finetune.errors import ConfigError
-from finetune.templates.catalog import CATALOG, CHATML
+from finetune.files import write_json, write_text
 from finetune.verify.subjects import Task
 
 _PAD, _EOS, _BOS = "<|pad|>", "</s>", "<s>"
@@ -19,15 +19,30 @@ CONTROL_TOKENS = (_EOS, _PAD, *CHATML.control_tokens)
 FEWEST_WORDS = 256 + len(CONTROL_TOKENS)
 """A token for each byte and each control token."""
 OUTSIDE = (
-    "model.path", "model.revision", "data.train", "data.valid", "data.rehearsal", "data.retention", "tokens.cache",
-    "tracking.to", "tracking.project", "tracking.name", "backend",
-)  # fmt: skip
+    "model.path",
+    "model.revision",
+    "data.train",
+    "data.valid",
+    "data.rehearsal",
+    "data.retention",
+    "tokens.cache",
+    "tracking.to",
+    "tracking.project",
+    "tracking.name",
+    "backend",
+)
 """Settings that lead out of a story: to files, to a network, or to what its subject decides."""
 _LARGEST = {
-    "training.epochs": 20, "training.max_steps": 200, "training.batch_size": 64, "training.accumulation": 16,
-    "adapter.rank": 64, "tokens.max_length": 1_024, "evaluation.max_new_tokens": 64, "evaluation.questions": 100,
+    "training.epochs": 20,
+    "training.max_steps": 200,
+    "training.batch_size": 64,
+    "training.accumulation": 16,
+    "adapter.rank": 64,
+    "tokens.max_length": 1_024,
+    "evaluation.max_new_tokens": 64,
+    "evaluation.questions": 100,
     "evaluation.retention_questions": 100,
-}  # fmt: skip
+}
 _EXTRA_RUNS = ("judge.sham", "judge.memory")
 Size = Annotated[int, Field(ge=1)]
 
@@ -81,14 +96,24 @@ class ModelRecipe(Recipe):
         folder.mkdir(parents=True)
         _write_tokenizer(folder, self)
         config = {
-            "model_type": "llama", "hidden_size": self.hidden, "intermediate_size": self.intermediate,
-            "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads, "head_dim": self.head_size, "vocab_size": self.vocabulary,
-            "max_position_embeddings": 1_024, "initializer_range": 0.3,
+            "model_type": "llama",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_size,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": 1_024,
+            "initializer_range": 0.3,
             # Defaults, but not everybody's: what a trainer has to guess says nothing about how it trains.
-            "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "hidden_act": "silu", "tie_word_embeddings": False,
-            "pad_token_id": CONTROL_TOKENS.index(_PAD), "eos_token_id": CONTROL_TOKENS.index(_EOS),
-        }  # fmt: skip
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10_000.0,
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "pad_token_id": CONTROL_TOKENS.index(_PAD),
+            "eos_token_id": CONTROL_TOKENS.index(_EOS),
+        }
         open_backend("reference").create(config, folder, seed=self.seed)
 
 

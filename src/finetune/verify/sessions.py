@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 from finetune.errors import StorageError
-from finetune.resident import largest_child, peak_rss
+from finetune.processes import largest_child, peak_rss
 
 if TYPE_CHECKING:
     from finetune.report.history import HistoryEntry

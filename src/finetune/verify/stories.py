@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from finetune.artifacts.write import write_text
 from finetune.errors import UsageError
+from finetune.files import write_text
 from finetune.verify.laws import LAWS
 from finetune.verify.recipes import Recipe, TaskRecipe
 from finetune.verify.stages import Stage, stages_of

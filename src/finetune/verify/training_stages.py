@@ -10,9 +10,12 @@ from finetune.verify.stages import Damage, Doom, Place, Stage, Which
 from finetune.verify.training_life import REFUSED, TrainingLife, content, in_time, spoil, told_of
 
 OTHER_SETTINGS = {
-    "training.learning_rate": 0.5, "training.seed": 1, "training.weight_decay": 0.1, "model.dtype": "bfloat16",
+    "training.learning_rate": 0.5,
+    "training.seed": 1,
+    "training.weight_decay": 0.1,
+    "model.dtype": "bfloat16",
     "training.batch_size": 2,
-}  # fmt: skip
+}
 """Settings that change weights, each with a value that no task has."""
 
 

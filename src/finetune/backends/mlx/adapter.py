@@ -16,13 +16,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from finetune.backends.mlx.layers import Adapter, Parts, Tensors
-from finetune.backends.mlx.names import Names
-from finetune.backends.mlx.tensors import read_tensors, write_tensors
-from finetune.backends.mlx.zoo import Loaded
-from finetune.errors import ModelError
-from finetune.models.adapt import refuse_tied, saved_weights
-from finetune.models.peft_files import (
+from finetune.adapters.choose import refuse_tied, saved_weights
+from finetune.adapters.peft_files import (
     SETTINGS,
     WEIGHTS,
     Layers,
@@ -38,6 +33,11 @@ from finetune.models.peft_files import (
     tensor_shapes,
     write_settings,
 )
+from finetune.backends.mlx.layers import Adapter, Parts, Tensors
+from finetune.backends.mlx.load import Loaded
+from finetune.backends.mlx.names import Names
+from finetune.backends.mlx.tensors import read_tensors, write_tensors
+from finetune.errors import ModelError
 from finetune.models.shape import is_head
 from finetune.records import AdapterTarget
 

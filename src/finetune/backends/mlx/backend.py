@@ -12,18 +12,21 @@ from mlx.utils import tree_flatten
 
 from finetune.backends.mlx.blas import blas_name, blas_note
 from finetune.backends.mlx.group import join_group
+from finetune.backends.mlx.load import build_model, load_model, put_weights, write_config
 from finetune.backends.mlx.names import Names
 from finetune.backends.mlx.session import MlxSession
 from finetune.backends.mlx.tensors import DTYPES, write_tensors
-from finetune.backends.mlx.zoo import build_model, load_model, put_weights, write_config
 from finetune.errors import ModelError, RefusedError
 from finetune.ports import Group
 from finetune.records import ModelLocation, Quantization
 
 _ARCHITECTURES = {
-    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel",
-}  # fmt: skip
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
 
 
 class MlxBackend:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 import mlx.core as mx
 import numpy as np
 
+from finetune.distributed.data_parallel import Alone
+from finetune.distributed.environment import refuse_launched, started_by
 from finetune.errors import LostProcessError, RefusedError, TrainingError
-from finetune.place import refuse_launched, started_by
 from finetune.ports import Group, Session
-from finetune.training.team import Alone
 
 
 class MlxGroup:

@@ -18,13 +18,13 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from finetune.adapters.choose import ends_with, saved_weights
+from finetune.adapters.peft_files import Layers, adapted_layers, parts_of, saved_name, tensor_name
 from finetune.backends.mlx.fold import through_folded
+from finetune.backends.mlx.load import Loaded, linear_layers
 from finetune.backends.mlx.names import Names
 from finetune.backends.mlx.packed import full_weight, in_full, packed_layers
-from finetune.backends.mlx.zoo import Loaded, linear_layers
 from finetune.errors import ModelError
-from finetune.models.adapt import ends_with, saved_weights
-from finetune.models.peft_files import Layers, adapted_layers, parts_of, saved_name, tensor_name
 from finetune.records import AdapterTarget
 
 

@@ -1,4 +1,4 @@
-"""Measures the memory of a few training steps in this process, then prints it. Started by `finetune.memory.measure`.
+"""Measures the memory of a few training steps in this process, then prints it. Started by `finetune.evidence.memory`.
 
 Asked for the method "framework", it stops before any model is loaded. Of training it tells three
 figures, none of them derived from another: the peak resident set above what the frameworks alone take, the peak of
@@ -18,8 +18,8 @@ from mlx.utils import tree_flatten
 
 from finetune.backends.mlx.backend import MlxBackend
 from finetune.backends.mlx.session import MlxSession
+from finetune.processes import peak_rss, restart_peak
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Tokenized
-from finetune.resident import peak_rss, restart_peak
 
 _STEPS = 3
 

@@ -1,6 +1,6 @@
 """Loads a saved adapter on a fresh base, or a saved model, in this process and compares its logits with those saved.
 
-Started by `finetune.evaluation.reload`. mlx-lm alone does it: its own model, its own `LoRALinear` and `DoRALinear`;
+Started by `finetune.evidence.reload`. mlx-lm alone does it: its own model, its own `LoRALinear` and `DoRALinear`;
 of ours only what reads and renames the files is used.
 """
 
@@ -15,8 +15,8 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from finetune.backends.mlx.adapter import read_adapter
 from finetune.backends.mlx.layers import layer_shapes, weight_shapes
+from finetune.backends.mlx.load import Loaded, linear_layers, load_model
 from finetune.backends.mlx.tensors import read_tensors
-from finetune.backends.mlx.zoo import Loaded, linear_layers, load_model
 from finetune.records import ModelLocation, Quantization
 
 

@@ -7,17 +7,17 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from finetune.adapters.peft_files import adapted_layers, frozen_name
 from finetune.backends.mlx import state
 from finetune.backends.mlx.adapter import read_adapter, write_adapter
+from finetune.backends.mlx.forward import Arrays, Sizes, arrays_of, plan_trip
 from finetune.backends.mlx.group import pool_gradients
 from finetune.backends.mlx.layers import Adapter, draw_tensors, layer_shapes, put_on, refuse_packed, weight_shapes
+from finetune.backends.mlx.load import Loaded, write_config
 from finetune.backends.mlx.optimizer import AdamW, clip, norms
 from finetune.backends.mlx.packed import in_full, packed_layers
 from finetune.backends.mlx.tensors import fingerprint, first_line, write_tensors
-from finetune.backends.mlx.trip import Arrays, Sizes, arrays_of, plan_trip
-from finetune.backends.mlx.zoo import Loaded, write_config
 from finetune.errors import ModelError, OutOfMemoryError, TrainingError
-from finetune.models.peft_files import adapted_layers, frozen_name
 from finetune.ports import Group
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
 

@@ -37,9 +37,7 @@ def write_tensors(tensors: Mapping[str, mx.array], path: Path) -> None:
     end = 0
     for name, tensor in ordered:
         start, end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]
-        }  # fmt: skip
+        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

@@ -20,10 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from finetune.backends.reference.architecture import EMBEDDING, HEAD
-from finetune.backends.reference.weights import read_tensors
-from finetune.models.adapt import refuse_tied, saved_weights
-from finetune.models.peft_files import (
+from finetune.adapters.choose import refuse_tied, saved_weights
+from finetune.adapters.peft_files import (
     WEIGHTS,
     Layers,
     adapted_layers,
@@ -36,6 +34,8 @@ from finetune.models.peft_files import (
     tensor_shapes,
     write_settings,
 )
+from finetune.backends.reference.architecture import EMBEDDING, HEAD
+from finetune.backends.reference.weights import read_tensors
 from finetune.records import AdapterTarget
 
 Array = NDArray[np.float64]

@@ -13,13 +13,13 @@ from safetensors.numpy import save_file
 from finetune.backends.reference.architecture import EMBEDDING, HEAD, read_architecture
 from finetune.backends.reference.session import ReferenceSession
 from finetune.backends.reference.weights import check_tensors, read_tensors
+from finetune.distributed.data_parallel import Alone
+from finetune.distributed.environment import refuse_launched
 from finetune.errors import ModelError
 from finetune.models.quantize import refuse_quantized
 from finetune.models.shape import read_config, weight_files
-from finetune.place import refuse_launched
 from finetune.ports import Group
 from finetune.records import ModelLocation, Quantization
-from finetune.training.team import Alone
 
 
 class ReferenceBackend:

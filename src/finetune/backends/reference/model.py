@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.adapters.peft_files import saved_name, tensor_name
 from finetune.backends.reference.adapter import Adapter
 from finetune.backends.reference.architecture import EMBEDDING, FINAL_NORM, HEAD, Architecture, block_path
-from finetune.models.peft_files import saved_name, tensor_name
 
 Array = NDArray[np.float64]
 Backward = Callable[[Array], Array]

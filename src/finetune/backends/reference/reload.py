@@ -1,6 +1,6 @@
 """Loads a saved adapter on a fresh base, or a saved model, in this process and compares its logits with those saved.
 
-No framework is used. Started by `finetune.evaluation.reload`. The logits compared are float32; so is the adapter on
+No framework is used. Started by `finetune.evidence.reload`. The logits compared are float32; so is the adapter on
 disk, while the session that saved it computes with more digits: the difference is not zero, but far below a float32
 model's own.
 """

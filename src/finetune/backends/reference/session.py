@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from finetune.adapters.peft_files import frozen_name
 from finetune.backends.reference import state
 from finetune.backends.reference.adapter import Adapter, draw_adapter, read_adapter, write_adapter
 from finetune.backends.reference.architecture import HEAD, Architecture
 from finetune.backends.reference.model import Array, Pass, cross_entropy
 from finetune.backends.reference.optimizer import AdamW, clip
 from finetune.errors import ModelError, TrainingError
-from finetune.models.peft_files import frozen_name
 from finetune.models.shape import read_config
 from finetune.ports import Group
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization

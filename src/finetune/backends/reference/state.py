@@ -52,6 +52,8 @@ def load_state(optimizer: AdamW, random: np.random.Generator, folder: Path) -> N
 
 def _named(optimizer: AdamW) -> dict[str, Array]:
     parts: Mapping[str, Mapping[str, Array]] = {
-        "weight": optimizer.tensors, "exp_avg": optimizer.first, "exp_avg_sq": optimizer.second
-    }  # fmt: skip
+        "weight": optimizer.tensors,
+        "exp_avg": optimizer.first,
+        "exp_avg_sq": optimizer.second,
+    }
     return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}

@@ -87,9 +87,14 @@ def load_model(location: ModelLocation, dtype: str) -> Any:
     try:
         # Said outright: left open, transformers asks whoever is at the keyboard whether to run the model's own code.
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            location.folder, dtype=_DTYPES[dtype], output_loading_info=True, local_files_only=True,
-            use_safetensors=True, trust_remote_code=False, ignore_mismatched_sizes=True,
-        )  # fmt: skip
+            location.folder,
+            dtype=_DTYPES[dtype],
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+        )
     except Exception as error:  # what a model's files say can go wrong inside transformers in any way
         if is_exhausted(error):
             raise OutOfMemoryError(

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 import torch
 
+from finetune.distributed.environment import started_by
 from finetune.errors import RefusedError
-from finetune.place import started_by
 
 _CPU, _GPU = "random", "random/gpu"
 

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 
 from finetune.backends.torch.sharding import shard, whole_again
+from finetune.distributed.data_parallel import Alone
+from finetune.distributed.environment import refuse_launched
 from finetune.errors import LostProcessError, RefusedError, TrainingError
-from finetune.place import refuse_launched
 from finetune.ports import Group
-from finetune.training.team import Alone
 
 _PATIENCE = timedelta(days=7)
 """How long a process waits for others, which may be asking the model questions; one that died is seen at once."""

@@ -1,6 +1,6 @@
 """Answers with plain transformers from a model folder in this process: what it does, any user of that folder gets.
 
-Started by `finetune.convert.answering`; nothing of ours is used, and where to stop is what the folder says.
+Started by `finetune.evidence.answering`; nothing of ours is used, and where to stop is what the folder says.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Measures the memory of a few training steps in this process, then prints it. Started by `finetune.memory.measure`.
+"""Measures the memory of a few training steps in this process, then prints it. Started by `finetune.evidence.memory`.
 
 Asked for the method "framework", it stops before any model is loaded. Of training it tells three
 figures, none of them derived from another: the peak resident set above what the frameworks alone take, the peak of
@@ -18,8 +18,8 @@ import torch
 
 from finetune.backends.torch.backend import TorchBackend
 from finetune.backends.torch.session import TorchSession
+from finetune.processes import peak_rss, restart_peak
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Tokenized
-from finetune.resident import peak_rss, restart_peak
 
 _STEPS = 3
 
@@ -62,9 +62,7 @@ def _warm_up() -> None:
     import peft
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tiny = LlamaConfig(
-        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )  # fmt: skip
+    tiny = LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     model = peft.get_peft_model(LlamaForCausalLM(tiny), peft.LoraConfig(r=1, target_modules=["q_proj"]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     model(input_ids=torch.zeros((2, 8), dtype=torch.long)).logits.sum().backward()

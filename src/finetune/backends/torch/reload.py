@@ -2,7 +2,7 @@
 
 A saved model is loaded by transformers alone.
 
-Started by `finetune.evaluation.reload`. Nothing of the session's own loading code is used: what this process can do,
+Started by `finetune.evidence.reload`. Nothing of the session's own loading code is used: what this process can do,
 any user of PEFT can do.
 """
 

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from finetune.adapters.choose import ends_with
+from finetune.adapters.peft_files import on_disk
 from finetune.errors import ModelError, RefusedError
-from finetune.models.adapt import ends_with
-from finetune.models.peft_files import on_disk
 
 _TENSORS = "state.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -56,9 +56,10 @@ def load_state(
     expected = {f"{part}/{name}" for name in trainable for part in ("weight", *_MOMENTS)}
     wrong = (expected | set(kinds)) ^ set(saved)
     wrong |= {
-        f"weight/{name}" for name, tensor in trainable.items()
+        f"weight/{name}"
+        for name, tensor in trainable.items()
         if f"weight/{name}" in saved and saved[f"weight/{name}"].shape != tensor.shape
-    }  # fmt: skip
+    }
     if wrong:
         raise RefusedError(
             f"checkpoint {path} does not fit this run: {len(wrong)} tensors differ, among them {min(wrong)}",

@@ -64,9 +64,13 @@ class CommandDoor:
             RefusesError, UnsupportedError, SubjectError: as `Door.ask`.
         """
         handlers: Mapping[str, Callable[..., Given]] = {
-            "train": self._train, "resume": self._resume, "evaluate": self._evaluate, "merge": self._merge,
-            "generate": self._generate, "adapter_weights": self._adapter_weights,
-        }  # fmt: skip
+            "train": self._train,
+            "resume": self._resume,
+            "evaluate": self._evaluate,
+            "merge": self._merge,
+            "generate": self._generate,
+            "adapter_weights": self._adapter_weights,
+        }
         if self.about.abilities.get(ability, "no such ability"):
             raise UnsupportedError(f"there is no {ability}")
         try:
@@ -240,9 +244,14 @@ class CommandDoor:
         try:
             with log.open("wb") as out:
                 process = subprocess.Popen(
-                    argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=work,
-                    env={**environment, **own, **self._file.environment}, start_new_session=True,
-                )  # fmt: skip
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    cwd=work,
+                    env={**environment, **own, **self._file.environment},
+                    start_new_session=True,
+                )
         except OSError as error:
             raise SubjectError(f"{argv[0]} cannot be started: {error.strerror}") from None
         try:

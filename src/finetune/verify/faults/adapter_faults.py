@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from finetune.adapters.peft_files import WEIGHTS, read_settings
 from finetune.backends.reference import adapter as files
 from finetune.backends.reference import session as reference
 from finetune.errors import ModelError
-from finetune.models.peft_files import WEIGHTS, read_settings
 from finetune.records import AdapterTarget
 from finetune.verify.faults.fault import backend_under_judgement, fault, plant
 from finetune.verify.faults.sessions import plant_session, thaw

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from finetune.assembly import train
+from finetune.chat import fit
+from finetune.chat.encode import Marked
+from finetune.data import batches as batching
 from finetune.records import Batch, Tokenized
-from finetune.tokens import batch as batching
-from finetune.tokens import fit
-from finetune.tokens.encode import Marked
+from finetune.training import course as train
 from finetune.verify.faults.fault import fault, plant
 from finetune.verify.faults.sessions import Arrays, pad_of, plant_arrays, plant_session, shifted
 

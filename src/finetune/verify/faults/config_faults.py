@@ -7,11 +7,12 @@ from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
-from finetune.assembly import prepare, train
 from finetune.backends.reference.model import Pass
 from finetune.config import load, sources
 from finetune.config.keys import KEYS, PROFILE_KEY, SECTIONS
 from finetune.records import AdapterTarget, Optimization
+from finetune.training import course as train
+from finetune.training import prepare
 from finetune.verify.faults.fault import fault, plant
 from finetune.verify.faults.sessions import plant_session
 
@@ -49,7 +50,7 @@ def _accumulation_not_wired() -> None:
 
 @fault("A002f", "config.ratio_not_wired", real="", what="how much faster B moves is read and never passed on")
 def _ratio_not_wired() -> None:
-    for room in ("finetune.pipeline", "finetune.verify.trainers.ours"):
+    for room in ("finetune.train", "finetune.verify.trainers.ours"):
         plant(import_module(room), "Optimization", lambda right, decay, most, **named: right(decay, most))
 
 

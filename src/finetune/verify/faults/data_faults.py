@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from finetune.assembly import encoder, prepare, train
-from finetune.tokens import fit
-from finetune.tokens.tokenizer import FileTokenizer
+from finetune.chat import encoder, fit
+from finetune.chat.tokenizer import FileTokenizer
+from finetune.training import course as train
+from finetune.training import prepare
 from finetune.verify.faults.fault import fault, plant
 from finetune.verify.faults.sessions import plant_session
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from finetune.assembly import observe, prepare
+from finetune.evidence import observe
 from finetune.records import Batch
-from finetune.training import loop
+from finetune.training import loop, prepare
 from finetune.verify.faults.fault import fault, plant
 from finetune.verify.faults.sessions import Through, pad_of, plant_session, trainable
 from finetune.verify.trainers import ours

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from finetune.assembly import gguf_source
-from finetune.convert import blueprint, families, vocabulary
-from finetune.convert.families import Described
-from finetune.convert.sources import Files
 from finetune.errors import ModelError
+from finetune.export import blueprint, families, gguf_source, vocabulary
+from finetune.export.families import Described
+from finetune.export.sources import Files
 from finetune.models import shape
 from finetune.verify.faults.fault import fault, plant
 from finetune.verify.trainers import ours_results

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-import finetune.assembly.train as assembly
+import finetune.training.course as assembly
+from finetune.adapters.peft_files import tensor_name
 from finetune.backends.reference import session as reference
 from finetune.backends.reference.model import Pass
 from finetune.backends.reference.optimizer import AdamW
 from finetune.events import Event
-from finetune.models.peft_files import tensor_name
 from finetune.records import Batch
 from finetune.training import loop
 from finetune.verify.faults.fault import fault, plant

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from finetune.assembly import encoder
-from finetune.assembly.encoder import Encoder
+from finetune.chat import encode, encoder, fit
+from finetune.chat.encode import KEPT, TRAINED, Marked
+from finetune.chat.encoder import Encoder
+from finetune.chat.render import ChatTemplate
+from finetune.chat.tokenizer import FileTokenizer
 from finetune.records import Batch, Rendered
-from finetune.templates.render import ChatTemplate
-from finetune.tokens import encode, fit
-from finetune.tokens.encode import KEPT, TRAINED, Marked
-from finetune.tokens.tokenizer import FileTokenizer
 from finetune.verify.faults.fault import fault, plant
 from finetune.verify.faults.sessions import Arrays, plant_arrays, plant_session, shifted
 from finetune.verify.faults.template_faults import in_marking, in_saving
@@ -45,9 +44,11 @@ def _padding_id_is_left_out() -> None:
     "A060b", "mask.eos_untrained", real="TRL #1623", what="padding is the end-of-text token, and that is never learned"
 )
 def _end_is_left_out() -> None:
-    in_marks(lambda tokenizer, row: bytes(
-        KEPT if token == tokenizer.eos_id else mark for token, mark in zip(row.ids, row.marks, strict=True)
-    ))  # fmt: skip
+    in_marks(
+        lambda tokenizer, row: bytes(
+            KEPT if token == tokenizer.eos_id else mark for token, mark in zip(row.ids, row.marks, strict=True)
+        )
+    )
 
 
 @fault(
@@ -114,8 +115,12 @@ def _only_the_last_answer() -> None:
     plant(ChatTemplate, "render", wrong)
 
 
-@fault("A074", "mask.template_without_generation_marks", real="TRL #4201",
-       what="a template that is not built in and has no marks of its own teaches nothing but ends")  # fmt: skip
+@fault(
+    "A074",
+    "mask.template_without_generation_marks",
+    real="TRL #4201",
+    what="a template that is not built in and has no marks of its own teaches nothing but ends",
+)
 def _own_templates_teach_nothing() -> None:
     def wrong(right: Right, template: Any, conversation: Any) -> Rendered:
         rendered: Rendered = right(template, conversation)

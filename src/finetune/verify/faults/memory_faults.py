@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from finetune.artifacts import write
+from finetune import files as write
 from finetune.memory import estimate, forecast
 from finetune.memory.estimate import BYTES, Estimate
 from finetune.memory.kept import Kept

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from finetune.assembly import merged, prepare
-from finetune.convert.model_files import ModelFiles
-from finetune.convert.sources import Merged
+from finetune.export import merged_folder as merged
+from finetune.export.model_files import ModelFiles
+from finetune.export.sources import Merged
 from finetune.records import ModelShape
+from finetune.training import prepare
 from finetune.verify.faults.fault import fault, plant
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-import finetune.assembly.train as assembly
-from finetune.artifacts import checkpoints, write
-from finetune.artifacts.checkpoints import CheckpointStore
-from finetune.artifacts.run_folder import RunFolder
+import finetune.training.course as assembly
+from finetune import files as write
+from finetune.run import checkpoints
+from finetune.run.checkpoints import CheckpointStore
+from finetune.run.folder import RunFolder
 from finetune.training import loop
-from finetune.training.stopping import Watch
+from finetune.training.early_stopping import Watch
 from finetune.verify.faults.fault import fault, plant
 from finetune.verify.faults.sessions import forget_moments, forget_steps, plant_session
 

@@ -11,12 +11,12 @@ from typing import Any
 import jinja2
 import yaml
 
-from finetune.artifacts.run_folder import RunFolder
 from finetune.backends.reference import adapter, backend
+from finetune.chat import render
+from finetune.chat.budget import Meter
 from finetune.config import yaml_file
 from finetune.models import shape
-from finetune.templates import render
-from finetune.templates.budget import Meter
+from finetune.run.folder import RunFolder
 from finetune.verify.faults.fault import fault, plant
 from finetune.verify.faults.sessions import plant_session
 

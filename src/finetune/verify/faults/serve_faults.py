@@ -3,9 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from finetune.assembly import recipe
-from finetune.deploy import modelfile
-from finetune.templates.render import ChatTemplate
+from finetune.chat.render import ChatTemplate
+from finetune.serve import modelfile, recipe
 from finetune.verify.faults.fault import fault, plant
 
 

@@ -7,11 +7,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from finetune.assembly import encoder, prepare
+from finetune.chat import encode, encoder
+from finetune.chat.render import ChatTemplate
+from finetune.chat.tokenizer import FileTokenizer
 from finetune.records import Conversation, Document, Message, Rendered, Segment
-from finetune.templates.render import ChatTemplate
-from finetune.tokens import encode
-from finetune.tokens.tokenizer import FileTokenizer
+from finetune.training import prepare
 from finetune.verify.faults.fault import fault, plant
 
 Right = Callable[..., Any]
@@ -35,7 +35,7 @@ def in_source(old: str, new: str) -> None:
 
 def in_saving(wrong: Callable[..., None]) -> None:
     """Plant it where what was trained is saved."""
-    for room in ("finetune.pipeline", "finetune.verify.trainers.ours"):
+    for room in ("finetune.train", "finetune.verify.trainers.ours"):
         plant(import_module(room), "save_trained", wrong)
 
 
@@ -113,8 +113,12 @@ def _no_system() -> None:
     plant(ChatTemplate, "fit_messages", wrong)
 
 
-@fault("A046b", "tmpl.system_dropped_in_dialogues", real="LLaMA-Factory e73422237",
-       what="the system's words are left out of conversations of several turns")  # fmt: skip
+@fault(
+    "A046b",
+    "tmpl.system_dropped_in_dialogues",
+    real="LLaMA-Factory e73422237",
+    what="the system's words are left out of conversations of several turns",
+)
 def _no_system_in_dialogues() -> None:
     def wrong(right: Right, template: Any, conversation: Any) -> tuple[Message, ...]:
         messages = right(template, conversation)

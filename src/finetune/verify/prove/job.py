@@ -135,9 +135,14 @@ def run_job(job: Job, *, patience: float = _PATIENCE, stop: threading.Event | No
     with tempfile.TemporaryDirectory(prefix="finetune-prove-", dir=place, ignore_cleanup_errors=True) as folder:
         command = [sys.executable, "-m", "finetune.verify.prove.job", folder, json.dumps(asdict(job))]
         with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            encoding="utf-8", errors="replace",
-        ) as process:  # fmt: skip
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        ) as process:
             while True:
                 try:
                     said, errors = process.communicate(timeout=_LOOKS)

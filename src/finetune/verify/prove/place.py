@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from finetune.artifacts.write import make_folder, write_text
+from finetune.files import make_folder, write_text
 from finetune.verify.prove.baseline import baseline_text
 from finetune.verify.prove.campaign import Proof
 from finetune.verify.suite.findings import as_document

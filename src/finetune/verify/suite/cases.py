@@ -15,8 +15,11 @@ _LETTERS = st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"])
 TEXTS = st.text(_LETTERS, min_size=1, max_size=20).map(str.strip).filter(bool)
 """What somebody says: any letters, nothing at the edges that a template may strip."""
 PLAIN: Mapping[str, Any] = {
-    "template.name": "chatml", "tokens.max_length": 256, "adapter.rank": 2, "adapter.alpha": 6.0,
-}  # fmt: skip
+    "template.name": "chatml",
+    "tokens.max_length": 256,
+    "adapter.rank": 2,
+    "adapter.alpha": 6.0,
+}
 """Settings that the tiny model can have; the adapter's scale is 3, for one of 1 hides faults."""
 
 Word = Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9_]([A-Za-z0-9_.]*[A-Za-z0-9_])?$")]

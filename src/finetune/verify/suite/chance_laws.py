@@ -82,10 +82,17 @@ def _lesson(random: Random) -> Lesson:
 
 
 LEARNING = {
-    **PLAIN, "template.name": "tokenizer", "adapter.rank": 8, "adapter.alpha": 16.0, "training.epochs": 120.0,
-    "training.batch_size": 2, "training.learning_rate": 0.001, "training.schedule": "constant",
-    "training.warmup_fraction": 0.0, "evaluation.max_new_tokens": 12,
-}  # fmt: skip
+    **PLAIN,
+    "template.name": "tokenizer",
+    "adapter.rank": 8,
+    "adapter.alpha": 16.0,
+    "training.epochs": 120.0,
+    "training.batch_size": 2,
+    "training.learning_rate": 0.001,
+    "training.schedule": "constant",
+    "training.warmup_fraction": 0.0,
+    "evaluation.max_new_tokens": 12,
+}
 
 
 @law(

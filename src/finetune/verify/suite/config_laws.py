@@ -46,9 +46,15 @@ class Named(Recipe):
 
 
 _MISSPELT = (
-    ("training.learing_rate", 0.1), ("training.seeds", 3.0), ("adapter.ranks", 2.0), ("tokens.maxlength", 64.0),
-    ("data.trian_limit", 3.0), ("template.names", "chatml"), ("training.batchsize", 2.0), ("warmup", 0.5),
-)  # fmt: skip
+    ("training.learing_rate", 0.1),
+    ("training.seeds", 3.0),
+    ("adapter.ranks", 2.0),
+    ("tokens.maxlength", 64.0),
+    ("data.trian_limit", 3.0),
+    ("template.names", "chatml"),
+    ("training.batchsize", 2.0),
+    ("warmup", 0.5),
+)
 
 
 @law(
@@ -70,11 +76,20 @@ def unknown_setting_is_refused(trainer: Trainer, case: Named) -> None:
 
 Value = bool | int | float | Plain | None
 _VALUES: Mapping[str, Sequence[Value]] = {
-    "training.seed": (0, 7), "training.warmup_fraction": (0.0, 0.25), "training.weight_decay": (0.0, 0.5),
-    "training.packing": (False, True), "training.max_steps": (None, 3), "training.accumulation": (1, 3),
-    "training.stop_after": (None,), "adapter.dropout": (0.0, 0.125), "data.valid_fraction": (0.0, 0.25),
-    "data.limit": (None, 2), "evaluation.questions": (0, 3), "tokens.cache": (None,), "tracking.name": (None, "a"),
-}  # fmt: skip
+    "training.seed": (0, 7),
+    "training.warmup_fraction": (0.0, 0.25),
+    "training.weight_decay": (0.0, 0.5),
+    "training.packing": (False, True),
+    "training.max_steps": (None, 3),
+    "training.accumulation": (1, 3),
+    "training.stop_after": (None,),
+    "adapter.dropout": (0.0, 0.125),
+    "data.valid_fraction": (0.0, 0.25),
+    "data.limit": (None, 2),
+    "evaluation.questions": (0, 3),
+    "tokens.cache": (None,),
+    "tracking.name": (None, "a"),
+}
 
 
 class Set(Recipe):
@@ -141,10 +156,12 @@ def _hold_changed(case: Change, outcome: Callable[[Mapping[str, Any]], object]) 
     needs=["tokenize"],
     oracle="the rows with the other value",
     **_changes(
-        ("template.name", "alpaca"), ("tokens.max_length", 40), ("data.limit", 2),
+        ("template.name", "alpaca"),
+        ("tokens.max_length", 40),
+        ("data.limit", 2),
         ("tokens.overlong", "truncate_prompt", {"tokens.max_length": 40}),
     ),
-)  # fmt: skip
+)
 def settings_of_rows_do_something(trainer: Trainer, case: Change) -> None:
     """No such setting is dead."""
     _hold_changed(case, lambda settings: told(tokenized(trainer, trainer.model(TINY), ROWS, settings)))
@@ -156,11 +173,13 @@ def settings_of_rows_do_something(trainer: Trainer, case: Change) -> None:
     needs=["batches"],
     oracle="the batches with the other value",
     **_changes(
-        ("training.batch_size", 3), ("training.accumulation", 2, {"training.batch_size": 2}),
-        ("training.packing", True), ("training.packing", True, {"training.accumulation": 2}),
+        ("training.batch_size", 3),
+        ("training.accumulation", 2, {"training.batch_size": 2}),
+        ("training.packing", True),
+        ("training.packing", True, {"training.accumulation": 2}),
         ("data.limit", 2),
     ),
-)  # fmt: skip
+)
 def settings_of_batches_do_something(trainer: Trainer, case: Change) -> None:
     """No such setting is dead."""
 
@@ -185,12 +204,18 @@ def _gradient(trainer: Trainer, settings: Mapping[str, Any]) -> Gradient:
     needs=["gradient"],
     oracle="the gradient with the other value",
     **_changes(
-        ("adapter.rank", 3), ("adapter.alpha", 5.0), ("adapter.scaling", "rank_stabilized"), ("adapter.dropout", 0.5),
-        ("adapter.targets", ("q_proj",)), ("adapter.kind", "dora"), ("adapter.rank_pattern", {"q_proj": 1}),
-        ("adapter.alpha_pattern", {"q_proj": 3.0}), ("training.seed", 1),
+        ("adapter.rank", 3),
+        ("adapter.alpha", 5.0),
+        ("adapter.scaling", "rank_stabilized"),
+        ("adapter.dropout", 0.5),
+        ("adapter.targets", ("q_proj",)),
+        ("adapter.kind", "dora"),
+        ("adapter.rank_pattern", {"q_proj": 1}),
+        ("adapter.alpha_pattern", {"q_proj": 3.0}),
+        ("training.seed", 1),
     ),
     cost=2,
-)  # fmt: skip
+)
 def settings_of_the_adapter_do_something(trainer: Trainer, case: Change) -> None:
     """No such setting is dead."""
     _hold_changed(case, lambda settings: _gradient(trainer, settings).norms)
@@ -202,13 +227,19 @@ def settings_of_the_adapter_do_something(trainer: Trainer, case: Change) -> None
     needs=["train", "adapter_weights"],
     oracle="a run with the other value",
     **_changes(
-        ("training.learning_rate", 0.02), ("training.schedule", "linear", {"training.schedule": "constant"}),
+        ("training.learning_rate", 0.02),
+        ("training.schedule", "linear", {"training.schedule": "constant"}),
         ("training.warmup_fraction", 0.5),
-        ("training.lora_plus_ratio", 4.0), ("training.weight_decay", 9.0), ("training.max_grad_norm", 0.01),
-        ("training.max_steps", 1), ("training.epochs", 1.0), ("training.save_every", 1), ("training.seed", 1),
+        ("training.lora_plus_ratio", 4.0),
+        ("training.weight_decay", 9.0),
+        ("training.max_grad_norm", 0.01),
+        ("training.max_steps", 1),
+        ("training.epochs", 1.0),
+        ("training.save_every", 1),
+        ("training.seed", 1),
     ),
     cost=6,
-)  # fmt: skip
+)
 def settings_of_training_do_something(trainer: Trainer, case: Change) -> None:
     """No such setting is dead."""
 

@@ -49,7 +49,7 @@ _CUTS: Mapping[str, tuple[dict[str, Any], str]] = {
     "SmolLM's": ({"type": "Sequence", "pretokenizers": [_DIGITS, _GPT2]}, "smollm"),
     "nobody's": (_cut(r"\p{L}+|\p{N}{1,2}|[^\p{L}\p{N}]"), ""),
     "nearly Qwen2's": (_cut(_QWEN2.replace(r"\p{N}|", r"\p{N}{1,2}|", 1)), ""),
-}  # fmt: skip
+}
 
 
 def _model(trainer: Trainer, recipe: ModelRecipe) -> Path:
@@ -65,8 +65,9 @@ def _described(trainer: Trainer, model: Path, **more: Any) -> tuple[Mapping[str,
 def _neighbours(rows: Any, heads: int) -> Any:
     """The rows of each head in the order 0, half, 1, half + 1, ...: row by row, as llama.cpp turns them."""
     size = len(rows) // heads
-    order = [head * size + half * (size // 2) + pair for head in range(heads) for pair in range(size // 2)
-             for half in (0, 1)]  # fmt: skip
+    order = [
+        head * size + half * (size // 2) + pair for head in range(heads) for pair in range(size // 2) for half in (0, 1)
+    ]
     return rows[order]
 
 
@@ -95,8 +96,11 @@ def weights_are_the_models(trainer: Trainer, case: Written) -> None:
         heads = {"q_proj": case.model.heads, "k_proj": case.model.kv_heads}.get(name.split(".")[-2], 0)
         wanted = _neighbours(weight, heads) if heads else weight
         there: Any = found.get(name)
-        hold(there is not None and there.shape == wanted.shape, expected=f"{name} {wanted.shape}",
-             got=None if there is None else there.shape)  # fmt: skip
+        hold(
+            there is not None and there.shape == wanted.shape,
+            expected=f"{name} {wanted.shape}",
+            got=None if there is None else there.shape,
+        )
         hold(np.array_equal(there, wanted), expected=f"{name}: {wanted.ravel()[:3]}", got=there)
 
 

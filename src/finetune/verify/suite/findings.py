@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from finetune.artifacts.write import write_text
 from finetune.errors import UsageError
+from finetune.files import write_text
 from finetune.verify.recipes import Recipe
 from finetune.verify.suite.catalogue import CaseLaw, case_laws
 from finetune.verify.suite.run import Verification

@@ -79,9 +79,14 @@ def _judge_drawn(law: CaseLaw, trainer: Trainer, effort: Effort) -> Judgement:
 
     count = max(1, round(law.examples * effort.times))
     look = settings(
-        max_examples=count, deadline=None, database=None, phases=_PHASES, suppress_health_check=_EVERY,
-        report_multiple_bugs=False, print_blob=False,
-    )  # fmt: skip
+        max_examples=count,
+        deadline=None,
+        database=None,
+        phases=_PHASES,
+        suppress_health_check=_EVERY,
+        report_multiple_bugs=False,
+        print_blob=False,
+    )
     drawn: Callable[[], None] = seed(f"{effort.seed} {law.id}")(look(given(case=law.cases)(once)))
     try:
         with contextlib.suppress(_Enough, BrokenError, Unsatisfiable):

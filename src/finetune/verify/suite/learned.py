@@ -23,9 +23,15 @@ R = TypeVar("R")
 WIDE = ModelRecipe(layers=2, hidden=18, heads=6, kv_heads=3, head_size=4, intermediate=7, seed=5)
 """Two layers; six heads share three of keys and values, and together are wider than the model."""
 QUICK: Mapping[str, Any] = {
-    **PLAIN, "training.learning_rate": 0.05, "training.schedule": "constant", "training.warmup_fraction": 0.0,
-    "training.batch_size": 1, "training.epochs": 2.0, "training.save_every": 1_000, "training.max_grad_norm": 1e6,
-}  # fmt: skip
+    **PLAIN,
+    "training.learning_rate": 0.05,
+    "training.schedule": "constant",
+    "training.warmup_fraction": 0.0,
+    "training.batch_size": 1,
+    "training.epochs": 2.0,
+    "training.save_every": 1_000,
+    "training.max_grad_norm": 1e6,
+}
 """Two steps a row, so fast that whatever is done with what was learned can be seen; some refuse less than a batch."""
 PROMPT = [40, 50, 60, 70, 80]
 KINDS: Mapping[str, Mapping[str, Any]] = {

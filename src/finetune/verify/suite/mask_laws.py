@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 from pydantic import Field
 
-from finetune.templates.catalog import CHATML
+from finetune.chat.catalog import CHATML
 from finetune.verify.doors.answers import Gradient, Logits, Loss
 from finetune.verify.recipes import FEWEST_WORDS, Recipe
 from finetune.verify.suite.cases import PLAIN, TEXTS, TINY, Pair, Rows, TokenRow, rows_of

@@ -5,9 +5,18 @@ with the quotes it began with. What cannot be printed is left out.
 """
 
 COMMANDS = (
-    "from", "license", "template", "system", "adapter", "draft", "renderer", "parser", "parameter", "message",
+    "from",
+    "license",
+    "template",
+    "system",
+    "adapter",
+    "draft",
+    "renderer",
+    "parser",
+    "parameter",
+    "message",
     "requires",
-)  # fmt: skip
+)
 
 
 class NoModelfileError(Exception):

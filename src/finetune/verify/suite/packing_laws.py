@@ -30,9 +30,12 @@ class Packed(Rows):
     def settings(self) -> dict[str, object]:
         """As the trainer is told."""
         return {
-            **PLAIN, "training.packing": self.packing, "tokens.max_length": self.length,
-            "training.batch_size": self.batch_size, "training.accumulation": self.accumulation,
-        }  # fmt: skip
+            **PLAIN,
+            "training.packing": self.packing,
+            "tokens.max_length": self.length,
+            "training.batch_size": self.batch_size,
+            "training.accumulation": self.accumulation,
+        }
 
 
 def _packed(packing: Sequence[bool]) -> st.SearchStrategy[Packed]:

@@ -17,10 +17,16 @@ from finetune.verify.suite.trainer import Trainer
 from finetune.verify.suite.verdicts import hold
 
 _RUN: dict[str, Any] = {
-    **QUICK, "training.batch_size": 1, "training.accumulation": 2, "training.epochs": 3.0, "training.save_every": 1,
-    "training.schedule": "linear", "training.warmup_fraction": 0.34, "adapter.dropout": 0.2,
+    **QUICK,
+    "training.batch_size": 1,
+    "training.accumulation": 2,
+    "training.epochs": 3.0,
+    "training.save_every": 1,
+    "training.schedule": "linear",
+    "training.warmup_fraction": 0.34,
+    "adapter.dropout": 0.2,
     "training.learning_rate": 5e-3,
-}  # fmt: skip
+}
 
 
 class Stopped(Rows):

@@ -24,14 +24,20 @@ from finetune.verify.suite.verdicts import hold
 
 _SHOWN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 _INSIDES = (
-    "{{ ''.__class__.__mro__ }}", "{{ messages.__class__.__base__.__subclasses__() }}",
-    "{{ cycler.__init__.__globals__ }}", "{{ self.__init__.__globals__ }}", "{{ ''['__class__'] }}",
-    "{{ ('%s' | attr('format')).__globals__ }}", "{{ raise_exception.__globals__ }}",
-)  # fmt: skip
+    "{{ ''.__class__.__mro__ }}",
+    "{{ messages.__class__.__base__.__subclasses__() }}",
+    "{{ cycler.__init__.__globals__ }}",
+    "{{ self.__init__.__globals__ }}",
+    "{{ ''['__class__'] }}",
+    "{{ ('%s' | attr('format')).__globals__ }}",
+    "{{ raise_exception.__globals__ }}",
+)
 _COSTLY = (
-    "{{ 'a' * 9000000 }}", "{% for n in range(200000) %}a{% endfor %}", "{{ 2 ** 9999999 and '' }}",
+    "{{ 'a' * 9000000 }}",
+    "{% for n in range(200000) %}a{% endfor %}",
+    "{{ 2 ** 9999999 and '' }}",
     "{{ '%9000000d' % 1 }}",
-)  # fmt: skip
+)
 
 
 class Hostile(Recipe):

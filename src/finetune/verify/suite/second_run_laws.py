@@ -26,10 +26,14 @@ class Stopped(Rows):
     def settings(self) -> dict[str, Any]:
         """The settings of the run."""
         return {
-            **PLAIN, "training.batch_size": 1, "training.max_steps": _STEPS,
-            "training.learning_rate": 0.01, "training.schedule": self.schedule, "training.seed": self.seed,
+            **PLAIN,
+            "training.batch_size": 1,
+            "training.max_steps": _STEPS,
+            "training.learning_rate": 0.01,
+            "training.schedule": self.schedule,
+            "training.seed": self.seed,
             "training.save_every": 1,
-        }  # fmt: skip
+        }
 
 
 @law(

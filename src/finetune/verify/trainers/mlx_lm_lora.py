@@ -262,12 +262,23 @@ def _checkpoints(place: Path, settings: Given) -> dict[str, str]:
 def main() -> None:
     """Answer questions."""
     handlers = {
-        "configure": configure, "render": render, "prompt": prompt, "stops": stops,
-        "tokenize": tokenize, "batches": batches, "loss": loss,
-        "gradient": gradient, "train": train, "resume": resume, "evaluate": evaluate,
-        "initial_adapter": initial_adapter, "adapter_weights": adapter_weights, "logits": logits,
-        "generate": generate, "merge": merge,
-    }  # fmt: skip
+        "configure": configure,
+        "render": render,
+        "prompt": prompt,
+        "stops": stops,
+        "tokenize": tokenize,
+        "batches": batches,
+        "loss": loss,
+        "gradient": gradient,
+        "train": train,
+        "resume": resume,
+        "evaluate": evaluate,
+        "initial_adapter": initial_adapter,
+        "adapter_weights": adapter_weights,
+        "logits": logits,
+        "generate": generate,
+        "merge": merge,
+    }
     missing = {
         "export": "its GGUF files hold merged models of 16 bits only, from `mlx_lm.fuse`",
         "split": "this door trains without held-out rows",

@@ -29,11 +29,23 @@ _BLOCK = {
     **{f"{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
 }
 _READ_ELSEWHERE = (
-    "template.name", "evaluation.max_new_tokens", "adapter.kind", "adapter.rank", "adapter.alpha", "adapter.scaling",
-    "adapter.dropout", "adapter.targets", "training.accumulation", "training.epochs", "training.max_steps",
-    "training.learning_rate", "training.schedule", "training.warmup_fraction", "training.weight_decay",
+    "template.name",
+    "evaluation.max_new_tokens",
+    "adapter.kind",
+    "adapter.rank",
+    "adapter.alpha",
+    "adapter.scaling",
+    "adapter.dropout",
+    "adapter.targets",
+    "training.accumulation",
+    "training.epochs",
+    "training.max_steps",
+    "training.learning_rate",
+    "training.schedule",
+    "training.warmup_fraction",
+    "training.weight_decay",
     "training.save_every",
-)  # fmt: skip
+)
 _NO_CLIPPING = 1e6
 _LACKS: Mapping[str, tuple[Any, str]] = {
     "tokens.overlong": (None, "it has one way only: a row is cut at its end"),
@@ -92,9 +104,15 @@ def config_of(model: str, settings: Given, folder: str, rows: int) -> dict[str, 
     tokenizer_of(model, settings)
     each = settings.get("training.accumulation", 1)
     config: dict[str, Any] = {
-        "model": model, "train": True, "adapter_path": folder, "num_layers": -1, "mask_prompt": True,
-        "grad_accumulation_steps": each, "steps_per_report": each, "iters": lora.CONFIG_DEFAULTS["iters"],
-    }  # fmt: skip
+        "model": model,
+        "train": True,
+        "adapter_path": folder,
+        "num_layers": -1,
+        "mask_prompt": True,
+        "grad_accumulation_steps": each,
+        "steps_per_report": each,
+        "iters": lora.CONFIG_DEFAULTS["iters"],
+    }
     for name, value in settings.items():
         if name in _PLAIN:
             config[_PLAIN[name]] = value

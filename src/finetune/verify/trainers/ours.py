@@ -8,25 +8,25 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
-from finetune.artifacts.checkpoints import CheckpointStore
-from finetune.artifacts.run_folder import RunFolder
-from finetune.artifacts.write import write_folder, write_text
-from finetune.assembly.encoder import Encoder
-from finetune.assembly.observe import held_out_batches, observe
-from finetune.assembly.prepare import Prepared, prepare
-from finetune.assembly.record import run_owner
-from finetune.assembly.run import Run
-from finetune.assembly.saved import save_trained
-from finetune.assembly.train import claim_resumed, steps_of, train_run
+from finetune.adapters.peft_files import WEIGHTS, on_disk
 from finetune.backends import open_backend
+from finetune.chat.encoder import Encoder
 from finetune.config import LoadedConfig, dump_plan, flatten, load_config, resolve_processes
 from finetune.errors import FineTuneError
 from finetune.events import CheckpointSaved, Event, FirstGradients, StepDone
+from finetune.evidence.observe import held_out_batches, observe
+from finetune.evidence.record import run_owner
+from finetune.evidence.saved import save_trained
+from finetune.files import write_folder, write_text
 from finetune.models.locate import locate_model
-from finetune.models.peft_files import WEIGHTS, on_disk
 from finetune.ports import Session
 from finetune.records import Batch, Conversation, Message, Optimization, Tokenized
+from finetune.run.checkpoints import CheckpointStore
+from finetune.run.folder import RunFolder
+from finetune.training.course import claim_resumed, steps_of, train_run
 from finetune.training.loop import LoopPlan, mean_loss, train
+from finetune.training.prepare import Prepared, prepare
+from finetune.training.run import Run
 from finetune.verify.doors.door import About, InsideDoor
 from finetune.verify.doors.serving import serve
 from finetune.verify.trainers.ours_files import look_after

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.artifacts import write
-from finetune.artifacts.checkpoints import CheckpointStore, Owner
+from finetune import files as write
 from finetune.config import flatten, load_config
 from finetune.errors import FineTuneError
+from finetune.run.checkpoints import CheckpointStore, Owner
 
 if TYPE_CHECKING:
     from finetune.verify.trainers.ours import OurTrainer

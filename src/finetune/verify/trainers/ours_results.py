@@ -12,30 +12,30 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from finetune.artifacts.run_folder import RunFolder
-from finetune.artifacts.write import make_folder
-from finetune.assembly import gguf_source, recipe
-from finetune.assembly.encoder import Encoder
-from finetune.assembly.merged import plan_weights, write_merged
-from finetune.assembly.prepare import adapter_target, planned_shape
-from finetune.assembly.result import Result
-from finetune.assembly.train import steps_of
+from finetune.adapters.peft_files import WEIGHTS, on_disk, read_settings
 from finetune.backends import open_backend
 from finetune.backends.reference.session import ReferenceSession
+from finetune.chat.encoder import Encoder
 from finetune.config import ModelAndDataFacts, resolve
-from finetune.convert import blueprint
-from finetune.convert.families import stored
-from finetune.convert.sources import Adapter
-from finetune.convert.vocabulary import describe_vocabulary
-from finetune.deploy.go_template import GoTemplate
 from finetune.events import StepDone
+from finetune.export import blueprint, gguf_source
+from finetune.export.families import stored
+from finetune.export.merged_folder import plan_weights, write_merged
+from finetune.export.result import Result
+from finetune.export.sources import Adapter
+from finetune.export.vocabulary import describe_vocabulary
+from finetune.files import make_folder
 from finetune.memory.forecast import PARTS, forecast_memory
 from finetune.memory.framework import framework_of
 from finetune.memory.load import full_load
 from finetune.models.locate import locate_model
-from finetune.models.peft_files import WEIGHTS, on_disk, read_settings
 from finetune.ports import Session
 from finetune.records import Conversation
+from finetune.run.folder import RunFolder
+from finetune.serve import recipe
+from finetune.serve.go_template import GoTemplate
+from finetune.training.course import steps_of
+from finetune.training.prepare import adapter_target, planned_shape
 from finetune.verify.doors.serving import UnsupportedError
 
 if TYPE_CHECKING:
@@ -50,9 +50,17 @@ def hand_on(trainer: "OurTrainer") -> dict[str, Callable[..., dict[str, Any]]]:
     """A function for each ability."""
     hands = _Hands(trainer)
     names = (
-        "trainable", "merge", "merge_as", "describe_export", "plan_export", "serving", "render_served", "estimate",
-        "logits_with", "train_from",
-    )  # fmt: skip
+        "trainable",
+        "merge",
+        "merge_as",
+        "describe_export",
+        "plan_export",
+        "serving",
+        "render_served",
+        "estimate",
+        "logits_with",
+        "train_from",
+    )
     return {name: getattr(hands, name) for name in names}
 
 

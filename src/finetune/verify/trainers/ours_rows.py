@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from finetune.assembly.encoder import Encoder
+from finetune.chat.encoder import Encoder
 from finetune.models.locate import locate_model
 from finetune.records import Batch, Conversation, Message, Tokenized
 from finetune.training.loop import mean_loss

@@ -93,10 +93,14 @@ def arguments_of(kind: Kind, settings: Given, folder: str, eval_batch: int | Non
     """Its own configuration; a setting of a name that nobody knows is handed on to it as it is."""
     known = {**ARGUMENTS, **kind.has}
     own: dict[str, Any] = {
-        "output_dir": folder, "logging_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+        "output_dir": folder,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
         "save_strategy": "steps" if settings.get("training.save_every") else "no",
         "bf16": settings.get("model.dtype") == "bfloat16",
-    }  # fmt: skip
+    }
     if eval_batch is not None:
         own["per_device_eval_batch_size"] = min(eval_batch, settings.get("training.batch_size", eval_batch))
     for name, value in settings.items():

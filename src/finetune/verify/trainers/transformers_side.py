@@ -43,9 +43,23 @@ class TransformersSide:
     def serve(self) -> None:
         """Answer until there are no more questions."""
         abilities = (
-            "configure", "render", "prompt", "stops", "tokenize", "batches", "loss", "gradient", "train", "resume",
-            "evaluate", "initial_adapter", "adapter_weights", "logits", "generate", "merge",
-        )  # fmt: skip
+            "configure",
+            "render",
+            "prompt",
+            "stops",
+            "tokenize",
+            "batches",
+            "loss",
+            "gradient",
+            "train",
+            "resume",
+            "evaluate",
+            "initial_adapter",
+            "adapter_weights",
+            "logits",
+            "generate",
+            "merge",
+        )
         handlers = {ability: getattr(self, ability) for ability in abilities}
         missing = {"export": "it writes no GGUF files", "split": "this door trains without held-out rows"}
         versions = {package: version(package) for package in self.kind.packages}

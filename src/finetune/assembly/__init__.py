@@ -1,1 +1,0 @@
-"""Joins neighbouring rooms for the pipeline. Verbs: prepare (config to ids), observe (a session), record (run.json)."""

@@ -1,0 +1,65 @@
+"""Joins a template and a tokenizer: conversations in, token ids out, the same way for training and for asking."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.chat.cache import cache_key, dump_marked, load_marked
+from finetune.chat.encode import Marked, encode_row, mark_rows
+from finetune.chat.fit import Encoded, fit_rows
+from finetune.chat.render import ChatTemplate, find_template
+from finetune.chat.tokenizer import FileTokenizer
+from finetune.config import Plan
+from finetune.data.shape import Shaped
+from finetune.files import make_folder, write_bytes
+from finetune.records import Conversation, ModelLocation, Question, Rendered
+
+
+class Encoder:
+    """One model's template and tokenizer together: conversations in, ids out, the same way for training and asking."""
+
+    def __init__(self, location: ModelLocation, template: str) -> None:
+        self.tokenizer = FileTokenizer(location.folder)
+        tokenizer = self.tokenizer
+        self.source = find_template(template, tokenizer.chat_template)
+        self.template = ChatTemplate(self.source, tokenizer.control_tokens, bos=tokenizer.bos, eos=tokenizer.eos)
+        taught = (tokenizer.control_id(token) for token in self.template.terminators())
+        self.stop_ids = tuple(dict.fromkeys([*(token for token in taught if token is not None), *tokenizer.stop_ids]))
+
+    def encode(self, shaped: Shaped, plan: Plan) -> Encoded:
+        """Ids and trained marks of all examples, within the plan's length."""
+        rendered = [
+            self.template.render(example)
+            if isinstance(example, Conversation)
+            else self.template.render_document(example)
+            for example in shaped.examples
+        ]
+        tokens = plan.config.tokens
+        assert tokens.max_length is not None
+        marked = mark_rows(rendered, self.tokenizer) if tokens.cache is None else self._kept(rendered, tokens.cache)
+        return fit_rows(marked, max_length=tokens.max_length, overlong=tokens.overlong, dropped=shaped.dropped)
+
+    def _kept(self, rendered: Sequence[Rendered], cache: str) -> list[Marked]:
+        """The rows' ids from the cache; what is not in it, or is not intact there, is encoded and kept in it."""
+        path = Path(cache) / f"{cache_key(rendered, self.tokenizer)}.tokens"
+        found = load_marked(path.read_bytes(), rendered) if path.is_file() else None
+        if found is None:
+            found = list(mark_rows(rendered, self.tokenizer))
+            make_folder(path.parent)
+            write_bytes(path, dump_marked(found))
+        return found
+
+    def generation_settings(self) -> dict[str, Any]:
+        """What `generation_config.json` must say so that any program stops where the model was taught to."""
+        settings: dict[str, Any] = {"eos_token_id": list(self.stop_ids), "pad_token_id": self.tokenizer.pad_id}
+        return settings if self.tokenizer.bos_id is None else settings | {"bos_token_id": self.tokenizer.bos_id}
+
+    def prompt_ids(self, conversation: Conversation) -> tuple[int, ...]:
+        """The ids of a prompt, up to where the answer begins."""
+        return encode_row(self.template.render_prompt(conversation), self.tokenizer).ids
+
+    def question(self, conversation: Conversation) -> Question:
+        """The conversation's last answer as a question with one right answer."""
+        asked = conversation.prompt
+        shown = "\n".join(message.content for message in asked.messages if message.role in ("user", "input"))
+        return Question(self.prompt_ids(asked), shown, conversation.answer)

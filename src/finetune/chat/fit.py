@@ -1,0 +1,106 @@
+"""Holds every row to the length limit by the declared policy, and accounts for each row that was read."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from finetune.chat.encode import REMOVABLE, Marked, mark_rows
+from finetune.chat.tokenizer import FileTokenizer
+from finetune.errors import DataError
+from finetune.records import DataCounts, Rendered, Tokenized
+
+Overlong = Literal["drop", "truncate_prompt", "split", "refuse"]
+_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The rows that fit, with an account of every row that was read."""
+
+    rows: tuple[Tokenized, ...]
+    counts: DataCounts
+
+
+def encode_rows(
+    rows: Iterable[Rendered], tokenizer: FileTokenizer, *, max_length: int, overlong: Overlong, dropped: dict[str, int]
+) -> Encoded:
+    """Encode rows and hold them to `max_length` tokens; see `fit_rows`."""
+    return fit_rows(mark_rows(rows, tokenizer), max_length=max_length, overlong=overlong, dropped=dropped)
+
+
+def fit_rows(rows: Iterable[Marked], *, max_length: int, overlong: Overlong, dropped: dict[str, int]) -> Encoded:
+    """Hold rows to `max_length` tokens; `dropped` says what earlier steps already dropped.
+
+    `overlong` is the declared policy for longer rows:
+
+    - `drop` leaves them out;
+    - `truncate_prompt` cuts the oldest words of the prompt, never its markup and never the answer, and drops a row
+      only when that is not enough;
+    - `split` cuts plain text into pieces that overlap by one token, so that each token is learned exactly once, and
+      drops a conversation, which cannot be cut;
+    - `refuse` accepts none.
+
+    Raises:
+        DataError: a row is too long and the policy is `refuse`; the first twenty are named with their lengths.
+    """
+    kept: list[Tokenized] = []
+    losses = Counter(dropped)
+    told: Counter[str] = Counter()
+    refused: list[str] = []
+    for row in rows:
+        told["read"] += 1
+        pieces = [row]
+        if len(row.ids) > max_length:
+            pieces = shorten_row(row, max_length, overlong)
+            refused += [f"{row.where}: {len(row.ids)} tokens"] if overlong == "refuse" else []
+        learned = [piece for piece in (piece.tokenized() for piece in pieces) if piece.target_count]
+        kept += learned
+        if not learned:
+            losses["no trained token" if pieces else f"longer than {max_length} tokens"] += 1
+        told["kept"] += bool(learned)
+        told["truncated"] += len(learned) == 1 and len(pieces[0].ids) < len(row.ids)
+        told["split"] += len(pieces) > 1 and bool(learned)
+    _refuse(refused, max_length)
+    counts = DataCounts(
+        read=sum(dropped.values()) + told["read"],
+        kept=told["kept"],
+        dropped=dict(losses),
+        truncated=told["truncated"],
+        tokens=sum(len(row.ids) for row in kept),
+        trained_tokens=sum(row.target_count for row in kept),
+        split=told["split"],
+    )
+    return Encoded(tuple(kept), counts)
+
+
+def shorten_row(row: Marked, max_length: int, overlong: Overlong) -> list[Marked]:
+    """What is left of a row that is too long: nothing, one shorter row, or its pieces."""
+    if overlong == "truncate_prompt":
+        removable = [index for index, mark in enumerate(row.marks) if mark == REMOVABLE]
+        excess = len(row.ids) - max_length
+        if len(removable) < excess:
+            return []
+        gone = set(removable[:excess])
+        stay = [index for index in range(len(row.ids)) if index not in gone]
+        return [Marked(tuple(row.ids[at] for at in stay), bytes(row.marks[at] for at in stay), row.where, row.document)]
+    if overlong == "split" and row.document and max_length > 1:
+        # A piece's first token is never a target, nothing precedes it: so each piece begins with the last one's end.
+        starts = range(0, len(row.ids) - 1, max_length - 1)
+        return [
+            Marked(row.ids[at : at + max_length], row.marks[at : at + max_length], f"{row.where} piece {index}", True)  # noqa: FBT003
+            for index, at in enumerate(starts, start=1)
+        ]
+    return []
+
+
+def _refuse(too_long: list[str], max_length: int) -> None:
+    if not too_long:
+        return
+    shown = too_long[:_SHOWN]
+    if len(too_long) > len(shown):
+        shown.append(f"... and {len(too_long) - len(shown)} more")
+    raise DataError(
+        "\n  ".join([f"{len(too_long)} rows are longer than {max_length} tokens:", *shown]),
+        hint="raise tokens.max_length, or choose another tokens.overlong: drop, truncate_prompt or split",
+    )

@@ -1,0 +1,206 @@
+"""Renders conversations into segments: what is markup, what is somebody's text, and what the model learns to say.
+
+Every template, built in or shipped with a model, is a Jinja template and takes the same path. Each message is
+replaced by a marker, the template is rendered, and the result is cut at the markers; so the place of every message
+is known and nothing is searched for. The cut text is then compared with what the template makes of the real messages.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from finetune.chat.catalog import CATALOG, TemplateSource
+from finetune.chat.sandbox import TemplateStoppedError, compile_template
+from finetune.errors import TemplateError
+from finetune.records import Conversation, Document, Message, Rendered, Segment
+
+_MARKER = re.compile("\ue000([0-9]+)\ue001")
+
+
+class ChatTemplate:
+    """A compiled template for one tokenizer: `render` for training, `render_prompt` for asking; they always agree.
+
+    Args:
+        source: the template.
+        control_tokens: every control token of the tokenizer, such as `<|im_end|>`.
+        bos: the begin-of-text token, or "" for a model without one.
+        eos: the end-of-text token.
+    """
+
+    def __init__(self, source: TemplateSource, control_tokens: Sequence[str], *, bos: str, eos: str) -> None:
+        missing = [token for token in source.control_tokens if token not in control_tokens]
+        if missing:
+            raise TemplateError(
+                f"template {source.name!r} needs control tokens that this tokenizer lacks: {', '.join(missing)}",
+                hint="choose template alpaca, or tokenizer for the model's own",
+            )
+        self.name = source.name
+        self._variables = {"bos_token": bos, "eos_token": eos}
+        self._jinja: Callable[..., str] = compile_template(source.name, source.jinja)
+        ordered = sorted(control_tokens, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, ordered)) if ordered else "(?!)")
+        self._eos = eos
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """The conversation as training text: every assistant answer and its terminator are marked trained.
+
+        Raises:
+            TemplateError: the template refuses the roles, rewrites the text, loses a message, or would ask at serve
+                time with another prompt than the one trained on.
+        """
+        return self._assemble(conversation, asking=False)
+
+    def render_prompt(self, conversation: Conversation) -> Rendered:
+        """The conversation as a question to the model: it ends where the answer would begin.
+
+        Earlier answers keep their own segments, so that they become the same tokens as in training.
+
+        Raises:
+            TemplateError: as `render`.
+        """
+        return self._assemble(conversation, asking=True)
+
+    def _assemble(self, conversation: Conversation, *, asking: bool) -> Rendered:
+        messages = self.fit_messages(conversation)
+        where = conversation.where
+        pieces = self._cut(messages, where, add_generation_prompt=asking)
+        segments: list[Segment] = []
+        for index, (markup, text) in enumerate(zip(pieces[0::2], [*pieces[1::2], ""], strict=True)):
+            message = messages[index] if index < len(messages) else None
+            terminator = self._terminator(markup, where) if index and _is_answer(messages[index - 1]) else ""
+            segments.append(Segment(terminator, "assistant", trained=not asking, control=True))
+            rest = markup[len(terminator) :]
+            if _is_answer(message):
+                prompt, spoken = self._opened(segments, rest, messages[:index], where)
+                segments.append(Segment(prompt, "markup", trained=False, control=True))
+                segments.append(Segment(spoken, "assistant", trained=not asking, control=True))
+                segments.append(Segment(text, "assistant", trained=not asking, control=False))
+            else:
+                segments.append(Segment(rest, "markup", trained=False, control=True))
+                segments.append(Segment(text, message.role if message else "markup", trained=False, control=False))
+        return Rendered(tuple(segment for segment in segments if segment.text), where)
+
+    def render_document(self, document: Document) -> Rendered:
+        """Plain text as training text: all of it is trained, and the end-of-text token after it."""
+        text = Segment(document.text, "text", trained=True, control=False)
+        return Rendered((text, Segment(self._eos, "text", trained=True, control=True)), document.where)
+
+    def terminators(self) -> tuple[str, ...]:
+        """The control tokens that end an answer: what the model is taught to stop with, so where serving must stop."""
+        probe = Conversation((Message("user", "question"), Message("assistant", "answer")), "template probe")
+        segments = self.render(probe).segments
+        answer = max(index for index, segment in enumerate(segments) if segment.trained and not segment.control)
+        ending = "".join(segment.text for segment in segments[answer + 1 :] if segment.trained)
+        return tuple(dict.fromkeys(self._control.findall(ending)))
+
+    def fit_messages(self, conversation: Conversation) -> tuple[Message, ...]:
+        """The messages with an alpaca input joined to its instruction, for templates that know no such role."""
+        if self.name == "alpaca" or all(message.role != "input" for message in conversation.messages):
+            return conversation.messages
+        joined: list[Message] = []
+        for message in conversation.messages:
+            if message.role == "input":
+                joined[-1] = Message("user", joined[-1].content + "\n\n" + message.content)
+            else:
+                joined.append(message)
+        return tuple(joined)
+
+    def _cut(self, messages: tuple[Message, ...], where: str, *, add_generation_prompt: bool = False) -> list[str]:
+        """Markup and message texts in turn: [markup, text, ..., text, markup], each text as the template shows it."""
+        marked = [Message(message.role, f"\ue000{index}\ue001") for index, message in enumerate(messages)]
+        pieces = _MARKER.split(self._call(marked, where, add_generation_prompt=add_generation_prompt))
+        order = [int(number) for number in pieces[1::2]]
+        if order != list(range(len(messages))):
+            lost = sorted(set(range(len(messages))) - set(order))
+            roles = ", ".join(messages[index].role for index in lost) or "none"
+            raise TemplateError(
+                f"{where}: template {self.name!r} does not show each message once and in order (lost: {roles})",
+                hint="choose a template that knows these roles, or leave those messages out of the data",
+            )
+        real = self._call(messages, where, add_generation_prompt=add_generation_prompt)
+        texts = _texts_between(pieces[0::2], messages, real)
+        if texts is None:
+            raise TemplateError(
+                f"{where}: template {self.name!r} rewrites the text of the messages, so answers cannot be marked",
+                hint="choose another template, or one without conditions on the text",
+            )
+        pieces[1::2] = texts
+        return pieces
+
+    def _call(self, messages: Sequence[Message], where: str, *, add_generation_prompt: bool) -> str:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        # transformers gives every template these two, so templates ask whether they are none, not whether defined.
+        variables = {**self._variables, "tools": None, "documents": None}
+        try:
+            return self._jinja(messages=turns, add_generation_prompt=add_generation_prompt, **variables)
+        except TemplateStoppedError as error:
+            raise TemplateError(f"{where}: template {self.name!r} {error}", hint=error.hint) from None
+
+    def _terminator(self, markup: str, where: str) -> str:
+        """What follows an answer up to and including its control token; the model must learn to say it."""
+        found = self._control.search(markup)
+        if found is None or markup[: found.start()].strip():
+            raise TemplateError(
+                f"{where}: template {self.name!r} ends an answer with {markup[:40]!r} and no control token, "
+                "so the model could never learn to stop",
+                hint="end answers with the tokenizer's end-of-turn token or {{ eos_token }}",
+            )
+        return markup[: found.end()]
+
+    def _opened(
+        self, before: Sequence[Segment], markup: str, asked: tuple[Message, ...], where: str
+    ) -> tuple[str, str]:
+        """The markup in front of an answer, cut where the prompt ends at serve time; what follows is trained."""
+        trained_on = "".join(segment.text for segment in before) + markup
+        served = "".join(self._cut(asked, where, add_generation_prompt=True))
+        if not trained_on.startswith(served):
+            raise TemplateError(
+                f"{where}: template {self.name!r} is not prefix-preserving: at serve time the prompt would end with "
+                f"{served[-40:]!r}, but in training the answer follows {trained_on[-40:]!r}",
+                hint="choose another template: this one asks differently from how it trains",
+            )
+        spoken = trained_on[len(served) :]
+        return markup[: len(markup) - len(spoken)], spoken
+
+
+def _is_answer(message: Message | None) -> bool:
+    return message is not None and message.role == "assistant"
+
+
+def _texts_between(markup: Sequence[str], messages: Sequence[Message], real: str) -> list[str] | None:
+    """What `real` shows of each message between the markup: its text, or its text trimmed; None for anything else."""
+    if not real.startswith(markup[0]):
+        return None
+    at = len(markup[0])
+    texts: list[str] = []
+    for message, after in zip(messages, markup[1:], strict=True):
+        shown = [text for text in (message.content, message.content.strip()) if real.startswith(text + after, at)]
+        if not shown:
+            return None
+        texts.append(shown[0])
+        at += len(shown[0]) + len(after)
+    return texts if at == len(real) else None
+
+
+def find_template(name: str, own: str | None) -> TemplateSource:
+    """The template by its name: one of the catalogue, `tokenizer` for the model's own, or a `.jinja` file.
+
+    Raises:
+        TemplateError: no such template; the names that exist are listed.
+    """
+    if name in CATALOG:
+        return CATALOG[name]
+    if name == "tokenizer":
+        if own is None:
+            raise TemplateError(
+                "this model's tokenizer ships no chat template", hint=f"choose one of {', '.join(CATALOG)}"
+            )
+        return TemplateSource("tokenizer", own)
+    if name.endswith(".jinja"):
+        try:
+            return TemplateSource(name, Path(name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
+            raise TemplateError(f"template file {name} cannot be read: {error}", hint="check the path") from None
+    raise TemplateError(
+        f"unknown template {name!r}", hint=f"choose one of {', '.join(CATALOG)}, tokenizer, or a path to a .jinja file"
+    )

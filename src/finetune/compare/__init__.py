@@ -1,0 +1,1 @@
+"""Computes one model in several ways and compares them."""

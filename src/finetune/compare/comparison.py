@@ -1,0 +1,220 @@
+"""Holds every way to compute what a run has trained to the trainer: the same questions, one row a way."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from finetune.backends import open_backend
+from finetune.compare.paths import GgufWays, OneWay, backend_way, merged_way, open_gguf_ways
+from finetune.errors import EvidenceError, ExportError, FineTuneError, RefusedError, UsageError
+from finetune.evidence.answers import score
+from finetune.evidence.baseline import Truth, tell_truth
+from finetune.evidence.drift import Drift, Ids, Told, Way, problems
+from finetune.export.outtypes import OUTTYPES, Outtype
+from finetune.export.result import Result, open_result
+from finetune.files import write_json
+from finetune.models.shape import read_shape
+from finetune.records import Question
+from finetune.serve.messages import conversations_of
+from finetune.training.prepare import Prepared
+
+FORMAT = 1
+"""The version of what `equivalence.json` holds."""
+TRAINER = "trainer"
+BACKENDS = ("torch", "mlx", "reference")
+SERVER = "server"
+THROUGH = (TRAINER, "merged", *BACKENDS, *(f"gguf-{outtype}" for outtype in OUTTYPES), SERVER)
+"""The ways there are, in the order in which they are asked."""
+STEPS_WITHOUT_QUESTIONS = 24
+KL = "KL divergence in nats from the trainer's distribution, over every id that the way tells and the rest as one"
+Outcome = Literal["truth", "holds", "broken", "skipped"]
+Teller = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What was found of one way; `reason` says why it is broken or was skipped."""
+
+    way: str
+    what: str
+    outcome: Outcome
+    reason: str = ""
+    bound: float | None = None
+    right: dict[str, int] = field(default_factory=dict)
+    drift: Drift | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Equivalence:
+    """All ways next to each other; `asked` counts the questions of each set, `tokens` the places compared."""
+
+    run: str
+    trainer: str
+    asked: dict[str, int]
+    tokens: int
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+    texts: dict[int, str] = field(repr=False)
+
+    @property
+    def holds(self) -> bool:
+        """Whether no way is broken."""
+        return not any(row.outcome == "broken" for row in self.rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        ways = [{**asdict(row), "drift": asdict(row.drift) if row.drift else None} for row in self.rows]
+        for way in ways:
+            for parting in (way["drift"] or {}).get("partings", []):
+                parting["own_text"] = self.texts.get(parting["own"], "")
+                parting["their_text"] = self.texts.get(parting["theirs"], "")
+        return {
+            "format": FORMAT,
+            "run": self.run,
+            "outcome": "holds" if self.holds else "broken",
+            "trainer": self.trainer,
+            "asked": self.asked,
+            "tokens": self.tokens,
+            "kl": KL,
+            "ways": ways,
+            "notes": list(self.notes),
+        }
+
+
+def compare_ways(
+    run: Path, through: Sequence[str] = THROUGH, *, more: Sequence[Way] = (), tell: Teller = lambda words: None
+) -> Equivalence:
+    """Ask every way the run's questions, hold it to the trainer, and write `equivalence.json` into the run's folder.
+
+    Args:
+        through: names of ways; the trainer is always asked.
+        more: ways beside those that have names here.
+        tell: is told what is done.
+
+    Raises:
+        FineTuneError: the run cannot be opened, or there was no way that could be held to the trainer.
+    """
+    if unknown := sorted(set(through) - set(THROUGH)):
+        raise UsageError(f"there is no way {unknown[0]!r}", hint=f"choose from: {', '.join(THROUGH)}")
+    result = open_result(run, open_backend)
+    with result.run.held():
+        comparison = _Comparison.begin(result, through)
+        tell(f"asking the trainer {len(comparison.truth.asked.prompts)} questions")
+        rows = [comparison.trainer()]
+        for row in comparison.rows(through, more):
+            tell(f"{row.way}: {row.outcome}" + (f": {row.reason}" if row.reason else ""))
+            rows.append(row)
+        if all(row.outcome in ("truth", "skipped") for row in rows):
+            told = "; ".join(f"{row.way}: {row.reason}" for row in rows[1:]) or "only the trainer was asked for"
+            raise EvidenceError(f"no way could be held to the trainer ({told})", hint="name others with --through")
+        found = comparison.finish(tuple(rows))
+        write_json(result.run.path / "equivalence.json", found.as_dict())
+    return found
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    result: Result
+    prepared: Prepared
+    questions: dict[str, tuple[Question, ...]]
+    gguf: GgufWays | RefusedError | None
+    truth: Truth
+
+    @classmethod
+    def begin(cls, result: Result, through: Sequence[str]) -> "_Comparison":
+        """Let the trainer answer."""
+        prepared = result.prepare()
+        questions = {"learning": prepared.questions, "retention": prepared.retention}
+        prompts: list[Ids] = [question.ids for group in questions.values() for question in group]
+        steps = result.config.evaluation.max_new_tokens if prompts else STEPS_WITHOUT_QUESTIONS
+        gguf: GgufWays | RefusedError | None = None
+        if any(name == SERVER or name.startswith("gguf-") for name in through):
+            try:
+                gguf = open_gguf_ways(result)
+            except RefusedError as error:
+                gguf = error
+        stops = gguf.stops if isinstance(gguf, GgufWays) else result.encoder.stop_ids
+        context = read_shape(result.folder).context_length
+        plain = [prompt for prompt in result.prompts() if len(prompt) < context]
+        truth = tell_truth(result.open(), prompts or plain, steps, stops, context)
+        return cls(result, prepared, questions, gguf, truth)
+
+    def trainer(self) -> Row:
+        """The trainer's own row."""
+        what = f"the {self.result.config.backend} backend, adapter on its base, float32"
+        return Row(TRAINER, what, "truth", right=self._right(self.truth.asked.path))
+
+    def rows(self, through: Sequence[str], more: Sequence[Way]) -> Iterator[Row]:
+        """One row for each way, or more where there are several files of a kind."""
+        for name in (name for name in THROUGH if name in through and name != TRAINER):
+            if name == self.result.config.backend:
+                continue  # the trainer itself
+            try:
+                ways = self._ways(name)
+            except FineTuneError as error:
+                yield _failed(name, "", error)
+                continue
+            yield from map(self._judge, ways)
+        yield from map(self._judge, more)
+
+    def _ways(self, name: str) -> tuple[OneWay, ...]:
+        if name in BACKENDS:
+            return (backend_way(self.result, name),)
+        if name == "merged":
+            return (merged_way(self.result),)
+        if isinstance(self.gguf, GgufWays) and name == SERVER:
+            return self.gguf.served(conversations_of(self.result.encoder, self.prepared))
+        if isinstance(self.gguf, GgufWays):
+            outtype: Outtype = next(known for known in get_args(Outtype) if name == f"gguf-{known}")
+            return self.gguf.of(outtype)
+        assert self.gguf is not None
+        raise self.gguf
+
+    def _judge(self, way: Way) -> Row:
+        what = str(getattr(way, "what", way.name))
+        try:
+            told: Told = way.ask(self.truth.asked)
+        except FineTuneError as error:
+            return _failed(way.name, what, error)
+        drift = self.truth.drift(told)
+        found = problems(drift, way.bound)
+        outcome: Outcome = "broken" if found else "holds"
+        return Row(way.name, what, outcome, "; ".join(found), way.bound, self._right(told.ids), drift)
+
+    def _right(self, answers: Sequence[Ids]) -> dict[str, int]:
+        """How many answers are right, scored as the run's own are."""
+        right, start = {}, 0
+        for name, group in self.questions.items():
+            if group:
+                said = answers[start : start + len(group)]
+                right[name] = score(group, said, self.result.encoder.tokenizer.decode).right
+                start += len(group)
+        return right
+
+    def finish(self, rows: tuple[Row, ...]) -> Equivalence:
+        """All rows together."""
+        result, config = self.result, self.result.config
+        ids = {token for row in rows if row.drift for p in row.drift.partings for token in (p.own, p.theirs)}
+        notes = list(result.quantized_notes)
+        if config.model.dtype != "float32":
+            notes.append(f"the run computed in {config.model.dtype}; here the trainer computes in float32")
+        return Equivalence(
+            run=str(result.manifest["id"]),
+            trainer=config.backend,
+            asked={name: len(group) for name, group in self.questions.items() if group}
+            or {"plain text": len(self.truth.asked.prompts)},
+            tokens=len(self.truth.asked.places),
+            rows=rows,
+            notes=tuple(notes),
+            texts={token: result.encoder.tokenizer.decode([token]) for token in ids if token is not None},
+        )
+
+
+def _failed(name: str, what: str, error: FineTuneError) -> Row:
+    """A way that cannot be computed here is skipped; one whose file is not what was written is broken."""
+    outcome: Outcome = "skipped" if isinstance(error, RefusedError) else "broken"
+    if not isinstance(error, RefusedError | ExportError | EvidenceError):
+        raise error
+    hint = f" ({error.hint})" if error.hint else ""
+    return Row(name, what, outcome, f"{error.message}{hint}")

@@ -1,0 +1,177 @@
+"""The ways to compute what a run has trained: other backends, the merged model folder, and GGUF files of each type."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from finetune.compare.server_path import ask_server
+from finetune.errors import ExportError, ModelError
+from finetune.evidence.answering import ask_folder, ask_session
+from finetune.evidence.drift import Asked, Ids, Told
+from finetune.export.blueprint import plan_model
+from finetune.export.gguf_check import BOUNDS, TABLE_BOUND
+from finetune.export.gguf_source import Exportable, all_stops, exportable_result, file_metadata, require_gguf
+from finetune.export.llama_cpp import Questions, ask_llama_cpp
+from finetune.export.merged_folder import merged_problems, plan_weights, write_merged, written_weights
+from finetune.export.outtypes import Outtype
+from finetune.export.read_back import read_back
+from finetune.export.result import Result
+from finetune.export.vocabulary import Vocabulary, describe_vocabulary
+from finetune.export.write import write_gguf
+from finetune.files import check_space, storage_errors
+from finetune.records import Conversation
+
+Asker = Callable[[Asked], Told]
+
+
+@dataclass(frozen=True, slots=True)
+class OneWay:
+    """A way that is asked by a function; `what` says which file or program computes it."""
+
+    name: str
+    bound: float
+    what: str
+    ask: Asker = field(repr=False)
+
+
+def backend_way(result: Result, backend: str) -> OneWay:
+    """The base with the adapter on it, computed by another of our backends in float32."""
+
+    def ask(asked: Asked) -> Told:
+        return ask_session(result.open(backend), asked)
+
+    return OneWay(backend, BOUNDS["f32"], f"the {backend} backend, adapter on its base, float32", ask)
+
+
+def merged_way(result: Result) -> OneWay:
+    """The model folder that `ft merge` wrote, or one that is made for this and goes again.
+
+    Raises:
+        FineTuneError: there is one that is not what was written, or none can be made.
+    """
+    kept = result.run.merged
+    if not kept.exists():
+        weights = plan_weights(result, None)
+
+        def made(asked: Asked) -> Told:
+            with _passing_folder(result, weights.total_bytes) as folder:
+                write_merged(result, weights, folder)
+                return ask_folder(folder.resolve(), asked, otherwise=result.config.backend)
+
+        return OneWay("merged", BOUNDS[weights.rounding], "a model folder made for this", made)
+    try:
+        weights = written_weights(result, kept)
+        wrong = next(merged_problems(result, weights, kept), "")
+    except ModelError as error:
+        wrong = error.message
+    _refuse_damaged(kept, wrong)
+
+    def ask(asked: Asked) -> Told:
+        return ask_folder(kept.resolve(), asked, otherwise=result.config.backend)
+
+    return OneWay("merged", BOUNDS[weights.rounding], "the model folder merged", ask)
+
+
+@dataclass(frozen=True, slots=True)
+class GgufWays:
+    """What llama.cpp computes of a run's result; `stops` are the ids at which it ends an answer, the run's included."""
+
+    result: Result
+    exportable: Exportable
+    vocabulary: Vocabulary
+
+    @property
+    def stops(self) -> Ids:
+        """The ids at which an answer ends."""
+        return all_stops(self.exportable, self.vocabulary)
+
+    def of(self, outtype: Outtype) -> tuple[OneWay, ...]:
+        """llama.cpp on each file that `ft export` wrote in this type, or on one that is made for this and goes again.
+
+        Raises:
+            FineTuneError: the model cannot be written so.
+        """
+        return self._asked(f"gguf-{outtype}", outtype, partial(_ask_file, self.exportable))
+
+    def served(self, known: Mapping[Ids, Conversation]) -> tuple[OneWay, ...]:
+        """The chat API of llama.cpp's server on a file in f16.
+
+        Args:
+            known: conversations by the ids of their prompts.
+
+        Raises:
+            FineTuneError: the model cannot be written so.
+        """
+        return self._asked("server", "f16", partial(ask_server, encoder=self.result.encoder, known=known))[:1]
+
+    def _asked(self, name: str, outtype: Outtype, ask: Callable[[Path, Asked], Told]) -> tuple[OneWay, ...]:
+        """A way that asks a file, for each file there is.
+
+        Raises:
+            FineTuneError: the model cannot be written so.
+        """
+        made_of = self.exportable
+        keys = file_metadata(made_of, self.vocabulary)
+        blueprint = plan_model(made_of.described, made_of.shape, made_of.source, keys, outtype)
+        bound = max(BOUNDS[outtype], TABLE_BOUND if made_of.described.family.looks_up else 0.0)
+        found = sorted(self.result.run.gguf.glob(f"*-{outtype}.gguf"))
+        kept = [file for file in found if not file.name.endswith(f"adapter-{outtype}.gguf")]
+
+        def written(file: Path, asked: Asked) -> Told:
+            _refuse_damaged(file, read_back(blueprint, file).first)
+            return ask(file, asked)
+
+        def made(asked: Asked) -> Told:
+            with _passing_folder(self.result, blueprint.bytes) as place:
+                write_gguf(blueprint, place / "model.gguf")
+                return ask(place / "model.gguf", asked)
+
+        ways = (OneWay(name, bound, f"llama.cpp on gguf/{file.name}", partial(written, file)) for file in kept)
+        return tuple(ways) or (OneWay(name, bound, "llama.cpp on a file made for this", made),)
+
+
+def open_gguf_ways(result: Result) -> GgufWays:
+    """What llama.cpp can be asked.
+
+    Raises:
+        MissingExtraError: it is not installed.
+        FineTuneError: this model cannot be written as GGUF.
+    """
+    require_gguf()
+    made_of = exportable_result(result)
+    vocabulary = describe_vocabulary(made_of.tokenizer.description(), made_of.special, made_of.rows)
+    return GgufWays(result, made_of, vocabulary)
+
+
+def _ask_file(exportable: Exportable, file: Path, asked: Asked) -> Told:
+    longest = max(len(prompt) + steps for prompt, steps in zip(asked.prompts, asked.steps, strict=True))
+    if longest > exportable.described.tried_context:
+        raise ModelError(
+            f"beyond {exportable.described.tried_context} tokens llama.cpp reads otherwise than the trainer, and a "
+            f"question with its answer has {longest}"
+        )
+    sequences = [asked.sequence(place) for place in asked.places]
+    plain_id = exportable.tokenizer.encode_content("a")[-1]
+    questions = Questions([], asked.prompts, sequences, max(asked.steps), longest + 1, plain_id)
+    told = ask_llama_cpp(file, questions)
+    return Told(asked.cut([continuation.ids for continuation in told.continuations]), told.following)
+
+
+def _refuse_damaged(path: Path, wrong: str) -> None:
+    if wrong:
+        raise ExportError(f"{path} is not what was written: {wrong}", hint="remove it, and write it again from the run")
+
+
+@contextmanager
+def _passing_folder(result: Result, wanted: int) -> Iterator[Path]:
+    """A folder below the run's, with room for so many bytes, that goes again."""
+    path = result.run.path
+    check_space(path / "equivalence", wanted, smaller="name fewer ways with --through")
+    with (
+        storage_errors(path / "equivalence"),
+        tempfile.TemporaryDirectory(prefix=".equivalence.", suffix=".part", dir=path) as folder,
+    ):
+        yield Path(folder)

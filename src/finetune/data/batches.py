@@ -1,0 +1,60 @@
+"""Puts rows into batches of similar length, every row once an epoch, in an order that only the seed decides."""
+
+import random
+from collections.abc import Sequence
+
+from finetune.data.packing import pack_rows
+from finetune.records import Batch, Tokenized
+
+_BATCHES_PER_BUCKET = 16
+_BLUR = 1.25
+
+
+def epoch_batches(
+    rows: Sequence[Tokenized], batch_size: int, *, seed: int, epoch: int, pack_length: int | None = None
+) -> list[Batch]:
+    """The batches of one epoch: a pure function of its arguments, so that a resumed run sees the same ones.
+
+    Rows are shuffled, then sorted within buckets of sixteen batches by their length, blurred by up to a quarter: so
+    little is padded, and yet every epoch puts other rows together. The last batch may be smaller; no row is left out.
+
+    Args:
+        batch_size: how many sequences a batch has.
+        pack_length: with it, rows share sequences of at most so many tokens (see `pack_rows`); which rows share one
+            is the same in every epoch, so that every epoch has as many steps.
+    """
+    sequences = sequences_of(rows, seed=seed, pack_length=pack_length)
+    lengths = [sum(len(row.ids) for row in sequence) for sequence in sequences]
+    rng = random.Random(f"order-{seed}-{epoch}")
+    order = list(range(len(sequences)))
+    rng.shuffle(order)
+    bucket = batch_size * _BATCHES_PER_BUCKET
+    batches: list[Batch] = []
+    for start in range(0, len(order), bucket):
+        blurred = {index: lengths[index] * rng.uniform(1, _BLUR) for index in order[start : start + bucket]}
+        members = sorted(blurred, key=lambda index: blurred[index])
+        batches += [
+            _batch([sequences[index] for index in members[first : first + batch_size]])
+            for first in range(0, len(members), batch_size)
+        ]
+    rng.shuffle(batches)
+    return batches
+
+
+def sequences_of(
+    rows: Sequence[Tokenized], *, seed: int, pack_length: int | None = None
+) -> list[tuple[Tokenized, ...]]:
+    """The rows as they share sequences: each alone, or packed."""
+    return [(row,) for row in rows] if pack_length is None else pack_rows(rows, pack_length, seed=seed)
+
+
+def fixed_batches(rows: Sequence[Tokenized], batch_size: int) -> list[Batch]:
+    """The rows in batches by length, always the same: for losses that are compared before and after."""
+    ordered = sorted(rows, key=lambda row: len(row.ids))
+    return [Batch(tuple(ordered[start : start + batch_size])) for start in range(0, len(ordered), batch_size)]
+
+
+def _batch(sequences: Sequence[tuple[Tokenized, ...]]) -> Batch:
+    rows = tuple(row for sequence in sequences for row in sequence)
+    shared = len(rows) > len(sequences)
+    return Batch(rows, tuple(len(sequence) for sequence in sequences) if shared else ())

@@ -1,0 +1,124 @@
+"""Starts the processes of a run, passes on what they say, and tells how it ended."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from finetune.distributed.launchers import Launch, command_line, environment
+from finetune.distributed.notes import Note, leave_command, read_notes
+from finetune.errors import FineTuneError, InterruptedRunError, LostProcessError, TrainingError
+from finetune.processes import terminated_as_interrupted
+from finetune.run.folder import RunFolder
+from finetune.run.resume_hint import what_is_left
+
+MARK = "\x02"
+"""What a line of ours begins with; the launchers' own lines do not."""
+_GRACE = 60.0
+"""Seconds that processes have to end once they were asked to."""
+
+
+def watch(
+    launch: Launch, arguments: Sequence[str], folder: RunFolder, *, command: str, say: Callable[[str], None]
+) -> tuple[Path, dict[str, Any]]:
+    """Run `ft` with these arguments in every process until the run in `folder` is done.
+
+    Args:
+        command: what the user typed, to be written down in the run.
+        say: is given every line that a process says.
+
+    Returns:
+        The run folder and the content of its `run.json`.
+
+    Raises:
+        FineTuneError: a process refused, failed, was interrupted, or ended without a word.
+    """
+    with tempfile.TemporaryDirectory(prefix="ft-launch-") as name:
+        notes = Path(name)
+        leave_command(notes, command)
+        said: deque[str] = deque(maxlen=20)
+        interrupted = _run(command_line(launch, arguments), environment(launch, os.environ, notes), say, said)
+        found = read_notes(notes)
+    kept, hint = what_is_left(folder, launch=launch.words)
+    if interrupted:
+        raise InterruptedRunError(f"interrupted; {kept}", hint=hint)
+    if error := _failure(launch, found, kept, hint):
+        raise error
+    if not found:
+        raise TrainingError(f"{launch.launcher} started no process:\n" + "\n".join(said))
+    return folder.path, RunFolder.finished(folder.path).read_manifest()
+
+
+def _failure(launch: Launch, notes: dict[int, Note], kept: str, hint: str) -> FineTuneError | None:
+    """What went wrong, told of the process that it began with; None when every process is done."""
+    failed = [note for note in notes.values() if note.state == "failed"]
+    silent = [note for note in notes.values() if note.state == "at work"]
+    # A failure of ours, known by its words, comes first; what else failed beside a silent one has failed for its lack.
+    for note in failed if not silent else [note for note in failed if note.message]:
+        where = f"rank {note.rank}: " if note.rank else ""
+        error = FineTuneError(f"{where}{note.message or 'failed; its last words stand above'}", hint=note.hint)
+        error.exit_code = note.exit_code
+        return error
+    ended = silent or [note for note in notes.values() if note.state != "done"]
+    if not ended:
+        return None
+    who = " and ".join(f"rank {note.rank} (process {note.pid})" for note in ended)
+    how = "ended without a word, as one that was killed or ran out of memory does" if silent else "was stopped"
+    return LostProcessError(f"{who} of {launch.processes} {how}; {kept}", hint=hint)
+
+
+def _run(command: Sequence[str], env: dict[str, str], say: Callable[[str], None], said: deque[str]) -> bool:
+    """Run the launcher to its end; returns whether the user interrupted it."""
+    process = subprocess.Popen(
+        command,
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+    )
+    # The launchers may read standard input: one that is open and silent keeps them waiting.
+    assert process.stdin is not None
+    assert process.stdout is not None
+    reader = threading.Thread(target=_pass_on, args=(process.stdout, say, said), daemon=True)
+    reader.start()
+    interrupted = False
+    with terminated_as_interrupted():
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            interrupted = True
+            _end(process)
+    reader.join(timeout=10)
+    process.stdin.close()
+    if not reader.is_alive():  # else a process that outlived its launcher still holds the other end
+        process.stdout.close()
+    return interrupted
+
+
+def _pass_on(stream: IO[str], say: Callable[[str], None], said: deque[str]) -> None:
+    for line in stream:
+        before, mark, ours = line.rstrip("\n").rpartition(MARK)
+        if mark:
+            say(ours)
+        else:
+            said.append(before or ours)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Ask the launcher and its processes to end, and make them where they do not."""
+    for sign in (signal.SIGINT, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, sign)
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.wait(timeout=_GRACE)
+            return

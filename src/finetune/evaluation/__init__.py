@@ -1,1 +1,0 @@
-"""Finds out what a model can do. Verbs: ask (score answers), check (a saved adapter still works)."""

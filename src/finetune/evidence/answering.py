@@ -1,0 +1,76 @@
+"""Asks a session, or a model folder in a fresh process, what every way to compute a model is asked."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.evidence.drift import Asked, Ids, Next, Told, log_softmax
+from finetune.ports import Session
+from finetune.processes import ask_child
+
+Row = NDArray[np.float32]
+_PATIENCE = 3600
+"""Seconds that a fresh process may take for all answers together."""
+
+
+def answers_of(session: Session, asked: Asked) -> tuple[Ids, ...]:
+    """The session's greedy answers."""
+    most = max(asked.steps, default=0)
+    return asked.cut(session.generate(asked.prompts, most, asked.stops)) if most else tuple(() for _ in asked.prompts)
+
+
+def rows_of(session: Session, asked: Asked) -> tuple[Row, ...]:
+    """The session's logits at each place, one prompt at a time."""
+    from safetensors.numpy import load_file
+
+    rows: dict[tuple[int, int], Row] = {}
+    with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
+        path = Path(folder) / "logits.safetensors"
+        for number in dict.fromkeys(number for number, _ in asked.places):
+            tokens = [token for owner, token in asked.places if owner == number]
+            session.save_logits([asked.sequence((number, max(tokens)))], path)
+            logits = load_file(path)["0"]
+            start = len(asked.prompts[number]) - 1
+            rows |= {(number, token): logits[start + token].copy() for token in tokens}
+    return tuple(rows[place] for place in asked.places)
+
+
+def ask_session(session: Session, asked: Asked) -> Told:
+    """What a session says."""
+    return Told(answers_of(session, asked), following_of(rows_of(session, asked)))
+
+
+def following_of(rows: Sequence[Row]) -> tuple[Next, ...]:
+    """Logits as what may follow: every id."""
+    every = np.arange(len(rows[0]), dtype=np.int64) if rows else np.empty(0, np.int64)
+    return tuple(Next(every, log_softmax(row)) for row in rows)
+
+
+def ask_folder(folder: Path, asked: Asked, *, otherwise: str) -> Told:
+    """What a model folder says in a fresh process: through plain transformers, or without it through a backend.
+
+    Args:
+        otherwise: the backend that loads it where transformers is not installed.
+
+    Raises:
+        EvidenceError: the fresh process could not load it or failed.
+    """
+    plain = all(find_spec(library) for library in ("torch", "transformers"))
+    module = "finetune.backends.torch.plain" if plain else "finetune.evidence.answer_worker"
+    with tempfile.TemporaryDirectory(prefix="finetune-") as place:
+        logits = Path(place) / "logits.safetensors"
+        request = {"folder": str(folder), "backend": otherwise, "logits": str(logits), **asdict(asked)}
+        ids = ask_child(module, request, timeout=_PATIENCE)["ids"]
+        return Told(asked.cut(ids), following_of(_read_rows(logits, asked)))
+
+
+def _read_rows(path: Path, asked: Asked) -> list[Row]:
+    from safetensors.numpy import load_file
+
+    found = load_file(path)
+    return [found[f"{number} {token}"] for number, token in asked.places]

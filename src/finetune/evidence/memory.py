@@ -1,0 +1,50 @@
+"""Measures what training takes, in a fresh process for each method, so that nothing else is counted."""
+
+from dataclasses import asdict
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from finetune.errors import UsageError
+from finetune.processes import ask_child
+from finetune.records import AdapterTarget, MemoryMeasure, ModelLocation
+
+
+def measure_memory(
+    backend: str,
+    location: ModelLocation,
+    target: AdapterTarget,
+    *,
+    method: Literal["lora", "full"],
+    sizes: dict[str, Any],
+) -> MemoryMeasure:
+    """Train a few steps in a fresh process and return what it measured.
+
+    Args:
+        sizes: batch_size (rows), length (tokens), dtype and vocab_size: equal for both methods, or they cannot be
+            compared.
+
+    Raises:
+        EvidenceError: the process failed.
+    """
+    request = {
+        "folder": str(location.folder),
+        "name": location.name,
+        "source": location.source,
+        "method": method,
+        "target": asdict(target),
+        **sizes,
+    }
+    return MemoryMeasure(**ask_child(f"finetune.backends.{backend}.probe", request))
+
+
+def measure_framework(backend: str) -> int:
+    """The resident bytes of a fresh process that has loaded a backend's libraries and trained on a dozen numbers.
+
+    Raises:
+        UsageError: the backend has no means to measure it.
+        EvidenceError: the process failed.
+    """
+    module = f"finetune.backends.{backend}.probe"
+    if find_spec(module) is None:
+        raise UsageError(f"the {backend} backend has no means to measure memory", hint="use its documented figures")
+    return int(ask_child(module, {"method": "framework"})["framework_rss"])

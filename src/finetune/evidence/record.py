@@ -1,0 +1,260 @@
+"""Writes down what a run was and what was measured: the content of run.json."""
+
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from finetune.config import plan_as_list
+from finetune.criteria.evidence import Evidence
+from finetune.criteria.judge import overall
+from finetune.data.shipped import data_path
+from finetune.events import RunResumed
+from finetune.files import describe_file, file_hash
+from finetune.memory.estimate import weight_bytes
+from finetune.models.quantize import kept_in_full, say_quantized
+from finetune.models.shape import weight_files
+from finetune.processes import peak_rss
+from finetune.records import ModelLocation, Scores, Tokenized, Verdict
+from finetune.run.checkpoints import Owner
+from finetune.run.folder import FORMAT
+from finetune.training.course import Trained, say_ending
+from finetune.training.prepare import Prepared
+from finetune.training.run import Run
+
+_SIDE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_FREE = ("tracking.", "tokens.cache", "training.save_every")
+"""Settings that change no weight: a run may go on with others than it was started with, and says so."""
+_BASE_LIBRARIES = ("finetune-suite", "tokenizers", "numpy", "safetensors", "jinja2")
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How a run went: when it started, what was asked, how training ended, how long each phase took."""
+
+    run_id: str
+    command: str
+    started: str
+    timing: Mapping[str, float]
+    libraries: Mapping[str, str]
+    trained: Trained
+
+
+def run_record(
+    run: Run,
+    course: Course,
+    evidence: Evidence,
+    verdicts: tuple[Verdict, ...],
+    events: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Everything another program needs to know of the run, as JSON values; nothing in it is guessed."""
+    prepared, trackers = run.prepared, run.trackers
+    steps = [event for event in events if event["event"] == "StepDone"]
+    seconds = sum(step["seconds"] for step in steps)
+    tokens = sum(step["tokens"] for step in steps)
+    return {
+        "format": FORMAT,
+        "id": course.run_id,
+        "status": "complete",
+        "outcome": overall(verdicts),
+        "started": course.started,
+        "command": course.command,
+        "versions": _all_versions(course.libraries),
+        "machine": {**machine(), "device": run.device},
+        "seeds": {"training": prepared.plan.config.training.seed},
+        "plan": plan_as_list(prepared.plan),
+        "model": _model(prepared),
+        "data": _data(prepared),
+        "training": _training(course.trained),
+        "tracking": trackers.places() if trackers else [],
+        "losses": {
+            "train": [_pick(step, "step", "loss", "learning_rate", "grad_norm") for step in steps],
+            "fixed": [_pick(event, "step", "loss", "tokens") for event in events if event["event"] == "FixedLoss"],
+            "held_out": [_pick(event, "step", "loss", "tokens") for event in events if event["event"] == "HeldOutLoss"],
+        },
+        "scores": _scores(evidence),
+        "memory": asdict(evidence.memory) if evidence.memory else None,
+        "reload": asdict(evidence.artifacts.reload) if evidence.artifacts.reload else None,
+        "timing": dict(course.timing),
+        "throughput": {"tokens_per_second": tokens / seconds} if seconds else None,
+        "peak_rss_bytes": peak_rss(),
+        "verdicts": [asdict(verdict) for verdict in verdicts],
+        "notes": [
+            *prepared.notes,
+            *say_ending(course.trained, prepared.plan.config.training.keep),
+            *_resumed(events),
+            *(trackers.notes() if trackers else []),
+        ],
+        "not_measured": dict(evidence.why),
+    }
+
+
+def run_owner(prepared: Prepared, libraries: Mapping[str, str]) -> Owner:
+    """What a checkpoint belongs to.
+
+    To go on as if nothing had happened, the settings, the files of the base, the data, the template and the token ids
+    made of them must be the same. Versions, the machine and the settings that change no weight may differ.
+    """
+    settings = {entry["key"]: entry["value"] for entry in plan_as_list(prepared.plan)}
+    # Of a mapping the order counts too: the first pattern that fits a layer is its own.
+    settings = {key: list(value.items()) if isinstance(value, dict) else value for key, value in settings.items()}
+    told = {key: settings.pop(key) for key in list(settings) if key.startswith(_FREE)}
+    told |= {f"version of {name}": number for name, number in _all_versions(libraries).items()}
+    told |= {key: value for key, value in machine().items() if key in ("system", "processor", "cores")}
+    identity = settings | {f"model {file['path']}": file["sha256"] for file in base_files(prepared.location)}
+    named = ((key, getattr(prepared.plan.config.data, key)) for key in ("train", "valid", "rehearsal", "retention"))
+    identity |= {f"data.{key} file": file_hash(data_path(name)) for key, name in named if name}
+    identity["template"] = hashlib.sha256(prepared.encoder.source.jinja.encode()).hexdigest()
+    identity["token ids"] = _digest([*prepared.training_rows, *(prepared.held_out.rows if prepared.held_out else ())])
+    plain: list[dict[str, Any]] = json.loads(json.dumps([identity, told]))
+    return Owner(*plain)
+
+
+def _digest(rows: Sequence[Tokenized]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.ids, row.trained]).encode())
+    return digest.hexdigest()
+
+
+def base_files(location: ModelLocation) -> list[dict[str, Any]]:
+    """Name, size and hash of each file of the base model that training depends on: weights, shape and tokenizer."""
+    others = (location.folder / name for name in _SIDE_FILES)
+    return [
+        describe_file(path, name=path.name)
+        for path in [*weight_files(location.folder), *(path for path in others if path.exists())]
+    ]
+
+
+def machine() -> dict[str, Any]:
+    """What the run was made on."""
+    import psutil
+
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "python": sys.version.split()[0],
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+
+
+def _model(prepared: Prepared) -> dict[str, Any]:
+    location, shape = prepared.location, prepared.shape
+    return {
+        "name": location.name,
+        "source": location.source,
+        "architecture": shape.architecture,
+        "parameters": shape.parameters,
+        "trainable_parameters": prepared.trainable_parameters,
+        "context_length": shape.context_length,
+        "quantization": _quantization(prepared),
+        "files": base_files(location),
+    }
+
+
+def _quantization(prepared: Prepared) -> dict[str, Any] | None:
+    """How the base is quantised, for whoever loads it again under the adapter; None for a full one."""
+    model, shape = prepared.plan.config.model, prepared.shape
+    if not shape.quantized:
+        return None
+    return {
+        "where": "load" if model.quantize else "files",
+        "how": say_quantized(shape),
+        "quantized": len(shape.quantized),
+        "in_full": kept_in_full(shape),
+        "weight_bytes": weight_bytes(shape, model.dtype),
+    }
+
+
+def _data(prepared: Prepared) -> dict[str, Any]:
+    return {
+        "files": data_files(prepared),
+        "train": asdict(prepared.train.counts),
+        "valid": asdict(prepared.held_out.counts) if prepared.held_out else None,
+        "rehearsal": asdict(prepared.rehearsal.counts) if prepared.rehearsal else None,
+    }
+
+
+def data_files(prepared: Prepared) -> list[dict[str, Any]]:
+    """Name, size and hash of each data file that was read."""
+    return [describe_file(path, name=_shown(path)) for path in prepared.files]
+
+
+def _training(trained: Trained) -> dict[str, Any]:
+    watch = trained.watch
+    return {
+        "planned_steps": trained.planned,
+        "steps": trained.taken,
+        "kept_step": trained.kept,
+        "stopped_early": trained.stopped_early,
+        "best": {"step": watch.best_step, "held_out_loss": watch.best_loss} if watch.best_step else None,
+    }
+
+
+def _resumed(events: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = [event for event in events if event["event"] == RunResumed.__name__]
+    notes = [
+        f"since the run was resumed from step {event['step']}, this is not as it was: {'; '.join(event['changes'])}"
+        for event in found
+        if event["changes"]
+    ]
+    if not found:
+        return notes
+    steps = ", ".join(str(event["step"]) for event in found)
+    return [f"the run was resumed from step {steps}; the times are those of its last process", *notes]
+
+
+def _shown(path: Path) -> str:
+    from finetune.data.shipped import FOLDER
+
+    return f"shipped:{path.stem}" if path.parent == FOLDER else str(path)
+
+
+def _scores(evidence: Evidence) -> dict[str, Any] | None:
+    learning = evidence.learning
+    if learning is None:
+        return None
+    kept = None
+    if learning.retention_base and learning.retention_tuned:
+        kept = {"base": _answers(learning.retention_base), "tuned": _answers(learning.retention_tuned)}
+    return {
+        "learning": {
+            "base": _answers(learning.base),
+            "tuned": _answers(learning.tuned),
+            "sham": _answers(learning.sham) if learning.sham else None,
+        },
+        "retention": kept,
+    }
+
+
+def _answers(scores: Scores) -> dict[str, Any]:
+    return {
+        "right": scores.right,
+        "count": len(scores.answers),
+        "answers": [asdict(answer) for answer in scores.answers],
+    }
+
+
+def _pick(event: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: event[key] for key in keys}
+
+
+def _all_versions(libraries: Mapping[str, str]) -> dict[str, str]:
+    return {"python": platform.python_version(), **_versions(), **libraries}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _BASE_LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,43 @@
+"""Checks in a fresh process that a saved adapter, or a saved model, gives the same logits."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from finetune.ports import Session
+from finetune.processes import ask_child
+from finetune.records import ModelLocation, Quantization, Reload
+
+
+def check_reload(
+    backend: str,
+    session: Session,
+    location: ModelLocation,
+    saved: Path,
+    *,
+    prompts: Sequence[Sequence[int]],
+    **opening: Any,
+) -> Reload:
+    """Compare the session's logits on `prompts` with those of what was saved, an adapter or a model, loaded elsewhere.
+
+    Args:
+        location: the base.
+        opening: how the base is opened: `dtype`, and `quantize` where it is quantised as it is loaded.
+
+    Raises:
+        EvidenceError: the fresh process could not load what was saved.
+    """
+    kind = "model" if (saved / "config.json").exists() else "adapter"
+    with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
+        logits = Path(folder) / "logits.safetensors"
+        session.save_logits(prompts, logits)
+        request = {
+            "folder": str(location.folder),
+            kind: str(saved.resolve()),
+            "logits": str(logits),
+            "prompts": [list(prompt) for prompt in prompts],
+            **{key: asdict(value) if isinstance(value, Quantization) else value for key, value in opening.items()},
+        }
+        return Reload(**ask_child(f"finetune.backends.{backend}.reload", request))

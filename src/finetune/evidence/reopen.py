@@ -1,0 +1,83 @@
+"""Opens finished runs again: to score them, or to talk to them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from finetune.backends import open_backend
+from finetune.chat.encoder import Encoder
+from finetune.config import TrainingConfig, load_plan
+from finetune.errors import DataError, TemplateError
+from finetune.evidence.observe import Observation, observe
+from finetune.evidence.saved import open_encoder, open_tuned, saved_in
+from finetune.export.result import prepare_again
+from finetune.models.locate import locate_model
+from finetune.models.shape import read_shape
+from finetune.ports import Session
+from finetune.records import Conversation, ModelLocation
+from finetune.run.folder import RunFolder
+from finetune.training.prepare import Prepared
+
+
+def reopen(path: Path) -> tuple[Prepared, Session]:
+    """A finished run as it ended: its data prepared again, its base model loaded, its adapter on it.
+
+    Raises:
+        FineTuneError: the run is not finished, or its model, data or adapter cannot be used any more.
+    """
+    folder = RunFolder.finished(path)
+    plan, prepared = load_plan(folder.plan), prepare_again(folder)
+    template = saved_in(folder, plan.config) / "chat_template.jinja"
+    if template.read_text(encoding="utf-8") != prepared.encoder.source.jinja:
+        raise TemplateError(f"the template that {path} was trained with has changed since", hint="restore the file")
+    return prepared, _open(folder, plan.config, prepared.location, prepared.encoder)
+
+
+def compare(prepared: Prepared, session: Session) -> tuple[Observation, Observation]:
+    """A look at the base and a look at the tuned model that `reopen` gave.
+
+    Raises:
+        FineTuneError: the base cannot be loaded again.
+    """
+    tuned = observe(session, prepared)
+    if prepared.target is not None:
+        with session.adapter_disabled():
+            return observe(session, prepared), tuned
+    # Only what is not quantised can be trained whole, so this base is not.
+    config, pad_id = prepared.plan.config, prepared.encoder.tokenizer.pad_id
+    backend = open_backend(config.backend)
+    base = backend.open(prepared.location, config.model.dtype, pad_id, device=config.model.device)
+    return observe(base, prepared), tuned
+
+
+def talker(path: Path, *, max_new_tokens: int) -> Callable[[Conversation], str]:
+    """A function that lets the fine-tuned model of a finished run answer a conversation; needs no data.
+
+    Raises:
+        FineTuneError: as `reopen`.
+    """
+    folder = RunFolder.finished(path)
+    config = load_plan(folder.plan).config
+    location = locate_model(config.model.path, revision=config.model.revision)
+    encoder = open_encoder(folder, config, location)
+    session = _open(folder, config, location, encoder)
+    context = read_shape(location.folder).context_length
+
+    def answer(conversation: Conversation) -> str:
+        ids = encoder.prompt_ids(conversation)
+        if len(ids) >= context:
+            raise DataError(
+                f"the conversation has {len(ids)} tokens, and the model reads {context}", hint="ask something shorter"
+            )
+        return encoder.tokenizer.decode(session.generate([ids], max_new_tokens, encoder.stop_ids)[0]).strip()
+
+    return answer
+
+
+def _open(folder: RunFolder, config: TrainingConfig, location: ModelLocation, encoder: Encoder) -> Session:
+    def opener(place: ModelLocation) -> Session:
+        model = config.model
+        backend = open_backend(config.backend)
+        pad_id = encoder.tokenizer.pad_id
+        return backend.open(place, model.dtype, pad_id, quantize=model.quantization, device=model.device)
+
+    return open_tuned(folder, config, location, opener)

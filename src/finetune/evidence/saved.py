@@ -1,0 +1,93 @@
+"""What a run saves in the end: how it is written, where it lies, whether it is still that, and a session on it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from finetune.chat.encoder import Encoder
+from finetune.config import TrainingConfig
+from finetune.errors import ModelError
+from finetune.evidence.record import base_files
+from finetune.files import describe_files, write_json, write_text
+from finetune.ports import Session
+from finetune.records import ModelLocation
+from finetune.run.folder import RunFolder
+from finetune.training.prepare import Prepared
+
+
+def save_trained(prepared: Prepared, session: Session, folder: Path) -> None:
+    """Write what was trained, an adapter or the whole model, and all that it is asked with, into an existing folder."""
+    session.save_model(folder) if prepared.target is None else session.save_adapter(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        source = prepared.location.folder / name
+        if source.exists():
+            (folder / name).write_bytes(source.read_bytes())
+    # The template trained on travels along, whichever the model shipped.
+    write_text(folder / "chat_template.jinja", prepared.encoder.source.jinja)
+    # So does where to stop: without it a model that learned to stop is asked to go on.
+    write_json(folder / "generation_config.json", prepared.encoder.generation_settings())
+
+
+def saved_in(folder: RunFolder, config: TrainingConfig) -> Path:
+    """Where a run keeps what it trained, an adapter or the whole model: byte for byte what it wrote there.
+
+    Raises:
+        ModelError: a file has changed or is gone.
+    """
+    saved = folder.model if config.adapter.kind == "full" else folder.adapter
+    found = describe_files(saved)
+    now = {f"{saved.name}/{file['path']}": {**file, "path": f"{saved.name}/{file['path']}"} for file in found}
+    written = [file for file in folder.read_manifest()["artifacts"] if file["path"].startswith(f"{saved.name}/")]
+    # The model card is for people, who may well add to it.
+    odd = [file["path"] for file in written if now.get(file["path"]) != file and not file["path"].endswith("README.md")]
+    if odd:
+        raise ModelError(
+            f"the {saved.name} in {saved} is not the one that was trained: changed or gone: {', '.join(odd)}",
+            hint="restore the folder, or train again",
+        )
+    return saved
+
+
+def changed(before: Any, now: list[dict[str, Any]]) -> list[str]:
+    """The names of files that are not what they were; those of one list alone are among them."""
+    old = {file["path"]: file for file in before or []}
+    new = {file["path"]: file for file in now}
+    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+
+
+def open_encoder(folder: RunFolder, config: TrainingConfig, location: ModelLocation) -> Encoder:
+    """The run's template with the tokenizer of its base model."""
+    # A template from a file may have moved since; the copy that travels with what was saved has not.
+    copy = saved_in(folder, config) / "chat_template.jinja"
+    return Encoder(location, str(copy) if config.template.name.endswith(".jinja") else config.template.name)
+
+
+def check_saved(folder: RunFolder, config: TrainingConfig, location: ModelLocation) -> Path:
+    """The folder of what was trained; it and the base model's files are byte for byte those of the run.
+
+    Raises:
+        ModelError: a file has changed or is gone.
+    """
+    if differing := changed(folder.read_manifest()["model"]["files"], base_files(location)):
+        raise ModelError(
+            f"the base model {location.name!r} is not the one that {folder.path} was trained on: "
+            f"changed or gone: {', '.join(differing)}",
+            hint="get the model revision that run.json names",
+        )
+    return saved_in(folder, config)
+
+
+def open_tuned(
+    folder: RunFolder, config: TrainingConfig, location: ModelLocation, opener: Callable[[ModelLocation], Session]
+) -> Session:
+    """The adapter on its base, or the whole model, opened by `opener`.
+
+    Raises:
+        ModelError: as `check_saved`.
+    """
+    saved = check_saved(folder, config, location)
+    if saved == folder.model:
+        return opener(ModelLocation(location.name, saved.resolve(), "local"))
+    session = opener(location)
+    session.load_adapter(saved)
+    return session

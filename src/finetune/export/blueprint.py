@@ -1,0 +1,160 @@
+"""What a GGUF file is to hold, settled before anything is written: its keys, and each tensor's name, shape and type."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.errors import ModelError
+from finetune.export.families import Described, interleaved_rows, stored
+from finetune.export.outtypes import BLOCKS, FILE_TYPES, Outtype, Storage, choose_storage
+from finetune.export.sources import Adapter, Source
+from finetune.records import ModelShape
+
+Array = NDArray[Any]
+ALIGNMENT = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of the file; `load` gives it in float32, laid out as the file has it."""
+
+    name: str
+    shape: tuple[int, ...]
+    storage: Storage
+    load: Callable[[], Array]
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes it takes in the file."""
+        block = BLOCKS[self.storage]
+        return int(np.prod(self.shape)) // block.weights * block.bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """A GGUF file before it is written."""
+
+    arch: str
+    metadata: Mapping[str, Any]
+    tensors: tuple[Tensor, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """About how many bytes the file takes: its tensors, and somewhat more for its keys."""
+        return sum(tensor.bytes + ALIGNMENT for tensor in self.tensors) + 64 * len(self.metadata) + (4 << 20)
+
+
+def plan_model(
+    described: Described, shape: ModelShape, source: Source, metadata: Mapping[str, Any], outtype: Outtype
+) -> Blueprint:
+    """The file of a whole model.
+
+    Args:
+        metadata: keys beside those of the architecture.
+
+    Raises:
+        ModelError: one of its weights has no place in GGUF.
+    """
+    tensors = [
+        Tensor(f"{name}", factors.shape, "f32", partial(np.asarray, factors))
+        for name, factors in described.extra.items()
+    ]
+    places = _places(described, shape.layers, shape.weights)
+    head = "output.weight" if "output.weight" in places.values() else "token_embd.weight"
+    for name, place in places.items():
+        sides = stored(described, name, np.broadcast_to(np.float32(0), source.shape(name))).shape
+        load = partial(_load, described, source, name)
+        storage = choose_storage(place, sides, outtype, shape.layers, is_head=place == head)
+        tensors.append(Tensor(place, sides, storage, load))
+    keys = {
+        "general.type": "model",
+        "general.file_type": FILE_TYPES[outtype],
+        "general.quantization_version": 2,
+        "general.size_label": _size_label(tensors),
+        **metadata,
+        **described.metadata,
+    }
+    return Blueprint(described.family.arch, keys, tuple(tensors), (*described.notes, *_larger(tensors, outtype)))
+
+
+def _size_label(tensors: Sequence[Tensor]) -> str:
+    """How many weights there are, in words such as 7.2B."""
+    from gguf.utility import model_weight_count_rounded_notation
+
+    return str(model_weight_count_rounded_notation(sum(int(np.prod(one.shape)) for one in tensors), min_digits=2))
+
+
+def _larger(tensors: Sequence[Tensor], outtype: Outtype) -> tuple[str, ...]:
+    """What is said of tensors whose rows do not fit the blocks of the type."""
+    if outtype in ("f32", "f16", "bf16"):
+        return ()
+    size = BLOCKS["q8_0" if outtype == "q8_0" else "q6_k"].weights
+    odd = [tensor for tensor in tensors if tensor.storage != "f32" and tensor.shape[-1] % size]
+    kinds = ", ".join(sorted({tensor.storage for tensor in odd}))
+    return (f"{len(odd)} tensors are kept as {kinds}, their rows being no multiple of {size}",) if odd else ()
+
+
+def plan_adapter(
+    described: Described, shape: ModelShape, adapter: Adapter, metadata: Mapping[str, Any], outtype: Outtype
+) -> Blueprint:
+    """The file of an adapter alone, for llama.cpp to put on the base model.
+
+    GGUF has one alpha for all layers; what a layer's own scale differs by is multiplied into its B.
+
+    Raises:
+        ModelError: it trains more than A and B of linear layers, or a layer that has no place in GGUF; or the type is
+            not one that llama.cpp's own converter writes adapters in.
+    """
+    if outtype not in ("f32", "f16", "bf16", "q8_0"):
+        raise ModelError(f"an adapter alone is not written as {outtype}", hint="use f32, f16, bf16 or q8_0")
+    if adapter.target.kind == "dora" or adapter.whole:
+        what = "DoRA's magnitudes" if adapter.target.kind == "dora" else adapter.whole[0]
+        raise ModelError(
+            f"an adapter alone cannot hold {what} in GGUF", hint="leave out --adapter-only: the merged model can"
+        )
+    target, tensors = adapter.target, []
+    places = _places(described, shape.layers, [f"{path}.weight" for path in adapter.layers])
+    for path, place in zip(adapter.layers, places.values(), strict=True):
+        a, b = adapter.matrices(path)
+        ratio = target.scale_of(path) / (target.alpha / a.shape[0])
+        b = interleaved_rows(described, f"{path}.weight", b * np.float32(ratio))
+        for part, matrix in (("lora_a", a), ("lora_b", b)):
+            name = f"{place}.{part}"
+            storage = choose_storage(name, matrix.shape, outtype, shape.layers, is_head=False)
+            tensors.append(Tensor(name, matrix.shape, storage, partial(np.asarray, matrix)))
+    keys = {
+        "general.type": "adapter",
+        "general.file_type": FILE_TYPES[outtype],
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(target.alpha),
+        **metadata,
+    }
+    return Blueprint(described.family.arch, keys, tuple(tensors))
+
+
+def _load(described: Described, source: Source, name: str) -> Array:
+    return np.ascontiguousarray(stored(described, name, source.read(name)), dtype=np.float32)
+
+
+def _places(described: Described, layers: int, names: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
+    """What GGUF calls each weight.
+
+    Raises:
+        ModelError: it has no name for one.
+    """
+    import gguf
+
+    arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == described.family.arch)
+    names_there = gguf.get_tensor_name_map(arch, layers)
+    places = {name: names_there.get_name(name, (".weight", ".bias")) for name in names}
+    if nameless := sorted(name for name, place in places.items() if place is None):
+        raise ModelError(
+            f"{len(nameless)} weights have no place in a GGUF of {described.family.arch}, first {nameless[0]}",
+            hint="this model cannot be written as GGUF",
+        )
+    return {name: str(place) for name, place in places.items()}

@@ -1,0 +1,222 @@
+"""Writes a run's result, or a model, as GGUF; the file comes to its place only when llama.cpp computes the same."""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from finetune.backends import open_backend
+from finetune.config import TrainingConfig
+from finetune.errors import ExportError, ModelError, OutputError
+from finetune.export.blueprint import Blueprint, plan_adapter, plan_model
+from finetune.export.corpus import nasty_texts
+from finetune.export.gguf_check import BOUNDS, TABLE_BOUND, Trainer, compare, prepare_questions
+from finetune.export.gguf_source import (
+    Exportable,
+    all_stops,
+    check_exportable,
+    exportable_model,
+    exportable_run,
+    file_metadata,
+    require_gguf,
+)
+from finetune.export.llama_cpp import ask_llama_cpp
+from finetune.export.outtypes import BLOCKS, QUANTISED, Outtype
+from finetune.export.read_back import Check, read_back
+from finetune.export.vocabulary import Vocabulary, describe_vocabulary
+from finetune.export.write import write_gguf
+from finetune.files import check_space, file_hash, make_folder, write_file
+from finetune.models.locate import locate_model
+from finetune.run.folder import RunFolder
+
+STEPS = 24
+"""How many greedy tokens are compared."""
+MOST_CONTEXT = 1024
+"""How much of a model's context is tried."""
+Teller = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A file that was written and examined."""
+
+    path: Path
+    outtype: Outtype
+    tensors: dict[str, int]
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        return {
+            "file": str(self.path),
+            "bytes": self.path.stat().st_size,
+            "sha256": file_hash(self.path),
+            "outtype": self.outtype,
+            "tensors": self.tensors,
+            "checks": [asdict(check) for check in self.checks],
+            "notes": list(self.notes),
+        }
+
+
+def export(
+    source: str, *, outtype: Outtype | None, adapter_only: bool, output: Path | None, backend: str, tell: Teller
+) -> Exported:
+    """Write the GGUF file of a run's result or of a model, and examine it.
+
+    Args:
+        source: a finished run's folder, or a model by shipped name, local folder or hub id.
+        outtype: f16 for a model and f32 for an adapter where it is None.
+        adapter_only: the run's adapter alone, to be put on its base by llama.cpp.
+        output: the file to make; by default below the run's folder, or in this one for a model.
+        backend: computes what a model's file is held to; a run's own does for a run.
+        tell: is told what is done.
+
+    Raises:
+        FineTuneError: it was refused, the disk did not take it, or the file does not compute what was trained; in
+            none of these cases is there a file.
+    """
+    require_gguf()
+    run = Path(source) if (Path(source) / "plan.yaml").exists() else None
+    outtype = outtype or ("f32" if adapter_only else "f16")
+    path = _place(output, run, source, f"adapter-{outtype}" if adapter_only else outtype)
+    exportable = exportable_run(run, open_backend) if run else exportable_model(source, open_backend(backend))
+    with RunFolder(run).held() if run and output is None else contextlib.nullcontext():
+        return write_exportable(exportable, path, outtype, adapter_only=adapter_only, tell=tell)
+
+
+def check_export(config: TrainingConfig) -> None:
+    """See, before a run begins, that its result can be exported.
+
+    Raises:
+        FineTuneError: the model cannot be found, or not be written as GGUF.
+    """
+    check_exportable(locate_model(config.model.path, revision=config.model.revision))
+
+
+def write_exportable(
+    exportable: Exportable,
+    path: Path,
+    outtype: Outtype,
+    *,
+    adapter_only: bool = False,
+    tell: Teller = lambda words: None,
+) -> Exported:
+    """Write one file and examine it, as `export` does.
+
+    Raises:
+        FineTuneError: as `export`.
+    """
+    vocabulary = describe_vocabulary(exportable.tokenizer.description(), exportable.special, exportable.rows)
+    keys = file_metadata(exportable, vocabulary)
+    described, shape = exportable.described, exportable.shape
+    under = twin = None
+    if adapter_only:
+        if exportable.adapter is None:
+            raise ModelError("there is no adapter to export alone", hint="leave out --adapter-only")
+        naming = {key: value for key, value in keys.items() if key.startswith("general.")}
+        blueprint = plan_adapter(described, shape, exportable.adapter, naming, outtype)
+        under = plan_model(described, shape, exportable.base, keys, outtype)
+    else:
+        blueprint = plan_model(described, shape, exportable.source, keys, outtype)
+        twin = plan_whole(exportable, "f32") if outtype in QUANTISED else None
+    make_folder(path.parent)
+    check_space(
+        path,
+        blueprint.bytes + sum(other.bytes for other in (under, twin) if other),
+        smaller="a smaller --outtype",
+    )
+    examined: list[Check] = []
+
+    def fill(temporary: Path) -> None:
+        weights = sum(tensor.bytes for tensor in blueprint.tensors)
+        tell(f"writing {len(blueprint.tensors)} tensors of {weights / 1e6:.1f} MB together")
+        write_gguf(blueprint, temporary)
+        examined.append(_hold(read_back(blueprint, temporary)))
+        tell("asking the trainer and llama.cpp the same")
+        files = _Files(temporary, outtype, under, twin)
+        examined.extend(_hold(check, outtype) for check in _examine(exportable, vocabulary, files))
+
+    write_file(path, fill)
+    counts = {kind: sum(tensor.storage == kind for tensor in blueprint.tensors) for kind in BLOCKS}
+    told = (*exportable.notes, *(under or blueprint).notes, *vocabulary.notes)
+    return Exported(path, outtype, {kind: count for kind, count in counts.items() if count}, tuple(examined), told)
+
+
+def plan_whole(exportable: Exportable, outtype: Outtype) -> Blueprint:
+    """The file of the whole model, adapter merged in.
+
+    Raises:
+        ModelError: something of it has no place in GGUF.
+    """
+    vocabulary = describe_vocabulary(exportable.tokenizer.description(), exportable.special, exportable.rows)
+    keys = file_metadata(exportable, vocabulary)
+    return plan_model(exportable.described, exportable.shape, exportable.source, keys, outtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """What llama.cpp is to load: the file, the base below it where it is an adapter, and the same file in f32.
+
+    By the last one what quantising does to a model is told from what a fault does.
+    """
+
+    path: Path
+    outtype: Outtype
+    under: Blueprint | None
+    twin: Blueprint | None
+
+
+def _examine(exportable: Exportable, vocabulary: Vocabulary, files: _Files) -> Iterator[Check]:
+    trainer = Trainer(exportable.tokenizer, exportable.open(), all_stops(exportable, vocabulary))
+    corpus = nasty_texts(
+        [token["content"] for token in exportable.tokenizer.description()["added_tokens"]], vocabulary.form
+    )
+    context = min(exportable.described.tried_context, MOST_CONTEXT)
+    questions, wanted = prepare_questions(
+        trainer, corpus, exportable.prompts, steps=min(STEPS, context // 4), context=context
+    )
+    least = TABLE_BOUND if exportable.described.family.looks_up else 0.0
+    with tempfile.TemporaryDirectory(prefix=f".{files.path.name}.", suffix=".part", dir=files.path.parent) as folder:
+        other = Path(folder) / "other.gguf"
+        if files.twin:
+            write_gguf(files.twin, other)
+            for check in compare(
+                trainer, questions, wanted, ask_llama_cpp(other, questions), bound=max(BOUNDS["f32"], least)
+            ):
+                yield replace(check, stage=f"{check.stage} before quantising")
+        if files.under:
+            write_gguf(files.under, other)
+            answers = ask_llama_cpp(other, questions, adapter=files.path)
+        else:
+            answers = ask_llama_cpp(files.path, questions)
+    yield from compare(trainer, questions, wanted, answers, bound=max(BOUNDS[files.outtype], least))
+
+
+def _hold(check: Check, outtype: Outtype = "f32") -> Check:
+    if check.holds:
+        return check
+    # What is the file's own fault shows in the same file before quantising.
+    told = outtype in QUANTISED and check.stage in ("logits", "greedy text")
+    hint = (
+        f"this model bears {outtype} badly: use a larger --outtype"
+        if told
+        else "this is a fault of FineTune or of llama.cpp: please report it with the model's config.json"
+    )
+    raise ExportError(
+        f"the file was written, but at the stage {check.stage!r} it is not what was trained: {check.first} "
+        f"({check.measured}; allowed: {check.allowed}); nothing is left of it",
+        hint=hint,
+    )
+
+
+def _place(output: Path | None, run: Path | None, source: str, kind: str) -> Path:
+    name = source.rstrip("/").rsplit("/", 1)[-1]
+    path = output or (RunFolder(run).gguf / f"{name}-{kind}.gguf" if run else Path(f"{name}-{kind}.gguf"))
+    if path.exists():
+        raise OutputError(f"{path} exists already", hint="remove it, or name another file with --output")
+    if path.suffix != ".gguf":
+        raise OutputError(f"output {path} does not end with .gguf", hint="name the file, not its folder")
+    return path

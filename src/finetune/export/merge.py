@@ -1,0 +1,110 @@
+"""Folds a run's adapter into its base: a model folder for any program, in its place only when it computes the same."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.backends import open_backend
+from finetune.errors import ExportError, OutputError
+from finetune.evidence.answering import ask_folder
+from finetune.evidence.baseline import tell_truth
+from finetune.evidence.drift import problems
+from finetune.export.gguf_check import BOUNDS
+from finetune.export.merged_folder import plan_weights, write_merged
+from finetune.export.model_files import Dtype, ModelFiles
+from finetune.export.read_back import Check
+from finetune.export.result import Result, open_result
+from finetune.export.sources import Files
+from finetune.files import check_space, describe_files, make_folder, write_folder
+from finetune.models.shape import read_shape, weight_files
+
+STEPS = 24
+"""How many greedy tokens are compared."""
+_SIDE_BYTES = 64 << 20
+"""Room for what lies beside the weights."""
+Teller = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class MergedModel:
+    """A model folder that was written and examined."""
+
+    path: Path
+    dtype: Dtype | None
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        return {
+            "folder": str(self.path),
+            "dtype": self.dtype or "as the base",
+            "files": describe_files(self.path),
+            "checks": [asdict(check) for check in self.checks],
+            "notes": list(self.notes),
+        }
+
+
+def merge(run: Path, *, output: Path | None, dtype: Dtype | None, tell: Teller = lambda words: None) -> MergedModel:
+    """Write a run's result as an ordinary Hugging Face model folder, and examine it.
+
+    Args:
+        output: the folder to make; by default `merged` below the run's.
+        dtype: how weights are stored; None keeps each as the base has it.
+        tell: is told what is done.
+
+    Raises:
+        FineTuneError: it was refused, the disk did not take it, or the folder does not compute what was trained; in
+            none of these cases is there a folder.
+    """
+    result = open_result(run, open_backend)
+    path = output or result.run.merged
+    if os.path.lexists(path):
+        raise OutputError(f"{path} exists already", hint="remove it, or name another folder with --output")
+    weights = plan_weights(result, dtype)
+    make_folder(path.parent)
+    check_space(path, weights.total_bytes + _SIDE_BYTES, smaller="--dtype bfloat16")
+    examined: list[Check] = []
+
+    def fill(folder: Path) -> None:
+        tell(f"writing {len(weights.base.names())} weights of {weights.total_bytes / 1e6:.1f} MB together")
+        write_merged(result, weights, folder)
+        tell("asking the trainer and the written model the same")
+        examined.extend(map(_hold, _examine(result, weights, folder)))
+
+    with result.run.held() if output is None else contextlib.nullcontext():
+        write_folder(path, fill)
+    whole = (
+        ("the run trained the whole model: there is no adapter, and its weights are copied",) if result.whole else ()
+    )
+    return MergedModel(path, dtype, tuple(examined), (*result.quantized_notes, *whole))
+
+
+def _examine(result: Result, weights: ModelFiles, folder: Path) -> Iterator[Check]:
+    wrong = next(weights.differences(Files(weight_files(folder))), "")
+    yield Check("file", f"{len(weights.base.names())} weights", "every weight byte for byte what was merged", wrong)
+    context = read_shape(result.folder).context_length
+    truth = tell_truth(result.open(), result.prompts(), STEPS, result.encoder.stop_ids, context)
+    drift = truth.drift(ask_folder(folder.resolve(), truth.asked, otherwise=result.config.backend))
+    bound = BOUNDS[weights.rounding]
+    found = problems(drift, bound)
+    yield Check(
+        "fresh process",
+        f"{drift.questions - len(drift.partings)} of {drift.questions} answers equal, log probabilities off by "
+        f"{drift.distance or 0.0:.2g} spreads of the logits at {drift.places} places",
+        f"equal, or parting at a tie; at most {bound:g} spreads",
+        next(iter(found), ""),
+    )
+
+
+def _hold(check: Check) -> Check:
+    if not check.holds:
+        raise ExportError(
+            f"the model was written, but at the stage {check.stage!r} it is not what was trained: {check.first}; "
+            "nothing is left of it",
+            hint="this is a fault of FineTune or of transformers: please report it with the model's config.json",
+        )
+    return check

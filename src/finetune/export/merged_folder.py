@@ -1,0 +1,156 @@
+"""A run's result as an ordinary Hugging Face model folder: weights, settings, tokenizer, template and model card."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.export.model_files import KINDS, Dtype, ModelFiles
+from finetune.export.result import Result, licence
+from finetune.export.sources import Files
+from finetune.models.shape import read_config, refuse_leading_out, weight_files
+
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+CARD = "README.md"
+
+
+def plan_weights(result: Result, dtype: Dtype | None) -> ModelFiles:
+    """The weights of a run's result before they are written; `dtype` None keeps each as the base has it.
+
+    Raises:
+        ModelError: as `Result.weights`.
+    """
+    files, source = result.weights()
+    return ModelFiles(files, source, dtype)
+
+
+def write_merged(result: Result, weights: ModelFiles, folder: Path) -> None:
+    """Write everything into an existing folder.
+
+    Raises:
+        ModelError: a file cannot be used.
+        OSError: the disk does not take it.
+    """
+    weights.write(folder)
+    for name, content in side_files(result, weights.dtype).items():
+        (folder / name).write_bytes(content)
+
+
+def side_files(result: Result, dtype: Dtype | None) -> dict[str, bytes]:
+    """The content of each file beside the weights, by its name.
+
+    Raises:
+        ModelError: one of the base's is broken, or is a link that leads out of its folder.
+    """
+    config = read_config(result.folder)
+    if dtype is not None:
+        config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
+    files = {"config.json": (json.dumps(config | _older_names(config), indent=2) + "\n").encode()}
+    for name in _TOKENIZER:
+        # What was trained with travels with it; the rest of a tokenizer's files lies by the base.
+        place = next(
+            (folder / name for folder in (result.saved, result.location.folder) if (folder / name).exists()), None
+        )
+        if place is not None:
+            refuse_leading_out(place)
+            files[name] = place.read_bytes()
+    for name in ("chat_template.jinja", "generation_config.json"):
+        files[name] = (result.saved / name).read_bytes()
+    return {**files, CARD: _card(result, dtype).encode()}
+
+
+def _older_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under the names that they had, which mlx-lm and llama.cpp's converter read, and no others.
+
+    transformers 5 writes only the newer ones, and mlx-lm then turns by its default base without a word.
+    """
+    older: dict[str, Any] = {}
+    if config.get("model_type") == "gpt2" and "n_positions" in config:
+        older["n_ctx"] = config["n_positions"]
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        older["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            older["rope_scaling"] = rope
+    return older
+
+
+def written_weights(result: Result, folder: Path) -> ModelFiles:
+    """The weights that a merged model which was written before is to hold, in the types that it has them in.
+
+    Raises:
+        ModelError: its files cannot be read.
+    """
+    found, base = Files(weight_files(folder)), Files(weight_files(result.folder))
+    if all(found.kind(name) == base.kind(name) for name in set(found.names()) & set(base.names())):
+        return plan_weights(result, None)
+    kinds = {found.kind(name) for name in found.names()}
+    return plan_weights(result, next((dtype for dtype, kind in KINDS.items() if kind in kinds), None))
+
+
+def merged_problems(result: Result, weights: ModelFiles, folder: Path) -> Iterator[str]:
+    """What is wrong with a merged model that was written before, file by file and weight by weight."""
+    for name, content in side_files(result, weights.dtype).items():
+        path = folder / name
+        # The model card is for people, who may well add to it.
+        if name != CARD and not path.is_file():
+            yield f"{name} is missing"
+        elif name != CARD and path.read_bytes() != content:
+            yield f"{name} has changed"
+    yield from weights.differences(Files(weight_files(folder)))
+
+
+def _card(result: Result, dtype: Dtype | None) -> str:
+    """The model card: whose base it is, what it was trained on, by which run, under which licence."""
+    manifest, location = result.manifest, result.location
+    named, shown = licence(location.folder), location.name.rstrip("/").rsplit("/", 1)[-1]
+    head = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [finetune]"]
+    if named:
+        head.append(f"license: {json.dumps(named)}")
+    if location.source == "hub":
+        head.append(f"base_model: {json.dumps(location.name)}")
+    lines = [
+        "---",
+        *head,
+        "---",
+        f"# {shown}, fine-tuned",
+        "",
+        f"- Base: `{shown}` ({location.source}), "
+        + (f"licence `{named}`." if named else "which names no licence: ask its makers before you pass this on."),
+        f"- Run: `{manifest['id']}`, {_kind_of(result)}; outcome: {manifest.get('outcome', 'not recorded')}.",
+        f"- Data: {_data_of(manifest)}.",
+        f"- Weights: {'each in the type that the base has it in' if dtype is None else dtype}.",
+        "- Loaded by plain transformers in a fresh process, it was held to what the trainer computes before it came "
+        "to its place.",
+        *[f"- {score}" for score in _scores_of(manifest)],
+        *[f"- Note: {note}." for note in result.quantized_notes],
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _kind_of(result: Result) -> str:
+    if result.whole:
+        return "the whole model trained"
+    return f"a {'DoRA' if result.config.adapter.kind == 'dora' else 'LoRA'} adapter merged into the base"
+
+
+def _data_of(manifest: Any) -> str:
+    files = [Path(str(file["path"])).name for file in manifest["data"].get("files") or []]
+    return ", ".join(f"`{name}`" for name in files) or "not recorded"
+
+
+def _scores_of(manifest: Any) -> Iterator[str]:
+    scores = manifest.get("scores") or {}
+    for title, key in (("Questions of the training data", "learning"), ("Questions of retention", "retention")):
+        if found := scores.get(key):
+            base, tuned = found["base"], found["tuned"]
+            yield f"{title}: {tuned['right']} of {tuned['count']} right, the base {base['right']} (exact match)."

@@ -1,0 +1,102 @@
+"""Reads a GGUF file again, key by key and tensor by tensor, and holds it to what it was to be."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.export.blueprint import Blueprint, Tensor
+from finetune.export.outtypes import BLOCKS, COARSENESS, Storage
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A stage of an export's examination; `first` names the first thing that is not as it should be."""
+
+    stage: str
+    measured: str
+    allowed: str
+    first: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing was found."""
+        return not self.first
+
+
+def read_back(blueprint: Blueprint, path: Path) -> Check:
+    """Whether the file holds these keys and these tensors, each within what its type can keep."""
+    import gguf
+
+    allowed = "every key equal; every tensor within the rounding of its type"
+    try:
+        reader = gguf.GGUFReader(path)
+        # Values of keys are read as they are compared.
+        first = next(_differences(blueprint, reader), "")
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        return Check("file", "cannot be read", allowed, f"{path.name} is no whole GGUF file: {error}")
+    return Check("file", f"{len(reader.fields)} keys, {len(reader.tensors)} tensors", allowed, first)
+
+
+def _differences(blueprint: Blueprint, reader: Any) -> Iterator[str]:
+    for key, value in {"general.architecture": blueprint.arch, **blueprint.metadata}.items():
+        if key not in reader.fields:
+            yield f"key {key} is missing"
+        elif not _same(reader.fields[key].contents(), value):
+            yield f"key {key} is {str(reader.fields[key].contents())[:80]}, not {str(value)[:80]}"
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    wanted = {tensor.name: tensor for tensor in blueprint.tensors}
+    if odd := sorted(found.keys() ^ wanted.keys()):
+        yield f"tensor {odd[0]} is {'not wanted' if odd[0] in found else 'missing'}"
+    for name, tensor in wanted.items():
+        if name in found and (problem := _tensor_problem(tensor, found[name])):
+            yield f"tensor {name} {problem}"
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    if isinstance(wanted, list):
+        return len(found) == len(wanted) and all(map(_same, found, wanted))
+    return bool(found == np.float32(wanted)) if isinstance(wanted, float) else bool(found == wanted)
+
+
+def _tensor_problem(tensor: Tensor, found: Any) -> str:
+    import gguf
+
+    shape = tuple(int(side) for side in reversed(found.shape))
+    if shape != tensor.shape:
+        return f"has the shape {shape}, not {tensor.shape}"
+    if found.tensor_type.name.lower() != tensor.storage:
+        return f"is {found.tensor_type.name.lower()}, not {tensor.storage}"
+    weight = tensor.load()
+    error = np.abs(gguf.dequantize(found.data, found.tensor_type).reshape(shape) - weight)
+    over = ~(error <= rounding(weight, tensor.storage))
+    if not over.any():
+        return ""
+    place = tuple(int(index) for index in np.unravel_index(int(over.argmax()), shape))
+    return f"is off by {error[place]:g} at {place}, where it should be {weight[place]:g}"
+
+
+def rounding(weight: Array, storage: Storage) -> Array:
+    """By how much each weight may differ once it is stored in this type."""
+    size = np.abs(weight)
+    if storage == "f32":
+        return np.zeros_like(size)
+    if storage == "f16":
+        return size * np.float32(2**-11) + np.float32(2**-25)
+    if storage == "bf16":
+        return size * np.float32(2**-8) + np.float32(2**-133)
+    block = BLOCKS[storage].weights
+    largest = size.reshape(-1, block).max(axis=1, keepdims=True)
+    # Scales are f16 numbers, and below the smallest of them nothing is left.
+    lost = 127 * np.float32(2**-25)
+    if storage == "q8_0":
+        # Half a step of the block's scale, which is itself rounded to f16.
+        allowed = largest / 127 / 2 * 1.001 + largest * np.float32(2**-11) + lost
+    else:
+        allowed = largest * np.float32(COARSENESS[storage]) + lost
+    return np.broadcast_to(allowed, (len(allowed), block)).reshape(weight.shape)

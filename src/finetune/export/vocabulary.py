@@ -1,0 +1,273 @@
+"""A tokenizer as GGUF has it, read from what its `tokenizer.json` says and nothing else.
+
+llama.cpp has two kinds that matter here: byte-level BPE with merges (called gpt2), and SentencePiece's BPE, where any
+two neighbours that make a known piece may be merged, the piece of the highest score first (called llama).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.errors import ModelError
+from finetune.export.pre_tokenizer import ASCII_ONLY, name_pre_tokenizer
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
+SPACE = "\u2581"
+STOPS_BY_NAME = {
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "</s>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<eos>",
+}
+"""Tokens at which llama.cpp stops whatever the file says."""
+
+_FORMS = {
+    "NFC": "llama.cpp does not bring text into Unicode's form NFC as this tokenizer does: send it in that form",
+    "ASCII": "llama.cpp cuts words with combining marks, or with capitals inside that are no ASCII, otherwise than "
+    "this tokenizer does: token ids were compared of ASCII text only",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Special:
+    """The ids that have a task: where text begins and ends, what pads, at which others an answer ends."""
+
+    bos: int | None
+    eos: int
+    pad: int
+    stops: tuple[int, ...]
+    adds_bos: bool
+    adds_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """A tokenizer's keys in GGUF.
+
+    `form` is what text llama.cpp is sure to make the same ids of: NFC, ASCII, or "" for all text.
+    """
+
+    metadata: dict[str, Any]
+    needs_strip: bool
+    form: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def describe_vocabulary(tokenizer: Mapping[str, Any], special: Special, rows: int) -> Vocabulary:
+    """A tokenizer as GGUF has it.
+
+    Args:
+        tokenizer: what `tokenizer.json` says.
+        rows: of the embedding table; tokens that lack up to it are made up, and marked as unused.
+
+    Raises:
+        ModelError: the tokenizer does something that llama.cpp cannot, or has more tokens than the table has rows.
+    """
+    model, added = tokenizer.get("model") or {}, tokenizer.get("added_tokens") or []
+    if model.get("type") != "BPE":
+        raise ModelError(
+            f"tokenizer.json: a {model.get('type')} tokenizer cannot be written as GGUF", hint="what can be: BPE"
+        )
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise ModelError(f"tokenizer.json: {key} is {model[key]!r}, which llama.cpp has not")
+    pieces = bool(model.get("byte_fallback"))
+    texts, types = list_tokens(model["vocab"], added, rows, pieces=pieces)
+    needs_strip = _needs_strip(added)
+    metadata: dict[str, Any] = {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": types}
+    form = ""
+    if pieces:
+        metadata |= _pieces(tokenizer, model, texts, types)
+    else:
+        metadata |= _byte_level(tokenizer, model)
+        form = _form(tokenizer.get("normalizer"))
+    ids, notes = special_keys(special, texts)
+    if metadata.get("tokenizer.ggml.pre") in ASCII_ONLY:
+        form = "ASCII"
+    if form:
+        notes = (*notes, _FORMS[form])
+    return Vocabulary(metadata | ids, needs_strip, form, notes)
+
+
+def list_tokens(
+    vocab: Mapping[str, int], added: Sequence[Mapping[str, Any]], rows: int, *, pieces: bool
+) -> tuple[list[str], list[int]]:
+    """Text and type of every id, up to the last row."""
+    known: dict[int, tuple[str, int]] = {number: (text, NORMAL) for text, number in vocab.items()}
+    if pieces:
+        for byte in range(256):
+            text = f"<0x{byte:02X}>"
+            if text not in vocab:
+                raise ModelError(f"tokenizer.json: there is no token {text}, and llama.cpp needs one for every byte")
+            known[vocab[text]] = (text, BYTE)
+    for token in added:
+        known[token["id"]] = (token["content"], CONTROL if token.get("special") else USER_DEFINED)
+    last = max(known)
+    if last >= rows:
+        raise ModelError(
+            f"the tokenizer has ids up to {last}, and the embedding table {rows} rows",
+            hint="resize the table: model.resize_token_embeddings(len(tokenizer))",
+        )
+    taken = {text for text, _ in known.values()}
+    if len(taken) < len(known):
+        seen: set[str] = set()
+        twice = next(text for text, _ in known.values() if text in seen or seen.add(text))  # type: ignore[func-returns-value]
+        raise ModelError(f"tokenizer.json: two ids have the text {twice!r}, which llama.cpp does not take")
+    for number in range(rows):
+        if number not in known:
+            text = f"[PAD{number}]"
+            while text in taken:
+                text = f"[{text}]"
+            known[number] = (text, UNUSED)
+    return [known[number][0] for number in range(rows)], [known[number][1] for number in range(rows)]
+
+
+def _byte_level(tokenizer: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+    name = name_pre_tokenizer(tokenizer.get("pre_tokenizer"), whole_words=bool(model.get("ignore_merges")))
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": name,
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in _merges(model)],
+    }
+
+
+def _merges(model: Mapping[str, Any]) -> Iterable[Sequence[str]]:
+    """Pairs, however this version of the file writes them."""
+    return (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+
+
+def _form(normalizer: Any) -> str:
+    """The Unicode form that a byte-level tokenizer brings text into; empty where it leaves text alone."""
+    steps = normalizer.get("normalizers") if (normalizer or {}).get("type") == "Sequence" else [normalizer]
+    kinds = [step.get("type") for step in steps or [] if step]
+    if kinds in ([], ["NFC"]):
+        return "".join(kinds)
+    raise ModelError(
+        f"tokenizer.json: the normalizer {' + '.join(map(str, kinds))} is none that llama.cpp has",
+        hint="this tokenizer cannot be written as GGUF",
+    )
+
+
+def _pieces(
+    tokenizer: Mapping[str, Any], model: Mapping[str, Any], texts: Sequence[str], types: Sequence[int]
+) -> dict[str, Any]:
+    scores = _scores(model, {text for text, kind in zip(texts, types, strict=True) if kind == NORMAL})
+    unknown = model.get("unk_token")
+    ids: dict[str, Any] = {}
+    if unknown is not None and unknown in model["vocab"]:
+        ids["tokenizer.ggml.unknown_token_id"] = model["vocab"][unknown]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.scores": [
+            scores.get(text, -1e6 if kind == NORMAL else 0.0) for text, kind in zip(texts, types, strict=True)
+        ],
+        "tokenizer.ggml.add_space_prefix": _prefixes_space(tokenizer),
+        **ids,
+    }
+
+
+def _scores(model: Mapping[str, Any], pieces: set[str]) -> dict[str, float]:
+    """A score for each piece, so that llama.cpp merges in the order of the merges.
+
+    Raises:
+        ModelError: llama.cpp would merge a pair that these merges leave apart.
+    """
+    ranks: dict[str, int] = {}
+    pairs: set[tuple[str, str]] = set()
+    for rank, (left, right) in enumerate(_merges(model)):
+        pairs.add((left, right))
+        ranks.setdefault(left + right, rank)
+    made = ranks.keys() | {text for text in pieces if len(text) == 1}
+    for text in pieces:
+        for cut in range(1, len(text)):
+            left, right = text[:cut], text[cut:]
+            if left in made and right in made and (left, right) not in pairs:
+                raise ModelError(
+                    f"tokenizer.json: llama.cpp would make {text!r} of {left!r} and {right!r}, which the merges of "
+                    "this tokenizer leave apart",
+                    hint="this tokenizer cannot be written as GGUF",
+                )
+    return {text: -float(rank + 1) for text, rank in ranks.items()}
+
+
+def _prefixes_space(tokenizer: Mapping[str, Any]) -> bool:
+    """Whether text, and what follows a control token, gets a space in front."""
+    normalizer, pre_tokenizer = tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")
+    steps = (normalizer or {}).get("normalizers") if (normalizer or {}).get("type") == "Sequence" else [normalizer]
+    told = [(step.get("type"), step.get("prepend") or step.get("content")) for step in steps or [] if step]
+    cuts = pre_tokenizer or {}
+    if cuts.get("type") == "Metaspace" and not told and cuts.get("replacement") == SPACE and not cuts.get("split"):
+        if cuts.get("prepend_scheme") in ("always", "never"):
+            return bool(cuts["prepend_scheme"] == "always")
+        raise ModelError(
+            "tokenizer.json: a space is put in front of the first word only, and llama.cpp puts one after each "
+            "control token too",
+            hint="this tokenizer cannot be written as GGUF",
+        )
+    # Gemma's cuts at spaces, of which none are left by then.
+    idle = not cuts or (cuts.get("type") == "Split" and cuts.get("pattern") == {"String": " "})
+    if idle and told == [("Prepend", SPACE), ("Replace", SPACE)]:
+        return True
+    if idle and told == [("Replace", SPACE)]:
+        return False
+    raise ModelError(
+        f"tokenizer.json: the normalizer {told} with the pre-tokenizer {cuts.get('type')} is none that llama.cpp has",
+        hint="this tokenizer cannot be written as GGUF",
+    )
+
+
+def _needs_strip(added: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether control tokens swallow the space after them, as Phi-3's do and no other's in llama.cpp.
+
+    Raises:
+        ModelError: an added token treats what is around it in a way that llama.cpp has not.
+    """
+    never = ("<unk>", "<s>", "<|endoftext|>")
+    wanted = [token["content"] for token in added if token["content"] not in never]
+    swallowing = [token["content"] for token in added if token.get("rstrip")]
+    odd = [token["content"] for token in added if token.get("lstrip") or token.get("single_word")]
+    if swallowing and (swallowing != wanted or "</s>" not in wanted):
+        odd += swallowing
+    if odd:
+        raise ModelError(
+            f"tokenizer.json: the added token {odd[0]!r} swallows space around it, or stands only as a whole word, "
+            "which llama.cpp has not",
+            hint="this tokenizer cannot be written as GGUF",
+        )
+    return bool(swallowing)
+
+
+def special_keys(special: Special, texts: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The ids that have a task; the tokens that end an answer are the end-of-text token and two more at most."""
+    keys: dict[str, Any] = {
+        # Without this key llama.cpp takes token 11 for the one that begins text.
+        "tokenizer.ggml.bos_token_id": special.eos if special.bos is None else special.bos,
+        "tokenizer.ggml.eos_token_id": special.eos,
+        "tokenizer.ggml.padding_token_id": special.pad,
+        "tokenizer.ggml.add_bos_token": special.adds_bos,
+        "tokenizer.ggml.add_eos_token": special.adds_eos,
+    }
+    others = [number for number in special.stops if number != special.eos]
+    nameless = [number for number in others if texts[number] not in STOPS_BY_NAME]
+    ordered = [*nameless, *(number for number in others if number not in nameless)]
+    for key, number in zip(("eot", "eom"), ordered, strict=False):
+        keys[f"tokenizer.ggml.{key}_token_id"] = number
+    notes = tuple(f"llama.cpp does not stop at {texts[number]!r}: pass it as a stop word" for number in nameless[2:])
+    return keys, notes
+
+
+def serving_template(template: str, special: Special) -> str:
+    """A chat template that renders in llama.cpp as it did in training: no begin-of-text token where there is none."""
+    if special.bos is None and "bos_token" in template:
+        return "{%- set bos_token = '' -%}" + template
+    return template

@@ -1,0 +1,93 @@
+"""Child processes of our own modules, their orderly end, and the memory that they held."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import EvidenceError
+
+
+def ask_child(module: str, request: dict[str, Any], *, timeout: float = 600) -> dict[str, Any]:
+    """Run `python -m module`, hand it `request` on standard input and return the object it prints last.
+
+    Args:
+        timeout: seconds; the child is killed when it takes longer.
+
+    Raises:
+        EvidenceError: the child failed, took too long or printed no answer; its last words are quoted.
+    """
+    command = [sys.executable, "-m", module]
+    try:
+        done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise EvidenceError(f"{module} took longer than {timeout:.0f} s and was stopped") from None
+    if done.returncode != 0:
+        words = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise EvidenceError(f"{module} ended with code {done.returncode}: {words[:300]}")
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        raise EvidenceError(f"{module} printed no answer: {done.stdout[-200:]!r}") from None
+    return answer
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Within this context SIGTERM raises KeyboardInterrupt; outside the main thread, which has no signals, nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+_STATUS = Path("/proc/self/status")
+_CONTROL = Path("/proc/self/clear_refs")
+
+
+def peak_rss() -> int | None:
+    """The highest resident set of this process so far, in bytes; None where the system does not tell.
+
+    On Linux `getrusage` will not do: what it tells of a process begins with the peak of the one that started it.
+    """
+    if _STATUS.exists():
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return _most_resident("RUSAGE_SELF")
+
+
+def largest_child() -> int | None:
+    """The highest resident set of any one child, or child of a child, that has been waited for, in bytes.
+
+    0 where there was none, None where the system does not tell. On Linux it is no less than what this process held
+    when it started the child: together with `peak_rss` the larger of both is right.
+    """
+    return _most_resident("RUSAGE_CHILDREN")
+
+
+def _most_resident(whose: str) -> int | None:
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak: int = resource.getrusage(getattr(resource, whose)).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def restart_peak() -> None:
+    """Forget the peak so far (imports reach high); only Linux can."""
+    if _CONTROL.exists():
+        _CONTROL.write_text("5")

@@ -1,0 +1,291 @@
+"""The folder of one run: what lies where, and who may make it."""
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self, get_args
+
+from finetune.errors import OutputError
+from finetune.events import Event, FixedLoss, RunJudged, RunStarted, StepDone, event_as_dict, event_from_dict
+from finetune.files import (
+    describe_files,
+    flush,
+    is_torn,
+    remove_folder,
+    remove_torn,
+    storage_errors,
+    write_json,
+    write_text,
+)
+from finetune.records import Outcome
+
+FORMAT = 1
+"""The version of what `run.json` holds."""
+_HOLDER = "lock.json"
+
+
+class RunFolder:
+    """One run's folder; `run.json` is its manifest, written last: a run without it is unfinished."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: int | None = None
+        self.plan = path / "plan.yaml"
+        self.manifest = path / "run.json"
+        self.events = path / "events.jsonl"
+        self.adapter = path / "adapter"
+        self.model = path / "model"
+        self.merged = path / "merged"
+        self.gguf = path / "gguf"
+        self.deploy = path / "deploy"
+        self.checkpoints = path / "checkpoints"
+        self.report_page = path / "report.html"
+        self.report_data = path / "report.json"
+        self.holder = path / _HOLDER
+
+    @classmethod
+    def place(cls, output: Path | None) -> Self:
+        """Where a new run will be: at `output`, or below `runs/` under a name of its own. Nothing is made yet.
+
+        Raises:
+            OutputError: the folder exists and is not empty, or is a file or a link.
+        """
+        path = output if output is not None else Path("runs") / new_run_id()
+        if path.is_symlink():
+            raise OutputError(f"output {path} is a symbolic link", hint="name a real folder")
+        if path.is_file():
+            raise OutputError(f"output {path} is a file", hint="choose a new folder with --output")
+        # What a run killed at its very beginning leaves, before it had a plan: nothing that could be gone on with.
+        if path.is_dir() and any(file.name != _HOLDER and not is_torn(file) for file in path.iterdir()):
+            raise OutputError(
+                f"output folder {path} exists and is not empty",
+                hint="a run folder is never reused: choose a new --output, or continue that run with --resume",
+            )
+        return cls(path)
+
+    def make(self) -> None:
+        """Make the folder.
+
+        Raises:
+            OutputError: it cannot be made or written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".writable.{os.getpid()}.part"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise OutputError(
+                f"output folder {self.path} cannot be written: {error.strerror}", hint="choose another --output"
+            ) from None
+
+    @classmethod
+    def unfinished(cls, output: Path | None) -> Self:
+        """The run to resume: the one at `output`, or the newest unfinished one below `runs/`.
+
+        Raises:
+            OutputError: there is none, or it is finished already.
+        """
+        if output is None:
+            found = [cls(path.parent) for path in Path("runs").glob("*/plan.yaml")]
+            open_runs = sorted((run for run in found if not run.manifest.exists()), key=lambda run: run.path.name)
+            if not open_runs:
+                raise OutputError("no unfinished run below runs/", hint="name the run with --output DIR")
+            return open_runs[-1]
+        run = cls(output)
+        if not run.plan.exists():
+            raise OutputError(f"{output} is no run folder: it has no plan.yaml", hint="name a folder made by ft train")
+        if run.manifest.exists():
+            raise OutputError(f"the run in {output} is finished", hint="start a new one with another --output")
+        return run
+
+    def claim(self) -> None:
+        """Keep everybody else out of this run until `release`, or until this process ends.
+
+        The system's lock on the folder decides; the holder's process id is written beside it for others to read.
+
+        Raises:
+            OutputError: another process is at work in it, or it holds symbolic links.
+        """
+        links = sorted(path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.is_symlink())
+        if links:
+            raise OutputError(
+                f"{self.path} holds symbolic links: {', '.join(links)}",
+                hint="put the files themselves there: a run writes and removes what is in its folder",
+            )
+        try:
+            import fcntl
+        except ImportError:
+            return
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+            raise OutputError(
+                f"another process{_holder_in(self.holder)} is at work in {self.path}",
+                hint="wait for it to end, or choose another --output",
+            ) from None
+        self._lock = handle
+        # Not by way of a temporary file: whoever is killed here must leave nothing that keeps the folder from use.
+        with storage_errors(self.holder):
+            self.holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
+
+    def release(self) -> None:
+        """Let others in again; nothing happens where nothing was claimed."""
+        if self._lock is not None:
+            self.holder.unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep everybody else out for a while, and clear what one that was killed has left half written.
+
+        Raises:
+            OutputError: as `claim`.
+        """
+        self.claim()
+        try:
+            for folder in (self.path, self.gguf):
+                remove_torn(folder)
+            yield
+        finally:
+            self.release()
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Path, size and hash of every file of the run; the lock is none of them."""
+        return [file for file in describe_files(self.path) if file["path"] != self.holder.name]
+
+    def tidy(self) -> None:
+        """Make a run ready to begin or to go on: what a killed process left half written goes.
+
+        So do what it saved and its report: they are in an unfinished run when it was killed just before its manifest,
+        and are written again.
+        """
+        for folder in (self.path, self.checkpoints):
+            remove_torn(folder)
+        for saved in (self.adapter, self.model):
+            if saved.exists():
+                remove_folder(saved)
+        self.report_page.unlink(missing_ok=True)
+        self.report_data.unlink(missing_ok=True)
+
+    @classmethod
+    def finished(cls, path: Path) -> Self:
+        """A complete run.
+
+        Raises:
+            OutputError: there is no run, or it never finished.
+        """
+        run = cls(path)
+        if not path.is_dir():
+            raise OutputError(f"run folder {path} does not exist", hint="ft train makes one")
+        if not run.manifest.exists():
+            hint = f"continue it: ft train --resume --output {path}" if run.plan.exists() else "name a folder in runs/"
+            raise OutputError(f"{path} holds no finished run (no run.json)", hint=hint)
+        return run
+
+    def read_manifest(self) -> dict[str, Any]:
+        """What `run.json` says.
+
+        Raises:
+            OutputError: it is broken.
+        """
+        try:
+            value: dict[str, Any] = json.loads(self.manifest.read_text(encoding="utf-8"))
+            _check_manifest(value)
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{self.manifest} is broken: {error}", hint="the run must be repeated") from None
+        return value
+
+    def write_manifest(self, values: Mapping[str, Any]) -> None:
+        """Finish the run: from now on it exists."""
+        write_json(self.manifest, values)
+
+    def log(self, event: Event) -> None:
+        """Append one event as a line of JSON."""
+        with storage_errors(self.events), self.events.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event_as_dict(event), allow_nan=False) + "\n")
+
+    def read_events(self) -> list[dict[str, Any]]:
+        """Every event that was logged whole, as `event_as_dict` wrote it; none where nothing was logged."""
+        events = []
+        for line in self.events.read_bytes().split(b"\n") if self.events.exists() else []:
+            # A killed process can leave the last line half written; what it told is done again on resume. Nor is a
+            # line that was changed so that it tells of no event one.
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                told = json.loads(line)
+                event_from_dict(told)
+                events.append(told)
+        return events
+
+    def secure_events(self) -> None:
+        """Have what was logged on disk: a checkpoint may only follow the events that led to it."""
+        with storage_errors(self.events):
+            flush(self.events)
+
+    def events_up_to(self, done: int) -> list[dict[str, Any]]:
+        """What was logged up to the checkpoint of step `done`; what came later is done again.
+
+        Raises:
+            OutputError: the steps up to it are not all there; without them the run cannot be judged.
+        """
+        kept = [event for event in self.read_events() if _stays(event, done)]
+        steps = [event["step"] for event in kept if event["event"] == StepDone.__name__]
+        if steps != list(range(1, done + 1)):
+            raise OutputError(
+                f"{self.events} tells of {len(steps)} of the {done} steps before the checkpoint, so it is not whole",
+                hint="restore it, or start a new run with another --output",
+            )
+        return kept
+
+    def rewind_events(self, done: int) -> None:
+        """Forget what was logged after the checkpoint of step `done`.
+
+        Raises:
+            OutputError: as `events_up_to`.
+        """
+        write_text(self.events, "".join(json.dumps(event) + "\n" for event in self.events_up_to(done)))
+
+
+def _check_manifest(value: Any) -> None:
+    """Raise ValueError where a value is not what `run.json` of this version holds."""
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds {type(value).__name__}, not an object")
+    if value.get("format") != FORMAT:
+        raise ValueError(f"its format is {value.get('format')!r}, and this version reads {FORMAT}")
+    for kind, keys in ((dict, ("model", "data", "losses", "versions")), (list, ("plan", "verdicts", "notes"))):
+        wrong = [key for key in keys if not isinstance(value.get(key), kind)]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} is missing or no {'object' if kind is dict else 'list'}")
+    for verdict in value["verdicts"]:
+        if not isinstance(verdict, dict) or verdict.get("outcome") not in get_args(Outcome):
+            raise ValueError(f"a verdict has no outcome that exists: {str(verdict)[:80]}")
+
+
+def _holder_in(path: Path) -> str:
+    """Which process holds a run, as it wrote itself; empty where that cannot be read."""
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return f" (process {int(holder['pid'])} on {holder['host']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _stays(event: Mapping[str, Any], done: int) -> bool:
+    """Whether an event tells of a step up to `done`; first gradients carry no step, and the last fixed loss is new."""
+    if event["event"] == RunStarted.__name__:
+        return True
+    ended = event["event"] == RunJudged.__name__ or (event["event"] == FixedLoss.__name__ and event["step"] > 0)
+    return done > 0 and not ended and event.get("step", 1) <= done
+
+
+def new_run_id() -> str:
+    """A name that sorts by time, to the microsecond, and that no other run has, even one begun at that microsecond."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}-{secrets.token_hex(4)}"

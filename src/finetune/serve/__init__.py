@@ -1,0 +1,1 @@
+"""Puts a result behind Ollama or llama.cpp's server, and checks what is served."""

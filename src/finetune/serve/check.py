@@ -1,0 +1,108 @@
+"""Holds a served model to what was trained: its prompts, its answers, and where they end."""
+
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+
+from finetune.errors import DeploymentError
+from finetune.evidence.answers import normalise
+from finetune.export.read_back import Check
+from finetune.serve.completion import Said
+from finetune.serve.expected import Asked, Exam
+from finetune.serve.messages import Messages
+
+MOST_DIFFERING = 0.1
+"""The share of answers that may differ from the run's own: the file's type rounds, and equal chances fall otherwise."""
+_SHOWN = 80
+
+
+def compare_prompts(exam: Exam, ids_of: Callable[[Messages], Sequence[int]]) -> Check:
+    """Template equality: what the server computes with is what was trained."""
+    prompts = (*(asked.prompt for asked in exam.questions), *exam.prompts)
+    equal, first = 0, "" if prompts else "nothing could be asked"
+    for prompt in prompts:
+        found = tuple(ids_of(prompt.messages))
+        equal += found == prompt.ids
+        if found != prompt.ids and not first:
+            pairs = enumerate(zip_longest(prompt.ids, found))
+            place, (own, served) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
+            first = (
+                f"the conversation {str(list(prompt.messages))[:_SHOWN]}: token {place} of its prompt is "
+                f"{'missing' if own is None else own} in training and {'missing' if served is None else served} here"
+            )
+    return Check("template", f"{equal} of {len(prompts)} prompts are the ids trained on", "all of them", first)
+
+
+def compare_answers(exam: Exam, answer: Callable[[Messages], Said]) -> tuple[Check, ...]:
+    """The greedy answers to the run's questions, and whether each ends where it should."""
+    if not exam.questions:
+        return ()
+    said = [answer(asked.prompt.messages) for asked in exam.questions]
+    pairs = list(zip(exam.questions, said, strict=True))
+    differing = [pair for pair in pairs if pair[0].given.strip() != pair[1].text.strip()]
+    right = sum(normalise(found.text) == normalise(asked.expected) for asked, found in pairs)
+    own = sum(normalise(asked.given) == normalise(asked.expected) for asked in exam.questions)
+    first = _difference(*differing[0]) if len(differing) > MOST_DIFFERING * len(pairs) else ""
+    answers = Check(
+        "answers",
+        f"{len(pairs) - len(differing)} of {len(pairs)} are the run's own; {right} right, {own} in the run",
+        f"at most {MOST_DIFFERING:.0%} differ",
+        first,
+    )
+    # The run asks only what can be answered within its limit, so that a right answer must have ended.
+    must = [(asked, found) for asked, found in pairs if normalise(found.text) == normalise(asked.expected)]
+    if not must:
+        return (answers,)
+    endless = next((f"{found.text[:_SHOWN]!r} has no end" for _, found in must if not found.ended), "")
+    ended = sum(found.ended for _, found in must)
+    return answers, Check("stop", f"{ended} of {len(must)} right answers end by themselves", "all of them", endless)
+
+
+def _difference(asked: Asked, found: Said) -> str:
+    question = asked.prompt.messages[-1]["content"]
+    return f"to {question[:_SHOWN]!r} it says {found.text[:_SHOWN]!r}, and the run's own said {asked.given[:_SHOWN]!r}"
+
+
+def unmeasured_notes(checks: Sequence[Check]) -> tuple[str, ...]:
+    """What could not be judged."""
+    judged = {check.stage for check in checks}
+    return () if "stop" in judged else ("where answers end was not measured: none of them was right",)
+
+
+def edge_notes(exam: Exam, ids_of: Callable[[Messages], Sequence[int]]) -> tuple[str, ...]:
+    """Whether the server strips what the run's template strips, also of space that is not ASCII's."""
+    count = sum(tuple(ids_of(prompt.messages)) != prompt.ids for prompt in exam.odd_prompts)
+    if not count:
+        return ()
+    return (
+        f"the run's template strips all space around a message, and the server that of ASCII only: {count} of "
+        f"{len(exam.odd_prompts)} prompts with other space there are not as in training; strip it before you send it",
+    )
+
+
+def inert_notes(exam: Exam, ids_of: Callable[[Messages], Sequence[int]]) -> tuple[str, ...]:
+    """Whether a message can hold a control token as plain text, as in training."""
+    if not exam.stops:
+        return ()
+    token = exam.stops[0]
+    number = exam.encoder.tokenizer.control_id(token)
+    counts = [
+        sum(each == number for each in ids_of(({"role": "user", "content": text},))) for text in ("ab", f"a{token}b")
+    ]
+    if counts[0] == counts[1]:
+        return ()
+    return (
+        f"the server takes {token!r} within a message as the control token, where it was plain text in training: "
+        "keep such words out of what strangers may send",
+    )
+
+
+def hold(*checks: Check) -> tuple[Check, ...]:
+    """The checks, where all of them hold."""
+    for check in checks:
+        if not check.holds:
+            raise DeploymentError(
+                f"what is served is not what was trained, at the stage {check.stage!r}: {check.first} "
+                f"({check.measured}; allowed: {check.allowed})",
+                hint="this is a fault of FineTune or of the server: please report it with the run's plan.yaml",
+            )
+    return checks

@@ -1,0 +1,249 @@
+"""Deploys a run's result to llama.cpp's server or to Ollama, and holds what is served to what was trained."""
+
+import contextlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from finetune.backends import open_backend
+from finetune.errors import DeploymentError, FineTuneError, OutputError
+from finetune.export.gguf import Teller, export
+from finetune.export.gguf_source import exportable_run
+from finetune.export.outtypes import Outtype
+from finetune.export.read_back import Check
+from finetune.files import file_hash, make_folder, remove_torn, storage_errors, write_json
+from finetune.run.folder import RunFolder
+from finetune.serve.check import compare_answers, compare_prompts, edge_notes, hold, inert_notes, unmeasured_notes
+from finetune.serve.expected import Exam, prepare_exam
+from finetune.serve.llama_server import LlamaServer, llama_server
+from finetune.serve.messages import Messages
+from finetune.serve.ollama import Ollama, Recipe, full_name
+from finetune.serve.publish import Blob, check_free, place_model
+from finetune.serve.recipe import leave_recipe, make_recipe
+
+COUNTED = 4
+"""How many prompts are only counted where a server does not tell what it makes of them: each loads the model again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    """A model that is served, and what it was held to."""
+
+    target: str
+    name: str
+    address: str
+    server: str
+    file: Path
+    context: int
+    stops: tuple[str, ...]
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        return {
+            **asdict(self),
+            "file": str(self.file),
+            "bytes": self.file.stat().st_size,
+            "sha256": file_hash(self.file),
+        }
+
+
+def ollama_available(host: str | None = None) -> str:
+    """Why Ollama cannot be used, with what to do; "" where it can.
+
+    Args:
+        host: where it should answer; `OLLAMA_HOST`, or Ollama's usual address, where it is None.
+    """
+    try:
+        with contextlib.closing(Ollama(host)) as server:
+            server.version()
+    except FineTuneError as error:
+        return f"{error.message}: {error.hint}"
+    return ""
+
+
+def deploy_llama_cpp(
+    run: Path,
+    *,
+    outtype: Outtype = "f16",
+    port: int = 0,
+    tell: Teller = lambda words: None,
+    serve: Callable[[Deployed, LlamaServer], None] = lambda deployed, server: None,
+) -> Deployed:
+    """Start llama.cpp's server with a run's result, and verify it.
+
+    Args:
+        port: where it listens; 0 for any that is free.
+        serve: is called once all is verified; when it returns, the server ends.
+
+    Raises:
+        FineTuneError: it was refused, the server failed, or does not answer as was trained; no server is left.
+    """
+    exportable = exportable_run(run, open_backend)
+    exam = prepare_exam(run, exportable)
+    file = _gguf(run, outtype, tell)
+    name = default_name(run)
+    with llama_server(file, context=exam.context, name=name, port=port) as server:
+        tell(f"asking llama.cpp's server at {server.address}")
+        checks = hold(
+            compare_prompts(exam, server.rendered_ids),
+            *compare_answers(exam, lambda messages: server.chat(messages, most=exam.most)),
+        )
+        notes = (*unmeasured_notes(checks), *edge_notes(exam, server.rendered_ids))
+        deployed = Deployed(
+            target="llama.cpp",
+            name=name,
+            address=server.address,
+            server=f"xllamacpp {version('xllamacpp')}",
+            file=file,
+            context=exam.context,
+            stops=exam.stops,
+            checks=checks,
+            notes=(*exam.notes, *notes, *inert_notes(exam, server.rendered_ids)),
+        )
+        _record(run, deployed)
+        serve(deployed, server)
+    return deployed
+
+
+def deploy_ollama(
+    run: Path,
+    *,
+    server: Ollama,
+    name: str | None = None,
+    replace: bool = False,
+    outtype: Outtype = "f16",
+    tell: Teller = lambda words: None,
+) -> Deployed:
+    """Create a model in Ollama from a run's result, and verify it; only then does it get its name.
+
+    Args:
+        name: the model's name; made from the run's where it is None.
+        replace: a model of that name, if there is one, is to give way.
+
+    Raises:
+        FineTuneError: it was refused, the server failed, or does not answer as was trained; then the name means what
+            it meant before, or the error says what could not be seen to.
+    """
+    name = full_name(name or default_name(run))
+    try:
+        running = server.version()
+    except DeploymentError as error:
+        raise OutputError(error.message, hint=f"{error.hint}; or serve it with --to llama.cpp") from None
+    check_free(server, name, replace=replace)
+    exportable = exportable_run(run, open_backend)
+    exam = prepare_exam(run, exportable)
+    recipe = make_recipe(
+        exam.render,
+        bos=exam.bos,
+        texts=exam.texts,
+        context=exam.context,
+        stops=exam.stops,
+        licence=str(exportable.naming.get("general.license") or ""),
+    )
+    file = _gguf(run, outtype, tell)
+    tell(f"sending {file.name} to Ollama {running} at {server.address}")
+    digest = server.upload(file)
+    tell("asking it")
+    checks, notes = place_model(
+        server, name, Blob(file.name, digest), recipe, verify=lambda first: _verify(server, first, exam, recipe)
+    )
+    deployed = Deployed(
+        target="ollama",
+        name=name,
+        address=server.address,
+        server=f"ollama {running}",
+        file=file,
+        context=exam.context,
+        stops=exam.stops,
+        checks=checks,
+        notes=(*exam.notes, *unmeasured_notes(checks), *notes, *leave_recipe(run, file, recipe)),
+    )
+    _record(run, deployed)
+    return deployed
+
+
+def default_name(run: Path) -> str:
+    """A name for the model of a run, by the run's id."""
+    told = str(RunFolder.finished(run).read_manifest().get("id", ""))
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", f"ft-{told}")[:60].strip("-")
+
+
+def _gguf(run: Path, outtype: Outtype, tell: Teller) -> Path:
+    """The run's GGUF file: the one of an earlier deployment where it is still that, or a new one."""
+    folder = RunFolder.finished(run)
+    file = folder.deploy / f"{run.resolve().name}-{outtype}.gguf"
+    record = file.with_name(f"{file.name}.json")
+    made_of = {"run": file_hash(folder.manifest), "outtype": outtype}
+    if file.is_file() and record.is_file() and _same(record, {**made_of, "sha256": file_hash(file)}):
+        tell(f"taking {file}, which was made of this run and has not changed")
+        return file
+    make_folder(folder.deploy)
+    with folder.held():
+        with storage_errors(file):
+            # Whoever serves another file of this run may be writing what it found.
+            remove_torn(folder.deploy, like=".*.gguf.*")
+            file.unlink(missing_ok=True)
+        export(str(run), outtype=outtype, adapter_only=False, output=file, backend="torch", tell=tell)
+        write_json(record, {**made_of, "sha256": file_hash(file)})
+    return file
+
+
+def _same(record: Path, wanted: dict[str, str]) -> bool:
+    try:
+        return bool(json.loads(record.read_text(encoding="utf-8")) == wanted)
+    except ValueError:
+        return False
+
+
+def _verify(server: Ollama, name: str, exam: Exam, recipe: Recipe) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+    """Hold a model of Ollama's to the run; what was found, and what is to be known of it."""
+
+    def ids_of(messages: Messages) -> tuple[int, ...]:
+        text = server.rendered(name, messages)
+        assert text is not None
+        tokenizer = exam.encoder.tokenizer
+        bos = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+        # The export has proved that llama.cpp, and so Ollama, makes these ids of markup.
+        return (*bos, *tokenizer.encode_markup(text))
+
+    answers = compare_answers(exam, lambda messages: server.chat(name, messages, most=exam.most))
+    shown = _recipe_check(server, name, recipe)
+    if exam.prompts and server.rendered(name, exam.prompts[0].messages) is not None:
+        notes = (*edge_notes(exam, ids_of), *inert_notes(exam, ids_of))
+        return hold(shown, compare_prompts(exam, ids_of), *answers), notes
+    note = "this Ollama does not tell what it makes of a conversation, so prompts were only counted: a newer one does"
+    return hold(shown, _count_prompts(server, name, exam), *answers), (note,)
+
+
+def _recipe_check(server: Ollama, name: str, recipe: Recipe) -> Check:
+    """Whether the model has the template and the parameters that it was to have."""
+    told = server.show(name)
+    wanted = [*recipe.parameters["stop"], str(recipe.parameters["num_ctx"])]
+    missing = [each for each in wanted if each not in told["parameters"]]
+    if told["template"].strip() != recipe.template.strip():
+        missing.insert(0, "the template")
+    first = f"{missing[0]} is not what it was created with" if missing else ""
+    return Check("recipe", f"template, num_ctx and {len(wanted) - 1} stop words", "as they were sent", first)
+
+
+def _count_prompts(server: Ollama, name: str, exam: Exam) -> Check:
+    """Whether prompts have as many tokens as in training: weaker than to compare them."""
+    first, equal = "", 0
+    for prompt in exam.prompts[:COUNTED]:
+        found = server.chat(name, prompt.messages, most=1, fresh=True).prompt_tokens
+        equal += found == len(prompt.ids)
+        if found != len(prompt.ids) and not first:
+            first = f"the conversation {str(list(prompt.messages))[:80]} has {found} tokens, and {len(prompt.ids)} here"
+    return Check("template", f"{equal} of {COUNTED} prompts have as many tokens", "all of them", first)
+
+
+def _record(run: Path, deployed: Deployed) -> None:
+    folder = RunFolder(run).deploy
+    make_folder(folder)
+    write_json(folder / f"{deployed.target}.json", deployed.as_dict())

@@ -1,0 +1,150 @@
+"""What a served model of a run is asked, and what must come of it: ids of prompts, and answers of the run's own."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.chat.encoder import Encoder
+from finetune.config import load_plan
+from finetune.errors import FineTuneError, TemplateError
+from finetune.evidence.saved import open_encoder
+from finetune.export.corpus import nasty_texts
+from finetune.export.gguf_source import Exportable
+from finetune.export.result import prepare_again
+from finetune.export.vocabulary import describe_vocabulary
+from finetune.models.locate import locate_model
+from finetune.records import Conversation
+from finetune.run.folder import RunFolder
+from finetune.serve.derive import drawn_conversations
+from finetune.serve.messages import Messages, cannot_be_told, chat_messages, conversations_of
+
+_SPACES_OF_ASCII = " \t\n\r\v\f"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation as a chat API takes it, and the ids that the model was trained to be asked with."""
+
+    messages: Messages
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question of the run, what its tuned model said, and the one answer that counts as right."""
+
+    prompt: Prompt
+    given: str
+    expected: str
+
+
+@dataclass(frozen=True, slots=True)
+class Exam:
+    """All that a served model is held to.
+
+    Attributes:
+        encoder: the run's template and tokenizer.
+        context: how many tokens a row of training could have; no longer conversation was ever trained on.
+        most: how many tokens an answer may have.
+        stops: the control tokens at which an answer ends.
+        texts: what messages of drawn conversations say; no control token is in them.
+        prompts: drawn conversations.
+        odd_prompts: drawn conversations with space at the edge of a message that is not ASCII's.
+        questions: those that the run asked.
+        notes: what could not be asked, and why.
+    """
+
+    encoder: Encoder
+    context: int
+    most: int
+    stops: tuple[str, ...]
+    texts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
+    odd_prompts: tuple[Prompt, ...]
+    questions: tuple[Asked, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def bos(self) -> str:
+        """What a server puts in front of every prompt by itself: the begin-of-text token, or nothing."""
+        return self.encoder.tokenizer.bos if self.encoder.tokenizer.adds_bos else ""
+
+    def render(self, conversation: Conversation) -> str:
+        """The prompt as text.
+
+        Raises:
+            TemplateError: the template refuses these roles.
+        """
+        return self.encoder.template.render_prompt(conversation).text
+
+
+def prepare_exam(path: Path, exportable: Exportable) -> Exam:
+    """The exam of a finished run.
+
+    Raises:
+        FineTuneError: the run is not finished, or its model or template cannot be used any more.
+    """
+    folder = RunFolder.finished(path)
+    config = load_plan(folder.plan).config
+    encoder = open_encoder(folder, config, locate_model(config.model.path, revision=config.model.revision))
+    tokenizer, length = encoder.tokenizer, config.tokens.max_length
+    assert length is not None
+    form = describe_vocabulary(tokenizer.description(), exportable.special, exportable.rows).form
+    texts = [text for text in nasty_texts((), form) if not any(token in text for token in tokenizer.control_tokens)]
+    context, most = min(length, exportable.described.tried_context), config.evaluation.max_new_tokens
+    questions, notes = _questions(folder, encoder)
+    prompts = _prompts(encoder, drawn_conversations(texts), context)
+    return Exam(
+        encoder=encoder,
+        context=context,
+        most=most,
+        stops=tuple(token for token in tokenizer.control_tokens if tokenizer.control_id(token) in encoder.stop_ids),
+        texts=tuple(texts),
+        prompts=tuple(prompt for prompt in prompts if not _is_odd(prompt)),
+        odd_prompts=tuple(filter(_is_odd, prompts)),
+        questions=tuple(asked for asked in questions if len(asked.prompt.ids) + most <= context),
+        notes=notes,
+    )
+
+
+def _prompts(encoder: Encoder, conversations: Sequence[Conversation], context: int) -> tuple[Prompt, ...]:
+    prompts = []
+    for conversation in conversations:
+        try:
+            ids = encoder.prompt_ids(conversation)
+        except TemplateError:
+            continue
+        if len(ids) < context:
+            prompts.append(Prompt(chat_messages(conversation), ids))
+    return tuple(prompts)
+
+
+def _is_odd(prompt: Prompt) -> bool:
+    """Whether a message begins or ends with space that Python strips and C++ does not."""
+    return any(text.strip() != text.strip(_SPACES_OF_ASCII) for text in (each["content"] for each in prompt.messages))
+
+
+def _questions(folder: RunFolder, encoder: Encoder) -> tuple[list[Asked], tuple[str, ...]]:
+    """The run's questions as it asked them; only its data still has their conversations."""
+    manifest = folder.read_manifest()
+    said: list[dict[str, Any]] = (((manifest.get("scores") or {}).get("learning") or {}).get("tuned") or {}).get(
+        "answers", []
+    )
+    if not said:
+        return [], ("the run asked no questions, so no answers were compared",)
+    try:
+        prepared = prepare_again(folder)
+    except FineTuneError as error:
+        return [], (f"answers were not compared: {error.message}",)
+    if len(prepared.questions) != len(said):
+        return [], (f"answers were not compared: of {len(said)} questions there are {len(prepared.questions)} now",)
+    known, unsaid, found = conversations_of(encoder, prepared), Counter[str](), []
+    for question, answer in zip(prepared.questions, said, strict=True):
+        conversation = known[question.ids]
+        if why := cannot_be_told(encoder, conversation):
+            unsaid[why] += 1
+            continue
+        found.append(Asked(Prompt(chat_messages(conversation), question.ids), answer["given"], answer["expected"]))
+    return found, tuple(f"{count} questions {why}: not asked" for why, count in unsaid.items())

@@ -1,0 +1,207 @@
+"""llama.cpp's own server, with the API that OpenAI's clients know, in a process that lives no longer than ours.
+
+The process ends when its standard input is closed, however we end.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from finetune.errors import DeploymentError
+from finetune.export.llama_runtime import get, load_chat, post
+from finetune.serve.completion import Said
+
+_PAUSE = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Seconds to wait: until the file is loaded, for anything at all to come of an answer, and for it to end."""
+
+    load: float = 600.0
+    silence: float = 300.0
+    end: float = 10.0
+
+
+class LlamaServer:
+    """A running server; `llama_server` makes it."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", words: IO[bytes], address: str, patience: Patience) -> None:
+        self.address = address
+        self._process, self._words, self._patience = process, words, patience
+
+    def check(self) -> None:
+        """See that the process is still there.
+
+        Raises:
+            DeploymentError: it has ended; its last words are quoted.
+        """
+        if self._process.poll() is not None:
+            raise DeploymentError(_ended(self._process, self._words), hint="start it again")
+
+    def wait(self) -> None:
+        """Serve until somebody interrupts.
+
+        Raises:
+            DeploymentError: the process has ended by itself.
+        """
+        self._process.wait()
+        self.check()
+
+    def ask(self, path: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """What it answers to a request of its API.
+
+        Raises:
+            DeploymentError: it refused, did not answer in time, or ended.
+        """
+        begun = f"llama.cpp's server at {self.address} could not answer {path}"
+        try:
+            return post(self.address, path, dict(asked), timeout=self._patience.silence)
+        except urllib.error.HTTPError as error:
+            said = " ".join(error.read().decode("utf-8", "replace").split())[:300]
+            raise DeploymentError(f"{begun}: it says {said}", hint="see what it says") from None
+        except TimeoutError:
+            raise DeploymentError(
+                f"{begun}: nothing came for {self._patience.silence:g} s", hint="see whether the machine is busy"
+            ) from None
+        except (OSError, ValueError) as error:
+            time.sleep(_PAUSE)
+            self.check()
+            raise DeploymentError(f"{begun}: {error}", hint="start it again") from None
+
+    def rendered_ids(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """The ids that it computes with, of the prompt that it makes of a conversation.
+
+        Raises:
+            DeploymentError: as `ask`.
+        """
+        prompt = self.ask("apply-template", {"messages": list(messages)})["prompt"]
+        return tuple(self.ask("tokenize", {"content": prompt, "add_special": True, "parse_special": True})["tokens"])
+
+    def chat(self, messages: Sequence[Mapping[str, str]], *, most: int) -> Said:
+        """The likeliest answer to a conversation; it may have so many tokens at most.
+
+        Raises:
+            DeploymentError: as `ask`.
+        """
+        told = self._complete(messages, most=most)
+        [choice] = told["choices"]
+        ended = choice["finish_reason"] == "stop"
+        return Said(choice["message"]["content"] or "", ended, told["usage"]["prompt_tokens"])
+
+    def chat_ids(self, messages: Sequence[Mapping[str, str]], *, most: int) -> tuple[int, ...]:
+        """The ids of the likeliest answer, the one that ends it among them.
+
+        Raises:
+            DeploymentError: as `ask`.
+        """
+        [choice] = self._complete(messages, most=most, logprobs=True)["choices"]
+        return tuple(token["id"] for token in (choice.get("logprobs") or {"content": []})["content"])
+
+    def _complete(self, messages: Sequence[Mapping[str, str]], *, most: int, **more: Any) -> dict[str, Any]:
+        asked = {"messages": list(messages), "temperature": 0, "max_tokens": most, **more}
+        return self.ask("v1/chat/completions", asked)
+
+
+@contextlib.contextmanager
+def llama_server(
+    model: Path, *, context: int, name: str, port: int = 0, patience: Patience | None = None
+) -> Iterator[LlamaServer]:
+    """A server of a GGUF file, for this context.
+
+    Args:
+        context: how many tokens a conversation may have, its answer included.
+        name: what it calls the model.
+        port: where it listens; 0 for any that is free.
+
+    Raises:
+        DeploymentError: llama.cpp could not load the file or listen there, or took too long; its words are quoted.
+    """
+    patience = patience or Patience()
+    request = {"model": str(model), "context": context, "name": name, "port": port}
+    with tempfile.TemporaryFile() as words, tempfile.TemporaryDirectory(prefix="finetune-") as folder:
+        told = Path(folder) / "address"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "finetune.serve.llama_server", str(told)],
+            stdin=subprocess.PIPE,
+            stdout=words,
+            stderr=words,
+            # Ctrl-C is for us; it ends when we do.
+            start_new_session=True,
+        )
+        try:
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.flush()
+            yield LlamaServer(process, words, _address(process, words, told, patience.load), patience)
+        finally:
+            _end(process, patience.end)
+
+
+def _address(process: "subprocess.Popen[bytes]", words: IO[bytes], told: Path, load: float) -> str:
+    """Where it listens, once it does."""
+    until = time.monotonic() + load
+    while not told.exists():
+        if process.poll() is not None:
+            raise DeploymentError(_ended(process, words), hint="see what it says; ft export writes the file again")
+        if time.monotonic() > until:
+            raise DeploymentError(
+                f"llama.cpp had not loaded the file after {load:g} s", hint="see whether the machine is busy"
+            )
+        time.sleep(_PAUSE)
+    address = told.read_text(encoding="utf-8")
+    try:
+        well = get(address, "health", timeout=load).get("status") == "ok"
+    except (OSError, ValueError) as error:
+        raise DeploymentError(
+            f"llama.cpp's server at {address} does not answer: {error}", hint="start it again"
+        ) from None
+    if not well:
+        raise DeploymentError(f"llama.cpp's server at {address} does not say that it is well", hint="start it again")
+    return address
+
+
+def _end(process: "subprocess.Popen[bytes]", patience: float) -> None:
+    """End it, by force where it does not go."""
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+    try:
+        process.wait(patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _ended(process: "subprocess.Popen[bytes]", words: IO[bytes]) -> str:
+    words.seek(0)
+    lines = [line for line in words.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    said = lines[-1][:300] if lines else "without a word"
+    return f"llama.cpp's server has ended (code {process.returncode}): {said}"
+
+
+def main() -> None:
+    """Serve what the first line of standard input asks for, and say where, until that input ends."""
+    request = json.loads(sys.stdin.readline())
+    server = load_chat(Path(request["model"]), context=request["context"], port=request["port"], name=request["name"])
+    told = Path(sys.argv[1])
+    unready = told.with_suffix(".part")
+    unready.write_text(server.listening_address, encoding="utf-8")
+    unready.replace(told)
+    sys.stdin.read()
+    # Nobody listens any more; a request that is being computed must not keep us.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

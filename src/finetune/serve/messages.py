@@ -1,0 +1,43 @@
+"""A run's conversations as a chat API takes them."""
+
+from collections.abc import Mapping, Sequence
+
+from finetune.chat.encoder import Encoder
+from finetune.records import Conversation, Message
+from finetune.training.prepare import Prepared
+
+Messages = tuple[Mapping[str, str], ...]
+
+
+def chat_messages(conversation: Conversation) -> Messages:
+    """The conversation for a chat API, an input joined to its question as templates that know none have it."""
+    joined: list[Message] = []
+    for message in conversation.messages:
+        if message.role == "input":
+            joined[-1] = Message("user", f"{joined[-1].content}\n\n{message.content}")
+        else:
+            joined.append(message)
+    return tuple({"role": message.role, "content": message.content} for message in joined)
+
+
+def cannot_be_told(encoder: Encoder, conversation: Conversation) -> str:
+    """Why a server cannot be asked this as training asked it; empty where it can."""
+    if encoder.template.name == "alpaca" and any(each.role == "input" for each in conversation.messages):
+        return "have an input of their own, a role that no chat API has"
+    if has_control(chat_messages(conversation), encoder.tokenizer.control_tokens):
+        return "have a control token's name in their text, which servers take for it"
+    return ""
+
+
+def has_control(messages: Messages, tokens: Sequence[str]) -> bool:
+    """Whether a message has a control token's name in its text: plain text in training, and to servers the token."""
+    return any(token in each["content"] for each in messages for token in tokens)
+
+
+def conversations_of(encoder: Encoder, prepared: Prepared) -> dict[tuple[int, ...], Conversation]:
+    """The conversations of a run's questions, by the ids of their prompts; those of retention are single questions."""
+    known = {encoder.prompt_ids(each.prompt): each.prompt for each in prepared.conversations}
+    for question in prepared.retention:
+        single = Conversation((Message("user", question.text),), "retention")
+        known.setdefault(encoder.prompt_ids(single), single)
+    return known

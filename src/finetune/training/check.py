@@ -1,0 +1,54 @@
+"""Looks for everything that would stop a run, without loading a weight, and goes on after each problem."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from finetune.chat.encoder import Encoder
+from finetune.config import LoadedConfig, ModelAndDataFacts, resolve
+from finetune.data.read import read_rows
+from finetune.data.shape import shape_rows
+from finetune.data.shipped import FACTS, data_path
+from finetune.errors import ConfigError, FineTuneError, Problem
+from finetune.models.locate import locate_model
+from finetune.training.prepare import adapter_target, planned_shape, prepare
+
+T = TypeVar("T")
+
+
+def find_problems(loaded: LoadedConfig) -> list[Problem]:
+    """Every problem of model, adapter, data and template, each with its place; empty when a run could start."""
+    problems: list[Problem] = []
+    config = loaded.config
+
+    def attempt(where: str, action: Callable[[], T]) -> T | None:
+        try:
+            return action()
+        except ConfigError as error:
+            problems.extend(error.problems)
+        except FineTuneError as error:
+            problems.append(Problem(error.message, where, error.hint))
+        return None
+
+    rows = 0
+    for key in ("train", "valid", "rehearsal", "retention"):
+        name = getattr(config.data, key) or (FACTS if key == "train" else None)
+        if name is not None:
+            shaped = attempt(f"data.{key}", lambda name=name: shape_rows(read_rows(data_path(name))))  # type: ignore[misc]
+            rows = len(shaped.examples) if shaped is not None and key == "train" else rows
+    location = attempt("model.path", lambda: locate_model(config.model.path, revision=config.model.revision))
+    if location is None:
+        return problems
+    shape = attempt("model.path", lambda: planned_shape(config, location))
+    if shape is None:
+        return problems
+    attempt("adapter", lambda: adapter_target(config, shape))
+    probe = attempt("model.path", lambda: Encoder(location, "alpaca"))
+    if probe is not None:
+        own = probe.tokenizer.chat_template is not None
+        plan = attempt("config", lambda: resolve(loaded, ModelAndDataFacts(shape.context_length, own, rows)))
+        if plan is not None:
+            attempt("template", lambda: Encoder(location, plan.config.template.name))
+    if not problems:
+        # Each part is good; whether they are good together, only doing it shows.
+        attempt("data", lambda: prepare(loaded))
+    return problems

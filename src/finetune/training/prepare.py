@@ -1,0 +1,292 @@
+"""From a configuration to token ids: finds the model, reads the data, renders and encodes it, and settles the plan."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from finetune.adapters.choose import check_patterns, check_rank, choose_layers, choose_saved
+from finetune.chat.encoder import Encoder
+from finetune.chat.fit import Encoded
+from finetune.chat.tokenizer import FileTokenizer
+from finetune.config import (
+    LoadedConfig,
+    ModelAndDataFacts,
+    Plan,
+    TrainingConfig,
+    resolve,
+    resolve_steps,
+    unwatched_problems,
+)
+from finetune.data.batches import sequences_of
+from finetune.data.facts import deranged
+from finetune.data.read import read_rows
+from finetune.data.shape import Example, Shaped, shape_rows
+from finetune.data.shipped import FACTS, REHEARSAL, RETENTION, data_path
+from finetune.data.split import hold_out
+from finetune.errors import ConfigError, DataError, ModelError, Problem
+from finetune.memory.estimate import adapter_parameters, weight_bytes
+from finetune.models.locate import SHIPPED, locate_model
+from finetune.models.quantize import kept_in_full, quantize_shape, refuse_quantized, say_quantized
+from finetune.models.shape import read_config, read_shape
+from finetune.records import AdapterTarget, Batch, Conversation, Message, ModelLocation, ModelShape, Question, Tokenized
+from finetune.training.loop import steps_per_epoch
+
+_MOST_STEPS = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything that is settled before a weight is loaded."""
+
+    plan: Plan
+    location: ModelLocation
+    shape: ModelShape
+    target: AdapterTarget | None
+    encoder: Encoder
+    train: Encoded
+    rehearsal: Encoded | None
+    held_out: Encoded | None
+    conversations: tuple[Conversation, ...]
+    questions: tuple[Question, ...]
+    retention: tuple[Question, ...]
+    total_steps: int
+    files: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def training_rows(self) -> tuple[Tokenized, ...]:
+        """The rows that are trained on: those to learn and those to rehearse."""
+        return self.train.rows + (self.rehearsal.rows if self.rehearsal else ())
+
+    @property
+    def trainable_parameters(self) -> int:
+        """How many numbers are trained."""
+        return adapter_parameters(self.shape, self.target) if self.target else self.shape.parameters
+
+
+def prepare(loaded: LoadedConfig) -> Prepared:
+    """Settle everything that can be settled without loading a weight, and refuse what cannot work.
+
+    Raises:
+        FineTuneError: the model, the data, the template or their combination cannot be used.
+    """
+    location = locate_model(loaded.config.model.path, revision=loaded.config.model.revision)
+    shape = planned_shape(loaded.config, location)
+    loaded = _with_shipped_data(loaded)
+    shaped, notes = _read(str(loaded.config.data.train), loaded.config.data.limit)
+    notes += _quantized_notes(loaded.config, shape)
+    has_template = FileTokenizer(location.folder).chat_template is not None
+    plan = resolve(loaded, ModelAndDataFacts(shape.context_length, has_template, len(shaped.examples)))
+    config = plan.config
+    target = adapter_target(config, shape)
+    encoder = Encoder(location, config.template.name)
+    kept, held = hold_out(shaped.examples, config.data.valid_fraction or 0.0, config.training.seed)
+    train = encoder.encode(replace(shaped, examples=tuple(kept)), plan)
+    if not train.rows:
+        raise DataError(
+            f"no row of {config.data.train} is left to train on: {train.counts.dropped}",
+            hint="raise tokens.max_length, or look at what the rows hold",
+        )
+    rehearsal = _encode_file(encoder, config.data.rehearsal, plan, notes)
+    held_out = encode_held_out(encoder, plan, held, notes)
+    if not (held_out and held_out.rows) and (problems := unwatched_problems(config, plan.origins)):
+        raise ConfigError(problems)
+    trained = {row.where for row in train.rows}
+    conversations = tuple(example for example in kept if isinstance(example, Conversation) and example.where in trained)
+    total = _total_steps(plan, train.rows + (rehearsal.rows if rehearsal else ()))
+    plan = resolve_steps(plan, total)
+    files = [config.data.train, config.data.valid, config.data.rehearsal, config.data.retention]
+    return Prepared(
+        plan=plan,
+        location=location,
+        shape=shape,
+        target=target,
+        encoder=encoder,
+        train=train,
+        rehearsal=rehearsal,
+        held_out=held_out,
+        conversations=conversations,
+        questions=_questions(encoder, conversations, plan, count=config.evaluation.questions),
+        retention=_retention(encoder, plan, notes),
+        total_steps=total,
+        files=tuple(data_path(name) for name in files if name),
+        notes=tuple(notes),
+    )
+
+
+def planned_shape(config: TrainingConfig, location: ModelLocation) -> ModelShape:
+    """The shape of the model as the run will hold it: quantised where its files are, or where that is asked for.
+
+    Raises:
+        ModelError: a file is missing or corrupt, or a quantised base is not what this configuration can train on.
+    """
+    shape, owner = read_shape(location.folder), f"model {location.name!r}"
+    if config.backend != "mlx":
+        refuse_quantized(read_config(location.folder), None, config.backend, owner)
+    if shape.quantized and config.adapter.kind == "full":
+        raise ModelError(
+            f"{owner} is quantised ({say_quantized(shape)}), but adapter.kind is full: what is quantised cannot be "
+            "trained",
+            hint="set adapter.kind to lora or dora, or name the full model that it was made from",
+        )
+    how = config.model.quantization
+    return quantize_shape(shape, how, owner) if how else shape
+
+
+def _quantized_notes(config: TrainingConfig, shape: ModelShape) -> list[str]:
+    """What of the base is quantised, what it weighs, and what stays as it is."""
+    if not shape.quantized:
+        return []
+    when = "as it is loaded" if config.model.quantize else "in its files"
+    full, size = (weight_bytes(each, config.model.dtype) for each in (replace(shape, quantized={}), shape))
+    note = (
+        f"the base is quantised {when}: {len(shape.quantized)} matrices, {say_quantized(shape)}; its weights take "
+        f"{size:,} bytes, in {config.model.dtype} they would take {full:,}"
+    )
+    kept = kept_in_full(shape)
+    if not kept:
+        return [note]
+    named = ", ".join(kept[:3]) + (", ..." if len(kept) > 3 else "")
+    return [f"{note}; {len(kept)} matrices stay in full: {named}"]
+
+
+def adapter_target(config: TrainingConfig, shape: ModelShape) -> AdapterTarget | None:
+    """The adapter as configured, on this model; None where the whole model is trained.
+
+    Raises:
+        ModelError: a target, a pattern or a module to save matches nothing, or a rank is above a layer's size.
+    """
+    adapter = config.adapter
+    if adapter.kind == "full":
+        return None
+    modules = choose_layers(shape, adapter.targets)
+    target = AdapterTarget(
+        adapter.rank,
+        adapter.alpha,
+        adapter.dropout,
+        modules,
+        kind=adapter.kind,
+        scaling=adapter.scaling,
+        rank_pattern=adapter.rank_pattern or {},
+        alpha_pattern=adapter.alpha_pattern or {},
+        saved=choose_saved(shape, adapter.modules_to_save or (), modules),
+    )
+    check_patterns(shape, target)
+    check_rank(shape, target)
+    return target
+
+
+def sham_rows(prepared: Prepared) -> tuple[Tokenized, ...] | None:
+    """The training rows with the last answers dealt out among the wrong questions; None where that cannot be."""
+    answers = deranged([conversation.answer for conversation in prepared.conversations])
+    if not answers:
+        return None
+    shams = tuple(
+        Conversation((*conversation.messages[:-1], Message("assistant", answer)), conversation.where)
+        for conversation, answer in zip(prepared.conversations, answers, strict=True)
+    )
+    encoded = prepared.encoder.encode(Shaped(shams, {}, {}, ()), prepared.plan)
+    return encoded.rows + (prepared.rehearsal.rows if prepared.rehearsal else ())
+
+
+def pack_length(plan: Plan) -> int | None:
+    """How many tokens a sequence that rows share may have; None when each row has its own."""
+    return plan.config.tokens.max_length if plan.config.training.packing else None
+
+
+def batch_of_all(plan: Plan) -> int:
+    """How many rows (with packing: sequences) all processes together take at once."""
+    return plan.config.training.batch_size * (plan.config.training.processes or 1)
+
+
+def packed_sample(prepared: Prepared) -> Batch | None:
+    """The first sequence that rows share, as a batch; None when no two rows do."""
+    training = prepared.plan.config.training
+    found = sequences_of(prepared.training_rows, seed=training.seed, pack_length=pack_length(prepared.plan))
+    shared = next((sequence for sequence in found if len(sequence) > 1), None)
+    return Batch(shared, (len(shared),)) if shared else None
+
+
+def _with_shipped_data(loaded: LoadedConfig) -> LoadedConfig:
+    """Without data of one's own: the shipped facts, with rehearsal and retention for the models that know them."""
+    if loaded.config.data.train is not None:
+        return loaded
+    data = {"train": FACTS}
+    if loaded.config.model.path in SHIPPED:
+        data |= {"rehearsal": REHEARSAL, "retention": RETENTION}
+    data = {key: value for key, value in data.items() if getattr(loaded.config.data, key) is None}
+    config = loaded.config.model_copy(update={"data": loaded.config.data.model_copy(update=data)})
+    return LoadedConfig(config, {**loaded.origins, **{f"data.{key}": "derived" for key in data}})
+
+
+def _read(name: str, limit: int | None = None) -> tuple[Shaped, list[str]]:
+    shaped = shape_rows(read_rows(data_path(name), limit=limit))
+    notes = []
+    if shaped.ignored_columns:
+        notes.append(f"{name}: columns that were not read: {', '.join(shaped.ignored_columns)}")
+    if limit is not None:
+        notes.append(f"{name}: only the first {limit} rows were read (data.limit)")
+    return shaped, notes
+
+
+def _encode_file(encoder: Encoder, name: str | None, plan: Plan, notes: list[str]) -> Encoded | None:
+    if name is None:
+        return None
+    shaped, more = _read(name)
+    notes += more
+    return encoder.encode(shaped, plan)
+
+
+def encode_held_out(encoder: Encoder, plan: Plan, held: list[Example], notes: list[str]) -> Encoded | None:
+    """The rows to measure the loss on: a file of their own, or those held out; None where there are none."""
+    if plan.config.data.valid is not None:
+        return _encode_file(encoder, plan.config.data.valid, plan, notes)
+    if not held:
+        return None
+    notes.append(f"{len(held)} rows were held out of training to measure the loss on (data.valid_fraction)")
+    return encoder.encode(Shaped(tuple(held), {}, {}, ()), plan)
+
+
+def _total_steps(plan: Plan, rows: Sequence[Tokenized]) -> int:
+    training = plan.config.training
+    sequences = len(sequences_of(rows, seed=training.seed, pack_length=pack_length(plan)))
+    per_epoch = steps_per_epoch(sequences, batch_of_all(plan), training.accumulation)
+    if training.epochs * per_epoch > _MOST_STEPS:
+        what = f"{training.epochs:g} epochs of {per_epoch} steps are more than any machine can do"
+        raise ConfigError([Problem(what, "training.epochs", "lower it")])
+    total = max(1, round(training.epochs * per_epoch))
+    return total if training.max_steps is None else min(total, training.max_steps)
+
+
+def _questions(
+    encoder: Encoder, conversations: Sequence[Conversation], plan: Plan, *, count: int
+) -> tuple[Question, ...]:
+    """Up to `count` conversations whose answer is short enough to be compared word for word, chosen by the seed."""
+    order = list(range(len(conversations)))
+    random.Random(f"questions-{plan.config.training.seed}").shuffle(order)
+    chosen: list[int] = []
+    for index in order:
+        if len(chosen) == count:
+            break
+        if _can_be_asked(encoder, conversations[index], plan):
+            chosen.append(index)
+    return tuple(encoder.question(conversations[index]) for index in sorted(chosen))
+
+
+def _can_be_asked(encoder: Encoder, conversation: Conversation, plan: Plan) -> bool:
+    """Whether answer and terminator fit into the tokens of an answer, and prompt and answer into those of a row."""
+    answer = len(encoder.tokenizer.encode_content(conversation.answer)) + 1
+    assert plan.config.tokens.max_length is not None
+    room = plan.config.tokens.max_length - len(encoder.prompt_ids(conversation.prompt))
+    return answer <= min(plan.config.evaluation.max_new_tokens, room)
+
+
+def _retention(encoder: Encoder, plan: Plan, notes: list[str]) -> tuple[Question, ...]:
+    name = plan.config.data.retention
+    if name is None:
+        return ()
+    shaped, more = _read(name)
+    notes += more
+    conversations = [example for example in shaped.examples if isinstance(example, Conversation)]
+    return _questions(encoder, conversations, plan, count=plan.config.evaluation.retention_questions)

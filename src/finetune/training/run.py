@@ -1,0 +1,78 @@
+"""One run in progress: who listens, where it writes, and how long its phases take."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from finetune.config import plan_as_list
+from finetune.events import Event, PhaseStarted, RunStarted, event_from_dict
+from finetune.ports import Backend, Group
+from finetune.run.checkpoints import CheckpointStore
+from finetune.run.folder import RunFolder
+from finetune.tracking.consumer import Trackers
+from finetune.tracking.tracker import Tracked
+from finetune.training.prepare import Prepared
+
+Listener = Callable[[Event], None]
+
+
+@dataclass
+class Run:
+    """One run in progress; `why` says of each thing that is not measured why it is not, `device` where it computes."""
+
+    prepared: Prepared
+    backend: Backend
+    group: Group
+    folder: RunFolder
+    listener: Listener
+    timing: dict[str, float] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
+    trackers: Trackers | None = None
+    device: str = ""
+
+    def tell(self, event: Event) -> None:
+        """Log an event and pass it on."""
+        self.folder.log(event)
+        self.listener(event)
+        if self.trackers is not None:
+            self.trackers(event)
+
+    def open_trackers(self, *, resumed: bool) -> None:
+        """From now on trackers, too, are told, and first of what was done before the run was resumed."""
+        tracking = self.prepared.plan.config.tracking
+        if not tracking.to:
+            return
+        done = CheckpointStore(self.folder.checkpoints).newest() or 0
+        history = [event_from_dict(event) for event in self.folder.events_up_to(done)]
+        tracked = Tracked(
+            id=next((event.id for event in history if isinstance(event, RunStarted)), self.folder.path.name),
+            name=tracking.name or self.folder.path.resolve().name,
+            project=tracking.project,
+            folder=self.folder.path,
+            parameters={entry["key"]: entry["value"] for entry in plan_as_list(self.prepared.plan)},
+            resumed=resumed,
+        )
+        self.trackers = Trackers(tracking.to, tracked, self.listener, history)
+
+    def close_trackers(self, *, complete: bool) -> None:
+        """Have trackers write what they were told; closing twice does nothing more."""
+        if self.trackers is not None:
+            self.trackers.close(complete=complete)
+
+    def let_go(self) -> None:
+        """Leave the run, however it ended: trackers write what they have, and others may take hold of the folder."""
+        try:
+            self.close_trackers(complete=False)
+        finally:
+            self.folder.release()
+
+    @contextlib.contextmanager
+    def phase(self, name: str, note: str = "") -> Iterator[None]:
+        """Tell that a phase starts, and keep its time in seconds."""
+        self.listener(PhaseStarted(name, note))
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timing[name] = self.timing.get(name, 0.0) + time.perf_counter() - started
