@@ -1,43 +1,51 @@
-"""The order of a fine-tune, from a configuration to a report; the only file that knows it."""
+"""Fine-tune from a configuration to a report: the whole order, from top to bottom."""
 
 import os
 import secrets
 import time
 from collections import deque
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from finetune.backends import open_backend
 from finetune.config import LoadedConfig, dump_plan, resolve_processes
-from finetune.criteria.evidence import Evidence
 from finetune.criteria.judge import judge, overall
+from finetune.data.batches import epoch_batches
+from finetune.distributed.data_parallel import data_parallel
 from finetune.distributed.environment import launch_words
 from finetune.errors import FineTuneError, InterruptedRunError, LostProcessError, OutOfMemoryError
-from finetune.events import FirstGradients, FixedLoss, PhaseStarted, RunJudged, RunStarted, StepDone, event_as_dict
-from finetune.evidence.observe import (
-    Observation,
-    artifact_evidence,
-    learning_evidence,
-    loss_evidence,
-    memory_evidence,
-    observe,
-    parameter_evidence,
-    rows_of_sham,
-    wanted,
+from finetune.events import (
+    CheckpointSaved,
+    Event,
+    FixedLoss,
+    HeldOutLoss,
+    PhaseStarted,
+    RunJudged,
+    RunResumed,
+    RunStarted,
+    StepDone,
+    StoppedEarly,
 )
-from finetune.evidence.record import Course, run_owner, run_record
+from finetune.evidence.collect import collect_evidence
+from finetune.evidence.observe import Observation, observe, rows_of_sham
+from finetune.evidence.record import run_owner, run_record
 from finetune.evidence.saved import save_trained
 from finetune.files import write_folder, write_json, write_text
 from finetune.ports import Session
-from finetune.records import Optimization, Tokenized, Verdict
+from finetune.records import Batch, Tokenized
 from finetune.report import build_report, render_html
+from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune.run.folder import RunFolder
 from finetune.run.resume_hint import what_is_left
 from finetune.tracking.choose import require_trackers
-from finetune.training.course import Trained, claim_resumed, steps_of, train_along, train_run
+from finetune.training.early_stopping import EarlyStopping, Trained
+from finetune.training.loop import LoopPlan, train
 from finetune.training.out_of_memory import with_estimate
-from finetune.training.prepare import prepare
+from finetune.training.packing_check import check_packing
+from finetune.training.prepare import batch_of_all, held_out_batches, pack_length, packed_sample, prepare
+from finetune.training.resume import claim_resumed, early_stopping_at, load_newest
 from finetune.training.run import Listener, Run
 
 
@@ -56,15 +64,15 @@ def fine_tune(
     Args:
         output: the run folder to make (or, with `resume`, to continue); by default one below `runs/`.
         command: what to write down as the command that repeats the run.
-        listener: is told every event.
+        listener: receives every event.
 
     Returns:
-        The run folder and the content of its `run.json`; a process that only trained along has nothing to tell.
+        The run folder and the content of its `run.json`; a process that only trained along returns an empty record.
 
     Raises:
         FineTuneError: something was refused, failed, or was interrupted; see `finetune.errors`.
     """
-    begun = RunStarted(datetime.now(UTC).isoformat(timespec="seconds"), command, secrets.token_hex(8))
+    started = RunStarted(datetime.now(UTC).isoformat(timespec="seconds"), command, secrets.token_hex(8))
     clock = time.perf_counter()
     backend = open_backend(loaded.config.backend)
     require_trackers(loaded.config.tracking.to)
@@ -73,56 +81,184 @@ def fine_tune(
     listener(PhaseStarted("prepare", f"{loaded.config.model.path}"))
     prepared = prepare(resolve_processes(loaded, group.size, resume=resume))
     folder = RunFolder.unfinished(output) if resume else RunFolder.place(None if group.rank else output)
-    run = Run(prepared, backend, group, folder, listener, {"prepare": time.perf_counter() - clock})
+    run = Run(prepared, backend, group, folder, listener, {"prepare": time.perf_counter() - clock}, started=started)
     if group.rank:
-        return folder.path, _assist(run)
+        _train_along(run)
+        return folder.path, {}
     try:
         owner = run_owner(prepared, backend.versions())
         if resume:
             claim_resumed(run, owner)
-        session, before, fingerprints = _open(run)
+        with run.phase("load", f"{prepared.location.name}, {prepared.shape.parameters / 1e6:.2f} M parameters"):
+            session = run.open_session()
+            run.device = session.device
+        with run.phase("observe base"):
+            before = observe(session, prepared)
+        with run.phase("attach"):
+            run.attach_adapter(session)
+        fingerprints = session.fingerprints()
         # Only now, when nothing can be refused any more, is anything written.
-        _begin(run, begun, resume=resume)
-        trained = train_run(run, session, before, owner)
-        saved = _save(run, session)
+        _begin(run, resume=resume)
+        trained = train_to_the_end(run, session, before, owner)
+        saved = folder.model if prepared.target is None else folder.adapter
+        with run.phase(f"save {saved.name}"):
+            write_folder(saved, lambda path: save_trained(prepared, session, path))
         with run.phase("observe tuned"):
             after = observe(session, prepared)
         run.tell(FixedLoss(trained.kept, *after.fixed))
-        evidence = _collect(run, session, saved, (before, after, fingerprints), trained)
+
+        def train_control(rows: tuple[Tokenized, ...]) -> Session:
+            return _train_control(run, rows, trained.kept)
+
+        evidence = collect_evidence(run, session, saved, (before, after, fingerprints), trained.kept, train_control)
         verdicts = judge(evidence)
         run.tell(RunJudged(overall(verdicts), {verdict.id: verdict.outcome for verdict in verdicts}))
         run.close_trackers(complete=True)
         run.timing["total"] = time.perf_counter() - clock
-        return folder.path, _finish(run, _record(run, begun, trained, evidence, verdicts))
+        return folder.path, _finish(run, run_record(run, trained, evidence, verdicts))
     except (KeyboardInterrupt, LostProcessError) as error:
-        raise _ended(run, error) from None
+        raise _interrupted(run, error) from None
     except (MemoryError, OutOfMemoryError) as error:
         raise with_estimate(error, prepared, what_is_left(run.folder)[0]) from None
     finally:
         run.let_go()
 
 
-def _ended(run: Run, error: BaseException) -> FineTuneError:
-    kept, hint = what_is_left(run.folder, launch=launch_words(os.environ, run.group.size))
-    if isinstance(error, LostProcessError):
-        return LostProcessError(f"{error.message}; {kept}", hint=hint)
-    return InterruptedRunError(f"interrupted; {kept}", hint=hint)
+def train_to_the_end(run: Run, session: Session, before: Observation, owner: Owner) -> Trained:
+    """Train from the newest checkpoint to the end; the session then has the weights that the run keeps.
+
+    Raises:
+        RefusedError: a checkpoint is damaged or belongs to other settings, or packed rows see each other.
+    """
+    prepared, training = run.prepared, run.prepared.plan.config.training
+    store = CheckpointStore(run.folder.checkpoints)
+    done = load_newest(run, session, store, owner)
+    if training.packing:
+        with run.phase("check packing", "rows that share a sequence must not see each other"):
+            check_packing(session, packed_sample(prepared), prepared.plan.config.model.dtype)
+    run.folder.rewind_events(done)
+    if done:
+        run.tell(RunResumed(done, tuple(store.changes(done, owner.told))))
+    else:
+        run.tell(FixedLoss(0, *before.fixed))
+        if before.held_out:
+            run.tell(HeldOutLoss(0, *before.held_out))
+    crowd = f", in {run.group.size} processes" if run.group.size > 1 else ""
+    with run.phase("train", f"{prepared.total_steps} steps, from step {done}{crowd}"):
+        taken, stopping = _train_and_checkpoint(run, session, store, owner)
+    run.group.restore(session)
+    best = stopping.best_step if training.keep == "best" else 0
+    kept = round(run.group.total(best or taken))
+    if kept != taken:
+        with run.phase("take the best step", f"step {kept}, held-out loss {stopping.best_loss:.4f}"):
+            session.load_state(store.open(kept, owner.identity))
+    store.release()
+    return Trained(prepared.total_steps, taken, kept, stopping)
 
 
-def _assist(run: Run) -> dict[str, Any]:
-    """Train along, the sham control too, as all processes but the first do: they write, judge and tell nothing."""
-    session = _session(run)
-    _attach(run, session)
-    kept = train_along(run, session, run_owner(run.prepared, run.backend.versions()))
+def _train_and_checkpoint(
+    run: Run, session: Session, store: CheckpointStore, owner: Owner
+) -> tuple[int, EarlyStopping]:
+    """Train, log and save checkpoints until the steps are done or early stopping ends them.
+
+    Returns:
+        The last step that was taken, and what early stopping has seen.
+    """
+    training, total = run.prepared.plan.config.training, run.prepared.total_steps
+    step = store.newest() or 0
+    stopping = early_stopping_at(run, step)
+    if _anybody_stops(run, stops=stopping.stops):
+        return step, stopping
+    for event in training_events(run, session, run.prepared.training_rows, done=step):
+        run.tell(event)
+        if isinstance(event, HeldOutLoss):
+            stopping = stopping.update(event.step, event.loss)
+            _anybody_stops(run, stops=stopping.stops)
+            # Before `StepDone`: an event logged after a checkpoint would be missing from a resumed run.
+            if stopping.stops and event.step < total:
+                seen = (stopping.patience_used, stopping.best_step, stopping.best_loss)
+                run.tell(StoppedEarly(event.step, total, *seen))
+        if not isinstance(event, StepDone):
+            continue
+        step = event.step
+        best = training.keep == "best" and stopping.best_step == step
+        if step % (training.save_every or 1) == 0 or step == total or stopping.stops or best:
+            run.folder.secure_events()
+            kept = (stopping.best_step or None) if training.keep == "best" else None
+            path = store.save(step, session.save_state, owner, best=kept)
+            run.tell(CheckpointSaved(step, path.relative_to(run.folder.path).as_posix()))
+        if stopping.stops:
+            break
+    return step, stopping
+
+
+def training_events(
+    run: Run, session: Session, rows: tuple[Tokenized, ...], *, done: int = 0, last: int | None = None
+) -> Iterator[Event]:
+    """Train the session on the rows as the run's plan says, after step `done` and up to step `last`.
+
+    Batches are those of one process whose batch size is that of all processes together; each process takes its share
+    of every batch. After the last event the weights may still be divided among the processes: `run.group.restore`
+    undoes that.
+    """
+    prepared, training = run.prepared, run.prepared.plan.config.training
+    assert training.evaluate_every is not None
+    plan = LoopPlan(
+        total_steps=prepared.total_steps,
+        accumulation=training.accumulation,
+        peak_learning_rate=training.learning_rate,
+        warmup_steps=round(training.warmup_fraction * prepared.total_steps),
+        schedule=training.schedule,
+        evaluate_every=training.evaluate_every,
+        last_step=last,
+    )
+    size, length = batch_of_all(prepared.plan), pack_length(prepared.plan)
+
+    def batches_of(epoch: int) -> list[Batch]:
+        return epoch_batches(rows, size, seed=training.seed, epoch=epoch, pack_length=length)
+
+    parallel = data_parallel(session, run.group, shares=training.processes or 1, seed=training.seed, done_steps=done)
+    run.group.divide(session)
+    return train(parallel, batches_of, held_out_batches(prepared), plan, done_steps=done)
+
+
+def _train_along(run: Run) -> None:
+    """Train as every process but the first does: it writes, judges and logs nothing, and stops when the first says."""
+    session = run.open_session()
+    run.attach_adapter(session)
+    owner = run_owner(run.prepared, run.backend.versions())
+    done = load_newest(run, session, CheckpointStore(run.folder.checkpoints), owner)
+    if not _anybody_stops(run, stops=False):
+        for event in training_events(run, session, run.prepared.training_rows, done=done):
+            if isinstance(event, HeldOutLoss) and _anybody_stops(run, stops=False):
+                break
+    run.group.restore(session)
+    kept = round(run.group.total(0))
     if rows := rows_of_sham(run.prepared, {}):
-        sham = _session(run)
-        _attach(run, sham)
-        deque(steps_of(run, sham, rows, last=kept), maxlen=0)
-        run.group.restore(sham)
-    return {}
+        control = run.open_session()
+        run.attach_adapter(control)
+        deque(training_events(run, control, rows, last=kept), maxlen=0)
+        run.group.restore(control)
 
 
-def _begin(run: Run, begun: RunStarted, *, resume: bool) -> None:
+def _train_control(run: Run, rows: tuple[Tokenized, ...], last: int) -> Session:
+    """A fresh session after the same steps on other rows: those whose answers were shuffled."""
+    with run.phase("sham control", "the same steps on shuffled answers"):
+        control = run.open_session()
+        run.attach_adapter(control)
+        for event in training_events(run, control, rows, last=last):
+            if isinstance(event, StepDone):
+                run.listener(event)
+        run.group.restore(control)
+    return control
+
+
+def _anybody_stops(run: Run, *, stops: bool) -> bool:
+    """Whether training ends here; the first process decides, and every process must ask."""
+    return run.group.total(stops) > 0
+
+
+def _begin(run: Run, *, resume: bool) -> None:
     if not resume:
         run.folder.make()
         run.folder.claim()
@@ -130,104 +266,24 @@ def _begin(run: Run, begun: RunStarted, *, resume: bool) -> None:
     run.folder.tidy()
     if not resume:
         write_text(run.folder.plan, dump_plan(run.prepared.plan))
-        run.tell(begun)
+        run.tell(run.started)
     run.open_trackers(resumed=resume)
 
 
-def _open(run: Run) -> tuple[Session, Observation, dict[str, str]]:
-    prepared = run.prepared
-    with run.phase("load", f"{prepared.location.name}, {prepared.shape.parameters / 1e6:.2f} M parameters"):
-        session = _session(run)
-        run.device = session.device
-    with run.phase("observe base"):
-        before = observe(session, prepared)
-    with run.phase("attach"):
-        _attach(run, session)
-    return session, before, session.fingerprints()
-
-
-def _session(run: Run) -> Session:
-    model, pad_id = run.prepared.plan.config.model, run.prepared.encoder.tokenizer.pad_id
-    return run.backend.open(
-        run.prepared.location, model.dtype, pad_id, quantize=model.quantization, device=model.device
-    )
-
-
-def _attach(run: Run, session: Session) -> None:
-    training = run.prepared.plan.config.training
-    session.attach(run.prepared.target, training.seed)
-    if run.prepared.target is None:
-        session.check_saving()
-    ratio = training.lora_plus_ratio
-    session.prepare_updates(Optimization(training.weight_decay, training.max_grad_norm, lora_plus_ratio=ratio))
-
-
-def _save(run: Run, session: Session) -> Path:
-    """Save what was trained, the adapter or the whole model, with all that belongs to it; returns its folder."""
-    path = run.folder.model if run.prepared.target is None else run.folder.adapter
-    with run.phase(f"save {path.name}"):
-        write_folder(path, lambda folder: save_trained(run.prepared, session, folder))
-    return path
-
-
-def _collect(
-    run: Run,
-    session: Session,
-    saved: Path,
-    looks: tuple[Observation, Observation, dict[str, str]],
-    trained: Trained,
-) -> Evidence:
-    prepared, (before, after, fingerprints) = run.prepared, looks
-    events = run.folder.read_events()
-    # The steps that the kept weights are made of; what came after the best step has left nothing behind.
-    steps = [event for event in events if event["event"] == StepDone.__name__ and event["step"] <= trained.kept]
-    told = (event["norms"] for event in events if event["event"] == FirstGradients.__name__)
-    gradients: dict[str, float] = next(told, {})
-    parameters = parameter_evidence(prepared, session, fingerprints, gradients, len(steps))
-    with run.phase(f"check {saved.name}", "in a fresh process" + (", on a fresh base" if prepared.target else "")):
-        files = run.folder.describe()
-        artifacts = artifact_evidence(prepared, session, saved, files, run.why)
-
-    def train_sham(rows: tuple[Tokenized, ...]) -> Session:
-        with run.phase("sham control", "the same steps on shuffled answers"):
-            sham = _session(run)
-            _attach(run, sham)
-            for event in steps_of(run, sham, rows, last=trained.kept):
-                if isinstance(event, StepDone):
-                    run.listener(event)
-            run.group.restore(sham)
-        return sham
-
-    learning = learning_evidence(prepared, before, after, train_sham, run.why)
-    memory = None
-    full_too = prepared.target is not None and not prepared.shape.quantized
-    unable = frozenset({"memory"}) - (run.backend.abilities if full_too else frozenset())
-    if wanted(prepared, "memory", run.why, unable):
-        with run.phase("measure memory", "LoRA and full fine-tuning, each in a fresh process"):
-            memory = memory_evidence(prepared, run.why)
-    losses = loss_evidence(prepared, [step["loss"] for step in steps], before, after)
-    return Evidence(losses, parameters, artifacts, learning, memory, run.why, unable)
-
-
-def _record(
-    run: Run, begun: RunStarted, trained: Trained, evidence: Evidence, verdicts: tuple[Verdict, ...]
-) -> dict[str, Any]:
-    """What `run.json` says; of a resumed run the command and the time are those that it was begun with."""
-    events = run.folder.read_events()
-    told = next((event for event in events if event["event"] == RunStarted.__name__), event_as_dict(begun))
-    versions = run.backend.versions()
-    course = Course(run.folder.path.name, told["command"], told["started"], run.timing, versions, trained)
-    return run_record(run, course, evidence, verdicts, events)
-
-
-def _finish(run: Run, record: dict[str, Any]) -> dict[str, Any]:
+def _finish(run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
     """Write the reports, and the manifest last: from then on the run exists."""
     folder = run.folder
     write_json(folder.report_data, build_report(record))
-    listed = {**record, "artifacts": folder.describe()}
-    write_text(folder.report_page, render_html([listed]))
+    write_text(folder.report_page, render_html([{**record, "artifacts": folder.describe()}]))
     # Whatever the manifest names is on disk before it.
     folder.secure_events()
-    record = {**record, "artifacts": folder.describe()}
-    folder.write_manifest(record)
-    return record
+    finished = {**record, "artifacts": folder.describe()}
+    folder.write_manifest(finished)
+    return finished
+
+
+def _interrupted(run: Run, error: BaseException) -> FineTuneError:
+    kept, hint = what_is_left(run.folder, launch=launch_words(os.environ, run.group.size))
+    if isinstance(error, LostProcessError):
+        return LostProcessError(f"{error.message}; {kept}", hint=hint)
+    return InterruptedRunError(f"interrupted; {kept}", hint=hint)

@@ -425,7 +425,7 @@ def test_run_folder_events_without_steps_are_no_ground_to_go_on_from(steps: int,
             assert run.events.read_bytes() == before
         else:
             run.rewind_events(done)
-            kept = [(event["event"], event.get("step")) for event in run.read_events()]
+            kept = [(type(event).__name__, getattr(event, "step", None)) for event in run.read_events()]
             both = [(kind, step) for step in range(1, done + 1) for kind in ("StepDone", "CheckpointSaved")]
             assert kept == [("RunStarted", None), *both]
 

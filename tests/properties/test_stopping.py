@@ -5,16 +5,16 @@ import math
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetune.training.early_stopping import Watch
+from finetune.training.early_stopping import EarlyStopping
 
 LOSSES = st.lists(st.sampled_from([0.5, 1.0, 1.5, math.nan, math.inf]) | st.floats(0, 4), min_size=1, max_size=12)
 
 
-def watched(losses: list[float], stop_after: int | None, margin: float = 0.0) -> tuple[Watch, int | None]:
+def watched(losses: list[float], stop_after: int | None, margin: float = 0.0) -> tuple[EarlyStopping, int | None]:
     """The watch after all looks, at steps 10, 20, ...; and the step at which it first said to stop."""
-    watch, stopped = Watch(stop_after, margin), None
+    watch, stopped = EarlyStopping(stop_after, margin), None
     for number, loss in enumerate(losses, start=1):
-        watch = watch.look(10 * number, loss)
+        watch = watch.update(10 * number, loss)
         stopped = 10 * number if stopped is None and watch.stops else stopped
     return watch, stopped
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from finetune.backends.reference.backend import ReferenceBackend
 from finetune.config import LoadedConfig, load_plan, resolve_processes
 from finetune.data.batches import epoch_batches
-from finetune.distributed.data_parallel import Alone, check_same, in_team
+from finetune.distributed.data_parallel import SingleProcess, check_same, data_parallel
 from finetune.errors import ConfigError, LostProcessError, NonFiniteError, RefusedError
 from finetune.events import Event, StepDone
 from finetune.records import AdapterTarget, Batch, Optimization
@@ -74,7 +74,7 @@ class Job:
         session.attach(self.target, 0)
         session.prepare_updates(Optimization(weight_decay=0.05, max_grad_norm=0.05))
         rows, size = make_rows(self.rows), self.batch_size * self.shares
-        team = in_team(session, group, shares=shares, seed=7)
+        team = data_parallel(session, group, shares=shares, seed=7)
         plan = LoopPlan(steps, self.accumulation, 0.05, 1, "linear", 2)
 
         def batches(epoch: int) -> list[Batch]:
@@ -85,7 +85,7 @@ class Job:
     def alone(self) -> tuple[Any, list[Event]]:
         """One process with all the rows of a batch at once."""
         session = tiny()
-        return session, timeless(self.events(session, group=Alone(), shares=1))
+        return session, timeless(self.events(session, group=SingleProcess(), shares=1))
 
     def shared(self, processes: int) -> list[tuple[Any, list[Event]]]:
         """So many processes that share the work."""
@@ -209,8 +209,8 @@ def test_team_stops_in_every_process_where_one_loss_is_not_finite(rank: int) -> 
 def test_team_of_one_is_the_session_itself() -> None:
     """Without others, nothing stands between the loop and the session: a run alone is what it always was."""
     session = tiny()
-    assert in_team(session, Alone(), shares=1, seed=0) is session
-    assert in_team(session, Alone(), shares=2, seed=0) is not session
+    assert data_parallel(session, SingleProcess(), shares=1, seed=0) is session
+    assert data_parallel(session, SingleProcess(), shares=2, seed=0) is not session
 
 
 @given(st.integers(2, 5), st.data())

@@ -107,7 +107,7 @@ def setups() -> st.SearchStrategy[Setup]:
     return st.builds(Setup, token_rows(), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(0, 5))
 
 
-def steps_of(events: Sequence[Event]) -> list[StepDone]:
+def training_events(events: Sequence[Event]) -> list[StepDone]:
     """The steps among the events."""
     return [event for event in events if isinstance(event, StepDone)]
 
@@ -134,7 +134,7 @@ def windows_of(session: ToySession) -> list[list[tuple[Batch, float]]]:
 def test_epoch_every_row_once_and_every_batch_in_an_update(setup: Setup) -> None:
     """Each epoch trains on every row exactly once, the batches left over at its end included."""
     session = ToySession()
-    steps = steps_of(setup.run(session))
+    steps = training_events(setup.run(session))
     *windows, left = windows_of(session)
     assert left == []
     assert len(steps) == len(windows) == setup.per_epoch * setup.epochs
@@ -147,7 +147,7 @@ def test_epoch_every_row_once_and_every_batch_in_an_update(setup: Setup) -> None
 def test_steps_per_epoch_is_what_the_loop_takes(setup: Setup) -> None:
     """An epoch takes as many steps as promised, none holds more batches than asked, and its end is a whole number."""
     session = ToySession()
-    steps = steps_of(setup.run(session))
+    steps = training_events(setup.run(session))
     assert steps_per_epoch(len(setup.rows), setup.batch_size, setup.accumulation) == setup.per_epoch
     assert [step.step for step in steps if step.epoch == round(step.epoch)] == [
         setup.per_epoch * (epoch + 1) for epoch in range(setup.epochs)
@@ -160,7 +160,7 @@ def test_steps_per_epoch_is_what_the_loop_takes(setup: Setup) -> None:
 def test_step_weighs_every_trained_token_alike(setup: Setup) -> None:
     """All batches of a step get one weight, 1 / its trained tokens, and its loss is the mean over those tokens."""
     session, shadow = ToySession(), 0.0
-    steps = steps_of(setup.run(session))
+    steps = training_events(setup.run(session))
     for window, step in zip(windows_of(session), steps, strict=False):
         targets = [target for batch, _ in window for target in targets_of(batch)]
         assert {weight for _, weight in window} == {1 / len(targets)}
@@ -179,7 +179,7 @@ def test_step_same_whatever_the_split(rows: tuple[Tokenized, ...], size: int, ac
         batches = [Batch(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
         session = ToySession()
         plan = LoopPlan(3, many, 0.3, 0, "cosine", 1000)
-        steps = steps_of(list(train(session, lambda epoch, batches=batches: batches, (), plan)))  # type: ignore[arg-type,misc]
+        steps = training_events(list(train(session, lambda epoch, batches=batches: batches, (), plan)))  # type: ignore[arg-type,misc]
         ends.append([number for step in steps for number in (step.loss, step.grad_norm)] + [session.value])
     assert ends[0] == pytest.approx(ends[1])
 
@@ -190,7 +190,7 @@ def test_rate_counts_optimizer_steps(setup: Setup, schedule: Schedule, data: st.
     total = setup.plan().total_steps
     warmup = data.draw(st.integers(0, total))
     session = ToySession()
-    steps = steps_of(setup.run(session, schedule=schedule, warmup_steps=warmup))
+    steps = training_events(setup.run(session, schedule=schedule, warmup_steps=warmup))
     expected = [closed_form(step, total, 0.1, warmup, schedule) for step in range(1, total + 1)]
     assert session.called("update") == pytest.approx(expected)
     assert [step.learning_rate for step in steps] == session.called("update")
@@ -201,7 +201,7 @@ def test_rate_counts_optimizer_steps(setup: Setup, schedule: Schedule, data: st.
 def test_step_clips_once_between_gradients_and_update(setup: Setup) -> None:
     """Every step accumulates, then clips once, then updates once; the norm that is told is the one clipping found."""
     session = ToySession()
-    steps = steps_of(setup.run(session))
+    steps = training_events(setup.run(session))
     verbs = "".join(
         {"accumulate": "a", "clip_gradients": "c", "update": "u"}.get(name, "") for name, _ in session.calls
     )
@@ -243,7 +243,7 @@ def test_non_finite_loss_or_gradient_stops_before_the_update(
     broken = len(session.called("update")) + 1
     calls = list(itertools.accumulate(len(window) for window in windows_of(healthy)))
     assert broken == number + 1 if where == "clip_gradients" else calls[broken - 1] > number
-    assert [step.step for step in steps_of(told)] == list(range(1, broken))
+    assert [step.step for step in training_events(told)] == list(range(1, broken))
     assert f"step {broken}" in str(caught.value)
     assert f"those of step {broken - 1}" in str(caught.value)
     assert windows_of(session)[-1][0][0].rows[0].where in str(caught.value)

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from finetune import train as training
 from finetune.backends.reference.session import ReferenceSession
 from finetune.config import LoadedConfig, load_plan
 from finetune.errors import RefusedError
 from finetune.events import Event, HeldOutLoss, StepDone, StoppedEarly
 from finetune.report import build_report, render_html
 from finetune.train import fine_tune
-from finetune.training import course as assembly
 from finetune.training.schedule import learning_rate_at
 from finetune_strategies.profiles import examples
 from properties.test_stopping import lowest
@@ -52,14 +52,14 @@ def job(model: Path, data: Path, **changes: Any) -> LoadedConfig:
 @contextlib.contextmanager
 def looks(losses: list[float]) -> Iterator[None]:
     """Within this context the look at step n shows the n-th of these losses; training itself is as it is."""
-    plain = assembly.train
+    plain = training.train
 
     def told(*given_: Any, **named: Any) -> Iterator[Event]:
         for event in plain(*given_, **named):
             looked = isinstance(event, HeldOutLoss)
             yield HeldOutLoss(event.step, losses[event.step - 1], event.tokens) if looked else event
 
-    with patch.object(assembly, "train", told):
+    with patch.object(training, "train", told):
         yield
 
 
@@ -149,12 +149,12 @@ WEIGHTS: dict[tuple[Path, Path, int], bytes] = {}
 def weights_of(model: Path, data: Path, output: Path, step: int) -> bytes:
     """The adapter of the same run as it is after this step, told by a run that was cut off there."""
     if (model, data, step) not in WEIGHTS:
-        plain = assembly.steps_of
+        plain = training.training_events
 
         def cut(*given_: Any, **named: Any) -> Iterator[Event]:
             return plain(*given_, **{**named, "last": step})
 
-        with patch.object(assembly, "steps_of", cut):
+        with patch.object(training, "training_events", cut):
             run(job(model, data, keep="last"), output)
         WEIGHTS[model, data, step] = (output / ADAPTER).read_bytes()
     return WEIGHTS[model, data, step]

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import finetune.run.checkpoints as checkpoints
-import finetune.training.course as assembly
+import finetune.train as training
 from finetune.backends.reference.session import ReferenceSession
 from finetune.cli import main
 from finetune.run.checkpoints import CheckpointStore
@@ -74,7 +74,7 @@ def forget_order() -> None:
         dealt = (lambda epoch: batches_of(0)) if done_steps else batches_of
         return right(session, dealt, *rest, done_steps=done_steps)
 
-    plant(assembly, "train", steps)
+    plant(training, "train", steps)
     main()
 
 

@@ -109,7 +109,7 @@ def slopes(session: Any) -> Numbers:
     return {name: value.grad.double().numpy() for name, value in session._trainable().items() if value.grad is not None}
 
 
-def steps_of(session: Any) -> int:
+def training_events(session: Any) -> int:
     """How many steps the optimizer says it has taken."""
     if hasattr(session.optimizer, "steps"):
         return int(session.optimizer.steps)

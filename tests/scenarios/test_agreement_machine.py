@@ -28,7 +28,7 @@ from finetune_strategies.datasets import Dealing, dealings, token_rows
 from finetune_strategies.profiles import examples
 from scenarios import side_by_side
 from scenarios.nearness import apart, check_gradients
-from scenarios.side_by_side import GPT2S, LLAMAS, labels, labels_by_hand, steps_of, weights
+from scenarios.side_by_side import GPT2S, LLAMAS, labels, labels_by_hand, training_events, weights
 
 pytestmark = pytest.mark.tier2
 CLOSE = 1e-4
@@ -267,7 +267,7 @@ class AgreementMachine(RuleBasedStateMachine):
         wanted = weights(self.sessions[self.exact])
         for name, session in self.sessions.items():
             assert set(session.trainable_names()) == set(wanted) != set(), name
-            assert steps_of(session) == self.steps, name
+            assert training_events(session) == self.steps, name
             assert self.untrained(session) == self.frozen[name], name
             found = weights(session)
             assert {each: value.shape for each, value in found.items()} == {

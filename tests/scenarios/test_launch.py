@@ -163,7 +163,7 @@ from finetune.backends.torch.backend import TorchBackend
 from finetune.backends.torch.group import TorchGroup
 from finetune.models.locate import locate_model
 from finetune.records import AdapterTarget, Batch, Optimization, Tokenized
-from finetune.distributed.data_parallel import in_team
+from finetune.distributed.data_parallel import data_parallel
 
 backend = TorchBackend()
 backend.join()
@@ -176,7 +176,7 @@ for group in (TorchGroup(sharded=False), TorchGroup(sharded=True)):
     group.divide(session)
     frozen = [tensor for tensor in session.model.parameters() if not tensor.requires_grad]
     held = sum(getattr(tensor, "to_local", lambda: tensor)().numel() for tensor in frozen)
-    team = in_team(session, group, shares=3, seed=0)
+    team = data_parallel(session, group, shares=3, seed=0)
     # Three shares for two processes, and a batch of two rows: some process has nothing of its own to compute.
     losses = [team.accumulate(Batch(rows[:2]), 0.1), team.accumulate(Batch(rows), 0.1)]
     found.append((held, losses, [tensor.grad.clone() for tensor in session._trainable().values()]))

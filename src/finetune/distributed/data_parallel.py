@@ -16,7 +16,7 @@ from finetune.ports import Group, Session
 from finetune.records import Batch
 
 
-class Alone:
+class SingleProcess:
     """A process that trains without others; implements `ports.Group`."""
 
     rank = 0
@@ -38,7 +38,7 @@ class Alone:
         """Nothing was given away."""
 
 
-def in_team(session: Session, group: Group, *, shares: int, seed: int, done_steps: int = 0) -> Session:
+def data_parallel(session: Session, group: Group, *, shares: int, seed: int, done_steps: int = 0) -> Session:
     """The session as the training loop is to see it: what it is asked, all processes of the group do together.
 
     Every batch is dealt into `shares`, and each process computes every `group.size`-th of them. What a share draws at
@@ -47,10 +47,10 @@ def in_team(session: Session, group: Group, *, shares: int, seed: int, done_step
     """
     if group.size == shares == 1:
         return session
-    return cast("Session", _Team(session, group, shares, seed, done_steps))
+    return cast("Session", _DataParallelSession(session, group, shares, seed, done_steps))
 
 
-class _Team:
+class _DataParallelSession:
     """A session that leaves to others what is theirs; all that is not here is the session's own."""
 
     def __init__(self, session: Session, group: Group, shares: int, seed: int, done_steps: int) -> None:

@@ -20,7 +20,7 @@ from finetune.evidence.reload import check_reload
 from finetune.ports import Session
 from finetune.records import Batch, Question, Reload, Scores, Tokenized
 from finetune.training.loop import mean_loss
-from finetune.training.prepare import Prepared, sham_rows
+from finetune.training.prepare import Prepared, held_out_batches, sham_rows
 
 _FIXED_ROWS = 128
 _RELOADED_PROMPTS = 8
@@ -61,12 +61,6 @@ def score(session: Session, prepared: Prepared, questions: Sequence[Question]) -
         max_new_tokens=prepared.plan.config.evaluation.max_new_tokens,
         stop_ids=encoder.stop_ids,
     )
-
-
-def held_out_batches(prepared: Prepared) -> list[Batch]:
-    """The held-out rows in fixed batches."""
-    rows = prepared.held_out.rows if prepared.held_out else ()
-    return fixed_batches(rows, prepared.plan.config.training.batch_size)
 
 
 def _spread(prepared: Prepared) -> list[Batch]:

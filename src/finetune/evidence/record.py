@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from finetune.config import plan_as_list
 from finetune.criteria.evidence import Evidence
 from finetune.criteria.judge import overall
 from finetune.data.shipped import data_path
-from finetune.events import RunResumed
+from finetune.events import Event, FixedLoss, HeldOutLoss, RunResumed, RunStarted, StepDone
 from finetune.files import describe_file, file_hash
 from finetune.memory.estimate import weight_bytes
 from finetune.models.quantize import kept_in_full, say_quantized
@@ -24,7 +24,7 @@ from finetune.processes import peak_rss
 from finetune.records import ModelLocation, Scores, Tokenized, Verdict
 from finetune.run.checkpoints import Owner
 from finetune.run.folder import FORMAT
-from finetune.training.course import Trained, say_ending
+from finetune.training.early_stopping import Trained
 from finetune.training.prepare import Prepared
 from finetune.training.run import Run
 
@@ -34,60 +34,46 @@ _FREE = ("tracking.", "tokens.cache", "training.save_every")
 _BASE_LIBRARIES = ("finetune-suite", "tokenizers", "numpy", "safetensors", "jinja2")
 
 
-@dataclass(frozen=True, slots=True)
-class Course:
-    """How a run went: when it started, what was asked, how training ended, how long each phase took."""
+def run_record(run: Run, trained: Trained, evidence: Evidence, verdicts: tuple[Verdict, ...]) -> dict[str, Any]:
+    """Everything another program needs to know of the run, as JSON values; nothing in it is guessed.
 
-    run_id: str
-    command: str
-    started: str
-    timing: Mapping[str, float]
-    libraries: Mapping[str, str]
-    trained: Trained
-
-
-def run_record(
-    run: Run,
-    course: Course,
-    evidence: Evidence,
-    verdicts: tuple[Verdict, ...],
-    events: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    """Everything another program needs to know of the run, as JSON values; nothing in it is guessed."""
-    prepared, trackers = run.prepared, run.trackers
-    steps = [event for event in events if event["event"] == "StepDone"]
-    seconds = sum(step["seconds"] for step in steps)
-    tokens = sum(step["tokens"] for step in steps)
+    Of a resumed run the command and the time are those that it was started with.
+    """
+    prepared, trackers, events = run.prepared, run.trackers, run.folder.read_events()
+    started = next((event for event in events if isinstance(event, RunStarted)), run.started)
+    steps = [event for event in events if isinstance(event, StepDone)]
+    seconds = sum(step.seconds for step in steps)
+    tokens = sum(step.tokens for step in steps)
     return {
         "format": FORMAT,
-        "id": course.run_id,
+        "id": run.folder.path.name,
         "status": "complete",
         "outcome": overall(verdicts),
-        "started": course.started,
-        "command": course.command,
-        "versions": _all_versions(course.libraries),
+        "started": started.started,
+        "command": started.command,
+        "versions": _all_versions(run.backend.versions()),
         "machine": {**machine(), "device": run.device},
         "seeds": {"training": prepared.plan.config.training.seed},
         "plan": plan_as_list(prepared.plan),
         "model": _model(prepared),
         "data": _data(prepared),
-        "training": _training(course.trained),
+        "training": _training(trained),
         "tracking": trackers.places() if trackers else [],
         "losses": {
             "train": [_pick(step, "step", "loss", "learning_rate", "grad_norm") for step in steps],
-            "fixed": [_pick(event, "step", "loss", "tokens") for event in events if event["event"] == "FixedLoss"],
-            "held_out": [_pick(event, "step", "loss", "tokens") for event in events if event["event"] == "HeldOutLoss"],
+            "fixed": [_pick(event, "step", "loss", "tokens") for event in events if isinstance(event, FixedLoss)],
+            "held_out": [_pick(event, "step", "loss", "tokens") for event in events if isinstance(event, HeldOutLoss)],
         },
         "scores": _scores(evidence),
         "memory": asdict(evidence.memory) if evidence.memory else None,
         "reload": asdict(evidence.artifacts.reload) if evidence.artifacts.reload else None,
-        "timing": dict(course.timing),
+        "timing": dict(run.timing),
         "throughput": {"tokens_per_second": tokens / seconds} if seconds else None,
         "peak_rss_bytes": peak_rss(),
         "verdicts": [asdict(verdict) for verdict in verdicts],
         "notes": [
             *prepared.notes,
-            *say_ending(course.trained, prepared.plan.config.training.keep),
+            *trained.notes(prepared.plan.config.training.keep),
             *_resumed(events),
             *(trackers.notes() if trackers else []),
         ],
@@ -188,26 +174,26 @@ def data_files(prepared: Prepared) -> list[dict[str, Any]]:
 
 
 def _training(trained: Trained) -> dict[str, Any]:
-    watch = trained.watch
+    stopping = trained.stopping
     return {
         "planned_steps": trained.planned,
         "steps": trained.taken,
         "kept_step": trained.kept,
         "stopped_early": trained.stopped_early,
-        "best": {"step": watch.best_step, "held_out_loss": watch.best_loss} if watch.best_step else None,
+        "best": {"step": stopping.best_step, "held_out_loss": stopping.best_loss} if stopping.best_step else None,
     }
 
 
-def _resumed(events: Sequence[Mapping[str, Any]]) -> list[str]:
-    found = [event for event in events if event["event"] == RunResumed.__name__]
+def _resumed(events: Sequence[Event]) -> list[str]:
+    found = [event for event in events if isinstance(event, RunResumed)]
     notes = [
-        f"since the run was resumed from step {event['step']}, this is not as it was: {'; '.join(event['changes'])}"
+        f"since the run was resumed from step {event.step}, this is not as it was: {'; '.join(event.changes)}"
         for event in found
-        if event["changes"]
+        if event.changes
     ]
     if not found:
         return notes
-    steps = ", ".join(str(event["step"]) for event in found)
+    steps = ", ".join(str(event.step) for event in found)
     return [f"the run was resumed from step {steps}; the times are those of its last process", *notes]
 
 
@@ -242,8 +228,8 @@ def _answers(scores: Scores) -> dict[str, Any]:
     }
 
 
-def _pick(event: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: event[key] for key in keys}
+def _pick(event: Event, *keys: str) -> dict[str, Any]:
+    return {key: getattr(event, key) for key in keys}
 
 
 def _all_versions(libraries: Mapping[str, str]) -> dict[str, str]:

@@ -211,18 +211,16 @@ class RunFolder:
     def log(self, event: Event) -> None:
         """Append one event as a line of JSON."""
         with storage_errors(self.events), self.events.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event_as_dict(event), allow_nan=False) + "\n")
+            file.write(_line(event))
 
-    def read_events(self) -> list[dict[str, Any]]:
-        """Every event that was logged whole, as `event_as_dict` wrote it; none where nothing was logged."""
+    def read_events(self) -> list[Event]:
+        """Every event that was logged whole; none where nothing was logged."""
         events = []
         for line in self.events.read_bytes().split(b"\n") if self.events.exists() else []:
             # A killed process can leave the last line half written; what it told is done again on resume. Nor is a
             # line that was changed so that it tells of no event one.
             with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-                told = json.loads(line)
-                event_from_dict(told)
-                events.append(told)
+                events.append(event_from_dict(json.loads(line)))
         return events
 
     def secure_events(self) -> None:
@@ -230,14 +228,14 @@ class RunFolder:
         with storage_errors(self.events):
             flush(self.events)
 
-    def events_up_to(self, done: int) -> list[dict[str, Any]]:
+    def events_up_to(self, done: int) -> list[Event]:
         """What was logged up to the checkpoint of step `done`; what came later is done again.
 
         Raises:
             OutputError: the steps up to it are not all there; without them the run cannot be judged.
         """
         kept = [event for event in self.read_events() if _stays(event, done)]
-        steps = [event["step"] for event in kept if event["event"] == StepDone.__name__]
+        steps = [event.step for event in kept if isinstance(event, StepDone)]
         if steps != list(range(1, done + 1)):
             raise OutputError(
                 f"{self.events} tells of {len(steps)} of the {done} steps before the checkpoint, so it is not whole",
@@ -251,7 +249,7 @@ class RunFolder:
         Raises:
             OutputError: as `events_up_to`.
         """
-        write_text(self.events, "".join(json.dumps(event) + "\n" for event in self.events_up_to(done)))
+        write_text(self.events, "".join(map(_line, self.events_up_to(done))))
 
 
 def _check_manifest(value: Any) -> None:
@@ -278,12 +276,16 @@ def _holder_in(path: Path) -> str:
         return ""
 
 
-def _stays(event: Mapping[str, Any], done: int) -> bool:
+def _line(event: Event) -> str:
+    return json.dumps(event_as_dict(event), allow_nan=False) + "\n"
+
+
+def _stays(event: Event, done: int) -> bool:
     """Whether an event tells of a step up to `done`; first gradients carry no step, and the last fixed loss is new."""
-    if event["event"] == RunStarted.__name__:
+    if isinstance(event, RunStarted):
         return True
-    ended = event["event"] == RunJudged.__name__ or (event["event"] == FixedLoss.__name__ and event["step"] > 0)
-    return done > 0 and not ended and event.get("step", 1) <= done
+    ended = isinstance(event, RunJudged) or (isinstance(event, FixedLoss) and event.step > 0)
+    return done > 0 and not ended and getattr(event, "step", 1) <= done
 
 
 def new_run_id() -> str:

@@ -1,4 +1,4 @@
 """Changes weights, one optimizer step at a time. Verb: train.
 
-`LoopPlan` + a `ports.Session` -> `train` -> events; `Watch` says when enough is enough, and which step was best.
+`LoopPlan` + a `ports.Session` -> `train` -> events; `EarlyStopping` says when to stop, and which step was best.
 """

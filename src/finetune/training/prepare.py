@@ -18,7 +18,7 @@ from finetune.config import (
     resolve_steps,
     unwatched_problems,
 )
-from finetune.data.batches import sequences_of
+from finetune.data.batches import fixed_batches, sequences_of
 from finetune.data.facts import deranged
 from finetune.data.read import read_rows
 from finetune.data.shape import Example, Shaped, shape_rows
@@ -198,6 +198,12 @@ def pack_length(plan: Plan) -> int | None:
 def batch_of_all(plan: Plan) -> int:
     """How many rows (with packing: sequences) all processes together take at once."""
     return plan.config.training.batch_size * (plan.config.training.processes or 1)
+
+
+def held_out_batches(prepared: Prepared) -> list[Batch]:
+    """The held-out rows in fixed batches."""
+    rows = prepared.held_out.rows if prepared.held_out else ()
+    return fixed_batches(rows, prepared.plan.config.training.batch_size)
 
 
 def packed_sample(prepared: Prepared) -> Batch | None:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from finetune.config import plan_as_list
-from finetune.events import Event, PhaseStarted, RunStarted, event_from_dict
-from finetune.ports import Backend, Group
+from finetune.events import Event, PhaseStarted, RunStarted
+from finetune.ports import Backend, Group, Session
+from finetune.records import Optimization
 from finetune.run.checkpoints import CheckpointStore
 from finetune.run.folder import RunFolder
 from finetune.tracking.consumer import Trackers
@@ -30,6 +31,23 @@ class Run:
     why: dict[str, str] = field(default_factory=dict)
     trackers: Trackers | None = None
     device: str = ""
+    started: RunStarted = field(default_factory=lambda: RunStarted("", ""))
+
+    def open_session(self) -> Session:
+        """The base model of the run, without an adapter."""
+        model, pad_id = self.prepared.plan.config.model, self.prepared.encoder.tokenizer.pad_id
+        return self.backend.open(
+            self.prepared.location, model.dtype, pad_id, quantize=model.quantization, device=model.device
+        )
+
+    def attach_adapter(self, session: Session) -> None:
+        """Put a fresh adapter on the base as configured, or make all of it trainable, with an optimizer for it."""
+        training = self.prepared.plan.config.training
+        session.attach(self.prepared.target, training.seed)
+        if self.prepared.target is None:
+            session.check_saving()
+        ratio = training.lora_plus_ratio
+        session.prepare_updates(Optimization(training.weight_decay, training.max_grad_norm, lora_plus_ratio=ratio))
 
     def tell(self, event: Event) -> None:
         """Log an event and pass it on."""
@@ -44,7 +62,7 @@ class Run:
         if not tracking.to:
             return
         done = CheckpointStore(self.folder.checkpoints).newest() or 0
-        history = [event_from_dict(event) for event in self.folder.events_up_to(done)]
+        history = self.folder.events_up_to(done)
         tracked = Tracked(
             id=next((event.id for event in history if isinstance(event, RunStarted)), self.folder.path.name),
             name=tracking.name or self.folder.path.resolve().name,

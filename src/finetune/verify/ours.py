@@ -11,6 +11,17 @@ from typing import Any, ClassVar
 import yaml
 
 from finetune.errors import RefusedError
+from finetune.events import (
+    Event,
+    FirstGradients,
+    FixedLoss,
+    HeldOutLoss,
+    RunJudged,
+    RunResumed,
+    StepDone,
+    StoppedEarly,
+    event_as_dict,
+)
 from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune.run.folder import RunFolder
 from finetune.verify.deaths import Death
@@ -30,7 +41,7 @@ _IMPORTED = (
     "tokenizers",
 )
 """What a command may need."""
-_COURSE = ("FixedLoss", "HeldOutLoss", "FirstGradients", "StepDone", "StoppedEarly", "RunJudged")
+_COURSE = (FixedLoss, HeldOutLoss, FirstGradients, StepDone, StoppedEarly, RunJudged)
 _CLOCKS = ("seconds", "rss", "tokens_per_second")
 _SAME = ("plan.yaml", "adapter/", "model/", "checkpoints/")
 _OWN = ("id", "started", "command", "timing", "throughput", "peak_rss_bytes", "artifacts")
@@ -104,8 +115,8 @@ class Ours:
             begun=run.plan.exists(),
             finished=record is not None,
             checkpoints=self.listed(run.checkpoints),
-            course=tuple(_timeless(event) for event in events if event["event"] in _COURSE),
-            resumed=tuple(event["step"] for event in events if event["event"] == "RunResumed"),
+            course=tuple(_timeless(event) for event in events if isinstance(event, _COURSE)),
+            resumed=tuple(event.step for event in events if isinstance(event, RunResumed)),
             files={path: mark for path, mark in found.items() if path.startswith(_SAME)},
             names=tuple(found),
             record=_plain(record) if record else {},
@@ -164,8 +175,8 @@ def _wrong_with(store: CheckpointStore, step: int) -> str:
     return ""
 
 
-def _timeless(event: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in event.items() if key not in _CLOCKS}
+def _timeless(event: Event) -> dict[str, Any]:
+    return {key: value for key, value in event_as_dict(event).items() if key not in _CLOCKS}
 
 
 def _plain(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 import numpy as np
 
-from finetune.distributed.data_parallel import Alone
+from finetune.distributed.data_parallel import SingleProcess
 from finetune.distributed.environment import refuse_launched, started_by
 from finetune.errors import LostProcessError, RefusedError, TrainingError
 from finetune.ports import Group, Session
@@ -58,7 +58,7 @@ def join_group() -> Group:
     """
     refuse_launched(os.environ, "mlx")
     if not started_by(os.environ):
-        return Alone()
+        return SingleProcess()
     if not mx.distributed.is_available("ring"):
         raise RefusedError("this build of MLX cannot join processes in a ring", hint="install MLX from PyPI")
     try:

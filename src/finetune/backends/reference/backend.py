@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from finetune.backends.reference.architecture import EMBEDDING, HEAD, read_architecture
 from finetune.backends.reference.session import ReferenceSession
 from finetune.backends.reference.weights import check_tensors, read_tensors
-from finetune.distributed.data_parallel import Alone
+from finetune.distributed.data_parallel import SingleProcess
 from finetune.distributed.environment import refuse_launched
 from finetune.errors import ModelError
 from finetune.models.quantize import refuse_quantized
@@ -39,7 +39,7 @@ class ReferenceBackend:
             RefusedError: a launcher has started several, and each would make the same run.
         """
         refuse_launched(os.environ, "reference")
-        return Alone()
+        return SingleProcess()
 
     def create(self, config: Mapping[str, Any], folder: Path, seed: int) -> None:
         """Write a Llama of random weights in float32: normal with `initializer_range` (0.02), norms one, padding zero.

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from finetune.backends.torch.sharding import shard, whole_again
-from finetune.distributed.data_parallel import Alone
+from finetune.distributed.data_parallel import SingleProcess
 from finetune.distributed.environment import refuse_launched
 from finetune.errors import LostProcessError, RefusedError, TrainingError
 from finetune.ports import Group
@@ -74,7 +74,7 @@ def join_group() -> Group:
     refuse_launched(os.environ, "torch")
     _refuse_wishes(os.environ)
     if int(os.environ.get("WORLD_SIZE") or 1) == 1:
-        return Alone()
+        return SingleProcess()
     # transformers would load weights into the first process only, which leaves the others with none.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     try:

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from finetune import train as training
 from finetune.chat import fit
 from finetune.chat.encode import Marked
 from finetune.data import batches as batching
 from finetune.records import Batch, Tokenized
-from finetune.training import course as train
 from finetune.verify.faults.fault import fault, plant
 from finetune.verify.faults.sessions import Arrays, pad_of, plant_arrays, plant_session, shifted
 
@@ -109,7 +109,7 @@ def _filling_is_learned() -> None:
             for batch, size in zip(batches, most, strict=True)
         ]
 
-    plant(train, "epoch_batches", wrong)
+    plant(training, "epoch_batches", wrong)
 
 
 @fault("A110", "pad.attention_on_pads", real="", what="rows are padded in front, and see the padding")

@@ -7,11 +7,11 @@ from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
+from finetune import train as training
 from finetune.backends.reference.model import Pass
 from finetune.config import load, sources
 from finetune.config.keys import KEYS, PROFILE_KEY, SECTIONS
 from finetune.records import AdapterTarget, Optimization
-from finetune.training import course as train
 from finetune.training import prepare
 from finetune.verify.faults.fault import fault, plant
 from finetune.verify.faults.sessions import plant_session
@@ -21,7 +21,7 @@ Right = Callable[..., Any]
 
 @fault("A002", "config.flag_not_wired", real="mlx-examples #1313", what="packing is read and never passed on")
 def _packing_not_wired() -> None:
-    for room in (prepare, train):
+    for room in (prepare, training):
         plant(room, "pack_length", lambda right, *given: None)
 
 
@@ -45,7 +45,7 @@ def _limit_not_wired() -> None:
 
 @fault("A002e", "config.accumulation_not_wired", real="", what="accumulation is read, and the loop has a default")
 def _accumulation_not_wired() -> None:
-    plant(train, "LoopPlan", lambda right, **given: right(**{**given, "accumulation": 1}))
+    plant(training, "LoopPlan", lambda right, **given: right(**{**given, "accumulation": 1}))
 
 
 @fault("A002f", "config.ratio_not_wired", real="", what="how much faster B moves is read and never passed on")
@@ -77,7 +77,7 @@ def _seed_zero_makes_any_order() -> None:
     def wrong(right: Right, *given: Any, seed: int, **named: Any) -> Any:
         return right(*given, seed=seed or random.SystemRandom().getrandbits(31), **named)
 
-    plant(train, "epoch_batches", wrong)
+    plant(training, "epoch_batches", wrong)
 
 
 @fault(
@@ -157,7 +157,7 @@ def _accumulation_stops_packing() -> None:
     def wrong(right: Right, plan: Any) -> Any:
         return None if plan.config.training.accumulation > 1 else right(plan)
 
-    for room in (prepare, train):
+    for room in (prepare, training):
         plant(room, "pack_length", wrong)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from finetune import train as training
 from finetune.chat import encoder, fit
 from finetune.chat.tokenizer import FileTokenizer
-from finetune.training import course as train
 from finetune.training import prepare
 from finetune.verify.faults.fault import fault, plant
 from finetune.verify.faults.sessions import plant_session
@@ -95,7 +95,7 @@ def _only_full_batches() -> None:
         batches = right(rows, batch_size, **named)
         return [batch for batch in batches if len(batch.sequences) == batch_size] or batches
 
-    plant(train, "epoch_batches", wrong)
+    plant(training, "epoch_batches", wrong)
 
 
 @fault("A027b", "data.sorted_by_columns", real="mlx-lm 0.32.2", what="rows with fewer columns come first")
@@ -108,12 +108,12 @@ def _fewer_columns_first() -> None:
 
 @fault("A029", "data.same_order_every_epoch", real="transformers #4398", what="every epoch has the order of the first")
 def _one_order() -> None:
-    plant(train, "epoch_batches", lambda right, *given, epoch, **named: right(*given, epoch=0, **named))
+    plant(training, "epoch_batches", lambda right, *given, epoch, **named: right(*given, epoch=0, **named))
 
 
 @fault("A030", "data.seed_not_forwarded", real="litgpt #1425", what="the order of rows is made without the seed")
 def _order_without_seed() -> None:
-    plant(train, "epoch_batches", lambda right, *given, seed, **named: right(*given, seed=42, **named))
+    plant(training, "epoch_batches", lambda right, *given, seed, **named: right(*given, seed=42, **named))
 
 
 @fault("A030b", "data.adapter_without_seed", real="", what="the adapter is made without the seed")

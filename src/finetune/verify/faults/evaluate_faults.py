@@ -35,7 +35,8 @@ def _fixed(wrong: Any) -> None:
     def batches(right: Any, rows: Sequence[Any], size: int) -> list[Batch]:
         return list(wrong(right(rows, size), size))
 
-    plant(observe, "fixed_batches", batches)
+    for owner in (observe, prepare):
+        plant(owner, "fixed_batches", batches)
 
 
 @fault(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-import finetune.training.course as assembly
+import finetune.train as training
 from finetune.adapters.peft_files import tensor_name
 from finetune.backends.reference import session as reference
 from finetune.backends.reference.model import Pass
@@ -154,7 +154,7 @@ def warmup_in_batches() -> None:
     def planned(right: Any, **given: Any) -> Any:
         return right(**{**given, "warmup_steps": given["warmup_steps"] * given["accumulation"]})
 
-    plant(assembly, "LoopPlan", planned)
+    plant(training, "LoopPlan", planned)
 
 
 @fault(
@@ -172,7 +172,7 @@ def horizon_in_batches() -> None:
             **{**given, "total_steps": total * given["accumulation"], "last_step": given["last_step"] or total}
         )
 
-    plant(assembly, "LoopPlan", planned)
+    plant(training, "LoopPlan", planned)
 
 
 @fault(

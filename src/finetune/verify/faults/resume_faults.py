@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-import finetune.training.course as assembly
+import finetune.train as training
 from finetune import files as write
 from finetune.run import checkpoints
 from finetune.run.checkpoints import CheckpointStore
 from finetune.run.folder import RunFolder
 from finetune.training import loop
-from finetune.training.early_stopping import Watch
+from finetune.training.early_stopping import EarlyStopping
 from finetune.verify.faults.fault import fault, plant
 from finetune.verify.faults.sessions import forget_moments, forget_steps, plant_session
 
@@ -25,7 +25,7 @@ def _when_resumed(dealt: Callable[[Any, Any, int], Any]) -> None:
         wrong = dealt(batches_of, plan, done_steps) if done_steps else batches_of
         return right(session, wrong, held_out, plan, done_steps=done_steps)
 
-    plant(assembly, "train", steps)
+    plant(training, "train", steps)
 
 
 def _each(batches_of: Any, plan: Any) -> int:
@@ -274,7 +274,7 @@ def removes_first() -> None:
 )
 def worst_is_best() -> None:
     """As if it were an accuracy."""
-    plant(Watch, "look", lambda right, watch, step, loss: right(watch, step, -loss))
+    plant(EarlyStopping, "update", lambda right, watch, step, loss: right(watch, step, -loss))
 
 
 @fault(

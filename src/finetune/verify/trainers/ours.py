@@ -14,7 +14,7 @@ from finetune.chat.encoder import Encoder
 from finetune.config import LoadedConfig, dump_plan, flatten, load_config, resolve_processes
 from finetune.errors import FineTuneError
 from finetune.events import CheckpointSaved, Event, FirstGradients, StepDone
-from finetune.evidence.observe import held_out_batches, observe
+from finetune.evidence.observe import observe
 from finetune.evidence.record import run_owner
 from finetune.evidence.saved import save_trained
 from finetune.files import write_folder, write_text
@@ -23,9 +23,10 @@ from finetune.ports import Session
 from finetune.records import Batch, Conversation, Message, Optimization, Tokenized
 from finetune.run.checkpoints import CheckpointStore
 from finetune.run.folder import RunFolder
-from finetune.training.course import claim_resumed, steps_of, train_run
+from finetune.train import train_to_the_end, training_events
 from finetune.training.loop import LoopPlan, mean_loss, train
-from finetune.training.prepare import Prepared, prepare
+from finetune.training.prepare import Prepared, held_out_batches, prepare
+from finetune.training.resume import claim_resumed
 from finetune.training.run import Run
 from finetune.verify.doors.door import About, InsideDoor
 from finetune.verify.doors.serving import serve
@@ -94,7 +95,7 @@ class OurTrainer:
         prepared = self._prepared(model, {**settings, "training.epochs": float(epochs)}, rows)
         watched = _Watched()
         run = self._run(prepared, self._new())
-        for event in steps_of(run, cast("Session", watched), prepared.training_rows):
+        for event in training_events(run, cast("Session", watched), prepared.training_rows):
             if isinstance(event, StepDone):
                 watched.steps.append(watched.window)
                 watched.window = []
@@ -246,7 +247,7 @@ class OurTrainer:
         try:
             claim_resumed(run, owner)
             session = self._fresh(prepared)
-            train_run(run, session, observe(session, prepared), owner)
+            train_to_the_end(run, session, observe(session, prepared), owner)
             write_folder(place.adapter, lambda folder: save_trained(prepared, session, folder))
             adapter = str(place.adapter)
         except _StoppedError:

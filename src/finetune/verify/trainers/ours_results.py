@@ -34,7 +34,7 @@ from finetune.records import Conversation
 from finetune.run.folder import RunFolder
 from finetune.serve import recipe
 from finetune.serve.go_template import GoTemplate
-from finetune.training.course import steps_of
+from finetune.train import training_events
 from finetune.training.prepare import adapter_target, planned_shape
 from finetune.verify.doors.serving import UnsupportedError
 
@@ -189,7 +189,7 @@ class _Hands:
         session, folder = self._trainer._fresh(prepared), self._trainer._new()
         put_weights(session, file)
         run = self._trainer._run(prepared, folder)
-        told = [event for event in steps_of(run, session, prepared.training_rows) if isinstance(event, StepDone)]
+        told = [event for event in training_events(run, session, prepared.training_rows) if isinstance(event, StepDone)]
         (folder / "adapter").mkdir()
         session.save_adapter(folder / "adapter")
         steps = [{"step": each.step, "loss": each.loss, "learning_rate": each.learning_rate} for each in told]
