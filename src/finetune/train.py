@@ -86,42 +86,48 @@ def fine_tune(
         _train_along(run)
         return folder.path, {}
     try:
-        owner = run_owner(prepared, backend.versions())
-        if resume:
-            claim_resumed(run, owner)
-        with run.phase("load", f"{prepared.location.name}, {prepared.shape.parameters / 1e6:.2f} M parameters"):
-            session = run.open_session()
-            run.device = session.device
-        with run.phase("observe base"):
-            before = observe(session, prepared)
-        with run.phase("attach"):
-            run.attach_adapter(session)
-        fingerprints = session.fingerprints()
-        # Only now, when nothing can be refused any more, is anything written.
-        _begin(run, resume=resume)
-        trained = train_to_the_end(run, session, before, owner)
-        saved = folder.model if prepared.target is None else folder.adapter
-        with run.phase(f"save {saved.name}"):
-            write_folder(saved, lambda path: save_trained(prepared, session, path))
-        with run.phase("observe tuned"):
-            after = observe(session, prepared)
-        run.tell(FixedLoss(trained.kept, *after.fixed))
-
-        def train_control(rows: tuple[Tokenized, ...]) -> Session:
-            return _train_control(run, rows, trained.kept)
-
-        evidence = collect_evidence(run, session, saved, (before, after, fingerprints), trained.kept, train_control)
-        verdicts = judge(evidence)
-        run.tell(RunJudged(overall(verdicts), {verdict.id: verdict.outcome for verdict in verdicts}))
-        run.close_trackers(complete=True)
-        run.timing["total"] = time.perf_counter() - clock
-        return folder.path, _finish(run, run_record(run, trained, evidence, verdicts))
+        record = _train_and_judge(run, resume=resume, clock=clock)
     except (KeyboardInterrupt, LostProcessError) as error:
         raise _interrupted(run, error) from None
     except (MemoryError, OutOfMemoryError) as error:
         raise with_estimate(error, prepared, what_is_left(run.folder)[0]) from None
     finally:
         run.let_go()
+    return folder.path, record
+
+
+def _train_and_judge(run: Run, *, resume: bool, clock: float) -> dict[str, Any]:
+    prepared = run.prepared
+    owner = run_owner(prepared, run.backend.versions())
+    if resume:
+        claim_resumed(run, owner)
+    with run.phase("load", f"{prepared.location.name}, {prepared.shape.parameters / 1e6:.2f} M parameters"):
+        session = run.open_session()
+        run.device = session.device
+    with run.phase("observe base"):
+        before = observe(session, prepared)
+    with run.phase("attach"):
+        run.attach_adapter(session)
+    fingerprints = session.fingerprints()
+    # Only now, when nothing can be refused any more, is anything written.
+    _begin(run, resume=resume)
+    trained = train_to_the_end(run, session, before, owner)
+    saved = run.folder.model if prepared.target is None else run.folder.adapter
+    with run.phase(f"save {saved.name}"):
+        write_folder(saved, lambda path: save_trained(prepared, session, path))
+    with run.phase("observe tuned"):
+        after = observe(session, prepared)
+    run.tell(FixedLoss(trained.kept, *after.fixed))
+
+    def train_control(rows: tuple[Tokenized, ...]) -> Session:
+        return _train_control(run, rows, trained.kept)
+
+    evidence = collect_evidence(run, session, saved, (before, after, fingerprints), trained.kept, train_control)
+    verdicts = judge(evidence)
+    run.tell(RunJudged(overall(verdicts), {verdict.id: verdict.outcome for verdict in verdicts}))
+    run.close_trackers(complete=True)
+    run.timing["total"] = time.perf_counter() - clock
+    return _finish(run, run_record(run, trained, evidence, verdicts))
 
 
 def train_to_the_end(run: Run, session: Session, before: Observation, owner: Owner) -> Trained:

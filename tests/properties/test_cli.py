@@ -120,7 +120,7 @@ def test_check_finds_what_only_the_whole_shows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows that are all too long and a backend that is not installed are found before training starts."""
-    monkeypatch.setattr("finetune.backends.find_spec", lambda library: None)
+    monkeypatch.setattr("finetune.abilities.find_spec", lambda library: None)
     rows = write(tmp_path / "rows.jsonl", json.dumps({"prompt": "word " * 300, "completion": "x"}) + "\n")
     assert run(["check", "--data", rows, "--set", "tokens.max_length=32", "--set", "backend=mlx", "--json"]) == 3
     problems = json.loads(capsys.readouterr().out)["problems"]

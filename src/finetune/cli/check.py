@@ -74,7 +74,7 @@ def _lines(problems: list[Problem], head: str) -> list[str]:
 
 def _missing_packages(config: "TrainingConfig") -> list[Problem]:
     """A problem for the backend and for the trackers that are asked for and not installed."""
-    from finetune.backends import require_backend
+    from finetune.abilities import require_backend
     from finetune.tracking.choose import require_trackers
 
     problems: list[Problem] = []

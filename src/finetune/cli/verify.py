@@ -118,7 +118,7 @@ def _make_room(output: Path | None, *files: Path | None) -> None:
 
 def _ours() -> str:
     """Our own trainer with the best that is installed here."""
-    from finetune.backends import require_backend
+    from finetune.abilities import require_backend
 
     try:
         require_backend("torch")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.backends import require_backend
+from finetune.abilities import require_backend
 from finetune.distributed.launchers import Launch, check_launch
 from finetune.distributed.supervise import watch
 from finetune.run.folder import RunFolder

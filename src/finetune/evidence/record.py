@@ -14,7 +14,7 @@ from typing import Any
 from finetune.config import plan_as_list
 from finetune.criteria.evidence import Evidence
 from finetune.criteria.judge import overall
-from finetune.data.shipped import data_path
+from finetune.data.shipped import FOLDER, data_path
 from finetune.events import Event, FixedLoss, HeldOutLoss, RunResumed, RunStarted, StepDone
 from finetune.files import describe_file, file_hash
 from finetune.memory.estimate import weight_bytes
@@ -198,8 +198,6 @@ def _resumed(events: Sequence[Event]) -> list[str]:
 
 
 def _shown(path: Path) -> str:
-    from finetune.data.shipped import FOLDER
-
     return f"shipped:{path.stem}" if path.parent == FOLDER else str(path)
 
 

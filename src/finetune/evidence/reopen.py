@@ -8,8 +8,7 @@ from finetune.chat.encoder import Encoder
 from finetune.config import TrainingConfig, load_plan
 from finetune.errors import DataError, TemplateError
 from finetune.evidence.observe import Observation, observe
-from finetune.evidence.saved import open_encoder, open_tuned, saved_in
-from finetune.export.result import prepare_again
+from finetune.evidence.saved import open_encoder, open_tuned, prepare_again, saved_in
 from finetune.models.locate import locate_model
 from finetune.models.shape import read_shape
 from finetune.ports import Session

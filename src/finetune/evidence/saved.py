@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from finetune.chat.encoder import Encoder
-from finetune.config import TrainingConfig
-from finetune.errors import ModelError
-from finetune.evidence.record import base_files
+from finetune.config import LoadedConfig, TrainingConfig, load_plan
+from finetune.errors import DataError, ModelError
+from finetune.evidence.record import base_files, data_files
 from finetune.files import describe_files, write_json, write_text
 from finetune.ports import Session
 from finetune.records import ModelLocation
 from finetune.run.folder import RunFolder
-from finetune.training.prepare import Prepared
+from finetune.training.prepare import Prepared, prepare
 
 
 def save_trained(prepared: Prepared, session: Session, folder: Path) -> None:
@@ -91,3 +91,19 @@ def open_tuned(
     session = opener(location)
     session.load_adapter(saved)
     return session
+
+
+def prepare_again(folder: RunFolder) -> Prepared:
+    """A finished run's data, prepared again.
+
+    Raises:
+        FineTuneError: the data has changed since, or cannot be used any more.
+    """
+    plan = load_plan(folder.plan)
+    prepared = prepare(LoadedConfig(plan.config, plan.origins))
+    if differing := changed(folder.read_manifest()["data"].get("files"), data_files(prepared)):
+        raise DataError(
+            f"the data that {folder.path} was trained on has changed since: {', '.join(differing)}",
+            hint="restore the files of run.json",
+        )
+    return prepared

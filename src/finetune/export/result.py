@@ -10,10 +10,9 @@ import yaml
 from finetune.adapters.peft_files import WEIGHTS, read_settings
 from finetune.chat.encoder import Encoder
 from finetune.chat.tokenizer import FileTokenizer
-from finetune.config import LoadedConfig, TrainingConfig, load_plan
-from finetune.errors import DataError, ModelError
-from finetune.evidence.record import data_files
-from finetune.evidence.saved import changed, check_saved, open_encoder, open_tuned
+from finetune.config import TrainingConfig, load_plan
+from finetune.errors import ModelError
+from finetune.evidence.saved import check_saved, open_encoder, open_tuned, prepare_again
 from finetune.export.families import FAMILIES
 from finetune.export.sources import Adapter, Files, Merged
 from finetune.models.locate import locate_model
@@ -21,7 +20,7 @@ from finetune.models.shape import read_shape, weight_files
 from finetune.ports import Backend, Session
 from finetune.records import Conversation, Message, ModelLocation, ModelShape
 from finetune.run.folder import RunFolder
-from finetune.training.prepare import Prepared, prepare
+from finetune.training.prepare import Prepared
 
 MOST_QUESTIONS = 32
 _PROMPTS = ("Hello", "The capital of France is", "1 2 3 4 5 6 7", "def main():\n    ", "a b c d e f g " * 100)
@@ -130,22 +129,6 @@ def open_result(path: Path, open_backend: Callable[[str], Backend]) -> Result:
     location = locate_model(config.model.path, revision=config.model.revision)
     saved = check_saved(run, config, location)
     return Result(run, config, manifest, location, saved, open_encoder(run, config, location), open_backend)
-
-
-def prepare_again(folder: RunFolder) -> Prepared:
-    """A finished run's data, prepared again.
-
-    Raises:
-        FineTuneError: the data has changed since, or cannot be used any more.
-    """
-    plan = load_plan(folder.plan)
-    prepared = prepare(LoadedConfig(plan.config, plan.origins))
-    if differing := changed(folder.read_manifest()["data"].get("files"), data_files(prepared)):
-        raise DataError(
-            f"the data that {folder.path} was trained on has changed since: {', '.join(differing)}",
-            hint="restore the files of run.json",
-        )
-    return prepared
 
 
 def plain_prompts(tokenizer: FileTokenizer) -> Prompts:

@@ -9,10 +9,9 @@ from typing import Any
 from finetune.chat.encoder import Encoder
 from finetune.config import load_plan
 from finetune.errors import FineTuneError, TemplateError
-from finetune.evidence.saved import open_encoder
+from finetune.evidence.saved import open_encoder, prepare_again
 from finetune.export.corpus import nasty_texts
 from finetune.export.gguf_source import Exportable
-from finetune.export.result import prepare_again
 from finetune.export.vocabulary import describe_vocabulary
 from finetune.models.locate import locate_model
 from finetune.records import Conversation

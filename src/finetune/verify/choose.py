@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
-from finetune.backends import require_backend
+from finetune.abilities import require_backend
 from finetune.errors import UsageError
 from finetune.verify.ours import Ours
 from finetune.verify.subjects import Subject

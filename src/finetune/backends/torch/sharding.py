@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from finetune.backends.torch.load import load_model
 from finetune.backends.torch.state import quiet_wrapping
 from finetune.errors import RefusedError
 from finetune.records import ModelLocation
@@ -34,8 +35,6 @@ def whole_again(model: Any, location: ModelLocation) -> Any:
     goes on, so that the others need not take part.
     """
     from peft import get_peft_model
-
-    from finetune.backends.torch.backend import load_model
 
     frozen = next(tensor for tensor in model.parameters() if not tensor.requires_grad)
     trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}

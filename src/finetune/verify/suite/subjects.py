@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from finetune.backends import require_backend
+from finetune.abilities import require_backend
 from finetune.errors import MissingExtraError, UsageError
 from finetune.verify.choose import BACKENDS
 from finetune.verify.doors.command import CommandDoor

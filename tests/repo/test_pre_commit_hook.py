@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scenarios.page_examples import ROOT, user
+from repo.page_examples import ROOT, user
 
 pytest.importorskip("pre_commit", reason="needs pre-commit: pip install pre-commit")
 if shutil.which("git") is None:

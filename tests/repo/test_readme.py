@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
 pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
 
-from scenarios.page_examples import ROOT, blocks, user
+from repo.page_examples import ROOT, blocks, user
 
 SHORT = {"FT_TRAINING__MAX_STEPS": "2", "FT_JUDGE__MEMORY": "never", "FT_JUDGE__SHAM": "never"}
 """Everything is done as written, but two steps of training are enough here."""

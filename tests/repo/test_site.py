@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from scenarios.page_examples import ROOT, user
+from repo.page_examples import ROOT, user
 
 pytest.importorskip("material", reason="needs mkdocs-material: pip install 'finetune-suite[docs]'")
 

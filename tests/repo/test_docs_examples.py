@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from scenarios.page_examples import ROOT, Example, agrees, examples, play
+from repo.page_examples import ROOT, Example, agrees, examples, play
 
 DOCS = ROOT / "docs"
 PROGRAMS_RUN = {"ci.md": 1, "pre-commit.md": 1, "tutorial.md": 13, "your-trainer.md": 4}
