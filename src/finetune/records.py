@@ -119,7 +119,7 @@ class Batch:
         rows = iter(self.rows)
         return tuple(tuple(islice(rows, count)) for count in self.packed)
 
-    def dealt(self, shares: int) -> tuple["Batch", ...]:
+    def shard(self, shares: int) -> tuple["Batch", ...]:
         """The batch in so many shares, its sequences dealt out in turn like cards; a share may be empty.
 
         Batches hold their sequences by length, so that shares come out about equally long.
@@ -213,7 +213,7 @@ class ModelShape:
     quantized: Mapping[str, Quantization] = field(default_factory=dict)
 
     @property
-    def turned(self) -> bool:
+    def transposed(self) -> bool:
         """Whether linear layers are stored inputs x outputs."""
         return self.architecture in ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel")
 

@@ -29,7 +29,7 @@ from finetune.events import (
     StoppedEarly,
 )
 from finetune.evidence.collect import collect_evidence
-from finetune.evidence.observe import Observation, observe, rows_of_sham
+from finetune.evidence.observe import Observation, observe, shuffled_label_rows
 from finetune.evidence.record import run_owner, run_record
 from finetune.evidence.saved import save_trained
 from finetune.files import write_folder, write_json, write_text
@@ -38,7 +38,7 @@ from finetune.records import Batch, Tokenized
 from finetune.report import build_report, render_html
 from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune.run.folder import RunFolder
-from finetune.run.resume_hint import what_is_left
+from finetune.run.resume_hint import resume_hint
 from finetune.tracking.choose import require_trackers
 from finetune.training.early_stopping import EarlyStopping, Trained
 from finetune.training.loop import LoopPlan, train
@@ -90,7 +90,7 @@ def fine_tune(
     except (KeyboardInterrupt, LostProcessError) as error:
         raise _interrupted(run, error) from None
     except (MemoryError, OutOfMemoryError) as error:
-        raise with_estimate(error, prepared, what_is_left(run.folder)[0]) from None
+        raise with_estimate(error, prepared, resume_hint(run.folder)[0]) from None
     finally:
         run.let_go()
     return folder.path, record
@@ -240,7 +240,7 @@ def _train_along(run: Run) -> None:
                 break
     run.group.restore(session)
     kept = round(run.group.total(0))
-    if rows := rows_of_sham(run.prepared, {}):
+    if rows := shuffled_label_rows(run.prepared, {}):
         control = run.open_session()
         run.attach_adapter(control)
         deque(training_events(run, control, rows, last=kept), maxlen=0)
@@ -289,7 +289,7 @@ def _finish(run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _interrupted(run: Run, error: BaseException) -> FineTuneError:
-    kept, hint = what_is_left(run.folder, launch=launch_words(os.environ, run.group.size))
+    kept, hint = resume_hint(run.folder, launch=launch_words(os.environ, run.group.size))
     if isinstance(error, LostProcessError):
         return LostProcessError(f"{error.message}; {kept}", hint=hint)
     return InterruptedRunError(f"interrupted; {kept}", hint=hint)

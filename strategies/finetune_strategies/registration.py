@@ -16,7 +16,7 @@ _SECTIONS = {
     "TemplateSpec": "template",
     "TokenSpec": "tokens",
     "AdapterSpec": "adapter",
-    "LoopSpec": "training",
+    "TrainingSpec": "training",
     "EvaluationSpec": "evaluation",
     "JudgeSpec": "judge",
     "TrackingSpec": "tracking",

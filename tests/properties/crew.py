@@ -7,7 +7,7 @@ from typing import Any
 from finetune.errors import LostProcessError
 
 
-class Crew:
+class ThreadGroup:
     """So many members; what each of them hands in is added up in the order of their ranks, when the last one has."""
 
     def __init__(self, size: int) -> None:
@@ -15,13 +15,13 @@ class Crew:
         self.barrier = threading.Barrier(size, timeout=20)
         self.handed_in: list[Any] = [None] * size
 
-    def run(self, work: Callable[["Member"], Any]) -> list[Any]:
+    def run(self, work: Callable[["ThreadRank"], Any]) -> list[Any]:
         """What the work of each member came to: its result, or its error."""
         results: list[Any] = [None] * self.size
 
         def one(rank: int) -> None:
             try:
-                results[rank] = work(Member(self, rank))
+                results[rank] = work(ThreadRank(self, rank))
             except BaseException as error:
                 results[rank] = error
                 self.barrier.abort()
@@ -34,15 +34,15 @@ class Crew:
         return results
 
 
-class Member:
+class ThreadRank:
     """One of them; implements `ports.Group`."""
 
     in_step = False
 
-    def __init__(self, crew: Crew, rank: int) -> None:
-        self.crew = crew
+    def __init__(self, group: ThreadGroup, rank: int) -> None:
+        self.group = group
         self.rank = rank
-        self.size = crew.size
+        self.size = group.size
 
     def total(self, value: float) -> float:
         """The sum of a number."""
@@ -51,12 +51,12 @@ class Member:
     def sum(self, tensor: Any) -> Any:
         """The sum of a tensor."""
         try:
-            self.crew.handed_in[self.rank] = tensor
-            self.crew.barrier.wait()
-            found = self.crew.handed_in[0]
-            for other in self.crew.handed_in[1:]:
+            self.group.handed_in[self.rank] = tensor
+            self.group.barrier.wait()
+            found = self.group.handed_in[0]
+            for other in self.group.handed_in[1:]:
                 found = found + other
-            self.crew.barrier.wait()
+            self.group.barrier.wait()
         except threading.BrokenBarrierError:
             raise LostProcessError(f"rank {self.rank} has lost another process of this run: it is gone") from None
         return found

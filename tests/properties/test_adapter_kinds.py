@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.adapters.choose import check_patterns, check_rank, choose_saved
-from finetune.backends.reference.adapter import Adapter
+from finetune.backends.reference.adapter import ReferenceAdapter
 from finetune.errors import ModelError
 from finetune.memory.estimate import adapter_parameters, estimate_memory
 from finetune.models.shape import read_shape
@@ -56,7 +56,7 @@ def test_gradient_of_any_kind_is_the_slope_of_the_loss(model: AdaptedModel) -> N
         path: session.adapter.lengths(path, session.weights[f"{path}.weight"]) for path in session.adapter.magnitudes
     }
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Adapter, "lengths", lambda self, path, weight: held[path])
+        patched.setattr(ReferenceAdapter, "lengths", lambda self, path, weight: held[path])
         check_slopes(session, BATCH)
 
 

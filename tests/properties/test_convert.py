@@ -14,10 +14,10 @@ from safetensors.numpy import save_file
 from finetune.adapters.peft_files import WEIGHTS, read_settings
 from finetune.errors import FineTuneError, ModelError
 from finetune.export.corpus import nasty_texts
-from finetune.export.families import FAMILIES, describe_model, interleave, stored
+from finetune.export.families import FAMILIES, describe_model, interleave, to_gguf_layout
 from finetune.export.outtypes import BLOCKS, OUTTYPES, Outtype, choose_storage
 from finetune.export.pre_tokenizer import DIGITS, GPT2, NAMES, QWEN2, name_pre_tokenizer
-from finetune.export.sources import Adapter, Files, Merged
+from finetune.export.sources import AdapterWeights, Files, Merged
 from finetune.export.vocabulary import CONTROL, SPACE, UNUSED, Special, describe_vocabulary, serving_template
 from finetune_strategies.adapters import AdaptedModel, varied_models
 from finetune_strategies.models import llama_configs
@@ -72,12 +72,14 @@ def test_weights_are_stored_as_each_family_has_them() -> None:
         name = "model.layers.0.self_attn.k_proj"
         permuted = kind in ("llama", "mistral")
         for rows, leaf in ((keys, "weight"), (keys[:, 0], "bias")):
-            assert np.array_equal(stored(described, f"{name}.{leaf}", rows), interleave(rows, 2) if permuted else rows)
-        assert np.array_equal(stored(described, "model.norm.weight", gains), gains + (kind == "gemma"))
+            assert np.array_equal(
+                to_gguf_layout(described, f"{name}.{leaf}", rows), interleave(rows, 2) if permuted else rows
+            )
+        assert np.array_equal(to_gguf_layout(described, "model.norm.weight", gains), gains + (kind == "gemma"))
     gpt2 = {"model_type": "gpt2", "n_embd": 6, "n_head": 3, "n_layer": 1, "n_positions": 9}
     described = describe({**gpt2, "activation_function": "gelu_new"})
-    assert np.array_equal(stored(described, "h.0.attn.c_attn.weight", keys), keys.T)
-    assert np.array_equal(stored(described, "wpe.weight", keys), keys)
+    assert np.array_equal(to_gguf_layout(described, "h.0.attn.c_attn.weight", keys), keys.T)
+    assert np.array_equal(to_gguf_layout(described, "wpe.weight", keys), keys)
     assert len(FAMILIES) == 9
 
 
@@ -174,7 +176,7 @@ def test_merged_weights_compute_what_the_adapter_does(model: AdaptedModel) -> No
         saved = folder / "adapter"
         saved.mkdir()
         session.save_adapter(saved)
-        adapter = Adapter(saved / WEIGHTS, read_settings(saved, turned=False))
+        adapter = AdapterWeights(saved / WEIGHTS, read_settings(saved, transposed=False))
         merged = Merged(Files([folder / "model.safetensors"]), adapter, ())
         save_file({name: merged.read(name) for name in merged.names()}, folder / "model.safetensors")
         ids = (1, 5, 2, 7)

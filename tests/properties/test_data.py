@@ -22,7 +22,7 @@ from finetune.data.facts import (
     split_facts,
 )
 from finetune.data.read import read_rows
-from finetune.data.shape import Shaped, shape_of, shape_rows
+from finetune.data.shape import ShapedRows, shape_of, shape_rows
 from finetune.data.shipped import FACTS, FOLDER, REHEARSAL, RETENTION, data_path, shipped_facts, write_shipped_sets
 from finetune.data.split import content_key, hold_out
 from finetune.errors import DataError
@@ -54,7 +54,7 @@ def as_jsonl(cases: list[RowCase], ascii_only: bool, newline: str) -> bytes:
     return "".join(json.dumps(case.values, ensure_ascii=ascii_only) + newline for case in cases).encode()
 
 
-def shaped_from(content: bytes, suffix: str) -> Shaped:
+def shaped_from(content: bytes, suffix: str) -> ShapedRows:
     """What the two readers make of a file."""
     with data_file(content, suffix) as path:
         return shape_rows(read_rows(path))

@@ -8,10 +8,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetune.evidence.drift import (
-    Asked,
     Drift,
-    Next,
-    Told,
+    InferenceRequest,
+    InferenceResponse,
+    NextTokens,
     distance,
     divergence,
     first_difference,
@@ -30,10 +30,10 @@ def rows(seed: int, count: int = 2, width: int = 12, spread: float = 3.0) -> Any
     return np.random.default_rng(seed).normal(0.0, spread, (count, width))
 
 
-def told_of(row: Any, most: int | None = None) -> Next:
+def told_of(row: Any, most: int | None = None) -> NextTokens:
     """What a way tells that computes these logits: the likeliest ids, or all."""
     ids = np.argsort(-row)[:most]
-    return Next(ids, log_softmax(row)[ids])
+    return NextTokens(ids, log_softmax(row)[ids])
 
 
 @given(seeds, st.integers(2, 40), st.floats(0.01, 30.0))
@@ -62,9 +62,9 @@ def test_divergence_of_some_ids_is_no_more_than_of_all(seed: int, most: int) -> 
 def test_distance_is_in_spreads(seed: int, size: float) -> None:
     """Log probabilities that are off by some share of the logits' spread are that far off, however large logits are."""
     row = rows(seed, 1)[0]
-    off = Next(np.arange(len(row)), log_softmax(row) + size * row.std())
+    off = NextTokens(np.arange(len(row)), log_softmax(row) + size * row.std())
     assert distance(row, off) == pytest.approx(size, rel=1e-6)
-    assert distance(1000 * row, Next(np.array([int(row.argmin())]), np.array([-np.inf]))) < np.inf
+    assert distance(1000 * row, NextTokens(np.array([int(row.argmin())]), np.array([-np.inf]))) < np.inf
 
 
 @given(st.lists(st.integers(0, 3), max_size=6), st.lists(st.integers(0, 3), max_size=6))
@@ -83,7 +83,7 @@ def test_first_difference_is_where_answers_part(own: list[int], theirs: list[int
 @given(st.lists(st.lists(st.integers(0, 5), max_size=8), min_size=1, max_size=4), st.integers(0, 6))
 def test_answers_are_cut_alike(answers: list[list[int]], most: int) -> None:
     """An answer ends before its first stop and is no longer than asked for, and cutting again changes nothing."""
-    asked = Asked(tuple((2,) for _ in answers), tuple(most for _ in answers), (STOP,))
+    asked = InferenceRequest(tuple((2,) for _ in answers), tuple(most for _ in answers), (STOP,))
     cut = asked.cut(answers)
     assert all(list(ids) == answer[: len(ids)] for ids, answer in zip(cut, answers, strict=True))
     assert all(STOP not in ids and len(ids) <= most for ids in cut)
@@ -101,11 +101,11 @@ def judged(off: float, *, token: int | None = None, gap: float = 0.0, bound: flo
     if token is not None:
         truth[1][token] = truth[1][path[1]] - gap * truth[1].std()
     places = tuple((0, place) for place in range(4))
-    asked = Asked(((2, 3),), (8,), (STOP,), (path,), places)
+    asked = InferenceRequest(((2, 3),), (8,), (STOP,), (path,), places)
     noise = np.where(np.arange(truth.shape[1]) % 2, 1.0, -1.0)
     following = tuple(told_of(row + off * row.std() * noise) for row in truth)
     said = path if token is None else (path[0], token, 9)
-    drift = measure(asked, list(truth), Told((said,), following), lambda number, place: truth[place])
+    drift = measure(asked, list(truth), InferenceResponse((said,), following), lambda number, place: truth[place])
     return drift, problems(drift, bound)
 
 
@@ -133,13 +133,13 @@ def test_another_token_is_held_to_how_near_a_tie_it_was() -> None:
 
 def test_a_way_that_tells_no_distribution_is_held_to_its_answers_alone() -> None:
     """Without distributions nothing is made up of them: no number, and answers are still judged."""
-    asked = Asked(((2,),), (4,), (STOP,), ((3,),), ((0, 0),))
+    asked = InferenceRequest(((2,),), (4,), (STOP,), ((3,),), ((0, 0),))
     row = rows(1, 1)[0]
-    drift = measure(asked, [row], Told(((3,),), None), lambda number, place: row)
+    drift = measure(asked, [row], InferenceResponse(((3,),), None), lambda number, place: row)
     assert (drift.places, drift.distance, drift.mean_kl, drift.worst_kl) == (0, None, None, None)
     assert problems(drift, 0.0) == []
     row[3] = row.max() + 5
-    other = measure(asked, [row], Told(((4,),), None), lambda number, place: row)
+    other = measure(asked, [row], InferenceResponse(((4,),), None), lambda number, place: row)
     assert len(problems(other, 0.1)) == 1
 
 
@@ -148,6 +148,6 @@ def test_a_way_that_tells_no_distribution_is_held_to_its_answers_alone() -> None
 def test_what_is_not_a_number_is_no_drift_that_holds(seed: int) -> None:
     """A way whose log probabilities are NaN is broken, not equal."""
     row = rows(seed, 1)[0]
-    asked = Asked(((2,),), (4,), (STOP,), ((3,),), ((0, 0),))
-    nothing = Next(np.arange(12), np.full(12, np.nan))
-    assert problems(measure(asked, [row], Told(((3,),), (nothing,)), lambda number, place: row), 1e9)
+    asked = InferenceRequest(((2,),), (4,), (STOP,), ((3,),), ((0, 0),))
+    nothing = NextTokens(np.arange(12), np.full(12, np.nan))
+    assert problems(measure(asked, [row], InferenceResponse(((3,),), (nothing,)), lambda number, place: row), 1e9)

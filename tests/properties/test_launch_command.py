@@ -19,12 +19,14 @@ from finetune.distributed.launchers import Launch, check_launch, command_line, e
 from finetune.distributed.notes import Note, leave_note, read_notes
 from finetune.errors import FineTuneError, LostProcessError, RefusedError
 from finetune.run.folder import RunFolder
-from finetune.run.resume_hint import what_is_left
+from finetune.run.resume_hint import resume_hint
 
 pytestmark = pytest.mark.tools
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 MLX = {"MLX_RANK": "1", "MLX_HOSTFILE": "/tmp/hosts"}
+
+MODULE = "finetune.cli.worker"
 
 
 @pytest.mark.parametrize(
@@ -88,9 +90,9 @@ def test_command_line_hands_every_word_on_as_it_is(launcher: str, processes: int
     """The launcher is told how many processes there are to be, and each is given the very words, in order."""
     if launcher == "mlx.launch":
         pytest.importorskip("mlx", reason="its command is that of the installed program")
-    line = command_line(Launch(launcher, processes), ["train", *words])
-    assert line[line.index(command.WORKER) :] == [command.WORKER, "train", *words]
-    assert str(processes) in line[: line.index(command.WORKER)]
+    line = command_line(Launch(launcher, processes), [MODULE, "train", *words])
+    assert line[line.index(MODULE) :] == [MODULE, "train", *words]
+    assert str(processes) in line[: line.index(MODULE)]
 
 
 def test_environment_leaves_the_users_own_settings_alone(tmp_path: Path) -> None:
@@ -171,16 +173,16 @@ def test_watcher_passes_on_our_lines_and_keeps_the_launchers(
 def test_what_is_left_names_the_launch(tmp_path: Path) -> None:
     """The command that goes on is whole: how the processes are started, and a folder's name that a shell can read."""
     folder = RunFolder(tmp_path / "my run")
-    assert what_is_left(folder) == ("nothing had been written yet", "")
+    assert resume_hint(folder) == ("nothing had been written yet", "")
     folder.make()
     folder.plan.write_text("x")
-    kept, hint = what_is_left(folder, launch=Launch("accelerate", 3, Path("f.yaml")).words)
+    kept, hint = resume_hint(folder, launch=Launch("accelerate", 3, Path("f.yaml")).options)
     assert kept == "no checkpoint had been written yet"
     options = "--launch accelerate --processes 3 --launch-config f.yaml"
     assert hint == f"go on with: ft train --resume {options} --output '{folder.path}'"
 
 
-WORKER = [sys.executable, "-m", command.WORKER]
+WORKER = [sys.executable, "-m", MODULE]
 
 
 @pytest.mark.parametrize(

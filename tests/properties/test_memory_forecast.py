@@ -15,7 +15,7 @@ from finetune.errors import UsageError
 from finetune.memory.estimate import estimate_memory
 from finetune.memory.forecast import PARTS, Footprint, Forecast, forecast_memory
 from finetune.memory.framework import FRAMEWORKS, framework_of
-from finetune.memory.kept import Kept, kept_by_torch
+from finetune.memory.kept import ActivationBytes, kept_by_torch
 from finetune.memory.kept_reference import kept_by_reference
 from finetune.memory.load import StepLoad, full_load, load_of
 from finetune.models.locate import locate_model
@@ -238,8 +238,10 @@ def test_forecast_more_never_takes_less(job: Job, what: str) -> None:
         assert no_part_shrinks(getattr(small, column), getattr(large, column)), column
 
 
-def _times(kept: Kept, factor: int) -> Kept:
-    return Kept(*(factor * getattr(kept, name) for name in ("blocks", "first_block", "outside", "logits", "brief")))
+def _times(kept: ActivationBytes, factor: int) -> ActivationBytes:
+    return ActivationBytes(
+        *(factor * getattr(kept, name) for name in ("blocks", "first_block", "outside", "logits", "brief"))
+    )
 
 
 @given(jobs(("llama", "gpt2")), st.integers(2, 5))

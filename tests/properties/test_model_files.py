@@ -13,9 +13,9 @@ from safetensors.numpy import save_file
 
 from finetune.errors import ModelError
 from finetune.evidence import answering
-from finetune.evidence.drift import Asked
+from finetune.evidence.drift import InferenceRequest
 from finetune.export.model_files import DTYPES, INDEX, KINDS, Dtype, ModelFiles
-from finetune.export.sources import Adapter, Files, Merged
+from finetune.export.sources import AdapterWeights, Files, Merged
 from finetune.models.shape import weight_files
 from finetune.records import AdapterTarget
 from finetune_strategies.profiles import examples
@@ -51,7 +51,7 @@ def write_base(folder: Path, kinds: list[str], shards: int) -> Files:
     return Files(paths)
 
 
-def write_adapter(folder: Path) -> Adapter:
+def write_adapter(folder: Path) -> AdapterWeights:
     """An adapter for it."""
     dice = np.random.default_rng(1)
     shapes = {
@@ -65,7 +65,7 @@ def write_adapter(folder: Path) -> Adapter:
         f"base_model.model.{name}": dice.normal(0, 1, shape).astype(np.float32) for name, shape in shapes.items()
     }
     save_file(tensors, folder / "adapter.safetensors")
-    return Adapter(folder / "adapter.safetensors", TARGET)
+    return AdapterWeights(folder / "adapter.safetensors", TARGET)
 
 
 @given(st.lists(st.sampled_from(STORED), min_size=4, max_size=4), st.integers(1, 3), st.sampled_from([None, *DTYPES]))
@@ -169,7 +169,7 @@ def test_folder_is_asked_in_a_fresh_process_without_transformers(
     monkeypatch.setattr(answering, "find_spec", lambda name: None)
     folder = make_model(tmp_path / "model")
     path, places = ((5, 6, 7), (8,)), ((0, 0), (0, 3), (1, 1))
-    asked = Asked(((3, 4), (9, 10, 11)), (3, 2), (0,), path, places)
+    asked = InferenceRequest(((3, 4), (9, 10, 11)), (3, 2), (0,), path, places)
     there = answering.ask_folder(folder, asked, otherwise="reference")
     here = answering.ask_session(open_model(folder), asked)
     assert there.ids == here.ids

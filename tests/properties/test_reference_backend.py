@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetune.backends.reference.model import Pass
-from finetune.backends.reference.optimizer import AdamW, clip
+from finetune.backends.reference.model import ReferencePass
+from finetune.backends.reference.optimizer import ReferenceAdamW, clip
 from finetune.errors import NonFiniteError
 from finetune.records import AdapterTarget, Batch, Optimization, Tokenized
 from finetune.training.loop import LoopPlan, train
@@ -261,7 +261,7 @@ def test_dropout_keeps_the_mean_and_its_gradient_is_the_slope() -> None:
     assert session.accumulate(BATCH, 1.0) != session.loss(BATCH)
     x = np.tile(np.random.default_rng(0).normal(size=11), (20_000, 1))
     many, still = (
-        Pass(session.shape, session.weights, session.adapter, random=random).linear(
+        ReferencePass(session.shape, session.weights, session.adapter, random=random).linear(
             "model.layers.0.self_attn.q_proj", x
         )[0]
         for random in (np.random.default_rng(1), None)
@@ -281,7 +281,7 @@ def test_adamw_and_clipping_are_torchs_formulas() -> None:
     expected = {
         (name, at): [value, 0.0, 0.0] for name, tensor in tensors.items() for at, value in np.ndenumerate(tensor)
     }
-    optimizer = AdamW(tensors, Optimization(0.2, 1e-6, (0.8, 0.95), 1e-3))
+    optimizer = ReferenceAdamW(tensors, Optimization(0.2, 1e-6, (0.8, 0.95), 1e-3))
     for count, rate in enumerate(rates, start=1):
         raw = {name: dice.normal(size=tensor.shape) * 1e-6 for name, tensor in tensors.items()}
         norm = math.sqrt(sum(value**2 for tensor in raw.values() for value in tensor.flat))

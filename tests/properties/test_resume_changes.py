@@ -63,7 +63,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def go_on(place: Path) -> tuple[dict[str, Any], list[Event]]:
+def resume(place: Path) -> tuple[dict[str, Any], list[Event]]:
     """Continue the run, as `ft train --resume` does."""
     heard: list[Event] = []
     plan = load_plan(RunFolder.unfinished(place / "run").plan)
@@ -138,7 +138,7 @@ def test_resume_of_a_run_that_would_not_be_the_same_is_refused(what: str, place:
     change(place)
     before = everything_below(place / "run")
     with pytest.raises(RefusedError) as caught:
-        go_on(place)
+        resume(place)
     assert named in caught.value.message
     assert caught.value.hint
     assert everything_below(place / "run") == before
@@ -158,7 +158,7 @@ def test_resume_with_a_library_that_makes_other_ids_is_refused(
 
     monkeypatch.setattr(encoder, "mark_rows", turn)
     with pytest.raises(RefusedError, match="token ids: "):
-        go_on(place)
+        resume(place)
     assert turned.count(True) == 1
 
 
@@ -205,7 +205,7 @@ def test_resume_says_exactly_what_is_not_as_it_was(
     assert len(TOLD) == 4
     if what is not None:
         TOLD[what][0](monkeypatch, place)
-    found, heard = go_on(place)
+    found, heard = resume(place)
     [resumed] = [event for event in heard if isinstance(event, RunResumed)]
     assert resumed.step == 4
     assert len(resumed.changes) == (0 if what is None else 1)

@@ -15,14 +15,14 @@ from finetune.cli.app import run
 from finetune.errors import UsageError
 from finetune.verify.checkpoint_stages import StoreStage, Work
 from finetune.verify.deaths import Death
-from finetune.verify.laws import LAWS, LawBrokenError, demand_same
+from finetune.verify.laws import LAWS, LawBrokenError, check_law_same
 from finetune.verify.minimise import lower, minimise, same_break, shorter, weight
 from finetune.verify.recipes import ModelRecipe, TaskRecipe
 from finetune.verify.stages import Stage, stages_of
-from finetune.verify.stories import Finding, Origin, StoreScene, Story, TrainingScene, load_story, parse_story
+from finetune.verify.stories import Origin, StageFinding, StoreScene, Story, TrainingScene, load_story, parse_story
 from finetune.verify.subjects import Order
-from finetune.verify.theatre import Outcome, run_story
-from finetune.verify.training_stages import GoOn, Measure, Move, SaveInAnotherRhythm, TrainingStage
+from finetune.verify.theatre import StoryResult, run_story
+from finetune.verify.training_stages import Measure, Move, Resume, SaveInAnotherRhythm, TrainingStage
 from finetune_strategies.profiles import examples
 
 pytestmark = pytest.mark.tools
@@ -30,14 +30,14 @@ pytestmark = pytest.mark.tools
 LAW = "course.same"
 
 
-def found(stage: int, law: str = LAW) -> Finding:
-    return Finding(law=law, statement=LAWS[law].statement, stage=stage, expected="a", got="b")
+def found(stage: int, law: str = LAW) -> StageFinding:
+    return StageFinding(law=law, statement=LAWS[law].statement, stage=stage, expected="a", got="b")
 
 
 def stages() -> st.SearchStrategy[Stage]:
     dying = st.builds(Death, st.integers(0, 300), st.sampled_from(["kill", "power", "torn", "interrupt", "full"]))
     return st.one_of(
-        st.builds(lambda death: GoOn(death=death), st.none() | dying),
+        st.builds(lambda death: Resume(death=death), st.none() | dying),
         st.just(Move()),
         st.just(Measure()),
         st.builds(lambda rhythm: SaveInAnotherRhythm(rhythm=rhythm), st.integers(1, 9)),
@@ -82,8 +82,8 @@ def faulty(story: Story) -> bool:
     """A pure stand-in: breaks with a killed life followed by another, two rows and a rank above 1."""
     assert isinstance(story.setting, TrainingScene)
     task = story.setting.task
-    kills = [n for n, each in enumerate(story.stages) if isinstance(each, GoOn) and each.death]
-    late = any(stage.death.after >= 7 for stage in story.stages if isinstance(stage, GoOn) and stage.death)
+    kills = [n for n, each in enumerate(story.stages) if isinstance(each, Resume) and each.death]
+    late = any(stage.death.after >= 7 for stage in story.stages if isinstance(stage, Resume) and stage.death)
     return bool(kills) and late and len(task.rows) >= 2 and task.settings.get("adapter.rank", 1) >= 2
 
 
@@ -94,7 +94,7 @@ class Judge:
         self.predicate = predicate
         self.told: list[str] = []
 
-    def __call__(self, story: Story) -> Finding | None:
+    def __call__(self, story: Story) -> StageFinding | None:
         self.told.append(story.text.partition('"broken"')[0])
         return found(len(story.stages)) if self.predicate(story) else None
 
@@ -104,7 +104,7 @@ class Judge:
 def test_minimise_finds_the_smallest_and_tells_nothing_twice(story: Story) -> None:
     """The result breaks, is no larger, is the known minimum, and made smaller again it stays as it is."""
     if not faulty(story):
-        story = story.model_copy(update={"stages": (*story.stages, GoOn(death=Death(90, "kill")))})
+        story = story.model_copy(update={"stages": (*story.stages, Resume(death=Death(90, "kill")))})
         assert isinstance(story.setting, TrainingScene)
         task = story.setting.task
         more = TaskRecipe(model=task.model, rows=task.rows * 2, settings={**task.settings, "adapter.rank": 5})
@@ -117,7 +117,7 @@ def test_minimise_finds_the_smallest_and_tells_nothing_twice(story: Story) -> No
     assert len(judge.told) == len(set(judge.told)) == done.tried
     assert story.text.partition('"broken"')[0] not in judge.told
     [stage] = done.story.stages
-    assert isinstance(stage, GoOn)
+    assert isinstance(stage, Resume)
     assert stage.death is not None
     assert stage.death.after == 7
     assert isinstance(done.story.setting, TrainingScene)
@@ -134,22 +134,22 @@ def test_minimise_moves_a_death_with_the_rows() -> None:
 
     def at_its_step(story: Story) -> bool:
         assert isinstance(story.setting, TrainingScene)
-        deaths = [stage.death.after for stage in story.stages if isinstance(stage, GoOn) and stage.death]
+        deaths = [stage.death.after for stage in story.stages if isinstance(stage, Resume) and stage.death]
         return len(story.setting.task.rows) > 1 and 10 * len(story.setting.task.rows) in deaths
 
     task = TaskRecipe(rows=({"text": "a"},) * 11, settings={})
-    stages = (GoOn(death=Death(110, "kill")), GoOn())
+    stages = (Resume(death=Death(110, "kill")), Resume())
     story = Story(setting=TrainingScene(task=task), stages=stages, broken=found(2), origin=Origin(subject="reference"))
     done = minimise(story, Judge(at_its_step))
     assert isinstance(done.story.setting, TrainingScene)
     assert len(done.story.setting.task.rows) == 2
-    assert done.story.stages == (GoOn(death=Death(20, "kill")),)
+    assert done.story.stages == (Resume(death=Death(20, "kill")),)
 
 
 def test_minimise_leaves_out_what_comes_after_the_break() -> None:
     """Of a candidate that breaks earlier only what was told until then is kept, at once."""
     task = TaskRecipe(rows=({"text": "a"},), settings={})
-    stages = (GoOn(), Move(), Measure(), GoOn(), Move())
+    stages = (Resume(), Move(), Measure(), Resume(), Move())
     story = Story(setting=TrainingScene(task=task), stages=stages, broken=found(5), origin=Origin(subject="reference"))
     ticks = iter(range(9))
     done = minimise(story, lambda candidate: found(1), seconds=2, clock=lambda: next(ticks))
@@ -186,27 +186,27 @@ def test_same_break_of_an_undisturbed_run_gives_the_same_reason() -> None:
     """Numbers and paths may differ; another error is another failure."""
     task = TaskRecipe(rows=({"text": "a"},), settings={})
 
-    def dead(words: str) -> Finding:
+    def dead(words: str) -> StageFinding:
         return found(0, "run.ends").model_copy(update={"got": f"code 1: load\n{words}\n  hint: mend it"})
 
     wanted = dead("error: checkpoint /tmp/a/step-3 is damaged")
     story = Story(setting=TrainingScene(task=task), stages=(), broken=wanted, origin=Origin(subject="reference"))
     for words, same in (("checkpoint /x/step-14 is damaged", True), ("the loss became nan at step 3", False)):
         finding = dead(f"error: {words}")
-        assert (same_break(story, story, Outcome("broken", finding)) == finding) is same
+        assert (same_break(story, story, StoryResult("broken", finding)) == finding) is same
 
 
 def test_same_break_is_the_same_law_at_the_same_kind_of_stage() -> None:
     """Another law, or the same one at another kind of stage, is another failure."""
     task = TaskRecipe(rows=({"text": "a"},), settings={})
     origin = Origin(subject="reference")
-    story = Story(setting=TrainingScene(task=task), stages=(Move(), GoOn()), broken=found(2), origin=origin)
-    assert same_break(story, story, Outcome("broken", found(2))) == found(2)
-    assert same_break(story, story, Outcome("broken", found(1))) is None
-    assert same_break(story, story, Outcome("broken", found(2, "end.files"))) is None
-    assert same_break(story, story, Outcome("kept")) is None
-    shorter_one = story.model_copy(update={"stages": (GoOn(),)})
-    assert same_break(story, shorter_one, Outcome("broken", found(1))) == found(1)
+    story = Story(setting=TrainingScene(task=task), stages=(Move(), Resume()), broken=found(2), origin=origin)
+    assert same_break(story, story, StoryResult("broken", found(2))) == found(2)
+    assert same_break(story, story, StoryResult("broken", found(1))) is None
+    assert same_break(story, story, StoryResult("broken", found(2, "end.files"))) is None
+    assert same_break(story, story, StoryResult("kept")) is None
+    shorter_one = story.model_copy(update={"stages": (Resume(),)})
+    assert same_break(story, shorter_one, StoryResult("broken", found(1))) == found(1)
 
 
 GOOD: dict[str, Any] = {
@@ -352,7 +352,8 @@ def test_laws_are_all_in_use_and_none_is_made_up() -> None:
                     each.value
                     for each in node.args[:1]
                     if isinstance(each, ast.Constant) and isinstance(each.value, str) and "." in each.value
-                    if getattr(node.func, "id", getattr(node.func, "attr", "")) in ("demand", "demand_same", "refuses")
+                    if getattr(node.func, "id", getattr(node.func, "attr", ""))
+                    in ("check_law", "check_law_same", "refuses")
                 }
     assert used == set(LAWS)
     assert len(LAWS) >= 30
@@ -364,7 +365,7 @@ def test_broken_laws_are_told_apart_by_their_type() -> None:
     kinds = set()
     for law in LAWS:
         with pytest.raises(LawBrokenError) as caught:
-            demand_same(law, {"same": 1, "other": 2}, {"same": 1, "more": 3})
+            check_law_same(law, {"same": 1, "other": 2}, {"same": 1, "more": 3})
         assert (caught.value.expected, caught.value.got) == ("{'other': 2}", "{'more': 3}")
         kinds.add(caught.type)
     assert len(kinds) == len(LAWS)

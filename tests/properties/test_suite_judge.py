@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 
 from finetune.errors import UsageError
 from finetune.verify.doors.answers import Loss
-from finetune.verify.doors.door import About, InsideDoor, RefusesError, UnsupportedError
+from finetune.verify.doors.door import About, InProcessSubject, RefusesError, UnsupportedError
 from finetune.verify.laws import Law
 from finetune.verify.recipes import Recipe
 from finetune.verify.suite import findings, formats, run
 from finetune.verify.suite.catalogue import CaseLaw, all_laws, case_laws
-from finetune.verify.suite.chance import FALSE_ALARMS, MISSES, Chance, Evidence, broken_by_holm
+from finetune.verify.suite.chance import FALSE_ALARMS, MISSES, Chance, LikelihoodEvidence, broken_by_holm
 from finetune.verify.suite.judge import Effort, judge, judge_again
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import Judgement, hold
+from finetune.verify.suite.verdicts import LawResult, check
 from finetune_strategies.profiles import examples
 
 pytestmark = pytest.mark.tools
@@ -44,13 +44,13 @@ def law_of(check: Callable[[Trainer, Any], None], cases: Any = None, chance: Cha
 def trainer_of(answer: Callable[[int], Any], scratch: Path) -> Trainer:
     """A trainer that answers one question, and counts."""
     about = About("somebody", {"somebody": "1.0"}, {"loss": ""})
-    return Trainer(InsideDoor(about, {"loss": lambda value: answer(value)}, []), scratch)
+    return Trainer(InProcessSubject(about, {"loss": lambda value: answer(value)}, []), scratch)
 
 
 def loss_is_value(trainer: Trainer, case: Number) -> None:
     """What is asked comes back."""
     found = trainer.ask("loss", Loss, value=case.value)
-    hold(found.loss == case.value, expected=case.value, got=found.loss)
+    check(found.loss == case.value, expected=case.value, got=found.loss)
 
 
 def test_judge_says_of_what_holds_that_it_holds(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_judge_counts_what_is_said_of_new_places_as_one(tmp_path: Path) -> None:
 def test_judge_asks_nothing_of_an_ability_that_is_missing(tmp_path: Path) -> None:
     """A law about an ability that is missing is not applicable, with the reason."""
     about = About("somebody", {}, {"loss": "it keeps them to itself"})
-    found = judge(law_of(loss_is_value), Trainer(InsideDoor(about, {}, []), tmp_path), Effort())
+    found = judge(law_of(loss_is_value), Trainer(InProcessSubject(about, {}, []), tmp_path), Effort())
     assert (found.word, found.why) == ("not applicable", "loss: it keeps them to itself")
 
 
@@ -166,12 +166,12 @@ SIXES = Chance(lambda random: Number(value=random.randrange(6)), sound=0.8, brok
 
 def is_no_six(trainer: Trainer, case: Number) -> None:
     """A die shows something else; a sound one does in five of six throws."""
-    hold(case.value != trainer.ask("loss", Loss, value=5).loss, expected="no six", got="a six")
+    check(case.value != trainer.ask("loss", Loss, value=5).loss, expected="no six", got="a six")
 
 
 def loaded(trainer: Trainer, case: Number) -> None:
     """A die that shows a six every other time."""
-    hold(case.value % 2, expected="no six", got="a six")
+    check(case.value % 2, expected="no six", got="a six")
 
 
 def test_chance_decides_what_it_can_and_says_how_sure(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_chance_errs_as_rarely_as_it_says() -> None:
     rate, alarms, misses = 0.05, 0, 0
     for seed in range(2_000):
         random = Random(seed)
-        sound, broken = Evidence(SIXES), Evidence(SIXES)
+        sound, broken = LikelihoodEvidence(SIXES), LikelihoodEvidence(SIXES)
         for _ in range(60):
             sound.add(kept=random.random() < SIXES.sound)
             broken.add(kept=random.random() < SIXES.broken)
@@ -314,8 +314,8 @@ def test_junit_holds_whatever_a_trainer_says(words: str) -> None:
     """Control letters, markup and halves of letters leave the XML whole."""
     from xml.etree import ElementTree
 
-    judgement = Judgement("test.law", words, "broken", got=words, why=words)
-    other = Judgement("test.two", words, "error", why=words)
+    judgement = LawResult("test.law", words, "broken", got=words, why=words)
+    other = LawResult("test.two", words, "error", why=words)
     found = run.Verification(words, {}, 1, Effort(), (judgement, other), 0.0, (words,))
     assert len(ElementTree.fromstring(formats.junit(found).encode())) == 3
 
@@ -333,8 +333,8 @@ def test_laws_are_chosen_by_name_or_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_verification_of_the_protocol_alone_does_not_pass() -> None:
     """Where only the door was judged, and no law of fine-tuning, nothing is green."""
-    door = Judgement("door.hello", "It says who it is.", "holds", cases=1)
-    law = Judgement("test.law", "It is so.", "holds", cases=1)
+    door = LawResult("door.hello", "It says who it is.", "holds", cases=1)
+    law = LawResult("test.law", "It is so.", "holds", cases=1)
     only, both = (run.Verification("", {}, 1, Effort(), judged, 0.0) for judged in ((door,), (door, law)))
     assert (only.passes, both.passes) == (False, True)
 

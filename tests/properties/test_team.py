@@ -31,7 +31,7 @@ from finetune.train import fine_tune
 from finetune.training.loop import LoopPlan, steps_per_epoch, train
 from finetune_strategies.datasets import token_rows
 from finetune_strategies.profiles import examples
-from properties.crew import Crew, Member, good
+from properties.crew import ThreadGroup, ThreadRank, good
 from properties.tiny_llamas import DROPPING, TARGET, make_rows, tiny
 from properties.workplace import make_data, make_model, quick_end, settings
 
@@ -48,7 +48,7 @@ def test_deal_loses_no_row_and_gives_none_twice(
     """The shares of a batch hold its sequences once each, whole, and none holds more than one process's batch size."""
     rows = [row for row in rows if pack_length is None or len(row.ids) <= pack_length]
     for batch in epoch_batches(rows, batch_size * shares, seed=seed, epoch=0, pack_length=pack_length):
-        dealt = batch.dealt(shares)
+        dealt = batch.shard(shares)
         assert len(dealt) == shares
         held = [sequence for share in dealt if share.rows for sequence in share.sequences]
         assert Counter(held) == Counter(batch.sequences)
@@ -90,11 +90,11 @@ class Job:
     def shared(self, processes: int) -> list[tuple[Any, list[Event]]]:
         """So many processes that share the work."""
 
-        def work(member: Member) -> tuple[Any, list[Event]]:
+        def work(member: ThreadRank) -> tuple[Any, list[Event]]:
             session = tiny()
             return session, timeless(self.events(session, group=member, shares=self.shares))
 
-        return good(Crew(processes).run(work))
+        return good(ThreadGroup(processes).run(work))
 
 
 def timeless(events: Iterator[Event]) -> list[Event]:
@@ -159,14 +159,14 @@ def test_team_deals_every_row_to_one_process_and_every_share_its_own_dice(job: J
     """Each row of each step is computed once in all, with the whole step's weight, and no two shares draw alike."""
     lists: list[list[Any]] = [[] for _ in range(processes)]
 
-    def work(member: Member) -> None:
+    def work(member: ThreadRank) -> None:
         session, heard = tiny(), lists[member.rank]
         plain, reseed = session.accumulate, session.reseed
         session.accumulate = lambda batch, weight: (heard.append((batch, weight)), plain(batch, weight))[1]
         session.reseed = lambda seed: (heard.append(seed), reseed(seed))[1]
         list(job.events(session, group=member, shares=job.shares))
 
-    good(Crew(processes).run(work))
+    good(ThreadGroup(processes).run(work))
     heard = [each for said in lists for each in said]
     seeds = [each for each in heard if isinstance(each, int)]
     calls = [each for each in heard if not isinstance(each, int)]
@@ -191,7 +191,7 @@ def test_team_stops_in_every_process_where_one_loss_is_not_finite(rank: int) -> 
     """P-FINITE: a loss that is NaN in one process ends all at that step, in the same words, weights untouched."""
     job = Job(9, 1, 3)
 
-    def work(member: Member) -> Any:
+    def work(member: ThreadRank) -> Any:
         session = tiny()
         events, plain = job.events(session, group=member, shares=3), session.accumulate
         next(step for step in events if isinstance(step, StepDone))
@@ -203,7 +203,7 @@ def test_team_stops_in_every_process_where_one_loss_is_not_finite(rank: int) -> 
         assert session.fingerprints() == kept
         return str(caught.value)
 
-    assert len(set(good(Crew(3).run(work)))) == 1
+    assert len(set(good(ThreadGroup(3).run(work)))) == 1
 
 
 def test_team_of_one_is_the_session_itself() -> None:
@@ -219,18 +219,18 @@ def test_processes_that_do_not_see_the_same_are_refused(size: int, data: st.Data
     """Where one process has other settings, files or checkpoints, no process trains, and it is told what differs."""
     odd = data.draw(st.integers(0, size - 1))
 
-    def work(member: Member) -> None:
+    def work(member: ThreadRank) -> None:
         check_same(member, {"seed": 0, "weights": "ab" if member.rank != odd else "ac", "step": 4})
 
-    def same(member: Member) -> None:
+    def same(member: ThreadRank) -> None:
         check_same(member, {"seed": 0, "weights": "ab", "step": 4})
 
-    results = Crew(size).run(work)
+    results = ThreadGroup(size).run(work)
     assert all(isinstance(result, RefusedError | LostProcessError) for result in results)
     refused = [result for result in results if isinstance(result, RefusedError)]
     assert refused
     assert all("weights" in str(error) and "seed" not in str(error).split("\n")[0] for error in refused)
-    assert Crew(size).run(same) == [None] * size
+    assert ThreadGroup(size).run(same) == [None] * size
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +271,7 @@ def fine_tune_together(loaded: LoadedConfig, processes: int, output: Path, **how
     """A whole run by so many processes in one run folder."""
     deaths = how.pop("deaths", {})
 
-    def work(member: Member) -> Any:
+    def work(member: ThreadRank) -> Any:
         joined.member, heard = member, []
 
         def listen(event: Event) -> None:
@@ -285,7 +285,7 @@ def fine_tune_together(loaded: LoadedConfig, processes: int, output: Path, **how
     joined = threading.local()
     # One patch serves all threads: each finds its own member where it looks.
     with quick_end(), patch.object(ReferenceBackend, "join", lambda backend: joined.member):
-        return Crew(processes).run(work)
+        return ThreadGroup(processes).run(work)
 
 
 @pytest.fixture(scope="module")

@@ -125,11 +125,11 @@ def test_cache_changes_no_token_of_a_run(state: str, tmp_path: Path) -> None:
     from finetune.chat.encoder import Encoder
     from finetune.config import load_config, resolve
     from finetune.config.resolve import ModelAndDataFacts
-    from finetune.data.shape import Shaped
+    from finetune.data.shape import ShapedRows
     from finetune.models.locate import locate_model
 
     folder = tmp_path / "cache" / "tokens"
-    shaped = Shaped((one_row(), one_row()), {}, {}, ())
+    shaped = ShapedRows((one_row(), one_row()), {}, {}, ())
     facts = ModelAndDataFacts(512, has_chat_template=True, train_rows=2)
     encoder = Encoder(locate_model("reference-llama"), "chatml")
     plain, kept = (

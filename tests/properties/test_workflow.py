@@ -49,7 +49,7 @@ class Death(BaseException):
     """Stands for the end of the process: nothing of ours catches it."""
 
 
-def go_on(folder: Path) -> dict[str, Any]:
+def resume(folder: Path) -> dict[str, Any]:
     """Continue a run, as `ft train --resume` does."""
     plan = load_plan(RunFolder.unfinished(folder).plan)
     return fine_tune(LoadedConfig(plan.config, plan.origins), output=folder, resume=True)[1]
@@ -227,7 +227,7 @@ def test_workflow_on_a_full_disk_fails_clearly_and_can_go_on(
             assert failed.hint
             assert not (output / "run.json").exists()
             if (output / "plan.yaml").exists():
-                go_on(output)
+                resume(output)
             else:
                 fine_tune(demanding(model, data), output=output)
         assert (output / ADAPTER).read_bytes() == (folder / ADAPTER).read_bytes()

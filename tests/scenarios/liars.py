@@ -11,7 +11,7 @@ from finetune.run.checkpoints import CheckpointStore
 from finetune.verify.ours import Ours, follow_orders
 
 
-class Liar(Ours):
+class FaultyTrainer(Ours):
     """Ours with the reference backend; a subclass says which program has the fault."""
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ def plant(owner: Any, name: str, fault: Any) -> None:
     setattr(owner, name, lambda *given, **named: fault(right, *given, **named))
 
 
-class ForgetsMoments(Liar):
+class ForgetsMoments(FaultyTrainer):
     """mlx-lm #97: resumes with the weights alone; the optimizer's averages begin anew."""
 
     program: ClassVar = "scenarios.liars:forget_moments"
@@ -43,7 +43,7 @@ def forget_moments() -> None:
     main()
 
 
-class ForgetsDice(Liar):
+class ForgetsDice(FaultyTrainer):
     """transformers #35782: the random state is not restored, so that dropout draws other masks."""
 
     program: ClassVar = "scenarios.liars:forget_dice"
@@ -61,7 +61,7 @@ def forget_dice() -> None:
     main()
 
 
-class ForgetsOrder(Liar):
+class ForgetsOrder(FaultyTrainer):
     """transformers #40691: a resumed run deals the rows out as in the first epoch."""
 
     program: ClassVar = "scenarios.liars:forget_order"
@@ -78,7 +78,7 @@ def forget_order() -> None:
     main()
 
 
-class GoesOnFromOlder(Liar):
+class GoesOnFromOlder(FaultyTrainer):
     """Goes on from the checkpoint before the newest."""
 
     program: ClassVar = "scenarios.liars:go_on_from_older"
@@ -90,7 +90,7 @@ def go_on_from_older() -> None:
     main()
 
 
-class ReportsTooEarly(Liar):
+class ReportsTooEarly(FaultyTrainer):
     """transformers #29059: a checkpoint's folder has its name before its files are on the disk."""
 
     program: ClassVar = "scenarios.liars:report_too_early"
@@ -107,7 +107,7 @@ def report_too_early() -> None:
     main()
 
 
-class RemovesFirst(Liar):
+class RemovesFirst(FaultyTrainer):
     """Makes room for a new checkpoint by removing the old ones before the new one is there."""
 
     program: ClassVar = "scenarios.liars:remove_first"
@@ -126,7 +126,7 @@ def remove_first() -> None:
     main()
 
 
-class TrustsDamage(Liar):
+class TrustsDamage(FaultyTrainer):
     """Loads whatever a checkpoint holds, without a look at its hashes."""
 
     program: ClassVar = "scenarios.liars:trust_damage"
@@ -138,7 +138,7 @@ def trust_damage() -> None:
     main()
 
 
-class SortsByName(Liar):
+class SortsByName(FaultyTrainer):
     """accelerate #1463: takes step 9 for newer than step 10 when it removes the oldest."""
 
     keeper: ClassVar = "scenarios.liars:sort_by_name"
@@ -150,7 +150,7 @@ def sort_by_name() -> None:
     follow_orders()
 
 
-class LosesTheBest(Liar):
+class LosesTheBest(FaultyTrainer):
     """Keeps the newest checkpoints only, whatever was the best."""
 
     keeper: ClassVar = "scenarios.liars:lose_the_best"

@@ -77,7 +77,7 @@ def spread(sessions: Mapping[str, Any], values: Numbers) -> None:
     """Give the trainable tensors of all sessions these values, rounded to float32."""
     rounded = {name: np.asarray(value, np.float32) for name, value in values.items()}
     for session in sessions.values():
-        if hasattr(session, "trip"):
+        if hasattr(session, "forward_pass"):
             tiny_mlx.set_weights(session, rounded)
             continue
         for name, tensor in session.trainable.items() if hasattr(session, "trainable") else ():
@@ -95,7 +95,7 @@ def shaken(sessions: Mapping[str, Any]) -> None:
 
 def weights(session: Any) -> Numbers:
     """A copy of every trainable tensor, in float64."""
-    if hasattr(session, "trip"):
+    if hasattr(session, "forward_pass"):
         return tiny_mlx.weights(session)
     if hasattr(session, "trainable"):
         return {name: tensor.copy() for name, tensor in session.trainable.items()}
@@ -120,10 +120,10 @@ def training_events(session: Any) -> int:
 
 def labels(session: Any, batch: Batch) -> list[tuple[int, int]]:
     """Where a token is predicted, counted through the padded batch, and which token it must be."""
-    if hasattr(session, "trip"):
+    if hasattr(session, "forward_pass"):
         from finetune.backends.mlx.forward import arrays_of
 
-        arrays = arrays_of(batch, session.trip.sizes)
+        arrays = arrays_of(batch, session.forward_pass.sizes)
         places, targets = arrays.places.tolist(), arrays.targets.tolist()
     elif hasattr(session, "trainable"):
         _, wanted, here, _ = session._arrays(batch)
@@ -148,7 +148,7 @@ def labels_by_hand(batch: Batch) -> list[tuple[int, int]]:
 
 def logits(session: Any, prompt: list[int]) -> Any:
     """The logits after each token, whoever computes them."""
-    if hasattr(session, "trip"):
+    if hasattr(session, "forward_pass"):
         return tiny_mlx.logits_of(session, [prompt])[0]
     if hasattr(session, "logits"):
         return session.logits(prompt)

@@ -15,7 +15,7 @@ from finetune.verify.laws import LawBrokenError
 from finetune.verify.recipes import TaskRecipe
 from finetune.verify.stages import Stage
 from finetune.verify.stories import StoreScene, Story, TrainingScene, origin_of, save_story
-from finetune.verify.theatre import Theatre, perform
+from finetune.verify.theatre import ScenarioRunner, perform
 
 QUICK_TASK: Mapping[str, Any] = {
     "template.name": "chatml",
@@ -51,10 +51,10 @@ KEPT = Path(".hypothesis/stories")
 
 
 @cache
-def theatre(name: str) -> Theatre:
+def theatre(name: str) -> ScenarioRunner:
     """A subject's theatre, for this session."""
     subject = opened_subject(name)
-    opened = Theatre(subject.__enter__())
+    opened = ScenarioRunner(subject.__enter__())
     atexit.register(subject.__exit__, None, None, None)
     atexit.register(opened.close)
     return opened

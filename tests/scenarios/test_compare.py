@@ -17,11 +17,11 @@ import gguf
 
 from finetune.backends import open_backend
 from finetune.cli.app import run as ft
-from finetune.compare.comparison import SERVER, THROUGH, Equivalence, Row, compare_ways
-from finetune.compare.paths import OneWay
+from finetune.compare.comparison import PATHS, SERVER, Equivalence, PathResult, compare_paths
+from finetune.compare.paths import CallablePath
 from finetune.errors import EvidenceError, UsageError
 from finetune.evidence.answering import ask_session
-from finetune.evidence.drift import Asked, Told
+from finetune.evidence.drift import InferenceRequest, InferenceResponse
 from finetune.export.gguf import export
 from finetune.export.gguf_check import BOUNDS
 from finetune.export.merged_folder import plan_weights, write_merged
@@ -41,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run(tmp_path_factory.mktemp("compare"), "lora")
 
 
-def row_of(found: Equivalence, way: str) -> Row:
+def row_of(found: Equivalence, way: str) -> PathResult:
     """The one row of a way."""
     [row] = [row for row in found.rows if row.way == way]
     return row
@@ -53,10 +53,10 @@ def test_every_way_computes_what_was_trained(run: Path) -> None:
     The trainer scores as the run did, and nothing that the run wrote is another.
     """
     before = {path: path.read_bytes() for path in sorted(run.parent.rglob("*")) if path.is_file()}
-    found = compare_ways(run)
+    found = compare_paths(run)
     assert found.holds
     assert found.tokens >= 8
-    assert [row.way for row in found.rows] == [name for name in THROUGH if name != "torch"]
+    assert [row.way for row in found.rows] == [name for name in PATHS if name != "torch"]
     for row in found.rows[1:]:
         assert (row.outcome, row.reason) == ("holds", ""), row
         assert row.drift is not None
@@ -75,7 +75,7 @@ def test_every_way_computes_what_was_trained(run: Path) -> None:
     manifest = json.loads((run / "run.json").read_text(encoding="utf-8"))
     assert found.rows[0].right["learning"] == manifest["scores"]["learning"]["tuned"]["right"]
     told = json.loads((run / "equivalence.json").read_text(encoding="utf-8"))
-    assert (told["outcome"], len(told["ways"])) == ("holds", len(THROUGH) - 1)
+    assert (told["outcome"], len(told["ways"])) == ("holds", len(PATHS) - 1)
     after = {path: path.read_bytes() for path in sorted(run.parent.rglob("*")) if path.is_file()}
     assert after.pop(run / "equivalence.json")
     assert after == before
@@ -83,30 +83,30 @@ def test_every_way_computes_what_was_trained(run: Path) -> None:
     assert all(files[file["path"]] == file["sha256"] for file in manifest["artifacts"])
 
 
-def answers(change: Callable[[Told], Told], folder: Path, run: Path) -> OneWay:
+def answers(change: Callable[[InferenceResponse], InferenceResponse], folder: Path, run: Path) -> CallablePath:
     """A way that computes a model folder with torch, and changes what it tells."""
 
-    def ask(asked: Asked) -> Told:
+    def ask(asked: InferenceRequest) -> InferenceResponse:
         session = open_backend("torch").open(ModelLocation("x", folder, "local"), "float32", 0)
         if folder != run:
             session.load_adapter(run / "adapter")
         return change(ask_session(session, asked))
 
-    return OneWay("other", BOUNDS["f32"], "another server", ask)
+    return CallablePath("other", BOUNDS["f32"], "another server", ask)
 
 
-def _other_token(told: Told) -> Told:
+def _other_token(told: InferenceResponse) -> InferenceResponse:
     first = (*told.ids[0][:1], (told.ids[0][1] + 1) % 640 if len(told.ids[0]) > 1 else 9)
-    return Told((first, *told.ids[1:]), told.following)
+    return InferenceResponse((first, *told.ids[1:]), told.following)
 
 
-def _shorter(told: Told) -> Told:
-    return Told((told.ids[0][:-1], *told.ids[1:]), None)
+def _shorter(told: InferenceResponse) -> InferenceResponse:
+    return InferenceResponse((told.ids[0][:-1], *told.ids[1:]), None)
 
 
-CHANGES: dict[str, tuple[Callable[[Told], Told], str]] = {
+CHANGES: dict[str, tuple[Callable[[InferenceResponse], InferenceResponse], str]] = {
     "nothing": (lambda told: told, ""),
-    "answers alone": (lambda told: Told(told.ids, None), ""),
+    "answers alone": (lambda told: InferenceResponse(told.ids, None), ""),
     "another token": (_other_token, "question 0, token 1"),
     "an answer ends early": (_shorter, "the end instead of token"),
 }
@@ -116,7 +116,7 @@ CHANGES: dict[str, tuple[Callable[[Told], Told], str]] = {
 def test_another_way_is_held_to_the_trainer(change: str, run: Path) -> None:
     """A server of somebody's own is judged as our ways are: by ids and, where it tells them, by distributions."""
     tell, said = CHANGES[change]
-    found = compare_ways(run, (), more=[answers(tell, run.parent / "model", run)])
+    found = compare_paths(run, (), more=[answers(tell, run.parent / "model", run)])
     row = row_of(found, "other")
     assert (row.outcome, said in row.reason) == ("broken" if said else "holds", True), row
     assert found.holds == (not said)
@@ -126,13 +126,13 @@ def test_server_that_renders_otherwise_is_told(run: Path, monkeypatch: pytest.Mo
     """P-CONV: a chat template that makes other ids of a question at serving time is found, with both lengths."""
     rendered = LlamaServer.rendered_ids
     monkeypatch.setattr(LlamaServer, "rendered_ids", lambda self, messages: (*rendered(self, messages), 0))
-    row = row_of(compare_ways(run, [SERVER]), SERVER)
+    row = row_of(compare_paths(run, [SERVER]), SERVER)
     assert row.outcome == "broken"
     assert "the server makes" in row.reason
     monkeypatch.undo()
     ids = LlamaServer.chat_ids
     monkeypatch.setattr(LlamaServer, "chat_ids", lambda self, messages, most: ids(self, messages, most=most)[:-2])
-    row = row_of(compare_ways(run, [SERVER]), SERVER)
+    row = row_of(compare_paths(run, [SERVER]), SERVER)
     assert row.outcome == "broken"
     assert row.drift is not None
     assert row.drift.partings
@@ -142,10 +142,10 @@ def test_the_base_is_not_taken_for_what_was_trained(run: Path) -> None:
     """A200: where the adapter was left out, distributions say so."""
     base = run.parent / "model"
 
-    def ask(asked: Asked) -> Told:
+    def ask(asked: InferenceRequest) -> InferenceResponse:
         return ask_session(open_backend("torch").open(ModelLocation("x", base, "local"), "float32", 0), asked)
 
-    found = compare_ways(run, (), more=[OneWay("base", BOUNDS["f32"], "the base", ask)])
+    found = compare_paths(run, (), more=[CallablePath("base", BOUNDS["f32"], "the base", ask)])
     assert "spreads of the logits" in row_of(found, "base").reason
 
 
@@ -164,7 +164,7 @@ def written(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_was_written_is_what_is_compared(written: Path) -> None:
     """Where a merged folder and a GGUF file lie in the run, those are asked, and hold."""
-    found = compare_ways(written, ("merged", "gguf-f16"))
+    found = compare_paths(written, ("merged", "gguf-f16"))
     assert [(row.outcome, row.what) for row in found.rows[1:]] == [
         ("holds", "the model folder merged"),
         ("holds", "llama.cpp on gguf/run-f16.gguf"),
@@ -257,15 +257,15 @@ def test_what_is_damaged_is_told_by_name(what: str, written: Path, capsys: pytes
 def test_what_cannot_be_computed_is_skipped_with_the_reason(tmp_path: Path) -> None:
     """A GPT-2 is none of the reference's models: skipped, never silent; where nothing is left, that is no success."""
     run = tiny_run(tmp_path, "gpt2")
-    found = compare_ways(run, ("reference", "gguf-f32"))
+    found = compare_paths(run, ("reference", "gguf-f32"))
     assert row_of(found, "gguf-f32").outcome == "holds"
     row = row_of(found, "reference")
     assert (row.outcome, "computes 'llama' only" in row.reason) == ("skipped", True)
     assert found.holds
     with pytest.raises(EvidenceError, match="no way could be held to the trainer"):
-        compare_ways(run, ("reference",))
+        compare_paths(run, ("reference",))
     with pytest.raises(UsageError, match="no way 'llama'"):
-        compare_ways(run, ("llama",))
+        compare_paths(run, ("llama",))
     assert not list(run.glob(".*"))
 
 

@@ -9,14 +9,14 @@ import psutil
 import pytest
 
 from finetune.verify.doors import serving
-from finetune.verify.doors.door import Door, SubjectError
-from finetune.verify.doors.worker import WorkerDoor
+from finetune.verify.doors.door import Subject, SubjectError
+from finetune.verify.doors.worker import SubprocessSubject
 from finetune.verify.suite.conformance import Opener, conform
 from finetune.verify.suite.judge import Effort
 from finetune.verify.suite.run import chosen_laws, verify
-from finetune.verify.suite.subjects import opened_door
+from finetune.verify.suite.subjects import running_subject
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import Judgement
+from finetune.verify.suite.verdicts import LawResult
 
 SLEEPER = "import time; time.sleep(3600)"
 SCRIPT = Path(__file__).with_name("bad_subjects.py")
@@ -45,8 +45,8 @@ def opener(way: str) -> Opener:
     """Opens a trainer that misbehaves in this way; only those that never answer are given little time for it."""
 
     @contextmanager
-    def opened(folder: Path) -> Iterator[Door]:
-        door = WorkerDoor(
+    def opened(folder: Path) -> Iterator[Subject]:
+        door = SubprocessSubject(
             [sys.executable, str(SCRIPT), way],
             folder,
             environment={"PYTHONPATH": str(Path(serving.__file__).parent)},
@@ -97,7 +97,7 @@ def test_conformance_finds_out_each_way_to_misbehave(way: str, tmp_path: Path) -
 @pytest.mark.parametrize("way", ["hangs", "crashes", "prints garbage", "says no number", "lies"])
 def test_verification_goes_on_beside_a_law_that_cannot_be_judged(way: str, tmp_path: Path) -> None:
     """A trainer that misbehaves when one thing is asked is `error` or `broken` there; laws of the rest are judged."""
-    told: list[Judgement] = []
+    told: list[LawResult] = []
     laws = [law for law in chosen_laws(1) if set(law.needs) <= {"loss"} or law.id == "batches.cover"]
     assert len(laws) >= 2
     with opener(way)(tmp_path) as door:
@@ -114,8 +114,8 @@ def test_conformance_of_our_own_trainer(tmp_path: Path) -> None:
     """Our trainer in a process of its own is what the protocol says, in every ability that there is a question for."""
 
     @contextmanager
-    def opened(folder: Path) -> Iterator[Door]:
-        with opened_door("reference", folder) as door:
+    def opened(folder: Path) -> Iterator[Subject]:
+        with running_subject("reference", folder) as door:
             yield door
 
     judged = {each.law: each for each in conform(opened, tmp_path)}
@@ -141,7 +141,7 @@ def test_run_of_training_may_take_longer_than_an_answer(tmp_path: Path) -> None:
     for patience, ability, answers in ((2, "train", True), (2, "render", False), (0.5, "train", False)):
         folder = tmp_path / f"{patience} {ability}"
         folder.mkdir()
-        door = WorkerDoor([sys.executable, "-c", SLOW], folder, environment=environment, patience=patience)
+        door = SubprocessSubject([sys.executable, "-c", SLOW], folder, environment=environment, patience=patience)
         try:
             if answers:
                 assert door.ask(ability, {}) == {"steps": []}

@@ -14,7 +14,7 @@ pytest.importorskip("gguf", reason="needs the gguf extra: pip install 'finetune-
 pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
 
 from finetune.errors import DeploymentError
-from finetune.serve.llama_server import Patience, llama_server
+from finetune.serve.llama_server import ServerTimeouts, llama_server
 from scenarios.served_models import shipped_gguf
 
 pytestmark = pytest.mark.tier2
@@ -86,7 +86,7 @@ def test_llama_server_that_cannot_begin_says_why(file: Path, tmp_path: Path) -> 
             pass
     with (
         pytest.raises(DeploymentError, match="had not loaded the file after 0 s"),
-        llama_server(file, context=64, name="x", patience=Patience(load=0)),
+        llama_server(file, context=64, name="x", patience=ServerTimeouts(load=0)),
     ):
         pass
     assert len(psutil.Process().children()) == before

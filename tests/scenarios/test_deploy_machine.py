@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 pytest.importorskip("ollama", reason="needs the ollama extra: pip install 'finetune-suite[ollama]'")
 
-from finetune.serve.ollama import Patience
+from finetune.serve.ollama import OllamaTimeouts
 from finetune.verify.ours_deploy import OursOnOllama
 from finetune.verify.subjects import Deploys, Ending, Serving
 from finetune_strategies.profiles import examples
@@ -23,7 +23,7 @@ from finetune_strategies.scratch import lasting_folder
 from scenarios.ollama_stand_in import StandIn, Trouble
 
 pytestmark = pytest.mark.tier2
-PATIENCE = Patience(connect=5, silence=0.5, whole=0.5)
+PATIENCE = OllamaTimeouts(connect=5, silence=0.5, whole=0.5)
 """A hanging server costs a story so much; the stand-in answers at once, or not at all."""
 NAMES = st.sampled_from(["facts", "facts:other", "someone/facts"])
 TEMPLATES = [
@@ -81,10 +81,10 @@ class DeployCycle(RuleBasedStateMachine):
         ending = self.subject.deploy(name, serving, replace=replace)
         if whole(name) in self.there and not replace:
             assert ending.code == 3
-            assert "has a model" in ending.told
-            assert "--replace" in ending.told
+            assert "has a model" in ending.stderr
+            assert "--replace" in ending.stderr
         else:
-            assert ending.code == 0, ending.told
+            assert ending.code == 0, ending.stderr
             self.there[whole(name)] = serving
 
     @rule(name=NAMES, question=st.text(max_size=8))
@@ -93,9 +93,9 @@ class DeployCycle(RuleBasedStateMachine):
         ending = self.subject.answer(name, question)
         if whole(name) not in self.there:
             assert ending.code == 1
-            assert "not found" in ending.told
+            assert "not found" in ending.stderr
             return
-        assert ending.code == 0, ending.told
+        assert ending.code == 0, ending.stderr
         self.check_answer(ending, self.there[whole(name)], question)
 
     def check_answer(self, ending: Ending, serving: Serving, question: str) -> None:
@@ -109,7 +109,7 @@ class DeployCycle(RuleBasedStateMachine):
     def remove(self, name: str) -> None:
         """A name that is removed means nothing any more, and can be removed once."""
         ending = self.subject.remove(name)
-        assert (ending.code == 0) is (whole(name) in self.there), ending.told
+        assert (ending.code == 0) is (whole(name) in self.there), ending.stderr
         self.there.pop(whole(name), None)
 
     @rule(name=NAMES, serving=SERVINGS, trouble=TROUBLES)
@@ -131,23 +131,23 @@ class DeployCycle(RuleBasedStateMachine):
 
     def check_told(self, ending: Ending, name: str, found: Serving | None, before: Serving | None) -> None:
         """What the client says of the state is the state; it says something where it had begun to change it."""
-        assert ending.code == 1, ending.told
-        assert self.server.address in ending.told
-        assert "hint: " in ending.told
+        assert ending.code == 1, ending.stderr
+        assert self.server.address in ending.stderr
+        assert "hint: " in ending.stderr
         said = {
             "means what it meant before": found == before,
             "there is no model": found is None,
             "means the new model": found is not None,
             "is deployed and verified": found is not None,
         }
-        assert all(true for words, true in said.items() if words in ending.told), ending.told
+        assert all(true for words, true in said.items() if words in ending.stderr), ending.stderr
         begun = any(line.endswith("/api/create") for line in self.server.asked)
-        assert not begun or any(words in ending.told for words in (*said, "cannot be seen")), ending.told
+        assert not begun or any(words in ending.stderr for words in (*said, "cannot be seen")), ending.stderr
 
     def clear_up(self, ending: Ending) -> None:
         """What is left half made was told by its name, and can be removed under it."""
         left = [name for name in self.server.models if "-part-" in name]
-        assert all(name in ending.told for name in left)
+        assert all(name in ending.stderr for name in left)
         for name in left:
             assert self.subject.remove(name).code == 0
 
@@ -161,7 +161,7 @@ class DeployCycle(RuleBasedStateMachine):
             self.check_answer(ending, self.there[name], question)
         else:
             assert (ending.code, ending.answer) == (1, "")
-            assert self.server.address in ending.told
+            assert self.server.address in ending.stderr
 
     @precondition(lambda self: self.there)
     @rule(data=st.data(), trouble=TROUBLES)

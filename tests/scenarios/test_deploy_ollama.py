@@ -16,7 +16,7 @@ pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'fine
 
 from finetune.errors import DeploymentError, OutputError, UsageError
 from finetune.serve.deploy import ollama_available
-from finetune.serve.ollama import Ollama, Patience, Recipe
+from finetune.serve.ollama import Ollama, OllamaRecipe, OllamaTimeouts
 from finetune.serve.publish import Blob, check_free, place_model
 from scenarios import ollama_stand_in
 from scenarios.ollama_stand_in import StandIn, Trouble, running
@@ -24,10 +24,10 @@ from scenarios.served_models import shipped_gguf
 
 pytestmark = pytest.mark.tier2
 TEMPLATE = "{{ range .Messages }}{{ .Role }}: {{ .Content }}\n{{ end }}assistant:"
-RECIPE = Recipe(TEMPLATE, {"num_ctx": 128, "stop": ["</s>", "\n\n"]}, ("Do as you like.",))
+RECIPE = OllamaRecipe(TEMPLATE, {"num_ctx": 128, "stop": ["</s>", "\n\n"]}, ("Do as you like.",))
 ASKED = [{"role": "system", "content": 'Say """x""".'}, {"role": "user", "content": "{{ .Who }}?\n"}]
 NAME = "finetune-laws/first:try"
-SHORT = Patience(connect=5, silence=0.4, whole=0.4)
+SHORT = OllamaTimeouts(connect=5, silence=0.4, whole=0.4)
 KINDS = ("half-closed", "hang", "garbage", "refused", "stream error", "gone")
 
 
@@ -72,7 +72,7 @@ def test_ollama_takes_a_model_from_its_first_day_to_its_last(server: Ollama, fil
         assert server.chat(NAME, ASKED, most=4).text == said.text
         with pytest.raises(OutputError, match="has a model"):
             check_free(server, NAME.upper(), replace=False)
-        other = Recipe("{{ range .Messages }}{{ .Content }}{{ end }}", RECIPE.parameters)
+        other = OllamaRecipe("{{ range .Messages }}{{ .Content }}{{ end }}", RECIPE.parameters)
         place_model(server, NAME, blob, other, verify=server.show)
         assert server.listed()[NAME] != first
         assert not [name for name in server.listed() if "-part-" in name]

@@ -24,7 +24,7 @@ from finetune.export.gguf_source import exportable_run
 from finetune.run.folder import RunFolder
 from finetune.serve import recipe
 from finetune.serve.deploy import deploy_llama_cpp, deploy_ollama
-from finetune.serve.expected import prepare_exam
+from finetune.serve.expected import prepare_serving_check
 from finetune.serve.llama_server import LlamaServer, llama_server
 from finetune.serve.ollama import Ollama
 from finetune.verify.suite.modelfile_reader import read_modelfile
@@ -130,10 +130,10 @@ def test_deploy_asks_no_question_that_servers_read_otherwise(tmp_path: Path) -> 
     words = ("--data", str(tmp_path / "rows.jsonl"), "--backend", "reference", "--output", "run")
     done = ft("train", *words, *(w for key in quick for w in ("--set", key)), cwd=tmp_path)
     assert done.returncode in (0, 1), done.stderr
-    exam = prepare_exam(tmp_path / "run", exportable_run(tmp_path / "run", open_backend))
-    asked = [asked.prompt.messages[-1]["content"] for asked in exam.questions]
+    serving_check = prepare_serving_check(tmp_path / "run", exportable_run(tmp_path / "run", open_backend))
+    asked = [asked.prompt.messages[-1]["content"] for asked in serving_check.questions]
     assert not [text for text in asked if "<|" in text]
-    [told] = [int(note.split()[0]) for note in exam.notes if "a control token's name" in note]
+    [told] = [int(note.split()[0]) for note in serving_check.notes if "a control token's name" in note]
     assert min(told, len(asked)) > 0
 
 

@@ -62,7 +62,7 @@ def finished(backend: str, kind: str) -> Path:
     chosen = {**QUICK, "training.learning_rate": 0.02, **chosen}
     task = Task(model, data, {key: value for key, value in chosen.items() if key != "backend"})
     ending = subject(backend).train(task, place / "run")
-    assert ending.code in (0, 1), ending.told
+    assert ending.code in (0, 1), ending.stderr
     return place
 
 
@@ -112,18 +112,18 @@ class ExportChain(RuleBasedStateMachine):
 
     def ended(self, name: str, ending: Ending, death: Death | None) -> None:
         """A process that was to make something has ended, perhaps before it had."""
-        assert "Traceback" not in ending.told, ending.told
+        assert "Traceback" not in ending.stderr, ending.stderr
         if ending.code == 0:
             assert self.path(name).exists()
             assert self.left() == []
         else:
-            assert death is not None, ending.told
+            assert death is not None, ending.stderr
             codes = {CODES[death.by], 1} if death.by == "interrupt" else {CODES[death.by]}
-            assert ending.code in codes, ending.told
+            assert ending.code in codes, ending.stderr
             if death.by in ("full", "interrupt"):
                 assert self.left() == []
             if death.by == "full":
-                assert "cannot write" in ending.told or "ended with code" in ending.told
+                assert "cannot write" in ending.stderr or "ended with code" in ending.stderr
         if self.path(name).exists():
             self.there.add(name)
 
@@ -153,7 +153,7 @@ class ExportChain(RuleBasedStateMachine):
         before = content(self.folder)
         outtype = name.removeprefix("gguf-")
         ending = self.subject.merge(self.folder) if name == "merged" else self.subject.export(self.folder, outtype)
-        assert (ending.code, "exists already" in ending.told) == (REFUSED, True), ending.told
+        assert (ending.code, "exists already" in ending.stderr) == (REFUSED, True), ending.stderr
         assert content(self.folder) == before
 
     @precondition(lambda self: "off" not in self.tried)
@@ -162,7 +162,7 @@ class ExportChain(RuleBasedStateMachine):
         """Folding the adapter in and taking it off again leaves the base, bit for bit, and it was another before."""
         self.tried.add("off")
         ending = self.subject.take_off(self.folder)
-        assert ending.code == 0, ending.told
+        assert ending.code == 0, ending.stderr
         assert json.loads(ending.answer) == {"kept": True, "base": True, "another": True}
 
     @precondition(lambda self: "alone" not in self.tried)
@@ -173,9 +173,9 @@ class ExportChain(RuleBasedStateMachine):
         output = self.root / f"adapter-{outtype}.gguf"
         ending = self.subject.export(self.folder, outtype, output=output, alone=True)
         if self.kind.startswith("dora") or self.kind == "modules to save":
-            assert (ending.code, "alone cannot hold" in ending.told) == (REFUSED, True), ending.told
+            assert (ending.code, "alone cannot hold" in ending.stderr) == (REFUSED, True), ending.stderr
         else:
-            assert ending.code == 0, ending.told
+            assert ending.code == 0, ending.stderr
         assert output.exists() == (ending.code == 0)
 
     @precondition(lambda self: {"gguf-f32", "merged"} & self.whole() and "two ways" not in self.tried)
@@ -192,7 +192,7 @@ class ExportChain(RuleBasedStateMachine):
         if "merged" in self.whole():
             output = self.root / f"by way of merged {outtype}.gguf"
             ending = self.subject.export(self.path("merged"), outtype, output=output)
-            assert ending.code == 0, ending.told
+            assert ending.code == 0, ending.stderr
             through = gguf.GGUFReader(output).tensors
             output.unlink()
             assert [one.name for one in through] == [one.name for one in direct]
@@ -242,10 +242,10 @@ class ExportChain(RuleBasedStateMachine):
         """Each is held to the trainer: what is whole holds, and what was spoilt is broken, by its name."""
         name = data.draw(st.sampled_from(sorted(self.there)), label="what")
         ending = self.subject.compare(self.folder, [name], death)
-        assert "Traceback" not in ending.told, ending.told
+        assert "Traceback" not in ending.stderr, ending.stderr
         if death is not None and ending.code in {CODES[death.by], 130} and not ending.answer:
             return
-        assert ending.code == (1 if name in self.spoilt else 0), ending.told
+        assert ending.code == (1 if name in self.spoilt else 0), ending.stderr
         [_, row] = json.loads(ending.answer)["ways"]
         assert row["way"] == name
         if name in self.spoilt:

@@ -26,7 +26,7 @@ from finetune.chat.tokenizer import FileTokenizer
 from finetune.errors import EvidenceError, ExportError, FineTuneError
 from finetune.export import gguf as exporting
 from finetune.export.corpus import nasty_texts
-from finetune.export.gguf import Exported, write_exportable
+from finetune.export.gguf import ExportedFile, write_exportable
 from finetune.export.gguf_check import BOUNDS
 from finetune.export.gguf_source import Exportable
 from finetune.export.llama_cpp import Questions, ask_llama_cpp
@@ -34,7 +34,7 @@ from finetune.export.outtypes import BLOCKS, FILE_TYPES, OUTTYPES, QUANTISED, Ou
 from finetune.export.pre_tokenizer import NAMES
 from finetune.export.quantise import chunk_quantiser, quantise
 from finetune.export.read_back import rounding
-from finetune.export.sources import Adapter
+from finetune.export.sources import AdapterWeights
 from finetune.export.vocabulary import describe_vocabulary
 from finetune.models.locate import SHIPPED, locate_model
 from finetune.records import AdapterTarget, ModelLocation, Optimization
@@ -55,7 +55,7 @@ SHIPPED_AS: list[tuple[str, Outtype]] = [
 ]
 
 
-def stages(done: Exported) -> list[str]:
+def stages(done: ExportedFile) -> list[str]:
     """The stages that were gone through, each of which holds."""
     assert all(check.holds for check in done.checks)
     return [check.stage for check in done.checks]
@@ -144,8 +144,8 @@ def test_gguf_of_an_adapter_is_what_was_trained(kind: str, tmp_path: Path) -> No
         step(session, batches_of(make_rows(4, seed=number), 2), 0.03)
     (tmp_path / "adapter").mkdir()
     session.save_adapter(tmp_path / "adapter")
-    settings = read_settings(tmp_path / "adapter", turned=kind.startswith("gpt2"))
-    adapter = Adapter(tmp_path / "adapter" / WEIGHTS, settings)
+    settings = read_settings(tmp_path / "adapter", transposed=kind.startswith("gpt2"))
+    adapter = AdapterWeights(tmp_path / "adapter" / WEIGHTS, settings)
     tuned = dataclasses.replace(exportable(folder), adapter=adapter, open=lambda: session)
     assert stages(write_exportable(tuned, tmp_path / "merged.gguf", "f32")) == STAGES
     if kind == "saved":  # the smallest change: the base is told from it all the same

@@ -46,12 +46,12 @@ import os
 if os.environ.get("RANK", os.environ.get("MLX_RANK")) == os.environ["DIES"]:
     import signal
     from finetune.distributed import data_parallel as team
-    accumulate = team._Team.accumulate
+    accumulate = team._DataParallelSession.accumulate
     def accumulate_or_die(self, *given):
         if self._step == 3:
             os.kill(os.getpid(), int(os.environ["BY"]))
         return accumulate(self, *given)
-    team._Team.accumulate = accumulate_or_die
+    team._DataParallelSession.accumulate = accumulate_or_die
 """
 """Read by every process as it starts; only that of the given rank dies, in the middle of its fourth step."""
 

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from finetune.backends import open_backend
 from finetune.errors import ExportError
 from finetune.evidence.answering import following_of
-from finetune.evidence.baseline import Truth, tell_truth
-from finetune.evidence.drift import Told, problems
+from finetune.evidence.baseline import Baseline, compute_baseline
+from finetune.evidence.drift import InferenceResponse, problems
 from finetune.export import merge as merging
 from finetune.export.merge import merge
 from finetune.export.merged_folder import merged_problems, plan_weights, write_merged, written_weights
@@ -42,15 +42,15 @@ def ft(*arguments: str, cwd: Path, limit: Callable[[], None] | None = None) -> s
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, preexec_fn=limit, timeout=600)
 
 
-def truth_of(result: Result) -> Truth:
+def truth_of(result: Result) -> Baseline:
     """What the trainer answers to the run's questions and to plain text."""
-    return tell_truth(result.open(), result.prompts(), 6, result.encoder.stop_ids, 128)
+    return compute_baseline(result.open(), result.prompts(), 6, result.encoder.stop_ids, 128)
 
 
-def through_transformers(folder: Path, truth: Truth) -> Told:
+def through_transformers(folder: Path, baseline: Baseline) -> InferenceResponse:
     """What plain transformers makes of a folder, its own settings deciding where answers end."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    asked, ids, rows = truth.asked, [], []
+    asked, ids, rows = baseline.request, [], []
     with torch.no_grad():
         for prompt, steps in zip(asked.prompts, asked.steps, strict=True):
             asked_for = {"max_new_tokens": steps, "do_sample": False}
@@ -58,7 +58,7 @@ def through_transformers(folder: Path, truth: Truth) -> Told:
             ids.append(told)
         for place in asked.places:
             rows.append(model(input_ids=torch.tensor([asked.sequence(place)])).logits[0, -1].numpy())
-    return Told(asked.cut(ids), following_of(rows))
+    return InferenceResponse(asked.cut(ids), following_of(rows))
 
 
 def write(result: Result, folder: Path, dtype: Any = None) -> ModelFiles:
@@ -87,12 +87,12 @@ def test_merged_model_is_what_was_trained(kind: str, tmp_path: Path) -> None:
     result = open_result(tiny_run(tmp_path, kind), open_backend)
     before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
     weights = write(result, tmp_path / "merged")
-    truth = truth_of(result)
-    drift = truth.drift(through_transformers(tmp_path / "merged", truth))
+    baseline = truth_of(result)
+    drift = baseline.drift(through_transformers(tmp_path / "merged", baseline))
     assert problems(drift, 1e-4) == []
     assert drift.partings == ()
     assert drift.places > 10
-    base = truth.drift(through_transformers(tmp_path / "model", truth))
+    base = baseline.drift(through_transformers(tmp_path / "model", baseline))
     assert any("spreads" in words for words in problems(base, 1e-3))
     assert list(merged_problems(result, weights, tmp_path / "merged")) == []
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "merged")
@@ -118,10 +118,10 @@ def test_merged_model_is_what_was_trained_for_mlx_lm_too(kind: str, tmp_path: Pa
         tiny_model(tmp_path / "model", "llama, linear rope")
     result = open_result(tiny_run(tmp_path, "lora" if kind == "far rotations" else kind), open_backend)
     write(result, tmp_path / "merged")
-    truth = truth_of(result)
+    baseline = truth_of(result)
     model, _ = load_model(tmp_path / "merged")
-    rows = [np.array(model(mx.array([truth.asked.sequence(place)]))[0, -1]) for place in truth.asked.places]
-    drift = truth.drift(Told(truth.asked.path, following_of(rows)))
+    rows = [np.array(model(mx.array([baseline.request.sequence(place)]))[0, -1]) for place in baseline.request.places]
+    drift = baseline.drift(InferenceResponse(baseline.request.path, following_of(rows)))
     assert problems(drift, 1e-4) == []
     assert drift.places > 10
 
@@ -138,8 +138,8 @@ def test_merged_model_in_fewer_bits_is_within_its_rounding(stored: Any, dtype: A
     kinds = {str(tensor.dtype) for file in weights_in(tmp_path / "merged") for tensor in load_file(file).values()}
     assert kinds == {"torch.bfloat16" if dtype is None else "torch.float16"}
     assert len(weights_in(tmp_path / "merged")) == 2
-    truth = truth_of(result)
-    drift = truth.drift(through_transformers(tmp_path / "merged", truth))
+    baseline = truth_of(result)
+    drift = baseline.drift(through_transformers(tmp_path / "merged", baseline))
     bound = merging.BOUNDS[weights.rounding]
     assert weights.rounding == ("bf16" if dtype is None else "f16")
     assert problems(drift, bound) == []

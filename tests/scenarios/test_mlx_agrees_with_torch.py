@@ -122,7 +122,7 @@ def test_architectures_agree(kind: str, tmp_path: Path) -> None:
     changes, tolerance = ARCHITECTURES[kind]
     open_backend("torch").create(copy.deepcopy({**SIZES, "model_type": kind, **changes}), tmp_path, 5)
     theirs, session = open_both(ModelLocation(kind, tmp_path, "local"))
-    context = session.trip.sizes.context
+    context = session.forward_pass.sizes.context
     assert context == (changes["sliding_window"] if kind in ("mistral", "qwen2", "gemma2") else 40)
     ids = ROWS[3].ids[:context]
     assert apart(logits_of(session, [ids])[0], torch_logits(theirs, ids)) < tolerance

@@ -52,7 +52,7 @@ def trained(location: ModelLocation) -> Any:
 def surprise(session: Any, row: Tokenized) -> float:
     """Minus the summed log-probability of each trained token that has one before it, from the logits."""
     total = 0.0
-    for place, logits in enumerate(np.array(session.trip.logits(row.ids)).astype(np.float64)[:-1]):
+    for place, logits in enumerate(np.array(session.forward_pass.logits(row.ids)).astype(np.float64)[:-1]):
         if row.trained[place + 1]:
             total += math.log(np.exp(logits).sum()) - logits[row.ids[place + 1]]
     return total
@@ -314,7 +314,7 @@ def test_failing_midway_leaves_no_trace(location: ModelLocation, monkeypatch: py
     train_a_little(session)
     before = session.loss(Batch(ROWS)), session.fingerprints()
     with monkeypatch.context() as patch:
-        patch.setattr(type(session.trip), "summed_loss", lambda self, arrays: 1 / 0)
+        patch.setattr(type(session.forward_pass), "summed_loss", lambda self, arrays: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             session.accumulate(Batch(ROWS), 1.0)
     assert (session.loss(Batch(ROWS)), session.fingerprints()) == before

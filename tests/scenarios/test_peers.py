@@ -16,15 +16,15 @@ from safetensors.numpy import save_file
 
 from finetune.chat.catalog import CATALOG
 from finetune.errors import MissingExtraError, UsageError
-from finetune.verify.doors.command import CommandDoor
+from finetune.verify.doors.command import CommandSubject
 from finetune.verify.doors.command_file import CommandFile
-from finetune.verify.doors.door import Door, RefusesError, SubjectError, UnsupportedError
-from finetune.verify.doors.late import unspoilt
+from finetune.verify.doors.door import RefusesError, Subject, SubjectError, UnsupportedError
+from finetune.verify.doors.late import reference_oracle
 from finetune.verify.suite import subjects
 from finetune.verify.suite.conformance import conform
 from finetune.verify.suite.judge import Effort, judge
 from finetune.verify.suite.run import chosen_laws
-from finetune.verify.suite.subjects import opened_door
+from finetune.verify.suite.subjects import running_subject
 from finetune.verify.suite.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,8 +57,8 @@ def test_peers_are_what_the_protocol_says(peer: str, tmp_path: Path) -> None:
     python = python_of(peer)
 
     @contextmanager
-    def opened(folder: Path) -> Iterator[Door]:
-        with opened_door(peer, folder, python=python) as door:
+    def opened(folder: Path) -> Iterator[Subject]:
+        with running_subject(peer, folder, python=python) as door:
             yield door
 
     judged = {each.law: each for each in conform(opened, tmp_path)}
@@ -69,9 +69,9 @@ def test_peers_are_what_the_protocol_says(peer: str, tmp_path: Path) -> None:
 def test_peers_findings_are_found_again_and_small(tmp_path: Path) -> None:
     """Five things that mlx-lm does otherwise come out of laws that know nothing of it, in three rows at most."""
     laws = {law.id: law for law in chosen_laws(2, FOUND_IN_MLX_LM)}
-    oracle = unspoilt(tmp_path / "oracle")
+    oracle = reference_oracle(tmp_path / "oracle")
     try:
-        with opened_door("mlx-lm", tmp_path, python=python_of("mlx-lm")) as door:
+        with running_subject("mlx-lm", tmp_path, python=python_of("mlx-lm")) as door:
             if door.about.versions["mlx-lm"] != "0.32.2":
                 pytest.skip(f"pinned for mlx-lm 0.32.2, and this is {door.about.versions['mlx-lm']}")
             trainer = Trainer(door, tmp_path, oracle)
@@ -96,12 +96,12 @@ def test_peers_that_are_not_installed_are_refused_with_the_way_to_get_them(tmp_p
     empty = tmp_path / "python"
     empty.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
     empty.chmod(0o755)
-    with pytest.raises(MissingExtraError, match="trl") as caught, opened_door("trl", tmp_path, python=str(empty)):
+    with pytest.raises(MissingExtraError, match="trl") as caught, running_subject("trl", tmp_path, python=str(empty)):
         pass
     assert "pip install" in str(caught.value)
     assert "FT_SUBJECT_PYTHON" in str(caught.value)
     for name, python in (("trl", str(tmp_path / "nobody")), ("trll", None), ("json:JSONDecoder", None)):
-        with pytest.raises(UsageError), opened_door(name, tmp_path, python=python):
+        with pytest.raises(UsageError), running_subject(name, tmp_path, python=python):
             pass
 
 
@@ -120,7 +120,7 @@ shutil.copytree(adapter, Path(output) / "adapter")
 """
 
 
-def command(tmp_path: Path, way: str, seconds: float = 120) -> CommandDoor:
+def command(tmp_path: Path, way: str, seconds: float = 120) -> CommandSubject:
     """The door to a command that trains nothing, and writes what it is given."""
     adapter = tmp_path / "given"
     adapter.mkdir()
@@ -143,7 +143,7 @@ def command(tmp_path: Path, way: str, seconds: float = 120) -> CommandDoor:
     )
     place = tmp_path / "place"
     place.mkdir()
-    return CommandDoor(file, place)
+    return CommandSubject(file, place)
 
 
 def test_command_tells_its_course_and_goes_on_from_what_it_had(tmp_path: Path) -> None:

@@ -9,14 +9,14 @@ import pytest
 
 from finetune.errors import UsageError
 from finetune.report.matrix import render_matrix
-from finetune.verify.doors.door import About, InsideDoor
+from finetune.verify.doors.door import About, InProcessSubject
 from finetune.verify.faults import fault as fault_room
 from finetune.verify.faults.fault import Fault, PlantingError, faults, hits, plant
 from finetune.verify.prove import campaign
 from finetune.verify.prove import job as job_room
 from finetune.verify.prove.baseline import baseline_text, lost_kills, read_baseline
 from finetune.verify.prove.campaign import Campaign, Proof, Spread, by_stage, chosen_faults, prove, result_of, run_jobs
-from finetune.verify.prove.job import FaultRun, Job, MarkingDoor, do_job, run_job
+from finetune.verify.prove.job import FaultRun, Job, RecordingSubject, do_job, run_job
 
 LAWS = ("batches.cover", "mask.answers")
 NOBODY = Fault("A000", "none.none", "", "Nothing goes wrong.", lambda: None)
@@ -155,7 +155,7 @@ def test_marks_tell_answers_apart_by_what_is_in_their_files(tmp_path: Path) -> N
 
     marks = []
     for _ in range(3):
-        door = MarkingDoor(InsideDoor(About("", {}, {}), {"loss": answer}, []), tmp_path)
+        door = RecordingSubject(InProcessSubject(About("", {}, {}), {"loss": answer}, []), tmp_path)
         door.ask("loss", {"number": 1})
         marks.append(door.marks)
     assert marks[0] == marks[1] != marks[2]

@@ -51,7 +51,7 @@ def start(folder: Path, **how: Any) -> dict[str, Any]:
     return pipeline.fine_tune(loaded, output=folder, **how)[1]
 
 
-def go_on(folder: Path) -> dict[str, Any]:
+def resume(folder: Path) -> dict[str, Any]:
     """Continue it, as `ft train --resume` does."""
     plan = load_plan(RunFolder.unfinished(folder).plan)
     return pipeline.fine_tune(LoadedConfig(plan.config, plan.origins), output=folder, resume=True)[1]
@@ -102,7 +102,7 @@ def test_resume_ends_in_the_run_that_was_never_killed(
     (folder / ".run.json.77.part").write_text("{")
     with (folder / "events.jsonl").open("a") as events:
         events.write('{"event": "StepDo')
-    found = go_on(folder)
+    found = resume(folder)
     expected_folder, expected = whole
     name = "adapter/adapter_model.safetensors"
     assert (folder / name).read_bytes() == (expected_folder / name).read_bytes()

@@ -16,12 +16,12 @@ from hypothesis import Phase, settings
 from finetune.cli.app import run
 from finetune.verify.deaths import Death
 from finetune.verify.laws import LawBrokenError
-from finetune.verify.nursery import Nursery
+from finetune.verify.nursery import ForkServer
 from finetune.verify.recipes import TaskRecipe
 from finetune.verify.stages import Stage
-from finetune.verify.stories import Finding, Story, TrainingScene, load_story, origin_of, save_story
-from finetune.verify.theatre import Outcome
-from finetune.verify.training_stages import GoOn, SpoilCheckpoint
+from finetune.verify.stories import StageFinding, Story, TrainingScene, load_story, origin_of, save_story
+from finetune.verify.theatre import StoryResult
+from finetune.verify.training_stages import Resume, SpoilCheckpoint
 from finetune_strategies.profiles import examples
 from scenarios import liars
 from scenarios.subjects import KEPT, Storyteller, theatre
@@ -40,24 +40,24 @@ SMALL = TaskRecipe(
         "training.learning_rate": 0.01,
     },
 )
-END = GoOn()
+END = Resume()
 EVERY = range(28, 90, 4)
 """Changes to a run's folder after the first checkpoint; the windows in which these lies show are wider."""
 
 
 def killed(by: Any = "kill") -> Iterator[tuple[Stage, ...]]:
     """Ended by something once, and gone on with."""
-    yield from ((GoOn(death=Death(after, by)), END) for after in EVERY)
+    yield from ((Resume(death=Death(after, by)), END) for after in EVERY)
 
 
 def killed_again() -> Iterator[tuple[Stage, ...]]:
     """Killed a second time, in the life that goes on."""
-    yield from ((GoOn(death=Death(28, "kill")), GoOn(death=Death(after, "kill")), END) for after in range(8, 60, 4))
+    yield from ((Resume(death=Death(28, "kill")), Resume(death=Death(after, "kill")), END) for after in range(8, 60, 4))
 
 
 def spoiled() -> Iterator[tuple[Stage, ...]]:
     """Killed, and its checkpoint damaged."""
-    yield from ((GoOn(death=Death(after, "kill")), SpoilCheckpoint(where=9)) for after in EVERY)
+    yield from ((Resume(death=Death(after, "kill")), SpoilCheckpoint(where=9)) for after in EVERY)
 
 
 LIES: dict[str, tuple[str, Any]] = {
@@ -77,7 +77,7 @@ def named(liar: str) -> str:
     return f"{liars.__name__}:{liar}"
 
 
-def first_broken(liar: str, acts: Iterator[tuple[Stage, ...]]) -> tuple[Story, Outcome]:
+def first_broken(liar: str, acts: Iterator[tuple[Stage, ...]]) -> tuple[Story, StoryResult]:
     """The first of these stories that the liar breaks."""
     for stages in acts:
         story = Story(setting=TrainingScene(task=SMALL), stages=stages, origin=origin_of(named(liar)))
@@ -103,7 +103,7 @@ def test_story_of_a_lie_is_broken_by_the_liar_and_kept_by_ours(liar: str, tmp_pa
     assert str(theatre(named(liar)).folder) not in path.read_text()
     kept = theatre("reference").run(again)
     assert (kept.verdict, kept.idle, kept.late) == ("kept", (), ())
-    deaths = sum(isinstance(stage, GoOn) and stage.death is not None for stage in story.stages)
+    deaths = sum(isinstance(stage, Resume) and stage.death is not None for stage in story.stages)
     assert sum(count for _, count in kept.died) == deaths >= 1
 
 
@@ -181,8 +181,8 @@ def case(request: pytest.FixtureRequest) -> tuple[type[Storyteller], str]:
 
 def test_story_that_does_not_come_to_its_point_is_not_fixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where the stage at which it broke finds nothing to act on, nothing is judged: ERROR, and a late death is told."""
-    stages = (GoOn(death=Death(100_000, "kill")), SpoilCheckpoint())
-    finding = Finding(law="resume.refuses-damaged", statement="", stage=2, expected="", got="")
+    stages = (Resume(death=Death(100_000, "kill")), SpoilCheckpoint())
+    finding = StageFinding(law="resume.refuses-damaged", statement="", stage=2, expected="", got="")
     story = Story(setting=TrainingScene(task=SMALL), stages=stages, broken=finding, origin=origin_of("reference"))
     path = tmp_path / "story.json"
     save_story(story, path)
@@ -210,12 +210,12 @@ def alive(pid: int) -> bool:
 
 def test_process_takes_along_what_it_had_started(tmp_path: Path) -> None:
     """When a process under test ends, nothing that it started is left."""
-    nursery = Nursery([])
+    nursery = ForkServer([])
     try:
         ending = nursery.run("scenarios.test_stories:leave_children", [], tmp_path, None)
     finally:
         nursery.close()
-    assert ending.code == 0, ending.told
+    assert ending.code == 0, ending.stderr
     left = int(ending.answer)
     deadline = time.monotonic() + 60
     while alive(left) and time.monotonic() < deadline:

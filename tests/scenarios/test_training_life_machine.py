@@ -19,9 +19,9 @@ from finetune.verify.deaths import Death
 from finetune.verify.training_stages import (
     OTHER_SETTINGS,
     AskForWhatCannotBe,
-    GoOn,
     Measure,
     Move,
+    Resume,
     ResumeAsAnother,
     SaveInAnotherRhythm,
     SpoilCheckpoint,
@@ -44,14 +44,14 @@ class TrainingLife(Storyteller):
         self.begin_in(training(name))
         # What shows nothing new until another process has been at work.
         self.tried: set[str] = set()
-        self.go_on(death)
+        self.resume(death)
 
     def teardown(self) -> None:
         """However the story went, it ends well."""
         # A story that has failed already, or that Hypothesis gives up, has no other end.
         try:
             if self.begun and sys.exc_info()[0] is None and self.unfinished():
-                self.do(GoOn())
+                self.do(Resume())
         finally:
             super().teardown()
 
@@ -67,28 +67,28 @@ class TrainingLife(Storyteller):
         """Whether there is nothing left to do."""
         return not self.unfinished()
 
-    def go_on(self, death: Death | None) -> None:
+    def resume(self, death: Death | None) -> None:
         """One process more."""
         self.tried.clear()
-        self.do(GoOn(death=death))
+        self.do(Resume(death=death))
 
     @precondition(unfinished)
     @rule(data=st.data())
     def be_killed(self, data: st.DataObject) -> None:
         """Begin or go on, and come to a sudden end."""
-        self.go_on(data.draw(deaths(self.world.whole.changes, "kill", "power", "torn"), label="death"))
+        self.resume(data.draw(deaths(self.world.whole.changes, "kill", "power", "torn"), label="death"))
 
     @precondition(unfinished)
     @rule(data=st.data())
     def be_stopped(self, data: st.DataObject) -> None:
         """Begin or go on, and come to an end that can be told of."""
-        self.go_on(data.draw(deaths(self.world.whole.changes, "interrupt", "full"), label="death"))
+        self.resume(data.draw(deaths(self.world.whole.changes, "interrupt", "full"), label="death"))
 
     @precondition(lambda self: self.world.lives > 2 and self.unfinished())
     @rule()
     def finish(self) -> None:
         """Go on, and be left alone."""
-        self.go_on(None)
+        self.resume(None)
 
     @precondition(lambda self: self.world.folder.exists() and "move" not in self.tried)
     @rule()
@@ -162,7 +162,7 @@ def test_training_life_goes_on_after_a_death_at_every_change() -> None:
         for after in range(changes - 3 if HURRIED else 0, changes):
             story = TrainingLife()
             story.begin_in(training("plain"))
-            story.do(GoOn(death=Death(after, way)))
+            story.do(Resume(death=Death(after, way)))
             died += story.world.died
             story.teardown()
     print("processes that died:", dict(died))

@@ -89,7 +89,7 @@ def close(first: dict[str, Any], second: dict[str, Any], tolerance: float = 1e-4
 
 def logits_of(session: Any, prompts: Any) -> list[Any]:
     """The session's logits on the prompts."""
-    return [np.array(session.trip.logits(ids)) for ids in prompts]
+    return [np.array(session.forward_pass.logits(ids)) for ids in prompts]
 
 
 def furthest(first: list[Any], second: list[Any]) -> float:

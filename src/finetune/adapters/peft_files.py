@@ -128,7 +128,7 @@ def check_tensor_shapes(saved: Mapping[str, tuple[int, ...]], expected: Mapping[
         )
 
 
-def write_settings(target: AdapterTarget, base: str, folder: Path, *, turned: bool) -> None:
+def write_settings(target: AdapterTarget, base: str, folder: Path, *, transposed: bool) -> None:
     """Write the settings so that PEFT loads the adapter.
 
     Args:
@@ -139,7 +139,7 @@ def write_settings(target: AdapterTarget, base: str, folder: Path, *, turned: bo
         "alpha_pattern": dict(target.alpha_pattern),
         "base_model_name_or_path": base,
         "bias": "none",
-        "fan_in_fan_out": turned,
+        "fan_in_fan_out": transposed,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": target.alpha,
@@ -156,15 +156,15 @@ def write_settings(target: AdapterTarget, base: str, folder: Path, *, turned: bo
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def read_settings(folder: Path, *, turned: bool) -> AdapterTarget:
-    """What the settings in `folder` say; `turned` as for `write_settings`.
+def read_settings(folder: Path, *, transposed: bool) -> AdapterTarget:
+    """What the settings in `folder` say; `transposed` as for `write_settings`.
 
     Raises:
         ModelError: they are missing or broken, or the adapter is of a kind that is neither LoRA nor DoRA.
     """
     try:
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        odd = {key: value for key, value in settings.items() if not _is_plain(key, value, turned=turned)}
+        odd = {key: value for key, value in settings.items() if not _is_plain(key, value, transposed=transposed)}
         target = AdapterTarget(
             settings["r"],
             settings["lora_alpha"],
@@ -215,11 +215,11 @@ def _names(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _is_plain(key: str, value: Any, *, turned: bool) -> bool:
+def _is_plain(key: str, value: Any, *, transposed: bool) -> bool:
     if key == "peft_type":
         return bool(value == "LORA")
     if key == "init_lora_weights":
         return value in (None, True, False, "gaussian")
-    if key == "fan_in_fan_out" and turned:
+    if key == "fan_in_fan_out" and transposed:
         return True
     return key in _UNDERSTOOD | _WITHOUT_EFFECT or not value or (key, value) == ("bias", "none")

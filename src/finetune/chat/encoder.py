@@ -10,7 +10,7 @@ from finetune.chat.fit import Encoded, fit_rows
 from finetune.chat.render import ChatTemplate, find_template
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import Plan
-from finetune.data.shape import Shaped
+from finetune.data.shape import ShapedRows
 from finetune.files import make_folder, write_bytes
 from finetune.records import Conversation, ModelLocation, Question, Rendered
 
@@ -26,7 +26,7 @@ class Encoder:
         taught = (tokenizer.control_id(token) for token in self.template.terminators())
         self.stop_ids = tuple(dict.fromkeys([*(token for token in taught if token is not None), *tokenizer.stop_ids]))
 
-    def encode(self, shaped: Shaped, plan: Plan) -> Encoded:
+    def encode(self, shaped: ShapedRows, plan: Plan) -> Encoded:
         """Ids and trained marks of all examples, within the plan's length."""
         rendered = [
             self.template.render(example)

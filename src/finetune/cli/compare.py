@@ -8,7 +8,7 @@ from finetune.cli.console import data_console, print_json, say
 from finetune.cli.options import AsJson, RunPath
 
 if TYPE_CHECKING:
-    from finetune.compare.comparison import Equivalence, Row
+    from finetune.compare.comparison import Equivalence, PathResult
 
 Through = Annotated[
     str | None,
@@ -21,10 +21,10 @@ def command(run: RunPath, *, through: Through = None, json_output: AsJson = Fals
 
     Trainer, merged model, torch, MLX, reference and GGUF of each type: exact matches, the first token that differs, KL.
     """
-    from finetune.compare.comparison import THROUGH, compare_ways
+    from finetune.compare.comparison import PATHS, compare_paths
 
-    names = [name.strip() for name in through.split(",")] if through is not None else THROUGH
-    found = compare_ways(run, names, tell=say)
+    names = [name.strip() for name in through.split(",")] if through is not None else PATHS
+    found = compare_paths(run, names, tell=say)
     for note in found.notes:
         say(f"note: {note}")
     if json_output:
@@ -46,11 +46,11 @@ def _print(found: "Equivalence") -> None:
     say(f"questions: {asked}; distributions at {found.tokens} tokens of the trainer's own answers")
 
 
-def _right(found: "Equivalence", row: "Row", name: str) -> str:
+def _right(found: "Equivalence", row: "PathResult", name: str) -> str:
     return f"{row.right[name]}/{found.asked[name]}" if name in row.right else ""
 
 
-def _drift(found: "Equivalence", row: "Row") -> tuple[str, ...]:
+def _drift(found: "Equivalence", row: "PathResult") -> tuple[str, ...]:
     drift = row.drift
     if drift is None:
         return ("",) * 5

@@ -61,7 +61,7 @@ def command(
         raise MissingExtraError("ft prove needs Hypothesis", hint="pip install 'finetune-suite[verify]'")
     if engine not in ("processes", "ray"):
         raise UsageError(f"there is no engine {engine!r}", hint="choose processes or ray")
-    from finetune.backends import require_backend
+    from finetune.abilities import require_backend
     from finetune.verify.prove.baseline import lost_kills, read_baseline
     from finetune.verify.prove.campaign import Campaign, Spread, chosen_faults, prove, workers_here
 

@@ -13,7 +13,7 @@ from finetune.processes import terminated_as_interrupted
 if TYPE_CHECKING:
     from finetune.verify.minimise import Minimised
     from finetune.verify.stories import Story
-    from finetune.verify.theatre import Outcome
+    from finetune.verify.theatre import StoryResult
 
 FileName = Annotated[
     Path, typer.Argument(metavar="FILE", help="A finding of ft verify, or a story as a failing machine writes it.")
@@ -53,7 +53,7 @@ def command(
     from finetune.verify.choose import BACKENDS, opened_subject
     from finetune.verify.confine import confined_to
     from finetune.verify.stories import load_story
-    from finetune.verify.theatre import Theatre
+    from finetune.verify.theatre import ScenarioRunner
 
     if python:
         raise UsageError(f"--python {python}: {file} is a story, told in this environment", hint="leave --python out")
@@ -65,7 +65,7 @@ def command(
             hint=f"--subject {name} tells it to that one, --subject reference to ours",
         )
     with terminated_as_interrupted(), opened_subject(name) as chosen:
-        theatre = Theatre(chosen)
+        theatre = ScenarioRunner(chosen)
         try:
             with confined_to(theatre.folder, name):
                 outcome = theatre.run(story)
@@ -81,7 +81,7 @@ def command(
     return _CODES[outcome.verdict]
 
 
-def _smaller(theatre: Any, story: "Story", outcome: "Outcome", file: Path, seconds: float) -> "Minimised | None":
+def _smaller(theatre: Any, story: "Story", outcome: "StoryResult", file: Path, seconds: float) -> "Minimised | None":
     """The story made smaller and written next to its file; None where there is nothing to make smaller."""
     from finetune.verify.minimise import minimise, same_break
     from finetune.verify.stories import save_story
@@ -98,7 +98,7 @@ def _smaller(theatre: Any, story: "Story", outcome: "Outcome", file: Path, secon
     return found
 
 
-def _tell(name: str, story: "Story", outcome: "Outcome") -> None:
+def _tell(name: str, story: "Story", outcome: "StoryResult") -> None:
     lines = [f"{_WORDS[outcome.verdict]}: {name}"]
     if outcome.why:
         lines.append(f"  {outcome.why}")
@@ -116,7 +116,7 @@ def _tell(name: str, story: "Story", outcome: "Outcome") -> None:
     print_data("\n".join(lines))
 
 
-def _as_dict(name: str, story: "Story", outcome: "Outcome", smaller: "Minimised | None") -> dict[str, Any]:
+def _as_dict(name: str, story: "Story", outcome: "StoryResult", smaller: "Minimised | None") -> dict[str, Any]:
     finding = outcome.finding
     return {
         "outcome": _WORDS[outcome.verdict],

@@ -127,7 +127,14 @@ def _again(
     # How many processes there are is said by whoever starts them.
     kept = [each for each in assignments or [] if not each.startswith("training.processes=")]
     file = [str(config)] if config else []
-    return ["train", *file, *options, *(f"--set={each}" for each in kept), *(["--resume"] if resume else [])]
+    return [
+        "finetune.cli.worker",
+        "train",
+        *file,
+        *options,
+        *(f"--set={each}" for each in kept),
+        *(["--resume"] if resume else []),
+    ]
 
 
 def _tell(run: dict[str, Any], folder: Path, *, json_output: bool) -> None:

@@ -15,7 +15,7 @@ from finetune.processes import terminated_as_interrupted
 if TYPE_CHECKING:
     from finetune.verify.suite.judge import Effort
     from finetune.verify.suite.run import Verification
-    from finetune.verify.suite.verdicts import Judgement
+    from finetune.verify.suite.verdicts import LawResult
 
 SubjectName = Annotated[
     str | None,
@@ -148,7 +148,7 @@ def _verified(subject: str, laws: Any, effort: "Effort", **how: Any) -> "Verific
         raise FineTuneError(f"the subject {subject!r} cannot be asked: {error}") from None
 
 
-def _chained(subject: str, output: Path | None) -> "tuple[Judgement, ...]":
+def _chained(subject: str, output: Path | None) -> "tuple[LawResult, ...]":
     """What the whole chain came to; what it made is kept only where there is a folder for findings."""
     import tempfile
 
@@ -160,7 +160,7 @@ def _chained(subject: str, output: Path | None) -> "tuple[Judgement, ...]":
         return judge_chain(subject, Path(folder) / "chain", _tell)
 
 
-def _tell(judgement: "Judgement") -> None:
+def _tell(judgement: "LawResult") -> None:
     why = f": {judgement.why}" if judgement.why and judgement.word != "holds" else ""
     say(f"{judgement.law}: {judgement.word}{why}")
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from finetune.backends import open_backend
-from finetune.compare.paths import GgufWays, OneWay, backend_way, merged_way, open_gguf_ways
+from finetune.compare.paths import CallablePath, GgufPaths, backend_path, merged_path, open_gguf_paths
 from finetune.errors import EvidenceError, ExportError, FineTuneError, RefusedError, UsageError
 from finetune.evidence.answers import score
-from finetune.evidence.baseline import Truth, tell_truth
-from finetune.evidence.drift import Drift, Ids, Told, Way, problems
+from finetune.evidence.baseline import Baseline, compute_baseline
+from finetune.evidence.drift import Drift, Ids, InferencePath, InferenceResponse, problems
 from finetune.export.outtypes import OUTTYPES, Outtype
 from finetune.export.result import Result, open_result
 from finetune.files import write_json
@@ -24,7 +24,7 @@ FORMAT = 1
 TRAINER = "trainer"
 BACKENDS = ("torch", "mlx", "reference")
 SERVER = "server"
-THROUGH = (TRAINER, "merged", *BACKENDS, *(f"gguf-{outtype}" for outtype in OUTTYPES), SERVER)
+PATHS = (TRAINER, "merged", *BACKENDS, *(f"gguf-{outtype}" for outtype in OUTTYPES), SERVER)
 """The ways there are, in the order in which they are asked."""
 STEPS_WITHOUT_QUESTIONS = 24
 KL = "KL divergence in nats from the trainer's distribution, over every id that the way tells and the rest as one"
@@ -33,7 +33,7 @@ Teller = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PathResult:
     """What was found of one way; `reason` says why it is broken or was skipped."""
 
     way: str
@@ -53,7 +53,7 @@ class Equivalence:
     trainer: str
     asked: dict[str, int]
     tokens: int
-    rows: tuple[Row, ...]
+    rows: tuple[PathResult, ...]
     notes: tuple[str, ...]
     texts: dict[int, str] = field(repr=False)
 
@@ -82,8 +82,8 @@ class Equivalence:
         }
 
 
-def compare_ways(
-    run: Path, through: Sequence[str] = THROUGH, *, more: Sequence[Way] = (), tell: Teller = lambda words: None
+def compare_paths(
+    run: Path, through: Sequence[str] = PATHS, *, more: Sequence[InferencePath] = (), tell: Teller = lambda words: None
 ) -> Equivalence:
     """Ask every way the run's questions, hold it to the trainer, and write `equivalence.json` into the run's folder.
 
@@ -95,12 +95,12 @@ def compare_ways(
     Raises:
         FineTuneError: the run cannot be opened, or there was no way that could be held to the trainer.
     """
-    if unknown := sorted(set(through) - set(THROUGH)):
-        raise UsageError(f"there is no way {unknown[0]!r}", hint=f"choose from: {', '.join(THROUGH)}")
+    if unknown := sorted(set(through) - set(PATHS)):
+        raise UsageError(f"there is no way {unknown[0]!r}", hint=f"choose from: {', '.join(PATHS)}")
     result = open_result(run, open_backend)
     with result.run.held():
         comparison = _Comparison.begin(result, through)
-        tell(f"asking the trainer {len(comparison.truth.asked.prompts)} questions")
+        tell(f"asking the trainer {len(comparison.baseline.request.prompts)} questions")
         rows = [comparison.trainer()]
         for row in comparison.rows(through, more):
             tell(f"{row.way}: {row.outcome}" + (f": {row.reason}" if row.reason else ""))
@@ -118,8 +118,8 @@ class _Comparison:
     result: Result
     prepared: Prepared
     questions: dict[str, tuple[Question, ...]]
-    gguf: GgufWays | RefusedError | None
-    truth: Truth
+    gguf: GgufPaths | RefusedError | None
+    baseline: Baseline
 
     @classmethod
     def begin(cls, result: Result, through: Sequence[str]) -> "_Comparison":
@@ -128,26 +128,26 @@ class _Comparison:
         questions = {"learning": prepared.questions, "retention": prepared.retention}
         prompts: list[Ids] = [question.ids for group in questions.values() for question in group]
         steps = result.config.evaluation.max_new_tokens if prompts else STEPS_WITHOUT_QUESTIONS
-        gguf: GgufWays | RefusedError | None = None
+        gguf: GgufPaths | RefusedError | None = None
         if any(name == SERVER or name.startswith("gguf-") for name in through):
             try:
-                gguf = open_gguf_ways(result)
+                gguf = open_gguf_paths(result)
             except RefusedError as error:
                 gguf = error
-        stops = gguf.stops if isinstance(gguf, GgufWays) else result.encoder.stop_ids
+        stops = gguf.stops if isinstance(gguf, GgufPaths) else result.encoder.stop_ids
         context = read_shape(result.folder).context_length
         plain = [prompt for prompt in result.prompts() if len(prompt) < context]
-        truth = tell_truth(result.open(), prompts or plain, steps, stops, context)
-        return cls(result, prepared, questions, gguf, truth)
+        baseline = compute_baseline(result.open(), prompts or plain, steps, stops, context)
+        return cls(result, prepared, questions, gguf, baseline)
 
-    def trainer(self) -> Row:
+    def trainer(self) -> PathResult:
         """The trainer's own row."""
         what = f"the {self.result.config.backend} backend, adapter on its base, float32"
-        return Row(TRAINER, what, "truth", right=self._right(self.truth.asked.path))
+        return PathResult(TRAINER, what, "truth", right=self._right(self.baseline.request.path))
 
-    def rows(self, through: Sequence[str], more: Sequence[Way]) -> Iterator[Row]:
+    def rows(self, through: Sequence[str], more: Sequence[InferencePath]) -> Iterator[PathResult]:
         """One row for each way, or more where there are several files of a kind."""
-        for name in (name for name in THROUGH if name in through and name != TRAINER):
+        for name in (name for name in PATHS if name in through and name != TRAINER):
             if name == self.result.config.backend:
                 continue  # the trainer itself
             try:
@@ -158,29 +158,29 @@ class _Comparison:
             yield from map(self._judge, ways)
         yield from map(self._judge, more)
 
-    def _ways(self, name: str) -> tuple[OneWay, ...]:
+    def _ways(self, name: str) -> tuple[CallablePath, ...]:
         if name in BACKENDS:
-            return (backend_way(self.result, name),)
+            return (backend_path(self.result, name),)
         if name == "merged":
-            return (merged_way(self.result),)
-        if isinstance(self.gguf, GgufWays) and name == SERVER:
+            return (merged_path(self.result),)
+        if isinstance(self.gguf, GgufPaths) and name == SERVER:
             return self.gguf.served(conversations_of(self.result.encoder, self.prepared))
-        if isinstance(self.gguf, GgufWays):
+        if isinstance(self.gguf, GgufPaths):
             outtype: Outtype = next(known for known in get_args(Outtype) if name == f"gguf-{known}")
             return self.gguf.of(outtype)
         assert self.gguf is not None
         raise self.gguf
 
-    def _judge(self, way: Way) -> Row:
+    def _judge(self, way: InferencePath) -> PathResult:
         what = str(getattr(way, "what", way.name))
         try:
-            told: Told = way.ask(self.truth.asked)
+            told: InferenceResponse = way.ask(self.baseline.request)
         except FineTuneError as error:
             return _failed(way.name, what, error)
-        drift = self.truth.drift(told)
+        drift = self.baseline.drift(told)
         found = problems(drift, way.bound)
         outcome: Outcome = "broken" if found else "holds"
-        return Row(way.name, what, outcome, "; ".join(found), way.bound, self._right(told.ids), drift)
+        return PathResult(way.name, what, outcome, "; ".join(found), way.bound, self._right(told.ids), drift)
 
     def _right(self, answers: Sequence[Ids]) -> dict[str, int]:
         """How many answers are right, scored as the run's own are."""
@@ -192,7 +192,7 @@ class _Comparison:
                 start += len(group)
         return right
 
-    def finish(self, rows: tuple[Row, ...]) -> Equivalence:
+    def finish(self, rows: tuple[PathResult, ...]) -> Equivalence:
         """All rows together."""
         result, config = self.result, self.result.config
         ids = {token for row in rows if row.drift for p in row.drift.partings for token in (p.own, p.theirs)}
@@ -203,18 +203,18 @@ class _Comparison:
             run=str(result.manifest["id"]),
             trainer=config.backend,
             asked={name: len(group) for name, group in self.questions.items() if group}
-            or {"plain text": len(self.truth.asked.prompts)},
-            tokens=len(self.truth.asked.places),
+            or {"plain text": len(self.baseline.request.prompts)},
+            tokens=len(self.baseline.request.places),
             rows=rows,
             notes=tuple(notes),
             texts={token: result.encoder.tokenizer.decode([token]) for token in ids if token is not None},
         )
 
 
-def _failed(name: str, what: str, error: FineTuneError) -> Row:
+def _failed(name: str, what: str, error: FineTuneError) -> PathResult:
     """A way that cannot be computed here is skipped; one whose file is not what was written is broken."""
     outcome: Outcome = "skipped" if isinstance(error, RefusedError) else "broken"
     if not isinstance(error, RefusedError | ExportError | EvidenceError):
         raise error
     hint = f" ({error.hint})" if error.hint else ""
-    return Row(name, what, outcome, f"{error.message}{hint}")
+    return PathResult(name, what, outcome, f"{error.message}{hint}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from finetune.compare.server_path import ask_server
 from finetune.errors import ExportError, ModelError
 from finetune.evidence.answering import ask_folder, ask_session
-from finetune.evidence.drift import Asked, Ids, Told
+from finetune.evidence.drift import Ids, InferenceRequest, InferenceResponse
 from finetune.export.blueprint import plan_model
 from finetune.export.gguf_check import BOUNDS, TABLE_BOUND
 from finetune.export.gguf_source import Exportable, all_stops, exportable_result, file_metadata, require_gguf
@@ -19,16 +19,16 @@ from finetune.export.merged_folder import merged_problems, plan_weights, write_m
 from finetune.export.outtypes import Outtype
 from finetune.export.read_back import read_back
 from finetune.export.result import Result
-from finetune.export.vocabulary import Vocabulary, describe_vocabulary
+from finetune.export.vocabulary import GgufVocabulary, describe_vocabulary
 from finetune.export.write import write_gguf
 from finetune.files import check_space, storage_errors
 from finetune.records import Conversation
 
-Asker = Callable[[Asked], Told]
+Asker = Callable[[InferenceRequest], InferenceResponse]
 
 
 @dataclass(frozen=True, slots=True)
-class OneWay:
+class CallablePath:
     """A way that is asked by a function; `what` says which file or program computes it."""
 
     name: str
@@ -37,16 +37,16 @@ class OneWay:
     ask: Asker = field(repr=False)
 
 
-def backend_way(result: Result, backend: str) -> OneWay:
+def backend_path(result: Result, backend: str) -> CallablePath:
     """The base with the adapter on it, computed by another of our backends in float32."""
 
-    def ask(asked: Asked) -> Told:
-        return ask_session(result.open(backend), asked)
+    def ask(request: InferenceRequest) -> InferenceResponse:
+        return ask_session(result.open(backend), request)
 
-    return OneWay(backend, BOUNDS["f32"], f"the {backend} backend, adapter on its base, float32", ask)
+    return CallablePath(backend, BOUNDS["f32"], f"the {backend} backend, adapter on its base, float32", ask)
 
 
-def merged_way(result: Result) -> OneWay:
+def merged_path(result: Result) -> CallablePath:
     """The model folder that `ft merge` wrote, or one that is made for this and goes again.
 
     Raises:
@@ -56,12 +56,12 @@ def merged_way(result: Result) -> OneWay:
     if not kept.exists():
         weights = plan_weights(result, None)
 
-        def made(asked: Asked) -> Told:
+        def made(request: InferenceRequest) -> InferenceResponse:
             with _passing_folder(result, weights.total_bytes) as folder:
                 write_merged(result, weights, folder)
-                return ask_folder(folder.resolve(), asked, otherwise=result.config.backend)
+                return ask_folder(folder.resolve(), request, otherwise=result.config.backend)
 
-        return OneWay("merged", BOUNDS[weights.rounding], "a model folder made for this", made)
+        return CallablePath("merged", BOUNDS[weights.rounding], "a model folder made for this", made)
     try:
         weights = written_weights(result, kept)
         wrong = next(merged_problems(result, weights, kept), "")
@@ -69,26 +69,26 @@ def merged_way(result: Result) -> OneWay:
         wrong = error.message
     _refuse_damaged(kept, wrong)
 
-    def ask(asked: Asked) -> Told:
-        return ask_folder(kept.resolve(), asked, otherwise=result.config.backend)
+    def ask(request: InferenceRequest) -> InferenceResponse:
+        return ask_folder(kept.resolve(), request, otherwise=result.config.backend)
 
-    return OneWay("merged", BOUNDS[weights.rounding], "the model folder merged", ask)
+    return CallablePath("merged", BOUNDS[weights.rounding], "the model folder merged", ask)
 
 
 @dataclass(frozen=True, slots=True)
-class GgufWays:
+class GgufPaths:
     """What llama.cpp computes of a run's result; `stops` are the ids at which it ends an answer, the run's included."""
 
     result: Result
     exportable: Exportable
-    vocabulary: Vocabulary
+    vocabulary: GgufVocabulary
 
     @property
     def stops(self) -> Ids:
         """The ids at which an answer ends."""
         return all_stops(self.exportable, self.vocabulary)
 
-    def of(self, outtype: Outtype) -> tuple[OneWay, ...]:
+    def of(self, outtype: Outtype) -> tuple[CallablePath, ...]:
         """llama.cpp on each file that `ft export` wrote in this type, or on one that is made for this and goes again.
 
         Raises:
@@ -96,7 +96,7 @@ class GgufWays:
         """
         return self._asked(f"gguf-{outtype}", outtype, partial(_ask_file, self.exportable))
 
-    def served(self, known: Mapping[Ids, Conversation]) -> tuple[OneWay, ...]:
+    def served(self, known: Mapping[Ids, Conversation]) -> tuple[CallablePath, ...]:
         """The chat API of llama.cpp's server on a file in f16.
 
         Args:
@@ -107,7 +107,9 @@ class GgufWays:
         """
         return self._asked("server", "f16", partial(ask_server, encoder=self.result.encoder, known=known))[:1]
 
-    def _asked(self, name: str, outtype: Outtype, ask: Callable[[Path, Asked], Told]) -> tuple[OneWay, ...]:
+    def _asked(
+        self, name: str, outtype: Outtype, ask: Callable[[Path, InferenceRequest], InferenceResponse]
+    ) -> tuple[CallablePath, ...]:
         """A way that asks a file, for each file there is.
 
         Raises:
@@ -116,24 +118,24 @@ class GgufWays:
         made_of = self.exportable
         keys = file_metadata(made_of, self.vocabulary)
         blueprint = plan_model(made_of.described, made_of.shape, made_of.source, keys, outtype)
-        bound = max(BOUNDS[outtype], TABLE_BOUND if made_of.described.family.looks_up else 0.0)
+        bound = max(BOUNDS[outtype], TABLE_BOUND if made_of.described.family.activation_from_table else 0.0)
         found = sorted(self.result.run.gguf.glob(f"*-{outtype}.gguf"))
         kept = [file for file in found if not file.name.endswith(f"adapter-{outtype}.gguf")]
 
-        def written(file: Path, asked: Asked) -> Told:
+        def written(file: Path, request: InferenceRequest) -> InferenceResponse:
             _refuse_damaged(file, read_back(blueprint, file).first)
-            return ask(file, asked)
+            return ask(file, request)
 
-        def made(asked: Asked) -> Told:
+        def made(request: InferenceRequest) -> InferenceResponse:
             with _passing_folder(self.result, blueprint.bytes) as place:
                 write_gguf(blueprint, place / "model.gguf")
-                return ask(place / "model.gguf", asked)
+                return ask(place / "model.gguf", request)
 
-        ways = (OneWay(name, bound, f"llama.cpp on gguf/{file.name}", partial(written, file)) for file in kept)
-        return tuple(ways) or (OneWay(name, bound, "llama.cpp on a file made for this", made),)
+        ways = (CallablePath(name, bound, f"llama.cpp on gguf/{file.name}", partial(written, file)) for file in kept)
+        return tuple(ways) or (CallablePath(name, bound, "llama.cpp on a file made for this", made),)
 
 
-def open_gguf_ways(result: Result) -> GgufWays:
+def open_gguf_paths(result: Result) -> GgufPaths:
     """What llama.cpp can be asked.
 
     Raises:
@@ -143,21 +145,21 @@ def open_gguf_ways(result: Result) -> GgufWays:
     require_gguf()
     made_of = exportable_result(result)
     vocabulary = describe_vocabulary(made_of.tokenizer.description(), made_of.special, made_of.rows)
-    return GgufWays(result, made_of, vocabulary)
+    return GgufPaths(result, made_of, vocabulary)
 
 
-def _ask_file(exportable: Exportable, file: Path, asked: Asked) -> Told:
-    longest = max(len(prompt) + steps for prompt, steps in zip(asked.prompts, asked.steps, strict=True))
+def _ask_file(exportable: Exportable, file: Path, request: InferenceRequest) -> InferenceResponse:
+    longest = max(len(prompt) + steps for prompt, steps in zip(request.prompts, request.steps, strict=True))
     if longest > exportable.described.tried_context:
         raise ModelError(
             f"beyond {exportable.described.tried_context} tokens llama.cpp reads otherwise than the trainer, and a "
             f"question with its answer has {longest}"
         )
-    sequences = [asked.sequence(place) for place in asked.places]
+    sequences = [request.sequence(place) for place in request.places]
     plain_id = exportable.tokenizer.encode_content("a")[-1]
-    questions = Questions([], asked.prompts, sequences, max(asked.steps), longest + 1, plain_id)
+    questions = Questions([], request.prompts, sequences, max(request.steps), longest + 1, plain_id)
     told = ask_llama_cpp(file, questions)
-    return Told(asked.cut([continuation.ids for continuation in told.continuations]), told.following)
+    return InferenceResponse(request.cut([continuation.ids for continuation in told.continuations]), told.following)
 
 
 def _refuse_damaged(path: Path, wrong: str) -> None:

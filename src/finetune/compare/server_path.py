@@ -5,13 +5,15 @@ from pathlib import Path
 
 from finetune.chat.encoder import Encoder
 from finetune.errors import DeploymentError, EvidenceError, ModelError
-from finetune.evidence.drift import Asked, Ids, Told
+from finetune.evidence.drift import Ids, InferenceRequest, InferenceResponse
 from finetune.records import Conversation
 from finetune.serve.llama_server import llama_server
 from finetune.serve.messages import Messages, cannot_be_told, chat_messages
 
 
-def ask_server(file: Path, asked: Asked, encoder: Encoder, known: Mapping[Ids, Conversation]) -> Told:
+def ask_server(
+    file: Path, request: InferenceRequest, encoder: Encoder, known: Mapping[Ids, Conversation]
+) -> InferenceResponse:
     """Serve a GGUF file, and ask it everything over its chat API; of distributions that API tells too little.
 
     Args:
@@ -22,11 +24,11 @@ def ask_server(file: Path, asked: Asked, encoder: Encoder, known: Mapping[Ids, C
         ModelError: a prompt is of no conversation that can be told to a server.
         EvidenceError: the server makes other ids of a conversation than were trained on, or does not answer.
     """
-    conversations = [_told(prompt, encoder, known) for prompt in asked.prompts]
-    longest = max(len(prompt) + steps for prompt, steps in zip(asked.prompts, asked.steps, strict=True))
+    conversations = [_told(prompt, encoder, known) for prompt in request.prompts]
+    longest = max(len(prompt) + steps for prompt, steps in zip(request.prompts, request.steps, strict=True))
     try:
         with llama_server(file, context=longest + 1, name="compared") as server:
-            for prompt, messages in zip(asked.prompts, conversations, strict=True):
+            for prompt, messages in zip(request.prompts, conversations, strict=True):
                 if (made := server.rendered_ids(messages)) != prompt:
                     raise EvidenceError(
                         f"of {messages[-1]['content'][:60]!r} the server makes {len(made)} tokens, {list(made)[:20]}, "
@@ -34,11 +36,11 @@ def ask_server(file: Path, asked: Asked, encoder: Encoder, known: Mapping[Ids, C
                     )
             answers = [
                 server.chat_ids(messages, most=steps)
-                for messages, steps in zip(conversations, asked.steps, strict=True)
+                for messages, steps in zip(conversations, request.steps, strict=True)
             ]
     except DeploymentError as error:
         raise EvidenceError(error.message, hint=error.hint) from None
-    return Told(asked.cut(answers), None)
+    return InferenceResponse(request.cut(answers), None)
 
 
 def _told(prompt: Ids, encoder: Encoder, known: Mapping[Ids, Conversation]) -> Messages:

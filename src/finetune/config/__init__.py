@@ -15,22 +15,22 @@ from finetune.config.profiles import PROFILES, Profile
 from finetune.config.resolve import (
     ModelAndDataFacts,
     Plan,
+    early_stopping_without_validation_problems,
     resolve,
     resolve_processes,
     resolve_steps,
-    unwatched_problems,
 )
 from finetune.config.schema import (
     AdapterSpec,
     DataSpec,
     EvaluationSpec,
     JudgeSpec,
-    LoopSpec,
     ModelSpec,
     TemplateSpec,
     TokenSpec,
     TrackingSpec,
     TrainingConfig,
+    TrainingSpec,
 )
 from finetune.config.sources import Origin, parse_assignments
 
@@ -42,7 +42,6 @@ __all__ = [
     "EvaluationSpec",
     "JudgeSpec",
     "LoadedConfig",
-    "LoopSpec",
     "ModelAndDataFacts",
     "ModelSpec",
     "Origin",
@@ -52,10 +51,12 @@ __all__ = [
     "TokenSpec",
     "TrackingSpec",
     "TrainingConfig",
+    "TrainingSpec",
     "commented_config",
     "default_of",
     "description_of",
     "dump_plan",
+    "early_stopping_without_validation_problems",
     "flatten",
     "json_schema",
     "load_config",
@@ -66,5 +67,4 @@ __all__ = [
     "resolve_processes",
     "resolve_steps",
     "unflatten",
-    "unwatched_problems",
 ]

@@ -48,7 +48,7 @@ def resolve(loaded: LoadedConfig, facts: ModelAndDataFacts) -> Plan:
     problems += _margin_problems(loaded)
     problems += _quantize_problems(loaded)
     if config.data.valid is None and not fraction:
-        problems += unwatched_problems(config, loaded.origins)
+        problems += early_stopping_without_validation_problems(config, loaded.origins)
     if problems:
         raise ConfigError(problems)
     if config.tokens.max_length is None:
@@ -99,7 +99,7 @@ def resolve_steps(plan: Plan, total_steps: int) -> Plan:
     return _settled(plan, derived)
 
 
-def unwatched_problems(config: TrainingConfig, origins: Mapping[str, Origin]) -> list[Problem]:
+def early_stopping_without_validation_problems(config: TrainingConfig, origins: Mapping[str, Origin]) -> list[Problem]:
     """What cannot be done when no rows are held out: there is no loss to stop by, or to choose the best step by."""
     training = config.training
     asked = {"stop_after": training.stop_after is not None, "keep": training.keep == "best"}

@@ -197,7 +197,7 @@ class AdapterSpec(Spec):
     )
 
 
-class LoopSpec(Spec):
+class TrainingSpec(Spec):
     """How long and how fast is trained."""
 
     epochs: Positive = Field(default=3.0, description="How many times the training rows are gone through.")
@@ -304,7 +304,7 @@ class TrainingConfig(Spec):
     adapter: AdapterSpec = Field(
         default_factory=AdapterSpec, description="What is trained: an adapter, or the whole model."
     )
-    training: LoopSpec = Field(default_factory=LoopSpec, description="How long and how fast is trained.")
+    training: TrainingSpec = Field(default_factory=TrainingSpec, description="How long and how fast is trained.")
     evaluation: EvaluationSpec = Field(
         default_factory=EvaluationSpec, description="What the model is asked before and after training."
     )

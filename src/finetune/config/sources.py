@@ -34,7 +34,7 @@ _NULL_WORDS = ("", "null", "Null", "NULL", "~")
 
 
 @dataclass
-class Source:
+class ConfigSource:
     """One place that settings come from: its good values by dotted key, and its problems."""
 
     origin: Origin
@@ -84,9 +84,9 @@ class Source:
             self.problems.append(Problem(what, self.place(key), _value_hint(key, value)))
 
 
-def file_source(file: YamlFile) -> Source:
+def file_source(file: YamlFile) -> ConfigSource:
     """The settings of a YAML file."""
-    source = Source("file", file.place, _suggest_in_file, problems=list(file.problems))
+    source = ConfigSource("file", file.place, _suggest_in_file, problems=list(file.problems))
     for key, value in file.values.items():
         name = str(key)
         if "." in name:
@@ -98,10 +98,10 @@ def file_source(file: YamlFile) -> Source:
     return source
 
 
-def environment_source(environ: Mapping[str, str]) -> Source:
+def environment_source(environ: Mapping[str, str]) -> ConfigSource:
     """The settings of `FT_SECTION__KEY` variables; an empty variable counts as not set."""
     variables: dict[str, str] = {}
-    source = Source("environment", lambda key: variables.get(key, _variable(key)), _suggest_in_environment)
+    source = ConfigSource("environment", lambda key: variables.get(key, _variable(key)), _suggest_in_environment)
     for variable in sorted(environ):
         if not variable.startswith("FT_") or variable in RESERVED_VARIABLES or not environ[variable]:
             continue
@@ -113,9 +113,9 @@ def environment_source(environ: Mapping[str, str]) -> Source:
     return source
 
 
-def flag_source(overrides: Mapping[str, Any], profile: str | None) -> Source:
+def flag_source(overrides: Mapping[str, Any], profile: str | None) -> ConfigSource:
     """The settings of flags, by dotted key; hyphens in keys mean underscores."""
-    source = Source("flag", lambda key: f"--set {key}", _suggest_dotted)
+    source = ConfigSource("flag", lambda key: f"--set {key}", _suggest_dotted)
     for key, value in overrides.items():
         source.add(key.replace("-", "_"), value)
     if profile is not None:

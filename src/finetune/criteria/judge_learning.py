@@ -7,7 +7,7 @@ from finetune.criteria.validator import MIN_IMPROVED_SHARE, TrainingSuccessValid
 from finetune.intervals import difference_interval, wilson_interval
 from finetune.records import Outcome, Scores, Verdict
 
-MAX_SHAM_SHARE = 0.2
+MAX_CONTROL_SHARE = 0.2
 MAX_RETENTION_LOSS = 0.1
 MAX_CHANCE = 0.025
 _TITLES = {
@@ -33,7 +33,7 @@ def judge_learning(evidence: Evidence) -> list[Verdict]:
     return [
         _judge_improvement(learning),
         _judge_signed(learning),
-        _judge_sham(learning, evidence.why.get("sham", "the sham control was not run")),
+        _judge_shuffled_label_control(learning, evidence.why.get("sham", "the sham control was not run")),
         _judge_retention(learning, evidence.why.get("retention", "no retention questions were given")),
     ]
 
@@ -104,12 +104,12 @@ def _chance_of(better: int, worse: int) -> float:
     return float(sum(math.comb(changed, count) for count in range(better, changed + 1)) / 2**changed)
 
 
-def _judge_sham(learning: LearningEvidence, why: str) -> Verdict:
+def _judge_shuffled_label_control(learning: LearningEvidence, why: str) -> Verdict:
     if learning.sham is None:
         return _without("learning-sham", "undecided", why)
     count = len(learning.tuned.answers)
     low, high = difference_interval((learning.tuned.right, count), (learning.sham.right, len(learning.sham.answers)))
-    if learning.sham.share > MAX_SHAM_SHARE or high < MIN_IMPROVED_SHARE:
+    if learning.sham.share > MAX_CONTROL_SHARE or high < MIN_IMPROVED_SHARE:
         outcome: Outcome = "broken"
     else:
         outcome = "holds" if low > MIN_IMPROVED_SHARE else "undecided"

@@ -14,7 +14,7 @@ Example = Conversation | Document
 
 
 @dataclass(frozen=True, slots=True)
-class Shaped:
+class ShapedRows:
     """The rows in one form, with what was dropped and which columns nobody read."""
 
     examples: tuple[Example, ...]
@@ -23,7 +23,7 @@ class Shaped:
     ignored_columns: tuple[str, ...]
 
 
-def shape_rows(rows: Sequence[Row]) -> Shaped:
+def shape_rows(rows: Sequence[Row]) -> ShapedRows:
     """Turn rows into conversations and documents; a row whose answer is empty is dropped and counted.
 
     Raises:
@@ -49,7 +49,7 @@ def shape_rows(rows: Sequence[Row]) -> Shaped:
         else:
             examples.append(example)
     raise_all(problems, hint="rows are alpaca (instruction, output), chat (messages), prompt/completion, or text")
-    return Shaped(tuple(examples), dict(shapes), dict(dropped), tuple(sorted(map(_shown, ignored))))
+    return ShapedRows(tuple(examples), dict(shapes), dict(dropped), tuple(sorted(map(_shown, ignored))))
 
 
 def shape_of(row: Row) -> str:

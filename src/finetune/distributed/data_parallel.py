@@ -67,7 +67,7 @@ class _DataParallelSession:
 
     def accumulate(self, batch: Batch, weight: float) -> float:
         """Add `weight` x (summed loss of this process's shares) to its gradients; returns the whole batch's loss."""
-        shares = batch.dealt(self._shares)
+        shares = batch.shard(self._shares)
         loss = 0.0
         for first in range(0, self._shares, self._group.size):
             number = first + self._group.rank

@@ -12,9 +12,6 @@ from pathlib import Path
 from finetune.distributed.environment import LAUNCHERS, NOTES, started_by
 from finetune.errors import MissingExtraError, RefusedError, UsageError
 
-WORKER = "finetune.cli.worker"
-"""The module that each process runs."""
-
 _STARTED: dict[str, tuple[str | int, ...]] = {
     "distributed_type": ("MULTI_GPU", "FSDP"),
     "num_machines": (1,),
@@ -32,7 +29,7 @@ class Launch:
     config: Path | None = None
 
     @property
-    def words(self) -> str:
+    def options(self) -> str:
         """The options of `ft train` that ask for it."""
         file = f" --launch-config {self.config}" if self.config else ""
         return f"--launch {self.launcher} --processes {self.processes}{file}"
@@ -113,7 +110,7 @@ def check_launch(launch: Launch, backend: str, environ: Mapping[str, str]) -> No
 
 def command_line(launch: Launch, arguments: Sequence[str]) -> list[str]:
     """The words that start `ft` with these arguments in every process."""
-    python, worker, number = sys.executable, [WORKER, *arguments], str(launch.processes)
+    python, worker, number = sys.executable, list(arguments), str(launch.processes)
     if launch.launcher == "torchrun":
         return [python, "-m", "torch.distributed.run", "--nproc-per-node", number, "--standalone", "-m", *worker]
     if launch.launcher == "accelerate":

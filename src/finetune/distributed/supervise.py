@@ -16,7 +16,7 @@ from finetune.distributed.notes import Note, leave_command, read_notes
 from finetune.errors import FineTuneError, InterruptedRunError, LostProcessError, TrainingError
 from finetune.processes import terminated_as_interrupted
 from finetune.run.folder import RunFolder
-from finetune.run.resume_hint import what_is_left
+from finetune.run.resume_hint import resume_hint
 
 MARK = "\x02"
 """What a line of ours begins with; the launchers' own lines do not."""
@@ -45,7 +45,7 @@ def watch(
         said: deque[str] = deque(maxlen=20)
         interrupted = _run(command_line(launch, arguments), environment(launch, os.environ, notes), say, said)
         found = read_notes(notes)
-    kept, hint = what_is_left(folder, launch=launch.words)
+    kept, hint = resume_hint(folder, launch=launch.options)
     if interrupted:
         raise InterruptedRunError(f"interrupted; {kept}", hint=hint)
     if error := _failure(launch, found, kept, hint):

@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.backends import open_backend
 from finetune.evidence.answering import answers_of, rows_of
-from finetune.evidence.drift import Asked
+from finetune.evidence.drift import InferenceRequest
 from finetune.records import ModelLocation
 
 
@@ -19,7 +19,7 @@ def main() -> None:
     from safetensors.numpy import save_file
 
     request: dict[str, Any] = json.load(sys.stdin)
-    asked = Asked(
+    asked = InferenceRequest(
         prompts=tuple(map(tuple, request["prompts"])),
         steps=tuple(request["steps"]),
         stops=tuple(request["stops"]),

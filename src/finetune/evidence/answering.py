@@ -9,49 +9,53 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.evidence.drift import Asked, Ids, Next, Told, log_softmax
+from finetune.evidence.drift import Ids, InferenceRequest, InferenceResponse, NextTokens, log_softmax
 from finetune.ports import Session
 from finetune.processes import ask_child
 
-Row = NDArray[np.float32]
+LogitsRow = NDArray[np.float32]
 _PATIENCE = 3600
 """Seconds that a fresh process may take for all answers together."""
 
 
-def answers_of(session: Session, asked: Asked) -> tuple[Ids, ...]:
+def answers_of(session: Session, request: InferenceRequest) -> tuple[Ids, ...]:
     """The session's greedy answers."""
-    most = max(asked.steps, default=0)
-    return asked.cut(session.generate(asked.prompts, most, asked.stops)) if most else tuple(() for _ in asked.prompts)
+    most = max(request.steps, default=0)
+    return (
+        request.cut(session.generate(request.prompts, most, request.stops))
+        if most
+        else tuple(() for _ in request.prompts)
+    )
 
 
-def rows_of(session: Session, asked: Asked) -> tuple[Row, ...]:
+def rows_of(session: Session, request: InferenceRequest) -> tuple[LogitsRow, ...]:
     """The session's logits at each place, one prompt at a time."""
     from safetensors.numpy import load_file
 
-    rows: dict[tuple[int, int], Row] = {}
+    rows: dict[tuple[int, int], LogitsRow] = {}
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
         path = Path(folder) / "logits.safetensors"
-        for number in dict.fromkeys(number for number, _ in asked.places):
-            tokens = [token for owner, token in asked.places if owner == number]
-            session.save_logits([asked.sequence((number, max(tokens)))], path)
+        for number in dict.fromkeys(number for number, _ in request.places):
+            tokens = [token for owner, token in request.places if owner == number]
+            session.save_logits([request.sequence((number, max(tokens)))], path)
             logits = load_file(path)["0"]
-            start = len(asked.prompts[number]) - 1
+            start = len(request.prompts[number]) - 1
             rows |= {(number, token): logits[start + token].copy() for token in tokens}
-    return tuple(rows[place] for place in asked.places)
+    return tuple(rows[place] for place in request.places)
 
 
-def ask_session(session: Session, asked: Asked) -> Told:
+def ask_session(session: Session, request: InferenceRequest) -> InferenceResponse:
     """What a session says."""
-    return Told(answers_of(session, asked), following_of(rows_of(session, asked)))
+    return InferenceResponse(answers_of(session, request), following_of(rows_of(session, request)))
 
 
-def following_of(rows: Sequence[Row]) -> tuple[Next, ...]:
+def following_of(rows: Sequence[LogitsRow]) -> tuple[NextTokens, ...]:
     """Logits as what may follow: every id."""
     every = np.arange(len(rows[0]), dtype=np.int64) if rows else np.empty(0, np.int64)
-    return tuple(Next(every, log_softmax(row)) for row in rows)
+    return tuple(NextTokens(every, log_softmax(row)) for row in rows)
 
 
-def ask_folder(folder: Path, asked: Asked, *, otherwise: str) -> Told:
+def ask_folder(folder: Path, request: InferenceRequest, *, otherwise: str) -> InferenceResponse:
     """What a model folder says in a fresh process: through plain transformers, or without it through a backend.
 
     Args:
@@ -64,13 +68,13 @@ def ask_folder(folder: Path, asked: Asked, *, otherwise: str) -> Told:
     module = "finetune.backends.torch.plain" if plain else "finetune.evidence.answer_worker"
     with tempfile.TemporaryDirectory(prefix="finetune-") as place:
         logits = Path(place) / "logits.safetensors"
-        request = {"folder": str(folder), "backend": otherwise, "logits": str(logits), **asdict(asked)}
-        ids = ask_child(module, request, timeout=_PATIENCE)["ids"]
-        return Told(asked.cut(ids), following_of(_read_rows(logits, asked)))
+        payload = {"folder": str(folder), "backend": otherwise, "logits": str(logits), **asdict(request)}
+        ids = ask_child(module, payload, timeout=_PATIENCE)["ids"]
+        return InferenceResponse(request.cut(ids), following_of(_read_rows(logits, request)))
 
 
-def _read_rows(path: Path, asked: Asked) -> list[Row]:
+def _read_rows(path: Path, request: InferenceRequest) -> list[LogitsRow]:
     from safetensors.numpy import load_file
 
     found = load_file(path)
-    return [found[f"{number} {token}"] for number, token in asked.places]
+    return [found[f"{number} {token}"] for number, token in request.places]

@@ -10,9 +10,9 @@ from finetune.evidence.observe import (
     artifact_evidence,
     learning_evidence,
     loss_evidence,
+    makes_extra_run,
     memory_evidence,
     parameter_evidence,
-    wanted,
 )
 from finetune.ports import Session
 from finetune.records import Tokenized
@@ -47,7 +47,7 @@ def collect_evidence(
     memory = None
     full_too = prepared.target is not None and not prepared.shape.quantized
     unable = frozenset({"memory"}) - (run.backend.abilities if full_too else frozenset())
-    if wanted(prepared, "memory", run.why, unable):
+    if makes_extra_run(prepared, "memory", run.why, unable):
         with run.phase("measure memory", "LoRA and full fine-tuning, each in a fresh process"):
             memory = memory_evidence(prepared, run.why)
     losses = loss_evidence(prepared, [step.loss for step in steps], before, after)

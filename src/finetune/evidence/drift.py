@@ -14,7 +14,7 @@ _LEAST = float(np.log(np.finfo(np.float32).smallest_subnormal))
 
 
 @dataclass(frozen=True, slots=True)
-class Next:
+class NextTokens:
     """The likeliest ids to follow a sequence, or all, and the logarithms of their probabilities."""
 
     ids: NDArray[np.int64]
@@ -22,7 +22,7 @@ class Next:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class InferenceRequest:
     """What every way is asked: greedy answers to prompts, and what may follow at places of the trainer's own answers.
 
     Attributes:
@@ -54,14 +54,14 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class InferenceResponse:
     """What a way has said: ids of each answer and, where it can tell, what follows at each place."""
 
     ids: tuple[Ids, ...]
-    following: tuple[Next, ...] | None
+    following: tuple[NextTokens, ...] | None
 
 
-class Way(Protocol):
+class InferencePath(Protocol):
     """One way to compute what was trained: a framework, a file, a server.
 
     `bound`: how far log probabilities may be off (root mean square), in spreads of the trainer's logits, and the mean
@@ -76,7 +76,7 @@ class Way(Protocol):
     def bound(self) -> float:
         """How far it may be off."""
 
-    def ask(self, asked: Asked) -> Told:
+    def ask(self, request: InferenceRequest) -> InferenceResponse:
         """Ask it everything at once.
 
         Raises:
@@ -85,7 +85,7 @@ class Way(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Parting:
+class FirstMismatch:
     """The first token in which an answer differs from the trainer's.
 
     `own` and `theirs` are None where the answer has ended; `gap` is by how many nats the trainer finds its own token
@@ -115,7 +115,7 @@ class Drift:
     """
 
     questions: int
-    partings: tuple[Parting, ...]
+    partings: tuple[FirstMismatch, ...]
     places: int
     distance: float | None
     mean_kl: float | None
@@ -123,7 +123,7 @@ class Drift:
     told: int
 
 
-def measure(asked: Asked, own: Sequence[Array], told: Told, row_of: Any) -> Drift:
+def measure(request: InferenceRequest, own: Sequence[Array], told: InferenceResponse, row_of: Any) -> Drift:
     """Compare what a way told with the trainer.
 
     Args:
@@ -131,14 +131,14 @@ def measure(asked: Asked, own: Sequence[Array], told: Told, row_of: Any) -> Drif
         row_of: gives the trainer's logits at any place (prompt, token of its path).
     """
     partings = []
-    for number, (path, theirs) in enumerate(zip(asked.path, told.ids, strict=True)):
+    for number, (path, theirs) in enumerate(zip(request.path, told.ids, strict=True)):
         if (token := first_difference(path, theirs)) is not None:
-            partings.append(_parting(asked, row_of(number, token), (number, token), (path, theirs)))
+            partings.append(_first_mismatch(request, row_of(number, token), (number, token), (path, theirs)))
     if told.following is None or not own:
-        return Drift(len(asked.prompts), tuple(partings), 0, None, None, None, 0)
+        return Drift(len(request.prompts), tuple(partings), 0, None, None, None, 0)
     kls = [divergence(row, following) for row, following in zip(own, told.following, strict=True)]
     return Drift(
-        questions=len(asked.prompts),
+        questions=len(request.prompts),
         partings=tuple(partings),
         places=len(kls),
         distance=max(distance(row, following) for row, following in zip(own, told.following, strict=True)),
@@ -180,13 +180,13 @@ def log_softmax(row: Array) -> Array:
     return logs
 
 
-def distance(row: Array, told: Next) -> float:
+def distance(row: Array, told: NextTokens) -> float:
     """By how much log probabilities are off (root mean square), in spreads of the logits `row`."""
     off = np.maximum(log_softmax(row)[told.ids], _LEAST) - np.maximum(told.logs, _LEAST)
     return float(np.sqrt((off**2).mean()) / row.std())
 
 
-def divergence(row: Array, told: Next) -> float:
+def divergence(row: Array, told: NextTokens) -> float:
     """KL divergence in nats from the logits `row` to what was told; what is not told counts as one more id.
 
     Where not all is told, this is at most the divergence over all ids.
@@ -201,16 +201,20 @@ def divergence(row: Array, told: Next) -> float:
     return max(0.0, total)
 
 
-def _parting(asked: Asked, row: Array, place: tuple[int, int], ids: tuple[Ids, Ids]) -> Parting:
+def _first_mismatch(
+    request: InferenceRequest, row: Array, place: tuple[int, int], ids: tuple[Ids, Ids]
+) -> FirstMismatch:
     """How near a tie the trainer was where answers part; an answer that has ended stands for its likeliest stop."""
     number, token = place
     own, theirs = (one[token] if token < len(one) else None for one in ids)
 
     def logit(chosen: int | None) -> float:
-        return float(row[chosen] if chosen is not None else max((row[stop] for stop in asked.stops), default=row.min()))
+        return float(
+            row[chosen] if chosen is not None else max((row[stop] for stop in request.stops), default=row.min())
+        )
 
     gap = max(0.0, logit(own) - logit(theirs))
-    return Parting(number, token, own, theirs, gap, float(row.std()))
+    return FirstMismatch(number, token, own, theirs, gap, float(row.std()))
 
 
 def _shown(token: int | None) -> str:

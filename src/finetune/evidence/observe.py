@@ -20,7 +20,7 @@ from finetune.evidence.reload import check_reload
 from finetune.ports import Session
 from finetune.records import Batch, Question, Reload, Scores, Tokenized
 from finetune.training.loop import mean_loss
-from finetune.training.prepare import Prepared, held_out_batches, sham_rows
+from finetune.training.prepare import Prepared, held_out_batches, shuffled_rows
 
 _FIXED_ROWS = 128
 _RELOADED_PROMPTS = 8
@@ -88,7 +88,7 @@ def learning_evidence(
     prepared: Prepared,
     before: Observation,
     after: Observation,
-    train_sham: Callable[[tuple[Tokenized, ...]], Session],
+    train_shuffled: Callable[[tuple[Tokenized, ...]], Session],
     why: dict[str, str],
 ) -> LearningEvidence | None:
     """Scores before and after, and of a model trained in the same way on shuffled answers."""
@@ -103,18 +103,18 @@ def learning_evidence(
             else f"no answer is shorter than {limit} tokens, so none can be compared word for word"
         )
         return None
-    sham = None
-    rows = rows_of_sham(prepared, why)
+    control = None
+    rows = shuffled_label_rows(prepared, why)
     if rows:
-        sham = score(train_sham(rows), prepared, prepared.questions)
+        control = score(train_shuffled(rows), prepared, prepared.questions)
     elif "sham" not in why:
         why["sham"] = "one answer fills half of the rows, so answers cannot be shuffled"
-    return LearningEvidence(before.learning, after.learning, sham, before.retention, after.retention)
+    return LearningEvidence(before.learning, after.learning, control, before.retention, after.retention)
 
 
-def rows_of_sham(prepared: Prepared, why: dict[str, str]) -> tuple[Tokenized, ...] | None:
+def shuffled_label_rows(prepared: Prepared, why: dict[str, str]) -> tuple[Tokenized, ...] | None:
     """The rows that the sham control is trained on; None where there is to be none."""
-    return sham_rows(prepared) if prepared.questions and wanted(prepared, "sham", why) else None
+    return shuffled_rows(prepared) if prepared.questions and makes_extra_run(prepared, "sham", why) else None
 
 
 def memory_evidence(prepared: Prepared, why: dict[str, str]) -> MemoryEvidence | None:
@@ -169,7 +169,7 @@ def parameter_evidence(
     return ParameterEvidence(before, session.fingerprints(), declared, first_gradients, steps, kind)
 
 
-def wanted(prepared: Prepared, name: str, why: dict[str, str], unable: frozenset[str] = frozenset()) -> bool:
+def makes_extra_run(prepared: Prepared, name: str, why: dict[str, str], unable: frozenset[str] = frozenset()) -> bool:
     """Whether the extra runs of `judge.sham` or `judge.memory` are to be made; where not, `why` says why."""
     if name == "memory" and prepared.target is None:
         why[name] = "the whole model is trained (adapter.kind is full): there is no adapter to compare with that"

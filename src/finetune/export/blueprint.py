@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.errors import ModelError
-from finetune.export.families import Described, interleaved_rows, stored
+from finetune.export.families import Described, interleaved_rows, to_gguf_layout
 from finetune.export.outtypes import BLOCKS, FILE_TYPES, Outtype, Storage, choose_storage
-from finetune.export.sources import Adapter, Source
+from finetune.export.sources import AdapterWeights, WeightSource
 from finetune.records import ModelShape
 
 Array = NDArray[Any]
@@ -50,7 +50,7 @@ class Blueprint:
 
 
 def plan_model(
-    described: Described, shape: ModelShape, source: Source, metadata: Mapping[str, Any], outtype: Outtype
+    described: Described, shape: ModelShape, source: WeightSource, metadata: Mapping[str, Any], outtype: Outtype
 ) -> Blueprint:
     """The file of a whole model.
 
@@ -67,7 +67,7 @@ def plan_model(
     places = _places(described, shape.layers, shape.weights)
     head = "output.weight" if "output.weight" in places.values() else "token_embd.weight"
     for name, place in places.items():
-        sides = stored(described, name, np.broadcast_to(np.float32(0), source.shape(name))).shape
+        sides = to_gguf_layout(described, name, np.broadcast_to(np.float32(0), source.shape(name))).shape
         load = partial(_load, described, source, name)
         storage = choose_storage(place, sides, outtype, shape.layers, is_head=place == head)
         tensors.append(Tensor(place, sides, storage, load))
@@ -100,7 +100,7 @@ def _larger(tensors: Sequence[Tensor], outtype: Outtype) -> tuple[str, ...]:
 
 
 def plan_adapter(
-    described: Described, shape: ModelShape, adapter: Adapter, metadata: Mapping[str, Any], outtype: Outtype
+    described: Described, shape: ModelShape, adapter: AdapterWeights, metadata: Mapping[str, Any], outtype: Outtype
 ) -> Blueprint:
     """The file of an adapter alone, for llama.cpp to put on the base model.
 
@@ -137,8 +137,8 @@ def plan_adapter(
     return Blueprint(described.family.arch, keys, tuple(tensors))
 
 
-def _load(described: Described, source: Source, name: str) -> Array:
-    return np.ascontiguousarray(stored(described, name, source.read(name)), dtype=np.float32)
+def _load(described: Described, source: WeightSource, name: str) -> Array:
+    return np.ascontiguousarray(to_gguf_layout(described, name, source.read(name)), dtype=np.float32)
 
 
 def _places(described: Described, layers: int, names: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:

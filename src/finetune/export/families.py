@@ -22,22 +22,25 @@ _SILU, _GELU_TANH = ("silu", "swish"), ("gelu_new", "gelu_pytorch_tanh", "gelu_f
 class Family:
     """One architecture of llama.cpp.
 
-    `permuted`: the rotary halves of queries and keys are interleaved there. `turned`: names of layers that are stored
-    inputs x outputs here. `norm_offset` is added to the gains of norms. `acts` are the activations that llama.cpp
-    computes for it, `scalings` the kinds of rope scaling. `narrow`: the heads together must be as wide as the model.
+    Attributes:
+        permuted: the rotary halves of queries and keys are interleaved in GGUF.
+        transposed: names of layers whose weights transformers stores as (inputs, outputs).
+        norm_offset: is added to the gains of norms.
+        acts, scalings: the activations and the kinds of rope scaling that llama.cpp computes for it.
+        head_width_equals_hidden: the heads together must be as wide as the model.
     """
 
     arch: str
     acts: tuple[str, ...] = _SILU
     scalings: tuple[str, ...] = ("default", "linear", "yarn")
     permuted: bool = False
-    turned: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()
     norm_offset: float = 0.0
-    narrow: bool = False
+    head_width_equals_hidden: bool = False
     always_tied: bool = False
 
     @property
-    def looks_up(self) -> bool:
+    def activation_from_table(self) -> bool:
         """Whether llama.cpp takes its activation from a table of rounded numbers."""
         return self.acts == _GELU_TANH
 
@@ -46,13 +49,13 @@ _LLAMA = Family("llama", scalings=("default", "linear", "yarn", "llama3"), permu
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "qwen2": Family("qwen2", narrow=True),
+    "qwen2": Family("qwen2", head_width_equals_hidden=True),
     "qwen3": Family("qwen3"),
     "gemma": Family("gemma", _GELU_TANH, ("default", "linear"), norm_offset=1.0, always_tied=True),
     "gemma2": Family("gemma2", _GELU_TANH, ("default", "linear"), norm_offset=1.0, always_tied=True),
     "gemma3_text": Family("gemma3", _GELU_TANH, ("default", "linear"), norm_offset=1.0),
-    "phi3": Family("phi3", scalings=("default", "longrope"), narrow=True),
-    "gpt2": Family("gpt2", _GELU_TANH, turned=("c_attn", "c_proj", "c_fc")),
+    "phi3": Family("phi3", scalings=("default", "longrope"), head_width_equals_hidden=True),
+    "gpt2": Family("gpt2", _GELU_TANH, transposed=("c_attn", "c_proj", "c_fc")),
 }
 """The families that can be written, by the `model_type` of their config."""
 
@@ -137,7 +140,7 @@ def _with_rope(settings: Settings, family: Family) -> Described:
     width, heads = settings.whole("hidden_size"), settings.whole("num_attention_heads")
     kv_heads = settings.whole("num_key_value_heads", default=heads)
     head = settings.whole("head_dim", default=width // heads)
-    if family.narrow and heads * head != width:
+    if family.head_width_equals_hidden and heads * head != width:
         raise ModelError(
             f"{heads} heads of {head} are not as wide as the model ({width}), which llama.cpp wants of {family.arch}",
             hint="this model cannot be written as GGUF",
@@ -214,10 +217,10 @@ def _own(settings: Settings, family: Family, rope: RopeSettings, head: int) -> d
     return own
 
 
-def stored(described: Described, name: str, weight: Array) -> Array:
+def to_gguf_layout(described: Described, name: str, weight: Array) -> Array:
     """A weight as GGUF stores it, by its name in the model's own files."""
     module, family = name.split(".")[-2] if "." in name else name, described.family
-    if module in family.turned and weight.ndim == 2:
+    if module in family.transposed and weight.ndim == 2:
         return weight.T
     if heads := permuted_heads(described, module):
         return interleave(weight, heads)

@@ -12,7 +12,7 @@ from finetune.config import TrainingConfig
 from finetune.errors import ExportError, ModelError, OutputError
 from finetune.export.blueprint import Blueprint, plan_adapter, plan_model
 from finetune.export.corpus import nasty_texts
-from finetune.export.gguf_check import BOUNDS, TABLE_BOUND, Trainer, compare, prepare_questions
+from finetune.export.gguf_check import BOUNDS, TABLE_BOUND, BaselineModel, compare, prepare_questions
 from finetune.export.gguf_source import (
     Exportable,
     all_stops,
@@ -25,7 +25,7 @@ from finetune.export.gguf_source import (
 from finetune.export.llama_cpp import ask_llama_cpp
 from finetune.export.outtypes import BLOCKS, QUANTISED, Outtype
 from finetune.export.read_back import Check, read_back
-from finetune.export.vocabulary import Vocabulary, describe_vocabulary
+from finetune.export.vocabulary import GgufVocabulary, describe_vocabulary
 from finetune.export.write import write_gguf
 from finetune.files import check_space, file_hash, make_folder, write_file
 from finetune.models.locate import locate_model
@@ -39,7 +39,7 @@ Teller = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Exported:
+class ExportedFile:
     """A file that was written and examined."""
 
     path: Path
@@ -63,7 +63,7 @@ class Exported:
 
 def export(
     source: str, *, outtype: Outtype | None, adapter_only: bool, output: Path | None, backend: str, tell: Teller
-) -> Exported:
+) -> ExportedFile:
     """Write the GGUF file of a run's result or of a model, and examine it.
 
     Args:
@@ -103,7 +103,7 @@ def write_exportable(
     *,
     adapter_only: bool = False,
     tell: Teller = lambda words: None,
-) -> Exported:
+) -> ExportedFile:
     """Write one file and examine it, as `export` does.
 
     Raises:
@@ -134,15 +134,15 @@ def write_exportable(
         weights = sum(tensor.bytes for tensor in blueprint.tensors)
         tell(f"writing {len(blueprint.tensors)} tensors of {weights / 1e6:.1f} MB together")
         write_gguf(blueprint, temporary)
-        examined.append(_hold(read_back(blueprint, temporary)))
+        examined.append(_require_passed(read_back(blueprint, temporary)))
         tell("asking the trainer and llama.cpp the same")
         files = _Files(temporary, outtype, under, twin)
-        examined.extend(_hold(check, outtype) for check in _examine(exportable, vocabulary, files))
+        examined.extend(_require_passed(check, outtype) for check in _examine(exportable, vocabulary, files))
 
     write_file(path, fill)
     counts = {kind: sum(tensor.storage == kind for tensor in blueprint.tensors) for kind in BLOCKS}
     told = (*exportable.notes, *(under or blueprint).notes, *vocabulary.notes)
-    return Exported(path, outtype, {kind: count for kind, count in counts.items() if count}, tuple(examined), told)
+    return ExportedFile(path, outtype, {kind: count for kind, count in counts.items() if count}, tuple(examined), told)
 
 
 def plan_whole(exportable: Exportable, outtype: Outtype) -> Blueprint:
@@ -169,8 +169,8 @@ class _Files:
     twin: Blueprint | None
 
 
-def _examine(exportable: Exportable, vocabulary: Vocabulary, files: _Files) -> Iterator[Check]:
-    trainer = Trainer(exportable.tokenizer, exportable.open(), all_stops(exportable, vocabulary))
+def _examine(exportable: Exportable, vocabulary: GgufVocabulary, files: _Files) -> Iterator[Check]:
+    trainer = BaselineModel(exportable.tokenizer, exportable.open(), all_stops(exportable, vocabulary))
     corpus = nasty_texts(
         [token["content"] for token in exportable.tokenizer.description()["added_tokens"]], vocabulary.form
     )
@@ -178,7 +178,7 @@ def _examine(exportable: Exportable, vocabulary: Vocabulary, files: _Files) -> I
     questions, wanted = prepare_questions(
         trainer, corpus, exportable.prompts, steps=min(STEPS, context // 4), context=context
     )
-    least = TABLE_BOUND if exportable.described.family.looks_up else 0.0
+    least = TABLE_BOUND if exportable.described.family.activation_from_table else 0.0
     with tempfile.TemporaryDirectory(prefix=f".{files.path.name}.", suffix=".part", dir=files.path.parent) as folder:
         other = Path(folder) / "other.gguf"
         if files.twin:
@@ -195,7 +195,7 @@ def _examine(exportable: Exportable, vocabulary: Vocabulary, files: _Files) -> I
     yield from compare(trainer, questions, wanted, answers, bound=max(BOUNDS[files.outtype], least))
 
 
-def _hold(check: Check, outtype: Outtype = "f32") -> Check:
+def _require_passed(check: Check, outtype: Outtype = "f32") -> Check:
     if check.holds:
         return check
     # What is the file's own fault shows in the same file before quantising.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.evidence.drift import Next, distance, first_difference, log_softmax
+from finetune.evidence.drift import NextTokens, distance, first_difference, log_softmax
 from finetune.export.llama_cpp import Answers, Continuation, Questions
 from finetune.export.outtypes import Outtype
 from finetune.export.read_back import Check
@@ -37,7 +37,7 @@ SHOWN = 60
 
 
 @dataclass(frozen=True, slots=True)
-class Trainer:
+class BaselineModel:
     """What the trainer knows of the model: how it cuts text, and what it computes.
 
     `stops` are the ids at which an answer ends, those at which llama.cpp stops by itself among them.
@@ -49,7 +49,7 @@ class Trainer:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class BaselineAnswers:
     """What the trainer answers: greedy ids for each prompt, and logits after each token of each sequence."""
 
     ids: tuple[tuple[int, ...], ...]
@@ -57,8 +57,8 @@ class Wanted:
 
 
 def prepare_questions(
-    trainer: Trainer, texts: Sequence[str], prompts: Sequence[Sequence[int]], *, steps: int, context: int
-) -> tuple[Questions, Wanted]:
+    trainer: BaselineModel, texts: Sequence[str], prompts: Sequence[Sequence[int]], *, steps: int, context: int
+) -> tuple[Questions, BaselineAnswers]:
     """What to ask llama.cpp, and what the trainer answers: next tokens after each prompt and its continuation."""
     kept = [list(prompt[: context - steps - 1]) for prompt in prompts if prompt]
     ids = trainer.session.generate(kept, steps, trainer.stops)
@@ -72,11 +72,11 @@ def prepare_questions(
     logits = tuple(stored[str(index)].astype(np.float64) for index in range(len(sequences)))
     plain_id = trainer.tokenizer.encode_content("a")[-1]
     questions = Questions(texts, kept, sequences, steps, context, plain_id)
-    return questions, Wanted(tuple(map(tuple, ids)), logits)
+    return questions, BaselineAnswers(tuple(map(tuple, ids)), logits)
 
 
 def compare(
-    trainer: Trainer, questions: Questions, wanted: Wanted, answers: Answers, *, bound: float
+    trainer: BaselineModel, questions: Questions, wanted: BaselineAnswers, answers: Answers, *, bound: float
 ) -> tuple[Check, ...]:
     """One check for each stage, in the order in which a fault of one shows in the next."""
     return (
@@ -105,7 +105,9 @@ def _compare_tokens(tokenizer: Tokenizer, questions: Questions, answers: Answers
     return Check("token ids", f"{count - len(problems)} of {count} equal", "all equal", next(iter(problems), ""))
 
 
-def _compare_logits(questions: Questions, wanted: Wanted, following: Sequence[Next], bound: float) -> Check:
+def _compare_logits(
+    questions: Questions, wanted: BaselineAnswers, following: Sequence[NextTokens], bound: float
+) -> Check:
     worst, first = 0.0, ""
     for index, (logits, told) in enumerate(zip(wanted.logits, following, strict=True)):
         row = logits[-1]
@@ -124,7 +126,11 @@ def _compare_logits(questions: Questions, wanted: Wanted, following: Sequence[Ne
 
 
 def _compare_text(
-    trainer: Trainer, questions: Questions, wanted: Wanted, continuations: Sequence[Continuation], bound: float
+    trainer: BaselineModel,
+    questions: Questions,
+    wanted: BaselineAnswers,
+    continuations: Sequence[Continuation],
+    bound: float,
 ) -> Check:
     """Greedy text differs only where two tokens are as good as equal: within what logits may be off."""
     same, ties, first = 0, 0, ""
@@ -146,7 +152,7 @@ def _compare_text(
     return Check("greedy text", measured, "equal, or parting at a tie", first)
 
 
-def _text_problem(trainer: Trainer, index: int, own: Sequence[int], told: Continuation) -> str:
+def _text_problem(trainer: BaselineModel, index: int, own: Sequence[int], told: Continuation) -> str:
     """Whether the same ids are another text."""
     text = trainer.tokenizer.decode(own)
     whole = "\ufffd" not in text + told.text and not text.endswith(" ")

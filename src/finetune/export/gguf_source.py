@@ -12,8 +12,8 @@ from finetune.errors import MissingExtraError
 from finetune.export.blueprint import plan_model
 from finetune.export.families import Described, describe_model
 from finetune.export.result import Result, licence, open_result, plain_prompts, refuse_packed
-from finetune.export.sources import Adapter, Files, Merged, Source
-from finetune.export.vocabulary import STOPS_BY_NAME, Special, Vocabulary, describe_vocabulary, serving_template
+from finetune.export.sources import AdapterWeights, Files, Merged, WeightSource
+from finetune.export.vocabulary import STOPS_BY_NAME, GgufVocabulary, Special, describe_vocabulary, serving_template
 from finetune.models.locate import locate_model
 from finetune.models.shape import read_shape, weight_files
 from finetune.ports import Backend, Session
@@ -28,8 +28,8 @@ class Exportable:
 
     shape: ModelShape
     described: Described
-    base: Source
-    adapter: Adapter | None
+    base: WeightSource
+    adapter: AdapterWeights | None
     tokenizer: FileTokenizer
     template: str | None
     special: Special
@@ -39,9 +39,9 @@ class Exportable:
     notes: tuple[str, ...] = ()
 
     @property
-    def source(self) -> Source:
+    def source(self) -> WeightSource:
         """The weights with the adapter merged in."""
-        return Merged(self.base, self.adapter, self.described.family.turned) if self.adapter else self.base
+        return Merged(self.base, self.adapter, self.described.family.transposed) if self.adapter else self.base
 
     @property
     def rows(self) -> int:
@@ -132,7 +132,7 @@ def require_gguf() -> None:
         )
 
 
-def file_metadata(exportable: Exportable, vocabulary: Vocabulary) -> dict[str, Any]:
+def file_metadata(exportable: Exportable, vocabulary: GgufVocabulary) -> dict[str, Any]:
     """The keys of the file beside those of the architecture: names, tokenizer, template."""
     keys = {**exportable.naming, **vocabulary.metadata}
     name = str(keys["general.name"])
@@ -144,7 +144,7 @@ def file_metadata(exportable: Exportable, vocabulary: Vocabulary) -> dict[str, A
     return keys
 
 
-def all_stops(exportable: Exportable, vocabulary: Vocabulary) -> tuple[int, ...]:
+def all_stops(exportable: Exportable, vocabulary: GgufVocabulary) -> tuple[int, ...]:
     """The ids at which an answer ends, those at which llama.cpp stops by itself, for their names, among them."""
     texts: list[str] = vocabulary.metadata["tokenizer.ggml.tokens"]
     named = (number for number, text in enumerate(texts) if text in STOPS_BY_NAME)

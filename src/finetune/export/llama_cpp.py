@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.evidence.drift import Next
+from finetune.evidence.drift import NextTokens
 from finetune.export.llama_runtime import load_exact, post
 from finetune.processes import ask_child
 
@@ -56,7 +56,7 @@ class Answers:
     markup: tuple[tuple[int, ...], ...]
     around: tuple[tuple[int, ...], ...]
     continuations: tuple[Continuation, ...]
-    following: tuple[Next, ...]
+    following: tuple[NextTokens, ...]
 
 
 def ask_llama_cpp(model: Path, questions: Questions, *, adapter: Path | None = None, timeout: float = 3600) -> Answers:
@@ -75,7 +75,9 @@ def ask_llama_cpp(model: Path, questions: Questions, *, adapter: Path | None = N
         }
         told = ask_child("finetune.export.llama_cpp", request, timeout=timeout)
         with np.load(numbers) as stored:
-            following = tuple(Next(stored[f"ids{i}"], stored[f"logs{i}"]) for i in range(len(questions.sequences)))
+            following = tuple(
+                NextTokens(stored[f"ids{i}"], stored[f"logs{i}"]) for i in range(len(questions.sequences))
+            )
     plain, markup, around = (tuple(map(tuple, told[kind])) for kind in ("plain", "markup", "around"))
     continuations = (Continuation(tuple(ids), text, ended) for ids, text, ended in told["continuations"])
     return Answers(plain, markup, around, tuple(continuations), following)

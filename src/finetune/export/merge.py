@@ -10,7 +10,7 @@ from typing import Any
 from finetune.backends import open_backend
 from finetune.errors import ExportError, OutputError
 from finetune.evidence.answering import ask_folder
-from finetune.evidence.baseline import tell_truth
+from finetune.evidence.baseline import compute_baseline
 from finetune.evidence.drift import problems
 from finetune.export.gguf_check import BOUNDS
 from finetune.export.merged_folder import plan_weights, write_merged
@@ -73,7 +73,7 @@ def merge(run: Path, *, output: Path | None, dtype: Dtype | None, tell: Teller =
         tell(f"writing {len(weights.base.names())} weights of {weights.total_bytes / 1e6:.1f} MB together")
         write_merged(result, weights, folder)
         tell("asking the trainer and the written model the same")
-        examined.extend(map(_hold, _examine(result, weights, folder)))
+        examined.extend(map(_require_passed, _examine(result, weights, folder)))
 
     with result.run.held() if output is None else contextlib.nullcontext():
         write_folder(path, fill)
@@ -87,8 +87,8 @@ def _examine(result: Result, weights: ModelFiles, folder: Path) -> Iterator[Chec
     wrong = next(weights.differences(Files(weight_files(folder))), "")
     yield Check("file", f"{len(weights.base.names())} weights", "every weight byte for byte what was merged", wrong)
     context = read_shape(result.folder).context_length
-    truth = tell_truth(result.open(), result.prompts(), STEPS, result.encoder.stop_ids, context)
-    drift = truth.drift(ask_folder(folder.resolve(), truth.asked, otherwise=result.config.backend))
+    baseline = compute_baseline(result.open(), result.prompts(), STEPS, result.encoder.stop_ids, context)
+    drift = baseline.drift(ask_folder(folder.resolve(), baseline.request, otherwise=result.config.backend))
     bound = BOUNDS[weights.rounding]
     found = problems(drift, bound)
     yield Check(
@@ -100,7 +100,7 @@ def _examine(result: Result, weights: ModelFiles, folder: Path) -> Iterator[Chec
     )
 
 
-def _hold(check: Check) -> Check:
+def _require_passed(check: Check) -> Check:
     if not check.holds:
         raise ExportError(
             f"the model was written, but at the stage {check.stage!r} it is not what was trained: {check.first}; "

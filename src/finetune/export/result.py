@@ -14,7 +14,7 @@ from finetune.config import TrainingConfig, load_plan
 from finetune.errors import ModelError
 from finetune.evidence.saved import check_saved, open_encoder, open_tuned, prepare_again
 from finetune.export.families import FAMILIES
-from finetune.export.sources import Adapter, Files, Merged
+from finetune.export.sources import AdapterWeights, Files, Merged
 from finetune.models.locate import locate_model
 from finetune.models.shape import read_shape, weight_files
 from finetune.ports import Backend, Session
@@ -49,10 +49,14 @@ class Result:
         """Where the weights lie that an adapter is put on, or that were trained themselves."""
         return self.saved if self.whole else self.location.folder
 
-    def adapter(self) -> Adapter | None:
+    def adapter(self) -> AdapterWeights | None:
         """The adapter; None where the whole model was trained."""
-        turned = read_shape(self.folder).turned
-        return None if self.whole else Adapter(self.saved / WEIGHTS, read_settings(self.saved, turned=turned))
+        transposed = read_shape(self.folder).transposed
+        return (
+            None
+            if self.whole
+            else AdapterWeights(self.saved / WEIGHTS, read_settings(self.saved, transposed=transposed))
+        )
 
     def weights(self) -> tuple[Files, Files | Merged]:
         """The weights as they are in files, and with what was trained in them.
@@ -62,8 +66,8 @@ class Result:
         """
         shape, files, adapter = read_shape(self.folder), Files(weight_files(self.folder)), self.adapter()
         refuse_packed(shape, self.location)
-        turned = FAMILIES["gpt2"].turned if shape.turned else ()
-        return files, Merged(files, adapter, turned) if adapter else files
+        transposed = FAMILIES["gpt2"].transposed if shape.transposed else ()
+        return files, Merged(files, adapter, transposed) if adapter else files
 
     def open(self, backend: str | None = None) -> Session:
         """What was trained, in float32 on the full base, by the run's own backend or another.

@@ -15,7 +15,7 @@ Array = NDArray[Any]
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
-class Source(Protocol):
+class WeightSource(Protocol):
     """Weights by name, read when they are asked for."""
 
     def names(self) -> Sequence[str]:
@@ -113,7 +113,7 @@ def _header(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
         raise ModelError(f"{path} is corrupt or cut off: {error}", hint="get the weights again") from None
 
 
-class Adapter:
+class AdapterWeights:
     """An adapter's tensors in PEFT's names, as matrices that are added to the weights of the layers it sits on."""
 
     def __init__(self, path: Path, target: AdapterTarget) -> None:
@@ -146,8 +146,8 @@ class Merged:
         ModelError: the adapter speaks of a layer or a weight that the base has not, or of another shape.
     """
 
-    def __init__(self, base: Source, adapter: Adapter, turned: Sequence[str]) -> None:
-        self._base, self._adapter, self._turned = base, adapter, turned
+    def __init__(self, base: WeightSource, adapter: AdapterWeights, transposed: Sequence[str]) -> None:
+        self._base, self._adapter, self._transposed = base, adapter, transposed
         names = set(base.names())
         self._layers = {_found(names, f"{path}.weight"): path for path in adapter.layers}
         self._whole = {_found(names, name): name for name in adapter.whole}
@@ -176,18 +176,18 @@ class Merged:
         weight = self._base.read(name)
         if name not in self._layers:
             return weight
-        path, turned = self._layers[name], self._is_turned(name)
+        path, transposed = self._layers[name], self._is_transposed(name)
         a, b = self._adapter.matrices(path)
-        merged = (weight.T if turned else weight) + np.float32(self._adapter.target.scale_of(path)) * (b @ a)
+        merged = (weight.T if transposed else weight) + np.float32(self._adapter.target.scale_of(path)) * (b @ a)
         if (lengths := self._adapter.magnitudes(path)) is not None:
             merged *= (lengths / np.linalg.norm(merged, axis=1))[:, None]
-        return np.ascontiguousarray(merged.T if turned else merged)
+        return np.ascontiguousarray(merged.T if transposed else merged)
 
-    def _is_turned(self, name: str) -> bool:
-        return name.split(".")[-2] in self._turned
+    def _is_transposed(self, name: str) -> bool:
+        return name.split(".")[-2] in self._transposed
 
     def _facing(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape[::-1] if self._is_turned(name) else shape
+        return shape[::-1] if self._is_transposed(name) else shape
 
 
 def _found(names: Collection[str], name: str) -> str:

@@ -50,7 +50,7 @@ class Special:
 
 
 @dataclass(frozen=True, slots=True)
-class Vocabulary:
+class GgufVocabulary:
     """A tokenizer's keys in GGUF.
 
     `form` is what text llama.cpp is sure to make the same ids of: NFC, ASCII, or "" for all text.
@@ -62,7 +62,7 @@ class Vocabulary:
     notes: tuple[str, ...] = ()
 
 
-def describe_vocabulary(tokenizer: Mapping[str, Any], special: Special, rows: int) -> Vocabulary:
+def describe_vocabulary(tokenizer: Mapping[str, Any], special: Special, rows: int) -> GgufVocabulary:
     """A tokenizer as GGUF has it.
 
     Args:
@@ -95,7 +95,7 @@ def describe_vocabulary(tokenizer: Mapping[str, Any], special: Special, rows: in
         form = "ASCII"
     if form:
         notes = (*notes, _FORMS[form])
-    return Vocabulary(metadata | ids, needs_strip, form, notes)
+    return GgufVocabulary(metadata | ids, needs_strip, form, notes)
 
 
 def list_tokens(

@@ -12,14 +12,14 @@ SHORTEST = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class MemoryAdvice:
     """One way to make it fit: these settings, and the bytes that the run is then expected to take."""
 
     settings: dict[str, int]
     total: int
 
 
-def ways_to_fit(total_of: TotalOf, load: StepLoad, available: int) -> list[Change]:
+def ways_to_fit(total_of: TotalOf, load: StepLoad, available: int) -> list[MemoryAdvice]:
     """The smallest changes that make a run fit into `available` bytes; empty when it fits, or when nothing helps.
 
     Fewer rows at once, with as many more batches added up, train the same; shorter rows do not. Both together are
@@ -32,7 +32,7 @@ def ways_to_fit(total_of: TotalOf, load: StepLoad, available: int) -> list[Chang
         return ways
     single = _with_rows(load, 1)
     settings = {"training.batch_size": 1, "training.accumulation": single.accumulation}
-    return [Change(settings | way.settings, way.total) for way in _shorter_rows(total_of, single, available)]
+    return [MemoryAdvice(settings | way.settings, way.total) for way in _shorter_rows(total_of, single, available)]
 
 
 def scaled(load: StepLoad, *, rows: int | None = None, length: int | None = None) -> StepLoad:
@@ -48,20 +48,20 @@ def _with_rows(load: StepLoad, rows: int) -> StepLoad:
     return replace(scaled(load, rows=rows), accumulation=accumulation, masked=load.masked and rows > 1)
 
 
-def _fewer_rows(total_of: TotalOf, load: StepLoad, available: int) -> Iterator[Change]:
+def _fewer_rows(total_of: TotalOf, load: StepLoad, available: int) -> Iterator[MemoryAdvice]:
     rows = _largest(lambda rows: total_of(_with_rows(load, rows)) <= available, load.rows)
     if rows:
         fewer = _with_rows(load, rows)
-        yield Change({"training.batch_size": rows, "training.accumulation": fewer.accumulation}, total_of(fewer))
+        yield MemoryAdvice({"training.batch_size": rows, "training.accumulation": fewer.accumulation}, total_of(fewer))
 
 
-def _shorter_rows(total_of: TotalOf, load: StepLoad, available: int) -> Iterator[Change]:
+def _shorter_rows(total_of: TotalOf, load: StepLoad, available: int) -> Iterator[MemoryAdvice]:
     def fits(length: int) -> bool:
         return total_of(scaled(load, length=length)) <= available
 
     length = _largest(fits, load.length)
     if length >= SHORTEST:
-        yield Change({"tokens.max_length": length}, total_of(scaled(load, length=length)))
+        yield MemoryAdvice({"tokens.max_length": length}, total_of(scaled(load, length=length)))
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:

@@ -47,7 +47,7 @@ def lora_parameters(shape: ModelShape, target: AdapterTarget) -> int:
 
 def outputs(shape: ModelShape, layer: LinearLayer) -> int:
     """How many numbers a layer writes for each token."""
-    return layer.shape[shape.turned]
+    return layer.shape[shape.transposed]
 
 
 def _saved(shape: ModelShape, target: AdapterTarget) -> int:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from finetune.memory.estimate import BYTES, Estimate, estimate_memory
 from finetune.memory.framework import MIB, Framework
-from finetune.memory.kept import KNOWN, Kept, kept_by_torch
+from finetune.memory.kept import KNOWN, ActivationBytes, kept_by_torch
 from finetune.memory.kept_reference import kept_by_reference
 from finetune.memory.load import StepLoad
 from finetune.records import AdapterTarget, ModelShape
@@ -83,13 +83,13 @@ class _Job:
     def exact(self) -> Estimate:
         return estimate_memory(self.shape, self.target, self.dtype)
 
-    def kept(self, load: StepLoad, factor: float) -> Kept:
+    def kept(self, load: StepLoad, factor: float) -> ActivationBytes:
         """What a step keeps, times a factor; logits are certain in every architecture."""
         if self.backend == "reference":
             counted = kept_by_reference(self.shape, self.target, load)
         else:
             counted = kept_by_torch(self.shape, self.target, self.dtype, load)
-        return Kept(
+        return ActivationBytes(
             blocks=round(factor * counted.blocks),
             first_block=round(factor * counted.first_block),
             outside=round(factor * counted.outside),
@@ -109,7 +109,7 @@ class _Job:
             return max(self.exact.weights // 2, 0 if self.target else 2 * table)
         return 0 if self.target else table * (2 * self.shape.tied_head + (load.accumulation > 1))
 
-    def peak(self, kept: Kept, load: StepLoad) -> int:
+    def peak(self, kept: ActivationBytes, load: StepLoad) -> int:
         """The highest sum of what lives in a step only: the largest of its moments, in the order they come."""
         gradients = self.exact.gradients
         carried = gradients if load.accumulation > 1 else 0
@@ -123,7 +123,7 @@ class _Job:
         first_block = kept.first_block + kept.brief + gradients - waiting
         return max(loss, last_block, first_block, gradients + self.passing(load))
 
-    def footprint(self, kept: Kept, load: StepLoad, framework: int, heap: float) -> Footprint:
+    def footprint(self, kept: ActivationBytes, load: StepLoad, framework: int, heap: float) -> Footprint:
         """All parts; `heap` is the share of activations that it wastes, 0 for an allocator that wastes nothing."""
         exact, passing = self.exact, self.passing(load)
         stays = exact.weights + exact.adapter + exact.optimizer

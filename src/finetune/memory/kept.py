@@ -25,7 +25,7 @@ KNOWN = _LLAMA_BLOCKS | _GPT2_BLOCKS
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class ActivationBytes:
     """Bytes that live through a part of a step.
 
     `blocks` is kept by all blocks together, `first_block` by the one nearest the input, `outside` by what stands
@@ -44,7 +44,7 @@ class Kept:
         return self.blocks + self.outside
 
 
-def kept_by_torch(shape: ModelShape, target: AdapterTarget | None, dtype: str, load: StepLoad) -> Kept:
+def kept_by_torch(shape: ModelShape, target: AdapterTarget | None, dtype: str, load: StepLoad) -> ActivationBytes:
     """What one step keeps with torch; `target` is None for full fine-tuning."""
     step = _Step(shape, target, BYTES[dtype], load)
     if shape.architecture in KNOWN:
@@ -55,7 +55,7 @@ def kept_by_torch(shape: ModelShape, target: AdapterTarget | None, dtype: str, l
     else:
         blocks = step.any_blocks()
         first = blocks // max(1, shape.layers)
-    return Kept(
+    return ActivationBytes(
         blocks=load.tokens * blocks,
         first_block=load.tokens * first,
         outside=step.outside(),

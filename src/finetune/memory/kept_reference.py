@@ -5,7 +5,7 @@ the way, and LoRA keeps as much as full fine-tuning. Letters as in `kept`; count
 """
 
 from finetune.memory.estimate import BYTES
-from finetune.memory.kept import Kept, mean_rank
+from finetune.memory.kept import ActivationBytes, mean_rank
 from finetune.memory.load import StepLoad
 from finetune.records import AdapterTarget, ModelShape
 
@@ -22,11 +22,11 @@ _LINEAR = {
 """The widths that each linear layer reads and writes."""
 
 
-def kept_by_reference(shape: ModelShape, target: AdapterTarget | None, load: StepLoad) -> Kept:
+def kept_by_reference(shape: ModelShape, target: AdapterTarget | None, load: StepLoad) -> ActivationBytes:
     """What one step keeps with the reference backend; `target` is None for full fine-tuning."""
     h, i, table = shape.hidden_size, shape.intermediate_size, shape.heads * load.length
     block = _block(shape, load) + (_adapters(shape, target) if target else 0)
-    return Kept(
+    return ActivationBytes(
         blocks=_F64 * load.tokens * block * shape.layers,
         first_block=_F64 * load.tokens * block,
         outside=_F64 * (load.tokens * (2 * h + 1) + load.targets * h),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finetune.memory.advise import Change, say_size, ways_to_fit
+from finetune.memory.advise import MemoryAdvice, say_size, ways_to_fit
 from finetune.memory.forecast import PARTS, Forecast, forecast_memory
 from finetune.memory.framework import Framework
 from finetune.memory.kept import KNOWN
@@ -26,7 +26,7 @@ class Outlook:
     framework: Framework
     available: int
     forecasts: dict[str, Forecast]
-    ways: tuple[Change, ...]
+    ways: tuple[MemoryAdvice, ...]
 
 
 def foresee(
@@ -89,7 +89,7 @@ def _fits(method: str, forecast: Forecast, outlook: Outlook) -> str:
     return f"{told}; lower it with {', or '.join(f'--set {way}' for way in map(_as_flags, outlook.ways))}"
 
 
-def _as_flags(way: Change) -> str:
+def _as_flags(way: MemoryAdvice) -> str:
     told = " --set ".join(f"{key}={value}" for key, value in way.settings.items())
     return f"{told} ({say_size(way.total)})"
 

@@ -146,6 +146,6 @@ def refuse_quantized(config: Mapping[str, Any], how: Quantization | None, backen
 
 def _matrices(shape: ModelShape) -> dict[str, int]:
     """By module, how many numbers a row of its matrix has as MLX holds it."""
-    turned = {layer.name for layer in shape.linear_layers} if shape.turned else set()
+    transposed = {layer.name for layer in shape.linear_layers} if shape.transposed else set()
     found = {name.removesuffix(".weight"): size for name, size in shape.weights.items() if name.endswith(".weight")}
-    return {path: size[0 if path in turned else -1] for path, size in found.items() if len(size) > 1}
+    return {path: size[0 if path in transposed else -1] for path, size in found.items() if len(size) > 1}

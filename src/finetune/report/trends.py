@@ -16,7 +16,7 @@ _SECONDS = " seconds"
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class ChartStyle:
     """How a chart is called, and how its values are said: in a sentence, and beside the axis."""
 
     name: str
@@ -35,14 +35,14 @@ def _say_rate_of_passing(value: float) -> str:
     return f"{value * 100:.4g} %"
 
 
-MEASURES: tuple[tuple[Look, Callable[[HistoryEntry], float | None]], ...] = (
-    (Look("seconds", "Time", say_seconds, _tick_seconds), lambda entry: entry.seconds),
+MEASURES: tuple[tuple[ChartStyle, Callable[[HistoryEntry], float | None]], ...] = (
+    (ChartStyle("seconds", "Time", say_seconds, _tick_seconds), lambda entry: entry.seconds),
     (
-        Look("pass-rate", "Pass rate", _say_rate_of_passing, _say_rate_of_passing, share=True),
+        ChartStyle("pass-rate", "Pass rate", _say_rate_of_passing, _say_rate_of_passing, share=True),
         lambda entry: entry.pass_rate,
     ),
-    (Look("cases", "Generated cases", say_count, say_count), lambda entry: entry.cases),
-    (Look("memory", "Largest process", say_bytes, say_bytes), lambda entry: entry.largest_process_bytes),
+    (ChartStyle("cases", "Generated cases", say_count, say_count), lambda entry: entry.cases),
+    (ChartStyle("memory", "Largest process", say_bytes, say_bytes), lambda entry: entry.largest_process_bytes),
 )
 
 
@@ -59,7 +59,7 @@ def draw_trends(entries: Sequence[HistoryEntry], prefix: str) -> list[Chart]:
             series = {label: _points(entries, place, _score(name)) for label, name in names.items()}
             shown = title if len(places) == 1 else f"{title}, {place}"
             if len(places) == 1 or _measured(series):
-                charts.append(_draw(Look(f"score-{number}-{at}", shown, say, tick), series, prefix))
+                charts.append(_draw(ChartStyle(f"score-{number}-{at}", shown, say, tick), series, prefix))
     return charts
 
 
@@ -90,7 +90,7 @@ def _measured(series: Series) -> dict[str, list[float]]:
     return {label: values for label, values in found.items() if values}
 
 
-def _draw(look: Look, series: Series, prefix: str) -> Chart:
+def _draw(look: ChartStyle, series: Series, prefix: str) -> Chart:
     caption = "by session"
     measured = _measured(series)
     if not measured:
@@ -126,7 +126,7 @@ def _draw(look: Look, series: Series, prefix: str) -> Chart:
         )
 
 
-def _say_series(label: str, values: Sequence[float], look: Look) -> str:
+def _say_series(label: str, values: Sequence[float], look: ChartStyle) -> str:
     count = "1 session" if len(values) == 1 else f"{len(values)} sessions"
     span = f"between {look.say(min(values))} and {look.say(max(values))}"
     return f"{label}: {look.say(values[-1])} at last, {span} over {count}"

@@ -6,7 +6,7 @@ from finetune.run.checkpoints import CheckpointStore
 from finetune.run.folder import RunFolder
 
 
-def what_is_left(folder: RunFolder, *, launch: str = "") -> tuple[str, str]:
+def resume_hint(folder: RunFolder, *, launch: str = "") -> tuple[str, str]:
     """What the run in `folder` has kept, and the command that goes on from there; "" where there is nothing to go on.
 
     Args:

@@ -6,8 +6,8 @@ from itertools import zip_longest
 from finetune.errors import DeploymentError
 from finetune.evidence.answers import normalise
 from finetune.export.read_back import Check
-from finetune.serve.completion import Said
-from finetune.serve.expected import Asked, Exam
+from finetune.serve.completion import Completion
+from finetune.serve.expected import ServedQuestion, ServingCheck
 from finetune.serve.messages import Messages
 
 MOST_DIFFERING = 0.1
@@ -15,9 +15,9 @@ MOST_DIFFERING = 0.1
 _SHOWN = 80
 
 
-def compare_prompts(exam: Exam, ids_of: Callable[[Messages], Sequence[int]]) -> Check:
+def compare_prompts(serving_check: ServingCheck, ids_of: Callable[[Messages], Sequence[int]]) -> Check:
     """Template equality: what the server computes with is what was trained."""
-    prompts = (*(asked.prompt for asked in exam.questions), *exam.prompts)
+    prompts = (*(asked.prompt for asked in serving_check.questions), *serving_check.prompts)
     equal, first = 0, "" if prompts else "nothing could be asked"
     for prompt in prompts:
         found = tuple(ids_of(prompt.messages))
@@ -32,15 +32,15 @@ def compare_prompts(exam: Exam, ids_of: Callable[[Messages], Sequence[int]]) -> 
     return Check("template", f"{equal} of {len(prompts)} prompts are the ids trained on", "all of them", first)
 
 
-def compare_answers(exam: Exam, answer: Callable[[Messages], Said]) -> tuple[Check, ...]:
+def compare_answers(serving_check: ServingCheck, answer: Callable[[Messages], Completion]) -> tuple[Check, ...]:
     """The greedy answers to the run's questions, and whether each ends where it should."""
-    if not exam.questions:
+    if not serving_check.questions:
         return ()
-    said = [answer(asked.prompt.messages) for asked in exam.questions]
-    pairs = list(zip(exam.questions, said, strict=True))
+    said = [answer(asked.prompt.messages) for asked in serving_check.questions]
+    pairs = list(zip(serving_check.questions, said, strict=True))
     differing = [pair for pair in pairs if pair[0].given.strip() != pair[1].text.strip()]
     right = sum(normalise(found.text) == normalise(asked.expected) for asked, found in pairs)
-    own = sum(normalise(asked.given) == normalise(asked.expected) for asked in exam.questions)
+    own = sum(normalise(asked.given) == normalise(asked.expected) for asked in serving_check.questions)
     first = _difference(*differing[0]) if len(differing) > MOST_DIFFERING * len(pairs) else ""
     answers = Check(
         "answers",
@@ -57,7 +57,7 @@ def compare_answers(exam: Exam, answer: Callable[[Messages], Said]) -> tuple[Che
     return answers, Check("stop", f"{ended} of {len(must)} right answers end by themselves", "all of them", endless)
 
 
-def _difference(asked: Asked, found: Said) -> str:
+def _difference(asked: ServedQuestion, found: Completion) -> str:
     question = asked.prompt.messages[-1]["content"]
     return f"to {question[:_SHOWN]!r} it says {found.text[:_SHOWN]!r}, and the run's own said {asked.given[:_SHOWN]!r}"
 
@@ -68,23 +68,24 @@ def unmeasured_notes(checks: Sequence[Check]) -> tuple[str, ...]:
     return () if "stop" in judged else ("where answers end was not measured: none of them was right",)
 
 
-def edge_notes(exam: Exam, ids_of: Callable[[Messages], Sequence[int]]) -> tuple[str, ...]:
+def edge_notes(serving_check: ServingCheck, ids_of: Callable[[Messages], Sequence[int]]) -> tuple[str, ...]:
     """Whether the server strips what the run's template strips, also of space that is not ASCII's."""
-    count = sum(tuple(ids_of(prompt.messages)) != prompt.ids for prompt in exam.odd_prompts)
+    count = sum(tuple(ids_of(prompt.messages)) != prompt.ids for prompt in serving_check.odd_prompts)
     if not count:
         return ()
     return (
         f"the run's template strips all space around a message, and the server that of ASCII only: {count} of "
-        f"{len(exam.odd_prompts)} prompts with other space there are not as in training; strip it before you send it",
+        f"{len(serving_check.odd_prompts)} prompts with other space there are not as in training; strip it before you "
+        "send it",
     )
 
 
-def inert_notes(exam: Exam, ids_of: Callable[[Messages], Sequence[int]]) -> tuple[str, ...]:
+def inert_notes(serving_check: ServingCheck, ids_of: Callable[[Messages], Sequence[int]]) -> tuple[str, ...]:
     """Whether a message can hold a control token as plain text, as in training."""
-    if not exam.stops:
+    if not serving_check.stops:
         return ()
-    token = exam.stops[0]
-    number = exam.encoder.tokenizer.control_id(token)
+    token = serving_check.stops[0]
+    number = serving_check.encoder.tokenizer.control_id(token)
     counts = [
         sum(each == number for each in ids_of(({"role": "user", "content": text},))) for text in ("ab", f"a{token}b")
     ]
@@ -96,7 +97,7 @@ def inert_notes(exam: Exam, ids_of: Callable[[Messages], Sequence[int]]) -> tupl
     )
 
 
-def hold(*checks: Check) -> tuple[Check, ...]:
+def require_passed(*checks: Check) -> tuple[Check, ...]:
     """The checks, where all of them hold."""
     for check in checks:
         if not check.holds:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class Completion:
     """An answer, whether it ended by itself, and how many tokens its prompt had; None where that is not told."""
 
     text: str

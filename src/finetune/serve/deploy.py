@@ -17,11 +17,18 @@ from finetune.export.outtypes import Outtype
 from finetune.export.read_back import Check
 from finetune.files import file_hash, make_folder, remove_torn, storage_errors, write_json
 from finetune.run.folder import RunFolder
-from finetune.serve.check import compare_answers, compare_prompts, edge_notes, hold, inert_notes, unmeasured_notes
-from finetune.serve.expected import Exam, prepare_exam
+from finetune.serve.check import (
+    compare_answers,
+    compare_prompts,
+    edge_notes,
+    inert_notes,
+    require_passed,
+    unmeasured_notes,
+)
+from finetune.serve.expected import ServingCheck, prepare_serving_check
 from finetune.serve.llama_server import LlamaServer, llama_server
 from finetune.serve.messages import Messages
-from finetune.serve.ollama import Ollama, Recipe, full_name
+from finetune.serve.ollama import Ollama, OllamaRecipe, full_name
 from finetune.serve.publish import Blob, check_free, place_model
 from finetune.serve.recipe import leave_recipe, make_recipe
 
@@ -85,26 +92,26 @@ def deploy_llama_cpp(
         FineTuneError: it was refused, the server failed, or does not answer as was trained; no server is left.
     """
     exportable = exportable_run(run, open_backend)
-    exam = prepare_exam(run, exportable)
+    serving_check = prepare_serving_check(run, exportable)
     file = _gguf(run, outtype, tell)
     name = default_name(run)
-    with llama_server(file, context=exam.context, name=name, port=port) as server:
+    with llama_server(file, context=serving_check.context, name=name, port=port) as server:
         tell(f"asking llama.cpp's server at {server.address}")
-        checks = hold(
-            compare_prompts(exam, server.rendered_ids),
-            *compare_answers(exam, lambda messages: server.chat(messages, most=exam.most)),
+        checks = require_passed(
+            compare_prompts(serving_check, server.rendered_ids),
+            *compare_answers(serving_check, lambda messages: server.chat(messages, most=serving_check.most)),
         )
-        notes = (*unmeasured_notes(checks), *edge_notes(exam, server.rendered_ids))
+        notes = (*unmeasured_notes(checks), *edge_notes(serving_check, server.rendered_ids))
         deployed = Deployed(
             target="llama.cpp",
             name=name,
             address=server.address,
             server=f"xllamacpp {version('xllamacpp')}",
             file=file,
-            context=exam.context,
-            stops=exam.stops,
+            context=serving_check.context,
+            stops=serving_check.stops,
             checks=checks,
-            notes=(*exam.notes, *notes, *inert_notes(exam, server.rendered_ids)),
+            notes=(*serving_check.notes, *notes, *inert_notes(serving_check, server.rendered_ids)),
         )
         _record(run, deployed)
         serve(deployed, server)
@@ -137,13 +144,13 @@ def deploy_ollama(
         raise OutputError(error.message, hint=f"{error.hint}; or serve it with --to llama.cpp") from None
     check_free(server, name, replace=replace)
     exportable = exportable_run(run, open_backend)
-    exam = prepare_exam(run, exportable)
+    serving_check = prepare_serving_check(run, exportable)
     recipe = make_recipe(
-        exam.render,
-        bos=exam.bos,
-        texts=exam.texts,
-        context=exam.context,
-        stops=exam.stops,
+        serving_check.render,
+        bos=serving_check.bos,
+        texts=serving_check.texts,
+        context=serving_check.context,
+        stops=serving_check.stops,
         licence=str(exportable.naming.get("general.license") or ""),
     )
     file = _gguf(run, outtype, tell)
@@ -151,7 +158,11 @@ def deploy_ollama(
     digest = server.upload(file)
     tell("asking it")
     checks, notes = place_model(
-        server, name, Blob(file.name, digest), recipe, verify=lambda first: _verify(server, first, exam, recipe)
+        server,
+        name,
+        Blob(file.name, digest),
+        recipe,
+        verify=lambda first: _verify(server, first, serving_check, recipe),
     )
     deployed = Deployed(
         target="ollama",
@@ -159,10 +170,10 @@ def deploy_ollama(
         address=server.address,
         server=f"ollama {running}",
         file=file,
-        context=exam.context,
-        stops=exam.stops,
+        context=serving_check.context,
+        stops=serving_check.stops,
         checks=checks,
-        notes=(*exam.notes, *unmeasured_notes(checks), *notes, *leave_recipe(run, file, recipe)),
+        notes=(*serving_check.notes, *unmeasured_notes(checks), *notes, *leave_recipe(run, file, recipe)),
     )
     _record(run, deployed)
     return deployed
@@ -201,27 +212,29 @@ def _same(record: Path, wanted: dict[str, str]) -> bool:
         return False
 
 
-def _verify(server: Ollama, name: str, exam: Exam, recipe: Recipe) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+def _verify(
+    server: Ollama, name: str, serving_check: ServingCheck, recipe: OllamaRecipe
+) -> tuple[tuple[Check, ...], tuple[str, ...]]:
     """Hold a model of Ollama's to the run; what was found, and what is to be known of it."""
 
     def ids_of(messages: Messages) -> tuple[int, ...]:
         text = server.rendered(name, messages)
         assert text is not None
-        tokenizer = exam.encoder.tokenizer
+        tokenizer = serving_check.encoder.tokenizer
         bos = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
         # The export has proved that llama.cpp, and so Ollama, makes these ids of markup.
         return (*bos, *tokenizer.encode_markup(text))
 
-    answers = compare_answers(exam, lambda messages: server.chat(name, messages, most=exam.most))
+    answers = compare_answers(serving_check, lambda messages: server.chat(name, messages, most=serving_check.most))
     shown = _recipe_check(server, name, recipe)
-    if exam.prompts and server.rendered(name, exam.prompts[0].messages) is not None:
-        notes = (*edge_notes(exam, ids_of), *inert_notes(exam, ids_of))
-        return hold(shown, compare_prompts(exam, ids_of), *answers), notes
+    if serving_check.prompts and server.rendered(name, serving_check.prompts[0].messages) is not None:
+        notes = (*edge_notes(serving_check, ids_of), *inert_notes(serving_check, ids_of))
+        return require_passed(shown, compare_prompts(serving_check, ids_of), *answers), notes
     note = "this Ollama does not tell what it makes of a conversation, so prompts were only counted: a newer one does"
-    return hold(shown, _count_prompts(server, name, exam), *answers), (note,)
+    return require_passed(shown, _count_prompts(server, name, serving_check), *answers), (note,)
 
 
-def _recipe_check(server: Ollama, name: str, recipe: Recipe) -> Check:
+def _recipe_check(server: Ollama, name: str, recipe: OllamaRecipe) -> Check:
     """Whether the model has the template and the parameters that it was to have."""
     told = server.show(name)
     wanted = [*recipe.parameters["stop"], str(recipe.parameters["num_ctx"])]
@@ -232,10 +245,10 @@ def _recipe_check(server: Ollama, name: str, recipe: Recipe) -> Check:
     return Check("recipe", f"template, num_ctx and {len(wanted) - 1} stop words", "as they were sent", first)
 
 
-def _count_prompts(server: Ollama, name: str, exam: Exam) -> Check:
+def _count_prompts(server: Ollama, name: str, serving_check: ServingCheck) -> Check:
     """Whether prompts have as many tokens as in training: weaker than to compare them."""
     first, equal = "", 0
-    for prompt in exam.prompts[:COUNTED]:
+    for prompt in serving_check.prompts[:COUNTED]:
         found = server.chat(name, prompt.messages, most=1, fresh=True).prompt_tokens
         equal += found == len(prompt.ids)
         if found != len(prompt.ids) and not first:

@@ -31,7 +31,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ServedQuestion:
     """A question of the run, what its tuned model said, and the one answer that counts as right."""
 
     prompt: Prompt
@@ -40,7 +40,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Exam:
+class ServingCheck:
     """All that a served model is held to.
 
     Attributes:
@@ -62,7 +62,7 @@ class Exam:
     texts: tuple[str, ...]
     prompts: tuple[Prompt, ...]
     odd_prompts: tuple[Prompt, ...]
-    questions: tuple[Asked, ...]
+    questions: tuple[ServedQuestion, ...]
     notes: tuple[str, ...]
 
     @property
@@ -79,7 +79,7 @@ class Exam:
         return self.encoder.template.render_prompt(conversation).text
 
 
-def prepare_exam(path: Path, exportable: Exportable) -> Exam:
+def prepare_serving_check(path: Path, exportable: Exportable) -> ServingCheck:
     """The exam of a finished run.
 
     Raises:
@@ -95,7 +95,7 @@ def prepare_exam(path: Path, exportable: Exportable) -> Exam:
     context, most = min(length, exportable.described.tried_context), config.evaluation.max_new_tokens
     questions, notes = _questions(folder, encoder)
     prompts = _prompts(encoder, drawn_conversations(texts), context)
-    return Exam(
+    return ServingCheck(
         encoder=encoder,
         context=context,
         most=most,
@@ -125,7 +125,7 @@ def _is_odd(prompt: Prompt) -> bool:
     return any(text.strip() != text.strip(_SPACES_OF_ASCII) for text in (each["content"] for each in prompt.messages))
 
 
-def _questions(folder: RunFolder, encoder: Encoder) -> tuple[list[Asked], tuple[str, ...]]:
+def _questions(folder: RunFolder, encoder: Encoder) -> tuple[list[ServedQuestion], tuple[str, ...]]:
     """The run's questions as it asked them; only its data still has their conversations."""
     manifest = folder.read_manifest()
     said: list[dict[str, Any]] = (((manifest.get("scores") or {}).get("learning") or {}).get("tuned") or {}).get(
@@ -145,5 +145,7 @@ def _questions(folder: RunFolder, encoder: Encoder) -> tuple[list[Asked], tuple[
         if why := cannot_be_told(encoder, conversation):
             unsaid[why] += 1
             continue
-        found.append(Asked(Prompt(chat_messages(conversation), question.ids), answer["given"], answer["expected"]))
+        found.append(
+            ServedQuestion(Prompt(chat_messages(conversation), question.ids), answer["given"], answer["expected"])
+        )
     return found, tuple(f"{count} questions {why}: not asked" for why, count in unsaid.items())

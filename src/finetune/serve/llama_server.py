@@ -18,13 +18,13 @@ from typing import IO, Any
 
 from finetune.errors import DeploymentError
 from finetune.export.llama_runtime import get, load_chat, post
-from finetune.serve.completion import Said
+from finetune.serve.completion import Completion
 
 _PAUSE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class ServerTimeouts:
     """Seconds to wait: until the file is loaded, for anything at all to come of an answer, and for it to end."""
 
     load: float = 600.0
@@ -35,7 +35,9 @@ class Patience:
 class LlamaServer:
     """A running server; `llama_server` makes it."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", words: IO[bytes], address: str, patience: Patience) -> None:
+    def __init__(
+        self, process: "subprocess.Popen[bytes]", words: IO[bytes], address: str, patience: ServerTimeouts
+    ) -> None:
         self.address = address
         self._process, self._words, self._patience = process, words, patience
 
@@ -87,7 +89,7 @@ class LlamaServer:
         prompt = self.ask("apply-template", {"messages": list(messages)})["prompt"]
         return tuple(self.ask("tokenize", {"content": prompt, "add_special": True, "parse_special": True})["tokens"])
 
-    def chat(self, messages: Sequence[Mapping[str, str]], *, most: int) -> Said:
+    def chat(self, messages: Sequence[Mapping[str, str]], *, most: int) -> Completion:
         """The likeliest answer to a conversation; it may have so many tokens at most.
 
         Raises:
@@ -96,7 +98,7 @@ class LlamaServer:
         told = self._complete(messages, most=most)
         [choice] = told["choices"]
         ended = choice["finish_reason"] == "stop"
-        return Said(choice["message"]["content"] or "", ended, told["usage"]["prompt_tokens"])
+        return Completion(choice["message"]["content"] or "", ended, told["usage"]["prompt_tokens"])
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]], *, most: int) -> tuple[int, ...]:
         """The ids of the likeliest answer, the one that ends it among them.
@@ -114,7 +116,7 @@ class LlamaServer:
 
 @contextlib.contextmanager
 def llama_server(
-    model: Path, *, context: int, name: str, port: int = 0, patience: Patience | None = None
+    model: Path, *, context: int, name: str, port: int = 0, patience: ServerTimeouts | None = None
 ) -> Iterator[LlamaServer]:
     """A server of a GGUF file, for this context.
 
@@ -126,7 +128,7 @@ def llama_server(
     Raises:
         DeploymentError: llama.cpp could not load the file or listen there, or took too long; its words are quoted.
     """
-    patience = patience or Patience()
+    patience = patience or ServerTimeouts()
     request = {"model": str(model), "context": context, "name": name, "port": port}
     with tempfile.TemporaryFile() as words, tempfile.TemporaryDirectory(prefix="finetune-") as folder:
         told = Path(folder) / "address"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import DeploymentError, MissingExtraError, UsageError
-from finetune.serve.completion import Said
+from finetune.serve.completion import Completion
 
 if TYPE_CHECKING:
     import httpx
@@ -25,7 +25,7 @@ START = "start it with `ollama serve`; Ollama is at https://ollama.com/download"
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class OllamaTimeouts:
     """Seconds to wait: for a connection, for anything at all to come, and for a whole answer."""
 
     connect: float = 5.0
@@ -34,7 +34,7 @@ class Patience:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class OllamaRecipe:
     """What a model is created from, besides its file."""
 
     template: str
@@ -64,7 +64,7 @@ class Ollama:
         UsageError: the host is none.
     """
 
-    def __init__(self, host: str | None = None, *, patience: Patience | None = None) -> None:
+    def __init__(self, host: str | None = None, *, patience: OllamaTimeouts | None = None) -> None:
         if find_spec("ollama") is None:
             raise MissingExtraError(
                 "talking to Ollama needs its client library", hint="pip install 'finetune-suite[ollama]'"
@@ -73,7 +73,7 @@ class Ollama:
         import ollama
 
         told = host or os.environ.get("OLLAMA_HOST") or "127.0.0.1:11434"
-        self._patience = patience or Patience()
+        self._patience = patience or OllamaTimeouts()
         times = httpx.Timeout(self._patience.silence, connect=self._patience.connect)
         scheme, named, place = told.partition("://")
         try:
@@ -130,7 +130,7 @@ class Ollama:
             raise DeploymentError(f"{file} has changed while it was sent to {self.address}", hint="deploy it again")
         return digest
 
-    def create(self, name: str, file: str, digest: str, recipe: Recipe) -> None:
+    def create(self, name: str, file: str, digest: str, recipe: OllamaRecipe) -> None:
         """Create a model from an uploaded GGUF file.
 
         Raises:
@@ -184,7 +184,7 @@ class Ollama:
         if name in self.listed():
             raise DeploymentError(f"{name} is still at {self.address} after it was deleted", hint=f"ollama rm {name}")
 
-    def chat(self, name: str, messages: Sequence[Mapping[str, str]], *, most: int, fresh: bool = False) -> Said:
+    def chat(self, name: str, messages: Sequence[Mapping[str, str]], *, most: int, fresh: bool = False) -> Completion:
         """The likeliest answer to a conversation.
 
         Args:
@@ -205,7 +205,7 @@ class Ollama:
                 f"Ollama at {self.address} broke off in its answer as {name}, after {text[-40:]!r}",
                 hint="see the server's own log, and ask again",
             )
-        return Said(text, last.done_reason == "stop", last.prompt_eval_count)
+        return Completion(text, last.done_reason == "stop", last.prompt_eval_count)
 
     def rendered(self, name: str, messages: Sequence[Mapping[str, str]]) -> str | None:
         """The prompt that the server makes of a conversation; None where it is too old to tell.

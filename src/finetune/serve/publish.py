@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from finetune.errors import DeploymentError, FineTuneError, OutputError
-from finetune.serve.ollama import Ollama, Recipe
+from finetune.serve.ollama import Ollama, OllamaRecipe
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ def check_free(server: Ollama, name: str, *, replace: bool) -> None:
         raise OutputError(f"{server.address} has a model {name} already", hint="choose another --name, or --replace it")
 
 
-def place_model(server: Ollama, name: str, blob: Blob, recipe: Recipe, *, verify: Callable[[str], T]) -> T:
+def place_model(server: Ollama, name: str, blob: Blob, recipe: OllamaRecipe, *, verify: Callable[[str], T]) -> T:
     """Create a model, verify it, and give it its name, whatever that meant before; returns what `verify` does.
 
     Args:

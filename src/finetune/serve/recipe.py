@@ -8,22 +8,22 @@ from finetune.files import write_text
 from finetune.run.folder import RunFolder
 from finetune.serve.derive import Render, derive_template
 from finetune.serve.modelfile import Modelfile, write_modelfile
-from finetune.serve.ollama import Recipe
+from finetune.serve.ollama import OllamaRecipe
 
 
 def make_recipe(
     render: Render, *, bos: str, texts: Sequence[str], context: int, stops: Sequence[str], licence: str
-) -> Recipe:
+) -> OllamaRecipe:
     """What Ollama is told of a model besides its file; `bos` and `texts` as for `derive_template`.
 
     Raises:
         TemplateError: the run's template cannot be said in Ollama's language.
     """
     template = derive_template(render, bos=bos, texts=texts)
-    return Recipe(template, {"num_ctx": context, "stop": list(stops)}, (licence,) if licence else ())
+    return OllamaRecipe(template, {"num_ctx": context, "stop": list(stops)}, (licence,) if licence else ())
 
 
-def leave_recipe(run: Path, file: Path, recipe: Recipe) -> tuple[str, ...]:
+def leave_recipe(run: Path, file: Path, recipe: OllamaRecipe) -> tuple[str, ...]:
     """Leave the same recipe as a Modelfile, where one can hold it; what is to be said where none can."""
     stops = tuple(("stop", stop) for stop in recipe.parameters["stop"])
     parameters = (("num_ctx", recipe.parameters["num_ctx"]), *stops)

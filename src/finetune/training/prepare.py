@@ -14,14 +14,14 @@ from finetune.config import (
     ModelAndDataFacts,
     Plan,
     TrainingConfig,
+    early_stopping_without_validation_problems,
     resolve,
     resolve_steps,
-    unwatched_problems,
 )
 from finetune.data.batches import fixed_batches, sequences_of
 from finetune.data.facts import deranged
 from finetune.data.read import read_rows
-from finetune.data.shape import Example, Shaped, shape_rows
+from finetune.data.shape import Example, ShapedRows, shape_rows
 from finetune.data.shipped import FACTS, REHEARSAL, RETENTION, data_path
 from finetune.data.split import hold_out
 from finetune.errors import ConfigError, DataError, ModelError, Problem
@@ -90,7 +90,9 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         )
     rehearsal = _encode_file(encoder, config.data.rehearsal, plan, notes)
     held_out = encode_held_out(encoder, plan, held, notes)
-    if not (held_out and held_out.rows) and (problems := unwatched_problems(config, plan.origins)):
+    if not (held_out and held_out.rows) and (
+        problems := early_stopping_without_validation_problems(config, plan.origins)
+    ):
         raise ConfigError(problems)
     trained = {row.where for row in train.rows}
     conversations = tuple(example for example in kept if isinstance(example, Conversation) and example.where in trained)
@@ -177,7 +179,7 @@ def adapter_target(config: TrainingConfig, shape: ModelShape) -> AdapterTarget |
     return target
 
 
-def sham_rows(prepared: Prepared) -> tuple[Tokenized, ...] | None:
+def shuffled_rows(prepared: Prepared) -> tuple[Tokenized, ...] | None:
     """The training rows with the last answers dealt out among the wrong questions; None where that cannot be."""
     answers = deranged([conversation.answer for conversation in prepared.conversations])
     if not answers:
@@ -186,7 +188,7 @@ def sham_rows(prepared: Prepared) -> tuple[Tokenized, ...] | None:
         Conversation((*conversation.messages[:-1], Message("assistant", answer)), conversation.where)
         for conversation, answer in zip(prepared.conversations, answers, strict=True)
     )
-    encoded = prepared.encoder.encode(Shaped(shams, {}, {}, ()), prepared.plan)
+    encoded = prepared.encoder.encode(ShapedRows(shams, {}, {}, ()), prepared.plan)
     return encoded.rows + (prepared.rehearsal.rows if prepared.rehearsal else ())
 
 
@@ -226,7 +228,7 @@ def _with_shipped_data(loaded: LoadedConfig) -> LoadedConfig:
     return LoadedConfig(config, {**loaded.origins, **{f"data.{key}": "derived" for key in data}})
 
 
-def _read(name: str, limit: int | None = None) -> tuple[Shaped, list[str]]:
+def _read(name: str, limit: int | None = None) -> tuple[ShapedRows, list[str]]:
     shaped = shape_rows(read_rows(data_path(name), limit=limit))
     notes = []
     if shaped.ignored_columns:
@@ -251,7 +253,7 @@ def encode_held_out(encoder: Encoder, plan: Plan, held: list[Example], notes: li
     if not held:
         return None
     notes.append(f"{len(held)} rows were held out of training to measure the loss on (data.valid_fraction)")
-    return encoder.encode(Shaped(tuple(held), {}, {}, ()), plan)
+    return encoder.encode(ShapedRows(tuple(held), {}, {}, ()), plan)
 
 
 def _total_steps(plan: Plan, rows: Sequence[Tokenized]) -> int:

@@ -55,7 +55,7 @@ _GENTLE: dict[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ChainStep:
     """One step: what came of it, in how many seconds, why it was skipped or failed, and what it told."""
 
     name: str
@@ -72,9 +72,9 @@ class Chain:
     model: str
     backend: str
     folder: Path
-    steps: tuple[Step, ...]
+    steps: tuple[ChainStep, ...]
 
-    def step(self, name: str) -> Step:
+    def step(self, name: str) -> ChainStep:
         """A step by its name."""
         return next(step for step in self.steps if step.name == name)
 
@@ -116,7 +116,7 @@ def run_chain(model: str, folder: Path, *, backend: str | None = None, tell: Tel
     make_folder(folder)
     links = _Links(model, folder, time.monotonic() + BUDGET)
     links.backend = backend or links.backend
-    steps: list[Step] = []
+    steps: list[ChainStep] = []
     for name, (needed, act) in links.all().items():
         step = _go(name, needed, act, steps)
         steps.append(step)
@@ -143,7 +143,7 @@ def clear_chain(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
-def _go(name: str, needed: str, act: Callable[[], dict[str, Any]], before: Sequence[Step]) -> Step:
+def _go(name: str, needed: str, act: Callable[[], dict[str, Any]], before: Sequence[ChainStep]) -> ChainStep:
     """Take one step, if what it needs is there."""
     started = time.monotonic()
     told: dict[str, Any] = {}
@@ -157,7 +157,7 @@ def _go(name: str, needed: str, act: Callable[[], dict[str, Any]], before: Seque
         outcome, why = "skipped", str(reason)
     except FineTuneError as error:
         outcome, why = "failed", str(error)
-    return Step(name, outcome, time.monotonic() - started, why, told)  # type: ignore[arg-type]
+    return ChainStep(name, outcome, time.monotonic() - started, why, told)  # type: ignore[arg-type]
 
 
 class _Links:

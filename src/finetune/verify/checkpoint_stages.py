@@ -4,8 +4,8 @@ import json
 import shutil
 from typing import ClassVar, Literal
 
-from finetune.verify.checkpoint_store import CheckpointStore
-from finetune.verify.laws import demand_same
+from finetune.verify.checkpoint_store import StoreUnderTest
+from finetune.verify.laws import check_law_same
 from finetune.verify.stages import Commands, Damage, Doom, Place, Stage, Which
 from finetune.verify.subjects import Order
 from finetune.verify.training_life import in_time, spoil
@@ -24,12 +24,12 @@ class Work(StoreStage):
     orders: Commands
     death: Doom | None = None
 
-    def fits(self, world: CheckpointStore) -> bool:
+    def fits(self, world: StoreUnderTest) -> bool:
         """While what is saved is newer each time."""
         steps = [world.last, *(order.step for order in self.orders if order.do == "save")]
         return steps == sorted(set(steps))
 
-    def act(self, world: CheckpointStore) -> None:
+    def act(self, world: StoreUnderTest) -> None:
         """One process more."""
         world.carry_out(self.orders, self.death)
 
@@ -39,11 +39,11 @@ class MoveStore(StoreStage):
 
     do: Literal["move"] = "move"
 
-    def fits(self, world: CheckpointStore) -> bool:
+    def fits(self, world: StoreUnderTest) -> bool:
         """Once there is one."""
         return world.folder.exists()
 
-    def act(self, world: CheckpointStore) -> None:
+    def act(self, world: StoreUnderTest) -> None:
         """Rename it."""
         world.folder = world.folder.rename(world.root / f"{world.folder.name}-moved")
 
@@ -60,11 +60,11 @@ class DamageCheckpoint(StoreStage):
     which: Which = 0
     how: Damage = "flip"
 
-    def fits(self, world: CheckpointStore) -> bool:
+    def fits(self, world: StoreUnderTest) -> bool:
         """While anything is undamaged."""
         return bool(world.whole)
 
-    def act(self, world: CheckpointStore) -> None:
+    def act(self, world: StoreUnderTest) -> None:
         """Damage it, and know what cannot be read any more."""
         step = world.whole[-1 - self.back % len(world.whole)]
         files = sorted(path for path in world.path(step).rglob("*") if path.is_file())
@@ -81,11 +81,11 @@ class RemoveAsTold(StoreStage):
     do: Literal["remove as told"] = "remove as told"
     which: Which = 0
 
-    def fits(self, world: CheckpointStore) -> bool:
+    def fits(self, world: StoreUnderTest) -> bool:
         """While anything is damaged."""
         return bool(world.damaged)
 
-    def act(self, world: CheckpointStore) -> None:
+    def act(self, world: StoreUnderTest) -> None:
         """Remove it."""
         step = sorted(world.damaged)[self.which % len(world.damaged)]
         shutil.rmtree(world.path(step))
@@ -97,14 +97,14 @@ class OpenAllElsewhere(StoreStage):
 
     do: Literal["open all elsewhere"] = "open all elsewhere"
 
-    def fits(self, world: CheckpointStore) -> bool:
+    def fits(self, world: StoreUnderTest) -> bool:
         """While anything is there."""
         return bool(world.there)
 
-    def act(self, world: CheckpointStore) -> None:
+    def act(self, world: StoreUnderTest) -> None:
         """Open each, and one that never was."""
         steps = [*world.there, world.last + 1]
         ending = in_time(world.subject.obey(world.folder, world.keep, [Order("open", step) for step in steps]))
-        demand_same("store.reads-only", (0, 0), (ending.code, ending.changes))
+        check_law_same("store.reads-only", (0, 0), (ending.code, ending.changes))
         for step, line in zip(steps, ending.answer.splitlines(), strict=True):
             world.check_opened(step, json.loads(line))

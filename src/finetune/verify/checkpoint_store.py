@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from finetune.verify.deaths import CODES, Death
-from finetune.verify.laws import demand, demand_same
+from finetune.verify.laws import check_law, check_law_same
 from finetune.verify.subjects import KeepsCheckpoints, Order
 from finetune.verify.training_life import in_time, told_of
 
 
-class CheckpointStore:
+class StoreUnderTest:
     """One store in one folder, which several processes have one after the other."""
 
     def __init__(self, subject: KeepsCheckpoints, keep: int, root: Path) -> None:
@@ -61,15 +61,15 @@ class CheckpointStore:
             self._follow(order, answer, used)
         told = told_of(ending)
         if len(answers) >= len(orders):
-            demand("store.code", ending.code == 0, expected=0, got=told)
+            check_law("store.code", ending.code == 0, expected=0, got=told)
             return
-        demand("store.code", death is not None, expected="every order done", got=told)
+        check_law("store.code", death is not None, expected="every order done", got=told)
         assert death is not None
         codes = {CODES[death.by], -CODES["interrupt"]} if death.by != "interrupt" else {1, 130}
-        demand("store.code", ending.code in codes, expected=f"one of {sorted(codes)}", got=told)
+        check_law("store.code", ending.code in codes, expected=f"one of {sorted(codes)}", got=told)
         self.died[death.by] += 1
         if death.by == "full":
-            demand("store.full-disk", "cannot write" in ending.told, expected="cannot write", got=ending.told)
+            check_law("store.full-disk", "cannot write" in ending.stderr, expected="cannot write", got=ending.stderr)
         self._survive(orders[len(answers)], used)
 
     def _follow(self, order: Order, answer: Any, used: set[int]) -> None:
@@ -79,7 +79,7 @@ class CheckpointStore:
             if isinstance(answer, str):
                 used.add(order.step)
             return
-        demand_same("store.answers", None, answer)
+        check_law_same("store.answers", None, answer)
         if order.do == "save":
             self.there[order.step], self._best[order.step] = order.content, order.best
         else:
@@ -89,11 +89,11 @@ class CheckpointStore:
     def check_opened(self, step: int, answer: Any) -> None:
         """What is whole is opened; what is damaged or gone is refused by its name, with what to do."""
         if step in self.there and step not in self.damaged:
-            demand_same("store.opens-whole", self.there[step], answer)
+            check_law_same("store.opens-whole", self.there[step], answer)
             return
         words = answer.get("refused", "") if isinstance(answer, dict) else ""
         refused = f"{step:08d}" in words and "hint: " in words
-        demand("store.refuses-damaged", refused, expected=f"{step:08d} refused with a hint", got=answer)
+        check_law("store.refuses-damaged", refused, expected=f"{step:08d} refused with a hint", got=answer)
 
     def _survive(self, order: Order, used: set[int]) -> None:
         """Of an order that was not done something may have been: what must stay is there, and no more than was."""
@@ -107,7 +107,7 @@ class CheckpointStore:
         # Nothing goes before the new one is safe, and then only what need not stay.
         must = self.protected(after, used) if order.step in found or order.do == "release" else before
         wanted = f"at least {sorted(must)}, at most {sorted(after)}"
-        demand("store.outlives", must <= found <= after, expected=wanted, got=sorted(found))
+        check_law("store.outlives", must <= found <= after, expected=wanted, got=sorted(found))
         self.keep_only(found)
 
     def keep_only(self, steps: set[int]) -> None:
@@ -119,11 +119,11 @@ class CheckpointStore:
     def check(self) -> None:
         """What is listed is what must be there, and exactly what is damaged is called so, by its name."""
         listed = self.subject.listed(self.folder)
-        demand_same("store.lists", sorted(self.there), sorted(listed))
+        check_law_same("store.lists", sorted(self.there), sorted(listed))
         wrong = {step: words for step, words in listed.items() if words}
-        demand_same("store.damage-found", sorted(self.damaged), sorted(wrong))
+        check_law_same("store.damage-found", sorted(self.damaged), sorted(wrong))
         named = all(f"{step:08d}" in words for step, words in wrong.items())
-        demand("store.damage-found", named, expected="each by its name", got=wrong)
+        check_law("store.damage-found", named, expected="each by its name", got=wrong)
 
     def close(self) -> None:
         """Leave nothing."""

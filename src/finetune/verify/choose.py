@@ -7,14 +7,14 @@ from importlib import import_module
 from finetune.abilities import require_backend
 from finetune.errors import UsageError
 from finetune.verify.ours import Ours
-from finetune.verify.subjects import Subject
+from finetune.verify.subjects import ScenarioSubject
 
 BACKENDS = ("reference", "torch", "mlx")
 """Our own trainer goes by the name of its backend."""
 
 
 @contextmanager
-def opened_subject(name: str) -> Iterator[Subject]:
+def opened_subject(name: str) -> Iterator[ScenarioSubject]:
     """Our own trainer with a backend, or what `module:Class` makes when it is called; closed in the end.
 
     Raises:
@@ -30,7 +30,7 @@ def opened_subject(name: str) -> Iterator[Subject]:
             close()
 
 
-def _made(name: str) -> Subject:
+def _made(name: str) -> ScenarioSubject:
     if name in BACKENDS:
         require_backend(name)
         return Ours(name)
@@ -39,7 +39,7 @@ def _made(name: str) -> Subject:
     if not colon or not module or not maker:
         raise UsageError(f"there is no subject {name!r}", hint=hint)
     try:
-        made: Subject = getattr(import_module(module), maker)()
+        made: ScenarioSubject = getattr(import_module(module), maker)()
     except (ImportError, AttributeError, TypeError) as error:
         raise UsageError(f"the subject {name!r} cannot be made: {error}", hint=hint) from None
     if not isinstance(getattr(made, "name", None), str):

@@ -40,7 +40,7 @@ CODES = {
 """How a process ends that dies so; of a full disk it does not die, but says so."""
 
 
-class Watch:
+class CrashInjector:
     """Counts the changes that this process makes in a folder, and lets it die; to be given to `sys.addaudithook`."""
 
     def __init__(self, folder: Path, death: Death | None) -> None:

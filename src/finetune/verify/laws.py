@@ -78,7 +78,7 @@ def _kind(law: str) -> type[LawBrokenError]:
     return type(f"LawBrokenError[{law}]", (LawBrokenError,), {})
 
 
-def demand(law: str, holds: object, *, expected: object, got: object) -> None:
+def check_law(law: str, holds: object, *, expected: object, got: object) -> None:
     """Hold a subject to a law.
 
     Raises:
@@ -88,7 +88,7 @@ def demand(law: str, holds: object, *, expected: object, got: object) -> None:
         raise _kind(law)(LAWS[law], short(expected), short(got))
 
 
-def demand_same(law: str, expected: Any, got: Any) -> None:
+def check_law_same(law: str, expected: Any, got: Any) -> None:
     """Hold a subject to a law of sameness; of mappings only what differs is told.
 
     Raises:
@@ -99,7 +99,7 @@ def demand_same(law: str, expected: Any, got: Any) -> None:
     if isinstance(expected, Mapping) and isinstance(got, Mapping):
         differing = sorted(key for key in {*expected, *got} if expected.get(key) != got.get(key))
         expected, got = _part(expected, differing), _part(got, differing)
-    demand(law, False, expected=expected, got=got)  # noqa: FBT003  # the values speak
+    check_law(law, False, expected=expected, got=got)  # noqa: FBT003  # the values speak
 
 
 def _part(values: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:

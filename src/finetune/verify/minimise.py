@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from finetune.config import default_of
 from finetune.verify.recipes import FEWEST_WORDS, ModelRecipe, TaskRecipe
 from finetune.verify.stages import Stage
-from finetune.verify.stories import Finding, StoreScene, Story, TrainingScene
-from finetune.verify.theatre import Outcome
+from finetune.verify.stories import StageFinding, StoreScene, Story, TrainingScene
+from finetune.verify.theatre import StoryResult
 
 SECONDS = 300.0
 """How long anybody waits, unless told otherwise."""
@@ -45,11 +45,11 @@ class Minimised:
     finished: bool
 
 
-Judge = Callable[[Story], Finding | None]
+Judge = Callable[[Story], StageFinding | None]
 """Tells a candidate; which law broke and how, None where it is not the one that is looked for."""
 
 
-def same_break(looked_for: Story, candidate: Story, outcome: Outcome) -> Finding | None:
+def same_break(looked_for: Story, candidate: Story, outcome: StoryResult) -> StageFinding | None:
     """What broke in the candidate, where it is the law that is looked for, at the same kind of stage.
 
     A run that not even undisturbed comes to its end must give the same reason: other tasks have other ones.
@@ -61,7 +61,7 @@ def same_break(looked_for: Story, candidate: Story, outcome: Outcome) -> Finding
     return finding if same and (finding.stage > 0 or _reason(finding) == _reason(wanted)) else None
 
 
-def _reason(finding: Finding) -> list[str]:
+def _reason(finding: StageFinding) -> list[str]:
     """The errors that were told, without numbers and paths."""
     return [re.sub(r"\S*/\S*|\d+", "", line) for line in re.findall(r"error: .*", finding.got)]
 
@@ -94,7 +94,7 @@ def minimise(
     return Minimised(best, len(seen) - 1, finished=True)
 
 
-def _until(story: Story, finding: Finding) -> Story:
+def _until(story: Story, finding: StageFinding) -> Story:
     """The story up to the stage at which it breaks; what would come after it is never told."""
     kept = story.stages[: finding.stage] if finding.stage else story.stages
     return story.model_copy(update={"stages": kept, "broken": finding})

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import EvidenceError
-from finetune.verify.deaths import Death, Watch
+from finetune.verify.deaths import CrashInjector, Death
 from finetune.verify.subjects import Ending
 
 _PATIENCE = 300
 """Seconds after which a process that does not end is ended, by SIGALRM."""
 
 
-class Nursery:
+class ForkServer:
     """A process that has imported some modules, and forks another one of itself for each program.
 
     Args:
@@ -45,7 +45,7 @@ class Nursery:
             start_new_session=True,
         )
 
-    def run(self, program: str, words: Sequence[str], folder: Path, death: Death | None) -> Ending:
+    def run(self, program: str, arguments: Sequence[str], folder: Path, death: Death | None) -> Ending:
         """Run a program, with these arguments, until it ends.
 
         Args:
@@ -57,7 +57,7 @@ class Nursery:
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        child = {"program": program, "words": list(words), "folder": str(folder.absolute())}
+        child = {"program": program, "arguments": list(arguments), "folder": str(folder.absolute())}
         request = {**child, "death": asdict(death) if death else None}
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -75,16 +75,16 @@ def _serve(modules: Sequence[str]) -> None:
     for module in modules:
         import_module(module)
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(_bear(json.loads(line))) + "\n")
+        sys.stdout.write(json.dumps(_fork(json.loads(line))) + "\n")
         sys.stdout.flush()
 
 
-def _bear(request: dict[str, Any]) -> dict[str, Any]:
+def _fork(request: dict[str, Any]) -> dict[str, Any]:
     """Fork a process for the request; how it ended."""
-    ends = {name: os.pipe() for name in ("answer", "told", "changes")}
+    ends = {name: os.pipe() for name in ("answer", "stderr", "changes")}
     child = os.fork()
     if child == 0:
-        _live(request, {name: end for name, (_, end) in ends.items()})
+        _run_child(request, {name: end for name, (_, end) in ends.items()})
     for _, end in ends.values():
         os.close(end)
     with ThreadPoolExecutor(1) as waiting:
@@ -119,19 +119,19 @@ def _listen(ends: dict[int, str]) -> dict[str, bytes]:
     return heard
 
 
-def _live(request: dict[str, Any], ends: dict[str, int]) -> None:
+def _run_child(request: dict[str, Any], ends: dict[str, int]) -> None:
     """Be the program; never returns."""
     code = 1
     try:
         os.setpgid(0, 0)
-        for number, end in enumerate([os.open(os.devnull, os.O_RDONLY), ends["answer"], ends["told"]]):
+        for number, end in enumerate([os.open(os.devnull, os.O_RDONLY), ends["answer"], ends["stderr"]]):
             os.dup2(end, number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.alarm(_PATIENCE)
         death = request["death"]
-        watch = Watch(Path(request["folder"]), Death(**death) if death else None)
+        watch = CrashInjector(Path(request["folder"]), Death(**death) if death else None)
         os.fsync = watch.flush
-        sys.argv = [request["program"], *request["words"]]
+        sys.argv = [request["program"], *request["arguments"]]
         sys.addaudithook(watch)
         code = _run(request["program"])
         sys.stdout.flush()

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,11 +26,12 @@ from finetune.events import (
 from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune.run.folder import RunFolder
 from finetune.verify.deaths import Death
-from finetune.verify.nursery import Nursery
-from finetune.verify.subjects import Ending, Look, Order, Task
+from finetune.verify.nursery import ForkServer
+from finetune.verify.subjects import Ending, Order, RunSnapshot, Task
 
+[_FT] = entry_points(group="console_scripts", name="ft")
 _IMPORTED = (
-    "finetune.cli.app",
+    f"{_FT.module}.app",
     "finetune.distributed.launch",
     "finetune.train",
     "finetune.evidence.reopen",
@@ -55,7 +57,7 @@ class Ours:
     The programs are named here, so that a subject with a planted fault can have others.
     """
 
-    program: ClassVar = "finetune.cli:main"
+    program: ClassVar = _FT.value
     keeper: ClassVar = "finetune.verify.ours:follow_orders"
 
     def __init__(self, backend: str) -> None:
@@ -63,16 +65,16 @@ class Ours:
         self.backend = backend
 
     @cached_property
-    def nursery(self) -> Nursery:
+    def fork_server(self) -> ForkServer:
         """What starts our processes."""
         more = ["peft"] if self.backend == "torch" else []
-        return Nursery([*_IMPORTED, f"finetune.backends.{self.backend}.backend", *more])
+        return ForkServer([*_IMPORTED, f"finetune.backends.{self.backend}.backend", *more])
 
     def close(self) -> None:
         """End the process that starts the others, if there is one."""
-        if "nursery" in self.__dict__:
-            self.nursery.close()
-            del self.nursery
+        if "fork_server" in self.__dict__:
+            self.fork_server.close()
+            del self.fork_server
 
     def train(self, task: Task, folder: Path, death: Death | None = None) -> Ending:
         """`ft train`, by a configuration that is put beside the folder."""
@@ -102,16 +104,16 @@ class Ours:
 
     def ft(self, folder: Path, death: Death | None, *words: str) -> Ending:
         """Run `ft` with these words; changes in the folder are counted."""
-        return self.nursery.run(self.program, words, folder, death)
+        return self.fork_server.run(self.program, words, folder, death)
 
-    def look(self, folder: Path) -> Look:
+    def look(self, folder: Path) -> RunSnapshot:
         """What the run folder holds."""
         run = RunFolder(folder)
         found = {file["path"]: file["sha256"] for file in run.describe()}
         record = run.read_manifest() if run.manifest.exists() else None
         written = record["artifacts"] if record else []
         events = run.read_events()
-        return Look(
+        return RunSnapshot(
             begun=run.plan.exists(),
             finished=record is not None,
             checkpoints=self.listed(run.checkpoints),
@@ -126,7 +128,7 @@ class Ours:
     def obey(self, folder: Path, keep: int, orders: Sequence[Order], death: Death | None = None) -> Ending:
         """What each order asks of one `CheckpointStore`."""
         words = [str(folder), str(keep), json.dumps([asdict(order) for order in orders])]
-        return self.nursery.run(self.keeper, words, folder, death)
+        return self.fork_server.run(self.keeper, words, folder, death)
 
     def listed(self, folder: Path) -> Mapping[int, str]:
         """Every step of the store, each opened."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from finetune.errors import FineTuneError
-from finetune.serve.ollama import Ollama, Patience, Recipe, full_name
+from finetune.serve.ollama import Ollama, OllamaRecipe, OllamaTimeouts, full_name
 from finetune.serve.publish import Blob, check_free, place_model
 from finetune.verify.subjects import Ending, Serving
 
@@ -21,7 +21,7 @@ class OursOnOllama:
 
     name = "finetune with Ollama"
 
-    def __init__(self, host: str, patience: Patience) -> None:
+    def __init__(self, host: str, patience: OllamaTimeouts) -> None:
         self._server = Ollama(host, patience=patience)
 
     def close(self) -> None:
@@ -35,7 +35,7 @@ class OursOnOllama:
         def act() -> str:
             check_free(server, whole, replace=replace)
             blob = Blob(serving.file.name, server.upload(serving.file))
-            recipe = Recipe(serving.template, {"num_ctx": _CONTEXT, "stop": list(serving.stops)})
+            recipe = OllamaRecipe(serving.template, {"num_ctx": _CONTEXT, "stop": list(serving.stops)})
             return place_model(server, whole, blob, recipe, verify=lambda first: self._said(first, "?"))
 
         return _ending(act)

@@ -26,7 +26,7 @@ class OursExports(Ours):
 
     def take_off(self, folder: Path) -> Ending:
         """A session that writes the merged model, and then answers without its adapter."""
-        return self.nursery.run("finetune.verify.ours_export:take_off", [str(folder)], folder, None)
+        return self.fork_server.run("finetune.verify.ours_export:take_off", [str(folder)], folder, None)
 
     def export(
         self, source: Path, outtype: str, *, output: Path | None = None, alone: bool = False, death: Death | None = None

@@ -10,7 +10,7 @@ import pytest
 
 if TYPE_CHECKING:
     from finetune.verify.suite.catalogue import CaseLaw
-    from finetune.verify.suite.verdicts import Judgement
+    from finetune.verify.suite.verdicts import LawResult
 
 __all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_configure"]
 
@@ -89,7 +89,7 @@ class _LawItem(pytest.Item):
 class LawError(AssertionError):
     """A law does not hold, or could not be judged; the words are the evidence."""
 
-    def __init__(self, judgement: "Judgement") -> None:
+    def __init__(self, judgement: "LawResult") -> None:
         lines = [f"{judgement.word}: {judgement.law}: {judgement.statement}"]
         if judgement.word == "broken":
             lines += [f"expected: {judgement.expected}", f"got: {judgement.got}", f"smallest case: {judgement.case}"]

@@ -41,7 +41,7 @@ Scene = Annotated[TrainingScene | StoreScene, Field(discriminator="scene")]
 _SCENES: TypeAdapter[TrainingScene | StoreScene] = TypeAdapter(Scene)
 
 
-class Finding(Recipe):
+class StageFinding(Recipe):
     """Which law broke at which stage, counted from 1, and how."""
 
     law: str
@@ -70,10 +70,10 @@ class Story(Recipe):
 
     setting: Scene
     stages: tuple[Stage, ...]
-    broken: Finding | None = None
+    broken: StageFinding | None = None
     origin: Origin
 
-    def stage_of(self, finding: Finding) -> str:
+    def stage_of(self, finding: StageFinding) -> str:
         """The name of the stage at which a law broke; "" where not even an undisturbed run came to its end."""
         return self.stages[finding.stage - 1].do if finding.stage else ""
 
@@ -139,7 +139,7 @@ def parse_story(values: Any) -> tuple[Story | None, Sequence[str]]:
     problems = [f"{key}: no story has this" for key in sorted(set(values) - known)]
     scene = _parsed(_SCENES, {key: values[key] for key in ("scene", "task", "keep") if key in values}, "", problems)
     stages = _parse_stages(values.get("stages"), str(values.get("scene")), problems)
-    broken = _parsed(TypeAdapter(Finding | None), values.get("broken"), "broken", problems)
+    broken = _parsed(TypeAdapter(StageFinding | None), values.get("broken"), "broken", problems)
     if broken is not None:
         if broken.law not in LAWS:
             problems.append(f"broken.law: there is no law {broken.law!r}")

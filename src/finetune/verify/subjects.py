@@ -24,18 +24,18 @@ class Task:
 class Ending:
     """How a process ended.
 
-    `code` is its exit code, negative for the signal that killed it; `answer` what it printed as data and `told` all
+    `code` is its exit code, negative for the signal that killed it; `answer` what it printed as data and `stderr` all
     else it said; `changes` counts what it changed in its folder, None when it did not live to say so.
     """
 
     code: int
     answer: str
-    told: str
+    stderr: str
     changes: int | None
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class RunSnapshot:
     """What lies in a run's folder, without what a clock, a process id or a random name is to blame for.
 
     Attributes:
@@ -61,7 +61,7 @@ class Look:
     damaged: tuple[str, ...] = ()
 
 
-class Subject(Protocol):
+class ScenarioSubject(Protocol):
     """A trainer, by its name."""
 
     @property
@@ -71,7 +71,7 @@ class Subject(Protocol):
 
 
 @runtime_checkable
-class Trains(Subject, Protocol):
+class Trains(ScenarioSubject, Protocol):
     """It trains, goes on with a run that ended before its time, and measures a finished one again.
 
     Each runs in a process of its own, which dies as it is told to. No trouble of the trainer's raises here: it is in
@@ -94,7 +94,7 @@ class Trains(Subject, Protocol):
         """Measure the base and the tuned model of a finished run again."""
         ...
 
-    def look(self, folder: Path) -> Look:
+    def look(self, folder: Path) -> RunSnapshot:
         """See what lies there; nothing is changed."""
         ...
 
@@ -145,7 +145,7 @@ class Order:
 
 
 @runtime_checkable
-class KeepsCheckpoints(Subject, Protocol):
+class KeepsCheckpoints(ScenarioSubject, Protocol):
     """It keeps checkpoints of anything, the newest few and the best."""
 
     def obey(self, folder: Path, keep: int, orders: Sequence[Order], death: Death | None = None) -> Ending:
@@ -170,10 +170,10 @@ class Serving:
 
 
 @runtime_checkable
-class Deploys(Subject, Protocol):
+class Deploys(ScenarioSubject, Protocol):
     """It gives names on a server to models, asks them, and removes them.
 
-    No trouble of the server's raises here: it is in the ending, whose `told` says what then is what.
+    No trouble of the server's raises here: it is in the ending, whose `stderr` says what then is what.
     """
 
     def deploy(self, name: str, serving: Serving, *, replace: bool = False) -> Ending:

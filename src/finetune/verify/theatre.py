@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from finetune.verify.checkpoint_store import CheckpointStore
+from finetune.verify.checkpoint_store import StoreUnderTest
 from finetune.verify.laws import LawBrokenError
 from finetune.verify.recipes import TaskRecipe
 from finetune.verify.stages import Stage
-from finetune.verify.stories import Finding, StoreScene, Story, TrainingScene
-from finetune.verify.subjects import KeepsCheckpoints, Subject, Task, Trains
-from finetune.verify.training_life import TrainingLife, Whole, undisturbed
+from finetune.verify.stories import StageFinding, StoreScene, Story, TrainingScene
+from finetune.verify.subjects import KeepsCheckpoints, ScenarioSubject, Task, Trains
+from finetune.verify.training_life import TrainingLife, UndisturbedRun, undisturbed
 
 Verdict = Literal["kept", "broken", "error", "not applicable"]
 _ABILITIES: dict[type, type] = {TrainingScene: Trains, StoreScene: KeepsCheckpoints}
@@ -36,7 +36,7 @@ class World(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class StoryResult:
     """What came of a story.
 
     `broken` has the law that broke, its stage and what was seen; of an `error`, which is nobody's broken law, and of a
@@ -45,14 +45,14 @@ class Outcome:
     """
 
     verdict: Verdict
-    finding: Finding | None = None
+    finding: StageFinding | None = None
     why: str = ""
     idle: tuple[int, ...] = ()
     late: tuple[int, ...] = ()
     died: tuple[tuple[str, int], ...] = ()
 
 
-class _Told:
+class _StoryProgress:
     """How far a story has been told, and which of its stages did not come to what they were meant for."""
 
     def __init__(self, story: Story) -> None:
@@ -70,24 +70,24 @@ class _Told:
         elif getattr(stage, "death", None) is not None and world.died.total() == before:
             self.late.append(self.number)
 
-    def outcome(self, world: World) -> Outcome:
+    def outcome(self, world: World) -> StoryResult:
         """What came of it when no law broke."""
         broken = self._story.broken
         marks: Any = {"idle": tuple(self.idle), "late": tuple(self.late), "died": tuple(sorted(world.died.items()))}
         if broken is not None and broken.stage in self.idle:
             why = f"stage {broken.stage}, at which the law broke, found nothing to act on: the law was not judged"
-            return Outcome("error", why=why, **marks)
-        return Outcome("kept", **marks)
+            return StoryResult("error", why=why, **marks)
+        return StoryResult("kept", **marks)
 
 
-class Theatre:
+class ScenarioRunner:
     """A folder, for as long as it is open, in which a subject is told stories."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: ScenarioSubject) -> None:
         self.subject = subject
         self.folder = Path(tempfile.mkdtemp(prefix="finetune-theatre-"))
         self._tasks: dict[str, Task] = {}
-        self._wholes: dict[str, Whole] = {}
+        self._wholes: dict[str, UndisturbedRun] = {}
 
     def close(self) -> None:
         """Leave nothing."""
@@ -103,11 +103,11 @@ class Theatre:
         subject, root = self.subject, Path(tempfile.mkdtemp(dir=self.folder))
         if isinstance(setting, StoreScene):
             assert isinstance(subject, KeepsCheckpoints)
-            return CheckpointStore(subject, setting.keep, root)
+            return StoreUnderTest(subject, setting.keep, root)
         assert isinstance(subject, Trains)
         return TrainingLife(subject, self._task(setting.task), self.whole(setting.task), root)
 
-    def whole(self, recipe: TaskRecipe) -> Whole:
+    def whole(self, recipe: TaskRecipe) -> UndisturbedRun:
         """The task, done without any trouble."""
         key = recipe.model_dump_json()
         if key not in self._wholes:
@@ -122,28 +122,32 @@ class Theatre:
             self._tasks[key] = recipe.build(Path(tempfile.mkdtemp(dir=self.folder)) / "task")
         return self._tasks[key]
 
-    def run(self, story: Story) -> Outcome:
+    def run(self, story: Story) -> StoryResult:
         """Do what the story says, stage by stage, until a law breaks or it ends; the world is left empty."""
         missing = lacking(self.subject, story)
         if missing:
-            return Outcome("not applicable", why=f"{self.subject.name} lacks an ability: {', '.join(missing)}")
-        told = _Told(story)
+            return StoryResult("not applicable", why=f"{self.subject.name} lacks an ability: {', '.join(missing)}")
+        told = _StoryProgress(story)
         try:
             with self._opened(story) as world:
                 for stage in story.stages:
                     told.take(world, stage)
                 return told.outcome(world)
         except LawBrokenError as broken:
-            return Outcome("broken", self.finding(broken, told.number), idle=tuple(told.idle), late=tuple(told.late))
+            return StoryResult(
+                "broken", self.finding(broken, told.number), idle=tuple(told.idle), late=tuple(told.late)
+            )
         # Whatever else goes wrong, in the subject's door or in here, says nothing about a law.
         except Exception as error:
-            return Outcome("error", why=f"stage {told.number}: {type(error).__name__}: {error}", idle=tuple(told.idle))
+            return StoryResult(
+                "error", why=f"stage {told.number}: {type(error).__name__}: {error}", idle=tuple(told.idle)
+            )
 
-    def finding(self, broken: LawBrokenError, stage: int) -> Finding:
+    def finding(self, broken: LawBrokenError, stage: int) -> StageFinding:
         """A broken law at a stage, in words that do not depend on where this folder is."""
         expected, got = (words.replace(str(self.folder), "...") for words in (broken.expected, broken.got))
         law = broken.law
-        return Finding(law=law.id, statement=law.statement, stage=stage, expected=expected, got=got)
+        return StageFinding(law=law.id, statement=law.statement, stage=stage, expected=expected, got=got)
 
     @contextmanager
     def _opened(self, story: Story) -> Iterator[World]:
@@ -167,15 +171,15 @@ def perform(world: World, stage: Stage) -> bool:
     return True
 
 
-def lacking(subject: Subject, story: Story) -> list[str]:
+def lacking(subject: ScenarioSubject, story: Story) -> list[str]:
     """The abilities that the story needs and the subject has not."""
     needed = [_ABILITIES[type(story.setting)], *(stage.needs for stage in story.stages if stage.needs is not None)]
     return sorted({ability.__name__ for ability in needed if not isinstance(subject, ability)})
 
 
-def run_story(story: Story, subject: Subject) -> Outcome:
+def run_story(story: Story, subject: ScenarioSubject) -> StoryResult:
     """Tell one story to a subject."""
-    theatre = Theatre(subject)
+    theatre = ScenarioRunner(subject)
     try:
         return theatre.run(story)
     finally:

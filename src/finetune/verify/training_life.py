@@ -14,17 +14,17 @@ from typing import Any
 
 from finetune.errors import EvidenceError
 from finetune.verify.deaths import CODES, Death
-from finetune.verify.laws import demand, demand_same
-from finetune.verify.subjects import Ending, Look, Task, Trains
+from finetune.verify.laws import check_law, check_law_same
+from finetune.verify.subjects import Ending, RunSnapshot, Task, Trains
 
 REFUSED = 3
 
 
 @dataclass(frozen=True)
-class Whole:
+class UndisturbedRun:
     """A run that nobody disturbed: what it left, how often it changed its folder, and how it measures."""
 
-    look: Look
+    look: RunSnapshot
     changes: int
     measured: Callable[[], str]
 
@@ -32,7 +32,7 @@ class Whole:
 class TrainingLife:
     """A run of a task in a folder of its own; stages act on it, and `check` is what holds at every moment."""
 
-    def __init__(self, subject: Trains, task: Task, whole: Whole, root: Path) -> None:
+    def __init__(self, subject: Trains, task: Task, whole: UndisturbedRun, root: Path) -> None:
         self.subject = subject
         self.task = task
         self.whole = whole
@@ -44,7 +44,7 @@ class TrainingLife:
         self.died: Counter[str] = Counter()
 
     @property
-    def look(self) -> Look:
+    def look(self) -> RunSnapshot:
         """What lies there now."""
         return self.subject.look(self.folder)
 
@@ -54,7 +54,7 @@ class TrainingLife:
         look = self.look
         return bool(look.checkpoints) and not look.finished
 
-    def go_on(self, death: Death | None) -> None:
+    def resume(self, death: Death | None) -> None:
         """One process more; it ends as it was meant to, or finishes the run before."""
         self.lives += 1
         if self.look.begun:
@@ -64,46 +64,48 @@ class TrainingLife:
         after = self.look
         if death is not None and ending.code == CODES[death.by]:
             self.died[death.by] += 1
-        demand("run.says-so", "Traceback" not in ending.told, expected="words", got=ending.told)
+        check_law("run.says-so", "Traceback" not in ending.stderr, expected="words", got=ending.stderr)
         if after.finished:
             codes = {0, 1, *([CODES[death.by]] if death else [])}
-            demand("run.code", ending.code in codes, expected=f"one of {codes}", got=told_of(ending))
+            check_law("run.code", ending.code in codes, expected=f"one of {codes}", got=told_of(ending))
         else:
             self._check_death(death, ending, after)
         newest = max(after.checkpoints, default=0)
-        demand("checkpoints.outlive", newest >= self.newest, expected=f"step {self.newest}", got=f"step {newest}")
+        check_law("checkpoints.outlive", newest >= self.newest, expected=f"step {self.newest}", got=f"step {newest}")
         if after.finished:
-            demand_same("resume.newest", (self.newest,) if self.newest else (), after.resumed[-1:])
+            check_law_same("resume.newest", (self.newest,) if self.newest else (), after.resumed[-1:])
         self.newest = newest
 
-    def _check_death(self, death: Death | None, ending: Ending, after: Look) -> None:
-        demand("run.ends", death is not None, expected="a finished run", got=told_of(ending))
+    def _check_death(self, death: Death | None, ending: Ending, after: RunSnapshot) -> None:
+        check_law("run.ends", death is not None, expected="a finished run", got=told_of(ending))
         assert death is not None
-        demand("run.code", ending.code == CODES[death.by], expected=CODES[death.by], got=told_of(ending))
+        check_law("run.code", ending.code == CODES[death.by], expected=CODES[death.by], got=told_of(ending))
         if death.by == "full":
-            demand("run.full-disk", "cannot write" in ending.told, expected="cannot write", got=ending.told)
+            check_law("run.full-disk", "cannot write" in ending.stderr, expected="cannot write", got=ending.stderr)
         if death.by == "interrupt":
             intact = f"the checkpoint of step {max(after.checkpoints, default=0)} is intact"
             words = intact if after.checkpoints else "had been written yet"
-            demand("run.last-words", words in ending.told, expected=words, got=ending.told)
+            check_law("run.last-words", words in ending.stderr, expected=words, got=ending.stderr)
             hint = "go on with: ft train --resume"
-            told = hint in ending.told
-            demand("run.last-words", told == after.begun, expected=hint if after.begun else "no hint", got=ending.told)
+            told = hint in ending.stderr
+            check_law(
+                "run.last-words", told == after.begun, expected=hint if after.begun else "no hint", got=ending.stderr
+            )
 
     def refuses(self, law: str, named: str) -> None:
         """The run cannot be gone on with: something is named, and all stays as it is."""
         before = content(self.folder)
         ending = in_time(self.subject.resume(self.folder))
-        refused = ending.code == REFUSED and named in ending.told
-        demand(law, refused, expected=f"code {REFUSED}, naming {named}", got=told_of(ending))
+        refused = ending.code == REFUSED and named in ending.stderr
+        check_law(law, refused, expected=f"code {REFUSED}, naming {named}", got=told_of(ending))
         self.unchanged(before, ending)
 
     def unchanged(self, before: Mapping[str, bytes], refusal: Ending) -> None:
         """A refusal has a hint, and has changed nothing."""
-        demand("refuse.touches-nothing", "hint: " in refusal.told, expected="a hint", got=refusal.told)
+        check_law("refuse.touches-nothing", "hint: " in refusal.stderr, expected="a hint", got=refusal.stderr)
         after = content(self.folder)
         touched = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
-        demand_same("refuse.touches-nothing", [], touched)
+        check_law_same("refuse.touches-nothing", [], touched)
 
     def measured(self) -> str:
         """What the run measures now."""
@@ -112,31 +114,31 @@ class TrainingLife:
     def check(self) -> None:
         """What is listed is whole, what is told is how it was without trouble, and what is finished is the same."""
         look, model = self.look, self.whole.look
-        demand_same("checkpoints.whole", dict.fromkeys(look.checkpoints, ""), look.checkpoints)
-        demand_same("course.same", _steps(model.course[: len(look.course)]), _steps(look.course))
+        check_law_same("checkpoints.whole", dict.fromkeys(look.checkpoints, ""), look.checkpoints)
+        check_law_same("course.same", _steps(model.course[: len(look.course)]), _steps(look.course))
         logged = [event["step"] for event in look.course if event["event"] == "StepDone"]
         newest, last = max(look.checkpoints, default=0), max(logged, default=0)
-        demand("checkpoints.logged", newest <= last, expected=f"at most step {last}", got=f"step {newest}")
-        demand_same("result.whole", (), look.damaged)
+        check_law("checkpoints.logged", newest <= last, expected=f"at most step {last}", got=f"step {newest}")
+        check_law_same("result.whole", (), look.damaged)
         if look.finished:
             self._check_end(look, model)
 
-    def _check_end(self, look: Look, model: Look) -> None:
-        demand_same("end.course", len(model.course), len(look.course))
+    def _check_end(self, look: RunSnapshot, model: RunSnapshot) -> None:
+        check_law_same("end.course", len(model.course), len(look.course))
         # With another rhythm other checkpoints are left, and the plan says so.
         mutable = () if self.same_plan else ("checkpoints/", "plan")
-        demand_same("end.files", _without(model.files, mutable), _without(look.files, mutable))
+        check_law_same("end.files", _without(model.files, mutable), _without(look.files, mutable))
         names = [[*_without(dict.fromkeys(each.names), mutable)] for each in (model, look)]
-        demand_same("end.names", *names)
+        check_law_same("end.names", *names)
         mutable = () if self.same_plan else ("plan", "notes")
-        demand_same("end.record", _without(model.record, mutable), _without(look.record, mutable))
+        check_law_same("end.record", _without(model.record, mutable), _without(look.record, mutable))
 
     def close(self) -> None:
         """Leave nothing."""
         shutil.rmtree(self.root)
 
 
-def undisturbed(subject: Trains, task: Task, folder: Path) -> Whole:
+def undisturbed(subject: Trains, task: Task, folder: Path) -> UndisturbedRun:
     """The task, done without any trouble.
 
     Raises:
@@ -146,16 +148,16 @@ def undisturbed(subject: Trains, task: Task, folder: Path) -> Whole:
     ending = in_time(subject.train(task, folder))
     look = subject.look(folder)
     if ending.code == REFUSED and not look.begun:
-        raise EvidenceError(f"{subject.name} refuses the task of this story: {ending.told.strip()[-400:]}")
+        raise EvidenceError(f"{subject.name} refuses the task of this story: {ending.stderr.strip()[-400:]}")
     done = ending.code in (0, 1) and look.finished and ending.changes is not None
-    demand("run.ends", done, expected="a finished run", got=told_of(ending))
-    return Whole(look, ending.changes or 0, lambda: measured(subject, folder))
+    check_law("run.ends", done, expected="a finished run", got=told_of(ending))
+    return UndisturbedRun(look, ending.changes or 0, lambda: measured(subject, folder))
 
 
 def measured(subject: Trains, folder: Path) -> str:
     """What a finished run measures."""
     ending = in_time(subject.evaluate(folder))
-    demand_same("measure.same", (0, ""), (ending.code, "" if ending.code == 0 else ending.told))
+    check_law_same("measure.same", (0, ""), (ending.code, "" if ending.code == 0 else ending.stderr))
     return ending.answer
 
 
@@ -172,7 +174,7 @@ def in_time(ending: Ending) -> Ending:
 
 def told_of(ending: Ending) -> str:
     """How a process ended, and what it said last."""
-    return f"code {ending.code}: {ending.told.strip()[-500:]}"
+    return f"code {ending.code}: {ending.stderr.strip()[-500:]}"
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from finetune.verify.laws import demand, demand_same
+from finetune.verify.laws import check_law, check_law_same
 from finetune.verify.stages import Damage, Doom, Place, Stage, Which
 from finetune.verify.training_life import REFUSED, TrainingLife, content, in_time, spoil, told_of
 
@@ -29,7 +29,7 @@ class TrainingStage(Stage):
         return world.resumable
 
 
-class GoOn(TrainingStage):
+class Resume(TrainingStage):
     """Begin, or go on; to the end or to a death."""
 
     do: Literal["go on"] = "go on"
@@ -41,7 +41,7 @@ class GoOn(TrainingStage):
 
     def act(self, world: TrainingLife) -> None:
         """One process more."""
-        world.go_on(self.death)
+        world.resume(self.death)
 
 
 class Move(TrainingStage):
@@ -80,7 +80,7 @@ class AskForWhatCannotBe(TrainingStage):
         for what, ending in refused.items():
             code = in_time(ending).code
             refused_it = f"{what}: code {REFUSED}"
-            demand("refuse.what-cannot-be", code == REFUSED, expected=refused_it, got=told_of(ending))
+            check_law("refuse.what-cannot-be", code == REFUSED, expected=refused_it, got=told_of(ending))
             world.unchanged(before, ending)
 
 
@@ -101,7 +101,7 @@ class SpoilCheckpoint(TrainingStage):
         old = file.read_bytes()
         spoil(file, self.where, self.how)
         wrong = [step for step, words in world.look.checkpoints.items() if words]
-        demand_same("checkpoints.damage-found", [world.newest], wrong)
+        check_law_same("checkpoints.damage-found", [world.newest], wrong)
         world.refuses("resume.refuses-damaged", folder.name)
         if self.mend:
             file.write_bytes(old)
@@ -151,7 +151,7 @@ class Measure(TrainingStage):
 
     def act(self, world: TrainingLife) -> None:
         """It measures as one that nobody disturbed."""
-        demand_same("measure.same", world.whole.measured(), world.measured())
+        check_law_same("measure.same", world.whole.measured(), world.measured())
 
 
 class SpoilResult(TrainingStage):
@@ -173,8 +173,8 @@ class SpoilResult(TrainingStage):
         name = saved[self.which % len(saved)]
         old = (world.folder / name).read_bytes()
         spoil(world.folder / name, self.where, self.how)
-        demand_same("result.damage-found", (name,), world.look.damaged)
+        check_law_same("result.damage-found", (name,), world.look.damaged)
         ending = in_time(world.subject.evaluate(world.folder))
-        refused = ending.code == REFUSED and name.split("/")[-1] in ending.told
-        demand("measure.refuses-damaged", refused, expected=f"code {REFUSED}, naming {name}", got=told_of(ending))
+        refused = ending.code == REFUSED and name.split("/")[-1] in ending.stderr
+        check_law("measure.refuses-damaged", refused, expected=f"code {REFUSED}, naming {name}", got=told_of(ending))
         (world.folder / name).write_bytes(old)

@@ -33,9 +33,9 @@ from finetune.adapters.peft_files import (
     tensor_shapes,
     write_settings,
 )
-from finetune.backends.mlx.layers import Adapter, Parts, Tensors
+from finetune.backends.mlx.layers import MlxAdapter, Parts, Tensors
 from finetune.backends.mlx.load import Loaded
-from finetune.backends.mlx.names import Names
+from finetune.backends.mlx.names import WeightNames
 from finetune.backends.mlx.tensors import read_tensors, write_tensors
 from finetune.errors import ModelError
 from finetune.models.shape import is_head
@@ -44,10 +44,10 @@ from finetune.records import AdapterTarget
 MLX_WEIGHTS = "adapters.safetensors"
 
 
-def write_adapter(adapter: Adapter, loaded: Loaded, base: str, folder: Path) -> None:
+def write_adapter(adapter: MlxAdapter, loaded: Loaded, base: str, folder: Path) -> None:
     """Write the adapter so that PEFT loads it; `base` is what its base model is to be found as."""
     names = loaded.names
-    write_settings(adapter.target, base, folder, turned=names.turned)
+    write_settings(adapter.target, base, folder, transposed=names.transposed)
     places = dict(tree_flatten(loaded.model.parameters()))
     tensors = {on_disk(name): places[place] for name, place in adapter.tensors(names).items()}
     tensors |= {
@@ -57,7 +57,7 @@ def write_adapter(adapter: Adapter, loaded: Loaded, base: str, folder: Path) -> 
 
 
 def read_adapter(
-    shapes: Mapping[str, Shape], layers: Layers, names: Names, folder: Path
+    shapes: Mapping[str, Shape], layers: Layers, names: WeightNames, folder: Path
 ) -> tuple[AdapterTarget, Tensors]:
     """The adapter in `folder`, PEFT's or mlx-lm's, for a base whose weights have these shapes.
 
@@ -67,7 +67,7 @@ def read_adapter(
     """
     if (folder / MLX_WEIGHTS).exists():
         return read_mlx_adapter(layers, names, folder)
-    target = read_settings(folder, turned=names.turned)
+    target = read_settings(folder, transposed=names.transposed)
     kept = {name: shapes[name] for name in saved_weights(shapes, target)}
     if not any(is_head(name) for name in shapes):
         refuse_tied(kept, max(shape[0] for shape in shapes.values()), f"adapter {folder}")
@@ -81,7 +81,7 @@ def read_adapter(
     return target, Tensors(parts, {name: names.turn(name, saved[on_disk(saved_name(name))]) for name in kept})
 
 
-def write_mlx_adapter(adapter: Adapter, base: str, blocks: int, folder: Path) -> None:
+def write_mlx_adapter(adapter: MlxAdapter, base: str, blocks: int, folder: Path) -> None:
     """Write the adapter so that mlx-lm loads it.
 
     Args:
@@ -117,7 +117,7 @@ def write_mlx_adapter(adapter: Adapter, base: str, blocks: int, folder: Path) ->
     write_tensors(tensors, folder / MLX_WEIGHTS)
 
 
-def read_mlx_adapter(layers: Layers, names: Names, folder: Path) -> tuple[AdapterTarget, Tensors]:
+def read_mlx_adapter(layers: Layers, names: WeightNames, folder: Path) -> tuple[AdapterTarget, Tensors]:
     """The adapter in `folder`, which mlx-lm or `write_mlx_adapter` wrote, as `read_adapter` gives one.
 
     Raises:

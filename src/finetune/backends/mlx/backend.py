@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from finetune.backends.mlx.blas import blas_name, blas_note
 from finetune.backends.mlx.group import join_group
 from finetune.backends.mlx.load import build_model, load_model, put_weights, write_config
-from finetune.backends.mlx.names import Names
+from finetune.backends.mlx.names import WeightNames
 from finetune.backends.mlx.session import MlxSession
 from finetune.backends.mlx.tensors import DTYPES, write_tensors
 from finetune.errors import ModelError, RefusedError
@@ -68,8 +68,8 @@ class MlxBackend:
         if (pad := config.get("pad_token_id")) is not None:
             table = next(name for name in drawn if name.endswith(("embed_tokens.weight", "wte.weight")))
             drawn[table][pad] = 0.0
-        weights = Names(kind, frozenset()).to_files(drawn)
-        put_weights(model, Names(kind, frozenset(weights)), weights, "the new model")
+        weights = WeightNames(kind, frozenset()).to_files(drawn)
+        put_weights(model, WeightNames(kind, frozenset(weights)), weights, "the new model")
         found = dict(tree_flatten(model.parameters()))
         if not all(mx.array_equal(found[name], tensor) for name, tensor in drawn.items()):
             raise ModelError(f"mlx-lm reads the weights of {kind} in another form than it keeps them")

@@ -24,7 +24,7 @@ _ASKED_TOGETHER = 64
 class Sizes:
     """What limits a trip: the words and the tokens that a model knows, and what rows are padded with."""
 
-    words: int
+    vocab_size: int
     context: int
     pad_id: int
 
@@ -71,16 +71,18 @@ def arrays_of(batch: Batch, sizes: Sizes) -> Arrays:
 
 def _check_row(row: Tokenized, sizes: Sizes) -> None:
     low, high = min(row.ids, default=0), max(row.ids, default=0)
-    if low < 0 or high >= sizes.words:
+    if low < 0 or high >= sizes.vocab_size:
         strange = low if low < 0 else high
-        raise TrainingError(f"{row.where} holds token {strange}; the model knows those from 0 to {sizes.words - 1}")
+        raise TrainingError(
+            f"{row.where} holds token {strange}; the model knows those from 0 to {sizes.vocab_size - 1}"
+        )
     if len(row.ids) > sizes.context:
         raise TrainingError(
             f"{row.where} has {len(row.ids)} tokens; the model takes {sizes.context}", hint="lower tokens.max_length"
         )
 
 
-class _Sieve:
+class _HiddenStateFilter:
     """A trunk of which only some places go on to the head: (rows, tokens, width) -> (1, places, width)."""
 
     def __init__(self, trunk: Any, places: mx.array) -> None:
@@ -96,7 +98,7 @@ class _Sieve:
 
 
 @dataclass(frozen=True, slots=True)
-class Trip:
+class ForwardPass:
     """The way through one model; of what its module `trunk` returns only some places need go on to its head."""
 
     model: Any
@@ -119,7 +121,7 @@ class Trip:
             logits: mx.array = self.model(ids, **given)
             return logits.reshape(-1, logits.shape[-1])[places]
         # An attribute of the object goes before its module of that name, and leaves the tree of weights alone.
-        vars(self.model)[self.trunk] = _Sieve(self.model[self.trunk], places)
+        vars(self.model)[self.trunk] = _HiddenStateFilter(self.model[self.trunk], places)
         try:
             logits = self.model(ids, **given)
         finally:
@@ -128,7 +130,7 @@ class Trip:
 
     def summed_loss(self, arrays: Arrays) -> mx.array:
         """The summed cross-entropy of the targets in nats, in float32."""
-        given = {} if arrays.starts is None else {"cache": [_Apart(arrays.starts)] * len(self.model.layers)}
+        given = {} if arrays.starts is None else {"cache": [_PackedMask(arrays.starts)] * len(self.model.layers)}
         logits = self.logits_at(arrays.ids, arrays.places, **given)
         return nn.losses.cross_entropy(logits.astype(mx.float32), arrays.targets, reduction="sum")
 
@@ -173,7 +175,7 @@ class Trip:
             yield [int(word) for word in ids[:, 0].tolist()]
 
 
-def plan_trip(model: Any, sizes: Sizes) -> Trip:
+def plan_forward(model: Any, sizes: Sizes) -> ForwardPass:
     """The shortest way through a model, found by trying.
 
     Its head can be given a few places only where a trunk hands over hidden states and the head treats every token
@@ -183,7 +185,7 @@ def plan_trip(model: Any, sizes: Sizes) -> Trip:
         ModelError: mlx-lm's code fails on this model's sizes.
     """
     ids, places = mx.array([[0, 1, 0, 1], [1, 1, 0, 0]]), mx.array([1, 3, 6])
-    whole = Trip(model, None, sizes)
+    whole = ForwardPass(model, None, sizes)
     try:
         wanted = whole.logits_at(ids, places).astype(mx.float32)
         mx.eval(wanted)
@@ -192,7 +194,7 @@ def plan_trip(model: Any, sizes: Sizes) -> Trip:
             f"mlx-lm cannot compute this {model.model_type}: {first_line(error)}", hint="use the torch backend for it"
         ) from None
     for name in (name for name in _TRUNKS if name in model):
-        sieved = Trip(model, name, sizes)
+        sieved = ForwardPass(model, name, sizes)
         with contextlib.suppress(ValueError, TypeError, AttributeError, IndexError):
             found = sieved.logits_at(ids, places).astype(mx.float32)
             if found.shape == wanted.shape and mx.abs(found - wanted).max() <= 1e-2 * mx.abs(wanted).max():
@@ -200,7 +202,7 @@ def plan_trip(model: Any, sizes: Sizes) -> Trip:
     return whole
 
 
-class _Apart:
+class _PackedMask:
     """Stands where mlx-lm expects a cache, to say who sees whom: rows that share a sequence never see each other.
 
     It keeps nothing. Positions go on through the sequence; a model that knows distances only cannot tell.

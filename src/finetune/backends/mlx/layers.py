@@ -22,7 +22,7 @@ from finetune.adapters.choose import ends_with, saved_weights
 from finetune.adapters.peft_files import Layers, adapted_layers, parts_of, saved_name, tensor_name
 from finetune.backends.mlx.fold import through_folded
 from finetune.backends.mlx.load import Loaded, linear_layers
-from finetune.backends.mlx.names import Names
+from finetune.backends.mlx.names import WeightNames
 from finetune.backends.mlx.packed import full_weight, in_full, packed_layers
 from finetune.errors import ModelError
 from finetune.records import AdapterTarget
@@ -111,7 +111,7 @@ class LoRALinear(nn.Module):  # type: ignore[misc]
 
 
 @dataclass(frozen=True, slots=True)
-class Adapter:
+class MlxAdapter:
     """An adapter that sits on a model: its layers by mlx-lm's paths.
 
     `originals` are the base's weights of modules that are trained whole, by where they lie in the model.
@@ -121,7 +121,7 @@ class Adapter:
     layers: dict[str, LoRALinear]
     originals: dict[str, mx.array]
 
-    def tensors(self, names: Names) -> dict[str, str]:
+    def tensors(self, names: WeightNames) -> dict[str, str]:
         """Where each trained tensor lies in the model, by its name in a PEFT model."""
         places = {
             tensor_name(names.shown(path), part): f"{path}.{_PLACES[part]}"
@@ -213,7 +213,7 @@ def draw_tensors(loaded: Loaded, layers: Layers, target: AdapterTarget, key: mx.
     return Tensors(parts, {name: own_weights[name] for name in saved_weights(own_weights, target)})
 
 
-def put_on(loaded: Loaded, target: AdapterTarget, tensors: Tensors) -> Adapter:
+def put_on(loaded: Loaded, target: AdapterTarget, tensors: Tensors) -> MlxAdapter:
     """Put an adapter of these tensors on a model that has none.
 
     Raises:
@@ -232,4 +232,4 @@ def put_on(loaded: Loaded, target: AdapterTarget, tensors: Tensors) -> Adapter:
     own = {place: tensors.saved[names.shown(place)].astype(tensor.dtype) for place, tensor in originals.items()}
     loaded.model.update(tree_unflatten(list(own.items())))
     mx.eval(loaded.model.parameters())
-    return Adapter(target, layers, originals)
+    return MlxAdapter(target, layers, originals)

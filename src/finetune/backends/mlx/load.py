@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from finetune.backends.mlx.names import Names, for_mlx_lm
+from finetune.backends.mlx.names import WeightNames, for_mlx_lm
 from finetune.backends.mlx.packed import pack, pack_as_filed
 from finetune.backends.mlx.tensors import DTYPES, first_line, read_tensors
 from finetune.errors import ModelError
@@ -44,14 +44,14 @@ _LEFT_OUT: dict[str, dict[str, Any]] = {
 class Loaded:
     """A model of mlx-lm's at rest, with the names of its weights.
 
-    `words` and `context` are how many tokens it knows and takes; `config` is transformers' own, that of a full model.
+    `vocab_size` and `context`: how many tokens it knows and takes; `config`: transformers' own, that of a full model.
     """
 
     model: Any
     dtype: str
-    words: int
+    vocab_size: int
     context: int
-    names: Names
+    names: WeightNames
     config: dict[str, Any]
 
 
@@ -75,7 +75,7 @@ def load_model(location: ModelLocation, dtype: str, quantize: Quantization | Non
     weights: dict[str, mx.array] = {}
     for file in weight_files(location.folder):
         weights |= read_tensors(file, owner)
-    names = Names(str(config["model_type"]), frozenset(weights))
+    names = WeightNames(str(config["model_type"]), frozenset(weights))
     put_weights(model, names, weights, owner)
     keep = getattr(model, "cast_predicate", lambda name: True)
     cast = [
@@ -110,7 +110,7 @@ def build_model(config: Mapping[str, Any], owner: str, *, tied: bool) -> Any:
     return model
 
 
-def put_weights(model: Any, names: Names, weights: Mapping[str, mx.array], owner: str) -> None:
+def put_weights(model: Any, names: WeightNames, weights: Mapping[str, mx.array], owner: str) -> None:
     """Set every weight of the model to the one that transformers' files hold.
 
     Raises:

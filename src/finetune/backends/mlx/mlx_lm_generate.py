@@ -3,11 +3,11 @@
 import json
 import sys
 
+from finetune.backends.mlx.blas import load_fast_blas
+
 
 def main() -> None:
     """Answer one request from standard input, in one line of JSON on standard output."""
-    from finetune.backends.mlx.blas import load_fast_blas
-
     load_fast_blas()
     from mlx_lm import generate, load
 

@@ -12,20 +12,20 @@ import mlx.core as mx
 from finetune.errors import ModelError
 
 _PREFIXES = {"gpt2": ("model.", "transformer.")}
-_TURNED = {"gpt2": ("c_attn.weight", "c_proj.weight", "c_fc.weight")}
+_TRANSPOSED = {"gpt2": ("c_attn.weight", "c_proj.weight", "c_fc.weight")}
 
 
 @dataclass(frozen=True, slots=True)
-class Names:
+class WeightNames:
     """The names of one model's weights; `filed` are those that its files use."""
 
     model_type: str
     filed: frozenset[str]
 
     @property
-    def turned(self) -> bool:
+    def transposed(self) -> bool:
         """Whether the linear layers' weights are stored inputs x outputs."""
-        return self.model_type in _TURNED
+        return self.model_type in _TRANSPOSED
 
     def shown(self, name: str) -> str:
         """What transformers calls the weight, or the layer, that mlx-lm calls `name`."""
@@ -53,8 +53,8 @@ class Names:
 
     def turn(self, name: str, tensor: mx.array) -> mx.array:
         """A weight of mlx-lm's as files hold it, and the other way round."""
-        turned = _TURNED.get(self.model_type, ())
-        return tensor.T if turned and name.endswith(turned) else tensor
+        transposed = _TRANSPOSED.get(self.model_type, ())
+        return tensor.T if transposed and name.endswith(transposed) else tensor
 
 
 def for_mlx_lm(model_type: str, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:

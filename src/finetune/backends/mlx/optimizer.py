@@ -12,10 +12,10 @@ import mlx.core as mx
 from finetune.records import Optimization
 
 
-class AdamW:
+class MlxAdamW:
     """AdamW with decoupled weight decay on matrices; its averages are float32 whatever the weights are.
 
-    Source: Loshchilov and Hutter 2019 (arXiv:1711.05101) and `torch.optim.AdamW`.
+    Source: Loshchilov and Hutter 2019 (arXiv:1711.05101) and `torch.optim.MlxAdamW`.
     """
 
     def __init__(self, weights: Mapping[str, mx.array], optimization: Optimization) -> None:

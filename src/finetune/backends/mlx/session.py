@@ -10,11 +10,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 from finetune.adapters.peft_files import adapted_layers, frozen_name
 from finetune.backends.mlx import state
 from finetune.backends.mlx.adapter import read_adapter, write_adapter
-from finetune.backends.mlx.forward import Arrays, Sizes, arrays_of, plan_trip
+from finetune.backends.mlx.forward import Arrays, Sizes, arrays_of, plan_forward
 from finetune.backends.mlx.group import pool_gradients
-from finetune.backends.mlx.layers import Adapter, draw_tensors, layer_shapes, put_on, refuse_packed, weight_shapes
+from finetune.backends.mlx.layers import MlxAdapter, draw_tensors, layer_shapes, put_on, refuse_packed, weight_shapes
 from finetune.backends.mlx.load import Loaded, write_config
-from finetune.backends.mlx.optimizer import AdamW, clip, norms
+from finetune.backends.mlx.optimizer import MlxAdamW, clip, norms
 from finetune.backends.mlx.packed import in_full, packed_layers
 from finetune.backends.mlx.tensors import fingerprint, first_line, write_tensors
 from finetune.errors import ModelError, OutOfMemoryError, TrainingError
@@ -34,13 +34,13 @@ class MlxSession:
         self.loaded = loaded
         self.location = location
         # Padding is never seen; but an id beyond the table would be read from whatever memory lies there.
-        sizes = Sizes(loaded.words, loaded.context, pad_id if 0 <= pad_id < loaded.words else 0)
-        self.trip = plan_trip(loaded.model, sizes)
+        sizes = Sizes(loaded.vocab_size, loaded.context, pad_id if 0 <= pad_id < loaded.vocab_size else 0)
+        self.forward_pass = plan_forward(loaded.model, sizes)
         self._layers, self._shapes = layer_shapes(loaded), weight_shapes(loaded)
-        self.adapter: Adapter | None = None
+        self.adapter: MlxAdapter | None = None
         self.gradients: dict[str, mx.array] = {}
         self._key = mx.random.key(0)
-        self._optimizer: AdamW | None = None
+        self._optimizer: MlxAdamW | None = None
         self._trained: dict[str, str] = {} if packed_layers(loaded.model) else self._places()
 
     @property
@@ -73,10 +73,10 @@ class MlxSession:
 
     def prepare_updates(self, optimization: Optimization) -> None:
         """Make the optimizer for everything that is trainable."""
-        self._optimizer = AdamW(self._trainable(), optimization)
+        self._optimizer = MlxAdamW(self._trainable(), optimization)
 
     @property
-    def optimizer(self) -> AdamW:
+    def optimizer(self) -> MlxAdamW:
         """The optimizer that `prepare_updates` made."""
         if self._optimizer is None:
             raise TrainingError("prepare_updates must come before the first update")
@@ -88,7 +88,7 @@ class MlxSession:
             raise TrainingError(
                 "nothing is trainable: a loaded adapter and a quantised base are frozen", hint="attach a fresh adapter"
             )
-        arrays = arrays_of(batch, self.trip.sizes)
+        arrays = arrays_of(batch, self.forward_pass.sizes)
         if not arrays.targets.size:
             return 0.0
         self._key, key = mx.random.split(self._key)
@@ -109,7 +109,7 @@ class MlxSession:
 
         def scaled(weights: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
             self._put(weights)
-            loss = self.trip.summed_loss(arrays)
+            loss = self.forward_pass.summed_loss(arrays)
             return weight * loss, loss
 
         weights = self._trainable()
@@ -143,19 +143,19 @@ class MlxSession:
 
     def loss(self, batch: Batch) -> float:
         """The summed loss of the batch in nats, dropout off; the random state is left as it was."""
-        arrays = arrays_of(batch, self.trip.sizes)
-        return float(self.trip.summed_loss(arrays).item()) if arrays.targets.size else 0.0
+        arrays = arrays_of(batch, self.forward_pass.sizes)
+        return float(self.forward_pass.summed_loss(arrays).item()) if arrays.targets.size else 0.0
 
     def save_logits(self, prompts: Sequence[Sequence[int]], path: Path) -> None:
         """Write the logits after each token of each prompt, (tokens, vocabulary) in float32, keyed "0", "1", ..."""
-        logits = {str(index): self.trip.logits(ids) for index, ids in enumerate(prompts)}
+        logits = {str(index): self.forward_pass.logits(ids) for index, ids in enumerate(prompts)}
         write_tensors(logits, path)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
     ) -> list[list[int]]:
         """Greedy continuations without the prompt and without the stop token, in the order of `prompts`."""
-        return self.trip.answers(prompts, max_new_tokens, stop_ids)
+        return self.forward_pass.answers(prompts, max_new_tokens, stop_ids)
 
     def adapter_disabled(self) -> contextlib.AbstractContextManager[None]:
         """Within this context the model answers as its base would."""

@@ -5,19 +5,21 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from finetune.backends.mlx.optimizer import AdamW
+from finetune.backends.mlx.optimizer import MlxAdamW
 from finetune.backends.mlx.tensors import read_tensors, write_tensors
 from finetune.errors import ModelError, RefusedError
 
 _TENSORS = "state.safetensors"
 
 
-def save_state(weights: Mapping[str, mx.array], optimizer: AdamW, key: mx.array, folder: Path) -> None:
+def save_state(weights: Mapping[str, mx.array], optimizer: MlxAdamW, key: mx.array, folder: Path) -> None:
     """Write every trainable tensor with its moments, the steps done and the random key."""
     write_tensors(_named(weights, optimizer, key), folder / _TENSORS)
 
 
-def load_state(weights: Mapping[str, mx.array], optimizer: AdamW, folder: Path) -> tuple[dict[str, mx.array], mx.array]:
+def load_state(
+    weights: Mapping[str, mx.array], optimizer: MlxAdamW, folder: Path
+) -> tuple[dict[str, mx.array], mx.array]:
     """Restore the optimizer as it was saved; returns the trainable tensors and the random key.
 
     Nothing is changed unless every tensor is there with its shape and kind of number.
@@ -43,7 +45,7 @@ def load_state(weights: Mapping[str, mx.array], optimizer: AdamW, folder: Path) 
     return {name: saved[f"weight/{name}"] for name in weights}, saved["random"]
 
 
-def _named(weights: Mapping[str, mx.array], optimizer: AdamW, key: mx.array) -> dict[str, mx.array]:
+def _named(weights: Mapping[str, mx.array], optimizer: MlxAdamW, key: mx.array) -> dict[str, mx.array]:
     parts = {"weight": weights, "exp_avg": optimizer.first, "exp_avg_sq": optimizer.second}
     tensors = {f"{part}/{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
     return tensors | {"random": key, "steps": mx.array(optimizer.steps, mx.uint32)}

@@ -42,7 +42,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Adapter:
+class ReferenceAdapter:
     """The matrices (A, B) of each adapted layer by the layer's path; all arrays are changed in place by training.
 
     `magnitudes` are those of DoRA, by path; `saved` are weights of modules that are trained whole, by the base's names.
@@ -82,7 +82,7 @@ class Adapter:
 
 def draw_adapter(
     weights: Mapping[str, Array], layers: Layers, target: AdapterTarget, random: np.random.Generator
-) -> Adapter:
+) -> ReferenceAdapter:
     """A fresh adapter: A uniform within 1 / sqrt(in), which is Kaiming's with a = sqrt(5), layer by layer; B zero.
 
     Magnitudes are the lengths of the base's rows, and modules that are trained whole start as copies.
@@ -96,24 +96,26 @@ def draw_adapter(
         bound = 1 / math.sqrt(inputs)
         pairs[path] = random.uniform(-bound, bound, (rank, inputs)), np.zeros((outputs, rank))
     lengths = {path: np.linalg.norm(weights[f"{path}.weight"], axis=1) for path in pairs if target.kind == "dora"}
-    return Adapter(target, pairs, lengths, {name: weights[name].copy() for name in saved_weights(weights, target)})
+    return ReferenceAdapter(
+        target, pairs, lengths, {name: weights[name].copy() for name in saved_weights(weights, target)}
+    )
 
 
-def write_adapter(adapter: Adapter, base: str, folder: Path) -> None:
+def write_adapter(adapter: ReferenceAdapter, base: str, folder: Path) -> None:
     """Write the adapter so that PEFT loads it; `base` is what its base model is to be found as."""
-    write_settings(adapter.target, base, folder, turned=False)
+    write_settings(adapter.target, base, folder, transposed=False)
     tensors = {on_disk(name): tensor.astype(np.float32) for name, tensor in adapter.tensors().items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def read_adapter(weights: Mapping[str, Array], layers: Layers, folder: Path) -> Adapter:
+def read_adapter(weights: Mapping[str, Array], layers: Layers, folder: Path) -> ReferenceAdapter:
     """The adapter in `folder`, which PEFT or `write_adapter` wrote, for a base of these weights.
 
     Raises:
         ModelError: a file is missing or corrupt, the adapter is of a kind that is neither LoRA nor DoRA, or a tensor is
             missing, unknown or of another shape.
     """
-    target = read_settings(folder, turned=False)
+    target = read_settings(folder, transposed=False)
     kept = saved_weights(weights, target)
     if f"{HEAD}.weight" not in weights:
         shapes = {name: weights[name].shape for name in kept}
@@ -124,4 +126,6 @@ def read_adapter(weights: Mapping[str, Array], layers: Layers, folder: Path) -> 
     paths = adapted_layers(layers, target.modules)
     parts = {part: {path: saved[on_disk(tensor_name(path, part))] for path in paths} for part in parts_of(target)}
     pairs = {path: (parts["A"][path], parts["B"][path]) for path in paths}
-    return Adapter(target, pairs, parts.get("m", {}), {name: saved[on_disk(saved_name(name))] for name in kept})
+    return ReferenceAdapter(
+        target, pairs, parts.get("m", {}), {name: saved[on_disk(saved_name(name))] for name in kept}
+    )

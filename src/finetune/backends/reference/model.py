@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.adapters.peft_files import saved_name, tensor_name
-from finetune.backends.reference.adapter import Adapter
+from finetune.backends.reference.adapter import ReferenceAdapter
 from finetune.backends.reference.architecture import EMBEDDING, FINAL_NORM, HEAD, Architecture, block_path
 
 Array = NDArray[np.float64]
@@ -22,8 +22,8 @@ Backward = Callable[[Array], Array]
 
 
 @dataclass
-class Pass:
-    """One trip through the model: forward, and back when `wanted` names tensors whose gradients are to be made.
+class ReferencePass:
+    """One trip through the model: forward, and back when `with_gradients` names tensors whose gradients are to be made.
 
     `weights` are the base's, or the adapter's own where it trains a module whole. `random` draws the dropout of the
     adapter's inputs; without it the model is at rest. `cache` keeps the keys and
@@ -32,8 +32,8 @@ class Pass:
 
     shape: Architecture
     weights: Mapping[str, Array]
-    adapter: Adapter | None = None
-    wanted: frozenset[str] = frozenset()
+    adapter: ReferenceAdapter | None = None
+    with_gradients: frozenset[str] = frozenset()
     random: np.random.Generator | None = None
     gradients: dict[str, Array] = field(default_factory=dict)
     cache: dict[str, tuple[Array, Array]] | None = None
@@ -48,14 +48,14 @@ class Pass:
         backs = []
         for index in range(self.shape.num_hidden_layers):
             x, back = self.block(block_path(index), x, starts)
-            backs += [back] if self.wanted else []
+            backs += [back] if self.with_gradients else []
         x, norm_back = self.norm(FINAL_NORM, x)
 
         def backward(dx: Array) -> Array:
             dx = norm_back(dx)
             for back in reversed(backs):
                 dx = back(dx)
-            if embedding in self.wanted:
+            if embedding in self.with_gradients:
                 table = np.zeros_like(self.weights[embedding])
                 np.add.at(table, ids.reshape(-1), dx)
                 self._add(embedding, table)
@@ -104,7 +104,7 @@ class Pass:
 
         def backward(dy: Array) -> Array:
             dx: Array = dy @ weight
-            if name in self.wanted:
+            if name in self.with_gradients:
                 self._add(name, dy.T @ x)
             if adapter_back is not None:
                 dx += adapter_back(dy)
@@ -213,7 +213,7 @@ class Pass:
         return (self.random.random(shape) >= rate) / (1 - rate)
 
     def _add(self, name: str, gradient: Array) -> None:
-        if name not in self.wanted:
+        if name not in self.with_gradients:
             return
         name = saved_name(name) if self.adapter and name in self.adapter.saved else name
         self.gradients[name] = self.gradients[name] + gradient if name in self.gradients else gradient

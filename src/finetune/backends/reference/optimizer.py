@@ -11,10 +11,10 @@ from finetune.records import Optimization
 Array = NDArray[np.float64]
 
 
-class AdamW:
+class ReferenceAdamW:
     """AdamW with decoupled weight decay on matrices.
 
-    Source: Loshchilov and Hutter 2019 (arXiv:1711.05101) and `torch.optim.AdamW`.
+    Source: Loshchilov and Hutter 2019 (arXiv:1711.05101) and `torch.optim.ReferenceAdamW`.
     """
 
     def __init__(self, tensors: Mapping[str, Array], optimization: Optimization) -> None:

@@ -13,10 +13,10 @@ from safetensors.numpy import save_file
 
 from finetune.adapters.peft_files import frozen_name
 from finetune.backends.reference import state
-from finetune.backends.reference.adapter import Adapter, draw_adapter, read_adapter, write_adapter
+from finetune.backends.reference.adapter import ReferenceAdapter, draw_adapter, read_adapter, write_adapter
 from finetune.backends.reference.architecture import HEAD, Architecture
-from finetune.backends.reference.model import Array, Pass, cross_entropy
-from finetune.backends.reference.optimizer import AdamW, clip
+from finetune.backends.reference.model import Array, ReferencePass, cross_entropy
+from finetune.backends.reference.optimizer import ReferenceAdamW, clip
 from finetune.errors import ModelError, TrainingError
 from finetune.models.shape import read_config
 from finetune.ports import Group
@@ -33,11 +33,11 @@ class ReferenceSession:
         self.weights = weights
         self.location = location
         self.pad_id = pad_id
-        self.adapter: Adapter | None = None
+        self.adapter: ReferenceAdapter | None = None
         self.trainable: dict[str, Array] = weights
         self.gradients: dict[str, Array] = {}
         self._random = np.random.Generator(np.random.PCG64(0))
-        self._optimizer: AdamW | None = None
+        self._optimizer: ReferenceAdamW | None = None
 
     @property
     def device(self) -> str:
@@ -51,10 +51,10 @@ class ReferenceSession:
             ModelError: a name in `target.modules` matches no linear layer.
         """
         random = np.random.Generator(np.random.PCG64(seed))
-        self._wear(draw_adapter(self.weights, self.shape.linear_layers(), target, random) if target else None)
+        self._set_adapter(draw_adapter(self.weights, self.shape.linear_layers(), target, random) if target else None)
         self._random = random  # dropout goes on where the adapter's values ended
 
-    def _wear(self, adapter: Adapter | None) -> None:
+    def _set_adapter(self, adapter: ReferenceAdapter | None) -> None:
         self.adapter = adapter
         self.trainable = adapter.tensors() if adapter else self.weights
         self.gradients = {}
@@ -62,10 +62,10 @@ class ReferenceSession:
 
     def prepare_updates(self, optimization: Optimization) -> None:
         """Make the optimizer for everything that is trainable."""
-        self._optimizer = AdamW(self.trainable, optimization)
+        self._optimizer = ReferenceAdamW(self.trainable, optimization)
 
     @property
-    def optimizer(self) -> AdamW:
+    def optimizer(self) -> ReferenceAdamW:
         """The optimizer that `prepare_updates` made."""
         if self._optimizer is None:
             raise TrainingError("prepare_updates must come before the first update")
@@ -75,11 +75,13 @@ class ReferenceSession:
         """Add `weight` x (summed loss of the batch) to the gradients; returns the summed loss in nats."""
         if not self.trainable:
             raise TrainingError("nothing is trainable: a loaded adapter is frozen", hint="attach a fresh adapter")
-        wanted = frozenset(self.trainable) | frozenset(self.adapter.saved if self.adapter else ())
-        trip = Pass(self.shape, self._weights_now(), self.adapter, wanted, self._random, self.gradients)
+        with_gradients = frozenset(self.trainable) | frozenset(self.adapter.saved if self.adapter else ())
+        forward_pass = ReferencePass(
+            self.shape, self._weights_now(), self.adapter, with_gradients, self._random, self.gradients
+        )
         # NaN and infinity pass through in silence: the training loop looks for them in the loss and the norm.
         with np.errstate(all="ignore"):
-            loss, backward = self._summed_loss(trip, batch)
+            loss, backward = self._summed_loss(forward_pass, batch)
             backward(weight)
         return loss
 
@@ -112,12 +114,12 @@ class ReferenceSession:
     def loss(self, batch: Batch) -> float:
         """The summed loss of the batch in nats, dropout off; the random state is left as it was."""
         with np.errstate(all="ignore"):
-            return self._summed_loss(Pass(self.shape, self._weights_now(), self.adapter), batch)[0]
+            return self._summed_loss(ReferencePass(self.shape, self._weights_now(), self.adapter), batch)[0]
 
     def logits(self, ids: Sequence[int]) -> Array:
         """The logits (tokens, vocabulary) after each token of a prompt."""
         logits: Array = self._logits(
-            Pass(self.shape, self._weights_now(), self.adapter), np.array([list(ids)], np.int64)
+            ReferencePass(self.shape, self._weights_now(), self.adapter), np.array([list(ids)], np.int64)
         )[0]
         return logits
 
@@ -144,11 +146,11 @@ class ReferenceSession:
         return answers
 
     def _continue(self, ids: NDArray[np.int64], room: int, stop_ids: Sequence[int]) -> list[list[int]]:
-        trip = Pass(self.shape, self._weights_now(), self.adapter, cache={})
+        forward_pass = ReferencePass(self.shape, self._weights_now(), self.adapter, cache={})
         said: list[list[int]] = [[] for _ in ids]
         open_ = set(range(len(ids)))
         for _ in range(room):
-            ids = self._logits(trip, ids)[:, -1].argmax(axis=-1)[:, None]
+            ids = self._logits(forward_pass, ids)[:, -1].argmax(axis=-1)[:, None]
             open_ -= {row for row in open_ if ids[row, 0] in stop_ids}
             if not open_:
                 break
@@ -216,7 +218,7 @@ class ReferenceSession:
 
     def load_adapter(self, folder: Path) -> None:
         """Put a saved adapter on the model, frozen as PEFT does it; every tensor must match."""
-        self._wear(read_adapter(self.weights, self.shape.linear_layers(), folder))
+        self._set_adapter(read_adapter(self.weights, self.shape.linear_layers(), folder))
         self.trainable = {}
 
     def save_state(self, folder: Path) -> None:
@@ -227,17 +229,17 @@ class ReferenceSession:
         """Restore what `save_state` wrote."""
         state.load_state(self.optimizer, self._random, folder)
 
-    def _logits(self, trip: Pass, ids: NDArray[np.int64]) -> Array:
+    def _logits(self, forward_pass: ReferencePass, ids: NDArray[np.int64]) -> Array:
         """(rows, tokens) ids without padding -> (rows, tokens, vocabulary)."""
         with np.errstate(all="ignore"):
-            hidden, _ = trip.hidden(ids, np.zeros_like(ids))
-            return trip.linear(HEAD, hidden)[0].reshape(*ids.shape, -1)
+            hidden, _ = forward_pass.hidden(ids, np.zeros_like(ids))
+            return forward_pass.linear(HEAD, hidden)[0].reshape(*ids.shape, -1)
 
-    def _summed_loss(self, trip: Pass, batch: Batch) -> tuple[float, Callable[[float], Array]]:
+    def _summed_loss(self, forward_pass: ReferencePass, batch: Batch) -> tuple[float, Callable[[float], Array]]:
         ids, targets, here, starts = self.arrays_of(batch)
-        hidden, hidden_back = trip.hidden(ids, starts)
+        hidden, hidden_back = forward_pass.hidden(ids, starts)
         # Logits are made only where a target follows: most positions of a prompt never need any.
-        logits, head_back = trip.linear(HEAD, hidden[here])
+        logits, head_back = forward_pass.linear(HEAD, hidden[here])
         loss, dlogits = cross_entropy(logits, targets)
 
         def backward(weight: float) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from finetune.backends.reference.optimizer import AdamW
+from finetune.backends.reference.optimizer import ReferenceAdamW
 from finetune.backends.reference.weights import read_tensors
 from finetune.errors import ModelError, RefusedError
 
@@ -16,14 +16,14 @@ Array = NDArray[np.float64]
 _TENSORS, _REST = "state.safetensors", "state.json"
 
 
-def save_state(optimizer: AdamW, random: np.random.Generator, folder: Path) -> None:
+def save_state(optimizer: ReferenceAdamW, random: np.random.Generator, folder: Path) -> None:
     """Write every trainable tensor with its moments in float64, and the steps done and random state as JSON."""
     save_file(_named(optimizer), folder / _TENSORS)
     rest = {"steps": optimizer.steps, "random": random.bit_generator.state}
     (folder / _REST).write_text(json.dumps(rest, indent=1) + "\n", encoding="utf-8")
 
 
-def load_state(optimizer: AdamW, random: np.random.Generator, folder: Path) -> None:
+def load_state(optimizer: ReferenceAdamW, random: np.random.Generator, folder: Path) -> None:
     """Restore what `save_state` wrote; nothing is changed unless every tensor is there with its shape.
 
     Raises:
@@ -50,7 +50,7 @@ def load_state(optimizer: AdamW, random: np.random.Generator, folder: Path) -> N
     random.bit_generator.state = rest["random"]
 
 
-def _named(optimizer: AdamW) -> dict[str, Array]:
+def _named(optimizer: ReferenceAdamW) -> dict[str, Array]:
     parts: Mapping[str, Mapping[str, Array]] = {
         "weight": optimizer.tensors,
         "exp_avg": optimizer.first,

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from finetune.backends.torch import head_loss, state
 from finetune.backends.torch.device import is_exhausted, name_device, random_state, set_random_state
 from finetune.backends.torch.group import as_lost, pool_gradients
+from finetune.backends.torch.lora_linear import fold_adapters
 from finetune.errors import OutOfMemoryError, TrainingError
 from finetune.ports import Group
 from finetune.records import NO_LIMIT, AdapterTarget, Batch, ModelLocation, Optimization
@@ -53,8 +54,6 @@ class TorchSession:
             return
         from peft import LoraConfig, get_peft_model
         from transformers.pytorch_utils import Conv1D
-
-        from finetune.backends.torch.lora_linear import fold_adapters
 
         config = LoraConfig(
             r=target.rank,

@@ -16,19 +16,19 @@ Ids = list[int]
 Count = Annotated[int, Field(ge=0)]
 
 
-class Answer(BaseModel):
+class Reply(BaseModel):
     """What a trainer said, read strictly; numbers may be NaN, for laws to judge."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Rendered(Answer):
+class RenderedText(Reply):
     """`render`: the text that a conversation becomes."""
 
     text: str
 
 
-class TokenRow(Answer):
+class TokenRow(Reply):
     """One row as it is trained on; `targets` says of each token whether the model is taught to say it."""
 
     row: Count
@@ -36,7 +36,7 @@ class TokenRow(Answer):
     targets: list[bool]
 
 
-class TokenRows(Answer):
+class TokenRows(Reply):
     """`tokenize`: rows as the trainer's own path from data to batches makes them; `dropped` counts the others by why.
 
     A row that is cut into several comes several times, with the same `row`.
@@ -46,20 +46,20 @@ class TokenRows(Answer):
     dropped: dict[str, int] = Field(default_factory=dict)
 
 
-class TokenIds(Answer):
+class TokenIds(Reply):
     """`prompt`: the ids that a model is asked with; `stops`: those that end its answers."""
 
     ids: Ids
 
 
-class Split(Answer):
+class Split(Reply):
     """`split`: the rows that are trained on and those that are held out, by their numbers from 0."""
 
     train: list[Count]
     held_out: list[Count]
 
 
-class MicroBatch(Answer):
+class MicroBatch(Reply):
     """What goes through the model at once, padding and all; each list has a list for each sequence.
 
     `targets` says of each token whether a loss is taken at it (as the token to be predicted), `real` whether it is of a
@@ -73,19 +73,19 @@ class MicroBatch(Answer):
     segments: list[Ids] | None = None
 
 
-class Step(Answer):
+class OptimizerStep(Reply):
     """The micro-batches whose gradients are added up before the weights move once."""
 
     micro: list[MicroBatch]
 
 
-class Epochs(Answer):
+class Epochs(Reply):
     """`batches`: the optimizer steps of each epoch, in order, exactly as training takes them."""
 
-    epochs: list[list[Step]]
+    epochs: list[list[OptimizerStep]]
 
 
-class Loss(Answer):
+class Loss(Reply):
     """`loss`: what the trainer reports for a batch, in nats a token; `count`: over how many, where it says so.
 
     `packed_loss` likewise, of sequences that several rows share.
@@ -95,7 +95,7 @@ class Loss(Answer):
     count: Count | None = None
 
 
-class Gradient(Answer):
+class Gradient(Reply):
     """`gradient`: the L2 norm of the gradient of each adapter tensor by the name that PEFT's files give it, for one
     optimizer step before clipping, and the loss that is reported for that step.
     """
@@ -104,7 +104,7 @@ class Gradient(Answer):
     loss: float
 
 
-class TrainedStep(Answer):
+class TrainedStep(Reply):
     """What is told of an optimizer step; what the trainer does not tell is null."""
 
     step: Annotated[int, Field(ge=1)]
@@ -112,7 +112,7 @@ class TrainedStep(Answer):
     learning_rate: float | None = None
 
 
-class Course(Answer):
+class TrainingResult(Reply):
     """`train` and `resume`: the steps that were told, what is kept at which step, and where the adapter lies.
 
     Attributes:
@@ -127,14 +127,14 @@ class Course(Answer):
     told: str = ""
 
 
-class Weights(Answer):
+class Weights(Reply):
     """`initial_adapter`, `adapter_weights`: the file of an adapter's weights, and what each B A is multiplied with."""
 
     file: str
     scale: float
 
 
-class Logits(Answer):
+class Logits(Reply):
     """`logits`, `logits_with`: a file with the logits after each token of each prompt, (tokens, vocabulary), keyed
     "0", "1", ...
     """
@@ -142,38 +142,38 @@ class Logits(Answer):
     file: str
 
 
-class Folder(Answer):
+class Folder(Reply):
     """`merge`, `merge_as`: the model folder that was written."""
 
     folder: str
 
 
-class File(Answer):
+class File(Reply):
     """`export`: the file that was written."""
 
     file: str
 
 
-class Generated(Answer):
+class Generated(Reply):
     """`generate`: greedy continuations, without the prompt and without what ended them."""
 
     answers: list[Ids]
 
 
-class Accepted(Answer):
+class Accepted(Reply):
     """`configure`: the trainer takes these settings; `told` is what it said about them."""
 
     told: str = ""
     effective: dict[str, object] = Field(default_factory=dict)
 
 
-class Names(Answer):
+class TrainableNames(Reply):
     """`trainable`: the tensors that training would change, by the names that PEFT's files give them."""
 
     names: list[str]
 
 
-class Exported(Answer):
+class ExportDescription(Reply):
     """`describe_export`: what a GGUF file is to hold, without the file.
 
     Attributes:
@@ -185,21 +185,21 @@ class Exported(Answer):
     file: str
 
 
-class Planned(Answer):
+class Planned(Reply):
     """`plan_export`: a GGUF file as it will be written: its keys, and the shape of each tensor by GGUF's name."""
 
     metadata: dict[str, object]
     tensors: dict[str, list[int]]
 
 
-class Served(Answer):
+class Served(Reply):
     """`serving`: what is left for Ollama: the recipe's file, and the chat template in its language."""
 
     modelfile: str
     template: str
 
 
-class Estimated(Answer):
+class Estimated(Reply):
     """`estimate`: for LoRA how many numbers are trained, and the bytes of each part and in total, as expected."""
 
     trainable: Count
@@ -207,7 +207,7 @@ class Estimated(Answer):
     total: Count
 
 
-class Kept(Answer):
+class CheckpointsReply(Reply):
     """`keep_checkpoints`: for each order what was found, or why it was refused, and what is listed in the end.
 
     Attributes:
@@ -220,20 +220,20 @@ class Kept(Answer):
     listed: list[int]
 
 
-class Content(Answer):
+class Content(Reply):
     """`replace_file`: what a file holds in the end, and whether it was said that it could not be written."""
 
     text: str
     refused: bool
 
 
-class Done(Answer):
+class Done(Reply):
     """`check_room`: there is nothing to say."""
 
 
-ANSWERS: dict[str, type[Answer]] = {
+ANSWERS: dict[str, type[Reply]] = {
     "configure": Accepted,
-    "render": Rendered,
+    "render": RenderedText,
     "tokenize": TokenRows,
     "prompt": TokenIds,
     "stops": TokenIds,
@@ -242,8 +242,8 @@ ANSWERS: dict[str, type[Answer]] = {
     "loss": Loss,
     "packed_loss": Loss,
     "gradient": Gradient,
-    "train": Course,
-    "resume": Course,
+    "train": TrainingResult,
+    "resume": TrainingResult,
     "evaluate": Loss,
     "initial_adapter": Weights,
     "adapter_weights": Weights,
@@ -251,18 +251,18 @@ ANSWERS: dict[str, type[Answer]] = {
     "merge": Folder,
     "export": File,
     "generate": Generated,
-    "trainable": Names,
+    "trainable": TrainableNames,
     "merge_as": Folder,
-    "describe_export": Exported,
+    "describe_export": ExportDescription,
     "plan_export": Planned,
     "serving": Served,
-    "render_served": Rendered,
+    "render_served": RenderedText,
     "estimate": Estimated,
-    "keep_checkpoints": Kept,
+    "keep_checkpoints": CheckpointsReply,
     "replace_file": Content,
     "check_room": Done,
     "load_config": Accepted,
     "logits_with": Logits,
-    "train_from": Course,
+    "train_from": TrainingResult,
 }
 """Each ability, with what an answer to it looks like."""

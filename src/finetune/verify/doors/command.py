@@ -37,7 +37,7 @@ class _Done:
     output: Path
 
 
-class CommandDoor:
+class CommandSubject:
     """The door to a command.
 
     Args:
@@ -57,7 +57,7 @@ class CommandDoor:
         missing = {name: why for name in ANSWERS if name not in abilities}
         self.about = About(file.name, self._versions(), {**abilities, **missing})
 
-    def ask(self, ability: str, given: Given) -> Given:
+    def ask(self, ability: str, arguments: Given) -> Given:
         """The answer to one question.
 
         Raises:
@@ -74,7 +74,7 @@ class CommandDoor:
         if self.about.abilities.get(ability, "no such ability"):
             raise UnsupportedError(f"there is no {ability}")
         try:
-            return handlers[ability](**given)
+            return handlers[ability](**arguments)
         except (OSError, TypeError, ValueError, KeyError) as error:
             raise SubjectError(f"asked to {ability} it left what cannot be read: {error!r}") from error
 

@@ -47,7 +47,7 @@ class Called(_Part):
     seconds: Annotated[float, Field(gt=0, strict=False)] = 300.0
 
 
-class Told(_Part):
+class StepPattern(_Part):
     """What is told of each step, by a regular expression with the groups `loss`, `learning_rate` and `step`.
 
     Attributes:
@@ -78,7 +78,7 @@ class CommandFile(_Part):
     environment: dict[str, str] = Field(default_factory=dict)
     refuses: Annotated[tuple[int, ...], Field(strict=False)] = (2,)
     version: Words | None = None
-    told: Told | None = None
+    told: StepPattern | None = None
     train: Called
     resume: Called | None = None
     evaluate: Called | None = None
@@ -131,7 +131,7 @@ def _told(path: Path, error: Any) -> Problem:
     place = ".".join(str(part) for part in error["loc"])
     hint = ""
     if error["type"] == "extra_forbidden":
-        owner = Called if error["loc"][0] in _NAMES else Told if error["loc"][0] == "told" else CommandFile
+        owner = Called if error["loc"][0] in _NAMES else StepPattern if error["loc"][0] == "told" else CommandFile
         near = get_close_matches(str(error["loc"][-1]), list(owner.model_fields), n=1)
         choices = ", ".join(owner.model_fields)
         hint = f"did you mean {near[0]}?" if near else f"choose from: {choices}"

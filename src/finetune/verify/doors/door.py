@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from finetune.verify.doors.serving import RefusesError, UnsupportedError, answer_to
 
-__all__ = ["About", "Door", "InsideDoor", "RefusesError", "SubjectError", "UnsupportedError"]
+__all__ = ["About", "InProcessSubject", "RefusesError", "Subject", "SubjectError", "UnsupportedError"]
 
 
 class SubjectError(Exception):
@@ -28,12 +28,12 @@ class About:
         return "; ".join(f"{ability}: {why}" for ability, why in reasons.items() if why)
 
 
-class Door(Protocol):
+class Subject(Protocol):
     """Something that can be asked."""
 
     about: About
 
-    def ask(self, ability: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    def ask(self, ability: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         """The answer to one question.
 
         Raises:
@@ -48,7 +48,7 @@ class Door(Protocol):
         ...
 
 
-class InsideDoor:
+class InProcessSubject:
     """A trainer in this very process: for laws of our own that must be quick."""
 
     def __init__(
@@ -58,9 +58,9 @@ class InsideDoor:
         self._handlers = handlers
         self._refusals = tuple(refusals)
 
-    def ask(self, ability: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    def ask(self, ability: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         """The answer to one question."""
-        return unwrapped(answer_to(self._handlers, ability, given, self._refusals), ability)
+        return unwrapped(answer_to(self._handlers, ability, arguments, self._refusals), ability)
 
     def close(self) -> None:
         """There is nothing to end."""
@@ -70,7 +70,7 @@ def unwrapped(reply: Any, ability: str) -> Mapping[str, Any]:
     """What a reply holds.
 
     Raises:
-        RefusesError, UnsupportedError, SubjectError: as `Door.ask`.
+        RefusesError, UnsupportedError, SubjectError: as `Subject.ask`.
     """
     if not isinstance(reply, dict) or len(reply) != 1:
         raise SubjectError(f"asked to {ability} it replied with what is no reply: {str(reply)[:300]!r}")

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from finetune.verify.doors.door import About
-from finetune.verify.doors.worker import WorkerDoor
+from finetune.verify.doors.worker import SubprocessSubject
 
 
-class LateDoor:
+class LazySubject:
     """A door to a program that is started when it is first asked.
 
     Args:
-        command: the program, as for `WorkerDoor`.
+        command: the program, as for `SubprocessSubject`.
         folder: where it lives; it is made.
     """
 
@@ -21,18 +21,18 @@ class LateDoor:
         self.about = about
         self._command = command
         self._folder = folder
-        self._door: WorkerDoor | None = None
+        self._door: SubprocessSubject | None = None
 
     @property
-    def _opened(self) -> WorkerDoor:
+    def _opened(self) -> SubprocessSubject:
         if self._door is None:
             self._folder.mkdir(parents=True)
-            self._door = WorkerDoor(self._command, self._folder)
+            self._door = SubprocessSubject(self._command, self._folder)
         return self._door
 
-    def ask(self, ability: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    def ask(self, ability: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         """The answer to one question."""
-        return self._opened.ask(ability, given)
+        return self._opened.ask(ability, arguments)
 
     def close(self) -> None:
         """End it, if it was ever started."""
@@ -40,7 +40,7 @@ class LateDoor:
             self._door.close()
 
 
-def unspoilt(folder: Path) -> LateDoor:
+def reference_oracle(folder: Path) -> LazySubject:
     """Our trainer in float64 without any fault, for what has to come out."""
     command = [sys.executable, "-m", "finetune.verify.trainers.ours", "reference"]
-    return LateDoor(About("finetune with reference", {}, {}), command, folder)
+    return LazySubject(About("finetune with reference", {}, {}), command, folder)

@@ -31,7 +31,7 @@ class UnsupportedError(Exception):
 def answer_to(
     handlers: Mapping[str, Callable[..., Any]],
     ability: str,
-    given: Mapping[str, Any],
+    arguments: Mapping[str, Any],
     refusals: Sequence[type[Exception]] = (),
 ) -> dict[str, Any]:
     """What one question comes to, whatever happens.
@@ -43,7 +43,7 @@ def answer_to(
     if ability not in handlers:
         return {"unsupported": f"there is no ability {ability!r}"}
     try:
-        return {"answer": handlers[ability](**given)}
+        return {"answer": handlers[ability](**arguments)}
     except UnsupportedError as error:
         return {"unsupported": str(error)}
     except Exception as error:
@@ -62,9 +62,9 @@ def guarded(handlers: Mapping[str, Callable[..., Any]], own: str) -> dict[str, C
     """
 
     def guard(handler: Callable[..., Any]) -> Callable[..., Any]:
-        def guarded_handler(**given: Any) -> Any:
+        def guarded_handler(**arguments: Any) -> Any:
             try:
-                return handler(**given)
+                return handler(**arguments)
             except (RefusesError, UnsupportedError):
                 raise
             except Exception as error:

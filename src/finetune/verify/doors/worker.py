@@ -26,7 +26,7 @@ _MOST_SILENCES = 3
 """How often a program may let a question pass before it is asked no more: laws are many, and patience is one."""
 
 
-class WorkerDoor:
+class SubprocessSubject:
     """The door to a program that answers as `serving.serve` does.
 
     The program lives in a folder that goes with the suite: its home and its temporary files are there too.
@@ -63,7 +63,7 @@ class WorkerDoor:
             self.close()
             raise
 
-    def ask(self, ability: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    def ask(self, ability: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         """The answer to one question; a program that has ended is started again.
 
         Raises:
@@ -74,7 +74,7 @@ class WorkerDoor:
         if self._process is None:
             self._start()
         patience = self._patience * (_RUN_TAKES if ability in _RUNS else 1)
-        return unwrapped(self._exchange({"ask": ability, "with": dict(given)}, patience), ability)
+        return unwrapped(self._exchange({"ask": ability, "with": dict(arguments)}, patience), ability)
 
     def close(self) -> None:
         """End the program, and whatever it has started and left."""

@@ -63,7 +63,7 @@ def missing_keys_tolerated() -> None:
         try:
             return right(weights, layers, folder)
         except ModelError:
-            target = read_settings(folder, turned=False)
+            target = read_settings(folder, transposed=False)
             return files.draw_adapter(weights, layers, target, np.random.Generator(np.random.PCG64(0)))
 
     plant(reference, "read_adapter", read)

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from finetune import train as training
-from finetune.backends.reference.model import Pass
+from finetune.backends.reference.model import ReferencePass
 from finetune.config import load, sources
 from finetune.config.keys import KEYS, PROFILE_KEY, SECTIONS
 from finetune.records import AdapterTarget, Optimization
@@ -117,7 +117,7 @@ def _without_dropout(spared: Callable[[str], bool]) -> None:
         finally:
             trip.random = drawn
 
-    plant(Pass, "adapter_output", wrong)
+    plant(ReferencePass, "adapter_output", wrong)
 
 
 @fault(
@@ -190,4 +190,4 @@ def _unknown_setting_is_ignored() -> None:
         if key in (*SECTIONS, *KEYS, PROFILE_KEY):
             right(source, key, value)
 
-    plant(sources.Source, "add", wrong)
+    plant(sources.ConfigSource, "add", wrong)

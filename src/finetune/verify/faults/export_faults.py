@@ -237,8 +237,8 @@ def shapes_filled() -> None:
         found = right(described, name, weight)
         return found[None] if found.ndim == 1 else found
 
-    plant(ours_results, "stored", stored)
-    plant(blueprint, "stored", stored)
+    plant(ours_results, "to_gguf_layout", stored)
+    plant(blueprint, "to_gguf_layout", stored)
 
 
 @fault(

@@ -11,8 +11,8 @@ import numpy as np
 import finetune.train as training
 from finetune.adapters.peft_files import tensor_name
 from finetune.backends.reference import session as reference
-from finetune.backends.reference.model import Pass
-from finetune.backends.reference.optimizer import AdamW
+from finetune.backends.reference.model import ReferencePass
+from finetune.backends.reference.optimizer import ReferenceAdamW
 from finetune.events import Event
 from finetune.records import Batch
 from finetune.training import loop
@@ -198,12 +198,12 @@ def schedule_ends_at_init() -> None:
 def half_precision_trainable() -> None:
     """Every update is rounded to 11 bits."""
 
-    def step(right: Any, optimizer: AdamW, *given: Any) -> None:
+    def step(right: Any, optimizer: ReferenceAdamW, *given: Any) -> None:
         right(optimizer, *given)
         for tensor in optimizer.tensors.values():
             tensor[...] = tensor.astype(np.float16)
 
-    plant(AdamW, "step", step)
+    plant(ReferenceAdamW, "step", step)
 
 
 @fault(
@@ -227,7 +227,7 @@ def frozen_adapter() -> None:
 def module_bypassed() -> None:
     """The gate of the MLP has an adapter that nothing goes through."""
 
-    def added(right: Any, trip: Pass, path: str, x: Any, y: Any) -> Any:
+    def added(right: Any, trip: ReferencePass, path: str, x: Any, y: Any) -> Any:
         if path.endswith("gate_proj"):
             assert trip.adapter is not None
             for part, tensor in zip("AB", trip.adapter.pairs[path], strict=True):
@@ -235,7 +235,7 @@ def module_bypassed() -> None:
             return np.zeros_like(y), lambda dy: np.zeros_like(x)
         return right(trip, path, x, y)
 
-    plant(Pass, "adapter_output", added)
+    plant(ReferencePass, "adapter_output", added)
 
 
 @fault(
@@ -324,12 +324,12 @@ def same_dropout() -> None:
 def decay_in_the_gradient() -> None:
     """AdamW is Adam with decay."""
 
-    def step(right: Any, optimizer: AdamW, gradients: Any, rate: float) -> None:
+    def step(right: Any, optimizer: ReferenceAdamW, gradients: Any, rate: float) -> None:
         decay = optimizer.optimization.weight_decay
         grown = {name: gradient + decay * optimizer.tensors[name] for name, gradient in gradients.items()}
         right(optimizer, grown, rate)
 
-    plant(AdamW, "step", step)
+    plant(ReferenceAdamW, "step", step)
 
 
 @fault(

@@ -6,7 +6,7 @@ from typing import Any
 from finetune import files as write
 from finetune.memory import estimate, forecast
 from finetune.memory.estimate import BYTES, Estimate
-from finetune.memory.kept import Kept
+from finetune.memory.kept import ActivationBytes
 from finetune.records import AdapterTarget, ModelShape
 from finetune.verify.faults.fault import fault, plant
 
@@ -71,8 +71,8 @@ def upcast_ignored() -> None:
 def logits_ignored() -> None:
     """Hidden states are all that there is."""
 
-    def kept(right: Any, *given: Any) -> Kept:
-        found: Kept = right(*given)
+    def kept(right: Any, *given: Any) -> ActivationBytes:
+        found: ActivationBytes = right(*given)
         return replace(found, logits=0)
 
     plant(forecast, "kept_by_torch", kept)
@@ -99,8 +99,8 @@ def one_moment() -> None:
 def length_ignored() -> None:
     """However long they may be."""
 
-    def kept(right: Any, shape: Any, target: Any, dtype: str, load: Any) -> Kept:
-        short: Kept = right(shape, target, dtype, replace(load, length=32, targets=load.rows * 31))
+    def kept(right: Any, shape: Any, target: Any, dtype: str, load: Any) -> ActivationBytes:
+        short: ActivationBytes = right(shape, target, dtype, replace(load, length=32, targets=load.rows * 31))
         return replace(short, logits=right(shape, target, dtype, load).logits)
 
     plant(forecast, "kept_by_torch", kept)

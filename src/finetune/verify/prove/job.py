@@ -20,13 +20,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.verify.doors.door import Door
-from finetune.verify.doors.late import unspoilt
+from finetune.verify.doors.door import Subject
+from finetune.verify.doors.late import reference_oracle
 from finetune.verify.faults.fault import faults, hits
 from finetune.verify.suite.judge import Effort
 from finetune.verify.suite.run import Verification, chosen_laws, verify
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import Judgement
+from finetune.verify.suite.verdicts import LawResult
 from finetune.verify.trainers.ours import inside
 
 _PATIENCE = 240
@@ -78,10 +78,10 @@ class FaultRun:
     error: str = ""
 
 
-class MarkingDoor:
+class RecordingSubject:
     """A door that keeps a mark of everything that goes through it."""
 
-    def __init__(self, door: Door, scratch: Path) -> None:
+    def __init__(self, door: Subject, scratch: Path) -> None:
         self.about = door.about
         self.marks: dict[str, str] = {}
         self._door = door
@@ -162,10 +162,10 @@ def run_job(job: Job, *, patience: float = _PATIENCE, stop: threading.Event | No
 def do_job(job: Job, scratch: Path) -> FaultRun:
     """Plant the fault in this very process, and judge; all that is made lies in this folder."""
     with contextlib.ExitStack() as ends:
-        oracle = unspoilt(scratch / "oracle")
+        oracle = reference_oracle(scratch / "oracle")
         ends.callback(oracle.close)
         laws = chosen_laws(job.tier, job.laws)
-        door = MarkingDoor(inside(job.backend, scratch), scratch)
+        door = RecordingSubject(inside(job.backend, scratch), scratch)
         if job.fault:
             try:
                 faults()[job.fault].plant_in(job.backend)
@@ -176,7 +176,7 @@ def do_job(job: Job, scratch: Path) -> FaultRun:
         kills: list[float] = []
         began = time.monotonic()
 
-        def tell(judgement: Judgement) -> None:
+        def tell(judgement: LawResult) -> None:
             if judgement.word == "broken":
                 kills.append(round(time.monotonic() - began, 3))
 
@@ -190,7 +190,7 @@ def _effort(job: Job, chances: int) -> Effort:
     return Effort(seed=job.seed, seconds=job.law_seconds, shrink_seconds=job.shrink_seconds, chances=chances)
 
 
-def _concluded(job: Job, found: Verification, door: MarkingDoor, kills: list[float]) -> FaultRun:
+def _concluded(job: Job, found: Verification, door: RecordingSubject, kills: list[float]) -> FaultRun:
     bad = [each for each in found.judgements if each.word in ("broken", "error", "undecided")]
     first = next((each for each in bad if each.word == "broken"), bad[0] if bad else None)
     return FaultRun(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 from safetensors.numpy import load_file, save_file
 
-from finetune.verify.doors.answers import Names, Weights
+from finetune.verify.doors.answers import TrainableNames, Weights
 from finetune.verify.recipes import ModelRecipe
 from finetune.verify.suite.cases import PLAIN, TINY
 from finetune.verify.suite.catalogue import law
@@ -26,7 +26,7 @@ from finetune.verify.suite.learned import (
     weights_of,
 )
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import hold
+from finetune.verify.suite.verdicts import check
 
 
 @law(
@@ -45,12 +45,12 @@ def adapter_travels(trainer: Trainer, case: Learned) -> None:
     told, _ = weights_of(trainer, model, adapter)
     rank, alpha = case.settings["adapter.rank"], case.settings["adapter.alpha"]
     scale = alpha / (rank**0.5 if case.kind == "rank-stabilised" else rank)
-    hold(abs(told.scale - scale) <= 1e-6, expected=f"scale {scale}", got=told.scale)
+    check(abs(told.scale - scale) <= 1e-6, expected=f"scale {scale}", got=told.scale)
     given = {"settings": case.settings, "adapter": adapter}
     found = accepted(lambda: logits_of(trainer, "logits", model, **given), "the adapter that was just saved")
     wanted = logits_of(trainer.oracle, "logits_with", model, file=told.file, scale=scale)
     base = logits_of(trainer.oracle, "logits", model)
-    hold(not np.allclose(wanted, base, rtol=1e-3, atol=1e-3), expected="an adapter that was trained", got="the base")
+    check(not np.allclose(wanted, base, rtol=1e-3, atol=1e-3), expected="an adapter that was trained", got="the base")
     same_logits(found, wanted, "the logits of base and adapter")
 
 
@@ -99,7 +99,7 @@ def damaged_adapter_is_refused(trainer: Trainer, case: Spoilt) -> None:
     adapter = adapter_of(train(trainer, model, case.settings, case.values))
     spoilt = str(_spoil(adapter, case.how, case.which, trainer.folder() / "adapter"))
     found = refused(lambda: logits_of(trainer, "logits", model, settings=case.settings, adapter=spoilt))
-    hold(found is None, expected=f"an adapter with a tensor {case.how} is refused", got="an answer")
+    check(found is None, expected=f"an adapter with a tensor {case.how} is refused", got="an answer")
 
 
 @law(
@@ -116,7 +116,7 @@ def other_base_is_refused(trainer: Trainer, case: Learned) -> None:
     deep = trainer.model(ModelRecipe(layers=2))
     adapter = adapter_of(train(trainer, deep, case.settings, case.values))
     found = refused(lambda: logits_of(trainer, "logits", trainer.model(TINY), settings=PLAIN, adapter=adapter))
-    hold(found is None, expected="an adapter for two layers is refused on a base of one", got="an answer")
+    check(found is None, expected="an adapter for two layers is refused on a base of one", got="an answer")
 
 
 @law(
@@ -132,8 +132,8 @@ def loaded_adapter_is_frozen(trainer: Trainer, case: Learned) -> None:
     """What training would change, before and after."""
     given: dict[str, Any] = {"model": trainer.model(case.model), "settings": case.settings}
     wanted = trainer.oracle.tensors(trainer.oracle.ask("initial_adapter", Weights, **given).file)
-    fresh = trainer.ask("trainable", Names, **given).names
-    hold(sorted(fresh) == sorted(wanted), expected=f"{len(wanted)} tensors", got=f"{len(fresh)}: {fresh[:3]}")
+    fresh = trainer.ask("trainable", TrainableNames, **given).names
+    check(sorted(fresh) == sorted(wanted), expected=f"{len(wanted)} tensors", got=f"{len(fresh)}: {fresh[:3]}")
     adapter = adapter_of(train(trainer, rows=case.values, **given))
-    loaded = trainer.ask("trainable", Names, adapter=adapter, **given).names
-    hold(not loaded, expected="nothing of a loaded adapter", got=loaded[:3])
+    loaded = trainer.ask("trainable", TrainableNames, adapter=adapter, **given).names
+    check(not loaded, expected="nothing of a loaded adapter", got=loaded[:3])

@@ -7,10 +7,10 @@ from pydantic import Field
 
 from finetune.verify.doors.answers import Epochs, Gradient, TokenRows
 from finetune.verify.recipes import Recipe
-from finetune.verify.suite.cases import PLAIN, TINY, Rows, TokenRow, rows_of, token_rows
+from finetune.verify.suite.cases import PLAIN, TINY, Rows, TokenRowCase, rows_of, token_rows
 from finetune.verify.suite.catalogue import law
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import hold
+from finetune.verify.suite.verdicts import check
 
 
 class Dealt(Rows):
@@ -48,7 +48,7 @@ def every_row_is_trained_on(trainer: Trainer, case: Dealt) -> None:
     model = trainer.model(TINY)
     rows = trainer.ask("tokenize", TokenRows, model=model, settings=settings, rows=case.values).rows
     dealt = trainer.ask("batches", Epochs, model=model, settings=settings, rows=case.values, epochs=2)
-    hold(len(dealt.epochs) == 2, expected="2 epochs", got=f"{len(dealt.epochs)} epochs")
+    check(len(dealt.epochs) == 2, expected="2 epochs", got=f"{len(dealt.epochs)} epochs")
     expected = sorted(row.ids for row in rows)
     for number, epoch in enumerate(dealt.epochs, start=1):
         micro = [batch for step in epoch for batch in step.micro]
@@ -57,7 +57,7 @@ def every_row_is_trained_on(trainer: Trainer, case: Dealt) -> None:
             for batch in micro
             for ids, marks in zip(batch.ids, batch.real, strict=True)
         )
-        hold(
+        check(
             found == expected,
             expected=f"{len(expected)} rows in epoch {number}",
             got=f"{len(found)} rows: {found}",
@@ -67,7 +67,7 @@ def every_row_is_trained_on(trainer: Trainer, case: Dealt) -> None:
 class Windows(Recipe):
     """Rows of one optimizer step, and after how many of them a new micro-batch begins."""
 
-    rows: Annotated[tuple[TokenRow, ...], Field(min_length=2, max_length=6, strict=False)]
+    rows: Annotated[tuple[TokenRowCase, ...], Field(min_length=2, max_length=6, strict=False)]
     first: Annotated[int, Field(ge=1)]
 
 
@@ -95,5 +95,5 @@ def accumulation_changes_nothing(trainer: Trainer, case: Windows) -> None:
     split = trainer.ask("gradient", Gradient, micro=[rows[: case.first], rows[case.first :]], **given)
     for name, norm in whole.norms.items():
         near = abs(split.norms.get(name, -1.0) - norm) <= 1e-3 * norm + 1e-6
-        hold(near, expected=f"{name}: {norm:.6g}", got=f"{name}: {split.norms.get(name)}")
-    hold(abs(split.loss - whole.loss) <= 1e-3, expected=f"loss {whole.loss:.6f}", got=f"loss {split.loss:.6f}")
+        check(near, expected=f"{name}: {norm:.6g}", got=f"{name}: {split.norms.get(name)}")
+    check(abs(split.loss - whole.loss) <= 1e-3, expected=f"loss {whole.loss:.6f}", got=f"loss {split.loss:.6f}")

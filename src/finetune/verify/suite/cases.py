@@ -53,7 +53,7 @@ class Rows(Recipe):
         return [row.model_dump() for row in self.rows]
 
 
-class TokenRow(Recipe):
+class TokenRowCase(Recipe):
     """Ids that the tiny model knows, the last so many of which are an answer."""
 
     ids: Annotated[tuple[int, ...], Field(min_length=2, max_length=60, strict=False)]
@@ -71,10 +71,10 @@ _BYTES = st.integers(6, 255)
 
 
 @st.composite
-def token_rows(draw: st.DrawFn, most: int = 24) -> TokenRow:
+def token_rows(draw: st.DrawFn, most: int = 24) -> TokenRowCase:
     """A row of 2 to `most` tokens, none of them a control token, and an answer that leaves one token before it."""
     ids = draw(st.lists(_BYTES, min_size=2, max_size=most))
-    return TokenRow(ids=tuple(ids), answer=draw(st.integers(1, len(ids) - 1)))
+    return TokenRowCase(ids=tuple(ids), answer=draw(st.integers(1, len(ids) - 1)))
 
 
 def rows_of(least: int, most: int) -> st.SearchStrategy[tuple[Pair, ...]]:

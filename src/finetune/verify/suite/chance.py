@@ -47,7 +47,7 @@ class Chance:
 
 
 @dataclass(slots=True)
-class Evidence:
+class LikelihoodEvidence:
     """What the cases so far say, as logarithms of likelihood ratios, now and at most."""
 
     chance: Chance

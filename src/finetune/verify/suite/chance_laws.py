@@ -6,12 +6,12 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from finetune.models.locate import locate_model
-from finetune.verify.doors.answers import Course, Epochs, Generated, TokenRows
+from finetune.verify.doors.answers import Epochs, Generated, TokenRows, TrainingResult
 from finetune.verify.suite.cases import PLAIN, TINY, Pair, Rows
 from finetune.verify.suite.catalogue import law
 from finetune.verify.suite.chance import Chance
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import hold
+from finetune.verify.suite.verdicts import check
 
 _ROWS = 5
 _WORDS = ("amber", "basin", "cedar", "delta", "ember", "fjord", "grove", "heath")
@@ -45,7 +45,7 @@ _ORDERS = Chance(_shuffled, sound=0.95, broken=0.3, most=60)
 def epochs_differ(trainer: Trainer, case: Shuffled) -> None:
     """The sequences of the first epoch do not come in that order in the second."""
     first, second = _orders(trainer, case, case.seed, epochs=2)
-    hold(first != second, expected="another order", got=f"{first} twice")
+    check(first != second, expected="another order", got=f"{first} twice")
 
 
 @law(
@@ -59,7 +59,7 @@ def epochs_differ(trainer: Trainer, case: Shuffled) -> None:
 def seeds_differ(trainer: Trainer, case: Shuffled) -> None:
     """The first epochs of two seeds have other orders."""
     [first], [second] = (_orders(trainer, case, seed, epochs=1) for seed in (case.seed, case.seed + 1))
-    hold(first != second, expected=f"another order with seed {case.seed + 1}", got=f"{first} with both")
+    check(first != second, expected=f"another order with seed {case.seed + 1}", got=f"{first} with both")
 
 
 def _orders(trainer: Trainer, case: Shuffled, seed: int, *, epochs: int) -> list[list[list[int]]]:
@@ -67,7 +67,7 @@ def _orders(trainer: Trainer, case: Shuffled, seed: int, *, epochs: int) -> list
     settings = {**PLAIN, "training.batch_size": 1, "training.seed": seed}
     given = {"model": trainer.model(TINY), "settings": settings, "rows": case.values}
     dealt = trainer.ask("batches", Epochs, epochs=epochs, **given)
-    hold(len(dealt.epochs) == epochs, expected=f"{epochs} epochs", got=f"{len(dealt.epochs)} epochs")
+    check(len(dealt.epochs) == epochs, expected=f"{epochs} epochs", got=f"{len(dealt.epochs)} epochs")
     return [[ids for step in epoch for batch in step.micro for ids in batch.ids] for epoch in dealt.epochs]
 
 
@@ -109,11 +109,11 @@ def what_was_learned_is_answered(trainer: Trainer, case: Lesson) -> None:
     model: Any = locate_model(SMALL_MODEL).folder
     given = {"model": model, "settings": LEARNING}
     rows = trainer.ask("tokenize", TokenRows, rows=case.values, **given).rows
-    course = trainer.ask("train", Course, rows=case.values, folder=trainer.folder() / "run", **given)
+    course = trainer.ask("train", TrainingResult, rows=case.values, folder=trainer.folder() / "run", **given)
     prompts = [row.ids[: row.targets.index(True)] for row in rows]
     said = trainer.ask("generate", Generated, prompts=prompts, adapter=course.adapter, **given).answers
     for row, answer in zip(rows, said, strict=True):
         taught = [token for token, target in zip(row.ids, row.targets, strict=True) if target]
         # What ends an answer is taught, and left out of what is said.
         begun = answer and taught[: len(answer)] == answer
-        hold(begun and len(taught) - len(answer) in (1, 2), expected=taught, got=answer)
+        check(begun and len(taught) - len(answer) in (1, 2), expected=taught, got=answer)

@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 from pydantic import AfterValidator, Field, model_validator
 
 from finetune.config import KEYS, default_of
-from finetune.verify.doors.answers import Accepted, Course, Epochs, Gradient, Weights
+from finetune.verify.doors.answers import Accepted, Epochs, Gradient, TrainingResult, Weights
 from finetune.verify.doors.door import RefusesError, UnsupportedError
 from finetune.verify.recipes import OUTSIDE, Recipe
 from finetune.verify.suite.cases import PLAIN, TINY, Word, one_of
 from finetune.verify.suite.catalogue import law
-from finetune.verify.suite.talks import tokenized, told
+from finetune.verify.suite.talks import comparable_rows, tokenized
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import hold
+from finetune.verify.suite.verdicts import check
 
 ROWS = [{"prompt": "ab" * size, "completion": "xyz"[: 1 + size % 3] * size} for size in (1, 9, 4, 13, 6)]
 """Five rows, no two of the same length."""
@@ -71,7 +71,7 @@ def unknown_setting_is_refused(trainer: Trainer, case: Named) -> None:
         taken = trainer.ask("configure", Accepted, model=trainer.model(TINY), settings={**PLAIN, case.key: case.value})
     except RefusesError:
         return
-    hold(False, expected=f"{case.key} is refused", got=f"it is taken: {taken.told or 'nothing is said'}")  # noqa: FBT003
+    check(False, expected=f"{case.key} is refused", got=f"it is taken: {taken.told or 'nothing is said'}")  # noqa: FBT003
 
 
 Value = bool | int | float | Plain | None
@@ -121,10 +121,10 @@ def settings_are_taken(trainer: Trainer, case: Set) -> None:
     if not taken:
         raise UnsupportedError("it does not tell what is in force")
     wrong = {key: taken[key] for key, value in given.items() if key in taken and taken[key] != value}
-    hold(not wrong, expected={key: given[key] for key in wrong}, got=wrong)
+    check(not wrong, expected={key: given[key] for key in wrong}, got=wrong)
 
 
-class Change(Recipe):
+class SettingChange(Recipe):
     """Another value for a setting, and what else must be set so that it can matter."""
 
     key: Key
@@ -133,11 +133,11 @@ class Change(Recipe):
 
 
 def _changes(*changes: tuple[str, Any] | tuple[str, Any, dict[str, Any]]) -> dict[str, Any]:
-    cases = [Change(key=each[0], value=each[1], given=each[2] if len(each) > 2 else {}) for each in changes]
+    cases = [SettingChange(key=each[0], value=each[1], given=each[2] if len(each) > 2 else {}) for each in changes]
     return {"cases": st.sampled_from(cases), "examples": len(cases)}
 
 
-def _hold_changed(case: Change, outcome: Callable[[Mapping[str, Any]], object]) -> None:
+def _hold_changed(case: SettingChange, outcome: Callable[[Mapping[str, Any]], object]) -> None:
     """What is observed differs once the setting does, or the other value is refused."""
     # Trainers have defaults of their own, one of which may be the other value.
     plain = {case.key: default_of(case.key), **PLAIN}[case.key]
@@ -147,7 +147,7 @@ def _hold_changed(case: Change, outcome: Callable[[Mapping[str, Any]], object]) 
         after = outcome({**begun, **case.given, case.key: case.value})
     except RefusesError:
         return
-    hold(before != after, expected=f"{case.key} = {case.value} changes something", got=f"the same as before: {after}")
+    check(before != after, expected=f"{case.key} = {case.value} changes something", got=f"the same as before: {after}")
 
 
 @law(
@@ -162,9 +162,9 @@ def _hold_changed(case: Change, outcome: Callable[[Mapping[str, Any]], object]) 
         ("tokens.overlong", "truncate_prompt", {"tokens.max_length": 40}),
     ),
 )
-def settings_of_rows_do_something(trainer: Trainer, case: Change) -> None:
+def settings_of_rows_do_something(trainer: Trainer, case: SettingChange) -> None:
     """No such setting is dead."""
-    _hold_changed(case, lambda settings: told(tokenized(trainer, trainer.model(TINY), ROWS, settings)))
+    _hold_changed(case, lambda settings: comparable_rows(tokenized(trainer, trainer.model(TINY), ROWS, settings)))
 
 
 @law(
@@ -180,7 +180,7 @@ def settings_of_rows_do_something(trainer: Trainer, case: Change) -> None:
         ("data.limit", 2),
     ),
 )
-def settings_of_batches_do_something(trainer: Trainer, case: Change) -> None:
+def settings_of_batches_do_something(trainer: Trainer, case: SettingChange) -> None:
     """No such setting is dead."""
 
     def outcome(settings: Mapping[str, Any]) -> object:
@@ -216,7 +216,7 @@ def _gradient(trainer: Trainer, settings: Mapping[str, Any]) -> Gradient:
     ),
     cost=2,
 )
-def settings_of_the_adapter_do_something(trainer: Trainer, case: Change) -> None:
+def settings_of_the_adapter_do_something(trainer: Trainer, case: SettingChange) -> None:
     """No such setting is dead."""
     _hold_changed(case, lambda settings: _gradient(trainer, settings).norms)
 
@@ -240,14 +240,14 @@ def settings_of_the_adapter_do_something(trainer: Trainer, case: Change) -> None
     ),
     cost=6,
 )
-def settings_of_training_do_something(trainer: Trainer, case: Change) -> None:
+def settings_of_training_do_something(trainer: Trainer, case: SettingChange) -> None:
     """No such setting is dead."""
 
     def outcome(settings: Mapping[str, Any]) -> object:
         model, folder = trainer.model(TINY), trainer.folder()
         given = {**PLAIN, "training.batch_size": 2, "training.epochs": 2.0, **settings}
-        course = trainer.ask("train", Course, model=model, settings=given, rows=ROWS[:3], folder=folder / "run")
-        hold(course.adapter, expected="an adapter", got="none when training has ended")
+        course = trainer.ask("train", TrainingResult, model=model, settings=given, rows=ROWS[:3], folder=folder / "run")
+        check(course.adapter, expected="an adapter", got="none when training has ended")
         learned = trainer.ask("adapter_weights", Weights, model=model, adapter=course.adapter)
         numbers = {name: tensor.tolist() for name, tensor in trainer.tensors(learned.file).items()}
         return course.steps, sorted(course.checkpoints), numbers
@@ -278,10 +278,10 @@ def adapter_sits_where_it_is_to(trainer: Trainer, case: Targets) -> None:
     try:
         adapter = trainer.ask("initial_adapter", Weights, model=trainer.model(TINY), settings=given)
     except RefusesError:
-        hold("other_proj" in case.layers, expected=f"an adapter on {case.layers}", got="it is refused")
+        check("other_proj" in case.layers, expected=f"an adapter on {case.layers}", got="it is refused")
         return
     found = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in trainer.tensors(adapter.file)})
-    hold(found == sorted(case.layers), expected=f"an adapter on {sorted(case.layers)}, or a refusal", got=found)
+    check(found == sorted(case.layers), expected=f"an adapter on {sorted(case.layers)}, or a refusal", got=found)
 
 
 class Pattern(Recipe):
@@ -310,16 +310,16 @@ def ranks_follow_their_patterns(trainer: Trainer, case: Pattern) -> None:
     try:
         adapter = trainer.ask("initial_adapter", Weights, model=trainer.model(TINY), settings=given)
     except RefusesError:
-        hold(not fitting, expected=f"rank {case.rank} on {fitting}", got="it is refused")
+        check(not fitting, expected=f"rank {case.rank} on {fitting}", got="it is refused")
         return
-    hold(fitting, expected=f"a pattern that fits nothing, {case.pattern!r}, is refused", got="it is taken")
+    check(fitting, expected=f"a pattern that fits nothing, {case.pattern!r}, is refused", got="it is taken")
     sizes = {name: tensor.shape[0] for name, tensor in trainer.tensors(adapter.file).items() if ".lora_A." in name}
     ranks = {name.split(".lora_")[0].rpartition(".")[2]: size for name, size in sizes.items()}
     expected = {layer: case.rank if layer in fitting else PLAIN["adapter.rank"] for layer in _LINEAR}
-    hold(ranks == expected, expected=expected, got=ranks)
+    check(ranks == expected, expected=expected, got=ranks)
 
 
-class Dropped(Recipe):
+class DropoutLayersCase(Recipe):
     """A seed, and the layers to adapt: all of them, or those that are named."""
 
     seed: Annotated[int, Field(ge=0)]
@@ -332,16 +332,18 @@ class Dropped(Recipe):
     needs=["gradient"],
     oracle="the gradient of each tensor without dropout: no half of twelve numbers left out leaves it as it is",
     cases=st.builds(
-        Dropped, seed=st.integers(0, 9), layers=st.none() | st.sampled_from([_LINEAR[:2], _LINEAR[3:5], _LINEAR[6:]])
+        DropoutLayersCase,
+        seed=st.integers(0, 9),
+        layers=st.none() | st.sampled_from([_LINEAR[:2], _LINEAR[3:5], _LINEAR[6:]]),
     ),
     examples=6,
     cost=2,
 )
-def dropout_acts_everywhere(trainer: Trainer, case: Dropped) -> None:
+def dropout_acts_everywhere(trainer: Trainer, case: DropoutLayersCase) -> None:
     """Each tensor that has a gradient has another one with dropout."""
     given: dict[str, Any] = {"training.seed": case.seed}
     given |= {"adapter.targets": list(case.layers)} if case.layers else {}
     at_rest = _gradient(trainer, given).norms
     dropped = _gradient(trainer, {**given, "adapter.dropout": 0.5}).norms
     same = [name for name, norm in at_rest.items() if norm > 0 and dropped.get(name) == norm]
-    hold(not same, expected="another gradient of every tensor", got=f"the same of {', '.join(same)}")
+    check(not same, expected="another gradient of every tensor", got=f"the same of {', '.join(same)}")

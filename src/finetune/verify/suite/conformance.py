@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from finetune.verify.doors.answers import ANSWERS, Answer
-from finetune.verify.doors.door import Door, RefusesError, SubjectError, UnsupportedError
+from finetune.verify.doors.answers import ANSWERS, Reply
+from finetune.verify.doors.door import RefusesError, Subject, SubjectError, UnsupportedError
 from finetune.verify.suite.cases import PLAIN, TINY
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import BrokenError, Judgement, Word, hold
+from finetune.verify.suite.verdicts import BrokenError, LawResult, Word, check
 
-Opener = Callable[[Path], AbstractContextManager[Door]]
+Opener = Callable[[Path], AbstractContextManager[Subject]]
 _ROWS = [{"prompt": "ab", "completion": "xyz"}, {"prompt": "a", "completion": "z"}]
 _BATCH = [{"ids": [9, 40, 77, 15], "targets": [False, False, True, True]}]
 _PROMPTS = [[9, 40, 77], [15]]
@@ -42,8 +42,8 @@ _STATEMENTS = {
 
 
 def conform(
-    open_door: Opener, scratch: Path, tell: Callable[[Judgement], None] = lambda judgement: None
-) -> tuple[Judgement, ...]:
+    open_subject: Opener, scratch: Path, tell: Callable[[LawResult], None] = lambda judgement: None
+) -> tuple[LawResult, ...]:
     """Judge a door by each sentence of the protocol that can be seen from outside; nothing that it does raises here.
 
     What is watched for changes is `scratch`, but for the folder that the door lives in and those that it is given to
@@ -53,7 +53,7 @@ def conform(
         open_door: opens it; it lives in the folder that it is given.
         scratch: an empty folder that exists.
     """
-    found: list[Judgement] = []
+    found: list[LawResult] = []
 
     def judged(id: str, statement: str, check: Callable[[], object]) -> None:
         judgement = _judged(id, statement, check)
@@ -63,9 +63,9 @@ def conform(
     own = scratch / "door"
     own.mkdir()
     try:
-        with open_door(own) as door:
-            for id, statement, check in _checks(door, scratch):
-                judged(id, statement, check)
+        with open_subject(own) as subject:
+            for id, statement, probe in _checks(subject, scratch):
+                judged(id, statement, probe)
     except SubjectError as error:
         trouble = str(error)
 
@@ -74,30 +74,30 @@ def conform(
 
         judged("door.hello", _STATEMENTS["door.hello"], fail)
         return tuple(found)
-    left = getattr(door, "left_running", [])
+    left = getattr(subject, "left_running", [])
     judged(
         "door.leaves",
         _STATEMENTS["door.leaves"],
-        lambda: hold(not left, expected="nothing is left", got=f"still running: {'; '.join(left)}"),
+        lambda: check(not left, expected="nothing is left", got=f"still running: {'; '.join(left)}"),
     )
     return tuple(found)
 
 
-def _checks(door: Door, scratch: Path) -> Iterator[tuple[str, str, Callable[[], object]]]:
+def _checks(subject: Subject, scratch: Path) -> Iterator[tuple[str, str, Callable[[], object]]]:
     """Each check with its id and its sentence, in the order in which they are done."""
     asked = scratch / "asked"
     asked.mkdir()
     (scratch / "beside.txt").write_text("nothing here is the trainer's\n", encoding="utf-8")
-    trainer = Trainer(door, asked)
+    trainer = Trainer(subject, asked)
     questions = _Questions(trainer, scratch / "given")
     before = _bytes_of(scratch)
-    yield "door.hello", _STATEMENTS["door.hello"], lambda: _hold_hello(door)
+    yield "door.hello", _STATEMENTS["door.hello"], lambda: _hold_hello(subject)
     for ability in questions.known:
-        if not door.about.abilities.get(ability, "missing"):
+        if not subject.about.abilities.get(ability, "missing"):
             statement = f"It can {ability}, as it says; numbers are numbers, and files that it names are there."
             yield f"door.{ability}", statement, partial(_hold_answer, questions, ability)
     yield "door.alike", _STATEMENTS["door.alike"], lambda: _hold_alike(questions)
-    yield "door.stranger", _STATEMENTS["door.stranger"], lambda: _hold_stranger(door)
+    yield "door.stranger", _STATEMENTS["door.stranger"], lambda: _hold_stranger(subject)
     yield "door.inside", _STATEMENTS["door.inside"], lambda: _hold_unchanged(before, _bytes_of(scratch))
 
 
@@ -109,7 +109,7 @@ class _Questions:
         self.trainer = trainer
         self.given = given
         self.model = trainer.model(TINY)
-        self.answers: dict[str, Answer] = {}
+        self.answers: dict[str, Reply] = {}
         base: dict[str, Any] = {"model": self.model, "settings": _SETTINGS}
         self.known: dict[str, Callable[[], Mapping[str, Any]]] = {
             "configure": lambda: base,
@@ -128,7 +128,7 @@ class _Questions:
             "merge": lambda: {**base, "adapter": self._adapter()},
         }
 
-    def ask(self, ability: str) -> Answer:
+    def ask(self, ability: str) -> Reply:
         """An answer of the form that the ability has."""
         return self.trainer.ask(ability, ANSWERS[ability], **self.known[ability]())
 
@@ -145,7 +145,7 @@ class _Questions:
         return str(trained.model_dump()["adapter"])
 
 
-def _judged(id: str, statement: str, check: Callable[[], object]) -> Judgement:
+def _judged(id: str, statement: str, check: Callable[[], object]) -> LawResult:
     began = time.monotonic()
     word: Word = "holds"
     told: dict[str, Any] = {}
@@ -160,23 +160,23 @@ def _judged(id: str, statement: str, check: Callable[[], object]) -> Judgement:
     # A door of the user's own may raise anything.
     except Exception as error:
         word, told = "error", {"why": f"{type(error).__name__}: {error}"}
-    return Judgement(id, statement, word, cases=1, seconds=round(time.monotonic() - began, 3), **told)
+    return LawResult(id, statement, word, cases=1, seconds=round(time.monotonic() - began, 3), **told)
 
 
-def _hold_hello(door: Door) -> None:
-    about = door.about
-    hold(about.name.strip(), expected="a name", got=about.name)
-    hold(about.versions, expected="the version of at least one thing that computes", got=about.versions)
-    hold(any(not why for why in about.abilities.values()), expected="at least one ability", got=about.abilities)
+def _hold_hello(subject: Subject) -> None:
+    about = subject.about
+    check(about.name.strip(), expected="a name", got=about.name)
+    check(about.versions, expected="the version of at least one thing that computes", got=about.versions)
+    check(any(not why for why in about.abilities.values()), expected="at least one ability", got=about.abilities)
 
 
 def _hold_answer(questions: _Questions, ability: str) -> None:
     answer = questions.ask(ability)
     plain = answer.model_dump()
     odd = [f"{place} is {number}" for place, number in _numbers(plain) if not math.isfinite(number)]
-    hold(not odd, expected="numbers", got="; ".join(odd[:5]))
+    check(not odd, expected="numbers", got="; ".join(odd[:5]))
     absent = [plain[key] for key in _FILES if plain.get(key) is not None and not Path(plain[key]).exists()]
-    hold(not absent, expected="files that are there", got=f"it names {', '.join(map(str, absent))}, which is not")
+    check(not absent, expected="files that are there", got=f"it names {', '.join(map(str, absent))}, which is not")
     questions.answers[ability] = answer
 
 
@@ -184,22 +184,22 @@ def _hold_alike(questions: _Questions) -> None:
     for ability in _ALIKE:
         if ability in questions.answers:
             first, second = questions.answers[ability], questions.ask(ability)
-            hold(first == second, expected=f"{ability}: {first}", got=f"{ability}: {second}")
+            check(first == second, expected=f"{ability}: {first}", got=f"{ability}: {second}")
     if "logits" in questions.answers:
         before, after = (
             questions.trainer.tensors(answer.model_dump()["file"])
             for answer in (questions.answers["logits"], questions.ask("logits"))
         )
         same = before.keys() == after.keys() and all(np.array_equal(before[key], after[key]) for key in before)
-        hold(same, expected="the same logits", got="others")
+        check(same, expected="the same logits", got="others")
 
 
-def _hold_stranger(door: Door) -> None:
+def _hold_stranger(subject: Subject) -> None:
     try:
-        answer = door.ask("fly", {})
+        answer = subject.ask("fly", {})
     except UnsupportedError:
         return
-    hold(False, expected="it has nothing of the kind", got=f"it says that it can fly: {answer}")  # noqa: FBT003
+    check(False, expected="it has nothing of the kind", got=f"it says that it can fly: {answer}")  # noqa: FBT003
 
 
 def _hold_unchanged(before: Mapping[str, str], after: Mapping[str, str]) -> None:
@@ -208,7 +208,7 @@ def _hold_unchanged(before: Mapping[str, str], after: Mapping[str, str]) -> None
         f"{name} is {'new' if name not in before else 'gone' if name not in after else 'another'}"
         for name in sorted(names)
     ]
-    hold(not words, expected="every file beside its folders as it was", got="; ".join(words))
+    check(not words, expected="every file beside its folders as it was", got="; ".join(words))
 
 
 def _numbers(value: Any, place: str = "") -> Iterator[tuple[str, float]]:

@@ -13,9 +13,9 @@ from finetune.verify.doors.door import UnsupportedError
 from finetune.verify.recipes import FEWEST_WORDS, ModelRecipe, Recipe
 from finetune.verify.suite.cases import PAIRS, PLAIN, TEXTS, TINY, Pair, Rows
 from finetune.verify.suite.catalogue import law
-from finetune.verify.suite.talks import tokenized, tokenized_row, told
+from finetune.verify.suite.talks import comparable_rows, tokenized, tokenized_row
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import hold
+from finetune.verify.suite.verdicts import check
 
 _ORDERED = [{"prompt": "q" * (1 + number % 4), "completion": f"answer {number}"} for number in range(12)]
 
@@ -45,7 +45,7 @@ def seed_decides_the_order(trainer: Trainer, case: Seeded) -> None:
         return [[batch.ids for step in epoch for batch in step.micro] for epoch in dealt.epochs]
 
     first, again = orders(), orders()
-    hold(first == again, expected=f"one order with seed {case.seed}: {first}", got=again)
+    check(first == again, expected=f"one order with seed {case.seed}: {first}", got=again)
 
 
 _GOOD = Pair(prompt="a", completion="b")
@@ -68,7 +68,7 @@ def every_row_is_accounted_for(trainer: Trainer, case: Rows) -> None:
     """Rows without an answer, and rows that are too long, are among them."""
     found = tokenized(trainer, trainer.model(TINY), case.values, {"tokens.max_length": 70})
     kept, dropped = len({row.row for row in found.rows}), sum(found.dropped.values())
-    hold(
+    check(
         kept + dropped == len(case.rows),
         expected=f"{len(case.rows)} rows",
         got=f"{kept} that are trained on and {dropped} left out: {found.dropped}",
@@ -78,7 +78,7 @@ def every_row_is_accounted_for(trainer: Trainer, case: Rows) -> None:
 Shape = Literal["prompt/completion", "lists", "messages", "alpaca"]
 
 
-class Shaped(Recipe):
+class RowShapeCase(Recipe):
     """A question and its answer, and the shape of the row that they are in."""
 
     pair: Pair
@@ -101,15 +101,15 @@ def _row(pair: Pair, shape: Shape) -> dict[str, Any]:
     "What is said becomes the same tokens, and the same of them are learned, whatever shape its row has.",
     needs=["tokenize"],
     oracle="the row that has it as messages",
-    cases=st.builds(Shaped, pair=PAIRS, shape=st.sampled_from(("prompt/completion", "lists", "alpaca"))),
+    cases=st.builds(RowShapeCase, pair=PAIRS, shape=st.sampled_from(("prompt/completion", "lists", "alpaca"))),
     examples=8,
 )
-def shape_changes_nothing(trainer: Trainer, case: Shaped) -> None:
+def shape_changes_nothing(trainer: Trainer, case: RowShapeCase) -> None:
     """One conversation in two data sets, for there are trainers whose data sets have one shape only."""
     model = trainer.model(TINY)
     found = [tokenized_row(trainer, model, _row(case.pair, shape), {}) for shape in ("messages", case.shape)]
     one, other = ((row.ids, row.targets) for row in found)
-    hold(one == other, expected=f"as messages: {one}", got=f"as {case.shape}: {other}")
+    check(one == other, expected=f"as messages: {one}", got=f"as {case.shape}: {other}")
 
 
 class Held(Recipe):
@@ -150,11 +150,11 @@ def sides_are_apart(trainer: Trainer, case: Held) -> None:
     """Nothing is held out where nothing is to be, and something on either side elsewhere."""
     found = case.split(trainer)
     both = sorted({case.picks[row] for row in found.train} & {case.picks[row] for row in found.held_out})
-    hold(not both, expected="nothing on both sides", got=[f"question {pick}" for pick in both])
+    check(not both, expected="nothing on both sides", got=[f"question {pick}" for pick in both])
     every = sorted([*found.train, *found.held_out])
-    hold(every == list(range(len(case.picks))), expected=f"{len(case.picks)} rows, each once", got=every)
+    check(every == list(range(len(case.picks))), expected=f"{len(case.picks)} rows, each once", got=every)
     wanted = case.fraction > 0
-    hold(bool(found.held_out) == wanted, expected=f"{case.fraction:.0%} held out", got=f"held out: {found.held_out}")
+    check(bool(found.held_out) == wanted, expected=f"{case.fraction:.0%} held out", got=f"held out: {found.held_out}")
 
 
 @law(
@@ -170,7 +170,7 @@ def split_is_the_same_again(trainer: Trainer, case: Held) -> None:
     first = case.split(trainer)
     Held(picks=case.picks, fraction=case.fraction, seed=case.seed + 1).split(trainer)
     again = case.split(trainer)
-    hold(sorted(first.held_out) == sorted(again.held_out), expected=first.held_out, got=again.held_out)
+    check(sorted(first.held_out) == sorted(again.held_out), expected=first.held_out, got=again.held_out)
 
 
 _ROOM = FEWEST_WORDS + 1
@@ -182,7 +182,7 @@ _MODELS: Mapping[str, ModelRecipe] = {
 }
 
 
-class Kept(Recipe):
+class CacheCase(Recipe):
     """Rows that are encoded with a cache, and then others, or with another model or other settings."""
 
     rows: Annotated[tuple[Pair, ...], Field(min_length=1, strict=False)]
@@ -192,11 +192,11 @@ class Kept(Recipe):
 
 
 @st.composite
-def _kept(draw: st.DrawFn) -> Kept:
+def _kept(draw: st.DrawFn) -> CacheCase:
     before, after = draw(st.sampled_from((("plain", "plain"), ("plain", "tokenizer"), ("begins not", "begins"))))
     changes = ("words", "template", "length", "nothing") if before == after else ("nothing",)
     rows = draw(st.lists(PAIRS, min_size=1, max_size=2).map(tuple))
-    return Kept(rows=rows, before=before, after=after, changed=draw(st.sampled_from(changes)))  # type: ignore[arg-type]
+    return CacheCase(rows=rows, before=before, after=after, changed=draw(st.sampled_from(changes)))  # type: ignore[arg-type]
 
 
 @law(
@@ -208,7 +208,7 @@ def _kept(draw: st.DrawFn) -> Kept:
     examples=10,
     cost=3,
 )
-def cache_changes_nothing(trainer: Trainer, case: Kept) -> None:
+def cache_changes_nothing(trainer: Trainer, case: CacheCase) -> None:
     """Another tokenizer, other words and another template are never taken for what is kept."""
     cache = {"tokens.cache": str(trainer.folder() / "cache")}
     rows, settings = [row.model_dump() for row in case.rows], dict[str, Any]()
@@ -220,9 +220,9 @@ def cache_changes_nothing(trainer: Trainer, case: Kept) -> None:
     elif case.changed == "length":
         settings = {"tokens.max_length": 200}
     model = trainer.model(_MODELS[case.after])
-    without = told(tokenized(trainer, model, rows, settings))
-    within = told(tokenized(trainer, model, rows, {**settings, **cache}))
-    hold(within == without, expected=f"without a cache: {without}", got=f"with it: {within}")
+    without = comparable_rows(tokenized(trainer, model, rows, settings))
+    within = comparable_rows(tokenized(trainer, model, rows, {**settings, **cache}))
+    check(within == without, expected=f"without a cache: {without}", got=f"with it: {within}")
 
 
 @law(
@@ -245,8 +245,8 @@ def cache_is_found_again(trainer: Trainer, case: Rows) -> None:
         counts.append(_files(cache))
     if not counts[0]:
         raise UnsupportedError("it keeps nothing in its cache")
-    hold(counts[0] == counts[1], expected=f"{counts[0]} files when the rows are asked for again", got=counts[1])
-    hold(counts[0] == counts[2], expected=f"{counts[0]} files when the model lies elsewhere", got=counts[2])
+    check(counts[0] == counts[1], expected=f"{counts[0]} files when the rows are asked for again", got=counts[1])
+    check(counts[0] == counts[2], expected=f"{counts[0]} files when the model lies elsewhere", got=counts[2])
 
 
 def _files(folder: Path) -> int:

@@ -11,7 +11,7 @@ from finetune.verify.suite.cases import PLAIN, TINY, Rows, rows_of
 from finetune.verify.suite.catalogue import law
 from finetune.verify.suite.learned import MODELS, WIDE, altered
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import hold
+from finetune.verify.suite.verdicts import check
 
 
 class Looked(Rows):
@@ -51,8 +51,8 @@ def held_out_loss_is_of_all_tokens(trainer: Trainer, case: Looked) -> None:
     ]
     wanted = trainer.oracle.ask("loss", Loss, batch=rows, **given)
     found = _look(trainer, case, case.values, case.batch_size)
-    hold(_near(found, wanted.loss), expected=f"loss {wanted.loss:.6f}", got=f"loss {found.loss:.6f}")
-    hold(found.count in (None, wanted.count), expected=f"{wanted.count} tokens", got=f"{found.count} tokens")
+    check(_near(found, wanted.loss), expected=f"loss {wanted.loss:.6f}", got=f"loss {found.loss:.6f}")
+    check(found.count in (None, wanted.count), expected=f"{wanted.count} tokens", got=f"{found.count} tokens")
 
 
 @law(
@@ -68,7 +68,7 @@ def order_does_not_matter(trainer: Trainer, case: Looked) -> None:
     """The loss of the rows, and of the rows reversed."""
     here = _look(trainer, case, case.values, case.batch_size)
     there = _look(trainer, case, case.values[::-1], case.batch_size)
-    hold(_near(here, there.loss), expected=f"loss {there.loss:.6f}", got=f"loss {here.loss:.6f}")
+    check(_near(here, there.loss), expected=f"loss {there.loss:.6f}", got=f"loss {here.loss:.6f}")
 
 
 @law(
@@ -87,10 +87,10 @@ def held_out_rows_are_rows(trainer: Trainer, case: Looked) -> None:
     batch = [{"ids": row.ids, "targets": row.targets} for row in rows]
     wanted = trainer.ask("loss", Loss, batch=batch, **given)
     found = _look(trainer, case, case.values, case.batch_size)
-    hold(_near(found, wanted.loss), expected=f"loss {wanted.loss:.6f}", got=f"loss {found.loss:.6f}")
+    check(_near(found, wanted.loss), expected=f"loss {wanted.loss:.6f}", got=f"loss {found.loss:.6f}")
 
 
-class Asked(Recipe):
+class PromptsCase(Recipe):
     """Prompts, and how long an answer may be."""
 
     prompts: Annotated[tuple[tuple[int, ...], ...], Field(min_length=1, max_length=3, strict=False)]
@@ -99,7 +99,7 @@ class Asked(Recipe):
 
 
 _ASKED = st.builds(
-    Asked,
+    PromptsCase,
     prompts=st.lists(st.lists(st.integers(6, 255), min_size=1, max_size=9).map(tuple), min_size=1, max_size=3).map(
         tuple
     ),
@@ -108,7 +108,7 @@ _ASKED = st.builds(
 )
 
 
-def _generate(trainer: Trainer, case: Asked, prompts: list[list[int]], **more: Any) -> list[list[int]]:
+def _generate(trainer: Trainer, case: PromptsCase, prompts: list[list[int]], **more: Any) -> list[list[int]]:
     settings = {**PLAIN, "evaluation.max_new_tokens": case.most}
     given = {"model": trainer.model(case.model), "settings": settings, **more}
     return trainer.ask("generate", Generated, prompts=prompts, **given).answers
@@ -122,12 +122,12 @@ def _generate(trainer: Trainer, case: Asked, prompts: list[list[int]], **more: A
     cases=_ASKED,
     examples=6,
 )
-def answer_stands_alone(trainer: Trainer, case: Asked) -> None:
+def answer_stands_alone(trainer: Trainer, case: PromptsCase) -> None:
     """All prompts at once, and one by one."""
     prompts = [list(prompt) for prompt in case.prompts]
     together = _generate(trainer, case, prompts)
     alone = [_generate(trainer, case, [prompt])[0] for prompt in prompts]
-    hold(together == alone, expected=alone, got=together)
+    check(together == alone, expected=alone, got=together)
 
 
 @law(
@@ -138,14 +138,14 @@ def answer_stands_alone(trainer: Trainer, case: Asked) -> None:
     cases=_ASKED,
     examples=6,
 )
-def answer_is_the_likeliest(trainer: Trainer, case: Asked) -> None:
+def answer_is_the_likeliest(trainer: Trainer, case: PromptsCase) -> None:
     """The ids of each answer."""
     prompts = [list(prompt) for prompt in case.prompts]
     found, wanted = (_generate(each, case, prompts) for each in (trainer, trainer.oracle))
     for answer, right in zip(found, wanted, strict=True):
-        hold(len(answer) <= case.most, expected=f"at most {case.most} tokens", got=answer)
+        check(len(answer) <= case.most, expected=f"at most {case.most} tokens", got=answer)
         # Weights that are drawn leave the first token far ahead; what follows a tie may be anything.
-        hold(answer[:1] == right[:1], expected=right, got=answer)
+        check(answer[:1] == right[:1], expected=right, got=answer)
 
 
 class Full(Recipe):
@@ -170,4 +170,4 @@ def answer_fits_the_context(trainer: Trainer, case: Full) -> None:
     prompt = [*range(20, 20 + case.length)]
     [answer] = trainer.ask("generate", Generated, model=model, settings=settings, prompts=[prompt]).answers
     room = case.context - case.length
-    hold(len(answer) <= room, expected=f"at most {room} tokens", got=f"{len(answer)} tokens")
+    check(len(answer) <= room, expected=f"at most {room} tokens", got=f"{len(answer)} tokens")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 from safetensors.numpy import load_file, save_file
 
-from finetune.verify.doors.answers import Exported, Planned
+from finetune.verify.doors.answers import ExportDescription, Planned
 from finetune.verify.recipes import FEWEST_WORDS, ModelRecipe, Recipe
 from finetune.verify.suite.cases import PLAIN, TINY, one_of
 from finetune.verify.suite.catalogue import law
@@ -27,7 +27,7 @@ from finetune.verify.suite.learned import (
     weights_of,
 )
 from finetune.verify.suite.trainer import Tensors, Trainer
-from finetune.verify.suite.verdicts import hold
+from finetune.verify.suite.verdicts import check
 
 _WEIGHTS = "model.safetensors"
 _GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -58,7 +58,7 @@ def _model(trainer: Trainer, recipe: ModelRecipe) -> Path:
 
 
 def _described(trainer: Trainer, model: Path, **more: Any) -> tuple[Mapping[str, Any], Tensors]:
-    found = trainer.ask("describe_export", Exported, model=model, settings=PLAIN, **more)
+    found = trainer.ask("describe_export", ExportDescription, model=model, settings=PLAIN, **more)
     return found.metadata, trainer.tensors(found.file)
 
 
@@ -96,12 +96,12 @@ def weights_are_the_models(trainer: Trainer, case: Written) -> None:
         heads = {"q_proj": case.model.heads, "k_proj": case.model.kv_heads}.get(name.split(".")[-2], 0)
         wanted = _neighbours(weight, heads) if heads else weight
         there: Any = found.get(name)
-        hold(
+        check(
             there is not None and there.shape == wanted.shape,
             expected=f"{name} {wanted.shape}",
             got=None if there is None else there.shape,
         )
-        hold(np.array_equal(there, wanted), expected=f"{name}: {wanted.ravel()[:3]}", got=there)
+        check(np.array_equal(there, wanted), expected=f"{name}: {wanted.ravel()[:3]}", got=there)
 
 
 @law(
@@ -122,13 +122,13 @@ def adapter_is_in_the_export(trainer: Trainer, case: Learned) -> None:
     for name in [name for name in parts if ".lora_A." in name]:
         stem = name.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
         path = f"{stem}.weight"
-        hold(
+        check(
             not np.allclose(found[path], plain[path], atol=1e-6), expected=f"{path} with the adapter", got="the base's"
         )
         if not stem.endswith(("q_proj", "k_proj")):
             grown = plain[path] + told.scale * (parts[name.replace("lora_A", "lora_B")] @ parts[name])
             off = float(np.abs(found[path] - grown).max())
-            hold(off <= 1e-4, expected=f"{path} as base and adapter", got=f"off by {off:.3g}")
+            check(off <= 1e-4, expected=f"{path} as base and adapter", got=f"off by {off:.3g}")
 
 
 class Turned(Recipe):
@@ -168,21 +168,21 @@ def rotation_is_the_configs(trainer: Trainer, case: Turned) -> None:
         said = {"rope_scaling": scaling if case.kind != "default" else {}, "rope_theta": case.theta}
     model = altered(trainer, _model(trainer, ModelRecipe(head_size=16)), said)
     keys, found = _described(trainer, model)
-    hold(keys.get("llama.rope.freq_base") == case.theta, expected=case.theta, got=keys.get("llama.rope.freq_base"))
+    check(keys.get("llama.rope.freq_base") == case.theta, expected=case.theta, got=keys.get("llama.rope.freq_base"))
     told = {name: keys.get(f"llama.rope.scaling.{name}") for name in ("type", "factor")}
     wanted = {"type": case.kind, "factor": case.factor} if case.kind in ("linear", "yarn") else dict.fromkeys(told)
-    hold(told == wanted, expected=wanted, got=told)
+    check(told == wanted, expected=wanted, got=told)
     if case.kind == "yarn":
         original = keys.get("llama.rope.scaling.original_context_length")
-        hold(original == 64, expected="an original context of 64", got=original)
+        check(original == 64, expected="an original context of 64", got=original)
     factors = found.get("rope_freqs.weight")
     if case.kind == "llama3":
         ends = None if factors is None else (float(factors[0]), float(factors[-1]))
         last = 2 * math.pi * case.theta ** (14 / 16)
         assert last > 64, "the longest wave is longer than the original context"
-        hold(ends == (1.0, case.factor), expected=(1.0, case.factor), got=ends)
+        check(ends == (1.0, case.factor), expected=(1.0, case.factor), got=ends)
     else:
-        hold(factors is None, expected="no factors of frequencies", got=factors)
+        check(factors is None, expected="no factors of frequencies", got=factors)
 
 
 class Words(Recipe):
@@ -211,27 +211,29 @@ def vocabulary_is_the_tokenizers(trainer: Trainer, case: Words) -> None:
     (model / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     asked = refused(lambda: _described(trainer, model))
     if case.excess:
-        hold(asked is None, expected="more tokens than rows are refused", got="an answer")
+        check(asked is None, expected="more tokens than rows are refused", got="an answer")
         return
-    hold(asked is not None, expected="an answer", got="a refusal")
+    check(asked is not None, expected="an answer", got="a refusal")
     assert asked is not None
     keys = asked[0]
     texts: Any = keys.get("tokenizer.ggml.tokens") or []
-    hold(len(texts) == FEWEST_WORDS + case.spare, expected=f"{FEWEST_WORDS + case.spare} tokens", got=len(texts))
+    check(len(texts) == FEWEST_WORDS + case.spare, expected=f"{FEWEST_WORDS + case.spare} tokens", got=len(texts))
     odd = [number for number, word in words.items() if texts[number] != word]
-    hold(not odd and len(set(texts)) == len(texts), expected="each token's own text", got=[texts[each] for each in odd])
+    check(
+        not odd and len(set(texts)) == len(texts), expected="each token's own text", got=[texts[each] for each in odd]
+    )
     types: Any = keys.get("tokenizer.ggml.token_type") or []
     for token in tokenizer["added_tokens"]:
-        hold(types[token["id"]] == 3, expected=f"{token['content']} is a control token", got=types[token["id"]])
+        check(types[token["id"]] == 3, expected=f"{token['content']} is a control token", got=types[token["id"]])
     control = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     wanted = {"eos": control["</s>"], "padding": control["<|pad|>"], "bos": control["</s>"]}
     told = {name: keys.get(f"tokenizer.ggml.{name}_token_id") for name in wanted}
-    hold(told == wanted, expected=wanted, got=told)
+    check(told == wanted, expected=wanted, got=told)
     adds = keys.get("tokenizer.ggml.add_bos_token")
-    hold(adds is False, expected="no begin-of-text token is put in front of text", got=adds)
+    check(adds is False, expected="no begin-of-text token is put in front of text", got=adds)
     template = (model / "chat_template.jinja").read_text(encoding="utf-8")
     found = keys.get("tokenizer.chat_template")
-    hold(str(found).endswith(template), expected="the model's chat template", got=found)
+    check(str(found).endswith(template), expected="the model's chat template", got=found)
 
 
 class Cut(Recipe):
@@ -256,7 +258,7 @@ def pre_tokenizer_is_read(trainer: Trainer, case: Cut) -> None:
     (model / "tokenizer.json").write_text(json.dumps({**tokenizer, "pre_tokenizer": cuts}), encoding="utf-8")
     found = refused(lambda: _described(trainer, model))
     told = "" if found is None else found[0].get("tokenizer.ggml.pre")
-    hold(told == name, expected=name or "a refusal", got=told or "a refusal")
+    check(told == name, expected=name or "a refusal", got=told or "a refusal")
 
 
 @law(
@@ -281,9 +283,9 @@ def shards_are_one_model(trainer: Trainer, case: Written) -> None:
     index = {"metadata": {}, "weight_map": places}
     (model / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     (_, found), (_, wanted) = _described(trainer, model), _described(trainer, whole)
-    hold(found.keys() == wanted.keys(), expected=sorted(wanted), got=sorted(found))
+    check(found.keys() == wanted.keys(), expected=sorted(wanted), got=sorted(found))
     odd = [name for name in wanted if not np.array_equal(found[name], wanted[name])]
-    hold(not odd, expected="the weights of both files", got=odd)
+    check(not odd, expected="the weights of both files", got=odd)
 
 
 @law(
@@ -304,7 +306,7 @@ def packed_weights_are_refused(trainer: Trainer, case: Written) -> None:
     tensors |= {f"{path}.{part}": np.ones((rows, 1), np.float32) for part in ("scales", "biases")}
     save_file(tensors, model / _WEIGHTS, metadata={"format": "pt"})
     found = refused(lambda: _described(trainer, model))
-    hold(found is None, expected="a refusal", got="an answer with packed numbers as weights")
+    check(found is None, expected="a refusal", got="an answer with packed numbers as weights")
 
 
 _NULLS = ("quantization_config", "rope_scaling", "architectures", "sliding_window", "quantization")
@@ -329,7 +331,7 @@ def null_is_not_said(trainer: Trainer, case: Nothing) -> None:
     model = _model(trainer, TINY)
     (found, _), (wanted, _) = _described(trainer, altered(trainer, model, {case.key: None})), _described(trainer, model)
     odd = {key: found.get(key) for key in wanted if key != "general.name" and found.get(key) != wanted[key]}
-    hold(not odd, expected={key: wanted[key] for key in odd}, got=odd)
+    check(not odd, expected={key: wanted[key] for key in odd}, got=odd)
 
 
 class Typed(Learned):
@@ -360,10 +362,10 @@ def types_change_no_words(trainer: Trainer, case: Typed) -> None:
     )
     own = ("general.file_type",)
     odd = {key for key in wanted.metadata if key not in own and found.metadata.get(key) != wanted.metadata[key]}
-    hold(not odd, expected={key: wanted.metadata[key] for key in odd}, got=[found.metadata.get(key) for key in odd])
-    hold(found.tensors == wanted.tensors, expected=wanted.tensors, got=found.tensors)
+    check(not odd, expected={key: wanted.metadata[key] for key in odd}, got=[found.metadata.get(key) for key in odd])
+    check(found.tensors == wanted.tensors, expected=wanted.tensors, got=found.tensors)
     count = len(load_file(model / _WEIGHTS))
-    hold(len(found.tensors) == count, expected=f"{count} tensors", got=len(found.tensors))
+    check(len(found.tensors) == count, expected=f"{count} tensors", got=len(found.tensors))
 
 
 @law(
@@ -384,7 +386,7 @@ def adapter_alone_holds_itself(trainer: Trainer, case: Typed) -> None:
     given = {"model": model, "settings": case.settings, "outtype": case.outtype, "adapter": adapter, "alone": True}
     found = trainer.ask("plan_export", Planned, **given)
     odd = [name for name in found.tensors if not name.endswith((".lora_a", ".lora_b"))]
-    hold(not odd, expected="A and B alone", got=odd)
+    check(not odd, expected="A and B alone", got=odd)
     shapes = sorted(map(list, found.tensors.values()))
     wanted = sorted(list(tensor.shape) for tensor in parts.values())
-    hold(shapes == wanted, expected=wanted, got=shapes)
+    check(shapes == wanted, expected=wanted, got=shapes)

@@ -14,7 +14,7 @@ from finetune.files import write_text
 from finetune.verify.recipes import Recipe
 from finetune.verify.suite.catalogue import CaseLaw, case_laws
 from finetune.verify.suite.run import Verification
-from finetune.verify.suite.verdicts import Judgement
+from finetune.verify.suite.verdicts import LawResult
 
 FORMAT = "finetune finding"
 VERSION = 1
@@ -128,7 +128,7 @@ def _plain(word: object) -> str:
     return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in str(word))
 
 
-def tell_report(found: Verification, judgement: Judgement, replay: str) -> str:
+def tell_report(found: Verification, judgement: LawResult, replay: str) -> str:
     """A finding in Markdown, ready to be filed where the trainer is made."""
     versions = ", ".join(f"{name} {number}" for name, number in found.versions.items())
     case = json.dumps(judgement.case, indent=1, ensure_ascii=False)

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 from finetune.verify.suite.catalogue import case_laws
 from finetune.verify.suite.run import Verification
-from finetune.verify.suite.verdicts import Judgement
+from finetune.verify.suite.verdicts import LawResult
 
 _SARIF = "https://json.schemastore.org/sarif-2.1.0.json"
 _LEVELS = {"broken": "error", "error": "warning", "undecided": "warning"}
@@ -79,7 +79,7 @@ def sarif(found: Verification, suite: str) -> dict[str, Any]:
     return {"$schema": _SARIF, "version": "2.1.0", "runs": [{"tool": {"driver": driver}, "results": results}]}
 
 
-def _evidence(judgement: Judgement) -> str:
+def _evidence(judgement: LawResult) -> str:
     if judgement.word != "broken":
         return judgement.why
     return f"expected: {judgement.expected}\ngot: {judgement.got}\ncase: {judgement.case}"

@@ -17,9 +17,9 @@ from hypothesis.errors import Flaky, Unsatisfiable, UnsatisfiedAssumption
 from finetune.verify.doors.door import RefusesError, SubjectError, UnsupportedError
 from finetune.verify.recipes import Recipe
 from finetune.verify.suite.catalogue import CaseLaw
-from finetune.verify.suite.chance import Evidence
+from finetune.verify.suite.chance import LikelihoodEvidence
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import BrokenError, Judgement, Word
+from finetune.verify.suite.verdicts import BrokenError, LawResult, Word
 
 _PHASES = (Phase.generate, Phase.shrink)
 _EVERY = list(HealthCheck)
@@ -49,7 +49,7 @@ class _Enough(BaseException):
 
 
 @dataclass(slots=True)
-class _Seen:
+class _CaseTally:
     """What was seen of one law so far; `plain` takes from words what depends on where the suite lies."""
 
     plain: Callable[[str], str]
@@ -62,17 +62,17 @@ class _Seen:
     trouble: str = ""
 
 
-def judge(law: CaseLaw, trainer: Trainer, effort: Effort) -> Judgement:
+def judge(law: CaseLaw, trainer: Trainer, effort: Effort) -> LawResult:
     """Hold a trainer to a law. No trouble of the trainer's raises here: it is in the judgement."""
     if why := trainer.lacks(*law.needs):
-        return Judgement(law.id, law.law.statement, "not applicable", why=why)
+        return LawResult(law.id, law.law.statement, "not applicable", why=why)
     judged = _judge_chance if law.chance is not None else _judge_drawn
     return judged(law, trainer, effort)
 
 
-def _judge_drawn(law: CaseLaw, trainer: Trainer, effort: Effort) -> Judgement:
+def _judge_drawn(law: CaseLaw, trainer: Trainer, effort: Effort) -> LawResult:
     assert law.cases is not None
-    seen = _Seen(_plain(trainer))
+    seen = _CaseTally(_plain(trainer))
 
     def once(case: Recipe) -> None:
         _judge_case(law, trainer, case, seen, effort)
@@ -96,11 +96,11 @@ def _judge_drawn(law: CaseLaw, trainer: Trainer, effort: Effort) -> Judgement:
     return _concluded(law, seen)
 
 
-def _judge_chance(law: CaseLaw, trainer: Trainer, effort: Effort) -> Judgement:
+def _judge_chance(law: CaseLaw, trainer: Trainer, effort: Effort) -> LawResult:
     """Draw cases until they say enough, or there are no more; what is broken is decided with all such laws at once."""
     chance = law.chance
     assert chance is not None
-    seen, evidence, random = _Seen(_plain(trainer)), Evidence(chance), Random(f"{effort.seed} {law.id}")
+    seen, evidence, random = _CaseTally(_plain(trainer)), LikelihoodEvidence(chance), Random(f"{effort.seed} {law.id}")
     with contextlib.suppress(_Enough):
         while not evidence.decided(effort.chances) and evidence.cases < chance.most:
             before = seen.cases
@@ -122,7 +122,7 @@ def _judge_chance(law: CaseLaw, trainer: Trainer, effort: Effort) -> Judgement:
     return replace(found, word=word, false_alarm=evidence.false_alarm, why=_tell(evidence))
 
 
-def _tell(evidence: Evidence) -> str:
+def _tell(evidence: LikelihoodEvidence) -> str:
     chance = evidence.chance
     return (
         f"{evidence.cases} cases; a sound trainer keeps {chance.sound:.0%} of them, and looks as bad as this with "
@@ -130,17 +130,17 @@ def _tell(evidence: Evidence) -> str:
     )
 
 
-def judge_again(law: CaseLaw, trainer: Trainer, case: Recipe) -> Judgement:
+def judge_again(law: CaseLaw, trainer: Trainer, case: Recipe) -> LawResult:
     """Hold a trainer to a law in one case."""
     if why := trainer.lacks(*law.needs):
-        return Judgement(law.id, law.law.statement, "not applicable", why=why)
-    seen = _Seen(_plain(trainer))
+        return LawResult(law.id, law.law.statement, "not applicable", why=why)
+    seen = _CaseTally(_plain(trainer))
     with contextlib.suppress(_Enough, BrokenError, UnsatisfiedAssumption):
         _judge_case(law, trainer, case, seen, Effort())
     return _concluded(law, seen)
 
 
-def _judge_case(law: CaseLaw, trainer: Trainer, case: Recipe, seen: _Seen, effort: Effort) -> None:
+def _judge_case(law: CaseLaw, trainer: Trainer, case: Recipe, seen: _CaseTally, effort: Effort) -> None:
     now = time.monotonic()
     shrinking = seen.smallest is not None and law.chance is None
     allowed = effort.seconds * (1 if law.tier == 1 else 5)
@@ -169,7 +169,7 @@ def _judge_case(law: CaseLaw, trainer: Trainer, case: Recipe, seen: _Seen, effor
         seen.cases += 1
 
 
-def _concluded(law: CaseLaw, seen: _Seen) -> Judgement:
+def _concluded(law: CaseLaw, seen: _CaseTally) -> LawResult:
     told: dict[str, Any] = {"cases": seen.cases, "unable": dict(seen.unable.most_common(5))}
     word: Word = "holds"
     if seen.smallest is not None:
@@ -184,7 +184,7 @@ def _concluded(law: CaseLaw, seen: _Seen) -> Judgement:
         # What says that it can and then refuses every case has not been judged, and is not what it says.
         word = "error" if seen.refused else "not applicable"
         told["why"] = "; ".join(seen.unable) or "no case came up"
-    return Judgement(law.id, law.law.statement, word, seconds=round(time.monotonic() - seen.began, 3), **told)
+    return LawResult(law.id, law.law.statement, word, seconds=round(time.monotonic() - seen.began, 3), **told)
 
 
 def _plain(trainer: Trainer) -> Callable[[str], str]:

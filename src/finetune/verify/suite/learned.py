@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydantic import Field
 
-from finetune.verify.doors.answers import Course, Logits, Weights
+from finetune.verify.doors.answers import Logits, TrainingResult, Weights
 from finetune.verify.doors.door import RefusesError
 from finetune.verify.recipes import ModelRecipe
 from finetune.verify.suite.cases import PLAIN, TINY, Pair, Rows, one_of
 from finetune.verify.suite.trainer import Tensors, Trainer
-from finetune.verify.suite.verdicts import hold
+from finetune.verify.suite.verdicts import check
 
 Array = NDArray[Any]
 R = TypeVar("R")
@@ -66,15 +66,17 @@ def learned(*kinds: str) -> st.SearchStrategy[Learned]:
     return st.builds(Learned, rows=ONE_ROW, model=MODELS, kind=st.sampled_from(kinds or tuple(KINDS)))
 
 
-def train(trainer: Trainer, model: Path, settings: Mapping[str, Any], rows: Sequence[Any], **more: Any) -> Course:
+def train(
+    trainer: Trainer, model: Path, settings: Mapping[str, Any], rows: Sequence[Any], **more: Any
+) -> TrainingResult:
     """A run in a folder of its own."""
     folder = trainer.folder() / "run"
-    return trainer.ask("train", Course, model=model, settings=dict(settings), rows=rows, folder=folder, **more)
+    return trainer.ask("train", TrainingResult, model=model, settings=dict(settings), rows=rows, folder=folder, **more)
 
 
-def adapter_of(course: Course) -> str:
+def adapter_of(course: TrainingResult) -> str:
     """The folder of the adapter that a run ended with."""
-    hold(course.adapter is not None, expected="an adapter", got="none")
+    check(course.adapter is not None, expected="an adapter", got="none")
     assert course.adapter is not None
     return course.adapter
 
@@ -95,7 +97,7 @@ def logits_of(trainer: Trainer, ability: str, model: str | Path, **more: Any) ->
 def same_logits(found: Array, wanted: Array, what: str, *, most: float = 2e-3) -> None:
     """Hold logits to those that must come out, but for what float32 rounds."""
     off = float(np.abs(found - wanted).max()) if found.shape == wanted.shape else float("inf")
-    hold(off <= most * (1 + np.abs(wanted).max()), expected=f"{what}, {_told(wanted)}", got=f"{_told(found)}")
+    check(off <= most * (1 + np.abs(wanted).max()), expected=f"{what}, {_told(wanted)}", got=f"{_told(found)}")
 
 
 def _told(logits: Array) -> str:
@@ -115,7 +117,7 @@ def accepted(ask: Callable[[], R], what: str) -> R:
     try:
         return ask()
     except RefusesError as error:
-        hold(False, expected=f"{what} is taken", got=f"it is refused: {error}")  # noqa: FBT003  # it never holds
+        check(False, expected=f"{what} is taken", got=f"it is refused: {error}")  # noqa: FBT003  # it never holds
         raise AssertionError from None
 
 

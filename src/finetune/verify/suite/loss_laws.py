@@ -7,10 +7,10 @@ import numpy as np
 from hypothesis import strategies as st
 from pydantic import Field
 
-from finetune.verify.doors.answers import Course, Gradient, Loss, Weights
+from finetune.verify.doors.answers import Gradient, Loss, TrainingResult, Weights
 from finetune.verify.doors.door import UnsupportedError
 from finetune.verify.recipes import ModelRecipe, Recipe
-from finetune.verify.suite.cases import PAIRS, PLAIN, TINY, Pair, Rows, TokenRow, one_of, rows_of, token_rows
+from finetune.verify.suite.cases import PAIRS, PLAIN, TINY, Pair, Rows, TokenRowCase, one_of, rows_of, token_rows
 from finetune.verify.suite.catalogue import law
 from finetune.verify.suite.learned import (
     KINDS,
@@ -25,13 +25,13 @@ from finetune.verify.suite.learned import (
 )
 from finetune.verify.suite.talks import tokenized
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import hold
+from finetune.verify.suite.verdicts import check
 
 
 class Batches(Recipe):
     """Batches of token rows that make one optimizer step, and the model."""
 
-    micro: Annotated[tuple[tuple[TokenRow, ...], ...], Field(min_length=1, max_length=3, strict=False)]
+    micro: Annotated[tuple[tuple[TokenRowCase, ...], ...], Field(min_length=1, max_length=3, strict=False)]
     model: ModelRecipe = TINY
 
     @property
@@ -58,14 +58,14 @@ def loss_is_surprise(trainer: Trainer, case: Batches) -> None:
     given = {"model": trainer.model(case.model), "settings": PLAIN, "batch": case.values[0]}
     found, wanted = trainer.ask("loss", Loss, **given), trainer.oracle.ask("loss", Loss, **given)
     near = abs(found.loss - wanted.loss) <= 1e-3 * (1 + wanted.loss)
-    hold(near, expected=f"loss {wanted.loss:.6f}", got=f"loss {found.loss:.6f}")
-    hold(found.count in (None, wanted.count), expected=f"{wanted.count} tokens", got=f"{found.count} tokens")
+    check(near, expected=f"loss {wanted.loss:.6f}", got=f"loss {found.loss:.6f}")
+    check(found.count in (None, wanted.count), expected=f"{wanted.count} tokens", got=f"{found.count} tokens")
 
 
-class Begun(Recipe):
+class FirstStepCase(Recipe):
     """A token row to take the first step on, with an adapter of a kind."""
 
-    row: TokenRow
+    row: TokenRowCase
     kind: Annotated[str, Field(pattern=one_of(KINDS))]
 
 
@@ -75,11 +75,11 @@ class Begun(Recipe):
     needs=["gradient"],
     oracle="B is zero at first, so that the loss is the base's, nothing reaches A, and B's gradient is not zero",
     cases=st.builds(
-        Begun, row=st.just(TokenRow(ids=(20, 30, 40, 50, 60), answer=2)), kind=st.sampled_from(list(KINDS))
+        FirstStepCase, row=st.just(TokenRowCase(ids=(20, 30, 40, 50, 60), answer=2)), kind=st.sampled_from(list(KINDS))
     ),
     examples=5,
 )
-def first_gradient_is_of_b(trainer: Trainer, case: Begun) -> None:
+def first_gradient_is_of_b(trainer: Trainer, case: FirstStepCase) -> None:
     """The loss of the base, zero for every A, more than zero for every B, and no layer is left out."""
     given = {"model": trainer.model(TINY), "settings": {**PLAIN, **KINDS[case.kind]}, "micro": [[case.row.value]]}
     found, wanted = (each.ask("gradient", Gradient, **given) for each in (trainer, trainer.oracle))
@@ -87,14 +87,14 @@ def first_gradient_is_of_b(trainer: Trainer, case: Begun) -> None:
     teller = trainer.oracle if trainer.lacks("loss") else trainer
     base = teller.ask("loss", Loss, model=given["model"], settings=PLAIN, batch=[case.row.value])
     near = abs(found.loss - base.loss) <= 1e-3 * (1 + base.loss)
-    hold(near, expected=f"the base's loss, {base.loss:.6f}", got=f"{found.loss:.6f}")
+    check(near, expected=f"the base's loss, {base.loss:.6f}", got=f"{found.loss:.6f}")
     lacking = sorted(wanted.norms.keys() - found.norms.keys())
-    hold(not lacking, expected=f"a gradient of {lacking[:1]}", got=f"{len(found.norms)} others")
+    check(not lacking, expected=f"a gradient of {lacking[:1]}", got=f"{len(found.norms)} others")
     for name, norm in wanted.norms.items():
         if ".lora_A." in name:
-            hold(found.norms[name] == 0, expected=f"{name}: 0", got=f"{name}: {found.norms[name]}")
+            check(found.norms[name] == 0, expected=f"{name}: 0", got=f"{name}: {found.norms[name]}")
         if ".lora_B." in name and norm > 1e-6:
-            hold(found.norms[name] > 0, expected=f"{name}: about {norm:.4g}", got=f"{name}: {found.norms[name]}")
+            check(found.norms[name] > 0, expected=f"{name}: about {norm:.4g}", got=f"{name}: {found.norms[name]}")
 
 
 @law(
@@ -115,12 +115,12 @@ def gradient_is_of_all_tokens(trainer: Trainer, case: Batches) -> None:
     largest = max(wanted.norms.values())
     for name, norm in wanted.norms.items():
         near = abs(found.norms.get(name, math.inf) - norm) <= 2e-3 * norm + 1e-5 * largest
-        hold(near, expected=f"{name}: {norm:.6g}", got=f"{name}: {found.norms.get(name)}")
+        check(near, expected=f"{name}: {norm:.6g}", got=f"{name}: {found.norms.get(name)}")
     near = abs(found.loss - wanted.loss) <= 1e-3 * (1 + wanted.loss)
-    hold(near, expected=f"loss {wanted.loss:.6f}", got=f"loss {found.loss:.6f}")
+    check(near, expected=f"loss {wanted.loss:.6f}", got=f"loss {found.loss:.6f}")
 
 
-class Whole(Learned):
+class WholeBatchCase(Learned):
     """A short run over rows that one step can hold."""
 
     accumulation: Annotated[int, Field(ge=1, le=4)] = 1
@@ -145,12 +145,12 @@ class Whole(Learned):
         }
 
 
-def _one_step_holds_all(case: Whole) -> bool:
+def _one_step_holds_all(case: WholeBatchCase) -> bool:
     return case.accumulation * case.batch_size >= len(case.rows)
 
 
 _COURSES = st.builds(
-    Whole,
+    WholeBatchCase,
     rows=rows_of(1, 3),
     model=MODELS,
     kind=st.sampled_from(["lora", "dora", "rank-stabilised"]),
@@ -171,7 +171,7 @@ _COURSES = st.builds(
     examples=8,
     cost=4,
 )
-def training_moves_as_it_should(trainer: Trainer, case: Whole) -> None:
+def training_moves_as_it_should(trainer: Trainer, case: WholeBatchCase) -> None:
     """Every tensor ends where it should, but for a fiftieth of the way that it went; the first loss is the base's."""
     given: dict[str, Any] = {"model": trainer.model(case.model), "settings": case.settings}
     model = trainer.model(case.model)
@@ -180,20 +180,20 @@ def training_moves_as_it_should(trainer: Trainer, case: Whole) -> None:
         raise UnsupportedError("it makes other tokens, or other targets, of these rows than the oracle")
     start = trainer.ask("initial_adapter", Weights, **given)
     course = train(trainer, rows=case.values, **given)
-    wanted = trainer.oracle.ask("train_from", Course, rows=case.values, file=start.file, **given)
+    wanted = trainer.oracle.ask("train_from", TrainingResult, rows=case.values, file=start.file, **given)
     count = len(wanted.steps)
-    hold(len(course.steps) == count, expected=f"{count} steps", got=f"{len(course.steps)} steps")
+    check(len(course.steps) == count, expected=f"{count} steps", got=f"{len(course.steps)} steps")
     for told, right in zip(course.steps, wanted.steps, strict=True):
         near = told.loss is None or abs(told.loss - (right.loss or 0.0)) <= 5e-3 * (1 + (right.loss or 0.0))
-        hold(near, expected=f"loss {right.loss} at step {told.step}", got=told.loss)
+        check(near, expected=f"loss {right.loss} at step {told.step}", got=told.loss)
     _, found = weights_of(trainer, given["model"], adapter_of(course))
     _, ends = weights_of(trainer.oracle, given["model"], adapter_of(wanted))
     begins = trainer.tensors(start.file)
     for name, end in ends.items():
-        hold(name in found, expected=name, got=sorted(found))
+        check(name in found, expected=name, got=sorted(found))
         way = float(np.abs(end - begins[name]).mean())
         off = float(np.abs(found[name] - end).mean())
-        hold(off <= way / 50 + 1e-8, expected=f"{name} moved by {way:.4g}", got=f"it ends {off:.4g} from there")
+        check(off <= way / 50 + 1e-8, expected=f"{name} moved by {way:.4g}", got=f"it ends {off:.4g} from there")
 
 
 @law(
@@ -202,7 +202,7 @@ def training_moves_as_it_should(trainer: Trainer, case: Whole) -> None:
     needs=["train", "initial_adapter", "adapter_weights"],
     oracle="the same run in float64; all rows are alike, so that their order says nothing",
     cases=st.builds(
-        Whole,
+        WholeBatchCase,
         rows=st.sampled_from([3, 1]).map(lambda count: (Pair(prompt="ab", completion="cde"),) * count),
         accumulation=st.just(2),
         batch_size=st.just(1),
@@ -211,7 +211,7 @@ def training_moves_as_it_should(trainer: Trainer, case: Whole) -> None:
     examples=4,
     cost=4,
 )
-def tail_is_a_step(trainer: Trainer, case: Whole) -> None:
+def tail_is_a_step(trainer: Trainer, case: WholeBatchCase) -> None:
     """One row a batch and two batches a step, of one row or three; the steps are large, or below what float16 sees."""
     training_moves_as_it_should(trainer, case)
 
@@ -231,13 +231,13 @@ def nan_is_told(trainer: Trainer, case: Rows) -> None:
     course = refused(lambda: train(trainer, trainer.model(TINY), settings, case.values))
     if course is not None:
         told = [step.loss for step in course.steps if step.loss is not None]
-        hold(not all(map(math.isfinite, told)), expected="a refusal, or a loss that is no number", got=told)
+        check(not all(map(math.isfinite, told)), expected="a refusal, or a loss that is no number", got=told)
 
 
-class Dropped(Recipe):
+class DropoutCase(Recipe):
     """A row that dropout is tried on."""
 
-    row: TokenRow
+    row: TokenRowCase
 
 
 @law(
@@ -245,16 +245,16 @@ class Dropped(Recipe):
     "Dropout is drawn anew for every batch.",
     needs=["gradient"],
     oracle="the mean of two different draws is not the first of them; of two equal ones it is",
-    cases=st.builds(Dropped, row=token_rows(12)),
+    cases=st.builds(DropoutCase, row=token_rows(12)),
     examples=2,
 )
-def dropout_is_drawn_anew(trainer: Trainer, case: Dropped) -> None:
+def dropout_is_drawn_anew(trainer: Trainer, case: DropoutCase) -> None:
     """A step of one batch, and one of the same batch twice, have different gradients."""
     given = {"model": trainer.model(TINY), "settings": {**PLAIN, "adapter.dropout": 0.5}}
     once = trainer.ask("gradient", Gradient, micro=[[case.row.value]], **given).norms
     twice = trainer.ask("gradient", Gradient, micro=[[case.row.value]] * 2, **given).norms
     moved = [name for name, norm in once.items() if abs(twice.get(name, 0.0) - norm) > 1e-6 * norm]
-    hold(moved, expected="two draws that differ", got="the gradients of one batch and of two are the same")
+    check(moved, expected="two draws that differ", got="the gradients of one batch and of two are the same")
 
 
 @law(
@@ -274,14 +274,14 @@ def dropout_acts_in_training_alone(trainer: Trainer, case: Rows) -> None:
         ends[share] = adapter_of(train(trainer, model, {**QUICK, "adapter.dropout": share}, case.values))
     (_, plain), (_, dropped) = (weights_of(trainer, model, ends[share]) for share in (0.0, 0.5))
     moved = any(not np.allclose(plain[name], dropped[name], rtol=1e-4, atol=1e-7) for name in plain)
-    hold(moved, expected="another adapter with dropout than without", got="the same one")
+    check(moved, expected="another adapter with dropout than without", got="the same one")
     looks = []
     # Two rows alike, together and apart: nothing but what is drawn at random can tell.
     for size in (1, 2):
         settings, rows = {**QUICK, "adapter.dropout": 0.5, "training.batch_size": size}, case.values[:1] * 2
         look = trainer.ask("evaluate", Loss, model=model, rows=rows, adapter=ends[0.5], settings=settings)
         looks.append(look.loss)
-    hold(max(looks) - min(looks) <= 1e-4, expected="one loss, however often it is looked at", got=looks)
+    check(max(looks) - min(looks) <= 1e-4, expected="one loss, however often it is looked at", got=looks)
 
 
 class Seeds(Rows):
@@ -314,10 +314,10 @@ def seed_decides(trainer: Trainer, case: Seeds) -> None:
 
     for what, (once, again) in {"beginning": (begin(case.seed), begin(case.seed)), "end": (end(), end())}.items():
         same = once.keys() == again.keys() and all(np.array_equal(once[name], again[name]) for name in once)
-        hold(same, expected=f"one {what} with seed {case.seed}", got="two different ones")
+        check(same, expected=f"one {what} with seed {case.seed}", got="two different ones")
     one, other = begin(case.seed), begin(case.other)
     alike = all(np.array_equal(one[name], other[name]) for name in one)
-    hold(not alike, expected=f"another beginning with seed {case.other}", got="the same one")
+    check(not alike, expected=f"another beginning with seed {case.other}", got="the same one")
 
 
 @law(
@@ -336,4 +336,4 @@ def adapter_is_complete(trainer: Trainer, case: Learned) -> None:
     wanted = trainer.oracle.tensors(trainer.oracle.ask("initial_adapter", Weights, **given).file)
     shapes = {name: list(tensor.shape) for name, tensor in found.items()}
     for name, tensor in wanted.items():
-        hold(shapes.get(name) == list(tensor.shape), expected=f"{name} {list(tensor.shape)}", got=shapes.get(name))
+        check(shapes.get(name) == list(tensor.shape), expected=f"{name} {list(tensor.shape)}", got=shapes.get(name))

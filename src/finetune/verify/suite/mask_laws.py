@@ -9,11 +9,18 @@ from pydantic import Field
 from finetune.chat.catalog import CHATML
 from finetune.verify.doors.answers import Gradient, Logits, Loss
 from finetune.verify.recipes import FEWEST_WORDS, Recipe
-from finetune.verify.suite.cases import PLAIN, TEXTS, TINY, Pair, Rows, TokenRow, rows_of
+from finetune.verify.suite.cases import PLAIN, TEXTS, TINY, Pair, Rows, TokenRowCase, rows_of
 from finetune.verify.suite.catalogue import law
-from finetune.verify.suite.talks import Talk, talks, text_of, tokenized, tokenized_row, told
+from finetune.verify.suite.talks import (
+    ConversationCase,
+    comparable_rows,
+    conversation_cases,
+    text_of,
+    tokenized,
+    tokenized_row,
+)
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import hold
+from finetune.verify.suite.verdicts import check
 
 _NEAR = 2e-3
 """How far a loss may be off, relatively: float32 sums of a few dozen terms are within a tenth of it."""
@@ -24,16 +31,16 @@ _NEAR = 2e-3
     "Every answer of a conversation is learned, with what ends it, and nothing else.",
     needs=["tokenize"],
     oracle="the bytes of the answers: the model's tokenizer has one token for each",
-    cases=talks(TEXTS, least=2),
+    cases=conversation_cases(TEXTS, least=2),
     examples=10,
 )
-def every_answer_is_learned(trainer: Trainer, case: Talk) -> None:
+def every_answer_is_learned(trainer: Trainer, case: ConversationCase) -> None:
     """The learned tokens as text are the answers, each ended."""
     model = trainer.model(TINY)
     row = tokenized_row(trainer, model, {"messages": case.messages}, {"tokens.max_length": 1000})
-    said = text_of(trainer.words(model), row, trained=True).replace(b"\n", b"")
+    said = text_of(trainer.token_bytes(model), row, trained=True).replace(b"\n", b"")
     expected = "".join(f"{turn.completion}<|im_end|>" for turn in case.turns)
-    hold(said == expected.encode(), expected=expected, got=said.decode(errors="replace"))
+    check(said == expected.encode(), expected=expected, got=said.decode(errors="replace"))
 
 
 class Placed(Rows):
@@ -57,9 +64,9 @@ def place_of_a_template_changes_nothing(trainer: Trainer, case: Placed) -> None:
         file = trainer.folder() / "template.jinja"
         file.write_text(CHATML.jinja, encoding="utf-8")
         name = str(file)
-    expected = told(tokenized(trainer, model, case.values, {"template.name": "chatml"}))
-    found = told(tokenized(trainer, model, case.values, {"template.name": name}))
-    hold(found == expected, expected=expected, got=found)
+    expected = comparable_rows(tokenized(trainer, model, case.values, {"template.name": "chatml"}))
+    found = comparable_rows(tokenized(trainer, model, case.values, {"template.name": name}))
+    check(found == expected, expected=expected, got=found)
 
 
 Policy = Literal["drop", "truncate_prompt", "split"]
@@ -95,7 +102,7 @@ def limit_that_suffices_changes_nothing(trainer: Trainer, case: Limited) -> None
     free = tokenized(trainer, model, case.values, {"tokens.max_length": 1000, "tokens.overlong": case.policy})
     most = max(len(row.ids) for row in free.rows)
     held = tokenized(trainer, model, case.values, {"tokens.max_length": most, "tokens.overlong": case.policy})
-    hold(told(held) == told(free), expected=told(free), got=told(held))
+    check(comparable_rows(held) == comparable_rows(free), expected=comparable_rows(free), got=comparable_rows(held))
 
 
 @law(
@@ -112,10 +119,10 @@ def overlong_rows_are_left_out_whole(trainer: Trainer, case: Limited) -> None:
     free = tokenized(trainer, model, case.values, {"tokens.max_length": 1000})
     most = max(len(row.ids) for row in free.rows) - case.below
     held = tokenized(trainer, model, case.values, {"tokens.max_length": most, "tokens.overlong": case.policy})
-    expected = [row for row in told(free) if len(row[1]) <= most]
-    hold(told(held) == expected, expected=f"up to {most} tokens: {expected}", got=told(held))
+    expected = [row for row in comparable_rows(free) if len(row[1]) <= most]
+    check(comparable_rows(held) == expected, expected=f"up to {most} tokens: {expected}", got=comparable_rows(held))
     gone, counted = len(free.rows) - len(expected), sum(held.dropped.values())
-    hold(counted == gone, expected=f"{gone} rows left out", got=held.dropped)
+    check(counted == gone, expected=f"{gone} rows left out", got=held.dropped)
 
 
 @law(
@@ -129,18 +136,18 @@ def overlong_rows_are_left_out_whole(trainer: Trainer, case: Limited) -> None:
 def cut_rows_keep_their_answers(trainer: Trainer, case: Limited) -> None:
     """Only words of the prompt go."""
     model = trainer.model(TINY)
-    words = trainer.words(model)
+    words = trainer.token_bytes(model)
     free = tokenized(trainer, model, case.values, {"tokens.max_length": 1000}).rows
     most = max(len(row.ids) for row in free) - case.below
     given = {"tokens.max_length": most, "tokens.overlong": "truncate_prompt"}
     held = {row.row: row for row in tokenized(trainer, model, case.values, given).rows}
     for row in free:
-        hold(row.row in held, expected=f"row {row.row}, cut", got=f"rows {sorted(held)}")
+        check(row.row in held, expected=f"row {row.row}, cut", got=f"rows {sorted(held)}")
         cut, size = held[row.row], min(len(row.ids), most)
         sizes = (len(cut.ids), len(cut.targets))
-        hold(sizes == (size, size), expected=f"{size} tokens, each with a mark", got=f"tokens and marks: {sizes}")
+        check(sizes == (size, size), expected=f"{size} tokens, each with a mark", got=f"tokens and marks: {sizes}")
         expected, said = (text_of(words, each, trained=True) for each in (row, cut))
-        hold(said == expected, expected=f"learned: {expected!r}", got=repr(said))
+        check(said == expected, expected=f"learned: {expected!r}", got=repr(said))
 
 
 class Long(Recipe):
@@ -163,9 +170,9 @@ def pieces_are_the_whole(trainer: Trainer, case: Long) -> None:
     model = trainer.model(TINY)
     given = {"tokens.max_length": case.most, "tokens.overlong": "split"}
     rows = tokenized(trainer, model, [{"text": case.text}], given).rows
-    words = trainer.words(model)
+    words = trainer.token_bytes(model)
     longest = max(len(row.ids) for row in rows)
-    hold(longest <= case.most, expected=f"pieces of {case.most} tokens at most", got=f"one of {longest}")
+    check(longest <= case.most, expected=f"pieces of {case.most} tokens at most", got=f"one of {longest}")
     said = b"".join(
         words.get(token, b"?")
         for row in rows
@@ -173,13 +180,13 @@ def pieces_are_the_whole(trainer: Trainer, case: Long) -> None:
         if target
     )
     expected = case.text.encode()[1:] + b"</s>"
-    hold(said == expected, expected=repr(expected), got=repr(said))
+    check(said == expected, expected=repr(expected), got=repr(said))
 
 
 class Batched(Recipe):
     """Rows of one batch."""
 
-    rows: Annotated[tuple[TokenRow, ...], Field(min_length=1, max_length=3, strict=False)]
+    rows: Annotated[tuple[TokenRowCase, ...], Field(min_length=1, max_length=3, strict=False)]
 
 
 @st.composite
@@ -188,22 +195,22 @@ def _any_rows(draw: st.DrawFn) -> Batched:
     tokens = st.one_of(st.integers(0, 3), st.integers(0, FEWEST_WORDS - 1))
     ids = st.lists(tokens, min_size=2, max_size=12)
     drawn = draw(st.lists(ids, min_size=1, max_size=3))
-    rows = [TokenRow(ids=tuple(each), answer=draw(st.integers(1, len(each) - 1))) for each in drawn]
+    rows = [TokenRowCase(ids=tuple(each), answer=draw(st.integers(1, len(each) - 1))) for each in drawn]
     return Batched(rows=tuple(rows))
 
 
 def hold_loss(loss: float, expected: float) -> None:
     """The loss is this one, rounding aside."""
     near = abs(loss - expected) <= _NEAR * max(1.0, abs(expected))
-    hold(near, expected=f"loss {expected:.5f}", got=f"loss {loss:.5f}")
+    check(near, expected=f"loss {expected:.5f}", got=f"loss {loss:.5f}")
 
 
-def loss_of(trainer: Trainer, rows: tuple[TokenRow, ...]) -> tuple[float, int]:
+def loss_of(trainer: Trainer, rows: tuple[TokenRowCase, ...]) -> tuple[float, int]:
     """The loss of a batch, and over how many tokens it is."""
     batch = [row.value for row in rows]
     found = trainer.ask("loss", Loss, model=trainer.model(TINY), settings=PLAIN, batch=batch)
     learned = sum(row.answer for row in rows)
-    hold(found.count in (None, learned), expected=f"{learned} tokens are learned", got=found.count)
+    check(found.count in (None, learned), expected=f"{learned} tokens are learned", got=found.count)
     return found.loss, learned
 
 

@@ -7,10 +7,10 @@ from pydantic import Field
 
 from finetune.verify.doors.answers import Epochs, Loss
 from finetune.verify.recipes import Recipe
-from finetune.verify.suite.cases import PLAIN, TINY, Pair, Rows, TokenRow, rows_of, token_rows
+from finetune.verify.suite.cases import PLAIN, TINY, Pair, Rows, TokenRowCase, rows_of, token_rows
 from finetune.verify.suite.catalogue import law
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import hold
+from finetune.verify.suite.verdicts import check
 
 
 @law(
@@ -25,11 +25,11 @@ def padding_is_no_target(trainer: Trainer, case: Rows) -> None:
     """No target stands where nothing is real."""
     settings = {**PLAIN, "training.batch_size": len(case.rows), "training.accumulation": 1}
     told = trainer.ask("batches", Epochs, model=trainer.model(TINY), settings=settings, rows=case.values, epochs=1)
-    hold(len(told.epochs) == 1, expected="1 epoch", got=f"{len(told.epochs)} epochs")
+    check(len(told.epochs) == 1, expected="1 epoch", got=f"{len(told.epochs)} epochs")
     for batch in (micro for epoch in told.epochs for step in epoch for micro in step.micro):
         for ids, targets, real in zip(batch.ids, batch.targets, batch.real, strict=True):
             taught = [place for place, target in enumerate(targets) if target and not real[place]]
-            hold(
+            check(
                 not taught,
                 expected="no target beyond the row's last token",
                 got=f"a row of {sum(real)} tokens in {len(ids)}, with targets at {taught}: ids {ids}",
@@ -39,7 +39,7 @@ def padding_is_no_target(trainer: Trainer, case: Rows) -> None:
 class Together(Recipe):
     """Two rows of ids that share a batch."""
 
-    rows: Annotated[tuple[TokenRow, ...], Field(min_length=2, max_length=2, strict=False)]
+    rows: Annotated[tuple[TokenRowCase, ...], Field(min_length=2, max_length=2, strict=False)]
 
 
 @law(
@@ -60,7 +60,7 @@ def padding_changes_no_loss(trainer: Trainer, case: Together) -> None:
     ]
     counts = [row.answer for row in case.rows]
     expected = sum(count * loss for count, loss in zip(counts, alone, strict=True)) / sum(counts)
-    hold(abs(got - expected) <= 1e-3, expected=f"{expected:.5f}", got=f"{got:.5f}")
+    check(abs(got - expected) <= 1e-3, expected=f"{expected:.5f}", got=f"{got:.5f}")
 
 
 class Remarked(Rows):
@@ -95,4 +95,4 @@ def remarks_change_no_batch(trainer: Trainer, case: Remarked) -> None:
         for rows in (case.values, noted)
     )
     before, after = ([sorted(step.micro[0].ids) for step in told.epochs[0]] for told in (plain, other))
-    hold(before == after, expected=before, got=after)
+    check(before == after, expected=before, got=after)

@@ -13,7 +13,7 @@ from finetune.verify.suite.cases import PLAIN, TINY
 from finetune.verify.suite.catalogue import law
 from finetune.verify.suite.learned import KINDS, MODELS, WIDE
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import hold
+from finetune.verify.suite.verdicts import check
 
 _TORCH: Mapping[str, Any] = {**PLAIN, "backend": "torch", "tokens.max_length": 64, "training.batch_size": 2}
 
@@ -60,9 +60,9 @@ def adapter_is_counted(trainer: Trainer, case: Counted) -> None:
     plain = {key: value for key, value in case.settings.items() if key not in ("backend", "model.dtype")}
     file = trainer.oracle.ask("initial_adapter", Weights, model=model, settings=plain).file
     count = sum(tensor.size for tensor in trainer.oracle.tensors(file).values())
-    hold(found.trainable == count, expected=f"{count} numbers", got=f"{found.trainable} numbers")
+    check(found.trainable == count, expected=f"{count} numbers", got=f"{found.trainable} numbers")
     for part, each in {"adapter": 4, "gradients": 4, "optimizer": 8}.items():
-        hold(found.parts[part] == each * count, expected=f"{part}: {each * count} bytes", got=found.parts[part])
+        check(found.parts[part] == each * count, expected=f"{part}: {each * count} bytes", got=found.parts[part])
 
 
 class Grown(Counted):
@@ -97,12 +97,12 @@ def more_takes_more(trainer: Trainer, case: Grown) -> None:
     model = trainer.model(case.model)
     less = _estimate(trainer, model, case.settings)
     more = _estimate(trainer, model, {**case.settings, **_MORE[case.what]})
-    hold(more.total > less.total, expected=f"more than {less.total} bytes", got=more.total)
+    check(more.total > less.total, expected=f"more than {less.total} bytes", got=more.total)
     if case.what in ("length", "rows"):
         parts = [each.parts["activations"] for each in (less, more)]
-        hold(parts[1] > parts[0], expected=f"activations of more than {parts[0]} bytes", got=parts[1])
+        check(parts[1] > parts[0], expected=f"activations of more than {parts[0]} bytes", got=parts[1])
     else:
-        hold(more.trainable > less.trainable, expected=f"more than {less.trainable} numbers", got=more.trainable)
+        check(more.trainable > less.trainable, expected=f"more than {less.trainable} numbers", got=more.trainable)
 
 
 @law(
@@ -117,6 +117,6 @@ def logits_are_counted(trainer: Trainer, case: Counted) -> None:
     """A few rows of a small vocabulary fit any slice."""
     found = _estimate(trainer, trainer.model(case.model), case.settings)
     least = 4 * case.model.vocabulary * 2 * 63
-    hold(found.parts["logits"] >= least, expected=f"at least {least} bytes", got=found.parts["logits"])
+    check(found.parts["logits"] >= least, expected=f"at least {least} bytes", got=found.parts["logits"])
     told = sum(found.parts.values())
-    hold(math.isfinite(told) and found.total <= told, expected=f"at most {told} bytes in all", got=found.total)
+    check(math.isfinite(told) and found.total <= told, expected=f"at most {told} bytes in all", got=found.total)

@@ -27,7 +27,7 @@ from finetune.verify.suite.learned import (
     weights_of,
 )
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import hold
+from finetune.verify.suite.verdicts import check
 
 
 def tied(trainer: Trainer, model: Path) -> Path:
@@ -84,7 +84,7 @@ def merged_computes_the_same(trainer: Trainer, case: Merging) -> None:
     found = accepted(lambda: logits_of(trainer.oracle, "logits", folder), "the merged model")
     base = logits_of(trainer.oracle, "logits", model)
     same_logits(found, wanted, "the logits of base and adapter", most=1e-4)
-    hold(not np.allclose(found, base, rtol=1e-3, atol=1e-3), expected="other logits than the base's", got="the base's")
+    check(not np.allclose(found, base, rtol=1e-3, atol=1e-3), expected="other logits than the base's", got="the base's")
 
 
 @law(
@@ -103,17 +103,17 @@ def merging_is_exact(trainer: Trainer, case: Merging) -> None:
     told, parts = weights_of(trainer, model, adapter)
     base = load_file(model / "model.safetensors")
     merged = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-    hold(merged.keys() == base.keys(), expected=sorted(base), got=sorted(merged))
+    check(merged.keys() == base.keys(), expected=sorted(base), got=sorted(merged))
     for name, weight in base.items():
         stem = f"base_model.model.{name.removesuffix('.weight')}"
         if f"{stem}.lora_A.weight" not in parts:
-            hold(np.array_equal(merged[name], weight), expected=f"{name} as it was", got="another")
+            check(np.array_equal(merged[name], weight), expected=f"{name} as it was", got="another")
             continue
         down, up = (parts[f"{stem}.lora_{part}.weight"].astype(np.float64) for part in "AB")
         wanted = weight + told.scale * (up @ down)
         off = float(np.abs(merged[name] - wanted).max())
         most = 1e-6 * float(np.abs(wanted).max() + np.abs(told.scale * up).max() * np.abs(down).max())
-        hold(off <= most, expected=f"{name} within {most:.2g}", got=f"off by {off:.2g}")
+        check(off <= most, expected=f"{name} within {most:.2g}", got=f"off by {off:.2g}")
 
 
 @law(
@@ -132,8 +132,8 @@ def merging_leaves_the_base(trainer: Trainer, case: Merging) -> None:
     adapter = adapter_of(train(trainer, model, case.settings, case.values))
     trained = marks(Path(adapter))
     trainer.ask("merge", Folder, model=model, settings=case.settings, adapter=adapter)
-    hold(marks(model) == before, expected="the base as it was", got="another")
-    hold(marks(Path(adapter)) == trained, expected="the adapter as it was", got="another")
+    check(marks(model) == before, expected="the base as it was", got="another")
+    check(marks(Path(adapter)) == trained, expected="the adapter as it was", got="another")
 
 
 @law(
@@ -155,7 +155,7 @@ def merged_folder_is_a_model(trainer: Trainer, case: Learned) -> None:
         return trainer.oracle.ask("tokenize", TokenRows, model=place, settings=settings, rows=case.values)
 
     found = accepted(lambda: read(folder), "the merged folder as a model")
-    hold(found.rows == read(model).rows, expected="the rows of the base", got=found.rows)
+    check(found.rows == read(model).rows, expected="the rows of the base", got=found.rows)
 
 
 class Large(Learned):
@@ -185,7 +185,7 @@ def merged_weight_is_finite(trainer: Trainer, case: Large) -> None:
     if merged is not None:
         for file in Path(merged.folder).glob("*.safetensors"):
             odd = [name for name, tensor in load_file(file).items() if not np.isfinite(tensor).all()]
-            hold(not odd, expected="finite weights, or a refusal", got=odd)
+            check(not odd, expected="finite weights, or a refusal", got=odd)
 
 
 @law(

@@ -12,7 +12,7 @@ from finetune.verify.recipes import Recipe
 from finetune.verify.suite.cases import PLAIN, TINY
 from finetune.verify.suite.catalogue import law
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import hold
+from finetune.verify.suite.verdicts import check
 
 _PROMPT = [9, 40, 77, 15, 130, 61, 22]
 
@@ -55,4 +55,4 @@ def rope_is_read(trainer: Trainer, case: Spelling) -> None:
         for each in (trainer.oracle, trainer)
     )
     away = float(np.abs(right - found).max())
-    hold(away <= 1e-3, expected=f"logits as with base {case.theta:g}", got=f"logits up to {away:.4f} away from them")
+    check(away <= 1e-3, expected=f"logits as with base {case.theta:g}", got=f"logits up to {away:.4f} away from them")

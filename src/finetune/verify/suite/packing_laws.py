@@ -10,12 +10,12 @@ from pydantic import Field
 from finetune.verify.doors.answers import Epochs, Loss
 from finetune.verify.doors.door import UnsupportedError
 from finetune.verify.recipes import Recipe
-from finetune.verify.suite.cases import PLAIN, TINY, Rows, TokenRow, rows_of, token_rows
+from finetune.verify.suite.cases import PLAIN, TINY, Rows, TokenRowCase, rows_of, token_rows
 from finetune.verify.suite.catalogue import law
 from finetune.verify.suite.mask_laws import hold_loss, loss_of
 from finetune.verify.suite.talks import tokenized
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import hold
+from finetune.verify.suite.verdicts import check
 
 
 class Packed(Rows):
@@ -52,7 +52,7 @@ def _packed(packing: Sequence[bool]) -> st.SearchStrategy[Packed]:
 def _dealt(trainer: Trainer, case: Packed) -> Epochs:
     model, rows = trainer.model(TINY), case.values
     dealt = trainer.ask("batches", Epochs, model=model, settings=case.settings, rows=rows, epochs=2)
-    hold(len(dealt.epochs) == 2, expected="2 epochs", got=f"{len(dealt.epochs)} epochs")
+    check(len(dealt.epochs) == 2, expected="2 epochs", got=f"{len(dealt.epochs)} epochs")
     return dealt
 
 
@@ -72,7 +72,7 @@ def packed_epoch_has_every_row(trainer: Trainer, case: Packed) -> None:
     for number, epoch in enumerate(dealt.epochs, start=1):
         micro = [batch for step in epoch for batch in step.micro]
         longest = max((sum(marks) for batch in micro for marks in batch.real), default=0)
-        hold(longest <= case.length, expected=f"at most {case.length} tokens in a sequence", got=longest)
+        check(longest <= case.length, expected=f"at most {case.length} tokens in a sequence", got=longest)
         found: Counter[tuple[int, ...]] = Counter()
         for batch in micro:
             if batch.segments is None:
@@ -84,7 +84,7 @@ def packed_epoch_has_every_row(trainer: Trainer, case: Packed) -> None:
                         pieces.setdefault(segment, []).append(token)
                 found.update(tuple(piece) for piece in pieces.values())
         expected = Counter(tuple(row.ids) for row in rows)
-        hold(
+        check(
             found == expected,
             expected=f"{expected.total()} rows in epoch {number}",
             got=f"{found.total()} rows: without {list((expected - found).elements())}, and "
@@ -108,16 +108,16 @@ def packing_packs(trainer: Trainer, case: Packed) -> None:
         raise UnsupportedError("no two rows fit into one sequence")
     epoch = _dealt(trainer, case).epochs[0]
     count = sum(len(batch.ids) for step in epoch for batch in step.micro)
-    hold(count < len(lengths), expected=f"fewer sequences than {len(lengths)} rows", got=f"{count} sequences")
+    check(count < len(lengths), expected=f"fewer sequences than {len(lengths)} rows", got=f"{count} sequences")
 
 
 class Shared(Recipe):
     """Rows that share one sequence."""
 
-    rows: Annotated[tuple[TokenRow, ...], Field(min_length=2, max_length=3, strict=False)]
+    rows: Annotated[tuple[TokenRowCase, ...], Field(min_length=2, max_length=3, strict=False)]
 
 
-def _loss_alone(trainer: Trainer, rows: tuple[TokenRow, ...]) -> float:
+def _loss_alone(trainer: Trainer, rows: tuple[TokenRowCase, ...]) -> float:
     """The loss of rows that go through the model one at a time, weighed by their learned tokens."""
     alone = [loss_of(trainer, (row,)) for row in rows]
     return sum(loss * learned for loss, learned in alone) / sum(learned for _, learned in alone)
@@ -157,8 +157,8 @@ def batches_have_their_sizes(trainer: Trainer, case: Packed) -> None:
         sizes = sorted(len(batch.ids) for step in epoch for batch in step.micro)
         full, rest = divmod(count, case.batch_size)
         expected = sorted([case.batch_size] * full + [rest] * bool(rest))
-        hold(sizes == expected, expected=f"{batches} batches of {expected} sequences", got=sizes)
+        check(sizes == expected, expected=f"{batches} batches of {expected} sequences", got=sizes)
         steps = [len(step.micro) for step in epoch]
         full, rest = divmod(batches, case.accumulation)
         expected = [case.accumulation] * full + [rest] * bool(rest)
-        hold(steps == expected, expected=f"steps of {expected} batches", got=steps)
+        check(steps == expected, expected=f"steps of {expected} batches", got=steps)

@@ -7,14 +7,14 @@ import numpy as np
 from hypothesis import strategies as st
 from pydantic import Field
 
-from finetune.verify.doors.answers import Content, Course, Done, Kept, Loss
+from finetune.verify.doors.answers import CheckpointsReply, Content, Done, Loss, TrainingResult
 from finetune.verify.doors.door import RefusesError
 from finetune.verify.recipes import Recipe
 from finetune.verify.suite.cases import TINY, Pair, Rows, rows_of
 from finetune.verify.suite.catalogue import law
 from finetune.verify.suite.learned import ONE_ROW, QUICK, adapter_of, marks, refused, train, weights_of
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import hold
+from finetune.verify.suite.verdicts import check
 
 _RUN: dict[str, Any] = {
     **QUICK,
@@ -29,7 +29,7 @@ _RUN: dict[str, Any] = {
 }
 
 
-class Stopped(Rows):
+class TwiceStoppedCase(Rows):
     """A run of three epochs of five rows, ended after these steps."""
 
     stops: Annotated[tuple[int, int], Field(strict=False)]
@@ -39,12 +39,12 @@ _STOPS = st.sampled_from([(3, 5), (1, 6), (4, 6), (2, 3)])
 _FIVE = st.just(tuple(Pair(prompt="q" * (1 + number), completion=f"{number} of five") for number in range(5)))
 
 
-def _same_end(trainer: Trainer, whole: Course, pieces: Course) -> None:
+def _same_end(trainer: Trainer, whole: TrainingResult, pieces: TrainingResult) -> None:
     model = trainer.model(TINY)
     (_, wanted), (_, found) = (weights_of(trainer, model, adapter_of(each)) for each in (whole, pieces))
     for name, tensor in wanted.items():
         off = float(np.abs(found[name] - tensor).max()) if name in found else float("inf")
-        hold(off <= 1e-5, expected=f"{name} as in the run that nobody stopped", got=f"off by {off:.3g}")
+        check(off <= 1e-5, expected=f"{name} as in the run that nobody stopped", got=f"off by {off:.3g}")
 
 
 @law(
@@ -52,31 +52,31 @@ def _same_end(trainer: Trainer, whole: Course, pieces: Course) -> None:
     "A run that is stopped at any step and gone on with is the run that was never stopped.",
     needs=["train", "resume", "adapter_weights"],
     oracle="the same run without a stop",
-    cases=st.builds(Stopped, rows=_FIVE, stops=_STOPS),
+    cases=st.builds(TwiceStoppedCase, rows=_FIVE, stops=_STOPS),
     examples=4,
     cost=8,
 )
-def stopped_run_is_the_run(trainer: Trainer, case: Stopped) -> None:
+def stopped_run_is_the_run(trainer: Trainer, case: TwiceStoppedCase) -> None:
     """Its losses and rates, step by step, and its adapter; one of the two stops is between epochs."""
     model = trainer.model(TINY)
     whole = train(trainer, model, _RUN, case.values)
     right = {step.step: step for step in whole.steps}
     folder = trainer.folder() / "run"
     given = {"model": model, "settings": _RUN, "rows": case.values, "folder": folder}
-    begun = trainer.ask("train", Course, stop_after=case.stops[0], **given)
-    hold(begun.adapter is None, expected="no adapter of a run that was stopped", got=begun.adapter)
-    parts = [begun, trainer.ask("resume", Course, folder=folder, stop_after=case.stops[1])]
-    parts.append(trainer.ask("resume", Course, folder=folder))
+    begun = trainer.ask("train", TrainingResult, stop_after=case.stops[0], **given)
+    check(begun.adapter is None, expected="no adapter of a run that was stopped", got=begun.adapter)
+    parts = [begun, trainer.ask("resume", TrainingResult, folder=folder, stop_after=case.stops[1])]
+    parts.append(trainer.ask("resume", TrainingResult, folder=folder))
     for at, part in zip((0, *case.stops), parts, strict=True):
         steps = [step.step for step in part.steps]
-        hold(steps[:1] == [at + 1], expected=f"to go on with step {at + 1}", got=steps)
+        check(steps[:1] == [at + 1], expected=f"to go on with step {at + 1}", got=steps)
         for step in part.steps:
             for what in ("loss", "learning_rate"):
                 wanted, found = getattr(right[step.step], what), getattr(step, what)
                 near = None in (wanted, found) or abs(found - wanted) <= 1e-6 * (1 + abs(wanted))
                 if what == "learning_rate" and None not in (wanted, found):
                     near = abs(found - wanted) <= 1e-6 * abs(wanted)
-                hold(near, expected=f"{what} {wanted} at step {step.step}", got=found)
+                check(near, expected=f"{what} {wanted} at step {step.step}", got=found)
     _same_end(trainer, whole, parts[-1])
 
 
@@ -106,7 +106,7 @@ def damaged_checkpoint_is_noticed(trainer: Trainer, case: Damaged) -> None:
     """Sixteen bytes of the largest file of the newest checkpoint: two numbers at least, with their exponents."""
     model, folder = trainer.model(TINY), trainer.folder() / "run"
     given: dict[str, Any] = {"model": model, "settings": _RUN, "rows": case.values}
-    begun = trainer.ask("train", Course, stop_after=2, folder=folder, **given)
+    begun = trainer.ask("train", TrainingResult, stop_after=2, folder=folder, **given)
     newest = Path(begun.checkpoints[max(begun.checkpoints, key=int)])
     files = [newest] if newest.is_file() else [path for path in newest.rglob("*") if path.is_file()]
     file = max(files, key=lambda path: path.stat().st_size)
@@ -115,7 +115,7 @@ def damaged_checkpoint_is_noticed(trainer: Trainer, case: Damaged) -> None:
     start = min(begin + (len(content) - begin) * case.place // 1000, max(0, len(content) - 16))
     content[start : start + 16] = bytes(byte ^ 2 for byte in content[start : start + 16])
     file.write_bytes(content)
-    ended = refused(lambda: trainer.ask("resume", Course, folder=folder))
+    ended = refused(lambda: trainer.ask("resume", TrainingResult, folder=folder))
     if ended is not None:
         _same_end(trainer, train(trainer, **given), ended)
 
@@ -133,11 +133,11 @@ def earlier_run_is_left_alone(trainer: Trainer, case: Rows) -> None:
     """A second run in the same folder is refused, or leaves the first one's adapter as it is."""
     given = {"model": trainer.model(TINY), "rows": case.values, "folder": trainer.folder() / "run"}
     settings = {**QUICK, "training.batch_size": 1}
-    adapter = Path(adapter_of(trainer.ask("train", Course, settings=settings, **given)))
+    adapter = Path(adapter_of(trainer.ask("train", TrainingResult, settings=settings, **given)))
     before = marks(adapter)
     again = {**settings, "training.seed": 5}
-    refused(lambda: trainer.ask("train", Course, settings=again, **given))
-    hold(marks(adapter) == before, expected="the first run's adapter as it was", got="another one in its place")
+    refused(lambda: trainer.ask("train", TrainingResult, settings=again, **given))
+    check(marks(adapter) == before, expected="the first run's adapter as it was", got="another one in its place")
 
 
 class Best(Rows):
@@ -175,7 +175,7 @@ def best_step_is_kept(trainer: Trainer, case: Best) -> None:
 
     looks = [look(**{"training.max_steps": steps}) for steps in (1, 2, 3, 4)]
     kept = look(**{"training.keep": "best"})
-    hold(abs(kept - min(looks)) <= 1e-4 * (1 + kept), expected=f"the lowest of {looks}", got=kept)
+    check(abs(kept - min(looks)) <= 1e-4 * (1 + kept), expected=f"the lowest of {looks}", got=kept)
 
 
 class Orders(Recipe):
@@ -194,8 +194,8 @@ _ORDERS = st.builds(
 )
 
 
-def _kept(trainer: Trainer, keep: int, orders: list[dict[str, Any]]) -> Kept:
-    return trainer.ask("keep_checkpoints", Kept, keep=keep, orders=orders)
+def _kept(trainer: Trainer, keep: int, orders: list[dict[str, Any]]) -> CheckpointsReply:
+    return trainer.ask("keep_checkpoints", CheckpointsReply, keep=keep, orders=orders)
 
 
 @law(
@@ -212,8 +212,8 @@ def newest_and_best_stay(trainer: Trainer, case: Orders) -> None:
     orders = [{"do": "save", "step": step, "content": f"of {step}", "best": min(best, step)} for step in case.steps]
     found = _kept(trainer, case.keep, [*orders, {"do": "open", "step": best}])
     wanted = sorted({best, *case.steps[-case.keep :]})
-    hold(found.listed == wanted, expected=wanted, got=found.listed)
-    hold(found.found[-1] == f"of {best}", expected=f"the content of {best}", got=found.found[-1] or found.refused[-1])
+    check(found.listed == wanted, expected=wanted, got=found.listed)
+    check(found.found[-1] == f"of {best}", expected=f"the content of {best}", got=found.found[-1] or found.refused[-1])
 
 
 @law(
@@ -230,11 +230,11 @@ def full_disk_costs_nothing(trainer: Trainer, case: Orders) -> None:
     orders = [{"do": "save", "step": step, "content": f"of {step}"} for step in before]
     orders += [{"do": "fill", "step": last, "content": f"of {last}"}, {"do": "open", "step": before[-1]}]
     found = _kept(trainer, case.keep, orders)
-    hold(found.refused[-2], expected="a word of the full disk", got="nothing")
+    check(found.refused[-2], expected="a word of the full disk", got="nothing")
     said = found.found[-1] or found.refused[-1]
-    hold(said == f"of {before[-1]}", expected=f"of {before[-1]}", got=said)
+    check(said == f"of {before[-1]}", expected=f"of {before[-1]}", got=said)
     wanted = before[-case.keep :]
-    hold(found.listed == wanted, expected=wanted, got=found.listed)
+    check(found.listed == wanted, expected=wanted, got=found.listed)
 
 
 @law(
@@ -251,8 +251,8 @@ def torn_checkpoint_is_none(trainer: Trainer, case: Orders) -> None:
     orders: list[dict[str, Any]] = [{"do": "save", "step": step, "content": f"of {step}"} for step in before]
     orders += [{"do": "tear", "step": last, "content": "torn"}, {"do": "open", "step": last}]
     found = _kept(trainer, case.keep, orders)
-    hold(last not in found.listed, expected=f"{last} is not listed", got=found.listed)
-    hold(found.refused[-1], expected="a refusal", got=found.found[-1])
+    check(last not in found.listed, expected=f"{last} is not listed", got=found.listed)
+    check(found.refused[-1], expected="a refusal", got=found.found[-1])
 
 
 @law(
@@ -267,7 +267,7 @@ def damaged_one_is_refused(trainer: Trainer, case: Orders) -> None:
     """It is opened after a letter of it was changed."""
     step = case.steps[0]
     found = _kept(trainer, case.keep, [{"do": do, "step": step, "content": "of"} for do in ("save", "damage", "open")])
-    hold(found.refused[-1], expected="a refusal", got=found.found[-1])
+    check(found.refused[-1], expected="a refusal", got=found.found[-1])
 
 
 class Replaced(Recipe):
@@ -293,11 +293,11 @@ def file_is_old_or_new(trainer: Trainer, case: Replaced) -> None:
     given = {"before": case.before, "after": case.after, "room": case.room}
     fits = case.room >= len(case.after)
     found = trainer.ask("replace_file", Content, **given)
-    hold(found.text == (case.after if fits else case.before), expected="the old text or the new", got=found.text)
-    hold(found.refused is not fits, expected="a word where it failed", got=f"refused: {found.refused}")
+    check(found.text == (case.after if fits else case.before), expected="the old text or the new", got=found.text)
+    check(found.refused is not fits, expected="a word where it failed", got=f"refused: {found.refused}")
 
 
-class Wanted(Recipe):
+class DiskSpaceCase(Recipe):
     """How many bytes a model takes."""
 
     size: Annotated[int, Field(ge=1)]
@@ -308,14 +308,14 @@ class Wanted(Recipe):
     "What the disk has no room for is refused before anything is written.",
     needs=["check_room"],
     oracle="no disk takes 10^17 bytes; every one that can run this takes one",
-    cases=st.builds(Wanted, size=st.sampled_from([1, 10**17])),
+    cases=st.builds(DiskSpaceCase, size=st.sampled_from([1, 10**17])),
     examples=4,
 )
-def room_is_looked_for(trainer: Trainer, case: Wanted) -> None:
+def room_is_looked_for(trainer: Trainer, case: DiskSpaceCase) -> None:
     """It is asked with too much, and with next to nothing."""
     try:
         trainer.ask("check_room", Done, wanted=case.size)
         fits = True
     except RefusesError:
         fits = False
-    hold(fits is (case.size == 1), expected=f"{case.size} bytes to fit: {case.size == 1}", got=fits)
+    check(fits is (case.size == 1), expected=f"{case.size} bytes to fit: {case.size == 1}", got=fits)

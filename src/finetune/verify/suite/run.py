@@ -13,19 +13,19 @@ from typing import Any
 from finetune.errors import UsageError
 from finetune.verify.confine import confined_to
 from finetune.verify.doors.door import SubjectError
-from finetune.verify.doors.late import unspoilt
+from finetune.verify.doors.late import reference_oracle
 from finetune.verify.recipes import Recipe
 from finetune.verify.suite.catalogue import CaseLaw, case_laws
 from finetune.verify.suite.chance import broken_by_holm
 from finetune.verify.suite.conformance import conform
 from finetune.verify.suite.judge import Effort, judge, judge_again
-from finetune.verify.suite.subjects import opened_door
+from finetune.verify.suite.subjects import running_subject
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import Judgement, Word
+from finetune.verify.suite.verdicts import LawResult, Word
 
 FORMAT = "finetune verification"
 VERSION = 1
-Teller = Callable[[Judgement], None]
+Teller = Callable[[LawResult], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +36,17 @@ class Verification:
     versions: Mapping[str, str]
     tier: int
     effort: Effort
-    judgements: tuple[Judgement, ...]
+    judgements: tuple[LawResult, ...]
     seconds: float
     trespasses: tuple[str, ...] = ()
     machine: str = field(default_factory=lambda: f"{system()} {machine()}, Python {python_version()}")
 
-    def after(self, conduct: Sequence[Judgement]) -> "Verification":
+    def after(self, conduct: Sequence[LawResult]) -> "Verification":
         """The same, with what was judged before."""
         seconds = round(self.seconds + sum(each.seconds for each in conduct), 3)
         return replace(self, judgements=(*conduct, *self.judgements), seconds=seconds)
 
-    def before(self, more: Sequence[Judgement]) -> "Verification":
+    def before(self, more: Sequence[LawResult]) -> "Verification":
         """The same, with what was judged after it."""
         seconds = round(self.seconds + sum(each.seconds for each in more), 3)
         return replace(self, judgements=(*self.judgements, *more), seconds=seconds)
@@ -111,12 +111,12 @@ def verify(
         judgement = _judged(law, trainer, effort)
         tell(judgement)
         found.append(judgement)
-    about = trainer.door.about
+    about = trainer.subject.about
     seconds = round(time.monotonic() - began, 3)
     return Verification(about.name, about.versions, tier, effort, _with_chance(found), seconds)
 
 
-def _with_chance(judgements: Sequence[Judgement]) -> tuple[Judgement, ...]:
+def _with_chance(judgements: Sequence[LawResult]) -> tuple[LawResult, ...]:
     """The judgements, those that chance has a hand in decided together, so that the whole suite rarely errs."""
     alarms = {each.law: each.false_alarm for each in judgements if each.false_alarm is not None}
     broken = broken_by_holm(alarms)
@@ -130,13 +130,13 @@ def _with_chance(judgements: Sequence[Judgement]) -> tuple[Judgement, ...]:
     )
 
 
-def _judged(law: CaseLaw, trainer: Trainer, effort: Effort) -> Judgement:
+def _judged(law: CaseLaw, trainer: Trainer, effort: Effort) -> LawResult:
     try:
         return judge(law, trainer, effort)
     # A law that fails itself says nothing about the trainer, and the others can still be judged.
     except Exception as error:
         why = f"the suite itself failed: {type(error).__name__}: {error}"
-        return Judgement(law.id, law.law.statement, "error", why=why)
+        return LawResult(law.id, law.law.statement, "error", why=why)
 
 
 def verify_subject(
@@ -158,23 +158,23 @@ def verify_subject(
     effort = replace(effort, chances=max(1, sum(law.chance is not None for law in chosen)))
     with opened_trainer(name, python) as trainer:
         found = verify(trainer, chosen, effort, tier=tier, tell=tell)
-    left = getattr(trainer.door, "left_running", [])
+    left = getattr(trainer.subject, "left_running", [])
     return replace(found, trespasses=tuple(f"left running when it was closed: {command}" for command in left))
 
 
 def judge_conduct(
     name: str, *, python: str | None = None, tell: Teller = lambda judgement: None
-) -> tuple[Judgement, ...]:
+) -> tuple[LawResult, ...]:
     """Open a subject by its name, and judge how it keeps to the protocol.
 
     Raises:
         UsageError, MissingExtraError: there is no such subject, or it is not installed.
     """
     with tempfile.TemporaryDirectory(prefix="finetune-conduct-") as place:
-        return conform(lambda folder: opened_door(name, folder, python=python), Path(place), tell)
+        return conform(lambda folder: running_subject(name, folder, python=python), Path(place), tell)
 
 
-def judge_subject_again(name: str, law: CaseLaw, case: Recipe, *, python: str | None = None) -> Judgement:
+def judge_subject_again(name: str, law: CaseLaw, case: Recipe, *, python: str | None = None) -> LawResult:
     """Hold a subject, opened by its name, to one law in one case.
 
     Raises:
@@ -184,7 +184,7 @@ def judge_subject_again(name: str, law: CaseLaw, case: Recipe, *, python: str | 
         with opened_trainer(name, python) as trainer, confined_to(trainer.scratch, name):
             return judge_again(law, trainer, case)
     except SubjectError as error:
-        return Judgement(law.id, law.law.statement, "error", why=str(error))
+        return LawResult(law.id, law.law.statement, "error", why=str(error))
 
 
 @contextlib.contextmanager
@@ -197,7 +197,7 @@ def opened_trainer(name: str, python: str | None = None) -> Iterator[Trainer]:
     """
     with tempfile.TemporaryDirectory(prefix="finetune-verify-") as place, contextlib.ExitStack() as ends:
         scratch = Path(place)
-        oracle = unspoilt(scratch / "oracle")
+        oracle = reference_oracle(scratch / "oracle")
         ends.callback(oracle.close)
-        with opened_door(name, scratch, python=python) as door:
+        with running_subject(name, scratch, python=python) as door:
             yield Trainer(door, scratch, oracle)

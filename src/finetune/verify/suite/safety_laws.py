@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from pydantic import Field
 from safetensors.numpy import load_file, save_file
 
-from finetune.verify.doors.answers import Accepted, Course, Rendered
+from finetune.verify.doors.answers import Accepted, RenderedText, TrainingResult
 from finetune.verify.doors.door import SubjectError
 from finetune.verify.recipes import ModelRecipe, Recipe
 from finetune.verify.suite.cases import PLAIN, TINY, Rows, one_of
 from finetune.verify.suite.catalogue import law
 from finetune.verify.suite.learned import ONE_ROW, QUICK, adapter_of, altered, logits_of, marks, refused, train
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import hold
+from finetune.verify.suite.verdicts import check
 
 _SHOWN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 _INSIDES = (
@@ -60,17 +60,17 @@ def hostile_template_is_refused(trainer: Trainer, case: Hostile) -> None:
     file.write_text(case.attack + _SHOWN, encoding="utf-8")
     given = {"model": trainer.model(TINY), "settings": {**PLAIN, "template.name": str(file)}, "prompt": False}
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    found = refused(lambda: trainer.ask("render", Rendered, messages=messages, **given))
+    found = refused(lambda: trainer.ask("render", RenderedText, messages=messages, **given))
     if found is not None:
         shown = found.text.partition("<|im_start|>")[0]
-        hold(case.attack in _INSIDES and not shown.strip(), expected=f"{case.attack} is refused", got=shown[:200])
+        check(case.attack in _INSIDES and not shown.strip(), expected=f"{case.attack} is refused", got=shown[:200])
 
 
 def _unseen(ask: Callable[[], Any], canary: Path, what: str) -> None:
     """Ask, whatever comes of it, and see that nothing was executed."""
     with contextlib.suppress(SubjectError):
         refused(ask)
-    hold(not canary.exists(), expected=f"nothing in {what} is executed", got="it was")
+    check(not canary.exists(), expected=f"nothing in {what} is executed", got="it was")
 
 
 class _Bomb:
@@ -108,7 +108,7 @@ def pickle_is_not_loaded(trainer: Trainer, case: Pickled) -> None:
     folder = trainer.folder() / "run"
     settings = {**QUICK, "training.save_every": 1, "training.epochs": 3.0}
     given: dict[str, Any] = {"model": model, "settings": settings, "rows": case.values}
-    begun = trainer.ask("train", Course, folder=folder, stop_after=1, **given)
+    begun = trainer.ask("train", TrainingResult, folder=folder, stop_after=1, **given)
     adapter = Path(adapter_of(train(trainer, **given)))
 
     def lay(place: Path) -> None:
@@ -122,7 +122,7 @@ def pickle_is_not_loaded(trainer: Trainer, case: Pickled) -> None:
     _unseen(lambda: logits_of(trainer, "logits", model, adapter=str(adapter)), canary, "an adapter")
     for checkpoint in begun.checkpoints.values():
         lay(Path(checkpoint))
-    _unseen(lambda: trainer.ask("resume", Course, folder=folder), canary, "a checkpoint")
+    _unseen(lambda: trainer.ask("resume", TrainingResult, folder=folder), canary, "a checkpoint")
 
 
 class Elsewhere(Recipe):
@@ -156,7 +156,7 @@ def weights_lie_in_their_folder(trainer: Trainer, case: Elsewhere) -> None:
         # What looks for any weights at all finds some.
         save_file({"unused": np.zeros(1, np.float32)}, model / "none.safetensors")
     found = refused(lambda: logits_of(trainer, "logits", model))
-    hold(found is None, expected="a refusal", got="an answer computed from a file of another folder")
+    check(found is None, expected="a refusal", got="an answer computed from a file of another folder")
 
 
 class Code(Recipe):
@@ -225,7 +225,7 @@ def links_are_not_followed(trainer: Trainer, case: Linked) -> None:
     folder, mine = trainer.folder() / "run", trainer.folder() / "mine"
     settings = {**QUICK, "training.save_every": 1, "training.epochs": 4.0}
     given = {"model": trainer.model(ModelRecipe()), "settings": settings, "rows": case.values}
-    trainer.ask("train", Course, folder=folder, stop_after=2, **given)
+    trainer.ask("train", TrainingResult, folder=folder, stop_after=2, **given)
     place = folder / case.name
     if place.exists():
         shutil.move(place, mine)
@@ -235,6 +235,6 @@ def links_are_not_followed(trainer: Trainer, case: Linked) -> None:
     place.symlink_to(mine)
     before = mine.read_bytes() if mine.is_file() else marks(mine)
     with contextlib.suppress(SubjectError):
-        refused(lambda: trainer.ask("resume", Course, folder=folder))
+        refused(lambda: trainer.ask("resume", TrainingResult, folder=folder))
     after = mine.read_bytes() if mine.is_file() else marks(mine)
-    hold(after == before, expected="another folder's files as they were", got="they were changed through a link")
+    check(after == before, expected="another folder's files as they were", got="they were changed through a link")

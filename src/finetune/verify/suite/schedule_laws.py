@@ -10,7 +10,7 @@ from finetune.verify.suite.cases import TINY, Rows, rows_of
 from finetune.verify.suite.catalogue import law
 from finetune.verify.suite.learned import QUICK, train
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import hold
+from finetune.verify.suite.verdicts import check
 
 _PEAK = 3e-4
 
@@ -66,10 +66,10 @@ def rate_follows_its_schedule(trainer: Trainer, case: Scheduled) -> None:
         "training.warmup_fraction": case.warmup / case.steps,
     }
     told = train(trainer, trainer.model(TINY), settings, case.values).steps
-    hold([step.step for step in told] == [*range(1, case.steps + 1)], expected=f"{case.steps} steps", got=len(told))
+    check([step.step for step in told] == [*range(1, case.steps + 1)], expected=f"{case.steps} steps", got=len(told))
     for step in told:
         if step.learning_rate is None:
             continue
         near = [_rate(case, step.step + shift, case.steps) for shift in (-1, 0, 1)]
         holds = min(near) * (1 - 1e-3) - 1e-12 <= step.learning_rate <= max(near) * (1 + 1e-3)
-        hold(holds, expected=f"step {step.step}: {near[0]:.6g} to {near[-1]:.6g}", got=f"{step.learning_rate:.6g}")
+        check(holds, expected=f"step {step.step}: {near[0]:.6g} to {near[-1]:.6g}", got=f"{step.learning_rate:.6g}")

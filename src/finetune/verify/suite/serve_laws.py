@@ -6,14 +6,14 @@ from typing import Annotated
 from hypothesis import strategies as st
 from pydantic import Field
 
-from finetune.verify.doors.answers import Rendered, Served
+from finetune.verify.doors.answers import RenderedText, Served
 from finetune.verify.doors.door import RefusesError
 from finetune.verify.recipes import Recipe
 from finetune.verify.suite.cases import PLAIN, TEXTS, TINY
 from finetune.verify.suite.catalogue import law
 from finetune.verify.suite.modelfile_reader import NoModelfileError, read_modelfile
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import hold
+from finetune.verify.suite.verdicts import check
 
 
 class Licensed(Recipe):
@@ -40,7 +40,7 @@ def recipe_says_what_it_was_given(trainer: Trainer, case: Licensed) -> None:
     found = trainer.ask("serving", Served, **given)
     file = Path(found.modelfile)
     if not file.is_file():
-        hold('"""' in case.text, expected="a recipe", got="none")
+        check('"""' in case.text, expected="a recipe", got="none")
         return
     try:
         commands = read_modelfile(file.read_text(encoding="utf-8"))
@@ -49,15 +49,17 @@ def recipe_says_what_it_was_given(trainer: Trainer, case: Licensed) -> None:
     licence = [("license", case.text.strip() if case.text.strip() else case.text)] if case.text else []
     kept = [(name, value) for name, value in commands if name in ("from", "template", "license")]
     wanted = [("from", "./model.gguf"), ("template", found.template)]
-    hold(kept[:2] == wanted, expected=wanted, got=kept[:2])
-    hold([value for _, value in kept[2:]] in ([case.text], [value for _, value in licence]), expected=licence, got=kept)
+    check(kept[:2] == wanted, expected=wanted, got=kept[:2])
+    check(
+        [value for _, value in kept[2:]] in ([case.text], [value for _, value in licence]), expected=licence, got=kept
+    )
     stops = [value for name, value in commands if name == "stop"]
-    hold("<|im_end|>" in stops, expected="a stop at <|im_end|>, which ends an answer", got=stops)
+    check("<|im_end|>" in stops, expected="a stop at <|im_end|>, which ends an answer", got=stops)
     others = {name for name, _ in commands} - {"from", "template", "license", "stop", "num_ctx"}
-    hold(not others, expected="no other command", got=sorted(others))
+    check(not others, expected="no other command", got=sorted(others))
 
 
-class Talk(Recipe):
+class ServedConversationCase(Recipe):
     """What was said in turn, by the user first."""
 
     said: Annotated[tuple[str, ...], Field(min_length=1, max_length=5, strict=False)]
@@ -76,16 +78,18 @@ class Talk(Recipe):
     "The template that a server is given makes of a conversation what training made of it.",
     needs=["serving"],
     oracle="the run's own template, and a reader of the server's language, neither of them the trainer's",
-    cases=st.builds(Talk, said=st.lists(TEXTS, min_size=1, max_size=3).map(tuple), system=st.just("") | TEXTS),
+    cases=st.builds(
+        ServedConversationCase, said=st.lists(TEXTS, min_size=1, max_size=3).map(tuple), system=st.just("") | TEXTS
+    ),
     examples=6,
 )
-def served_prompt_is_the_trained_one(trainer: Trainer, case: Talk) -> None:
+def served_prompt_is_the_trained_one(trainer: Trainer, case: ServedConversationCase) -> None:
     """The prompt, letter by letter."""
     found = trainer.ask("serving", Served, model=trainer.model(TINY), settings=PLAIN)
     given = {"model": trainer.model(TINY), "settings": PLAIN, "messages": case.messages, "prompt": True}
-    wanted = trainer.oracle.ask("render", Rendered, **given).text
+    wanted = trainer.oracle.ask("render", RenderedText, **given).text
     try:
-        served = trainer.oracle.ask("render_served", Rendered, template=found.template, messages=case.messages).text
+        served = trainer.oracle.ask("render_served", RenderedText, template=found.template, messages=case.messages).text
     except RefusesError as error:
         served = f"(refused: {error})"
-    hold(served == wanted, expected=wanted, got=served)
+    check(served == wanted, expected=wanted, got=served)

@@ -13,10 +13,10 @@ from pathlib import Path
 from finetune.abilities import require_backend
 from finetune.errors import MissingExtraError, UsageError
 from finetune.verify.choose import BACKENDS
-from finetune.verify.doors.command import CommandDoor
+from finetune.verify.doors.command import CommandSubject
 from finetune.verify.doors.command_file import load_command
-from finetune.verify.doors.door import About, Door
-from finetune.verify.doors.worker import WorkerDoor
+from finetune.verify.doors.door import About, Subject
+from finetune.verify.doors.worker import SubprocessSubject
 
 PYTHON_VARIABLE = "FT_SUBJECT_PYTHON"
 """The environment variable that names the interpreter of another project's environment."""
@@ -50,7 +50,7 @@ def is_shipped(name: str) -> bool:
 
 
 @contextmanager
-def opened_door(name: str, scratch: Path, *, python: str | None = None) -> Iterator[Door]:
+def running_subject(name: str, scratch: Path, *, python: str | None = None) -> Iterator[Subject]:
     """The door to a trainer, closed in the end with all that it started.
 
     Args:
@@ -66,14 +66,14 @@ def opened_door(name: str, scratch: Path, *, python: str | None = None) -> Itera
         MissingExtraError: what it needs is not installed.
         SubjectError: it did not start.
     """
-    door = _made(name, Path(tempfile.mkdtemp(dir=scratch)), python)
+    subject = _made(name, Path(tempfile.mkdtemp(dir=scratch)), python)
     try:
-        yield door
+        yield subject
     finally:
-        door.close()
+        subject.close()
 
 
-def _made(name: str, folder: Path, python: str | None) -> Door:
+def _made(name: str, folder: Path, python: str | None) -> Subject:
     if python and name not in PEERS and not name.endswith(".toml"):
         raise UsageError(
             f"--python {python}: {name!r} is asked by this very interpreter",
@@ -81,11 +81,11 @@ def _made(name: str, folder: Path, python: str | None) -> Door:
         )
     if name in BACKENDS:
         require_backend(name)
-        return WorkerDoor([sys.executable, "-m", "finetune.verify.trainers.ours", name], folder)
+        return SubprocessSubject([sys.executable, "-m", "finetune.verify.trainers.ours", name], folder)
     if name in PEERS:
         return _peer(name, folder, _interpreter(python))
     if name.endswith(".toml"):
-        return CommandDoor(load_command(Path(name)), folder, python=_interpreter(python))
+        return CommandSubject(load_command(Path(name)), folder, python=_interpreter(python))
     module, colon, maker = name.partition(":")
     if colon and module and maker:
         return _own(module, maker)
@@ -98,7 +98,7 @@ def _interpreter(named: str | None) -> str:
     return os.path.abspath(chosen) if os.sep in chosen else chosen
 
 
-def _peer(name: str, folder: Path, python: str) -> WorkerDoor:
+def _peer(name: str, folder: Path, python: str) -> SubprocessSubject:
     """The door to another project's trainer; our own code cannot be imported there."""
     peer = PEERS[name]
     environment = {"PYTHONPATH": str(_VERIFY / "doors"), "PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1"}
@@ -108,7 +108,7 @@ def _peer(name: str, folder: Path, python: str) -> WorkerDoor:
             f"{peer.install}; then say --python {name}-env/bin/python, or set {PYTHON_VARIABLE}"
         )
         raise MissingExtraError(f"subject {name!r} needs {missing}, which {python} has not", hint=hint)
-    return WorkerDoor([python, str(_VERIFY / "trainers" / peer.script)], folder, environment=environment)
+    return SubprocessSubject([python, str(_VERIFY / "trainers" / peer.script)], folder, environment=environment)
 
 
 def _missing(python: str, needs: tuple[str, ...]) -> str:
@@ -126,24 +126,24 @@ def _missing(python: str, needs: tuple[str, ...]) -> str:
     return ", ".join(done.stdout.split())
 
 
-def _own(module: str, maker: str) -> Door:
+def _own(module: str, maker: str) -> Subject:
     name = f"{module}:{maker}"
     # As for other programs that are given such a name, what lies here can be imported.
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
     try:
-        door: Door = getattr(import_module(module), maker)()
+        subject: Subject = getattr(import_module(module), maker)()
     # Whatever a class of the user's own does when it is made, it is no subject then.
     except (Exception, SystemExit) as error:
         why = f"{type(error).__name__}: {error}"
         raise UsageError(f"the subject {name!r} cannot be made: {why}", hint=_hint()) from None
-    lacks = [part for part in ("ask", "close") if not callable(getattr(door, part, None))]
-    if lacks or not isinstance(getattr(door, "about", None), About):
+    lacks = [part for part in ("ask", "close") if not callable(getattr(subject, part, None))]
+    if lacks or not isinstance(getattr(subject, "about", None), About):
         raise UsageError(
             f"{name!r} is no door: it has no {lacks[0] if lacks else 'about'}",
             hint="a door has `about` (an About), `ask(ability, given)` and `close()`",
         )
-    return door
+    return subject
 
 
 def _hint() -> str:

@@ -11,7 +11,7 @@ from finetune.verify.doors.answers import TokenRow, TokenRows
 from finetune.verify.recipes import Recipe
 from finetune.verify.suite.cases import PLAIN, TEXTS, Pair, Template
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import hold
+from finetune.verify.suite.verdicts import check
 
 CONTROL = ("<|im_start|>", "<|im_end|>", "</s>", "<|pad|>")
 _STUMBLES = ("{}", "{{ x }}", "{INPUT}", "%s", "<|im_end|>", "</s>", "<|im_start|>assistant", "[INST]", "### Response:")
@@ -19,7 +19,7 @@ WORDS = st.lists(TEXTS | st.sampled_from(_STUMBLES), min_size=1, max_size=3).map
 """What somebody says that looks like the markup of a template."""
 
 
-class Talk(Recipe):
+class ConversationCase(Recipe):
     """A conversation: what its system is told, if anything, and its turns."""
 
     system: str | None
@@ -35,10 +35,12 @@ class Talk(Recipe):
         return told
 
 
-def talks(words: st.SearchStrategy[str], *, least: int = 1, templates: Sequence[str] = ("chatml",)) -> Any:
+def conversation_cases(words: st.SearchStrategy[str], *, least: int = 1, templates: Sequence[str] = ("chatml",)) -> Any:
     """Conversations of at least so many turns, and a template for each."""
     turns = st.lists(st.builds(Pair, prompt=words, completion=words), min_size=least, max_size=3).map(tuple)
-    return st.builds(Talk, system=st.none() | words, turns=turns, template=st.sampled_from(tuple(templates)))
+    return st.builds(
+        ConversationCase, system=st.none() | words, turns=turns, template=st.sampled_from(tuple(templates))
+    )
 
 
 def tokenized(
@@ -48,14 +50,14 @@ def tokenized(
     found = trainer.ask("tokenize", TokenRows, model=model, settings={**PLAIN, **settings}, rows=list(rows))
     for row in found.rows:
         size, marks = len(row.ids), len(row.targets)
-        hold(size == marks, expected=f"{size} tokens with {size} marks", got=f"{size} tokens with {marks} marks")
+        check(size == marks, expected=f"{size} tokens with {size} marks", got=f"{size} tokens with {marks} marks")
     return found
 
 
 def tokenized_row(trainer: Trainer, model: Path, row: Mapping[str, Any], settings: Mapping[str, Any]) -> TokenRow:
     """A row as it is trained on, which is one row."""
     rows = tokenized(trainer, model, [row], settings).rows
-    hold(len(rows) == 1, expected="1 row", got=f"{len(rows)} rows")
+    check(len(rows) == 1, expected="1 row", got=f"{len(rows)} rows")
     return rows[0]
 
 
@@ -65,6 +67,6 @@ def text_of(words: Mapping[int, bytes], row: TokenRow, *, trained: bool = False)
     return b"".join(words.get(token, b"?") for token, target in said if target or not trained)
 
 
-def told(rows: TokenRows) -> list[tuple[int, list[int], list[bool]]]:
+def comparable_rows(rows: TokenRows) -> list[tuple[int, list[int], list[bool]]]:
     """The rows as values that can be compared."""
     return [(row.row, row.ids, row.targets) for row in rows.rows]

@@ -6,23 +6,32 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from finetune.verify.doors.answers import Course, Rendered, TokenIds, TokenRows
+from finetune.verify.doors.answers import RenderedText, TokenIds, TokenRows, TrainingResult
 from finetune.verify.doors.door import UnsupportedError
 from finetune.verify.recipes import FEWEST_WORDS, ModelRecipe, Recipe
 from finetune.verify.suite.cases import PAIRS, PLAIN, TEXTS, TINY, Pair, Rows, Template, rows_of
 from finetune.verify.suite.catalogue import law
-from finetune.verify.suite.talks import CONTROL, WORDS, Talk, talks, text_of, tokenized, tokenized_row, told
+from finetune.verify.suite.talks import (
+    CONTROL,
+    WORDS,
+    ConversationCase,
+    comparable_rows,
+    conversation_cases,
+    text_of,
+    tokenized,
+    tokenized_row,
+)
 from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import hold
+from finetune.verify.suite.verdicts import check
 
 _TEMPLATES = ("chatml", "alpaca", "tokenizer")
 
 
-def _rendered(trainer: Trainer, case: Talk, *, prompt: bool = False) -> str:
+def _rendered(trainer: Trainer, case: ConversationCase, *, prompt: bool = False) -> str:
     given = {**PLAIN, "template.name": case.template}
     messages = case.messages[:-1] if prompt else case.messages
     model = trainer.model(TINY)
-    return trainer.ask("render", Rendered, model=model, settings=given, messages=messages, prompt=prompt).text
+    return trainer.ask("render", RenderedText, model=model, settings=given, messages=messages, prompt=prompt).text
 
 
 @law(
@@ -36,13 +45,13 @@ def answers_are_trained(trainer: Trainer, case: Rows) -> None:
     """The trained tokens of each row, as text, begin with its answer; only what ends it follows."""
     model = trainer.model(TINY)
     found = trainer.ask("tokenize", TokenRows, model=model, settings=PLAIN, rows=case.values)
-    names = trainer.words(model)
+    names = trainer.token_bytes(model)
     for row in found.rows:
         said = b"".join(names[token] for token, target in zip(row.ids, row.targets, strict=True) if target)
         answer = case.rows[row.row].completion.encode()
         ends = [answer + ending for ending in (b"<|im_end|>", b"<|im_end|>\n")]
-        hold(said in ends, expected=ends[0].decode(), got=said.decode(errors="replace"))
-    hold(len(found.rows) == len(case.rows), expected=f"{len(case.rows)} rows", got=f"{len(found.rows)} rows")
+        check(said in ends, expected=ends[0].decode(), got=said.decode(errors="replace"))
+    check(len(found.rows) == len(case.rows), expected=f"{len(case.rows)} rows", got=f"{len(found.rows)} rows")
 
 
 def _chatml(messages: list[dict[str, str]], *, prompt: bool) -> str:
@@ -71,15 +80,15 @@ _FORMATS: Mapping[str, Callable[..., str]] = {"chatml": _chatml, "tokenizer": _c
     "A conversation is rendered in the public format of its template, byte for byte, to train on it and to ask.",
     needs=["render"],
     oracle="the format written out by hand: OpenAI's ChatML, Stanford's Alpaca",
-    cases=talks(WORDS, templates=_TEMPLATES),
+    cases=conversation_cases(WORDS, templates=_TEMPLATES),
     examples=12,
 )
-def format_is_the_public_one(trainer: Trainer, case: Talk) -> None:
+def format_is_the_public_one(trainer: Trainer, case: ConversationCase) -> None:
     """The whole conversation, and the prompt of its last answer."""
     written = _FORMATS[case.template]
     for prompt, messages in ((False, case.messages), (True, case.messages[:-1])):
         text, expected = _rendered(trainer, case, prompt=prompt), written(messages, prompt=prompt)
-        hold(text == expected, expected=repr(expected), got=repr(text))
+        check(text == expected, expected=repr(expected), got=repr(text))
 
 
 @law(
@@ -87,15 +96,15 @@ def format_is_the_public_one(trainer: Trainer, case: Talk) -> None:
     "What the model is asked with is how the text that it was trained on begins.",
     needs=["render"],
     oracle="the text to train on",
-    cases=talks(TEXTS, templates=_TEMPLATES),
+    cases=conversation_cases(TEXTS, templates=_TEMPLATES),
     examples=10,
 )
-def prompt_is_how_training_begins(trainer: Trainer, case: Talk) -> None:
+def prompt_is_how_training_begins(trainer: Trainer, case: ConversationCase) -> None:
     """The rendered prompt is a prefix, and what follows begins with the answer."""
     whole, prompt = _rendered(trainer, case), _rendered(trainer, case, prompt=True)
-    hold(whole.startswith(prompt), expected=f"a text that begins with {prompt!r}", got=repr(whole))
+    check(whole.startswith(prompt), expected=f"a text that begins with {prompt!r}", got=repr(whole))
     answer = case.turns[-1].completion
-    hold(whole[len(prompt) :].startswith(answer), expected=f"then {answer!r}", got=repr(whole[len(prompt) :]))
+    check(whole[len(prompt) :].startswith(answer), expected=f"then {answer!r}", got=repr(whole[len(prompt) :]))
 
 
 @law(
@@ -103,15 +112,15 @@ def prompt_is_how_training_begins(trainer: Trainer, case: Talk) -> None:
     "What is said stands in the text as it was said and in its order, the system's words and braces among it.",
     needs=["render"],
     oracle="the messages themselves",
-    cases=talks(WORDS, templates=_TEMPLATES),
+    cases=conversation_cases(WORDS, templates=_TEMPLATES),
     examples=10,
 )
-def words_are_kept(trainer: Trainer, case: Talk) -> None:
+def words_are_kept(trainer: Trainer, case: ConversationCase) -> None:
     """Each message is found after the one before it."""
     text, at = _rendered(trainer, case), 0
     for message in case.messages:
         found = text.find(message["content"], at)
-        hold(found >= 0, expected=f"{message['role']}: {message['content']!r}", got=repr(text[at:]))
+        check(found >= 0, expected=f"{message['role']}: {message['content']!r}", got=repr(text[at:]))
         at = found + len(message["content"])
 
 
@@ -120,15 +129,15 @@ def words_are_kept(trainer: Trainer, case: Talk) -> None:
     "The tokens that are trained on are those of the text that is rendered.",
     needs=["render", "tokenize"],
     oracle="the text as it is rendered: the model's tokenizer has one token for each byte",
-    cases=talks(WORDS, templates=_TEMPLATES),
+    cases=conversation_cases(WORDS, templates=_TEMPLATES),
     examples=10,
 )
-def tokens_are_those_of_the_text(trainer: Trainer, case: Talk) -> None:
+def tokens_are_those_of_the_text(trainer: Trainer, case: ConversationCase) -> None:
     """Nothing is added, lost or said twice between text and tokens."""
     model, expected = trainer.model(TINY), _rendered(trainer, case)
     settings = {"template.name": case.template, "tokens.max_length": 1000}
-    said = text_of(trainer.words(model), tokenized_row(trainer, model, {"messages": case.messages}, settings))
-    hold(said == expected.encode(), expected=repr(expected), got=repr(said.decode(errors="replace")))
+    said = text_of(trainer.token_bytes(model), tokenized_row(trainer, model, {"messages": case.messages}, settings))
+    check(said == expected.encode(), expected=repr(expected), got=repr(said.decode(errors="replace")))
 
 
 class Spoken(Recipe):
@@ -150,14 +159,14 @@ def words_are_inert(trainer: Trainer, case: Spoken) -> None:
     model = trainer.model(TINY)
     rows = [{"prompt": "a", "completion": "b"}, case.pair.model_dump()]
     found = tokenized(trainer, model, rows, {"tokens.max_length": 1000}).rows
-    words = trainer.words(model)
+    words = trainer.token_bytes(model)
     said = [[words.get(token, b"?").decode("latin1") for token in row.ids] for row in found]
     control = [[word for word in row if word in CONTROL] for row in said]
-    hold(len(control) == 2, expected="2 rows", got=f"{len(control)} rows")
-    hold(control[0] == control[1], expected=control[0], got=control[1])
+    check(len(control) == 2, expected="2 rows", got=f"{len(control)} rows")
+    check(control[0] == control[1], expected=control[0], got=control[1])
 
 
-class Said(Recipe):
+class PlainTextCase(Recipe):
     """A text to train on."""
 
     text: str
@@ -168,23 +177,23 @@ class Said(Recipe):
     "A plain text is learned whole, and the end-of-text token after it.",
     needs=["tokenize"],
     oracle="the bytes of the text",
-    cases=st.builds(Said, text=WORDS),
+    cases=st.builds(PlainTextCase, text=WORDS),
     examples=6,
 )
-def text_ends(trainer: Trainer, case: Said) -> None:
+def text_ends(trainer: Trainer, case: PlainTextCase) -> None:
     """Its tokens are its bytes and one more, and all but the first are learned."""
     model = trainer.model(TINY)
     rows = tokenized(trainer, model, [{"text": case.text}], {}).rows
-    found = [text_of(trainer.words(model), row).decode(errors="replace") for row in rows]
-    hold(found == [f"{case.text}</s>"], expected=[f"{case.text}</s>"], got=found)
-    hold(all(rows[0].targets[1:]), expected="every token is learned", got=rows[0].targets)
+    found = [text_of(trainer.token_bytes(model), row).decode(errors="replace") for row in rows]
+    check(found == [f"{case.text}</s>"], expected=[f"{case.text}</s>"], got=found)
+    check(all(rows[0].targets[1:]), expected="every token is learned", got=rows[0].targets)
 
 
 _ROOM = FEWEST_WORDS + 1
 _BEGINNINGS = tuple(ModelRecipe(bos=bos, vocabulary=_ROOM) for bos in ("known", "added", "configured", "written"))
 
 
-class Begun(Recipe):
+class BosCase(Recipe):
     """A model that may want a begin-of-text token, and a row to train on."""
 
     model: ModelRecipe
@@ -193,7 +202,7 @@ class Begun(Recipe):
 
 
 _BEGUN = st.builds(
-    Begun,
+    BosCase,
     model=st.sampled_from((TINY, *_BEGINNINGS)),
     pair=PAIRS,
     template=st.sampled_from(("chatml", "tokenizer")),
@@ -208,13 +217,13 @@ _BEGUN = st.builds(
     cases=_BEGUN,
     examples=14,
 )
-def beginning_is_marked_once(trainer: Trainer, case: Begun) -> None:
+def beginning_is_marked_once(trainer: Trainer, case: BosCase) -> None:
     """Whether tokenizer or template puts it there, or both."""
     model = trainer.model(case.model)
     row = tokenized_row(trainer, model, case.pair.model_dump(), {"template.name": case.template})
-    places = [place for place, token in enumerate(row.ids) if trainer.words(model).get(token) == b"<s>"]
+    places = [place for place, token in enumerate(row.ids) if trainer.token_bytes(model).get(token) == b"<s>"]
     expected = [0] if case.model.begins else []
-    hold(places == expected, expected=f"<s> at {expected} with {case.model.bos}", got=f"<s> at {places}")
+    check(places == expected, expected=f"<s> at {expected} with {case.model.bos}", got=f"<s> at {places}")
 
 
 @law(
@@ -225,14 +234,14 @@ def beginning_is_marked_once(trainer: Trainer, case: Begun) -> None:
     cases=_BEGUN,
     examples=8,
 )
-def tokens_to_ask_begin_those_to_train_on(trainer: Trainer, case: Begun) -> None:
+def tokens_to_ask_begin_those_to_train_on(trainer: Trainer, case: BosCase) -> None:
     """The prompt's tokens are all that precede the answer."""
     model, settings = trainer.model(case.model), {**PLAIN, "template.name": case.template}
     row = tokenized_row(trainer, model, case.pair.model_dump(), settings)
     messages = [{"role": "user", "content": case.pair.prompt}]
     asked = trainer.ask("prompt", TokenIds, model=model, settings=settings, messages=messages).ids
     before = row.ids[: row.targets.index(True)] if True in row.targets else row.ids
-    hold(asked == before, expected=before, got=asked)
+    check(asked == before, expected=before, got=asked)
 
 
 class Ended(Rows):
@@ -253,12 +262,12 @@ def answers_end_where_it_stops(trainer: Trainer, case: Ended) -> None:
     """The last token of each row that is learned ends an answer, a line break after it aside."""
     model, settings = trainer.model(TINY), {**PLAIN, "template.name": case.template}
     stops = trainer.ask("stops", TokenIds, model=model, settings=settings).ids
-    words = trainer.words(model)
+    words = trainer.token_bytes(model)
     for row in tokenized(trainer, model, case.values, settings).rows:
         learned = [token for token, target in zip(row.ids, row.targets, strict=True) if target]
         while learned and words.get(learned[-1]) == b"\n":
             learned.pop()
-        hold(learned and learned[-1] in stops, expected=f"one of {stops} in the end", got=learned[-3:])
+        check(learned and learned[-1] in stops, expected=f"one of {stops} in the end", got=learned[-3:])
 
 
 @law(
@@ -279,8 +288,8 @@ def template_travels(trainer: Trainer, case: Ended) -> None:
         "settings": {**settings, "training.batch_size": 1, "training.max_steps": 1},
         "rows": case.values,
     }
-    course = trainer.ask("train", Course, **trained, folder=trainer.folder() / "run")
-    hold(course.adapter, expected="an adapter", got="none when training has ended")
+    course = trainer.ask("train", TrainingResult, **trained, folder=trainer.folder() / "run")
+    check(course.adapter, expected="an adapter", got="none when training has ended")
     saved = Path(str(course.adapter))
     if not (saved / "tokenizer.json").is_file():
         raise UnsupportedError("no tokenizer lies by its adapters")
@@ -291,6 +300,6 @@ def template_travels(trainer: Trainer, case: Ended) -> None:
     template = saved / "chat_template.jinja"
     if template.is_file():
         shutil.copy(template, shipped)
-    expected = told(tokenized(trainer, model, case.values, settings))
-    found = told(tokenized(trainer, shipped, case.values, {"template.name": "tokenizer"}))
-    hold(found == expected, expected=expected, got=found)
+    expected = comparable_rows(tokenized(trainer, model, case.values, settings))
+    found = comparable_rows(tokenized(trainer, shipped, case.values, {"template.name": "tokenizer"}))
+    check(found == expected, expected=expected, got=found)

@@ -12,12 +12,12 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from finetune.verify.doors.answers import ANSWERS, Answer
-from finetune.verify.doors.door import Door, RefusesError, SubjectError, UnsupportedError
+from finetune.verify.doors.answers import ANSWERS, Reply
+from finetune.verify.doors.door import RefusesError, Subject, SubjectError, UnsupportedError
 from finetune.verify.recipes import ModelRecipe
 
 Tensors = Mapping[str, NDArray[Any]]
-A = TypeVar("A", bound=Answer)
+A = TypeVar("A", bound=Reply)
 
 
 class Trainer:
@@ -28,16 +28,16 @@ class Trainer:
         oracle: the door to our trainer in float64, by which laws compute what has to come out.
     """
 
-    def __init__(self, door: Door, scratch: Path, oracle: Door | None = None) -> None:
-        self.door = door
+    def __init__(self, subject: Subject, scratch: Path, oracle: Subject | None = None) -> None:
+        self.subject = subject
         self.scratch = scratch
         self.oracle = self if oracle is None else Trainer(oracle, scratch)
         self._models: dict[str, Path] = {}
-        self._words: dict[Path, Mapping[int, bytes]] = {}
+        self._token_bytes: dict[Path, Mapping[int, bytes]] = {}
 
     def lacks(self, *abilities: str) -> str:
         """Which of these abilities are missing, and why; empty where none is."""
-        return self.door.about.lacks(abilities)
+        return self.subject.about.lacks(abilities)
 
     def ask(self, ability: str, kind: type[A], **given: Any) -> A:
         """One answer.
@@ -50,7 +50,7 @@ class Trainer:
         assert ANSWERS.get(ability, kind) is kind
         plain = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
         try:
-            answer = self.door.ask(ability, plain)
+            answer = self.subject.ask(ability, plain)
         except (RefusesError, UnsupportedError, SubjectError):
             raise
         # A door of the user's own may raise anything: that is its trouble, and none of the suite's.
@@ -93,14 +93,14 @@ class Trainer:
             raise SubjectError(f"the file that it named cannot be read: {file}: {error}") from None
         return found
 
-    def words(self, model: Path) -> Mapping[int, bytes]:
+    def token_bytes(self, model: Path) -> Mapping[int, bytes]:
         """The bytes of each token of a model that was made here: one for each byte, and control tokens by name."""
-        if model not in self._words:
+        if model not in self._token_bytes:
             tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
             letters = {letter: bytes([byte]) for byte, letter in byte_letters().items()}
             known = tokenizer["model"]["vocab"].items()
-            self._words[model] = {number: letters.get(word, word.encode()) for word, number in known}
-        return self._words[model]
+            self._token_bytes[model] = {number: letters.get(word, word.encode()) for word, number in known}
+        return self._token_bytes[model]
 
 
 def byte_letters() -> Mapping[int, str]:

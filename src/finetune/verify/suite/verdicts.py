@@ -17,7 +17,7 @@ class BrokenError(AssertionError):
         super().__init__(f"expected: {self.expected}\n  got: {self.got}")
 
 
-def hold(holds: object, *, expected: object, got: object) -> None:
+def check(holds: object, *, expected: object, got: object) -> None:
     """Hold a trainer to something.
 
     Raises:
@@ -28,7 +28,7 @@ def hold(holds: object, *, expected: object, got: object) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class LawResult:
     """What came of one law.
 
     Attributes:

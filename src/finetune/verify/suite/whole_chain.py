@@ -5,15 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finetune.models.locate import SHIPPED
-from finetune.verify.chain import Step, clear_chain, run_chain
-from finetune.verify.suite.verdicts import Judgement, Word
+from finetune.verify.chain import ChainStep, clear_chain, run_chain
+from finetune.verify.suite.verdicts import LawResult, Word
 
 BACKENDS = ("torch", "mlx")
 _STATEMENT = "The whole chain, from a model's name to a served model that answers as its run did, can be gone through."
 _WORDS: dict[str, Word] = {"done": "holds", "skipped": "not applicable", "failed": "broken"}
 
 
-def judge_chain(name: str, folder: Path, tell: Callable[[Judgement], None]) -> tuple[Judgement, ...]:
+def judge_chain(name: str, folder: Path, tell: Callable[[LawResult], None]) -> tuple[LawResult, ...]:
     """Go through the chain with one of our backends; of any other trainer it is not applicable.
 
     `FT_E2E_MODEL_ID` names the model, by default a shipped one.
@@ -23,7 +23,7 @@ def judge_chain(name: str, folder: Path, tell: Callable[[Judgement], None]) -> t
     """
     if name not in BACKENDS:
         why = f"the chain goes through `ft` itself, with {' or '.join(BACKENDS)}"
-        judgement = Judgement("chain.whole", _STATEMENT, "not applicable", why=why)
+        judgement = LawResult("chain.whole", _STATEMENT, "not applicable", why=why)
         tell(judgement)
         return (judgement,)
     clear_chain(folder)
@@ -34,10 +34,10 @@ def judge_chain(name: str, folder: Path, tell: Callable[[Judgement], None]) -> t
     return judgements
 
 
-def _judgement(step: Step) -> Judgement:
+def _judgement(step: ChainStep) -> LawResult:
     id = f"chain.{step.name.lower().replace(' ', '-')}"
     statement = f"The step of the chain named {step.name} is done, and what it made is what was trained."
     expected, got = ("it is done", step.why) if step.outcome == "failed" else ("", "")
     why = step.why if step.outcome == "skipped" else ""
     word = _WORDS[step.outcome]
-    return Judgement(id, statement, word, cases=1, why=why, expected=expected, got=got, seconds=round(step.seconds, 3))
+    return LawResult(id, statement, word, cases=1, why=why, expected=expected, got=got, seconds=round(step.seconds, 3))

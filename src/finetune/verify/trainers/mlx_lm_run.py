@@ -205,7 +205,7 @@ def trained(
 
     def watched(*, optimizer: Any, training_callback: Any, **given: Any) -> None:
         watch(optimizer)
-        told = _Told(steps, config["grad_accumulation_steps"])
+        told = _LossRecorder(steps, config["grad_accumulation_steps"])
         right(optimizer=optimizer, training_callback=told, loss=loss, iterate_batches=batches, **given)
 
     whole = {**config, "data": _data(rows, "train"), "mask_prompt": _masks(rows)}
@@ -233,7 +233,7 @@ def evaluated(
     return {"loss": told[0]}
 
 
-class _Told:
+class _LossRecorder:
     """Keeps what training tells; it has the methods of a callback of mlx-lm's."""
 
     def __init__(self, steps: list[dict[str, Any]], each: int) -> None:

@@ -28,10 +28,10 @@ from finetune.training.loop import LoopPlan, mean_loss, train
 from finetune.training.prepare import Prepared, held_out_batches, prepare
 from finetune.training.resume import claim_resumed
 from finetune.training.run import Run
-from finetune.verify.doors.door import About, InsideDoor
+from finetune.verify.doors.door import About, InProcessSubject
 from finetune.verify.doors.serving import serve
-from finetune.verify.trainers.ours_files import look_after
-from finetune.verify.trainers.ours_results import hand_on, put_weights
+from finetune.verify.trainers.ours_files import file_handlers
+from finetune.verify.trainers.ours_results import put_weights, result_handlers
 from finetune.verify.trainers.ours_rows import line_of, row_handlers
 
 Given = Mapping[str, Any]
@@ -65,8 +65,8 @@ class OurTrainer:
             "logits": self.logits,
             "generate": self.generate,
             **row_handlers(self),
-            **hand_on(self),
-            **look_after(self),
+            **result_handlers(self),
+            **file_handlers(self),
         }
 
     def configure(self, model: str, settings: Given) -> dict[str, Any]:
@@ -143,13 +143,13 @@ class OurTrainer:
         place.make()
         write_text(place.plan, dump_plan(prepared.plan))
         write_text(place.path / "asked.json", json.dumps({"model": model, "settings": settings, "rows": list(rows)}))
-        return self._go_on(prepared, place, stop_after)
+        return self._train_until(prepared, place, stop_after)
 
     def resume(self, folder: str, stop_after: int | None = None, settings: Given | None = None) -> dict[str, Any]:
         """Go on with a run that was stopped; `settings` are those that are changed meanwhile."""
         asked = json.loads((Path(folder) / "asked.json").read_text(encoding="utf-8"))
         prepared = self._prepared(asked["model"], {**asked["settings"], **(settings or {})}, asked["rows"])
-        return self._go_on(prepared, RunFolder.unfinished(Path(folder)), stop_after)
+        return self._train_until(prepared, RunFolder.unfinished(Path(folder)), stop_after)
 
     def evaluate(
         self, model: str, settings: Given, rows: Sequence[Given], adapter: str | None = None
@@ -232,14 +232,14 @@ class OurTrainer:
             session.load_adapter(Path(adapter))
         return session
 
-    def _go_on(self, prepared: Prepared, place: RunFolder, stop_after: int | None) -> dict[str, Any]:
+    def _train_until(self, prepared: Prepared, place: RunFolder, stop_after: int | None) -> dict[str, Any]:
         steps: list[dict[str, Any]] = []
 
         def listen(event: Event) -> None:
             if isinstance(event, StepDone):
                 steps.append({"step": event.step, "loss": event.loss, "learning_rate": event.learning_rate})
             if isinstance(event, CheckpointSaved) and event.step == stop_after:
-                raise _StoppedError
+                raise _StoppedAtCheckpointError
 
         run = self._run(prepared, place.path, listen)
         owner = run_owner(prepared, self.backend.versions())
@@ -250,7 +250,7 @@ class OurTrainer:
             train_to_the_end(run, session, observe(session, prepared), owner)
             write_folder(place.adapter, lambda folder: save_trained(prepared, session, folder))
             adapter = str(place.adapter)
-        except _StoppedError:
+        except _StoppedAtCheckpointError:
             pass
         finally:
             run.let_go()
@@ -259,7 +259,7 @@ class OurTrainer:
         return {"steps": steps, "adapter": adapter, "checkpoints": kept}
 
 
-class _StoppedError(Exception):
+class _StoppedAtCheckpointError(Exception):
     """Training ends here."""
 
 
@@ -292,11 +292,11 @@ class _Watched:
         """There is nothing to move."""
 
 
-def inside(backend: str, scratch: Path) -> InsideDoor:
+def inside(backend: str, scratch: Path) -> InProcessSubject:
     """Our trainer in this process."""
     trainer = OurTrainer(backend, scratch)
     about = About(f"finetune with {backend}", trainer.backend.versions(), dict.fromkeys(trainer.handlers, ""))
-    return InsideDoor(about, trainer.handlers, [FineTuneError])
+    return InProcessSubject(about, trainer.handlers, [FineTuneError])
 
 
 def _rows(batch: Sequence[Given]) -> tuple[Tokenized, ...]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _OWNER = Owner({"who": "the suite"}, {})
 
 
-def look_after(trainer: "OurTrainer") -> dict[str, Callable[..., dict[str, Any]]]:
+def file_handlers(trainer: "OurTrainer") -> dict[str, Callable[..., dict[str, Any]]]:
     """A function for each ability."""
     return {
         "keep_checkpoints": lambda **given: keep_checkpoints(trainer._new(), **given),

@@ -19,10 +19,10 @@ from finetune.chat.encoder import Encoder
 from finetune.config import ModelAndDataFacts, resolve
 from finetune.events import StepDone
 from finetune.export import blueprint, gguf_source
-from finetune.export.families import stored
+from finetune.export.families import to_gguf_layout
 from finetune.export.merged_folder import plan_weights, write_merged
 from finetune.export.result import Result
-from finetune.export.sources import Adapter
+from finetune.export.sources import AdapterWeights
 from finetune.export.vocabulary import describe_vocabulary
 from finetune.files import make_folder
 from finetune.memory.forecast import PARTS, forecast_memory
@@ -46,9 +46,9 @@ _TEXTS = ("ab", " a b ", "\n", "{{ .System }}", "1 2", "")
 _MAGNITUDES = ".lora_magnitude_vector"
 
 
-def hand_on(trainer: "OurTrainer") -> dict[str, Callable[..., dict[str, Any]]]:
+def result_handlers(trainer: "OurTrainer") -> dict[str, Callable[..., dict[str, Any]]]:
     """A function for each ability."""
-    hands = _Hands(trainer)
+    hands = _ResultHandlers(trainer)
     names = (
         "trainable",
         "merge",
@@ -77,7 +77,7 @@ def put_weights(session: Session, file: str) -> None:
         tensor[...] = given[on_disk(name)]
 
 
-class _Hands:
+class _ResultHandlers:
     """The handlers; each goes the way of the command of its name."""
 
     def __init__(self, trainer: "OurTrainer") -> None:
@@ -107,7 +107,9 @@ class _Hands:
         keys = describe_vocabulary(exportable.tokenizer.description(), exportable.special, exportable.rows)
         metadata = {**exportable.described.metadata, **gguf_source.file_metadata(exportable, keys)}
         source = exportable.source
-        weights = {name: stored(exportable.described, name, source.read(name)) for name in exportable.shape.weights}
+        weights = {
+            name: to_gguf_layout(exportable.described, name, source.read(name)) for name in exportable.shape.weights
+        }
         weights |= exportable.described.extra
         file = self._trainer._new() / "stored.safetensors"
         save_file({name: np.ascontiguousarray(weight) for name, weight in weights.items()}, file)
@@ -220,7 +222,7 @@ class _Hands:
         if adapter is None:
             return exportable
         folder = Path(adapter)
-        return replace(exportable, adapter=Adapter(folder / WEIGHTS, read_settings(folder, turned=False)))
+        return replace(exportable, adapter=AdapterWeights(folder / WEIGHTS, read_settings(folder, transposed=False)))
 
 
 def _put_on(weights: dict[str, Any], given: Mapping[str, Any], scale: float) -> None:

@@ -72,12 +72,12 @@ class Kind:
     name: str
     packages: tuple[str, ...]
     arguments: Callable[..., Any]
-    build: Callable[["Job"], Any]
+    build: Callable[["TrainerInputs"], Any]
     has: Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainerInputs:
     """What a trainer is made of: rows as data files have them, or those that are ids and labels already."""
 
     model: Any

@@ -113,7 +113,7 @@ class TransformersSide:
         """What its loop gives to a training step; the step itself computes nothing."""
         given = {**settings, "training.epochs": float(epochs), "training.max_steps": None}
         trainer = self._trainer(model, given, rows)
-        seen = _Seen()
+        seen = _StepRecorder()
         trainer.add_callback(seen)
 
         def step(model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
@@ -134,7 +134,7 @@ class TransformersSide:
         """The gradient of its first step, where its loop gets these micro-batches."""
         given = {**settings, "training.accumulation": len(micro), "training.max_steps": 1, "training.max_grad_norm": 0}
         trainer = self._trainer(model, given, [row for batch in micro for row in _labelled(batch)])
-        seen = _Seen()
+        seen = _StepRecorder()
         trainer.add_callback(seen)
         batches = [_labelled(batch) for batch in micro]
         loader = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=trainer.data_collator)
@@ -252,7 +252,7 @@ class TransformersSide:
         if resume and not began:
             raise RefusesError("there is no checkpoint to go on from")
         adapter = None
-        with suppress(_StoppedError):
+        with suppress(_StoppedBySuiteError):
             trainer.train(resume_from_checkpoint=True if resume else None)
             adapter = str(place / "adapter")
             trainer.save_model(adapter)
@@ -261,7 +261,7 @@ class TransformersSide:
         return {"steps": steps, "adapter": adapter, "checkpoints": kept}
 
 
-class _StoppedError(Exception):
+class _StoppedBySuiteError(Exception):
     """Training ends here."""
 
 
@@ -274,10 +274,10 @@ class _Stop(transformers.TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """After a checkpoint was written."""
         if state.global_step == self.step:
-            raise _StoppedError
+            raise _StoppedBySuiteError
 
 
-class _Seen(transformers.TrainerCallback):  # type: ignore[misc]
+class _StepRecorder(transformers.TrainerCallback):  # type: ignore[misc]
     """What went by: the micro-batches of each step and epoch, and the gradient before the weights move."""
 
     def __init__(self) -> None:
