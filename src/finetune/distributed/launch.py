@@ -25,7 +25,8 @@ def train_together(
     What can be refused without loading data or model is refused before any process is started.
 
     Args:
-        arguments: the module that each process runs, and the arguments of `ft train`; with `--resume` among them the run in `output` goes on.
+        arguments: the module that each process runs, and the arguments of `ft train`; with `--resume` among them the
+            run in `output` is resumed.
         command: what the user typed, to be written down in the run.
         say: is given every line that a process says.
 
