@@ -97,19 +97,17 @@ def test_lost_kill_is_named_with_its_law(tmp_path: Path) -> None:
     )
     path = tmp_path / "kill-matrix.json"
     path.write_text(baseline_text(both), encoding="utf-8")
-    assert lost_kills(both, read_baseline(path, 1, "reference")) == []
-    assert lost_kills(first, read_baseline(path, 1, "reference")) == [
+    assert lost_kills(both, read_baseline(path, Campaign())) == []
+    assert lost_kills(first, read_baseline(path, Campaign())) == [
         f"{fault.id} {fault.slug} is killed by b.b no more (killed)"
     ]
     path.write_text(baseline_text(first).replace(fault.id, "A9999"), encoding="utf-8")
-    assert lost_kills(both, read_baseline(path, 1, "reference")) == [
-        "A9999, which the baseline has, is no fault any more"
-    ]
+    assert lost_kills(both, read_baseline(path, Campaign())) == ["A9999, which the baseline has, is no fault any more"]
     with pytest.raises(UsageError, match="is of another campaign"):
-        read_baseline(path, 2, "reference")
+        read_baseline(path, Campaign(tier=2))
     path.write_text("{}", encoding="utf-8")
     with pytest.raises(UsageError, match="is no baseline"):
-        read_baseline(path, 1, "reference")
+        read_baseline(path, Campaign())
 
 
 def test_proof_without_a_fault_or_with_a_survivor_does_not_pass() -> None:

@@ -26,7 +26,7 @@ AllLaws = Annotated[
     bool, typer.Option("--all-laws", help="Ask every law of every fault, and not only until one has killed it.")
 ]
 BackendName = Annotated[str, typer.Option("--backend", help="Plant in this backend: reference, torch or mlx.")]
-LawSeconds = Annotated[float, typer.Option("--law-seconds", min=0.1, help="Judge no law longer than this.")]
+Times = Annotated[float, typer.Option("--times", min=0.01, help="So many times the cases of profile fast.")]
 Against = Annotated[
     Path | None,
     typer.Option("--against", help="A kill-matrix.json: fail where a law kills a fault no more. Asks every law."),
@@ -44,7 +44,7 @@ def command(
     engine: EngineName = "processes",
     seeds: Seeds = 20,
     all_laws: AllLaws = False,
-    law_seconds: LawSeconds = 30.0,
+    times: Times = 1.0,
     against: Against = None,
     output: Output = Path("proof"),
     list_faults: List = False,
@@ -70,7 +70,8 @@ def command(
     if list_faults:
         _print_faults(chosen, as_json=json_output)
         return 0
-    baseline = read_baseline(against, tier, backend) if against else None
+    campaign = Campaign(tier, seeds, 0 if all_laws or against else 1, backend, times)
+    baseline = read_baseline(against, campaign) if against else None
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is no folder", hint="name a new folder, or one of an earlier campaign")
     from finetune.processes import terminated_as_interrupted
@@ -78,7 +79,6 @@ def command(
     from finetune.verify.prove.place import write_proof
 
     spread = Spread("ray" if engine == "ray" else "processes", jobs or workers_here())
-    campaign = Campaign(tier, seeds, 0 if all_laws or against else 1, backend, law_seconds)
     with terminated_as_interrupted():
         found = prove(chosen, campaign, spread=spread, tell=say)
     lost = lost_kills(found, baseline) if baseline else []

@@ -98,7 +98,8 @@ class Through:
 
 
 def _backend_of(session: Any) -> str:
-    return next(backend for backend, name in _SESSIONS.items() if name == type(session).__name__)
+    """The backend of a session; "" of one that only watches the loop, which has no gradients."""
+    return next((backend for backend, name in _SESSIONS.items() if name == type(session).__name__), "")
 
 
 def pad_of(session: Any) -> int:
@@ -109,7 +110,7 @@ def pad_of(session: Any) -> int:
 def gradients_of(session: Any) -> dict[str, Any]:
     """A copy of what a session has added up."""
     if _backend_of(session) != "torch":
-        return {name: gradient + 0 for name, gradient in session.gradients.items()}
+        return {name: gradient + 0 for name, gradient in getattr(session, "gradients", {}).items()}
     named = session.model.named_parameters()
     return {name: tensor.grad.clone() for name, tensor in named if tensor.grad is not None}
 

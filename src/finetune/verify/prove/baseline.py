@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.errors import UsageError
 from finetune.verify.faults.fault import faults
-from finetune.verify.prove.campaign import Proof
+from finetune.verify.prove.campaign import Campaign, Proof
 
 FORMAT = "finetune kill matrix baseline"
 VERSION = 1
@@ -15,7 +15,7 @@ VERSION = 1
 
 def baseline_text(found: Proof) -> str:
     """Each fault with its status and, sorted, the laws that kill it: a fault a line, which a diff shows well."""
-    head = {"format": FORMAT, "version": VERSION, "tier": found.tier, "backend": found.backend}
+    head = {"format": FORMAT, "version": VERSION, "tier": found.tier, "backend": found.backend, "times": found.times}
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
     faults = [
         f"    {json.dumps(each.fault.id)}: {json.dumps({'status': each.status, 'laws': sorted(each.laws)})}"
@@ -24,8 +24,8 @@ def baseline_text(found: Proof) -> str:
     return "\n".join(["{", *lines, '  "faults": {', ",\n".join(faults), "  }", "}", ""])
 
 
-def read_baseline(path: Path, tier: int, backend: str) -> Mapping[str, Any]:
-    """What an earlier campaign of this tier and backend wrote.
+def read_baseline(path: Path, campaign: Campaign) -> Mapping[str, Any]:
+    """What an earlier campaign of this tier, backend and effort wrote.
 
     Raises:
         UsageError: there is no such file, or it is none of such a campaign's.
@@ -33,13 +33,13 @@ def read_baseline(path: Path, tier: int, backend: str) -> Mapping[str, Any]:
     try:
         found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         known = (found["format"], found["version"]) == (FORMAT, VERSION)
-        kind = found["tier"], found["backend"]
+        kind = found["tier"], found["backend"], found["times"]
     except (OSError, ValueError, KeyError, TypeError):
         known = False
     if not known:
         raise UsageError(f"{path} is no baseline of `ft prove`", hint="`ft prove --all-laws` writes kill-matrix.json")
-    if kind != (tier, backend):
-        raise UsageError(f"{path} is of another campaign", hint=f"say --tier {kind[0]} --backend {kind[1]}")
+    if kind != (campaign.tier, campaign.backend, campaign.times):
+        raise UsageError(f"{path} is of another campaign", hint="say --tier {} --backend {} --times {}".format(*kind))
     return found
 
 

@@ -41,7 +41,7 @@ class Job:
     """What to plant, and how to judge: `fault` is an id, or "" for none; `laws` are ids, none for all of the tier.
 
     When `stop_after` laws were broken the others are not asked; 0 asks them all. A case that breaks a law is made
-    smaller for so many seconds, and no law is judged longer than `law_seconds`.
+    smaller for so many seconds; there are so many `times` the cases of profile `fast`.
     """
 
     fault: str = ""
@@ -51,7 +51,7 @@ class Job:
     laws: tuple[str, ...] = ()
     stop_after: int = 0
     shrink_seconds: float = 1.5
-    law_seconds: float = 30.0
+    times: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ def do_job(job: Job, scratch: Path) -> FaultRun:
 
 
 def _effort(job: Job, chances: int) -> Effort:
-    return Effort(seed=job.seed, seconds=job.law_seconds, shrink_seconds=job.shrink_seconds, chances=chances)
+    return Effort(seed=job.seed, times=job.times, seconds=30, shrink_seconds=job.shrink_seconds, chances=chances)
 
 
 def _concluded(job: Job, found: Verification, door: RecordingSubject, kills: list[float]) -> FaultRun:
