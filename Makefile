@@ -125,7 +125,7 @@ prove: $(WORKFLOW_VENV)/ok  ## Plant every fault in our own trainer and count wh
 
 .PHONY: matrix
 matrix: $(WORKFLOW_VENV)/ok  ## Ask every law of every fault, and name each kill of docs/evidence/kill-matrix.json that was lost
-	@$(TEST_ENV) $(WORKFLOW_VENV)/bin/ft prove --tier 1 --seeds 2 --times 0.25 --against docs/evidence/kill-matrix.json --output proof
+	@$(TEST_ENV) $(WORKFLOW_VENV)/bin/ft prove --tier 1 --seeds 2 --against docs/evidence/kill-matrix.json --output proof
 
 .PHONY: peers
 peers: $(VENV)/dev-ok  ## Make the environments of TRL and mlx-lm, for `ft verify --subject trl --python .peers/trl/bin/python`
