@@ -13,6 +13,14 @@ from typing import Any
 from finetune.errors import EvidenceError
 
 
+def python_command(*words: str) -> list[str]:
+    """The command that runs this interpreter; what lies in the working folder is never imported there.
+
+    Without `-P` Python looks there first: a user's own `json.py` beside the data would be executed.
+    """
+    return [sys.executable, "-P", *words]
+
+
 def ask_child(module: str, request: dict[str, Any], *, timeout: float = 600) -> dict[str, Any]:
     """Run `python -m module`, hand it `request` on standard input and return the object it prints last.
 
@@ -22,7 +30,7 @@ def ask_child(module: str, request: dict[str, Any], *, timeout: float = 600) -> 
     Raises:
         EvidenceError: the child failed, took too long or printed no answer; its last words are quoted.
     """
-    command = [sys.executable, "-m", module]
+    command = python_command("-m", module)
     try:
         done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:

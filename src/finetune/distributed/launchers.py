@@ -2,7 +2,6 @@
 
 import os
 import socket
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from finetune.distributed.environment import LAUNCHERS, NOTES, started_by
 from finetune.errors import MissingExtraError, RefusedError, UsageError
+from finetune.processes import python_command
 
 _STARTED: dict[str, tuple[str | int, ...]] = {
     "distributed_type": ("MULTI_GPU", "FSDP"),
@@ -110,23 +110,26 @@ def check_launch(launch: Launch, backend: str, environ: Mapping[str, str]) -> No
 
 def command_line(launch: Launch, arguments: Sequence[str]) -> list[str]:
     """The words that start `ft` with these arguments in every process."""
-    python, worker, number = sys.executable, list(arguments), str(launch.processes)
+    worker, number = list(arguments), str(launch.processes)
     if launch.launcher == "torchrun":
-        return [python, "-m", "torch.distributed.run", "--nproc-per-node", number, "--standalone", "-m", *worker]
+        return python_command("-m", "torch.distributed.run", "--nproc-per-node", number, "--standalone", "-m", *worker)
     if launch.launcher == "accelerate":
         # MULTI_GPU is accelerate's name for one process per worker; MULTI_CPU would need mpirun. Neither needs a GPU.
         plain = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         told = ["--config_file", str(launch.config)] if launch.config else plain
         own = ["--num_processes", number, "--main_process_port", "0", "--module"]
-        return [python, "-m", "accelerate.commands.launch", *told, *own, *worker]
+        return python_command("-m", "accelerate.commands.launch", *told, *own, *worker)
     where = ["-n", number, "--backend", "ring", "--starting-port", str(_free_ports(launch.processes))]
-    return [python, "-c", _entry("mlx.launch"), *where, "--", python, "-m", *worker]
+    return python_command("-c", _entry("mlx.launch"), *where, "--", *python_command("-m", *worker))
 
 
 def environment(launch: Launch, environ: Mapping[str, str], notes: Path) -> dict[str, str]:
-    """What the processes find in their environment: where to leave notes, and their share of the cores."""
+    """What the processes find in their environment: where to leave notes, and their share of the cores.
+
+    A launcher starts Python itself; PYTHONSAFEPATH keeps what lies in the working folder from being imported there.
+    """
     cores = max(1, (os.cpu_count() or 1) // launch.processes)
-    return {"OMP_NUM_THREADS": str(cores), **environ, NOTES: str(notes), "PYTHONUNBUFFERED": "1"}
+    return {"OMP_NUM_THREADS": str(cores), **environ, NOTES: str(notes), "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
 
 
 def _entry(name: str) -> str:

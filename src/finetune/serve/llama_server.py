@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from finetune.errors import DeploymentError
 from finetune.export.llama_runtime import get, load_chat, post
+from finetune.processes import python_command
 from finetune.serve.completion import Completion
 
 _PAUSE = 0.05
@@ -133,7 +134,7 @@ def llama_server(
     with tempfile.TemporaryFile() as words, tempfile.TemporaryDirectory(prefix="finetune-") as folder:
         told = Path(folder) / "address"
         process = subprocess.Popen(
-            [sys.executable, "-m", "finetune.serve.llama_server", str(told)],
+            python_command("-m", "finetune.serve.llama_server", str(told)),
             stdin=subprocess.PIPE,
             stdout=words,
             stderr=words,

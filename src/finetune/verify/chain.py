@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,6 +29,7 @@ from finetune.files import (
     write_text,
 )
 from finetune.models.locate import SHIPPED, locate_model
+from finetune.processes import python_command
 
 FORMAT = 1
 """The version of what `chain.json` holds."""
@@ -40,7 +40,7 @@ BUDGET = 900.0
 REFUSED = 3
 MADE = ("run", "merged", "questions.jsonl", "known.jsonl", "report.html", "chain.md", "chain.json")
 """What a chain leaves in its folder; the last is there from the first step on."""
-PROGRAM = (sys.executable, "-c", "from finetune.cli import main; main()")
+PROGRAM = (*python_command("-c", "from finetune.cli import main; main()"),)
 Outcome = Literal["done", "skipped", "failed"]
 Teller = Callable[[str], None]
 _LEARNS: dict[str, Any] = {"profile": "demo", "training.epochs": 24.0, "judge.memory_batch_size": 2}
@@ -244,7 +244,7 @@ class _Links:
         learned = self.answers()
         questions = [answer["question"] for answer in learned]
         request = {"model": str(self.merged), "questions": questions, "most": 16}
-        [line] = self.process([sys.executable, "-m", "finetune.backends.mlx.mlx_lm_generate"], json.dumps(request))[-1:]
+        [line] = self.process(python_command("-m", "finetune.backends.mlx.mlx_lm_generate"), json.dumps(request))[-1:]
         texts = json.loads(line)
         right = sum(text.strip() == answer["expected"] for text, answer in zip(texts, learned, strict=True))
         other = [
@@ -304,7 +304,7 @@ class _Links:
             text=True,
             start_new_session=True,
         )
-        name = " ".join(words[3:5]) or words[-1]
+        name = " ".join(words[4:6]) or words[-1]
         try:
             said, told = child.communicate(given, timeout=max(1.0, self.deadline - time.monotonic()))
         except subprocess.TimeoutExpired:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import EvidenceError
+from finetune.processes import python_command
 from finetune.verify.deaths import CrashInjector, Death
 from finetune.verify.subjects import Ending
 
@@ -35,7 +36,7 @@ class ForkServer:
 
     def __init__(self, modules: Sequence[str]) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "finetune.verify.nursery", *modules],
+            python_command("-m", "finetune.verify.nursery", *modules),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -277,7 +277,7 @@ class CommandSubject:
             return {"the file": self._file.name}
         argv = [filled(word, {"python": self._python}) for word in self._file.version]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True)
+            done = subprocess.run(argv, cwd=self._folder, capture_output=True, text=True, timeout=120, check=True)
             return {self._file.name: done.stdout.strip()[:80]}
         raise SubjectError(f"{' '.join(argv)} does not tell a version")
 

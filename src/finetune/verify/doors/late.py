@@ -1,10 +1,10 @@
 """The oracle: our own trainer in float64, in a process of its own, which no planted fault reaches."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.processes import python_command
 from finetune.verify.doors.door import About
 from finetune.verify.doors.worker import SubprocessSubject
 
@@ -42,5 +42,5 @@ class LazySubject:
 
 def reference_oracle(folder: Path) -> LazySubject:
     """Our trainer in float64 without any fault, for what has to come out."""
-    command = [sys.executable, "-m", "finetune.verify.trainers.ours", "reference"]
+    command = python_command("-m", "finetune.verify.trainers.ours", "reference")
     return LazySubject(About("finetune with reference", {}, {}), command, folder)

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune.processes import python_command
 from finetune.verify.doors.door import Subject
 from finetune.verify.doors.late import reference_oracle
 from finetune.verify.faults.fault import faults, hits
@@ -133,7 +134,7 @@ def run_job(job: Job, *, patience: float = _PATIENCE, stop: threading.Event | No
     place = _MEMORY if os.access(_MEMORY, os.W_OK) else None
     latest = time.monotonic() + patience
     with tempfile.TemporaryDirectory(prefix="finetune-prove-", dir=place, ignore_cleanup_errors=True) as folder:
-        command = [sys.executable, "-m", "finetune.verify.prove.job", folder, json.dumps(asdict(job))]
+        command = python_command("-m", "finetune.verify.prove.job", folder, json.dumps(asdict(job)))
         with subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from finetune.abilities import require_backend
 from finetune.errors import MissingExtraError, UsageError
+from finetune.processes import python_command
 from finetune.verify.choose import BACKENDS
 from finetune.verify.doors.command import CommandSubject
 from finetune.verify.doors.command_file import load_command
@@ -81,7 +82,7 @@ def _made(name: str, folder: Path, python: str | None) -> Subject:
         )
     if name in BACKENDS:
         require_backend(name)
-        return SubprocessSubject([sys.executable, "-m", "finetune.verify.trainers.ours", name], folder)
+        return SubprocessSubject(python_command("-m", "finetune.verify.trainers.ours", name), folder)
     if name in PEERS:
         return _peer(name, folder, _interpreter(python))
     if name.endswith(".toml"):
@@ -101,7 +102,9 @@ def _interpreter(named: str | None) -> str:
 def _peer(name: str, folder: Path, python: str) -> SubprocessSubject:
     """The door to another project's trainer; our own code cannot be imported there."""
     peer = PEERS[name]
-    environment = {"PYTHONPATH": str(_VERIFY / "doors"), "PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1"}
+    # Our programs find each other by their folder, which a safe path leaves out: it is named.
+    places = os.pathsep.join(str(_VERIFY / room) for room in ("doors", "trainers"))
+    environment = {"PYTHONPATH": places, "PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1"}
     if missing := _missing(python, peer.needs):
         hint = (
             f"make it an environment of its own: python -m venv {name}-env && {name}-env/bin/pip install "
@@ -111,26 +114,27 @@ def _peer(name: str, folder: Path, python: str) -> SubprocessSubject:
     return SubprocessSubject([python, str(_VERIFY / "trainers" / peer.script)], folder, environment=environment)
 
 
-def _missing(python: str, needs: tuple[str, ...]) -> str:
+def _missing(interpreter: str, needs: tuple[str, ...]) -> str:
     """Which of these an interpreter cannot import.
 
     Raises:
         UsageError: it is no interpreter that runs.
     """
-    command = [python, "-c", _MISSING, *needs]
+    # Isolated, as nothing of the user's own environment or working folder counts there; Python 3.9 has no -P.
+    command = [interpreter, "-I", "-c", _MISSING, *needs]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         hint = "name the python program of an environment, such as trl-env/bin/python"
-        raise UsageError(f"{python} is no Python interpreter that runs: {error}", hint=hint) from None
+        raise UsageError(f"{interpreter} is no Python interpreter that runs: {error}", hint=hint) from None
     return ", ".join(done.stdout.split())
 
 
 def _own(module: str, maker: str) -> Subject:
     name = f"{module}:{maker}"
-    # As for other programs that are given such a name, what lies here can be imported.
+    # What lies here can be imported, but takes no other module's name.
     if (here := os.getcwd()) not in sys.path:
-        sys.path.insert(0, here)
+        sys.path.append(here)
     try:
         subject: Subject = getattr(import_module(module), maker)()
     # Whatever a class of the user's own does when it is made, it is no subject then.

@@ -1,0 +1,205 @@
+"""Laws of the working folder: no Python file that lies in it is ever executed, whatever `ft` starts."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import finetune
+
+SOURCE = Path(finetune.__file__).parent
+NAMES = (
+    "finetune",
+    "json",
+    "numpy",
+    "torch",
+    "safetensors",
+    "conftest",
+    "sitecustomize",
+    "types",
+    "contextlib",
+    "warnings",
+    "mlx",
+    "accelerate",
+    "transformers",
+    "subprocess",
+    "tokenizers",
+    "trl",
+    "peft",
+    "importlib",
+)
+"""Names that a user's own file may have, and that the programs `ft` starts would import."""
+SHORT = (
+    "--backend",
+    "reference",
+    "--set",
+    "training.max_steps=2",
+    "--set",
+    "judge.sham=never",
+    "--set",
+    "evaluation.questions=2",
+    "--set",
+    "evaluation.retention_questions=2",
+)
+STORY = {
+    "format": "finetune story",
+    "version": 1,
+    "scene": "checkpoints",
+    "keep": 1,
+    "broken": None,
+    "stages": [{"do": "work", "orders": [{"do": "save", "step": 1, "content": "x"}]}],
+    "origin": {"subject": "reference"},
+}
+FINDING = {
+    "format": "finetune finding",
+    "version": 1,
+    "law": "mask.answers",
+    "statement": "",
+    "subject": "reference",
+    "case": {"rows": [{"prompt": "ab", "completion": "cde"}]},
+    "expected": "",
+    "got": "",
+}
+COMMAND = """
+name = "python's own"
+version = ["{python}", "-c", "import json, warnings; print(1)"]
+[train]
+argv = ["{python}", "-c", "import json"]
+"""
+VERBS = {
+    "train": ("train", "--data", "rows.jsonl", "--output", "run", *SHORT),
+    "check": ("check", "--data", "rows.jsonl"),
+    "estimate": ("estimate", "--data", "rows.jsonl", *SHORT[:4]),
+    "verify": ("verify", "--subject", "reference", "--law", "mask.answers"),
+    "verify a command": ("verify", "--subject", "command.toml", "--law", "files.whole"),
+    "verify a peer": ("verify", "--subject", "trainer", "--law", "template.ends"),
+    "prove": ("prove", "--fault", "A002", "--seeds", "1", "--output", "proof"),
+    "replay a finding": ("replay", "finding.json"),
+    "replay a story": ("replay", "story.json"),
+    "torchrun": (
+        "train",
+        "--data",
+        "rows.jsonl",
+        "--output",
+        "run",
+        "--launch",
+        "torchrun",
+        "--processes",
+        "2",
+        "--set",
+        "judge.memory=never",
+        *SHORT[2:],
+    ),
+    "accelerate": (
+        "train",
+        "--data",
+        "rows.jsonl",
+        "--output",
+        "run",
+        "--launch",
+        "accelerate",
+        "--processes",
+        "2",
+        "--set",
+        "judge.memory=never",
+        *SHORT[2:],
+    ),
+    "mlx.launch": (
+        "train",
+        "--data",
+        "rows.jsonl",
+        "--output",
+        "run",
+        "--launch",
+        "mlx.launch",
+        "--processes",
+        "2",
+        "--backend",
+        "mlx",
+        "--set",
+        "judge.memory=never",
+        *SHORT[2:],
+    ),
+}
+"""Each verb that starts a process."""
+NEEDS = {"torchrun": "torch", "accelerate": "accelerate", "mlx.launch": "mlx", "verify a peer": "peft"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with data, in which files of such names lie that say when they are executed."""
+    text = 'import os\nwith open({!r}, "a") as ran:\n    print({!r}, file=ran)\n'
+    for name in NAMES:
+        (tmp_path / f"{name}.py").write_text(text.format(str(tmp_path / "RAN"), name))
+    rows = [{"instruction": f"What is {number} plus 1?", "output": str(number + 1)} for number in range(1, 9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "finding.json").write_text(json.dumps(FINDING))
+    (tmp_path / "story.json").write_text(json.dumps(STORY))
+    (tmp_path / "command.toml").write_text(COMMAND)
+    return tmp_path
+
+
+def ft(*words: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    """Run `ft` as its installed program does, which has no working folder among what it imports from."""
+    command = [sys.executable, "-P", "-c", "from finetune.cli import main; main()", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONSAFEPATH", None)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_files_of_the_working_folder_are_not_executed(verb: str, folder: Path) -> None:
+    """A user's own finetune.py or json.py beside the data is left alone, and the verb does its work."""
+    if (needed := NEEDS.get(verb)) and find_spec(needed) is None:
+        pytest.skip(f"needs {needed}")
+    done = ft(*VERBS[verb], cwd=folder)
+    ran = folder / "RAN"
+    assert not ran.exists(), (ran.read_text(), done.stderr[-600:])
+    if verb != "verify a command":
+        assert done.returncode in (0, 1), done.stderr[-2000:]
+    assert "Traceback" not in done.stderr, done.stderr[-2000:]
+
+
+def lists(tree: ast.AST) -> Iterator[tuple[int, list[ast.expr]]]:
+    """Every list and tuple that is written out."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.List | ast.Tuple):
+            yield node.lineno, node.elts
+
+
+def unsafe(name: str, text: str) -> list[str]:
+    """Where a file starts Python by itself instead of through `children.python_command`."""
+    tree, found = ast.parse(text), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr == "executable" and ast.unparse(node) == "sys.executable":
+            found.append(f"{name}:{node.lineno}: sys.executable")
+    for line, parts in lists(tree):
+        words = {part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)}
+        if words & {"-m", "-c"} and not words & {"-P", "-I"}:
+            found.append(f"{name}:{line}: a command with {' and '.join(sorted(words & {'-m', '-c'}))}")
+    return found
+
+
+OTHERS = {"children.py": 1, "verify/doors/command.py": 1, "verify/suite/subjects.py": 1}
+"""How often a file may name this interpreter: the one helper, and where a user may name another one instead."""
+
+
+def test_every_python_is_started_through_one_helper() -> None:
+    """A new place that starts Python by itself is told by its file and line."""
+    for path in sorted(SOURCE.rglob("*.py")):
+        name = path.relative_to(SOURCE).as_posix()
+        found = unsafe(name, path.read_text(encoding="utf-8"))
+        assert len(found) == OTHERS.get(name, 0), f"{found}: start Python through finetune.processes.python_command"
+
+
+def test_a_planted_start_is_seen() -> None:
+    """The rule sees both ways to write it."""
+    assert len(unsafe("x.py", "import sys\nrun([sys.executable, '-m', 'finetune.x'])")) == 2
+    assert len(unsafe("x.py", "run((python, '-c', 'pass'))")) == 1
+    assert not unsafe("x.py", "run(python_command('-m', 'finetune.x'))")
