@@ -5,7 +5,7 @@ from typing import Any
 import peft
 import transformers
 from serving import UnsupportedError
-from transformers_settings import IGNORED, Given, Job, Kind
+from transformers_settings import IGNORED, Given, Kind, TrainerInputs
 from transformers_side import TransformersSide
 
 
@@ -19,7 +19,7 @@ class _Arguments:
         return arguments
 
 
-def _build(job: Job) -> Any:
+def _build(job: TrainerInputs) -> Any:
     collator = transformers.DataCollatorForSeq2Seq(job.tokenizer, label_pad_token_id=IGNORED)
     prepared = [
         [{**_prepared(row, job), "row": place} for place, row in enumerate(rows)]
@@ -35,7 +35,7 @@ def _build(job: Job) -> Any:
     )
 
 
-def _prepared(row: Given, job: Job) -> dict[str, Any]:
+def _prepared(row: Given, job: TrainerInputs) -> dict[str, Any]:
     """What tutorials do: the prompt as the template renders it, then the whole, and labels for what is new."""
     if "input_ids" in row:
         return {**row, "attention_mask": [1] * len(row["input_ids"])}

@@ -23,8 +23,8 @@ from transformers_settings import (
     ARGUMENTS,
     IGNORED,
     Given,
-    Job,
     Kind,
+    TrainerInputs,
     adapted,
     adapter_of,
     arguments_of,
@@ -243,7 +243,7 @@ class TransformersSide:
             network, wrap = adapted(network, adapter), None
         elif held_out is not None:
             wrap = None
-        job = Job(network, tokenizer_of(model, settings), arguments, wrap, settings, rows, held_out)
+        job = TrainerInputs(network, tokenizer_of(model, settings), arguments, wrap, settings, rows, held_out)
         return self.kind.build(job)
 
     def _course(self, trainer: Any, place: Path, stop_after: int | None, *, resume: bool) -> dict[str, Any]:

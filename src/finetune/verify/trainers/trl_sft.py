@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 import trl
 from serving import UnsupportedError
-from transformers_settings import Given, Job, Kind
+from transformers_settings import Given, Kind, TrainerInputs
 from transformers_side import TransformersSide
 
 _TURN = "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' -}}"
@@ -20,7 +20,7 @@ _MARKED_TURN = (
 """The same with marks, and with the line end among what is learned, as in TRL's own templates for training."""
 
 
-def _build(job: Job) -> Any:
+def _build(job: TrainerInputs) -> Any:
     """An SFTTrainer over rows in the shapes of TRL's documentation."""
     # Of a conversation we teach the answers; of pairs that is its default.
     if any("messages" in row for row in job.train):
