@@ -97,8 +97,8 @@ test-e2e-all: test-e2e-quick  ## All three tiers
 	@$(MAKE) --no-print-directory test-e2e-mlx
 
 .PHONY: lint
-lint: $(VENV)/dev-ok  ## Check style
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: $(VENV)/dev-ok  ## Check style, and that imports go down only
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-cache
 
 .PHONY: types
 types: $(VENV)/dev-ok  ## Check types, strictly
