@@ -10,8 +10,8 @@ from finetune.chat.catalog import CATALOG
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.train import fine_tune
 from finetune_strategies.tokenizers import EOS, KINDS
-from properties.encoders import TERMINATOR
-from properties.workplace import make_data, make_model, quick_end, settings
+from support.encoders import TERMINATOR
+from support.workplace import make_data, make_model, quick_end, settings
 
 OWN = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token + '\\n' }}{% endfor %}" + (
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"

@@ -18,11 +18,11 @@ from finetune.memory.estimate import adapter_parameters, estimate_memory
 from finetune.models.shape import read_shape
 from finetune.records import AdapterTarget, ModelShape, Optimization, fits
 from finetune_strategies.adapters import AdaptedModel, adapted_layers, layer_names, varied_models, varied_targets
+from finetune_strategies.drawing import drawn
 from finetune_strategies.models import llama_configs, model_shapes
 from finetune_strategies.profiles import examples
-from properties.drawing import drawn
 from properties.test_reference_backend import check_slopes
-from properties.tiny_llamas import BATCH, CONFIG, LINEAR, ROWS, TARGET, VOCAB, adapted, step, tiny
+from support.tiny_llamas import BATCH, CONFIG, LINEAR, ROWS, TARGET, VOCAB, adapted, step, tiny
 
 MODELS = varied_models(llama_configs(vocab_size=VOCAB), dropouts=(0.0, 0.4))
 FEW = examples(1 / 3)

@@ -26,7 +26,7 @@ from finetune.run import folder as run_folder
 from finetune.run.folder import RunFolder, new_run_id
 from finetune_strategies.profiles import examples
 from finetune_strategies.scratch import empty_folder
-from properties.disks import everything_below, full_after, read_only_folder
+from support.disks import everything_below, full_after, read_only_folder
 
 BIG = "ä" * 40_000
 

@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from finetune.errors import RefusedError, StorageError
 from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune_strategies.profiles import examples
-from properties.disks import full_after
+from support.disks import full_after
 
 IDENTITY = {"plan": "rank: 4\n", "base": "reference-llama"}
 OWNER = Owner(IDENTITY, {"torch": "2.13", "cores": 2})

@@ -24,7 +24,7 @@ from finetune_strategies.models import llama_configs
 from finetune_strategies.profiles import examples
 from finetune_strategies.scratch import empty_folder
 from finetune_strategies.tokenizers import TokenizerKind, tokenizer_folder, tokenizer_kinds
-from properties.tiny_llamas import open_model
+from support.tiny_llamas import open_model
 
 LLAMA = {
     "model_type": "llama",

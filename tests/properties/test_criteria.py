@@ -13,7 +13,7 @@ from finetune.criteria.judge import judge, overall
 from finetune.criteria.validator import TrainingSuccessValidator as Validator
 from finetune.errors import EvidenceError
 from finetune.records import Outcome, Reload, Verdict
-from properties.evidence_of_a_run import ADAPTER, COUNT, FROZEN, altered, healthy, measure, scores, verdicts_on
+from support.evidence import ADAPTER, COUNT, FROZEN, altered, healthy, measure, scores, verdicts_on
 
 NOT_FINITE = (math.nan, math.inf, -math.inf)
 RANK = {"broken": 0, "undecided": 1, "holds": 2}

@@ -19,7 +19,7 @@ from finetune.verify.suite.modelfile_reader import read_modelfile
 from finetune_strategies.conversations import conversations, texts
 from finetune_strategies.profiles import examples
 from finetune_strategies.templates import BOS, CONTROL_TOKENS, EOS, TemplateCase, templates_with_conversations
-from properties.real_templates import REAL
+from support.real_templates import REAL
 
 pytestmark = pytest.mark.tools
 

@@ -13,8 +13,8 @@ from finetune.errors import FineTuneError
 from finetune.evidence import observe
 from finetune.train import fine_tune
 from finetune_strategies.tokenizers import KINDS
-from properties.silent_tracker import SilentTracker
-from properties.workplace import QUICK, make_data, make_model, quick_end
+from support.trackers import SilentTracker
+from support.workplace import QUICK, make_data, make_model, quick_end
 
 BASE: dict[str, Any] = {
     **QUICK,

@@ -25,8 +25,8 @@ from finetune.report.trends import draw_trends, score_groups
 from finetune.verify.sessions import commit_of, measured_scores
 from finetune_strategies.profiles import examples
 from finetune_strategies.scratch import empty_folder
-from properties.sample_run import sample_run
-from scenarios.recorded_scores import record_scores
+from support.recorded_scores import record_scores
+from support.sample_run import sample_run
 
 pytestmark = pytest.mark.tools
 

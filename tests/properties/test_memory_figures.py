@@ -18,7 +18,7 @@ from finetune.memory.kept import kept_by_torch
 from finetune.memory.kept_reference import kept_by_reference
 from finetune.memory.load import StepLoad, full_load
 from finetune.records import AdapterTarget
-from properties.transformer_shapes import Sizes
+from support.transformer_shapes import Sizes
 
 GOLDEN = Path(__file__).with_name("memory_figures.json")
 SIZES = {

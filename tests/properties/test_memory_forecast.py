@@ -21,7 +21,7 @@ from finetune.memory.load import StepLoad, full_load, load_of
 from finetune.models.locate import locate_model
 from finetune.models.shape import read_shape
 from finetune.records import AdapterTarget, Batch, Optimization, Tokenized
-from properties.transformer_shapes import Job, Sizes, jobs, sizes
+from support.transformer_shapes import Job, Sizes, jobs, sizes
 
 LLAMA = Sizes("llama", hidden=5, inner=7, heads=3, kv_heads=1, head_dim=2, layers=2, vocab=11)
 GPT2 = Sizes("gpt2", hidden=6, inner=13, heads=3, kv_heads=3, head_dim=2, layers=2, vocab=11, tied=True)

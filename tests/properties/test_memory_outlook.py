@@ -17,7 +17,7 @@ from finetune.memory.framework import FRAMEWORKS
 from finetune.memory.load import StepLoad, full_load
 from finetune.memory.outlook import FULL, LORA, foresee, outlook_notes, outlook_values
 from finetune.records import AdapterTarget
-from properties.transformer_shapes import Job, Sizes, jobs
+from support.transformer_shapes import Job, Sizes, jobs
 
 GIB = 1024**3
 SMALL = Sizes("llama", hidden=47, inner=101, heads=6, kv_heads=2, head_dim=10, layers=3, vocab=997)

@@ -20,8 +20,8 @@ from finetune.models.shape import weight_files
 from finetune.records import AdapterTarget
 from finetune_strategies.profiles import examples
 from finetune_strategies.scratch import empty_folder
-from properties.tiny_llamas import open_model
-from properties.workplace import make_model
+from support.tiny_llamas import open_model
+from support.workplace import make_model
 
 TARGET = AdapterTarget(2, 3.0, 0.0, ("a", "b"))
 STORED = ("F64", "F32", "F16", "BF16")

@@ -18,7 +18,7 @@ from finetune_strategies.adapters import AdaptedModel, adapted_models
 from finetune_strategies.datasets import seeds, token_rows
 from finetune_strategies.models import llama_configs, shape_of_config
 from finetune_strategies.profiles import examples
-from properties.tiny_llamas import BATCH, CONFIG, DROPPING, LINEAR, ROWS, TARGET, VOCAB, adapted, step, tiny
+from support.tiny_llamas import BATCH, CONFIG, DROPPING, LINEAR, ROWS, TARGET, VOCAB, adapted, step, tiny
 
 FEW = examples(1 / 3)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from properties.tiny_llamas import BATCH, DROPPING, LINEAR, adapted
+from support.tiny_llamas import BATCH, DROPPING, LINEAR, adapted
 
 
 @pytest.mark.parametrize("layer", LINEAR)

@@ -16,7 +16,7 @@ from finetune.backends import open_backend
 from finetune.errors import EvidenceError, ModelError, RefusedError, TrainingError
 from finetune.evidence.reload import check_reload
 from finetune.records import AdapterTarget, Optimization
-from properties.tiny_llamas import BATCH, CONFIG, DROPPING, LINEAR, ROWS, TARGET, adapted, open_model, step, tiny
+from support.tiny_llamas import BATCH, CONFIG, DROPPING, LINEAR, ROWS, TARGET, adapted, open_model, step, tiny
 
 WEIGHTS = "adapter_model.safetensors"
 

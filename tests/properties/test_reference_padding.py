@@ -3,7 +3,7 @@
 import pytest
 
 from finetune.records import Batch, Tokenized
-from properties.tiny_llamas import ROWS, VOCAB, tiny
+from support.tiny_llamas import ROWS, VOCAB, tiny
 
 PAD = 96
 

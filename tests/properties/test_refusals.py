@@ -42,7 +42,7 @@ from finetune.training.loop import LoopPlan, mean_loss, train
 from finetune.training.packing_check import check_packing
 from finetune.training.prepare import adapter_target
 from finetune_strategies.tokenizers import KINDS, tokenizer_folder
-from properties.toy_session import ToySession
+from support.toy_session import ToySession
 
 GOLDEN = Path(__file__).with_name("refusals.txt")
 Case = Callable[[Path], Any]

@@ -14,8 +14,8 @@ from finetune.evidence.observe import observe
 from finetune.evidence.reopen import reopen, talker
 from finetune.records import Conversation, Message
 from finetune.train import fine_tune
-from properties.tiny_llamas import open_model
-from properties.workplace import make_data, make_model, quick_end, settings
+from support.tiny_llamas import open_model
+from support.workplace import make_data, make_model, quick_end, settings
 
 
 @pytest.fixture(scope="module")

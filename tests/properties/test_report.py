@@ -25,7 +25,7 @@ from finetune.intervals import wilson_interval
 from finetune.report import build_report, print_report, render_html
 from finetune.report.numbers import say_number, visible
 from finetune_strategies.profiles import examples
-from properties.sample_run import sample_run
+from support.sample_run import sample_run
 
 pytestmark = pytest.mark.tools
 
@@ -206,7 +206,7 @@ def test_page_of_the_same_run_is_the_same_bytes() -> None:
     here = page_of_one()
     assert render_html([sample_run()]) == here
     script = (
-        "import hashlib; from finetune.report import render_html; from properties.sample_run import sample_run;"
+        "import hashlib; from finetune.report import render_html; from support.sample_run import sample_run;"
         "print(hashlib.sha256(render_html([sample_run()]).encode()).hexdigest())"
     )
     root = Path(__file__).parents[2]

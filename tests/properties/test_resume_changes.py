@@ -17,8 +17,8 @@ from finetune.events import CheckpointSaved, Event, RunResumed
 from finetune.evidence import record
 from finetune.run.folder import RunFolder
 from finetune.train import fine_tune
-from properties.disks import everything_below
-from properties.workplace import make_data, make_model, quick_end, settings
+from support.disks import everything_below
+from support.workplace import make_data, make_model, quick_end, settings
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"

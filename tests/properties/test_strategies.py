@@ -46,6 +46,7 @@ from finetune_strategies.datasets import (
     seeds,
     token_rows,
 )
+from finetune_strategies.drawing import drawn, simplest
 from finetune_strategies.faults import (
     DiskFull,
     FileFault,
@@ -64,7 +65,6 @@ from finetune_strategies.models import Config, gpt2_configs, llama_configs, mode
 from finetune_strategies.profiles import examples
 from finetune_strategies.registration import STRATEGIES, strategy_for
 from finetune_strategies.scratch import empty_folder
-from properties.drawing import drawn, simplest
 
 SIZES = {"a.bin": 7, "b.bin": 1, "empty": 0}
 

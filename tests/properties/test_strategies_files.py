@@ -20,9 +20,9 @@ from finetune_strategies.damaged_files import (
     misshapen_files,
 )
 from finetune_strategies.data_files import BOM, GoodFile, good_files, good_lines, good_lists, good_tables
+from finetune_strategies.drawing import drawn, simplest
 from finetune_strategies.profiles import examples
-from properties.data_files import data_file
-from properties.drawing import drawn, simplest
+from support.data_files import data_file
 
 TRAITS = {
     "lines": 20,

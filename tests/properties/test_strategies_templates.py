@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from jinja2 import Environment
 
+from finetune_strategies.drawing import drawn, simplest
 from finetune_strategies.hostile_templates import ATTACKS, hostile_templates
 from finetune_strategies.templates import (
     BOS,
@@ -19,8 +20,7 @@ from finetune_strategies.templates import (
     templates_with_conversations,
     write_jinja,
 )
-from properties.drawing import drawn, simplest
-from properties.rendered_text import talk
+from support.rendered_text import talk
 
 VALUES = {
     "before": 5,

@@ -31,9 +31,9 @@ from finetune.train import fine_tune
 from finetune.training.loop import LoopPlan, steps_per_epoch, train
 from finetune_strategies.datasets import token_rows
 from finetune_strategies.profiles import examples
-from properties.crew import ThreadGroup, ThreadRank, good
-from properties.tiny_llamas import DROPPING, TARGET, make_rows, tiny
-from properties.workplace import make_data, make_model, quick_end, settings
+from support.thread_group import ThreadGroup, ThreadRank, good
+from support.tiny_llamas import DROPPING, TARGET, make_rows, tiny
+from support.workplace import make_data, make_model, quick_end, settings
 
 pytestmark = pytest.mark.tools
 

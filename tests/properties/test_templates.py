@@ -15,7 +15,7 @@ from finetune.errors import TemplateError
 from finetune.records import Conversation, Document, Message
 from finetune_strategies.conversations import conversations, texts
 from finetune_strategies.profiles import examples
-from properties.rendered_text import joined, stretches, talk
+from support.rendered_text import joined, stretches, talk
 
 CONTROL = (
     "<s>",

@@ -14,8 +14,8 @@ from finetune.errors import TemplateError
 from finetune.records import Conversation, Message
 from finetune_strategies.conversations import conversations, said
 from finetune_strategies.profiles import examples
-from properties.real_templates import FOLDER, REAL, RealTemplate
-from properties.rendered_text import stretches, talk
+from support.real_templates import FOLDER, REAL, RealTemplate
+from support.rendered_text import stretches, talk
 
 TALK = talk("user:Hi", "assistant:Hello", "user: Bye\n", "assistant:See you")
 WITH_SYSTEM = talk("system:Be kind.", "user:Hi", "assistant:Hello")

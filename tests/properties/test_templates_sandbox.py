@@ -26,7 +26,7 @@ from finetune_strategies.templates import (
     broken_templates,
     templates_with_conversations,
 )
-from properties.rendered_text import joined, stretches, talk
+from support.rendered_text import joined, stretches, talk
 
 TALK = talk("user:Hi", "assistant:Hello")
 SHOWN = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"

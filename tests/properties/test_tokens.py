@@ -16,7 +16,7 @@ from finetune.records import Conversation, Document, Message
 from finetune_strategies.conversations import LOOKS_LIKE_CONTROL, conversations, texts
 from finetune_strategies.profiles import examples
 from finetune_strategies.tokenizers import EOS, KINDS, TokenizerKind, tokenizer_folder, tokenizer_kinds
-from properties.encoders import (
+from support.encoders import (
     FIRST,
     FULL,
     NAMES,

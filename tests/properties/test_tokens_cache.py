@@ -14,7 +14,7 @@ from finetune.records import Conversation, Document, Rendered, Segment
 from finetune_strategies.conversations import conversations, texts
 from finetune_strategies.profiles import examples
 from finetune_strategies.tokenizers import KINDS, TokenizerKind
-from properties.encoders import FIRST, FULL, NAMES, talk, template_of, tokenizer_of
+from support.encoders import FIRST, FULL, NAMES, talk, template_of, tokenizer_of
 
 
 def rendered_rows() -> st.SearchStrategy[list[Rendered]]:

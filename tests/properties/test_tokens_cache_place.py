@@ -9,8 +9,8 @@ from finetune.chat.cache import cache_key
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.train import fine_tune
 from finetune_strategies.tokenizers import KINDS, TokenizerKind, tokenizer_folder
-from properties.encoders import talk, template_of, tokenizer_of
-from properties.workplace import make_data, make_model, quick_end, settings
+from support.encoders import talk, template_of, tokenizer_of
+from support.workplace import make_data, make_model, quick_end, settings
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

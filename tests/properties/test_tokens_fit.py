@@ -13,7 +13,7 @@ from finetune.records import Conversation, Document, Rendered
 from finetune_strategies.conversations import conversations, texts
 from finetune_strategies.profiles import examples
 from finetune_strategies.tokenizers import TokenizerKind
-from properties.encoders import FIRST, FULL, NAMES, control_ids, encoded, spelled, talk, template_of, tokenizer_of
+from support.encoders import FIRST, FULL, NAMES, control_ids, encoded, spelled, talk, template_of, tokenizer_of
 
 
 def rows_for_cutting() -> st.SearchStrategy[list[Conversation]]:

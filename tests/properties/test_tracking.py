@@ -37,8 +37,8 @@ from finetune.tracking.numbers import Digest
 from finetune.tracking.tracker import Tracked
 from finetune.train import fine_tune
 from finetune_strategies.profiles import examples
-from properties.silent_tracker import SilentTracker
-from properties.workplace import make_data, make_model, quick_end, settings
+from support.trackers import SilentTracker
+from support.workplace import make_data, make_model, quick_end, settings
 
 pytestmark = pytest.mark.tools
 

@@ -17,7 +17,7 @@ from finetune.records import Batch, Tokenized
 from finetune.training.loop import LoopPlan, mean_loss, steps_per_epoch, train
 from finetune.training.schedule import Schedule, learning_rate_at
 from finetune_strategies.datasets import token_rows
-from properties.toy_session import ToySession, row_names, targets_of
+from support.toy_session import ToySession, row_names, targets_of
 
 SCHEDULES = get_args(Schedule)
 NOT_FINITE = (math.nan, math.inf, -math.inf)

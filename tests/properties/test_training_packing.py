@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from finetune.errors import TrainingError
 from finetune.records import Batch
 from finetune.training.packing_check import check_packing
-from properties.tiny_llamas import ROWS, adapted
+from support.tiny_llamas import ROWS, adapted
 
 PACKED = Batch(ROWS[:4], (4,))
 

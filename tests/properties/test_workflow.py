@@ -25,8 +25,8 @@ from finetune.run.folder import RunFolder
 from finetune.train import fine_tune
 from finetune_strategies.profiles import examples
 from finetune_strategies.tokenizers import KINDS
-from properties.disks import everything_below, full_after
-from properties.workplace import make_data, make_model, quick_end, settings
+from support.disks import everything_below, full_after
+from support.workplace import make_data, make_model, quick_end, settings
 
 ADAPTER = "adapter/adapter_model.safetensors"
 CRITERIA = {1: 4, 2: 4, 3: 3, 4: 3, 5: 3}

@@ -15,8 +15,8 @@ from finetune.evidence.reopen import compare, reopen, talker
 from finetune.models.shape import read_shape
 from finetune.records import Conversation, Message
 from finetune.train import fine_tune
-from properties.tiny_llamas import open_model
-from properties.workplace import make_data, make_model, quick_end, settings
+from support.tiny_llamas import open_model
+from support.workplace import make_data, make_model, quick_end, settings
 
 FULL = {"adapter__kind": "full", "adapter__rank": 8, "training__learning_rate": 0.05, "training__save_every": 2}
 

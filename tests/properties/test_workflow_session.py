@@ -18,7 +18,7 @@ from finetune.records import AdapterTarget, Batch, Optimization, Tokenized
 from finetune.train import fine_tune
 from finetune.training.schedule import learning_rate_at
 from finetune_strategies.profiles import examples
-from properties.workplace import make_data, make_model, quick_end, settings
+from support.workplace import make_data, make_model, quick_end, settings
 
 ROWS = 11
 VERBS = ("attach", "prepare_updates", "accumulate", "update", "loss", "generate")

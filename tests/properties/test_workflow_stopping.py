@@ -23,7 +23,7 @@ from finetune.train import fine_tune
 from finetune.training.schedule import learning_rate_at
 from finetune_strategies.profiles import examples
 from properties.test_stopping import lowest
-from properties.workplace import make_data, make_model, quick_end, settings
+from support.workplace import make_data, make_model, quick_end, settings
 
 ADAPTER = "adapter/adapter_model.safetensors"
 STEPS = 8

@@ -13,8 +13,7 @@ from finetune.records import Batch, ModelLocation, Optimization, Tokenized
 from finetune_strategies.adapters import AdaptedModel
 from finetune_strategies.datasets import token_rows
 from finetune_strategies.profiles import examples
-from scenarios.nearness import apart, check_gradients
-from scenarios.side_by_side import (
+from support.side_by_side import (
     GPT2S,
     LLAMAS,
     in_float64,
@@ -26,7 +25,8 @@ from scenarios.side_by_side import (
     torch,
     write_model,
 )
-from scenarios.tiny_models import make_rows
+from support.tiny_models import make_rows
+from support.tolerances import apart, check_gradients
 
 pytestmark = pytest.mark.tier2
 PROMPT = list(make_rows(6)[1].ids)

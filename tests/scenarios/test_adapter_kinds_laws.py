@@ -15,8 +15,8 @@ pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune
 from finetune.errors import ModelError  # noqa: E402
 from finetune.evidence.reload import check_reload  # noqa: E402
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Tokenized  # noqa: E402
-from scenarios import tiny_mlx, tiny_models  # noqa: E402
-from scenarios.tiny_models import MODULES, batches_of, make_rows, step  # noqa: E402
+from support import tiny_mlx, tiny_models  # noqa: E402
+from support.tiny_models import MODULES, batches_of, make_rows, step  # noqa: E402
 
 pytestmark = pytest.mark.tier2
 OPENERS: dict[str, Callable[..., Any]] = {"torch": tiny_models.open_session, "mlx": tiny_mlx.open_session}

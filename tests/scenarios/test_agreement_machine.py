@@ -26,9 +26,9 @@ from finetune.training.schedule import Schedule
 from finetune_strategies.adapters import AdaptedModel
 from finetune_strategies.datasets import Dealing, dealings, token_rows
 from finetune_strategies.profiles import examples
-from scenarios import side_by_side
-from scenarios.nearness import apart, check_gradients
-from scenarios.side_by_side import GPT2S, LLAMAS, labels, labels_by_hand, training_events, weights
+from support import side_by_side
+from support.side_by_side import GPT2S, LLAMAS, labels, labels_by_hand, training_events, weights
+from support.tolerances import apart, check_gradients
 
 pytestmark = pytest.mark.tier2
 CLOSE = 1e-4

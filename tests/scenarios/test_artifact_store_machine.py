@@ -15,7 +15,7 @@ from finetune.verify.deaths import Death
 from finetune.verify.stories import StoreScene
 from finetune.verify.subjects import Order
 from finetune_strategies.profiles import stories
-from scenarios.subjects import Storyteller, deaths
+from support.subjects import Storyteller, deaths
 
 pytestmark = pytest.mark.tier2
 CHANGES = 32

@@ -29,7 +29,7 @@ from finetune.export.result import open_result
 from finetune.records import ModelLocation
 from finetune.run.folder import RunFolder
 from finetune.serve.llama_server import LlamaServer
-from scenarios.tiny_runs import tiny_run
+from support.tiny_runs import tiny_run
 
 pytestmark = pytest.mark.tier2
 EXACT = ("merged", "mlx", "reference", "gguf-f32")

@@ -19,7 +19,7 @@ from finetune.verify.suite.trainer import Trainer
 from finetune.verify.suite.verdicts import LawResult
 
 SLEEPER = "import time; time.sleep(3600)"
-SCRIPT = Path(__file__).with_name("bad_subjects.py")
+SCRIPT = Path(__file__).parents[1] / "support" / "bad_subjects.py"
 VERDICTS = {
     "well": {},
     "hangs": {"door.loss": ("error", "did not answer within")},

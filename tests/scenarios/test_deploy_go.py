@@ -10,7 +10,7 @@ import pytest
 
 from finetune.serve.derive import SPACES, derive_template, drawn_conversations
 from finetune.serve.go_template import ExecutionError, GoTemplate, literal
-from properties.real_templates import REAL
+from support.real_templates import REAL
 
 pytestmark = pytest.mark.tier2
 PROGRAM = """

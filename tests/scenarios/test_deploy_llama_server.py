@@ -15,7 +15,7 @@ pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'fine
 
 from finetune.errors import DeploymentError
 from finetune.serve.llama_server import ServerTimeouts, llama_server
-from scenarios.served_models import shipped_gguf
+from support.served_models import shipped_gguf
 
 pytestmark = pytest.mark.tier2
 ASKED = [{"role": "user", "content": "What is 2 plus 2?"}]

@@ -20,7 +20,7 @@ from finetune.verify.ours_deploy import OursOnOllama
 from finetune.verify.subjects import Deploys, Ending, Serving
 from finetune_strategies.profiles import examples
 from finetune_strategies.scratch import lasting_folder
-from scenarios.ollama_stand_in import StandIn, Trouble
+from support.ollama_server import StandIn, Trouble
 
 pytestmark = pytest.mark.tier2
 PATIENCE = OllamaTimeouts(connect=5, silence=0.5, whole=0.5)

@@ -18,9 +18,9 @@ from finetune.errors import DeploymentError, OutputError, UsageError
 from finetune.serve.deploy import ollama_available
 from finetune.serve.ollama import Ollama, OllamaRecipe, OllamaTimeouts
 from finetune.serve.publish import Blob, check_free, place_model
-from scenarios import ollama_stand_in
-from scenarios.ollama_stand_in import StandIn, Trouble, running
-from scenarios.served_models import shipped_gguf
+from support import ollama_server
+from support.ollama_server import StandIn, Trouble, running
+from support.served_models import shipped_gguf
 
 pytestmark = pytest.mark.tier2
 TEMPLATE = "{{ range .Messages }}{{ .Role }}: {{ .Content }}\n{{ end }}assistant:"
@@ -141,8 +141,8 @@ def test_ollama_that_ends_before_its_last_word_has_failed(file: Path, monkeypatc
         client = Ollama(stand_in.address)
         digest = client.upload(file)
         client.create(NAME, file.name, digest, RECIPE)
-        whole = ollama_stand_in._lines
-        monkeypatch.setattr(ollama_stand_in, "_lines", lambda told: whole(told[:-1]))
+        whole = ollama_server._lines
+        monkeypatch.setattr(ollama_server, "_lines", lambda told: whole(told[:-1]))
         with pytest.raises(DeploymentError, match=r"did not say that .* was created: its last word was 'writing manif"):
             client.create(NAME, file.name, digest, RECIPE)
         with pytest.raises(DeploymentError, match="broke off in its answer"):

@@ -29,7 +29,7 @@ from finetune.serve.llama_server import LlamaServer, llama_server
 from finetune.serve.ollama import Ollama
 from finetune.verify.suite.modelfile_reader import read_modelfile
 from finetune_strategies.scratch import lasting_folder
-from scenarios.ollama_stand_in import Model, Spoken, StandIn, running
+from support.ollama_server import Model, Spoken, StandIn, running
 
 pytestmark = pytest.mark.tier2
 STAGES = ["template", "answers", "stop"]

@@ -19,7 +19,7 @@ from finetune.evidence.reopen import compare, reopen, talker
 from finetune.export.gguf_source import exportable_run
 from finetune.records import Batch, ModelLocation
 from finetune.train import fine_tune
-from scenarios.tiny_models import adapted, make_model, make_rows, step
+from support.tiny_models import adapted, make_model, make_rows, step
 
 pytestmark = pytest.mark.tier2
 ROWS = make_rows(7)

@@ -15,9 +15,9 @@ from finetune.events import StepDone
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
 from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune.training.loop import LoopPlan, train
-from scenarios.nearness import apart
-from scenarios.side_by_side import logits, torch, weights
-from scenarios.tiny_models import MODULES, NO_DROPOUT, make_model, make_rows, step
+from support.side_by_side import logits, torch, weights
+from support.tiny_models import MODULES, NO_DROPOUT, make_model, make_rows, step
+from support.tolerances import apart
 
 pytestmark = pytest.mark.tier2
 ROWS = make_rows(7)

@@ -29,9 +29,9 @@ from finetune.verify.subjects import Ending, Exports, Task
 from finetune.verify.training_life import content, spoil
 from finetune_strategies.profiles import examples
 from finetune_strategies.scratch import lasting_folder
-from properties.workplace import QUICK, make_data
-from scenarios.subjects import deaths
-from scenarios.tiny_runs import KINDS, tiny_model
+from support.subjects import deaths
+from support.tiny_runs import KINDS, tiny_model
+from support.workplace import QUICK, make_data
 
 pytestmark = pytest.mark.tier2
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")

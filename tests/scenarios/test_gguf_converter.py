@@ -18,7 +18,7 @@ from finetune.export.gguf import plan_whole
 from finetune.export.outtypes import Outtype
 from finetune.export.write import write_gguf
 from finetune_strategies.scratch import lasting_folder
-from scenarios.gguf_models import CONFIGS, exportable, give_tokenizer, make_model
+from support.gguf_models import CONFIGS, exportable, give_tokenizer, make_model
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(

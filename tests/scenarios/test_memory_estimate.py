@@ -21,7 +21,7 @@ from finetune.memory.load import StepLoad, full_load, load_of
 from finetune.models.locate import SHIPPED, locate_model
 from finetune.models.shape import read_shape
 from finetune.records import AdapterTarget, Batch, MemoryMeasure, ModelLocation, Optimization, Tokenized
-from scenarios.tiny_models import make_model, open_session
+from support.tiny_models import make_model, open_session
 
 TORCH = FRAMEWORKS["torch"]
 METHODS = ("lora", "full")

@@ -29,7 +29,7 @@ from finetune.export.merge import merge
 from finetune.export.merged_folder import merged_problems, plan_weights, write_merged, written_weights
 from finetune.export.model_files import ModelFiles
 from finetune.export.result import Result, open_result
-from scenarios.tiny_runs import KINDS, tiny_model, tiny_run
+from support.tiny_runs import KINDS, tiny_model, tiny_run
 
 pytestmark = pytest.mark.tier2
 FAMILIES = [kind for kind in KINDS if kind not in ("rank-stabilized", "dora on llama")]
@@ -155,7 +155,7 @@ def weights_in(folder: Path) -> list[Path]:
 
 def tiny_run_of_shards(place: Path, stored: Any) -> Path:
     """A run on a base of two files, its weights stored in this type."""
-    from scenarios.tiny_runs import tiny_model
+    from support.tiny_runs import tiny_model
 
     folder = tiny_model(place / "model", "llama")
     weights = {name: tensor.to(stored) for name, tensor in load_file(folder / "model.safetensors").items()}

@@ -17,9 +17,9 @@ from finetune_strategies.adapters import AdaptedModel, adapted_models
 from finetune_strategies.datasets import token_rows
 from finetune_strategies.models import llama_configs
 from finetune_strategies.profiles import examples
-from scenarios.nearness import apart, check_gradients
-from scenarios.tiny_mlx import gradients, logits_of, open_session, set_weights
-from scenarios.tiny_models import batches_of, make_rows
+from support.tiny_mlx import gradients, logits_of, open_session, set_weights
+from support.tiny_models import batches_of, make_rows
+from support.tolerances import apart, check_gradients
 
 pytestmark = pytest.mark.tier2
 ROWS = make_rows(7)

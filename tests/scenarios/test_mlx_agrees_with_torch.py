@@ -16,9 +16,9 @@ from finetune.backends import open_backend  # noqa: E402
 from finetune.models.locate import locate_model  # noqa: E402
 from finetune.models.shape import read_shape  # noqa: E402
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization  # noqa: E402
-from scenarios.nearness import apart  # noqa: E402
-from scenarios.tiny_mlx import IDS, gradients, logits_of, open_session, set_weights  # noqa: E402
-from scenarios.tiny_models import CONFIGS, NO_DROPOUT, batches_of, make_rows  # noqa: E402
+from support.tiny_mlx import IDS, gradients, logits_of, open_session, set_weights  # noqa: E402
+from support.tiny_models import CONFIGS, NO_DROPOUT, batches_of, make_rows  # noqa: E402
+from support.tolerances import apart  # noqa: E402
 
 pytestmark = pytest.mark.tier2
 ROWS = make_rows(7)

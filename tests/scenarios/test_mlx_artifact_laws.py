@@ -15,7 +15,7 @@ from finetune.errors import EvidenceError, ModelError, RefusedError, TrainingErr
 from finetune.evidence.reload import check_reload
 from finetune.records import Batch, ModelLocation
 from finetune_strategies.profiles import examples
-from scenarios.tiny_mlx import (
+from support.tiny_mlx import (
     adapted,
     changed_settings,
     damaged_tensors,
@@ -26,7 +26,7 @@ from scenarios.tiny_mlx import (
     make_model,
     open_session,
 )
-from scenarios.tiny_models import (
+from support.tiny_models import (
     CONTEXT,
     VOCAB,
     adapter_bytes,

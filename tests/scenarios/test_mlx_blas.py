@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scenarios.tiny_mlx import mx
+from support.tiny_mlx import mx
 
 pytestmark = [
     pytest.mark.tier2,

@@ -16,7 +16,7 @@ from finetune.events import StepDone
 from finetune.records import Batch, ModelLocation, Optimization, Tokenized
 from finetune.training.loop import LoopPlan, train
 from finetune_strategies.profiles import examples
-from scenarios.tiny_mlx import (
+from support.tiny_mlx import (
     accumulated,
     adapted,
     close,
@@ -28,7 +28,7 @@ from scenarios.tiny_mlx import (
     shake,
     weights,
 )
-from scenarios.tiny_models import VOCAB, adapter_bytes, batches_of, make_rows, step, target_of, train_a_little
+from support.tiny_models import VOCAB, adapter_bytes, batches_of, make_rows, step, target_of, train_a_little
 
 pytestmark = pytest.mark.tier2
 ROWS = make_rows(7)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from finetune.errors import ModelError
 from finetune.records import AdapterTarget, ModelLocation
 from finetune_strategies.profiles import examples
-from scenarios.tiny_mlx import (
+from support.tiny_mlx import (
     adapted,
     changed_settings,
     damaged_tensors,
@@ -23,7 +23,7 @@ from scenarios.tiny_mlx import (
     open_session,
     shake,
 )
-from scenarios.tiny_models import target_of, train_a_little
+from support.tiny_models import target_of, train_a_little
 
 pytestmark = pytest.mark.tier2
 KINDS = ("llama", "gpt2")

@@ -9,8 +9,8 @@ import pytest
 from finetune.errors import OutOfMemoryError
 from finetune.evidence.memory import measure_framework, measure_memory
 from finetune.records import Batch, ModelLocation
-from scenarios.tiny_mlx import adapted, make_model, mx
-from scenarios.tiny_models import VOCAB, make_rows, target_of
+from support.tiny_mlx import adapted, make_model, mx
+from support.tiny_models import VOCAB, make_rows, target_of
 
 pytestmark = pytest.mark.tier2
 ROWS = make_rows(7)

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from finetune.backends import open_backend
 from finetune.errors import ModelError
 from finetune.records import ModelLocation
-from scenarios.tiny_mlx import (
+from support.tiny_mlx import (
     IDS,
     adapted,
     changed_settings,
@@ -27,7 +27,7 @@ from scenarios.tiny_mlx import (
     shake,
     weights,
 )
-from scenarios.tiny_models import (
+from support.tiny_models import (
     CONFIGS,
     CONTEXT,
     target_of,

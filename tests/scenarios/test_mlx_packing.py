@@ -11,8 +11,8 @@ from finetune.errors import TrainingError
 from finetune.records import Batch
 from finetune.training.packing_check import check_packing
 from finetune_strategies.profiles import examples
-from scenarios.tiny_mlx import accumulated, adapted, close, make_model, open_session
-from scenarios.tiny_models import make_rows, train_a_little
+from support.tiny_mlx import accumulated, adapted, close, make_model, open_session
+from support.tiny_models import make_rows, train_a_little
 
 pytestmark = pytest.mark.tier2
 ROWS = make_rows(7)

@@ -17,7 +17,7 @@ from finetune.memory.estimate import weight_bytes
 from finetune.models.quantize import kept_in_full, quantize_shape
 from finetune.models.shape import read_shape
 from finetune.records import AdapterTarget, Batch, ModelLocation, Quantization
-from scenarios.tiny_mlx import (
+from support.tiny_mlx import (
     accumulated,
     adapted,
     changed_settings,
@@ -33,7 +33,7 @@ from scenarios.tiny_mlx import (
     shake,
     weights,
 )
-from scenarios.tiny_models import (
+from support.tiny_models import (
     CONTEXT,
     MODULES,
     adapter_bytes,

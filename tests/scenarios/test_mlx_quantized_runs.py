@@ -17,9 +17,9 @@ from finetune.evidence.reopen import compare, reopen, talker
 from finetune.records import ModelLocation, Quantization
 from finetune.run.folder import RunFolder
 from finetune_strategies.tokenizers import KINDS, tokenizer_folder
-from properties.workplace import LLAMA, QUICK, make_data
 from scenarios.test_mlx_quantized import convert
-from scenarios.tiny_mlx import open_session
+from support.tiny_mlx import open_session
+from support.workplace import LLAMA, QUICK, make_data
 
 pytestmark = pytest.mark.tier2
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}

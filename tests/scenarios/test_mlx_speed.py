@@ -8,8 +8,8 @@ import pytest
 
 from finetune.backends.mlx import layers
 from finetune.records import Batch
-from scenarios.tiny_mlx import adapted, make_model
-from scenarios.tiny_models import batches_of, make_rows, step, target_of
+from support.tiny_mlx import adapted, make_model
+from support.tiny_models import batches_of, make_rows, step, target_of
 
 pytestmark = pytest.mark.tier2
 STEPS = 30

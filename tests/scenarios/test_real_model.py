@@ -12,7 +12,7 @@ from finetune.config import load_config
 from finetune.errors import ModelError
 from finetune.memory.scale import available_memory, scale_to_memory
 from finetune.models.locate import SHIPPED, locate_model
-from scenarios.recorded_scores import record_scores
+from support.recorded_scores import record_scores
 
 pytestmark = [
     pytest.mark.tier2,

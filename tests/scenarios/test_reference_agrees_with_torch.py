@@ -26,8 +26,8 @@ from finetune.chat.tokenizer import FileTokenizer  # noqa: E402
 from finetune.models.locate import locate_model  # noqa: E402
 from finetune.models.shape import read_shape  # noqa: E402
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Tokenized  # noqa: E402
-from scenarios.nearness import apart  # noqa: E402
-from scenarios.tiny_models import CONFIGS, VOCAB, batches_of, make_model, make_rows  # noqa: E402
+from support.tiny_models import CONFIGS, VOCAB, batches_of, make_model, make_rows  # noqa: E402
+from support.tolerances import apart  # noqa: E402
 
 pytestmark = pytest.mark.tier2
 IDS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

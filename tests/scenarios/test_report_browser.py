@@ -7,8 +7,8 @@ import pytest
 
 from finetune.report import render_html
 from finetune.report.history_views import render_history
-from properties.sample_run import sample_run
 from properties.test_history import entry
+from support.sample_run import sample_run
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

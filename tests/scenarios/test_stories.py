@@ -23,10 +23,10 @@ from finetune.verify.stories import StageFinding, Story, TrainingScene, load_sto
 from finetune.verify.theatre import StoryResult
 from finetune.verify.training_stages import Resume, SpoilCheckpoint
 from finetune_strategies.profiles import examples
-from scenarios import liars
-from scenarios.subjects import KEPT, Storyteller, theatre
 from scenarios.test_artifact_store_machine import ArtifactStore
 from scenarios.test_training_life_machine import HURRIED, TrainingLife
+from support import faulty_trainers
+from support.subjects import KEPT, Storyteller, theatre
 
 pytestmark = pytest.mark.tier2
 SMALL = TaskRecipe(
@@ -74,7 +74,7 @@ STORE_LIES = ("SortsByName", "LosesTheBest")
 
 
 def named(liar: str) -> str:
-    return f"{liars.__name__}:{liar}"
+    return f"{faulty_trainers.__name__}:{liar}"
 
 
 def first_broken(liar: str, acts: Iterator[tuple[Stage, ...]]) -> tuple[Story, StoryResult]:

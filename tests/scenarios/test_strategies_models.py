@@ -15,7 +15,7 @@ from finetune.records import Batch, ModelLocation, Optimization
 from finetune_strategies.adapters import AdaptedModel, adapted_layers, adapted_models
 from finetune_strategies.models import model_configs
 from finetune_strategies.profiles import examples
-from properties.tiny_llamas import VOCAB, make_rows
+from support.tiny_llamas import VOCAB, make_rows
 
 pytestmark = pytest.mark.tier2
 

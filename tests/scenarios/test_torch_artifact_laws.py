@@ -21,7 +21,7 @@ from finetune.errors import EvidenceError, ModelError, RefusedError  # noqa: E40
 from finetune.evidence.reload import check_reload  # noqa: E402
 from finetune.records import ModelLocation  # noqa: E402
 from finetune_strategies.profiles import examples  # noqa: E402
-from scenarios.tiny_models import (  # noqa: E402
+from support.tiny_models import (  # noqa: E402
     CONTEXT,
     VOCAB,
     adapted,

@@ -22,7 +22,7 @@ from finetune.models.shape import read_shape  # noqa: E402
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Tokenized  # noqa: E402
 from finetune.training.loop import LoopPlan, train  # noqa: E402
 from finetune_strategies.profiles import examples  # noqa: E402
-from scenarios.tiny_models import (  # noqa: E402
+from support.tiny_models import (  # noqa: E402
     NO_DROPOUT,
     VOCAB,
     adapted,

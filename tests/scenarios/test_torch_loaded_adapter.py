@@ -9,7 +9,7 @@ pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune
 
 from finetune.errors import TrainingError
 from finetune.records import Batch
-from scenarios.tiny_models import adapted, make_model, make_rows, open_session, train_a_little
+from support.tiny_models import adapted, make_model, make_rows, open_session, train_a_little
 
 pytestmark = pytest.mark.tier2
 

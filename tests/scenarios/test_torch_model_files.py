@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from finetune.errors import ModelError
 from finetune.evidence.reload import check_reload
 from finetune.records import ModelLocation
-from scenarios.tiny_models import adapted, adapter_bytes, make_model, open_session
+from support.tiny_models import adapted, adapter_bytes, make_model, open_session
 
 pytestmark = pytest.mark.tier2
 OWN_CODE = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}

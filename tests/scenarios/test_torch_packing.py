@@ -16,7 +16,7 @@ from finetune.errors import TrainingError  # noqa: E402
 from finetune.records import Batch, ModelLocation  # noqa: E402
 from finetune.training.packing_check import check_packing  # noqa: E402
 from finetune_strategies.profiles import examples  # noqa: E402
-from scenarios.tiny_models import (  # noqa: E402
+from support.tiny_models import (  # noqa: E402
     NO_DROPOUT,
     VOCAB,
     adapted,

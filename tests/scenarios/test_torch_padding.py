@@ -8,7 +8,7 @@ pytest.importorskip("torch", reason="needs the torch extra: pip install 'finetun
 pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
 
 from finetune.records import Batch, Tokenized
-from scenarios.tiny_models import NO_DROPOUT, VOCAB, make_model, make_rows, open_session
+from support.tiny_models import NO_DROPOUT, VOCAB, make_model, make_rows, open_session
 
 pytestmark = pytest.mark.tier2
 PAD = VOCAB - 1

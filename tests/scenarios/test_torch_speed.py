@@ -16,7 +16,7 @@ from finetune.backends.torch import head_loss  # noqa: E402
 from finetune.backends.torch.lora_linear import FoldedLinear, fold_adapters  # noqa: E402
 from finetune.records import Batch, ModelLocation  # noqa: E402
 from finetune_strategies.profiles import examples  # noqa: E402
-from scenarios.tiny_models import (  # noqa: E402
+from support.tiny_models import (  # noqa: E402
     CONTEXT,
     MODULES,
     NO_DROPOUT,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from properties.workplace import QUICK, make_data, make_model
+from support.workplace import QUICK, make_data, make_model
 
 STEPS = 6
 HOW = "pip install 'finetune-suite[{}]'"

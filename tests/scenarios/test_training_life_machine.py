@@ -28,7 +28,7 @@ from finetune.verify.training_stages import (
     SpoilResult,
 )
 from finetune_strategies.profiles import stories
-from scenarios.subjects import TASKS, Storyteller, deaths, theatre, training
+from support.subjects import TASKS, Storyteller, deaths, theatre, training
 
 pytestmark = pytest.mark.tier2
 PLACES = st.integers(0, 4_000)

@@ -28,7 +28,7 @@ def plant(owner: Any, name: str, fault: Any) -> None:
 class ForgetsMoments(FaultyTrainer):
     """mlx-lm #97: resumes with the weights alone; the optimizer's averages begin anew."""
 
-    program: ClassVar = "scenarios.liars:forget_moments"
+    program: ClassVar = "support.faulty_trainers:forget_moments"
 
 
 def forget_moments() -> None:
@@ -46,7 +46,7 @@ def forget_moments() -> None:
 class ForgetsDice(FaultyTrainer):
     """transformers #35782: the random state is not restored, so that dropout draws other masks."""
 
-    program: ClassVar = "scenarios.liars:forget_dice"
+    program: ClassVar = "support.faulty_trainers:forget_dice"
 
 
 def forget_dice() -> None:
@@ -64,7 +64,7 @@ def forget_dice() -> None:
 class ForgetsOrder(FaultyTrainer):
     """transformers #40691: a resumed run deals the rows out as in the first epoch."""
 
-    program: ClassVar = "scenarios.liars:forget_order"
+    program: ClassVar = "support.faulty_trainers:forget_order"
 
 
 def forget_order() -> None:
@@ -81,7 +81,7 @@ def forget_order() -> None:
 class GoesOnFromOlder(FaultyTrainer):
     """Goes on from the checkpoint before the newest."""
 
-    program: ClassVar = "scenarios.liars:go_on_from_older"
+    program: ClassVar = "support.faulty_trainers:go_on_from_older"
 
 
 def go_on_from_older() -> None:
@@ -93,7 +93,7 @@ def go_on_from_older() -> None:
 class ReportsTooEarly(FaultyTrainer):
     """transformers #29059: a checkpoint's folder has its name before its files are on the disk."""
 
-    program: ClassVar = "scenarios.liars:report_too_early"
+    program: ClassVar = "support.faulty_trainers:report_too_early"
 
 
 def report_too_early() -> None:
@@ -110,7 +110,7 @@ def report_too_early() -> None:
 class RemovesFirst(FaultyTrainer):
     """Makes room for a new checkpoint by removing the old ones before the new one is there."""
 
-    program: ClassVar = "scenarios.liars:remove_first"
+    program: ClassVar = "support.faulty_trainers:remove_first"
 
 
 def remove_first() -> None:
@@ -129,7 +129,7 @@ def remove_first() -> None:
 class TrustsDamage(FaultyTrainer):
     """Loads whatever a checkpoint holds, without a look at its hashes."""
 
-    program: ClassVar = "scenarios.liars:trust_damage"
+    program: ClassVar = "support.faulty_trainers:trust_damage"
 
 
 def trust_damage() -> None:
@@ -141,7 +141,7 @@ def trust_damage() -> None:
 class SortsByName(FaultyTrainer):
     """accelerate #1463: takes step 9 for newer than step 10 when it removes the oldest."""
 
-    keeper: ClassVar = "scenarios.liars:sort_by_name"
+    keeper: ClassVar = "support.faulty_trainers:sort_by_name"
 
 
 def sort_by_name() -> None:
@@ -153,7 +153,7 @@ def sort_by_name() -> None:
 class LosesTheBest(FaultyTrainer):
     """Keeps the newest checkpoints only, whatever was the best."""
 
-    keeper: ClassVar = "scenarios.liars:lose_the_best"
+    keeper: ClassVar = "support.faulty_trainers:lose_the_best"
 
 
 def lose_the_best() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from finetune.config import load_config
 from finetune.train import fine_tune
-from properties.workplace import QUICK, make_data, quick_end
-from scenarios.gguf_models import gpt2_like, make_model
+from support.gguf_models import gpt2_like, make_model
+from support.workplace import QUICK, make_data, quick_end
 
 TARGETS = ["q_proj", "k_proj", "down_proj"]
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {

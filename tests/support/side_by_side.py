@@ -18,8 +18,8 @@ from finetune.backends import open_backend  # noqa: E402
 from finetune.records import Batch, ModelLocation  # noqa: E402
 from finetune_strategies.adapters import AdaptedModel, varied_models  # noqa: E402
 from finetune_strategies.models import gpt2_configs, llama_configs  # noqa: E402
-from scenarios import tiny_mlx  # noqa: E402
-from scenarios.tiny_models import NO_DROPOUT  # noqa: E402
+from support import tiny_mlx  # noqa: E402
+from support.tiny_models import NO_DROPOUT  # noqa: E402
 
 LLAMAS = varied_models(llama_configs(vocab_size=97), dropouts=(0.0,))
 GPT2S = varied_models(

@@ -14,7 +14,7 @@ if find_spec("mlx") is None or find_spec("mlx_lm") is None:
 # Before anybody imports MLX itself: this is what makes it fast on Linux.
 from finetune.backends import open_backend
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Quantization
-from scenarios.tiny_models import CONFIGS, VOCAB, target_of
+from support.tiny_models import CONFIGS, VOCAB, target_of
 
 BACKEND: Any = open_backend("mlx")
 
