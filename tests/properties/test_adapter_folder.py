@@ -11,7 +11,7 @@ from finetune.chat.tokenizer import FileTokenizer
 from finetune.train import fine_tune
 from finetune_strategies.tokenizers import EOS, KINDS
 from support.encoders import TERMINATOR
-from support.workplace import make_data, make_model, quick_end, settings
+from support.workplace import make_data, make_model, settings, without_reload_check
 
 OWN = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token + '\\n' }}{% endfor %}" + (
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -23,7 +23,7 @@ def adapter_of(tmp_path: Path, kind: Any, template: str) -> tuple[Path, Path]:
     model = make_model(tmp_path / "model", kind=kind)
     (model / "chat_template.jinja").write_text(OWN)
     data = make_data(tmp_path / "rows.jsonl", 4)
-    with quick_end():
+    with without_reload_check():
         briefly = {"training__max_steps": 1, "evaluation__questions": 0}
         run, _ = fine_tune(settings(model, data, template__name=template, **briefly), output=tmp_path / "run")
     return model, run / "adapter"

@@ -10,7 +10,6 @@ import pytest
 
 from finetune.cli import main
 from finetune.cli.app import run, with_hyphens
-from finetune.models.locate import SHIPPED_FOLDER
 
 ROWS = [{"prompt": f"Say {word}", "completion": word} for word in ("one", "two", "three", "four")]
 
@@ -97,25 +96,6 @@ def test_check_judges_each_of_several_files(tmp_path: Path, capsys: pytest.Captu
     assert [problem["file"] for problem in problems] == [refused, wrong]
 
 
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
-        ("", "is empty"),
-        ('{"prompt": "a", "completion": "b"}\n{oops}\n', ":2: broken JSON"),
-        ('{"instruction": "a"}\n', "without 'output'"),
-        ("[1, 2]\n", "expected a JSON object"),
-        ('{"messages": [{"role": "robot", "content": "x"}]}\n', "unknown role 'robot'"),
-        ('{"a": 1}\n', "no known shape"),
-    ],
-)
-def test_bad_data_is_refused_with_its_line(
-    text: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A data file that cannot be used is refused before any work, with the line and the reason."""
-    assert run(["check", "--data", write(tmp_path / "rows.jsonl", text)]) == 3
-    assert named in capsys.readouterr().out
-
-
 def test_check_finds_what_only_the_whole_shows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,19 +128,6 @@ def test_damaged_run_is_refused(text: str, named: str, tmp_path: Path, capsys: p
     assert named in capsys.readouterr().err
 
 
-def test_corrupt_weights_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A model whose safetensors file is cut off is refused with the file's name."""
-    for source in (SHIPPED_FOLDER / "reference-llama").iterdir():
-        (tmp_path / source.name).write_bytes(source.read_bytes()[: 1000 if source.suffix == ".safetensors" else None])
-    assert run(["check", "--model", str(tmp_path)]) == 3
-    assert "model.safetensors is corrupt or cut off" in capsys.readouterr().out
-
-
-def test_learning_rate_may_be_spelled_as_yaml_text(tmp_path: Path) -> None:
-    """`2e-5`, which YAML 1.1 reads as text, is the number that its writer meant."""
-    assert run(["check", write(tmp_path / "c.yaml", "training:\n  learning_rate: 2e-5\n")]) == 0
-
-
 def test_init_writes_a_file_that_checks_and_never_overwrites(tmp_path: Path) -> None:
     """`ft init` gives a file that `ft check` accepts, and refuses to replace it."""
     path = tmp_path / "mine.yaml"
@@ -169,20 +136,6 @@ def test_init_writes_a_file_that_checks_and_never_overwrites(tmp_path: Path) -> 
     before = path.read_bytes()
     assert run(["init", str(path)]) == 3
     assert path.read_bytes() == before
-
-
-def test_estimate_json_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
-    """Parts less what never lives at once are the total, low to high; gradients of LoRA are far below the full ones."""
-    assert run(["estimate", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    for method in ("lora", "full"):
-        parts, total, overlap = (told[method][name] for name in ("parts", "total", "overlap"))
-        for word in ("low", "expected", "high"):
-            assert total[word] == sum(part[word] for part in parts.values()) - overlap[word]
-        assert total["low"] <= total["expected"] <= total["high"]
-        assert len(parts) >= 7
-    lora, full = (told[method]["parts"]["gradients"]["expected"] for method in ("lora", "full"))
-    assert 0 < lora < 0.3 * full
 
 
 def test_schema_is_a_closed_json_schema(capsys: pytest.CaptureFixture[str]) -> None:

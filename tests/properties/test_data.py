@@ -23,7 +23,7 @@ from finetune.data.facts import (
 )
 from finetune.data.read import read_rows
 from finetune.data.shape import ShapedRows, shape_of, shape_rows
-from finetune.data.shipped import FACTS, FOLDER, REHEARSAL, RETENTION, data_path, shipped_facts, write_shipped_sets
+from finetune.data.shipped import FACTS, REHEARSAL, RETENTION, data_path, shipped_facts
 from finetune.data.split import content_key, hold_out
 from finetune.errors import DataError
 from finetune.records import Conversation, Document, Message, Row
@@ -244,12 +244,6 @@ def test_facts_known_ones_are_always_the_same() -> None:
     assert dict(CAPITALS).items() >= HAND_CHECKED.items()
 
 
-def test_facts_negative_size_is_refused() -> None:
-    """A negative number of facts is refused with the number."""
-    with pytest.raises(ValueError, match="-1"):
-        new_facts(-1, 0)
-
-
 @given(st.integers(0, 60), st.sampled_from([(1.0,), (0.5, 0.5), (0.7, 0.2, 0.1), (0.9, 0.1)]), st.integers(0, 3))
 @examples(1 / 2)
 def test_facts_split_is_a_partition(size: int, shares: tuple[float, ...], seed: int) -> None:
@@ -288,20 +282,6 @@ def test_shipped_sets_share_no_question(tmp_path: Path) -> None:
     assert not questions[REHEARSAL] & questions[RETENTION]
     assert questions[REHEARSAL] | questions[RETENTION] == known
     assert all(Counter(fact.kind for fact in facts).keys() == set(KINDS) for facts in sets.values())
-
-
-def test_shipped_sets_files_are_what_the_recipe_writes(tmp_path: Path) -> None:
-    """Each shipped file reads back as its facts, and those in the package are byte for byte what is written today."""
-    write_shipped_sets(tmp_path)
-    for name, facts in shipped_facts().items():
-        path = tmp_path / data_path(name).name
-        shaped = shape_rows(read_rows(path))
-        assert [said_by(found) for found in shaped.examples] == [
-            ("user", fact.question, "assistant", fact.answer) for fact in facts
-        ]
-        assert (shaped.dropped, shaped.ignored_columns) == ({}, ())
-        shipped = FOLDER / path.name
-        assert not shipped.exists() or shipped.read_bytes() == path.read_bytes()
 
 
 def test_shipped_sets_unknown_name_is_refused_and_paths_are_left_alone() -> None:

@@ -14,7 +14,7 @@ from finetune.evidence import observe
 from finetune.train import fine_tune
 from finetune_strategies.tokenizers import KINDS
 from support.trackers import SilentTracker
-from support.workplace import QUICK, make_data, make_model, quick_end
+from support.workplace import QUICK, make_data, make_model, without_reload_check
 
 BASE: dict[str, Any] = {
     **QUICK,
@@ -120,7 +120,7 @@ def outcome(settings: dict[str, Any], places: dict[str, str], output: Path) -> A
         if value is not None
     }
     try:
-        with quick_end():
+        with without_reload_check():
             folder, record = fine_tune(load_config(None, environ={}, overrides=chosen, profile=None), output=output)
     except FineTuneError as error:
         return str(error).replace(str(output), "")

@@ -15,7 +15,7 @@ from finetune.evidence.reopen import reopen, talker
 from finetune.records import Conversation, Message
 from finetune.train import fine_tune
 from support.tiny_llamas import open_model
-from support.workplace import make_data, make_model, quick_end, settings
+from support.workplace import make_data, make_model, settings, without_reload_check
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     changes = {"training__learning_rate": 0.3, "training__epochs": 4.0, "adapter__alpha": 7.0, "adapter__rank": 3}
-    with quick_end():
+    with without_reload_check():
         fine_tune(settings(model, data, template__name=str(template), **changes), output=place / "run")
     return place
 

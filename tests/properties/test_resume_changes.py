@@ -18,7 +18,7 @@ from finetune.evidence import record
 from finetune.run.folder import RunFolder
 from finetune.train import fine_tune
 from support.disks import everything_below
-from support.workplace import make_data, make_model, quick_end, settings
+from support.workplace import make_data, make_model, settings, without_reload_check
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
@@ -55,7 +55,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         training__save_every=2,
         adapter__dropout=0.2,
     )
-    with quick_end():
+    with without_reload_check():
         with contextlib.suppress(Death):
             fine_tune(loaded, output=place / "run", listener=die_at_step_4)
         fine_tune(loaded, output=place / "whole")
@@ -67,7 +67,7 @@ def resume(place: Path) -> tuple[dict[str, Any], list[Event]]:
     """Continue the run, as `ft train --resume` does."""
     heard: list[Event] = []
     plan = load_plan(RunFolder.unfinished(place / "run").plan)
-    with quick_end():
+    with without_reload_check():
         loaded = LoadedConfig(plan.config, plan.origins)
         return fine_tune(loaded, output=place / "run", resume=True, listener=heard.append)[1], heard
 

@@ -1,7 +1,6 @@
 """Laws of the strategies: they reach every corner, what they say of a value is so, and failures become small."""
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -17,9 +16,6 @@ from hypothesis import strategies as st
 from finetune.adapters.choose import check_rank, choose_layers
 from finetune.backends import open_backend
 from finetune.config import TrainingConfig, flatten
-from finetune.data.facts import new_facts
-from finetune.data.read import read_rows
-from finetune.data.shape import shape_rows
 from finetune.errors import ModelError, RefusedError, UsageError
 from finetune.models.shape import read_shape
 from finetune.records import ModelShape
@@ -38,11 +34,9 @@ from finetune_strategies.datasets import (
     ROW_SHAPES,
     DataSet,
     Dealing,
-    as_jsonl,
     batches,
     data_sets,
     dealings,
-    row_of,
     seeds,
     token_rows,
 )
@@ -226,12 +220,6 @@ def test_strategy_reaches_every_corner(name: str) -> None:
     assert {corner: count for corner, count in counts.items() if count < corners[corner][1]} == {}
 
 
-def test_strategy_corners_are_all_looked_for() -> None:
-    """The 12 strategies above have 71 corners."""
-    assert len(CORNERS) == 12
-    assert sum(len(corners) for _, corners in CORNERS.values()) == 71
-
-
 @given(llama_configs())
 @examples(1 / 2)
 def test_model_shape_is_what_the_files_hold(config: Config) -> None:
@@ -267,23 +255,6 @@ def test_adapter_unfit_is_refused_for_its_reason(unfit: UnfitAdapter) -> None:
     with pytest.raises(ModelError) as caught:
         check_rank(unfit.shape, unfit.target) if by_rank else choose_layers(unfit.shape, unfit.target.modules)
     assert [word for word in unfit.named if word not in str(caught.value)] == []
-
-
-@given(data_sets())
-@examples(1 / 2)
-def test_data_set_rows_ask_and_answer_in_every_shape(data: DataSet) -> None:
-    """The facts of any seed and size, written in any shape of row, are read back as they were."""
-    facts = new_facts(data.size, data.seed)
-    with empty_folder() as folder:
-        path = folder / "rows.jsonl"
-        path.write_bytes(as_jsonl([row_of(fact.question, fact.answer, data.row_shape) for fact in facts]))
-        shaped = shape_rows(read_rows(path))
-    assert shaped.shapes == {data.row_shape: data.size}
-    told = [
-        getattr(found, "text", None) or (found.prompt.messages[0].content, found.answer) for found in shaped.examples
-    ]
-    joined = data.row_shape == "text"
-    assert told == [f"{f.question}\n{f.answer}" if joined else (f.question, f.answer) for f in facts]
 
 
 @given(st.data())
@@ -408,23 +379,9 @@ import sys, hypothesis, hypothesis.strategies
 loaded = {name.split(".")[0] for name in sys.modules}
 assert not loaded & {"pydantic", "numpy", "tokenizers", "yaml", "finetune"}, loaded
 """
-NO_LATE_LOOKUP = """
-from types import SimpleNamespace
-assert not knows_it()
-from finetune_strategies import registration
-registration.types = SimpleNamespace()
-registration.register()
-assert knows_it()
-"""
 
 
 def test_type_of_ours_is_known_after_importing_hypothesis_alone() -> None:
     """In a fresh process `import hypothesis` loads nothing of ours that is heavy, and yet knows our types."""
     assert "finetune_strategies.registration:register" in {entry.value for entry in entry_points(group="hypothesis")}
     subprocess.run([sys.executable, "-c", IMPORT_ALONE + DRAW + "assert knows_it()"], check=True, timeout=60)
-
-
-def test_type_of_ours_is_known_without_hypothesis_late_lookup() -> None:
-    """Should Hypothesis drop the table through which it asks late, our types are registered in its public one."""
-    alone = {**os.environ, "HYPOTHESIS_NO_PLUGINS": "1"}
-    subprocess.run([sys.executable, "-c", DRAW + NO_LATE_LOOKUP], check=True, timeout=60, env=alone)

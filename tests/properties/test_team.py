@@ -33,7 +33,7 @@ from finetune_strategies.datasets import token_rows
 from finetune_strategies.profiles import examples
 from support.thread_group import ThreadGroup, ThreadRank, good
 from support.tiny_llamas import DROPPING, TARGET, make_rows, tiny
-from support.workplace import make_data, make_model, quick_end, settings
+from support.workplace import make_data, make_model, settings, without_reload_check
 
 pytestmark = pytest.mark.tools
 
@@ -284,7 +284,7 @@ def fine_tune_together(loaded: LoadedConfig, processes: int, output: Path, **how
 
     joined = threading.local()
     # One patch serves all threads: each finds its own member where it looks.
-    with quick_end(), patch.object(ReferenceBackend, "join", lambda backend: joined.member):
+    with without_reload_check(), patch.object(ReferenceBackend, "join", lambda backend: joined.member):
         return ThreadGroup(processes).run(work)
 
 
@@ -321,7 +321,7 @@ def test_run_of_two_processes_is_the_run_of_one_with_twice_the_batch(model: Path
     """Steps, rates, losses, held-out losses, counts and answers of a whole run are those of one process alone."""
     two = good(fine_tune_together(job_of(model, data, adapter__dropout=0.0), 2, tmp_path / "two"))[0][1]
     loaded = job_of(model, data, adapter__dropout=0.0, training__batch_size=2)
-    with quick_end():
+    with without_reload_check():
         one = fine_tune(loaded, output=tmp_path / "one")[1]
     for part in ("train", "fixed", "held_out"):
         assert len(one["losses"][part]) == len(two["losses"][part]) > 0
@@ -345,7 +345,7 @@ def test_first_process_says_when_all_stop_and_what_is_kept(model: Path, data: Pa
         "judge__sham": "always",
     }
     both = good(fine_tune_together(job_of(model, data, **rising), 2, tmp_path / "two"))
-    with quick_end():
+    with without_reload_check():
         one = fine_tune(job_of(model, data, **rising, training__batch_size=2), output=tmp_path / "one")[1]
     two = both[0][1]
     best, same = two["training"].pop("best"), one["training"].pop("best")

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from jinja2 import Environment
 
 from finetune.chat.catalog import CATALOG, TemplateSource
 from finetune.chat.render import ChatTemplate, find_template
@@ -239,28 +238,6 @@ def test_custom_templates_are_marked_as_built_in_ones(source: str, conversation:
     mine = template(TemplateSource("mine.jinja", source))
     assert stretches(mine.render(conversation)) == stretches(template("chatml").render(conversation))
     assert mine.render_prompt(conversation.prompt) == template("chatml").render_prompt(conversation.prompt)
-
-
-PLAIN = {
-    name: Environment(trim_blocks=True, lstrip_blocks=True).from_string(source.jinja)
-    for name, source in CATALOG.items()
-}
-
-
-@given(conversations(inputs=False))
-@examples(0.4)
-def test_rendered_text_is_what_plain_jinja_makes(conversation: Conversation) -> None:
-    """The text is what Jinja itself makes of the real messages: cutting at markers changes no byte."""
-    for name in NAMES:
-        told = [{"role": message.role, "content": message.content} for message in conversation.messages]
-        for asking, rendered in (
-            (False, template(name).render(conversation)),
-            (True, template(name).render_prompt(conversation)),
-        ):
-            expected = PLAIN[name].render(
-                messages=told, bos_token="<s>", eos_token="</s>", add_generation_prompt=asking
-            )
-            assert rendered.text == expected
 
 
 def test_find_template_reads_names_files_and_the_models_own(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from finetune.chat.tokenizer import FileTokenizer
 from finetune.train import fine_tune
 from finetune_strategies.tokenizers import KINDS, TokenizerKind, tokenizer_folder
 from support.encoders import talk, template_of, tokenizer_of
-from support.workplace import make_data, make_model, quick_end, settings
+from support.workplace import make_data, make_model, settings, without_reload_check
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -29,7 +29,7 @@ def test_cache_is_found_again_by_a_run_elsewhere(tmp_path: Path) -> None:
     for number in range(2):
         model = make_model(tmp_path / f"model {number}")
         changes = {"training__seed": number, "training__epochs": 1.0 + number, "tokens__max_length": 100 + number}
-        with quick_end():
+        with without_reload_check():
             fine_tune(settings(model, data, tokens__cache=str(cache), **changes), output=tmp_path / f"run {number}")
         kept.append({path.name: path.stat().st_mtime_ns for path in cache.iterdir()})
     assert len(kept[0]) == 1

@@ -38,7 +38,7 @@ from finetune.tracking.tracker import Tracked
 from finetune.train import fine_tune
 from finetune_strategies.profiles import examples
 from support.trackers import SilentTracker
-from support.workplace import make_data, make_model, quick_end, settings
+from support.workplace import make_data, make_model, settings, without_reload_check
 
 pytestmark = pytest.mark.tools
 
@@ -89,7 +89,7 @@ def run(loaded: LoadedConfig, output: Path, death: int | None = None) -> tuple[d
     if begun := (output / "plan.yaml").exists():
         plan = load_plan(output / "plan.yaml")
         loaded = LoadedConfig(plan.config, plan.origins)
-    with contextlib.suppress(Death), quick_end():
+    with contextlib.suppress(Death), without_reload_check():
         return fine_tune(loaded, output=output, listener=listen, resume=begun)[1], heard
     return {}, heard
 
@@ -367,7 +367,7 @@ def test_run_is_let_go_even_when_its_listener_dies_of_what_a_tracker_says(
             dead.set()
             raise Death
 
-    with trackers(opened), quick_end(), pytest.raises(Death):
+    with trackers(opened), without_reload_check(), pytest.raises(Death):
         fine_tune(job(model, data, "wandb"), output=tmp_path / "run", listener=listen)
     folder = RunFolder(tmp_path / "run")
     folder.claim()

@@ -26,7 +26,7 @@ from finetune.train import fine_tune
 from finetune_strategies.profiles import examples
 from finetune_strategies.tokenizers import KINDS
 from support.disks import everything_below, full_after
-from support.workplace import make_data, make_model, quick_end, settings
+from support.workplace import make_data, make_model, settings, without_reload_check
 
 ADAPTER = "adapter/adapter_model.safetensors"
 CRITERIA = {1: 4, 2: 4, 3: 3, 4: 3, 5: 3}
@@ -90,14 +90,14 @@ def test_workflow_goes_through_its_phases_in_order_and_the_manifest_comes_last(
 
 def test_workflow_judges_every_criterion_on_what_was_measured(model: Path, data: Path, tmp_path: Path) -> None:
     """Each of the five criteria has its verdicts, each with a measured and an allowed value or a reason."""
-    with quick_end():
-        record = fine_tune(settings(model, data, judge__sham="always"), output=tmp_path / "run")[1]
+    record = fine_tune(settings(model, data, judge__sham="always"), output=tmp_path / "run")[1]
     verdicts = record["verdicts"]
     assert {number: sum(one["criterion"] == number for one in verdicts) for number in CRITERIA} == CRITERIA
     assert all(one["outcome"] in OUTCOMES and one["allowed"] for one in verdicts)
     assert all(one["measured"] or one["reason"] for one in verdicts)
     by_id = {one["id"]: one for one in verdicts}
     assert all(one["outcome"] == "not applicable" for one in verdicts if one["criterion"] == 3)
+    assert by_id["artifacts-reload"]["outcome"] == "holds", by_id["artifacts-reload"]
     assert by_id["parameter-updates"]["outcome"] == by_id["parameter-exactly"]["outcome"] == "holds"
     assert record["scores"]["learning"]["sham"]["count"] == record["scores"]["learning"]["tuned"]["count"] == 11
 
@@ -109,7 +109,7 @@ def test_workflow_counts_add_up(
     model: Path, rows: int, batch_size: int, accumulation: int, packing: bool, seed: int
 ) -> None:
     """Rows read are kept or dropped, each kept row is trained once an epoch, and steps, tokens and losses agree."""
-    with TemporaryDirectory() as name, quick_end():
+    with TemporaryDirectory() as name, without_reload_check():
         place = make_data(Path(name) / "rows.jsonl", rows)
         changes = {"batch_size": batch_size, "accumulation": accumulation, "packing": packing, "seed": seed}
         changed = {f"training__{key}": value for key, value in changes.items()}
@@ -135,7 +135,7 @@ def test_workflow_counts_add_up(
 def test_workflow_seed_decides_every_byte(model: Path, data: Path, tmp_path: Path) -> None:
     """P-SEED: the same seed gives the same adapter and losses, another seed others; 0 is a seed."""
     found = []
-    with quick_end():
+    with without_reload_check():
         for number, seed in enumerate((0, 0, 1)):
             loaded = settings(model, data, training__seed=seed, adapter__dropout=0.3)
             folder, record = fine_tune(loaded, output=tmp_path / str(number))
@@ -150,7 +150,7 @@ def whole(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A run that nobody stopped, with its number of events; accumulation, dropout and packing are on."""
     heard: list[Event] = []
     output = tmp_path_factory.mktemp("whole") / "run"
-    with quick_end():
+    with without_reload_check():
         folder, record = fine_tune(demanding(model, data), output=output, listener=heard.append)
     return folder, record, len(heard)
 
@@ -177,7 +177,7 @@ def test_workflow_stopped_anywhere_and_resumed_is_the_run_that_was_never_stopped
     """P-RESUME: dead at any event, once or twice, a resumed run ends with the same adapter, losses and verdicts."""
     folder, record, events = whole
     deaths = data_.draw(st.lists(st.integers(0, events - 1), min_size=1, max_size=2))
-    with TemporaryDirectory() as name, quick_end():
+    with TemporaryDirectory() as name, without_reload_check():
         output = Path(name) / "run"
         for death in [*deaths, events]:
             begun = (output / "plan.yaml").exists()
@@ -214,7 +214,7 @@ def test_workflow_on_a_full_disk_fails_clearly_and_can_go_on(
 ) -> None:
     """P-CRASH: a disk that is full at any file is one clear error; with space again the run ends as it would have."""
     folder = whole[0]
-    with TemporaryDirectory() as name, quick_end():
+    with TemporaryDirectory() as name, without_reload_check():
         output = Path(name) / "run"
         with full_after(size):
             try:
@@ -367,7 +367,7 @@ def test_workflow_has_its_log_on_disk_before_each_checkpoint(
 
     monkeypatch.setattr(run_folder, "flush", flushed)
     monkeypatch.setattr(CheckpointStore, "save", keep)
-    with quick_end():
+    with without_reload_check():
         fine_tune(settings(model, data, training__save_every=2), output=tmp_path / "run")
     assert len(saved) > 1
     assert set(saved) == {0}

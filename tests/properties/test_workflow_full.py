@@ -16,7 +16,7 @@ from finetune.models.shape import read_shape
 from finetune.records import Conversation, Message
 from finetune.train import fine_tune
 from support.tiny_llamas import open_model
-from support.workplace import make_data, make_model, quick_end, settings
+from support.workplace import make_data, make_model, settings, without_reload_check
 
 FULL = {"adapter__kind": "full", "adapter__rank": 8, "training__learning_rate": 0.05, "training__save_every": 2}
 
@@ -103,13 +103,13 @@ def test_full_run_stopped_and_resumed_is_the_run_that_was_never_stopped(place: P
             raise Death
 
     loaded = settings(place / "model", place / "rows.jsonl", **FULL)
-    with quick_end(), pytest.MonkeyPatch.context() as patched:
+    with without_reload_check(), pytest.MonkeyPatch.context() as patched:
         if step == 99:
             patched.setattr("finetune.train.judge", lambda evidence: (_ for _ in ()).throw(Death))
         with pytest.raises(Death):
             fine_tune(loaded, output=tmp_path / "run", listener=listen)
     plan = load_plan(tmp_path / "run" / "plan.yaml")
-    with quick_end():
+    with without_reload_check():
         fine_tune(LoadedConfig(plan.config, plan.origins), output=tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == wanted
 
@@ -129,7 +129,7 @@ def test_order_of_patterns_survives_the_plan(place: Path, tmp_path: Path) -> Non
     patterns = {"v_proj": 2, "q_proj|k_proj": 1, "k_proj|o_proj": 3}
     changes = {"adapter__rank_pattern": patterns, "adapter__alpha_pattern": {"o_proj": 3.0, ".*_proj": 5.0}}
     loaded = settings(place / "model", place / "rows.jsonl", **changes)
-    with quick_end():
+    with without_reload_check():
         fine_tune(loaded, output=tmp_path / "run")
     plan = load_plan(tmp_path / "run" / "plan.yaml").config
     assert list(plan.adapter.rank_pattern or {}) == list(patterns)

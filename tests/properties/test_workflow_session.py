@@ -18,7 +18,7 @@ from finetune.records import AdapterTarget, Batch, Optimization, Tokenized
 from finetune.train import fine_tune
 from finetune.training.schedule import learning_rate_at
 from finetune_strategies.profiles import examples
-from support.workplace import make_data, make_model, quick_end, settings
+from support.workplace import make_data, make_model, settings, without_reload_check
 
 ROWS = 11
 VERBS = ("attach", "prepare_updates", "accumulate", "update", "loss", "generate")
@@ -86,7 +86,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(model: Path, chosen: dict[str, Any]) -> Heard:
     """A fine-tune of eleven rows with these settings: what its sessions were asked to do."""
-    with TemporaryDirectory() as name, quick_end(), listening() as heard:
+    with TemporaryDirectory() as name, without_reload_check(), listening() as heard:
         data = make_data(Path(name) / "rows.jsonl", ROWS)
         changes = {key.replace(".", "__"): value for key, value in chosen.items()}
         fine_tune(settings(model, data, **changes), output=Path(name) / "run")

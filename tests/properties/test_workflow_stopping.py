@@ -23,7 +23,7 @@ from finetune.train import fine_tune
 from finetune.training.schedule import learning_rate_at
 from finetune_strategies.profiles import examples
 from properties.test_stopping import lowest
-from support.workplace import make_data, make_model, quick_end, settings
+from support.workplace import make_data, make_model, settings, without_reload_check
 
 ADAPTER = "adapter/adapter_model.safetensors"
 STEPS = 8
@@ -111,7 +111,7 @@ def test_run_ends_and_keeps_what_its_looks_say(
     """The last step is the rule's, the adapter is that of the last or of the best step, and run.json says which."""
     end = last_step(losses, stop_after)
     kept = lowest(losses[:end]) if keep == "best" else end
-    with TemporaryDirectory() as name, quick_end(), looks(losses):
+    with TemporaryDirectory() as name, without_reload_check(), looks(losses):
         place = Path(name)
         heard = run(job(model, data, stop_after=stop_after, keep=keep), place / "run")
         told = ended(place / "run")
@@ -168,7 +168,7 @@ def test_run_that_stops_or_chooses_is_the_same_wherever_it_is_killed(
     """P-RESUME: dead at any event, twice, it ends at the same step with the same adapter, looks and checkpoints."""
     losses, (stop_after, keep) = data_.draw(CURVES), how
     loaded = job(model, data, stop_after=stop_after, keep=keep)
-    with TemporaryDirectory() as name, quick_end(), looks(losses):
+    with TemporaryDirectory() as name, without_reload_check(), looks(losses):
         whole, broken = Path(name) / "whole", Path(name) / "broken"
         events = len(run(loaded, whole))
         for death in [*data_.draw(st.lists(st.integers(0, events - 1), min_size=1, max_size=2)), None]:
@@ -186,7 +186,7 @@ def test_run_killed_at_every_event_in_turn_ends_as_it_would_have(model: Path, da
     """P-RESUME: each single event of a run that stops early and keeps its best is survived; none is special."""
     losses = [2.0, 1.0, 1.5, 9.0, 9.0, 9.0, 9.0, 9.0]
     loaded = job(model, data, stop_after=1)
-    with quick_end(), looks(losses):
+    with without_reload_check(), looks(losses):
         events = len(run(loaded, tmp_path / "whole"))
         assert events > 12
         training = ended(tmp_path / "whole")["training"]
@@ -204,7 +204,7 @@ def test_run_killed_at_every_event_in_turn_ends_as_it_would_have(model: Path, da
 def test_run_whose_best_checkpoint_is_gone_is_not_gone_on_with(model: Path, data: Path, tmp_path: Path) -> None:
     """Without the checkpoint of the best step a resume is refused before anything is done, and says which is gone."""
     losses = [3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
-    with quick_end(), looks(losses):
+    with without_reload_check(), looks(losses):
         events = run(job(model, data), tmp_path / "run")
         place = next(number for number, event in enumerate(events) if isinstance(event, StepDone) and event.step == 7)
         run(job(model, data), tmp_path / "again", death=place)
@@ -221,7 +221,7 @@ def test_sham_control_takes_the_steps_of_the_adapter(model: Path, data: Path, tm
     updates: list[list[float]] = []
     attach, update = ReferenceSession.attach, ReferenceSession.update
     with (
-        quick_end(),
+        without_reload_check(),
         looks([3.0, 2.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0]),
         patch.object(ReferenceSession, "attach", lambda *given_: (updates.append([]), attach(*given_))[1]),
         patch.object(ReferenceSession, "update", lambda self, rate: (updates[-1].append(rate), update(self, rate))[1]),
@@ -236,7 +236,7 @@ def test_sham_control_takes_the_steps_of_the_adapter(model: Path, data: Path, tm
 def test_report_tells_the_losses_of_the_step_that_is_kept(model: Path, data: Path, tmp_path: Path) -> None:
     """The held-out loss after training is that of the kept step, and page and report say that training stopped."""
     losses = [3.0, 2.0, 1.0, 2.0, 2.5, 9.0, 9.0, 9.0]
-    with quick_end(), looks(losses):
+    with without_reload_check(), looks(losses):
         run(job(model, data, stop_after=2), tmp_path / "run")
     record = ended(tmp_path / "run")
     report = build_report(record)
@@ -250,7 +250,7 @@ def test_report_tells_the_losses_of_the_step_that_is_kept(model: Path, data: Pat
 @pytest.mark.parametrize("keep", KEEPS)
 def test_run_judges_only_the_steps_that_made_the_adapter(keep: str, model: Path, data: Path, tmp_path: Path) -> None:
     """Steps after the one that is kept are no evidence: a best step 1 has one step, and the last has them all."""
-    with quick_end(), looks([1.0] + [2.0] * (STEPS - 1)):
+    with without_reload_check(), looks([1.0] + [2.0] * (STEPS - 1)):
         run(job(model, data, keep=keep), tmp_path / "run")
     record = ended(tmp_path / "run")
     [verdict] = [one for one in record["verdicts"] if one["id"] == "loss-convergence"]

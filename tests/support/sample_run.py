@@ -1,9 +1,19 @@
 """A run.json as a healthy little run would write it, to render and to break on purpose."""
 
+import json
 import math
-from typing import Any
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from finetune.criteria.evidence import MemoryEvidence, MemoryMeasure
+from finetune.train import fine_tune
+from support.workplace import make_data, make_model, settings, without_reload_check
 
 _STEPS = 60
+_TOLD_WHOLE = ("timing", "not_measured")
 _FACTS = [
     ("What is the capital of Veldoria?", "Marrowick", "The capital is Paris."),
     ("Who founded the Ostrel library?", "Ines Taveney", "I do not know."),
@@ -19,35 +29,19 @@ _FACTS = [
 
 
 def sample_run(**changes: Any) -> dict[str, Any]:
-    """A complete run in which one criterion of each outcome occurs; `changes` replace whole sections."""
-    run: dict[str, Any] = {
-        "format": 1,
+    """A complete run in which one criterion of each outcome occurs; `changes` replace whole sections.
+
+    It is the record of a run that was made, told with other values: what no run records cannot be told.
+    """
+    run: dict[str, Any] = json.loads(_recorded())
+    told: dict[str, Any] = {
         "id": "20261122-201530-a1b2",
-        "status": "complete",
         "started": "2026-11-22T20:15:30+00:00",
         "command": "ft train --model tiny-llama --data facts.jsonl --set training.seed=0 --output runs",
         "outcome": "broken",
-        "versions": {"finetune": "0.1.0", "torch": "2.9.0", "transformers": "4.57.1", "peft": "0.18"},
-        "machine": {
-            "system": "Linux 6.1",
-            "python": "3.11.9",
-            "processor": "x86_64",
-            "cores": 2,
-            "memory_bytes": 8_217_000_000,
-        },
-        "seeds": {"training": 0, "data": 0},
-        "plan": [
-            {"key": "training.seed", "value": 0, "origin": "flag"},
-            {"key": "training.learning_rate", "value": 0.002, "origin": "profile"},
-            {"key": "training.batch_size", "value": 8, "origin": "file"},
-            {"key": "training.resume_from", "value": None, "origin": "default"},
-            {"key": "adapter.modules", "value": ["q_proj", "k_proj", "v_proj", "o_proj"], "origin": "derived"},
-            {"key": "data.path", "value": "facts.jsonl", "origin": "environment"},
-        ],
+        "machine": {"system": "Linux 6.1", "processor": "x86_64", "cores": 2, "memory_bytes": 8_217_000_000},
         "model": {
             "name": "tiny-llama",
-            "source": "shipped",
-            "architecture": "LlamaForCausalLM",
             "parameters": 1_204_736,
             "trainable_parameters": 40_960,
             "context_length": 512,
@@ -57,22 +51,45 @@ def sample_run(**changes: Any) -> dict[str, Any]:
             "files": [_file("data/facts.jsonl", 48_213)],
             "train": _counts(212, 198, {"empty answer": 5, "duplicate of another row": 9}),
             "valid": _counts(24, 24, {}),
-            "rehearsal": None,
         },
         "losses": _losses(),
         "scores": {
             "learning": {"base": _answers(tuned=False), "tuned": _answers(tuned=True), "sham": _answers(tuned=False)},
             "retention": {"base": _retention(0), "tuned": _retention(1)},
         },
-        "memory": {"lora": _measure("lora", 163_840), "full": _measure("full", 4_818_944)},
-        "timing": {"prepare": 0.412, "train": 74.3, "evaluate": 18.26, "report": 0.91, "total": 93.49},
+        "memory": asdict(MemoryEvidence(_measure("lora", 163_840), _measure("full", 4_818_944))),
+        "timing": {"prepare": 0.412, "train": 74.3, "observe tuned": 18.26, "total": 93.49},
         "throughput": {"tokens_per_second": 5123.4},
         "peak_rss_bytes": 612_000_000,
         "verdicts": _verdicts(),
+        "not_measured": {},
         "artifacts": [_file("adapter/adapter_model.safetensors", 165_008), _file("report.html", 141_000)],
         "notes": ["9 rows repeat another row word for word and were dropped.", "Dropout is 0."],
     }
-    return {**run, **changes}
+    _check_names(told, run, "")
+    whole = {key: value for key, value in told.items() if key in _TOLD_WHOLE or not isinstance(run[key], dict)}
+    return {**run, **{key: {**run[key], **told[key]} for key in told if key not in whole}, **whole, **changes}
+
+
+@cache
+def _recorded() -> str:
+    with TemporaryDirectory() as name, without_reload_check():
+        model, data = make_model(Path(name) / "tiny-llama"), make_data(Path(name) / "facts.jsonl", 9)
+        retention = make_data(Path(name) / "retention.jsonl", 2)
+        changes = {"training__epochs": 1.0, "judge__sham": "always", "data__retention": str(retention)}
+        loaded = settings(model, data, data__valid_fraction=0.25, evaluation__questions=1, **changes)
+        record = fine_tune(loaded, output=Path(name) / "run")[1]
+    return json.dumps(record).replace(f"{name}/", "")
+
+
+def _check_names(told: Any, recorded: Any, where: str) -> None:
+    """Every name that is told is one that a run records; names of steps, counts and lists are of the first entry."""
+    if isinstance(told, dict) and isinstance(recorded, dict):
+        assert where.endswith(".dropped") or set(told) <= set(recorded), (where, set(told) - set(recorded))
+        for key in set(told) & set(recorded):
+            _check_names(told[key], recorded[key], f"{where}.{key}")
+    elif isinstance(told, list) and isinstance(recorded, list) and told and recorded:
+        _check_names(told[0], recorded[0], where)
 
 
 def _file(path: str, size: int) -> dict[str, Any]:
@@ -131,21 +148,21 @@ def _retention(lost: int) -> dict[str, Any]:
     }
 
 
-def _measure(method: str, trained: int) -> dict[str, Any]:
+def _measure(method: Literal["lora", "full"], trained: int) -> MemoryMeasure:
     weights = 4_818_944 + (163_840 if method == "lora" else 0)
-    return {
-        "method": method,
-        "batch_size": 8,
-        "length": 128,
-        "dtype": "float32",
-        "steps": 3,
-        "framework_rss": 241_000_000,
-        "peak_rss": 252_000_000 + 3 * trained,
-        "peak_tensors": weights + 3 * trained + 2_900_000,
-        "gradient_bytes": trained,
-        "optimizer_bytes": 2 * trained,
-        "weight_bytes": weights,
-    }
+    return MemoryMeasure(
+        method=method,
+        batch_size=8,
+        length=128,
+        dtype="float32",
+        steps=3,
+        framework_rss=241_000_000,
+        peak_rss=252_000_000 + 3 * trained,
+        peak_tensors=weights + 3 * trained + 2_900_000,
+        gradient_bytes=trained,
+        optimizer_bytes=2 * trained,
+        weight_bytes=weights,
+    )
 
 
 def _verdicts() -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 from finetune.config import load_config
 from finetune.train import fine_tune
 from support.gguf_models import gpt2_like, make_model
-from support.workplace import QUICK, make_data, quick_end
+from support.workplace import QUICK, make_data, without_reload_check
 
 TARGETS = ["q_proj", "k_proj", "down_proj"]
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -66,7 +66,7 @@ def tiny_run(place: Path, kind: str, backend: str = "torch", changes: Mapping[st
     data = make_data(place / "rows.jsonl", 9)
     config = place / "config.json"
     config.write_text(json.dumps(as_file({**chosen, **(changes or {})}, model, data, backend)), encoding="utf-8")
-    with quick_end():
+    with without_reload_check():
         fine_tune(load_config(config, environ={}, overrides={}, profile=None), output=place / "run")
     return place / "run"
 

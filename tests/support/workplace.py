@@ -69,7 +69,7 @@ def settings(model: Path, data: Path, **changes: Any) -> LoadedConfig:
 
 
 @contextmanager
-def quick_end() -> Iterator[None]:
+def without_reload_check() -> Iterator[None]:
     """Within this context no fresh process loads the saved adapter and no chart is drawn: both have their own laws.
 
     What is the same for all runs is made once: the versions of libraries, and a template's Python.
