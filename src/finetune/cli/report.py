@@ -48,18 +48,14 @@ def command(runs: Runs = None, *, history: History = False, html: Page = None, j
 
 def _show_history(files: Sequence[Path], *, html: Path | None, json_output: bool) -> int:
     from finetune.files import write_text
-    from finetune.report.history import HISTORY, WRITTEN_BY, in_order, read_history
-    from finetune.report.history_views import print_history, render_history
+    from finetune.report.history import HISTORY, WRITTEN_BY, print_history, read_history, render_history
 
     files = files or [Path(HISTORY)]
-    read = [read_history(path) for path in files]
-    entries = in_order([entry for found, _ in read for entry in found])
-    problems = [problem for _, found in read for problem in found]
+    entries, problems = read_history(*files)
     for problem in problems:
         say(f"left out: {problem}")
     if not entries:
-        names = ", ".join(str(path) for path in files)
-        raise DataError(f"no session is told of in {names}", hint=WRITTEN_BY)
+        raise DataError(f"no recorded session in {', '.join(map(str, files))}", hint=WRITTEN_BY)
     if json_output:
         print_json({"entries": [entry.model_dump(mode="json") for entry in entries], "problems": problems})
     else:
