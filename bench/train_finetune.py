@@ -10,7 +10,7 @@ import job
 from finetune.backends import open_backend
 from finetune.data.batches import epoch_batches
 from finetune.events import StepDone
-from finetune.records import AdapterTarget, ModelLocation, Optimization, Tokenized
+from finetune.records import AdapterTarget, ModelLocation, Optimization, TokenizedRow
 from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune.training.loop import LoopPlan, train
 
@@ -20,7 +20,7 @@ SAVE_EVERY = 10
 def main() -> None:
     asked = job.arguments()
     task, steps = job.JOBS[asked.job], asked.steps
-    rows = [Tokenized(tuple(ids), (True,) * len(ids), f"row {index}") for index, ids in enumerate(task.rows())]
+    rows = [TokenizedRow(tuple(ids), (True,) * len(ids), f"row {index}") for index, ids in enumerate(task.rows())]
     session = open_backend(asked.backend).open(ModelLocation("bench", asked.model, "local"), "float32", pad_id=0)
     session.attach(AdapterTarget(job.RANK, job.ALPHA, 0.0, task.modules), seed=0)
     session.prepare_updates(Optimization(weight_decay=0.0, max_grad_norm=1.0))
@@ -41,7 +41,7 @@ def main() -> None:
     job.tell(asked.name, tokens, seconds, job.peak_rss(), [step.loss for step in done], saving=saving)
 
 
-def _batches(rows: list[Tokenized], size: int, epoch: int) -> list:
+def _batches(rows: list[TokenizedRow], size: int, epoch: int) -> list:
     return epoch_batches(rows, size, seed=0, epoch=epoch)
 
 

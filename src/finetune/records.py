@@ -1,6 +1,6 @@
 """The frozen values that flow from room to room.
 
-Row -> Conversation | Document -> Rendered -> Tokenized -> Batch -> Event... -> Scores -> Verdict
+Row -> Conversation | Document -> Rendered -> TokenizedRow -> Batch -> Event... -> Scores -> Verdict
 """
 
 import math
@@ -87,7 +87,7 @@ class Rendered:
 
 
 @dataclass(frozen=True, slots=True)
-class Tokenized:
+class TokenizedRow:
     """Token ids with one *trained* mark each; equal lengths."""
 
     ids: tuple[int, ...]
@@ -108,11 +108,11 @@ class Batch:
     that share a sequence never see each other: each is attended to, and counted in positions, as if it were alone.
     """
 
-    rows: tuple[Tokenized, ...]
+    rows: tuple[TokenizedRow, ...]
     packed: tuple[int, ...] = ()
 
     @property
-    def sequences(self) -> tuple[tuple[Tokenized, ...], ...]:
+    def sequences(self) -> tuple[tuple[TokenizedRow, ...], ...]:
         """The rows of each sequence."""
         if not self.packed:
             return tuple((row,) for row in self.rows)

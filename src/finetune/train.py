@@ -34,7 +34,7 @@ from finetune.evidence.record import run_owner, run_record
 from finetune.evidence.saved import save_trained
 from finetune.files import write_folder, write_json, write_text
 from finetune.ports import Session
-from finetune.records import Batch, Tokenized
+from finetune.records import Batch, TokenizedRow
 from finetune.report import build_report, render_html
 from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune.run.folder import RunFolder
@@ -119,7 +119,7 @@ def _train_and_judge(run: Run, *, resume: bool, clock: float) -> dict[str, Any]:
         after = observe(session, prepared)
     run.tell(FixedLoss(trained.kept, *after.fixed))
 
-    def train_control(rows: tuple[Tokenized, ...]) -> Session:
+    def train_control(rows: tuple[TokenizedRow, ...]) -> Session:
         return _train_control(run, rows, trained.kept)
 
     evidence = collect_evidence(run, session, saved, (before, after, fingerprints), trained.kept, train_control)
@@ -199,7 +199,7 @@ def _train_and_checkpoint(
 
 
 def training_events(
-    run: Run, session: Session, rows: tuple[Tokenized, ...], *, done: int = 0, last: int | None = None
+    run: Run, session: Session, rows: tuple[TokenizedRow, ...], *, done: int = 0, last: int | None = None
 ) -> Iterator[Event]:
     """Train the session on the rows as the run's plan says, after step `done` and up to step `last`.
 
@@ -247,7 +247,7 @@ def _train_along(run: Run) -> None:
         run.group.restore(control)
 
 
-def _train_control(run: Run, rows: tuple[Tokenized, ...], last: int) -> Session:
+def _train_control(run: Run, rows: tuple[TokenizedRow, ...], last: int) -> Session:
     """A fresh session after the same steps on other rows: those whose answers were shuffled."""
     with run.phase("sham control", "the same steps on shuffled answers"):
         control = run.open_session()

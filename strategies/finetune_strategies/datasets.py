@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from hypothesis import strategies as st
 
-from finetune.records import Batch, Tokenized
+from finetune.records import Batch, TokenizedRow
 from finetune_strategies.picks import between, pick
 
 RowShape = Literal["alpaca", "chat", "prompt/completion", "text"]
@@ -94,7 +94,7 @@ def _words(length: int) -> st.SearchStrategy[bytes]:
 
 
 @st.composite
-def token_rows(draw: st.DrawFn, least: int = 1, most: int = 11, *, vocab_size: int = 97) -> tuple[Tokenized, ...]:
+def token_rows(draw: st.DrawFn, least: int = 1, most: int = 11, *, vocab_size: int = 97) -> tuple[TokenizedRow, ...]:
     """Rows of very unequal lengths, each with a name of its own and at least one token that carries loss."""
     rows = []
     for number in range(draw(between(least, most))):
@@ -103,11 +103,13 @@ def token_rows(draw: st.DrawFn, least: int = 1, most: int = 11, *, vocab_size: i
         words, marks = draw(_words(length)), draw(between(0, 2**length - 1))
         ids = tuple(int.from_bytes(words[2 * at : 2 * at + 2]) % vocab_size for at in range(length))
         sure = draw(between(1, length - 1))
-        rows.append(Tokenized(ids, tuple(at == sure or bool(marks >> at & 1) for at in range(length)), f"row {number}"))
+        rows.append(
+            TokenizedRow(ids, tuple(at == sure or bool(marks >> at & 1) for at in range(length)), f"row {number}")
+        )
     return tuple(rows)
 
 
-def any_tokenized() -> st.SearchStrategy[Tokenized]:
+def any_tokenized() -> st.SearchStrategy[TokenizedRow]:
     """One row of token ids."""
     return token_rows(1, 1).map(lambda rows: rows[0])
 

@@ -25,7 +25,7 @@ STRATEGIES: dict[tuple[str, str], tuple[str, ...]] = {
     ("finetune.config.schema", "TrainingConfig"): ("configs", "configs"),
     **{("finetune.config.schema", name): ("configs", "specs", section) for name, section in _SECTIONS.items()},
     ("finetune.records", "Conversation"): ("conversations", "conversations"),
-    ("finetune.records", "Tokenized"): ("datasets", "any_tokenized"),
+    ("finetune.records", "TokenizedRow"): ("datasets", "any_tokenized"),
     ("finetune.records", "Batch"): ("datasets", "any_batches"),
     ("finetune.records", "ModelShape"): ("models", "model_shapes"),
     ("finetune.records", "AdapterTarget"): ("adapters", "any_adapter_targets"),

@@ -20,7 +20,7 @@ from finetune.memory.kept_reference import kept_by_reference
 from finetune.memory.load import StepLoad, full_load, load_of
 from finetune.models.locate import locate_model
 from finetune.models.shape import read_shape
-from finetune.records import AdapterTarget, Batch, Optimization, Tokenized
+from finetune.records import AdapterTarget, Batch, Optimization, TokenizedRow
 from support.transformer_shapes import Job, Sizes, jobs, sizes
 
 LLAMA = Sizes("llama", hidden=5, inner=7, heads=3, kv_heads=1, head_dim=2, layers=2, vocab=11)
@@ -353,7 +353,7 @@ def rows_of(count: int, length: int, vocab: int) -> Batch:
     """Rows of random ids, all of them trained."""
     dice = random.Random(0)
     rows = [tuple(dice.randrange(vocab) for _ in range(length)) for _ in range(count)]
-    return Batch(tuple(Tokenized(ids, (True,) * length, "row") for ids in rows))
+    return Batch(tuple(TokenizedRow(ids, (True,) * length, "row") for ids in rows))
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -383,7 +383,7 @@ def test_forecast_of_the_reference_backend_is_what_numpy_allocates(method: str, 
 
 def test_load_is_of_the_largest_batch() -> None:
     """The batch with the most tokens counts, padding counted, and it is masked when rows share a sequence."""
-    row = {size: Tokenized((1,) * size, (False,) + (True,) * (size - 1), "row") for size in (2, 5, 9)}
+    row = {size: TokenizedRow((1,) * size, (False,) + (True,) * (size - 1), "row") for size in (2, 5, 9)}
     small, padded = Batch((row[5], row[5])), Batch((row[9], row[2]))
     packed = Batch((row[9], row[5], row[5]), packed=(1, 2))
     assert load_of([small]) == StepLoad(2, 5, 8)

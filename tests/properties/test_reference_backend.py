@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from finetune.backends.reference.model import ReferencePass
 from finetune.backends.reference.optimizer import ReferenceAdamW, clip
 from finetune.errors import NonFiniteError
-from finetune.records import AdapterTarget, Batch, Optimization, Tokenized
+from finetune.records import AdapterTarget, Batch, Optimization, TokenizedRow
 from finetune.training.loop import LoopPlan, train
 from finetune_strategies.adapters import AdaptedModel, adapted_models
 from finetune_strategies.datasets import seeds, token_rows
@@ -72,14 +72,16 @@ def check_slopes(session: Any, batch: Batch) -> None:
 
 @given(models(), token_rows(1, 3))
 @FEW
-def test_gradient_of_the_adapter_is_the_slope_of_the_loss(model: AdaptedModel, rows: tuple[Tokenized, ...]) -> None:
+def test_gradient_of_the_adapter_is_the_slope_of_the_loss(model: AdaptedModel, rows: tuple[TokenizedRow, ...]) -> None:
     """The gradient of each A and B, neither of them zero, is the slope of the loss, whatever the shape."""
     check_slopes(adapted(model.target, trained=True, config=model.config), Batch(rows))
 
 
 @given(configs(), token_rows(1, 3))
 @FEW
-def test_gradient_of_every_weight_is_the_slope_of_the_loss(config: dict[str, Any], rows: tuple[Tokenized, ...]) -> None:
+def test_gradient_of_every_weight_is_the_slope_of_the_loss(
+    config: dict[str, Any], rows: tuple[TokenizedRow, ...]
+) -> None:
     """Without an adapter the gradient of every weight is the slope of the loss, tied head and norms included."""
     check_slopes(adapted(None, config=config), Batch(rows))
 
@@ -184,7 +186,7 @@ def test_logits_are_those_worked_out_token_by_token(model: AdaptedModel) -> None
 @given(token_rows(2, 5), st.randoms(use_true_random=False), st.sampled_from([0, 1, 96]), st.integers(1, 4))
 @FEW
 def test_padding_mates_split_and_order_do_not_matter(
-    rows: tuple[Tokenized, ...], dice: Any, pad_id: int, size: int
+    rows: tuple[TokenizedRow, ...], dice: Any, pad_id: int, size: int
 ) -> None:
     """Loss and gradients of rows are those of each row alone, in any order, batches and padding."""
     mixed = list(rows)
@@ -200,7 +202,7 @@ def test_padding_mates_split_and_order_do_not_matter(
 @given(configs(), token_rows(2, 6), st.randoms(use_true_random=False), st.sampled_from([0, 96]), st.integers(1, 3))
 @FEW
 def test_rows_that_share_a_sequence_do_not_see_each_other(
-    config: dict[str, Any], rows: tuple[Tokenized, ...], dice: Any, pad_id: int, size: int
+    config: dict[str, Any], rows: tuple[TokenizedRow, ...], dice: Any, pad_id: int, size: int
 ) -> None:
     """P-PACK: packed in any order and grouping, loss and gradients of rows are those of each row alone."""
     mixed = list(rows)
@@ -222,7 +224,7 @@ def test_loss_is_the_surprise_of_the_trained_tokens() -> None:
             if row.trained[place + 1]:
                 expected += math.log(sum(math.exp(value) for value in logits)) - logits[row.ids[place + 1]]
     assert session.loss(BATCH) == pytest.approx(expected, rel=1e-12)
-    nothing = Batch((Tokenized((3, 4, 5), (True, False, False), "x"),))
+    nothing = Batch((TokenizedRow((3, 4, 5), (True, False, False), "x"),))
     assert session.loss(nothing) == session.accumulate(nothing, 1.0) == 0.0
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetune.records import Batch, Tokenized
+from finetune.records import Batch, TokenizedRow
 from support.tiny_llamas import ROWS, VOCAB, tiny
 
 PAD = 96
@@ -12,9 +12,9 @@ PAD = 96
 def test_padding_id_that_is_trained_counts(packed: tuple[int, ...]) -> None:
     """P-STOP: a trained token whose id is also the padding's, as where padding is the end of text, carries its loss."""
     assert VOCAB == PAD + 1
-    rows = tuple(Tokenized((*row.ids, PAD), (*row.trained, True), row.where) for row in ROWS[:3])
+    rows = tuple(TokenizedRow((*row.ids, PAD), (*row.trained, True), row.where) for row in ROWS[:3])
     padded, other = tiny(pad_id=PAD), tiny(pad_id=0)
     alone = sum(other.loss(Batch((row,))) for row in rows)
     assert padded.loss(Batch(rows, packed)) == pytest.approx(alone, rel=1e-12)
-    unmarked = tuple(Tokenized(row.ids, (*row.trained[:-1], False), row.where) for row in rows)
+    unmarked = tuple(TokenizedRow(row.ids, (*row.trained[:-1], False), row.where) for row in rows)
     assert padded.loss(Batch(unmarked, packed)) < alone - 1

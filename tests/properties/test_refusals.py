@@ -34,7 +34,7 @@ from finetune.distributed.environment import refuse_launched
 from finetune.distributed.launchers import check_launch, plan_launch
 from finetune.errors import FineTuneError, NonFiniteError
 from finetune.evidence.memory import measure_framework
-from finetune.records import Batch, Conversation, LinearLayer, Message, ModelShape, Row, Tokenized
+from finetune.records import Batch, Conversation, LinearLayer, Message, ModelShape, Row, TokenizedRow
 from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune.run.folder import RunFolder
 from finetune.tracking.choose import require_trackers
@@ -116,7 +116,7 @@ def trained(poison: dict[tuple[str, int], float], rows: int = 2) -> Case:
     """Train a session that tells something that is no number."""
 
     def go(folder: Path) -> Any:
-        batch = Batch(tuple(Tokenized((1, 2), (True, True), f"rows.jsonl:{row}") for row in range(1, rows + 1)))
+        batch = Batch(tuple(TokenizedRow((1, 2), (True, True), f"rows.jsonl:{row}") for row in range(1, rows + 1)))
         session: Any = ToySession(poison=poison)
         if ("loss", 0) in poison:
             return mean_loss(session, [batch])
@@ -127,7 +127,7 @@ def trained(poison: dict[tuple[str, int], float], rows: int = 2) -> Case:
 
 def packed(folder: Path) -> Any:
     """Check a session that mixes rows."""
-    rows = tuple(Tokenized((1, 2), (True, True), "rows.jsonl:1") for _ in range(2))
+    rows = tuple(TokenizedRow((1, 2), (True, True), "rows.jsonl:1") for _ in range(2))
     return check_packing(ToySession(poison={("loss", 0): 3.0}), Batch(rows, (2,)), "float32")  # type: ignore[arg-type]
 
 

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from finetune.data.batches import epoch_batches, fixed_batches, sequences_of
 from finetune.data.packing import pack_rows
-from finetune.records import Batch, Tokenized
+from finetune.records import Batch, TokenizedRow
 
 
-def token_rows() -> st.SearchStrategy[list[Tokenized]]:
+def token_rows() -> st.SearchStrategy[list[TokenizedRow]]:
     """Rows of ids, many of one length, some equal."""
     ids = st.lists(st.integers(0, 9), min_size=1, max_size=7).map(tuple)
-    return st.lists(ids.map(lambda found: Tokenized(found, (True,) * len(found), "a:1")), max_size=70)
+    return st.lists(ids.map(lambda found: TokenizedRow(found, (True,) * len(found), "a:1")), max_size=70)
 
 
 def ordered(batches: list[Batch]) -> list[tuple[int, ...]]:
@@ -23,8 +23,8 @@ def ordered(batches: list[Batch]) -> list[tuple[int, ...]]:
 
 
 @given(token_rows(), st.integers(1, 9), st.integers(0, 3), st.integers(0, 5))
-@example([Tokenized((number,), (True,), "a:1") for number in range(7)], 3, 0, 0)
-def test_batches_hold_every_row_once(rows: list[Tokenized], size: int, seed: int, epoch: int) -> None:
+@example([TokenizedRow((number,), (True,), "a:1") for number in range(7)], 3, 0, 0)
+def test_batches_hold_every_row_once(rows: list[TokenizedRow], size: int, seed: int, epoch: int) -> None:
     """P-COVER: an epoch is all rows and nothing else, full batches but for a remainder, a function of the seed."""
     for batches in (epoch_batches(rows, size, seed=seed, epoch=epoch), fixed_batches(rows, size)):
         assert Counter(row for batch in batches for row in batch.rows) == Counter(rows)
@@ -42,7 +42,7 @@ def test_batches_hold_every_row_once(rows: list[Tokenized], size: int, seed: int
 @pytest.mark.parametrize("count", [47, 97])
 def test_batches_order_follows_seed_and_epoch(size: int, count: int) -> None:
     """P-ORDER: every epoch and every seed, 0 among them, has its own order, and fixed batches have one."""
-    rows = [Tokenized((number,) * (1 + number % 5), (True,) * (1 + number % 5), "a:1") for number in range(count)]
+    rows = [TokenizedRow((number,) * (1 + number % 5), (True,) * (1 + number % 5), "a:1") for number in range(count)]
     orders = [ordered(epoch_batches(rows, size, seed=seed, epoch=epoch)) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
     assert len({tuple(order) for order in orders}) == 9
     assert all(order != [row.ids for row in rows] for order in orders)
@@ -51,21 +51,21 @@ def test_batches_order_follows_seed_and_epoch(size: int, count: int) -> None:
 
 def test_batches_are_of_similar_length() -> None:
     """Within an epoch little is padded: most batches hold rows of nearly one length."""
-    rows = [Tokenized((number,) * (1 + number % 50), (True,) * (1 + number % 50), "a:1") for number in range(200)]
+    rows = [TokenizedRow((number,) * (1 + number % 50), (True,) * (1 + number % 50), "a:1") for number in range(200)]
     batches = epoch_batches(rows, 4, seed=0, epoch=1)
     padded = sum(max(len(row.ids) for row in batch.rows) * len(batch.rows) for batch in batches)
     assert padded < 1.15 * sum(len(row.ids) for row in rows)
 
 
-def sizes(found: list[tuple[Tokenized, ...]]) -> list[int]:
+def sizes(found: list[tuple[TokenizedRow, ...]]) -> list[int]:
     """How many tokens each sequence holds."""
     return [sum(len(row.ids) for row in sequence) for sequence in found]
 
 
 @given(token_rows(), st.integers(1, 20), st.integers(0, 3))
-@example([Tokenized((1, 2, 3), (True,) * 3, "a:1")] * 5, 7, 0)
-@example([Tokenized((1,) * 7, (True,) * 7, "a:1")], 3, 0)
-def test_packing_loses_and_invents_nothing(rows: list[Tokenized], length: int, seed: int) -> None:
+@example([TokenizedRow((1, 2, 3), (True,) * 3, "a:1")] * 5, 7, 0)
+@example([TokenizedRow((1,) * 7, (True,) * 7, "a:1")], 3, 0)
+def test_packing_loses_and_invents_nothing(rows: list[TokenizedRow], length: int, seed: int) -> None:
     """P-PACK: every row is in one sequence once and whole, and no sequence is longer than the limit but for one row."""
     found = pack_rows(rows, length, seed=seed)
     assert Counter(row for sequence in found for row in sequence) == Counter(rows)
@@ -79,7 +79,7 @@ def test_packing_loses_and_invents_nothing(rows: list[Tokenized], length: int, s
 
 def test_packing_seed_decides_among_equals() -> None:
     """Rows of one length are dealt out by the seed, 0 among them."""
-    rows = [Tokenized((number,) * 3, (True,) * 3, f"a:{number}") for number in range(40)]
+    rows = [TokenizedRow((number,) * 3, (True,) * 3, f"a:{number}") for number in range(40)]
     packed = [pack_rows(rows, 10, seed=seed) for seed in (0, 0, 1, 2)]
     assert packed[0] == packed[1]
     assert len({tuple(found) for found in packed}) == 3
@@ -88,14 +88,14 @@ def test_packing_seed_decides_among_equals() -> None:
 
 def test_packing_fills_what_can_be_filled() -> None:
     """Of rows of all lengths hardly a token's place stays empty."""
-    rows = [Tokenized((number,) * (1 + number % 50), (True,) * (1 + number % 50), "a:1") for number in range(500)]
+    rows = [TokenizedRow((number,) * (1 + number % 50), (True,) * (1 + number % 50), "a:1") for number in range(500)]
     found = pack_rows(rows, 64, seed=0)
     assert sum(sizes(found)) / (64 * len(found)) > 0.98
 
 
 @given(token_rows(), st.integers(1, 5), st.integers(0, 3), st.integers(0, 5), st.integers(4, 20))
 def test_batches_packed_hold_every_row_once(
-    rows: list[Tokenized], size: int, seed: int, epoch: int, length: int
+    rows: list[TokenizedRow], size: int, seed: int, epoch: int, length: int
 ) -> None:
     """P-COVER with packing: an epoch is all rows, in as many batches each time, of at most so many sequences."""
     batches = epoch_batches(rows, size, seed=seed, epoch=epoch, pack_length=length)
@@ -110,7 +110,7 @@ def test_batches_packed_hold_every_row_once(
 
 def test_batches_packed_order_follows_seed_and_epoch() -> None:
     """P-ORDER with packing: every epoch and seed has its own order; who shares a sequence is the seed's alone."""
-    rows = [Tokenized((number,) * (1 + number % 5), (True,) * (1 + number % 5), "a:1") for number in range(97)]
+    rows = [TokenizedRow((number,) * (1 + number % 5), (True,) * (1 + number % 5), "a:1") for number in range(97)]
     found = {(s, e): epoch_batches(rows, 3, seed=s, epoch=e, pack_length=9) for s in (0, 1) for e in (0, 1, 2)}
     assert len({tuple(ordered(batches)) for batches in found.values()}) == 6
     shared = {
@@ -122,7 +122,7 @@ def test_batches_packed_order_follows_seed_and_epoch() -> None:
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=6))
 def test_batch_sequences_are_its_rows_in_order(counts: list[int]) -> None:
     """What a batch says of who shares a sequence partitions its rows, and without a word each row is alone."""
-    rows = tuple(Tokenized((number,), (True,), "a:1") for number in range(sum(counts)))
+    rows = tuple(TokenizedRow((number,), (True,), "a:1") for number in range(sum(counts)))
     packed = Batch(rows, tuple(counts)).sequences
     assert [len(sequence) for sequence in packed] == counts
     assert tuple(row for sequence in packed for row in sequence) == rows

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from finetune.data.batches import epoch_batches, fixed_batches
 from finetune.errors import NonFiniteError
 from finetune.events import Event, FirstGradients, HeldOutLoss, StepDone
-from finetune.records import Batch, Tokenized
+from finetune.records import Batch, TokenizedRow
 from finetune.training.loop import LoopPlan, mean_loss, steps_per_epoch, train
 from finetune.training.schedule import Schedule, learning_rate_at
 from finetune_strategies.datasets import token_rows
@@ -71,7 +71,7 @@ def test_schedule_rises_to_the_peak_then_never_rises(steps: tuple[int, int], sch
 class Setup:
     """Rows and how they are trained on."""
 
-    rows: tuple[Tokenized, ...]
+    rows: tuple[TokenizedRow, ...]
     batch_size: int
     accumulation: int
     epochs: int
@@ -172,7 +172,7 @@ def test_step_weighs_every_trained_token_alike(setup: Setup) -> None:
 
 
 @given(token_rows(least=4), st.integers(1, 3), st.integers(2, 4))
-def test_step_same_whatever_the_split(rows: tuple[Tokenized, ...], size: int, accumulation: int) -> None:
+def test_step_same_whatever_the_split(rows: tuple[TokenizedRow, ...], size: int, accumulation: int) -> None:
     """Small batches accumulated or one batch of the same rows: the same losses, norms and weights."""
     ends = []
     for batch_size, many in ((size, accumulation), (size * accumulation, 1)):
@@ -282,7 +282,7 @@ def test_first_gradients_told_once_before_the_first_update(setup: Setup, data: s
 
 @given(setups(), token_rows(), st.integers(1, 5), st.integers(1, 3))
 def test_held_out_loss_told_when_due_and_at_the_end(
-    setup: Setup, rows: tuple[Tokenized, ...], every: int, size: int
+    setup: Setup, rows: tuple[TokenizedRow, ...], every: int, size: int
 ) -> None:
     """Held-out loss is told when due and at the end, token-weighted, of the weights then, before its step is done."""
     session = ToySession()
@@ -305,7 +305,7 @@ def test_held_out_loss_told_when_due_and_at_the_end(
 
 
 @given(token_rows(), st.integers(1, 12), st.randoms(use_true_random=False))
-def test_mean_loss_does_not_depend_on_batching(rows: tuple[Tokenized, ...], size: int, dice: Any) -> None:
+def test_mean_loss_does_not_depend_on_batching(rows: tuple[TokenizedRow, ...], size: int, dice: Any) -> None:
     """The mean loss is over tokens: batch size and order change nothing, and no row is left out."""
     session = ToySession(value=31.0)
     shuffled = list(rows)
@@ -318,7 +318,9 @@ def test_mean_loss_does_not_depend_on_batching(rows: tuple[Tokenized, ...], size
 
 
 @given(token_rows(), st.sampled_from(NOT_FINITE), st.data())
-def test_mean_loss_that_is_not_finite_is_an_error(rows: tuple[Tokenized, ...], bad: float, data: st.DataObject) -> None:
+def test_mean_loss_that_is_not_finite_is_an_error(
+    rows: tuple[TokenizedRow, ...], bad: float, data: st.DataObject
+) -> None:
     """One batch whose loss is NaN or infinite is never averaged away nor told as a number: it is an error."""
     batches = fixed_batches(rows, 2)
     number = data.draw(st.integers(0, len(batches) - 1))

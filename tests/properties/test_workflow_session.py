@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetune.backends.reference.session import ReferenceSession
-from finetune.records import AdapterTarget, Batch, Optimization, Tokenized
+from finetune.records import AdapterTarget, Batch, Optimization, TokenizedRow
 from finetune.train import fine_tune
 from finetune.training.schedule import learning_rate_at
 from finetune_strategies.profiles import examples
@@ -51,7 +51,7 @@ class Heard:
         return [line_of(row) for step in self.steps() for batch in step for row in batch.rows]
 
 
-def line_of(row: Tokenized) -> int:
+def line_of(row: TokenizedRow) -> int:
     """The line of the data file that a row stood on."""
     return int(row.where.rpartition(":")[2])
 

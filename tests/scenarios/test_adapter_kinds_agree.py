@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 
 from finetune.backends import open_backend
-from finetune.records import Batch, ModelLocation, Optimization, Tokenized
+from finetune.records import Batch, ModelLocation, Optimization, TokenizedRow
 from finetune_strategies.adapters import AdaptedModel
 from finetune_strategies.datasets import token_rows
 from finetune_strategies.profiles import examples
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.tier2
 PROMPT = list(make_rows(6)[1].ids)
 
 
-def check_agreement(model: AdaptedModel, rows: tuple[Tokenized, ...], folder: Path) -> None:
+def check_agreement(model: AdaptedModel, rows: tuple[TokenizedRow, ...], folder: Path) -> None:
     """Names, loss, first gradients, logits and answers without the adapter are those of a session in float64."""
     location = write_model(model, folder)
     sessions = open_all(model, location)
@@ -57,7 +57,7 @@ def check_agreement(model: AdaptedModel, rows: tuple[Tokenized, ...], folder: Pa
 @given(LLAMAS, token_rows(1, 4))
 @examples(1 / 2)
 def test_llamas_agree_in_every_kind(
-    tmp_path_factory: pytest.TempPathFactory, model: AdaptedModel, rows: tuple[Tokenized, ...]
+    tmp_path_factory: pytest.TempPathFactory, model: AdaptedModel, rows: tuple[TokenizedRow, ...]
 ) -> None:
     """A fresh adapter of any kind is the base; trained, its loss, gradients and logits agree in all three backends."""
     check_agreement(model, rows, tmp_path_factory.mktemp("model"))
@@ -66,7 +66,7 @@ def test_llamas_agree_in_every_kind(
 @given(GPT2S, token_rows(1, 4))
 @examples(1 / 4)
 def test_gpt2s_agree_in_every_kind(
-    tmp_path_factory: pytest.TempPathFactory, model: AdaptedModel, rows: tuple[Tokenized, ...]
+    tmp_path_factory: pytest.TempPathFactory, model: AdaptedModel, rows: tuple[TokenizedRow, ...]
 ) -> None:
     """The same in torch and MLX for weights that are stored the other way round."""
     check_agreement(model, rows, tmp_path_factory.mktemp("model"))

@@ -14,7 +14,7 @@ pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune
 
 from finetune.errors import ModelError  # noqa: E402
 from finetune.evidence.reload import check_reload  # noqa: E402
-from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Tokenized  # noqa: E402
+from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, TokenizedRow  # noqa: E402
 from support import tiny_mlx, tiny_models  # noqa: E402
 from support.tiny_models import MODULES, batches_of, make_rows, step  # noqa: E402
 
@@ -191,7 +191,7 @@ def test_word_that_pads_is_trained_where_rows_hold_it(location: ModelLocation) -
     found = []
     for first in (0, 5):
         session.model.zero_grad()
-        rows = [Tokenized((first, 7), (False, True), "short"), Tokenized((8, 9, 10, 11), (True,) * 4, "long")]
+        rows = [TokenizedRow((first, 7), (False, True), "short"), TokenizedRow((8, 9, 10, 11), (True,) * 4, "long")]
         session.accumulate(Batch(tuple(rows)), 1.0)
         found.append(table.grad[0].abs().max().item())
     tied = session.model.get_output_embeddings().weight is table  # a head's gradient reaches every word

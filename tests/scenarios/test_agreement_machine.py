@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from finetune.backends import open_backend
 from finetune.data.batches import epoch_batches
 from finetune.events import Event, FirstGradients, StepDone
-from finetune.records import Batch, ModelLocation, Optimization, Tokenized
+from finetune.records import Batch, ModelLocation, Optimization, TokenizedRow
 from finetune.training.loop import LoopPlan, train
 from finetune.training.schedule import Schedule
 from finetune_strategies.adapters import AdaptedModel
@@ -99,7 +99,7 @@ class AgreementMachine(RuleBasedStateMachine):
             session.save_state(saved[name][0])
         return saved
 
-    def batches(self, rows: Sequence[Tokenized], dealing: Dealing, *, packed: bool) -> list[Batch]:
+    def batches(self, rows: Sequence[TokenizedRow], dealing: Dealing, *, packed: bool) -> list[Batch]:
         """The rows as the product deals them out; mlx-lm lets nobody give a GPT-2 the positions of packed rows."""
         length = CONTEXT if packed and self.model.config["model_type"] == "llama" else None
         return epoch_batches(rows, dealing.batch_size, seed=dealing.rows, epoch=0, pack_length=length)
@@ -109,7 +109,7 @@ class AgreementMachine(RuleBasedStateMachine):
         assert found == pytest.approx(wanted, rel=share, abs=1e-5)
 
     @rule(rows=token_rows(1, 4), dealing=dealings(most_rows=4), packed=st.booleans())
-    def evaluate(self, rows: tuple[Tokenized, ...], dealing: Dealing, packed: bool) -> None:
+    def evaluate(self, rows: tuple[TokenizedRow, ...], dealing: Dealing, packed: bool) -> None:
         """The same tokens are predicted at the same places, and cost the same; without the adapter all are the base."""
         for batch in self.batches(rows, dealing, packed=packed):
             by_hand = labels_by_hand(batch)
@@ -128,7 +128,7 @@ class AgreementMachine(RuleBasedStateMachine):
             assert np.array_equal(side_by_side.logits(session, PROBE), before), name
 
     @rule(rows=token_rows(1, 4), dealing=dealings(most_rows=4), packed=st.booleans())
-    def accumulate(self, rows: tuple[Tokenized, ...], dealing: Dealing, packed: bool) -> None:
+    def accumulate(self, rows: tuple[TokenizedRow, ...], dealing: Dealing, packed: bool) -> None:
         """The gradients of each batch are added to those that are there."""
         targets = sum(row.target_count for row in rows)
         for batch in self.batches(rows, dealing, packed=packed):
@@ -168,7 +168,7 @@ class AgreementMachine(RuleBasedStateMachine):
     )
     def train(
         self,
-        rows: tuple[Tokenized, ...],
+        rows: tuple[TokenizedRow, ...],
         dealing: Dealing,
         packed: bool,
         rate: float,
@@ -242,7 +242,7 @@ class AgreementMachine(RuleBasedStateMachine):
             assert apart(side_by_side.logits(session, PROBE), wanted) < WORN, name
 
     @rule(prompts=token_rows(1, 3), most=st.integers(0, 6), stop=st.integers(0, 96))
-    def answer(self, prompts: tuple[Tokenized, ...], most: int, stop: int) -> None:
+    def answer(self, prompts: tuple[TokenizedRow, ...], most: int, stop: int) -> None:
         """All give the same answers."""
         asked = [row.ids for row in prompts]
         said = {name: session.generate(asked, most, [stop]) for name, session in self.sessions.items()}

@@ -162,12 +162,12 @@ import torch, torch.distributed as dist
 from finetune.backends.torch.backend import TorchBackend
 from finetune.backends.torch.group import TorchGroup
 from finetune.models.locate import locate_model
-from finetune.records import AdapterTarget, Batch, Optimization, Tokenized
+from finetune.records import AdapterTarget, Batch, Optimization, TokenizedRow
 from finetune.distributed.data_parallel import data_parallel
 
 backend = TorchBackend()
 backend.join()
-rows = tuple(Tokenized(tuple(range(9, 20 + n)), (True,) * (11 + n), str(n)) for n in range(3))
+rows = tuple(TokenizedRow(tuple(range(9, 20 + n)), (True,) * (11 + n), str(n)) for n in range(3))
 found = []
 for group in (TorchGroup(sharded=False), TorchGroup(sharded=True)):
     session = backend.open(locate_model("reference-llama", revision=None), "float32", 0)

@@ -20,7 +20,7 @@ from finetune.memory.kept import KNOWN
 from finetune.memory.load import StepLoad, full_load, load_of
 from finetune.models.locate import SHIPPED, locate_model
 from finetune.models.shape import read_shape
-from finetune.records import AdapterTarget, Batch, MemoryMeasure, ModelLocation, Optimization, Tokenized
+from finetune.records import AdapterTarget, Batch, MemoryMeasure, ModelLocation, Optimization, TokenizedRow
 from support.tiny_models import make_model, open_session
 
 TORCH = FRAMEWORKS["torch"]
@@ -61,7 +61,7 @@ def batch_of(vocab: int, asked: dict[str, Any]) -> Batch:
         size = asked["length"] - (asked.get("padding", 0) if number else 0)
         ids = tuple(dice.randrange(vocab) for _ in range(size))
         trained = tuple(place >= size - asked.get("targets", size) for place in range(size))
-        rows.append(Tokenized(ids, trained, "row"))
+        rows.append(TokenizedRow(ids, trained, "row"))
     return Batch(tuple(rows), asked.get("packed", ()))
 
 

@@ -12,7 +12,7 @@ from finetune.backends import open_backend
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.models.locate import locate_model
 from finetune.models.shape import read_shape
-from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Tokenized
+from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, TokenizedRow
 from finetune_strategies.adapters import AdaptedModel, adapted_models
 from finetune_strategies.datasets import token_rows
 from finetune_strategies.models import llama_configs
@@ -56,7 +56,7 @@ def all_layers(location: ModelLocation) -> AdapterTarget:
 @given(adapted_models(llama_configs(vocab_size=97), paths=True, dropouts=(0.0,)), token_rows(1, 4))
 @examples(1 / 3)
 def test_tiny_llamas_agree(
-    tmp_path_factory: pytest.TempPathFactory, model: AdaptedModel, rows: tuple[Tokenized, ...]
+    tmp_path_factory: pytest.TempPathFactory, model: AdaptedModel, rows: tuple[TokenizedRow, ...]
 ) -> None:
     """Logits, loss and the first gradient of each LoRA tensor agree, whatever the shape; names are the same."""
     folder = tmp_path_factory.mktemp("model")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from finetune.data.batches import epoch_batches
 from finetune.errors import NonFiniteError, TrainingError
 from finetune.events import StepDone
-from finetune.records import Batch, ModelLocation, Optimization, Tokenized
+from finetune.records import Batch, ModelLocation, Optimization, TokenizedRow
 from finetune.training.loop import LoopPlan, train
 from finetune_strategies.profiles import examples
 from support.tiny_mlx import (
@@ -49,7 +49,7 @@ def trained(location: ModelLocation) -> Any:
     return session
 
 
-def surprise(session: Any, row: Tokenized) -> float:
+def surprise(session: Any, row: TokenizedRow) -> float:
     """Minus the summed log-probability of each trained token that has one before it, from the logits."""
     total = 0.0
     for place, logits in enumerate(np.array(session.forward_pass.logits(row.ids)).astype(np.float64)[:-1]):
@@ -67,7 +67,7 @@ def test_loss_is_the_surprise_of_the_trained_tokens(location: ModelLocation) -> 
     assert session.loss(Batch(ROWS)) == pytest.approx(sum(expected), rel=1e-5)
     for row, alone in zip(ROWS, expected, strict=True):
         assert session.loss(Batch((row,))) == pytest.approx(alone, rel=1e-5)
-    nothing = Batch((Tokenized((3, 4, 5), (True, False, False), "x"),))
+    nothing = Batch((TokenizedRow((3, 4, 5), (True, False, False), "x"),))
     assert session.loss(nothing) == session.accumulate(nothing, 1.0) == 0.0
 
 
@@ -298,7 +298,7 @@ def test_words_and_lengths_that_the_model_does_not_know_are_refused(location: Mo
     train_a_little(session)
     before = session.loss(Batch(ROWS)), session.fingerprints()
     for ids, words in (((1, VOCAB), "token 97"), ((1, -1), "token -1"), ((5,) * 41, "41 tokens")):
-        row = Tokenized(ids, (True,) * len(ids), "row 9")
+        row = TokenizedRow(ids, (True,) * len(ids), "row 9")
         for verb in (session.loss, lambda batch: session.accumulate(batch, 1.0)):
             with pytest.raises(TrainingError, match=f"row 9 .*{words}"):
                 verb(Batch((ROWS[0], row)))

@@ -25,7 +25,7 @@ from finetune.backends import open_backend  # noqa: E402
 from finetune.chat.tokenizer import FileTokenizer  # noqa: E402
 from finetune.models.locate import locate_model  # noqa: E402
 from finetune.models.shape import read_shape  # noqa: E402
-from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Tokenized  # noqa: E402
+from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, TokenizedRow  # noqa: E402
 from support.tiny_models import CONFIGS, VOCAB, batches_of, make_model, make_rows  # noqa: E402
 from support.tolerances import apart  # noqa: E402
 
@@ -104,7 +104,7 @@ def attach_both(ours: Any, theirs: Any, *, trained: bool = True) -> None:
             named[name].copy_(torch.from_numpy(tensor))
 
 
-def logits_of(session: Any, row: Tokenized) -> Any:
+def logits_of(session: Any, row: TokenizedRow) -> Any:
     """The logits after each token, in torch, nothing rounded."""
     session.model.eval()
     with torch.no_grad():

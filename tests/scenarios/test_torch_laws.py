@@ -19,7 +19,7 @@ from finetune.errors import NonFiniteError, OutOfMemoryError, TrainingError  # n
 from finetune.events import StepDone  # noqa: E402
 from finetune.memory.estimate import estimate_memory  # noqa: E402
 from finetune.models.shape import read_shape  # noqa: E402
-from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Tokenized  # noqa: E402
+from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, TokenizedRow  # noqa: E402
 from finetune.training.loop import LoopPlan, train  # noqa: E402
 from finetune_strategies.profiles import examples  # noqa: E402
 from support.tiny_models import (  # noqa: E402
@@ -79,7 +79,7 @@ def close(first: dict[str, Any], second: dict[str, Any], tolerance: float = 2e-6
     )
 
 
-def plain_loss(location: ModelLocation, row: Tokenized) -> float:
+def plain_loss(location: ModelLocation, row: TokenizedRow) -> float:
     """The summed loss of one row as transformers computes it from labels, without batch, padding or our code."""
     model = transformers.AutoModelForCausalLM.from_pretrained(location.folder).eval()
     labels = [token if trained else -100 for token, trained in zip(row.ids, row.trained, strict=True)]
@@ -291,7 +291,7 @@ def test_looking_leaves_no_trace_when_it_fails(noisy_location: ModelLocation) ->
     session = adapted(noisy_location)
     session.model.train()
     with pytest.raises(IndexError):
-        session.loss(Batch((Tokenized((1, VOCAB + 5), (True, True), "row"),)))
+        session.loss(Batch((TokenizedRow((1, VOCAB + 5), (True, True), "row"),)))
     assert set(_modes(session).values()) == {True}
 
 

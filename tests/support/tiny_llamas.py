@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from finetune.backends import open_backend
-from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Tokenized
+from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, TokenizedRow
 from finetune_strategies.scratch import empty_folder
 
 VOCAB = 97
@@ -69,14 +69,14 @@ def adapted(target: AdapterTarget | None = TARGET, *, seed: int = 0, trained: bo
     return session
 
 
-def make_rows(count: int, *, seed: int = 0) -> tuple[Tokenized, ...]:
+def make_rows(count: int, *, seed: int = 0) -> tuple[TokenizedRow, ...]:
     """Rows of very unequal lengths with trained and untrained tokens mixed."""
     dice = np.random.default_rng(seed)
     lengths = [(2, 17, 3, 11, 7)[number % 5] for number in range(count)]
     marks = [[*(dice.random(length - 1) < 0.6), True] for length in lengths]
     ids = [dice.integers(3, VOCAB, length).tolist() for length in lengths]
     return tuple(
-        Tokenized(tuple(i), tuple(map(bool, m)), f"row {n}") for n, (i, m) in enumerate(zip(ids, marks, strict=True))
+        TokenizedRow(tuple(i), tuple(map(bool, m)), f"row {n}") for n, (i, m) in enumerate(zip(ids, marks, strict=True))
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.backends import open_backend
 from finetune.ports import Session
-from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Tokenized
+from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, TokenizedRow
 
 VOCAB = 97
 CONTEXT = 40
@@ -68,7 +68,7 @@ def adapted(location: ModelLocation, *, seed: int = 0, dropout: float = 0.0, **o
     return session
 
 
-def make_rows(count: int, *, seed: int = 0, longest: int = 23) -> tuple[Tokenized, ...]:
+def make_rows(count: int, *, seed: int = 0, longest: int = 23) -> tuple[TokenizedRow, ...]:
     """Rows of very unequal lengths; the first has one trained token, some have trained and untrained ones mixed."""
     dice = random.Random(seed)
     rows = []
@@ -77,11 +77,11 @@ def make_rows(count: int, *, seed: int = 0, longest: int = 23) -> tuple[Tokenize
         ids = tuple(dice.randrange(3, VOCAB) for _ in range(length))
         trained = [dice.random() < 0.6 for _ in range(length)]
         trained[-1] = True
-        rows.append(Tokenized(ids, tuple(trained), f"row {number}"))
+        rows.append(TokenizedRow(ids, tuple(trained), f"row {number}"))
     return tuple(rows)
 
 
-def batches_of(rows: Sequence[Tokenized], size: int) -> list[Batch]:
+def batches_of(rows: Sequence[TokenizedRow], size: int) -> list[Batch]:
     """The rows in their order, so many at a time."""
     return [Batch(tuple(rows[start : start + size])) for start in range(0, len(rows), size)]
 

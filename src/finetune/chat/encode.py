@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from finetune.chat.tokenizer import FileTokenizer
-from finetune.records import Rendered, Tokenized
+from finetune.records import Rendered, TokenizedRow
 
 KEPT, REMOVABLE, TRAINED = range(3)
 """What a token is: markup that stays, a word of the prompt that a length limit may cut, or something to learn."""
@@ -23,9 +23,9 @@ class Marked:
     where: str
     document: bool
 
-    def tokenized(self) -> Tokenized:
+    def tokenized(self) -> TokenizedRow:
         """The ids with only the *trained* marks."""
-        return Tokenized(self.ids, tuple(mark == TRAINED for mark in self.marks), self.where)
+        return TokenizedRow(self.ids, tuple(mark == TRAINED for mark in self.marks), self.where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class _Run:
     control: int | None = None
 
 
-def encode_row(row: Rendered, tokenizer: FileTokenizer) -> Tokenized:
+def encode_row(row: Rendered, tokenizer: FileTokenizer) -> TokenizedRow:
     """Encode one row, whatever its length.
 
     The prompt is encoded apart from the answer, because that is how it is encoded when the model is asked; so the

@@ -8,7 +8,7 @@ from typing import Literal
 from finetune.chat.encode import REMOVABLE, Marked, mark_rows
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.errors import DataError
-from finetune.records import DataCounts, Rendered, Tokenized
+from finetune.records import DataCounts, Rendered, TokenizedRow
 
 Overlong = Literal["drop", "truncate_prompt", "split", "refuse"]
 _SHOWN = 20
@@ -18,7 +18,7 @@ _SHOWN = 20
 class Encoded:
     """The rows that fit, with an account of every row that was read."""
 
-    rows: tuple[Tokenized, ...]
+    rows: tuple[TokenizedRow, ...]
     counts: DataCounts
 
 
@@ -44,7 +44,7 @@ def fit_rows(rows: Iterable[Marked], *, max_length: int, overlong: Overlong, dro
     Raises:
         DataError: a row is too long and the policy is `refuse`; the first twenty are named with their lengths.
     """
-    kept: list[Tokenized] = []
+    kept: list[TokenizedRow] = []
     losses = Counter(dropped)
     told: Counter[str] = Counter()
     refused: list[str] = []

@@ -4,14 +4,14 @@ import random
 from collections.abc import Sequence
 
 from finetune.data.packing import pack_rows
-from finetune.records import Batch, Tokenized
+from finetune.records import Batch, TokenizedRow
 
 _BATCHES_PER_BUCKET = 16
 _BLUR = 1.25
 
 
 def epoch_batches(
-    rows: Sequence[Tokenized], batch_size: int, *, seed: int, epoch: int, pack_length: int | None = None
+    rows: Sequence[TokenizedRow], batch_size: int, *, seed: int, epoch: int, pack_length: int | None = None
 ) -> list[Batch]:
     """The batches of one epoch: a pure function of its arguments, so that a resumed run sees the same ones.
 
@@ -42,19 +42,19 @@ def epoch_batches(
 
 
 def sequences_of(
-    rows: Sequence[Tokenized], *, seed: int, pack_length: int | None = None
-) -> list[tuple[Tokenized, ...]]:
+    rows: Sequence[TokenizedRow], *, seed: int, pack_length: int | None = None
+) -> list[tuple[TokenizedRow, ...]]:
     """The rows as they share sequences: each alone, or packed."""
     return [(row,) for row in rows] if pack_length is None else pack_rows(rows, pack_length, seed=seed)
 
 
-def fixed_batches(rows: Sequence[Tokenized], batch_size: int) -> list[Batch]:
+def fixed_batches(rows: Sequence[TokenizedRow], batch_size: int) -> list[Batch]:
     """The rows in batches by length, always the same: for losses that are compared before and after."""
     ordered = sorted(rows, key=lambda row: len(row.ids))
     return [Batch(tuple(ordered[start : start + batch_size])) for start in range(0, len(ordered), batch_size)]
 
 
-def _batch(sequences: Sequence[tuple[Tokenized, ...]]) -> Batch:
+def _batch(sequences: Sequence[tuple[TokenizedRow, ...]]) -> Batch:
     rows = tuple(row for sequence in sequences for row in sequence)
     shared = len(rows) > len(sequences)
     return Batch(rows, tuple(len(sequence) for sequence in sequences) if shared else ())

@@ -4,10 +4,10 @@ import bisect
 import random
 from collections.abc import Sequence
 
-from finetune.records import Tokenized
+from finetune.records import TokenizedRow
 
 
-def pack_rows(rows: Sequence[Tokenized], length: int, *, seed: int) -> list[tuple[Tokenized, ...]]:
+def pack_rows(rows: Sequence[TokenizedRow], length: int, *, seed: int) -> list[tuple[TokenizedRow, ...]]:
     """Put rows together into sequences of at most `length` tokens, each row once and whole.
 
     The longest rows come first, each into the fullest sequence that still has room (best-fit decreasing, which needs
@@ -17,7 +17,7 @@ def pack_rows(rows: Sequence[Tokenized], length: int, *, seed: int) -> list[tupl
     order = list(range(len(rows)))
     random.Random(f"pack-{seed}").shuffle(order)
     order.sort(key=lambda index: -len(rows[index].ids))
-    sequences: list[list[Tokenized]] = []
+    sequences: list[list[TokenizedRow]] = []
     # (room left, sequence) for each sequence that can take more, the fullest first.
     open_: list[tuple[int, int]] = []
     for index in order:

@@ -15,7 +15,7 @@ from finetune.evidence.observe import (
     parameter_evidence,
 )
 from finetune.ports import Session
-from finetune.records import Tokenized
+from finetune.records import TokenizedRow
 from finetune.training.run import Run
 
 
@@ -25,7 +25,7 @@ def collect_evidence(
     saved: Path,
     looks: tuple[Observation, Observation, Mapping[str, str]],
     kept: int,
-    train_control: Callable[[tuple[Tokenized, ...]], Session],
+    train_control: Callable[[tuple[TokenizedRow, ...]], Session],
 ) -> Evidence:
     """Measure everything that the criteria ask for.
 

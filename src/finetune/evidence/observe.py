@@ -18,7 +18,7 @@ from finetune.evidence.answers import ask
 from finetune.evidence.memory import measure_memory
 from finetune.evidence.reload import check_reload
 from finetune.ports import Session
-from finetune.records import Batch, Question, Reload, Scores, Tokenized
+from finetune.records import Batch, Question, Reload, Scores, TokenizedRow
 from finetune.training.loop import mean_loss
 from finetune.training.prepare import Prepared, held_out_batches, shuffled_rows
 
@@ -65,7 +65,7 @@ def score(session: Session, prepared: Prepared, questions: Sequence[Question]) -
 
 def _spread(prepared: Prepared) -> list[Batch]:
     """Fixed batches of training rows, evenly spread over the data when there are many."""
-    rows: Sequence[Tokenized] = prepared.train.rows
+    rows: Sequence[TokenizedRow] = prepared.train.rows
     stride = max(1, len(rows) // _FIXED_ROWS)
     return fixed_batches(rows[::stride][:_FIXED_ROWS], prepared.plan.config.training.batch_size)
 
@@ -88,7 +88,7 @@ def learning_evidence(
     prepared: Prepared,
     before: Observation,
     after: Observation,
-    train_shuffled: Callable[[tuple[Tokenized, ...]], Session],
+    train_shuffled: Callable[[tuple[TokenizedRow, ...]], Session],
     why: dict[str, str],
 ) -> LearningEvidence | None:
     """Scores before and after, and of a model trained in the same way on shuffled answers."""
@@ -112,7 +112,7 @@ def learning_evidence(
     return LearningEvidence(before.learning, after.learning, control, before.retention, after.retention)
 
 
-def shuffled_label_rows(prepared: Prepared, why: dict[str, str]) -> tuple[Tokenized, ...] | None:
+def shuffled_label_rows(prepared: Prepared, why: dict[str, str]) -> tuple[TokenizedRow, ...] | None:
     """The rows that the sham control is trained on; None where there is to be none."""
     return shuffled_rows(prepared) if prepared.questions and makes_extra_run(prepared, "sham", why) else None
 

@@ -21,7 +21,7 @@ from finetune.memory.estimate import weight_bytes
 from finetune.models.quantize import kept_in_full, say_quantized
 from finetune.models.shape import weight_files
 from finetune.processes import peak_rss
-from finetune.records import ModelLocation, Scores, Tokenized, Verdict
+from finetune.records import ModelLocation, Scores, TokenizedRow, Verdict
 from finetune.run.checkpoints import Owner
 from finetune.run.folder import FORMAT
 from finetune.training.early_stopping import Trained
@@ -102,7 +102,7 @@ def run_owner(prepared: Prepared, libraries: Mapping[str, str]) -> Owner:
     return Owner(*plain)
 
 
-def _digest(rows: Sequence[Tokenized]) -> str:
+def _digest(rows: Sequence[TokenizedRow]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row.ids, row.trained]).encode())

@@ -23,7 +23,7 @@ from finetune.data.shipped import write_shipped_sets
 from finetune.events import StepDone
 from finetune.files import write_json, write_text
 from finetune.models.locate import SHIPPED_FOLDER
-from finetune.records import Batch, Document, ModelLocation, Optimization, Rendered, Tokenized
+from finetune.records import Batch, Document, ModelLocation, Optimization, Rendered, TokenizedRow
 from finetune.reference_model.card import write_card
 from finetune.reference_model.corpus import WORDS, Text, draw_text
 from finetune.reference_model.vocabulary import Vocabulary, build_tokenizer
@@ -147,9 +147,9 @@ def _rendered(text: Text, templates: Mapping[str, ChatTemplate]) -> Rendered:
     return templates[name].render(conversation)
 
 
-def _tokenized(text: Text, templates: Mapping[str, ChatTemplate], tokenizer: FileTokenizer) -> Tokenized:
+def _tokenized(text: Text, templates: Mapping[str, ChatTemplate], tokenizer: FileTokenizer) -> TokenizedRow:
     row = encode_row(_rendered(text, templates), tokenizer)
-    return Tokenized(row.ids, (True,) * len(row.ids), row.where)
+    return TokenizedRow(row.ids, (True,) * len(row.ids), row.where)
 
 
 def main() -> None:

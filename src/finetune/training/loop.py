@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from finetune.errors import NonFiniteError
 from finetune.events import Event, FirstGradients, HeldOutLoss, StepDone
 from finetune.ports import Session
-from finetune.records import Batch, Tokenized
+from finetune.records import Batch, TokenizedRow
 from finetune.training.schedule import Schedule, learning_rate_at
 
 Batching = Callable[[int], list[Batch]]
@@ -138,5 +138,5 @@ def _non_finite(what: str, value: float, step: int, window: Sequence[Batch]) -> 
 
 
 def _places(window: Sequence[Batch]) -> str:
-    rows: list[Tokenized] = [row for batch in window for row in batch.rows]
+    rows: list[TokenizedRow] = [row for batch in window for row in batch.rows]
     return ", ".join(row.where for row in rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")

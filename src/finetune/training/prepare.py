@@ -29,7 +29,16 @@ from finetune.memory.estimate import adapter_parameters, weight_bytes
 from finetune.models.locate import SHIPPED, locate_model
 from finetune.models.quantize import kept_in_full, quantize_shape, refuse_quantized, say_quantized
 from finetune.models.shape import read_config, read_shape
-from finetune.records import AdapterTarget, Batch, Conversation, Message, ModelLocation, ModelShape, Question, Tokenized
+from finetune.records import (
+    AdapterTarget,
+    Batch,
+    Conversation,
+    Message,
+    ModelLocation,
+    ModelShape,
+    Question,
+    TokenizedRow,
+)
 from finetune.training.loop import steps_per_epoch
 
 _MOST_STEPS = 10**9
@@ -55,7 +64,7 @@ class Prepared:
     notes: tuple[str, ...]
 
     @property
-    def training_rows(self) -> tuple[Tokenized, ...]:
+    def training_rows(self) -> tuple[TokenizedRow, ...]:
         """The rows that are trained on: those to learn and those to rehearse."""
         return self.train.rows + (self.rehearsal.rows if self.rehearsal else ())
 
@@ -179,7 +188,7 @@ def adapter_target(config: TrainingConfig, shape: ModelShape) -> AdapterTarget |
     return target
 
 
-def shuffled_rows(prepared: Prepared) -> tuple[Tokenized, ...] | None:
+def shuffled_rows(prepared: Prepared) -> tuple[TokenizedRow, ...] | None:
     """The training rows with the last answers dealt out among the wrong questions; None where that cannot be."""
     answers = deranged([conversation.answer for conversation in prepared.conversations])
     if not answers:
@@ -256,7 +265,7 @@ def encode_held_out(encoder: Encoder, plan: Plan, held: list[Example], notes: li
     return encoder.encode(ShapedRows(tuple(held), {}, {}, ()), plan)
 
 
-def _total_steps(plan: Plan, rows: Sequence[Tokenized]) -> int:
+def _total_steps(plan: Plan, rows: Sequence[TokenizedRow]) -> int:
     training = plan.config.training
     sequences = len(sequences_of(rows, seed=training.seed, pack_length=pack_length(plan)))
     per_epoch = steps_per_epoch(sequences, batch_of_all(plan), training.accumulation)

@@ -14,7 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from finetune.backends.mlx.tensors import first_line
 from finetune.errors import ModelError, TrainingError
-from finetune.records import Batch, Tokenized
+from finetune.records import Batch, TokenizedRow
 
 _TRUNKS = ("model", "transformer", "backbone")
 _ASKED_TOGETHER = 64
@@ -69,7 +69,7 @@ def arrays_of(batch: Batch, sizes: Sizes) -> Arrays:
     )
 
 
-def _check_row(row: Tokenized, sizes: Sizes) -> None:
+def _check_row(row: TokenizedRow, sizes: Sizes) -> None:
     low, high = min(row.ids, default=0), max(row.ids, default=0)
     if low < 0 or high >= sizes.vocab_size:
         strange = low if low < 0 else high
@@ -107,7 +107,7 @@ class ForwardPass:
 
     def logits(self, ids: Sequence[int]) -> mx.array:
         """The logits (tokens, vocabulary) after each token of a prompt, in float32."""
-        row = Tokenized(tuple(ids), (False,) * len(ids), "a prompt")
+        row = TokenizedRow(tuple(ids), (False,) * len(ids), "a prompt")
         _check_row(row, self.sizes)
         return self.model(mx.array([row.ids]))[0].astype(mx.float32)
 
@@ -148,7 +148,7 @@ class ForwardPass:
             for start in range(0, len(members) if room > 0 else 0, _ASKED_TOGETHER):
                 asked = members[start : start + _ASKED_TOGETHER]
                 for index in asked:
-                    _check_row(Tokenized(tuple(prompts[index]), (), f"prompt {index}"), self.sizes)
+                    _check_row(TokenizedRow(tuple(prompts[index]), (), f"prompt {index}"), self.sizes)
                 ids = mx.array([list(prompts[index]) for index in asked])
                 for index, answer in zip(asked, self._continue(ids, room, stop_ids), strict=True):
                     answers[index] = answer

@@ -19,7 +19,7 @@ import torch
 from finetune.backends.torch.backend import TorchBackend
 from finetune.backends.torch.session import TorchSession
 from finetune.processes import peak_rss, restart_peak
-from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Tokenized
+from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, TokenizedRow
 
 _STEPS = 3
 
@@ -81,7 +81,7 @@ def _random_batch(request: dict[str, Any]) -> Batch:
     rng = random.Random(0)
     size = request["length"]
     rows = [[rng.randrange(request["vocab_size"]) for _ in range(size)] for _ in range(request["batch_size"])]
-    return Batch(tuple(Tokenized(tuple(ids), (True,) * size, "probe") for ids in rows))
+    return Batch(tuple(TokenizedRow(tuple(ids), (True,) * size, "probe") for ids in rows))
 
 
 def _step(session: TorchSession, batch: Batch) -> int:

@@ -10,7 +10,7 @@ from finetune import train as training
 from finetune.chat import fit
 from finetune.chat.encode import Marked
 from finetune.data import batches as batching
-from finetune.records import Batch, Tokenized
+from finetune.records import Batch, TokenizedRow
 from finetune.verify.faults.fault import fault, plant
 from finetune.verify.faults.sessions import Arrays, pad_of, plant_arrays, plant_session, shifted
 
@@ -98,7 +98,7 @@ def _last_place_is_lost() -> None:
     "A109b", "pad.filled_and_learned", real="mlx-lm 0.32.2", what="short rows are filled up, and the filling is learned"
 )
 def _filling_is_learned() -> None:
-    def filled(row: Tokenized, room: int) -> Tokenized:
+    def filled(row: TokenizedRow, room: int) -> TokenizedRow:
         return replace(row, ids=(*row.ids, *row.ids[-1:] * room), trained=(*row.trained, *[True] * room))
 
     def wrong(right: Right, *given: Any, **named: Any) -> Any:

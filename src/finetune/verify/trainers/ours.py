@@ -20,7 +20,7 @@ from finetune.evidence.saved import save_trained
 from finetune.files import write_folder, write_text
 from finetune.models.locate import locate_model
 from finetune.ports import Session
-from finetune.records import Batch, Conversation, Message, Optimization, Tokenized
+from finetune.records import Batch, Conversation, Message, Optimization, TokenizedRow
 from finetune.run.checkpoints import CheckpointStore
 from finetune.run.folder import RunFolder
 from finetune.train import train_to_the_end, training_events
@@ -100,7 +100,7 @@ class OurTrainer:
                 watched.steps.append(watched.window)
                 watched.window = []
         each = len(watched.steps) // epochs
-        own: dict[str, list[Tokenized]] = {}
+        own: dict[str, list[TokenizedRow]] = {}
         for row in prepared.training_rows:
             own.setdefault(row.where, []).append(row)
         told = [{"micro": [_micro(batch, own) for batch in window]} for window in watched.steps]
@@ -299,18 +299,18 @@ def inside(backend: str, scratch: Path) -> InProcessSubject:
     return InProcessSubject(about, trainer.handlers, [FineTuneError])
 
 
-def _rows(batch: Sequence[Given]) -> tuple[Tokenized, ...]:
-    return tuple(Tokenized(tuple(row["ids"]), tuple(row["targets"]), str(n)) for n, row in enumerate(batch))
+def _rows(batch: Sequence[Given]) -> tuple[TokenizedRow, ...]:
+    return tuple(TokenizedRow(tuple(row["ids"]), tuple(row["targets"]), str(n)) for n, row in enumerate(batch))
 
 
-def _own_places(row: Tokenized, prepared: Sequence[Tokenized]) -> list[bool]:
+def _own_places(row: TokenizedRow, prepared: Sequence[TokenizedRow]) -> list[bool]:
     """Which tokens of a row in a batch were prepared, and which it was filled up with."""
     sizes = (len(each.ids) for each in prepared if row.ids[: len(each.ids)] == each.ids)
     size = max(sizes, default=len(row.ids))
     return [place < size for place in range(len(row.ids))]
 
 
-def _micro(batch: Batch, prepared: Mapping[str, Sequence[Tokenized]]) -> dict[str, Any]:
+def _micro(batch: Batch, prepared: Mapping[str, Sequence[TokenizedRow]]) -> dict[str, Any]:
     """A batch as the training loop gets it, with what of it was prepared."""
     sequences = batch.sequences
     return {

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.chat.encoder import Encoder
 from finetune.models.locate import locate_model
-from finetune.records import Batch, Conversation, Message, Tokenized
+from finetune.records import Batch, Conversation, Message, TokenizedRow
 from finetune.training.loop import mean_loss
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def row_handlers(trainer: "OurTrainer") -> dict[str, Callable[..., dict[str, Any
 
     def packed_loss(model: str, settings: Given, sequences: Sequence[Sequence[Given]]) -> dict[str, Any]:
         rows = [
-            Tokenized(tuple(row["ids"]), tuple(row["targets"]), str(number))
+            TokenizedRow(tuple(row["ids"]), tuple(row["targets"]), str(number))
             for number, row in enumerate(row for sequence in sequences for row in sequence)
         ]
         batch = Batch(tuple(rows), tuple(len(sequence) for sequence in sequences))
@@ -49,5 +49,5 @@ def line_of(where: str) -> int:
     return int(where.partition(" piece ")[0].rpartition(":")[2]) - 1
 
 
-def _numbers(rows: Sequence[Tokenized]) -> list[int]:
+def _numbers(rows: Sequence[TokenizedRow]) -> list[int]:
     return [line_of(row.where) for row in rows]
