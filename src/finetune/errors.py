@@ -16,10 +16,10 @@
     ├── StorageError               exit 1   writing to disk failed (no space left, read-only, ...)
     ├── ExportError                exit 1   an exported file is not what was trained; nothing is left of it
     ├── DeploymentError            exit 1   a server failed, or does not answer as it was trained
-    ├── EvidenceError              exit 1   a judge was asked to judge without the evidence it needs
+    ├── EvidenceError              exit 4   nothing could be judged: the evidence is missing or cannot be had
     └── InterruptedRunError        exit 130 the user pressed Ctrl-C; the last checkpoint is intact
 
-A verdict of "broken" is not an error: it is a finding, carried by `records.Verdict`.
+A verdict of "failed" is not an error: it is a finding, carried by `records.Verdict`.
 """
 
 from dataclasses import dataclass
@@ -123,7 +123,9 @@ class DeploymentError(FineTuneError):
 
 
 class EvidenceError(FineTuneError):
-    """A judge was asked to judge without the evidence it needs."""
+    """Nothing could be judged: the evidence is missing or cannot be had."""
+
+    exit_code = 4
 
 
 class InterruptedRunError(FineTuneError):

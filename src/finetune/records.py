@@ -5,8 +5,9 @@ Row -> Conversation | Document -> Rendered -> TokenizedRow -> Batch -> Event... 
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -14,9 +15,31 @@ from typing import Any, Literal, TypeVar
 NO_LIMIT = 2**31 - 1
 """The context length of a model that states none, such as one that knows no positions."""
 
-Outcome = Literal["holds", "broken", "undecided", "not applicable"]
 AdapterKind = Literal["lora", "dora"]
 Scaling = Literal["standard", "rank_stabilized"]
+
+
+class Outcome(StrEnum):
+    """How a law, a criterion or a comparison came out; JSON and text hold the plain word."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    INCONCLUSIVE = "inconclusive"
+    NOT_APPLICABLE = "not applicable"
+    ERROR = "error"
+
+    @classmethod
+    def of(cls, passed: object) -> "Outcome":
+        """PASSED or FAILED."""
+        return cls.PASSED if passed else cls.FAILED
+
+    @classmethod
+    def worst(cls, outcomes: Iterable["Outcome"]) -> "Outcome | None":
+        """The worst of several: NOT_APPLICABLE only when all are, None when there are none."""
+        given = set(outcomes)
+        ranked = (cls.FAILED, cls.ERROR, cls.INCONCLUSIVE, cls.PASSED, cls.NOT_APPLICABLE)
+        return next((outcome for outcome in ranked if outcome in given), None)
+
 
 T = TypeVar("T")
 

@@ -96,6 +96,7 @@ def _optional(setting: Setting) -> Setting:
 _POSITIVE = _number(st.sampled_from([0, -0.0, -1e-300, "-1"]), min_value=0, exclude_min=True)
 _SHARE = _number(st.sampled_from([1, -1e-9, 2.0, "1.0"]), min_value=0, max_value=1, exclude_max=True)
 _TEXT = Setting(texts(), _NEVER | st.none() | st.sampled_from([0, 7, 1.5, "", "None", "a\nb", "a\0", "\x85"]))
+_YES_OR_NO = Setting(st.booleans(), st.sampled_from([0, 1, 2, "", "maybe", [], {}, None, 1.0]))
 _EXTRA_RUNS = _words("auto", "always", "never")
 _TEMPLATES = _words("auto", "tokenizer", "alpaca", "chatml", "llama2", "llama3")
 _NAME_LISTS = st.lists(texts(), min_size=1, max_size=4)
@@ -149,7 +150,7 @@ SETTINGS: dict[str, Setting] = {
     "training.batch_size": _whole(1),
     "training.processes": _optional(_whole(1)),
     "training.accumulation": _whole(1),
-    "training.packing": Setting(st.booleans(), st.sampled_from([0, 1, 2, "", "maybe", [], {}, None, 1.0])),
+    "training.packing": _YES_OR_NO,
     "training.learning_rate": _POSITIVE,
     "training.schedule": _words("cosine", "linear", "constant"),
     "training.warmup_fraction": _SHARE,
@@ -169,6 +170,7 @@ SETTINGS: dict[str, Setting] = {
     "judge.memory": _EXTRA_RUNS,
     "judge.memory_batch_size": _whole(1),
     "judge.memory_length": _whole(8),
+    "judge.allow_inconclusive": _YES_OR_NO,
     "tracking.to": Setting(
         st.lists(st.sampled_from(["tensorboard", "trackio", "wandb", "mlflow"]), unique=True, max_size=4),
         st.sampled_from(["wandb", "", ["wandb", "wandb"], ["wandbb"], [1], [""], {}, 3, True, None]),

@@ -320,8 +320,8 @@ def test_run_folder_finished_needs_the_manifest(tmp_path: Path) -> None:
     """A run exists when its run.json does; one that is not finished is told how to go on."""
     whole: dict[str, object] = {key: {} for key in ("model", "data", "losses", "versions")}
     whole |= {key: [] for key in ("plan", "verdicts", "notes")}
-    _run(tmp_path / "done", manifest=json.dumps({"format": 1, **whole}))
-    assert RunFolder.finished(tmp_path / "done").read_manifest() == {"format": 1, **whole}
+    _run(tmp_path / "done", manifest=json.dumps({"format": 2, **whole}))
+    assert RunFolder.finished(tmp_path / "done").read_manifest() == {"format": 2, **whole}
     _run(tmp_path / "half")
     for name, hint in (("half", "--resume"), ("missing", "ft train")):
         with pytest.raises(OutputError, match=name) as caught:

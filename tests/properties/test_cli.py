@@ -39,6 +39,19 @@ def test_check_of_the_shipped_job_finds_nothing(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize(
+    ("outcome", "codes"),
+    [("passed", (0, 0)), ("failed", (1, 1)), ("inconclusive", (4, 0)), ("not applicable", (4, 4)), ("error", (4, 4))],
+)
+def test_train_ends_with_the_code_of_its_outcome(
+    outcome: str, codes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a run that passed ends with 0; `judge.allow_inconclusive` makes it 0 where too little was measured, too."""
+    monkeypatch.setattr("finetune.train.fine_tune", lambda *given, **more: (Path("run"), {"outcome": outcome}))
+    assert run(["train", "--json"]) == codes[0]
+    assert run(["train", "--json", "--set", "judge.allow_inconclusive=true"]) == codes[1]
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "named"),
     [
         (["check", "missing.yaml"], 2, "missing.yaml"),
@@ -113,9 +126,9 @@ def test_check_finds_what_only_the_whole_shows(
     [
         ("{}", "format"),
         ('{"format": 99}', "99"),
-        ('{"format": 1, "model": {}, "data": {}, "losses": "x", "versions": {}}', "losses"),
+        ('{"format": 2, "model": {}, "data": {}, "losses": "x", "versions": {}}', "losses"),
         (
-            '{"format": 1, "model": {}, "data": {}, "losses": {}, "versions": {}, "plan": [], "notes": [], '
+            '{"format": 2, "model": {}, "data": {}, "losses": {}, "versions": {}, "plan": [], "notes": [], '
             '"verdicts": [{"outcome": "great"}]}',
             "great",
         ),

@@ -1,4 +1,4 @@
-"""Laws of the judges: thresholds are exact, noise never passes, and what was not measured never holds."""
+"""Laws of the judges: thresholds are exact, noise never passes, and what was not measured never passes."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from finetune.records import Outcome, Reload, Verdict
 from support.evidence import ADAPTER, COUNT, FROZEN, altered, healthy, measure, scores, verdicts_on
 
 NOT_FINITE = (math.nan, math.inf, -math.inf)
-RANK = {"broken": 0, "undecided": 1, "holds": 2}
+RANK = {"failed": 0, "inconclusive": 1, "passed": 2}
 
 
 def _tensors(changed: int) -> tuple[dict[str, str], dict[str, str]]:
@@ -66,7 +66,7 @@ def test_validator_refuses_to_judge_without_evidence(judged: Any, given_: tuple[
     """Missing, unequal or impossible figures are an error that says so, never a verdict."""
     with pytest.raises(EvidenceError) as caught:
         judged(*given_)
-    assert caught.value.exit_code == 1
+    assert caught.value.exit_code == 4
 
 
 def test_validator_no_file_is_no_artifact() -> None:
@@ -83,10 +83,10 @@ def test_validator_counts_only_wrong_turned_right() -> None:
 def test_judge_a_healthy_run_holds_throughout() -> None:
     """All 17 verdicts on a healthy run hold, five of them the criteria themselves and twelve their companions."""
     found = verdicts_on(healthy())
-    assert {key: verdict.outcome for key, verdict in found.items() if verdict.outcome != "holds"} == {}
+    assert {key: verdict.outcome for key, verdict in found.items() if verdict.outcome != "passed"} == {}
     assert len(found) == 17
     assert sorted(verdict.criterion for verdict in found.values() if not verdict.companion) == [1, 2, 3, 4, 5]
-    assert overall(tuple(found.values())) == "holds"
+    assert overall(tuple(found.values())) == "passed"
 
 
 def _changed(value: str, *names: str) -> dict[str, str]:
@@ -131,45 +131,45 @@ def test_judge_each_fault_breaks_its_verdict(key: str, evidence: Evidence) -> No
     assert len(BREAKS) == 23
     assert {key for key, _ in BREAKS} == set(verdicts_on(healthy()))
     found = verdicts_on(evidence)
-    assert found[key].outcome == "broken"
-    assert overall(tuple(found.values())) == "broken"
+    assert found[key].outcome == "failed"
+    assert overall(tuple(found.values())) == "failed"
 
 
-def test_judge_a_bad_start_is_undecided_only_where_the_end_beats_a_guess() -> None:
-    """A base worse than guessing leaves convergence undecided when the end beats a guess, and breaks it otherwise."""
+def test_judge_a_bad_start_is_inconclusive_only_where_the_end_beats_a_guess() -> None:
+    """A base worse than guessing leaves convergence inconclusive when the end beats a guess, and fails it otherwise."""
     guess = math.log(512)
-    for end, outcome in ((guess - 1e-9, "undecided"), (guess, "broken"), (guess + 0.5, "broken")):
+    for end, outcome in ((guess - 1e-9, "inconclusive"), (guess, "failed"), (guess + 0.5, "failed")):
         verdict = verdicts_on(altered("loss", fixed_before=guess + 2, fixed_after=end))["loss-start"]
         assert verdict.outcome == outcome
         assert "uniform guess" in verdict.reason
-    assert verdicts_on(altered("loss", fixed_before=guess + 1, fixed_after=guess))["loss-start"].outcome == "holds"
+    assert verdicts_on(altered("loss", fixed_before=guess + 1, fixed_after=guess))["loss-start"].outcome == "passed"
 
 
 MISSES: list[tuple[str, Outcome, str, Evidence]] = [
-    ("loss-convergence", "undecided", "", altered("loss", per_step=(4.0,))),
-    ("loss-convergence", "undecided", "", altered("loss", per_step=())),
+    ("loss-convergence", "inconclusive", "", altered("loss", per_step=(4.0,))),
+    ("loss-convergence", "inconclusive", "", altered("loss", per_step=())),
     ("loss-held-out", "not applicable", "held_out", altered("loss", held_out_before=None)),
     ("loss-held-out", "not applicable", "held_out", altered("loss", held_out_after=None)),
     ("model-learning", "not applicable", "learning", healthy(learning=None)),
     ("learning-signed", "not applicable", "learning", healthy(learning=None)),
     ("learning-sham", "not applicable", "learning", healthy(learning=None)),
     ("learning-retention", "not applicable", "learning", healthy(learning=None)),
-    ("learning-sham", "undecided", "sham", altered("learning", sham=None)),
+    ("learning-sham", "inconclusive", "sham", altered("learning", sham=None)),
     ("learning-retention", "not applicable", "retention", altered("learning", retention_base=None)),
     ("learning-retention", "not applicable", "retention", altered("learning", retention_tuned=None)),
-    ("memory-efficiency", "undecided", "memory", healthy(memory=None)),
-    ("memory-exact", "undecided", "memory", healthy(memory=None)),
-    ("memory-resident", "undecided", "memory", healthy(memory=None)),
+    ("memory-efficiency", "inconclusive", "memory", healthy(memory=None)),
+    ("memory-exact", "inconclusive", "memory", healthy(memory=None)),
+    ("memory-resident", "inconclusive", "memory", healthy(memory=None)),
     ("memory-efficiency", "not applicable", "memory", healthy(memory=None, unable=frozenset({"memory"}))),
-    ("parameter-updates", "undecided", "", altered("parameters", steps=1)),
+    ("parameter-updates", "inconclusive", "", altered("parameters", steps=1)),
     ("parameter-first-step", "not applicable", "first_gradients", altered("parameters", first_gradients={})),
-    ("artifacts-reload", "undecided", "reload", altered("artifacts", reload=None)),
+    ("artifacts-reload", "inconclusive", "reload", altered("artifacts", reload=None)),
 ]
 
 
 @pytest.mark.parametrize(("key", "outcome", "part", "evidence"), MISSES)
-def test_judge_what_was_not_measured_never_holds(key: str, outcome: Outcome, part: str, evidence: Evidence) -> None:
-    """A verdict without its evidence is undecided or does not apply, with the reason given or one of its own."""
+def test_judge_what_was_not_measured_never_passes(key: str, outcome: Outcome, part: str, evidence: Evidence) -> None:
+    """A verdict without its evidence is inconclusive or does not apply, with the reason given or one of its own."""
     assert len(MISSES) == 18
     own = verdicts_on(evidence)[key]
     assert own.outcome == outcome
@@ -196,14 +196,14 @@ NUMBERS: list[tuple[str, Any, tuple[float, ...]]] = [
 
 
 @pytest.mark.parametrize(("key", "make", "bad"), [(key, make, bad) for key, make, bads in NUMBERS for bad in bads])
-def test_judge_a_number_that_is_not_finite_never_holds(key: str, make: Any, bad: float) -> None:
+def test_judge_a_number_that_is_not_finite_never_passes(key: str, make: Any, bad: float) -> None:
     """NaN or infinity in any of 12 measured numbers is an error or a verdict that does not hold."""
     assert len(NUMBERS) == 12
     try:
         outcome = verdicts_on(make(bad))[key].outcome
     except EvidenceError:
-        outcome = "undecided"
-    assert outcome != "holds"
+        outcome = "inconclusive"
+    assert outcome != "passed"
 
 
 @given(st.integers(1, 40), st.data())
@@ -227,11 +227,11 @@ def test_judge_one_more_right_answer_never_lowers_a_verdict(count: int, data: st
         assert change >= 0 if lucky != "sham" else change <= 0
 
 
-def _holds(key: str, base: int, tuned: int, both: int = 0) -> bool:
-    """Whether a verdict holds when `both` of the right answers are the same questions."""
+def _passes(key: str, base: int, tuned: int, both: int = 0) -> bool:
+    """Whether a verdict passes when `both` of the right answers are the same questions."""
     before = [index < base for index in range(COUNT)]
     after = [base - both <= index < base - both + tuned for index in range(COUNT)]
-    return verdicts_on(altered("learning", base=scores(before), tuned=scores(after)))[key].outcome == "holds"
+    return verdicts_on(altered("learning", base=scores(before), tuned=scores(after)))[key].outcome == "passed"
 
 
 def test_judge_noise_passes_the_literal_criterion_and_not_its_companion() -> None:
@@ -239,8 +239,8 @@ def test_judge_noise_passes_the_literal_criterion_and_not_its_companion() -> Non
     literal = signed = 0.0
     for better in range(COUNT + 1):
         chance = math.comb(COUNT, better) / 2**COUNT
-        literal += chance * _holds("model-learning", COUNT - better, better)
-        signed += chance * _holds("learning-signed", COUNT - better, better)
+        literal += chance * _passes("model-learning", COUNT - better, better)
+        signed += chance * _passes("learning-signed", COUNT - better, better)
     assert literal == pytest.approx(0.942, abs=0.001)
     assert 0 < signed <= 0.025
 
@@ -258,20 +258,27 @@ def test_judge_two_equally_skilled_models_seldom_differ(skill: float) -> None:
                 rest = COUNT - both - better - worse
                 chance = ways * skill ** (2 * both + better + worse) * (1 - skill) ** (2 * rest + better + worse)
                 if chance > 1e-5:
-                    total += chance * _holds("learning-signed", both + worse, both + better, both)
+                    total += chance * _passes("learning-signed", both + worse, both + better, both)
     assert total <= 0.025
 
 
 def test_judge_a_sham_that_learns_as_much_breaks() -> None:
-    """Above 20 % right by the sham control is broken, however good the tuned model is; 20 % is not above."""
+    """Above 20 % right by the sham control fails, however good the tuned model is; 20 % is not above."""
     outcomes = [verdicts_on(altered("learning", sham=scores(right)))["learning-sham"].outcome for right in range(21)]
-    assert outcomes[:5].count("holds") >= 4
-    assert outcomes[5:] == ["broken"] * 16
+    assert outcomes[:5].count("passed") >= 4
+    assert outcomes[5:] == ["failed"] * 16
 
 
 def test_judge_retention_may_lose_ten_points_and_no_more() -> None:
-    """10 points lost hold; more are undecided while they may be chance, and broken once the whole interval is."""
-    for lost, outcome in ((0, "holds"), (1, "holds"), (2, "holds"), (3, "undecided"), (10, "broken"), (18, "broken")):
+    """10 points lost pass; more are inconclusive while they may be chance, and fail once the whole interval is."""
+    for lost, outcome in (
+        (0, "passed"),
+        (1, "passed"),
+        (2, "passed"),
+        (3, "inconclusive"),
+        (10, "failed"),
+        (18, "failed"),
+    ):
         assert (
             verdicts_on(altered("learning", retention_tuned=scores(18 - lost)))["learning-retention"].outcome == outcome
         )
@@ -318,9 +325,9 @@ def test_judge_parameters_only_of_the_same_tensors(change: dict[str, Any]) -> No
 
 
 def test_judge_a_base_that_knows_the_answers_cannot_improve() -> None:
-    """When the base answers 70 % already, too little room is left: undecided, and the reason says so."""
+    """When the base answers 70 % already, too little room is left: inconclusive, and the reason says so."""
     found = verdicts_on(altered("learning", base=scores(14), tuned=scores(20)))["model-learning"]
-    assert (found.outcome, "so many already" in found.reason) == ("undecided", True)
+    assert (found.outcome, "so many already" in found.reason) == ("inconclusive", True)
 
 
 @given(
@@ -349,15 +356,15 @@ def test_judge_every_verdict_is_told_with_measured_and_allowed(
         assert verdict.measured
         assert verdict.allowed
         assert verdict.title
-        assert verdict.reason or verdict.outcome in ("holds", "broken", "undecided")
+        assert verdict.reason or verdict.outcome in ("passed", "failed", "inconclusive")
         assert all(math.isfinite(number) for number in verdict.numbers.values())
-    assert found["parameter-exactly"].outcome == ("broken" if strays else "holds")
-    assert found["parameter-updates"].outcome == ("holds" if steps >= 2 else "undecided")
+    assert found["parameter-exactly"].outcome == ("failed" if strays else "passed")
+    assert found["parameter-updates"].outcome == ("passed" if steps >= 2 else "inconclusive")
 
 
-@given(st.lists(st.sampled_from(["holds", "broken", "undecided", "not applicable"])))
+@given(st.lists(st.sampled_from(["passed", "failed", "inconclusive", "not applicable"])))
 def test_overall_is_the_worst_that_applies(outcomes: list[Outcome]) -> None:
-    """One broken breaks the run; else one undecided leaves it open; what does not apply does not count."""
+    """One failure fails the run; else one inconclusive leaves it open; what does not apply does not count."""
     verdicts = tuple(Verdict(str(n), "title", 1, outcome, "1", "2") for n, outcome in enumerate(outcomes))
     expected = min((outcome for outcome in outcomes if outcome in RANK), key=RANK.__getitem__, default="not applicable")
     assert overall(verdicts) == expected

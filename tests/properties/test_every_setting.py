@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from finetune.cli.console import exit_code
 from finetune.config import KEYS, json_schema, load_config
 from finetune.errors import FineTuneError
 from finetune.evidence import observe
+from finetune.records import Outcome
 from finetune.train import fine_tune
 from finetune_strategies.tokenizers import KINDS
 from support.trackers import SilentTracker
@@ -90,6 +92,7 @@ CHANGES: dict[str, Change] = {
     "judge.memory": Change("auto"),
     "judge.memory_batch_size": Change(3, {"judge.memory": "always"}),
     "judge.memory_length": Change(32, {"judge.memory": "always"}),
+    "judge.allow_inconclusive": Change(True),
     "tracking.to": Change(["tensorboard"]),
     "tracking.project": Change("another", {"tracking.to": ["tensorboard"]}),
     "tracking.name": Change("another", {"tracking.to": ["tensorboard"]}),
@@ -121,7 +124,8 @@ def outcome(settings: dict[str, Any], places: dict[str, str], output: Path) -> A
     }
     try:
         with without_reload_check():
-            folder, record = fine_tune(load_config(None, environ={}, overrides=chosen, profile=None), output=output)
+            loaded = load_config(None, environ={}, overrides=chosen, profile=None)
+            folder, record = fine_tune(loaded, output=output)
     except FineTuneError as error:
         return str(error).replace(str(output), "")
     cache = Path(places["CACHE"])
@@ -130,6 +134,8 @@ def outcome(settings: dict[str, Any], places: dict[str, str], output: Path) -> A
     record = {key: value for key, value in record.items() if key not in _ALWAYS_NEW}
     weights = next(item["sha256"] for item in record["artifacts"] if item["path"].endswith("adapter_model.safetensors"))
     record["artifacts"] = [weights, sorted(path.name for path in folder.glob("checkpoints/*")), kept]
+    allowed = loaded.config.judge.allow_inconclusive
+    record["exit code"] = exit_code(Outcome.INCONCLUSIVE, allow_inconclusive=allowed)  # were it inconclusive
     return json.loads(json.dumps(record))
 
 
@@ -158,7 +164,7 @@ def test_every_setting_is_in_the_table_and_the_schema() -> None:
     listed = {name for name in schema["properties"] if name not in schema.get("$defs", {})}
     assert set(CHANGES) == set(KEYS)
     assert {key.split(".")[0] for key in CHANGES} <= listed
-    assert len(CHANGES) == 54
+    assert len(CHANGES) == 55
     assert all(change.value != {**BASE, **change.given}.get(key) for key, change in CHANGES.items())
 
 

@@ -190,7 +190,7 @@ def made(name: str, kind: str, then: Callable[[Path], Any]) -> Case:
 
 
 MANIFEST = (
-    '{"format": 1, "model": {}, "data": {}, "losses": {}, "versions": {}, "plan": [], "notes": [], "verdicts": 3}'
+    '{"format": 2, "model": {}, "data": {}, "losses": {}, "versions": {}, "plan": [], "notes": [], "verdicts": 3}'
 )
 GENERATION = "{% if add_generation_prompt %}A:{% endif %}"
 EACH = "{% for m in messages %}{{ m.role[0] | upper + ':' + m.content + '<e>' }}{% endfor %}"
@@ -376,7 +376,7 @@ CASES: dict[str, Case] = {
     **{
         f"run manifest {number}": run_file(text)
         for number, text in enumerate(
-            ("{", "[]", "{}", '{"format": 1, "plan": []}', MANIFEST, MANIFEST.replace("3", "[{}]"))
+            ("{", "[]", "{}", '{"format": 2, "plan": []}', MANIFEST, MANIFEST.replace("3", "[{}]"))
         )
     },
     "checkpoint changed": checkpoint(lambda path: (path / "state.bin").write_bytes(b"abd"), {}),

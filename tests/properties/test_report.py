@@ -27,7 +27,7 @@ from support.sample_run import sample_run
 
 pytestmark = pytest.mark.tools
 
-OUTCOMES = ("holds", "broken", "undecided", "not applicable")
+OUTCOMES = ("passed", "failed", "inconclusive", "not applicable")
 CHARTS = ("loss", "rate", "scores", "memory")
 HOSTILE = (
     "</script><img src=x onerror=alert(1)>",
@@ -140,13 +140,13 @@ def test_text_with_control_characters_is_shown_not_obeyed(text: str, shown: str)
 
 @given(st.data())
 def test_criterion_is_as_good_as_its_worst_verdict(data: st.DataObject) -> None:
-    """A criterion is broken if any verdict is, else undecided if any is; not applicable only when all are."""
+    """A criterion failed if any verdict did, else it is inconclusive if any is; not applicable only when all are."""
     given_outcomes = data.draw(st.lists(st.sampled_from(OUTCOMES), max_size=5))
     verdicts = [
         {"criterion": 2, "outcome": outcome, "companion": data.draw(st.booleans())} for outcome in given_outcomes
     ]
     criterion = build_report({"verdicts": verdicts})["criteria"][1]
-    ranked = [word for word in ("broken", "undecided", "holds", "not applicable") if word in given_outcomes]
+    ranked = [word for word in ("failed", "inconclusive", "passed", "not applicable") if word in given_outcomes]
     assert criterion["outcome"] == (ranked[0] if ranked else None)
     assert len(criterion["literal"]) + len(criterion["companions"]) == len(given_outcomes)
 
@@ -341,7 +341,7 @@ def _quiet(*texts: str) -> dict[str, Any]:
         for given in (before, after)
     )
     every = " ".join(texts)
-    verdict = dict.fromkeys(("title", "measured", "allowed", "reason"), every) | {"criterion": 1, "outcome": "holds"}
+    verdict = dict.fromkeys(("title", "measured", "allowed", "reason"), every) | {"criterion": 1, "outcome": "passed"}
     scores = {"learning": {"base": base, "tuned": tuned, "sham": None}, "retention": None}
     return {
         **sample_run(losses={}, memory=None, verdicts=[verdict], scores=scores),

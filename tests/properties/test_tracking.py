@@ -390,7 +390,7 @@ def test_digest_gives_every_step_once_and_in_order(count: int, looked: set[int],
         events += [HeldOutLoss(event.step, 10.0 + event.step, 1)] if event.step in looked else []
         events += [StoppedEarly(event.step, 9, 1, 1, 1.0)] if early and event.step == count else []
         events.append(event)
-    events += [FixedLoss(count, 4.0, 1), RunJudged("holds", {"a": "holds"})] if count else []
+    events += [FixedLoss(count, 4.0, 1), RunJudged("passed", {"a": "passed"})] if count else []
     digest = Digest()
     given_ = [pair for event in events for pair in digest.take(event)]
     given_ += list(digest.rest())
@@ -400,7 +400,7 @@ def test_digest_gives_every_step_once_and_in_order(count: int, looked: set[int],
     assert all(numbers.get("held_out/loss", 10.0 + step) == 10.0 + step for step, numbers in given_)
     assert digest.numbers == ({"final/fixed_loss": 4.0, "final/kept_step": float(count)} if count else {})
     assert ("ended" in digest.words) == (early and count > 0)
-    assert digest.words.get("verdict/a") == ("holds" if count else None)
+    assert digest.words.get("verdict/a") == ("passed" if count else None)
 
 
 def test_tracked_run_is_a_frozen_value() -> None:

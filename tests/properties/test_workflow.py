@@ -30,7 +30,7 @@ from support.workplace import make_data, make_model, settings, without_reload_ch
 
 ADAPTER = "adapter/adapter_model.safetensors"
 CRITERIA = {1: 4, 2: 4, 3: 3, 4: 3, 5: 3}
-OUTCOMES: tuple[Outcome, ...] = ("holds", "broken", "undecided", "not applicable")
+OUTCOMES = set(Outcome)
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +97,8 @@ def test_workflow_judges_every_criterion_on_what_was_measured(model: Path, data:
     assert all(one["measured"] or one["reason"] for one in verdicts)
     by_id = {one["id"]: one for one in verdicts}
     assert all(one["outcome"] == "not applicable" for one in verdicts if one["criterion"] == 3)
-    assert by_id["artifacts-reload"]["outcome"] == "holds", by_id["artifacts-reload"]
-    assert by_id["parameter-updates"]["outcome"] == by_id["parameter-exactly"]["outcome"] == "holds"
+    assert by_id["artifacts-reload"]["outcome"] == "passed", by_id["artifacts-reload"]
+    assert by_id["parameter-updates"]["outcome"] == by_id["parameter-exactly"]["outcome"] == "passed"
     assert record["scores"]["learning"]["sham"]["count"] == record["scores"]["learning"]["tuned"]["count"] == 11
 
 

@@ -62,8 +62,8 @@ def test_readme_commands_of_ft_do_what_they_say(tmp_path: Path) -> None:
         # Until Ctrl-C is too long to wait.
         words += ["--check-only"] if "llama.cpp" in words else []
         done = run([str(Path(sys.executable).with_name("ft")), *words], tmp_path, says="What is 2 plus 1?\n\n")
-        # Two steps teach nothing, and a run that says so ends with 1.
-        allowed = (0, 1) if words[0] in ("train", "evaluate", "report") else (0,)
+        # Two steps teach nothing, and a run that says so ends with 1 or 4.
+        allowed = (0, 1, 4) if words[0] in ("train", "evaluate", "report") else (0,)
         if done.returncode == 3 and ("ollama" in words or "--history" in words):
             assert "no Ollama answers" in done.stderr or "no history" in done.stderr
             continue
@@ -81,5 +81,5 @@ def test_readme_python_example_runs(tmp_path: Path) -> None:
     done = run([sys.executable, "-c", code], tmp_path)
     assert done.returncode == 0, done.stderr
     outcome, report = done.stdout.split()[:1], done.stdout.split()[-1]
-    assert outcome[0] in ("holds", "broken", "undecided")
+    assert outcome[0] in ("passed", "failed", "inconclusive")
     assert (tmp_path / report).exists()

@@ -1,4 +1,4 @@
-"""Every way to compute a run is held to its trainer: what is the same holds, what is not is named."""
+"""Every way to compute a run is held to its trainer: what is the same passes, what is not is named."""
 
 import json
 import shutil
@@ -54,11 +54,11 @@ def test_every_way_computes_what_was_trained(run: Path) -> None:
     """
     before = {path: path.read_bytes() for path in sorted(run.parent.rglob("*")) if path.is_file()}
     found = compare_paths(run)
-    assert found.holds
+    assert found.outcome == "passed"
     assert found.tokens >= 8
     assert [row.way for row in found.rows] == [name for name in PATHS if name != "torch"]
     for row in found.rows[1:]:
-        assert (row.outcome, row.reason) == ("holds", ""), row
+        assert (row.outcome, row.reason) == ("passed", ""), row
         assert row.drift is not None
         # A chat API tells answers, and of distributions too little.
         assert row.drift.places == (0 if row.way == SERVER else found.tokens)
@@ -75,7 +75,7 @@ def test_every_way_computes_what_was_trained(run: Path) -> None:
     manifest = json.loads((run / "run.json").read_text(encoding="utf-8"))
     assert found.rows[0].right["learning"] == manifest["scores"]["learning"]["tuned"]["right"]
     told = json.loads((run / "equivalence.json").read_text(encoding="utf-8"))
-    assert (told["outcome"], len(told["ways"])) == ("holds", len(PATHS) - 1)
+    assert (told["outcome"], len(told["ways"])) == ("passed", len(PATHS) - 1)
     after = {path: path.read_bytes() for path in sorted(run.parent.rglob("*")) if path.is_file()}
     assert after.pop(run / "equivalence.json")
     assert after == before
@@ -118,8 +118,8 @@ def test_another_way_is_held_to_the_trainer(change: str, run: Path) -> None:
     tell, said = CHANGES[change]
     found = compare_paths(run, (), more=[answers(tell, run.parent / "model", run)])
     row = row_of(found, "other")
-    assert (row.outcome, said in row.reason) == ("broken" if said else "holds", True), row
-    assert found.holds == (not said)
+    assert (row.outcome, said in row.reason) == ("failed" if said else "passed", True), row
+    assert found.outcome == ("failed" if said else "passed")
 
 
 def test_server_that_renders_otherwise_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,13 +127,13 @@ def test_server_that_renders_otherwise_is_told(run: Path, monkeypatch: pytest.Mo
     rendered = LlamaServer.rendered_ids
     monkeypatch.setattr(LlamaServer, "rendered_ids", lambda self, messages: (*rendered(self, messages), 0))
     row = row_of(compare_paths(run, [SERVER]), SERVER)
-    assert row.outcome == "broken"
+    assert row.outcome == "failed"
     assert "the server makes" in row.reason
     monkeypatch.undo()
     ids = LlamaServer.chat_ids
     monkeypatch.setattr(LlamaServer, "chat_ids", lambda self, messages, most: ids(self, messages, most=most)[:-2])
     row = row_of(compare_paths(run, [SERVER]), SERVER)
-    assert row.outcome == "broken"
+    assert row.outcome == "failed"
     assert row.drift is not None
     assert row.drift.partings
 
@@ -166,8 +166,8 @@ def test_what_was_written_is_what_is_compared(written: Path) -> None:
     """Where a merged folder and a GGUF file lie in the run, those are asked, and hold."""
     found = compare_paths(written, ("merged", "gguf-f16"))
     assert [(row.outcome, row.what) for row in found.rows[1:]] == [
-        ("holds", "the model folder merged"),
-        ("holds", "llama.cpp on gguf/run-f16.gguf"),
+        ("passed", "the model folder merged"),
+        ("passed", "llama.cpp on gguf/run-f16.gguf"),
     ]
 
 
@@ -234,7 +234,7 @@ SPOILT: dict[str, tuple[str, Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("what", SPOILT)
 def test_what_is_damaged_is_told_by_name(what: str, written: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each of 21 ways to spoil a written file makes its way broken, with the file's name; nothing is touched."""
+    """Each of 21 ways to spoil a written file makes its path fail, with the file's name; nothing is touched."""
     assert len(SPOILT) == 21
     name, spoil, said = SPOILT[what]
     path, kept = written / name, (written / name).read_bytes()
@@ -245,7 +245,7 @@ def test_what_is_damaged_is_told_by_name(what: str, written: Path, capsys: pytes
         code = ft(["compare", str(written), "--through", way, "--json"])
         told = json.loads(capsys.readouterr().out)
         [row] = [row for row in told["ways"] if row["way"] == way]
-        assert (code, told["outcome"], row["outcome"]) == (1, "broken", "broken"), row
+        assert (code, told["outcome"], row["outcome"]) == (1, "failed", "failed"), row
         assert path.name in row["reason"] or "merged" in row["reason"]
         assert said in row["reason"]
         assert "write it again" in row["reason"]
@@ -258,10 +258,10 @@ def test_what_cannot_be_computed_is_skipped_with_the_reason(tmp_path: Path) -> N
     """A GPT-2 is none of the reference's models: skipped, never silent; where nothing is left, that is no success."""
     run = tiny_run(tmp_path, "gpt2")
     found = compare_paths(run, ("reference", "gguf-f32"))
-    assert row_of(found, "gguf-f32").outcome == "holds"
+    assert row_of(found, "gguf-f32").outcome == "passed"
     row = row_of(found, "reference")
-    assert (row.outcome, "computes 'llama' only" in row.reason) == ("skipped", True)
-    assert found.holds
+    assert (row.outcome, "computes 'llama' only" in row.reason) == ("not applicable", True)
+    assert found.outcome == "passed"
     with pytest.raises(EvidenceError, match="no way could be held to the trainer"):
         compare_paths(run, ("reference",))
     with pytest.raises(UsageError, match="no way 'llama'"):
@@ -274,5 +274,5 @@ def test_table_says_what_the_file_says(run: Path, capsys: pytest.CaptureFixture[
     assert ft(["compare", str(run), "--through", "reference"]) == 0
     shown = capsys.readouterr()
     lines = [line.split() for line in shown.out.splitlines() if line.strip()]
-    assert [line[:2] for line in lines] == [["way", "outcome"], ["trainer", "truth"], ["reference", "holds"]]
+    assert [line[:2] for line in lines] == [["way", "outcome"], ["trainer", "baseline"], ["reference", "passed"]]
     assert "asking the trainer" in shown.err

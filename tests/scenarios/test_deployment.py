@@ -49,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quick = ["judge.sham=never", "judge.memory=never", "training.max_steps=60", "evaluation.questions=20"]
     words = ("train", "--backend", "reference", "--output", "run", *(w for key in quick for w in ("--set", key)))
     done = ft(*words, cwd=folder)
-    assert done.returncode in (0, 1), done.stderr
+    assert done.returncode in (0, 1, 4), done.stderr
     return folder / "run"
 
 
@@ -129,7 +129,7 @@ def test_deploy_asks_no_question_that_servers_read_otherwise(tmp_path: Path) -> 
     quick = ["judge.sham=never", "judge.memory=never", "training.max_steps=1", "evaluation.questions=12"]
     words = ("--data", str(tmp_path / "rows.jsonl"), "--backend", "reference", "--output", "run")
     done = ft("train", *words, *(w for key in quick for w in ("--set", key)), cwd=tmp_path)
-    assert done.returncode in (0, 1), done.stderr
+    assert done.returncode in (0, 1, 4), done.stderr
     serving_check = prepare_serving_check(tmp_path / "run", exportable_run(tmp_path / "run", open_backend))
     asked = [asked.prompt.messages[-1]["content"] for asked in serving_check.questions]
     assert not [text for text in asked if "<|" in text]

@@ -322,7 +322,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     quick = ["judge.sham=never", "judge.memory=never", "training.max_steps=10"]
     done = ft("train", "--output", "run", *(word for key in quick for word in ("--set", key)), cwd=folder)
-    assert done.returncode in (0, 1), done.stderr
+    assert done.returncode in (0, 1, 4), done.stderr
     return folder / "run"
 
 
@@ -380,7 +380,7 @@ def test_export_asked_for_at_training_is_seen_to_first(tmp_path: Path) -> None:
         assert (refused.returncode, words in refused.stderr) == (code, True), refused.stderr
         assert not (tmp_path / "run").exists()
     done = ft("train", *quick, "--export", "q8_0", cwd=tmp_path)
-    assert done.returncode in (0, 1), done.stderr
+    assert done.returncode in (0, 1, 4), done.stderr
     assert [path.name for path in (tmp_path / "run" / "gguf").iterdir()] == ["run-q8_0.gguf"]
 
 

@@ -101,7 +101,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(place: Path) -> Path:
     """One process, eight rows at once."""
     done = ft("train", *QUICK, "--set", "training.batch_size=8", "--output", "alone", cwd=place)
-    assert done.returncode in (0, 1), done.stderr
+    assert done.returncode in (0, 1, 4), done.stderr
     return place / "alone"
 
 
@@ -134,7 +134,7 @@ def test_accelerate_starts_the_same_run(two: Path, place: Path) -> None:
     settings = [*QUICK, "--set", "training.batch_size=4"]
     done = ft("train", *settings, "--launch", "accelerate", "--processes", "2", "--output", "a", "--json", cwd=place)
     run = json.loads(done.stdout)
-    assert (run["folder"], run["outcome"] == "broken") == ("a", done.returncode == 1)
+    assert (run["folder"], {"passed": 0, "failed": 1}.get(run["outcome"], 4)) == ("a", done.returncode)
     assert run["command"].startswith("ft -c" if "-c" in run["command"].split()[:2] else "ft train")
     assert "--launch accelerate" in run["command"]
     assert (place / "a" / ADAPTER).read_bytes() == (two / ADAPTER).read_bytes()
@@ -151,7 +151,7 @@ def test_fsdp_by_a_file_of_accelerates_own_changes_nothing(two: Path, place: Pat
     done = ft("train", *settings, "--output", "fsdp", "--json", cwd=place)
     assert done.stdout, done.stderr
     outcomes = {verdict["id"]: verdict["outcome"] for verdict in json.loads(done.stdout)["verdicts"]}
-    assert outcomes["parameter-exactly"] == outcomes["artifacts-reload"] == "holds"
+    assert outcomes["parameter-exactly"] == outcomes["artifacts-reload"] == "passed"
     assert (place / "fsdp" / ADAPTER).read_bytes() == (two / ADAPTER).read_bytes()
     assert steps(place / "fsdp") == steps(two)
 
@@ -202,7 +202,7 @@ def test_killed_rank_ends_the_run_clearly_and_it_goes_on_to_the_same_bytes(place
     settings = [*QUICK, "--set", "training.batch_size=4", "--set", "adapter.dropout=0.2"]
     launch = ["--launch", "torchrun", "--processes", "2"]
     whole = ft("train", *settings, *launch, "--output", "dropping", cwd=place)
-    assert whole.returncode in (0, 1), whole.stderr
+    assert whole.returncode in (0, 1, 4), whole.stderr
     killed = ft("train", *settings, *launch, "--output", "killed", cwd=place, **dying(place, 1, signal.SIGKILL))
     assert killed.returncode == 1, killed.stderr
     last = killed.stderr.split("error: ")[-1]
@@ -214,13 +214,13 @@ def test_killed_rank_ends_the_run_clearly_and_it_goes_on_to_the_same_bytes(place
     asked = last.split("go on with: ")[1].split("\n")[0]
     assert asked == "ft train --resume --launch torchrun --processes 2 --output killed"
     resumed = ft(*shlex.split(asked)[1:], cwd=place)
-    assert resumed.returncode in (0, 1), resumed.stderr
+    assert resumed.returncode in (0, 1, 4), resumed.stderr
     assert "from step 2" in resumed.stderr
     assert (place / "killed" / ADAPTER).read_bytes() == (place / "dropping" / ADAPTER).read_bytes()
     assert steps(place / "killed") == steps(place / "dropping")
     # One process does the work of both, dropout and all.
     fewer = ft("train", "--resume", "--output", "fewer", cwd=place)
-    assert fewer.returncode in (0, 1), fewer.stderr
+    assert fewer.returncode in (0, 1, 4), fewer.stderr
     assert_same_training(place / "fewer", place / "dropping")
 
 
@@ -252,7 +252,7 @@ def test_mlx_launch_starts_two_processes_that_are_one_with_twice_the_batch(place
         pytest.skip("this build of MLX has no ring")
     settings = [*QUICK, "--backend", "mlx"]
     one = ft("train", *settings, "--set", "training.batch_size=8", "--output", "mlx-one", cwd=place)
-    assert one.returncode in (0, 1), one.stderr
+    assert one.returncode in (0, 1, 4), one.stderr
     settings += ["--set", "training.batch_size=4", "--launch", "mlx.launch", "--processes", "2"]
     both = ft("train", *settings, "--output", "mlx-two", cwd=place)
     assert (place / "mlx-two" / "run.json").exists(), both.stderr

@@ -58,11 +58,11 @@ def literal_outcomes(run: dict[str, Any]) -> dict[int, str]:
 
 
 def not_holding(run: dict[str, Any]) -> list[str]:
-    """What is broken or undecided, with its measured value: empty for a healthy run."""
+    """What failed or is inconclusive, with its measured value: empty for a healthy run."""
     return [
         f"{verdict['title']}: {verdict['outcome']}, measured {verdict['measured']}, allowed {verdict['allowed']}"
         for verdict in run["verdicts"]
-        if verdict["outcome"] in ("broken", "undecided")
+        if verdict["outcome"] in ("failed", "inconclusive")
     ]
 
 
@@ -73,7 +73,7 @@ def test_shipped_model_meets_all_criteria(model: str, backend: str, tmp_path: Pa
     """A shipped model learns the new facts and only those, keeps the old ones, and everything is measured."""
     run = train_on_facts(model, tmp_path / "run", backend=backend, **SIZES[backend])
     record_scores(record_property, run, backend=backend)
-    assert literal_outcomes(run) == dict.fromkeys(range(1, CRITERIA + 1), "holds")
+    assert literal_outcomes(run) == dict.fromkeys(range(1, CRITERIA + 1), "passed")
     assert not_holding(run) == []
     learning, retention = run["scores"]["learning"], run["scores"]["retention"]
     shares = {name: learning[name]["right"] / learning[name]["count"] for name in ("base", "tuned", "sham")}
@@ -126,4 +126,4 @@ def test_hub_model_meets_all_criteria(tmp_path: Path, record_property: Recorder)
     chosen = {} if model in SHIPPED else gentle
     run = train_on_facts(model, tmp_path / "run", **chosen, **batch)
     record_scores(record_property, run, backend="torch")
-    assert literal_outcomes(run) == dict.fromkeys(range(1, CRITERIA + 1), "holds"), not_holding(run)
+    assert literal_outcomes(run) == dict.fromkeys(range(1, CRITERIA + 1), "passed"), not_holding(run)

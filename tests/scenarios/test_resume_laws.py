@@ -111,6 +111,6 @@ def test_resume_ends_in_the_run_that_was_never_killed(
     assert [loss["step"] for loss in found["losses"]["fixed"]] == [0, STEPS]
     assert found["scores"] == expected["scores"]
     assert found["verdicts"] == expected["verdicts"]
-    assert "holds" in [verdict["outcome"] for verdict in found["verdicts"] if verdict["id"] == "artifacts-no-strays"]
+    assert "passed" in [verdict["outcome"] for verdict in found["verdicts"] if verdict["id"] == "artifacts-no-strays"]
     lines = (folder / "events.jsonl").read_text().splitlines()
     assert all(json.loads(line) for line in lines)

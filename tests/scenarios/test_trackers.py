@@ -147,7 +147,7 @@ def test_tracker_holds_the_run_that_was_killed_and_resumed(name: str, waiting: b
     first = python(KILLED_AT_5.replace("WAITING", str(waiting)), "train", *given, "--output", "run", cwd=tmp_path)
     assert first.returncode == -9, first.stderr
     second = python(FT, "train", "--resume", "--output", "run", "--json", cwd=tmp_path)
-    assert second.returncode in (0, 1), second.stderr
+    assert second.returncode in (0, 1, 4), second.stderr
     record = json.loads(second.stdout)
     assert [tracker["failures"] for tracker in record["tracking"]] == [0], second.stderr
     assert f"tracker {name} writes to {record['tracking'][0]['place']}" in second.stderr

@@ -37,7 +37,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short finished run, with dropout so that random state matters."""
     folder = tmp_path_factory.mktemp("life")
     done = ft("train", *QUICK, "--set", "adapter.dropout=0.1", "--output", "run", "--json", cwd=folder)
-    assert done.returncode in (0, 1), done.stderr
+    assert done.returncode in (0, 1, 4), done.stderr
     return folder / "run"
 
 
@@ -118,7 +118,7 @@ def test_interrupted_run_resumes_to_the_same_bytes(finished: Path, tmp_path: Pat
     assert child.returncode == 130, told
     assert "ft train --resume --output" in told
     resumed = ft("train", "--resume", "--output", "run", cwd=tmp_path)
-    assert resumed.returncode in (0, 1), resumed.stderr
+    assert resumed.returncode in (0, 1, 4), resumed.stderr
     ours, theirs = ((folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (run, finished))
     assert ours == theirs
     losses = [[point["loss"] for point in manifest(folder)["losses"]["train"]] for folder in (run, finished)]
@@ -200,6 +200,7 @@ def test_rows_that_are_not_trained_are_not_asked(tmp_path: Path) -> None:
 def test_text_rows_are_learned_and_counted(tmp_path: Path) -> None:
     """A thousand text rows nobody here wrote: every row is accounted for and the held-out loss falls."""
     settings = ["--set", "training.max_steps=40", "--set", "judge.memory=never", "--set", "training.learning_rate=2e-3"]
+    settings += ["--set", "judge.allow_inconclusive=true"]  # nothing was asked: its memory, its answers
     done = ft("train", "--data", str(WIKISQL), *settings, "--output", "run", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     run = json.loads(done.stdout)
@@ -207,7 +208,7 @@ def test_text_rows_are_learned_and_counted(tmp_path: Path) -> None:
     assert train["read"] + valid["read"] == 1000
     assert all(part["read"] == part["kept"] + sum(part["dropped"].values()) for part in (train, valid))
     outcomes = {verdict["id"]: verdict["outcome"] for verdict in run["verdicts"]}
-    assert outcomes["loss-held-out"] == "holds"
+    assert outcomes["loss-held-out"] == "passed"
     assert outcomes["model-learning"] == "not applicable"
 
 
@@ -218,6 +219,6 @@ def test_environment_reaches_the_plan(tmp_path: Path) -> None:
         done = ft("train", *QUICK, "--output", "run", cwd=tmp_path)
     finally:
         del os.environ["FT_TRAINING__SEED"]
-    assert done.returncode in (0, 1), done.stderr
+    assert done.returncode in (0, 1, 4), done.stderr
     plan = {entry["key"]: entry for entry in manifest(tmp_path / "run")["plan"]}
     assert (plan["training.seed"]["value"], plan["training.seed"]["origin"]) == (7, "environment")

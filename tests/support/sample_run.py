@@ -38,7 +38,7 @@ def sample_run(**changes: Any) -> dict[str, Any]:
         "id": "20261122-201530-a1b2",
         "started": "2026-11-22T20:15:30+00:00",
         "command": "ft train --model tiny-llama --data facts.jsonl --set training.seed=0 --output runs",
-        "outcome": "broken",
+        "outcome": "failed",
         "machine": {"system": "Linux 6.1", "processor": "x86_64", "cores": 2, "memory_bytes": 8_217_000_000},
         "model": {
             "name": "tiny-llama",
@@ -167,24 +167,24 @@ def _measure(method: Literal["lora", "full"], trained: int) -> MemoryMeasure:
 
 def _verdicts() -> list[dict[str, Any]]:
     rows = [
-        (1, "last logged loss below the first", "holds", "3.66 → 0.36, 90 % lower", "more than 5 % lower", "", False),
-        (1, "same fixed batches, dropout off", "holds", "3.87 → 0.305, 92 % lower", "more than 5 % lower", "", True),
-        (2, "answers improved", "holds", "8 of 10 (80 %)", "more than 30 %", "", False),
+        (1, "last logged loss below the first", "passed", "3.66 → 0.36, 90 % lower", "more than 5 % lower", "", False),
+        (1, "same fixed batches, dropout off", "passed", "3.87 → 0.305, 92 % lower", "more than 5 % lower", "", True),
+        (2, "answers improved", "passed", "8 of 10 (80 %)", "more than 30 %", "", False),
         (
             2,
             "better than the sham control",
-            "undecided",
+            "inconclusive",
             "9 against 1 of 10",
             "p < 0.01 on 20 questions or more",
             "10 questions are too few to tell the training from luck at this error rate.",
             True,
         ),
-        (3, "LoRA below full fine-tuning", "holds", "56 % below", "more than 30 % below", "", False),
-        (3, "gradient and optimizer bytes", "holds", "0.492 MB against 14.5 MB", "3.4 % of full or less", "", True),
+        (3, "LoRA below full fine-tuning", "passed", "56 % below", "more than 30 % below", "", False),
+        (3, "gradient and optimizer bytes", "passed", "0.492 MB against 14.5 MB", "3.4 % of full or less", "", True),
         (
             4,
             "LoRA tensors that changed",
-            "broken",
+            "failed",
             "14 of 16 (88 %)",
             "exactly the declared 16",
             "layers.1.self_attn.k_proj lora_A and lora_B are bit for bit what they were at the start.",

@@ -64,7 +64,10 @@ def _complain(error: FineTuneError) -> None:
 
 
 def run(arguments: list[str], complain: Callable[[FineTuneError], None] = _complain) -> int:
-    """Run one command and return its exit code: 0 done, 1 failed or broken, 2 usage, 3 refused, 130 interrupted."""
+    """Run one command and return its exit code.
+
+    0 done, 1 failed, 2 usage, 3 refused, 4 inconclusive or nothing to judge, 130 interrupted.
+    """
     try:
         result = app([with_hyphens(word) for word in arguments], standalone_mode=False, prog_name="ft")
         if result == INTERRUPTED:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetune.cli.console import data_console, print_json, say
+from finetune.cli.console import data_console, exit_code, print_json, say
 from finetune.cli.options import AsJson, RunPath
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def command(run: RunPath, *, through: Through = None, json_output: AsJson = Fals
         print_json(found.as_dict())
     else:
         _print(found)
-    return 0 if found.holds else 1
+    return exit_code(found.outcome)
 
 
 def _print(found: "Equivalence") -> None:
@@ -40,7 +40,9 @@ def _print(found: "Equivalence") -> None:
     sets = list(found.asked)
     table = Table("way", "outcome", *sets, "differ", "first difference", "mean KL", "worst KL", "off by", box=None)
     for row in found.rows:
-        table.add_row(row.way, row.outcome, *(_right(found, row, name) for name in sets), *_drift(found, row))
+        table.add_row(
+            row.way, row.outcome or "baseline", *(_right(found, row, name) for name in sets), *_drift(found, row)
+        )
     data_console().print(table)
     asked = " and ".join(f"{count} of {name}" for name, count in found.asked.items())
     say(f"questions: {asked}; distributions at {found.tokens} tokens of the trainer's own answers")

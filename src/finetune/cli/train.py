@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune.cli.console import data_console, print_json, say
+from finetune.cli.console import data_console, exit_code, print_json, say
 from finetune.cli.options import (
     AsJson,
     Assignments,
@@ -62,7 +62,7 @@ def command(
 ) -> int:
     """Fine-tune a model, judge the result on measured evidence and write a report.
 
-    Without arguments: the shipped model on the shipped data. Exit code 1 when a criterion is broken.
+    Without arguments: the shipped model on the shipped data. Exit code 1 when a criterion failed, 4 when inconclusive.
     """
     from finetune.cli.progress import Progress
     from finetune.config import LoadedConfig, load_plan
@@ -100,7 +100,8 @@ def command(
         _tell(run, folder, json_output=json_output)
         if outtype is not None:
             _export(folder, outtype)
-    return 1 if run.get("outcome") == "broken" else 0
+        return exit_code(run["outcome"], allow_inconclusive=loaded.config.judge.allow_inconclusive)
+    return 0
 
 
 def _exportable_as(name: str, config: "TrainingConfig") -> "Outtype":

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from finetune.backends import open_backend
 from finetune.compare.paths import CallablePath, GgufPaths, backend_path, merged_path, open_gguf_paths
@@ -15,11 +15,11 @@ from finetune.export.outtypes import OUTTYPES, Outtype
 from finetune.export.result import Result, open_result
 from finetune.files import write_json
 from finetune.models.shape import read_shape
-from finetune.records import Question
+from finetune.records import Outcome, Question
 from finetune.serve.messages import conversations_of
 from finetune.training.prepare import Prepared
 
-FORMAT = 1
+FORMAT = 2
 """The version of what `equivalence.json` holds."""
 TRAINER = "trainer"
 BACKENDS = ("torch", "mlx", "reference")
@@ -28,17 +28,16 @@ PATHS = (TRAINER, "merged", *BACKENDS, *(f"gguf-{outtype}" for outtype in OUTTYP
 """The ways there are, in the order in which they are asked."""
 STEPS_WITHOUT_QUESTIONS = 24
 KL = "KL divergence in nats from the trainer's distribution, over every id that the way tells and the rest as one"
-Outcome = Literal["truth", "holds", "broken", "skipped"]
 Teller = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class PathResult:
-    """What was found of one way; `reason` says why it is broken or was skipped."""
+    """What one path gave; `reason` says why it failed or does not apply, and the baseline has no outcome."""
 
     way: str
     what: str
-    outcome: Outcome
+    outcome: Outcome | None
     reason: str = ""
     bound: float | None = None
     right: dict[str, int] = field(default_factory=dict)
@@ -58,13 +57,13 @@ class Equivalence:
     texts: dict[int, str] = field(repr=False)
 
     @property
-    def holds(self) -> bool:
-        """Whether no way is broken."""
-        return not any(row.outcome == "broken" for row in self.rows)
+    def outcome(self) -> Outcome:
+        """FAILED when one path failed."""
+        return Outcome.of(all(row.outcome != Outcome.FAILED for row in self.rows))
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON values."""
-        ways = [{**asdict(row), "drift": asdict(row.drift) if row.drift else None} for row in self.rows]
+        ways = [{**asdict(row), "baseline": row.outcome is None} for row in self.rows]
         for way in ways:
             for parting in (way["drift"] or {}).get("partings", []):
                 parting["own_text"] = self.texts.get(parting["own"], "")
@@ -72,7 +71,7 @@ class Equivalence:
         return {
             "format": FORMAT,
             "run": self.run,
-            "outcome": "holds" if self.holds else "broken",
+            "outcome": self.outcome,
             "trainer": self.trainer,
             "asked": self.asked,
             "tokens": self.tokens,
@@ -105,7 +104,7 @@ def compare_paths(
         for row in comparison.rows(through, more):
             tell(f"{row.way}: {row.outcome}" + (f": {row.reason}" if row.reason else ""))
             rows.append(row)
-        if all(row.outcome in ("truth", "skipped") for row in rows):
+        if all(row.outcome in (None, Outcome.NOT_APPLICABLE) for row in rows):
             told = "; ".join(f"{row.way}: {row.reason}" for row in rows[1:]) or "only the trainer was asked for"
             raise EvidenceError(f"no way could be held to the trainer ({told})", hint="name others with --through")
         found = comparison.finish(tuple(rows))
@@ -143,7 +142,7 @@ class _Comparison:
     def trainer(self) -> PathResult:
         """The trainer's own row."""
         what = f"the {self.result.config.backend} backend, adapter on its base, float32"
-        return PathResult(TRAINER, what, "truth", right=self._right(self.baseline.request.path))
+        return PathResult(TRAINER, what, None, right=self._right(self.baseline.request.path))
 
     def rows(self, through: Sequence[str], more: Sequence[InferencePath]) -> Iterator[PathResult]:
         """One row for each way, or more where there are several files of a kind."""
@@ -179,8 +178,9 @@ class _Comparison:
             return _failed(way.name, what, error)
         drift = self.baseline.drift(told)
         found = problems(drift, way.bound)
-        outcome: Outcome = "broken" if found else "holds"
-        return PathResult(way.name, what, outcome, "; ".join(found), way.bound, self._right(told.ids), drift)
+        return PathResult(
+            way.name, what, Outcome.of(not found), "; ".join(found), way.bound, self._right(told.ids), drift
+        )
 
     def _right(self, answers: Sequence[Ids]) -> dict[str, int]:
         """How many answers are right, scored as the run's own are."""
@@ -212,8 +212,8 @@ class _Comparison:
 
 
 def _failed(name: str, what: str, error: FineTuneError) -> PathResult:
-    """A way that cannot be computed here is skipped; one whose file is not what was written is broken."""
-    outcome: Outcome = "skipped" if isinstance(error, RefusedError) else "broken"
+    """A path that cannot be computed here does not apply; one whose file is not what was written failed."""
+    outcome = Outcome.NOT_APPLICABLE if isinstance(error, RefusedError) else Outcome.FAILED
     if not isinstance(error, RefusedError | ExportError | EvidenceError):
         raise error
     hint = f" ({error.hint})" if error.hint else ""

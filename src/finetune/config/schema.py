@@ -275,6 +275,9 @@ class JudgeSpec(Spec):
     )
     memory_batch_size: Count = Field(default=4, description="How many rows per batch the memory measurement uses.")
     memory_length: Length = Field(default=64, description="How many tokens per row the memory measurement uses.")
+    allow_inconclusive: StrictBool = Field(
+        default=False, description="End with exit code 0, not 4, when the outcome is inconclusive."
+    )
 
 
 class TrackingSpec(Spec):

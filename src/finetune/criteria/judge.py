@@ -10,12 +10,13 @@ from finetune.criteria.validator import (
     MIN_LOSS_REDUCTION,
     TrainingSuccessValidator,
 )
+from finetune.criteria.verdicts import NOT_MEASURED, verdict
 from finetune.errors import EvidenceError
 from finetune.records import Outcome, Verdict
 
 _START_MARGIN = 1.0
 """Nats by which the start loss may exceed that of a uniform guess before 'it fell' means nothing."""
-_FIRST_STEP = "At the first step B has a gradient and A has none"
+_LOWER = "> 5 % lower"
 _LOGIT_TOLERANCE = 1e-4
 """Allowed difference of reloaded logits, as a share of the largest logit; float32 sums in another order stay below."""
 
@@ -37,112 +38,55 @@ def judge(evidence: Evidence) -> tuple[Verdict, ...]:
 
 def overall(verdicts: tuple[Verdict, ...]) -> Outcome:
     """The run's outcome: the worst of its verdicts; what does not apply does not count."""
-    outcomes = {verdict.outcome for verdict in verdicts}
-    ranked: tuple[Outcome, ...] = ("broken", "undecided", "holds")
-    return next((outcome for outcome in ranked if outcome in outcomes), "not applicable")
-
-
-def _word(holds: bool) -> Outcome:  # noqa: FBT001
-    return "holds" if holds else "broken"
+    return Outcome.worst(verdict.outcome for verdict in verdicts) or Outcome.NOT_APPLICABLE
 
 
 def _judge_loss(evidence: Evidence) -> list[Verdict]:
     loss = evidence.loss
-    verdicts = []
     if len(loss.per_step) < 2:
-        verdicts.append(
-            Verdict(
-                "loss-convergence",
-                "Training loss falls",
-                1,
-                "undecided",
-                f"{len(loss.per_step)} step",
-                "> 5 % lower",
-                "needs at least two steps",
-            )
-        )
+        few = f"{len(loss.per_step)} step"
+        convergence = verdict("loss-convergence", Outcome.INCONCLUSIVE, few, _LOWER, "needs at least two steps")
     else:
         fell = TrainingSuccessValidator.loss_reduction(loss.per_step)
-        verdicts.append(
-            Verdict(
-                "loss-convergence",
-                "Training loss falls",
-                1,
-                _word(fell > MIN_LOSS_REDUCTION),
-                f"{fell:.1%} lower ({loss.per_step[0]:.3g} to {loss.per_step[-1]:.3g})",
-                "> 5 % lower",
-                numbers={"reduction": fell},
-            )
+        measured = f"{fell:.1%} lower ({loss.per_step[0]:.3g} to {loss.per_step[-1]:.3g})"
+        convergence = verdict(
+            "loss-convergence", Outcome.of(fell > MIN_LOSS_REDUCTION), measured, _LOWER, reduction=fell
         )
     same = TrainingSuccessValidator.loss_reduction((loss.fixed_before, loss.fixed_after))
-    verdicts.append(
-        Verdict(
-            "loss-fixed-batches",
-            "It falls on the same batches, dropout off",
-            1,
-            _word(same > MIN_LOSS_REDUCTION),
-            f"{same:.1%} lower ({loss.fixed_before:.3g} to {loss.fixed_after:.3g})",
-            "> 5 % lower",
-            companion=True,
-            numbers={"before": loss.fixed_before, "after": loss.fixed_after},
-        )
+    fixed = verdict(
+        "loss-fixed-batches",
+        Outcome.of(same > MIN_LOSS_REDUCTION),
+        f"{same:.1%} lower ({loss.fixed_before:.3g} to {loss.fixed_after:.3g})",
+        _LOWER,
+        before=loss.fixed_before,
+        after=loss.fixed_after,
     )
-    return [*verdicts, _judge_start(loss), *_judge_held_out(evidence)]
+    return [convergence, fixed, _judge_start(loss), _judge_held_out(evidence)]
 
 
 def _judge_start(loss: LossEvidence) -> Verdict:
     """Falling from a bad start is not learning, unless the end is better than any guess could be."""
     guess = math.log(loss.vocab_size)
-    outcome: Outcome = "holds"
-    reason = ""
+    outcome, reason = Outcome.PASSED, ""
     if loss.fixed_before > guess + _START_MARGIN:
-        outcome = "undecided" if loss.fixed_after < guess else "broken"
+        outcome = Outcome.INCONCLUSIVE if loss.fixed_after < guess else Outcome.FAILED
         reason = (
             f"the base is worse on these rows than a uniform guess ({guess:.3g}): is it the right base and tokenizer?"
         )
-    return Verdict(
-        "loss-start",
-        "The start was plausible",
-        1,
-        outcome,
-        f"{loss.fixed_before:.3g} nats",
-        f"<= {guess + _START_MARGIN:.3g} (ln of the vocabulary + 1)",
-        reason,
-        companion=True,
-        numbers={"start": loss.fixed_before, "guess": guess},
-    )
+    allowed = f"<= {guess + _START_MARGIN:.3g} (ln of the vocabulary + 1)"
+    measured = f"{loss.fixed_before:.3g} nats"
+    return verdict("loss-start", outcome, measured, allowed, reason, start=loss.fixed_before, guess=guess)
 
 
-def _judge_held_out(evidence: Evidence) -> list[Verdict]:
+def _judge_held_out(evidence: Evidence) -> Verdict:
+    key, allowed = "loss-held-out", "lower than before"
     before, after = evidence.loss.held_out_before, evidence.loss.held_out_after
     if before is None or after is None:
         reason = evidence.why.get("held_out", "no rows were held out")
-        return [
-            Verdict(
-                "loss-held-out",
-                "It falls on rows never trained on",
-                1,
-                "not applicable",
-                "not measured",
-                "lower than before",
-                reason,
-                companion=True,
-            )
-        ]
-    outcome: Outcome = "holds" if after < before else "broken" if after > before * 1.05 else "undecided"
-    return [
-        Verdict(
-            "loss-held-out",
-            "It falls on rows never trained on",
-            1,
-            outcome,
-            f"{before:.3g} to {after:.3g}",
-            "lower than before",
-            "" if outcome == "holds" else "what was learned does not carry over to other rows",
-            companion=True,
-            numbers={"before": before, "after": after},
-        )
-    ]
+        return verdict(key, Outcome.NOT_APPLICABLE, NOT_MEASURED, allowed, reason)
+    outcome = Outcome.PASSED if after < before else Outcome.FAILED if after > before * 1.05 else Outcome.INCONCLUSIVE
+    reason = "" if outcome == Outcome.PASSED else "what was learned does not carry over to other rows"
+    return verdict(key, outcome, f"{before:.3g} to {after:.3g}", allowed, reason, before=before, after=after)
 
 
 def _judge_parameters(evidence: Evidence) -> list[Verdict]:
@@ -152,138 +96,84 @@ def _judge_parameters(evidence: Evidence) -> list[Verdict]:
         raise EvidenceError(
             "parameter updates need fingerprints of the same tensors, the declared ones among them, twice"
         )
-    adapter_before = {name: parameters.before[name] for name in declared}
-    adapter_after = {name: parameters.after[name] for name in declared}
-    share = TrainingSuccessValidator.changed_share(adapter_before, adapter_after)
+    share = TrainingSuccessValidator.changed_share(
+        {name: parameters.before[name] for name in declared}, {name: parameters.after[name] for name in declared}
+    )
     whole = parameters.kind == "full"
     enough = whole or parameters.steps >= 2
-    verdicts = [
-        Verdict(
-            "parameter-updates",
-            "The model's tensors change" if whole else "Adapter tensors change",
-            4,
-            _word(share > MIN_CHANGED_SHARE) if enough else "undecided",
-            f"{share:.0%} of {len(declared)} tensors",
-            "> 80 %",
-            "" if enough else "A cannot change at the first step (B starts at 0): needs two steps",
-            numbers={"share": share},
-        )
-    ]
+    updates = verdict(
+        "parameter-updates",
+        Outcome.of(share > MIN_CHANGED_SHARE) if enough else Outcome.INCONCLUSIVE,
+        f"{share:.0%} of {len(declared)} tensors",
+        "> 80 %",
+        "" if enough else "A cannot change at the first step (B starts at 0): needs two steps",
+        title="The model's tensors change" if whole else "",
+        share=share,
+    )
     if whole:
-        return [*verdicts, *_without_adapter()]
+        frozen, neither = (
+            "nothing is frozen: the whole model is trained",
+            "no adapter is trained, so there is neither A nor B",
+        )
+        return [
+            updates,
+            verdict("parameter-exactly", Outcome.NOT_APPLICABLE, "0 frozen tensors", "0", frozen),
+            verdict("parameter-first-step", Outcome.NOT_APPLICABLE, NOT_MEASURED, "B > 0, A = 0", neither),
+        ]
     changed = {name for name in parameters.before if parameters.before[name] != parameters.after[name]}
     strays = sorted(changed - declared)
-    verdicts.append(
-        Verdict(
-            "parameter-exactly",
-            "Nothing else changes",
-            4,
-            _word(not strays),
-            f"{len(strays)} of {len(parameters.before) - len(declared)} frozen tensors",
-            "0",
-            f"changed: {strays[0]}" if strays else "",
-            companion=True,
-        )
+    exactly = verdict(
+        "parameter-exactly",
+        Outcome.of(not strays),
+        f"{len(strays)} of {len(parameters.before) - len(declared)} frozen tensors",
+        "0",
+        f"changed: {strays[0]}" if strays else "",
     )
-    return [*verdicts, _judge_first_gradients(evidence)]
-
-
-def _without_adapter() -> list[Verdict]:
-    """What is said of the frozen rest and of A and B where the whole model is trained."""
-    return [
-        Verdict(
-            "parameter-exactly",
-            "Nothing else changes",
-            4,
-            "not applicable",
-            "0 frozen tensors",
-            "0",
-            "nothing is frozen: the whole model is trained",
-            companion=True,
-        ),
-        Verdict(
-            "parameter-first-step",
-            _FIRST_STEP,
-            4,
-            "not applicable",
-            "not measured",
-            "B > 0, A = 0",
-            "no adapter is trained, so there is neither A nor B",
-            companion=True,
-        ),
-    ]
+    return [updates, exactly, _judge_first_gradients(evidence)]
 
 
 def _judge_first_gradients(evidence: Evidence) -> Verdict:
-    norms = evidence.parameters.first_gradients
-    title = _FIRST_STEP
+    key, norms = "parameter-first-step", evidence.parameters.first_gradients
     if not norms:
         reason = evidence.why.get("first_gradients", "the first step's gradients were not recorded")
-        return Verdict(
-            "parameter-first-step", title, 4, "not applicable", "not measured", "B > 0, A = 0", reason, companion=True
-        )
+        return verdict(key, Outcome.NOT_APPLICABLE, NOT_MEASURED, "B > 0, A = 0", reason)
     # Written so that NaN is no gradient.
     silent = [name for name, norm in norms.items() if ".lora_B." in name and not 0 < norm < math.inf]
     moved = [name for name, norm in norms.items() if ".lora_A." in name and norm != 0]
-    return Verdict(
-        "parameter-first-step",
-        title,
-        4,
-        _word(not silent and not moved),
-        f"{len(silent)} B without, {len(moved)} A with a gradient",
-        "0 and 0",
-        f"for example {(silent + moved)[0]}" if silent or moved else "",
-        companion=True,
-    )
+    measured = f"{len(silent)} B without, {len(moved)} A with a gradient"
+    example = f"for example {(silent + moved)[0]}" if silent or moved else ""
+    return verdict(key, Outcome.of(not silent and not moved), measured, "0 and 0", example)
 
 
 def _judge_artifacts(evidence: Evidence) -> list[Verdict]:
     artifacts = evidence.artifacts
-    good = TrainingSuccessValidator.validate_artifacts(artifacts.files)
     empty = [name for name, size in artifacts.files.items() if size == 0]
     verdicts = [
-        Verdict(
+        verdict(
             "artifacts",
-            "Files are written",
-            5,
-            _word(good),
+            Outcome.of(TrainingSuccessValidator.validate_artifacts(artifacts.files)),
             f"{len(artifacts.files)} files, {len(empty)} empty",
             "all there, none empty",
         ),
-        Verdict(
+        verdict(
             "artifacts-no-strays",
-            "Nothing unreferenced is left",
-            5,
-            _word(not artifacts.stray),
+            Outcome.of(not artifacts.stray),
             f"{len(artifacts.stray)} files",
             "0",
             ", ".join(artifacts.stray[:3]),
-            companion=True,
         ),
     ]
-    reload = artifacts.reload
-    title = "The adapter works in a fresh process on a fresh base"
-    idle = "the adapter changes nothing"
+    title, idle = "", "the adapter changes nothing"
     if evidence.parameters.kind == "full":
         title, idle = "The saved model works in a fresh process", "the saved model is the base"
+    reload = artifacts.reload
     if reload is None:
         reason = evidence.why.get("reload", "not tried")
-        missing = Verdict(
-            "artifacts-reload", title, 5, "undecided", "not measured", "same logits", reason, companion=True
-        )
-        return [*verdicts, missing]
-    limit = _LOGIT_TOLERANCE * max(reload.largest_logit, 1.0)
-    same, differs = reload.difference <= limit, reload.difference_from_base > limit
-    verdicts.append(
-        Verdict(
-            "artifacts-reload",
-            title,
-            5,
-            _word(same and differs),
-            f"logits differ by {reload.difference:.2g}; from the base by {reload.difference_from_base:.2g}",
-            f"<= {limit:.2g}; > {limit:.2g}",
-            "" if differs else idle,
-            companion=True,
-        )
-    )
-    return verdicts
+        outcome, measured, allowed = Outcome.INCONCLUSIVE, NOT_MEASURED, "same logits"
+    else:
+        limit = _LOGIT_TOLERANCE * max(reload.largest_logit, 1.0)
+        differs = reload.difference_from_base > limit
+        outcome, reason = Outcome.of(reload.difference <= limit and differs), "" if differs else idle
+        measured = f"logits differ by {reload.difference:.2g}; from the base by {reload.difference_from_base:.2g}"
+        allowed = f"<= {limit:.2g}; > {limit:.2g}"
+    return [*verdicts, verdict("artifacts-reload", outcome, measured, allowed, reason, title=title)]

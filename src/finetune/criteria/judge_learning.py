@@ -4,18 +4,13 @@ import math
 
 from finetune.criteria.evidence import Evidence, LearningEvidence
 from finetune.criteria.validator import MIN_IMPROVED_SHARE, TrainingSuccessValidator
+from finetune.criteria.verdicts import NOT_MEASURED, verdict
 from finetune.intervals import difference_interval, wilson_interval
 from finetune.records import Outcome, Scores, Verdict
 
 MAX_CONTROL_SHARE = 0.2
 MAX_RETENTION_LOSS = 0.1
 MAX_CHANCE = 0.025
-_TITLES = {
-    "model-learning": "Answers improve",
-    "learning-signed": "More improve than get worse",
-    "learning-sham": "The truth was learned, not the habit",
-    "learning-retention": "What the base knew, it still knows",
-}
 _ALLOWED = {
     "model-learning": "> 30 % improve",
     "learning-signed": "> 30 points, whole interval > 0, by chance at most 2.5 %",
@@ -29,33 +24,13 @@ def judge_learning(evidence: Evidence) -> list[Verdict]:
     learning = evidence.learning
     if learning is None:
         reason = evidence.why.get("learning", "no questions were asked")
-        return [_without(key, "not applicable", reason) for key in _TITLES]
+        return [verdict(key, Outcome.NOT_APPLICABLE, NOT_MEASURED, _ALLOWED[key], reason) for key in _ALLOWED]
     return [
         _judge_improvement(learning),
         _judge_signed(learning),
         _judge_shuffled_label_control(learning, evidence.why.get("sham", "the sham control was not run")),
         _judge_retention(learning, evidence.why.get("retention", "no retention questions were given")),
     ]
-
-
-def _without(key: str, outcome: Outcome, reason: str) -> Verdict:
-    return Verdict(
-        key, _TITLES[key], 2, outcome, "not measured", _ALLOWED[key], reason, companion=key != "model-learning"
-    )
-
-
-def _judged(key: str, outcome: Outcome, measured: str, numbers: dict[str, float], reason: str = "") -> Verdict:
-    return Verdict(
-        key,
-        _TITLES[key],
-        2,
-        outcome,
-        measured,
-        _ALLOWED[key],
-        reason,
-        companion=key != "model-learning",
-        numbers=numbers,
-    )
 
 
 def _marks(scores: Scores) -> list[str]:
@@ -65,12 +40,12 @@ def _marks(scores: Scores) -> list[str]:
 def _judge_improvement(learning: LearningEvidence) -> Verdict:
     truth = ["right"] * len(learning.base.answers)
     share = TrainingSuccessValidator.improved_share(_marks(learning.base), _marks(learning.tuned), truth)
-    outcome: Outcome = "holds" if share > MIN_IMPROVED_SHARE else "broken"
+    outcome = Outcome.of(share > MIN_IMPROVED_SHARE)
     reason = ""
-    if outcome == "broken" and learning.base.share >= 1 - MIN_IMPROVED_SHARE:
-        outcome, reason = "undecided", "the base answers so many already that too few could improve"
+    if outcome == Outcome.FAILED and learning.base.share >= 1 - MIN_IMPROVED_SHARE:
+        outcome, reason = Outcome.INCONCLUSIVE, "the base answers so many already that too few could improve"
     measured = f"{share:.0%} improve ({learning.base.share:.0%} right before, {learning.tuned.share:.0%} after)"
-    return _judged("model-learning", outcome, measured, {"improved": share}, reason)
+    return verdict("model-learning", outcome, measured, _ALLOWED["model-learning"], reason, improved=share)
 
 
 def _judge_signed(learning: LearningEvidence) -> Verdict:
@@ -82,15 +57,27 @@ def _judge_signed(learning: LearningEvidence) -> Verdict:
     low, high = difference_interval((learning.tuned.right, count), (learning.base.right, count))
     chance = _chance_of(better, worse)
     sure = low > 0 and chance <= MAX_CHANCE
-    outcome: Outcome = (
-        "holds" if net > MIN_IMPROVED_SHARE and sure else "broken" if high < MIN_IMPROVED_SHARE else "undecided"
+    outcome = (
+        Outcome.PASSED
+        if net > MIN_IMPROVED_SHARE and sure
+        else Outcome.FAILED
+        if high < MIN_IMPROVED_SHARE
+        else Outcome.INCONCLUSIVE
     )
-    if outcome == "undecided" and net <= 0:
-        outcome = "broken"
+    if outcome == Outcome.INCONCLUSIVE and net <= 0:
+        outcome = Outcome.FAILED
     measured = f"{better} better, {worse} worse of {count}: {100 * net:+.0f} points [{100 * low:.0f}, {100 * high:.0f}]"
     reason = f"coin flips alone do as well {chance:.1%} of the time" if chance > MAX_CHANCE else ""
-    return _judged(
-        "learning-signed", outcome, measured, {"net": net, "low": low, "high": high, "chance": chance}, reason
+    return verdict(
+        "learning-signed",
+        outcome,
+        measured,
+        _ALLOWED["learning-signed"],
+        reason,
+        net=net,
+        low=low,
+        high=high,
+        chance=chance,
     )
 
 
@@ -106,34 +93,38 @@ def _chance_of(better: int, worse: int) -> float:
 
 def _judge_shuffled_label_control(learning: LearningEvidence, why: str) -> Verdict:
     if learning.sham is None:
-        return _without("learning-sham", "undecided", why)
+        return verdict("learning-sham", Outcome.INCONCLUSIVE, NOT_MEASURED, _ALLOWED["learning-sham"], why)
     count = len(learning.tuned.answers)
     low, high = difference_interval((learning.tuned.right, count), (learning.sham.right, len(learning.sham.answers)))
     if learning.sham.share > MAX_CONTROL_SHARE or high < MIN_IMPROVED_SHARE:
-        outcome: Outcome = "broken"
+        outcome = Outcome.FAILED
     else:
-        outcome = "holds" if low > MIN_IMPROVED_SHARE else "undecided"
+        outcome = Outcome.PASSED if low > MIN_IMPROVED_SHARE else Outcome.INCONCLUSIVE
     measured = (
         f"sham {learning.sham.share:.0%}, tuned {learning.tuned.share:.0%}: "
         f"difference [{100 * low:.0f}, {100 * high:.0f}] points"
     )
-    return _judged("learning-sham", outcome, measured, {"sham": learning.sham.share, "low": low, "high": high})
+    return verdict(
+        "learning-sham", outcome, measured, _ALLOWED["learning-sham"], sham=learning.sham.share, low=low, high=high
+    )
 
 
 def _judge_retention(learning: LearningEvidence, why: str) -> Verdict:
     base, tuned = learning.retention_base, learning.retention_tuned
     if base is None or tuned is None:
-        return _without("learning-retention", "not applicable", why)
+        return verdict("learning-retention", Outcome.NOT_APPLICABLE, NOT_MEASURED, _ALLOWED["learning-retention"], why)
     lost = base.share - tuned.share
     low, high = wilson_interval(tuned.right, len(tuned.answers))
     surely_lost = difference_interval((base.right, len(base.answers)), (tuned.right, len(tuned.answers)))[0]
-    outcome: Outcome = "holds"
+    outcome = Outcome.PASSED
     reason = ""
     if lost > MAX_RETENTION_LOSS:
-        outcome = "broken" if surely_lost > MAX_RETENTION_LOSS else "undecided"
+        outcome = Outcome.FAILED if surely_lost > MAX_RETENTION_LOSS else Outcome.INCONCLUSIVE
         reason = f"{100 * lost:.0f} points are lost, {max(0.0, 100 * surely_lost):.0f} of them surely"
     measured = (
         f"{base.share:.0%} before, {tuned.share:.0%} [{100 * low:.0f}, {100 * high:.0f}] after "
         f"on {len(tuned.answers)} questions"
     )
-    return _judged("learning-retention", outcome, measured, {"lost": lost, "low": low, "high": high}, reason)
+    return verdict(
+        "learning-retention", outcome, measured, _ALLOWED["learning-retention"], reason, lost=lost, low=low, high=high
+    )

@@ -2,31 +2,25 @@
 
 from finetune.criteria.evidence import Evidence, MemoryEvidence
 from finetune.criteria.validator import MIN_MEMORY_REDUCTION, TrainingSuccessValidator
+from finetune.criteria.verdicts import NOT_MEASURED, TITLES, verdict
 from finetune.errors import EvidenceError
 from finetune.records import MemoryMeasure, Outcome, Verdict
 
 _RESOLVABLE_RSS = 256 * 1024**2
 """Below this many bytes above the framework, the resident set is mostly library pages and allocator slack."""
-_TITLES = {
-    "memory-efficiency": "LoRA needs less memory than full fine-tuning",
-    "memory-exact": "Gradients and moments shrink with what is trained",
-    "memory-resident": "The resident set shrinks too",
-}
+_ALLOWED = "> 30 % less"
 
 
 def judge_memory(evidence: Evidence) -> list[Verdict]:
-    """Verdicts on criterion 3; `undecided` where it was not measured, `not applicable` where it cannot be.
+    """Verdicts on criterion 3; `inconclusive` where it was not measured, `not applicable` where it cannot be.
 
     Raises:
         EvidenceError: the two runs were not measured at the same sizes.
     """
     if evidence.memory is None:
         reason = evidence.why.get("memory", "the two runs were not made")
-        outcome: Outcome = "not applicable" if "memory" in evidence.unable else "undecided"
-        return [
-            Verdict(key, title, 3, outcome, "not measured", "> 30 % less", reason, companion=key != "memory-efficiency")
-            for key, title in _TITLES.items()
-        ]
+        outcome = Outcome.NOT_APPLICABLE if "memory" in evidence.unable else Outcome.INCONCLUSIVE
+        return [verdict(key, outcome, NOT_MEASURED, _ALLOWED, reason) for key in TITLES[2]]
     lora, full = evidence.memory.lora, evidence.memory.full
     if _sizes(lora) != _sizes(full):
         raise EvidenceError(f"memory was measured at different sizes: {_sizes(lora)} and {_sizes(full)}")
@@ -48,37 +42,22 @@ def _say_less(share: float) -> str:
 def _judge_tensors(memory: MemoryEvidence) -> Verdict:
     lora, full = memory.lora, memory.full
     less = TrainingSuccessValidator.memory_reduction(full.peak_tensors, lora.peak_tensors)
-    outcome: Outcome = "holds" if less > MIN_MEMORY_REDUCTION else "broken"
+    outcome = Outcome.of(less > MIN_MEMORY_REDUCTION)
     reason = f"peak of live tensors at {lora.batch_size} x {lora.length} tokens, {lora.dtype}, each in a fresh process"
-    if outcome == "broken":
+    if outcome == Outcome.FAILED:
         reason += "; activations and logits outweigh what LoRA saves at these sizes"
-    return Verdict(
-        "memory-efficiency",
-        _TITLES["memory-efficiency"],
-        3,
-        outcome,
-        f"{_say_less(less)} ({_megabytes(lora.peak_tensors)} against {_megabytes(full.peak_tensors)})",
-        "> 30 % less",
-        reason,
-        numbers={"reduction": less},
-    )
+    measured = f"{_say_less(less)} ({_megabytes(lora.peak_tensors)} against {_megabytes(full.peak_tensors)})"
+    return verdict("memory-efficiency", outcome, measured, _ALLOWED, reason, reduction=less)
 
 
 def _judge_exact(memory: MemoryEvidence) -> Verdict:
     lora = memory.lora.gradient_bytes + memory.lora.optimizer_bytes
     full = memory.full.gradient_bytes + memory.full.optimizer_bytes
     less = TrainingSuccessValidator.memory_reduction(full, lora)
-    return Verdict(
-        "memory-exact",
-        _TITLES["memory-exact"],
-        3,
-        "holds" if less > MIN_MEMORY_REDUCTION else "broken",
-        f"{_say_less(less)} ({_megabytes(lora)} against {_megabytes(full)})",
-        "> 30 % less",
-        "the exact part: bytes of gradients and AdamW moments",
-        companion=True,
-        numbers={"reduction": less},
-    )
+    measured = f"{_say_less(less)} ({_megabytes(lora)} against {_megabytes(full)})"
+    reason = "the exact part: bytes of gradients and AdamW moments"
+    outcome = Outcome.of(less > MIN_MEMORY_REDUCTION)
+    return verdict("memory-exact", outcome, measured, _ALLOWED, reason, reduction=less)
 
 
 def _judge_resident(memory: MemoryEvidence) -> Verdict:
@@ -86,19 +65,9 @@ def _judge_resident(memory: MemoryEvidence) -> Verdict:
     # Not the validator's figure: a run so small that it adds nothing to the frameworks is no missing evidence.
     less = (full - lora) / full if full > 0 else 0.0
     measured = f"{_say_less(less)} ({_megabytes(lora)} against {_megabytes(full)})"
-    outcome: Outcome = "holds" if less > MIN_MEMORY_REDUCTION else "broken"
+    outcome = Outcome.of(less > MIN_MEMORY_REDUCTION)
     reason = f"peak resident set above the {_megabytes(memory.lora.framework_rss)} of the frameworks"
     if full < _RESOLVABLE_RSS:
-        outcome = "not applicable"
+        outcome = Outcome.NOT_APPLICABLE
         reason += f"; below {_megabytes(_RESOLVABLE_RSS)} it is mostly library pages and allocator slack"
-    return Verdict(
-        "memory-resident",
-        _TITLES["memory-resident"],
-        3,
-        outcome,
-        measured,
-        "> 30 % less",
-        reason,
-        companion=True,
-        numbers={"reduction": less},
-    )
+    return verdict("memory-resident", outcome, measured, _ALLOWED, reason, reduction=less)

@@ -1,7 +1,7 @@
 """Everything a run proved, in one JSON value that other programs can read: verdicts, scores, losses, memory, data."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune.intervals import wilson_interval
@@ -15,8 +15,6 @@ CRITERIA = {
     4: "Parameter updates",
     5: "Artifacts",
 }
-# From worst to best: one broken companion breaks its criterion, however well the literal reading looks.
-_WORST_FIRST: tuple[Outcome, ...] = ("broken", "undecided", "holds", "not applicable")
 _LOSS_FIELDS = {
     "train": ("step", "loss", "learning_rate", "grad_norm"),
     "fixed": ("step", "loss", "tokens"),
@@ -46,12 +44,12 @@ def build_report(run: Mapping[str, Any]) -> dict[str, Any]:
     memory = [_memory(map_at(map_at(run, "memory"), method), method) for method in ("lora", "full")]
     judged = [criterion["outcome"] for criterion in criteria if criterion["outcome"]]
     report = {
-        "format": 1,
+        "format": 2,
         "id": str(run.get("id") or "unnamed run"),
         "status": str(run.get("status") or "unknown"),
         "started": run.get("started"),
         "folder": run.get("folder"),
-        "outcome": run.get("outcome") or worst(judged),
+        "outcome": run.get("outcome") or Outcome.worst(judged),
         "criteria": criteria,
         "headline": _headline(run, losses, memory),
         "scores": {name: _tally(map_at(scores, name)) for name in ("learning", "retention")},
@@ -66,12 +64,6 @@ def build_report(run: Mapping[str, Any]) -> dict[str, Any]:
         "absent": _ABSENT | {key: f"{why[:1].upper()}{why[1:]}." for key, why in map_at(run, "not_measured").items()},
     }
     return {key: _strict(value) for key, value in report.items()}
-
-
-def worst(outcomes: Iterable[str]) -> Outcome | None:
-    """The worst of several outcomes; "not applicable" only when all are, None when there are none."""
-    given = {outcome if outcome in _WORST_FIRST else "undecided" for outcome in outcomes}
-    return next((outcome for outcome in _WORST_FIRST if outcome in given), None)
 
 
 def map_at(value: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -91,12 +83,13 @@ def _criteria(verdicts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for number, title in CRITERIA.items():
         members = [dict(verdict) for verdict in verdicts if verdict.get("criterion") == number]
         for member in members:
-            member["outcome"] = worst([str(member.get("outcome"))])
+            word = str(member.get("outcome"))
+            member["outcome"] = Outcome(word) if word in set(Outcome) else Outcome.INCONCLUSIVE
         groups.append(
             {
                 "criterion": number,
                 "title": title,
-                "outcome": worst(member["outcome"] for member in members),
+                "outcome": Outcome.worst(member["outcome"] for member in members),
                 "literal": [member for member in members if not member.get("companion")],
                 "companions": [member for member in members if member.get("companion")],
             }

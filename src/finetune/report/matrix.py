@@ -76,7 +76,7 @@ def _row(fault: Mapping[str, Any]) -> dict[str, Any]:
         "what": fault["what"],
         "real": fault["real"],
         "outcome": _WORDS[fault["status"]],
-        "kind": "holds" if fault["status"] == "killed" else "broken",
+        "kind": "passed" if fault["status"] == "killed" else "failed",
         "laws": fault["laws"],
         "seconds": say_seconds(fault["seconds_to_kill"]) if fault["seconds_to_kill"] is not None else "",
         "expected": example["expected"] if case else "",

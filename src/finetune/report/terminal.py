@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from finetune.records import Outcome
 from finetune.report.build import build_report
 from finetune.report.numbers import NOT_MEASURED, visible
 from finetune.report.wording import ASCII_SYMBOLS, SYMBOLS, headline_figures, say_outcome, say_title
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_STYLES = {"holds": "green", "broken": "bold red", "undecided": "yellow"}
+_STYLES = {"passed": "green", "failed": "bold red", "error": "bold red", "inconclusive": "yellow"}
 
 
 def print_report(runs: Sequence[Mapping[str, Any]], console: "Console") -> None:
@@ -63,12 +64,12 @@ def _verdict_table(report: Mapping[str, Any], console: "Console") -> "Table":
 
 
 def _reasons(report: Mapping[str, Any]) -> list[str]:
-    """Why each verdict that does not hold came out so."""
+    """The reason of each verdict that did not pass."""
     verdicts = [verdict for item in report["criteria"] for verdict in [*item["literal"], *item["companions"]]]
     return [
         f"{verdict['outcome']}: {verdict.get('title')}: {verdict['reason']}"
         for verdict in verdicts
-        if verdict["outcome"] != "holds" and verdict.get("reason")
+        if verdict["outcome"] != Outcome.PASSED and verdict.get("reason")
     ]
 
 

@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import PurePath
 from typing import Any
 
+from finetune.records import Outcome
 from finetune.report.numbers import (
     NOT_MEASURED,
     as_number,
@@ -17,8 +18,8 @@ from finetune.report.numbers import (
 )
 
 # Every outcome has a symbol of its own, so that no reader depends on colour.
-SYMBOLS = {"holds": "✓", "broken": "✗", "undecided": "?", "not applicable": "–", "not judged": "·"}
-ASCII_SYMBOLS = {"holds": "+", "broken": "x", "undecided": "?", "not applicable": "-", "not judged": "."}
+SYMBOLS = {"passed": "✓", "failed": "✗", "inconclusive": "?", "not applicable": "–", "error": "!", "not judged": "·"}
+ASCII_SYMBOLS = SYMBOLS | {"passed": "+", "failed": "x", "not applicable": "-", "not judged": "."}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +54,20 @@ def say_start(report: Mapping[str, Any]) -> str | None:
 
 
 def say_outcome(report: Mapping[str, Any]) -> str:
-    """How many of the five criteria hold and which do not, in one sentence."""
+    """How many of the five criteria passed and which did not, in one sentence."""
     criteria = report["criteria"]
     failing = {
         word: [item["title"].lower() for item in criteria if item["outcome"] == word]
-        for word in ("broken", "undecided")
+        for word in (Outcome.FAILED, Outcome.ERROR, Outcome.INCONCLUSIVE)
     }
     if not any(item["outcome"] for item in criteria):
         return "No criterion was judged in this run."
-    holding = sum(item["outcome"] == "holds" for item in criteria)
+    passed = sum(item["outcome"] == Outcome.PASSED for item in criteria)
     parts = [f"{word}: {', '.join(titles)}" for word, titles in failing.items() if titles]
-    idle = [item["title"].lower() for item in criteria if item["outcome"] in (None, "not applicable")]
+    idle = [item["title"].lower() for item in criteria if item["outcome"] in (None, Outcome.NOT_APPLICABLE)]
     if idle:
         parts.append(f"not judged or not applicable: {', '.join(idle)}")
-    head = f"{'All' if holding == len(criteria) else f'{holding} of'} {len(criteria)} criteria hold"
+    head = f"{'All' if passed == len(criteria) else f'{passed} of'} {len(criteria)} criteria passed"
     return f"{head}{'; ' if parts else ''}{'; '.join(parts)}."
 
 

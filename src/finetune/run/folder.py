@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 from finetune.errors import OutputError
 from finetune.events import Event, FixedLoss, RunJudged, RunStarted, StepDone, event_as_dict, event_from_dict
@@ -24,7 +24,7 @@ from finetune.files import (
 )
 from finetune.records import Outcome
 
-FORMAT = 1
+FORMAT = 2
 """The version of what `run.json` holds."""
 _HOLDER = "lock.json"
 
@@ -263,7 +263,7 @@ def _check_manifest(value: Any) -> None:
         if wrong:
             raise ValueError(f"{', '.join(wrong)} is missing or no {'object' if kind is dict else 'list'}")
     for verdict in value["verdicts"]:
-        if not isinstance(verdict, dict) or verdict.get("outcome") not in get_args(Outcome):
+        if not isinstance(verdict, dict) or verdict.get("outcome") not in set(Outcome):
             raise ValueError(f"a verdict has no outcome that exists: {str(verdict)[:80]}")
 
 

@@ -1,0 +1,44 @@
+"""The five criteria and their companions: the title of each, and how a verdict on one is made."""
+
+from finetune.records import Outcome, Verdict
+
+NOT_MEASURED = "not measured"
+TITLES = (
+    {
+        "loss-convergence": "Training loss falls",
+        "loss-fixed-batches": "It falls on the same batches, dropout off",
+        "loss-start": "The start was plausible",
+        "loss-held-out": "It falls on rows never trained on",
+    },
+    {
+        "model-learning": "Answers improve",
+        "learning-signed": "More improve than get worse",
+        "learning-sham": "The truth was learned, not the habit",
+        "learning-retention": "What the base knew, it still knows",
+    },
+    {
+        "memory-efficiency": "LoRA needs less memory than full fine-tuning",
+        "memory-exact": "Gradients and moments shrink with what is trained",
+        "memory-resident": "The resident set shrinks too",
+    },
+    {
+        "parameter-updates": "Adapter tensors change",
+        "parameter-exactly": "Nothing else changes",
+        "parameter-first-step": "At the first step B has a gradient and A has none",
+    },
+    {
+        "artifacts": "Files are written",
+        "artifacts-no-strays": "Nothing unreferenced is left",
+        "artifacts-reload": "The adapter works in a fresh process on a fresh base",
+    },
+)
+"""By criterion, the first being number 1: the strategy's own reading, then its companions."""
+
+
+def verdict(
+    key: str, outcome: Outcome, measured: str, allowed: str, reason: str = "", *, title: str = "", **numbers: float
+) -> Verdict:
+    """The verdict with this id; `title` where it is not the usual one, `numbers` as they were measured."""
+    number, titles = next((number, titles) for number, titles in enumerate(TITLES, start=1) if key in titles)
+    companion = key != next(iter(titles))
+    return Verdict(key, title or titles[key], number, outcome, measured, allowed, reason, companion, numbers)
