@@ -48,40 +48,27 @@ def allowance(messages: Sequence[Mapping[str, str]]) -> int:
 class Meter:
     """The account of one render."""
 
-    __slots__ = ("_allowed", "_depth", "_left")
+    __slots__ = ("_depth", "allowed", "left")
 
     def __init__(self, allowed: int) -> None:
-        self._allowed = self._left = allowed
+        self.allowed = self.left = allowed
         self._depth = 0
 
-    @property
-    def spent(self) -> int:
-        """What has been spent so far."""
-        return self._allowed - self._left
-
     def spend(self, units: int) -> None:
-        """Pay for work.
-
-        Raises:
-            UnsafeTemplateError: the account does not hold as much.
-        """
+        """Pay for work, or raise UnsafeTemplateError."""
         self.afford(units)
-        self._left -= units
+        self.left -= units
 
     def afford(self, units: int) -> None:
-        """Make sure that a result of at most this size could be paid for, before it is made.
-
-        Raises:
-            UnsafeTemplateError: the account does not hold as much.
-        """
-        if units > self._left:
+        """Raise UnsafeTemplateError unless a result of this size could be paid for."""
+        if units > self.left:
             raise UnsafeTemplateError(
-                f"it takes more work than such messages need (over {self._allowed:,} characters and steps)"
+                f"it takes more work than such messages need (over {self.allowed:,} characters and steps)"
             )
 
     def look(self, value: Any, times: int = 1, *, indent: int = 0) -> int:
         """Pay for going through all of a value `times` times; returns what one time costs."""
-        units = weight(value, self._left, indent=indent)
+        units = weight(value, self.left, indent=indent)
         self.spend(units * times)
         return units
 
@@ -115,11 +102,7 @@ class Meter:
         return found
 
     def enter(self) -> None:
-        """Go into a macro.
-
-        Raises:
-            UnsafeTemplateError: macros are already as deep as they may go.
-        """
+        """Go into a macro, or raise UnsafeTemplateError where macros are too deep already."""
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise UnsafeTemplateError(f"its macros call each other more than {MAX_DEPTH} deep")

@@ -11,42 +11,13 @@ from jinja2.visitor import NodeTransformer
 
 from finetune.chat.budget import MAX_NUMBER, STEP, UnsafeTemplateError
 
-_ALLOWED = (
-    nodes.Template,
-    nodes.Output,
-    nodes.TemplateData,
-    nodes.For,
-    nodes.If,
-    nodes.Macro,
-    nodes.CallBlock,
-    nodes.FilterBlock,
-    nodes.With,
-    nodes.Assign,
-    nodes.AssignBlock,
-    nodes.Break,
-    nodes.Continue,
-    nodes.Scope,
-    nodes.Name,
-    nodes.NSRef,
-    nodes.Const,
-    nodes.Tuple,
-    nodes.List,
-    nodes.Dict,
-    nodes.Pair,
-    nodes.Keyword,
-    nodes.CondExpr,
-    nodes.Filter,
-    nodes.Test,
-    nodes.Call,
-    nodes.Getitem,
-    nodes.Getattr,
-    nodes.Slice,
-    nodes.Concat,
-    nodes.Compare,
-    nodes.Operand,
-    nodes.BinExpr,
-    nodes.UnaryExpr,
+_NODES = (
+    "Template Output TemplateData For If Macro CallBlock FilterBlock With Assign AssignBlock Break Continue Scope "
+    "Name NSRef Const Tuple List Dict Pair Keyword CondExpr Filter Test Call Getitem Getattr Slice Concat Compare "
+    "Operand BinExpr UnaryExpr"
 )
+_ALLOWED = frozenset(_NODES.split())
+"""The kinds of syntax nodes that chat templates need."""
 
 
 def meter_tree(tree: nodes.Template) -> nodes.Template:
@@ -56,22 +27,18 @@ def meter_tree(tree: nodes.Template) -> nodes.Template:
         UnsafeTemplateError: it uses syntax that is not for chat templates, with the line.
     """
     for node in tree.find_all(nodes.Node):
-        _check(node)
+        if type(node).__name__ not in _ALLOWED:
+            problem = f"it uses the tag or expression {type(node).__name__}, which is not for chat templates"
+        elif getattr(node, "dyn_args", None) is not None or getattr(node, "dyn_kwargs", None) is not None:
+            problem = "it calls something with * or **"
+        elif isinstance(node, nodes.Const) and isinstance(node.value, int) and node.value > MAX_NUMBER:
+            problem = "it has a number of more than 64 bits"
+        else:
+            continue
+        raise UnsafeTemplateError(f"line {node.lineno}: {problem}")
     metered = _Meterer().visit(tree)
     assert isinstance(metered, nodes.Template)
     return metered
-
-
-def _check(node: nodes.Node) -> None:
-    if not isinstance(node, _ALLOWED):
-        problem = f"it uses the tag or expression {type(node).__name__}, which is not for chat templates"
-    elif getattr(node, "dyn_args", None) is not None or getattr(node, "dyn_kwargs", None) is not None:
-        problem = "it calls something with * or **"
-    elif isinstance(node, nodes.Const) and isinstance(node.value, int) and node.value > MAX_NUMBER:
-        problem = "it has a number of more than 64 bits"
-    else:
-        return
-    raise UnsafeTemplateError(f"line {node.lineno}: {problem}")
 
 
 class _Meterer(NodeTransformer):
@@ -84,20 +51,14 @@ class _Meterer(NodeTransformer):
         node.iter = _helper("counted", node, node.iter, nodes.Const(cost))
         return node
 
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:  # noqa: N802
-        """Each call pays for the macro's body."""
-        return self._paying(node)
-
-    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:  # noqa: N802
-        """Each `caller()` pays for the block's body."""
-        return self._paying(node)
-
-    def _paying(self, node: Any) -> nodes.Node:
+    def visit_Macro(self, node: nodes.Macro | nodes.CallBlock) -> nodes.Node:  # noqa: N802
+        """Each call of a macro, and each `caller()`, pays for its body."""
         cost = _cost([*node.body, *node.defaults])
         self.generic_visit(node)
-        paid = nodes.ExprStmt(_helper("step", node, nodes.Const(cost))).set_lineno(node.lineno)
-        node.body.insert(0, paid)
-        return node  # type: ignore[no-any-return]
+        node.body.insert(0, nodes.ExprStmt(_helper("step", node, nodes.Const(cost))).set_lineno(node.lineno))
+        return node
+
+    visit_CallBlock = visit_Macro  # noqa: N815
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         """`a ~ b` pays for the text it makes."""

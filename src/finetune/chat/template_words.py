@@ -17,100 +17,27 @@ from jinja2.utils import Namespace, pass_context
 
 from finetune.chat.budget import CALL, MAX_NUMBER, SHOWN_GROWTH, STEP, Meter, UnsafeTemplateError
 
-_CHEAP_FILTERS = ("abs", "count", "d", "default", "first", "last", "length")
-_TEXT_FILTERS = ("capitalize", "float", "int", "lower", "safe", "string", "title", "trim", "upper")
-_STREAM_FILTERS = ("items", "list", "map", "reject", "rejectattr", "reverse", "select", "selectattr")
-_SORTING_FILTERS = ("dictsort", "max", "min", "sort", "unique")
-_CHEAP_TESTS = (
-    "boolean",
-    "defined",
-    "false",
-    "float",
-    "integer",
-    "iterable",
-    "mapping",
-    "none",
-    "number",
-    "sameas",
-    "sequence",
-    "string",
-    "true",
-    "undefined",
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+_CHEAP_FILTERS = _words("abs count d default first last length")
+_TEXT_FILTERS = _words("capitalize float int lower safe string title trim upper")
+_STREAM_FILTERS = _words("items list map reject rejectattr reverse select selectattr")
+_SORTING_FILTERS = _words("dictsort max min sort unique")
+_CHEAP_TESTS = _words(
+    "boolean defined false float integer iterable mapping none number sameas sequence string true undefined"
 )
-_NUMBER_TESTS = ("divisibleby", "even", "odd")
-_COMPARING_TESTS = (
-    "eq",
-    "==",
-    "equalto",
-    "ne",
-    "!=",
-    "gt",
-    ">",
-    "greaterthan",
-    "ge",
-    ">=",
-    "lt",
-    "<",
-    "lessthan",
-    "le",
-    "<=",
-    "in",
-    "lower",
-    "upper",
+_NUMBER_TESTS = _words("divisibleby even odd")
+_COMPARING_TESTS = _words("eq == equalto ne != gt > greaterthan ge >= lt < lessthan le <= in lower upper")
+STRING_METHODS = _words(
+    "capitalize count endswith find index isalnum isalpha isdecimal isdigit islower isnumeric isspace istitle isupper "
+    "join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split "
+    "splitlines startswith strip title upper"
 )
-STRING_METHODS = frozenset(
-    {
-        "capitalize",
-        "count",
-        "endswith",
-        "find",
-        "index",
-        "isalnum",
-        "isalpha",
-        "isdecimal",
-        "isdigit",
-        "islower",
-        "isnumeric",
-        "isspace",
-        "istitle",
-        "isupper",
-        "join",
-        "lower",
-        "lstrip",
-        "partition",
-        "removeprefix",
-        "removesuffix",
-        "replace",
-        "rfind",
-        "rindex",
-        "rpartition",
-        "rsplit",
-        "rstrip",
-        "split",
-        "splitlines",
-        "startswith",
-        "strip",
-        "title",
-        "upper",
-    }
-)
-DICT_METHODS = frozenset({"get", "items", "keys", "values"})
-LOOP_ATTRIBUTES = frozenset(
-    {
-        "cycle",
-        "depth",
-        "depth0",
-        "first",
-        "index",
-        "index0",
-        "last",
-        "length",
-        "nextitem",
-        "previtem",
-        "revindex",
-        "revindex0",
-    }
-)
+DICT_METHODS = _words("get items keys values")
+LOOP_ATTRIBUTES = _words("cycle depth depth0 first index index0 last length nextitem previtem revindex revindex0")
 _GROWTH = 3
 """The most that a change of case makes of one character."""
 _PRINTF = re.compile(r"%(?:\([A-Za-z0-9_]*\))?[-+ #0]?[0-9]{0,3}(?:\.[0-9]{1,2})?[sdifgx%]|[^%]")
@@ -143,20 +70,15 @@ class Method:
     def call(self, meter: Meter, *args: Any, **named: Any) -> Any:
         """Pay, call, and pay for what was made."""
         args = tuple(meter.drawn(each) if hasattr(each, "__next__") else each for each in args)
-        if isinstance(self.owner, str):
-            _pay_for_text(meter, self.name, self.owner, [*args, *named.values()])
-        elif args:
-            meter.look(args[0])
+        if isinstance(self.owner, dict):
+            meter.look(args[0] if args else None)
+        elif self.name == "join":
+            _pay_for_join(meter, self.owner, args[0] if args else ())
+        elif self.name == "replace" and len(args) > 1:
+            _pay_for_replace(meter, self.owner, meter.shown(args[0]), meter.shown(args[1]))
+        else:
+            _pay_for_search(meter, self.owner, [*args, *named.values()])
         return meter.keep(getattr(self.owner, self.name)(*args, **named))
-
-
-def _pay_for_text(meter: Meter, name: str, owner: str, args: list[Any]) -> None:
-    if name == "join":
-        _pay_for_join(meter, owner, args[0] if args else ())
-    elif name == "replace" and len(args) > 1:
-        _pay_for_replace(meter, owner, meter.shown(args[0]), meter.shown(args[1]))
-    else:
-        _pay_for_search(meter, owner, args)
 
 
 def _pay_for_search(meter: Meter, text: str, args: list[Any]) -> None:
@@ -275,13 +197,9 @@ def _tojson(context: Any, x: Any, ensure_ascii: Any = False, indent: Any = None,
     width = 0 if indent is None else _small(indent, 100) if isinstance(indent, int) else meter.look(indent)
     width += sum(meter.look(each) for each in more.values())
     meter.afford(SHOWN_GROWTH * meter.look(x, indent=width))
-    return meter.keep(json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, **_only(more, "separators", "sort_keys")))
-
-
-def _only(named: dict[str, Any], *names: str) -> dict[str, Any]:
-    if unknown := set(named) - set(names):
+    if unknown := set(more) - {"separators", "sort_keys"}:
         raise UnsafeTemplateError(f"it calls a filter with {', '.join(sorted(unknown))}, which it does not take")
-    return named
+    return meter.keep(json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, **more))
 
 
 def printf(meter: Meter, template: str, values: Any) -> Any:
