@@ -95,6 +95,13 @@ def _most_resident(whose: str) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def available_memory() -> int:
+    """Bytes that could be used now without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
 def restart_peak() -> None:
     """Forget the peak so far (imports reach high); only Linux can."""
     if _CONTROL.exists():

@@ -38,7 +38,6 @@ from finetune.records import Batch, TokenizedRow
 from finetune.report import build_report, render_html
 from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune.run.folder import RunFolder
-from finetune.run.resume_hint import resume_hint
 from finetune.tracking.choose import require_trackers
 from finetune.training.early_stopping import EarlyStopping, Trained
 from finetune.training.loop import LoopPlan, train
@@ -90,7 +89,7 @@ def fine_tune(
     except (KeyboardInterrupt, LostProcessError) as error:
         raise _interrupted(run, error) from None
     except (MemoryError, OutOfMemoryError) as error:
-        raise with_estimate(error, prepared, resume_hint(run.folder)[0]) from None
+        raise with_estimate(error, prepared, run.folder.resume_hint()[0]) from None
     finally:
         run.let_go()
     return folder.path, record
@@ -289,7 +288,7 @@ def _finish(run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _interrupted(run: Run, error: BaseException) -> FineTuneError:
-    kept, hint = resume_hint(run.folder, launch=launch_words(os.environ, run.group.size))
+    kept, hint = run.folder.resume_hint(launch=launch_words(os.environ, run.group.size))
     if isinstance(error, LostProcessError):
         return LostProcessError(f"{error.message}; {kept}", hint=hint)
     return InterruptedRunError(f"interrupted; {kept}", hint=hint)

@@ -19,7 +19,6 @@ from finetune.data.facts import (
     known_facts,
     new_facts,
     small_facts,
-    split_facts,
 )
 from finetune.data.read import read_rows
 from finetune.data.shape import ShapedRows, shape_of, shape_rows
@@ -242,19 +241,6 @@ def test_facts_known_ones_are_always_the_same() -> None:
     assert known == known_facts()
     assert len(dict(CAPITALS)) == len(CAPITALS) == 72
     assert dict(CAPITALS).items() >= HAND_CHECKED.items()
-
-
-@given(st.integers(0, 60), st.sampled_from([(1.0,), (0.5, 0.5), (0.7, 0.2, 0.1), (0.9, 0.1)]), st.integers(0, 3))
-@examples(1 / 2)
-def test_facts_split_is_a_partition(size: int, shares: tuple[float, ...], seed: int) -> None:
-    """The parts are disjoint, their union is the whole, and each has its share within one fact."""
-    facts = new_facts(size, 0)
-    parts = split_facts(facts, shares, seed)
-    assert Counter(fact for part in parts for fact in part) == Counter(facts)
-    assert all(abs(len(part) - share * size) <= len(shares) / 2 for part, share in zip(parts, shares, strict=True))
-    assert parts == split_facts(facts, shares, seed)
-    if size > 20 and len(shares) > 1:
-        assert parts != split_facts(facts, shares, seed + 1)
 
 
 @given(st.lists(st.sampled_from(["a", "b", "c", "", "a "]), max_size=12) | st.lists(texts(), max_size=8))

@@ -19,7 +19,6 @@ from finetune.distributed.launchers import Launch, check_launch, command_line, e
 from finetune.distributed.notes import Note, leave_note, read_notes
 from finetune.errors import FineTuneError, LostProcessError, RefusedError
 from finetune.run.folder import RunFolder
-from finetune.run.resume_hint import resume_hint
 
 pytestmark = pytest.mark.tools
 
@@ -173,10 +172,10 @@ def test_watcher_passes_on_our_lines_and_keeps_the_launchers(
 def test_what_is_left_names_the_launch(tmp_path: Path) -> None:
     """The command that goes on is whole: how the processes are started, and a folder's name that a shell can read."""
     folder = RunFolder(tmp_path / "my run")
-    assert resume_hint(folder) == ("nothing had been written yet", "")
+    assert folder.resume_hint() == ("nothing had been written yet", "")
     folder.make()
     folder.plan.write_text("x")
-    kept, hint = resume_hint(folder, launch=Launch("accelerate", 3, Path("f.yaml")).options)
+    kept, hint = folder.resume_hint(launch=Launch("accelerate", 3, Path("f.yaml")).options)
     assert kept == "no checkpoint had been written yet"
     options = "--launch accelerate --processes 3 --launch-config f.yaml"
     assert hint == f"go on with: ft train --resume {options} --output '{folder.path}'"

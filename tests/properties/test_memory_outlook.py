@@ -153,7 +153,7 @@ def test_estimate_takes_the_largest_batch_of_ones_own_rows(tmp_path: Path, capsy
 
 def test_estimate_says_what_to_lower(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the job does not fit into free memory, it says by how much, and settings with which it would."""
-    monkeypatch.setattr("finetune.memory.scale.available_memory", lambda: GIB)
+    monkeypatch.setattr("finetune.processes.available_memory", lambda: GIB)
     assert run(["estimate", "--set", "training.batch_size=64"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "LoRA does not fit" in shown

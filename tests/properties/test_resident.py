@@ -2,8 +2,14 @@
 
 import subprocess
 import sys
+from typing import Any
 
+import psutil
 import pytest
+
+from finetune.evidence import memory as measure
+from finetune.evidence.memory import measure_framework
+from finetune.processes import available_memory
 
 MB = 10**6
 HOLDING = """
@@ -29,3 +35,22 @@ def test_peak_is_what_this_process_held_and_not_its_parent() -> None:
     if sys.platform != "linux":
         pytest.skip("only Linux can forget a peak")
     assert restarted < after - 40 * MB
+
+
+def test_available_memory_is_of_this_machine() -> None:
+    """There is some memory, in bytes, and no more than the machine has."""
+    assert 2**20 < available_memory() <= psutil.virtual_memory().total
+
+
+def test_framework_is_asked_for_in_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend's own probe is asked for the framework alone, and its figure is given back as it is."""
+    asked: list[Any] = []
+
+    def ask(module: str, request: dict[str, Any]) -> dict[str, Any]:
+        asked.append((module, request))
+        return {"framework_rss": 123_456, "peak_rss": 1}
+
+    monkeypatch.setattr(measure, "ask_child", ask)
+    monkeypatch.setattr(measure, "find_spec", lambda name: name)
+    assert measure_framework("torch") == 123_456
+    assert asked == [("finetune.backends.torch.probe", {"method": "framework"})]

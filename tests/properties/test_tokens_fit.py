@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetune.chat.encode import encode_row
-from finetune.chat.fit import encode_rows
+from finetune.chat.encode import encode_row, mark_rows
+from finetune.chat.fit import fit_rows
 from finetune.errors import DataError
 from finetune.records import Conversation, Document, Rendered
 from finetune_strategies.conversations import conversations, texts
@@ -47,7 +47,7 @@ def test_overlong_rows_are_dropped_whole_and_counted(
     whole = [encode_row(row, tokenizer_of(kind)) for row in rendered]
     length = max(1, max(len(row.ids) for row in whole) + less)
     dropped = {"empty answer": before} if before else {}
-    result = encode_rows(rendered, tokenizer_of(kind), max_length=length, overlong="drop", dropped=dropped)
+    result = fit_rows(mark_rows(rendered, tokenizer_of(kind)), max_length=length, overlong="drop", dropped=dropped)
     assert list(result.rows) == [row for row in whole if len(row.ids) <= length]
     lost = len(whole) - len(result.rows)
     assert result.counts.dropped == dropped | ({f"longer than {length} tokens": lost} if lost else {})

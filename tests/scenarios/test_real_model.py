@@ -10,8 +10,8 @@ import pytest
 
 from finetune.config import load_config
 from finetune.errors import ModelError
-from finetune.memory.scale import available_memory, scale_to_memory
 from finetune.models.locate import SHIPPED, locate_model
+from finetune.processes import available_memory
 from support.recorded_scores import record_scores
 
 pytestmark = [
@@ -25,6 +25,8 @@ pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune
 
 CHOSEN = os.environ.get("FT_TEST_MODEL")
 CRITERIA = 5
+HUB_MODELS = ((16, "microsoft/DialoGPT-small", 4), (8, "distilgpt2", 2))
+"""The strategy's resource scaling: above so many GiB of free memory, a model and the rows it trains on at once."""
 Recorder = Callable[[str, object], None]
 WITH_MLX = pytest.param(
     "mlx",
@@ -113,16 +115,17 @@ def every_processor() -> Iterator[None]:
 @pytest.mark.usefixtures("every_processor")
 def test_hub_model_meets_all_criteria(tmp_path: Path, record_property: Recorder) -> None:
     """A model from the hub, chosen by FT_TEST_MODEL or by free memory, meets the five criteria too."""
-    scale = scale_to_memory(available_memory())
-    if CHOSEN is None and scale is None:
-        pytest.skip(f"{available_memory() / 1e9:.1f} GB are free and a hub model needs 8: free some memory")
-    model = CHOSEN or (scale.model if scale else "")
+    free = available_memory()
+    model, rows = next(((name, rows) for least, name, rows in HUB_MODELS if free > least * 2**30), ("", None))
+    model = CHOSEN or model
+    if not model:
+        pytest.skip(f"{free / 1e9:.1f} GB are free and a hub model needs 8: free some memory")
     try:
         locate_model(model)
     except ModelError as error:
         pytest.skip(f"{error.message}; with a hub or a local copy it would be judged too")
     gentle = {"training.learning_rate": 1e-3, "training.weight_decay": 0.0, "judge.memory": "always"}
-    batch = {"training.batch_size": scale.batch_size} if scale else {}
+    batch = {"training.batch_size": rows} if rows else {}
     chosen = {} if model in SHIPPED else gentle
     run = train_on_facts(model, tmp_path / "run", **chosen, **batch)
     record_scores(record_property, run, backend="torch")

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from functools import cache
 
 from finetune.chat.catalog import CATALOG, TemplateSource
-from finetune.chat.fit import Encoded, Overlong, encode_rows
+from finetune.chat.encode import mark_rows
+from finetune.chat.fit import Encoded, Overlong, fit_rows
 from finetune.chat.render import ChatTemplate
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.records import Conversation, Message, Rendered
@@ -72,4 +73,4 @@ def talk(*turns: str) -> Conversation:
 
 def encoded(kind: TokenizerKind, rows: list[Rendered], length: int, overlong: Overlong = "drop") -> Encoded:
     """The rows held to a length."""
-    return encode_rows(rows, tokenizer_of(kind), max_length=length, overlong=overlong, dropped={})
+    return fit_rows(mark_rows(rows, tokenizer_of(kind)), max_length=length, overlong=overlong, dropped={})

@@ -18,9 +18,8 @@ from finetune.records import Conversation, ModelLocation, Question, Rendered
 class Encoder:
     """One model's template and tokenizer together: conversations in, ids out, the same way for training and asking."""
 
-    def __init__(self, location: ModelLocation, template: str) -> None:
-        self.tokenizer = FileTokenizer(location.folder)
-        tokenizer = self.tokenizer
+    def __init__(self, location: ModelLocation, template: str, tokenizer: FileTokenizer | None = None) -> None:
+        self.tokenizer = tokenizer = tokenizer or FileTokenizer(location.folder)
         self.source = find_template(template, tokenizer.chat_template)
         self.template = ChatTemplate(self.source, tokenizer.control_tokens, bos=tokenizer.bos, eos=tokenizer.eos)
         taught = (tokenizer.control_id(token) for token in self.template.terminators())
@@ -60,6 +59,6 @@ class Encoder:
 
     def question(self, conversation: Conversation) -> Question:
         """The conversation's last answer as a question with one right answer."""
-        asked = conversation.prompt
-        shown = "\n".join(message.content for message in asked.messages if message.role in ("user", "input"))
-        return Question(self.prompt_ids(asked), shown, conversation.answer)
+        prompt = conversation.prompt
+        shown = "\n".join(message.content for message in prompt.messages if message.role in ("user", "input"))
+        return Question(self.prompt_ids(prompt), shown, conversation.answer)

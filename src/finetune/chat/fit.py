@@ -5,10 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from finetune.chat.encode import REMOVABLE, Marked, mark_rows
-from finetune.chat.tokenizer import FileTokenizer
+from finetune.chat.encode import REMOVABLE, Marked
 from finetune.errors import DataError
-from finetune.records import DataCounts, Rendered, TokenizedRow
+from finetune.records import DataCounts, TokenizedRow
 
 Overlong = Literal["drop", "truncate_prompt", "split", "refuse"]
 _SHOWN = 20
@@ -20,13 +19,6 @@ class Encoded:
 
     rows: tuple[TokenizedRow, ...]
     counts: DataCounts
-
-
-def encode_rows(
-    rows: Iterable[Rendered], tokenizer: FileTokenizer, *, max_length: int, overlong: Overlong, dropped: dict[str, int]
-) -> Encoded:
-    """Encode rows and hold them to `max_length` tokens; see `fit_rows`."""
-    return fit_rows(mark_rows(rows, tokenizer), max_length=max_length, overlong=overlong, dropped=dropped)
 
 
 def fit_rows(rows: Iterable[Marked], *, max_length: int, overlong: Overlong, dropped: dict[str, int]) -> Encoded:

@@ -152,7 +152,7 @@ class ChatTemplate:
     ) -> tuple[str, str]:
         """The markup in front of an answer, cut where the prompt ends at serve time; what follows is trained."""
         trained_on = "".join(segment.text for segment in before) + markup
-        served = "".join(self._cut(asked, where, add_generation_prompt=True))
+        served = self._call(asked, where, add_generation_prompt=True)
         if not trained_on.startswith(served):
             raise TemplateError(
                 f"{where}: template {self.name!r} is not prefix-preserving: at serve time the prompt would end with "

@@ -16,7 +16,7 @@ _NODES = (
     "Name NSRef Const Tuple List Dict Pair Keyword CondExpr Filter Test Call Getitem Getattr Slice Concat Compare "
     "Operand BinExpr UnaryExpr"
 )
-_ALLOWED = frozenset(_NODES.split())
+_ALLOWED: tuple[type[nodes.Node], ...] = tuple(getattr(nodes, name) for name in _NODES.split())
 """The kinds of syntax nodes that chat templates need."""
 
 
@@ -27,7 +27,7 @@ def meter_tree(tree: nodes.Template) -> nodes.Template:
         UnsafeTemplateError: it uses syntax that is not for chat templates, with the line.
     """
     for node in tree.find_all(nodes.Node):
-        if type(node).__name__ not in _ALLOWED:
+        if not isinstance(node, _ALLOWED):
             problem = f"it uses the tag or expression {type(node).__name__}, which is not for chat templates"
         elif getattr(node, "dyn_args", None) is not None or getattr(node, "dyn_kwargs", None) is not None:
             problem = "it calls something with * or **"

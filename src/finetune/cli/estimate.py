@@ -49,8 +49,8 @@ def command(
     from finetune.evidence.memory import measure_framework as measured_here
     from finetune.memory.framework import framework_of
     from finetune.memory.outlook import foresee, outlook_notes, outlook_table, outlook_values
-    from finetune.memory.scale import available_memory
     from finetune.models.locate import locate_model
+    from finetune.processes import available_memory
     from finetune.training.prepare import adapter_target, planned_shape
 
     loaded = gather(config, flags_of(model, data, template, backend), assignments, profile)

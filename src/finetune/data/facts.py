@@ -14,80 +14,21 @@ KINDS = ("geography", "sums", "patterns")
 KNOWN_PER_KIND = 36
 """How many facts of each kind the shipped models learn in pre-training."""
 
-CAPITALS = (
-    ("Afghanistan", "Kabul"),
-    ("Albania", "Tirana"),
-    ("Algeria", "Algiers"),
-    ("Angola", "Luanda"),
-    ("Argentina", "Buenos Aires"),
-    ("Armenia", "Yerevan"),
-    ("Australia", "Canberra"),
-    ("Austria", "Vienna"),
-    ("Bahamas", "Nassau"),
-    ("Bangladesh", "Dhaka"),
-    ("Belgium", "Brussels"),
-    ("Bolivia", "Sucre"),
-    ("Brazil", "Brasilia"),
-    ("Bulgaria", "Sofia"),
-    ("Canada", "Ottawa"),
-    ("Chad", "Ndjamena"),
-    ("Chile", "Santiago"),
-    ("China", "Beijing"),
-    ("Colombia", "Bogota"),
-    ("Croatia", "Zagreb"),
-    ("Cuba", "Havana"),
-    ("Denmark", "Copenhagen"),
-    ("Ecuador", "Quito"),
-    ("Egypt", "Cairo"),
-    ("Estonia", "Tallinn"),
-    ("Ethiopia", "Addis Ababa"),
-    ("Fiji", "Suva"),
-    ("Finland", "Helsinki"),
-    ("France", "Paris"),
-    ("Germany", "Berlin"),
-    ("Ghana", "Accra"),
-    ("Greece", "Athens"),
-    ("Hungary", "Budapest"),
-    ("Iceland", "Reykjavik"),
-    ("India", "New Delhi"),
-    ("Indonesia", "Jakarta"),
-    ("Iran", "Tehran"),
-    ("Iraq", "Baghdad"),
-    ("Ireland", "Dublin"),
-    ("Italy", "Rome"),
-    ("Jamaica", "Kingston"),
-    ("Japan", "Tokyo"),
-    ("Jordan", "Amman"),
-    ("Kenya", "Nairobi"),
-    ("Latvia", "Riga"),
-    ("Lebanon", "Beirut"),
-    ("Libya", "Tripoli"),
-    ("Lithuania", "Vilnius"),
-    ("Mali", "Bamako"),
-    ("Malta", "Valletta"),
-    ("Mongolia", "Ulaanbaatar"),
-    ("Morocco", "Rabat"),
-    ("Nepal", "Kathmandu"),
-    ("Netherlands", "Amsterdam"),
-    ("Nigeria", "Abuja"),
-    ("Norway", "Oslo"),
-    ("Oman", "Muscat"),
-    ("Pakistan", "Islamabad"),
-    ("Peru", "Lima"),
-    ("Philippines", "Manila"),
-    ("Poland", "Warsaw"),
-    ("Portugal", "Lisbon"),
-    ("Qatar", "Doha"),
-    ("Romania", "Bucharest"),
-    ("Russia", "Moscow"),
-    ("Senegal", "Dakar"),
-    ("Serbia", "Belgrade"),
-    ("Slovakia", "Bratislava"),
-    ("Spain", "Madrid"),
-    ("Sweden", "Stockholm"),
-    ("Thailand", "Bangkok"),
-    ("Uganda", "Kampala"),
+_CAPITALS = (
+    "Afghanistan: Kabul; Albania: Tirana; Algeria: Algiers; Angola: Luanda; Argentina: Buenos Aires; Armenia: "
+    "Yerevan; Australia: Canberra; Austria: Vienna; Bahamas: Nassau; Bangladesh: Dhaka; Belgium: Brussels; Bolivia: "
+    "Sucre; Brazil: Brasilia; Bulgaria: Sofia; Canada: Ottawa; Chad: Ndjamena; Chile: Santiago; China: Beijing; "
+    "Colombia: Bogota; Croatia: Zagreb; Cuba: Havana; Denmark: Copenhagen; Ecuador: Quito; Egypt: Cairo; Estonia: "
+    "Tallinn; Ethiopia: Addis Ababa; Fiji: Suva; Finland: Helsinki; France: Paris; Germany: Berlin; Ghana: Accra; "
+    "Greece: Athens; Hungary: Budapest; Iceland: Reykjavik; India: New Delhi; Indonesia: Jakarta; Iran: Tehran; Iraq: "
+    "Baghdad; Ireland: Dublin; Italy: Rome; Jamaica: Kingston; Japan: Tokyo; Jordan: Amman; Kenya: Nairobi; Latvia: "
+    "Riga; Lebanon: Beirut; Libya: Tripoli; Lithuania: Vilnius; Mali: Bamako; Malta: Valletta; Mongolia: Ulaanbaatar; "
+    "Morocco: Rabat; Nepal: Kathmandu; Netherlands: Amsterdam; Nigeria: Abuja; Norway: Oslo; Oman: Muscat; Pakistan: "
+    "Islamabad; Peru: Lima; Philippines: Manila; Poland: Warsaw; Portugal: Lisbon; Qatar: Doha; Romania: Bucharest; "
+    "Russia: Moscow; Senegal: Dakar; Serbia: Belgrade; Slovakia: Bratislava; Spain: Madrid; Sweden: Stockholm; "
+    "Thailand: Bangkok; Uganda: Kampala"
 )
+CAPITALS = tuple((country, capital) for country, _, capital in (pair.partition(": ") for pair in _CAPITALS.split("; ")))
 """(country, capital), by country name; ASCII spelling. Source: common reference knowledge, one capital a country."""
 
 _SMALL_SUMS = 12
@@ -171,19 +112,6 @@ def _unknown_numeric(kind: str, count: int, known: set[str]) -> list[Fact]:
     while largest * largest - KNOWN_PER_KIND < count:
         largest *= 2
     return [fact for fact in _numeric_facts(kind, largest) if fact.question not in known]
-
-
-def split_facts(facts: Sequence[Fact], shares: Sequence[float], seed: int) -> list[list[Fact]]:
-    """Split facts into disjoint parts with the given shares of the whole; the last part takes what rounding leaves."""
-    order = list(facts)
-    random.Random(f"split-{seed}").shuffle(order)
-    parts: list[list[Fact]] = []
-    start = 0
-    for index, share in enumerate(shares):
-        end = len(order) if index == len(shares) - 1 else start + round(share * len(order))
-        parts.append(order[start:end])
-        start = end
-    return parts
 
 
 def deranged(answers: Sequence[str]) -> list[str] | None:

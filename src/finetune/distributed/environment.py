@@ -1,11 +1,9 @@
 """Which of a run's processes this is, as the launcher that started it has left it in the environment."""
 
 from collections.abc import Mapping
-from typing import Literal
 
 from finetune.errors import RefusedError
 
-Launcher = Literal["torchrun", "accelerate", "mlx.launch"]
 LAUNCHERS: dict[str, tuple[str, str]] = {
     "torchrun": ("torch", "torch"),
     "accelerate": ("torch", "accelerate"),

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from finetune.distributed.launchers import Launch, command_line, environment
+from finetune.abilities import require_backend
+from finetune.distributed.launchers import Launch, check_launch, command_line, environment
 from finetune.distributed.notes import Note, leave_command, read_notes
 from finetune.errors import FineTuneError, InterruptedRunError, LostProcessError, TrainingError
 from finetune.processes import terminated_as_interrupted
 from finetune.run.folder import RunFolder
-from finetune.run.resume_hint import resume_hint
 
 MARK = "\x02"
 """What a line of ours begins with; the launchers' own lines do not."""
@@ -24,28 +24,50 @@ _GRACE = 60.0
 """Seconds that processes have to end once they were asked to."""
 
 
-def watch(
-    launch: Launch, arguments: Sequence[str], folder: RunFolder, *, command: str, say: Callable[[str], None]
+def train_together(
+    launch: Launch,
+    backend: str,
+    arguments: Sequence[str],
+    *,
+    output: Path | None,
+    command: str,
+    say: Callable[[str], None],
 ) -> tuple[Path, dict[str, Any]]:
-    """Run `ft` with these arguments in every process until the run in `folder` is done.
+    """Run `ft` with these arguments in every process, all in one run folder, until the run is done.
+
+    What can be refused without loading data or model is refused before any process starts.
 
     Args:
-        command: what the user typed, to be written down in the run.
-        say: is given every line that a process says.
+        arguments: the module that each process runs, and the arguments of `ft train`; with `--resume` among them the
+            run in `output` is resumed.
+        command: what the user typed, written down in the run.
+        say: receives every line that a process prints.
 
     Returns:
         The run folder and the content of its `run.json`.
 
     Raises:
-        FineTuneError: a process refused, failed, was interrupted, or ended without a word.
+        FineTuneError: something was refused, failed, or was interrupted.
     """
+    require_backend(backend)
+    check_launch(launch, backend, os.environ)
+    resume = "--resume" in arguments
+    folder = RunFolder.unfinished(output) if resume else RunFolder.place(output)
+    own = [] if resume else [f"--set=training.processes={launch.processes}"]
+    return watch(launch, [*arguments, f"--output={folder.path}", *own], folder, command=command, say=say)
+
+
+def watch(
+    launch: Launch, arguments: Sequence[str], folder: RunFolder, *, command: str, say: Callable[[str], None]
+) -> tuple[Path, dict[str, Any]]:
+    """Start the processes and watch them until the run in `folder` is done."""
     with tempfile.TemporaryDirectory(prefix="ft-launch-") as name:
         notes = Path(name)
         leave_command(notes, command)
         said: deque[str] = deque(maxlen=20)
         interrupted = _run(command_line(launch, arguments), environment(launch, os.environ, notes), say, said)
         found = read_notes(notes)
-    kept, hint = resume_hint(folder, launch=launch.options)
+    kept, hint = folder.resume_hint(launch=launch.options)
     if interrupted:
         raise InterruptedRunError(f"interrupted; {kept}", hint=hint)
     if error := _failure(launch, found, kept, hint):

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 NOT_MEASURED = "not measured"
-_Z_95 = 1.959963984540054
 
 
 def as_number(value: Any) -> float | None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import secrets
+import shlex
 import socket
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ from finetune.files import (
     write_text,
 )
 from finetune.records import Outcome
+from finetune.run.checkpoints import CheckpointStore
 
 FORMAT = 2
 """The version of what `run.json` holds."""
@@ -190,6 +192,19 @@ class RunFolder:
             hint = f"continue it: ft train --resume --output {path}" if run.plan.exists() else "name a folder in runs/"
             raise OutputError(f"{path} holds no finished run (no run.json)", hint=hint)
         return run
+
+    def resume_hint(self, *, launch: str = "") -> tuple[str, str]:
+        """What an unfinished run has kept, and the command that resumes it; "" where it cannot be resumed.
+
+        Args:
+            launch: the options that start its processes, such as `--launch torchrun --processes 2`.
+        """
+        if not self.plan.exists():
+            return "nothing had been written yet", ""
+        newest = CheckpointStore(self.checkpoints).newest()
+        kept = f"the checkpoint of step {newest} is intact" if newest else "no checkpoint had been written yet"
+        words = ["ft train --resume", *([launch] if launch else []), "--output", shlex.quote(str(self.path))]
+        return kept, f"go on with: {' '.join(words)}"
 
     def read_manifest(self) -> dict[str, Any]:
         """What `run.json` says.

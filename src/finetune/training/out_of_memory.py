@@ -8,7 +8,7 @@ from finetune.memory.advise import say_size, ways_to_fit
 from finetune.memory.forecast import Forecast, forecast_memory
 from finetune.memory.framework import FRAMEWORKS
 from finetune.memory.load import StepLoad, load_of
-from finetune.memory.scale import available_memory
+from finetune.processes import available_memory
 from finetune.training.prepare import Prepared, pack_length
 
 _HINT = "lower training.batch_size (and raise training.accumulation), or lower tokens.max_length"

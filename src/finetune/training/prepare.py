@@ -85,11 +85,12 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     loaded = _with_shipped_data(loaded)
     shaped, notes = _read(str(loaded.config.data.train), loaded.config.data.limit)
     notes += _quantized_notes(loaded.config, shape)
-    has_template = FileTokenizer(location.folder).chat_template is not None
-    plan = resolve(loaded, ModelAndDataFacts(shape.context_length, has_template, len(shaped.examples)))
+    tokenizer = FileTokenizer(location.folder)
+    facts = ModelAndDataFacts(shape.context_length, tokenizer.chat_template is not None, len(shaped.examples))
+    plan = resolve(loaded, facts)
     config = plan.config
     target = adapter_target(config, shape)
-    encoder = Encoder(location, config.template.name)
+    encoder = Encoder(location, config.template.name, tokenizer)
     kept, held = hold_out(shaped.examples, config.data.valid_fraction or 0.0, config.training.seed)
     train = encoder.encode(replace(shaped, examples=tuple(kept)), plan)
     if not train.rows:
@@ -280,23 +281,19 @@ def _questions(
     encoder: Encoder, conversations: Sequence[Conversation], plan: Plan, *, count: int
 ) -> tuple[Question, ...]:
     """Up to `count` conversations whose answer is short enough to be compared word for word, chosen by the seed."""
+    most, row = plan.config.evaluation.max_new_tokens, plan.config.tokens.max_length
+    assert row is not None
     order = list(range(len(conversations)))
     random.Random(f"questions-{plan.config.training.seed}").shuffle(order)
-    chosen: list[int] = []
+    chosen: dict[int, Question] = {}
     for index in order:
         if len(chosen) == count:
             break
-        if _can_be_asked(encoder, conversations[index], plan):
-            chosen.append(index)
-    return tuple(encoder.question(conversations[index]) for index in sorted(chosen))
-
-
-def _can_be_asked(encoder: Encoder, conversation: Conversation, plan: Plan) -> bool:
-    """Whether answer and terminator fit into the tokens of an answer, and prompt and answer into those of a row."""
-    answer = len(encoder.tokenizer.encode_content(conversation.answer)) + 1
-    assert plan.config.tokens.max_length is not None
-    room = plan.config.tokens.max_length - len(encoder.prompt_ids(conversation.prompt))
-    return answer <= min(plan.config.evaluation.max_new_tokens, room)
+        question = encoder.question(conversations[index])
+        # The answer and its terminator must fit into what is generated, and beside the prompt into a row.
+        if len(encoder.tokenizer.encode_content(question.expected)) + 1 <= min(most, row - len(question.ids)):
+            chosen[index] = question
+    return tuple(chosen[index] for index in sorted(chosen))
 
 
 def _retention(encoder: Encoder, plan: Plan, notes: list[str]) -> tuple[Question, ...]:

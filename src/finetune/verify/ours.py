@@ -32,7 +32,7 @@ from finetune.verify.subjects import Ending, Order, RunSnapshot, Task
 [_FT] = entry_points(group="console_scripts", name="ft")
 _IMPORTED = (
     f"{_FT.module}.app",
-    "finetune.distributed.launch",
+    "finetune.distributed.supervise",
     "finetune.train",
     "finetune.evidence.reopen",
     "finetune.verify.ours",
