@@ -13,15 +13,14 @@ from typing import Any
 
 import yaml
 
-from finetune.verify.laws import LAWS
-from finetune.verify.suite.catalogue import CaseLaw, case_laws
+from finetune.verify.catalogue import Law, case_laws, catalogue
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence"
 CANDIDATES = {
     "the loss mask reaches one token into the padding": "padding.no_target",
-    "accumulation is a mean of means": "accumulation.same",
+    "accumulation is a mean of means": "gradient.oracle",
     "the last incomplete batch is dropped": "batches.cover",
-    "a run goes on with its weights alone": "resume.goes_on",
+    "a run goes on with its weights alone": "resume.same",
     "a second run writes over the adapter of the first": "runs.untouched",
     "rows are sorted by the number of their keys, not by their length": "rows.remarks",
     "unknown keys of the configuration are taken": "config.unknown",
@@ -35,13 +34,14 @@ def laws_page() -> str:
     """Every law with its id, sentence, oracle, cost and the faults that it kills."""
     kills = _kills()
     laws = case_laws()
+    told = [law for law in catalogue().values() if law.scene]
     lines = [
         "# The laws",
         "",
         "Made from the code by `make docs`; the faults that each kills are those of the last campaign ([kill",
         "matrix](kill-matrix.md)). `ft verify --law ID` judges one.",
         "",
-        f"{len(laws)} laws are held against cases that are drawn, {len(LAWS)} against stories that machines tell.",
+        f"{len(laws)} laws are held against cases that are drawn, {len(told)} against stories that machines tell.",
         "",
     ]
     for tier in (1, 2):
@@ -54,30 +54,26 @@ def laws_page() -> str:
         "## Laws of stories",
         "",
         "State machines hold our own trainer to these in real processes that are killed, moved and spoilt; each",
-        "failure is a story that `ft replay` tells again. The oracle is a run of the same task that nobody disturbed.",
+        "failure is a finding that `ft replay` tries again. The oracle is a run of the task that nobody disturbed.",
         "",
-        "| law | statement | ability |",
-        "|---|---|---|",
+        "| law | statement |",
+        "|---|---|",
     ]
-    lines += [f"| `{law.id}` | {law.statement} | {law.ability} |" for law in LAWS.values()]
+    lines += [f"| `{law.id}` | {law.statement} |" for law in told]
     return "\n".join(lines) + "\n"
 
 
-def _law(law: CaseLaw, kills: Sequence[str]) -> list[str]:
+def _law(law: Law, kills: Sequence[str]) -> list[str]:
     cost = _COSTS.get(law.cost, "longer") if law.tier == 1 else "seconds"
     lines = [
         f"### {law.id}",
         "",
-        law.law.statement,
+        law.statement,
         "",
         f"- asks for: {', '.join(f'`{ability}`' for ability in law.needs)}",
         f"- decided by: {law.oracle}",
         f"- a case costs: {cost}",
     ]
-    if law.chance is not None:
-        lines.append(
-            f"- chance: a sound trainer keeps {law.chance.sound:.0%} of the cases at least; judged by a sequential test"
-        )
     first = _proof().get("stop_after") == 1
     word, none = (
         ("first to catch", "none: cheaper laws had caught them") if first else ("kills", "none that is planted")
@@ -177,7 +173,7 @@ def _candidates() -> list[str]:
     ]
     for what, law in CANDIDATES.items():
         case = judged[law]["case"] or {}
-        rows = len(case["rows"]) if "rows" in case else "none needed"
+        rows = len(case["rows"]) if "rows" in case else sum(map(len, case.get("micro", ()))) or "none needed"
         lines.append(f"| {what} | `{law}` | {judged[law]['word']} | {rows} |")
     return [*lines, ""]
 

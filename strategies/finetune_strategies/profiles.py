@@ -10,8 +10,7 @@
 """
 
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from hypothesis import Phase, Verbosity, settings
@@ -22,7 +21,6 @@ from hypothesis.database import (
     MultiplexedDatabase,
     ReadOnlyDatabase,
 )
-from hypothesis.internal.conjecture import engine
 
 from finetune.errors import UsageError
 
@@ -33,12 +31,6 @@ ARTIFACT = "hypothesis-example-db"
 """The name under which CI hands it on."""
 RECEIVED = ".hypothesis/received"
 """Where it is kept, for a day, by those who have asked for it."""
-SHRINK_SECONDS = 30
-"""How long one failing law is made smaller, except in `slow` and `thorough`, where nobody waits."""
-
-MACHINE_SECONDS = {"fast": 120.0, "ci": 300.0, "slow": 1_200.0, "thorough": 7_200.0, "debug": 120.0}
-"""How long one state machine begins new stories; it ends with the one that it is at."""
-
 _BRIEFLY = tuple(phase for phase in Phase if phase is not Phase.explain)
 _PROFILES: dict[str, dict[str, Any]] = {
     "fast": {"max_examples": 24, "stateful_step_count": 15, "derandomize": True, "phases": _BRIEFLY},
@@ -48,7 +40,6 @@ _PROFILES: dict[str, dict[str, Any]] = {
     "debug": {"max_examples": 20, "stateful_step_count": 15, "verbosity": Verbosity.verbose},
 }
 PROFILES = tuple(_PROFILES)
-_UNHURRIED = ("slow", "thorough")
 
 
 def load_profile(name: str | None = None, environ: Mapping[str, str] = os.environ) -> str:
@@ -71,15 +62,6 @@ def load_profile(name: str | None = None, environ: Mapping[str, str] = os.enviro
         settings.register_profile(profile, parent, deadline=None, print_blob=True, database=database, **changes)
     settings.load_profile(chosen)
     return chosen
-
-
-def limit_shrinking(profile: str) -> None:
-    """Give a failing law `SHRINK_SECONDS` to become small; what was found until then is reported, and kept.
-
-    Hypothesis has no setting for it, only this constant, which its authors leave open to change.
-    """
-    if not profile.startswith(_UNHURRIED):
-        engine.MAX_SHRINKING_SECONDS = SHRINK_SECONDS
 
 
 def failures_kept(repository: str = "") -> ExampleDatabase:
@@ -107,36 +89,8 @@ def examples(share: float = 1.0, *, of: str | None = None) -> settings:
     return settings(profile, max_examples=max(1, round(profile.max_examples * share)))
 
 
-class _InTime(settings):
-    """Settings that ask for no more cases once their time is up; it begins when Hypothesis first asks."""
-
-    _clock: Callable[[], float] | None = None
-    _end = float("inf")
-
-    def limit(self, seconds: float, clock: Callable[[], float]) -> "_InTime":
-        """Set the time."""
-        self._seconds, self._clock = seconds, clock
-        return self
-
-    @property
-    def max_examples(self) -> int:
-        """As many as were asked for, or one: Hypothesis asks for more only while it has made fewer."""
-        if self._clock is None:
-            return self._max_examples
-        now = self._clock()
-        self._end = min(self._end, now + self._seconds)
-        return self._max_examples if now < self._end else 1
-
-
-def stories(share: float = 1.0, *, steps: float = 1.0, clock: Callable[[], float] = time.monotonic) -> settings:
-    """Settings for a state machine: a share of the profile's cases and of its steps, within the profile's time.
-
-    How many stories there was time for is among the cases that a run counts.
-    """
+def stories(share: float = 1.0, *, steps: float = 1.0) -> settings:
+    """Settings for a state machine: a share of the profile's cases and of its steps, at least one of each."""
     profile = settings()
-    cases, length = (
-        max(1, round(part * whole))
-        for part, whole in ((share, profile.max_examples), (steps, profile.stateful_step_count))
-    )
-    seconds = MACHINE_SECONDS.get(settings.get_current_profile_name().partition("-with-")[0], MACHINE_SECONDS[DEFAULT])
-    return _InTime(profile, max_examples=cases, stateful_step_count=length).limit(seconds, clock)
+    length = max(1, round(steps * profile.stateful_step_count))
+    return settings(examples(share), stateful_step_count=length)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import ConfigError, UsageError
-from finetune.verify.doors.command_file import load_command
+from finetune.verify.subjects.command_file import load_command
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "docs" / "subjects").glob("*.toml"))

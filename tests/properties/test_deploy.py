@@ -15,7 +15,7 @@ from finetune.serve.derive import SPACES, derive_template, drawn_conversations, 
 from finetune.serve.go_template import ExecutionError, GoTemplate, literal
 from finetune.serve.modelfile import Modelfile, write_modelfile
 from finetune.serve.ollama import full_name
-from finetune.verify.suite.modelfile_reader import read_modelfile
+from finetune.verify.laws.modelfile_reader import read_modelfile
 from finetune_strategies.conversations import conversations, texts
 from finetune_strategies.profiles import examples
 from finetune_strategies.templates import BOS, CONTROL_TOKENS, EOS, TemplateCase, templates_with_conversations

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import redirect_stderr
@@ -12,13 +13,15 @@ from typing import Any
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from finetune.cli.app import run
+from finetune.verify.catalogue import case_laws
 from finetune.verify.confine import OutsideError, confined
-from finetune.verify.doors.door import About
-from finetune.verify.suite.catalogue import case_laws
-from finetune.verify.suite.findings import FORMAT, VERSION
+from finetune.verify.findings import FORMAT, VERSION
+from finetune.verify.subjects.subject import About
 from finetune_strategies.profiles import examples
+from finetune_strategies.recipes import TaskRecipe
 
 pytestmark = pytest.mark.tools
 
@@ -77,6 +80,7 @@ def strings(schema: dict[str, Any], node: dict[str, Any], name: str = "") -> Ite
 def test_every_string_of_a_case_is_closed_or_what_somebody_says() -> None:
     """A string that a law's case may hold is one of a few, a plain word, or a text that names nothing."""
     for law in case_laws().values():
+        assert law.kind is not None
         schema = law.kind.model_json_schema()
         for name, kind in strings(schema, schema):
             pattern = kind.get("pattern", "")
@@ -129,8 +133,8 @@ def mine() -> Iterator[Path]:
 CLOSED = [
     law.id
     for law in case_laws().values()
-    for schema in [law.kind.model_json_schema()]
-    if law.cases is not None and not {name for name, _ in strings(schema, schema)} <= FREE
+    for schema in ([law.kind.model_json_schema()] if law.kind else [])
+    if not {name for name, _ in strings(schema, schema)} <= FREE
 ]
 
 
@@ -204,29 +208,14 @@ def test_refusal_tells_value_place_and_remedy(tmp_path: Path, capsys: pytest.Cap
     assert "\x1b" not in told
 
 
-STORY = {
-    "format": "finetune story",
-    "version": 1,
-    "scene": "checkpoints",
-    "keep": 1,
-    "broken": None,
-    "origin": {"subject": "reference"},
-}
-
-
 @given(
     st.sampled_from(["template.name", "tokens.cache", "data.train", "model.path", "adapter.targets"]),
     st.sampled_from(["/etc/x.jinja", "../x.JINJA", "a/b", "/abs", "..", "x\0y", "-x"]),
 )
 def test_story_refuses_names_that_lead_elsewhere(key: str, name: str) -> None:
     """No setting of a story is the name of a file."""
-    from finetune.verify.stories import parse_story
-
-    task = {"model": {}, "rows": [{"prompt": "a", "completion": "b"}], "settings": {key: name}}
-    values = {**STORY, "scene": "training", "task": task, "stages": [], "origin": STORY["origin"]}
-    story, problems = parse_story({key: value for key, value in values.items() if key != "keep"})
-    assert story is None, problems
-    assert any(key in problem for problem in problems)
+    with pytest.raises(ValidationError, match=re.escape(key)):
+        TaskRecipe(rows=({"prompt": "a", "completion": "b"},), settings={key: name})
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,10 @@
 """Laws of the profiles: the same cases where that is promised, more of them at night, and failures that are kept."""
 
 import os
-import shlex
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
 from zipfile import ZipFile
 
 import pytest
@@ -15,22 +12,17 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis._settings import is_in_ci
 from hypothesis.database import DirectoryBasedExampleDatabase, GitHubArtifactDatabase
-from hypothesis.internal.conjecture import engine
 
 from finetune.errors import UsageError
 from finetune_strategies.profiles import (
     EXAMPLES,
-    MACHINE_SECONDS,
     PROFILES,
     RECEIVED,
-    SHRINK_SECONDS,
     examples,
     failures_kept,
-    limit_shrinking,
     load_profile,
     stories,
 )
-from finetune_strategies.replay import SWITCHES, replay_command
 
 pytestmark = pytest.mark.tools
 
@@ -128,70 +120,10 @@ def test_failures_that_ci_kept_are_tried_next_to_our_own(tmp_path: Path, monkeyp
     assert (tmp_path / EXAMPLES).is_dir()
 
 
-def test_shrinking_ends_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failing law whose cases are slow is reported soon after the time for shrinking is over, with what was found."""
-    monkeypatch.setattr(engine, "MAX_SHRINKING_SECONDS", 300)
-    limit_shrinking("thorough")
-    assert engine.MAX_SHRINKING_SECONDS == 300
-    limit_shrinking("fast")
-    assert engine.MAX_SHRINKING_SECONDS == SHRINK_SECONDS
-    monkeypatch.setattr(engine, "MAX_SHRINKING_SECONDS", 0.3)
-
-    @given(st.lists(st.integers(), min_size=8))
-    @examples(of="fast")
-    def slow(numbers: list[int]) -> None:
-        time.sleep(0.01)
-        assert sum(abs(number) for number in numbers) % 7 < 5
-
-    start = time.perf_counter()
-    with pytest.raises(AssertionError):
-        slow()
-    assert time.perf_counter() - start < 60
-
-
-@pytest.mark.parametrize(("seconds", "told"), [(1, 24), (50, 3)])
-def test_machine_begins_no_new_story_when_its_time_is_up(seconds: int, told: int) -> None:
-    """Until then it tells all that its profile asks for; each profile has a time, longer the more it asks for."""
-    assert set(MACHINE_SECONDS) == set(PROFILES)
-    times = [MACHINE_SECONDS[name] for name in ("fast", "ci", "slow", "thorough")]
-    assert times == sorted(set(times))
-    count = 0
-
-    @given(st.integers())
-    def story(number: int) -> None:
-        nonlocal count
-        count += 1
-
-    begun = settings.get_current_profile_name()
-    settings.load_profile("fast")
-    try:
-        within = stories(clock=lambda: float(seconds * count))
-        within(story)()
-    finally:
-        settings.load_profile(begun)
-    assert count == told
-
-
-def test_replay_names_the_environment_that_the_run_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command names profile, switches, program, test and seed, quoted for a shell."""
-    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "pytest").touch()
-    for name in SWITCHES:
-        monkeypatch.delenv(name, raising=False)
-    for name in ("OMP_NUM_THREADS", "FT_REAL_MODEL_ENABLE"):
-        monkeypatch.setenv(name, "1")
-    config = SimpleNamespace(rootpath=tmp_path)
-    loaded = settings.get_current_profile_name()
-    node = "tests/test_x.py::test_y[it's a $HOME]"
-    try:
-        for profile in PROFILES:
-            settings.load_profile(profile)
-            switched = ["FT_REAL_MODEL_ENABLE=1", "OMP_NUM_THREADS=1"]
-            words = [f"HYPOTHESIS_PROFILE={profile}", *switched, ".venv/bin/pytest", node]
-            assert shlex.split(replay_command(node, config)) == words
-            assert shlex.split(replay_command(node, config, number="77")) == [*words, "--hypothesis-seed=77"]
-        monkeypatch.setattr(sys, "prefix", str(tmp_path.parent))
-        assert " pytest " in replay_command(node, config)
-    finally:
-        settings.load_profile(loaded)
+def test_stories_are_a_share_of_the_profile() -> None:
+    """A machine's share of cases and steps grows with the profile, and is never none."""
+    profile = settings()
+    part = stories(0.5, steps=0.2)
+    assert part.max_examples == max(1, round(0.5 * profile.max_examples))
+    assert part.stateful_step_count == max(1, round(0.2 * profile.stateful_step_count))
+    assert stories(0, steps=0).max_examples == stories(0, steps=0).stateful_step_count == 1

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
-from finetune.verify.checkpoint_stages import DamageCheckpoint, MoveStore, OpenAllElsewhere, RemoveAsTold, Work
-from finetune.verify.deaths import Death
-from finetune.verify.stories import StoreScene
-from finetune.verify.subjects import Order
+from finetune.verify.stateful.deaths import Death
+from finetune.verify.stateful.lives import Order
+from finetune.verify.stateful.stages import DamageCheckpoint, Move, OpenAllElsewhere, RemoveAsTold, Work
+from finetune.verify.stateful.story import StoreStory
 from finetune_strategies.profiles import stories
 from support.subjects import Storyteller, deaths
 
@@ -30,7 +30,7 @@ class ArtifactStore(Storyteller):
     @initialize(keep=st.integers(1, 3))
     def begin(self, keep: int) -> None:
         """Nothing is there yet."""
-        self.begin_in(StoreScene(keep=keep))
+        self.begin_in(StoreStory(keep=keep))
         # What shows nothing new until something has happened.
         self.tried: set[str] = set()
 
@@ -62,7 +62,7 @@ class ArtifactStore(Storyteller):
     def move(self) -> None:
         """The folder is somewhere else from now on."""
         self.tried.add("move")
-        self.do(MoveStore())
+        self.do(Move())
 
     @precondition(lambda self: self.world.whole)
     @rule(

@@ -1,4 +1,4 @@
-"""Laws of doors: whatever is behind one, it is judged in bounded time, with evidence, and nothing of it is left."""
+"""Laws of subjects: whatever is behind one, it is judged in bounded time, with evidence, and nothing of it is left."""
 
 import sys
 from collections.abc import Iterator
@@ -8,34 +8,34 @@ from pathlib import Path
 import psutil
 import pytest
 
-from finetune.verify.doors import serving
-from finetune.verify.doors.door import Subject, SubjectError
-from finetune.verify.doors.worker import SubprocessSubject
-from finetune.verify.suite.conformance import Opener, conform
-from finetune.verify.suite.judge import Effort
-from finetune.verify.suite.run import chosen_laws, verify
-from finetune.verify.suite.subjects import running_subject
-from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import LawResult
+from finetune.verify.client import SubjectClient
+from finetune.verify.judge import Effort
+from finetune.verify.laws.protocol import Opener, conform
+from finetune.verify.results import LawResult
+from finetune.verify.run import chosen_laws, verify
+from finetune.verify.subjects import serving
+from finetune.verify.subjects.choose import running_subject
+from finetune.verify.subjects.process import SubprocessSubject
+from finetune.verify.subjects.subject import Subject, SubjectError
 
 SLEEPER = "import time; time.sleep(3600)"
 SCRIPT = Path(__file__).parents[1] / "support" / "bad_subjects.py"
 VERDICTS = {
     "well": {},
-    "hangs": {"door.loss": ("error", "did not answer within")},
-    "hangs before it speaks": {"door.hello": ("error", "did not answer within")},
-    "crashes": {"door.loss": ("error", "the roof is on fire")},
-    "prints garbage": {"door.loss": ("error", "no JSON")},
-    "prints no end": {"door.loss": ("error", "did not answer within")},
-    "leaks": {"door.leaves": ("broken", "time.sleep(3600)")},
-    "leaks unmarked": {"door.leaves": ("broken", "time.sleep(3600)")},
-    "writes beside": {"door.inside": ("broken", "litter.txt is new")},
-    "spoils its input": {"door.inside": ("broken", "config.json is another")},
-    "says no number": {"door.loss": ("broken", "loss is nan")},
-    "lies": {"door.loss": ("broken", "there is no loss here")},
-    "answers otherwise": {"door.alike": ("broken", "loss=2.0")},
-    "names no file": {"door.logits": ("broken", "nowhere.safetensors, which is not")},
-    "is no protocol": {"door.hello": ("error", "no JSON")},
+    "hangs": {"protocol.loss": ("error", "did not answer within")},
+    "hangs before it speaks": {"protocol.hello": ("error", "did not answer within")},
+    "crashes": {"protocol.loss": ("error", "the roof is on fire")},
+    "prints garbage": {"protocol.loss": ("error", "no JSON")},
+    "prints no end": {"protocol.loss": ("error", "did not answer within")},
+    "leaks": {"protocol.leaves": ("broken", "time.sleep(3600)")},
+    "leaks unmarked": {"protocol.leaves": ("broken", "time.sleep(3600)")},
+    "writes beside": {"protocol.inside": ("broken", "litter.txt is new")},
+    "spoils its input": {"protocol.inside": ("broken", "config.json is another")},
+    "says no number": {"protocol.loss": ("broken", "loss is nan")},
+    "lies": {"protocol.loss": ("broken", "there is no loss here")},
+    "answers otherwise": {"protocol.alike": ("broken", "loss=2.0")},
+    "names no file": {"protocol.logits": ("broken", "nowhere.safetensors, which is not")},
+    "is no protocol": {"protocol.hello": ("error", "no JSON")},
 }
 """What each is found out by; all else holds."""
 SILENT = ("hangs", "hangs before it speaks", "prints no end")
@@ -46,7 +46,7 @@ def opener(way: str) -> Opener:
 
     @contextmanager
     def opened(folder: Path) -> Iterator[Subject]:
-        door = SubprocessSubject(
+        subject = SubprocessSubject(
             [sys.executable, str(SCRIPT), way],
             folder,
             environment={"PYTHONPATH": str(Path(serving.__file__).parent)},
@@ -54,9 +54,9 @@ def opener(way: str) -> Opener:
             first_patience=5 if way == "hangs before it speaks" else 120,
         )
         try:
-            yield door
+            yield subject
         finally:
-            door.close()
+            subject.close()
 
     return opened
 
@@ -82,13 +82,13 @@ def test_conformance_finds_out_each_way_to_misbehave(way: str, tmp_path: Path) -
     others = {law: each.word for law, each in judged.items() if law not in VERDICTS[way]}
     if way == "well":
         assert set(others) == {
-            "door.hello",
-            "door.render",
-            "door.loss",
-            "door.alike",
-            "door.stranger",
-            "door.inside",
-            "door.leaves",
+            "protocol.hello",
+            "protocol.render",
+            "protocol.loss",
+            "protocol.alike",
+            "protocol.stranger",
+            "protocol.inside",
+            "protocol.leaves",
         }
     assert set(others.values()) <= {"holds"}, others
     assert orphans() == []
@@ -100,8 +100,8 @@ def test_verification_goes_on_beside_a_law_that_cannot_be_judged(way: str, tmp_p
     told: list[LawResult] = []
     laws = [law for law in chosen_laws(1) if set(law.needs) <= {"loss"} or law.id == "batches.cover"]
     assert len(laws) >= 2
-    with opener(way)(tmp_path) as door:
-        verify(Trainer(door, tmp_path), laws, Effort(times=0.2), tell=told.append)
+    with opener(way)(tmp_path) as subject:
+        verify(SubjectClient(subject, tmp_path), laws, Effort(times=0.2), tell=told.append)
     words = {each.law: each.word for each in told}
     assert len(words) == len(laws)
     expected = {"lies": "not applicable", "says no number": "broken"}.get(way, "error")
@@ -115,8 +115,8 @@ def test_conformance_of_our_own_trainer(tmp_path: Path) -> None:
 
     @contextmanager
     def opened(folder: Path) -> Iterator[Subject]:
-        with running_subject("reference", folder) as door:
-            yield door
+        with running_subject("reference", folder) as subject:
+            yield subject
 
     judged = {each.law: each for each in conform(opened, tmp_path)}
     assert len(judged) >= 17
@@ -141,12 +141,12 @@ def test_run_of_training_may_take_longer_than_an_answer(tmp_path: Path) -> None:
     for patience, ability, answers in ((2, "train", True), (2, "render", False), (0.5, "train", False)):
         folder = tmp_path / f"{patience} {ability}"
         folder.mkdir()
-        door = SubprocessSubject([sys.executable, "-c", SLOW], folder, environment=environment, patience=patience)
+        subject = SubprocessSubject([sys.executable, "-c", SLOW], folder, environment=environment, patience=patience)
         try:
             if answers:
-                assert door.ask(ability, {}) == {"steps": []}
+                assert subject.ask(ability, {}) == {"steps": []}
             else:
                 with pytest.raises(SubjectError, match=rf"asked to {ability}, it did not answer within"):
-                    door.ask(ability, {})
+                    subject.ask(ability, {})
         finally:
-            door.close()
+            subject.close()

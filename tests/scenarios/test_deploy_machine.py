@@ -16,11 +16,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 pytest.importorskip("ollama", reason="needs the ollama extra: pip install 'finetune-suite[ollama]'")
 
 from finetune.serve.ollama import OllamaTimeouts
-from finetune.verify.ours_deploy import OursOnOllama
-from finetune.verify.subjects import Deploys, Ending, Serving
+from finetune.verify.stateful.lives import Ending
 from finetune_strategies.profiles import examples
 from finetune_strategies.scratch import lasting_folder
 from support.ollama_server import StandIn, Trouble
+from support.ours_on_ollama import OursOnOllama, Serving
 
 pytestmark = pytest.mark.tier2
 PATIENCE = OllamaTimeouts(connect=5, silence=0.5, whole=0.5)
@@ -66,14 +66,14 @@ class DeployCycle(RuleBasedStateMachine):
         """No model is there yet."""
         self.server = StandIn()
         self.server.start()
-        self.subject: Deploys = OursOnOllama(self.server.address, PATIENCE)
+        self.subject: OursOnOllama = OursOnOllama(self.server.address, PATIENCE)
         self.there: dict[str, Serving] = {}
 
     def teardown(self) -> None:
         """Leave nothing."""
         if hasattr(self, "server"):
             self.server.stop()
-            self.subject.close()  # type: ignore[attr-defined]
+            self.subject.close()
 
     @rule(name=NAMES, serving=SERVINGS, replace=st.booleans())
     def deploy(self, name: str, serving: Serving, replace: bool) -> None:

@@ -27,7 +27,7 @@ from finetune.serve.deploy import deploy_llama_cpp, deploy_ollama
 from finetune.serve.expected import prepare_serving_check
 from finetune.serve.llama_server import LlamaServer, llama_server
 from finetune.serve.ollama import Ollama
-from finetune.verify.suite.modelfile_reader import read_modelfile
+from finetune.verify.laws.modelfile_reader import read_modelfile
 from finetune_strategies.scratch import lasting_folder
 from support.ollama_server import Model, Spoken, StandIn, running
 

@@ -23,12 +23,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from finetune.verify.deaths import CODES, Death
-from finetune.verify.ours_export import OursExports
-from finetune.verify.subjects import Ending, Exports, Task
-from finetune.verify.training_life import content, spoil
+from finetune.verify.stateful.deaths import CODES, Death
+from finetune.verify.stateful.lives import Ending, Task
+from finetune.verify.stateful.training import content, spoil
 from finetune_strategies.profiles import examples
 from finetune_strategies.scratch import lasting_folder
+from support.our_exports import OurExports
 from support.subjects import deaths
 from support.tiny_runs import KINDS, tiny_model
 from support.workplace import QUICK, make_data
@@ -46,9 +46,9 @@ BY_BACKEND = {
 
 
 @cache
-def subject(backend: str) -> OursExports:
-    """Our own trainer, and its nursery of processes, for this session."""
-    ours = OursExports(backend)
+def subject(backend: str) -> OurExports:
+    """Our own trainer, and its fork server, for this session."""
+    ours = OurExports(backend)
     atexit.register(ours.close)
     return ours
 
@@ -78,7 +78,7 @@ class ExportChain(RuleBasedStateMachine):
 
     def take(self, kind: str) -> None:
         """A copy of the run of this kind, whose base is everybody's."""
-        self.subject: Exports = subject(self.backend)
+        self.subject: OurExports = subject(self.backend)
         self.place = finished(self.backend, kind)
         self.kind = kind
         self.root = Path(tempfile.mkdtemp())

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from finetune.report.history import read_history
-from scenarios.test_replays import CASES, TWO_LAWS, run
+from scenarios.test_replays import TWO_LAWS, run
 
 MB = 10**6
 OUTCOMES = """
@@ -23,7 +23,7 @@ UNREADABLE = "import no_such_module\n"
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_session_is_one_whoever_ran_its_tests(workers: str, tmp_path: Path) -> None:
-    """Counts, cases, scores and the largest process are those of all workers; without FT_TIER nothing is written."""
+    """Counts, scores and the largest process are those of all workers; without FT_TIER nothing is written."""
     (tmp_path / "test_laws.py").write_text(TWO_LAWS)
     (tmp_path / "test_outcomes.py").write_text(OUTCOMES)
     history = tmp_path / ".finetune" / "history.jsonl"
@@ -34,7 +34,7 @@ def test_session_is_one_whoever_ran_its_tests(workers: str, tmp_path: Path) -> N
     [entry], problems = read_history(history)
     assert problems == []
     assert (entry.passed, entry.failed, entry.skipped, entry.errors) == (3, 1, 1, 0)
-    assert (entry.tier, entry.cases, entry.profile, entry.commit) == (1, 2 * CASES, "fast", None)
+    assert (entry.tier, entry.profile, entry.commit) == (1, "fast", None)
     assert entry.scores == {"model tuned": 0.9}
     assert entry.largest_process_bytes is not None
     assert 300 * MB < entry.largest_process_bytes < 900 * MB

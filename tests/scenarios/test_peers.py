@@ -1,4 +1,4 @@
-"""Laws of doors to other people's trainers: each in its own environment, which `make peers` makes."""
+"""Laws of subjects to other people's trainers: each in its own environment, which `make peers` makes."""
 
 import ast
 import json
@@ -16,16 +16,16 @@ from safetensors.numpy import save_file
 
 from finetune.chat.catalog import CATALOG
 from finetune.errors import MissingExtraError, UsageError
-from finetune.verify.doors.command import CommandSubject
-from finetune.verify.doors.command_file import CommandFile
-from finetune.verify.doors.door import RefusesError, Subject, SubjectError, UnsupportedError
-from finetune.verify.doors.late import reference_oracle
-from finetune.verify.suite import subjects
-from finetune.verify.suite.conformance import conform
-from finetune.verify.suite.judge import Effort, judge
-from finetune.verify.suite.run import chosen_laws
-from finetune.verify.suite.subjects import running_subject
-from finetune.verify.suite.trainer import Trainer
+from finetune.verify.client import SubjectClient
+from finetune.verify.judge import Effort, judge
+from finetune.verify.laws.protocol import conform
+from finetune.verify.run import chosen_laws
+from finetune.verify.subjects import choose
+from finetune.verify.subjects.choose import running_subject
+from finetune.verify.subjects.command import CommandSubject
+from finetune.verify.subjects.command_file import CommandFile
+from finetune.verify.subjects.lazy import reference_oracle
+from finetune.verify.subjects.subject import RefusesError, Subject, SubjectError, UnsupportedError
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = {"trl": "trl", "trainer": "trl", "mlx-lm": "mlx-lm"}
@@ -33,8 +33,8 @@ FOUND_IN_MLX_LM = {
     "padding.no_target": 1,
     "rows.remarks": 3,
     "model.rope_spelling": 0,
-    "accumulation.same": 3,
-    "resume.goes_on": 1,
+    "gradient.oracle": 0,
+    "resume.same": 1,
 }
 """What mlx-lm 0.32.2 does otherwise, with the rows of the smallest case."""
 
@@ -53,13 +53,13 @@ def python_of(peer: str) -> str:
 )
 @pytest.mark.parametrize("peer", ENVIRONMENTS)
 def test_peers_are_what_the_protocol_says(peer: str, tmp_path: Path) -> None:
-    """Every ability that a peer's door claims is answered as the protocol says; nothing of it is left."""
+    """Every ability that a peer's subject claims is answered as the protocol says; nothing of it is left."""
     python = python_of(peer)
 
     @contextmanager
     def opened(folder: Path) -> Iterator[Subject]:
-        with running_subject(peer, folder, python=python) as door:
-            yield door
+        with running_subject(peer, folder, python=python) as subject:
+            yield subject
 
     judged = {each.law: each for each in conform(opened, tmp_path)}
     assert len(judged) >= 19
@@ -71,10 +71,10 @@ def test_peers_findings_are_found_again_and_small(tmp_path: Path) -> None:
     laws = {law.id: law for law in chosen_laws(2, FOUND_IN_MLX_LM)}
     oracle = reference_oracle(tmp_path / "oracle")
     try:
-        with running_subject("mlx-lm", tmp_path, python=python_of("mlx-lm")) as door:
-            if door.about.versions["mlx-lm"] != "0.32.2":
-                pytest.skip(f"pinned for mlx-lm 0.32.2, and this is {door.about.versions['mlx-lm']}")
-            trainer = Trainer(door, tmp_path, oracle)
+        with running_subject("mlx-lm", tmp_path, python=python_of("mlx-lm")) as subject:
+            if subject.about.versions["mlx-lm"] != "0.32.2":
+                pytest.skip(f"pinned for mlx-lm 0.32.2, and this is {subject.about.versions['mlx-lm']}")
+            trainer = SubjectClient(subject, tmp_path, oracle)
             for law, rows in FOUND_IN_MLX_LM.items():
                 judgement = judge(laws[law], trainer, Effort())
                 assert judgement.word == "broken", judgement
@@ -87,8 +87,8 @@ def test_peers_findings_are_found_again_and_small(tmp_path: Path) -> None:
 def test_interpreter_named_from_here_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path from here is made one that holds in the folder that a trainer lives in; a bare name is looked up."""
     monkeypatch.chdir(tmp_path)
-    assert subjects._interpreter("trl-env/bin/python") == str(tmp_path / "trl-env" / "bin" / "python")
-    assert subjects._interpreter("python3") == "python3"
+    assert choose._interpreter("trl-env/bin/python") == str(tmp_path / "trl-env" / "bin" / "python")
+    assert choose._interpreter("python3") == "python3"
 
 
 def test_peers_that_are_not_installed_are_refused_with_the_way_to_get_them(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ shutil.copytree(adapter, Path(output) / "adapter")
 
 
 def command(tmp_path: Path, way: str, seconds: float = 120) -> CommandSubject:
-    """The door to a command that trains nothing, and writes what it is given."""
+    """The subject to a command that trains nothing, and writes what it is given."""
     adapter = tmp_path / "given"
     adapter.mkdir()
     save_file({"a": np.ones((1, 2), np.float32)}, adapter / "adapter_model.safetensors")
@@ -148,20 +148,20 @@ def command(tmp_path: Path, way: str, seconds: float = 120) -> CommandSubject:
 
 def test_command_tells_its_course_and_goes_on_from_what_it_had(tmp_path: Path) -> None:
     """Steps, rates, checkpoints and the adapter are read off; a run that is stopped leaves what there was by then."""
-    door = command(tmp_path, "trains")
+    subject = command(tmp_path, "trains")
     given = {"model": "m", "settings": {"training.learning_rate": 0.25}, "rows": [{"prompt": "a", "completion": "b"}]}
-    whole = door.ask("train", {**given, "folder": str(tmp_path / "whole")})
+    whole = subject.ask("train", {**given, "folder": str(tmp_path / "whole")})
     assert [(step["step"], step["learning_rate"]) for step in whole["steps"]] == [(1, 0.25), (2, 0.25), (3, 0.25)]
-    assert door.ask("adapter_weights", {"model": "m", "adapter": whole["adapter"]})["scale"] == 3.0
-    stopped = door.ask("train", {**given, "folder": str(tmp_path / "part"), "stop_after": 1})
+    assert subject.ask("adapter_weights", {"model": "m", "adapter": whole["adapter"]})["scale"] == 3.0
+    stopped = subject.ask("train", {**given, "folder": str(tmp_path / "part"), "stop_after": 1})
     assert (len(stopped["steps"]), stopped["adapter"], list(stopped["checkpoints"])) == (1, None, ["1"])
-    rest = door.ask("resume", {"folder": str(tmp_path / "part")})
+    rest = subject.ask("resume", {"folder": str(tmp_path / "part")})
     assert [step["step"] for step in rest["steps"]] == [2, 3]
     assert sorted(rest["checkpoints"]) == ["1", "2", "3"]
     with pytest.raises(UnsupportedError, match=r"training\.seed: 7: the command has no place"):
-        door.ask("train", {**given, "settings": {"training.seed": 7}, "folder": str(tmp_path / "other")})
+        subject.ask("train", {**given, "settings": {"training.seed": 7}, "folder": str(tmp_path / "other")})
     with pytest.raises(UnsupportedError, match="loss"):
-        door.ask("loss", {})
+        subject.ask("loss", {})
 
 
 @pytest.mark.parametrize(
@@ -174,14 +174,14 @@ def test_command_tells_its_course_and_goes_on_from_what_it_had(tmp_path: Path) -
 )
 def test_command_that_fails_is_told_as_it_is(way: str, kind: type[Exception], words: str, tmp_path: Path) -> None:
     """A command that refuses, crashes or hangs is each told apart, in bounded time."""
-    door = command(tmp_path, way, seconds=3 if way == "hangs" else 120)
+    subject = command(tmp_path, way, seconds=3 if way == "hangs" else 120)
     with pytest.raises(kind, match=words):
-        door.ask("train", {"model": "m", "settings": {}, "rows": [], "folder": str(tmp_path / "run")})
+        subject.ask("train", {"model": "m", "settings": {}, "rows": [], "folder": str(tmp_path / "run")})
 
 
 def test_trl_door_marks_answers_and_changes_no_text() -> None:
-    """The turn that TRL's door looks for stands in our template, and with its marks it says the same."""
-    source = (Path(subjects.__file__).parents[1] / "trainers" / "trl_sft.py").read_text(encoding="utf-8")
+    """The turn that TRL's subject looks for stands in our template, and with its marks it says the same."""
+    source = (Path(choose.__file__).parents[1] / "trainers" / "trl_sft.py").read_text(encoding="utf-8")
     values = {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in ast.parse(source).body

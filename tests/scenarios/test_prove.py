@@ -9,7 +9,6 @@ import pytest
 
 from finetune.errors import UsageError
 from finetune.report.matrix import render_matrix
-from finetune.verify.doors.door import About, InProcessSubject
 from finetune.verify.faults import fault as fault_room
 from finetune.verify.faults.fault import Fault, PlantingError, faults, hits, plant
 from finetune.verify.prove import campaign
@@ -17,6 +16,7 @@ from finetune.verify.prove import job as job_room
 from finetune.verify.prove.baseline import baseline_text, lost_kills, read_baseline
 from finetune.verify.prove.campaign import Campaign, Proof, Spread, by_stage, chosen_faults, prove, result_of, run_jobs
 from finetune.verify.prove.job import FaultRun, Job, RecordingSubject, do_job, run_job
+from finetune.verify.subjects.subject import About, InProcessSubject
 
 LAWS = ("batches.cover", "mask.answers")
 NOBODY = Fault("A000", "none.none", "", "Nothing goes wrong.", lambda: None)

@@ -14,19 +14,19 @@ import pytest
 from hypothesis import Phase, settings
 
 from finetune.cli.app import run
-from finetune.verify.deaths import Death
-from finetune.verify.laws import LawBrokenError
-from finetune.verify.nursery import ForkServer
-from finetune.verify.recipes import TaskRecipe
-from finetune.verify.stages import Stage
-from finetune.verify.stories import StageFinding, Story, TrainingScene, load_story, origin_of, save_story
-from finetune.verify.theatre import StoryResult
-from finetune.verify.training_stages import Resume, SpoilCheckpoint
+from finetune.verify.catalogue import catalogue
+from finetune.verify.check import LawFailure
+from finetune.verify.findings import Finding, load_finding, write_finding
+from finetune.verify.stateful.deaths import Death
+from finetune.verify.stateful.fork_server import ForkServer
+from finetune.verify.stateful.stages import Resume, SpoilCheckpoint, Stage
+from finetune.verify.stateful.story import RunStory
 from finetune_strategies.profiles import examples
+from finetune_strategies.recipes import TaskRecipe
 from scenarios.test_artifact_store_machine import ArtifactStore
 from scenarios.test_training_life_machine import HURRIED, TrainingLife
 from support import faulty_trainers
-from support.subjects import KEPT, Storyteller, theatre
+from support.subjects import KEPT, Storyteller, runner
 
 pytestmark = pytest.mark.tier2
 SMALL = TaskRecipe(
@@ -67,7 +67,7 @@ LIES: dict[str, tuple[str, Any]] = {
     "GoesOnFromOlder": ("resume.newest", killed),
     "ReportsTooEarly": ("checkpoints.whole", lambda: killed("power")),
     "RemovesFirst": ("checkpoints.outlive", killed_again),
-    "TrustsDamage": ("resume.refuses-damaged", spoiled),
+    "TrustsDamage": ("resume.damaged", spoiled),
 }
 """For each lie about a run the law that it breaks, and short stories in which it shows."""
 STORE_LIES = ("SortsByName", "LosesTheBest")
@@ -77,43 +77,44 @@ def named(liar: str) -> str:
     return f"{faulty_trainers.__name__}:{liar}"
 
 
-def first_broken(liar: str, acts: Iterator[tuple[Stage, ...]]) -> tuple[Story, StoryResult]:
-    """The first of these stories that the liar breaks."""
+def first_failure(liar: str, acts: Iterator[tuple[Stage, ...]]) -> Finding:
+    """The first of these stories in which the liar fails a law."""
     for stages in acts:
-        story = Story(setting=TrainingScene(task=SMALL), stages=stages, origin=origin_of(named(liar)))
-        outcome = theatre(named(liar)).run(story)
-        assert outcome.verdict in ("kept", "broken"), outcome.why
-        if outcome.finding is not None:
-            return story.model_copy(update={"broken": outcome.finding}), outcome
+        story = RunStory(task=SMALL, stages=stages)
+        result = runner(named(liar)).run(story)
+        assert result.outcome in ("holds", "broken"), result.why
+        if result.failure is not None:
+            law, plain = catalogue()[result.failure.law], runner(named(liar)).plain
+            expected, got = plain(result.failure.expected), plain(result.failure.got)
+            return Finding(law, story, named(liar), expected, got, stage=result.stage)
     raise AssertionError(f"{liar} was believed")
 
 
 @pytest.mark.parametrize("liar", LIES)
-def test_story_of_a_lie_is_broken_by_the_liar_and_kept_by_ours(liar: str, tmp_path: Path) -> None:
-    """Each of 7 faults breaks its law in a short story; ours keeps the same story, read from its file."""
+def test_story_of_a_lie_fails_with_the_liar_and_passes_with_ours(liar: str, tmp_path: Path) -> None:
+    """Each of 7 faults fails its law in a short story; ours passes the same story, read from its file."""
     assert len(LIES) == 7
     law, acts = LIES[liar]
-    story, outcome = first_broken(liar, acts())
-    assert outcome.finding is not None
-    assert outcome.finding.law == law
-    path = tmp_path / "story.json"
-    save_story(story, path)
-    again = load_story(path)
-    assert again == story
-    assert str(theatre(named(liar)).folder) not in path.read_text()
-    kept = theatre("reference").run(again)
-    assert (kept.verdict, kept.idle, kept.late) == ("kept", (), ())
-    deaths = sum(isinstance(stage, Resume) and stage.death is not None for stage in story.stages)
-    assert sum(count for _, count in kept.died) == deaths >= 1
+    finding = first_failure(liar, acts())
+    assert finding.law.id == law
+    path = tmp_path / "finding.json"
+    write_finding(finding, path)
+    again = load_finding(path)
+    assert again == finding
+    assert str(runner(named(liar)).folder) not in path.read_text()
+    assert isinstance(again.case, RunStory)
+    passed = runner("reference").run(again.case, point=again.stage)
+    assert (passed.outcome, passed.idle, passed.late) == ("holds", (), ())
+    deaths = sum(isinstance(stage, Resume) and stage.death is not None for stage in again.case.stages)
+    assert sum(count for _, count in passed.died) == deaths >= 1
 
 
 def test_replay_knows_every_stage_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """`ft replay` as a user calls it: from its file alone a story is FIXED (0) on ours and BROKEN (1) on a liar."""
-    story, _ = first_broken("ForgetsMoments", LIES["ForgetsMoments"][1]())
-    save_story(story, tmp_path / "story.json")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    """`ft replay` as a user calls it: from its file alone a finding is FIXED (0) on ours and BROKEN (1) on a liar."""
+    write_finding(first_failure("ForgetsMoments", LIES["ForgetsMoments"][1]()), tmp_path / "finding.json")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path])}
     for subject, code, word in (("reference", 0, "FIXED"), (named("ForgetsMoments"), 1, "BROKEN")):
-        words = ["replay", "story.json", "--subject", subject]
+        words = ["replay", "finding.json", "--subject", subject]
         command = [sys.executable, "-c", "from finetune.cli import main; main()", *words]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
         assert (done.returncode, word in done.stdout) == (code, True), done.stderr
@@ -128,11 +129,11 @@ class OfAStore(ArtifactStore):
 
 
 def found_by(machine: type[Storyteller], liar: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the machine has written down how the liar broke a law."""
+    """Where the machine has written down the smallest story in which the liar fails a law."""
     monkeypatch.setattr(machine, "subject", named(liar))
-    found = settings(examples(of="fast"), phases=[Phase.generate])
+    found = settings(examples(of="fast"), phases=[Phase.generate, Phase.shrink], report_multiple_bugs=False)
     monkeypatch.setattr(machine.TestCase, "settings", found)
-    with pytest.raises(LawBrokenError) as caught:
+    with pytest.raises(LawFailure) as caught:
         machine.TestCase("runTest").runTest()
     [note] = [note for note in caught.value.__notes__ if note.startswith("replay: ft replay ")]
     path = Path(note.removeprefix("replay: ft replay "))
@@ -143,29 +144,19 @@ def found_by(machine: type[Storyteller], liar: str, monkeypatch: pytest.MonkeyPa
 def test_machine_finds_each_lie_and_it_is_told_small(
     case: tuple[type[Storyteller], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """A machine finds it, `ft replay` makes it small and calls it BROKEN, and FIXED when it is told to ours."""
+    """A machine finds it and Hypothesis shrinks it to 3 stages at most; `ft replay` says BROKEN, and of ours FIXED."""
     machine, liar = case
     monkeypatch.chdir(tmp_path)
     path = found_by(machine, liar, monkeypatch)
-    before = load_story(path)
-    assert before.broken is not None
-    assert run(["replay", str(path), "--subject", named(liar), "--minimise", "--seconds", "400", "--json"]) == 1
+    small = load_finding(path)
+    assert len(small.case.stages) <= 3, small.case  # type: ignore[attr-defined]
+    if isinstance(small.case, RunStory):
+        assert len(small.case.task.rows) <= 3
+    assert run(["replay", str(path), "--subject", named(liar), "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
-    assert told["outcome"] == "BROKEN"
-    assert told["minimised"]["finished"]
-    small = load_story(path.with_suffix(".min.json"))
-    assert small.broken is not None
-    assert small.broken.law == before.broken.law == told["law"]["law"]
-    assert len(small.stages) <= min(3, len(before.stages))
-    if isinstance(small.setting, TrainingScene):
-        assert len(small.setting.task.rows) <= 3
-        assert small.setting.task.model.layers == 1
-    assert run(["replay", str(path.with_suffix(".min.json")), "--subject", named(liar)]) == 1
-    words = capsys.readouterr().out
-    assert words.startswith(f"BROKEN: {named(liar)}")
-    assert small.broken.statement in words
-    assert run(["replay", str(path.with_suffix(".min.json")), "--subject", "reference"]) == 0
-    assert capsys.readouterr().out == "FIXED: reference\n"
+    assert (told["outcome"], told["law"]) == ("BROKEN", small.law.id)
+    assert run(["replay", str(path), "--subject", "reference"]) == 0
+    assert capsys.readouterr().out.startswith("FIXED: reference\n")
 
 
 @pytest.fixture(params=[*STORE_LIES, *LIES])
@@ -180,15 +171,15 @@ def case(request: pytest.FixtureRequest) -> tuple[type[Storyteller], str]:
 
 
 def test_story_that_does_not_come_to_its_point_is_not_fixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where the stage at which it broke finds nothing to act on, nothing is judged: ERROR, and a late death is told."""
+    """Where the stage at which it failed finds nothing to act on, nothing is judged: ERROR; a late death is told."""
     stages = (Resume(death=Death(100_000, "kill")), SpoilCheckpoint())
-    finding = StageFinding(law="resume.refuses-damaged", statement="", stage=2, expected="", got="")
-    story = Story(setting=TrainingScene(task=SMALL), stages=stages, broken=finding, origin=origin_of("reference"))
-    path = tmp_path / "story.json"
-    save_story(story, path)
+    story = RunStory(task=SMALL, stages=stages)
+    path = tmp_path / "finding.json"
+    write_finding(Finding(catalogue()["resume.damaged"], story, "reference", "", "", stage=2), path)
     assert run(["replay", str(path)]) == 4
     told = capsys.readouterr().out
-    assert told.startswith("ERROR: reference\n  stage 2, at which the law broke, found nothing to act on")
+    assert told.startswith("ERROR: reference\n")
+    assert "stage 2, at which the law failed, found nothing to act on" in told
     assert "death never came: 1" in told
 
 
@@ -210,11 +201,11 @@ def alive(pid: int) -> bool:
 
 def test_process_takes_along_what_it_had_started(tmp_path: Path) -> None:
     """When a process under test ends, nothing that it started is left."""
-    nursery = ForkServer([])
+    server = ForkServer([])
     try:
-        ending = nursery.run("scenarios.test_stories:leave_children", [], tmp_path, None)
+        ending = server.run("scenarios.test_stories:leave_children", [], tmp_path, None)
     finally:
-        nursery.close()
+        server.close()
     assert ending.code == 0, ending.stderr
     left = int(ending.answer)
     deadline = time.monotonic() + 60

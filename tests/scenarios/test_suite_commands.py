@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from finetune.cli.app import run
-from finetune.verify.doors.door import About
+from finetune.verify.subjects.subject import About
 
 pytestmark = pytest.mark.tools
 LAW = "mask.answers"
@@ -59,11 +59,11 @@ def test_finding_is_had_again_by_the_line_in_its_report(found: Path, capsys: pyt
 def test_findings_of_an_earlier_run_are_named(found: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What this run did not find, and lies where it writes, is told, and nothing of it is harmed."""
     before = (found / f"{LAW}.json").read_bytes()
-    old = found / "mask.turns.json"
+    old = found / "mask.cut.json"
     old.write_bytes(before)
     capsys.readouterr()
     assert run(["verify", "--subject", HERE, "--law", LAW, "--output", str(found)]) == 1
-    assert "findings of an earlier run, which are none of this one: mask.turns.json" in capsys.readouterr().err
+    assert "findings of an earlier run, which are none of this one: mask.cut.json" in capsys.readouterr().err
     assert old.read_bytes() == before
 
 
@@ -72,18 +72,16 @@ def test_findings_of_an_earlier_run_are_named(found: Path, capsys: pytest.Captur
     [
         (["verify", "--subject", "reference", "--python", "x"], "'reference' is asked by this very interpreter"),
         (["verify", "--subject", HERE, "--python", "x"], "is asked by this very interpreter"),
-        (["verify", "--subject", "reference", "--law", "resume.goes_on"], "say --tier 2"),
-        (["replay", "FINDING", "--subject", "reference", "--minimise"], "is as small as it gets"),
-        (["replay", "STORY", "--python", "x"], "is a story, told in this environment"),
+        (["verify", "--subject", "reference", "--law", "learning.by_heart"], "say --tier 2"),
+        (["replay", "FINDING", "--subject", "reference", "--python", "x"], "is asked by this very interpreter"),
     ],
-    ids=["python of ours", "python of a class", "law of a higher tier", "finding minimised", "python of a story"],
+    ids=["python of ours", "python of a class", "law of a higher tier", "python of a replay"],
 )
 def test_option_that_does_nothing_is_refused(
-    words: list[str], said: str, found: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], said: str, found: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No option is passed over in silence: what it cannot do is said, and what to do instead."""
-    (tmp_path / "story.json").write_text("{}")
-    files = {"FINDING": str(found / f"{LAW}.json"), "STORY": str(tmp_path / "story.json")}
+    files = {"FINDING": str(found / f"{LAW}.json")}
     capsys.readouterr()
     assert run([files.get(word, word) for word in words]) == 2
     assert said in capsys.readouterr().err

@@ -15,8 +15,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
-from finetune.verify.deaths import Death
-from finetune.verify.training_stages import (
+from finetune.verify.stateful.deaths import Death
+from finetune.verify.stateful.stages import (
     OTHER_SETTINGS,
     AskForWhatCannotBe,
     Measure,
@@ -28,7 +28,7 @@ from finetune.verify.training_stages import (
     SpoilResult,
 )
 from finetune_strategies.profiles import stories
-from support.subjects import TASKS, Storyteller, deaths, theatre, training
+from support.subjects import ROWS, TASKS, Storyteller, deaths, runner, training
 
 pytestmark = pytest.mark.tier2
 PLACES = st.integers(0, 4_000)
@@ -38,10 +38,10 @@ HOW = st.sampled_from(["flip", "cut"])
 class TrainingLife(Storyteller):
     """One run of one task."""
 
-    @initialize(name=st.sampled_from(sorted(TASKS)), death=deaths(100))
-    def be_begun(self, name: str, death: Death) -> None:
+    @initialize(name=st.sampled_from(sorted(TASKS)), rows=st.sampled_from([3, len(ROWS)]), death=deaths(100))
+    def be_begun(self, name: str, rows: int, death: Death) -> None:
         """Every story has a death at least."""
-        self.begin_in(training(name))
+        self.begin_in(training(name, rows))
         # What shows nothing new until another process has been at work.
         self.tried: set[str] = set()
         self.resume(death)
@@ -157,7 +157,7 @@ def test_training_life_goes_on_after_a_death_at_every_change() -> None:
     """
     died: Counter[str] = Counter()
     for way in UNHURRIED_WAYS.get(PROFILE.partition("-")[0], ("power",)):
-        changes = theatre("reference").whole(training("plain").task).changes
+        changes = runner("reference").whole(training("plain").task).changes
         assert changes > 80
         for after in range(changes - 3 if HURRIED else 0, changes):
             story = TrainingLife()

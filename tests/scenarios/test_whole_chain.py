@@ -1,7 +1,9 @@
-"""Tier 3: the whole chain from a model's name to a served model, each step judged, all of it held to the run."""
+"""Tier 3: the whole chain as its users live it, command by command; all that it makes is held to the run."""
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -10,102 +12,127 @@ from typing import Any
 
 import pytest
 
+from finetune.data.facts import new_facts
+from finetune.data.shipped import REHEARSAL, RETENTION, facts_as_jsonl, shipped_facts
+from finetune.files import write_text
 from finetune.models.locate import SHIPPED
-from finetune.verify.chain import ROWS, Chain, clear_chain, run_chain
+from finetune_strategies.scratch import lasting_folder
 
 pytestmark = pytest.mark.tier3
 pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
 pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
 
 MODEL = os.environ.get("FT_E2E_MODEL_ID") or SHIPPED[0]
-STEPS = (
-    "model",
-    "data set",
-    "fine-tuning",
-    "merged model",
-    "MLX generation",
-    "GGUF",
-    "Ollama",
-    "llama.cpp",
-    "evaluation",
-    "equivalence",
-    "report",
-)
-QUESTIONS = "01c89cf1f3f4f592727327a56b22ac7a18ec0cb261ace7b194b9996750a82c59"
-"""The hash of the shipped models' questions."""
+ROWS = 100
+SECONDS = 900
+REFUSED = 3
 IDENTICAL = ("merged", "torch", "reference", "gguf-f32", "gguf-f16", "server")
 """Ways whose greedy text is the trainer's own, of every question."""
+SETTINGS = (
+    ["--profile", "demo", "--set", "training.epochs=24", "--set", "judge.memory_batch_size=2"]
+    if MODEL in SHIPPED
+    else [
+        f"--set={each}"
+        for each in ("training.learning_rate=1e-3", "training.epochs=10", "judge.sham=never", "judge.memory=never")
+    ]
+)
+
+
+def ft(*words: str) -> dict[str, Any]:
+    """What a command prints as data; what is refused here, for something is missing, is skipped."""
+    done = process("-c", "from finetune.cli import main; main()", *words, "--json")
+    if done.returncode == REFUSED:
+        pytest.skip(done.stderr.strip()[-300:])
+    assert done.returncode == 0, done.stderr
+    told: dict[str, Any] = json.loads(done.stdout)
+    return told
+
+
+def process(*words: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
+    """A program of Python's."""
+    return subprocess.run([sys.executable, *words], input=given, capture_output=True, text=True, timeout=SECONDS)
 
 
 @cache
-def chain() -> Chain:
-    """The chain, gone through once; what it made is kept in `FT_ARTIFACTS`."""
-    folder = Path(os.environ.get("FT_ARTIFACTS") or ".finetune/chain")
-    clear_chain(folder)
-    return run_chain(MODEL, folder, tell=lambda words: print(words, flush=True))
-
-
-@pytest.mark.parametrize("name", STEPS)
-def test_chain_step(name: str, record_property: Callable[[str, object], None]) -> None:
-    """Each step of the chain is done, or says what is missing here and how to get it."""
-    step = chain().step(name)
-    record_property(f"score.chain {name} seconds", step.seconds)
-    if step.outcome == "skipped":
-        pytest.skip(step.why)
-    assert step.outcome == "done", step.why
-
-
-@pytest.mark.skipif(MODEL not in SHIPPED, reason=f"FT_E2E_MODEL_ID={MODEL}: not every step knows every kind of model")
-def test_chain_of_a_shipped_model_skips_only_what_is_missing_here() -> None:
-    """Nothing is refused of a shipped model: what is skipped are Ollama, where none answers, and mlx-lm's GPT-2."""
-    missing = {"Ollama"} | ({"MLX generation"} if find_spec("mlx_lm") is None or "gpt2" in MODEL else set())
-    assert {step.name for step in chain().steps if step.outcome == "skipped"} <= missing
-
-
-def test_chain_tells_every_step_once() -> None:
-    """There are 11 steps, in order; the table and the JSON that are left tell the same."""
-    found = chain()
-    assert tuple(step.name for step in found.steps) == STEPS
-    told = json.loads((found.folder / "chain.json").read_text(encoding="utf-8"))
-    assert [step["name"] for step in told["steps"]] == list(STEPS)
-    assert told["done"] + told["skipped"] + told["failed"] == len(STEPS)
-    page = (found.folder / "chain.md").read_text(encoding="utf-8")
-    assert all(f"| {step.name} | {step.outcome} |" in page for step in found.steps)
-
-
-def test_chain_asks_a_hundred_questions_the_same_ones_every_time() -> None:
-    """The rows are 100, and byte for byte those of any other time."""
-    told = done("data set")
-    assert sum(file["rows"] for file in told.values()) == ROWS == 100
+def run() -> Path:
+    """The run, trained once through the command line on a hundred questions with one right answer each."""
+    folder = Path(os.environ.get("FT_ARTIFACTS") or lasting_folder("chain"))
+    known = shipped_facts()[REHEARSAL] if MODEL in SHIPPED else []
+    rows, kept = folder / "questions.jsonl", folder / "known.jsonl"
+    write_text(rows, facts_as_jsonl(new_facts(ROWS - len(known), seed=0)))
+    write_text(kept, facts_as_jsonl(known))
+    data = ["--set", f"data.train={rows}", "--set", "judge.allow_inconclusive=true"]
     if MODEL in SHIPPED:
-        assert told["questions.jsonl"]["sha256"] == QUESTIONS
+        data += ["--set", f"data.rehearsal={kept}", "--set", f"data.retention={RETENTION}"]
+    backend = "torch" if find_spec("mlx_lm") is None else "mlx"
+    ft("train", "--model", MODEL, "--backend", backend, "--output", str(folder / "run"), *data, *SETTINGS)
+    return folder / "run"
+
+
+def record() -> dict[str, Any]:
+    """What the run says of itself."""
+    said: dict[str, Any] = json.loads((run() / "run.json").read_text(encoding="utf-8"))
+    return said
+
+
+@cache
+def merged() -> Path:
+    """The merged model."""
+    folder = run().with_name("merged")
+    ft("merge", str(run()), "--output", str(folder))
+    return folder
+
+
+@cache
+def exported() -> dict[str, Any]:
+    """The GGUF file."""
+    return ft("export", str(run()), "--outtype", "f16")
+
+
+def test_chain_learns_and_keeps(record_property: Callable[[str, object], None]) -> None:
+    """A shipped model learns nine of ten new answers at least; the scores from the disk are those of the run."""
+    learning = record()["scores"]["learning"]
+    again = ft("evaluate", str(run()))["trained questions"]
+    assert (again["tuned"], again["count"]) == (learning["tuned"]["right"], learning["tuned"]["count"])
+    if MODEL in SHIPPED:
+        assert learning["tuned"]["right"] >= 0.9 * learning["tuned"]["count"]
+        assert learning["base"]["right"] <= 0.2 * learning["base"]["count"]
+    record_property("score.chain learning", learning["tuned"]["right"] / learning["tuned"]["count"])
+
+
+def test_chain_mlx_lm_answers_as_the_run_did() -> None:
+    """mlx-lm itself, which knows nothing of us, says from the merged model what the run's tuned model said."""
+    pytest.importorskip("mlx_lm", reason="needs the mlx extra: pip install 'finetune-suite[mlx]'")
+    config = json.loads((merged() / "config.json").read_text(encoding="utf-8"))
+    if config["model_type"] == "gpt2":
+        pytest.skip("mlx-lm reads GPT-2 only with the weights' names of OpenAI's own files, not transformers'")
+    learned = record()["scores"]["learning"]["tuned"]["answers"]
+    asked = {"model": str(merged()), "questions": [each["question"] for each in learned], "most": 16}
+    done = process("-m", "finetune.backends.mlx.mlx_lm_generate", given=json.dumps(asked))
+    texts = json.loads(done.stdout.splitlines()[-1])
+    assert [text.strip() for text in texts] == [each["given"].strip() for each in learned]
+
+
+@pytest.mark.parametrize("to", [("ollama",), ("llama.cpp", "--check-only")], ids=["ollama", "llama.cpp"])
+def test_chain_serves_what_was_trained(to: tuple[str, ...]) -> None:
+    """The served model is held to the run."""
+    assert exported()
+    assert ft("deploy", str(run()), "--to", *to)
 
 
 def test_chain_answers_are_those_of_the_run_everywhere() -> None:
     """Merged model, other backends, GGUF in f32 and f16, and the server say what the trainer says, word for word."""
-    ways = done("equivalence")["ways"]
+    merged(), exported()
+    ways = {way["way"]: way for way in ft("compare", str(run()))["ways"]}
     for name in IDENTICAL:
-        if ways.get(name, {"outcome": "skipped"})["outcome"] != "skipped":
+        if ways.get(name, {"outcome": "not applicable"})["outcome"] != "not applicable":
             assert ways[name]["drift"]["partings"] == [], name
-    broken = {name: way["reason"] for name, way in ways.items() if way["outcome"] == "failed"}
-    assert broken == {}
+    assert {name: way["reason"] for name, way in ways.items() if way.get("outcome") == "failed"} == {}
     assert len(ways) >= 8
 
 
-@pytest.mark.skipif(MODEL not in SHIPPED, reason=f"FT_E2E_MODEL_ID={MODEL}: what is learned is known of shipped models")
-def test_chain_learns_and_keeps(record_property: Callable[[str, object], None]) -> None:
-    """The shipped model learns at least nine of ten new answers, and the chain's scores are those of the run."""
-    learning, again = done("fine-tuning")["scores"]["learning"], done("evaluation")["trained questions"]
-    assert learning["tuned"]["right"] >= 0.9 * learning["tuned"]["count"]
-    assert learning["base"]["right"] <= 0.2 * learning["base"]["count"]
-    assert (again["tuned"], again["count"]) == (learning["tuned"]["right"], learning["tuned"]["count"])
-    record_property("score.chain learning", learning["tuned"]["right"] / learning["tuned"]["count"])
-
-
-def done(name: str) -> dict[str, Any]:
-    """What a step told; what needs it is skipped where it was."""
-    step = chain().step(name)
-    if step.outcome == "skipped":
-        pytest.skip(step.why)
-    assert step.outcome == "done", step.why
-    return step.told
+def test_chain_ends_in_a_page() -> None:
+    """The report of the run is written."""
+    page = run().with_name("report.html")
+    ft("report", str(run()), "--html", str(page))
+    assert page.stat().st_size > 1_000

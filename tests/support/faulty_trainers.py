@@ -8,15 +8,20 @@ import finetune.train as training
 from finetune.backends.reference.session import ReferenceSession
 from finetune.cli import main
 from finetune.run.checkpoints import CheckpointStore
-from finetune.verify.ours import Ours, follow_orders
+from finetune.verify.subjects.subject import About, InProcessSubject
+from finetune.verify.trainers.ours_program import KEEPER, OurProgram, follow_orders
 
 
-class FaultyTrainer(Ours):
+class FaultyTrainer(InProcessSubject):
     """Ours with the reference backend; a subclass says which program has the fault."""
 
+    program: ClassVar = "finetune.cli:main"
+    keeper: ClassVar = KEEPER
+
     def __init__(self) -> None:
-        super().__init__("reference")
-        self.name = type(self).__name__
+        ours = OurProgram("reference", program=self.program, keeper=self.keeper)
+        about = About(type(self).__name__, {"it": "1"}, dict.fromkeys(ours.handlers, ""))
+        super().__init__(about, ours.handlers, [], ours.close)
 
 
 def plant(owner: Any, name: str, fault: Any) -> None:

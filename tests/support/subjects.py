@@ -1,21 +1,27 @@
-"""What the scenario machines share: the theatre in which they tell stories, tasks, deaths, and how a story is kept."""
+"""What the state machines share: a runner for each subject, tasks, deaths, and how a failing story is kept."""
 
 import atexit
+import tempfile
 from collections.abc import Mapping
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 from typing import Any, ClassVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine
 
-from finetune.verify.choose import opened_subject
-from finetune.verify.deaths import CODES, Death
-from finetune.verify.laws import LawBrokenError
-from finetune.verify.recipes import TaskRecipe
-from finetune.verify.stages import Stage
-from finetune.verify.stories import StoreScene, Story, TrainingScene, origin_of, save_story
-from finetune.verify.theatre import ScenarioRunner, perform
+from finetune.verify.catalogue import catalogue
+from finetune.verify.check import LawFailure
+from finetune.verify.findings import Finding, write_finding
+from finetune.verify.stateful.deaths import CODES, Death
+from finetune.verify.stateful.runner import ScenarioRunner, perform
+from finetune.verify.stateful.stages import Stage
+from finetune.verify.stateful.story import RunStory, Story
+from finetune.verify.subjects.choose import BACKENDS, running_subject
+from finetune.verify.trainers.ours import inside
+from finetune_strategies.recipes import TaskRecipe
 
 QUICK_TASK: Mapping[str, Any] = {
     "template.name": "chatml",
@@ -46,38 +52,44 @@ TASKS: dict[str, Mapping[str, Any]] = {
 """What differs from the quick task: each has another way through training, saving and resuming."""
 ROWS = tuple({"prompt": f"say {'word ' * (4 * index % 15)}", "completion": f"{index}"} for index in range(11))
 """Of very unequal lengths."""
-KEPT = Path(".hypothesis/stories")
-"""Where the stories of failing machines lie."""
+KEPT = Path(".hypothesis/findings")
+"""Where the findings of failing machines lie."""
 
 
 @cache
-def theatre(name: str) -> ScenarioRunner:
-    """A subject's theatre, for this session."""
-    subject = opened_subject(name)
-    opened = ScenarioRunner(subject.__enter__())
-    atexit.register(subject.__exit__, None, None, None)
-    atexit.register(opened.close)
-    return opened
+def runner(name: str) -> ScenarioRunner:
+    """What tells a subject stories, for this session; our own is asked in this process."""
+    folder = Path(tempfile.mkdtemp(prefix="finetune-subject-"))
+    if name in BACKENDS:
+        subject = inside(name, folder)
+        atexit.register(subject.close)
+    else:
+        opened = running_subject(name, folder)
+        subject = opened.__enter__()
+        atexit.register(opened.__exit__, None, None, None)
+    told = ScenarioRunner(subject)
+    atexit.register(told.close)
+    return told
 
 
-def training(name: str) -> TrainingScene:
+def training(name: str, rows: int = len(ROWS)) -> RunStory:
     """The beginning of a run of a task: a tiny random model and a few rows."""
-    return TrainingScene(task=TaskRecipe(rows=ROWS, settings={**QUICK_TASK, **TASKS[name]}))
+    return RunStory(task=TaskRecipe(rows=ROWS[:rows], settings={**QUICK_TASK, **TASKS[name]}))
 
 
 class Storyteller(RuleBasedStateMachine):
-    """A machine that draws stages, does them, and keeps the story in which a law broke."""
+    """A machine that draws stages, does them, and keeps the story in which a law failed."""
 
     subject: ClassVar = "reference"
 
-    def begin_in(self, setting: TrainingScene | StoreScene) -> None:
+    def begin_in(self, story: Story) -> None:
         """Nothing has been done yet."""
-        self.setting = setting
+        self.story = story
         self.stages: list[Stage] = []
         try:
-            self.world: Any = theatre(self.subject).open(setting)
-        except LawBrokenError as broken:
-            self.keep(broken)
+            self.world: Any = runner(self.subject).open(story)
+        except LawFailure as failure:
+            self.keep(failure)
             raise
 
     @property
@@ -90,22 +102,25 @@ class Storyteller(RuleBasedStateMachine):
         self.stages.append(stage)
         try:
             perform(self.world, stage)
-        except LawBrokenError as broken:
-            self.keep(broken)
+        except LawFailure as failure:
+            self.keep(failure)
             raise
 
-    def keep(self, broken: LawBrokenError) -> None:
+    def keep(self, failure: LawFailure) -> None:
         """Write down what was done, and how to do it again; of a failing test's stories the smallest comes last."""
-        seed = str(getattr(type(self), "_hypothesis_internal_use_seed", None) or "")
-        story = Story(
-            setting=self.setting,
-            stages=tuple(self.stages),
-            broken=theatre(self.subject).finding(broken, len(self.stages)),
-            origin=origin_of(self.subject, seed),
+        plain = runner(self.subject).plain
+        finding = Finding(
+            law=catalogue()[failure.law],
+            case=self.story.model_copy(update={"stages": tuple(self.stages)}),
+            subject=self.subject,
+            expected=plain(failure.expected),
+            got=plain(failure.got),
+            stage=len(self.stages),
+            versions={"python": python_version(), "hypothesis": version("hypothesis")},
         )
-        path = KEPT / f"{type(self).__name__}-{broken.law.id}.json"
-        save_story(story, path)
-        broken.add_note(f"replay: ft replay {path}")
+        path = KEPT / f"{type(self).__name__}-{failure.law}.json"
+        write_finding(finding, path)
+        failure.add_note(f"replay: ft replay {path}")
 
     def teardown(self) -> None:
         """Leave nothing."""

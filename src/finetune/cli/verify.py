@@ -13,9 +13,9 @@ from finetune.errors import FineTuneError, MissingExtraError
 from finetune.processes import terminated_as_interrupted
 
 if TYPE_CHECKING:
-    from finetune.verify.suite.judge import Effort
-    from finetune.verify.suite.run import Verification
-    from finetune.verify.suite.verdicts import LawResult
+    from finetune.verify.judge import Effort
+    from finetune.verify.results import LawResult
+    from finetune.verify.run import Verification
 
 SubjectName = Annotated[
     str | None,
@@ -27,10 +27,10 @@ SubjectName = Annotated[
 ]
 TierNumber = Annotated[
     int,
-    typer.Option("--tier", min=1, max=3, help="1: laws of milliseconds; 2: training, too; 3: the whole chain."),
+    typer.Option("--tier", min=1, max=2, help="1: laws of milliseconds; 2: training, too."),
 ]
 Profile = Annotated[str, typer.Option("--profile", help="fast, ci, slow or thorough: 1, 4, 40 or 200 times the cases.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Where cases are drawn from: the same seed, the same cases.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed for case generation; equal seeds give equal cases.")]
 LawNames = Annotated[list[str] | None, typer.Option("--law", metavar="ID", help="Only this law; can be repeated.")]
 Python = Annotated[str | None, typer.Option("--python", help="The interpreter in which another trainer is installed.")]
 Output = Annotated[
@@ -69,22 +69,20 @@ def command(
     Exits with 0 when every law that applies holds, and with 1 when one is broken, could not be judged, or none was.
     """
     _require()
-    from finetune.verify.suite.run import chosen_laws, judge_conduct
+    from finetune.verify.run import chosen_laws, judge_conduct
 
     laws = chosen_laws(tier, law or ())
     if list_laws:
         if json_output:
-            print_json([{"law": each.id, "statement": each.law.statement, "tier": each.tier} for each in laws])
+            print_json([{"law": each.id, "statement": each.statement, "tier": each.tier} for each in laws])
         else:
-            print_data("\n".join(f"{each.id}: {each.law.statement}" for each in laws))
+            print_data("\n".join(f"{each.id}: {each.statement}" for each in laws))
         return 0
     subject, effort = subject or _ours(), _effort(profile, seed)
     _make_room(output, junit, sarif)
     with terminated_as_interrupted():
         conduct = () if law else judge_conduct(subject, python=python, tell=_tell)
         found = _verified(subject, laws, effort, tier=tier, python=python).after(conduct)
-        if tier == 3 and not law:
-            found = found.before(_chained(subject, output))
     asked = f"--subject {shlex.quote(subject)}" + (f" --python {shlex.quote(python)}" if python else "")
     _write(found, subject, asked, Places(output, junit, sarif))
     if json_output:
@@ -112,7 +110,7 @@ def _make_room(output: Path | None, *files: Path | None) -> None:
     if output is None:
         return
     if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is no folder", hint="name a new folder, or one of an earlier run")
+        raise OutputError(f"{output} is not a directory", hint="name a new folder, or one of an earlier run")
     make_folder(output)
 
 
@@ -130,7 +128,7 @@ def _ours() -> str:
 
 def _effort(profile: str, seed: int) -> "Effort":
     from finetune.errors import UsageError
-    from finetune.verify.suite.judge import Effort
+    from finetune.verify.judge import Effort
 
     if profile not in TIMES:
         raise UsageError(f"there is no profile {profile!r}", hint=f"choose one of: {', '.join(TIMES)}")
@@ -139,8 +137,8 @@ def _effort(profile: str, seed: int) -> "Effort":
 
 
 def _verified(subject: str, laws: Any, effort: "Effort", **how: Any) -> "Verification":
-    from finetune.verify.doors.door import SubjectError
-    from finetune.verify.suite.run import verify_subject
+    from finetune.verify.run import verify_subject
+    from finetune.verify.subjects.subject import SubjectError
 
     try:
         return verify_subject(subject, laws, effort, tell=_tell, **how)
@@ -148,37 +146,25 @@ def _verified(subject: str, laws: Any, effort: "Effort", **how: Any) -> "Verific
         raise FineTuneError(f"the subject {subject!r} cannot be asked: {error}") from None
 
 
-def _chained(subject: str, output: Path | None) -> "tuple[LawResult, ...]":
-    """What the whole chain came to; what it made is kept only where there is a folder for findings."""
-    import tempfile
-
-    from finetune.verify.suite.whole_chain import judge_chain
-
-    if output is not None:
-        return judge_chain(subject, output / "chain", _tell)
-    with tempfile.TemporaryDirectory(prefix="finetune-chain-") as folder:
-        return judge_chain(subject, Path(folder) / "chain", _tell)
-
-
-def _tell(judgement: "LawResult") -> None:
-    why = f": {judgement.why}" if judgement.why and judgement.word != "holds" else ""
-    say(f"{judgement.law}: {judgement.word}{why}")
+def _tell(result: "LawResult") -> None:
+    why = f": {result.why}" if result.why and result.word != "holds" else ""
+    say(f"{result.law}: {result.word}{why}")
 
 
 def _write(found: "Verification", subject: str, asked: str, places: Places) -> None:
     from importlib.metadata import version
 
     from finetune.files import write_text
-    from finetune.verify.suite import formats
-    from finetune.verify.suite.findings import as_document, earlier_findings, tell_report, write_findings
+    from finetune.verify import formats
+    from finetune.verify.findings import as_document, earlier_findings, tell_report, write_findings
 
     suite = version("finetune-suite")
     if places.output is not None:
-        paths = write_findings(found, subject, places.output, suite)
+        paths = write_findings(found, subject, places.output)
         for path in paths:
-            [judgement] = [each for each in found.judgements if each.law == path.stem]
+            [result] = [each for each in found.results if each.law == path.stem]
             again = f"ft replay {shlex.quote(str(path))} {asked}"
-            write_text(path.with_suffix(".md"), tell_report(found, judgement, again))
+            write_text(path.with_suffix(".md"), tell_report(found, result, again))
         write_text(places.output / "verification.json", as_document(found.as_dict()))
         if earlier := earlier_findings(places.output, paths):
             names = ", ".join(path.name for path in earlier)
@@ -193,10 +179,10 @@ def _print(found: "Verification", asked: str) -> None:
     from rich.table import Table
 
     table = Table("law", "verdict", "cases", "seconds", box=None)
-    for each in found.judgements:
+    for each in found.results:
         table.add_row(each.law, each.word, str(each.cases), f"{each.seconds:.1f}")
     data_console().print(table)
-    for each in found.judgements:
+    for each in found.results:
         if each.word == "broken":
             lines = [f"BROKEN {each.law}: {each.statement}", f"  expected: {each.expected}", f"  got: {each.got}"]
             if each.case is not None:

@@ -1,6 +1,6 @@
-"""Judges a trainer, ours or anybody's, by what it does and leaves behind. Verb: act, through a subject.
+"""Judges a trainer, ours or anybody's, by what it does and leaves behind.
 
-`subjects` is the door, `ours` stands behind it, `nursery` starts real processes fast, and `deaths` says how they end.
-`stages` are what can be done, `laws` what must hold; `stories` are files of both, which a `theatre` tells to a subject
-and `minimise` makes smaller.
+`catalogue` has every law, `laws` their checks, `subjects` the ways to reach a trainer, `judge` and `run` draw cases and
+hold it to them, `stateful` kills its processes, `findings` keeps what failed and `replay` tries it again; `faults` and
+`prove` hold the laws themselves to real bugs.
 """

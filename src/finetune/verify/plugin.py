@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from finetune.verify.suite.catalogue import CaseLaw
-    from finetune.verify.suite.verdicts import LawResult
+    from finetune.verify.catalogue import Law
+    from finetune.verify.results import LawResult
 
 __all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_configure"]
 
@@ -42,7 +42,7 @@ class _Laws(pytest.Collector):
 
     def collect(self) -> list[pytest.Item]:
         """A test for each law."""
-        from finetune.verify.suite.run import chosen_laws
+        from finetune.verify.run import chosen_laws
 
         laws = chosen_laws(self.config.getoption("--finetune-tier"))
         items: list[pytest.Item] = [_LawItem.from_parent(self, name=law.id, law=law) for law in laws]
@@ -52,7 +52,7 @@ class _Laws(pytest.Collector):
 class _LawItem(pytest.Item):
     """One law."""
 
-    def __init__(self, *, law: "CaseLaw", **more: Any) -> None:
+    def __init__(self, *, law: "Law", **more: Any) -> None:
         super().__init__(**more)
         self.law = law
         self.add_marker("finetune")
@@ -63,17 +63,15 @@ class _LawItem(pytest.Item):
         Raises:
             AssertionError: it is broken, or could not be judged.
         """
-        from finetune.verify.suite.judge import Effort
-        from finetune.verify.suite.run import verify
+        from finetune.verify.judge import Effort
+        from finetune.verify.run import verify
 
-        seed, laws = self.config.getoption("--finetune-seed"), self.session.items
-        chances = sum(isinstance(item, _LawItem) and item.law.chance is not None for item in laws)
-        found = verify(_trainer(self.config), [self.law], Effort(seed=seed, chances=max(1, chances)))
-        [judgement] = found.judgements
-        if judgement.word == "not applicable":
-            pytest.skip(judgement.why)
-        if judgement.word != "holds":
-            raise LawError(judgement)
+        found = verify(_trainer(self.config), [self.law], Effort(seed=self.config.getoption("--finetune-seed")))
+        [result] = found.results
+        if result.word == "not applicable":
+            pytest.skip(result.why)
+        if result.word != "holds":
+            raise LawError(result)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """The evidence, without a traceback into the suite."""
@@ -83,17 +81,17 @@ class _LawItem(pytest.Item):
 
     def reportinfo(self) -> tuple[str, int | None, str]:
         """Where it stands in reports."""
-        return self.nodeid, None, f"{self.law.id}: {self.law.law.statement}"
+        return self.nodeid, None, f"{self.law.id}: {self.law.statement}"
 
 
 class LawError(AssertionError):
     """A law does not hold, or could not be judged; the words are the evidence."""
 
-    def __init__(self, judgement: "LawResult") -> None:
-        lines = [f"{judgement.word}: {judgement.law}: {judgement.statement}"]
-        if judgement.word == "broken":
-            lines += [f"expected: {judgement.expected}", f"got: {judgement.got}", f"smallest case: {judgement.case}"]
-        super().__init__("\n  ".join([*lines, judgement.why] if judgement.why else lines))
+    def __init__(self, result: "LawResult") -> None:
+        lines = [f"{result.word}: {result.law}: {result.statement}"]
+        if result.word == "broken":
+            lines += [f"expected: {result.expected}", f"got: {result.got}", f"smallest case: {result.case}"]
+        super().__init__("\n  ".join([*lines, result.why] if result.why else lines))
 
 
 _OPEN = pytest.StashKey[Any]()
@@ -102,8 +100,8 @@ _OPEN = pytest.StashKey[Any]()
 def _trainer(config: pytest.Config) -> Any:
     """The trainer of this session."""
     from finetune.errors import FineTuneError
-    from finetune.verify.doors.door import SubjectError
-    from finetune.verify.suite.run import opened_trainer
+    from finetune.verify.run import opened_trainer
+    from finetune.verify.subjects.subject import SubjectError
 
     if _OPEN not in config.stash:
         ends = contextlib.ExitStack()

@@ -98,20 +98,19 @@ class Recorder:
     def _entry(self, scores: dict[str, float]) -> "HistoryEntry":
         from finetune.report.history import HistoryEntry
 
-        ledger = self.config.pluginmanager.get_plugin("finetune-ledger")
         return HistoryEntry(
             when=self.when,
             tier=self.tier,
             commit=commit_of(self.config.rootpath),
             python=".".join(platform.python_version_tuple()[:2]),
             platform=f"{platform.system()}-{platform.machine()}",
-            profile=ledger.profile if ledger else None,
+            profile=_profile(),
             seconds=time.monotonic() - self.began,
             passed=self.counts["passed"],
             failed=self.counts["failed"],
             skipped=self.counts["skipped"],
             errors=self.counts["errors"],
-            cases=ledger.total if ledger else None,
+            cases=None,
             largest_process_bytes=max(peak_rss() or 0, largest_child() or 0) or None,
             scores=scores,
         )
@@ -143,3 +142,11 @@ def commit_of(folder: Path) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return (done.stdout.strip() or None) if done.returncode == 0 else None
+
+
+def _profile() -> str | None:
+    """Hypothesis' profile, without what pytest's options have added to its name; None where nobody has loaded one."""
+    from hypothesis import settings
+
+    name = settings.get_current_profile_name().partition("-with-")[0]
+    return None if name == "default" else name

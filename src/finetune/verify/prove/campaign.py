@@ -13,7 +13,7 @@ from finetune.errors import EvidenceError, MissingExtraError, UsageError
 from finetune.intervals import most_probable
 from finetune.verify.faults.fault import Fault, faults
 from finetune.verify.prove.job import FaultRun, Job, run_job
-from finetune.verify.suite.run import chosen_laws
+from finetune.verify.run import chosen_laws
 
 FORMAT = "finetune kill matrix"
 VERSION = 2

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune.processes import python_command
-from finetune.verify.doors.door import Subject
-from finetune.verify.doors.late import reference_oracle
+from finetune.verify.client import SubjectClient
 from finetune.verify.faults.fault import faults, hits
-from finetune.verify.suite.judge import Effort
-from finetune.verify.suite.run import Verification, chosen_laws, verify
-from finetune.verify.suite.trainer import Trainer
-from finetune.verify.suite.verdicts import LawResult
+from finetune.verify.judge import Effort
+from finetune.verify.results import LawResult
+from finetune.verify.run import Verification, chosen_laws, verify
+from finetune.verify.subjects.lazy import reference_oracle
+from finetune.verify.subjects.subject import Subject
 from finetune.verify.trainers.ours import inside
 
 _PATIENCE = 240
@@ -182,22 +182,21 @@ def do_job(job: Job, scratch: Path) -> FaultRun:
                 kills.append(round(time.monotonic() - began, 3))
 
         asked = itertools.takewhile(lambda law: not job.stop_after or len(kills) < job.stop_after, laws)
-        chances = sum(law.chance is not None for law in laws)
-        found = verify(Trainer(door, scratch, oracle), asked, _effort(job, chances), tier=job.tier, tell=tell)
+        found = verify(SubjectClient(door, scratch, oracle), asked, _effort(job), tier=job.tier, tell=tell)
         return _concluded(job, found, door, kills)
 
 
-def _effort(job: Job, chances: int) -> Effort:
-    return Effort(seed=job.seed, times=job.times, seconds=30, shrink_seconds=job.shrink_seconds, chances=chances)
+def _effort(job: Job) -> Effort:
+    return Effort(seed=job.seed, times=job.times, seconds=30, shrink_seconds=job.shrink_seconds)
 
 
 def _concluded(job: Job, found: Verification, door: RecordingSubject, kills: list[float]) -> FaultRun:
-    bad = [each for each in found.judgements if each.word in ("broken", "error", "undecided")]
+    bad = [each for each in found.results if each.word in ("broken", "error", "undecided")]
     first = next((each for each in bad if each.word == "broken"), bad[0] if bad else None)
     return FaultRun(
         fault=job.fault,
         seed=job.seed,
-        words={each.law: each.word for each in found.judgements},
+        words={each.law: each.word for each in found.results},
         first=first.as_dict() if first else None,
         seconds=found.seconds,
         seconds_to_first=kills[0] if kills else None,

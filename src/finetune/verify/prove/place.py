@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from finetune.files import make_folder, write_text
+from finetune.verify.findings import as_document
 from finetune.verify.prove.baseline import baseline_text
 from finetune.verify.prove.campaign import Proof
-from finetune.verify.suite.findings import as_document
 
 
 def write_proof(found: Proof, folder: Path, page: str) -> Path:

@@ -1,4 +1,4 @@
-"""mlx-lm's LoRA trainer behind a door, through its own command line: run by an interpreter that has mlx-lm.
+"""mlx-lm's LoRA trainer as a subject, through its own command line: run by an interpreter that has mlx-lm.
 
 Each question becomes a configuration file and a call of `mlx_lm.lora`'s main function. What is asked for is read off
 on the way, at what that hands to its own `train`: the batches, the loss, the optimizer.
@@ -193,7 +193,7 @@ def adapter_weights(model: str, adapter: str) -> dict[str, Any]:
     config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
     weights = mx.load(str(Path(adapter) / "adapters.safetensors"))
     if others := [name for name in weights if not name.endswith((".lora_a", ".lora_b"))]:
-        raise UnsupportedError(f"{others[0]}: what its DoRA saves has no form in PEFT's files that this door knows")
+        raise UnsupportedError(f"{others[0]}: what its DoRA saves has no form in PEFT's files that this subject knows")
     found = {in_peft(name): mx.contiguous(tensor.T.astype(mx.float32)) for name, tensor in weights.items()}
     file = str(Path(new_folder()) / "adapter.safetensors")
     mx.save_safetensors(file, found)
@@ -281,7 +281,7 @@ def main() -> None:
     }
     missing = {
         "export": "its GGUF files hold merged models of 16 bits only, from `mlx_lm.fuse`",
-        "split": "this door trains without held-out rows",
+        "split": "this subject trains without held-out rows",
     }
     versions = {package: version(package) for package in ("mlx-lm", "mlx", "transformers")}
     serve("mlx_lm.lora", versions, guarded(handlers, str(Path(__file__).parent)), missing=missing)

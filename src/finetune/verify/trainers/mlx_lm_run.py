@@ -52,9 +52,9 @@ _LACKS: Mapping[str, tuple[Any, str]] = {
     "tokens.cache": (None, "it has no such cache"),
     "training.max_grad_norm": (None, "it does not clip gradients"),
     "training.lora_plus_ratio": (1.0, "its optimizer has one learning rate for all"),
-    "training.processes": (1, "this door opens one process"),
+    "training.processes": (1, "this subject opens one process"),
     "training.packing": (False, "it does not pack"),
-    "training.evaluate_every": (None, "this door trains without held-out rows"),
+    "training.evaluate_every": (None, "this subject trains without held-out rows"),
     "training.stop_after": (None, "it does not stop early"),
     "training.stop_margin": (0.0, "it does not stop early"),
     "training.keep": ("last", "it keeps the last weights"),
@@ -62,9 +62,9 @@ _LACKS: Mapping[str, tuple[Any, str]] = {
     "adapter.alpha_pattern": (None, "its adapter has one scale"),
     "adapter.modules_to_save": (None, "it trains adapters only"),
     "model.dtype": ("float32", "it computes in what the model's files hold"),
-    "model.quantize": (None, "this door opens models as they are"),
-    "model.quantize_group_size": (64, "this door opens models as they are"),
-    "model.device": ("cpu", "this door computes on the processor"),
+    "model.quantize": (None, "this subject opens models as they are"),
+    "model.quantize_group_size": (64, "this subject opens models as they are"),
+    "model.device": ("cpu", "this subject computes on the processor"),
     "data.limit": (None, "it takes all rows that it is given"),
     "data.valid_fraction": (0.0, "it holds no rows out"),
     "judge.sham": ("never", "it judges nothing"),
@@ -136,7 +136,7 @@ def config_of(model: str, settings: Given, folder: str, rows: int) -> dict[str, 
 def _adapter(settings: Given) -> dict[str, Any]:
     kind, targets = settings.get("adapter.kind", "lora"), settings.get("adapter.targets", "all-linear")
     if kind not in ("lora", "dora"):
-        raise UnsupportedError(f"adapter.kind: {kind!r}: this door trains adapters")
+        raise UnsupportedError(f"adapter.kind: {kind!r}: this subject trains adapters")
     default = lora.CONFIG_DEFAULTS["lora_parameters"]
     rank = settings.get("adapter.rank", default["rank"])
     by = math.sqrt(rank) if settings.get("adapter.scaling") == "rank_stabilized" else rank

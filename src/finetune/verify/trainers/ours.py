@@ -1,4 +1,4 @@
-"""Our own trainer behind a door: each question goes through the rooms that `ft train` goes through."""
+"""Our own trainer as a subject: each question goes through the rooms that `ft train` goes through."""
 
 import json
 import sys
@@ -28,9 +28,10 @@ from finetune.training.loop import LoopPlan, mean_loss, train
 from finetune.training.prepare import Prepared, held_out_batches, prepare
 from finetune.training.resume import claim_resumed
 from finetune.training.run import Run
-from finetune.verify.doors.door import About, InProcessSubject
-from finetune.verify.doors.serving import serve
+from finetune.verify.subjects.serving import serve
+from finetune.verify.subjects.subject import About, InProcessSubject
 from finetune.verify.trainers.ours_files import file_handlers
+from finetune.verify.trainers.ours_program import OurProgram
 from finetune.verify.trainers.ours_results import put_weights, result_handlers
 from finetune.verify.trainers.ours_rows import line_of, row_handlers
 
@@ -46,6 +47,7 @@ class OurTrainer:
     def __init__(self, backend: str, scratch: Path) -> None:
         self.backend = open_backend(backend)
         self.scratch = scratch
+        self.program = OurProgram(backend)
 
     @property
     def handlers(self) -> dict[str, Handler]:
@@ -67,6 +69,7 @@ class OurTrainer:
             **row_handlers(self),
             **result_handlers(self),
             **file_handlers(self),
+            **self.program.handlers,
         }
 
     def configure(self, model: str, settings: Given) -> dict[str, Any]:
@@ -296,7 +299,7 @@ def inside(backend: str, scratch: Path) -> InProcessSubject:
     """Our trainer in this process."""
     trainer = OurTrainer(backend, scratch)
     about = About(f"finetune with {backend}", trainer.backend.versions(), dict.fromkeys(trainer.handlers, ""))
-    return InProcessSubject(about, trainer.handlers, [FineTuneError])
+    return InProcessSubject(about, trainer.handlers, [FineTuneError], trainer.program.close)
 
 
 def _rows(batch: Sequence[Given]) -> tuple[TokenizedRow, ...]:
@@ -332,7 +335,10 @@ def main() -> None:
     backend = sys.argv[1]
     trainer = OurTrainer(backend, Path.cwd())
     versions = trainer.backend.versions()
-    serve(f"finetune with {backend}", versions, trainer.handlers, refusals=(FineTuneError,))
+    try:
+        serve(f"finetune with {backend}", versions, trainer.handlers, refusals=(FineTuneError,))
+    finally:
+        trainer.program.close()
 
 
 if __name__ == "__main__":

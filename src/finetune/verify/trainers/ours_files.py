@@ -1,4 +1,4 @@
-"""How our trainer looks after files, behind its door: checkpoints, files that are replaced, room, configurations."""
+"""How our trainer looks after files, as a subject: checkpoints, files that are replaced, room, configurations."""
 
 import errno
 import json

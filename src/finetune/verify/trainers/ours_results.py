@@ -1,4 +1,4 @@
-"""What our trainer hands on, behind its door: merged models, exports, recipes for servers; and what an oracle computes.
+"""Answers for our trainer about results: merged models, exports, recipes for servers, and what an oracle computes.
 
 What has to come out is computed by the reference backend alone, from weights that a trainer has shown.
 """
@@ -36,7 +36,7 @@ from finetune.serve import recipe
 from finetune.serve.go_template import GoTemplate
 from finetune.train import training_events
 from finetune.training.prepare import adapter_target, planned_shape
-from finetune.verify.doors.serving import UnsupportedError
+from finetune.verify.subjects.serving import UnsupportedError
 
 if TYPE_CHECKING:
     from finetune.verify.trainers.ours import OurTrainer

@@ -1,4 +1,4 @@
-"""transformers' own Trainer with PEFT behind a door, with the preparation of rows that its users write themselves."""
+"""transformers' own Trainer with PEFT as a subject, with the preparation of rows that its users write themselves."""
 
 from typing import Any
 

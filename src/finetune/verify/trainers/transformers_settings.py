@@ -38,15 +38,15 @@ _LACKS: Mapping[str, tuple[Any, str]] = {
     "tokens.overlong": (None, "it has one way only: a row is cut at its end"),
     "tokens.cache": (None, "it has no such cache"),
     "training.lora_plus_ratio": (1.0, "its optimizer has one learning rate for all"),
-    "training.processes": (1, "this door opens one process"),
-    "training.evaluate_every": (None, "this door trains without held-out rows"),
-    "training.stop_after": (None, "this door trains without held-out rows"),
-    "training.stop_margin": (0.0, "this door trains without held-out rows"),
-    "training.keep": ("last", "this door trains without held-out rows"),
+    "training.processes": (1, "this subject opens one process"),
+    "training.evaluate_every": (None, "this subject trains without held-out rows"),
+    "training.stop_after": (None, "this subject trains without held-out rows"),
+    "training.stop_margin": (0.0, "this subject trains without held-out rows"),
+    "training.keep": ("last", "this subject trains without held-out rows"),
     "training.packing": (False, "it does not pack"),
-    "model.quantize": (None, "this door opens models as they are"),
-    "model.quantize_group_size": (64, "this door opens models as they are"),
-    "model.device": ("cpu", "this door computes on the processor"),
+    "model.quantize": (None, "this subject opens models as they are"),
+    "model.quantize_group_size": (64, "this subject opens models as they are"),
+    "model.device": ("cpu", "this subject computes on the processor"),
     "data.limit": (None, "it takes all rows that it is given"),
     "data.valid_fraction": (0.0, "it holds no rows out"),
     "judge.sham": ("never", "it judges nothing"),
@@ -127,7 +127,7 @@ def adapter_of(settings: Given) -> Any:
     """PEFT's configuration of an adapter for these settings; all linear layers, where they do not say which."""
     kind = settings.get("adapter.kind", "lora")
     if kind not in ("lora", "dora"):
-        raise UnsupportedError(f"adapter.kind: {kind!r}: this door trains adapters")
+        raise UnsupportedError(f"adapter.kind: {kind!r}: this subject trains adapters")
     own = {ADAPTER[name]: value for name, value in settings.items() if name in ADAPTER and value is not None}
     own.setdefault("target_modules", "all-linear")
     rank_stabilized = settings.get("adapter.scaling") == "rank_stabilized"

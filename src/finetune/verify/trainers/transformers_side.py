@@ -1,4 +1,4 @@
-"""What trainers that are built on transformers' own have in common, seen from the door: runs in their environment.
+"""What trainers that are built on transformers' own have in common, seen from the suite: runs in their environment.
 
 Everything goes through the trainer itself: its preparation of rows, its collator, its loss and its loop. What is asked
 for is read off on the way, and nothing is computed here that the trainer computes.
@@ -61,7 +61,7 @@ class TransformersSide:
             "merge",
         )
         handlers = {ability: getattr(self, ability) for ability in abilities}
-        missing = {"export": "it writes no GGUF files", "split": "this door trains without held-out rows"}
+        missing = {"export": "it writes no GGUF files", "split": "this subject trains without held-out rows"}
         versions = {package: version(package) for package in self.kind.packages}
         serve(self.kind.name, versions, guarded(handlers, str(Path(__file__).parent)), missing=missing)
 

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer behind a door: run by an interpreter that has TRL."""
+"""TRL's SFTTrainer as a subject: run by an interpreter that has TRL."""
 
 from collections.abc import Sequence
 from typing import Any

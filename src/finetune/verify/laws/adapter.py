@@ -1,0 +1,135 @@
+"""Laws of adapters in files: what is loaded is what was trained, and what does not fit is refused."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from finetune.verify.catalogue import law
+from finetune.verify.check import check
+from finetune.verify.client import SubjectClient
+from finetune.verify.laws.helpers import accepted, adapter_of, logits_of, refused, same_logits, train, weights_of
+from finetune.verify.subjects.answers import TrainableNames, Weights
+from finetune_strategies.cases import adapter as cases
+from finetune_strategies.cases.learned import Learned
+from finetune_strategies.cases.rows import PLAIN, TINY
+from finetune_strategies.recipes import ModelRecipe
+
+
+@law(
+    "adapter.travels",
+    "An adapter that was saved and loaded computes what was trained, with the strength that it was trained with.",
+    needs=["train", "logits", "adapter_weights"],
+    oracle="the base in float64 with s B A added; s is that of the settings",
+    cases=cases.ADAPTER_TRAVELS,
+    examples=10,
+    cost=4,
+)
+def adapter_travels(trainer: SubjectClient, case: Learned) -> None:
+    """Its logits, which are not the base's."""
+    model = trainer.model(case.model)
+    adapter = adapter_of(train(trainer, model, case.settings, case.values))
+    told, _ = weights_of(trainer, model, adapter)
+    rank, alpha = case.settings["adapter.rank"], case.settings["adapter.alpha"]
+    scale = alpha / (rank**0.5 if case.kind == "rank-stabilised" else rank)
+    check(abs(told.scale - scale) <= 1e-6, expected=f"scale {scale}", got=told.scale)
+    given = {"settings": case.settings, "adapter": adapter}
+    found = accepted(lambda: logits_of(trainer, "logits", model, **given), "the adapter that was just saved")
+    wanted = logits_of(trainer.oracle, "logits_with", model, file=told.file, scale=scale)
+    base = logits_of(trainer.oracle, "logits", model)
+    check(not np.allclose(wanted, base, rtol=1e-3, atol=1e-3), expected="an adapter that was trained", got="the base")
+    same_logits(found, wanted, "the logits of base and adapter")
+
+
+def _spoil(adapter: str, how: str, which: int, into: Path) -> Path:
+    """A copy of an adapter with one tensor spoilt."""
+    shutil.copytree(adapter, into)
+    file = next(into.glob("*.safetensors"))
+    tensors = load_file(file)
+    name = sorted(tensors)[which % len(tensors)]
+    if how == "added":
+        tensors[name.replace("layers.0", "layers.7")] = tensors[name]
+    else:
+        tensor = tensors.pop(name)
+        if how == "renamed":
+            tensors[f"wrong.{name}"] = tensor
+        elif how == "reshaped":
+            tensors[name] = np.ascontiguousarray(np.vstack([tensor, tensor]))
+    save_file(tensors, file)
+    return into
+
+
+@law(
+    "adapter.damaged",
+    "An adapter of which a tensor is missing, renamed, of another shape or too many is refused.",
+    needs=["train", "logits"],
+    oracle="the names and shapes of the tensors that were trained",
+    cases=cases.ADAPTER_DAMAGED,
+    examples=8,
+    cost=3,
+)
+def damaged_adapter_is_refused(trainer: SubjectClient, case: cases.Spoilt) -> None:
+    """It is asked with; an answer, whatever it is, is one too many."""
+    model = trainer.model(case.model)
+    adapter = adapter_of(train(trainer, model, case.settings, case.values))
+    spoilt = str(_spoil(adapter, case.how, case.which, trainer.folder() / "adapter"))
+    found = refused(lambda: logits_of(trainer, "logits", model, settings=case.settings, adapter=spoilt))
+    check(found is None, expected=f"an adapter with a tensor {case.how} is refused", got="an answer")
+
+
+@law(
+    "adapter.other_base",
+    "An adapter is refused on a base that it was not trained on and does not fit.",
+    needs=["train", "logits"],
+    oracle="the layers of the two bases, which are not the same",
+    cases=cases.ADAPTER_OTHER_BASE,
+    examples=2,
+    cost=3,
+)
+def other_base_is_refused(trainer: SubjectClient, case: Learned) -> None:
+    """One trained on two layers is put on a base that has the first of them only."""
+    deep = trainer.model(ModelRecipe(layers=2))
+    adapter = adapter_of(train(trainer, deep, case.settings, case.values))
+    found = refused(lambda: logits_of(trainer, "logits", trainer.model(TINY), settings=PLAIN, adapter=adapter))
+    check(found is None, expected="an adapter for two layers is refused on a base of one", got="an answer")
+
+
+@law(
+    "adapter.frozen",
+    "A fresh adapter is all that training changes, and one that was loaded to answer with is changed by nothing.",
+    needs=["trainable", "train"],
+    oracle="the names of the adapter's tensors, as PEFT's files have them",
+    cases=cases.ADAPTER_FROZEN,
+    examples=3,
+    cost=2,
+)
+def loaded_adapter_is_frozen(trainer: SubjectClient, case: Learned) -> None:
+    """What training would change, before and after."""
+    given: dict[str, Any] = {"model": trainer.model(case.model), "settings": case.settings}
+    wanted = trainer.oracle.tensors(trainer.oracle.ask("initial_adapter", Weights, **given).file)
+    fresh = trainer.ask("trainable", TrainableNames, **given).names
+    check(sorted(fresh) == sorted(wanted), expected=f"{len(wanted)} tensors", got=f"{len(fresh)}: {fresh[:3]}")
+    adapter = adapter_of(train(trainer, rows=case.values, **given))
+    loaded = trainer.ask("trainable", TrainableNames, adapter=adapter, **given).names
+    check(not loaded, expected="nothing of a loaded adapter", got=loaded[:3])
+
+
+@law(
+    "adapter.complete",
+    "A finished adapter has every tensor of every layer that it was to be on, and of every module trained whole.",
+    needs=["train", "adapter_weights"],
+    oracle="names and shapes as PEFT's files have them",
+    cases=cases.ADAPTER_COMPLETE,
+    examples=5,
+    cost=2,
+)
+def adapter_is_complete(trainer: SubjectClient, case: Learned) -> None:
+    """The names and shapes of what was saved."""
+    given: dict[str, Any] = {"model": trainer.model(case.model), "settings": case.settings}
+    _, found = weights_of(trainer, given["model"], adapter_of(train(trainer, rows=case.values, **given)))
+    wanted = trainer.oracle.tensors(trainer.oracle.ask("initial_adapter", Weights, **given).file)
+    shapes = {name: list(tensor.shape) for name, tensor in found.items()}
+    for name, tensor in wanted.items():
+        check(shapes.get(name) == list(tensor.shape), expected=f"{name} {list(tensor.shape)}", got=shapes.get(name))

@@ -1,0 +1,253 @@
+"""Laws of rows: each is accounted for, whatever its shape; the seed orders and splits them; a cache changes nothing."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.verify.catalogue import law
+from finetune.verify.check import check
+from finetune.verify.client import SubjectClient
+from finetune.verify.laws.helpers import tokenized, tokenized_row, told
+from finetune.verify.subjects.answers import Epochs, Split
+from finetune.verify.subjects.subject import UnsupportedError
+from finetune_strategies.cases import data as cases
+from finetune_strategies.cases.rows import PLAIN, TINY, Pair, Rows
+from finetune_strategies.recipes import FEWEST_WORDS, ModelRecipe
+
+
+@law(
+    "order.epochs",
+    "Rows come in another order in the next epoch.",
+    needs=["batches"],
+    oracle="two shuffles of twelve rows of one length are alike once in 479 million times",
+    cases=cases.SHUFFLED,
+    examples=2,
+    cost=2,
+)
+def epochs_differ(trainer: SubjectClient, case: cases.Shuffled) -> None:
+    """The sequences of the first epoch do not come in that order in the second."""
+    first, second = _orders(trainer, case, case.seed, epochs=2)
+    check(first != second, expected="another order", got=f"{first} twice")
+
+
+@law(
+    "order.seeds",
+    "Another seed is another order of rows.",
+    needs=["batches"],
+    oracle="two shuffles of twelve rows of one length are alike once in 479 million times",
+    cases=cases.SHUFFLED,
+    examples=2,
+    cost=2,
+)
+def seeds_differ(trainer: SubjectClient, case: cases.Shuffled) -> None:
+    """The first epochs of two seeds have other orders."""
+    [first], [second] = (_orders(trainer, case, seed, epochs=1) for seed in (case.seed, case.seed + 1))
+    check(first != second, expected=f"another order with seed {case.seed + 1}", got=f"{first} with both")
+
+
+def _orders(trainer: SubjectClient, case: cases.Shuffled, seed: int, *, epochs: int) -> list[list[list[int]]]:
+    """The sequences of each epoch, in order."""
+    settings = {**PLAIN, "training.batch_size": 1, "training.seed": seed}
+    given = {"model": trainer.model(TINY), "settings": settings, "rows": case.values}
+    dealt = trainer.ask("batches", Epochs, epochs=epochs, **given)
+    check(len(dealt.epochs) == epochs, expected=f"{epochs} epochs", got=f"{len(dealt.epochs)} epochs")
+    return [[ids for step in epoch for batch in step.micro for ids in batch.ids] for epoch in dealt.epochs]
+
+
+_ORDERED = [{"prompt": "q" * (1 + number % 4), "completion": f"answer {number}"} for number in range(12)]
+
+
+@law(
+    "order.same",
+    "The same seed deals rows out in the same order, epoch for epoch; 0 is a seed like any.",
+    needs=["batches"],
+    oracle="the order when it is asked for again",
+    cases=cases.ORDER_SAME,
+    examples=4,
+    cost=2,
+)
+def seed_decides_the_order(trainer: SubjectClient, case: cases.Seeded) -> None:
+    """Asked twice it is the same."""
+
+    def orders() -> list[list[list[list[int]]]]:
+        given = {"model": trainer.model(TINY), "settings": {**PLAIN, "training.seed": case.seed}, "rows": _ORDERED}
+        dealt = trainer.ask("batches", Epochs, epochs=case.epochs, **given)
+        return [[batch.ids for step in epoch for batch in step.micro] for epoch in dealt.epochs]
+
+    first, again = orders(), orders()
+    check(first == again, expected=f"one order with seed {case.seed}: {first}", got=again)
+
+
+@law(
+    "data.account",
+    "Every row that is read is trained on, or counted among those that are left out.",
+    needs=["tokenize"],
+    oracle="the number of rows that were given",
+    cases=cases.DATA_ACCOUNT,
+    examples=10,
+)
+def every_row_is_accounted_for(trainer: SubjectClient, case: Rows) -> None:
+    """Rows without an answer, and rows that are too long, are among them."""
+    found = tokenized(trainer, trainer.model(TINY), case.values, {"tokens.max_length": 70})
+    kept, dropped = len({row.row for row in found.rows}), sum(found.dropped.values())
+    check(
+        kept + dropped == len(case.rows),
+        expected=f"{len(case.rows)} rows",
+        got=f"{kept} that are trained on and {dropped} left out: {found.dropped}",
+    )
+
+
+def _row(pair: Pair, shape: cases.Shape) -> dict[str, Any]:
+    turns = [{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.completion}]
+    shapes: Mapping[str, dict[str, Any]] = {
+        "prompt/completion": pair.model_dump(),
+        "lists": {"prompt": turns[:1], "completion": turns[1:]},
+        "messages": {"messages": turns},
+        "alpaca": {"instruction": pair.prompt, "output": pair.completion},
+    }
+    return shapes[shape]
+
+
+@law(
+    "data.shapes",
+    "What is said becomes the same tokens, and the same of them are learned, whatever shape its row has.",
+    needs=["tokenize"],
+    oracle="the row that has it as messages",
+    cases=cases.DATA_SHAPES,
+    examples=8,
+)
+def shape_changes_nothing(trainer: SubjectClient, case: cases.Shaped) -> None:
+    """One conversation in two data sets, for there are trainers whose data sets have one shape only."""
+    model = trainer.model(TINY)
+    found = [tokenized_row(trainer, model, _row(case.pair, shape), {}) for shape in ("messages", case.shape)]
+    one, other = ((row.ids, row.targets) for row in found)
+    check(one == other, expected=f"as messages: {one}", got=f"as {case.shape}: {other}")
+
+
+def _split(trainer: SubjectClient, case: cases.Held) -> Split:
+    """Which rows the trainer trains on, and which it holds out."""
+    given = {**PLAIN, "data.valid_fraction": case.fraction, "training.seed": case.seed}
+    return trainer.ask("split", Split, model=trainer.model(TINY), settings=given, rows=case.values)
+
+
+@law(
+    "split.apart",
+    "No row that is held out is trained on, nor is one that says the same; every row is on one of the two sides.",
+    needs=["split"],
+    oracle="what the rows say",
+    cases=cases.HELD,
+    examples=12,
+)
+def sides_are_apart(trainer: SubjectClient, case: cases.Held) -> None:
+    """Nothing is held out where nothing is to be, and something on either side elsewhere."""
+    found = _split(trainer, case)
+    both = sorted({case.picks[row] for row in found.train} & {case.picks[row] for row in found.held_out})
+    check(not both, expected="nothing on both sides", got=[f"question {pick}" for pick in both])
+    every = sorted([*found.train, *found.held_out])
+    check(every == list(range(len(case.picks))), expected=f"{len(case.picks)} rows, each once", got=every)
+    wanted = case.fraction > 0
+    check(bool(found.held_out) == wanted, expected=f"{case.fraction:.0%} held out", got=f"held out: {found.held_out}")
+
+
+@law(
+    "split.same",
+    "Which rows are held out follows from the rows and the seed alone.",
+    needs=["split"],
+    oracle="the split when it is asked for again",
+    cases=cases.SPLIT_SAME,
+    examples=6,
+)
+def split_is_the_same_again(trainer: SubjectClient, case: cases.Held) -> None:
+    """Asked twice, with another question between, it is the same."""
+    first = _split(trainer, case)
+    _split(trainer, case.model_copy(update={"seed": case.seed + 1}))
+    again = _split(trainer, case)
+    check(sorted(first.held_out) == sorted(again.held_out), expected=first.held_out, got=again.held_out)
+
+
+_ROOM = FEWEST_WORDS + 1
+
+
+_MODELS: Mapping[str, ModelRecipe] = {
+    "plain": TINY,
+    "tokenizer": ModelRecipe(turned=True),
+    "begins not": ModelRecipe(bos="known", vocabulary=_ROOM),
+    "begins": ModelRecipe(bos="configured", vocabulary=_ROOM),
+}
+
+
+@law(
+    "cache.same",
+    "Rows that come from a cache are those that come without it, whatever was put into it before.",
+    needs=["tokenize"],
+    oracle="the rows without a cache",
+    cases=cases.CACHE_SAME,
+    examples=10,
+    cost=3,
+)
+def cache_changes_nothing(trainer: SubjectClient, case: cases.Cached) -> None:
+    """Another tokenizer, other words and another template are never taken for what is kept."""
+    cache = {"tokens.cache": str(trainer.folder() / "cache")}
+    rows, settings = [row.model_dump() for row in case.rows], dict[str, Any]()
+    tokenized(trainer, trainer.model(_MODELS[case.before]), rows, cache)
+    if case.changed == "words":
+        rows = [{**row, "completion": row["completion"][::-1] + "."} for row in rows]
+    elif case.changed == "template":
+        settings = {"template.name": "alpaca"}
+    elif case.changed == "length":
+        settings = {"tokens.max_length": 200}
+    model = trainer.model(_MODELS[case.after])
+    without = told(tokenized(trainer, model, rows, settings))
+    within = told(tokenized(trainer, model, rows, {**settings, **cache}))
+    check(within == without, expected=f"without a cache: {without}", got=f"with it: {within}")
+
+
+@law(
+    "cache.found",
+    "What is in a cache is found again wherever the model's folder lies.",
+    needs=["tokenize"],
+    oracle="the number of files in the cache",
+    cases=cases.CACHE_FOUND,
+    severity="warning",
+    examples=2,
+    cost=3,
+)
+def cache_is_found_again(trainer: SubjectClient, case: Rows) -> None:
+    """Nothing new is put into it for the same rows and the same tokenizer at another place."""
+    place, cache = trainer.model(TINY), trainer.folder() / "cache"
+    moved = trainer.folder() / "moved"
+    shutil.copytree(place, moved)
+    counts = []
+    for model in (place, place, moved):
+        tokenized(trainer, model, case.values, {"tokens.cache": str(cache)})
+        counts.append(_files(cache))
+    if not counts[0]:
+        raise UnsupportedError("it keeps nothing in its cache")
+    check(counts[0] == counts[1], expected=f"{counts[0]} files when the rows are asked for again", got=counts[1])
+    check(counts[0] == counts[2], expected=f"{counts[0]} files when the model lies elsewhere", got=counts[2])
+
+
+def _files(folder: Path) -> int:
+    return sum(path.is_file() for path in folder.rglob("*"))
+
+
+@law(
+    "rows.remarks",
+    "A key of a row that is not read changes no batch.",
+    needs=["batches"],
+    oracle="the batches of the same rows without it",
+    cases=cases.ROWS_REMARKS,
+    examples=8,
+)
+def remarks_change_no_batch(trainer: SubjectClient, case: cases.Remarked) -> None:
+    """Rows share batches as they did before one of them had a source noted; which stands first does not matter."""
+    settings = {**PLAIN, "training.batch_size": 2, "training.accumulation": 1, "training.seed": 3}
+    noted = [{**row, "source": "a note"} if place == case.remarked else row for place, row in enumerate(case.values)]
+    model = trainer.model(TINY)
+    plain, other = (
+        trainer.ask("batches", Epochs, model=model, settings=settings, rows=rows, epochs=1)
+        for rows in (case.values, noted)
+    )
+    before, after = ([sorted(step.micro[0].ids) for step in told.epochs[0]] for told in (plain, other))
+    check(before == after, expected=before, got=after)

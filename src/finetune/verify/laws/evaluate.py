@@ -1,0 +1,168 @@
+"""Laws of looking at a model: losses and answers do not depend on how they are asked for."""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from finetune.verify.catalogue import law
+from finetune.verify.check import check
+from finetune.verify.client import SubjectClient
+from finetune.verify.laws.helpers import altered
+from finetune.verify.models import build_model
+from finetune.verify.subjects.answers import Generated, Logits, Loss, TokenRows
+from finetune_strategies.cases import evaluate as cases
+from finetune_strategies.cases.rows import PLAIN, TINY
+
+
+def _look(trainer: SubjectClient, case: cases.Looked, rows: list[dict[str, str]], size: int) -> Loss:
+    settings = {**PLAIN, "training.batch_size": size}
+    return trainer.ask("evaluate", Loss, model=trainer.model(case.model), settings=settings, rows=rows)
+
+
+def _near(found: Loss, wanted: float) -> bool:
+    return abs(found.loss - wanted) <= 1e-3 * (1 + wanted)
+
+
+@law(
+    "evaluate.oracle",
+    "The held-out loss is the mean surprise of all held-out tokens, however many rows are looked at at once.",
+    needs=["evaluate", "tokenize"],
+    oracle="the rows' own tokens in float64, all at once",
+    cases=cases.LOOKED,
+    examples=8,
+    cost=2,
+)
+def held_out_loss_is_of_all_tokens(trainer: SubjectClient, case: cases.Looked) -> None:
+    """The loss, and the number of tokens where it is told."""
+    given = {"model": trainer.model(case.model), "settings": PLAIN}
+    rows = [
+        {"ids": row.ids, "targets": row.targets}
+        for row in trainer.ask("tokenize", TokenRows, rows=case.values, **given).rows
+    ]
+    wanted = trainer.oracle.ask("loss", Loss, batch=rows, **given)
+    found = _look(trainer, case, case.values, case.batch_size)
+    check(_near(found, wanted.loss), expected=f"loss {wanted.loss:.6f}", got=f"loss {found.loss:.6f}")
+    check(found.count in (None, wanted.count), expected=f"{wanted.count} tokens", got=f"{found.count} tokens")
+
+
+@law(
+    "evaluate.order",
+    "The held-out loss does not depend on the order of the rows.",
+    needs=["evaluate"],
+    oracle="the same rows the other way round",
+    cases=cases.LOOKED,
+    examples=4,
+    cost=2,
+)
+def order_does_not_matter(trainer: SubjectClient, case: cases.Looked) -> None:
+    """The loss of the rows, and of the rows reversed."""
+    here = _look(trainer, case, case.values, case.batch_size)
+    there = _look(trainer, case, case.values[::-1], case.batch_size)
+    check(_near(here, there.loss), expected=f"loss {there.loss:.6f}", got=f"loss {here.loss:.6f}")
+
+
+@law(
+    "evaluate.as_trained",
+    "Held-out rows become the same tokens as rows that are trained on.",
+    needs=["evaluate", "tokenize", "loss"],
+    oracle="the loss of the rows' own tokens",
+    cases=cases.EVALUATE_AS_TRAINED,
+    examples=5,
+    cost=2,
+)
+def held_out_rows_are_rows(trainer: SubjectClient, case: cases.Looked) -> None:
+    """The held-out loss, and the loss of a batch of what the rows become in training."""
+    given = {"model": trainer.model(case.model), "settings": PLAIN}
+    rows = trainer.ask("tokenize", TokenRows, rows=case.values, **given).rows
+    batch = [{"ids": row.ids, "targets": row.targets} for row in rows]
+    wanted = trainer.ask("loss", Loss, batch=batch, **given)
+    found = _look(trainer, case, case.values, case.batch_size)
+    check(_near(found, wanted.loss), expected=f"loss {wanted.loss:.6f}", got=f"loss {found.loss:.6f}")
+
+
+def _generate(trainer: SubjectClient, case: cases.Asked, prompts: list[list[int]], **more: Any) -> list[list[int]]:
+    settings = {**PLAIN, "evaluation.max_new_tokens": case.most}
+    given = {"model": trainer.model(case.model), "settings": settings, **more}
+    return trainer.ask("generate", Generated, prompts=prompts, **given).answers
+
+
+@law(
+    "generate.alone",
+    "An answer does not depend on what else is asked at the same time.",
+    needs=["generate"],
+    oracle="each prompt asked alone",
+    cases=cases.ASKED,
+    examples=6,
+)
+def answer_stands_alone(trainer: SubjectClient, case: cases.Asked) -> None:
+    """All prompts at once, and one by one."""
+    prompts = [list(prompt) for prompt in case.prompts]
+    together = _generate(trainer, case, prompts)
+    alone = [_generate(trainer, case, [prompt])[0] for prompt in prompts]
+    check(together == alone, expected=alone, got=together)
+
+
+@law(
+    "generate.greedy",
+    "An answer is what the model finds most likely, token by token, without the prompt and no longer than it may be.",
+    needs=["generate"],
+    oracle="the same prompt in float64; the first difference counts unless two tokens are as likely",
+    cases=cases.ASKED,
+    examples=6,
+)
+def answer_is_the_likeliest(trainer: SubjectClient, case: cases.Asked) -> None:
+    """The ids of each answer."""
+    prompts = [list(prompt) for prompt in case.prompts]
+    found, wanted = (_generate(each, case, prompts) for each in (trainer, trainer.oracle))
+    for answer, right in zip(found, wanted, strict=True):
+        check(len(answer) <= case.most, expected=f"at most {case.most} tokens", got=answer)
+        # Weights that are drawn leave the first token far ahead; what follows a tie may be anything.
+        check(answer[:1] == right[:1], expected=right, got=answer)
+
+
+@law(
+    "generate.fits",
+    "Prompt and answer together are never longer than what the model reads.",
+    needs=["generate"],
+    oracle="the model's own config",
+    cases=cases.GENERATE_FITS,
+    examples=4,
+)
+def answer_fits_the_context(trainer: SubjectClient, case: cases.Full) -> None:
+    """A model that reads a dozen tokens is asked for 30."""
+    model = altered(trainer, trainer.model(TINY), {"max_position_embeddings": case.context})
+    settings = {**PLAIN, "tokens.max_length": 8, "evaluation.max_new_tokens": 30}
+    prompt = [*range(20, 20 + case.length)]
+    [answer] = trainer.ask("generate", Generated, model=model, settings=settings, prompts=[prompt]).answers
+    room = case.context - case.length
+    check(len(answer) <= room, expected=f"at most {room} tokens", got=f"{len(answer)} tokens")
+
+
+_ROPE_PROMPT = [9, 40, 77, 15, 130, 61, 22]
+
+
+@law(
+    "model.rope_spelling",
+    "A model's rotary positions have the base that its config.json says, by the newer name and by the older.",
+    needs=["logits"],
+    oracle="the logits of our trainer in float64, which reads both, as transformers does",
+    cases=cases.SPELLINGS,
+    cost=2,
+    examples=4,
+)
+def rope_is_read(trainer: SubjectClient, case: cases.Spelling) -> None:
+    """The logits of a prompt are those of such positions."""
+    folder = trainer.folder() / "model"
+    build_model(TINY, folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config.pop("rope_theta", None)
+    config |= {case.key: case.theta if case.key == "rope_theta" else {"rope_type": "default", "rope_theta": case.theta}}
+    file.write_text(json.dumps(config), encoding="utf-8")
+    right, found = (
+        each.tensors(each.ask("logits", Logits, model=folder, settings=PLAIN, prompts=[_ROPE_PROMPT]).file)["0"]
+        for each in (trainer.oracle, trainer)
+    )
+    away = float(np.abs(right - found).max())
+    check(away <= 1e-3, expected=f"logits as with base {case.theta:g}", got=f"logits up to {away:.4f} away from them")

@@ -1,0 +1,142 @@
+"""Laws of losses, gradients and dropout: what is reported, and what moves the weights, is what the arithmetic says."""
+
+import math
+
+import numpy as np
+
+from finetune.verify.catalogue import law
+from finetune.verify.check import check
+from finetune.verify.client import SubjectClient
+from finetune.verify.laws.helpers import adapter_of, refused, train, weights_of
+from finetune.verify.subjects.answers import Gradient, Loss, Weights
+from finetune_strategies.cases import loss as cases
+from finetune_strategies.cases.learned import KINDS, QUICK
+from finetune_strategies.cases.rows import PLAIN, TINY, Rows
+
+
+@law(
+    "loss.oracle",
+    "The loss of a batch is the mean surprise of its trained tokens, each counted once and foretold from those before.",
+    needs=["loss"],
+    oracle="the same batch computed in float64 from the model's files",
+    cases=cases.LOSS_ORACLE,
+    examples=16,
+)
+def loss_is_surprise(trainer: SubjectClient, case: cases.Batches) -> None:
+    """The loss, and the number of tokens where it is told."""
+    given = {"model": trainer.model(case.model), "settings": PLAIN, "batch": case.values[0]}
+    found, wanted = trainer.ask("loss", Loss, **given), trainer.oracle.ask("loss", Loss, **given)
+    near = abs(found.loss - wanted.loss) <= 1e-3 * (1 + wanted.loss)
+    check(near, expected=f"loss {wanted.loss:.6f}", got=f"loss {found.loss:.6f}")
+    check(found.count in (None, wanted.count), expected=f"{wanted.count} tokens", got=f"{found.count} tokens")
+
+
+@law(
+    "gradient.first",
+    "In the first step an adapter of any kind leaves the model as it is, and its B alone has a gradient.",
+    needs=["gradient"],
+    oracle="B is zero at first, so that the loss is the base's, nothing reaches A, and B's gradient is not zero",
+    cases=cases.GRADIENT_FIRST,
+    examples=5,
+)
+def first_gradient_is_of_b(trainer: SubjectClient, case: cases.FirstStep) -> None:
+    """The loss of the base, zero for every A, more than zero for every B, and no layer is left out."""
+    given = {"model": trainer.model(TINY), "settings": {**PLAIN, **KINDS[case.kind]}, "micro": [[case.row.value]]}
+    found, wanted = (each.ask("gradient", Gradient, **given) for each in (trainer, trainer.oracle))
+    # By the trainer's own loss, where it tells one: whether that is right is another law.
+    teller = trainer.oracle if trainer.lacks("loss") else trainer
+    base = teller.ask("loss", Loss, model=given["model"], settings=PLAIN, batch=[case.row.value])
+    near = abs(found.loss - base.loss) <= 1e-3 * (1 + base.loss)
+    check(near, expected=f"the base's loss, {base.loss:.6f}", got=f"{found.loss:.6f}")
+    lacking = sorted(wanted.norms.keys() - found.norms.keys())
+    check(not lacking, expected=f"a gradient of {lacking[:1]}", got=f"{len(found.norms)} others")
+    for name, norm in wanted.norms.items():
+        if ".lora_A." in name:
+            check(found.norms[name] == 0, expected=f"{name}: 0", got=f"{name}: {found.norms[name]}")
+        if ".lora_B." in name and norm > 1e-6:
+            check(found.norms[name] > 0, expected=f"{name}: about {norm:.4g}", got=f"{name}: {found.norms[name]}")
+
+
+@law(
+    "gradient.oracle",
+    "A step's gradient is that of all its trained tokens together, and so is the loss that is reported for it.",
+    needs=["gradient", "initial_adapter"],
+    oracle="the same batches in float64, from the adapter that the trainer begins with",
+    cases=cases.GRADIENT_ORACLE,
+    examples=8,
+    cost=2,
+)
+def gradient_is_of_all_tokens(trainer: SubjectClient, case: cases.Batches) -> None:
+    """The norm of each tensor's gradient, whatever the lengths of the batches that are added up."""
+    given = {"model": trainer.model(case.model), "settings": PLAIN}
+    start = trainer.ask("initial_adapter", Weights, **given).file
+    found = trainer.ask("gradient", Gradient, micro=case.values, **given)
+    wanted = trainer.oracle.ask("gradient", Gradient, micro=case.values, start=start, **given)
+    largest = max(wanted.norms.values())
+    for name, norm in wanted.norms.items():
+        near = abs(found.norms.get(name, math.inf) - norm) <= 2e-3 * norm + 1e-5 * largest
+        check(near, expected=f"{name}: {norm:.6g}", got=f"{name}: {found.norms.get(name)}")
+    near = abs(found.loss - wanted.loss) <= 1e-3 * (1 + wanted.loss)
+    check(near, expected=f"loss {wanted.loss:.6f}", got=f"loss {found.loss:.6f}")
+
+
+@law(
+    "loss.nan_told",
+    "A loss that is no number is told, or ends the run: it is never hidden behind another.",
+    needs=["train"],
+    oracle="weights of more than 1e300 times another overflow, whatever the number format",
+    cases=cases.LOSS_NAN_TOLD,
+    examples=2,
+    cost=2,
+)
+def nan_is_told(trainer: SubjectClient, case: Rows) -> None:
+    """With a learning rate of 1e200 the second step's loss cannot be a number."""
+    settings = {**QUICK, "training.learning_rate": 1e200, "training.epochs": 4.0}
+    course = refused(lambda: train(trainer, trainer.model(TINY), settings, case.values))
+    if course is not None:
+        told = [step.loss for step in course.steps if step.loss is not None]
+        check(not all(map(math.isfinite, told)), expected="a refusal, or a loss that is no number", got=told)
+
+
+@law(
+    "dropout.fresh",
+    "Dropout is drawn anew for every batch.",
+    needs=["gradient"],
+    oracle="the mean of two different draws is not the first of them; of two equal ones it is",
+    cases=cases.DROPOUT_FRESH,
+    examples=2,
+)
+def dropout_is_drawn_anew(trainer: SubjectClient, case: cases.DroppedRow) -> None:
+    """A step of one batch, and one of the same batch twice, have different gradients."""
+    given = {"model": trainer.model(TINY), "settings": {**PLAIN, "adapter.dropout": 0.5}}
+    once = trainer.ask("gradient", Gradient, micro=[[case.row.value]], **given).norms
+    twice = trainer.ask("gradient", Gradient, micro=[[case.row.value]] * 2, **given).norms
+    moved = [name for name, norm in once.items() if abs(twice.get(name, 0.0) - norm) > 1e-6 * norm]
+    check(moved, expected="two draws that differ", got="the gradients of one batch and of two are the same")
+
+
+@law(
+    "dropout.acts",
+    "Dropout acts in training, also after losses were looked at, and not on the loss that is looked at.",
+    needs=["train", "adapter_weights", "evaluate"],
+    oracle="the same run without it ends elsewhere; what is asked with it answers as what is asked without it",
+    cases=cases.DROPOUT_ACTS,
+    examples=2,
+    cost=3,
+)
+def dropout_acts_in_training_alone(trainer: SubjectClient, case: Rows) -> None:
+    """Two runs, and two looks at one of them."""
+    model = trainer.model(TINY)
+    ends = {}
+    for share in (0.0, 0.5):
+        ends[share] = adapter_of(train(trainer, model, {**QUICK, "adapter.dropout": share}, case.values))
+    (_, plain), (_, dropped) = (weights_of(trainer, model, ends[share]) for share in (0.0, 0.5))
+    moved = any(not np.allclose(plain[name], dropped[name], rtol=1e-4, atol=1e-7) for name in plain)
+    check(moved, expected="another adapter with dropout than without", got="the same one")
+    looks = []
+    # Two rows alike, together and apart: nothing but what is drawn at random can tell.
+    for size in (1, 2):
+        settings, rows = {**QUICK, "adapter.dropout": 0.5, "training.batch_size": size}, case.values[:1] * 2
+        look = trainer.ask("evaluate", Loss, model=model, rows=rows, adapter=ends[0.5], settings=settings)
+        looks.append(look.loss)
+    check(max(looks) - min(looks) <= 1e-4, expected="one loss, however often it is looked at", got=looks)

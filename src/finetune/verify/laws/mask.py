@@ -1,0 +1,178 @@
+"""Laws of what is learned: every answer, through any limit of length, and nothing else."""
+
+import numpy as np
+
+from finetune.chat.catalog import CHATML
+from finetune.verify.catalogue import law
+from finetune.verify.check import check
+from finetune.verify.client import SubjectClient
+from finetune.verify.laws.helpers import check_loss, loss_of, text_of, tokenized, told
+from finetune.verify.subjects.answers import Gradient, Logits
+from finetune_strategies.cases import mask as cases
+from finetune_strategies.cases.rows import PLAIN, TINY
+
+
+@law(
+    "mask.answers",
+    "What is learned is every answer of a conversation, with what ends it, and nothing else.",
+    needs=["tokenize"],
+    oracle="the bytes of the answers: the model's tokenizer has one token for each",
+    cases=cases.MASK_ANSWERS,
+)
+def answers_are_learned(trainer: SubjectClient, case: cases.Answered) -> None:
+    """The learned tokens of each row, as text, are its answers, each ended."""
+    model = trainer.model(TINY)
+    rows = tokenized(trainer, model, case.values, {"tokens.max_length": 1000}).rows
+    check(len(rows) == len(case.conversations), expected=f"{len(case.conversations)} rows", got=f"{len(rows)} rows")
+    for row in rows:
+        said = text_of(trainer.words(model), row, trained=True).replace(b"\n", b"")
+        expected = "".join(f"{turn.completion}<|im_end|>" for turn in case.conversations[row.row].turns)
+        check(said == expected.encode(), expected=expected, got=said.decode(errors="replace"))
+
+
+@law(
+    "mask.template",
+    "What a template teaches does not depend on where it comes from.",
+    needs=["tokenize"],
+    oracle="the rows with the template of the same text that is built in",
+    cases=cases.MASK_TEMPLATE,
+    examples=5,
+)
+def place_of_a_template_changes_nothing(trainer: SubjectClient, case: cases.Placed) -> None:
+    """ChatML as the tokenizer's own, and in a file."""
+    model, name = trainer.model(TINY), "tokenizer"
+    if case.place == "file":
+        file = trainer.folder() / "template.jinja"
+        file.write_text(CHATML.jinja, encoding="utf-8")
+        name = str(file)
+    expected = told(tokenized(trainer, model, case.values, {"template.name": "chatml"}))
+    found = told(tokenized(trainer, model, case.values, {"template.name": name}))
+    check(found == expected, expected=expected, got=found)
+
+
+@law(
+    "mask.fits",
+    "A limit of length that every row keeps changes nothing.",
+    needs=["tokenize"],
+    oracle="the rows with a limit far above them",
+    cases=cases.MASK_FITS,
+    examples=8,
+)
+def limit_that_suffices_changes_nothing(trainer: SubjectClient, case: cases.Limited) -> None:
+    """The limit is the length of the longest row."""
+    model = trainer.model(TINY)
+    free = tokenized(trainer, model, case.values, {"tokens.max_length": 1000, "tokens.overlong": case.policy})
+    most = max(len(row.ids) for row in free.rows)
+    held = tokenized(trainer, model, case.values, {"tokens.max_length": most, "tokens.overlong": case.policy})
+    check(told(held) == told(free), expected=told(free), got=told(held))
+
+
+@law(
+    "mask.whole",
+    "A conversation that is longer than the limit is left out whole and counted; all others stay as they are.",
+    needs=["tokenize"],
+    oracle="the rows with a limit far above them",
+    cases=cases.MASK_WHOLE,
+    examples=10,
+)
+def overlong_rows_are_left_out_whole(trainer: SubjectClient, case: cases.Limited) -> None:
+    """Neither cut nor in pieces."""
+    model = trainer.model(TINY)
+    free = tokenized(trainer, model, case.values, {"tokens.max_length": 1000})
+    most = max(len(row.ids) for row in free.rows) - case.below
+    held = tokenized(trainer, model, case.values, {"tokens.max_length": most, "tokens.overlong": case.policy})
+    expected = [row for row in told(free) if len(row[1]) <= most]
+    check(told(held) == expected, expected=f"up to {most} tokens: {expected}", got=told(held))
+    gone, counted = len(free.rows) - len(expected), sum(held.dropped.values())
+    check(counted == gone, expected=f"{gone} rows left out", got=held.dropped)
+
+
+@law(
+    "mask.cut",
+    "Where prompts may be cut, a row keeps its whole answer and what ends it, and is within the limit.",
+    needs=["tokenize"],
+    oracle="the row that is not cut: its learned tokens, and as many of its prompt's bytes as are too many",
+    cases=cases.MASK_CUT,
+    examples=10,
+)
+def cut_rows_keep_their_answers(trainer: SubjectClient, case: cases.Limited) -> None:
+    """Only words of the prompt go."""
+    model = trainer.model(TINY)
+    words = trainer.words(model)
+    free = tokenized(trainer, model, case.values, {"tokens.max_length": 1000}).rows
+    most = max(len(row.ids) for row in free) - case.below
+    given = {"tokens.max_length": most, "tokens.overlong": "truncate_prompt"}
+    held = {row.row: row for row in tokenized(trainer, model, case.values, given).rows}
+    for row in free:
+        check(row.row in held, expected=f"row {row.row}, cut", got=f"rows {sorted(held)}")
+        cut, size = held[row.row], min(len(row.ids), most)
+        sizes = (len(cut.ids), len(cut.targets))
+        check(sizes == (size, size), expected=f"{size} tokens, each with a mark", got=f"tokens and marks: {sizes}")
+        expected, said = (text_of(words, each, trained=True) for each in (row, cut))
+        check(said == expected, expected=f"learned: {expected!r}", got=repr(said))
+
+
+@law(
+    "mask.pieces",
+    "A text that is cut into pieces is learned whole, each of its tokens once.",
+    needs=["tokenize"],
+    oracle="the bytes of the text after its first",
+    cases=cases.MASK_PIECES,
+    examples=8,
+)
+def pieces_are_the_whole(trainer: SubjectClient, case: cases.Long) -> None:
+    """The learned tokens of all pieces, one after the other."""
+    model = trainer.model(TINY)
+    given = {"tokens.max_length": case.most, "tokens.overlong": "split"}
+    rows = tokenized(trainer, model, [{"text": case.text}], given).rows
+    words = trainer.words(model)
+    longest = max(len(row.ids) for row in rows)
+    check(longest <= case.most, expected=f"pieces of {case.most} tokens at most", got=f"one of {longest}")
+    said = b"".join(
+        words.get(token, b"?")
+        for row in rows
+        for token, target in zip(row.ids[1:], row.targets[1:], strict=True)
+        if target
+    )
+    expected = case.text.encode()[1:] + b"</s>"
+    check(said == expected, expected=repr(expected), got=repr(said))
+
+
+@law(
+    "mask.surprise",
+    "The loss is the mean surprise at the learned tokens, each foretold from those before it; padding has no part.",
+    needs=["loss", "logits"],
+    oracle="the model's own logits, one row at a time",
+    cases=cases.MASK_MEASURED,
+    examples=14,
+    cost=2,
+)
+def loss_is_the_mean_surprise(trainer: SubjectClient, case: cases.Batched) -> None:
+    """Whatever the tokens' ids are, the padding's among them."""
+    model = trainer.model(TINY)
+    prompts = [list(row.ids) for row in case.rows]
+    logits = trainer.tensors(trainer.ask("logits", Logits, model=model, settings=PLAIN, prompts=prompts).file)
+    total = 0.0
+    for number, row in enumerate(case.rows):
+        scores = logits[str(number)].astype(np.float64)
+        chances = scores - np.log(np.exp(scores - scores.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        chances -= scores.max(-1, keepdims=True)
+        total -= sum(chances[place - 1, row.ids[place]] for place in range(len(row.ids) - row.answer, len(row.ids)))
+    loss, learned = loss_of(trainer, case.rows)
+    check_loss(loss, total / learned)
+
+
+@law(
+    "mask.measured",
+    "The loss that is measured is the loss that is trained on.",
+    needs=["loss", "gradient"],
+    oracle="the loss that is told of an optimizer step with the same batch, from the same weights, without dropout",
+    cases=cases.MASK_MEASURED,
+    examples=8,
+    cost=2,
+)
+def measured_loss_is_the_trained_one(trainer: SubjectClient, case: cases.Batched) -> None:
+    """A fresh adapter adds nothing: the base's loss is that of the first step."""
+    batch = [row.value for row in case.rows]
+    step = trainer.ask("gradient", Gradient, model=trainer.model(TINY), settings=PLAIN, micro=[batch])
+    check_loss(loss_of(trainer, case.rows)[0], step.loss)

@@ -1,0 +1,184 @@
+"""Laws of merging: the folder that is written computes what base and adapter do, and nothing else changes."""
+
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from finetune.verify.catalogue import law
+from finetune.verify.check import check
+from finetune.verify.client import SubjectClient
+from finetune.verify.laws.helpers import (
+    accepted,
+    adapter_of,
+    altered,
+    logits_of,
+    marks,
+    refused,
+    same_logits,
+    train,
+    weights_of,
+)
+from finetune.verify.subjects.answers import Folder, TokenRows
+from finetune_strategies.cases import merge as cases
+from finetune_strategies.cases.learned import QUICK, Learned
+from finetune_strategies.cases.rows import PLAIN, TINY
+
+
+def _tied(trainer: SubjectClient, model: Path) -> Path:
+    """A copy of a model whose embedding table is its head, too."""
+    folder = altered(trainer, model, {"tie_word_embeddings": True})
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _base(trainer: SubjectClient, case: cases.Merging) -> Path:
+    model = trainer.model(case.model)
+    return _tied(trainer, model) if case.tied else model
+
+
+def _merged(trainer: SubjectClient, model: Path, case: Learned) -> tuple[str, Path]:
+    """The adapter, and the folder that it was merged into."""
+    adapter = adapter_of(train(trainer, model, case.settings, case.values))
+    given = {"model": model, "settings": case.settings, "adapter": adapter}
+    return adapter, Path(trainer.ask("merge", Folder, **given).folder)
+
+
+@law(
+    "merge.computes",
+    "A merged model, read from its folder, computes what its base does with the adapter, and not what the base does.",
+    needs=["train", "merge", "adapter_weights"],
+    oracle="the merged folder and, beside it, base and adapter, both in float64",
+    cases=cases.MERGING,
+    examples=6,
+    cost=4,
+)
+def merged_computes_the_same(trainer: SubjectClient, case: cases.Merging) -> None:
+    """Its logits, by a reader that is not the trainer."""
+    model = _base(trainer, case)
+    adapter, folder = _merged(trainer, model, case)
+    told, _ = weights_of(trainer, model, adapter)
+    wanted = logits_of(trainer.oracle, "logits_with", model, file=told.file, scale=told.scale)
+    found = accepted(lambda: logits_of(trainer.oracle, "logits", folder), "the merged model")
+    base = logits_of(trainer.oracle, "logits", model)
+    same_logits(found, wanted, "the logits of base and adapter", most=1e-4)
+    check(not np.allclose(found, base, rtol=1e-3, atol=1e-3), expected="other logits than the base's", got="the base's")
+
+
+@law(
+    "merge.exact",
+    "Merging adds s B A to the weights in float32 at least, and leaves every other weight bit by bit.",
+    needs=["train", "merge", "adapter_weights"],
+    oracle="the sum in float64, which float32 rounds by 10^-6 of its largest part",
+    cases=cases.MERGE_EXACT,
+    examples=3,
+    cost=3,
+)
+def merging_is_exact(trainer: SubjectClient, case: cases.Merging) -> None:
+    """Each weight of the folder."""
+    model = _base(trainer, case)
+    adapter, folder = _merged(trainer, model, case)
+    told, parts = weights_of(trainer, model, adapter)
+    base = load_file(model / "model.safetensors")
+    merged = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    check(merged.keys() == base.keys(), expected=sorted(base), got=sorted(merged))
+    for name, weight in base.items():
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{stem}.lora_A.weight" not in parts:
+            check(np.array_equal(merged[name], weight), expected=f"{name} as it was", got="another")
+            continue
+        down, up = (parts[f"{stem}.lora_{part}.weight"].astype(np.float64) for part in "AB")
+        wanted = weight + told.scale * (up @ down)
+        off = float(np.abs(merged[name] - wanted).max())
+        most = 1e-6 * float(np.abs(wanted).max() + np.abs(told.scale * up).max() * np.abs(down).max())
+        check(off <= most, expected=f"{name} within {most:.2g}", got=f"off by {off:.2g}")
+
+
+@law(
+    "merge.leaves",
+    "Merging changes neither the base nor the adapter.",
+    needs=["train", "merge"],
+    oracle="the bytes of both before and after",
+    cases=cases.MERGE_LEAVES,
+    examples=2,
+    cost=3,
+)
+def merging_leaves_the_base(trainer: SubjectClient, case: cases.Merging) -> None:
+    """Every file of both."""
+    model = altered(trainer, trainer.model(case.model), {})
+    before = marks(model)
+    adapter = adapter_of(train(trainer, model, case.settings, case.values))
+    trained = marks(Path(adapter))
+    trainer.ask("merge", Folder, model=model, settings=case.settings, adapter=adapter)
+    check(marks(model) == before, expected="the base as it was", got="another")
+    check(marks(Path(adapter)) == trained, expected="the adapter as it was", got="another")
+
+
+@law(
+    "merge.whole",
+    "A merged folder is a model: its tokenizer and its template make of rows what the base's make of them.",
+    needs=["train", "merge"],
+    oracle="our own reader of both folders",
+    cases=cases.MERGE_WHOLE,
+    examples=2,
+    cost=3,
+)
+def merged_folder_is_a_model(trainer: SubjectClient, case: Learned) -> None:
+    """The ids and the trained marks of the rows, by the template that lies in each folder."""
+    model = trainer.model(case.model)
+    _, folder = _merged(trainer, model, case)
+    settings = {**QUICK, "template.name": "tokenizer"}
+
+    def read(place: Path) -> TokenRows:
+        return trainer.oracle.ask("tokenize", TokenRows, model=place, settings=settings, rows=case.values)
+
+    found = accepted(lambda: read(folder), "the merged folder as a model")
+    check(found.rows == read(model).rows, expected="the rows of the base", got=found.rows)
+
+
+@law(
+    "merge.overflow",
+    "No weight becomes infinite in the type that a merged model is written in: what does not fit is refused.",
+    needs=["train", "merge_as"],
+    oracle="float16 ends at 65504",
+    cases=cases.MERGE_OVERFLOW,
+    examples=3,
+    cost=3,
+)
+def merged_weight_is_finite(trainer: SubjectClient, case: cases.Large) -> None:
+    """One number of the embedding's row for a token that no row has."""
+    model = altered(trainer, trainer.model(case.model), {})
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.embed_tokens.weight"][-1, 0] = case.size
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    adapter = adapter_of(train(trainer, model, case.settings, case.values))
+    given = {"model": model, "settings": case.settings, "adapter": adapter, "dtype": "float16"}
+    merged = refused(lambda: trainer.ask("merge_as", Folder, **given))
+    if merged is not None:
+        for file in Path(merged.folder).glob("*.safetensors"):
+            odd = [name for name, tensor in load_file(file).items() if not np.isfinite(tensor).all()]
+            check(not odd, expected="finite weights, or a refusal", got=odd)
+
+
+@law(
+    "merge.tied_apart",
+    "A table that is embedding and head in one is not trained apart from itself, or comes back so from the disk.",
+    needs=["train", "merge", "logits"],
+    oracle="the logits before and after the folder was written",
+    cases=cases.MERGE_TIED_APART,
+    examples=1,
+    cost=3,
+)
+def tied_table_stays_whole(trainer: SubjectClient, case: Learned) -> None:
+    """The embedding is to be trained whole, beside an adapter."""
+    model = _tied(trainer, trainer.model(TINY))
+    settings = {**case.settings, "adapter.modules_to_save": ["embed_tokens"]}
+    course = refused(lambda: train(trainer, model, settings, case.values))
+    if course is None:
+        return
+    given = {"settings": settings, "adapter": adapter_of(course)}
+    wanted = accepted(lambda: logits_of(trainer, "logits", model, **given), "the adapter that was just saved")
+    folder = trainer.ask("merge", Folder, model=model, **given).folder
+    same_logits(logits_of(trainer.oracle, "logits", folder, settings=PLAIN), wanted, "the logits before merging")

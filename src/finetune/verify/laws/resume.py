@@ -1,0 +1,106 @@
+"""Laws of runs that were stopped: nothing is lost, and nothing is trained twice."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.verify.catalogue import Law, add, law
+from finetune.verify.check import check
+from finetune.verify.client import SubjectClient
+from finetune.verify.laws.helpers import adapter_of, refused, train, weights_of
+from finetune.verify.subjects.answers import TrainedStep, TrainingResult
+from finetune_strategies.cases import resume as cases
+from finetune_strategies.cases.rows import TINY
+
+
+def _same_end(trainer: SubjectClient, whole: TrainingResult, pieces: TrainingResult) -> None:
+    model = trainer.model(TINY)
+    (_, wanted), (_, found) = (weights_of(trainer, model, adapter_of(each)) for each in (whole, pieces))
+    for name, tensor in wanted.items():
+        off = float(np.abs(found[name] - tensor).max()) if name in found else float("inf")
+        check(off <= 1e-5, expected=f"{name} as in the run that nobody stopped", got=f"off by {off:.3g}")
+
+
+@law(
+    "resume.same",
+    "A run that is stopped at any step and gone on with is the run that was never stopped.",
+    needs=["train", "resume", "adapter_weights"],
+    oracle="the same run without a stop",
+    cases=cases.STOPPED,
+    examples=6,
+    cost=8,
+)
+def stopped_run_is_the_run(trainer: SubjectClient, case: cases.Stopped) -> None:
+    """Its losses and rates, step by step, and its adapter; of two stops one is between epochs."""
+    folder = trainer.folder() / "run"
+    given: dict[str, Any] = {"model": trainer.model(TINY), "settings": case.settings, "rows": case.values}
+    whole = train(trainer, **given)
+    parts = [trainer.ask("train", TrainingResult, stop_after=case.stops[0], folder=folder, **given)]
+    check(parts[0].adapter is None, expected="no adapter of a run that was stopped", got=parts[0].adapter)
+    for stop in case.stops[1:]:
+        parts.append(trainer.ask("resume", TrainingResult, folder=folder, stop_after=stop))
+    parts.append(trainer.ask("resume", TrainingResult, folder=folder))
+    for begin, end, part in zip((0, *case.stops), (*case.stops, len(whole.steps)), parts, strict=True):
+        numbers = [step.step for step in part.steps]
+        count = end - begin
+        check(len(numbers) == count, expected=f"{count} steps after step {begin}", got=numbers)
+        # Commands that tell no numbers are counted from 1 whenever they go on.
+        if len(case.stops) > 1:
+            check(numbers[:1] == [begin + 1], expected=f"to go on with step {begin + 1}", got=numbers)
+        for right, found in zip(whole.steps[begin:end], part.steps, strict=True):
+            _same_step(right, found)
+    _same_end(trainer, whole, parts[-1])
+
+
+def _same_step(right: TrainedStep, found: TrainedStep) -> None:
+    """The loss and the learning rate, where both are told."""
+    if right.loss is not None and found.loss is not None:
+        near = abs(found.loss - right.loss) <= 1e-6 * (1 + abs(right.loss))
+        check(near, expected=f"loss {right.loss} at step {right.step}", got=found.loss)
+    if right.learning_rate is not None and found.learning_rate is not None:
+        near = abs(found.learning_rate - right.learning_rate) <= 1e-6 * abs(right.learning_rate)
+        check(near, expected=f"learning_rate {right.learning_rate} at step {right.step}", got=found.learning_rate)
+
+
+def _numbers_begin(file: Path, content: bytes | bytearray) -> int:
+    """Where a file's numbers begin: after the head of a safetensors file, and somewhere behind that of any other."""
+    if file.suffix == ".safetensors":
+        return min(8 + int.from_bytes(content[:8], "little"), len(content))
+    return len(content) * 3 // 10
+
+
+@law(
+    "resume.damaged",
+    "A run does not go on from a damaged checkpoint.",
+    needs=["train", "resume", "adapter_weights"],
+    oracle="a refusal, or the end of the run that nobody damaged",
+    cases=cases.RESUME_DAMAGED,
+    scene="training",
+    examples=4,
+    cost=4,
+)
+def damaged_checkpoint_is_noticed(trainer: SubjectClient, case: cases.Damaged) -> None:
+    """Sixteen bytes of the largest file of the newest checkpoint: two numbers at least, with their exponents."""
+    model, folder = trainer.model(TINY), trainer.folder() / "run"
+    given: dict[str, Any] = {"model": model, "settings": cases.RUN, "rows": case.values}
+    begun = trainer.ask("train", TrainingResult, stop_after=2, folder=folder, **given)
+    newest = Path(begun.checkpoints[max(begun.checkpoints, key=int)])
+    files = [newest] if newest.is_file() else [path for path in newest.rglob("*") if path.is_file()]
+    file = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    begin = _numbers_begin(file, content)
+    start = min(begin + (len(content) - begin) * case.place // 1000, max(0, len(content) - 16))
+    content[start : start + 16] = bytes(byte ^ 2 for byte in content[start : start + 16])
+    file.write_bytes(content)
+    ended = refused(lambda: trainer.ask("resume", TrainingResult, folder=folder))
+    if ended is not None:
+        _same_end(trainer, train(trainer, **given), ended)
+
+
+_STORIES = {
+    "resume.newest": "A run goes on from its newest complete checkpoint.",
+    "resume.refuses_changed": "With a setting changed that changes weights no run goes on: it is refused by its name.",
+}
+for _id, _statement in _STORIES.items():
+    add(Law(_id, _statement, ("life",), "what lay on the disk before", scene="training", tier=2, cost=30))

@@ -1,0 +1,235 @@
+"""Laws of rows on their way to tokens: what they become as text, and which tokens that is."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from finetune.verify.catalogue import law
+from finetune.verify.check import check
+from finetune.verify.client import SubjectClient
+from finetune.verify.laws.helpers import text_of, tokenized, tokenized_row, told
+from finetune.verify.subjects.answers import RenderedText, TokenIds, TrainingResult
+from finetune.verify.subjects.subject import UnsupportedError
+from finetune_strategies.cases import template as cases
+from finetune_strategies.cases.dialogues import CONTROL, Dialogue
+from finetune_strategies.cases.rows import PLAIN, TINY
+
+
+def _rendered(trainer: SubjectClient, case: Dialogue, *, prompt: bool = False) -> str:
+    given = {**PLAIN, "template.name": case.template}
+    messages = case.messages[:-1] if prompt else case.messages
+    model = trainer.model(TINY)
+    return trainer.ask("render", RenderedText, model=model, settings=given, messages=messages, prompt=prompt).text
+
+
+def _chatml(messages: list[dict[str, str]], *, prompt: bool) -> str:
+    turns = [f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages]
+    return "".join(turns) + ("<|im_start|>assistant\n" if prompt else "")
+
+
+def _alpaca(messages: list[dict[str, str]], *, prompt: bool) -> str:
+    told = [message["content"] for message in messages if message["role"] == "system"]
+    usual = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    turns = [
+        f"### Instruction:\n{message['content']}"
+        if message["role"] == "user"
+        else f"### Response:\n{message['content']}</s>"
+        for message in messages
+        if message["role"] != "system"
+    ]
+    return "\n\n".join([*(told or [usual]), *turns, *(["### Response:\n"] if prompt else [])])
+
+
+_FORMATS: Mapping[str, Callable[..., str]] = {"chatml": _chatml, "tokenizer": _chatml, "alpaca": _alpaca}
+
+
+@law(
+    "template.bytes",
+    "A conversation is rendered in the public format of its template, byte for byte, to train on it and to ask.",
+    needs=["render"],
+    oracle="the format written out by hand: OpenAI's ChatML, Stanford's Alpaca",
+    cases=cases.TEMPLATE_BYTES,
+    examples=12,
+)
+def format_is_the_public_one(trainer: SubjectClient, case: Dialogue) -> None:
+    """The whole conversation, and the prompt of its last answer."""
+    written = _FORMATS[case.template]
+    for prompt, messages in ((False, case.messages), (True, case.messages[:-1])):
+        text, expected = _rendered(trainer, case, prompt=prompt), written(messages, prompt=prompt)
+        check(text == expected, expected=repr(expected), got=repr(text))
+
+
+@law(
+    "template.prompt",
+    "What the model is asked with is how the text that it was trained on begins.",
+    needs=["render"],
+    oracle="the text to train on",
+    cases=cases.TEMPLATE_PROMPT,
+    examples=10,
+)
+def prompt_is_how_training_begins(trainer: SubjectClient, case: Dialogue) -> None:
+    """The rendered prompt is a prefix, and what follows begins with the answer."""
+    whole, prompt = _rendered(trainer, case), _rendered(trainer, case, prompt=True)
+    check(whole.startswith(prompt), expected=f"a text that begins with {prompt!r}", got=repr(whole))
+    answer = case.turns[-1].completion
+    check(whole[len(prompt) :].startswith(answer), expected=f"then {answer!r}", got=repr(whole[len(prompt) :]))
+
+
+@law(
+    "template.words",
+    "What is said stands in the text as it was said and in its order, the system's words and braces among it.",
+    needs=["render"],
+    oracle="the messages themselves",
+    cases=cases.TEMPLATE_WORDS,
+    examples=10,
+)
+def words_are_kept(trainer: SubjectClient, case: Dialogue) -> None:
+    """Each message is found after the one before it."""
+    text, at = _rendered(trainer, case), 0
+    for message in case.messages:
+        found = text.find(message["content"], at)
+        check(found >= 0, expected=f"{message['role']}: {message['content']!r}", got=repr(text[at:]))
+        at = found + len(message["content"])
+
+
+@law(
+    "template.trained",
+    "The tokens that are trained on are those of the text that is rendered.",
+    needs=["render", "tokenize"],
+    oracle="the text as it is rendered: the model's tokenizer has one token for each byte",
+    cases=cases.TEMPLATE_TRAINED,
+    examples=10,
+)
+def tokens_are_those_of_the_text(trainer: SubjectClient, case: Dialogue) -> None:
+    """Nothing is added, lost or said twice between text and tokens."""
+    model, expected = trainer.model(TINY), _rendered(trainer, case)
+    settings = {"template.name": case.template, "tokens.max_length": 1000}
+    said = text_of(trainer.words(model), tokenized_row(trainer, model, {"messages": case.messages}, settings))
+    check(said == expected.encode(), expected=repr(expected), got=repr(said.decode(errors="replace")))
+
+
+@law(
+    "template.inert",
+    "Nothing that somebody says becomes a control token.",
+    needs=["tokenize"],
+    oracle="the control tokens of a row in which nothing is written like one",
+    cases=cases.TEMPLATE_INERT,
+    examples=14,
+)
+def words_are_inert(trainer: SubjectClient, case: cases.Spoken) -> None:
+    """Two rows have the same control tokens."""
+    model = trainer.model(TINY)
+    rows = [{"prompt": "a", "completion": "b"}, case.pair.model_dump()]
+    found = tokenized(trainer, model, rows, {"tokens.max_length": 1000}).rows
+    words = trainer.words(model)
+    said = [[words.get(token, b"?").decode("latin1") for token in row.ids] for row in found]
+    control = [[word for word in row if word in CONTROL] for row in said]
+    check(len(control) == 2, expected="2 rows", got=f"{len(control)} rows")
+    check(control[0] == control[1], expected=control[0], got=control[1])
+
+
+@law(
+    "template.ends",
+    "A plain text is learned whole, and the end-of-text token after it.",
+    needs=["tokenize"],
+    oracle="the bytes of the text",
+    cases=cases.TEMPLATE_ENDS,
+    examples=6,
+)
+def text_ends(trainer: SubjectClient, case: cases.PlainText) -> None:
+    """Its tokens are its bytes and one more, and all but the first are learned."""
+    model = trainer.model(TINY)
+    rows = tokenized(trainer, model, [{"text": case.text}], {}).rows
+    found = [text_of(trainer.words(model), row).decode(errors="replace") for row in rows]
+    check(found == [f"{case.text}</s>"], expected=[f"{case.text}</s>"], got=found)
+    check(all(rows[0].targets[1:]), expected="every token is learned", got=rows[0].targets)
+
+
+@law(
+    "template.bos",
+    "A text begins with one begin-of-text token where the model wants one, and has none elsewhere.",
+    needs=["tokenize"],
+    oracle="the tokenizer's files, which say whether one is added",
+    cases=cases.BEGUN,
+    examples=14,
+)
+def beginning_is_marked_once(trainer: SubjectClient, case: cases.Begun) -> None:
+    """Whether tokenizer or template puts it there, or both."""
+    model = trainer.model(case.model)
+    row = tokenized_row(trainer, model, case.pair.model_dump(), {"template.name": case.template})
+    places = [place for place, token in enumerate(row.ids) if trainer.words(model).get(token) == b"<s>"]
+    expected = [0] if case.model.begins else []
+    check(places == expected, expected=f"<s> at {expected} with {case.model.bos}", got=f"<s> at {places}")
+
+
+@law(
+    "template.asked",
+    "The tokens that a model is asked with are how those that it was trained on begin.",
+    needs=["tokenize", "prompt"],
+    oracle="the tokens to train on, up to the first that is learned",
+    cases=cases.BEGUN,
+    examples=8,
+)
+def tokens_to_ask_begin_those_to_train_on(trainer: SubjectClient, case: cases.Begun) -> None:
+    """The prompt's tokens are all that precede the answer."""
+    model, settings = trainer.model(case.model), {**PLAIN, "template.name": case.template}
+    row = tokenized_row(trainer, model, case.pair.model_dump(), settings)
+    messages = [{"role": "user", "content": case.pair.prompt}]
+    asked = trainer.ask("prompt", TokenIds, model=model, settings=settings, messages=messages).ids
+    before = row.ids[: row.targets.index(True)] if True in row.targets else row.ids
+    check(asked == before, expected=before, got=asked)
+
+
+@law(
+    "template.stops",
+    "What ends an answer is learned, and is what the model stops at.",
+    needs=["tokenize", "stops"],
+    oracle="the tokens that the trainer stops at",
+    cases=cases.TEMPLATE_STOPS,
+    examples=8,
+)
+def answers_end_where_it_stops(trainer: SubjectClient, case: cases.Ended) -> None:
+    """The last token of each row that is learned ends an answer, a line break after it aside."""
+    model, settings = trainer.model(TINY), {**PLAIN, "template.name": case.template}
+    stops = trainer.ask("stops", TokenIds, model=model, settings=settings).ids
+    words = trainer.words(model)
+    for row in tokenized(trainer, model, case.values, settings).rows:
+        learned = [token for token, target in zip(row.ids, row.targets, strict=True) if target]
+        while learned and words.get(learned[-1]) == b"\n":
+            learned.pop()
+        check(learned and learned[-1] in stops, expected=f"one of {stops} in the end", got=learned[-3:])
+
+
+@law(
+    "template.travels",
+    "The tokenizer and the template that lie by an adapter make the tokens that it was trained on.",
+    needs=["train", "tokenize"],
+    oracle="the tokens that were trained on",
+    cases=cases.TEMPLATE_TRAVELS,
+    examples=3,
+    cost=4,
+)
+def template_travels(trainer: SubjectClient, case: cases.Ended) -> None:
+    """In place of the model's own, they are all that whoever loads the adapter knows."""
+    model = trainer.model(cases.BEGINNINGS[2])
+    settings = {**PLAIN, "template.name": case.template}
+    trained = {
+        "model": model,
+        "settings": {**settings, "training.batch_size": 1, "training.max_steps": 1},
+        "rows": case.values,
+    }
+    course = trainer.ask("train", TrainingResult, **trained, folder=trainer.folder() / "run")
+    check(course.adapter, expected="an adapter", got="none when training has ended")
+    saved = Path(str(course.adapter))
+    if not (saved / "tokenizer.json").is_file():
+        raise UnsupportedError("no tokenizer lies by its adapters")
+    shipped = trainer.folder() / "shipped"
+    shutil.copytree(model, shipped)
+    for file in saved.glob("*token*.json"):
+        shutil.copy(file, shipped)
+    template = saved / "chat_template.jinja"
+    if template.is_file():
+        shutil.copy(template, shipped)
+    expected = told(tokenized(trainer, model, case.values, settings))
+    found = told(tokenized(trainer, shipped, case.values, {"template.name": "tokenizer"}))
+    check(found == expected, expected=expected, got=found)

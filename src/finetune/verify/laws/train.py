@@ -1,0 +1,235 @@
+"""Laws of whole runs: where they end, by which rates, from which seed, and what is kept of them."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.models.locate import locate_model
+from finetune.verify.catalogue import law
+from finetune.verify.check import check
+from finetune.verify.client import SubjectClient
+from finetune.verify.laws.helpers import adapter_of, marks, refused, tokenized, train, weights_of
+from finetune.verify.subjects.answers import Generated, Loss, TokenRows, TrainingResult, Weights
+from finetune.verify.subjects.subject import UnsupportedError
+from finetune_strategies.cases import train as cases
+from finetune_strategies.cases.learned import QUICK
+from finetune_strategies.cases.rows import PLAIN, TINY, Rows
+
+SMALL_MODEL = "reference-llama"
+"""The shipped model: small, and it has learned to read."""
+
+
+LEARNING = {
+    **PLAIN,
+    "template.name": "tokenizer",
+    "adapter.rank": 8,
+    "adapter.alpha": 16.0,
+    "training.epochs": 120.0,
+    "training.batch_size": 2,
+    "training.learning_rate": 0.001,
+    "training.schedule": "constant",
+    "training.warmup_fraction": 0.0,
+    "evaluation.max_new_tokens": 12,
+}
+
+
+@law(
+    "learning.by_heart",
+    "What was trained on again and again is answered, word for word, and then the model stops.",
+    needs=["tokenize", "train", "generate"],
+    oracle="the answers that were trained on, of which the shipped model knows none; a sound trainer teaches nine "
+    "lessons in ten, and one of 199 such has fewer than five of eight",
+    cases=cases.LEARNING_BY_HEART,
+    examples=1,
+    tier=2,
+    cost=30,
+)
+def what_was_learned_is_answered(trainer: SubjectClient, case: cases.Lessons) -> None:
+    """Greedy answers to the prompts, as they were tokenized for training, are the trained tokens."""
+    wrong = [lesson for rows in case.lessons if (lesson := _mistake(trainer, rows)) is not None]
+    right = len(case.lessons) - len(wrong)
+    check(right >= case.least, expected=f"{case.least} lessons of {len(case.lessons)}", got=f"{right}; not {wrong}")
+
+
+def _mistake(trainer: SubjectClient, values: list[dict[str, str]]) -> tuple[list[int], list[int]] | None:
+    """The first answer that is not what was taught, after that; None where all are."""
+    model: Any = locate_model(SMALL_MODEL).folder
+    given = {"model": model, "settings": LEARNING}
+    rows = trainer.ask("tokenize", TokenRows, rows=values, **given).rows
+    course = trainer.ask("train", TrainingResult, rows=values, folder=trainer.folder() / "run", **given)
+    prompts = [row.ids[: row.targets.index(True)] for row in rows]
+    said = trainer.ask("generate", Generated, prompts=prompts, adapter=course.adapter, **given).answers
+    for row, answer in zip(rows, said, strict=True):
+        taught = [token for token, target in zip(row.ids, row.targets, strict=True) if target]
+        # What ends an answer is taught, and left out of what is said.
+        begun = answer and taught[: len(answer)] == answer
+        if not begun or len(taught) - len(answer) not in (1, 2):
+            return taught, answer
+    return None
+
+
+@law(
+    "train.oracle",
+    "Training moves the adapter as its settings say: batches, accumulation, rate, decay and clipping together.",
+    needs=["train", "tokenize", "initial_adapter", "adapter_weights"],
+    oracle="the same run in float64, from the adapter that the trainer begins with, where rows are the same tokens",
+    cases=cases.COURSES,
+    examples=8,
+    cost=4,
+)
+def training_moves_as_it_should(trainer: SubjectClient, case: cases.Whole) -> None:
+    """Every tensor ends where it should, but for a fiftieth of the way that it went; the first loss is the base's."""
+    given: dict[str, Any] = {"model": trainer.model(case.model), "settings": case.settings}
+    model = trainer.model(case.model)
+    mine, theirs = (tokenized(each, model, case.values, case.settings).rows for each in (trainer.oracle, trainer))
+    if [(row.ids, row.targets) for row in mine] != [(row.ids, row.targets) for row in theirs]:
+        raise UnsupportedError("it makes other tokens, or other targets, of these rows than the oracle")
+    start = trainer.ask("initial_adapter", Weights, **given)
+    course = train(trainer, rows=case.values, **given)
+    wanted = trainer.oracle.ask("train_from", TrainingResult, rows=case.values, file=start.file, **given)
+    count = len(wanted.steps)
+    check(len(course.steps) == count, expected=f"{count} steps", got=f"{len(course.steps)} steps")
+    for told, right in zip(course.steps, wanted.steps, strict=True):
+        near = told.loss is None or abs(told.loss - (right.loss or 0.0)) <= 5e-3 * (1 + (right.loss or 0.0))
+        check(near, expected=f"loss {right.loss} at step {told.step}", got=told.loss)
+    _, found = weights_of(trainer, given["model"], adapter_of(course))
+    _, ends = weights_of(trainer.oracle, given["model"], adapter_of(wanted))
+    begins = trainer.tensors(start.file)
+    for name, end in ends.items():
+        check(name in found, expected=name, got=sorted(found))
+        way = float(np.abs(end - begins[name]).mean())
+        off = float(np.abs(found[name] - end).mean())
+        check(off <= way / 50 + 1e-8, expected=f"{name} moved by {way:.4g}", got=f"it ends {off:.4g} from there")
+
+
+@law(
+    "train.tail",
+    "The batches that are left over at the end of an epoch make a step like any other, weighed by their own tokens.",
+    needs=["train", "initial_adapter", "adapter_weights"],
+    oracle="the same run in float64; all rows are alike, so that their order says nothing",
+    cases=cases.TRAIN_TAIL,
+    examples=4,
+    cost=4,
+)
+def tail_is_a_step(trainer: SubjectClient, case: cases.Whole) -> None:
+    """One row a batch and two batches a step, of one row or three; the steps are large, or below what float16 sees."""
+    training_moves_as_it_should(trainer, case)
+
+
+@law(
+    "seed.decides",
+    "The same seed makes the same adapter, from the beginning to the end; another seed another one; 0 is a seed.",
+    needs=["train", "initial_adapter", "adapter_weights"],
+    oracle="the run itself, once more",
+    cases=cases.SEED_DECIDES,
+    examples=3,
+    cost=3,
+)
+def seed_decides(trainer: SubjectClient, case: cases.Seeds) -> None:
+    """Two beginnings and two ends of one seed, and a beginning of another."""
+    model = trainer.model(TINY)
+
+    def begin(seed: int) -> Any:
+        given = {"model": model, "settings": {**QUICK, "training.seed": seed}}
+        return trainer.tensors(trainer.ask("initial_adapter", Weights, **given).file)
+
+    def end() -> Any:
+        settings = {**QUICK, "training.seed": case.seed, "adapter.dropout": 0.3, "training.batch_size": 1}
+        return weights_of(trainer, model, adapter_of(train(trainer, model, settings, case.values)))[1]
+
+    for what, (once, again) in {"beginning": (begin(case.seed), begin(case.seed)), "end": (end(), end())}.items():
+        same = once.keys() == again.keys() and all(np.array_equal(once[name], again[name]) for name in once)
+        check(same, expected=f"one {what} with seed {case.seed}", got="two different ones")
+    one, other = begin(case.seed), begin(case.other)
+    alike = all(np.array_equal(one[name], other[name]) for name in one)
+    check(not alike, expected=f"another beginning with seed {case.other}", got="the same one")
+
+
+@law(
+    "runs.untouched",
+    "What a run has made stays as it is, whatever runs come after it.",
+    needs=["train"],
+    oracle="the bytes of its adapter before and after",
+    cases=cases.RUNS_UNTOUCHED,
+    examples=2,
+    cost=3,
+)
+def earlier_run_is_left_alone(trainer: SubjectClient, case: Rows) -> None:
+    """A second run in the same folder is refused, or leaves the first one's adapter as it is."""
+    given = {"model": trainer.model(TINY), "rows": case.values, "folder": trainer.folder() / "run"}
+    settings = {**QUICK, "training.batch_size": 1}
+    adapter = Path(adapter_of(trainer.ask("train", TrainingResult, settings=settings, **given)))
+    before = marks(adapter)
+    again = {**settings, "training.seed": 5}
+    refused(lambda: trainer.ask("train", TrainingResult, settings=again, **given))
+    check(marks(adapter) == before, expected="the first run's adapter as it was", got="another one in its place")
+
+
+@law(
+    "keep.best",
+    "A run that is to keep its best step ends with the step whose held-out loss was lowest.",
+    needs=["train", "evaluate"],
+    oracle="the same run ended after each step, each looked at",
+    cases=cases.KEEP_BEST,
+    examples=2,
+    cost=8,
+)
+def best_step_is_kept(trainer: SubjectClient, case: cases.Best) -> None:
+    """Four steps so large that the last is rarely the best."""
+    model, watched = trainer.model(TINY), [case.watched.model_dump()]
+    file = trainer.folder() / "valid.jsonl"
+    file.write_text(case.watched.model_dump_json() + "\n", encoding="utf-8")
+    settings = {**QUICK, "training.learning_rate": case.rate, "training.epochs": 4.0, "training.save_every": 1}
+    settings |= {"data.valid": str(file), "training.evaluate_every": 1}
+
+    def look(**more: Any) -> float:
+        adapter = adapter_of(train(trainer, model, {**settings, **more}, case.values))
+        return trainer.ask("evaluate", Loss, model=model, settings=QUICK, rows=watched, adapter=adapter).loss
+
+    looks = [look(**{"training.max_steps": steps}) for steps in (1, 2, 3, 4)]
+    kept = look(**{"training.keep": "best"})
+    check(abs(kept - min(looks)) <= 1e-4 * (1 + kept), expected=f"the lowest of {looks}", got=kept)
+
+
+_PEAK = 3e-4
+
+
+def _rate(case: cases.Scheduled, step: float, total: int) -> float:
+    """The rate at a step, from 0; warm-up ends at the peak and the rest ends near zero."""
+    if step <= case.warmup:
+        return _PEAK * max(step, 0.0) / case.warmup if case.warmup else _PEAK
+    done = min(1.0, (step - case.warmup) / (total - case.warmup))
+    shapes = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return _PEAK * shapes[case.schedule]
+
+
+@law(
+    "schedule.closed_form",
+    "The learning rate follows its schedule over optimizer steps: it warms up, and it comes down by the last one.",
+    needs=["train"],
+    oracle="the schedule's formula at the step and at its neighbours: trainers count from 0 or from 1",
+    cases=cases.SCHEDULE_CLOSED_FORM,
+    examples=5,
+    cost=4,
+)
+def rate_follows_its_schedule(trainer: SubjectClient, case: cases.Scheduled) -> None:
+    """Every rate that is told lies between those of the steps next to it, and there are as many steps as there are."""
+    settings = {
+        **QUICK,
+        "training.batch_size": 1,
+        "training.accumulation": case.accumulation,
+        "training.epochs": float(case.epochs),
+        "training.learning_rate": _PEAK,
+        "training.schedule": case.schedule,
+        "training.warmup_fraction": case.warmup / case.steps,
+    }
+    told = train(trainer, trainer.model(TINY), settings, case.values).steps
+    check([step.step for step in told] == [*range(1, case.steps + 1)], expected=f"{case.steps} steps", got=len(told))
+    for step in told:
+        if step.learning_rate is None:
+            continue
+        near = [_rate(case, step.step + shift, case.steps) for shift in (-1, 0, 1)]
+        holds = min(near) * (1 - 1e-3) - 1e-12 <= step.learning_rate <= max(near) * (1 + 1e-3)
+        check(holds, expected=f"step {step.step}: {near[0]:.6g} to {near[-1]:.6g}", got=f"{step.learning_rate:.6g}")

@@ -1,0 +1,1 @@
+"""How the suite reaches a trainer: it is asked by ability, in this process, as a subprocess or by a command."""

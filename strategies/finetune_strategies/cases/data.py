@@ -1,0 +1,121 @@
+"""Rows to account for, to order, to split and to cache."""
+
+from typing import Annotated, Literal
+
+from hypothesis import strategies as st
+from pydantic import Field
+
+from finetune_strategies.cases.rows import PAIRS, TEXTS, Pair, Rows
+from finetune_strategies.recipes import Recipe
+
+
+class Shuffled(Rows):
+    """Rows of one length, and the number that their order is drawn from."""
+
+    seed: Annotated[int, Field(ge=0)]
+
+
+_TWELVE = tuple(Pair(prompt=f"say {number}", completion=f"{number}") for number in range(10, 22))
+
+
+SHUFFLED = st.builds(Shuffled, rows=st.just(_TWELVE), seed=st.integers(0, 999))
+
+
+class Seeded(Recipe):
+    """A seed, and how often the rows are gone through."""
+
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
+    epochs: Annotated[int, Field(ge=1, le=2)]
+
+
+ORDER_SAME = st.builds(Seeded, seed=st.sampled_from((0, 1, 2**31)), epochs=st.integers(1, 2))
+
+
+_GOOD = Pair(prompt="a", completion="b")
+
+
+_ODD = st.one_of(
+    PAIRS,
+    st.builds(Pair, prompt=TEXTS, completion=st.sampled_from(("", " ", "\n"))),
+    st.builds(Pair, prompt=TEXTS.map(lambda text: text * 20), completion=TEXTS),
+)
+
+
+DATA_ACCOUNT = st.builds(Rows, rows=st.lists(_ODD, min_size=0, max_size=4).map(lambda rows: (_GOOD, *rows)))
+
+
+Shape = Literal["prompt/completion", "lists", "messages", "alpaca"]
+
+
+class Shaped(Recipe):
+    """A question and its answer, and the shape of the row that they are in."""
+
+    pair: Pair
+    shape: Shape
+
+
+DATA_SHAPES = st.builds(Shaped, pair=PAIRS, shape=st.sampled_from(("prompt/completion", "lists", "alpaca")))
+
+
+class Held(Recipe):
+    """Rows, some of which say the same, and the share of them that is held out."""
+
+    picks: Annotated[tuple[int, ...], Field(min_length=2, max_length=9, strict=False)]
+    fraction: Annotated[float, Field(ge=0, lt=1)]
+    seed: Annotated[int, Field(ge=0)]
+
+    @property
+    def values(self) -> list[dict[str, str]]:
+        """The rows as data files have them."""
+        return [{"prompt": f"question {pick}", "completion": f"answer {pick}"} for pick in self.picks]
+
+
+HELD = st.builds(
+    Held,
+    picks=st.lists(st.integers(0, 6), min_size=2, max_size=9).filter(lambda picks: len(set(picks)) > 1).map(tuple),
+    fraction=st.sampled_from((0.0, 0.21, 0.34, 0.5)),
+    seed=st.integers(0, 3),
+)
+
+
+SPLIT_SAME = HELD.filter(lambda case: len(set(case.picks)) > 3 and case.fraction > 0.3)
+
+
+class Cached(Recipe):
+    """Rows that are encoded with a cache, and then others, or with another model or other settings."""
+
+    rows: Annotated[tuple[Pair, ...], Field(min_length=1, strict=False)]
+    before: Literal["plain", "begins not"]
+    after: Literal["plain", "tokenizer", "begins", "begins not"]
+    changed: Literal["nothing", "words", "template", "length"]
+
+
+@st.composite
+def _cached(draw: st.DrawFn) -> Cached:
+    before, after = draw(st.sampled_from((("plain", "plain"), ("plain", "tokenizer"), ("begins not", "begins"))))
+    changes = ("words", "template", "length", "nothing") if before == after else ("nothing",)
+    rows = draw(st.lists(PAIRS, min_size=1, max_size=2).map(tuple))
+    return Cached(rows=rows, before=before, after=after, changed=draw(st.sampled_from(changes)))  # type: ignore[arg-type]
+
+
+CACHE_SAME = _cached()
+
+
+CACHE_FOUND = st.builds(Rows, rows=st.lists(PAIRS, min_size=1, max_size=2).map(tuple))
+
+
+class Remarked(Rows):
+    """Rows, one of which says something besides."""
+
+    remarked: Annotated[int, Field(ge=0)]
+
+
+@st.composite
+def _remarked(draw: st.DrawFn) -> Remarked:
+    # All of one length, so that nothing but their order says which share a batch.
+    letters = draw(st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=6, unique=True))
+    rows = tuple(Pair(prompt="q", completion=letter) for letter in letters)
+    return Remarked(rows=rows, remarked=draw(st.integers(0, len(rows) - 1)))
+
+
+ROWS_REMARKS = _remarked()

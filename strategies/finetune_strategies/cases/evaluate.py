@@ -1,0 +1,66 @@
+"""Rows to evaluate, prompts to answer, and configs to read."""
+
+from typing import Annotated, Literal
+
+from hypothesis import strategies as st
+from pydantic import Field
+
+from finetune_strategies.cases.learned import MODELS, WIDE
+from finetune_strategies.cases.rows import TINY, Rows, rows_of
+from finetune_strategies.recipes import ModelRecipe, Recipe
+
+
+class Looked(Rows):
+    """Rows to look at, so many at once."""
+
+    batch_size: Annotated[int, Field(ge=1, le=5)]
+    model: ModelRecipe = TINY
+
+
+LOOKED = st.builds(Looked, rows=rows_of(2, 5), batch_size=st.sampled_from([2, 3, 1, 5]), model=MODELS)
+
+
+EVALUATE_AS_TRAINED = st.builds(Looked, rows=rows_of(1, 2), batch_size=st.just(2), model=MODELS)
+
+
+class Asked(Recipe):
+    """Prompts, and how long an answer may be."""
+
+    prompts: Annotated[tuple[tuple[int, ...], ...], Field(min_length=1, max_length=3, strict=False)]
+    most: Annotated[int, Field(ge=1, le=9)] = 5
+    model: ModelRecipe = TINY
+
+
+ASKED = st.builds(
+    Asked,
+    prompts=st.lists(st.lists(st.integers(6, 255), min_size=1, max_size=9).map(tuple), min_size=1, max_size=3).map(
+        tuple
+    ),
+    most=st.integers(1, 6),
+    model=st.sampled_from([WIDE, TINY]),
+)
+
+
+class Full(Recipe):
+    """A prompt, and how many tokens the model reads."""
+
+    length: Annotated[int, Field(ge=4, le=12)]
+    context: Annotated[int, Field(ge=8, le=12)]
+
+
+GENERATE_FITS = st.builds(Full, length=st.sampled_from([9, 5]), context=st.sampled_from([10, 12]))
+
+
+class Spelling(Recipe):
+    """The base of a model's rotary positions, and where its `config.json` has it.
+
+    `rope_parameters` is where transformers writes it since 5.0, and `rope_theta` where it was before.
+    """
+
+    theta: Annotated[float, Field(gt=1)]
+    key: Literal["rope_theta", "rope_parameters"]
+
+
+SPELLINGS = st.builds(
+    Spelling, theta=st.sampled_from([10.0, 500_000.0]), key=st.sampled_from(["rope_theta", "rope_parameters"])
+)

@@ -1,0 +1,97 @@
+"""Conversations, limits of length and batches whose trained tokens are known."""
+
+from typing import Annotated, Any, Literal
+
+from hypothesis import strategies as st
+from pydantic import Field
+
+from finetune_strategies.cases.dialogues import Dialogue, dialogues
+from finetune_strategies.cases.rows import TEXTS, IdRow, Pair, Rows, rows_of
+from finetune_strategies.recipes import FEWEST_WORDS, Recipe
+
+
+class Answered(Recipe):
+    """Conversations, each in a row of its own."""
+
+    conversations: Annotated[tuple[Dialogue, ...], Field(min_length=1, max_length=3, strict=False)]
+
+    @property
+    def values(self) -> list[dict[str, Any]]:
+        """The rows as data files have them: a pair where it is one, messages elsewhere."""
+        return [
+            {"messages": talk.messages}
+            if talk.system is not None or len(talk.turns) > 1
+            else talk.turns[0].model_dump()
+            for talk in self.conversations
+        ]
+
+
+MASK_ANSWERS = st.builds(Answered, conversations=st.lists(dialogues(TEXTS), min_size=1, max_size=3).map(tuple))
+
+
+class Placed(Rows):
+    """Rows, and where their template comes from."""
+
+    place: Literal["tokenizer", "file"]
+
+
+MASK_TEMPLATE = st.builds(Placed, rows=rows_of(1, 2), place=st.sampled_from(("tokenizer", "file")))
+
+
+Policy = Literal["drop", "truncate_prompt", "split"]
+
+
+class Limited(Rows):
+    """Rows, a policy for those that are too long, and how far below the longest row the limit is."""
+
+    policy: Policy
+    below: Annotated[int, Field(ge=0)]
+
+
+_LONGER = st.builds(Pair, prompt=TEXTS.map(lambda text: f"longer than that: {text}"), completion=TEXTS)
+
+
+_SHORT = Pair(prompt="a", completion="b")
+
+
+def _limited(below: st.SearchStrategy[int], *policies: Policy) -> st.SearchStrategy[Limited]:
+    rows = st.lists(_LONGER, min_size=1, max_size=2).map(lambda rows: (_SHORT, *rows))
+    return st.builds(Limited, rows=rows, policy=st.sampled_from(policies), below=below)
+
+
+MASK_FITS = _limited(st.just(0), "drop", "truncate_prompt", "split")
+
+
+MASK_WHOLE = _limited(st.integers(1, 9), "drop", "split")
+
+
+MASK_CUT = _limited(st.integers(1, 12), "truncate_prompt")
+
+
+class Long(Recipe):
+    """A text, and a limit."""
+
+    text: str
+    most: Annotated[int, Field(ge=8)]
+
+
+MASK_PIECES = st.builds(Long, text=TEXTS.map(lambda text: f"{text} and so on, and on, and on"), most=st.integers(8, 17))
+
+
+class Batched(Recipe):
+    """Rows of one batch."""
+
+    rows: Annotated[tuple[IdRow, ...], Field(min_length=1, max_length=3, strict=False)]
+
+
+@st.composite
+def _any_rows(draw: st.DrawFn) -> Batched:
+    """Rows of any tokens, those for padding and for ends among them."""
+    tokens = st.one_of(st.integers(0, 3), st.integers(0, FEWEST_WORDS - 1))
+    ids = st.lists(tokens, min_size=2, max_size=12)
+    drawn = draw(st.lists(ids, min_size=1, max_size=3))
+    rows = [IdRow(ids=tuple(each), answer=draw(st.integers(1, len(each) - 1))) for each in drawn]
+    return Batched(rows=tuple(rows))
+
+
+MASK_MEASURED = _any_rows()

@@ -1,0 +1,44 @@
+"""Adapters to merge, into bases of several kinds."""
+
+from typing import Annotated
+
+from hypothesis import strategies as st
+from pydantic import Field
+
+from finetune_strategies.cases.learned import ONE_ROW, Learned, learned
+
+
+class Merging(Learned):
+    """What is merged, into a base whose head may be tied."""
+
+    tied: bool = False
+
+
+MERGING = st.builds(
+    Merging,
+    rows=ONE_ROW,
+    model=learned().map(lambda case: case.model),
+    kind=st.sampled_from(["lora", "of two layers", "rank-stabilised"]),
+    tied=st.booleans(),
+)
+
+
+MERGE_EXACT = st.builds(Merging, rows=ONE_ROW, kind=st.sampled_from(["lora", "of two layers"]))
+
+
+MERGE_LEAVES = st.builds(Merging, rows=ONE_ROW)
+
+
+MERGE_WHOLE = st.builds(Learned, rows=ONE_ROW)
+
+
+class Large(Learned):
+    """A base that holds a weight of this size."""
+
+    size: Annotated[float, Field(gt=0)]
+
+
+MERGE_OVERFLOW = st.builds(Large, rows=ONE_ROW, size=st.sampled_from([7e4, 6e4]))
+
+
+MERGE_TIED_APART = st.builds(Learned, rows=ONE_ROW)

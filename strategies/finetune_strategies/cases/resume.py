@@ -1,0 +1,71 @@
+"""Runs that are stopped, and checkpoints that are damaged."""
+
+from typing import Annotated, Any, Literal
+
+from hypothesis import strategies as st
+from pydantic import Field
+
+from finetune_strategies.cases.learned import QUICK
+from finetune_strategies.cases.rows import PLAIN, Pair, Rows, rows_of
+
+RUN: dict[str, Any] = {
+    **QUICK,
+    "training.batch_size": 1,
+    "training.accumulation": 2,
+    "training.epochs": 3.0,
+    "training.save_every": 1,
+    "training.schedule": "linear",
+    "training.warmup_fraction": 0.34,
+    "adapter.dropout": 0.2,
+    "training.learning_rate": 5e-3,
+}
+
+
+class Stopped(Rows):
+    """A run, and the steps after which it is ended.
+
+    With a schedule it is one of three steps and plain settings, which any trainer has that can go on at all.
+    """
+
+    stops: Annotated[tuple[int, ...], Field(min_length=1, max_length=2, strict=False)]
+    schedule: Literal["constant", "linear"] | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the run."""
+        if self.schedule is None:
+            return RUN
+        return {
+            **PLAIN,
+            "training.batch_size": 1,
+            "training.max_steps": 3,
+            "training.learning_rate": 0.01,
+            "training.schedule": self.schedule,
+            "training.seed": self.seed,
+            "training.save_every": 1,
+        }
+
+
+_STOPS = st.sampled_from([(3, 5), (1, 6), (4, 6), (2, 3)])
+
+
+_FIVE = st.just(tuple(Pair(prompt="q" * (1 + number), completion=f"{number} of five") for number in range(5)))
+
+
+STOPPED = st.builds(
+    Stopped,
+    rows=rows_of(1, 2),
+    stops=st.just((1,)),
+    schedule=st.sampled_from(["constant", "linear"]),
+    seed=st.integers(0, 2),
+) | st.builds(Stopped, rows=_FIVE, stops=_STOPS)
+
+
+class Damaged(Rows):
+    """A run that is stopped at a step, and a place among its checkpoint's numbers, in thousandths."""
+
+    place: Annotated[int, Field(ge=0, le=999)]
+
+
+RESUME_DAMAGED = st.builds(Damaged, rows=rows_of(2, 2), place=st.integers(0, 999))
