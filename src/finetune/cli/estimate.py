@@ -5,18 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune.cli.console import data_console, print_json
-from finetune.cli.options import (
-    AsJson,
-    Assignments,
-    BackendName,
-    ConfigFile,
-    DataFile,
-    ModelName,
-    ProfileName,
-    TemplateName,
-    flags_of,
-    gather,
-)
+from finetune.cli.options import AsJson, ConfigFile, Settings, with_settings
 
 if TYPE_CHECKING:
     from finetune.config import LoadedConfig
@@ -28,15 +17,11 @@ Measure = Annotated[
 ]
 
 
+@with_settings
 def command(
     config: ConfigFile = None,
     *,
-    model: ModelName = None,
-    data: DataFile = None,
-    template: TemplateName = None,
-    backend: BackendName = None,
-    profile: ProfileName = None,
-    assignments: Assignments = None,
+    settings: Settings,
     measure_framework: Measure = False,
     json_output: AsJson = False,
 ) -> int:
@@ -53,29 +38,28 @@ def command(
     from finetune.processes import available_memory
     from finetune.training.prepare import adapter_target, planned_shape
 
-    loaded = gather(config, flags_of(model, data, template, backend), assignments, profile)
-    settings = loaded.config
-    framework = framework_of(settings.backend)
+    loaded = settings.load(config)
+    asked = loaded.config
+    framework = framework_of(asked.backend)
     if measure_framework:
-        framework = framework.measured(measured_here(settings.backend))
-    shape = planned_shape(settings, locate_model(settings.model.path, revision=settings.model.revision))
+        framework = framework.measured(measured_here(asked.backend))
+    shape = planned_shape(asked, locate_model(asked.model.path, revision=asked.model.revision))
     # Where the whole model is to be trained, a plain adapter is shown beside it.
-    target = adapter_target(settings, shape) or adapter_target(TrainingConfig(), shape)
+    target = adapter_target(asked, shape) or adapter_target(TrainingConfig(), shape)
     assert target is not None
     load, basis = _load(loaded, shape)
-    outlook = foresee(shape, target, settings.model.dtype, load, framework, available_memory())
+    outlook = foresee(shape, target, asked.model.dtype, load, framework, available_memory())
     if json_output:
-        print_json({"model": settings.model.path, "basis": basis, **outlook_values(outlook)})
+        print_json({"model": asked.model.path, "basis": basis, **outlook_values(outlook)})
         return 0
     console = data_console()
     trained = f"the adapter trains {outlook.forecasts['LoRA'].trainable_parameters:,} of its own"
-    if settings.adapter.kind == "full":
+    if asked.adapter.kind == "full":
         trained = "all of them are trained"
-    lines = [
-        f"{settings.model.path}: {shape.parameters:,} parameters; {trained}",
+    for line in (
+        f"{asked.model.path}: {shape.parameters:,} parameters; {trained}",
         f"{load.rows} x {load.length} tokens at once, {load.targets:,} of them trained: {basis}",
-    ]
-    for line in lines:
+    ):
         console.print(line, markup=False, highlight=False)
     console.print(outlook_table(outlook))
     for line in outlook_notes(outlook):

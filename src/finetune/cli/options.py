@@ -1,8 +1,11 @@
 """The options that several verbs share, and the configuration they add up to."""
 
+import functools
+import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -14,42 +17,67 @@ if TYPE_CHECKING:
 
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; `ft init` writes one.")]
 ConfigFiles = Annotated[list[Path] | None, typer.Argument(metavar="[CONFIG]", help="YAML files; `ft init` writes one.")]
-ModelName = Annotated[str | None, typer.Option("--model", help="Shipped name, local folder or hub id.")]
-DataFile = Annotated[str | None, typer.Option("--data", help="Training rows: .jsonl, .json, .csv, .tsv or .parquet.")]
-TemplateName = Annotated[
-    str | None, typer.Option("--template", help="auto, tokenizer, alpaca, chatml, llama2, llama3 or a .jinja file.")
-]
-BackendName = Annotated[str | None, typer.Option("--backend", help="torch, mlx or reference.")]
-ProfileName = Annotated[str | None, typer.Option("--profile", help="chat, instruction, code or demo.")]
-Assignments = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as training.seed=1.")
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/20261122-101500-ab12.")]
 
 
-def gather(
-    config: Path | None, flags: dict[str, str | None], assignments: list[str] | None, profile: str | None
-) -> "LoadedConfig":
-    """The configuration that file, environment and flags add up to.
+class Settings(NamedTuple):
+    """The options of a configuration, as the user gave them."""
 
-    Without data of one's own the shipped data is trained on, and then the `demo` profile fits unless another is asked.
-    """
-    from finetune.config import load_config, parse_assignments
+    model: Annotated[str | None, typer.Option("--model", help="Shipped name, local folder or hub id.")] = None
+    data: Annotated[
+        str | None, typer.Option("--data", help="Training rows: .jsonl, .json, .csv, .tsv or .parquet.")
+    ] = None
+    template: Annotated[
+        str | None, typer.Option("--template", help="auto, tokenizer, alpaca, chatml, llama2, llama3 or a .jinja file.")
+    ] = None
+    backend: Annotated[str | None, typer.Option("--backend", help="torch, mlx or reference.")] = None
+    profile: Annotated[str | None, typer.Option("--profile", help="chat, instruction, code or demo.")] = None
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as training.seed=1.")
+    ] = None
 
-    overrides: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
-    overrides |= parse_assignments(assignments or [])
-    loaded = load_config(config, environ=os.environ, overrides=overrides, profile=profile)
-    if loaded.config.data.train is None and "profile" not in loaded.origins.values():
-        loaded = load_config(config, environ=os.environ, overrides=overrides, profile="demo")
-    return loaded
+    def load(self, config: Path | None) -> "LoadedConfig":
+        """The configuration that file, environment and options add up to.
+
+        Without data of one's own the shipped data is trained on, and then the `demo` profile fits unless another is
+        asked for.
+        """
+        from finetune.config import load_config, parse_assignments
+
+        flags = {"model.path": self.model, "data.train": self.data, "template.name": self.template}
+        overrides: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
+        overrides |= {"backend": self.backend} if self.backend is not None else {}
+        overrides |= parse_assignments(self.assignments or [])
+        loaded = load_config(config, environ=os.environ, overrides=overrides, profile=self.profile)
+        if loaded.config.data.train is None and "profile" not in loaded.origins.values():
+            loaded = load_config(config, environ=os.environ, overrides=overrides, profile="demo")
+        return loaded
+
+    def words(self) -> list[str]:
+        """The same options again, for a process of a launched run; whoever starts them says how many there are."""
+        given = {name: value for name, value in self._asdict().items() if isinstance(value, str)}
+        sets = [each for each in self.assignments or [] if not each.startswith("training.processes=")]
+        return [*(f"--{name}={value}" for name, value in given.items()), *(f"--set={each}" for each in sets)]
 
 
-def flags_of(
-    model: str | None, data: str | None, template: str | None, backend: str | None = None
-) -> dict[str, str | None]:
-    """The short options as settings by dotted key."""
-    return {"model.path": model, "data.train": data, "template.name": template, "backend": backend}
+def with_settings(command: Callable[..., int]) -> Callable[..., int]:
+    """Give a verb every option of `Settings`; it receives them together, as `settings`."""
+
+    @functools.wraps(command)
+    def verb(*args: Any, **given: Any) -> int:
+        return command(*args, settings=Settings(*(given.pop(name) for name in Settings._fields)), **given)
+
+    # typer reads a verb's options off its signature.
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in Settings.__annotations__.items()
+    ]
+    parameters = list(inspect.signature(command).parameters.values())
+    at = next(place for place, parameter in enumerate(parameters) if parameter.name == "settings")
+    verb.__signature__ = inspect.Signature([*parameters[:at], *shared, *parameters[at + 1 :]])  # type: ignore[attr-defined]
+    verb.__annotations__ = {**command.__annotations__, **Settings.__annotations__}
+    return verb
 
 
 def named_outtype(name: str, option: str = "--outtype") -> "Outtype":

@@ -4,29 +4,13 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from finetune.cli.console import data_console, exit_code, print_json, say
-from finetune.cli.options import (
-    AsJson,
-    Assignments,
-    BackendName,
-    ConfigFile,
-    DataFile,
-    ModelName,
-    ProfileName,
-    TemplateName,
-    flags_of,
-    gather,
-    named_outtype,
-)
+from finetune.cli.options import AsJson, ConfigFile, Settings, named_outtype, with_settings
 from finetune.errors import UsageError
-
-if TYPE_CHECKING:
-    from finetune.config import TrainingConfig
-    from finetune.export.outtypes import Outtype
 
 Output = Annotated[Path | None, typer.Option("--output", help="The run folder to make; by default below runs/.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run (--output names it).")]
@@ -43,16 +27,12 @@ ExportAs = Annotated[
 ]
 
 
+@with_settings
 def command(
     config: ConfigFile = None,
     *,
-    model: ModelName = None,
-    data: DataFile = None,
-    template: TemplateName = None,
-    backend: BackendName = None,
-    profile: ProfileName = None,
+    settings: Settings,
     output: Output = None,
-    assignments: Assignments = None,
     resume: Resume = False,
     launch: Starter = None,
     processes: Processes = None,
@@ -73,9 +53,8 @@ def command(
     from finetune.run.folder import RunFolder
     from finetune.train import fine_tune
 
-    flags = flags_of(model, data, template, backend)
     if resume:
-        if config or profile or assignments or any(flags.values()):
+        if config or any(settings):
             raise UsageError(
                 "--resume takes its settings from the run itself",
                 hint="leave out everything but --output, --launch and --json",
@@ -83,14 +62,19 @@ def command(
         plan = load_plan(RunFolder.unfinished(output).plan)
         loaded = LoadedConfig(plan.config, plan.origins)
     else:
-        loaded = gather(config, flags, assignments, profile)
-    outtype = _exportable_as(export_as, loaded.config) if export_as is not None else None
+        loaded = settings.load(config)
+    outtype = None
+    if export_as is not None:
+        from finetune.export.gguf import check_export
+
+        outtype = named_outtype(export_as, "--export")
+        check_export(loaded.config)
     watched = os.environ.get(NOTES)
     asked = (read_command(Path(watched)) if watched else "") or shlex.join(["ft", *sys.argv[1:]])
     if launch or processes or launch_config:
         starter = plan_launch(launch, processes, launch_config, planned=loaded.config.training.processes)
-        given = {"model": model, "data": data, "template": template, "backend": backend, "profile": profile}
-        words = _again(config, given, assignments, resume=resume)
+        file = [str(config)] if config else []
+        words = ["finetune.cli.worker", "train", *file, *settings.words(), *(["--resume"] if resume else [])]
         folder, run = train_together(starter, loaded.config.backend, words, output=output, command=asked, say=say)
     else:
         with Progress() as progress:
@@ -99,43 +83,12 @@ def command(
     if run and not watched:
         _tell(run, folder, json_output=json_output)
         if outtype is not None:
-            _export(folder, outtype)
+            from finetune.export.gguf import export
+
+            done = export(str(folder), outtype=outtype, adapter_only=False, output=None, backend="torch", tell=say)
+            say(f"GGUF: {done.path}")
         return exit_code(run["outcome"], allow_inconclusive=loaded.config.judge.allow_inconclusive)
     return 0
-
-
-def _exportable_as(name: str, config: "TrainingConfig") -> "Outtype":
-    """The type of file that is asked for, seen to be one that this base can be written in."""
-    from finetune.export.gguf import check_export
-
-    outtype = named_outtype(name, "--export")
-    check_export(config)
-    return outtype
-
-
-def _export(folder: Path, outtype: "Outtype") -> None:
-    from finetune.export.gguf import export
-
-    done = export(str(folder), outtype=outtype, adapter_only=False, output=None, backend="torch", tell=say)
-    say(f"GGUF: {done.path}")
-
-
-def _again(
-    config: Path | None, given: dict[str, str | None], assignments: list[str] | None, *, resume: bool
-) -> list[str]:
-    """The words that ask each process for the same as this one was asked for."""
-    options = [f"--{name}={value}" for name, value in given.items() if value is not None]
-    # How many processes there are is said by whoever starts them.
-    kept = [each for each in assignments or [] if not each.startswith("training.processes=")]
-    file = [str(config)] if config else []
-    return [
-        "finetune.cli.worker",
-        "train",
-        *file,
-        *options,
-        *(f"--set={each}" for each in kept),
-        *(["--resume"] if resume else []),
-    ]
 
 
 def _tell(run: dict[str, Any], folder: Path, *, json_output: bool) -> None:
