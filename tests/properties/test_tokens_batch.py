@@ -6,8 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetune.data.batches import epoch_batches, fixed_batches, sequences_of
-from finetune.data.packing import pack_rows
+from finetune.data.batches import epoch_batches, fixed_batches, pack_rows, sequences_of
 from finetune.records import Batch, TokenizedRow
 
 

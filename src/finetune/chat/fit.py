@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from finetune.chat.encode import REMOVABLE, Marked
-from finetune.errors import DataError
+from finetune.data.read import raise_all
 from finetune.records import DataCounts, TokenizedRow
 
 Overlong = Literal["drop", "truncate_prompt", "split", "refuse"]
-_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,11 @@ def fit_rows(rows: Iterable[Marked], *, max_length: int, overlong: Overlong, dro
         told["kept"] += bool(learned)
         told["truncated"] += len(learned) == 1 and len(pieces[0].ids) < len(row.ids)
         told["split"] += len(pieces) > 1 and bool(learned)
-    _refuse(refused, max_length)
+    raise_all(
+        refused,
+        what=f"{len(refused)} rows are longer than {max_length} tokens",
+        hint="raise tokens.max_length, or choose another tokens.overlong: drop, truncate_prompt or split",
+    )
     counts = DataCounts(
         read=sum(dropped.values()) + told["read"],
         kept=told["kept"],
@@ -84,15 +87,3 @@ def shorten_row(row: Marked, max_length: int, overlong: Overlong) -> list[Marked
             for index, at in enumerate(starts, start=1)
         ]
     return []
-
-
-def _refuse(too_long: list[str], max_length: int) -> None:
-    if not too_long:
-        return
-    shown = too_long[:_SHOWN]
-    if len(too_long) > len(shown):
-        shown.append(f"... and {len(too_long) - len(shown)} more")
-    raise DataError(
-        "\n  ".join([f"{len(too_long)} rows are longer than {max_length} tokens:", *shown]),
-        hint="raise tokens.max_length, or choose another tokens.overlong: drop, truncate_prompt or split",
-    )

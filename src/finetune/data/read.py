@@ -1,12 +1,18 @@
 """Reads data files row by row and remembers where each row stood."""
 
+import csv
+import io
+import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from finetune.data.json_file import parse_document, parse_lines
-from finetune.data.table_file import parse_parquet, parse_table
-from finetune.errors import DataError
+from finetune.errors import DataError, MissingExtraError
 from finetune.records import Row
+
+_LONGEST_CELL = 2**31 - 1
+"""Without it the csv module refuses cells of over 131,072 characters; a document may be longer."""
 
 
 def read_rows(path: Path, *, limit: int | None = None) -> list[Row]:
@@ -22,6 +28,13 @@ def read_rows(path: Path, *, limit: int | None = None) -> list[Row]:
     if not rows:
         raise DataError(f"{path} holds no rows", hint="put one row on each line")
     return rows if limit is None else rows[:limit]
+
+
+def raise_all(problems: list[str], *, hint: str, what: str = "the data cannot be used") -> None:
+    """Raise one DataError that names every problem (twenty in full, the rest counted); nothing when there is none."""
+    if problems:
+        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
+        raise DataError("\n  ".join([f"{what}:", *problems[:20], *more]), hint=hint)
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -55,18 +68,137 @@ def _decoded(path: Path, content: bytes) -> str:
     return text
 
 
+def _parse_lines(path: Path, text: str) -> list[Row]:
+    """The rows of one JSON object a line; empty lines are skipped."""
+    rows: list[Row] = []
+    problems: list[str] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            rows.append(_as_row(_load(line), where))
+        except json.JSONDecodeError as error:
+            problems.append(f"{where}: broken JSON at column {error.colno}: {error.msg}")
+        except (RecursionError, ValueError) as error:
+            problems.append(f"{where}: {_unreadable(error)}")
+        except DataError as error:
+            problems.append(error.message)
+    raise_all(problems, hint="each line must be one JSON object")
+    return rows
+
+
+def _parse_document(path: Path, text: str) -> list[Row]:
+    """The rows of a list of JSON objects, of a single one, or of one a line."""
+    try:
+        document = _load(text)
+    except json.JSONDecodeError as error:
+        first = text.strip().split("\n", 1)[0].strip()
+        if error.msg == "Extra data" or (first.startswith("{") and first.endswith("}")):
+            return _parse_lines(path, text)
+        raise DataError(
+            f"{path}:{error.lineno}: broken JSON at column {error.colno}: {error.msg}",
+            hint="a .json file holds one list of objects",
+        ) from None
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{path}: {_unreadable(error)}", hint="flatten or shorten the rows") from None
+    items = document if isinstance(document, list) else [document]
+    rows: list[Row] = []
+    problems: list[str] = []
+    for index, item in enumerate(items):
+        try:
+            rows.append(_as_row(item, f"{path}[{index}]"))
+        except DataError as error:
+            problems.append(error.message)
+    raise_all(problems, hint="each element must be a JSON object")
+    return rows
+
+
+class _KeyTwiceError(ValueError):
+    """An object names a key twice: JSON's grammar allows it, and every reader silently keeps the last."""
+
+
+def _load(text: str) -> Any:
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            raise _KeyTwiceError(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
+        return values
+
+    return json.loads(text, object_pairs_hook=without_repeats)
+
+
+def _unreadable(error: RecursionError | ValueError) -> str:
+    """Why text that is JSON by its grammar is refused."""
+    if isinstance(error, _KeyTwiceError):
+        return f"key {str(error)[:60]!r} is there twice"
+    return "JSON nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
+
+
+def _as_row(value: Any, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: expected a JSON object, found {type(value).__name__} {str(value)[:60]!r}")
+    return Row(value, where)
+
+
+def _parse_table(path: Path, content: bytes) -> list[Row]:
+    """The rows below a header line; every cell is text, and an empty one is empty text."""
+    csv.field_size_limit(_LONGEST_CELL)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.reader(io.StringIO(_decoded(path, content), newline=""), delimiter=delimiter, strict=True)
+    rows: list[Row] = []
+    problems: list[str] = []
+    header: list[str] = []
+    start = 1
+    try:
+        for cells in reader:
+            where, start = f"{path}:{start}", reader.line_num + 1
+            if not cells:
+                continue
+            if not header:
+                header = cells
+                _check_names(path, header)
+            elif len(cells) != len(header):
+                problems.append(f"{where}: {len(cells)} cells, but the header names {len(header)} columns")
+            else:
+                rows.append(Row(dict(zip(header, cells, strict=True)), where))
+    except csv.Error as error:
+        problems.append(f"{path}:{start}: broken table: {error}")
+    raise_all(problems, hint="quote each cell that holds the delimiter, a quote (doubled) or a line break")
+    return rows
+
+
+def _parse_parquet(path: Path, content: bytes) -> list[Row]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise MissingExtraError(
+            f"{path}: a Parquet file needs pyarrow, which is not installed",
+            hint="pip install 'finetune-suite[parquet]', or save the rows as .jsonl",
+        ) from None
+    try:
+        table = parquet.read_table(pyarrow.BufferReader(content), page_checksum_verification=True)
+        _check_names(path, table.column_names)
+        return [Row(values, f"{path}[{index}]") for index, values in enumerate(table.to_pylist())]
+    except (pyarrow.ArrowException, OSError, ValueError, UnicodeDecodeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{path}: broken Parquet file: {first}", hint="write the file again") from None
+
+
+def _check_names(path: Path, names: list[str]) -> None:
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    raise_all([f"{path}: column {name[:60]!r} is there twice" for name in twice], hint="give each column its own name")
+
+
 def _lines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _table(path: Path, content: bytes) -> list[Row]:
-    return parse_table(path, _decoded(path, content), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-
-
 _READERS: dict[str, Callable[[Path, bytes], list[Row]]] = {
-    ".jsonl": lambda path, content: parse_lines(path, _lines(_decoded(path, content))),
-    ".json": lambda path, content: parse_document(path, _lines(_decoded(path, content))),
-    ".csv": _table,
-    ".tsv": _table,
-    ".parquet": parse_parquet,
+    ".jsonl": lambda path, content: _parse_lines(path, _lines(_decoded(path, content))),
+    ".json": lambda path, content: _parse_document(path, _lines(_decoded(path, content))),
+    ".csv": _parse_table,
+    ".tsv": _parse_table,
+    ".parquet": _parse_parquet,
 }

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.data.problems import raise_all
+from finetune.data.read import raise_all
 from finetune.errors import DataError
 from finetune.records import Conversation, Document, Message, Row
 
