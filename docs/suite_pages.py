@@ -168,13 +168,13 @@ def _candidates() -> list[str]:
         "Reading its source had suggested these before anything was run. Each law is one that any trainer is held to.",
         "A finding of a trainer in another environment is tried again with `--python PATH` added.",
         "",
-        "| suspected | law | verdict | rows in the smallest case |",
+        "| suspected | law | outcome | rows in the smallest case |",
         "|---|---|---|---|",
     ]
     for what, law in CANDIDATES.items():
         case = judged[law]["case"] or {}
         rows = len(case["rows"]) if "rows" in case else sum(map(len, case.get("micro", ()))) or "none needed"
-        lines.append(f"| {what} | `{law}` | {judged[law]['word']} | {rows} |")
+        lines.append(f"| {what} | `{law}` | {judged[law]['outcome']} | {rows} |")
     return [*lines, ""]
 
 
@@ -190,12 +190,12 @@ def _subject(path: Path, notes: Mapping[str, str]) -> list[str]:
         "",
     ]
     for judgement in found["laws"]:
-        if judgement["word"] == "broken":
+        if judgement["outcome"] == "failed":
             lines += _finding(judgement, name, notes.get(judgement["law"], ""))
-    unjudged = [each for each in found["laws"] if each["word"] not in ("holds", "broken")]
+    unjudged = [each for each in found["laws"] if each["outcome"] not in ("passed", "failed")]
     if unjudged:
         lines += ["Not judged:", ""]
-        lines += [f"- `{each['law']}`: {each['word']}: {_line(each['why'])}" for each in unjudged]
+        lines += [f"- `{each['law']}`: {each['outcome']}: {_line(each['why'])}" for each in unjudged]
         lines.append("")
     return lines
 

@@ -53,7 +53,7 @@ def loss_is_value(trainer: SubjectClient, case: Number) -> None:
 def test_judge_says_of_what_holds_that_it_holds(tmp_path: Path) -> None:
     """A trainer that keeps a law is told to, with the number of cases."""
     found = judge(law_of(loss_is_value), trainer_of(lambda value: {"loss": float(value)}, tmp_path), Effort())
-    assert (found.word, found.cases, found.case) == ("holds", 24, None)
+    assert (found.outcome, found.cases, found.case) == ("passed", 24, None)
 
 
 @pytest.mark.parametrize("limit", [0, 1, 7, 100, 899])
@@ -62,11 +62,11 @@ def test_judge_makes_what_breaks_as_small_as_it_gets(limit: int, tmp_path: Path)
     trainer = trainer_of(lambda value: {"loss": float(value if value < limit else -1)}, tmp_path)
     law = law_of(loss_is_value, st.sampled_from([limit, 1000]) | st.integers(0, 1000))
     found = judge(law, trainer, Effort())
-    assert (found.word, found.case) == ("broken", {"value": limit})
+    assert (found.outcome, found.case) == ("failed", {"value": limit})
     assert (found.expected, found.got) == (str(limit), "-1.0")
     again = judge_again(law, trainer, Number.model_validate(found.case))
-    assert (again.word, again.case) == ("broken", found.case)
-    assert limit == 0 or judge_again(law, trainer, Number(value=limit - 1)).word == "holds"
+    assert (again.outcome, again.case) == ("failed", found.case)
+    assert limit == 0 or judge_again(law, trainer, Number(value=limit - 1)).outcome == "passed"
 
 
 def raises(error: Exception) -> Callable[[int], Any]:
@@ -92,7 +92,7 @@ def test_judge_tells_trouble_from_what_is_broken(how: str, tmp_path: Path) -> No
     """Whatever a trainer does instead of answering is never called a broken law, and says what it was."""
     answer, word, words = TROUBLES[how]
     found = judge(law_of(loss_is_value), trainer_of(answer, tmp_path), Effort())
-    assert found.word == word
+    assert found.outcome == word
     assert words in found.why
     assert found.cases == 0
 
@@ -102,7 +102,7 @@ def test_judge_tells_what_is_not_answered_alike_twice(tmp_path: Path) -> None:
     asked = iter(range(10_000))
     trainer = trainer_of(lambda value: {"loss": float(value) if next(asked) else -1.0}, tmp_path)
     found = judge(law_of(loss_is_value), trainer, Effort())
-    assert found.word == "broken"
+    assert found.outcome == "failed"
     assert "does not answer alike twice" in found.why
 
 
@@ -115,7 +115,7 @@ def test_judge_judges_what_it_can_of_a_trainer_that_cannot_all(tmp_path: Path) -
         return {"loss": float(value)}
 
     found = judge(law_of(loss_is_value), trainer_of(answer, tmp_path), Effort())
-    assert found.word == "holds"
+    assert found.outcome == "passed"
     assert found.cases > 0 < found.unable["odd numbers"]
 
 
@@ -135,14 +135,14 @@ def test_judge_asks_nothing_of_an_ability_that_is_missing(tmp_path: Path) -> Non
     """A law about an ability that is missing is not applicable, with the reason."""
     about = About("somebody", {}, {"loss": "it keeps them to itself"})
     found = judge(law_of(loss_is_value), SubjectClient(InProcessSubject(about, {}, []), tmp_path), Effort())
-    assert (found.word, found.why) == ("not applicable", "loss: it keeps them to itself")
+    assert (found.outcome, found.why) == ("not applicable", "loss: it keeps them to itself")
 
 
 def test_judge_stops_when_its_time_is_over(tmp_path: Path) -> None:
     """No more cases are begun after the seconds of a law, and what was judged counts."""
     trainer = trainer_of(lambda value: {"loss": float(value)}, tmp_path)
     found = judge(law_of(loss_is_value), trainer, Effort(seconds=0.0))
-    assert (found.word, found.cases) == ("not applicable", 0)
+    assert (found.outcome, found.cases) == ("not applicable", 0)
 
 
 def test_verify_goes_on_when_a_law_itself_fails(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_verify_goes_on_when_a_law_itself_fails(tmp_path: Path) -> None:
 
     trainer = trainer_of(lambda value: {"loss": float(value)}, tmp_path)
     found = run.verify(trainer, [law_of(fails), law_of(loss_is_value)], Effort())
-    assert [each.word for each in found.results] == ["error", "holds"]
+    assert [each.outcome for each in found.results] == ["error", "passed"]
     assert "the suite itself failed: KeyError: 'mine'" in found.results[0].why
     assert not found.passes
 
@@ -232,7 +232,7 @@ def test_junit_holds_whatever_a_trainer_says(words: str) -> None:
     """Control letters, markup and halves of letters leave the XML whole."""
     from xml.etree import ElementTree
 
-    judgement = LawResult("test.law", words, "broken", got=words, why=words)
+    judgement = LawResult("test.law", words, "failed", got=words, why=words)
     other = LawResult("test.two", words, "error", why=words)
     found = run.Verification(words, {}, 1, Effort(), (judgement, other), 0.0, (words,))
     assert len(ElementTree.fromstring(formats.junit(found).encode())) == 3
@@ -251,8 +251,8 @@ def test_laws_are_chosen_by_name_or_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_verification_of_the_protocol_alone_does_not_pass() -> None:
     """Where only the subject was judged, and no law of fine-tuning, nothing is green."""
-    subject = LawResult("protocol.hello", "It says who it is.", "holds", cases=1)
-    law = LawResult("test.law", "It is so.", "holds", cases=1)
+    subject = LawResult("protocol.hello", "It says who it is.", "passed", cases=1)
+    law = LawResult("test.law", "It is so.", "passed", cases=1)
     only, both = (run.Verification("", {}, 1, Effort(), judged, 0.0) for judged in ((subject,), (subject, law)))
     assert (only.passes, both.passes) == (False, True)
 
@@ -267,7 +267,7 @@ ENDS: Mapping[str, Callable[[int], Any]] = {
 def test_trainer_that_ends_the_process_is_an_error(how: str, tmp_path: Path) -> None:
     """A trainer in this process that leaves it, even with 0, is told so, and the suite goes on."""
     found = judge(law_of(loss_is_value), trainer_of(ENDS[how], tmp_path), Effort())
-    assert found.word == "error"
+    assert found.outcome == "error"
     assert "it ended the process" in found.why
 
 

@@ -56,7 +56,7 @@ def trainer(oracle: LazySubject, tmp_path_factory: pytest.TempPathFactory) -> Su
 def test_law_passes_on_the_reference_trainer(law: Law, trainer: SubjectClient) -> None:
     """A few cases of each law, more where they are cheap; `ft prove` judges this trainer by all of them."""
     result = judge(law, trainer, Effort(times=0.25 if law.cost == 1 else 0.05))
-    assert result.word == "holds", result
+    assert result.outcome == "passed", result
 
 
 @pytest.mark.tools
@@ -70,7 +70,7 @@ def test_law_fails_on_a_planted_fault(
     trainer = SubjectClient(inside("reference", tmp_path), tmp_path, oracle)
     fault.faults()[planted].apply()
     result = judge(LAWS[law], trainer, Effort(shrink_seconds=0.2))
-    assert result.word == "broken", result
+    assert result.outcome == "failed", result
     assert result.case is not None
 
 

@@ -191,7 +191,7 @@ class OutOfOrder(InProcessSubject):
             raise RuntimeError("out of order")
 
         handlers = {"store_process": fails, "list_checkpoints": fails}
-        super().__init__(About("broken", {"it": "1"}, dict.fromkeys(handlers, "")), handlers, [])
+        super().__init__(About("failed", {"it": "1"}, dict.fromkeys(handlers, "")), handlers, [])
 
 
 def test_story_that_a_subject_cannot_be_told_is_not_applicable(

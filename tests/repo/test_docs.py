@@ -136,5 +136,5 @@ def test_notes_on_findings_are_each_about_one() -> None:
     assert len(notes) == 3
     for name, of_trainer in notes.items():
         found = json.loads((evidence / name / "verification.json").read_text(encoding="utf-8"))
-        broken = {each["law"] for each in found["laws"] if each["word"] == "broken"}
+        broken = {each["law"] for each in found["laws"] if each["outcome"] == "failed"}
         assert sorted(set(of_trainer) - broken) == [], name

@@ -27,14 +27,14 @@ VERDICTS = {
     "crashes": {"protocol.loss": ("error", "the roof is on fire")},
     "prints garbage": {"protocol.loss": ("error", "no JSON")},
     "prints no end": {"protocol.loss": ("error", "did not answer within")},
-    "leaks": {"protocol.leaves": ("broken", "time.sleep(3600)")},
-    "leaks unmarked": {"protocol.leaves": ("broken", "time.sleep(3600)")},
-    "writes beside": {"protocol.inside": ("broken", "litter.txt is new")},
-    "spoils its input": {"protocol.inside": ("broken", "config.json is another")},
-    "says no number": {"protocol.loss": ("broken", "loss is nan")},
-    "lies": {"protocol.loss": ("broken", "there is no loss here")},
-    "answers otherwise": {"protocol.alike": ("broken", "loss=2.0")},
-    "names no file": {"protocol.logits": ("broken", "nowhere.safetensors, which is not")},
+    "leaks": {"protocol.leaves": ("failed", "time.sleep(3600)")},
+    "leaks unmarked": {"protocol.leaves": ("failed", "time.sleep(3600)")},
+    "writes beside": {"protocol.inside": ("failed", "litter.txt is new")},
+    "spoils its input": {"protocol.inside": ("failed", "config.json is another")},
+    "says no number": {"protocol.loss": ("failed", "loss is nan")},
+    "lies": {"protocol.loss": ("failed", "there is no loss here")},
+    "answers otherwise": {"protocol.alike": ("failed", "loss=2.0")},
+    "names no file": {"protocol.logits": ("failed", "nowhere.safetensors, which is not")},
     "is no protocol": {"protocol.hello": ("error", "no JSON")},
 }
 """What each is found out by; all else holds."""
@@ -77,9 +77,9 @@ def test_conformance_finds_out_each_way_to_misbehave(way: str, tmp_path: Path) -
     assert len(VERDICTS) == 15
     judged = {each.law: each for each in conform(opener(way), tmp_path)}
     for law, (word, evidence) in VERDICTS[way].items():
-        assert judged[law].word == word, judged[law]
+        assert judged[law].outcome == word, judged[law]
         assert evidence in judged[law].got + judged[law].why
-    others = {law: each.word for law, each in judged.items() if law not in VERDICTS[way]}
+    others = {law: each.outcome for law, each in judged.items() if law not in VERDICTS[way]}
     if way == "well":
         assert set(others) == {
             "protocol.hello",
@@ -90,7 +90,7 @@ def test_conformance_finds_out_each_way_to_misbehave(way: str, tmp_path: Path) -
             "protocol.inside",
             "protocol.leaves",
         }
-    assert set(others.values()) <= {"holds"}, others
+    assert set(others.values()) <= {"passed"}, others
     assert orphans() == []
 
 
@@ -102,9 +102,9 @@ def test_verification_goes_on_beside_a_law_that_cannot_be_judged(way: str, tmp_p
     assert len(laws) >= 2
     with opener(way)(tmp_path) as subject:
         verify(SubjectClient(subject, tmp_path), laws, Effort(times=0.2), tell=told.append)
-    words = {each.law: each.word for each in told}
+    words = {each.law: each.outcome for each in told}
     assert len(words) == len(laws)
-    expected = {"lies": "not applicable", "says no number": "broken"}.get(way, "error")
+    expected = {"lies": "not applicable", "says no number": "failed"}.get(way, "error")
     assert words["padding.same_loss"] == expected, told
     assert words["batches.cover"] == "not applicable"
     assert orphans() == []
@@ -120,7 +120,7 @@ def test_conformance_of_our_own_trainer(tmp_path: Path) -> None:
 
     judged = {each.law: each for each in conform(opened, tmp_path)}
     assert len(judged) >= 17
-    assert {law: each for law, each in judged.items() if each.word != "holds"} == {}
+    assert {law: each for law, each in judged.items() if each.outcome != "passed"} == {}
 
 
 SLOW = """

@@ -63,7 +63,7 @@ def test_peers_are_what_the_protocol_says(peer: str, tmp_path: Path) -> None:
 
     judged = {each.law: each for each in conform(opened, tmp_path)}
     assert len(judged) >= 19
-    assert {law: each for law, each in judged.items() if each.word != "holds"} == {}
+    assert {law: each for law, each in judged.items() if each.outcome != "passed"} == {}
 
 
 def test_peers_findings_are_found_again_and_small(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_peers_findings_are_found_again_and_small(tmp_path: Path) -> None:
             trainer = SubjectClient(subject, tmp_path, oracle)
             for law, rows in FOUND_IN_MLX_LM.items():
                 judgement = judge(laws[law], trainer, Effort())
-                assert judgement.word == "broken", judgement
+                assert judgement.outcome == "failed", judgement
                 assert judgement.case is not None
                 assert len(judgement.case.get("rows", ())) == rows, judgement
     finally:

@@ -27,23 +27,23 @@ def run_of(words: dict[str, str], **more: object) -> FaultRun:
     return dataclasses.replace(FaultRun("A000", 0, words=words, hits={"a.b": 1}), **more)  # type: ignore[arg-type]
 
 
-CLEAN = run_of({"a.a": "holds", "b.b": "broken", "c.c": "holds"}, answers={"1": "x", "2": "y"}, hits={})
+CLEAN = run_of({"a.a": "passed", "b.b": "failed", "c.c": "passed"}, answers={"1": "x", "2": "y"}, hits={})
 
 
 def test_fault_is_killed_by_broken_laws_alone() -> None:
     """Killed by what is broken and holds in the clean run; else it changed an answer and survived, or nothing."""
-    killed = result_of(NOBODY, run_of({"a.a": "broken", "b.b": "broken", "c.c": "error"}), CLEAN)
+    killed = result_of(NOBODY, run_of({"a.a": "failed", "b.b": "failed", "c.c": "error"}), CLEAN)
     assert (killed.status, killed.laws) == ("killed", ("a.a",))
-    same = run_of({"a.a": "holds", "b.b": "broken", "c.c": "holds"}, answers={"1": "x", "3": "new"})
+    same = run_of({"a.a": "passed", "b.b": "failed", "c.c": "passed"}, answers={"1": "x", "3": "new"})
     assert result_of(NOBODY, same, CLEAN).status == "equivalent"
     other = dataclasses.replace(same, answers={"1": "changed"})
     assert result_of(NOBODY, other, CLEAN).status == "survived"
 
 
-@pytest.mark.parametrize("word", ["error", "undecided", "not applicable"])
+@pytest.mark.parametrize("word", ["error", "inconclusive", "not applicable"])
 def test_fault_that_no_law_judges_is_an_error(word: str) -> None:
     """A law that ends without evidence kills nothing, and the reason names it."""
-    result = result_of(NOBODY, run_of({"a.a": word, "c.c": "holds"}, answers={"1": "changed"}), CLEAN)
+    result = result_of(NOBODY, run_of({"a.a": word, "c.c": "passed"}, answers={"1": "changed"}), CLEAN)
     assert (result.status, result.laws) == ("error", ())
     assert f"a.a ({word})" in result.reason
 
@@ -52,10 +52,10 @@ def test_fault_that_is_never_called_is_an_error() -> None:
     """What was never called was not tried; it is equivalent only where it changed nothing and is of a higher tier."""
     higher = dataclasses.replace(NOBODY, tier=2)
     for fault, words, answers, status in (
-        (NOBODY, {"a.a": "holds"}, {}, "error"),
-        (NOBODY, {"a.a": "broken"}, {}, "error"),
-        (higher, {"a.a": "holds"}, {"1": "changed"}, "error"),
-        (higher, {"a.a": "holds"}, {"1": "x"}, "equivalent"),
+        (NOBODY, {"a.a": "passed"}, {}, "error"),
+        (NOBODY, {"a.a": "failed"}, {}, "error"),
+        (higher, {"a.a": "passed"}, {"1": "changed"}, "error"),
+        (higher, {"a.a": "passed"}, {"1": "x"}, "equivalent"),
     ):
         result = result_of(fault, run_of(words, answers=answers, hits={}), CLEAN)
         assert (result.status, result.laws) == (status, ())
@@ -90,10 +90,10 @@ def test_planting_of_a_private_name_is_refused() -> None:
 def test_lost_kill_is_named_with_its_law(tmp_path: Path) -> None:
     """A law that killed a fault in the baseline and holds now is told; one that is new is not."""
     fault = next(iter(faults().values()))
-    clean = run_of({"a.a": "holds", "b.b": "holds"})
+    clean = run_of({"a.a": "passed", "b.b": "passed"})
     both, first = (
         Proof(1, "reference", ("a.a", "b.b"), (clean,), (result_of(fault, run_of(words), clean),), 1.0)
-        for words in ({"a.a": "broken", "b.b": "broken"}, {"a.a": "broken", "b.b": "holds"})
+        for words in ({"a.a": "failed", "b.b": "failed"}, {"a.a": "failed", "b.b": "passed"})
     )
     path = tmp_path / "kill-matrix.json"
     path.write_text(baseline_text(both), encoding="utf-8")
@@ -112,11 +112,11 @@ def test_lost_kill_is_named_with_its_law(tmp_path: Path) -> None:
 
 def test_proof_without_a_fault_or_with_a_survivor_does_not_pass() -> None:
     """Only a campaign in which every fault was killed, and no clean run called broken, passes."""
-    clean = run_of({"a.a": "holds"})
-    killed = result_of(NOBODY, run_of({"a.a": "broken"}), clean)
+    clean = run_of({"a.a": "passed"})
+    killed = result_of(NOBODY, run_of({"a.a": "failed"}), clean)
     survived = dataclasses.replace(killed, status="survived")
     beyond = dataclasses.replace(survived, fault=dataclasses.replace(NOBODY, tier=2))
-    alarm = run_of({"a.a": "broken"})
+    alarm = run_of({"a.a": "failed"})
     for results, runs, passes in (
         ((killed,), (clean,), True),
         ((killed, beyond), (clean,), True),
@@ -130,8 +130,8 @@ def test_proof_without_a_fault_or_with_a_survivor_does_not_pass() -> None:
 
 def test_law_that_caught_nothing_is_named() -> None:
     """Where every law was asked, those that no fault broke are told, in words and in the picture; else none is."""
-    clean = run_of({"a.a": "holds", "b.b": "holds"})
-    result = result_of(NOBODY, run_of({"a.a": "broken", "b.b": "holds"}), clean)
+    clean = run_of({"a.a": "passed", "b.b": "passed"})
+    result = result_of(NOBODY, run_of({"a.a": "failed", "b.b": "passed"}), clean)
     whole, part = (Proof(1, "reference", ("a.a", "b.b"), (clean,), (result,), 1.0, stop_after) for stop_after in (0, 1))
     assert (whole.idle, part.idle) == (("b.b",), None)
     pages = [render_matrix(proof.as_dict()) for proof in (whole, part)]
@@ -201,7 +201,7 @@ def test_fault_of_loop_mask_and_resume_is_killed_in_every_backend(backend: str) 
     pytest.importorskip(backend, reason=f"needs {backend}")
     pairs = {"A064": "loss.oracle", "A120": "train.oracle", "A164": "resume.same"}
     clean = run_job(Job(backend=backend, laws=tuple(pairs.values())))
-    assert set(clean.words.values()) == {"holds"}
+    assert set(clean.words.values()) == {"passed"}
     for id, law in pairs.items():
         assert result_of(faults()[id], run_job(Job(fault=id, backend=backend, laws=(law,))), clean).laws == (law,)
 
@@ -210,7 +210,7 @@ def test_dropped_batch_is_killed_in_a_process_of_its_own() -> None:
     """A027, the last batch that is never trained on, breaks the law of coverage with at most three rows."""
     done = run_job(Job(fault="A027", laws=LAWS, shrink_seconds=60))
     assert not done.error
-    assert (done.words["batches.cover"], done.words["mask.answers"]) == ("broken", "holds")
+    assert (done.words["batches.cover"], done.words["mask.answers"]) == ("failed", "passed")
     assert done.first is not None
     assert len(done.first["case"]["rows"]) <= 3
     assert done.hits
@@ -276,7 +276,7 @@ def test_campaign_tells_of_each_fault() -> None:
     """A small campaign, whole: a clean run, one fault, and what each came to."""
     told: list[str] = []
     found = prove(chosen_faults(["A027"]), Campaign(seeds=1), tell=told.append)
-    assert told[0] == "clean, seed 0: holds"
+    assert told[0] == "clean, seed 0: passed"
     assert told[1].startswith("A027 data.last_batch_dropped: killed by batches.cover")
     assert found.passes
     assert found.as_dict()["counts"] == {"killed": 1, "survived": 0, "equivalent": 0, "error": 0}

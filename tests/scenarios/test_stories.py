@@ -82,7 +82,7 @@ def first_failure(liar: str, acts: Iterator[tuple[Stage, ...]]) -> Finding:
     for stages in acts:
         story = RunStory(task=SMALL, stages=stages)
         result = runner(named(liar)).run(story)
-        assert result.outcome in ("holds", "broken"), result.why
+        assert result.outcome in ("passed", "failed"), result.why
         if result.failure is not None:
             law, plain = catalogue()[result.failure.law], runner(named(liar)).plain
             expected, got = plain(result.failure.expected), plain(result.failure.got)
@@ -104,16 +104,16 @@ def test_story_of_a_lie_fails_with_the_liar_and_passes_with_ours(liar: str, tmp_
     assert str(runner(named(liar)).folder) not in path.read_text()
     assert isinstance(again.case, RunStory)
     passed = runner("reference").run(again.case, point=again.stage)
-    assert (passed.outcome, passed.idle, passed.late) == ("holds", (), ())
+    assert (passed.outcome, passed.idle, passed.late) == ("passed", (), ())
     deaths = sum(isinstance(stage, Resume) and stage.death is not None for stage in again.case.stages)
     assert sum(count for _, count in passed.died) == deaths >= 1
 
 
 def test_replay_knows_every_stage_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """`ft replay` as a user calls it: from its file alone a finding is FIXED (0) on ours and BROKEN (1) on a liar."""
+    """`ft replay` as a user calls it: from its file alone a finding passes (0) on ours and fails (1) on a liar."""
     write_finding(first_failure("ForgetsMoments", LIES["ForgetsMoments"][1]()), tmp_path / "finding.json")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path])}
-    for subject, code, word in (("reference", 0, "FIXED"), (named("ForgetsMoments"), 1, "BROKEN")):
+    for subject, code, word in (("reference", 0, "passed"), (named("ForgetsMoments"), 1, "failed")):
         words = ["replay", "finding.json", "--subject", subject]
         command = [sys.executable, "-c", "from finetune.cli import main; main()", *words]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
@@ -144,7 +144,7 @@ def found_by(machine: type[Storyteller], liar: str, monkeypatch: pytest.MonkeyPa
 def test_machine_finds_each_lie_and_it_is_told_small(
     case: tuple[type[Storyteller], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """A machine finds it and Hypothesis shrinks it to 3 stages at most; `ft replay` says BROKEN, and of ours FIXED."""
+    """A machine finds it and Hypothesis shrinks it to 3 stages at most; `ft replay` says failed, and of ours passed."""
     machine, liar = case
     monkeypatch.chdir(tmp_path)
     path = found_by(machine, liar, monkeypatch)
@@ -154,9 +154,9 @@ def test_machine_finds_each_lie_and_it_is_told_small(
         assert len(small.case.task.rows) <= 3
     assert run(["replay", str(path), "--subject", named(liar), "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
-    assert (told["outcome"], told["law"]) == ("BROKEN", small.law.id)
+    assert (told["outcome"], told["law"]) == ("failed", small.law.id)
     assert run(["replay", str(path), "--subject", "reference"]) == 0
-    assert capsys.readouterr().out.startswith("FIXED: reference\n")
+    assert capsys.readouterr().out.startswith("passed: reference\n")
 
 
 @pytest.fixture(params=[*STORE_LIES, *LIES])
@@ -171,14 +171,14 @@ def case(request: pytest.FixtureRequest) -> tuple[type[Storyteller], str]:
 
 
 def test_story_that_does_not_come_to_its_point_is_not_fixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where the stage at which it failed finds nothing to act on, nothing is judged: ERROR; a late death is told."""
+    """Where the stage at which it failed finds nothing to act on, nothing is judged: an error; a late death is told."""
     stages = (Resume(death=Death(100_000, "kill")), SpoilCheckpoint())
     story = RunStory(task=SMALL, stages=stages)
     path = tmp_path / "finding.json"
     write_finding(Finding(catalogue()["resume.damaged"], story, "reference", "", "", stage=2), path)
     assert run(["replay", str(path)]) == 4
     told = capsys.readouterr().out
-    assert told.startswith("ERROR: reference\n")
+    assert told.startswith("error: reference\n")
     assert "stage 2, at which the law failed, found nothing to act on" in told
     assert "death never came: 1" in told
 

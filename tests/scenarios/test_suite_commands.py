@@ -53,7 +53,7 @@ def test_finding_is_had_again_by_the_line_in_its_report(found: Path, capsys: pyt
     capsys.readouterr()
     assert words[0] == "ft"
     assert run(words[1:]) == 1
-    assert capsys.readouterr().out.startswith(f"BROKEN: {HERE}")
+    assert capsys.readouterr().out.startswith(f"failed: {HERE}")
 
 
 def test_findings_of_an_earlier_run_are_named(found: Path, capsys: pytest.CaptureFixture[str]) -> None:

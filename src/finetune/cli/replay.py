@@ -15,15 +15,14 @@ FileName = Annotated[
 ]
 SubjectName = Annotated[str | None, typer.Option("--subject", help="As for ft verify. Default: the file's own.")]
 Python = Annotated[str | None, typer.Option("--python", help="As for ft verify.")]
-_CODES = {"holds": 0, "broken": 1, "error": 4, "undecided": 4}
-_WORDS = {"holds": "FIXED", "broken": "BROKEN", "error": "ERROR", "undecided": "ERROR"}
+_CODES = {"passed": 0, "failed": 1, "error": 4, "inconclusive": 4}
 
 
 def command(file: FileName, *, subject: SubjectName = None, python: Python = None, json_output: AsJson = False) -> int:
-    """Try a finding again: FIXED when its law holds, BROKEN when it does not, else ERROR.
+    """Try a finding again: its law passes now, fails again, or cannot be judged.
 
-    Exits with 0 when FIXED, 1 when BROKEN, 2 when the file is no finding, 3 when the subject lacks an ability that is
-    needed, and 4 on ERROR: then something else was in the way, and no law was judged.
+    Exits with 0 when it passed, 1 when it failed, 2 when the file is no finding, 3 when the subject lacks an ability
+    that is needed, and 4 when something else was in the way, so that no law was judged.
     """
     from importlib.util import find_spec
 
@@ -42,15 +41,15 @@ def command(file: FileName, *, subject: SubjectName = None, python: Python = Non
         )
     with terminated_as_interrupted():
         found = replay(finding, name, python=python)
-    if found.word == "not applicable":
+    if found.outcome == "not applicable":
         raise RefusedError(f"not applicable: {found.why}", hint="try it on a subject that has it: --subject")
     if json_output:
-        print_json({"outcome": _WORDS[found.word], "subject": name, **found.as_dict()})
-        return _CODES[found.word]
-    lines = [f"{_WORDS[found.word]}: {name}", f"  law: {found.law}: {found.statement}"]
-    if found.word == "broken":
+        print_json({"subject": name, **found.as_dict()})
+        return _CODES[found.outcome]
+    lines = [f"{found.outcome}: {name}", f"  law: {found.law}: {found.statement}"]
+    if found.outcome == "failed":
         lines += [f"  expected: {found.expected}", f"  got: {found.got}"]
     elif found.why:
         lines.append(f"  {found.why}")
     print_data("\n".join([*lines, *(f"  {note}" for note in found.notes)]))
-    return _CODES[found.word]
+    return _CODES[found.outcome]

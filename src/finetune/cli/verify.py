@@ -64,9 +64,9 @@ def command(
     list_laws: List = False,
     json_output: AsJson = False,
 ) -> int:
-    """Hold a trainer, ours or anybody's, to the laws of fine-tuning; what is broken is told by its smallest case.
+    """Hold a trainer, ours or anybody's, to the laws of fine-tuning; what fails is told by its smallest case.
 
-    Exits with 0 when every law that applies holds, and with 1 when one is broken, could not be judged, or none was.
+    Exits with 0 when every law that applies passes, and with 1 when one fails, could not be judged, or none was.
     """
     _require()
     from finetune.verify.run import chosen_laws, judge_conduct
@@ -147,8 +147,8 @@ def _verified(subject: str, laws: Any, effort: "Effort", **how: Any) -> "Verific
 
 
 def _tell(result: "LawResult") -> None:
-    why = f": {result.why}" if result.why and result.word != "holds" else ""
-    say(f"{result.law}: {result.word}{why}")
+    why = f": {result.why}" if result.why and result.outcome != "passed" else ""
+    say(f"{result.law}: {result.outcome}{why}")
 
 
 def _write(found: "Verification", subject: str, asked: str, places: Places) -> None:
@@ -178,13 +178,13 @@ def _write(found: "Verification", subject: str, asked: str, places: Places) -> N
 def _print(found: "Verification", asked: str) -> None:
     from rich.table import Table
 
-    table = Table("law", "verdict", "cases", "seconds", box=None)
+    table = Table("law", "outcome", "cases", "seconds", box=None)
     for each in found.results:
-        table.add_row(each.law, each.word, str(each.cases), f"{each.seconds:.1f}")
+        table.add_row(each.law, each.outcome, str(each.cases), f"{each.seconds:.1f}")
     data_console().print(table)
     for each in found.results:
-        if each.word == "broken":
-            lines = [f"BROKEN {each.law}: {each.statement}", f"  expected: {each.expected}", f"  got: {each.got}"]
+        if each.outcome == "failed":
+            lines = [f"FAILED {each.law}: {each.statement}", f"  expected: {each.expected}", f"  got: {each.got}"]
             if each.case is not None:
                 lines.append(f"  smallest case: {json.dumps(each.case, ensure_ascii=False)}")
             print_data("\n".join(lines))

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 
 from finetune.errors import UsageError
 from finetune.files import write_text
+from finetune.records import Outcome
 from finetune.verify.catalogue import Law, catalogue
 from finetune.verify.results import LawResult
 from finetune.verify.run import Verification
@@ -87,7 +88,7 @@ def write_findings(found: Verification, asked_as: str, folder: Path) -> list[Pat
     folder.mkdir(parents=True, exist_ok=True)
     laws, paths = catalogue(), []
     for each in found.results:
-        if each.word == "broken" and each.case is not None:
+        if each.outcome == Outcome.FAILED and each.case is not None:
             law = laws[each.law]
             case = _case(law, each.case)
             seed = found.effort.seed

@@ -6,12 +6,13 @@ Source: the JUnit schema of the Jenkins xUnit plugin; OASIS, "Static Analysis Re
 from typing import Any
 from xml.etree import ElementTree
 
+from finetune.records import Outcome
 from finetune.verify.catalogue import catalogue
 from finetune.verify.results import LawResult
 from finetune.verify.run import Verification
 
 _SARIF = "https://json.schemastore.org/sarif-2.1.0.json"
-_LEVELS = {"broken": "error", "error": "warning", "undecided": "warning"}
+_BAD = (Outcome.FAILED, Outcome.ERROR, Outcome.INCONCLUSIVE)
 
 
 def junit(found: Verification) -> str:
@@ -21,21 +22,21 @@ def junit(found: Verification) -> str:
         "testsuite",
         name=_clean(f"finetune: {found.subject}"),
         tests=str(len(found.results)),
-        failures=str(counts["broken"]),
-        errors=str(counts["error"] + counts["undecided"] + bool(found.trespasses)),
-        skipped=str(counts["not applicable"]),
+        failures=str(counts[Outcome.FAILED]),
+        errors=str(counts[Outcome.ERROR] + counts[Outcome.INCONCLUSIVE] + bool(found.trespasses)),
+        skipped=str(counts[Outcome.NOT_APPLICABLE]),
         time=f"{found.seconds:.3f}",
     )
     for each in found.results:
         case = ElementTree.SubElement(
             suite, "testcase", classname=f"finetune.tier{found.tier}", name=each.law, time=f"{each.seconds:.3f}"
         )
-        if each.word == "broken":
+        if each.outcome == Outcome.FAILED:
             failure = ElementTree.SubElement(case, "failure", message=_clean(each.statement))
             failure.text = _clean(_evidence(each))
-        elif each.word in ("error", "undecided"):
-            ElementTree.SubElement(case, "error", message=each.word).text = _clean(each.why)
-        elif each.word == "not applicable":
+        elif each.outcome in (Outcome.ERROR, Outcome.INCONCLUSIVE):
+            ElementTree.SubElement(case, "error", message=each.outcome).text = _clean(each.why)
+        elif each.outcome == Outcome.NOT_APPLICABLE:
             ElementTree.SubElement(case, "skipped", message=_clean(each.why))
     if found.trespasses:
         case = ElementTree.SubElement(suite, "testcase", classname="finetune", name="conduct", time="0")
@@ -56,19 +57,19 @@ def sarif(found: Verification, suite: str) -> dict[str, Any]:
             "help": {"text": f"Oracle: {laws[each.law].oracle}" if each.law in laws else each.statement},
         }
         for each in found.results
-        if each.word != "not applicable"
+        if each.outcome != Outcome.NOT_APPLICABLE
     ]
     results = [
         {
             "ruleId": each.law,
-            "level": laws[each.law].severity if each.word == "broken" and each.law in laws else _LEVELS[each.word],
-            "message": {"text": f"{found.subject}: {each.word}: {each.statement}\n{_evidence(each)}"},
+            "level": laws[each.law].severity if each.outcome == Outcome.FAILED else "warning",
+            "message": {"text": f"{found.subject}: {each.outcome}: {each.statement}\n{_evidence(each)}"},
             # A trainer's fault has no line of a file that could be named; code scanning wants a place all the same.
             "locations": [{"logicalLocations": [{"fullyQualifiedName": found.subject, "kind": "module"}]}],
             "partialFingerprints": {"law": each.law, "subject": found.subject},
         }
         for each in found.results
-        if each.word in _LEVELS
+        if each.outcome in _BAD
     ]
     driver = {
         "name": "FineTune",
@@ -80,7 +81,7 @@ def sarif(found: Verification, suite: str) -> dict[str, Any]:
 
 
 def _evidence(result: LawResult) -> str:
-    if result.word != "broken":
+    if result.outcome != Outcome.FAILED:
         return result.why
     return f"expected: {result.expected}\ngot: {result.got}\ncase: {result.case}"
 

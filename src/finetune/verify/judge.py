@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import reject as reject_case
 from hypothesis.errors import Flaky, Unsatisfiable, UnsatisfiedAssumption
 
+from finetune.records import Outcome
 from finetune.verify.catalogue import Law
 from finetune.verify.check import LawFailure
 from finetune.verify.client import SubjectClient
-from finetune.verify.results import LawResult, Word
+from finetune.verify.results import LawResult
 from finetune.verify.subjects.subject import RefusesError, SubjectError, UnsupportedError
 from finetune_strategies.recipes import Recipe
 
@@ -62,7 +63,7 @@ class _CaseTally:
 def judge(law: Law, trainer: SubjectClient, effort: Effort) -> LawResult:
     """Hold a trainer to a law. No trouble of the trainer's raises here: it is in the result."""
     if why := trainer.lacks(*law.needs):
-        return LawResult(law.id, law.statement, "not applicable", why=why)
+        return LawResult(law.id, law.statement, Outcome.NOT_APPLICABLE, why=why)
     assert law.cases is not None
     seen = _CaseTally(_plain(trainer))
 
@@ -90,7 +91,7 @@ def judge(law: Law, trainer: SubjectClient, effort: Effort) -> LawResult:
 def judge_again(law: Law, trainer: SubjectClient, case: Recipe) -> LawResult:
     """Hold a trainer to a law in one case."""
     if why := trainer.lacks(*law.needs):
-        return LawResult(law.id, law.statement, "not applicable", why=why)
+        return LawResult(law.id, law.statement, Outcome.NOT_APPLICABLE, why=why)
     seen = _CaseTally(_plain(trainer))
     with contextlib.suppress(_Enough, LawFailure, UnsatisfiedAssumption):
         _judge_case(law, trainer, case, seen, Effort())
@@ -129,20 +130,20 @@ def _judge_case(law: Law, trainer: SubjectClient, case: Recipe, seen: _CaseTally
 
 def _concluded(law: Law, seen: _CaseTally) -> LawResult:
     told: dict[str, Any] = {"cases": seen.cases, "unable": dict(seen.unable.most_common(5))}
-    word: Word = "holds"
+    outcome = Outcome.PASSED
     if seen.smallest is not None:
         case, broken = seen.smallest
-        word = "broken"
+        outcome = Outcome.FAILED
         told |= {"expected": seen.plain(broken.expected), "got": seen.plain(broken.got)}
         told["case"] = case.model_dump(mode="json")
         told["why"] = seen.trouble
     elif seen.trouble:
-        word, told["why"] = "error", seen.trouble
+        outcome, told["why"] = Outcome.ERROR, seen.trouble
     elif not seen.cases:
         # What says that it can and then refuses every case has not been judged, and is not what it says.
-        word = "error" if seen.refused else "not applicable"
+        outcome = Outcome.ERROR if seen.refused else Outcome.NOT_APPLICABLE
         told["why"] = "; ".join(seen.unable) or "no case came up"
-    return LawResult(law.id, law.statement, word, seconds=round(time.monotonic() - seen.began, 3), **told)
+    return LawResult(law.id, law.statement, outcome, seconds=round(time.monotonic() - seen.began, 3), **told)
 
 
 def _plain(trainer: SubjectClient) -> Callable[[str], str]:

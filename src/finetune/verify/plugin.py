@@ -68,9 +68,9 @@ class _LawItem(pytest.Item):
 
         found = verify(_trainer(self.config), [self.law], Effort(seed=self.config.getoption("--finetune-seed")))
         [result] = found.results
-        if result.word == "not applicable":
+        if result.outcome == "not applicable":
             pytest.skip(result.why)
-        if result.word != "holds":
+        if result.outcome != "passed":
             raise LawError(result)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
@@ -88,8 +88,8 @@ class LawError(AssertionError):
     """A law does not hold, or could not be judged; the words are the evidence."""
 
     def __init__(self, result: "LawResult") -> None:
-        lines = [f"{result.word}: {result.law}: {result.statement}"]
-        if result.word == "broken":
+        lines = [f"{result.outcome}: {result.law}: {result.statement}"]
+        if result.outcome == "failed":
             lines += [f"expected: {result.expected}", f"got: {result.got}", f"smallest case: {result.case}"]
         super().__init__("\n  ".join([*lines, result.why] if result.why else lines))
 

@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+from finetune.records import Outcome
 from finetune.verify.catalogue import catalogue
 from finetune.verify.confine import confined_to
 from finetune.verify.findings import Finding
@@ -54,7 +55,7 @@ def _told(runner: ScenarioRunner, finding: Finding, story: Story) -> LawResult:
     return LawResult(
         law.id,
         law.statement,
-        "broken",
+        Outcome.FAILED,
         cases=1,
         expected=expected,
         got=got,

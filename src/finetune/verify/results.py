@@ -1,9 +1,9 @@
 """What came of one law: an outcome, and the evidence for it."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-Word = Literal["holds", "broken", "undecided", "not applicable", "error"]
+from finetune.records import Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,15 +16,15 @@ class LawResult:
         cases: how many cases were judged.
         unable: how many cases the trainer had nothing for, or refused, by its words.
         why: of what is not judged, the reason.
-        expected, got: of what is broken, for the smallest case.
-        case: the smallest case in which it is broken, as JSON values.
+        expected, got: of what failed, for the smallest case.
+        case: the smallest case in which it failed, as JSON values.
         seconds: how long it took.
         notes: of a story, what else is to be known of how it was told.
     """
 
     law: str
     statement: str
-    word: Word
+    outcome: Outcome
     cases: int = 0
     unable: dict[str, int] = field(default_factory=dict)
     why: str = ""

@@ -11,19 +11,20 @@ from platform import machine, python_version, system
 from typing import Any
 
 from finetune.errors import UsageError
+from finetune.records import Outcome
 from finetune.verify.catalogue import Law, case_laws
 from finetune.verify.client import SubjectClient
 from finetune.verify.confine import confined_to
 from finetune.verify.judge import Effort, judge, judge_again
 from finetune.verify.laws.protocol import conform
-from finetune.verify.results import LawResult, Word
+from finetune.verify.results import LawResult
 from finetune.verify.subjects.choose import running_subject
 from finetune.verify.subjects.lazy import reference_oracle
 from finetune.verify.subjects.subject import SubjectError
 from finetune_strategies.recipes import Recipe
 
 FORMAT = "finetune verification"
-VERSION = 1
+VERSION = 2
 Teller = Callable[[LawResult], None]
 
 
@@ -46,17 +47,16 @@ class Verification:
         return replace(self, results=(*conduct, *self.results), seconds=seconds)
 
     @property
-    def counts(self) -> dict[Word, int]:
-        """How many laws came to each word."""
-        words: tuple[Word, ...] = ("holds", "broken", "undecided", "error", "not applicable")
-        return {word: sum(each.word == word for each in self.results) for word in words}
+    def counts(self) -> dict[Outcome, int]:
+        """How many laws came to each outcome."""
+        return {outcome: sum(each.outcome == outcome for each in self.results) for outcome in Outcome}
 
     @property
     def passes(self) -> bool:
         """Whether laws were judged, beside those of the protocol, and all of them hold."""
         counts = self.counts
-        bad = counts["broken"] + counts["error"] + counts["undecided"]
-        judged = any(each.word == "holds" and not each.law.startswith("protocol.") for each in self.results)
+        bad = counts[Outcome.FAILED] + counts[Outcome.ERROR] + counts[Outcome.INCONCLUSIVE]
+        judged = any(each.outcome == Outcome.PASSED and not each.law.startswith("protocol.") for each in self.results)
         return judged and not bad and not self.trespasses
 
     def as_dict(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class Verification:
             "tier": self.tier,
             "seed": self.effort.seed,
             "times": self.effort.times,
-            "outcome": "holds" if self.passes else "broken",
+            "outcome": Outcome.of(self.passes),
             "counts": dict(self.counts),
             "seconds": self.seconds,
             "trespasses": list(self.trespasses),
@@ -116,7 +116,7 @@ def _judged(law: Law, trainer: SubjectClient, effort: Effort) -> LawResult:
     # A law that fails itself says nothing about the trainer, and the others can still be judged.
     except Exception as error:
         why = f"the suite itself failed: {type(error).__name__}: {error}"
-        return LawResult(law.id, law.statement, "error", why=why)
+        return LawResult(law.id, law.statement, Outcome.ERROR, why=why)
 
 
 def verify_subject(
@@ -160,7 +160,7 @@ def judge_subject_again(name: str, law: Law, case: Recipe, *, python: str | None
         with opened_trainer(name, python) as trainer, confined_to(trainer.scratch, name):
             return judge_again(law, trainer, case)
     except SubjectError as error:
-        return LawResult(law.id, law.statement, "error", why=str(error))
+        return LawResult(law.id, law.statement, Outcome.ERROR, why=str(error))
 
 
 @contextlib.contextmanager

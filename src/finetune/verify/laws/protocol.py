@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from finetune.records import Outcome
 from finetune.verify.catalogue import Law, add
 from finetune.verify.check import LawFailure, check
 from finetune.verify.client import SubjectClient
-from finetune.verify.results import LawResult, Word
+from finetune.verify.results import LawResult
 from finetune.verify.subjects.answers import ANSWERS, Reply
 from finetune.verify.subjects.subject import RefusesError, Subject, SubjectError, UnsupportedError
 from finetune_strategies.cases.rows import PLAIN, TINY
@@ -172,20 +173,23 @@ class _Questions:
 
 def _judged(id: str, statement: str, ask: Callable[[], object]) -> LawResult:
     began = time.monotonic()
-    word: Word = "holds"
+    outcome = Outcome.PASSED
     told: dict[str, Any] = {}
     try:
         ask()
     except LawFailure as broken:
-        word, told = "broken", {"expected": broken.expected, "got": broken.got}
+        outcome, told = Outcome.FAILED, {"expected": broken.expected, "got": broken.got}
     except UnsupportedError as error:
-        word, told = "broken", {"expected": "what it says that it can", "got": f"it has nothing of the kind: {error}"}
+        outcome, told = (
+            Outcome.FAILED,
+            {"expected": "what it says that it can", "got": f"it has nothing of the kind: {error}"},
+        )
     except (RefusesError, SubjectError) as error:
-        word, told = "error", {"why": str(error)}
+        outcome, told = Outcome.ERROR, {"why": str(error)}
     # A subject of the user's own may raise anything.
     except Exception as error:
-        word, told = "error", {"why": f"{type(error).__name__}: {error}"}
-    return LawResult(id, statement, word, cases=1, seconds=round(time.monotonic() - began, 3), **told)
+        outcome, told = Outcome.ERROR, {"why": f"{type(error).__name__}: {error}"}
+    return LawResult(id, statement, outcome, cases=1, seconds=round(time.monotonic() - began, 3), **told)
 
 
 def _hold_hello(subject: Subject) -> None:

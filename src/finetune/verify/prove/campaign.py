@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from finetune.errors import EvidenceError, MissingExtraError, UsageError
 from finetune.intervals import most_probable
+from finetune.records import Outcome
 from finetune.verify.faults.fault import Fault, faults
 from finetune.verify.prove.job import FaultRun, Job, run_job
 from finetune.verify.run import chosen_laws
@@ -192,8 +193,8 @@ def result_of(fault: Fault, run: FaultRun, clean: FaultRun, tier: int = 1) -> Fa
     """What became of a fault, told from the run without one that had the same seed."""
     if run.error:
         return FaultResult(fault, "error", (), run, run.error)
-    sound = {law: word for law, word in run.words.items() if clean.words.get(law) == "holds"}
-    killers = tuple(law for law, word in sound.items() if word == "broken")
+    sound = {law: word for law, word in run.words.items() if clean.words.get(law) == Outcome.PASSED}
+    killers = tuple(law for law, word in sound.items() if word == Outcome.FAILED)
     changed = any(clean.answers.get(question, mark) != mark for question, mark in run.answers.items())
     if not run.hits:
         if killers or changed or fault.tier <= tier:
@@ -202,7 +203,7 @@ def result_of(fault: Fault, run: FaultRun, clean: FaultRun, tier: int = 1) -> Fa
         return FaultResult(fault, "equivalent", (), run, f"only tier {fault.tier} calls what was planted")
     if killers:
         return FaultResult(fault, "killed", killers, run)
-    if unjudged := {law: word for law, word in sound.items() if word != "holds"}:
+    if unjudged := {law: word for law, word in sound.items() if word != Outcome.PASSED}:
         told = ", ".join(f"{law} ({word})" for law, word in unjudged.items())
         return FaultResult(fault, "error", (), run, f"no law was broken, and these were not judged: {told}")
     return FaultResult(fault, "survived" if changed else "equivalent", (), run)
@@ -210,7 +211,7 @@ def result_of(fault: Fault, run: FaultRun, clean: FaultRun, tier: int = 1) -> Fa
 
 def _alarms(run: FaultRun) -> list[str]:
     """The laws that do not hold, or could not be judged, where all of them are to hold."""
-    return [law for law, word in run.words.items() if word in ("broken", "error", "undecided")]
+    return [law for law, word in run.words.items() if word in (Outcome.FAILED, Outcome.ERROR, Outcome.INCONCLUSIVE)]
 
 
 def by_stage(results: Sequence[FaultResult]) -> Mapping[str, tuple[int, int]]:
@@ -275,7 +276,7 @@ def prove(
         if run.error:
             raise EvidenceError(f"the clean trainer could not be judged with seed {run.seed}: {run.error}")
         alarms = _alarms(run)
-        tell(f"clean, seed {run.seed}: {'FALSE ALARM: ' + ', '.join(alarms) if alarms else 'holds'}")
+        tell(f"clean, seed {run.seed}: {'FALSE ALARM: ' + ', '.join(alarms) if alarms else 'passed'}")
         clean.append(run)
     results = []
     jobs = (campaign.job(fault.id) for fault in chosen)

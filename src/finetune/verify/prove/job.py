@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.processes import python_command
+from finetune.records import Outcome
 from finetune.verify.client import SubjectClient
 from finetune.verify.faults.fault import faults, hits
 from finetune.verify.judge import Effort
@@ -178,7 +179,7 @@ def do_job(job: Job, scratch: Path) -> FaultRun:
         began = time.monotonic()
 
         def tell(judgement: LawResult) -> None:
-            if judgement.word == "broken":
+            if judgement.outcome == Outcome.FAILED:
                 kills.append(round(time.monotonic() - began, 3))
 
         asked = itertools.takewhile(lambda law: not job.stop_after or len(kills) < job.stop_after, laws)
@@ -191,12 +192,12 @@ def _effort(job: Job) -> Effort:
 
 
 def _concluded(job: Job, found: Verification, door: RecordingSubject, kills: list[float]) -> FaultRun:
-    bad = [each for each in found.results if each.word in ("broken", "error", "undecided")]
-    first = next((each for each in bad if each.word == "broken"), bad[0] if bad else None)
+    bad = [each for each in found.results if each.outcome in (Outcome.FAILED, Outcome.ERROR, Outcome.INCONCLUSIVE)]
+    first = next((each for each in bad if each.outcome == Outcome.FAILED), bad[0] if bad else None)
     return FaultRun(
         fault=job.fault,
         seed=job.seed,
-        words={each.law: each.word for each in found.results},
+        words={each.law: each.outcome for each in found.results},
         first=first.as_dict() if first else None,
         seconds=found.seconds,
         seconds_to_first=kills[0] if kills else None,

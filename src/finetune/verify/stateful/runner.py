@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from finetune.files import write_text
+from finetune.records import Outcome
 from finetune.verify.check import LawFailure
 from finetune.verify.models import build_model
-from finetune.verify.results import Word
 from finetune.verify.stateful.checkpoints import StoreUnderTest
 from finetune.verify.stateful.lives import RUNS, STORES, LifeClient, Task
 from finetune.verify.stateful.stages import Stage
@@ -47,7 +47,7 @@ class StoryResult:
         died: how many processes really ended so, by the way.
     """
 
-    outcome: Word
+    outcome: Outcome
     failure: LawFailure | None = None
     stage: int = 0
     why: str = ""
@@ -104,7 +104,7 @@ class ScenarioRunner:
             point: the stage at which a law once failed: where it finds nothing to act on, nothing was judged.
         """
         if missing := self.client.lacks(STORES if isinstance(story, StoreStory) else RUNS):
-            return StoryResult("not applicable", why=missing)
+            return StoryResult(Outcome.NOT_APPLICABLE, why=missing)
         number, idle, late, world = 0, list[int](), list[int](), None
         marks: dict[str, Any] = {}
         try:
@@ -117,18 +117,18 @@ class ScenarioRunner:
                     late.append(number)
             marks = {"died": tuple(sorted(world.died.items()))}
         except LawFailure as failure:
-            return StoryResult("broken", failure, number, idle=tuple(idle), late=tuple(late))
+            return StoryResult(Outcome.FAILED, failure, number, idle=tuple(idle), late=tuple(late))
         # Whatever else goes wrong, in the subject or in here, says nothing about a law.
         except Exception as error:
-            return StoryResult("error", why=f"stage {number}: {type(error).__name__}: {error}", idle=tuple(idle))
+            return StoryResult(Outcome.ERROR, why=f"stage {number}: {type(error).__name__}: {error}", idle=tuple(idle))
         finally:
             if world is not None:
                 world.close()
         marks |= {"idle": tuple(idle), "late": tuple(late)}
         if point in idle:
             why = f"stage {point}, at which the law failed, found nothing to act on: the law was not judged"
-            return StoryResult("error", why=why, **marks)
-        return StoryResult("holds", **marks)
+            return StoryResult(Outcome.ERROR, why=why, **marks)
+        return StoryResult(Outcome.PASSED, **marks)
 
     def plain(self, words: str) -> str:
         """Words that do not depend on where this folder is."""
