@@ -4,13 +4,16 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from finetune.cli.console import data_console, exit_code, print_json, say
 from finetune.cli.options import AsJson, ConfigFile, Settings, named_outtype, with_settings
 from finetune.errors import UsageError
+
+if TYPE_CHECKING:
+    from finetune.export.outtypes import Outtype
 
 Output = Annotated[Path | None, typer.Option("--output", help="The run folder to make; by default below runs/.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run (--output names it).")]
@@ -63,11 +66,10 @@ def command(
         loaded = LoadedConfig(plan.config, plan.origins)
     else:
         loaded = settings.load(config)
-    outtype = None
-    if export_as is not None:
+    outtype = named_outtype(export_as, "--export") if export_as is not None else None
+    if outtype is not None:
         from finetune.export.gguf import check_export
 
-        outtype = named_outtype(export_as, "--export")
         check_export(loaded.config)
     watched = os.environ.get(NOTES)
     asked = (read_command(Path(watched)) if watched else "") or shlex.join(["ft", *sys.argv[1:]])
@@ -83,12 +85,16 @@ def command(
     if run and not watched:
         _tell(run, folder, json_output=json_output)
         if outtype is not None:
-            from finetune.export.gguf import export
-
-            done = export(str(folder), outtype=outtype, adapter_only=False, output=None, backend="torch", tell=say)
-            say(f"GGUF: {done.path}")
+            _export(folder, outtype)
         return exit_code(run["outcome"], allow_inconclusive=loaded.config.judge.allow_inconclusive)
     return 0
+
+
+def _export(folder: Path, outtype: "Outtype") -> None:
+    from finetune.export.gguf import export
+
+    done = export(str(folder), outtype=outtype, adapter_only=False, output=None, backend="torch", tell=say)
+    say(f"GGUF: {done.path}")
 
 
 def _tell(run: dict[str, Any], folder: Path, *, json_output: bool) -> None:
