@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.cli.console import print_data, print_json
-from finetune.cli.options import AsJson, ConfigFiles, Settings, with_settings
+from finetune.cli.options import AsJson, ConfigFiles, ConfigOptions, with_settings
 from finetune.errors import ConfigError, FineTuneError, Problem
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @with_settings
-def command(configs: ConfigFiles = None, *, settings: Settings, json_output: AsJson = False) -> int:
+def command(configs: ConfigFiles = None, *, settings: ConfigOptions, json_output: AsJson = False) -> int:
     """Check configurations, their model, data and template without loading a weight; shows every problem at once.
 
     Exit code 2 when a configuration is wrong, 3 when model, data or template cannot be used.
@@ -35,7 +35,7 @@ def command(configs: ConfigFiles = None, *, settings: Settings, json_output: AsJ
     return min((code for _, _, code in found if code), default=0)
 
 
-def _problems(path: Path | None, settings: Settings) -> tuple[list[Problem], int]:
+def _problems(path: Path | None, settings: ConfigOptions) -> tuple[list[Problem], int]:
     """What is wrong with one configuration, and the exit code for it."""
     from finetune.training.check import find_problems
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune.cli.console import data_console, print_json
-from finetune.cli.options import AsJson, ConfigFile, Settings, with_settings
+from finetune.cli.options import AsJson, ConfigFile, ConfigOptions, with_settings
 
 if TYPE_CHECKING:
     from finetune.config import LoadedConfig
@@ -21,7 +21,7 @@ Measure = Annotated[
 def command(
     config: ConfigFile = None,
     *,
-    settings: Settings,
+    settings: ConfigOptions,
     measure_framework: Measure = False,
     json_output: AsJson = False,
 ) -> int:

@@ -21,7 +21,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/20261122-101500-ab12.")]
 
 
-class Settings(NamedTuple):
+class ConfigOptions(NamedTuple):
     """The options of a configuration, as the user gave them."""
 
     model: Annotated[str | None, typer.Option("--model", help="Shipped name, local folder or hub id.")] = None
@@ -62,21 +62,21 @@ class Settings(NamedTuple):
 
 
 def with_settings(command: Callable[..., int]) -> Callable[..., int]:
-    """Give a verb every option of `Settings`; it receives them together, as `settings`."""
+    """Give a verb every option of `ConfigOptions`; it receives them together, as `settings`."""
 
     @functools.wraps(command)
     def verb(*args: Any, **given: Any) -> int:
-        return command(*args, settings=Settings(*(given.pop(name) for name in Settings._fields)), **given)
+        return command(*args, settings=ConfigOptions(*(given.pop(name) for name in ConfigOptions._fields)), **given)
 
     # typer reads a verb's options off its signature.
     shared = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
-        for name, kind in Settings.__annotations__.items()
+        for name, kind in ConfigOptions.__annotations__.items()
     ]
     parameters = list(inspect.signature(command).parameters.values())
     at = next(place for place, parameter in enumerate(parameters) if parameter.name == "settings")
     verb.__signature__ = inspect.Signature([*parameters[:at], *shared, *parameters[at + 1 :]])  # type: ignore[attr-defined]
-    verb.__annotations__ = {**command.__annotations__, **Settings.__annotations__}
+    verb.__annotations__ = {**command.__annotations__, **ConfigOptions.__annotations__}
     return verb
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune.cli.console import data_console, exit_code, print_json, say
-from finetune.cli.options import AsJson, ConfigFile, Settings, named_outtype, with_settings
+from finetune.cli.options import AsJson, ConfigFile, ConfigOptions, named_outtype, with_settings
 from finetune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ ExportAs = Annotated[
 def command(
     config: ConfigFile = None,
     *,
-    settings: Settings,
+    settings: ConfigOptions,
     output: Output = None,
     resume: Resume = False,
     launch: Starter = None,
