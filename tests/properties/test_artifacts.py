@@ -42,16 +42,6 @@ def make_run(output: Path | None) -> RunFolder:
     return run
 
 
-def test_write_text_old_content_survives_a_full_disk(tmp_path: Path) -> None:
-    """When the disk is full halfway through, the error is ours, the old file is intact and nothing else is left."""
-    path = tmp_path / "plan.yaml"
-    write_text(path, "old\n")
-    with full_after(9_999), pytest.raises(StorageError, match=r"plan\.yaml") as caught:
-        write_text(path, BIG)
-    assert caught.value.hint
-    assert everything_below(tmp_path) == {"plan.yaml": b"old\n"}
-
-
 @pytest.mark.parametrize(("owner", "name"), [(os, "fsync"), (Path, "replace"), (Path, "open")])
 def test_write_text_old_content_survives_any_failing_call(
     owner: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -176,15 +176,6 @@ def test_hold_out_is_a_partition_by_content(found: list[Example], fraction: floa
     assert {said_by(one) for one in hold_out(moved, fraction, seed)[1]} == {said_by(one) for one in held}
 
 
-def test_hold_out_seed_decides() -> None:
-    """The same seed holds out the same rows, another seed others; 0 is a seed."""
-    found = [Document(f"row {number}", "x") for number in range(100)]
-    held = [hold_out(found, 0.3, seed)[1] for seed in (0, 0, 1, 2)]
-    assert held[0] == held[1]
-    assert len({tuple(one) for one in held}) == 3
-    assert [len(one) for one in held] == [30] * 4
-
-
 @given(texts(), texts())
 @example("", "assistant")
 def test_content_key_tells_where_messages_end(left: str, right: str) -> None:

@@ -1,12 +1,11 @@
 """Laws of the reference backend's arithmetic: its gradients are slopes, and its shortcuts change nothing."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.backends.reference.model import ReferencePass
@@ -15,10 +14,10 @@ from finetune.errors import NonFiniteError
 from finetune.records import AdapterTarget, Batch, Optimization, TokenizedRow
 from finetune.training.loop import LoopPlan, train
 from finetune_strategies.adapters import AdaptedModel, adapted_models
-from finetune_strategies.datasets import seeds, token_rows
-from finetune_strategies.models import llama_configs, shape_of_config
+from finetune_strategies.datasets import token_rows
+from finetune_strategies.models import llama_configs
 from finetune_strategies.profiles import examples
-from support.tiny_llamas import BATCH, CONFIG, DROPPING, LINEAR, ROWS, TARGET, VOCAB, adapted, step, tiny
+from support.tiny_llamas import BATCH, DROPPING, LINEAR, ROWS, VOCAB, adapted
 
 FEW = examples(1 / 3)
 
@@ -86,33 +85,6 @@ def test_gradient_of_every_weight_is_the_slope_of_the_loss(
     check_slopes(adapted(None, config=config), Batch(rows))
 
 
-@given(models(), seeds())
-@example(AdaptedModel(CONFIG, shape_of_config(CONFIG), TARGET), 0)
-@FEW
-def test_adapter_fresh_is_the_base_and_a_changes_last(model: AdaptedModel, seed: int) -> None:
-    """A fresh adapter changes no logit; at the first step every B has a gradient and no A; one step on, both have."""
-    base = tiny(model.config)
-    wanted = base.logits(ROWS[1].ids)
-    base.attach(model.target, seed)
-    base.prepare_updates(Optimization(0.0, 1.0))
-    assert np.array_equal(base.logits(ROWS[1].ids), wanted)
-    frozen = {name: hash_ for name, hash_ in base.fingerprints().items() if ".lora_" not in name}
-    base.accumulate(BATCH, 0.1)
-    norms = base.gradient_norms()
-    assert list(norms) == base.trainable_names()
-    assert all((norm == 0) == (".lora_A." in name) for name, norm in norms.items())
-    base.update(0.01)
-    step(base)
-    assert np.abs(base.logits(ROWS[1].ids) - wanted).max() > 1e-6
-    with base.adapter_disabled():
-        assert np.array_equal(base.logits(ROWS[1].ids), wanted)
-    assert frozen.items() <= base.fingerprints().items()
-    bounds = [1 / math.sqrt(pair[0].shape[1]) for pair in base.adapter.pairs.values()]
-    base.attach(model.target, seed)
-    drawn = [np.abs(pair[0]).max() / bound for pair, bound in zip(base.adapter.pairs.values(), bounds, strict=True)]
-    assert 0.3 < max(drawn) <= 1
-
-
 @given(st.sampled_from([0.5, 3.0, 7.0]), st.sampled_from([2.0, 0.25]))
 @examples(0.1)
 def test_adapter_acts_in_proportion_to_alpha(alpha: float, factor: float) -> None:
@@ -126,7 +98,8 @@ def test_adapter_acts_in_proportion_to_alpha(alpha: float, factor: float) -> Non
     assert np.abs(changes[0]).max() > 1e-3
     assert np.allclose(changes[1], factor * changes[0], rtol=0, atol=1e-12 * np.abs(changes[1]).max() + 1e-12)
     first, second = (adapted(AdapterTarget(2, a, 0.0, LINEAR), trained=True) for a in (alpha, factor * alpha))
-    for _, up in second.adapter.pairs.values():
+    for down, up in second.adapter.pairs.values():
+        assert np.abs(down).max() * math.sqrt(down.shape[1]) > 0.1
         up /= factor
     assert np.allclose(first.logits(ROWS[1].ids), second.logits(ROWS[1].ids), rtol=0, atol=1e-12)
 
@@ -181,80 +154,6 @@ def test_logits_are_those_worked_out_token_by_token(model: AdaptedModel) -> None
     weights = {name: weight + grown.get(name, 0.0) for name, weight in session.weights.items()}
     ids = ROWS[3].ids[:7]
     assert np.abs(session.logits(ids) - by_hand(model.config, weights, ids)).max() < 1e-10
-
-
-@given(token_rows(2, 5), st.randoms(use_true_random=False), st.sampled_from([0, 1, 96]), st.integers(1, 4))
-@FEW
-def test_padding_mates_split_and_order_do_not_matter(
-    rows: tuple[TokenizedRow, ...], dice: Any, pad_id: int, size: int
-) -> None:
-    """Loss and gradients of rows are those of each row alone, in any order, batches and padding."""
-    mixed = list(rows)
-    dice.shuffle(mixed)
-    alone = gradients(adapted(trained=True), *(Batch((row,)) for row in rows))
-    padded = adapted(trained=True, pad_id=pad_id)
-    together = gradients(padded, *(Batch(tuple(mixed[at : at + size])) for at in range(0, len(mixed), size)))
-    assert together[0] == pytest.approx(alone[0], rel=1e-12)
-    assert close(together[1], alone[1])
-    assert padded.loss(Batch(rows)) == pytest.approx(alone[0], rel=1e-12)
-
-
-@given(configs(), token_rows(2, 6), st.randoms(use_true_random=False), st.sampled_from([0, 96]), st.integers(1, 3))
-@FEW
-def test_rows_that_share_a_sequence_do_not_see_each_other(
-    config: dict[str, Any], rows: tuple[TokenizedRow, ...], dice: Any, pad_id: int, size: int
-) -> None:
-    """P-PACK: packed in any order and grouping, loss and gradients of rows are those of each row alone."""
-    mixed = list(rows)
-    dice.shuffle(mixed)
-    counts = [size] * (len(mixed) // size) + ([len(mixed) % size] if len(mixed) % size else [])
-    alone = gradients(adapted(trained=True, config=config), *(Batch((row,)) for row in rows))
-    session = adapted(trained=True, config=config, pad_id=pad_id)
-    together = gradients(session, Batch(tuple(mixed), tuple(counts)))
-    assert together[0] == pytest.approx(alone[0], rel=1e-12)
-    assert close(together[1], alone[1])
-
-
-def test_loss_is_the_surprise_of_the_trained_tokens() -> None:
-    """The loss is minus the summed log-probability of each trained token that has one before it, and of no other."""
-    session = tiny()
-    expected = 0.0
-    for row in ROWS:
-        for place, logits in enumerate(session.logits(row.ids)[:-1]):
-            if row.trained[place + 1]:
-                expected += math.log(sum(math.exp(value) for value in logits)) - logits[row.ids[place + 1]]
-    assert session.loss(BATCH) == pytest.approx(expected, rel=1e-12)
-    nothing = Batch((TokenizedRow((3, 4, 5), (True, False, False), "x"),))
-    assert session.loss(nothing) == session.accumulate(nothing, 1.0) == 0.0
-
-
-@given(models())
-@examples(1 / 8)
-def test_merged_is_adapted(model: AdaptedModel) -> None:
-    """Folded into the weights the adapter gives the same logits, which are not the base's."""
-    session = adapted(model.target, trained=True, config=model.config)
-    tuned, merged = session.logits(ROWS[1].ids), session.merged_weights()
-    assert merged.keys() == session.weights.keys()
-    plain = tiny(model.config)
-    assert np.abs(plain.logits(ROWS[1].ids) - tuned).max() > 1e-6
-    plain.weights.update(merged)
-    assert np.abs(plain.logits(ROWS[1].ids) - tuned).max() <= 1e-10
-
-
-def test_seed_decides_everything_and_resuming_changes_nothing(tmp_path: Path) -> None:
-    """One seed, 0 too, one course to the bit; another seed, another; resumed midway, dropout on, it is the same."""
-    ends = []
-    for seed in (0, 0, 1):
-        session = adapted(DROPPING, seed=seed)
-        ends.append(([step(session, number) for number in range(5)], session.fingerprints()))
-    assert ends[0] == ends[1]
-    assert ends[0][0] != ends[2][0]
-    first, second = adapted(DROPPING), adapted(DROPPING, seed=9)
-    losses = [step(first, number) for number in range(3)]
-    first.save_state(tmp_path)
-    first.loss(BATCH), first.generate([ROWS[0].ids], 3, ())
-    second.load_state(tmp_path)
-    assert (losses + [step(second, number) for number in (3, 4)], second.fingerprints()) == ends[0]
 
 
 def test_dropout_keeps_the_mean_and_its_gradient_is_the_slope() -> None:

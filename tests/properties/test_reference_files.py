@@ -13,48 +13,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from finetune.backends import open_backend
-from finetune.errors import EvidenceError, ModelError, RefusedError, TrainingError
+from finetune.errors import EvidenceError, ModelError, RefusedError
 from finetune.evidence.reload import check_reload
 from finetune.records import AdapterTarget, Optimization
-from support.tiny_llamas import BATCH, CONFIG, DROPPING, LINEAR, ROWS, TARGET, adapted, open_model, step, tiny
+from support.tiny_llamas import CONFIG, DROPPING, LINEAR, ROWS, adapted, open_model, step, tiny
 
 WEIGHTS = "adapter_model.safetensors"
-
-
-def test_names_are_pefts(tmp_path: Path) -> None:
-    """Tensors bear PEFT's names, in memory and on disk; without an adapter every weight is trainable."""
-    session = tiny()
-    assert session.trainable_names() == list(session.fingerprints()) == list(session.weights)
-    session.attach(TARGET, 0)
-    names = session.trainable_names()
-    first = "base_model.model.model.layers.0.self_attn.q_proj"
-    assert names[:2] == [f"{first}.lora_A.default.weight", f"{first}.lora_B.default.weight"]
-    assert len(names) == 2 * 2 * 3
-    assert {f"{first}.base_layer.weight", "base_model.model.lm_head.weight", *names} <= set(session.fingerprints())
-    session.save_adapter(tmp_path)
-    saved = load_file(tmp_path / WEIGHTS)
-    assert set(saved) == {name.replace(".default", "") for name in names}
-    assert {str(tensor.dtype) for tensor in saved.values()} == {"float32"}
-    for bad in ("q_prj", "proj", "lm"):
-        with pytest.raises(ModelError, match=bad):
-            session.attach(AdapterTarget(1, 1.0, 0.0, ("q_proj", bad)), 0)
-
-
-def test_adapter_saved_is_the_adapter_and_frozen(tmp_path: Path) -> None:
-    """A saved adapter comes back rounded to float32 and nothing else, to the same bytes; it is frozen as PEFT's is."""
-    session, again = adapted(trained=True), tiny()
-    session.save_adapter(tmp_path)
-    again.load_adapter(tmp_path)
-    assert again.adapter.target == TARGET
-    assert again.trainable_names() == []
-    with pytest.raises(TrainingError):
-        again.accumulate(BATCH, 1.0)
-    for name, tensor in session.adapter.tensors().items():
-        assert np.array_equal(again.adapter.tensors()[name], tensor.astype(np.float32))
-    assert np.abs(again.logits(ROWS[1].ids) - session.logits(ROWS[1].ids)).max() < 1e-4
-    (tmp_path / "again").mkdir()
-    again.save_adapter(tmp_path / "again")
-    assert (tmp_path / WEIGHTS).read_bytes() == (tmp_path / "again" / WEIGHTS).read_bytes()
 
 
 def _tensors(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
@@ -193,25 +157,6 @@ def test_model_is_read_from_any_float(kind: str, tmp_path: Path) -> None:
     weights = open_model(tmp_path).weights
     assert len(weights) == 2 * 9 + 3
     assert all(np.array_equal(weights[name], names[name, "value"]) for name in weights)
-
-
-def test_model_saved_is_the_model_with_its_adapter(tmp_path: Path) -> None:
-    """A model saved whole answers as the session did, its adapter merged in; seeds make models, 0 included."""
-    files = []
-    for number, seed in enumerate((0, 0, 1)):
-        (tmp_path / str(number)).mkdir()
-        open_backend("reference").create(CONFIG, tmp_path / str(number), seed)
-        files.append((tmp_path / str(number) / "model.safetensors").read_bytes())
-    assert files[0] == files[1] != files[2]
-    session = open_model(tmp_path / "0", dtype="float64")
-    session.attach(TARGET, 0)
-    session.prepare_updates(Optimization(0.0, 1.0))
-    step(session)
-    session.save_model(tmp_path / "1")
-    again = open_model(tmp_path / "1")
-    assert np.abs(again.logits(ROWS[1].ids) - session.logits(ROWS[1].ids)).max() < 1e-4
-    with pytest.raises(ModelError, match="bfloat16"):
-        open_model(tmp_path / "0", dtype="bfloat16")
 
 
 STATE_DAMAGES = {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from finetune.chat.catalog import CATALOG, TemplateSource
 from finetune.chat.render import ChatTemplate, find_template
 from finetune.errors import TemplateError
-from finetune.records import Conversation, Document, Message
+from finetune.records import Conversation, Message
 from finetune_strategies.conversations import conversations, texts
 from finetune_strategies.profiles import examples
 from support.rendered_text import joined, stretches, talk
@@ -168,38 +168,6 @@ def test_prompt_is_the_same_for_training_and_asking(name: str, conversation: Con
         assert not any(segment.trained for segment in asked.segments)
 
 
-@given(texts(), texts(), st.sampled_from(NAMES))
-def test_system_text_is_kept(system: str, question: str, name: str) -> None:
-    """The system text stands once in training and asking, in a segment of its own, whatever it holds."""
-    conversation = Conversation(
-        (Message("system", system), Message("user", question), Message("assistant", "x")), "rows.jsonl:1"
-    )
-    for rendered in (template(name).render(conversation), template(name).render_prompt(conversation.prompt)):
-        kept = [segment.text for segment in rendered.segments if segment.role == "system"]
-        assert "".join(kept) == shown(name, conversation.messages[0])
-        assert "Below is an instruction" not in rendered.text or "Below" in system + question
-
-
-@given(conversations(contents=st.sampled_from(["a", "{}", "{{ x }}", "%s"])), st.sampled_from(NAMES))
-@examples(0.7)
-def test_markers_never_leak(conversation: Conversation, name: str) -> None:
-    """No marker character and no placeholder stays in a row whose own text has none."""
-    for rendered in (template(name).render(conversation), template(name).render_prompt(conversation.prompt)):
-        assert not re.search("[\ue000\ue001]", rendered.text)
-        assert not re.search(r"\{(?:instruction|input|output|system|bos_token|eos_token)\}", rendered.text, re.I)
-
-
-@given(texts(min_size=1))
-@examples(0.5)
-def test_document_is_trained_whole_and_ends(text: str) -> None:
-    """P-STOP for plain text: every character is trained, and the end-of-text token after it as a control token."""
-    rendered = template("alpaca").render_document(Document(text, "a:1"))
-    assert [(segment.text, segment.trained, segment.control) for segment in rendered.segments] == [
-        (text, True, False),
-        ("</s>", True, True),
-    ]
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_terminators_are_what_ends_an_answer(name: str) -> None:
     """P-STOP: the tokens to stop at are exactly the control tokens trained after an answer."""
@@ -222,22 +190,6 @@ BARE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-MARKED = (
-    "{%- for m in messages -%}\n<|im_start|>{{ m.role + '\n' }}\n{%- if m.role == 'assistant' -%}\n"
-    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n{%- else -%}\n{{ m.content }}<|im_end|>\n"
-    "{%- endif -%}\n{{ '\n' }}\n{%- endfor -%}\n"
-    "{%- if add_generation_prompt -%}<|im_start|>assistant{{ '\n' }}{%- endif -%}"
-)
-
-
-@pytest.mark.parametrize("source", [BARE, MARKED])
-@given(conversations(inputs=False))
-@examples(0.4)
-def test_custom_templates_are_marked_as_built_in_ones(source: str, conversation: Conversation) -> None:
-    """Somebody's ChatML, with or without `{% generation %}` tags, gives the rows that the built-in one gives."""
-    mine = template(TemplateSource("mine.jinja", source))
-    assert stretches(mine.render(conversation)) == stretches(template("chatml").render(conversation))
-    assert mine.render_prompt(conversation.prompt) == template("chatml").render_prompt(conversation.prompt)
 
 
 def test_find_template_reads_names_files_and_the_models_own(tmp_path: Path) -> None:
@@ -316,17 +268,6 @@ def test_template_that_cannot_be_used_is_refused(case: str) -> None:
         template(TemplateSource("bad.jinja", source)).render(talk("user:Hi there", "assistant:Hello"))
     assert "'bad.jinja'" in caught.value.message
     assert says in caught.value.message, caught.value.message
-
-
-@pytest.mark.parametrize("source", ["{{ ''.__class__ }}", "{{ ''.__class__.__name__ | default('') }}"])
-def test_template_attribute_walk_shows_nothing(source: str) -> None:
-    """An attribute that the sandbox hides renders as nothing, or stops the template."""
-    chat = template(TemplateSource("bad.jinja", LOOP + source))
-    try:
-        seen = chat.render_prompt(talk("user:Hi")).text
-    except TemplateError as error:
-        seen = error.message
-    assert seen == "Hi<|im_end|>" or "unsafe" in seen
 
 
 @pytest.mark.parametrize("roles", ["assistant:a", "user:a user:b assistant:c", "user:a assistant:b assistant:c"])

@@ -115,31 +115,6 @@ def test_trained_tokens_are_answers_and_terminators(name: str, kind: TokenizerKi
     assert spelled(kind, row.ids) == bos + rendered.text
 
 
-@given(FULL, texts(min_size=1))
-@examples(1 / 2)
-def test_document_is_trained_to_its_end(kind: TokenizerKind, text: str) -> None:
-    """P-STOP for plain text: everything but a BOS is trained, the last token is the end of text."""
-    row = encode_row(template_of(kind, "alpaca").render_document(Document(text, "a:1")), tokenizer_of(kind))
-    assert spelled(kind, row.ids) == (kind.bos_token if kind.adds_bos else "") + text + EOS
-    assert row.trained == ((False,) if kind.adds_bos else ()) + (True,) * (len(row.ids) - kind.adds_bos)
-    assert row.ids[-1] == 0
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_stop_tokens_cover_what_is_trained_to_stop(name: str) -> None:
-    """P-STOP: the terminator of every format is one control id, and it is the last that each answer trains."""
-    kinds = [kind for kind in KINDS if kind.chatml and kind.llama3]
-    assert len(kinds) == 6
-    for kind in kinds:
-        tokenizer = tokenizer_of(kind)
-        [stop] = template_of(kind, name).terminators()
-        conversation = talk("user:a", "assistant:b", "user:c", "assistant:d")
-        row = encode_row(template_of(kind, name).render(conversation), tokenizer)
-        after = (*row.trained[1:], False)
-        last = [row.ids[index] for index, trained in enumerate(row.trained) if trained and not after[index]]
-        assert last == [tokenizer.control_id(stop)] * 2
-
-
 @pytest.mark.parametrize("name", [*NAMES, "tight"])
 @given(FULL, conversations())
 @example(FIRST, talk("user:a", "assistant:(hi", "user:b", "assistant:c"))

@@ -1,19 +1,17 @@
 """Laws of the token cache: its name changes exactly when the tokens would, and it never gives back other ones."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.chat.cache import cache_key, dump_marked, load_marked
 from finetune.chat.encode import mark_rows
-from finetune.records import Conversation, Document, Rendered, Segment
+from finetune.records import Document, Rendered, Segment
 from finetune_strategies.conversations import conversations, texts
 from finetune_strategies.profiles import examples
-from finetune_strategies.tokenizers import KINDS, TokenizerKind
+from finetune_strategies.tokenizers import TokenizerKind
 from support.encoders import FIRST, FULL, NAMES, talk, template_of, tokenizer_of
 
 
@@ -76,19 +74,6 @@ def test_cache_key_is_of_nothing_but_what_is_encoded(rows: list[Rendered]) -> No
     assert cache_key(elsewhere, tokenizer_of(FIRST)) == cache_key(rows, tokenizer_of(FIRST))
 
 
-def test_cache_key_tells_every_tokenizer_apart() -> None:
-    """Two tokenizers that could make other ids of some text never share a name, and one always has its own."""
-    rows = [template_of(FIRST, "alpaca").render(talk("user:a", "assistant:b"))]
-    keys = {kind: cache_key(rows, tokenizer_of(kind)) for kind in KINDS}
-    ids = {kind: tokenizer_of(kind).identity() for kind in KINDS}
-    assert ids == {kind: tokenizer_of(kind).identity() for kind in KINDS}
-    for one in KINDS:
-        for other in KINDS:
-            same = (one.control_tokens, one.adds_bos) == (other.control_tokens, other.adds_bos)
-            assert same or keys[one] != keys[other]
-    assert len(set(keys.values())) >= 7
-
-
 @given(FULL, rendered_rows())
 def test_cache_gives_back_what_was_put_in(kind: TokenizerKind, rows: list[Rendered]) -> None:
     """What is read back is what was encoded, each row with its own place."""
@@ -112,38 +97,3 @@ def test_cache_torn_or_changed_is_not_believed(data: st.DataObject) -> None:
     assert load_marked(content, rows[:1]) is None
     assert load_marked(content, [*rows, Rendered((Segment("a", "text", True, False),), "a:1")]) is None
     assert load_marked(content, rows) is not None
-
-
-def one_row() -> Conversation:
-    """A conversation to encode."""
-    return talk("user:capital of Norway", "assistant:Oslo")
-
-
-@pytest.mark.parametrize("state", ["absent", "intact", "torn"])
-def test_cache_changes_no_token_of_a_run(state: str, tmp_path: Path) -> None:
-    """An encoder with a cache makes the ids of one without, whether its file is there, missing or torn; it mends it."""
-    from finetune.chat.encoder import Encoder
-    from finetune.config import load_config, resolve
-    from finetune.config.resolve import ModelAndDataFacts
-    from finetune.data.shape import ShapedRows
-    from finetune.models.locate import locate_model
-
-    folder = tmp_path / "cache" / "tokens"
-    shaped = ShapedRows((one_row(), one_row()), {}, {}, ())
-    facts = ModelAndDataFacts(512, has_chat_template=True, train_rows=2)
-    encoder = Encoder(locate_model("reference-llama"), "chatml")
-    plain, kept = (
-        resolve(load_config(None, environ={}, overrides=changes, profile=None), facts)
-        for changes in ({}, {"tokens.cache": str(folder)})
-    )
-    wanted = encoder.encode(shaped, plain)
-    assert not folder.exists()
-    if state != "absent":
-        encoder.encode(shaped, kept)
-        [file] = folder.iterdir()
-        whole = file.read_bytes()
-        if state == "torn":
-            file.write_bytes(whole[:-5])
-    assert encoder.encode(shaped, kept) == wanted
-    [file] = folder.iterdir()
-    assert load_marked(file.read_bytes(), [encoder.template.render(one_row())] * 2) is not None

@@ -1,16 +1,13 @@
 """Laws of the length limit: what does not fit is cut or left out as declared, and every row is accounted for."""
 
-from typing import Literal
-
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetune.chat.encode import encode_row, mark_rows
-from finetune.chat.fit import fit_rows
+from finetune.chat.encode import encode_row
 from finetune.errors import DataError
 from finetune.records import Conversation, Document, Rendered
-from finetune_strategies.conversations import conversations, texts
+from finetune_strategies.conversations import conversations
 from finetune_strategies.profiles import examples
 from finetune_strategies.tokenizers import TokenizerKind
 from support.encoders import FIRST, FULL, NAMES, control_ids, encoded, spelled, talk, template_of, tokenizer_of
@@ -19,40 +16,6 @@ from support.encoders import FIRST, FULL, NAMES, control_ids, encoded, spelled, 
 def rows_for_cutting() -> st.SearchStrategy[list[Conversation]]:
     """Conversations of very different lengths."""
     return st.lists(conversations(max_turns=2), min_size=1, max_size=4)
-
-
-@given(FULL, rows_for_cutting(), st.sampled_from(NAMES), st.sampled_from(["drop", "truncate_prompt"]))
-@examples(2 / 3)
-def test_length_that_suffices_changes_nothing(
-    kind: TokenizerKind, found: list[Conversation], name: str, overlong: Literal["drop", "truncate_prompt"]
-) -> None:
-    """A limit at or above every row is no limit: same ids, same marks, nothing dropped, nothing cut."""
-    rendered = [template_of(kind, name).render(one) for one in found]
-    whole = tuple(encode_row(row, tokenizer_of(kind)) for row in rendered)
-    longest = max(len(row.ids) for row in whole)
-    for length in (longest, longest + 1, 10**6):
-        result = encoded(kind, rendered, length, overlong)
-        assert result.rows == whole
-        assert (result.counts.dropped, result.counts.truncated) == ({}, 0)
-    assert result.counts.tokens == sum(len(row.ids) for row in whole)
-    assert result.counts.trained_tokens == sum(sum(row.trained) for row in whole)
-
-
-@given(FULL, rows_for_cutting(), st.sampled_from([*NAMES, "tight"]), st.integers(-40, 1), st.integers(0, 3))
-def test_overlong_rows_are_dropped_whole_and_counted(
-    kind: TokenizerKind, found: list[Conversation], name: str, less: int, before: int
-) -> None:
-    """`drop` keeps exactly the rows that fit, uncut; read is kept plus dropped, with what earlier steps dropped."""
-    rendered = [template_of(kind, name).render(one) for one in found]
-    whole = [encode_row(row, tokenizer_of(kind)) for row in rendered]
-    length = max(1, max(len(row.ids) for row in whole) + less)
-    dropped = {"empty answer": before} if before else {}
-    result = fit_rows(mark_rows(rendered, tokenizer_of(kind)), max_length=length, overlong="drop", dropped=dropped)
-    assert list(result.rows) == [row for row in whole if len(row.ids) <= length]
-    lost = len(whole) - len(result.rows)
-    assert result.counts.dropped == dropped | ({f"longer than {length} tokens": lost} if lost else {})
-    assert result.counts.read == len(found) + before == result.counts.kept + sum(result.counts.dropped.values())
-    assert result.counts.truncated == 0
 
 
 @given(FULL, conversations(max_turns=2), st.sampled_from(NAMES), st.integers(0, 30))
@@ -125,35 +88,6 @@ def test_row_without_trained_token_is_dropped_and_counted() -> None:
 def document(kind: TokenizerKind, text: str) -> Rendered:
     """Plain text as a row."""
     return template_of(kind, "alpaca").render_document(Document(text, "rows.jsonl:3"))
-
-
-@given(FULL, texts(), st.integers(1, 12), st.integers(2, 9))
-@example(FIRST, "a", 1, 2)
-@example(FIRST, "one two three four five six seven", 7, 3)
-def test_split_learns_each_token_exactly_once(kind: TokenizerKind, text: str, times: int, length: int) -> None:
-    """`split` cuts plain text of any length: no piece is too long, each begins where the last one ends."""
-    row = document(kind, "a" + text * times)
-    whole = encode_row(row, tokenizer_of(kind))
-    result = encoded(kind, [row], length, "split")
-    assert all(2 <= len(piece.ids) <= length for piece in result.rows)
-    assert [token for piece in result.rows for token in piece.ids[1:]] == list(whole.ids[1:])
-    starts = [piece.ids[0] for piece in result.rows]
-    assert starts == [whole.ids[at * (length - 1)] for at in range(len(starts))]
-    assert sum(piece.target_count for piece in result.rows) == whole.target_count == result.counts.trained_tokens
-    assert (result.counts.read, result.counts.kept, result.counts.dropped) == (1, 1, {})
-    assert (result.counts.split, result.counts.truncated) == (len(whole.ids) > length, 0)
-    assert len({piece.where for piece in result.rows}) == len(result.rows)
-    assert all(piece.where.startswith("rows.jsonl:3") for piece in result.rows)
-
-
-def test_split_never_cuts_a_conversation() -> None:
-    """A conversation that is too long is left out and counted: half an answer would teach to stop half-way."""
-    chat = template_of(FIRST, "chatml").render(talk("user:one two three", "assistant:four five six"))
-    long, short = document(FIRST, "one two three four five six"), document(FIRST, "one")
-    result = encoded(FIRST, [chat, long, short, long, short], 6, "split")
-    assert result.counts.dropped == {"longer than 6 tokens": 1}
-    assert (result.counts.read, result.counts.kept, result.counts.split) == (5, 4, 2)
-    assert len(result.rows) > 1
 
 
 @given(FULL, rows_for_cutting(), st.integers(-30, 1))

@@ -14,10 +14,10 @@ from finetune.data.batches import epoch_batches, fixed_batches
 from finetune.errors import NonFiniteError
 from finetune.events import Event, FirstGradients, HeldOutLoss, StepDone
 from finetune.records import Batch, TokenizedRow
-from finetune.training.loop import LoopPlan, mean_loss, steps_per_epoch, train
+from finetune.training.loop import LoopPlan, mean_loss, train
 from finetune.training.schedule import Schedule, learning_rate_at
 from finetune_strategies.datasets import token_rows
-from support.toy_session import ToySession, row_names, targets_of
+from support.toy_session import ToySession, targets_of
 
 SCHEDULES = get_args(Schedule)
 NOT_FINITE = (math.nan, math.inf, -math.inf)
@@ -112,13 +112,6 @@ def training_events(events: Sequence[Event]) -> list[StepDone]:
     return [event for event in events if isinstance(event, StepDone)]
 
 
-def timeless(events: Sequence[Event]) -> list[Event]:
-    """The events without what a clock says."""
-    return [
-        dataclasses.replace(event, seconds=0.0, rss=0) if isinstance(event, StepDone) else event for event in events
-    ]
-
-
 def windows_of(session: ToySession) -> list[list[tuple[Batch, float]]]:
     """What was accumulated for each update; the tail that no update followed comes last."""
     windows: list[list[tuple[Batch, float]]] = [[]]
@@ -128,32 +121,6 @@ def windows_of(session: ToySession) -> list[list[tuple[Batch, float]]]:
         elif name == "update":
             windows.append([])
     return windows
-
-
-@given(setups())
-def test_epoch_every_row_once_and_every_batch_in_an_update(setup: Setup) -> None:
-    """Each epoch trains on every row exactly once, the batches left over at its end included."""
-    session = ToySession()
-    steps = training_events(setup.run(session))
-    *windows, left = windows_of(session)
-    assert left == []
-    assert len(steps) == len(windows) == setup.per_epoch * setup.epochs
-    for epoch in range(setup.epochs):
-        mine = windows[epoch * setup.per_epoch : (epoch + 1) * setup.per_epoch]
-        assert row_names([batch for window in mine for batch, _ in window]) == row_names([Batch(setup.rows)])
-
-
-@given(setups())
-def test_steps_per_epoch_is_what_the_loop_takes(setup: Setup) -> None:
-    """An epoch takes as many steps as promised, none holds more batches than asked, and its end is a whole number."""
-    session = ToySession()
-    steps = training_events(setup.run(session))
-    assert steps_per_epoch(len(setup.rows), setup.batch_size, setup.accumulation) == setup.per_epoch
-    assert [step.step for step in steps if step.epoch == round(step.epoch)] == [
-        setup.per_epoch * (epoch + 1) for epoch in range(setup.epochs)
-    ]
-    assert max(map(len, windows_of(session))) <= setup.accumulation
-    assert all(low.epoch < high.epoch for low, high in itertools.pairwise(steps))
 
 
 @given(setups())
@@ -171,19 +138,6 @@ def test_step_weighs_every_trained_token_alike(setup: Setup) -> None:
     assert session.value == pytest.approx(shadow)
 
 
-@given(token_rows(least=4), st.integers(1, 3), st.integers(2, 4))
-def test_step_same_whatever_the_split(rows: tuple[TokenizedRow, ...], size: int, accumulation: int) -> None:
-    """Small batches accumulated or one batch of the same rows: the same losses, norms and weights."""
-    ends = []
-    for batch_size, many in ((size, accumulation), (size * accumulation, 1)):
-        batches = [Batch(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
-        session = ToySession()
-        plan = LoopPlan(3, many, 0.3, 0, "cosine", 1000)
-        steps = training_events(list(train(session, lambda epoch, batches=batches: batches, (), plan)))  # type: ignore[arg-type,misc]
-        ends.append([number for step in steps for number in (step.loss, step.grad_norm)] + [session.value])
-    assert ends[0] == pytest.approx(ends[1])
-
-
 @given(setups(), st.sampled_from(SCHEDULES), st.data())
 def test_rate_counts_optimizer_steps(setup: Setup, schedule: Schedule, data: st.DataObject) -> None:
     """The rate of an update is that of the closed form over optimizer steps, and it is the one that is told."""
@@ -195,6 +149,9 @@ def test_rate_counts_optimizer_steps(setup: Setup, schedule: Schedule, data: st.
     assert session.called("update") == pytest.approx(expected)
     assert [step.learning_rate for step in steps] == session.called("update")
     assert [(step.step, step.total_steps) for step in steps] == [(step, total) for step in range(1, total + 1)]
+    assert [step.step for step in steps if step.epoch == round(step.epoch)] == [
+        setup.per_epoch * (epoch + 1) for epoch in range(setup.epochs)
+    ]
 
 
 @given(setups())
@@ -208,24 +165,6 @@ def test_step_clips_once_between_gradients_and_update(setup: Setup) -> None:
     assert all(set(part) <= {"a"} and part for part in verbs.removesuffix("cu").split("cu"))
     assert verbs.count("cu") == len(steps)
     assert all(step.grad_norm >= 0 for step in steps)
-
-
-@given(setups(), st.data())
-def test_resume_goes_on_as_if_never_stopped(setup: Setup, data: st.DataObject) -> None:
-    """Continued after any number of steps, the loop does and tells exactly what an uninterrupted run still would."""
-    total = setup.plan().total_steps
-    held_out = fixed_batches(setup.rows, 2)
-    whole, told, values = ToySession(), [], {0: 0.0}
-    for event in setup.events(whole, held_out, evaluate_every=2):
-        told.append(event)
-        values[getattr(event, "step", 0)] = whole.value if hasattr(event, "step") else 0.0
-    done = data.draw(st.integers(0, total))
-    before = [event for event in told if getattr(event, "step", 1) <= done]
-    resumed = ToySession(value=values[done])
-    after = setup.run(resumed, held_out, done=done, evaluate_every=2)
-    assert timeless([*before, *after]) == timeless(told)
-    assert resumed.value == whole.value
-    assert windows_of(resumed) == windows_of(whole)[done:]
 
 
 @given(setups(), st.sampled_from(NOT_FINITE), st.sampled_from(["accumulate", "clip_gradients"]), st.data())
@@ -302,19 +241,6 @@ def test_held_out_loss_told_when_due_and_at_the_end(
     assert all(isinstance(events[place + 1], StepDone) for place in places)
     assert all(events[place + 1].step == events[place].step for place in places)  # type: ignore[union-attr]
     assert not any(isinstance(event, HeldOutLoss) for event in setup.run(ToySession(), evaluate_every=1))
-
-
-@given(token_rows(), st.integers(1, 12), st.randoms(use_true_random=False))
-def test_mean_loss_does_not_depend_on_batching(rows: tuple[TokenizedRow, ...], size: int, dice: Any) -> None:
-    """The mean loss is over tokens: batch size and order change nothing, and no row is left out."""
-    session = ToySession(value=31.0)
-    shuffled = list(rows)
-    dice.shuffle(shuffled)
-    batches = [Batch(tuple(shuffled[start : start + size])) for start in range(0, len(rows), size)]
-    targets = targets_of(Batch(rows))
-    loss, count = mean_loss(session, batches)  # type: ignore[arg-type]
-    assert count == len(targets)
-    assert loss == pytest.approx(sum((31 - target) ** 2 / 2 for target in targets) / len(targets))
 
 
 @given(token_rows(), st.sampled_from(NOT_FINITE), st.data())

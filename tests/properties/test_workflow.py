@@ -1,6 +1,5 @@
 """Laws of the whole workflow, from a configuration to a judged run, without any ML framework."""
 
-import contextlib
 import json
 import math
 import re
@@ -14,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetune import train as pipeline
+from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import LoadedConfig, load_plan
 from finetune.errors import ConfigError, FineTuneError, OutOfMemoryError, OutputError, RefusedError, StorageError
 from finetune.events import Event, PhaseStarted, StepDone
@@ -24,7 +24,7 @@ from finetune.run.checkpoints import CheckpointStore
 from finetune.run.folder import RunFolder
 from finetune.train import fine_tune
 from finetune_strategies.profiles import examples
-from finetune_strategies.tokenizers import KINDS
+from finetune_strategies.tokenizers import EOS, KINDS, TokenizerKind
 from support.disks import everything_below, full_after
 from support.workplace import make_data, make_model, settings, without_reload_check
 
@@ -132,19 +132,6 @@ def test_workflow_counts_add_up(
     assert record["seeds"] == {"training": seed}
 
 
-def test_workflow_seed_decides_every_byte(model: Path, data: Path, tmp_path: Path) -> None:
-    """P-SEED: the same seed gives the same adapter and losses, another seed others; 0 is a seed."""
-    found = []
-    with without_reload_check():
-        for number, seed in enumerate((0, 0, 1)):
-            loaded = settings(model, data, training__seed=seed, adapter__dropout=0.3)
-            folder, record = fine_tune(loaded, output=tmp_path / str(number))
-            found.append(((folder / ADAPTER).read_bytes(), record["losses"], record["scores"]))
-    assert found[0] == found[1]
-    assert found[0][0] != found[2][0]
-    assert found[0][1] != found[2][1]
-
-
 @pytest.fixture(scope="module")
 def whole(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], int]:
     """A run that nobody stopped, with its number of events; accumulation, dropout and packing are on."""
@@ -167,43 +154,6 @@ def demanding(model: Path, data: Path) -> LoadedConfig:
         evaluation__questions=2,
         **{f"training__{key}": value for key, value in changes.items()},
     )
-
-
-@given(st.data())
-@examples(1 / 3)
-def test_workflow_stopped_anywhere_and_resumed_is_the_run_that_was_never_stopped(
-    model: Path, data: Path, whole: tuple[Path, dict[str, Any], int], data_: st.DataObject
-) -> None:
-    """P-RESUME: dead at any event, once or twice, a resumed run ends with the same adapter, losses and verdicts."""
-    folder, record, events = whole
-    deaths = data_.draw(st.lists(st.integers(0, events - 1), min_size=1, max_size=2))
-    with TemporaryDirectory() as name, without_reload_check():
-        output = Path(name) / "run"
-        for death in [*deaths, events]:
-            begun = (output / "plan.yaml").exists()
-            plan = load_plan(output / "plan.yaml") if begun else None
-            loaded = LoadedConfig(plan.config, plan.origins) if plan else demanding(model, data)
-            if not (output / "run.json").exists():
-                alive_until(death, loaded, output, resume=begun)
-        found = json.loads((output / "run.json").read_text())
-        assert (output / ADAPTER).read_bytes() == (folder / ADAPTER).read_bytes()
-        assert list(output.rglob("*.part")) == []
-    for part in ("losses", "scores", "verdicts", "data"):
-        assert found[part] == record[part]
-
-
-def alive_until(death: int, loaded: LoadedConfig, output: Path, *, resume: bool) -> None:
-    """A run that dies when it tells its event of this number, if it tells so many."""
-    heard = 0
-
-    def listen(event: Event) -> None:
-        nonlocal heard
-        heard += 1
-        if heard > death:
-            raise Death
-
-    with contextlib.suppress(Death):
-        fine_tune(loaded, output=output, listener=listen, resume=resume)
 
 
 @given(st.integers(0, 60_000))
@@ -291,16 +241,6 @@ def test_workflow_refused_leaves_nothing_behind(
     assert everything_below(tmp_path) == before
 
 
-def test_workflow_numbers_that_are_not_finite_stop_the_run(model: Path, data: Path, tmp_path: Path) -> None:
-    """P-FINITE: a learning rate that blows up ends with one error that names the step; there is no manifest."""
-    with pytest.raises(FineTuneError, match="step") as caught:
-        fine_tune(settings(model, data, training__learning_rate=1e200), output=tmp_path / "run")
-    assert caught.value.exit_code == 1
-    assert not (tmp_path / "run" / "run.json").exists()
-    steps = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    assert all(step["event"] != StepDone.__name__ or abs(step["loss"]) < 1e300 for step in steps)
-
-
 @pytest.mark.parametrize("resume", [False, True])
 def test_workflow_overtaken_by_another_process_leaves_its_run_alone(
     resume: bool, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -371,3 +311,23 @@ def test_workflow_has_its_log_on_disk_before_each_checkpoint(
         fine_tune(settings(model, data, training__save_every=2), output=tmp_path / "run")
     assert len(saved) > 1
     assert set(saved) == {0}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.chatml and kind.llama3], ids=str)
+@pytest.mark.parametrize("template", ["alpaca", "llama3"])
+def test_workflow_saves_the_tokenizer_and_where_to_stop(template: str, kind: TokenizerKind, tmp_path: Path) -> None:
+    """The tokenizer beside the adapter is the base's, and where to stop holds the token that ends an answer."""
+    base = make_model(tmp_path / "model", kind=kind)
+    changes = {"template__name": template, "training__max_steps": 1, "evaluation__questions": 0}
+    with without_reload_check():
+        loaded = settings(base, make_data(tmp_path / "rows.jsonl", 4), **changes)
+        adapter = fine_tune(loaded, output=tmp_path / "run")[0] / "adapter"
+    before, after = FileTokenizer(base), FileTokenizer(adapter)
+    assert after.identity() == before.identity()
+    assert (after.bos, after.eos) == (before.bos, before.eos)
+    said = json.loads((adapter / "generation_config.json").read_text())
+    names = [kind.control_tokens[token] for token in said["eos_token_id"]]
+    assert names[0] == {"alpaca": EOS, "llama3": "<|eot_id|>"}[template]
+    assert EOS in names
+    assert said["pad_token_id"] == before.pad_id
+    assert said.get("bos_token_id") == before.bos_id

@@ -150,28 +150,6 @@ def test_workflow_asks_of_the_session_what_is_set_whatever_else_is(model: Path, 
         assert len(steps) == round(training["epochs"] * per_epoch)
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_workflow_epochs_have_every_row_in_another_order(model: Path, packing: bool) -> None:
-    """P-ORDER: each of three epochs of a run trains on every row once, and no two of them in the same order."""
-    heard = run(model, {"training.epochs": 3.0, "training.packing": packing, "training.batch_size": 1})
-    lines = heard.lines()
-    epochs = [lines[start : start + ROWS] for start in range(0, len(lines), ROWS)]
-    assert len(epochs) == 3
-    assert all(len(set(epoch)) == ROWS for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-
-
-@pytest.mark.parametrize("fraction", [0.2, 0.6])
-def test_workflow_trains_on_no_row_that_is_held_out(model: Path, fraction: float) -> None:
-    """What the held-out loss is taken on is never trained on, and the two together are all rows of the file."""
-    heard = run(model, {"data.valid_fraction": fraction, "evaluation.questions": 0, "training.evaluate_every": 1})
-    trained = set(heard.lines())
-    measured = {line_of(row) for (batch,) in heard.given("loss") for row in batch.rows}
-    assert len(measured) == ROWS
-    assert len(trained) == ROWS - round(fraction * ROWS)
-    assert trained < measured
-
-
 def test_workflow_seed_reaches_everything_that_is_drawn(model: Path) -> None:
     """P-SEED: the fresh adapter, the order of rows, what is held out and what is asked: each is the seed's, 0 too."""
 
