@@ -208,15 +208,11 @@ def test_run_folder_create_refuses_what_is_there(arrange: Callable[[Path], None]
     assert sorted(file.name for file in tmp_path.rglob("*")) == names
 
 
-def test_run_folder_create_below_a_file_is_refused(tmp_path: Path) -> None:
-    """An output below a file cannot be made: refused, with no traceback of the system's."""
+def test_run_folder_create_where_nothing_can_be_made_is_refused(tmp_path: Path) -> None:
+    """An output below a file, in a folder we may not write, or that folder itself is refused before any work."""
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
         make_run(tmp_path / "file" / "out")
-
-
-def test_run_folder_create_in_a_read_only_place_is_refused() -> None:
-    """An output in a folder we may not write, or that folder itself, is refused before any work."""
     with read_only_folder() as folder:
         for output in (folder / "out", folder):
             with pytest.raises(OutputError, match="cannot be written"):
@@ -249,30 +245,23 @@ def test_run_folder_of_a_run_that_was_killed_while_beginning_is_free(tmp_path: P
 
 
 def test_run_folder_own_names_sort_by_time_and_never_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without an output each run gets a folder of its own below runs/, the newest sorts last, chance plays no part."""
+    """Without an output each run has a folder of its own below runs/ that tells the time in UTC; the newest sorts last.
+
+    Thousands of names made as fast as a processor can differ, without any help of chance.
+    """
+    monkeypatch.setenv("TZ", "Pacific/Kiritimati")
+    time.tzset()
+    before, name, after = (datetime.now(UTC), new_run_id(), datetime.now(UTC))
+    monkeypatch.undo()
+    time.tzset()
+    assert f"{before:%Y%m%d-%H%M%S-%f}" <= name[:22] <= f"{after:%Y%m%d-%H%M%S-%f}"
+    assert len({new_run_id() for _ in range(5000)}) == 5000
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_folder.secrets, "token_hex", lambda size: "0" * 2 * size)
     made = [make_run(None).path for _ in range(20)]
     assert len(set(made)) == 20
     assert made == sorted(made)
     assert {path.parent for path in made} == {Path("runs")}
-
-
-def test_run_folder_own_names_are_in_universal_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run's name is the time in UTC wherever it is made, so that names from two places sort."""
-    monkeypatch.setenv("TZ", "Pacific/Kiritimati")
-    time.tzset()
-    try:
-        before, name, after = (datetime.now(UTC), new_run_id(), datetime.now(UTC))
-    finally:
-        monkeypatch.undo()
-        time.tzset()
-    assert f"{before:%Y%m%d-%H%M%S-%f}" <= name[:22] <= f"{after:%Y%m%d-%H%M%S-%f}"
-
-
-def test_run_folder_own_names_differ_within_one_microsecond() -> None:
-    """Thousands of names made as fast as a processor can are all different."""
-    assert len({new_run_id() for _ in range(5000)}) == 5000
 
 
 def _run(path: Path, *, plan: bool = True, manifest: str | None = None) -> RunFolder:

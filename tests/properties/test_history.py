@@ -1,10 +1,8 @@
 """Laws of the tests' own history: no session is lost, none is invented, and a gap stays a gap."""
 
-import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,19 +13,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
 from finetune.cli.app import run
-from finetune.errors import DataError, StorageError
 from finetune.report.history import (
     HistoryEntry,
     append_entry,
     draw_trends,
-    print_history,
     read_history,
-    render_history,
 )
-from finetune.verify.sessions import commit_of, measured_scores
 from finetune_strategies.profiles import examples
 from finetune_strategies.scratch import empty_folder
 from support.recorded_scores import record_scores
@@ -155,24 +148,6 @@ def test_history_takes_lines_of_two_processes(tmp_path: Path) -> None:
         assert [each.passed for each in found if f"{name} 0" in each.scores] == list(range(200))
 
 
-def test_history_takes_a_line_in_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long a line is, it is one write to the system, between whose parts no other process can come."""
-    writes: list[bytes] = []
-    write = os.write
-    monkeypatch.setattr(os, "write", lambda handle, line: writes.append(line) or write(handle, line))
-    append_entry(tmp_path / "history.jsonl", entry(scores={f"{n}": 0.5 for n in range(9999)}))
-    assert [len(writes), b"".join(writes)] == [1, (tmp_path / "history.jsonl").read_bytes()]
-
-
-def test_history_that_cannot_be_kept_or_read_says_where(tmp_path: Path) -> None:
-    """A place that takes no file, and one that has none, are named."""
-    (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="file/history"):
-        append_entry(tmp_path / "file" / "history.jsonl", entry())
-    with pytest.raises(DataError, match=r"none\.jsonl"):
-        read_history(tmp_path / "none.jsonl")
-
-
 def strokes(svg: str, mark: str = "mark-0") -> str:
     """The path of a line, without its markers: M begins a stroke, L goes on."""
     found = re.search(rf'<g id="[^"]*{mark}">\s*<path d="([^"]*)"', svg)
@@ -190,19 +165,6 @@ def test_trend_keeps_gaps_and_joins_no_two_machines() -> None:
     mixed = [entry(n, platform="Darwin-arm64" if n in (1, 3) else "Linux-x86_64") for n in range(5)]
     [time, *_] = draw_trends(mixed, "a")
     assert (strokes(time.svg or "", "mark-0"), strokes(time.svg or "", "mark-1")) == ("MLL", "ML")
-
-
-def test_trend_of_one_session_can_be_seen() -> None:
-    """One session is one point in each chart; what it did not measure is said to be missing, not drawn at 0."""
-    scores = {"m/torch tuned": 0.9, "m/torch base": 0.1, "chain GGUF seconds": 3.0, "chain learning": 0.97}
-    charts = draw_trends([entry(cases=None, scores=scores)], "a")
-    assert "90 % last" in (charts[1].svg or ""), "skipped tests have neither passed nor failed"
-    titles = ["Time", "Pass rate", "Generated cases", "Largest process", *scores]
-    assert [chart.title for chart in charts] == titles
-    assert [chart.title for chart in charts if chart.svg is None] == ["Generated cases"]
-    for chart in charts:
-        if chart.svg is not None:
-            assert len(re.findall(r"<use [^>]*var\(--teal\)", chart.svg)) >= 1, chart.title
 
 
 def test_page_of_the_history_shows_every_session_and_score(
@@ -234,18 +196,6 @@ def test_page_of_the_history_shows_every_session_and_score(
     shown = json.loads(capsys.readouterr().out)
     assert [each["tier"] for each in shown["entries"]] == [2, 1]
     assert len(shown["problems"]) == 1
-
-
-def test_history_in_the_terminal_shows_the_last_sessions() -> None:
-    """The newest sessions are shown, how many are not is said, and what was not measured is not a number."""
-    stream = io.StringIO()
-    print_history([entry(n, passed=n, cases=None) for n in range(20)], Console(file=stream, width=120))
-    shown = stream.getvalue()
-    assert "19 of 20" in shown
-    assert "12 older" in shown
-    assert "2026-11-01" not in shown
-    assert shown.count("measured") == 8
-    assert render_history([], []).count("<svg") == 0
 
 
 SESSION = """
@@ -289,30 +239,6 @@ def test_session_of_a_tier_is_recorded(tmp_path: Path) -> None:
     assert (found.cases, found.profile, found.commit) == (None, None, None)
     assert found.largest_process_bytes is not None
     assert found.seconds > 0
-
-
-@pytest.mark.skipif(shutil.which("git") is None, reason="needs git: apt-get install git")
-def test_commit_is_that_of_the_checkout_or_none(tmp_path: Path) -> None:
-    """The short hash of what is checked out; a folder without a commit has none, and no other's."""
-    assert commit_of(tmp_path) is None
-    author = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
-    for words in (["init", "--quiet"], [*author, "commit", "--quiet", "--allow-empty", "--message", "first"]):
-        subprocess.run(["git", "-C", str(tmp_path), *words], check=True, timeout=60)
-    head = subprocess.run(
-        ["git", "-C", str(tmp_path), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=60
-    )
-    found = commit_of(tmp_path)
-    assert found is not None
-    assert len(found) >= 4
-    assert head.stdout.startswith(found)
-
-
-def test_scores_are_numbers_with_names_of_their_own() -> None:
-    """What is no finite number, has a name that cannot be shown, or comes twice is left out, and told."""
-    bad = [("a", float("inf")), ("b", True), ("c", "1"), ("<d>", 1), ("", 1), ("good", 2)]
-    scores, told = measured_scores([("good", 1), *bad])
-    assert scores == {"good": 1.0}
-    assert [name for (name, _), line in zip(bad, told, strict=True) if repr(name) not in line] == []
 
 
 def test_scores_of_a_run_are_those_that_it_measured() -> None:

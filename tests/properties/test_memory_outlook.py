@@ -1,22 +1,29 @@
 """Laws of what `ft estimate` tells: advice that fits and is the least change, and output that adds up."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from finetune.cli.app import run
 from finetune.errors import UsageError
+from finetune.evidence import memory as measure
 from finetune.evidence.memory import measure_framework
 from finetune.memory.advise import SHORTEST, say_size, scaled, ways_to_fit
+from finetune.memory.estimate import adapter_parameters, estimate_memory
 from finetune.memory.forecast import PARTS, forecast_memory
 from finetune.memory.framework import FRAMEWORKS
 from finetune.memory.load import StepLoad, full_load
 from finetune.memory.outlook import FULL, LORA, foresee, outlook_notes, outlook_values
-from finetune.records import AdapterTarget
+from finetune.processes import available_memory
+from finetune.records import AdapterTarget, LinearLayer, ModelShape
 from support.transformer_shapes import Job, Sizes, jobs
 
 GIB = 1024**3
@@ -192,3 +199,75 @@ def test_sizes_at_the_edge_of_a_unit_are_the_larger_unit() -> None:
     """What would be rounded to 1,000 is told in the next unit; nothing is 0, and a saving has its sign."""
     told = [say_size(round(kib * 1024)) for kib in (0, 1, 999.4, 999.5, 1024, 1024 * 999.5, -2048)]
     assert told == ["0", "1.00 KiB", "999 KiB", "0.98 MiB", "1.00 MiB", "0.98 GiB", "-2.00 MiB"]
+
+
+MB = 10**6
+HOLDING = """
+from finetune.processes import peak_rss, restart_peak
+before = peak_rss()
+held = bytearray(b"x" * 60_000_000)
+after = peak_rss()
+del held
+released = peak_rss()
+restart_peak()
+print(before, after, released, peak_rss())
+"""
+
+
+def test_peak_is_what_this_process_held_and_not_its_parent() -> None:
+    """A small process that a large one starts tells its own peak: it rises with what is held, stays, and restarts."""
+    large = b"x" * 150 * MB
+    done = subprocess.run([sys.executable, "-c", HOLDING], capture_output=True, text=True, check=True, timeout=60)
+    before, after, released, restarted = (int(number) for number in done.stdout.split())
+    assert before < 100 * MB < len(large)
+    assert 50 * MB < after - before < 150 * MB
+    assert released == after
+    if sys.platform != "linux":
+        pytest.skip("only Linux can forget a peak")
+    assert restarted < after - 40 * MB
+
+
+def test_available_memory_is_of_this_machine() -> None:
+    """There is some memory, in bytes, and no more than the machine has."""
+    assert 2**20 < available_memory() <= psutil.virtual_memory().total
+
+
+def test_framework_is_asked_for_in_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend's own probe is asked for the framework alone, and its figure is given back as it is."""
+    asked: list[Any] = []
+
+    def ask(module: str, request: dict[str, Any]) -> dict[str, Any]:
+        asked.append((module, request))
+        return {"framework_rss": 123_456, "peak_rss": 1}
+
+    monkeypatch.setattr(measure, "ask_child", ask)
+    monkeypatch.setattr(measure, "find_spec", lambda name: name)
+    assert measure_framework("torch") == 123_456
+    assert asked == [("finetune.backends.torch.probe", {"method": "framework"})]
+
+
+@given(jobs())
+def test_estimate_of_what_is_certain_is_a_hand_count(job: Job) -> None:
+    """Full training takes each number four times over; LoRA takes less exactly when its adapter is small enough.
+
+    What adds up is the total; scale and dropout are no tensors.
+    """
+    shape, width = job.sizes.shape, {"float32": 4, "bfloat16": 2}[job.dtype]
+    target = job.target or AdapterTarget(3, 7.0, 0.1, job.sizes.names())
+    full, lora = (estimate_memory(shape, each, job.dtype) for each in (None, target))
+    size = shape.parameters * width
+    assert (full.weights, full.adapter, full.gradients, full.optimizer) == (size, 0, size, 2 * size)
+    assert full.trainable_parameters == shape.parameters
+    for found in (full, lora):
+        assert found.total == found.weights + found.adapter + found.gradients + found.optimizer
+    assert estimate_memory(shape, replace(target, alpha=99.0, dropout=0.7), job.dtype) == lora
+    assert (lora.total < full.total) == (4 * 4 * lora.trainable_parameters < 3 * size)
+
+
+def test_estimate_a_name_within_a_name_is_not_hit() -> None:
+    """A target is a whole name: `q_proj` adapts neither `q_proj_up` nor a folder called so."""
+    layers = (LinearLayer("a.q_proj_up", (3, 5)), LinearLayer("q_proj.other", (3, 5)), LinearLayer("b.q_proj", (7, 2)))
+    shape = ModelShape("Test", 1000, 97, 20, 1, 40, layers)
+    assert adapter_parameters(shape, AdapterTarget(2, 4.0, 0.0, ("q_proj",))) == 2 * (7 + 2)
+    with pytest.raises(KeyError):
+        estimate_memory(shape, None, "float16")

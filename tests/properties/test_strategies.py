@@ -1,7 +1,5 @@
 """Laws of the strategies: they reach every corner, what they say of a value is so, and failures become small."""
 
-import json
-import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,10 +14,9 @@ from hypothesis import strategies as st
 from finetune.adapters.choose import check_rank, choose_layers
 from finetune.backends import open_backend
 from finetune.config import TrainingConfig, flatten
-from finetune.errors import ModelError, RefusedError, UsageError
+from finetune.errors import ModelError, UsageError
 from finetune.models.shape import read_shape
 from finetune.records import ModelShape
-from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune_strategies.adapters import (
     AdaptedModel,
     UnfitAdapter,
@@ -43,7 +40,6 @@ from finetune_strategies.datasets import (
 from finetune_strategies.drawing import drawn, simplest
 from finetune_strategies.faults import (
     DiskFull,
-    FileFault,
     Flipped,
     Killed,
     Missing,
@@ -53,7 +49,6 @@ from finetune_strategies.faults import (
     file_faults,
     full_disks,
     kills,
-    sizes_below,
 )
 from finetune_strategies.models import Config, gpt2_configs, llama_configs, model_configs, shape_of_config
 from finetune_strategies.profiles import examples
@@ -255,36 +250,6 @@ def test_adapter_unfit_is_refused_for_its_reason(unfit: UnfitAdapter) -> None:
     with pytest.raises(ModelError) as caught:
         check_rank(unfit.shape, unfit.target) if by_rank else choose_layers(unfit.shape, unfit.target.modules)
     assert [word for word in unfit.named if word not in str(caught.value)] == []
-
-
-@given(st.data())
-def test_fault_is_found_in_a_checkpoint(data: st.DataObject) -> None:
-    """Whatever happens to a file of a saved checkpoint, it is refused or no longer exists; nothing else has changed."""
-    with empty_folder() as place:
-        store = CheckpointStore(place / "checkpoints")
-        folder = store.save(3, _write_state, Owner({"plan": "x"}, {}))
-        before = {path: (folder / path).read_bytes() for path in sizes_below(folder)}
-        fault = data.draw(file_faults(sizes_below(folder)), label="fault")
-        changed = damage(folder, fault)
-        after = {path: (folder / path).read_bytes() for path in sizes_below(folder)}
-        assert {path for path in before if before[path] != after.get(path)} == ({fault.file} if changed else set())
-        if changed and store.newest() is not None and not _same_json(before, after, fault):
-            with pytest.raises(RefusedError):
-                store.open(3, {"plan": "x"})
-        assert fault.file in fault.describe()
-
-
-def _write_state(folder: Path) -> None:
-    (folder / "state.bin").write_bytes(random.Random(0).randbytes(40))
-    (folder / "zeros.bin").write_bytes(bytes(9))
-
-
-def _same_json(before: dict[str, bytes], after: dict[str, bytes], fault: FileFault) -> bool:
-    """Whether only the white space of a JSON file has changed."""
-    try:
-        return bool(json.loads(before[fault.file]) == json.loads(after[fault.file]))
-    except (ValueError, KeyError):
-        return False
 
 
 def test_fault_does_what_it_says(tmp_path: Path) -> None:

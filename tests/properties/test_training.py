@@ -1,22 +1,26 @@
-"""Laws of the training loop: every row once an epoch, one rate a step, tokens weighted alike, nothing hidden."""
+"""Laws of the training loop: every row once an epoch, one rate a step, tokens weighted alike, when to stop."""
 
 import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import Any, cast, get_args
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetune.data.batches import epoch_batches, fixed_batches
-from finetune.errors import NonFiniteError
+from finetune.errors import NonFiniteError, TrainingError
 from finetune.events import Event, FirstGradients, HeldOutLoss, StepDone
 from finetune.records import Batch, TokenizedRow
+from finetune.training.early_stopping import EarlyStopping
 from finetune.training.loop import LoopPlan, mean_loss, train
+from finetune.training.packing_check import check_packing
 from finetune.training.schedule import Schedule, learning_rate_at
 from finetune_strategies.datasets import token_rows
+from support.tiny_llamas import ROWS, adapted
 from support.toy_session import ToySession, targets_of
 
 SCHEDULES = get_args(Schedule)
@@ -252,3 +256,94 @@ def test_mean_loss_that_is_not_finite_is_an_error(
     number = data.draw(st.integers(0, len(batches) - 1))
     with pytest.raises(NonFiniteError, match="row "):
         mean_loss(ToySession(poison={("loss", number): bad}), batches)  # type: ignore[arg-type]
+
+
+LOSSES = st.lists(st.sampled_from([0.5, 1.0, 1.5, math.nan, math.inf]) | st.floats(0, 4), min_size=1, max_size=12)
+
+
+def watched(losses: list[float], stop_after: int | None, margin: float = 0.0) -> tuple[EarlyStopping, int | None]:
+    """The watch after all looks, at steps 10, 20, ...; and the step at which it first said to stop."""
+    watch, stopped = EarlyStopping(stop_after, margin), None
+    for number, loss in enumerate(losses, start=1):
+        watch = watch.update(10 * number, loss)
+        stopped = 10 * number if stopped is None and watch.stops else stopped
+    return watch, stopped
+
+
+def lowest(losses: list[float]) -> int:
+    """The place of the lowest loss, counted from 1, the earlier of equal ones; 0 where none is a finite number."""
+    good = [(loss, number) for number, loss in enumerate(losses, start=1) if math.isfinite(loss)]
+    return min(good)[1] if good else 0
+
+
+@given(LOSSES, st.integers(1, 4))
+@example([math.nan, 1.0, 1.0, 1.0], 2)
+@example([math.inf, math.inf], 2)
+@example([1.0, 2.0, 0.5, 2.0, 0.5], 2)
+def test_stopping_comes_when_the_best_look_is_so_many_looks_ago(losses: list[float], stop_after: int) -> None:
+    """It is time to stop at the first look whose distance from the lowest before it, the earlier of two, is reached."""
+    due = [number for number in range(1, len(losses) + 1) if number - lowest(losses[:number]) >= stop_after]
+    watch, stopped = watched(losses, stop_after)
+    assert stopped == (10 * due[0] if due else None)
+    assert watch.best_step == 10 * lowest(losses)
+    assert watch.best_loss == (losses[lowest(losses) - 1] if lowest(losses) else math.inf)
+
+
+@given(LOSSES)
+def test_stopping_never_comes_unless_it_is_asked_for(losses: list[float]) -> None:
+    """Without `stop_after` nothing stops, and the best step is found all the same."""
+    watch, stopped = watched(losses, None)
+    assert stopped is None
+    assert watch.best_step == 10 * lowest(losses)
+
+
+@given(LOSSES, st.integers(1, 4), st.sampled_from([0.1, 0.5, 1.0]))
+@example([2.0, 1.9, 1.8, 1.7, 1.6, 1.5], 3, 0.5)
+def test_stopping_margin_counts_from_the_last_improvement(losses: list[float], stop_after: int, margin: float) -> None:
+    """With a margin only a fall of more than it, from the last improvement on, is one; the best step ignores it."""
+    improvements: list[float] = []
+    idle, due = 0, None
+    for number, loss in enumerate(losses, start=1):
+        if math.isfinite(loss) and all(loss < earlier - margin for earlier in improvements):
+            improvements.append(loss)
+            idle = 0
+        else:
+            idle += 1
+        due = 10 * number if due is None and idle >= stop_after else due
+    watch, stopped = watched(losses, stop_after, margin)
+    assert stopped == due
+    assert watch.best_step == 10 * lowest(losses)
+
+
+PACKED = Batch(ROWS[:4], (4,))
+
+
+@dataclass
+class Leaky:
+    """A model in which rows that share a sequence change each other's loss by a share."""
+
+    leak: float
+
+    def loss(self, batch: Batch) -> float:
+        """Ten nats a row, and more of them where rows share."""
+        return 10.0 * len(batch.rows) * (1 + self.leak * bool(batch.packed))
+
+
+@given(st.sampled_from([1, -1]), st.floats(2, 1e6))
+def test_packing_model_that_mixes_rows_is_refused(sign: int, factor: float) -> None:
+    """A loss that packing changes by more than rounding is refused with both losses and what to set, NaN too."""
+    for dtype, rounding in (("float32", 1e-4), ("bfloat16", 2e-2)):
+        for leak in (sign * factor * rounding, float("nan")):
+            with pytest.raises(TrainingError, match="share a sequence") as caught:
+                check_packing(cast(Any, Leaky(leak)), PACKED, dtype)
+            assert "training.packing" in caught.value.hint
+        check_packing(cast(Any, Leaky(sign * rounding / factor)), PACKED, dtype)
+
+
+def test_packing_real_model_is_accepted_and_left_as_it_was() -> None:
+    """The reference Llama keeps rows apart; without rows that share a sequence there is nothing to check."""
+    session = adapted(trained=True)
+    before = session.fingerprints()
+    check_packing(session, PACKED, "float32")
+    check_packing(session, None, "float32")
+    assert session.fingerprints() == before

@@ -22,7 +22,7 @@ from finetune.report import build_report, render_html
 from finetune.train import fine_tune
 from finetune.training.schedule import learning_rate_at
 from finetune_strategies.profiles import examples
-from properties.test_stopping import lowest
+from properties.test_training import lowest
 from support.workplace import make_data, make_model, settings, without_reload_check
 
 ADAPTER = "adapter/adapter_model.safetensors"
