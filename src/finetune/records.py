@@ -288,21 +288,21 @@ def _first_fitting(patterns: Mapping[str, T], path: str, otherwise: T) -> T:
 class Optimization:
     """How weights move: AdamW's numbers, constant over the run; the learning rate comes with each step.
 
-    `lora_plus_ratio` is how many times faster B moves than A; other trained tensors of one dimension move with B.
+    `loraplus_lr_ratio` is how many times faster B moves than A; other trained tensors of one dimension move with B.
     """
 
     weight_decay: float
     max_grad_norm: float
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
-    lora_plus_ratio: float = 1.0
+    loraplus_lr_ratio: float = 1.0
 
-    def pace_of(self, name: str, dimensions: int) -> float:
+    def lr_ratio_of(self, name: str, dimensions: int) -> float:
         """What the learning rate is multiplied with for a trained tensor, by its name in a PEFT model.
 
         Source: Hayou et al. 2024 (arXiv:2402.12354), and `create_loraplus_optimizer` of Hugging Face PEFT.
         """
-        return self.lora_plus_ratio if ".lora_B." in name or dimensions == 1 else 1.0
+        return self.loraplus_lr_ratio if ".lora_B." in name or dimensions == 1 else 1.0
 
     def decay_of(self, dimensions: int) -> float:
         """The weight decay of a trained tensor: matrices shrink, while gains, biases and magnitudes do not."""

@@ -152,7 +152,7 @@ def train_to_the_end(run: Run, session: Session, before: Observation, owner: Own
     with run.phase("train", f"{prepared.total_steps} steps, from step {done}{crowd}"):
         taken, stopping = _train_and_checkpoint(run, session, store, owner)
     run.group.restore(session)
-    best = stopping.best_step if training.keep == "best" else 0
+    best = stopping.best_step if training.load_best_model else 0
     kept = round(run.group.total(best or taken))
     if kept != taken:
         with run.phase("take the best step", f"step {kept}, held-out loss {stopping.best_loss:.4f}"):
@@ -186,10 +186,10 @@ def _train_and_checkpoint(
         if not isinstance(event, StepDone):
             continue
         step = event.step
-        best = training.keep == "best" and stopping.best_step == step
+        best = training.load_best_model and stopping.best_step == step
         if step % (training.save_every or 1) == 0 or step == total or stopping.stops or best:
             run.folder.secure_events()
-            kept = (stopping.best_step or None) if training.keep == "best" else None
+            kept = (stopping.best_step or None) if training.load_best_model else None
             path = store.save(step, session.save_state, owner, best=kept)
             run.tell(CheckpointSaved(step, path.relative_to(run.folder.path).as_posix()))
         if stopping.stops:
@@ -210,8 +210,8 @@ def training_events(
     assert training.evaluate_every is not None
     plan = LoopPlan(
         total_steps=prepared.total_steps,
-        accumulation=training.accumulation,
-        peak_learning_rate=training.learning_rate,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
         warmup_steps=round(training.warmup_fraction * prepared.total_steps),
         schedule=training.schedule,
         evaluate_every=training.evaluate_every,
@@ -248,7 +248,7 @@ def _train_along(run: Run) -> None:
 
 def _train_control(run: Run, rows: tuple[TokenizedRow, ...], last: int) -> Session:
     """A fresh session after the same steps on other rows: those whose answers were shuffled."""
-    with run.phase("sham control", "the same steps on shuffled answers"):
+    with run.phase("shuffled-label control", "the same steps on shuffled answers"):
         control = run.open_session()
         run.attach_adapter(control)
         for event in training_events(run, control, rows, last=last):

@@ -31,14 +31,14 @@ _LARGEST = {
     "training.epochs": 20,
     "training.max_steps": 200,
     "training.batch_size": 64,
-    "training.accumulation": 16,
+    "training.gradient_accumulation_steps": 16,
     "adapter.rank": 64,
     "tokens.max_length": 1_024,
     "evaluation.max_new_tokens": 64,
     "evaluation.questions": 100,
     "evaluation.retention_questions": 100,
 }
-EXTRA_RUNS = ("judge.sham", "judge.memory")
+EXTRA_RUNS = ("judge.control", "judge.memory")
 Size = Annotated[int, Field(ge=1)]
 
 

@@ -124,7 +124,7 @@ def test_modules_to_save_are_found_by_the_end_of_their_path_or_refused(shape: Mo
         with pytest.raises(ModelError, match=word) as caught:
             choose_saved(shape, [norm, name], modules)
         assert repr(name) in caught.value.message
-        assert norm.rsplit(".", 1)[-1] in caught.value.hint or "adapter.targets" in caught.value.hint
+        assert norm.rsplit(".", 1)[-1] in caught.value.hint or "adapter.target_modules" in caught.value.hint
     for name in (table, "lm_head"):
         if shape.tied_head:
             with pytest.raises(ModelError, match="come apart"):
@@ -162,7 +162,7 @@ def test_lora_plus_moves_b_by_the_ratio(model: AdaptedModel, ratio: float) -> No
     for each in (1.0, ratio):
         session = tiny(model.config)
         session.attach(replace(model.target, dropout=0.0), 3)
-        session.prepare_updates(Optimization(0.0, 1.0, lora_plus_ratio=each))
+        session.prepare_updates(Optimization(0.0, 1.0, loraplus_lr_ratio=each))
         before = {name: tensor.copy() for name, tensor in session.trainable.items()}
         step(session)
         moves.append({name: tensor - before[name] for name, tensor in session.trainable.items()})
@@ -191,7 +191,7 @@ def trained_through(target: AdapterTarget | None, folder: Path, stops: list[int]
     done = 0
     for stop in [*stops, 4]:
         session = adapted(target)
-        session.prepare_updates(Optimization(0.05, 1.0, lora_plus_ratio=3.0))
+        session.prepare_updates(Optimization(0.05, 1.0, loraplus_lr_ratio=3.0))
         if done:
             session.load_state(folder / str(done))
         for number in range(done, stop):

@@ -59,7 +59,7 @@ def test_train_ends_with_the_code_of_its_outcome(
         (["check", "--set", "adapter.rank=0"], 2, "adapter.rank"),
         (["check", "--set", "training.batch_size=0"], 2, "training.batch_size"),
         (["check", "--set", "adapter.rank=500"], 3, "rank 500"),
-        (["check", "--set", "adapter.targets=[q_prj]"], 3, "q_proj"),
+        (["check", "--set", "adapter.target_modules=[q_prj]"], 3, "q_proj"),
         (["check", "--model", "no-such-model"], 3, "reference-llama"),
         (["check", "--template", "chatlm"], 2, "chatml"),
         (["check", "--data", "missing.jsonl"], 3, "missing.jsonl"),

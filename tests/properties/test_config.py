@@ -38,6 +38,41 @@ from finetune_strategies.configs import (
 )
 from finetune_strategies.profiles import examples
 
+OLD_NAMES = {
+    "training.accumulation": "gradient_accumulation_steps",
+    "training.stop_after": "early_stopping_patience",
+    "training.stop_margin": "early_stopping_min_delta",
+    "training.keep": "load_best_model",
+    "training.lora_plus_ratio": "loraplus_lr_ratio",
+    "tokens.overlong": "truncation",
+    "adapter.targets": "target_modules",
+    "judge.sham": "control",
+}
+"""Settings by the names they had in the first format, and what they are called now."""
+
+
+@pytest.mark.parametrize("old", OLD_NAMES)
+def test_config_old_name_is_refused_with_the_new_one(old: str) -> None:
+    """From a file, in its section or above, the environment or `--set`, an old name is told its new one."""
+    section, _, name = old.partition(".")
+    new = OLD_NAMES[old]
+    found = {
+        f"did you mean {new}?": refusal(f"{section}: {{{name}: 1}}"),
+        f"did you mean {new} in `{section}`?": refusal(f"{name}: 1"),
+        f"did you mean {variable(f'{section}.{new}')}?": refusal(environ={variable(old): "1"}),
+        f"did you mean {section}.{new}?": refusal(overrides={old: 1}),
+    }
+    for hint, error in found.items():
+        assert [(problem.hint, name in problem.what.lower()) for problem in error.problems] == [(hint, True)]
+
+
+def test_plan_of_an_older_run_is_refused_by_its_format() -> None:
+    """A plan without this format's first line, or with another number, is told apart from one that is broken."""
+    first, _, rest = dump_plan(Plan(TrainingConfig(), dict.fromkeys(KEYS, "default"))).partition("\n")
+    for line, number in (("", 1), (f"{first[:-1]}7\n", 7)):
+        with yaml_file(line + rest) as path, pytest.raises(ConfigError, match=f"(?s)of format {number}.*train anew"):
+            load_plan(path)
+
 
 def test_settings_every_one_is_known_to_the_strategies() -> None:
     """The table of settings in the strategies and the schema name the same 55 settings."""

@@ -122,12 +122,14 @@ def test_plan_leaves_nothing_open(
     two_splits = config.data.valid is not None and bool(config.data.valid_fraction)
     no_template = config.template.name == "tokenizer" and not facts.has_chat_template
     plain = flatten(TrainingConfig())
-    of_adapters = [key for key in KEYS if key.startswith("adapter.") or key == "training.lora_plus_ratio"]
+    of_adapters = [key for key in KEYS if key.startswith("adapter.") or key == "training.loraplus_lr_ratio"]
     said = [key for key in of_adapters if flatten(config)[key] != plain[key]]
     idle = len(said) - 1 if config.adapter.kind == "full" else 0  # all but adapter.kind itself
     held_out = config.data.valid is not None or facts_hold_out(config, facts)
-    unwatched = 0 if held_out else (config.training.stop_after is not None) + (config.training.keep == "best")
-    margin = bool(config.training.stop_margin) and config.training.stop_after is None
+    unwatched = (
+        0 if held_out else (config.training.early_stopping_patience is not None) + config.training.load_best_model
+    )
+    margin = bool(config.training.early_stopping_min_delta) and config.training.early_stopping_patience is None
     quantize, size = config.model.quantize, config.model.quantize_group_size
     packed = (config.backend != "mlx") + (config.adapter.kind == "full") if quantize else size != 64
     if conflicts := too_long + two_splits + no_template + idle + unwatched + margin + packed:

@@ -105,8 +105,8 @@ BREAKS: list[tuple[str, Evidence]] = [
     ("loss-held-out", altered("loss", held_out_after=4.2 * 1.051)),
     ("model-learning", altered("learning", tuned=scores(6))),
     ("learning-signed", altered("learning", base=scores(10), tuned=scores(10))),
-    ("learning-sham", altered("learning", sham=scores(5))),
-    ("learning-sham", altered("learning", tuned=scores(3), sham=scores(4))),
+    ("learning-control", altered("learning", control=scores(5))),
+    ("learning-control", altered("learning", tuned=scores(3), control=scores(4))),
     ("learning-retention", altered("learning", retention_base=scores(18), retention_tuned=scores(8))),
     ("memory-efficiency", altered("memory", lora=measure("lora", 70_000_000, 10_000))),
     ("memory-exact", altered("memory", lora=measure("lora", 50_000_000, 700_000))),
@@ -152,9 +152,9 @@ MISSES: list[tuple[str, Outcome, str, Evidence]] = [
     ("loss-held-out", "not applicable", "held_out", altered("loss", held_out_after=None)),
     ("model-learning", "not applicable", "learning", healthy(learning=None)),
     ("learning-signed", "not applicable", "learning", healthy(learning=None)),
-    ("learning-sham", "not applicable", "learning", healthy(learning=None)),
+    ("learning-control", "not applicable", "learning", healthy(learning=None)),
     ("learning-retention", "not applicable", "learning", healthy(learning=None)),
-    ("learning-sham", "inconclusive", "sham", altered("learning", sham=None)),
+    ("learning-control", "inconclusive", "control", altered("learning", control=None)),
     ("learning-retention", "not applicable", "retention", altered("learning", retention_base=None)),
     ("learning-retention", "not applicable", "retention", altered("learning", retention_tuned=None)),
     ("memory-efficiency", "inconclusive", "memory", healthy(memory=None)),
@@ -208,12 +208,12 @@ def test_judge_a_number_that_is_not_finite_never_passes(key: str, make: Any, bad
 
 @given(st.integers(1, 40), st.data())
 def test_judge_one_more_right_answer_never_lowers_a_verdict(count: int, data: st.DataObject) -> None:
-    """When one more answer of the tuned model is right, no verdict on learning gets worse; of the sham, none better."""
+    """When one more answer of the tuned model is right, no verdict gets worse; of the control, none better."""
     marks = {
         name: data.draw(st.lists(st.booleans(), min_size=count, max_size=count), label=name)
-        for name in ("base", "tuned", "sham", "retention_base", "retention_tuned")
+        for name in ("base", "tuned", "control", "retention_base", "retention_tuned")
     }
-    lucky = data.draw(st.sampled_from(["tuned", "retention_tuned", "sham"]))
+    lucky = data.draw(st.sampled_from(["tuned", "retention_tuned", "control"]))
     wrong = [index for index, mark in enumerate(marks[lucky]) if not mark]
     more = {**marks}
     if wrong:
@@ -222,9 +222,9 @@ def test_judge_one_more_right_answer_never_lowers_a_verdict(count: int, data: st
         verdicts_on(altered("learning", **{name: scores(value, count) for name, value in each.items()}))
         for each in (marks, more)
     )
-    for key in ("model-learning", "learning-signed", "learning-sham", "learning-retention"):
+    for key in ("model-learning", "learning-signed", "learning-control", "learning-retention"):
         change = RANK[new[key].outcome] - RANK[old[key].outcome]
-        assert change >= 0 if lucky != "sham" else change <= 0
+        assert change >= 0 if lucky != "control" else change <= 0
 
 
 def _passes(key: str, base: int, tuned: int, both: int = 0) -> bool:
@@ -262,9 +262,11 @@ def test_judge_two_equally_skilled_models_seldom_differ(skill: float) -> None:
     assert total <= 0.025
 
 
-def test_judge_a_sham_that_learns_as_much_breaks() -> None:
-    """Above 20 % right by the sham control fails, however good the tuned model is; 20 % is not above."""
-    outcomes = [verdicts_on(altered("learning", sham=scores(right)))["learning-sham"].outcome for right in range(21)]
+def test_judge_a_control_that_learns_as_much_breaks() -> None:
+    """Above 20 % right by the shuffled-label control fails, however good the tuned model is; 20 % is not above."""
+    outcomes = [
+        verdicts_on(altered("learning", control=scores(right)))["learning-control"].outcome for right in range(21)
+    ]
     assert outcomes[:5].count("passed") >= 4
     assert outcomes[5:] == ["failed"] * 16
 

@@ -209,7 +209,7 @@ def test_refusal_tells_value_place_and_remedy(tmp_path: Path, capsys: pytest.Cap
 
 
 @given(
-    st.sampled_from(["template.name", "tokens.cache", "data.train", "model.path", "adapter.targets"]),
+    st.sampled_from(["template.name", "tokens.cache", "data.train", "model.path", "adapter.target_modules"]),
     st.sampled_from(["/etc/x.jinja", "../x.JINJA", "a/b", "/abs", "..", "x\0y", "-x"]),
 )
 def test_story_refuses_names_that_lead_elsewhere(key: str, name: str) -> None:

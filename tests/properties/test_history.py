@@ -246,7 +246,7 @@ def test_scores_of_a_run_are_those_that_it_measured() -> None:
     recorded: dict[str, object] = {}
     record_scores(recorded.__setitem__, sample_run(), backend="mlx")
     names = [name.removeprefix("score.tiny-llama/mlx ") for name in recorded]
-    new = ["new facts, base", "new facts, tuned", "new facts, sham"]
+    new = ["new facts, base", "new facts, tuned", "new facts, control"]
     assert names == [*new, "old facts, base", "old facts, tuned", "loss reduction", "memory reduction"]
     assert recorded["score.tiny-llama/mlx new facts, tuned"] == 0.9
     record_scores(recorded.__setitem__, {}, backend="torch")

@@ -39,7 +39,7 @@ def total_of(load: StepLoad) -> int:
 def changed(load: StepLoad, settings: dict[str, int]) -> StepLoad:
     """The load that these settings make."""
     load = scaled(load, rows=settings.get("training.batch_size"), length=settings.get("tokens.max_length"))
-    return replace(load, accumulation=settings.get("training.accumulation", load.accumulation))
+    return replace(load, accumulation=settings.get("training.gradient_accumulation_steps", load.accumulation))
 
 
 @given(st.integers(1, 40), st.integers(8, 300), st.floats(0, 1))
@@ -55,7 +55,7 @@ def test_advice_fits_and_is_the_least_change(rows: int, length: int, share: floa
         assert total_of(changed(load, way.settings)) == way.total <= available
         size, width = way.settings.get("training.batch_size"), way.settings.get("tokens.max_length")
         assert width is None or SHORTEST <= width < length
-        assert size is None or width or size * way.settings["training.accumulation"] >= rows
+        assert size is None or width or size * way.settings["training.gradient_accumulation_steps"] >= rows
         more = {"training.batch_size": size + 1} if size and not width else {}
         more |= {"tokens.max_length": width + 1} if width else {}
         assert total_of(changed(load, {**way.settings, **more})) > available
@@ -68,11 +68,11 @@ def test_advice_takes_rows_and_length_together_only_where_neither_is_enough() ->
     load = full_load(60, 300)
     available = total_of(full_load(1, 40))
     (way,) = ways_to_fit(total_of, load, available)
-    assert (way.settings["training.batch_size"], way.settings["training.accumulation"]) == (1, 60)
+    assert (way.settings["training.batch_size"], way.settings["training.gradient_accumulation_steps"]) == (1, 60)
     assert SHORTEST <= way.settings["tokens.max_length"] <= 40
     assert ways_to_fit(total_of, load, 1) == []
     rows, length = ways_to_fit(total_of, load, total_of(full_load(3, 300)))
-    assert list(rows.settings) == ["training.batch_size", "training.accumulation"]
+    assert list(rows.settings) == ["training.batch_size", "training.gradient_accumulation_steps"]
     assert list(length.settings) == ["tokens.max_length"]
 
 
@@ -133,7 +133,7 @@ def test_estimate_follows_the_settings(capsys: pytest.CaptureFixture[str]) -> No
     small = told(capsys, "--set", "training.batch_size=3", "--set", "tokens.max_length=20", "--set", "adapter.rank=2")
     assert small["batch"] == {"rows": 3, "length": 20, "targets": 57, "masked": False, "accumulation": 1}
     assert "tokens.max_length" in small["basis"]
-    large = told(capsys, "--set", "training.accumulation=2")
+    large = told(capsys, "--set", "training.gradient_accumulation_steps=2")
     assert (large["batch"]["rows"], large["batch"]["length"], large["batch"]["accumulation"]) == (8, 512, 2)
     assert large["lora"]["trainable_parameters"] == 4 * small["lora"]["trainable_parameters"]
     assert large["lora"]["total"]["expected"] > small["lora"]["total"]["expected"]

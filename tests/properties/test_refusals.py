@@ -230,7 +230,7 @@ CASES: dict[str, Case] = {
             "tokens: {max_length: 65}",
             "judge: {memory_length: 65}",
             "data: {valid: a.jsonl, valid_fraction: 0.1}",
-            "adapter: {targets: [3]}",
+            "adapter: {target_modules: [3]}",
             "training: {seed: 4294967296, epochs: 0, batch_size: 0}",
         )
     },
@@ -335,9 +335,9 @@ CASES: dict[str, Case] = {
     **{
         f"nothing held out {words}": config_text(f"training: {{{words}}}")
         for words in (
-            "stop_after: 3",
-            "keep: best, stop_after: 1",
-            "stop_margin: 0.1",
+            "early_stopping_patience: 3",
+            "load_best_model: true, early_stopping_patience: 1",
+            "early_stopping_min_delta: 0.1",
         )
     },
     **{

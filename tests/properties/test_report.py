@@ -342,7 +342,7 @@ def _quiet(*texts: str) -> dict[str, Any]:
     )
     every = " ".join(texts)
     verdict = dict.fromkeys(("title", "measured", "allowed", "reason"), every) | {"criterion": 1, "outcome": "passed"}
-    scores = {"learning": {"base": base, "tuned": tuned, "sham": None}, "retention": None}
+    scores = {"learning": {"base": base, "tuned": tuned, "control": None}, "retention": None}
     return {
         **sample_run(losses={}, memory=None, verdicts=[verdict], scores=scores),
         **dict.fromkeys(("id", "command", "started", "status"), every),

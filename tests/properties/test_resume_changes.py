@@ -125,7 +125,10 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "weights": (_other_weights, "model model.safetensors"),
     "learning rate": (in_plan("learning_rate: 0.01", "learning_rate: 0.02"), "training.learning_rate: 0.01 -> 0.02"),
     "dtype": (in_plan("dtype: float32", "dtype: bfloat16"), "model.dtype: 'float32' -> 'bfloat16'"),
-    "what is kept": (in_plan("keep: last", "keep: best"), "training.keep: 'last' -> 'best'"),
+    "what is kept": (
+        in_plan("load_best_model: false", "load_best_model: true"),
+        "training.load_best_model: False -> True",
+    ),
     "events": (_lost_events, "tells of 0 of the 4 steps"),
 }
 

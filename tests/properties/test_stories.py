@@ -234,4 +234,4 @@ def test_failures_are_told_apart_by_their_type() -> None:
 def test_story_measures_nothing_of_the_machine(tmp_path: Path) -> None:
     """A story that says nothing of extra runs has none: what they measure is another number each time."""
     task = build_task(TaskRecipe(rows=({"prompt": "a", "completion": "1"},), settings={}), tmp_path / "task")
-    assert (task.settings["judge.sham"], task.settings["judge.memory"]) == ("never", "never")
+    assert (task.settings["judge.control"], task.settings["judge.memory"]) == ("never", "never")

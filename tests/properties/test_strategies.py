@@ -86,8 +86,8 @@ CORNERS: dict[str, tuple[st.SearchStrategy[Any], Corners]] = {
             "the default": (lambda config: config == TrainingConfig(), 2),
             "seed 0 given or not": (lambda config: config.training.seed == 0, 37),
             "seed above 31 bits": (lambda config: config.training.seed > 2**31, 2),
-            "named targets": (lambda config: config.adapter.targets != "all-linear", 8),
-            "null where there was none": (lambda config: config.training.max_steps is not None, 13),
+            "named targets": (lambda config: config.adapter.target_modules != "all-linear", 8),
+            "null where there was none": (lambda config: config.training.max_steps is not None, 6),
         },
     ),
     "llama_configs": (

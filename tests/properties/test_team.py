@@ -252,7 +252,7 @@ class Death(BaseException):
 def job_of(model: Path, data: Path, **changes: Any) -> LoadedConfig:
     """A run with everything in it that a team could forget."""
     demanding = {
-        "training__accumulation": 2,
+        "training__gradient_accumulation_steps": 2,
         "training__packing": True,
         "training__save_every": 2,
         "adapter__dropout": 0.3,
@@ -301,10 +301,10 @@ def test_only_the_first_process_writes_judges_and_tells(
 ) -> None:
     """One run folder, each step in its log once, one manifest; the other processes tell no event and leave no file."""
     monkeypatch.chdir(tmp_path)
-    loaded = job_of(model, data, judge__sham="always", training__packing=False)
+    loaded = job_of(model, data, judge__control="always", training__packing=False)
     first, second, third = good(fine_tune_together(loaded, 3, tmp_path / "run"))
     assert first[1]["status"] == "complete"
-    assert first[1]["scores"]["learning"]["sham"] is not None
+    assert first[1]["scores"]["learning"]["control"] is not None
     assert {entry["key"]: entry["value"] for entry in first[1]["plan"]}["training.processes"] == 3
     for other in (second, third):
         assert other[1] == {}
@@ -332,17 +332,17 @@ def test_run_of_two_processes_is_the_run_of_one_with_twice_the_batch(model: Path
 
 
 def test_first_process_says_when_all_stop_and_what_is_kept(model: Path, data: Path, tmp_path: Path) -> None:
-    """Where the held-out loss rises, two processes stop at the step, keep the one and train the sham as one does."""
+    """Where the held-out loss rises, two processes stop at the step, keep the one and train the control as one does."""
     rising = {
         "adapter__dropout": 0.0,
         "training__learning_rate": 1.5,
         "training__schedule": "constant",
-        "training__keep": "best",
-        "training__stop_after": 2,
+        "training__load_best_model": True,
+        "training__early_stopping_patience": 2,
         "training__evaluate_every": 1,
         "training__epochs": 9.0,
         "training__max_grad_norm": 1.0,
-        "judge__sham": "always",
+        "judge__control": "always",
     }
     both = good(fine_tune_together(job_of(model, data, **rising), 2, tmp_path / "two"))
     with without_reload_check():
@@ -353,7 +353,7 @@ def test_first_process_says_when_all_stop_and_what_is_kept(model: Path, data: Pa
     assert two["training"] == one["training"]
     assert 0 < two["training"]["kept_step"] < two["training"]["steps"] < two["training"]["planned_steps"]
     assert two["scores"] == one["scores"]
-    assert two["scores"]["learning"]["sham"] is not None
+    assert two["scores"]["learning"]["control"] is not None
     assert both[1][1] == {}
 
 

@@ -50,7 +50,7 @@ def test_schedule_is_its_closed_form_and_never_zero(steps: tuple[int, int], sche
     """The rate of every step is that of the closed form, above zero and at most the peak."""
     total, warmup = steps
     for step in range(1, total + 1):
-        rate = learning_rate_at(step, total, peak=peak, warmup_steps=warmup, schedule=schedule)
+        rate = learning_rate_at(step, total, learning_rate=peak, warmup_steps=warmup, schedule=schedule)
         assert rate == pytest.approx(closed_form(step, total, peak, warmup, schedule), rel=1e-9)
         assert 0 < rate <= peak
 
@@ -60,7 +60,8 @@ def test_schedule_rises_to_the_peak_then_never_rises(steps: tuple[int, int], sch
     """The peak is reached exactly at the end of warm-up (step 1 without), not before, and nothing jumps at the join."""
     total, warmup = steps
     rates = [
-        learning_rate_at(step, total, peak=1.0, warmup_steps=warmup, schedule=schedule) for step in range(1, total + 1)
+        learning_rate_at(step, total, learning_rate=1.0, warmup_steps=warmup, schedule=schedule)
+        for step in range(1, total + 1)
     ]
     top = max(warmup, 1)
     assert rates[top - 1] == 1.0

@@ -61,7 +61,7 @@ def test_workflow_goes_through_its_phases_in_order_and_the_manifest_comes_last(
     """A run prepares, looks, trains, saves, looks again, checks and judges; run.json lists every file as it is."""
     heard: list[Event] = []
     folder, record = fine_tune(
-        settings(model, data, judge__sham="always"), output=tmp_path / "run", listener=heard.append, command="ft x"
+        settings(model, data, judge__control="always"), output=tmp_path / "run", listener=heard.append, command="ft x"
     )
     phases = [event.phase for event in heard if isinstance(event, PhaseStarted)]
     assert phases == [
@@ -73,7 +73,7 @@ def test_workflow_goes_through_its_phases_in_order_and_the_manifest_comes_last(
         "save adapter",
         "observe tuned",
         "check adapter",
-        "sham control",
+        "shuffled-label control",
     ]
     written = json.loads((folder / "run.json").read_text())
     assert written == record
@@ -90,7 +90,7 @@ def test_workflow_goes_through_its_phases_in_order_and_the_manifest_comes_last(
 
 def test_workflow_judges_every_criterion_on_what_was_measured(model: Path, data: Path, tmp_path: Path) -> None:
     """Each of the five criteria has its verdicts, each with a measured and an allowed value or a reason."""
-    record = fine_tune(settings(model, data, judge__sham="always"), output=tmp_path / "run")[1]
+    record = fine_tune(settings(model, data, judge__control="always"), output=tmp_path / "run")[1]
     verdicts = record["verdicts"]
     assert {number: sum(one["criterion"] == number for one in verdicts) for number in CRITERIA} == CRITERIA
     assert all(one["outcome"] in OUTCOMES and one["allowed"] for one in verdicts)
@@ -99,7 +99,7 @@ def test_workflow_judges_every_criterion_on_what_was_measured(model: Path, data:
     assert all(one["outcome"] == "not applicable" for one in verdicts if one["criterion"] == 3)
     assert by_id["artifacts-reload"]["outcome"] == "passed", by_id["artifacts-reload"]
     assert by_id["parameter-updates"]["outcome"] == by_id["parameter-exactly"]["outcome"] == "passed"
-    assert record["scores"]["learning"]["sham"]["count"] == record["scores"]["learning"]["tuned"]["count"] == 11
+    assert record["scores"]["learning"]["control"]["count"] == record["scores"]["learning"]["tuned"]["count"] == 11
 
 
 @given(st.integers(2, 17), st.integers(1, 5), st.integers(1, 3), st.booleans(), st.sampled_from([0, 1, 7]))
@@ -111,7 +111,12 @@ def test_workflow_counts_add_up(
     """Rows read are kept or dropped, each kept row is trained once an epoch, and steps, tokens and losses agree."""
     with TemporaryDirectory() as name, without_reload_check():
         place = make_data(Path(name) / "rows.jsonl", rows)
-        changes = {"batch_size": batch_size, "accumulation": accumulation, "packing": packing, "seed": seed}
+        changes = {
+            "batch_size": batch_size,
+            "gradient_accumulation_steps": accumulation,
+            "packing": packing,
+            "seed": seed,
+        }
         changed = {f"training__{key}": value for key, value in changes.items()}
         loaded = settings(model, place, **changed, evaluation__questions=1)
         folder, record = fine_tune(loaded, output=Path(name) / "run")
@@ -144,7 +149,14 @@ def whole(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def demanding(model: Path, data: Path) -> LoadedConfig:
     """A run with everything in it that a resume could forget."""
-    changes = {"accumulation": 2, "packing": True, "save_every": 2, "evaluate_every": 3, "batch_size": 1, "epochs": 3.0}
+    changes = {
+        "gradient_accumulation_steps": 2,
+        "packing": True,
+        "save_every": 2,
+        "evaluate_every": 3,
+        "batch_size": 1,
+        "epochs": 3.0,
+    }
     return settings(
         model,
         data,
@@ -195,24 +207,32 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Path], None] | None, str]] = 
     "no such model": ({"model__path": "./nowhere"}, None, "nowhere"),
     "no such data": ({"data__train": "nowhere.jsonl"}, None, "nowhere.jsonl"),
     "rank above a layer": ({"adapter__rank": 500}, None, "rank 500"),
-    "no such layer": ({"adapter__targets": ["q_prj"]}, None, "q_proj"),
+    "no such layer": ({"adapter__target_modules": ["q_prj"]}, None, "q_proj"),
     "too long for the model": ({"tokens__max_length": 999}, None, "999"),
     "a template's control tokens": ({"template__name": "llama3", "model__path": "SMALL"}, None, "<|eot_id|>"),
     "no row fits": ({"tokens__max_length": 8}, None, "longer than 8 tokens"),
-    "rows too long and refused": ({"tokens__max_length": 20, "tokens__overlong": "refuse"}, None, "rows.jsonl:"),
+    "rows too long and refused": ({"tokens__max_length": 20, "tokens__truncation": "refuse"}, None, "rows.jsonl:"),
     "two kinds of held-out rows": ({"data__valid": "DATA", "data__valid_fraction": 0.5}, None, "valid_fraction"),
     "no template of its own": ({"template__name": "tokenizer"}, None, "chat template"),
     "no answer in any row": ({}, _no_answers, "empty answer"),
     "a broken line": ({}, _cut_off, "rows.jsonl:11"),
     "no such framework": ({"backend": "mlx"}, None, "mlx"),
-    "nothing held out to stop by": ({"training__stop_after": 3}, None, "training.stop_after"),
-    "nothing held out to choose by": ({"training__keep": "best", "data__valid_fraction": 0.0}, None, "training.keep"),
-    "no held-out row fits": (
-        {"training__keep": "best", "tokens__max_length": 40, "data__valid": "LONG"},
+    "nothing held out to stop by": ({"training__early_stopping_patience": 3}, None, "training.early_stopping_patience"),
+    "nothing held out to choose by": (
+        {"training__load_best_model": True, "data__valid_fraction": 0.0},
         None,
-        "training.keep",
+        "training.load_best_model",
     ),
-    "a margin for nothing": ({"training__stop_margin": 0.5, "data__valid_fraction": 0.3}, None, "stop_after is not"),
+    "no held-out row fits": (
+        {"training__load_best_model": True, "tokens__max_length": 40, "data__valid": "LONG"},
+        None,
+        "training.load_best_model",
+    ),
+    "a margin for nothing": (
+        {"training__early_stopping_min_delta": 0.5, "data__valid_fraction": 0.3},
+        None,
+        "early_stopping_patience is not",
+    ),
     "no such tracker here": ({"tracking__to": ["wandb", "mlflow"]}, None, "finetune-suite[wandb,mlflow]"),
 }
 
@@ -287,7 +307,7 @@ def test_workflow_out_of_memory_tells_the_estimate_and_what_would_fit(
     monkeypatch.setattr("finetune.training.out_of_memory._within_reach", lambda: int((float(told[1]) - 0.3) * 1024**2))
     with pytest.raises(OutOfMemoryError) as ended:
         fine_tune(loaded, output=tmp_path / "other")
-    assert re.search(r"--set training.batch_size=[12] --set training.accumulation=", ended.value.hint)
+    assert re.search(r"--set training.batch_size=[12] --set training.gradient_accumulation_steps=", ended.value.hint)
 
 
 def test_workflow_has_its_log_on_disk_before_each_checkpoint(

@@ -116,11 +116,11 @@ def test_full_run_stopped_and_resumed_is_the_run_that_was_never_stopped(place: P
 
 def test_setting_of_an_adapter_where_there_is_none_is_refused(place: Path, tmp_path: Path) -> None:
     """With adapter.kind full each setting of an adapter is refused by name, all at once; a profile's are no wish."""
-    said = {"adapter__rank": 3, "adapter__targets": ["q_proj"], "training__lora_plus_ratio": 2.0}
+    said = {"adapter__rank": 3, "adapter__target_modules": ["q_proj"], "training__loraplus_lr_ratio": 2.0}
     with pytest.raises(ConfigError) as caught:
         fine_tune(settings(place / "model", place / "rows.jsonl", **{**FULL, **said}), output=tmp_path / "run")
     places = [problem.where.partition(" ")[0] for problem in caught.value.problems]
-    assert places == ["adapter.rank", "adapter.targets", "training.lora_plus_ratio"]
+    assert places == ["adapter.rank", "adapter.target_modules", "training.loraplus_lr_ratio"]
     assert not (tmp_path / "run").exists()
 
 

@@ -97,11 +97,11 @@ CHOICES: dict[str, list[Any]] = {
     "adapter.rank": [3, 1],
     "adapter.alpha": [7.0, 0.5],
     "adapter.dropout": [0.3, 0.0],
-    "adapter.targets": [["v_proj", "down_proj"], ["q_proj"]],
+    "adapter.target_modules": [["v_proj", "down_proj"], ["q_proj"]],
     "data.valid_fraction": [0.3, 0.0],
     "training.epochs": [2.0, 3.0, 1.5],
     "training.batch_size": [2, 3, 4],
-    "training.accumulation": [1, 2, 3],
+    "training.gradient_accumulation_steps": [1, 2, 3],
     "training.packing": [True, False],
     "training.learning_rate": [0.02, 1e-4],
     "training.max_grad_norm": [0.3, 2.0],
@@ -120,7 +120,7 @@ def choices() -> st.SearchStrategy[dict[str, Any]]:
 
 
 @given(choices())
-@example({key: values[0] for key, values in CHOICES.items()} | {"training.accumulation": 2})
+@example({key: values[0] for key, values in CHOICES.items()} | {"training.gradient_accumulation_steps": 2})
 @example({key: values[-1] for key, values in CHOICES.items()})
 @examples(1 / 5)
 def test_workflow_asks_of_the_session_what_is_set_whatever_else_is(model: Path, chosen: dict[str, Any]) -> None:
@@ -128,25 +128,29 @@ def test_workflow_asks_of_the_session_what_is_set_whatever_else_is(model: Path, 
     heard = run(model, chosen)
     adapter = {key.split(".")[1]: value for key, value in chosen.items() if key.startswith("adapter.")}
     training = {key.split(".")[1]: value for key, value in chosen.items() if key.startswith("training.")}
-    target = AdapterTarget(adapter["rank"], adapter["alpha"], adapter["dropout"], tuple(adapter["targets"]))
+    target = AdapterTarget(adapter["rank"], adapter["alpha"], adapter["dropout"], tuple(adapter["target_modules"]))
     assert heard.given("attach") == [(target, training["seed"])]
     [(optimization,)] = heard.given("prepare_updates")
     assert optimization == Optimization(training["weight_decay"], training["max_grad_norm"])
     steps = heard.steps()
     assert max(len(batch.sequences) for step in steps for batch in step) <= training["batch_size"]
-    assert max(map(len, steps)) <= training["accumulation"]
+    assert max(map(len, steps)) <= training["gradient_accumulation_steps"]
     assert any(batch.packed for step in steps for batch in step) == training["packing"]
     rates = [rate for (rate,) in heard.given("update")]
     warmup = round(training["warmup_fraction"] * len(steps))
     assert rates == [
         learning_rate_at(
-            number, len(steps), peak=training["learning_rate"], warmup_steps=warmup, schedule=training["schedule"]
+            number,
+            len(steps),
+            learning_rate=training["learning_rate"],
+            warmup_steps=warmup,
+            schedule=training["schedule"],
         )
         for number in range(1, len(steps) + 1)
     ]
     if not training["packing"]:
         rows = len(set(heard.lines()))
-        per_epoch = math.ceil(math.ceil(rows / training["batch_size"]) / training["accumulation"])
+        per_epoch = math.ceil(math.ceil(rows / training["batch_size"]) / training["gradient_accumulation_steps"])
         assert len(steps) == round(training["epochs"] * per_epoch)
 
 

@@ -27,7 +27,6 @@ from support.workplace import make_data, make_model, settings, without_reload_ch
 
 ADAPTER = "adapter/adapter_model.safetensors"
 STEPS = 8
-KEEPS = ("last", "best")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def job(model: Path, data: Path, **changes: Any) -> LoadedConfig:
     """Eight steps of one batch, a look after each, a checkpoint every third, dropout so that random state matters."""
-    given_ = {"max_steps": STEPS, "epochs": 99.0, "evaluate_every": 1, "save_every": 3, "keep": "best", **changes}
+    given_ = {
+        "max_steps": STEPS,
+        "epochs": 99.0,
+        "evaluate_every": 1,
+        "save_every": 3,
+        "load_best_model": True,
+        **changes,
+    }
     named = {f"training__{key}": value for key, value in given_.items()}
     return settings(model, data, data__valid_fraction=0.3, adapter__dropout=0.3, evaluation__questions=1, **named)
 
@@ -100,20 +106,20 @@ def ended(output: Path) -> dict[str, Any]:
 CURVES = st.lists(st.sampled_from([1.0, 1.5, 2.0, 2.5, 3.0]), min_size=STEPS, max_size=STEPS)
 
 
-@given(CURVES, st.none() | st.integers(1, 3), st.sampled_from(KEEPS))
-@example([3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0], 2, "best")
-@example([2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 3, "best")
-@example([3.0, 2.5, 2.0, 1.5, 1.0, 1.0, 1.0, 3.0], 3, "last")
+@given(CURVES, st.none() | st.integers(1, 3), st.booleans())
+@example([3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0], 2, True)
+@example([2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 3, True)
+@example([3.0, 2.5, 2.0, 1.5, 1.0, 1.0, 1.0, 3.0], 3, False)
 @examples(1 / 3)
 def test_run_ends_and_keeps_what_its_looks_say(
-    model: Path, data: Path, losses: list[float], stop_after: int | None, keep: str
+    model: Path, data: Path, losses: list[float], stop_after: int | None, keep: bool
 ) -> None:
     """The last step is the rule's, the adapter is that of the last or of the best step, and run.json says which."""
     end = last_step(losses, stop_after)
-    kept = lowest(losses[:end]) if keep == "best" else end
+    kept = lowest(losses[:end]) if keep else end
     with TemporaryDirectory() as name, without_reload_check(), looks(losses):
         place = Path(name)
-        heard = run(job(model, data, stop_after=stop_after, keep=keep), place / "run")
+        heard = run(job(model, data, early_stopping_patience=stop_after, load_best_model=keep), place / "run")
         told = ended(place / "run")
         assert (place / "run" / ADAPTER).read_bytes() == weights_of(model, data, place / "plain", kept)
         stays = {int(path.name[5:]) for path in (place / "run" / "checkpoints").iterdir()}
@@ -122,7 +128,8 @@ def test_run_ends_and_keeps_what_its_looks_say(
     assert {event.total_steps for event in steps} == {STEPS}
     warmup = round(0.05 * STEPS)
     assert [event.learning_rate for event in steps] == [
-        learning_rate_at(step, STEPS, peak=0.01, warmup_steps=warmup, schedule="cosine") for step in range(1, end + 1)
+        learning_rate_at(step, STEPS, learning_rate=0.01, warmup_steps=warmup, schedule="cosine")
+        for step in range(1, end + 1)
     ]
     early = [event for event in heard if isinstance(event, StoppedEarly)]
     best = lowest(losses[:end])
@@ -138,9 +145,9 @@ def test_run_ends_and_keeps_what_its_looks_say(
     }
     assert [point["step"] for point in told["losses"]["fixed"]] == [0, kept]
     assert any(f"step {end} of {STEPS}" in note for note in told["notes"]) == (end < STEPS)
-    assert any(f"that of step {kept}," in note for note in told["notes"]) == (keep == "best")
+    assert any(f"that of step {kept}," in note for note in told["notes"]) == keep
     assert end in stays
-    assert keep == "last" or kept in stays
+    assert not keep or kept in stays
 
 
 WEIGHTS: dict[tuple[Path, Path, int], bytes] = {}
@@ -155,19 +162,19 @@ def weights_of(model: Path, data: Path, output: Path, step: int) -> bytes:
             return plain(*given_, **{**named, "last": step})
 
         with patch.object(training, "training_events", cut):
-            run(job(model, data, keep="last"), output)
+            run(job(model, data, load_best_model=False), output)
         WEIGHTS[model, data, step] = (output / ADAPTER).read_bytes()
     return WEIGHTS[model, data, step]
 
 
-@given(st.data(), st.sampled_from([(2, "best"), (2, "last"), (None, "best")]))
+@given(st.data(), st.sampled_from([(2, True), (2, False), (None, True)]))
 @examples(1 / 3)
 def test_run_that_stops_or_chooses_is_the_same_wherever_it_is_killed(
-    model: Path, data: Path, data_: st.DataObject, how: tuple[int | None, str]
+    model: Path, data: Path, data_: st.DataObject, how: tuple[int | None, bool]
 ) -> None:
     """P-RESUME: dead at any event, twice, it ends at the same step with the same adapter, looks and checkpoints."""
     losses, (stop_after, keep) = data_.draw(CURVES), how
-    loaded = job(model, data, stop_after=stop_after, keep=keep)
+    loaded = job(model, data, early_stopping_patience=stop_after, load_best_model=keep)
     with TemporaryDirectory() as name, without_reload_check(), looks(losses):
         whole, broken = Path(name) / "whole", Path(name) / "broken"
         events = len(run(loaded, whole))
@@ -185,7 +192,7 @@ def test_run_that_stops_or_chooses_is_the_same_wherever_it_is_killed(
 def test_run_killed_at_every_event_in_turn_ends_as_it_would_have(model: Path, data: Path, tmp_path: Path) -> None:
     """P-RESUME: each single event of a run that stops early and keeps its best is survived; none is special."""
     losses = [2.0, 1.0, 1.5, 9.0, 9.0, 9.0, 9.0, 9.0]
-    loaded = job(model, data, stop_after=1)
+    loaded = job(model, data, early_stopping_patience=1)
     with without_reload_check(), looks(losses):
         events = len(run(loaded, tmp_path / "whole"))
         assert events > 12
@@ -216,8 +223,8 @@ def test_run_whose_best_checkpoint_is_gone_is_not_gone_on_with(model: Path, data
         assert (tmp_path / "again" / "events.jsonl").read_bytes() == before
 
 
-def test_sham_control_takes_the_steps_of_the_adapter(model: Path, data: Path, tmp_path: Path) -> None:
-    """A run that keeps step 3 of 8 is compared with a sham of 3 steps, at the same learning rates."""
+def test_shuffled_label_control_takes_the_steps_of_the_adapter(model: Path, data: Path, tmp_path: Path) -> None:
+    """A run that keeps step 3 of 8 is compared with a control of 3 steps, at the same learning rates."""
     updates: list[list[float]] = []
     attach, update = ReferenceSession.attach, ReferenceSession.update
     with (
@@ -226,8 +233,8 @@ def test_sham_control_takes_the_steps_of_the_adapter(model: Path, data: Path, tm
         patch.object(ReferenceSession, "attach", lambda *given_: (updates.append([]), attach(*given_))[1]),
         patch.object(ReferenceSession, "update", lambda self, rate: (updates[-1].append(rate), update(self, rate))[1]),
     ):
-        loaded = job(model, data, stop_after=2)
-        judged = loaded.config.judge.model_copy(update={"sham": "always"})
+        loaded = job(model, data, early_stopping_patience=2)
+        judged = loaded.config.judge.model_copy(update={"control": "always"})
         run(LoadedConfig(loaded.config.model_copy(update={"judge": judged}), loaded.origins), tmp_path / "run")
     assert [len(rates) for rates in updates] == [5, 3]
     assert updates[1] == updates[0][:3]
@@ -237,7 +244,7 @@ def test_report_tells_the_losses_of_the_step_that_is_kept(model: Path, data: Pat
     """The held-out loss after training is that of the kept step, and page and report say that training stopped."""
     losses = [3.0, 2.0, 1.0, 2.0, 2.5, 9.0, 9.0, 9.0]
     with without_reload_check(), looks(losses):
-        run(job(model, data, stop_after=2), tmp_path / "run")
+        run(job(model, data, early_stopping_patience=2), tmp_path / "run")
     record = ended(tmp_path / "run")
     report = build_report(record)
     assert report["headline"]["held_out_loss"]["after"] == 1.0
@@ -247,13 +254,13 @@ def test_report_tells_the_losses_of_the_step_that_is_kept(model: Path, data: Pat
     assert "the adapter is that of step 3" in page
 
 
-@pytest.mark.parametrize("keep", KEEPS)
-def test_run_judges_only_the_steps_that_made_the_adapter(keep: str, model: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_run_judges_only_the_steps_that_made_the_adapter(keep: bool, model: Path, data: Path, tmp_path: Path) -> None:
     """Steps after the one that is kept are no evidence: a best step 1 has one step, and the last has them all."""
     with without_reload_check(), looks([1.0] + [2.0] * (STEPS - 1)):
-        run(job(model, data, keep=keep), tmp_path / "run")
+        run(job(model, data, load_best_model=keep), tmp_path / "run")
     record = ended(tmp_path / "run")
     [verdict] = [one for one in record["verdicts"] if one["id"] == "loss-convergence"]
-    assert (verdict["measured"] == "1 step") == (keep == "best")
+    assert (verdict["measured"] == "1 step") == keep
     assert len(record["losses"]["train"]) == STEPS
     assert all(math.isfinite(point["loss"]) for point in record["losses"]["train"])

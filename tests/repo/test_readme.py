@@ -12,7 +12,7 @@ pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'fine
 
 from repo.page_examples import ROOT, blocks, user
 
-SHORT = {"FT_TRAINING__MAX_STEPS": "2", "FT_JUDGE__MEMORY": "never", "FT_JUDGE__SHAM": "never"}
+SHORT = {"FT_TRAINING__MAX_STEPS": "2", "FT_JUDGE__MEMORY": "never", "FT_JUDGE__CONTROL": "never"}
 """Everything is done as written, but two steps of training are enough here."""
 
 

@@ -79,7 +79,7 @@ def test_twenty_steps_agree_in_every_kind(tmp_path_factory: pytest.TempPathFacto
     sessions = open_all(model, write_model(model, tmp_path_factory.mktemp("model")))
     told: list[list[float]] = []
     for session in sessions.values():
-        session.prepare_updates(Optimization(weight_decay=0.05, max_grad_norm=1.0, lora_plus_ratio=4.0))
+        session.prepare_updates(Optimization(weight_decay=0.05, max_grad_norm=1.0, loraplus_lr_ratio=4.0))
         told.append([])
         for number in range(20):
             batch = Batch(make_rows(5, seed=number % 3))

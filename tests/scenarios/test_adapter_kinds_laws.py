@@ -47,7 +47,7 @@ def trained(backend: str, location: ModelLocation, target: AdapterTarget | None)
     """A session that has gone a few steps."""
     session = OPENERS[backend](location)
     session.attach(target, 4)
-    session.prepare_updates(Optimization(weight_decay=0.05, max_grad_norm=1.0, lora_plus_ratio=3.0))
+    session.prepare_updates(Optimization(weight_decay=0.05, max_grad_norm=1.0, loraplus_lr_ratio=3.0))
     for number in range(2):
         step(session, batches_of(make_rows(5, seed=number), 2), 0.02)
     return session
@@ -63,7 +63,7 @@ def test_torch_moves_tensors_as_pefts_lora_plus_does(location: ModelLocation, ra
             continue
         session = OPENERS["torch"](location)
         session.attach(target, 0)
-        session.prepare_updates(Optimization(0.07, 1.0, lora_plus_ratio=ratio))
+        session.prepare_updates(Optimization(0.07, 1.0, loraplus_lr_ratio=ratio))
         session.update(0.01)
         theirs = create_loraplus_optimizer(session.model, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=ratio)
         rates, wanted = (

@@ -55,7 +55,7 @@ class AgreementMachine(RuleBasedStateMachine):
         self.root = Path(tempfile.mkdtemp())
         self.model, self.pad_id = model, pad_id
         # Far above the gradients' rounding errors, which AdamW would otherwise blow up to full steps.
-        self.optimization = Optimization(0.05, limit, epsilon=1e-3, lora_plus_ratio=ratio)
+        self.optimization = Optimization(0.05, limit, epsilon=1e-3, loraplus_lr_ratio=ratio)
         self.location = side_by_side.write_model(model, self.folder())
         self.base = side_by_side.logits(open_backend("torch").open(self.location, "float32", 0), PROBE)
         self.sessions = side_by_side.open_all(model, self.location, pad_id)

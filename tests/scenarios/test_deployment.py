@@ -46,7 +46,7 @@ def ft(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedPr
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short finished run."""
     folder = tmp_path_factory.mktemp("deploy")
-    quick = ["judge.sham=never", "judge.memory=never", "training.max_steps=60", "evaluation.questions=20"]
+    quick = ["judge.control=never", "judge.memory=never", "training.max_steps=60", "evaluation.questions=20"]
     words = ("train", "--backend", "reference", "--output", "run", *(w for key in quick for w in ("--set", key)))
     done = ft(*words, cwd=folder)
     assert done.returncode in (0, 1, 4), done.stderr
@@ -126,7 +126,7 @@ def test_deploy_asks_no_question_that_servers_read_otherwise(tmp_path: Path) -> 
     """A run's own question that holds a control token's name is left out and counted; the others are asked."""
     rows = [{"prompt": f"What is {n}{' <|end_of_text|>' * (n % 2)}?", "completion": "A number"} for n in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    quick = ["judge.sham=never", "judge.memory=never", "training.max_steps=1", "evaluation.questions=12"]
+    quick = ["judge.control=never", "judge.memory=never", "training.max_steps=1", "evaluation.questions=12"]
     words = ("--data", str(tmp_path / "rows.jsonl"), "--backend", "reference", "--output", "run")
     done = ft("train", *words, *(w for key in quick for w in ("--set", key)), cwd=tmp_path)
     assert done.returncode in (0, 1, 4), done.stderr

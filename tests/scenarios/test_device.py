@@ -103,7 +103,7 @@ def test_state_of_another_kind_of_device_is_refused_and_changes_nothing(
 def test_whatever_opens_a_runs_model_opens_it_where_the_run_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training, the sham control, scoring again, talking and exporting ask for the device of the run's settings."""
+    """Training, its control, scoring again, talking and exporting ask for the device of the run's settings."""
     found = []
     real = ReferenceBackend.open
 
@@ -114,7 +114,13 @@ def test_whatever_opens_a_runs_model_opens_it_where_the_run_was(
     monkeypatch.setattr(ReferenceBackend, "open", spy)
     few = {"training.max_steps": 2, "data.limit": 4, "evaluation.questions": 1, "evaluation.retention_questions": 1}
     for kind in ("lora", "full"):
-        settings = {"backend": "reference", "model.device": "cpu", "adapter.kind": kind, "judge.sham": "always", **few}
+        settings = {
+            "backend": "reference",
+            "model.device": "cpu",
+            "adapter.kind": kind,
+            "judge.control": "always",
+            **few,
+        }
         folder, _ = fine_tune(load_config(None, environ={}, overrides=settings, profile=None), output=tmp_path / kind)
         compare(*reopen(folder))
         talker(folder, max_new_tokens=1)

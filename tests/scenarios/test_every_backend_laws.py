@@ -140,7 +140,7 @@ KNOBS: dict[str, Callable[[Place], Any]] = {
     "max_grad_norm": lambda place: 0.01,
     "betas": lambda place: (0.5, 0.9),
     "epsilon": lambda place: 1e-1,
-    "lora_plus_ratio": lambda place: 4.0,
+    "loraplus_lr_ratio": lambda place: 4.0,
 }
 
 

@@ -320,7 +320,7 @@ def ft(*arguments: str, cwd: Path, limit: Callable[[], None] | None = None) -> s
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short finished run."""
     folder = tmp_path_factory.mktemp("export")
-    quick = ["judge.sham=never", "judge.memory=never", "training.max_steps=10"]
+    quick = ["judge.control=never", "judge.memory=never", "training.max_steps=10"]
     done = ft("train", "--output", "run", *(word for key in quick for word in ("--set", key)), cwd=folder)
     assert done.returncode in (0, 1, 4), done.stderr
     return folder / "run"
@@ -370,7 +370,7 @@ def test_export_asked_for_at_training_is_seen_to_first(tmp_path: Path) -> None:
     """`ft train --export` refuses a base that cannot be written as GGUF before a run begins; else the file is there."""
     folder = make_model("llama", tmp_path / "model")
     byte_level(folder, (r"\w+",))
-    quick = ["--set=judge.sham=never", "--set=judge.memory=never", "--set=training.max_steps=2", "--output=run"]
+    quick = ["--set=judge.control=never", "--set=judge.memory=never", "--set=training.max_steps=2", "--output=run"]
     cases = {
         ("--model", str(folder), "--export", "f16"): (3, "no pre-tokenizer of llama.cpp cuts text at"),
         ("--export", "q3"): (2, "--export 'q3' is not in this version"),

@@ -23,7 +23,7 @@ ADAPTER = "adapter/adapter_model.safetensors"
 MAIN = "from finetune.cli import main; main()"
 QUICK = [
     "--set",
-    "judge.sham=never",
+    "judge.control=never",
     "--set",
     "judge.memory=never",
     "--set",

@@ -78,10 +78,10 @@ def test_shipped_model_meets_all_criteria(model: str, backend: str, tmp_path: Pa
     assert literal_outcomes(run) == dict.fromkeys(range(1, CRITERIA + 1), "passed")
     assert not_holding(run) == []
     learning, retention = run["scores"]["learning"], run["scores"]["retention"]
-    shares = {name: learning[name]["right"] / learning[name]["count"] for name in ("base", "tuned", "sham")}
+    shares = {name: learning[name]["right"] / learning[name]["count"] for name in ("base", "tuned", "control")}
     assert shares["base"] <= 0.2
     assert shares["tuned"] >= 0.9
-    assert shares["sham"] <= 0.2
+    assert shares["control"] <= 0.2
     assert retention["base"]["right"] - retention["tuned"]["right"] <= 0.1 * retention["base"]["count"]
     assert learning["base"]["count"] >= 48
     assert retention["base"]["count"] >= 36
@@ -90,7 +90,7 @@ def test_shipped_model_meets_all_criteria(model: str, backend: str, tmp_path: Pa
 @pytest.mark.skipif(CHOSEN is not None, reason=f"FT_TEST_MODEL={CHOSEN} was chosen instead of the shipped models")
 def test_same_seed_gives_the_same_adapter_bytes(tmp_path: Path) -> None:
     """Two runs with one seed write byte-identical adapters, and another seed writes another."""
-    quick = {"training.max_steps": 12, "judge.sham": "never", "judge.memory": "never"}
+    quick = {"training.max_steps": 12, "judge.control": "never", "judge.memory": "never"}
     for name, seed in (("first", 0), ("second", 0), ("other", 1)):
         train_on_facts("reference-llama", tmp_path / name, **quick, **{"training.seed": seed})
     first, second, other = (

@@ -29,7 +29,7 @@ QUICK = {
     "evaluation.questions": 2,
     "evaluation.retention_questions": 2,
     "evaluation.max_new_tokens": 4,
-    "judge.sham": "never",
+    "judge.control": "never",
     "judge.memory": "never",
 }
 

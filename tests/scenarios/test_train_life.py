@@ -17,7 +17,7 @@ pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune
 pytestmark = pytest.mark.tier2
 
 WIKISQL = Path(__file__).resolve().parents[3] / "shared" / "data" / "wikisql" / "train.jsonl"
-QUICK = ["--set", "judge.sham=never", "--set", "judge.memory=never", "--set", "training.max_steps=10"]
+QUICK = ["--set", "judge.control=never", "--set", "judge.memory=never", "--set", "training.max_steps=10"]
 
 
 def ft(*arguments: str, cwd: Path, limit: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:

@@ -33,7 +33,7 @@ SETTINGS = (
     if MODEL in SHIPPED
     else [
         f"--set={each}"
-        for each in ("training.learning_rate=1e-3", "training.epochs=10", "judge.sham=never", "judge.memory=never")
+        for each in ("training.learning_rate=1e-3", "training.epochs=10", "judge.control=never", "judge.memory=never")
     ]
 )
 

@@ -41,7 +41,7 @@ SHORT = (
     "--set",
     "training.max_steps=2",
     "--set",
-    "judge.sham=never",
+    "judge.control=never",
     "--set",
     "evaluation.questions=2",
     "--set",

@@ -5,7 +5,7 @@ from functools import cache
 
 from finetune.chat.catalog import CATALOG, TemplateSource
 from finetune.chat.encode import mark_rows
-from finetune.chat.fit import Encoded, Overlong, fit_rows
+from finetune.chat.fit import Encoded, Truncation, fit_rows
 from finetune.chat.render import ChatTemplate
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.records import Conversation, Message, Rendered
@@ -71,6 +71,6 @@ def talk(*turns: str) -> Conversation:
     return Conversation(tuple(Message(*turn.split(":", 1)) for turn in turns), "rows.jsonl:7")
 
 
-def encoded(kind: TokenizerKind, rows: list[Rendered], length: int, overlong: Overlong = "drop") -> Encoded:
+def encoded(kind: TokenizerKind, rows: list[Rendered], length: int, truncation: Truncation = "drop") -> Encoded:
     """The rows held to a length."""
-    return fit_rows(mark_rows(rows, tokenizer_of(kind)), max_length=length, overlong=overlong, dropped={})
+    return fit_rows(mark_rows(rows, tokenizer_of(kind)), max_length=length, truncation=truncation, dropped={})

@@ -23,7 +23,7 @@ VERDICTS = (
     "loss-held-out",
     "model-learning",
     "learning-signed",
-    "learning-sham",
+    "learning-control",
     "learning-retention",
     "memory-efficiency",
     "memory-exact",

@@ -13,7 +13,7 @@ def record_scores(record: Callable[[str, object], None], run: Mapping[str, Any],
     measured = {
         f"{words}, {model}": scores[group][model]["share"]
         for group, words in (("learning", "new facts"), ("retention", "old facts"))
-        for model in ("base", "tuned", "sham")
+        for model in ("base", "tuned", "control")
         if scores[group].get(model)
     }
     losses = headline["fixed_loss"] or {}

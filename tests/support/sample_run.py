@@ -54,7 +54,11 @@ def sample_run(**changes: Any) -> dict[str, Any]:
         },
         "losses": _losses(),
         "scores": {
-            "learning": {"base": _answers(tuned=False), "tuned": _answers(tuned=True), "sham": _answers(tuned=False)},
+            "learning": {
+                "base": _answers(tuned=False),
+                "tuned": _answers(tuned=True),
+                "control": _answers(tuned=False),
+            },
             "retention": {"base": _retention(0), "tuned": _retention(1)},
         },
         "memory": asdict(MemoryEvidence(_measure("lora", 163_840), _measure("full", 4_818_944))),
@@ -76,7 +80,7 @@ def _recorded() -> str:
     with TemporaryDirectory() as name, without_reload_check():
         model, data = make_model(Path(name) / "tiny-llama"), make_data(Path(name) / "facts.jsonl", 9)
         retention = make_data(Path(name) / "retention.jsonl", 2)
-        changes = {"training__epochs": 1.0, "judge__sham": "always", "data__retention": str(retention)}
+        changes = {"training__epochs": 1.0, "judge__control": "always", "data__retention": str(retention)}
         loaded = settings(model, data, data__valid_fraction=0.25, evaluation__questions=1, **changes)
         record = fine_tune(loaded, output=Path(name) / "run")[1]
     return json.dumps(record).replace(f"{name}/", "")
@@ -172,7 +176,7 @@ def _verdicts() -> list[dict[str, Any]]:
         (2, "answers improved", "passed", "8 of 10 (80 %)", "more than 30 %", "", False),
         (
             2,
-            "better than the sham control",
+            "better than the shuffled-label control",
             "inconclusive",
             "9 against 1 of 10",
             "p < 0.01 on 20 questions or more",

@@ -35,15 +35,16 @@ QUICK_TASK: Mapping[str, Any] = {
 ADAPTER = {"adapter.rank": 2, "adapter.dropout": 0.2}
 TASKS: dict[str, Mapping[str, Any]] = {
     "plain": ADAPTER,
-    "accumulating": ADAPTER | {"training.accumulation": 2, "training.epochs": 3.0, "training.save_every": 1},
+    "accumulating": ADAPTER
+    | {"training.gradient_accumulation_steps": 2, "training.epochs": 3.0, "training.save_every": 1},
     "keeping the best": ADAPTER
     | {
         "data.valid_fraction": 0.3,
-        "training.keep": "best",
+        "training.load_best_model": True,
         "training.evaluate_every": 1,
         "training.save_every": 3,
         "training.learning_rate": 0.1,
-        "training.stop_after": 4,
+        "training.early_stopping_patience": 4,
         "training.epochs": 3.0,
     },
     "packing": ADAPTER | {"training.packing": True, "training.epochs": 3.0},

@@ -12,39 +12,42 @@ from support.workplace import QUICK, make_data, without_reload_check
 
 TARGETS = ["q_proj", "k_proj", "down_proj"]
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "lora": ("llama", {"adapter.targets": TARGETS, "adapter.alpha": 7.0}),
+    "lora": ("llama", {"adapter.target_modules": TARGETS, "adapter.alpha": 7.0}),
     "rank-stabilized, by patterns": (
         "llama with biases, Llama 3's rope",
         {
-            "adapter.targets": TARGETS,
+            "adapter.target_modules": TARGETS,
             "adapter.alpha": 3.0,
             "adapter.scaling": "rank_stabilized",
             "adapter.rank_pattern": {"k_proj": 5},
             "adapter.alpha_pattern": {"layers.1.mlp.down_proj": 9.0},
         },
     ),
-    "dora": ("qwen2", {"adapter.targets": ["q_proj", "o_proj"], "adapter.alpha": 5.0, "adapter.kind": "dora"}),
+    "dora": ("qwen2", {"adapter.target_modules": ["q_proj", "o_proj"], "adapter.alpha": 5.0, "adapter.kind": "dora"}),
     "modules to save": (
         "llama",
         {
-            "adapter.targets": ["k_proj"],
+            "adapter.target_modules": ["k_proj"],
             "adapter.alpha": 5.0,
             "adapter.modules_to_save": ["lm_head", "model.norm"],
         },
     ),
-    "tied head": ("qwen3", {"adapter.targets": ["v_proj", "up_proj"], "adapter.alpha": 5.0}),
+    "tied head": ("qwen3", {"adapter.target_modules": ["v_proj", "up_proj"], "adapter.alpha": 5.0}),
     "rank-stabilized": (
         "llama",
         {
-            "adapter.targets": TARGETS,
+            "adapter.target_modules": TARGETS,
             "adapter.alpha": 3.0,
             "adapter.scaling": "rank_stabilized",
             "adapter.rank_pattern": {"k_proj": 5},
         },
     ),
-    "dora on llama": ("llama", {"adapter.targets": ["q_proj"], "adapter.alpha": 5.0, "adapter.kind": "dora"}),
-    "gpt2": ("gpt2", {"adapter.targets": ["c_attn", "c_proj"], "adapter.alpha": 7.0}),
-    "gpt2, dora": ("gpt2", {"adapter.targets": ["c_attn", "c_fc"], "adapter.alpha": 7.0, "adapter.kind": "dora"}),
+    "dora on llama": ("llama", {"adapter.target_modules": ["q_proj"], "adapter.alpha": 5.0, "adapter.kind": "dora"}),
+    "gpt2": ("gpt2", {"adapter.target_modules": ["c_attn", "c_proj"], "adapter.alpha": 7.0}),
+    "gpt2, dora": (
+        "gpt2",
+        {"adapter.target_modules": ["c_attn", "c_fc"], "adapter.alpha": 7.0, "adapter.kind": "dora"},
+    ),
     "whole model": ("llama", {"adapter.kind": "full"}),
 }
 """The model and what differs from a plain run; together all kinds of weights that training can change."""

@@ -39,7 +39,7 @@ QUICK: dict[str, Any] = {
     "training.batch_size": 3,
     "training.learning_rate": 0.01,
     "evaluation.max_new_tokens": 3,
-    "judge.sham": "never",
+    "judge.control": "never",
     "judge.memory": "never",
 }
 

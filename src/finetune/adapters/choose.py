@@ -8,7 +8,7 @@ from finetune.models.shape import is_head
 from finetune.records import AdapterTarget, LinearLayer, ModelShape, fits
 
 
-def choose_layers(shape: ModelShape, targets: str | Sequence[str]) -> tuple[str, ...]:
+def choose_layers(shape: ModelShape, target_modules: str | Sequence[str]) -> tuple[str, ...]:
     """The short names of the layers to adapt, such as `q_proj`: all linear layers, or those named.
 
     Raises:
@@ -17,15 +17,15 @@ def choose_layers(shape: ModelShape, targets: str | Sequence[str]) -> tuple[str,
     existing = tuple(dict.fromkeys(layer.name.rsplit(".", 1)[-1] for layer in shape.linear_layers))
     if not existing:
         raise ModelError(f"{shape.architecture} has no linear layer that LoRA can adapt")
-    if targets == "all-linear":
+    if target_modules == "all-linear":
         return existing
-    unknown = [name for name in targets if name not in existing]
+    unknown = [name for name in target_modules if name not in existing]
     if unknown:
         raise ModelError(
-            f"adapter.targets: {', '.join(map(repr, unknown))} matches no linear layer of {shape.architecture}",
+            f"adapter.target_modules: {', '.join(map(repr, unknown))} matches no linear layer of {shape.architecture}",
             hint=f"choose from: {', '.join(existing)}",
         )
-    return tuple(targets)
+    return tuple(target_modules)
 
 
 def choose_saved(shape: ModelShape, names: Sequence[str], modules: Sequence[str]) -> tuple[str, ...]:
@@ -54,7 +54,7 @@ def choose_saved(shape: ModelShape, names: Sequence[str], modules: Sequence[str]
         if adapted := [path for path in hit if path.rsplit(".", 1)[-1] in modules]:
             raise ModelError(
                 f"adapter.modules_to_save: {name!r} matches {adapted[0]}, which gets an adapter already",
-                hint="train it one way: leave it out here, or name the other layers in adapter.targets",
+                hint="train it one way: leave it out here, or name the other layers in adapter.target_modules",
             )
         if packed := [path for path in hit if path in shape.quantized]:
             raise ModelError(
@@ -88,7 +88,7 @@ def check_patterns(shape: ModelShape, target: AdapterTarget) -> None:
                 raise ModelError(
                     f"adapter.{setting}: {pattern!r} fits no "
                     + (
-                        f"layer of adapter.targets, only others of {shape.architecture}"
+                        f"layer of adapter.target_modules, only others of {shape.architecture}"
                         if elsewhere
                         else f"linear layer of {shape.architecture}"
                     ),
@@ -118,7 +118,7 @@ def check_rank(shape: ModelShape, target: AdapterTarget) -> None:
     raise ModelError(
         f"{key} {rank} is above the size of {smallest.name} ({smallest.shape[0]} x {smallest.shape[1]})",
         hint=f"lower {key.partition(':')[0]} to at most {min(smallest.shape)}, or leave that layer out of "
-        "adapter.targets",
+        "adapter.target_modules",
     )
 
 

@@ -36,7 +36,7 @@ class Encoder:
         tokens = plan.config.tokens
         assert tokens.max_length is not None
         marked = mark_rows(rendered, self.tokenizer) if tokens.cache is None else self._kept(rendered, tokens.cache)
-        return fit_rows(marked, max_length=tokens.max_length, overlong=tokens.overlong, dropped=shaped.dropped)
+        return fit_rows(marked, max_length=tokens.max_length, truncation=tokens.truncation, dropped=shaped.dropped)
 
     def _kept(self, rendered: Sequence[Rendered], cache: str) -> list[Marked]:
         """The rows' ids from the cache; what is not in it, or is not intact there, is encoded and kept in it."""

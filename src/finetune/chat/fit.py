@@ -9,7 +9,7 @@ from finetune.chat.encode import REMOVABLE, Marked
 from finetune.data.read import raise_all
 from finetune.records import DataCounts, TokenizedRow
 
-Overlong = Literal["drop", "truncate_prompt", "split", "refuse"]
+Truncation = Literal["drop", "truncate_prompt", "split", "refuse"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +20,10 @@ class Encoded:
     counts: DataCounts
 
 
-def fit_rows(rows: Iterable[Marked], *, max_length: int, overlong: Overlong, dropped: dict[str, int]) -> Encoded:
+def fit_rows(rows: Iterable[Marked], *, max_length: int, truncation: Truncation, dropped: dict[str, int]) -> Encoded:
     """Hold rows to `max_length` tokens; `dropped` says what earlier steps already dropped.
 
-    `overlong` is the declared policy for longer rows:
+    `truncation` is the declared policy for longer rows:
 
     - `drop` leaves them out;
     - `truncate_prompt` cuts the oldest words of the prompt, never its markup and never the answer, and drops a row
@@ -43,8 +43,8 @@ def fit_rows(rows: Iterable[Marked], *, max_length: int, overlong: Overlong, dro
         told["read"] += 1
         pieces = [row]
         if len(row.ids) > max_length:
-            pieces = shorten_row(row, max_length, overlong)
-            refused += [f"{row.where}: {len(row.ids)} tokens"] if overlong == "refuse" else []
+            pieces = shorten_row(row, max_length, truncation)
+            refused += [f"{row.where}: {len(row.ids)} tokens"] if truncation == "refuse" else []
         learned = [piece for piece in (piece.tokenized() for piece in pieces) if piece.target_count]
         kept += learned
         if not learned:
@@ -55,7 +55,7 @@ def fit_rows(rows: Iterable[Marked], *, max_length: int, overlong: Overlong, dro
     raise_all(
         refused,
         what=f"{len(refused)} rows are longer than {max_length} tokens",
-        hint="raise tokens.max_length, or choose another tokens.overlong: drop, truncate_prompt or split",
+        hint="raise tokens.max_length, or choose another tokens.truncation: drop, truncate_prompt or split",
     )
     counts = DataCounts(
         read=sum(dropped.values()) + told["read"],
@@ -69,9 +69,9 @@ def fit_rows(rows: Iterable[Marked], *, max_length: int, overlong: Overlong, dro
     return Encoded(tuple(kept), counts)
 
 
-def shorten_row(row: Marked, max_length: int, overlong: Overlong) -> list[Marked]:
+def shorten_row(row: Marked, max_length: int, truncation: Truncation) -> list[Marked]:
     """What is left of a row that is too long: nothing, one shorter row, or its pieces."""
-    if overlong == "truncate_prompt":
+    if truncation == "truncate_prompt":
         removable = [index for index, mark in enumerate(row.marks) if mark == REMOVABLE]
         excess = len(row.ids) - max_length
         if len(removable) < excess:
@@ -79,7 +79,7 @@ def shorten_row(row: Marked, max_length: int, overlong: Overlong) -> list[Marked
         gone = set(removable[:excess])
         stay = [index for index in range(len(row.ids)) if index not in gone]
         return [Marked(tuple(row.ids[at] for at in stay), bytes(row.marks[at] for at in stay), row.where, row.document)]
-    if overlong == "split" and row.document and max_length > 1:
+    if truncation == "split" and row.document and max_length > 1:
         # A piece's first token is never a target, nothing precedes it: so each piece begins with the last one's end.
         starts = range(0, len(row.ids) - 1, max_length - 1)
         return [

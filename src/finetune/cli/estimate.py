@@ -79,7 +79,7 @@ def _load(loaded: "LoadedConfig", shape: "ModelShape") -> tuple["StepLoad", str]
         # Neither template nor rows matter here, so nothing can be wrong with them.
         plan = resolve(loaded, ModelAndDataFacts(shape.context_length, has_chat_template=True, train_rows=1))
         assert plan.config.tokens.max_length is not None
-        load = full_load(training.batch_size, plan.config.tokens.max_length, training.accumulation)
+        load = full_load(training.batch_size, plan.config.tokens.max_length, training.gradient_accumulation_steps)
         return load, "every row as long as tokens.max_length allows (--data takes your own)"
     prepared = prepare(loaded)
     batches = epoch_batches(
@@ -89,4 +89,4 @@ def _load(loaded: "LoadedConfig", shape: "ModelShape") -> tuple["StepLoad", str]
         epoch=0,
         pack_length=pack_length(prepared.plan),
     )
-    return load_of(batches, training.accumulation), f"the largest batch of {loaded.config.data.train}"
+    return load_of(batches, training.gradient_accumulation_steps), f"the largest batch of {loaded.config.data.train}"

@@ -10,7 +10,7 @@ Importing this loads pydantic and PyYAML and nothing heavier.
 from finetune.config.commented import commented_config, json_schema
 from finetune.config.keys import KEYS, default_of, description_of, flatten, unflatten
 from finetune.config.load import LoadedConfig, load_config
-from finetune.config.plan_file import dump_plan, load_plan, plan_as_list
+from finetune.config.plan_file import FORMAT, dump_plan, load_plan, plan_as_list
 from finetune.config.profiles import PROFILES, Profile
 from finetune.config.resolve import (
     ModelAndDataFacts,
@@ -35,6 +35,7 @@ from finetune.config.schema import (
 from finetune.config.sources import Origin, parse_assignments
 
 __all__ = [
+    "FORMAT",
     "KEYS",
     "PROFILES",
     "AdapterSpec",

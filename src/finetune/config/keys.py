@@ -24,7 +24,7 @@ KEYS: tuple[str, ...] = (
 PROFILE_KEY = "profile"
 """Accepted next to the settings, but not one: it names a set of values."""
 
-# What other trainers call the same thing; difflib alone would not find these.
+# What other trainers, and older versions of this one, call the same thing; difflib alone would not find these.
 _NAMES_ELSEWHERE: dict[str, str] = {
     "lr": "training.learning_rate",
     "num_train_epochs": "training.epochs",
@@ -34,15 +34,19 @@ _NAMES_ELSEWHERE: dict[str, str] = {
     "per_device_train_batch_size": "training.batch_size",
     "num_processes": "training.processes",
     "nproc_per_node": "training.processes",
-    "gradient_accumulation_steps": "training.accumulation",
+    "accumulation": "training.gradient_accumulation_steps",
+    "grad_accumulation_steps": "training.gradient_accumulation_steps",
     "sample_packing": "training.packing",
     "lr_scheduler_type": "training.schedule",
     "warmup_ratio": "training.warmup_fraction",
-    "early_stopping_patience": "training.stop_after",
-    "early_stopping": "training.stop_after",
-    "patience": "training.stop_after",
-    "early_stopping_threshold": "training.stop_margin",
-    "load_best_model_at_end": "training.keep",
+    "stop_after": "training.early_stopping_patience",
+    "early_stopping": "training.early_stopping_patience",
+    "patience": "training.early_stopping_patience",
+    "stop_margin": "training.early_stopping_min_delta",
+    "min_delta": "training.early_stopping_min_delta",
+    "early_stopping_threshold": "training.early_stopping_min_delta",
+    "keep": "training.load_best_model",
+    "load_best_model_at_end": "training.load_best_model",
     "save_steps": "training.save_every",
     "steps_per_eval": "training.evaluate_every",
     "eval_steps": "training.evaluate_every",
@@ -65,10 +69,10 @@ _NAMES_ELSEWHERE: dict[str, str] = {
     "peft_use_rslora": "adapter.scaling",
     "lora_modules_to_save": "adapter.modules_to_save",
     "additional_target": "adapter.modules_to_save",
-    "loraplus_lr_ratio": "training.lora_plus_ratio",
-    "loraplus_ratio": "training.lora_plus_ratio",
-    "target_modules": "adapter.targets",
-    "lora_target_modules": "adapter.targets",
+    "lora_plus_ratio": "training.loraplus_lr_ratio",
+    "loraplus_ratio": "training.loraplus_lr_ratio",
+    "targets": "adapter.target_modules",
+    "lora_target_modules": "adapter.target_modules",
     "base_model": "model.path",
     "model_name_or_path": "model.path",
     "use_cpu": "model.device",
@@ -80,8 +84,11 @@ _NAMES_ELSEWHERE: dict[str, str] = {
     "quantization": "model.quantize",
     "q_bits": "model.quantize",
     "q_group_size": "model.quantize_group_size",
+    "sham": "judge.control",
     "dataset": "data.train",
     "chat_template": "template.name",
+    "overlong": "tokens.truncation",
+    "truncation_mode": "tokens.truncation",
     "max_seq_length": "tokens.max_length",
     "max_seq_len": "tokens.max_length",
     "sequence_len": "tokens.max_length",
@@ -89,8 +96,10 @@ _NAMES_ELSEWHERE: dict[str, str] = {
 
 VALUES_ELSEWHERE: dict[tuple[str, str], str] = {
     ("adapter.kind", "qlora"): "set it to lora, and model.quantize to 4bit",
+    ("training.load_best_model", "best"): "write true",
+    ("training.load_best_model", "last"): "write false",
 }
-"""What other trainers put into a setting that says it in two here, and how."""
+"""What other trainers, and older versions of this one, put into a setting, and what says it here."""
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -198,7 +207,7 @@ def _phrase(schema: dict[str, Any]) -> str:
         return f"a mapping of at least one name to {_phrase(value)}"
     if kind == "string":
         return "a path ending in .jinja" if schema.get("pattern", "").endswith(r"\.jinja$") else "printable text"
-    return str(kind)
+    return "true or false" if kind == "boolean" else str(kind)
 
 
 def _bounds(schema: dict[str, Any]) -> str:

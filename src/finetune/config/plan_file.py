@@ -11,7 +11,11 @@ from finetune.config.load import load_config
 from finetune.config.resolve import Plan
 from finetune.config.sources import Origin
 from finetune.config.yaml_file import read_yaml
+from finetune.errors import ConfigError, Problem
 
+FORMAT = 2
+"""The version of what a run's folder holds: of the settings in `plan.yaml`, and of `run.json`."""
+_HEAD = "# The plan of a FineTune run, format "
 _ORIGINS: dict[str, Origin] = {word: word for word in get_args(Origin)}
 # What YAML counts as a line break, so that its line numbers fit.
 _LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
@@ -26,7 +30,7 @@ def plan_as_list(plan: Plan) -> list[dict[str, Any]]:
 
 def dump_plan(plan: Plan) -> str:
     """The plan as YAML, one setting per line with its origin as a comment; `load_plan` is the inverse."""
-    lines: list[str] = []
+    lines = [f"{_HEAD}{FORMAT}"]
     section = ""
     for entry in plan_as_list(plan):
         home, name = split_key(entry["key"])
@@ -42,9 +46,15 @@ def load_plan(path: Path) -> Plan:
 
     Raises ConfigError, like `load_config`.
     """
-    loaded = load_config(path, environ={}, overrides={}, profile=None)
     file = read_yaml(path)
     lines = _LINE_BREAK.split(file.text)
+    if not file.problems and lines[0] != f"{_HEAD}{FORMAT}":
+        number = lines[0].removeprefix(_HEAD) if lines[0].startswith(_HEAD) else "1"
+        what = f"this run is of format {number}, and this version of FineTune goes on with format {FORMAT} only"
+        raise ConfigError(
+            [Problem(what, str(path), "use the version that made it, or train anew: ft train config.yaml")]
+        )
+    loaded = load_config(path, environ={}, overrides={}, profile=None)
     origins: dict[str, Origin] = dict(loaded.origins)
     for key, line in file.lines.items():
         comment = _ORIGIN_COMMENT.search(lines[line - 1])

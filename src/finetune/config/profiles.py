@@ -19,12 +19,12 @@ PROFILES: Mapping[str, Profile] = {
         {
             "template.name": "auto",
             "tokens.max_length": 4096,
-            "tokens.overlong": "truncate_prompt",
+            "tokens.truncation": "truncate_prompt",
             "adapter.rank": 16,
             "adapter.alpha": 32.0,
             "training.epochs": 2.0,
             "training.batch_size": 4,
-            "training.accumulation": 4,
+            "training.gradient_accumulation_steps": 4,
         },
     ),
     "instruction": Profile(
@@ -43,7 +43,7 @@ PROFILES: Mapping[str, Profile] = {
             "adapter.alpha": 32.0,
             "training.epochs": 2.0,
             "training.batch_size": 2,
-            "training.accumulation": 8,
+            "training.gradient_accumulation_steps": 8,
             "training.learning_rate": 1e-4,
         },
     ),

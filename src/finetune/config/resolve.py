@@ -102,15 +102,18 @@ def resolve_steps(plan: Plan, total_steps: int) -> Plan:
 def early_stopping_without_validation_problems(config: TrainingConfig, origins: Mapping[str, Origin]) -> list[Problem]:
     """What cannot be done when no rows are held out: there is no loss to stop by, or to choose the best step by."""
     training = config.training
-    asked = {"stop_after": training.stop_after is not None, "keep": training.keep == "best"}
+    asked = {
+        "early_stopping_patience": training.early_stopping_patience,
+        "load_best_model": "true" if training.load_best_model else None,
+    }
     return [
         Problem(
-            f"{name} is {getattr(training, name)}, but no rows are held out to look at the loss on",
+            f"{name} is {value}, but no rows are held out to look at the loss on",
             f"training.{name} ({origins[f'training.{name}']})",
             "hold rows out with data.valid, or with data.valid_fraction (0.05, for example), or leave it out",
         )
-        for name, wanted in asked.items()
-        if wanted
+        for name, value in asked.items()
+        if value is not None
     ]
 
 
@@ -150,11 +153,14 @@ def _split_problems(loaded: LoadedConfig) -> list[Problem]:
 
 def _margin_problems(loaded: LoadedConfig) -> list[Problem]:
     training = loaded.config.training
-    if training.stop_after is not None or not training.stop_margin:
+    if training.early_stopping_patience is not None or not training.early_stopping_min_delta:
         return []
-    what = f"stop_margin is {training.stop_margin:g}, but nothing is stopped early: stop_after is not set"
-    where = f"training.stop_margin ({loaded.origins['training.stop_margin']})"
-    return [Problem(what, where, "set training.stop_after as well, or leave it out")]
+    what = (
+        f"early_stopping_min_delta is {training.early_stopping_min_delta:g}, but nothing is stopped early: "
+        "early_stopping_patience is not set"
+    )
+    where = f"training.early_stopping_min_delta ({loaded.origins['training.early_stopping_min_delta']})"
+    return [Problem(what, where, "set training.early_stopping_patience as well, or leave it out")]
 
 
 def _template_problems(loaded: LoadedConfig, facts: ModelAndDataFacts) -> list[Problem]:
@@ -198,6 +204,6 @@ def _adapter_problems(loaded: LoadedConfig) -> list[Problem]:
             f"{key} ({loaded.origins[key]})",
             "leave it out, or set adapter.kind to lora or dora",
         )
-        for key in (*idle, "training.lora_plus_ratio")
+        for key in (*idle, "training.loraplus_lr_ratio")
         if values[key] != default_of(key) and loaded.origins[key] != "profile"
     ]

@@ -150,7 +150,7 @@ class TokenSpec(Spec):
     max_length: Length | None = Field(
         default=None, description="The most tokens one row may have; null means what the model can read, at most 2048."
     )
-    overlong: Literal["drop", "truncate_prompt", "split", "refuse"] = Field(
+    truncation: Literal["drop", "truncate_prompt", "split", "refuse"] = Field(
         default="drop",
         description="What happens to a longer row: left out, its prompt cut so that the whole answer stays, "
         "plain text split into pieces, or the run refused.",
@@ -180,7 +180,7 @@ class AdapterSpec(Spec):
     dropout: Share = Field(
         default=0.0, description="The share of adapter inputs switched off at random while training."
     )
-    targets: Literal["all-linear"] | Names = Field(
+    target_modules: Literal["all-linear"] | Names = Field(
         default="all-linear", description="Which layers get an adapter: all linear ones, or a list of layer names."
     )
     rank_pattern: RankPattern | None = Field(
@@ -210,7 +210,9 @@ class TrainingSpec(Spec):
         description="How many processes share the work, each with a batch of its own; null means as many as a "
         "launcher has started.",
     )
-    accumulation: Count = Field(default=1, description="How many batches are added up before the weights move once.")
+    gradient_accumulation_steps: Count = Field(
+        default=1, description="How many batches are added up before the weights move once."
+    )
     packing: StrictBool = Field(
         default=False,
         description="Let short rows share a sequence of up to tokens.max_length tokens, apart from each other.",
@@ -222,7 +224,7 @@ class TrainingSpec(Spec):
     warmup_fraction: Share = Field(
         default=0.05, description="The share of the steps in which the learning rate rises from near zero."
     )
-    lora_plus_ratio: Positive = Field(
+    loraplus_lr_ratio: Positive = Field(
         default=1.0,
         description="How many times faster B moves than A, which is called LoRA+; 1 moves all alike.",
     )
@@ -237,16 +239,16 @@ class TrainingSpec(Spec):
     evaluate_every: Count | None = Field(
         default=None, description="Steps between looks at the held-out loss; null means a tenth of the run."
     )
-    stop_after: Count | None = Field(
+    early_stopping_patience: Count | None = Field(
         default=None,
         description="Stop when the held-out loss has not improved for this many looks in a row; null never does.",
     )
-    stop_margin: PositiveOrZero = Field(
+    early_stopping_min_delta: PositiveOrZero = Field(
         default=0.0, description="By how many nats per token the held-out loss must fall to count as improved."
     )
-    keep: Literal["last", "best"] = Field(
-        default="last",
-        description="Which weights the run ends with: those of the last step, or of the lowest held-out loss.",
+    load_best_model: StrictBool = Field(
+        default=False,
+        description="End the run with the weights of the lowest held-out loss; false keeps those of the last step.",
     )
 
 
@@ -265,7 +267,7 @@ class EvaluationSpec(Spec):
 class JudgeSpec(Spec):
     """Which extra runs are made as evidence that the fine-tuning worked."""
 
-    sham: ExtraRuns = Field(
+    control: ExtraRuns = Field(
         default="auto",
         description="Train once more on shuffled answers for comparison; auto does so when it takes seconds.",
     )

@@ -21,11 +21,11 @@ class LossEvidence:
 
 @dataclass(frozen=True, slots=True)
 class LearningEvidence:
-    """Answers to the trained questions by base, tuned and sham model, and to questions the base already knew."""
+    """Answers to the trained questions by base, tuned and control model, and to questions the base already knew."""
 
     base: Scores
     tuned: Scores
-    sham: Scores | None = None
+    control: Scores | None = None
     retention_base: Scores | None = None
     retention_tuned: Scores | None = None
 

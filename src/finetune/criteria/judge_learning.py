@@ -1,4 +1,4 @@
-"""Judges whether the model learned: signed, against a sham control, with intervals, and without forgetting."""
+"""Judges whether the model learned: signed, against a shuffled-label control, with intervals, without forgetting."""
 
 import math
 
@@ -14,7 +14,7 @@ MAX_CHANCE = 0.025
 _ALLOWED = {
     "model-learning": "> 30 % improve",
     "learning-signed": "> 30 points, whole interval > 0, by chance at most 2.5 %",
-    "learning-sham": "sham <= 20 %, tuned above it by > 30 points",
+    "learning-control": "control <= 20 %, tuned above it by > 30 points",
     "learning-retention": "at most 10 points lost",
 }
 
@@ -28,7 +28,7 @@ def judge_learning(evidence: Evidence) -> list[Verdict]:
     return [
         _judge_improvement(learning),
         _judge_signed(learning),
-        _judge_shuffled_label_control(learning, evidence.why.get("sham", "the sham control was not run")),
+        _judge_shuffled_label_control(learning, evidence.why.get("control", "the shuffled-label control was not run")),
         _judge_retention(learning, evidence.why.get("retention", "no retention questions were given")),
     ]
 
@@ -92,20 +92,28 @@ def _chance_of(better: int, worse: int) -> float:
 
 
 def _judge_shuffled_label_control(learning: LearningEvidence, why: str) -> Verdict:
-    if learning.sham is None:
-        return verdict("learning-sham", Outcome.INCONCLUSIVE, NOT_MEASURED, _ALLOWED["learning-sham"], why)
+    if learning.control is None:
+        return verdict("learning-control", Outcome.INCONCLUSIVE, NOT_MEASURED, _ALLOWED["learning-control"], why)
     count = len(learning.tuned.answers)
-    low, high = difference_interval((learning.tuned.right, count), (learning.sham.right, len(learning.sham.answers)))
-    if learning.sham.share > MAX_CONTROL_SHARE or high < MIN_IMPROVED_SHARE:
+    low, high = difference_interval(
+        (learning.tuned.right, count), (learning.control.right, len(learning.control.answers))
+    )
+    if learning.control.share > MAX_CONTROL_SHARE or high < MIN_IMPROVED_SHARE:
         outcome = Outcome.FAILED
     else:
         outcome = Outcome.PASSED if low > MIN_IMPROVED_SHARE else Outcome.INCONCLUSIVE
     measured = (
-        f"sham {learning.sham.share:.0%}, tuned {learning.tuned.share:.0%}: "
+        f"control {learning.control.share:.0%}, tuned {learning.tuned.share:.0%}: "
         f"difference [{100 * low:.0f}, {100 * high:.0f}] points"
     )
     return verdict(
-        "learning-sham", outcome, measured, _ALLOWED["learning-sham"], sham=learning.sham.share, low=low, high=high
+        "learning-control",
+        outcome,
+        measured,
+        _ALLOWED["learning-control"],
+        control=learning.control.share,
+        low=low,
+        high=high,
     )
 
 

@@ -13,7 +13,7 @@ TITLES = (
     {
         "model-learning": "Answers improve",
         "learning-signed": "More improve than get worse",
-        "learning-sham": "The truth was learned, not the habit",
+        "learning-control": "The truth was learned, not the habit",
         "learning-retention": "What the base knew, it still knows",
     },
     {

@@ -117,7 +117,7 @@ def _unknown_numeric(kind: str, count: int, known: set[str]) -> list[Fact]:
 def deranged(answers: Sequence[str]) -> list[str] | None:
     """The same answers dealt out so that nobody keeps an equal one; None where that cannot be (one answer fills half).
 
-    This is the sham control's data: as many rows, the same words, and nothing true to learn.
+    This is the shuffled-label control's data: as many rows, the same words, and nothing true to learn.
     """
     if not answers:
         return []

@@ -1,4 +1,4 @@
-"""Measures what the judges need: losses and answers before and after, the sham control, memory, the saved adapter."""
+"""Measures what the judges need: losses, answers, the shuffled-label control, memory, the saved adapter."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from finetune.training.prepare import Prepared, held_out_batches, shuffled_rows
 _FIXED_ROWS = 128
 _RELOADED_PROMPTS = 8
 _SMALL_MODEL = 50_000_000
-"""Parameters up to which `auto` runs the sham control and the memory measurement: they take seconds."""
+"""Parameters up to which `auto` runs the shuffled-label control and the memory measurement: they take seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +107,14 @@ def learning_evidence(
     rows = shuffled_label_rows(prepared, why)
     if rows:
         control = score(train_shuffled(rows), prepared, prepared.questions)
-    elif "sham" not in why:
-        why["sham"] = "one answer fills half of the rows, so answers cannot be shuffled"
+    elif "control" not in why:
+        why["control"] = "one answer fills half of the rows, so answers cannot be shuffled"
     return LearningEvidence(before.learning, after.learning, control, before.retention, after.retention)
 
 
 def shuffled_label_rows(prepared: Prepared, why: dict[str, str]) -> tuple[TokenizedRow, ...] | None:
-    """The rows that the sham control is trained on; None where there is to be none."""
-    return shuffled_rows(prepared) if prepared.questions and makes_extra_run(prepared, "sham", why) else None
+    """The rows that the shuffled-label control is trained on; None where there is to be none."""
+    return shuffled_rows(prepared) if prepared.questions and makes_extra_run(prepared, "control", why) else None
 
 
 def memory_evidence(prepared: Prepared, why: dict[str, str]) -> MemoryEvidence | None:
@@ -170,7 +170,7 @@ def parameter_evidence(
 
 
 def makes_extra_run(prepared: Prepared, name: str, why: dict[str, str], unable: frozenset[str] = frozenset()) -> bool:
-    """Whether the extra runs of `judge.sham` or `judge.memory` are to be made; where not, `why` says why."""
+    """Whether the extra runs of `judge.control` or `judge.memory` are to be made; where not, `why` says why."""
     if name == "memory" and prepared.target is None:
         why[name] = "the whole model is trained (adapter.kind is full): there is no adapter to compare with that"
         return False

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from finetune.config import plan_as_list
+from finetune.config import FORMAT, plan_as_list
 from finetune.criteria.evidence import Evidence
 from finetune.criteria.judge import overall
 from finetune.data.shipped import FOLDER, data_path
@@ -23,7 +23,6 @@ from finetune.models.shape import weight_files
 from finetune.processes import peak_rss
 from finetune.records import ModelLocation, Scores, TokenizedRow, Verdict
 from finetune.run.checkpoints import Owner
-from finetune.run.folder import FORMAT
 from finetune.training.early_stopping import Trained
 from finetune.training.prepare import Prepared
 from finetune.training.run import Run
@@ -73,7 +72,7 @@ def run_record(run: Run, trained: Trained, evidence: Evidence, verdicts: tuple[V
         "verdicts": [asdict(verdict) for verdict in verdicts],
         "notes": [
             *prepared.notes,
-            *trained.notes(prepared.plan.config.training.keep),
+            *trained.notes(load_best_model=prepared.plan.config.training.load_best_model),
             *_resumed(events),
             *(trackers.notes() if trackers else []),
         ],
@@ -212,7 +211,7 @@ def _scores(evidence: Evidence) -> dict[str, Any] | None:
         "learning": {
             "base": _answers(learning.base),
             "tuned": _answers(learning.tuned),
-            "sham": _answers(learning.sham) if learning.sham else None,
+            "control": _answers(learning.control) if learning.control else None,
         },
         "retention": kept,
     }

@@ -31,7 +31,7 @@ def ways_to_fit(total_of: TotalOf, load: StepLoad, available: int) -> list[Memor
     if ways or load.rows == 1:
         return ways
     single = _with_rows(load, 1)
-    settings = {"training.batch_size": 1, "training.accumulation": single.accumulation}
+    settings = {"training.batch_size": 1, "training.gradient_accumulation_steps": single.accumulation}
     return [MemoryAdvice(settings | way.settings, way.total) for way in _shorter_rows(total_of, single, available)]
 
 
@@ -52,7 +52,9 @@ def _fewer_rows(total_of: TotalOf, load: StepLoad, available: int) -> Iterator[M
     rows = _largest(lambda rows: total_of(_with_rows(load, rows)) <= available, load.rows)
     if rows:
         fewer = _with_rows(load, rows)
-        yield MemoryAdvice({"training.batch_size": rows, "training.accumulation": fewer.accumulation}, total_of(fewer))
+        yield MemoryAdvice(
+            {"training.batch_size": rows, "training.gradient_accumulation_steps": fewer.accumulation}, total_of(fewer)
+        )
 
 
 def _shorter_rows(total_of: TotalOf, load: StepLoad, available: int) -> Iterator[MemoryAdvice]:

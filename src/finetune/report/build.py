@@ -151,7 +151,7 @@ def _before_after(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 def _tally(sets: Mapping[str, Any]) -> dict[str, dict[str, Any] | None]:
     """Right answers of each model with the share and its 95 % interval."""
     tallies: dict[str, dict[str, Any] | None] = {}
-    for model in ("base", "tuned", "sham"):
+    for model in ("base", "tuned", "control"):
         answers = list_at(map_at(sets, model), "answers")
         right, of = sum(bool(answer.get("right")) for answer in answers), len(answers)
         low, high = wilson_interval(right, of) if of else (0.0, 0.0)
@@ -160,20 +160,26 @@ def _tally(sets: Mapping[str, Any]) -> dict[str, dict[str, Any] | None]:
 
 
 def _paired(sets: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The answers of base, tuned and sham to the same question side by side.
+    """The answers of base, tuned and control to the same question side by side.
 
     They meet by question and by how often it came before, not by position: a model that was asked fewer
     questions must not have its answers shown under the wrong ones.
     """
     pairs: dict[tuple[str, int], dict[str, Any]] = {}
-    for model in ("base", "tuned", "sham"):
+    for model in ("base", "tuned", "control"):
         seen: dict[str, int] = {}
         for answer in list_at(map_at(sets, model), "answers"):
             question = str(answer.get("question", ""))
             place = seen[question] = seen.get(question, 0) + 1
             pair = pairs.setdefault(
                 (question, place),
-                {"question": question, "expected": answer.get("expected"), "base": None, "tuned": None, "sham": None},
+                {
+                    "question": question,
+                    "expected": answer.get("expected"),
+                    "base": None,
+                    "tuned": None,
+                    "control": None,
+                },
             )
             pair[model] = {"given": answer.get("given"), "right": bool(answer.get("right"))}
     return [{**pair, "change": _change(pair)} for pair in pairs.values()]

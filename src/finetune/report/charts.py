@@ -25,7 +25,7 @@ RUN_DASHES = ("-", "--", ":", "-.")
 _SCORE_ROWS = (
     ("learning", "base", "before", ink.GREY),
     ("learning", "tuned", "after", ink.TEAL),
-    ("learning", "sham", "sham control", ink.OCHRE),
+    ("learning", "control", "shuffled-label control", ink.OCHRE),
     ("retention", "base", "before", ink.GREY),
     ("retention", "tuned", "after", ink.TEAL),
 )

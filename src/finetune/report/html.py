@@ -87,7 +87,7 @@ def _grouped(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "shown": ordered[:_SHOWN_ANSWERS],
         "folded": ordered[_SHOWN_ANSWERS:],
         "counts": dict(counts),
-        "sham": any(pair["sham"] for pair in pairs),
+        "control": any(pair["control"] for pair in pairs),
     }
 
 

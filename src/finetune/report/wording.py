@@ -88,11 +88,11 @@ def headline_figures(report: Mapping[str, Any]) -> list[Figure]:
 
 def _score(report: Mapping[str, Any], name: str, label: str) -> Figure:
     tally = report["scores"][name]
-    base, tuned, sham = tally["base"], tally["tuned"], tally["sham"]
+    base, tuned, control = tally["base"], tally["tuned"], tally["control"]
     if not base or not tuned:
         return Figure(label, NOT_MEASURED, report["absent"][name])
-    control = f"; sham control {sham['right']} of {sham['of']}" if sham else ""
-    detail = f"{say_percent(base['share'])} before, {say_percent(tuned['share'])} after{control}"
+    compared = f"; shuffled-label control {control['right']} of {control['of']}" if control else ""
+    detail = f"{say_percent(base['share'])} before, {say_percent(tuned['share'])} after{compared}"
     of = f"{tuned['of']}" if base["of"] == tuned["of"] else f"{base['of']} and {tuned['of']}"
     return Figure(label, f"{base['right']} → {tuned['right']} of {of}", detail)
 

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
+from finetune.config import FORMAT
 from finetune.errors import OutputError
 from finetune.events import Event, FixedLoss, RunJudged, RunStarted, StepDone, event_as_dict, event_from_dict
 from finetune.files import (
@@ -26,8 +27,6 @@ from finetune.files import (
 from finetune.records import Outcome
 from finetune.run.checkpoints import CheckpointStore
 
-FORMAT = 2
-"""The version of what `run.json` holds."""
 _HOLDER = "lock.json"
 
 
@@ -214,6 +213,12 @@ class RunFolder:
         """
         try:
             value: dict[str, Any] = json.loads(self.manifest.read_text(encoding="utf-8"))
+            older = value.get("format") if isinstance(value, dict) else FORMAT
+            if isinstance(older, int) and older != FORMAT:
+                raise OutputError(
+                    f"{self.manifest} is of format {older}, and this version of FineTune reads format {FORMAT}",
+                    hint="use the version that made it, or train anew",
+                )
             _check_manifest(value)
         except (OSError, ValueError) as error:
             raise OutputError(f"{self.manifest} is broken: {error}", hint="the run must be repeated") from None

@@ -53,7 +53,7 @@ class Trained:
         """Whether the held-out loss ended training before its last step."""
         return self.taken < self.planned
 
-    def notes(self, keep: str) -> list[str]:
+    def notes(self, *, load_best_model: bool) -> list[str]:
         """Why training ended where it did, and whose weights were kept; empty where nothing is unusual."""
         notes, stopping = [], self.stopping
         if self.stopped_early:
@@ -62,7 +62,7 @@ class Trained:
                 f"for {stopping.patience_used} looks in a row; it was lowest, {stopping.best_loss:.4f}, at step "
                 f"{stopping.best_step}; the learning rate went as planned for all steps"
             )
-        if keep == "best":
+        if load_best_model:
             notes.append(
                 f"the adapter is that of step {self.kept}, which had the lowest held-out loss; a loss that the step "
                 "was chosen by flatters it"

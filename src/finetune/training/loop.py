@@ -22,8 +22,8 @@ class LoopPlan:
     """
 
     total_steps: int
-    accumulation: int
-    peak_learning_rate: float
+    gradient_accumulation_steps: int
+    learning_rate: float
     warmup_steps: int
     schedule: Schedule
     evaluate_every: int
@@ -35,9 +35,9 @@ class LoopPlan:
         return self.total_steps if self.last_step is None else self.last_step
 
 
-def steps_per_epoch(row_count: int, batch_size: int, accumulation: int) -> int:
+def steps_per_epoch(row_count: int, batch_size: int, gradient_accumulation_steps: int) -> int:
     """How many optimizer steps an epoch takes; the last one may hold fewer rows."""
-    return math.ceil(math.ceil(row_count / batch_size) / accumulation)
+    return math.ceil(math.ceil(row_count / batch_size) / gradient_accumulation_steps)
 
 
 def train(
@@ -57,7 +57,10 @@ def train(
     epoch = 0
     while step < plan.end:
         batches = batches_of(epoch)
-        windows = [batches[start : start + plan.accumulation] for start in range(0, len(batches), plan.accumulation)]
+        windows = [
+            batches[start : start + plan.gradient_accumulation_steps]
+            for start in range(0, len(batches), plan.gradient_accumulation_steps)
+        ]
         for index, window in enumerate(windows):
             if step == plan.end:
                 return
@@ -89,7 +92,7 @@ def training_step(
         raise _non_finite("loss", loss, step, window)
     norms = session.gradient_norms() if step == 1 else {}
     rate = learning_rate_at(
-        step, plan.total_steps, peak=plan.peak_learning_rate, warmup_steps=plan.warmup_steps, schedule=plan.schedule
+        step, plan.total_steps, learning_rate=plan.learning_rate, warmup_steps=plan.warmup_steps, schedule=plan.schedule
     )
     norm = session.clip_gradients()
     if not math.isfinite(norm):

@@ -11,7 +11,7 @@ from finetune.memory.load import StepLoad, load_of
 from finetune.processes import available_memory
 from finetune.training.prepare import Prepared, pack_length
 
-_HINT = "lower training.batch_size (and raise training.accumulation), or lower tokens.max_length"
+_HINT = "lower training.batch_size (and raise training.gradient_accumulation_steps), or lower tokens.max_length"
 
 
 def with_estimate(error: OutOfMemoryError | MemoryError, prepared: Prepared, kept: str) -> OutOfMemoryError:
@@ -35,7 +35,7 @@ def with_estimate(error: OutOfMemoryError | MemoryError, prepared: Prepared, kep
         framework = FRAMEWORKS[config.backend]
         return forecast_memory(prepared.shape, prepared.target, config.model.dtype, load, framework)
 
-    load = load_of(batches, training.accumulation)
+    load = load_of(batches, training.gradient_accumulation_steps)
     found, have = forecast(load), _within_reach()
     estimate = (
         f"the estimate for {load.rows} x {load.length} tokens at once was {say_size(found.expected.total)}, at most "

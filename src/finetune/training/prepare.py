@@ -172,7 +172,7 @@ def adapter_target(config: TrainingConfig, shape: ModelShape) -> AdapterTarget |
     adapter = config.adapter
     if adapter.kind == "full":
         return None
-    modules = choose_layers(shape, adapter.targets)
+    modules = choose_layers(shape, adapter.target_modules)
     target = AdapterTarget(
         adapter.rank,
         adapter.alpha,
@@ -194,11 +194,11 @@ def shuffled_rows(prepared: Prepared) -> tuple[TokenizedRow, ...] | None:
     answers = deranged([conversation.answer for conversation in prepared.conversations])
     if not answers:
         return None
-    shams = tuple(
+    shuffled = tuple(
         Conversation((*conversation.messages[:-1], Message("assistant", answer)), conversation.where)
         for conversation, answer in zip(prepared.conversations, answers, strict=True)
     )
-    encoded = prepared.encoder.encode(ShapedRows(shams, {}, {}, ()), prepared.plan)
+    encoded = prepared.encoder.encode(ShapedRows(shuffled, {}, {}, ()), prepared.plan)
     return encoded.rows + (prepared.rehearsal.rows if prepared.rehearsal else ())
 
 
@@ -269,7 +269,7 @@ def encode_held_out(encoder: Encoder, plan: Plan, held: list[Example], notes: li
 def _total_steps(plan: Plan, rows: Sequence[TokenizedRow]) -> int:
     training = plan.config.training
     sequences = len(sequences_of(rows, seed=training.seed, pack_length=pack_length(plan)))
-    per_epoch = steps_per_epoch(sequences, batch_of_all(plan), training.accumulation)
+    per_epoch = steps_per_epoch(sequences, batch_of_all(plan), training.gradient_accumulation_steps)
     if training.epochs * per_epoch > _MOST_STEPS:
         what = f"{training.epochs:g} epochs of {per_epoch} steps are more than any machine can do"
         raise ConfigError([Problem(what, "training.epochs", "lower it")])

@@ -27,7 +27,7 @@ def claim_resumed(run: Run, owner: Owner) -> None:
         return
     store.open(done, owner.identity)
     stopping = early_stopping_at(run, done)
-    if run.prepared.plan.config.training.keep == "best" and stopping.best_step:
+    if run.prepared.plan.config.training.load_best_model and stopping.best_step:
         if stopping.best_step not in store.steps():
             raise RefusedError(
                 f"the checkpoint of the best step so far, {stopping.best_step}, is gone from {store.folder}",
@@ -48,7 +48,7 @@ def load_newest(run: Run, session: Session, store: CheckpointStore, owner: Owner
 def early_stopping_at(run: Run, done: int) -> EarlyStopping:
     """Early stopping as it was after step `done`, from the held-out losses that were logged up to there."""
     training = run.prepared.plan.config.training
-    stopping = EarlyStopping(training.stop_after, training.stop_margin)
+    stopping = EarlyStopping(training.early_stopping_patience, training.early_stopping_min_delta)
     for event in run.folder.events_up_to(done):
         # The base's own loss, at step 0, is no step of the training that could be stopped at or kept.
         if isinstance(event, HeldOutLoss) and event.step > 0:

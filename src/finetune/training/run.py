@@ -46,8 +46,8 @@ class Run:
         session.attach(self.prepared.target, training.seed)
         if self.prepared.target is None:
             session.check_saving()
-        ratio = training.lora_plus_ratio
-        session.prepare_updates(Optimization(training.weight_decay, training.max_grad_norm, lora_plus_ratio=ratio))
+        ratio = training.loraplus_lr_ratio
+        session.prepare_updates(Optimization(training.weight_decay, training.max_grad_norm, loraplus_lr_ratio=ratio))
 
     def tell(self, event: Event) -> None:
         """Log an event and pass it on."""

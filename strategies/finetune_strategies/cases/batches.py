@@ -58,7 +58,7 @@ class Packed(Rows):
             "training.packing": self.packing,
             "tokens.max_length": self.length,
             "training.batch_size": self.batch_size,
-            "training.accumulation": self.accumulation,
+            "training.gradient_accumulation_steps": self.accumulation,
         }
 
 

@@ -41,7 +41,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     "dora": {"adapter.kind": "dora"},
     "rank-stabilised": {"adapter.scaling": "rank_stabilized"},
     "with a head of its own": {"adapter.modules_to_save": ["lm_head"]},
-    "of two layers": {"adapter.targets": ["k_proj", "down_proj"]},
+    "of two layers": {"adapter.target_modules": ["k_proj", "down_proj"]},
 }
 """Kinds of adapters, each with what is to be set for it."""
 

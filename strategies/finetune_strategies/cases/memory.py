@@ -44,7 +44,7 @@ class Grown(Counted):
 
 MORE: Mapping[str, Mapping[str, Any]] = {
     "rank": {"adapter.rank": 4},
-    "targets": {"adapter.targets": "all-linear"},
+    "targets": {"adapter.target_modules": "all-linear"},
     "length": {"tokens.max_length": 128},
     "rows": {"training.batch_size": 3},
 }

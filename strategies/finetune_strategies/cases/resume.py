@@ -11,7 +11,7 @@ from finetune_strategies.cases.rows import PLAIN, Pair, Rows, rows_of
 RUN: dict[str, Any] = {
     **QUICK,
     "training.batch_size": 1,
-    "training.accumulation": 2,
+    "training.gradient_accumulation_steps": 2,
     "training.epochs": 3.0,
     "training.save_every": 1,
     "training.schedule": "linear",

@@ -51,7 +51,7 @@ class Whole(Learned):
         """All of them; a step holds all rows, so that their order says nothing."""
         return {
             **super().settings,
-            "training.accumulation": self.accumulation,
+            "training.gradient_accumulation_steps": self.accumulation,
             "training.batch_size": self.batch_size,
             "training.weight_decay": self.decay,
             "training.max_grad_norm": self.clip,

@@ -37,7 +37,7 @@ class MlxAdamW:
             gradient = gradients[name]
             first = self.first[name] + (1 - beta1) * (gradient - self.first[name])
             second = self.second[name] + (1 - beta2) * (gradient * gradient - self.second[name])
-            pace = learning_rate * self.optimization.pace_of(name, weight.ndim)
+            pace = learning_rate * self.optimization.lr_ratio_of(name, weight.ndim)
             rate = pace / (1 - beta1**self.steps)
             kept = weight.astype(mx.float32) * (1 - pace * self.optimization.decay_of(weight.ndim))
             spread = mx.sqrt(second) / start + self.optimization.epsilon

@@ -269,5 +269,5 @@ def _as_memory_error(error: Exception, batch: Batch) -> Exception:
     longest = max(len(row.ids) for row in batch.rows)
     return OutOfMemoryError(
         f"out of memory with {len(batch.rows)} rows of up to {longest} tokens: {first_line(error)}",
-        hint="lower training.batch_size (and raise training.accumulation), or lower tokens.max_length",
+        hint="lower training.batch_size (and raise training.gradient_accumulation_steps), or lower tokens.max_length",
     )

@@ -30,7 +30,7 @@ class ReferenceAdamW:
         self.steps += 1
         for name, tensor in self.tensors.items():
             first, second, gradient = self.first[name], self.second[name], gradients[name]
-            pace = learning_rate * self.optimization.pace_of(name, tensor.ndim)
+            pace = learning_rate * self.optimization.lr_ratio_of(name, tensor.ndim)
             tensor *= 1 - pace * self.optimization.decay_of(tensor.ndim)
             first += (1 - beta1) * (gradient - first)
             second += (1 - beta2) * (gradient * gradient - second)

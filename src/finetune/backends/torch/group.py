@@ -18,7 +18,11 @@ _PATIENCE = timedelta(days=7)
 """How long a process waits for others, which may be asking the model questions; one that died is seen at once."""
 _NOT_OURS = {
     "ACCELERATE_MIXED_PRECISION": ("mixed precision", ("no",), "set model.dtype instead"),
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient accumulation", ("1",), "set training.accumulation instead"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        "gradient accumulation",
+        ("1",),
+        "set training.gradient_accumulation_steps instead",
+    ),
     "ACCELERATE_DYNAMO_BACKEND": ("torch.compile", ("no",), "leave it out"),
     "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", ("false",), "use MULTI_GPU or FSDP"),
     "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", ("false",), "use MULTI_GPU or FSDP"),

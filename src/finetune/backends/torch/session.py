@@ -80,9 +80,9 @@ class TorchSession:
         self._max_grad_norm = optimization.max_grad_norm
         groups: dict[tuple[float, float], list[torch.nn.Parameter]] = defaultdict(list)
         for name, tensor in self._trainable().items():
-            groups[optimization.pace_of(name, tensor.ndim), optimization.decay_of(tensor.ndim)].append(tensor)
+            groups[optimization.lr_ratio_of(name, tensor.ndim), optimization.decay_of(tensor.ndim)].append(tensor)
         self._optimizer = torch.optim.AdamW(
-            [{"params": tensors, "weight_decay": decay, "pace": pace} for (pace, decay), tensors in groups.items()],
+            [{"params": tensors, "weight_decay": decay, "lr_ratio": pace} for (pace, decay), tensors in groups.items()],
             lr=0.0,
             betas=optimization.betas,
             eps=optimization.epsilon,
@@ -114,7 +114,7 @@ class TorchSession:
     def update(self, learning_rate: float) -> None:
         """Step the optimizer and clear the gradients."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group["pace"]
+            group["lr"] = learning_rate * group["lr_ratio"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -310,5 +310,5 @@ def _as_memory_error(error: Exception, batch: Batch | None = None) -> Exception:
     what = f" with {len(batch.rows)} rows of up to {max(len(row.ids) for row in batch.rows)} tokens" if batch else ""
     return OutOfMemoryError(
         f"out of memory{what}: {next(iter(str(error).splitlines()), '')}",
-        hint="lower training.batch_size (and raise training.accumulation), or lower tokens.max_length",
+        hint="lower training.batch_size (and raise training.gradient_accumulation_steps), or lower tokens.max_length",
     )

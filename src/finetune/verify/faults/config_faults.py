@@ -45,7 +45,7 @@ def _limit_not_wired() -> None:
 
 @fault("A002e", "config.accumulation_not_wired", real="", what="accumulation is read, and the loop has a default")
 def _accumulation_not_wired() -> None:
-    plant(training, "LoopPlan", lambda right, **given: right(**{**given, "accumulation": 1}))
+    plant(training, "LoopPlan", lambda right, **given: right(**{**given, "gradient_accumulation_steps": 1}))
 
 
 @fault("A002f", "config.ratio_not_wired", real="", what="how much faster B moves is read and never passed on")
@@ -155,7 +155,7 @@ def _none_is_a_word() -> None:
 @fault("A009", "config.feature_silently_off", real="unsloth #7234", what="accumulation switches packing off")
 def _accumulation_stops_packing() -> None:
     def wrong(right: Right, plan: Any) -> Any:
-        return None if plan.config.training.accumulation > 1 else right(plan)
+        return None if plan.config.training.gradient_accumulation_steps > 1 else right(plan)
 
     for room in (prepare, training):
         plant(room, "pack_length", wrong)
@@ -165,16 +165,16 @@ def _accumulation_stops_packing() -> None:
 def _targets_stop_dropout() -> None:
     def wrong(right: Right, config: Any, shape: Any) -> Any:
         target = right(config, shape)
-        return target if config.adapter.targets == "all-linear" else replace(target, dropout=0.0)
+        return target if config.adapter.target_modules == "all-linear" else replace(target, dropout=0.0)
 
     plant(prepare, "adapter_target", wrong)
 
 
 @fault("A010", "config.layer_filter_matches_nothing", real="PEFT #1024", what="a target that fits no layer is dropped")
 def _unknown_target_is_dropped() -> None:
-    def wrong(right: Right, shape: Any, targets: str | Sequence[str]) -> Any:
+    def wrong(right: Right, shape: Any, target_modules: str | Sequence[str]) -> Any:
         known = right(shape, "all-linear")
-        return known if targets == "all-linear" else tuple(name for name in targets if name in known)
+        return known if target_modules == "all-linear" else tuple(name for name in target_modules if name in known)
 
     plant(prepare, "choose_layers", wrong)
 

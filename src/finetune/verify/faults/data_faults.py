@@ -132,8 +132,8 @@ def _cut_then_filter() -> None:
 
 @fault("A034", "data.truncate_via_filter", real="axolotl #3401", what="rows that could be cut are left out")
 def _left_out_for_cut() -> None:
-    def wrong(right: Right, rows: Any, *, overlong: str, **named: Any) -> Any:
-        return right(rows, overlong="drop" if overlong == "truncate_prompt" else overlong, **named)
+    def wrong(right: Right, rows: Any, *, truncation: str, **named: Any) -> Any:
+        return right(rows, truncation="drop" if truncation == "truncate_prompt" else truncation, **named)
 
     plant(encoder, "fit_rows", wrong)
 

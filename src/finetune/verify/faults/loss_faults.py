@@ -42,7 +42,7 @@ def _at_tail(wrong: Any) -> None:
     """Let a step of fewer batches than it may have be another."""
 
     def step(right: Any, session: Any, window: Sequence[Batch], plan: Any, *rest: Any) -> Iterator[Event]:
-        short = len(window) < plan.accumulation
+        short = len(window) < plan.gradient_accumulation_steps
         yield from right(wrong(session, window, plan) if short else session, window, plan, *rest)
 
     plant(loop, "training_step", step)
@@ -77,7 +77,7 @@ def tail_divided_by_all() -> None:
 
     def short(session: Any, window: Sequence[Batch], plan: Any) -> Any:
         def accumulate(batch: Batch, weight: float) -> float:
-            return float(session.accumulate(batch, weight * len(window) / plan.accumulation))
+            return float(session.accumulate(batch, weight * len(window) / plan.gradient_accumulation_steps))
 
         return Through(session, accumulate=accumulate)
 
@@ -152,7 +152,7 @@ def warmup_in_batches() -> None:
     """It is as many times too long as batches are added up."""
 
     def planned(right: Any, **given: Any) -> Any:
-        return right(**{**given, "warmup_steps": given["warmup_steps"] * given["accumulation"]})
+        return right(**{**given, "warmup_steps": given["warmup_steps"] * given["gradient_accumulation_steps"]})
 
     plant(training, "LoopPlan", planned)
 
@@ -169,7 +169,11 @@ def horizon_in_batches() -> None:
     def planned(right: Any, **given: Any) -> Any:
         total = given["total_steps"]
         return right(
-            **{**given, "total_steps": total * given["accumulation"], "last_step": given["last_step"] or total}
+            **{
+                **given,
+                "total_steps": total * given["gradient_accumulation_steps"],
+                "last_step": given["last_step"] or total,
+            }
         )
 
     plant(training, "LoopPlan", planned)

@@ -148,9 +148,9 @@ def _cut_stretch_is_not_learned() -> None:
 
 @fault("A076", "mask.answer_truncated_away", real="TRL #6025", what="rows are cut at their end, whatever stands there")
 def _answers_are_cut() -> None:
-    def wrong(right: Right, row: Marked, max_length: int, overlong: str) -> Any:
-        if overlong != "truncate_prompt":
-            return right(row, max_length, overlong)
+    def wrong(right: Right, row: Marked, max_length: int, truncation: str) -> Any:
+        if truncation != "truncate_prompt":
+            return right(row, max_length, truncation)
         return [replace(row, ids=row.ids[:max_length], marks=row.marks[:max_length])]
 
     plant(fit, "shorten_row", wrong)
@@ -158,10 +158,10 @@ def _answers_are_cut() -> None:
 
 @fault("A077", "mask.terminator_truncated", real="LLaMA-Factory #5231", what="to cut a row takes what ends its answer")
 def _ends_are_cut() -> None:
-    def wrong(right: Right, row: Marked, max_length: int, overlong: str) -> Any:
-        pieces = right(row, max_length + 2, overlong)
-        if overlong != "truncate_prompt":
-            return right(row, max_length, overlong)
+    def wrong(right: Right, row: Marked, max_length: int, truncation: str) -> Any:
+        pieces = right(row, max_length + 2, truncation)
+        if truncation != "truncate_prompt":
+            return right(row, max_length, truncation)
         return [replace(piece, ids=piece.ids[:max_length], marks=piece.marks[:max_length]) for piece in pieces]
 
     plant(fit, "shorten_row", wrong)

@@ -30,7 +30,7 @@ def _when_resumed(dealt: Callable[[Any, Any, int], Any]) -> None:
 
 def _each(batches_of: Any, plan: Any) -> int:
     """How many steps an epoch has."""
-    count: int = math.ceil(len(batches_of(0)) / plan.accumulation)
+    count: int = math.ceil(len(batches_of(0)) / plan.gradient_accumulation_steps)
     return count
 
 
@@ -59,7 +59,7 @@ def skips_too_few() -> None:
 
         def wrong(epoch: int) -> Any:
             batches = batches_of(epoch)
-            start = into * plan.accumulation
+            start = into * plan.gradient_accumulation_steps
             return [*batches[:start], *batches[into:]][: len(batches)] if epoch == at else batches
 
         return wrong

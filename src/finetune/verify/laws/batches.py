@@ -24,7 +24,7 @@ def every_row_is_trained_on(trainer: SubjectClient, case: cases.Dealt) -> None:
     settings = {
         **PLAIN,
         "training.batch_size": case.batch_size,
-        "training.accumulation": case.accumulation,
+        "training.gradient_accumulation_steps": case.accumulation,
         "training.seed": case.seed,
     }
     model = trainer.model(TINY)
@@ -56,7 +56,7 @@ def every_row_is_trained_on(trainer: SubjectClient, case: cases.Dealt) -> None:
 )
 def padding_is_no_target(trainer: SubjectClient, case: Rows) -> None:
     """No target stands where nothing is real."""
-    settings = {**PLAIN, "training.batch_size": len(case.rows), "training.accumulation": 1}
+    settings = {**PLAIN, "training.batch_size": len(case.rows), "training.gradient_accumulation_steps": 1}
     told = trainer.ask("batches", Epochs, model=trainer.model(TINY), settings=settings, rows=case.values, epochs=1)
     check(len(told.epochs) == 1, expected="1 epoch", got=f"{len(told.epochs)} epochs")
     for batch in (micro for epoch in told.epochs for step in epoch for micro in step.micro):

@@ -153,7 +153,7 @@ def settings_of_training_do_something(trainer: SubjectClient, case: cases.Change
 )
 def adapter_sits_where_it_is_to(trainer: SubjectClient, case: cases.Targets) -> None:
     """The adapter's tensors are those of the named layers."""
-    given = {**PLAIN, "adapter.targets": list(case.layers)}
+    given = {**PLAIN, "adapter.target_modules": list(case.layers)}
     try:
         adapter = trainer.ask("initial_adapter", Weights, model=trainer.model(TINY), settings=given)
     except RefusesError:
@@ -199,7 +199,7 @@ def ranks_follow_their_patterns(trainer: SubjectClient, case: cases.Pattern) -> 
 def dropout_acts_everywhere(trainer: SubjectClient, case: cases.Dropped) -> None:
     """Each tensor that has a gradient has another one with dropout."""
     given: dict[str, Any] = {"training.seed": case.seed}
-    given |= {"adapter.targets": list(case.layers)} if case.layers else {}
+    given |= {"adapter.target_modules": list(case.layers)} if case.layers else {}
     at_rest = _gradient(trainer, given).norms
     dropped = _gradient(trainer, {**given, "adapter.dropout": 0.5}).norms
     same = [name for name, norm in at_rest.items() if norm > 0 and dropped.get(name) == norm]

@@ -242,7 +242,7 @@ def _files(folder: Path) -> int:
 )
 def remarks_change_no_batch(trainer: SubjectClient, case: cases.Remarked) -> None:
     """Rows share batches as they did before one of them had a source noted; which stands first does not matter."""
-    settings = {**PLAIN, "training.batch_size": 2, "training.accumulation": 1, "training.seed": 3}
+    settings = {**PLAIN, "training.batch_size": 2, "training.gradient_accumulation_steps": 1, "training.seed": 3}
     noted = [{**row, "source": "a note"} if place == case.remarked else row for place, row in enumerate(case.values)]
     model = trainer.model(TINY)
     plain, other = (

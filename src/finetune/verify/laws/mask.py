@@ -61,9 +61,9 @@ def place_of_a_template_changes_nothing(trainer: SubjectClient, case: cases.Plac
 def limit_that_suffices_changes_nothing(trainer: SubjectClient, case: cases.Limited) -> None:
     """The limit is the length of the longest row."""
     model = trainer.model(TINY)
-    free = tokenized(trainer, model, case.values, {"tokens.max_length": 1000, "tokens.overlong": case.policy})
+    free = tokenized(trainer, model, case.values, {"tokens.max_length": 1000, "tokens.truncation": case.policy})
     most = max(len(row.ids) for row in free.rows)
-    held = tokenized(trainer, model, case.values, {"tokens.max_length": most, "tokens.overlong": case.policy})
+    held = tokenized(trainer, model, case.values, {"tokens.max_length": most, "tokens.truncation": case.policy})
     check(told(held) == told(free), expected=told(free), got=told(held))
 
 
@@ -80,7 +80,7 @@ def overlong_rows_are_left_out_whole(trainer: SubjectClient, case: cases.Limited
     model = trainer.model(TINY)
     free = tokenized(trainer, model, case.values, {"tokens.max_length": 1000})
     most = max(len(row.ids) for row in free.rows) - case.below
-    held = tokenized(trainer, model, case.values, {"tokens.max_length": most, "tokens.overlong": case.policy})
+    held = tokenized(trainer, model, case.values, {"tokens.max_length": most, "tokens.truncation": case.policy})
     expected = [row for row in told(free) if len(row[1]) <= most]
     check(told(held) == expected, expected=f"up to {most} tokens: {expected}", got=told(held))
     gone, counted = len(free.rows) - len(expected), sum(held.dropped.values())
@@ -101,7 +101,7 @@ def cut_rows_keep_their_answers(trainer: SubjectClient, case: cases.Limited) -> 
     words = trainer.words(model)
     free = tokenized(trainer, model, case.values, {"tokens.max_length": 1000}).rows
     most = max(len(row.ids) for row in free) - case.below
-    given = {"tokens.max_length": most, "tokens.overlong": "truncate_prompt"}
+    given = {"tokens.max_length": most, "tokens.truncation": "truncate_prompt"}
     held = {row.row: row for row in tokenized(trainer, model, case.values, given).rows}
     for row in free:
         check(row.row in held, expected=f"row {row.row}, cut", got=f"rows {sorted(held)}")
@@ -123,7 +123,7 @@ def cut_rows_keep_their_answers(trainer: SubjectClient, case: cases.Limited) -> 
 def pieces_are_the_whole(trainer: SubjectClient, case: cases.Long) -> None:
     """The learned tokens of all pieces, one after the other."""
     model = trainer.model(TINY)
-    given = {"tokens.max_length": case.most, "tokens.overlong": "split"}
+    given = {"tokens.max_length": case.most, "tokens.truncation": "split"}
     rows = tokenized(trainer, model, [{"text": case.text}], given).rows
     words = trainer.words(model)
     longest = max(len(row.ids) for row in rows)

@@ -189,7 +189,7 @@ def best_step_is_kept(trainer: SubjectClient, case: cases.Best) -> None:
         return trainer.ask("evaluate", Loss, model=model, settings=QUICK, rows=watched, adapter=adapter).loss
 
     looks = [look(**{"training.max_steps": steps}) for steps in (1, 2, 3, 4)]
-    kept = look(**{"training.keep": "best"})
+    kept = look(**{"training.load_best_model": True})
     check(abs(kept - min(looks)) <= 1e-4 * (1 + kept), expected=f"the lowest of {looks}", got=kept)
 
 
@@ -219,7 +219,7 @@ def rate_follows_its_schedule(trainer: SubjectClient, case: cases.Scheduled) -> 
     settings = {
         **QUICK,
         "training.batch_size": 1,
-        "training.accumulation": case.accumulation,
+        "training.gradient_accumulation_steps": case.accumulation,
         "training.epochs": float(case.epochs),
         "training.learning_rate": _PEAK,
         "training.schedule": case.schedule,

@@ -85,7 +85,10 @@ def tokenize(model: str, settings: Given, rows: Sequence[Given]) -> dict[str, An
             yield batch, spans
 
     config = config_of(
-        model, {**settings, "training.batch_size": 1, "training.accumulation": 1}, new_folder(), rows=len(rows)
+        model,
+        {**settings, "training.batch_size": 1, "training.gradient_accumulation_steps": 1},
+        new_folder(),
+        rows=len(rows),
     )
     config["iters"] = len(rows) + 1
     with in_place(CacheDataset, "__getitem__", noted):
@@ -148,7 +151,12 @@ def gradient(model: str, settings: Given, micro: Sequence[Sequence[Given]]) -> d
 
         optimizer.update = update
 
-    given = {**settings, "training.accumulation": len(micro), "training.max_steps": 1, "training.batch_size": 1}
+    given = {
+        **settings,
+        "training.gradient_accumulation_steps": len(micro),
+        "training.max_steps": 1,
+        "training.batch_size": 1,
+    }
     config = config_of(model, given, new_folder(), rows=1)
     # A compiled step shows no numbers on the way.
     mx.disable_compile()
@@ -254,7 +262,7 @@ def _course(asked: Given, place: Path, stop_after: int | None, *, done: int) -> 
 
 
 def _checkpoints(place: Path, settings: Given) -> dict[str, str]:
-    each = settings.get("training.accumulation", 1)
+    each = settings.get("training.gradient_accumulation_steps", 1)
     files = (place / "adapters").glob("*_adapters.safetensors")
     return {str(int(file.name.partition("_")[0]) // each): str(file) for file in files}
 

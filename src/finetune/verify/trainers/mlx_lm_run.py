@@ -36,8 +36,8 @@ _READ_ELSEWHERE = (
     "adapter.alpha",
     "adapter.scaling",
     "adapter.dropout",
-    "adapter.targets",
-    "training.accumulation",
+    "adapter.target_modules",
+    "training.gradient_accumulation_steps",
     "training.epochs",
     "training.max_steps",
     "training.learning_rate",
@@ -48,16 +48,16 @@ _READ_ELSEWHERE = (
 )
 _NO_CLIPPING = 1e6
 _LACKS: Mapping[str, tuple[Any, str]] = {
-    "tokens.overlong": (None, "it has one way only: a row is cut at its end"),
+    "tokens.truncation": (None, "it has one way only: a row is cut at its end"),
     "tokens.cache": (None, "it has no such cache"),
     "training.max_grad_norm": (None, "it does not clip gradients"),
-    "training.lora_plus_ratio": (1.0, "its optimizer has one learning rate for all"),
+    "training.loraplus_lr_ratio": (1.0, "its optimizer has one learning rate for all"),
     "training.processes": (1, "this subject opens one process"),
     "training.packing": (False, "it does not pack"),
     "training.evaluate_every": (None, "this subject trains without held-out rows"),
-    "training.stop_after": (None, "it does not stop early"),
-    "training.stop_margin": (0.0, "it does not stop early"),
-    "training.keep": ("last", "it keeps the last weights"),
+    "training.early_stopping_patience": (None, "it does not stop early"),
+    "training.early_stopping_min_delta": (0.0, "it does not stop early"),
+    "training.load_best_model": (False, "it keeps the last weights"),
     "adapter.rank_pattern": (None, "its adapter has one rank"),
     "adapter.alpha_pattern": (None, "its adapter has one scale"),
     "adapter.modules_to_save": (None, "it trains adapters only"),
@@ -67,7 +67,7 @@ _LACKS: Mapping[str, tuple[Any, str]] = {
     "model.device": ("cpu", "this subject computes on the processor"),
     "data.limit": (None, "it takes all rows that it is given"),
     "data.valid_fraction": (0.0, "it holds no rows out"),
-    "judge.sham": ("never", "it judges nothing"),
+    "judge.control": ("never", "it judges nothing"),
     "judge.memory": ("never", "it judges nothing"),
     "evaluation.questions": (0, "it asks no questions"),
     "evaluation.retention_questions": (0, "it asks no questions"),
@@ -102,7 +102,7 @@ def config_of(model: str, settings: Given, folder: str, rows: int) -> dict[str, 
     It counts iterations, of one batch each, where we count steps and epochs.
     """
     tokenizer_of(model, settings)
-    each = settings.get("training.accumulation", 1)
+    each = settings.get("training.gradient_accumulation_steps", 1)
     config: dict[str, Any] = {
         "model": model,
         "train": True,
@@ -134,7 +134,7 @@ def config_of(model: str, settings: Given, folder: str, rows: int) -> dict[str, 
 
 
 def _adapter(settings: Given) -> dict[str, Any]:
-    kind, targets = settings.get("adapter.kind", "lora"), settings.get("adapter.targets", "all-linear")
+    kind, targets = settings.get("adapter.kind", "lora"), settings.get("adapter.target_modules", "all-linear")
     if kind not in ("lora", "dora"):
         raise UnsupportedError(f"adapter.kind: {kind!r}: this subject trains adapters")
     default = lora.CONFIG_DEFAULTS["lora_parameters"]
@@ -180,7 +180,7 @@ def effective_of(config: Given) -> dict[str, Any]:
         "adapter.rank": adapter["rank"],
         "adapter.dropout": adapter["dropout"],
         "adapter.alpha": adapter["scale"] * adapter["rank"],
-        "training.accumulation": found["grad_accumulation_steps"],
+        "training.gradient_accumulation_steps": found["grad_accumulation_steps"],
         "training.learning_rate": found["learning_rate"],
     }
 

@@ -37,7 +37,7 @@ from finetune.verify.trainers.ours_rows import line_of, row_handlers
 
 Given = Mapping[str, Any]
 Handler = Callable[..., dict[str, Any]]
-_QUIET = {"judge.sham": "never", "judge.memory": "never", "data.valid_fraction": 0.0, "evaluation.questions": 0}
+_QUIET = {"judge.control": "never", "judge.memory": "never", "data.valid_fraction": 0.0, "evaluation.questions": 0}
 """What a run does beside training, which laws ask for by itself."""
 
 
@@ -122,7 +122,7 @@ class OurTrainer:
         With `start`, the file of an adapter's weights, it is the gradient there (of the oracle alone).
         """
         rows = [_rows(batch) for batch in micro]
-        given = {**settings, "training.accumulation": len(rows), "training.max_steps": 1}
+        given = {**settings, "training.gradient_accumulation_steps": len(rows), "training.max_steps": 1}
         prepared = self._prepared(model, given, [{"prompt": "a", "completion": "b"}])
         session = self._fresh(prepared)
         if start is not None:
@@ -221,8 +221,8 @@ class OurTrainer:
         training, model = prepared.plan.config.training, prepared.plan.config.model
         session = self.backend.open(prepared.location, model.dtype, prepared.encoder.tokenizer.pad_id, device="cpu")
         session.attach(prepared.target, training.seed)
-        ratio = training.lora_plus_ratio
-        session.prepare_updates(Optimization(training.weight_decay, training.max_grad_norm, lora_plus_ratio=ratio))
+        ratio = training.loraplus_lr_ratio
+        session.prepare_updates(Optimization(training.weight_decay, training.max_grad_norm, loraplus_lr_ratio=ratio))
         return session
 
     def _asked(self, model: str, settings: Given, adapter: str | None) -> Session:

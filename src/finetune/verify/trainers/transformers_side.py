@@ -132,7 +132,12 @@ class TransformersSide:
 
     def gradient(self, model: str, settings: Given, micro: Sequence[Sequence[Given]]) -> dict[str, Any]:
         """The gradient of its first step, where its loop gets these micro-batches."""
-        given = {**settings, "training.accumulation": len(micro), "training.max_steps": 1, "training.max_grad_norm": 0}
+        given = {
+            **settings,
+            "training.gradient_accumulation_steps": len(micro),
+            "training.max_steps": 1,
+            "training.max_grad_norm": 0,
+        }
         trainer = self._trainer(model, given, [row for batch in micro for row in _labelled(batch)])
         seen = _StepRecorder()
         trainer.add_callback(seen)
