@@ -8,9 +8,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 NO_LIMIT = 2**31 - 1
 """The context length of a model that states none, such as one that knows no positions."""
@@ -124,8 +128,24 @@ class TokenizedRow:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchArrays:
+    """A batch in NumPy, padded on the right; n counts its targets, sequence by sequence.
+
+    ids: (sequences, length). targets: (n,), the ids to predict. here: (sequences, length), where their logits are, one
+    place before each. starts: (sequences, length), where in its sequence the row of each token begins; padding belongs
+    to the last row. positions: (sequences, length), counted in each row; 0 for padding.
+    """
+
+    ids: "NDArray[np.int64]"
+    targets: "NDArray[np.int64]"
+    here: "NDArray[np.bool_]"
+    starts: "NDArray[np.int64]"
+    positions: "NDArray[np.int64]"
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows that go through the model together; padding is the backend's business.
+    """Rows that go through the model together.
 
     `packed` says how many rows share each sequence, in order; without it each row has a sequence of its own. Rows
     that share a sequence never see each other: each is attended to, and counted in positions, as if it were alone.
@@ -143,15 +163,29 @@ class Batch:
         return tuple(tuple(islice(rows, count)) for count in self.packed)
 
     def shard(self, shares: int) -> tuple["Batch", ...]:
-        """The batch in so many shares, its sequences dealt out in turn like cards; a share may be empty.
-
-        Batches hold their sequences by length, so that shares come out about equally long.
-        """
+        """The batch in so many shares, its sequences dealt out in turn like cards; a share may be empty."""
         hands = [self.sequences[number::shares] for number in range(shares)]
-        return tuple(
-            Batch(tuple(row for sequence in hand for row in sequence), tuple(map(len, hand)) if self.packed else ())
-            for hand in hands
-        )
+        sizes = [tuple(map(len, hand)) if self.packed else () for hand in hands]
+        return tuple(Batch(tuple(chain(*hand)), size) for hand, size in zip(hands, sizes, strict=True))
+
+    def arrays(self, pad_id: int) -> BatchArrays:
+        """The batch as every backend takes it; padding stands at the end, where no token of a causal model looks."""
+        import numpy as np
+
+        lengths = [sum(len(row.ids) for row in sequence) for sequence in self.sequences]
+        ids = np.full((len(lengths), max(lengths)), pad_id, np.int64)
+        here = np.zeros(ids.shape, np.bool_)
+        starts, positions = np.zeros_like(ids), np.zeros_like(ids)
+        for index, sequence in enumerate(self.sequences):
+            end = 0
+            for row in sequence:
+                start, end = end, end + len(row.ids)
+                ids[index, start:end] = row.ids
+                # The first token of a row is no target: what stands before it is another row's.
+                here[index, start : end - 1] = row.trained[1:]
+                starts[index, start:] = start
+                positions[index, start:end] = np.arange(len(row.ids))
+        return BatchArrays(ids, np.roll(ids, -1, axis=1)[here], here, starts, positions)
 
     @property
     def target_count(self) -> int:
@@ -195,10 +229,6 @@ class Quantization:
 
     bits: int
     group_size: int
-
-    def bytes_of(self, count: int, size: int) -> int:
-        """What so many numbers weigh, whose scales and biases take `size` bytes each."""
-        return count * self.bits // 8 + 2 * size * (count // self.group_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,28 +373,6 @@ class Scores:
     def share(self) -> float:
         """The share of right answers, 0 to 1."""
         return self.right / len(self.answers)
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryMeasure:
-    """What one fresh process measured while it trained a few steps; all in bytes."""
-
-    method: Literal["lora", "full"]
-    batch_size: int
-    length: int
-    dtype: str
-    steps: int
-    framework_rss: int
-    peak_rss: int
-    peak_tensors: int
-    gradient_bytes: int
-    optimizer_bytes: int
-    weight_bytes: int
-
-    @property
-    def rss_above_framework(self) -> int:
-        """The peak resident set less what the framework alone took."""
-        return self.peak_rss - self.framework_rss
 
 
 @dataclass(frozen=True, slots=True)

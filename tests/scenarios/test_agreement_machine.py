@@ -114,10 +114,8 @@ class AgreementMachine(RuleBasedStateMachine):
         for batch in self.batches(rows, dealing, packed=packed):
             by_hand = labels_by_hand(batch)
             assert len(by_hand) == batch.target_count
-            losses = {}
-            for name, session in self.sessions.items():
-                assert labels(session, batch) == by_hand, name
-                losses[name] = session.loss(batch)
+            assert labels(batch) == by_hand
+            losses = {name: session.loss(batch) for name, session in self.sessions.items()}
             for loss in losses.values():
                 self.close(loss, losses[self.exact])
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from finetune.criteria.evidence import MemoryMeasure
+
 pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
 
 from finetune.adapters.choose import choose_layers
@@ -20,7 +22,7 @@ from finetune.memory.kept import KNOWN
 from finetune.memory.load import StepLoad, full_load, load_of
 from finetune.models.locate import SHIPPED, locate_model
 from finetune.models.shape import read_shape
-from finetune.records import AdapterTarget, Batch, MemoryMeasure, ModelLocation, Optimization, TokenizedRow
+from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, TokenizedRow
 from support.tiny_models import make_model, open_session
 
 TORCH = FRAMEWORKS["torch"]

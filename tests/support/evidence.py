@@ -10,10 +10,11 @@ from finetune.criteria.evidence import (
     LearningEvidence,
     LossEvidence,
     MemoryEvidence,
+    MemoryMeasure,
     ParameterEvidence,
 )
 from finetune.criteria.judge import judge
-from finetune.records import Answer, MemoryMeasure, Reload, Scores, Verdict
+from finetune.records import Answer, Reload, Scores, Verdict
 
 COUNT = 20
 VERDICTS = (

@@ -118,20 +118,10 @@ def training_events(session: Any) -> int:
     return max(counts, default=0)
 
 
-def labels(session: Any, batch: Batch) -> list[tuple[int, int]]:
-    """Where a token is predicted, counted through the padded batch, and which token it must be."""
-    if hasattr(session, "forward_pass"):
-        from finetune.backends.mlx.forward import arrays_of
-
-        arrays = arrays_of(batch, session.forward_pass.sizes)
-        places, targets = arrays.places.tolist(), arrays.targets.tolist()
-    elif hasattr(session, "trainable"):
-        _, wanted, here, _ = session._arrays(batch)
-        places, targets = np.flatnonzero(here).tolist(), wanted.tolist()
-    else:
-        _, wanted, here = session._tensors(batch)
-        places, targets = here.flatten().nonzero()[:, 0].tolist(), wanted.tolist()
-    return list(zip(places, targets, strict=True))
+def labels(batch: Batch) -> list[tuple[int, int]]:
+    """Where a token is predicted, counted through the padded batch, and which token it must be, as backends take it."""
+    arrays = batch.arrays(0)
+    return list(zip(np.flatnonzero(arrays.here).tolist(), arrays.targets.tolist(), strict=True))
 
 
 def labels_by_hand(batch: Batch) -> list[tuple[int, int]]:

@@ -4,7 +4,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from finetune.records import MemoryMeasure, Reload, Scores
+from finetune.records import Reload, Scores
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryMeasure:
+    """What one fresh process measured while it trained a few steps; all in bytes."""
+
+    method: Literal["lora", "full"]
+    batch_size: int
+    length: int
+    dtype: str
+    steps: int
+    framework_rss: int
+    peak_rss: int
+    peak_tensors: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    weight_bytes: int
+
+    @property
+    def rss_above_framework(self) -> int:
+        """The peak resident set less what the framework alone took."""
+        return self.peak_rss - self.framework_rss
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,10 @@
 """Judges whether LoRA needs less memory than full fine-tuning, on two real runs at the same sizes."""
 
-from finetune.criteria.evidence import Evidence, MemoryEvidence
+from finetune.criteria.evidence import Evidence, MemoryEvidence, MemoryMeasure
 from finetune.criteria.validator import MIN_MEMORY_REDUCTION, TrainingSuccessValidator
 from finetune.criteria.verdicts import NOT_MEASURED, TITLES, verdict
 from finetune.errors import EvidenceError
-from finetune.records import MemoryMeasure, Outcome, Verdict
+from finetune.records import Outcome, Verdict
 
 _RESOLVABLE_RSS = 256 * 1024**2
 """Below this many bytes above the framework, the resident set is mostly library pages and allocator slack."""

@@ -4,9 +4,10 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any, Literal
 
+from finetune.criteria.evidence import MemoryMeasure
 from finetune.errors import UsageError
 from finetune.processes import ask_child
-from finetune.records import AdapterTarget, MemoryMeasure, ModelLocation
+from finetune.records import AdapterTarget, ModelLocation
 
 
 def measure_memory(

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from finetune.models.quantize import packed_bytes
 from finetune.records import AdapterTarget, LinearLayer, ModelShape
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -62,7 +63,7 @@ def weight_bytes(shape: ModelShape, dtype: str) -> int:
     Source: `mlx.core.quantize`.
     """
     sizes = {path: math.prod(shape.weights[f"{path}.weight"]) for path in shape.quantized}
-    packed = sum(how.bytes_of(sizes[path], BYTES[dtype]) for path, how in shape.quantized.items())
+    packed = sum(packed_bytes(how, sizes[path], BYTES[dtype]) for path, how in shape.quantized.items())
     return packed + (shape.parameters - sum(sizes.values())) * BYTES[dtype]
 
 

@@ -116,6 +116,11 @@ def quantize_shape(shape: ModelShape, how: Quantization, owner: str) -> ModelSha
     return replace(shape, quantized=dict.fromkeys(paths, how))
 
 
+def packed_bytes(how: Quantization, count: int, size: int) -> int:
+    """What so many quantised numbers weigh, whose scales and biases take `size` bytes each."""
+    return count * how.bits // 8 + 2 * size * (count // how.group_size)
+
+
 def kept_in_full(shape: ModelShape) -> list[str]:
     """The modules of a quantised model whose matrices are not quantised."""
     return [path for path in _matrices(shape) if path not in shape.quantized]

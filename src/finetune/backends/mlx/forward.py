@@ -1,7 +1,6 @@
-"""Trips through a model: batches to summed losses, prompts to answers. The only place where batches become arrays."""
+"""Trips through a model: batches to summed losses, prompts to answers."""
 
 import contextlib
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,12 +11,12 @@ import numpy as np
 from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from finetune.backends.generate import answer_by_length, until_stops
 from finetune.backends.mlx.tensors import first_line
 from finetune.errors import ModelError, TrainingError
 from finetune.records import Batch, TokenizedRow
 
 _TRUNKS = ("model", "transformer", "backbone")
-_ASKED_TOGETHER = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,24 +47,12 @@ def arrays_of(batch: Batch, sizes: Sizes) -> Arrays:
     """
     for row in batch.rows:
         _check_row(row, sizes)
-    sequences = batch.sequences
-    length = max(sum(len(row.ids) for row in sequence) for sequence in sequences)
-    ids = np.full((len(sequences), length), sizes.pad_id, np.int32)
-    here = np.zeros(ids.shape, np.bool_)
-    starts = np.zeros(ids.shape, np.int32)
-    for index, sequence in enumerate(sequences):
-        end = 0
-        for row in sequence:
-            start, end = end, end + len(row.ids)
-            ids[index, start:end] = row.ids
-            here[index, start : end - 1] = row.trained[1:]
-            starts[index, start:] = start
-    shared = any(len(sequence) > 1 for sequence in sequences)
+    arrays = batch.arrays(sizes.pad_id)
     return Arrays(
-        ids=mx.array(ids),
-        targets=mx.array(np.roll(ids, -1, axis=1)[here]),
-        places=mx.array(np.flatnonzero(here)),
-        starts=mx.array(starts) if shared else None,
+        ids=mx.array(arrays.ids.astype(np.int32)),
+        targets=mx.array(arrays.targets.astype(np.int32)),
+        places=mx.array(np.flatnonzero(arrays.here)),
+        starts=mx.array(arrays.starts.astype(np.int32)) if arrays.starts.any() else None,
     )
 
 
@@ -138,36 +125,20 @@ class ForwardPass:
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
     ) -> list[list[int]]:
         """Greedy continuations without the prompt and without the stop token, in the order of `prompts`."""
-        by_length: dict[int, list[int]] = defaultdict(list)
         for index, prompt in enumerate(prompts):
-            by_length[len(prompt)].append(index)
-        answers: list[list[int]] = [[] for _ in prompts]
-        # Only prompts of equal length share a batch: no padding, so no prompt can change another's answer.
-        for length, members in by_length.items():
-            room = min(max_new_tokens, self.sizes.context - length)
-            for start in range(0, len(members) if room > 0 else 0, _ASKED_TOGETHER):
-                asked = members[start : start + _ASKED_TOGETHER]
-                for index in asked:
-                    _check_row(TokenizedRow(tuple(prompts[index]), (), f"prompt {index}"), self.sizes)
-                ids = mx.array([list(prompts[index]) for index in asked])
-                for index, answer in zip(asked, self._continue(ids, room, stop_ids), strict=True):
-                    answers[index] = answer
-        return answers
+            if len(prompt) < self.sizes.context:  # others have no room for an answer, and are not asked
+                _check_row(TokenizedRow(tuple(prompt), (), f"prompt {index}"), self.sizes)
+        return answer_by_length(
+            prompts,
+            max_new_tokens,
+            self.sizes.context,
+            lambda alike, room: until_stops(islice(self._greedy_words(alike), room), len(alike), stop_ids),
+        )
 
-    def _continue(self, ids: mx.array, room: int, stop_ids: Sequence[int]) -> list[list[int]]:
-        said: list[list[int]] = [[] for _ in range(len(ids))]
-        open_ = set(range(len(ids)))
-        for words in islice(self._greedy_words(ids), room):
-            open_ -= {row for row in open_ if words[row] in stop_ids}
-            if not open_:
-                break
-            for row in open_:
-                said[row].append(words[row])
-        return said
-
-    def _greedy_words(self, ids: mx.array) -> Iterator[list[int]]:
-        """The likeliest next word of each row, again and again; each is read before the next is made."""
+    def _greedy_words(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """The likeliest next word of each prompt, again and again; each is read before the next is made."""
         cache = make_prompt_cache(self.model)
+        ids = mx.array([list(prompt) for prompt in prompts])
         while True:
             last = mx.arange(1, len(ids) + 1) * ids.shape[1] - 1
             ids = mx.argmax(self.logits_at(ids, last, cache=cache), axis=-1)[:, None]

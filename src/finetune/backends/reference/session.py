@@ -1,9 +1,8 @@
-"""A Llama in NumPy: train, score, ask, save. The only place where batches become arrays."""
+"""A Llama in NumPy: train, score, ask, save."""
 
 import contextlib
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from finetune.adapters.peft_files import frozen_name
+from finetune.backends.generate import answer_by_length, until_stops
 from finetune.backends.reference import state
 from finetune.backends.reference.adapter import ReferenceAdapter, draw_adapter, read_adapter, write_adapter
 from finetune.backends.reference.architecture import HEAD, Architecture
@@ -21,8 +21,6 @@ from finetune.errors import ModelError, TrainingError
 from finetune.models.shape import read_config
 from finetune.ports import Group
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
-
-_ASKED_TOGETHER = 64
 
 
 class ReferenceSession:
@@ -131,32 +129,20 @@ class ReferenceSession:
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
     ) -> list[list[int]]:
         """Greedy continuations without the prompt and without the stop token, in the order of `prompts`."""
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for index, prompt in enumerate(prompts):
-            by_length[len(prompt)].append(index)
-        answers: list[list[int]] = [[] for _ in prompts]
-        # Only prompts of equal length share a batch: no padding, so no prompt can change another's answer.
-        for length, members in by_length.items():
-            room = min(max_new_tokens, self.shape.max_position_embeddings - length)
-            for start in range(0, len(members) if room > 0 else 0, _ASKED_TOGETHER):
-                asked = members[start : start + _ASKED_TOGETHER]
-                ids = np.array([list(prompts[index]) for index in asked], np.int64)
-                for index, answer in zip(asked, self._continue(ids, room, stop_ids), strict=True):
-                    answers[index] = answer
-        return answers
+        return answer_by_length(
+            prompts,
+            max_new_tokens,
+            self.shape.max_position_embeddings,
+            lambda alike, room: until_stops(self._greedy_words(alike, room), len(alike), stop_ids),
+        )
 
-    def _continue(self, ids: NDArray[np.int64], room: int, stop_ids: Sequence[int]) -> list[list[int]]:
+    def _greedy_words(self, prompts: Sequence[Sequence[int]], room: int) -> Iterator[Sequence[int]]:
+        """The likeliest next token of each prompt, `room` times; the prompts are of one length."""
         forward_pass = ReferencePass(self.shape, self._weights_now(), self.adapter, cache={})
-        said: list[list[int]] = [[] for _ in ids]
-        open_ = set(range(len(ids)))
+        ids = np.array([list(ids) for ids in prompts], np.int64)
         for _ in range(room):
             ids = self._logits(forward_pass, ids)[:, -1].argmax(axis=-1)[:, None]
-            open_ -= {row for row in open_ if ids[row, 0] in stop_ids}
-            if not open_:
-                break
-            for row in open_:
-                said[row].append(int(ids[row, 0]))
-        return said
+            yield ids[:, 0].tolist()
 
     @contextlib.contextmanager
     def adapter_disabled(self) -> Iterator[None]:
@@ -236,11 +222,12 @@ class ReferenceSession:
             return forward_pass.linear(HEAD, hidden)[0].reshape(*ids.shape, -1)
 
     def _summed_loss(self, forward_pass: ReferencePass, batch: Batch) -> tuple[float, Callable[[float], Array]]:
-        ids, targets, here, starts = self.arrays_of(batch)
-        hidden, hidden_back = forward_pass.hidden(ids, starts)
+        arrays = batch.arrays(self.pad_id)
+        here = arrays.here.reshape(-1)
+        hidden, hidden_back = forward_pass.hidden(arrays.ids, arrays.starts)
         # Logits are made only where a target follows: most positions of a prompt never need any.
         logits, head_back = forward_pass.linear(HEAD, hidden[here])
-        loss, dlogits = cross_entropy(logits, targets)
+        loss, dlogits = cross_entropy(logits, arrays.targets)
 
         def backward(weight: float) -> Array:
             dhidden = np.zeros_like(hidden)
@@ -248,21 +235,3 @@ class ReferenceSession:
             return hidden_back(dhidden)
 
         return loss, backward
-
-    def arrays_of(
-        self, batch: Batch
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:
-        """Ids (sequences, length), targets (n,), where their logits are, and where each token's row starts."""
-        sequences = batch.sequences
-        length = max(sum(len(row.ids) for row in sequence) for sequence in sequences)
-        ids = np.full((len(sequences), length), self.pad_id, np.int64)
-        here = np.zeros(ids.shape, np.bool_)
-        starts = np.zeros(ids.shape, np.int64)
-        for index, sequence in enumerate(sequences):
-            end = 0
-            for row in sequence:
-                start, end = end, end + len(row.ids)
-                ids[index, start:end] = row.ids
-                here[index, start : end - 1] = row.trained[1:]
-                starts[index, start:] = start
-        return ids, np.roll(ids, -1, axis=1)[here], here.reshape(-1), starts

@@ -1,8 +1,9 @@
-"""A model in torch: train, score, ask, save. The only place where batches become tensors."""
+"""A model in torch: train, score, ask, save."""
 
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from finetune.backends.generate import answer_by_length
 from finetune.backends.torch import head_loss, state
 from finetune.backends.torch.device import is_exhausted, name_device, random_state, set_random_state
 from finetune.backends.torch.group import as_lost, pool_gradients
@@ -19,8 +21,6 @@ from finetune.backends.torch.lora_linear import fold_adapters
 from finetune.errors import OutOfMemoryError, TrainingError
 from finetune.ports import Group
 from finetune.records import NO_LIMIT, AdapterTarget, Batch, ModelLocation, Optimization
-
-_ASKED_TOGETHER = 64
 
 
 class TorchSession:
@@ -140,20 +140,13 @@ class TorchSession:
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
     ) -> list[list[int]]:
         """Greedy continuations without the prompt and without the stop token, in the order of `prompts`."""
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for index, prompt in enumerate(prompts):
-            by_length[len(prompt)].append(index)
-        answers: list[list[int]] = [[] for _ in prompts]
         with self._at_rest(), torch.no_grad():
-            # Only prompts of equal length share a batch: no padding, so no prompt can change another's answer.
-            for length, members in by_length.items():
-                room = min(max_new_tokens, self.context_length - length)
-                for start in range(0, len(members) if room > 0 else 0, _ASKED_TOGETHER):
-                    asked = members[start : start + _ASKED_TOGETHER]
-                    ids = self._ids([prompts[index] for index in asked])
-                    for index, row in zip(asked, self._continue(ids, room, stop_ids), strict=True):
-                        answers[index] = _until_stop(row, stop_ids)
-        return answers
+            return answer_by_length(
+                prompts,
+                max_new_tokens,
+                self.context_length,
+                lambda alike, room: self._continue(self._ids(alike), room, stop_ids),
+            )
 
     def _ids(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         return torch.tensor([list(ids) for ids in prompts], device=self._place)
@@ -166,8 +159,11 @@ class TorchSession:
         )
         with self._without_preferences():
             full = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
-        answers: list[list[int]] = full[:, ids.shape[1] :].tolist()
-        return answers
+        # A row that ends before others is filled up after its stop token.
+        return [
+            list(itertools.takewhile(lambda word: word not in stop_ids, row))
+            for row in full[:, ids.shape[1] :].tolist()
+        ]
 
     @contextlib.contextmanager
     def _without_preferences(self) -> Iterator[None]:
@@ -241,9 +237,18 @@ class TorchSession:
         return {name: tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad}
 
     def _summed_loss(self, batch: Batch) -> torch.Tensor:
-        inputs, targets, here = self.tensors_of(batch)
+        arrays = batch.arrays(self.pad_id)
+        # Put together where reading it costs nothing, then sent where the model is.
+        ids, targets, here, positions = (
+            torch.from_numpy(array).to(self._place)
+            for array in (arrays.ids, arrays.targets, arrays.here, arrays.positions)
+        )
+        # No mask: padding stands at the end, where no real token of a causal model looks, and attention skips half.
         # Logits are made only where a target follows: most positions of a prompt never need any.
-        asked = {**inputs, "logits_to_keep": here, "use_cache": False}
+        asked = {"input_ids": ids, "attention_mask": None, "logits_to_keep": here, "use_cache": False}
+        if batch.packed:
+            # Positions that begin anew are how transformers knows that rows share a sequence.
+            asked["position_ids"] = positions
         head = self._head
         if head is None or not head_loss.is_frozen(head, self.model):
             return torch.nn.functional.cross_entropy(self.model(**asked).logits.float(), targets, reduction="sum")
@@ -255,29 +260,6 @@ class TorchSession:
     def _head(self) -> torch.nn.Linear | None:
         with self._at_rest(), torch.no_grad():
             return head_loss.find_head(self.model)
-
-    def tensors_of(self, batch: Batch) -> tuple[dict[str, torch.Tensor | None], torch.Tensor, torch.Tensor]:
-        """What the model is given, targets (n,), and where their logits are (sequences, length) bool."""
-        sequences = batch.sequences
-        length = max(sum(len(row.ids) for row in sequence) for sequence in sequences)
-        ids = torch.full((len(sequences), length), self.pad_id)
-        here = torch.zeros(ids.shape, dtype=torch.bool)
-        positions = torch.zeros_like(ids)
-        for index, sequence in enumerate(sequences):
-            end = 0
-            for row in sequence:
-                start, end = end, end + len(row.ids)
-                ids[index, start:end] = torch.tensor(row.ids)
-                here[index, start : end - 1] = torch.tensor(row.trained[1:], dtype=torch.bool)
-                positions[index, start:end] = torch.arange(len(row.ids))
-        targets = torch.roll(ids, -1, dims=1)[here]
-        # Put together where reading it costs nothing, then sent where the model is.
-        ids, here, positions, targets = (tensor.to(self._place) for tensor in (ids, here, positions, targets))
-        if batch.packed:
-            # Positions that begin anew are how transformers knows that rows share a sequence; then it takes no mask.
-            return {"input_ids": ids, "attention_mask": None, "position_ids": positions}, targets, here
-        # Padding stands at the end, where no real token of a causal model looks: no mask, and attention skips half.
-        return {"input_ids": ids, "attention_mask": None}, targets, here
 
     @contextlib.contextmanager
     def _at_rest(self) -> Iterator[None]:
@@ -297,11 +279,6 @@ class TorchSession:
 def _fingerprint(tensor: torch.Tensor) -> str:
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(raw.tobytes()).hexdigest()
-
-
-def _until_stop(ids: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
-    end = next((index for index, token in enumerate(ids) if token in stop_ids), len(ids))
-    return list(ids[:end])
 
 
 def _as_memory_error(error: Exception, batch: Batch | None = None) -> Exception:

@@ -2,17 +2,16 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from finetune.records import Batch
+from finetune.records import Batch, BatchArrays
 from finetune.verify.faults.fault import backend_under_judgement, plant
 
 Arrays = tuple[Any, Any, Any, Any]
-"""Ids (sequences, length), targets (n,), the flat places of their logits, and where each token's row starts."""
+"""Ids (sequences, length), targets (n,), where their logits are, and where each token's row starts."""
 WrongArrays = Callable[[int, Batch, Any, Any, Any], Arrays]
 _SESSIONS = {"reference": "ReferenceSession", "torch": "TorchSession", "mlx": "MlxSession"}
 
@@ -32,53 +31,16 @@ def plant_arrays(wrong: WrongArrays) -> None:
     """Plant a fault where a batch becomes arrays.
 
     `wrong` is given the padding's id, the batch, ids, where targets are (sequences, length), and where each token's
-    row starts, all in NumPy, whatever the backend computes with.
+    row starts.
     """
-    module = _session_module()
-    if backend_under_judgement() == "reference":
 
-        def reference(right: Any, session: Any, batch: Batch) -> Arrays:
-            ids, _, here, starts = right(session, batch)
-            return wrong(session.pad_id, batch, ids, here.reshape(ids.shape).copy(), starts)
+    def arrays(right: Callable[[Batch, int], BatchArrays], batch: Batch, pad_id: int) -> BatchArrays:
+        found = right(batch, pad_id)
+        ids, targets, here, starts = wrong(pad_id, batch, found.ids, found.here, found.starts)
+        positions = np.where(starts == found.starts, found.positions, np.arange(ids.shape[1]) - starts)
+        return BatchArrays(ids, targets, here.reshape(ids.shape), starts, positions)
 
-        plant(module.ReferenceSession, "arrays_of", reference)
-    elif backend_under_judgement() == "torch":
-        plant(module.TorchSession, "tensors_of", lambda right, session, batch: _torch(right, session, batch, wrong))
-    else:
-        plant(module, "arrays_of", lambda right, batch, sizes: _mlx(right, batch, sizes, wrong))
-
-
-# No framework is imported here: what the right function gave makes arrays of its own kind.
-def _torch(right: Any, session: Any, batch: Batch, wrong: WrongArrays) -> tuple[Any, Any, Any]:
-    inputs, _, here = right(session, batch)
-    given = inputs["input_ids"]
-    # Torch is told each token's place in its row, the others where the row starts in the sequence.
-    places = np.broadcast_to(np.arange(given.shape[1]), tuple(given.shape))
-    starts = places - inputs["position_ids"].cpu().numpy() if "position_ids" in inputs else np.zeros_like(places)
-    ids, targets, kept, starts = wrong(
-        session.pad_id, batch, given.cpu().numpy().copy(), here.cpu().numpy().copy(), starts
-    )
-    inputs = {**inputs, "input_ids": given.new_tensor(ids)}
-    if "position_ids" in inputs:
-        inputs["position_ids"] = given.new_tensor(places - starts)
-    return inputs, given.new_tensor(targets), here.new_tensor(kept.reshape(ids.shape))
-
-
-def _mlx(right: Any, batch: Batch, sizes: Any, wrong: WrongArrays) -> Any:
-    found = right(batch, sizes)
-    array = type(found.ids)
-    ids = np.array(found.ids)
-    here = np.zeros(ids.size, np.bool_)
-    here[np.array(found.places)] = True
-    starts = np.zeros_like(ids) if found.starts is None else np.array(found.starts)
-    ids, targets, here, starts = wrong(sizes.pad_id, batch, ids, here.reshape(ids.shape), starts)
-    return replace(
-        found,
-        ids=array(ids),
-        targets=array(targets),
-        places=array(np.flatnonzero(here)),
-        starts=array(starts) if starts.any() else None,
-    )
+    plant(Batch, "arrays", arrays)
 
 
 def shifted(ids: Any, here: Any, starts: Any, by: int = 1) -> Arrays:
@@ -104,7 +66,7 @@ def _backend_of(session: Any) -> str:
 
 def pad_of(session: Any) -> int:
     """The id that a session pads rows with."""
-    return int(session.trip.sizes.pad_id if _backend_of(session) == "mlx" else session.pad_id)
+    return int(session.forward_pass.sizes.pad_id if _backend_of(session) == "mlx" else session.pad_id)
 
 
 def gradients_of(session: Any) -> dict[str, Any]:
