@@ -3,9 +3,13 @@
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Quantization
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Tokenizer(Protocol):
@@ -27,6 +31,31 @@ class Tokenizer(Protocol):
 
     def control_id(self, token: str) -> int | None:
         """The id of a control token, or None when the tokenizer has no such token."""
+
+
+class Objective(Protocol):
+    """What a step minimises, as a function of its targets' losses; a backend knows no more of it than this.
+
+    The loss of a target t is (1 - s) x -log p(t) + s x the mean of -log p over all words, where s is `label_smoothing`.
+    """
+
+    @property
+    def label_smoothing(self) -> float:
+        """The share of a target that is spread over all words, from 0 to 1."""
+
+    @property
+    def summed(self) -> bool:
+        """Whether a batch's loss is the plain sum of its targets' losses: then a backend may take it in one go."""
+
+    def units(self, batch: Batch) -> int:
+        """How many things, such as tokens, a batch's loss is a sum over; a step divides by those of all its batches."""
+
+    def total(self, batch: Batch, losses: "NDArray[np.float64]") -> "tuple[float, NDArray[np.float64]]":
+        """A batch's loss and its slope along each target's loss.
+
+        Args:
+            losses: those of the targets, (n,) in nats, row after row.
+        """
 
 
 class Group(Protocol):
@@ -66,8 +95,12 @@ class Session(Protocol):
     def prepare_updates(self, optimization: Optimization) -> None:
         """Make the optimizer for everything that is trainable."""
 
-    def accumulate(self, batch: Batch, weight: float) -> float:
-        """Add `weight` x (summed loss of the batch) to the gradients; returns the summed loss in nats."""
+    def accumulate(self, batch: Batch, weight: float, objective: Objective = ...) -> float:
+        """Add `weight` x (the objective's loss of the batch) to the gradients; returns that loss.
+
+        Args:
+            objective: cross-entropy where none is given: the sum of the targets' losses in nats.
+        """
 
     def pool_gradients(self, group: Group) -> None:
         """Add up the gradients of all processes of a group: afterwards each has the sum."""
@@ -81,8 +114,8 @@ class Session(Protocol):
     def update(self, learning_rate: float) -> None:
         """Step the optimizer and clear the gradients."""
 
-    def loss(self, batch: Batch) -> float:
-        """The summed loss of the batch in nats, dropout off; mode and random state are left as they were."""
+    def loss(self, batch: Batch, objective: Objective = ...) -> float:
+        """The objective's loss of the batch, dropout off; mode and random state are left as they were."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]

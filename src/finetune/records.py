@@ -131,9 +131,8 @@ class TokenizedRow:
 class BatchArrays:
     """A batch in NumPy, padded on the right; n counts its targets, sequence by sequence.
 
-    ids: (sequences, length). targets: (n,), the ids to predict. here: (sequences, length), where their logits are, one
-    place before each. starts: (sequences, length), where in its sequence the row of each token begins; padding belongs
-    to the last row. positions: (sequences, length), counted in each row; 0 for padding.
+    ids, positions: (sequences, length); positions count in each row, 0 for padding. targets: (n,), the ids to predict.
+    here: where their logits are, one place before each. starts: where the row of each token, and of padding, begins.
     """
 
     ids: "NDArray[np.int64]"

@@ -33,6 +33,7 @@ from finetune.evidence.observe import Observation, observe, shuffled_label_rows
 from finetune.evidence.record import run_owner, run_record
 from finetune.evidence.saved import save_trained
 from finetune.files import write_folder, write_json, write_text
+from finetune.objectives import choose_objective
 from finetune.ports import Session
 from finetune.records import Batch, TokenizedRow
 from finetune.report import build_report, render_html
@@ -216,6 +217,7 @@ def training_events(
         schedule=training.schedule,
         evaluate_every=training.evaluate_every,
         last_step=last,
+        objective=choose_objective(training),
     )
     size, length = batch_of_all(prepared.plan), pack_length(prepared.plan)
 

@@ -156,6 +156,7 @@ SETTINGS: dict[str, Setting] = {
     "training.warmup_fraction": _SHARE,
     "training.loraplus_lr_ratio": _POSITIVE,
     "training.weight_decay": _number(st.sampled_from([-1.0, "-1e-9"]), min_value=0),
+    "training.label_smoothing": _SHARE,
     "training.max_grad_norm": _POSITIVE,
     "training.seed": Setting(seeds(), _whole(0).refused | st.integers(min_value=2**32)),
     "training.save_every": _optional(_whole(1)),

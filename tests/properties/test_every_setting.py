@@ -78,6 +78,7 @@ CHANGES: dict[str, Change] = {
     "training.warmup_fraction": Change(0.5),
     "training.loraplus_lr_ratio": Change(4.0),
     "training.weight_decay": Change(0.5),
+    "training.label_smoothing": Change(0.3),
     "training.max_grad_norm": Change(0.01),
     "training.seed": Change(1),
     "training.save_every": Change(3),

@@ -11,13 +11,23 @@ from hypothesis import strategies as st
 from finetune.backends.reference.model import ReferencePass
 from finetune.backends.reference.optimizer import ReferenceAdamW, clip
 from finetune.errors import NonFiniteError
+from finetune.ports import Objective
 from finetune.records import AdapterTarget, Batch, Optimization, TokenizedRow
 from finetune.training.loop import LoopPlan, train
 from finetune_strategies.adapters import AdaptedModel, adapted_models
 from finetune_strategies.datasets import token_rows
 from finetune_strategies.models import llama_configs
 from finetune_strategies.profiles import examples
-from support.tiny_llamas import BATCH, DROPPING, LINEAR, ROWS, VOCAB, adapted
+from support.objectives import OBJECTIVES
+from support.tiny_llamas import (
+    BATCH,
+    DROPPING,
+    LINEAR,
+    ROWS,
+    VOCAB,
+    adapted,
+    check_slopes,
+)
 
 FEW = examples(1 / 3)
 
@@ -32,13 +42,6 @@ def models() -> st.SearchStrategy[AdaptedModel]:
     return adapted_models(configs(), paths=True, dropouts=(0.0,))
 
 
-def gradients(session: Any, *batches: Batch) -> tuple[float, dict[str, Any]]:
-    """The loss and every gradient of the batches, accumulated."""
-    session.gradients = {}
-    loss = sum(session.accumulate(batch, 0.3) for batch in batches)
-    return loss, dict(session.gradients)
-
-
 def close(first: Any, second: Any, tolerance: float = 1e-12) -> bool:
     """Whether the same tensors are there and differ by no more than rounding, as a share of the largest of each."""
     return first.keys() == second.keys() and all(
@@ -46,43 +49,22 @@ def close(first: Any, second: Any, tolerance: float = 1e-12) -> bool:
     )
 
 
-def check_slopes(session: Any, batch: Batch) -> None:
-    """Every tensor's gradient, along a random direction, is the central difference of the loss, dropout replayed."""
-    dice = np.random.default_rng(3)
-    drawn = session._random.bit_generator.state
-    _, found = gradients(session, batch)
-
-    def loss() -> float:
-        session._random.bit_generator.state = drawn
-        return gradients(session, batch)[0]
-
-    assert found.keys() == session.trainable.keys()
-    for name, tensor in session.trainable.items():
-        direction = dice.normal(size=tensor.shape)
-        direction *= 3e-6 / np.linalg.norm(direction)
-        tensor += direction
-        above = loss()
-        tensor -= 2 * direction
-        below = loss()
-        tensor += direction
-        slope, claimed = 0.3 * (above - below) / 6e-6, float((found[name] * direction).sum()) / 3e-6
-        assert abs(slope - claimed) <= 1e-6 * np.linalg.norm(found[name]) + 1e-8, name
-
-
-@given(models(), token_rows(1, 3))
+@given(models(), token_rows(1, 3), st.sampled_from(OBJECTIVES))
 @FEW
-def test_gradient_of_the_adapter_is_the_slope_of_the_loss(model: AdaptedModel, rows: tuple[TokenizedRow, ...]) -> None:
-    """The gradient of each A and B, neither of them zero, is the slope of the loss, whatever the shape."""
-    check_slopes(adapted(model.target, trained=True, config=model.config), Batch(rows))
+def test_gradient_of_the_adapter_is_the_slope_of_the_loss(
+    model: AdaptedModel, rows: tuple[TokenizedRow, ...], objective: Objective
+) -> None:
+    """The gradient of each A and B, neither of them zero, is the slope of the loss, whatever shape and objective."""
+    check_slopes(adapted(model.target, trained=True, config=model.config), Batch(rows), objective)
 
 
-@given(configs(), token_rows(1, 3))
+@given(configs(), token_rows(1, 3), st.sampled_from(OBJECTIVES))
 @FEW
 def test_gradient_of_every_weight_is_the_slope_of_the_loss(
-    config: dict[str, Any], rows: tuple[TokenizedRow, ...]
+    config: dict[str, Any], rows: tuple[TokenizedRow, ...], objective: Objective
 ) -> None:
     """Without an adapter the gradient of every weight is the slope of the loss, tied head and norms included."""
-    check_slopes(adapted(None, config=config), Batch(rows))
+    check_slopes(adapted(None, config=config), Batch(rows), objective)
 
 
 @given(st.sampled_from([0.5, 3.0, 7.0]), st.sampled_from([2.0, 0.25]))

@@ -162,7 +162,7 @@ def test_team_deals_every_row_to_one_process_and_every_share_its_own_dice(job: J
     def work(member: ThreadRank) -> None:
         session, heard = tiny(), lists[member.rank]
         plain, reseed = session.accumulate, session.reseed
-        session.accumulate = lambda batch, weight: (heard.append((batch, weight)), plain(batch, weight))[1]
+        session.accumulate = lambda batch, weight, *how: (heard.append((batch, weight)), plain(batch, weight, *how))[1]
         session.reseed = lambda seed: (heard.append(seed), reseed(seed))[1]
         list(job.events(session, group=member, shares=job.shares))
 
@@ -197,7 +197,7 @@ def test_team_stops_in_every_process_where_one_loss_is_not_finite(rank: int) -> 
         next(step for step in events if isinstance(step, StepDone))
         kept = session.fingerprints()
         if member.rank == rank:
-            session.accumulate = lambda batch, weight: plain(batch, weight) * math.nan
+            session.accumulate = lambda batch, weight, *how: plain(batch, weight, *how) * math.nan
         with pytest.raises(NonFiniteError, match="at step 2") as caught:
             list(events)
         assert session.fingerprints() == kept

@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from finetune.backends import open_backend
 from finetune.data.batches import epoch_batches
 from finetune.events import Event, FirstGradients, StepDone
+from finetune.ports import Objective
 from finetune.records import Batch, ModelLocation, Optimization, TokenizedRow
 from finetune.training.loop import LoopPlan, train
 from finetune.training.schedule import Schedule
@@ -27,6 +28,7 @@ from finetune_strategies.adapters import AdaptedModel
 from finetune_strategies.datasets import Dealing, dealings, token_rows
 from finetune_strategies.profiles import examples
 from support import side_by_side
+from support.objectives import OBJECTIVES
 from support.side_by_side import GPT2S, LLAMAS, labels, labels_by_hand, training_events, weights
 from support.tolerances import apart, check_gradients
 
@@ -125,12 +127,17 @@ class AgreementMachine(RuleBasedStateMachine):
                 assert apart(side_by_side.logits(session, PROBE), self.base) < CLOSE, name
             assert np.array_equal(side_by_side.logits(session, PROBE), before), name
 
-    @rule(rows=token_rows(1, 4), dealing=dealings(most_rows=4), packed=st.booleans())
-    def accumulate(self, rows: tuple[TokenizedRow, ...], dealing: Dealing, packed: bool) -> None:
-        """The gradients of each batch are added to those that are there."""
+    @rule(
+        rows=token_rows(1, 4),
+        dealing=dealings(most_rows=4),
+        packed=st.booleans(),
+        objective=st.sampled_from(OBJECTIVES),
+    )
+    def accumulate(self, rows: tuple[TokenizedRow, ...], dealing: Dealing, packed: bool, objective: Objective) -> None:
+        """The gradients of each batch are added to those that are there, whatever is minimised."""
         targets = sum(row.target_count for row in rows)
         for batch in self.batches(rows, dealing, packed=packed):
-            losses = {name: session.accumulate(batch, 1 / targets) for name, session in self.sessions.items()}
+            losses = {each: self.sessions[each].accumulate(batch, 1 / targets, objective) for each in self.sessions}
             for loss in losses.values():
                 self.close(loss, losses[self.exact])
         self.pending = True

@@ -357,7 +357,7 @@ def test_bfloat16_base_trains_a_float32_adapter(location: ModelLocation) -> None
 
 
 def _fails_with(words: str) -> Any:
-    def fail(batch: Batch) -> Any:
+    def fail(*given: Any) -> Any:
         raise RuntimeError(words)
 
     return fail
@@ -367,13 +367,13 @@ def test_out_of_memory_names_the_batch(location: ModelLocation, monkeypatch: pyt
     """Running out of memory is an error that names the batch and what to lower; any other error stays what it is."""
     session = adapted(location)
     words = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 123 bytes.\nmore"
-    monkeypatch.setattr(session, "_summed_loss", _fails_with(words))
+    monkeypatch.setattr(session, "_loss", _fails_with(words))
     with pytest.raises(OutOfMemoryError, match="out of memory with 7 rows of up to 23 tokens") as caught:
         session.accumulate(Batch(ROWS), 1.0)
     assert "training.batch_size" in caught.value.hint
     with pytest.raises(OutOfMemoryError, match="out of memory: Default"):
         session.loss(Batch(ROWS))
-    monkeypatch.setattr(session, "_summed_loss", _fails_with("shape mismatch"))
+    monkeypatch.setattr(session, "_loss", _fails_with("shape mismatch"))
     for ask in (lambda: session.accumulate(Batch(ROWS), 1.0), lambda: session.loss(Batch(ROWS))):
         with pytest.raises(RuntimeError, match="shape mismatch"):
             ask()

@@ -141,10 +141,10 @@ def test_folded_layer_leaves_to_peft_what_it_does_not_know(how: str, tmp_path: P
     if how == "merged":
         session.model.merge_adapter()
     with session.adapter_disabled() if how == "disabled" else contextlib.nullcontext():
-        ours = float(session._summed_loss(batch).detach())
+        ours = float(session._loss(batch).detach())
         for module in folded:
             module.__class__ = peft.tuners.lora.layer.Linear
-        assert float(session._summed_loss(batch).detach()) == ours
+        assert float(session._loss(batch).detach()) == ours
     if how == "disabled":
         assert ours == open_session(location).loss(batch)
 
@@ -174,11 +174,11 @@ def test_loss_by_slices_is_cross_entropy(width: int, words: int, tokens: int, bi
     for size in (1, 2, tokens + 1):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(head_loss, "SLICE_BYTES", 8 * words * size)
-            loss = head_loss.summed_loss(hidden, head, targets)
+            loss = head_loss.head_losses(hidden, head, targets)
             assert float(loss.detach()) == pytest.approx(float(whole.detach()), rel=1e-12, abs=1e-12)
             torch.testing.assert_close(torch.autograd.grad(3 * loss, hidden)[0], wanted, rtol=1e-10, atol=1e-12)
             with torch.no_grad():
-                again = float(head_loss.summed_loss(hidden, head, targets))
+                again = float(head_loss.head_losses(hidden, head, targets))
                 assert again == float(loss.detach())
 
 

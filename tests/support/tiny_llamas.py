@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from finetune.backends import open_backend
+from finetune.objectives.cross_entropy import CROSS_ENTROPY
+from finetune.ports import Objective
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, TokenizedRow
 from finetune_strategies.scratch import empty_folder
 
@@ -90,3 +92,33 @@ def step(session: Any, number: int = 0) -> float:
     session.clip_gradients()
     session.update(0.03)
     return float(loss)
+
+
+def gradients(session: Any, *batches: Batch, objective: Objective = CROSS_ENTROPY) -> tuple[float, dict[str, Any]]:
+    """The loss and every gradient of the batches, accumulated."""
+    session.gradients = {}
+    loss = sum(session.accumulate(batch, 0.3, objective) for batch in batches)
+    return loss, dict(session.gradients)
+
+
+def check_slopes(session: Any, batch: Batch, objective: Objective = CROSS_ENTROPY) -> None:
+    """Every tensor's gradient, along a random direction, is the central difference of the loss, dropout replayed."""
+    dice = np.random.default_rng(3)
+    drawn = session._random.bit_generator.state
+    _, found = gradients(session, batch, objective=objective)
+
+    def loss() -> float:
+        session._random.bit_generator.state = drawn
+        return gradients(session, batch, objective=objective)[0]
+
+    assert found.keys() == session.trainable.keys()
+    for name, tensor in session.trainable.items():
+        direction = dice.normal(size=tensor.shape)
+        direction *= 3e-6 / np.linalg.norm(direction)
+        tensor += direction
+        above = loss()
+        tensor -= 2 * direction
+        below = loss()
+        tensor += direction
+        slope, claimed = 0.3 * (above - below) / 6e-6, float((found[name] * direction).sum()) / 3e-6
+        assert abs(slope - claimed) <= 1e-6 * np.linalg.norm(found[name]) + 1e-8, name

@@ -19,7 +19,7 @@ class ToySession:
     calls: list[tuple[str, Any]] = field(default_factory=list)
     poison: dict[tuple[str, int], float] = field(default_factory=dict)
 
-    def accumulate(self, batch: Batch, weight: float) -> float:
+    def accumulate(self, batch: Batch, weight: float, *objective: Any) -> float:
         """Add the gradient by hand."""
         targets = targets_of(batch)
         self.gradient += weight * sum(self.value - target for target in targets)

@@ -231,6 +231,11 @@ class TrainingSpec(Spec):
     weight_decay: PositiveOrZero = Field(
         default=0.0, description="How strongly AdamW pulls trained matrices towards zero; gains and biases are spared."
     )
+    label_smoothing: Share = Field(
+        default=0.0,
+        description="The share of each trained token that is spread over all words, so that none is learned to "
+        "certainty; held-out losses are measured without it.",
+    )
     max_grad_norm: Positive = Field(default=1.0, description="Gradients longer than this are shortened to it.")
     seed: Seed = Field(default=0, description="The number all randomness starts from: same seed, same run.")
     save_every: Count | None = Field(

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from finetune.errors import RefusedError
-from finetune.ports import Group, Session
+from finetune.ports import Group, Objective, Session
 from finetune.records import Batch
 
 
@@ -65,8 +65,8 @@ class _DataParallelSession:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
 
-    def accumulate(self, batch: Batch, weight: float) -> float:
-        """Add `weight` x (summed loss of this process's shares) to its gradients; returns the whole batch's loss."""
+    def accumulate(self, batch: Batch, weight: float, *objective: Objective) -> float:
+        """Add `weight` x (the loss of this process's shares) to its gradients; returns the whole batch's loss."""
         shares = batch.shard(self._shares)
         loss = 0.0
         for first in range(0, self._shares, self._group.size):
@@ -75,10 +75,10 @@ class _DataParallelSession:
             if mine.rows:
                 draw = random.Random(f"share-{self._seed}-{self._step}-{self._batch}-{number}")
                 self._session.reseed(draw.getrandbits(63))
-                loss += self._session.accumulate(mine, weight)
+                loss += self._session.accumulate(mine, weight, *objective)
             elif self._group.in_step:
                 # The others wait for the weights that this process holds: any row will do, and it counts for nothing.
-                self._session.accumulate(Batch(batch.rows[:1]), 0.0)
+                self._session.accumulate(Batch(batch.rows[:1]), 0.0, *objective)
         self._batch += 1
         self._pooled = False
         return self._group.total(loss)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from finetune.errors import NonFiniteError
 from finetune.events import Event, FirstGradients, HeldOutLoss, StepDone
-from finetune.ports import Session
+from finetune.objectives.cross_entropy import CROSS_ENTROPY
+from finetune.ports import Objective, Session
 from finetune.records import Batch, TokenizedRow
 from finetune.training.schedule import Schedule, learning_rate_at
 
@@ -28,6 +29,7 @@ class LoopPlan:
     schedule: Schedule
     evaluate_every: int
     last_step: int | None = None
+    objective: Objective = CROSS_ENTROPY
 
     @property
     def end(self) -> int:
@@ -46,9 +48,9 @@ def train(
     """Train until `plan.end` optimizer steps are done, and tell each step as it is done.
 
     `batches_of(epoch)` must give the same batches each time it is asked, so that a run continued after `done_steps`
-    steps sees what an uninterrupted one would have seen. The loss of a step is weighted by tokens over all batches
-    that the step accumulates; the batches left over at the end of an epoch make a step of their own. `StepDone` is
-    the last event of its step.
+    steps sees what an uninterrupted one would have seen. The loss of a step is divided by its objective's units, tokens
+    for example, over all batches that it accumulates; the batches left over at the end of an epoch make a step of
+    their own. `StepDone` is the last event of its step.
 
     Raises:
         NonFiniteError: a loss or gradient norm is NaN or infinite; no weight is changed by that step.
@@ -83,11 +85,11 @@ def training_step(
     import psutil
 
     started = time.perf_counter()
-    targets = sum(batch.target_count for batch in window)
+    units = sum(plan.objective.units(batch) for batch in window)
     total = 0.0
     for batch in window:
-        total += session.accumulate(batch, 1 / targets)
-    loss = total / targets
+        total += session.accumulate(batch, 1 / units, plan.objective)
+    loss = total / units
     if not math.isfinite(loss):
         raise _non_finite("loss", loss, step, window)
     norms = session.gradient_norms() if step == 1 else {}
@@ -108,7 +110,7 @@ def training_step(
         learning_rate=rate,
         grad_norm=norm,
         tokens=sum(batch.token_count for batch in window),
-        trained_tokens=targets,
+        trained_tokens=sum(batch.target_count for batch in window),
         seconds=time.perf_counter() - started,
         rss=psutil.Process().memory_info().rss,
     )

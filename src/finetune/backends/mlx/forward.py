@@ -14,6 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from finetune.backends.generate import answer_by_length, until_stops
 from finetune.backends.mlx.tensors import first_line
 from finetune.errors import ModelError, TrainingError
+from finetune.ports import Objective
 from finetune.records import Batch, TokenizedRow
 
 _TRUNKS = ("model", "transformer", "backbone")
@@ -30,8 +31,9 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Arrays:
-    """Ids (sequences, length), targets (n,), the flat places of their logits, and where each token's row starts."""
+    """A batch, its ids (sequences, length), targets (n,), the flat places of their logits, and its rows' starts."""
 
+    batch: Batch
     ids: mx.array
     targets: mx.array
     places: mx.array
@@ -49,6 +51,7 @@ def arrays_of(batch: Batch, sizes: Sizes) -> Arrays:
         _check_row(row, sizes)
     arrays = batch.arrays(sizes.pad_id)
     return Arrays(
+        batch=batch,
         ids=mx.array(arrays.ids.astype(np.int32)),
         targets=mx.array(arrays.targets.astype(np.int32)),
         places=mx.array(np.flatnonzero(arrays.here)),
@@ -115,11 +118,22 @@ class ForwardPass:
             del vars(self.model)[self.trunk]
         return logits[0]
 
-    def summed_loss(self, arrays: Arrays) -> mx.array:
-        """The summed cross-entropy of the targets in nats, in float32."""
+    def loss(self, arrays: Arrays, objective: Objective) -> mx.array:
+        """The objective's loss of the batch, in float32."""
         given = {} if arrays.starts is None else {"cache": [_PackedMask(arrays.starts)] * len(self.model.layers)}
         logits = self.logits_at(arrays.ids, arrays.places, **given)
-        return nn.losses.cross_entropy(logits.astype(mx.float32), arrays.targets, reduction="sum")
+        losses = nn.losses.cross_entropy(
+            logits.astype(mx.float32),
+            arrays.targets,
+            label_smoothing=objective.label_smoothing,
+            reduction="sum" if objective.summed else "none",
+        )
+        if objective.summed:
+            return losses
+        value, slopes = objective.total(arrays.batch, np.array(mx.stop_gradient(losses)).astype(np.float64))
+        total = (losses * mx.array(slopes.astype(np.float32))).sum()
+        # The gradient is that of the weighed losses, the value is the objective's own.
+        return total + (value - mx.stop_gradient(total))
 
     def answers(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]

@@ -18,7 +18,8 @@ from finetune.backends.mlx.optimizer import MlxAdamW, clip, norms
 from finetune.backends.mlx.packed import in_full, packed_layers
 from finetune.backends.mlx.tensors import fingerprint, first_line, write_tensors
 from finetune.errors import ModelError, OutOfMemoryError, TrainingError
-from finetune.ports import Group
+from finetune.objectives.cross_entropy import CROSS_ENTROPY
+from finetune.ports import Group, Objective
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
 
 _EXHAUSTED = ("allocate", "memory", "Insufficient Memory")
@@ -82,8 +83,8 @@ class MlxSession:
             raise TrainingError("prepare_updates must come before the first update")
         return self._optimizer
 
-    def accumulate(self, batch: Batch, weight: float) -> float:
-        """Add `weight` x (summed loss of the batch) to the gradients; returns the summed loss in nats."""
+    def accumulate(self, batch: Batch, weight: float, objective: Objective = CROSS_ENTROPY) -> float:
+        """Add `weight` x (the objective's loss of the batch) to the gradients; returns that loss."""
         if not self._trained:
             raise TrainingError(
                 "nothing is trainable: a loaded adapter and a quantised base are frozen", hint="attach a fresh adapter"
@@ -94,7 +95,7 @@ class MlxSession:
         self._key, key = mx.random.split(self._key)
         try:
             with self.adapter.learning(key) if self.adapter else contextlib.nullcontext():
-                loss, gradients = self._slopes(arrays, weight)
+                loss, gradients = self._slopes(arrays, weight, objective)
             before = self.gradients
             added = {name: before[name] + each if before else each for name, each in gradients.items()}
             # The one place where the graph of a batch is worked out: loss and gradients together.
@@ -104,12 +105,12 @@ class MlxSession:
         self.gradients = added
         return float(loss.item())
 
-    def _slopes(self, arrays: Arrays, weight: float) -> tuple[mx.array, dict[str, mx.array]]:
-        """The summed loss and, in float32, `weight` times its slope along each trainable tensor."""
+    def _slopes(self, arrays: Arrays, weight: float, objective: Objective) -> tuple[mx.array, dict[str, mx.array]]:
+        """The objective's loss and, in float32, `weight` times its slope along each trainable tensor."""
 
         def scaled(weights: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
             self._put(weights)
-            loss = self.forward_pass.summed_loss(arrays)
+            loss = self.forward_pass.loss(arrays, objective)
             return weight * loss, loss
 
         weights = self._trainable()
@@ -141,10 +142,10 @@ class MlxSession:
             self._put(moved)
         self.gradients = {}
 
-    def loss(self, batch: Batch) -> float:
-        """The summed loss of the batch in nats, dropout off; the random state is left as it was."""
+    def loss(self, batch: Batch, objective: Objective = CROSS_ENTROPY) -> float:
+        """The objective's loss of the batch, dropout off; the random state is left as it was."""
         arrays = arrays_of(batch, self.forward_pass.sizes)
-        return float(self.forward_pass.summed_loss(arrays).item()) if arrays.targets.size else 0.0
+        return float(self.forward_pass.loss(arrays, objective).item()) if arrays.targets.size else 0.0
 
     def save_logits(self, prompts: Sequence[Sequence[int]], path: Path) -> None:
         """Write the logits after each token of each prompt, (tokens, vocabulary) in float32, keyed "0", "1", ..."""

@@ -232,14 +232,21 @@ def softmax_backward(chance: Array, dchance: Array) -> Array:
     return chance * (dchance - mean)
 
 
-def cross_entropy(logits: Array, targets: NDArray[np.int64]) -> tuple[float, Array]:
-    """The summed loss in nats of logits (targets, v) and its gradient, of the same shape."""
+def cross_entropy(logits: Array, targets: NDArray[np.int64], smoothing: float = 0.0) -> tuple[Array, Array]:
+    """The loss in nats of each target (n,) from logits (n, v), and the gradient of its own logits, (n, v).
+
+    With smoothing, the target is (1 - smoothing) of the right word and smoothing / v of every word.
+    """
     shifted = logits - logits.max(axis=-1, keepdims=True)
     chance = softmax(logits)
     right = np.arange(len(targets)), targets
-    loss = float((np.log(np.exp(shifted).sum(axis=-1)) - shifted[right]).sum())
-    chance[right] -= 1
-    return loss, chance
+    total = np.log(np.exp(shifted).sum(axis=-1))
+    if not smoothing:
+        chance[right] -= 1
+        return total - shifted[right], chance
+    chance[right] -= 1 - smoothing
+    chance -= smoothing / logits.shape[-1]
+    return total - (1 - smoothing) * shifted[right] - smoothing * shifted.mean(axis=-1), chance
 
 
 def _rotated(x: Array, angles: tuple[Array, Array]) -> Array:

@@ -19,7 +19,8 @@ from finetune.backends.reference.model import Array, ReferencePass, cross_entrop
 from finetune.backends.reference.optimizer import ReferenceAdamW, clip
 from finetune.errors import ModelError, TrainingError
 from finetune.models.shape import read_config
-from finetune.ports import Group
+from finetune.objectives.cross_entropy import CROSS_ENTROPY
+from finetune.ports import Group, Objective
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
 
 
@@ -69,8 +70,8 @@ class ReferenceSession:
             raise TrainingError("prepare_updates must come before the first update")
         return self._optimizer
 
-    def accumulate(self, batch: Batch, weight: float) -> float:
-        """Add `weight` x (summed loss of the batch) to the gradients; returns the summed loss in nats."""
+    def accumulate(self, batch: Batch, weight: float, objective: Objective = CROSS_ENTROPY) -> float:
+        """Add `weight` x (the objective's loss of the batch) to the gradients; returns that loss."""
         if not self.trainable:
             raise TrainingError("nothing is trainable: a loaded adapter is frozen", hint="attach a fresh adapter")
         with_gradients = frozenset(self.trainable) | frozenset(self.adapter.saved if self.adapter else ())
@@ -79,7 +80,7 @@ class ReferenceSession:
         )
         # NaN and infinity pass through in silence: the training loop looks for them in the loss and the norm.
         with np.errstate(all="ignore"):
-            loss, backward = self._summed_loss(forward_pass, batch)
+            loss, backward = self._loss(forward_pass, batch, objective)
             backward(weight)
         return loss
 
@@ -109,10 +110,10 @@ class ReferenceSession:
                 optimizer.step(self.gradients, learning_rate)
         self.gradients = {}
 
-    def loss(self, batch: Batch) -> float:
-        """The summed loss of the batch in nats, dropout off; the random state is left as it was."""
+    def loss(self, batch: Batch, objective: Objective = CROSS_ENTROPY) -> float:
+        """The objective's loss of the batch, dropout off; the random state is left as it was."""
         with np.errstate(all="ignore"):
-            return self._summed_loss(ReferencePass(self.shape, self._weights_now(), self.adapter), batch)[0]
+            return self._loss(ReferencePass(self.shape, self._weights_now(), self.adapter), batch, objective)[0]
 
     def logits(self, ids: Sequence[int]) -> Array:
         """The logits (tokens, vocabulary) after each token of a prompt."""
@@ -221,17 +222,20 @@ class ReferenceSession:
             hidden, _ = forward_pass.hidden(ids, np.zeros_like(ids))
             return forward_pass.linear(HEAD, hidden)[0].reshape(*ids.shape, -1)
 
-    def _summed_loss(self, forward_pass: ReferencePass, batch: Batch) -> tuple[float, Callable[[float], Array]]:
+    def _loss(
+        self, forward_pass: ReferencePass, batch: Batch, objective: Objective
+    ) -> tuple[float, Callable[[float], Array]]:
         arrays = batch.arrays(self.pad_id)
         here = arrays.here.reshape(-1)
         hidden, hidden_back = forward_pass.hidden(arrays.ids, arrays.starts)
         # Logits are made only where a target follows: most positions of a prompt never need any.
         logits, head_back = forward_pass.linear(HEAD, hidden[here])
-        loss, dlogits = cross_entropy(logits, arrays.targets)
+        losses, dlogits = cross_entropy(logits, arrays.targets, objective.label_smoothing)
+        loss, slopes = objective.total(batch, losses)
 
         def backward(weight: float) -> Array:
             dhidden = np.zeros_like(hidden)
-            dhidden[here] = head_back(weight * dlogits)
+            dhidden[here] = head_back((weight * slopes)[:, None] * dlogits)
             return hidden_back(dhidden)
 
         return loss, backward

@@ -19,7 +19,8 @@ from finetune.backends.torch.device import is_exhausted, name_device, random_sta
 from finetune.backends.torch.group import as_lost, pool_gradients
 from finetune.backends.torch.lora_linear import fold_adapters
 from finetune.errors import OutOfMemoryError, TrainingError
-from finetune.ports import Group
+from finetune.objectives.cross_entropy import CROSS_ENTROPY
+from finetune.ports import Group, Objective
 from finetune.records import NO_LIMIT, AdapterTarget, Batch, ModelLocation, Optimization
 
 
@@ -89,11 +90,11 @@ class TorchSession:
             fused=True,
         )
 
-    def accumulate(self, batch: Batch, weight: float) -> float:
-        """Add `weight` x (summed loss of the batch) to the gradients; returns the summed loss in nats."""
+    def accumulate(self, batch: Batch, weight: float, objective: Objective = CROSS_ENTROPY) -> float:
+        """Add `weight` x (the objective's loss of the batch) to the gradients; returns that loss."""
         self.model.train()
         try:
-            loss = self._summed_loss(batch)
+            loss = self._loss(batch, objective)
             (loss * weight).backward()
         except (RuntimeError, MemoryError) as error:
             raise _as_memory_error(error, batch) from error
@@ -125,10 +126,10 @@ class TorchSession:
             raise TrainingError("prepare_updates must come before the first update")
         return self._optimizer
 
-    def loss(self, batch: Batch) -> float:
-        """The summed loss of the batch in nats, dropout off; mode and random state are left as they were."""
+    def loss(self, batch: Batch, objective: Objective = CROSS_ENTROPY) -> float:
+        """The objective's loss of the batch, dropout off; mode and random state are left as they were."""
         with self._at_rest(), torch.no_grad():
-            return float(self._summed_loss(batch))
+            return float(self._loss(batch, objective))
 
     def save_logits(self, prompts: Sequence[Sequence[int]], path: Path) -> None:
         """Write the logits after each token of each prompt, (tokens, vocabulary) in float32, keyed "0", "1", ..."""
@@ -236,7 +237,7 @@ class TorchSession:
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad}
 
-    def _summed_loss(self, batch: Batch) -> torch.Tensor:
+    def _loss(self, batch: Batch, objective: Objective = CROSS_ENTROPY) -> torch.Tensor:
         arrays = batch.arrays(self.pad_id)
         # Put together where reading it costs nothing, then sent where the model is.
         ids, targets, here, positions = (
@@ -251,10 +252,19 @@ class TorchSession:
             asked["position_ids"] = positions
         head = self._head
         if head is None or not head_loss.is_frozen(head, self.model):
-            return torch.nn.functional.cross_entropy(self.model(**asked).logits.float(), targets, reduction="sum")
-        with head_loss.without_head(head):
-            hidden = self.model(**asked).logits
-        return head_loss.summed_loss(hidden, head, targets)
+            logits = self.model(**asked).logits.float()
+            losses = functools.partial(head_loss.table_losses, logits, targets, objective.label_smoothing)
+        else:
+            with head_loss.without_head(head):
+                hidden = self.model(**asked).logits
+            losses = functools.partial(head_loss.head_losses, hidden, head, targets, objective.label_smoothing)
+        if objective.summed:
+            return losses()
+        with torch.no_grad():
+            value, slopes = objective.total(batch, losses(each=True).double().cpu().numpy())
+        total = losses(torch.from_numpy(slopes).to(self._place, torch.float32))
+        # The gradient is that of the weighed losses, the value is the objective's own.
+        return total + (value - total.detach())
 
     @functools.cached_property
     def _head(self) -> torch.nn.Linear | None:

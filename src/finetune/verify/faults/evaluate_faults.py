@@ -206,8 +206,8 @@ def log_unweighted() -> None:
     def step(right: Any, session: Any, window: Sequence[Batch], *rest: Any) -> Any:
         targets = sum(batch.target_count for batch in window)
 
-        def accumulate(batch: Batch, weight: float) -> float:
-            loss = session.accumulate(batch, weight)
+        def accumulate(batch: Batch, weight: float, *objective: Any) -> float:
+            loss = session.accumulate(batch, weight, *objective)
             return float(loss / batch.target_count / len(window) * targets)
 
         yield from right(Through(session, accumulate=accumulate), window, *rest)

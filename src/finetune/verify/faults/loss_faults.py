@@ -29,9 +29,9 @@ def mean_of_means() -> None:
     def step(right: Any, session: Any, window: Sequence[Batch], *rest: Any) -> Iterator[Event]:
         targets = sum(batch.target_count for batch in window)
 
-        def accumulate(batch: Batch, weight: float) -> float:
+        def accumulate(batch: Batch, weight: float, *objective: Any) -> float:
             share = 1 / (len(window) * batch.target_count)
-            return float(session.accumulate(batch, share) * share * targets)
+            return float(session.accumulate(batch, share, *objective) * share * targets)
 
         yield from right(Through(session, accumulate=accumulate), window, *rest)
 
@@ -76,8 +76,8 @@ def tail_divided_by_all() -> None:
     """Their step is too short."""
 
     def short(session: Any, window: Sequence[Batch], plan: Any) -> Any:
-        def accumulate(batch: Batch, weight: float) -> float:
-            return float(session.accumulate(batch, weight * len(window) / plan.gradient_accumulation_steps))
+        def accumulate(batch: Batch, weight: float, *objective: Any) -> float:
+            return float(session.accumulate(batch, weight * len(window) / plan.gradient_accumulation_steps, *objective))
 
         return Through(session, accumulate=accumulate)
 
@@ -117,8 +117,8 @@ def counts_masked() -> None:
     def share(batch: Batch) -> float:
         return batch.target_count / batch.token_count
 
-    def accumulate(right: Any, session: Any, batch: Batch, weight: float) -> float:
-        return float(right(session, batch, weight * share(batch)) * share(batch))
+    def accumulate(right: Any, session: Any, batch: Batch, weight: float, *objective: Any) -> float:
+        return float(right(session, batch, weight * share(batch), *objective) * share(batch))
 
     plant_session("accumulate", accumulate)
     plant_session("loss", lambda right, session, batch: right(session, batch) * share(batch))
@@ -134,8 +134,8 @@ def nan_hidden() -> None:
     """The log looks clean and the model is dead."""
     last = [1.0]
 
-    def accumulate(right: Any, session: Any, batch: Batch, weight: float) -> float:
-        loss = right(session, batch, weight)
+    def accumulate(right: Any, session: Any, batch: Batch, weight: float, *objective: Any) -> float:
+        loss = right(session, batch, weight, *objective)
         last[0] = loss if math.isfinite(loss) else last[0]
         return last[0]
 

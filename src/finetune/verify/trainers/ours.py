@@ -19,7 +19,8 @@ from finetune.evidence.record import run_owner
 from finetune.evidence.saved import save_trained
 from finetune.files import write_folder, write_text
 from finetune.models.locate import locate_model
-from finetune.ports import Session
+from finetune.objectives import choose_objective
+from finetune.ports import Objective, Session
 from finetune.records import Batch, Conversation, Message, Optimization, TokenizedRow
 from finetune.run.checkpoints import CheckpointStore
 from finetune.run.folder import RunFolder
@@ -128,7 +129,8 @@ class OurTrainer:
         if start is not None:
             put_weights(session, start)
         window = [Batch(each) for each in rows]
-        plan = LoopPlan(1, len(window), 1e-3, 0, "constant", 1)
+        objective = choose_objective(prepared.plan.config.training)
+        plan = LoopPlan(1, len(window), 1e-3, 0, "constant", 1, objective=objective)
         told: dict[str, Any] = {}
         for event in train(session, lambda epoch: window, (), plan):
             if isinstance(event, FirstGradients):
@@ -274,7 +276,7 @@ class _Watched:
         self.gradients: dict[str, Any] = {}
         self.steps: list[list[Batch]] = []
 
-    def accumulate(self, batch: Batch, weight: float) -> float:
+    def accumulate(self, batch: Batch, weight: float, *objective: Objective) -> float:
         """Keep the batch."""
         self.window.append(batch)
         return 1.0
