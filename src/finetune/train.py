@@ -39,7 +39,7 @@ from finetune.records import Batch, TokenizedRow
 from finetune.report import build_report, render_html
 from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune.run.folder import RunFolder
-from finetune.tracking.choose import require_trackers
+from finetune.tracking.tracker import require_trackers
 from finetune.training.early_stopping import EarlyStopping, Trained
 from finetune.training.loop import LoopPlan, train
 from finetune.training.out_of_memory import with_estimate

@@ -151,7 +151,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         found.append((request[0], sizes))
         raise observe.EvidenceError("not here")
 
-    monkeypatch.setattr("finetune.tracking.choose.find_spec", lambda name: name)
+    monkeypatch.setattr("finetune.tracking.tracker.find_spec", lambda name: name)
     monkeypatch.setattr(
         "finetune.tracking.consumer.open_tracker",
         lambda name, tracked: found.append((name, tracked.project, tracked.name)) or SilentTracker(),

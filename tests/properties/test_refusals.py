@@ -37,7 +37,7 @@ from finetune.evidence.memory import measure_framework
 from finetune.records import Batch, Conversation, LinearLayer, Message, ModelShape, Row, TokenizedRow
 from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune.run.folder import RunFolder
-from finetune.tracking.choose import require_trackers
+from finetune.tracking.tracker import require_trackers
 from finetune.training.loop import LoopPlan, mean_loss, train
 from finetune.training.packing_check import check_packing
 from finetune.training.prepare import adapter_target

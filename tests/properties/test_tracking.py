@@ -32,7 +32,8 @@ from finetune.events import (
     event_from_dict,
 )
 from finetune.run.folder import RunFolder
-from finetune.tracking import choose, consumer
+from finetune.tracking import consumer
+from finetune.tracking import tracker as trackers_known
 from finetune.tracking.numbers import Digest
 from finetune.tracking.tracker import Tracked
 from finetune.train import fine_tune
@@ -68,7 +69,7 @@ def job(model: Path, data: Path, *to: str, **changes: Any) -> LoadedConfig:
 @contextlib.contextmanager
 def trackers(made: Callable[[str, Tracked], Any]) -> Iterator[None]:
     """Within this context every package is there, and these trackers are opened."""
-    with patch.object(choose, "find_spec", lambda name: name), patch.object(consumer, "open_tracker", made):
+    with patch.object(trackers_known, "find_spec", lambda name: name), patch.object(consumer, "open_tracker", made):
         yield
 
 
@@ -97,12 +98,12 @@ def run(loaded: LoadedConfig, output: Path, death: int | None = None) -> tuple[d
 def test_trackers_have_one_name_everywhere() -> None:
     """The schema, the room and the extras of the package name the same four trackers."""
     [values] = [get_args(part) for part in get_args(get_args(Names)[0]) if get_args(part)]
-    assert values == choose.NAMES
-    assert len(choose.NAMES) == 4
-    folder = Path(choose.__file__).parent
-    assert all((folder / f"{name}.py").exists() for name in choose.NAMES)
+    assert values == trackers_known.NAMES
+    assert len(trackers_known.NAMES) == 4
+    folder = Path(trackers_known.__file__).parent
+    assert all((folder / f"{name}.py").exists() for name in trackers_known.NAMES)
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert all(f"\n{name} = [" in project for name in choose.NAMES)
+    assert all(f"\n{name} = [" in project for name in trackers_known.NAMES)
 
 
 def numbers_by_step(events: list[Event]) -> dict[int, set[str]]:

@@ -243,7 +243,7 @@ def test_workflow_refused_leaves_nothing_behind(
 ) -> None:
     """What cannot work is refused before work begins, with the value and a remedy; the disk is as it was."""
     changes, damage, named = REFUSED[case]
-    for room in ("abilities", "tracking.choose"):  # neither a framework nor a tracker, whatever is here
+    for room in ("abilities", "tracking.tracker"):  # neither a framework nor a tracker, whatever is here
         monkeypatch.setattr(f"finetune.{room}.find_spec", lambda library: None)
     place = make_data(tmp_path / "rows.jsonl", 11)
     if damage:

@@ -51,7 +51,7 @@ def _problems(path: Path | None, settings: ConfigOptions) -> tuple[list[Problem]
 def _missing_packages(config: "TrainingConfig") -> list[Problem]:
     """A problem for the backend and for the trackers that are asked for and not installed."""
     from finetune.abilities import require_backend
-    from finetune.tracking.choose import require_trackers
+    from finetune.tracking.tracker import require_trackers
 
     problems: list[Problem] = []
     needed: dict[str, Callable[[], None]] = {

@@ -8,9 +8,8 @@ from queue import SimpleQueue
 from threading import Thread
 
 from finetune.events import Event, TrackerFailed, TrackerOpened
-from finetune.tracking.choose import open_tracker
 from finetune.tracking.numbers import Digest
-from finetune.tracking.tracker import Tracked, Tracker
+from finetune.tracking.tracker import Tracked, Tracker, open_tracker
 
 PATIENCE = 60.0
 """Seconds that a run waits at its end, in all, for trackers to write what they were told."""
@@ -87,20 +86,18 @@ class _Line:
         self._thread.start()
 
     def put(self, event: Event) -> None:
-        """Let an event wait for the tracker, where there is room."""
         if self._waiting.qsize() < _MOST_WAITING:
             self._waiting.put(event)
         else:
             self._failed("it is too slow: what it was told is lost")
 
     def end(self, *, complete: bool) -> None:
-        """Nothing more will be told."""
         if not self._ended:
             self._ended, self._complete = True, complete
             self._waiting.put(None)  # for which there is always room
 
     def wait(self, seconds: float) -> float:
-        """Wait for the tracker to be done; the seconds that are left."""
+        """Wait until the tracker is done; returns the seconds that are left."""
         started = time.monotonic()
         if self._thread.is_alive():
             self._thread.join(max(0.0, seconds))
@@ -109,7 +106,7 @@ class _Line:
         return seconds - (time.monotonic() - started)
 
     def news(self) -> list[Event]:
-        """What the user has not been told yet: that the tracker was opened, and its first failure."""
+        """What the user does not know yet: that the tracker opened, and its first failure."""
         events: list[Event] = []
         if self.place is not None and "place" not in self._told:
             events.append(TrackerOpened(self.name, self.place))

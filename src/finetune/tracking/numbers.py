@@ -1,6 +1,6 @@
 """What a tracker is told of the events of a run: numbers by step, and at the end words and numbers without one."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from finetune.events import Event, FixedLoss, HeldOutLoss, RunJudged, StepDone, StoppedEarly
@@ -19,7 +19,17 @@ class Digest:
     def take(self, event: Event) -> Iterator[tuple[int, Numbers]]:
         """Take in one event; gives every step that is complete now, in order, once."""
         if isinstance(event, StepDone):
-            self._open.setdefault(event.step, {}).update(_of_step(event))
+            self._open.setdefault(event.step, {}).update(
+                {
+                    "train/loss": event.loss,
+                    "train/learning_rate": event.learning_rate,
+                    "train/grad_norm": event.grad_norm,
+                    "train/epoch": event.epoch,
+                    "train/tokens": float(event.tokens),
+                    "train/tokens_per_second": event.tokens_per_second,
+                    "train/rss_bytes": float(event.rss),
+                }
+            )
             yield from self.rest()
         elif isinstance(event, HeldOutLoss):
             self._open.setdefault(event.step, {})["held_out/loss"] = event.loss
@@ -31,25 +41,12 @@ class Digest:
         elif isinstance(event, StoppedEarly):
             self.words["ended"] = f"stopped early at step {event.step} of {event.total_steps}"
         elif isinstance(event, RunJudged):
-            self.words |= {"outcome": event.outcome, **_verdicts(event.verdicts)}
+            self.words |= {
+                "outcome": event.outcome,
+                **{f"verdict/{name}": outcome for name, outcome in event.verdicts.items()},
+            }
 
     def rest(self) -> Iterator[tuple[int, Numbers]]:
         """The steps whose numbers have not been given yet, in order."""
         for step in sorted(self._open):
             yield step, self._open.pop(step)
-
-
-def _of_step(event: StepDone) -> Numbers:
-    return {
-        "train/loss": event.loss,
-        "train/learning_rate": event.learning_rate,
-        "train/grad_norm": event.grad_norm,
-        "train/epoch": event.epoch,
-        "train/tokens": float(event.tokens),
-        "train/tokens_per_second": event.tokens_per_second,
-        "train/rss_bytes": float(event.rss),
-    }
-
-
-def _verdicts(outcomes: Mapping[str, str]) -> dict[str, str]:
-    return {f"verdict/{name}": outcome for name, outcome in outcomes.items()}

@@ -1,20 +1,25 @@
-"""What a tracker must offer, and what it is told of a run when it is opened."""
+"""Trackers by name, what each must offer, and what it learns of a run when it opens."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from finetune.errors import MissingExtraError
+
+NAMES = ("tensorboard", "trackio", "wandb", "mlflow")
+"""Every tracker; its name is that of its package, of its extra and of its file here."""
 NOTHING = -1
 """The last step of a tracker that holds none: step 0 is what was measured before training."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tracked:
-    """The run that is tracked.
+    """The run that is tracked; `parameters` are its settings by dotted key.
 
-    `id` is its own, `name` is for people, `parameters` are its settings by dotted key. A resumed run was begun by
-    another process, which may have told trackers of it up to any step.
+    Another process began a resumed run, and may have told trackers of it up to any step.
     """
 
     id: str
@@ -38,3 +43,23 @@ class Tracker(Protocol):
 
     def finish(self, words: Mapping[str, str], numbers: Mapping[str, float], *, complete: bool) -> None:
         """Take in how the run ended, and write what is not written yet."""
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers whose package is not installed; nothing is imported.
+
+    Raises:
+        MissingExtraError: the packages are not installed; what to install is named.
+    """
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(
+            f"tracking.to asks for {', '.join(missing)}, which {'are' if missing[1:] else 'is'} not installed",
+            hint=f"pip install 'finetune-suite[{','.join(missing)}]', or leave it out of tracking.to",
+        )
+
+
+def open_tracker(name: str, tracked: Tracked) -> Tracker:
+    """The tracker of this name, ready to be told of the run."""
+    tracker: Tracker = import_module(f"finetune.tracking.{name}").TRACKER(tracked)
+    return tracker
