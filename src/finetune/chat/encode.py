@@ -30,7 +30,7 @@ class Marked:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """A stretch of text that is encoded as a whole, with each character's mark; or one control token's id."""
+    """A stretch of text encoded as a whole, with a mark for each character; or one control token."""
 
     text: str
     marks: bytes
@@ -47,7 +47,7 @@ def encode_row(row: Rendered, tokenizer: FileTokenizer) -> TokenizedRow:
 
 
 def mark_rows(rows: Iterable[Rendered], tokenizer: FileTokenizer) -> Iterator[Marked]:
-    """Encode rows as `encode_row` does, many at a time, and say of each token what it is."""
+    """Encode rows as `encode_row` does, many at a time, and mark each token."""
     waiting = iter(rows)
     while some := list(islice(waiting, _TOGETHER)):
         runs = [_runs(row, tokenizer) for row in some]
@@ -69,7 +69,7 @@ def is_document(row: Rendered) -> bool:
 
 
 def _runs(row: Rendered, tokenizer: FileTokenizer) -> list[_Run]:
-    """The row cut where tokens must not reach across: at control tokens, and where an answer begins or ends."""
+    """The row cut where no token may reach across: at control tokens, and where an answer begins or ends."""
     runs: list[_Run] = []
     open_: list[tuple[str, int]] = []
 
@@ -87,7 +87,7 @@ def _runs(row: Rendered, tokenizer: FileTokenizer) -> list[_Run]:
         mark = TRAINED if segment.trained else KEPT if segment.control else REMOVABLE
         pieces = tokenizer.split_control(segment.text) if segment.control else [segment.text]
         for index, piece in enumerate(pieces):
-            if index % 2 == 0:
+            if index % 2 == 0:  # text; control tokens stand at the odd places
                 open_.append((piece, mark))
                 continue
             close()
@@ -98,7 +98,10 @@ def _runs(row: Rendered, tokenizer: FileTokenizer) -> list[_Run]:
 
 
 def _encode_runs(runs: Sequence[_Run], tokenizer: FileTokenizer) -> Iterator[tuple[Sequence[int], bytes]]:
-    """Ids and marks of each run; where the characters fell is asked for only where their marks differ."""
+    """Ids and marks of each run.
+
+    Character spans take the tokenizer's slow way, so that only runs of several marks go through it.
+    """
     uniform = [run.control is None and run.marks.count(run.marks[0]) == len(run.marks) for run in runs]
     plain = iter(tokenizer.encode_many([run.text for run, same in zip(runs, uniform, strict=True) if same]))
     mixed = iter(
@@ -115,5 +118,6 @@ def _encode_runs(runs: Sequence[_Run], tokenizer: FileTokenizer) -> Iterator[tup
         else:
             ids, spans = next(mixed)
             last = len(run.marks) - 1
-            # A token that also covers a character of the markup is kept with it.
+            # KEPT < REMOVABLE < TRAINED: a token over several marks takes the most careful one, so that no token that
+            # covers markup is cut, and none that covers a prompt is trained. One of no characters takes its place's.
             yield ids, bytes(min(run.marks[start:end], default=run.marks[min(start, last)]) for start, end in spans)

@@ -40,9 +40,10 @@ class ChatTemplate:
         ordered = sorted(control_tokens, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, ordered)) if ordered else "(?!)")
         self._eos = eos
+        self._skeletons: dict[tuple[tuple[str, ...], bool], list[str]] = {}
 
     def render(self, conversation: Conversation) -> Rendered:
-        """The conversation as training text: every assistant answer and its terminator are marked trained.
+        """The conversation as training text: answers and their terminators are marked trained.
 
         Raises:
             TemplateError: the template refuses the roles, rewrites the text, loses a message, or would ask at serve
@@ -66,18 +67,19 @@ class ChatTemplate:
         pieces = self._cut(messages, where, add_generation_prompt=asking)
         segments: list[Segment] = []
         for index, (markup, text) in enumerate(zip(pieces[0::2], [*pieces[1::2], ""], strict=True)):
-            message = messages[index] if index < len(messages) else None
-            terminator = self._terminator(markup, where) if index and _is_answer(messages[index - 1]) else ""
+            role = messages[index].role if index < len(messages) else "markup"
+            answered = index > 0 and messages[index - 1].role == "assistant"
+            terminator = self._terminator(markup, where) if answered else ""
             segments.append(Segment(terminator, "assistant", trained=not asking, control=True))
             rest = markup[len(terminator) :]
-            if _is_answer(message):
+            if role == "assistant":
                 prompt, spoken = self._opened(segments, rest, messages[:index], where)
                 segments.append(Segment(prompt, "markup", trained=False, control=True))
                 segments.append(Segment(spoken, "assistant", trained=not asking, control=True))
                 segments.append(Segment(text, "assistant", trained=not asking, control=False))
             else:
                 segments.append(Segment(rest, "markup", trained=False, control=True))
-                segments.append(Segment(text, message.role if message else "markup", trained=False, control=False))
+                segments.append(Segment(text, role, trained=False, control=False))
         return Rendered(tuple(segment for segment in segments if segment.text), where)
 
     def render_document(self, document: Document) -> Rendered:
@@ -107,8 +109,13 @@ class ChatTemplate:
 
     def _cut(self, messages: tuple[Message, ...], where: str, *, add_generation_prompt: bool = False) -> list[str]:
         """Markup and message texts in turn: [markup, text, ..., text, markup], each text as the template shows it."""
-        marked = [Message(message.role, f"\ue000{index}\ue001") for index, message in enumerate(messages)]
-        pieces = _MARKER.split(self._call(marked, where, add_generation_prompt=add_generation_prompt))
+        # What stands around the texts depends on the roles alone, so that rows of the same roles share it.
+        key = tuple(message.role for message in messages), add_generation_prompt
+        if key not in self._skeletons:
+            marked = [Message(message.role, f"\ue000{index}\ue001") for index, message in enumerate(messages)]
+            shown = self._call(marked, where, add_generation_prompt=add_generation_prompt)
+            self._skeletons[key] = _MARKER.split(shown)
+        pieces = [*self._skeletons[key]]
         order = [int(number) for number in pieces[1::2]]
         if order != list(range(len(messages))):
             lost = sorted(set(range(len(messages))) - set(order))
@@ -161,10 +168,6 @@ class ChatTemplate:
             )
         spoken = trained_on[len(served) :]
         return markup[: len(markup) - len(spoken)], spoken
-
-
-def _is_answer(message: Message | None) -> bool:
-    return message is not None and message.role == "assistant"
 
 
 def _texts_between(markup: Sequence[str], messages: Sequence[Message], real: str) -> list[str] | None:

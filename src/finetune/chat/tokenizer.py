@@ -83,8 +83,7 @@ class FileTokenizer:
 
     def description(self) -> dict[str, Any]:
         """What `tokenizer.json` says, also of a tokenizer that came without one."""
-        said: dict[str, Any] = json.loads(self._markup.to_str())
-        return said
+        return json.loads(self._markup.to_str())  # type: ignore[no-any-return]
 
     def identity(self) -> str:
         """A hash that two tokenizers share only when they make the same ids of every text."""
@@ -101,11 +100,8 @@ class FileTokenizer:
 
     def prepends_bos(self, settings: dict[str, Any]) -> bool:
         """Whether this tokenizer puts a begin-of-text token in front of a text by itself."""
-        if self.bos_id is None:
-            return False
-        if self._markup.encode("a").ids[:1] == [self.bos_id]:
-            return True
-        return settings.get("add_bos_token") is True
+        prepends = self._markup.encode("a").ids[:1] == [self.bos_id] or settings.get("add_bos_token") is True
+        return self.bos_id is not None and prepends
 
 
 def _load(folder: Path) -> "RustTokenizer":

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Literal
 
 from finetune.errors import MissingExtraError, ModelError
 from finetune.records import ModelLocation
@@ -19,30 +20,24 @@ def locate_model(name: str, *, revision: str | None = None) -> ModelLocation:
     Raises:
         ModelError: nothing there, not a model folder, the hub cannot be reached, or a revision of what has none.
     """
-    if name in SHIPPED:
-        _refuse_revision(name, revision)
-        return ModelLocation(name, SHIPPED_FOLDER / name, "shipped")
     try:
-        folder = Path(name).expanduser()
+        folder = SHIPPED_FOLDER / name if name in SHIPPED else Path(name).expanduser()
         is_folder, is_there = folder.is_dir(), folder.exists()
     except (OSError, RuntimeError) as error:  # a name longer than the disk takes; the home folder of nobody
         raise ModelError(f"model folder {name!r} does not exist: {error}", hint=_OFFLINE_HINT) from None
+    if is_folder and revision is not None:
+        raise ModelError(
+            f"model.revision is {revision!r}, but {name!r} lies on this machine and has no revisions",
+            hint="leave out model.revision, or name a Hub model",
+        )
     if is_folder:
-        _refuse_revision(name, revision)
-        return ModelLocation(name, _checked(folder.resolve()), "local")
+        place: Literal["shipped", "local"] = "shipped" if name in SHIPPED else "local"
+        return ModelLocation(name, folder if place == "shipped" else _checked(folder.resolve()), place)
     if is_there:
         raise ModelError(f"model {name!r} is a file", hint="name the folder that holds config.json")
     if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
         raise ModelError(f"model folder {name!r} does not exist", hint=_OFFLINE_HINT)
     return ModelLocation(name, _checked(_download(name, revision)), "hub")
-
-
-def _refuse_revision(name: str, revision: str | None) -> None:
-    if revision is not None:
-        raise ModelError(
-            f"model.revision is {revision!r}, but {name!r} lies on this machine and has no revisions",
-            hint="leave out model.revision, or name a Hub model",
-        )
 
 
 def _checked(folder: Path) -> Path:

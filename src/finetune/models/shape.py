@@ -1,6 +1,7 @@
 """Reads a model's shape from its config and the headers of its safetensors files, without loading a weight."""
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -30,7 +31,7 @@ def read_shape(folder: Path) -> ModelShape:
     linear = [
         LinearLayer(name.removesuffix(".weight"), (shape[0], shape[1]))
         for name, shape in sorted(tensors.items())
-        if len(shape) == 2 and name.endswith(".weight") and not _is_table(name)
+        if len(shape) == 2 and name.endswith(".weight") and not any(map(_TABLES.fullmatch, name.split(".")))
     ]
     named = config.get("architectures")
     architecture = named[0] if isinstance(named, list) and named else config.get("model_type", "unknown")
@@ -38,17 +39,18 @@ def read_shape(folder: Path) -> ModelShape:
     text = nested if isinstance(nested, dict) else config
     hidden = _first(text, "hidden_size", "n_embd", "d_model")
     heads = _first(text, "num_attention_heads", "n_head", "num_heads")
-    tied = _is_tied(config, tensors)
+    said = config.get("tie_word_embeddings")
+    tied = said if isinstance(said, bool) else not any(is_head(name) for name in tensors)
     layers = _first(text, "num_hidden_layers", "n_layer", "num_layers")
     if layers > len(tensors):  # else whoever builds it would be at it for as long as the number is large
         raise ModelError(
             f"{folder}: its config.json says {layers:,} layers, and its files hold {len(tensors):,} weights in all",
             hint="get the model again",
         )
-    weights = {name: shape for name, shape in tensors.items() if not _is_no_weight(name, shape, tied=tied)}
+    weights = {name: shape for name, shape in tensors.items() if not _is_extra(name, shape, tied=tied)}
     return ModelShape(
         architecture=str(architecture),
-        parameters=sum(_size(shape) for shape in weights.values()),
+        parameters=sum(math.prod(shape) for shape in weights.values()),
         vocab_size=_first(text, "vocab_size"),
         hidden_size=hidden,
         layers=layers,
@@ -156,18 +158,8 @@ def is_head(name: str) -> bool:
     return name.removesuffix(".weight").rsplit(".", 1)[-1] in _HEADS
 
 
-def _is_table(name: str) -> bool:
-    return any(_TABLES.fullmatch(part) for part in name.split("."))
-
-
-def _is_tied(config: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> bool:
-    """Whether one table is both embedding and output head: as the config says, or else as a missing head shows."""
-    said = config.get("tie_word_embeddings")
-    return said if isinstance(said, bool) else not any(is_head(name) for name in tensors)
-
-
-def _is_no_weight(name: str, shape: tuple[int, ...], *, tied: bool) -> bool:
-    """Of no weight's own: a tied head saved twice, and the masks and frequencies that old files carry."""
+def _is_extra(name: str, shape: tuple[int, ...], *, tied: bool) -> bool:
+    """Whether a tensor is no weight: a tied head saved twice, or a mask or frequency that old files carry."""
     is_mask = name.endswith(".bias") and len(shape) == 4
     return is_mask or name.endswith((".masked_bias", ".inv_freq")) or (tied and is_head(name))
 
@@ -181,10 +173,3 @@ def _share(config: dict[str, Any], *keys: str) -> float:
 def _first(config: dict[str, Any], *keys: str) -> int:
     said = (config.get(key) for key in keys)
     return next((int(value) for value in said if isinstance(value, int) and value > 0), 0)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    total = 1
-    for side in shape:
-        total *= side
-    return total
