@@ -16,31 +16,24 @@ def write_text(path: Path, text: str) -> None:
     """Put `text` at `path` atomically: a reader sees the old file or the new one, never half of it.
 
     Raises:
-        StorageError: no space left, read-only, ...; what was at `path` before is intact.
+        StorageError: no space left, read-only, ...; what was at `path` before is intact. So it is with every
+            function here that writes.
     """
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Put `content` at `path` atomically, as `write_text` does.
-
-    Raises:
-        StorageError: as `write_text`.
-    """
+    """Put `content` at `path` atomically."""
 
     def fill(temporary: Path) -> None:
-        with temporary.open("xb") as file:
+        with temporary.open("xb") as file:  # never through a link that somebody put there
             file.write(content)
 
     write_file(path, fill)
 
 
 def write_file(path: Path, fill: Callable[[Path], object]) -> None:
-    """Let `fill` write a temporary file, then put it at `path` in one rename.
-
-    Raises:
-        StorageError: as `write_text`; where `fill` raises, what was at `path` before is intact too.
-    """
+    """Let `fill` write a temporary file, then put it at `path` in one rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with storage_errors(path):
         # Only ever a new file: what bears the name already may be a link to somewhere else.
@@ -54,30 +47,18 @@ def write_file(path: Path, fill: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Put `value` at `path` as JSON, atomically. NaN and infinity are refused: they are not JSON.
-
-    Raises:
-        StorageError: as `write_text`.
-    """
+    """Put `value` at `path` as JSON, atomically; NaN and infinity are refused, they are not JSON."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, where they are missing.
-
-    Raises:
-        StorageError: it cannot be made.
-    """
+    """Make a folder and those above it, where they are missing."""
     with storage_errors(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def check_space(path: Path, wanted: int, *, smaller: str) -> None:
-    """Refuse to write what the disk has no room for; `smaller` says how less can be written.
-
-    Raises:
-        OutputError: it has not, where the folder that `path` is in lies.
-    """
+    """Raise OutputError where the disk has no room for `wanted` bytes; `smaller` says how to write less."""
     free = shutil.disk_usage(path.parent).free
     if wanted > free:
         raise OutputError(
@@ -90,7 +71,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write into a temporary folder, then put it at `path` in one rename.
 
     Raises:
-        StorageError: as `write_text`; `path` does not exist afterwards.
+        StorageError: `path` does not exist afterwards.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with storage_errors(path):
@@ -98,7 +79,10 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         temporary.mkdir(parents=True)
         try:
             fill(temporary)
-            _flush_tree(temporary)
+            # Content before names: after a crash a name must never lead to a file that is not all there.
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    flush(file)
             temporary.rename(path)
             flush(path.parent)
         finally:
@@ -106,11 +90,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that it is whole or gone under its name, whenever the process is killed.
-
-    Raises:
-        StorageError: it cannot be removed.
-    """
+    """Remove a folder so that it is whole or gone under its name, whenever the process is killed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with storage_errors(path):
         path.rename(temporary)
@@ -118,23 +98,19 @@ def remove_folder(path: Path) -> None:
 
 
 def remove_torn(folder: Path, *, like: str = "*") -> None:
-    """Remove what a killed process left half written in `folder`: nobody would ever read it or remove it otherwise.
-
-    Args:
-        like: a pattern of the names to remove, where somebody may be writing others.
-    """
+    """Remove what a killed process left half written in `folder`, of names `like` a pattern."""
     for torn in [path for path in folder.glob(like) if is_torn(path)]:
         shutil.rmtree(torn) if torn.is_dir() and not torn.is_symlink() else torn.unlink()
 
 
 def is_torn(path: Path) -> bool:
-    """Whether a name is one that only what is still being written has."""
+    """Whether a path has the name of something half written."""
     return path.name.startswith(".") and path.name.endswith(".part")
 
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system or a writing library says of the disk into one clear error."""
+    """Turn errors of the disk, whoever raises them, into StorageError."""
     try:
         yield
     except OSError as error:
@@ -168,14 +144,8 @@ def describe_file(path: Path, *, name: str | None = None) -> dict[str, Any]:
     return {"path": name or str(path), "sha256": file_hash(path), "bytes": path.stat().st_size}
 
 
-def _flush_tree(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            flush(file)
-
-
 def flush(path: Path) -> None:
-    """Have a file, or the names in a folder, on disk."""
+    """Flush a file, or the names in a folder, to the disk."""
     if os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY)

@@ -14,7 +14,7 @@ from finetune.errors import EvidenceError
 
 
 def python_command(*words: str) -> list[str]:
-    """The command that runs this interpreter; what lies in the working folder is never imported there.
+    """The command that runs this interpreter and imports nothing from the working folder.
 
     Without `-P` Python looks there first: a user's own `json.py` beside the data would be executed.
     """
@@ -24,11 +24,9 @@ def python_command(*words: str) -> list[str]:
 def ask_child(module: str, request: dict[str, Any], *, timeout: float = 600) -> dict[str, Any]:
     """Run `python -m module`, hand it `request` on standard input and return the object it prints last.
 
-    Args:
-        timeout: seconds; the child is killed when it takes longer.
-
     Raises:
-        EvidenceError: the child failed, took too long or printed no answer; its last words are quoted.
+        EvidenceError: the child failed, took longer than `timeout` seconds or printed no answer; its last words are
+            quoted.
     """
     command = python_command("-m", module)
     try:
@@ -67,9 +65,9 @@ _CONTROL = Path("/proc/self/clear_refs")
 
 
 def peak_rss() -> int | None:
-    """The highest resident set of this process so far, in bytes; None where the system does not tell.
+    """The highest resident set of this process so far, in bytes; None where the system does not say.
 
-    On Linux `getrusage` will not do: what it tells of a process begins with the peak of the one that started it.
+    On Linux `getrusage` will not do: its figure begins with the peak of the process that started this one.
     """
     if _STATUS.exists():
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
@@ -78,10 +76,10 @@ def peak_rss() -> int | None:
 
 
 def largest_child() -> int | None:
-    """The highest resident set of any one child, or child of a child, that has been waited for, in bytes.
+    """The highest resident set of any child, or child of a child, that has ended, in bytes; 0 without one.
 
-    0 where there was none, None where the system does not tell. On Linux it is no less than what this process held
-    when it started the child: together with `peak_rss` the larger of both is right.
+    None where the system does not say. On Linux it is at least what this process held when it started the child:
+    together with `peak_rss` the larger of both is right.
     """
     return _most_resident("RUSAGE_CHILDREN")
 

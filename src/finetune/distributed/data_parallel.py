@@ -39,7 +39,7 @@ class SingleProcess:
 
 
 def data_parallel(session: Session, group: Group, *, shares: int, seed: int, done_steps: int = 0) -> Session:
-    """The session as the training loop is to see it: what it is asked, all processes of the group do together.
+    """The session that the training loop sees: all processes of the group do together what it is asked.
 
     Every batch is dealt into `shares`, and each process computes every `group.size`-th of them. What a share draws at
     random depends on seed, step and share alone: whoever computes it, and also after a resume, it comes out the same.
@@ -51,7 +51,7 @@ def data_parallel(session: Session, group: Group, *, shares: int, seed: int, don
 
 
 class _DataParallelSession:
-    """A session that leaves to others what is theirs; all that is not here is the session's own."""
+    """A session that computes its own shares of each batch; everything else is the session's own."""
 
     def __init__(self, session: Session, group: Group, shares: int, seed: int, done_steps: int) -> None:
         self._session = session
@@ -84,17 +84,14 @@ class _DataParallelSession:
         return self._group.total(loss)
 
     def gradient_norms(self) -> dict[str, float]:
-        """The norms of the summed gradients."""
         self._pool()
         return self._session.gradient_norms()
 
     def clip_gradients(self) -> float:
-        """Clip the summed gradients: every process sees the same norm and clips alike."""
-        self._pool()
+        self._pool()  # every process sees the same sum, so all clip alike
         return self._session.clip_gradients()
 
     def update(self, learning_rate: float) -> None:
-        """Step the optimizer: every process the same step."""
         self._session.update(learning_rate)
         self._step += 1
         self._batch = 0
@@ -106,22 +103,22 @@ class _DataParallelSession:
 
 
 def check_same(group: Group, facts: Mapping[str, Any]) -> None:
-    """Make sure that every process of the group is about to train the same thing from the same step.
+    """Refuse to train where one process of the group sees other settings, data, weights or checkpoints.
 
     Raises:
-        RefusedError: one of them sees other settings, data, weights or checkpoints.
+        RefusedError: they do not agree; what they disagree on is named.
     """
     if group.size == 1:
         return
-    differing = [name for name, value in facts.items() if group.total(_mark(value)) != _mark(value) * group.size]
+    marks = {}
+    for name, value in facts.items():
+        digest = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).digest()
+        marks[name] = float(
+            int.from_bytes(digest[:5], "big")
+        )  # below 2**40: sums over thousands of processes are exact
+    differing = [name for name, mark in marks.items() if group.total(mark) != mark * group.size]
     if differing:
         raise RefusedError(
             f"the processes of this run do not agree on: {', '.join(differing)}",
             hint="give every process the same files, settings and versions; --output must be a folder they all see",
         )
-
-
-def _mark(value: Any) -> float:
-    """A number that stands for a value; below 2**40, so that the sum over thousands of processes is exact."""
-    digest = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).digest()
-    return float(int.from_bytes(digest[:5], "big"))

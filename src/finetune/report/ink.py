@@ -33,6 +33,23 @@ TEXT_SIZE = 12.0
 MARK = "mark"
 
 
+_SETTINGS: Any = {  # matplotlib 3.11 types the keys one by one, earlier ones as text
+    "svg.fonttype": "none",
+    "svg.hashsalt": "finetune",
+    "text.parse_math": False,
+    "font.size": TEXT_SIZE,
+    "axes.linewidth": 1.0,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    **dict.fromkeys(("text.color", "legend.labelcolor"), INK),
+    **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), MUTED),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), RULE),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "figure.edgecolor"), "none"),
+    **dict.fromkeys(("lines.solid_capstyle", "lines.solid_joinstyle"), "round"),
+}
+
+
 @contextmanager
 def sheet(width: int, height: int) -> Iterator["Figure"]:
     """A blank figure of that many CSS pixels, deaf to the user's own matplotlib settings."""
@@ -45,36 +62,8 @@ def sheet(width: int, height: int) -> Iterator["Figure"]:
         ) from error
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        settings: Any = _settings()  # matplotlib 3.11 types the keys one by one, earlier ones as text
-        matplotlib.rcParams.update(settings)
+        matplotlib.rcParams.update(_SETTINGS)
         yield Figure(figsize=(width / _POINTS_PER_INCH, height / _POINTS_PER_INCH))
-
-
-def _settings() -> dict[str, Any]:
-    return {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "finetune",
-        "text.parse_math": False,
-        "font.size": TEXT_SIZE,
-        "text.color": INK,
-        "axes.edgecolor": RULE,
-        "axes.labelcolor": MUTED,
-        "axes.facecolor": "none",
-        "axes.linewidth": 1.0,
-        "xtick.color": RULE,
-        "ytick.color": RULE,
-        "xtick.labelcolor": MUTED,
-        "ytick.labelcolor": MUTED,
-        "grid.color": RULE,
-        "grid.linewidth": 0.8,
-        "legend.frameon": False,
-        "legend.labelcolor": INK,
-        "figure.facecolor": "none",
-        "figure.edgecolor": "none",
-        "lines.linewidth": 1.8,
-        "lines.solid_capstyle": "round",
-        "lines.solid_joinstyle": "round",
-    }
 
 
 def plain_axes(axes: "Axes", *, grid: str) -> None:
