@@ -7,7 +7,7 @@ Source: https://pkg.go.dev/text/template
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple, TypeAlias
 
 from finetune.errors import TemplateError
 
@@ -18,167 +18,208 @@ _TOKEN = re.compile(
 _CLOSED = re.compile(r"\s*\}\}")
 _ESCAPE = re.compile(r"\\(u[0-9a-f]{4}|U[0-9a-f]{8}|[\\\"ntr])")
 _LETTERS = {"\\": "\\", '"': '"', "n": "\n", "t": "\t", "r": "\r"}
-_TRIES = 100_000
+_MAX_DEPTH = 100_000
 """How deep Go lets templates call each other."""
+
+_Token: TypeAlias = tuple[str, str]
+"""The kind (a group of `_TOKEN`) and the text."""
+_Value: TypeAlias = "bytes | int | Mapping[str, _Value] | Sequence[_Value] | None"
 
 
 class ExecutionError(Exception):
     """Executing the template failed, as it would in Go."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Node:
-    """Text to show, or what an action does: its word, its expressions, and the bodies that belong to it."""
+@dataclass(slots=True)
+class _Scope:
+    """What `.` means, and the variables; `$` is what `.` was where the template began."""
 
-    word: str
-    given: Any = None
-    bodies: tuple[tuple["_Node", ...], ...] = ()
+    dot: _Value
+    variables: dict[str, _Value]
+
+
+_Expression = Callable[[_Scope], _Value]
+
+
+# The actions; a body is a tuple of them.
+class _Text(NamedTuple):
+    text: bytes
+
+
+class _Show(NamedTuple):
+    value: _Expression
+
+
+class _Assign(NamedTuple):
+    variable: str
+    value: _Expression
+
+
+class _If(NamedTuple):
+    condition: _Expression
+    then: "_Nodes"
+    otherwise: "_Nodes"
+
+
+class _Range(NamedTuple):
+    values: _Expression
+    body: "_Nodes"
+
+
+class _Call(NamedTuple):
+    template: bytes
+    dot: _Expression
+
+
+_Nodes: TypeAlias = "tuple[_Text | _Show | _Assign | _If | _Range | _Call, ...]"
 
 
 def quoted(text: str) -> str:
-    """A text as a string of Go, in characters that can be printed."""
-    return '"' + "".join(map(_escaped, text)) + '"'
+    """The text as a Go string of printable characters."""
+
+    def escaped(character: str) -> str:
+        if character in '"\\':
+            return "\\" + character
+        if character.isprintable():
+            return character
+        number = ord(character)
+        return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+    return '"' + "".join(map(escaped, text)) + '"'
 
 
 def literal(text: str) -> str:
-    """A text as a template that shows it: what Go would read as an action, or nobody can see, stands in strings."""
-    pieces = re.findall(r'[^{"]+|\{+|"+', text)
+    """A template that shows the text: what Go would read as an action, or nobody can see, stands in strings."""
     shown: list[str] = []
-    for piece in pieces:
+    for piece in re.findall(r'[^{"]+|\{+|"+', text):
+        # A brace could begin an action together with what follows; two quotes could end the Modelfile's own string.
         plain = piece[0] != "{" and '""' not in piece and all(each.isprintable() or each == "\n" for each in piece)
         shown.append(piece if plain else f"{{{{ {quoted(piece)} }}}}")
     return "".join(shown)
-
-
-def _escaped(character: str) -> str:
-    if character in '"\\':
-        return "\\" + character
-    if character.isprintable():
-        return character
-    number = ord(character)
-    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
 
 
 class GoTemplate:
     """A template in Go's language.
 
     Raises:
-        TemplateError: it is none, or uses more of the language than is known here.
+        TemplateError: the text is no template, or uses more of the language than is known here.
     """
 
     def __init__(self, text: str) -> None:
-        self._pieces = _cut(text)
+        self._pieces = _tokenize(text)
         self._at = 0
-        self._defined: dict[bytes, tuple[_Node, ...]] = {}
-        self._body, ended = self._block()
-        if ended:
-            raise TemplateError(f"the Go template has {ended!r} where nothing was begun")
+        self._defined: dict[bytes, _Nodes] = {}
+        self._body, ending = self._parse_block()
+        if ending:
+            raise TemplateError(f"the Go template has {ending!r} where nothing was begun")
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """What it makes of a conversation, each message a `role` and a `content`.
+        """Render a conversation, each message a `role` and a `content`.
 
         Raises:
-            ExecutionError: it cannot be executed for these messages.
+            ExecutionError: the template cannot be executed for these messages.
         """
         turns = [{"Role": each["role"].encode(), "Content": each["content"].encode()} for each in messages]
+        dot: _Value = {"Messages": turns}
         shown: list[bytes] = []
-        dot: dict[str, Any] = {"Messages": turns}
-        self._run(self._body, dot, {"$": dot}, shown, depth=0)
+        self._run(self._body, _Scope(dot, {"$": dot}), shown, depth=0)
         return b"".join(shown).decode()
 
-    def _block(self) -> tuple[tuple[_Node, ...], str]:
-        """The nodes up to the action that ends them, and that action; empty at the end of the text."""
-        nodes: list[_Node] = []
+    def _parse_block(self) -> tuple[_Nodes, str]:
+        """The nodes up to the `end` or `else` that ends them, and that action; "" at the end of the text."""
+        nodes: list[_Text | _Show | _Assign | _If | _Range | _Call] = []
         while self._at < len(self._pieces):
-            kind, tokens = self._pieces[self._at]
+            piece = self._pieces[self._at]
             self._at += 1
-            if kind == "text":
-                nodes.append(_Node("text", tokens))
+            if isinstance(piece, bytes):
+                nodes.append(_Text(piece))
                 continue
-            word = tokens[0][1] if tokens and tokens[0][0] == "word" else ""
-            if word in ("end", "else"):
-                return tuple(nodes), " ".join(text for _, text in tokens)
-            nodes.append(self._action(word, tokens))
+            match piece:
+                case [("word", "end" | "else"), *_]:
+                    return tuple(nodes), " ".join(text for _, text in piece)
+                case [("word", "if"), *condition]:
+                    nodes.append(self._parse_if(condition))
+                case [("word", "range"), *values]:
+                    nodes.append(_Range(_parse(values), self._parse_body("range")))
+                case [("word", "define"), (_, name)]:
+                    self._defined[_unquoted(name)] = self._parse_body("define")
+                case [("word", "template"), (_, name), *dot]:
+                    nodes.append(_Call(_unquoted(name), _parse(dot)))
+                case [("variable", variable), (_, ":=" | "="), *value]:
+                    nodes.append(_Assign(variable, _parse(value)))
+                case _:
+                    nodes.append(_Show(_parse(piece)))
         return tuple(nodes), ""
 
-    def _action(self, word: str, tokens: list[tuple[str, str]]) -> _Node:
-        if word == "if":
-            return self._branches(tokens[1:])
-        if word in ("range", "define"):
-            body, ended = self._block()
-            if ended != "end":
-                raise TemplateError(f"the Go template does not end a {word}")
-            if word == "range":
-                return _Node(word, _parse(tokens[1:]), (body,))
-            self._defined[_text(tokens[1][1])] = body
-            return _Node("text", b"")
-        if word == "template":
-            return _Node(word, (_text(tokens[1][1]), _parse(tokens[2:])))
-        if len(tokens) > 2 and tokens[0][0] == "variable" and tokens[1][1] in (":=", "="):
-            return _Node("assign", (tokens[0][1], _parse(tokens[2:])))
-        return _Node("show", _parse(tokens))
+    def _parse_body(self, word: str) -> _Nodes:
+        body, ending = self._parse_block()
+        if ending != "end":
+            raise TemplateError(f"the Go template does not end a {word}")
+        return body
 
-    def _branches(self, condition: list[tuple[str, str]]) -> _Node:
-        body, ended = self._block()
-        otherwise: tuple[_Node, ...] = ()
-        if ended.startswith("else if "):
-            _, again = self._pieces[self._at - 1]
-            otherwise = (self._branches(again[2:]),)
-        elif ended == "else":
-            otherwise, ended = self._block()
-        if not otherwise and ended != "end":
+    def _parse_if(self, condition: list[_Token]) -> _If:
+        body, ending = self._parse_block()
+        otherwise: _Nodes = ()
+        if ending.startswith("else if "):
+            # One `end` closes the whole chain: the inner `if` takes it.
+            again = self._pieces[self._at - 1]
+            assert not isinstance(again, bytes)
+            return _If(_parse(condition), body, (self._parse_if(again[2:]),))
+        if ending == "else":
+            otherwise, ending = self._parse_block()
+        if ending != "end":
             raise TemplateError("the Go template does not end an if")
-        return _Node("if", _parse(condition), (body, otherwise))
+        return _If(_parse(condition), body, otherwise)
 
-    def _run(
-        self, nodes: tuple[_Node, ...], dot: Any, names: dict[str, Any], shown: list[bytes], *, depth: int
-    ) -> None:
+    def _run(self, nodes: _Nodes, scope: _Scope, shown: list[bytes], *, depth: int) -> None:
         for node in nodes:
-            if node.word == "text":
-                shown.append(node.given)
-            elif node.word == "show":
-                shown.append(_value(node.given, dot, names))
-            elif node.word == "assign":
-                name, expression = node.given
-                names[name] = _value(expression, dot, names)
-            elif node.word == "if":
-                body = node.bodies[0] if _value(node.given, dot, names) else node.bodies[1]
-                self._run(body, dot, names, shown, depth=depth)
-            elif node.word == "range":
-                for each in _value(node.given, dot, names):
-                    self._run(node.bodies[0], each, names, shown, depth=depth)
-            else:
-                self._call(node, dot, names, shown, depth)
+            match node:
+                case _Text(text):
+                    shown.append(text)
+                case _Show(value):
+                    found = value(scope)
+                    assert isinstance(found, bytes)
+                    shown.append(found)
+                case _Assign(variable, value):
+                    scope.variables[variable] = value(scope)
+                case _If(condition, then, otherwise):
+                    self._run(then if condition(scope) else otherwise, scope, shown, depth=depth)
+                case _Range(values, body):
+                    found = values(scope)
+                    assert isinstance(found, Sequence)
+                    for each in found:
+                        # Go gives the body a scope of its own, but `=` in it changes the variables around it.
+                        self._run(body, _Scope(each, scope.variables), shown, depth=depth)
+                case _Call():
+                    self._call(node, scope, shown, depth)
 
-    def _call(self, node: _Node, dot: Any, names: dict[str, Any], shown: list[bytes], depth: int) -> None:
-        """Execute another template; one that ends by calling another takes no more room of Python's."""
-        name, expression = node.given
-        for _ in range(depth, _TRIES):
-            dot = _value(expression, dot, names)
-            names = {"$": dot}
-            chosen = _chosen(self._defined[name], dot)
-            if chosen is None:
-                self._run(self._defined[name], dot, names, shown, depth=depth + 1)
+    def _call(self, call: _Call, scope: _Scope, shown: list[bytes], depth: int) -> None:
+        """Execute another template.
+
+        The derived templates strip a text by calling themselves once for each character, far deeper than Python can
+        recurse. A call that is all there is to do is therefore followed in this loop, without another frame.
+        """
+        for _ in range(depth, _MAX_DEPTH):
+            dot = call.dot(scope)
+            scope = _Scope(dot, {"$": dot})
+            body = self._defined[call.template]
+            while len(body) == 1 and isinstance(body[0], _If):
+                body = body[0].then if body[0].condition(scope) else body[0].otherwise
+            if len(body) != 1 or not isinstance(body[0], _Call):
+                self._run(body, scope, shown, depth=depth + 1)
                 return
-            name, expression = chosen.given
+            call = body[0]
         raise ExecutionError("exceeded maximum template depth")
 
 
-def _chosen(body: tuple[_Node, ...], dot: Any) -> _Node | None:
-    """The call that is all a body comes to; None where it does anything else."""
-    while len(body) == 1 and body[0].word == "if":
-        body = body[0].bodies[0] if _value(body[0].given, dot, {"$": dot}) else body[0].bodies[1]
-    return body[0] if len(body) == 1 and body[0].word == "template" else None
-
-
-def _cut(text: str) -> list[tuple[str, Any]]:
+def _tokenize(text: str) -> list[bytes | list[_Token]]:
     """Stretches of text, and actions as their tokens."""
-    pieces: list[tuple[str, Any]] = []
+    pieces: list[bytes | list[_Token]] = []
     at = 0
     while (begun := text.find("{{", at)) >= 0:
         if begun > at:
-            pieces.append(("text", text[at:begun].encode()))
-        tokens: list[tuple[str, str]] = []
+            pieces.append(text[at:begun].encode())
+        tokens: list[_Token] = []
         at = begun + 2
         while not (closed := _CLOSED.match(text, at)):
             found = _TOKEN.match(text, at)
@@ -187,63 +228,68 @@ def _cut(text: str) -> list[tuple[str, Any]]:
             tokens.append((found.lastgroup, found[found.lastgroup]))
             at = found.end()
         at = closed.end()
-        pieces.append(("action", tokens))
-    return [*pieces, ("text", text[at:].encode())]
+        pieces.append(tokens)
+    return [*pieces, text[at:].encode()]
 
 
-def _text(string: str) -> bytes:
-    """What a string of Go means."""
-
-    def meant(found: re.Match[str]) -> str:
-        return _LETTERS.get(found[1]) or chr(int(found[1][1:], 16))
-
-    return _ESCAPE.sub(meant, string[1:-1]).encode()
+def _unquoted(string: str) -> bytes:
+    """The value of a Go string."""
+    return _ESCAPE.sub(lambda found: _LETTERS.get(found[1]) or chr(int(found[1][1:], 16)), string[1:-1]).encode()
 
 
-def _parse(tokens: list[tuple[str, str]]) -> Any:
-    """An expression: what each of its words stands for; a list is a call, its first element the function."""
+def _parse(tokens: list[_Token]) -> _Expression:
     waiting = list(reversed(tokens))
-    parsed = _operands(waiting)
-    if waiting or not parsed:
+    expression = _parse_call(waiting)
+    if waiting or expression is None:
         raise TemplateError(f"the Go template holds an expression that is none: {' '.join(text for _, text in tokens)}")
-    return parsed if isinstance(parsed[0], str) else parsed[0]
+    return expression
 
 
-def _operands(waiting: list[tuple[str, str]]) -> list[Any]:
-    found: list[Any] = []
+def _parse_call(waiting: list[_Token]) -> _Expression | None:
+    """A function with its arguments, or a single value, up to the parenthesis that closes it; takes from `waiting`."""
+    function, values = "", list[_Expression]()
     while waiting:
         kind, text = waiting.pop()
-        if text == ")" and kind == "sign":
+        if (kind, text) == ("sign", ")"):
             break
-        if text == "(" and kind == "sign":
-            inner = _operands(waiting)
-            found.append(inner if isinstance(inner[0], str) else inner[0])
-        elif kind == "word":
+        if kind == "word":
             if text not in _FUNCTIONS and text not in ("and", "or"):
                 raise TemplateError(f"the Go template calls {text!r}, which is not known here")
-            found.append(text)
+            function = function or text
+        elif (kind, text) == ("sign", "("):
+            inner = _parse_call(waiting)
+            values += [inner] if inner else []
         else:
-            found.append((kind, int(text) if kind == "number" else _text(text) if kind == "string" else text))
-    return found
+            values.append(_operand(kind, text))
+    if function in ("and", "or"):
+        return lambda scope: _decide(values, scope, until=function == "or")
+    if function:
+        return lambda scope: _FUNCTIONS[function](*(value(scope) for value in values))
+    return values[0] if values else None
 
 
-def _value(expression: Any, dot: Any, names: Mapping[str, Any]) -> Any:
-    if isinstance(expression, list):
-        name, *given = expression
-        if name in ("and", "or"):
-            value: Any = None
-            for each in given:  # Go stops at the first that decides
-                value = _value(each, dot, names)
-                if bool(value) is (name == "or"):
-                    break
-            return value
-        return _FUNCTIONS[name](*(_value(each, dot, names) for each in given))
-    kind, text = expression
+def _operand(kind: str, text: str) -> _Expression:
     if kind == "variable":
-        return names[text]
+        return lambda scope: scope.variables[text]
     if kind == "field":
-        return dot if text == "." else dot[text[1:]]
-    return text
+        return lambda scope: scope.dot if text == "." else _field(scope.dot, text[1:])
+    value = int(text) if kind == "number" else _unquoted(text)
+    return lambda scope: value
+
+
+def _field(value: _Value, name: str) -> _Value:
+    assert isinstance(value, Mapping)
+    return value[name]
+
+
+def _decide(values: Sequence[_Expression], scope: _Scope, *, until: bool) -> _Value:
+    """The first value that is true (`or`) or false (`and`), else the last; as in Go, none after it is computed."""
+    found: _Value = None
+    for value in values:
+        found = value(scope)
+        if bool(found) is until:
+            break
+    return found
 
 
 def _slice(value: bytes, *ends: int) -> bytes:
@@ -252,7 +298,7 @@ def _slice(value: bytes, *ends: int) -> bytes:
     return value[slice(*ends)] if len(ends) == 2 else value[ends[0] :]
 
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
+_FUNCTIONS: dict[str, Callable[..., _Value]] = {
     "eq": lambda value, *others: value in others,
     "ge": lambda left, right: left >= right,
     "len": len,
