@@ -112,7 +112,7 @@ def judged(off: float, *, token: int | None = None, gap: float = 0.0, bound: flo
 def test_drift_within_the_bound_holds_and_beyond_it_is_told() -> None:
     """Equal is equal; half of the bound holds; twice the bound is named with what is measured and allowed."""
     drift, found = judged(0.0)
-    assert (drift.partings, drift.places, drift.told, found) == ((), 4, 12, [])
+    assert (drift.mismatches, drift.places, drift.told, found) == ((), 4, 12, [])
     assert judged(0.05)[1] == []
     [said] = [words for words in judged(0.2)[1] if "spreads" in words]
     assert "allowed: 0.1" in said
@@ -122,12 +122,12 @@ def test_drift_within_the_bound_holds_and_beyond_it_is_told() -> None:
 def test_another_token_is_held_to_how_near_a_tie_it_was() -> None:
     """A token that differs is told with its place and both ids; at a tie it is no fault, far from one it is."""
     near, found = judged(0.0, token=7, gap=0.1)
-    [parting] = near.partings
-    assert (parting.question, parting.token, parting.own, parting.theirs) == (0, 1, 5, 7)
-    assert parting.gap == pytest.approx(0.1 * parting.spread, rel=0.2)
+    [mismatch] = near.mismatches
+    assert (mismatch.question, mismatch.token, mismatch.own, mismatch.theirs) == (0, 1, 5, 7)
+    assert mismatch.gap == pytest.approx(0.1 * mismatch.spread, rel=0.2)
     assert found == []
     far, found = judged(0.0, token=7, gap=0.5)
-    assert [parting.token for parting in far.partings] == [1]
+    assert [mismatch.token for mismatch in far.mismatches] == [1]
     assert "question 0, token 1: token 7 instead of token 5" in found[0]
 
 

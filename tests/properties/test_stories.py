@@ -194,7 +194,7 @@ class OutOfOrder(InProcessSubject):
         super().__init__(About("failed", {"it": "1"}, dict.fromkeys(handlers, "")), handlers, [])
 
 
-def test_story_that_a_subject_cannot_be_told_is_not_applicable(
+def test_story_that_a_subject_unservable_reason_is_not_applicable(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A missing ability is named, and ends with 3; trouble that is no failed law is an error, and ends with 4."""

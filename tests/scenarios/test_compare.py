@@ -1,4 +1,4 @@
-"""Every way to compute a run is held to its trainer: what is the same passes, what is not is named."""
+"""Every path to compute a run is held to its trainer: what is the same passes, what is not is named."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ import gguf
 
 from finetune.backends import open_backend
 from finetune.cli.app import run as ft
-from finetune.compare.comparison import PATHS, SERVER, Equivalence, PathResult, compare_paths
+from finetune.compare.comparison import PATHS, SERVER, Comparison, PathResult, compare_paths
 from finetune.compare.paths import CallablePath
 from finetune.errors import EvidenceError, UsageError
 from finetune.evidence.answering import ask_session
@@ -41,14 +41,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run(tmp_path_factory.mktemp("compare"), "lora")
 
 
-def row_of(found: Equivalence, way: str) -> PathResult:
-    """The one row of a way."""
-    [row] = [row for row in found.rows if row.way == way]
+def row_of(found: Comparison, path: str) -> PathResult:
+    """The one row of a path."""
+    [row] = [row for row in found.rows if row.path == path]
     return row
 
 
 def test_every_way_computes_what_was_trained(run: Path) -> None:
-    """P-CONV: the run's questions through all ways: equal where weights are in float32, within the bound where not.
+    """P-CONV: the run's questions through all paths: equal where weights are in float32, within the bound where not.
 
     The trainer scores as the run did, and nothing that the run wrote is another.
     """
@@ -56,18 +56,18 @@ def test_every_way_computes_what_was_trained(run: Path) -> None:
     found = compare_paths(run)
     assert found.outcome == "passed"
     assert found.tokens >= 8
-    assert [row.way for row in found.rows] == [name for name in PATHS if name != "torch"]
+    assert [row.path for row in found.rows] == [name for name in PATHS if name != "torch"]
     for row in found.rows[1:]:
         assert (row.outcome, row.reason) == ("passed", ""), row
         assert row.drift is not None
         # A chat API tells answers, and of distributions too little.
-        assert row.drift.places == (0 if row.way == SERVER else found.tokens)
+        assert row.drift.places == (0 if row.path == SERVER else found.tokens)
         assert row.drift.questions == found.asked["learning"] >= 8
-        if row.way in EXACT:
-            assert row.drift.partings == ()
+        if row.path in EXACT:
+            assert row.drift.mismatches == ()
             assert row.bound == BOUNDS["f32"]
             assert row.right == found.rows[0].right
-    assert {row.bound for row in found.rows if row.way.startswith("gguf")} == set(BOUNDS.values())
+    assert {row.bound for row in found.rows if row.path.startswith("gguf")} == set(BOUNDS.values())
     coarse = row_of(found, "gguf-q8_0").drift
     assert coarse is not None
     assert coarse.mean_kl is not None
@@ -75,7 +75,7 @@ def test_every_way_computes_what_was_trained(run: Path) -> None:
     manifest = json.loads((run / "run.json").read_text(encoding="utf-8"))
     assert found.rows[0].right["learning"] == manifest["scores"]["learning"]["tuned"]["right"]
     told = json.loads((run / "equivalence.json").read_text(encoding="utf-8"))
-    assert (told["outcome"], len(told["ways"])) == ("passed", len(PATHS) - 1)
+    assert (told["outcome"], len(told["paths"])) == ("passed", len(PATHS) - 1)
     after = {path: path.read_bytes() for path in sorted(run.parent.rglob("*")) if path.is_file()}
     assert after.pop(run / "equivalence.json")
     assert after == before
@@ -84,7 +84,7 @@ def test_every_way_computes_what_was_trained(run: Path) -> None:
 
 
 def answers(change: Callable[[InferenceResponse], InferenceResponse], folder: Path, run: Path) -> CallablePath:
-    """A way that computes a model folder with torch, and changes what it tells."""
+    """A path that computes a model folder with torch, and changes what it tells."""
 
     def ask(asked: InferenceRequest) -> InferenceResponse:
         session = open_backend("torch").open(ModelLocation("x", folder, "local"), "float32", 0)
@@ -114,7 +114,7 @@ CHANGES: dict[str, tuple[Callable[[InferenceResponse], InferenceResponse], str]]
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_another_way_is_held_to_the_trainer(change: str, run: Path) -> None:
-    """A server of somebody's own is judged as our ways are: by ids and, where it tells them, by distributions."""
+    """A server of somebody's own is judged as our paths are: by ids and, where it tells them, by distributions."""
     tell, said = CHANGES[change]
     found = compare_paths(run, (), more=[answers(tell, run.parent / "model", run)])
     row = row_of(found, "other")
@@ -135,7 +135,7 @@ def test_server_that_renders_otherwise_is_told(run: Path, monkeypatch: pytest.Mo
     row = row_of(compare_paths(run, [SERVER]), SERVER)
     assert row.outcome == "failed"
     assert row.drift is not None
-    assert row.drift.partings
+    assert row.drift.mismatches
 
 
 def test_the_base_is_not_taken_for_what_was_trained(run: Path) -> None:
@@ -238,13 +238,13 @@ def test_what_is_damaged_is_told_by_name(what: str, written: Path, capsys: pytes
     assert len(SPOILT) == 21
     name, spoil, said = SPOILT[what]
     path, kept = written / name, (written / name).read_bytes()
-    way = "gguf-f16" if name == GGUF else "merged"
+    through = "gguf-f16" if name == GGUF else "merged"
     spoil(path)
     spoilt = path.read_bytes() if path.exists() else None
     try:
-        code = ft(["compare", str(written), "--through", way, "--json"])
+        code = ft(["compare", str(written), "--through", through, "--json"])
         told = json.loads(capsys.readouterr().out)
-        [row] = [row for row in told["ways"] if row["way"] == way]
+        [row] = [row for row in told["paths"] if row["path"] == through]
         assert (code, told["outcome"], row["outcome"]) == (1, "failed", "failed"), row
         assert path.name in row["reason"] or "merged" in row["reason"]
         assert said in row["reason"]
@@ -262,17 +262,17 @@ def test_what_cannot_be_computed_is_skipped_with_the_reason(tmp_path: Path) -> N
     row = row_of(found, "reference")
     assert (row.outcome, "computes 'llama' only" in row.reason) == ("not applicable", True)
     assert found.outcome == "passed"
-    with pytest.raises(EvidenceError, match="no way could be held to the trainer"):
+    with pytest.raises(EvidenceError, match="no path could be compared with the trainer"):
         compare_paths(run, ("reference",))
-    with pytest.raises(UsageError, match="no way 'llama'"):
+    with pytest.raises(UsageError, match="no path 'llama'"):
         compare_paths(run, ("llama",))
     assert not list(run.glob(".*"))
 
 
 def test_table_says_what_the_file_says(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The terminal has a line for each way, with its outcome; what is not data goes elsewhere."""
+    """The terminal has a line for each path, with its outcome; what is not data goes elsewhere."""
     assert ft(["compare", str(run), "--through", "reference"]) == 0
     shown = capsys.readouterr()
     lines = [line.split() for line in shown.out.splitlines() if line.strip()]
-    assert [line[:2] for line in lines] == [["way", "outcome"], ["trainer", "baseline"], ["reference", "passed"]]
+    assert [line[:2] for line in lines] == [["path", "outcome"], ["trainer", "baseline"], ["reference", "passed"]]
     assert "asking the trainer" in shown.err

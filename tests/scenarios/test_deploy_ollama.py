@@ -15,7 +15,6 @@ pytest.importorskip("gguf", reason="needs the gguf extra: pip install 'finetune-
 pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
 
 from finetune.errors import DeploymentError, OutputError, UsageError
-from finetune.serve.deploy import ollama_available
 from finetune.serve.ollama import Ollama, OllamaRecipe, OllamaTimeouts
 from finetune.serve.publish import Blob, check_free, place_model
 from support import ollama_server
@@ -41,9 +40,11 @@ def file() -> Path:
 def server(request: pytest.FixtureRequest) -> Iterator[Ollama]:
     """A client of each server there is."""
     if request.param == "ollama":
-        if reason := ollama_available():
-            pytest.skip(f"needs Ollama itself: {reason}")
         client = Ollama()
+        try:
+            client.version()
+        except DeploymentError as error:
+            pytest.skip(f"needs Ollama itself: {error}")
         yield client
         client.close()
         return
@@ -181,10 +182,10 @@ def test_ollama_that_is_not_there_is_told() -> None:
     """Where nobody listens, the reason names the address and what to install."""
     with running() as stand_in:
         address = stand_in.address
-    reason = ollama_available(address)
-    assert address in reason
-    assert "https://ollama.com/download" in reason
-    assert ollama_available("127.0.0.1:port")
+    with pytest.raises(DeploymentError) as absent:
+        Ollama(address).version()
+    assert address in absent.value.message
+    assert "https://ollama.com/download" in absent.value.hint
 
 
 def test_stand_in_checks_digests() -> None:

@@ -246,15 +246,15 @@ class ExportChain(RuleBasedStateMachine):
         if death is not None and ending.code in {CODES[death.by], 130} and not ending.answer:
             return
         assert ending.code == (1 if name in self.spoilt else 0), ending.stderr
-        [_, row] = json.loads(ending.answer)["ways"]
-        assert row["way"] == name
+        [_, row] = json.loads(ending.answer)["paths"]
+        assert row["path"] == name
         if name in self.spoilt:
             assert row["outcome"] == "failed"
             assert name in row["reason"] or self.path(name).name in row["reason"]
         else:
             assert row["outcome"] == "passed", row
             assert row["drift"]["questions"] >= 8
-            assert row["drift"]["partings"] == [] or name not in ("merged", "gguf-f32")
+            assert row["drift"]["mismatches"] == [] or name not in ("merged", "gguf-f32")
         assert json.loads((self.folder / "equivalence.json").read_text(encoding="utf-8")) == json.loads(ending.answer)
 
     @invariant()

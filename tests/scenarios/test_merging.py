@@ -90,7 +90,7 @@ def test_merged_model_is_what_was_trained(kind: str, tmp_path: Path) -> None:
     baseline = truth_of(result)
     drift = baseline.drift(through_transformers(tmp_path / "merged", baseline))
     assert problems(drift, 1e-4) == []
-    assert drift.partings == ()
+    assert drift.mismatches == ()
     assert drift.places > 10
     base = baseline.drift(through_transformers(tmp_path / "model", baseline))
     assert any("spreads" in words for words in problems(base, 1e-3))
@@ -121,7 +121,7 @@ def test_merged_model_is_what_was_trained_for_mlx_lm_too(kind: str, tmp_path: Pa
     baseline = truth_of(result)
     model, _ = load_model(tmp_path / "merged")
     rows = [np.array(model(mx.array([baseline.request.sequence(place)]))[0, -1]) for place in baseline.request.places]
-    drift = baseline.drift(InferenceResponse(baseline.request.path, following_of(rows)))
+    drift = baseline.drift(InferenceResponse(baseline.request.baseline, following_of(rows)))
     assert problems(drift, 1e-4) == []
     assert drift.places > 10
 

@@ -123,12 +123,12 @@ def test_chain_serves_what_was_trained(to: tuple[str, ...]) -> None:
 def test_chain_answers_are_those_of_the_run_everywhere() -> None:
     """Merged model, other backends, GGUF in f32 and f16, and the server say what the trainer says, word for word."""
     merged(), exported()
-    ways = {way["way"]: way for way in ft("compare", str(run()))["ways"]}
+    paths = {path["path"]: path for path in ft("compare", str(run()))["paths"]}
     for name in IDENTICAL:
-        if ways.get(name, {"outcome": "not applicable"})["outcome"] != "not applicable":
-            assert ways[name]["drift"]["partings"] == [], name
-    assert {name: way["reason"] for name, way in ways.items() if way.get("outcome") == "failed"} == {}
-    assert len(ways) >= 8
+        if paths.get(name, {"outcome": "not applicable"})["outcome"] != "not applicable":
+            assert paths[name]["drift"]["mismatches"] == [], name
+    assert {name: path["reason"] for name, path in paths.items() if path["outcome"] == "failed"} == {}
+    assert len(paths) >= 8
 
 
 def test_chain_ends_in_a_page() -> None:

@@ -1,4 +1,4 @@
-"""`ft compare`: the same questions through every way to compute what was trained."""
+"""`ft compare`: the same questions through every inference path of a run's result."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,16 +8,16 @@ from finetune.cli.console import data_console, exit_code, print_json, say
 from finetune.cli.options import AsJson, RunPath
 
 if TYPE_CHECKING:
-    from finetune.compare.comparison import Equivalence, PathResult
+    from finetune.compare.comparison import Comparison, PathResult
 
 Through = Annotated[
     str | None,
-    typer.Option("--through", metavar="WAYS", help="Such as merged,mlx,gguf-q8_0. Default: every way there is."),
+    typer.Option("--through", metavar="PATHS", help="Such as merged,mlx,gguf-q8_0. Default: every path."),
 ]
 
 
 def command(run: RunPath, *, through: Through = None, json_output: AsJson = False) -> int:
-    """Ask a run's questions through every way to compute it, and hold each to the trainer.
+    """Ask a run's questions through every inference path, and compare each with the trainer.
 
     Trainer, merged model, torch, MLX, reference and GGUF of each type: exact matches, the first token that differs, KL.
     """
@@ -34,29 +34,29 @@ def command(run: RunPath, *, through: Through = None, json_output: AsJson = Fals
     return exit_code(found.outcome)
 
 
-def _print(found: "Equivalence") -> None:
+def _print(found: "Comparison") -> None:
     from rich.table import Table
 
     sets = list(found.asked)
-    table = Table("way", "outcome", *sets, "differ", "first difference", "mean KL", "worst KL", "off by", box=None)
+    table = Table("path", "outcome", *sets, "differ", "first difference", "mean KL", "worst KL", "off by", box=None)
     for row in found.rows:
         table.add_row(
-            row.way, row.outcome or "baseline", *(_right(found, row, name) for name in sets), *_drift(found, row)
+            row.path, row.outcome or "baseline", *(_right(found, row, name) for name in sets), *_drift(found, row)
         )
     data_console().print(table)
     asked = " and ".join(f"{count} of {name}" for name, count in found.asked.items())
     say(f"questions: {asked}; distributions at {found.tokens} tokens of the trainer's own answers")
 
 
-def _right(found: "Equivalence", row: "PathResult", name: str) -> str:
+def _right(found: "Comparison", row: "PathResult", name: str) -> str:
     return f"{row.right[name]}/{found.asked[name]}" if name in row.right else ""
 
 
-def _drift(found: "Equivalence", row: "PathResult") -> tuple[str, ...]:
+def _drift(found: "Comparison", row: "PathResult") -> tuple[str, ...]:
     drift = row.drift
     if drift is None:
         return ("",) * 5
-    first = next(iter(drift.partings), None)
+    first = next(iter(drift.mismatches), None)
     shown = ""
     if first is not None:
         own, theirs = (
@@ -64,5 +64,5 @@ def _drift(found: "Equivalence", row: "PathResult") -> tuple[str, ...]:
         )
         shown = f"q{first.question} t{first.token}: {theirs} for {own}, {first.gap:.2g} nats"
     if drift.mean_kl is None or drift.worst_kl is None or drift.distance is None:
-        return str(len(drift.partings)), shown, "", "", ""
-    return str(len(drift.partings)), shown, f"{drift.mean_kl:.1e}", f"{drift.worst_kl:.1e}", f"{drift.distance:.1e}"
+        return str(len(drift.mismatches)), shown, "", "", ""
+    return str(len(drift.mismatches)), shown, f"{drift.mean_kl:.1e}", f"{drift.worst_kl:.1e}", f"{drift.distance:.1e}"

@@ -1,4 +1,4 @@
-"""Holds every way to compute what a run has trained to the trainer: the same questions, one row a way."""
+"""Compares every path that computes a run's result with the trainer: the same questions, one row a path."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,9 +25,9 @@ TRAINER = "trainer"
 BACKENDS = ("torch", "mlx", "reference")
 SERVER = "server"
 PATHS = (TRAINER, "merged", *BACKENDS, *(f"gguf-{outtype}" for outtype in OUTTYPES), SERVER)
-"""The ways there are, in the order in which they are asked."""
+"""All paths, in the order in which they are asked."""
 STEPS_WITHOUT_QUESTIONS = 24
-KL = "KL divergence in nats from the trainer's distribution, over every id that the way tells and the rest as one"
+KL = "KL divergence in nats from the trainer's distribution, over every id that the path reports and all others as one"
 Teller = Callable[[str], None]
 
 
@@ -35,7 +35,7 @@ Teller = Callable[[str], None]
 class PathResult:
     """What one path gave; `reason` says why it failed or does not apply, and the baseline has no outcome."""
 
-    way: str
+    path: str
     what: str
     outcome: Outcome | None
     reason: str = ""
@@ -45,8 +45,8 @@ class PathResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Equivalence:
-    """All ways next to each other; `asked` counts the questions of each set, `tokens` the places compared."""
+class Comparison:
+    """All paths side by side; `asked` counts the questions of each set, `tokens` the places compared."""
 
     run: str
     trainer: str
@@ -62,12 +62,12 @@ class Equivalence:
         return Outcome.of(all(row.outcome != Outcome.FAILED for row in self.rows))
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as JSON values."""
-        ways = [{**asdict(row), "baseline": row.outcome is None} for row in self.rows]
-        for way in ways:
-            for parting in (way["drift"] or {}).get("partings", []):
-                parting["own_text"] = self.texts.get(parting["own"], "")
-                parting["their_text"] = self.texts.get(parting["theirs"], "")
+        """The content of `equivalence.json`."""
+        paths = [{**asdict(row), "baseline": row.outcome is None} for row in self.rows]
+        for path in paths:
+            for mismatch in (path["drift"] or {}).get("mismatches", []):
+                mismatch["own_text"] = self.texts.get(mismatch["own"], "")
+                mismatch["their_text"] = self.texts.get(mismatch["theirs"], "")
         return {
             "format": FORMAT,
             "run": self.run,
@@ -76,44 +76,46 @@ class Equivalence:
             "asked": self.asked,
             "tokens": self.tokens,
             "kl": KL,
-            "ways": ways,
+            "paths": paths,
             "notes": list(self.notes),
         }
 
 
 def compare_paths(
     run: Path, through: Sequence[str] = PATHS, *, more: Sequence[InferencePath] = (), tell: Teller = lambda words: None
-) -> Equivalence:
-    """Ask every way the run's questions, hold it to the trainer, and write `equivalence.json` into the run's folder.
+) -> Comparison:
+    """Ask every path the run's questions, compare with the trainer, and write `equivalence.json` into the run.
 
     Args:
-        through: names of ways; the trainer is always asked.
-        more: ways beside those that have names here.
-        tell: is told what is done.
+        through: names of paths; the trainer is always asked.
+        more: further paths.
+        tell: receives progress messages.
 
     Raises:
-        FineTuneError: the run cannot be opened, or there was no way that could be held to the trainer.
+        FineTuneError: the run cannot be opened, or no path could be compared.
     """
     if unknown := sorted(set(through) - set(PATHS)):
-        raise UsageError(f"there is no way {unknown[0]!r}", hint=f"choose from: {', '.join(PATHS)}")
+        raise UsageError(f"there is no path {unknown[0]!r}", hint=f"choose from: {', '.join(PATHS)}")
     result = open_result(run, open_backend)
     with result.run.held():
-        comparison = _Comparison.begin(result, through)
+        comparison = _Comparing.begin(result, through)
         tell(f"asking the trainer {len(comparison.baseline.request.prompts)} questions")
         rows = [comparison.trainer()]
         for row in comparison.rows(through, more):
-            tell(f"{row.way}: {row.outcome}" + (f": {row.reason}" if row.reason else ""))
+            tell(f"{row.path}: {row.outcome}" + (f": {row.reason}" if row.reason else ""))
             rows.append(row)
         if all(row.outcome in (None, Outcome.NOT_APPLICABLE) for row in rows):
-            told = "; ".join(f"{row.way}: {row.reason}" for row in rows[1:]) or "only the trainer was asked for"
-            raise EvidenceError(f"no way could be held to the trainer ({told})", hint="name others with --through")
+            told = "; ".join(f"{row.path}: {row.reason}" for row in rows[1:]) or "only the trainer was asked for"
+            raise EvidenceError(
+                f"no path could be compared with the trainer ({told})", hint="name others with --through"
+            )
         found = comparison.finish(tuple(rows))
         write_json(result.run.path / "equivalence.json", found.as_dict())
     return found
 
 
 @dataclass(frozen=True)
-class _Comparison:
+class _Comparing:
     result: Result
     prepared: Prepared
     questions: dict[str, tuple[Question, ...]]
@@ -121,8 +123,8 @@ class _Comparison:
     baseline: Baseline
 
     @classmethod
-    def begin(cls, result: Result, through: Sequence[str]) -> "_Comparison":
-        """Let the trainer answer."""
+    def begin(cls, result: Result, through: Sequence[str]) -> "_Comparing":
+        """Compute the baseline."""
         prepared = result.prepare()
         questions = {"learning": prepared.questions, "retention": prepared.retention}
         prompts: list[Ids] = [question.ids for group in questions.values() for question in group]
@@ -142,22 +144,22 @@ class _Comparison:
     def trainer(self) -> PathResult:
         """The trainer's own row."""
         what = f"the {self.result.config.backend} backend, adapter on its base, float32"
-        return PathResult(TRAINER, what, None, right=self._right(self.baseline.request.path))
+        return PathResult(TRAINER, what, None, right=self._right(self.baseline.request.baseline))
 
     def rows(self, through: Sequence[str], more: Sequence[InferencePath]) -> Iterator[PathResult]:
-        """One row for each way, or more where there are several files of a kind."""
+        """One row for each path, or more where there are several files of a kind."""
         for name in (name for name in PATHS if name in through and name != TRAINER):
             if name == self.result.config.backend:
-                continue  # the trainer itself
+                continue  # this is the trainer
             try:
-                ways = self._ways(name)
+                paths = self._open_paths(name)
             except FineTuneError as error:
                 yield _failed(name, "", error)
                 continue
-            yield from map(self._judge, ways)
+            yield from map(self._judge, paths)
         yield from map(self._judge, more)
 
-    def _ways(self, name: str) -> tuple[CallablePath, ...]:
+    def _open_paths(self, name: str) -> tuple[CallablePath, ...]:
         if name in BACKENDS:
             return (backend_path(self.result, name),)
         if name == "merged":
@@ -170,20 +172,20 @@ class _Comparison:
         assert self.gguf is not None
         raise self.gguf
 
-    def _judge(self, way: InferencePath) -> PathResult:
-        what = str(getattr(way, "what", way.name))
+    def _judge(self, path: InferencePath) -> PathResult:
+        what = str(getattr(path, "what", path.name))
         try:
-            told: InferenceResponse = way.ask(self.baseline.request)
+            told: InferenceResponse = path.ask(self.baseline.request)
         except FineTuneError as error:
-            return _failed(way.name, what, error)
+            return _failed(path.name, what, error)
         drift = self.baseline.drift(told)
-        found = problems(drift, way.bound)
+        found = problems(drift, path.bound)
         return PathResult(
-            way.name, what, Outcome.of(not found), "; ".join(found), way.bound, self._right(told.ids), drift
+            path.name, what, Outcome.of(not found), "; ".join(found), path.bound, self._right(told.ids), drift
         )
 
     def _right(self, answers: Sequence[Ids]) -> dict[str, int]:
-        """How many answers are right, scored as the run's own are."""
+        """Right answers by question set, scored as the run scores its own."""
         right, start = {}, 0
         for name, group in self.questions.items():
             if group:
@@ -192,14 +194,14 @@ class _Comparison:
                 start += len(group)
         return right
 
-    def finish(self, rows: tuple[PathResult, ...]) -> Equivalence:
+    def finish(self, rows: tuple[PathResult, ...]) -> Comparison:
         """All rows together."""
         result, config = self.result, self.result.config
-        ids = {token for row in rows if row.drift for p in row.drift.partings for token in (p.own, p.theirs)}
+        ids = {token for row in rows if row.drift for p in row.drift.mismatches for token in (p.own, p.theirs)}
         notes = list(result.quantized_notes)
         if config.model.dtype != "float32":
             notes.append(f"the run computed in {config.model.dtype}; here the trainer computes in float32")
-        return Equivalence(
+        return Comparison(
             run=str(result.manifest["id"]),
             trainer=config.backend,
             asked={name: len(group) for name, group in self.questions.items() if group}

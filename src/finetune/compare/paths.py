@@ -1,4 +1,4 @@
-"""The ways to compute what a run has trained: other backends, the merged model folder, and GGUF files of each type."""
+"""Inference paths of a run's result: other backends, the merged model folder, GGUF files of each type."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +29,7 @@ Asker = Callable[[InferenceRequest], InferenceResponse]
 
 @dataclass(frozen=True, slots=True)
 class CallablePath:
-    """A way that is asked by a function; `what` says which file or program computes it."""
+    """A path that calls a function; `what` names the file or program that computes it."""
 
     name: str
     bound: float
@@ -38,7 +38,7 @@ class CallablePath:
 
 
 def backend_path(result: Result, backend: str) -> CallablePath:
-    """The base with the adapter on it, computed by another of our backends in float32."""
+    """Base and adapter in float32 on another of our backends."""
 
     def ask(request: InferenceRequest) -> InferenceResponse:
         return ask_session(result.open(backend), request)
@@ -47,17 +47,17 @@ def backend_path(result: Result, backend: str) -> CallablePath:
 
 
 def merged_path(result: Result) -> CallablePath:
-    """The model folder that `ft merge` wrote, or one that is made for this and goes again.
+    """The model folder that `ft merge` wrote, or a temporary one.
 
     Raises:
-        FineTuneError: there is one that is not what was written, or none can be made.
+        FineTuneError: the folder has changed since it was written, or none can be made.
     """
     kept = result.run.merged
     if not kept.exists():
         weights = plan_weights(result, None)
 
         def made(request: InferenceRequest) -> InferenceResponse:
-            with _passing_folder(result, weights.total_bytes) as folder:
+            with _temporary_folder(result, weights.total_bytes) as folder:
                 write_merged(result, weights, folder)
                 return ask_folder(folder.resolve(), request, otherwise=result.config.backend)
 
@@ -77,7 +77,7 @@ def merged_path(result: Result) -> CallablePath:
 
 @dataclass(frozen=True, slots=True)
 class GgufPaths:
-    """What llama.cpp computes of a run's result; `stops` are the ids at which it ends an answer, the run's included."""
+    """llama.cpp on a run's result."""
 
     result: Result
     exportable: Exportable
@@ -85,11 +85,11 @@ class GgufPaths:
 
     @property
     def stops(self) -> Ids:
-        """The ids at which an answer ends."""
+        """The ids at which llama.cpp ends an answer, the run's own among them."""
         return all_stops(self.exportable, self.vocabulary)
 
     def of(self, outtype: Outtype) -> tuple[CallablePath, ...]:
-        """llama.cpp on each file that `ft export` wrote in this type, or on one that is made for this and goes again.
+        """llama.cpp on each file of this type that `ft export` wrote, or on a temporary one.
 
         Raises:
             FineTuneError: the model cannot be written so.
@@ -97,7 +97,7 @@ class GgufPaths:
         return self._asked(f"gguf-{outtype}", outtype, partial(_ask_file, self.exportable))
 
     def served(self, known: Mapping[Ids, Conversation]) -> tuple[CallablePath, ...]:
-        """The chat API of llama.cpp's server on a file in f16.
+        """The chat API of llama.cpp's server on an f16 file.
 
         Args:
             known: conversations by the ids of their prompts.
@@ -110,7 +110,7 @@ class GgufPaths:
     def _asked(
         self, name: str, outtype: Outtype, ask: Callable[[Path, InferenceRequest], InferenceResponse]
     ) -> tuple[CallablePath, ...]:
-        """A way that asks a file, for each file there is.
+        """One path for each file.
 
         Raises:
             FineTuneError: the model cannot be written so.
@@ -127,16 +127,16 @@ class GgufPaths:
             return ask(file, request)
 
         def made(request: InferenceRequest) -> InferenceResponse:
-            with _passing_folder(self.result, blueprint.bytes) as place:
+            with _temporary_folder(self.result, blueprint.bytes) as place:
                 write_gguf(blueprint, place / "model.gguf")
                 return ask(place / "model.gguf", request)
 
-        ways = (CallablePath(name, bound, f"llama.cpp on gguf/{file.name}", partial(written, file)) for file in kept)
-        return tuple(ways) or (CallablePath(name, bound, "llama.cpp on a file made for this", made),)
+        paths = (CallablePath(name, bound, f"llama.cpp on gguf/{file.name}", partial(written, file)) for file in kept)
+        return tuple(paths) or (CallablePath(name, bound, "llama.cpp on a file made for this", made),)
 
 
 def open_gguf_paths(result: Result) -> GgufPaths:
-    """What llama.cpp can be asked.
+    """Prepare a run's result for llama.cpp.
 
     Raises:
         MissingExtraError: it is not installed.
@@ -168,10 +168,10 @@ def _refuse_damaged(path: Path, wrong: str) -> None:
 
 
 @contextmanager
-def _passing_folder(result: Result, wanted: int) -> Iterator[Path]:
-    """A folder below the run's, with room for so many bytes, that goes again."""
+def _temporary_folder(result: Result, wanted: int) -> Iterator[Path]:
+    """A temporary folder below the run's, on a disk with so many bytes free."""
     path = result.run.path
-    check_space(path / "equivalence", wanted, smaller="name fewer ways with --through")
+    check_space(path / "equivalence", wanted, smaller="name fewer paths with --through")
     with (
         storage_errors(path / "equivalence"),
         tempfile.TemporaryDirectory(prefix=".equivalence.", suffix=".part", dir=path) as folder,

@@ -1,4 +1,4 @@
-"""llama.cpp's server as a way to compute what was trained: asked as its users ask it, by conversations."""
+"""llama.cpp's server as an inference path, asked as its users ask it: by conversations."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,13 +8,13 @@ from finetune.errors import DeploymentError, EvidenceError, ModelError
 from finetune.evidence.drift import Ids, InferenceRequest, InferenceResponse
 from finetune.records import Conversation
 from finetune.serve.llama_server import llama_server
-from finetune.serve.messages import Messages, cannot_be_told, chat_messages
+from finetune.serve.messages import Messages, chat_messages, unservable_reason
 
 
 def ask_server(
     file: Path, request: InferenceRequest, encoder: Encoder, known: Mapping[Ids, Conversation]
 ) -> InferenceResponse:
-    """Serve a GGUF file, and ask it everything over its chat API; of distributions that API tells too little.
+    """Serve a GGUF file and ask everything over its chat API, which reports no whole distributions.
 
     Args:
         encoder: the template and tokenizer of the run.
@@ -24,7 +24,7 @@ def ask_server(
         ModelError: a prompt is of no conversation that can be told to a server.
         EvidenceError: the server makes other ids of a conversation than were trained on, or does not answer.
     """
-    conversations = [_told(prompt, encoder, known) for prompt in request.prompts]
+    conversations = [_messages(prompt, encoder, known) for prompt in request.prompts]
     longest = max(len(prompt) + steps for prompt, steps in zip(request.prompts, request.steps, strict=True))
     try:
         with llama_server(file, context=longest + 1, name="compared") as server:
@@ -43,10 +43,10 @@ def ask_server(
     return InferenceResponse(request.cut(answers), None)
 
 
-def _told(prompt: Ids, encoder: Encoder, known: Mapping[Ids, Conversation]) -> Messages:
-    """What to tell a server so that it makes this prompt."""
+def _messages(prompt: Ids, encoder: Encoder, known: Mapping[Ids, Conversation]) -> Messages:
+    """The messages of which a server makes this prompt."""
     conversation = known.get(prompt)
-    why = cannot_be_told(encoder, conversation) if conversation else "are of no conversation that a chat API has"
+    why = unservable_reason(encoder, conversation) if conversation else "are of no conversation that a chat API has"
     if conversation is None or why:
         raise ModelError(f"of the questions some {why}")
     return chat_messages(conversation)

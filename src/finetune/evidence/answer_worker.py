@@ -1,4 +1,4 @@
-"""Answers from a model folder in this process through one of our backends, where transformers is not installed.
+"""Answers from a model folder through one of our backends, where transformers is not installed.
 
 Started by `finetune.evidence.answering`; takes and gives what `finetune.backends.torch.plain` does.
 """
@@ -23,7 +23,7 @@ def main() -> None:
         prompts=tuple(map(tuple, request["prompts"])),
         steps=tuple(request["steps"]),
         stops=tuple(request["stops"]),
-        path=tuple(map(tuple, request["path"])),
+        baseline=tuple(map(tuple, request["baseline"])),
         places=tuple((number, token) for number, token in request["places"]),
     )
     location = ModelLocation(request["folder"], Path(request["folder"]), "local")

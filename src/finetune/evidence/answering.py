@@ -1,4 +1,4 @@
-"""Asks a session, or a model folder in a fresh process, what every way to compute a model is asked."""
+"""Runs the shared comparison prompts through a session or, in a subprocess, a saved model."""
 
 import tempfile
 from collections.abc import Sequence
@@ -45,18 +45,18 @@ def rows_of(session: Session, request: InferenceRequest) -> tuple[LogitsRow, ...
 
 
 def ask_session(session: Session, request: InferenceRequest) -> InferenceResponse:
-    """What a session says."""
+    """A session's answers and next tokens."""
     return InferenceResponse(answers_of(session, request), following_of(rows_of(session, request)))
 
 
 def following_of(rows: Sequence[LogitsRow]) -> tuple[NextTokens, ...]:
-    """Logits as what may follow: every id."""
+    """Logits as next tokens: every id."""
     every = np.arange(len(rows[0]), dtype=np.int64) if rows else np.empty(0, np.int64)
     return tuple(NextTokens(every, log_softmax(row)) for row in rows)
 
 
 def ask_folder(folder: Path, request: InferenceRequest, *, otherwise: str) -> InferenceResponse:
-    """What a model folder says in a fresh process: through plain transformers, or without it through a backend.
+    """Answers of a model folder in a fresh process: plain transformers or, without it, one of our backends.
 
     Args:
         otherwise: the backend that loads it where transformers is not installed.

@@ -1,4 +1,4 @@
-"""What the trainer answers, in float32, and what every other way is asked about it."""
+"""The trainer's float32 answers, and the request that every other path gets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ MOST_PLACES = 256
 
 @dataclass(frozen=True)
 class Baseline:
-    """The trainer with its answers; `request` is what every other way is asked."""
+    """The trainer with its answers; `request` goes to every other path."""
 
     session: Session
     request: InferenceRequest
@@ -25,7 +25,7 @@ class Baseline:
         return rows_of(self.session, self.request)
 
     def drift(self, response: InferenceResponse) -> Drift:
-        """How far from the trainer a way is that told this."""
+        """How far this response is from the trainer."""
         return measure(self.request, self.rows, response, self._row)
 
     def _row(self, number: int, token: int) -> LogitsRow:
@@ -41,12 +41,12 @@ def compute_baseline(session: Session, prompts: Sequence[Ids], steps: int, stops
     """
     rooms = tuple(max(0, min(steps, context - len(prompt))) for prompt in prompts)
     request = InferenceRequest(tuple(prompts), rooms, stops)
-    path = answers_of(session, request)
-    # Each token of an answer was chosen at a place, and so was its end, where it came before there was no room.
+    answers = answers_of(session, request)
+    # Each token of an answer was chosen at a place; so was its end, unless the length limit came first.
     places = [
         (number, token)
-        for number, (ids, room) in enumerate(zip(path, rooms, strict=True))
+        for number, (ids, room) in enumerate(zip(answers, rooms, strict=True))
         for token in range(min(len(ids) + 1, room))
     ]
     stride = -(-len(places) // MOST_PLACES) or 1
-    return Baseline(session, replace(request, path=path, places=tuple(places[::stride])))
+    return Baseline(session, replace(request, baseline=answers, places=tuple(places[::stride])))

@@ -1,6 +1,6 @@
-"""How far one way to compute a model is from another: answers, the first token that differs, and KL divergence."""
+"""How far one inference path is from another: answers, the first token that differs, and KL divergence."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ _LEAST = float(np.log(np.finfo(np.float32).smallest_subnormal))
 
 @dataclass(frozen=True, slots=True)
 class NextTokens:
-    """The likeliest ids to follow a sequence, or all, and the logarithms of their probabilities."""
+    """The likeliest next ids, or all, with their log probabilities."""
 
     ids: NDArray[np.int64]
     logs: NDArray[np.float64]
@@ -23,29 +23,29 @@ class NextTokens:
 
 @dataclass(frozen=True, slots=True)
 class InferenceRequest:
-    """What every way is asked: greedy answers to prompts, and what may follow at places of the trainer's own answers.
+    """Greedy answers to prompts, and next tokens at places of the trainer's own answers.
 
     Attributes:
         prompts: as ids.
         steps: how long each answer may be.
         stops: the ids at which an answer ends.
-        path: the trainer's answer to each prompt; a way that is asked for nothing but answers has none.
-        places: numbers of a prompt and of a token of its path; what follows that many tokens of the path is told.
+        baseline: the trainer's answer to each prompt; empty where only answers are wanted.
+        places: (prompt, token): the next token is wanted after so many tokens of the baseline to that prompt.
     """
 
     prompts: tuple[Ids, ...]
     steps: tuple[int, ...]
     stops: Ids
-    path: tuple[Ids, ...] = ()
+    baseline: tuple[Ids, ...] = ()
     places: tuple[tuple[int, int], ...] = ()
 
     def sequence(self, place: tuple[int, int]) -> Ids:
-        """The ids that lead to a place."""
+        """The ids before a place."""
         number, token = place
-        return (*self.prompts[number], *self.path[number][:token])
+        return (*self.prompts[number], *self.baseline[number][:token])
 
     def cut(self, answers: Sequence[Sequence[int]]) -> tuple[Ids, ...]:
-        """Answers as all ways are compared: up to the first id that ends one, and no longer than they may be."""
+        """Cut each answer before its first stop id and at its length limit."""
         kept = []
         for ids, most in zip(answers, self.steps, strict=True):
             end = next((place for place, token in enumerate(ids) if token in self.stops), len(ids))
@@ -55,32 +55,32 @@ class InferenceRequest:
 
 @dataclass(frozen=True, slots=True)
 class InferenceResponse:
-    """What a way has said: ids of each answer and, where it can tell, what follows at each place."""
+    """The ids of each answer and, from paths that report them, the next tokens at each place."""
 
     ids: tuple[Ids, ...]
     following: tuple[NextTokens, ...] | None
 
 
 class InferencePath(Protocol):
-    """One way to compute what was trained: a framework, a file, a server.
+    """One way to compute the trained model: a framework, a file, a server.
 
-    `bound`: how far log probabilities may be off (root mean square), in spreads of the trainer's logits, and the mean
-    KL divergence in nats.
+    `bound` limits both the root mean square error of log probabilities, in spreads (standard deviations) of the
+    trainer's logits, and the mean KL divergence in nats.
     """
 
     @property
     def name(self) -> str:
-        """What it is called in the table."""
+        """Its name in the table."""
 
     @property
     def bound(self) -> float:
-        """How far it may be off."""
+        """The largest error allowed."""
 
     def ask(self, request: InferenceRequest) -> InferenceResponse:
-        """Ask it everything at once.
+        """Answer the whole request.
 
         Raises:
-            FineTuneError: it cannot be asked.
+            FineTuneError: it cannot compute here.
         """
 
 
@@ -88,8 +88,8 @@ class InferencePath(Protocol):
 class FirstMismatch:
     """The first token in which an answer differs from the trainer's.
 
-    `own` and `theirs` are None where the answer has ended; `gap` is by how many nats the trainer finds its own token
-    likelier, and `spread` how far its logits spread there.
+    `own` and `theirs` are None where the answer has ended. `gap`: by how many nats the trainer prefers its own token;
+    `spread`: the standard deviation of its logits there.
     """
 
     question: int
@@ -102,20 +102,20 @@ class FirstMismatch:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """How far a way is from the trainer.
+    """How far a path is from the trainer.
 
     Attributes:
         questions: how many were asked.
-        partings: where answers first differ, in the order of the questions.
-        places: at how many places distributions were compared; 0 where the way does not tell them.
-        distance: the worst root mean square by which log probabilities are off, in spreads of the trainer's logits.
-        mean_kl: KL divergence of the way from the trainer in nats, over what the way tells and the rest as one.
+        mismatches: where answers first differ, in the order of the questions.
+        places: how many distributions were compared; 0 where the path reports none.
+        distance: the worst root mean square error of log probabilities, in spreads of the trainer's logits.
+        mean_kl: KL divergence from the trainer in nats, over the reported ids and all others as one.
         worst_kl: the largest at one place.
-        told: of how many ids, at most, the way tells the probability.
+        told: how many ids, at most, a distribution reports.
     """
 
     questions: int
-    partings: tuple[FirstMismatch, ...]
+    mismatches: tuple[FirstMismatch, ...]
     places: int
     distance: float | None
     mean_kl: float | None
@@ -123,23 +123,28 @@ class Drift:
     told: int
 
 
-def measure(request: InferenceRequest, own: Sequence[Array], told: InferenceResponse, row_of: Any) -> Drift:
-    """Compare what a way told with the trainer.
+def measure(
+    request: InferenceRequest,
+    own: Sequence[Array],
+    told: InferenceResponse,
+    row_of: Callable[[int, int], Array],
+) -> Drift:
+    """Compare a response with the trainer.
 
     Args:
         own: the trainer's logits at each place.
-        row_of: gives the trainer's logits at any place (prompt, token of its path).
+        row_of: gives the trainer's logits at any place (prompt, token of its baseline).
     """
-    partings = []
-    for number, (path, theirs) in enumerate(zip(request.path, told.ids, strict=True)):
-        if (token := first_difference(path, theirs)) is not None:
-            partings.append(_first_mismatch(request, row_of(number, token), (number, token), (path, theirs)))
+    mismatches = []
+    for number, (ours, theirs) in enumerate(zip(request.baseline, told.ids, strict=True)):
+        if (token := first_difference(ours, theirs)) is not None:
+            mismatches.append(_first_mismatch(request, row_of(number, token), (number, token), (ours, theirs)))
     if told.following is None or not own:
-        return Drift(len(request.prompts), tuple(partings), 0, None, None, None, 0)
+        return Drift(len(request.prompts), tuple(mismatches), 0, None, None, None, 0)
     kls = [divergence(row, following) for row, following in zip(own, told.following, strict=True)]
     return Drift(
         questions=len(request.prompts),
-        partings=tuple(partings),
+        mismatches=tuple(mismatches),
         places=len(kls),
         distance=max(distance(row, following) for row, following in zip(own, told.following, strict=True)),
         mean_kl=float(np.mean(kls)),
@@ -149,15 +154,16 @@ def measure(request: InferenceRequest, own: Sequence[Array], told: InferenceResp
 
 
 def problems(drift: Drift, bound: float) -> list[str]:
-    """What a way does that it may not; a token may differ only where two are as good as equal within the bound."""
+    """What exceeds the bound, in words; a token may differ only where the trainer was at a tie within the bound."""
     found = []
     if drift.distance is not None and not drift.distance <= bound:
         found.append(f"log probabilities are off by {drift.distance:.2g} spreads of the logits (allowed: {bound:g})")
     if drift.mean_kl is not None and not drift.mean_kl <= bound:
         found.append(f"the mean KL divergence is {drift.mean_kl:.2g} nats (allowed: {bound:g})")
-    far = [parting for parting in drift.partings if not parting.gap <= 2 * bound * parting.spread]
+    # Two logits, each off by `bound` spreads, can swap places where they lie within twice that. `not <=` catches NaN.
+    far = [mismatch for mismatch in drift.mismatches if not mismatch.gap <= 2 * bound * mismatch.spread]
     if far:
-        worst = max(far, key=lambda parting: parting.gap)
+        worst = max(far, key=lambda mismatch: mismatch.gap)
         found.append(
             f"question {worst.question}, token {worst.token}: {_shown(worst.theirs)} instead of {_shown(worst.own)}, "
             f"which the trainer finds likelier by {worst.gap:.3g} nats"
@@ -166,7 +172,7 @@ def problems(drift: Drift, bound: float) -> list[str]:
 
 
 def first_difference(own: Sequence[int], theirs: Sequence[int]) -> int | None:
-    """The first place where two answers differ; None where they are equal."""
+    """The first place where two answers differ, or None."""
     if tuple(own) == tuple(theirs):
         return None
     pairs = zip(own, theirs, strict=False)
@@ -174,22 +180,23 @@ def first_difference(own: Sequence[int], theirs: Sequence[int]) -> int | None:
 
 
 def log_softmax(row: Array) -> Array:
-    """Logits as logarithms of probabilities, in float64."""
+    """Log probabilities of logits, in float64."""
     shifted = row.astype(np.float64) - row.max()
     logs: Array = shifted - np.log(np.exp(shifted).sum())
     return logs
 
 
 def distance(row: Array, told: NextTokens) -> float:
-    """By how much log probabilities are off (root mean square), in spreads of the logits `row`."""
+    """Root mean square error of log probabilities, in standard deviations of the logits `row`."""
+    # Below `_LEAST` float32 knows no probability: both sides are held there, or -inf would decide alone.
     off = np.maximum(log_softmax(row)[told.ids], _LEAST) - np.maximum(told.logs, _LEAST)
     return float(np.sqrt((off**2).mean()) / row.std())
 
 
 def divergence(row: Array, told: NextTokens) -> float:
-    """KL divergence in nats from the logits `row` to what was told; what is not told counts as one more id.
+    """KL divergence in nats from the logits `row` to the reported ids; all others count as one more id.
 
-    Where not all is told, this is at most the divergence over all ids.
+    Merging ids never raises a divergence, so that this is a lower bound of the one over all ids.
     """
     own, theirs = log_softmax(row)[told.ids], np.maximum(told.logs, _LEAST)
     shares = np.exp(own)
@@ -204,7 +211,7 @@ def divergence(row: Array, told: NextTokens) -> float:
 def _first_mismatch(
     request: InferenceRequest, row: Array, place: tuple[int, int], ids: tuple[Ids, Ids]
 ) -> FirstMismatch:
-    """How near a tie the trainer was where answers part; an answer that has ended stands for its likeliest stop."""
+    """How near a tie the trainer was; an answer that has ended stands for its likeliest stop id."""
     number, token = place
     own, theirs = (one[token] if token < len(one) else None for one in ids)
 

@@ -93,7 +93,7 @@ def _examine(result: Result, weights: ModelFiles, folder: Path) -> Iterator[Chec
     found = problems(drift, bound)
     yield Check(
         "fresh process",
-        f"{drift.questions - len(drift.partings)} of {drift.questions} answers equal, log probabilities off by "
+        f"{drift.questions - len(drift.mismatches)} of {drift.questions} answers equal, log probabilities off by "
         f"{drift.distance or 0.0:.2g} spreads of the logits at {drift.places} places",
         f"equal, or parting at a tie; at most {bound:g} spreads",
         next(iter(found), ""),

@@ -6,9 +6,8 @@ from itertools import zip_longest
 from finetune.errors import DeploymentError
 from finetune.evidence.answers import normalise
 from finetune.export.read_back import Check
-from finetune.serve.completion import Completion
 from finetune.serve.expected import ServedQuestion, ServingCheck
-from finetune.serve.messages import Messages
+from finetune.serve.messages import Completion, Messages
 
 MOST_DIFFERING = 0.1
 """The share of answers that may differ from the run's own: the file's type rounds, and equal chances fall otherwise."""

@@ -1,6 +1,5 @@
 """Deploys a run's result to llama.cpp's server or to Ollama, and holds what is served to what was trained."""
 
-import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.backends import open_backend
-from finetune.errors import DeploymentError, FineTuneError, OutputError
+from finetune.errors import DeploymentError, OutputError
 from finetune.export.gguf import Teller, export
 from finetune.export.gguf_source import exportable_run
 from finetune.export.outtypes import Outtype
@@ -58,20 +57,6 @@ class Deployed:
             "bytes": self.file.stat().st_size,
             "sha256": file_hash(self.file),
         }
-
-
-def ollama_available(host: str | None = None) -> str:
-    """Why Ollama cannot be used, with what to do; "" where it can.
-
-    Args:
-        host: where it should answer; `OLLAMA_HOST`, or Ollama's usual address, where it is None.
-    """
-    try:
-        with contextlib.closing(Ollama(host)) as server:
-            server.version()
-    except FineTuneError as error:
-        return f"{error.message}: {error.hint}"
-    return ""
 
 
 def deploy_llama_cpp(

@@ -17,7 +17,7 @@ from finetune.models.locate import locate_model
 from finetune.records import Conversation
 from finetune.run.folder import RunFolder
 from finetune.serve.derive import drawn_conversations
-from finetune.serve.messages import Messages, cannot_be_told, chat_messages, conversations_of
+from finetune.serve.messages import Messages, chat_messages, conversations_of, unservable_reason
 
 _SPACES_OF_ASCII = " \t\n\r\v\f"
 
@@ -142,7 +142,7 @@ def _questions(folder: RunFolder, encoder: Encoder) -> tuple[list[ServedQuestion
     known, unsaid, found = conversations_of(encoder, prepared), Counter[str](), []
     for question, answer in zip(prepared.questions, said, strict=True):
         conversation = known[question.ids]
-        if why := cannot_be_told(encoder, conversation):
+        if why := unservable_reason(encoder, conversation):
             unsaid[why] += 1
             continue
         found.append(

@@ -19,7 +19,7 @@ from typing import IO, Any
 from finetune.errors import DeploymentError
 from finetune.export.llama_runtime import get, load_chat, post
 from finetune.processes import python_command
-from finetune.serve.completion import Completion
+from finetune.serve.messages import Completion
 
 _PAUSE = 0.05
 

@@ -1,12 +1,22 @@
-"""A run's conversations as a chat API takes them."""
+"""A run's conversations as a chat API takes them, and what it answers."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from finetune.chat.encoder import Encoder
 from finetune.records import Conversation, Message
 from finetune.training.prepare import Prepared
 
 Messages = tuple[Mapping[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """An answer, whether it ended by itself, and the number of prompt tokens; None where the server omits it."""
+
+    text: str
+    ended: bool
+    prompt_tokens: int | None
 
 
 def chat_messages(conversation: Conversation) -> Messages:
@@ -20,7 +30,7 @@ def chat_messages(conversation: Conversation) -> Messages:
     return tuple({"role": message.role, "content": message.content} for message in joined)
 
 
-def cannot_be_told(encoder: Encoder, conversation: Conversation) -> str:
+def unservable_reason(encoder: Encoder, conversation: Conversation) -> str:
     """Why a server cannot be asked this as training asked it; empty where it can."""
     if encoder.template.name == "alpaca" and any(each.role == "input" for each in conversation.messages):
         return "have an input of their own, a role that no chat API has"

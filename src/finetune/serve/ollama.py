@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import DeploymentError, MissingExtraError, UsageError
-from finetune.serve.completion import Completion
+from finetune.serve.messages import Completion
 
 if TYPE_CHECKING:
     import httpx

@@ -30,7 +30,7 @@ def main() -> None:
             ids.append(said[0, len(prompt) :].tolist())
             places = [token for owner, token in request["places"] if owner == number]
             if places:
-                path = torch.tensor([[*prompt, *request["path"][number]]])
+                path = torch.tensor([[*prompt, *request["baseline"][number]]])
                 logits = model(input_ids=path).logits[0].float()
                 rows |= {f"{number} {token}": logits[len(prompt) - 1 + token].clone() for token in places}
     save_file(rows, request["logits"])
