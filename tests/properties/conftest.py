@@ -3,9 +3,12 @@
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+
+from support.workplace import make_data, make_model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -13,6 +16,18 @@ def no_waiting_for_the_disk() -> Iterator[None]:
     """No law can cut the power, so none can tell whether a flushed file is on the disk; a wrong handle still fails."""
     with patch.object(os, "fsync", lambda handle: os.fstat(handle) and None):
         yield
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model; nobody changes it."""
+    return make_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eleven rows: no multiple of any batch size used here; nobody changes them."""
+    return make_data(tmp_path_factory.mktemp("data") / "rows.jsonl", 11)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -27,7 +27,7 @@ FEW = examples(1 / 3)
 
 
 @given(MODELS)
-@FEW
+@examples(1 / 6)
 def test_gradient_of_any_kind_is_the_slope_of_the_loss(model: AdaptedModel) -> None:
     """Each gradient is the slope of the loss: A, B, magnitudes and whole modules; of DoRA with the lengths held."""
     session = adapted(model.target, trained=True, config=model.config)
@@ -246,6 +246,7 @@ CORNERS = {
 }
 
 
+@pytest.mark.tools
 def test_strategy_of_kinds_reaches_its_corners() -> None:
     """Among 240 adapters of any kind each of the ten corners is met several times."""
     models = drawn(varied_models(), share=10)

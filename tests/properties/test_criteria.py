@@ -127,8 +127,7 @@ BREAKS: list[tuple[str, Evidence]] = [
 
 @pytest.mark.parametrize(("key", "evidence"), BREAKS, ids=[f"{n}-{key}" for n, (key, _) in enumerate(BREAKS)])
 def test_judge_each_fault_breaks_its_verdict(key: str, evidence: Evidence) -> None:
-    """Each of 23 faults, just beyond its threshold, breaks the verdict that watches for it, and the run's outcome."""
-    assert len(BREAKS) == 23
+    """Each fault, just beyond its threshold, breaks the verdict that watches for it, and the run's outcome."""
     assert {key for key, _ in BREAKS} == set(verdicts_on(healthy()))
     found = verdicts_on(evidence)
     assert found[key].outcome == "failed"
@@ -170,7 +169,6 @@ MISSES: list[tuple[str, Outcome, str, Evidence]] = [
 @pytest.mark.parametrize(("key", "outcome", "part", "evidence"), MISSES)
 def test_judge_what_was_not_measured_never_passes(key: str, outcome: Outcome, part: str, evidence: Evidence) -> None:
     """A verdict without its evidence is inconclusive or does not apply, with the reason given or one of its own."""
-    assert len(MISSES) == 18
     own = verdicts_on(evidence)[key]
     assert own.outcome == outcome
     assert own.reason
@@ -198,7 +196,6 @@ NUMBERS: list[tuple[str, Any, tuple[float, ...]]] = [
 @pytest.mark.parametrize(("key", "make", "bad"), [(key, make, bad) for key, make, bads in NUMBERS for bad in bads])
 def test_judge_a_number_that_is_not_finite_never_passes(key: str, make: Any, bad: float) -> None:
     """NaN or infinity in any of 12 measured numbers is an error or a verdict that does not hold."""
-    assert len(NUMBERS) == 12
     try:
         outcome = verdicts_on(make(bad))[key].outcome
     except EvidenceError:

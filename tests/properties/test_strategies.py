@@ -253,7 +253,7 @@ def test_adapter_unfit_is_refused_for_its_reason(unfit: UnfitAdapter) -> None:
 
 
 def test_fault_does_what_it_says(tmp_path: Path) -> None:
-    """Each of 4 kinds leaves exactly the bytes that its words say, and says whether anything changed."""
+    """Each of these kinds leaves exactly the bytes that its words say, and says whether anything changed."""
     content = b"abc\0\0"
     expected = {
         Truncated("f", 2): (b"ab", "f cut to 2 bytes"),
@@ -312,7 +312,6 @@ def test_strategy_failures_of_models_become_small() -> None:
 @pytest.mark.parametrize("home", STRATEGIES, ids=lambda home: home[1])
 def test_type_of_ours_has_its_strategy(home: tuple[str, str]) -> None:
     """`st.from_type` draws each of 15 types, as varied as its own strategy does and not only with its defaults."""
-    assert len(STRATEGIES) == 15
     kind = getattr(__import__(home[0], fromlist=["x"]), home[1])
     assert strategy_for(int) is None
     values = drawn(st.from_type(kind), share=5 / 8)
@@ -341,6 +340,8 @@ def knows_it():
 """
 IMPORT_ALONE = """
 import sys, hypothesis, hypothesis.strategies
+
+pytestmark = pytest.mark.tools
 loaded = {name.split(".")[0] for name in sys.modules}
 assert not loaded & {"pydantic", "numpy", "tokenizers", "yaml", "finetune"}, loaded
 """

@@ -22,7 +22,7 @@ from finetune_strategies.damaged_files import (
 from finetune_strategies.data_files import BOM, GoodFile, good_files, good_lines, good_lists, good_tables
 from finetune_strategies.drawing import drawn, simplest
 from finetune_strategies.profiles import examples
-from support.data_files import data_file
+from support.conversations import data_file
 
 TRAITS = {
     "lines": 20,
@@ -80,7 +80,6 @@ def test_damaged_file_is_refused_in_every_place(file: DamagedFile) -> None:
 @pytest.mark.parametrize("damage", BROKEN_LINES)
 def test_line_of_every_damage_is_refused_in_its_place(damage: str) -> None:
     """Each line of each of 7 damages, alone between two good ones, is what the one error names."""
-    assert len(BROKEN_LINES) == 7
     for line in BROKEN_LINES[damage]:
         content = f'{{"text": "a"}}\n{line}\n{{"text": "b"}}\n'.encode()
         refused_in_every_place(DamagedFile(".jsonl", content, (":2",), (":1", ":3"), damage))
@@ -101,8 +100,9 @@ def refused_in_every_place(file: DamagedFile) -> None:
         assert [found.name for found in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.tools
 def test_damaged_files_show_every_damage() -> None:
-    """Each of 24 damages and 6 wrong shapes comes up among 480 and 120 files, at any place up to the twentieth."""
+    """Each of these damages and 6 wrong shapes comes up among 480 and 120 files, at any place up to the twentieth."""
     assert (len(DAMAGES), len(MISSHAPES)) == (24, 6)
     damaged, misshapen = drawn(damaged_files(), share=20), drawn(misshapen_files())
     assert {file.damage for file in damaged} == set(DAMAGES)
@@ -113,8 +113,9 @@ def test_damaged_files_show_every_damage() -> None:
     assert set(places) >= set(range(1, 16))
 
 
+@pytest.mark.tools
 def test_good_files_show_every_trait() -> None:
-    """Each of 11 traits is that of at least the stated number of 240 files, and a mark is what it says."""
+    """Each of these traits is that of at least the stated number of 240 files, and a mark is what it says."""
     files = drawn(good_files(), share=10)
     counts = Counter(trait for file in files for trait in file.traits)
     assert set(counts) == set(TRAITS)
@@ -131,6 +132,7 @@ SMALLEST: dict[str, tuple[st.SearchStrategy[Any], str, int]] = {
 }
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize("damage", SMALLEST)
 def test_damaged_file_of_a_failure_is_small(damage: str) -> None:
     """The file that a failure is reported with holds the damage and hardly anything else."""

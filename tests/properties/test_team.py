@@ -33,11 +33,9 @@ from finetune_strategies.datasets import token_rows
 from finetune_strategies.profiles import examples
 from support.thread_group import ThreadGroup, ThreadRank, good
 from support.tiny_llamas import DROPPING, TARGET, make_rows, tiny
-from support.workplace import make_data, make_model, settings, without_reload_check
+from support.workplace import ADAPTER, Death, settings, without_reload_check
 
 pytestmark = pytest.mark.tools
-
-ADAPTER = "adapter/adapter_model.safetensors"
 
 
 @given(token_rows(), st.integers(1, 5), st.integers(1, 6), st.sampled_from([None, 16, 40]), st.integers(0, 3))
@@ -231,22 +229,6 @@ def test_processes_that_do_not_see_the_same_are_refused(size: int, data: st.Data
     assert refused
     assert all("weights" in str(error) and "seed" not in str(error).split("\n")[0] for error in refused)
     assert ThreadGroup(size).run(same) == [None] * size
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model."""
-    return make_model(tmp_path_factory.mktemp("team") / "model")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven rows: no multiple of any batch size used here."""
-    return make_data(tmp_path_factory.mktemp("data") / "rows.jsonl", 7)
-
-
-class Death(BaseException):
-    """Stands for the end of a process: nothing of ours catches it."""
 
 
 def job_of(model: Path, data: Path, **changes: Any) -> LoadedConfig:

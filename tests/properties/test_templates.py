@@ -14,7 +14,7 @@ from finetune.errors import TemplateError
 from finetune.records import Conversation, Message
 from finetune_strategies.conversations import conversations, texts
 from finetune_strategies.profiles import examples
-from support.rendered_text import joined, stretches, talk
+from support.conversations import joined, stretches, talk
 
 CONTROL = (
     "<s>",

@@ -45,8 +45,7 @@ PAID = {
 
 @pytest.mark.parametrize("case", PAID)
 def test_work_is_paid_for(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of 30 pieces of work costs at least what it goes through and makes, and at most twenty times that."""
-    assert len(PAID) == 30
+    """Each of these pieces of work costs at least what it goes through and makes, and at most twenty times that."""
     meters: list[Meter] = []
     monkeypatch.setattr(sandbox, "Meter", lambda allowed: meters.append(Meter(allowed)) or meters[-1])
     source, least = PAID[case]

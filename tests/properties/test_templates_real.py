@@ -14,8 +14,8 @@ from finetune.errors import TemplateError
 from finetune.records import Conversation, Message
 from finetune_strategies.conversations import conversations, said
 from finetune_strategies.profiles import examples
+from support.conversations import stretches, talk
 from support.real_templates import FOLDER, REAL, RealTemplate
-from support.rendered_text import stretches, talk
 
 TALK = talk("user:Hi", "assistant:Hello", "user: Bye\n", "assistant:See you")
 WITH_SYSTEM = talk("system:Be kind.", "user:Hi", "assistant:Hello")
@@ -42,7 +42,6 @@ def told(real: RealTemplate, conversation: Conversation) -> list[str]:
 def test_real_templates_are_all_here() -> None:
     """There are 17 templates, each with its file."""
     assert sorted(REAL) == sorted(path.stem for path in FOLDER.glob("*.jinja"))
-    assert len(REAL) == 17
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -111,7 +110,7 @@ LENGTHS = {"long": (200, 100_000), "many": (200, 3), "one": (1, 1_000_000), "few
 
 @pytest.mark.parametrize("case", LENGTHS)
 def test_real_template_takes_half_of_what_it_may(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of 21 templates takes at most half of what it may; two are tried on 200 messages of 100,000 characters."""
+    """Each template takes at most half of what it may; two are tried on 200 messages of 100,000 characters."""
     number, length = LENGTHS[case]
     meters: list[Meter] = []
     monkeypatch.setattr(sandbox, "Meter", lambda allowed: meters.append(Meter(allowed)) or meters[-1])

@@ -26,7 +26,7 @@ from finetune_strategies.templates import (
     broken_templates,
     templates_with_conversations,
 )
-from support.rendered_text import joined, stretches, talk
+from support.conversations import joined, stretches, talk
 
 TALK = talk("user:Hi", "assistant:Hello")
 SHOWN = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
@@ -73,7 +73,7 @@ def test_drawn_template_trains_what_it_says_and_asks_as_it_trains(case: Template
 
 
 def test_every_attack_is_refused_before_memory_is_taken() -> None:
-    """Each of 149 attacks in one expression, sized 100,000,000, is refused for what it is within 16 MB."""
+    """Each of these attacks in one expression, sized 100,000,000, is refused for what it is within 16 MB."""
     attacks = every_attack()
     assert len(attacks) == 149
     tracemalloc.start()
@@ -160,8 +160,7 @@ CLOSED = {"conditions": "{% endif %}", "brackets": "", "openings": ""}
 
 @pytest.mark.parametrize("case", EXTREMES)
 def test_most_expensive_attacks_end_soon(case: str) -> None:
-    """Each of 30 attacks ends within 5 seconds of work, for the work that it does; most take a twentieth of one."""
-    assert len(EXTREMES) == 30
+    """Each of these attacks ends within 5 seconds of work, for the work that it does; most take a twentieth of one."""
     start = time.process_time()
     error = refusal(EXTREMES[case])
     assert time.process_time() - start < 5
@@ -181,8 +180,7 @@ def test_most_expensive_attacks_take_little_memory(case: str) -> None:
 
 @pytest.mark.parametrize("case", TOO_LONG)
 def test_attacks_on_the_compiler_end_soon(case: str) -> None:
-    """Each of 5 templates, as long as one may be, is refused or stopped within 5 seconds of work."""
-    assert len(TOO_LONG) == 5
+    """Each of these templates, as long as one may be, is refused or stopped within 5 seconds of work."""
     closing = CLOSED.get(case, " }}")
     source = TOO_LONG[case][: MAX_TEMPLATE_CHARS - len(closing)]
     start = time.process_time()
@@ -245,7 +243,6 @@ ALIKE = {
 @pytest.mark.parametrize("expression", ALIKE, ids=range(len(ALIKE)))  # "::" in a name would cut it
 def test_vocabulary_does_what_jinja_does(expression: str) -> None:
     """Paying for a word changes nothing of what it comes to, in each of 31 expressions."""
-    assert len(ALIKE) == 31
     assert shows(expression) == ALIKE[expression]
 
 

@@ -12,7 +12,7 @@ from finetune.records import Document, Rendered, Segment
 from finetune_strategies.conversations import conversations, texts
 from finetune_strategies.profiles import examples
 from finetune_strategies.tokenizers import TokenizerKind
-from support.encoders import FIRST, FULL, NAMES, talk, template_of, tokenizer_of
+from support.conversations import FIRST, FULL, NAMES, talk, template_of, tokenizer_of
 
 
 def rendered_rows() -> st.SearchStrategy[list[Rendered]]:

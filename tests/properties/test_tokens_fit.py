@@ -10,7 +10,7 @@ from finetune.records import Conversation, Document, Rendered
 from finetune_strategies.conversations import conversations
 from finetune_strategies.profiles import examples
 from finetune_strategies.tokenizers import TokenizerKind
-from support.encoders import FIRST, FULL, NAMES, control_ids, encoded, spelled, talk, template_of, tokenizer_of
+from support.conversations import FIRST, FULL, NAMES, control_ids, encoded, spelled, talk, template_of, tokenizer_of
 
 
 def rows_for_cutting() -> st.SearchStrategy[list[Conversation]]:

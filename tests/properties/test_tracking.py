@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetune.cli.progress import Progress
-from finetune.config import LoadedConfig, load_plan
+from finetune.config import LoadedConfig
 from finetune.config.schema import Trackers as Names
 from finetune.events import (
     Event,
@@ -39,24 +39,11 @@ from finetune.tracking.tracker import Tracked
 from finetune.train import fine_tune
 from finetune_strategies.profiles import examples
 from support.trackers import SilentTracker
-from support.workplace import make_data, make_model, settings, without_reload_check
+from support.workplace import ADAPTER, Death, ended, run, settings, without_reload_check
 
 pytestmark = pytest.mark.tools
 
-ADAPTER = "adapter/adapter_model.safetensors"
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model."""
-    return make_model(tmp_path_factory.mktemp("tracking") / "model")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six rows."""
-    return make_data(tmp_path_factory.mktemp("data") / "rows.jsonl", 6)
 
 
 def job(model: Path, data: Path, *to: str, **changes: Any) -> LoadedConfig:
@@ -71,28 +58,6 @@ def trackers(made: Callable[[str, Tracked], Any]) -> Iterator[None]:
     """Within this context every package is there, and these trackers are opened."""
     with patch.object(trackers_known, "find_spec", lambda name: name), patch.object(consumer, "open_tracker", made):
         yield
-
-
-class Death(BaseException):
-    """Stands for the end of the process: nothing of ours catches it."""
-
-
-def run(loaded: LoadedConfig, output: Path, death: int | None = None) -> tuple[dict[str, Any], list[Event]]:
-    """Begin the run, or go on with it, until it ends, or dies when it tells its event of this number."""
-    heard: list[Event] = []
-
-    def listen(event: Event) -> None:
-        heard.append(event)
-        # What a tracker says of itself comes at a moment of its own.
-        if death is not None and sum(not isinstance(one, TrackerOpened) for one in heard) > death:
-            raise Death
-
-    if begun := (output / "plan.yaml").exists():
-        plan = load_plan(output / "plan.yaml")
-        loaded = LoadedConfig(plan.config, plan.origins)
-    with contextlib.suppress(Death), without_reload_check():
-        return fine_tune(loaded, output=output, listener=listen, resume=begun)[1], heard
-    return {}, heard
 
 
 def test_trackers_have_one_name_everywhere() -> None:
@@ -127,7 +92,8 @@ def test_tracker_is_told_the_whole_run(model: Path, data: Path, tmp_path: Path) 
     opened: list[Tracked] = []
     tracker = SilentTracker()
     with trackers(lambda name, tracked: opened.append(tracked) or tracker):
-        record, heard = run(job(model, data, "wandb", tracking__project="p"), tmp_path / "one")
+        heard = run(job(model, data, "wandb", tracking__project="p"), tmp_path / "one")
+        record = ended(tmp_path / "one")
     [tracked] = opened
     events = [json.loads(line) for line in (tmp_path / "one" / "events.jsonl").read_text().splitlines()]
     assert tracked.parameters == {entry["key"]: entry["value"] for entry in record["plan"]}
@@ -158,8 +124,9 @@ def test_tracker_holds_each_step_once_wherever_the_run_is_killed(model: Path, da
     with TemporaryDirectory() as name, trackers(lambda which, tracked: reopened(tool)):
         output = Path(name) / "run"
         for death in [*data_.draw(st.lists(st.integers(0, 26), min_size=1, max_size=2)), None]:
-            record = {} if (output / "run.json").exists() else run(job(model, data, "mlflow"), output, death)[0]
-        record = record or json.loads((output / "run.json").read_text())
+            if not (output / "run.json").exists():
+                run(job(model, data, "mlflow"), output, death=death)
+        record = ended(output)
     assert [step for step, _ in tool.steps] == list(range(STEPS + 1))
     told = dict(tool.steps)
     assert [told[point["step"]]["train/loss"] for point in record["losses"]["train"]] == [
@@ -183,12 +150,13 @@ def test_tracker_that_was_killed_before_it_was_open_is_told_the_whole_run(
     opened: list[Tracked] = []
     tool = SilentTracker()
     with trackers(lambda name, tracked: opened.append(tracked) or SilentTracker()):
-        _, heard = run(job(model, data, "wandb"), tmp_path / "whole")
+        heard = run(job(model, data, "wandb"), tmp_path / "whole")
         said = [event for event in heard if not isinstance(event, TrackerOpened)]
         death = next(place for place, event in enumerate(said) if isinstance(event, StepDone) and event.step == 5)
-        run(job(model, data, "wandb"), tmp_path / "run", death)
+        run(job(model, data, "wandb"), tmp_path / "run", death=death)
     with trackers(lambda name, tracked: opened.append(tracked) or tool):
-        record, heard = run(job(model, data, "wandb"), tmp_path / "run")
+        heard = run(job(model, data, "wandb"), tmp_path / "run")
+        record = ended(tmp_path / "run")
     assert [event.step for event in heard if isinstance(event, RunResumed)] == [3]
     assert [one.resumed for one in opened] == [False, False, True]
     assert opened[0].id != opened[1].id == opened[2].id
@@ -243,7 +211,8 @@ HARMS: dict[str, tuple[Callable[[], None], str]] = {
 def untracked(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, bytes]:
     """What the same run tells and makes without a tracker."""
     folder = tmp_path_factory.mktemp("untracked") / "run"
-    return run(job(model, data), folder)[0], (folder / ADAPTER).read_bytes()
+    run(job(model, data), folder)
+    return ended(folder), (folder / ADAPTER).read_bytes()
 
 
 @pytest.fixture
@@ -274,7 +243,8 @@ def test_tracker_that_fails_harms_nothing_and_is_told_once(
         return Harmful(verb, act)
 
     with trackers(opened):
-        record, heard = run(job_of_two, tmp_path / "run")
+        heard = run(job_of_two, tmp_path / "run")
+        record = ended(tmp_path / "run")
     plain, weights = untracked
     assert (tmp_path / "run" / ADAPTER).read_bytes() == weights
     assert {key: record[key] for key in ("losses", "verdicts", "scores", "training")} == {
@@ -309,7 +279,8 @@ def test_tracker_that_hangs_is_left_behind(
     try:
         started = time.monotonic()
         with trackers(opened):
-            record, heard = run(job(model, data, "wandb"), tmp_path / "run")
+            heard = run(job(model, data, "wandb"), tmp_path / "run")
+            record = ended(tmp_path / "run")
         assert time.monotonic() - started < 50
         assert any(isinstance(event, TrackerFailed) and "not done" in event.error for event in heard)
         assert any("wandb failed 1 time," in note for note in record["notes"])

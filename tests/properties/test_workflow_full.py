@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from finetune.chat.tokenizer import FileTokenizer
-from finetune.config import LoadedConfig, load_plan
+from finetune.config import load_plan
 from finetune.errors import ConfigError, ModelError
 from finetune.events import Event, StepDone
 from finetune.evidence.reopen import compare, reopen, talker
@@ -16,13 +16,9 @@ from finetune.models.shape import read_shape
 from finetune.records import Conversation, Message
 from finetune.train import fine_tune
 from support.tiny_llamas import open_model
-from support.workplace import make_data, make_model, settings, without_reload_check
+from support.workplace import Death, make_data, make_model, resume, settings, without_reload_check
 
 FULL = {"adapter__kind": "full", "adapter__rank": 8, "training__learning_rate": 0.05, "training__save_every": 2}
-
-
-class Death(BaseException):
-    """The process ends."""
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +104,8 @@ def test_full_run_stopped_and_resumed_is_the_run_that_was_never_stopped(place: P
             patched.setattr("finetune.train.judge", lambda evidence: (_ for _ in ()).throw(Death))
         with pytest.raises(Death):
             fine_tune(loaded, output=tmp_path / "run", listener=listen)
-    plan = load_plan(tmp_path / "run" / "plan.yaml")
     with without_reload_check():
-        fine_tune(LoadedConfig(plan.config, plan.origins), output=tmp_path / "run", resume=True)
+        resume(tmp_path / "run")
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == wanted
 
 

@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
-import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -18,7 +17,7 @@ from finetune.records import AdapterTarget, Batch, Optimization, TokenizedRow
 from finetune.train import fine_tune
 from finetune.training.schedule import learning_rate_at
 from finetune_strategies.profiles import examples
-from support.workplace import make_data, make_model, settings, without_reload_check
+from support.workplace import make_data, settings, without_reload_check
 
 ROWS = 11
 VERBS = ("attach", "prepare_updates", "accumulate", "update", "loss", "generate")
@@ -76,12 +75,6 @@ def listening() -> Iterator[Heard]:
         for verb in VERBS:
             stack.enter_context(telling(verb))
         yield heard
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model."""
-    return make_model(tmp_path_factory.mktemp("session") / "model")
 
 
 def run(model: Path, chosen: dict[str, Any]) -> Heard:

@@ -1,7 +1,6 @@
 """Laws of whole runs that stop early or keep their best step: wherever they are killed, they end as they would have."""
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,30 +14,16 @@ from hypothesis import strategies as st
 
 from finetune import train as training
 from finetune.backends.reference.session import ReferenceSession
-from finetune.config import LoadedConfig, load_plan
+from finetune.config import LoadedConfig
 from finetune.errors import RefusedError
 from finetune.events import Event, HeldOutLoss, StepDone, StoppedEarly
 from finetune.report import build_report, render_html
-from finetune.train import fine_tune
 from finetune.training.schedule import learning_rate_at
 from finetune_strategies.profiles import examples
 from properties.test_training import lowest
-from support.workplace import make_data, make_model, settings, without_reload_check
+from support.workplace import ADAPTER, ended, run, settings
 
-ADAPTER = "adapter/adapter_model.safetensors"
 STEPS = 8
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model."""
-    return make_model(tmp_path_factory.mktemp("stopping") / "model")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six rows."""
-    return make_data(tmp_path_factory.mktemp("data") / "rows.jsonl", 6)
 
 
 def job(model: Path, data: Path, **changes: Any) -> LoadedConfig:
@@ -75,34 +60,6 @@ def last_step(losses: list[float], stop_after: int | None) -> int:
     return due[0] if due else STEPS
 
 
-class Death(BaseException):
-    """Stands for the end of the process: nothing of ours catches it."""
-
-
-def run(loaded: LoadedConfig, output: Path, *, death: int | None = None) -> list[Event]:
-    """Begin the run, or go on with it, until it ends, or dies when it tells its event of this number."""
-    heard: list[Event] = []
-
-    def listen(event: Event) -> None:
-        heard.append(event)
-        if death is not None and len(heard) > death:
-            raise Death
-
-    begun = (output / "plan.yaml").exists()
-    if begun:
-        plan = load_plan(output / "plan.yaml")
-        loaded = LoadedConfig(plan.config, plan.origins)
-    with contextlib.suppress(Death):
-        fine_tune(loaded, output=output, listener=listen, resume=begun)
-    return heard
-
-
-def ended(output: Path) -> dict[str, Any]:
-    """What a finished run says of itself."""
-    found: dict[str, Any] = json.loads((output / "run.json").read_text())
-    return found
-
-
 CURVES = st.lists(st.sampled_from([1.0, 1.5, 2.0, 2.5, 3.0]), min_size=STEPS, max_size=STEPS)
 
 
@@ -117,7 +74,7 @@ def test_run_ends_and_keeps_what_its_looks_say(
     """The last step is the rule's, the adapter is that of the last or of the best step, and run.json says which."""
     end = last_step(losses, stop_after)
     kept = lowest(losses[:end]) if keep else end
-    with TemporaryDirectory() as name, without_reload_check(), looks(losses):
+    with TemporaryDirectory() as name, looks(losses):
         place = Path(name)
         heard = run(job(model, data, early_stopping_patience=stop_after, load_best_model=keep), place / "run")
         told = ended(place / "run")
@@ -175,7 +132,7 @@ def test_run_that_stops_or_chooses_is_the_same_wherever_it_is_killed(
     """P-RESUME: dead at any event, twice, it ends at the same step with the same adapter, looks and checkpoints."""
     losses, (stop_after, keep) = data_.draw(CURVES), how
     loaded = job(model, data, early_stopping_patience=stop_after, load_best_model=keep)
-    with TemporaryDirectory() as name, without_reload_check(), looks(losses):
+    with TemporaryDirectory() as name, looks(losses):
         whole, broken = Path(name) / "whole", Path(name) / "broken"
         events = len(run(loaded, whole))
         for death in [*data_.draw(st.lists(st.integers(0, events - 1), min_size=1, max_size=2)), None]:
@@ -189,29 +146,10 @@ def test_run_that_stops_or_chooses_is_the_same_wherever_it_is_killed(
         assert found[part] == expected[part]
 
 
-def test_run_killed_at_every_event_in_turn_ends_as_it_would_have(model: Path, data: Path, tmp_path: Path) -> None:
-    """P-RESUME: each single event of a run that stops early and keeps its best is survived; none is special."""
-    losses = [2.0, 1.0, 1.5, 9.0, 9.0, 9.0, 9.0, 9.0]
-    loaded = job(model, data, early_stopping_patience=1)
-    with without_reload_check(), looks(losses):
-        events = len(run(loaded, tmp_path / "whole"))
-        assert events > 12
-        training = ended(tmp_path / "whole")["training"]
-        assert (training["steps"], training["kept_step"]) == (3, 2)
-        for death in range(events):
-            output = tmp_path / str(death)
-            run(loaded, output, death=death)
-            if not (output / "run.json").exists():
-                run(loaded, output)
-            assert ended(output)["training"] == ended(tmp_path / "whole")["training"]
-            assert ended(output)["losses"] == ended(tmp_path / "whole")["losses"]
-            assert (output / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
-
-
 def test_run_whose_best_checkpoint_is_gone_is_not_gone_on_with(model: Path, data: Path, tmp_path: Path) -> None:
     """Without the checkpoint of the best step a resume is refused before anything is done, and says which is gone."""
     losses = [3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
-    with without_reload_check(), looks(losses):
+    with looks(losses):
         events = run(job(model, data), tmp_path / "run")
         place = next(number for number, event in enumerate(events) if isinstance(event, StepDone) and event.step == 7)
         run(job(model, data), tmp_path / "again", death=place)
@@ -228,7 +166,6 @@ def test_shuffled_label_control_takes_the_steps_of_the_adapter(model: Path, data
     updates: list[list[float]] = []
     attach, update = ReferenceSession.attach, ReferenceSession.update
     with (
-        without_reload_check(),
         looks([3.0, 2.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0]),
         patch.object(ReferenceSession, "attach", lambda *given_: (updates.append([]), attach(*given_))[1]),
         patch.object(ReferenceSession, "update", lambda self, rate: (updates[-1].append(rate), update(self, rate))[1]),
@@ -243,7 +180,7 @@ def test_shuffled_label_control_takes_the_steps_of_the_adapter(model: Path, data
 def test_report_tells_the_losses_of_the_step_that_is_kept(model: Path, data: Path, tmp_path: Path) -> None:
     """The held-out loss after training is that of the kept step, and page and report say that training stopped."""
     losses = [3.0, 2.0, 1.0, 2.0, 2.5, 9.0, 9.0, 9.0]
-    with without_reload_check(), looks(losses):
+    with looks(losses):
         run(job(model, data, early_stopping_patience=2), tmp_path / "run")
     record = ended(tmp_path / "run")
     report = build_report(record)
@@ -257,7 +194,7 @@ def test_report_tells_the_losses_of_the_step_that_is_kept(model: Path, data: Pat
 @pytest.mark.parametrize("keep", [False, True])
 def test_run_judges_only_the_steps_that_made_the_adapter(keep: bool, model: Path, data: Path, tmp_path: Path) -> None:
     """Steps after the one that is kept are no evidence: a best step 1 has one step, and the last has them all."""
-    with without_reload_check(), looks([1.0] + [2.0] * (STEPS - 1)):
+    with looks([1.0] + [2.0] * (STEPS - 1)):
         run(job(model, data, load_best_model=keep), tmp_path / "run")
     record = ended(tmp_path / "run")
     [verdict] = [one for one in record["verdicts"] if one["id"] == "loss-convergence"]

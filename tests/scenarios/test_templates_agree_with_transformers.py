@@ -24,8 +24,8 @@ from finetune.records import Conversation, Message
 from finetune_strategies.conversations import conversations, said
 from finetune_strategies.profiles import examples
 from finetune_strategies.templates import BOS, CONTROL_TOKENS, EOS, TemplateCase, templates_with_conversations
+from support.conversations import talk
 from support.real_templates import REAL
-from support.rendered_text import talk
 
 SHIPPED = sorted(Path(reference_model.__file__).parent.glob("*/chat_template.jinja"))
 CONTROL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -12,10 +12,14 @@ from unittest.mock import patch
 
 from finetune.backends import open_backend
 from finetune.chat.sandbox import compile_template
-from finetune.config import LoadedConfig, load_config
+from finetune.config import LoadedConfig, load_config, load_plan
+from finetune.events import Event, TrackerOpened
 from finetune.records import Reload
+from finetune.run.folder import RunFolder
+from finetune.train import fine_tune
 from finetune_strategies.tokenizers import KINDS, TokenizerKind, tokenizer_folder
 
+ADAPTER = "adapter/adapter_model.safetensors"
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 12,
@@ -81,3 +85,39 @@ def without_reload_check() -> Iterator[None]:
         patch("finetune.chat.render.compile_template", _compiled),
     ):
         yield
+
+
+class Death(BaseException):
+    """Stands for the end of the process: nothing of ours catches it."""
+
+
+def run(loaded: LoadedConfig, output: Path, *, death: int | None = None, **how: Any) -> list[Event]:
+    """Begin the run, or go on with it as it was planned, until it ends, or dies when it tells its event of this number.
+
+    What a tracker says of itself comes at a moment of its own, and is not counted.
+    """
+    heard: list[Event] = []
+
+    def listen(event: Event) -> None:
+        heard.append(event)
+        if death is not None and sum(not isinstance(one, TrackerOpened) for one in heard) > death:
+            raise Death
+
+    with suppress(Death), without_reload_check():
+        if (output / "plan.yaml").exists():
+            resume(output, listener=listen, **how)
+        else:
+            fine_tune(loaded, output=output, listener=listen, **how)
+    return heard
+
+
+def resume(output: Path, **how: Any) -> dict[str, Any]:
+    """Go on with an unfinished run, as `ft train --resume` does; what run.json then holds."""
+    plan = load_plan(RunFolder.unfinished(output).plan)
+    return fine_tune(LoadedConfig(plan.config, plan.origins), output=output, resume=True, **how)[1]
+
+
+def ended(output: Path) -> dict[str, Any]:
+    """What a finished run says of itself."""
+    found: dict[str, Any] = json.loads((output / "run.json").read_text())
+    return found

@@ -1,14 +1,18 @@
-"""Tokenizers, templates and conversations put together as the product does it, and ids spelled out without it."""
+"""Conversations, rendered and encoded as the product does it, and spelled out without it; data files of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 from finetune.chat.catalog import CATALOG, TemplateSource
 from finetune.chat.encode import mark_rows
 from finetune.chat.fit import Encoded, Truncation, fit_rows
 from finetune.chat.render import ChatTemplate
 from finetune.chat.tokenizer import FileTokenizer
-from finetune.records import Conversation, Message, Rendered
+from finetune.records import Conversation, Document, Message, Rendered
+from finetune_strategies.conversations import Example
+from finetune_strategies.scratch import empty_folder
 from finetune_strategies.tokenizers import EOS, KINDS, TokenizerKind, all_control_kinds, tokenizer_folder
 
 NAMES = sorted(CATALOG)
@@ -74,3 +78,36 @@ def talk(*turns: str) -> Conversation:
 def encoded(kind: TokenizerKind, rows: list[Rendered], length: int, truncation: Truncation = "drop") -> Encoded:
     """The rows held to a length."""
     return fit_rows(mark_rows(rows, tokenizer_of(kind)), max_length=length, truncation=truncation, dropped={})
+
+
+def joined(parts: Iterable[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    """Stretches of trained and untrained text, neighbours of one kind made one."""
+    merged: list[tuple[str, bool]] = []
+    for text, trained in parts:
+        if not text:
+            continue
+        if merged and merged[-1][1] == trained:
+            text = merged.pop()[0] + text
+        merged.append((text, trained))
+    return merged
+
+
+def stretches(rendered: Rendered) -> list[tuple[str, bool]]:
+    """What a rendered row marks as trained and untrained."""
+    return joined([(segment.text, segment.trained) for segment in rendered.segments])
+
+
+@contextmanager
+def data_file(content: bytes, suffix: str) -> Iterator[Path]:
+    """A data file with these bytes."""
+    with empty_folder() as folder:
+        path = folder / f"data{suffix}"
+        path.write_bytes(content)
+        yield path
+
+
+def said_by(found: Example) -> tuple[str, ...]:
+    """The words of an example, with the roles that say them."""
+    if isinstance(found, Document):
+        return ("text", found.text)
+    return tuple(part for message in found.messages for part in (message.role, message.content))
