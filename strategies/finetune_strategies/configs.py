@@ -1,6 +1,6 @@
 """Configurations, valid and refused, drawn from a table that says what each setting accepts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -68,6 +68,8 @@ class Setting:
 
     accepted: st.SearchStrategy[Any]
     refused: st.SearchStrategy[Any]
+    number: bool = False
+    nullable: bool = False
 
 
 _NEVER = st.sampled_from([True, False, [], {}, {"a": 1}, [1]])
@@ -76,11 +78,13 @@ _NOT_NUMBERS = _NEVER | st.sampled_from(["abc", "", "None", "nan", ".inf", float
 
 def _whole(least: int, most: int = 10**6) -> Setting:
     outside = st.integers(max_value=least - 1) | st.sampled_from([3.5, "3.5"])
-    return Setting(st.integers(least, most), _NOT_NUMBERS | st.none() | outside)
+    return Setting(st.integers(least, most), _NOT_NUMBERS | st.none() | outside, number=True)
 
 
 def _number(outside: st.SearchStrategy[float], **bounds: Any) -> Setting:
-    return Setting(st.floats(allow_nan=False, allow_infinity=False, **bounds), _NOT_NUMBERS | st.none() | outside)
+    return Setting(
+        st.floats(allow_nan=False, allow_infinity=False, **bounds), _NOT_NUMBERS | st.none() | outside, number=True
+    )
 
 
 def _words(*words: str) -> Setting:
@@ -90,7 +94,7 @@ def _words(*words: str) -> Setting:
 
 def _optional(setting: Setting) -> Setting:
     refused = setting.refused.filter(lambda value: value is not None)
-    return Setting(st.none() | setting.accepted, refused)
+    return replace(setting, accepted=st.none() | setting.accepted, refused=refused, nullable=True)
 
 
 _POSITIVE = _number(st.sampled_from([0, -0.0, -1e-300, "-1"]), min_value=0, exclude_min=True)
@@ -158,7 +162,7 @@ SETTINGS: dict[str, Setting] = {
     "training.weight_decay": _number(st.sampled_from([-1.0, "-1e-9"]), min_value=0),
     "training.label_smoothing": _SHARE,
     "training.max_grad_norm": _POSITIVE,
-    "training.seed": Setting(seeds(), _whole(0).refused | st.integers(min_value=2**32)),
+    "training.seed": Setting(seeds(), _whole(0).refused | st.integers(min_value=2**32), number=True),
     "training.save_every": _optional(_whole(1)),
     "training.evaluate_every": _optional(_whole(1)),
     "training.early_stopping_patience": _optional(_whole(1)),
@@ -182,44 +186,9 @@ SETTINGS: dict[str, Setting] = {
 }
 """Every setting by dotted key, written down independently of the product's schema."""
 
-_COUNTING = ("training.", "evaluation.", "judge.memory_", "adapter.")
-_NO_NUMBERS = (
-    "adapter.kind",
-    "adapter.scaling",
-    "adapter.target_modules",
-    "adapter.rank_pattern",
-    "adapter.alpha_pattern",
-    "adapter.modules_to_save",
-    "training.schedule",
-    "training.packing",
-    "training.load_best_model",
-)
-NUMBERS = (
-    *(key for key in SETTINGS if key.startswith(_COUNTING) and key not in _NO_NUMBERS),
-    "data.valid_fraction",
-    "data.limit",
-    "tokens.max_length",
-)
-NULLABLE = (
-    "model.revision",
-    "data.train",
-    "data.valid",
-    "data.valid_fraction",
-    "data.rehearsal",
-    "data.retention",
-    "data.limit",
-    "tokens.max_length",
-    "tokens.cache",
-    "training.max_steps",
-    "training.save_every",
-    "training.evaluate_every",
-    "adapter.rank_pattern",
-    "adapter.alpha_pattern",
-    "adapter.modules_to_save",
-    "training.early_stopping_patience",
-    "tracking.name",
-    "model.quantize",
-)
+NUMBERS = tuple(key for key, setting in SETTINGS.items() if setting.number)
+NULLABLE = tuple(key for key, setting in SETTINGS.items() if setting.nullable)
+"""The settings that hold one number, and those that may be left empty."""
 
 
 def nested(values: dict[str, Any]) -> Tree:

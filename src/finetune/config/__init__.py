@@ -9,7 +9,7 @@ Importing this loads pydantic and PyYAML and nothing heavier.
 
 from finetune.config.commented import commented_config, json_schema
 from finetune.config.keys import KEYS, default_of, description_of, flatten, unflatten
-from finetune.config.load import LoadedConfig, load_config
+from finetune.config.load import LoadedConfig, Origin, load_config, parse_assignments
 from finetune.config.plan_file import FORMAT, dump_plan, load_plan, plan_as_list
 from finetune.config.profiles import PROFILES, Profile
 from finetune.config.resolve import (
@@ -20,39 +20,18 @@ from finetune.config.resolve import (
     resolve_processes,
     resolve_steps,
 )
-from finetune.config.schema import (
-    AdapterSpec,
-    DataSpec,
-    EvaluationSpec,
-    JudgeSpec,
-    ModelSpec,
-    TemplateSpec,
-    TokenSpec,
-    TrackingSpec,
-    TrainingConfig,
-    TrainingSpec,
-)
-from finetune.config.sources import Origin, parse_assignments
+from finetune.config.schema import TrainingConfig
 
 __all__ = [
     "FORMAT",
     "KEYS",
     "PROFILES",
-    "AdapterSpec",
-    "DataSpec",
-    "EvaluationSpec",
-    "JudgeSpec",
     "LoadedConfig",
     "ModelAndDataFacts",
-    "ModelSpec",
     "Origin",
     "Plan",
     "Profile",
-    "TemplateSpec",
-    "TokenSpec",
-    "TrackingSpec",
     "TrainingConfig",
-    "TrainingSpec",
     "commented_config",
     "default_of",
     "description_of",

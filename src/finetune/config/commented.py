@@ -22,7 +22,7 @@ def commented_config() -> str:
     for key in KEYS:
         home, _ = split_key(key)
         if home and home != section:
-            blocks.append(f"{_comment(TrainingConfig.model_fields[home].description or '', '')}\n{home}:\n")
+            blocks.append(f"{_comment(description_of(home), '')}\n{home}:\n")
         section = home
         blocks.append(_setting_block(key, "  " if home else ""))
     return "\n".join(blocks)
@@ -39,9 +39,10 @@ def json_schema() -> dict[str, Any]:
         choices: list[dict[str, Any]] = [{"$ref": properties[section].pop("$ref")}, {"type": "null"}]
         if section == "template":
             choices += schema["$defs"]["TemplateSpec"]["properties"]["name"]["anyOf"]
-        # pydantic leaves out a description that the group's own docstring repeats.
-        description = TrainingConfig.model_fields[section].description
-        properties[section] = {"anyOf": choices, "description": description}
+        properties[section] = {"anyOf": choices, "description": description_of(section)}
+    for group in schema["$defs"].values():
+        for part in group["properties"].values():
+            part["description"] = " ".join(part["description"].split())
     properties[PROFILE_KEY] = {
         "anyOf": [{"enum": list(PROFILES), "type": "string"}, {"type": "null"}],
         "default": None,

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from finetune.config.schema import Spec, TrainingConfig
 
@@ -24,74 +24,42 @@ KEYS: tuple[str, ...] = (
 PROFILE_KEY = "profile"
 """Accepted next to the settings, but not one: it names a set of values."""
 
-# What other trainers, and older versions of this one, call the same thing; difflib alone would not find these.
+# What other trainers, and older versions of this one, call a setting; difflib alone would not find these.
 _NAMES_ELSEWHERE: dict[str, str] = {
-    "lr": "training.learning_rate",
-    "num_train_epochs": "training.epochs",
-    "num_epochs": "training.epochs",
-    "iters": "training.max_steps",
-    "micro_batch_size": "training.batch_size",
-    "per_device_train_batch_size": "training.batch_size",
-    "num_processes": "training.processes",
-    "nproc_per_node": "training.processes",
-    "accumulation": "training.gradient_accumulation_steps",
-    "grad_accumulation_steps": "training.gradient_accumulation_steps",
-    "sample_packing": "training.packing",
-    "lr_scheduler_type": "training.schedule",
-    "warmup_ratio": "training.warmup_fraction",
-    "stop_after": "training.early_stopping_patience",
-    "early_stopping": "training.early_stopping_patience",
-    "patience": "training.early_stopping_patience",
-    "stop_margin": "training.early_stopping_min_delta",
-    "min_delta": "training.early_stopping_min_delta",
-    "early_stopping_threshold": "training.early_stopping_min_delta",
-    "keep": "training.load_best_model",
-    "load_best_model_at_end": "training.load_best_model",
-    "save_steps": "training.save_every",
-    "steps_per_eval": "training.evaluate_every",
-    "eval_steps": "training.evaluate_every",
-    "report_to": "tracking.to",
-    "wandb_project": "tracking.project",
-    "run_name": "tracking.name",
-    "wandb_name": "tracking.name",
-    "r": "adapter.rank",
-    "lora_r": "adapter.rank",
-    "lora_rank": "adapter.rank",
-    "lora_alpha": "adapter.alpha",
-    "lora_dropout": "adapter.dropout",
-    "use_dora": "adapter.kind",
-    "peft_use_dora": "adapter.kind",
-    "fine_tune_type": "adapter.kind",
-    "finetuning_type": "adapter.kind",
-    "use_peft": "adapter.kind",
-    "full_finetuning": "adapter.kind",
-    "use_rslora": "adapter.scaling",
-    "peft_use_rslora": "adapter.scaling",
-    "lora_modules_to_save": "adapter.modules_to_save",
-    "additional_target": "adapter.modules_to_save",
-    "lora_plus_ratio": "training.loraplus_lr_ratio",
-    "loraplus_ratio": "training.loraplus_lr_ratio",
-    "targets": "adapter.target_modules",
-    "lora_target_modules": "adapter.target_modules",
-    "base_model": "model.path",
-    "model_name_or_path": "model.path",
-    "use_cpu": "model.device",
-    "no_cuda": "model.device",
-    "device_map": "model.device",
-    "load_in_4bit": "model.quantize",
-    "load_in_8bit": "model.quantize",
-    "quantization_bit": "model.quantize",
-    "quantization": "model.quantize",
-    "q_bits": "model.quantize",
-    "q_group_size": "model.quantize_group_size",
-    "sham": "judge.control",
-    "dataset": "data.train",
-    "chat_template": "template.name",
-    "overlong": "tokens.truncation",
-    "truncation_mode": "tokens.truncation",
-    "max_seq_length": "tokens.max_length",
-    "max_seq_len": "tokens.max_length",
-    "sequence_len": "tokens.max_length",
+    "training.learning_rate": "lr",
+    "training.epochs": "num_train_epochs num_epochs",
+    "training.max_steps": "iters",
+    "training.batch_size": "micro_batch_size per_device_train_batch_size",
+    "training.processes": "num_processes nproc_per_node",
+    "training.gradient_accumulation_steps": "accumulation grad_accumulation_steps",
+    "training.packing": "sample_packing",
+    "training.schedule": "lr_scheduler_type",
+    "training.warmup_fraction": "warmup_ratio",
+    "training.early_stopping_patience": "stop_after early_stopping patience",
+    "training.early_stopping_min_delta": "stop_margin min_delta early_stopping_threshold",
+    "training.load_best_model": "keep load_best_model_at_end",
+    "training.save_every": "save_steps",
+    "training.evaluate_every": "steps_per_eval eval_steps",
+    "tracking.to": "report_to",
+    "tracking.project": "wandb_project",
+    "tracking.name": "run_name wandb_name",
+    "adapter.rank": "r lora_r lora_rank",
+    "adapter.alpha": "lora_alpha",
+    "adapter.dropout": "lora_dropout",
+    "adapter.kind": "use_dora peft_use_dora fine_tune_type finetuning_type use_peft full_finetuning",
+    "adapter.scaling": "use_rslora peft_use_rslora",
+    "adapter.modules_to_save": "lora_modules_to_save additional_target",
+    "training.loraplus_lr_ratio": "lora_plus_ratio loraplus_ratio",
+    "adapter.target_modules": "targets lora_target_modules",
+    "model.path": "base_model model_name_or_path",
+    "model.device": "use_cpu no_cuda device_map",
+    "model.quantize": "load_in_4bit load_in_8bit quantization_bit quantization q_bits",
+    "model.quantize_group_size": "q_group_size",
+    "judge.control": "sham",
+    "data.train": "dataset",
+    "template.name": "chat_template",
+    "tokens.truncation": "overlong truncation_mode",
+    "tokens.max_length": "max_seq_length max_seq_len sequence_len",
 }
 
 VALUES_ELSEWHERE: dict[tuple[str, str], str] = {
@@ -108,29 +76,20 @@ def split_key(key: str) -> tuple[str, str]:
     return section, name
 
 
-def spec_of(key: str) -> type[Spec]:
-    """The group of settings that an existing dotted key lives in."""
-    section, _ = split_key(key)
-    return SECTIONS[section] if section else TrainingConfig
+def _field_of(key: str) -> FieldInfo:
+    section, name = split_key(key)
+    return (SECTIONS[section] if section else TrainingConfig).model_fields[name]
 
 
 def default_of(key: str) -> Any:
     """The value a setting has when nobody says anything."""
-    return spec_of(key).model_fields[split_key(key)[1]].default
+    return _field_of(key).default
 
 
 def description_of(key: str) -> str:
-    """The sentence that explains a setting."""
-    return spec_of(key).model_fields[split_key(key)[1]].description or ""
-
-
-def parse_value(key: str, value: Any) -> Any:
-    """The value as the setting holds it (numbers written as text become numbers); ValueError when it is refused."""
-    name = split_key(key)[1]
-    try:
-        return getattr(spec_of(key).model_validate({name: value}), name)
-    except ValidationError as error:
-        raise ValueError(f"{key} refuses its value") from error
+    """The sentence that explains a setting, or a section."""
+    said = SECTIONS[key].__doc__ if key in SECTIONS else _field_of(key).description
+    return " ".join((said or "").split())
 
 
 def flatten(config: TrainingConfig) -> dict[str, Any]:
@@ -144,51 +103,27 @@ def unflatten(values: Mapping[str, Any]) -> TrainingConfig:
     tree: dict[str, Any] = {}
     for key, value in values.items():
         section, name = split_key(key)
-        if section:
-            tree.setdefault(section, {})[name] = value
-        else:
-            tree[name] = value
+        (tree.setdefault(section, {}) if section else tree)[name] = value
     return TrainingConfig.model_validate(tree)
 
 
 @cache
-def schema_of(key: str) -> dict[str, Any]:
-    """The JSON Schema of one setting's value."""
-    properties: dict[str, dict[str, Any]] = spec_of(key).model_json_schema()["properties"]
-    return properties[split_key(key)[1]]
+def choices_of(key: str) -> list[dict[str, Any]]:
+    """What a setting accepts, as JSON Schemas of which one must fit."""
+    section, name = split_key(key)
+    schema = (SECTIONS[section] if section else TrainingConfig).model_json_schema()["properties"][name]
+    choices: list[dict[str, Any]] = schema.get("anyOf", [schema])
+    return choices
 
 
 def accepts_text(key: str) -> bool:
     """Whether the setting takes free text, so that `123` typed for it means the three characters."""
-    return any(part.get("type") == "string" and "pattern" in part for part in _alternatives(schema_of(key)))
-
-
-def accepts_null(key: str) -> bool:
-    """Whether the setting may be left empty."""
-    return any(part.get("type") == "null" for part in _alternatives(schema_of(key)))
-
-
-def allowed_words(key: str) -> list[str]:
-    """The fixed words a setting accepts, if it has any."""
-    words: list[str] = []
-    for part in _alternatives(schema_of(key)):
-        words += part.get("enum", [part["const"]] if "const" in part else [])
-    return [word for word in words if isinstance(word, str)]
-
-
-def allowed_items(key: str) -> list[str]:
-    """The fixed words that a list may hold, for a setting that takes such a list."""
-    return [word for part in _alternatives(schema_of(key)) for word in part.get("items", {}).get("enum", [])]
+    return any(choice.get("type") == "string" and "pattern" in choice for choice in choices_of(key))
 
 
 def expectation(key: str) -> str:
     """What a setting accepts, in words: "a whole number of at least 1, or null"."""
-    return ", or ".join(_phrase(part) for part in _alternatives(schema_of(key)))
-
-
-def _alternatives(schema: dict[str, Any]) -> list[dict[str, Any]]:
-    parts: list[dict[str, Any]] = schema.get("anyOf", [schema])
-    return parts
+    return ", or ".join(_phrase(choice) for choice in choices_of(key))
 
 
 def _phrase(schema: dict[str, Any]) -> str:
@@ -198,10 +133,14 @@ def _phrase(schema: dict[str, Any]) -> str:
         return str(schema["const"])
     kind = schema["type"]
     if kind in ("integer", "number"):
-        return f"{'a whole number' if kind == 'integer' else 'a number'} {_bounds(schema)}".strip()
+        limits = {"minimum": "of at least", "exclusiveMinimum": "above", "exclusiveMaximum": "below"}
+        words = [f"{word} {schema[name]:g}" for name, word in limits.items() if name in schema]
+        if "minimum" in schema and "maximum" in schema:
+            words = [f"from {schema['minimum']} to {schema['maximum']}"]
+        return f"{'a whole number' if kind == 'integer' else 'a number'} {' and '.join(words)}".strip()
     if kind == "array":
-        words = schema["items"].get("enum")
-        return "a list of " + (f"some of {', '.join(words)}, each once" if words else "at least one name")
+        names = schema["items"].get("enum")
+        return "a list of " + (f"some of {', '.join(names)}, each once" if names else "at least one name")
     if kind == "object":
         [value] = schema["patternProperties"].values()
         return f"a mapping of at least one name to {_phrase(value)}"
@@ -210,20 +149,13 @@ def _phrase(schema: dict[str, Any]) -> str:
     return "true or false" if kind == "boolean" else str(kind)
 
 
-def _bounds(schema: dict[str, Any]) -> str:
-    if "minimum" in schema and "maximum" in schema:
-        return f"from {schema['minimum']} to {schema['maximum']}"
-    words = {"minimum": "of at least", "exclusiveMinimum": "above", "exclusiveMaximum": "below"}
-    return " and ".join(f"{word} {schema[name]:g}" for name, word in words.items() if name in schema)
-
-
 def nearest_key(wrong: str) -> str | None:
     """The existing setting or section that somebody who wrote `wrong` most likely meant."""
     section, name = split_key(wrong.lower().replace("-", "_"))
     if section in SECTIONS and name in SECTIONS[section].model_fields:
         return f"{section}.{name}"
-    if name in _NAMES_ELSEWHERE:
-        return _NAMES_ELSEWHERE[name]
+    if found := next((key for key, others in _NAMES_ELSEWHERE.items() if name in others.split()), None):
+        return found
     homes = [key for key in KEYS if split_key(key)[1] == name]
     if section in SECTIONS:
         near = get_close_matches(name, list(SECTIONS[section].model_fields), n=1)

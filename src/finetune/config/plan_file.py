@@ -7,9 +7,8 @@ from typing import Any, get_args
 import yaml
 
 from finetune.config.keys import KEYS, SECTIONS, flatten, split_key
-from finetune.config.load import load_config
+from finetune.config.load import Origin, load_config
 from finetune.config.resolve import Plan
-from finetune.config.sources import Origin
 from finetune.config.yaml_file import read_yaml
 from finetune.errors import ConfigError, Problem
 
@@ -25,7 +24,8 @@ _ORIGIN_COMMENT = re.compile(rf"  # ({'|'.join(_ORIGINS)})$")
 def plan_as_list(plan: Plan) -> list[dict[str, Any]]:
     """Every setting as `{"key", "value", "origin"}`, JSON-ready, in the order of the schema."""
     values = flatten(plan.config)
-    return [{"key": key, "value": _plain(values[key]), "origin": plan.origins[key]} for key in KEYS]
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    return [{"key": key, "value": values[key], "origin": plan.origins[key]} for key in KEYS]
 
 
 def dump_plan(plan: Plan) -> str:
@@ -71,7 +71,3 @@ def yaml_line(name: str, value: Any) -> str:
         {name: value}, default_flow_style=flow, allow_unicode=True, width=float("inf"), sort_keys=False
     )
     return text.rstrip("\n")
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

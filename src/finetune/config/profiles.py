@@ -16,47 +16,25 @@ class Profile:
 PROFILES: Mapping[str, Profile] = {
     "chat": Profile(
         "Conversations of several turns, in the model's own chat format, with room for long ones.",
-        {
-            "template.name": "auto",
-            "tokens.max_length": 4096,
-            "tokens.truncation": "truncate_prompt",
-            "adapter.rank": 16,
-            "adapter.alpha": 32.0,
-            "training.epochs": 2.0,
-            "training.batch_size": 4,
-            "training.gradient_accumulation_steps": 4,
-        },
+        {"template.name": "auto", "tokens.max_length": 4096, "tokens.truncation": "truncate_prompt"}
+        | {"adapter.rank": 16, "adapter.alpha": 32.0}
+        | {"training.epochs": 2.0, "training.batch_size": 4, "training.gradient_accumulation_steps": 4},
     ),
     "instruction": Profile(
         "One instruction and one answer per row, in the Alpaca format.",
-        {
-            "template.name": "alpaca",
-            "tokens.max_length": 1024,
-            "training.epochs": 3.0,
-        },
+        {"template.name": "alpaca", "tokens.max_length": 1024, "training.epochs": 3.0},
     ),
     "code": Profile(
         "Source code: long rows, a larger adapter and a gentler learning rate.",
-        {
-            "tokens.max_length": 4096,
-            "adapter.rank": 16,
-            "adapter.alpha": 32.0,
-            "training.epochs": 2.0,
-            "training.batch_size": 2,
-            "training.gradient_accumulation_steps": 8,
-            "training.learning_rate": 1e-4,
-        },
+        {"tokens.max_length": 4096, "adapter.rank": 16, "adapter.alpha": 32.0, "training.epochs": 2.0}
+        | {"training.batch_size": 2, "training.gradient_accumulation_steps": 8, "training.learning_rate": 1e-4},
     ),
     "demo": Profile(
         "The shipped model on the shipped data, in about a minute on a laptop.",
-        {
-            "training.epochs": 30.0,
-            "training.learning_rate": 2e-3,
-            "training.warmup_fraction": 0.1,
-            # Strong decay keeps the adapter small, and with it what the base knew. Measured on facts that were not
-            # rehearsed: 37 % kept without rehearsal rows, 78 % with them, 92 to 100 % with them and this decay.
-            "training.weight_decay": 5.0,
-        },
+        {"training.epochs": 30.0, "training.learning_rate": 2e-3, "training.warmup_fraction": 0.1}
+        # Strong decay keeps the adapter small, and with it what the base knew. Measured on facts that were not
+        # rehearsed: 37 % kept without rehearsal rows, 78 % with them, 92 to 100 % with them and this decay.
+        | {"training.weight_decay": 5.0},
     ),
 }
 """Every profile by name. A `max_length` above what the model can read is lowered when it came from a profile."""

@@ -1,13 +1,12 @@
 """Turn a configuration into a plan: nothing left open, each value with its origin."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from finetune.config.keys import default_of, flatten, unflatten
-from finetune.config.load import LoadedConfig
+from finetune.config.load import LoadedConfig, Origin
 from finetune.config.schema import TrainingConfig
-from finetune.config.sources import Origin
 from finetune.errors import ConfigError, Problem
 
 LONGEST_BY_DEFAULT = 2048
@@ -43,10 +42,7 @@ def resolve(loaded: LoadedConfig, facts: ModelAndDataFacts) -> Plan:
     if fraction is None:
         splits = config.data.valid is None and facts.train_rows >= FEWEST_ROWS_TO_HOLD_OUT
         fraction = derived["data.valid_fraction"] = HELD_OUT_SHARE if splits else 0.0
-    problems = [*_length_problems(loaded, facts), *_split_problems(loaded), *_template_problems(loaded, facts)]
-    problems += _adapter_problems(loaded)
-    problems += _margin_problems(loaded)
-    problems += _quantize_problems(loaded)
+    problems = [*_length_problems(loaded, facts), *_conflicts(loaded, facts), *_quantize_problems(loaded)]
     if config.data.valid is None and not fraction:
         problems += early_stopping_without_validation_problems(config, loaded.origins)
     if problems:
@@ -80,7 +76,7 @@ def resolve_processes(loaded: LoadedConfig, started: int, *, resume: bool) -> Lo
     if asked != started and not resume:
         what = f"processes is {asked}, but {started} {'process was' if started == 1 else 'processes were'} started"
         hint = "start them with --launch, such as: ft train --launch torchrun, or leave the setting out"
-        raise ConfigError([Problem(what, f"training.processes ({loaded.origins['training.processes']})", hint)])
+        raise ConfigError([_problem(loaded.origins, "training.processes", what, hint)])
     return loaded
 
 
@@ -106,15 +102,18 @@ def early_stopping_without_validation_problems(config: TrainingConfig, origins: 
         "early_stopping_patience": training.early_stopping_patience,
         "load_best_model": "true" if training.load_best_model else None,
     }
+    hint = "hold rows out with data.valid, or with data.valid_fraction (0.05, for example), or leave it out"
     return [
-        Problem(
-            f"{name} is {value}, but no rows are held out to look at the loss on",
-            f"training.{name} ({origins[f'training.{name}']})",
-            "hold rows out with data.valid, or with data.valid_fraction (0.05, for example), or leave it out",
+        _problem(
+            origins, f"training.{name}", f"{name} is {value}, but no rows are held out to look at the loss on", hint
         )
         for name, value in asked.items()
         if value is not None
     ]
+
+
+def _problem(origins: Mapping[str, Origin], key: str, what: str, hint: str) -> Problem:
+    return Problem(what, f"{key} ({origins[key]})", hint)
 
 
 def _settled(plan: Plan, derived: Mapping[str, Any]) -> Plan:
@@ -123,87 +122,64 @@ def _settled(plan: Plan, derived: Mapping[str, Any]) -> Plan:
 
 
 def _length_problems(loaded: LoadedConfig, facts: ModelAndDataFacts) -> list[Problem]:
-    if facts.context_length < SHORTEST:
-        what = f"the model reads only {facts.context_length} tokens at a time, fewer than the {SHORTEST} a row needs"
+    longest = facts.context_length
+    if longest < SHORTEST:
+        what = f"the model reads only {longest} tokens at a time, fewer than the {SHORTEST} a row needs"
         return [Problem(what, "model.path", "choose another model")]
-    asked = {
-        "tokens.max_length": loaded.config.tokens.max_length,
-        "judge.memory_length": loaded.config.judge.memory_length,
-    }
     return [
-        Problem(
-            f"{key.partition('.')[2]} is {length}, but the model reads at most {facts.context_length} tokens",
-            f"{key} ({loaded.origins[key]})",
-            f"set it to {facts.context_length} or less, or leave it out",
+        _problem(
+            loaded.origins,
+            f"{section}.{name}",
+            f"{name} is {length}, but the model reads at most {longest} tokens",
+            f"set it to {longest} or less, or leave it out",
         )
-        for key, length in asked.items()
+        for section, name, length in (
+            ("tokens", "max_length", loaded.config.tokens.max_length),
+            ("judge", "memory_length", loaded.config.judge.memory_length),
+        )
         # A profile or a default does not know the model; its wish is lowered instead.
-        if length is not None and length > facts.context_length and loaded.origins[key] not in ("profile", "default")
+        if (length or 0) > longest and loaded.origins[f"{section}.{name}"] not in ("profile", "default")
     ]
 
 
-def _split_problems(loaded: LoadedConfig) -> list[Problem]:
-    data = loaded.config.data
-    if data.valid is None or not data.valid_fraction:
-        return []
-    what = f"valid_fraction is {data.valid_fraction}, but data.valid names held-out rows already: {data.valid!r}"
-    where = f"data.valid_fraction ({loaded.origins['data.valid_fraction']})"
-    return [Problem(what, where, "leave out one of the two")]
+def _conflicts(loaded: LoadedConfig, facts: ModelAndDataFacts) -> Iterator[Problem]:
+    """Settings that contradict each other, or the model."""
+    config, origins = loaded.config, loaded.origins
+    data, training = config.data, config.training
+    if data.valid is not None and data.valid_fraction:
+        what = f"valid_fraction is {data.valid_fraction}, but data.valid names held-out rows already: {data.valid!r}"
+        yield _problem(origins, "data.valid_fraction", what, "leave out one of the two")
+    if config.template.name == "tokenizer" and not facts.has_chat_template:
+        what = "template is tokenizer, but this model's tokenizer has no chat template"
+        yield _problem(origins, "template.name", what, "use auto, alpaca, chatml, llama2, llama3 or a .jinja file")
+    if config.adapter.kind == "full":
+        what = "adapter.kind is full: every weight is trained, and there is no adapter that this could be said of"
+        for key, value in flatten(config).items():
+            of_adapters = key.startswith("adapter.") or key == "training.loraplus_lr_ratio"
+            # A profile does not know that there is no adapter.
+            if of_adapters and key != "adapter.kind" and value != default_of(key) and origins[key] != "profile":
+                yield _problem(origins, key, what, "leave it out, or set adapter.kind to lora or dora")
+    if training.early_stopping_min_delta and training.early_stopping_patience is None:
+        what = (
+            f"early_stopping_min_delta is {training.early_stopping_min_delta:g}, but nothing is stopped early: "
+            "early_stopping_patience is not set"
+        )
+        hint = "set training.early_stopping_patience as well, or leave it out"
+        yield _problem(origins, "training.early_stopping_min_delta", what, hint)
 
 
-def _margin_problems(loaded: LoadedConfig) -> list[Problem]:
-    training = loaded.config.training
-    if training.early_stopping_patience is not None or not training.early_stopping_min_delta:
-        return []
-    what = (
-        f"early_stopping_min_delta is {training.early_stopping_min_delta:g}, but nothing is stopped early: "
-        "early_stopping_patience is not set"
-    )
-    where = f"training.early_stopping_min_delta ({loaded.origins['training.early_stopping_min_delta']})"
-    return [Problem(what, where, "set training.early_stopping_patience as well, or leave it out")]
-
-
-def _template_problems(loaded: LoadedConfig, facts: ModelAndDataFacts) -> list[Problem]:
-    if loaded.config.template.name != "tokenizer" or facts.has_chat_template:
-        return []
-    where = f"template.name ({loaded.origins['template.name']})"
-    what = "template is tokenizer, but this model's tokenizer has no chat template"
-    return [Problem(what, where, "use auto, alpaca, chatml, llama2, llama3 or a .jinja file")]
-
-
-def _quantize_problems(loaded: LoadedConfig) -> list[Problem]:
+def _quantize_problems(loaded: LoadedConfig) -> Iterator[Problem]:
     """What a quantised base cannot be trained with, or a size of groups that nothing is quantised in."""
-    config, quantize = loaded.config, loaded.config.model.quantize
-    if quantize is None:
-        size, origin = config.model.quantize_group_size, loaded.origins["model.quantize_group_size"]
-        if size == default_of("model.quantize_group_size") or origin == "profile":
-            return []
+    config, origins, quantize = loaded.config, loaded.origins, loaded.config.model.quantize
+    size = config.model.quantize_group_size
+    key = "model.quantize_group_size"
+    if quantize is None and size != default_of(key) and origins[key] != "profile":
         what = f"quantize_group_size is {size}, but nothing is quantised: quantize is not set"
-        return [Problem(what, f"model.quantize_group_size ({origin})", "set model.quantize as well, or leave it out")]
-    where = f"model.quantize ({loaded.origins['model.quantize']})"
-    problems = []
-    if config.backend != "mlx":
+        yield _problem(origins, key, what, "set model.quantize as well, or leave it out")
+    if quantize is not None and config.backend != "mlx":
         what = f"quantize is {quantize}, but the {config.backend} backend trains on full weights only"
         hint = "set backend: mlx, which alone quantises in this version (bitsandbytes is not in it), or leave it out"
-        problems.append(Problem(what, where, hint))
-    if config.adapter.kind == "full":
+        yield _problem(origins, "model.quantize", what, hint)
+    if quantize is not None and config.adapter.kind == "full":
         what = f"quantize is {quantize}, but adapter.kind is full: what is quantised cannot be trained"
-        problems.append(Problem(what, where, "set adapter.kind to lora or dora, or leave it out"))
-    return problems
-
-
-def _adapter_problems(loaded: LoadedConfig) -> list[Problem]:
-    """What is said of an adapter where none is trained; a profile does not know that there is none."""
-    if loaded.config.adapter.kind != "full":
-        return []
-    values = flatten(loaded.config)
-    idle = [key for key in values if key.startswith("adapter.") and key != "adapter.kind"]
-    return [
-        Problem(
-            "adapter.kind is full: every weight is trained, and there is no adapter that this could be said of",
-            f"{key} ({loaded.origins[key]})",
-            "leave it out, or set adapter.kind to lora or dora",
-        )
-        for key in (*idle, "training.loraplus_lr_ratio")
-        if values[key] != default_of(key) and loaded.origins[key] != "profile"
-    ]
+        yield _problem(origins, "model.quantize", what, "set adapter.kind to lora or dora, or leave it out")

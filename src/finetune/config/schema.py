@@ -67,37 +67,29 @@ class Spec(BaseModel):
     """A frozen group of settings; unknown keys, NaN and infinity are refused."""
 
     # Built at first use, so that importing stays fast.
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True, use_attribute_docstrings=True
+    )
 
 
 class ModelSpec(Spec):
     """Which model is fine-tuned."""
 
-    path: Text = Field(
-        default="reference-llama",
-        description="The model to fine-tune: the name of a shipped model, a local folder or a Hugging Face Hub id.",
-    )
-    revision: Text | None = Field(
-        default=None, description="Which branch, tag or commit of a Hub model to take; null takes the Hub's default."
-    )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="The number format the weights are held in; bfloat16 halves their memory."
-    )
-    device: Literal["auto", "cpu", "gpu"] = Field(
-        default="auto",
-        description="Where the model computes: auto takes a GPU where the backend sees one, and the processor "
-        "elsewhere; gpu refuses to run where there is none.",
-    )
-    quantize: Literal["4bit", "8bit"] | None = Field(
-        default=None,
-        description="How to quantise the base's matrices as they are loaded, for an adapter on top (QLoRA); mlx only. "
-        "null leaves the base as its files have it, full or quantised by mlx-lm.",
-    )
-    quantize_group_size: Literal[32, 64, 128] = Field(
-        default=64,
-        description="How many quantised numbers of a row share a scale and a bias; fewer are closer to the full model "
-        "and take more memory.",
-    )
+    path: Text = "reference-llama"
+    """The model to fine-tune: the name of a shipped model, a local folder or a Hugging Face Hub id."""
+    revision: Text | None = None
+    """Which branch, tag or commit of a Hub model to take; null takes the Hub's default."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """The number format the weights are held in; bfloat16 halves their memory."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where the model computes: auto takes a GPU where the backend sees one, and the processor elsewhere; gpu
+    refuses to run where there is none."""
+    quantize: Literal["4bit", "8bit"] | None = None
+    """How to quantise the base's matrices as they are loaded, for an adapter on top (QLoRA); mlx only. null leaves
+    the base as its files have it, full or quantised by mlx-lm."""
+    quantize_group_size: Literal[32, 64, 128] = 64
+    """How many quantised numbers of a row share a scale and a bias; fewer are closer to the full model and take more
+    memory."""
 
     @property
     def quantization(self) -> Quantization | None:
@@ -108,35 +100,25 @@ class ModelSpec(Spec):
 class DataSpec(Spec):
     """What is learned, what is held out, and what must not be forgotten."""
 
-    train: Text | None = Field(
-        default=None,
-        description="The training rows: a .jsonl, .json, .csv, .tsv or .parquet file; null takes the shipped data set.",
-    )
-    valid: Text | None = Field(
-        default=None, description="Rows never trained on, to watch the loss on; null splits them off the training rows."
-    )
-    valid_fraction: Share | None = Field(
-        default=None,
-        description="The share of training rows to hold out; null means 0.05, or none from fewer than 200 rows.",
-    )
-    rehearsal: Text | None = Field(
-        default=None,
-        description="Rows mixed into training so that the model keeps what it knew; they never count as learning.",
-    )
-    retention: Text | None = Field(
-        default=None,
-        description="Questions whose answers the model must keep; they are asked before and after training.",
-    )
-    limit: Count | None = Field(default=None, description="Use only this many training rows; null uses them all.")
+    train: Text | None = None
+    """The training rows: a .jsonl, .json, .csv, .tsv or .parquet file; null takes the shipped data set."""
+    valid: Text | None = None
+    """Rows never trained on, to watch the loss on; null splits them off the training rows."""
+    valid_fraction: Share | None = None
+    """The share of training rows to hold out; null means 0.05, or none from fewer than 200 rows."""
+    rehearsal: Text | None = None
+    """Rows mixed into training so that the model keeps what it knew; they never count as learning."""
+    retention: Text | None = None
+    """Questions whose answers the model must keep; they are asked before and after training."""
+    limit: Count | None = None
+    """Use only this many training rows; null uses them all."""
 
 
 class TemplateSpec(Spec):
     """How a row becomes text; `template: chatml` is short for `template: {name: chatml}`."""
 
-    name: TemplateName | TemplatePath = Field(
-        default="auto",
-        description="The prompt template; auto takes the tokenizer's own if it has one and alpaca otherwise.",
-    )
+    name: TemplateName | TemplatePath = "auto"
+    """The prompt template; auto takes the tokenizer's own if it has one and alpaca otherwise."""
 
     @model_validator(mode="before")
     @classmethod
@@ -147,183 +129,133 @@ class TemplateSpec(Spec):
 class TokenSpec(Spec):
     """How text becomes tokens."""
 
-    max_length: Length | None = Field(
-        default=None, description="The most tokens one row may have; null means what the model can read, at most 2048."
-    )
-    truncation: Literal["drop", "truncate_prompt", "split", "refuse"] = Field(
-        default="drop",
-        description="What happens to a longer row: left out, its prompt cut so that the whole answer stays, "
-        "plain text split into pieces, or the run refused.",
-    )
-    cache: Text | None = Field(
-        default=None, description="A folder to keep token ids in between runs over the same rows; null keeps none."
-    )
+    max_length: Length | None = None
+    """The most tokens one row may have; null means what the model can read, at most 2048."""
+    truncation: Literal["drop", "truncate_prompt", "split", "refuse"] = "drop"
+    """What happens to a longer row: left out, its prompt cut so that the whole answer stays, plain text split into
+    pieces, or the run refused."""
+    cache: Text | None = None
+    """A folder to keep token ids in between runs over the same rows; null keeps none."""
 
 
 class AdapterSpec(Spec):
     """What is trained: an adapter, or the whole model."""
 
-    kind: Literal["lora", "dora", "full"] = Field(
-        default="lora",
-        description="What is trained: a LoRA adapter, a DoRA adapter (which trains the length of each row as well), or "
-        "the full model and no adapter.",
-    )
-    rank: Count = Field(default=8, description="The adapter's rank: a higher one learns more and takes more memory.")
-    alpha: Positive = Field(
-        default=16.0, description="How strongly the adapter acts: its output is scaled by alpha / rank."
-    )
-    scaling: Literal["standard", "rank_stabilized"] = Field(
-        default="standard",
-        description="What scales the adapter's output: alpha / rank, or alpha / sqrt(rank), which is called rsLoRA and "
-        "lets high ranks learn as fast as low ones.",
-    )
-    dropout: Share = Field(
-        default=0.0, description="The share of adapter inputs switched off at random while training."
-    )
-    target_modules: Literal["all-linear"] | Names = Field(
-        default="all-linear", description="Which layers get an adapter: all linear ones, or a list of layer names."
-    )
-    rank_pattern: RankPattern | None = Field(
-        default=None,
-        description="Ranks of some layers' own: a regular expression for the end of a layer's path, and the rank; the "
-        "first that fits counts.",
-    )
-    alpha_pattern: AlphaPattern | None = Field(
-        default=None, description="Alphas of some layers' own, by pattern as in rank_pattern."
-    )
-    modules_to_save: Names | None = Field(
-        default=None,
-        description="Modules that are trained whole and saved beside the adapter, such as lm_head; null for none.",
-    )
+    kind: Literal["lora", "dora", "full"] = "lora"
+    """What is trained: a LoRA adapter, a DoRA adapter (which trains the length of each row as well), or the full
+    model and no adapter."""
+    rank: Count = 8
+    """The adapter's rank: a higher one learns more and takes more memory."""
+    alpha: Positive = 16.0
+    """How strongly the adapter acts: its output is scaled by alpha / rank."""
+    scaling: Literal["standard", "rank_stabilized"] = "standard"
+    """What scales the adapter's output: alpha / rank, or alpha / sqrt(rank), which is called rsLoRA and lets high
+    ranks learn as fast as low ones."""
+    dropout: Share = 0.0
+    """The share of adapter inputs switched off at random while training."""
+    target_modules: Literal["all-linear"] | Names = "all-linear"
+    """Which layers get an adapter: all linear ones, or a list of layer names."""
+    rank_pattern: RankPattern | None = None
+    """Ranks of some layers' own: a regular expression for the end of a layer's path, and the rank; the first that
+    fits counts."""
+    alpha_pattern: AlphaPattern | None = None
+    """Alphas of some layers' own, by pattern as in rank_pattern."""
+    modules_to_save: Names | None = None
+    """Modules that are trained whole and saved beside the adapter, such as lm_head; null for none."""
 
 
 class TrainingSpec(Spec):
     """How long and how fast is trained."""
 
-    epochs: Positive = Field(default=3.0, description="How many times the training rows are gone through.")
-    max_steps: Count | None = Field(default=None, description="Stop after this many steps even if epochs remain.")
-    batch_size: Count = Field(
-        default=8, description="How many rows (with packing: sequences) go through the model at once."
-    )
-    processes: Count | None = Field(
-        default=None,
-        description="How many processes share the work, each with a batch of its own; null means as many as a "
-        "launcher has started.",
-    )
-    gradient_accumulation_steps: Count = Field(
-        default=1, description="How many batches are added up before the weights move once."
-    )
-    packing: StrictBool = Field(
-        default=False,
-        description="Let short rows share a sequence of up to tokens.max_length tokens, apart from each other.",
-    )
-    learning_rate: Positive = Field(default=2e-4, description="How far the weights move per step, at its highest.")
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="How the learning rate goes down after warm-up."
-    )
-    warmup_fraction: Share = Field(
-        default=0.05, description="The share of the steps in which the learning rate rises from near zero."
-    )
-    loraplus_lr_ratio: Positive = Field(
-        default=1.0,
-        description="How many times faster B moves than A, which is called LoRA+; 1 moves all alike.",
-    )
-    weight_decay: PositiveOrZero = Field(
-        default=0.0, description="How strongly AdamW pulls trained matrices towards zero; gains and biases are spared."
-    )
-    label_smoothing: Share = Field(
-        default=0.0,
-        description="The share of each trained token that is spread over all words, so that none is learned to "
-        "certainty; held-out losses are measured without it.",
-    )
-    max_grad_norm: Positive = Field(default=1.0, description="Gradients longer than this are shortened to it.")
-    seed: Seed = Field(default=0, description="The number all randomness starts from: same seed, same run.")
-    save_every: Count | None = Field(
-        default=None, description="Steps between checkpoints; null means about a tenth of the run, at least 10."
-    )
-    evaluate_every: Count | None = Field(
-        default=None, description="Steps between looks at the held-out loss; null means a tenth of the run."
-    )
-    early_stopping_patience: Count | None = Field(
-        default=None,
-        description="Stop when the held-out loss has not improved for this many looks in a row; null never does.",
-    )
-    early_stopping_min_delta: PositiveOrZero = Field(
-        default=0.0, description="By how many nats per token the held-out loss must fall to count as improved."
-    )
-    load_best_model: StrictBool = Field(
-        default=False,
-        description="End the run with the weights of the lowest held-out loss; false keeps those of the last step.",
-    )
+    epochs: Positive = 3.0
+    """How many times the training rows are gone through."""
+    max_steps: Count | None = None
+    """Stop after this many steps even if epochs remain."""
+    batch_size: Count = 8
+    """How many rows (with packing: sequences) go through the model at once."""
+    processes: Count | None = None
+    """How many processes share the work, each with a batch of its own; null means as many as a launcher has started."""
+    gradient_accumulation_steps: Count = 1
+    """How many batches are added up before the weights move once."""
+    packing: StrictBool = False
+    """Let short rows share a sequence of up to tokens.max_length tokens, apart from each other."""
+    learning_rate: Positive = 0.0002
+    """How far the weights move per step, at its highest."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate goes down after warm-up."""
+    warmup_fraction: Share = 0.05
+    """The share of the steps in which the learning rate rises from near zero."""
+    loraplus_lr_ratio: Positive = 1.0
+    """How many times faster B moves than A, which is called LoRA+; 1 moves all alike."""
+    weight_decay: PositiveOrZero = 0.0
+    """How strongly AdamW pulls trained matrices towards zero; gains and biases are spared."""
+    label_smoothing: Share = 0.0
+    """The share of each trained token that is spread over all words, so that none is learned to certainty; held-out
+    losses are measured without it."""
+    max_grad_norm: Positive = 1.0
+    """Gradients longer than this are shortened to it."""
+    seed: Seed = 0
+    """The number all randomness starts from: same seed, same run."""
+    save_every: Count | None = None
+    """Steps between checkpoints; null means about a tenth of the run, at least 10."""
+    evaluate_every: Count | None = None
+    """Steps between looks at the held-out loss; null means a tenth of the run."""
+    early_stopping_patience: Count | None = None
+    """Stop when the held-out loss has not improved for this many looks in a row; null never does."""
+    early_stopping_min_delta: PositiveOrZero = 0.0
+    """By how many nats per token the held-out loss must fall to count as improved."""
+    load_best_model: StrictBool = False
+    """End the run with the weights of the lowest held-out loss; false keeps those of the last step."""
 
 
 class EvaluationSpec(Spec):
     """What the model is asked before and after training."""
 
-    questions: CountOrZero = Field(
-        default=64, description="How many trained questions are asked before and after training."
-    )
-    retention_questions: CountOrZero = Field(
-        default=64, description="How many questions the model must keep are asked before and after training."
-    )
-    max_new_tokens: Count = Field(default=32, description="The most tokens one answer may have.")
+    questions: CountOrZero = 64
+    """How many trained questions are asked before and after training."""
+    retention_questions: CountOrZero = 64
+    """How many questions the model must keep are asked before and after training."""
+    max_new_tokens: Count = 32
+    """The most tokens one answer may have."""
 
 
 class JudgeSpec(Spec):
     """Which extra runs are made as evidence that the fine-tuning worked."""
 
-    control: ExtraRuns = Field(
-        default="auto",
-        description="Train once more on shuffled answers for comparison; auto does so when it takes seconds.",
-    )
-    memory: ExtraRuns = Field(
-        default="auto",
-        description="Measure LoRA's memory against full fine-tuning; auto does so when it takes seconds.",
-    )
-    memory_batch_size: Count = Field(default=4, description="How many rows per batch the memory measurement uses.")
-    memory_length: Length = Field(default=64, description="How many tokens per row the memory measurement uses.")
-    allow_inconclusive: StrictBool = Field(
-        default=False, description="End with exit code 0, not 4, when the outcome is inconclusive."
-    )
+    control: ExtraRuns = "auto"
+    """Train once more on shuffled answers for comparison; auto does so when it takes seconds."""
+    memory: ExtraRuns = "auto"
+    """Measure LoRA's memory against full fine-tuning; auto does so when it takes seconds."""
+    memory_batch_size: Count = 4
+    """How many rows per batch the memory measurement uses."""
+    memory_length: Length = 64
+    """How many tokens per row the memory measurement uses."""
+    allow_inconclusive: StrictBool = False
+    """End with exit code 0, not 4, when the outcome is inconclusive."""
 
 
 class TrackingSpec(Spec):
     """Which trackers are told of the run while it goes; `events.jsonl` in the run folder always is."""
 
-    to: Trackers = Field(
-        default=(), description="The trackers to tell: a list of tensorboard, trackio, wandb, mlflow; empty for none."
-    )
-    project: Text = Field(default="finetune", description="The project (in MLflow: experiment) that runs belong to.")
-    name: Text | None = Field(
-        default=None, description="What the run is called there; null takes the name of the run folder."
-    )
+    to: Trackers = ()
+    """The trackers to tell: a list of tensorboard, trackio, wandb, mlflow; empty for none."""
+    project: Text = "finetune"
+    """The project (in MLflow: experiment) that runs belong to."""
+    name: Text | None = None
+    """What the run is called there; null takes the name of the run folder."""
 
 
 class TrainingConfig(Spec):
     """Everything a fine-tuning run can be told."""
 
-    model: ModelSpec = Field(default_factory=ModelSpec, description="Which model is fine-tuned.")
-    data: DataSpec = Field(
-        default_factory=DataSpec, description="What is learned, what is held out, what must not be forgotten."
-    )
-    template: TemplateSpec = Field(
-        default_factory=TemplateSpec,
-        description="How a row becomes text; `template: chatml` is short for the name below.",
-    )
-    tokens: TokenSpec = Field(default_factory=TokenSpec, description="How text becomes tokens.")
-    adapter: AdapterSpec = Field(
-        default_factory=AdapterSpec, description="What is trained: an adapter, or the whole model."
-    )
-    training: TrainingSpec = Field(default_factory=TrainingSpec, description="How long and how fast is trained.")
-    evaluation: EvaluationSpec = Field(
-        default_factory=EvaluationSpec, description="What the model is asked before and after training."
-    )
-    judge: JudgeSpec = Field(
-        default_factory=JudgeSpec, description="Which extra runs are made as evidence that it worked."
-    )
-    tracking: TrackingSpec = Field(
-        default_factory=TrackingSpec, description="Which trackers are told of the run while it goes."
-    )
-    backend: Literal["torch", "mlx", "reference"] = Field(
-        default="torch", description="Which framework does the computing."
-    )
+    model: ModelSpec = Field(default_factory=ModelSpec)
+    data: DataSpec = Field(default_factory=DataSpec)
+    template: TemplateSpec = Field(default_factory=TemplateSpec)
+    tokens: TokenSpec = Field(default_factory=TokenSpec)
+    adapter: AdapterSpec = Field(default_factory=AdapterSpec)
+    training: TrainingSpec = Field(default_factory=TrainingSpec)
+    evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
+    judge: JudgeSpec = Field(default_factory=JudgeSpec)
+    tracking: TrackingSpec = Field(default_factory=TrackingSpec)
+    backend: Literal["torch", "mlx", "reference"] = "torch"
+    """Which framework does the computing."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune import train as training
 from finetune.backends.reference.model import ReferencePass
-from finetune.config import load, sources
+from finetune.config import load
 from finetune.config.keys import KEYS, PROFILE_KEY, SECTIONS
 from finetune.records import AdapterTarget, Optimization
 from finetune.training import prepare
@@ -190,4 +190,4 @@ def _unknown_setting_is_ignored() -> None:
         if key in (*SECTIONS, *KEYS, PROFILE_KEY):
             right(source, key, value)
 
-    plant(sources.ConfigSource, "add", wrong)
+    plant(load.ConfigSource, "add", wrong)
