@@ -212,7 +212,7 @@ KINDS: dict[str, AdapterTarget | None] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_resume_of_every_kind_is_the_same_run(kind: str, tmp_path: Path) -> None:
-    """P-RESUME: stopped after any step and continued in a fresh session, all of the state is the same to the byte."""
+    """Stopped after any step and continued in a fresh session, all of the state is the same to the byte."""
     whole = trained_through(KINDS[kind], tmp_path / "whole", [])
     for number, stops in enumerate(([1], [3], [1, 2])):
         assert trained_through(KINDS[kind], tmp_path / str(number), stops) == whole

@@ -43,7 +43,7 @@ def score(expected: str, said: str) -> bool:
 @example("12", "123")
 @example("Oslo", ", Norway")
 def test_answer_that_goes_on_is_wrong(expected: str, more: str) -> None:
-    """P-STOP: a model that says the right words and does not stop there has not learned the answer."""
+    """A model that says the right words and does not stop there has not learned the answer."""
     assume(normalise(expected))
     assume(normalise(expected + more) != normalise(expected))
     assert score(expected, expected)

@@ -35,7 +35,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_reopened_run_is_the_run_that_ended(finished: Path) -> None:
-    """P-ART: losses and answers are those recorded, the logits those of the adapter on a fresh base, not the base's."""
+    """Losses and answers are those recorded, the logits those of the adapter on a fresh base, not the base's."""
     prepared, session = reopen(finished / "run")
     record = json.loads((finished / "run" / "run.json").read_text())
     found = observe(session, prepared)

@@ -186,7 +186,7 @@ def test_team_deals_every_row_to_one_process_and_every_share_its_own_dice(job: J
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_team_stops_in_every_process_where_one_loss_is_not_finite(rank: int) -> None:
-    """P-FINITE: a loss that is NaN in one process ends all at that step, in the same words, weights untouched."""
+    """A loss that is NaN in one process ends all at that step, in the same words, weights untouched."""
     job = Job(9, 1, 3)
 
     def work(member: ThreadRank) -> Any:
@@ -346,7 +346,7 @@ def test_first_process_says_when_all_stop_and_what_is_kept(model: Path, data: Pa
 def test_team_stopped_anywhere_goes_on_in_any_number_of_processes(
     model: Path, data: Path, whole: tuple[Path, dict[str, Any], int], death: float, processes: int
 ) -> None:
-    """P-RESUME: when the first process dies the others end, too; any number goes on, as many to the same bytes."""
+    """When the first process dies the others end, too; any number goes on, as many to the same bytes."""
     folder, record, events = whole
     with TemporaryDirectory() as name:
         output = Path(name) / "run"

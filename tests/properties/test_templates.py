@@ -138,7 +138,7 @@ def test_format_is_the_public_one_byte_for_byte(case: str) -> None:
 @example(talk("user:a", "assistant:b", "user:c", "input:d", "assistant:e"))
 @examples(0.8)
 def test_answers_and_terminators_are_what_is_trained(name: str, conversation: Conversation) -> None:
-    """P-MASK: the text is the public format, and of it every answer with its terminator is trained and nothing else."""
+    """The text is the public format, and of it every answer with its terminator is trained and nothing else."""
     rendered = template(name).render(conversation)
     assert stretches(rendered) == joined(written_out(name, conversation))
     assert rendered.where == conversation.where
@@ -154,7 +154,7 @@ def test_answers_and_terminators_are_what_is_trained(name: str, conversation: Co
 @example(talk("user: a ", "assistant:b", "user:c", "assistant: d "))
 @examples(0.8)
 def test_prompt_is_the_same_for_training_and_asking(name: str, conversation: Conversation) -> None:
-    """P-TMPL: for every answer, the text trained on up to it is the text asked with, and only what is said follows."""
+    """For every answer, the text trained on up to it is the text asked with, and only what is said follows."""
     chat = template(name)
     whole = stretches(chat.render(conversation))
     for index, message in enumerate(conversation.messages):
@@ -170,7 +170,7 @@ def test_prompt_is_the_same_for_training_and_asking(name: str, conversation: Con
 
 @pytest.mark.parametrize("name", NAMES)
 def test_terminators_are_what_ends_an_answer(name: str) -> None:
-    """P-STOP: the tokens to stop at are exactly the control tokens trained after an answer."""
+    """The tokens to stop at are exactly the control tokens trained after an answer."""
     assert template(name).terminators() == (TERMINATOR[name].strip(),)
 
 

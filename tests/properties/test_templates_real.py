@@ -50,7 +50,7 @@ def test_real_templates_are_all_here() -> None:
 @example(WITH_SYSTEM)
 @examples(0.1)
 def test_real_template_trains_its_answers(name: str, conversation: Conversation) -> None:
-    """P-MASK, P-PREFIX: every answer with its ending is trained, nothing else is, and each begins where asking ends."""
+    """Every answer with its ending is trained, nothing else is, and each begins where asking ends."""
     real = REAL[name]
     conversation = fitting(real, conversation)
     whole = stretches(real.compiled.render(conversation))

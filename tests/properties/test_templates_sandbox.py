@@ -55,7 +55,7 @@ def shows(expression: str) -> str:
 @given(templates_with_conversations())
 @examples(0.7)
 def test_drawn_template_trains_what_it_says_and_asks_as_it_trains(case: TemplateCase) -> None:
-    """P-MASK, P-TMPL, P-PREFIX: any sound template's text is the one written out by hand, by character spans each
+    """Any sound template's text is the one written out by hand, by character spans each
     answer with its stop is trained and nothing else, and the prompt for an answer is what stands before it.
     """
     rendered = chat(case.jinja).render(case.conversation)
@@ -94,7 +94,7 @@ def test_every_attack_is_refused_before_memory_is_taken() -> None:
 @example(HostileTemplate("{{ 'x' | round(9, 'floor') }}", "width", "calculates with a str"))
 @example(HostileTemplate("{% for a in [1] %}{{ [0] | map(attribute='.' * 9**6) }}{% endfor %}", "size", "more work"))
 def test_hostile_template_is_refused(hostile: HostileTemplate) -> None:
-    """P-SAFE: a template that reaches for Python or for endless work is refused, with the line and what it did."""
+    """A template that reaches for Python or for endless work is refused, with the line and what it did."""
     error = refusal(hostile.source)
     assert "unsafe" in error.message
     assert "line 1: " in error.message

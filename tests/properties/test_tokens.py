@@ -67,7 +67,7 @@ def test_tokenizer_broken_file_is_named(file: str, tmp_path: object) -> None:
 
 @given(FULL, texts(), st.sampled_from(NAMES))
 def test_text_survives_and_never_becomes_control(kind: TokenizerKind, text: str, name: str) -> None:
-    """P-INERT: decode(encode(text)) is the text, and no content in any role yields a control id."""
+    """Decode(encode(text)) is the text, and no content in any role yields a control id."""
     tokenizer = tokenizer_of(kind)
     for hostile in (text, text + "".join(kind.control_tokens), kind.control_tokens[-1] + text):
         ids = tokenizer.encode_content(hostile)
@@ -110,7 +110,7 @@ def test_stop_tokens_cover_what_is_trained_to_stop(name: str) -> None:
 @example(FIRST, talk("user:é🦙", "assistant:🦙é", "user: x", "assistant:\n\n\nyes"))
 @examples(2 / 3)
 def test_trained_tokens_are_answers_and_terminators(name: str, kind: TokenizerKind, conversation: Conversation) -> None:
-    """P-MASK, P-COUNT: trained ids spell each answer with its terminator, also where padding is the end of text."""
+    """Trained ids spell each answer with its terminator, also where padding is the end of text."""
     rendered = template_of(kind, name).render(conversation)
     row = encode_row(rendered, tokenizer_of(kind))
     assert len(row.ids) == len(row.trained)
@@ -136,7 +136,7 @@ def test_trained_tokens_are_answers_and_terminators(name: str, kind: TokenizerKi
 @example(FIRST, talk("user:a", "assistant:\n\n\nhi", "user:b", "assistant:\n\n\n"))
 @examples(2 / 3)
 def test_prompt_ids_are_a_prefix_of_row_ids(name: str, kind: TokenizerKind, conversation: Conversation) -> None:
-    """P-PREFIX: for every answer, the ids asked with are the ids trained on up to it, and what follows is trained."""
+    """For every answer, the ids asked with are the ids trained on up to it, and what follows is trained."""
     chat, tokenizer = template_of(kind, name), tokenizer_of(kind)
     row = encode_row(chat.render(conversation), tokenizer)
     for index, message in enumerate(conversation.messages):
@@ -154,7 +154,7 @@ BOS_CASES = [
 
 @pytest.mark.parametrize(("name", "kind"), BOS_CASES)
 def test_bos_stands_once_or_not_at_all(name: str, kind: TokenizerKind) -> None:
-    """P-BOS: one BOS in front if the tokenizer or the format puts one there, never two, in training and asking."""
+    """One BOS in front if the tokenizer or the format puts one there, never two, in training and asking."""
     chat, tokenizer = template_of(kind, name), tokenizer_of(kind)
     conversation = talk("user:<s>a", "assistant:<s>b")
     wanted = bool(kind.bos_token) and (kind.adds_bos or name.startswith("llama"))

@@ -36,7 +36,7 @@ def altered(row: Rendered, at: int, **changes: Any) -> Rendered:
 
 @given(rendered_rows(), st.data())
 def test_cache_key_changes_with_the_tokens(rows: list[Rendered], data: st.DataObject) -> None:
-    """P-CACHE: rows whose tokens or marks differ have different names, whatever small change made them differ."""
+    """Rows whose tokens or marks differ have different names, whatever small change made them differ."""
     changed = list(rows)
     kind = FIRST
     what = data.draw(st.sampled_from(["text", "trained", "control", "role", "drop", "twice", "swap", "tokenizer"]))
@@ -63,7 +63,7 @@ def test_cache_key_changes_with_the_tokens(rows: list[Rendered], data: st.DataOb
 @given(rendered_rows())
 @examples(1 / 2)
 def test_cache_key_is_of_nothing_but_what_is_encoded(rows: list[Rendered]) -> None:
-    """P-CACHE: the file, the line and the name of a prompt's role change no token, and so not the name."""
+    """The file, the line and the name of a prompt's role change no token, and so not the name."""
     elsewhere = [
         Rendered(
             tuple(replace(s, role="system") if s.role == "user" else s for s in row.segments), f"other.csv:{number}"

@@ -77,7 +77,7 @@ def test_truncation_starts_at_the_oldest_word() -> None:
 
 
 def test_row_without_trained_token_is_dropped_and_counted() -> None:
-    """P-COUNT: a row with nothing to learn is dropped for that reason, not kept as a zero in the mean."""
+    """A row with nothing to learn is dropped for that reason, not kept as a zero in the mean."""
     prompt = template_of(FIRST, "chatml").render_prompt(talk("user:a"))
     result = encoded(FIRST, [prompt, template_of(FIRST, "chatml").render(talk("user:a", "assistant:b"))], 99)
     assert len(result.rows) == 1

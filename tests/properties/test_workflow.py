@@ -127,7 +127,7 @@ def demanding(model: Path, data: Path) -> LoadedConfig:
 def test_workflow_on_a_full_disk_fails_clearly_and_can_go_on(
     model: Path, data: Path, whole: tuple[Path, dict[str, Any], int], size: int
 ) -> None:
-    """P-CRASH: a disk that is full at any file is one clear error; with space again the run ends as it would have."""
+    """A disk that is full at any file is one clear error; with space again the run ends as it would have."""
     folder = whole[0]
     with TemporaryDirectory() as name, without_reload_check():
         output = Path(name) / "run"

@@ -91,7 +91,7 @@ def test_full_run_whose_model_was_changed_is_refused(place: Path, tmp_path: Path
 
 @pytest.mark.parametrize("step", [1, 3, 99])
 def test_full_run_stopped_and_resumed_is_the_run_that_was_never_stopped(place: Path, step: int, tmp_path: Path) -> None:
-    """P-RESUME: dead after any step, or when all is saved but the manifest, it ends with the same model to the byte."""
+    """Dead after any step, or when all is saved but the manifest, it ends with the same model to the byte."""
     wanted = (place / "run" / "model" / "model.safetensors").read_bytes()
 
     def listen(event: Event) -> None:

@@ -117,7 +117,7 @@ def choices() -> st.SearchStrategy[dict[str, Any]]:
 @example({key: values[-1] for key, values in CHOICES.items()})
 @examples(1 / 5)
 def test_workflow_asks_of_the_session_what_is_set_whatever_else_is(model: Path, chosen: dict[str, Any]) -> None:
-    """P-KNOB: adapter, seed, optimizer, rates, batch sizes, accumulation and packing are those set, in any company."""
+    """Adapter, seed, optimizer, rates, batch sizes, accumulation and packing are those set, in any company."""
     heard = run(model, chosen)
     adapter = {key.split(".")[1]: value for key, value in chosen.items() if key.startswith("adapter.")}
     training = {key.split(".")[1]: value for key, value in chosen.items() if key.startswith("training.")}
@@ -148,7 +148,7 @@ def test_workflow_asks_of_the_session_what_is_set_whatever_else_is(model: Path, 
 
 
 def test_workflow_seed_reaches_everything_that_is_drawn(model: Path) -> None:
-    """P-SEED: the fresh adapter, the order of rows, what is held out and what is asked: each is the seed's, 0 too."""
+    """The fresh adapter, the order of rows, what is held out and what is asked: each is the seed's, 0 too."""
 
     def drawn(seed: int) -> dict[str, Any]:
         heard = run(model, {"training.seed": seed, "evaluation.questions": 3})

@@ -129,7 +129,7 @@ def weights_of(model: Path, data: Path, output: Path, step: int) -> bytes:
 def test_run_that_stops_or_chooses_is_the_same_wherever_it_is_killed(
     model: Path, data: Path, data_: st.DataObject, how: tuple[int | None, bool]
 ) -> None:
-    """P-RESUME: dead at any event, twice, it ends at the same step with the same adapter, looks and checkpoints."""
+    """Dead at any event, twice, it ends at the same step with the same adapter, looks and checkpoints."""
     losses, (stop_after, keep) = data_.draw(CURVES), how
     loaded = job(model, data, early_stopping_patience=stop_after, load_best_model=keep)
     with TemporaryDirectory() as name, looks(losses):
