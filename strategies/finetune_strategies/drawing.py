@@ -7,6 +7,7 @@ import pytest
 from hypothesis import find, given
 from hypothesis import strategies as st
 from hypothesis.internal.conjecture import providers
+from hypothesis.internal.constants_ast import Constants
 
 from finetune_strategies.profiles import examples
 
@@ -25,7 +26,7 @@ def drawn(strategy: st.SearchStrategy[Any], *, share: float = 5) -> list[Any]:
         found.append(value)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(providers, "_get_local_constants", providers.Constants)
+        patch.setattr(providers, "_get_local_constants", Constants)
         providers.CONSTANTS_CACHE.cache.clear()
         draw()
     providers.CONSTANTS_CACHE.cache.clear()
