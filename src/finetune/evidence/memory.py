@@ -1,8 +1,9 @@
 """Measures what training takes, in a fresh process for each method, so that nothing else is counted."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Literal
 
 from finetune.criteria.evidence import MemoryMeasure
 from finetune.errors import UsageError
@@ -16,7 +17,7 @@ def measure_memory(
     target: AdapterTarget,
     *,
     method: Literal["lora", "full"],
-    sizes: dict[str, Any],
+    sizes: Mapping[str, object],
 ) -> MemoryMeasure:
     """Train a few steps in a fresh process and return what it measured.
 

@@ -4,7 +4,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from finetune.ports import Session
 from finetune.processes import ask_child
@@ -18,13 +17,13 @@ def check_reload(
     saved: Path,
     *,
     prompts: Sequence[Sequence[int]],
-    **opening: Any,
+    **opening: str | Quantization | None,
 ) -> Reload:
-    """Compare the session's logits on `prompts` with those of what was saved, an adapter or a model, loaded elsewhere.
+    """Compare the session's logits on `prompts` with those of the saved adapter or model in a fresh process.
 
     Args:
         location: the base.
-        opening: how the base is opened: `dtype`, and `quantize` where it is quantised as it is loaded.
+        opening: the base's `dtype`, and `quantize` where it is quantised as it is loaded.
 
     Raises:
         EvidenceError: the fresh process could not load what was saved.

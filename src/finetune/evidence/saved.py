@@ -1,8 +1,7 @@
-"""What a run saves in the end: how it is written, where it lies, whether it is still that, and a session on it."""
+"""Saves what a run trained, finds it again, checks that it has not changed, and opens a session on it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from finetune.chat.encoder import Encoder
 from finetune.config import LoadedConfig, TrainingConfig, load_plan
@@ -16,7 +15,7 @@ from finetune.training.prepare import Prepared, prepare
 
 
 def save_trained(prepared: Prepared, session: Session, folder: Path) -> None:
-    """Write what was trained, an adapter or the whole model, and all that it is asked with, into an existing folder."""
+    """Write the adapter or the whole model, with tokenizer, template and stops, into an existing folder."""
     session.save_model(folder) if prepared.target is None else session.save_adapter(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         source = prepared.location.folder / name
@@ -48,11 +47,11 @@ def saved_in(folder: RunFolder, config: TrainingConfig) -> Path:
     return saved
 
 
-def changed(before: Any, now: list[dict[str, Any]]) -> list[str]:
+def changed(before: Sequence[Mapping[str, object]] | None, now: Sequence[Mapping[str, object]]) -> list[str]:
     """The names of files that are not what they were; those of one list alone are among them."""
     old = {file["path"]: file for file in before or []}
     new = {file["path"]: file for file in now}
-    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return sorted(str(name) for name in old.keys() | new.keys() if old.get(name) != new.get(name))
 
 
 def open_encoder(folder: RunFolder, config: TrainingConfig, location: ModelLocation) -> Encoder:

@@ -1,6 +1,6 @@
-"""What a GGUF file is to hold, settled before anything is written: its keys, and each tensor's name, shape and type."""
+"""The plan of a GGUF file: its keys, and the name, shape and type of each tensor."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ ALIGNMENT = 32
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of the file; `load` gives it in float32, laid out as the file has it."""
+    """One tensor of the file; `load` returns it in float32, in the file's layout."""
 
     name: str
     shape: tuple[int, ...]
@@ -29,7 +29,7 @@ class Tensor:
 
     @property
     def bytes(self) -> int:
-        """How many bytes it takes in the file."""
+        """Bytes in the file."""
         block = BLOCKS[self.storage]
         return int(np.prod(self.shape)) // block.weights * block.bytes
 
@@ -39,20 +39,20 @@ class Blueprint:
     """A GGUF file before it is written."""
 
     arch: str
-    metadata: Mapping[str, Any]
+    metadata: Mapping[str, object]
     tensors: tuple[Tensor, ...]
     notes: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
-        """About how many bytes the file takes: its tensors, and somewhat more for its keys."""
+        """About the size of the file: its tensors, and 4 MiB and more for its keys."""
         return sum(tensor.bytes + ALIGNMENT for tensor in self.tensors) + 64 * len(self.metadata) + (4 << 20)
 
 
 def plan_model(
-    described: Described, shape: ModelShape, source: WeightSource, metadata: Mapping[str, Any], outtype: Outtype
+    described: Described, shape: ModelShape, source: WeightSource, metadata: Mapping[str, object], outtype: Outtype
 ) -> Blueprint:
-    """The file of a whole model.
+    """Plan the file of a whole model.
 
     Args:
         metadata: keys beside those of the architecture.
@@ -61,12 +61,12 @@ def plan_model(
         ModelError: one of its weights has no place in GGUF.
     """
     tensors = [
-        Tensor(f"{name}", factors.shape, "f32", partial(np.asarray, factors))
-        for name, factors in described.extra.items()
+        Tensor(name, factors.shape, "f32", partial(np.asarray, factors)) for name, factors in described.extra.items()
     ]
     places = _places(described, shape.layers, shape.weights)
     head = "output.weight" if "output.weight" in places.values() else "token_embd.weight"
     for name, place in places.items():
+        # The layout of a weight that takes no memory tells the shape in the file.
         sides = to_gguf_layout(described, name, np.broadcast_to(np.float32(0), source.shape(name))).shape
         load = partial(_load, described, source, name)
         storage = choose_storage(place, sides, outtype, shape.layers, is_head=place == head)
@@ -83,14 +83,14 @@ def plan_model(
 
 
 def _size_label(tensors: Sequence[Tensor]) -> str:
-    """How many weights there are, in words such as 7.2B."""
+    """The number of weights in words such as 7.2B."""
     from gguf.utility import model_weight_count_rounded_notation
 
     return str(model_weight_count_rounded_notation(sum(int(np.prod(one.shape)) for one in tensors), min_digits=2))
 
 
 def _larger(tensors: Sequence[Tensor], outtype: Outtype) -> tuple[str, ...]:
-    """What is said of tensors whose rows do not fit the blocks of the type."""
+    """A note on tensors whose rows do not fit the type's blocks."""
     if outtype in ("f32", "f16", "bf16"):
         return ()
     size = BLOCKS["q8_0" if outtype == "q8_0" else "q6_k"].weights
@@ -100,15 +100,13 @@ def _larger(tensors: Sequence[Tensor], outtype: Outtype) -> tuple[str, ...]:
 
 
 def plan_adapter(
-    described: Described, shape: ModelShape, adapter: AdapterWeights, metadata: Mapping[str, Any], outtype: Outtype
+    described: Described, shape: ModelShape, adapter: AdapterWeights, metadata: Mapping[str, object], outtype: Outtype
 ) -> Blueprint:
-    """The file of an adapter alone, for llama.cpp to put on the base model.
-
-    GGUF has one alpha for all layers; what a layer's own scale differs by is multiplied into its B.
+    """Plan the file of an adapter alone, which llama.cpp puts on the base model.
 
     Raises:
-        ModelError: it trains more than A and B of linear layers, or a layer that has no place in GGUF; or the type is
-            not one that llama.cpp's own converter writes adapters in.
+        ModelError: the adapter is more than A and B of linear layers, a layer has no place in GGUF, or llama.cpp's
+            converter does not write adapters in this type.
     """
     if outtype not in ("f32", "f16", "bf16", "q8_0"):
         raise ModelError(f"an adapter alone is not written as {outtype}", hint="use f32, f16, bf16 or q8_0")
@@ -121,6 +119,7 @@ def plan_adapter(
     places = _places(described, shape.layers, [f"{path}.weight" for path in adapter.layers])
     for path, place in zip(adapter.layers, places.values(), strict=True):
         a, b = adapter.matrices(path)
+        # llama.cpp scales every layer by the one alpha / rank of the file: a layer's own scale goes into its B.
         ratio = target.scale_of(path) / (target.alpha / a.shape[0])
         b = interleaved_rows(described, f"{path}.weight", b * np.float32(ratio))
         for part, matrix in (("lora_a", a), ("lora_b", b)):
@@ -141,11 +140,11 @@ def _load(described: Described, source: WeightSource, name: str) -> Array:
     return np.ascontiguousarray(to_gguf_layout(described, name, source.read(name)), dtype=np.float32)
 
 
-def _places(described: Described, layers: int, names: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
-    """What GGUF calls each weight.
+def _places(described: Described, layers: int, names: Iterable[str]) -> dict[str, str]:
+    """GGUF's name of each weight.
 
     Raises:
-        ModelError: it has no name for one.
+        ModelError: GGUF has none for one of them.
     """
     import gguf
 

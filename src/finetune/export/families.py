@@ -1,4 +1,4 @@
-"""What GGUF calls each family of models: its settings as GGUF has them, and how its weights are stored there.
+"""GGUF's side of each model family: its keys, and the layout of its weights.
 
 Sources: `convert_hf_to_gguf.py` and `src/models` of llama.cpp, the `configuration_*.py` of Hugging Face transformers.
 """
@@ -23,11 +23,12 @@ class Family:
     """One architecture of llama.cpp.
 
     Attributes:
-        permuted: the rotary halves of queries and keys are interleaved in GGUF.
+        permuted: GGUF interleaves the rotary halves of queries and keys.
         transposed: names of layers whose weights transformers stores as (inputs, outputs).
-        norm_offset: is added to the gains of norms.
-        acts, scalings: the activations and the kinds of rope scaling that llama.cpp computes for it.
-        head_width_equals_hidden: the heads together must be as wide as the model.
+        norm_offset: added to the gains of norms; Gemma stores them less one.
+        acts, scalings: the activations and rope scalings that llama.cpp computes for the family.
+        head_width_equals_hidden: heads times head width must be the hidden size.
+        always_tied: llama.cpp takes the embedding table for the output head.
     """
 
     arch: str
@@ -41,7 +42,7 @@ class Family:
 
     @property
     def activation_from_table(self) -> bool:
-        """Whether llama.cpp takes its activation from a table of rounded numbers."""
+        """Whether llama.cpp looks the activation up in a table of f16 numbers."""
         return self.acts == _GELU_TANH
 
 
@@ -57,12 +58,12 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family("phi3", scalings=("default", "longrope"), head_width_equals_hidden=True),
     "gpt2": Family("gpt2", _GELU_TANH, transposed=("c_attn", "c_proj", "c_fc")),
 }
-"""The families that can be written, by the `model_type` of their config."""
+"""The families that can be written, by `model_type`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A model's settings as GGUF has them, tensors that follow from its settings, and what is to be told of them."""
+    """A model's GGUF keys, the tensors that follow from its settings, and notes for the user."""
 
     family: Family
     metadata: dict[str, Any]
@@ -73,14 +74,18 @@ class Described:
 
     @property
     def tried_context(self) -> int:
-        """How many tokens llama.cpp reads just as the trainer does: no more than long-context factors start with."""
+        """The longest context in which llama.cpp computes what the trainer does.
+
+        With LongRoPE llama.cpp takes the long factors for any text once it is opened for more than the original
+        context, while transformers chooses by the length of the text.
+        """
         context: int = self.metadata[f"{self.family.arch}.context_length"]
         original: int = self.metadata.get(f"{self.family.arch}.rope.scaling.original_context_length", context)
         return min(context, original) if "rope_factors_short.weight" in self.extra else context
 
 
-def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a model by its config.
+def family_of(config: Mapping[str, object]) -> Family:
+    """The family of a config.
 
     Raises:
         ModelError: GGUF is not written for this architecture; those for which it is are listed.
@@ -93,15 +98,15 @@ def family_of(config: Mapping[str, Any]) -> Family:
     return FAMILIES[kind]
 
 
-def describe_model(config: Mapping[str, Any], *, tied: bool, vocab_size: int) -> Described:
-    """A model's settings as GGUF has them.
+def describe_model(config: Mapping[str, object], *, tied: bool, vocab_size: int) -> Described:
+    """The GGUF keys of a config.
 
     Args:
-        tied: whether the embedding table is the output head too.
-        vocab_size: how many rows that table has.
+        tied: the embedding table is the output head too.
+        vocab_size: the rows of that table.
 
     Raises:
-        ModelError: its architecture or one of its settings is none that llama.cpp computes.
+        ModelError: llama.cpp does not compute this architecture, or one of its settings.
     """
     family = family_of(config)
     settings = Settings(config)
@@ -145,7 +150,9 @@ def _with_rope(settings: Settings, family: Family) -> Described:
             f"{heads} heads of {head} are not as wide as the model ({width}), which llama.cpp wants of {family.arch}",
             hint="this model cannot be written as GGUF",
         )
-    partial = settings.number("partial_rotary_factor", default=_partial(settings))
+    newer = settings.get("rope_parameters")
+    inner = newer.get("partial_rotary_factor", 1.0) if isinstance(newer, Mapping) else 1.0
+    partial = settings.number("partial_rotary_factor", default=float(inner))
     if partial != 1 and family.arch != "phi3":
         raise ModelError(f"partial_rotary_factor is {partial}, and llama.cpp turns all of a head of {family.arch}")
     context, notes = _context(settings, family)
@@ -162,19 +169,14 @@ def _with_rope(settings: Settings, family: Family) -> Described:
         "attention.value_length": head,
         "rope.dimension_count": int(head * partial),
         **rope.metadata,
-        **_own(settings, family, rope, head),
+        **_windows_and_caps(settings, family, rope, head),
     }
     named = {f"{family.arch}.{key}": value for key, value in metadata.items()}
     return Described(family, named, rope.tensors, heads, kv_heads, (*notes, *rope.notes))
 
 
-def _partial(settings: Settings) -> float:
-    rope = settings.get("rope_parameters") or {}
-    return float(rope.get("partial_rotary_factor", 1.0)) if isinstance(rope, Mapping) else 1.0
-
-
 def _context(settings: Settings, family: Family) -> tuple[int, tuple[str, ...]]:
-    """How many tokens the model reads; no more than its window where llama.cpp would look beyond it."""
+    """The context length, cut to the sliding window where llama.cpp has no window for the family."""
     context = settings.whole("max_position_embeddings")
     window = settings.get("sliding_window")
     used = (
@@ -186,8 +188,8 @@ def _context(settings: Settings, family: Family) -> tuple[int, tuple[str, ...]]:
     return int(window), (note,)
 
 
-def _own(settings: Settings, family: Family, rope: RopeSettings, head: int) -> dict[str, Any]:
-    """What only some families have: windows and caps."""
+def _windows_and_caps(settings: Settings, family: Family, rope: RopeSettings, head: int) -> dict[str, Any]:
+    """The keys that only Phi-3 and Gemma have: sliding windows and caps of logits."""
     if family.arch == "phi3":
         return {"attention.sliding_window": 0}
     if family.arch not in ("gemma2", "gemma3"):
@@ -198,7 +200,9 @@ def _own(settings: Settings, family: Family, rope: RopeSettings, head: int) -> d
         "sliding_attention" if (index + 1) % every else "full_attention" for index in range(layers)
     ]
     scale = settings.number("query_pre_attn_scalar", default=float(head))
-    largest = (family.arch, layers) in (("gemma2", 46), ("gemma3", 62))  # llama.cpp knows the 27B models by it
+    # llama.cpp has no key for this scale: it takes the head width, but hidden / heads in the 27B models, which it tells
+    # by their number of layers.
+    largest = (family.arch, layers) in (("gemma2", 46), ("gemma3", 62))
     computed = settings.whole("hidden_size") // settings.whole("num_attention_heads") if largest else head
     settings.require("query_pre_attn_scalar", scale, (float(computed),))
     own: dict[str, Any] = {
@@ -218,7 +222,7 @@ def _own(settings: Settings, family: Family, rope: RopeSettings, head: int) -> d
 
 
 def to_gguf_layout(described: Described, name: str, weight: Array) -> Array:
-    """A weight as GGUF stores it, by its name in the model's own files."""
+    """A weight as GGUF stores it; `name` is that of the model's own files."""
     module, family = name.split(".")[-2] if "." in name else name, described.family
     if module in family.transposed and weight.ndim == 2:
         return weight.T
@@ -228,22 +232,22 @@ def to_gguf_layout(described: Described, name: str, weight: Array) -> Array:
 
 
 def interleaved_rows(described: Described, name: str, rows: Array) -> Array:
-    """The rows that a weight of this name makes, in the order in which GGUF stores them."""
+    """Rows that a weight of this name makes (such as LoRA's B), in GGUF's order."""
     heads = permuted_heads(described, name.split(".")[-2])
     return interleave(rows, heads) if heads else rows
 
 
 def permuted_heads(described: Described, module: str) -> int:
-    """How many heads a module's rows are permuted by; 0 where they stay in order."""
+    """The number of heads to interleave a module's rows by; 0 to keep their order."""
     if not described.family.permuted:
         return 0
     return {"q_proj": described.heads, "k_proj": described.kv_heads}.get(module, 0)
 
 
 def interleave(rows: Array, heads: int) -> Array:
-    """The rows of each head in turns from its first and its second half: i, i + half, i + 1, ...
+    """Take the rows of each head in turns from its first and its second half: 0, half, 1, half + 1, ...
 
-    transformers turns pairs that lie half a head apart, llama.cpp pairs of neighbours.
+    transformers rotates the pairs (i, i + half), llama.cpp's `llama` the pairs (2i, 2i + 1).
     """
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)

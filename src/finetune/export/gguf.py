@@ -196,7 +196,7 @@ def _examine(exportable: Exportable, vocabulary: GgufVocabulary, files: _Files) 
 
 
 def _require_passed(check: Check, outtype: Outtype = "f32") -> Check:
-    if check.holds:
+    if check.passed:
         return check
     # What is the file's own fault shows in the same file before quantising.
     told = outtype in QUANTISED and check.stage in ("logits", "greedy text")

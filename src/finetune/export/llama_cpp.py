@@ -1,12 +1,12 @@
-"""llama.cpp in a process of its own: loads a GGUF file, cuts texts into tokens, continues prompts.
+"""Asks llama.cpp in a subprocess: loads a GGUF file, tokenizes texts, continues prompts.
 
-Whatever a broken file does to llama.cpp, it does to that process alone.
+A broken file can crash that process, and not ours.
 """
 
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,8 @@ def ask_llama_cpp(model: Path, questions: Questions, *, adapter: Path | None = N
     return Answers(plain, markup, around, tuple(continuations), following)
 
 
-def _plain(value: Any) -> Any:
-    """A value as JSON has it: lists for all sequences but text."""
+def _plain(value: object) -> object:
+    """The value with lists for all sequences but text, as JSON needs it."""
     return [_plain(one) for one in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
@@ -122,7 +122,8 @@ def _continue(address: str, prompt: Sequence[int], steps: int) -> tuple[list[int
 def _next(address: str, sequence: Sequence[int], plain_id: int) -> list[dict[str, Any]]:
     """The likeliest tokens after a sequence.
 
-    The token that is taken is chosen for its text; the probabilities are those from before the choice.
+    llama.cpp reports probabilities only with a token whose text is a whole character. So the bias forces such a token;
+    the probabilities reported are those from before the bias.
     """
     asked = {
         "prompt": sequence,
@@ -137,7 +138,7 @@ def _next(address: str, sequence: Sequence[int], plain_id: int) -> list[dict[str
     return likeliest
 
 
-def _ask(address: str, path: str, asked: dict[str, Any]) -> dict[str, Any]:
+def _ask(address: str, path: str, asked: Mapping[str, object]) -> dict[str, Any]:
     return post(address, path, asked, timeout=_PATIENCE)
 
 

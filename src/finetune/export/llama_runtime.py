@@ -6,8 +6,12 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xllamacpp import CommonParams
 
 _FULL_PRECISION = 0
 """llama.cpp's number of the type f32, in which it is to remember keys and values."""
@@ -43,9 +47,9 @@ def load_chat(model: Path, *, context: int, port: int, name: str) -> Any:
     return _load(params)
 
 
-def post(address: str, path: str, asked: dict[str, Any], *, timeout: float) -> dict[str, Any]:
+def post(address: str, path: str, asked: Mapping[str, object], *, timeout: float) -> dict[str, Any]:
     """What llama.cpp answers; `timeout` is in seconds, for each time that nothing comes."""
-    body = json.dumps(asked).encode()
+    body = json.dumps(dict(asked)).encode()
     return _read(urllib.request.Request(f"{address}/{path}", body, {"Content-Type": "application/json"}), timeout)
 
 
@@ -62,7 +66,7 @@ def _read(request: urllib.request.Request, timeout: float) -> dict[str, Any]:
     return said
 
 
-def _parameters(model: Path, context: int) -> Any:
+def _parameters(model: Path, context: int) -> "CommonParams":
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -88,7 +92,7 @@ def _reason(file: int) -> str:
         time.sleep(0.01)
 
 
-def _load(params: Any) -> Any:
+def _load(params: "CommonParams") -> Any:
     """llama.cpp with the file loaded; where it cannot be, what it says goes where errors go, as the last line."""
     import xllamacpp
 

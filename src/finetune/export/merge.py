@@ -101,7 +101,7 @@ def _examine(result: Result, weights: ModelFiles, folder: Path) -> Iterator[Chec
 
 
 def _require_passed(check: Check) -> Check:
-    if not check.holds:
+    if not check.passed:
         raise ExportError(
             f"the model was written, but at the stage {check.stage!r} it is not what was trained: {check.first}; "
             "nothing is left of it",

@@ -1,4 +1,4 @@
-"""A run's result as an ordinary Hugging Face model folder: weights, settings, tokenizer, template and model card."""
+"""Writes a run's result as a Hugging Face model folder: weights, settings, tokenizer, template, model card."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -67,10 +67,10 @@ def side_files(result: Result, dtype: Dtype | None) -> dict[str, bytes]:
     return {**files, CARD: _card(result, dtype).encode()}
 
 
-def _older_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under the names that they had, which mlx-lm and llama.cpp's converter read, and no others.
+def _older_names(config: Mapping[str, object]) -> dict[str, Any]:
+    """Settings under their older names, the only ones that mlx-lm and llama.cpp's converter read.
 
-    transformers 5 writes only the newer ones, and mlx-lm then turns by its default base without a word.
+    transformers 5 writes only the newer ones, and mlx-lm then silently rotates by its default base.
     """
     older: dict[str, Any] = {}
     if config.get("model_type") == "gpt2" and "n_positions" in config:
@@ -112,6 +112,10 @@ def _card(result: Result, dtype: Dtype | None) -> str:
     """The model card: whose base it is, what it was trained on, by which run, under which licence."""
     manifest, location = result.manifest, result.location
     named, shown = licence(location.folder), location.name.rstrip("/").rsplit("/", 1)[-1]
+    files = [Path(str(file["path"])).name for file in manifest["data"].get("files") or []]
+    data = ", ".join(f"`{name}`" for name in files)
+    lora = "DoRA" if result.config.adapter.kind == "dora" else "LoRA"
+    kind = "the whole model trained" if result.whole else f"a {lora} adapter merged into the base"
     head = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [finetune]"]
     if named:
         head.append(f"license: {json.dumps(named)}")
@@ -125,31 +129,20 @@ def _card(result: Result, dtype: Dtype | None) -> str:
         "",
         f"- Base: `{shown}` ({location.source}), "
         + (f"licence `{named}`." if named else "which names no licence: ask its makers before you pass this on."),
-        f"- Run: `{manifest['id']}`, {_kind_of(result)}; outcome: {manifest.get('outcome', 'not recorded')}.",
-        f"- Data: {_data_of(manifest)}.",
+        f"- Run: `{manifest['id']}`, {kind}; outcome: {manifest.get('outcome', 'not recorded')}.",
+        f"- Data: {data or 'not recorded'}.",
         f"- Weights: {'each in the type that the base has it in' if dtype is None else dtype}.",
         "- Loaded by plain transformers in a fresh process, it was held to what the trainer computes before it came "
         "to its place.",
-        *[f"- {score}" for score in _scores_of(manifest)],
+        *[f"- {score}" for score in _scores_of(result)],
         *[f"- Note: {note}." for note in result.quantized_notes],
         "",
     ]
     return "\n".join(lines)
 
 
-def _kind_of(result: Result) -> str:
-    if result.whole:
-        return "the whole model trained"
-    return f"a {'DoRA' if result.config.adapter.kind == 'dora' else 'LoRA'} adapter merged into the base"
-
-
-def _data_of(manifest: Any) -> str:
-    files = [Path(str(file["path"])).name for file in manifest["data"].get("files") or []]
-    return ", ".join(f"`{name}`" for name in files) or "not recorded"
-
-
-def _scores_of(manifest: Any) -> Iterator[str]:
-    scores = manifest.get("scores") or {}
+def _scores_of(result: Result) -> Iterator[str]:
+    scores = result.manifest.get("scores") or {}
     for title, key in (("Questions of the training data", "learning"), ("Questions of retention", "retention")):
         if found := scores.get(key):
             base, tuned = found["base"], found["tuned"]

@@ -1,14 +1,34 @@
-"""Which of llama.cpp's pre-tokenizers cuts text as a `tokenizer.json` says, read from what stands there.
+"""Finds the pre-tokenizer of llama.cpp that splits text as a `tokenizer.json` does.
 
 llama.cpp knows pre-tokenizers by name only, and each name stands for fixed patterns. Source: `llama-vocab.cpp`.
 """
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from typing import TypedDict
 
 from finetune.errors import ModelError
 
+
+class Step(TypedDict, total=False):
+    """A pre-tokenizer or normalizer of `tokenizer.json`; which keys there are depends on `type`."""
+
+    type: str
+    pretokenizers: "list[Step]"
+    normalizers: "list[Step]"
+    pattern: dict[str, str]
+    behavior: str
+    invert: bool
+    add_prefix_space: bool
+    use_regex: bool
+    individual_digits: bool
+    replacement: str
+    prepend_scheme: str
+    split: bool
+    prepend: str
+    content: str
+
+
+# The patterns of llama.cpp, character for character: another spelling of the same pattern is not recognised.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -32,24 +52,26 @@ NAMES: dict[tuple[tuple[str, ...], bool], str] = {
     ((GPT4O,), False): "gpt-4o",
     ((DIGITS, GPT2), False): "smollm",
 }
-"""llama.cpp's name of each list of patterns, and of whether a word of the vocabulary is taken whole."""
+"""llama.cpp's name by the patterns, in order, and by whether words of the vocabulary are taken whole.
 
+llama-bpe and dbrx split alike, but only the former skips the merges of a word that is in the vocabulary.
+"""
 
 ASCII_ONLY = ("tekken", "gpt-4o")
-"""Those whose patterns llama.cpp has rewritten so that only in ASCII they are sure to cut alike.
+"""Pre-tokenizers whose patterns llama.cpp has rewritten, so that only ASCII text is sure to be split alike.
 
-It takes every other letter for a small one and a capital at once, and combining marks for no part of a word.
+The rewritten ones take other letters for upper and lower case at once, and combining marks for no part of a word.
 """
 
 
-def name_pre_tokenizer(pre_tokenizer: Any, *, whole_words: bool) -> str:
-    """llama.cpp's name for a byte-level pre-tokenizer, as `tokenizer.json` describes it.
+def name_pre_tokenizer(pre_tokenizer: Step | None, *, whole_words: bool) -> str:
+    """llama.cpp's name for a byte-level pre-tokenizer of `tokenizer.json`.
 
     Args:
-        whole_words: whether the tokenizer takes a word that is in its vocabulary whole, whatever its merges say.
+        whole_words: the tokenizer takes a word of its vocabulary whole, whatever its merges say.
 
     Raises:
-        ModelError: no pre-tokenizer of llama.cpp cuts text like that.
+        ModelError: no pre-tokenizer of llama.cpp splits text like that.
     """
     patterns = _patterns(pre_tokenizer)
     if (name := NAMES.get((patterns, whole_words))) is None:
@@ -62,38 +84,38 @@ def name_pre_tokenizer(pre_tokenizer: Any, *, whole_words: bool) -> str:
     return name
 
 
-def _patterns(pre_tokenizer: Any) -> tuple[str, ...]:
-    """The patterns by which text is cut, one after the other."""
-    steps = pre_tokenizer.get("pretokenizers") if _is(pre_tokenizer, "Sequence") else [pre_tokenizer]
+def _patterns(pre_tokenizer: Step | None) -> tuple[str, ...]:
+    """The patterns that split text, in order."""
+    if isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "Sequence":
+        steps = list(pre_tokenizer.get("pretokenizers") or [])
+    else:
+        steps = [pre_tokenizer] if pre_tokenizer else []
     patterns: list[str] = []
     bytes_seen = False
-    for step in steps or []:
-        if _is(step, "ByteLevel") and not step.get("add_prefix_space"):
+    for step in steps:
+        kind = step.get("type") if isinstance(step, dict) else None
+        if kind == "ByteLevel" and not step.get("add_prefix_space"):
             bytes_seen = True
             patterns += [GPT2] if step.get("use_regex", True) else []
-        elif _is(step, "Digits") and step.get("individual_digits") is True:
+        elif kind == "Digits" and step.get("individual_digits") is True:
             patterns.append(DIGITS)
-        elif _is(step, "Split") and step.get("behavior") == "Isolated" and not step.get("invert"):
-            patterns.append(_pattern(step))
+        elif kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert") and _regex(step):
+            patterns.append(_regex(step))
         else:
-            raise _unlike(step)
+            raise _unknown(step)
     if not bytes_seen or not patterns:
-        raise _unlike(pre_tokenizer)
+        raise _unknown(pre_tokenizer)
     return tuple(patterns)
 
 
-def _pattern(step: Mapping[str, Any]) -> str:
+def _regex(step: Step) -> str:
+    """The regular expression of a step; "" where it splits at a plain string."""
     pattern = step.get("pattern")
-    if not isinstance(pattern, Mapping) or not isinstance(pattern.get("Regex"), str):
-        raise _unlike(step)
-    return str(pattern["Regex"])
+    regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+    return regex if isinstance(regex, str) else ""
 
 
-def _is(step: Any, kind: str) -> bool:
-    return isinstance(step, Mapping) and step.get("type") == kind
-
-
-def _unlike(step: Any) -> ModelError:
+def _unknown(step: Step | None) -> ModelError:
     return ModelError(
         f"tokenizer.json: the pre-tokenizer {json.dumps(step)[:300]} is none that llama.cpp has",
         hint="this tokenizer cannot be written as GGUF",

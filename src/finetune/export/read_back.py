@@ -1,9 +1,9 @@
-"""Reads a GGUF file again, key by key and tensor by tensor, and holds it to what it was to be."""
+"""Reads a GGUF file again and compares every key and tensor with its plan."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,12 +11,15 @@ from numpy.typing import NDArray
 from finetune.export.blueprint import Blueprint, Tensor
 from finetune.export.outtypes import BLOCKS, COARSENESS, Storage
 
+if TYPE_CHECKING:
+    from gguf import GGUFReader, ReaderTensor
+
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A stage of an export's examination; `first` names the first thing that is not as it should be."""
+    """One stage of verifying what was written; `first` names the first thing that is wrong."""
 
     stage: str
     measured: str
@@ -24,26 +27,26 @@ class Check:
     first: str = ""
 
     @property
-    def holds(self) -> bool:
-        """Whether nothing was found."""
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
         return not self.first
 
 
 def read_back(blueprint: Blueprint, path: Path) -> Check:
-    """Whether the file holds these keys and these tensors, each within what its type can keep."""
+    """Check that the file has these keys and tensors, each within the rounding of its type."""
     import gguf
 
     allowed = "every key equal; every tensor within the rounding of its type"
     try:
         reader = gguf.GGUFReader(path)
-        # Values of keys are read as they are compared.
+        # Inside the try: the reader decodes a key only when it is compared.
         first = next(_differences(blueprint, reader), "")
     except (OSError, ValueError, IndexError, KeyError) as error:
         return Check("file", "cannot be read", allowed, f"{path.name} is no whole GGUF file: {error}")
     return Check("file", f"{len(reader.fields)} keys, {len(reader.tensors)} tensors", allowed, first)
 
 
-def _differences(blueprint: Blueprint, reader: Any) -> Iterator[str]:
+def _differences(blueprint: Blueprint, reader: "GGUFReader") -> Iterator[str]:
     for key, value in {"general.architecture": blueprint.arch, **blueprint.metadata}.items():
         if key not in reader.fields:
             yield f"key {key} is missing"
@@ -58,13 +61,13 @@ def _differences(blueprint: Blueprint, reader: Any) -> Iterator[str]:
             yield f"tensor {name} {problem}"
 
 
-def _same(found: Any, wanted: Any) -> bool:
+def _same(found: object, wanted: object) -> bool:
     if isinstance(wanted, list):
-        return len(found) == len(wanted) and all(map(_same, found, wanted))
+        return isinstance(found, list) and len(found) == len(wanted) and all(map(_same, found, wanted))
     return bool(found == np.float32(wanted)) if isinstance(wanted, float) else bool(found == wanted)
 
 
-def _tensor_problem(tensor: Tensor, found: Any) -> str:
+def _tensor_problem(tensor: Tensor, found: "ReaderTensor") -> str:
     import gguf
 
     shape = tuple(int(side) for side in reversed(found.shape))
@@ -82,7 +85,11 @@ def _tensor_problem(tensor: Tensor, found: Any) -> str:
 
 
 def rounding(weight: Array, storage: Storage) -> Array:
-    """By how much each weight may differ once it is stored in this type."""
+    """The largest error of each weight once it is stored in this type.
+
+    Half a unit in the last place of an f16 number (2**-11) and a whole one of a bf16 number (2**-8), or of the smallest
+    subnormal number, below which nothing is left.
+    """
     size = np.abs(weight)
     if storage == "f32":
         return np.zeros_like(size)
@@ -92,7 +99,7 @@ def rounding(weight: Array, storage: Storage) -> Array:
         return size * np.float32(2**-8) + np.float32(2**-133)
     block = BLOCKS[storage].weights
     largest = size.reshape(-1, block).max(axis=1, keepdims=True)
-    # Scales are f16 numbers, and below the smallest of them nothing is left.
+    # A block is its weights over a scale; the scale is an f16 number, and may itself underflow.
     lost = 127 * np.float32(2**-25)
     if storage == "q8_0":
         # Half a step of the block's scale, which is itself rounded to f16.

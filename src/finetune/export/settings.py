@@ -1,4 +1,4 @@
-"""A model's config, read with care: what is missing or of the wrong kind is named."""
+"""Reads `config.json` with care: names what is missing or of the wrong kind."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ class Settings:
 
     config: Mapping[str, Any]
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """A setting as it stands there."""
+    def get(self, key: str, default: object = None) -> Any:
+        """A setting as it stands in the file."""
         return self.config.get(key, default)
 
     def whole(self, *keys: str, default: int | None = None) -> int:
@@ -23,7 +23,7 @@ class Settings:
         Raises:
             ModelError: none is said and there is no default, or it is something else.
         """
-        value = self._said(keys, default)
+        value = self._first_of(keys, default)
         if type(value) is not int or value <= 0:
             raise ModelError(f"config.json: {keys[0]} is {value!r}, not a whole number above 0", hint=_AGAIN)
         return value
@@ -34,12 +34,12 @@ class Settings:
         Raises:
             ModelError: as `whole`.
         """
-        value = self._said((key,), default)
+        value = self._first_of((key,), default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ModelError(f"config.json: {key} is {value!r}, not a number", hint=_AGAIN)
         return float(value)
 
-    def require(self, key: str, value: Any, allowed: Sequence[Any]) -> None:
+    def require(self, key: str, value: object, allowed: Sequence[object]) -> None:
         """Refuse a value that llama.cpp does not compute.
 
         Raises:
@@ -52,7 +52,7 @@ class Settings:
                 hint="this model cannot be written as GGUF",
             )
 
-    def _said(self, keys: Sequence[str], default: Any) -> Any:
+    def _first_of(self, keys: Sequence[str], default: float | None) -> Any:
         found = [self.config[key] for key in keys if self.config.get(key) is not None]
         if not found and default is None:
             raise ModelError(f"config.json does not say {' or '.join(keys)}", hint=_AGAIN)

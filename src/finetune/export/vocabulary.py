@@ -1,15 +1,15 @@
-"""A tokenizer as GGUF has it, read from what its `tokenizer.json` says and nothing else.
+"""Translates a `tokenizer.json` into GGUF's tokenizer keys.
 
-llama.cpp has two kinds that matter here: byte-level BPE with merges (called gpt2), and SentencePiece's BPE, where any
-two neighbours that make a known piece may be merged, the piece of the highest score first (called llama).
+llama.cpp has two kinds that matter here. "gpt2" is byte-level BPE with merges. "llama" is SentencePiece's BPE, with
+scores and no merges: any two neighbours that make a known piece may be merged, the piece of the highest score first.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from finetune.errors import ModelError
-from finetune.export.pre_tokenizer import ASCII_ONLY, name_pre_tokenizer
+from finetune.export.pre_tokenizer import ASCII_ONLY, Step, name_pre_tokenizer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
 SPACE = "\u2581"
@@ -37,9 +37,40 @@ _FORMS = {
 }
 
 
+class AddedToken(TypedDict, total=False):
+    """A token of `tokenizer.json` that stands apart from the vocabulary."""
+
+    id: int
+    content: str
+    special: bool
+    lstrip: bool
+    rstrip: bool
+    single_word: bool
+
+
+class BpeModel(TypedDict, total=False):
+    """The `model` of a `tokenizer.json`; older files write a merge as one string."""
+
+    type: str
+    vocab: dict[str, int]
+    merges: list[str] | list[list[str]]
+    byte_fallback: bool
+    ignore_merges: bool
+    unk_token: str | None
+
+
+class TokenizerFile(TypedDict, total=False):
+    """The parts of a `tokenizer.json` that decide on ids."""
+
+    model: BpeModel
+    added_tokens: list[AddedToken]
+    normalizer: Step | None
+    pre_tokenizer: Step | None
+
+
 @dataclass(frozen=True, slots=True)
 class Special:
-    """The ids that have a task: where text begins and ends, what pads, at which others an answer ends."""
+    """The ids with a task: begin and end of text, padding, and `stops`, at which an answer ends."""
 
     bos: int | None
     eos: int
@@ -53,7 +84,8 @@ class Special:
 class GgufVocabulary:
     """A tokenizer's keys in GGUF.
 
-    `form` is what text llama.cpp is sure to make the same ids of: NFC, ASCII, or "" for all text.
+    `form` is the text that llama.cpp is sure to tokenize alike: NFC, ASCII, or "" for all text. `needs_strip`: control
+    tokens swallow the space after them.
     """
 
     metadata: dict[str, Any]
@@ -63,33 +95,39 @@ class GgufVocabulary:
 
 
 def describe_vocabulary(tokenizer: Mapping[str, Any], special: Special, rows: int) -> GgufVocabulary:
-    """A tokenizer as GGUF has it.
+    """GGUF's keys for a tokenizer.
 
     Args:
-        tokenizer: what `tokenizer.json` says.
-        rows: of the embedding table; tokens that lack up to it are made up, and marked as unused.
+        tokenizer: the content of `tokenizer.json`.
+        rows: of the embedding table; ids up to it without a token get one that is marked as unused.
 
     Raises:
-        ModelError: the tokenizer does something that llama.cpp cannot, or has more tokens than the table has rows.
+        ModelError: llama.cpp cannot do what this tokenizer does, or there are more tokens than rows.
     """
-    model, added = tokenizer.get("model") or {}, tokenizer.get("added_tokens") or []
+    file = cast("TokenizerFile", tokenizer)
+    model, added = file.get("model") or BpeModel(), file.get("added_tokens") or []
     if model.get("type") != "BPE":
         raise ModelError(
             f"tokenizer.json: a {model.get('type')} tokenizer cannot be written as GGUF", hint="what can be: BPE"
         )
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            raise ModelError(f"tokenizer.json: {key} is {model[key]!r}, which llama.cpp has not")
+            raise ModelError(f"tokenizer.json: {key} is {model.get(key)!r}, which llama.cpp has not")
     pieces = bool(model.get("byte_fallback"))
     texts, types = list_tokens(model["vocab"], added, rows, pieces=pieces)
     needs_strip = _needs_strip(added)
     metadata: dict[str, Any] = {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": types}
     form = ""
     if pieces:
-        metadata |= _pieces(tokenizer, model, texts, types)
+        metadata |= _pieces(file, model, texts, types)
     else:
-        metadata |= _byte_level(tokenizer, model)
-        form = _form(tokenizer.get("normalizer"))
+        name = name_pre_tokenizer(file.get("pre_tokenizer"), whole_words=bool(model.get("ignore_merges")))
+        metadata |= {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": name,
+            "tokenizer.ggml.merges": [" ".join(pair) for pair in _merges(model)],
+        }
+        form = _form(file)
     ids, notes = special_keys(special, texts)
     if metadata.get("tokenizer.ggml.pre") in ASCII_ONLY:
         form = "ASCII"
@@ -99,9 +137,9 @@ def describe_vocabulary(tokenizer: Mapping[str, Any], special: Special, rows: in
 
 
 def list_tokens(
-    vocab: Mapping[str, int], added: Sequence[Mapping[str, Any]], rows: int, *, pieces: bool
+    vocab: Mapping[str, int], added: Sequence[AddedToken], rows: int, *, pieces: bool
 ) -> tuple[list[str], list[int]]:
-    """Text and type of every id, up to the last row."""
+    """Text and type of every id, row by row of the embedding table."""
     known: dict[int, tuple[str, int]] = {number: (text, NORMAL) for text, number in vocab.items()}
     if pieces:
         for byte in range(256):
@@ -131,24 +169,25 @@ def list_tokens(
     return [known[number][0] for number in range(rows)], [known[number][1] for number in range(rows)]
 
 
-def _byte_level(tokenizer: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
-    name = name_pre_tokenizer(tokenizer.get("pre_tokenizer"), whole_words=bool(model.get("ignore_merges")))
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": name,
-        "tokenizer.ggml.merges": [" ".join(pair) for pair in _merges(model)],
-    }
-
-
-def _merges(model: Mapping[str, Any]) -> Iterable[Sequence[str]]:
-    """Pairs, however this version of the file writes them."""
+def _merges(model: BpeModel) -> Iterable[Sequence[str]]:
+    """The merges as pairs, in either spelling."""
     return (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
 
 
-def _form(normalizer: Any) -> str:
-    """The Unicode form that a byte-level tokenizer brings text into; empty where it leaves text alone."""
-    steps = normalizer.get("normalizers") if (normalizer or {}).get("type") == "Sequence" else [normalizer]
-    kinds = [step.get("type") for step in steps or [] if step]
+def _normalizers(file: TokenizerFile) -> list[Step]:
+    normalizer = file.get("normalizer")
+    if not normalizer:
+        return []
+    return (
+        [step for step in normalizer.get("normalizers") or [] if step]
+        if normalizer.get("type") == "Sequence"
+        else [normalizer]
+    )
+
+
+def _form(file: TokenizerFile) -> str:
+    """The Unicode form to which a byte-level tokenizer normalises text, or ""."""
+    kinds = [step.get("type", "") for step in _normalizers(file)]
     if kinds in ([], ["NFC"]):
         return "".join(kinds)
     raise ModelError(
@@ -157,9 +196,7 @@ def _form(normalizer: Any) -> str:
     )
 
 
-def _pieces(
-    tokenizer: Mapping[str, Any], model: Mapping[str, Any], texts: Sequence[str], types: Sequence[int]
-) -> dict[str, Any]:
+def _pieces(file: TokenizerFile, model: BpeModel, texts: Sequence[str], types: Sequence[int]) -> dict[str, Any]:
     scores = _scores(model, {text for text, kind in zip(texts, types, strict=True) if kind == NORMAL})
     unknown = model.get("unk_token")
     ids: dict[str, Any] = {}
@@ -171,13 +208,16 @@ def _pieces(
         "tokenizer.ggml.scores": [
             scores.get(text, -1e6 if kind == NORMAL else 0.0) for text, kind in zip(texts, types, strict=True)
         ],
-        "tokenizer.ggml.add_space_prefix": _prefixes_space(tokenizer),
+        "tokenizer.ggml.add_space_prefix": _prefixes_space(file),
         **ids,
     }
 
 
-def _scores(model: Mapping[str, Any], pieces: set[str]) -> dict[str, float]:
+def _scores(model: BpeModel, pieces: set[str]) -> dict[str, float]:
     """A score for each piece, so that llama.cpp merges in the order of the merges.
+
+    A merge's rank becomes the score of the piece that it makes: where several merges make one, the earliest counts.
+    llama.cpp knows no pairs, so it would also join two pieces that no merge joins: such tokenizers are refused.
 
     Raises:
         ModelError: llama.cpp would merge a pair that these merges leave apart.
@@ -200,21 +240,19 @@ def _scores(model: Mapping[str, Any], pieces: set[str]) -> dict[str, float]:
     return {text: -float(rank + 1) for text, rank in ranks.items()}
 
 
-def _prefixes_space(tokenizer: Mapping[str, Any]) -> bool:
+def _prefixes_space(file: TokenizerFile) -> bool:
     """Whether text, and what follows a control token, gets a space in front."""
-    normalizer, pre_tokenizer = tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")
-    steps = (normalizer or {}).get("normalizers") if (normalizer or {}).get("type") == "Sequence" else [normalizer]
-    told = [(step.get("type"), step.get("prepend") or step.get("content")) for step in steps or [] if step]
-    cuts = pre_tokenizer or {}
+    told = [(step.get("type"), step.get("prepend") or step.get("content")) for step in _normalizers(file)]
+    cuts = file.get("pre_tokenizer") or Step()
     if cuts.get("type") == "Metaspace" and not told and cuts.get("replacement") == SPACE and not cuts.get("split"):
         if cuts.get("prepend_scheme") in ("always", "never"):
-            return bool(cuts["prepend_scheme"] == "always")
+            return cuts["prepend_scheme"] == "always"
         raise ModelError(
             "tokenizer.json: a space is put in front of the first word only, and llama.cpp puts one after each "
             "control token too",
             hint="this tokenizer cannot be written as GGUF",
         )
-    # Gemma's cuts at spaces, of which none are left by then.
+    # Gemma's pre-tokenizer splits at spaces, but its normalizer has replaced them all before.
     idle = not cuts or (cuts.get("type") == "Split" and cuts.get("pattern") == {"String": " "})
     if idle and told == [("Prepend", SPACE), ("Replace", SPACE)]:
         return True
@@ -226,7 +264,7 @@ def _prefixes_space(tokenizer: Mapping[str, Any]) -> bool:
     )
 
 
-def _needs_strip(added: Sequence[Mapping[str, Any]]) -> bool:
+def _needs_strip(added: Sequence[AddedToken]) -> bool:
     """Whether control tokens swallow the space after them, as Phi-3's do and no other's in llama.cpp.
 
     Raises:
@@ -248,7 +286,7 @@ def _needs_strip(added: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def special_keys(special: Special, texts: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The ids that have a task; the tokens that end an answer are the end-of-text token and two more at most."""
+    """Keys of the special ids; llama.cpp takes the end-of-text token and two more to end an answer."""
     keys: dict[str, Any] = {
         # Without this key llama.cpp takes token 11 for the one that begins text.
         "tokenizer.ggml.bos_token_id": special.eos if special.bos is None else special.bos,
@@ -267,7 +305,7 @@ def special_keys(special: Special, texts: Sequence[str]) -> tuple[dict[str, Any]
 
 
 def serving_template(template: str, special: Special) -> str:
-    """A chat template that renders in llama.cpp as it did in training: no begin-of-text token where there is none."""
+    """A chat template without a begin-of-text token where the tokenizer has none: llama.cpp would insert another."""
     if special.bos is None and "bos_token" in template:
         return "{%- set bos_token = '' -%}" + template
     return template

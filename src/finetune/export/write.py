@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from finetune.errors import ModelError
 from finetune.export.blueprint import Blueprint, Tensor
 from finetune.export.quantise import quantise
 
+Array = NDArray[Any]
 LARGEST_HALF = 65504.0
-"""The largest number of 16 bits in f16, in which q8_0 keeps its scales too."""
+"""The largest f16 number; q8_0 keeps its scales (largest / 127) in f16, too."""
 
 
 def write_gguf(blueprint: Blueprint, path: Path) -> None:
@@ -44,8 +46,8 @@ def write_gguf(blueprint: Blueprint, path: Path) -> None:
         writer.close()
 
 
-def _kind(value: Any) -> tuple[Any, ...]:
-    """The type in which GGUF keeps a value."""
+def _kind(value: object) -> tuple[Any, ...]:
+    """GGUF's type of a value; for a list, also of its elements."""
     from gguf import GGUFValueType as Kind
 
     if isinstance(value, list):
@@ -54,7 +56,7 @@ def _kind(value: Any) -> tuple[Any, ...]:
     return (by_type[type(value)],)
 
 
-def _check_size(tensor: Tensor, weight: Any) -> None:
+def _check_size(tensor: Tensor, weight: Array) -> None:
     if tensor.storage in ("f32", "bf16"):
         return
     largest = max(float(weight.max(initial=0)), -float(weight.min(initial=0)))

@@ -99,7 +99,7 @@ def inert_notes(serving_check: ServingCheck, ids_of: Callable[[Messages], Sequen
 def require_passed(*checks: Check) -> tuple[Check, ...]:
     """The checks, where all of them hold."""
     for check in checks:
-        if not check.holds:
+        if not check.passed:
             raise DeploymentError(
                 f"what is served is not what was trained, at the stage {check.stage!r}: {check.first} "
                 f"({check.measured}; allowed: {check.allowed})",

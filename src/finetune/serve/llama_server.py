@@ -60,7 +60,7 @@ class LlamaServer:
         self._process.wait()
         self.check()
 
-    def ask(self, path: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    def ask(self, path: str, asked: Mapping[str, object]) -> dict[str, Any]:
         """What it answers to a request of its API.
 
         Raises:
@@ -68,7 +68,7 @@ class LlamaServer:
         """
         begun = f"llama.cpp's server at {self.address} could not answer {path}"
         try:
-            return post(self.address, path, dict(asked), timeout=self._patience.silence)
+            return post(self.address, path, asked, timeout=self._patience.silence)
         except urllib.error.HTTPError as error:
             said = " ".join(error.read().decode("utf-8", "replace").split())[:300]
             raise DeploymentError(f"{begun}: it says {said}", hint="see what it says") from None
@@ -110,7 +110,7 @@ class LlamaServer:
         [choice] = self._complete(messages, most=most, logprobs=True)["choices"]
         return tuple(token["id"] for token in (choice.get("logprobs") or {"content": []})["content"])
 
-    def _complete(self, messages: Sequence[Mapping[str, str]], *, most: int, **more: Any) -> dict[str, Any]:
+    def _complete(self, messages: Sequence[Mapping[str, str]], *, most: int, **more: object) -> dict[str, Any]:
         asked = {"messages": list(messages), "temperature": 0, "max_tokens": most, **more}
         return self.ask("v1/chat/completions", asked)
 

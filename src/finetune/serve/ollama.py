@@ -262,7 +262,7 @@ def _bounded_transport(whole: float) -> "httpx.BaseTransport":
     class Body(httpx.SyncByteStream):
         """An answer's content, up to its time."""
 
-        def __init__(self, inner: Any, until: float) -> None:
+        def __init__(self, inner: httpx.SyncByteStream, until: float) -> None:
             self._inner, self._until = inner, until
 
         def __iter__(self) -> Iterator[bytes]:
@@ -282,6 +282,7 @@ def _bounded_transport(whole: float) -> "httpx.BaseTransport":
             """Send a request; its answer."""
             until = time.monotonic() + whole
             answer = super().handle_request(request)
+            assert isinstance(answer.stream, httpx.SyncByteStream)
             answer.stream = Body(answer.stream, until)
             return answer
 
