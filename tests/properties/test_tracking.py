@@ -305,7 +305,7 @@ def test_tracker_that_is_too_slow_loses_and_says_so(monkeypatch: pytest.MonkeyPa
     told.close(complete=True)
     assert told.places() == [{"tracker": "wandb", "place": "memory", "failures": 6}]
     assert [event.error for event in warned if isinstance(event, TrackerFailed)] == [
-        "it is too slow: what it was told is lost"
+        "it is too slow: events were lost"
     ]
 
 

@@ -73,7 +73,7 @@ class Meter:
         return units
 
     def shown(self, value: Any) -> str:
-        """The value as text; what is no text yet is paid for."""
+        """The value as text; anything but text is paid for."""
         if isinstance(value, str):
             return value
         self.afford(SHOWN_GROWTH * self.look(value))
@@ -136,5 +136,7 @@ def weight(value: Any, limit: int, *, indent: int = 0) -> int:
             if isinstance(item, dict):
                 pending.extend((inner, depth + 1) for inner in item.values())
         elif not isinstance(item, _SCALARS):
-            raise UnsafeTemplateError(f"it shows or compares a {type(item).__name__}, which is no text, number or list")
+            raise UnsafeTemplateError(
+                f"it shows or compares a {type(item).__name__}, which is not text, a number or a list"
+            )
     return total

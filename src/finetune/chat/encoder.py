@@ -39,7 +39,7 @@ class Encoder:
         return fit_rows(marked, max_length=tokens.max_length, truncation=tokens.truncation, dropped=shaped.dropped)
 
     def _kept(self, rendered: Sequence[Rendered], cache: str) -> list[Marked]:
-        """The rows' ids from the cache; what is not in it, or is not intact there, is encoded and kept in it."""
+        """The rows' ids from the cache; where it lacks them or is damaged, they are encoded and kept there."""
         path = Path(cache) / f"{cache_key(rendered, self.tokenizer)}.tokens"
         found = load_marked(path.read_bytes(), rendered) if path.is_file() else None
         if found is None:

@@ -70,7 +70,7 @@ def fit_rows(rows: Iterable[Marked], *, max_length: int, truncation: Truncation,
 
 
 def shorten_row(row: Marked, max_length: int, truncation: Truncation) -> list[Marked]:
-    """What is left of a row that is too long: nothing, one shorter row, or its pieces."""
+    """What remains of a row that is too long: nothing, one shorter row, or its pieces."""
     if truncation == "truncate_prompt":
         removable = [index for index, mark in enumerate(row.marks) if mark == REMOVABLE]
         excess = len(row.ids) - max_length

@@ -1,4 +1,4 @@
-"""Renders conversations into segments: what is markup, what is somebody's text, and what the model learns to say.
+"""Renders conversations into segments: markup, somebody's text, and what the model learns to say.
 
 Every template, built in or shipped with a model, is a Jinja template and takes the same path. Each message is
 replaced by a marker, the template is rendered, and the result is cut at the markers; so the place of every message

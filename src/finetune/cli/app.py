@@ -80,7 +80,7 @@ def run(arguments: list[str], complain: Callable[[FineTuneError], None] = _compl
         say("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has gone; there is nobody left to tell.
+        # The reader of our output has gone.
         sys.stderr.close()
         return 1
     except OSError as error:

@@ -36,7 +36,7 @@ def command(configs: ConfigFiles = None, *, settings: ConfigOptions, json_output
 
 
 def _problems(path: Path | None, settings: ConfigOptions) -> tuple[list[Problem], int]:
-    """What is wrong with one configuration, and the exit code for it."""
+    """The problems of one configuration, and its exit code."""
     from finetune.training.check import find_problems
 
     try:

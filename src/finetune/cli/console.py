@@ -28,7 +28,7 @@ def print_json(value: Any) -> None:
 
 
 def print_examined(done: Any, *, as_json: bool) -> None:
-    """Print what was written and examined: its place as data, its notes and checks beside that; or all as JSON."""
+    """Print a written and checked result: its path as data, notes and checks beside it; or all as JSON."""
     for note in done.notes:
         say(f"note: {note}")
     if as_json:
@@ -47,7 +47,7 @@ def exit_code(outcome: str, *, allow_inconclusive: bool = False) -> int:
 
 
 def data_console() -> "Console":
-    """A rich console on standard output; plain and 100 columns wide where that is no terminal."""
+    """A rich console on standard output; plain and 100 columns wide unless that is a terminal."""
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=100, no_color=True)

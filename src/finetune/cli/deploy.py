@@ -1,4 +1,4 @@
-"""`ft deploy`: a fine-tuned model behind an API, held to what was trained."""
+"""`ft deploy`: a fine-tuned model behind an API, checked against training."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 TARGETS = ("ollama", "llama.cpp")
 Target = Annotated[str, typer.Option("--to", help="ollama or llama.cpp.")]
 Name = Annotated[str | None, typer.Option("--name", help="The model's name in Ollama. Default: made of the run's id.")]
-Replace = Annotated[bool, typer.Option("--replace", help="Let a model of that name in Ollama give way.")]
+Replace = Annotated[bool, typer.Option("--replace", help="Overwrite an Ollama model of that name.")]
 Host = Annotated[str | None, typer.Option("--host", help="Where Ollama answers. Default: OLLAMA_HOST.")]
 Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="Where llama.cpp listens; 0: any free port.")]
 CheckOnly = Annotated[bool, typer.Option("--check-only", help="End llama.cpp's server once it is verified.")]
@@ -59,7 +59,7 @@ def command(
         _tell(done, json_output=json_output)
         _say_how_to_ask(done)
     else:
-        raise UsageError(f"--to {to!r} is no target", hint=f"choose from: {', '.join(TARGETS)}")
+        raise UsageError(f"unknown target: --to {to!r}", hint=f"choose from: {', '.join(TARGETS)}")
     return 0
 
 

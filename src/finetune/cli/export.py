@@ -17,7 +17,9 @@ AdapterOnly = Annotated[bool, typer.Option("--adapter-only", help="The adapter a
 File = Annotated[
     Path | None, typer.Option("--output", metavar="FILE", help="The file to make. Default: below the run's folder.")
 ]
-BackendName = Annotated[str, typer.Option("--backend", help="What computes the truth for a model that is no run.")]
+BackendName = Annotated[
+    str, typer.Option("--backend", help="Backend for the baseline outputs when the model is not an ft run.")
+]
 
 
 def command(

@@ -84,7 +84,7 @@ def named_outtype(name: str, option: str = "--outtype") -> "Outtype":
     """A type of GGUF files by its name.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: unknown name.
     """
     from finetune.export.outtypes import OUTTYPES
 

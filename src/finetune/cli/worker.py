@@ -15,7 +15,7 @@ from finetune.errors import FineTuneError, LostProcessError
 
 
 class _Marked:
-    """A stream whose every line begins with our mark and, but for the first process, with whose it is."""
+    """A stream whose every line begins with our mark and, except for the first process, its rank."""
 
     def __init__(self, stream: TextIO, start: str) -> None:
         self._stream = stream

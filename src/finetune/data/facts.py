@@ -115,7 +115,7 @@ def _unknown_numeric(kind: str, count: int, known: set[str]) -> list[Fact]:
 
 
 def deranged(answers: Sequence[str]) -> list[str] | None:
-    """The same answers dealt out so that nobody keeps an equal one; None where that cannot be (one answer fills half).
+    """The same answers dealt out so that no question keeps its own; None where one answer fills over half.
 
     This is the shuffled-label control's data: as many rows, the same words, and nothing true to learn.
     """

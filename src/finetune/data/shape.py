@@ -15,7 +15,7 @@ Example = Conversation | Document
 
 @dataclass(frozen=True, slots=True)
 class ShapedRows:
-    """The rows in one form, with what was dropped and which columns nobody read."""
+    """The rows in one form, with counts of dropped rows and the columns that were ignored."""
 
     examples: tuple[Example, ...]
     shapes: dict[str, int]
@@ -73,7 +73,7 @@ def shape_of(row: Row) -> str:
 
 
 def _ignored(row: Row, shape: str) -> set[str]:
-    """What of the row nobody reads: whole columns, and what a message says besides role and content."""
+    """The parts of a row that are ignored: columns, and keys of a message besides role and content."""
     within = {
         f"{column}.{key}"
         for column, turns in row.values.items()

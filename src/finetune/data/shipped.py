@@ -18,7 +18,7 @@ def data_path(name: str) -> Path:
     """The file behind a data set's name: one that ships with FineTune, or the path as given.
 
     Raises:
-        DataError: no shipped set has this name, or the path starts in the home folder of nobody.
+        DataError: no shipped set has this name, or the path names an unknown home folder.
     """
     if not name.startswith("shipped:"):
         try:
@@ -33,7 +33,7 @@ def data_path(name: str) -> Path:
 def shipped_facts() -> dict[str, list[Fact]]:
     """What each shipped set holds: new facts to learn, known ones to rehearse, and other known ones to be asked for.
 
-    No known fact that is asked for is ever rehearsed: what is measured is what was kept without being repeated.
+    No known fact that is asked for is ever rehearsed: retention is measured without repetition.
     """
     sets: dict[str, list[Fact]] = {FACTS: new_facts(_SIZE, seed=0), REHEARSAL: [], RETENTION: []}
     for kind in KINDS:

@@ -113,9 +113,8 @@ def check_same(group: Group, facts: Mapping[str, Any]) -> None:
     marks = {}
     for name, value in facts.items():
         digest = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).digest()
-        marks[name] = float(
-            int.from_bytes(digest[:5], "big")
-        )  # below 2**40: sums over thousands of processes are exact
+        # Below 2**40, so that the sum over thousands of processes is exact.
+        marks[name] = float(int.from_bytes(digest[:5], "big"))
     differing = [name for name, mark in marks.items() if group.total(mark) != mark * group.size]
     if differing:
         raise RefusedError(

@@ -27,7 +27,7 @@ def started_by(environ: Mapping[str, str]) -> str:
 
 
 def launch_words(environ: Mapping[str, str], size: int) -> str:
-    """The options of `ft train` that start so many processes again as these were; "" for one alone."""
+    """The options of `ft train` that start as many processes again; "" for a single one."""
     return f"--launch {started_by(environ)} --processes {size}" if size > 1 else ""
 
 

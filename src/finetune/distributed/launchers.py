@@ -39,7 +39,7 @@ def plan_launch(launcher: str | None, processes: int | None, config: Path | None
     """What was asked for, in numbers; `planned` is `training.processes`.
 
     Raises:
-        UsageError: the options do not go together, or nobody says how many processes there are to be.
+        UsageError: the options do not go together, or nothing says how many processes to start.
         RefusedError: the file asks accelerate for something that it does not start.
     """
     if launcher is None:
@@ -141,7 +141,7 @@ def _entry(name: str) -> str:
 
 
 def _free_ports(count: int) -> int:
-    """The first of so many neighbouring ports that nobody listens on."""
+    """The first of `count` neighbouring free ports."""
     for _ in range(100):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -46,7 +46,7 @@ def framework_of(backend: str) -> Framework:
     """The documented figures of a backend.
 
     Raises:
-        UsageError: nobody has measured this backend.
+        UsageError: there are no figures for this backend.
     """
     if backend not in FRAMEWORKS:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""What one training step has to hold at once: so many rows, so many tokens, so many of them with loss."""
+"""The load of one training step: its rows, their length, and the tokens with loss."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -19,7 +19,7 @@ LORA, FULL = "LoRA", "full fine-tuning"
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What one step will take by each method, what is available, and what would make LoRA fit where it does not."""
+    """The memory of one step by each method, the memory available, and ways to make LoRA fit."""
 
     shape: ModelShape
     load: StepLoad

@@ -23,7 +23,7 @@ def locate_model(name: str, *, revision: str | None = None) -> ModelLocation:
     try:
         folder = SHIPPED_FOLDER / name if name in SHIPPED else Path(name).expanduser()
         is_folder, is_there = folder.is_dir(), folder.exists()
-    except (OSError, RuntimeError) as error:  # a name longer than the disk takes; the home folder of nobody
+    except (OSError, RuntimeError) as error:  # a name longer than the disk takes; an unknown home folder
         raise ModelError(f"model folder {name!r} does not exist: {error}", hint=_OFFLINE_HINT) from None
     if is_folder and revision is not None:
         raise ModelError(
@@ -42,7 +42,7 @@ def locate_model(name: str, *, revision: str | None = None) -> ModelLocation:
 
 def _checked(folder: Path) -> Path:
     if not (folder / "config.json").exists():
-        raise ModelError(f"{folder} has no config.json, so it is no model folder", hint=_OFFLINE_HINT)
+        raise ModelError(f"{folder} has no config.json, so it is not a model folder", hint=_OFFLINE_HINT)
     if not list(folder.glob("*.safetensors")):
         raise ModelError(
             f"{folder} holds no .safetensors weights", hint="convert the model once: save_pretrained(...) writes them"

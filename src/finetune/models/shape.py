@@ -119,7 +119,7 @@ def refuse_leading_out(file: Path) -> None:
 
 
 def indexed_files(folder: Path) -> list[Path]:
-    """The files that an index names; none where there is no index."""
+    """The files that an index names; empty without an index."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return []
@@ -165,7 +165,7 @@ def _is_extra(name: str, shape: tuple[int, ...], *, tied: bool) -> bool:
 
 
 def _share(config: dict[str, Any], *keys: str) -> float:
-    """The first of these fields that is a share from 0 to below 1; 0 where none is said."""
+    """The first of these fields that is a share from 0 to below 1; 0 without one."""
     said = (config.get(key) for key in keys)
     return next((float(value) for value in said if isinstance(value, int | float) and 0 <= value < 1), 0.0)
 

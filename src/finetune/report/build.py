@@ -138,13 +138,13 @@ def _headline(
 
 
 def _up_to(points: Sequence[Mapping[str, Any]], kept: Any) -> Sequence[Mapping[str, Any]]:
-    """The looks up to the step whose weights were kept: a later one says nothing of the adapter."""
+    """The points up to the step whose weights were kept: later ones say nothing of the adapter."""
     step = as_number(kept)
     return points if step is None else [point for point in points if (point["step"] or 0) <= step]
 
 
 def _before_after(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """First and last measurement; one alone is no before and after."""
+    """First and last measurement; None where there is only one."""
     return {"before": points[0]["loss"], "after": points[-1]["loss"]} if len(points) > 1 else None
 
 
@@ -229,7 +229,7 @@ def _repeat(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _strict(value: Any) -> Any:
-    """The value with every non-finite float as None: NaN is no JSON, and other programs refuse the whole file."""
+    """The value with every non-finite float as None: NaN is not JSON, and other programs refuse the file."""
     if isinstance(value, Mapping):
         return {str(key): _strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -228,7 +228,7 @@ def _line(axes: "Axes", points: Sequence[tuple[float, float]], label: str, **loo
 
 
 def finish_steps(axes: "Axes", *, ticks: int = 5, columns: int = 6) -> None:
-    """Make axes of things by whole steps: light, few ticks, the legend above them in so many columns."""
+    """Make axes by whole steps: light, few ticks, the legend above them."""
     ink.plain_axes(axes, grid="y")
     axes.margins(x=0.015)
     axes.xaxis.set_major_locator(_few_ticks(whole=True))
@@ -246,7 +246,7 @@ def _few_ticks(*, whole: bool = False, count: int = 5) -> Any:
 
 
 def _right_label(axes: "Axes", at: float, text: str) -> None:
-    """A value in a column of its own right of the bars, where no bar or whisker can cross it."""
+    """A value in a column right of the bars, where no bar or whisker can cross it."""
     axes.annotate(
         text, (1, at), xycoords=("axes fraction", "data"), xytext=(8, 0), textcoords="offset points", va="center"
     )

@@ -7,7 +7,7 @@ NOT_MEASURED = "not measured"
 
 
 def as_number(value: Any) -> float | None:
-    """The value as a finite number, or None: booleans, text, NaN and infinities are no measurements."""
+    """The value as a finite number; None for booleans, text, NaN and infinities."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None

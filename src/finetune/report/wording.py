@@ -17,7 +17,7 @@ from finetune.report.numbers import (
     say_seconds,
 )
 
-# Every outcome has a symbol of its own, so that no reader depends on colour.
+# Every outcome has its own symbol, so that no reader depends on colour.
 SYMBOLS = {"passed": "✓", "failed": "✗", "inconclusive": "?", "not applicable": "–", "error": "!", "not judged": "·"}
 ASCII_SYMBOLS = SYMBOLS | {"passed": "+", "failed": "x", "not applicable": "-", "not judged": "."}
 
@@ -44,7 +44,7 @@ def say_title(report: Mapping[str, Any]) -> str:
 
 
 def say_start(report: Mapping[str, Any]) -> str | None:
-    """When the run began, to the minute; as it was written when that is no ISO date."""
+    """When the run began, to the minute; as written when that is not an ISO date."""
     written = report["started"]
     try:
         start = datetime.fromisoformat(str(written))

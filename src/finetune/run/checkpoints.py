@@ -25,7 +25,7 @@ _KEYS = {"step", "best", "identity", "told", "files", "sha256"}
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """What a checkpoint belongs to: `identity` must be the same for a resume, `told` may differ and is told."""
+    """What a checkpoint belongs to: `identity` must match for a resume, `told` may differ and is reported."""
 
     identity: Mapping[str, Any]
     told: Mapping[str, Any]
@@ -47,7 +47,7 @@ class CheckpointStore:
         """Write the checkpoint of `step`; older ones are removed only when it is complete.
 
         `open` holds a later reader to the owner's identity, and `changes` tells what else is different. `best` is the
-        step whose checkpoint is the best so far; None where there is no such thing.
+        step whose checkpoint is the best so far; None without one.
         """
         path = self._path(step)
         if (path / _MANIFEST).exists():
@@ -126,12 +126,12 @@ class CheckpointStore:
         return path
 
     def changes(self, step: int, told: Mapping[str, Any]) -> list[str]:
-        """What is not as it was when the checkpoint was written, and may change."""
+        """What differs from the checkpoint, and may."""
         return differences((_read_manifest(self._path(step)) or {"told": {}})["told"], told)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`key: old -> new` for each key whose value differs; None stands for a key that is not there."""
+    """`key: old -> new` for each key whose value differs; None for a missing key."""
     keys = [*now, *(key for key in before if key not in now)]
     return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in keys if before.get(key) != now.get(key)]
 

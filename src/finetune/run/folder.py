@@ -51,7 +51,7 @@ class RunFolder:
 
     @classmethod
     def place(cls, output: Path | None) -> Self:
-        """Where a new run will be: at `output`, or below `runs/` under a name of its own. Nothing is made yet.
+        """Where a new run will be: at `output`, or below `runs/` under a new name. Nothing is made yet.
 
         Raises:
             OutputError: the folder exists and is not empty, or is a file or a link.
@@ -100,7 +100,9 @@ class RunFolder:
             return open_runs[-1]
         run = cls(output)
         if not run.plan.exists():
-            raise OutputError(f"{output} is no run folder: it has no plan.yaml", hint="name a folder made by ft train")
+            raise OutputError(
+                f"{output} is not a run folder: it has no plan.yaml", hint="name a folder made by ft train"
+            )
         if run.manifest.exists():
             raise OutputError(f"the run in {output} is finished", hint="start a new one with another --output")
         return run
@@ -244,7 +246,7 @@ class RunFolder:
         return events
 
     def secure_events(self) -> None:
-        """Have what was logged on disk: a checkpoint may only follow the events that led to it."""
+        """Flush the log to disk: a checkpoint may only follow the events that led to it."""
         with storage_errors(self.events):
             flush(self.events)
 

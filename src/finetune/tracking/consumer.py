@@ -18,9 +18,9 @@ _MOST_WAITING = 10_000
 
 
 class Trackers:
-    """Passes a run's events to trackers; what goes wrong there is told once each, counted, and stops nothing.
+    """Passes a run's events to trackers; failures there are reported once each, counted, and stop nothing.
 
-    `history` is what was told of the run before it was resumed; a tracker that holds some of it is told the rest.
+    `history` holds the events before a resume; a tracker that has some of them gets the rest.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class _Line:
         if self._waiting.qsize() < _MOST_WAITING:
             self._waiting.put(event)
         else:
-            self._failed("it is too slow: what it was told is lost")
+            self._failed("it is too slow: events were lost")
 
     def end(self, *, complete: bool) -> None:
         if not self._ended:
@@ -130,7 +130,7 @@ class _Line:
         for event in itertools.chain(self._history, waiting):
             for step, numbers in digest.take(event):
                 self._log(tracker, step, numbers)
-        # A step that was not done is told by who goes on with the run, all of it.
+        # Whoever resumes the run logs an unfinished step, all of it.
         for step, numbers in digest.rest() if self._complete else ():
             self._log(tracker, step, numbers)
         if tracker is not None:

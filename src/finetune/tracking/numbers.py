@@ -1,4 +1,4 @@
-"""What a tracker is told of the events of a run: numbers by step, and at the end words and numbers without one."""
+"""Turns the events of a run into what trackers log: numbers by step, and a summary at the end."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -36,13 +36,13 @@ class Tracker(Protocol):
     place: str
     """Where it writes, for people."""
     last_step: int
-    """The last step it holds already: up to there nothing is told again, and after it everything is."""
+    """The last step it holds already: only later ones are logged."""
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """Take in the numbers of one step; steps only go up."""
 
     def finish(self, words: Mapping[str, str], numbers: Mapping[str, float], *, complete: bool) -> None:
-        """Take in how the run ended, and write what is not written yet."""
+        """Take in how the run ended, and write everything that waits."""
 
 
 def require_trackers(names: Sequence[str]) -> None:
