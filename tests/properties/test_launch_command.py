@@ -16,7 +16,7 @@ from finetune.distributed import launchers as command
 from finetune.distributed import supervise as watch
 from finetune.distributed.environment import LAUNCHERS, NOTES, rank_of, started_by
 from finetune.distributed.launchers import Launch, check_launch, command_line, environment, plan_launch
-from finetune.distributed.notes import Note, leave_note, read_notes
+from finetune.distributed.supervise import Note, leave_note, read_notes
 from finetune.errors import FineTuneError, LostProcessError, RefusedError
 from finetune.run.folder import RunFolder
 
@@ -137,7 +137,7 @@ PRETENDER = """
 import json, os, signal, sys
 from dataclasses import replace
 from pathlib import Path
-from finetune.distributed.notes import Note, leave_note
+from finetune.distributed.supervise import Note, leave_note
 from finetune.distributed.supervise import MARK
 folder = Path(os.environ["FT_LAUNCH"])
 leave_note(folder, Note(0, 1, "at work"))

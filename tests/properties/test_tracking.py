@@ -304,9 +304,7 @@ def test_tracker_that_is_too_slow_loses_and_says_so(monkeypatch: pytest.MonkeyPa
     freed.set()
     told.close(complete=True)
     assert told.places() == [{"tracker": "wandb", "place": "memory", "failures": 6}]
-    assert [event.error for event in warned if isinstance(event, TrackerFailed)] == [
-        "it is too slow: events were lost"
-    ]
+    assert [event.error for event in warned if isinstance(event, TrackerFailed)] == ["it is too slow: events were lost"]
 
 
 def test_tracker_of_a_run_that_fails_is_closed_as_failed(model: Path, data: Path, tmp_path: Path) -> None:

@@ -27,16 +27,16 @@ def print_json(value: Any) -> None:
     print_data(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
 
 
-def print_examined(done: Any, *, as_json: bool) -> None:
+def print_examined(done: Any, *, as_json: bool, place: str | None = None) -> None:
     """Print a written and checked result: its path as data, notes and checks beside it; or all as JSON."""
     for note in done.notes:
         say(f"note: {note}")
+    for check in done.checks:
+        say(f"{check.stage}: {check.measured}")
     if as_json:
         print_json(done.as_dict())
         return
-    for check in done.checks:
-        say(f"{check.stage}: {check.measured}")
-    print_data(str(done.path))
+    print_data(place or str(done.path))
 
 
 def exit_code(outcome: str, *, allow_inconclusive: bool = False) -> int:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetune.cli.console import print_data, print_json, say
+from finetune.cli.console import print_examined, say
 from finetune.cli.options import AsJson, RunPath, named_outtype
 from finetune.errors import UsageError
 
@@ -64,14 +64,8 @@ def command(
 
 
 def _tell(deployed: "Deployed", *, json_output: bool) -> None:
-    for check in deployed.checks:
-        say(f"{check.stage}: {check.measured}")
-    for note in deployed.notes:
-        say(f"note: {note}")
-    if json_output:
-        print_json(deployed.as_dict())
-    else:
-        print_data(deployed.address if deployed.target == "llama.cpp" else deployed.name)
+    place = deployed.address if deployed.target == "llama.cpp" else deployed.name
+    print_examined(deployed, as_json=json_output, place=place)
 
 
 def _say_how_to_ask(deployed: "Deployed") -> None:

@@ -28,8 +28,7 @@ def command(run: RunPath, *, json_output: AsJson = False) -> int:
     table = Table("measure", "base", "tuned", "of", box=None)
     for name, row in result.items():
         form = "{:.4f}" if "loss" in name else "{}"
-        table.add_row(
-            name, form.format(row["base"]), form.format(row["tuned"]), str(row.get("count", row.get("tokens")))
-        )
+        of = row.get("count", row.get("tokens"))
+        table.add_row(name, form.format(row["base"]), form.format(row["tuned"]), str(of))
     data_console().print(table)
     return 0

@@ -17,9 +17,7 @@ AdapterOnly = Annotated[bool, typer.Option("--adapter-only", help="The adapter a
 File = Annotated[
     Path | None, typer.Option("--output", metavar="FILE", help="The file to make. Default: below the run's folder.")
 ]
-BackendName = Annotated[
-    str, typer.Option("--backend", help="Backend for the baseline outputs when the model is not an ft run.")
-]
+BackendName = Annotated[str, typer.Option("--backend", help="Computes the baseline of a model that is not an ft run.")]
 
 
 def command(

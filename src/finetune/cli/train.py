@@ -51,8 +51,7 @@ def command(
     from finetune.config import LoadedConfig, load_plan
     from finetune.distributed.environment import NOTES
     from finetune.distributed.launchers import plan_launch
-    from finetune.distributed.notes import read_command
-    from finetune.distributed.supervise import train_together
+    from finetune.distributed.supervise import read_command, train_together
     from finetune.run.folder import RunFolder
     from finetune.train import fine_tune
 

@@ -9,8 +9,7 @@ from typing import Any, TextIO
 
 from finetune.cli.app import run
 from finetune.distributed.environment import NOTES, rank_of
-from finetune.distributed.notes import Note, State, leave_note
-from finetune.distributed.supervise import MARK
+from finetune.distributed.supervise import MARK, Note, State, leave_note
 from finetune.errors import FineTuneError, LostProcessError
 
 

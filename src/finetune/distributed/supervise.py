@@ -1,6 +1,10 @@
-"""Starts the processes of a run, passes on what they say, and tells how it ended."""
+"""Starts the processes of a run, passes on their lines, and says how it ended.
+
+Launchers keep exit codes to themselves, so that each process leaves a note of how far it is.
+"""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -8,20 +12,35 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from finetune.abilities import require_backend
 from finetune.distributed.launchers import Launch, check_launch, command_line, environment
-from finetune.distributed.notes import Note, leave_command, read_notes
 from finetune.errors import FineTuneError, InterruptedRunError, LostProcessError, TrainingError
+from finetune.files import write_json
 from finetune.processes import terminated_as_interrupted
 from finetune.run.folder import RunFolder
 
+State = Literal["at work", "done", "failed", "lost", "stopped"]
+_COMMAND = "command.json"
 MARK = "\x02"
 """What a line of ours begins with; the launchers' own lines do not."""
 _GRACE = 60.0
 """Seconds that processes have to end once they were asked to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """How far one process is: `lost` is what it is when another has ended, `stopped` when its launcher ends it."""
+
+    rank: int
+    pid: int
+    state: State
+    exit_code: int = 0
+    message: str = ""
+    hint: str = ""
 
 
 def train_together(
@@ -144,3 +163,26 @@ def _end(process: subprocess.Popen[str]) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
             process.wait(timeout=_GRACE)
             return
+
+
+def leave_note(folder: Path, note: Note) -> None:
+    """Write down how far a process is, in place of what it wrote before."""
+    write_json(folder / f"rank-{note.rank}.json", asdict(note))
+
+
+def read_notes(folder: Path) -> dict[int, Note]:
+    """The last note of each process, by its rank."""
+    notes = [Note(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("rank-*.json"))]
+    return {note.rank: note for note in notes}
+
+
+def leave_command(folder: Path, command: str) -> None:
+    """Write down the command that the user gave."""
+    write_json(folder / _COMMAND, command)
+
+
+def read_command(folder: Path) -> str:
+    """The command that the user gave; "" where none was written down."""
+    with contextlib.suppress(OSError, ValueError):
+        return str(json.loads((folder / _COMMAND).read_text(encoding="utf-8")))
+    return ""

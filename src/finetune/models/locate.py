@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from finetune.errors import MissingExtraError, ModelError
+from finetune.errors import ModelError
 from finetune.records import ModelLocation
 
 SHIPPED_FOLDER = Path(__file__).resolve().parent.parent / "reference_model"
@@ -51,14 +51,9 @@ def _checked(folder: Path) -> Path:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-    except ImportError:
-        raise MissingExtraError(
-            f"model {name!r} is not a local folder, and huggingface_hub is not installed",
-            hint="pip install huggingface_hub, or " + _OFFLINE_HINT,
-        ) from None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(_WANTED_FILES)))
     # ValueError: a name that the hub itself does not take, such as a--b.

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import MissingExtraError, UsageError
+from finetune.errors import UsageError
 from finetune.report.build import build_report
 from finetune.report.charts import Chart, draw_charts, draw_comparison
 from finetune.report.numbers import (
@@ -112,12 +112,8 @@ def page_template(name: str) -> "Template":
 
 @cache
 def _environment() -> "Environment":
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ImportError as error:
-        raise MissingExtraError(
-            "The HTML report needs jinja2, which is not installed.", hint="pip install jinja2"
-        ) from error
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
         autoescape=True,

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import MissingExtraError
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -53,13 +51,9 @@ _SETTINGS: Any = {  # matplotlib 3.11 types the keys one by one, earlier ones as
 @contextmanager
 def sheet(width: int, height: int) -> Iterator["Figure"]:
     """A blank figure of that many CSS pixels, deaf to the user's own matplotlib settings."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError(
-            "The report's charts need matplotlib, which is not installed.", hint="pip install matplotlib"
-        ) from error
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_SETTINGS)
