@@ -1,4 +1,4 @@
-"""P-KNOB: every setting, when it is changed, changes what a whole run does, or is refused; none is a dead knob."""
+"""P-KNOB: every setting, when it is changed, changes what a whole run does; none is a dead knob."""
 
 import json
 import shutil
@@ -32,10 +32,15 @@ BASE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Change:
-    """Another value for a setting, and what else must be so that it can matter; `None` leaves a setting out."""
+    """Another value for a setting, and what else must be so that it can matter; `None` leaves a setting out.
+
+    `refused` is what the refusal says where this backend, model or single process cannot have the value: only there
+    does a refusal show that the setting is read.
+    """
 
     value: Any
     given: dict[str, Any] = field(default_factory=dict)
+    refused: str = ""
 
 
 RISING: dict[str, Any] = {"training.evaluate_every": 1, "training.learning_rate": 1.0, "training.epochs": 3.0}
@@ -43,11 +48,11 @@ RISING: dict[str, Any] = {"training.evaluate_every": 1, "training.learning_rate"
 
 CHANGES: dict[str, Change] = {
     "model.path": Change("OTHER"),
-    "model.revision": Change("main"),
-    "model.dtype": Change("bfloat16"),
-    "model.device": Change("gpu"),
-    "model.quantize": Change("4bit"),
-    "model.quantize_group_size": Change(32, {"model.quantize": "4bit"}),
+    "model.revision": Change("main", refused="has no revisions"),
+    "model.dtype": Change("bfloat16", refused="cannot imitate bfloat16"),
+    "model.device": Change("gpu", refused="model.device is gpu"),
+    "model.quantize": Change("4bit", refused="groups of 64"),
+    "model.quantize_group_size": Change(32, {"model.quantize": "4bit"}, "groups of 32"),
     "data.train": Change("KNOWN"),
     "data.valid": Change("KNOWN"),
     "data.valid_fraction": Change(0.5, {"data.valid": None}),
@@ -70,7 +75,7 @@ CHANGES: dict[str, Change] = {
     "training.epochs": Change(1.0),
     "training.max_steps": Change(2),
     "training.batch_size": Change(2),
-    "training.processes": Change(2),
+    "training.processes": Change(2, refused="processes is 2"),
     "training.gradient_accumulation_steps": Change(2),
     "training.packing": Change(True),
     "training.learning_rate": Change(0.02),
@@ -181,7 +186,7 @@ def repeated(places: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
 def test_setting_changed_changes_the_run(
     key: str, places: dict[str, str], repeated: dict[str, Any], asked: list[Any], tmp_path: Path
 ) -> None:
-    """With this one setting changed, a run trains, writes, asks or refuses differently from the same run without it."""
+    """With this one setting changed, a run trains, writes or asks differently from the same run without it."""
     change = CHANGES[key]
     given = {**BASE, **change.given}
     name = json.dumps(change.given)
@@ -191,6 +196,9 @@ def test_setting_changed_changes_the_run(
     before = repeated[name]
     after = [outcome({**given, key: change.value}, places, tmp_path / "after"), list(asked)]
     assert after != before
+    refusal = after[0] if isinstance(after[0], str) else ""
+    assert bool(refusal) == bool(change.refused), refusal
+    assert change.refused in refusal
 
 
 def test_nothing_changed_changes_nothing(places: dict[str, str], asked: list[Any], tmp_path: Path) -> None:
