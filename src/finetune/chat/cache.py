@@ -43,7 +43,7 @@ def dump_marked(rows: Sequence[Marked]) -> bytes:
 
 
 def load_marked(content: bytes, rows: Sequence[Rendered]) -> list[Marked] | None:
-    """What `dump_marked` wrote for these rows; None when the bytes are torn, changed, or of other rows."""
+    """The rows that `dump_marked` wrote; None when the bytes are torn, changed, or of other rows."""
     digest, body = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
     if hashlib.sha256(body).digest() != digest:
         return None

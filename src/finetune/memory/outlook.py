@@ -1,6 +1,6 @@
 """Answers whether a run fits into memory, by both methods: as a table and sentences, and as values for JSON."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune.memory.advise import MemoryAdvice, say_size, ways_to_fit
@@ -99,17 +99,10 @@ def outlook_values(outlook: Outlook) -> dict[str, Any]:
 
     `tensors` is the peak of live tensors alone; `ways_to_fit` holds settings with which LoRA would fit.
     """
-    load = outlook.load
     return {
         "parameters": outlook.shape.parameters,
         "architecture": outlook.shape.architecture,
-        "batch": {
-            "rows": load.rows,
-            "length": load.length,
-            "targets": load.targets,
-            "masked": load.masked,
-            "accumulation": load.accumulation,
-        },
+        "batch": asdict(outlook.load),
         "framework": {"backend": outlook.framework.backend, "source": outlook.framework.source},
         "available": outlook.available,
         "lora": _forecast_values(outlook.forecasts[LORA], outlook.available),

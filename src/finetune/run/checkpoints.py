@@ -9,14 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import RefusedError
-from finetune.files import (
-    describe_files,
-    remove_folder,
-    remove_torn,
-    storage_errors,
-    write_folder,
-    write_json,
-)
+from finetune.files import describe_files, remove_folder, remove_torn, storage_errors, write_folder, write_json
 
 _NAME = re.compile(r"step-(\d{8})")
 _MANIFEST = "checkpoint.json"
@@ -67,14 +60,16 @@ class CheckpointStore:
         with storage_errors(self.folder):
             self.folder.mkdir(exist_ok=True)
             remove_torn(self.folder)
-            if path.is_dir():
+            if path.is_dir():  # without a manifest, so not a checkpoint
                 remove_folder(path)
+        # Killed before the rename in here, a torn folder remains, which the next save removes. Killed after it, this
+        # checkpoint counts, and too many are kept until the next rotation. No older one goes before this one is whole.
         write_folder(path, fill)
         self._rotate()
         return path
 
     def release(self) -> None:
-        """Let go of the checkpoints that were opened: from now on they stay only as all others do."""
+        """Let go of the checkpoints that were opened: they are rotated like all others again."""
         self._in_use.clear()
         self._rotate()
 

@@ -135,7 +135,7 @@ class RunFolder:
                 hint="wait for it to end, or choose another --output",
             ) from None
         self._lock = handle
-        # Not by way of a temporary file: whoever is killed here must leave nothing that keeps the folder from use.
+        # Written in place, for a temporary file of a process killed here would keep the folder from use.
         with storage_errors(self.holder):
             self.holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
 
