@@ -4,62 +4,25 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from finetune.backends import open_backend
 from finetune.errors import EvidenceError, ModelError, RefusedError
 from finetune.evidence.reload import check_reload
 from finetune.records import AdapterTarget, Optimization
+from support.damages import changed_bytes, changed_settings, damaged_tensors, damages
 from support.tiny_llamas import CONFIG, DROPPING, LINEAR, ROWS, adapted, open_model, step, tiny
 
 WEIGHTS = "adapter_model.safetensors"
 
 
-def _tensors(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        tensors = load_file(folder / name)
-        change(tensors)
-        save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, folder / name)
-
-    return damage
-
-
-def _settings(name: str, **changes: Any) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        value = json.loads((folder / name).read_text()) | changes
-        (folder / name).write_text(json.dumps({key: each for key, each in value.items() if each != "absent"}))
-
-    return damage
-
-
-def _bytes(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes())) and None
-
-
-def damages(weights: str, config: str) -> dict[str, Callable[[Path], None]]:
-    """What may have happened to a file of tensors and to the settings next to it."""
-    return {
-        "dropped": _tensors(weights, lambda tensors: tensors.pop(max(tensors))),
-        "added": _tensors(weights, lambda tensors: tensors.update({"more": np.zeros(3, np.float32)})),
-        "turned": _tensors(weights, lambda tensors: tensors.update({min(tensors): tensors[min(tensors)].T})),
-        "whole numbers": _tensors(weights, lambda tensors: tensors.update({min(tensors): np.zeros(2, np.int32)})),
-        "cut off": _bytes(weights, lambda content: content[:-5]),
-        "garbage": _bytes(weights, lambda content: b"\xff" * 300),
-        "missing": lambda folder: (folder / weights).unlink(),
-        "no settings": lambda folder: (folder / config).unlink(),
-        "broken settings": _bytes(config, lambda content: b"{"),
-        "settings of nothing": _bytes(config, lambda content: b"[]"),
-    }
-
-
 ADAPTER_DAMAGES = damages(WEIGHTS, "adapter_config.json") | {
-    f"{key} {value}": _settings("adapter_config.json", **{key: value})
+    f"{key} {value}": changed_settings("adapter_config.json", **{key: value})
     for key, value in [
         ("use_dora", True),
         ("use_rslora", "yes"),
@@ -87,7 +50,7 @@ ADAPTER_DAMAGES = damages(WEIGHTS, "adapter_config.json") | {
     ]
 }
 MODEL_DAMAGES = damages("model.safetensors", "config.json") | {
-    f"{key} {value}": _settings("config.json", **{key: value})
+    f"{key} {value}": changed_settings("config.json", **{key: value})
     for key, value in [
         ("model_type", "gpt2"),
         ("model_type", "qwen2"),
@@ -158,13 +121,15 @@ def test_model_is_read_from_any_float(kind: str, tmp_path: Path) -> None:
 
 
 STATE_DAMAGES = {
-    "dropped": _tensors("state.safetensors", lambda tensors: tensors.pop(max(tensors))),
-    "added": _tensors("state.safetensors", lambda tensors: tensors.update({"weight/more": np.zeros(3)})),
-    "turned": _tensors("state.safetensors", lambda tensors: tensors.update({min(tensors): tensors[min(tensors)].T})),
-    "cut off": _bytes("state.safetensors", lambda content: content[:-3]),
-    "cut off too": _bytes("state.json", lambda content: content[:-30]),
-    "no random state": _settings("state.json", random="absent"),
-    "another random state": _settings("state.json", random={"bit_generator": "MT19937"}),
+    "dropped": damaged_tensors("state.safetensors", lambda tensors: tensors.pop(max(tensors))),
+    "added": damaged_tensors("state.safetensors", lambda tensors: tensors.update({"weight/more": np.zeros(3)})),
+    "turned": damaged_tensors(
+        "state.safetensors", lambda tensors: tensors.update({min(tensors): tensors[min(tensors)].T})
+    ),
+    "cut off": changed_bytes("state.safetensors", lambda content: content[:-3]),
+    "cut off too": changed_bytes("state.json", lambda content: content[:-30]),
+    "no random state": changed_settings("state.json", random="absent"),
+    "another random state": changed_settings("state.json", random={"bit_generator": "MT19937"}),
 }
 
 

@@ -15,17 +15,8 @@ from finetune.errors import EvidenceError, ModelError, RefusedError, TrainingErr
 from finetune.evidence.reload import check_reload
 from finetune.records import Batch, ModelLocation
 from finetune_strategies.profiles import examples
-from support.tiny_mlx import (
-    adapted,
-    changed_settings,
-    damaged_tensors,
-    damages,
-    equal,
-    furthest,
-    logits_of,
-    make_model,
-    open_session,
-)
+from support.damages import changed_settings, damaged_tensors, damages
+from support.tiny_mlx import adapted, equal, furthest, logits_of, make_model, open_session
 from support.tiny_models import (
     CONTEXT,
     VOCAB,

@@ -11,18 +11,8 @@ from hypothesis import strategies as st
 from finetune.errors import ModelError
 from finetune.records import AdapterTarget, ModelLocation
 from finetune_strategies.profiles import examples
-from support.tiny_mlx import (
-    adapted,
-    changed_settings,
-    damaged_tensors,
-    damages,
-    equal,
-    furthest,
-    logits_of,
-    make_model,
-    open_session,
-    shake,
-)
+from support.damages import changed_settings, damaged_tensors, damages
+from support.tiny_mlx import adapted, equal, furthest, logits_of, make_model, open_session, shake
 from support.tiny_models import target_of, train_a_little
 
 pytestmark = pytest.mark.tier2

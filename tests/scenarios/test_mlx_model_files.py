@@ -12,12 +12,10 @@ from safetensors.numpy import load_file, save_file
 from finetune.backends import open_backend
 from finetune.errors import ModelError
 from finetune.records import ModelLocation
+from support.damages import changed_settings, damaged_tensors, damages
 from support.tiny_mlx import (
     IDS,
     adapted,
-    changed_settings,
-    damaged_tensors,
-    damages,
     equal,
     furthest,
     logits_of,

@@ -17,12 +17,11 @@ from finetune.memory.estimate import weight_bytes
 from finetune.models.quantize import kept_in_full, quantize_shape
 from finetune.models.shape import read_shape
 from finetune.records import AdapterTarget, Batch, ModelLocation, Quantization
+from support.damages import changed_settings, damaged_tensors
 from support.tiny_mlx import (
     accumulated,
     adapted,
-    changed_settings,
     close,
-    damaged_tensors,
     equal,
     furthest,
     logits_of,

@@ -1,7 +1,5 @@
 """Tiny random models for the MLX backend and sessions on them; whoever imports this is skipped where MLX is missing."""
 
-import json
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ BACKEND: Any = open_backend("mlx")
 
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
-from safetensors.numpy import load_file, save_file  # noqa: E402
 
 IDS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
@@ -100,53 +97,3 @@ def furthest(first: list[Any], second: list[Any]) -> float:
 def equal(first: list[Any], second: list[Any]) -> bool:
     """Whether all logits are equal to the bit."""
     return all(np.array_equal(one, other) for one, other in zip(first, second, strict=True))
-
-
-def damaged_tensors(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    """A damage to the tensors in a file."""
-
-    def damage(folder: Path) -> None:
-        tensors = load_file(folder / name)
-        change(tensors)
-        save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, folder / name)
-
-    return damage
-
-
-def changed_settings(name: str, **changes: Any) -> Callable[[Path], None]:
-    """A damage to a file of settings; "absent" takes one out."""
-
-    def damage(folder: Path) -> None:
-        value = json.loads((folder / name).read_text()) | changes
-        (folder / name).write_text(json.dumps({key: each for key, each in value.items() if each != "absent"}))
-
-    return damage
-
-
-def _bytes(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes())) and None
-
-
-def _turn(tensors: dict[str, Any]) -> None:
-    name = min(name for name, tensor in tensors.items() if tensor.ndim == 2 and len(set(tensor.shape)) == 2)
-    tensors[name] = tensors[name].T
-
-
-def damages(tensors: str, settings: str) -> dict[str, Callable[[Path], None]]:
-    """What may have happened to a file of tensors and to the settings next to it."""
-    return {
-        "dropped": damaged_tensors(tensors, lambda each: each.pop(max(each))),
-        "all dropped": damaged_tensors(tensors, lambda each: [each.pop(name) for name in list(each)]),
-        "added": damaged_tensors(tensors, lambda each: each.update({"more": np.zeros(3, np.float32)})),
-        "turned": damaged_tensors(tensors, _turn),
-        "whole numbers": damaged_tensors(
-            tensors, lambda each: each.update({min(each): np.zeros_like(each[min(each)], int)})
-        ),
-        "cut off": _bytes(tensors, lambda content: content[:-5]),
-        "garbage": _bytes(tensors, lambda content: b"\xff" * 300),
-        "empty": _bytes(tensors, lambda content: b""),
-        "missing": lambda folder: (folder / tensors).unlink(),
-        "no settings": lambda folder: (folder / settings).unlink(),
-        "broken settings": _bytes(settings, lambda content: b"{"),
-        "settings of nothing": _bytes(settings, lambda content: b"[]"),
-    }
