@@ -16,7 +16,6 @@ from finetune.errors import ModelError
 from finetune.memory.estimate import adapter_parameters, estimate_memory
 from finetune.records import AdapterTarget, ModelShape, Optimization, fits
 from finetune_strategies.adapters import AdaptedModel, adapted_layers, layer_names, varied_models, varied_targets
-from finetune_strategies.drawing import drawn
 from finetune_strategies.models import llama_configs, model_shapes
 from finetune_strategies.profiles import examples
 from properties.test_reference_backend import check_slopes
@@ -225,32 +224,3 @@ def test_fits_is_the_end_of_a_path_from_a_dot_on() -> None:
     assert not fits("1.self_attn.q_proj", "model.layers.11.self_attn.q_proj")
     assert fits("q_proj|v_proj", "a.v_proj")
     assert not fits("self_attn", "a.self_attn.v_proj")
-
-
-def _overlap(model: AdaptedModel) -> bool:
-    layers = [layer.name for layer in adapted_layers(model.shape, model.target)]
-    return any(sum(fits(key, path) for key in model.target.rank_pattern) > 1 for path in layers)
-
-
-CORNERS = {
-    "dora": lambda m: m.target.kind == "dora",
-    "lora": lambda m: m.target.kind == "lora",
-    "rank-stabilised": lambda m: m.target.scaling == "rank_stabilized",
-    "ranks by pattern": lambda m: len(m.target.rank_pattern) > 0,
-    "alphas by pattern": lambda m: len(m.target.alpha_pattern) > 0,
-    "two patterns fit one layer": _overlap,
-    "trained whole": lambda m: len(m.target.saved) > 0,
-    "an untied table trained whole": lambda m: "lm_head" in m.target.saved,
-    "a layer trained whole": lambda m: any(path.endswith("_proj") for path in m.target.saved),
-    "nothing trained whole": lambda m: not m.target.saved,
-}
-
-
-@pytest.mark.tools
-def test_strategy_of_kinds_reaches_its_corners() -> None:
-    """Among 240 adapters of any kind each of the ten corners is met several times."""
-    models = drawn(varied_models(), share=10)
-    assert len(models) == 240
-    counts = {name: sum(map(wanted, models)) for name, wanted in CORNERS.items()}
-    assert len(counts) == 10
-    assert {name: count for name, count in counts.items() if count < 5} == {}

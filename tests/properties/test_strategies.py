@@ -16,7 +16,7 @@ from finetune.backends import open_backend
 from finetune.config import TrainingConfig, flatten
 from finetune.errors import ModelError, UsageError
 from finetune.models.shape import read_shape
-from finetune.records import ModelShape
+from finetune.records import ModelShape, fits
 from finetune_strategies.adapters import (
     AdaptedModel,
     UnfitAdapter,
@@ -24,6 +24,7 @@ from finetune_strategies.adapters import (
     adapted_models,
     adapter_targets,
     unfit_adapters,
+    varied_models,
 )
 from finetune_strategies.configs import SETTINGS, configs
 from finetune_strategies.datasets import (
@@ -67,6 +68,12 @@ def divides_all(model: AdaptedModel) -> bool:
     """Whether the rank divides both sides of every layer that is adapted."""
     sides = [side for layer in adapted_layers(model.shape, model.target) for side in layer.shape]
     return not any(side % model.target.rank for side in sides)
+
+
+def patterns_overlap(model: AdaptedModel) -> bool:
+    """Whether two patterns of ranks fit one layer."""
+    layers = [layer.name for layer in adapted_layers(model.shape, model.target)]
+    return any(sum(fits(key, path) for key in model.target.rank_pattern) > 1 for path in layers)
 
 
 Corners = dict[str, tuple[Callable[[Any], bool], int]]
@@ -132,6 +139,21 @@ CORNERS: dict[str, tuple[st.SearchStrategy[Any], Corners]] = {
             "no dropout": (lambda m: m.target.dropout == 0, 25),
             "all layers": (lambda m: len(adapted_layers(m.shape, m.target)) == len(m.shape.linear_layers), 16),
             "some layers": (lambda m: len(adapted_layers(m.shape, m.target)) < len(m.shape.linear_layers), 37),
+        },
+    ),
+    "varied_models": (
+        varied_models(),
+        {
+            "dora": (lambda m: m.target.kind == "dora", 2),
+            "lora": (lambda m: m.target.kind == "lora", 2),
+            "rank-stabilised": (lambda m: m.target.scaling == "rank_stabilized", 2),
+            "ranks by pattern": (lambda m: len(m.target.rank_pattern) > 0, 2),
+            "alphas by pattern": (lambda m: len(m.target.alpha_pattern) > 0, 2),
+            "two patterns fit one layer": (patterns_overlap, 2),
+            "trained whole": (lambda m: len(m.target.saved) > 0, 2),
+            "an untied table trained whole": (lambda m: "lm_head" in m.target.saved, 2),
+            "a layer trained whole": (lambda m: any(path.endswith("_proj") for path in m.target.saved), 2),
+            "nothing trained whole": (lambda m: not m.target.saved, 2),
         },
     ),
     "unfit_adapters": (
