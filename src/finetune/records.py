@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 NO_LIMIT = 2**31 - 1
 """The context length of a model that states none, such as one that knows no positions."""
 
-AdapterKind = Literal["lora", "dora"]
+DEFAULT_KIND = "lora"
+"""The kind of adapter where none is named; `adapters/kinds` holds them all."""
 Scaling = Literal["standard", "rank_stabilized"]
 
 
@@ -274,17 +275,16 @@ class ModelShape:
 class AdapterTarget:
     """The adapter to attach to every linear layer whose path ends with one of `modules`.
 
-    `kind`: lora adds B A to a layer's weight; dora trains the length of each of its rows as well. `scaling` says what
-    B A is multiplied with: alpha / rank, or alpha / sqrt(rank). The patterns give layers a rank or an alpha of their
-    own, as PEFT's do: each is a regular expression for a path or the end of one, and the first that fits counts.
-    `saved` are the paths of modules that are trained whole.
+    `kind` is one that `adapters/kinds` registers. `scaling` says what B A is multiplied with: alpha / rank, or alpha /
+    sqrt(rank). The patterns give layers a rank or an alpha of their own, as PEFT's do: each is a regular expression for
+    a path or the end of one, and the first that fits counts. `saved` are paths of modules that are trained whole.
     """
 
     rank: int
     alpha: float
     dropout: float
     modules: tuple[str, ...]
-    kind: AdapterKind = "lora"
+    kind: str = DEFAULT_KIND
     scaling: Scaling = "standard"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -317,7 +317,7 @@ def _first_fitting(patterns: Mapping[str, T], path: str, otherwise: T) -> T:
 class Optimization:
     """How weights move: AdamW's numbers, constant over the run; the learning rate comes with each step.
 
-    `loraplus_lr_ratio` is how many times faster B moves than A; other trained tensors of one dimension move with B.
+    `loraplus_lr_ratio` is how many times faster LoRA's B moves than A, and whatever else its kind calls `fast`.
     """
 
     weight_decay: float
@@ -326,16 +326,16 @@ class Optimization:
     epsilon: float = 1e-8
     loraplus_lr_ratio: float = 1.0
 
-    def lr_ratio_of(self, name: str, dimensions: int) -> float:
-        """What the learning rate is multiplied with for a trained tensor, by its name in a PEFT model.
+    def lr_ratio_of(self, *, fast: bool) -> float:
+        """What the learning rate is multiplied with for a trained tensor.
 
         Source: Hayou et al. 2024 (arXiv:2402.12354), and `create_loraplus_optimizer` of Hugging Face PEFT.
         """
-        return self.loraplus_lr_ratio if ".lora_B." in name or dimensions == 1 else 1.0
+        return self.loraplus_lr_ratio if fast else 1.0
 
-    def decay_of(self, dimensions: int) -> float:
+    def decay_of(self, *, decays: bool) -> float:
         """The weight decay of a trained tensor: matrices shrink, while gains, biases and magnitudes do not."""
-        return self.weight_decay if dimensions > 1 else 0.0
+        return self.weight_decay if decays else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,15 @@ from typing import Any, Literal
 
 from hypothesis import strategies as st
 
+from finetune.adapters.kinds import ADAPTER_KINDS
 from finetune.records import AdapterTarget, LinearLayer, ModelShape, fits
 from finetune_strategies.models import Config, model_configs, model_shapes, shape_of_config
 from finetune_strategies.picks import EITHER, between, pick
 
+KINDS = tuple(sorted(ADAPTER_KINDS, key=lambda name: -len(ADAPTER_KINDS[name].tensors)))
+"""The kinds of adapters, those with most tensors first: what Hypothesis shrinks to."""
+_DRAWN = (*KINDS, *(name for name in KINDS if "rank" in ADAPTER_KINDS[name].settings))
+"""What has a rank is drawn twice as often: it has patterns to go wrong with, too."""
 _ALPHAS = (7.0, 0.5, 16.0, 3.0)
 
 
@@ -72,18 +77,21 @@ def _ranks(*sides: int) -> st.SearchStrategy[int]:
 def varied_targets(
     draw: st.DrawFn, shape: ModelShape, *, dropouts: tuple[float, ...] = (0.0, 0.1, 0.4)
 ) -> AdapterTarget:
-    """Adapters of any kind that fit the shape: LoRA or DoRA, either scaling, patterns, and modules trained whole."""
+    """Adapters of any kind that fit the shape, with what that kind takes: scaling, patterns; and whole modules."""
     plain = draw(adapter_targets(shape, dropouts=dropouts))
     layers = adapted_layers(shape, plain)
+    kind, saved = draw(pick(*_DRAWN)), _some_of(2, *_whole_modules(shape, layers)).map(tuple)
+    if "rank" not in ADAPTER_KINDS[kind].settings:
+        return AdapterTarget(1, 1.0, 0.0, plain.modules, kind, saved=draw(saved))
     ranks, alphas = draw(_patterns(layers)), draw(_patterns(layers))
     sides = {key: min(min(layer.shape) for layer in layers if fits(key, layer.name)) for key in ranks}
     return replace(
         plain,
-        kind=draw(pick("dora", "lora")),
+        kind=kind,
         scaling=draw(pick("rank_stabilized", "standard")),
         rank_pattern={key: draw(between(1, most)) for key, most in sides.items()},
         alpha_pattern={key: draw(pick(5.0, 0.3, 12.0)) for key in alphas},
-        saved=tuple(draw(_some_of(2, *_whole_modules(shape, layers)))),
+        saved=draw(saved),
     )
 
 

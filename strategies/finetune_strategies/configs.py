@@ -6,6 +6,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from finetune.config import TrainingConfig, unflatten
+from finetune_strategies.adapters import KINDS
 from finetune_strategies.datasets import seeds
 
 Tree = dict[str, Any]
@@ -136,7 +137,7 @@ SETTINGS: dict[str, Setting] = {
     "tokens.max_length": _optional(_whole(8)),
     "tokens.truncation": _words("drop", "truncate_prompt", "split", "refuse"),
     "tokens.cache": _optional(_TEXT),
-    "adapter.kind": _words("lora", "dora", "full"),
+    "adapter.kind": _words(*KINDS, "full"),
     "adapter.rank": _whole(1),
     "adapter.alpha": _POSITIVE,
     "adapter.scaling": _words("standard", "rank_stabilized"),

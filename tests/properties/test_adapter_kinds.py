@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.adapters.choose import check_patterns, check_rank, choose_saved
-from finetune.backends.reference.adapter import ReferenceAdapter
+from finetune.adapters.kinds.dora import DoRA
 from finetune.errors import ModelError
 from finetune.memory.estimate import adapter_parameters, estimate_memory
 from finetune.records import AdapterTarget, ModelShape, Optimization, fits
@@ -30,11 +31,15 @@ FEW = examples(1 / 3)
 def test_gradient_of_any_kind_is_the_slope_of_the_loss(model: AdaptedModel) -> None:
     """Each gradient is the slope of the loss: A, B, magnitudes and whole modules; of DoRA with the lengths held."""
     session = adapted(model.target, trained=True, config=model.config)
-    held = {
-        path: session.adapter.lengths(path, session.weights[f"{path}.weight"]) for path in session.adapter.magnitudes
-    }
+    lengths, held = DoRA.lengths, {}
+
+    def at_first(kind: DoRA, xp: Any, parts: Any, scale: float, weight: Any) -> Any:
+        if id(weight) not in held:
+            held[id(weight)] = lengths(kind, xp, parts, scale, weight)
+        return held[id(weight)]
+
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(ReferenceAdapter, "lengths", lambda self, path, weight: held[path])
+        patched.setattr(DoRA, "lengths", at_first)
         check_slopes(session, BATCH)
 
 
@@ -44,8 +49,9 @@ def test_merged_adapter_of_any_kind_computes_the_same(model: AdaptedModel) -> No
     """A model without an adapter, of the merged weights, has the same logits; DoRA's rows have its lengths."""
     session = adapted(model.target, trained=True, config=model.config)
     merged, wanted = session.merged_weights(), session.logits(ROWS[1].ids)
-    for path, lengths in session.adapter.magnitudes.items():
-        assert np.allclose(np.linalg.norm(merged[f"{path}.weight"], axis=1), np.abs(lengths), rtol=1e-12)
+    for path, parts in session.adapter.layers.items():
+        if "m" in parts:
+            assert np.allclose(np.linalg.norm(merged[f"{path}.weight"], axis=1), np.abs(parts["m"]), rtol=1e-12)
     session.attach(None, 0)
     session.weights.update(merged)
     assert np.allclose(session.logits(ROWS[1].ids), wanted, rtol=0, atol=1e-9 * np.abs(wanted).max())
@@ -139,8 +145,9 @@ def test_estimate_counts_every_kind_by_hand(drawn: tuple[ModelShape, AdapterTarg
     turned = shape.architecture == "GPT2LMHeadModel"
     numbers = 0
     for layer in adapted_layers(shape, target):
-        numbers += target.rank_of(layer.name) * (layer.shape[0] + layer.shape[1])
-        numbers += (layer.shape[1] if turned else layer.shape[0]) * (target.kind == "dora")
+        outputs, inputs = layer.shape[::-1] if turned else layer.shape
+        pair = target.rank_of(layer.name) * (outputs + inputs)
+        numbers += {"lora": pair, "dora": pair + outputs}[target.kind]
     whole = sum(math.prod(size) for name, size in shape.weights.items() if name.rpartition(".")[0] in target.saved)
     assert adapter_parameters(shape, target) == numbers + whole
     told = estimate_memory(shape, target, "bfloat16")

@@ -80,9 +80,9 @@ def test_adapter_acts_in_proportion_to_alpha(alpha: float, factor: float) -> Non
     assert np.abs(changes[0]).max() > 1e-3
     assert np.allclose(changes[1], factor * changes[0], rtol=0, atol=1e-12 * np.abs(changes[1]).max() + 1e-12)
     first, second = (adapted(AdapterTarget(2, a, 0.0, LINEAR), trained=True) for a in (alpha, factor * alpha))
-    for down, up in second.adapter.pairs.values():
-        assert np.abs(down).max() * math.sqrt(down.shape[1]) > 0.1
-        up /= factor
+    for parts in second.adapter.layers.values():
+        assert np.abs(parts["A"]).max() * math.sqrt(parts["A"].shape[1]) > 0.1
+        parts["B"] /= factor
     assert np.allclose(first.logits(ROWS[1].ids), second.logits(ROWS[1].ids), rtol=0, atol=1e-12)
 
 
@@ -130,8 +130,8 @@ def test_logits_are_those_worked_out_token_by_token(model: AdaptedModel) -> None
     """The logits are those of a Llama written with loops, whose weights have grown by alpha / rank x B A."""
     session = adapted(model.target, trained=True, config=model.config)
     grown = {
-        f"{path}.weight": model.target.alpha / model.target.rank * b @ a
-        for path, (a, b) in session.adapter.pairs.items()
+        f"{path}.weight": model.target.alpha / model.target.rank * parts["B"] @ parts["A"]
+        for path, parts in session.adapter.layers.items()
     }
     weights = {name: weight + grown.get(name, 0.0) for name, weight in session.weights.items()}
     ids = ROWS[3].ids[:7]

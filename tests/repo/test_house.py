@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import finetune
+from finetune.adapters.kinds import ADAPTER_KINDS
 from finetune.errors import FineTuneError
 
 pytest.importorskip("importlinter", reason="needs import-linter: pip install 'finetune-suite[dev]'")
@@ -24,6 +25,12 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "finetune"
 STRATEGIES = ROOT / "strategies" / "finetune_strategies"
 MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 399, 59, 6
+KINDS = list(ADAPTER_KINDS)
+NO_KINDS = {
+    *("records.py", "export/blueprint.py", "report/build.py", "report/charts.py", "report/wording.py"),
+    *("criteria/evidence.py", "evidence/memory.py", "evidence/observe.py", "memory/outlook.py"),
+}
+"""Here "lora" is a default, a word of GGUF's, or one of two measures of memory, and is compared with nothing."""
 GUESTS = SOURCE / "verify" / "trainers"
 """Among these are programs that a peer's interpreter runs: they import nothing of ours."""
 HEAVY = {
@@ -104,6 +111,20 @@ def child_problems(root: Path) -> list[str]:
     return problems
 
 
+def kind_problems(root: Path) -> list[str]:
+    """Kinds of adapters that a file calls by their names: only `adapters/` knows them, all else asks its registry."""
+    problems = []
+    for name, tree, _ in trees(root):
+        if name.startswith(("adapters/", "verify/trainers/")):
+            continue
+        nodes = ast.walk(tree)
+        if name in NO_KINDS:
+            nodes = (each for node in nodes if isinstance(node, ast.Compare) for each in ast.walk(node))
+        lines = {node.lineno: node.value for node in nodes if isinstance(node, ast.Constant) and node.value in KINDS}
+        problems += [f"{name}:{line}: the adapter kind {kind!r} is named" for line, kind in sorted(lines.items())]
+    return problems
+
+
 def import_problems(folder: Path) -> list[str]:
     """What import-linter says of the package below a folder, by the contracts in pyproject.toml."""
     environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{STRATEGIES.parent}"}
@@ -125,6 +146,7 @@ def test_house_holds_its_rules() -> None:
     assert class_problems(SOURCE) == []
     assert [each for each in late_problems(SOURCE) if not each.startswith("verify/")] == []
     assert child_problems(SOURCE) == []
+    assert kind_problems(SOURCE) == []
 
 
 def test_house_formatter_is_not_fought() -> None:
@@ -175,6 +197,8 @@ LOCAL = [
         late_problems,
         "data/x.py:2: f imports finetune.errors",
     ),
+    ("data/x.py", "if kind == 'dora': pass\n", kind_problems, "data/x.py:1: the adapter kind 'dora' is named"),
+    ("records.py", "a = 'lora' in kinds\n", kind_problems, "records.py:1: the adapter kind 'lora' is named"),
     ("data/x.py", "run('finetune.cli.worker')\n", child_problems, "data/x.py:1: data starts finetune.cli.worker"),
 ]
 

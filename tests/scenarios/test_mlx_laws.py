@@ -228,7 +228,7 @@ def test_dropout_differs_from_step_to_step_and_keeps_the_mean(location: ModelLoc
     assert len(same) == 1
     assert same.pop() == pytest.approx(still.loss(Batch(ROWS)), rel=1e-6)
     layer = next(iter(session.adapter.layers.values()))
-    x = mx.broadcast_to(mx.random.normal((layer.down.shape[1],), key=mx.random.key(0)), (20_000, layer.down.shape[1]))
+    x = mx.broadcast_to(mx.random.normal((layer.A.shape[1],), key=mx.random.key(0)), (20_000, layer.A.shape[1]))
     at_rest = np.array(layer(x[:1]))
     with session.adapter.learning(mx.random.key(1)):
         many = np.array(layer(x))

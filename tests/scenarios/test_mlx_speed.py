@@ -42,7 +42,7 @@ def test_folded_adapters_train_as_those_beside_the_layer(
         return [step(session, [batches[number % len(batches)]]) for number in range(STEPS)]
 
     short, count = run(), len(folded)
-    monkeypatch.setattr(layers.LoRALinear, "_folds", lambda self, x: False)
+    monkeypatch.setattr(layers.AdaptedLinear, "_folds", lambda self, x: False)
     plain = run()
     assert len(folded) == count == STEPS * len(adapted(location).adapter.layers)
     assert len(set(short)) == STEPS

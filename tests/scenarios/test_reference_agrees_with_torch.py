@@ -213,8 +213,8 @@ def test_saved_models_are_exchanged_through_disk(location: ModelLocation, tmp_pa
     """A model saved by either, in bfloat16 by torch, is opened by the other, bit for bit; merged is what was merged."""
     ours, theirs = open_both(location, double=False)
     ours.attach(target_of(location), 0)
-    for _, up in ours.adapter.pairs.values():
-        up += 0.1
+    for parts in ours.adapter.layers.values():
+        parts["B"] += 0.1
     for name, session in {"ours": ours, "theirs": theirs}.items():
         (tmp_path / name).mkdir()
         if session is theirs:

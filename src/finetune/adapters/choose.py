@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from finetune.adapters.kinds import kind_of
 from finetune.errors import ModelError
 from finetune.models.shape import is_head
 from finetune.records import AdapterTarget, LinearLayer, ModelShape, fits
@@ -16,7 +17,7 @@ def choose_layers(shape: ModelShape, target_modules: str | Sequence[str]) -> tup
     """
     existing = tuple(dict.fromkeys(layer.name.rsplit(".", 1)[-1] for layer in shape.linear_layers))
     if not existing:
-        raise ModelError(f"{shape.architecture} has no linear layer that LoRA can adapt")
+        raise ModelError(f"{shape.architecture} has no linear layer that can be adapted")
     if target_modules == "all-linear":
         return existing
     unknown = [name for name in target_modules if name not in existing]
@@ -108,6 +109,8 @@ def check_rank(shape: ModelShape, target: AdapterTarget) -> None:
     Raises:
         ModelError: the rank exceeds the smaller side of a targeted layer; the smallest such layer is named.
     """
+    if "rank" not in kind_of(target).settings:
+        return
     wrong = [layer for layer in _adapted(shape, target) if target.rank_of(layer.name) > min(layer.shape)]
     if not wrong:
         return

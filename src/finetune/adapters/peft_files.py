@@ -1,39 +1,28 @@
 """An adapter's files in PEFT's own format: their names, their settings, and which layers they speak of.
 
-Next to the tensors lies `adapter_config.json`. Of a layer at `path` the file holds A (rank x inputs) and B (outputs x
-rank), named `base_model.model.<path>.lora_A.weight` and `...lora_B.weight`, with DoRA the magnitudes (outputs) too,
-named `...lora_magnitude_vector`; of a module that was trained whole, its weights under their own names.
+Next to the tensors lies `adapter_config.json`. A tensor of a layer at `path` is named `base_model.model.<path>.` and
+what its kind says, such as `lora_A.weight`; of a module that was trained whole the weights have their own names.
 
-Source: `LoraConfig` and `get_peft_model_state_dict` of Hugging Face PEFT.
+Source: `PeftConfig` and `get_peft_model_state_dict` of Hugging Face PEFT.
 """
 
 import json
 import math
 import re
 from collections.abc import Container, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from finetune.adapters.kind import AdapterKind, Shape
+from finetune.adapters.kinds import ADAPTER_KINDS, kind_of, layer_tensor, titles
 from finetune.errors import ModelError
 from finetune.records import AdapterTarget
 
-Shape = tuple[int, ...]
 Layers = Mapping[str, tuple[int, int]]
 """(outputs, inputs) of each linear layer by its path, whichever way round its weight is stored."""
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_UNDERSTOOD = {
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "peft_type",
-    "use_dora",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-}
-_ENDINGS = {"A": "lora_A.default.weight", "B": "lora_B.default.weight", "m": "lora_magnitude_vector.default.weight"}
+_COMMON = {"peft_type", "target_modules", "modules_to_save"}
 _WITHOUT_EFFECT = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -66,14 +55,9 @@ def adapted_layers(layers: Layers, modules: Iterable[str]) -> list[str]:
     return hit
 
 
-def parts_of(target: AdapterTarget) -> str:
-    """The letters of what each layer's adapter is made of: A and B, and m for magnitudes."""
-    return "ABm" if target.kind == "dora" else "AB"
-
-
-def tensor_name(path: str, part: str) -> str:
-    """What PEFT calls a `part` of a layer's adapter: A, B or the magnitudes m."""
-    return f"base_model.model.{path}.{_ENDINGS[part]}"
+def layer_tensors(target: AdapterTarget, path: str) -> dict[str, str]:
+    """What PEFT calls each tensor of one layer's adapter in memory, by the key that its kind has for it."""
+    return {each.key: f"base_model.model.{path}.{each.in_memory}" for each in kind_of(target).tensors}
 
 
 def saved_name(name: str) -> str:
@@ -91,8 +75,9 @@ def frozen_name(name: str, adapted: Container[str], saved: Container[str]) -> st
 
 def on_disk(name: str) -> str:
     """The name in the file of a tensor that PEFT calls `name` in memory."""
-    name = name.replace(".modules_to_save.default.", ".").replace("_vector.default.weight", "_vector")
-    return name.replace(".default.", ".")
+    if found := layer_tensor(name):
+        return name.removesuffix(found.tensor.in_memory).removesuffix(found.tensor.on_disk) + found.tensor.on_disk
+    return name.replace(".modules_to_save.default.", ".")
 
 
 def tensor_shapes(layers: Layers, target: AdapterTarget, saved: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -106,9 +91,8 @@ def tensor_shapes(layers: Layers, target: AdapterTarget, saved: Mapping[str, Sha
     """
     shapes: dict[str, Shape] = {}
     for path in adapted_layers(layers, target.modules):
-        (outputs, inputs), rank = layers[path], target.rank_of(path)
-        sizes: dict[str, Shape] = {"A": (rank, inputs), "B": (outputs, rank), "m": (outputs,)}
-        shapes |= {on_disk(tensor_name(path, part)): sizes[part] for part in parts_of(target)}
+        sizes = kind_of(target).shapes(target, path, *layers[path])
+        shapes |= {on_disk(name): sizes[key] for key, name in layer_tensors(target, path).items()}
     return shapes | {on_disk(saved_name(name)): shape for name, shape in saved.items()}
 
 
@@ -133,50 +117,39 @@ def write_settings(target: AdapterTarget, base: str, folder: Path, *, transposed
 
     Args:
         base: what its base model is to be found as.
-        turned: the layers' weights are stored inputs x outputs, as GPT-2's are.
+        transposed: the layers' weights are stored inputs x outputs, as GPT-2's are.
     """
-    settings: dict[str, Any] = {
-        "alpha_pattern": dict(target.alpha_pattern),
+    settings = {
+        **kind_of(target).write_peft(target),
         "base_model_name_or_path": base,
-        "bias": "none",
         "fan_in_fan_out": transposed,
         "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": target.alpha,
-        "lora_dropout": target.dropout,
         "modules_to_save": list(target.saved) or None,
-        "peft_type": "LORA",
-        "r": target.rank,
-        "rank_pattern": dict(target.rank_pattern),
+        "peft_type": kind_of(target).peft_type,
         "target_modules": list(target.modules),
         "task_type": "CAUSAL_LM",
-        "use_dora": target.kind == "dora",
-        "use_rslora": target.scaling == "rank_stabilized",
     }
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / SETTINGS).write_text(json.dumps(dict(sorted(settings.items())), indent=2) + "\n", encoding="utf-8")
 
 
 def read_settings(folder: Path, *, transposed: bool) -> AdapterTarget:
     """What the settings in `folder` say; `transposed` as for `write_settings`.
 
     Raises:
-        ModelError: they are missing or broken, or the adapter is of a kind that is neither LoRA nor DoRA.
+        ModelError: they are missing or broken, or the adapter is of a kind that is none of ours.
     """
     try:
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        odd = {key: value for key, value in settings.items() if not _is_plain(key, value, transposed=transposed)}
-        target = AdapterTarget(
-            settings["r"],
-            settings["lora_alpha"],
-            settings.get("lora_dropout", 0.0),
-            _names(settings["target_modules"]),
-            "dora" if _switch(settings, "use_dora") else "lora",
-            "rank_stabilized" if _switch(settings, "use_rslora") else "standard",
-            dict(settings.get("rank_pattern") or {}),
-            dict(settings.get("alpha_pattern") or {}),
-            _names(settings.get("modules_to_save") or []),
-        )
-        sound = is_sound(target)
+        kind = next((kind for kind in ADAPTER_KINDS.values() if kind.fits_peft(settings)), None)
+        if kind is None:
+            odd = {"peft_type": settings.get("peft_type")}
+        else:
+            target = kind.read_peft(settings, _names(settings["target_modules"]))
+            target = replace(target, saved=_names(settings.get("modules_to_save") or []))
+            known = {*kind.write_peft(target), *_COMMON, *_WITHOUT_EFFECT} - kind.harmless.keys()
+            odd = {key: value for key, value in settings.items() if key not in known and not _is_off(kind, key, value)}
+            odd.pop("fan_in_fan_out" if transposed else "", None)
+        sound = kind is None or is_sound(target)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, re.error) as error:
         raise ModelError(f"adapter {folder} has no usable {SETTINGS}: {error}") from None
     if not sound:
@@ -184,7 +157,7 @@ def read_settings(folder: Path, *, transposed: bool) -> AdapterTarget:
     if odd:
         key = min(odd)
         raise ModelError(
-            f"adapter {folder} sets {key} to {odd[key]!r}; this backend does LoRA and DoRA only",
+            f"adapter {folder} sets {key} to {odd[key]!r}; this backend does {titles()} only",
             hint="use the torch backend for this adapter",
         )
     return target
@@ -203,23 +176,12 @@ def is_sound(target: AdapterTarget) -> bool:
     )
 
 
-def _switch(settings: Mapping[str, Any], key: str) -> bool:
-    if settings.get(key) not in (None, False, True):
-        raise TypeError(f"{key} is neither true nor false")
-    return bool(settings.get(key))
-
-
 def _names(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise TypeError("a setting is of the wrong kind")
     return tuple(value)
 
 
-def _is_plain(key: str, value: Any, *, transposed: bool) -> bool:
-    if key == "peft_type":
-        return bool(value == "LORA")
-    if key == "init_lora_weights":
-        return value in (None, True, False, "gaussian")
-    if key == "fan_in_fan_out" and transposed:
-        return True
-    return key in _UNDERSTOOD | _WITHOUT_EFFECT or not value or (key, value) == ("bias", "none")
+def _is_off(kind: AdapterKind, key: str, value: Any) -> bool:
+    """Whether a setting changes nothing: switched off, or at a value that its kind calls harmless."""
+    return not value or value in kind.harmless.get(key, ())

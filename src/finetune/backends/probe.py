@@ -50,7 +50,7 @@ def run_probe(open_backend: Callable[[], Backend], probe: Probe) -> None:
     restart_peak()
     location = ModelLocation(request["name"], Path(request["folder"]), request["source"])
     session = open_backend().open(location, request["dtype"], pad_id=0, device=probe.device)
-    session.attach(AdapterTarget(**request["target"]) if request["method"] == "lora" else None, seed=0)
+    session.attach(None if request["method"] == "full" else AdapterTarget(**request["target"]), seed=0)
     session.prepare_updates(Optimization(weight_decay=0.0, max_grad_norm=1.0))
     rng = random.Random(0)
     size = request["length"]

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.adapters.kinds import ADAPTER_KINDS, any_of
 from finetune.config.keys import default_of, flatten, unflatten
 from finetune.config.load import LoadedConfig, Origin
 from finetune.config.schema import TrainingConfig
@@ -152,13 +153,16 @@ def _conflicts(loaded: LoadedConfig, facts: ModelAndDataFacts) -> Iterator[Probl
     if config.template.name == "tokenizer" and not facts.has_chat_template:
         what = "template is tokenizer, but this model's tokenizer has no chat template"
         yield _problem(origins, "template.name", what, "use auto, alpaca, chatml, llama2, llama3 or a .jinja file")
-    if config.adapter.kind == "full":
-        what = "adapter.kind is full: every weight is trained, and there is no adapter that this could be said of"
-        for key, value in flatten(config).items():
-            of_adapters = key.startswith("adapter.") or key == "training.loraplus_lr_ratio"
-            # A profile does not know that there is no adapter.
-            if of_adapters and key != "adapter.kind" and value != default_of(key) and origins[key] != "profile":
-                yield _problem(origins, key, what, "leave it out, or set adapter.kind to lora or dora")
+    kind, values = config.adapter.kind, flatten(config)
+    what = f"adapter.kind is {kind}, which has no such setting"
+    if kind not in ADAPTER_KINDS:
+        what = f"adapter.kind is {kind}: every weight is trained, and there is no adapter that this could be said of"
+    for key in (*(key for key in values if key.startswith("adapter.")), "training.loraplus_lr_ratio"):
+        takers = [name for name, each in ADAPTER_KINDS.items() if each.takes(key)]
+        # A profile does not know which kind it is.
+        is_set = values[key] != default_of(key) and origins[key] != "profile"
+        if is_set and key != "adapter.kind" and kind not in takers:
+            yield _problem(origins, key, what, f"leave it out, or set adapter.kind to {any_of(takers)}")
     if training.early_stopping_min_delta and training.early_stopping_patience is None:
         what = (
             f"early_stopping_min_delta is {training.early_stopping_min_delta:g}, but nothing is stopped early: "
@@ -182,4 +186,4 @@ def _quantize_problems(loaded: LoadedConfig) -> Iterator[Problem]:
         yield _problem(origins, "model.quantize", what, hint)
     if quantize is not None and config.adapter.kind == "full":
         what = f"quantize is {quantize}, but adapter.kind is full: what is quantised cannot be trained"
-        yield _problem(origins, "model.quantize", what, "set adapter.kind to lora or dora, or leave it out")
+        yield _problem(origins, "model.quantize", what, f"set adapter.kind to {any_of()}, or leave it out")

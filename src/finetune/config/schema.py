@@ -4,11 +4,12 @@ Each field carries one sentence in a user's words; `ft init`, `ft schema` and th
 `None` in a field that may be derived means "work it out"; `finetune.config.resolve` does.
 """
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
 
-from finetune.records import Quantization
+from finetune.adapters.kinds import ADAPTER_KINDS
+from finetune.records import DEFAULT_KIND, Quantization
 
 
 def _refuse_boolean(value: object) -> object:
@@ -60,6 +61,10 @@ Trackers = Annotated[
     Field(json_schema_extra={"uniqueItems": True}),
     AfterValidator(_refuse_repetition),
 ]
+if TYPE_CHECKING:
+    TrainedKind = str
+else:
+    TrainedKind = Literal[(*ADAPTER_KINDS, "full")]
 ExtraRuns = Literal["auto", "always", "never"]
 
 
@@ -141,9 +146,11 @@ class TokenSpec(Spec):
 class AdapterSpec(Spec):
     """What is trained: an adapter, or the whole model."""
 
-    kind: Literal["lora", "dora", "full"] = "lora"
-    """What is trained: a LoRA adapter, a DoRA adapter (which trains the length of each row as well), or the full
-    model and no adapter."""
+    kind: TrainedKind = Field(
+        default=DEFAULT_KIND,
+        description=f"What is trained: {', '.join(kind.about for kind in ADAPTER_KINDS.values())}, or the full model "
+        "and no adapter.",
+    )
     rank: Count = 8
     """The adapter's rank: a higher one learns more and takes more memory."""
     alpha: Positive = 16.0

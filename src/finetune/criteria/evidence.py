@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from finetune.records import Reload, Scores
+from finetune.records import DEFAULT_KIND, Reload, Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class ParameterEvidence:
     declared: tuple[str, ...]
     first_gradients: Mapping[str, float]
     steps: int
-    kind: Literal["lora", "dora", "full"] = "lora"
+    kind: str = DEFAULT_KIND
 
 
 @dataclass(frozen=True, slots=True)

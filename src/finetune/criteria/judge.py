@@ -2,6 +2,7 @@
 
 import math
 
+from finetune.adapters.kinds import layer_tensor
 from finetune.criteria.evidence import Evidence, LossEvidence
 from finetune.criteria.judge_learning import judge_learning
 from finetune.criteria.judge_memory import judge_memory
@@ -138,8 +139,9 @@ def _judge_first_gradients(evidence: Evidence) -> Verdict:
         reason = evidence.why.get("first_gradients", "the first step's gradients were not recorded")
         return verdict(key, Outcome.NOT_APPLICABLE, NOT_MEASURED, "B > 0, A = 0", reason)
     # Written so that NaN is no gradient.
-    silent = [name for name, norm in norms.items() if ".lora_B." in name and not 0 < norm < math.inf]
-    moved = [name for name, norm in norms.items() if ".lora_A." in name and norm != 0]
+    found = {name: known.tensor for name in norms if (known := layer_tensor(name))}
+    silent = [name for name, one in found.items() if one.first_gradient == "some" and not 0 < norms[name] < math.inf]
+    moved = [name for name, one in found.items() if one.first_gradient == "zero" and norms[name] != 0]
     measured = f"{len(silent)} B without, {len(moved)} A with a gradient"
     example = f"for example {(silent + moved)[0]}" if silent or moved else ""
     return verdict(key, Outcome.of(not silent and not moved), measured, "0 and 0", example)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.adapters.kinds import kind_of
 from finetune.errors import ModelError
 from finetune.export.families import Described, interleaved_rows, to_gguf_layout
 from finetune.export.outtypes import BLOCKS, FILE_TYPES, Outtype, Storage, choose_storage
@@ -110,15 +111,16 @@ def plan_adapter(
     """
     if outtype not in ("f32", "f16", "bf16", "q8_0"):
         raise ModelError(f"an adapter alone is not written as {outtype}", hint="use f32, f16, bf16 or q8_0")
-    if adapter.target.kind == "dora" or adapter.whole:
-        what = "DoRA's magnitudes" if adapter.target.kind == "dora" else adapter.whole[0]
+    kind = kind_of(adapter.target)
+    if not kind.low_rank or adapter.whole:
+        what = f"a {kind.title} adapter" if not kind.low_rank else min(adapter.whole)
         raise ModelError(
             f"an adapter alone cannot hold {what} in GGUF", hint="leave out --adapter-only: the merged model can"
         )
     target, tensors = adapter.target, []
     places = _places(described, shape.layers, [f"{path}.weight" for path in adapter.layers])
-    for path, place in zip(adapter.layers, places.values(), strict=True):
-        a, b = adapter.matrices(path)
+    for (path, parts), place in zip(adapter.layers.items(), places.values(), strict=True):
+        a, b = parts["A"], parts["B"]
         # llama.cpp scales every layer by the one alpha / rank of the file: a layer's own scale goes into its B.
         ratio = target.scale_of(path) / (target.alpha / a.shape[0])
         b = interleaved_rows(described, f"{path}.weight", b * np.float32(ratio))

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from finetune.adapters.kinds import ADAPTER_KINDS
 from finetune.export.model_files import KINDS, Dtype, ModelFiles
 from finetune.export.result import Result, licence
 from finetune.export.sources import Files
@@ -114,8 +115,9 @@ def _card(result: Result, dtype: Dtype | None) -> str:
     named, shown = licence(location.folder), location.name.rstrip("/").rsplit("/", 1)[-1]
     files = [Path(str(file["path"])).name for file in manifest["data"].get("files") or []]
     data = ", ".join(f"`{name}`" for name in files)
-    lora = "DoRA" if result.config.adapter.kind == "dora" else "LoRA"
-    kind = "the whole model trained" if result.whole else f"a {lora} adapter merged into the base"
+    kind = "the whole model trained"
+    if not result.whole:
+        kind = f"a {ADAPTER_KINDS[result.config.adapter.kind].title} adapter merged into the base"
     head = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [finetune]"]
     if named:
         head.append(f"license: {json.dumps(named)}")

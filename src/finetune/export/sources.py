@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.adapters.kinds import kind_of, layer_tensor
 from finetune.errors import ModelError
 from finetune.records import AdapterTarget
 
@@ -114,33 +115,44 @@ def _header(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
 
 
 class AdapterWeights:
-    """An adapter's tensors in PEFT's names, as matrices that are added to the weights of the layers it sits on."""
+    """An adapter's tensors: of each layer that it sits on by their kind's keys, and weights that are trained whole."""
 
     def __init__(self, path: Path, target: AdapterTarget) -> None:
         files = Files([path])
         self.target = target
-        self.tensors = {name.removeprefix("base_model.model."): files.read(name) for name in files.names()}
-        self.layers = sorted(name.removesuffix(".lora_A.weight") for name in self.tensors if ".lora_A." in name)
-        parts = {f"{path}.{part}" for path in self.layers for part in ("lora_A.weight", "lora_B.weight")}
-        parts |= {f"{path}.lora_magnitude_vector" for path in self.layers}
-        self.whole = sorted(name for name in self.tensors if name not in parts)
-        if missing := sorted(parts - set(self.tensors) - {name for name in parts if name.endswith("vector")}):
-            raise ModelError(f"{path}: {missing[0]} is missing", hint="train again, or restore the adapter")
+        self.layers: dict[str, dict[str, Array]] = {}
+        self.whole: dict[str, Array] = {}
+        for name in files.names():
+            if found := layer_tensor(name):
+                self.layers.setdefault(found.path, {})[found.tensor.key] = files.read(name)
+            else:
+                self.whole[name.removeprefix("base_model.model.")] = files.read(name)
+        self.layers = dict(sorted(self.layers.items()))
+        wanted = {tensor.key: tensor.on_disk for tensor in kind_of(target).tensors}
+        for layer, parts in self.layers.items():
+            if wrong := sorted(wanted.keys() ^ parts.keys()):
+                raise ModelError(
+                    f"{path}: {layer}.{wanted.get(wrong[0], wrong[0])} is {'missing' if wrong[0] in wanted else 'odd'}",
+                    hint="train again, or restore the adapter",
+                )
 
-    def matrices(self, path: str) -> tuple[Array, Array]:
-        """A (rank x inputs) and B (outputs x rank) of a layer."""
-        return self.tensors[f"{path}.lora_A.weight"], self.tensors[f"{path}.lora_B.weight"]
+    def merged(self, path: str, weight: Array) -> Array:
+        """The weight (outputs x inputs) of a layer without an adapter that computes the same."""
+        scale: Any = np.float32(self.target.scale_of(path))
+        merged: Array = kind_of(self.target).merged(np, self.layers[path], scale, weight)
+        return merged
 
-    def magnitudes(self, path: str) -> Array | None:
-        """DoRA's lengths (outputs) of a layer's rows; None for plain LoRA."""
-        return self.tensors.get(f"{path}.lora_magnitude_vector")
+    def merged_bias(self, path: str, bias: Array) -> Array:
+        """Its bias; the very same where the adapter does not touch it."""
+        merged: Array = kind_of(self.target).merged_bias(self.layers[path], bias)
+        return merged
 
 
 class Merged:
     """The weights of a base model with an adapter merged in, computed in float32 whatever they are stored as.
 
     Args:
-        turned: names of layers that the base stores inputs x outputs, as GPT-2 does.
+        transposed: names of layers that the base stores inputs x outputs, as GPT-2 does.
 
     Raises:
         ModelError: the adapter speaks of a layer or a weight that the base has not, or of another shape.
@@ -150,12 +162,19 @@ class Merged:
         self._base, self._adapter, self._transposed = base, adapter, transposed
         names = set(base.names())
         self._layers = {_found(names, f"{path}.weight"): path for path in adapter.layers}
-        self._whole = {_found(names, name): name for name in adapter.whole}
+        self._whole = {_found(names, name): tensor for name, tensor in adapter.whole.items()}
         for name, path in self._layers.items():
-            a, b = adapter.matrices(path)
-            _same_shape(path, (b.shape[0], a.shape[1]), self._facing(name, self.shape(name)))
-        for name, path in self._whole.items():
-            _same_shape(path, adapter.tensors[path].shape, self.shape(name))
+            outputs, inputs = self._facing(name, self.shape(name))
+            wanted = kind_of(adapter.target).shapes(adapter.target, path, outputs, inputs)
+            for key, tensor in adapter.layers[path].items():
+                _same_shape(f"{path}: {key}", tensor.shape, wanted[key])
+            bias_name = f"{name.removesuffix('.weight')}.bias"
+            if bias_name in names:
+                bias = base.read(bias_name)
+                merged = adapter.merged_bias(path, bias)
+                self._whole |= {} if merged is bias else {bias_name: merged}
+        for name, tensor in self._whole.items():
+            _same_shape(name, tensor.shape, self.shape(name))
 
     def names(self) -> Sequence[str]:
         """The names of all weights: those of the base."""
@@ -172,15 +191,12 @@ class Merged:
     def read(self, name: str) -> Array:
         """One, with what was trained in it."""
         if name in self._whole:
-            return self._adapter.tensors[self._whole[name]]
+            return self._whole[name]
         weight = self._base.read(name)
         if name not in self._layers:
             return weight
-        path, transposed = self._layers[name], self._is_transposed(name)
-        a, b = self._adapter.matrices(path)
-        merged = (weight.T if transposed else weight) + np.float32(self._adapter.target.scale_of(path)) * (b @ a)
-        if (lengths := self._adapter.magnitudes(path)) is not None:
-            merged *= (lengths / np.linalg.norm(merged, axis=1))[:, None]
+        transposed = self._is_transposed(name)
+        merged = self._adapter.merged(self._layers[name], weight.T if transposed else weight)
         return np.ascontiguousarray(merged.T if transposed else merged)
 
     def _is_transposed(self, name: str) -> bool:
@@ -205,6 +221,6 @@ def _found(names: Collection[str], name: str) -> str:
 def _same_shape(path: str, found: Sequence[int], wanted: Sequence[int]) -> None:
     if tuple(found) != tuple(wanted):
         raise ModelError(
-            f"the adapter's {path} is for a weight of {tuple(found)}, and the base has {tuple(wanted)}",
+            f"the adapter's {path} is {tuple(found)}, and the base needs {tuple(wanted)}",
             hint="use the base model that the adapter was trained on",
         )

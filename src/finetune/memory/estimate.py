@@ -3,13 +3,13 @@
 import math
 from dataclasses import dataclass
 
+from finetune.adapters.kind import F32
+from finetune.adapters.kinds import kind_of
 from finetune.models.quantize import packed_bytes
 from finetune.records import AdapterTarget, LinearLayer, ModelShape
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 """Bytes of one number by its format; the reference backend computes in float64."""
-ADAPTER_BYTES = BYTES["float32"]
-"""An adapter is trained in float32 at least, whatever the format of the base."""
 _MOMENTS = 2
 """AdamW keeps two moments for each trainable number."""
 
@@ -31,24 +31,21 @@ class Estimate:
 
 
 def adapter_parameters(shape: ModelShape, target: AdapterTarget) -> int:
-    """How many numbers are trained: rank x (inputs + outputs) for each adapted layer, with DoRA its outputs again, and
-    every weight of a module that is trained whole.
-    """
-    return lora_parameters(shape, target) + _saved(shape, target)
+    """How many numbers are trained: those of each adapted layer, and every weight of a module that is trained whole."""
+    return layer_parameters(shape, target) + _saved(shape, target)
 
 
-def lora_parameters(shape: ModelShape, target: AdapterTarget) -> int:
-    """The numbers of the adapter proper, which are float32 at least."""
+def layer_parameters(shape: ModelShape, target: AdapterTarget) -> int:
+    """The numbers of the adapter proper, beside its layers; they are float32 at least."""
     hit = [layer for layer in shape.linear_layers if layer.name.rsplit(".", 1)[-1] in target.modules]
-    pairs = sum(target.rank_of(layer.name) * sum(layer.shape) for layer in hit)
-    if target.kind == "lora":
-        return pairs
-    return pairs + sum(outputs(shape, layer) for layer in hit)
+    sizes = (kind_of(target).shapes(target, layer.name, *sides(shape, layer)) for layer in hit)
+    return sum(math.prod(tensor) for tensors in sizes for tensor in tensors.values())
 
 
-def outputs(shape: ModelShape, layer: LinearLayer) -> int:
-    """How many numbers a layer writes for each token."""
-    return layer.shape[shape.transposed]
+def sides(shape: ModelShape, layer: LinearLayer) -> tuple[int, int]:
+    """How many numbers a layer writes for each token, and how many it reads."""
+    outputs, inputs = layer.shape[::-1] if shape.transposed else layer.shape
+    return outputs, inputs
 
 
 def _saved(shape: ModelShape, target: AdapterTarget) -> int:
@@ -68,7 +65,7 @@ def weight_bytes(shape: ModelShape, dtype: str) -> int:
 
 
 def estimate_memory(shape: ModelShape, target: AdapterTarget | None, dtype: str) -> Estimate:
-    """The exact parts for LoRA with `target`, or for full fine-tuning where `target` is None.
+    """The exact parts for an adapter as in `target`, or for full fine-tuning where `target` is None.
 
     An adapter is trained in float32 at least, whatever the dtype of the base; a full fine-tune in the dtype of the
     weights.
@@ -77,7 +74,7 @@ def estimate_memory(shape: ModelShape, target: AdapterTarget | None, dtype: str)
     trainable = shape.parameters if target is None else adapter_parameters(shape, target)
     trained = trainable * size
     if target is not None:
-        trained = lora_parameters(shape, target) * max(size, ADAPTER_BYTES) + _saved(shape, target) * size
+        trained = layer_parameters(shape, target) * max(size, F32) + _saved(shape, target) * size
     return Estimate(
         weights=weight_bytes(shape, dtype),
         adapter=0 if target is None else trained,

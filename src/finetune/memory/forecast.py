@@ -50,9 +50,9 @@ class Forecast:
 
 
 _HEAP = {
-    ("torch", "lora"): (0.45, 0.9),
+    ("torch", "adapter"): (0.45, 0.9),
     ("torch", "full"): (0.2, 0.5),
-    ("reference", "lora"): (0.06, 0.2),
+    ("reference", "adapter"): (0.06, 0.2),
     ("reference", "full"): (0.06, 0.2),
 }
 """The share of activations that the heap wastes: expected and highest, by backend and method, measured with glibc.
@@ -159,7 +159,7 @@ def forecast_memory(
     backend = framework.backend
     job = _Job(shape, target, "float64" if backend == "reference" else dtype, backend)
     least, most = _KNOWN_BAND if shape.architecture in KNOWN else _OTHER_BAND
-    heap, most_heap = _HEAP[backend, "lora" if target else "full"]
+    heap, most_heap = _HEAP[backend, "adapter" if target else "full"]
     return Forecast(
         low=job.footprint(job.kept(load.lightest, least), load.lightest, framework.low, 0.0),
         expected=job.footprint(job.kept(load, 1.0), load, framework.expected, heap),

@@ -9,11 +9,12 @@ with SDPA attention on the CPU; each term below is one tensor that it showed.
 
 from dataclasses import dataclass
 
-from finetune.memory.estimate import ADAPTER_BYTES, BYTES, outputs
+from finetune.adapters.kind import F32, Readers
+from finetune.adapters.kinds import kind_of
+from finetune.memory.estimate import BYTES, sides
 from finetune.memory.load import StepLoad
-from finetune.records import AdapterTarget, ModelShape
+from finetune.records import AdapterTarget, LinearLayer, ModelShape
 
-_F32 = 4
 SLICE_BYTES = 1 << 26
 """The most that the logits of a slice of tokens take in float32, where torch takes the loss slice by slice; a slice
 holds a whole token at least."""
@@ -60,7 +61,7 @@ def kept_by_torch(shape: ModelShape, target: AdapterTarget | None, dtype: str, l
         first_block=load.tokens * first,
         outside=step.outside(),
         logits=step.logits(),
-        brief=max(step.brief(), step.dora_norm()),
+        brief=max(step.brief(), step.brief_in_adapter()),
     )
 
 
@@ -98,47 +99,31 @@ class _Step:
     def inputs(self, width: int, *modules: str, alive: bool = False) -> int:
         """What linear layers that all read one tensor of `width` keep; `alive`: that tensor is kept by another anyway.
 
-        A frozen linear layer keeps nothing. An adapter keeps what A reads, which layers share, unless it went through
-        dropout, which keeps a mask too. Beside a bfloat16 model it is a float32 copy for each layer, and what B reads
-        is kept as well, as it is with DoRA, which keeps what it stretches, too: what the layer writes, and the adapter.
+        A frozen linear layer keeps nothing; what an adapter keeps, its kind says.
         """
         if self.target is None:
             return 0 if alive else self.size * width
-        adapted = [module for module in modules if module in self.target.modules]
-        hit = len(adapted)
-        plain = self.target.kind == "lora" and self.size == ADAPTER_BYTES
-        small = 0 if plain else sum(ADAPTER_BYTES * mean_rank(self.shape, self.target, module) for module in adapted)
-        if self.target.kind == "dora":
-            small += sum(self.stretched * self.written(module) for module in adapted)
-        if self.target.dropout > 0:
-            return hit * 2 * ADAPTER_BYTES * width + small
-        if self.size != ADAPTER_BYTES:
-            return hit * ADAPTER_BYTES * width + small
-        return small + (ADAPTER_BYTES * width if hit and not alive else 0)
-
-    @property
-    def stretched(self) -> int:
-        """Bytes of what DoRA stretches, for each number that a layer writes: the base's, computed anew of an input that
-        went through dropout, and the adapter's.
-        """
-        dropped = self.target is not None and self.target.dropout > 0
-        return ADAPTER_BYTES + (ADAPTER_BYTES if dropped else self.size)
+        hit = [module for module in modules if module in self.target.modules]
+        layers = tuple((name, mean_rank(self.shape, self.target, name), self.written(name)) for name in hit)
+        if not layers:
+            return 0
+        readers = Readers(width, layers, self.size, self.target.dropout > 0, alive)
+        return kind_of(self.target).kept_by_torch(readers)
 
     def written(self, module: str) -> int:
         """How many numbers the layers of one name write for each token, on average over the blocks."""
-        widths = [outputs(self.shape, layer) for layer in self.shape.linear_layers if layer.name.endswith(f".{module}")]
-        return sum(widths) // max(1, len(widths))
+        layers = [layer for layer in self.shape.linear_layers if layer.name.endswith(f".{module}")]
+        return sum(sides(self.shape, layer)[0] for layer in layers) // max(1, len(layers))
 
-    def dora_norm(self) -> int:
-        """What PEFT makes to find the lengths of one layer's rows, in bytes: an identity and three such matrices."""
-        if self.target is None or self.target.kind == "lora":
+    def adapted(self) -> list[LinearLayer]:
+        """The layers that have an adapter."""
+        return [layer for layer in self.shape.linear_layers if self.trains(layer.name.rsplit(".", 1)[-1])]
+
+    def brief_in_adapter(self) -> int:
+        """What comes and goes while one layer's weight is looked at, in bytes."""
+        if self.target is None:
             return 0
-        hit = [layer for layer in self.shape.linear_layers if self.trains(layer.name.rsplit(".", 1)[-1])]
-        reads = (layer.shape[0] * layer.shape[1] // outputs(self.shape, layer) for layer in hit)
-        return max(
-            ADAPTER_BYTES * width * (width + 3 * outputs(self.shape, layer))
-            for width, layer in zip(reads, hit, strict=True)
-        )
+        return max(kind_of(self.target).brief_by_torch(*sides(self.shape, layer)) for layer in self.adapted())
 
     def attention(self, *, keys: int) -> int:
         """Queries, keys, values, the output and its log-sum; with dropout in it, the whole table of weights instead.
@@ -147,9 +132,9 @@ class _Step:
         beside copies of queries, keys and values, all in float32; the output is then kept by whoever reads it.
         """
         if self.shape.attention_dropout > 0:
-            return _F32 * (3 * self.queries + 3 * self.shape.heads * self.load.length)
+            return F32 * (3 * self.queries + 3 * self.shape.heads * self.load.length)
         mask = self.size * self.load.length if self.load.masked else 0
-        return self.size * 2 * (self.queries + keys) + _F32 * self.shape.heads + mask
+        return self.size * 2 * (self.queries + keys) + F32 * self.shape.heads + mask
 
     def llama_block(self, *, grad: bool) -> int:
         """Llama, Mistral, Qwen2; `grad` says whether a gradient is wanted of the block's input."""
@@ -171,7 +156,7 @@ class _Step:
     def rms_norm(self) -> int:
         """Its input and a factor in float32; to train its gain, the normalised input too."""
         h = self.shape.hidden_size
-        return _F32 * (h + 1) + (self.size * h if self.full else 0)
+        return F32 * (h + 1) + (self.size * h if self.full else 0)
 
     def gpt2_block(self, *, grad: bool) -> int:
         """GPT-2; `grad` says whether a gradient is wanted of the block's input."""
@@ -201,18 +186,16 @@ class _Step:
         """
         told = self.size * sum(sum(layer.shape) for layer in self.shape.linear_layers)
         if self.shape.attention_dropout > 0:
-            told += 3 * _F32 * self.shape.heads * self.load.length * self.shape.layers
+            told += 3 * F32 * self.shape.heads * self.load.length * self.shape.layers
         if self.load.masked:
             told += self.size * self.load.length * self.shape.layers
         if self.target is None:
             return told
-        hit = [layer for layer in self.shape.linear_layers if self.trains(layer.name.rsplit(".", 1)[-1])]
-        read = sum(max(layer.shape) for layer in hit)  # the wider side: which one is the input is not known
-        copies = (self.size != ADAPTER_BYTES) + 2 * (self.target.dropout > 0)
-        ranks = sum(self.target.rank_of(layer.name) for layer in hit)
-        if self.target.kind == "dora":
-            told += sum(self.stretched * outputs(self.shape, layer) for layer in hit)
-        return told + ADAPTER_BYTES * (copies * read + ranks)
+        for layer in self.adapted():
+            known = (layer.name, self.target.rank_of(layer.name), sides(self.shape, layer)[0])
+            readers = Readers(max(layer.shape), (known,), self.size, self.target.dropout > 0, alive=True)
+            told += kind_of(self.target).kept_by_torch(readers)
+        return told
 
     def outside(self) -> int:
         """The final norm, the hidden states that get logits, ids and marks, RoPE's angles; in bytes of the step."""
@@ -221,9 +204,8 @@ class _Step:
         told = tokens * (self.layer_norm() if gpt2 else self.rms_norm()) + _INDEX * self.load.targets + tokens
         if not gpt2:
             told += 2 * self.size * self.load.length * self.shape.head_dim
-        if self.target and self.target.kind == "dora" and self.target.dropout > 0 and self.size != ADAPTER_BYTES:
-            hit = (layer for layer in self.shape.linear_layers if self.trains(layer.name.rsplit(".", 1)[-1]))
-            told += ADAPTER_BYTES * sum(layer.shape[0] * layer.shape[1] for layer in hit)  # copies of the weights
+        if self.target and kind_of(self.target).copies_weight(size=self.size, dropped=self.target.dropout > 0):
+            told += F32 * sum(layer.shape[0] * layer.shape[1] for layer in self.adapted())
         if self.saves("lm_head"):
             told += self.size * h * self.load.targets
         if self.full:
@@ -240,9 +222,9 @@ class _Step:
         """
         words = self.shape.vocab_size
         if self.full or self.shape.architecture not in KNOWN or (self.target and "lm_head" in self.target.saved):
-            return 3 * _F32 * self.load.targets * words
-        at_once = min(_F32 * words * self.load.targets, max(SLICE_BYTES, _F32 * words))
-        narrow = at_once * self.size // _F32 if self.size != _F32 else 0
+            return 3 * F32 * self.load.targets * words
+        at_once = min(F32 * words * self.load.targets, max(SLICE_BYTES, F32 * words))
+        narrow = at_once * self.size // F32 if self.size != F32 else 0
         return at_once + narrow + 2 * self.load.targets * self.shape.hidden_size * self.size
 
     def brief(self) -> int:
@@ -253,8 +235,8 @@ class _Step:
         """
         h, i = self.shape.hidden_size, self.shape.intermediate_size
         gpt2 = self.shape.architecture in _GPT2_BLOCKS
-        norm = 0 if gpt2 else self.rms_norm() + 5 * _F32 * h
-        table = _F32 * self.shape.heads * self.load.length + (h - i) * self.size
+        norm = 0 if gpt2 else self.rms_norm() + 5 * F32 * h
+        table = F32 * self.shape.heads * self.load.length + (h - i) * self.size
         other = max(norm, table if self.shape.attention_dropout > 0 else 0)
         return max(self.brief_in_mlp(gpt2=gpt2), self.load.tokens * other)
 
@@ -270,8 +252,8 @@ class _Step:
         if self.target is None:
             return through if gpt2 else gated
         most = max([self.target.rank, *self.target.rank_pattern.values()])
-        if self.target.dropout > 0 or self.size != ADAPTER_BYTES or self.target.kind == "dora":
-            return through + tokens * ADAPTER_BYTES * (i + most)
-        folded = max(ADAPTER_BYTES * h * i, 2 * ADAPTER_BYTES * most * tokens)
+        if self.target.dropout > 0 or self.size != F32 or not kind_of(self.target).low_rank:
+            return through + tokens * F32 * (i + most)
+        folded = max(F32 * h * i, 2 * F32 * most * tokens)
         out = "c_proj" if gpt2 else "down_proj"
         return max(through + (folded if self.trains(out) else 0), 0 if gpt2 else gated)

@@ -1,9 +1,10 @@
 """Counts what a step keeps for its backward pass with the reference backend, whose numbers all take 8 bytes.
 
 Its backward functions hold what they need until the whole step is over, whatever is frozen: nothing is given back on
-the way, and LoRA keeps as much as full fine-tuning. Letters as in `kept`; counts are numbers per token.
+the way, and an adapter keeps as much as full fine-tuning. Letters as in `kept`; counts are numbers per token.
 """
 
+from finetune.adapters.kinds import kind_of
 from finetune.memory.estimate import BYTES
 from finetune.memory.kept import ActivationBytes, mean_rank
 from finetune.memory.load import StepLoad
@@ -49,5 +50,7 @@ def _adapters(shape: ModelShape, target: AdapterTarget) -> int:
     widths = {"h": shape.hidden_size, "i": shape.intermediate_size, **heads}
     hit = {name: (widths[ends[0]], widths[ends[1]]) for name, ends in _LINEAR.items() if name in target.modules}
     masks = 2 * sum(read for read, _ in hit.values()) if target.dropout > 0 else 0
-    stretched = sum(written for _, written in hit.values()) if target.kind == "dora" else 0
-    return sum(mean_rank(shape, target, name) for name in hit) + masks + stretched
+    return masks + sum(
+        kind_of(target).kept_by_reference(name, written, read, mean_rank(shape, target, name))
+        for name, (read, written) in hit.items()
+    )

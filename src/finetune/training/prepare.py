@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.adapters.choose import check_patterns, check_rank, choose_layers, choose_saved
+from finetune.adapters.kinds import ADAPTER_KINDS, any_of
 from finetune.chat.encoder import Encoder
 from finetune.chat.fit import Encoded
 from finetune.chat.tokenizer import FileTokenizer
@@ -140,7 +141,7 @@ def planned_shape(config: TrainingConfig, location: ModelLocation) -> ModelShape
         raise ModelError(
             f"{owner} is quantised ({say_quantized(shape)}), but adapter.kind is full: what is quantised cannot be "
             "trained",
-            hint="set adapter.kind to lora or dora, or name the full model that it was made from",
+            hint=f"set adapter.kind to {any_of()}, or name the full model that it was made from",
         )
     how = config.model.quantization
     return quantize_shape(shape, how, owner) if how else shape
@@ -173,17 +174,11 @@ def adapter_target(config: TrainingConfig, shape: ModelShape) -> AdapterTarget |
     if adapter.kind == "full":
         return None
     modules = choose_layers(shape, adapter.target_modules)
-    target = AdapterTarget(
-        adapter.rank,
-        adapter.alpha,
-        adapter.dropout,
-        modules,
-        kind=adapter.kind,
-        scaling=adapter.scaling,
-        rank_pattern=adapter.rank_pattern or {},
-        alpha_pattern=adapter.alpha_pattern or {},
-        saved=choose_saved(shape, adapter.modules_to_save or (), modules),
-    )
+    saved = choose_saved(shape, adapter.modules_to_save or (), modules)
+    given = {name: getattr(adapter, name) for name in ADAPTER_KINDS[adapter.kind].settings}
+    own = {name: value for name, value in given.items() if value is not None}
+    rank, alpha, dropout = own.pop("rank", 1), own.pop("alpha", 1.0), own.pop("dropout", 0.0)
+    target = AdapterTarget(rank, alpha, dropout, modules, kind=adapter.kind, saved=saved, **own)
     check_patterns(shape, target)
     check_rank(shape, target)
     return target

@@ -5,6 +5,7 @@ from typing import Annotated
 from hypothesis import strategies as st
 from pydantic import Field
 
+from finetune.adapters.kinds import ADAPTER_KINDS
 from finetune_strategies.cases.learned import KINDS, ONE_ROW, Learned, learned
 
 ADAPTER_TRAVELS = learned()
@@ -28,7 +29,7 @@ ADAPTER_DAMAGED = st.builds(
 ADAPTER_OTHER_BASE = st.builds(Learned, rows=ONE_ROW)
 
 
-ADAPTER_FROZEN = st.builds(Learned, rows=ONE_ROW, kind=st.sampled_from(["lora", "dora"]))
+ADAPTER_FROZEN = st.builds(Learned, rows=ONE_ROW, kind=st.sampled_from(list(ADAPTER_KINDS)))
 
 
 ADAPTER_COMPLETE = st.builds(Learned, rows=ONE_ROW, kind=st.sampled_from(list(KINDS)))

@@ -6,7 +6,9 @@ from typing import Annotated, Any, Self
 from hypothesis import strategies as st
 from pydantic import AfterValidator, Field, model_validator
 
+from finetune.adapters.kinds import ADAPTER_KINDS
 from finetune.config import KEYS
+from finetune.records import DEFAULT_KIND
 from finetune_strategies.cases.rows import Word, one_of
 from finetune_strategies.recipes import OUTSIDE, Recipe
 
@@ -121,7 +123,7 @@ CONFIG_ADAPTER = _changes(
     ("adapter.scaling", "rank_stabilized"),
     ("adapter.dropout", 0.5),
     ("adapter.target_modules", ("q_proj",)),
-    ("adapter.kind", "dora"),
+    *(("adapter.kind", kind) for kind in ADAPTER_KINDS if kind != DEFAULT_KIND),
     ("adapter.rank_pattern", {"q_proj": 1}),
     ("adapter.alpha_pattern", {"q_proj": 3.0}),
     ("training.seed", 1),

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from hypothesis import strategies as st
 from pydantic import Field
 
+from finetune.records import DEFAULT_KIND
 from finetune_strategies.cases.learned import MODELS, ONE_ROW, WIDE, Learned
 from finetune_strategies.cases.rows import TINY, one_of
 from finetune_strategies.recipes import ModelRecipe, Recipe
@@ -47,7 +48,7 @@ class Written(Recipe):
 WRITTEN = st.builds(Written, model=st.sampled_from([WIDE, TINY, ModelRecipe(heads=6, kv_heads=2, head_size=6)]))
 
 
-EXPORT_ADAPTED = st.builds(Learned, rows=ONE_ROW, kind=st.sampled_from(["of two layers", "lora"]))
+EXPORT_ADAPTED = st.builds(Learned, rows=ONE_ROW, kind=st.sampled_from(["of two layers", DEFAULT_KIND]))
 
 
 class Turned(Recipe):
@@ -106,5 +107,5 @@ class Typed(Learned):
 
 
 TYPED = st.builds(
-    Typed, rows=ONE_ROW, model=MODELS, outtype=st.sampled_from(["f16", "q8_0", "f32"]), kind=st.just("lora")
+    Typed, rows=ONE_ROW, model=MODELS, outtype=st.sampled_from(["f16", "q8_0", "f32"]), kind=st.just(DEFAULT_KIND)
 )

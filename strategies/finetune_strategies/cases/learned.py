@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydantic import Field
 
+from finetune.adapters.kinds import ADAPTER_KINDS
+from finetune.records import DEFAULT_KIND
 from finetune_strategies.cases.rows import PLAIN, TINY, Pair, Rows, one_of
 from finetune_strategies.recipes import ModelRecipe
 
@@ -37,25 +39,31 @@ PROMPT = [40, 50, 60, 70, 80]
 
 
 KINDS: Mapping[str, Mapping[str, Any]] = {
-    "lora": {},
-    "dora": {"adapter.kind": "dora"},
+    **{name: {"adapter.kind": name} for name in ADAPTER_KINDS},
     "rank-stabilised": {"adapter.scaling": "rank_stabilized"},
     "with a head of its own": {"adapter.modules_to_save": ["lm_head"]},
     "of two layers": {"adapter.target_modules": ["k_proj", "down_proj"]},
 }
-"""Kinds of adapters, each with what is to be set for it."""
+"""Every kind of adapter there is, and varieties; each with what is to be set for it."""
+
+
+def kind_settings(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given settings and those of a kind of adapter, but for what that kind has no use for."""
+    wanted = {**given, **KINDS[kind]}
+    own = ADAPTER_KINDS[wanted.get("adapter.kind", DEFAULT_KIND)]
+    return {key: value for key, value in wanted.items() if not key.startswith("adapter.") or own.takes(key)}
 
 
 class Learned(Rows):
     """Rows to learn, by a model and a kind of adapter."""
 
     model: ModelRecipe = TINY
-    kind: Annotated[str, Field(pattern=one_of(KINDS))] = "lora"
+    kind: Annotated[str, Field(pattern=one_of(KINDS))] = DEFAULT_KIND
 
     @property
     def settings(self) -> dict[str, Any]:
         """Those of the kind, and quick ones."""
-        return {**QUICK, **KINDS[self.kind]}
+        return kind_settings(self.kind, QUICK)
 
 
 MODELS = st.sampled_from([TINY, WIDE])

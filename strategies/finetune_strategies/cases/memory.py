@@ -6,8 +6,10 @@ from typing import Annotated, Any
 from hypothesis import strategies as st
 from pydantic import Field
 
-from finetune_strategies.cases.learned import KINDS, MODELS, WIDE
-from finetune_strategies.cases.rows import PLAIN, TINY
+from finetune.adapters.kinds import ADAPTER_KINDS
+from finetune.records import DEFAULT_KIND
+from finetune_strategies.cases.learned import KINDS, MODELS, WIDE, kind_settings
+from finetune_strategies.cases.rows import PLAIN, TINY, one_of
 from finetune_strategies.recipes import ModelRecipe, Recipe
 
 _TORCH: Mapping[str, Any] = {**PLAIN, "backend": "torch", "tokens.max_length": 64, "training.batch_size": 2}
@@ -17,20 +19,20 @@ class Counted(Recipe):
     """A model, an adapter, and the number format of the base."""
 
     model: ModelRecipe = TINY
-    kind: Annotated[str, Field(pattern="^(lora|dora|rank-stabilised|of two layers)$")] = "lora"
+    kind: Annotated[str, Field(pattern=one_of(KINDS))] = DEFAULT_KIND
     rank: Annotated[int, Field(ge=1, le=4)] = 2
     dtype: Annotated[str, Field(pattern="^(float32|bfloat16)$")] = "float32"
 
     @property
     def settings(self) -> dict[str, Any]:
         """What is estimated, as torch would train it."""
-        return {**_TORCH, **KINDS[self.kind], "adapter.rank": self.rank, "model.dtype": self.dtype}
+        return kind_settings(self.kind, {**_TORCH, "adapter.rank": self.rank, "model.dtype": self.dtype})
 
 
 COUNTED = st.builds(
     Counted,
     model=st.just(WIDE),
-    kind=st.sampled_from(["of two layers", "lora", "dora"]),
+    kind=st.sampled_from(["of two layers", *ADAPTER_KINDS]),
     rank=st.sampled_from([3, 1]),
     dtype=st.sampled_from(["bfloat16", "float32"]),
 )

@@ -5,6 +5,8 @@ from typing import Annotated
 from hypothesis import strategies as st
 from pydantic import Field
 
+from finetune.adapters.kinds import ADAPTER_KINDS
+from finetune.records import DEFAULT_KIND
 from finetune_strategies.cases.learned import ONE_ROW, Learned, learned
 
 
@@ -18,12 +20,12 @@ MERGING = st.builds(
     Merging,
     rows=ONE_ROW,
     model=learned().map(lambda case: case.model),
-    kind=st.sampled_from(["lora", "of two layers", "rank-stabilised"]),
+    kind=st.sampled_from([*ADAPTER_KINDS, "of two layers", "rank-stabilised"]),
     tied=st.booleans(),
 )
 
 
-MERGE_EXACT = st.builds(Merging, rows=ONE_ROW, kind=st.sampled_from(["lora", "of two layers"]))
+MERGE_EXACT = st.builds(Merging, rows=ONE_ROW, kind=st.sampled_from([DEFAULT_KIND, "of two layers"]))
 
 
 MERGE_LEAVES = st.builds(Merging, rows=ONE_ROW)

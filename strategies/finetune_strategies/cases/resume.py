@@ -5,8 +5,10 @@ from typing import Annotated, Any, Literal
 from hypothesis import strategies as st
 from pydantic import Field
 
-from finetune_strategies.cases.learned import QUICK
-from finetune_strategies.cases.rows import PLAIN, Pair, Rows, rows_of
+from finetune.adapters.kinds import ADAPTER_KINDS
+from finetune.records import DEFAULT_KIND
+from finetune_strategies.cases.learned import KINDS, QUICK, kind_settings
+from finetune_strategies.cases.rows import PLAIN, Pair, Rows, one_of, rows_of
 
 RUN: dict[str, Any] = {
     **QUICK,
@@ -30,12 +32,13 @@ class Stopped(Rows):
     stops: Annotated[tuple[int, ...], Field(min_length=1, max_length=2, strict=False)]
     schedule: Literal["constant", "linear"] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
+    kind: Annotated[str, Field(pattern=one_of(KINDS))] = DEFAULT_KIND
 
     @property
     def settings(self) -> dict[str, Any]:
         """The settings of the run."""
         if self.schedule is None:
-            return RUN
+            return kind_settings(self.kind, RUN)
         return {
             **PLAIN,
             "training.batch_size": 1,
@@ -59,7 +62,7 @@ STOPPED = st.builds(
     stops=st.just((1,)),
     schedule=st.sampled_from(["constant", "linear"]),
     seed=st.integers(0, 2),
-) | st.builds(Stopped, rows=_FIVE, stops=_STOPS)
+) | st.builds(Stopped, rows=_FIVE, stops=_STOPS, kind=st.sampled_from(list(ADAPTER_KINDS)))
 
 
 class Damaged(Rows):

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from hypothesis import strategies as st
 from pydantic import Field
 
+from finetune.adapters.kinds import ADAPTER_KINDS
 from finetune_strategies.cases.learned import MODELS, ONE_ROW, Learned
 from finetune_strategies.cases.rows import Pair, Rows, Word, rows_of
 from finetune_strategies.recipes import Recipe
@@ -69,7 +70,7 @@ COURSES = st.builds(
     Whole,
     rows=rows_of(1, 3),
     model=MODELS,
-    kind=st.sampled_from(["lora", "dora", "rank-stabilised"]),
+    kind=st.sampled_from([*ADAPTER_KINDS, "rank-stabilised"]),
     accumulation=st.sampled_from([3, 2, 4, 1]),
     batch_size=st.sampled_from([1, 2, 3]),
     decay=st.sampled_from([0.0, 0.9]),

@@ -17,23 +17,23 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from finetune.adapters.choose import refuse_tied, saved_weights
+from finetune.adapters.kind import Shape
+from finetune.adapters.kinds import ADAPTER_KINDS, kind_of, titles
 from finetune.adapters.peft_files import (
     SETTINGS,
     WEIGHTS,
     Layers,
-    Shape,
     adapted_layers,
     check_tensor_shapes,
     is_sound,
+    layer_tensors,
     on_disk,
-    parts_of,
     read_settings,
     saved_name,
-    tensor_name,
     tensor_shapes,
     write_settings,
 )
-from finetune.backends.mlx.layers import MlxAdapter, Parts, Tensors
+from finetune.backends.mlx.layers import MlxAdapter, Tensors
 from finetune.backends.mlx.load import Loaded
 from finetune.backends.mlx.names import WeightNames
 from finetune.backends.mlx.tensors import read_tensors, write_tensors
@@ -62,8 +62,8 @@ def read_adapter(
     """The adapter in `folder`, PEFT's or mlx-lm's, for a base whose weights have these shapes.
 
     Raises:
-        ModelError: a file is missing or corrupt, the adapter is of a kind that is neither LoRA nor DoRA, or a tensor is
-            missing, unknown or of another shape.
+        ModelError: a file is missing or corrupt, the adapter is of an unknown kind, or a tensor is missing, unknown or
+            of another shape.
     """
     if (folder / MLX_WEIGHTS).exists():
         return read_mlx_adapter(layers, names, folder)
@@ -75,7 +75,7 @@ def read_adapter(
     saved = _float32(folder / WEIGHTS, folder)
     check_tensor_shapes({name: tensor.shape for name, tensor in saved.items()}, expected, folder)
     parts = {
-        path: Parts(*(saved[on_disk(tensor_name(path, part))] for part in parts_of(target)))
+        path: {key: saved[on_disk(name)] for key, name in layer_tensors(target, path).items()}
         for path in adapted_layers(layers, target.modules)
     }
     return target, Tensors(parts, {name: names.turn(name, saved[on_disk(saved_name(name))]) for name in kept})
@@ -89,17 +89,19 @@ def write_mlx_adapter(adapter: MlxAdapter, base: str, blocks: int, folder: Path)
         blocks: how many transformer blocks the model has; whole paths say which of their layers are adapted.
 
     Raises:
-        ModelError: ranks or scales differ between layers, or modules are trained whole: the format has one of each,
-            and no place for those.
+        ModelError: mlx-lm has no such kind; or ranks or scales differ between layers, or modules are trained whole:
+            the format has one of each, and no place for those.
     """
-    target = adapter.target
+    target, kind = adapter.target, kind_of(adapter.target)
+    if not kind.mlx_lm_names:
+        raise ModelError(f"mlx-lm's adapter format has no place for {kind.title}", hint="write it in PEFT's format")
     scales = {layer.scale for layer in adapter.layers.values()}
-    ranks = {len(layer.down) for layer in adapter.layers.values()}
+    ranks = {layer.rank for layer in adapter.layers.values()}
     if len(scales) > 1 or len(ranks) > 1 or adapter.originals:
         told = "modules that are trained whole" if adapter.originals else "ranks or scales that differ between layers"
         raise ModelError(f"mlx-lm's adapter format has no place for {told}", hint="write it in PEFT's format")
     settings = {
-        "fine_tune_type": target.kind,
+        "fine_tune_type": kind.name,
         "lora_parameters": {
             "rank": ranks.pop(),
             "scale": scales.pop(),
@@ -110,10 +112,11 @@ def write_mlx_adapter(adapter: MlxAdapter, base: str, blocks: int, folder: Path)
         "num_layers": blocks,
     }
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    tensors = {f"{path}.lora_a": layer.down.T for path, layer in adapter.layers.items()}
-    tensors |= {f"{path}.lora_b": layer.up.T for path, layer in adapter.layers.items()}
-    if target.kind == "dora":
-        tensors |= {f"{path}.m": layer.magnitude for path, layer in adapter.layers.items()}
+    tensors = {
+        f"{path}.{name}": layer.parts[key].T  # a vector is its own transpose
+        for key, name in kind.mlx_lm_names.items()
+        for path, layer in adapter.layers.items()
+    }
     write_tensors(tensors, folder / MLX_WEIGHTS)
 
 
@@ -130,9 +133,10 @@ def read_mlx_adapter(layers: Layers, names: WeightNames, folder: Path) -> tuple[
         dropout = told.get("dropout", 0.0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ModelError(f"adapter {folder} has no usable {SETTINGS}: {error!r}") from None
-    if kind not in ("lora", "dora"):
+    known = {kind.name: kind for kind in ADAPTER_KINDS.values() if kind.mlx_lm_names}
+    if kind not in known:
         raise ModelError(
-            f"adapter {folder} has fine_tune_type {kind!r}; this backend does LoRA and DoRA only",
+            f"adapter {folder} has fine_tune_type {kind!r}; this backend does {titles(known.values())} only",
             hint="fuse it into its model with mlx_lm.fuse",
         )
     saved = _float32(folder / MLX_WEIGHTS, folder)
@@ -143,16 +147,16 @@ def read_mlx_adapter(layers: Layers, names: WeightNames, folder: Path) -> tuple[
         raise ModelError(f"adapter {folder} has no usable {SETTINGS}: a setting is of the wrong kind")
     if not paths:
         raise ModelError(f"adapter {folder} holds no tensor", hint="save it again")
+    file_names = known[kind].mlx_lm_names
     expected: dict[str, Shape] = {}
     for path in paths:
-        outputs, inputs = layers.get(names.shown(path), (0, 0))
-        expected |= {f"{path}.lora_a": (inputs, rank), f"{path}.lora_b": (rank, outputs)}
-        expected |= {f"{path}.m": (outputs,)} if kind == "dora" else {}
+        shapes = known[kind].shapes(target, names.shown(path), *layers.get(names.shown(path), (0, 0)))
+        expected |= {f"{path}.{name}": shapes[key][::-1] for key, name in file_names.items()}
     check_tensor_shapes({name: tensor.shape for name, tensor in saved.items()}, expected, folder)
-    parts = {}
-    for path in target.modules:
-        down, up = (mx.contiguous(saved[f"{shown[path]}.lora_{half}"].T) for half in "ab")
-        parts[path] = Parts(down, up, saved.get(f"{shown[path]}.m"))
+    parts = {
+        path: {key: mx.contiguous(saved[f"{shown[path]}.{name}"].T) for key, name in file_names.items()}
+        for path in target.modules
+    }
     return target, Tensors(parts, {})
 
 

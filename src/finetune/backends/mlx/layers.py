@@ -1,25 +1,21 @@
-"""Adapters on mlx-lm's linear layers: what they add, and how they are put on a model, taken off and merged.
+"""Adapters on mlx-lm's linear layers: how they are put on a model, taken off and merged; what they do, their kind says.
 
-LoRA makes a layer's weight W + s B A, with s = alpha / rank, or alpha / sqrt(rank). DoRA stretches each row of that to
-a length that it trains; the length that the row has is a constant when gradients are made. A (rank x inputs), B
-(outputs x rank) and the lengths (outputs) are float32 whatever the base computes in.
-
-Source: Hu et al. 2021 (arXiv:2106.09685), Liu et al. 2024 (arXiv:2402.09353), and `LoraLayer` and `DoraLinearLayer` of
-Hugging Face PEFT.
+The tensors of an adapter are float32 whatever the base computes in.
 """
 
 import contextlib
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from finetune.adapters.choose import ends_with, saved_weights
-from finetune.adapters.peft_files import Layers, adapted_layers, parts_of, saved_name, tensor_name
+from finetune.adapters.kind import LayerPass, Parts
+from finetune.adapters.kinds import kind_of
+from finetune.adapters.peft_files import Layers, adapted_layers, layer_tensors, saved_name
 from finetune.backends.mlx.fold import through_folded
 from finetune.backends.mlx.load import Loaded, linear_layers
 from finetune.backends.mlx.names import WeightNames
@@ -28,86 +24,71 @@ from finetune.errors import ModelError
 from finetune.records import AdapterTarget
 
 
-class Parts(NamedTuple):
-    """What one layer's adapter is made of: A, B and, with DoRA, the magnitudes."""
-
-    down: mx.array
-    up: mx.array
-    magnitude: mx.array | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """An adapter apart from any model: the parts by transformers' path of the layer, and weights of modules trained
+    """An adapter apart from any model: each layer's tensors by transformers' path of it, and weights of modules trained
     whole, by transformers' names.
     """
 
-    parts: dict[str, Parts]
+    parts: Mapping[str, Parts]
     saved: dict[str, mx.array]
 
 
-_PLACES = {"A": "down", "B": "up", "m": "magnitude"}
-
-
-class LoRALinear(nn.Module):  # type: ignore[misc]
+class AdaptedLinear(nn.Module):  # type: ignore[misc]
     """A linear layer with an adapter; `key` draws the dropout of the adapter's input, None leaves it out.
 
     While it is `learning`, the adapter is folded into the weight where that computes the same in fewer passes.
     """
 
-    def __init__(self, base: Any, parts: Parts, scale: float, dropout: float) -> None:
+    def __init__(self, base: Any, parts: Parts, target: AdapterTarget, path: str) -> None:
         super().__init__()
         self.base = base
-        self.down = parts.down
-        self.up = parts.up
-        if parts.magnitude is not None:
-            self.magnitude = parts.magnitude
-        self.scale = scale
-        self.share_dropped = dropout
+        self.kind = kind_of(target)
+        for tensor in self.kind.tensors:
+            setattr(self, tensor.key, parts[tensor.key])
+        self.rank, self.scale = target.rank_of(path), target.scale_of(path)
+        self.share_dropped = target.dropout
         self.key: mx.array | None = None
         self.disabled = False
         self.learning = False
 
+    @property
+    def parts(self) -> Parts:
+        """The tensors of the adapter by the keys of their kind."""
+        return {tensor.key: self[tensor.key] for tensor in self.kind.tensors}
+
     def __call__(self, x: mx.array) -> mx.array:
         """(..., inputs) -> (..., outputs), in the base's dtype."""
+        bias = self.base.bias if "bias" in self.base else None
         if self.learning and self._folds(x):
-            y = through_folded(x, self.base.weight, self.down, self.scale * self.up)
-            return y + self.base.bias if "bias" in self.base else y
-        y = self.base(x)
+            y = through_folded(x, self.base.weight, self.A, self.scale * self.B)
+            return y if bias is None else y + bias
         if self.disabled:
-            return y
-        seen = x.astype(mx.float32)
+            return self.base(x)
+        seen, keep = x.astype(mx.float32), None
         if self.key is not None:
-            kept = 1 - self.share_dropped
-            seen = seen * mx.random.bernoulli(kept, seen.shape, key=self.key) / kept
-        added = self.scale * ((seen @ self.down.T) @ self.up.T)
-        if "magnitude" not in self:
-            return (y + added).astype(y.dtype)
-        weight = self.weight()
-        stretch = self.magnitude / mx.stop_gradient(self._lengths(weight))
-        # Where the input is dropped, the output that is stretched is that of the dropped input; never the bias.
-        plain = seen @ weight.T if self.key is not None else y - self.base.bias if "bias" in self.base else y
-        return (y + (stretch - 1) * plain + stretch * added).astype(y.dtype)
+            share = 1 - self.share_dropped
+            keep = mx.random.bernoulli(share, seen.shape, key=self.key)
+            seen = seen * keep / share
+        y, _ = self.kind.forward(mx, self.parts, LayerPass(x, seen, keep, self.base, self.weight, bias, self.scale))
+        return y.astype(x.dtype)
 
     def _folds(self, x: mx.array) -> bool:
         # In half precision the sum W + s B A would round small changes away.
         plain = type(self.base) is nn.Linear and self.base.weight.dtype == x.dtype == mx.float32
-        return plain and self.key is None and "magnitude" not in self
+        return plain and self.key is None and self.kind.low_rank
 
     def weight(self) -> mx.array:
         """The base's weight (outputs, inputs) in float32, unpacked where it is packed."""
         return full_weight(self.base).astype(mx.float32)
 
-    def merged(self) -> mx.array:
-        """The weight (outputs, inputs) of a plain layer that computes the same, in the base's dtype."""
-        weight = self.weight()
-        grown = weight + self.scale * (self.up @ self.down)
-        if "magnitude" in self:
-            grown = (self.magnitude / self._lengths(weight))[:, None] * grown
-        return grown.astype(full_weight(self.base).dtype)
-
-    def _lengths(self, weight: mx.array) -> mx.array:
-        return mx.linalg.norm(weight + self.scale * (self.up @ self.down), axis=1)
+    def merged(self) -> dict[str, mx.array]:
+        """Weight (outputs, inputs) and bias, if any, of a plain layer that computes the same, in the base's dtypes."""
+        weight = self.kind.merged(mx, self.parts, self.scale, self.weight())
+        merged = {"weight": weight.astype(full_weight(self.base).dtype)}
+        if "bias" in self.base:
+            merged["bias"] = self.kind.merged_bias(self.parts, self.base.bias).astype(self.base.bias.dtype)
+        return merged
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,15 +99,15 @@ class MlxAdapter:
     """
 
     target: AdapterTarget
-    layers: dict[str, LoRALinear]
+    layers: dict[str, AdaptedLinear]
     originals: dict[str, mx.array]
 
     def tensors(self, names: WeightNames) -> dict[str, str]:
         """Where each trained tensor lies in the model, by its name in a PEFT model."""
         places = {
-            tensor_name(names.shown(path), part): f"{path}.{_PLACES[part]}"
+            name: f"{path}.{key}"
             for path in self.layers
-            for part in parts_of(self.target)
+            for key, name in layer_tensors(self.target, names.shown(path)).items()
         }
         return places | {saved_name(names.shown(place)): place for place in self.originals}
 
@@ -195,20 +176,23 @@ def refuse_packed(loaded: Loaded, target: AdapterTarget | None) -> None:
 
 
 def draw_tensors(loaded: Loaded, layers: Layers, target: AdapterTarget, key: mx.array) -> Tensors:
-    """A fresh adapter: A uniform within 1 / sqrt(inputs), layer by layer; B zero; magnitudes the base's lengths.
+    """A fresh adapter, layer by layer; modules that are trained whole start as copies.
 
     Raises:
         ModelError: a name in `target.modules` matches no linear layer.
     """
     paths = adapted_layers(layers, target.modules)
     bases = {loaded.names.shown(path): module for path, module in linear_layers(loaded.model).items()}
-    parts = {}
+    kind, parts = kind_of(target), {}
     for path, own in zip(paths, mx.random.split(key, len(paths)), strict=True):
-        (outputs, inputs), rank = layers[path], target.rank_of(path)
-        bound = 1 / math.sqrt(inputs)
-        down, up = mx.random.uniform(-bound, bound, (rank, inputs), key=own), mx.zeros((outputs, rank))
-        lengths = mx.linalg.norm(full_weight(bases[path]).astype(mx.float32), axis=1) if target.kind == "dora" else None
-        parts[path] = Parts(down, up, lengths)
+
+        def uniform(bound: float, shape: tuple[int, ...], own: mx.array = own) -> mx.array:
+            return mx.random.uniform(-bound, bound, shape, key=own)
+
+        def weight(path: str = path) -> mx.array:
+            return full_weight(bases[path]).astype(mx.float32)
+
+        parts[path] = kind.start(mx, kind.shapes(target, path, *layers[path]), uniform, weight)
     own_weights = {loaded.names.shown(place): tensor for place, tensor in tree_flatten(loaded.model.parameters())}
     return Tensors(parts, {name: own_weights[name] for name in saved_weights(own_weights, target)})
 
@@ -227,7 +211,7 @@ def put_on(loaded: Loaded, target: AdapterTarget, tensors: Tensors) -> MlxAdapte
     for path, base in linear_layers(loaded.model).items():
         shown = names.shown(path)
         if shown in parts:
-            layers[path] = LoRALinear(base, parts[shown], target.scale_of(shown), target.dropout)
+            layers[path] = AdaptedLinear(base, parts[shown], target, shown)
     loaded.model.update_modules(tree_unflatten(list(layers.items())))
     own = {place: tensors.saved[names.shown(place)].astype(tensor.dtype) for place, tensor in originals.items()}
     loaded.model.update(tree_unflatten(list(own.items())))

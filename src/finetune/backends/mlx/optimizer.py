@@ -9,13 +9,14 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
+from finetune.adapters.kinds import lr_ratio_and_decay
 from finetune.records import Optimization
 
 
 class MlxAdamW:
     """AdamW with decoupled weight decay on matrices; its averages are float32 whatever the weights are.
 
-    Source: Loshchilov and Hutter 2019 (arXiv:1711.05101) and `torch.optim.MlxAdamW`.
+    Source: Loshchilov and Hutter 2019 (arXiv:1711.05101) and `torch.optim.AdamW`.
     """
 
     def __init__(self, weights: Mapping[str, mx.array], optimization: Optimization) -> None:
@@ -37,9 +38,10 @@ class MlxAdamW:
             gradient = gradients[name]
             first = self.first[name] + (1 - beta1) * (gradient - self.first[name])
             second = self.second[name] + (1 - beta2) * (gradient * gradient - self.second[name])
-            pace = learning_rate * self.optimization.lr_ratio_of(name, weight.ndim)
+            factor, decay = lr_ratio_and_decay(self.optimization, name, weight.ndim)
+            pace = learning_rate * factor
             rate = pace / (1 - beta1**self.steps)
-            kept = weight.astype(mx.float32) * (1 - pace * self.optimization.decay_of(weight.ndim))
+            kept = weight.astype(mx.float32) * (1 - pace * decay)
             spread = mx.sqrt(second) / start + self.optimization.epsilon
             moved[name] = (kept - rate * first / spread).astype(weight.dtype)
             self.first[name], self.second[name] = first, second

@@ -1,20 +1,20 @@
 """Loads a saved adapter on a fresh base, or a saved model, in this process and compares its logits with those saved.
 
-Started by `finetune.evidence.reload`. mlx-lm alone does it: its own model, its own `LoRALinear` and `DoRALinear`;
-of ours only what reads and renames the files is used.
+Started by `finetune.evidence.reload`. mlx-lm alone does it: its own model, and its own layer for the adapter's kind
+where it has one; of ours only what reads and renames the files is used.
 """
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.tuner.dora import DoRALinear
-from mlx_lm.tuner.lora import LoRALinear
 
+from finetune.adapters.kinds import kind_of
 from finetune.backends.mlx.adapter import read_adapter
-from finetune.backends.mlx.layers import layer_shapes, weight_shapes
+from finetune.backends.mlx.layers import layer_shapes, put_on, weight_shapes
 from finetune.backends.mlx.load import Loaded, linear_layers, load_model
 from finetune.backends.mlx.tensors import read_tensors
 from finetune.records import ModelLocation, Quantization
@@ -48,16 +48,19 @@ def _put_on(loaded: Loaded, folder: Path) -> None:
     """Put the adapter in `folder` on the model with mlx-lm's own layers."""
     names = loaded.names
     target, tensors = read_adapter(weight_shapes(loaded), layer_shapes(loaded), names, folder)
-    kind = DoRALinear if target.kind == "dora" else LoRALinear
+    kind = kind_of(target)
+    if not kind.mlx_lm_layer:
+        put_on(loaded, target, tensors)
+        return
+    module_name, _, class_name = kind.mlx_lm_layer.partition(":")
+    layer_class = getattr(import_module(module_name), class_name)
     layers = []
     for path, module in linear_layers(loaded.model).items():
         shown = names.shown(path)
         if shown in tensors.parts:
-            down, up, magnitude = tensors.parts[shown]
-            layer = kind.from_base(module, r=target.rank_of(shown), scale=target.scale_of(shown))
-            layer.lora_a, layer.lora_b = down.T, up.T
-            if magnitude is not None:
-                layer.m = magnitude
+            layer = layer_class.from_base(module, r=target.rank_of(shown), scale=target.scale_of(shown))
+            for key, name in kind.mlx_lm_names.items():
+                setattr(layer, name, tensors.parts[shown][key].T)
             layers.append((path, layer))
     places = dict(tree_flatten(loaded.model.parameters()))
     saved = {

@@ -202,7 +202,8 @@ class MlxSession:
         weights = in_full(self.loaded.model, self._base())
         if adapter is not None:
             weights = {adapter.own(place): tensor for place, tensor in weights.items()}
-            weights |= {f"{path}.weight": layer.merged() for path, layer in adapter.layers.items()}
+            for path, layer in adapter.layers.items():
+                weights |= {f"{path}.{leaf}": tensor for leaf, tensor in layer.merged().items()}
             now = self._tensors()
             weights |= {place: now[place] for place in adapter.originals}
         tensors = names.to_files(weights)

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.adapters.peft_files import saved_name, tensor_name
+from finetune.adapters.kind import LayerPass
+from finetune.adapters.kinds import kind_of
+from finetune.adapters.peft_files import layer_tensors, saved_name
 from finetune.backends.reference.adapter import ReferenceAdapter
 from finetune.backends.reference.architecture import EMBEDDING, FINAL_NORM, HEAD, Architecture, block_path
 
@@ -93,56 +95,38 @@ class ReferencePass:
         return unit * gain, backward
 
     def linear(self, path: str, x: Array) -> tuple[Array, Backward]:
-        """(t, inputs) -> (t, outputs): x W^T, and what the adapter adds where one sits."""
+        """(t, inputs) -> (t, outputs): x W^T, or what the adapter makes of that where one sits."""
         name = f"{EMBEDDING if path == HEAD and self.shape.tie_word_embeddings else path}.weight"
         weight = self.weights[name]
-        y = x @ weight.T
-        adapter_back: Backward | None = None
-        if self.adapter and path in self.adapter.pairs:
-            added, adapter_back = self.adapter_output(path, x, y)
-            y += added
+        if self.adapter and path in self.adapter.layers:
+            return self.adapter_output(path, x, weight)
 
         def backward(dy: Array) -> Array:
             dx: Array = dy @ weight
             if name in self.with_gradients:
                 self._add(name, dy.T @ x)
-            if adapter_back is not None:
-                dx += adapter_back(dy)
+            return dx
+
+        return x @ weight.T, backward
+
+    def adapter_output(self, path: str, x: Array, weight: Array) -> tuple[Array, Backward]:
+        """What a layer with an adapter makes of x, as the adapter's kind has it; its own weight is frozen."""
+        assert self.adapter is not None
+        target, parts = self.adapter.target, self.adapter.layers[path]
+        keep = self._dropout(x.shape, target.dropout)
+        kept = x if keep is None else x * keep
+        seen = LayerPass(x, kept, keep, lambda read: read @ weight.T, lambda: weight, None, target.scale_of(path))
+        y, saved = kind_of(target).forward(np, parts, seen)
+
+        def backward(dy: Array) -> Array:
+            dx: Array
+            gradients, dx = kind_of(target).backward(parts, seen, saved, dy)
+            names = layer_tensors(target, path)
+            for key, gradient in gradients.items():
+                self._add(names[key], gradient)
             return dx
 
         return y, backward
-
-    def adapter_output(self, path: str, x: Array, y: Array) -> tuple[Array, Backward]:
-        """What the adapter adds to y = x W^T: z = s dropout(x) A^T B^T, and with DoRA g z + (g - 1) y.
-
-        g is what each output is stretched by. Where x is dropped, the y that is stretched is that of dropout(x).
-        """
-        assert self.adapter is not None
-        adapter, weight = self.adapter, self.weights[f"{path}.weight"]
-        (down, up), scale = adapter.pairs[path], adapter.target.scale_of(path)
-        keep = self._dropout(x.shape, adapter.target.dropout)
-        kept = x if keep is None else x * keep
-        small = kept @ down.T
-        added = scale * (small @ up.T)
-        stretch, unstretched, lengths = np.ones(1), None, np.ones(1)
-        if path in adapter.magnitudes:
-            lengths = adapter.lengths(path, weight)
-            stretch = adapter.magnitudes[path] / lengths
-            unstretched = added + (y if keep is None else kept @ weight.T)
-            added = stretch * unstretched - (unstretched - added)
-
-        def backward(dy: Array) -> Array:
-            dlora = dy if unstretched is None else dy * stretch
-            dsmall = scale * (dlora @ up)
-            self._add(tensor_name(path, "A"), dsmall.T @ kept)
-            self._add(tensor_name(path, "B"), scale * (dlora.T @ small))
-            dkept: Array = dsmall @ down
-            if unstretched is not None:
-                self._add(tensor_name(path, "m"), (dy * unstretched).sum(axis=0) / lengths)
-                dkept += (dy * (stretch - 1)) @ weight
-            return dkept if keep is None else dkept * keep
-
-        return added, backward
 
     def attention(self, path: str, x: Array, starts: NDArray[np.int64]) -> tuple[Array, Backward]:
         """Causal attention (t, h) -> (t, h). The g query heads that share a key head are simply more of its queries."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.adapters.kinds import lr_ratio_and_decay
 from finetune.records import Optimization
 
 Array = NDArray[np.float64]
@@ -14,7 +15,7 @@ Array = NDArray[np.float64]
 class ReferenceAdamW:
     """AdamW with decoupled weight decay on matrices.
 
-    Source: Loshchilov and Hutter 2019 (arXiv:1711.05101) and `torch.optim.ReferenceAdamW`.
+    Source: Loshchilov and Hutter 2019 (arXiv:1711.05101) and `torch.optim.AdamW`.
     """
 
     def __init__(self, tensors: Mapping[str, Array], optimization: Optimization) -> None:
@@ -30,8 +31,9 @@ class ReferenceAdamW:
         self.steps += 1
         for name, tensor in self.tensors.items():
             first, second, gradient = self.first[name], self.second[name], gradients[name]
-            pace = learning_rate * self.optimization.lr_ratio_of(name, tensor.ndim)
-            tensor *= 1 - pace * self.optimization.decay_of(tensor.ndim)
+            factor, decay = lr_ratio_and_decay(self.optimization, name, tensor.ndim)
+            pace = learning_rate * factor
+            tensor *= 1 - pace * decay
             first += (1 - beta1) * (gradient - first)
             second += (1 - beta2) * (gradient * gradient - second)
             spread = np.sqrt(second / (1 - beta2**self.steps)) + self.optimization.epsilon

@@ -161,7 +161,7 @@ class ReferenceSession:
         if self.adapter is None:
             return dict(self.weights)
         grown = {
-            f"{path}.weight": self.adapter.merged(path, self.weights[f"{path}.weight"]) for path in self.adapter.pairs
+            f"{path}.weight": self.adapter.merged(path, self.weights[f"{path}.weight"]) for path in self.adapter.layers
         }
         return {**self._weights_now(), **grown}
 
@@ -173,7 +173,7 @@ class ReferenceSession:
         """A hash of each parameter tensor by name, base and adapter."""
         tensors = dict(self.weights)
         if adapter := self.adapter:
-            shown = {name: frozen_name(name, adapter.pairs, adapter.saved) for name in self.weights}
+            shown = {name: frozen_name(name, adapter.layers, adapter.saved) for name in self.weights}
             tensors = {shown[name]: weight for name, weight in self.weights.items()} | adapter.tensors()
         return {name: hashlib.sha256(tensor.tobytes()).hexdigest() for name, tensor in tensors.items()}
 

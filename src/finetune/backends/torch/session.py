@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from finetune.adapters.kinds import kind_of, lr_ratio_and_decay
 from finetune.backends.generate import answer_by_length
 from finetune.backends.torch import head_loss, state
 from finetune.backends.torch.device import is_exhausted, name_device, random_state, set_random_state
@@ -53,25 +54,20 @@ class TorchSession:
         if target is None:
             self.model.requires_grad_(requires_grad=True)
             return
-        from peft import LoraConfig, get_peft_model
+        import peft
         from transformers.pytorch_utils import Conv1D
 
-        config = LoraConfig(
-            r=target.rank,
-            lora_alpha=target.alpha,
-            lora_dropout=target.dropout,
+        kind = kind_of(target)
+        config = getattr(peft, kind.peft_config)(
+            **kind.write_peft(target),
             target_modules=list(target.modules),
-            use_dora=target.kind == "dora",
-            use_rslora=target.scaling == "rank_stabilized",
-            rank_pattern=dict(target.rank_pattern),
-            alpha_pattern=dict(target.alpha_pattern),
             modules_to_save=state.whole_paths(self.model, target.saved) or None,
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in self.model.modules()),
             task_type="CAUSAL_LM",
         )
         self.model.name_or_path = str(self.location.folder if self.location.source != "hub" else self.location.name)
         with state.quiet_wrapping():
-            self.model = get_peft_model(self.model, config)
+            self.model = peft.get_peft_model(self.model, config)
         fold_adapters(self.model)
 
     def prepare_updates(self, optimization: Optimization) -> None:
@@ -81,7 +77,7 @@ class TorchSession:
         self._max_grad_norm = optimization.max_grad_norm
         groups: dict[tuple[float, float], list[torch.nn.Parameter]] = defaultdict(list)
         for name, tensor in self._trainable().items():
-            groups[optimization.lr_ratio_of(name, tensor.ndim), optimization.decay_of(tensor.ndim)].append(tensor)
+            groups[lr_ratio_and_decay(optimization, name, tensor.ndim)].append(tensor)
         self._optimizer = torch.optim.AdamW(
             [{"params": tensors, "weight_decay": decay, "lr_ratio": pace} for (pace, decay), tensors in groups.items()],
             lr=0.0,
@@ -211,13 +207,15 @@ class TorchSession:
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter in PEFT's own format into an existing empty folder."""
         self.model.save_pretrained(str(folder), save_embedding_layers=False)
-        # PEFT writes a set in whatever order it has today: sorted, the same run gives the same bytes.
         path = folder / "adapter_config.json"
         settings = json.loads(path.read_text(encoding="utf-8"))
-        settings["target_modules"] = sorted(settings["target_modules"])
-        for key in ("rank_pattern", "alpha_pattern"):
-            # PEFT sorts these by name, and by that changes which pattern is the first that fits.
-            settings[key] = dict(getattr(self.model.peft_config["default"], key))
+        for key, value in vars(self.model.peft_config["default"]).items():
+            if isinstance(value, set):
+                # PEFT writes a set in whatever order it has today: sorted, the same run gives the same bytes.
+                settings[key] = sorted(value)
+            elif isinstance(value, dict) and key.endswith("_pattern"):
+                # PEFT sorts these by name, and by that changes which pattern is the first that fits.
+                settings[key] = dict(value)
         path.write_text(json.dumps(dict(sorted(settings.items())), indent=2) + "\n", encoding="utf-8")
 
     def load_adapter(self, folder: Path) -> None:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from finetune.adapters.choose import ends_with
+from finetune.adapters.kinds import layer_tensor
 from finetune.adapters.peft_files import on_disk
 from finetune.errors import ModelError, RefusedError
 
@@ -110,8 +111,8 @@ def load_peft_adapter(model: Any, folder: Path) -> Any:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"adapter {folder} cannot be loaded on this model: {first}") from None
-    adapter = ("lora_", "modules_to_save.")
-    wanted = {on_disk(name) for name, _ in adapted.named_parameters() if any(f".{part}" in name for part in adapter)}
+    names = [name for name, _ in adapted.named_parameters()]
+    wanted = {on_disk(name) for name in names if layer_tensor(name) or ".modules_to_save." in name}
     if saved != wanted:
         odd = sorted(saved ^ wanted)
         raise ModelError(

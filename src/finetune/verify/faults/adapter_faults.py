@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from finetune.adapters.kinds import kind_of
 from finetune.adapters.peft_files import WEIGHTS, read_settings
 from finetune.backends.reference import adapter as files
 from finetune.backends.reference import session as reference
@@ -84,11 +85,12 @@ def shapes_tolerated() -> None:
 
     def read(right: Any, weights: Any, layers: Any, folder: Path) -> Any:
         adapter = right(weights, layers, folder)
-        pairs = {
-            path: (down[: adapter.target.rank_of(path), : layers[path][1]], up[: layers[path][0]])
-            for path, (down, up) in adapter.pairs.items()
-        }
-        return replace(adapter, pairs=pairs)
+        kind = kind_of(adapter.target)
+        cut: dict[str, dict[str, Any]] = {}
+        for path, parts in adapter.layers.items():
+            shapes = kind.shapes(adapter.target, path, *layers[path])
+            cut[path] = {key: parts[key][tuple(map(slice, size))] for key, size in shapes.items()}
+        return replace(adapter, layers=cut)
 
     plant(files, "check_tensor_shapes", check)
     plant(reference, "read_adapter", read)

@@ -27,7 +27,7 @@ def _packing_not_wired() -> None:
 
 @fault("A002b", "config.decay_not_wired", real="", what="weight decay is read and never reaches the optimizer")
 def _decay_not_wired() -> None:
-    plant(Optimization, "decay_of", lambda right, *given: 0.0)
+    plant(Optimization, "decay_of", lambda right, *given, **named: 0.0)
 
 
 @fault("A002c", "config.clipping_not_wired", real="", what="the limit of gradients is read and never passed on")

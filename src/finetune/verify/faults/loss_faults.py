@@ -3,13 +3,13 @@
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 import finetune.train as training
-from finetune.adapters.peft_files import tensor_name
+from finetune.adapters.kinds.dora import DoRA
+from finetune.adapters.peft_files import layer_tensors
 from finetune.backends.reference import session as reference
 from finetune.backends.reference.model import ReferencePass
 from finetune.backends.reference.optimizer import ReferenceAdamW
@@ -231,13 +231,14 @@ def frozen_adapter() -> None:
 def module_bypassed() -> None:
     """The gate of the MLP has an adapter that nothing goes through."""
 
-    def added(right: Any, trip: ReferencePass, path: str, x: Any, y: Any) -> Any:
+    def added(right: Any, trip: ReferencePass, path: str, x: Any, weight: Any) -> Any:
         if path.endswith("gate_proj"):
             assert trip.adapter is not None
-            for part, tensor in zip("AB", trip.adapter.pairs[path], strict=True):
-                trip._add(tensor_name(path, part), np.zeros_like(tensor))
-            return np.zeros_like(y), lambda dy: np.zeros_like(x)
-        return right(trip, path, x, y)
+            names = layer_tensors(trip.adapter.target, path)
+            for key, tensor in trip.adapter.layers[path].items():
+                trip._add(names[key], np.zeros_like(tensor))
+            return x @ weight.T, lambda dy: dy @ weight
+        return right(trip, path, x, weight)
 
     plant(ReferencePass, "adapter_output", added)
 
@@ -265,16 +266,16 @@ def double_wrap() -> None:
     "lora.dora_uninitialised",
     real="torchtune #1909",
     what="The magnitudes of DoRA are not those of the base's rows at first.",
-    backends=("reference",),
+    backends=("reference", "mlx"),
 )
 def dora_uninitialised() -> None:
     """All of them are one."""
 
     def draw(right: Any, *given: Any) -> Any:
-        adapter = right(*given)
-        return replace(adapter, magnitudes={path: np.ones_like(each) for path, each in adapter.magnitudes.items()})
+        parts, xp = right(*given), given[1]
+        return {**parts, "m": xp.ones_like(parts["m"])}
 
-    plant(reference, "draw_adapter", draw)
+    plant(DoRA, "start", draw)
 
 
 @fault(

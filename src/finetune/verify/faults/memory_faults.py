@@ -7,7 +7,7 @@ from finetune import files as write
 from finetune.memory import estimate, forecast
 from finetune.memory.estimate import BYTES, Estimate
 from finetune.memory.kept import ActivationBytes
-from finetune.records import AdapterTarget, ModelShape
+from finetune.records import DEFAULT_KIND, AdapterTarget, ModelShape
 from finetune.verify.faults.fault import fault, plant
 
 
@@ -23,7 +23,7 @@ def rank_ignored() -> None:
     def count(right: Any, shape: ModelShape, target: AdapterTarget) -> int:
         return int(right(shape, replace(target, rank=8, modules=("q_proj", "v_proj"))))
 
-    plant(estimate, "lora_parameters", count)
+    plant(estimate, "layer_parameters", count)
 
 
 @fault("A280b", "mem.magnitudes_ignored", real="", what="The estimate counts DoRA as LoRA.")
@@ -31,9 +31,9 @@ def magnitudes_ignored() -> None:
     """Lengths take nothing."""
 
     def count(right: Any, shape: ModelShape, target: AdapterTarget) -> int:
-        return int(right(shape, replace(target, kind="lora")))
+        return int(right(shape, replace(target, kind=DEFAULT_KIND)))
 
-    plant(estimate, "lora_parameters", count)
+    plant(estimate, "layer_parameters", count)
 
 
 def _exact(wrong: Any) -> None:

@@ -21,8 +21,8 @@ def _grown(merged: Merged, name: str, growth: Any) -> Any:
     if name not in merged._layers:
         return weight
     path = merged._layers[name]
-    down, up = merged._adapter.matrices(path)
-    return growth(weight, merged._adapter.target.scale_of(path), up, down)
+    parts = merged._adapter.layers[path]
+    return growth(weight, merged._adapter.target.scale_of(path), parts["B"], parts["A"])
 
 
 @fault("A200", "merge.noop", real="mlx-examples #425, unsloth #611", what="The model that is merged is the base.")

@@ -32,7 +32,7 @@ def adapter_travels(trainer: SubjectClient, case: Learned) -> None:
     model = trainer.model(case.model)
     adapter = adapter_of(train(trainer, model, case.settings, case.values))
     told, _ = weights_of(trainer, model, adapter)
-    rank, alpha = case.settings["adapter.rank"], case.settings["adapter.alpha"]
+    rank, alpha = (case.settings.get(f"adapter.{each}", 1) for each in ("rank", "alpha"))
     scale = alpha / (rank**0.5 if case.kind == "rank-stabilised" else rank)
     check(abs(told.scale - scale) <= 1e-6, expected=f"scale {scale}", got=told.scale)
     given = {"settings": case.settings, "adapter": adapter}

@@ -4,11 +4,12 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
-from finetune.adapters.peft_files import WEIGHTS, on_disk
+from finetune.adapters.peft_files import WEIGHTS, on_disk, read_settings
 from finetune.backends import open_backend
 from finetune.chat.encoder import Encoder
 from finetune.config import LoadedConfig, dump_plan, flatten, load_config, resolve_processes
@@ -175,9 +176,8 @@ class OurTrainer:
 
     def adapter_weights(self, model: str, adapter: str) -> dict[str, Any]:
         """What is in an adapter's folder, which is PEFT's own format."""
-        settings = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
-        rank = settings["r"] ** 0.5 if settings["use_rslora"] else settings["r"]
-        return {"file": str(Path(adapter) / WEIGHTS), "scale": settings["lora_alpha"] / rank}
+        target = replace(read_settings(Path(adapter), transposed=True), rank_pattern={}, alpha_pattern={})
+        return {"file": str(Path(adapter) / WEIGHTS), "scale": target.scale_of("any layer")}
 
     def logits(
         self, model: str, settings: Given, prompts: Sequence[Sequence[int]], adapter: str | None = None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from finetune.adapters.kinds import kind_of_tensors, layer_tensor
 from finetune.adapters.peft_files import WEIGHTS, on_disk, read_settings
 from finetune.backends import open_backend
 from finetune.backends.reference.session import ReferenceSession
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 Given = Mapping[str, Any]
 _TEXTS = ("ab", " a b ", "\n", "{{ .System }}", "1 2", "")
-_MAGNITUDES = ".lora_magnitude_vector"
 
 
 def result_handlers(trainer: "OurTrainer") -> dict[str, Callable[..., dict[str, Any]]]:
@@ -226,12 +226,13 @@ class _ResultHandlers:
 
 
 def _put_on(weights: dict[str, Any], given: Mapping[str, Any], scale: float) -> None:
-    """Grow weights by an adapter's: W + s B A, with its rows stretched to the magnitudes where there are some."""
-    tensors = {name.removeprefix("base_model.model."): tensor.astype(np.float64) for name, tensor in given.items()}
-    for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
-        path = name.removesuffix(".lora_A.weight")
-        grown = weights[f"{path}.weight"] + scale * (tensors.pop(f"{path}.lora_B.weight") @ tensors.pop(name))
-        if path + _MAGNITUDES in tensors:
-            grown *= (tensors.pop(path + _MAGNITUDES) / np.linalg.norm(grown, axis=1))[:, None]
-        weights[f"{path}.weight"] = grown
-    weights.update(tensors)
+    """Merge an adapter, of whichever kind its tensors are, into weights, in float64."""
+    layers: dict[str, dict[str, Any]] = {}
+    for name, tensor in given.items():
+        if found := layer_tensor(name):
+            layers.setdefault(found.path, {})[found.tensor.key] = tensor.astype(np.float64)
+        else:
+            weights[name.removeprefix("base_model.model.")] = tensor.astype(np.float64)
+    for path, parts in layers.items():
+        weight = weights[f"{path}.weight"]
+        weights[f"{path}.weight"] = kind_of_tensors(parts).merged(np, parts, scale, weight)
