@@ -140,14 +140,15 @@ def test_modules_to_save_are_found_by_the_end_of_their_path_or_refused(shape: Mo
 
 @given(model_shapes().flatmap(lambda shape: st.tuples(st.just(shape), varied_targets(shape))))
 def test_estimate_counts_every_kind_by_hand(drawn: tuple[ModelShape, AdapterTarget]) -> None:
-    """A and B of each layer's own rank, DoRA's outputs, and whole modules in the format of the base."""
+    """A and B of each layer's own rank, DoRA's outputs, IA3's one side, and whole modules in the format of the base."""
     shape, target = drawn
     turned = shape.architecture == "GPT2LMHeadModel"
     numbers = 0
     for layer in adapted_layers(shape, target):
         outputs, inputs = layer.shape[::-1] if turned else layer.shape
         pair = target.rank_of(layer.name) * (outputs + inputs)
-        numbers += {"lora": pair, "dora": pair + outputs}[target.kind]
+        factors = inputs if layer.name.endswith("down_proj") else outputs
+        numbers += {"lora": pair, "dora": pair + outputs, "ia3": factors}[target.kind]
     whole = sum(math.prod(size) for name, size in shape.weights.items() if name.rpartition(".")[0] in target.saved)
     assert adapter_parameters(shape, target) == numbers + whole
     told = estimate_memory(shape, target, "bfloat16")
@@ -211,6 +212,7 @@ def trained_through(target: AdapterTarget | None, folder: Path, stops: list[int]
 KINDS: dict[str, AdapterTarget | None] = {
     "lora": replace(TARGET, dropout=0.3, scaling="rank_stabilized", rank_pattern={"q_proj": 2}),
     "dora": replace(TARGET, kind="dora", dropout=0.3),
+    "ia3": replace(TARGET, kind="ia3"),
     "saved": replace(TARGET, kind="dora", saved=("model.norm", "lm_head", "model.embed_tokens")),
     "full": None,
 }

@@ -146,6 +146,7 @@ CORNERS: dict[str, tuple[st.SearchStrategy[Any], Corners]] = {
         {
             "dora": (lambda m: m.target.kind == "dora", 2),
             "lora": (lambda m: m.target.kind == "lora", 2),
+            "ia3": (lambda m: m.target.kind == "ia3", 2),
             "rank-stabilised": (lambda m: m.target.scaling == "rank_stabilized", 2),
             "ranks by pattern": (lambda m: len(m.target.rank_pattern) > 0, 2),
             "alphas by pattern": (lambda m: len(m.target.alpha_pattern) > 0, 2),

@@ -38,6 +38,7 @@ def kinds(location: ModelLocation) -> dict[str, AdapterTarget | None]:
     return {
         "lora": replace(plain, scaling="rank_stabilized", rank_pattern={first: 2}, alpha_pattern={".*": 5.0}),
         "dora": replace(plain, kind="dora"),
+        "ia3": AdapterTarget(1, 1.0, 0.0, MODULES[location.name], kind="ia3"),
         "saved": replace(plain, kind="dora", saved=(NORM[location.name],)),
         "full": None,
     }
@@ -59,7 +60,7 @@ def test_torch_moves_tensors_as_pefts_lora_plus_does(location: ModelLocation, ra
     from peft.optimizers import create_loraplus_optimizer
 
     for name, target in kinds(location).items():
-        if target is None:
+        if target is None or target.kind == "ia3":  # LoRA+ is not said of it
             continue
         session = OPENERS["torch"](location)
         session.attach(target, 0)
@@ -103,7 +104,7 @@ def test_order_of_patterns_survives_the_file(location: ModelLocation, tmp_path: 
         assert again.loss(Batch(ROWS)) == pytest.approx(session.loss(Batch(ROWS)), rel=1e-5), backend
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "saved", "full"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "saved", "full"])
 @pytest.mark.parametrize("backend", list(OPENERS))
 def test_resume_of_every_kind_is_the_same_run(location: ModelLocation, backend: str, kind: str, tmp_path: Path) -> None:
     """P-RESUME: stopped and continued in a fresh session, all of the state is the same to the byte."""
@@ -125,7 +126,7 @@ def test_resume_of_every_kind_is_the_same_run(location: ModelLocation, backend: 
     assert session.fingerprints() == other.fingerprints()
 
 
-@pytest.mark.parametrize("kind", ["dora", "saved", "full"])
+@pytest.mark.parametrize("kind", ["dora", "ia3", "saved", "full"])
 @pytest.mark.parametrize("backend", list(OPENERS))
 def test_what_was_saved_works_in_a_fresh_process(
     location: ModelLocation, backend: str, kind: str, tmp_path: Path
@@ -168,7 +169,7 @@ def test_adapter_that_mlx_lms_format_has_no_place_for_is_refused(location: Model
     from finetune.backends.mlx.adapter import write_mlx_adapter
 
     blocks = 2
-    for kind in ("lora", "saved"):
+    for kind in ("lora", "saved", "ia3"):
         with pytest.raises(ModelError, match="no place for"):
             write_mlx_adapter(trained("mlx", location, kinds(location)[kind]).adapter, "base", blocks, tmp_path)
     plain = replace(kinds(location)["dora"], scaling="rank_stabilized", dropout=0.0)  # type: ignore[type-var]

@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 from finetune.adapters.kind import AdapterKind, AdapterTensor
 from finetune.adapters.kinds.dora import DoRA
+from finetune.adapters.kinds.ia3 import IA3
 from finetune.adapters.kinds.lora import LoRA
 from finetune.records import AdapterTarget, Optimization
 
-ADAPTER_KINDS: Mapping[str, AdapterKind] = {kind.name: kind for kind in (LoRA(), DoRA())}
+ADAPTER_KINDS: Mapping[str, AdapterKind] = {kind.name: kind for kind in (LoRA(), DoRA(), IA3())}
 _TENSORS = tuple(dict.fromkeys(tensor for kind in ADAPTER_KINDS.values() for tensor in kind.tensors))
 
 
@@ -26,13 +27,13 @@ def kind_of(target: AdapterTarget) -> AdapterKind:
 
 
 def any_of(names: Iterable[str] = ADAPTER_KINDS) -> str:
-    """The names of kinds, for a hint: "lora or dora"."""
+    """The names of kinds, for a hint: "lora, dora or ia3"."""
     *others, last = names
     return f"{', '.join(others)} or {last}" if others else last
 
 
 def titles(kinds: Iterable[AdapterKind] = ADAPTER_KINDS.values()) -> str:
-    """Kinds as people call them: "LoRA and DoRA"."""
+    """Kinds as people call them: "LoRA, DoRA and IA3"."""
     *others, last = [kind.title for kind in kinds]
     return f"{', '.join(others)} and {last}" if others else last
 
