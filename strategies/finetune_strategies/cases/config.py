@@ -123,7 +123,11 @@ CONFIG_ADAPTER = _changes(
     ("adapter.scaling", "rank_stabilized"),
     ("adapter.dropout", 0.5),
     ("adapter.target_modules", ("q_proj",)),
-    *(("adapter.kind", kind) for kind in ADAPTER_KINDS if kind != DEFAULT_KIND),
+    *(
+        ("adapter.kind", name)
+        for name, kind in ADAPTER_KINDS.items()
+        if name != DEFAULT_KIND and kind.takes("adapter.rank")
+    ),
     ("adapter.rank_pattern", {"q_proj": 1}),
     ("adapter.alpha_pattern", {"q_proj": 3.0}),
     ("training.seed", 1),
