@@ -12,19 +12,24 @@ _HEAD = """\
 # A FineTune configuration. Each setting is shown with its default, switched off by a leading #.
 # Delete that # to set it; everything else is left to the profile or to the default.
 """
-_WIDTH = 110
+_PROFILE = "A named starting point for the settings below; null for none."
 
 
 def commented_config() -> str:
     """A configuration file with every setting explained; loading it unchanged gives the defaults."""
-    blocks = [_HEAD, _profile_block()]
+    profiles = [_comment(f"  {name}: {profile.sentence}") for name, profile in PROFILES.items()]
+    blocks = [_HEAD, "\n".join([_comment(_PROFILE), *profiles, f"#{PROFILE_KEY}: null\n"])]
     section = ""
     for key in KEYS:
-        home, _ = split_key(key)
+        home, name = split_key(key)
         if home and home != section:
-            blocks.append(f"{_comment(description_of(home), '')}\n{home}:\n")
-        section = home
-        blocks.append(_setting_block(key, "  " if home else ""))
+            blocks.append(f"{_comment(description_of(home))}\n{home}:\n")
+        section, indent = home, "  " if home else ""
+        default = default_of(key)
+        default = list(default) if isinstance(default, tuple) else default
+        allowed = f"Allowed: {expectation(key)}. Default: {'null' if default is None else default}."
+        prose = f"{_comment(description_of(key), indent)}\n{_comment(allowed, indent)}"
+        blocks.append(f"{prose}\n{indent}#{yaml_line(name, default)}\n")
     return "\n".join(blocks)
 
 
@@ -46,32 +51,12 @@ def json_schema() -> dict[str, Any]:
     properties[PROFILE_KEY] = {
         "anyOf": [{"enum": list(PROFILES), "type": "string"}, {"type": "null"}],
         "default": None,
-        "description": _profile_sentence(),
+        "description": _PROFILE,
         "title": "Profile",
     }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "FineTune configuration"}
 
 
-def _setting_block(key: str, indent: str) -> str:
-    default = default_of(key)
-    default = list(default) if isinstance(default, tuple) else default
-    shown = "null" if default is None else default
-    prose = _comment(description_of(key), indent)
-    allowed = _comment(f"Allowed: {expectation(key)}. Default: {shown}.", indent)
-    return f"{prose}\n{allowed}\n{indent}#{yaml_line(split_key(key)[1], default)}\n"
-
-
-def _profile_block() -> str:
-    lines = [_comment(_profile_sentence(), "")]
-    lines += [_comment(f"  {name}: {profile.sentence}", "") for name, profile in PROFILES.items()]
-    return "\n".join([*lines, f"#{PROFILE_KEY}: null\n"])
-
-
-def _profile_sentence() -> str:
-    return "A named starting point for the settings below; null for none."
-
-
-def _comment(text: str, indent: str) -> str:
-    return textwrap.fill(
-        text, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ", break_on_hyphens=False
-    )
+def _comment(text: str, indent: str = "") -> str:
+    start = f"{indent}# "
+    return textwrap.fill(text, 110, initial_indent=start, subsequent_indent=start, break_on_hyphens=False)

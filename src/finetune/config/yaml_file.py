@@ -55,7 +55,8 @@ def read_yaml(path: Path) -> YamlFile:
     if values is None:
         return YamlFile(path, text=text)
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
-        what = f"the file must hold settings such as `backend: torch`, but holds {_kind(values)}"
+        kind = {list: "a list", str: "only text"}.get(type(values), "a single value")
+        what = f"the file must hold settings such as `backend: torch`, but holds {kind}"
         problem = Problem(what, str(path), "start from the file that `ft init` writes")
         return YamlFile(path, problems=[problem], text=text)
     problems = [
@@ -134,7 +135,3 @@ def _lines(node: yaml.MappingNode) -> dict[str, int]:
             for inner, _ in value.value:
                 lines[f"{key.value}.{inner.value}"] = inner.start_mark.line + 1
     return lines
-
-
-def _kind(value: object) -> str:
-    return "a list" if isinstance(value, list) else "only text" if isinstance(value, str) else "a single value"
