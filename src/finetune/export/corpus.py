@@ -1,4 +1,4 @@
-"""Texts on which tokenizers part: digits, code, space of all kinds, scripts, emoji, control tokens as plain text."""
+"""Texts on which tokenizers differ: digits, code, space, scripts, emoji, control tokens as plain text."""
 
 import random
 import unicodedata

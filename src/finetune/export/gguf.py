@@ -1,4 +1,4 @@
-"""Writes a run's result, or a model, as GGUF; the file comes to its place only when llama.cpp computes the same."""
+"""Writes a run's result, or a model, as GGUF; the file appears only once llama.cpp computes the same."""
 
 import contextlib
 import tempfile
@@ -71,8 +71,8 @@ def export(
         outtype: f16 for a model and f32 for an adapter where it is None.
         adapter_only: the run's adapter alone, to be put on its base by llama.cpp.
         output: the file to make; by default below the run's folder, or in this one for a model.
-        backend: computes what a model's file is held to; a run's own does for a run.
-        tell: is told what is done.
+        backend: computes the baseline for a model; a run has its own.
+        tell: receives progress messages.
 
     Raises:
         FineTuneError: it was refused, the disk did not take it, or the file does not compute what was trained; in
@@ -158,9 +158,9 @@ def plan_whole(exportable: Exportable, outtype: Outtype) -> Blueprint:
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """What llama.cpp is to load: the file, the base below it where it is an adapter, and the same file in f32.
+    """What llama.cpp loads: the file; `under`, the base of an adapter; `twin`, a quantised file's copy in f32.
 
-    By the last one what quantising does to a model is told from what a fault does.
+    A fault of the conversion shows in the twin, too; what shows in the quantised file alone is due to quantising.
     """
 
     path: Path
@@ -198,7 +198,7 @@ def _examine(exportable: Exportable, vocabulary: GgufVocabulary, files: _Files) 
 def _require_passed(check: Check, outtype: Outtype = "f32") -> Check:
     if check.passed:
         return check
-    # What is the file's own fault shows in the same file before quantising.
+    # The f32 twin has passed before: what fails now is due to quantising.
     told = outtype in QUANTISED and check.stage in ("logits", "greedy text")
     hint = (
         f"this model bears {outtype} badly: use a larger --outtype"

@@ -1,4 +1,4 @@
-"""Folds a run's adapter into its base: a model folder for any program, in its place only when it computes the same."""
+"""Merges a run's adapter into its base; the model folder appears only once it computes the same."""
 
 import contextlib
 import os
@@ -54,7 +54,7 @@ def merge(run: Path, *, output: Path | None, dtype: Dtype | None, tell: Teller =
     Args:
         output: the folder to make; by default `merged` below the run's.
         dtype: how weights are stored; None keeps each as the base has it.
-        tell: is told what is done.
+        tell: receives progress messages.
 
     Raises:
         FineTuneError: it was refused, the disk did not take it, or the folder does not compute what was trained; in

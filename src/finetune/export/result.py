@@ -1,4 +1,4 @@
-"""What a finished run has trained: where it lies, on which base, and what may be asked of it; no weight is loaded."""
+"""A finished run's result: where it lies, on which base, and prompts to try it with; loads no weight."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -149,13 +149,13 @@ class AdapterWeights:
 
 
 class Merged:
-    """The weights of a base model with an adapter merged in, computed in float32 whatever they are stored as.
+    """The weights of a base model with an adapter merged in, computed in float32.
 
     Args:
         transposed: names of layers that the base stores inputs x outputs, as GPT-2 does.
 
     Raises:
-        ModelError: the adapter speaks of a layer or a weight that the base has not, or of another shape.
+        ModelError: the adapter names a layer or a weight that the base lacks, or one of another shape.
     """
 
     def __init__(self, base: WeightSource, adapter: AdapterWeights, transposed: Sequence[str]) -> None:

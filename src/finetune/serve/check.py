@@ -1,4 +1,4 @@
-"""Holds a served model to what was trained: its prompts, its answers, and where they end."""
+"""Compares a served model with the trained one: its prompts, its answers, and where they end."""
 
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
@@ -10,12 +10,12 @@ from finetune.serve.expected import ServedQuestion, ServingCheck
 from finetune.serve.messages import Completion, Messages
 
 MOST_DIFFERING = 0.1
-"""The share of answers that may differ from the run's own: the file's type rounds, and equal chances fall otherwise."""
+"""The share of answers that may differ from the run's: the file's type rounds, so near ties fall the other way."""
 _SHOWN = 80
 
 
 def compare_prompts(serving_check: ServingCheck, ids_of: Callable[[Messages], Sequence[int]]) -> Check:
-    """Template equality: what the server computes with is what was trained."""
+    """Whether the server's prompt ids are those of training."""
     prompts = (*(asked.prompt for asked in serving_check.questions), *serving_check.prompts)
     equal, first = 0, "" if prompts else "nothing could be asked"
     for prompt in prompts:
@@ -32,7 +32,7 @@ def compare_prompts(serving_check: ServingCheck, ids_of: Callable[[Messages], Se
 
 
 def compare_answers(serving_check: ServingCheck, answer: Callable[[Messages], Completion]) -> tuple[Check, ...]:
-    """The greedy answers to the run's questions, and whether each ends where it should."""
+    """Compare the greedy answers to the run's questions, and whether each right one ends."""
     if not serving_check.questions:
         return ()
     said = [answer(asked.prompt.messages) for asked in serving_check.questions]
@@ -62,13 +62,13 @@ def _difference(asked: ServedQuestion, found: Completion) -> str:
 
 
 def unmeasured_notes(checks: Sequence[Check]) -> tuple[str, ...]:
-    """What could not be judged."""
+    """Notes on what could not be judged."""
     judged = {check.stage for check in checks}
     return () if "stop" in judged else ("where answers end was not measured: none of them was right",)
 
 
 def edge_notes(serving_check: ServingCheck, ids_of: Callable[[Messages], Sequence[int]]) -> tuple[str, ...]:
-    """Whether the server strips what the run's template strips, also of space that is not ASCII's."""
+    """A note where the server does not strip non-ASCII space as the run's template does."""
     count = sum(tuple(ids_of(prompt.messages)) != prompt.ids for prompt in serving_check.odd_prompts)
     if not count:
         return ()
@@ -80,7 +80,7 @@ def edge_notes(serving_check: ServingCheck, ids_of: Callable[[Messages], Sequenc
 
 
 def inert_notes(serving_check: ServingCheck, ids_of: Callable[[Messages], Sequence[int]]) -> tuple[str, ...]:
-    """Whether a message can hold a control token as plain text, as in training."""
+    """A note where the server takes a control token's name in a message for the token itself."""
     if not serving_check.stops:
         return ()
     token = serving_check.stops[0]
@@ -97,7 +97,7 @@ def inert_notes(serving_check: ServingCheck, ids_of: Callable[[Messages], Sequen
 
 
 def require_passed(*checks: Check) -> tuple[Check, ...]:
-    """The checks, where all of them hold."""
+    """The checks, if all of them passed."""
     for check in checks:
         if not check.passed:
             raise DeploymentError(

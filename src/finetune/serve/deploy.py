@@ -1,5 +1,6 @@
-"""Deploys a run's result to llama.cpp's server or to Ollama, and holds what is served to what was trained."""
+"""Deploys a run's result to llama.cpp's server or to Ollama, and verifies what is served."""
 
+import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -32,12 +33,12 @@ from finetune.serve.publish import Blob, check_free, place_model
 from finetune.serve.recipe import leave_recipe, make_recipe
 
 COUNTED = 4
-"""How many prompts are only counted where a server does not tell what it makes of them: each loads the model again."""
+"""How many prompts are counted where a server does not show them: each loads the model again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Deployed:
-    """A model that is served, and what it was held to."""
+    """A model that is served, with its checks."""
 
     target: str
     name: str
@@ -116,11 +117,11 @@ def deploy_ollama(
 
     Args:
         name: the model's name; made from the run's where it is None.
-        replace: a model of that name, if there is one, is to give way.
+        replace: overwrite an existing model of that name.
 
     Raises:
         FineTuneError: it was refused, the server failed, or does not answer as was trained; then the name means what
-            it meant before, or the error says what could not be seen to.
+            it meant before, or the error says what it means now.
     """
     name = full_name(name or default_name(run))
     try:
@@ -165,24 +166,26 @@ def deploy_ollama(
 
 
 def default_name(run: Path) -> str:
-    """A name for the model of a run, by the run's id."""
+    """A model name made of the run's id."""
     told = str(RunFolder.finished(run).read_manifest().get("id", ""))
     return re.sub(r"[^A-Za-z0-9_-]+", "-", f"ft-{told}")[:60].strip("-")
 
 
 def _gguf(run: Path, outtype: Outtype, tell: Teller) -> Path:
-    """The run's GGUF file: the one of an earlier deployment where it is still that, or a new one."""
+    """The run's GGUF file: that of an earlier deployment if unchanged, or a new one."""
     folder = RunFolder.finished(run)
     file = folder.deploy / f"{run.resolve().name}-{outtype}.gguf"
     record = file.with_name(f"{file.name}.json")
     made_of = {"run": file_hash(folder.manifest), "outtype": outtype}
-    if file.is_file() and record.is_file() and _same(record, {**made_of, "sha256": file_hash(file)}):
-        tell(f"taking {file}, which was made of this run and has not changed")
-        return file
+    if file.is_file() and record.is_file():
+        with contextlib.suppress(ValueError):  # a record that is cut off proves nothing
+            if json.loads(record.read_text(encoding="utf-8")) == {**made_of, "sha256": file_hash(file)}:
+                tell(f"taking {file}, which was made of this run and has not changed")
+                return file
     make_folder(folder.deploy)
     with folder.held():
         with storage_errors(file):
-            # Whoever serves another file of this run may be writing what it found.
+            # Only our own leftovers: another process may be writing its record of this folder.
             remove_torn(folder.deploy, like=".*.gguf.*")
             file.unlink(missing_ok=True)
         export(str(run), outtype=outtype, adapter_only=False, output=file, backend="torch", tell=tell)
@@ -190,17 +193,10 @@ def _gguf(run: Path, outtype: Outtype, tell: Teller) -> Path:
     return file
 
 
-def _same(record: Path, wanted: dict[str, str]) -> bool:
-    try:
-        return bool(json.loads(record.read_text(encoding="utf-8")) == wanted)
-    except ValueError:
-        return False
-
-
 def _verify(
     server: Ollama, name: str, serving_check: ServingCheck, recipe: OllamaRecipe
 ) -> tuple[tuple[Check, ...], tuple[str, ...]]:
-    """Hold a model of Ollama's to the run; what was found, and what is to be known of it."""
+    """Compare a model in Ollama with the run; its checks, and notes on it."""
 
     def ids_of(messages: Messages) -> tuple[int, ...]:
         text = server.rendered(name, messages)
@@ -220,7 +216,7 @@ def _verify(
 
 
 def _recipe_check(server: Ollama, name: str, recipe: OllamaRecipe) -> Check:
-    """Whether the model has the template and the parameters that it was to have."""
+    """Whether Ollama shows the template and the parameters that were sent."""
     told = server.show(name)
     wanted = [*recipe.parameters["stop"], str(recipe.parameters["num_ctx"])]
     missing = [each for each in wanted if each not in told["parameters"]]
@@ -231,7 +227,7 @@ def _recipe_check(server: Ollama, name: str, recipe: OllamaRecipe) -> Check:
 
 
 def _count_prompts(server: Ollama, name: str, serving_check: ServingCheck) -> Check:
-    """Whether prompts have as many tokens as in training: weaker than to compare them."""
+    """Whether prompts have as many tokens as in training, where they cannot be compared."""
     first, equal = "", 0
     for prompt in serving_check.prompts[:COUNTED]:
         found = server.chat(name, prompt.messages, most=1, fresh=True).prompt_tokens

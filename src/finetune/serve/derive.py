@@ -1,7 +1,7 @@
-"""A chat template in Ollama's language, derived from what the run's own one makes of probes, and then proved.
+"""Derives a chat template in Ollama's language from what the run's own one renders, and proves the two equal.
 
-What is derived is the markup between any two messages, by their roles, and which texts are stripped. A template that
-does more than that cannot be said in Go's language, and is refused.
+The run's template renders a few probe conversations. From these follow the markup between any two messages, by their
+roles, and which roles' texts are stripped. A template that does more than that is refused.
 """
 
 import random
@@ -13,19 +13,19 @@ from finetune.records import Conversation, Message
 from finetune.serve.go_template import ExecutionError, GoTemplate, literal, quoted
 
 Render = Callable[[Conversation], str]
-"""A conversation that ends with a question, as the text that the model is asked with.
-
-It raises `TemplateError` where the template refuses those roles.
+"""Renders a conversation that ends with a question as the prompt; raises `TemplateError` for roles it refuses.
 """
 SPACES = (
     "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
     "\u2028\u2029\u202f\u205f\u3000"
 )
-"""What Python, and so Jinja, strips."""
+"""All characters that Python, and so Jinja, strips."""
 _BEGINNING, _ANSWER = "", "the answer"
+# A shape is a conversation by the first letters of its roles. Every template must render those of `_MUST`.
 _LETTERS = {"s": "system", "u": "user", "a": "assistant"}
 _MUST = ("u", "uau", "uauau")
 _MAY = ("su", "suau", "suauau", "uasu", "suasu")
+# Space of one, two and three UTF-8 bytes, on both sides.
 _PADDING = ("\u2003 \n", "\t\x1f\xa0")
 _MOST_DRAWN = 60
 _REMEDY = "serve it with llama.cpp (--to llama.cpp), which takes the template as it is; or send Ollama raw prompts"
@@ -34,15 +34,15 @@ _Markup = dict[tuple[str, str], str]
 
 
 def derive_template(render: Render, *, bos: str, texts: Sequence[str]) -> str:
-    """The template for Ollama.
+    """Derive the template for Ollama.
 
     Args:
         render: the run's own template.
-        bos: what the server puts in front of every prompt by itself, so that the template must not; "" for nothing.
-        texts: what messages may say; the template is proved on conversations of them.
+        bos: the text that the server itself puts before every prompt, so that the template must not.
+        texts: contents of messages; the template is proved on conversations of them.
 
     Raises:
-        TemplateError: it cannot be said in that language, or what was derived is not proved.
+        TemplateError: Ollama's language cannot express it, or the derived template renders something else.
     """
     markup = _markup(render)
     stripped = {
@@ -56,10 +56,10 @@ def derive_template(render: Render, *, bos: str, texts: Sequence[str]) -> str:
 
 
 def prove_template(template: str, render: Render, *, bos: str, conversations: Sequence[Conversation]) -> int:
-    """Of how many conversations the Go template makes what the run's own one makes; those that it refuses count not.
+    """Count the conversations that both templates render alike, without those that the run's own one refuses.
 
     Raises:
-        TemplateError: of one of them it makes something else, or none was rendered at all.
+        TemplateError: the Go template renders one differently, or none was rendered at all.
     """
     parsed, equal = GoTemplate(template), 0
     for conversation in conversations:
@@ -84,7 +84,7 @@ def prove_template(template: str, render: Render, *, bos: str, conversations: Se
 
 
 def drawn_conversations(texts: Sequence[str]) -> list[Conversation]:
-    """Conversations of every shape that end with a question, their messages drawn from texts; the same every time."""
+    """Sixty conversations of every shape, their contents drawn from texts; the same every time."""
     dice = random.Random(0)
     shapes = [*_MUST, *_MAY]
     return [
@@ -97,7 +97,7 @@ def drawn_conversations(texts: Sequence[str]) -> list[Conversation]:
 
 
 def _markup(render: Render) -> _Markup:
-    """The markup between two messages by their roles, from the beginning to where the answer begins."""
+    """The markup between neighbouring roles, the beginning and the answer included."""
     found: _Markup = {}
     for shape in (*_MUST, *_MAY):
         conversation = _probe(shape)
@@ -125,6 +125,7 @@ def _probe(shape: str, *, around: tuple[str, str] = ("", "")) -> Conversation:
 
 
 def _between(text: str, conversation: Conversation) -> list[str]:
+    """The text before, between and after the messages of a rendered probe."""
     pieces: list[str] = []
     for message in conversation.messages:
         before, said, text = text.partition(message.content)
@@ -138,7 +139,8 @@ def _between(text: str, conversation: Conversation) -> list[str]:
 
 
 def _strips(render: Render, markup: _Markup, role: str) -> bool:
-    """Whether the texts of a role are stripped."""
+    """Whether the template strips a role's texts."""
+    # The shortest shape in which the role occurs.
     shape = {"system": "su" if (_BEGINNING, "system") in markup else "uasu", "user": "u", "assistant": "uau"}[role]
     conversation = _probe(shape)
     padded = tuple(
@@ -172,19 +174,26 @@ def _write(markup: _Markup, stripped: Mapping[str, bool]) -> str:
 
 
 def _after(markup: _Markup, role: str) -> str:
-    """The markup in front of a message, by the role of the one before it."""
+    """An action that shows the markup before a message, by the role of the one before it."""
     cases = [f'if eq $last "{before}" }}}}{literal(text)}' for (before, after), text in markup.items() if after == role]
     otherwise = _refusal("an order of roles that was not trained")
     return "{{ " + "{{ else ".join(cases) + f"{{{{ else }}}}{otherwise}{{{{ end }}}}"
 
 
 def _refusal(words: str) -> str:
-    """An action that Go cannot execute: what was never trained is refused instead of rendered in some way."""
+    """An action that fails in Go: a prompt that was never trained is refused, not rendered somehow.
+
+    The language has no word for an error; slicing a text beyond its end is one.
+    """
     return f"{{{{ slice {quoted(words)} 999 }}}}"
 
 
 def _stripping() -> str:
-    """Templates that show a text without the space around it, which Go's language has no word for."""
+    """Two templates that together strip a text, for which Ollama's functions have no word.
+
+    Each looks at one, two or three bytes at an end: where they are a space, it calls itself with the rest, or else goes
+    on to the other end. The last `size` bytes are `slice . (len (slice . size))`: there is no subtraction.
+    """
     sizes = {size: [each for each in SPACES if len(each.encode()) == size] for size in (1, 2, 3)}
     ends = {
         "stripped": ("(slice . 0 {size})", "(slice . {size})", '{{ template "ended" . }}'),

@@ -1,4 +1,4 @@
-"""What a served model of a run is asked, and what must come of it: ids of prompts, and answers of the run's own."""
+"""What a served model must reproduce: the ids of prompts, and the run's own answers."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ _SPACES_OF_ASCII = " \t\n\r\v\f"
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A conversation as a chat API takes it, and the ids that the model was trained to be asked with."""
+    """A conversation as a chat API takes it, and its ids in training."""
 
     messages: Messages
     ids: tuple[int, ...]
@@ -32,7 +32,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class ServedQuestion:
-    """A question of the run, what its tuned model said, and the one answer that counts as right."""
+    """A question of the run, the tuned model's answer, and the right one."""
 
     prompt: Prompt
     given: str
@@ -41,18 +41,18 @@ class ServedQuestion:
 
 @dataclass(frozen=True, slots=True)
 class ServingCheck:
-    """All that a served model is held to.
+    """Everything that a served model is compared with.
 
     Attributes:
         encoder: the run's template and tokenizer.
-        context: how many tokens a row of training could have; no longer conversation was ever trained on.
-        most: how many tokens an answer may have.
+        context: the longest sequence seen in training, in tokens.
+        most: the largest number of tokens of an answer.
         stops: the control tokens at which an answer ends.
-        texts: what messages of drawn conversations say; no control token is in them.
+        texts: contents of drawn messages, without control tokens.
         prompts: drawn conversations.
-        odd_prompts: drawn conversations with space at the edge of a message that is not ASCII's.
-        questions: those that the run asked.
-        notes: what could not be asked, and why.
+        odd_prompts: drawn conversations in which a message begins or ends with non-ASCII space.
+        questions: the run's own.
+        notes: what was left out, and why.
     """
 
     encoder: Encoder
@@ -67,7 +67,7 @@ class ServingCheck:
 
     @property
     def bos(self) -> str:
-        """What a server puts in front of every prompt by itself: the begin-of-text token, or nothing."""
+        """The begin-of-text token that a server itself puts before every prompt, or ""."""
         return self.encoder.tokenizer.bos if self.encoder.tokenizer.adds_bos else ""
 
     def render(self, conversation: Conversation) -> str:
@@ -80,7 +80,7 @@ class ServingCheck:
 
 
 def prepare_serving_check(path: Path, exportable: Exportable) -> ServingCheck:
-    """The exam of a finished run.
+    """Prepare the check of a finished run.
 
     Raises:
         FineTuneError: the run is not finished, or its model or template cannot be used any more.
@@ -121,12 +121,12 @@ def _prompts(encoder: Encoder, conversations: Sequence[Conversation], context: i
 
 
 def _is_odd(prompt: Prompt) -> bool:
-    """Whether a message begins or ends with space that Python strips and C++ does not."""
+    """Whether a message begins or ends with space that Python strips and llama.cpp's C++ does not."""
     return any(text.strip() != text.strip(_SPACES_OF_ASCII) for text in (each["content"] for each in prompt.messages))
 
 
 def _questions(folder: RunFolder, encoder: Encoder) -> tuple[list[ServedQuestion], tuple[str, ...]]:
-    """The run's questions as it asked them; only its data still has their conversations."""
+    """The run's questions with their conversations, which only its data still has."""
     manifest = folder.read_manifest()
     said: list[dict[str, Any]] = (((manifest.get("scores") or {}).get("learning") or {}).get("tuned") or {}).get(
         "answers", []

@@ -1,6 +1,6 @@
-"""Gives a name in Ollama to a new model: made under another name, verified there, and only then called by its own.
+"""Publishes a model in Ollama under its name only after it was created and verified under a temporary one.
 
-A name so means one whole model at any time, the one that it meant before or the new one.
+So the name means one whole model at any time: the former or the new one.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ class Blob:
 
 
 def check_free(server: Ollama, name: str, *, replace: bool) -> None:
-    """Make sure that a name is free, or may be given to another model.
+    """Refuse a name that is taken, unless it may be replaced.
 
     Raises:
-        OutputError: it means a model, and `replace` does not say that this one may give way.
+        OutputError: a model has that name, and `replace` is false.
     """
     if not replace and _named(server, name):
         raise OutputError(f"{server.address} has a model {name} already", hint="choose another --name, or --replace it")
@@ -56,13 +56,13 @@ def place_model(server: Ollama, name: str, blob: Blob, recipe: OllamaRecipe, *, 
 
 
 def _named(server: Ollama, name: str) -> str:
-    """What a name means now, by its digest; "" for nothing. Names that differ by case alone are one to Ollama."""
+    """The digest of the model of that name, or "". Ollama takes names that differ by case alone for one."""
     return next((mark for known, mark in server.listed().items() if known.lower() == name.lower()), "")
 
 
 @contextlib.contextmanager
 def _staged(server: Ollama, name: str, before: str) -> Iterator[str]:
-    """Another name, under which a model is made and verified before it gets its own; it is gone afterwards.
+    """A temporary name under which a model is made and verified; it is gone afterwards.
 
     Raises:
         DeploymentError: what went wrong within, with what the name means now.
@@ -84,7 +84,7 @@ def _staged(server: Ollama, name: str, before: str) -> Iterator[str]:
 
 
 def _state(server: Ollama, name: str, before: str) -> str:
-    """What a name means now that something went wrong."""
+    """What a name means after a failure, in words."""
     try:
         now = _named(server, name)
     except FineTuneError:
@@ -95,7 +95,7 @@ def _state(server: Ollama, name: str, before: str) -> str:
 
 
 def _removed(server: Ollama, staging: str, *, must: bool = False) -> str:
-    """What became of the model under its first name; "" where it must be there and could be removed."""
+    """Remove the temporary name; "" where that worked and it had to be there, else what is left, in words."""
     try:
         if must or _named(server, staging):
             server.delete(staging)

@@ -1,4 +1,4 @@
-"""The recipe of a served model: made from a run's template and stops, and left beside the run as a Modelfile."""
+"""Makes Ollama's recipe from a run's template and stops, and leaves it beside the run as a Modelfile."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,17 +14,17 @@ from finetune.serve.ollama import OllamaRecipe
 def make_recipe(
     render: Render, *, bos: str, texts: Sequence[str], context: int, stops: Sequence[str], licence: str
 ) -> OllamaRecipe:
-    """What Ollama is told of a model besides its file; `bos` and `texts` as for `derive_template`.
+    """What Ollama needs besides the file; `bos` and `texts` as for `derive_template`.
 
     Raises:
-        TemplateError: the run's template cannot be said in Ollama's language.
+        TemplateError: Ollama's language cannot express the run's template.
     """
     template = derive_template(render, bos=bos, texts=texts)
     return OllamaRecipe(template, {"num_ctx": context, "stop": list(stops)}, (licence,) if licence else ())
 
 
 def leave_recipe(run: Path, file: Path, recipe: OllamaRecipe) -> tuple[str, ...]:
-    """Leave the same recipe as a Modelfile, where one can hold it; what is to be said where none can."""
+    """Write the recipe as a Modelfile; a note where no Modelfile can hold it."""
     stops = tuple(("stop", stop) for stop in recipe.parameters["stop"])
     parameters = (("num_ctx", recipe.parameters["num_ctx"]), *stops)
     try:
