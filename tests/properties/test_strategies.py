@@ -56,6 +56,8 @@ from finetune_strategies.profiles import examples
 from finetune_strategies.registration import STRATEGIES, strategy_for
 from finetune_strategies.scratch import empty_folder
 
+pytestmark = pytest.mark.tools
+
 SIZES = {"a.bin": 7, "b.bin": 1, "empty": 0}
 
 
@@ -363,8 +365,6 @@ def knows_it():
 """
 IMPORT_ALONE = """
 import sys, hypothesis, hypothesis.strategies
-
-pytestmark = pytest.mark.tools
 loaded = {name.split(".")[0] for name in sys.modules}
 assert not loaded & {"pydantic", "numpy", "tokenizers", "yaml", "finetune"}, loaded
 """
