@@ -29,7 +29,8 @@ from finetune_strategies.datasets import Dealing, dealings, token_rows
 from finetune_strategies.profiles import examples
 from support import side_by_side
 from support.objectives import OBJECTIVES
-from support.side_by_side import GPT2S, LLAMAS, labels, labels_by_hand, training_events, weights
+from support.sessions import gradients, logits, weights
+from support.side_by_side import GPT2S, LLAMAS, labels, labels_by_hand, training_events
 from support.tolerances import apart, check_gradients
 
 pytestmark = pytest.mark.tier2
@@ -59,7 +60,7 @@ class AgreementMachine(RuleBasedStateMachine):
         # Far above the gradients' rounding errors, which AdamW would otherwise blow up to full steps.
         self.optimization = Optimization(0.05, limit, epsilon=1e-3, loraplus_lr_ratio=ratio)
         self.location = side_by_side.write_model(model, self.folder())
-        self.base = side_by_side.logits(open_backend("torch").open(self.location, "float32", 0), PROBE)
+        self.base = logits(open_backend("torch").open(self.location, "float32", 0), PROBE)
         self.sessions = side_by_side.open_all(model, self.location, pad_id)
         self.exact = next(iter(self.sessions))
         if not fresh:
@@ -122,10 +123,10 @@ class AgreementMachine(RuleBasedStateMachine):
                 self.close(loss, losses[self.exact])
 
         for name, session in self.sessions.items():
-            before = side_by_side.logits(session, PROBE)
+            before = logits(session, PROBE)
             with session.adapter_disabled():
-                assert apart(side_by_side.logits(session, PROBE), self.base) < CLOSE, name
-            assert np.array_equal(side_by_side.logits(session, PROBE), before), name
+                assert apart(logits(session, PROBE), self.base) < CLOSE, name
+            assert np.array_equal(logits(session, PROBE), before), name
 
     @rule(
         rows=token_rows(1, 4),
@@ -141,9 +142,9 @@ class AgreementMachine(RuleBasedStateMachine):
             for loss in losses.values():
                 self.close(loss, losses[self.exact])
         self.pending = True
-        exact = side_by_side.slopes(self.sessions[self.exact])
+        exact = gradients(self.sessions[self.exact])
         for session in self.sessions.values():
-            check_gradients(side_by_side.slopes(session), exact, WORN)
+            check_gradients(gradients(session), exact, WORN)
 
     @precondition(lambda self: self.pending)
     @rule(rate=RATES)
@@ -230,11 +231,11 @@ class AgreementMachine(RuleBasedStateMachine):
     def merge(self, writer: int) -> None:
         """The model that one of them saves is the adapted one in all of them, without an adapter."""
         folder = self.written(writer, "save_model")
-        wanted = side_by_side.logits(self.sessions[self.exact], PROBE)
+        wanted = logits(self.sessions[self.exact], PROBE)
         merged = side_by_side.open_bare(self.model, ModelLocation("merged", folder, "local"), self.pad_id)
         for name, session in merged.items():
             assert not any("lora" in tensor for tensor in session.fingerprints()), name
-            assert apart(side_by_side.logits(session, PROBE), wanted) < WORN, name
+            assert apart(logits(session, PROBE), wanted) < WORN, name
 
     @rule(writer=st.integers(0, 2))
     def export(self, writer: int) -> None:
@@ -243,8 +244,8 @@ class AgreementMachine(RuleBasedStateMachine):
         for name, session in side_by_side.open_bare(self.model, self.location, self.pad_id).items():
             session.load_adapter(folder)
             assert session.trainable_names() == []
-            wanted = side_by_side.logits(self.sessions[name], PROBE)
-            assert apart(side_by_side.logits(session, PROBE), wanted) < WORN, name
+            wanted = logits(self.sessions[name], PROBE)
+            assert apart(logits(session, PROBE), wanted) < WORN, name
 
     @rule(prompts=token_rows(1, 3), most=st.integers(0, 6), stop=st.integers(0, 96))
     def answer(self, prompts: tuple[TokenizedRow, ...], most: int, stop: int) -> None:
@@ -261,7 +262,7 @@ class AgreementMachine(RuleBasedStateMachine):
         if parted is None:
             assert ours == theirs, name
             return
-        scores = side_by_side.logits(self.sessions[self.exact], [*prompt, *theirs[:parted]])[-1]
+        scores = logits(self.sessions[self.exact], [*prompt, *theirs[:parted]])[-1]
         assert abs(scores[ours[parted]] - scores[theirs[parted]]) < WORN * np.abs(scores).max(), name
 
     @invariant()

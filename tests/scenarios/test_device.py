@@ -17,9 +17,9 @@ from finetune.config import load_config
 from finetune.errors import FineTuneError, RefusedError
 from finetune.evidence.reopen import compare, reopen, talker
 from finetune.export.gguf_source import exportable_run
-from finetune.records import Batch, ModelLocation
+from finetune.records import Batch
 from finetune.train import fine_tune
-from support.tiny_models import adapted, make_model, make_rows, step
+from support.sessions import Bench, make_model, make_rows, step
 
 pytestmark = pytest.mark.tier2
 ROWS = make_rows(7)
@@ -30,9 +30,9 @@ needs_gpu = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def location(tmp_path_factory: pytest.TempPathFactory) -> ModelLocation:
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """A tiny Llama."""
-    return make_model("llama", tmp_path_factory.mktemp("llama"))
+    return make_model("torch-llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.mark.parametrize(
@@ -83,16 +83,14 @@ def test_gpu_that_is_not_there_is_refused_and_leaves_nothing(backend: str, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_state_of_another_kind_of_device_is_refused_and_changes_nothing(
-    location: ModelLocation, tmp_path: Path
-) -> None:
+def test_state_of_another_kind_of_device_is_refused_and_changes_nothing(bench: Bench, tmp_path: Path) -> None:
     """What was saved with a GPU's random numbers cannot go on exactly without one."""
-    session = adapted(location, dropout=0.3, device="cpu")
+    session = bench.adapted(bench.target(dropout=0.3))
     step(session, [Batch(ROWS)])
     session.save_state(tmp_path)
     path = tmp_path / "state.safetensors"
     save_file({**load_file(path), "random/gpu": torch.zeros(16, dtype=torch.uint8)}, path)
-    fresh = adapted(location, dropout=0.3, seed=5, device="cpu")
+    fresh = bench.adapted(bench.target(dropout=0.3), seed=5)
     before = fresh.fingerprints()
     with pytest.raises(RefusedError, match="random/gpu"):
         fresh.load_state(tmp_path)
@@ -129,11 +127,11 @@ def test_whatever_opens_a_runs_model_opens_it_where_the_run_was(
 
 
 @needs_gpu
-def test_gpu_trains_scores_and_answers_as_the_processor_does(location: ModelLocation, tmp_path: Path) -> None:
+def test_gpu_trains_scores_and_answers_as_the_processor_does(bench: Bench, tmp_path: Path) -> None:
     """Ten steps, the loss at rest, logits and greedy answers are those of the processor, within rounding."""
     found: list[Any] = []
     for device in ("cpu", "gpu"):
-        session = adapted(location, device=device)
+        session = bench.adapted(device=device)
         losses = [step(session, [Batch(ROWS[:4]), Batch(ROWS[4:])]) for _ in range(10)]
         session.save_logits([ROWS[0].ids], tmp_path / device)
         found.append((losses, session.loss(Batch(ROWS)), session.generate([[3, 4, 5]], 8, [2]), session.device))
@@ -147,13 +145,13 @@ def test_gpu_trains_scores_and_answers_as_the_processor_does(location: ModelLoca
 
 
 @needs_gpu
-def test_gpu_goes_on_as_if_never_stopped(location: ModelLocation, tmp_path: Path) -> None:
+def test_gpu_goes_on_as_if_never_stopped(bench: Bench, tmp_path: Path) -> None:
     """With dropout, a session resumed on the GPU draws and computes what the uninterrupted one does."""
-    session = adapted(location, dropout=0.3, device="gpu")
+    session = bench.adapted(bench.target(dropout=0.3), device="gpu")
     step(session, [Batch(ROWS)])
     session.save_state(tmp_path)
     wanted = [step(session, [Batch(ROWS)]) for _ in range(3)]
-    resumed = adapted(location, dropout=0.3, seed=5, device="gpu")
+    resumed = bench.adapted(bench.target(dropout=0.3), seed=5, device="gpu")
     resumed.load_state(tmp_path)
     resumed.loss(Batch(ROWS))
     assert [step(resumed, [Batch(ROWS)]) for _ in range(3)] == pytest.approx(wanted, rel=1e-6)

@@ -39,7 +39,7 @@ from finetune.export.vocabulary import describe_vocabulary
 from finetune.models.locate import SHIPPED, locate_model
 from finetune.records import AdapterTarget, ModelLocation, Optimization
 from support.gguf_models import CONFIGS, byte_level, exportable, give_tokenizer, gpt2_like, make_model
-from support.tiny_models import batches_of, make_rows, step
+from support.sessions import batches_of, make_rows, step
 
 ASKED = ["token ids", "logits", "greedy text"]
 STAGES = ["file", *ASKED]

@@ -9,21 +9,21 @@ from typing import Any
 
 import pytest
 
-from finetune.criteria.evidence import MemoryMeasure
-
-pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
-
 from finetune.adapters.choose import choose_layers
-from finetune.backends.torch.probe import peak_tensors
+from finetune.criteria.evidence import MemoryMeasure
 from finetune.evidence.memory import measure_framework, measure_memory
+from finetune.memory.estimate import estimate_memory
 from finetune.memory.forecast import Forecast, forecast_memory
 from finetune.memory.framework import FRAMEWORKS
 from finetune.memory.kept import KNOWN
 from finetune.memory.load import StepLoad, full_load, load_of
 from finetune.models.locate import SHIPPED, locate_model
 from finetune.models.shape import read_shape
-from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, TokenizedRow
-from support.tiny_models import make_model, open_session
+from finetune.records import AdapterTarget, Batch, Optimization, TokenizedRow
+from support.sessions import Bench, make_model, need
+
+need("torch")
+from finetune.backends.torch.probe import peak_tensors  # noqa: E402
 
 TORCH = FRAMEWORKS["torch"]
 METHODS = ("lora", "full")
@@ -40,7 +40,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2 with dropout": ("gpt2", {}),
     "gpt2 without": ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
 }
-STEPS = {
+STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "all trained": ({"rows": 4, "length": 40}, {}),
     "one row": ({"rows": 1, "length": 33}, {}),
     "few tokens": ({"rows": 1, "length": 5}, {}),
@@ -67,9 +67,9 @@ def batch_of(vocab: int, asked: dict[str, Any]) -> Batch:
     return Batch(tuple(rows), asked.get("packed", ()))
 
 
-def target_of(location: ModelLocation, how: dict[str, Any]) -> AdapterTarget:
+def target_of(bench: Bench, how: dict[str, Any]) -> AdapterTarget:
     """An adapter on all layers or on the first few."""
-    layers = choose_layers(read_shape(location.folder), "all-linear")[: how.get("layers")]
+    layers = choose_layers(read_shape(bench.location.folder), "all-linear")[: how.get("layers")]
     return AdapterTarget(how.get("rank", 3), 7.0, how.get("dropout", 0.0), layers)
 
 
@@ -81,39 +81,40 @@ def about(peak: int, dtype: str) -> Any:
     return pytest.approx(peak, rel=COUNTED, abs=60_000 if dtype == "bfloat16" else 0)
 
 
-def forecast_of(location: ModelLocation, target: AdapterTarget | None, dtype: str, load: StepLoad) -> Forecast:
+def forecast_of(bench: Bench, target: AdapterTarget | None, dtype: str, load: StepLoad) -> Forecast:
     """What is expected."""
-    return forecast_memory(read_shape(location.folder), target, dtype, load, TORCH)
+    return forecast_memory(read_shape(bench.location.folder), target, dtype, load, TORCH)
+
+
+def peak_of(bench: Bench, target: AdapterTarget | None, batch: Batch, *, dtype: str = "float32", times: int = 1) -> int:
+    """The most bytes of live tensors in a real step of so many batches, once the moments are there."""
+    session = bench.adapted(target, optimization=Optimization(0.0, 1.0), dtype=dtype)
+    session.accumulate(batch, 1 / batch.target_count)
+    session.update(1e-4)
+    return peak_tensors(session, batch, times)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelLocation:
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """A tiny model of each kind that is counted tensor by tensor."""
     kind, changes = FAMILIES[request.param]
     sizes = SMALL if kind == "llama" else {"vocab_size": 211, "n_positions": 64}
     said = {name: value for name, value in {**sizes, **changes}.items() if value is not None}
-    return make_model(kind, tmp_path_factory.mktemp("models"), **said)
+    return make_model(f"torch-{kind}", tmp_path_factory.mktemp("models"), **said)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("step", STEPS)
-def test_live_tensors_are_as_counted(family: ModelLocation, step: str, method: str) -> None:
+def test_live_tensors_are_as_counted(family: Bench, step: str, method: str) -> None:
     """The peak of live tensor bytes in a real step is within 5 % of what is expected, whatever is trained and how."""
     asked, how = STEPS[step]
-    shape = read_shape(family.folder)
+    shape = read_shape(family.location.folder)
     assert shape.architecture in KNOWN
     target = target_of(family, how) if method == "lora" else None
-    batch = batch_of(shape.vocab_size, asked)
+    batch, times = batch_of(shape.vocab_size, asked), asked.get("accumulation", 1)
     dtype = how.get("dtype", "float32")
-    session = open_session(family, dtype=dtype)
-    session.attach(target, seed=0)
-    session.prepare_updates(Optimization(0.0, 1.0))
-    session.accumulate(batch, 1 / batch.target_count)
-    session.update(1e-4)
-    times = asked.get("accumulation", 1)
-    peak = peak_tensors(session, batch, times)
     told = forecast_of(family, target, dtype, load_of([batch], times))
-    assert told.expected.tensors == about(peak, dtype)
+    assert told.expected.tensors == about(peak_of(family, target, batch, dtype=dtype, times=times), dtype)
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -126,22 +127,17 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_live_tensors_are_as_counted_for_every_kind_of_adapter(family: ModelLocation, kind: str, dtype: str) -> None:
+def test_live_tensors_are_as_counted_for_every_kind_of_adapter(family: Bench, kind: str, dtype: str) -> None:
     """With DoRA, ranks by pattern and modules trained whole, live tensors peak within 5 % of what is expected."""
-    shape = read_shape(family.folder)
+    shape = read_shape(family.location.folder)
     ends = set(KINDS[kind].get("saved", ())) - ({"embed_tokens", "lm_head"} if shape.tied_head else set())
     modules = (name.rpartition(".")[0] for name in shape.weights)
     saved = tuple(path for path in dict.fromkeys(modules) if path.rsplit(".", 1)[-1] in ends)
     assert len(saved) == ((1 if shape.tied_head else 3) if ends else 0)
     target = replace(target_of(family, {}), **{**KINDS[kind], "saved": saved})
     batch = batch_of(shape.vocab_size, {"rows": 4, "length": 40})
-    session = open_session(family, dtype=dtype)
-    session.attach(target, seed=0)
-    session.prepare_updates(Optimization(0.0, 1.0))
-    session.accumulate(batch, 1 / batch.target_count)
-    session.update(1e-4)
     told = forecast_of(family, target, dtype, load_of([batch]))
-    assert told.expected.tensors == about(peak_tensors(session, batch), dtype)
+    assert told.expected.tensors == about(peak_of(family, target, batch, dtype=dtype), dtype)
 
 
 OTHERS = {
@@ -158,26 +154,42 @@ OTHERS = {
 def test_live_tensors_of_any_other_architecture_are_within_the_band(kind: str, method: str, tmp_path: Path) -> None:
     """A transformer that is not counted tensor by tensor still stays between low and high."""
     sizes = {"hidden_size": 24, "intermediate_size": 61, "num_attention_heads": 3}
-    location = make_model("llama", tmp_path, **{**SMALL, **sizes, **OTHERS[kind], "model_type": kind})
-    assert read_shape(location.folder).architecture not in KNOWN
-    target = target_of(location, {}) if method == "lora" else None
+    bench = make_model("torch-llama", tmp_path, **{**SMALL, **sizes, **OTHERS[kind], "model_type": kind})
+    assert read_shape(bench.location.folder).architecture not in KNOWN
+    target = target_of(bench, {}) if method == "lora" else None
     batch = batch_of(211, {"rows": 4, "length": 40})
-    session = open_session(location)
-    session.attach(target, seed=0)
+    told = forecast_of(bench, target, "float32", load_of([batch]))
+    assert told.low.tensors <= peak_of(bench, target, batch) <= told.high.tensors
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_bytes_of_a_step_are_those_of_the_estimate(family: Bench, dtype: str, method: str) -> None:
+    """Weights, adapter, gradients and moments of a real step take what the estimate says, to the byte."""
+    shape = read_shape(family.location.folder)
+    target = target_of(family, {}) if method == "lora" else None
+    expected = estimate_memory(shape, target, dtype)
+    session = family.open(dtype=dtype)
+    assert sum(value.nbytes for value in session.model.parameters()) == expected.weights
+    session.attach(target, 0)
     session.prepare_updates(Optimization(0.0, 1.0))
-    session.accumulate(batch, 1 / batch.target_count)
-    session.update(1e-4)
-    told = forecast_of(location, target, "float32", load_of([batch]))
-    assert told.low.tensors <= peak_tensors(session, batch) <= told.high.tensors
+    session.accumulate(batch_of(shape.vocab_size, {"rows": 3, "length": 20}), 0.01)
+    trained = session._trainable().values()
+    assert sum(value.grad.nbytes for value in trained) == expected.gradients
+    assert sum(value.numel() for value in trained) == expected.trainable_parameters
+    session.update(0.01)
+    moments = [value for state in session.optimizer.state.values() for key, value in state.items() if key != "step"]
+    assert sum(value.nbytes for value in moments) == expected.optimizer
+    assert sum(value.nbytes for value in session.model.parameters()) == expected.weights + expected.adapter
 
 
-def measured(location: ModelLocation, method: Any, rows: int, length: int) -> tuple[Forecast, MemoryMeasure]:
+def measured(bench: Bench, method: Any, rows: int, length: int) -> tuple[Forecast, MemoryMeasure]:
     """What is expected, and what a fresh process measured."""
-    target = AdapterTarget(8, 16.0, 0.0, choose_layers(read_shape(location.folder), "all-linear"))
-    shape = read_shape(location.folder)
-    sizes = {"batch_size": rows, "length": length, "dtype": "float32", "vocab_size": shape.vocab_size}
-    told = forecast_of(location, target if method == "lora" else None, "float32", full_load(rows, length))
-    return told, measure_memory("torch", location, target, method=method, sizes=sizes)
+    target = replace(target_of(bench, {"rank": 8}), alpha=16.0)
+    vocab = read_shape(bench.location.folder).vocab_size
+    sizes = {"batch_size": rows, "length": length, "dtype": "float32", "vocab_size": vocab}
+    told = forecast_of(bench, target if method == "lora" else None, "float32", full_load(rows, length))
+    return told, measure_memory("torch", bench.location, target, method=method, sizes=sizes)
 
 
 def check_as_promised(told: Forecast, found: MemoryMeasure) -> None:
@@ -199,22 +211,22 @@ def check_as_promised(told: Forecast, found: MemoryMeasure) -> None:
 @pytest.mark.parametrize("model", SHIPPED)
 def test_shipped_model_takes_what_is_expected(model: str, rows: int, length: int, method: str) -> None:
     """Training a shipped model in a fresh process takes what was expected of it, within 15 %."""
-    check_as_promised(*measured(locate_model(model), method, rows, length))
+    check_as_promised(*measured(Bench("torch", locate_model(model)), method, rows, length))
 
 
 @pytest.fixture(scope="module")
-def larger(tmp_path_factory: pytest.TempPathFactory) -> ModelLocation:
+def larger(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """A random Llama of 32 million parameters."""
     sizes = {"hidden_size": 448, "intermediate_size": 1201, "num_hidden_layers": 13, "num_attention_heads": 7}
     heads = {"num_key_value_heads": 1, "head_dim": 64, "vocab_size": 6007, "max_position_embeddings": 512}
-    return make_model("llama", tmp_path_factory.mktemp("larger"), **sizes, **heads)
+    return make_model("torch-llama", tmp_path_factory.mktemp("larger"), **sizes, **heads)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("rows", "length"), [(4, 64), (2, 151)])
-def test_larger_model_takes_what_is_expected(larger: ModelLocation, rows: int, length: int, method: str) -> None:
+def test_larger_model_takes_what_is_expected(larger: Bench, rows: int, length: int, method: str) -> None:
     """So does training a model of 32 million parameters, where what is trained outweighs the libraries."""
-    assert 30e6 < read_shape(larger.folder).parameters < 130e6
+    assert 30e6 < read_shape(larger.location.folder).parameters < 130e6
     check_as_promised(*measured(larger, method, rows, length))
 
 

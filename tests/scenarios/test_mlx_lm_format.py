@@ -9,57 +9,51 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.errors import ModelError
-from finetune.records import AdapterTarget, ModelLocation
 from finetune_strategies.profiles import examples
-from support.damages import changed_settings, damaged_tensors, damages
-from support.tiny_mlx import adapted, equal, furthest, logits_of, make_model, open_session, shake
-from support.tiny_models import target_of, train_a_little
+from support.damages import SETTINGS, changed_settings, damaged_tensors, damages
+from support.sessions import Bench, all_logits, make_model, need, shake
+
+need("mlx")
+from mlx_lm.tuner.utils import load_adapters  # noqa: E402
+
+from finetune.backends.mlx.adapter import write_mlx_adapter  # noqa: E402
 
 pytestmark = pytest.mark.tier2
-KINDS = ("llama", "gpt2")
-SETTINGS = "adapter_config.json"
-PROMPTS = [[5, 6, 7], [8, 9], [3, 4, 5], [10], [11, 12, 13, 14, 15, 16, 17], [9, 8]]
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def location(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelLocation:
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """Each kind of model."""
-    return make_model(request.param, tmp_path_factory.mktemp(request.param))
+    return make_model(f"mlx-{request.param}", tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module")
-def trained(location: ModelLocation) -> Any:
+def trained(bench: Bench) -> Any:
     """A session whose adapter has been trained a little."""
-    session = adapted(location)
-    train_a_little(session)
-    return session
+    return bench.trained()
 
 
 @given(st.sampled_from([7.0, 0.3, 16.0, 1 / 3, 11.5]), st.integers(1, 5), st.booleans())
 @examples(1 / 6)
 def test_adapter_travels_through_mlx_lms_format(
-    location: ModelLocation, tmp_path_factory: pytest.TempPathFactory, alpha: float, rank: int, whole_path: bool
+    bench: Bench, tmp_path_factory: pytest.TempPathFactory, alpha: float, rank: int, whole_path: bool
 ) -> None:
     """To mlx-lm's format and back to PEFT's: not a bit is lost; mlx-lm's own loader gives the same logits."""
-    from mlx_lm.tuner.utils import load_adapters
-
-    from finetune.backends.mlx.adapter import write_mlx_adapter
-
-    deep = {"llama": "model.layers.1.mlp.down_proj", "gpt2": "transformer.h.1.mlp.c_proj"}[location.name]
-    modules = (deep,) if whole_path else target_of(location.name).modules
-    session = adapted(location, target=AdapterTarget(rank, alpha, 0.1, modules))
+    deep = {"llama": "model.layers.1.mlp.down_proj", "gpt2": "transformer.h.1.mlp.c_proj"}[bench.kind]
+    changes = {"modules": (deep,)} if whole_path else {}
+    session = bench.adapted(bench.target(rank=rank, alpha=alpha, dropout=0.1, **changes))
     shake(session)
     folder = tmp_path_factory.mktemp("mlx")
-    write_mlx_adapter(session.adapter, str(location.folder), len(session.loaded.model.layers), folder)
-    again = open_session(location)
+    write_mlx_adapter(session.adapter, str(bench.location.folder), len(session.loaded.model.layers), folder)
+    again = bench.open()
     again.load_adapter(folder)
-    assert equal(logits_of(again, PROMPTS), logits_of(session, PROMPTS))
+    assert np.array_equal(all_logits(again), all_logits(session))
     assert again.fingerprints() == session.fingerprints()
     assert (again.adapter.target.alpha, again.adapter.target.rank) == (alpha, rank)
-    plain = open_session(location)
+    plain = bench.open()
     load_adapters(plain.loaded.model, str(folder)).eval()
-    assert furthest(logits_of(plain, PROMPTS), logits_of(session, PROMPTS)) < 1e-4
-    assert furthest(logits_of(plain, PROMPTS), logits_of(open_session(location), PROMPTS)) > 1e-3
+    assert np.abs(all_logits(plain) - all_logits(session)).max() < 1e-4
+    assert np.abs(all_logits(plain) - all_logits(bench.open())).max() > 1e-3
 
 
 MLX_DAMAGES = damages("adapters.safetensors", SETTINGS) | {
@@ -77,12 +71,23 @@ MLX_DAMAGES = damages("adapters.safetensors", SETTINGS) | {
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MLX_DAMAGES if kind != "missing"])
-def test_mlx_lm_adapter_damaged_is_refused(location: ModelLocation, trained: Any, kind: str, tmp_path: Path) -> None:
+def test_mlx_lm_adapter_damaged_is_refused(bench: Bench, trained: Any, kind: str, tmp_path: Path) -> None:
     """An adapter in mlx-lm's format that is damaged, or is no plain LoRA, is refused."""
-    from finetune.backends.mlx.adapter import write_mlx_adapter
-
-    assert len(MLX_DAMAGES) == 20
     write_mlx_adapter(trained.adapter, "base", 2, tmp_path)
     MLX_DAMAGES[kind](tmp_path)
     with pytest.raises(ModelError, match="adapter"):
-        open_session(location).load_adapter(tmp_path)
+        bench.open().load_adapter(tmp_path)
+
+
+def test_adapter_that_mlx_lms_format_has_no_place_for_is_refused(bench: Bench, tmp_path: Path) -> None:
+    """mlx-lm's format knows one rank and one scale; DoRA and rsLoRA fit into it, and mlx-lm loads them."""
+    for kind in ("lora", "saved", "ia3"):
+        with pytest.raises(ModelError, match="no place for"):
+            write_mlx_adapter(bench.trained(bench.kinds()[kind]).adapter, "base", 2, tmp_path)
+    session = bench.trained(bench.target(kind="dora", scaling="rank_stabilized"))
+    write_mlx_adapter(session.adapter, "base", 2, tmp_path)
+    alone, again = bench.open(), bench.open()
+    load_adapters(alone.loaded.model, str(tmp_path)).eval()
+    again.load_adapter(tmp_path)
+    assert np.abs(all_logits(alone) - all_logits(session)).max() < 1e-4
+    assert np.array_equal(all_logits(again), all_logits(session))

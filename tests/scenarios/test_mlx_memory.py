@@ -1,35 +1,35 @@
-"""Laws of memory with MLX: nothing piles up, what a fresh process measures holds together, and running out is told."""
+"""Memory with MLX: nothing piles up, and what a fresh process measures holds together."""
 
 import gc
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from finetune.errors import OutOfMemoryError
 from finetune.evidence.memory import measure_framework, measure_memory
-from finetune.records import Batch, ModelLocation
-from support.tiny_mlx import adapted, make_model, mx
-from support.tiny_models import VOCAB, make_rows, target_of
+from finetune.records import Batch
+from support.sessions import VOCAB, Bench, make_model, make_rows, need
+
+need("mlx")
+import mlx.core as mx  # noqa: E402
+
+from finetune.backends.mlx.probe import moment_bytes, peak_tensors, weight_bytes  # noqa: E402
 
 pytestmark = pytest.mark.tier2
 ROWS = make_rows(7)
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
-def location(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelLocation:
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """Each kind of model."""
-    return make_model(request.param, tmp_path_factory.mktemp(request.param))
+    return make_model(f"mlx-{request.param}", tmp_path_factory.mktemp(request.param))
 
 
-def test_memory_does_not_grow_from_step_to_step(location: ModelLocation) -> None:
+def test_memory_does_not_grow_from_step_to_step(bench: Bench) -> None:
     """P-MEM: what lives between steps is weights, moments and nothing else, however many steps are done."""
-    from finetune.backends.mlx.probe import moment_bytes, peak_tensors, weight_bytes
-
     gc.collect()
     mx.clear_cache()  # from which MLX hands out buffers of up to twice the size
     before = mx.get_active_memory()
-    session = adapted(location, dropout=0.1)
+    session = bench.adapted(bench.target(dropout=0.1))
     held, peaks = [], []
     for _ in range(6):
         peaks.append(peak_tensors(session, Batch(ROWS)))
@@ -41,32 +41,12 @@ def test_memory_does_not_grow_from_step_to_step(location: ModelLocation) -> None
     assert moment_bytes(session) == 2 * 4 * adapter
 
 
-def test_out_of_memory_names_the_batch(location: ModelLocation, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Running out of memory is an error that names the batch and what to lower; any other error stays what it is."""
-    session = adapted(location)
-
-    def fail(words: str) -> None:
-        def raiser(*_: Any) -> Any:
-            raise RuntimeError(words)
-
-        monkeypatch.setattr(session, "_slopes", raiser)
-
-    fail("[malloc_or_wait] Unable to allocate 123 bytes.\nmore")
-    with pytest.raises(OutOfMemoryError, match="out of memory with 7 rows of up to 23 tokens") as caught:
-        session.accumulate(Batch(ROWS), 1.0)
-    assert "training.batch_size" in caught.value.hint
-    fail("[matmul] shape mismatch")
-    with pytest.raises(RuntimeError, match="shape mismatch"):
-        session.accumulate(Batch(ROWS), 1.0)
-
-
 def test_fresh_processes_measure_lora_and_full_fine_tuning(tmp_path: Path) -> None:
     """LoRA has exactly its own gradients and moments, full fine-tuning those of every weight; peaks hold them all."""
-    location = make_model("llama", tmp_path, hidden_size=96, intermediate_size=200)
+    bench = make_model("mlx-llama", tmp_path, hidden_size=96, intermediate_size=200)
     sizes = {"batch_size": 2, "length": 20, "dtype": "float32", "vocab_size": VOCAB}
     lora, full = (
-        measure_memory("mlx", location, target_of("llama"), method=method, sizes=sizes)  # type: ignore[arg-type]
-        for method in ("lora", "full")
+        measure_memory("mlx", bench.location, bench.target(), method=method, sizes=sizes) for method in ("lora", "full")
     )
     adapter = 2 * 3 * ((96 + 18) + (96 + 6) + (200 + 96)) * 4
     assert (lora.gradient_bytes, lora.optimizer_bytes) == (adapter, 2 * adapter)

@@ -18,7 +18,7 @@ from finetune.records import ModelLocation, Quantization
 from finetune.run.folder import RunFolder
 from finetune_strategies.tokenizers import KINDS, tokenizer_folder
 from scenarios.test_mlx_quantized import convert
-from support.tiny_mlx import open_session
+from support.sessions import Bench
 from support.workplace import LLAMA, QUICK, make_data
 
 pytestmark = pytest.mark.tier2
@@ -39,7 +39,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         shutil.copytree(tokenizer_folder(KINDS[0]), folder / name)
     words = json.loads((folder / "full" / "config.json").read_text())["vocab_size"]
     open_backend("reference").create({**LLAMA, **WIDE, "vocab_size": words}, folder / "full", 3)
-    convert(ModelLocation("full", folder / "full", "local"), folder / "packed")
+    convert(Bench("mlx", ModelLocation("full", folder / "full", "local")), folder / "packed")
     return {"data": make_data(folder / "rows.jsonl", 6), "full": folder / "full", "packed": folder / "packed"}
 
 
@@ -98,7 +98,7 @@ def open_weight(folder: Path) -> int:
     """What the weights of the model take once they are loaded, in bytes."""
     from finetune.backends.mlx.probe import weight_bytes
 
-    return weight_bytes(open_session(ModelLocation("full", folder, "local"), quantize=HOW))
+    return weight_bytes(Bench("mlx", ModelLocation("full", folder, "local")).open(quantize=HOW))
 
 
 def test_run_on_a_base_quantised_beforehand_is_the_same_run(
@@ -124,7 +124,7 @@ def test_run_opened_again_is_on_the_same_base(whole: tuple[Path, dict[str, Any]]
     base, tuned = compare(session=session, prepared=prepared)
     told = [look["loss"] for look in record["losses"]["fixed"]]
     assert [base.fixed[0], tuned.fixed[0]] == pytest.approx([told[0], told[-1]], rel=1e-6)
-    plain = open_session(ModelLocation("full", places["full"], "local"), quantize=HOW).fingerprints()
+    plain = Bench("mlx", ModelLocation("full", places["full"], "local")).open(quantize=HOW).fingerprints()
     kept = [mark for name, mark in session.fingerprints().items() if ".lora_" not in name]
     assert sorted(kept) == sorted(plain.values())
     [question] = prepared.conversations[:1]

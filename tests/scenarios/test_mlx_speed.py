@@ -1,15 +1,15 @@
 """Laws of MLX's short ways: an adapter folded into its layer's weight computes what the layer beside it does."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetune.backends.mlx import layers
 from finetune.records import Batch
-from support.tiny_mlx import adapted, make_model
-from support.tiny_models import batches_of, make_rows, step, target_of
+from support.sessions import batches_of, make_model, make_rows, need, step
+
+need("mlx")
+from finetune.backends.mlx import layers  # noqa: E402
 
 pytestmark = pytest.mark.tier2
 STEPS = 30
@@ -34,17 +34,17 @@ def test_folded_adapters_train_as_those_beside_the_layer(
     kind: str, folded: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over 30 steps each loss is that of the plain path, within 1e-5; every adapted layer is folded in every step."""
-    location = make_model(kind, tmp_path)
+    bench = make_model(f"mlx-{kind}", tmp_path)
     batches = batches_of(make_rows(12), 4)
 
     def run() -> list[float]:
-        session = adapted(location)
+        session = bench.adapted()
         return [step(session, [batches[number % len(batches)]]) for number in range(STEPS)]
 
     short, count = run(), len(folded)
     monkeypatch.setattr(layers.AdaptedLinear, "_folds", lambda self, x: False)
     plain = run()
-    assert len(folded) == count == STEPS * len(adapted(location).adapter.layers)
+    assert len(folded) == count == STEPS * len(bench.adapted().adapter.layers)
     assert len(set(short)) == STEPS
     assert short == pytest.approx(plain, rel=1e-5)
 
@@ -52,9 +52,8 @@ def test_folded_adapters_train_as_those_beside_the_layer(
 @pytest.mark.parametrize("what", ["dropout", "dora", "bfloat16"])
 def test_what_cannot_be_folded_is_not(what: str, folded: list[Any], tmp_path: Path) -> None:
     """Dropout reads another input, DoRA stretches, and half precision would round the adapter away."""
-    location = make_model("llama", tmp_path)
-    target = target_of("llama", dropout=0.3 if what == "dropout" else 0.0)
-    dtype = "bfloat16" if what == "bfloat16" else "float32"
-    session = adapted(location, target=replace(target, kind="dora" if what == "dora" else "lora"), dtype=dtype)
+    bench = make_model("mlx-llama", tmp_path)
+    target = bench.target(dropout=0.3 if what == "dropout" else 0.0, kind="dora" if what == "dora" else "lora")
+    session = bench.adapted(target, dtype="bfloat16" if what == "bfloat16" else "float32")
     assert session.accumulate(Batch(make_rows(3)), 1.0) > 0
     assert not folded

@@ -8,40 +8,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-torch = pytest.importorskip("torch", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
-transformers = pytest.importorskip("transformers", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
-peft = pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
+from support.sessions import CONTEXT, MODULES, NO_DROPOUT, Bench, batches_of, make_model, make_rows, need
+
+need("torch")
+import peft  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
 from finetune.backends.torch import head_loss  # noqa: E402
 from finetune.backends.torch.lora_linear import FoldedLinear, fold_adapters  # noqa: E402
-from finetune.records import Batch, ModelLocation  # noqa: E402
+from finetune.records import Batch  # noqa: E402
 from finetune_strategies.profiles import examples  # noqa: E402
-from support.tiny_models import (  # noqa: E402
-    CONTEXT,
-    MODULES,
-    NO_DROPOUT,
-    adapted,
-    batches_of,
-    make_model,
-    make_rows,
-    open_session,
-    target_of,
-    train_a_little,
-)
 
 pytestmark = pytest.mark.tier2
 
 
-def plain_losses(location: ModelLocation, batches: list[Batch], rate: float) -> list[tuple[float, float]]:
+def plain_losses(bench: Bench, batches: list[Batch], rate: float) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step of a loop as anybody would write it with transformers and PEFT."""
-    target = target_of(location.name)
-    model = transformers.AutoModelForCausalLM.from_pretrained(location.folder)
+    target = bench.target()
+    model = transformers.AutoModelForCausalLM.from_pretrained(bench.location.folder)
     torch.manual_seed(0)
-    conv = location.name == "gpt2"
+    conv = bench.kind == "gpt2"
     config = peft.LoraConfig(
         r=target.rank,
         lora_alpha=target.alpha,
-        target_modules=list(MODULES[location.name]),
+        target_modules=list(MODULES[bench.kind]),
         fan_in_fan_out=conv,
         task_type="CAUSAL_LM",
     )
@@ -69,17 +60,17 @@ def plain_losses(location: ModelLocation, batches: list[Batch], rate: float) -> 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_fifty_steps_are_those_of_a_plain_loop(kind: str, tmp_path: Path) -> None:
     """Loss and gradient norm of each of 50 steps are a hand-written loop's within 1e-5, and do not drift from them."""
-    location = make_model(kind, tmp_path, **(NO_DROPOUT if kind == "gpt2" else {}))
+    bench = make_model(f"torch-{kind}", tmp_path, **(NO_DROPOUT if kind == "gpt2" else {}))
     batches = batches_of(make_rows(5 * 50, seed=3), 5)
     assert any(len({len(row.ids) for row in batch.rows}) > 1 for batch in batches)
-    session = adapted(location)
+    session = bench.adapted()
     assert sum(isinstance(module, FoldedLinear) for module in session.model.modules()) > 3
     ours = []
     for batch in batches:
         loss = session.accumulate(batch, 1 / batch.target_count) / batch.target_count
         ours.append((loss, session.clip_gradients()))
         session.update(0.002)
-    theirs = plain_losses(location, batches, 0.002)
+    theirs = plain_losses(bench, batches, 0.002)
     assert len(ours) == len(theirs) == 50
     assert [value for step in ours for value in step] == pytest.approx([v for step in theirs for v in step], rel=1e-5)
     drift = sum(mine[0] - other[0] for mine, other in zip(ours, theirs, strict=True)) / 50
@@ -131,9 +122,8 @@ def test_folded_layer_is_pefts(
 @pytest.mark.parametrize("how", ["disabled", "merged", "bfloat16", "bfloat16 throughout"])
 def test_folded_layer_leaves_to_peft_what_it_does_not_know(how: str, tmp_path: Path) -> None:
     """Without the adapter, merged, or in half precision, a layer says exactly what PEFT's says."""
-    location = make_model("llama", tmp_path)
-    session = adapted(location, dtype="bfloat16" if how.startswith("bfloat16") else "float32")
-    train_a_little(session)
+    bench = make_model("torch-llama", tmp_path)
+    session = bench.trained(dtype="bfloat16" if how.startswith("bfloat16") else "float32")
     if how == "bfloat16 throughout":
         session.model.to(torch.bfloat16)
     batch = Batch(make_rows(4))
@@ -146,13 +136,12 @@ def test_folded_layer_leaves_to_peft_what_it_does_not_know(how: str, tmp_path: P
             module.__class__ = peft.tuners.lora.layer.Linear
         assert float(session._loss(batch).detach()) == ours
     if how == "disabled":
-        assert ours == open_session(location).loss(batch)
+        assert ours == bench.open().loss(batch)
 
 
 def test_folded_layer_is_for_training_alone(tmp_path: Path) -> None:
     """Asked without gradients, an adapted model answers with PEFT's own numbers to the last bit."""
-    session = adapted(make_model("llama", tmp_path))
-    train_a_little(session)
+    session = make_model("torch-llama", tmp_path).trained()
     batch = Batch(make_rows(4))
     trained, asked = session.accumulate(batch, 1.0), session.loss(batch)
     for module in session.model.modules():
@@ -192,8 +181,8 @@ AFTER_THE_HEAD = {
 @pytest.mark.parametrize("kind", AFTER_THE_HEAD)
 def test_logits_that_are_changed_after_the_head_are_not_sliced(kind: str, tmp_path: Path) -> None:
     """A model that caps or scales its logits is trained on what it says, not on what its head says."""
-    location = make_model("llama", tmp_path, model_type=kind, **AFTER_THE_HEAD[kind])
-    session = open_session(location)
+    bench = make_model("torch-llama", tmp_path, model_type=kind, **AFTER_THE_HEAD[kind])
+    session = bench.open()
     row = make_rows(2)[1]
     assert head_loss.find_head(session.model) is None
     with torch.no_grad():
@@ -205,7 +194,7 @@ def test_logits_that_are_changed_after_the_head_are_not_sliced(kind: str, tmp_pa
 
 def test_plain_head_is_sliced_only_while_it_is_frozen(tmp_path: Path) -> None:
     """A head that learns gets its gradient: the loss is taken from a table of logits then."""
-    session = adapted(make_model("llama", tmp_path / "one"))
+    session = make_model("torch-llama", tmp_path / "one").adapted()
     assert session._head is session.model.get_output_embeddings()
     assert head_loss.is_frozen(session._head, session.model)
     session._head.weight.requires_grad_(requires_grad=True)
@@ -215,7 +204,7 @@ def test_plain_head_is_sliced_only_while_it_is_frozen(tmp_path: Path) -> None:
     assert float(session._head.weight.grad.norm()) > 0
     with torch.no_grad():
         assert head_loss.is_frozen(session._head, session.model)
-    adapted_head = open_session(make_model("llama", tmp_path / "two"))
+    adapted_head = make_model("torch-llama", tmp_path / "two").open()
     config = peft.LoraConfig(r=2, target_modules=["lm_head"])
     adapted_head.model = peft.get_peft_model(adapted_head.model, config)
     assert adapted_head._head is None
@@ -257,8 +246,8 @@ SIZED = {
 def test_rows_in_a_batch_are_as_alone_in_every_family(family: str, tmp_path: Path) -> None:
     """P-PAD: rows of unequal lengths have together the loss that they have alone, in 19 families, without a mask."""
     assert len(FAMILIES) == 19
-    location = make_model("llama", tmp_path, model_type=family, **{**SIZED, **FAMILIES[family]})
-    session = open_session(location)
+    bench = make_model("torch-llama", tmp_path, model_type=family, **{**SIZED, **FAMILIES[family]})
+    session = bench.open()
     rows = make_rows(5)
     assert len({len(row.ids) for row in rows}) == 5
     alone = [session.loss(Batch((row,))) for row in rows]

@@ -1,4 +1,4 @@
-"""What may happen to the files of an adapter, a model or a checkpoint."""
+"""What may have happened to files of tensors and to the settings next to them."""
 
 import json
 from collections.abc import Callable
@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+WEIGHTS, SETTINGS, STATE = "adapter_model.safetensors", "adapter_config.json", "state.safetensors"
+Damage = Callable[[Path], None]
 
-def damaged_tensors(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+
+def damaged_tensors(name: str, change: Callable[[dict[str, Any]], Any]) -> Damage:
     """A damage to the tensors in a file."""
 
     def damage(folder: Path) -> None:
@@ -20,7 +23,7 @@ def damaged_tensors(name: str, change: Callable[[dict[str, Any]], Any]) -> Calla
     return damage
 
 
-def changed_settings(name: str, **changes: Any) -> Callable[[Path], None]:
+def changed_settings(name: str, **changes: Any) -> Damage:
     """A damage to a file of settings; "absent" takes one out."""
 
     def damage(folder: Path) -> None:
@@ -30,8 +33,8 @@ def changed_settings(name: str, **changes: Any) -> Callable[[Path], None]:
     return damage
 
 
-def changed_bytes(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    """A damage to the bytes of a file."""
+def changed_bytes(name: str, change: Callable[[bytes], bytes]) -> Damage:
+    """A damage to what a file holds."""
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes())) and None
 
 
@@ -40,12 +43,19 @@ def _turn(tensors: dict[str, Any]) -> None:
     tensors[name] = tensors[name].T
 
 
-def damages(tensors: str, settings: str) -> dict[str, Callable[[Path], None]]:
+def _rename(tensors: dict[str, Any]) -> None:
+    name = max(name for name in tensors if "layers.1" in name or "h.1." in name)
+    tensors[name.replace("layers.1", "layers.7").replace("h.1.", "h.7.")] = tensors.pop(name)
+
+
+def damages(tensors: str, settings: str) -> dict[str, Damage]:
     """What may have happened to a file of tensors and to the settings next to it."""
     return {
+        "renamed": damaged_tensors(tensors, _rename),
         "dropped": damaged_tensors(tensors, lambda each: each.pop(max(each))),
-        "all dropped": damaged_tensors(tensors, lambda each: [each.pop(name) for name in list(each)]),
+        "all dropped": damaged_tensors(tensors, lambda each: each.clear()),
         "added": damaged_tensors(tensors, lambda each: each.update({"more": np.zeros(3, np.float32)})),
+        "added twice": damaged_tensors(tensors, lambda each: each.update({max(each) + "2": each[max(each)].copy()})),
         "turned": damaged_tensors(tensors, _turn),
         "whole numbers": damaged_tensors(
             tensors, lambda each: each.update({min(each): np.zeros_like(each[min(each)], int)})
@@ -57,4 +67,43 @@ def damages(tensors: str, settings: str) -> dict[str, Callable[[Path], None]]:
         "no settings": lambda folder: (folder / settings).unlink(),
         "broken settings": changed_bytes(settings, lambda content: b"{"),
         "settings of nothing": changed_bytes(settings, lambda content: b"[]"),
+        "empty settings": changed_bytes(settings, lambda content: b"{}"),
     }
+
+
+ADAPTER_DAMAGES = damages(WEIGHTS, SETTINGS) | {
+    f"{key} {value}": changed_settings(SETTINGS, **{key: value})
+    for key, value in [
+        ("use_dora", True),
+        ("use_rslora", "yes"),
+        ("use_rslora", 2),
+        ("bias", "all"),
+        ("rank_pattern", {"q_proj|c_attn": 2}),
+        ("rank_pattern", ["q_proj"]),
+        ("alpha_pattern", {"q_proj|c_attn": 0}),
+        ("alpha_pattern", {"(": 3.0}),
+        ("r", 2),
+        ("r", True),
+        ("r", "absent"),
+        ("lora_alpha", "7"),
+        ("lora_dropout", 1.0),
+        ("peft_type", "IA3"),
+        ("target_modules", "all-linear"),
+        ("target_modules", ["q_prj"]),
+        ("target_modules", "absent"),
+        ("modules_to_save", ["lm_head"]),
+        ("modules_to_save", "norm"),
+        ("modules_to_save", ["norm"]),
+        ("init_lora_weights", "pissa"),
+        ("a_new_kind", 3),
+        ("layers_to_transform", [1]),
+    ]
+}
+STATE_DAMAGES = {
+    "no random state": damaged_tensors(STATE, lambda tensors: tensors.pop("random")),
+    "no moment": damaged_tensors(STATE, lambda tensors: tensors.pop(min(tensors))),
+    "another shape": damaged_tensors(
+        STATE, lambda each: each.update({max(n for n in each if n.startswith("weight/")): np.zeros((2, 2), np.float32)})
+    ),
+    "more": damaged_tensors(STATE, lambda tensors: tensors.update({"weight/more": np.zeros(1, np.float32)})),
+}

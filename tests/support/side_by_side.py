@@ -8,19 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from safetensors.numpy import load_file, save_file
 
-torch = pytest.importorskip("torch", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
-pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
+from finetune.backends import open_backend
+from finetune.records import Batch, ModelLocation
+from finetune_strategies.adapters import AdaptedModel, varied_models
+from finetune_strategies.models import gpt2_configs, llama_configs
+from support.sessions import NO_DROPOUT, need, put, weights
 
-from finetune.backends import open_backend  # noqa: E402
-from finetune.records import Batch, ModelLocation  # noqa: E402
-from finetune_strategies.adapters import AdaptedModel, varied_models  # noqa: E402
-from finetune_strategies.models import gpt2_configs, llama_configs  # noqa: E402
-from support import tiny_mlx  # noqa: E402
-from support.tiny_models import NO_DROPOUT  # noqa: E402
-
+need("torch", "mlx")
 LLAMAS = varied_models(llama_configs(vocab_size=97), dropouts=(0.0,))
 GPT2S = varied_models(
     # What mlx-lm computes: no dropout of its own, a tied head only, an inner size of four times the width only.
@@ -29,7 +25,6 @@ GPT2S = varied_models(
     ),
     dropouts=(0.0,),
 )
-Numbers = dict[str, Any]
 
 
 def write_model(model: AdaptedModel, folder: Path) -> ModelLocation:
@@ -73,17 +68,11 @@ def in_float64(model: AdaptedModel, location: ModelLocation) -> Any:
     return session
 
 
-def spread(sessions: Mapping[str, Any], values: Numbers) -> None:
+def spread(sessions: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Give the trainable tensors of all sessions these values, rounded to float32."""
     rounded = {name: np.asarray(value, np.float32) for name, value in values.items()}
     for session in sessions.values():
-        if hasattr(session, "forward_pass"):
-            tiny_mlx.set_weights(session, rounded)
-            continue
-        for name, tensor in session.trainable.items() if hasattr(session, "trainable") else ():
-            tensor[...] = rounded[name]
-        for name, tensor in session._trainable().items() if hasattr(session, "_trainable") else ():
-            tensor.data.copy_(torch.from_numpy(rounded[name]))
+        put(session, rounded)
 
 
 def shaken(sessions: Mapping[str, Any]) -> None:
@@ -91,22 +80,6 @@ def shaken(sessions: Mapping[str, Any]) -> None:
     dice = np.random.default_rng(4)
     held = weights(sessions["torch"])
     spread(sessions, {name: value + dice.normal(0, 0.1, value.shape) for name, value in held.items()})
-
-
-def weights(session: Any) -> Numbers:
-    """A copy of every trainable tensor, in float64."""
-    if hasattr(session, "forward_pass"):
-        return tiny_mlx.weights(session)
-    if hasattr(session, "trainable"):
-        return {name: tensor.copy() for name, tensor in session.trainable.items()}
-    return {name: tensor.detach().double().numpy() for name, tensor in session._trainable().items()}
-
-
-def slopes(session: Any) -> Numbers:
-    """A copy of every gradient there is, in float64."""
-    if hasattr(session, "gradients"):
-        return tiny_mlx.gradients(session)
-    return {name: value.grad.double().numpy() for name, value in session._trainable().items() if value.grad is not None}
 
 
 def training_events(session: Any) -> int:
@@ -134,14 +107,3 @@ def labels_by_hand(batch: Batch) -> list[tuple[int, int]]:
             found += [(start + at - 1, row.ids[at]) for at in range(1, len(row.ids)) if row.trained[at]]
             start += len(row.ids)
     return found
-
-
-def logits(session: Any, prompt: list[int]) -> Any:
-    """The logits after each token, whoever computes them."""
-    if hasattr(session, "forward_pass"):
-        return tiny_mlx.logits_of(session, [prompt])[0]
-    if hasattr(session, "logits"):
-        return session.logits(prompt)
-    session.model.eval()
-    with torch.no_grad():
-        return session.model(input_ids=torch.tensor([prompt])).logits[0].double().numpy()
