@@ -15,32 +15,26 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from support.processes import MAIN, ft, settings
+
 pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
 pytest.importorskip("accelerate", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
 pytestmark = pytest.mark.tier2
 
 ADAPTER = "adapter/adapter_model.safetensors"
-MAIN = "from finetune.cli import main; main()"
-QUICK = [
-    "--set",
-    "judge.control=never",
-    "--set",
-    "judge.memory=never",
-    "--set",
-    "training.max_steps=5",
-    "--set",
-    "training.save_every=2",
-    "--set",
-    "training.evaluate_every=2",
-    "--set",
-    "data.valid_fraction=0.1",
-    "--set",
-    "training.max_grad_norm=0.5",
-    "--set",
-    "evaluation.questions=2",
-    "--set",
-    "evaluation.retention_questions=2",
-]
+QUICK = settings(
+    {
+        "judge.control": "never",
+        "judge.memory": "never",
+        "training.max_steps": 5,
+        "training.save_every": 2,
+        "training.evaluate_every": 2,
+        "data.valid_fraction": 0.1,
+        "training.max_grad_norm": 0.5,
+        "evaluation.questions": 2,
+        "evaluation.retention_questions": 2,
+    }
+)
 PLANTED = """
 import os
 if os.environ.get("RANK", os.environ.get("MLX_RANK")) == os.environ["DIES"]:
@@ -54,13 +48,6 @@ if os.environ.get("RANK", os.environ.get("MLX_RANK")) == os.environ["DIES"]:
     team._DataParallelSession.accumulate = accumulate_or_die
 """
 """Read by every process as it starts; only that of the given rank dies, in the middle of its fourth step."""
-
-
-def ft(*arguments: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run `ft` in a process of its own."""
-    command = [sys.executable, "-c", MAIN, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **more}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def dying(folder: Path, rank: int, sign: int) -> dict[str, str]:
@@ -131,8 +118,8 @@ def test_two_processes_are_one_with_twice_the_batch(alone: Path, two: Path, plac
 
 def test_accelerate_starts_the_same_run(two: Path, place: Path) -> None:
     """`ft train --launch accelerate` ends in the bytes of the run that torchrun started; the report is printed once."""
-    settings = [*QUICK, "--set", "training.batch_size=4"]
-    done = ft("train", *settings, "--launch", "accelerate", "--processes", "2", "--output", "a", "--json", cwd=place)
+    chosen = [*QUICK, "--set", "training.batch_size=4"]
+    done = ft("train", *chosen, "--launch", "accelerate", "--processes", "2", "--output", "a", "--json", cwd=place)
     run = json.loads(done.stdout)
     assert (run["folder"], {"passed": 0, "failed": 1}.get(run["outcome"], 4)) == ("a", done.returncode)
     assert run["command"].startswith("ft -c" if "-c" in run["command"].split()[:2] else "ft train")
@@ -147,8 +134,8 @@ def test_fsdp_by_a_file_of_accelerates_own_changes_nothing(two: Path, place: Pat
         "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nnum_processes: 2\nnum_machines: 1\n"
         "mixed_precision: 'no'\nfsdp_config: {fsdp_version: 2, fsdp_cpu_ram_efficient_loading: true}\n"
     )
-    settings = [*QUICK, "--set", "training.batch_size=4", "--launch", "accelerate", "--launch-config", "fsdp.yaml"]
-    done = ft("train", *settings, "--output", "fsdp", "--json", cwd=place)
+    chosen = [*QUICK, "--set", "training.batch_size=4", "--launch", "accelerate", "--launch-config", "fsdp.yaml"]
+    done = ft("train", *chosen, "--output", "fsdp", "--json", cwd=place)
     assert done.stdout, done.stderr
     outcomes = {verdict["id"]: verdict["outcome"] for verdict in json.loads(done.stdout)["verdicts"]}
     assert outcomes["parameter-exactly"] == outcomes["artifacts-reload"] == "passed"
@@ -199,11 +186,11 @@ def test_fsdp_holds_part_of_the_weights_and_finds_the_same_gradients(place: Path
 
 def test_killed_rank_ends_the_run_clearly_and_it_goes_on_to_the_same_bytes(place: Path) -> None:
     """P-CRASH, P-RESUME: told by rank, with an intact checkpoint and the command that ends in the same bytes."""
-    settings = [*QUICK, "--set", "training.batch_size=4", "--set", "adapter.dropout=0.2"]
+    chosen = [*QUICK, "--set", "training.batch_size=4", "--set", "adapter.dropout=0.2"]
     launch = ["--launch", "torchrun", "--processes", "2"]
-    whole = ft("train", *settings, *launch, "--output", "dropping", cwd=place)
+    whole = ft("train", *chosen, *launch, "--output", "dropping", cwd=place)
     assert whole.returncode in (0, 1, 4), whole.stderr
-    killed = ft("train", *settings, *launch, "--output", "killed", cwd=place, **dying(place, 1, signal.SIGKILL))
+    killed = ft("train", *chosen, *launch, "--output", "killed", cwd=place, **dying(place, 1, signal.SIGKILL))
     assert killed.returncode == 1, killed.stderr
     last = killed.stderr.split("error: ")[-1]
     assert last.startswith("rank 1 (process ")
@@ -226,9 +213,9 @@ def test_killed_rank_ends_the_run_clearly_and_it_goes_on_to_the_same_bytes(place
 
 def test_ctrl_c_ends_every_process_with_130(place: Path) -> None:
     """A signal to `ft train --launch` ends its processes; what is left, and how to go on, is told."""
-    settings = [*QUICK, "--set", "training.max_steps=5000", "--set", "training.batch_size=4"]
+    chosen = [*QUICK, "--set", "training.max_steps=5000", "--set", "training.batch_size=4"]
     launch = ["--launch", "torchrun", "--processes", "2", "--output", "stopped"]
-    command = [sys.executable, "-c", MAIN, "train", *settings, *launch]
+    command = [sys.executable, "-c", MAIN, "train", *chosen, *launch]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(command, cwd=place, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -250,15 +237,15 @@ def test_mlx_launch_starts_two_processes_that_are_one_with_twice_the_batch(place
     pytest.importorskip("mlx_lm", reason="needs the mlx extra: pip install 'finetune-suite[mlx]'")
     if not mlx.distributed.is_available("ring"):
         pytest.skip("this build of MLX has no ring")
-    settings = [*QUICK, "--backend", "mlx"]
-    one = ft("train", *settings, "--set", "training.batch_size=8", "--output", "mlx-one", cwd=place)
+    chosen = [*QUICK, "--backend", "mlx"]
+    one = ft("train", *chosen, "--set", "training.batch_size=8", "--output", "mlx-one", cwd=place)
     assert one.returncode in (0, 1, 4), one.stderr
-    settings += ["--set", "training.batch_size=4", "--launch", "mlx.launch", "--processes", "2"]
-    both = ft("train", *settings, "--output", "mlx-two", cwd=place)
+    chosen += ["--set", "training.batch_size=4", "--launch", "mlx.launch", "--processes", "2"]
+    both = ft("train", *chosen, "--output", "mlx-two", cwd=place)
     assert (place / "mlx-two" / "run.json").exists(), both.stderr
     assert_same_training(place / "mlx-one", place / "mlx-two")
     (place / "mlx").mkdir()
-    killed = ft("train", *settings, "--output", "mlx-killed", cwd=place, **dying(place / "mlx", 1, signal.SIGKILL))
+    killed = ft("train", *chosen, "--output", "mlx-killed", cwd=place, **dying(place / "mlx", 1, signal.SIGKILL))
     assert killed.returncode == 1, killed.stderr
     assert "error: rank 1 (process " in killed.stderr
     assert "the checkpoint of step 2 is intact" in killed.stderr

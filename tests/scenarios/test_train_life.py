@@ -7,23 +7,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from support.processes import MAIN, ft
 
 pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
 pytestmark = pytest.mark.tier2
 
 WIKISQL = Path(__file__).resolve().parents[3] / "shared" / "data" / "wikisql" / "train.jsonl"
 QUICK = ["--set", "judge.control=never", "--set", "judge.memory=never", "--set", "training.max_steps=10"]
-
-
-def ft(*arguments: str, cwd: Path, limit: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `ft` in a process of its own."""
-    command = [sys.executable, "-c", "from finetune.cli import main; main()", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, preexec_fn=limit, timeout=300)
 
 
 def manifest(run: Path) -> dict[str, Any]:
@@ -164,7 +159,7 @@ def test_evaluate_and_chat_work_on_a_finished_run(finished: Path) -> None:
 def test_run_folder_takes_one_process_at_a_time(tmp_path: Path) -> None:
     """While a run is at work, resuming it elsewhere is refused, and the run's evidence is its own."""
     settings = [*QUICK[:4], "--set", "training.max_steps=60", "--set", "training.save_every=2"]
-    command = [sys.executable, "-c", "from finetune.cli import main; main()", "train", *settings, "--output", "run"]
+    command = [sys.executable, "-c", MAIN, "train", *settings, "--output", "run"]
     child = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "plan.yaml").exists() and time.monotonic() < deadline:
