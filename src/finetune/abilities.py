@@ -1,15 +1,49 @@
-"""What each backend needs and can do, known without importing a framework."""
+"""What each backend needs and can do, known without importing a framework; nobody asks for a backend by its name."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 from finetune.errors import MissingExtraError, UsageError
 
-_NEEDS: dict[str, tuple[str, ...]] = {
-    "torch": ("torch", "transformers", "peft"),
-    "mlx": ("mlx", "mlx_lm"),
-    "reference": (),
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What one backend needs and can do.
+
+    Attributes:
+        libraries: those that it needs beyond what is always installed.
+        devices: where it computes; a GPU only on a machine that has one.
+        memory: whether it measures the memory of training, in a process of its own.
+        launchers: those whose processes it joins, each with the library that brings it.
+        schemes: how a base may be quantised for it, by names of `models.quantize`; it quantises by the first.
+    """
+
+    libraries: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("cpu",)
+    memory: bool = False
+    launchers: Mapping[str, str] = field(default_factory=dict)
+    schemes: tuple[str, ...] = ()
+
+
+ABILITIES: dict[str, Abilities] = {
+    "torch": Abilities(
+        libraries=("torch", "transformers", "peft"),
+        devices=("cpu", "gpu"),
+        memory=True,
+        launchers={"torchrun": "torch", "accelerate": "accelerate"},
+    ),
+    "mlx": Abilities(
+        libraries=("mlx", "mlx_lm"),
+        devices=("cpu", "gpu"),
+        memory=True,
+        launchers={"mlx.launch": "mlx"},
+        schemes=("affine",),
+    ),
+    "reference": Abilities(),
 }
-"""The libraries that each backend needs beyond those that are always installed."""
+QUANTISING = " or ".join(name for name, able in ABILITIES.items() if able.schemes)
+"""The backends that can train on a quantised base, in words."""
 
 
 def require_backend(name: str) -> None:
@@ -19,9 +53,9 @@ def require_backend(name: str) -> None:
         MissingExtraError: its libraries are not installed; the extra to install is named.
         UsageError: this version has no such backend.
     """
-    if name not in _NEEDS:
-        raise UsageError(f"backend {name!r} is not in this version", hint=f"choose one of: {', '.join(_NEEDS)}")
-    missing = [library for library in _NEEDS[name] if find_spec(library) is None]
+    if name not in ABILITIES:
+        raise UsageError(f"backend {name!r} is not in this version", hint=f"choose one of: {', '.join(ABILITIES)}")
+    missing = [library for library in ABILITIES[name].libraries if find_spec(library) is None]
     if missing:
         raise MissingExtraError(
             f"backend {name!r} needs {', '.join(missing)}, which is not installed",

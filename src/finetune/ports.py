@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from finetune.abilities import Abilities
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Quantization
 
 if TYPE_CHECKING:
@@ -157,10 +158,10 @@ class Session(Protocol):
 
 
 class Backend(Protocol):
-    """A framework that can train: it makes and opens models. `abilities` names what else it can do ("memory")."""
+    """A framework that can train: it makes and opens models."""
 
     name: str
-    abilities: frozenset[str]
+    abilities: Abilities
 
     def versions(self) -> dict[str, str]:
         """Name and version of each library that computes."""

@@ -174,8 +174,7 @@ class Batch:
 
         lengths = [sum(len(row.ids) for row in sequence) for sequence in self.sequences]
         ids = np.full((len(lengths), max(lengths)), pad_id, np.int64)
-        here = np.zeros(ids.shape, np.bool_)
-        starts, positions = np.zeros_like(ids), np.zeros_like(ids)
+        here, starts, positions = np.zeros(ids.shape, np.bool_), np.zeros_like(ids), np.zeros_like(ids)
         for index, sequence in enumerate(self.sequences):
             end = 0
             for row in sequence:
@@ -225,10 +224,11 @@ class ModelLocation:
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """How the numbers of a matrix are held: in so many bits, each `group_size` of a row sharing a scale and a bias."""
+    """How a matrix is quantised: to so many bits, in groups of a row, by a scheme of `models.quantize`."""
 
     bits: int
     group_size: int
+    scheme: str = "affine"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune.abilities import ABILITIES
 from finetune.config import (
     KEYS,
     PROFILES,
@@ -131,7 +132,8 @@ def test_plan_leaves_nothing_open(
     )
     margin = bool(config.training.early_stopping_min_delta) and config.training.early_stopping_patience is None
     quantize, size = config.model.quantize, config.model.quantize_group_size
-    packed = (config.backend != "mlx") + (config.adapter.kind == "full") if quantize else size != 64
+    unable = not ABILITIES[config.backend].schemes
+    packed = unable + (config.adapter.kind == "full") if quantize else size != 64
     if conflicts := too_long + two_splits + no_template + idle + unwatched + margin + packed:
         with pytest.raises(ConfigError) as caught:
             resolve(loaded, facts)

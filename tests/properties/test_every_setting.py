@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from finetune.abilities import Abilities
 from finetune.cli.console import exit_code
 from finetune.config import KEYS, json_schema, load_config
 from finetune.errors import FineTuneError
@@ -162,7 +163,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         lambda name, tracked: found.append((name, tracked.project, tracked.name)) or SilentTracker(),
     )
     monkeypatch.setattr(observe, "measure_memory", note)
-    monkeypatch.setattr("finetune.backends.reference.backend.ReferenceBackend.abilities", frozenset({"memory"}))
+    monkeypatch.setattr("finetune.backends.reference.backend.ReferenceBackend.abilities", Abilities(memory=True))
     return found
 
 

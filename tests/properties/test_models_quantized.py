@@ -11,11 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from finetune.abilities import ABILITIES, Abilities
 from finetune.adapters.choose import choose_saved
 from finetune.config import load_config
 from finetune.errors import ModelError
 from finetune.memory.estimate import weight_bytes
-from finetune.models.quantize import kept_in_full, quantize_shape, read_quantized, unpacked
+from finetune.models.quantize import (
+    SCHEMES,
+    Scheme,
+    kept_in_full,
+    quantize_shape,
+    read_quantized,
+    refuse_schemes,
+    unpacked,
+)
 from finetune.models.shape import read_shape
 from finetune.records import LinearLayer, ModelLocation, ModelShape, Quantization
 from finetune.training.prepare import planned_shape
@@ -151,3 +160,48 @@ def test_full_base_is_planned_as_it_will_be_quantised(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="groups of 128") as caught:
         planned_shape(config, location)
     assert caught.value.hint == "leave out model.quantize"
+
+
+BLOCKS = Scheme(
+    by="nobody",
+    says=lambda config: config.get("quantization_config") == {"quant_method": "blocks"},
+    read=lambda config, shapes, owner: {
+        name.removesuffix(".absmax"): Quantization(4, 64, "blocks") for name in shapes if name.endswith(".absmax")
+    },
+    unpacked=lambda shapes, quantized: {
+        name: (size[0], 2 * size[1]) if name.removesuffix(".weight") in quantized else size
+        for name, size in shapes.items()
+        if not name.endswith(".absmax")
+    },
+    divides=lambda inputs, how: inputs >= how.group_size,
+    groups=(64,),
+    packed_bytes=lambda how, count, size: count // 2 + 4 * -(-count // how.group_size),
+)
+"""Made up: two numbers in each byte, one float32 for each block, whatever the format of the base."""
+
+
+def test_another_scheme_is_a_description_and_an_ability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With these two alone a base is read, planned, counted, and refused by backends that lack the ability."""
+    monkeypatch.setitem(SCHEMES, "blocks", BLOCKS)
+    monkeypatch.setitem(ABILITIES, "reference", Abilities(schemes=("blocks",)))
+    tensors = {"a.q_proj.weight": np.zeros((6, 48), np.uint8), "a.q_proj.absmax": np.zeros(9, np.float32)}
+    tensors |= {"norm.weight": np.zeros(64, np.float32)}
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "blocks"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors")
+    location = ModelLocation("blocks", tmp_path, "local")
+    shape = planned_shape(asked(backend="reference"), location)
+    assert shape.quantized == {"a.q_proj": Quantization(4, 64, "blocks")}
+    assert shape.weights["a.q_proj.weight"] == (6, 96)
+    assert weight_bytes(shape, "bfloat16") == 6 * 48 + 9 * 4 + 64 * 2
+    for backend in ("torch", "mlx"):
+        with pytest.raises(ModelError, match=f"the {backend} backend trains on full weights"):
+            planned_shape(asked(backend=backend), location)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    save_file({"a.q_proj.weight": np.zeros((6, 96), np.float32)}, tmp_path / "model.safetensors")
+    how = asked(backend="reference", model__quantize="4bit").quantization
+    assert how == Quantization(4, 64, "blocks")
+    assert planned_shape(asked(backend="reference", model__quantize="4bit"), location).quantized == {"a.q_proj": how}
+    refuse_schemes({}, how, "reference", "it")
+    with pytest.raises(ModelError, match="full weights and on those that mlx-lm has quantised"):
+        refuse_schemes({}, how, "mlx", "it")

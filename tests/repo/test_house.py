@@ -12,12 +12,16 @@ import tomllib
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import finetune
+from finetune.abilities import ABILITIES
 from finetune.adapters.kinds import ADAPTER_KINDS
+from finetune.config import TrainingConfig
 from finetune.errors import FineTuneError
+from finetune.models.quantize import SCHEMES
 
 pytest.importorskip("importlinter", reason="needs import-linter: pip install 'finetune-suite[dev]'")
 
@@ -231,6 +235,41 @@ def test_guests_import_nothing_of_ours() -> None:
         for name, tree, _ in trees(SOURCE)
     )
     assert [module for module in ours if module.startswith("finetune.verify") and module.split(".")[-1] in names] == []
+
+
+def test_abilities_are_those_of_the_backends() -> None:
+    """Each of 3 backends says of itself what `abilities` says of it, and what that names is known."""
+    assert set(ABILITIES) == set(get_args(TrainingConfig.model_fields["backend"].annotation))
+    assert {scheme for able in ABILITIES.values() for scheme in able.schemes} == set(SCHEMES)
+    for name, able in ABILITIES.items():
+        # Read, not imported: a backend's file loads its framework.
+        assert f'    abilities = ABILITIES["{name}"]\n' in (SOURCE / "backends" / name / "backend.py").read_text(
+            "utf-8"
+        )
+        assert (SOURCE / "backends" / name / "probe.py").exists() == able.memory
+
+
+MEASURED = ("memory/forecast.py", "memory/outlook.py")
+"""What a backend takes in memory was measured, or counted by hand, for each by its name."""
+
+
+def names_asked_for(root: Path) -> list[str]:
+    """Where a backend is compared with a name, instead of asked what it can."""
+    return [
+        f"{name}:{node.lineno}: {ast.unparse(node)}"
+        for name, tree, _ in trees(root)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare) and "backend" in ast.unparse(node.left)
+        if any(isinstance(each, ast.Constant) and each.value in ABILITIES for each in node.comparators)
+        if not name.startswith("verify/") and name not in MEASURED
+    ]
+
+
+def test_no_backend_is_asked_for_by_its_name(tmp_path: Path) -> None:
+    """What only some backends can is asked of `abilities`; a test by name is found."""
+    assert names_asked_for(SOURCE) == []
+    (tmp_path / "room.py").write_text('if config.backend != "mlx":\n    raise ValueError\n')
+    assert names_asked_for(tmp_path) == ["room.py:1: config.backend != 'mlx'"]
 
 
 def test_package_all_is_exactly_what_can_be_imported() -> None:

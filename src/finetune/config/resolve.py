@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.abilities import ABILITIES, QUANTISING
 from finetune.adapters.kinds import ADAPTER_KINDS, any_of
 from finetune.config.keys import default_of, flatten, unflatten
 from finetune.config.load import LoadedConfig, Origin
@@ -180,10 +181,11 @@ def _quantize_problems(loaded: LoadedConfig) -> Iterator[Problem]:
     if quantize is None and size != default_of(key) and origins[key] != "profile":
         what = f"quantize_group_size is {size}, but nothing is quantised: quantize is not set"
         yield _problem(origins, key, what, "set model.quantize as well, or leave it out")
-    if quantize is not None and config.backend != "mlx":
+    if quantize is not None and not ABILITIES[config.backend].schemes:
         what = f"quantize is {quantize}, but the {config.backend} backend trains on full weights only"
-        hint = "set backend: mlx, which alone quantises in this version (bitsandbytes is not in it), or leave it out"
-        yield _problem(origins, "model.quantize", what, hint)
+        yield _problem(
+            origins, "model.quantize", what, f"set backend: {QUANTISING}, which can quantise, or leave it out"
+        )
     if quantize is not None and config.adapter.kind == "full":
         what = f"quantize is {quantize}, but adapter.kind is full: what is quantised cannot be trained"
         yield _problem(origins, "model.quantize", what, f"set adapter.kind to {any_of()}, or leave it out")

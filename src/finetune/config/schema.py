@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
 
+from finetune.abilities import ABILITIES
 from finetune.adapters.kinds import ADAPTER_KINDS
 from finetune.records import DEFAULT_KIND, Quantization
 
@@ -95,11 +96,6 @@ class ModelSpec(Spec):
     quantize_group_size: Literal[32, 64, 128] = 64
     """How many quantised numbers of a row share a scale and a bias; fewer are closer to the full model and take more
     memory."""
-
-    @property
-    def quantization(self) -> Quantization | None:
-        """How the base is quantised as it is loaded."""
-        return Quantization(int(self.quantize[0]), self.quantize_group_size) if self.quantize else None
 
 
 class DataSpec(Spec):
@@ -266,3 +262,9 @@ class TrainingConfig(Spec):
     tracking: TrackingSpec = Field(default_factory=TrackingSpec)
     backend: Literal["torch", "mlx", "reference"] = "torch"
     """Which framework does the computing."""
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the base is quantised as it is loaded: by the backend's own scheme."""
+        bits, schemes = self.model.quantize, ABILITIES[self.backend].schemes
+        return Quantization(int(bits[0]), self.model.quantize_group_size, *schemes[:1]) if bits else None

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 
+from finetune.abilities import ABILITIES
 from finetune.errors import RefusedError
 
 LAUNCHERS: dict[str, tuple[str, str]] = {
-    "torchrun": ("torch", "torch"),
-    "accelerate": ("torch", "accelerate"),
-    "mlx.launch": ("mlx", "mlx"),
+    launcher: (backend, library) for backend, able in ABILITIES.items() for launcher, library in able.launchers.items()
 }
 """Each launcher with the backend that understands it and the library that brings it."""
 NOTES = "FT_LAUNCH"
@@ -39,8 +38,10 @@ def refuse_launched(environ: Mapping[str, str], backend: str) -> None:
     """
     launcher = started_by(environ)
     if launcher and LAUNCHERS[launcher][0] != backend:
-        able = [name for name, (room, _) in LAUNCHERS.items() if room == backend]
-        hint = f"start it with {' or '.join(able)}" if able else "use one process, or the backend torch or mlx"
+        able, joining = ABILITIES[backend].launchers, (name for name, each in ABILITIES.items() if each.launchers)
+        hint = (
+            f"start it with {' or '.join(able)}" if able else f"use one process, or the backend {' or '.join(joining)}"
+        )
         raise RefusedError(
             f"{launcher} has started several processes, and backend {backend!r} cannot join them", hint=hint
         )

@@ -46,7 +46,7 @@ def collect_evidence(
     learning = learning_evidence(prepared, before, after, train_control, run.why)
     memory = None
     full_too = prepared.target is not None and not prepared.shape.quantized
-    unable = frozenset({"memory"}) - (run.backend.abilities if full_too else frozenset())
+    unable = frozenset() if full_too and run.backend.abilities.memory else frozenset({"memory"})
     if makes_extra_run(prepared, "memory", run.why, unable):
         with run.phase("measure memory", "LoRA and full fine-tuning, each in a fresh process"):
             memory = memory_evidence(prepared, run.why)

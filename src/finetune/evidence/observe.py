@@ -151,7 +151,7 @@ def artifact_evidence(
             saved,
             prompts=[row.ids for row in rows],
             dtype=config.model.dtype,
-            quantize=config.model.quantization,
+            quantize=config.quantization,
         )
     except EvidenceError as error:
         why["reload"] = error.message

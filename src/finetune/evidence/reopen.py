@@ -77,6 +77,6 @@ def _open(folder: RunFolder, config: TrainingConfig, location: ModelLocation, en
         model = config.model
         backend = open_backend(config.backend)
         pad_id = encoder.tokenizer.pad_id
-        return backend.open(place, model.dtype, pad_id, quantize=model.quantization, device=model.device)
+        return backend.open(place, model.dtype, pad_id, quantize=config.quantization, device=model.device)
 
     return open_tuned(folder, config, location, opener)

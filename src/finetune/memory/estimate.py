@@ -55,10 +55,7 @@ def _saved(shape: ModelShape, target: AdapterTarget) -> int:
 
 
 def weight_bytes(shape: ModelShape, dtype: str) -> int:
-    """What the base's weights take: what is quantised in its bits with scales and biases in `dtype`, the rest in that.
-
-    Source: `mlx.core.quantize`.
-    """
+    """What the base's weights take: what is quantised as its scheme has it, the rest in `dtype`."""
     sizes = {path: math.prod(shape.weights[f"{path}.weight"]) for path in shape.quantized}
     packed = sum(packed_bytes(how, sizes[path], BYTES[dtype]) for path, how in shape.quantized.items())
     return packed + (shape.parameters - sum(sizes.values())) * BYTES[dtype]

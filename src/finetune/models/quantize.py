@@ -1,48 +1,60 @@
-"""Quantised bases: how their files say so, the true shapes behind packed ones, and what of a full base is quantised.
+"""Quantised bases, each scheme in one description: how files say so, what is quantised, what it weighs.
 
-mlx-lm packs a matrix W (outputs x inputs) into whole numbers of 32 bits, `W.weight`, and keeps a scale and a bias of
-each group of a row in `W.scales` and `W.biases`; `quantization` in `config.json` says how, and of which matrices
-otherwise.
-
-Source: `mlx.core.quantize`, and `load_model` and `quantize_model` of mlx-lm (`utils.py`).
+To add a scheme: its `Scheme` here, its name in `abilities` for the backends that can load or make it, how they do that
+in their own `load.py`, and how they give the full weights that it stands for when a model is saved.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+from finetune.abilities import ABILITIES, QUANTISING
 from finetune.errors import ModelError
 from finetune.records import ModelShape, Quantization
 
-_WORD = 32
-"""Bits of one of the whole numbers that matrices are packed into."""
-_BITS, _GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+Shapes = Mapping[str, tuple[int, ...]]
 SETTINGS = ("quantization", "quantization_config")
 """Where a config says that its model is quantised: mlx-lm's place, and that of all others, where mlx-lm repeats it."""
-_FULL = "use the full model that it was made from; with backend: mlx, model.quantize quantises that as it is loaded"
+_FULL = (
+    "use the full model that it was made from; "
+    f"with backend: {QUANTISING}, model.quantize quantises that as it is loaded"
+)
 
 
-def read_quantized(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], owner: str
-) -> dict[str, Quantization]:
-    """How each quantised module of a model is held, by the module's path; empty for a full model.
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """One way to quantise.
 
-    Args:
-        shapes: those of all tensors in the model's files, packed as they are.
-
-    Raises:
-        ModelError: the model is quantised in another way than mlx-lm's own, or its files do not bear out its config.
+    Attributes:
+        by: who quantises so, for messages.
+        says: whether a config says that its model is quantised this way.
+        read: how each quantised module is held, by its path, from a config and the shapes in the files; refuses files
+            that do not bear out their config.
+        unpacked: the shapes that quantised matrices, by their paths, and all other weights had before.
+        divides: whether a matrix whose rows have so many numbers is quantised, when a full model is.
+        groups: the sizes of groups to choose from.
+        packed_bytes: what so many quantised numbers weigh on a base whose other weights take so many bytes each.
     """
-    told = config.get(SETTINGS[0])
-    if not told:
-        if other := config.get(SETTINGS[1]):
-            method = other.get("quant_method") if isinstance(other, dict) else None
-            raise ModelError(
-                f"{owner} is quantised by {method or 'a method that its config does not name'}; "
-                "this version trains on full weights and, through MLX, on those that mlx-lm has quantised",
-                hint=_FULL,
-            )
-        return {}
+
+    by: str
+    says: Callable[[Mapping[str, Any]], bool]
+    read: Callable[[Mapping[str, Any], Shapes, str], dict[str, Quantization]]
+    unpacked: Callable[[Shapes, Mapping[str, Quantization]], dict[str, tuple[int, ...]]]
+    divides: Callable[[int, Quantization], bool]
+    groups: tuple[int, ...]
+    packed_bytes: Callable[[Quantization, int, int], int]
+
+
+# mlx-lm's scheme: a matrix W (outputs x inputs) is packed into whole numbers of 32 bits, `W.weight`, with a scale and a
+# bias of each group of a row in `W.scales` and `W.biases`; `quantization` in config.json says how, and of which
+# matrices otherwise.
+# Source: `mlx.core.quantize`, and `load_model` and `quantize_model` of mlx-lm (`utils.py`).
+_WORD = 32
+_BITS, _GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+
+
+def _read_affine(config: Mapping[str, Any], shapes: Shapes, owner: str) -> dict[str, Quantization]:
+    told = config[SETTINGS[0]]
     paths = [name.removesuffix(".scales") for name in shapes if name.endswith(".scales")]
     found = {path: _one(told, path, owner) for path in paths if f"{path}.weight" in shapes}
     if not found:
@@ -82,10 +94,7 @@ def _one(told: Any, path: str, owner: str) -> Quantization:
     return Quantization(bits, group)
 
 
-def unpacked(
-    shapes: Mapping[str, tuple[int, ...]], quantized: Mapping[str, Quantization]
-) -> dict[str, tuple[int, ...]]:
-    """The shapes that the weights of a model had before they were quantised, scales and biases left out."""
+def _unpacked_affine(shapes: Shapes, quantized: Mapping[str, Quantization]) -> dict[str, tuple[int, ...]]:
     true = {
         f"{path}.weight": (*shapes[f"{path}.weight"][:-1], shapes[f"{path}.scales"][-1] * how.group_size)
         for path, how in quantized.items()
@@ -94,21 +103,93 @@ def unpacked(
     return {name: true.get(name, shape) for name, shape in shapes.items() if name not in parts}
 
 
-def quantize_shape(shape: ModelShape, how: Quantization, owner: str) -> ModelShape:
-    """The shape with every matrix quantised whose rows divide into groups, as mlx-lm does it: tables and head as well.
+SCHEMES: dict[str, Scheme] = {
+    "affine": Scheme(
+        by="mlx-lm",
+        says=lambda config: bool(config.get(SETTINGS[0])),
+        read=_read_affine,
+        unpacked=_unpacked_affine,
+        divides=lambda inputs, how: inputs % how.group_size == 0,
+        groups=_GROUPS,
+        packed_bytes=lambda how, count, size: count * how.bits // 8 + 2 * size * (count // how.group_size),
+    )
+}
+
+
+def read_quantized(config: Mapping[str, Any], shapes: Shapes, owner: str) -> dict[str, Quantization]:
+    """How each quantised module of a model is held, by the module's path; empty for a full model.
+
+    Args:
+        shapes: those of all tensors in the model's files, packed as they are.
 
     Raises:
-        ModelError: the model is quantised already, or no matrix divides.
+        ModelError: the model is quantised by no scheme that is known here, or its files do not bear out its config.
+    """
+    method = _method(config)
+    if method is None:
+        return {}
+    if method not in SCHEMES or not SCHEMES[method].says(config):
+        known = ", ".join(scheme.by for scheme in SCHEMES.values())
+        raise ModelError(
+            f"{owner} is quantised by {method}; this version trains on full weights and, with backend: {QUANTISING}, "
+            f"on those that {known} has quantised",
+            hint=_FULL,
+        )
+    return SCHEMES[method].read(config, shapes, owner)
+
+
+def _method(config: Mapping[str, Any]) -> str | None:
+    """The scheme, or else what the config calls its method; None for a full model."""
+    if known := next((name for name, scheme in SCHEMES.items() if scheme.says(config)), None):
+        return known
+    if not (other := config.get(SETTINGS[1])):
+        return None
+    method = other.get("quant_method") if isinstance(other, dict) else None
+    return str(method or "a method that its config does not name")
+
+
+def refuse_schemes(config: Mapping[str, Any], how: Quantization | None, backend: str, owner: str) -> None:
+    """Refuse a base that is quantised, or is to be, by a scheme that a backend cannot train on.
+
+    Raises:
+        ModelError: it is.
+    """
+    able, method = ABILITIES[backend].schemes, how.scheme if how else _method(config)
+    if method is not None and method not in able:
+        others = "".join(f" and on those that {SCHEMES[name].by} has quantised" for name in able)
+        raise ModelError(
+            f"{owner} {'is to be' if how else 'is'} quantised, but the {backend} backend trains on full weights"
+            f"{others or ' only'}",
+            hint=f"use backend: {QUANTISING}, or the full model and no model.quantize" if not able else _FULL,
+        )
+
+
+def unpacked(shapes: Shapes, quantized: Mapping[str, Quantization]) -> dict[str, tuple[int, ...]]:
+    """The shapes that the weights of a model had before they were quantised, scales and the like left out."""
+    found = dict(shapes)
+    for name in {how.scheme for how in quantized.values()}:
+        found = SCHEMES[name].unpacked(found, {path: how for path, how in quantized.items() if how.scheme == name})
+    return found
+
+
+def quantize_shape(shape: ModelShape, how: Quantization, owner: str) -> ModelShape:
+    """The shape with every matrix quantised that its scheme quantises: with mlx-lm's, tables and head as well.
+
+    Raises:
+        ModelError: the model is quantised already, or no matrix can be.
     """
     if shape.quantized:
         raise ModelError(
             f"model.quantize is {how.bits}bit, but {owner} is quantised already, {say_quantized(shape)}",
             hint="leave out model.quantize, or name the full model that it was made from",
         )
-    matrices = _matrices(shape)
-    paths = [path for path, inputs in matrices.items() if inputs % how.group_size == 0]
+    matrices, scheme = _matrices(shape), SCHEMES[how.scheme]
+    paths = [path for path, inputs in matrices.items() if scheme.divides(inputs, how)]
     if not paths:
-        fitting = [size for size in _GROUPS if any(inputs % size == 0 for inputs in matrices.values())]
+        sizes = [replace(how, group_size=size) for size in scheme.groups]
+        fitting = [
+            each.group_size for each in sizes if any(scheme.divides(inputs, each) for inputs in matrices.values())
+        ]
         raise ModelError(
             f"model.quantize: no matrix of {owner} has rows that divide into groups of {how.group_size}",
             hint=f"set model.quantize_group_size to {max(fitting)}" if fitting else "leave out model.quantize",
@@ -117,8 +198,8 @@ def quantize_shape(shape: ModelShape, how: Quantization, owner: str) -> ModelSha
 
 
 def packed_bytes(how: Quantization, count: int, size: int) -> int:
-    """What so many quantised numbers weigh, whose scales and biases take `size` bytes each."""
-    return count * how.bits // 8 + 2 * size * (count // how.group_size)
+    """What so many quantised numbers weigh on a base whose other weights take `size` bytes each."""
+    return SCHEMES[how.scheme].packed_bytes(how, count, size)
 
 
 def kept_in_full(shape: ModelShape) -> list[str]:
@@ -133,20 +214,6 @@ def say_quantized(shape: ModelShape) -> str:
     if len(words) == 1:
         return words[ways[0]]
     return ", ".join(f"{ways.count(how)} matrices in {text}" for how, text in words.items())
-
-
-def refuse_quantized(config: Mapping[str, Any], how: Quantization | None, backend: str, owner: str) -> None:
-    """Refuse, for a backend that trains on full weights only, a base that is quantised or is to be.
-
-    Raises:
-        ModelError: it is.
-    """
-    if how is not None or any(config.get(name) for name in SETTINGS):
-        raise ModelError(
-            f"{owner} {'is to be' if how else 'is'} quantised, but the {backend} backend trains on full weights only: "
-            "this version trains on quantised ones through MLX, and has no bitsandbytes",
-            hint="use backend: mlx, or the full model and no model.quantize",
-        )
 
 
 def _matrices(shape: ModelShape) -> dict[str, int]:

@@ -28,7 +28,7 @@ from finetune.data.split import hold_out
 from finetune.errors import ConfigError, DataError, ModelError, Problem
 from finetune.memory.estimate import adapter_parameters, weight_bytes
 from finetune.models.locate import SHIPPED, locate_model
-from finetune.models.quantize import kept_in_full, quantize_shape, refuse_quantized, say_quantized
+from finetune.models.quantize import kept_in_full, quantize_shape, refuse_schemes, say_quantized
 from finetune.models.shape import read_config, read_shape
 from finetune.records import (
     AdapterTarget,
@@ -135,15 +135,14 @@ def planned_shape(config: TrainingConfig, location: ModelLocation) -> ModelShape
         ModelError: a file is missing or corrupt, or a quantised base is not what this configuration can train on.
     """
     shape, owner = read_shape(location.folder), f"model {location.name!r}"
-    if config.backend != "mlx":
-        refuse_quantized(read_config(location.folder), None, config.backend, owner)
+    refuse_schemes(read_config(location.folder), None, config.backend, owner)
     if shape.quantized and config.adapter.kind == "full":
         raise ModelError(
             f"{owner} is quantised ({say_quantized(shape)}), but adapter.kind is full: what is quantised cannot be "
             "trained",
             hint=f"set adapter.kind to {any_of()}, or name the full model that it was made from",
         )
-    how = config.model.quantization
+    how = config.quantization
     return quantize_shape(shape, how, owner) if how else shape
 
 

@@ -35,9 +35,9 @@ class Run:
 
     def open_session(self) -> Session:
         """The base model of the run, without an adapter."""
-        model, pad_id = self.prepared.plan.config.model, self.prepared.encoder.tokenizer.pad_id
+        config, pad_id = self.prepared.plan.config, self.prepared.encoder.tokenizer.pad_id
         return self.backend.open(
-            self.prepared.location, model.dtype, pad_id, quantize=model.quantization, device=model.device
+            self.prepared.location, config.model.dtype, pad_id, quantize=config.quantization, device=config.model.device
         )
 
     def attach_adapter(self, session: Session) -> None:

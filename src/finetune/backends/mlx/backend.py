@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from finetune.abilities import ABILITIES
 from finetune.backends.mlx.blas import blas_name, blas_note
 from finetune.backends.mlx.group import join_group
 from finetune.backends.mlx.load import build_model, load_model, put_weights, write_config
@@ -17,6 +18,8 @@ from finetune.backends.mlx.names import WeightNames
 from finetune.backends.mlx.session import MlxSession
 from finetune.backends.mlx.tensors import DTYPES, write_tensors
 from finetune.errors import ModelError, RefusedError
+from finetune.models.quantize import refuse_schemes
+from finetune.models.shape import read_config
 from finetune.ports import Group
 from finetune.records import ModelLocation, Quantization
 
@@ -33,7 +36,7 @@ class MlxBackend:
     """LoRA with MLX on the architectures of mlx-lm: on the GPU of Apple silicon, or on a processor."""
 
     name = "mlx"
-    abilities: frozenset[str] = frozenset({"memory"})
+    abilities = ABILITIES["mlx"]
 
     def __init__(self) -> None:
         _tell_once()
@@ -98,6 +101,9 @@ class MlxBackend:
         _compute_on(device)
         if dtype not in DTYPES:
             raise ModelError(f"the mlx backend computes in {' or '.join(DTYPES)}, not in {dtype}")
+        refuse_schemes(
+            read_config(location.folder), quantize, self.name, f"model {location.name!r} in {location.folder}"
+        )
         return MlxSession(load_model(location, dtype, quantize), location, pad_id)
 
 

@@ -10,13 +10,14 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from finetune.abilities import ABILITIES
 from finetune.backends.reference.architecture import EMBEDDING, HEAD, read_architecture
 from finetune.backends.reference.session import ReferenceSession
 from finetune.backends.reference.weights import check_tensors, read_tensors
 from finetune.distributed.data_parallel import SingleProcess
 from finetune.distributed.environment import refuse_launched
 from finetune.errors import ModelError
-from finetune.models.quantize import refuse_quantized
+from finetune.models.quantize import refuse_schemes
 from finetune.models.shape import read_config, weight_files
 from finetune.ports import Group
 from finetune.records import ModelLocation, Quantization
@@ -26,7 +27,7 @@ class ReferenceBackend:
     """LoRA on a float64 NumPy Llama with hand-written gradients."""
 
     name = "reference"
-    abilities: frozenset[str] = frozenset()
+    abilities = ABILITIES["reference"]
 
     def versions(self) -> dict[str, str]:
         """Name and version of each library that computes."""
@@ -81,7 +82,7 @@ class ReferenceBackend:
                 quantised or to be.
         """
         owner = f"model {location.name!r} in {location.folder}"
-        if device == "gpu":
+        if device not in ("auto", *self.abilities.devices):
             raise ModelError(
                 "model.device is gpu, but the reference backend computes on the processor only",
                 hint="set model.device to cpu, or use another backend",
@@ -92,7 +93,7 @@ class ReferenceBackend:
                 hint="set model.dtype to float32, or use the torch backend",
             )
         config = read_config(location.folder)
-        refuse_quantized(config, quantize, self.name, owner)
+        refuse_schemes(config, quantize, self.name, owner)
         shape = read_architecture(config, owner)
         weights: dict[str, Any] = {}
         for file in weight_files(location.folder):

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 import transformers
 
+from finetune.abilities import ABILITIES
 from finetune.backends.torch.device import choose_device
 from finetune.backends.torch.group import join_group
 from finetune.backends.torch.load import load_model
 from finetune.backends.torch.session import TorchSession
-from finetune.models.quantize import refuse_quantized
+from finetune.models.quantize import refuse_schemes
 from finetune.models.shape import read_config
 from finetune.ports import Group
 from finetune.records import ModelLocation, Quantization
@@ -21,7 +22,7 @@ class TorchBackend:
     """LoRA with torch and PEFT."""
 
     name = "torch"
-    abilities: frozenset[str] = frozenset({"memory"})
+    abilities = ABILITIES["torch"]
 
     def __init__(self) -> None:
         transformers.utils.logging.set_verbosity_error()
@@ -61,7 +62,7 @@ class TorchBackend:
         """
         place = choose_device(device)
         owner = f"model {location.name!r} in {location.folder}"
-        refuse_quantized(read_config(location.folder), quantize, self.name, owner)
+        refuse_schemes(read_config(location.folder), quantize, self.name, owner)
         return TorchSession(load_model(location, dtype).to(place), location, pad_id)
 
 
