@@ -55,7 +55,7 @@ def read_yaml(path: Path) -> YamlFile:
     if values is None:
         return YamlFile(path, text=text)
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
-        kind = {list: "a list", str: "only text"}.get(type(values), "a single value")
+        kind = "a list" if isinstance(values, list) else "only text" if isinstance(values, str) else "a single value"
         what = f"the file must hold settings such as `backend: torch`, but holds {kind}"
         problem = Problem(what, str(path), "start from the file that `ft init` writes")
         return YamlFile(path, problems=[problem], text=text)
