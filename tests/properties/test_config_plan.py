@@ -125,7 +125,10 @@ def test_plan_leaves_nothing_open(
     plain = flatten(TrainingConfig())
     of_adapters = [key for key in KEYS if key.startswith("adapter.") or key == "training.loraplus_lr_ratio"]
     said = [key for key in of_adapters if flatten(config)[key] != plain[key]]
-    idle = len(said) - 1 if config.adapter.kind == "full" else 0  # all but adapter.kind itself
+    kind = config.adapter.kind
+    of_layers = ["adapter.target_modules", "adapter.modules_to_save"]
+    taken = {"lora": of_adapters, "dora": of_adapters, "ia3": of_layers, "full": []}[kind]
+    idle = sum(key not in ("adapter.kind", *taken) for key in said)
     held_out = config.data.valid is not None or facts_hold_out(config, facts)
     unwatched = (
         0 if held_out else (config.training.early_stopping_patience is not None) + config.training.load_best_model
@@ -133,7 +136,7 @@ def test_plan_leaves_nothing_open(
     margin = bool(config.training.early_stopping_min_delta) and config.training.early_stopping_patience is None
     quantize, size = config.model.quantize, config.model.quantize_group_size
     unable = not ABILITIES[config.backend].schemes
-    packed = unable + (config.adapter.kind == "full") if quantize else size != 64
+    packed = unable + (kind == "full") if quantize else size != 64
     if conflicts := too_long + two_splits + no_template + idle + unwatched + margin + packed:
         with pytest.raises(ConfigError) as caught:
             resolve(loaded, facts)
