@@ -50,7 +50,7 @@ def _accumulation_not_wired() -> None:
 
 @fault("A002f", "config.ratio_not_wired", real="", what="how much faster B moves is read and never passed on")
 def _ratio_not_wired() -> None:
-    for room in ("finetune.training.run", "finetune.verify.trainers.ours"):
+    for room in ("finetune.training.run", "finetune.verify.trainers.ours_sessions"):
         plant(import_module(room), "Optimization", lambda right, decay, most, **named: right(decay, most))
 
 

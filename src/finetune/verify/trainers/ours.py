@@ -2,17 +2,14 @@
 
 import json
 import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
 from finetune.adapters.peft_files import WEIGHTS, on_disk, read_settings
-from finetune.backends import open_backend
 from finetune.chat.encoder import Encoder
-from finetune.config import LoadedConfig, dump_plan, flatten, load_config, resolve_processes
+from finetune.config import dump_plan, flatten
 from finetune.errors import FineTuneError
 from finetune.events import CheckpointSaved, Event, FirstGradients, StepDone
 from finetune.evidence.observe import observe
@@ -22,33 +19,27 @@ from finetune.files import write_folder, write_text
 from finetune.models.locate import locate_model
 from finetune.objectives import choose_objective
 from finetune.ports import Objective, Session
-from finetune.records import Batch, Conversation, Message, Optimization, TokenizedRow
+from finetune.records import Batch, Conversation, Message, TokenizedRow
 from finetune.run.checkpoints import CheckpointStore
 from finetune.run.folder import RunFolder
 from finetune.train import train_to_the_end, training_events
 from finetune.training.loop import LoopPlan, mean_loss, train
-from finetune.training.prepare import Prepared, held_out_batches, prepare
+from finetune.training.prepare import Prepared, held_out_batches
 from finetune.training.resume import claim_resumed
-from finetune.training.run import Run
 from finetune.verify.subjects.serving import serve
 from finetune.verify.subjects.subject import About, InProcessSubject
 from finetune.verify.trainers.ours_files import file_handlers
 from finetune.verify.trainers.ours_program import OurProgram
 from finetune.verify.trainers.ours_results import put_weights, result_handlers
 from finetune.verify.trainers.ours_rows import line_of, row_handlers
-
-Given = Mapping[str, Any]
-Handler = Callable[..., dict[str, Any]]
-_QUIET = {"judge.control": "never", "judge.memory": "never", "data.valid_fraction": 0.0, "evaluation.questions": 0}
-"""What a run does beside training, which laws ask for by itself."""
+from finetune.verify.trainers.ours_sessions import Given, Handler, OurSessions
 
 
-class OurTrainer:
-    """The handlers of all questions, with one backend; what is made goes into a scratch folder."""
+class OurTrainer(OurSessions):
+    """The handlers of all questions, with one backend."""
 
     def __init__(self, backend: str, scratch: Path) -> None:
-        self.backend = open_backend(backend)
-        self.scratch = scratch
+        super().__init__(backend, scratch)
         self.program = OurProgram(backend)
 
     @property
@@ -76,19 +67,19 @@ class OurTrainer:
 
     def configure(self, model: str, settings: Given) -> dict[str, Any]:
         """What `ft check` takes."""
-        loaded = self._loaded(model, settings)
+        loaded = self.loaded(model, settings)
         return {"told": "", "effective": dict(flatten(loaded.config))}
 
     def render(self, model: str, settings: Given, messages: Sequence[Given], *, prompt: bool) -> dict[str, Any]:
         """A conversation as text, or a prompt up to where its answer begins."""
-        encoder = Encoder(locate_model(model), self._loaded(model, settings).config.template.name)
+        encoder = Encoder(locate_model(model), self.loaded(model, settings).config.template.name)
         conversation = Conversation(tuple(Message(**message) for message in messages), "asked")
         template = encoder.template
         return {"text": (template.render_prompt if prompt else template.render)(conversation).text}
 
     def tokenize(self, model: str, settings: Given, rows: Sequence[Given]) -> dict[str, Any]:
         """Rows as they are trained on."""
-        prepared = self._prepared(model, settings, rows)
+        prepared = self.prepared(model, settings, rows)
         found = [
             {"row": line_of(row.where), "ids": list(row.ids), "targets": list(row.trained)}
             for row in prepared.train.rows
@@ -97,9 +88,9 @@ class OurTrainer:
 
     def batches(self, model: str, settings: Given, rows: Sequence[Given], epochs: int) -> dict[str, Any]:
         """What the training loop itself takes, seen by a session that does nothing."""
-        prepared = self._prepared(model, {**settings, "training.epochs": float(epochs)}, rows)
+        prepared = self.prepared(model, {**settings, "training.epochs": float(epochs)}, rows)
         watched = _Watched()
-        run = self._run(prepared, self._new())
+        run = self.run(prepared, self.new_folder())
         for event in training_events(run, cast("Session", watched), prepared.training_rows):
             if isinstance(event, StepDone):
                 watched.steps.append(watched.window)
@@ -113,7 +104,7 @@ class OurTrainer:
 
     def loss(self, model: str, settings: Given, batch: Sequence[Given], adapter: str | None = None) -> dict[str, Any]:
         """The loss of one batch, dropout off."""
-        value, count = mean_loss(self._asked(model, settings, adapter), [Batch(_rows(batch))])
+        value, count = mean_loss(self.answering_session(model, settings, adapter), [Batch(_rows(batch))])
         return {"loss": value, "count": count}
 
     def gradient(
@@ -125,8 +116,8 @@ class OurTrainer:
         """
         rows = [_rows(batch) for batch in micro]
         given = {**settings, "training.gradient_accumulation_steps": len(rows), "training.max_steps": 1}
-        prepared = self._prepared(model, given, [{"prompt": "a", "completion": "b"}])
-        session = self._fresh(prepared)
+        prepared = self.prepared(model, given, [{"prompt": "a", "completion": "b"}])
+        session = self.fresh_session(prepared)
         if start is not None:
             put_weights(session, start)
         window = [Batch(each) for each in rows]
@@ -144,7 +135,7 @@ class OurTrainer:
         self, model: str, settings: Given, rows: Sequence[Given], folder: str, stop_after: int | None = None
     ) -> dict[str, Any]:
         """A run; with `stop_after` it ends, as by Ctrl-C, when the checkpoint of this step is there."""
-        prepared = self._prepared(model, settings, rows)
+        prepared = self.prepared(model, settings, rows)
         place = RunFolder.place(Path(folder))
         place.make()
         write_text(place.plan, dump_plan(prepared.plan))
@@ -154,24 +145,24 @@ class OurTrainer:
     def resume(self, folder: str, stop_after: int | None = None, settings: Given | None = None) -> dict[str, Any]:
         """Go on with a run that was stopped; `settings` are those that are changed meanwhile."""
         asked = json.loads((Path(folder) / "asked.json").read_text(encoding="utf-8"))
-        prepared = self._prepared(asked["model"], {**asked["settings"], **(settings or {})}, asked["rows"])
+        prepared = self.prepared(asked["model"], {**asked["settings"], **(settings or {})}, asked["rows"])
         return self._train_until(prepared, RunFolder.unfinished(Path(folder)), stop_after)
 
     def evaluate(
         self, model: str, settings: Given, rows: Sequence[Given], adapter: str | None = None
     ) -> dict[str, Any]:
         """The held-out loss of these rows."""
-        file = self._data(rows)
-        prepared = self._prepared(model, {**settings, "data.valid": str(file)}, rows)
-        session = self._asked(model, settings, adapter)
+        file = self.rows_file(rows)
+        prepared = self.prepared(model, {**settings, "data.valid": str(file)}, rows)
+        session = self.answering_session(model, settings, adapter)
         value, count = mean_loss(session, held_out_batches(prepared))
         return {"loss": value, "count": count}
 
     def initial_adapter(self, model: str, settings: Given) -> dict[str, Any]:
         """The adapter that training begins with."""
-        prepared = self._prepared(model, settings, [{"prompt": "a", "completion": "b"}])
-        folder = self._new()
-        self._fresh(prepared).save_adapter(folder)
+        prepared = self.prepared(model, settings, [{"prompt": "a", "completion": "b"}])
+        folder = self.new_folder()
+        self.fresh_session(prepared).save_adapter(folder)
         return self.adapter_weights(model, str(folder))
 
     def adapter_weights(self, model: str, adapter: str) -> dict[str, Any]:
@@ -183,59 +174,18 @@ class OurTrainer:
         self, model: str, settings: Given, prompts: Sequence[Sequence[int]], adapter: str | None = None
     ) -> dict[str, Any]:
         """Logits of the base, or with an adapter that was saved."""
-        file = self._new() / "logits.safetensors"
-        self._asked(model, settings, adapter).save_logits(prompts, file)
+        file = self.new_folder() / "logits.safetensors"
+        self.answering_session(model, settings, adapter).save_logits(prompts, file)
         return {"file": str(file)}
 
     def generate(
         self, model: str, settings: Given, prompts: Sequence[Sequence[int]], adapter: str | None = None
     ) -> dict[str, Any]:
         """Greedy answers, ended by what ends an answer."""
-        config = self._loaded(model, settings).config
+        config = self.loaded(model, settings).config
         stops = Encoder(locate_model(model), config.template.name).stop_ids
-        session = self._asked(model, settings, adapter)
+        session = self.answering_session(model, settings, adapter)
         return {"answers": session.generate(prompts, config.evaluation.max_new_tokens, stops)}
-
-    def _new(self) -> Path:
-        return Path(tempfile.mkdtemp(dir=self.scratch))
-
-    def _data(self, rows: Sequence[Given]) -> Path:
-        """A file of these rows; the same rows lie in the same file, for a run knows its data by its name, too."""
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        path = self.scratch / f"rows-{sha256(text.encode()).hexdigest()[:32]}.jsonl"
-        if not path.exists():
-            write_text(path, text)
-        return path
-
-    def _loaded(self, model: str, settings: Given) -> LoadedConfig:
-        given = {**_QUIET, "backend": self.backend.name, **settings, "model.path": model}
-        return load_config(None, environ={}, overrides=given, profile=None)
-
-    def _prepared(self, model: str, settings: Given, rows: Sequence[Given]) -> Prepared:
-        loaded = self._loaded(model, {**settings, "data.train": str(self._data(rows))})
-        return prepare(resolve_processes(loaded, 1, resume=False))
-
-    def _run(self, prepared: Prepared, folder: Path, listener: Callable[[Event], None] = lambda event: None) -> Run:
-        return Run(prepared, self.backend, self.backend.join(), RunFolder(folder), listener)
-
-    def _fresh(self, prepared: Prepared) -> Session:
-        """A session with the adapter that training begins with."""
-        training, model = prepared.plan.config.training, prepared.plan.config.model
-        session = self.backend.open(prepared.location, model.dtype, prepared.encoder.tokenizer.pad_id, device="cpu")
-        session.attach(prepared.target, training.seed)
-        ratio = training.loraplus_lr_ratio
-        session.prepare_updates(Optimization(training.weight_decay, training.max_grad_norm, loraplus_lr_ratio=ratio))
-        return session
-
-    def _asked(self, model: str, settings: Given, adapter: str | None) -> Session:
-        """A session that only answers."""
-        config = self._loaded(model, settings).config
-        location = locate_model(model)
-        pad = Encoder(location, config.template.name).tokenizer.pad_id
-        session = self.backend.open(location, config.model.dtype, pad, device="cpu")
-        if adapter is not None:
-            session.load_adapter(Path(adapter))
-        return session
 
     def _train_until(self, prepared: Prepared, place: RunFolder, stop_after: int | None) -> dict[str, Any]:
         steps: list[dict[str, Any]] = []
@@ -246,12 +196,12 @@ class OurTrainer:
             if isinstance(event, CheckpointSaved) and event.step == stop_after:
                 raise _StoppedAtCheckpointError
 
-        run = self._run(prepared, place.path, listen)
+        run = self.run(prepared, place.path, listen)
         owner = run_owner(prepared, self.backend.versions())
         adapter = None
         try:
             claim_resumed(run, owner)
-            session = self._fresh(prepared)
+            session = self.fresh_session(prepared)
             train_to_the_end(run, session, observe(session, prepared), owner)
             write_folder(place.adapter, lambda folder: save_trained(prepared, session, folder))
             adapter = str(place.adapter)

@@ -2,27 +2,25 @@
 
 import errno
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finetune import files as write
 from finetune.config import flatten, load_config
 from finetune.errors import FineTuneError
 from finetune.run.checkpoints import CheckpointStore, Owner
-
-if TYPE_CHECKING:
-    from finetune.verify.trainers.ours import OurTrainer
+from finetune.verify.trainers.ours_sessions import Handler, OurSessions
 
 _OWNER = Owner({"who": "the suite"}, {})
 
 
-def file_handlers(trainer: "OurTrainer") -> dict[str, Callable[..., dict[str, Any]]]:
+def file_handlers(trainer: OurSessions) -> dict[str, Handler]:
     """A function for each ability."""
     return {
-        "keep_checkpoints": lambda **given: keep_checkpoints(trainer._new(), **given),
-        "replace_file": lambda **given: replace_file(trainer._new(), **given),
-        "check_room": lambda **given: check_room(trainer._new(), **given),
+        "keep_checkpoints": lambda **given: keep_checkpoints(trainer.new_folder(), **given),
+        "replace_file": lambda **given: replace_file(trainer.new_folder(), **given),
+        "check_room": lambda **given: check_room(trainer.new_folder(), **given),
         "load_config": configured,
     }
 

@@ -4,10 +4,10 @@ What has to come out is computed by the reference backend alone, from weights th
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -38,15 +38,12 @@ from finetune.serve.go_template import GoTemplate
 from finetune.train import training_events
 from finetune.training.prepare import adapter_target, planned_shape
 from finetune.verify.subjects.serving import UnsupportedError
+from finetune.verify.trainers.ours_sessions import Given, Handler, OurSessions
 
-if TYPE_CHECKING:
-    from finetune.verify.trainers.ours import OurTrainer
-
-Given = Mapping[str, Any]
 _TEXTS = ("ab", " a b ", "\n", "{{ .System }}", "1 2", "")
 
 
-def result_handlers(trainer: "OurTrainer") -> dict[str, Callable[..., dict[str, Any]]]:
+def result_handlers(trainer: OurSessions) -> dict[str, Handler]:
     """A function for each ability."""
     hands = _ResultHandlers(trainer)
     names = (
@@ -80,15 +77,15 @@ def put_weights(session: Session, file: str) -> None:
 class _ResultHandlers:
     """The handlers; each goes the way of the command of its name."""
 
-    def __init__(self, trainer: "OurTrainer") -> None:
+    def __init__(self, trainer: OurSessions) -> None:
         self._trainer = trainer
 
     def trainable(self, model: str, settings: Given, adapter: str | None = None) -> dict[str, Any]:
         """What training would change: of a fresh adapter, or of one that was loaded to answer with."""
         if adapter is not None:
-            session = self._trainer._asked(model, settings, adapter)
+            session = self._trainer.answering_session(model, settings, adapter)
         else:
-            session = self._trainer._fresh(self._prepared(model, settings))
+            session = self._trainer.fresh_session(self._prepared(model, settings))
         return {"names": [on_disk(name) for name in session.trainable_names()]}
 
     def merge(self, model: str, settings: Given, adapter: str) -> dict[str, Any]:
@@ -97,7 +94,7 @@ class _ResultHandlers:
 
     def merge_as(self, model: str, settings: Given, adapter: str, dtype: str | None) -> dict[str, Any]:
         """`ft merge --dtype`."""
-        result, folder = self._result(model, settings, adapter), self._trainer._new()
+        result, folder = self._result(model, settings, adapter), self._trainer.new_folder()
         write_merged(result, plan_weights(result, cast("Any", dtype)), folder)
         return {"folder": str(folder)}
 
@@ -111,7 +108,7 @@ class _ResultHandlers:
             name: to_gguf_layout(exportable.described, name, source.read(name)) for name in exportable.shape.weights
         }
         weights |= exportable.described.extra
-        file = self._trainer._new() / "stored.safetensors"
+        file = self._trainer.new_folder() / "stored.safetensors"
         save_file({name: np.ascontiguousarray(weight) for name, weight in weights.items()}, file)
         return {"metadata": metadata, "file": str(file)}
 
@@ -135,7 +132,7 @@ class _ResultHandlers:
 
     def serving(self, model: str, settings: Given, license: str = "") -> dict[str, Any]:
         """What `ft deploy --to ollama` sends and leaves, but for the file of weights."""
-        encoder, folder = self._encoder(model, settings), self._trainer._new()
+        encoder, folder = self._encoder(model, settings), self._trainer.new_folder()
         tokenizer = encoder.tokenizer
         bos = tokenizer.bos if tokenizer.adds_bos else ""
 
@@ -154,7 +151,7 @@ class _ResultHandlers:
 
     def estimate(self, model: str, settings: Given) -> dict[str, Any]:
         """`ft estimate` without rows of one's own, on the backend that the settings name."""
-        loaded = self._trainer._loaded(model, settings)
+        loaded = self._trainer.loaded(model, settings)
         config = loaded.config
         shape = planned_shape(config, locate_model(model))
         facts = ModelAndDataFacts(shape.context_length, has_chat_template=True, train_rows=1)
@@ -177,20 +174,20 @@ class _ResultHandlers:
         Raises:
             UnsupportedError: the backend is not the oracle's.
         """
-        session = self._trainer._asked(model, settings, None)
+        session = self._trainer.answering_session(model, settings, None)
         if not isinstance(session, ReferenceSession):
             raise UnsupportedError("only the reference backend computes with given weights")
         _put_on(session.weights, load_file(file), scale)
-        out = self._trainer._new() / "logits.safetensors"
+        out = self._trainer.new_folder() / "logits.safetensors"
         session.save_logits(prompts, out)
         return {"file": str(out)}
 
     def train_from(self, model: str, settings: Given, rows: Sequence[Given], file: str) -> dict[str, Any]:
         """A run that begins with these weights of an adapter."""
-        prepared = self._trainer._prepared(model, settings, rows)
-        session, folder = self._trainer._fresh(prepared), self._trainer._new()
+        prepared = self._trainer.prepared(model, settings, rows)
+        session, folder = self._trainer.fresh_session(prepared), self._trainer.new_folder()
         put_weights(session, file)
-        run = self._trainer._run(prepared, folder)
+        run = self._trainer.run(prepared, folder)
         told = [event for event in training_events(run, session, prepared.training_rows) if isinstance(event, StepDone)]
         (folder / "adapter").mkdir()
         session.save_adapter(folder / "adapter")
@@ -198,14 +195,14 @@ class _ResultHandlers:
         return {"steps": steps, "adapter": str(folder / "adapter")}
 
     def _prepared(self, model: str, settings: Given) -> Any:
-        return self._trainer._prepared(model, settings, [{"prompt": "a", "completion": "b"}])
+        return self._trainer.prepared(model, settings, [{"prompt": "a", "completion": "b"}])
 
     def _encoder(self, model: str, settings: Given) -> Encoder:
-        return Encoder(locate_model(model), self._trainer._loaded(model, settings).config.template.name)
+        return Encoder(locate_model(model), self._trainer.loaded(model, settings).config.template.name)
 
     def _result(self, model: str, settings: Given, adapter: str) -> Result:
         """A run's result as it is after `ft train`, which lays the template beside the adapter."""
-        encoder, folder = self._encoder(model, settings), self._trainer._new()
+        encoder, folder = self._encoder(model, settings), self._trainer.new_folder()
         saved = folder / "adapter"
         saved.mkdir()
         for file in Path(adapter).iterdir():
@@ -213,7 +210,7 @@ class _ResultHandlers:
         (saved / "chat_template.jinja").write_text(encoder.source.jinja, encoding="utf-8")
         settings_file = saved / "generation_config.json"
         settings_file.write_text(json.dumps(encoder.generation_settings()), encoding="utf-8")
-        config = self._trainer._loaded(model, settings).config
+        config = self._trainer.loaded(model, settings).config
         manifest = {"id": "asked", "data": {"files": []}}
         return Result(RunFolder(folder), config, manifest, locate_model(model), saved, encoder, open_backend)
 

@@ -1,24 +1,20 @@
 """What our trainer tells of rows before they are trained on: prompts, stops, the split, rows that share sequences."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from finetune.chat.encoder import Encoder
 from finetune.models.locate import locate_model
 from finetune.records import Batch, Conversation, Message, TokenizedRow
 from finetune.training.loop import mean_loss
-
-if TYPE_CHECKING:
-    from finetune.verify.trainers.ours import OurTrainer
-
-Given = Mapping[str, Any]
+from finetune.verify.trainers.ours_sessions import Given, Handler, OurSessions
 
 
-def row_handlers(trainer: "OurTrainer") -> dict[str, Callable[..., dict[str, Any]]]:
+def row_handlers(trainer: OurSessions) -> dict[str, Handler]:
     """A function for each of these abilities."""
 
     def encoder_of(model: str, settings: Given) -> Encoder:
-        return Encoder(locate_model(model), trainer._loaded(model, settings).config.template.name)
+        return Encoder(locate_model(model), trainer.loaded(model, settings).config.template.name)
 
     def prompt(model: str, settings: Given, messages: Sequence[Given]) -> dict[str, Any]:
         conversation = Conversation(tuple(Message(**message) for message in messages), "asked")
@@ -28,7 +24,7 @@ def row_handlers(trainer: "OurTrainer") -> dict[str, Callable[..., dict[str, Any
         return {"ids": list(encoder_of(model, settings).stop_ids)}
 
     def split(model: str, settings: Given, rows: Sequence[Given]) -> dict[str, Any]:
-        prepared = trainer._prepared(model, settings, rows)
+        prepared = trainer.prepared(model, settings, rows)
         held_out = prepared.held_out.rows if prepared.held_out else ()
         return {"train": _numbers(prepared.train.rows), "held_out": _numbers(held_out)}
 
@@ -38,7 +34,7 @@ def row_handlers(trainer: "OurTrainer") -> dict[str, Callable[..., dict[str, Any
             for number, row in enumerate(row for sequence in sequences for row in sequence)
         ]
         batch = Batch(tuple(rows), tuple(len(sequence) for sequence in sequences))
-        value, count = mean_loss(trainer._asked(model, settings, None), [batch])
+        value, count = mean_loss(trainer.answering_session(model, settings, None), [batch])
         return {"loss": value, "count": count}
 
     return {"prompt": prompt, "stops": stops, "split": split, "packed_loss": packed_loss}
