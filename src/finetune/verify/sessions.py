@@ -15,15 +15,13 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import pytest
 
 from finetune.errors import StorageError
 from finetune.processes import largest_child, peak_rss
-
-if TYPE_CHECKING:
-    from finetune.report.history import HistoryEntry
+from finetune.report.history import HISTORY, SCORE_NAME, HistoryEntry, append_entry
 
 __all__ = ["pytest_configure"]
 
@@ -77,8 +75,6 @@ class Recorder:
         if self.stopped or not self.counts.total():
             self.lines.append("this session was not recorded: it was stopped, or had no tests")
             return
-        from finetune.report.history import HISTORY, append_entry
-
         path = Path(os.environ.get("FT_HISTORY") or self.config.rootpath / HISTORY)
         scores, complaints = measured_scores(self.recorded)
         self.lines += complaints
@@ -95,9 +91,7 @@ class Recorder:
         for line in self.lines:
             terminalreporter.write_line(line)
 
-    def _entry(self, scores: dict[str, float]) -> "HistoryEntry":
-        from finetune.report.history import HistoryEntry
-
+    def _entry(self, scores: dict[str, float]) -> HistoryEntry:
         return HistoryEntry(
             when=self.when,
             tier=self.tier,
@@ -118,8 +112,6 @@ class Recorder:
 
 def measured_scores(recorded: Sequence[tuple[str, object]]) -> tuple[dict[str, float], list[str]]:
     """Of what tests recorded, the scores, and a sentence for each that is none."""
-    from finetune.report.history import SCORE_NAME
-
     scores: dict[str, float] = {}
     complaints = []
     for name, value in recorded:
