@@ -5,25 +5,33 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from finetune.adapters.kinds import kind_of
-from finetune.adapters.peft_files import WEIGHTS, read_settings
+from finetune.adapters.peft_files import WEIGHTS, Layers, read_settings
 from finetune.backends.reference import adapter as files
 from finetune.backends.reference import session as reference
+from finetune.backends.reference.adapter import ReferenceAdapter
+from finetune.backends.reference.model import Array
 from finetune.errors import ModelError
+from finetune.ports import Session
 from finetune.records import AdapterTarget
 from finetune.verify.faults.fault import backend_under_judgement, fault, plant
 from finetune.verify.faults.sessions import plant_session, thaw
 
+Tensor = NDArray[np.float32]
+Sizes = Mapping[str, tuple[int, ...]]
+Weights = Mapping[str, Array]
+Reading = Callable[..., ReferenceAdapter]
 
-def _in_files(spoil: Callable[[dict[str, Any], dict[str, Any]], object]) -> None:
+
+def _in_files(spoil: Callable[[dict[str, object], dict[str, Tensor]], object]) -> None:
     """Spoil the settings and the tensors of every adapter that is saved, whichever backend wrote it."""
 
-    def save(right: Any, session: Any, folder: Path) -> None:
+    def save(right: Callable[..., None], session: Session, folder: Path) -> None:
         right(session, folder)
         place = folder / "adapter_config.json"
         settings, tensors = json.loads(place.read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
@@ -34,7 +42,7 @@ def _in_files(spoil: Callable[[dict[str, Any], dict[str, Any]], object]) -> None
     plant_session("save_adapter", save)
 
 
-def _keep(tensors: dict[str, Any], named: Callable[[str], bool]) -> None:
+def _keep(tensors: dict[str, Tensor], named: Callable[[str], bool]) -> None:
     for name in [name for name in tensors if not named(name)]:
         del tensors[name]
 
@@ -47,7 +55,7 @@ def _keep(tensors: dict[str, Any], named: Callable[[str], bool]) -> None:
 )
 def scale_not_saved() -> None:
     """The reader's default is 1."""
-    _in_files(lambda settings, tensors: settings.update(lora_alpha=float(settings["r"])))
+    _in_files(lambda settings, tensors: settings.update(lora_alpha=float(str(settings["r"]))))
 
 
 @fault(
@@ -60,7 +68,7 @@ def scale_not_saved() -> None:
 def missing_keys_tolerated() -> None:
     """`strict=False`."""
 
-    def read(right: Any, weights: Any, layers: Any, folder: Path) -> Any:
+    def read(right: Reading, weights: Weights, layers: Layers, folder: Path) -> ReferenceAdapter:
         try:
             return right(weights, layers, folder)
         except ModelError:
@@ -80,13 +88,13 @@ def missing_keys_tolerated() -> None:
 def shapes_tolerated() -> None:
     """`ignore_mismatched_sizes`, and what fits is taken."""
 
-    def check(right: Any, saved: Any, expected: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    def check(right: Callable[..., None], saved: Sizes, expected: Sizes, folder: Path) -> None:
         right({name: expected.get(name, shape) for name, shape in saved.items()}, expected, folder)
 
-    def read(right: Any, weights: Any, layers: Any, folder: Path) -> Any:
+    def read(right: Reading, weights: Weights, layers: Layers, folder: Path) -> ReferenceAdapter:
         adapter = right(weights, layers, folder)
         kind = kind_of(adapter.target)
-        cut: dict[str, dict[str, Any]] = {}
+        cut: dict[str, dict[str, Array]] = {}
         for path, parts in adapter.layers.items():
             shapes = kind.shapes(adapter.target, path, *layers[path])
             cut[path] = {key: parts[key][tuple(map(slice, size))] for key, size in shapes.items()}
@@ -116,7 +124,7 @@ def adapter_ignored() -> None:
 def extra_modules_lost() -> None:
     """Only A and B are written, and the settings know of nothing else."""
 
-    def lose(settings: dict[str, Any], tensors: dict[str, Any]) -> None:
+    def lose(settings: dict[str, object], tensors: dict[str, Tensor]) -> None:
         settings["modules_to_save"] = None
         _keep(tensors, lambda name: "lora_" in name)
 
@@ -145,7 +153,7 @@ def root_forgotten() -> None:
 def wrong_base_accepted() -> None:
     """Names that match nothing count for nothing."""
 
-    def check(right: Any, saved: Any, expected: Mapping[str, Any], folder: Path) -> None:
+    def check(right: Callable[..., None], saved: Sizes, expected: Sizes, folder: Path) -> None:
         right({name: shape for name, shape in saved.items() if name in expected}, expected, folder)
 
     files_here = import_module(f"finetune.backends.{backend_under_judgement()}.adapter")
@@ -161,7 +169,7 @@ def wrong_base_accepted() -> None:
 def loaded_is_trainable() -> None:
     """To put it on is to thaw it."""
 
-    def load(right: Any, session: Any, folder: Path) -> None:
+    def load(right: Callable[..., None], session: Session, folder: Path) -> None:
         right(session, folder)
         thaw(session)
 
@@ -183,7 +191,7 @@ def stale_names() -> None:
 def saved_in_half() -> None:
     """Eleven bits of every number are left."""
 
-    def half(settings: dict[str, Any], tensors: dict[str, Any]) -> None:
+    def half(settings: dict[str, object], tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             tensors[name] = tensor.astype(np.float16).astype(tensor.dtype)
 

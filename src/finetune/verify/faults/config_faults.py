@@ -5,18 +5,21 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
-from typing import Any
 
 from finetune import train as training
-from finetune.backends.reference.model import ReferencePass
+from finetune.backends.reference.model import Array, Backward, ReferencePass
 from finetune.config import load
 from finetune.config.keys import KEYS, PROFILE_KEY, SECTIONS
-from finetune.records import AdapterTarget, Optimization
+from finetune.config.resolve import Plan
+from finetune.config.schema import TrainingConfig
+from finetune.ports import Session
+from finetune.records import AdapterTarget, Batch, ModelShape, Optimization
 from finetune.training import prepare
 from finetune.verify.faults.fault import fault, plant
 from finetune.verify.faults.sessions import plant_session
 
-Right = Callable[..., Any]
+Added = tuple[Array, Backward]
+Planning = Callable[..., AdapterTarget]
 
 
 @fault("A002", "config.flag_not_wired", real="mlx-examples #1313", what="packing is read and never passed on")
@@ -32,7 +35,7 @@ def _decay_not_wired() -> None:
 
 @fault("A002c", "config.clipping_not_wired", real="", what="the limit of gradients is read and never passed on")
 def _clipping_not_wired() -> None:
-    def wrong(right: Right, session: Any, optimization: Optimization) -> None:
+    def wrong(right: Callable[..., None], session: Session, optimization: Optimization) -> None:
         right(session, replace(optimization, max_grad_norm=math.inf))
 
     plant_session("prepare_updates", wrong)
@@ -56,7 +59,7 @@ def _ratio_not_wired() -> None:
 
 @fault("A003", "config.zero_is_false", real="torchtune #186", what="a setting that is 0 counts as not set")
 def _zero_is_not_set() -> None:
-    def wrong(right: Right, *given: Any) -> Any:
+    def wrong(right: Callable[..., load.ConfigSource], *given: object) -> load.ConfigSource:
         source = right(*given)
         source.values = {key: value for key, value in source.values.items() if value or value is None}
         return source
@@ -66,7 +69,7 @@ def _zero_is_not_set() -> None:
 
 @fault("A003b", "config.seed_zero_is_no_seed", real="mlx-lm #1661", what="with seed 0 the adapter is not seeded")
 def _seed_zero_makes_any_adapter() -> None:
-    def wrong(right: Right, session: Any, target: Any, seed: int) -> Any:
+    def wrong(right: Callable[..., None], session: Session, target: AdapterTarget | None, seed: int) -> None:
         return right(session, target, seed or random.SystemRandom().getrandbits(31))
 
     plant_session("attach", wrong)
@@ -74,7 +77,7 @@ def _seed_zero_makes_any_adapter() -> None:
 
 @fault("A003c", "config.order_zero_is_no_seed", real="mlx-lm #1661", what="with seed 0 the order of rows is not seeded")
 def _seed_zero_makes_any_order() -> None:
-    def wrong(right: Right, *given: Any, seed: int, **named: Any) -> Any:
+    def wrong(right: Callable[..., list[Batch]], *given: object, seed: int, **named: object) -> list[Batch]:
         return right(*given, seed=seed or random.SystemRandom().getrandbits(31), **named)
 
     plant(training, "epoch_batches", wrong)
@@ -95,7 +98,7 @@ def _scaling_misnamed() -> None:
     "A004b", "config.alpha_misnamed", real="", what="alpha is asked for by a wrong name and has its default for ever"
 )
 def _alpha_misnamed() -> None:
-    def wrong(right: Right, rank: int, alpha: float, *given: Any, **named: Any) -> Any:
+    def wrong(right: Planning, rank: int, alpha: float, *given: object, **named: object) -> AdapterTarget:
         return right(rank, 16.0, *given, **named)
 
     plant(prepare, "AdapterTarget", wrong)
@@ -109,7 +112,7 @@ def _patterns_misnamed() -> None:
 def _without_dropout(spared: Callable[[str], bool]) -> None:
     """Plant it where an adapter adds to its layer: some layers are built without dropout."""
 
-    def wrong(right: Right, trip: Any, path: str, *given: Any) -> Any:
+    def wrong(right: Callable[..., Added], trip: ReferencePass, path: str, *given: object) -> Added:
         drawn = trip.random
         trip.random = None if spared(path) else drawn
         try:
@@ -144,7 +147,7 @@ def _dropout_not_in_one_layer() -> None:
 
 @fault("A007", "config.none_as_string", real="axolotl #3859", what="no value becomes the word None")
 def _none_is_a_word() -> None:
-    def wrong(right: Right, values: Mapping[str, Any]) -> Any:
+    def wrong(right: Callable[..., TrainingConfig], values: Mapping[str, object]) -> TrainingConfig:
         config = right(values)
         tracking = config.tracking.model_copy(update={"name": str(config.tracking.name)})
         return config.model_copy(update={"tracking": tracking})
@@ -154,7 +157,7 @@ def _none_is_a_word() -> None:
 
 @fault("A009", "config.feature_silently_off", real="unsloth #7234", what="accumulation switches packing off")
 def _accumulation_stops_packing() -> None:
-    def wrong(right: Right, plan: Any) -> Any:
+    def wrong(right: Callable[..., int | None], plan: Plan) -> int | None:
         return None if plan.config.training.gradient_accumulation_steps > 1 else right(plan)
 
     for room in (prepare, training):
@@ -163,7 +166,7 @@ def _accumulation_stops_packing() -> None:
 
 @fault("A009b", "config.dropout_silently_off", real="unsloth #6829", what="targets of one's own switch dropout off")
 def _targets_stop_dropout() -> None:
-    def wrong(right: Right, config: Any, shape: Any) -> Any:
+    def wrong(right: Planning, config: TrainingConfig, shape: ModelShape) -> AdapterTarget:
         target = right(config, shape)
         return target if config.adapter.target_modules == "all-linear" else replace(target, dropout=0.0)
 
@@ -172,7 +175,9 @@ def _targets_stop_dropout() -> None:
 
 @fault("A010", "config.layer_filter_matches_nothing", real="PEFT #1024", what="a target that fits no layer is dropped")
 def _unknown_target_is_dropped() -> None:
-    def wrong(right: Right, shape: Any, target_modules: str | Sequence[str]) -> Any:
+    def wrong(
+        right: Callable[..., tuple[str, ...]], shape: ModelShape, target_modules: str | Sequence[str]
+    ) -> tuple[str, ...]:
         known = right(shape, "all-linear")
         return known if target_modules == "all-linear" else tuple(name for name in target_modules if name in known)
 
@@ -186,7 +191,7 @@ def _unknown_pattern_is_ignored() -> None:
 
 @fault("A012", "config.unknown_key_ignored", real="", what="a misspelt setting is accepted and does nothing")
 def _unknown_setting_is_ignored() -> None:
-    def wrong(right: Right, source: Any, key: str, value: Any) -> None:
+    def wrong(right: Callable[..., None], source: load.ConfigSource, key: str, value: object) -> None:
         if key in (*SECTIONS, *KEYS, PROFILE_KEY):
             right(source, key, value)
 

@@ -1,15 +1,23 @@
 """Faults of looking at a model: held-out losses and answers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
+from finetune.backends.reference.session import ReferenceSession
+from finetune.chat.fit import Encoded
+from finetune.data.shape import Example
+from finetune.events import Event
 from finetune.evidence import observe
-from finetune.records import Batch
+from finetune.ports import Objective, Session
+from finetune.records import Batch, TokenizedRow
 from finetune.training import loop, prepare
 from finetune.verify.faults.fault import fault, plant
 from finetune.verify.faults.sessions import Through, pad_of, plant_session, trainable
 from finetune.verify.trainers import ours
+
+Asked = Callable[..., list[list[int]]]
+Stepping = Callable[..., Iterator[Event]]
+Sides = tuple[list[Example], list[Example]]
 
 
 @fault(
@@ -21,7 +29,7 @@ from finetune.verify.trainers import ours
 def mean_of_batch_means() -> None:
     """A small last batch weighs as much as any."""
 
-    def mean(right: Any, session: Any, batches: Sequence[Batch]) -> tuple[float, int]:
+    def mean(right: Callable[..., tuple[float, int]], session: Session, batches: Sequence[Batch]) -> tuple[float, int]:
         each = [right(session, [batch]) for batch in batches]
         return sum(loss for loss, _ in each) / len(each), sum(count for _, count in each)
 
@@ -29,10 +37,10 @@ def mean_of_batch_means() -> None:
         plant(owner, "mean_loss", mean)
 
 
-def _fixed(wrong: Any) -> None:
+def _fixed(wrong: Callable[[list[Batch], int], list[Batch]]) -> None:
     """Let held-out batches be others: `wrong` is given all of them and how many rows one has."""
 
-    def batches(right: Any, rows: Sequence[Any], size: int) -> list[Batch]:
+    def batches(right: Callable[..., list[Batch]], rows: Sequence[TokenizedRow], size: int) -> list[Batch]:
         return list(wrong(right(rows, size), size))
 
     for owner in (observe, prepare):
@@ -59,7 +67,7 @@ def filled_up() -> None:
 def dropout_on() -> None:
     """The model is never told that it is not training."""
 
-    def loss(right: Any, session: Any, batch: Batch) -> float:
+    def loss(right: Callable[..., float], session: Session, batch: Batch) -> float:
         with trainable(session):
             return float(session.accumulate(batch, 0.0))
 
@@ -77,11 +85,11 @@ def mode_not_restored() -> None:
     """eval() without train()."""
     resting: set[int] = set()
 
-    def loss(right: Any, session: Any, batch: Batch) -> float:
+    def loss(right: Callable[..., float], session: Session, batch: Batch) -> float:
         resting.add(id(session))
         return float(right(session, batch))
 
-    def accumulate(right: Any, session: Any, *given: Any) -> float:
+    def accumulate(right: Callable[..., float], session: ReferenceSession, *given: object) -> float:
         adapter = session.adapter
         if adapter is None or id(session) not in resting:
             return float(right(session, *given))
@@ -104,7 +112,7 @@ def mode_not_restored() -> None:
 def first_token_missing() -> None:
     """Two paths make ids."""
 
-    def held(right: Any, *given: Any) -> Any:
+    def held(right: Callable[..., Encoded | None], *given: object) -> Encoded | None:
         found = right(*given)
         if found is None:
             return None
@@ -124,7 +132,7 @@ def first_token_missing() -> None:
 def context_overflow() -> None:
     """Nobody counts prompt and answer together."""
 
-    def generate(right: Any, session: Any, *given: Any) -> Any:
+    def generate(right: Asked, session: ReferenceSession, *given: object) -> list[list[int]]:
         shape = session.shape
         session.shape = replace(shape, max_position_embeddings=10**6)
         try:
@@ -144,7 +152,7 @@ def context_overflow() -> None:
 def prompt_in_answer() -> None:
     """The whole sequence is scored."""
 
-    def generate(right: Any, session: Any, prompts: Sequence[Sequence[int]], *rest: Any) -> list[list[int]]:
+    def generate(right: Asked, session: Session, prompts: Sequence[Sequence[int]], *rest: object) -> list[list[int]]:
         answers = right(session, prompts, *rest)
         return [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
 
@@ -160,7 +168,7 @@ def prompt_in_answer() -> None:
 def answers_in_wrong_order() -> None:
     """They come in the order in which they were asked."""
 
-    def generate(right: Any, session: Any, prompts: Sequence[Sequence[int]], *rest: Any) -> list[list[int]]:
+    def generate(right: Asked, session: Session, prompts: Sequence[Sequence[int]], *rest: object) -> list[list[int]]:
         return list(right(session, sorted(prompts, key=len), *rest))
 
     plant_session("generate", generate)
@@ -175,7 +183,7 @@ def answers_in_wrong_order() -> None:
 def pads_are_read() -> None:
     """The shorter ones are asked with more than they say."""
 
-    def generate(right: Any, session: Any, prompts: Sequence[Sequence[int]], *rest: Any) -> list[list[int]]:
+    def generate(right: Asked, session: Session, prompts: Sequence[Sequence[int]], *rest: object) -> list[list[int]]:
         longest = max(map(len, prompts))
         padded = [[*prompt, *[pad_of(session)] * (longest - len(prompt))] for prompt in prompts]
         return list(right(session, padded, *rest))
@@ -203,10 +211,10 @@ def partial_batches_left_out() -> None:
 def log_unweighted() -> None:
     """The curve is that of something else."""
 
-    def step(right: Any, session: Any, window: Sequence[Batch], *rest: Any) -> Any:
+    def step(right: Stepping, session: Session, window: Sequence[Batch], *rest: object) -> Iterator[Event]:
         targets = sum(batch.target_count for batch in window)
 
-        def accumulate(batch: Batch, weight: float, *objective: Any) -> float:
+        def accumulate(batch: Batch, weight: float, *objective: Objective) -> float:
             loss = session.accumulate(batch, weight, *objective)
             return float(loss / batch.target_count / len(window) * targets)
 
@@ -224,7 +232,7 @@ def log_unweighted() -> None:
 def hidden_split() -> None:
     """At least one of two."""
 
-    def hold(right: Any, examples: Sequence[Any], fraction: float, seed: int) -> Any:
+    def hold(right: Callable[..., Sides], examples: Sequence[Example], fraction: float, seed: int) -> Sides:
         return right(examples, fraction or 0.3, seed)
 
     plant(prepare, "hold_out", hold)
@@ -234,7 +242,7 @@ def hidden_split() -> None:
 def sum_as_mean() -> None:
     """It grows with the rows."""
 
-    def mean(right: Any, session: Any, batches: Sequence[Batch]) -> tuple[float, int]:
+    def mean(right: Callable[..., tuple[float, int]], session: Session, batches: Sequence[Batch]) -> tuple[float, int]:
         loss, count = right(session, batches)
         return loss * count, count
 

@@ -1,19 +1,25 @@
 """Faults of writing GGUF."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 
 from finetune.errors import ModelError
 from finetune.export import blueprint, families, gguf_source, vocabulary
+from finetune.export.blueprint import Blueprint
 from finetune.export.families import Described
-from finetune.export.sources import Files
+from finetune.export.sources import Array, Files, WeightSource
+from finetune.export.vocabulary import AddedToken
 from finetune.models import shape
+from finetune.records import ModelShape, Quantization
 from finetune.verify.faults.fault import fault, plant
 from finetune.verify.trainers import ours_results
+
+Tokens = tuple[list[str], list[int]]
+Keys = tuple[dict[str, object], tuple[str, ...]]
 
 
 @fault(
@@ -25,7 +31,7 @@ from finetune.verify.trainers import ours_results
 def keys_by_wrong_heads() -> None:
     """n_head // n_head_kv instead of n_head_kv."""
 
-    def heads(right: Any, described: Described, module: str) -> int:
+    def heads(right: Callable[..., int], described: Described, module: str) -> int:
         found = int(right(described, module))
         return found and (described.heads // described.kv_heads if module == "k_proj" else found)
 
@@ -52,7 +58,7 @@ def not_permuted() -> None:
 def pre_tokenizer_guessed() -> None:
     """What cannot be told is made up."""
 
-    def name(right: Any, *given: Any, **named: Any) -> str:
+    def name(right: Callable[..., str], *given: object, **named: object) -> str:
         try:
             return str(right(*given, **named))
         except ModelError:
@@ -64,7 +70,7 @@ def pre_tokenizer_guessed() -> None:
 def _without(*endings: str) -> None:
     """Let the settings of a model lack some keys."""
 
-    def described(right: Any, *given: Any, **named: Any) -> Described:
+    def described(right: Callable[..., Described], *given: object, **named: object) -> Described:
         found: Described = right(*given, **named)
         return replace(found, metadata={key: each for key, each in found.metadata.items() if not key.endswith(endings)})
 
@@ -86,7 +92,7 @@ def scaling_lost() -> None:
 def factors_lost() -> None:
     """No tensor of theirs is written."""
 
-    def described(right: Any, *given: Any, **named: Any) -> Described:
+    def described(right: Callable[..., Described], *given: object, **named: object) -> Described:
         found: Described = right(*given, **named)
         return replace(found, extra={})
 
@@ -108,7 +114,7 @@ def base_lost() -> None:
 def bos_unsaid() -> None:
     """The key is left out where the model has no such token."""
 
-    def keys(right: Any, *given: Any) -> Any:
+    def keys(right: Callable[..., Keys], *given: object) -> Keys:
         found, notes = right(*given)
         return {key: value for key, value in found.items() if "bos_token_id" not in key}, notes
 
@@ -124,7 +130,7 @@ def bos_unsaid() -> None:
 def bos_added() -> None:
     """As most models have it."""
 
-    def keys(right: Any, *given: Any) -> Any:
+    def keys(right: Callable[..., Keys], *given: object) -> Keys:
         found, notes = right(*given)
         return {**found, "tokenizer.ggml.add_bos_token": True}, notes
 
@@ -140,7 +146,9 @@ def bos_added() -> None:
 def more_tokens_than_rows() -> None:
     """The number of rows is raised to fit."""
 
-    def tokens(right: Any, vocab: Mapping[str, int], added: Any, rows: int, **named: Any) -> Any:
+    def tokens(
+        right: Callable[..., Tokens], vocab: Mapping[str, int], added: Sequence[AddedToken], rows: int, **named: object
+    ) -> Tokens:
         last = max([*vocab.values(), *(token["id"] for token in added)])
         return right(vocab, added, max(rows, last + 1), **named)
 
@@ -156,7 +164,9 @@ def more_tokens_than_rows() -> None:
 def spare_rows_unnamed() -> None:
     """The list ends with the last known token."""
 
-    def tokens(right: Any, vocab: Mapping[str, int], added: Any, rows: int, **named: Any) -> Any:
+    def tokens(
+        right: Callable[..., Tokens], vocab: Mapping[str, int], added: Sequence[AddedToken], rows: int, **named: object
+    ) -> Tokens:
         known = {*vocab.values(), *(token["id"] for token in added)}
         texts, types = right(vocab, added, rows, **named)
         return texts[: max(known) + 1], types[: max(known) + 1]
@@ -173,7 +183,7 @@ def spare_rows_unnamed() -> None:
 def control_as_text() -> None:
     """All are of one kind."""
 
-    def tokens(right: Any, *given: Any, **named: Any) -> Any:
+    def tokens(right: Callable[..., Tokens], *given: object, **named: object) -> Tokens:
         texts, types = right(*given, **named)
         return texts, [vocabulary.NORMAL if kind == vocabulary.CONTROL else kind for kind in types]
 
@@ -190,7 +200,7 @@ def control_as_text() -> None:
 def extra_tensor() -> None:
     """The frequencies of the rotation."""
 
-    def planned(right: Any, *given: Any) -> Any:
+    def planned(right: Callable[..., Blueprint], *given: object) -> Blueprint:
         found = right(*given)
         extra = blueprint.Tensor("rope_freqs.weight", (2,), "f32", lambda: np.ones(2, np.float32))
         return replace(found, tensors=(*found.tensors, extra))
@@ -207,7 +217,7 @@ def extra_tensor() -> None:
 def packed_taken_for_plain() -> None:
     """Whole numbers become floats, and what stands beside them is passed over."""
 
-    def read(right: Any, files: Files, name: str) -> Any:
+    def read(right: Callable[..., Array], files: Files, name: str) -> Array:
         if files.kind(name) == "U32":
             return np.frombuffer(files.raw(name), "<u4").reshape(files.shape(name)).astype(np.float32)
         return right(files, name)
@@ -220,7 +230,7 @@ def packed_taken_for_plain() -> None:
 def first_part_only() -> None:
     """What the others hold is passed over."""
 
-    def described(right: Any, folder: Any) -> Any:
+    def described(right: Callable[..., tuple[ModelShape, Described]], folder: Path) -> tuple[ModelShape, Described]:
         found, settings = right(folder)
         there = Files(shape.weight_files(folder)[:1]).names()
         return replace(found, weights={name: size for name, size in found.weights.items() if name in there}), settings
@@ -233,7 +243,7 @@ def first_part_only() -> None:
 def shapes_filled() -> None:
     """A gain becomes a matrix of one row."""
 
-    def stored(right: Any, described: Described, name: str, weight: Any) -> Any:
+    def stored(right: Callable[..., Array], described: Described, name: str, weight: Array) -> Array:
         found = right(described, name, weight)
         return found[None] if found.ndim == 1 else found
 
@@ -250,7 +260,9 @@ def shapes_filled() -> None:
 def null_is_a_word() -> None:
     """The method of quantisation that a model has not."""
 
-    def read(right: Any, config: Mapping[str, Any], *rest: Any) -> Any:
+    def read(
+        right: Callable[..., Mapping[str, Quantization]], config: Mapping[str, object], *rest: object
+    ) -> Mapping[str, Quantization]:
         if "quantization_config" in config:
             json.loads(json.dumps(config["quantization_config"]))["quant_method"].lower()
         return right(config, *rest)
@@ -267,7 +279,7 @@ def null_is_a_word() -> None:
 def no_chat_template() -> None:
     """The key is left out."""
 
-    def keys(right: Any, *given: Any) -> Any:
+    def keys(right: Callable[..., dict[str, object]], *given: object) -> dict[str, object]:
         return {key: value for key, value in right(*given).items() if key != "tokenizer.chat_template"}
 
     plant(gguf_source, "file_metadata", keys)
@@ -283,7 +295,14 @@ def no_chat_template() -> None:
 def keys_lost_when_quantised() -> None:
     """The template among them."""
 
-    def planned(right: Any, described: Any, shape: Any, source: Any, metadata: Any, outtype: str) -> Any:
+    def planned(
+        right: Callable[..., Blueprint],
+        described: Described,
+        shape: ModelShape,
+        source: WeightSource,
+        metadata: Mapping[str, object],
+        outtype: str,
+    ) -> Blueprint:
         kept = metadata if outtype in ("f32", "f16", "bf16") else {}
         return right(described, shape, source, kept, outtype)
 

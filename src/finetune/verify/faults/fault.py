@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
 
 _MODULES: tuple[str, ...] = (
     "finetune.verify.faults.config_faults",
@@ -96,7 +95,7 @@ def fault(
     return known
 
 
-def plant(owner: Any, name: str, wrong: Callable[..., Any]) -> None:
+def plant(owner: object, name: str, wrong: Callable[..., object]) -> None:
     """Put a fault in the place of what is right; the fault is given what is right, and then what that was given.
 
     `owner` is a module or a class. Where other modules have taken the name with `from ... import`, it is planted there.
@@ -112,7 +111,7 @@ def plant(owner: Any, name: str, wrong: Callable[..., Any]) -> None:
     right = getattr(owner, name)
 
     @functools.wraps(right)
-    def planted(*given: Any, **named: Any) -> Any:
+    def planted(*given: object, **named: object) -> object:
         hits[place] += 1
         return wrong(right, *given, **named)
 

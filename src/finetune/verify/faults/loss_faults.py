@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,22 @@ import finetune.train as training
 from finetune.adapters.kinds.dora import DoRA
 from finetune.adapters.peft_files import layer_tensors
 from finetune.backends.reference import session as reference
-from finetune.backends.reference.model import ReferencePass
+from finetune.backends.reference.model import Array, Backward, ReferencePass
 from finetune.backends.reference.optimizer import ReferenceAdamW
+from finetune.backends.reference.session import ReferenceSession
 from finetune.events import Event
-from finetune.records import Batch
+from finetune.ports import Objective, Session
+from finetune.records import AdapterTarget, Batch
 from finetune.training import loop
+from finetune.training.loop import LoopPlan
 from finetune.verify.faults.fault import fault, plant
 from finetune.verify.faults.sessions import Through, gradients_of, plant_session, put_gradients
+
+Stepping = Callable[..., Iterator[Event]]
+Planned = Callable[..., LoopPlan]
+Losing = Callable[..., float]
+Weights = Mapping[str, Array]
+Added = tuple[Array, Backward]
 
 
 @fault(
@@ -26,10 +35,10 @@ from finetune.verify.faults.sessions import Through, gradients_of, plant_session
 def mean_of_means() -> None:
     """Every batch weighs the same, however many tokens it has."""
 
-    def step(right: Any, session: Any, window: Sequence[Batch], *rest: Any) -> Iterator[Event]:
+    def step(right: Stepping, session: Session, window: Sequence[Batch], *rest: object) -> Iterator[Event]:
         targets = sum(batch.target_count for batch in window)
 
-        def accumulate(batch: Batch, weight: float, *objective: Any) -> float:
+        def accumulate(batch: Batch, weight: float, *objective: Objective) -> float:
             share = 1 / (len(window) * batch.target_count)
             return float(session.accumulate(batch, share, *objective) * share * targets)
 
@@ -38,10 +47,12 @@ def mean_of_means() -> None:
     plant(loop, "training_step", step)
 
 
-def _at_tail(wrong: Any) -> None:
+def _at_tail(wrong: Callable[[Session, Sequence[Batch], LoopPlan], Through]) -> None:
     """Let a step of fewer batches than it may have be another."""
 
-    def step(right: Any, session: Any, window: Sequence[Batch], plan: Any, *rest: Any) -> Iterator[Event]:
+    def step(
+        right: Stepping, session: Session, window: Sequence[Batch], plan: LoopPlan, *rest: object
+    ) -> Iterator[Event]:
         short = len(window) < plan.gradient_accumulation_steps
         yield from right(wrong(session, window, plan) if short else session, window, plan, *rest)
 
@@ -57,7 +68,7 @@ def _at_tail(wrong: Any) -> None:
 def tail_never_stepped() -> None:
     """Their gradients are thrown away."""
 
-    def idle(session: Any, window: Any, plan: Any) -> Any:
+    def idle(session: Session, window: Sequence[Batch], plan: LoopPlan) -> Through:
         def update(rate: float) -> None:
             put_gradients(session, {})
 
@@ -75,8 +86,8 @@ def tail_never_stepped() -> None:
 def tail_divided_by_all() -> None:
     """Their step is too short."""
 
-    def short(session: Any, window: Sequence[Batch], plan: Any) -> Any:
-        def accumulate(batch: Batch, weight: float, *objective: Any) -> float:
+    def short(session: Session, window: Sequence[Batch], plan: LoopPlan) -> Through:
+        def accumulate(batch: Batch, weight: float, *objective: Objective) -> float:
             return float(session.accumulate(batch, weight * len(window) / plan.gradient_accumulation_steps, *objective))
 
         return Through(session, accumulate=accumulate)
@@ -94,7 +105,7 @@ def tail_divided_by_all() -> None:
 def leaks_into_next_epoch() -> None:
     """What was left over is used twice."""
 
-    def leaky(session: Any, window: Any, plan: Any) -> Any:
+    def leaky(session: Session, window: Sequence[Batch], plan: LoopPlan) -> Through:
         def update(rate: float) -> None:
             kept = gradients_of(session)
             session.update(rate)
@@ -117,7 +128,7 @@ def counts_masked() -> None:
     def share(batch: Batch) -> float:
         return batch.target_count / batch.token_count
 
-    def accumulate(right: Any, session: Any, batch: Batch, weight: float, *objective: Any) -> float:
+    def accumulate(right: Losing, session: Session, batch: Batch, weight: float, *objective: Objective) -> float:
         return float(right(session, batch, weight * share(batch), *objective) * share(batch))
 
     plant_session("accumulate", accumulate)
@@ -134,12 +145,12 @@ def nan_hidden() -> None:
     """The log looks clean and the model is dead."""
     last = [1.0]
 
-    def accumulate(right: Any, session: Any, batch: Batch, weight: float, *objective: Any) -> float:
+    def accumulate(right: Losing, session: Session, batch: Batch, weight: float, *objective: Objective) -> float:
         loss = right(session, batch, weight, *objective)
         last[0] = loss if math.isfinite(loss) else last[0]
         return last[0]
 
-    def clipped(right: Any, session: Any) -> float:
+    def clipped(right: Losing, session: Session) -> float:
         norm = right(session)
         return float(norm) if math.isfinite(norm) else 0.0
 
@@ -151,8 +162,9 @@ def nan_hidden() -> None:
 def warmup_in_batches() -> None:
     """It is as many times too long as batches are added up."""
 
-    def planned(right: Any, **given: Any) -> Any:
-        return right(**{**given, "warmup_steps": given["warmup_steps"] * given["gradient_accumulation_steps"]})
+    def planned(right: Planned, *, warmup_steps: int, gradient_accumulation_steps: int, **given: object) -> LoopPlan:
+        warmup = warmup_steps * gradient_accumulation_steps
+        return right(warmup_steps=warmup, gradient_accumulation_steps=gradient_accumulation_steps, **given)
 
     plant(training, "LoopPlan", planned)
 
@@ -166,15 +178,10 @@ def warmup_in_batches() -> None:
 def horizon_in_batches() -> None:
     """The rate at the end is that of the middle."""
 
-    def planned(right: Any, **given: Any) -> Any:
-        total = given["total_steps"]
-        return right(
-            **{
-                **given,
-                "total_steps": total * given["gradient_accumulation_steps"],
-                "last_step": given["last_step"] or total,
-            }
-        )
+    def planned(right: Planned, *, total_steps: int, last_step: int | None, **given: object) -> LoopPlan:
+        count = given["gradient_accumulation_steps"]
+        assert isinstance(count, int)
+        return right(total_steps=total_steps * count, last_step=last_step or total_steps, **given)
 
     plant(training, "LoopPlan", planned)
 
@@ -185,9 +192,9 @@ def horizon_in_batches() -> None:
 def schedule_ends_at_init() -> None:
     """The two parts are joined at the wrong place."""
 
-    def rate(right: Any, step: int, total: int, **given: Any) -> float:
-        warmup = given["warmup_steps"]
-        return float(right(step - warmup if step > warmup else step, total, **given))
+    def rate(right: Losing, step: int, total: int, *, warmup_steps: int, **given: object) -> float:
+        since = step - warmup_steps if step > warmup_steps else step
+        return right(since, total, warmup_steps=warmup_steps, **given)
 
     plant(loop, "learning_rate_at", rate)
 
@@ -202,7 +209,7 @@ def schedule_ends_at_init() -> None:
 def half_precision_trainable() -> None:
     """Every update is rounded to 11 bits."""
 
-    def step(right: Any, optimizer: ReferenceAdamW, *given: Any) -> None:
+    def step(right: Callable[..., None], optimizer: ReferenceAdamW, *given: object) -> None:
         right(optimizer, *given)
         for tensor in optimizer.tensors.values():
             tensor[...] = tensor.astype(np.float16)
@@ -231,7 +238,7 @@ def frozen_adapter() -> None:
 def module_bypassed() -> None:
     """The gate of the MLP has an adapter that nothing goes through."""
 
-    def added(right: Any, trip: ReferencePass, path: str, x: Any, weight: Any) -> Any:
+    def added(right: Callable[..., Added], trip: ReferencePass, path: str, x: Array, weight: Array) -> Added:
         if path.endswith("gate_proj"):
             assert trip.adapter is not None
             names = layer_tensors(trip.adapter.target, path)
@@ -253,7 +260,7 @@ def module_bypassed() -> None:
 def double_wrap() -> None:
     """The base is not the one in the files any more."""
 
-    def attach(right: Any, session: Any, target: Any, seed: int) -> None:
+    def attach(right: Callable[..., None], session: ReferenceSession, target: AdapterTarget | None, seed: int) -> None:
         right(session, target, seed)
         name = next(name for name in session.weights if name.endswith("q_proj.weight"))
         session.weights[name] = session.weights[name] * 1.25
@@ -287,7 +294,7 @@ def dora_uninitialised() -> None:
 def seed_too_late() -> None:
     """It is another one each time."""
 
-    def attach(right: Any, session: Any, target: Any, seed: int) -> None:
+    def attach(right: Callable[..., None], session: Session, target: AdapterTarget | None, seed: int) -> None:
         right(session, target, int.from_bytes(os.urandom(4), "big"))
 
     plant_session("attach", attach)
@@ -302,7 +309,7 @@ def seed_too_late() -> None:
 def seed_zero_is_none() -> None:
     """`if seed:`, where 0 is the default."""
 
-    def attach(right: Any, session: Any, target: Any, seed: int) -> None:
+    def attach(right: Callable[..., None], session: Session, target: AdapterTarget | None, seed: int) -> None:
         right(session, target, seed or int.from_bytes(os.urandom(4), "big"))
 
     plant_session("attach", attach)
@@ -312,7 +319,7 @@ def seed_zero_is_none() -> None:
 def same_dropout() -> None:
     """The random numbers begin anew within each step."""
 
-    def accumulate(right: Any, session: Any, *given: Any) -> float:
+    def accumulate(right: Losing, session: Session, *given: object) -> float:
         session.reseed(0)
         return float(right(session, *given))
 
@@ -329,7 +336,7 @@ def same_dropout() -> None:
 def decay_in_the_gradient() -> None:
     """AdamW is Adam with decay."""
 
-    def step(right: Any, optimizer: ReferenceAdamW, gradients: Any, rate: float) -> None:
+    def step(right: Callable[..., None], optimizer: ReferenceAdamW, gradients: Weights, rate: float) -> None:
         decay = optimizer.optimization.weight_decay
         grown = {name: gradient + decay * optimizer.tensors[name] for name, gradient in gradients.items()}
         right(optimizer, grown, rate)
@@ -347,7 +354,7 @@ def decay_in_the_gradient() -> None:
 def clip_each_tensor() -> None:
     """The direction of a step changes with its length."""
 
-    def clip(right: Any, gradients: Any, limit: float) -> float:
+    def clip(right: Losing, gradients: Iterable[Array], limit: float) -> float:
         return math.sqrt(sum(right([gradient], limit) ** 2 for gradient in gradients))
 
     plant(reference, "clip", clip)

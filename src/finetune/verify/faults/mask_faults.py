@@ -1,30 +1,32 @@
 """Faults of what is learned: ends and first tokens are left out, targets are a place too far, answers are cut off."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from finetune.chat import encode, encoder, fit
 from finetune.chat.encode import KEPT, TRAINED, Marked
 from finetune.chat.encoder import Encoder
+from finetune.chat.fit import Encoded
 from finetune.chat.render import ChatTemplate
 from finetune.chat.tokenizer import FileTokenizer
-from finetune.records import Batch, Rendered
+from finetune.ports import Session
+from finetune.records import Batch, Conversation, Rendered
+from finetune.training.prepare import Prepared
 from finetune.verify.faults.fault import fault, plant
-from finetune.verify.faults.sessions import Arrays, plant_arrays, plant_session, shifted
+from finetune.verify.faults.sessions import Arrays, Ids, Places, plant_arrays, plant_session, shifted
 from finetune.verify.faults.template_faults import in_marking, in_saving
 
-Right = Callable[..., Any]
+Marking = Callable[..., Iterator[Marked]]
 
 
-def in_marks(wrong: Callable[[Any, Marked], bytes]) -> None:
+def in_marks(wrong: Callable[[FileTokenizer, Marked], bytes]) -> None:
     """Plant it where rows are marked: other marks, from the tokenizer and a row."""
 
-    def marked(right: Right, rows: Any, tokenizer: Any) -> Iterator[Marked]:
+    def marked(right: Marking, rows: Iterable[Rendered], tokenizer: FileTokenizer) -> Iterator[Marked]:
         for row in right(rows, tokenizer):
             yield replace(row, marks=wrong(tokenizer, row))
 
@@ -33,7 +35,7 @@ def in_marks(wrong: Callable[[Any, Marked], bytes]) -> None:
 
 @fault("A060", "mask.pad_is_eos", real="TRL #3200", what="every token with the padding's id is left out of the loss")
 def _padding_id_is_left_out() -> None:
-    def wrong(pad: int, batch: Batch, ids: Any, here: Any, starts: Any) -> Arrays:
+    def wrong(pad: int, batch: Batch, ids: Ids, here: Places, starts: Ids) -> Arrays:
         here &= np.roll(ids, -1, axis=1) != pad
         return shifted(ids, here, starts)
 
@@ -55,7 +57,7 @@ def _end_is_left_out() -> None:
     "A062", "mask.truncate_helper_flips_last", real="torchtune #2792", what="a limit of length unmarks the last token"
 )
 def _limit_unmarks_the_last() -> None:
-    def wrong(right: Right, rows: Any, **named: Any) -> Any:
+    def wrong(right: Callable[..., Encoded], rows: Iterable[Marked], **named: object) -> Encoded:
         return right((replace(row, marks=row.marks[:-1] + bytes([KEPT])) for row in rows), **named)
 
     plant(encoder, "fit_rows", wrong)
@@ -63,7 +65,7 @@ def _limit_unmarks_the_last() -> None:
 
 @fault("A062b", "mask.limit_reached_is_passed", real="torchtune #2967", what="a row as long as the limit counts as cut")
 def _limit_reached_is_passed() -> None:
-    def wrong(right: Right, rows: Any, *, max_length: int, **named: Any) -> Any:
+    def wrong(right: Callable[..., Encoded], rows: Iterable[Marked], *, max_length: int, **named: object) -> Encoded:
         flipped = (
             replace(row, marks=row.marks[:-1] + bytes([TRAINED])) if len(row.ids) >= max_length else row for row in rows
         )
@@ -74,7 +76,7 @@ def _limit_reached_is_passed() -> None:
 
 @fault("A064", "mask.end_inclusive", real="mlx-lm #1697", what="the padding after a row's last token is learned")
 def _first_padding_is_learned() -> None:
-    def wrong(pad: int, batch: Batch, ids: Any, here: Any, starts: Any) -> Arrays:
+    def wrong(pad: int, batch: Batch, ids: Ids, here: Places, starts: Ids) -> Arrays:
         for index, sequence in enumerate(batch.sequences):
             end = sum(len(row.ids) for row in sequence)
             here[index, end - 1] = end < ids.shape[1]
@@ -85,7 +87,7 @@ def _first_padding_is_learned() -> None:
 
 @fault("A065", "mask.offset_not_a_prefix", real="mlx-lm #1355", what="a prompt ends in a tag that no training text has")
 def _prompt_with_a_tag() -> None:
-    def wrong(right: Right, owner: Any, conversation: Any) -> tuple[int, ...]:
+    def wrong(right: Callable[..., tuple[int, ...]], owner: Encoder, conversation: Conversation) -> tuple[int, ...]:
         return (*right(owner, conversation), *owner.tokenizer.encode_content("<think>\n"))
 
     plant(Encoder, "prompt_ids", wrong)
@@ -95,7 +97,7 @@ def _prompt_with_a_tag() -> None:
     "A067", "mask.first_answer_token_lost", real="alpaca-lora #306", what="the first token of an answer is not learned"
 )
 def _first_token_is_lost() -> None:
-    def wrong(tokenizer: Any, row: Marked) -> bytes:
+    def wrong(tokenizer: FileTokenizer, row: Marked) -> bytes:
         pairs = zip(bytes([TRAINED]) + row.marks, row.marks, strict=False)
         return bytes(KEPT if mark == TRAINED != before else mark for before, mark in pairs)
 
@@ -104,7 +106,7 @@ def _first_token_is_lost() -> None:
 
 @fault("A072", "mask.only_last_turn", real="axolotl #1761", what="only the last answer of a conversation is learned")
 def _only_the_last_answer() -> None:
-    def wrong(right: Right, template: Any, conversation: Any) -> Rendered:
+    def wrong(right: Callable[..., Rendered], template: ChatTemplate, conversation: Conversation) -> Rendered:
         segments = right(template, conversation).segments
         last = max(
             (place for place, each in enumerate(segments) if not each.trained and each.role == "user"), default=0
@@ -122,7 +124,7 @@ def _only_the_last_answer() -> None:
     what="a template that is not built in and has no marks of its own teaches nothing but ends",
 )
 def _own_templates_teach_nothing() -> None:
-    def wrong(right: Right, template: Any, conversation: Any) -> Rendered:
+    def wrong(right: Callable[..., Rendered], template: ChatTemplate, conversation: Conversation) -> Rendered:
         rendered: Rendered = right(template, conversation)
         own = template.name == "tokenizer" or template.name.endswith(".jinja")
         if not own or conversation.where == "template probe":
@@ -137,7 +139,7 @@ def _own_templates_teach_nothing() -> None:
     "A075", "mask.truncated_turn_zeroed", real="transformers #34494", what="a stretch that is cut is not learned at all"
 )
 def _cut_stretch_is_not_learned() -> None:
-    def wrong(right: Right, row: Marked, *given: Any) -> list[Marked]:
+    def wrong(right: Callable[..., list[Marked]], row: Marked, *given: object) -> list[Marked]:
         pieces = right(row, *given)
         if len(pieces) < 2:
             return list(pieces)
@@ -148,7 +150,7 @@ def _cut_stretch_is_not_learned() -> None:
 
 @fault("A076", "mask.answer_truncated_away", real="TRL #6025", what="rows are cut at their end, whatever stands there")
 def _answers_are_cut() -> None:
-    def wrong(right: Right, row: Marked, max_length: int, truncation: str) -> Any:
+    def wrong(right: Callable[..., list[Marked]], row: Marked, max_length: int, truncation: str) -> list[Marked]:
         if truncation != "truncate_prompt":
             return right(row, max_length, truncation)
         return [replace(row, ids=row.ids[:max_length], marks=row.marks[:max_length])]
@@ -158,7 +160,7 @@ def _answers_are_cut() -> None:
 
 @fault("A077", "mask.terminator_truncated", real="LLaMA-Factory #5231", what="to cut a row takes what ends its answer")
 def _ends_are_cut() -> None:
-    def wrong(right: Right, row: Marked, max_length: int, truncation: str) -> Any:
+    def wrong(right: Callable[..., list[Marked]], row: Marked, max_length: int, truncation: str) -> list[Marked]:
         pieces = right(row, max_length + 2, truncation)
         if truncation != "truncate_prompt":
             return right(row, max_length, truncation)
@@ -176,7 +178,7 @@ def _two_places_on() -> None:
 def _measured_without_shift() -> None:
     measuring = [0]
 
-    def loss(right: Right, session: Any, batch: Batch) -> float:
+    def loss(right: Callable[..., float], session: Session, batch: Batch) -> float:
         measuring[0] = 1
         try:
             return float(right(session, batch))
@@ -194,7 +196,7 @@ def _packed_rows_are_shifted_twice() -> None:
 
 @fault("A082", "tok.not_round_trip", real="transformers #26773", what="the tokenizer that is saved makes other tokens")
 def _saved_tokenizer_differs() -> None:
-    def wrong(right: Right, prepared: Any, session: Any, folder: Path) -> None:
+    def wrong(right: Callable[..., None], prepared: Prepared, session: Session, folder: Path) -> None:
         right(prepared, session, folder)
         file = folder / "tokenizer.json"
         saved = json.loads(file.read_text(encoding="utf-8"))
@@ -208,7 +210,7 @@ def _saved_tokenizer_differs() -> None:
     "A082b", "tok.specials_not_saved", real="transformers #28164", what="the tokenizer is saved without what it adds"
 )
 def _saved_tokenizer_adds_nothing() -> None:
-    def wrong(right: Right, prepared: Any, session: Any, folder: Path) -> None:
+    def wrong(right: Callable[..., None], prepared: Prepared, session: Session, folder: Path) -> None:
         right(prepared, session, folder)
         for name, key in (("tokenizer.json", "post_processor"), ("tokenizer_config.json", "add_bos_token")):
             saved = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -221,7 +223,7 @@ def _saved_tokenizer_adds_nothing() -> None:
     "A084", "tok.fragment_offset", real="ollama #15844", what="text between control tokens is repeated from its start"
 )
 def _text_is_repeated() -> None:
-    def wrong(right: Right, tokenizer: Any, text: str) -> list[str]:
+    def wrong(right: Callable[..., list[str]], tokenizer: FileTokenizer, text: str) -> list[str]:
         pieces = list(right(tokenizer, text))
         for place in range(2, len(pieces), 2):
             pieces[place] = pieces[place - 2] + pieces[place] if pieces[place] else ""
@@ -232,7 +234,7 @@ def _text_is_repeated() -> None:
 
 @fault("A089", "mask.prompt_counted_by_chars", real="", what="where the answer begins is counted in characters")
 def _prompt_counted_by_characters() -> None:
-    def wrong(right: Right, rows: Any, tokenizer: Any) -> Iterator[Marked]:
+    def wrong(right: Marking, rows: Iterable[Rendered], tokenizer: FileTokenizer) -> Iterator[Marked]:
         rows = list(rows)
         for rendered, row in zip(rows, right(rows, tokenizer), strict=True):
             first = next((place for place, each in enumerate(rendered.segments) if each.trained), 0)
@@ -245,7 +247,7 @@ def _prompt_counted_by_characters() -> None:
 
 @fault("A089b", "mask.answer_counted_by_chars", real="", what="the length of an answer is counted in characters")
 def _answer_counted_by_characters() -> None:
-    def wrong(right: Right, rows: Any, tokenizer: Any) -> Iterator[Marked]:
+    def wrong(right: Marking, rows: Iterable[Rendered], tokenizer: FileTokenizer) -> Iterator[Marked]:
         rows = list(rows)
         for rendered, row in zip(rows, right(rows, tokenizer), strict=True):
             said = sum(len(each.text) for each in rendered.segments if each.trained and not each.control)

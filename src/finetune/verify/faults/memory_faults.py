@@ -1,14 +1,17 @@
 """Faults of the estimate of memory."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from finetune import files as write
 from finetune.memory import estimate, forecast
 from finetune.memory.estimate import BYTES, Estimate
 from finetune.memory.kept import ActivationBytes
+from finetune.memory.load import StepLoad
 from finetune.records import DEFAULT_KIND, AdapterTarget, ModelShape
 from finetune.verify.faults.fault import fault, plant
+
+Keeping = Callable[..., ActivationBytes]
 
 
 @fault(
@@ -20,7 +23,7 @@ from finetune.verify.faults.fault import fault, plant
 def rank_ignored() -> None:
     """The numbers of a paper."""
 
-    def count(right: Any, shape: ModelShape, target: AdapterTarget) -> int:
+    def count(right: Callable[..., int], shape: ModelShape, target: AdapterTarget) -> int:
         return int(right(shape, replace(target, rank=8, modules=("q_proj", "v_proj"))))
 
     plant(estimate, "layer_parameters", count)
@@ -30,16 +33,16 @@ def rank_ignored() -> None:
 def magnitudes_ignored() -> None:
     """Lengths take nothing."""
 
-    def count(right: Any, shape: ModelShape, target: AdapterTarget) -> int:
+    def count(right: Callable[..., int], shape: ModelShape, target: AdapterTarget) -> int:
         return int(right(shape, replace(target, kind=DEFAULT_KIND)))
 
     plant(estimate, "layer_parameters", count)
 
 
-def _exact(wrong: Any) -> None:
+def _exact(wrong: Callable[[Estimate, ModelShape, int], Estimate]) -> None:
     """Let the exact parts be others."""
 
-    def parts(right: Any, shape: ModelShape, target: Any, dtype: str) -> Estimate:
+    def parts(right: Callable[..., Estimate], shape: ModelShape, target: AdapterTarget | None, dtype: str) -> Estimate:
         found: Estimate = right(shape, target, dtype)
         return found if target is None else wrong(found, shape, BYTES[dtype])
 
@@ -71,7 +74,7 @@ def upcast_ignored() -> None:
 def logits_ignored() -> None:
     """Hidden states are all that there is."""
 
-    def kept(right: Any, *given: Any) -> ActivationBytes:
+    def kept(right: Keeping, *given: object) -> ActivationBytes:
         found: ActivationBytes = right(*given)
         return replace(found, logits=0)
 
@@ -99,7 +102,9 @@ def one_moment() -> None:
 def length_ignored() -> None:
     """However long they may be."""
 
-    def kept(right: Any, shape: Any, target: Any, dtype: str, load: Any) -> ActivationBytes:
+    def kept(
+        right: Keeping, shape: ModelShape, target: AdapterTarget | None, dtype: str, load: StepLoad
+    ) -> ActivationBytes:
         short: ActivationBytes = right(shape, target, dtype, replace(load, length=32, targets=load.rows * 31))
         return replace(short, logits=right(shape, target, dtype, load).logits)
 

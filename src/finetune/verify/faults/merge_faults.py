@@ -1,21 +1,20 @@
 """Faults of merging an adapter into its base."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from finetune.export import merged_folder as merged
 from finetune.export.model_files import ModelFiles
-from finetune.export.sources import Merged
+from finetune.export.sources import Array, Merged
 from finetune.records import ModelShape
 from finetune.training import prepare
 from finetune.verify.faults.fault import fault, plant
 
 
-def _grown(merged: Merged, name: str, growth: Any) -> Any:
+def _grown(merged: Merged, name: str, growth: Callable[[Array, float, Array, Array], Array]) -> Array:
     """A weight with its adapter, worked out by another sum."""
     weight = merged._base.read(name)
     if name not in merged._layers:
@@ -40,7 +39,7 @@ def merges_nothing() -> None:
 def merges_one_layer() -> None:
     """The loop ends too early."""
 
-    def read(right: Any, merged: Merged, name: str) -> Any:
+    def read(right: Callable[..., Array], merged: Merged, name: str) -> Array:
         first = next(iter(merged._layers))
         return right(merged, name) if name == first else merged._base.read(name)
 
@@ -56,7 +55,7 @@ def merges_one_layer() -> None:
 def merges_in_half() -> None:
     """B A and the sum have 11 bits."""
 
-    def growth(weight: Any, scale: float, up: Any, down: Any) -> Any:
+    def growth(weight: Array, scale: float, up: Array, down: Array) -> Array:
         half = np.float16
         added = up.astype(half) @ down.astype(half) * half(scale)
         return (weight.astype(half) + added).astype(np.float32)
@@ -73,7 +72,7 @@ def merges_in_half() -> None:
 def tied_trained_apart() -> None:
     """Nobody looks whether they are tied."""
 
-    def choose(right: Any, shape: ModelShape, *rest: Sequence[str]) -> Any:
+    def choose(right: Callable[..., tuple[str, ...]], shape: ModelShape, *rest: Sequence[str]) -> tuple[str, ...]:
         return right(replace(shape, tied_head=False), *rest)
 
     plant(prepare, "choose_saved", choose)
@@ -83,7 +82,7 @@ def tied_trained_apart() -> None:
 def writes_over_the_base() -> None:
     """The files of the base get the merged weights, too."""
 
-    def write(right: Any, files: ModelFiles, folder: Path) -> None:
+    def write(right: Callable[..., None], files: ModelFiles, folder: Path) -> None:
         right(files, folder)
         base = files.base.file(files.base.names()[0])
         content = (folder / "model.safetensors").read_bytes()
@@ -102,7 +101,7 @@ def merges_unscaled() -> None:
 def merges_twice() -> None:
     """W + 2 s B A."""
 
-    def growth(weight: Any, scale: float, up: Any, down: Any) -> Any:
+    def growth(weight: Array, scale: float, up: Array, down: Array) -> Array:
         return weight + np.float32(2 * scale) * (up @ down)
 
     plant(Merged, "read", lambda right, merged, name: _grown(merged, name, growth))
@@ -117,7 +116,7 @@ def merges_twice() -> None:
 def tokenizer_left_behind() -> None:
     """The folder is no model."""
 
-    def side(right: Any, *given: Any) -> Any:
+    def side(right: Callable[..., dict[str, bytes]], *given: object) -> dict[str, bytes]:
         return {name: content for name, content in right(*given).items() if name != "tokenizer.json"}
 
     plant(merged, "side_files", side)
@@ -132,7 +131,7 @@ def tokenizer_left_behind() -> None:
 def overflows_in_half() -> None:
     """`.half()` and nothing else."""
 
-    def converted(right: Any, files: ModelFiles, name: str) -> bytes:
+    def converted(right: Callable[..., bytes], files: ModelFiles, name: str) -> bytes:
         with np.errstate(over="ignore"):
             if files.kind(name) == "F16":
                 return files.source.read(name).astype("<f2").tobytes()

@@ -1,12 +1,10 @@
 """Faults of reading a model: its config.json says something, and the model is made without it."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from finetune.backends.reference import architecture
 from finetune.verify.faults.fault import fault, plant
 
-Right = Callable[..., Any]
 _ROPE = ("rope_parameters", "rope_scaling")
 
 
@@ -18,7 +16,7 @@ _ROPE = ("rope_parameters", "rope_scaling")
     backends=("reference",),
 )
 def _only_the_older_name() -> None:
-    def wrong(right: Right, config: Mapping[str, Any], owner: str) -> Any:
+    def wrong(right: Callable[..., object], config: Mapping[str, object], owner: str) -> object:
         return right({key: value for key, value in config.items() if key not in _ROPE}, owner)
 
     plant(architecture, "rope_theta", wrong)
@@ -32,7 +30,7 @@ def _only_the_older_name() -> None:
     backends=("reference",),
 )
 def _only_the_newer_name() -> None:
-    def wrong(right: Right, config: Mapping[str, Any], owner: str) -> Any:
+    def wrong(right: Callable[..., object], config: Mapping[str, object], owner: str) -> object:
         return right({key: value for key, value in config.items() if key != "rope_theta"}, owner)
 
     plant(architecture, "rope_theta", wrong)

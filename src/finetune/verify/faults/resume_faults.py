@@ -2,33 +2,46 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 from weakref import WeakSet
 
 import finetune.train as training
 from finetune import files as write
+from finetune.events import Event
+from finetune.ports import Session
+from finetune.records import Batch
 from finetune.run import checkpoints
 from finetune.run.checkpoints import CheckpointStore
 from finetune.run.folder import RunFolder
 from finetune.training import loop
 from finetune.training.early_stopping import EarlyStopping
+from finetune.training.loop import Batching, LoopPlan
 from finetune.verify.faults.fault import fault, plant
 from finetune.verify.faults.sessions import forget_moments, forget_steps, plant_session
 
+Stepping = Callable[..., Iterator[Event]]
 
-def _when_resumed(dealt: Callable[[Any, Any, int], Any]) -> None:
+
+def _when_resumed(dealt: Callable[[Batching, LoopPlan, int], Batching]) -> None:
     """Deal out other rows in a run that is gone on with: `dealt` is given what is right, the plan and the steps."""
 
-    def steps(right: Any, session: Any, batches_of: Any, held_out: Any, plan: Any, *, done_steps: int = 0) -> Any:
+    def steps(
+        right: Stepping,
+        session: Session,
+        batches_of: Batching,
+        held_out: Sequence[Batch],
+        plan: LoopPlan,
+        *,
+        done_steps: int = 0,
+    ) -> Iterator[Event]:
         wrong = dealt(batches_of, plan, done_steps) if done_steps else batches_of
         return right(session, wrong, held_out, plan, done_steps=done_steps)
 
     plant(training, "train", steps)
 
 
-def _each(batches_of: Any, plan: Any) -> int:
+def _each(batches_of: Batching, plan: LoopPlan) -> int:
     """How many steps an epoch has."""
     count: int = math.ceil(len(batches_of(0)) / plan.gradient_accumulation_steps)
     return count
@@ -54,10 +67,10 @@ def first_order_again() -> None:
 def skips_too_few() -> None:
     """Batches of the epoch are learned from a second time."""
 
-    def dealt(batches_of: Any, plan: Any, done: int) -> Any:
+    def dealt(batches_of: Batching, plan: LoopPlan, done: int) -> Batching:
         at, into = divmod(done, _each(batches_of, plan))
 
-        def wrong(epoch: int) -> Any:
+        def wrong(epoch: int) -> list[Batch]:
             batches = batches_of(epoch)
             start = into * plan.gradient_accumulation_steps
             return [*batches[:start], *batches[into:]][: len(batches)] if epoch == at else batches
@@ -76,7 +89,7 @@ def skips_too_few() -> None:
 def forgets_moments() -> None:
     """All of them are zero."""
 
-    def load(right: Any, session: Any, folder: Path) -> None:
+    def load(right: Callable[..., None], session: Session, folder: Path) -> None:
         right(session, folder)
         forget_moments(session)
 
@@ -92,7 +105,7 @@ def forgets_moments() -> None:
 def forgets_steps() -> None:
     """They are corrected as in the first step."""
 
-    def load(right: Any, session: Any, folder: Path) -> None:
+    def load(right: Callable[..., None], session: Session, folder: Path) -> None:
         right(session, folder)
         forget_steps(session)
 
@@ -108,7 +121,7 @@ def forgets_steps() -> None:
 def forgets_dice() -> None:
     """It begins as that of a new run."""
 
-    def load(right: Any, session: Any, folder: Path) -> None:
+    def load(right: Callable[..., None], session: Session, folder: Path) -> None:
         right(session, folder)
         session.reseed(0)
 
@@ -125,11 +138,11 @@ def rate_restarts() -> None:
     """Its warm-up comes a second time."""
     offset = [0]
 
-    def dealt(batches_of: Any, plan: Any, done: int) -> Any:
+    def dealt(batches_of: Batching, plan: LoopPlan, done: int) -> Batching:
         offset[0] = done
         return batches_of
 
-    def rate(right: Any, step: int, *given: Any, **named: Any) -> float:
+    def rate(right: Callable[..., float], step: int, *given: object, **named: object) -> float:
         return float(right(step - offset[0] if step > offset[0] else step, *given, **named))
 
     _when_resumed(dealt)
@@ -145,7 +158,7 @@ def rate_restarts() -> None:
 def repeats_an_epoch() -> None:
     """The number of epochs done is saved before it is raised."""
 
-    def dealt(batches_of: Any, plan: Any, done: int) -> Any:
+    def dealt(batches_of: Batching, plan: LoopPlan, done: int) -> Batching:
         off = done % _each(batches_of, plan) == 0
         return lambda epoch: batches_of(epoch - off if epoch else 0)
 
@@ -161,12 +174,12 @@ def repeats_an_epoch() -> None:
 def picks_incomplete() -> None:
     """A name is all that is looked at."""
 
-    def steps(right: Any, store: CheckpointStore) -> list[int]:
+    def steps(right: Callable[..., list[int]], store: CheckpointStore) -> list[int]:
         if not store.folder.is_dir():
             return []
         return sorted(int(path.name[5:]) for path in store.folder.iterdir() if path.name.startswith("step-"))
 
-    def opened(right: Any, store: CheckpointStore, step: int, identity: Any) -> Path:
+    def opened(right: Callable[..., Path], store: CheckpointStore, step: int, identity: Mapping[str, object]) -> Path:
         path = store._path(step)
         return path if not (path / "checkpoint.json").exists() else right(store, step, identity)
 
@@ -194,7 +207,7 @@ def picks_older() -> None:
 def in_place() -> None:
     """No temporary name."""
 
-    def written(right: Any, path: Path, fill: Any) -> None:
+    def written(right: Callable[..., None], path: Path, fill: Callable[[Path], object]) -> None:
         with write.storage_errors(path):
             path.unlink(missing_ok=True)
             fill(path)
@@ -211,7 +224,7 @@ def in_place() -> None:
 def folder_reused() -> None:
     """A folder that is not empty is as good as any."""
 
-    def place(right: Any, output: Path) -> RunFolder:
+    def place(right: Callable[..., RunFolder], output: Path) -> RunFolder:
         run = RunFolder(output)
         run.tidy()
         for checkpoint in run.checkpoints.glob("step-*"):
@@ -241,7 +254,7 @@ def sorts_by_name() -> None:
 def loses_the_best() -> None:
     """Nobody remembers which it was."""
 
-    def save(right: Any, store: CheckpointStore, *given: Any, best: int | None = None) -> Path:
+    def save(right: Callable[..., Path], store: CheckpointStore, *given: object, best: int | None = None) -> Path:
         path: Path = right(store, *given, best=None)
         return path
 
@@ -257,7 +270,7 @@ def loses_the_best() -> None:
 def removes_first() -> None:
     """A full disk then costs all of them."""
 
-    def save(right: Any, store: CheckpointStore, *given: Any, **named: Any) -> Path:
+    def save(right: Callable[..., Path], store: CheckpointStore, *given: object, **named: object) -> Path:
         for step in store.steps():
             write.remove_folder(store._path(step))
         path: Path = right(store, *given, **named)
@@ -285,13 +298,13 @@ def worst_is_best() -> None:
 )
 def best_not_loaded() -> None:
     """What is loaded when training is over is not."""
-    trained = WeakSet[Any]()
+    trained = WeakSet[Session]()
 
-    def update(right: Any, session: Any, rate: float) -> None:
+    def update(right: Callable[..., None], session: Session, rate: float) -> None:
         trained.add(session)
         right(session, rate)
 
-    def load(right: Any, session: Any, folder: Path) -> None:
+    def load(right: Callable[..., None], session: Session, folder: Path) -> None:
         if session not in trained:
             right(session, folder)
 
@@ -303,7 +316,7 @@ def best_not_loaded() -> None:
 def trusts_damage() -> None:
     """No hash is looked at."""
 
-    def opened(right: Any, store: CheckpointStore, step: int, identity: Any) -> Path:
+    def opened(right: Callable[..., Path], store: CheckpointStore, step: int, identity: Mapping[str, object]) -> Path:
         store._in_use.add(step)
         return store._path(step)
 
@@ -315,7 +328,7 @@ def silent_full_disk() -> None:
     """The error is swallowed."""
 
     @contextlib.contextmanager
-    def quiet(right: Any, path: Path) -> Iterator[None]:
+    def quiet(right: Callable[..., Iterator[None]], path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             yield
 
@@ -331,7 +344,7 @@ def silent_full_disk() -> None:
 def short_write_kept() -> None:
     """The error of the writer is swallowed, and its folder gets its name."""
 
-    def written(right: Any, path: Path, fill: Any) -> None:
+    def written(right: Callable[..., None], path: Path, fill: Callable[[Path], object]) -> None:
         def partly(folder: Path) -> None:
             with contextlib.suppress(OSError):
                 fill(folder)

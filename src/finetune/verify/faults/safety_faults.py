@@ -12,10 +12,12 @@ import jinja2
 import yaml
 
 from finetune.backends.reference import adapter, backend
+from finetune.backends.reference.model import Array
 from finetune.chat import render
 from finetune.chat.budget import Meter
 from finetune.config import yaml_file
 from finetune.models import shape
+from finetune.ports import Session
 from finetune.run.folder import RunFolder
 from finetune.verify.faults.fault import fault, plant
 from finetune.verify.faults.sessions import plant_session
@@ -36,7 +38,7 @@ def _unpickle(path: Path) -> None:
 def side_files_unpickled() -> None:
     """Before anybody looks at the checkpoint's hashes."""
 
-    def unfinished(right: Any, output: Path) -> RunFolder:
+    def unfinished(right: Callable[..., RunFolder], output: Path) -> RunFolder:
         for file in output.glob("checkpoints/*/rng_state.pth"):
             _unpickle(file)
         run: RunFolder = right(output)
@@ -54,7 +56,7 @@ def side_files_unpickled() -> None:
 def adapter_unpickled() -> None:
     """PEFT's older format."""
 
-    def load(right: Any, session: Any, folder: Path) -> None:
+    def load(right: Callable[..., None], session: Session, folder: Path) -> None:
         if (folder / "adapter_model.bin").exists():
             _unpickle(folder / "adapter_model.bin")
         right(session, folder)
@@ -72,7 +74,7 @@ def adapter_unpickled() -> None:
 def any_file_unpickled() -> None:
     """For the sake of older files."""
 
-    def read(right: Any, path: Path, owner: str) -> Any:
+    def read(right: Callable[..., dict[str, Array]], path: Path, owner: str) -> dict[str, Array]:
         if path.exists() and path.read_bytes()[:1] == b"\x80":
             _unpickle(path)
         return right(path, owner)
@@ -89,7 +91,7 @@ def any_file_unpickled() -> None:
 def plain_jinja() -> None:
     """`jinja2.Environment`."""
 
-    def compiled(right: Any, name: str, source: str) -> Callable[..., str]:
+    def compiled(right: Callable[..., Callable[..., str]], name: str, source: str) -> Callable[..., str]:
         def refuse(words: str) -> None:
             raise ValueError(words)
 
@@ -121,7 +123,7 @@ def unbounded_templates() -> None:
 def remote_code() -> None:
     """trust_remote_code=True on one of the ways in."""
 
-    def read(right: Any, folder: Path) -> Any:
+    def read(right: Callable[..., dict[str, Any]], folder: Path) -> dict[str, Any]:
         config = right(folder)
         for place in (config.get("auto_map") or {}).values():
             runpy.run_path(str(folder / f"{place.partition('.')[0]}.py"))
@@ -139,7 +141,7 @@ def remote_code() -> None:
 def index_leads_out() -> None:
     """os.path.join, and no look at the name."""
 
-    def indexed(right: Any, folder: Path) -> list[Path]:
+    def indexed(right: Callable[..., list[Path]], folder: Path) -> list[Path]:
         index = folder / "model.safetensors.index.json"
         if not index.exists():
             return []

@@ -1,10 +1,12 @@
 """Faults of what is left for a server."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from finetune.chat.render import ChatTemplate
+from finetune.records import Conversation, Rendered
 from finetune.serve import modelfile, recipe
+from finetune.serve.modelfile import Modelfile
 from finetune.verify.faults.fault import fault, plant
 
 
@@ -20,7 +22,7 @@ def no_template() -> None:
 def no_stop() -> None:
     """The model runs on."""
 
-    def write(right: Any, said: Any) -> str:
+    def write(right: Callable[..., str], said: Modelfile) -> str:
         kept = tuple(each for each in said.parameters if each[0] != "stop")
         return str(right(replace(said, parameters=kept)))
 
@@ -47,7 +49,7 @@ def stops_at_end_of_text_alone() -> None:
 def another_template() -> None:
     """It was never compared."""
 
-    def derive(right: Any, *given: Any, **named: Any) -> str:
+    def derive(right: Callable[..., str], *given: object, **named: object) -> str:
         head, found, tail = str(right(*given, **named)).rpartition("\n")
         return head + tail if found else tail
 
@@ -63,7 +65,7 @@ def another_template() -> None:
 def system_fixed() -> None:
     """As the first example of it had."""
 
-    def derive(right: Any, *given: Any, **named: Any) -> str:
+    def derive(right: Callable[..., str], *given: object, **named: object) -> str:
         return f"<|im_start|>system\nYou are helpful.<|im_end|>\n{right(*given, **named)}"
 
     plant(recipe, "derive_template", derive)
@@ -89,7 +91,7 @@ def recipe_not_written() -> None:
 def question_made_small() -> None:
     """On its way to the template."""
 
-    def prompt(right: Any, template: ChatTemplate, conversation: Any) -> Any:
+    def prompt(right: Callable[..., Rendered], template: ChatTemplate, conversation: Conversation) -> Rendered:
         small = tuple(replace(each, content=each.content.lower()) for each in conversation.messages)
         return right(template, replace(conversation, messages=small))
 

@@ -3,26 +3,31 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from finetune.ports import Session
 from finetune.records import Batch, BatchArrays
 from finetune.verify.faults.fault import backend_under_judgement, plant
 
-Arrays = tuple[Any, Any, Any, Any]
+Ids = NDArray[np.int64]
+Places = NDArray[np.bool_]
+Arrays = tuple[Ids, Ids, Places, Ids]
 """Ids (sequences, length), targets (n,), where their logits are, and where each token's row starts."""
-WrongArrays = Callable[[int, Batch, Any, Any, Any], Arrays]
+WrongArrays = Callable[[int, Batch, Ids, Places, Ids], Arrays]
 _SESSIONS = {"reference": "ReferenceSession", "torch": "TorchSession", "mlx": "MlxSession"}
 
 
-def plant_session(name: str, wrong: Callable[..., Any]) -> None:
+def plant_session(name: str, wrong: Callable[..., object]) -> None:
     """Plant a fault in a method of `ports.Session`, as the backend under judgement has it."""
     module = _session_module()
     plant(getattr(module, _SESSIONS[backend_under_judgement()]), name, wrong)
 
 
-def _session_module() -> Any:
+def _session_module() -> ModuleType:
     """Imported by its name: no framework is loaded but the one that is judged."""
     return import_module(f"finetune.backends.{backend_under_judgement()}.session")
 
@@ -43,7 +48,7 @@ def plant_arrays(wrong: WrongArrays) -> None:
     plant(Batch, "arrays", arrays)
 
 
-def shifted(ids: Any, here: Any, starts: Any, by: int = 1) -> Arrays:
+def shifted(ids: Ids, here: Places, starts: Ids, by: int = 1) -> Arrays:
     """The arrays with targets so many places on."""
     return ids, np.roll(ids, -by, axis=1)[here], here.reshape(-1), starts
 
@@ -51,7 +56,7 @@ def shifted(ids: Any, here: Any, starts: Any, by: int = 1) -> Arrays:
 class Through:
     """A session of which some methods are others."""
 
-    def __init__(self, session: Any, **others: Any) -> None:
+    def __init__(self, session: Session, **others: object) -> None:
         self.__dict__.update(others)
         self._session = session
 
@@ -59,7 +64,7 @@ class Through:
         return getattr(self._session, name)
 
 
-def _backend_of(session: Any) -> str:
+def _backend_of(session: Session) -> str:
     """The backend of a session; "" of one that only watches the loop, which has no gradients."""
     return next((backend for backend, name in _SESSIONS.items() if name == type(session).__name__), "")
 

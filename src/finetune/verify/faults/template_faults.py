@@ -1,23 +1,28 @@
 """Faults of prompt templates: marks twice or never, words lost, added or eaten, prompts that training never saw."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from finetune.chat import encode, encoder
+from finetune.chat.catalog import TemplateSource
+from finetune.chat.encode import Marked
 from finetune.chat.render import ChatTemplate
 from finetune.chat.tokenizer import FileTokenizer
-from finetune.records import Conversation, Document, Message, Rendered, Segment
+from finetune.data.shape import ShapedRows
+from finetune.ports import Session
+from finetune.records import Conversation, Document, Message, Rendered, Row, Segment
 from finetune.training import prepare
+from finetune.training.prepare import Prepared
 from finetune.verify.faults.fault import fault, plant
 
-Right = Callable[..., Any]
+Marking = Callable[..., Iterator[Marked]]
+Messages = tuple[Message, ...]
 
 
-def in_marking(wrong: Callable[..., Iterator[Any]]) -> None:
+def in_marking(wrong: Marking) -> None:
     """Plant it where rows become marked ids: for training, and for prompts."""
     for room in (encoder, encode):
         plant(room, "mark_rows", wrong)
@@ -26,7 +31,7 @@ def in_marking(wrong: Callable[..., Iterator[Any]]) -> None:
 def in_source(old: str, new: str) -> None:
     """Plant another text in every template."""
 
-    def wrong(right: Right, *given: Any) -> Any:
+    def wrong(right: Callable[..., TemplateSource], *given: object) -> TemplateSource:
         source = right(*given)
         return replace(source, jinja=source.jinja.replace(old, new))
 
@@ -41,11 +46,11 @@ def in_saving(wrong: Callable[..., None]) -> None:
 
 @fault("A040", "tmpl.double_bos", real="llama-cpp-python #1501", what="template and tokenizer both put a mark in front")
 def _two_beginnings() -> None:
-    def wrong(right: Right, rows: Any, tokenizer: Any) -> Iterator[Any]:
+    def wrong(right: Marking, rows: Iterable[Rendered], tokenizer: FileTokenizer) -> Iterator[Marked]:
         for row in right(rows, tokenizer):
             begun = bool(tokenizer.bos) and len(row.ids) > 0 and tokenizer.adds_bos
             templated = tokenizer.chat_template is not None and "bos_token" in tokenizer.chat_template
-            if begun and templated:
+            if begun and templated and tokenizer.bos_id is not None:
                 row = replace(row, ids=(tokenizer.bos_id, *row.ids), marks=bytes([encode.KEPT]) + row.marks)
             yield row
 
@@ -74,7 +79,7 @@ def _beginning_by_name() -> None:
     what="the text to train on has a line break less than the shipped",
 )
 def _training_text_differs() -> None:
-    def wrong(right: Right, template: Any, conversation: Any) -> Rendered:
+    def wrong(right: Callable[..., Rendered], template: ChatTemplate, conversation: Conversation) -> Rendered:
         segments = list(right(template, conversation).segments)
         for place, (markup, answer) in enumerate(pairwise(segments)):
             if answer.trained and not markup.trained:
@@ -88,7 +93,7 @@ def _training_text_differs() -> None:
     "A044b", "tmpl.asked_with_a_space", real="", what="a prompt to ask with ends in a space more than one to train on"
 )
 def _asked_with_a_space() -> None:
-    def wrong(right: Right, template: Any, conversation: Any) -> Rendered:
+    def wrong(right: Callable[..., Rendered], template: ChatTemplate, conversation: Conversation) -> Rendered:
         rendered: Rendered = right(template, conversation)
         return replace(rendered, segments=(*rendered.segments, Segment(" ", "markup", trained=False, control=True)))
 
@@ -107,7 +112,7 @@ def _trailing_space() -> None:
 
 @fault("A046", "tmpl.system_dropped", real="torchtune #1778", what="the system's words are left out")
 def _no_system() -> None:
-    def wrong(right: Right, template: Any, conversation: Any) -> tuple[Message, ...]:
+    def wrong(right: Callable[..., Messages], template: ChatTemplate, conversation: Conversation) -> Messages:
         return tuple(message for message in right(template, conversation) if message.role != "system")
 
     plant(ChatTemplate, "fit_messages", wrong)
@@ -120,7 +125,7 @@ def _no_system() -> None:
     what="the system's words are left out of conversations of several turns",
 )
 def _no_system_in_dialogues() -> None:
-    def wrong(right: Right, template: Any, conversation: Any) -> tuple[Message, ...]:
+    def wrong(right: Callable[..., Messages], template: ChatTemplate, conversation: Conversation) -> Messages:
         messages = right(template, conversation)
         answers = sum(message.role == "assistant" for message in messages)
         return tuple(message for message in messages if message.role != "system" or answers < 2)
@@ -128,7 +133,7 @@ def _no_system_in_dialogues() -> None:
     plant(ChatTemplate, "fit_messages", wrong)
 
 
-def _with_default_system(messages: Sequence[Message]) -> tuple[Message, ...]:
+def _with_default_system(messages: Sequence[Message]) -> Messages:
     told = any(message.role == "system" for message in messages)
     return (*([] if told else [Message("system", "You are a helpful assistant.")]), *messages)
 
@@ -140,7 +145,7 @@ def _with_default_system(messages: Sequence[Message]) -> tuple[Message, ...]:
     what="a prompt has system words that nobody wrote",
 )
 def _system_in_prompts() -> None:
-    def wrong(right: Right, template: Any, conversation: Any) -> Rendered:
+    def wrong(right: Callable[..., Rendered], template: ChatTemplate, conversation: Conversation) -> Rendered:
         told: Rendered = right(template, replace(conversation, messages=_with_default_system(conversation.messages)))
         return told
 
@@ -154,7 +159,7 @@ def _system_everywhere() -> None:
 
 @fault("A049", "tmpl.not_saved", real="LLaMA-Factory #8399", what="the template does not travel with the adapter")
 def _template_stays() -> None:
-    def wrong(right: Right, prepared: Any, session: Any, folder: Path) -> None:
+    def wrong(right: Callable[..., None], prepared: Prepared, session: Session, folder: Path) -> None:
         right(prepared, session, folder)
         (folder / "chat_template.jinja").unlink()
 
@@ -168,9 +173,10 @@ def _template_stays() -> None:
     what="the model's own template travels instead",
 )
 def _own_template_travels() -> None:
-    def wrong(right: Right, prepared: Any, session: Any, folder: Path) -> None:
+    def wrong(right: Callable[..., None], prepared: Prepared, session: Session, folder: Path) -> None:
         right(prepared, session, folder)
         own = prepared.encoder.tokenizer.chat_template
+        assert own is not None
         (folder / "chat_template.jinja").write_text(own, encoding="utf-8")
 
     in_saving(wrong)
@@ -183,7 +189,7 @@ def _placeholder_stays() -> None:
 
 @fault("A050b", "tmpl.braces_eaten", real="", what="the user's braces are read as places to fill in")
 def _braces_are_filled() -> None:
-    def wrong(right: Right, template: Any, conversation: Any) -> tuple[Message, ...]:
+    def wrong(right: Callable[..., Messages], template: ChatTemplate, conversation: Conversation) -> Messages:
         texts: Mapping[str, str] = {"{}": "", "{{": "{", "}}": "}"}
         messages = []
         for message in right(template, conversation):
@@ -200,7 +206,7 @@ def _braces_are_filled() -> None:
     "A052", "tmpl.content_becomes_control", real="transformers #29279", what="words of the data become control tokens"
 )
 def _words_become_control() -> None:
-    def wrong(right: Right, tokenizer: Any, folder: Any) -> None:
+    def wrong(right: Callable[..., None], tokenizer: FileTokenizer, folder: Path) -> None:
         right(tokenizer, folder)
         tokenizer._content.encode_special_tokens = False
 
@@ -214,7 +220,7 @@ def _words_become_control() -> None:
     what="what is said is searched for control tokens as markup is",
 )
 def _words_are_markup() -> None:
-    def wrong(right: Right, rows: Any, tokenizer: Any) -> Iterator[Any]:
+    def wrong(right: Marking, rows: Iterable[Rendered], tokenizer: FileTokenizer) -> Iterator[Marked]:
         markup = (replace(row, segments=tuple(replace(each, control=True) for each in row.segments)) for row in rows)
         yield from right(markup, tokenizer)
 
@@ -225,10 +231,16 @@ def _words_are_markup() -> None:
     "A054", "tmpl.standard_rows_untemplated", real="TRL #3140", what="rows of prompt and completion bypass the template"
 )
 def _bare_rows() -> None:
-    def wrong(right: Right, rows: Sequence[Any]) -> Any:
+    def wrong(right: Callable[..., ShapedRows], rows: Sequence[Row]) -> ShapedRows:
         bare = {row.where for row in rows if isinstance(row.values.get("prompt"), str)}
         shaped = right(rows)
-        return replace(shaped, examples=tuple(_bare(each) if each.where in bare else each for each in shaped.examples))
+        return replace(
+            shaped,
+            examples=tuple(
+                _bare(each) if isinstance(each, Conversation) and each.where in bare else each
+                for each in shaped.examples
+            ),
+        )
 
     plant(prepare, "shape_rows", wrong)
 
@@ -239,7 +251,7 @@ def _bare(example: Conversation) -> Document:
 
 @fault("A055", "tmpl.eos_not_appended", real="TRL #1623", what="plain text gets no end")
 def _text_without_end() -> None:
-    def wrong(right: Right, *given: Any) -> Rendered:
+    def wrong(right: Callable[..., Rendered], *given: object) -> Rendered:
         rendered: Rendered = right(*given)
         return replace(rendered, segments=rendered.segments[:1])
 
