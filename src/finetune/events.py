@@ -143,7 +143,7 @@ def event_as_dict(event: Event) -> dict[str, Any]:
     return values
 
 
-def event_from_dict(values: Mapping[str, Any]) -> Event:
+def event_from_dict(values: Mapping[str, object]) -> Event:
     """The event that `event_as_dict` gave as these values, as they are read back from JSON.
 
     Raises:

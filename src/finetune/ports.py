@@ -73,7 +73,7 @@ class Group(Protocol):
     def total(self, value: float) -> float:
         """The sum of one number over all processes, in double precision; the same in each."""
 
-    def sum(self, tensor: Any) -> Any:
+    def sum(self, tensor: object) -> Any:
         """The sum of a tensor of the backend's own kind over all processes; the same in each."""
 
     def divide(self, session: "Session") -> None:
@@ -169,7 +169,7 @@ class Backend(Protocol):
     def join(self) -> Group:
         """The processes that a launcher has started together with this one; a group of one where none has."""
 
-    def create(self, config: Mapping[str, Any], folder: Path, seed: int) -> None:
+    def create(self, config: Mapping[str, object], folder: Path, seed: int) -> None:
         """Write a model of random weights and the given transformers config into an existing folder."""
 
     def open(

@@ -277,7 +277,7 @@ def _begin(run: Run, *, resume: bool) -> None:
     run.open_trackers(resumed=resume)
 
 
-def _finish(run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
+def _finish(run: Run, record: Mapping[str, object]) -> dict[str, Any]:
     """Write the reports, and the manifest last: from then on the run exists."""
     folder = run.folder
     write_json(folder.report_data, build_report(record))

@@ -12,7 +12,6 @@ import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from finetune.adapters.kind import AdapterKind, Shape
 from finetune.adapters.kinds import ADAPTER_KINDS, kind_of, layer_tensor, titles
@@ -96,7 +95,7 @@ def tensor_shapes(layers: Layers, target: AdapterTarget, saved: Mapping[str, Sha
     return shapes | {on_disk(saved_name(name)): shape for name, shape in saved.items()}
 
 
-def check_tensor_shapes(saved: Mapping[str, tuple[int, ...]], expected: Mapping[str, Any], folder: Path) -> None:
+def check_tensor_shapes(saved: Mapping[str, tuple[int, ...]], expected: Mapping[str, object], folder: Path) -> None:
     """Refuse an adapter whose tensors are not exactly the `expected` ones.
 
     Raises:
@@ -176,12 +175,12 @@ def is_sound(target: AdapterTarget) -> bool:
     )
 
 
-def _names(value: Any) -> tuple[str, ...]:
+def _names(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise TypeError("a setting is of the wrong kind")
     return tuple(value)
 
 
-def _is_off(kind: AdapterKind, key: str, value: Any) -> bool:
+def _is_off(kind: AdapterKind, key: str, value: object) -> bool:
     """Whether a setting changes nothing: switched off, or at a value that its kind calls harmless."""
     return not value or value in kind.harmless.get(key, ())

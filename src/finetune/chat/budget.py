@@ -66,13 +66,13 @@ class Meter:
                 f"it takes more work than such messages need (over {self.allowed:,} characters and steps)"
             )
 
-    def look(self, value: Any, times: int = 1, *, indent: int = 0) -> int:
+    def look(self, value: object, times: int = 1, *, indent: int = 0) -> int:
         """Pay for going through all of a value `times` times; returns what one time costs."""
         units = weight(value, self.left, indent=indent)
         self.spend(units * times)
         return units
 
-    def shown(self, value: Any) -> str:
+    def shown(self, value: object) -> str:
         """The value as text; anything but text is paid for."""
         if isinstance(value, str):
             return value
@@ -81,7 +81,7 @@ class Meter:
         self.spend(len(text))
         return text
 
-    def keep(self, value: Any) -> Any:
+    def keep(self, value: object) -> Any:
         """Pay for a value that was made; a stream is drawn into a list first and handed on as a stream again."""
         if isinstance(value, str):
             self.spend(len(value))
@@ -112,7 +112,7 @@ class Meter:
         self._depth -= 1
 
 
-def weight(value: Any, limit: int, *, indent: int = 0) -> int:
+def weight(value: object, limit: int, *, indent: int = 0) -> int:
     """How many units it takes to go through all of a value, or anything above `limit` when it is more than that.
 
     A list that holds another one ten times counts it ten times: that is what showing or comparing it costs.

@@ -4,8 +4,6 @@ Jinja's own sandbox sees calls, attributes and arithmetic. What it does not see 
 environment, which templates cannot name: loops (each round pays for its body), macro bodies, `~`, slices, comparisons.
 """
 
-from typing import Any
-
 from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
 
@@ -104,7 +102,7 @@ def _is_short(node: nodes.Expr) -> bool:
     return all(isinstance(item, nodes.Const) for item in written)
 
 
-def _helper(name: str, near: nodes.Node, *args: Any) -> nodes.Call:
+def _helper(name: str, near: nodes.Node, *args: object) -> nodes.Call:
     call = nodes.Call(nodes.EnvironmentAttribute(name), list(args), [], None, None)
     call.set_lineno(near.lineno)
     return call

@@ -103,7 +103,7 @@ class _Rounds:
         return len(self._rounds)
 
 
-def _concatenated(meter: Meter, *parts: Any) -> str:
+def _concatenated(meter: Meter, *parts: object) -> str:
     texts = [meter.shown(part) for part in parts]
     meter.spend(sum(map(len, texts)))
     return "".join(texts)
@@ -115,7 +115,7 @@ def _sliced(meter: Meter, value: Any, *bounds: Any) -> Any:
     return meter.keep(value[slice(*bounds)])
 
 
-def _looked(meter: Meter, value: Any, times: int) -> Any:
+def _looked(meter: Meter, value: object, times: int) -> Any:
     meter.look(value, times)
     return value
 
@@ -144,14 +144,14 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.tests = dict(vocabulary.TEST_TABLE)
         self.globals = dict(vocabulary.GLOBAL_TABLE)
 
-    def getattr(self, obj: Any, attribute: str) -> Any:
+    def getattr(self, obj: object, attribute: str) -> Any:
         """`obj.attribute`, where a method named in the vocabulary comes before an entry of the same name."""
         found = self._own(obj, attribute)
         if found is missing and isinstance(obj, dict) and attribute in obj:
             return obj[attribute]
         return self.undefined(obj=obj, name=attribute) if found is missing else found
 
-    def getitem(self, obj: Any, argument: Any) -> Any:
+    def getitem(self, obj: object, argument: object) -> Any:
         """`obj[argument]`, where an entry comes before a method of the same name."""
         if isinstance(obj, Undefined):
             return obj[argument]
@@ -165,7 +165,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         found = self._own(obj, argument) if isinstance(argument, str) else missing
         return self.undefined(obj=obj, name=argument) if found is missing else found
 
-    def _own(self, obj: Any, name: str) -> Any:
+    def _own(self, obj: object, name: str) -> Any:
         """What an object itself offers templates under a name; `missing` if it has nothing of the name."""
         if name.startswith("_"):
             if isinstance(obj, dict) and name in obj:
@@ -182,7 +182,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             return missing
         raise UnsafeTemplateError(f"it reads the attribute {name[:100]!r} of a {type(obj).__name__}")
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: object) -> Any:  # noqa: N805
         """Call a macro, a method or a function of the vocabulary; nothing else can be called."""
         kwargs.pop("_loop_vars", None)
         kwargs.pop("_block_vars", None)
@@ -204,7 +204,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             return __obj(*args)
         raise UnsafeTemplateError(f"it calls a {type(__obj).__name__}")
 
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+    def call_binop(self, context: Any, operator: str, left: object, right: object) -> Any:
         """Arithmetic: the size of a result is known, and paid for, before it is made."""
         meter: Meter = context.meter
         if isinstance(left, Undefined) or isinstance(right, Undefined):
@@ -259,7 +259,7 @@ def compile_template(name: str, source: str) -> Callable[..., str]:
         raise TemplateError(f"template {name!r} does not parse: {error}", hint="mend the Jinja syntax") from None
     template = Template.from_code(environment, code, environment.make_globals(None))
 
-    def render(*, messages: list[Mapping[str, str]], **variables: Any) -> str:
+    def render(*, messages: list[Mapping[str, str]], **variables: object) -> str:
         context = template.new_context({"messages": messages, **variables})
         assert isinstance(context, _MeteredContext)
         context.meter = Meter(allowance(messages))

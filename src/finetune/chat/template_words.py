@@ -81,14 +81,14 @@ class Method:
         return meter.keep(getattr(self.owner, self.name)(*args, **named))
 
 
-def _pay_for_search(meter: Meter, text: str, args: list[Any]) -> None:
+def _pay_for_search(meter: Meter, text: str, args: list[object]) -> None:
     """To search for a text, or to strip letters, takes longer, the more of them there are."""
     sought = max((len(arg) for arg in args if isinstance(arg, str)), default=0)
     meter.spend(len(text) * (1 + sought // 8) + sum(meter.look(arg) for arg in args))
     meter.afford(_GROWTH * len(text))
 
 
-def _pay_for_join(meter: Meter, separator: Any, parts: Any) -> None:
+def _pay_for_join(meter: Meter, separator: object, parts: object) -> None:
     count = len(parts) if isinstance(parts, list | tuple | str | dict | range) else 0
     meter.afford(SHOWN_GROWTH * meter.look(parts) + count * meter.look(separator))
 
@@ -99,7 +99,7 @@ def _pay_for_replace(meter: Meter, text: str, old: str, new: str) -> None:
     meter.afford(len(text) + found * len(new))
 
 
-def _pay_for_elements(meter: Meter, name: str, value: Any, extras: list[Any]) -> None:
+def _pay_for_elements(meter: Meter, name: str, value: object, extras: list[object]) -> None:
     """Each element is gone through with the filter's arguments; a path of attributes is a step at each dot."""
     count = len(value) if hasattr(value, "__len__") else 1
     meter.afford(STEP * count)
@@ -140,7 +140,7 @@ def _test(name: str) -> Any:
         return function
 
     @pass_context
-    def paying(context: Any, value: Any, *args: Any) -> Any:
+    def paying(context: Any, value: object, *args: object) -> Any:
         if name in _NUMBER_TESTS:
             _number(value)
         for each in (value, *args):
@@ -151,7 +151,7 @@ def _test(name: str) -> Any:
 
 
 @pass_context
-def _join(context: Any, value: Any, d: Any = "", attribute: Any = None) -> Any:
+def _join(context: Any, value: object, d: Any = "", attribute: Any = None) -> Any:
     meter: Meter = context.meter
     meter.spend(CALL)
     parts = meter.drawn(value) if hasattr(value, "__next__") else value
@@ -169,7 +169,7 @@ def _replace(context: Any, s: Any, old: Any, new: Any, count: Any = None) -> Any
 
 
 @pass_context
-def _indent(context: Any, s: Any, width: Any = 4, first: Any = False, blank: Any = False) -> Any:  # noqa: FBT002
+def _indent(context: Any, s: object, width: object = 4, first: object = False, blank: object = False) -> Any:  # noqa: FBT002
     meter: Meter = context.meter
     meter.spend(CALL)
     added = width if isinstance(width, int) else meter.look(width)
@@ -202,7 +202,7 @@ def _tojson(context: Any, x: Any, ensure_ascii: Any = False, indent: Any = None,
     return meter.keep(json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, **more))
 
 
-def printf(meter: Meter, template: str, values: Any) -> Any:
+def printf(meter: Meter, template: str, values: object) -> Any:
     """`template % values`, where no field is wider than three digits say."""
     meter.look(template)
     if not isinstance(template, str) or _PRINTF.sub("", template):
@@ -212,13 +212,13 @@ def printf(meter: Meter, template: str, values: Any) -> Any:
     return meter.keep(template % values)
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> Any:
     if isinstance(value, int | float | Undefined):
         return value
     raise UnsafeTemplateError(f"it calculates with a {type(value).__name__}")
 
 
-def _small(value: Any, most: int) -> int:
+def _small(value: object, most: int) -> int:
     if not isinstance(value, int) or not -most <= value <= most:
         raise UnsafeTemplateError(f"it asks for a width or precision beyond {most}")
     return value
@@ -238,7 +238,7 @@ def _dict(meter: Meter, source: Any = (), /, **values: Any) -> Any:
     return meter.keep(dict(source, **values))
 
 
-def _namespace(meter: Meter, source: Any = (), /, **values: Any) -> Namespace:
+def _namespace(meter: Meter, source: object = (), /, **values: object) -> Namespace:
     return Namespace(_dict(meter, source, **values))
 
 
@@ -248,12 +248,12 @@ def _strftime(meter: Meter, form: str) -> str:
     return str(meter.keep(_TODAY.strftime(form)))
 
 
-def _refuse(meter: Meter, message: Any = "") -> None:
+def _refuse(meter: Meter, message: object = "") -> None:
     raise TemplateRefusedError(meter.shown(message)[:1000])
 
 
 def _forbidden(kind: str, name: str) -> Callable[..., Any]:
-    def refuse(*args: Any, **named: Any) -> Any:
+    def refuse(*args: object, **named: object) -> Any:
         raise UnsafeTemplateError(f"it uses the {kind} {name!r}, which is not for chat templates")
 
     return refuse

@@ -98,7 +98,7 @@ class FileTokenizer:
             raise ModelError(f"{self.folder}: token {token!r} is named in the settings but not in the vocabulary")
         return int(number)
 
-    def prepends_bos(self, settings: dict[str, Any]) -> bool:
+    def prepends_bos(self, settings: dict[str, object]) -> bool:
         """Whether this tokenizer puts a begin-of-text token in front of a text by itself."""
         prepends = self._markup.encode("a").ids[:1] == [self.bos_id] or settings.get("add_bos_token") is True
         return self.bos_id is not None and prepends
@@ -136,7 +136,7 @@ def _from_merges(folder: Path, vocabulary: Path, merges: Path) -> "RustTokenizer
     return tokenizer
 
 
-def _token_text(value: Any, tokenizer: "RustTokenizer", fallback_id: Any) -> str:
+def _token_text(value: object, tokenizer: "RustTokenizer", fallback_id: object) -> str:
     if isinstance(value, dict):
         value = value.get("content")
     if isinstance(value, str) and value:
@@ -146,7 +146,7 @@ def _token_text(value: Any, tokenizer: "RustTokenizer", fallback_id: Any) -> str
     return str(tokenizer.id_to_token(fallback_id) or "") if isinstance(fallback_id, int) else ""
 
 
-def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
+def _chat_template(folder: Path, settings: dict[str, object]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.exists():
         return file.read_text(encoding="utf-8")

@@ -98,7 +98,7 @@ def flatten(config: TrainingConfig) -> dict[str, Any]:
     return {**values, **{name: getattr(config, name) for name in TOP_LEVEL}}
 
 
-def unflatten(values: Mapping[str, Any]) -> TrainingConfig:
+def unflatten(values: Mapping[str, object]) -> TrainingConfig:
     """The configuration with these values by dotted key, defaults elsewhere; the inverse of `flatten`."""
     tree: dict[str, Any] = {}
     for key, value in values.items():

@@ -42,7 +42,7 @@ class LoadedConfig:
 
 
 def load_config(
-    path: Path | None, *, environ: Mapping[str, str], overrides: Mapping[str, Any], profile: str | None
+    path: Path | None, *, environ: Mapping[str, str], overrides: Mapping[str, object], profile: str | None
 ) -> LoadedConfig:
     """Load a YAML file, `FT_SECTION__KEY` variables and flags (`overrides`, by dotted key) into one configuration.
 
@@ -82,7 +82,7 @@ class ConfigSource:
         """Note what is wrong with a key."""
         self.found.append(Problem(what, self.place(key), hint))
 
-    def add(self, key: str, value: Any) -> None:
+    def add(self, key: str, value: object) -> None:
         """Take in one raw value; sections are taken apart, and what is no setting becomes a problem."""
         if key == "template" and isinstance(value, str):
             key = "template.name"
@@ -154,7 +154,7 @@ def environment_source(environ: Mapping[str, str]) -> ConfigSource:
     return source
 
 
-def flag_source(overrides: Mapping[str, Any], profile: str | None) -> ConfigSource:
+def flag_source(overrides: Mapping[str, object], profile: str | None) -> ConfigSource:
     """The settings of flags, by dotted key; hyphens in keys mean underscores."""
     source = ConfigSource("flag", lambda key: f"--set {key}", _suggest_dotted)
     for key, value in overrides.items():

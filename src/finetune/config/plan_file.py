@@ -63,7 +63,7 @@ def load_plan(path: Path) -> Plan:
     return Plan(loaded.config, origins)
 
 
-def yaml_line(name: str, value: Any) -> str:
+def yaml_line(name: str, value: object) -> str:
     """`name: value` on one line, read back as the same value by any YAML 1.1 reader, floats exactly."""
     flow = None if isinstance(value, list | dict) else False
     # Sorted, the patterns of a mapping would mean something else: the first that fits counts.

@@ -118,7 +118,7 @@ def _problem(origins: Mapping[str, Origin], key: str, what: str, hint: str) -> P
     return Problem(what, f"{key} ({origins[key]})", hint)
 
 
-def _settled(plan: Plan, derived: Mapping[str, Any]) -> Plan:
+def _settled(plan: Plan, derived: Mapping[str, object]) -> Plan:
     config = unflatten({**flatten(plan.config), **derived})
     return Plan(config, {**plan.origins, **dict.fromkeys(derived, "derived")})
 

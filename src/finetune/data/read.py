@@ -119,7 +119,7 @@ class _KeyTwiceError(ValueError):
 
 
 def _load(text: str) -> Any:
-    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def without_repeats(pairs: list[tuple[str, object]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
             raise _KeyTwiceError(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
@@ -135,7 +135,7 @@ def _unreadable(error: RecursionError | ValueError) -> str:
     return "JSON nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
 
 
-def _as_row(value: Any, where: str) -> Row:
+def _as_row(value: object, where: str) -> Row:
     if not isinstance(value, dict):
         raise DataError(f"{where}: expected a JSON object, found {type(value).__name__} {str(value)[:60]!r}")
     return Row(value, where)

@@ -27,7 +27,7 @@ class SingleProcess:
         """The number itself."""
         return value
 
-    def sum(self, tensor: Any) -> Any:
+    def sum(self, tensor: object) -> Any:
         """The tensor itself."""
         return tensor
 
@@ -102,7 +102,7 @@ class _DataParallelSession:
         self._pooled = True
 
 
-def check_same(group: Group, facts: Mapping[str, Any]) -> None:
+def check_same(group: Group, facts: Mapping[str, object]) -> None:
     """Refuse to train where one process of the group sees other settings, data, weights or checkpoints.
 
     Raises:

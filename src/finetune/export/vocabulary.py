@@ -94,7 +94,7 @@ class GgufVocabulary:
     notes: tuple[str, ...] = ()
 
 
-def describe_vocabulary(tokenizer: Mapping[str, Any], special: Special, rows: int) -> GgufVocabulary:
+def describe_vocabulary(tokenizer: Mapping[str, object], special: Special, rows: int) -> GgufVocabulary:
     """GGUF's keys for a tokenizer.
 
     Args:

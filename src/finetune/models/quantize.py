@@ -53,7 +53,7 @@ _WORD = 32
 _BITS, _GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 
 
-def _read_affine(config: Mapping[str, Any], shapes: Shapes, owner: str) -> dict[str, Quantization]:
+def _read_affine(config: Mapping[str, object], shapes: Shapes, owner: str) -> dict[str, Quantization]:
     told = config[SETTINGS[0]]
     paths = [name.removesuffix(".scales") for name in shapes if name.endswith(".scales")]
     found = {path: _one(told, path, owner) for path in paths if f"{path}.weight" in shapes}
@@ -79,7 +79,7 @@ def _read_affine(config: Mapping[str, Any], shapes: Shapes, owner: str) -> dict[
     return found
 
 
-def _one(told: Any, path: str, owner: str) -> Quantization:
+def _one(told: object, path: str, owner: str) -> Quantization:
     """How one module is quantised: as the config says of its path, or else of all."""
     own = told.get(path, told) if isinstance(told, dict) else None
     said = own if isinstance(own, dict) else {}
@@ -116,7 +116,7 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
-def read_quantized(config: Mapping[str, Any], shapes: Shapes, owner: str) -> dict[str, Quantization]:
+def read_quantized(config: Mapping[str, object], shapes: Shapes, owner: str) -> dict[str, Quantization]:
     """How each quantised module of a model is held, by the module's path; empty for a full model.
 
     Args:
@@ -138,7 +138,7 @@ def read_quantized(config: Mapping[str, Any], shapes: Shapes, owner: str) -> dic
     return SCHEMES[method].read(config, shapes, owner)
 
 
-def _method(config: Mapping[str, Any]) -> str | None:
+def _method(config: Mapping[str, object]) -> str | None:
     """The scheme, or else what the config calls its method; None for a full model."""
     if known := next((name for name, scheme in SCHEMES.items() if scheme.says(config)), None):
         return known
@@ -148,7 +148,7 @@ def _method(config: Mapping[str, Any]) -> str | None:
     return str(method or "a method that its config does not name")
 
 
-def refuse_schemes(config: Mapping[str, Any], how: Quantization | None, backend: str, owner: str) -> None:
+def refuse_schemes(config: Mapping[str, object], how: Quantization | None, backend: str, owner: str) -> None:
     """Refuse a base that is quantised, or is to be, by a scheme that a backend cannot train on.
 
     Raises:

@@ -164,12 +164,12 @@ def _is_extra(name: str, shape: tuple[int, ...], *, tied: bool) -> bool:
     return is_mask or name.endswith((".masked_bias", ".inv_freq")) or (tied and is_head(name))
 
 
-def _share(config: dict[str, Any], *keys: str) -> float:
+def _share(config: dict[str, object], *keys: str) -> float:
     """The first of these fields that is a share from 0 to below 1; 0 without one."""
     said = (config.get(key) for key in keys)
     return next((float(value) for value in said if isinstance(value, int | float) and 0 <= value < 1), 0.0)
 
 
-def _first(config: dict[str, Any], *keys: str) -> int:
+def _first(config: dict[str, object], *keys: str) -> int:
     said = (config.get(key) for key in keys)
     return next((int(value) for value in said if isinstance(value, int) and value > 0), 0)

@@ -32,7 +32,7 @@ _ABSENT = {
 }
 
 
-def build_report(run: Mapping[str, Any]) -> dict[str, Any]:
+def build_report(run: Mapping[str, object]) -> dict[str, Any]:
     """Turn run.json into report.json: the same facts, grouped by what a reader asks.
 
     Absent facts are None or empty and `absent` says why in a sentence; numbers that are not finite become None
@@ -66,13 +66,13 @@ def build_report(run: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _strict(value) for key, value in report.items()}
 
 
-def map_at(value: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def map_at(value: Mapping[str, object], key: str) -> Mapping[str, Any]:
     """The object under a key; empty when it is absent or null."""
     found = value.get(key)
     return found if isinstance(found, Mapping) else {}
 
 
-def list_at(value: Mapping[str, Any], key: str) -> Sequence[Any]:
+def list_at(value: Mapping[str, object], key: str) -> Sequence[Any]:
     """The list under a key; empty when it is absent or null."""
     found = value.get(key)
     return found if isinstance(found, list | tuple) else ()
@@ -97,11 +97,11 @@ def _criteria(verdicts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return groups
 
 
-def _series(points: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[dict[str, float | None]]:
+def _series(points: Sequence[Mapping[str, object]], fields: Sequence[str]) -> list[dict[str, float | None]]:
     return [{field: as_number(point.get(field)) for field in fields} for point in points]
 
 
-def _not_finite(losses: Mapping[str, Any]) -> list[str]:
+def _not_finite(losses: Mapping[str, object]) -> list[str]:
     """One sentence for each loss series that left the finite numbers, with the first step where it did."""
     notes = []
     for name, words in (("train", "training"), ("fixed", "fixed-batch"), ("held_out", "held-out")):
@@ -137,18 +137,18 @@ def _headline(
     }
 
 
-def _up_to(points: Sequence[Mapping[str, Any]], kept: Any) -> Sequence[Mapping[str, Any]]:
+def _up_to(points: Sequence[Mapping[str, Any]], kept: object) -> Sequence[Mapping[str, Any]]:
     """The points up to the step whose weights were kept: later ones say nothing of the adapter."""
     step = as_number(kept)
     return points if step is None else [point for point in points if (point["step"] or 0) <= step]
 
 
-def _before_after(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _before_after(points: Sequence[Mapping[str, object]]) -> dict[str, Any] | None:
     """First and last measurement; None where there is only one."""
     return {"before": points[0]["loss"], "after": points[-1]["loss"]} if len(points) > 1 else None
 
 
-def _tally(sets: Mapping[str, Any]) -> dict[str, dict[str, Any] | None]:
+def _tally(sets: Mapping[str, object]) -> dict[str, dict[str, Any] | None]:
     """Right answers of each model with the share and its 95 % interval."""
     tallies: dict[str, dict[str, Any] | None] = {}
     for model in ("base", "tuned", "control"):
@@ -159,7 +159,7 @@ def _tally(sets: Mapping[str, Any]) -> dict[str, dict[str, Any] | None]:
     return tallies
 
 
-def _paired(sets: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _paired(sets: Mapping[str, object]) -> list[dict[str, Any]]:
     """The answers of base, tuned and control to the same question side by side.
 
     They meet by question and by how often it came before, not by position: a model that was asked fewer
@@ -192,7 +192,7 @@ def _change(pair: Mapping[str, Any]) -> str:
     return ("still right" if after else "worsened") if before else ("improved" if after else "still wrong")
 
 
-def _memory(measure: Mapping[str, Any], method: str) -> dict[str, Any] | None:
+def _memory(measure: Mapping[str, object], method: str) -> dict[str, Any] | None:
     """The measured peak of one process, cut into parts that add up to its live tensors."""
     peak = as_number(measure.get("peak_tensors"))
     if peak is None:
@@ -209,12 +209,12 @@ def _memory(measure: Mapping[str, Any], method: str) -> dict[str, Any] | None:
     }
 
 
-def _data(data: Mapping[str, Any]) -> dict[str, Any]:
+def _data(data: Mapping[str, object]) -> dict[str, Any]:
     counts = {name: dict(map_at(data, name)) or None for name in ("train", "valid", "rehearsal")}
     return {"files": [dict(file) for file in list_at(data, "files")], "counts": counts}
 
 
-def _repeat(run: Mapping[str, Any]) -> dict[str, Any]:
+def _repeat(run: Mapping[str, object]) -> dict[str, Any]:
     """What somebody else needs to run the same again and to see that it is the same."""
     return {
         "command": run.get("command"),
@@ -228,7 +228,7 @@ def _repeat(run: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _strict(value: Any) -> Any:
+def _strict(value: object) -> Any:
     """The value with every non-finite float as None: NaN is not JSON, and other programs refuse the file."""
     if isinstance(value, Mapping):
         return {str(key): _strict(item) for key, item in value.items()}

@@ -43,7 +43,7 @@ class Chart:
     absent: str = ""
 
 
-def draw_charts(report: Mapping[str, Any], prefix: str) -> dict[str, Chart]:
+def draw_charts(report: Mapping[str, object], prefix: str) -> dict[str, Chart]:
     """Draw every chart of one run; `prefix` keeps ids apart from those of other runs on the same page."""
     return {
         "loss": _loss(report, f"{prefix}-loss"),
@@ -53,7 +53,7 @@ def draw_charts(report: Mapping[str, Any], prefix: str) -> dict[str, Chart]:
     }
 
 
-def draw_comparison(reports: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Chart:
+def draw_comparison(reports: Sequence[Mapping[str, object]], names: Sequence[str]) -> Chart:
     """Draw the training loss of several runs over each other, named by the letters the page gives them."""
     title, caption = "Training loss of every run", "nats per trained token, by optimizer step"
     drawn = [(name, _points(report, "train", "loss")) for name, report in zip(names, reports, strict=True)]
@@ -88,7 +88,7 @@ def _loss(report: Mapping[str, Any], prefix: str) -> Chart:
         return Chart("loss", title, caption, ink.to_svg(figure, prefix=prefix, title=title, description=said))
 
 
-def _rate(report: Mapping[str, Any], prefix: str) -> Chart:
+def _rate(report: Mapping[str, object], prefix: str) -> Chart:
     title, caption = "Learning rate and gradient norm", "by optimizer step"
     rates, norms = _points(report, "train", "learning_rate"), _points(report, "train", "grad_norm")
     panels = [
@@ -218,7 +218,7 @@ def _points(report: Mapping[str, Any], series: str, field: str) -> list[tuple[fl
     return [(step, value) for step, value in points if step is not None and value is not None]
 
 
-def _line(axes: "Axes", points: Sequence[tuple[float, float]], label: str, **look: Any) -> None:
+def _line(axes: "Axes", points: Sequence[tuple[float, float]], label: str, **look: object) -> None:
     if not points:
         return
     # A single point draws no line: without a marker it would be there and invisible.

@@ -28,7 +28,7 @@ _SHOWN_ANSWERS = 6
 _CLASSES = {word: word.replace(" ", "-") for word in SYMBOLS}
 
 
-def render_html(runs: Sequence[Mapping[str, Any]]) -> str:
+def render_html(runs: Sequence[Mapping[str, object]]) -> str:
     """Render one self-contained page from one or more run.json values; several are compared side by side first.
 
     The same runs give the same bytes. Text from the runs is shown inertly, whatever it holds.
@@ -79,7 +79,7 @@ def _comparison(sections: Sequence[Mapping[str, Any]], chart: Chart) -> dict[str
     return {"verdicts": verdicts, "figures": figures, "chart": chart}
 
 
-def _grouped(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _grouped(pairs: Sequence[Mapping[str, object]]) -> dict[str, Any]:
     """Answers with the telling ones first: what got worse, then what got better, then the rest."""
     ordered = sorted(pairs, key=lambda pair: _CHANGES.index(pair["change"]))
     counts = [(word, sum(pair["change"] == word for pair in pairs)) for word in _CHANGES]
@@ -129,13 +129,13 @@ def _environment() -> "Environment":
     return environment
 
 
-def _say(value: Any) -> Any:
+def _say(value: object) -> Any:
     """The last word on everything the template prints: absent values say so, control characters are visible."""
     if value is None:
         return NOT_MEASURED
     return visible(value) if type(value) is str else value
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     """A plan value as it would be written in JSON; text as it is."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

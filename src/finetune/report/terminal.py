@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _STYLES = {"passed": "green", "failed": "bold red", "error": "bold red", "inconclusive": "yellow"}
 
 
-def print_report(runs: Sequence[Mapping[str, Any]], console: "Console") -> None:
+def print_report(runs: Sequence[Mapping[str, object]], console: "Console") -> None:
     """Print each run's verdicts, headline figures and files to a rich console.
 
     A run may carry its folder under "folder"; its files are then named with it.
@@ -73,7 +73,7 @@ def _reasons(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _figure_table(report: Mapping[str, Any]) -> "Table":
+def _figure_table(report: Mapping[str, object]) -> "Table":
     from rich.table import Table
     from rich.text import Text
 

@@ -43,7 +43,7 @@ def say_title(report: Mapping[str, Any]) -> str:
     return f"{headline['model'] or 'unnamed model'}{data}"
 
 
-def say_start(report: Mapping[str, Any]) -> str | None:
+def say_start(report: Mapping[str, object]) -> str | None:
     """When the run began, to the minute; as written when that is not an ISO date."""
     written = report["started"]
     try:

@@ -97,7 +97,7 @@ class CheckpointStore:
         steps = self.steps()
         return steps[-1] if steps else None
 
-    def open(self, step: int, identity: Mapping[str, Any]) -> Path:
+    def open(self, step: int, identity: Mapping[str, object]) -> Path:
         """The folder of a checkpoint whose every byte is as it was written; it stays until `release`.
 
         Raises:
@@ -120,12 +120,12 @@ class CheckpointStore:
         self._in_use.add(step)
         return path
 
-    def changes(self, step: int, told: Mapping[str, Any]) -> list[str]:
+    def changes(self, step: int, told: Mapping[str, object]) -> list[str]:
         """What differs from the checkpoint, and may."""
         return differences((_read_manifest(self._path(step)) or {"told": {}})["told"], told)
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     """`key: old -> new` for each key whose value differs; None for a missing key."""
     keys = [*now, *(key for key in before if key not in now)]
     return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in keys if before.get(key) != now.get(key)]
@@ -143,5 +143,5 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     return value if digest == _digest(value) else None
 
 
-def _digest(manifest: Mapping[str, Any]) -> str:
+def _digest(manifest: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -226,7 +226,7 @@ class RunFolder:
             raise OutputError(f"{self.manifest} is broken: {error}", hint="the run must be repeated") from None
         return value
 
-    def write_manifest(self, values: Mapping[str, Any]) -> None:
+    def write_manifest(self, values: Mapping[str, object]) -> None:
         """Finish the run: from now on it exists."""
         write_json(self.manifest, values)
 
@@ -274,7 +274,7 @@ class RunFolder:
         write_text(self.events, "".join(map(_line, self.events_up_to(done))))
 
 
-def _check_manifest(value: Any) -> None:
+def _check_manifest(value: object) -> None:
     """Raise ValueError where a value is not what `run.json` of this version holds."""
     if not isinstance(value, dict):
         raise ValueError(f"it holds {type(value).__name__}, not an object")

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from finetune.tracking.tracker import NOTHING, Tracked
 
@@ -45,7 +44,7 @@ class TensorBoard:
             self._add(0, summary=text_pb("run", f"|what|said|\n|---|---|{rows}"))
         self._writer.close()
 
-    def _add(self, step: int, **content: Any) -> None:
+    def _add(self, step: int, **content: object) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
 
         self._writer.add_event(Event(wall_time=time.time(), step=step, **content))

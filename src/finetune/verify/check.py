@@ -36,7 +36,7 @@ def check(holds: object, *, expected: object, got: object, law: str = "") -> Non
         raise _failure_of(law)(expected, got, law)
 
 
-def check_same(expected: Any, got: Any, *, law: str = "") -> None:
+def check_same(expected: object, got: object, *, law: str = "") -> None:
     """Hold a subject to a law of sameness; of two mappings only what differs is quoted.
 
     Raises:
@@ -50,7 +50,7 @@ def check_same(expected: Any, got: Any, *, law: str = "") -> None:
     raise _failure_of(law)(expected, got, law)
 
 
-def _part(values: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+def _part(values: Mapping[str, object], keys: Iterable[str]) -> dict[str, Any]:
     return {key: values[key] for key in keys if key in values}
 
 

@@ -40,7 +40,7 @@ class SubjectClient:
         """Which of these abilities are missing, and why; empty where none is."""
         return self.subject.about.lacks(abilities)
 
-    def ask(self, ability: str, kind: type[A], **given: Any) -> A:
+    def ask(self, ability: str, kind: type[A], **given: object) -> A:
         """One answer.
 
         Raises:

@@ -47,7 +47,7 @@ def _hear(event: str, given: tuple[Any, ...]) -> None:
             raise OutsideError(f"{event} of {path!r}, which is outside of the scratch folder of this replay")
 
 
-def _below_open_folder(event: str, given: tuple[Any, ...], place: int) -> bool:
+def _below_open_folder(event: str, given: tuple[object, ...], place: int) -> bool:
     """Whether a name is relative to a folder that was opened, as those are that `shutil.rmtree` removes."""
     if event in ("os.rename", "os.link"):
         return bool(given[2 + place] != -1)

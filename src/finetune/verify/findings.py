@@ -98,7 +98,7 @@ def write_findings(found: Verification, asked_as: str, folder: Path) -> list[Pat
     return paths
 
 
-def _case(law: Law, values: Mapping[str, Any]) -> Recipe:
+def _case(law: Law, values: Mapping[str, object]) -> Recipe:
     """A case from its JSON values: a story where there is a scene.
 
     Raises:
@@ -198,6 +198,6 @@ def _block(title: str, kind: str, text: str) -> list[str]:
     return [title, "", f"{fence}{kind}", text, fence, ""]
 
 
-def as_document(values: Mapping[str, Any]) -> str:
+def as_document(values: Mapping[str, object]) -> str:
     """JSON as it is written to files."""
     return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -101,7 +101,7 @@ class ForwardPass:
         _check_row(row, self.sizes)
         return self.model(mx.array([row.ids]))[0].astype(mx.float32)
 
-    def logits_at(self, ids: mx.array, places: mx.array, **given: Any) -> mx.array:
+    def logits_at(self, ids: mx.array, places: mx.array, **given: object) -> mx.array:
         """The logits (places, vocabulary) at these places, counted through all rows, and no others where it can be.
 
         The model's own code makes them, so that tied heads, scales and caps are what they are: only what it hands to

@@ -91,7 +91,7 @@ def load_model(location: ModelLocation, dtype: str, quantize: Quantization | Non
     return Loaded(model, dtype, shape.vocab_size or NO_LIMIT, context, names, config)
 
 
-def build_model(config: Mapping[str, Any], owner: str, *, tied: bool) -> Any:
+def build_model(config: Mapping[str, object], owner: str, *, tied: bool) -> Any:
     """The model that a transformers config describes, its weights not yet set.
 
     Args:
@@ -149,7 +149,7 @@ def put_weights(model: Any, names: WeightNames, weights: Mapping[str, mx.array],
     model.load_weights(list(given.items()))
 
 
-def _classes(config: Mapping[str, Any], owner: str) -> tuple[Any, Any]:
+def _classes(config: Mapping[str, object], owner: str) -> tuple[Any, Any]:
     from mlx_lm.utils import _get_classes
 
     name = config.get("model_type")
@@ -177,7 +177,7 @@ def _known_kinds() -> list[str]:
     return [path.stem for path in sorted(Path(folder).glob("*.py")) if "class Model(" in path.read_text("utf-8")]
 
 
-def _settings(config: Mapping[str, Any], args_class: Any, owner: str, *, tied: bool) -> dict[str, Any]:
+def _settings(config: Mapping[str, object], args_class: Any, owner: str, *, tied: bool) -> dict[str, Any]:
     """The config as mlx-lm has to be told it, so that it computes what transformers does."""
     kind = str(config["model_type"])
     left_out = {"tie_word_embeddings": tied, **_LEFT_OUT.get(kind, {})}
@@ -195,7 +195,7 @@ def _settings(config: Mapping[str, Any], args_class: Any, owner: str, *, tied: b
     return settings | _rope(settings, args_class, owner) | _window_pattern(settings, args_class, owner)
 
 
-def _rope(settings: Mapping[str, Any], args_class: Any, owner: str) -> dict[str, Any]:
+def _rope(settings: Mapping[str, object], args_class: Any, owner: str) -> dict[str, Any]:
     """RoPE's numbers where mlx-lm looks for them: newer files keep them all in `rope_parameters`.
 
     Most of its models read only `rope_theta` and `rope_scaling`; they would go on with the default base in silence.
@@ -251,6 +251,6 @@ def linear_layers(model: Any) -> dict[str, Any]:
     return {path: module for path, module in leaves if isinstance(module, (nn.Linear, nn.QuantizedLinear))}
 
 
-def write_config(config: Mapping[str, Any], folder: Path) -> None:
+def write_config(config: Mapping[str, object], folder: Path) -> None:
     """Write a transformers config."""
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

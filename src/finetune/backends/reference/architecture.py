@@ -61,7 +61,7 @@ def block_path(index: int) -> str:
     return f"model.layers.{index}"
 
 
-def read_architecture(config: Mapping[str, Any], owner: str) -> Architecture:
+def read_architecture(config: Mapping[str, object], owner: str) -> Architecture:
     """The architecture that a config describes, with the defaults of transformers for what it leaves out.
 
     Raises:
@@ -97,7 +97,7 @@ def read_architecture(config: Mapping[str, Any], owner: str) -> Architecture:
     return shape
 
 
-def _refuse_extras(config: Mapping[str, Any], owner: str) -> None:
+def _refuse_extras(config: Mapping[str, object], owner: str) -> None:
     plain = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0}
     odd = {key: config[key] for key, value in plain.items() if config.get(key, value) != value}
     if odd:

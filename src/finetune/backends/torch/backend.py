@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -38,7 +37,7 @@ class TorchBackend:
         """The processes that torchrun or accelerate has started together with this one."""
         return join_group()
 
-    def create(self, config: Mapping[str, Any], folder: Path, seed: int) -> None:
+    def create(self, config: Mapping[str, object], folder: Path, seed: int) -> None:
         """Write a model of random weights and the given transformers config into an existing folder."""
         settings = transformers.AutoConfig.for_model(**config)
         torch.manual_seed(seed)

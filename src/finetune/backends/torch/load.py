@@ -75,7 +75,7 @@ def load_model(location: ModelLocation, dtype: str) -> Any:
     return model
 
 
-def _refuse_unknown(config: Mapping[str, Any], owner: str) -> None:
+def _refuse_unknown(config: Mapping[str, object], owner: str) -> None:
     """Refuse an architecture that transformers does not know itself.
 
     Raises:
@@ -93,7 +93,7 @@ def _refuse_unknown(config: Mapping[str, Any], owner: str) -> None:
     )
 
 
-def _refuse_kernels(config: Mapping[str, Any], owner: str) -> None:
+def _refuse_kernels(config: Mapping[str, object], owner: str) -> None:
     """Refuse a config that chooses what computes its layers: by a name on the hub it would be code from there.
 
     Raises:
@@ -109,7 +109,7 @@ def _refuse_kernels(config: Mapping[str, Any], owner: str) -> None:
             )
 
 
-def _refuse_other_weights(folder: Path, config: Mapping[str, Any], owner: str) -> None:
+def _refuse_other_weights(folder: Path, config: Mapping[str, object], owner: str) -> None:
     """Refuse weights that transformers would read and nobody else, or that lie outside the folder.
 
     Raises:

@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import Linear
 class FoldedLinear(Linear):  # type: ignore[misc]
     """PEFT's `Linear` with another forward pass; made from one by `fold_adapters`, never constructed."""
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """The layer's output; of x (..., in) it is (..., out)."""
         # Asked without training, a layer is PEFT's to the last bit, and one token needs no folded weight.
         name = self._only_adapter(x) if torch.is_grad_enabled() else None

@@ -53,7 +53,7 @@ def settings_are_taken(trainer: SubjectClient, case: cases.Set) -> None:
     check(not wrong, expected={key: given[key] for key in wrong}, got=wrong)
 
 
-def _hold_changed(case: cases.Change, outcome: Callable[[Mapping[str, Any]], object]) -> None:
+def _hold_changed(case: cases.Change, outcome: Callable[[Mapping[str, object]], object]) -> None:
     """What is observed differs once the setting does, or the other value is refused."""
     # Trainers have defaults of their own, one of which may be the other value.
     plain = {case.key: default_of(case.key), **PLAIN}[case.key]
@@ -90,7 +90,7 @@ def settings_of_rows_do_something(trainer: SubjectClient, case: cases.Change) ->
 def settings_of_batches_do_something(trainer: SubjectClient, case: cases.Change) -> None:
     """No such setting is dead."""
 
-    def outcome(settings: Mapping[str, Any]) -> object:
+    def outcome(settings: Mapping[str, object]) -> object:
         model, given = trainer.model(TINY), {**PLAIN, **settings}
         return trainer.ask("batches", Epochs, model=model, settings=given, rows=ROWS, epochs=1)
 
@@ -100,7 +100,7 @@ def settings_of_batches_do_something(trainer: SubjectClient, case: cases.Change)
 _ROW = {"ids": [9, 40, 77, 12, 130, 31, 8], "targets": [False, False, True, True, True, True, True]}
 
 
-def _gradient(trainer: SubjectClient, settings: Mapping[str, Any]) -> Gradient:
+def _gradient(trainer: SubjectClient, settings: Mapping[str, object]) -> Gradient:
     model = trainer.model(TINY)
     return trainer.ask("gradient", Gradient, model=model, settings={**PLAIN, **settings}, micro=[[_ROW]])
 
@@ -131,7 +131,7 @@ def settings_of_the_adapter_do_something(trainer: SubjectClient, case: cases.Cha
 def settings_of_training_do_something(trainer: SubjectClient, case: cases.Change) -> None:
     """No such setting is dead."""
 
-    def outcome(settings: Mapping[str, Any]) -> object:
+    def outcome(settings: Mapping[str, object]) -> object:
         model, folder = trainer.model(TINY), trainer.folder()
         given = {**PLAIN, "training.batch_size": 2, "training.epochs": 2.0, **settings}
         course = trainer.ask("train", TrainingResult, model=model, settings=given, rows=ROWS[:3], folder=folder / "run")

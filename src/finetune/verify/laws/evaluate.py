@@ -1,7 +1,6 @@
 """Laws of looking at a model: losses and answers do not depend on how they are asked for."""
 
 import json
-from typing import Any
 
 import numpy as np
 
@@ -81,7 +80,7 @@ def held_out_rows_are_rows(trainer: SubjectClient, case: cases.Looked) -> None:
     check(_near(found, wanted.loss), expected=f"loss {wanted.loss:.6f}", got=f"loss {found.loss:.6f}")
 
 
-def _generate(trainer: SubjectClient, case: cases.Asked, prompts: list[list[int]], **more: Any) -> list[list[int]]:
+def _generate(trainer: SubjectClient, case: cases.Asked, prompts: list[list[int]], **more: object) -> list[list[int]]:
     settings = {**PLAIN, "evaluation.max_new_tokens": case.most}
     given = {"model": trainer.model(case.model), "settings": settings, **more}
     return trainer.ask("generate", Generated, prompts=prompts, **given).answers

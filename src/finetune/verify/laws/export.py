@@ -27,7 +27,7 @@ def _model(trainer: SubjectClient, recipe: ModelRecipe) -> Path:
     return altered(trainer, trainer.model(recipe), {"hidden_act": "silu"})
 
 
-def _described(trainer: SubjectClient, model: Path, **more: Any) -> tuple[Mapping[str, Any], Tensors]:
+def _described(trainer: SubjectClient, model: Path, **more: object) -> tuple[Mapping[str, Any], Tensors]:
     found = trainer.ask("describe_export", ExportDescription, model=model, settings=PLAIN, **more)
     return found.metadata, trainer.tensors(found.file)
 

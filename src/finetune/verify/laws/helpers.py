@@ -38,7 +38,7 @@ def loss_of(trainer: SubjectClient, rows: tuple[IdRow, ...]) -> tuple[float, int
 
 
 def tokenized(
-    trainer: SubjectClient, model: Path, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+    trainer: SubjectClient, model: Path, rows: Sequence[Mapping[str, object]], settings: Mapping[str, object]
 ) -> TokenRows:
     """Rows as they are trained on, with these settings on top of plain ones; each token of theirs has a mark."""
     found = trainer.ask("tokenize", TokenRows, model=model, settings={**PLAIN, **settings}, rows=list(rows))
@@ -48,7 +48,9 @@ def tokenized(
     return found
 
 
-def tokenized_row(trainer: SubjectClient, model: Path, row: Mapping[str, Any], settings: Mapping[str, Any]) -> TokenRow:
+def tokenized_row(
+    trainer: SubjectClient, model: Path, row: Mapping[str, object], settings: Mapping[str, object]
+) -> TokenRow:
     """A row as it is trained on, which is one row."""
     rows = tokenized(trainer, model, [row], settings).rows
     check(len(rows) == 1, expected="1 row", got=f"{len(rows)} rows")
@@ -67,7 +69,7 @@ def told(rows: TokenRows) -> list[tuple[int, list[int], list[bool]]]:
 
 
 def train(
-    trainer: SubjectClient, model: Path, settings: Mapping[str, Any], rows: Sequence[Any], **more: Any
+    trainer: SubjectClient, model: Path, settings: Mapping[str, object], rows: Sequence[object], **more: object
 ) -> TrainingResult:
     """A run in a folder of its own."""
     folder = trainer.folder() / "run"
@@ -87,7 +89,7 @@ def weights_of(trainer: SubjectClient, model: Path, adapter: str) -> tuple[Weigh
     return told, trainer.tensors(told.file)
 
 
-def logits_of(trainer: SubjectClient, ability: str, model: str | Path, **more: Any) -> Array:
+def logits_of(trainer: SubjectClient, ability: str, model: str | Path, **more: object) -> Array:
     """The logits of one prompt."""
     given = {"settings": PLAIN, **more}
     answer = trainer.ask(ability, Logits, model=model, prompts=[PROMPT], **given)
@@ -121,7 +123,7 @@ def accepted(ask: Callable[[], R], what: str) -> R:
         raise AssertionError from None
 
 
-def altered(trainer: SubjectClient, model: Path, config: Mapping[str, Any]) -> Path:
+def altered(trainer: SubjectClient, model: Path, config: Mapping[str, object]) -> Path:
     """A copy of a model whose config says these things."""
     folder = trainer.folder() / "model"
     shutil.copytree(model, folder)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from finetune.verify.catalogue import law
 from finetune.verify.check import check
@@ -11,7 +10,7 @@ from finetune.verify.subjects.answers import Estimated, Weights
 from finetune_strategies.cases import memory as cases
 
 
-def _estimate(trainer: SubjectClient, model: Any, settings: Mapping[str, Any]) -> Estimated:
+def _estimate(trainer: SubjectClient, model: object, settings: Mapping[str, object]) -> Estimated:
     return trainer.ask("estimate", Estimated, model=model, settings=dict(settings))
 
 

@@ -240,7 +240,7 @@ def _hold_unchanged(before: Mapping[str, str], after: Mapping[str, str]) -> None
     check(not words, expected="every file beside its folders as it was", got="; ".join(words))
 
 
-def _numbers(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
+def _numbers(value: object, place: str = "") -> Iterator[tuple[str, float]]:
     """Every float within, by its place."""
     if isinstance(value, float):
         yield place, value

@@ -45,7 +45,7 @@ def hostile_template_is_refused(trainer: SubjectClient, case: cases.Hostile) -> 
         check(case.attack in cases.INSIDES and not shown.strip(), expected=f"{case.attack} is refused", got=shown[:200])
 
 
-def _unseen(ask: Callable[[], Any], canary: Path, what: str) -> None:
+def _unseen(ask: Callable[[], object], canary: Path, what: str) -> None:
     """Ask, whatever comes of it, and see that nothing was executed."""
     with contextlib.suppress(SubjectError):
         refused(ask)

@@ -10,7 +10,7 @@ from finetune.verify.subjects.subject import RefusesError
 from finetune_strategies.cases import store as cases
 
 
-def _kept(trainer: SubjectClient, keep: int, orders: list[dict[str, Any]]) -> CheckpointsReply:
+def _kept(trainer: SubjectClient, keep: int, orders: list[dict[str, object]]) -> CheckpointsReply:
     return trainer.ask("keep_checkpoints", CheckpointsReply, keep=keep, orders=orders)
 
 

@@ -184,7 +184,7 @@ def best_step_is_kept(trainer: SubjectClient, case: cases.Best) -> None:
     settings = {**QUICK, "training.learning_rate": case.rate, "training.epochs": 4.0, "training.save_every": 1}
     settings |= {"data.valid": str(file), "training.evaluate_every": 1}
 
-    def look(**more: Any) -> float:
+    def look(**more: object) -> float:
         adapter = adapter_of(train(trainer, model, {**settings, **more}, case.values))
         return trainer.ask("evaluate", Loss, model=model, settings=QUICK, rows=watched, adapter=adapter).loss
 

@@ -90,7 +90,7 @@ class RecordingSubject:
         self._scratch = str(scratch)
         self._places = re.compile(re.escape(self._scratch) + r"(/tmp\w+)?")
 
-    def ask(self, ability: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    def ask(self, ability: str, given: Mapping[str, object]) -> Mapping[str, Any]:
         """The answer to one question."""
         question = self._mark([ability, given])
         try:
@@ -105,7 +105,7 @@ class RecordingSubject:
         """End what is behind it."""
         self._door.close()
 
-    def _mark(self, values: Any) -> str:
+    def _mark(self, values: object) -> str:
         """A mark of values; a file is marked by what is in it, wherever it lies."""
         whole = hashlib.sha256()
         for text in _texts(values):
@@ -116,7 +116,7 @@ class RecordingSubject:
         return whole.hexdigest()[:16]
 
 
-def _texts(values: Any) -> Iterator[str]:
+def _texts(values: object) -> Iterator[str]:
     if isinstance(values, Mapping):
         for key, value in values.items():
             yield str(key)

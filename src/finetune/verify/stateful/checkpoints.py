@@ -86,7 +86,7 @@ class StoreUnderTest:
             used.clear()
         self.keep_only(self.protected(set(self.there), used))
 
-    def check_opened(self, step: int, answer: Any) -> None:
+    def check_opened(self, step: int, answer: object) -> None:
         """What is whole is opened; what is damaged or gone is refused by its name, with what to do."""
         if step in self.there and step not in self.damaged:
             check_same(self.there[step], answer, law="store.opens_whole")

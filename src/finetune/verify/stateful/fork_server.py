@@ -80,7 +80,7 @@ def _serve(modules: Sequence[str]) -> None:
         sys.stdout.flush()
 
 
-def _fork(request: dict[str, Any]) -> dict[str, Any]:
+def _fork(request: dict[str, object]) -> dict[str, Any]:
     """Fork a process for the request; how it ended."""
     ends = {name: os.pipe() for name in ("answer", "stderr", "changes")}
     child = os.fork()

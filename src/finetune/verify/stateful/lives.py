@@ -105,7 +105,7 @@ class LifeClient:
         """Measure the base and the tuned model of a finished run again."""
         return self._process("run_process", folder, None, do="evaluate")
 
-    def change(self, folder: Path, key: str, value: Any) -> None:
+    def change(self, folder: Path, key: str, value: object) -> None:
         """Change a setting of a run that is to be gone on with, as its user could."""
         self.subject.ask("change_setting", {"folder": str(folder), "key": key, "value": value})
 
@@ -129,6 +129,6 @@ class LifeClient:
         found = self.subject.ask("list_checkpoints", {"folder": str(folder)})
         return {int(step): words for step, words in found["checkpoints"].items()}
 
-    def _process(self, ability: str, folder: Path, death: Death | None, **given: Any) -> Ending:
+    def _process(self, ability: str, folder: Path, death: Death | None, **given: object) -> Ending:
         given |= {"folder": str(folder), "death": asdict(death) if death else None}
         return Ending(**self.subject.ask(ability, given))

@@ -194,10 +194,10 @@ def spoil(file: Path, place: int, how: str) -> None:
     file.write_bytes(flipped if how == "flip" or not old else old[: max(0, at - 1)])
 
 
-def _steps(course: tuple[Mapping[str, Any], ...]) -> dict[int, Mapping[str, Any]]:
+def _steps(course: tuple[Mapping[str, object], ...]) -> dict[int, Mapping[str, Any]]:
     return dict(enumerate(course))
 
 
-def _without(values: Mapping[str, Any], starts: tuple[str, ...]) -> dict[str, Any]:
+def _without(values: Mapping[str, object], starts: tuple[str, ...]) -> dict[str, Any]:
     """What there is under names that start with none of these."""
     return {name: value for name, value in values.items() if not name.startswith(starts)}

@@ -159,7 +159,7 @@ def _problems(path: Path, given: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem("to go on, a command must be told from where", f"{path}: resume", hint)
 
 
-def _unknown_names(path: Path, ability: str, called: Mapping[str, Any], known: tuple[str, ...]) -> Iterator[Problem]:
+def _unknown_names(path: Path, ability: str, called: Mapping[str, object], known: tuple[str, ...]) -> Iterator[Problem]:
     files = called.get("files") if isinstance(called.get("files"), dict) else {}
     assert isinstance(files, dict)
     argv = called.get("argv")

@@ -30,7 +30,7 @@ class LazySubject:
             self._subject = SubprocessSubject(self._command, self._folder)
         return self._subject
 
-    def ask(self, ability: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    def ask(self, ability: str, given: Mapping[str, object]) -> Mapping[str, Any]:
         """The answer to one question."""
         return self._opened.ask(ability, given)
 

@@ -63,7 +63,7 @@ class SubprocessSubject:
             self.close()
             raise
 
-    def ask(self, ability: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    def ask(self, ability: str, given: Mapping[str, object]) -> Mapping[str, Any]:
         """The answer to one question; a program that has ended is started again.
 
         Raises:
@@ -122,7 +122,7 @@ class SubprocessSubject:
             self._errors.close()
         return _introduced(self._exchange(None, self._first_patience))
 
-    def _exchange(self, question: Mapping[str, Any] | None, patience: float) -> Any:
+    def _exchange(self, question: Mapping[str, object] | None, patience: float) -> Any:
         """Ask, and wait for one line."""
         process = self._process
         assert process is not None

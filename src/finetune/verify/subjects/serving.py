@@ -29,9 +29,9 @@ class UnsupportedError(Exception):
 
 
 def answer_to(
-    handlers: Mapping[str, Callable[..., Any]],
+    handlers: Mapping[str, Callable[..., object]],
     ability: str,
-    arguments: Mapping[str, Any],
+    arguments: Mapping[str, object],
     refusals: Sequence[type[Exception]] = (),
 ) -> dict[str, Any]:
     """What one question comes to, whatever happens.
@@ -54,15 +54,15 @@ def answer_to(
         return {"error": "it ended the process:\n" + traceback.format_exc()}
 
 
-def guarded(handlers: Mapping[str, Callable[..., Any]], own: str) -> dict[str, Callable[..., Any]]:
+def guarded(handlers: Mapping[str, Callable[..., object]], own: str) -> dict[str, Callable[..., Any]]:
     """Handlers for a trainer of others', whose every exception is its way to refuse; those of our side stay errors.
 
     Args:
         own: the folder of the programs that ask it.
     """
 
-    def guard(handler: Callable[..., Any]) -> Callable[..., Any]:
-        def guarded_handler(**arguments: Any) -> Any:
+    def guard(handler: Callable[..., object]) -> Callable[..., Any]:
+        def guarded_handler(**arguments: object) -> Any:
             try:
                 return handler(**arguments)
             except (RefusesError, UnsupportedError):
@@ -81,7 +81,7 @@ def guarded(handlers: Mapping[str, Callable[..., Any]], own: str) -> dict[str, C
 def serve(
     name: str,
     versions: Mapping[str, str],
-    handlers: Mapping[str, Callable[..., Any]],
+    handlers: Mapping[str, Callable[..., object]],
     *,
     missing: Mapping[str, str] | None = None,
     refusals: Sequence[type[Exception]] = (),
@@ -97,7 +97,7 @@ def serve(
     os.dup2(2, 1)
     abilities = {**dict.fromkeys(handlers, ""), **(missing or {})}
 
-    def say(value: Mapping[str, Any]) -> None:
+    def say(value: Mapping[str, object]) -> None:
         answers.write(json.dumps(value) + "\n")
         answers.flush()
 

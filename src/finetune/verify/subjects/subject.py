@@ -33,7 +33,7 @@ class Subject(Protocol):
 
     about: About
 
-    def ask(self, ability: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    def ask(self, ability: str, given: Mapping[str, object]) -> Mapping[str, Any]:
         """The answer to one question.
 
         Raises:
@@ -69,7 +69,7 @@ class InProcessSubject:
         self._refusals = tuple(refusals)
         self._end = end
 
-    def ask(self, ability: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    def ask(self, ability: str, given: Mapping[str, object]) -> Mapping[str, Any]:
         """The answer to one question."""
         return unwrapped(answer_to(self._handlers, ability, given, self._refusals), ability)
 
@@ -78,7 +78,7 @@ class InProcessSubject:
         self._end()
 
 
-def unwrapped(reply: Any, ability: str) -> Mapping[str, Any]:
+def unwrapped(reply: object, ability: str) -> Mapping[str, Any]:
     """What a reply holds.
 
     Raises:

@@ -72,11 +72,11 @@ def tokenize(model: str, settings: Given, rows: Sequence[Given]) -> dict[str, An
     asked: list[int] = []
     right = CacheDataset.__getitem__
 
-    def noted(self: Any, index: int) -> Any:
+    def noted(self: object, index: int) -> Any:
         asked.append(index)
         return right(self, index)
 
-    def watched(*given: Any, **named: Any) -> Iterator[Any]:
+    def watched(*given: object, **named: object) -> Iterator[Any]:
         for batch, spans in iterate_batches(*given, **{**named, "loop": False}):
             micro = micro_of(batch, spans)
             count = sum(micro["real"][0])
@@ -107,7 +107,7 @@ def batches(model: str, settings: Given, rows: Sequence[Given], epochs: int) -> 
         told.append([])
         return shuffle(count)
 
-    def watched(*given: Any, **named: Any) -> Iterator[Any]:
+    def watched(*given: object, **named: object) -> Iterator[Any]:
         for batch, spans in iterate_batches(*given, **named):
             told[-1].append(micro_of(batch, spans))
             yield batch, spans
@@ -138,14 +138,14 @@ def gradient(model: str, settings: Given, micro: Sequence[Sequence[Given]]) -> d
     """The gradient that its optimizer is given in its first step, where its iterator yields these micro-batches."""
     told: dict[str, Any] = {}
 
-    def given_ones(dataset: Any, batch_size: int, max_seq_length: int, **_: Any) -> Iterator[Any]:
+    def given_ones(dataset: object, batch_size: int, max_seq_length: int, **_: object) -> Iterator[Any]:
         for rows in micro:
             yield from iterate_batches(Ids(rows), len(rows), max_seq_length)
 
     def watch(optimizer: Any) -> None:
         move = optimizer.update
 
-        def update(network: Any, gradients: Any) -> None:
+        def update(network: object, gradients: object) -> None:
             told["norms"] = {in_peft(name): mx.linalg.norm(tensor).item() for name, tensor in tree_flatten(gradients)}
             move(network, gradients)
 
@@ -248,7 +248,7 @@ def _course(asked: Given, place: Path, stop_after: int | None, *, done: int) -> 
         config["iters"] -= done * each
     ended = False
 
-    def until(*given: Any, **named: Any) -> Iterator[Any]:
+    def until(*given: object, **named: object) -> Iterator[Any]:
         nonlocal ended
         for count, batch in enumerate(iterate_batches(*given, **named)):
             if stop_after is not None and count == (stop_after - done) * each:

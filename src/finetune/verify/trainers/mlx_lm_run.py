@@ -203,7 +203,7 @@ def trained(
     steps: list[dict[str, Any]] = []
     right = lora.train
 
-    def watched(*, optimizer: Any, training_callback: Any, **given: Any) -> None:
+    def watched(*, optimizer: object, training_callback: object, **given: object) -> None:
         watch(optimizer)
         told = _LossRecorder(steps, config["grad_accumulation_steps"])
         right(optimizer=optimizer, training_callback=told, loss=loss, iterate_batches=batches, **given)
@@ -221,7 +221,7 @@ def evaluated(
     told: list[float] = []
     right = lora.evaluate
 
-    def watched(**given: Any) -> float:
+    def watched(**given: object) -> float:
         told.append(right(**given))
         return told[-1]
 
@@ -255,7 +255,7 @@ def micro_of(batch: Any, spans: Any) -> dict[str, Any]:
     inputs = batch[:, :-1]
     size = int(batch.max().item()) + 1
 
-    def of(logits: Any) -> Any:
+    def of(logits: object) -> Any:
         return default_loss(lambda _: logits, batch, spans)[0]
 
     pull = mx.abs(mx.grad(of)(mx.zeros((*inputs.shape, size)))).sum(axis=-1)
@@ -266,7 +266,7 @@ def micro_of(batch: Any, spans: Any) -> dict[str, Any]:
     return {"ids": batch.tolist(), "targets": counted, "real": real}
 
 
-def no_loss(network: Any, batch: Any, spans: Any) -> tuple[Any, Any]:
+def no_loss(network: object, batch: object, spans: object) -> tuple[Any, Any]:
     """In the place of its loss where only batches are looked at."""
     return mx.array(0.0), mx.array(1)
 
@@ -294,7 +294,7 @@ def new_folder() -> str:
 
 
 @contextmanager
-def in_place(owner: Any, name: str, other: Any) -> Iterator[None]:
+def in_place(owner: object, name: str, other: object) -> Iterator[None]:
     """Something else in the place of what a module or class has."""
     right = getattr(owner, name)
     setattr(owner, name, other)

@@ -82,7 +82,7 @@ class OurProgram:
             return asdict(self.train(whole, place, dies))
         return asdict(self.resume(place, dies) if do == "resume" else self.evaluate(place))
 
-    def _change_setting(self, folder: str, key: str, value: Any) -> dict[str, Any]:
+    def _change_setting(self, folder: str, key: str, value: object) -> dict[str, Any]:
         self.change(Path(folder), key, value)
         return {}
 
@@ -116,7 +116,7 @@ class OurProgram:
         """`ft train --resume`."""
         return self.ft(folder, death, "train", "--resume", "--output", str(folder))
 
-    def change(self, folder: Path, key: str, value: Any) -> None:
+    def change(self, folder: Path, key: str, value: object) -> None:
         """Write another value into the plan."""
         plan = RunFolder(folder).plan
         values = yaml.safe_load(plan.read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ from transformers_side import TransformersSide
 class _Arguments:
     """The library's arguments, and the one length that its users' own preparation needs."""
 
-    def __new__(cls, *, max_length: int | None = None, **given: Any) -> Any:
+    def __new__(cls, *, max_length: int | None = None, **given: object) -> Any:
         """Its `TrainingArguments`."""
         arguments = transformers.TrainingArguments(**given)
         arguments.max_length = max_length

@@ -153,6 +153,6 @@ def network_of(model: str, settings: Given) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
 
 
-def adapted(network: Any, adapter: str | None) -> Any:
+def adapted(network: object, adapter: str | None) -> Any:
     """A model with a saved adapter, where one is given."""
     return network if adapter is None else peft.PeftModel.from_pretrained(network, adapter)

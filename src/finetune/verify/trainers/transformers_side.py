@@ -116,7 +116,7 @@ class TransformersSide:
         seen = _StepRecorder()
         trainer.add_callback(seen)
 
-        def step(model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+        def step(model: object, inputs: Any, *_: object, **__: object) -> Any:
             seen.micro.append(_micro(inputs))
             return torch.zeros(())
 
@@ -276,7 +276,7 @@ class _Stop(transformers.TrainerCallback):  # type: ignore[misc]
     def __init__(self, step: int | None) -> None:
         self.step = step
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: object, state: Any, control: object, **_: object) -> None:
         """After a checkpoint was written."""
         if state.global_step == self.step:
             raise _StoppedBySuiteError
@@ -291,7 +291,9 @@ class _StepRecorder(transformers.TrainerCallback):  # type: ignore[misc]
         self.epochs: list[list[dict[str, Any]]] = []
         self.norms: dict[str, float] = {}
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: object, state: object, control: object, model: Any = None, **_: object
+    ) -> None:
         """Before the weights move."""
         self.norms = {
             _in_files(name): weight.grad.norm().item()
@@ -299,12 +301,12 @@ class _StepRecorder(transformers.TrainerCallback):  # type: ignore[misc]
             if weight.grad is not None
         }
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: object, state: object, control: object, **_: object) -> None:
         """After an optimizer step."""
         self.steps.append({"micro": self.micro})
         self.micro = []
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_epoch_end(self, args: object, state: object, control: object, **_: object) -> None:
         """After an epoch."""
         self.epochs.append(self.steps)
         self.steps = []
@@ -355,5 +357,5 @@ def _last_step(place: Path) -> int:
     return max((int(path.name.rpartition("-")[2]) for path in place.glob("checkpoint-*")), default=0)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     return sorted(value) if isinstance(value, set) else getattr(value, "value", str(value))

@@ -62,7 +62,7 @@ def _shaped(row: Given) -> dict[str, Any]:
     raise UnsupportedError(f"it reads no rows of the keys {', '.join(row)}")
 
 
-def _arguments(**given: Any) -> Any:
+def _arguments(**given: object) -> Any:
     return trl.SFTConfig(**given)
 
 
