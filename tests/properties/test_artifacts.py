@@ -287,7 +287,7 @@ def test_run_folder_unfinished_is_a_plan_without_a_manifest(tmp_path: Path, monk
     assert RunFolder.unfinished(Path("runs/20250101-000000-aaaa")).path.name == "20250101-000000-aaaa"
     for name, word in (
         ("20270101-000000-cccc", "finished"),
-        ("20280101-000000-dddd", "no run folder"),
+        ("20280101-000000-dddd", "not a run folder"),
         ("x", "no run"),
     ):
         with pytest.raises(OutputError, match=word) as caught:

@@ -265,7 +265,7 @@ def test_no_more_laws_are_asked_than_enough() -> None:
 def test_campaign_is_the_same_on_ray() -> None:
     """Spread over a local Ray cluster the campaign comes to the same."""
     pytest.importorskip("ray", reason="needs Ray: pip install 'finetune-suite[ray]'")
-    jobs = [Job(laws=LAWS), Job(fault="A027", laws=LAWS)]
+    jobs = [Job(laws=LAWS, times=0.2), Job(fault="A027", laws=LAWS, times=0.2)]
     there, here = (list(run_jobs(jobs, spread)) for spread in (Spread("ray"), Spread()))
     assert [each.words for each in there] == [each.words for each in here]
     # Of the planted one the smallest case is looked for as long as there is time.
