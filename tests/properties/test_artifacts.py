@@ -288,7 +288,7 @@ def test_run_folder_unfinished_is_a_plan_without_a_manifest(tmp_path: Path, monk
     for name, word in (
         ("20270101-000000-cccc", "finished"),
         ("20280101-000000-dddd", "not a run folder"),
-        ("x", "no run"),
+        ("x", "not a run folder"),
     ):
         with pytest.raises(OutputError, match=word) as caught:
             RunFolder.unfinished(Path("runs") / name)

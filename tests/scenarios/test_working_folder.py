@@ -53,7 +53,9 @@ FINDING = {
     "law": "mask.answers",
     "statement": "",
     "subject": "reference",
-    "case": {"rows": [{"prompt": "ab", "completion": "cde"}]},
+    "case": {
+        "conversations": [{"system": None, "turns": [{"prompt": "ab", "completion": "cde"}], "template": "chatml"}]
+    },
     "expected": "",
     "got": "",
 }
