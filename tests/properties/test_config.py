@@ -66,14 +66,6 @@ def test_config_old_name_is_refused_with_the_new_one(old: str) -> None:
         assert [(problem.hint, name in problem.what.lower()) for problem in error.problems] == [(hint, True)]
 
 
-def test_plan_of_an_older_run_is_refused_by_its_format() -> None:
-    """A plan without this format's first line, or with another number, is told apart from one that is broken."""
-    first, _, rest = dump_plan(Plan(TrainingConfig(), dict.fromkeys(KEYS, "default"))).partition("\n")
-    for line, number in (("", 1), (f"{first[:-1]}7\n", 7)):
-        with yaml_file(line + rest) as path, pytest.raises(ConfigError, match=f"(?s)of format {number}.*train anew"):
-            load_plan(path)
-
-
 def test_settings_every_one_is_known_to_the_strategies() -> None:
     """The table of settings in the strategies and the schema name the same settings."""
     assert sorted(SETTINGS) == sorted(KEYS)

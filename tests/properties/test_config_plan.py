@@ -187,12 +187,19 @@ def origins() -> st.SearchStrategy[dict[str, str]]:
 
 @given(configs(), origins())
 def test_plan_written_and_read_is_the_same_plan(config: TrainingConfig, origins: dict[str, str]) -> None:
-    """A dumped plan loads as the same plan, origins included, and as the same configuration; any YAML reader agrees."""
+    """A dumped plan loads as the same plan, origins included, in any YAML tool's hands as the same configuration."""
     plan = Plan(config, origins)
     text = dump_plan(plan)
     with yaml_file(text) as path:
         assert load_plan(path) == plan
         assert load_config(path, environ={}, overrides={}, profile=None).config == config
+    with yaml_file(yaml.safe_dump(yaml.safe_load(text), sort_keys=False)) as path:
+        assert load_plan(path) == Plan(config, dict.fromkeys(KEYS, "file"))
+    with (
+        yaml_file(text.replace("format 2", "format 3", 1)) as path,
+        pytest.raises(ConfigError, match=r"(?s)of format 3.*train anew"),
+    ):
+        load_plan(path)
     listed = {entry["key"]: entry["value"] for entry in plan_as_list(plan)}
     assert yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) == nested(listed)
     assert json.loads(json.dumps(plan_as_list(plan))) == plan_as_list(plan)

@@ -103,7 +103,7 @@ def test_wheel_judges_a_trainer_from_an_empty_folder(installed: Path, tmp_path: 
     law = ["--subject", "reference", "--law", "mask.answers"]
     (tmp_path / "empty").mkdir()
     for command, told in (
-        ([str(installed / "bin" / "ft"), "verify", "--tier", "1", *law], "1 holds"),
+        ([str(installed / "bin" / "ft"), "verify", "--tier", "1", *law], "1 passed;"),
         (["-m", "pytest", "--finetune-subject=reference", "-k", "mask.answers", "-p", "no:cacheprovider"], "1 passed"),
     ):
         done = subprocess.run(

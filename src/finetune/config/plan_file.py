@@ -48,12 +48,12 @@ def load_plan(path: Path) -> Plan:
     """
     file = read_yaml(path)
     lines = _LINE_BREAK.split(file.text)
-    if not file.problems and lines[0] != f"{_HEAD}{FORMAT}":
-        number = lines[0].removeprefix(_HEAD) if lines[0].startswith(_HEAD) else "1"
+    # A plan that a person's tool has written again may have lost its comments; its names are judged like any file's.
+    number = lines[0].removeprefix(_HEAD)
+    if number != lines[0] and number != str(FORMAT):
         what = f"this run is of format {number}, and this version of FineTune goes on with format {FORMAT} only"
-        raise ConfigError(
-            [Problem(what, str(path), "use the version that made it, or train anew: ft train config.yaml")]
-        )
+        hint = "use the version that made it, or train anew: ft train config.yaml"
+        raise ConfigError([Problem(what, str(path), hint)])
     loaded = load_config(path, environ={}, overrides={}, profile=None)
     origins: dict[str, Origin] = dict(loaded.origins)
     for key, line in file.lines.items():

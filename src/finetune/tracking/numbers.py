@@ -42,8 +42,9 @@ class Digest:
             self.words["ended"] = f"stopped early at step {event.step} of {event.total_steps}"
         elif isinstance(event, RunJudged):
             self.words |= {
-                "outcome": event.outcome,
-                **{f"verdict/{name}": outcome for name, outcome in event.verdicts.items()},
+                # Plain strings: wandb writes an enumeration's name instead of its value.
+                "outcome": str(event.outcome),
+                **{f"verdict/{name}": str(outcome) for name, outcome in event.verdicts.items()},
             }
 
     def rest(self) -> Iterator[tuple[int, Numbers]]:
