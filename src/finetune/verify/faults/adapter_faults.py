@@ -19,7 +19,7 @@ from finetune.backends.reference.model import Array
 from finetune.errors import ModelError
 from finetune.ports import Session
 from finetune.records import AdapterTarget
-from finetune.verify.faults.fault import backend_under_judgement, fault, plant
+from finetune.verify.faults.fault import backend_under_judgement, fault, in_place_of, plant, planted_by
 from finetune.verify.faults.sessions import plant_session, thaw
 
 Tensor = NDArray[np.float32]
@@ -47,46 +47,26 @@ def _keep(tensors: dict[str, Tensor], named: Callable[[str], bool]) -> None:
         del tensors[name]
 
 
-@fault(
-    "A180",
-    "adapter.scale_not_saved",
-    real="mlx-examples #622, #623",
-    what="Alpha is not saved, so that an adapter comes back with another strength.",
-)
-def scale_not_saved() -> None:
-    """The reader's default is 1."""
+@fault("A180", "adapter.scale_not_saved", "mlx-examples #622, #623")
+def _scale_not_saved() -> None:
+    """Alpha is not saved, so that an adapter comes back with another strength."""
     _in_files(lambda settings, tensors: settings.update(lora_alpha=float(str(settings["r"]))))
 
 
-@fault(
-    "A181",
-    "adapter.missing_keys_tolerated",
-    real="PEFT #2118, mlx-lm #1727",
-    what="Tensors that are missing or have other names are passed over, and stay as they begin.",
-    backends=("reference",),
-)
-def missing_keys_tolerated() -> None:
-    """`strict=False`."""
-
-    def read(right: Reading, weights: Weights, layers: Layers, folder: Path) -> ReferenceAdapter:
-        try:
-            return right(weights, layers, folder)
-        except ModelError:
-            target = read_settings(folder, transposed=False)
-            return files.draw_adapter(weights, layers, target, np.random.Generator(np.random.PCG64(0)))
-
-    plant(reference, "read_adapter", read)
+@fault("A181", "adapter.missing_keys_tolerated", "PEFT #2118, mlx-lm #1727", backends=("reference",))
+@in_place_of("read_adapter", reference)
+def _missing_keys_tolerated(right: Reading, weights: Weights, layers: Layers, folder: Path) -> ReferenceAdapter:
+    """Tensors that are missing or have other names are passed over, and stay as they begin."""
+    try:
+        return right(weights, layers, folder)
+    except ModelError:
+        target = read_settings(folder, transposed=False)
+        return files.draw_adapter(weights, layers, target, np.random.Generator(np.random.PCG64(0)))
 
 
-@fault(
-    "A181b",
-    "adapter.shapes_tolerated",
-    real="PEFT #2084",
-    what="A tensor of another shape than the model needs is cut to it.",
-    backends=("reference",),
-)
-def shapes_tolerated() -> None:
-    """`ignore_mismatched_sizes`, and what fits is taken."""
+@fault("A181b", "adapter.shapes_tolerated", "PEFT #2084", backends=("reference",))
+def _shapes_tolerated() -> None:
+    """A tensor of another shape than the model needs is cut to it."""
 
     def check(right: Callable[..., None], saved: Sizes, expected: Sizes, folder: Path) -> None:
         right({name: expected.get(name, shape) for name, shape in saved.items()}, expected, folder)
@@ -104,54 +84,29 @@ def shapes_tolerated() -> None:
     plant(reference, "read_adapter", read)
 
 
-@fault(
-    "A182",
-    "adapter.flag_ignored_at_serve",
-    real="mlx-lm #1249",
-    what="An adapter is named and the base answers.",
-)
-def adapter_ignored() -> None:
-    """Nothing is loaded, and nobody says so."""
+@fault("A182", "adapter.flag_ignored_at_serve", "mlx-lm #1249")
+def _adapter_ignored() -> None:
+    """An adapter is named and the base answers."""
     plant_session("load_adapter", lambda right, session, folder: None)
 
 
-@fault(
-    "A184",
-    "adapter.extra_modules_lost",
-    real="PEFT #762, #1457",
-    what="Modules that were trained whole beside the adapter are not saved.",
-)
-def extra_modules_lost() -> None:
-    """Only A and B are written, and the settings know of nothing else."""
-
-    def lose(settings: dict[str, object], tensors: dict[str, Tensor]) -> None:
-        settings["modules_to_save"] = None
-        _keep(tensors, lambda name: "lora_" in name)
-
-    _in_files(lose)
+@fault("A184", "adapter.extra_modules_lost", "PEFT #762, #1457")
+@planted_by(_in_files)
+def _extra_modules_lost(settings: dict[str, object], tensors: dict[str, Tensor]) -> None:
+    """Modules that were trained whole beside the adapter are not saved."""
+    settings["modules_to_save"] = None
+    _keep(tensors, lambda name: "lora_" in name)
 
 
-@fault(
-    "A187",
-    "adapter.rslora_set_scale",
-    real="PEFT #2733",
-    what="An adapter that is rank-stabilised is scaled as a plain one.",
-    backends=("reference", "mlx"),
-)
-def root_forgotten() -> None:
-    """Alpha / r instead of alpha / sqrt(r)."""
+@fault("A187", "adapter.rslora_set_scale", "PEFT #2733", backends=("reference", "mlx"))
+def _root_forgotten() -> None:
+    """An adapter that is rank-stabilised is scaled as a plain one."""
     plant(AdapterTarget, "scale_of", lambda right, target, path: target.alpha_of(path) / target.rank_of(path))
 
 
-@fault(
-    "A189",
-    "adapter.wrong_base_accepted",
-    real="vllm #34186, #55193",
-    what="What an adapter holds for layers that the base has not is dropped without a word.",
-    backends=("reference", "mlx"),
-)
-def wrong_base_accepted() -> None:
-    """Names that match nothing count for nothing."""
+@fault("A189", "adapter.wrong_base_accepted", "vllm #34186, #55193", backends=("reference", "mlx"))
+def _wrong_base_accepted() -> None:
+    """What an adapter holds for layers that the base has not is dropped without a word."""
 
     def check(right: Callable[..., None], saved: Sizes, expected: Sizes, folder: Path) -> None:
         right({name: shape for name, shape in saved.items() if name in expected}, expected, folder)
@@ -160,39 +115,23 @@ def wrong_base_accepted() -> None:
     plant(files_here, "check_tensor_shapes", check)
 
 
-@fault(
-    "A190",
-    "adapter.requires_grad_coupled",
-    real="PEFT #2765",
-    what="An adapter that is loaded to answer with can be trained.",
-)
-def loaded_is_trainable() -> None:
-    """To put it on is to thaw it."""
-
-    def load(right: Callable[..., None], session: Session, folder: Path) -> None:
-        right(session, folder)
-        thaw(session)
-
-    plant_session("load_adapter", load)
+@fault("A190", "adapter.requires_grad_coupled", "PEFT #2765")
+@planted_by(plant_session, "load_adapter")
+def _loaded_is_trainable(right: Callable[..., None], session: Session, folder: Path) -> None:
+    """An adapter that is loaded to answer with can be trained."""
+    right(session, folder)
+    thaw(session)
 
 
-@fault(
-    "A192",
-    "adapter.save_only_flag",
-    real="torchtune #1764",
-    what="What is saved of an adapter is filtered by names that are out of date.",
-)
-def stale_names() -> None:
-    """The layers of the MLP are not among them."""
+@fault("A192", "adapter.save_only_flag", "torchtune #1764")
+def _stale_names() -> None:
+    """What is saved of an adapter is filtered by names that are out of date."""
     _in_files(lambda settings, tensors: _keep(tensors, lambda name: ".mlp." not in name))
 
 
-@fault("A193", "adapter.saved_in_half", real="", what="An adapter is saved in half precision and comes back rounded.")
-def saved_in_half() -> None:
-    """Eleven bits of every number are left."""
-
-    def half(settings: dict[str, object], tensors: dict[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            tensors[name] = tensor.astype(np.float16).astype(tensor.dtype)
-
-    _in_files(half)
+@fault("A193", "adapter.saved_in_half")
+@planted_by(_in_files)
+def _saved_in_half(settings: dict[str, object], tensors: dict[str, Tensor]) -> None:
+    """An adapter is saved in half precision and comes back rounded."""
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.astype(np.float16).astype(tensor.dtype)

@@ -14,156 +14,142 @@ from finetune.chat.tokenizer import FileTokenizer
 from finetune.data.shape import Example
 from finetune.records import Batch, Rendered, Row, TokenizedRow
 from finetune.training import prepare
-from finetune.verify.faults.fault import fault, plant
+from finetune.verify.faults.fault import fault, in_place_of, plant
 from finetune.verify.faults.sessions import plant_session
 
 Sides = tuple[list[Example], list[Example]]
 
 
-@fault(
-    "A020", "data.cache_key_misses_tokenizer", real="axolotl #885", what="a cache knows a tokenizer by its class alone"
-)
+@fault("A020", "data.cache_key_misses_tokenizer", "axolotl #885")
 def _cache_knows_the_class() -> None:
+    """A cache knows a tokenizer by its class alone."""
     plant(FileTokenizer, "identity", lambda right, tokenizer: type(tokenizer).__name__)
 
 
-@fault(
-    "A020b",
-    "data.cache_key_misses_bos",
-    real="axolotl #33",
-    what="a cache does not know whether texts begin with a mark",
-)
-def _cache_knows_no_beginning() -> None:
-    def wrong(right: Callable[..., str], tokenizer: FileTokenizer) -> str:
-        adds, tokenizer.adds_bos = tokenizer.adds_bos, False
-        try:
-            return str(right(tokenizer))
-        finally:
-            tokenizer.adds_bos = adds
-
-    plant(FileTokenizer, "identity", wrong)
+@fault("A020b", "data.cache_key_misses_bos", "axolotl #33")
+@in_place_of("identity", FileTokenizer)
+def _cache_knows_no_beginning(right: Callable[..., str], tokenizer: FileTokenizer) -> str:
+    """A cache does not know whether texts begin with a mark."""
+    adds, tokenizer.adds_bos = tokenizer.adds_bos, False
+    try:
+        return str(right(tokenizer))
+    finally:
+        tokenizer.adds_bos = adds
 
 
-@fault("A020c", "data.cache_key_misses_words", real="", what="a cache knows rows by their number alone")
-def _cache_counts_rows() -> None:
-    def wrong(right: Callable[..., str], rows: Sequence[Rendered], tokenizer: FileTokenizer) -> str:
-        return f"{len(rows)}-{tokenizer.identity()}"
-
-    plant(encoder, "cache_key", wrong)
-
-
-@fault(
-    "A022", "data.cache_key_too_broad", real="axolotl #3303", what="the place of a file is in the name of what is kept"
-)
-def _cache_knows_the_place() -> None:
-    def wrong(right: Callable[..., str], rows: Sequence[Rendered], tokenizer: FileTokenizer) -> str:
-        return hashlib.sha256(f"{right(rows, tokenizer)} {tokenizer.folder}".encode()).hexdigest()
-
-    plant(encoder, "cache_key", wrong)
+@fault("A020c", "data.cache_key_misses_words")
+@in_place_of("cache_key", encoder)
+def _cache_counts_rows(right: Callable[..., str], rows: Sequence[Rendered], tokenizer: FileTokenizer) -> str:
+    """A cache knows rows by their number alone."""
+    return f"{len(rows)}-{tokenizer.identity()}"
 
 
-@fault(
-    "A024", "data.split_after_shuffle_mismatch", real="marin #2700", what="one side is shuffled, and the other is not"
-)
-def _sides_overlap() -> None:
-    def wrong(right: Callable[..., Sides], examples: Sequence[Example], fraction: float, seed: int) -> Sides:
-        train_side, held = right(examples, fraction, seed)
-        shuffled = random.Random(seed).sample(list(examples), len(examples))
-        return (shuffled[: len(train_side)] if held else train_side), held
-
-    plant(prepare, "hold_out", wrong)
+@fault("A022", "data.cache_key_too_broad", "axolotl #3303")
+@in_place_of("cache_key", encoder)
+def _cache_knows_the_place(right: Callable[..., str], rows: Sequence[Rendered], tokenizer: FileTokenizer) -> str:
+    """The place of a file is in the name of what is kept."""
+    return hashlib.sha256(f"{right(rows, tokenizer)} {tokenizer.folder}".encode()).hexdigest()
 
 
-@fault("A024b", "data.split_by_place", real="", what="rows that say the same are on both sides")
-def _split_by_place() -> None:
-    def wrong(right: Callable[..., Sides], examples: Sequence[Example], fraction: float, seed: int) -> Sides:
-        count = max(1, round(fraction * len(examples))) if fraction else 0
-        held = set(random.Random(seed).sample(range(len(examples)), count))
-        inside, out = ([each for at, each in enumerate(examples) if (at in held) == side] for side in (False, True))
-        return inside, out
-
-    plant(prepare, "hold_out", wrong)
+@fault("A024", "data.split_after_shuffle_mismatch", "marin #2700")
+@in_place_of("hold_out", prepare)
+def _sides_overlap(right: Callable[..., Sides], examples: Sequence[Example], fraction: float, seed: int) -> Sides:
+    """One side is shuffled, and the other is not."""
+    train_side, held = right(examples, fraction, seed)
+    shuffled = random.Random(seed).sample(list(examples), len(examples))
+    return (shuffled[: len(train_side)] if held else train_side), held
 
 
-@fault("A025", "data.split_depends_on_rank", real="OpenTau #498", what="the split follows what the global dice showed")
-def _split_by_global_dice() -> None:
-    def wrong(right: Callable[..., Sides], examples: Sequence[Example], fraction: float, seed: int) -> Sides:
-        return right(examples, fraction, random.getrandbits(31))
-
-    plant(prepare, "hold_out", wrong)
-
-
-@fault("A027", "data.last_batch_dropped", real="mlx-examples #843", what="rows that fill no batch are never trained on")
-def _only_full_batches() -> None:
-    def wrong(
-        right: Callable[..., list[Batch]], rows: Sequence[TokenizedRow], batch_size: int, **named: object
-    ) -> list[Batch]:
-        batches = right(rows, batch_size, **named)
-        return [batch for batch in batches if len(batch.sequences) == batch_size] or batches
-
-    plant(training, "epoch_batches", wrong)
+@fault("A024b", "data.split_by_place")
+@in_place_of("hold_out", prepare)
+def _split_by_place(right: Callable[..., Sides], examples: Sequence[Example], fraction: float, seed: int) -> Sides:
+    """Rows that say the same are on both sides."""
+    count = max(1, round(fraction * len(examples))) if fraction else 0
+    held = set(random.Random(seed).sample(range(len(examples)), count))
+    inside, out = ([each for at, each in enumerate(examples) if (at in held) == side] for side in (False, True))
+    return inside, out
 
 
-@fault("A027b", "data.sorted_by_columns", real="mlx-lm 0.32.2", what="rows with fewer columns come first")
-def _fewer_columns_first() -> None:
-    def wrong(right: Callable[..., list[Row]], path: Path, **named: object) -> list[Row]:
-        return sorted(right(path, **named), key=lambda row: len(row.values))
+@fault("A025", "data.split_depends_on_rank", "OpenTau #498")
+@in_place_of("hold_out", prepare)
+def _split_by_global_dice(
+    right: Callable[..., Sides], examples: Sequence[Example], fraction: float, seed: int
+) -> Sides:
+    """The split follows what the global dice showed."""
+    return right(examples, fraction, random.getrandbits(31))
 
-    plant(prepare, "read_rows", wrong)
+
+@fault("A027", "data.last_batch_dropped", "mlx-examples #843")
+@in_place_of("epoch_batches", training)
+def _only_full_batches(
+    right: Callable[..., list[Batch]], rows: Sequence[TokenizedRow], batch_size: int, **named: object
+) -> list[Batch]:
+    """Rows that fill no batch are never trained on."""
+    batches = right(rows, batch_size, **named)
+    return [batch for batch in batches if len(batch.sequences) == batch_size] or batches
 
 
-@fault("A029", "data.same_order_every_epoch", real="transformers #4398", what="every epoch has the order of the first")
+@fault("A027b", "data.sorted_by_columns", "mlx-lm 0.32.2")
+@in_place_of("read_rows", prepare)
+def _fewer_columns_first(right: Callable[..., list[Row]], path: Path, **named: object) -> list[Row]:
+    """Rows with fewer columns come first."""
+    return sorted(right(path, **named), key=lambda row: len(row.values))
+
+
+@fault("A029", "data.same_order_every_epoch", "transformers #4398")
 def _one_order() -> None:
+    """Every epoch has the order of the first."""
     plant(training, "epoch_batches", lambda right, *given, epoch, **named: right(*given, epoch=0, **named))
 
 
-@fault("A030", "data.seed_not_forwarded", real="litgpt #1425", what="the order of rows is made without the seed")
+@fault("A030", "data.seed_not_forwarded", "litgpt #1425")
 def _order_without_seed() -> None:
+    """The order of rows is made without the seed."""
     plant(training, "epoch_batches", lambda right, *given, seed, **named: right(*given, seed=42, **named))
 
 
-@fault("A030b", "data.adapter_without_seed", real="", what="the adapter is made without the seed")
+@fault("A030b", "data.adapter_without_seed")
 def _adapter_without_seed() -> None:
+    """The adapter is made without the seed."""
     plant_session("attach", lambda right, session, target, seed: right(session, target, 42))
 
 
-@fault("A032", "data.filter_after_truncation", real="axolotl #1867", what="rows are cut first, so none is too long")
-def _cut_then_filter() -> None:
-    def wrong(right: Callable[..., Encoded], rows: Iterable[Marked], *, max_length: int, **named: object) -> Encoded:
-        cut = (replace(row, ids=row.ids[:max_length], marks=row.marks[:max_length]) for row in rows)
-        return right(cut, max_length=max_length, **named)
-
-    plant(encoder, "fit_rows", wrong)
-
-
-@fault("A034", "data.truncate_via_filter", real="axolotl #3401", what="rows that could be cut are left out")
-def _left_out_for_cut() -> None:
-    def wrong(right: Callable[..., Encoded], rows: Iterable[Marked], *, truncation: str, **named: object) -> Encoded:
-        return right(rows, truncation="drop" if truncation == "truncate_prompt" else truncation, **named)
-
-    plant(encoder, "fit_rows", wrong)
+@fault("A032", "data.filter_after_truncation", "axolotl #1867")
+@in_place_of("fit_rows", encoder)
+def _cut_then_filter(
+    right: Callable[..., Encoded], rows: Iterable[Marked], *, max_length: int, **named: object
+) -> Encoded:
+    """Rows are cut first, so none is too long."""
+    cut = (replace(row, ids=row.ids[:max_length], marks=row.marks[:max_length]) for row in rows)
+    return right(cut, max_length=max_length, **named)
 
 
-@fault("A034b", "data.ids_cut_alone", real="axolotl #3401", what="ids are cut, and their marks are not")
-def _marks_are_not_cut() -> None:
-    def wrong(right: Callable[..., list[Marked]], row: Marked, *given: object) -> list[Marked]:
-        return [
-            replace(piece, marks=row.marks) if len(piece.ids) < len(row.ids) else piece for piece in right(row, *given)
-        ]
-
-    plant(fit, "shorten_row", wrong)
-
-
-@fault("A034c", "data.cut_uncounted", real="", what="rows that are too long are left out and not counted")
-def _left_out_uncounted() -> None:
-    def wrong(right: Callable[..., Encoded], rows: Iterable[Marked], **named: object) -> Encoded:
-        found = right(rows, **named)
-        dropped = {why: count for why, count in found.counts.dropped.items() if not why.startswith("longer")}
-        return replace(found, counts=replace(found.counts, dropped=dropped))
-
-    plant(encoder, "fit_rows", wrong)
+@fault("A034", "data.truncate_via_filter", "axolotl #3401")
+@in_place_of("fit_rows", encoder)
+def _left_out_for_cut(
+    right: Callable[..., Encoded], rows: Iterable[Marked], *, truncation: str, **named: object
+) -> Encoded:
+    """Rows that could be cut are left out."""
+    return right(rows, truncation="drop" if truncation == "truncate_prompt" else truncation, **named)
 
 
-@fault("A035", "data.steps_from_rows_not_packs", real="TRL #1027", what="with packing, steps are counted in rows")
+@fault("A034b", "data.ids_cut_alone", "axolotl #3401")
+@in_place_of("shorten_row", fit)
+def _marks_are_not_cut(right: Callable[..., list[Marked]], row: Marked, *given: object) -> list[Marked]:
+    """Ids are cut, and their marks are not."""
+    return [replace(piece, marks=row.marks) if len(piece.ids) < len(row.ids) else piece for piece in right(row, *given)]
+
+
+@fault("A034c", "data.cut_uncounted")
+@in_place_of("fit_rows", encoder)
+def _left_out_uncounted(right: Callable[..., Encoded], rows: Iterable[Marked], **named: object) -> Encoded:
+    """Rows that are too long are left out and not counted."""
+    found = right(rows, **named)
+    dropped = {why: count for why, count in found.counts.dropped.items() if not why.startswith("longer")}
+    return replace(found, counts=replace(found.counts, dropped=dropped))
+
+
+@fault("A035", "data.steps_from_rows_not_packs", "TRL #1027")
 def _steps_of_rows() -> None:
+    """With packing, steps are counted in rows."""
     plant(prepare, "sequences_of", lambda right, rows, **named: [(row,) for row in rows])

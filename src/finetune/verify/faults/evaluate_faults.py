@@ -11,7 +11,7 @@ from finetune.evidence import observe
 from finetune.ports import Objective, Session
 from finetune.records import Batch, TokenizedRow
 from finetune.training import loop, prepare
-from finetune.verify.faults.fault import fault, plant
+from finetune.verify.faults.fault import fault, in_place_of, plant, planted_by
 from finetune.verify.faults.sessions import Through, pad_of, plant_session, trainable
 from finetune.verify.trainers import ours
 
@@ -20,21 +20,14 @@ Stepping = Callable[..., Iterator[Event]]
 Sides = tuple[list[Example], list[Example]]
 
 
-@fault(
-    "A260",
-    "eval.mean_of_batch_means",
-    real="transformers #39241, #24839",
-    what="The held-out loss is the mean of its batches' means.",
-)
-def mean_of_batch_means() -> None:
-    """A small last batch weighs as much as any."""
-
-    def mean(right: Callable[..., tuple[float, int]], session: Session, batches: Sequence[Batch]) -> tuple[float, int]:
-        each = [right(session, [batch]) for batch in batches]
-        return sum(loss for loss, _ in each) / len(each), sum(count for _, count in each)
-
-    for owner in (loop, observe, ours):
-        plant(owner, "mean_loss", mean)
+@fault("A260", "eval.mean_of_batch_means", "transformers #39241, #24839")
+@in_place_of("mean_loss", loop, observe, ours)
+def _mean_of_batch_means(
+    right: Callable[..., tuple[float, int]], session: Session, batches: Sequence[Batch]
+) -> tuple[float, int]:
+    """The held-out loss is the mean of its batches' means."""
+    each = [right(session, [batch]) for batch in batches]
+    return sum(loss for loss, _ in each) / len(each), sum(count for _, count in each)
 
 
 def _fixed(wrong: Callable[[list[Batch], int], list[Batch]]) -> None:
@@ -47,42 +40,25 @@ def _fixed(wrong: Callable[[list[Batch], int], list[Batch]]) -> None:
         plant(owner, "fixed_batches", batches)
 
 
-@fault(
-    "A262",
-    "eval.padding_samples_counted",
-    real="accelerate #226, TRL #7010",
-    what="The last held-out batch is filled up with rows that come twice, and these count.",
-)
-def filled_up() -> None:
-    """Batches are all of one size."""
-
-    def wrong(batches: list[Batch], size: int) -> list[Batch]:
-        rows = [row for batch in batches for row in batch.rows]
-        return [replace(batch, rows=(*batch.rows, *rows)[: max(size, len(batch.rows))]) for batch in batches]
-
-    _fixed(wrong)
+@fault("A262", "eval.padding_samples_counted", "accelerate #226, TRL #7010")
+@planted_by(_fixed)
+def _filled_up(batches: list[Batch], size: int) -> list[Batch]:
+    """The last held-out batch is filled up with rows that come twice, and these count."""
+    rows = [row for batch in batches for row in batch.rows]
+    return [replace(batch, rows=(*batch.rows, *rows)[: max(size, len(batch.rows))]) for batch in batches]
 
 
-@fault("A263", "eval.dropout_on", real="signet-trainer #34", what="Dropout is on while the held-out loss is taken.")
-def dropout_on() -> None:
-    """The model is never told that it is not training."""
-
-    def loss(right: Callable[..., float], session: Session, batch: Batch) -> float:
-        with trainable(session):
-            return float(session.accumulate(batch, 0.0))
-
-    plant_session("loss", loss)
+@fault("A263", "eval.dropout_on", "signet-trainer #34")
+@planted_by(plant_session, "loss")
+def _dropout_on(right: Callable[..., float], session: Session, batch: Batch) -> float:
+    """Dropout is on while the held-out loss is taken."""
+    with trainable(session):
+        return float(session.accumulate(batch, 0.0))
 
 
-@fault(
-    "A264",
-    "eval.mode_not_restored",
-    real="unsloth #11238",
-    what="After the first look at the held-out loss dropout stays off for good.",
-    backends=("reference",),
-)
-def mode_not_restored() -> None:
-    """eval() without train()."""
+@fault("A264", "eval.mode_not_restored", "unsloth #11238", backends=("reference",))
+def _mode_not_restored() -> None:
+    """After the first look at the held-out loss dropout stays off for good."""
     resting: set[int] = set()
 
     def loss(right: Callable[..., float], session: Session, batch: Batch) -> float:
@@ -103,148 +79,88 @@ def mode_not_restored() -> None:
     plant_session("accumulate", accumulate)
 
 
-@fault(
-    "A265",
-    "eval.bos_missing",
-    real="lm-eval #1465, #3295",
-    what="Held-out rows lack the token that text begins with in training.",
-)
-def first_token_missing() -> None:
-    """Two paths make ids."""
-
-    def held(right: Callable[..., Encoded | None], *given: object) -> Encoded | None:
-        found = right(*given)
-        if found is None:
-            return None
-        rows = tuple(replace(row, ids=row.ids[1:], trained=row.trained[1:]) for row in found.rows)
-        return replace(found, rows=rows)
-
-    plant(prepare, "encode_held_out", held)
+@fault("A265", "eval.bos_missing", "lm-eval #1465, #3295")
+@in_place_of("encode_held_out", prepare)
+def _first_token_missing(right: Callable[..., Encoded | None], *given: object) -> Encoded | None:
+    """Held-out rows lack the token that text begins with in training."""
+    found = right(*given)
+    if found is None:
+        return None
+    rows = tuple(replace(row, ids=row.ids[1:], trained=row.trained[1:]) for row in found.rows)
+    return replace(found, rows=rows)
 
 
-@fault(
-    "A267",
-    "eval.context_overflow",
-    real="torchtune #1773",
-    what="An answer goes on beyond what the model reads.",
-    backends=("reference",),
-)
-def context_overflow() -> None:
-    """Nobody counts prompt and answer together."""
-
-    def generate(right: Asked, session: ReferenceSession, *given: object) -> list[list[int]]:
-        shape = session.shape
-        session.shape = replace(shape, max_position_embeddings=10**6)
-        try:
-            return right(session, *given)
-        finally:
-            session.shape = shape
-
-    plant_session("generate", generate)
+@fault("A267", "eval.context_overflow", "torchtune #1773", backends=("reference",))
+@planted_by(plant_session, "generate")
+def _context_overflow(right: Asked, session: ReferenceSession, *given: object) -> list[list[int]]:
+    """An answer goes on beyond what the model reads."""
+    shape = session.shape
+    session.shape = replace(shape, max_position_embeddings=10**6)
+    try:
+        return right(session, *given)
+    finally:
+        session.shape = shape
 
 
-@fault(
-    "A269",
-    "eval.prompt_in_prediction",
-    real="transformers #32346, TRL #862",
-    what="An answer begins with its prompt.",
-)
-def prompt_in_answer() -> None:
-    """The whole sequence is scored."""
-
-    def generate(right: Asked, session: Session, prompts: Sequence[Sequence[int]], *rest: object) -> list[list[int]]:
-        answers = right(session, prompts, *rest)
-        return [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-
-    plant_session("generate", generate)
+@fault("A269", "eval.prompt_in_prediction", "transformers #32346, TRL #862")
+@planted_by(plant_session, "generate")
+def _prompt_in_answer(
+    right: Asked, session: Session, prompts: Sequence[Sequence[int]], *rest: object
+) -> list[list[int]]:
+    """An answer begins with its prompt."""
+    answers = right(session, prompts, *rest)
+    return [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-@fault(
-    "A269b",
-    "eval.answers_in_wrong_order",
-    real="",
-    what="Prompts are sorted by length to be asked together, and the answers are not put back.",
-)
-def answers_in_wrong_order() -> None:
-    """They come in the order in which they were asked."""
-
-    def generate(right: Asked, session: Session, prompts: Sequence[Sequence[int]], *rest: object) -> list[list[int]]:
-        return list(right(session, sorted(prompts, key=len), *rest))
-
-    plant_session("generate", generate)
+@fault("A269b", "eval.answers_in_wrong_order")
+@planted_by(plant_session, "generate")
+def _answers_in_wrong_order(
+    right: Asked, session: Session, prompts: Sequence[Sequence[int]], *rest: object
+) -> list[list[int]]:
+    """Prompts are sorted by length to be asked together, and the answers are not put back."""
+    return list(right(session, sorted(prompts, key=len), *rest))
 
 
-@fault(
-    "A269c",
-    "eval.pads_are_read",
-    real="transformers #26569",
-    what="Prompts that are asked together are padded where the answer begins, and the padding is read.",
-)
-def pads_are_read() -> None:
-    """The shorter ones are asked with more than they say."""
-
-    def generate(right: Asked, session: Session, prompts: Sequence[Sequence[int]], *rest: object) -> list[list[int]]:
-        longest = max(map(len, prompts))
-        padded = [[*prompt, *[pad_of(session)] * (longest - len(prompt))] for prompt in prompts]
-        return list(right(session, padded, *rest))
-
-    plant_session("generate", generate)
+@fault("A269c", "eval.pads_are_read", "transformers #26569")
+@planted_by(plant_session, "generate")
+def _pads_are_read(right: Asked, session: Session, prompts: Sequence[Sequence[int]], *rest: object) -> list[list[int]]:
+    """Prompts that are asked together are padded where the answer begins, and the padding is read."""
+    longest = max(map(len, prompts))
+    padded = [[*prompt, *[pad_of(session)] * (longest - len(prompt))] for prompt in prompts]
+    return list(right(session, padded, *rest))
 
 
-@fault(
-    "A270",
-    "eval.empty_set",
-    real="torchtitan #4301",
-    what="Held-out rows that do not fill a batch are left out, all of them where there are few.",
-)
-def partial_batches_left_out() -> None:
-    """drop_last."""
+@fault("A270", "eval.empty_set", "torchtitan #4301")
+def _partial_batches_left_out() -> None:
+    """Held-out rows that do not fill a batch are left out, all of them where there are few."""
     _fixed(lambda batches, size: [batch for batch in batches if len(batch.rows) == size])
 
 
-@fault(
-    "A272",
-    "eval.train_log_unweighted",
-    real="mlx-lm d78bf58",
-    what="The loss that is told of a step is the mean of its batches' means, while what is learned is not.",
-)
-def log_unweighted() -> None:
-    """The curve is that of something else."""
+@fault("A272", "eval.train_log_unweighted", "mlx-lm d78bf58")
+@in_place_of("training_step", loop)
+def _log_unweighted(right: Stepping, session: Session, window: Sequence[Batch], *rest: object) -> Iterator[Event]:
+    """The loss that is told of a step is the mean of its batches' means, while what is learned is not."""
+    targets = sum(batch.target_count for batch in window)
 
-    def step(right: Stepping, session: Session, window: Sequence[Batch], *rest: object) -> Iterator[Event]:
-        targets = sum(batch.target_count for batch in window)
+    def accumulate(batch: Batch, weight: float, *objective: Objective) -> float:
+        loss = session.accumulate(batch, weight, *objective)
+        return float(loss / batch.target_count / len(window) * targets)
 
-        def accumulate(batch: Batch, weight: float, *objective: Objective) -> float:
-            loss = session.accumulate(batch, weight, *objective)
-            return float(loss / batch.target_count / len(window) * targets)
-
-        yield from right(Through(session, accumulate=accumulate), window, *rest)
-
-    plant(loop, "training_step", step)
+    yield from right(Through(session, accumulate=accumulate), window, *rest)
 
 
-@fault(
-    "A274",
-    "eval.hidden_split_default",
-    real="litgpt #2204",
-    what="A part of the rows is held out of training although none was to be.",
-)
-def hidden_split() -> None:
-    """At least one of two."""
-
-    def hold(right: Callable[..., Sides], examples: Sequence[Example], fraction: float, seed: int) -> Sides:
-        return right(examples, fraction or 0.3, seed)
-
-    plant(prepare, "hold_out", hold)
+@fault("A274", "eval.hidden_split_default", "litgpt #2204")
+@in_place_of("hold_out", prepare)
+def _hidden_split(right: Callable[..., Sides], examples: Sequence[Example], fraction: float, seed: int) -> Sides:
+    """A part of the rows is held out of training although none was to be."""
+    return right(examples, fraction or 0.3, seed)
 
 
-@fault("A275", "eval.sum_as_mean", real="", what="The held-out loss is a sum where a mean is told.")
-def sum_as_mean() -> None:
-    """It grows with the rows."""
-
-    def mean(right: Callable[..., tuple[float, int]], session: Session, batches: Sequence[Batch]) -> tuple[float, int]:
-        loss, count = right(session, batches)
-        return loss * count, count
-
-    for owner in (loop, observe, ours):
-        plant(owner, "mean_loss", mean)
+@fault("A275", "eval.sum_as_mean")
+@in_place_of("mean_loss", loop, observe, ours)
+def _sum_as_mean(
+    right: Callable[..., tuple[float, int]], session: Session, batches: Sequence[Batch]
+) -> tuple[float, int]:
+    """The held-out loss is a sum where a mean is told."""
+    loss, count = right(session, batches)
+    return loss * count, count

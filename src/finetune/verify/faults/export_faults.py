@@ -15,56 +15,35 @@ from finetune.export.sources import Array, Files, WeightSource
 from finetune.export.vocabulary import AddedToken
 from finetune.models import shape
 from finetune.records import ModelShape, Quantization
-from finetune.verify.faults.fault import fault, plant
+from finetune.verify.faults.fault import fault, in_place_of, plant
 from finetune.verify.trainers import ours_results
 
 Tokens = tuple[list[str], list[int]]
 Keys = tuple[dict[str, object], tuple[str, ...]]
 
 
-@fault(
-    "A220",
-    "gguf.qk_permute_gqa",
-    real="llama.cpp #3364",
-    what="Keys are turned by the number of query heads that share one, which on the model that was tried is as many.",
-)
-def keys_by_wrong_heads() -> None:
-    """n_head // n_head_kv instead of n_head_kv."""
-
-    def heads(right: Callable[..., int], described: Described, module: str) -> int:
-        found = int(right(described, module))
-        return found and (described.heads // described.kv_heads if module == "k_proj" else found)
-
-    plant(families, "permuted_heads", heads)
+@fault("A220", "gguf.qk_permute_gqa", "llama.cpp #3364")
+@in_place_of("permuted_heads", families)
+def _keys_by_wrong_heads(right: Callable[..., int], described: Described, module: str) -> int:
+    """Keys are turned by the number of query heads that share one, which on the model that was tried is as many."""
+    found = int(right(described, module))
+    return found and (described.heads // described.kv_heads if module == "k_proj" else found)
 
 
-@fault(
-    "A220b",
-    "gguf.not_permuted",
-    real="",
-    what="Queries and keys are written in the order of transformers, in which llama.cpp does not read them.",
-)
-def not_permuted() -> None:
-    """Halves stay halves."""
+@fault("A220b", "gguf.not_permuted")
+def _not_permuted() -> None:
+    """Queries and keys are written in the order of transformers, in which llama.cpp does not read them."""
     plant(families, "interleave", lambda right, rows, heads: rows)
 
 
-@fault(
-    "A222",
-    "gguf.pre_tokenizer_guess",
-    real="llama.cpp #7724, #7062",
-    what="A pre-tokenizer that is not known is taken for GPT-2's.",
-)
-def pre_tokenizer_guessed() -> None:
-    """What cannot be told is made up."""
-
-    def name(right: Callable[..., str], *given: object, **named: object) -> str:
-        try:
-            return str(right(*given, **named))
-        except ModelError:
-            return "gpt-2"
-
-    plant(vocabulary, "name_pre_tokenizer", name)
+@fault("A222", "gguf.pre_tokenizer_guess", "llama.cpp #7724, #7062")
+@in_place_of("name_pre_tokenizer", vocabulary)
+def _pre_tokenizer_guessed(right: Callable[..., str], *given: object, **named: object) -> str:
+    """A pre-tokenizer that is not known is taken for GPT-2's."""
+    try:
+        return str(right(*given, **named))
+    except ModelError:
+        return "gpt-2"
 
 
 def _without(*endings: str) -> None:
@@ -77,145 +56,83 @@ def _without(*endings: str) -> None:
     plant(gguf_source, "describe_model", described)
 
 
-@fault(
-    "A223",
-    "gguf.rope_scaling_lost",
-    real="llama.cpp #8676, unsloth #6197",
-    what="The scaling of the rotation is lost.",
-)
-def scaling_lost() -> None:
-    """Short text is as it was."""
+@fault("A223", "gguf.rope_scaling_lost", "llama.cpp #8676, unsloth #6197")
+def _scaling_lost() -> None:
+    """The scaling of the rotation is lost."""
     _without("rope.scaling.type", "rope.scaling.factor")
 
 
-@fault("A223b", "gguf.rope_factors_lost", real="llama.cpp #8676", what="The factors of Llama 3's frequencies are lost.")
-def factors_lost() -> None:
-    """No tensor of theirs is written."""
-
-    def described(right: Callable[..., Described], *given: object, **named: object) -> Described:
-        found: Described = right(*given, **named)
-        return replace(found, extra={})
-
-    plant(gguf_source, "describe_model", described)
+@fault("A223b", "gguf.rope_factors_lost", "llama.cpp #8676")
+@in_place_of("describe_model", gguf_source)
+def _factors_lost(right: Callable[..., Described], *given: object, **named: object) -> Described:
+    """The factors of Llama 3's frequencies are lost."""
+    found: Described = right(*given, **named)
+    return replace(found, extra={})
 
 
-@fault("A223c", "gguf.rope_base_lost", real="", what="The base of the rotation is lost, so that a default counts.")
-def base_lost() -> None:
-    """A model of another base turns too fast."""
+@fault("A223c", "gguf.rope_base_lost")
+def _base_lost() -> None:
+    """The base of the rotation is lost, so that a default counts."""
     _without("rope.freq_base")
 
 
-@fault(
-    "A224",
-    "gguf.bos_metadata",
-    real="llama.cpp #3966, #7898",
-    what="Nothing says which token begins text, and the reader's default is token 11.",
-)
-def bos_unsaid() -> None:
-    """The key is left out where the model has no such token."""
-
-    def keys(right: Callable[..., Keys], *given: object) -> Keys:
-        found, notes = right(*given)
-        return {key: value for key, value in found.items() if "bos_token_id" not in key}, notes
-
-    plant(vocabulary, "special_keys", keys)
+@fault("A224", "gguf.bos_metadata", "llama.cpp #3966, #7898")
+@in_place_of("special_keys", vocabulary)
+def _bos_unsaid(right: Callable[..., Keys], *given: object) -> Keys:
+    """Nothing says which token begins text, and the reader's default is token 11."""
+    found, notes = right(*given)
+    return {key: value for key, value in found.items() if "bos_token_id" not in key}, notes
 
 
-@fault(
-    "A224b",
-    "gguf.bos_added",
-    real="llama.cpp #3966",
-    what="The file says that text begins with a token that training never put there.",
-)
-def bos_added() -> None:
-    """As most models have it."""
-
-    def keys(right: Callable[..., Keys], *given: object) -> Keys:
-        found, notes = right(*given)
-        return {**found, "tokenizer.ggml.add_bos_token": True}, notes
-
-    plant(vocabulary, "special_keys", keys)
+@fault("A224b", "gguf.bos_added", "llama.cpp #3966")
+@in_place_of("special_keys", vocabulary)
+def _bos_added(right: Callable[..., Keys], *given: object) -> Keys:
+    """The file says that text begins with a token that training never put there."""
+    found, notes = right(*given)
+    return {**found, "tokenizer.ggml.add_bos_token": True}, notes
 
 
-@fault(
-    "A225",
-    "gguf.vocab_mismatch",
-    real="llama.cpp #6111, #4045",
-    what="A tokenizer of more tokens than the table has rows is written.",
-)
-def more_tokens_than_rows() -> None:
-    """The number of rows is raised to fit."""
-
-    def tokens(
-        right: Callable[..., Tokens], vocab: Mapping[str, int], added: Sequence[AddedToken], rows: int, **named: object
-    ) -> Tokens:
-        last = max([*vocab.values(), *(token["id"] for token in added)])
-        return right(vocab, added, max(rows, last + 1), **named)
-
-    plant(vocabulary, "list_tokens", tokens)
+@fault("A225", "gguf.vocab_mismatch", "llama.cpp #6111, #4045")
+@in_place_of("list_tokens", vocabulary)
+def _more_tokens_than_rows(
+    right: Callable[..., Tokens], vocab: Mapping[str, int], added: Sequence[AddedToken], rows: int, **named: object
+) -> Tokens:
+    """A tokenizer of more tokens than the table has rows is written."""
+    last = max([*vocab.values(), *(token["id"] for token in added)])
+    return right(vocab, added, max(rows, last + 1), **named)
 
 
-@fault(
-    "A225b",
-    "gguf.spare_rows_unnamed",
-    real="llama.cpp #4958",
-    what="Rows of the table that have no token get none in the file, which then has fewer tokens than rows.",
-)
-def spare_rows_unnamed() -> None:
-    """The list ends with the last known token."""
-
-    def tokens(
-        right: Callable[..., Tokens], vocab: Mapping[str, int], added: Sequence[AddedToken], rows: int, **named: object
-    ) -> Tokens:
-        known = {*vocab.values(), *(token["id"] for token in added)}
-        texts, types = right(vocab, added, rows, **named)
-        return texts[: max(known) + 1], types[: max(known) + 1]
-
-    plant(vocabulary, "list_tokens", tokens)
+@fault("A225b", "gguf.spare_rows_unnamed", "llama.cpp #4958")
+@in_place_of("list_tokens", vocabulary)
+def _spare_rows_unnamed(
+    right: Callable[..., Tokens], vocab: Mapping[str, int], added: Sequence[AddedToken], rows: int, **named: object
+) -> Tokens:
+    """Rows of the table that have no token get none in the file, which then has fewer tokens than rows."""
+    known = {*vocab.values(), *(token["id"] for token in added)}
+    texts, types = right(vocab, added, rows, **named)
+    return texts[: max(known) + 1], types[: max(known) + 1]
 
 
-@fault(
-    "A226",
-    "gguf.control_as_text",
-    real="",
-    what="Control tokens are written as plain ones, so that a server shows them and never stops at them.",
-)
-def control_as_text() -> None:
-    """All are of one kind."""
-
-    def tokens(right: Callable[..., Tokens], *given: object, **named: object) -> Tokens:
-        texts, types = right(*given, **named)
-        return texts, [vocabulary.NORMAL if kind == vocabulary.CONTROL else kind for kind in types]
-
-    plant(vocabulary, "list_tokens", tokens)
+@fault("A226", "gguf.control_as_text")
+@in_place_of("list_tokens", vocabulary)
+def _control_as_text(right: Callable[..., Tokens], *given: object, **named: object) -> Tokens:
+    """Control tokens are written as plain ones, so that a server shows them and never stops at them."""
+    texts, types = right(*given, **named)
+    return texts, [vocabulary.NORMAL if kind == vocabulary.CONTROL else kind for kind in types]
 
 
-@fault(
-    "A227",
-    "gguf.extra_tensor_in_adapter",
-    real="llama.cpp #9114",
-    what="A tensor that follows from the base's settings lies in the file of an adapter.",
-    tier=2,
-)
-def extra_tensor() -> None:
-    """The frequencies of the rotation."""
-
-    def planned(right: Callable[..., Blueprint], *given: object) -> Blueprint:
-        found = right(*given)
-        extra = blueprint.Tensor("rope_freqs.weight", (2,), "f32", lambda: np.ones(2, np.float32))
-        return replace(found, tensors=(*found.tensors, extra))
-
-    plant(blueprint, "plan_adapter", planned)
+@fault("A227", "gguf.extra_tensor_in_adapter", "llama.cpp #9114", tier=2)
+@in_place_of("plan_adapter", blueprint)
+def _extra_tensor(right: Callable[..., Blueprint], *given: object) -> Blueprint:
+    """A tensor that follows from the base's settings lies in the file of an adapter."""
+    found = right(*given)
+    extra = blueprint.Tensor("rope_freqs.weight", (2,), "f32", lambda: np.ones(2, np.float32))
+    return replace(found, tensors=(*found.tensors, extra))
 
 
-@fault(
-    "A229",
-    "gguf.mlx_quant_names",
-    real="llama.cpp #22431",
-    what="Weights that are packed are taken for plain ones.",
-)
-def packed_taken_for_plain() -> None:
-    """Whole numbers become floats, and what stands beside them is passed over."""
+@fault("A229", "gguf.mlx_quant_names", "llama.cpp #22431")
+def _packed_taken_for_plain() -> None:
+    """Weights that are packed are taken for plain ones."""
 
     def read(right: Callable[..., Array], files: Files, name: str) -> Array:
         if files.kind(name) == "U32":
@@ -226,9 +143,9 @@ def packed_taken_for_plain() -> None:
     plant(shape, "read_quantized", lambda right, *given: {})
 
 
-@fault("A232", "gguf.parts_missing", real="ollama #9427", what="Only the first of several files of weights is read.")
-def first_part_only() -> None:
-    """What the others hold is passed over."""
+@fault("A232", "gguf.parts_missing", "ollama #9427")
+def _first_part_only() -> None:
+    """Only the first of several files of weights is read."""
 
     def described(right: Callable[..., tuple[ModelShape, Described]], folder: Path) -> tuple[ModelShape, Described]:
         found, settings = right(folder)
@@ -239,71 +156,42 @@ def first_part_only() -> None:
     plant(gguf_source, "describe_folder", described)
 
 
-@fault("A234", "gguf.shape_fill", real="ollama 9ea492f1c", what="Shapes are filled up with ones.")
-def shapes_filled() -> None:
-    """A gain becomes a matrix of one row."""
-
-    def stored(right: Callable[..., Array], described: Described, name: str, weight: Array) -> Array:
-        found = right(described, name, weight)
-        return found[None] if found.ndim == 1 else found
-
-    plant(ours_results, "to_gguf_layout", stored)
-    plant(blueprint, "to_gguf_layout", stored)
+@fault("A234", "gguf.shape_fill", "ollama 9ea492f1c")
+@in_place_of("to_gguf_layout", ours_results, blueprint)
+def _shapes_filled(right: Callable[..., Array], described: Described, name: str, weight: Array) -> Array:
+    """Shapes are filled up with ones."""
+    found = right(described, name, weight)
+    return found[None] if found.ndim == 1 else found
 
 
-@fault(
-    "A235",
-    "gguf.arch_sniffing",
-    real="unsloth #6711, #6889",
-    what="A setting that is null is taken for a word, and made small.",
-)
-def null_is_a_word() -> None:
-    """The method of quantisation that a model has not."""
-
-    def read(
-        right: Callable[..., Mapping[str, Quantization]], config: Mapping[str, object], *rest: object
-    ) -> Mapping[str, Quantization]:
-        if "quantization_config" in config:
-            json.loads(json.dumps(config["quantization_config"]))["quant_method"].lower()
-        return right(config, *rest)
-
-    plant(shape, "read_quantized", read)
+@fault("A235", "gguf.arch_sniffing", "unsloth #6711, #6889")
+@in_place_of("read_quantized", shape)
+def _null_is_a_word(
+    right: Callable[..., Mapping[str, Quantization]], config: Mapping[str, object], *rest: object
+) -> Mapping[str, Quantization]:
+    """A setting that is null is taken for a word, and made small."""
+    if "quantization_config" in config:
+        json.loads(json.dumps(config["quantization_config"]))["quant_method"].lower()
+    return right(config, *rest)
 
 
-@fault(
-    "A244",
-    "serve.fallback_format",
-    real="llama-cpp-python #1096, llama.cpp #19592",
-    what="The file holds no chat template, and the server takes the one that it likes.",
-)
-def no_chat_template() -> None:
-    """The key is left out."""
-
-    def keys(right: Callable[..., dict[str, object]], *given: object) -> dict[str, object]:
-        return {key: value for key, value in right(*given).items() if key != "tokenizer.chat_template"}
-
-    plant(gguf_source, "file_metadata", keys)
+@fault("A244", "serve.fallback_format", "llama-cpp-python #1096, llama.cpp #19592")
+@in_place_of("file_metadata", gguf_source)
+def _no_chat_template(right: Callable[..., dict[str, object]], *given: object) -> dict[str, object]:
+    """The file holds no chat template, and the server takes the one that it likes."""
+    return {key: value for key, value in right(*given).items() if key != "tokenizer.chat_template"}
 
 
-@fault(
-    "A247",
-    "serve.metadata_lost_on_requantise",
-    real="ollama e835ef183",
-    what="What a file says of the model is lost where its weights are quantised.",
-    tier=2,
-)
-def keys_lost_when_quantised() -> None:
-    """The template among them."""
-
-    def planned(
-        right: Callable[..., Blueprint],
-        described: Described,
-        shape: ModelShape,
-        source: WeightSource,
-        metadata: Mapping[str, object],
-        outtype: str,
-    ) -> Blueprint:
-        kept = metadata if outtype in ("f32", "f16", "bf16") else {}
-        return right(described, shape, source, kept, outtype)
-
-    plant(blueprint, "plan_model", planned)
+@fault("A247", "serve.metadata_lost_on_requantise", "ollama e835ef183", tier=2)
+@in_place_of("plan_model", blueprint)
+def _keys_lost_when_quantised(
+    right: Callable[..., Blueprint],
+    described: Described,
+    shape: ModelShape,
+    source: WeightSource,
+    metadata: Mapping[str, object],
+    outtype: str,
+) -> Blueprint:
+    """What a file says of the model is lost where its weights are quantised."""
+    kept = metadata if outtype in ("f32", "f16", "bf16") else {}
+    return right(described, shape, source, kept, outtype)

@@ -7,26 +7,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
 
-_MODULES: tuple[str, ...] = (
-    "finetune.verify.faults.config_faults",
-    "finetune.verify.faults.data_faults",
-    "finetune.verify.faults.template_faults",
-    "finetune.verify.faults.mask_faults",
-    "finetune.verify.faults.batch_faults",
-    "finetune.verify.faults.model_faults",
-    "finetune.verify.faults.loss_faults",
-    "finetune.verify.faults.resume_faults",
-    "finetune.verify.faults.adapter_faults",
-    "finetune.verify.faults.merge_faults",
-    "finetune.verify.faults.export_faults",
-    "finetune.verify.faults.serve_faults",
-    "finetune.verify.faults.evaluate_faults",
-    "finetune.verify.faults.memory_faults",
-    "finetune.verify.faults.safety_faults",
+_ROOMS = (
+    *("config", "data", "template", "mask", "batch", "model", "loss", "resume", "adapter", "merge", "export", "serve"),
+    *("evaluate", "memory", "safety"),
 )
-"""Where faults stand, stage by stage; each names itself when its module is read."""
-
-
+"""Where faults stand, stage by stage: `verify/faults/<room>_faults.py`."""
 BACKENDS = ("reference", "torch", "mlx")
 _BACKEND: ContextVar[str] = ContextVar("the backend that a fault is planted in", default="reference")
 
@@ -43,7 +28,7 @@ class Fault:
         id: its number in the list of real faults, such as A064; several plantings of one have a letter more.
         slug: its name there, such as mask.end_inclusive; the part before the dot is its stage.
         real: where it happened, such as "mlx-lm #1697"; "" where it is a known kind without a public case.
-        what: what goes wrong, in a sentence.
+        what: what goes wrong, in a sentence: the planting's docstring.
         apply: plants it in this process.
         tier: of the laws that can see it: 2 where only what needs a library of that tier is changed.
         backends: where it can be planted; some sit in the inside of one backend.
@@ -83,16 +68,39 @@ hits: Counter[str] = Counter()
 
 
 def fault(
-    id: str, slug: str, *, real: str, what: str, tier: int = 1, backends: Sequence[str] = BACKENDS
+    id: str, slug: str, real: str = "", *, tier: int = 1, backends: Sequence[str] = BACKENDS
 ) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """Make a planting a fault that `ft prove` knows."""
+    """Make a planting a fault that `ft prove` knows; its docstring says what goes wrong."""
 
     def known(apply: Callable[[], None]) -> Callable[[], None]:
         assert id not in _KNOWN, id
-        _KNOWN[id] = Fault(id, slug, real, what, apply, tier, backends)
+        _KNOWN[id] = Fault(id, slug, real, apply.__doc__ or "", apply, tier, backends)
         return apply
 
     return known
+
+
+def planted_by(planter: Callable[..., None], *where: object) -> Callable[[Callable[..., object]], Callable[[], None]]:
+    """Make what is wrong a planting: `planter` is given where, and what is wrong."""
+
+    def planting(wrong: Callable[..., object]) -> Callable[[], None]:
+        @functools.wraps(wrong)
+        def apply() -> None:
+            planter(*where, wrong)
+
+        return apply
+
+    return planting
+
+
+def in_place_of(name: str, *owners: object) -> Callable[[Callable[..., object]], Callable[[], None]]:
+    """Make what is wrong a planting: it takes the place of a name of these modules or classes."""
+
+    def plant_in_all(wrong: Callable[..., object]) -> None:
+        for owner in owners:
+            plant(owner, name, wrong)
+
+    return planted_by(plant_in_all)
 
 
 def plant(owner: object, name: str, wrong: Callable[..., object]) -> None:
@@ -125,6 +133,6 @@ def backend_under_judgement() -> str:
 
 def faults() -> Mapping[str, Fault]:
     """Every fault by its id, in the order of the list."""
-    for module in _MODULES:
-        import_module(module)
+    for room in _ROOMS:
+        import_module(f"finetune.verify.faults.{room}_faults")
     return dict(sorted(_KNOWN.items()))

@@ -19,7 +19,7 @@ from finetune.ports import Objective, Session
 from finetune.records import AdapterTarget, Batch
 from finetune.training import loop
 from finetune.training.loop import LoopPlan
-from finetune.verify.faults.fault import fault, plant
+from finetune.verify.faults.fault import fault, in_place_of, plant, planted_by
 from finetune.verify.faults.sessions import Through, gradients_of, plant_session, put_gradients
 
 Stepping = Callable[..., Iterator[Event]]
@@ -29,22 +29,17 @@ Weights = Mapping[str, Array]
 Added = tuple[Array, Backward]
 
 
-@fault(
-    "A120", "accum.mean_of_means", real="transformers #34191", what="A step is the mean of its batches' mean losses."
-)
-def mean_of_means() -> None:
-    """Every batch weighs the same, however many tokens it has."""
+@fault("A120", "accum.mean_of_means", "transformers #34191")
+@in_place_of("training_step", loop)
+def _mean_of_means(right: Stepping, session: Session, window: Sequence[Batch], *rest: object) -> Iterator[Event]:
+    """A step is the mean of its batches' mean losses."""
+    targets = sum(batch.target_count for batch in window)
 
-    def step(right: Stepping, session: Session, window: Sequence[Batch], *rest: object) -> Iterator[Event]:
-        targets = sum(batch.target_count for batch in window)
+    def accumulate(batch: Batch, weight: float, *objective: Objective) -> float:
+        share = 1 / (len(window) * batch.target_count)
+        return float(session.accumulate(batch, share, *objective) * share * targets)
 
-        def accumulate(batch: Batch, weight: float, *objective: Objective) -> float:
-            share = 1 / (len(window) * batch.target_count)
-            return float(session.accumulate(batch, share, *objective) * share * targets)
-
-        yield from right(Through(session, accumulate=accumulate), window, *rest)
-
-    plant(loop, "training_step", step)
+    yield from right(Through(session, accumulate=accumulate), window, *rest)
 
 
 def _at_tail(wrong: Callable[[Session, Sequence[Batch], LoopPlan], Through]) -> None:
@@ -59,71 +54,45 @@ def _at_tail(wrong: Callable[[Session, Sequence[Batch], LoopPlan], Through]) -> 
     plant(loop, "training_step", step)
 
 
-@fault(
-    "A124",
-    "accum.tail_never_stepped",
-    real="transformers #2995",
-    what="The batches left over at the end of an epoch have gradients and make no step.",
-)
-def tail_never_stepped() -> None:
-    """Their gradients are thrown away."""
+@fault("A124", "accum.tail_never_stepped", "transformers #2995")
+@planted_by(_at_tail)
+def _tail_never_stepped(session: Session, window: Sequence[Batch], plan: LoopPlan) -> Through:
+    """The batches left over at the end of an epoch have gradients and make no step."""
 
-    def idle(session: Session, window: Sequence[Batch], plan: LoopPlan) -> Through:
-        def update(rate: float) -> None:
-            put_gradients(session, {})
+    def update(rate: float) -> None:
+        put_gradients(session, {})
 
-        return Through(session, update=update)
-
-    _at_tail(idle)
+    return Through(session, update=update)
 
 
-@fault(
-    "A124b",
-    "accum.tail_divided_by_all",
-    real="LLaMA-Factory #10705",
-    what="The batches left over at the end of an epoch are divided by as many as a whole step has.",
-)
-def tail_divided_by_all() -> None:
-    """Their step is too short."""
+# AdamW undoes a factor that never changes: what shows it is the norm that is clipped at.
+@fault("A124b", "accum.tail_divided_by_all", "LLaMA-Factory #10705")
+@planted_by(_at_tail)
+def _tail_divided_by_all(session: Session, window: Sequence[Batch], plan: LoopPlan) -> Through:
+    """The batches left over at the end of an epoch are divided by as many as a whole step has."""
 
-    def short(session: Session, window: Sequence[Batch], plan: LoopPlan) -> Through:
-        def accumulate(batch: Batch, weight: float, *objective: Objective) -> float:
-            return float(session.accumulate(batch, weight * len(window) / plan.gradient_accumulation_steps, *objective))
+    def accumulate(batch: Batch, weight: float, *objective: Objective) -> float:
+        return float(session.accumulate(batch, weight * len(window) / plan.gradient_accumulation_steps, *objective))
 
-        return Through(session, accumulate=accumulate)
-
-    # AdamW undoes a factor that never changes: what shows it is the norm that is clipped at.
-    _at_tail(short)
+    return Through(session, accumulate=accumulate)
 
 
-@fault(
-    "A125",
-    "accum.leaks_into_next_epoch",
-    real="transformers #22082, torchtune #2745",
-    what="The gradients of an epoch's last step are not cleared and join the next one.",
-)
-def leaks_into_next_epoch() -> None:
-    """What was left over is used twice."""
+@fault("A125", "accum.leaks_into_next_epoch", "transformers #22082, torchtune #2745")
+@planted_by(_at_tail)
+def _leaks_into_next_epoch(session: Session, window: Sequence[Batch], plan: LoopPlan) -> Through:
+    """The gradients of an epoch's last step are not cleared and join the next one."""
 
-    def leaky(session: Session, window: Sequence[Batch], plan: LoopPlan) -> Through:
-        def update(rate: float) -> None:
-            kept = gradients_of(session)
-            session.update(rate)
-            put_gradients(session, kept)
+    def update(rate: float) -> None:
+        kept = gradients_of(session)
+        session.update(rate)
+        put_gradients(session, kept)
 
-        return Through(session, update=update)
-
-    _at_tail(leaky)
+    return Through(session, update=update)
 
 
-@fault(
-    "A127",
-    "loss.chunked_mean_counts_masked",
-    real="litgpt #751",
-    what="The mean of a chunked loss counts tokens that are not trained.",
-)
-def counts_masked() -> None:
-    """Loss and gradient shrink by the share of trained tokens."""
+@fault("A127", "loss.chunked_mean_counts_masked", "litgpt #751")
+def _counts_masked() -> None:
+    """The mean of a chunked loss counts tokens that are not trained."""
 
     def share(batch: Batch) -> float:
         return batch.target_count / batch.token_count
@@ -135,14 +104,9 @@ def counts_masked() -> None:
     plant_session("loss", lambda right, session, batch: right(session, batch) * share(batch))
 
 
-@fault(
-    "A129",
-    "loss.nan_hidden",
-    real="TRL #6702, transformers #13619",
-    what="A loss that is no number is logged as the one before it, and training goes on.",
-)
-def nan_hidden() -> None:
-    """The log looks clean and the model is dead."""
+@fault("A129", "loss.nan_hidden", "TRL #6702, transformers #13619")
+def _nan_hidden() -> None:
+    """A loss that is no number is logged as the one before it, and training goes on."""
     last = [1.0]
 
     def accumulate(right: Losing, session: Session, batch: Batch, weight: float, *objective: Objective) -> float:
@@ -158,203 +122,115 @@ def nan_hidden() -> None:
     plant_session("clip_gradients", clipped)
 
 
-@fault("A130", "lr.warmup_in_micro_steps", real="litgpt #132", what="Warm-up is counted in batches instead of steps.")
-def warmup_in_batches() -> None:
-    """It is as many times too long as batches are added up."""
-
-    def planned(right: Planned, *, warmup_steps: int, gradient_accumulation_steps: int, **given: object) -> LoopPlan:
-        warmup = warmup_steps * gradient_accumulation_steps
-        return right(warmup_steps=warmup, gradient_accumulation_steps=gradient_accumulation_steps, **given)
-
-    plant(training, "LoopPlan", planned)
-
-
-@fault(
-    "A130b",
-    "lr.horizon_in_micro_steps",
-    real="",
-    what="The schedule is laid out over batches instead of steps, so that it never comes down.",
-)
-def horizon_in_batches() -> None:
-    """The rate at the end is that of the middle."""
-
-    def planned(right: Planned, *, total_steps: int, last_step: int | None, **given: object) -> LoopPlan:
-        count = given["gradient_accumulation_steps"]
-        assert isinstance(count, int)
-        return right(total_steps=total_steps * count, last_step=last_step or total_steps, **given)
-
-    plant(training, "LoopPlan", planned)
+@fault("A130", "lr.warmup_in_micro_steps", "litgpt #132")
+@in_place_of("LoopPlan", training)
+def _warmup_in_batches(
+    right: Planned, *, warmup_steps: int, gradient_accumulation_steps: int, **given: object
+) -> LoopPlan:
+    """Warm-up is counted in batches instead of steps."""
+    warmup = warmup_steps * gradient_accumulation_steps
+    return right(warmup_steps=warmup, gradient_accumulation_steps=gradient_accumulation_steps, **given)
 
 
-@fault(
-    "A132", "lr.schedule_ends_at_init", real="mlx-examples #985", what="Where warm-up ends it begins again from zero."
-)
-def schedule_ends_at_init() -> None:
-    """The two parts are joined at the wrong place."""
-
-    def rate(right: Losing, step: int, total: int, *, warmup_steps: int, **given: object) -> float:
-        since = step - warmup_steps if step > warmup_steps else step
-        return right(since, total, warmup_steps=warmup_steps, **given)
-
-    plant(loop, "learning_rate_at", rate)
+@fault("A130b", "lr.horizon_in_micro_steps")
+@in_place_of("LoopPlan", training)
+def _horizon_in_batches(right: Planned, *, total_steps: int, last_step: int | None, **given: object) -> LoopPlan:
+    """The schedule is laid out over batches instead of steps, so that it never comes down."""
+    count = given["gradient_accumulation_steps"]
+    assert isinstance(count, int)
+    return right(total_steps=total_steps * count, last_step=last_step or total_steps, **given)
 
 
-@fault(
-    "A134",
-    "opt.fp16_trainable",
-    real="axolotl #1031, PEFT #1249",
-    what="What is trained is kept in half precision.",
-    backends=("reference",),
-)
-def half_precision_trainable() -> None:
-    """Every update is rounded to 11 bits."""
-
-    def step(right: Callable[..., None], optimizer: ReferenceAdamW, *given: object) -> None:
-        right(optimizer, *given)
-        for tensor in optimizer.tensors.values():
-            tensor[...] = tensor.astype(np.float16)
-
-    plant(ReferenceAdamW, "step", step)
+@fault("A132", "lr.schedule_ends_at_init", "mlx-examples #985")
+@in_place_of("learning_rate_at", loop)
+def _schedule_ends_at_init(right: Losing, step: int, total: int, *, warmup_steps: int, **given: object) -> float:
+    """Where warm-up ends it begins again from zero."""
+    since = step - warmup_steps if step > warmup_steps else step
+    return right(since, total, warmup_steps=warmup_steps, **given)
 
 
-@fault(
-    "A137",
-    "grad.loaded_frozen",
-    real="PEFT #282, transformers #24463",
-    what="The adapter is frozen: the optimizer has nothing to move, and nobody says so.",
-)
-def frozen_adapter() -> None:
-    """A step of length 0, whatever the rate."""
+@fault("A134", "opt.fp16_trainable", "axolotl #1031, PEFT #1249", backends=("reference",))
+@in_place_of("step", ReferenceAdamW)
+def _half_precision_trainable(right: Callable[..., None], optimizer: ReferenceAdamW, *given: object) -> None:
+    """What is trained is kept in half precision."""
+    right(optimizer, *given)
+    for tensor in optimizer.tensors.values():
+        tensor[...] = tensor.astype(np.float16)
+
+
+@fault("A137", "grad.loaded_frozen", "PEFT #282, transformers #24463")
+def _frozen_adapter() -> None:
+    """The adapter is frozen: the optimizer has nothing to move, and nobody says so."""
     plant_session("update", lambda right, session, rate: right(session, 0.0))
 
 
-@fault(
-    "A139",
-    "grad.module_bypassed",
-    real="PEFT #2556",
-    what="A fused path reads a layer's weight itself, and its adapter is passed by.",
-    backends=("reference",),
-)
-def module_bypassed() -> None:
-    """The gate of the MLP has an adapter that nothing goes through."""
-
-    def added(right: Callable[..., Added], trip: ReferencePass, path: str, x: Array, weight: Array) -> Added:
-        if path.endswith("gate_proj"):
-            assert trip.adapter is not None
-            names = layer_tensors(trip.adapter.target, path)
-            for key, tensor in trip.adapter.layers[path].items():
-                trip._add(names[key], np.zeros_like(tensor))
-            return x @ weight.T, lambda dy: dy @ weight
-        return right(trip, path, x, weight)
-
-    plant(ReferencePass, "adapter_output", added)
+@fault("A139", "grad.module_bypassed", "PEFT #2556", backends=("reference",))
+@in_place_of("adapter_output", ReferencePass)
+def _module_bypassed(right: Callable[..., Added], trip: ReferencePass, path: str, x: Array, weight: Array) -> Added:
+    """A fused path reads a layer's weight itself, and its adapter is passed by."""
+    if path.endswith("gate_proj"):
+        assert trip.adapter is not None
+        names = layer_tensors(trip.adapter.target, path)
+        for key, tensor in trip.adapter.layers[path].items():
+            trip._add(names[key], np.zeros_like(tensor))
+        return x @ weight.T, lambda dy: dy @ weight
+    return right(trip, path, x, weight)
 
 
-@fault(
-    "A142",
-    "lora.double_wrap",
-    real="TRL #4713, #926",
-    what="A second adapter is merged into the base in memory, so that what is saved fits no fresh base.",
-    backends=("reference",),
-)
-def double_wrap() -> None:
-    """The base is not the one in the files any more."""
-
-    def attach(right: Callable[..., None], session: ReferenceSession, target: AdapterTarget | None, seed: int) -> None:
-        right(session, target, seed)
-        name = next(name for name in session.weights if name.endswith("q_proj.weight"))
-        session.weights[name] = session.weights[name] * 1.25
-
-    plant_session("attach", attach)
+@fault("A142", "lora.double_wrap", "TRL #4713, #926", backends=("reference",))
+@planted_by(plant_session, "attach")
+def _double_wrap(
+    right: Callable[..., None], session: ReferenceSession, target: AdapterTarget | None, seed: int
+) -> None:
+    """A second adapter is merged into the base in memory, so that what is saved fits no fresh base."""
+    right(session, target, seed)
+    name = next(name for name in session.weights if name.endswith("q_proj.weight"))
+    session.weights[name] = session.weights[name] * 1.25
 
 
-@fault(
-    "A144",
-    "lora.dora_uninitialised",
-    real="torchtune #1909",
-    what="The magnitudes of DoRA are not those of the base's rows at first.",
-    backends=("reference", "mlx"),
-)
-def dora_uninitialised() -> None:
-    """All of them are one."""
-
-    def draw(right: Any, *given: Any) -> Any:
-        parts, xp = right(*given), given[1]
-        return {**parts, "m": xp.ones_like(parts["m"])}
-
-    plant(DoRA, "start", draw)
+@fault("A144", "lora.dora_uninitialised", "torchtune #1909", backends=("reference", "mlx"))
+@in_place_of("start", DoRA)
+def _dora_uninitialised(right: Any, *given: Any) -> Any:
+    """The magnitudes of DoRA are not those of the base's rows at first."""
+    parts, xp = right(*given), given[1]
+    return {**parts, "m": xp.ones_like(parts["m"])}
 
 
-@fault(
-    "A145",
-    "seed.after_adapter_init",
-    real="TRL #4887, LLaMA-Factory #10211",
-    what="The adapter is drawn before the seed is set.",
-)
-def seed_too_late() -> None:
-    """It is another one each time."""
-
-    def attach(right: Callable[..., None], session: Session, target: AdapterTarget | None, seed: int) -> None:
-        right(session, target, int.from_bytes(os.urandom(4), "big"))
-
-    plant_session("attach", attach)
+@fault("A145", "seed.after_adapter_init", "TRL #4887, LLaMA-Factory #10211")
+@planted_by(plant_session, "attach")
+def _seed_too_late(right: Callable[..., None], session: Session, target: AdapterTarget | None, seed: int) -> None:
+    """The adapter is drawn before the seed is set."""
+    right(session, target, int.from_bytes(os.urandom(4), "big"))
 
 
-@fault(
-    "A145b",
-    "seed.zero_is_none",
-    real="mlx-lm #1661",
-    what="Seed 0 counts as no seed, so that the adapter is drawn from the clock.",
-)
-def seed_zero_is_none() -> None:
-    """`if seed:`, where 0 is the default."""
-
-    def attach(right: Callable[..., None], session: Session, target: AdapterTarget | None, seed: int) -> None:
-        right(session, target, seed or int.from_bytes(os.urandom(4), "big"))
-
-    plant_session("attach", attach)
+@fault("A145b", "seed.zero_is_none", "mlx-lm #1661")
+@planted_by(plant_session, "attach")
+def _seed_zero_is_none(right: Callable[..., None], session: Session, target: AdapterTarget | None, seed: int) -> None:
+    """Seed 0 counts as no seed, so that the adapter is drawn from the clock."""
+    right(session, target, seed or int.from_bytes(os.urandom(4), "big"))
 
 
-@fault("A147", "opt.resume_step_dropout_rng", real="", what="Every batch draws the same dropout.")
-def same_dropout() -> None:
-    """The random numbers begin anew within each step."""
-
-    def accumulate(right: Losing, session: Session, *given: object) -> float:
-        session.reseed(0)
-        return float(right(session, *given))
-
-    plant_session("accumulate", accumulate)
+@fault("A147", "opt.resume_step_dropout_rng")
+@planted_by(plant_session, "accumulate")
+def _same_dropout(right: Losing, session: Session, *given: object) -> float:
+    """Every batch draws the same dropout."""
+    session.reseed(0)
+    return float(right(session, *given))
 
 
-@fault(
-    "A148",
-    "opt.decay_on_everything_twice",
-    real="",
-    what="Weight decay is added to the gradients as well, as Adam without the W has it.",
-    backends=("reference",),
-)
-def decay_in_the_gradient() -> None:
-    """AdamW is Adam with decay."""
-
-    def step(right: Callable[..., None], optimizer: ReferenceAdamW, gradients: Weights, rate: float) -> None:
-        decay = optimizer.optimization.weight_decay
-        grown = {name: gradient + decay * optimizer.tensors[name] for name, gradient in gradients.items()}
-        right(optimizer, grown, rate)
-
-    plant(ReferenceAdamW, "step", step)
+@fault("A148", "opt.decay_on_everything_twice", backends=("reference",))
+@in_place_of("step", ReferenceAdamW)
+def _decay_in_the_gradient(
+    right: Callable[..., None], optimizer: ReferenceAdamW, gradients: Weights, rate: float
+) -> None:
+    """Weight decay is added to the gradients as well, as Adam without the W has it."""
+    decay = optimizer.optimization.weight_decay
+    grown = {name: gradient + decay * optimizer.tensors[name] for name, gradient in gradients.items()}
+    right(optimizer, grown, rate)
 
 
-@fault(
-    "A149",
-    "opt.clip_each_tensor",
-    real="",
-    what="Gradients are clipped tensor by tensor, not all together.",
-    backends=("reference",),
-)
-def clip_each_tensor() -> None:
-    """The direction of a step changes with its length."""
-
-    def clip(right: Losing, gradients: Iterable[Array], limit: float) -> float:
-        return math.sqrt(sum(right([gradient], limit) ** 2 for gradient in gradients))
-
-    plant(reference, "clip", clip)
+@fault("A149", "opt.clip_each_tensor", backends=("reference",))
+@in_place_of("clip", reference)
+def _clip_each_tensor(right: Losing, gradients: Iterable[Array], limit: float) -> float:
+    """Gradients are clipped tensor by tensor, not all together."""
+    return math.sqrt(sum(right([gradient], limit) ** 2 for gradient in gradients))

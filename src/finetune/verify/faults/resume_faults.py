@@ -17,7 +17,7 @@ from finetune.run.folder import RunFolder
 from finetune.training import loop
 from finetune.training.early_stopping import EarlyStopping
 from finetune.training.loop import Batching, LoopPlan
-from finetune.verify.faults.fault import fault, plant
+from finetune.verify.faults.fault import fault, in_place_of, plant, planted_by
 from finetune.verify.faults.sessions import forget_moments, forget_steps, plant_session
 
 Stepping = Callable[..., Iterator[Event]]
@@ -47,95 +47,53 @@ def _each(batches_of: Batching, plan: LoopPlan) -> int:
     return count
 
 
-@fault(
-    "A160",
-    "resume.epoch0_order",
-    real="transformers #8878, #40691",
-    what="A resumed run deals the rows out as in the first epoch.",
-)
-def first_order_again() -> None:
-    """The sampler is made anew."""
+@fault("A160", "resume.epoch0_order", "transformers #8878, #40691")
+def _first_order_again() -> None:
+    """A resumed run deals the rows out as in the first epoch."""
     _when_resumed(lambda batches_of, plan, done: lambda epoch: batches_of(0))
 
 
-@fault(
-    "A162",
-    "resume.skip_in_wrong_unit",
-    real="transformers #5605",
-    what="A resumed run skips as many batches as steps were done.",
-)
-def skips_too_few() -> None:
-    """Batches of the epoch are learned from a second time."""
+@fault("A162", "resume.skip_in_wrong_unit", "transformers #5605")
+@planted_by(_when_resumed)
+def _skips_too_few(batches_of: Batching, plan: LoopPlan, done: int) -> Batching:
+    """A resumed run skips as many batches as steps were done."""
+    at, into = divmod(done, _each(batches_of, plan))
 
-    def dealt(batches_of: Batching, plan: LoopPlan, done: int) -> Batching:
-        at, into = divmod(done, _each(batches_of, plan))
+    def wrong(epoch: int) -> list[Batch]:
+        batches = batches_of(epoch)
+        start = into * plan.gradient_accumulation_steps
+        return [*batches[:start], *batches[into:]][: len(batches)] if epoch == at else batches
 
-        def wrong(epoch: int) -> list[Batch]:
-            batches = batches_of(epoch)
-            start = into * plan.gradient_accumulation_steps
-            return [*batches[:start], *batches[into:]][: len(batches)] if epoch == at else batches
-
-        return wrong
-
-    _when_resumed(dealt)
+    return wrong
 
 
-@fault(
-    "A164",
-    "resume.optimizer_lost",
-    real="mlx-lm #97",
-    what="A run goes on with its weights alone: the optimizer's averages begin anew.",
-)
-def forgets_moments() -> None:
-    """All of them are zero."""
-
-    def load(right: Callable[..., None], session: Session, folder: Path) -> None:
-        right(session, folder)
-        forget_moments(session)
-
-    plant_session("load_state", load)
+@fault("A164", "resume.optimizer_lost", "mlx-lm #97")
+@planted_by(plant_session, "load_state")
+def _forgets_moments(right: Callable[..., None], session: Session, folder: Path) -> None:
+    """A run goes on with its weights alone: the optimizer's averages begin anew."""
+    right(session, folder)
+    forget_moments(session)
 
 
-@fault(
-    "A164b",
-    "resume.optimizer_steps_lost",
-    real="",
-    what="The optimizer's averages are restored, and the number of its steps is not.",
-)
-def forgets_steps() -> None:
-    """They are corrected as in the first step."""
-
-    def load(right: Callable[..., None], session: Session, folder: Path) -> None:
-        right(session, folder)
-        forget_steps(session)
-
-    plant_session("load_state", load)
+@fault("A164b", "resume.optimizer_steps_lost")
+@planted_by(plant_session, "load_state")
+def _forgets_steps(right: Callable[..., None], session: Session, folder: Path) -> None:
+    """The optimizer's averages are restored, and the number of its steps is not."""
+    right(session, folder)
+    forget_steps(session)
 
 
-@fault(
-    "A164c",
-    "resume.random_state_lost",
-    real="transformers #35782",
-    what="The random state is not restored, so that dropout draws other masks.",
-)
-def forgets_dice() -> None:
-    """It begins as that of a new run."""
-
-    def load(right: Callable[..., None], session: Session, folder: Path) -> None:
-        right(session, folder)
-        session.reseed(0)
-
-    plant_session("load_state", load)
+@fault("A164c", "resume.random_state_lost", "transformers #35782")
+@planted_by(plant_session, "load_state")
+def _forgets_dice(right: Callable[..., None], session: Session, folder: Path) -> None:
+    """The random state is not restored, so that dropout draws other masks."""
+    right(session, folder)
+    session.reseed(0)
 
 
-@fault(
-    "A165",
-    "resume.lr_restarts",
-    real="miles #2661, pytorch-lightning #5486",
-    what="The learning rate begins anew in a resumed run.",
-)
-def rate_restarts() -> None:
-    """Its warm-up comes a second time."""
+@fault("A165", "resume.lr_restarts", "miles #2661, pytorch-lightning #5486")
+def _rate_restarts() -> None:
+    """The learning rate begins anew in a resumed run."""
     offset = [0]
 
     def dealt(batches_of: Batching, plan: LoopPlan, done: int) -> Batching:
@@ -149,30 +107,17 @@ def rate_restarts() -> None:
     plant(loop, "learning_rate_at", rate)
 
 
-@fault(
-    "A167",
-    "resume.epoch_off_by_one",
-    real="torchtune #2911",
-    what="A run that was stopped between two epochs repeats one.",
-)
-def repeats_an_epoch() -> None:
-    """The number of epochs done is saved before it is raised."""
-
-    def dealt(batches_of: Batching, plan: LoopPlan, done: int) -> Batching:
-        off = done % _each(batches_of, plan) == 0
-        return lambda epoch: batches_of(epoch - off if epoch else 0)
-
-    _when_resumed(dealt)
+@fault("A167", "resume.epoch_off_by_one", "torchtune #2911")
+@planted_by(_when_resumed)
+def _repeats_an_epoch(batches_of: Batching, plan: LoopPlan, done: int) -> Batching:
+    """A run that was stopped between two epochs repeats one."""
+    off = done % _each(batches_of, plan) == 0
+    return lambda epoch: batches_of(epoch - off if epoch else 0)
 
 
-@fault(
-    "A168",
-    "resume.picks_incomplete",
-    real="transformers #35782, #40790",
-    what="The newest folder is taken for the newest checkpoint, whether its writer came to an end or not.",
-)
-def picks_incomplete() -> None:
-    """A name is all that is looked at."""
+@fault("A168", "resume.picks_incomplete", "transformers #35782, #40790")
+def _picks_incomplete() -> None:
+    """The newest folder is taken for the newest checkpoint, whether its writer came to an end or not."""
 
     def steps(right: Callable[..., list[int]], store: CheckpointStore) -> list[int]:
         if not store.folder.is_dir():
@@ -187,117 +132,67 @@ def picks_incomplete() -> None:
     plant(CheckpointStore, "open", opened)
 
 
-@fault(
-    "A168b",
-    "resume.picks_older",
-    real="",
-    what="A run goes on from the checkpoint before the newest.",
-)
-def picks_older() -> None:
-    """The steps after it are trained a second time, and told a second time."""
+@fault("A168b", "resume.picks_older")
+def _picks_older() -> None:
+    """A run goes on from the checkpoint before the newest."""
     plant(CheckpointStore, "newest", lambda right, store: ([None, *store.steps()][-2:] or [None])[0])
 
 
-@fault(
-    "A169",
-    "ckpt.in_place_overwrite",
-    real="mlx-lm d78bf58, burn #5479",
-    what="A file is written in its own place, so that the old one is gone before the new one is whole.",
-)
-def in_place() -> None:
-    """No temporary name."""
-
-    def written(right: Callable[..., None], path: Path, fill: Callable[[Path], object]) -> None:
-        with write.storage_errors(path):
-            path.unlink(missing_ok=True)
-            fill(path)
-
-    plant(write, "write_file", written)
+@fault("A169", "ckpt.in_place_overwrite", "mlx-lm d78bf58, burn #5479")
+@in_place_of("write_file", write)
+def _in_place(right: Callable[..., None], path: Path, fill: Callable[[Path], object]) -> None:
+    """A file is written in its own place, so that the old one is gone before the new one is whole."""
+    with write.storage_errors(path):
+        path.unlink(missing_ok=True)
+        fill(path)
 
 
-@fault(
-    "A169b",
-    "ckpt.folder_reused",
-    real="mlx-lm d78bf58",
-    what="A second run in the same folder writes over the adapter of the first.",
-)
-def folder_reused() -> None:
-    """A folder that is not empty is as good as any."""
-
-    def place(right: Callable[..., RunFolder], output: Path) -> RunFolder:
-        run = RunFolder(output)
-        run.tidy()
-        for checkpoint in run.checkpoints.glob("step-*"):
-            write.remove_folder(checkpoint)
-        return run
-
-    plant(RunFolder, "place", place)
+@fault("A169b", "ckpt.folder_reused", "mlx-lm d78bf58")
+@in_place_of("place", RunFolder)
+def _folder_reused(right: Callable[..., RunFolder], output: Path) -> RunFolder:
+    """A second run in the same folder writes over the adapter of the first."""
+    run = RunFolder(output)
+    run.tidy()
+    for checkpoint in run.checkpoints.glob("step-*"):
+        write.remove_folder(checkpoint)
+    return run
 
 
-@fault(
-    "A170",
-    "ckpt.rotation_wrong_order",
-    real="transformers #26961, accelerate #1163",
-    what="Checkpoints are sorted by name, so that step 9 counts as newer than step 10.",
-)
-def sorts_by_name() -> None:
-    """The newest one is removed."""
+@fault("A170", "ckpt.rotation_wrong_order", "transformers #26961, accelerate #1163")
+def _sorts_by_name() -> None:
+    """Checkpoints are sorted by name, so that step 9 counts as newer than step 10."""
     plant(CheckpointStore, "steps", lambda right, store: sorted(right(store), key=str))
 
 
-@fault(
-    "A170b",
-    "ckpt.best_rotated_away",
-    real="",
-    what="Only the newest checkpoints stay, whatever was the best.",
-)
-def loses_the_best() -> None:
-    """Nobody remembers which it was."""
-
-    def save(right: Callable[..., Path], store: CheckpointStore, *given: object, best: int | None = None) -> Path:
-        path: Path = right(store, *given, best=None)
-        return path
-
-    plant(CheckpointStore, "save", save)
+@fault("A170b", "ckpt.best_rotated_away")
+@in_place_of("save", CheckpointStore)
+def _loses_the_best(
+    right: Callable[..., Path], store: CheckpointStore, *given: object, best: int | None = None
+) -> Path:
+    """Only the newest checkpoints stay, whatever was the best."""
+    path: Path = right(store, *given, best=None)
+    return path
 
 
-@fault(
-    "A172",
-    "ckpt.rotate_before_save",
-    real="SimpleTuner #2989",
-    what="Old checkpoints are removed before the new one is there.",
-)
-def removes_first() -> None:
-    """A full disk then costs all of them."""
-
-    def save(right: Callable[..., Path], store: CheckpointStore, *given: object, **named: object) -> Path:
-        for step in store.steps():
-            write.remove_folder(store._path(step))
-        path: Path = right(store, *given, **named)
-        return path
-
-    plant(CheckpointStore, "save", save)
+@fault("A172", "ckpt.rotate_before_save", "SimpleTuner #2989")
+@in_place_of("save", CheckpointStore)
+def _removes_first(right: Callable[..., Path], store: CheckpointStore, *given: object, **named: object) -> Path:
+    """Old checkpoints are removed before the new one is there."""
+    for step in store.steps():
+        write.remove_folder(store._path(step))
+    path: Path = right(store, *given, **named)
+    return path
 
 
-@fault(
-    "A174",
-    "ckpt.best_direction",
-    real="transformers #31142, TRL #5811",
-    what="The highest loss counts as the best.",
-)
-def worst_is_best() -> None:
-    """As if it were an accuracy."""
+@fault("A174", "ckpt.best_direction", "transformers #31142, TRL #5811")
+def _worst_is_best() -> None:
+    """The highest loss counts as the best."""
     plant(EarlyStopping, "update", lambda right, watch, step, loss: right(watch, step, -loss))
 
 
-@fault(
-    "A175",
-    "ckpt.best_not_loaded",
-    real="transformers #24103, #23443",
-    what="The best step is found, and the last one is kept.",
-)
-def best_not_loaded() -> None:
-    """What is loaded when training is over is not."""
+@fault("A175", "ckpt.best_not_loaded", "transformers #24103, #23443")
+def _best_not_loaded() -> None:
+    """The best step is found, and the last one is kept."""
     trained = WeakSet[Session]()
 
     def update(right: Callable[..., None], session: Session, rate: float) -> None:
@@ -312,45 +207,34 @@ def best_not_loaded() -> None:
     plant_session("load_state", load)
 
 
-@fault("A177", "ckpt.bytes_rot_unnoticed", real="ollama #17520", what="Bytes that have changed are not noticed.")
-def trusts_damage() -> None:
-    """No hash is looked at."""
+@fault("A177", "ckpt.bytes_rot_unnoticed", "ollama #17520")
+@in_place_of("open", CheckpointStore)
+def _trusts_damage(
+    right: Callable[..., Path], store: CheckpointStore, step: int, identity: Mapping[str, object]
+) -> Path:
+    """Bytes that have changed are not noticed."""
+    store._in_use.add(step)
+    return store._path(step)
 
-    def opened(right: Callable[..., Path], store: CheckpointStore, step: int, identity: Mapping[str, object]) -> Path:
-        store._in_use.add(step)
-        return store._path(step)
 
-    plant(CheckpointStore, "open", opened)
+@fault("A179", "ckpt.disk_full_silent", "unsloth #1122")
+@in_place_of("storage_errors", write)
+@contextlib.contextmanager
+def _silent_full_disk(right: Callable[..., Iterator[None]], path: Path) -> Iterator[None]:
+    """A write that failed is not told."""
+    with contextlib.suppress(OSError):
+        yield
 
 
-@fault("A179", "ckpt.disk_full_silent", real="unsloth #1122", what="A write that failed is not told.")
-def silent_full_disk() -> None:
-    """The error is swallowed."""
+@fault("A179b", "ckpt.short_write_kept")
+@in_place_of("write_folder", checkpoints)
+def _short_write_kept(right: Callable[..., None], path: Path, fill: Callable[[Path], object]) -> None:
+    """What the disk took of a checkpoint before it was full is put in its place as if it were whole."""
 
-    @contextlib.contextmanager
-    def quiet(right: Callable[..., Iterator[None]], path: Path) -> Iterator[None]:
+    def partly(folder: Path) -> None:
         with contextlib.suppress(OSError):
-            yield
+            fill(folder)
+        if not (folder / "checkpoint.json").exists():
+            (folder / "checkpoint.json").write_text("{}", encoding="utf-8")
 
-    plant(write, "storage_errors", quiet)
-
-
-@fault(
-    "A179b",
-    "ckpt.short_write_kept",
-    real="",
-    what="What the disk took of a checkpoint before it was full is put in its place as if it were whole.",
-)
-def short_write_kept() -> None:
-    """The error of the writer is swallowed, and its folder gets its name."""
-
-    def written(right: Callable[..., None], path: Path, fill: Callable[[Path], object]) -> None:
-        def partly(folder: Path) -> None:
-            with contextlib.suppress(OSError):
-                fill(folder)
-            if not (folder / "checkpoint.json").exists():
-                (folder / "checkpoint.json").write_text("{}", encoding="utf-8")
-
-        right(path, partly)
-
-    plant(checkpoints, "write_folder", written)
+    right(path, partly)

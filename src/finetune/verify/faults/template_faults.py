@@ -16,7 +16,7 @@ from finetune.ports import Session
 from finetune.records import Conversation, Document, Message, Rendered, Row, Segment
 from finetune.training import prepare
 from finetune.training.prepare import Prepared
-from finetune.verify.faults.fault import fault, plant
+from finetune.verify.faults.fault import fault, in_place_of, plant, planted_by
 
 Marking = Callable[..., Iterator[Marked]]
 Messages = tuple[Message, ...]
@@ -44,93 +44,79 @@ def in_saving(wrong: Callable[..., None]) -> None:
         plant(import_module(room), "save_trained", wrong)
 
 
-@fault("A040", "tmpl.double_bos", real="llama-cpp-python #1501", what="template and tokenizer both put a mark in front")
-def _two_beginnings() -> None:
-    def wrong(right: Marking, rows: Iterable[Rendered], tokenizer: FileTokenizer) -> Iterator[Marked]:
-        for row in right(rows, tokenizer):
-            begun = bool(tokenizer.bos) and len(row.ids) > 0 and tokenizer.adds_bos
-            templated = tokenizer.chat_template is not None and "bos_token" in tokenizer.chat_template
-            if begun and templated and tokenizer.bos_id is not None:
-                row = replace(row, ids=(tokenizer.bos_id, *row.ids), marks=bytes([encode.KEPT]) + row.marks)
-            yield row
+@fault("A040", "tmpl.double_bos", "llama-cpp-python #1501")
+@planted_by(in_marking)
+def _two_beginnings(right: Marking, rows: Iterable[Rendered], tokenizer: FileTokenizer) -> Iterator[Marked]:
+    """Template and tokenizer both put a mark in front."""
+    for row in right(rows, tokenizer):
+        begun = bool(tokenizer.bos) and len(row.ids) > 0 and tokenizer.adds_bos
+        templated = tokenizer.chat_template is not None and "bos_token" in tokenizer.chat_template
+        if begun and templated and tokenizer.bos_id is not None:
+            row = replace(row, ids=(tokenizer.bos_id, *row.ids), marks=bytes([encode.KEPT]) + row.marks)
+        yield row
 
-    in_marking(wrong)
 
-
-@fault("A041", "tmpl.bos_lost_by_the_fix", real="unsloth #10312", what="nobody puts a begin-of-text token in front")
+@fault("A041", "tmpl.bos_lost_by_the_fix", "unsloth #10312")
 def _no_beginning() -> None:
+    """Nobody puts a begin-of-text token in front."""
     plant(FileTokenizer, "prepends_bos", lambda right, *given: False)
 
 
-@fault(
-    "A042",
-    "tmpl.bos_rule_from_wrong_key",
-    real="litgpt #1328",
-    what="that there is a token is taken for that it is added",
-)
+@fault("A042", "tmpl.bos_rule_from_wrong_key", "litgpt #1328")
 def _beginning_by_name() -> None:
+    """That there is a token is taken for that it is added."""
     plant(FileTokenizer, "prepends_bos", lambda right, tokenizer, settings: bool(settings.get("bos_token")))
 
 
-@fault(
-    "A044",
-    "tmpl.train_ne_shipped",
-    real="axolotl #1832",
-    what="the text to train on has a line break less than the shipped",
-)
-def _training_text_differs() -> None:
-    def wrong(right: Callable[..., Rendered], template: ChatTemplate, conversation: Conversation) -> Rendered:
-        segments = list(right(template, conversation).segments)
-        for place, (markup, answer) in enumerate(pairwise(segments)):
-            if answer.trained and not markup.trained:
-                segments[place] = replace(markup, text=markup.text.rstrip("\n"))
-        return Rendered(tuple(segments), conversation.where)
-
-    plant(ChatTemplate, "render", wrong)
+@fault("A044", "tmpl.train_ne_shipped", "axolotl #1832")
+@in_place_of("render", ChatTemplate)
+def _training_text_differs(
+    right: Callable[..., Rendered], template: ChatTemplate, conversation: Conversation
+) -> Rendered:
+    """The text to train on has a line break less than the shipped."""
+    segments = list(right(template, conversation).segments)
+    for place, (markup, answer) in enumerate(pairwise(segments)):
+        if answer.trained and not markup.trained:
+            segments[place] = replace(markup, text=markup.text.rstrip("\n"))
+    return Rendered(tuple(segments), conversation.where)
 
 
-@fault(
-    "A044b", "tmpl.asked_with_a_space", real="", what="a prompt to ask with ends in a space more than one to train on"
-)
-def _asked_with_a_space() -> None:
-    def wrong(right: Callable[..., Rendered], template: ChatTemplate, conversation: Conversation) -> Rendered:
-        rendered: Rendered = right(template, conversation)
-        return replace(rendered, segments=(*rendered.segments, Segment(" ", "markup", trained=False, control=True)))
-
-    plant(ChatTemplate, "render_prompt", wrong)
+@fault("A044b", "tmpl.asked_with_a_space")
+@in_place_of("render_prompt", ChatTemplate)
+def _asked_with_a_space(right: Callable[..., Rendered], template: ChatTemplate, conversation: Conversation) -> Rendered:
+    """A prompt to ask with ends in a space more than one to train on."""
+    rendered: Rendered = right(template, conversation)
+    return replace(rendered, segments=(*rendered.segments, Segment(" ", "markup", trained=False, control=True)))
 
 
-@fault("A045", "tmpl.separator_newline", real="axolotl #922", what="turns are set apart by a line break too many")
+@fault("A045", "tmpl.separator_newline", "axolotl #922")
 def _one_line_break_more() -> None:
+    """Turns are set apart by a line break too many."""
     in_source("'<|im_end|>' + '\\n'", "'<|im_end|>' + '\\n\\n'")
 
 
-@fault("A045b", "tmpl.trailing_space", real="unsloth #6008", what="what precedes an answer ends in a space")
+@fault("A045b", "tmpl.trailing_space", "unsloth #6008")
 def _trailing_space() -> None:
+    """What precedes an answer ends in a space."""
     in_source("'### Response:\\n'", "'### Response: \\n'")
 
 
-@fault("A046", "tmpl.system_dropped", real="torchtune #1778", what="the system's words are left out")
-def _no_system() -> None:
-    def wrong(right: Callable[..., Messages], template: ChatTemplate, conversation: Conversation) -> Messages:
-        return tuple(message for message in right(template, conversation) if message.role != "system")
+@fault("A046", "tmpl.system_dropped", "torchtune #1778")
+@in_place_of("fit_messages", ChatTemplate)
+def _no_system(right: Callable[..., Messages], template: ChatTemplate, conversation: Conversation) -> Messages:
+    """The system's words are left out."""
+    return tuple(message for message in right(template, conversation) if message.role != "system")
 
-    plant(ChatTemplate, "fit_messages", wrong)
 
-
-@fault(
-    "A046b",
-    "tmpl.system_dropped_in_dialogues",
-    real="LLaMA-Factory e73422237",
-    what="the system's words are left out of conversations of several turns",
-)
-def _no_system_in_dialogues() -> None:
-    def wrong(right: Callable[..., Messages], template: ChatTemplate, conversation: Conversation) -> Messages:
-        messages = right(template, conversation)
-        answers = sum(message.role == "assistant" for message in messages)
-        return tuple(message for message in messages if message.role != "system" or answers < 2)
-
-    plant(ChatTemplate, "fit_messages", wrong)
+@fault("A046b", "tmpl.system_dropped_in_dialogues", "LLaMA-Factory e73422237")
+@in_place_of("fit_messages", ChatTemplate)
+def _no_system_in_dialogues(
+    right: Callable[..., Messages], template: ChatTemplate, conversation: Conversation
+) -> Messages:
+    """The system's words are left out of conversations of several turns."""
+    messages = right(template, conversation)
+    answers = sum(message.role == "assistant" for message in messages)
+    return tuple(message for message in messages if message.role != "system" or answers < 2)
 
 
 def _with_default_system(messages: Sequence[Message]) -> Messages:
@@ -138,121 +124,95 @@ def _with_default_system(messages: Sequence[Message]) -> Messages:
     return (*([] if told else [Message("system", "You are a helpful assistant.")]), *messages)
 
 
-@fault(
-    "A047",
-    "tmpl.default_system_injected",
-    real="alignment-handbook #117",
-    what="a prompt has system words that nobody wrote",
-)
-def _system_in_prompts() -> None:
-    def wrong(right: Callable[..., Rendered], template: ChatTemplate, conversation: Conversation) -> Rendered:
-        told: Rendered = right(template, replace(conversation, messages=_with_default_system(conversation.messages)))
-        return told
-
-    plant(ChatTemplate, "render_prompt", wrong)
+@fault("A047", "tmpl.default_system_injected", "alignment-handbook #117")
+@in_place_of("render_prompt", ChatTemplate)
+def _system_in_prompts(right: Callable[..., Rendered], template: ChatTemplate, conversation: Conversation) -> Rendered:
+    """A prompt has system words that nobody wrote."""
+    told: Rendered = right(template, replace(conversation, messages=_with_default_system(conversation.messages)))
+    return told
 
 
-@fault("A047b", "tmpl.default_system_everywhere", real="", what="every conversation has system words that nobody wrote")
+@fault("A047b", "tmpl.default_system_everywhere")
 def _system_everywhere() -> None:
+    """Every conversation has system words that nobody wrote."""
     plant(ChatTemplate, "fit_messages", lambda right, *given: _with_default_system(right(*given)))
 
 
-@fault("A049", "tmpl.not_saved", real="LLaMA-Factory #8399", what="the template does not travel with the adapter")
-def _template_stays() -> None:
-    def wrong(right: Callable[..., None], prepared: Prepared, session: Session, folder: Path) -> None:
-        right(prepared, session, folder)
-        (folder / "chat_template.jinja").unlink()
-
-    in_saving(wrong)
-
-
-@fault(
-    "A049b",
-    "tmpl.own_saved",
-    real="LLaMA-Factory #5836",
-    what="the model's own template travels instead",
-)
-def _own_template_travels() -> None:
-    def wrong(right: Callable[..., None], prepared: Prepared, session: Session, folder: Path) -> None:
-        right(prepared, session, folder)
-        own = prepared.encoder.tokenizer.chat_template
-        assert own is not None
-        (folder / "chat_template.jinja").write_text(own, encoding="utf-8")
-
-    in_saving(wrong)
+@fault("A049", "tmpl.not_saved", "LLaMA-Factory #8399")
+@planted_by(in_saving)
+def _template_stays(right: Callable[..., None], prepared: Prepared, session: Session, folder: Path) -> None:
+    """The template does not travel with the adapter."""
+    right(prepared, session, folder)
+    (folder / "chat_template.jinja").unlink()
 
 
-@fault("A050", "tmpl.sentinel_leak", real="unsloth #6531", what="a placeholder of the template's stays in the text")
+@fault("A049b", "tmpl.own_saved", "LLaMA-Factory #5836")
+@planted_by(in_saving)
+def _own_template_travels(right: Callable[..., None], prepared: Prepared, session: Session, folder: Path) -> None:
+    """The model's own template travels instead."""
+    right(prepared, session, folder)
+    own = prepared.encoder.tokenizer.chat_template
+    assert own is not None
+    (folder / "chat_template.jinja").write_text(own, encoding="utf-8")
+
+
+@fault("A050", "tmpl.sentinel_leak", "unsloth #6531")
 def _placeholder_stays() -> None:
+    """A placeholder of the template's stays in the text."""
     in_source("'<|im_start|>' + message['role'] + '\\n'", "'<|im_start|>' + message['role'] + '\\n{INPUT}'")
 
 
-@fault("A050b", "tmpl.braces_eaten", real="", what="the user's braces are read as places to fill in")
-def _braces_are_filled() -> None:
-    def wrong(right: Callable[..., Messages], template: ChatTemplate, conversation: Conversation) -> Messages:
-        texts: Mapping[str, str] = {"{}": "", "{{": "{", "}}": "}"}
-        messages = []
-        for message in right(template, conversation):
-            content = message.content
-            for old, new in texts.items():
-                content = content.replace(old, new)
-            messages.append(replace(message, content=content))
-        return tuple(messages)
-
-    plant(ChatTemplate, "fit_messages", wrong)
-
-
-@fault(
-    "A052", "tmpl.content_becomes_control", real="transformers #29279", what="words of the data become control tokens"
-)
-def _words_become_control() -> None:
-    def wrong(right: Callable[..., None], tokenizer: FileTokenizer, folder: Path) -> None:
-        right(tokenizer, folder)
-        tokenizer._content.encode_special_tokens = False
-
-    plant(FileTokenizer, "__init__", wrong)
+@fault("A050b", "tmpl.braces_eaten")
+@in_place_of("fit_messages", ChatTemplate)
+def _braces_are_filled(right: Callable[..., Messages], template: ChatTemplate, conversation: Conversation) -> Messages:
+    """The user's braces are read as places to fill in."""
+    texts: Mapping[str, str] = {"{}": "", "{{": "{", "}}": "}"}
+    messages = []
+    for message in right(template, conversation):
+        content = message.content
+        for old, new in texts.items():
+            content = content.replace(old, new)
+        messages.append(replace(message, content=content))
+    return tuple(messages)
 
 
-@fault(
-    "A052b",
-    "tmpl.content_is_markup",
-    real="ollama #15931",
-    what="what is said is searched for control tokens as markup is",
-)
-def _words_are_markup() -> None:
-    def wrong(right: Marking, rows: Iterable[Rendered], tokenizer: FileTokenizer) -> Iterator[Marked]:
-        markup = (replace(row, segments=tuple(replace(each, control=True) for each in row.segments)) for row in rows)
-        yield from right(markup, tokenizer)
-
-    in_marking(wrong)
+@fault("A052", "tmpl.content_becomes_control", "transformers #29279")
+@in_place_of("__init__", FileTokenizer)
+def _words_become_control(right: Callable[..., None], tokenizer: FileTokenizer, folder: Path) -> None:
+    """Words of the data become control tokens."""
+    right(tokenizer, folder)
+    tokenizer._content.encode_special_tokens = False
 
 
-@fault(
-    "A054", "tmpl.standard_rows_untemplated", real="TRL #3140", what="rows of prompt and completion bypass the template"
-)
-def _bare_rows() -> None:
-    def wrong(right: Callable[..., ShapedRows], rows: Sequence[Row]) -> ShapedRows:
-        bare = {row.where for row in rows if isinstance(row.values.get("prompt"), str)}
-        shaped = right(rows)
-        return replace(
-            shaped,
-            examples=tuple(
-                _bare(each) if isinstance(each, Conversation) and each.where in bare else each
-                for each in shaped.examples
-            ),
-        )
+@fault("A052b", "tmpl.content_is_markup", "ollama #15931")
+@planted_by(in_marking)
+def _words_are_markup(right: Marking, rows: Iterable[Rendered], tokenizer: FileTokenizer) -> Iterator[Marked]:
+    """What is said is searched for control tokens as markup is."""
+    markup = (replace(row, segments=tuple(replace(each, control=True) for each in row.segments)) for row in rows)
+    yield from right(markup, tokenizer)
 
-    plant(prepare, "shape_rows", wrong)
+
+@fault("A054", "tmpl.standard_rows_untemplated", "TRL #3140")
+@in_place_of("shape_rows", prepare)
+def _bare_rows(right: Callable[..., ShapedRows], rows: Sequence[Row]) -> ShapedRows:
+    """Rows of prompt and completion bypass the template."""
+    bare = {row.where for row in rows if isinstance(row.values.get("prompt"), str)}
+    shaped = right(rows)
+    return replace(
+        shaped,
+        examples=tuple(
+            _bare(each) if isinstance(each, Conversation) and each.where in bare else each for each in shaped.examples
+        ),
+    )
 
 
 def _bare(example: Conversation) -> Document:
     return Document("".join(message.content for message in example.messages), example.where)
 
 
-@fault("A055", "tmpl.eos_not_appended", real="TRL #1623", what="plain text gets no end")
-def _text_without_end() -> None:
-    def wrong(right: Callable[..., Rendered], *given: object) -> Rendered:
-        rendered: Rendered = right(*given)
-        return replace(rendered, segments=rendered.segments[:1])
-
-    plant(ChatTemplate, "render_document", wrong)
+@fault("A055", "tmpl.eos_not_appended", "TRL #1623")
+@in_place_of("render_document", ChatTemplate)
+def _text_without_end(right: Callable[..., Rendered], *given: object) -> Rendered:
+    """Plain text gets no end."""
+    rendered: Rendered = right(*given)
+    return replace(rendered, segments=rendered.segments[:1])
