@@ -75,12 +75,13 @@ _KNOWN: dict[str, Law] = {}
 
 
 def law(
-    id: str, statement: str, *, needs: Sequence[str], oracle: str, cases: st.SearchStrategy[Any], **more: Any
+    id: str, needs: Sequence[str], cases: st.SearchStrategy[Any], *, oracle: str, **more: Any
 ) -> Callable[[Callable[[Any, Any], None]], Callable[[Any, Any], None]]:
-    """Make a check a law; `more`: fields of `Law` that override the defaults."""
+    """Make a check a law; its docstring is the law's sentence. `more`: fields of `Law` that override the defaults."""
 
     def known(check: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-        add(Law(id, statement, tuple(needs), oracle, check, check.__annotations__["case"], cases, **more))
+        statement, kind = check.__doc__ or id, check.__annotations__["case"]
+        add(Law(id, statement, tuple(needs), oracle, check, kind, cases, **more))
         return check
 
     return known

@@ -20,15 +20,14 @@ from finetune_strategies.recipes import ModelRecipe
 
 @law(
     "adapter.travels",
-    "An adapter that was saved and loaded computes what was trained, with the strength that it was trained with.",
-    needs=["train", "logits", "adapter_weights"],
+    ["train", "logits", "adapter_weights"],
+    cases.ADAPTER_TRAVELS,
     oracle="the base in float64 with s B A added; s is that of the settings",
-    cases=cases.ADAPTER_TRAVELS,
     examples=10,
     cost=4,
 )
 def adapter_travels(trainer: SubjectClient, case: Learned) -> None:
-    """Its logits, which are not the base's."""
+    """An adapter that was saved and loaded computes what was trained, with the strength that it was trained with."""
     model = trainer.model(case.model)
     adapter = adapter_of(train(trainer, model, case.settings, case.values))
     told, _ = weights_of(trainer, model, adapter)
@@ -63,15 +62,14 @@ def _spoil(adapter: str, how: str, which: int, into: Path) -> Path:
 
 @law(
     "adapter.damaged",
-    "An adapter of which a tensor is missing, renamed, of another shape or too many is refused.",
-    needs=["train", "logits"],
+    ["train", "logits"],
+    cases.ADAPTER_DAMAGED,
     oracle="the names and shapes of the tensors that were trained",
-    cases=cases.ADAPTER_DAMAGED,
     examples=8,
     cost=3,
 )
 def damaged_adapter_is_refused(trainer: SubjectClient, case: cases.Spoilt) -> None:
-    """It is asked with; an answer, whatever it is, is one too many."""
+    """An adapter of which a tensor is missing, renamed, of another shape or too many is refused."""
     model = trainer.model(case.model)
     adapter = adapter_of(train(trainer, model, case.settings, case.values))
     spoilt = str(_spoil(adapter, case.how, case.which, trainer.folder() / "adapter"))
@@ -81,15 +79,14 @@ def damaged_adapter_is_refused(trainer: SubjectClient, case: cases.Spoilt) -> No
 
 @law(
     "adapter.other_base",
-    "An adapter is refused on a base that it was not trained on and does not fit.",
-    needs=["train", "logits"],
+    ["train", "logits"],
+    cases.ADAPTER_OTHER_BASE,
     oracle="the layers of the two bases, which are not the same",
-    cases=cases.ADAPTER_OTHER_BASE,
     examples=2,
     cost=3,
 )
 def other_base_is_refused(trainer: SubjectClient, case: Learned) -> None:
-    """One trained on two layers is put on a base that has the first of them only."""
+    """An adapter is refused on a base that it was not trained on and does not fit."""
     deep = trainer.model(ModelRecipe(layers=2))
     adapter = adapter_of(train(trainer, deep, case.settings, case.values))
     found = refused(lambda: logits_of(trainer, "logits", trainer.model(TINY), settings=PLAIN, adapter=adapter))
@@ -98,15 +95,14 @@ def other_base_is_refused(trainer: SubjectClient, case: Learned) -> None:
 
 @law(
     "adapter.frozen",
-    "A fresh adapter is all that training changes, and one that was loaded to answer with is changed by nothing.",
-    needs=["trainable", "train"],
+    ["trainable", "train"],
+    cases.ADAPTER_FROZEN,
     oracle="the names of the adapter's tensors, as PEFT's files have them",
-    cases=cases.ADAPTER_FROZEN,
     examples=3,
     cost=2,
 )
 def loaded_adapter_is_frozen(trainer: SubjectClient, case: Learned) -> None:
-    """What training would change, before and after."""
+    """A fresh adapter is all that training changes, and one that was loaded to answer with is changed by nothing."""
     given: dict[str, Any] = {"model": trainer.model(case.model), "settings": case.settings}
     wanted = trainer.oracle.tensors(trainer.oracle.ask("initial_adapter", Weights, **given).file)
     fresh = trainer.ask("trainable", TrainableNames, **given).names
@@ -118,15 +114,14 @@ def loaded_adapter_is_frozen(trainer: SubjectClient, case: Learned) -> None:
 
 @law(
     "adapter.complete",
-    "A finished adapter has every tensor of every layer that it was to be on, and of every module trained whole.",
-    needs=["train", "adapter_weights"],
+    ["train", "adapter_weights"],
+    cases.ADAPTER_COMPLETE,
     oracle="names and shapes as PEFT's files have them",
-    cases=cases.ADAPTER_COMPLETE,
     examples=5,
     cost=2,
 )
 def adapter_is_complete(trainer: SubjectClient, case: Learned) -> None:
-    """The names and shapes of what was saved."""
+    """A finished adapter has every tensor of every layer that it was to be on, and of every module trained whole."""
     given: dict[str, Any] = {"model": trainer.model(case.model), "settings": case.settings}
     _, found = weights_of(trainer, given["model"], adapter_of(train(trainer, rows=case.values, **given)))
     wanted = trainer.oracle.tensors(trainer.oracle.ask("initial_adapter", Weights, **given).file)

@@ -14,13 +14,12 @@ from finetune_strategies.cases.rows import PLAIN, TINY, IdRow, Rows
 
 @law(
     "batches.cover",
-    "Every epoch trains on every row exactly once, whatever the sizes of batches.",
-    needs=["tokenize", "batches"],
+    ["tokenize", "batches"],
+    cases.BATCHES_COVER,
     oracle="the rows themselves, as the trainer's own tokenizing gives them",
-    cases=cases.BATCHES_COVER,
 )
 def every_row_is_trained_on(trainer: SubjectClient, case: cases.Dealt) -> None:
-    """The sequences of each epoch are the rows, as often as each is there."""
+    """Every epoch trains on every row exactly once, whatever the sizes of batches."""
     settings = {
         **PLAIN,
         "training.batch_size": case.batch_size,
@@ -39,23 +38,18 @@ def every_row_is_trained_on(trainer: SubjectClient, case: cases.Dealt) -> None:
             for batch in micro
             for ids, marks in zip(batch.ids, batch.real, strict=True)
         )
-        check(
-            found == expected,
-            expected=f"{len(expected)} rows in epoch {number}",
-            got=f"{len(found)} rows: {found}",
-        )
+        check(found == expected, expected=f"{len(expected)} rows in epoch {number}", got=f"{len(found)} rows: {found}")
 
 
 @law(
     "padding.no_target",
-    "What fills a batch up to its longest row is never what the model is taught to say.",
-    needs=["batches"],
+    ["batches"],
+    cases.PADDING_NO_TARGET,
     oracle="the trainer's own marks of what is of a row",
-    cases=cases.PADDING_NO_TARGET,
     examples=8,
 )
 def padding_is_no_target(trainer: SubjectClient, case: Rows) -> None:
-    """No target stands where nothing is real."""
+    """What fills a batch up to its longest row is never what the model is taught to say."""
     settings = {**PLAIN, "training.batch_size": len(case.rows), "training.gradient_accumulation_steps": 1}
     told = trainer.ask("batches", Epochs, model=trainer.model(TINY), settings=settings, rows=case.values, epochs=1)
     check(len(told.epochs) == 1, expected="1 epoch", got=f"{len(told.epochs)} epochs")
@@ -71,15 +65,14 @@ def padding_is_no_target(trainer: SubjectClient, case: Rows) -> None:
 
 @law(
     "padding.same_loss",
-    "The loss of rows that share a batch is that of their tokens, whatever the batch is filled up with.",
-    needs=["loss"],
+    ["loss"],
+    cases.PADDING_SAME_LOSS,
     oracle="the loss of each row alone by our trainer in float64, where nothing is filled up, weighted by its tokens",
-    cases=cases.PADDING_SAME_LOSS,
     cost=2,
     examples=8,
 )
 def padding_changes_no_loss(trainer: SubjectClient, case: cases.Together) -> None:
-    """One batch of both is the mean of each alone, a token counting as much as any other."""
+    """The loss of rows that share a batch is that of their tokens, whatever the batch is filled up with."""
     model, settings = trainer.model(TINY), {**PLAIN, "training.batch_size": 2}
     got = trainer.ask("loss", Loss, model=model, settings=settings, batch=[row.value for row in case.rows]).loss
     alone = [
@@ -99,15 +92,14 @@ def _dealt(trainer: SubjectClient, case: cases.Packed) -> Epochs:
 
 @law(
     "packing.cover",
-    "Every epoch trains on every row exactly once and whole where rows share sequences, none of them too long.",
-    needs=["tokenize", "batches"],
+    ["tokenize", "batches"],
+    cases.PACKING_COVER,
     oracle="the rows themselves, as the trainer's own tokenizing gives them",
-    cases=cases.PACKING_COVER,
     examples=8,
     cost=3,
 )
 def packed_epoch_has_every_row(trainer: SubjectClient, case: cases.Packed) -> None:
-    """By the tokens of each segment, or, where segments are not told, by all tokens together."""
+    """Every epoch trains on every row exactly once and whole where rows share sequences, none of them too long."""
     rows = tokenized(trainer, trainer.model(TINY), case.values, case.settings).rows
     dealt = _dealt(trainer, case)
     for number, epoch in enumerate(dealt.epochs, start=1):
@@ -135,15 +127,14 @@ def packed_epoch_has_every_row(trainer: SubjectClient, case: cases.Packed) -> No
 
 @law(
     "packing.shares",
-    "Rows share a sequence where that is asked for and two of them fit into one, whatever else is set.",
-    needs=["tokenize", "batches"],
+    ["tokenize", "batches"],
+    cases.PACKING_SHARES,
     oracle="the lengths of the rows: the two shortest together are within the limit",
-    cases=cases.PACKING_SHARES,
     examples=6,
     cost=3,
 )
 def packing_packs(trainer: SubjectClient, case: cases.Packed) -> None:
-    """There are fewer sequences than rows."""
+    """Rows share a sequence where that is asked for and two of them fit into one, whatever else is set."""
     lengths = sorted(len(row.ids) for row in tokenized(trainer, trainer.model(TINY), case.values, case.settings).rows)
     if len(lengths) < 2 or sum(lengths[:2]) > case.length:
         raise UnsupportedError("no two rows fit into one sequence")
@@ -158,34 +149,17 @@ def _loss_alone(trainer: SubjectClient, rows: tuple[IdRow, ...]) -> float:
     return sum(loss * learned for loss, learned in alone) / sum(learned for _, learned in alone)
 
 
-@law(
-    "packing.apart",
-    "Rows that share a sequence do not see each other: their loss is that of the rows, each alone.",
-    needs=["loss", "packed_loss"],
-    oracle="the rows one at a time",
-    cases=cases.PACKING_APART,
-    examples=8,
-    cost=2,
-)
+@law("packing.apart", ["loss", "packed_loss"], cases.PACKING_APART, oracle="the rows one at a time", examples=8, cost=2)
 def neighbours_do_not_matter(trainer: SubjectClient, case: cases.Shared) -> None:
-    """Two or three rows in one sequence."""
+    """Rows that share a sequence do not see each other: their loss is that of the rows, each alone."""
     sequences = [[row.value for row in case.rows]]
     given = {"model": trainer.model(TINY), "settings": PLAIN, "sequences": sequences}
     check_loss(trainer.ask("packed_loss", Loss, **given).loss, _loss_alone(trainer, case.rows))
 
 
-@law(
-    "batches.sizes",
-    "A step has no more batches than are accumulated, none of them has more sequences than are asked for, and only the "
-    "last of an epoch has fewer.",
-    needs=["batches"],
-    oracle="the sizes that were set",
-    cases=cases.BATCHES_SIZES,
-    examples=8,
-    cost=3,
-)
+@law("batches.sizes", ["batches"], cases.BATCHES_SIZES, oracle="the sizes that were set", examples=8, cost=3)
 def batches_have_their_sizes(trainer: SubjectClient, case: cases.Packed) -> None:
-    """Of rows, and of sequences that rows share."""
+    """Batches and steps have the sizes that were set; only the last of an epoch may have fewer."""
     for epoch in _dealt(trainer, case).epochs:
         count = sum(len(batch.ids) for step in epoch for batch in step.micro)
         batches = -(-count // case.batch_size)

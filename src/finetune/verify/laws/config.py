@@ -21,14 +21,13 @@ ROWS = [{"prompt": "ab" * size, "completion": "xyz"[: 1 + size % 3] * size} for 
 
 @law(
     "config.unknown",
-    "A setting that does not exist is refused.",
-    needs=["configure"],
+    ["configure"],
+    cases.CONFIG_UNKNOWN,
     oracle="no trainer has a setting of such a name",
-    cases=cases.CONFIG_UNKNOWN,
     examples=len(cases.MISSPELT),
 )
 def unknown_setting_is_refused(trainer: SubjectClient, case: cases.Named) -> None:
-    """To take it in silence leaves the default in force."""
+    """A setting that does not exist is refused."""
     try:
         taken = trainer.ask("configure", Accepted, model=trainer.model(TINY), settings={**PLAIN, case.key: case.value})
     except RefusesError:
@@ -36,15 +35,9 @@ def unknown_setting_is_refused(trainer: SubjectClient, case: cases.Named) -> Non
     check(False, expected=f"{case.key} is refused", got=f"it is taken: {taken.told or 'nothing is said'}")  # noqa: FBT003
 
 
-@law(
-    "config.taken",
-    "A setting is taken as it is set, 0, null and no among them, whatever else is set.",
-    needs=["configure"],
-    oracle="the settings that were given",
-    cases=cases.CONFIG_TAKEN,
-)
+@law("config.taken", ["configure"], cases.CONFIG_TAKEN, oracle="the settings that were given")
 def settings_are_taken(trainer: SubjectClient, case: cases.Set) -> None:
-    """What is in force, where the trainer tells, is what was given."""
+    """A setting is taken as it is set, 0, null and no among them, whatever else is set."""
     given = {**PLAIN, **case.settings}
     taken = trainer.ask("configure", Accepted, model=trainer.model(TINY), settings=given).effective
     if not taken:
@@ -68,27 +61,25 @@ def _hold_changed(case: cases.Change, outcome: Callable[[Mapping[str, object]], 
 
 @law(
     "config.rows",
-    "A setting of rows that is changed changes the rows, or is refused.",
-    needs=["tokenize"],
+    ["tokenize"],
     oracle="the rows with the other value",
     cases=st.sampled_from(cases.CONFIG_ROWS),
     examples=len(cases.CONFIG_ROWS),
 )
 def settings_of_rows_do_something(trainer: SubjectClient, case: cases.Change) -> None:
-    """No such setting is dead."""
+    """A setting of rows that is changed changes the rows, or is refused."""
     _hold_changed(case, lambda settings: told(tokenized(trainer, trainer.model(TINY), ROWS, settings)))
 
 
 @law(
     "config.batches",
-    "A setting of batches that is changed changes the batches, or is refused.",
-    needs=["batches"],
+    ["batches"],
     oracle="the batches with the other value",
     cases=st.sampled_from(cases.CONFIG_BATCHES),
     examples=len(cases.CONFIG_BATCHES),
 )
 def settings_of_batches_do_something(trainer: SubjectClient, case: cases.Change) -> None:
-    """No such setting is dead."""
+    """A setting of batches that is changed changes the batches, or is refused."""
 
     def outcome(settings: Mapping[str, object]) -> object:
         model, given = trainer.model(TINY), {**PLAIN, **settings}
@@ -107,29 +98,27 @@ def _gradient(trainer: SubjectClient, settings: Mapping[str, object]) -> Gradien
 
 @law(
     "config.adapter",
-    "A setting of the adapter that is changed changes its first gradient, or is refused.",
-    needs=["gradient"],
+    ["gradient"],
     oracle="the gradient with the other value",
     cases=st.sampled_from(cases.CONFIG_ADAPTER),
     examples=len(cases.CONFIG_ADAPTER),
     cost=2,
 )
 def settings_of_the_adapter_do_something(trainer: SubjectClient, case: cases.Change) -> None:
-    """No such setting is dead."""
+    """A setting of the adapter that is changed changes its first gradient, or is refused."""
     _hold_changed(case, lambda settings: _gradient(trainer, settings).norms)
 
 
 @law(
     "config.training",
-    "A setting of training that is changed changes its course or what is learned, or is refused.",
-    needs=["train", "adapter_weights"],
+    ["train", "adapter_weights"],
     oracle="a run with the other value",
     cases=st.sampled_from(cases.CONFIG_TRAINING),
     examples=len(cases.CONFIG_TRAINING),
     cost=6,
 )
 def settings_of_training_do_something(trainer: SubjectClient, case: cases.Change) -> None:
-    """No such setting is dead."""
+    """A setting of training that is changed changes its course or what is learned, or is refused."""
 
     def outcome(settings: Mapping[str, object]) -> object:
         model, folder = trainer.model(TINY), trainer.folder()
@@ -145,14 +134,13 @@ def settings_of_training_do_something(trainer: SubjectClient, case: cases.Change
 
 @law(
     "config.targets",
-    "An adapter sits on the layers that are named and on no others; a name that fits none is refused.",
-    needs=["initial_adapter"],
+    ["initial_adapter"],
+    cases.CONFIG_TARGETS,
     oracle="the names: a Llama has these seven linear layers in a block",
-    cases=cases.CONFIG_TARGETS,
     examples=10,
 )
 def adapter_sits_where_it_is_to(trainer: SubjectClient, case: cases.Targets) -> None:
-    """The adapter's tensors are those of the named layers."""
+    """An adapter sits on the layers that are named and on no others; a name that fits none is refused."""
     given = {**PLAIN, "adapter.target_modules": list(case.layers)}
     try:
         adapter = trainer.ask("initial_adapter", Weights, model=trainer.model(TINY), settings=given)
@@ -163,16 +151,9 @@ def adapter_sits_where_it_is_to(trainer: SubjectClient, case: cases.Targets) -> 
     check(found == sorted(case.layers), expected=f"an adapter on {sorted(case.layers)}, or a refusal", got=found)
 
 
-@law(
-    "config.patterns",
-    "A rank of its own is that of the layers that its pattern fits and of no others; one that fits none is refused.",
-    needs=["initial_adapter"],
-    oracle="the names of the layers",
-    cases=cases.CONFIG_PATTERNS,
-    examples=8,
-)
+@law("config.patterns", ["initial_adapter"], cases.CONFIG_PATTERNS, oracle="the names of the layers", examples=8)
 def ranks_follow_their_patterns(trainer: SubjectClient, case: cases.Pattern) -> None:
-    """By the sizes of the adapter's tensors."""
+    """A rank of its own is that of the layers that its pattern fits and of no others; one that fits none is refused."""
     given = {**PLAIN, "adapter.rank_pattern": {case.pattern: case.rank}}
     fitting = [layer for layer in cases.LINEAR if case.pattern.endswith(layer)]
     try:
@@ -189,15 +170,14 @@ def ranks_follow_their_patterns(trainer: SubjectClient, case: cases.Pattern) -> 
 
 @law(
     "config.dropout",
-    "Dropout acts on every layer that is adapted, whichever these are.",
-    needs=["gradient"],
+    ["gradient"],
+    cases.CONFIG_DROPOUT,
     oracle="the gradient of each tensor without dropout: no half of twelve numbers left out leaves it as it is",
-    cases=cases.CONFIG_DROPOUT,
     examples=6,
     cost=2,
 )
 def dropout_acts_everywhere(trainer: SubjectClient, case: cases.Dropped) -> None:
-    """Each tensor that has a gradient has another one with dropout."""
+    """Dropout acts on every layer that is adapted, whichever these are."""
     given: dict[str, Any] = {"training.seed": case.seed}
     given |= {"adapter.target_modules": list(case.layers)} if case.layers else {}
     at_rest = _gradient(trainer, given).norms

@@ -18,30 +18,28 @@ from finetune_strategies.recipes import FEWEST_WORDS, ModelRecipe
 
 @law(
     "order.epochs",
-    "Rows come in another order in the next epoch.",
-    needs=["batches"],
+    ["batches"],
+    cases.SHUFFLED,
     oracle="two shuffles of twelve rows of one length are alike once in 479 million times",
-    cases=cases.SHUFFLED,
     examples=2,
     cost=2,
 )
 def epochs_differ(trainer: SubjectClient, case: cases.Shuffled) -> None:
-    """The sequences of the first epoch do not come in that order in the second."""
+    """Rows come in another order in the next epoch."""
     first, second = _orders(trainer, case, case.seed, epochs=2)
     check(first != second, expected="another order", got=f"{first} twice")
 
 
 @law(
     "order.seeds",
-    "Another seed is another order of rows.",
-    needs=["batches"],
+    ["batches"],
+    cases.SHUFFLED,
     oracle="two shuffles of twelve rows of one length are alike once in 479 million times",
-    cases=cases.SHUFFLED,
     examples=2,
     cost=2,
 )
 def seeds_differ(trainer: SubjectClient, case: cases.Shuffled) -> None:
-    """The first epochs of two seeds have other orders."""
+    """Another seed is another order of rows."""
     [first], [second] = (_orders(trainer, case, seed, epochs=1) for seed in (case.seed, case.seed + 1))
     check(first != second, expected=f"another order with seed {case.seed + 1}", got=f"{first} with both")
 
@@ -58,17 +56,9 @@ def _orders(trainer: SubjectClient, case: cases.Shuffled, seed: int, *, epochs: 
 _ORDERED = [{"prompt": "q" * (1 + number % 4), "completion": f"answer {number}"} for number in range(12)]
 
 
-@law(
-    "order.same",
-    "The same seed deals rows out in the same order, epoch for epoch; 0 is a seed like any.",
-    needs=["batches"],
-    oracle="the order when it is asked for again",
-    cases=cases.ORDER_SAME,
-    examples=4,
-    cost=2,
-)
+@law("order.same", ["batches"], cases.ORDER_SAME, oracle="the order when it is asked for again", examples=4, cost=2)
 def seed_decides_the_order(trainer: SubjectClient, case: cases.Seeded) -> None:
-    """Asked twice it is the same."""
+    """The same seed deals rows out in the same order, epoch for epoch; 0 is a seed like any."""
 
     def orders() -> list[list[list[list[int]]]]:
         given = {"model": trainer.model(TINY), "settings": {**PLAIN, "training.seed": case.seed}, "rows": _ORDERED}
@@ -79,16 +69,9 @@ def seed_decides_the_order(trainer: SubjectClient, case: cases.Seeded) -> None:
     check(first == again, expected=f"one order with seed {case.seed}: {first}", got=again)
 
 
-@law(
-    "data.account",
-    "Every row that is read is trained on, or counted among those that are left out.",
-    needs=["tokenize"],
-    oracle="the number of rows that were given",
-    cases=cases.DATA_ACCOUNT,
-    examples=10,
-)
+@law("data.account", ["tokenize"], cases.DATA_ACCOUNT, oracle="the number of rows that were given", examples=10)
 def every_row_is_accounted_for(trainer: SubjectClient, case: Rows) -> None:
-    """Rows without an answer, and rows that are too long, are among them."""
+    """Every row that is read is trained on, or counted among those that are left out."""
     found = tokenized(trainer, trainer.model(TINY), case.values, {"tokens.max_length": 70})
     kept, dropped = len({row.row for row in found.rows}), sum(found.dropped.values())
     check(
@@ -109,16 +92,9 @@ def _row(pair: Pair, shape: cases.Shape) -> dict[str, Any]:
     return shapes[shape]
 
 
-@law(
-    "data.shapes",
-    "What is said becomes the same tokens, and the same of them are learned, whatever shape its row has.",
-    needs=["tokenize"],
-    oracle="the row that has it as messages",
-    cases=cases.DATA_SHAPES,
-    examples=8,
-)
+@law("data.shapes", ["tokenize"], cases.DATA_SHAPES, oracle="the row that has it as messages", examples=8)
 def shape_changes_nothing(trainer: SubjectClient, case: cases.Shaped) -> None:
-    """One conversation in two data sets, for there are trainers whose data sets have one shape only."""
+    """What is said becomes the same tokens, and the same of them are learned, whatever shape its row has."""
     model = trainer.model(TINY)
     found = [tokenized_row(trainer, model, _row(case.pair, shape), {}) for shape in ("messages", case.shape)]
     one, other = ((row.ids, row.targets) for row in found)
@@ -131,16 +107,9 @@ def _split(trainer: SubjectClient, case: cases.Held) -> Split:
     return trainer.ask("split", Split, model=trainer.model(TINY), settings=given, rows=case.values)
 
 
-@law(
-    "split.apart",
-    "No row that is held out is trained on, nor is one that says the same; every row is on one of the two sides.",
-    needs=["split"],
-    oracle="what the rows say",
-    cases=cases.HELD,
-    examples=12,
-)
+@law("split.apart", ["split"], cases.HELD, oracle="what the rows say", examples=12)
 def sides_are_apart(trainer: SubjectClient, case: cases.Held) -> None:
-    """Nothing is held out where nothing is to be, and something on either side elsewhere."""
+    """No row that is held out is trained on, nor is one that says the same; every row is on one of the two sides."""
     found = _split(trainer, case)
     both = sorted({case.picks[row] for row in found.train} & {case.picks[row] for row in found.held_out})
     check(not both, expected="nothing on both sides", got=[f"question {pick}" for pick in both])
@@ -150,16 +119,9 @@ def sides_are_apart(trainer: SubjectClient, case: cases.Held) -> None:
     check(bool(found.held_out) == wanted, expected=f"{case.fraction:.0%} held out", got=f"held out: {found.held_out}")
 
 
-@law(
-    "split.same",
-    "Which rows are held out follows from the rows and the seed alone.",
-    needs=["split"],
-    oracle="the split when it is asked for again",
-    cases=cases.SPLIT_SAME,
-    examples=6,
-)
+@law("split.same", ["split"], cases.SPLIT_SAME, oracle="the split when it is asked for again", examples=6)
 def split_is_the_same_again(trainer: SubjectClient, case: cases.Held) -> None:
-    """Asked twice, with another question between, it is the same."""
+    """Which rows are held out follows from the rows and the seed alone."""
     first = _split(trainer, case)
     _split(trainer, case.model_copy(update={"seed": case.seed + 1}))
     again = _split(trainer, case)
@@ -177,17 +139,9 @@ _MODELS: Mapping[str, ModelRecipe] = {
 }
 
 
-@law(
-    "cache.same",
-    "Rows that come from a cache are those that come without it, whatever was put into it before.",
-    needs=["tokenize"],
-    oracle="the rows without a cache",
-    cases=cases.CACHE_SAME,
-    examples=10,
-    cost=3,
-)
+@law("cache.same", ["tokenize"], cases.CACHE_SAME, oracle="the rows without a cache", examples=10, cost=3)
 def cache_changes_nothing(trainer: SubjectClient, case: cases.Cached) -> None:
-    """Another tokenizer, other words and another template are never taken for what is kept."""
+    """Rows that come from a cache are those that come without it, whatever was put into it before."""
     cache = {"tokens.cache": str(trainer.folder() / "cache")}
     rows, settings = [row.model_dump() for row in case.rows], dict[str, Any]()
     tokenized(trainer, trainer.model(_MODELS[case.before]), rows, cache)
@@ -205,16 +159,15 @@ def cache_changes_nothing(trainer: SubjectClient, case: cases.Cached) -> None:
 
 @law(
     "cache.found",
-    "What is in a cache is found again wherever the model's folder lies.",
-    needs=["tokenize"],
+    ["tokenize"],
+    cases.CACHE_FOUND,
     oracle="the number of files in the cache",
-    cases=cases.CACHE_FOUND,
     severity="warning",
     examples=2,
     cost=3,
 )
 def cache_is_found_again(trainer: SubjectClient, case: Rows) -> None:
-    """Nothing new is put into it for the same rows and the same tokenizer at another place."""
+    """What is in a cache is found again wherever the model's folder lies."""
     place, cache = trainer.model(TINY), trainer.folder() / "cache"
     moved = trainer.folder() / "moved"
     shutil.copytree(place, moved)
@@ -232,16 +185,9 @@ def _files(folder: Path) -> int:
     return sum(path.is_file() for path in folder.rglob("*"))
 
 
-@law(
-    "rows.remarks",
-    "A key of a row that is not read changes no batch.",
-    needs=["batches"],
-    oracle="the batches of the same rows without it",
-    cases=cases.ROWS_REMARKS,
-    examples=8,
-)
+@law("rows.remarks", ["batches"], cases.ROWS_REMARKS, oracle="the batches of the same rows without it", examples=8)
 def remarks_change_no_batch(trainer: SubjectClient, case: cases.Remarked) -> None:
-    """Rows share batches as they did before one of them had a source noted; which stands first does not matter."""
+    """A key of a row that is not read changes no batch."""
     settings = {**PLAIN, "training.batch_size": 2, "training.gradient_accumulation_steps": 1, "training.seed": 3}
     noted = [{**row, "source": "a note"} if place == case.remarked else row for place, row in enumerate(case.values)]
     model = trainer.model(TINY)

@@ -25,15 +25,14 @@ def _near(found: Loss, wanted: float) -> bool:
 
 @law(
     "evaluate.oracle",
-    "The held-out loss is the mean surprise of all held-out tokens, however many rows are looked at at once.",
-    needs=["evaluate", "tokenize"],
+    ["evaluate", "tokenize"],
+    cases.LOOKED,
     oracle="the rows' own tokens in float64, all at once",
-    cases=cases.LOOKED,
     examples=8,
     cost=2,
 )
 def held_out_loss_is_of_all_tokens(trainer: SubjectClient, case: cases.Looked) -> None:
-    """The loss, and the number of tokens where it is told."""
+    """The held-out loss is the mean surprise of all held-out tokens, however many rows are looked at at once."""
     given = {"model": trainer.model(case.model), "settings": PLAIN}
     rows = [
         {"ids": row.ids, "targets": row.targets}
@@ -45,17 +44,9 @@ def held_out_loss_is_of_all_tokens(trainer: SubjectClient, case: cases.Looked) -
     check(found.count in (None, wanted.count), expected=f"{wanted.count} tokens", got=f"{found.count} tokens")
 
 
-@law(
-    "evaluate.order",
-    "The held-out loss does not depend on the order of the rows.",
-    needs=["evaluate"],
-    oracle="the same rows the other way round",
-    cases=cases.LOOKED,
-    examples=4,
-    cost=2,
-)
+@law("evaluate.order", ["evaluate"], cases.LOOKED, oracle="the same rows the other way round", examples=4, cost=2)
 def order_does_not_matter(trainer: SubjectClient, case: cases.Looked) -> None:
-    """The loss of the rows, and of the rows reversed."""
+    """The held-out loss does not depend on the order of the rows."""
     here = _look(trainer, case, case.values, case.batch_size)
     there = _look(trainer, case, case.values[::-1], case.batch_size)
     check(_near(here, there.loss), expected=f"loss {there.loss:.6f}", got=f"loss {here.loss:.6f}")
@@ -63,15 +54,14 @@ def order_does_not_matter(trainer: SubjectClient, case: cases.Looked) -> None:
 
 @law(
     "evaluate.as_trained",
-    "Held-out rows become the same tokens as rows that are trained on.",
-    needs=["evaluate", "tokenize", "loss"],
+    ["evaluate", "tokenize", "loss"],
+    cases.EVALUATE_AS_TRAINED,
     oracle="the loss of the rows' own tokens",
-    cases=cases.EVALUATE_AS_TRAINED,
     examples=5,
     cost=2,
 )
 def held_out_rows_are_rows(trainer: SubjectClient, case: cases.Looked) -> None:
-    """The held-out loss, and the loss of a batch of what the rows become in training."""
+    """Held-out rows become the same tokens as rows that are trained on."""
     given = {"model": trainer.model(case.model), "settings": PLAIN}
     rows = trainer.ask("tokenize", TokenRows, rows=case.values, **given).rows
     batch = [{"ids": row.ids, "targets": row.targets} for row in rows]
@@ -86,16 +76,9 @@ def _generate(trainer: SubjectClient, case: cases.Asked, prompts: list[list[int]
     return trainer.ask("generate", Generated, prompts=prompts, **given).answers
 
 
-@law(
-    "generate.alone",
-    "An answer does not depend on what else is asked at the same time.",
-    needs=["generate"],
-    oracle="each prompt asked alone",
-    cases=cases.ASKED,
-    examples=6,
-)
+@law("generate.alone", ["generate"], cases.ASKED, oracle="each prompt asked alone", examples=6)
 def answer_stands_alone(trainer: SubjectClient, case: cases.Asked) -> None:
-    """All prompts at once, and one by one."""
+    """An answer does not depend on what else is asked at the same time."""
     prompts = [list(prompt) for prompt in case.prompts]
     together = _generate(trainer, case, prompts)
     alone = [_generate(trainer, case, [prompt])[0] for prompt in prompts]
@@ -104,14 +87,13 @@ def answer_stands_alone(trainer: SubjectClient, case: cases.Asked) -> None:
 
 @law(
     "generate.greedy",
-    "An answer is what the model finds most likely, token by token, without the prompt and no longer than it may be.",
-    needs=["generate"],
+    ["generate"],
+    cases.ASKED,
     oracle="the same prompt in float64; the first difference counts unless two tokens are as likely",
-    cases=cases.ASKED,
     examples=6,
 )
 def answer_is_the_likeliest(trainer: SubjectClient, case: cases.Asked) -> None:
-    """The ids of each answer."""
+    """An answer is what the model finds likeliest, token by token, without the prompt and no longer than it may be."""
     prompts = [list(prompt) for prompt in case.prompts]
     found, wanted = (_generate(each, case, prompts) for each in (trainer, trainer.oracle))
     for answer, right in zip(found, wanted, strict=True):
@@ -120,16 +102,9 @@ def answer_is_the_likeliest(trainer: SubjectClient, case: cases.Asked) -> None:
         check(answer[:1] == right[:1], expected=right, got=answer)
 
 
-@law(
-    "generate.fits",
-    "Prompt and answer together are never longer than what the model reads.",
-    needs=["generate"],
-    oracle="the model's own config",
-    cases=cases.GENERATE_FITS,
-    examples=4,
-)
+@law("generate.fits", ["generate"], cases.GENERATE_FITS, oracle="the model's own config", examples=4)
 def answer_fits_the_context(trainer: SubjectClient, case: cases.Full) -> None:
-    """A model that reads a dozen tokens is asked for 30."""
+    """Prompt and answer together are never longer than what the model reads."""
     model = altered(trainer, trainer.model(TINY), {"max_position_embeddings": case.context})
     settings = {**PLAIN, "tokens.max_length": 8, "evaluation.max_new_tokens": 30}
     prompt = [*range(20, 20 + case.length)]
@@ -143,15 +118,14 @@ _ROPE_PROMPT = [9, 40, 77, 15, 130, 61, 22]
 
 @law(
     "model.rope_spelling",
-    "A model's rotary positions have the base that its config.json says, by the newer name and by the older.",
-    needs=["logits"],
+    ["logits"],
+    cases.SPELLINGS,
     oracle="the logits of our trainer in float64, which reads both, as transformers does",
-    cases=cases.SPELLINGS,
     cost=2,
     examples=4,
 )
 def rope_is_read(trainer: SubjectClient, case: cases.Spelling) -> None:
-    """The logits of a prompt are those of such positions."""
+    """A model's rotary positions have the base that its config.json says, by the newer name and by the older."""
     folder = trainer.folder() / "model"
     build_model(TINY, folder)
     file = folder / "config.json"

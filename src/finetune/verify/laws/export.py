@@ -43,14 +43,13 @@ def _neighbours(rows: Any, heads: int) -> Any:
 
 @law(
     "export.weights",
-    "A GGUF file holds every weight with its own shape; of queries and keys alone the rows are in another order.",
-    needs=["describe_export"],
+    ["describe_export"],
+    cases.WRITTEN,
     oracle="the rows of each head written down one by one, as llama.cpp turns neighbours",
-    cases=cases.WRITTEN,
     examples=4,
 )
 def weights_are_the_models(trainer: SubjectClient, case: cases.Written) -> None:
-    """Each weight of the model's files."""
+    """A GGUF file holds every weight with its own shape; of queries and keys alone the rows are in another order."""
     model = _model(trainer, case.model)
     _, found = _described(trainer, model)
     for name, weight in load_file(model / _WEIGHTS).items():
@@ -67,15 +66,14 @@ def weights_are_the_models(trainer: SubjectClient, case: cases.Written) -> None:
 
 @law(
     "export.adapted",
-    "A GGUF file of a run holds its base's weights with the adapter in them.",
-    needs=["describe_export", "train", "adapter_weights"],
+    ["describe_export", "train", "adapter_weights"],
+    cases.EXPORT_ADAPTED,
     oracle="W + s B A in float64",
-    cases=cases.EXPORT_ADAPTED,
     examples=2,
     cost=3,
 )
 def adapter_is_in_the_export(trainer: SubjectClient, case: Learned) -> None:
-    """The values of one that is not turned, and that every one differs from the base's."""
+    """A GGUF file of a run holds its base's weights with the adapter in them."""
     model = _model(trainer, case.model)
     adapter = adapter_of(train(trainer, model, case.settings, case.values))
     told, parts = weights_of(trainer, model, adapter)
@@ -94,14 +92,13 @@ def adapter_is_in_the_export(trainer: SubjectClient, case: Learned) -> None:
 
 @law(
     "export.rope",
-    "How positions turn queries and keys is written as the config says it, in its older words and in its newer ones.",
-    needs=["describe_export"],
+    ["describe_export"],
+    cases.EXPORT_ROPE,
     oracle="the config itself; of Llama 3's scaling, that the shortest wave stays and the longest is divided",
-    cases=cases.EXPORT_ROPE,
     examples=10,
 )
 def rotation_is_the_configs(trainer: SubjectClient, case: cases.Turned) -> None:
-    """The keys of the rotation, and the factors of its frequencies."""
+    """How positions turn queries and keys is written as the config says it, in its older words and its newer ones."""
     scaling: dict[str, Any] = {"rope_type": case.kind, "factor": case.factor}
     if case.kind in ("yarn", "llama3"):
         scaling |= {"original_max_position_embeddings": 64}
@@ -131,16 +128,9 @@ def rotation_is_the_configs(trainer: SubjectClient, case: cases.Turned) -> None:
         check(factors is None, expected="no factors of frequencies", got=factors)
 
 
-@law(
-    "export.vocabulary",
-    "Every row of the embedding has its token in the file, with its text; what the model lacks is not made up.",
-    needs=["describe_export"],
-    oracle="tokenizer.json itself",
-    cases=cases.EXPORT_VOCABULARY,
-    examples=6,
-)
+@law("export.vocabulary", ["describe_export"], cases.EXPORT_VOCABULARY, oracle="tokenizer.json itself", examples=6)
 def vocabulary_is_the_tokenizers(trainer: SubjectClient, case: cases.Words) -> None:
-    """Texts and types of all tokens, the ids with a task, and the chat template."""
+    """Every row of the embedding has its token in the file, with its text; what the model lacks is not made up."""
     model = altered(trainer, _model(trainer, ModelRecipe(vocabulary=FEWEST_WORDS + case.spare)), {})
     tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
     words = {number: word for word, number in tokenizer["model"]["vocab"].items()}
@@ -177,14 +167,13 @@ def vocabulary_is_the_tokenizers(trainer: SubjectClient, case: cases.Words) -> N
 
 @law(
     "export.pre_tokenizer",
-    "The pre-tokenizer that is named cuts text as the model's own does; one that llama.cpp lacks is refused.",
-    needs=["describe_export"],
+    ["describe_export"],
+    cases.EXPORT_PRE_TOKENIZER,
     oracle="the patterns behind llama.cpp's names, as its llama-vocab.cpp has them",
-    cases=cases.EXPORT_PRE_TOKENIZER,
     examples=6,
 )
 def pre_tokenizer_is_read(trainer: SubjectClient, case: cases.Cut) -> None:
-    """The name, or that it is refused."""
+    """The pre-tokenizer that is named cuts text as the model's own does; one that llama.cpp lacks is refused."""
     model = altered(trainer, _model(trainer, TINY), {})
     tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
     cuts, name = cases.CUTS[case.by]
@@ -194,16 +183,9 @@ def pre_tokenizer_is_read(trainer: SubjectClient, case: cases.Cut) -> None:
     check(told == name, expected=name or "a refusal", got=told or "a refusal")
 
 
-@law(
-    "export.shards",
-    "A model in several files is the model in one.",
-    needs=["describe_export"],
-    oracle="the same weights in one file",
-    cases=cases.WRITTEN,
-    examples=2,
-)
+@law("export.shards", ["describe_export"], cases.WRITTEN, oracle="the same weights in one file", examples=2)
 def shards_are_one_model(trainer: SubjectClient, case: cases.Written) -> None:
-    """Each weight, from two files and from one."""
+    """A model in several files is the model in one."""
     whole = _model(trainer, case.model)
     model = altered(trainer, whole, {})
     tensors = load_file(model / _WEIGHTS)
@@ -223,14 +205,13 @@ def shards_are_one_model(trainer: SubjectClient, case: cases.Written) -> None:
 
 @law(
     "export.packed",
-    "Weights that are packed are not taken for plain numbers.",
-    needs=["describe_export"],
+    ["describe_export"],
+    cases.WRITTEN,
     oracle="a model whose numbers are packed in whole words, with scales and biases beside them",
-    cases=cases.WRITTEN,
     examples=2,
 )
 def packed_weights_are_refused(trainer: SubjectClient, case: cases.Written) -> None:
-    """One matrix is packed as mlx-lm does it."""
+    """Weights that are packed are not taken for plain numbers."""
     model = altered(trainer, _model(trainer, case.model), {"quantization": {"group_size": 32, "bits": 4}})
     tensors = load_file(model / _WEIGHTS)
     path = "model.layers.0.mlp.gate_proj"
@@ -242,33 +223,18 @@ def packed_weights_are_refused(trainer: SubjectClient, case: cases.Written) -> N
     check(found is None, expected="a refusal", got="an answer with packed numbers as weights")
 
 
-@law(
-    "export.nulls",
-    "A setting that is null in a model's config is one that it does not say.",
-    needs=["describe_export"],
-    oracle="the same config without it",
-    cases=cases.EXPORT_NULLS,
-    examples=5,
-)
+@law("export.nulls", ["describe_export"], cases.EXPORT_NULLS, oracle="the same config without it", examples=5)
 def null_is_not_said(trainer: SubjectClient, case: cases.Nothing) -> None:
-    """The keys of the file."""
+    """A setting that is null in a model's config is one that it does not say."""
     model = _model(trainer, TINY)
     (found, _), (wanted, _) = _described(trainer, altered(trainer, model, {case.key: None})), _described(trainer, model)
     odd = {key: found.get(key) for key in wanted if key != "general.name" and found.get(key) != wanted[key]}
     check(not odd, expected={key: wanted[key] for key in odd}, got=odd)
 
 
-@law(
-    "export.types",
-    "Whatever type a file keeps its weights in, it says the same of the model and holds every weight.",
-    needs=["plan_export"],
-    oracle="the file of 32 bits a weight",
-    cases=cases.TYPED,
-    examples=4,
-    tier=2,
-)
+@law("export.types", ["plan_export"], cases.TYPED, oracle="the file of 32 bits a weight", examples=4, tier=2)
 def types_change_no_words(trainer: SubjectClient, case: cases.Typed) -> None:
-    """All keys but the type's own, and the names and shapes of the tensors."""
+    """Whatever type a file keeps its weights in, it says the same of the model and holds every weight."""
     model = _model(trainer, case.model)
     found, wanted = (
         trainer.ask("plan_export", Planned, model=model, settings=PLAIN, outtype=each) for each in (case.outtype, "f32")
@@ -283,16 +249,15 @@ def types_change_no_words(trainer: SubjectClient, case: cases.Typed) -> None:
 
 @law(
     "export.alone",
-    "A file of an adapter alone holds A and B of its layers, and nothing of the base.",
-    needs=["plan_export", "train", "adapter_weights"],
+    ["plan_export", "train", "adapter_weights"],
+    cases.TYPED,
     oracle="the adapter's own tensors",
-    cases=cases.TYPED,
     examples=3,
     tier=2,
     cost=3,
 )
 def adapter_alone_holds_itself(trainer: SubjectClient, case: cases.Typed) -> None:
-    """The names and the number of the tensors."""
+    """A file of an adapter alone holds A and B of its layers, and nothing of the base."""
     model = _model(trainer, case.model)
     adapter = adapter_of(train(trainer, model, case.settings, case.values))
     _, parts = weights_of(trainer, model, adapter)

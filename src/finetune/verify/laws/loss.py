@@ -17,14 +17,13 @@ from finetune_strategies.cases.rows import PLAIN, TINY, Rows
 
 @law(
     "loss.oracle",
-    "The loss of a batch is the mean surprise of its trained tokens, each counted once and foretold from those before.",
-    needs=["loss"],
+    ["loss"],
+    cases.LOSS_ORACLE,
     oracle="the same batch computed in float64 from the model's files",
-    cases=cases.LOSS_ORACLE,
     examples=16,
 )
 def loss_is_surprise(trainer: SubjectClient, case: cases.Batches) -> None:
-    """The loss, and the number of tokens where it is told."""
+    """The loss of a batch is the mean surprise of its trained tokens, each counted once, foretold from those before."""
     given = {"model": trainer.model(case.model), "settings": PLAIN, "batch": case.values[0]}
     found, wanted = trainer.ask("loss", Loss, **given), trainer.oracle.ask("loss", Loss, **given)
     near = abs(found.loss - wanted.loss) <= 1e-3 * (1 + wanted.loss)
@@ -34,14 +33,13 @@ def loss_is_surprise(trainer: SubjectClient, case: cases.Batches) -> None:
 
 @law(
     "gradient.first",
-    "In the first step an adapter of any kind leaves the model as it is, and LoRA's B alone has a gradient.",
-    needs=["gradient"],
+    ["gradient"],
+    cases.GRADIENT_FIRST,
     oracle="B is zero at first, so that the loss is the base's, nothing reaches A, and B's gradient is not zero",
-    cases=cases.GRADIENT_FIRST,
     examples=5,
 )
 def first_gradient_is_of_b(trainer: SubjectClient, case: cases.FirstStep) -> None:
-    """The loss of the base, zero for every A, more than zero for every B, and no layer is left out."""
+    """In the first step an adapter of any kind leaves the model as it is, and LoRA's B alone has a gradient."""
     given = {"model": trainer.model(TINY), "settings": kind_settings(case.kind, PLAIN), "micro": [[case.row.value]]}
     found, wanted = (each.ask("gradient", Gradient, **given) for each in (trainer, trainer.oracle))
     # By the trainer's own loss, where it tells one: whether that is right is another law.
@@ -62,15 +60,14 @@ def first_gradient_is_of_b(trainer: SubjectClient, case: cases.FirstStep) -> Non
 
 @law(
     "gradient.oracle",
-    "A step's gradient is that of all its trained tokens together, and so is the loss that is reported for it.",
-    needs=["gradient", "initial_adapter"],
+    ["gradient", "initial_adapter"],
+    cases.GRADIENT_ORACLE,
     oracle="the same batches in float64, from the adapter that the trainer begins with",
-    cases=cases.GRADIENT_ORACLE,
     examples=8,
     cost=2,
 )
 def gradient_is_of_all_tokens(trainer: SubjectClient, case: cases.Batches) -> None:
-    """The norm of each tensor's gradient, whatever the lengths of the batches that are added up."""
+    """A step's gradient is that of all its trained tokens together, and so is the loss that is reported for it."""
     given = {"model": trainer.model(case.model), "settings": PLAIN}
     start = trainer.ask("initial_adapter", Weights, **given).file
     found = trainer.ask("gradient", Gradient, micro=case.values, **given)
@@ -85,15 +82,14 @@ def gradient_is_of_all_tokens(trainer: SubjectClient, case: cases.Batches) -> No
 
 @law(
     "loss.nan_told",
-    "A loss that is no number is told, or ends the run: it is never hidden behind another.",
-    needs=["train"],
+    ["train"],
+    cases.LOSS_NAN_TOLD,
     oracle="weights of more than 1e300 times another overflow, whatever the number format",
-    cases=cases.LOSS_NAN_TOLD,
     examples=2,
     cost=2,
 )
 def nan_is_told(trainer: SubjectClient, case: Rows) -> None:
-    """With a learning rate of 1e200 the second step's loss cannot be a number."""
+    """A loss that is no number is told, or ends the run: it is never hidden behind another."""
     settings = {**QUICK, "training.learning_rate": 1e200, "training.epochs": 4.0}
     course = refused(lambda: train(trainer, trainer.model(TINY), settings, case.values))
     if course is not None:
@@ -103,14 +99,13 @@ def nan_is_told(trainer: SubjectClient, case: Rows) -> None:
 
 @law(
     "dropout.fresh",
-    "Dropout is drawn anew for every batch.",
-    needs=["gradient"],
+    ["gradient"],
+    cases.DROPOUT_FRESH,
     oracle="the mean of two different draws is not the first of them; of two equal ones it is",
-    cases=cases.DROPOUT_FRESH,
     examples=2,
 )
 def dropout_is_drawn_anew(trainer: SubjectClient, case: cases.DroppedRow) -> None:
-    """A step of one batch, and one of the same batch twice, have different gradients."""
+    """Dropout is drawn anew for every batch."""
     given = {"model": trainer.model(TINY), "settings": {**PLAIN, "adapter.dropout": 0.5}}
     once = trainer.ask("gradient", Gradient, micro=[[case.row.value]], **given).norms
     twice = trainer.ask("gradient", Gradient, micro=[[case.row.value]] * 2, **given).norms
@@ -120,15 +115,14 @@ def dropout_is_drawn_anew(trainer: SubjectClient, case: cases.DroppedRow) -> Non
 
 @law(
     "dropout.acts",
-    "Dropout acts in training, also after losses were looked at, and not on the loss that is looked at.",
-    needs=["train", "adapter_weights", "evaluate"],
+    ["train", "adapter_weights", "evaluate"],
+    cases.DROPOUT_ACTS,
     oracle="the same run without it ends elsewhere; what is asked with it answers as what is asked without it",
-    cases=cases.DROPOUT_ACTS,
     examples=2,
     cost=3,
 )
 def dropout_acts_in_training_alone(trainer: SubjectClient, case: Rows) -> None:
-    """Two runs, and two looks at one of them."""
+    """Dropout acts in training, also after losses were looked at, and not on the loss that is looked at."""
     model = trainer.model(TINY)
     ends = {}
     for share in (0.0, 0.5):

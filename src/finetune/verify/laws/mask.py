@@ -14,13 +14,12 @@ from finetune_strategies.cases.rows import PLAIN, TINY
 
 @law(
     "mask.answers",
-    "What is learned is every answer of a conversation, with what ends it, and nothing else.",
-    needs=["tokenize"],
+    ["tokenize"],
+    cases.MASK_ANSWERS,
     oracle="the bytes of the answers: the model's tokenizer has one token for each",
-    cases=cases.MASK_ANSWERS,
 )
 def answers_are_learned(trainer: SubjectClient, case: cases.Answered) -> None:
-    """The learned tokens of each row, as text, are its answers, each ended."""
+    """What is learned is every answer of a conversation, with what ends it, and nothing else."""
     model = trainer.model(TINY)
     rows = tokenized(trainer, model, case.values, {"tokens.max_length": 1000}).rows
     check(len(rows) == len(case.conversations), expected=f"{len(case.conversations)} rows", got=f"{len(rows)} rows")
@@ -32,14 +31,13 @@ def answers_are_learned(trainer: SubjectClient, case: cases.Answered) -> None:
 
 @law(
     "mask.template",
-    "What a template teaches does not depend on where it comes from.",
-    needs=["tokenize"],
+    ["tokenize"],
+    cases.MASK_TEMPLATE,
     oracle="the rows with the template of the same text that is built in",
-    cases=cases.MASK_TEMPLATE,
     examples=5,
 )
 def place_of_a_template_changes_nothing(trainer: SubjectClient, case: cases.Placed) -> None:
-    """ChatML as the tokenizer's own, and in a file."""
+    """What a template teaches does not depend on where it comes from."""
     model, name = trainer.model(TINY), "tokenizer"
     if case.place == "file":
         file = trainer.folder() / "template.jinja"
@@ -50,16 +48,9 @@ def place_of_a_template_changes_nothing(trainer: SubjectClient, case: cases.Plac
     check(found == expected, expected=expected, got=found)
 
 
-@law(
-    "mask.fits",
-    "A limit of length that every row keeps changes nothing.",
-    needs=["tokenize"],
-    oracle="the rows with a limit far above them",
-    cases=cases.MASK_FITS,
-    examples=8,
-)
+@law("mask.fits", ["tokenize"], cases.MASK_FITS, oracle="the rows with a limit far above them", examples=8)
 def limit_that_suffices_changes_nothing(trainer: SubjectClient, case: cases.Limited) -> None:
-    """The limit is the length of the longest row."""
+    """A limit of length that every row keeps changes nothing."""
     model = trainer.model(TINY)
     free = tokenized(trainer, model, case.values, {"tokens.max_length": 1000, "tokens.truncation": case.policy})
     most = max(len(row.ids) for row in free.rows)
@@ -67,16 +58,9 @@ def limit_that_suffices_changes_nothing(trainer: SubjectClient, case: cases.Limi
     check(told(held) == told(free), expected=told(free), got=told(held))
 
 
-@law(
-    "mask.whole",
-    "A conversation that is longer than the limit is left out whole and counted; all others stay as they are.",
-    needs=["tokenize"],
-    oracle="the rows with a limit far above them",
-    cases=cases.MASK_WHOLE,
-    examples=10,
-)
+@law("mask.whole", ["tokenize"], cases.MASK_WHOLE, oracle="the rows with a limit far above them", examples=10)
 def overlong_rows_are_left_out_whole(trainer: SubjectClient, case: cases.Limited) -> None:
-    """Neither cut nor in pieces."""
+    """A conversation that is longer than the limit is left out whole and counted; all others stay as they are."""
     model = trainer.model(TINY)
     free = tokenized(trainer, model, case.values, {"tokens.max_length": 1000})
     most = max(len(row.ids) for row in free.rows) - case.below
@@ -89,14 +73,13 @@ def overlong_rows_are_left_out_whole(trainer: SubjectClient, case: cases.Limited
 
 @law(
     "mask.cut",
-    "Where prompts may be cut, a row keeps its whole answer and what ends it, and is within the limit.",
-    needs=["tokenize"],
+    ["tokenize"],
+    cases.MASK_CUT,
     oracle="the row that is not cut: its learned tokens, and as many of its prompt's bytes as are too many",
-    cases=cases.MASK_CUT,
     examples=10,
 )
 def cut_rows_keep_their_answers(trainer: SubjectClient, case: cases.Limited) -> None:
-    """Only words of the prompt go."""
+    """Where prompts may be cut, a row keeps its whole answer and what ends it, and is within the limit."""
     model = trainer.model(TINY)
     words = trainer.words(model)
     free = tokenized(trainer, model, case.values, {"tokens.max_length": 1000}).rows
@@ -112,16 +95,9 @@ def cut_rows_keep_their_answers(trainer: SubjectClient, case: cases.Limited) -> 
         check(said == expected, expected=f"learned: {expected!r}", got=repr(said))
 
 
-@law(
-    "mask.pieces",
-    "A text that is cut into pieces is learned whole, each of its tokens once.",
-    needs=["tokenize"],
-    oracle="the bytes of the text after its first",
-    cases=cases.MASK_PIECES,
-    examples=8,
-)
+@law("mask.pieces", ["tokenize"], cases.MASK_PIECES, oracle="the bytes of the text after its first", examples=8)
 def pieces_are_the_whole(trainer: SubjectClient, case: cases.Long) -> None:
-    """The learned tokens of all pieces, one after the other."""
+    """A text that is cut into pieces is learned whole, each of its tokens once."""
     model = trainer.model(TINY)
     given = {"tokens.max_length": case.most, "tokens.truncation": "split"}
     rows = tokenized(trainer, model, [{"text": case.text}], given).rows
@@ -140,15 +116,14 @@ def pieces_are_the_whole(trainer: SubjectClient, case: cases.Long) -> None:
 
 @law(
     "mask.surprise",
-    "The loss is the mean surprise at the learned tokens, each foretold from those before it; padding has no part.",
-    needs=["loss", "logits"],
+    ["loss", "logits"],
+    cases.MASK_MEASURED,
     oracle="the model's own logits, one row at a time",
-    cases=cases.MASK_MEASURED,
     examples=14,
     cost=2,
 )
 def loss_is_the_mean_surprise(trainer: SubjectClient, case: cases.Batched) -> None:
-    """Whatever the tokens' ids are, the padding's among them."""
+    """The loss is the mean surprise at the learned tokens, each foretold from those before it; padding has no part."""
     model = trainer.model(TINY)
     prompts = [list(row.ids) for row in case.rows]
     logits = trainer.tensors(trainer.ask("logits", Logits, model=model, settings=PLAIN, prompts=prompts).file)
@@ -164,15 +139,14 @@ def loss_is_the_mean_surprise(trainer: SubjectClient, case: cases.Batched) -> No
 
 @law(
     "mask.measured",
-    "The loss that is measured is the loss that is trained on.",
-    needs=["loss", "gradient"],
+    ["loss", "gradient"],
+    cases.MASK_MEASURED,
     oracle="the loss that is told of an optimizer step with the same batch, from the same weights, without dropout",
-    cases=cases.MASK_MEASURED,
     examples=8,
     cost=2,
 )
 def measured_loss_is_the_trained_one(trainer: SubjectClient, case: cases.Batched) -> None:
-    """A fresh adapter adds nothing: the base's loss is that of the first step."""
+    """The loss that is measured is the loss that is trained on."""
     batch = [row.value for row in case.rows]
     step = trainer.ask("gradient", Gradient, model=trainer.model(TINY), settings=PLAIN, micro=[batch])
     check_loss(loss_of(trainer, case.rows)[0], step.loss)

@@ -14,16 +14,9 @@ def _estimate(trainer: SubjectClient, model: object, settings: Mapping[str, obje
     return trainer.ask("estimate", Estimated, model=model, settings=dict(settings))
 
 
-@law(
-    "memory.counts",
-    "What an adapter takes is counted number by number: in float32, with a gradient and two moments for each.",
-    needs=["estimate"],
-    oracle="the adapter that training begins with",
-    cases=cases.COUNTED,
-    examples=12,
-)
+@law("memory.counts", ["estimate"], cases.COUNTED, oracle="the adapter that training begins with", examples=12)
 def adapter_is_counted(trainer: SubjectClient, case: cases.Counted) -> None:
-    """How many numbers are trained, and the bytes of the parts that follow from it."""
+    """What an adapter takes is counted number by number: in float32, with a gradient and two moments for each."""
     model = trainer.model(case.model)
     found = _estimate(trainer, model, case.settings)
     plain = {key: value for key, value in case.settings.items() if key not in ("backend", "model.dtype")}
@@ -34,16 +27,9 @@ def adapter_is_counted(trainer: SubjectClient, case: cases.Counted) -> None:
         check(found.parts[part] == each * count, expected=f"{part}: {each * count} bytes", got=found.parts[part])
 
 
-@law(
-    "memory.grows",
-    "A higher rank, more layers, longer rows and more of them take more memory, and never less.",
-    needs=["estimate"],
-    oracle="the same run with less",
-    cases=cases.MEMORY_GROWS,
-    examples=8,
-)
+@law("memory.grows", ["estimate"], cases.MEMORY_GROWS, oracle="the same run with less", examples=8)
 def more_takes_more(trainer: SubjectClient, case: cases.Grown) -> None:
-    """The total, and where the adapter grows the numbers that are trained."""
+    """A higher rank, more layers, longer rows and more of them take more memory, and never less."""
     model = trainer.model(case.model)
     less = _estimate(trainer, model, case.settings)
     more = _estimate(trainer, model, {**case.settings, **cases.MORE[case.what]})
@@ -57,14 +43,13 @@ def more_takes_more(trainer: SubjectClient, case: cases.Grown) -> None:
 
 @law(
     "memory.logits",
-    "The logits of a step, or of the slice that is computed at once, are counted.",
-    needs=["estimate"],
+    ["estimate"],
+    cases.COUNTED,
     oracle="one float32 for each word of the vocabulary and each token, up to what a slice may hold",
-    cases=cases.COUNTED,
     examples=4,
 )
 def logits_are_counted(trainer: SubjectClient, case: cases.Counted) -> None:
-    """A few rows of a small vocabulary fit any slice."""
+    """The logits of a step, or of the slice that is computed at once, are counted."""
     found = _estimate(trainer, trainer.model(case.model), case.settings)
     least = 4 * case.model.vocabulary * 2 * 63
     check(found.parts["logits"] >= least, expected=f"at least {least} bytes", got=found.parts["logits"])

@@ -48,15 +48,14 @@ def _merged(trainer: SubjectClient, model: Path, case: Learned) -> tuple[str, Pa
 
 @law(
     "merge.computes",
-    "A merged model, read from its folder, computes what its base does with the adapter, and not what the base does.",
-    needs=["train", "merge", "adapter_weights"],
+    ["train", "merge", "adapter_weights"],
+    cases.MERGING,
     oracle="the merged folder and, beside it, base and adapter, both in float64",
-    cases=cases.MERGING,
     examples=6,
     cost=4,
 )
 def merged_computes_the_same(trainer: SubjectClient, case: cases.Merging) -> None:
-    """Its logits, by a reader that is not the trainer."""
+    """A merged model, read from its folder, computes what its base does with the adapter, not what the base does."""
     model = _base(trainer, case)
     adapter, folder = _merged(trainer, model, case)
     told, _ = weights_of(trainer, model, adapter)
@@ -69,15 +68,14 @@ def merged_computes_the_same(trainer: SubjectClient, case: cases.Merging) -> Non
 
 @law(
     "merge.exact",
-    "Merging adds s B A to the weights in float32 at least, and leaves every other weight bit by bit.",
-    needs=["train", "merge", "adapter_weights"],
+    ["train", "merge", "adapter_weights"],
+    cases.MERGE_EXACT,
     oracle="the sum in float64, which float32 rounds by 10^-6 of its largest part",
-    cases=cases.MERGE_EXACT,
     examples=3,
     cost=3,
 )
 def merging_is_exact(trainer: SubjectClient, case: cases.Merging) -> None:
-    """Each weight of the folder."""
+    """Merging adds s B A to the weights in float32 at least, and leaves every other weight bit by bit."""
     model = _base(trainer, case)
     adapter, folder = _merged(trainer, model, case)
     told, parts = weights_of(trainer, model, adapter)
@@ -98,15 +96,14 @@ def merging_is_exact(trainer: SubjectClient, case: cases.Merging) -> None:
 
 @law(
     "merge.leaves",
-    "Merging changes neither the base nor the adapter.",
-    needs=["train", "merge"],
+    ["train", "merge"],
+    cases.MERGE_LEAVES,
     oracle="the bytes of both before and after",
-    cases=cases.MERGE_LEAVES,
     examples=2,
     cost=3,
 )
 def merging_leaves_the_base(trainer: SubjectClient, case: cases.Merging) -> None:
-    """Every file of both."""
+    """Merging changes neither the base nor the adapter."""
     model = altered(trainer, trainer.model(case.model), {})
     before = marks(model)
     adapter = adapter_of(train(trainer, model, case.settings, case.values))
@@ -116,17 +113,9 @@ def merging_leaves_the_base(trainer: SubjectClient, case: cases.Merging) -> None
     check(marks(Path(adapter)) == trained, expected="the adapter as it was", got="another")
 
 
-@law(
-    "merge.whole",
-    "A merged folder is a model: its tokenizer and its template make of rows what the base's make of them.",
-    needs=["train", "merge"],
-    oracle="our own reader of both folders",
-    cases=cases.MERGE_WHOLE,
-    examples=2,
-    cost=3,
-)
+@law("merge.whole", ["train", "merge"], cases.MERGE_WHOLE, oracle="our own reader of both folders", examples=2, cost=3)
 def merged_folder_is_a_model(trainer: SubjectClient, case: Learned) -> None:
-    """The ids and the trained marks of the rows, by the template that lies in each folder."""
+    """A merged folder is a model: its tokenizer and its template make of rows what the base's make of them."""
     model = trainer.model(case.model)
     _, folder = _merged(trainer, model, case)
     settings = {**QUICK, "template.name": "tokenizer"}
@@ -138,17 +127,9 @@ def merged_folder_is_a_model(trainer: SubjectClient, case: Learned) -> None:
     check(found.rows == read(model).rows, expected="the rows of the base", got=found.rows)
 
 
-@law(
-    "merge.overflow",
-    "No weight becomes infinite in the type that a merged model is written in: what does not fit is refused.",
-    needs=["train", "merge_as"],
-    oracle="float16 ends at 65504",
-    cases=cases.MERGE_OVERFLOW,
-    examples=3,
-    cost=3,
-)
+@law("merge.overflow", ["train", "merge_as"], cases.MERGE_OVERFLOW, oracle="float16 ends at 65504", examples=3, cost=3)
 def merged_weight_is_finite(trainer: SubjectClient, case: cases.Large) -> None:
-    """One number of the embedding's row for a token that no row has."""
+    """No weight becomes infinite in the type that a merged model is written in: what does not fit is refused."""
     model = altered(trainer, trainer.model(case.model), {})
     tensors = load_file(model / "model.safetensors")
     tensors["model.embed_tokens.weight"][-1, 0] = case.size
@@ -164,15 +145,14 @@ def merged_weight_is_finite(trainer: SubjectClient, case: cases.Large) -> None:
 
 @law(
     "merge.tied_apart",
-    "A table that is embedding and head in one is not trained apart from itself, or comes back so from the disk.",
-    needs=["train", "merge", "logits"],
+    ["train", "merge", "logits"],
+    cases.MERGE_TIED_APART,
     oracle="the logits before and after the folder was written",
-    cases=cases.MERGE_TIED_APART,
     examples=1,
     cost=3,
 )
 def tied_table_stays_whole(trainer: SubjectClient, case: Learned) -> None:
-    """The embedding is to be trained whole, beside an adapter."""
+    """A table that is embedding and head in one is not trained apart from itself, or comes back so from the disk."""
     model = _tied(trainer, trainer.model(TINY))
     settings = {**case.settings, "adapter.modules_to_save": ["embed_tokens"]}
     course = refused(lambda: train(trainer, model, settings, case.values))

@@ -24,15 +24,14 @@ def _same_end(trainer: SubjectClient, whole: TrainingResult, pieces: TrainingRes
 
 @law(
     "resume.same",
-    "A run that is stopped at any step and gone on with is the run that was never stopped.",
-    needs=["train", "resume", "adapter_weights"],
+    ["train", "resume", "adapter_weights"],
+    cases.STOPPED,
     oracle="the same run without a stop",
-    cases=cases.STOPPED,
     examples=6,
     cost=8,
 )
 def stopped_run_is_the_run(trainer: SubjectClient, case: cases.Stopped) -> None:
-    """Its losses and rates, step by step, and its adapter; of two stops one is between epochs."""
+    """A run that is stopped at any step and gone on with is the run that was never stopped."""
     folder = trainer.folder() / "run"
     given: dict[str, Any] = {"model": trainer.model(TINY), "settings": case.settings, "rows": case.values}
     whole = train(trainer, **given)
@@ -72,16 +71,15 @@ def _numbers_begin(file: Path, content: bytes | bytearray) -> int:
 
 @law(
     "resume.damaged",
-    "A run does not go on from a damaged checkpoint.",
-    needs=["train", "resume", "adapter_weights"],
+    ["train", "resume", "adapter_weights"],
+    cases.RESUME_DAMAGED,
     oracle="a refusal, or the end of the run that nobody damaged",
-    cases=cases.RESUME_DAMAGED,
     scene="training",
     examples=4,
     cost=4,
 )
 def damaged_checkpoint_is_noticed(trainer: SubjectClient, case: cases.Damaged) -> None:
-    """Sixteen bytes of the largest file of the newest checkpoint: two numbers at least, with their exponents."""
+    """A run does not go on from a damaged checkpoint."""
     model, folder = trainer.model(TINY), trainer.folder() / "run"
     given: dict[str, Any] = {"model": model, "settings": cases.RUN, "rows": case.values}
     begun = trainer.ask("train", TrainingResult, stop_after=2, folder=folder, **given)

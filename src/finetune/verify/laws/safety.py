@@ -27,14 +27,13 @@ _SHOWN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_e
 
 @law(
     "safety.template",
-    "A template from a stranger can neither reach what lies behind its data nor take more than its messages call for.",
-    needs=["render"],
+    ["render"],
+    cases.SAFETY_TEMPLATE,
     oracle="no chat template needs an attribute that begins with _, or millions of letters for two",
-    cases=cases.SAFETY_TEMPLATE,
     examples=11,
 )
 def hostile_template_is_refused(trainer: SubjectClient, case: cases.Hostile) -> None:
-    """It is refused; an answer that says nothing of it will do as well."""
+    """A stranger's template can neither reach what lies behind its data nor take more than its messages call for."""
     file = trainer.folder() / "hostile.jinja"
     file.write_text(case.attack + _SHOWN, encoding="utf-8")
     given = {"model": trainer.model(TINY), "settings": {**PLAIN, "template.name": str(file)}, "prompt": False}
@@ -64,15 +63,14 @@ class _Bomb:
 
 @law(
     "safety.pickle",
-    "A pickle in an adapter or in a checkpoint, by whatever name, is never loaded.",
-    needs=["train", "resume", "logits"],
+    ["train", "resume", "logits"],
+    cases.SAFETY_PICKLE,
     oracle="a file that would be there if it had been",
-    cases=cases.SAFETY_PICKLE,
     examples=5,
     cost=3,
 )
 def pickle_is_not_loaded(trainer: SubjectClient, case: cases.Pickled) -> None:
-    """An empty name stands for every file that is there but settings."""
+    """A pickle in an adapter or in a checkpoint, by whatever name, is never loaded."""
     canary, model = trainer.folder() / "canary", trainer.model(TINY)
     bomb = pickle.dumps(_Bomb(canary))
     folder = trainer.folder() / "run"
@@ -95,16 +93,9 @@ def pickle_is_not_loaded(trainer: SubjectClient, case: cases.Pickled) -> None:
     _unseen(lambda: trainer.ask("resume", TrainingResult, folder=folder), canary, "a checkpoint")
 
 
-@law(
-    "safety.files",
-    "The weights of a model are those in its folder: a name or a link that leads out of it is refused.",
-    needs=["logits"],
-    oracle="a folder that holds no weights has no answer",
-    cases=cases.SAFETY_FILES,
-    examples=4,
-)
+@law("safety.files", ["logits"], cases.SAFETY_FILES, oracle="a folder that holds no weights has no answer", examples=4)
 def weights_lie_in_their_folder(trainer: SubjectClient, case: cases.Elsewhere) -> None:
-    """The file lies in another folder."""
+    """The weights of a model are those in its folder: a name or a link that leads out of it is refused."""
     model = altered(trainer, trainer.model(TINY), {})
     elsewhere = trainer.folder() / "other"
     elsewhere.mkdir()
@@ -123,16 +114,9 @@ def weights_lie_in_their_folder(trainer: SubjectClient, case: cases.Elsewhere) -
     check(found is None, expected="a refusal", got="an answer computed from a file of another folder")
 
 
-@law(
-    "safety.code",
-    "Code that lies beside a model is not executed.",
-    needs=["logits"],
-    oracle="a file that would be there if it had been",
-    cases=cases.SAFETY_CODE,
-    examples=3,
-)
+@law("safety.code", ["logits"], cases.SAFETY_CODE, oracle="a file that would be there if it had been", examples=3)
 def code_is_not_executed(trainer: SubjectClient, case: cases.Code) -> None:
-    """The config names it as transformers' configs name such code."""
+    """Code that lies beside a model is not executed."""
     canary = trainer.folder() / "canary"
     model = altered(trainer, trainer.model(TINY), {"auto_map": {case.name: "modeling_own.Own"}})
     text = f"from pathlib import Path\nPath({str(canary)!r}).touch()\nclass Own: pass\n"
@@ -142,14 +126,13 @@ def code_is_not_executed(trainer: SubjectClient, case: cases.Code) -> None:
 
 @law(
     "safety.config",
-    "A configuration file makes no objects but plain values.",
-    needs=["load_config"],
+    ["load_config"],
+    cases.SAFETY_CONFIG,
     oracle="a file that would be there if it had been",
-    cases=cases.SAFETY_CONFIG,
     examples=2,
 )
 def config_makes_no_objects(trainer: SubjectClient, case: cases.Configured) -> None:
-    """It asks YAML to call a function."""
+    """A configuration file makes no objects but plain values."""
     canary = trainer.folder() / "canary"
     word = str(canary) if "mkdir" in case.tag else f"touch {canary}"
     file = trainer.folder() / "config.yaml"
@@ -159,15 +142,14 @@ def config_makes_no_objects(trainer: SubjectClient, case: cases.Configured) -> N
 
 @law(
     "safety.links",
-    "A run that is gone on with writes and removes nothing outside its folder.",
-    needs=["train", "resume"],
+    ["train", "resume"],
+    cases.SAFETY_LINKS,
     oracle="the files of another folder, before and after",
-    cases=cases.SAFETY_LINKS,
     examples=3,
     cost=3,
 )
 def links_are_not_followed(trainer: SubjectClient, case: cases.Linked) -> None:
-    """A part of the run is moved elsewhere, and a link left in its place."""
+    """A run that is gone on with writes and removes nothing outside its folder."""
     folder, mine = trainer.folder() / "run", trainer.folder() / "mine"
     settings = {**QUICK, "training.save_every": 1, "training.epochs": 4.0}
     given = {"model": trainer.model(ModelRecipe()), "settings": settings, "rows": case.values}

@@ -13,16 +13,10 @@ from finetune_strategies.cases.rows import PLAIN, TINY
 
 
 @law(
-    "serve.recipe",
-    "The recipe for a server is written, and read as the server reads it it says the file, the template, the stops "
-    "and the licence that it was given, and nothing else.",
-    needs=["serving"],
-    oracle="a reader made from Ollama's published grammar",
-    cases=cases.SERVE_RECIPE,
-    examples=10,
+    "serve.recipe", ["serving"], cases.SERVE_RECIPE, oracle="a reader made from Ollama's published grammar", examples=10
 )
 def recipe_says_what_it_was_given(trainer: SubjectClient, case: cases.Licensed) -> None:
-    """Its commands. A licence that no recipe can hold may be left out with all of it, where that is the reason."""
+    """A server's recipe, read as the server reads it, says the file, template, stops and licence, and nothing else."""
     given = {"model": trainer.model(TINY), "settings": PLAIN, "license": case.text}
     found = trainer.ask("serving", Served, **given)
     file = Path(found.modelfile)
@@ -48,14 +42,13 @@ def recipe_says_what_it_was_given(trainer: SubjectClient, case: cases.Licensed) 
 
 @law(
     "serve.template",
-    "The template that a server is given makes of a conversation what training made of it.",
-    needs=["serving"],
+    ["serving"],
+    cases.SERVE_TEMPLATE,
     oracle="the run's own template, and a reader of the server's language, neither of them the trainer's",
-    cases=cases.SERVE_TEMPLATE,
     examples=6,
 )
 def served_prompt_is_the_trained_one(trainer: SubjectClient, case: cases.Question) -> None:
-    """The prompt, letter by letter."""
+    """The template that a server is given makes of a conversation what training made of it."""
     found = trainer.ask("serving", Served, model=trainer.model(TINY), settings=PLAIN)
     given = {"model": trainer.model(TINY), "settings": PLAIN, "messages": case.messages, "prompt": True}
     wanted = trainer.oracle.ask("render", RenderedText, **given).text

@@ -15,16 +15,10 @@ def _kept(trainer: SubjectClient, keep: int, orders: list[dict[str, object]]) ->
 
 
 @law(
-    "store.keeps",
-    "A store lists exactly what it must keep: the newest checkpoints, by their numbers, and the best one.",
-    needs=["keep_checkpoints"],
-    oracle="the numbers themselves",
-    cases=cases.ORDERS,
-    scene="checkpoints",
-    examples=6,
+    "store.keeps", ["keep_checkpoints"], cases.ORDERS, oracle="the numbers themselves", scene="checkpoints", examples=6
 )
 def newest_and_best_stay(trainer: SubjectClient, case: cases.Orders) -> None:
-    """What is listed after the last one was saved, and what the best one holds."""
+    """A store lists exactly what it must keep: the newest checkpoints, by their numbers, and the best one."""
     best = case.steps[case.best]
     orders = [{"do": "save", "step": step, "content": f"of {step}", "best": min(best, step)} for step in case.steps]
     found = _kept(trainer, case.keep, [*orders, {"do": "open", "step": best}])
@@ -35,15 +29,14 @@ def newest_and_best_stay(trainer: SubjectClient, case: cases.Orders) -> None:
 
 @law(
     "store.full_disk",
-    "Where the disk is full it is said, and every checkpoint that was whole before still is.",
-    needs=["keep_checkpoints"],
+    ["keep_checkpoints"],
+    cases.ORDERS,
     oracle="what was saved before",
-    cases=cases.ORDERS,
     scene="checkpoints",
     examples=4,
 )
 def full_disk_costs_nothing(trainer: SubjectClient, case: cases.Orders) -> None:
-    """The last of them does not fit: it is refused, and the one before is there."""
+    """Where the disk is full it is said, and every checkpoint that was whole before still is."""
     *before, last = case.steps
     orders = [{"do": "save", "step": step, "content": f"of {step}"} for step in before]
     orders += [{"do": "fill", "step": last, "content": f"of {last}"}, {"do": "open", "step": before[-1]}]
@@ -57,15 +50,14 @@ def full_disk_costs_nothing(trainer: SubjectClient, case: cases.Orders) -> None:
 
 @law(
     "store.torn",
-    "No death of a writer costs a checkpoint that must stay, and what it left half done is neither listed nor opened.",
-    needs=["keep_checkpoints"],
+    ["keep_checkpoints"],
+    cases.ORDERS,
     oracle="only what was saved to its end",
-    cases=cases.ORDERS,
     scene="checkpoints",
     examples=4,
 )
 def torn_checkpoint_is_none(trainer: SubjectClient, case: cases.Orders) -> None:
-    """A later step of which there is a file and nothing else."""
+    """No death of a writer costs a checkpoint that must stay; what it left half done is neither listed nor opened."""
     *before, last = case.steps
     orders: list[dict[str, Any]] = [{"do": "save", "step": step, "content": f"of {step}"} for step in before]
     orders += [{"do": "tear", "step": last, "content": "torn"}, {"do": "open", "step": last}]
@@ -74,32 +66,17 @@ def torn_checkpoint_is_none(trainer: SubjectClient, case: cases.Orders) -> None:
     check(found.refused[-1], expected="a refusal", got=found.found[-1])
 
 
-@law(
-    "store.damaged",
-    "What is damaged or gone is never opened: it is refused.",
-    needs=["keep_checkpoints"],
-    oracle="what was saved",
-    cases=cases.ORDERS,
-    scene="checkpoints",
-    examples=2,
-)
+@law("store.damaged", ["keep_checkpoints"], cases.ORDERS, oracle="what was saved", scene="checkpoints", examples=2)
 def damaged_one_is_refused(trainer: SubjectClient, case: cases.Orders) -> None:
-    """It is opened after a letter of it was changed."""
+    """What is damaged or gone is never opened: it is refused."""
     step = case.steps[0]
     found = _kept(trainer, case.keep, [{"do": do, "step": step, "content": "of"} for do in ("save", "damage", "open")])
     check(found.refused[-1], expected="a refusal", got=found.found[-1])
 
 
-@law(
-    "files.whole",
-    "A file that is written anew holds the old content or the new one, whatever happens; a failure is told.",
-    needs=["replace_file"],
-    oracle="the two contents",
-    cases=cases.FILES_WHOLE,
-    examples=6,
-)
+@law("files.whole", ["replace_file"], cases.FILES_WHOLE, oracle="the two contents", examples=6)
 def file_is_old_or_new(trainer: SubjectClient, case: cases.Replaced) -> None:
-    """What it holds in the end."""
+    """A file that is written anew holds the old content or the new one, whatever happens; a failure is told."""
     given = {"before": case.before, "after": case.after, "room": case.room}
     fits = case.room >= len(case.after)
     found = trainer.ask("replace_file", Content, **given)
@@ -109,14 +86,13 @@ def file_is_old_or_new(trainer: SubjectClient, case: cases.Replaced) -> None:
 
 @law(
     "files.room",
-    "What the disk has no room for is refused before anything is written.",
-    needs=["check_room"],
+    ["check_room"],
+    cases.FILES_ROOM,
     oracle="no disk takes 10^17 bytes; every one that can run this takes one",
-    cases=cases.FILES_ROOM,
     examples=4,
 )
 def room_is_looked_for(trainer: SubjectClient, case: cases.Wanted) -> None:
-    """It is asked with too much, and with next to nothing."""
+    """What the disk has no room for is refused before anything is written."""
     try:
         trainer.ask("check_room", Done, wanted=case.size)
         fits = True

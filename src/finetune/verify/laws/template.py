@@ -45,46 +45,31 @@ _FORMATS: Mapping[str, Callable[..., str]] = {"chatml": _chatml, "tokenizer": _c
 
 @law(
     "template.bytes",
-    "A conversation is rendered in the public format of its template, byte for byte, to train on it and to ask.",
-    needs=["render"],
+    ["render"],
+    cases.TEMPLATE_BYTES,
     oracle="the format written out by hand: OpenAI's ChatML, Stanford's Alpaca",
-    cases=cases.TEMPLATE_BYTES,
     examples=12,
 )
 def format_is_the_public_one(trainer: SubjectClient, case: Dialogue) -> None:
-    """The whole conversation, and the prompt of its last answer."""
+    """A conversation is rendered in the public format of its template, byte for byte, to train on it and to ask."""
     written = _FORMATS[case.template]
     for prompt, messages in ((False, case.messages), (True, case.messages[:-1])):
         text, expected = _rendered(trainer, case, prompt=prompt), written(messages, prompt=prompt)
         check(text == expected, expected=repr(expected), got=repr(text))
 
 
-@law(
-    "template.prompt",
-    "What the model is asked with is how the text that it was trained on begins.",
-    needs=["render"],
-    oracle="the text to train on",
-    cases=cases.TEMPLATE_PROMPT,
-    examples=10,
-)
+@law("template.prompt", ["render"], cases.TEMPLATE_PROMPT, oracle="the text to train on", examples=10)
 def prompt_is_how_training_begins(trainer: SubjectClient, case: Dialogue) -> None:
-    """The rendered prompt is a prefix, and what follows begins with the answer."""
+    """What the model is asked with is how the text that it was trained on begins."""
     whole, prompt = _rendered(trainer, case), _rendered(trainer, case, prompt=True)
     check(whole.startswith(prompt), expected=f"a text that begins with {prompt!r}", got=repr(whole))
     answer = case.turns[-1].completion
     check(whole[len(prompt) :].startswith(answer), expected=f"then {answer!r}", got=repr(whole[len(prompt) :]))
 
 
-@law(
-    "template.words",
-    "What is said stands in the text as it was said and in its order, the system's words and braces among it.",
-    needs=["render"],
-    oracle="the messages themselves",
-    cases=cases.TEMPLATE_WORDS,
-    examples=10,
-)
+@law("template.words", ["render"], cases.TEMPLATE_WORDS, oracle="the messages themselves", examples=10)
 def words_are_kept(trainer: SubjectClient, case: Dialogue) -> None:
-    """Each message is found after the one before it."""
+    """What is said stands in the text as it was said and in its order, the system's words and braces among it."""
     text, at = _rendered(trainer, case), 0
     for message in case.messages:
         found = text.find(message["content"], at)
@@ -94,14 +79,13 @@ def words_are_kept(trainer: SubjectClient, case: Dialogue) -> None:
 
 @law(
     "template.trained",
-    "The tokens that are trained on are those of the text that is rendered.",
-    needs=["render", "tokenize"],
+    ["render", "tokenize"],
+    cases.TEMPLATE_TRAINED,
     oracle="the text as it is rendered: the model's tokenizer has one token for each byte",
-    cases=cases.TEMPLATE_TRAINED,
     examples=10,
 )
 def tokens_are_those_of_the_text(trainer: SubjectClient, case: Dialogue) -> None:
-    """Nothing is added, lost or said twice between text and tokens."""
+    """The tokens that are trained on are those of the text that is rendered."""
     model, expected = trainer.model(TINY), _rendered(trainer, case)
     settings = {"template.name": case.template, "tokens.max_length": 1000}
     said = text_of(trainer.words(model), tokenized_row(trainer, model, {"messages": case.messages}, settings))
@@ -110,14 +94,13 @@ def tokens_are_those_of_the_text(trainer: SubjectClient, case: Dialogue) -> None
 
 @law(
     "template.inert",
-    "Nothing that somebody says becomes a control token.",
-    needs=["tokenize"],
+    ["tokenize"],
+    cases.TEMPLATE_INERT,
     oracle="the control tokens of a row in which nothing is written like one",
-    cases=cases.TEMPLATE_INERT,
     examples=14,
 )
 def words_are_inert(trainer: SubjectClient, case: cases.Spoken) -> None:
-    """Two rows have the same control tokens."""
+    """Nothing that somebody says becomes a control token."""
     model = trainer.model(TINY)
     rows = [{"prompt": "a", "completion": "b"}, case.pair.model_dump()]
     found = tokenized(trainer, model, rows, {"tokens.max_length": 1000}).rows
@@ -128,16 +111,9 @@ def words_are_inert(trainer: SubjectClient, case: cases.Spoken) -> None:
     check(control[0] == control[1], expected=control[0], got=control[1])
 
 
-@law(
-    "template.ends",
-    "A plain text is learned whole, and the end-of-text token after it.",
-    needs=["tokenize"],
-    oracle="the bytes of the text",
-    cases=cases.TEMPLATE_ENDS,
-    examples=6,
-)
+@law("template.ends", ["tokenize"], cases.TEMPLATE_ENDS, oracle="the bytes of the text", examples=6)
 def text_ends(trainer: SubjectClient, case: cases.PlainText) -> None:
-    """Its tokens are its bytes and one more, and all but the first are learned."""
+    """A plain text is learned whole, and the end-of-text token after it."""
     model = trainer.model(TINY)
     rows = tokenized(trainer, model, [{"text": case.text}], {}).rows
     found = [text_of(trainer.words(model), row).decode(errors="replace") for row in rows]
@@ -147,14 +123,13 @@ def text_ends(trainer: SubjectClient, case: cases.PlainText) -> None:
 
 @law(
     "template.bos",
-    "A text begins with one begin-of-text token where the model wants one, and has none elsewhere.",
-    needs=["tokenize"],
+    ["tokenize"],
+    cases.BEGUN,
     oracle="the tokenizer's files, which say whether one is added",
-    cases=cases.BEGUN,
     examples=14,
 )
 def beginning_is_marked_once(trainer: SubjectClient, case: cases.Begun) -> None:
-    """Whether tokenizer or template puts it there, or both."""
+    """A text begins with one begin-of-text token where the model wants one, and has none elsewhere."""
     model = trainer.model(case.model)
     row = tokenized_row(trainer, model, case.pair.model_dump(), {"template.name": case.template})
     places = [place for place, token in enumerate(row.ids) if trainer.words(model).get(token) == b"<s>"]
@@ -164,14 +139,13 @@ def beginning_is_marked_once(trainer: SubjectClient, case: cases.Begun) -> None:
 
 @law(
     "template.asked",
-    "The tokens that a model is asked with are how those that it was trained on begin.",
-    needs=["tokenize", "prompt"],
+    ["tokenize", "prompt"],
+    cases.BEGUN,
     oracle="the tokens to train on, up to the first that is learned",
-    cases=cases.BEGUN,
     examples=8,
 )
 def tokens_to_ask_begin_those_to_train_on(trainer: SubjectClient, case: cases.Begun) -> None:
-    """The prompt's tokens are all that precede the answer."""
+    """The tokens that a model is asked with are how those that it was trained on begin."""
     model, settings = trainer.model(case.model), {**PLAIN, "template.name": case.template}
     row = tokenized_row(trainer, model, case.pair.model_dump(), settings)
     messages = [{"role": "user", "content": case.pair.prompt}]
@@ -182,14 +156,13 @@ def tokens_to_ask_begin_those_to_train_on(trainer: SubjectClient, case: cases.Be
 
 @law(
     "template.stops",
-    "What ends an answer is learned, and is what the model stops at.",
-    needs=["tokenize", "stops"],
+    ["tokenize", "stops"],
+    cases.TEMPLATE_STOPS,
     oracle="the tokens that the trainer stops at",
-    cases=cases.TEMPLATE_STOPS,
     examples=8,
 )
 def answers_end_where_it_stops(trainer: SubjectClient, case: cases.Ended) -> None:
-    """The last token of each row that is learned ends an answer, a line break after it aside."""
+    """What ends an answer is learned, and is what the model stops at."""
     model, settings = trainer.model(TINY), {**PLAIN, "template.name": case.template}
     stops = trainer.ask("stops", TokenIds, model=model, settings=settings).ids
     words = trainer.words(model)
@@ -202,15 +175,14 @@ def answers_end_where_it_stops(trainer: SubjectClient, case: cases.Ended) -> Non
 
 @law(
     "template.travels",
-    "The tokenizer and the template that lie by an adapter make the tokens that it was trained on.",
-    needs=["train", "tokenize"],
+    ["train", "tokenize"],
+    cases.TEMPLATE_TRAVELS,
     oracle="the tokens that were trained on",
-    cases=cases.TEMPLATE_TRAVELS,
     examples=3,
     cost=4,
 )
 def template_travels(trainer: SubjectClient, case: cases.Ended) -> None:
-    """In place of the model's own, they are all that whoever loads the adapter knows."""
+    """The tokenizer and the template that lie by an adapter make the tokens that it was trained on."""
     model = trainer.model(cases.BEGINNINGS[2])
     settings = {**PLAIN, "template.name": case.template}
     trained = {

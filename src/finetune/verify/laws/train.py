@@ -37,17 +37,16 @@ LEARNING = {
 
 @law(
     "learning.by_heart",
-    "What was trained on again and again is answered, word for word, and then the model stops.",
-    needs=["tokenize", "train", "generate"],
+    ["tokenize", "train", "generate"],
+    cases.LEARNING_BY_HEART,
     oracle="the answers that were trained on, of which the shipped model knows none; a sound trainer teaches nine "
     "lessons in ten, and one of 199 such has fewer than five of eight",
-    cases=cases.LEARNING_BY_HEART,
     examples=1,
     tier=2,
     cost=30,
 )
 def what_was_learned_is_answered(trainer: SubjectClient, case: cases.Lessons) -> None:
-    """Greedy answers to the prompts, as they were tokenized for training, are the trained tokens."""
+    """What was trained on again and again is answered, word for word, and then the model stops."""
     wrong = [lesson for rows in case.lessons if (lesson := _mistake(trainer, rows)) is not None]
     right = len(case.lessons) - len(wrong)
     check(right >= case.least, expected=f"{case.least} lessons of {len(case.lessons)}", got=f"{right}; not {wrong}")
@@ -72,15 +71,14 @@ def _mistake(trainer: SubjectClient, values: list[dict[str, str]]) -> tuple[list
 
 @law(
     "train.oracle",
-    "Training moves the adapter as its settings say: batches, accumulation, rate, decay and clipping together.",
-    needs=["train", "tokenize", "initial_adapter", "adapter_weights"],
+    ["train", "tokenize", "initial_adapter", "adapter_weights"],
+    cases.COURSES,
     oracle="the same run in float64, from the adapter that the trainer begins with, where rows are the same tokens",
-    cases=cases.COURSES,
     examples=8,
     cost=4,
 )
 def training_moves_as_it_should(trainer: SubjectClient, case: cases.Whole) -> None:
-    """Every tensor ends where it should, but for a fiftieth of the way that it went; the first loss is the base's."""
+    """Training moves the adapter as its settings say: batches, accumulation, rate, decay and clipping together."""
     given: dict[str, Any] = {"model": trainer.model(case.model), "settings": case.settings}
     model = trainer.model(case.model)
     mine, theirs = (tokenized(each, model, case.values, case.settings).rows for each in (trainer.oracle, trainer))
@@ -106,29 +104,27 @@ def training_moves_as_it_should(trainer: SubjectClient, case: cases.Whole) -> No
 
 @law(
     "train.tail",
-    "The batches that are left over at the end of an epoch make a step like any other, weighed by their own tokens.",
-    needs=["train", "initial_adapter", "adapter_weights"],
+    ["train", "initial_adapter", "adapter_weights"],
+    cases.TRAIN_TAIL,
     oracle="the same run in float64; all rows are alike, so that their order says nothing",
-    cases=cases.TRAIN_TAIL,
     examples=4,
     cost=4,
 )
 def tail_is_a_step(trainer: SubjectClient, case: cases.Whole) -> None:
-    """One row a batch and two batches a step, of one row or three; the steps are large, or below what float16 sees."""
+    """The batches that are left over at the end of an epoch make a step like any other, weighed by their own tokens."""
     training_moves_as_it_should(trainer, case)
 
 
 @law(
     "seed.decides",
-    "The same seed makes the same adapter, from the beginning to the end; another seed another one; 0 is a seed.",
-    needs=["train", "initial_adapter", "adapter_weights"],
+    ["train", "initial_adapter", "adapter_weights"],
+    cases.SEED_DECIDES,
     oracle="the run itself, once more",
-    cases=cases.SEED_DECIDES,
     examples=3,
     cost=3,
 )
 def seed_decides(trainer: SubjectClient, case: cases.Seeds) -> None:
-    """Two beginnings and two ends of one seed, and a beginning of another."""
+    """The same seed makes the same adapter, from the beginning to the end; another seed another one; 0 is a seed."""
     model = trainer.model(TINY)
 
     def begin(seed: int) -> Any:
@@ -149,15 +145,14 @@ def seed_decides(trainer: SubjectClient, case: cases.Seeds) -> None:
 
 @law(
     "runs.untouched",
-    "What a run has made stays as it is, whatever runs come after it.",
-    needs=["train"],
+    ["train"],
+    cases.RUNS_UNTOUCHED,
     oracle="the bytes of its adapter before and after",
-    cases=cases.RUNS_UNTOUCHED,
     examples=2,
     cost=3,
 )
 def earlier_run_is_left_alone(trainer: SubjectClient, case: Rows) -> None:
-    """A second run in the same folder is refused, or leaves the first one's adapter as it is."""
+    """What a run has made stays as it is, whatever runs come after it."""
     given = {"model": trainer.model(TINY), "rows": case.values, "folder": trainer.folder() / "run"}
     settings = {**QUICK, "training.batch_size": 1}
     adapter = Path(adapter_of(trainer.ask("train", TrainingResult, settings=settings, **given)))
@@ -169,15 +164,14 @@ def earlier_run_is_left_alone(trainer: SubjectClient, case: Rows) -> None:
 
 @law(
     "keep.best",
-    "A run that is to keep its best step ends with the step whose held-out loss was lowest.",
-    needs=["train", "evaluate"],
+    ["train", "evaluate"],
+    cases.KEEP_BEST,
     oracle="the same run ended after each step, each looked at",
-    cases=cases.KEEP_BEST,
     examples=2,
     cost=8,
 )
 def best_step_is_kept(trainer: SubjectClient, case: cases.Best) -> None:
-    """Four steps so large that the last is rarely the best."""
+    """A run that is to keep its best step ends with the step whose held-out loss was lowest."""
     model, watched = trainer.model(TINY), [case.watched.model_dump()]
     file = trainer.folder() / "valid.jsonl"
     file.write_text(case.watched.model_dump_json() + "\n", encoding="utf-8")
@@ -207,15 +201,14 @@ def _rate(case: cases.Scheduled, step: float, total: int) -> float:
 
 @law(
     "schedule.closed_form",
-    "The learning rate follows its schedule over optimizer steps: it warms up, and it comes down by the last one.",
-    needs=["train"],
+    ["train"],
+    cases.SCHEDULE_CLOSED_FORM,
     oracle="the schedule's formula at the step and at its neighbours: trainers count from 0 or from 1",
-    cases=cases.SCHEDULE_CLOSED_FORM,
     examples=5,
     cost=4,
 )
 def rate_follows_its_schedule(trainer: SubjectClient, case: cases.Scheduled) -> None:
-    """Every rate that is told lies between those of the steps next to it, and there are as many steps as there are."""
+    """The learning rate follows its schedule over optimizer steps: it warms up, and it comes down by the last one."""
     settings = {
         **QUICK,
         "training.batch_size": 1,

@@ -30,13 +30,7 @@ class Death:
     by: Literal["kill", "power", "torn", "interrupt", "full"]
 
 
-CODES = {
-    "kill": -signal.SIGKILL,
-    "power": -signal.SIGKILL,
-    "torn": -signal.SIGXFSZ,
-    "interrupt": 130,
-    "full": 1,
-}
+CODES = {"kill": -signal.SIGKILL, "power": -signal.SIGKILL, "torn": -signal.SIGXFSZ, "interrupt": 130, "full": 1}
 """How a process ends that dies so; of a full disk it does not die, but says so."""
 
 

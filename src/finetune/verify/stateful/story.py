@@ -32,10 +32,7 @@ RunStage = Annotated[
     | SpoilResult,
     Field(discriminator="do"),
 ]
-StoreStage = Annotated[
-    Work | Move | DamageCheckpoint | RemoveAsTold | OpenAllElsewhere,
-    Field(discriminator="do"),
-]
+StoreStage = Annotated[Work | Move | DamageCheckpoint | RemoveAsTold | OpenAllElsewhere, Field(discriminator="do")]
 
 
 class RunStory(Recipe):
