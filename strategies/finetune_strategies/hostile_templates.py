@@ -18,15 +18,7 @@ class HostileTemplate:
 
 
 _HUGE = st.sampled_from([10**5, 10**6, 10**8, 10**10, 10**18])
-_HIDDEN = (
-    "__class__",
-    "__class__.__mro__",
-    "__init__.__globals__",
-    "__subclasses__()",
-    "__doc__",
-    "__dict__",
-    "_x",
-)
+_HIDDEN = ("__class__", "__class__.__mro__", "__init__.__globals__", "__subclasses__()", "__doc__", "__dict__", "_x")
 _HOLDERS = (
     "''",
     "messages",

@@ -36,10 +36,7 @@ def llama_configs(draw: st.DrawFn, *, vocab_size: int | None = None, context: in
     """Configs of tiny Llamas that every backend computes; `vocab_size` is drawn when it is not given."""
     heads, keys = draw(pick(*_HEADS))
     # transformers wants the width to be a multiple of the heads; an odd one, so that even heads never fill it.
-    sizes: Config = {
-        "hidden_size": heads * draw(pick(3, 5)),
-        "head_dim": draw(pick(2, 6, 10)),
-    }
+    sizes: Config = {"hidden_size": heads * draw(pick(3, 5)), "head_dim": draw(pick(2, 6, 10))}
     if draw(between(0, 5)) == 5:  # as in most real configs: the width of a head follows from the others
         sizes = {"hidden_size": heads * draw(pick(2, 6))}
     return {

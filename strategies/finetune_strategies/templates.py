@@ -245,7 +245,6 @@ FAULTS: Mapping[str, str] = {
 }
 """How a template can be unfit for training, and the words of the refusal."""
 
-
 _PLAIN = conversations(inputs=False, contents=st.sampled_from(["ab", "a b", "abc\n", " ab", "été ab"]))
 
 

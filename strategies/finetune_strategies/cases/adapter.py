@@ -25,11 +25,6 @@ ADAPTER_DAMAGED = st.builds(
     which=st.sampled_from([0, 5]),
 )
 
-
 ADAPTER_OTHER_BASE = st.builds(Learned, rows=ONE_ROW)
-
-
 ADAPTER_FROZEN = st.builds(Learned, rows=ONE_ROW, kind=st.sampled_from(list(ADAPTER_KINDS)))
-
-
 ADAPTER_COMPLETE = st.builds(Learned, rows=ONE_ROW, kind=st.sampled_from(list(KINDS)))

@@ -28,8 +28,6 @@ def _dealt_rows(draw: st.DrawFn) -> Dealt:
 
 
 BATCHES_COVER = _dealt_rows()
-
-
 PADDING_NO_TARGET = st.builds(Rows, rows=rows_of(1, 3))
 
 
@@ -74,8 +72,6 @@ def _packed(packing: Sequence[bool]) -> st.SearchStrategy[Packed]:
 
 
 PACKING_COVER = _packed([True])
-
-
 PACKING_SHARES = _packed([True])
 
 
@@ -86,6 +82,4 @@ class Shared(Recipe):
 
 
 PACKING_APART = st.builds(Shared, rows=st.lists(token_rows(9), min_size=2, max_size=3).map(tuple))
-
-
 BATCHES_SIZES = _packed([False, True])

@@ -50,12 +50,8 @@ MISSPELT = (
     ("warmup", 0.5),
 )
 
-
 CONFIG_UNKNOWN = st.sampled_from([Named(key=key, value=value) for key, value in MISSPELT])
-
-
 Value = bool | int | float | Plain | None
-
 
 _VALUES: Mapping[str, Sequence[Value]] = {
     "training.seed": (0, 7),
@@ -153,8 +149,7 @@ class Targets(Recipe):
 
 
 CONFIG_TARGETS = st.builds(
-    Targets,
-    layers=st.lists(st.sampled_from((*LINEAR, "other_proj")), min_size=1, max_size=3, unique=True).map(tuple),
+    Targets, layers=st.lists(st.sampled_from((*LINEAR, "other_proj")), min_size=1, max_size=3, unique=True).map(tuple)
 )
 
 

@@ -16,8 +16,6 @@ class Shuffled(Rows):
 
 
 _TWELVE = tuple(Pair(prompt=f"say {number}", completion=f"{number}") for number in range(10, 22))
-
-
 SHUFFLED = st.builds(Shuffled, rows=st.just(_TWELVE), seed=st.integers(0, 999))
 
 
@@ -29,10 +27,7 @@ class Seeded(Recipe):
 
 
 ORDER_SAME = st.builds(Seeded, seed=st.sampled_from((0, 1, 2**31)), epochs=st.integers(1, 2))
-
-
 _GOOD = Pair(prompt="a", completion="b")
-
 
 _ODD = st.one_of(
     PAIRS,
@@ -40,10 +35,7 @@ _ODD = st.one_of(
     st.builds(Pair, prompt=TEXTS.map(lambda text: text * 20), completion=TEXTS),
 )
 
-
 DATA_ACCOUNT = st.builds(Rows, rows=st.lists(_ODD, min_size=0, max_size=4).map(lambda rows: (_GOOD, *rows)))
-
-
 Shape = Literal["prompt/completion", "lists", "messages", "alpaca"]
 
 
@@ -77,7 +69,6 @@ HELD = st.builds(
     seed=st.integers(0, 3),
 )
 
-
 SPLIT_SAME = HELD.filter(lambda case: len(set(case.picks)) > 3 and case.fraction > 0.3)
 
 
@@ -99,8 +90,6 @@ def _cached(draw: st.DrawFn) -> Cached:
 
 
 CACHE_SAME = _cached()
-
-
 CACHE_FOUND = st.builds(Rows, rows=st.lists(PAIRS, min_size=1, max_size=2).map(tuple))
 
 

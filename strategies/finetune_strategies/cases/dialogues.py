@@ -10,11 +10,7 @@ from finetune_strategies.cases.rows import TEXTS, Pair, Template
 from finetune_strategies.recipes import Recipe
 
 CONTROL = ("<|im_start|>", "<|im_end|>", "</s>", "<|pad|>")
-
-
 _STUMBLES = ("{}", "{{ x }}", "{INPUT}", "%s", "<|im_end|>", "</s>", "<|im_start|>assistant", "[INST]", "### Response:")
-
-
 WORDS = st.lists(TEXTS | st.sampled_from(_STUMBLES), min_size=1, max_size=3).map(" ".join)
 """What somebody says that looks like the markup of a template."""
 

@@ -18,8 +18,6 @@ class Looked(Rows):
 
 
 LOOKED = st.builds(Looked, rows=rows_of(2, 5), batch_size=st.sampled_from([2, 3, 1, 5]), model=MODELS)
-
-
 EVALUATE_AS_TRAINED = st.builds(Looked, rows=rows_of(1, 2), batch_size=st.just(2), model=MODELS)
 
 

@@ -12,13 +12,8 @@ from finetune_strategies.cases.rows import TINY, one_of
 from finetune_strategies.recipes import ModelRecipe, Recipe
 
 _GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-
-
 _BYTES = {**_GPT2, "use_regex": False}
-
-
 _DIGITS = {"type": "Digits", "individual_digits": True}
-
 
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -46,8 +41,6 @@ class Written(Recipe):
 
 
 WRITTEN = st.builds(Written, model=st.sampled_from([WIDE, TINY, ModelRecipe(heads=6, kv_heads=2, head_size=6)]))
-
-
 EXPORT_ADAPTED = st.builds(Learned, rows=ONE_ROW, kind=st.sampled_from(["of two layers", DEFAULT_KIND]))
 
 
@@ -86,8 +79,6 @@ class Cut(Recipe):
 
 
 EXPORT_PRE_TOKENIZER = st.builds(Cut, by=st.sampled_from(list(CUTS)))
-
-
 _NULLS = ("quantization_config", "rope_scaling", "architectures", "sliding_window", "quantization")
 
 

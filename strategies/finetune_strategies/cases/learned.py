@@ -13,14 +13,9 @@ from finetune_strategies.cases.rows import PLAIN, TINY, Pair, Rows, one_of
 from finetune_strategies.recipes import ModelRecipe
 
 Array = NDArray[Any]
-
-
 R = TypeVar("R")
-
-
 WIDE = ModelRecipe(layers=2, hidden=18, heads=6, kv_heads=3, head_size=4, intermediate=7, seed=5)
 """Two layers; six heads share three of keys and values, and together are wider than the model."""
-
 
 QUICK: Mapping[str, Any] = {
     **PLAIN,
@@ -34,9 +29,7 @@ QUICK: Mapping[str, Any] = {
 }
 """Two steps a row, so fast that whatever is done with what was learned can be seen; some refuse less than a batch."""
 
-
 PROMPT = [40, 50, 60, 70, 80]
-
 
 KINDS: Mapping[str, Mapping[str, Any]] = {
     **{name: {"adapter.kind": name} for name in ADAPTER_KINDS},
@@ -67,8 +60,6 @@ class Learned(Rows):
 
 
 MODELS = st.sampled_from([TINY, WIDE])
-
-
 ONE_ROW = st.just((Pair(prompt="ab", completion="cde"),))
 """For laws whose cases are to be all that there are: rows that are drawn make them too many."""
 

@@ -50,10 +50,7 @@ GRADIENT_FIRST = st.builds(
     FirstStep, row=st.just(IdRow(ids=(20, 30, 40, 50, 60), answer=2)), kind=st.sampled_from(list(KINDS))
 )
 
-
 GRADIENT_ORACLE = _batches(1, 3, 2)
-
-
 LOSS_NAN_TOLD = st.builds(Rows, rows=rows_of(1, 1))
 
 
@@ -64,6 +61,4 @@ class DroppedRow(Recipe):
 
 
 DROPOUT_FRESH = st.builds(DroppedRow, row=token_rows(12))
-
-
 DROPOUT_ACTS = st.builds(Rows, rows=st.lists(PAIRS, min_size=2, max_size=2, unique=True).map(tuple))

@@ -36,8 +36,6 @@ class Placed(Rows):
 
 
 MASK_TEMPLATE = st.builds(Placed, rows=rows_of(1, 2), place=st.sampled_from(("tokenizer", "file")))
-
-
 Policy = Literal["drop", "truncate_prompt", "split"]
 
 
@@ -49,8 +47,6 @@ class Limited(Rows):
 
 
 _LONGER = st.builds(Pair, prompt=TEXTS.map(lambda text: f"longer than that: {text}"), completion=TEXTS)
-
-
 _SHORT = Pair(prompt="a", completion="b")
 
 
@@ -60,11 +56,7 @@ def _limited(below: st.SearchStrategy[int], *policies: Policy) -> st.SearchStrat
 
 
 MASK_FITS = _limited(st.just(0), "drop", "truncate_prompt", "split")
-
-
 MASK_WHOLE = _limited(st.integers(1, 9), "drop", "split")
-
-
 MASK_CUT = _limited(st.integers(1, 12), "truncate_prompt")
 
 

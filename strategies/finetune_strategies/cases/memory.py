@@ -51,10 +51,4 @@ MORE: Mapping[str, Mapping[str, Any]] = {
     "rows": {"training.batch_size": 3},
 }
 
-
-MEMORY_GROWS = st.builds(
-    Grown,
-    model=MODELS,
-    kind=st.just("of two layers"),
-    what=st.sampled_from(list(MORE)),
-)
+MEMORY_GROWS = st.builds(Grown, model=MODELS, kind=st.just("of two layers"), what=st.sampled_from(list(MORE)))

@@ -24,13 +24,8 @@ MERGING = st.builds(
     tied=st.booleans(),
 )
 
-
 MERGE_EXACT = st.builds(Merging, rows=ONE_ROW, kind=st.sampled_from([DEFAULT_KIND, "of two layers"]))
-
-
 MERGE_LEAVES = st.builds(Merging, rows=ONE_ROW)
-
-
 MERGE_WHOLE = st.builds(Learned, rows=ONE_ROW)
 
 
@@ -41,6 +36,4 @@ class Large(Learned):
 
 
 MERGE_OVERFLOW = st.builds(Large, rows=ONE_ROW, size=st.sampled_from([7e4, 6e4]))
-
-
 MERGE_TIED_APART = st.builds(Learned, rows=ONE_ROW)

@@ -51,10 +51,7 @@ class Stopped(Rows):
 
 
 _STOPS = st.sampled_from([(3, 5), (1, 6), (4, 6), (2, 3)])
-
-
 _FIVE = st.just(tuple(Pair(prompt="q" * (1 + number), completion=f"{number} of five") for number in range(5)))
-
 
 STOPPED = st.builds(
     Stopped,

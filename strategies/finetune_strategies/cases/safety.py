@@ -19,7 +19,6 @@ INSIDES = (
     "{{ raise_exception.__globals__ }}",
 )
 
-
 _COSTLY = (
     "{{ 'a' * 9000000 }}",
     "{% for n in range(200000) %}a{% endfor %}",
@@ -35,8 +34,6 @@ class Hostile(Recipe):
 
 
 SAFETY_TEMPLATE = st.builds(Hostile, attack=st.sampled_from([*INSIDES, *_COSTLY]))
-
-
 PickleName = Literal["", "adapter_model.bin", "rng_state.pth", "optimizer.pt", "training_args.bin"]
 """A finding in a file comes from a stranger: a name that is a path of theirs is refused when it is read."""
 
@@ -47,11 +44,7 @@ class Pickled(Rows):
     name: PickleName
 
 
-SAFETY_PICKLE = st.builds(
-    Pickled,
-    rows=ONE_ROW,
-    name=st.sampled_from(get_args(PickleName)),
-)
+SAFETY_PICKLE = st.builds(Pickled, rows=ONE_ROW, name=st.sampled_from(get_args(PickleName)))
 
 
 class Elsewhere(Recipe):
@@ -79,8 +72,6 @@ class Configured(Recipe):
 
 
 SAFETY_CONFIG = st.builds(Configured, tag=st.sampled_from(["apply:os.mkdir", "apply:subprocess.getoutput"]))
-
-
 LinkName = Literal["checkpoints", "adapter", "events.jsonl", "plan.yaml"]
 
 

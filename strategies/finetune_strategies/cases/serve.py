@@ -16,8 +16,6 @@ class Licensed(Recipe):
 
 
 _PIECES = ('"""', '"', "\n", "FROM evil", "ADAPTER evil", "PARAMETER stop z", 'a"""\nFROM evil\n', "b", " ")
-
-
 SERVE_RECIPE = st.builds(Licensed, text=st.lists(st.sampled_from(_PIECES), max_size=3).map("".join))
 
 

@@ -7,17 +7,9 @@ from finetune_strategies.cases.rows import PAIRS, TEXTS, TINY, Pair, Rows, Templ
 from finetune_strategies.recipes import FEWEST_WORDS, ModelRecipe, Recipe
 
 _TEMPLATES = ("chatml", "alpaca", "tokenizer")
-
-
 TEMPLATE_BYTES = dialogues(WORDS, templates=_TEMPLATES)
-
-
 TEMPLATE_PROMPT = dialogues(TEXTS, templates=_TEMPLATES)
-
-
 TEMPLATE_WORDS = dialogues(WORDS, templates=_TEMPLATES)
-
-
 TEMPLATE_TRAINED = dialogues(WORDS, templates=_TEMPLATES)
 
 
@@ -37,11 +29,7 @@ class PlainText(Recipe):
 
 
 TEMPLATE_ENDS = st.builds(PlainText, text=WORDS)
-
-
 _ROOM = FEWEST_WORDS + 1
-
-
 BEGINNINGS = tuple(ModelRecipe(bos=bos, vocabulary=_ROOM) for bos in ("known", "added", "configured", "written"))
 
 
@@ -54,10 +42,7 @@ class Begun(Recipe):
 
 
 BEGUN = st.builds(
-    Begun,
-    model=st.sampled_from((TINY, *BEGINNINGS)),
-    pair=PAIRS,
-    template=st.sampled_from(("chatml", "tokenizer")),
+    Begun, model=st.sampled_from((TINY, *BEGINNINGS)), pair=PAIRS, template=st.sampled_from(("chatml", "tokenizer"))
 )
 
 
@@ -68,6 +53,4 @@ class Ended(Rows):
 
 
 TEMPLATE_STOPS = st.builds(Ended, rows=rows_of(1, 2), template=st.sampled_from(_TEMPLATES))
-
-
 TEMPLATE_TRAVELS = st.builds(Ended, rows=rows_of(1, 1), template=st.sampled_from(("alpaca", "chatml")))

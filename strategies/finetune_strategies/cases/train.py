@@ -32,8 +32,6 @@ class Lessons(Recipe):
 
 
 _WORDS = ("amber", "basin", "cedar", "delta", "ember", "fjord", "grove", "heath")
-
-
 LEARNING_BY_HEART = st.just(Lessons(words=_WORDS, least=5))
 
 
@@ -78,7 +76,6 @@ COURSES = st.builds(
     schedule=st.sampled_from(["constant", "linear"]),
 ).filter(_one_step_holds_all)
 
-
 TRAIN_TAIL = st.builds(
     Whole,
     rows=st.sampled_from([3, 1]).map(lambda count: (Pair(prompt="ab", completion="cde"),) * count),
@@ -96,8 +93,6 @@ class Seeds(Rows):
 
 
 SEED_DECIDES = st.builds(Seeds, rows=rows_of(1, 2), seed=st.sampled_from([0, 7]), other=st.sampled_from([1, 3]))
-
-
 RUNS_UNTOUCHED = st.builds(Rows, rows=rows_of(1, 2))
 
 

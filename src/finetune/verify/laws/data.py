@@ -130,7 +130,6 @@ def split_is_the_same_again(trainer: SubjectClient, case: cases.Held) -> None:
 
 _ROOM = FEWEST_WORDS + 1
 
-
 _MODELS: Mapping[str, ModelRecipe] = {
     "plain": TINY,
     "tokenizer": ModelRecipe(turned=True),

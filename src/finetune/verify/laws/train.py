@@ -20,7 +20,6 @@ from finetune_strategies.cases.rows import PLAIN, TINY, Rows
 SMALL_MODEL = "reference-llama"
 """The shipped model: small, and it has learned to read."""
 
-
 LEARNING = {
     **PLAIN,
     "template.name": "tokenizer",
