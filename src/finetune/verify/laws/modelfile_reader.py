@@ -5,16 +5,7 @@ with the quotes it began with. What cannot be printed is left out.
 """
 
 COMMANDS = (
-    "from",
-    "license",
-    "template",
-    "system",
-    "adapter",
-    "draft",
-    "renderer",
-    "parser",
-    "parameter",
-    "message",
+    *("from", "license", "template", "system", "adapter", "draft", "renderer", "parser", "parameter", "message"),
     "requires",
 )
 

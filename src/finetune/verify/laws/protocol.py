@@ -43,20 +43,8 @@ _STATEMENTS = {
     "protocol.leaves": "When it is closed, nothing that it has started runs on.",
 }
 _ABILITIES = (
-    "configure",
-    "render",
-    "tokenize",
-    "batches",
-    "loss",
-    "gradient",
-    "evaluate",
-    "initial_adapter",
-    "logits",
-    "generate",
-    "train",
-    "resume",
-    "adapter_weights",
-    "merge",
+    *("configure", "render", "tokenize", "batches", "loss", "gradient", "evaluate", "initial_adapter", "logits"),
+    *("generate", "train", "resume", "adapter_weights", "merge"),
 )
 """Those that there is a small question for."""
 _STATEMENTS |= {

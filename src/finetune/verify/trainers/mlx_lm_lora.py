@@ -5,7 +5,7 @@ on the way, at what that hands to its own `train`: the batches, the loss, the op
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,8 @@ from mlx_lm_run import (
     tokenizer_of,
     trained,
 )
+from peer import MISSING, Given, prompt_ids, read_request, rendered, without_end, write_request
 from serving import RefusesError, UnsupportedError, guarded, serve
-
-Given = Mapping[str, Any]
 
 
 def configure(model: str, settings: Given) -> dict[str, Any]:
@@ -45,19 +44,14 @@ def configure(model: str, settings: Given) -> dict[str, Any]:
 
 def render(model: str, settings: Given, messages: Sequence[Given], *, prompt: bool) -> dict[str, Any]:
     """What the tokenizer's own template makes of a conversation."""
-    tokenizer = tokenizer_of(model, settings)
-    try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
-    except Exception as error:
-        raise RefusesError(f"{type(error).__name__}: {error}") from error
-    return {"text": text}
+    found: dict[str, Any] = rendered(tokenizer_of(model, settings), messages, prompt=prompt)
+    return found
 
 
 def prompt(model: str, settings: Given, messages: Sequence[Given]) -> dict[str, Any]:
     """The ids of what the tokenizer's own template makes of a question."""
-    tokenizer = tokenizer_of(model, settings)
-    ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
-    return {"ids": list(ids)}
+    found: dict[str, Any] = prompt_ids(tokenizer_of(model, settings), messages)
+    return found
 
 
 def stops(model: str, settings: Given) -> dict[str, Any]:
@@ -171,18 +165,12 @@ def train(
     model: str, settings: Given, rows: Sequence[Given], folder: str, stop_after: int | None = None
 ) -> dict[str, Any]:
     """A run; with `stop_after` it ends when it asks for the first batch after that step."""
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    asked = {"model": model, "settings": dict(settings), "rows": list(rows)}
-    (place / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
-    return _course(asked, place, stop_after, done=0)
+    return _course(write_request(folder, model, settings, rows), Path(folder), stop_after, done=0)
 
 
 def resume(folder: str, stop_after: int | None = None, settings: Given | None = None) -> dict[str, Any]:
     """Go on from the newest weights, as its manual says: with `resume_adapter_file`, and the iterations that remain."""
-    place = Path(folder)
-    asked = json.loads((place / "asked.json").read_text(encoding="utf-8"))
-    asked["settings"] |= settings or {}
+    place, asked = Path(folder), read_request(folder, settings)
     done = max((int(step) for step in _checkpoints(place, asked["settings"])), default=0)
     if not done:
         raise RefusesError("there are no weights to go on from")
@@ -226,7 +214,7 @@ def generate(
     answers = []
     for ids in prompts:
         said = [part.token for part in stream_generate(network, tokenizer, list(ids), max_tokens=most)]
-        answers.append(said[:-1] if said and said[-1] in tokenizer.eos_token_ids else said)
+        answers.append(without_end(said, tokenizer.eos_token_ids))
     return {"answers": answers}
 
 
@@ -269,28 +257,22 @@ def _checkpoints(place: Path, settings: Given) -> dict[str, str]:
 
 def main() -> None:
     """Answer questions."""
-    handlers = {
-        "configure": configure,
-        "render": render,
-        "prompt": prompt,
-        "stops": stops,
-        "tokenize": tokenize,
-        "batches": batches,
-        "loss": loss,
-        "gradient": gradient,
-        "train": train,
-        "resume": resume,
-        "evaluate": evaluate,
-        "initial_adapter": initial_adapter,
-        "adapter_weights": adapter_weights,
-        "logits": logits,
-        "generate": generate,
-        "merge": merge,
-    }
-    missing = {
-        "export": "its GGUF files hold merged models of 16 bits only, from `mlx_lm.fuse`",
-        "split": "this subject trains without held-out rows",
-    }
+    can: tuple[Callable[..., Any], ...] = (
+        configure,
+        render,
+        prompt,
+        stops,
+        tokenize,
+        batches,
+        loss,
+        gradient,
+        train,
+        resume,
+        evaluate,
+    )
+    can += (initial_adapter, adapter_weights, logits, generate, merge)
+    handlers = {handler.__name__: handler for handler in can}
+    missing = {**MISSING, "export": "its GGUF files hold merged models of 16 bits only, from `mlx_lm.fuse`"}
     versions = {package: version(package) for package in ("mlx-lm", "mlx", "transformers")}
     serve("mlx_lm.lora", versions, guarded(handlers, str(Path(__file__).parent)), missing=missing)
 

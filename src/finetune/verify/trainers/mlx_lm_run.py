@@ -19,9 +19,9 @@ import yaml
 from mlx_lm import lora
 from mlx_lm.tuner.trainer import default_loss, iterate_batches
 from mlx_lm.utils import load_tokenizer
+from peer import LACKS, Given, adapter_kind, require_neutral, with_own_template
 from serving import RefusesError, UnsupportedError
 
-Given = Mapping[str, Any]
 Wrapped = Callable[..., Any]
 _PLAIN = {"training.batch_size": "batch_size", "training.seed": "seed", "tokens.max_length": "max_seq_length"}
 _BLOCK = {
@@ -29,50 +29,20 @@ _BLOCK = {
     **{f"{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
 }
 _READ_ELSEWHERE = (
-    "template.name",
-    "evaluation.max_new_tokens",
-    "adapter.kind",
-    "adapter.rank",
-    "adapter.alpha",
-    "adapter.scaling",
-    "adapter.dropout",
-    "adapter.target_modules",
-    "training.gradient_accumulation_steps",
-    "training.epochs",
-    "training.max_steps",
-    "training.learning_rate",
-    "training.schedule",
-    "training.warmup_fraction",
-    "training.weight_decay",
-    "training.save_every",
+    *("template.name", "evaluation.max_new_tokens", "adapter.kind", "adapter.rank", "adapter.alpha", "adapter.scaling"),
+    *("adapter.dropout", "adapter.target_modules", "training.gradient_accumulation_steps", "training.epochs"),
+    *("training.max_steps", "training.learning_rate", "training.schedule", "training.warmup_fraction"),
+    *("training.weight_decay", "training.save_every"),
 )
 _NO_CLIPPING = 1e6
 _LACKS: Mapping[str, tuple[Any, str]] = {
-    "tokens.truncation": (None, "it has one way only: a row is cut at its end"),
-    "tokens.cache": (None, "it has no such cache"),
+    **LACKS,
     "training.max_grad_norm": (None, "it does not clip gradients"),
-    "training.loraplus_lr_ratio": (1.0, "its optimizer has one learning rate for all"),
-    "training.processes": (1, "this subject opens one process"),
-    "training.packing": (False, "it does not pack"),
-    "training.evaluate_every": (None, "this subject trains without held-out rows"),
-    "training.early_stopping_patience": (None, "it does not stop early"),
-    "training.early_stopping_min_delta": (0.0, "it does not stop early"),
-    "training.load_best_model": (False, "it keeps the last weights"),
     "adapter.rank_pattern": (None, "its adapter has one rank"),
     "adapter.alpha_pattern": (None, "its adapter has one scale"),
     "adapter.modules_to_save": (None, "it trains adapters only"),
     "model.dtype": ("float32", "it computes in what the model's files hold"),
-    "model.quantize": (None, "this subject opens models as they are"),
-    "model.quantize_group_size": (64, "this subject opens models as they are"),
-    "model.device": ("cpu", "this subject computes on the processor"),
-    "data.limit": (None, "it takes all rows that it is given"),
-    "data.valid_fraction": (0.0, "it holds no rows out"),
-    "judge.control": ("never", "it judges nothing"),
-    "judge.memory": ("never", "it judges nothing"),
-    "evaluation.questions": (0, "it asks no questions"),
-    "evaluation.retention_questions": (0, "it asks no questions"),
 }
-"""Settings that it has nothing like, each with the value that changes nothing, and why."""
 
 
 class StoppedError(Exception):
@@ -117,10 +87,8 @@ def config_of(model: str, settings: Given, folder: str, rows: int) -> dict[str, 
         if name in _PLAIN:
             config[_PLAIN[name]] = value
         elif name in _LACKS:
-            neutral, why = _LACKS[name]
-            unbounded = name == "training.max_grad_norm" and value is not None and value >= _NO_CLIPPING
-            if value != neutral and not unbounded:
-                raise UnsupportedError(f"{name}: {value!r}: {why}")
+            if not (name == "training.max_grad_norm" and value is not None and value >= _NO_CLIPPING):
+                require_neutral(name, value, _LACKS)
         elif name not in _READ_ELSEWHERE:
             config[name.rpartition(".")[2]] = value
     if settings.get("training.max_steps") is not None:
@@ -134,9 +102,7 @@ def config_of(model: str, settings: Given, folder: str, rows: int) -> dict[str, 
 
 
 def _adapter(settings: Given) -> dict[str, Any]:
-    kind, targets = settings.get("adapter.kind", "lora"), settings.get("adapter.target_modules", "all-linear")
-    if kind not in ("lora", "dora"):
-        raise UnsupportedError(f"adapter.kind: {kind!r}: this subject trains adapters")
+    kind, targets = adapter_kind(settings), settings.get("adapter.target_modules", "all-linear")
     default = lora.CONFIG_DEFAULTS["lora_parameters"]
     rank = settings.get("adapter.rank", default["rank"])
     by = math.sqrt(rank) if settings.get("adapter.scaling") == "rank_stabilized" else rank
@@ -280,12 +246,7 @@ def in_peft(name: str) -> str:
 
 def tokenizer_of(model: str, settings: Given) -> Any:
     """Its tokenizer, where its template is the one that is asked for."""
-    tokenizer = load_tokenizer(Path(model))
-    name = settings.get("template.name", "tokenizer")
-    own = tokenizer.chat_template or ""
-    if name != "tokenizer" and not (name == "chatml" and "<|im_start|>" in own):
-        raise UnsupportedError(f"template.name: {name!r}: it takes the tokenizer's own template")
-    return tokenizer
+    return with_own_template(load_tokenizer(Path(model)), settings)
 
 
 def new_folder() -> str:

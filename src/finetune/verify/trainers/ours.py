@@ -26,6 +26,7 @@ from finetune.train import train_to_the_end, training_events
 from finetune.training.loop import LoopPlan, mean_loss, train
 from finetune.training.prepare import Prepared, held_out_batches
 from finetune.training.resume import claim_resumed
+from finetune.verify.subjects.answers import ANSWERS
 from finetune.verify.subjects.serving import serve
 from finetune.verify.subjects.subject import About, InProcessSubject
 from finetune.verify.trainers.ours_files import file_handlers
@@ -46,19 +47,7 @@ class OurTrainer(OurSessions):
     def handlers(self) -> dict[str, Handler]:
         """A function for each ability."""
         return {
-            "configure": self.configure,
-            "render": self.render,
-            "tokenize": self.tokenize,
-            "batches": self.batches,
-            "loss": self.loss,
-            "gradient": self.gradient,
-            "train": self.train,
-            "resume": self.resume,
-            "evaluate": self.evaluate,
-            "initial_adapter": self.initial_adapter,
-            "adapter_weights": self.adapter_weights,
-            "logits": self.logits,
-            "generate": self.generate,
+            **{ability: getattr(self, ability) for ability in ANSWERS if hasattr(self, ability)},
             **row_handlers(self),
             **result_handlers(self),
             **file_handlers(self),

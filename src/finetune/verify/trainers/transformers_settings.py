@@ -7,9 +7,9 @@ from typing import Any
 import peft
 import torch
 import transformers
+from peer import LACKS, Given, adapter_kind, require_neutral, with_own_template
 from serving import RefusesError, UnsupportedError
 
-Given = Mapping[str, Any]
 IGNORED = -100
 ARGUMENTS = {
     "training.epochs": "num_train_epochs",
@@ -34,27 +34,6 @@ ADAPTER = {
     "adapter.modules_to_save": "modules_to_save",
 }
 _READ_ELSEWHERE = ("template.name", "model.dtype", "evaluation.max_new_tokens", "adapter.kind", "adapter.scaling")
-_LACKS: Mapping[str, tuple[Any, str]] = {
-    "tokens.truncation": (None, "it has one way only: a row is cut at its end"),
-    "tokens.cache": (None, "it has no such cache"),
-    "training.loraplus_lr_ratio": (1.0, "its optimizer has one learning rate for all"),
-    "training.processes": (1, "this subject opens one process"),
-    "training.evaluate_every": (None, "this subject trains without held-out rows"),
-    "training.early_stopping_patience": (None, "this subject trains without held-out rows"),
-    "training.early_stopping_min_delta": (0.0, "this subject trains without held-out rows"),
-    "training.load_best_model": (False, "this subject trains without held-out rows"),
-    "training.packing": (False, "it does not pack"),
-    "model.quantize": (None, "this subject opens models as they are"),
-    "model.quantize_group_size": (64, "this subject opens models as they are"),
-    "model.device": ("cpu", "this subject computes on the processor"),
-    "data.limit": (None, "it takes all rows that it is given"),
-    "data.valid_fraction": (0.0, "it holds no rows out"),
-    "judge.control": ("never", "it judges nothing"),
-    "judge.memory": ("never", "it judges nothing"),
-    "evaluation.questions": (0, "it asks no questions"),
-    "evaluation.retention_questions": (0, "it asks no questions"),
-}
-"""Settings that it has nothing like, each with the value that changes nothing, and why."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +86,8 @@ def arguments_of(kind: Kind, settings: Given, folder: str, eval_batch: int | Non
         if name in known:
             if value is not None:
                 own[known[name]] = value
-        elif name in _LACKS:
-            neutral, why = _LACKS[name]
-            if value != neutral:
-                raise UnsupportedError(f"{name}: {value!r}: {why}")
+        elif name in LACKS:
+            require_neutral(name, value, LACKS)
         elif name not in (*ADAPTER, *_READ_ELSEWHERE):
             own[name.rpartition(".")[2]] = value
     if own.get("warmup_steps") and own.get("lr_scheduler_type") == "constant":
@@ -125,9 +102,7 @@ def arguments_of(kind: Kind, settings: Given, folder: str, eval_batch: int | Non
 
 def adapter_of(settings: Given) -> Any:
     """PEFT's configuration of an adapter for these settings; all linear layers, where they do not say which."""
-    kind = settings.get("adapter.kind", "lora")
-    if kind not in ("lora", "dora"):
-        raise UnsupportedError(f"adapter.kind: {kind!r}: this subject trains adapters")
+    kind = adapter_kind(settings)
     own = {ADAPTER[name]: value for name, value in settings.items() if name in ADAPTER and value is not None}
     own.setdefault("target_modules", "all-linear")
     rank_stabilized = settings.get("adapter.scaling") == "rank_stabilized"
@@ -139,12 +114,7 @@ def adapter_of(settings: Given) -> Any:
 
 def tokenizer_of(model: str, settings: Given) -> Any:
     """A model's tokenizer, where its template is the one that is asked for."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    name = settings.get("template.name", "tokenizer")
-    own = tokenizer.chat_template or ""
-    if name != "tokenizer" and not (name == "chatml" and "<|im_start|>" in own):
-        raise UnsupportedError(f"template.name: {name!r}: it takes the tokenizer's own template")
-    return tokenizer
+    return with_own_template(transformers.AutoTokenizer.from_pretrained(model), settings)
 
 
 def network_of(model: str, settings: Given) -> Any:

@@ -7,7 +7,7 @@ for is read off on the way, and nothing is computed here that the trainer comput
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from peer import MISSING, prompt_ids, read_request, rendered, without_end, write_request
 from safetensors.torch import save_file
 from serving import RefusesError, UnsupportedError, guarded, serve
 from transformers_settings import (
@@ -42,26 +43,19 @@ class TransformersSide:
 
     def serve(self) -> None:
         """Answer until there are no more questions."""
-        abilities = (
-            "configure",
-            "render",
-            "prompt",
-            "stops",
-            "tokenize",
-            "batches",
-            "loss",
-            "gradient",
-            "train",
-            "resume",
-            "evaluate",
-            "initial_adapter",
-            "adapter_weights",
-            "logits",
-            "generate",
-            "merge",
+        can: tuple[Callable[..., Any], ...] = (
+            self.configure,
+            self.render,
+            self.prompt,
+            self.stops,
+            self.tokenize,
+            self.batches,
+            self.loss,
         )
-        handlers = {ability: getattr(self, ability) for ability in abilities}
-        missing = {"export": "it writes no GGUF files", "split": "this subject trains without held-out rows"}
+        can += (self.gradient, self.train, self.resume, self.evaluate, self.initial_adapter, self.adapter_weights)
+        can += (self.logits, self.generate, self.merge)
+        handlers = {handler.__name__: handler for handler in can}
+        missing = {**MISSING, "export": "it writes no GGUF files"}
         versions = {package: version(package) for package in self.kind.packages}
         serve(self.kind.name, versions, guarded(handlers, str(Path(__file__).parent)), missing=missing)
 
@@ -79,18 +73,13 @@ class TransformersSide:
 
     def render(self, model: str, settings: Given, messages: Sequence[Given], *, prompt: bool) -> dict[str, Any]:
         """What the tokenizer's own template makes of a conversation."""
-        tokenizer = tokenizer_of(model, settings)
-        try:
-            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
-        except Exception as error:
-            raise RefusesError(f"{type(error).__name__}: {error}") from error
-        return {"text": text}
+        found: dict[str, Any] = rendered(tokenizer_of(model, settings), messages, prompt=prompt)
+        return found
 
     def prompt(self, model: str, settings: Given, messages: Sequence[Given]) -> dict[str, Any]:
         """The ids of what the tokenizer's own template makes of a question."""
-        tokenizer = tokenizer_of(model, settings)
-        ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
-        return {"ids": list(ids)}
+        found: dict[str, Any] = prompt_ids(tokenizer_of(model, settings), messages)
+        return found
 
     def stops(self, model: str, settings: Given) -> dict[str, Any]:
         """What ends an answer when the model generates."""
@@ -153,16 +142,13 @@ class TransformersSide:
     ) -> dict[str, Any]:
         """A run; with `stop_after` it ends, as by Ctrl-C, when the checkpoint of this step is there."""
         place = Path(folder)
-        place.mkdir(parents=True, exist_ok=True)
-        asked = {"model": model, "settings": dict(settings), "rows": list(rows)}
-        (place / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
+        write_request(folder, model, settings, rows)
         return self._course(self._trainer(model, settings, rows, place), place, stop_after, resume=False)
 
     def resume(self, folder: str, stop_after: int | None = None, settings: Given | None = None) -> dict[str, Any]:
         """Go on from the newest checkpoint."""
-        place = Path(folder)
-        asked = json.loads((place / "asked.json").read_text(encoding="utf-8"))
-        trainer = self._trainer(asked["model"], {**asked["settings"], **(settings or {})}, asked["rows"], place)
+        place, asked = Path(folder), read_request(folder, settings)
+        trainer = self._trainer(asked["model"], asked["settings"], asked["rows"], place)
         return self._course(trainer, place, stop_after, resume=True)
 
     def evaluate(
@@ -213,8 +199,7 @@ class TransformersSide:
             whole = network.generate(
                 input_ids=asked, attention_mask=torch.ones_like(asked), do_sample=False, max_new_tokens=most
             )
-            said = whole[0, len(ids) :].tolist()
-            answers.append(said[:-1] if said and said[-1] in stops else said)
+            answers.append(without_end(whole[0, len(ids) :].tolist(), stops))
         return {"answers": answers}
 
     def merge(self, model: str, settings: Given, adapter: str) -> dict[str, Any]:
