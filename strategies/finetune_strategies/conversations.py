@@ -125,7 +125,7 @@ _EXTRAS = st.sampled_from([None, ""]) | texts(min_size=1) | said()
 _CHATS = conversations(inputs=False)
 
 
-def _told(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
+def _as_messages(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in pairs]
 
 
@@ -150,7 +150,7 @@ def _chat(draw: st.DrawFn) -> tuple[dict[str, Any], Example]:
     pairs = [(m.role, m.content) for m in draw(_CHATS).messages]
     if draw(EITHER):
         pairs = pairs[:-1]
-    return {"messages": _told(pairs)}, _spoken(pairs)
+    return {"messages": _as_messages(pairs)}, _spoken(pairs)
 
 
 @st.composite
@@ -159,7 +159,7 @@ def _prompt_completion(draw: st.DrawFn) -> tuple[dict[str, Any], Example]:
         prompt, completion = draw(texts()), draw(texts())
         return {"prompt": prompt, "completion": completion}, _spoken([("user", prompt), ("assistant", completion)])
     pairs = [(m.role, m.content) for m in draw(_CHATS).messages]
-    return {"prompt": _told(pairs[:-1]), "completion": _told(pairs[-1:])}, _spoken(pairs)
+    return {"prompt": _as_messages(pairs[:-1]), "completion": _as_messages(pairs[-1:])}, _spoken(pairs)
 
 
 def _document() -> st.SearchStrategy[tuple[dict[str, Any], Example]]:

@@ -156,7 +156,7 @@ def write_jinja(shape: TemplateShape, *, answers: str = "{}", asks: str | None =
         else say(shape.opening("assistant"), *answer, shape.between),
         tag("endif"),
     ]
-    asked = say(shape.opening("assistant") if asks is None else asks)
+    prompt = say(shape.opening("assistant") if asks is None else asks)
     return "".join(
         [
             *([say("=bos_token")] if shape.says_bos else []),
@@ -165,7 +165,7 @@ def write_jinja(shape: TemplateShape, *, answers: str = "{}", asks: str | None =
             *turns,
             tag("endfor"),
             tag("if add_generation_prompt"),
-            asked,
+            prompt,
             tag("endif"),
         ]
     )

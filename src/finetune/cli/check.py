@@ -21,12 +21,12 @@ def command(configs: ConfigFiles = None, *, settings: ConfigOptions, json_output
     paths: list[Path | None] = list(configs) if configs else [None]
     found = [(path, *_problems(path, settings)) for path in paths]
     if json_output:
-        told = [
+        listed = [
             {"file": path and str(path), "what": problem.what, "where": problem.where, "hint": problem.hint}
             for path, problems, _ in found
             for problem in problems
         ]
-        print_json({"ok": not told, "problems": told})
+        print_json({"ok": not listed, "problems": listed})
     else:
         for path, problems, _ in found:
             head = f"{path}: " if len(found) > 1 else ""

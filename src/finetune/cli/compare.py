@@ -44,8 +44,8 @@ def _print(found: "Comparison") -> None:
             row.path, row.outcome or "baseline", *(_right(found, row, name) for name in sets), *_drift(found, row)
         )
     data_console().print(table)
-    asked = " and ".join(f"{count} of {name}" for name, count in found.asked.items())
-    say(f"questions: {asked}; distributions at {found.tokens} tokens of the trainer's own answers")
+    counts = " and ".join(f"{count} of {name}" for name, count in found.asked.items())
+    say(f"questions: {counts}; distributions at {found.tokens} tokens of the trainer's own answers")
 
 
 def _right(found: "Comparison", row: "PathResult", name: str) -> str:

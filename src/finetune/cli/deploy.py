@@ -70,5 +70,5 @@ def _tell(deployed: "Deployed", *, json_output: bool) -> None:
 
 def _say_how_to_ask(deployed: "Deployed") -> None:
     path = "v1/chat/completions" if deployed.target == "llama.cpp" else "api/chat"
-    asked = f'{{"model": "{deployed.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-    say(f"ask it: curl {deployed.address}/{path} -H 'Content-Type: application/json' -d '{asked}'")
+    request = f'{{"model": "{deployed.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    say(f"ask it: curl {deployed.address}/{path} -H 'Content-Type: application/json' -d '{request}'")

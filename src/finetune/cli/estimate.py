@@ -39,25 +39,25 @@ def command(
     from finetune.training.prepare import adapter_target, planned_shape
 
     loaded = settings.load(config)
-    asked = loaded.config
-    framework = framework_of(asked.backend)
+    chosen = loaded.config
+    framework = framework_of(chosen.backend)
     if measure_framework:
-        framework = framework.measured(measured_here(asked.backend))
-    shape = planned_shape(asked, locate_model(asked.model.path, revision=asked.model.revision))
+        framework = framework.measured(measured_here(chosen.backend))
+    shape = planned_shape(chosen, locate_model(chosen.model.path, revision=chosen.model.revision))
     # Where the whole model is to be trained, a plain adapter is shown beside it.
-    target = adapter_target(asked, shape) or adapter_target(TrainingConfig(), shape)
+    target = adapter_target(chosen, shape) or adapter_target(TrainingConfig(), shape)
     assert target is not None
     load, basis = _load(loaded, shape)
-    outlook = foresee(shape, target, asked.model.dtype, load, framework, available_memory())
+    outlook = foresee(shape, target, chosen.model.dtype, load, framework, available_memory())
     if json_output:
-        print_json({"model": asked.model.path, "basis": basis, **outlook_values(outlook)})
+        print_json({"model": chosen.model.path, "basis": basis, **outlook_values(outlook)})
         return 0
     console = data_console()
     trained = f"the adapter trains {outlook.forecasts['LoRA'].trainable_parameters:,} of its own"
-    if asked.adapter.kind == "full":
+    if chosen.adapter.kind == "full":
         trained = "all of them are trained"
     for line in (
-        f"{asked.model.path}: {shape.parameters:,} parameters; {trained}",
+        f"{chosen.model.path}: {shape.parameters:,} parameters; {trained}",
         f"{load.rows} x {load.length} tokens at once, {load.targets:,} of them trained: {basis}",
     ):
         console.print(line, markup=False, highlight=False)

@@ -42,7 +42,7 @@ class Progress:
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[told]}"),
+                TextColumn("{task.fields[words]}"),
                 TimeRemainingColumn(),
             )
             self._bar = RichProgress(*columns, console=Console(stderr=True))
@@ -92,15 +92,15 @@ class Progress:
         )
 
     def _step(self, event: StepDone) -> None:
-        told = f"loss {event.loss:.4f}  {event.tokens_per_second:,.0f} tokens/s"
+        words = f"loss {event.loss:.4f}  {event.tokens_per_second:,.0f} tokens/s"
         if self._bar is None:
             every = max(1, event.total_steps // _LINES)
             if event.step == 1 or event.step % every == 0 or event.step == event.total_steps:
-                say(f"  step {event.step}/{event.total_steps}  {told}  lr {event.learning_rate:.2e}")
+                say(f"  step {event.step}/{event.total_steps}  {words}  lr {event.learning_rate:.2e}")
             return
         if self._task is None:
-            self._task = self._bar.add_task(f"  {self._what}", total=event.total_steps, told=told)
-        self._bar.update(self._task, completed=event.step, told=told)
+            self._task = self._bar.add_task(f"  {self._what}", total=event.total_steps, words=words)
+        self._bar.update(self._task, completed=event.step, words=words)
 
     def _line(self, text: str) -> None:
         if self._bar is None:

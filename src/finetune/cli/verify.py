@@ -83,12 +83,12 @@ def command(
     with terminated_as_interrupted():
         conduct = () if law else judge_conduct(subject, python=python, tell=_tell)
         found = _verified(subject, laws, effort, tier=tier, python=python).after(conduct)
-    asked = f"--subject {shlex.quote(subject)}" + (f" --python {shlex.quote(python)}" if python else "")
-    _write(found, subject, asked, Places(output, junit, sarif))
+    options = f"--subject {shlex.quote(subject)}" + (f" --python {shlex.quote(python)}" if python else "")
+    _write(found, subject, options, Places(output, junit, sarif))
     if json_output:
         print_json(found.as_dict())
     else:
-        _print(found, asked)
+        _print(found, options)
     return 0 if found.passes else 1
 
 
@@ -151,7 +151,7 @@ def _tell(result: "LawResult") -> None:
     say(f"{result.law}: {result.outcome}{why}")
 
 
-def _write(found: "Verification", subject: str, asked: str, places: Places) -> None:
+def _write(found: "Verification", subject: str, options: str, places: Places) -> None:
     from importlib.metadata import version
 
     from finetune.files import write_text
@@ -163,7 +163,7 @@ def _write(found: "Verification", subject: str, asked: str, places: Places) -> N
         paths = write_findings(found, subject, places.output)
         for path in paths:
             [result] = [each for each in found.results if each.law == path.stem]
-            again = f"ft replay {shlex.quote(str(path))} {asked}"
+            again = f"ft replay {shlex.quote(str(path))} {options}"
             write_text(path.with_suffix(".md"), tell_report(found, result, again))
         write_text(places.output / "verification.json", as_document(found.as_dict()))
         if earlier := earlier_findings(places.output, paths):
@@ -175,7 +175,7 @@ def _write(found: "Verification", subject: str, asked: str, places: Places) -> N
         write_text(places.sarif, as_document(formats.sarif(found, suite)))
 
 
-def _print(found: "Verification", asked: str) -> None:
+def _print(found: "Verification", options: str) -> None:
     from rich.table import Table
 
     table = Table("law", "outcome", "cases", "seconds", box=None)
@@ -194,5 +194,5 @@ def _print(found: "Verification", asked: str) -> None:
     versions = ", ".join(f"{name} {number}" for name, number in found.versions.items())
     print_data(f"{found.subject} ({versions}): {counts}; seed {found.effort.seed}, {found.seconds:.0f} s")
     if not found.passes:
-        again = f"ft verify {asked} --tier {found.tier} --seed {found.effort.seed} (and options as now)"
+        again = f"ft verify {options} --tier {found.tier} --seed {found.effort.seed} (and options as now)"
         say(f"again: {again}; --output FOLDER keeps each smallest case for ft replay")

@@ -46,10 +46,10 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, stop)
 
-    told = []
+    errors = []
 
     def complain(error: FineTuneError) -> None:
-        told.append(error)
+        errors.append(error)
         state: State = "lost" if isinstance(error, LostProcessError) else "failed"
         leave_note(
             folder, replace(note, state=state, exit_code=error.exit_code, message=error.message, hint=error.hint)
@@ -62,7 +62,7 @@ def main() -> None:
         raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if not told:
+    if not errors:
         leave_note(folder, replace(note, state="done" if code < 2 else "failed", exit_code=code))
     sys.exit(code)
 

@@ -70,13 +70,13 @@ def resolve_processes(loaded: LoadedConfig, started: int, *, resume: bool) -> Lo
     Raises:
         ConfigError: another number was asked for.
     """
-    asked = loaded.config.training.processes
-    if asked is None:
+    wanted = loaded.config.training.processes
+    if wanted is None:
         training = loaded.config.training.model_copy(update={"processes": started})
         config = loaded.config.model_copy(update={"training": training})
         return LoadedConfig(config, {**loaded.origins, "training.processes": "derived"})
-    if asked != started and not resume:
-        what = f"processes is {asked}, but {started} {'process was' if started == 1 else 'processes were'} started"
+    if wanted != started and not resume:
+        what = f"processes is {wanted}, but {started} {'process was' if started == 1 else 'processes were'} started"
         hint = "start them with --launch, such as: ft train --launch torchrun, or leave the setting out"
         raise ConfigError([_problem(loaded.origins, "training.processes", what, hint)])
     return loaded
@@ -100,7 +100,7 @@ def resolve_steps(plan: Plan, total_steps: int) -> Plan:
 def early_stopping_without_validation_problems(config: TrainingConfig, origins: Mapping[str, Origin]) -> list[Problem]:
     """What cannot be done when no rows are held out: there is no loss to stop by, or to choose the best step by."""
     training = config.training
-    asked = {
+    values = {
         "early_stopping_patience": training.early_stopping_patience,
         "load_best_model": "true" if training.load_best_model else None,
     }
@@ -109,7 +109,7 @@ def early_stopping_without_validation_problems(config: TrainingConfig, origins: 
         _problem(
             origins, f"training.{name}", f"{name} is {value}, but no rows are held out to look at the loss on", hint
         )
-        for name, value in asked.items()
+        for name, value in values.items()
         if value is not None
     ]
 

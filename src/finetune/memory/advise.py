@@ -32,7 +32,9 @@ def ways_to_fit(total_of: TotalOf, load: StepLoad, available: int) -> list[Memor
         return ways
     single = _with_rows(load, 1)
     settings = {"training.batch_size": 1, "training.gradient_accumulation_steps": single.accumulation}
-    return [MemoryAdvice(settings | way.settings, way.total) for way in _shorter_rows(total_of, single, available)]
+    return [
+        MemoryAdvice(settings | choice.settings, choice.total) for choice in _shorter_rows(total_of, single, available)
+    ]
 
 
 def scaled(load: StepLoad, *, rows: int | None = None, length: int | None = None) -> StepLoad:

@@ -141,17 +141,17 @@ class _Step:
         h, i = self.shape.hidden_size, self.shape.intermediate_size
         # Under a mask keys and values are repeated for every query head, and kept so.
         keys = self.queries if self.load.masked else self.shape.kv_heads * self.shape.head_dim
-        told = self.rms_norm() if grad else 0
-        told += self.inputs(h, "q_proj", "k_proj", "v_proj")
+        kept = self.rms_norm() if grad else 0
+        kept += self.inputs(h, "q_proj", "k_proj", "v_proj")
         grad = grad or self.trains("q_proj", "k_proj", "v_proj")
-        told += self.attention(keys=keys) if grad else 0
-        told += self.inputs(self.queries, "o_proj", alive=grad and self.shape.attention_dropout == 0)
+        kept += self.attention(keys=keys) if grad else 0
+        kept += self.inputs(self.queries, "o_proj", alive=grad and self.shape.attention_dropout == 0)
         grad = grad or self.trains("o_proj")
-        told += self.rms_norm() if grad else 0
-        told += self.inputs(h, "gate_proj", "up_proj")
+        kept += self.rms_norm() if grad else 0
+        kept += self.inputs(h, "gate_proj", "up_proj")
         grad = grad or self.trains("gate_proj", "up_proj")
-        told += 3 * i * self.size if grad else 0  # gate, silu(gate) and up
-        return told + self.inputs(i, "down_proj")
+        kept += 3 * i * self.size if grad else 0  # gate, silu(gate) and up
+        return kept + self.inputs(i, "down_proj")
 
     def rms_norm(self) -> int:
         """Its input and a factor in float32; to train its gain, the normalised input too."""
@@ -162,18 +162,18 @@ class _Step:
         """GPT-2; `grad` says whether a gradient is wanted of the block's input."""
         h, i = self.shape.hidden_size, self.shape.intermediate_size
         dropped = self.size * h if self.shape.hidden_dropout > 0 else 0
-        told = self.layer_norm() if grad else 0
-        told += self.inputs(h, "c_attn")
+        kept = self.layer_norm() if grad else 0
+        kept += self.inputs(h, "c_attn")
         grad = grad or self.trains("c_attn")
-        told += self.attention(keys=self.queries) if grad else 0
-        told += self.inputs(h, "c_proj", alive=grad and self.shape.attention_dropout == 0)
+        kept += self.attention(keys=self.queries) if grad else 0
+        kept += self.inputs(h, "c_proj", alive=grad and self.shape.attention_dropout == 0)
         grad = grad or self.trains("c_proj")
-        told += dropped + self.layer_norm() if grad else 0
-        told += self.inputs(h, "c_fc")
+        kept += dropped + self.layer_norm() if grad else 0
+        kept += self.inputs(h, "c_fc")
         grad = grad or self.trains("c_fc")
-        told += i * self.size if grad else 0  # what the fused GELU reads
-        told += self.inputs(i, "c_proj")
-        return told + (dropped if grad or self.trains("c_proj") else 0)
+        kept += i * self.size if grad else 0  # what the fused GELU reads
+        kept += self.inputs(i, "c_proj")
+        return kept + (dropped if grad or self.trains("c_proj") else 0)
 
     def layer_norm(self) -> int:
         """Its input, mean and spread."""
@@ -184,34 +184,34 @@ class _Step:
 
         The rest of a block keeps about as much as its linear layers share, in the two families that are counted.
         """
-        told = self.size * sum(sum(layer.shape) for layer in self.shape.linear_layers)
+        kept = self.size * sum(sum(layer.shape) for layer in self.shape.linear_layers)
         if self.shape.attention_dropout > 0:
-            told += 3 * F32 * self.shape.heads * self.load.length * self.shape.layers
+            kept += 3 * F32 * self.shape.heads * self.load.length * self.shape.layers
         if self.load.masked:
-            told += self.size * self.load.length * self.shape.layers
+            kept += self.size * self.load.length * self.shape.layers
         if self.target is None:
-            return told
+            return kept
         for layer in self.adapted():
             known = (layer.name, self.target.rank_of(layer.name), sides(self.shape, layer)[0])
             readers = Readers(max(layer.shape), (known,), self.size, self.target.dropout > 0, alive=True)
-            told += kind_of(self.target).kept_by_torch(readers)
-        return told
+            kept += kind_of(self.target).kept_by_torch(readers)
+        return kept
 
     def outside(self) -> int:
         """The final norm, the hidden states that get logits, ids and marks, RoPE's angles; in bytes of the step."""
         h, tokens = self.shape.hidden_size, self.load.tokens
         gpt2 = self.shape.architecture in _GPT2_BLOCKS
-        told = tokens * (self.layer_norm() if gpt2 else self.rms_norm()) + _INDEX * self.load.targets + tokens
+        kept = tokens * (self.layer_norm() if gpt2 else self.rms_norm()) + _INDEX * self.load.targets + tokens
         if not gpt2:
-            told += 2 * self.size * self.load.length * self.shape.head_dim
+            kept += 2 * self.size * self.load.length * self.shape.head_dim
         if self.target and kind_of(self.target).copies_weight(size=self.size, dropped=self.target.dropout > 0):
-            told += F32 * sum(layer.shape[0] * layer.shape[1] for layer in self.adapted())
+            kept += F32 * sum(layer.shape[0] * layer.shape[1] for layer in self.adapted())
         if self.saves("lm_head"):
-            told += self.size * h * self.load.targets
+            kept += self.size * h * self.load.targets
         if self.full:
-            told += self.size * h * self.load.targets + _INDEX * tokens
-            told += self.size * h * tokens if self.shape.hidden_dropout > 0 else 0
-        return told
+            kept += self.size * h * self.load.targets + _INDEX * tokens
+            kept += self.size * h * tokens if self.shape.hidden_dropout > 0 else 0
+        return kept
 
     def logits(self) -> int:
         """What the loss takes for itself, in bytes of the step.

@@ -80,18 +80,20 @@ def _fits(method: str, forecast: Forecast, outlook: Outlook) -> str:
         return f"{method} fits: at most {say_size(most)}, and {have}"
     if expected <= outlook.available:
         return f"{method} should fit, but may not: {say_size(expected)} expected, at most {say_size(most)}; {have}"
-    told = f"{method} does not fit: {say_size(expected)} expected, {say_size(expected - outlook.available)} too much"
+    sentence = (
+        f"{method} does not fit: {say_size(expected)} expected, {say_size(expected - outlook.available)} too much"
+    )
     if method == FULL:
         saved = expected - outlook.forecasts[LORA].expected.total
-        return f"{told}; LoRA takes {say_size(saved)} less" if saved > 0 else told
+        return f"{sentence}; LoRA takes {say_size(saved)} less" if saved > 0 else sentence
     if not outlook.ways:
-        return f"{told}; no smaller batch or row helps: choose a smaller model"
-    return f"{told}; lower it with {', or '.join(f'--set {way}' for way in map(_as_flags, outlook.ways))}"
+        return f"{sentence}; no smaller batch or row helps: choose a smaller model"
+    return f"{sentence}; lower it with {', or '.join(f'--set {advice}' for advice in map(_as_flags, outlook.ways))}"
 
 
-def _as_flags(way: MemoryAdvice) -> str:
-    told = " --set ".join(f"{key}={value}" for key, value in way.settings.items())
-    return f"{told} ({say_size(way.total)})"
+def _as_flags(advice: MemoryAdvice) -> str:
+    flags = " --set ".join(f"{key}={value}" for key, value in advice.settings.items())
+    return f"{flags} ({say_size(advice.total)})"
 
 
 def outlook_values(outlook: Outlook) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def outlook_values(outlook: Outlook) -> dict[str, Any]:
         "available": outlook.available,
         "lora": _forecast_values(outlook.forecasts[LORA], outlook.available),
         "full": _forecast_values(outlook.forecasts[FULL], outlook.available),
-        "ways_to_fit": [{"settings": way.settings, "total": way.total} for way in outlook.ways],
+        "ways_to_fit": [{"settings": advice.settings, "total": advice.total} for advice in outlook.ways],
     }
 
 

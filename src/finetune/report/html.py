@@ -93,8 +93,8 @@ def _grouped(pairs: Sequence[Mapping[str, object]]) -> dict[str, Any]:
 
 def _changes(answers: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[int]]]:
     """How many answers changed which way, one number for each set of questions that was asked."""
-    asked = [group["counts"] for group in answers.values() if group["shown"]]
-    rows = [(word, [counts[word] for counts in asked]) for word in _CHANGES]
+    groups = [group["counts"] for group in answers.values() if group["shown"]]
+    rows = [(word, [counts[word] for counts in groups]) for word in _CHANGES]
     # The four ways are worth a row even at zero; answers that met no partner only when there are any.
     return [(word, numbers) for word, numbers in rows if word != "not compared" or any(numbers)]
 

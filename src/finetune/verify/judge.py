@@ -129,21 +129,21 @@ def _judge_case(law: Law, trainer: SubjectClient, case: Recipe, seen: _CaseTally
 
 
 def _concluded(law: Law, seen: _CaseTally) -> LawResult:
-    told: dict[str, Any] = {"cases": seen.cases, "unable": dict(seen.unable.most_common(5))}
+    evidence: dict[str, Any] = {"cases": seen.cases, "unable": dict(seen.unable.most_common(5))}
     outcome = Outcome.PASSED
     if seen.smallest is not None:
         case, broken = seen.smallest
         outcome = Outcome.FAILED
-        told |= {"expected": seen.plain(broken.expected), "got": seen.plain(broken.got)}
-        told["case"] = case.model_dump(mode="json")
-        told["why"] = seen.trouble
+        evidence |= {"expected": seen.plain(broken.expected), "got": seen.plain(broken.got)}
+        evidence["case"] = case.model_dump(mode="json")
+        evidence["why"] = seen.trouble
     elif seen.trouble:
-        outcome, told["why"] = Outcome.ERROR, seen.trouble
+        outcome, evidence["why"] = Outcome.ERROR, seen.trouble
     elif not seen.cases:
         # What says that it can and then refuses every case has not been judged, and is not what it says.
         outcome = Outcome.ERROR if seen.refused else Outcome.NOT_APPLICABLE
-        told["why"] = "; ".join(seen.unable) or "no case came up"
-    return LawResult(law.id, law.statement, outcome, seconds=round(time.monotonic() - seen.began, 3), **told)
+        evidence["why"] = "; ".join(seen.unable) or "no case came up"
+    return LawResult(law.id, law.statement, outcome, seconds=round(time.monotonic() - seen.began, 3), **evidence)
 
 
 def _plain(trainer: SubjectClient) -> Callable[[str], str]:

@@ -29,12 +29,12 @@ def replay(finding: Finding, subject: str, *, python: str | None = None) -> LawR
         runner = ScenarioRunner(opened)
         try:
             with confined_to(runner.folder, subject):
-                return _told(runner, finding, finding.case)
+                return _replayed(runner, finding, finding.case)
         finally:
             runner.close()
 
 
-def _told(runner: ScenarioRunner, finding: Finding, story: Story) -> LawResult:
+def _replayed(runner: ScenarioRunner, finding: Finding, story: Story) -> LawResult:
     """A story, told once more; a law of it may fail that is not the finding's."""
     found = runner.run(story, point=finding.stage)
     notes = []

@@ -89,10 +89,12 @@ def chosen_laws(tier: int, ids: Iterable[str] = ()) -> tuple[Law, ...]:
     names = list(dict.fromkeys(ids)) or list(known)
     if unknown := [name for name in names if name not in known]:
         whole = case_laws()
-        told = ", ".join(f"{name!r} (of tier {whole[name].tier})" if name in whole else repr(name) for name in unknown)
+        missing = ", ".join(
+            f"{name!r} (of tier {whole[name].tier})" if name in whole else repr(name) for name in unknown
+        )
         higher = [whole[name].tier for name in unknown if name in whole]
         hint = f"say --tier {max(higher)}" if higher else f"choose from: {', '.join(known)}"
-        raise UsageError(f"there is no law {told} up to tier {tier}", hint=hint)
+        raise UsageError(f"there is no law {missing} up to tier {tier}", hint=hint)
     return tuple(known[name] for name in names)
 
 

@@ -25,10 +25,10 @@ class Dialogue(Recipe):
     @property
     def messages(self) -> list[dict[str, str]]:
         """Its messages, the last of which is an answer."""
-        told = [] if self.system is None else [{"role": "system", "content": self.system}]
+        found = [] if self.system is None else [{"role": "system", "content": self.system}]
         for turn in self.turns:
-            told += [{"role": "user", "content": turn.prompt}, {"role": "assistant", "content": turn.completion}]
-        return told
+            found += [{"role": "user", "content": turn.prompt}, {"role": "assistant", "content": turn.completion}]
+        return found
 
 
 def dialogues(words: st.SearchStrategy[str], *, least: int = 1, templates: Sequence[str] = ("chatml",)) -> Any:

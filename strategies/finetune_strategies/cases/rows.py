@@ -62,8 +62,8 @@ class IdRow(Recipe):
     @property
     def value(self) -> dict[str, Any]:
         """The row as a question has it."""
-        asked = len(self.ids) - self.answer
-        return {"ids": list(self.ids), "targets": [place >= asked for place in range(len(self.ids))]}
+        prompt = len(self.ids) - self.answer
+        return {"ids": list(self.ids), "targets": [place >= prompt for place in range(len(self.ids))]}
 
 
 PAIRS = st.builds(Pair, prompt=TEXTS, completion=TEXTS)

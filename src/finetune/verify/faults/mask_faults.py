@@ -222,9 +222,9 @@ def _prompt_counted_by_characters(
     rows = list(rows)
     for rendered, row in zip(rows, right(rows, tokenizer), strict=True):
         first = next((place for place, each in enumerate(rendered.segments) if each.trained), 0)
-        asked = sum(len(each.text) for each in rendered.segments[:first])
-        marks = bytes(TRAINED if place >= asked else KEPT for place in range(len(row.ids)))
-        yield replace(row, marks=marks) if asked else row
+        prompt = sum(len(each.text) for each in rendered.segments[:first])
+        marks = bytes(TRAINED if place >= prompt else KEPT for place in range(len(row.ids)))
+        yield replace(row, marks=marks) if prompt else row
 
 
 @fault("A089b", "mask.answer_counted_by_chars")
@@ -235,10 +235,10 @@ def _answer_counted_by_characters(
     """The length of an answer is counted in characters."""
     rows = list(rows)
     for rendered, row in zip(rows, right(rows, tokenizer), strict=True):
-        said = sum(len(each.text) for each in rendered.segments if each.trained and not each.control)
+        length = sum(len(each.text) for each in rendered.segments if each.trained and not each.control)
         size = sum(len(each.text.encode()) for each in rendered.segments if each.trained and not each.control)
         marks = bytearray(row.marks)
         first = row.marks.find(bytes([TRAINED]))
-        for place in range(first + said, first + size):
+        for place in range(first + length, first + size):
             marks[place] = KEPT
         yield replace(row, marks=bytes(marks))

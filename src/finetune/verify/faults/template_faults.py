@@ -120,16 +120,16 @@ def _no_system_in_dialogues(
 
 
 def _with_default_system(messages: Sequence[Message]) -> Messages:
-    told = any(message.role == "system" for message in messages)
-    return (*([] if told else [Message("system", "You are a helpful assistant.")]), *messages)
+    has_system = any(message.role == "system" for message in messages)
+    return (*([] if has_system else [Message("system", "You are a helpful assistant.")]), *messages)
 
 
 @fault("A047", "tmpl.default_system_injected", "alignment-handbook #117")
 @in_place_of("render_prompt", ChatTemplate)
 def _system_in_prompts(right: Callable[..., Rendered], template: ChatTemplate, conversation: Conversation) -> Rendered:
     """A prompt has system words that nobody wrote."""
-    told: Rendered = right(template, replace(conversation, messages=_with_default_system(conversation.messages)))
-    return told
+    rendered: Rendered = right(template, replace(conversation, messages=_with_default_system(conversation.messages)))
+    return rendered
 
 
 @fault("A047b", "tmpl.default_system_everywhere")

@@ -30,13 +30,13 @@ def adapter_travels(trainer: SubjectClient, case: Learned) -> None:
     """An adapter that was saved and loaded computes what was trained, with the strength that it was trained with."""
     model = trainer.model(case.model)
     adapter = adapter_of(train(trainer, model, case.settings, case.values))
-    told, _ = weights_of(trainer, model, adapter)
+    weights, _ = weights_of(trainer, model, adapter)
     rank, alpha = (case.settings.get(f"adapter.{each}", 1) for each in ("rank", "alpha"))
     scale = alpha / (rank**0.5 if case.kind == "rank-stabilised" else rank)
-    check(abs(told.scale - scale) <= 1e-6, expected=f"scale {scale}", got=told.scale)
+    check(abs(weights.scale - scale) <= 1e-6, expected=f"scale {scale}", got=weights.scale)
     given = {"settings": case.settings, "adapter": adapter}
     found = accepted(lambda: logits_of(trainer, "logits", model, **given), "the adapter that was just saved")
-    wanted = logits_of(trainer.oracle, "logits_with", model, file=told.file, scale=scale)
+    wanted = logits_of(trainer.oracle, "logits_with", model, file=weights.file, scale=scale)
     base = logits_of(trainer.oracle, "logits", model)
     check(not np.allclose(wanted, base, rtol=1e-3, atol=1e-3), expected="an adapter that was trained", got="the base")
     same_logits(found, wanted, "the logits of base and adapter")

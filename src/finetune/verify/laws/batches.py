@@ -51,9 +51,9 @@ def every_row_is_trained_on(trainer: SubjectClient, case: cases.Dealt) -> None:
 def padding_is_no_target(trainer: SubjectClient, case: Rows) -> None:
     """What fills a batch up to its longest row is never what the model is taught to say."""
     settings = {**PLAIN, "training.batch_size": len(case.rows), "training.gradient_accumulation_steps": 1}
-    told = trainer.ask("batches", Epochs, model=trainer.model(TINY), settings=settings, rows=case.values, epochs=1)
-    check(len(told.epochs) == 1, expected="1 epoch", got=f"{len(told.epochs)} epochs")
-    for batch in (micro for epoch in told.epochs for step in epoch for micro in step.micro):
+    dealt = trainer.ask("batches", Epochs, model=trainer.model(TINY), settings=settings, rows=case.values, epochs=1)
+    check(len(dealt.epochs) == 1, expected="1 epoch", got=f"{len(dealt.epochs)} epochs")
+    for batch in (micro for epoch in dealt.epochs for step in epoch for micro in step.micro):
         for ids, targets, real in zip(batch.ids, batch.targets, batch.real, strict=True):
             taught = [place for place, target in enumerate(targets) if target and not real[place]]
             check(

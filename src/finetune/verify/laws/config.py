@@ -9,7 +9,7 @@ from finetune.config import default_of
 from finetune.verify.catalogue import law
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
-from finetune.verify.laws.helpers import tokenized, told
+from finetune.verify.laws.helpers import comparable, tokenized
 from finetune.verify.subjects.answers import Accepted, Epochs, Gradient, TrainingResult, Weights
 from finetune.verify.subjects.subject import RefusesError, UnsupportedError
 from finetune_strategies.cases import config as cases
@@ -68,7 +68,7 @@ def _hold_changed(case: cases.Change, outcome: Callable[[Mapping[str, object]], 
 )
 def settings_of_rows_do_something(trainer: SubjectClient, case: cases.Change) -> None:
     """A setting of rows that is changed changes the rows, or is refused."""
-    _hold_changed(case, lambda settings: told(tokenized(trainer, trainer.model(TINY), ROWS, settings)))
+    _hold_changed(case, lambda settings: comparable(tokenized(trainer, trainer.model(TINY), ROWS, settings)))
 
 
 @law(

@@ -8,7 +8,7 @@ from typing import Any
 from finetune.verify.catalogue import law
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
-from finetune.verify.laws.helpers import tokenized, tokenized_row, told
+from finetune.verify.laws.helpers import comparable, tokenized, tokenized_row
 from finetune.verify.subjects.answers import Epochs, Split
 from finetune.verify.subjects.subject import UnsupportedError
 from finetune_strategies.cases import data as cases
@@ -151,8 +151,8 @@ def cache_changes_nothing(trainer: SubjectClient, case: cases.Cached) -> None:
     elif case.changed == "length":
         settings = {"tokens.max_length": 200}
     model = trainer.model(_MODELS[case.after])
-    without = told(tokenized(trainer, model, rows, settings))
-    within = told(tokenized(trainer, model, rows, {**settings, **cache}))
+    without = comparable(tokenized(trainer, model, rows, settings))
+    within = comparable(tokenized(trainer, model, rows, {**settings, **cache}))
     check(within == without, expected=f"without a cache: {without}", got=f"with it: {within}")
 
 
@@ -194,5 +194,5 @@ def remarks_change_no_batch(trainer: SubjectClient, case: cases.Remarked) -> Non
         trainer.ask("batches", Epochs, model=model, settings=settings, rows=rows, epochs=1)
         for rows in (case.values, noted)
     )
-    before, after = ([sorted(step.micro[0].ids) for step in told.epochs[0]] for told in (plain, other))
+    before, after = ([sorted(step.micro[0].ids) for step in dealt.epochs[0]] for dealt in (plain, other))
     check(before == after, expected=before, got=after)

@@ -76,7 +76,7 @@ def adapter_is_in_the_export(trainer: SubjectClient, case: Learned) -> None:
     """A GGUF file of a run holds its base's weights with the adapter in them."""
     model = _model(trainer, case.model)
     adapter = adapter_of(train(trainer, model, case.settings, case.values))
-    told, parts = weights_of(trainer, model, adapter)
+    weights, parts = weights_of(trainer, model, adapter)
     (_, plain), (_, found) = _described(trainer, model), _described(trainer, model, adapter=adapter)
     for name in [name for name in parts if ".lora_A." in name]:
         stem = name.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
@@ -85,7 +85,7 @@ def adapter_is_in_the_export(trainer: SubjectClient, case: Learned) -> None:
             not np.allclose(found[path], plain[path], atol=1e-6), expected=f"{path} with the adapter", got="the base's"
         )
         if not stem.endswith(("q_proj", "k_proj")):
-            grown = plain[path] + told.scale * (parts[name.replace("lora_A", "lora_B")] @ parts[name])
+            grown = plain[path] + weights.scale * (parts[name.replace("lora_A", "lora_B")] @ parts[name])
             off = float(np.abs(found[path] - grown).max())
             check(off <= 1e-4, expected=f"{path} as base and adapter", got=f"off by {off:.3g}")
 
@@ -112,9 +112,9 @@ def rotation_is_the_configs(trainer: SubjectClient, case: cases.Turned) -> None:
     model = altered(trainer, _model(trainer, ModelRecipe(head_size=16)), said)
     keys, found = _described(trainer, model)
     check(keys.get("llama.rope.freq_base") == case.theta, expected=case.theta, got=keys.get("llama.rope.freq_base"))
-    told = {name: keys.get(f"llama.rope.scaling.{name}") for name in ("type", "factor")}
-    wanted = {"type": case.kind, "factor": case.factor} if case.kind in ("linear", "yarn") else dict.fromkeys(told)
-    check(told == wanted, expected=wanted, got=told)
+    written = {name: keys.get(f"llama.rope.scaling.{name}") for name in ("type", "factor")}
+    wanted = {"type": case.kind, "factor": case.factor} if case.kind in ("linear", "yarn") else dict.fromkeys(written)
+    check(written == wanted, expected=wanted, got=written)
     if case.kind == "yarn":
         original = keys.get("llama.rope.scaling.original_context_length")
         check(original == 64, expected="an original context of 64", got=original)
@@ -138,13 +138,13 @@ def vocabulary_is_the_tokenizers(trainer: SubjectClient, case: cases.Words) -> N
         added = {**tokenizer["added_tokens"][0], "id": FEWEST_WORDS + number, "content": f"<|more{number}|>"}
         tokenizer["added_tokens"].append(added)
     (model / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    asked = refused(lambda: _described(trainer, model))
+    described = refused(lambda: _described(trainer, model))
     if case.excess:
-        check(asked is None, expected="more tokens than rows are refused", got="an answer")
+        check(described is None, expected="more tokens than rows are refused", got="an answer")
         return
-    check(asked is not None, expected="an answer", got="a refusal")
-    assert asked is not None
-    keys = asked[0]
+    check(described is not None, expected="an answer", got="a refusal")
+    assert described is not None
+    keys = described[0]
     texts: Any = keys.get("tokenizer.ggml.tokens") or []
     check(len(texts) == FEWEST_WORDS + case.spare, expected=f"{FEWEST_WORDS + case.spare} tokens", got=len(texts))
     odd = [number for number, word in words.items() if texts[number] != word]
@@ -156,8 +156,8 @@ def vocabulary_is_the_tokenizers(trainer: SubjectClient, case: cases.Words) -> N
         check(types[token["id"]] == 3, expected=f"{token['content']} is a control token", got=types[token["id"]])
     control = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     wanted = {"eos": control["</s>"], "padding": control["<|pad|>"], "bos": control["</s>"]}
-    told = {name: keys.get(f"tokenizer.ggml.{name}_token_id") for name in wanted}
-    check(told == wanted, expected=wanted, got=told)
+    written = {name: keys.get(f"tokenizer.ggml.{name}_token_id") for name in wanted}
+    check(written == wanted, expected=wanted, got=written)
     adds = keys.get("tokenizer.ggml.add_bos_token")
     check(adds is False, expected="no begin-of-text token is put in front of text", got=adds)
     template = (model / "chat_template.jinja").read_text(encoding="utf-8")
@@ -179,8 +179,8 @@ def pre_tokenizer_is_read(trainer: SubjectClient, case: cases.Cut) -> None:
     cuts, name = cases.CUTS[case.by]
     (model / "tokenizer.json").write_text(json.dumps({**tokenizer, "pre_tokenizer": cuts}), encoding="utf-8")
     found = refused(lambda: _described(trainer, model))
-    told = "" if found is None else found[0].get("tokenizer.ggml.pre")
-    check(told == name, expected=name or "a refusal", got=told or "a refusal")
+    written = "" if found is None else found[0].get("tokenizer.ggml.pre")
+    check(written == name, expected=name or "a refusal", got=written or "a refusal")
 
 
 @law("export.shards", ["describe_export"], cases.WRITTEN, oracle="the same weights in one file", examples=2)

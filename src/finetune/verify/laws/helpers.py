@@ -63,7 +63,7 @@ def text_of(words: Mapping[int, bytes], row: TokenRow, *, trained: bool = False)
     return b"".join(words.get(token, b"?") for token, target in said if target or not trained)
 
 
-def told(rows: TokenRows) -> list[tuple[int, list[int], list[bool]]]:
+def comparable(rows: TokenRows) -> list[tuple[int, list[int], list[bool]]]:
     """The rows as values that can be compared."""
     return [(row.row, row.ids, row.targets) for row in rows.rows]
 
@@ -85,8 +85,8 @@ def adapter_of(course: TrainingResult) -> str:
 
 def weights_of(trainer: SubjectClient, model: Path, adapter: str) -> tuple[Weights, Tensors]:
     """What is in an adapter."""
-    told = trainer.ask("adapter_weights", Weights, model=model, adapter=adapter)
-    return told, trainer.tensors(told.file)
+    weights = trainer.ask("adapter_weights", Weights, model=model, adapter=adapter)
+    return weights, trainer.tensors(weights.file)
 
 
 def logits_of(trainer: SubjectClient, ability: str, model: str | Path, **more: object) -> Array:
@@ -99,10 +99,10 @@ def logits_of(trainer: SubjectClient, ability: str, model: str | Path, **more: o
 def same_logits(found: Array, wanted: Array, what: str, *, most: float = 2e-3) -> None:
     """Hold logits to those that must come out, but for what float32 rounds."""
     off = float(np.abs(found - wanted).max()) if found.shape == wanted.shape else float("inf")
-    check(off <= most * (1 + np.abs(wanted).max()), expected=f"{what}, {_told(wanted)}", got=f"{_told(found)}")
+    check(off <= most * (1 + np.abs(wanted).max()), expected=f"{what}, {_shown(wanted)}", got=f"{_shown(found)}")
 
 
-def _told(logits: Array) -> str:
+def _shown(logits: Array) -> str:
     return " ".join(f"{value:.4g}" for value in logits[-1, :6]) + " ..."
 
 

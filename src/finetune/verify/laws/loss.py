@@ -93,8 +93,8 @@ def nan_is_told(trainer: SubjectClient, case: Rows) -> None:
     settings = {**QUICK, "training.learning_rate": 1e200, "training.epochs": 4.0}
     course = refused(lambda: train(trainer, trainer.model(TINY), settings, case.values))
     if course is not None:
-        told = [step.loss for step in course.steps if step.loss is not None]
-        check(not all(map(math.isfinite, told)), expected="a refusal, or a loss that is no number", got=told)
+        losses = [step.loss for step in course.steps if step.loss is not None]
+        check(not all(map(math.isfinite, losses)), expected="a refusal, or a loss that is no number", got=losses)
 
 
 @law(

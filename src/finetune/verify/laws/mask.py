@@ -6,7 +6,7 @@ from finetune.chat.catalog import CHATML
 from finetune.verify.catalogue import law
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
-from finetune.verify.laws.helpers import check_loss, loss_of, text_of, tokenized, told
+from finetune.verify.laws.helpers import check_loss, comparable, loss_of, text_of, tokenized
 from finetune.verify.subjects.answers import Gradient, Logits
 from finetune_strategies.cases import mask as cases
 from finetune_strategies.cases.rows import PLAIN, TINY
@@ -43,8 +43,8 @@ def place_of_a_template_changes_nothing(trainer: SubjectClient, case: cases.Plac
         file = trainer.folder() / "template.jinja"
         file.write_text(CHATML.jinja, encoding="utf-8")
         name = str(file)
-    expected = told(tokenized(trainer, model, case.values, {"template.name": "chatml"}))
-    found = told(tokenized(trainer, model, case.values, {"template.name": name}))
+    expected = comparable(tokenized(trainer, model, case.values, {"template.name": "chatml"}))
+    found = comparable(tokenized(trainer, model, case.values, {"template.name": name}))
     check(found == expected, expected=expected, got=found)
 
 
@@ -55,7 +55,7 @@ def limit_that_suffices_changes_nothing(trainer: SubjectClient, case: cases.Limi
     free = tokenized(trainer, model, case.values, {"tokens.max_length": 1000, "tokens.truncation": case.policy})
     most = max(len(row.ids) for row in free.rows)
     held = tokenized(trainer, model, case.values, {"tokens.max_length": most, "tokens.truncation": case.policy})
-    check(told(held) == told(free), expected=told(free), got=told(held))
+    check(comparable(held) == comparable(free), expected=comparable(free), got=comparable(held))
 
 
 @law("mask.whole", ["tokenize"], cases.MASK_WHOLE, oracle="the rows with a limit far above them", examples=10)
@@ -65,8 +65,8 @@ def overlong_rows_are_left_out_whole(trainer: SubjectClient, case: cases.Limited
     free = tokenized(trainer, model, case.values, {"tokens.max_length": 1000})
     most = max(len(row.ids) for row in free.rows) - case.below
     held = tokenized(trainer, model, case.values, {"tokens.max_length": most, "tokens.truncation": case.policy})
-    expected = [row for row in told(free) if len(row[1]) <= most]
-    check(told(held) == expected, expected=f"up to {most} tokens: {expected}", got=told(held))
+    expected = [row for row in comparable(free) if len(row[1]) <= most]
+    check(comparable(held) == expected, expected=f"up to {most} tokens: {expected}", got=comparable(held))
     gone, counted = len(free.rows) - len(expected), sum(held.dropped.values())
     check(counted == gone, expected=f"{gone} rows left out", got=held.dropped)
 
@@ -141,7 +141,7 @@ def loss_is_the_mean_surprise(trainer: SubjectClient, case: cases.Batched) -> No
     "mask.measured",
     ["loss", "gradient"],
     cases.MASK_MEASURED,
-    oracle="the loss that is told of an optimizer step with the same batch, from the same weights, without dropout",
+    oracle="the loss that is reported of an optimizer step with the same batch, from the same weights, without dropout",
     examples=8,
     cost=2,
 )

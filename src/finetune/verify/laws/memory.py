@@ -53,5 +53,5 @@ def logits_are_counted(trainer: SubjectClient, case: cases.Counted) -> None:
     found = _estimate(trainer, trainer.model(case.model), case.settings)
     least = 4 * case.model.vocabulary * 2 * 63
     check(found.parts["logits"] >= least, expected=f"at least {least} bytes", got=found.parts["logits"])
-    told = sum(found.parts.values())
-    check(math.isfinite(told) and found.total <= told, expected=f"at most {told} bytes in all", got=found.total)
+    whole = sum(found.parts.values())
+    check(math.isfinite(whole) and found.total <= whole, expected=f"at most {whole} bytes in all", got=found.total)

@@ -58,8 +58,8 @@ def merged_computes_the_same(trainer: SubjectClient, case: cases.Merging) -> Non
     """A merged model, read from its folder, computes what its base does with the adapter, not what the base does."""
     model = _base(trainer, case)
     adapter, folder = _merged(trainer, model, case)
-    told, _ = weights_of(trainer, model, adapter)
-    wanted = logits_of(trainer.oracle, "logits_with", model, file=told.file, scale=told.scale)
+    weights, _ = weights_of(trainer, model, adapter)
+    wanted = logits_of(trainer.oracle, "logits_with", model, file=weights.file, scale=weights.scale)
     found = accepted(lambda: logits_of(trainer.oracle, "logits", folder), "the merged model")
     base = logits_of(trainer.oracle, "logits", model)
     same_logits(found, wanted, "the logits of base and adapter", most=1e-4)
@@ -78,7 +78,7 @@ def merging_is_exact(trainer: SubjectClient, case: cases.Merging) -> None:
     """Merging adds s B A to the weights in float32 at least, and leaves every other weight bit by bit."""
     model = _base(trainer, case)
     adapter, folder = _merged(trainer, model, case)
-    told, parts = weights_of(trainer, model, adapter)
+    weights, parts = weights_of(trainer, model, adapter)
     base = load_file(model / "model.safetensors")
     merged = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
     check(merged.keys() == base.keys(), expected=sorted(base), got=sorted(merged))
@@ -88,9 +88,9 @@ def merging_is_exact(trainer: SubjectClient, case: cases.Merging) -> None:
             check(np.array_equal(merged[name], weight), expected=f"{name} as it was", got="another")
             continue
         down, up = (parts[f"{stem}.lora_{part}.weight"].astype(np.float64) for part in "AB")
-        wanted = weight + told.scale * (up @ down)
+        wanted = weight + weights.scale * (up @ down)
         off = float(np.abs(merged[name] - wanted).max())
-        most = 1e-6 * float(np.abs(wanted).max() + np.abs(told.scale * up).max() * np.abs(down).max())
+        most = 1e-6 * float(np.abs(wanted).max() + np.abs(weights.scale * up).max() * np.abs(down).max())
         check(off <= most, expected=f"{name} within {most:.2g}", got=f"off by {off:.2g}")
 
 

@@ -99,10 +99,10 @@ def conform(
 
 def _asks(subject: Subject, scratch: Path) -> Iterator[tuple[str, str, Callable[[], object]]]:
     """Each check with its id and its sentence, in the order in which they are done."""
-    asked = scratch / "asked"
-    asked.mkdir()
+    folder = scratch / "asked"
+    folder.mkdir()
     (scratch / "beside.txt").write_text("nothing here is the trainer's\n", encoding="utf-8")
-    trainer = SubjectClient(subject, asked)
+    trainer = SubjectClient(subject, folder)
     questions = _Questions(trainer, scratch / "given")
     before = _bytes_of(scratch)
     yield "protocol.hello", _STATEMENTS["protocol.hello"], lambda: _hold_hello(subject)
@@ -162,22 +162,22 @@ class _Questions:
 def _judged(id: str, statement: str, ask: Callable[[], object]) -> LawResult:
     began = time.monotonic()
     outcome = Outcome.PASSED
-    told: dict[str, Any] = {}
+    evidence: dict[str, Any] = {}
     try:
         ask()
     except LawFailure as broken:
-        outcome, told = Outcome.FAILED, {"expected": broken.expected, "got": broken.got}
+        outcome, evidence = Outcome.FAILED, {"expected": broken.expected, "got": broken.got}
     except UnsupportedError as error:
-        outcome, told = (
+        outcome, evidence = (
             Outcome.FAILED,
             {"expected": "what it says that it can", "got": f"it has nothing of the kind: {error}"},
         )
     except (RefusesError, SubjectError) as error:
-        outcome, told = Outcome.ERROR, {"why": str(error)}
+        outcome, evidence = Outcome.ERROR, {"why": str(error)}
     # A subject of the user's own may raise anything.
     except Exception as error:
-        outcome, told = Outcome.ERROR, {"why": f"{type(error).__name__}: {error}"}
-    return LawResult(id, statement, outcome, cases=1, seconds=round(time.monotonic() - began, 3), **told)
+        outcome, evidence = Outcome.ERROR, {"why": f"{type(error).__name__}: {error}"}
+    return LawResult(id, statement, outcome, cases=1, seconds=round(time.monotonic() - began, 3), **evidence)
 
 
 def _hold_hello(subject: Subject) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from finetune.verify.catalogue import law
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
-from finetune.verify.laws.helpers import text_of, tokenized, tokenized_row, told
+from finetune.verify.laws.helpers import comparable, text_of, tokenized, tokenized_row
 from finetune.verify.subjects.answers import RenderedText, TokenIds, TrainingResult
 from finetune.verify.subjects.subject import UnsupportedError
 from finetune_strategies.cases import template as cases
@@ -28,7 +28,7 @@ def _chatml(messages: list[dict[str, str]], *, prompt: bool) -> str:
 
 
 def _alpaca(messages: list[dict[str, str]], *, prompt: bool) -> str:
-    told = [message["content"] for message in messages if message["role"] == "system"]
+    system = [message["content"] for message in messages if message["role"] == "system"]
     usual = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     turns = [
         f"### Instruction:\n{message['content']}"
@@ -37,7 +37,7 @@ def _alpaca(messages: list[dict[str, str]], *, prompt: bool) -> str:
         for message in messages
         if message["role"] != "system"
     ]
-    return "\n\n".join([*(told or [usual]), *turns, *(["### Response:\n"] if prompt else [])])
+    return "\n\n".join([*(system or [usual]), *turns, *(["### Response:\n"] if prompt else [])])
 
 
 _FORMATS: Mapping[str, Callable[..., str]] = {"chatml": _chatml, "tokenizer": _chatml, "alpaca": _alpaca}
@@ -149,9 +149,9 @@ def tokens_to_ask_begin_those_to_train_on(trainer: SubjectClient, case: cases.Be
     model, settings = trainer.model(case.model), {**PLAIN, "template.name": case.template}
     row = tokenized_row(trainer, model, case.pair.model_dump(), settings)
     messages = [{"role": "user", "content": case.pair.prompt}]
-    asked = trainer.ask("prompt", TokenIds, model=model, settings=settings, messages=messages).ids
+    ids = trainer.ask("prompt", TokenIds, model=model, settings=settings, messages=messages).ids
     before = row.ids[: row.targets.index(True)] if True in row.targets else row.ids
-    check(asked == before, expected=before, got=asked)
+    check(ids == before, expected=before, got=ids)
 
 
 @law(
@@ -202,6 +202,6 @@ def template_travels(trainer: SubjectClient, case: cases.Ended) -> None:
     template = saved / "chat_template.jinja"
     if template.is_file():
         shutil.copy(template, shipped)
-    expected = told(tokenized(trainer, model, case.values, settings))
-    found = told(tokenized(trainer, shipped, case.values, {"template.name": "tokenizer"}))
+    expected = comparable(tokenized(trainer, model, case.values, settings))
+    found = comparable(tokenized(trainer, shipped, case.values, {"template.name": "tokenizer"}))
     check(found == expected, expected=expected, got=found)

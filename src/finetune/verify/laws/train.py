@@ -88,17 +88,19 @@ def training_moves_as_it_should(trainer: SubjectClient, case: cases.Whole) -> No
     wanted = trainer.oracle.ask("train_from", TrainingResult, rows=case.values, file=start.file, **given)
     count = len(wanted.steps)
     check(len(course.steps) == count, expected=f"{count} steps", got=f"{len(course.steps)} steps")
-    for told, right in zip(course.steps, wanted.steps, strict=True):
-        near = told.loss is None or abs(told.loss - (right.loss or 0.0)) <= 5e-3 * (1 + (right.loss or 0.0))
-        check(near, expected=f"loss {right.loss} at step {told.step}", got=told.loss)
+    for step, right in zip(course.steps, wanted.steps, strict=True):
+        near = step.loss is None or abs(step.loss - (right.loss or 0.0)) <= 5e-3 * (1 + (right.loss or 0.0))
+        check(near, expected=f"loss {right.loss} at step {step.step}", got=step.loss)
     _, found = weights_of(trainer, given["model"], adapter_of(course))
     _, ends = weights_of(trainer.oracle, given["model"], adapter_of(wanted))
     begins = trainer.tensors(start.file)
     for name, end in ends.items():
         check(name in found, expected=name, got=sorted(found))
-        way = float(np.abs(end - begins[name]).mean())
+        distance = float(np.abs(end - begins[name]).mean())
         off = float(np.abs(found[name] - end).mean())
-        check(off <= way / 50 + 1e-8, expected=f"{name} moved by {way:.4g}", got=f"it ends {off:.4g} from there")
+        check(
+            off <= distance / 50 + 1e-8, expected=f"{name} moved by {distance:.4g}", got=f"it ends {off:.4g} from there"
+        )
 
 
 @law(
@@ -217,9 +219,9 @@ def rate_follows_its_schedule(trainer: SubjectClient, case: cases.Scheduled) -> 
         "training.schedule": case.schedule,
         "training.warmup_fraction": case.warmup / case.steps,
     }
-    told = train(trainer, trainer.model(TINY), settings, case.values).steps
-    check([step.step for step in told] == [*range(1, case.steps + 1)], expected=f"{case.steps} steps", got=len(told))
-    for step in told:
+    steps = train(trainer, trainer.model(TINY), settings, case.values).steps
+    check([step.step for step in steps] == [*range(1, case.steps + 1)], expected=f"{case.steps} steps", got=len(steps))
+    for step in steps:
         if step.learning_rate is None:
             continue
         near = [_rate(case, step.step + shift, case.steps) for shift in (-1, 0, 1)]

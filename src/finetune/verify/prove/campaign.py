@@ -204,8 +204,8 @@ def result_of(fault: Fault, run: FaultRun, clean: FaultRun, tier: int = 1) -> Fa
     if killers:
         return FaultResult(fault, "killed", killers, run)
     if unjudged := {law: word for law, word in sound.items() if word != Outcome.PASSED}:
-        told = ", ".join(f"{law} ({word})" for law, word in unjudged.items())
-        return FaultResult(fault, "error", (), run, f"no law was broken, and these were not judged: {told}")
+        outcomes = ", ".join(f"{law} ({word})" for law, word in unjudged.items())
+        return FaultResult(fault, "error", (), run, f"no law was broken, and these were not judged: {outcomes}")
     return FaultResult(fault, "survived" if changed else "equivalent", (), run)
 
 

@@ -81,12 +81,12 @@ class FaultRun:
 
 
 class RecordingSubject:
-    """A door that keeps a mark of everything that goes through it."""
+    """A subject that keeps a mark of everything that it is asked and answers."""
 
-    def __init__(self, door: Subject, scratch: Path) -> None:
-        self.about = door.about
+    def __init__(self, subject: Subject, scratch: Path) -> None:
+        self.about = subject.about
         self.marks: dict[str, str] = {}
-        self._door = door
+        self._subject = subject
         self._scratch = str(scratch)
         self._places = re.compile(re.escape(self._scratch) + r"(/tmp\w+)?")
 
@@ -94,7 +94,7 @@ class RecordingSubject:
         """The answer to one question."""
         question = self._mark([ability, given])
         try:
-            answer = self._door.ask(ability, given)
+            answer = self._subject.ask(ability, given)
         except Exception as error:
             self.marks.setdefault(question, self._mark([type(error).__name__, str(error)]))
             raise
@@ -103,7 +103,7 @@ class RecordingSubject:
 
     def close(self) -> None:
         """End what is behind it."""
-        self._door.close()
+        self._subject.close()
 
     def _mark(self, values: object) -> str:
         """A mark of values; a file is marked by what is in it, wherever it lies."""
@@ -147,7 +147,7 @@ def run_job(job: Job, *, patience: float = _PATIENCE, stop: threading.Event | No
         ) as process:
             while True:
                 try:
-                    said, errors = process.communicate(timeout=_LOOKS)
+                    answer, errors = process.communicate(timeout=_LOOKS)
                     break
                 except subprocess.TimeoutExpired:
                     ended = stop is not None and stop.is_set()
@@ -158,7 +158,7 @@ def run_job(job: Job, *, patience: float = _PATIENCE, stop: threading.Event | No
                     return FaultRun(job.fault, job.seed, error=why)
     if process.returncode:
         return FaultRun(job.fault, job.seed, error=f"it ended with {process.returncode}: {errors[-600:].strip()}")
-    return FaultRun(**json.loads(said.splitlines()[-1]))
+    return FaultRun(**json.loads(answer.splitlines()[-1]))
 
 
 def do_job(job: Job, scratch: Path) -> FaultRun:
@@ -167,7 +167,7 @@ def do_job(job: Job, scratch: Path) -> FaultRun:
         oracle = reference_oracle(scratch / "oracle")
         ends.callback(oracle.close)
         laws = chosen_laws(job.tier, job.laws)
-        door = RecordingSubject(inside(job.backend, scratch), scratch)
+        subject = RecordingSubject(inside(job.backend, scratch), scratch)
         if job.fault:
             try:
                 faults()[job.fault].plant_in(job.backend)
@@ -182,16 +182,16 @@ def do_job(job: Job, scratch: Path) -> FaultRun:
             if judgement.outcome == Outcome.FAILED:
                 kills.append(round(time.monotonic() - began, 3))
 
-        asked = itertools.takewhile(lambda law: not job.stop_after or len(kills) < job.stop_after, laws)
-        found = verify(SubjectClient(door, scratch, oracle), asked, _effort(job), tier=job.tier, tell=tell)
-        return _concluded(job, found, door, kills)
+        chosen = itertools.takewhile(lambda law: not job.stop_after or len(kills) < job.stop_after, laws)
+        found = verify(SubjectClient(subject, scratch, oracle), chosen, _effort(job), tier=job.tier, tell=tell)
+        return _concluded(job, found, subject, kills)
 
 
 def _effort(job: Job) -> Effort:
     return Effort(seed=job.seed, times=job.times, seconds=30, shrink_seconds=job.shrink_seconds)
 
 
-def _concluded(job: Job, found: Verification, door: RecordingSubject, kills: list[float]) -> FaultRun:
+def _concluded(job: Job, found: Verification, subject: RecordingSubject, kills: list[float]) -> FaultRun:
     bad = [each for each in found.results if each.outcome in (Outcome.FAILED, Outcome.ERROR, Outcome.INCONCLUSIVE)]
     first = next((each for each in bad if each.outcome == Outcome.FAILED), bad[0] if bad else None)
     return FaultRun(
@@ -201,7 +201,7 @@ def _concluded(job: Job, found: Verification, door: RecordingSubject, kills: lis
         first=first.as_dict() if first else None,
         seconds=found.seconds,
         seconds_to_first=kills[0] if kills else None,
-        answers=door.marks,
+        answers=subject.marks,
         hits=dict(hits),
     )
 
@@ -209,5 +209,5 @@ def _concluded(job: Job, found: Verification, door: RecordingSubject, kills: lis
 if __name__ == "__main__":
     folder, words = sys.argv[1:]
     job = json.loads(words)
-    told = do_job(Job(**{**job, "laws": tuple(job["laws"])}), Path(folder))
-    print(json.dumps(asdict(told)))  # noqa: T201
+    run = do_job(Job(**{**job, "laws": tuple(job["laws"])}), Path(folder))
+    print(json.dumps(asdict(run)))  # noqa: T201

@@ -13,7 +13,7 @@ from typing import Any
 from finetune.verify.check import check, check_same
 from finetune.verify.stateful.deaths import CODES, Death
 from finetune.verify.stateful.lives import LifeClient, Order
-from finetune.verify.stateful.training import in_time, told_of
+from finetune.verify.stateful.training import in_time, last_words
 
 
 class StoreUnderTest:
@@ -59,14 +59,14 @@ class StoreUnderTest:
         used: set[int] = set()
         for order, answer in zip(orders, answers, strict=False):
             self._follow(order, answer, used)
-        told = told_of(ending)
+        words = last_words(ending)
         if len(answers) >= len(orders):
-            check(ending.code == 0, expected=0, got=told, law="store.code")
+            check(ending.code == 0, expected=0, got=words, law="store.code")
             return
-        check(death is not None, expected="every order done", got=told, law="store.code")
+        check(death is not None, expected="every order done", got=words, law="store.code")
         assert death is not None
         codes = {CODES[death.by], -CODES["interrupt"]} if death.by != "interrupt" else {1, 130}
-        check(ending.code in codes, expected=f"one of {sorted(codes)}", got=told, law="store.code")
+        check(ending.code in codes, expected=f"one of {sorted(codes)}", got=words, law="store.code")
         self.died[death.by] += 1
         if death.by == "full":
             check("cannot write" in ending.stderr, expected="cannot write", got=ending.stderr, law="store.full_disk")

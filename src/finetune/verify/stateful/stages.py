@@ -11,7 +11,7 @@ from finetune.verify.check import check, check_same
 from finetune.verify.stateful.checkpoints import StoreUnderTest
 from finetune.verify.stateful.deaths import Death
 from finetune.verify.stateful.lives import Order
-from finetune.verify.stateful.training import REFUSED, TrainingLife, content, in_time, spoil, told_of
+from finetune.verify.stateful.training import REFUSED, TrainingLife, content, in_time, last_words, spoil
 from finetune_strategies.recipes import Recipe
 
 _LATEST = 100_000
@@ -127,7 +127,7 @@ class AskForWhatCannotBe(TrainingStage):
         for what, ending in refused.items():
             code = in_time(ending).code
             refused_it = f"{what}: code {REFUSED}"
-            check(code == REFUSED, expected=refused_it, got=told_of(ending), law="refuse.what_cannot_be")
+            check(code == REFUSED, expected=refused_it, got=last_words(ending), law="refuse.what_cannot_be")
             world.unchanged(before, ending)
 
 
@@ -223,7 +223,7 @@ class SpoilResult(TrainingStage):
         check_same((name,), world.look.damaged, law="result.damage_found")
         ending = in_time(world.subject.evaluate(world.folder))
         refused = ending.code == REFUSED and name.split("/")[-1] in ending.stderr
-        check(refused, expected=f"code {REFUSED}, naming {name}", got=told_of(ending), law="measure.refuses_damaged")
+        check(refused, expected=f"code {REFUSED}, naming {name}", got=last_words(ending), law="measure.refuses_damaged")
         (world.folder / name).write_bytes(old)
 
 

@@ -67,7 +67,7 @@ class TrainingLife:
         check("Traceback" not in ending.stderr, expected="words", got=ending.stderr, law="run.says_so")
         if after.finished:
             codes = {0, 1, *([CODES[death.by]] if death else [])}
-            check(ending.code in codes, expected=f"one of {codes}", got=told_of(ending), law="run.code")
+            check(ending.code in codes, expected=f"one of {codes}", got=last_words(ending), law="run.code")
         else:
             self._check_death(death, ending, after)
         newest = max(after.checkpoints, default=0)
@@ -77,9 +77,9 @@ class TrainingLife:
         self.newest = newest
 
     def _check_death(self, death: Death | None, ending: Ending, after: RunSnapshot) -> None:
-        check(death is not None, expected="a finished run", got=told_of(ending), law="run.ends")
+        check(death is not None, expected="a finished run", got=last_words(ending), law="run.ends")
         assert death is not None
-        check(ending.code == CODES[death.by], expected=CODES[death.by], got=told_of(ending), law="run.code")
+        check(ending.code == CODES[death.by], expected=CODES[death.by], got=last_words(ending), law="run.code")
         if death.by == "full":
             check("cannot write" in ending.stderr, expected="cannot write", got=ending.stderr, law="run.full_disk")
         if death.by == "interrupt":
@@ -87,9 +87,9 @@ class TrainingLife:
             words = intact if after.checkpoints else "had been written yet"
             check(words in ending.stderr, expected=words, got=ending.stderr, law="run.last_words")
             hint = "go on with: ft train --resume"
-            told = hint in ending.stderr
+            hinted = hint in ending.stderr
             check(
-                told == after.begun,
+                hinted == after.begun,
                 expected=hint if after.begun else "no hint",
                 got=ending.stderr,
                 law="run.last_words",
@@ -100,7 +100,7 @@ class TrainingLife:
         before = content(self.folder)
         ending = in_time(self.subject.resume(self.folder))
         refused = ending.code == REFUSED and named in ending.stderr
-        check(refused, expected=f"code {REFUSED}, naming {named}", got=told_of(ending), law=law)
+        check(refused, expected=f"code {REFUSED}, naming {named}", got=last_words(ending), law=law)
         self.unchanged(before, ending)
 
     def unchanged(self, before: Mapping[str, bytes], refusal: Ending) -> None:
@@ -153,7 +153,7 @@ def undisturbed(subject: LifeClient, task: Task, folder: Path) -> UndisturbedRun
     if ending.code == REFUSED and not look.begun:
         raise EvidenceError(f"{subject.name} refuses the task of this story: {ending.stderr.strip()[-400:]}")
     done = ending.code in (0, 1) and look.finished and ending.changes is not None
-    check(done, expected="a finished run", got=told_of(ending), law="run.ends")
+    check(done, expected="a finished run", got=last_words(ending), law="run.ends")
     return UndisturbedRun(look, ending.changes or 0, lambda: measured(subject, folder))
 
 
@@ -175,8 +175,8 @@ def in_time(ending: Ending) -> Ending:
     return ending
 
 
-def told_of(ending: Ending) -> str:
-    """How a process ended, and what it said last."""
+def last_words(ending: Ending) -> str:
+    """How a process ended, and its last words."""
     return f"code {ending.code}: {ending.stderr.strip()[-500:]}"
 
 

@@ -92,8 +92,8 @@ class CommandSubject:
         if self._file.resume is None:
             raise UnsupportedError("no command goes on with a run that was stopped")
         done = self._call("train", model, settings, rows=rows, output=self._new() / "output")
-        asked = {"model": model, "settings": dict(settings), "rows": list(rows)}
-        (place / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
+        request = {"model": model, "settings": dict(settings), "rows": list(rows)}
+        (place / "asked.json").write_text(json.dumps(request), encoding="utf-8")
         for step, path in self._checkpoints(done.output).items():
             if step <= stop_after:
                 _copy(path, place / "output" / path.relative_to(done.output))
@@ -103,16 +103,16 @@ class CommandSubject:
 
     def _resume(self, folder: str, stop_after: int | None = None, settings: Given | None = None) -> Given:
         place = Path(folder)
-        asked = json.loads((place / "asked.json").read_text(encoding="utf-8"))
+        request = json.loads((place / "asked.json").read_text(encoding="utf-8"))
         kept = self._checkpoints(place / "output")
         if stop_after is not None or not kept:
             raise UnsupportedError("a run goes on to its end, from a checkpoint")
         newest = max(kept)
-        whole = {**asked["settings"], **(settings or {})}
+        whole = {**request["settings"], **(settings or {})}
         more = {"checkpoint": str(kept[newest])}
         if "training.max_steps" in self._in_force(whole):
             more["remaining"] = str(self._in_force(whole)["training.max_steps"] - newest)
-        done = self._call("resume", asked["model"], whole, rows=asked["rows"], output=place / "output", more=more)
+        done = self._call("resume", request["model"], whole, rows=request["rows"], output=place / "output", more=more)
         return self._course(done, place)
 
     def _evaluate(self, model: str, settings: Given, rows: Sequence[Given], adapter: str | None = None) -> Given:
@@ -158,12 +158,12 @@ class CommandSubject:
         return {"steps": self._steps(done), "adapter": str(adapter), "checkpoints": kept, "told": done.printed}
 
     def _steps(self, done: _Done) -> list[dict[str, Any]]:
-        told = self._file.told
-        if told is None:
+        pattern = self._file.told
+        if pattern is None:
             return []
-        text = done.printed if told.file is None else (done.output / told.file).read_text(encoding="utf-8")
+        text = done.printed if pattern.file is None else (done.output / pattern.file).read_text(encoding="utf-8")
         steps: list[dict[str, Any]] = []
-        for match in filter(None, map(re.compile(told.line).search, text.splitlines())):
+        for match in filter(None, map(re.compile(pattern.line).search, text.splitlines())):
             groups = match.groupdict()
             rate = groups.get("learning_rate")
             step = int(groups.get("step") or len(steps) + 1)
@@ -294,10 +294,14 @@ def _shaped(row: Given, called: Called) -> Given:
     """A row in the shape that a command reads."""
     if called.rows == "pairs" or set(row) != {"prompt", "completion"}:
         return row
-    asked, said = (
+    question, answer = (
         {"role": role, "content": row[key]} for role, key in (("user", "prompt"), ("assistant", "completion"))
     )
-    return {"messages": [asked, said]} if called.rows == "messages" else {"prompt": [asked], "completion": [said]}
+    return (
+        {"messages": [question, answer]}
+        if called.rows == "messages"
+        else {"prompt": [question], "completion": [answer]}
+    )
 
 
 def _copy(source: Path, target: Path) -> None:

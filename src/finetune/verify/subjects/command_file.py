@@ -151,12 +151,12 @@ def _problems(path: Path, given: Mapping[str, Any]) -> Iterator[Problem]:
         if isinstance(called, dict):
             yield from _unknown_names(path, ability, called, (*_ALWAYS, *others))
             yield from _bad_pattern(path, f"{ability}.answer", called.get("answer"), groups=())
-    told = given.get("told")
-    yield from _bad_pattern(path, "told.line", told.get("line") if isinstance(told, dict) else None, groups=("loss",))
+    step = given.get("told")
+    yield from _bad_pattern(path, "told.line", step.get("line") if isinstance(step, dict) else None, groups=("loss",))
     yield from _bad_pattern(path, "checkpoints", given.get("checkpoints"), groups=("step",))
     if "resume" in given and "checkpoints" not in given:
         hint = "checkpoints = 'checkpoint-(?P<step>[0-9]+)', for example"
-        yield Problem("to go on, a command must be told from where", f"{path}: resume", hint)
+        yield Problem("to resume, a command must know from where", f"{path}: resume", hint)
 
 
 def _unknown_names(path: Path, ability: str, called: Mapping[str, object], known: tuple[str, ...]) -> Iterator[Problem]:

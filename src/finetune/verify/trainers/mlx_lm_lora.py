@@ -63,19 +63,19 @@ def stops(model: str, settings: Given) -> dict[str, Any]:
 def tokenize(model: str, settings: Given, rows: Sequence[Given]) -> dict[str, Any]:
     """Rows as they leave its iterator one by one; its loss says which tokens count."""
     found: list[dict[str, Any]] = []
-    asked: list[int] = []
+    indices: list[int] = []
     right = CacheDataset.__getitem__
 
     def noted(self: object, index: int) -> Any:
-        asked.append(index)
+        indices.append(index)
         return right(self, index)
 
     def watched(*given: object, **named: object) -> Iterator[Any]:
         for batch, spans in iterate_batches(*given, **{**named, "loop": False}):
             micro = micro_of(batch, spans)
             count = sum(micro["real"][0])
-            told = {"row": asked[-1], "ids": micro["ids"][0][:count], "targets": micro["targets"][0][:count]}
-            found.append(told)
+            row = {"row": indices[-1], "ids": micro["ids"][0][:count], "targets": micro["targets"][0][:count]}
+            found.append(row)
             yield batch, spans
 
     config = config_of(
@@ -92,45 +92,45 @@ def tokenize(model: str, settings: Given, rows: Sequence[Given]) -> dict[str, An
 
 def batches(model: str, settings: Given, rows: Sequence[Given], epochs: int) -> dict[str, Any]:
     """What its iterator gives to training; each of its shuffles begins an epoch."""
-    told: list[list[dict[str, Any]]] = []
+    seen: list[list[dict[str, Any]]] = []
     shuffle = lora.np.random.permutation
 
     def shuffled(count: int) -> Any:
-        if len(told) == epochs:
+        if len(seen) == epochs:
             raise StoppedError
-        told.append([])
+        seen.append([])
         return shuffle(count)
 
     def watched(*given: object, **named: object) -> Iterator[Any]:
         for batch, spans in iterate_batches(*given, **named):
-            told[-1].append(micro_of(batch, spans))
+            seen[-1].append(micro_of(batch, spans))
             yield batch, spans
 
     config = config_of(model, {**settings, "training.max_steps": 1_000_000}, new_folder(), rows=len(rows))
     with in_place(lora.np.random, "permutation", shuffled):
         trained(config, rows, batches=watched, loss=no_loss)
     each = config["grad_accumulation_steps"]
-    if any(len(micro) % each for micro in told):
+    if any(len(micro) % each for micro in seen):
         raise UnsupportedError("its steps go on from one epoch into the next, and no epoch has steps of its own")
-    steps = [[{"micro": micro[start : start + each]} for start in range(0, len(micro), each)] for micro in told]
+    steps = [[{"micro": micro[start : start + each]} for start in range(0, len(micro), each)] for micro in seen]
     return {"epochs": steps}
 
 
 def loss(model: str, settings: Given, batch: Sequence[Given], adapter: str | None = None) -> dict[str, Any]:
     """What it evaluates one batch to."""
-    told: dict[str, Any] = evaluated(model, {**settings, "training.batch_size": len(batch)}, adapter, ids=Ids(batch))
-    return told
+    found: dict[str, Any] = evaluated(model, {**settings, "training.batch_size": len(batch)}, adapter, ids=Ids(batch))
+    return found
 
 
 def evaluate(model: str, settings: Given, rows: Sequence[Given], adapter: str | None = None) -> dict[str, Any]:
     """What it evaluates rows to, as a test set."""
-    told: dict[str, Any] = evaluated(model, settings, adapter, rows=rows)
-    return told
+    found: dict[str, Any] = evaluated(model, settings, adapter, rows=rows)
+    return found
 
 
 def gradient(model: str, settings: Given, micro: Sequence[Sequence[Given]]) -> dict[str, Any]:
     """The gradient that its optimizer is given in its first step, where its iterator yields these micro-batches."""
-    told: dict[str, Any] = {}
+    found: dict[str, Any] = {}
 
     def given_ones(dataset: object, batch_size: int, max_seq_length: int, **_: object) -> Iterator[Any]:
         for rows in micro:
@@ -140,7 +140,7 @@ def gradient(model: str, settings: Given, micro: Sequence[Sequence[Given]]) -> d
         move = optimizer.update
 
         def update(network: object, gradients: object) -> None:
-            told["norms"] = {in_peft(name): mx.linalg.norm(tensor).item() for name, tensor in tree_flatten(gradients)}
+            found["norms"] = {in_peft(name): mx.linalg.norm(tensor).item() for name, tensor in tree_flatten(gradients)}
             move(network, gradients)
 
         optimizer.update = update
@@ -158,7 +158,7 @@ def gradient(model: str, settings: Given, micro: Sequence[Sequence[Given]]) -> d
         steps = trained(config, [], batches=given_ones, watch=watch, ids=Ids(micro[0]))
     finally:
         mx.enable_compile()
-    return {**told, "loss": steps[0]["loss"]}
+    return {**found, "loss": steps[0]["loss"]}
 
 
 def train(
@@ -170,11 +170,11 @@ def train(
 
 def resume(folder: str, stop_after: int | None = None, settings: Given | None = None) -> dict[str, Any]:
     """Go on from the newest weights, as its manual says: with `resume_adapter_file`, and the iterations that remain."""
-    place, asked = Path(folder), read_request(folder, settings)
-    done = max((int(step) for step in _checkpoints(place, asked["settings"])), default=0)
+    place, request = Path(folder), read_request(folder, settings)
+    done = max((int(step) for step in _checkpoints(place, request["settings"])), default=0)
     if not done:
         raise RefusesError("there are no weights to go on from")
-    return _course(asked, place, stop_after, done=done)
+    return _course(request, place, stop_after, done=done)
 
 
 def initial_adapter(model: str, settings: Given) -> dict[str, Any]:
@@ -213,8 +213,8 @@ def generate(
     most = settings.get("evaluation.max_new_tokens", 32)
     answers = []
     for ids in prompts:
-        said = [part.token for part in stream_generate(network, tokenizer, list(ids), max_tokens=most)]
-        answers.append(without_end(said, tokenizer.eos_token_ids))
+        generated = [part.token for part in stream_generate(network, tokenizer, list(ids), max_tokens=most)]
+        answers.append(without_end(generated, tokenizer.eos_token_ids))
     return {"answers": answers}
 
 
@@ -226,10 +226,10 @@ def merge(model: str, settings: Given, adapter: str) -> dict[str, Any]:
     return {"folder": folder}
 
 
-def _course(asked: Given, place: Path, stop_after: int | None, *, done: int) -> dict[str, Any]:
+def _course(request: Given, place: Path, stop_after: int | None, *, done: int) -> dict[str, Any]:
     """A run of what remains after so many steps."""
-    settings, adapters = asked["settings"], place / "adapters"
-    config = config_of(asked["model"], settings, str(adapters), rows=len(asked["rows"]))
+    settings, adapters = request["settings"], place / "adapters"
+    config = config_of(request["model"], settings, str(adapters), rows=len(request["rows"]))
     each = config["grad_accumulation_steps"]
     if done:
         config["resume_adapter_file"] = str(adapters / f"{done * each:07d}_adapters.safetensors")
@@ -244,7 +244,7 @@ def _course(asked: Given, place: Path, stop_after: int | None, *, done: int) -> 
                 raise StoppedError
             yield batch
 
-    steps = trained(config, asked["rows"], batches=until)
+    steps = trained(config, request["rows"], batches=until)
     adapter = None if ended else str(adapters)
     return {"steps": steps, "adapter": adapter, "checkpoints": _checkpoints(place, settings)}
 

@@ -140,9 +140,9 @@ def effective_of(config: Given) -> dict[str, Any]:
     with in_place(lora, "run", lambda args: found.update(vars(args))):
         _main(config)
     adapter = found["lora_parameters"]
-    told = {name: found[own] for name, own in _PLAIN.items()}
+    plain = {name: found[own] for name, own in _PLAIN.items()}
     return {
-        **told,
+        **plain,
         "adapter.rank": adapter["rank"],
         "adapter.dropout": adapter["dropout"],
         "adapter.alpha": adapter["scale"] * adapter["rank"],
@@ -171,8 +171,8 @@ def trained(
 
     def watched(*, optimizer: object, training_callback: object, **given: object) -> None:
         watch(optimizer)
-        told = _LossRecorder(steps, config["grad_accumulation_steps"])
-        right(optimizer=optimizer, training_callback=told, loss=loss, iterate_batches=batches, **given)
+        recorder = _LossRecorder(steps, config["grad_accumulation_steps"])
+        right(optimizer=optimizer, training_callback=recorder, loss=loss, iterate_batches=batches, **given)
 
     whole = {**config, "data": _data(rows, "train"), "mask_prompt": _masks(rows)}
     with suppress(StoppedError), in_place(lora, "train", watched), _read(ids, 0):
@@ -184,19 +184,19 @@ def evaluated(
     model: str, settings: Given, adapter: str | None, rows: Sequence[Given] = (), ids: Ids | None = None
 ) -> dict[str, Any]:
     """The loss of a test set, with an adapter where one is given."""
-    told: list[float] = []
+    losses: list[float] = []
     right = lora.evaluate
 
     def watched(**given: object) -> float:
-        told.append(right(**given))
-        return told[-1]
+        losses.append(right(**given))
+        return losses[-1]
 
     config = config_of(model, settings, adapter or "", rows=1)
     config |= {"train": False, "test": True, "test_batches": -1}
     config |= {"data": _data(rows, "test"), "mask_prompt": _masks(rows)}
     with in_place(lora, "evaluate", watched), _read(ids, 2):
         _main(config)
-    return {"loss": told[0]}
+    return {"loss": losses[0]}
 
 
 class _LossRecorder:

@@ -88,8 +88,8 @@ class OurTrainer(OurSessions):
         own: dict[str, list[TokenizedRow]] = {}
         for row in prepared.training_rows:
             own.setdefault(row.where, []).append(row)
-        told = [{"micro": [_micro(batch, own) for batch in window]} for window in watched.steps]
-        return {"epochs": [told[start : start + each] for start in range(0, len(told), each)]}
+        steps = [{"micro": [_micro(batch, own) for batch in window]} for window in watched.steps]
+        return {"epochs": [steps[start : start + each] for start in range(0, len(steps), each)]}
 
     def loss(self, model: str, settings: Given, batch: Sequence[Given], adapter: str | None = None) -> dict[str, Any]:
         """The loss of one batch, dropout off."""
@@ -112,13 +112,13 @@ class OurTrainer(OurSessions):
         window = [Batch(each) for each in rows]
         objective = choose_objective(prepared.plan.config.training)
         plan = LoopPlan(1, len(window), 1e-3, 0, "constant", 1, objective=objective)
-        told: dict[str, Any] = {}
+        found: dict[str, Any] = {}
         for event in train(session, lambda epoch: window, (), plan):
             if isinstance(event, FirstGradients):
-                told["norms"] = {on_disk(name): norm for name, norm in event.norms.items()}
+                found["norms"] = {on_disk(name): norm for name, norm in event.norms.items()}
             elif isinstance(event, StepDone):
-                told["loss"] = event.loss
-        return told
+                found["loss"] = event.loss
+        return found
 
     def train(
         self, model: str, settings: Given, rows: Sequence[Given], folder: str, stop_after: int | None = None
@@ -133,8 +133,8 @@ class OurTrainer(OurSessions):
 
     def resume(self, folder: str, stop_after: int | None = None, settings: Given | None = None) -> dict[str, Any]:
         """Go on with a run that was stopped; `settings` are those that are changed meanwhile."""
-        asked = json.loads((Path(folder) / "asked.json").read_text(encoding="utf-8"))
-        prepared = self.prepared(asked["model"], {**asked["settings"], **(settings or {})}, asked["rows"])
+        request = json.loads((Path(folder) / "asked.json").read_text(encoding="utf-8"))
+        prepared = self.prepared(request["model"], {**request["settings"], **(settings or {})}, request["rows"])
         return self._train_until(prepared, RunFolder.unfinished(Path(folder)), stop_after)
 
     def evaluate(

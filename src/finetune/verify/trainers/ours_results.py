@@ -188,10 +188,10 @@ class _ResultHandlers:
         session, folder = self._trainer.fresh_session(prepared), self._trainer.new_folder()
         put_weights(session, file)
         run = self._trainer.run(prepared, folder)
-        told = [event for event in training_events(run, session, prepared.training_rows) if isinstance(event, StepDone)]
+        done = [event for event in training_events(run, session, prepared.training_rows) if isinstance(event, StepDone)]
         (folder / "adapter").mkdir()
         session.save_adapter(folder / "adapter")
-        steps = [{"step": each.step, "loss": each.loss, "learning_rate": each.learning_rate} for each in told]
+        steps = [{"step": each.step, "loss": each.loss, "learning_rate": each.learning_rate} for each in done]
         return {"steps": steps, "adapter": str(folder / "adapter")}
 
     def _prepared(self, model: str, settings: Given) -> Any:

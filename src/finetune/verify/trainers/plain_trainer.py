@@ -41,9 +41,9 @@ def _prepared(row: Given, job: TrainerInputs) -> dict[str, Any]:
         return {**row, "attention_mask": [1] * len(row["input_ids"])}
     if not {"prompt", "completion"} <= set(row):
         raise UnsupportedError(f"this preparation reads no rows of the keys {', '.join(row)}")
-    asked = [{"role": "user", "content": row["prompt"]}]
-    whole = [*asked, {"role": "assistant", "content": row["completion"]}]
-    prompt = job.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    question = [{"role": "user", "content": row["prompt"]}]
+    whole = [*question, {"role": "assistant", "content": row["completion"]}]
+    prompt = job.tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
     ids = job.tokenizer.apply_chat_template(whole, return_dict=False)[: job.arguments.max_length]
     labels = [IGNORED] * min(len(prompt), len(ids)) + ids[len(prompt) :]
     return {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)}

@@ -147,8 +147,8 @@ class TransformersSide:
 
     def resume(self, folder: str, stop_after: int | None = None, settings: Given | None = None) -> dict[str, Any]:
         """Go on from the newest checkpoint."""
-        place, asked = Path(folder), read_request(folder, settings)
-        trainer = self._trainer(asked["model"], asked["settings"], asked["rows"], place)
+        place, request = Path(folder), read_request(folder, settings)
+        trainer = self._trainer(request["model"], request["settings"], request["rows"], place)
         return self._course(trainer, place, stop_after, resume=True)
 
     def evaluate(
@@ -195,9 +195,9 @@ class TransformersSide:
         stops = {ends} if isinstance(ends, int) else set(ends or ())
         answers = []
         for ids in prompts:
-            asked = torch.tensor([list(ids)])
+            prompt = torch.tensor([list(ids)])
             whole = network.generate(
-                input_ids=asked, attention_mask=torch.ones_like(asked), do_sample=False, max_new_tokens=most
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=most
             )
             answers.append(without_end(whole[0, len(ids) :].tolist(), stops))
         return {"answers": answers}
@@ -313,14 +313,14 @@ def _micro(inputs: Mapping[str, Any]) -> dict[str, Any]:
     ids, labels = inputs["input_ids"], inputs["labels"]
     targets = labels != IGNORED
     targets[:, 0] = False
-    told: dict[str, Any] = {"ids": ids.tolist(), "targets": targets.tolist()}
+    found: dict[str, Any] = {"ids": ids.tolist(), "targets": targets.tolist()}
     mask = inputs.get("attention_mask")
-    told["real"] = (torch.ones_like(ids) if mask is None else mask).bool().tolist()
+    found["real"] = (torch.ones_like(ids) if mask is None else mask).bool().tolist()
     if "position_ids" in inputs:
-        told["positions"] = inputs["position_ids"].tolist()
+        found["positions"] = inputs["position_ids"].tolist()
     if "seq_idx" in inputs:
-        told["segments"] = inputs["seq_idx"].tolist()
-    return told
+        found["segments"] = inputs["seq_idx"].tolist()
+    return found
 
 
 def _in_files(name: str) -> str:
