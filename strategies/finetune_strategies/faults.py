@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from hypothesis import strategies as st
 
@@ -12,80 +12,71 @@ from finetune.errors import UsageError
 from finetune_strategies.picks import between, pick
 
 
+class _InWords:
+    """Says of itself what it is; `words` has places for its fields."""
+
+    words: ClassVar[str]
+
+    def describe(self) -> str:
+        """The fault in words."""
+        return self.words.format(**vars(self))
+
+
 @dataclass(frozen=True)
-class Killed:
+class Killed(_InWords):
     """The process is killed, at a training step, before or after one of the writes it makes there."""
 
     step: int
     moment: Literal["before", "after"]
     write: int
-
-    def describe(self) -> str:
-        """The fault in words."""
-        return f"killed at step {self.step}, {self.moment} its write number {self.write}"
+    words = "killed at step {step}, {moment} its write number {write}"
 
 
 @dataclass(frozen=True)
-class DiskFull:
+class DiskFull(_InWords):
     """No file can grow beyond so many bytes."""
 
     size: int
-
-    def describe(self) -> str:
-        """The fault in words."""
-        return f"disk full after {self.size} bytes"
+    words = "disk full after {size} bytes"
 
 
 @dataclass(frozen=True)
-class Torn:
+class Torn(_InWords):
     """A file has its full length, but only its first bytes had reached the disk when the power went; the rest is 0."""
 
     file: str
     written: int
-
-    def describe(self) -> str:
-        """The fault in words."""
-        return f"{self.file} torn after {self.written} bytes"
+    words = "{file} torn after {written} bytes"
 
 
 @dataclass(frozen=True)
-class Truncated:
+class Truncated(_InWords):
     """A file ends too early."""
 
     file: str
     size: int
-
-    def describe(self) -> str:
-        """The fault in words."""
-        return f"{self.file} cut to {self.size} bytes"
+    words = "{file} cut to {size} bytes"
 
 
 @dataclass(frozen=True)
-class Flipped:
+class Flipped(_InWords):
     """One byte of a file has changed; `mask` says which bits, and is never 0."""
 
     file: str
     offset: int
     mask: int
-
-    def describe(self) -> str:
-        """The fault in words."""
-        return f"{self.file} changed at byte {self.offset} by {self.mask:#04x}"
+    words = "{file} changed at byte {offset} by {mask:#04x}"
 
 
 @dataclass(frozen=True)
-class Missing:
+class Missing(_InWords):
     """A file is gone."""
 
     file: str
-
-    def describe(self) -> str:
-        """The fault in words."""
-        return f"{self.file} gone"
+    words = "{file} gone"
 
 
 FileFault = Torn | Truncated | Flipped | Missing
-WritingFault = Killed | DiskFull
 
 
 def kills(*, most_steps: int = 12, most_writes: int = 4) -> st.SearchStrategy[Killed]:

@@ -10,7 +10,7 @@ from finetune.verify.catalogue import SUBJECTS, Law, case_laws, catalogue
 from finetune.verify.client import SubjectClient
 from finetune.verify.faults import fault
 from finetune.verify.judge import Effort, judge
-from finetune.verify.subjects.lazy import LazySubject, reference_oracle
+from finetune.verify.subjects.process import SubprocessSubject, reference_oracle
 from finetune.verify.trainers.ours import inside
 
 LAWS = case_laws(1)
@@ -38,7 +38,7 @@ FAILED_BY = {
 
 
 @pytest.fixture(scope="module")
-def oracle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LazySubject]:
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SubprocessSubject]:
     """The oracle: our trainer in a process of its own, which no planted fault reaches."""
     subject = reference_oracle(tmp_path_factory.mktemp("laws") / "oracle")
     yield subject
@@ -46,7 +46,7 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LazySubject]:
 
 
 @pytest.fixture(scope="module")
-def trainer(oracle: LazySubject, tmp_path_factory: pytest.TempPathFactory) -> SubjectClient:
+def trainer(oracle: SubprocessSubject, tmp_path_factory: pytest.TempPathFactory) -> SubjectClient:
     """Our own trainer in float64, in this process."""
     scratch = tmp_path_factory.mktemp("laws")
     return SubjectClient(inside("reference", scratch), scratch, oracle)
@@ -62,7 +62,7 @@ def test_law_passes_on_the_reference_trainer(law: Law, trainer: SubjectClient) -
 @pytest.mark.tools
 @pytest.mark.parametrize(("planted", "law"), FAILED_BY.items())
 def test_law_fails_on_a_planted_fault(
-    planted: str, law: str, oracle: LazySubject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planted: str, law: str, oracle: SubprocessSubject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault that is planted in our trainer is found, in a small case."""
     # What is planted is taken out again when the test ends.

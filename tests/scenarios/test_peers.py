@@ -24,7 +24,7 @@ from finetune.verify.subjects import choose
 from finetune.verify.subjects.choose import running_subject
 from finetune.verify.subjects.command import CommandSubject
 from finetune.verify.subjects.command_file import CommandFile
-from finetune.verify.subjects.lazy import reference_oracle
+from finetune.verify.subjects.process import reference_oracle
 from finetune.verify.subjects.subject import RefusesError, Subject, SubjectError, UnsupportedError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,6 +5,7 @@ The arithmetic is written once for every array library: `xp` is NumPy for the re
 `outputs` of the layer that an adapter sits on; a layer's weight is (outputs, inputs) however it is stored.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -67,7 +68,7 @@ class Readers:
     alive: bool
 
 
-class AdapterKind:
+class AdapterKind(ABC):
     """One kind of adapter. Whoever adds one writes such a class in `kinds/` and names it there, in `KINDS`."""
 
     name: ClassVar[str]
@@ -96,10 +97,11 @@ class AdapterKind:
             return any(tensor.fast for tensor in self.tensors)
         return key.removeprefix("adapter.") in {"kind", "target_modules", "modules_to_save", *self.settings}
 
+    @abstractmethod
     def shapes(self, target: AdapterTarget, path: str, outputs: int, inputs: int) -> dict[str, Shape]:
         """The shape of each tensor of one layer, by its key."""
-        raise NotImplementedError
 
+    @abstractmethod
     def start(
         self, xp: Any, shapes: Mapping[str, Shape], uniform: Callable[[float, Shape], Any], weight: Callable[[], Any]
     ) -> dict[str, Any]:
@@ -108,44 +110,43 @@ class AdapterKind:
         Args:
             uniform: draws numbers between minus a bound and that bound, of a shape.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, xp: Any, parts: Parts, seen: LayerPass) -> tuple[Any, tuple[Any, ...]]:
         """What the layer writes (t, outputs), and what `backward` needs of this pass."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(self, parts: Parts, seen: LayerPass, saved: tuple[Any, ...], dy: Any) -> tuple[dict[str, Any], Any]:
         """The gradient of each tensor and that of x (t, inputs), from that of the output, worked out by hand."""
-        raise NotImplementedError
 
+    @abstractmethod
     def merged(self, xp: Any, parts: Parts, scale: float, weight: Any) -> Any:
         """The weight of a layer without an adapter that computes the same."""
-        raise NotImplementedError
 
     def merged_bias(self, parts: Parts, bias: Any) -> Any:
         """The bias of a layer without an adapter that computes the same."""
         del parts
         return bias
 
+    @abstractmethod
     def write_peft(self, target: AdapterTarget) -> dict[str, Any]:
         """PEFT's settings of this kind, for its file and for its class, beside those that all kinds have."""
-        raise NotImplementedError
 
     def fits_peft(self, settings: Mapping[str, Any]) -> bool:
         """Whether PEFT's settings are those of an adapter of this kind."""
         return bool(settings.get("peft_type") == self.peft_type)
 
+    @abstractmethod
     def read_peft(self, settings: Mapping[str, Any], modules: tuple[str, ...]) -> AdapterTarget:
         """The adapter on `modules` that these settings of PEFT's speak of.
 
         Raises:
             KeyError, TypeError, ValueError: they are incomplete, or what they say cannot be done here.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def kept_by_torch(self, readers: Readers) -> int:
         """Bytes for each token that waits for the backward pass, where torch with PEFT's layer computes."""
-        raise NotImplementedError
 
     def copies_weight(self, *, size: int, dropped: bool) -> bool:
         """Whether torch keeps a copy of each adapted weight in float32 for the backward pass."""
@@ -157,9 +158,9 @@ class AdapterKind:
         del outputs, inputs
         return 0
 
+    @abstractmethod
     def kept_by_reference(self, name: str, outputs: int, inputs: int, rank: int) -> int:
         """Numbers for each token that `forward` leaves for `backward`, beside a mask of dropout."""
-        raise NotImplementedError
 
 
 def switch(settings: Mapping[str, Any], key: str) -> bool:

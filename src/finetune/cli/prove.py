@@ -62,7 +62,7 @@ def command(
     if engine not in ("processes", "ray"):
         raise UsageError(f"there is no engine {engine!r}", hint="choose processes or ray")
     from finetune.abilities import require_backend
-    from finetune.verify.prove.baseline import lost_kills, read_baseline
+    from finetune.verify.prove.baseline import lost_kills, read_baseline, write_proof
     from finetune.verify.prove.campaign import Campaign, Spread, chosen_faults, prove, workers_here
 
     require_backend(backend)
@@ -76,7 +76,6 @@ def command(
         raise UsageError(f"{output} is no folder", hint="name a new folder, or one of an earlier campaign")
     from finetune.processes import terminated_as_interrupted
     from finetune.report.matrix import render_matrix
-    from finetune.verify.prove.place import write_proof
 
     spread = Spread("ray" if engine == "ray" else "processes", jobs or workers_here())
     with terminated_as_interrupted():

@@ -19,7 +19,7 @@ from finetune.verify.judge import Effort, judge, judge_again
 from finetune.verify.laws.protocol import conform
 from finetune.verify.results import LawResult
 from finetune.verify.subjects.choose import running_subject
-from finetune.verify.subjects.lazy import reference_oracle
+from finetune.verify.subjects.process import reference_oracle
 from finetune.verify.subjects.subject import SubjectError
 from finetune_strategies.recipes import Recipe
 

@@ -18,7 +18,6 @@ from finetune.backends.reference.adapter import ReferenceAdapter
 from finetune.backends.reference.model import Array
 from finetune.errors import ModelError
 from finetune.ports import Session
-from finetune.records import AdapterTarget
 from finetune.verify.faults.fault import backend_under_judgement, fault, in_place_of, plant, planted_by
 from finetune.verify.faults.sessions import plant_session, thaw
 
@@ -96,12 +95,6 @@ def _extra_modules_lost(settings: dict[str, object], tensors: dict[str, Tensor])
     """Modules that were trained whole beside the adapter are not saved."""
     settings["modules_to_save"] = None
     _keep(tensors, lambda name: "lora_" in name)
-
-
-@fault("A187", "adapter.rslora_set_scale", "PEFT #2733", backends=("reference", "mlx"))
-def _root_forgotten() -> None:
-    """An adapter that is rank-stabilised is scaled as a plain one."""
-    plant(AdapterTarget, "scale_of", lambda right, target, path: target.alpha_of(path) / target.rank_of(path))
 
 
 @fault("A189", "adapter.wrong_base_accepted", "vllm #34186, #55193", backends=("reference", "mlx"))

@@ -9,10 +9,9 @@ from finetune import train as training
 from finetune.chat import fit
 from finetune.chat.encode import Marked
 from finetune.data import batches as batching
-from finetune.ports import Session
 from finetune.records import Batch, TokenizedRow
 from finetune.verify.faults.fault import fault, in_place_of, plant, planted_by
-from finetune.verify.faults.sessions import Arrays, Ids, Places, pad_of, plant_arrays, plant_session, shifted
+from finetune.verify.faults.sessions import Arrays, Ids, Places, plant_arrays, shifted
 
 Asked = Callable[..., list[list[int]]]
 Sequences = list[tuple[TokenizedRow, ...]]
@@ -71,17 +70,6 @@ def _rows_are_cut_to_fill(
         else:
             filled.append(row)
     return [*sequences, tuple(filled)]
-
-
-@fault("A108", "pad.side_for_generation", "transformers #26569")
-@planted_by(plant_session, "generate")
-def _prompts_padded_on_the_right(
-    right: Asked, session: Session, prompts: Sequence[Sequence[int]], *given: object
-) -> list[list[int]]:
-    """Prompts are padded where the answer begins."""
-    most = max(len(prompt) for prompt in prompts)
-    padded = [[*prompt, *[pad_of(session)] * (most - len(prompt))] for prompt in prompts]
-    return right(session, padded, *given)
 
 
 @fault("A109", "pad.length_off_by_one", "unsloth-zoo #672")

@@ -71,11 +71,12 @@ def _zero_is_not_set(right: Callable[..., load.ConfigSource], *given: object) ->
 
 
 @fault("A003b", "config.seed_zero_is_no_seed", "mlx-lm #1661")
+@fault("A145b", "seed.zero_is_none", "mlx-lm #1661")
 @planted_by(plant_session, "attach")
 def _seed_zero_makes_any_adapter(
     right: Callable[..., None], session: Session, target: AdapterTarget | None, seed: int
 ) -> None:
-    """With seed 0 the adapter is not seeded."""
+    """Seed 0 counts as no seed, so that the adapter is drawn from the clock."""
     return right(session, target, seed or random.SystemRandom().getrandbits(31))
 
 
@@ -89,8 +90,9 @@ def _seed_zero_makes_any_order(
 
 
 @fault("A004", "config.field_misnamed", "axolotl #1445", backends=("reference", "mlx"))
+@fault("A187", "adapter.rslora_set_scale", "PEFT #2733", backends=("reference", "mlx"))
 def _scaling_misnamed() -> None:
-    """Rank-stabilised scaling is asked for by a wrong name."""
+    """Rank-stabilised scaling is asked for by a wrong name, so that an adapter is scaled as a plain one."""
     plant(AdapterTarget, "scale_of", lambda right, target, path: target.alpha_of(path) / target.rank_of(path))
 
 

@@ -122,6 +122,7 @@ def _answers_in_wrong_order(
 
 
 @fault("A269c", "eval.pads_are_read", "transformers #26569")
+@fault("A108", "pad.side_for_generation", "transformers #26569")
 @planted_by(plant_session, "generate")
 def _pads_are_read(right: Asked, session: Session, prompts: Sequence[Sequence[int]], *rest: object) -> list[list[int]]:
     """Prompts that are asked together are padded where the answer begins, and the padding is read."""

@@ -203,13 +203,6 @@ def _seed_too_late(right: Callable[..., None], session: Session, target: Adapter
     right(session, target, int.from_bytes(os.urandom(4), "big"))
 
 
-@fault("A145b", "seed.zero_is_none", "mlx-lm #1661")
-@planted_by(plant_session, "attach")
-def _seed_zero_is_none(right: Callable[..., None], session: Session, target: AdapterTarget | None, seed: int) -> None:
-    """Seed 0 counts as no seed, so that the adapter is drawn from the clock."""
-    right(session, target, seed or int.from_bytes(os.urandom(4), "big"))
-
-
 @fault("A147", "opt.resume_step_dropout_rng")
 @planted_by(plant_session, "accumulate")
 def _same_dropout(right: Losing, session: Session, *given: object) -> float:

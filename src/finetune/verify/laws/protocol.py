@@ -69,50 +69,45 @@ def conform(
     """
     found: list[LawResult] = []
 
-    def judged(id: str, statement: str, ask: Callable[[], object]) -> None:
-        result = _judged(id, statement, ask)
-        found.append(result)
-        tell(result)
+    def judged(id: str, ask: Callable[[], object]) -> None:
+        found.append(_judged(id, ask))
+        tell(found[-1])
 
     own = scratch / "subject"
     own.mkdir()
     try:
         with open_subject(own) as subject:
-            for id, statement, ask in _asks(subject, scratch):
-                judged(id, statement, ask)
+            for id, ask in _asks(subject, scratch):
+                judged(id, ask)
     except SubjectError as error:
         trouble = str(error)
 
         def fail() -> None:
             raise SubjectError(trouble)
 
-        judged("protocol.hello", _STATEMENTS["protocol.hello"], fail)
+        judged("protocol.hello", fail)
         return tuple(found)
     left = getattr(subject, "left_running", [])
-    judged(
-        "protocol.leaves",
-        _STATEMENTS["protocol.leaves"],
-        lambda: check(not left, expected="nothing is left", got=f"still running: {'; '.join(left)}"),
-    )
+    running = f"still running: {'; '.join(left)}"
+    judged("protocol.leaves", lambda: check(not left, expected="nothing is left", got=running))
     return tuple(found)
 
 
-def _asks(subject: Subject, scratch: Path) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """Each check with its id and its sentence, in the order in which they are done."""
+def _asks(subject: Subject, scratch: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Each check with its id, in the order in which they are done."""
     folder = scratch / "asked"
     folder.mkdir()
     (scratch / "beside.txt").write_text("nothing here is the trainer's\n", encoding="utf-8")
     trainer = SubjectClient(subject, folder)
     questions = _Questions(trainer, scratch / "given")
     before = _bytes_of(scratch)
-    yield "protocol.hello", _STATEMENTS["protocol.hello"], lambda: _hold_hello(subject)
+    yield "protocol.hello", lambda: _hold_hello(subject)
     for ability in questions.known:
         if not subject.about.abilities.get(ability, "missing"):
-            id = f"protocol.{ability}"
-            yield id, _STATEMENTS[id], partial(_hold_answer, questions, ability)
-    yield "protocol.alike", _STATEMENTS["protocol.alike"], lambda: _hold_alike(questions)
-    yield "protocol.stranger", _STATEMENTS["protocol.stranger"], lambda: _hold_stranger(subject)
-    yield "protocol.inside", _STATEMENTS["protocol.inside"], lambda: _hold_unchanged(before, _bytes_of(scratch))
+            yield f"protocol.{ability}", partial(_hold_answer, questions, ability)
+    yield "protocol.alike", lambda: _hold_alike(questions)
+    yield "protocol.stranger", lambda: _hold_stranger(subject)
+    yield "protocol.inside", lambda: _hold_unchanged(before, _bytes_of(scratch))
 
 
 class _Questions:
@@ -159,7 +154,7 @@ class _Questions:
         return str(trained.model_dump()["adapter"])
 
 
-def _judged(id: str, statement: str, ask: Callable[[], object]) -> LawResult:
+def _judged(id: str, ask: Callable[[], object]) -> LawResult:
     began = time.monotonic()
     outcome = Outcome.PASSED
     evidence: dict[str, Any] = {}
@@ -177,7 +172,7 @@ def _judged(id: str, statement: str, ask: Callable[[], object]) -> LawResult:
     # A subject of the user's own may raise anything.
     except Exception as error:
         outcome, evidence = Outcome.ERROR, {"why": f"{type(error).__name__}: {error}"}
-    return LawResult(id, statement, outcome, cases=1, seconds=round(time.monotonic() - began, 3), **evidence)
+    return LawResult(id, _STATEMENTS[id], outcome, cases=1, seconds=round(time.monotonic() - began, 3), **evidence)
 
 
 def _hold_hello(subject: Subject) -> None:

@@ -1,4 +1,4 @@
-"""The kill matrix as a small text: what killed each fault, and whether a later campaign still does."""
+"""What a campaign leaves: the proof, and the kill matrix as a small text, by which a later campaign is judged."""
 
 import json
 from collections.abc import Mapping
@@ -6,11 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UsageError
+from finetune.files import make_folder, write_text
 from finetune.verify.faults.fault import faults
+from finetune.verify.findings import as_document
 from finetune.verify.prove.campaign import Campaign, Proof
 
 FORMAT = "finetune kill matrix baseline"
 VERSION = 1
+
+
+def write_proof(found: Proof, folder: Path, page: str) -> Path:
+    """Write `proof.json`, `proof.html` and, where all laws were asked, `kill-matrix.json`; the place of the page."""
+    make_folder(folder)
+    write_text(folder / "proof.json", as_document(found.as_dict()))
+    write_text(folder / "proof.html", page)
+    if not found.stop_after:
+        write_text(folder / "kill-matrix.json", baseline_text(found))
+    return folder / "proof.html"
 
 
 def baseline_text(found: Proof) -> str:

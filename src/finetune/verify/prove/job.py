@@ -27,7 +27,7 @@ from finetune.verify.faults.fault import faults, hits
 from finetune.verify.judge import Effort
 from finetune.verify.results import LawResult
 from finetune.verify.run import Verification, chosen_laws, verify
-from finetune.verify.subjects.lazy import reference_oracle
+from finetune.verify.subjects.process import reference_oracle
 from finetune.verify.subjects.subject import Subject
 from finetune.verify.trainers.ours import inside
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from finetune.processes import python_command
 from finetune.verify.subjects.serving import PROTOCOL
 from finetune.verify.subjects.subject import About, SubjectError, unwrapped
 
@@ -33,7 +34,8 @@ class SubprocessSubject:
 
     Args:
         command: the program and its arguments.
-        folder: where it lives; it exists.
+        folder: where it lives; it is made.
+        about: what it says of itself, where that is known: then it is started when it is first asked.
         patience: seconds after which a question that is not answered is given up; a run of training has three times
             as long.
     """
@@ -44,6 +46,7 @@ class SubprocessSubject:
         folder: Path,
         *,
         environment: Mapping[str, str] | None = None,
+        about: About | None = None,
         patience: float = 120,
         first_patience: float = 180,
     ) -> None:
@@ -58,7 +61,7 @@ class SubprocessSubject:
         self.left_running: list[str] = []
         """What ran on after the program had ended, by its command."""
         try:
-            self.about = self._start()
+            self.about = about or self._start()
         except BaseException:
             self.close()
             raise
@@ -103,7 +106,7 @@ class SubprocessSubject:
 
     def _start(self) -> About:
         home = self._folder / "home"
-        home.mkdir(exist_ok=True)
+        home.mkdir(parents=True, exist_ok=True)
         own = {"HOME": str(home), "TMPDIR": str(home), "XDG_CACHE_HOME": str(home), _MARK: self._mark}
         self._errors = (self._folder / "stderr.txt").open("ab")
         try:
@@ -213,3 +216,9 @@ def end_marked(name: str, mark: str) -> list[str]:
             if process.environ().get(name) == mark:
                 found.append(process)
     return _end_all(found)
+
+
+def reference_oracle(folder: Path) -> SubprocessSubject:
+    """Our trainer in float64, for what has to come out: in a process of its own, which no planted fault reaches."""
+    command = python_command("-m", "finetune.verify.trainers.ours", "reference")
+    return SubprocessSubject(command, folder, about=About("finetune with reference", {}, {}))
