@@ -72,19 +72,29 @@ class Law:
 
 
 _KNOWN: dict[str, Law] = {}
+_ORACLES: dict[Callable[[Any, Any], None], str] = {}
+Judging = Callable[[Callable[[Any, Any], None]], Callable[[Any, Any], None]]
 
 
-def law(
-    id: str, needs: Sequence[str], cases: st.SearchStrategy[Any], *, oracle: str, **more: Any
-) -> Callable[[Callable[[Any, Any], None]], Callable[[Any, Any], None]]:
-    """Make a check a law; its docstring is the law's sentence. `more`: fields of `Law` that override the defaults."""
+def law(id: str, needs: Sequence[str], cases: st.SearchStrategy[Any], **more: Any) -> Judging:
+    """Make a check a law, its docstring the law's sentence. `more`: fields of `Law` that override the defaults."""
 
     def known(check: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
         statement, kind = check.__doc__ or id, check.__annotations__["case"]
-        add(Law(id, statement, tuple(needs), oracle, check, kind, cases, **more))
+        add(Law(id, statement, tuple(needs), _ORACLES[check], check, kind, cases, **more))
         return check
 
     return known
+
+
+def oracle(words: str) -> Judging:
+    """Say of a check, below its `@law`, what decides and why that is right."""
+
+    def judged(check: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        _ORACLES[check] = words
+        return check
+
+    return judged
 
 
 def add(law: Law) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from finetune.verify.catalogue import law
+from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
 from finetune.verify.laws.helpers import accepted, adapter_of, logits_of, refused, same_logits, train, weights_of
@@ -18,14 +18,8 @@ from finetune_strategies.cases.rows import PLAIN, TINY
 from finetune_strategies.recipes import ModelRecipe
 
 
-@law(
-    "adapter.travels",
-    ["train", "logits", "adapter_weights"],
-    cases.ADAPTER_TRAVELS,
-    oracle="the base in float64 with s B A added; s is that of the settings",
-    examples=10,
-    cost=4,
-)
+@law("adapter.travels", ["train", "logits", "adapter_weights"], cases.ADAPTER_TRAVELS, examples=10, cost=4)
+@oracle("the base in float64 with s B A added; s is that of the settings")
 def adapter_travels(trainer: SubjectClient, case: Learned) -> None:
     """An adapter that was saved and loaded computes what was trained, with the strength that it was trained with."""
     model = trainer.model(case.model)
@@ -60,14 +54,8 @@ def _spoil(adapter: str, how: str, which: int, into: Path) -> Path:
     return into
 
 
-@law(
-    "adapter.damaged",
-    ["train", "logits"],
-    cases.ADAPTER_DAMAGED,
-    oracle="the names and shapes of the tensors that were trained",
-    examples=8,
-    cost=3,
-)
+@law("adapter.damaged", ["train", "logits"], cases.ADAPTER_DAMAGED, examples=8, cost=3)
+@oracle("the names and shapes of the tensors that were trained")
 def damaged_adapter_is_refused(trainer: SubjectClient, case: cases.Spoilt) -> None:
     """An adapter of which a tensor is missing, renamed, of another shape or too many is refused."""
     model = trainer.model(case.model)
@@ -77,14 +65,8 @@ def damaged_adapter_is_refused(trainer: SubjectClient, case: cases.Spoilt) -> No
     check(found is None, expected=f"an adapter with a tensor {case.how} is refused", got="an answer")
 
 
-@law(
-    "adapter.other_base",
-    ["train", "logits"],
-    cases.ADAPTER_OTHER_BASE,
-    oracle="the layers of the two bases, which are not the same",
-    examples=2,
-    cost=3,
-)
+@law("adapter.other_base", ["train", "logits"], cases.ADAPTER_OTHER_BASE, examples=2, cost=3)
+@oracle("the layers of the two bases, which are not the same")
 def other_base_is_refused(trainer: SubjectClient, case: Learned) -> None:
     """An adapter is refused on a base that it was not trained on and does not fit."""
     deep = trainer.model(ModelRecipe(layers=2))
@@ -93,14 +75,8 @@ def other_base_is_refused(trainer: SubjectClient, case: Learned) -> None:
     check(found is None, expected="an adapter for two layers is refused on a base of one", got="an answer")
 
 
-@law(
-    "adapter.frozen",
-    ["trainable", "train"],
-    cases.ADAPTER_FROZEN,
-    oracle="the names of the adapter's tensors, as PEFT's files have them",
-    examples=3,
-    cost=2,
-)
+@law("adapter.frozen", ["trainable", "train"], cases.ADAPTER_FROZEN, examples=3, cost=2)
+@oracle("the names of the adapter's tensors, as PEFT's files have them")
 def loaded_adapter_is_frozen(trainer: SubjectClient, case: Learned) -> None:
     """A fresh adapter is all that training changes, and one that was loaded to answer with is changed by nothing."""
     given: dict[str, Any] = {"model": trainer.model(case.model), "settings": case.settings}
@@ -112,14 +88,8 @@ def loaded_adapter_is_frozen(trainer: SubjectClient, case: Learned) -> None:
     check(not loaded, expected="nothing of a loaded adapter", got=loaded[:3])
 
 
-@law(
-    "adapter.complete",
-    ["train", "adapter_weights"],
-    cases.ADAPTER_COMPLETE,
-    oracle="names and shapes as PEFT's files have them",
-    examples=5,
-    cost=2,
-)
+@law("adapter.complete", ["train", "adapter_weights"], cases.ADAPTER_COMPLETE, examples=5, cost=2)
+@oracle("names and shapes as PEFT's files have them")
 def adapter_is_complete(trainer: SubjectClient, case: Learned) -> None:
     """A finished adapter has every tensor of every layer that it was to be on, and of every module trained whole."""
     given: dict[str, Any] = {"model": trainer.model(case.model), "settings": case.settings}

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from finetune.verify.catalogue import law
+from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
 from finetune.verify.laws.helpers import check_loss, loss_of, tokenized
@@ -12,12 +12,8 @@ from finetune_strategies.cases import batches as cases
 from finetune_strategies.cases.rows import PLAIN, TINY, IdRow, Rows
 
 
-@law(
-    "batches.cover",
-    ["tokenize", "batches"],
-    cases.BATCHES_COVER,
-    oracle="the rows themselves, as the trainer's own tokenizing gives them",
-)
+@law("batches.cover", ["tokenize", "batches"], cases.BATCHES_COVER)
+@oracle("the rows themselves, as the trainer's own tokenizing gives them")
 def every_row_is_trained_on(trainer: SubjectClient, case: cases.Dealt) -> None:
     """Every epoch trains on every row exactly once, whatever the sizes of batches."""
     settings = {
@@ -41,13 +37,8 @@ def every_row_is_trained_on(trainer: SubjectClient, case: cases.Dealt) -> None:
         check(found == expected, expected=f"{len(expected)} rows in epoch {number}", got=f"{len(found)} rows: {found}")
 
 
-@law(
-    "padding.no_target",
-    ["batches"],
-    cases.PADDING_NO_TARGET,
-    oracle="the trainer's own marks of what is of a row",
-    examples=8,
-)
+@law("padding.no_target", ["batches"], cases.PADDING_NO_TARGET, examples=8)
+@oracle("the trainer's own marks of what is of a row")
 def padding_is_no_target(trainer: SubjectClient, case: Rows) -> None:
     """What fills a batch up to its longest row is never what the model is taught to say."""
     settings = {**PLAIN, "training.batch_size": len(case.rows), "training.gradient_accumulation_steps": 1}
@@ -63,14 +54,8 @@ def padding_is_no_target(trainer: SubjectClient, case: Rows) -> None:
             )
 
 
-@law(
-    "padding.same_loss",
-    ["loss"],
-    cases.PADDING_SAME_LOSS,
-    oracle="the loss of each row alone by our trainer in float64, where nothing is filled up, weighted by its tokens",
-    cost=2,
-    examples=8,
-)
+@law("padding.same_loss", ["loss"], cases.PADDING_SAME_LOSS, cost=2, examples=8)
+@oracle("the loss of each row alone by our trainer in float64, where nothing is filled up, weighted by its tokens")
 def padding_changes_no_loss(trainer: SubjectClient, case: cases.Together) -> None:
     """The loss of rows that share a batch is that of their tokens, whatever the batch is filled up with."""
     model, settings = trainer.model(TINY), {**PLAIN, "training.batch_size": 2}
@@ -90,14 +75,8 @@ def _dealt(trainer: SubjectClient, case: cases.Packed) -> Epochs:
     return dealt
 
 
-@law(
-    "packing.cover",
-    ["tokenize", "batches"],
-    cases.PACKING_COVER,
-    oracle="the rows themselves, as the trainer's own tokenizing gives them",
-    examples=8,
-    cost=3,
-)
+@law("packing.cover", ["tokenize", "batches"], cases.PACKING_COVER, examples=8, cost=3)
+@oracle("the rows themselves, as the trainer's own tokenizing gives them")
 def packed_epoch_has_every_row(trainer: SubjectClient, case: cases.Packed) -> None:
     """Every epoch trains on every row exactly once and whole where rows share sequences, none of them too long."""
     rows = tokenized(trainer, trainer.model(TINY), case.values, case.settings).rows
@@ -125,14 +104,8 @@ def packed_epoch_has_every_row(trainer: SubjectClient, case: cases.Packed) -> No
         )
 
 
-@law(
-    "packing.shares",
-    ["tokenize", "batches"],
-    cases.PACKING_SHARES,
-    oracle="the lengths of the rows: the two shortest together are within the limit",
-    examples=6,
-    cost=3,
-)
+@law("packing.shares", ["tokenize", "batches"], cases.PACKING_SHARES, examples=6, cost=3)
+@oracle("the lengths of the rows: the two shortest together are within the limit")
 def packing_packs(trainer: SubjectClient, case: cases.Packed) -> None:
     """Rows share a sequence where that is asked for and two of them fit into one, whatever else is set."""
     lengths = sorted(len(row.ids) for row in tokenized(trainer, trainer.model(TINY), case.values, case.settings).rows)
@@ -149,7 +122,8 @@ def _loss_alone(trainer: SubjectClient, rows: tuple[IdRow, ...]) -> float:
     return sum(loss * learned for loss, learned in alone) / sum(learned for _, learned in alone)
 
 
-@law("packing.apart", ["loss", "packed_loss"], cases.PACKING_APART, oracle="the rows one at a time", examples=8, cost=2)
+@law("packing.apart", ["loss", "packed_loss"], cases.PACKING_APART, examples=8, cost=2)
+@oracle("the rows one at a time")
 def neighbours_do_not_matter(trainer: SubjectClient, case: cases.Shared) -> None:
     """Rows that share a sequence do not see each other: their loss is that of the rows, each alone."""
     sequences = [[row.value for row in case.rows]]
@@ -157,7 +131,8 @@ def neighbours_do_not_matter(trainer: SubjectClient, case: cases.Shared) -> None
     check_loss(trainer.ask("packed_loss", Loss, **given).loss, _loss_alone(trainer, case.rows))
 
 
-@law("batches.sizes", ["batches"], cases.BATCHES_SIZES, oracle="the sizes that were set", examples=8, cost=3)
+@law("batches.sizes", ["batches"], cases.BATCHES_SIZES, examples=8, cost=3)
+@oracle("the sizes that were set")
 def batches_have_their_sizes(trainer: SubjectClient, case: cases.Packed) -> None:
     """Batches and steps have the sizes that were set; only the last of an epoch may have fewer."""
     for epoch in _dealt(trainer, case).epochs:

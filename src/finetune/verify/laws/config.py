@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from finetune.config import default_of
-from finetune.verify.catalogue import law
+from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
 from finetune.verify.laws.helpers import comparable, tokenized
@@ -19,13 +19,8 @@ ROWS = [{"prompt": "ab" * size, "completion": "xyz"[: 1 + size % 3] * size} for 
 """Five rows, no two of the same length."""
 
 
-@law(
-    "config.unknown",
-    ["configure"],
-    cases.CONFIG_UNKNOWN,
-    oracle="no trainer has a setting of such a name",
-    examples=len(cases.MISSPELT),
-)
+@law("config.unknown", ["configure"], cases.CONFIG_UNKNOWN, examples=len(cases.MISSPELT))
+@oracle("no trainer has a setting of such a name")
 def unknown_setting_is_refused(trainer: SubjectClient, case: cases.Named) -> None:
     """A setting that does not exist is refused."""
     try:
@@ -35,7 +30,8 @@ def unknown_setting_is_refused(trainer: SubjectClient, case: cases.Named) -> Non
     check(False, expected=f"{case.key} is refused", got=f"it is taken: {taken.told or 'nothing is said'}")  # noqa: FBT003
 
 
-@law("config.taken", ["configure"], cases.CONFIG_TAKEN, oracle="the settings that were given")
+@law("config.taken", ["configure"], cases.CONFIG_TAKEN)
+@oracle("the settings that were given")
 def settings_are_taken(trainer: SubjectClient, case: cases.Set) -> None:
     """A setting is taken as it is set, 0, null and no among them, whatever else is set."""
     given = {**PLAIN, **case.settings}
@@ -59,25 +55,15 @@ def _hold_changed(case: cases.Change, outcome: Callable[[Mapping[str, object]], 
     check(before != after, expected=f"{case.key} = {case.value} changes something", got=f"the same as before: {after}")
 
 
-@law(
-    "config.rows",
-    ["tokenize"],
-    oracle="the rows with the other value",
-    cases=st.sampled_from(cases.CONFIG_ROWS),
-    examples=len(cases.CONFIG_ROWS),
-)
+@law("config.rows", ["tokenize"], st.sampled_from(cases.CONFIG_ROWS), examples=len(cases.CONFIG_ROWS))
+@oracle("the rows with the other value")
 def settings_of_rows_do_something(trainer: SubjectClient, case: cases.Change) -> None:
     """A setting of rows that is changed changes the rows, or is refused."""
     _hold_changed(case, lambda settings: comparable(tokenized(trainer, trainer.model(TINY), ROWS, settings)))
 
 
-@law(
-    "config.batches",
-    ["batches"],
-    oracle="the batches with the other value",
-    cases=st.sampled_from(cases.CONFIG_BATCHES),
-    examples=len(cases.CONFIG_BATCHES),
-)
+@law("config.batches", ["batches"], st.sampled_from(cases.CONFIG_BATCHES), examples=len(cases.CONFIG_BATCHES))
+@oracle("the batches with the other value")
 def settings_of_batches_do_something(trainer: SubjectClient, case: cases.Change) -> None:
     """A setting of batches that is changed changes the batches, or is refused."""
 
@@ -96,14 +82,8 @@ def _gradient(trainer: SubjectClient, settings: Mapping[str, object]) -> Gradien
     return trainer.ask("gradient", Gradient, model=model, settings={**PLAIN, **settings}, micro=[[_ROW]])
 
 
-@law(
-    "config.adapter",
-    ["gradient"],
-    oracle="the gradient with the other value",
-    cases=st.sampled_from(cases.CONFIG_ADAPTER),
-    examples=len(cases.CONFIG_ADAPTER),
-    cost=2,
-)
+@law("config.adapter", ["gradient"], st.sampled_from(cases.CONFIG_ADAPTER), examples=len(cases.CONFIG_ADAPTER), cost=2)
+@oracle("the gradient with the other value")
 def settings_of_the_adapter_do_something(trainer: SubjectClient, case: cases.Change) -> None:
     """A setting of the adapter that is changed changes its first gradient, or is refused."""
     _hold_changed(case, lambda settings: _gradient(trainer, settings).norms)
@@ -112,11 +92,11 @@ def settings_of_the_adapter_do_something(trainer: SubjectClient, case: cases.Cha
 @law(
     "config.training",
     ["train", "adapter_weights"],
-    oracle="a run with the other value",
-    cases=st.sampled_from(cases.CONFIG_TRAINING),
+    st.sampled_from(cases.CONFIG_TRAINING),
     examples=len(cases.CONFIG_TRAINING),
     cost=6,
 )
+@oracle("a run with the other value")
 def settings_of_training_do_something(trainer: SubjectClient, case: cases.Change) -> None:
     """A setting of training that is changed changes its course or what is learned, or is refused."""
 
@@ -132,13 +112,8 @@ def settings_of_training_do_something(trainer: SubjectClient, case: cases.Change
     _hold_changed(case, outcome)
 
 
-@law(
-    "config.targets",
-    ["initial_adapter"],
-    cases.CONFIG_TARGETS,
-    oracle="the names: a Llama has these seven linear layers in a block",
-    examples=10,
-)
+@law("config.targets", ["initial_adapter"], cases.CONFIG_TARGETS, examples=10)
+@oracle("the names: a Llama has these seven linear layers in a block")
 def adapter_sits_where_it_is_to(trainer: SubjectClient, case: cases.Targets) -> None:
     """An adapter sits on the layers that are named and on no others; a name that fits none is refused."""
     given = {**PLAIN, "adapter.target_modules": list(case.layers)}
@@ -151,7 +126,8 @@ def adapter_sits_where_it_is_to(trainer: SubjectClient, case: cases.Targets) -> 
     check(found == sorted(case.layers), expected=f"an adapter on {sorted(case.layers)}, or a refusal", got=found)
 
 
-@law("config.patterns", ["initial_adapter"], cases.CONFIG_PATTERNS, oracle="the names of the layers", examples=8)
+@law("config.patterns", ["initial_adapter"], cases.CONFIG_PATTERNS, examples=8)
+@oracle("the names of the layers")
 def ranks_follow_their_patterns(trainer: SubjectClient, case: cases.Pattern) -> None:
     """A rank of its own is that of the layers that its pattern fits and of no others; one that fits none is refused."""
     given = {**PLAIN, "adapter.rank_pattern": {case.pattern: case.rank}}
@@ -168,14 +144,8 @@ def ranks_follow_their_patterns(trainer: SubjectClient, case: cases.Pattern) -> 
     check(ranks == expected, expected=expected, got=ranks)
 
 
-@law(
-    "config.dropout",
-    ["gradient"],
-    cases.CONFIG_DROPOUT,
-    oracle="the gradient of each tensor without dropout: no half of twelve numbers left out leaves it as it is",
-    examples=6,
-    cost=2,
-)
+@law("config.dropout", ["gradient"], cases.CONFIG_DROPOUT, examples=6, cost=2)
+@oracle("the gradient of each tensor without dropout: no half of twelve numbers left out leaves it as it is")
 def dropout_acts_everywhere(trainer: SubjectClient, case: cases.Dropped) -> None:
     """Dropout acts on every layer that is adapted, whichever these are."""
     given: dict[str, Any] = {"training.seed": case.seed}

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.verify.catalogue import law
+from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
 from finetune.verify.laws.helpers import comparable, tokenized, tokenized_row
@@ -16,28 +16,16 @@ from finetune_strategies.cases.rows import PLAIN, TINY, Pair, Rows
 from finetune_strategies.recipes import FEWEST_WORDS, ModelRecipe
 
 
-@law(
-    "order.epochs",
-    ["batches"],
-    cases.SHUFFLED,
-    oracle="two shuffles of twelve rows of one length are alike once in 479 million times",
-    examples=2,
-    cost=2,
-)
+@law("order.epochs", ["batches"], cases.SHUFFLED, examples=2, cost=2)
+@oracle("two shuffles of twelve rows of one length are alike once in 479 million times")
 def epochs_differ(trainer: SubjectClient, case: cases.Shuffled) -> None:
     """Rows come in another order in the next epoch."""
     first, second = _orders(trainer, case, case.seed, epochs=2)
     check(first != second, expected="another order", got=f"{first} twice")
 
 
-@law(
-    "order.seeds",
-    ["batches"],
-    cases.SHUFFLED,
-    oracle="two shuffles of twelve rows of one length are alike once in 479 million times",
-    examples=2,
-    cost=2,
-)
+@law("order.seeds", ["batches"], cases.SHUFFLED, examples=2, cost=2)
+@oracle("two shuffles of twelve rows of one length are alike once in 479 million times")
 def seeds_differ(trainer: SubjectClient, case: cases.Shuffled) -> None:
     """Another seed is another order of rows."""
     [first], [second] = (_orders(trainer, case, seed, epochs=1) for seed in (case.seed, case.seed + 1))
@@ -56,7 +44,8 @@ def _orders(trainer: SubjectClient, case: cases.Shuffled, seed: int, *, epochs: 
 _ORDERED = [{"prompt": "q" * (1 + number % 4), "completion": f"answer {number}"} for number in range(12)]
 
 
-@law("order.same", ["batches"], cases.ORDER_SAME, oracle="the order when it is asked for again", examples=4, cost=2)
+@law("order.same", ["batches"], cases.ORDER_SAME, examples=4, cost=2)
+@oracle("the order when it is asked for again")
 def seed_decides_the_order(trainer: SubjectClient, case: cases.Seeded) -> None:
     """The same seed deals rows out in the same order, epoch for epoch; 0 is a seed like any."""
 
@@ -69,7 +58,8 @@ def seed_decides_the_order(trainer: SubjectClient, case: cases.Seeded) -> None:
     check(first == again, expected=f"one order with seed {case.seed}: {first}", got=again)
 
 
-@law("data.account", ["tokenize"], cases.DATA_ACCOUNT, oracle="the number of rows that were given", examples=10)
+@law("data.account", ["tokenize"], cases.DATA_ACCOUNT, examples=10)
+@oracle("the number of rows that were given")
 def every_row_is_accounted_for(trainer: SubjectClient, case: Rows) -> None:
     """Every row that is read is trained on, or counted among those that are left out."""
     found = tokenized(trainer, trainer.model(TINY), case.values, {"tokens.max_length": 70})
@@ -92,7 +82,8 @@ def _row(pair: Pair, shape: cases.Shape) -> dict[str, Any]:
     return shapes[shape]
 
 
-@law("data.shapes", ["tokenize"], cases.DATA_SHAPES, oracle="the row that has it as messages", examples=8)
+@law("data.shapes", ["tokenize"], cases.DATA_SHAPES, examples=8)
+@oracle("the row that has it as messages")
 def shape_changes_nothing(trainer: SubjectClient, case: cases.Shaped) -> None:
     """What is said becomes the same tokens, and the same of them are learned, whatever shape its row has."""
     model = trainer.model(TINY)
@@ -107,7 +98,8 @@ def _split(trainer: SubjectClient, case: cases.Held) -> Split:
     return trainer.ask("split", Split, model=trainer.model(TINY), settings=given, rows=case.values)
 
 
-@law("split.apart", ["split"], cases.HELD, oracle="what the rows say", examples=12)
+@law("split.apart", ["split"], cases.HELD, examples=12)
+@oracle("what the rows say")
 def sides_are_apart(trainer: SubjectClient, case: cases.Held) -> None:
     """No row that is held out is trained on, nor is one that says the same; every row is on one of the two sides."""
     found = _split(trainer, case)
@@ -119,7 +111,8 @@ def sides_are_apart(trainer: SubjectClient, case: cases.Held) -> None:
     check(bool(found.held_out) == wanted, expected=f"{case.fraction:.0%} held out", got=f"held out: {found.held_out}")
 
 
-@law("split.same", ["split"], cases.SPLIT_SAME, oracle="the split when it is asked for again", examples=6)
+@law("split.same", ["split"], cases.SPLIT_SAME, examples=6)
+@oracle("the split when it is asked for again")
 def split_is_the_same_again(trainer: SubjectClient, case: cases.Held) -> None:
     """Which rows are held out follows from the rows and the seed alone."""
     first = _split(trainer, case)
@@ -138,7 +131,8 @@ _MODELS: Mapping[str, ModelRecipe] = {
 }
 
 
-@law("cache.same", ["tokenize"], cases.CACHE_SAME, oracle="the rows without a cache", examples=10, cost=3)
+@law("cache.same", ["tokenize"], cases.CACHE_SAME, examples=10, cost=3)
+@oracle("the rows without a cache")
 def cache_changes_nothing(trainer: SubjectClient, case: cases.Cached) -> None:
     """Rows that come from a cache are those that come without it, whatever was put into it before."""
     cache = {"tokens.cache": str(trainer.folder() / "cache")}
@@ -156,15 +150,8 @@ def cache_changes_nothing(trainer: SubjectClient, case: cases.Cached) -> None:
     check(within == without, expected=f"without a cache: {without}", got=f"with it: {within}")
 
 
-@law(
-    "cache.found",
-    ["tokenize"],
-    cases.CACHE_FOUND,
-    oracle="the number of files in the cache",
-    severity="warning",
-    examples=2,
-    cost=3,
-)
+@law("cache.found", ["tokenize"], cases.CACHE_FOUND, severity="warning", examples=2, cost=3)
+@oracle("the number of files in the cache")
 def cache_is_found_again(trainer: SubjectClient, case: Rows) -> None:
     """What is in a cache is found again wherever the model's folder lies."""
     place, cache = trainer.model(TINY), trainer.folder() / "cache"
@@ -184,7 +171,8 @@ def _files(folder: Path) -> int:
     return sum(path.is_file() for path in folder.rglob("*"))
 
 
-@law("rows.remarks", ["batches"], cases.ROWS_REMARKS, oracle="the batches of the same rows without it", examples=8)
+@law("rows.remarks", ["batches"], cases.ROWS_REMARKS, examples=8)
+@oracle("the batches of the same rows without it")
 def remarks_change_no_batch(trainer: SubjectClient, case: cases.Remarked) -> None:
     """A key of a row that is not read changes no batch."""
     settings = {**PLAIN, "training.batch_size": 2, "training.gradient_accumulation_steps": 1, "training.seed": 3}

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from finetune.verify.catalogue import law
+from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
 from finetune.verify.laws.helpers import altered
@@ -23,14 +23,8 @@ def _near(found: Loss, wanted: float) -> bool:
     return abs(found.loss - wanted) <= 1e-3 * (1 + wanted)
 
 
-@law(
-    "evaluate.oracle",
-    ["evaluate", "tokenize"],
-    cases.LOOKED,
-    oracle="the rows' own tokens in float64, all at once",
-    examples=8,
-    cost=2,
-)
+@law("evaluate.oracle", ["evaluate", "tokenize"], cases.LOOKED, examples=8, cost=2)
+@oracle("the rows' own tokens in float64, all at once")
 def held_out_loss_is_of_all_tokens(trainer: SubjectClient, case: cases.Looked) -> None:
     """The held-out loss is the mean surprise of all held-out tokens, however many rows are looked at at once."""
     given = {"model": trainer.model(case.model), "settings": PLAIN}
@@ -44,7 +38,8 @@ def held_out_loss_is_of_all_tokens(trainer: SubjectClient, case: cases.Looked) -
     check(found.count in (None, wanted.count), expected=f"{wanted.count} tokens", got=f"{found.count} tokens")
 
 
-@law("evaluate.order", ["evaluate"], cases.LOOKED, oracle="the same rows the other way round", examples=4, cost=2)
+@law("evaluate.order", ["evaluate"], cases.LOOKED, examples=4, cost=2)
+@oracle("the same rows the other way round")
 def order_does_not_matter(trainer: SubjectClient, case: cases.Looked) -> None:
     """The held-out loss does not depend on the order of the rows."""
     here = _look(trainer, case, case.values, case.batch_size)
@@ -52,14 +47,8 @@ def order_does_not_matter(trainer: SubjectClient, case: cases.Looked) -> None:
     check(_near(here, there.loss), expected=f"loss {there.loss:.6f}", got=f"loss {here.loss:.6f}")
 
 
-@law(
-    "evaluate.as_trained",
-    ["evaluate", "tokenize", "loss"],
-    cases.EVALUATE_AS_TRAINED,
-    oracle="the loss of the rows' own tokens",
-    examples=5,
-    cost=2,
-)
+@law("evaluate.as_trained", ["evaluate", "tokenize", "loss"], cases.EVALUATE_AS_TRAINED, examples=5, cost=2)
+@oracle("the loss of the rows' own tokens")
 def held_out_rows_are_rows(trainer: SubjectClient, case: cases.Looked) -> None:
     """Held-out rows become the same tokens as rows that are trained on."""
     given = {"model": trainer.model(case.model), "settings": PLAIN}
@@ -76,7 +65,8 @@ def _generate(trainer: SubjectClient, case: cases.Asked, prompts: list[list[int]
     return trainer.ask("generate", Generated, prompts=prompts, **given).answers
 
 
-@law("generate.alone", ["generate"], cases.ASKED, oracle="each prompt asked alone", examples=6)
+@law("generate.alone", ["generate"], cases.ASKED, examples=6)
+@oracle("each prompt asked alone")
 def answer_stands_alone(trainer: SubjectClient, case: cases.Asked) -> None:
     """An answer does not depend on what else is asked at the same time."""
     prompts = [list(prompt) for prompt in case.prompts]
@@ -85,13 +75,8 @@ def answer_stands_alone(trainer: SubjectClient, case: cases.Asked) -> None:
     check(together == alone, expected=alone, got=together)
 
 
-@law(
-    "generate.greedy",
-    ["generate"],
-    cases.ASKED,
-    oracle="the same prompt in float64; the first difference counts unless two tokens are as likely",
-    examples=6,
-)
+@law("generate.greedy", ["generate"], cases.ASKED, examples=6)
+@oracle("the same prompt in float64; the first difference counts unless two tokens are as likely")
 def answer_is_the_likeliest(trainer: SubjectClient, case: cases.Asked) -> None:
     """An answer is what the model finds likeliest, token by token, without the prompt and no longer than it may be."""
     prompts = [list(prompt) for prompt in case.prompts]
@@ -102,7 +87,8 @@ def answer_is_the_likeliest(trainer: SubjectClient, case: cases.Asked) -> None:
         check(answer[:1] == right[:1], expected=right, got=answer)
 
 
-@law("generate.fits", ["generate"], cases.GENERATE_FITS, oracle="the model's own config", examples=4)
+@law("generate.fits", ["generate"], cases.GENERATE_FITS, examples=4)
+@oracle("the model's own config")
 def answer_fits_the_context(trainer: SubjectClient, case: cases.Full) -> None:
     """Prompt and answer together are never longer than what the model reads."""
     model = altered(trainer, trainer.model(TINY), {"max_position_embeddings": case.context})
@@ -116,14 +102,8 @@ def answer_fits_the_context(trainer: SubjectClient, case: cases.Full) -> None:
 _ROPE_PROMPT = [9, 40, 77, 15, 130, 61, 22]
 
 
-@law(
-    "model.rope_spelling",
-    ["logits"],
-    cases.SPELLINGS,
-    oracle="the logits of our trainer in float64, which reads both, as transformers does",
-    cost=2,
-    examples=4,
-)
+@law("model.rope_spelling", ["logits"], cases.SPELLINGS, cost=2, examples=4)
+@oracle("the logits of our trainer in float64, which reads both, as transformers does")
 def rope_is_read(trainer: SubjectClient, case: cases.Spelling) -> None:
     """A model's rotary positions have the base that its config.json says, by the newer name and by the older."""
     folder = trainer.folder() / "model"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from finetune.verify.catalogue import law
+from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient, Tensors
 from finetune.verify.laws.helpers import adapter_of, altered, refused, train, weights_of
@@ -41,13 +41,8 @@ def _neighbours(rows: Any, heads: int) -> Any:
     return rows[order]
 
 
-@law(
-    "export.weights",
-    ["describe_export"],
-    cases.WRITTEN,
-    oracle="the rows of each head written down one by one, as llama.cpp turns neighbours",
-    examples=4,
-)
+@law("export.weights", ["describe_export"], cases.WRITTEN, examples=4)
+@oracle("the rows of each head written down one by one, as llama.cpp turns neighbours")
 def weights_are_the_models(trainer: SubjectClient, case: cases.Written) -> None:
     """A GGUF file holds every weight with its own shape; of queries and keys alone the rows are in another order."""
     model = _model(trainer, case.model)
@@ -64,14 +59,8 @@ def weights_are_the_models(trainer: SubjectClient, case: cases.Written) -> None:
         check(np.array_equal(there, wanted), expected=f"{name}: {wanted.ravel()[:3]}", got=there)
 
 
-@law(
-    "export.adapted",
-    ["describe_export", "train", "adapter_weights"],
-    cases.EXPORT_ADAPTED,
-    oracle="W + s B A in float64",
-    examples=2,
-    cost=3,
-)
+@law("export.adapted", ["describe_export", "train", "adapter_weights"], cases.EXPORT_ADAPTED, examples=2, cost=3)
+@oracle("W + s B A in float64")
 def adapter_is_in_the_export(trainer: SubjectClient, case: Learned) -> None:
     """A GGUF file of a run holds its base's weights with the adapter in them."""
     model = _model(trainer, case.model)
@@ -90,13 +79,8 @@ def adapter_is_in_the_export(trainer: SubjectClient, case: Learned) -> None:
             check(off <= 1e-4, expected=f"{path} as base and adapter", got=f"off by {off:.3g}")
 
 
-@law(
-    "export.rope",
-    ["describe_export"],
-    cases.EXPORT_ROPE,
-    oracle="the config itself; of Llama 3's scaling, that the shortest wave stays and the longest is divided",
-    examples=10,
-)
+@law("export.rope", ["describe_export"], cases.EXPORT_ROPE, examples=10)
+@oracle("the config itself; of Llama 3's scaling, that the shortest wave stays and the longest is divided")
 def rotation_is_the_configs(trainer: SubjectClient, case: cases.Turned) -> None:
     """How positions turn queries and keys is written as the config says it, in its older words and its newer ones."""
     scaling: dict[str, Any] = {"rope_type": case.kind, "factor": case.factor}
@@ -128,7 +112,8 @@ def rotation_is_the_configs(trainer: SubjectClient, case: cases.Turned) -> None:
         check(factors is None, expected="no factors of frequencies", got=factors)
 
 
-@law("export.vocabulary", ["describe_export"], cases.EXPORT_VOCABULARY, oracle="tokenizer.json itself", examples=6)
+@law("export.vocabulary", ["describe_export"], cases.EXPORT_VOCABULARY, examples=6)
+@oracle("tokenizer.json itself")
 def vocabulary_is_the_tokenizers(trainer: SubjectClient, case: cases.Words) -> None:
     """Every row of the embedding has its token in the file, with its text; what the model lacks is not made up."""
     model = altered(trainer, _model(trainer, ModelRecipe(vocabulary=FEWEST_WORDS + case.spare)), {})
@@ -165,13 +150,8 @@ def vocabulary_is_the_tokenizers(trainer: SubjectClient, case: cases.Words) -> N
     check(str(found).endswith(template), expected="the model's chat template", got=found)
 
 
-@law(
-    "export.pre_tokenizer",
-    ["describe_export"],
-    cases.EXPORT_PRE_TOKENIZER,
-    oracle="the patterns behind llama.cpp's names, as its llama-vocab.cpp has them",
-    examples=6,
-)
+@law("export.pre_tokenizer", ["describe_export"], cases.EXPORT_PRE_TOKENIZER, examples=6)
+@oracle("the patterns behind llama.cpp's names, as its llama-vocab.cpp has them")
 def pre_tokenizer_is_read(trainer: SubjectClient, case: cases.Cut) -> None:
     """The pre-tokenizer that is named cuts text as the model's own does; one that llama.cpp lacks is refused."""
     model = altered(trainer, _model(trainer, TINY), {})
@@ -183,7 +163,8 @@ def pre_tokenizer_is_read(trainer: SubjectClient, case: cases.Cut) -> None:
     check(written == name, expected=name or "a refusal", got=written or "a refusal")
 
 
-@law("export.shards", ["describe_export"], cases.WRITTEN, oracle="the same weights in one file", examples=2)
+@law("export.shards", ["describe_export"], cases.WRITTEN, examples=2)
+@oracle("the same weights in one file")
 def shards_are_one_model(trainer: SubjectClient, case: cases.Written) -> None:
     """A model in several files is the model in one."""
     whole = _model(trainer, case.model)
@@ -203,13 +184,8 @@ def shards_are_one_model(trainer: SubjectClient, case: cases.Written) -> None:
     check(not odd, expected="the weights of both files", got=odd)
 
 
-@law(
-    "export.packed",
-    ["describe_export"],
-    cases.WRITTEN,
-    oracle="a model whose numbers are packed in whole words, with scales and biases beside them",
-    examples=2,
-)
+@law("export.packed", ["describe_export"], cases.WRITTEN, examples=2)
+@oracle("a model whose numbers are packed in whole words, with scales and biases beside them")
 def packed_weights_are_refused(trainer: SubjectClient, case: cases.Written) -> None:
     """Weights that are packed are not taken for plain numbers."""
     model = altered(trainer, _model(trainer, case.model), {"quantization": {"group_size": 32, "bits": 4}})
@@ -223,7 +199,8 @@ def packed_weights_are_refused(trainer: SubjectClient, case: cases.Written) -> N
     check(found is None, expected="a refusal", got="an answer with packed numbers as weights")
 
 
-@law("export.nulls", ["describe_export"], cases.EXPORT_NULLS, oracle="the same config without it", examples=5)
+@law("export.nulls", ["describe_export"], cases.EXPORT_NULLS, examples=5)
+@oracle("the same config without it")
 def null_is_not_said(trainer: SubjectClient, case: cases.Nothing) -> None:
     """A setting that is null in a model's config is one that it does not say."""
     model = _model(trainer, TINY)
@@ -232,7 +209,8 @@ def null_is_not_said(trainer: SubjectClient, case: cases.Nothing) -> None:
     check(not odd, expected={key: wanted[key] for key in odd}, got=odd)
 
 
-@law("export.types", ["plan_export"], cases.TYPED, oracle="the file of 32 bits a weight", examples=4, tier=2)
+@law("export.types", ["plan_export"], cases.TYPED, examples=4, tier=2)
+@oracle("the file of 32 bits a weight")
 def types_change_no_words(trainer: SubjectClient, case: cases.Typed) -> None:
     """Whatever type a file keeps its weights in, it says the same of the model and holds every weight."""
     model = _model(trainer, case.model)
@@ -247,15 +225,8 @@ def types_change_no_words(trainer: SubjectClient, case: cases.Typed) -> None:
     check(len(found.tensors) == count, expected=f"{count} tensors", got=len(found.tensors))
 
 
-@law(
-    "export.alone",
-    ["plan_export", "train", "adapter_weights"],
-    cases.TYPED,
-    oracle="the adapter's own tensors",
-    examples=3,
-    tier=2,
-    cost=3,
-)
+@law("export.alone", ["plan_export", "train", "adapter_weights"], cases.TYPED, examples=3, tier=2, cost=3)
+@oracle("the adapter's own tensors")
 def adapter_alone_holds_itself(trainer: SubjectClient, case: cases.Typed) -> None:
     """A file of an adapter alone holds A and B of its layers, and nothing of the base."""
     model = _model(trainer, case.model)

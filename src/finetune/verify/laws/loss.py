@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from finetune.adapters.kinds import layer_tensor
-from finetune.verify.catalogue import law
+from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
 from finetune.verify.laws.helpers import adapter_of, refused, train, weights_of
@@ -15,13 +15,8 @@ from finetune_strategies.cases.learned import QUICK, kind_settings
 from finetune_strategies.cases.rows import PLAIN, TINY, Rows
 
 
-@law(
-    "loss.oracle",
-    ["loss"],
-    cases.LOSS_ORACLE,
-    oracle="the same batch computed in float64 from the model's files",
-    examples=16,
-)
+@law("loss.oracle", ["loss"], cases.LOSS_ORACLE, examples=16)
+@oracle("the same batch computed in float64 from the model's files")
 def loss_is_surprise(trainer: SubjectClient, case: cases.Batches) -> None:
     """The loss of a batch is the mean surprise of its trained tokens, each counted once, foretold from those before."""
     given = {"model": trainer.model(case.model), "settings": PLAIN, "batch": case.values[0]}
@@ -31,13 +26,8 @@ def loss_is_surprise(trainer: SubjectClient, case: cases.Batches) -> None:
     check(found.count in (None, wanted.count), expected=f"{wanted.count} tokens", got=f"{found.count} tokens")
 
 
-@law(
-    "gradient.first",
-    ["gradient"],
-    cases.GRADIENT_FIRST,
-    oracle="B is zero at first, so that the loss is the base's, nothing reaches A, and B's gradient is not zero",
-    examples=5,
-)
+@law("gradient.first", ["gradient"], cases.GRADIENT_FIRST, examples=5)
+@oracle("B is zero at first, so that the loss is the base's, nothing reaches A, and B's gradient is not zero")
 def first_gradient_is_of_b(trainer: SubjectClient, case: cases.FirstStep) -> None:
     """In the first step an adapter of any kind leaves the model as it is, and LoRA's B alone has a gradient."""
     given = {"model": trainer.model(TINY), "settings": kind_settings(case.kind, PLAIN), "micro": [[case.row.value]]}
@@ -58,14 +48,8 @@ def first_gradient_is_of_b(trainer: SubjectClient, case: cases.FirstStep) -> Non
             check(found.norms[name] > 0, expected=f"{name}: about {norm:.4g}", got=f"{name}: {found.norms[name]}")
 
 
-@law(
-    "gradient.oracle",
-    ["gradient", "initial_adapter"],
-    cases.GRADIENT_ORACLE,
-    oracle="the same batches in float64, from the adapter that the trainer begins with",
-    examples=8,
-    cost=2,
-)
+@law("gradient.oracle", ["gradient", "initial_adapter"], cases.GRADIENT_ORACLE, examples=8, cost=2)
+@oracle("the same batches in float64, from the adapter that the trainer begins with")
 def gradient_is_of_all_tokens(trainer: SubjectClient, case: cases.Batches) -> None:
     """A step's gradient is that of all its trained tokens together, and so is the loss that is reported for it."""
     given = {"model": trainer.model(case.model), "settings": PLAIN}
@@ -80,14 +64,8 @@ def gradient_is_of_all_tokens(trainer: SubjectClient, case: cases.Batches) -> No
     check(near, expected=f"loss {wanted.loss:.6f}", got=f"loss {found.loss:.6f}")
 
 
-@law(
-    "loss.nan_told",
-    ["train"],
-    cases.LOSS_NAN_TOLD,
-    oracle="weights of more than 1e300 times another overflow, whatever the number format",
-    examples=2,
-    cost=2,
-)
+@law("loss.nan_told", ["train"], cases.LOSS_NAN_TOLD, examples=2, cost=2)
+@oracle("weights of more than 1e300 times another overflow, whatever the number format")
 def nan_is_told(trainer: SubjectClient, case: Rows) -> None:
     """A loss that is no number is told, or ends the run: it is never hidden behind another."""
     settings = {**QUICK, "training.learning_rate": 1e200, "training.epochs": 4.0}
@@ -97,13 +75,8 @@ def nan_is_told(trainer: SubjectClient, case: Rows) -> None:
         check(not all(map(math.isfinite, losses)), expected="a refusal, or a loss that is no number", got=losses)
 
 
-@law(
-    "dropout.fresh",
-    ["gradient"],
-    cases.DROPOUT_FRESH,
-    oracle="the mean of two different draws is not the first of them; of two equal ones it is",
-    examples=2,
-)
+@law("dropout.fresh", ["gradient"], cases.DROPOUT_FRESH, examples=2)
+@oracle("the mean of two different draws is not the first of them; of two equal ones it is")
 def dropout_is_drawn_anew(trainer: SubjectClient, case: cases.DroppedRow) -> None:
     """Dropout is drawn anew for every batch."""
     given = {"model": trainer.model(TINY), "settings": {**PLAIN, "adapter.dropout": 0.5}}
@@ -113,14 +86,8 @@ def dropout_is_drawn_anew(trainer: SubjectClient, case: cases.DroppedRow) -> Non
     check(moved, expected="two draws that differ", got="the gradients of one batch and of two are the same")
 
 
-@law(
-    "dropout.acts",
-    ["train", "adapter_weights", "evaluate"],
-    cases.DROPOUT_ACTS,
-    oracle="the same run without it ends elsewhere; what is asked with it answers as what is asked without it",
-    examples=2,
-    cost=3,
-)
+@law("dropout.acts", ["train", "adapter_weights", "evaluate"], cases.DROPOUT_ACTS, examples=2, cost=3)
+@oracle("the same run without it ends elsewhere; what is asked with it answers as what is asked without it")
 def dropout_acts_in_training_alone(trainer: SubjectClient, case: Rows) -> None:
     """Dropout acts in training, also after losses were looked at, and not on the loss that is looked at."""
     model = trainer.model(TINY)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from finetune.chat.catalog import CHATML
-from finetune.verify.catalogue import law
+from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
 from finetune.verify.laws.helpers import check_loss, comparable, loss_of, text_of, tokenized
@@ -12,12 +12,8 @@ from finetune_strategies.cases import mask as cases
 from finetune_strategies.cases.rows import PLAIN, TINY
 
 
-@law(
-    "mask.answers",
-    ["tokenize"],
-    cases.MASK_ANSWERS,
-    oracle="the bytes of the answers: the model's tokenizer has one token for each",
-)
+@law("mask.answers", ["tokenize"], cases.MASK_ANSWERS)
+@oracle("the bytes of the answers: the model's tokenizer has one token for each")
 def answers_are_learned(trainer: SubjectClient, case: cases.Answered) -> None:
     """What is learned is every answer of a conversation, with what ends it, and nothing else."""
     model = trainer.model(TINY)
@@ -29,13 +25,8 @@ def answers_are_learned(trainer: SubjectClient, case: cases.Answered) -> None:
         check(said == expected.encode(), expected=expected, got=said.decode(errors="replace"))
 
 
-@law(
-    "mask.template",
-    ["tokenize"],
-    cases.MASK_TEMPLATE,
-    oracle="the rows with the template of the same text that is built in",
-    examples=5,
-)
+@law("mask.template", ["tokenize"], cases.MASK_TEMPLATE, examples=5)
+@oracle("the rows with the template of the same text that is built in")
 def place_of_a_template_changes_nothing(trainer: SubjectClient, case: cases.Placed) -> None:
     """What a template teaches does not depend on where it comes from."""
     model, name = trainer.model(TINY), "tokenizer"
@@ -48,7 +39,8 @@ def place_of_a_template_changes_nothing(trainer: SubjectClient, case: cases.Plac
     check(found == expected, expected=expected, got=found)
 
 
-@law("mask.fits", ["tokenize"], cases.MASK_FITS, oracle="the rows with a limit far above them", examples=8)
+@law("mask.fits", ["tokenize"], cases.MASK_FITS, examples=8)
+@oracle("the rows with a limit far above them")
 def limit_that_suffices_changes_nothing(trainer: SubjectClient, case: cases.Limited) -> None:
     """A limit of length that every row keeps changes nothing."""
     model = trainer.model(TINY)
@@ -58,7 +50,8 @@ def limit_that_suffices_changes_nothing(trainer: SubjectClient, case: cases.Limi
     check(comparable(held) == comparable(free), expected=comparable(free), got=comparable(held))
 
 
-@law("mask.whole", ["tokenize"], cases.MASK_WHOLE, oracle="the rows with a limit far above them", examples=10)
+@law("mask.whole", ["tokenize"], cases.MASK_WHOLE, examples=10)
+@oracle("the rows with a limit far above them")
 def overlong_rows_are_left_out_whole(trainer: SubjectClient, case: cases.Limited) -> None:
     """A conversation that is longer than the limit is left out whole and counted; all others stay as they are."""
     model = trainer.model(TINY)
@@ -71,13 +64,8 @@ def overlong_rows_are_left_out_whole(trainer: SubjectClient, case: cases.Limited
     check(counted == gone, expected=f"{gone} rows left out", got=held.dropped)
 
 
-@law(
-    "mask.cut",
-    ["tokenize"],
-    cases.MASK_CUT,
-    oracle="the row that is not cut: its learned tokens, and as many of its prompt's bytes as are too many",
-    examples=10,
-)
+@law("mask.cut", ["tokenize"], cases.MASK_CUT, examples=10)
+@oracle("the row that is not cut: its learned tokens, and as many of its prompt's bytes as are too many")
 def cut_rows_keep_their_answers(trainer: SubjectClient, case: cases.Limited) -> None:
     """Where prompts may be cut, a row keeps its whole answer and what ends it, and is within the limit."""
     model = trainer.model(TINY)
@@ -95,7 +83,8 @@ def cut_rows_keep_their_answers(trainer: SubjectClient, case: cases.Limited) -> 
         check(said == expected, expected=f"learned: {expected!r}", got=repr(said))
 
 
-@law("mask.pieces", ["tokenize"], cases.MASK_PIECES, oracle="the bytes of the text after its first", examples=8)
+@law("mask.pieces", ["tokenize"], cases.MASK_PIECES, examples=8)
+@oracle("the bytes of the text after its first")
 def pieces_are_the_whole(trainer: SubjectClient, case: cases.Long) -> None:
     """A text that is cut into pieces is learned whole, each of its tokens once."""
     model = trainer.model(TINY)
@@ -114,14 +103,8 @@ def pieces_are_the_whole(trainer: SubjectClient, case: cases.Long) -> None:
     check(said == expected, expected=repr(expected), got=repr(said))
 
 
-@law(
-    "mask.surprise",
-    ["loss", "logits"],
-    cases.MASK_MEASURED,
-    oracle="the model's own logits, one row at a time",
-    examples=14,
-    cost=2,
-)
+@law("mask.surprise", ["loss", "logits"], cases.MASK_MEASURED, examples=14, cost=2)
+@oracle("the model's own logits, one row at a time")
 def loss_is_the_mean_surprise(trainer: SubjectClient, case: cases.Batched) -> None:
     """The loss is the mean surprise at the learned tokens, each foretold from those before it; padding has no part."""
     model = trainer.model(TINY)
@@ -137,14 +120,8 @@ def loss_is_the_mean_surprise(trainer: SubjectClient, case: cases.Batched) -> No
     check_loss(loss, total / learned)
 
 
-@law(
-    "mask.measured",
-    ["loss", "gradient"],
-    cases.MASK_MEASURED,
-    oracle="the loss that is reported of an optimizer step with the same batch, from the same weights, without dropout",
-    examples=8,
-    cost=2,
-)
+@law("mask.measured", ["loss", "gradient"], cases.MASK_MEASURED, examples=8, cost=2)
+@oracle("the loss that is reported of an optimizer step with the same batch, from the same weights, without dropout")
 def measured_loss_is_the_trained_one(trainer: SubjectClient, case: cases.Batched) -> None:
     """The loss that is measured is the loss that is trained on."""
     batch = [row.value for row in case.rows]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from finetune.verify.catalogue import law
+from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
 from finetune.verify.subjects.answers import Estimated, Weights
@@ -14,7 +14,8 @@ def _estimate(trainer: SubjectClient, model: object, settings: Mapping[str, obje
     return trainer.ask("estimate", Estimated, model=model, settings=dict(settings))
 
 
-@law("memory.counts", ["estimate"], cases.COUNTED, oracle="the adapter that training begins with", examples=12)
+@law("memory.counts", ["estimate"], cases.COUNTED, examples=12)
+@oracle("the adapter that training begins with")
 def adapter_is_counted(trainer: SubjectClient, case: cases.Counted) -> None:
     """What an adapter takes is counted number by number: in float32, with a gradient and two moments for each."""
     model = trainer.model(case.model)
@@ -27,7 +28,8 @@ def adapter_is_counted(trainer: SubjectClient, case: cases.Counted) -> None:
         check(found.parts[part] == each * count, expected=f"{part}: {each * count} bytes", got=found.parts[part])
 
 
-@law("memory.grows", ["estimate"], cases.MEMORY_GROWS, oracle="the same run with less", examples=8)
+@law("memory.grows", ["estimate"], cases.MEMORY_GROWS, examples=8)
+@oracle("the same run with less")
 def more_takes_more(trainer: SubjectClient, case: cases.Grown) -> None:
     """A higher rank, more layers, longer rows and more of them take more memory, and never less."""
     model = trainer.model(case.model)
@@ -41,13 +43,8 @@ def more_takes_more(trainer: SubjectClient, case: cases.Grown) -> None:
         check(more.trainable > less.trainable, expected=f"more than {less.trainable} numbers", got=more.trainable)
 
 
-@law(
-    "memory.logits",
-    ["estimate"],
-    cases.COUNTED,
-    oracle="one float32 for each word of the vocabulary and each token, up to what a slice may hold",
-    examples=4,
-)
+@law("memory.logits", ["estimate"], cases.COUNTED, examples=4)
+@oracle("one float32 for each word of the vocabulary and each token, up to what a slice may hold")
 def logits_are_counted(trainer: SubjectClient, case: cases.Counted) -> None:
     """The logits of a step, or of the slice that is computed at once, are counted."""
     found = _estimate(trainer, trainer.model(case.model), case.settings)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from finetune.verify.catalogue import law
+from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
 from finetune.verify.laws.helpers import (
@@ -46,14 +46,8 @@ def _merged(trainer: SubjectClient, model: Path, case: Learned) -> tuple[str, Pa
     return adapter, Path(trainer.ask("merge", Folder, **given).folder)
 
 
-@law(
-    "merge.computes",
-    ["train", "merge", "adapter_weights"],
-    cases.MERGING,
-    oracle="the merged folder and, beside it, base and adapter, both in float64",
-    examples=6,
-    cost=4,
-)
+@law("merge.computes", ["train", "merge", "adapter_weights"], cases.MERGING, examples=6, cost=4)
+@oracle("the merged folder and, beside it, base and adapter, both in float64")
 def merged_computes_the_same(trainer: SubjectClient, case: cases.Merging) -> None:
     """A merged model, read from its folder, computes what its base does with the adapter, not what the base does."""
     model = _base(trainer, case)
@@ -66,14 +60,8 @@ def merged_computes_the_same(trainer: SubjectClient, case: cases.Merging) -> Non
     check(not np.allclose(found, base, rtol=1e-3, atol=1e-3), expected="other logits than the base's", got="the base's")
 
 
-@law(
-    "merge.exact",
-    ["train", "merge", "adapter_weights"],
-    cases.MERGE_EXACT,
-    oracle="the sum in float64, which float32 rounds by 10^-6 of its largest part",
-    examples=3,
-    cost=3,
-)
+@law("merge.exact", ["train", "merge", "adapter_weights"], cases.MERGE_EXACT, examples=3, cost=3)
+@oracle("the sum in float64, which float32 rounds by 10^-6 of its largest part")
 def merging_is_exact(trainer: SubjectClient, case: cases.Merging) -> None:
     """Merging adds s B A to the weights in float32 at least, and leaves every other weight bit by bit."""
     model = _base(trainer, case)
@@ -94,14 +82,8 @@ def merging_is_exact(trainer: SubjectClient, case: cases.Merging) -> None:
         check(off <= most, expected=f"{name} within {most:.2g}", got=f"off by {off:.2g}")
 
 
-@law(
-    "merge.leaves",
-    ["train", "merge"],
-    cases.MERGE_LEAVES,
-    oracle="the bytes of both before and after",
-    examples=2,
-    cost=3,
-)
+@law("merge.leaves", ["train", "merge"], cases.MERGE_LEAVES, examples=2, cost=3)
+@oracle("the bytes of both before and after")
 def merging_leaves_the_base(trainer: SubjectClient, case: cases.Merging) -> None:
     """Merging changes neither the base nor the adapter."""
     model = altered(trainer, trainer.model(case.model), {})
@@ -113,7 +95,8 @@ def merging_leaves_the_base(trainer: SubjectClient, case: cases.Merging) -> None
     check(marks(Path(adapter)) == trained, expected="the adapter as it was", got="another")
 
 
-@law("merge.whole", ["train", "merge"], cases.MERGE_WHOLE, oracle="our own reader of both folders", examples=2, cost=3)
+@law("merge.whole", ["train", "merge"], cases.MERGE_WHOLE, examples=2, cost=3)
+@oracle("our own reader of both folders")
 def merged_folder_is_a_model(trainer: SubjectClient, case: Learned) -> None:
     """A merged folder is a model: its tokenizer and its template make of rows what the base's make of them."""
     model = trainer.model(case.model)
@@ -127,7 +110,8 @@ def merged_folder_is_a_model(trainer: SubjectClient, case: Learned) -> None:
     check(found.rows == read(model).rows, expected="the rows of the base", got=found.rows)
 
 
-@law("merge.overflow", ["train", "merge_as"], cases.MERGE_OVERFLOW, oracle="float16 ends at 65504", examples=3, cost=3)
+@law("merge.overflow", ["train", "merge_as"], cases.MERGE_OVERFLOW, examples=3, cost=3)
+@oracle("float16 ends at 65504")
 def merged_weight_is_finite(trainer: SubjectClient, case: cases.Large) -> None:
     """No weight becomes infinite in the type that a merged model is written in: what does not fit is refused."""
     model = altered(trainer, trainer.model(case.model), {})
@@ -143,14 +127,8 @@ def merged_weight_is_finite(trainer: SubjectClient, case: cases.Large) -> None:
             check(not odd, expected="finite weights, or a refusal", got=odd)
 
 
-@law(
-    "merge.tied_apart",
-    ["train", "merge", "logits"],
-    cases.MERGE_TIED_APART,
-    oracle="the logits before and after the folder was written",
-    examples=1,
-    cost=3,
-)
+@law("merge.tied_apart", ["train", "merge", "logits"], cases.MERGE_TIED_APART, examples=1, cost=3)
+@oracle("the logits before and after the folder was written")
 def tied_table_stays_whole(trainer: SubjectClient, case: Learned) -> None:
     """A table that is embedding and head in one is not trained apart from itself, or comes back so from the disk."""
     model = _tied(trainer, trainer.model(TINY))

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.verify.catalogue import Law, add, law
+from finetune.verify.catalogue import Law, add, law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
 from finetune.verify.laws.helpers import adapter_of, refused, train, weights_of
@@ -22,14 +22,8 @@ def _same_end(trainer: SubjectClient, whole: TrainingResult, pieces: TrainingRes
         check(off <= 1e-5, expected=f"{name} as in the run that nobody stopped", got=f"off by {off:.3g}")
 
 
-@law(
-    "resume.same",
-    ["train", "resume", "adapter_weights"],
-    cases.STOPPED,
-    oracle="the same run without a stop",
-    examples=6,
-    cost=8,
-)
+@law("resume.same", ["train", "resume", "adapter_weights"], cases.STOPPED, examples=6, cost=8)
+@oracle("the same run without a stop")
 def stopped_run_is_the_run(trainer: SubjectClient, case: cases.Stopped) -> None:
     """A run that is stopped at any step and gone on with is the run that was never stopped."""
     folder = trainer.folder() / "run"
@@ -70,14 +64,9 @@ def _numbers_begin(file: Path, content: bytes | bytearray) -> int:
 
 
 @law(
-    "resume.damaged",
-    ["train", "resume", "adapter_weights"],
-    cases.RESUME_DAMAGED,
-    oracle="a refusal, or the end of the run that nobody damaged",
-    scene="training",
-    examples=4,
-    cost=4,
+    "resume.damaged", ["train", "resume", "adapter_weights"], cases.RESUME_DAMAGED, scene="training", examples=4, cost=4
 )
+@oracle("a refusal, or the end of the run that nobody damaged")
 def damaged_checkpoint_is_noticed(trainer: SubjectClient, case: cases.Damaged) -> None:
     """A run does not go on from a damaged checkpoint."""
     model, folder = trainer.model(TINY), trainer.folder() / "run"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from finetune.verify.catalogue import law
+from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
 from finetune.verify.laws.helpers import adapter_of, altered, logits_of, marks, refused, train
@@ -25,13 +25,8 @@ from finetune_strategies.recipes import ModelRecipe
 _SHOWN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 
 
-@law(
-    "safety.template",
-    ["render"],
-    cases.SAFETY_TEMPLATE,
-    oracle="no chat template needs an attribute that begins with _, or millions of letters for two",
-    examples=11,
-)
+@law("safety.template", ["render"], cases.SAFETY_TEMPLATE, examples=11)
+@oracle("no chat template needs an attribute that begins with _, or millions of letters for two")
 def hostile_template_is_refused(trainer: SubjectClient, case: cases.Hostile) -> None:
     """A stranger's template can neither reach what lies behind its data nor take more than its messages call for."""
     file = trainer.folder() / "hostile.jinja"
@@ -61,14 +56,8 @@ class _Bomb:
         return Path.touch, (self._canary,)
 
 
-@law(
-    "safety.pickle",
-    ["train", "resume", "logits"],
-    cases.SAFETY_PICKLE,
-    oracle="a file that would be there if it had been",
-    examples=5,
-    cost=3,
-)
+@law("safety.pickle", ["train", "resume", "logits"], cases.SAFETY_PICKLE, examples=5, cost=3)
+@oracle("a file that would be there if it had been")
 def pickle_is_not_loaded(trainer: SubjectClient, case: cases.Pickled) -> None:
     """A pickle in an adapter or in a checkpoint, by whatever name, is never loaded."""
     canary, model = trainer.folder() / "canary", trainer.model(TINY)
@@ -93,7 +82,8 @@ def pickle_is_not_loaded(trainer: SubjectClient, case: cases.Pickled) -> None:
     _unseen(lambda: trainer.ask("resume", TrainingResult, folder=folder), canary, "a checkpoint")
 
 
-@law("safety.files", ["logits"], cases.SAFETY_FILES, oracle="a folder that holds no weights has no answer", examples=4)
+@law("safety.files", ["logits"], cases.SAFETY_FILES, examples=4)
+@oracle("a folder that holds no weights has no answer")
 def weights_lie_in_their_folder(trainer: SubjectClient, case: cases.Elsewhere) -> None:
     """The weights of a model are those in its folder: a name or a link that leads out of it is refused."""
     model = altered(trainer, trainer.model(TINY), {})
@@ -114,7 +104,8 @@ def weights_lie_in_their_folder(trainer: SubjectClient, case: cases.Elsewhere) -
     check(found is None, expected="a refusal", got="an answer computed from a file of another folder")
 
 
-@law("safety.code", ["logits"], cases.SAFETY_CODE, oracle="a file that would be there if it had been", examples=3)
+@law("safety.code", ["logits"], cases.SAFETY_CODE, examples=3)
+@oracle("a file that would be there if it had been")
 def code_is_not_executed(trainer: SubjectClient, case: cases.Code) -> None:
     """Code that lies beside a model is not executed."""
     canary = trainer.folder() / "canary"
@@ -124,13 +115,8 @@ def code_is_not_executed(trainer: SubjectClient, case: cases.Code) -> None:
     _unseen(lambda: logits_of(trainer, "logits", model), canary, "a model's folder")
 
 
-@law(
-    "safety.config",
-    ["load_config"],
-    cases.SAFETY_CONFIG,
-    oracle="a file that would be there if it had been",
-    examples=2,
-)
+@law("safety.config", ["load_config"], cases.SAFETY_CONFIG, examples=2)
+@oracle("a file that would be there if it had been")
 def config_makes_no_objects(trainer: SubjectClient, case: cases.Configured) -> None:
     """A configuration file makes no objects but plain values."""
     canary = trainer.folder() / "canary"
@@ -140,14 +126,8 @@ def config_makes_no_objects(trainer: SubjectClient, case: cases.Configured) -> N
     _unseen(lambda: trainer.ask("load_config", Accepted, file=str(file)), canary, "a configuration")
 
 
-@law(
-    "safety.links",
-    ["train", "resume"],
-    cases.SAFETY_LINKS,
-    oracle="the files of another folder, before and after",
-    examples=3,
-    cost=3,
-)
+@law("safety.links", ["train", "resume"], cases.SAFETY_LINKS, examples=3, cost=3)
+@oracle("the files of another folder, before and after")
 def links_are_not_followed(trainer: SubjectClient, case: cases.Linked) -> None:
     """A run that is gone on with writes and removes nothing outside its folder."""
     folder, mine = trainer.folder() / "run", trainer.folder() / "mine"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from finetune.verify.catalogue import law
+from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
 from finetune.verify.laws.modelfile_reader import NoModelfileError, read_modelfile
@@ -12,9 +12,8 @@ from finetune_strategies.cases import serve as cases
 from finetune_strategies.cases.rows import PLAIN, TINY
 
 
-@law(
-    "serve.recipe", ["serving"], cases.SERVE_RECIPE, oracle="a reader made from Ollama's published grammar", examples=10
-)
+@law("serve.recipe", ["serving"], cases.SERVE_RECIPE, examples=10)
+@oracle("a reader made from Ollama's published grammar")
 def recipe_says_what_it_was_given(trainer: SubjectClient, case: cases.Licensed) -> None:
     """A server's recipe, read as the server reads it, says the file, template, stops and licence, and nothing else."""
     given = {"model": trainer.model(TINY), "settings": PLAIN, "license": case.text}
@@ -40,13 +39,8 @@ def recipe_says_what_it_was_given(trainer: SubjectClient, case: cases.Licensed) 
     check(not others, expected="no other command", got=sorted(others))
 
 
-@law(
-    "serve.template",
-    ["serving"],
-    cases.SERVE_TEMPLATE,
-    oracle="the run's own template, and a reader of the server's language, neither of them the trainer's",
-    examples=6,
-)
+@law("serve.template", ["serving"], cases.SERVE_TEMPLATE, examples=6)
+@oracle("the run's own template, and a reader of the server's language, neither of them the trainer's")
 def served_prompt_is_the_trained_one(trainer: SubjectClient, case: cases.Question) -> None:
     """The template that a server is given makes of a conversation what training made of it."""
     found = trainer.ask("serving", Served, model=trainer.model(TINY), settings=PLAIN)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from finetune.verify.catalogue import Law, add, law
+from finetune.verify.catalogue import Law, add, law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
 from finetune.verify.subjects.answers import CheckpointsReply, Content, Done
@@ -14,9 +14,8 @@ def _kept(trainer: SubjectClient, keep: int, orders: list[dict[str, object]]) ->
     return trainer.ask("keep_checkpoints", CheckpointsReply, keep=keep, orders=orders)
 
 
-@law(
-    "store.keeps", ["keep_checkpoints"], cases.ORDERS, oracle="the numbers themselves", scene="checkpoints", examples=6
-)
+@law("store.keeps", ["keep_checkpoints"], cases.ORDERS, scene="checkpoints", examples=6)
+@oracle("the numbers themselves")
 def newest_and_best_stay(trainer: SubjectClient, case: cases.Orders) -> None:
     """A store lists exactly what it must keep: the newest checkpoints, by their numbers, and the best one."""
     best = case.steps[case.best]
@@ -27,14 +26,8 @@ def newest_and_best_stay(trainer: SubjectClient, case: cases.Orders) -> None:
     check(found.found[-1] == f"of {best}", expected=f"the content of {best}", got=found.found[-1] or found.refused[-1])
 
 
-@law(
-    "store.full_disk",
-    ["keep_checkpoints"],
-    cases.ORDERS,
-    oracle="what was saved before",
-    scene="checkpoints",
-    examples=4,
-)
+@law("store.full_disk", ["keep_checkpoints"], cases.ORDERS, scene="checkpoints", examples=4)
+@oracle("what was saved before")
 def full_disk_costs_nothing(trainer: SubjectClient, case: cases.Orders) -> None:
     """Where the disk is full it is said, and every checkpoint that was whole before still is."""
     *before, last = case.steps
@@ -48,14 +41,8 @@ def full_disk_costs_nothing(trainer: SubjectClient, case: cases.Orders) -> None:
     check(found.listed == wanted, expected=wanted, got=found.listed)
 
 
-@law(
-    "store.torn",
-    ["keep_checkpoints"],
-    cases.ORDERS,
-    oracle="only what was saved to its end",
-    scene="checkpoints",
-    examples=4,
-)
+@law("store.torn", ["keep_checkpoints"], cases.ORDERS, scene="checkpoints", examples=4)
+@oracle("only what was saved to its end")
 def torn_checkpoint_is_none(trainer: SubjectClient, case: cases.Orders) -> None:
     """No death of a writer costs a checkpoint that must stay; what it left half done is neither listed nor opened."""
     *before, last = case.steps
@@ -66,7 +53,8 @@ def torn_checkpoint_is_none(trainer: SubjectClient, case: cases.Orders) -> None:
     check(found.refused[-1], expected="a refusal", got=found.found[-1])
 
 
-@law("store.damaged", ["keep_checkpoints"], cases.ORDERS, oracle="what was saved", scene="checkpoints", examples=2)
+@law("store.damaged", ["keep_checkpoints"], cases.ORDERS, scene="checkpoints", examples=2)
+@oracle("what was saved")
 def damaged_one_is_refused(trainer: SubjectClient, case: cases.Orders) -> None:
     """What is damaged or gone is never opened: it is refused."""
     step = case.steps[0]
@@ -74,7 +62,8 @@ def damaged_one_is_refused(trainer: SubjectClient, case: cases.Orders) -> None:
     check(found.refused[-1], expected="a refusal", got=found.found[-1])
 
 
-@law("files.whole", ["replace_file"], cases.FILES_WHOLE, oracle="the two contents", examples=6)
+@law("files.whole", ["replace_file"], cases.FILES_WHOLE, examples=6)
+@oracle("the two contents")
 def file_is_old_or_new(trainer: SubjectClient, case: cases.Replaced) -> None:
     """A file that is written anew holds the old content or the new one, whatever happens; a failure is told."""
     given = {"before": case.before, "after": case.after, "room": case.room}
@@ -84,13 +73,8 @@ def file_is_old_or_new(trainer: SubjectClient, case: cases.Replaced) -> None:
     check(found.refused is not fits, expected="a word where it failed", got=f"refused: {found.refused}")
 
 
-@law(
-    "files.room",
-    ["check_room"],
-    cases.FILES_ROOM,
-    oracle="no disk takes 10^17 bytes; every one that can run this takes one",
-    examples=4,
-)
+@law("files.room", ["check_room"], cases.FILES_ROOM, examples=4)
+@oracle("no disk takes 10^17 bytes; every one that can run this takes one")
 def room_is_looked_for(trainer: SubjectClient, case: cases.Wanted) -> None:
     """What the disk has no room for is refused before anything is written."""
     try:

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from finetune.verify.catalogue import law
+from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
 from finetune.verify.laws.helpers import comparable, text_of, tokenized, tokenized_row
@@ -43,13 +43,8 @@ def _alpaca(messages: list[dict[str, str]], *, prompt: bool) -> str:
 _FORMATS: Mapping[str, Callable[..., str]] = {"chatml": _chatml, "tokenizer": _chatml, "alpaca": _alpaca}
 
 
-@law(
-    "template.bytes",
-    ["render"],
-    cases.TEMPLATE_BYTES,
-    oracle="the format written out by hand: OpenAI's ChatML, Stanford's Alpaca",
-    examples=12,
-)
+@law("template.bytes", ["render"], cases.TEMPLATE_BYTES, examples=12)
+@oracle("the format written out by hand: OpenAI's ChatML, Stanford's Alpaca")
 def format_is_the_public_one(trainer: SubjectClient, case: Dialogue) -> None:
     """A conversation is rendered in the public format of its template, byte for byte, to train on it and to ask."""
     written = _FORMATS[case.template]
@@ -58,7 +53,8 @@ def format_is_the_public_one(trainer: SubjectClient, case: Dialogue) -> None:
         check(text == expected, expected=repr(expected), got=repr(text))
 
 
-@law("template.prompt", ["render"], cases.TEMPLATE_PROMPT, oracle="the text to train on", examples=10)
+@law("template.prompt", ["render"], cases.TEMPLATE_PROMPT, examples=10)
+@oracle("the text to train on")
 def prompt_is_how_training_begins(trainer: SubjectClient, case: Dialogue) -> None:
     """What the model is asked with is how the text that it was trained on begins."""
     whole, prompt = _rendered(trainer, case), _rendered(trainer, case, prompt=True)
@@ -67,7 +63,8 @@ def prompt_is_how_training_begins(trainer: SubjectClient, case: Dialogue) -> Non
     check(whole[len(prompt) :].startswith(answer), expected=f"then {answer!r}", got=repr(whole[len(prompt) :]))
 
 
-@law("template.words", ["render"], cases.TEMPLATE_WORDS, oracle="the messages themselves", examples=10)
+@law("template.words", ["render"], cases.TEMPLATE_WORDS, examples=10)
+@oracle("the messages themselves")
 def words_are_kept(trainer: SubjectClient, case: Dialogue) -> None:
     """What is said stands in the text as it was said and in its order, the system's words and braces among it."""
     text, at = _rendered(trainer, case), 0
@@ -77,13 +74,8 @@ def words_are_kept(trainer: SubjectClient, case: Dialogue) -> None:
         at = found + len(message["content"])
 
 
-@law(
-    "template.trained",
-    ["render", "tokenize"],
-    cases.TEMPLATE_TRAINED,
-    oracle="the text as it is rendered: the model's tokenizer has one token for each byte",
-    examples=10,
-)
+@law("template.trained", ["render", "tokenize"], cases.TEMPLATE_TRAINED, examples=10)
+@oracle("the text as it is rendered: the model's tokenizer has one token for each byte")
 def tokens_are_those_of_the_text(trainer: SubjectClient, case: Dialogue) -> None:
     """The tokens that are trained on are those of the text that is rendered."""
     model, expected = trainer.model(TINY), _rendered(trainer, case)
@@ -92,13 +84,8 @@ def tokens_are_those_of_the_text(trainer: SubjectClient, case: Dialogue) -> None
     check(said == expected.encode(), expected=repr(expected), got=repr(said.decode(errors="replace")))
 
 
-@law(
-    "template.inert",
-    ["tokenize"],
-    cases.TEMPLATE_INERT,
-    oracle="the control tokens of a row in which nothing is written like one",
-    examples=14,
-)
+@law("template.inert", ["tokenize"], cases.TEMPLATE_INERT, examples=14)
+@oracle("the control tokens of a row in which nothing is written like one")
 def words_are_inert(trainer: SubjectClient, case: cases.Spoken) -> None:
     """Nothing that somebody says becomes a control token."""
     model = trainer.model(TINY)
@@ -111,7 +98,8 @@ def words_are_inert(trainer: SubjectClient, case: cases.Spoken) -> None:
     check(control[0] == control[1], expected=control[0], got=control[1])
 
 
-@law("template.ends", ["tokenize"], cases.TEMPLATE_ENDS, oracle="the bytes of the text", examples=6)
+@law("template.ends", ["tokenize"], cases.TEMPLATE_ENDS, examples=6)
+@oracle("the bytes of the text")
 def text_ends(trainer: SubjectClient, case: cases.PlainText) -> None:
     """A plain text is learned whole, and the end-of-text token after it."""
     model = trainer.model(TINY)
@@ -121,13 +109,8 @@ def text_ends(trainer: SubjectClient, case: cases.PlainText) -> None:
     check(all(rows[0].targets[1:]), expected="every token is learned", got=rows[0].targets)
 
 
-@law(
-    "template.bos",
-    ["tokenize"],
-    cases.BEGUN,
-    oracle="the tokenizer's files, which say whether one is added",
-    examples=14,
-)
+@law("template.bos", ["tokenize"], cases.BEGUN, examples=14)
+@oracle("the tokenizer's files, which say whether one is added")
 def beginning_is_marked_once(trainer: SubjectClient, case: cases.Begun) -> None:
     """A text begins with one begin-of-text token where the model wants one, and has none elsewhere."""
     model = trainer.model(case.model)
@@ -137,13 +120,8 @@ def beginning_is_marked_once(trainer: SubjectClient, case: cases.Begun) -> None:
     check(places == expected, expected=f"<s> at {expected} with {case.model.bos}", got=f"<s> at {places}")
 
 
-@law(
-    "template.asked",
-    ["tokenize", "prompt"],
-    cases.BEGUN,
-    oracle="the tokens to train on, up to the first that is learned",
-    examples=8,
-)
+@law("template.asked", ["tokenize", "prompt"], cases.BEGUN, examples=8)
+@oracle("the tokens to train on, up to the first that is learned")
 def tokens_to_ask_begin_those_to_train_on(trainer: SubjectClient, case: cases.Begun) -> None:
     """The tokens that a model is asked with are how those that it was trained on begin."""
     model, settings = trainer.model(case.model), {**PLAIN, "template.name": case.template}
@@ -154,13 +132,8 @@ def tokens_to_ask_begin_those_to_train_on(trainer: SubjectClient, case: cases.Be
     check(ids == before, expected=before, got=ids)
 
 
-@law(
-    "template.stops",
-    ["tokenize", "stops"],
-    cases.TEMPLATE_STOPS,
-    oracle="the tokens that the trainer stops at",
-    examples=8,
-)
+@law("template.stops", ["tokenize", "stops"], cases.TEMPLATE_STOPS, examples=8)
+@oracle("the tokens that the trainer stops at")
 def answers_end_where_it_stops(trainer: SubjectClient, case: cases.Ended) -> None:
     """What ends an answer is learned, and is what the model stops at."""
     model, settings = trainer.model(TINY), {**PLAIN, "template.name": case.template}
@@ -173,14 +146,8 @@ def answers_end_where_it_stops(trainer: SubjectClient, case: cases.Ended) -> Non
         check(learned and learned[-1] in stops, expected=f"one of {stops} in the end", got=learned[-3:])
 
 
-@law(
-    "template.travels",
-    ["train", "tokenize"],
-    cases.TEMPLATE_TRAVELS,
-    oracle="the tokens that were trained on",
-    examples=3,
-    cost=4,
-)
+@law("template.travels", ["train", "tokenize"], cases.TEMPLATE_TRAVELS, examples=3, cost=4)
+@oracle("the tokens that were trained on")
 def template_travels(trainer: SubjectClient, case: cases.Ended) -> None:
     """The tokenizer and the template that lie by an adapter make the tokens that it was trained on."""
     model = trainer.model(cases.BEGINNINGS[2])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from finetune.models.locate import locate_model
-from finetune.verify.catalogue import law
+from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
 from finetune.verify.laws.helpers import adapter_of, marks, refused, tokenized, train, weights_of
@@ -34,15 +34,10 @@ LEARNING = {
 }
 
 
-@law(
-    "learning.by_heart",
-    ["tokenize", "train", "generate"],
-    cases.LEARNING_BY_HEART,
-    oracle="the answers that were trained on, of which the shipped model knows none; a sound trainer teaches nine "
-    "lessons in ten, and one of 199 such has fewer than five of eight",
-    examples=1,
-    tier=2,
-    cost=30,
+@law("learning.by_heart", ["tokenize", "train", "generate"], cases.LEARNING_BY_HEART, examples=1, tier=2, cost=30)
+@oracle(
+    "the answers that were trained on, of which the shipped model knows none; a sound trainer teaches nine "
+    "lessons in ten, and one of 199 such has fewer than five of eight"
 )
 def what_was_learned_is_answered(trainer: SubjectClient, case: cases.Lessons) -> None:
     """What was trained on again and again is answered, word for word, and then the model stops."""
@@ -68,14 +63,8 @@ def _mistake(trainer: SubjectClient, values: list[dict[str, str]]) -> tuple[list
     return None
 
 
-@law(
-    "train.oracle",
-    ["train", "tokenize", "initial_adapter", "adapter_weights"],
-    cases.COURSES,
-    oracle="the same run in float64, from the adapter that the trainer begins with, where rows are the same tokens",
-    examples=8,
-    cost=4,
-)
+@law("train.oracle", ["train", "tokenize", "initial_adapter", "adapter_weights"], cases.COURSES, examples=8, cost=4)
+@oracle("the same run in float64, from the adapter that the trainer begins with, where rows are the same tokens")
 def training_moves_as_it_should(trainer: SubjectClient, case: cases.Whole) -> None:
     """Training moves the adapter as its settings say: batches, accumulation, rate, decay and clipping together."""
     given: dict[str, Any] = {"model": trainer.model(case.model), "settings": case.settings}
@@ -103,27 +92,15 @@ def training_moves_as_it_should(trainer: SubjectClient, case: cases.Whole) -> No
         )
 
 
-@law(
-    "train.tail",
-    ["train", "initial_adapter", "adapter_weights"],
-    cases.TRAIN_TAIL,
-    oracle="the same run in float64; all rows are alike, so that their order says nothing",
-    examples=4,
-    cost=4,
-)
+@law("train.tail", ["train", "initial_adapter", "adapter_weights"], cases.TRAIN_TAIL, examples=4, cost=4)
+@oracle("the same run in float64; all rows are alike, so that their order says nothing")
 def tail_is_a_step(trainer: SubjectClient, case: cases.Whole) -> None:
     """The batches that are left over at the end of an epoch make a step like any other, weighed by their own tokens."""
     training_moves_as_it_should(trainer, case)
 
 
-@law(
-    "seed.decides",
-    ["train", "initial_adapter", "adapter_weights"],
-    cases.SEED_DECIDES,
-    oracle="the run itself, once more",
-    examples=3,
-    cost=3,
-)
+@law("seed.decides", ["train", "initial_adapter", "adapter_weights"], cases.SEED_DECIDES, examples=3, cost=3)
+@oracle("the run itself, once more")
 def seed_decides(trainer: SubjectClient, case: cases.Seeds) -> None:
     """The same seed makes the same adapter, from the beginning to the end; another seed another one; 0 is a seed."""
     model = trainer.model(TINY)
@@ -144,14 +121,8 @@ def seed_decides(trainer: SubjectClient, case: cases.Seeds) -> None:
     check(not alike, expected=f"another beginning with seed {case.other}", got="the same one")
 
 
-@law(
-    "runs.untouched",
-    ["train"],
-    cases.RUNS_UNTOUCHED,
-    oracle="the bytes of its adapter before and after",
-    examples=2,
-    cost=3,
-)
+@law("runs.untouched", ["train"], cases.RUNS_UNTOUCHED, examples=2, cost=3)
+@oracle("the bytes of its adapter before and after")
 def earlier_run_is_left_alone(trainer: SubjectClient, case: Rows) -> None:
     """What a run has made stays as it is, whatever runs come after it."""
     given = {"model": trainer.model(TINY), "rows": case.values, "folder": trainer.folder() / "run"}
@@ -163,14 +134,8 @@ def earlier_run_is_left_alone(trainer: SubjectClient, case: Rows) -> None:
     check(marks(adapter) == before, expected="the first run's adapter as it was", got="another one in its place")
 
 
-@law(
-    "keep.best",
-    ["train", "evaluate"],
-    cases.KEEP_BEST,
-    oracle="the same run ended after each step, each looked at",
-    examples=2,
-    cost=8,
-)
+@law("keep.best", ["train", "evaluate"], cases.KEEP_BEST, examples=2, cost=8)
+@oracle("the same run ended after each step, each looked at")
 def best_step_is_kept(trainer: SubjectClient, case: cases.Best) -> None:
     """A run that is to keep its best step ends with the step whose held-out loss was lowest."""
     model, watched = trainer.model(TINY), [case.watched.model_dump()]
@@ -200,14 +165,8 @@ def _rate(case: cases.Scheduled, step: float, total: int) -> float:
     return _PEAK * shapes[case.schedule]
 
 
-@law(
-    "schedule.closed_form",
-    ["train"],
-    cases.SCHEDULE_CLOSED_FORM,
-    oracle="the schedule's formula at the step and at its neighbours: trainers count from 0 or from 1",
-    examples=5,
-    cost=4,
-)
+@law("schedule.closed_form", ["train"], cases.SCHEDULE_CLOSED_FORM, examples=5, cost=4)
+@oracle("the schedule's formula at the step and at its neighbours: trainers count from 0 or from 1")
 def rate_follows_its_schedule(trainer: SubjectClient, case: cases.Scheduled) -> None:
     """The learning rate follows its schedule over optimizer steps: it warms up, and it comes down by the last one."""
     settings = {
