@@ -15,6 +15,7 @@ from finetune.cli import (
     estimate,
     evaluate,
     export,
+    import_,
     init,
     merge,
     prove,
@@ -37,10 +38,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_MAKE = (train, check, estimate, init, schema, evaluate, chat, report, merge, export, compare, deploy)
+_MAKE = (train, check, estimate, init, schema, evaluate, chat, report, import_, merge, export, compare, deploy)
 _PROVE = (verify, prove, replay)
 for verb in (*_MAKE, *_PROVE):
-    app.command(verb.__name__.rsplit(".", 1)[-1])(verb.command)
+    # A verb that is a keyword of Python's has a file whose name ends with _.
+    app.command(verb.__name__.rsplit(".", 1)[-1].rstrip("_"))(verb.command)
 
 
 def _version(value: bool) -> None:  # noqa: FBT001  # typer hands the flag over by position

@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 
 from finetune.cli.console import print_examined, say
-from finetune.cli.options import AsJson, RunPath
-from finetune.errors import UsageError
+from finetune.cli.options import AsJson, RunPath, named_dtype
 
 Folder = Annotated[
     Path | None, typer.Option("--output", metavar="DIR", help="The folder to make. Default: merged below the run's.")
@@ -21,13 +20,7 @@ def command(run: RunPath, *, output: Folder = None, dtype: Stored = None, json_o
     Weights, answers and log probabilities are compared; the folder comes to its place only when all of them agree.
     """
     from finetune.export.merge import merge
-    from finetune.export.model_files import DTYPES
 
-    chosen = next((known for known in DTYPES if known == dtype), None)
-    if dtype is not None and chosen is None:
-        raise UsageError(
-            f"--dtype {dtype!r} is not one of: {', '.join(DTYPES)}", hint="leave it out to keep the base's"
-        )
-    done = merge(run, output=output, dtype=chosen, tell=say)
+    done = merge(run, output=output, dtype=named_dtype(dtype), tell=say)
     print_examined(done, as_json=json_output)
     return 0

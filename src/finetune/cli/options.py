@@ -4,6 +4,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -13,6 +14,7 @@ from finetune.errors import UsageError
 
 if TYPE_CHECKING:
     from finetune.config import LoadedConfig
+    from finetune.export.model_files import Dtype
     from finetune.export.outtypes import Outtype
 
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; `ft init` writes one.")]
@@ -52,13 +54,26 @@ class ConfigOptions(NamedTuple):
         loaded = load_config(config, environ=os.environ, overrides=overrides, profile=self.profile)
         if loaded.config.data.train is None and "profile" not in loaded.origins.values():
             loaded = load_config(config, environ=os.environ, overrides=overrides, profile="demo")
-        return loaded
+        return _with_folder(loaded)
 
     def words(self) -> list[str]:
         """The same options again, for a process of a launched run; whoever starts them says how many there are."""
         given = {name: value for name, value in self._asdict().items() if isinstance(value, str)}
         sets = [each for each in self.assignments or [] if not each.startswith("training.processes=")]
         return [*(f"--{name}={value}" for name, value in given.items()), *(f"--set={each}" for each in sets)]
+
+
+def _with_folder(loaded: "LoadedConfig") -> "LoadedConfig":
+    """The same configuration; where its model is a GGUF file, it is imported, and the folder is the model."""
+    config = loaded.config
+    if not config.model.path.lower().endswith(".gguf"):
+        return loaded
+    from finetune.cli.console import say
+    from finetune.export.import_gguf import imported_folder
+
+    folder = imported_folder(Path(config.model.path).expanduser(), tell=say)
+    model = config.model.model_copy(update={"path": str(folder)})
+    return replace(loaded, config=config.model_copy(update={"model": model}))
 
 
 def with_settings(command: Callable[..., int]) -> Callable[..., int]:
@@ -78,6 +93,20 @@ def with_settings(command: Callable[..., int]) -> Callable[..., int]:
     verb.__signature__ = inspect.Signature([*parameters[:at], *shared, *parameters[at + 1 :]])  # type: ignore[attr-defined]
     verb.__annotations__ = {**command.__annotations__, **ConfigOptions.__annotations__}
     return verb
+
+
+def named_dtype(name: str | None) -> "Dtype | None":
+    """A type of model files by its name.
+
+    Raises:
+        UsageError: unknown name.
+    """
+    from finetune.export.model_files import DTYPES
+
+    chosen = next((known for known in DTYPES if known == name), None)
+    if name is not None and chosen is None:
+        raise UsageError(f"--dtype {name!r} is not one of: {', '.join(DTYPES)}", hint="leave it out for the default")
+    return chosen
 
 
 def named_outtype(name: str, option: str = "--outtype") -> "Outtype":

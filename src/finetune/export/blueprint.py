@@ -64,7 +64,7 @@ def plan_model(
     tensors = [
         Tensor(name, factors.shape, "f32", partial(np.asarray, factors)) for name, factors in described.extra.items()
     ]
-    places = _places(described, shape.layers, shape.weights)
+    places = gguf_names(described.family.arch, shape.layers, shape.weights)
     head = "output.weight" if "output.weight" in places.values() else "token_embd.weight"
     for name, place in places.items():
         # The layout of a weight that takes no memory tells the shape in the file.
@@ -118,7 +118,7 @@ def plan_adapter(
             f"an adapter alone cannot hold {what} in GGUF", hint="leave out --adapter-only: the merged model can"
         )
     target, tensors = adapter.target, []
-    places = _places(described, shape.layers, [f"{path}.weight" for path in adapter.layers])
+    places = gguf_names(described.family.arch, shape.layers, [f"{path}.weight" for path in adapter.layers])
     for (path, parts), place in zip(adapter.layers.items(), places.values(), strict=True):
         a, b = parts["A"], parts["B"]
         # llama.cpp scales every layer by the one alpha / rank of the file: a layer's own scale goes into its B.
@@ -142,7 +142,7 @@ def _load(described: Described, source: WeightSource, name: str) -> Array:
     return np.ascontiguousarray(to_gguf_layout(described, name, source.read(name)), dtype=np.float32)
 
 
-def _places(described: Described, layers: int, names: Iterable[str]) -> dict[str, str]:
+def gguf_names(arch: str, layers: int, names: Iterable[str]) -> dict[str, str]:
     """GGUF's name of each weight.
 
     Raises:
@@ -150,12 +150,12 @@ def _places(described: Described, layers: int, names: Iterable[str]) -> dict[str
     """
     import gguf
 
-    arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == described.family.arch)
-    names_there = gguf.get_tensor_name_map(arch, layers)
+    number = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch)
+    names_there = gguf.get_tensor_name_map(number, layers)
     places = {name: names_there.get_name(name, (".weight", ".bias")) for name in names}
     if nameless := sorted(name for name, place in places.items() if place is None):
         raise ModelError(
-            f"{len(nameless)} weights have no place in a GGUF of {described.family.arch}, first {nameless[0]}",
+            f"{len(nameless)} weights have no place in a GGUF of {arch}, first {nameless[0]}",
             hint="this model cannot be written as GGUF",
         )
     return {name: str(place) for name, place in places.items()}

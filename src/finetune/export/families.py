@@ -231,6 +231,16 @@ def to_gguf_layout(described: Described, name: str, weight: Array) -> Array:
     return weight + family.norm_offset if module.endswith("norm") else weight
 
 
+def from_gguf_layout(described: Described, name: str, weight: Array) -> Array:
+    """A weight as transformers stores it, of GGUF's: the inverse of `to_gguf_layout`."""
+    module, family = name.split(".")[-2], described.family
+    if module in family.transposed and weight.ndim == 2:
+        return weight.T
+    if heads := permuted_heads(described, module):
+        return separate(weight, heads)
+    return weight - np.float32(family.norm_offset) if module.endswith("norm") and family.norm_offset else weight
+
+
 def interleaved_rows(described: Described, name: str, rows: Array) -> Array:
     """Rows that a weight of this name makes (such as LoRA's B), in GGUF's order."""
     heads = permuted_heads(described, name.split(".")[-2])
@@ -251,3 +261,9 @@ def interleave(rows: Array, heads: int) -> Array:
     """
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def separate(rows: Array, heads: int) -> Array:
+    """Put the rows of each head back in halves: the inverse of `interleave`."""
+    turns = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+    return np.ascontiguousarray(turns.swapaxes(1, 2)).reshape(rows.shape)

@@ -13,7 +13,14 @@ from finetune.export.blueprint import plan_model
 from finetune.export.families import Described, describe_model
 from finetune.export.result import Result, licence, open_result, plain_prompts, refuse_packed
 from finetune.export.sources import AdapterWeights, Files, Merged, WeightSource
-from finetune.export.vocabulary import STOPS_BY_NAME, GgufVocabulary, Special, describe_vocabulary, serving_template
+from finetune.export.vocabulary import (
+    PHI3_NAMES,
+    STOPS_BY_NAME,
+    GgufVocabulary,
+    Special,
+    describe_vocabulary,
+    serving_template,
+)
 from finetune.models.locate import locate_model
 from finetune.models.shape import read_shape, weight_files
 from finetune.ports import Backend, Session
@@ -136,7 +143,7 @@ def file_metadata(exportable: Exportable, vocabulary: GgufVocabulary) -> dict[st
     """The keys of the file beside those of the architecture: names, tokenizer, template."""
     keys = {**exportable.naming, **vocabulary.metadata}
     name = str(keys["general.name"])
-    if vocabulary.needs_strip is not any(word in name.lower() for word in ("phi-3", "phi3")):
+    if vocabulary.needs_strip is not any(word in name.lower() for word in PHI3_NAMES):
         # By the model's name alone llama.cpp decides whether control tokens swallow the space after them.
         keys["general.name"] = f"phi-3 {name}" if vocabulary.needs_strip else name.lower().replace("phi", "phi ")
     if exportable.template is not None:

@@ -54,7 +54,7 @@ def side_files(result: Result, dtype: Dtype | None) -> dict[str, bytes]:
     config = read_config(result.folder)
     if dtype is not None:
         config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
-    files = {"config.json": (json.dumps(config | _older_names(config), indent=2) + "\n").encode()}
+    files = {"config.json": (json.dumps(config | older_names(config), indent=2) + "\n").encode()}
     for name in _TOKENIZER:
         # What was trained with travels with it; the rest of a tokenizer's files lies by the base.
         place = next(
@@ -68,7 +68,7 @@ def side_files(result: Result, dtype: Dtype | None) -> dict[str, bytes]:
     return {**files, CARD: _card(result, dtype).encode()}
 
 
-def _older_names(config: Mapping[str, object]) -> dict[str, Any]:
+def older_names(config: Mapping[str, object]) -> dict[str, Any]:
     """Settings under their older names, the only ones that mlx-lm and llama.cpp's converter read.
 
     transformers 5 writes only the newer ones, and mlx-lm then silently rotates by its default base.

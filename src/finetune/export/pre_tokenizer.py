@@ -19,6 +19,7 @@ class Step(TypedDict, total=False):
     behavior: str
     invert: bool
     add_prefix_space: bool
+    trim_offsets: bool
     use_regex: bool
     individual_digits: bool
     replacement: str
@@ -57,6 +58,15 @@ NAMES: dict[tuple[tuple[str, ...], bool], str] = {
 llama-bpe and dbrx split alike, but only the former skips the merges of a word that is in the vocabulary.
 """
 
+ALIASES = {
+    **dict.fromkeys(("llama3", "llama-v3", "falcon3", "pixtral"), "llama-bpe"),
+    **dict.fromkeys(("phi-2", "jina-es", "jina-de", "mellum", "modern-bert"), "gpt-2"),
+    "deepseek-r1-qwen": "qwen2",
+    "smaug-bpe": "dbrx",
+    "llama4": "gpt-4o",
+}
+"""Other names that llama.cpp has for the same patterns."""
+
 ASCII_ONLY = ("tekken", "gpt-4o")
 """Pre-tokenizers whose patterns llama.cpp has rewritten, so that only ASCII text is sure to be split alike.
 
@@ -82,6 +92,33 @@ def name_pre_tokenizer(pre_tokenizer: Step | None, *, whole_words: bool) -> str:
             hint=f"this tokenizer cannot be written as GGUF; what can be: {', '.join(sorted(NAMES.values()))}",
         )
     return name
+
+
+def pre_tokenizer_named(name: str) -> tuple[Step, bool]:
+    """The pre-tokenizer of `tokenizer.json` behind llama.cpp's name, and whether whole words are taken.
+
+    The inverse of `name_pre_tokenizer`.
+
+    Raises:
+        ModelError: the name is unknown.
+    """
+    name = ALIASES.get(name, name)
+    found = next((key for key, known in NAMES.items() if known == name), None)
+    if found is None:
+        raise ModelError(
+            f"tokenizer.ggml.pre is {name[:80]!r}, a pre-tokenizer that is unknown here",
+            hint=f"what can be read: {', '.join(sorted([*NAMES.values(), *ALIASES]))}",
+        )
+    patterns, whole_words = found
+    steps = [
+        Step(type="Digits", individual_digits=True)
+        if pattern == DIGITS
+        else Step(type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False)
+        for pattern in patterns
+        if pattern != GPT2
+    ]
+    steps.append(Step(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=GPT2 in patterns))
+    return steps[0] if len(steps) == 1 else Step(type="Sequence", pretokenizers=steps), whole_words
 
 
 def _patterns(pre_tokenizer: Step | None) -> tuple[str, ...]:

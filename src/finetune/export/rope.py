@@ -152,3 +152,72 @@ def _attention_factor(rope: Mapping[str, object], settings: Settings, original: 
     scale = _number(rope, "factor") if rope.get("factor") else stretch
     # LongRoPE (arXiv:2402.13753, section 3.3): attention grows sharper as the context is stretched.
     return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+
+
+def rope_parameters(
+    metadata: Mapping[str, Any], factors: Mapping[str, Array], width: int, context: int
+) -> dict[str, Any]:
+    """The `rope_parameters` of a config from GGUF's keys, without the architecture's prefix: inverse of `read_rope`.
+
+    Args:
+        factors: the tensors that hold a number for each frequency, by their names.
+
+    Raises:
+        ModelError: the kind of scaling is unknown, or no config of transformers gives these factors.
+    """
+    theta, kind = shortest(metadata.get("rope.freq_base", 10_000.0)), metadata.get("rope.scaling.type") or "none"
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    original = metadata.get("rope.scaling.original_context_length")
+    if "rope_freqs.weight" in factors:
+        return {**rope, **_llama3_settings(factors["rope_freqs.weight"], theta, width, context)}
+    if "rope_factors_long.weight" in factors:
+        long, short = (factors.get(f"rope_factors_{name}.weight") for name in ("long", "short"))
+        if short is None or long is None or long.shape != short.shape or long.shape != (width // 2,):
+            raise ModelError(f"rope_factors_long and rope_factors_short must both hold {width // 2} numbers", hint=_GET)
+        return rope | {
+            "rope_type": "longrope",
+            "long_factor": [shortest(each) for each in long.tolist()],
+            "short_factor": [shortest(each) for each in short.tolist()],
+            "attention_factor": shortest(metadata.get("rope.scaling.attn_factor", 1.0)),
+            "original_max_position_embeddings": original or context,
+        }
+    if kind in ("none", "longrope"):
+        return rope
+    factor = shortest(metadata.get("rope.scaling.factor", 1.0))
+    if kind == "linear":
+        return rope | {"rope_type": "linear", "factor": factor}
+    if kind != "yarn" or metadata.get("rope.scaling.attn_factor", 1.0) != 1.0:
+        raise ModelError(
+            f"rope.scaling.type is {str(kind)[:80]!r} (attn_factor {metadata.get('rope.scaling.attn_factor')}), which "
+            "cannot be read",
+            hint="what can be: none, linear, longrope, and yarn without an attn_factor",
+        )
+    rope |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original or context}
+    for key in ("beta_fast", "beta_slow"):
+        if (beta := metadata.get(f"rope.scaling.yarn_{key}")) is not None:
+            rope[key] = shortest(beta)
+    return rope
+
+
+def _llama3_settings(factors: Array, theta: float, width: int, context: int) -> dict[str, Any]:
+    """The settings of Llama 3's scaling that give these factors, number for number.
+
+    Only the ratios of the two bounds to the original context decide, so that the bounds may be taken as 1 and 4.
+    """
+    rope = {"rope_theta": theta, "factor": shortest(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    for original in (8192, *(2**power for power in range(3, 22)), context):
+        tried = {"rope_type": "llama3", **rope, "original_max_position_embeddings": original}
+        if np.array_equal(_llama3_factors(tried, width, context), factors):
+            return tried
+    raise ModelError(
+        f"rope_freqs.weight holds factors up to {factors.max():g} that Llama 3's formula does not give",
+        hint="get the model's own files instead of this GGUF",
+    )
+
+
+def shortest(value: float) -> float:
+    """The number of fewest digits that is this one in float32, as GGUF keeps settings: 1e-5, not 9.9999997e-06."""
+    return float(str(np.float32(value)))
+
+
+_GET = "get the file again"

@@ -11,8 +11,14 @@ from typing import Any, TypedDict, cast
 from finetune.errors import ModelError
 from finetune.export.pre_tokenizer import ASCII_ONLY, Step, name_pre_tokenizer
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "\u2581"
+PHI3_NAMES = ("phi-3", "phi3")
+"""In models whose names hold one of these, llama.cpp lets control tokens swallow the space after them."""
+SWALLOW_NOTHING = ("<unk>", "<s>", "<|endoftext|>")
+"""Those of them that do not."""
+NO_BOS = "{%- set bos_token = '' -%}"
+"""How a template begins that is to put no begin-of-text token anywhere."""
 STOPS_BY_NAME = {
     "<|eot_id|>",
     "<|im_end|>",
@@ -270,8 +276,7 @@ def _needs_strip(added: Sequence[AddedToken]) -> bool:
     Raises:
         ModelError: an added token treats what is around it in a way that llama.cpp has not.
     """
-    never = ("<unk>", "<s>", "<|endoftext|>")
-    wanted = [token["content"] for token in added if token["content"] not in never]
+    wanted = [token["content"] for token in added if token["content"] not in SWALLOW_NOTHING]
     swallowing = [token["content"] for token in added if token.get("rstrip")]
     odd = [token["content"] for token in added if token.get("lstrip") or token.get("single_word")]
     if swallowing and (swallowing != wanted or "</s>" not in wanted):
@@ -307,5 +312,5 @@ def special_keys(special: Special, texts: Sequence[str]) -> tuple[dict[str, Any]
 def serving_template(template: str, special: Special) -> str:
     """A chat template without a begin-of-text token where the tokenizer has none: llama.cpp would insert another."""
     if special.bos is None and "bos_token" in template:
-        return "{%- set bos_token = '' -%}" + template
+        return NO_BOS + template
     return template
