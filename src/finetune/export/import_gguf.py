@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,15 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.chat.encoder import Encoder
+from finetune.chat.sandbox import compile_template
 from finetune.chat.tokenizer import FileTokenizer
-from finetune.errors import ExportError, MissingExtraError, ModelError, OutputError, TemplateError
+from finetune.errors import EvidenceError, ExportError, MissingExtraError, ModelError, OutputError, TemplateError
 from finetune.export.corpus import nasty_texts
 from finetune.export.families import from_gguf_layout
 from finetune.export.gguf import Teller
 from finetune.export.gguf_source import describe_folder
 from finetune.export.import_config import ImportPlan, plan_import
 from finetune.export.import_tokenizer import ImportedTokenizer, read_tokenizer
-from finetune.export.llama_cpp import Questions, ask_llama_cpp
+from finetune.export.llama_cpp import Answers, Questions, ask_llama_cpp
 from finetune.export.merged_folder import CARD, older_names
 from finetune.export.model_files import Dtype, ModelFiles
 from finetune.export.pre_tokenizer import ASCII_ONLY
@@ -129,6 +131,9 @@ def import_gguf(
     tokenizer = read_tokenizer(file.metadata, plan.config["vocab_size"], plan.described.tried_context)
     weights = GgufWeights(file, plan)
     files = ModelFiles(weights, weights, None if dtype == "float32" else dtype)
+    if tokenizer.template is not None:
+        compile_template("tokenizer.chat_template", tokenizer.template)  # refuses what is not safe to read
+    asked = _ask(file, tokenizer)
     make_folder(path.parent)
     check_space(path, files.total_bytes + _SIDE_BYTES, smaller="--dtype bfloat16")
     examined: list[Check] = []
@@ -140,8 +145,8 @@ def import_gguf(
         for name, content in _side_files(file, plan, tokenizer, dtype or "float32").items():
             (folder / name).write_bytes(content)
         tell("reading the folder again")
-        for check in _examine(file, plan, files, folder, notes):
-            examined.append(_require_passed(check))
+        stages = (_compare_folder(plan, files, folder, notes), _compare_ids(asked, FileTokenizer(folder), notes))
+        examined.extend(_require_passed(check) for stage in stages for check in stage)
 
     write_folder(path, fill)
     kinds = [tensor.kind.lower() for tensor in file.tensors.values()]
@@ -190,7 +195,28 @@ def _card(file: GgufFile, dtype: str) -> str:
     )
 
 
-def _examine(file: GgufFile, plan: ImportPlan, files: ModelFiles, folder: Path, notes: list[str]) -> Iterator[Check]:
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Texts, and how llama.cpp cuts them, once it has; None where it is not installed."""
+
+    texts: Sequence[str]
+    answers: Future[Answers] | None
+
+
+def _ask(file: GgufFile, tokenizer: ImportedTokenizer) -> _Asked:
+    """Let llama.cpp cut texts, in a process of its own, while the folder is written."""
+    added = [token["content"] for token in tokenizer.file["added_tokens"]]
+    form = "ASCII" if file.metadata.get("tokenizer.ggml.pre") in ASCII_ONLY else ""
+    texts = nasty_texts(added, form)[:_TEXTS]
+    if find_spec("xllamacpp") is None:
+        return _Asked(texts, None)
+    pool = ThreadPoolExecutor(1)
+    answers = pool.submit(ask_llama_cpp, file.path, Questions(texts, [], [], 1, _CONTEXT, 0))
+    pool.shutdown(wait=False)
+    return _Asked(texts, answers)
+
+
+def _compare_folder(plan: ImportPlan, files: ModelFiles, folder: Path, notes: list[str]) -> Iterator[Check]:
     wrong = next(files.differences(Files(weight_files(folder))), "")
     yield Check("weights", f"{len(plan.places)} weights", "every weight what the file holds", wrong)
     _, described = describe_folder(folder)
@@ -199,30 +225,28 @@ def _examine(file: GgufFile, plan: ImportPlan, files: ModelFiles, folder: Path, 
         name for name, value in plan.described.extra.items() if not np.array_equal(described.extra.get(name, ()), value)
     ]
     yield Check("settings", f"{len(described.metadata)} keys", "every key as in the file", next(iter(odd), ""))
-    location = ModelLocation(str(folder), folder.resolve(), "local")
     tokenizer = FileTokenizer(folder)
     if tokenizer.chat_template is not None:
-        # A template that cannot be read safely is refused; one that only refuses these roles is not.
-        encoder = Encoder(location, "tokenizer", tokenizer)
         try:
+            encoder = Encoder(ModelLocation(str(folder), folder, "local"), "tokenizer", tokenizer)
             encoder.prompt_ids(Conversation((Message("user", "Hello"),), "import"))
         except TemplateError as error:
             notes.append(f"its own chat template cannot be used here ({error.message}); choose another with --template")
-    yield from _compare_ids(file, tokenizer, notes)
 
 
-def _compare_ids(file: GgufFile, tokenizer: FileTokenizer, notes: list[str]) -> Iterator[Check]:
-    """Texts cut here, as they were before: put together again, and as llama.cpp cuts them where it is installed."""
-    added = [token["content"] for token in tokenizer.description()["added_tokens"]]
-    form = "ASCII" if file.metadata.get("tokenizer.ggml.pre") in ASCII_ONLY else ""
-    texts = nasty_texts(added, form)[:_TEXTS]
-    if find_spec("xllamacpp") is None:
+def _compare_ids(asked: _Asked, tokenizer: FileTokenizer, notes: list[str]) -> Iterator[Check]:
+    """Texts cut here and by llama.cpp: as plain text, as markup, and with what is put around them."""
+    if asked.answers is None:
         notes.append("token ids were not compared with llama.cpp's: pip install 'finetune-suite[gguf]'")
         return
-    answers = ask_llama_cpp(file.path, Questions(texts, [], [], 1, _CONTEXT, 0))
+    try:
+        answers = asked.answers.result()
+    except EvidenceError as error:
+        notes.append(f"token ids were not compared with llama.cpp's: {error.message}")
+        return
     bos = [tokenizer.bos_id] if tokenizer.adds_bos else []
     first, right = "", 0
-    for place, text in enumerate(texts):
+    for place, text in enumerate(asked.texts):
         own = tokenizer.encode_content(text)
         pairs = (
             (own, answers.plain[place]),
@@ -234,7 +258,7 @@ def _compare_ids(file: GgufFile, tokenizer: FileTokenizer, notes: list[str]) -> 
         if not first and not all(same):
             ours, theirs = pairs[same.index(False)]
             first = f"{text[:60]!r} is {list(ours)[:12]} here and {list(theirs)[:12]} in llama.cpp"
-    yield Check("token ids", f"{right} of {3 * len(texts)} equal", "all as llama.cpp cuts the texts", first)
+    yield Check("token ids", f"{right} of {3 * len(asked.texts)} equal", "all as llama.cpp cuts the texts", first)
 
 
 def _require_passed(check: Check) -> Check:
