@@ -1,1 +1,1 @@
-"""Writes results for other programs: merged model folders and GGUF, each proved after writing."""
+"""Writes models for other programs, and reads theirs: model folders and GGUF, each proved after writing."""

@@ -34,7 +34,8 @@ def locate_model(name: str, *, revision: str | None = None) -> ModelLocation:
         place: Literal["shipped", "local"] = "shipped" if name in SHIPPED else "local"
         return ModelLocation(name, folder if place == "shipped" else _checked(folder.resolve()), place)
     if is_there:
-        raise ModelError(f"model {name!r} is a file", hint="name the folder that holds config.json")
+        told = "`ft import` makes a model folder of a GGUF file" if name.endswith(".gguf") else "name its folder"
+        raise ModelError(f"model {name!r} is a file, not a folder with a config.json", hint=told)
     if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
         raise ModelError(f"model folder {name!r} does not exist", hint=_OFFLINE_HINT)
     return ModelLocation(name, _checked(_download(name, revision)), "hub")
