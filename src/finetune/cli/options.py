@@ -26,7 +26,7 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such
 class ConfigOptions(NamedTuple):
     """The options of a configuration, as the user gave them."""
 
-    model: Annotated[str | None, typer.Option("--model", help="Shipped name, local folder, GGUF file or hub id.")] = None
+    model: Annotated[str | None, typer.Option("--model", help="Shipped name, folder, GGUF file or hub id.")] = None
     data: Annotated[
         str | None, typer.Option("--data", help="Training rows: .jsonl, .json, .csv, .tsv or .parquet.")
     ] = None
