@@ -215,7 +215,7 @@ LIES: dict[str, Callable[[RawGguf], RawGguf]] = {
     ),
     "by the keys it should be (160, 96)": lambda raw: raw.with_tensor(UP, sides=(80, 192)),
     "has no table token_embd.weight": lambda raw: raw.without(TABLE),
-    "block_count is 4,000,000,000": lambda raw: raw.said(llama__block_count=4_000_000_000),
+    "block_count is 4000000000": lambda raw: raw.said(llama__block_count=4_000_000_000),
     "block_count is 1,000,000": lambda raw: raw.said(llama__block_count=1_000_000),
     "head_count is 0": lambda raw: raw.said(llama__attention__head_count=0),
     "do not fit together": lambda raw: raw.said(llama__attention__head_count_kv=4),
