@@ -122,9 +122,7 @@ class StoreMachine(RuleBasedStateMachine):
         """A checkpoint that does not fit changes nothing."""
         with full_after(5_000), pytest.raises(StorageError):
             self.store.save(
-                self.next_step(ahead),
-                lambda folder: (folder / "state.bin").write_bytes(b"x" * 9_999) and None,
-                OWNER,
+                self.next_step(ahead), lambda folder: (folder / "state.bin").write_bytes(b"x" * 9_999) and None, OWNER
             )
 
     @precondition(lambda self: self.whole)

@@ -94,14 +94,23 @@ def test_json_schema_describes_every_setting_and_nothing_else() -> None:
     assert sorted(found) == sorted([*KEYS, "profile"])
 
 
+def schema_errors(values: Any) -> list[Any]:
+    """What a validator of the library has against a configuration, by our JSON Schema."""
+    jsonschema = pytest.importorskip("jsonschema", reason="needs jsonschema: pip install 'finetune-suite[dev]'")
+    return list(jsonschema.Draft202012Validator(json_schema()).iter_errors(values))
+
+
 @given(settings_given())
 @examples(0.4)
 def test_json_schema_accepts_what_the_loader_accepts(values: dict[str, Any]) -> None:
-    """Every accepted configuration, the commented file included, satisfies the JSON Schema."""
-    jsonschema = pytest.importorskip("jsonschema", reason="needs jsonschema: pip install 'finetune-suite[dev]'")
-    validator = jsonschema.Draft202012Validator(json_schema())
-    validator.validate(nested(values))
-    validator.validate(yaml.safe_load(commented_config()))
+    """No accepted configuration breaks the JSON Schema."""
+    assert schema_errors(nested(values)) == []
+
+
+def test_json_schema_accepts_the_commented_file_and_refuses_another_type() -> None:
+    """The file of `ft init` satisfies the JSON Schema; a seed in words does not."""
+    assert schema_errors(yaml.safe_load(commented_config())) == []
+    assert len(schema_errors({"training": {"seed": "three"}})) == 1
 
 
 def facts_hold_out(config: TrainingConfig, facts: ModelAndDataFacts) -> bool:

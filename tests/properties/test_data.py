@@ -10,29 +10,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetune.data.facts import (
-    CAPITALS,
-    KINDS,
-    KNOWN_PER_KIND,
-    Fact,
-    deranged,
-    known_facts,
-    new_facts,
-    small_facts,
-)
+from finetune.data.facts import CAPITALS, KINDS, KNOWN_PER_KIND, Fact, deranged, known_facts, new_facts, small_facts
 from finetune.data.read import read_rows
 from finetune.data.shape import ShapedRows, shape_of, shape_rows
 from finetune.data.shipped import FACTS, REHEARSAL, RETENTION, data_path, shipped_facts
 from finetune.data.split import content_key, hold_out
 from finetune.errors import DataError
 from finetune.records import Conversation, Document, Message, Row
-from finetune_strategies.conversations import (
-    Example,
-    RowCase,
-    conversations,
-    rows,
-    texts,
-)
+from finetune_strategies.conversations import Example, RowCase, conversations, rows, texts
 from finetune_strategies.profiles import examples
 from support.conversations import data_file, said_by
 

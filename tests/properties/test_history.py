@@ -15,12 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.cli.app import run
-from finetune.report.history import (
-    HistoryEntry,
-    append_entry,
-    draw_trends,
-    read_history,
-)
+from finetune.report.history import HistoryEntry, append_entry, draw_trends, read_history
 from finetune_strategies.profiles import examples
 from finetune_strategies.scratch import empty_folder
 from support.recorded_scores import record_scores

@@ -19,15 +19,7 @@ from finetune_strategies.datasets import token_rows
 from finetune_strategies.models import llama_configs
 from finetune_strategies.profiles import examples
 from support.objectives import OBJECTIVES
-from support.tiny_llamas import (
-    BATCH,
-    DROPPING,
-    LINEAR,
-    ROWS,
-    VOCAB,
-    adapted,
-    check_slopes,
-)
+from support.tiny_llamas import BATCH, DROPPING, LINEAR, ROWS, VOCAB, adapted, check_slopes
 
 FEW = examples(1 / 3)
 

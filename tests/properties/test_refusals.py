@@ -13,14 +13,7 @@ from finetune.chat.catalog import TemplateSource
 from finetune.chat.render import ChatTemplate, find_template
 from finetune.chat.sandbox import compile_template
 from finetune.chat.tokenizer import FileTokenizer
-from finetune.config import (
-    ModelAndDataFacts,
-    load_config,
-    load_plan,
-    parse_assignments,
-    resolve,
-    resolve_processes,
-)
+from finetune.config import ModelAndDataFacts, load_config, load_plan, parse_assignments, resolve, resolve_processes
 from finetune.data.facts import new_facts
 from finetune.data.read import read_rows
 from finetune.data.shape import shape_rows
@@ -246,11 +239,7 @@ CASES: dict[str, Case] = {
     "config file missing": lambda folder: load_config(folder / "no.yaml", environ={}, overrides={}, profile=None),
     **{
         f"config file {name}": config_bytes(name, content)
-        for name, content in (
-            ("job.yaml", b"\xff\xfe"),
-            ("job", b"a: 1"),
-            ("job.csv", b"a"),
-        )
+        for name, content in (("job.yaml", b"\xff\xfe"), ("job", b"a: 1"), ("job.csv", b"a"))
     },
     "config file is a folder": lambda folder: load_config(folder, environ={}, overrides={}, profile=None),
     "config assignments": lambda folder: parse_assignments(["training.seed", "=1", "training.sed=1", "seed=1"]),
@@ -327,14 +316,7 @@ CASES: dict[str, Case] = {
     },
     **{
         f"trackers {words}": config_text(f"tracking: {{to: {words}}}")
-        for words in (
-            "wandb",
-            "'wandb, mlflow'",
-            "[wandb, wandb]",
-            "[wandbb]",
-            "tensorbord",
-            "none",
-        )
+        for words in ("wandb", "'wandb, mlflow'", "[wandb, wandb]", "[wandbb]", "tensorbord", "none")
     },
     "memory backend": lambda folder: measure_framework("reference"),
     **{

@@ -14,15 +14,7 @@ from hypothesis._settings import is_in_ci
 from hypothesis.database import DirectoryBasedExampleDatabase, GitHubArtifactDatabase
 
 from finetune.errors import UsageError
-from finetune_strategies.profiles import (
-    EXAMPLES,
-    PROFILES,
-    RECEIVED,
-    examples,
-    failures_kept,
-    load_profile,
-    stories,
-)
+from finetune_strategies.profiles import EXAMPLES, PROFILES, RECEIVED, examples, failures_kept, load_profile, stories
 
 pytestmark = pytest.mark.tools
 

@@ -24,8 +24,7 @@ from support.sessions import Bench, make_model, make_rows, step
 pytestmark = pytest.mark.tier2
 ROWS = make_rows(7)
 needs_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available(),
-    reason="needs a CUDA GPU, and a torch built for it (pip install torch)",
+    not torch.cuda.is_available(), reason="needs a CUDA GPU, and a torch built for it (pip install torch)"
 )
 
 

@@ -67,9 +67,7 @@ def test_without_a_fast_blas_one_line_says_what_to_install() -> None:
 def test_after_mlx_it_is_too_late() -> None:
     """Where MLX is there already nothing is loaded, and that is not called fast."""
     out, said = told(
-        "import mlx.core",
-        "from finetune.backends import open_backend",
-        "print(open_backend('mlx').versions()['blas'])",
+        "import mlx.core", "from finetune.backends import open_backend", "print(open_backend('mlx').versions()['blas'])"
     )
     assert out == "netlib, the slow reference"
     assert len(said.splitlines()) == 1

@@ -348,11 +348,7 @@ class _Handler(BaseHTTPRequestHandler):
             return 200, json.dumps({**head, "_debug_info": {"rendered_template": prompt}}).encode()
         most = asked.get("options", {}).get("num_predict", 8)
         said = self.owner.speak(self.owner.blobs[model.digest], model, prompt, most)
-        end = {
-            "done": True,
-            "done_reason": "stop" if said.ended else "length",
-            "prompt_eval_count": said.prompt_tokens,
-        }
+        end = {"done": True, "done_reason": "stop" if said.ended else "length", "prompt_eval_count": said.prompt_tokens}
         if asked.get("stream") is False:
             return 200, json.dumps({**head, "message": {"role": "assistant", "content": said.text}, **end}).encode()
         parts = [said.text[at : at + 5] for at in range(0, len(said.text), 5)]
