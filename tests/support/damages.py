@@ -99,11 +99,24 @@ ADAPTER_DAMAGES = damages(WEIGHTS, SETTINGS) | {
         ("layers_to_transform", [1]),
     ]
 }
+
+
+def _no_random_state(folder: Path) -> None:
+    """The reference keeps its dice beside the tensors, the others among them."""
+    if (folder / "state.json").exists():
+        changed_settings("state.json", random="absent")(folder)
+    else:
+        damaged_tensors(STATE, lambda tensors: tensors.pop("random"))(folder)
+
+
 STATE_DAMAGES = {
-    "no random state": damaged_tensors(STATE, lambda tensors: tensors.pop("random")),
+    "no random state": _no_random_state,
     "no moment": damaged_tensors(STATE, lambda tensors: tensors.pop(min(tensors))),
+    "no weight": damaged_tensors(STATE, lambda tensors: tensors.pop(max(tensors))),
     "another shape": damaged_tensors(
         STATE, lambda each: each.update({max(n for n in each if n.startswith("weight/")): np.zeros((2, 2), np.float32)})
     ),
+    "turned": damaged_tensors(STATE, _turn),
+    "another dtype": damaged_tensors(STATE, lambda each: each.update({"steps": np.float32(3).reshape(())})),
     "more": damaged_tensors(STATE, lambda tensors: tensors.update({"weight/more": np.zeros(1, np.float32)})),
 }

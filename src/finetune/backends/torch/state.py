@@ -57,9 +57,10 @@ def load_state(
     expected = {f"{part}/{name}" for name in trainable for part in ("weight", *_MOMENTS)}
     wrong = (expected | set(kinds)) ^ set(saved)
     wrong |= {
-        f"weight/{name}"
+        f"{part}/{name}"
         for name, tensor in trainable.items()
-        if f"weight/{name}" in saved and saved[f"weight/{name}"].shape != tensor.shape
+        for part in ("weight", *_MOMENTS[:2])
+        if f"{part}/{name}" in saved and saved[f"{part}/{name}"].shape != tensor.shape
     }
     if wrong:
         raise RefusedError(
