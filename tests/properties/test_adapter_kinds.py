@@ -95,6 +95,7 @@ def test_pattern_that_changes_nothing_is_refused(drawn: tuple[ModelShape, Adapte
     with pytest.raises(ModelError, match=re.escape(wrong[pattern])) as caught:
         check_patterns(shape, bad)
     assert f"adapter.{setting}: {pattern!r}" in caught.value.message
+    assert caught.value.hint
     if "fits no" in caught.value.message:
         assert all(name.rsplit(".", 1)[-1] in caught.value.hint for name in adapted_names)
 
@@ -131,8 +132,9 @@ def test_modules_to_save_are_found_by_the_end_of_their_path_or_refused(shape: Mo
         assert norm.rsplit(".", 1)[-1] in caught.value.hint or "adapter.target_modules" in caught.value.hint
     for name in (table, "lm_head"):
         if shape.tied_head:
-            with pytest.raises(ModelError, match="come apart"):
+            with pytest.raises(ModelError, match="come apart") as caught:
                 choose_saved(shape, [name], modules)
+            assert caught.value.hint
         else:
             assert [path.rsplit(".", 1)[-1] for path in choose_saved(shape, [name], modules)] == [name]
 

@@ -215,8 +215,9 @@ def test_run_folder_create_where_nothing_can_be_made_is_refused(tmp_path: Path) 
         make_run(tmp_path / "file" / "out")
     with read_only_folder() as folder:
         for output in (folder / "out", folder):
-            with pytest.raises(OutputError, match="cannot be written"):
+            with pytest.raises(OutputError, match="cannot be written") as caught:
                 make_run(output)
+            assert caught.value.hint
         assert everything_below(folder) == {}
 
 
@@ -315,8 +316,9 @@ def test_run_folder_a_broken_manifest_is_refused(content: bytes, tmp_path: Path)
     """A run.json that is cut off, not text or no object is refused by name."""
     run = _run(tmp_path / "run")
     run.manifest.write_bytes(content)
-    with pytest.raises(OutputError, match=r"run\.json is broken"):
+    with pytest.raises(OutputError, match=r"run\.json is broken") as caught:
         run.read_manifest()
+    assert caught.value.hint
 
 
 def test_run_folder_tidy_leaves_what_a_resume_needs(tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ def test_train_ends_with_the_code_of_its_outcome(
         (["check", "--set", "training.batch_size=0"], 2, "training.batch_size"),
         (["check", "--set", "adapter.rank=500"], 3, "rank 500"),
         (["check", "--set", "adapter.target_modules=[q_prj]"], 3, "q_proj"),
+        (["check", "--set", "adapter.rank_pattern={q_prj: 2}"], 3, "adapter.rank_pattern"),
+        (["check", "--set", "adapter.modules_to_save=[nrm]"], 3, "adapter.modules_to_save"),
         (["check", "--model", "no-such-model"], 3, "reference-llama"),
         (["check", "--template", "chatlm"], 2, "chatml"),
         (["check", "--data", "missing.jsonl"], 3, "missing.jsonl"),
@@ -138,7 +140,9 @@ def test_damaged_run_is_refused(text: str, named: str, tmp_path: Path, capsys: p
     """A `run.json` that is not what this version writes is refused with what is wrong, and never shown as fine."""
     write(tmp_path / "run.json", text)
     assert run(["report", str(tmp_path)]) == 3
-    assert named in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert named in told
+    assert "hint: " in told
 
 
 def test_init_writes_a_file_that_checks_and_never_overwrites(tmp_path: Path) -> None:

@@ -178,3 +178,4 @@ def test_json_key_that_is_there_twice_is_refused(suffix: str, tmp_path: Path) ->
     with pytest.raises(DataError) as caught:
         read_rows(path)
     assert named in str(caught.value)
+    assert caught.value.hint

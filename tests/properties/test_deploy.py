@@ -53,7 +53,7 @@ def compiled(jinja: str) -> ChatTemplate:
 def test_modelfile_says_what_it_was_given_or_is_refused(
     source: str, template: str, system: str, stop: str, licence: str
 ) -> None:
-    """P-SAFE: read as Ollama reads it, a recipe holds these values and no other; else it is refused, with a hint."""
+    """Read as Ollama reads it, a recipe holds these values and no other; else it is refused, with a hint."""
     recipe = Modelfile(source, template, system, (("num_ctx", 512), ("stop", stop)), (licence,))
     values = [("from", source), ("num_ctx", "512"), ("stop", stop)]
     values += [(word, text) for word, text in (("template", template), ("system", system)) if text]
@@ -94,7 +94,7 @@ def test_go_strips_what_python_strips() -> None:
 @given(case=templates_with_conversations(), other=conversations(inputs=False, contents=st.sampled_from(CONTENTS)))
 @examples(1)
 def test_go_template_of_a_drawn_template_is_that_template(case: TemplateCase, other: Conversation) -> None:
-    """P-TMPL: what is derived from a template that asks soundly renders any conversation as it does, or refuses it."""
+    """What is derived from a template that asks soundly renders any conversation as it does, or refuses it."""
     template = compiled(case.jinja)
     bos = BOS if case.shape.says_bos else ""
     derived = GoTemplate(derive_template(lambda asked: template.render_prompt(asked).text, bos=bos, texts=CONTENTS))
@@ -108,7 +108,7 @@ def test_go_template_of_a_drawn_template_is_that_template(case: TemplateCase, ot
 
 @pytest.mark.parametrize("name", REAL)
 def test_go_template_of_a_real_template_is_that_template(name: str) -> None:
-    """P-TMPL: each of 17 families' templates can be said in Ollama's language, with one begin-of-text token at most."""
+    """Each of 17 families' templates can be said in Ollama's language, with one begin-of-text token at most."""
     assert len(REAL) == 17
     real = REAL[name]
     said = [text for text in CONTENTS if not real.tidy or (text and text == text.strip())]
@@ -160,7 +160,7 @@ def test_template_that_cannot_be_said_is_refused(kind: str) -> None:
 
 @pytest.mark.parametrize("old", ["<|im_end|>", "user", "\n", ".Content"])
 def test_go_template_with_a_fault_is_not_proved(old: str) -> None:
-    """P-TMPL: a change anywhere in a derived template (A242: one line break) is found by its proof."""
+    """A change anywhere in a derived template (A242: one line break) is found by its proof."""
     template = ChatTemplate(CHATML, REAL["chatml"].control_tokens, bos="", eos="</s>")
 
     def render(asked: Conversation) -> str:

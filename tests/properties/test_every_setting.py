@@ -1,4 +1,4 @@
-"""P-KNOB: every setting, when it is changed, changes what a whole run does; none is a dead knob."""
+"""Every setting, when it is changed, changes what a whole run does; none is a dead knob."""
 
 import json
 import shutil

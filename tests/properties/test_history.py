@@ -1,7 +1,6 @@
 """Laws of the tests' own history: no session is lost, none is invented, and a gap stays a gap."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -190,50 +189,6 @@ def test_page_of_the_history_shows_every_session_and_score(
     shown = json.loads(capsys.readouterr().out)
     assert [each["tier"] for each in shown["entries"]] == [2, 1]
     assert len(shown["problems"]) == 1
-
-
-SESSION = """
-import pytest
-def test_passes(record_property):
-    record_property("score.kept", 0.5)
-    record_property("score.bad", float("nan"))
-    record_property("other", 1)
-def test_fails(record_property):
-    record_property("score.of a failure", 1)
-    raise AssertionError
-def test_skips(record_property):
-    record_property("score.of nothing", 0)
-    pytest.skip("cannot be had")
-@pytest.mark.xfail
-def test_is_known_to_fail():
-    raise AssertionError
-@pytest.fixture
-def broken():
-    raise ValueError
-def test_has_an_error(broken): ...
-"""
-
-
-def test_session_of_a_tier_is_recorded(tmp_path: Path) -> None:
-    """Each outcome is counted, and scores are those that were measured."""
-    (tmp_path / "test_it.py").write_text(SESSION)
-    (tmp_path / "pytest.ini").touch()
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "finetune.verify.sessions"]
-    # Little is inherited: where Hypothesis finds itself in CI, it loads a profile by itself.
-    inherited = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
-    quick = {**inherited, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "FT_TIER": "2"}
-    done = subprocess.run(command, cwd=tmp_path, env=quick, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1, done.stdout + done.stderr
-    history = tmp_path / ".finetune" / "history.jsonl"
-    assert "'bad' was left out" in done.stdout
-    assert f"recorded in {history}" in done.stdout
-    [found], problems = read_history(history)
-    assert problems == []
-    assert (found.tier, found.passed, found.failed, found.skipped, found.errors) == (2, 1, 1, 2, 1)
-    assert found.scores == {"kept": 0.5, "of a failure": 1.0}
-    assert (found.cases, found.profile, found.commit) == (None, None, None)
-    assert found.largest_process_bytes is not None
-    assert found.seconds > 0
 
 
 def test_scores_of_a_run_are_those_that_it_measured() -> None:

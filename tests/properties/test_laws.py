@@ -30,6 +30,7 @@ FAILED_BY = {
     "A200": "merge.exact",
     "A220": "export.weights",
     "A267": "generate.fits",
+    "A269d": "generate.greedy",
     "A282": "memory.counts",
     "A295": "safety.files",
     "A305": "serve.recipe",

@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 
-from finetune.chat.catalog import TemplateSource
-from finetune.chat.render import ChatTemplate, find_template
-from finetune.chat.sandbox import compile_template
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import ModelAndDataFacts, load_config, load_plan, parse_assignments, resolve, resolve_processes
 from finetune.data.facts import new_facts
@@ -22,13 +19,12 @@ from finetune.distributed.environment import refuse_launched
 from finetune.distributed.launchers import check_launch, plan_launch
 from finetune.errors import ConfigError, FineTuneError, NonFiniteError
 from finetune.evidence.memory import measure_framework
-from finetune.records import Batch, Conversation, LinearLayer, Message, ModelShape, Row, TokenizedRow
+from finetune.records import Batch, TokenizedRow
 from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune.run.folder import RunFolder
 from finetune.tracking.tracker import require_trackers
 from finetune.training.loop import LoopPlan, mean_loss, train
 from finetune.training.packing_check import check_packing
-from finetune.training.prepare import adapter_target
 from finetune_strategies.tokenizers import KINDS, tokenizer_folder
 from support.toy_session import ToySession
 
@@ -64,17 +60,6 @@ def data_text(content: bytes, name: str = "rows.jsonl") -> Case:
         return shape_rows(read_rows(folder / name))
 
     return read
-
-
-def template(source: str, *roles: str, control: tuple[str, ...] = ("<e>",)) -> Case:
-    """Render a conversation of these roles."""
-    turns = tuple(Message(role, f"{role} {number}") for number, role in enumerate(roles or ("user", "assistant")))
-
-    def render(folder: Path) -> Any:
-        chat = ChatTemplate(TemplateSource("t.jinja", source), control, bos="", eos="<e>")
-        return chat.render(Conversation(turns, "rows.jsonl:7"))
-
-    return render
 
 
 def tokenizer(change: Callable[[Path], Any]) -> Case:
@@ -116,16 +101,6 @@ def packed(folder: Path) -> Any:
     """Check a session that mixes rows."""
     rows = tuple(TokenizedRow((1, 2), (True, True), "rows.jsonl:1") for _ in range(2))
     return check_packing(ToySession(poison={("loss", 0): 3.0}), Batch(rows, (2,)), "float32")  # type: ignore[arg-type]
-
-
-def run_file(text: str) -> Case:
-    """Open a run whose manifest says this."""
-
-    def open_(folder: Path) -> Any:
-        (folder / "run.json").write_text(text)
-        return RunFolder.finished(folder).read_manifest()
-
-    return open_
 
 
 def checkpoint(change: Callable[[Path], Any], identity: dict[str, Any]) -> Case:
@@ -176,11 +151,6 @@ def made(name: str, kind: str, then: Callable[[Path], Any]) -> Case:
     return go
 
 
-MANIFEST = (
-    '{"format": 2, "model": {}, "data": {}, "losses": {}, "versions": {}, "plan": [], "notes": [], "verdicts": 3}'
-)
-GENERATION = "{% if add_generation_prompt %}A:{% endif %}"
-EACH = "{% for m in messages %}{{ m.role[0] | upper + ':' + m.content + '<e>' }}{% endfor %}"
 ROWS = (
     '{"prompt": "a"}\n{"prompt": 3, "completion": "b"}\n{"a": 1}\n{"text": "a", "messages": []}\n'
     '{"messages": 3}\n{"messages": [3]}\n{"messages": [{"role": "robot", "content": "a"}]}\n'
@@ -191,20 +161,10 @@ CASES: dict[str, Case] = {
         f"config {text!r}": config_text(text)
         for text in (
             "training: {learing_rate: 1, seed: 0}",
-            "training: {rank: 8}",
             "traning: {}",
-            "seed: 3",
             "lr: 3",
-            "training:\n  seed: 1\n  seed: 2\n",
-            "[1, 2]",
-            "a: [",
-            "\tx: 1",
-            "training: 3",
-            "profile: chta",
             "3",
-            "template: chatlm",
             "template: {name: chatml, size: 3}",
-            "model: {path: None}",
             "template: tokenizer",
             "tokens: {max_length: 65}",
             "judge: {memory_length: 65}",
@@ -232,73 +192,19 @@ CASES: dict[str, Case] = {
             ("of other things", "a" * 2_000_000),
         )
     },
-    "config path too long": lambda folder: load_config(folder / ("x" * 300), environ={}, overrides={}, profile=None),
-    "data path too long": lambda folder: read_rows(folder / ("x" * 300 + ".jsonl")),
-    "config giant": config_text("training:\n  seed: " + "9" * 5000 + "\n"),
     "config profile": config_text("", profile="chta"),
-    "config file missing": lambda folder: load_config(folder / "no.yaml", environ={}, overrides={}, profile=None),
-    **{
-        f"config file {name}": config_bytes(name, content)
-        for name, content in (("job.yaml", b"\xff\xfe"), ("job", b"a: 1"), ("job.csv", b"a"))
-    },
-    "config file is a folder": lambda folder: load_config(folder, environ={}, overrides={}, profile=None),
+    **{f"config file {name}": config_bytes(name, content) for name, content in (("job", b"a: 1"), ("job.csv", b"a"))},
     "config assignments": lambda folder: parse_assignments(["training.seed", "=1", "training.sed=1", "seed=1"]),
     "config plan": made("plan.yaml", "file", load_plan),
     "config tiny model": lambda folder: resolve(
         load_config(None, environ={}, overrides={}, profile=None), ModelAndDataFacts(4, True, 1)
     ),
     "data rows": data_text(ROWS.encode()),
-    **{
-        f"data {name} {content!r}": data_text(content, name)
-        for name, content in (
-            ("rows.jsonl", b"{\n[\n"),
-            ("rows.jsonl", b'{"a": ' + b"9" * 5000 + b"}"),
-            ("rows.jsonl", b"\xff"),
-            ("rows.jsonl", b""),
-            ("rows.jsonl", b'{"a": 1, "a": 2}'),
-            ("rows.jsonl", b"[" * 100_000),
-            ("rows.json", b"[{"),
-            ("rows.json", b"[3]"),
-            ("rows.json", b"[]"),
-            ("rows.json", b'[{"a": 1, "a": 2}]'),
-            ("rows.json", b'{"text": "a"} x'),
-            ("rows.csv", b"a,a\n1,2\n"),
-            ("rows.csv", b'a\n"b\n'),
-            ("rows.csv", b"text\na,b\n"),
-            ("rows.csv", b"text\n"),
-            ("rows.txt", b"a"),
-            ("rows", b"a"),
-            ("rows.jsonl", b'{"text": "a"}\n' + b"{\n" * 25),
-        )
-    },
-    "data missing": lambda folder: read_rows(folder / "no.jsonl"),
-    "data folder": lambda folder: read_rows(folder),
-    "data shipped": lambda folder: data_path("shipped:fact"),
+    "data rows.jsonl broken": data_text(b"{\n[\n"),
     "data nobody's home": lambda folder: data_path("~nosuchuser/rows.jsonl"),
-    "template missing": lambda folder: find_template("nope", None),
-    "template tokenizer": lambda folder: find_template("tokenizer", None),
-    "template file": lambda folder: find_template(str(folder / "no.jinja"), None),
-    "template control": template("a", control=()),
-    "template syntax": lambda folder: compile_template("t", "{% for %}"),
-    "template size": lambda folder: compile_template("t", " " * 60_000),
-    "template refuses": template("{{ raise_exception('no ' + messages[0].role) }}"),
-    "template unsafe": template("{{ ''.__class__ }}"),
-    "template loops": template("{% for a in range(99999) %}{% for b in range(99999) %}a{% endfor %}{% endfor %}"),
-    "template unpacks": template("{{ range(*messages) }}"),
-    "template calculates": template("{{ messages[0].content - 1 }}"),
-    "template fails": template("{{ messages[9].content.x.y }}"),
-    "template filter arguments": template("{{ messages[0].content | tojson(zzz=1) }}"),
-    "template loses": template("{{ messages[0].content }}"),
-    "template doubles": template("{% for m in messages %}{{ m.content + m.content + '<e>' }}{% endfor %}"),
-    "template rewrites": template("{% for m in messages %}{{ m.content | upper + '<e>' }}{% endfor %}" + GENERATION),
-    "template never stops": template("{% for m in messages %}{{ m.content + '\n' }}{% endfor %}" + GENERATION),
-    "template asks otherwise": template(EACH + "{% if add_generation_prompt %}B:{% endif %}"),
     **{
         f"tokenizer {name}": tokenizer(change)
         for name, change in {
-            "file missing": lambda folder: (folder / "tokenizer.json").unlink(),
-            "file broken": lambda folder: (folder / "tokenizer.json").write_text("{"),
-            "settings broken": lambda folder: (folder / "tokenizer_config.json").write_text("{"),
             "no end": settings_file("tokenizer_config.json", eos_token=None),
             "unknown end": settings_file("tokenizer_config.json", eos_token="<nope>"),
             "unknown pad": settings_file("tokenizer_config.json", pad_token="<nope>"),
@@ -314,38 +220,16 @@ CASES: dict[str, Case] = {
             "early_stopping_min_delta: 0.1",
         )
     },
-    **{
-        f"trackers {words}": config_text(f"tracking: {{to: {words}}}")
-        for words in ("wandb", "'wandb, mlflow'", "[wandb, wandb]", "[wandbb]", "tensorbord", "none")
-    },
+    **{f"trackers {words}": config_text(f"tracking: {{to: {words}}}") for words in ("wandb", "tensorbord")},
     "memory backend": lambda folder: measure_framework("reference"),
-    **{
-        f"training {name} {number} of {rows}": trained({(name, number): value}, rows)
-        for name, number, value, rows in (
-            ("accumulate", 0, float("nan"), 2),
-            ("accumulate", 1, float("inf"), 4),
-            ("clip_gradients", 2, float("nan"), 5),
-            ("loss", 0, float("inf"), 6),
-        )
-    },
+    "training clip_gradients 2 of 5": trained({("clip_gradients", 2): float("nan")}, 5),
+    "training loss": trained({("loss", 0): float("inf")}, 6),
     "training packed": packed,
-    "run output is a file": made("a", "file", RunFolder.place),
-    "run output is a link": made("a", "link", RunFolder.place),
     "run output is not empty": made("a", "full", RunFolder.place),
-    "run output cannot be": made("a", "file", lambda path: RunFolder(path / "b").make()),
     "run claimed": claimed_twice,
     "run events are not whole": lambda folder: RunFolder(folder).events_up_to(3),
     "run unfinished is nowhere": nowhere,
-    "run unfinished is none": made("a", "full", RunFolder.unfinished),
     "run finished is none": made("a", "full", RunFolder.finished),
-    "run finished is unfinished": made("a", "plan", RunFolder.finished),
-    "run finished is missing": lambda folder: RunFolder.finished(folder / "a"),
-    **{
-        f"run manifest {number}": run_file(text)
-        for number, text in enumerate(
-            ("{", "[]", "{}", '{"format": 2, "plan": []}', MANIFEST, MANIFEST.replace("3", "[{}]"))
-        )
-    },
     "checkpoint changed": checkpoint(lambda path: (path / "state.bin").write_bytes(b"abd"), {}),
     "checkpoint of no identity": checkpoint(settings_file("checkpoint.json", identity=[]), {}),
     "checkpoint torn": checkpoint(lambda path: (path / "checkpoint.json").write_text("{"), {}),
@@ -353,38 +237,7 @@ CASES: dict[str, Case] = {
 }
 
 
-_LAYERS = {f"model.layers.{index}.self_attn.{name}": (8, 6) for index in range(2) for name in ("q_proj", "v_proj")}
-_OTHERS = {"model.embed_tokens.weight": (97, 6), "model.norm.weight": (6,)}
-SHAPE = ModelShape(
-    "TinyForCausalLM",
-    1000,
-    97,
-    6,
-    2,
-    40,
-    tuple(LinearLayer(*layer) for layer in _LAYERS.items()),
-    tied_head=True,
-    weights={**{f"{name}.weight": shape for name, shape in _LAYERS.items()}, **_OTHERS},
-)
-
-
-def adapter(**said: Any) -> Case:
-    """Settle an adapter on a tiny model."""
-    given = {f"adapter.{key}": value for key, value in said.items()}
-    return lambda folder: adapter_target(load_config(None, environ={}, overrides=given, profile=None).config, SHAPE)
-
-
 CASES |= {
-    "adapter pattern of nothing": adapter(rank_pattern={"q_prj": 2}),
-    "adapter pattern of others": adapter(target_modules=["v_proj"], alpha_pattern={"q_proj": 2.0}),
-    "adapter pattern too late": adapter(rank_pattern={".*_proj": 2, "q_proj": 3}),
-    "adapter pattern broken": adapter(rank_pattern={"q_proj(": 2}),
-    "adapter pattern too high": adapter(rank=2, rank_pattern={"1.self_attn.q_proj": 7}),
-    "adapter rank too high": adapter(rank=7),
-    "adapter saves nothing": adapter(rank=2, modules_to_save=["nrm"]),
-    "adapter saves a tied table": adapter(rank=2, modules_to_save=["embed_tokens"]),
-    "adapter saves a tied head": adapter(rank=2, modules_to_save=["lm_head"]),
-    "adapter saves an adapted layer": adapter(rank=2, modules_to_save=["norm", "q_proj"]),
     "adapter of a whole model": config_text("adapter: {kind: full, rank: 3}", profile="chat"),
     "adapter of other trainers": config_text("adapter: {kind: QLoRA}\nmodel: {load_in_4bit: true}\nq_group_size: 32"),
     "quantised by torch": config_text("model: {quantize: 4bit}"),
@@ -417,17 +270,12 @@ CASES |= {
     "launch file broken": launched("accelerate", None, "a.yaml", "torch", {}, text="a: [\n"),
     "launch file of mpirun": launched("accelerate", 2, "a.yaml", "torch", {}, text="distributed_type: MULTI_CPU\n"),
     "launch file of how many": launched("accelerate", None, "a.yaml", "torch", {}),
-    "launch of mlx by torchrun": launched("torchrun", 2, None, "mlx", {}),
-    "launch of the reference": launched("mlx.launch", 2, None, "reference", {}),
-    "launch in a launch": launched("torchrun", 2, None, "torch", {"RANK": "0", "WORLD_SIZE": "2"}),
-    "launch in a watched one": launched("torchrun", 2, None, "torch", {"FT_LAUNCH": "/tmp"}),
     "processes of others": lambda folder: refuse_launched({"MLX_RANK": "0", "MLX_HOSTFILE": "h"}, "torch"),
     "processes of nobody's": lambda folder: refuse_launched({"RANK": "0", "WORLD_SIZE": "2"}, "reference"),
     "processes not started": lambda folder: resolve_processes(
         load_config(None, environ={}, overrides={"training.processes": 3}, profile=None), 1, resume=False
     ),
 }
-CASES["data row of nothing"] = lambda folder: shape_rows([Row({}, "rows.jsonl:1")])
 
 
 # Where a case's name begins like this: the exit code, and what the message names. The first that fits counts.
@@ -435,11 +283,8 @@ EXPECTED = {
     "config assignments": (2, "--set training.seed"),
     "config environment twice": (2, "FT_TEMPLATE__NAME"),
     "config environment": (2, "FT_TRAINING__SED"),
-    "config file is a folder": (2, "HERE"),
-    "config file missing": (2, "HERE/no.yaml"),
     "config file": (2, "HERE/job"),
     "config flags": (2, "--set training.sed"),
-    "config path too long": (2, "HERE/xxx"),
     "config plan": (2, "HERE/plan.yaml"),
     "config profile": (2, "--profile"),
     "config tiny model": (2, "model.path"),
@@ -448,18 +293,8 @@ EXPECTED = {
     "config 'judge": (2, "judge.memory_length (file)"),
     "config 'data": (2, "data.valid_fraction (file)"),
     "config": (2, "HERE/job.yaml"),
-    "data missing": (3, "HERE/no.jsonl"),
     "data nobody": (3, "~nosuchuser/rows.jsonl"),
-    "data path too long": (3, "HERE/xxx"),
-    "data shipped": (3, "shipped:fact"),
-    "data folder": (3, "HERE"),
-    "data row of nothing": (3, "rows.jsonl:1"),
     "data": (3, "HERE/rows"),
-    "template missing": (3, "'nope'"),
-    "template tokenizer": (3, "this model's tokenizer"),
-    "template file": (3, "HERE/no.jinja"),
-    "template s": (3, "template 't'"),
-    "template": (3, "template 't.jinja'"),
     "tokenizer unknown": (3, "'<nope>'"),
     "tokenizer": (3, "HERE"),
     "trackers missing": (3, "trackery"),
@@ -467,8 +302,6 @@ EXPECTED = {
     "nothing held out early_stopping_min_delta": (2, "training.early_stopping_min_delta (file)"),
     "nothing held out": (2, "training.early_stopping_patience (file)"),
     "memory backend": (2, "reference"),
-    "training accumulate 0 of 2": (1, "nan at step 1 (rows rows.jsonl:1, "),
-    "training accumulate 1 of 4": (1, "inf at step 2 (rows rows.jsonl:"),
     "training clip_gradients": (1, "nan at step 3 (rows rows.jsonl:"),
     "training loss": (1, "inf (rows rows.jsonl:"),
     "training packed": (1, "this model"),
@@ -476,9 +309,6 @@ EXPECTED = {
     "run": (3, "HERE"),
     "checkpoint of others": (3, "seed"),
     "checkpoint": (3, "HERE/checkpoints/step-00000003"),
-    "adapter pattern": (3, "adapter."),
-    "adapter rank": (3, "adapter.rank 7"),
-    "adapter saves": (3, "adapter.modules_to_save"),
     "adapter of a whole model": (2, "adapter.rank (file)"),
     "adapter of other trainers": (2, "HERE/job.yaml:2 model.load_in_4bit"),
     "quantised by torch": (2, "model.quantize (file)"),
@@ -491,8 +321,6 @@ EXPECTED = {
     "launch file": (2, "--launch-config"),
     "launch by nobody": (2, "'deepspeed'"),
     "launch of one": (2, "one process"),
-    "launch of mlx": (3, "'mlx'"),
-    "launch of the reference": (3, "'reference'"),
     "launch": (2, "--launch"),
     "processes of": (3, "has started several processes"),
     "processes not started": (2, "training.processes (flag)"),
@@ -519,7 +347,7 @@ WORDED = {
     "training clip_gradients 2 of 5": "the gradient norm became nan at step 3 (rows rows.jsonl:1, "
     "rows.jsonl:2, rows.jsonl:3, rows.jsonl:4 and 1 more); the weights are those of step 2\n"
     "  hint: lower training.learning_rate, or look for broken rows at those places",
-    "data rows.jsonl b'{\\n[\\n'": "the data cannot be used:\n"
+    "data rows.jsonl broken": "the data cannot be used:\n"
     "  HERE/rows.jsonl:1: broken JSON at column 2: Expecting property name enclosed in double quotes\n"
     "  HERE/rows.jsonl:2: broken JSON at column 2: Expecting value\n"
     "  hint: each line must be one JSON object",
@@ -529,7 +357,7 @@ WORDED = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_refusal_names_its_place_and_says_how_to_mend_it(name: str, tmp_path: Path) -> None:
-    """Each of 150 bad inputs ends with its exit code, its place, a hint for each problem, and no word is lost."""
+    """Each of these bad inputs ends with its exit code, its place, a hint for each problem, and no word is lost."""
     with pytest.raises((FineTuneError, NonFiniteError)) as caught:
         CASES[name](tmp_path)
     said = str(caught.value).replace(str(tmp_path), "HERE")
@@ -544,8 +372,8 @@ def test_refusal_names_its_place_and_says_how_to_mend_it(name: str, tmp_path: Pa
 
 
 def test_refusals_are_many() -> None:
-    """The worded examples, and those without a hint, are cases; hundreds of others have properties of their own."""
+    """The worded examples, and those without a hint, are cases; other rooms have tables of their own."""
     assert {*WORDED, *SELF_EVIDENT, *PROBLEMS} <= set(CASES)
-    assert len(CASES) >= 140
+    assert len(CASES) >= 60
     with pytest.raises(ValueError, match="size must not be negative, got -1"):
         new_facts(-1, 0)

@@ -150,25 +150,6 @@ def test_answers_and_terminators_are_what_is_trained(name: str, conversation: Co
 
 
 @pytest.mark.parametrize("name", NAMES)
-@given(conversations())
-@example(talk("user: a ", "assistant:b", "user:c", "assistant: d "))
-@examples(0.8)
-def test_prompt_is_the_same_for_training_and_asking(name: str, conversation: Conversation) -> None:
-    """For every answer, the text trained on up to it is the text asked with, and only what is said follows."""
-    chat = template(name)
-    whole = stretches(chat.render(conversation))
-    for index, message in enumerate(conversation.messages):
-        if message.role != "assistant":
-            continue
-        asked = chat.render_prompt(Conversation(conversation.messages[:index], conversation.where))
-        number = sum(one.role == "assistant" for one in conversation.messages[:index])
-        before = [position for position, (_, trained) in enumerate(whole) if trained][number]
-        # Two neighbouring answers share one stretch only where no markup parts them; no format does that.
-        assert asked.text == "".join(text for text, _ in whole[:before])
-        assert not any(segment.trained for segment in asked.segments)
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_terminators_are_what_ends_an_answer(name: str) -> None:
     """The tokens to stop at are exactly the control tokens trained after an answer."""
     assert template(name).terminators() == (TERMINATOR[name].strip(),)
@@ -247,6 +228,9 @@ REFUSED = {
     "division": (LOOP + "{{ 1 // (messages | length - messages | length) }}", "fails"),
     "endless": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "unsafe"),
     "too wide": ("{% for i in range(999999999) %}x{% endfor %}", "unsafe"),
+    "unpacks": (LOOP + "{{ range(*messages) }}", "unsafe"),
+    "calculates": (LOOP + "{{ messages[0].content - 1 }}", "unsafe"),
+    "filter's arguments": (LOOP + "{{ messages[0].content | tojson(zzz=1) }}", "unsafe"),
     "missing field": (LOOP + "{{ messages[0].tools.name }}", "fails"),
     "includes a file": (LOOP + "{% include '/etc/passwd' %}", "unsafe and was refused: line 1"),
     "other prompt": (LOOP + "{% if add_generation_prompt %}<think>{% endif %}", "not prefix-preserving"),
@@ -268,6 +252,7 @@ def test_template_that_cannot_be_used_is_refused(case: str) -> None:
         template(TemplateSource("bad.jinja", source)).render(talk("user:Hi there", "assistant:Hello"))
     assert "'bad.jinja'" in caught.value.message
     assert says in caught.value.message, caught.value.message
+    assert (caught.value.exit_code, bool(caught.value.hint)) == (3, True)
 
 
 @pytest.mark.parametrize("roles", ["assistant:a", "user:a user:b assistant:c", "user:a assistant:b assistant:c"])

@@ -57,8 +57,9 @@ def test_tokenizer_broken_file_is_named(file: str, tmp_path: object) -> None:
     for path in tokenizer_folder(FIRST).iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / file).write_bytes((folder / file).read_bytes()[:-3])
-    with pytest.raises(ModelError, match="model"):
+    with pytest.raises(ModelError, match="model") as caught:
         FileTokenizer(folder)
+    assert caught.value.hint
     (folder / file).unlink()
     if file != "config.json":
         with pytest.raises(ModelError, match="model"):
@@ -92,19 +93,6 @@ def test_markup_is_split_at_its_control_tokens(kind: TokenizerKind, token: str, 
         assert tokenizer_of(kind).encode_markup(piece) == [tokenizer_of(kind).control_id(piece)]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_stop_tokens_cover_what_is_trained_to_stop(name: str) -> None:
-    """The terminator of every format is one control id, and it is the last that each answer trains."""
-    for kind in [kind for kind in KINDS if kind.chatml and kind.llama3]:
-        tokenizer = tokenizer_of(kind)
-        [stop] = template_of(kind, name).terminators()
-        conversation = talk("user:a", "assistant:b", "user:c", "assistant:d")
-        row = encode_row(template_of(kind, name).render(conversation), tokenizer)
-        after = (*row.trained[1:], False)
-        last = [row.ids[index] for index, trained in enumerate(row.trained) if trained and not after[index]]
-        assert last == [tokenizer.control_id(stop)] * 2
-
-
 @pytest.mark.parametrize("name", [*NAMES, "tight"])
 @given(FULL, conversations())
 @example(FIRST, talk("user:é🦙", "assistant:🦙é", "user: x", "assistant:\n\n\nyes"))
@@ -133,6 +121,7 @@ def test_trained_tokens_are_answers_and_terminators(name: str, kind: TokenizerKi
 @pytest.mark.parametrize("name", [*NAMES, "tight"])
 @given(FULL, conversations())
 @example(FIRST, talk("user:a", "assistant:(hi", "user:b", "assistant:c"))
+@example(FIRST, talk("user: a ", "assistant:b", "user:c", "assistant: d "))
 @example(FIRST, talk("user:a", "assistant:\n\n\nhi", "user:b", "assistant:\n\n\n"))
 @examples(2 / 3)
 def test_prompt_ids_are_a_prefix_of_row_ids(name: str, kind: TokenizerKind, conversation: Conversation) -> None:

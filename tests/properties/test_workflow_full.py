@@ -10,13 +10,12 @@ import pytest
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import load_plan
 from finetune.errors import ConfigError, ModelError
-from finetune.events import Event, StepDone
 from finetune.evidence.reopen import compare, reopen, talker
 from finetune.models.shape import read_shape
 from finetune.records import Conversation, Message
 from finetune.train import fine_tune
 from support.tiny_llamas import open_model
-from support.workplace import Death, make_data, make_model, resume, settings, without_reload_check
+from support.workplace import make_data, make_model, settings, without_reload_check
 
 FULL = {"adapter__kind": "full", "adapter__rank": 8, "training__learning_rate": 0.05, "training__save_every": 2}
 
@@ -87,26 +86,6 @@ def test_full_run_whose_model_was_changed_is_refused(place: Path, tmp_path: Path
             reopen(place / "run")
     finally:
         path.write_bytes(content)
-
-
-@pytest.mark.parametrize("step", [1, 3, 99])
-def test_full_run_stopped_and_resumed_is_the_run_that_was_never_stopped(place: Path, step: int, tmp_path: Path) -> None:
-    """Dead after any step, or when all is saved but the manifest, it ends with the same model to the byte."""
-    wanted = (place / "run" / "model" / "model.safetensors").read_bytes()
-
-    def listen(event: Event) -> None:
-        if isinstance(event, StepDone) and event.step == step:
-            raise Death
-
-    loaded = settings(place / "model", place / "rows.jsonl", **FULL)
-    with without_reload_check(), pytest.MonkeyPatch.context() as patched:
-        if step == 99:
-            patched.setattr("finetune.train.judge", lambda evidence: (_ for _ in ()).throw(Death))
-        with pytest.raises(Death):
-            fine_tune(loaded, output=tmp_path / "run", listener=listen)
-    with without_reload_check():
-        resume(tmp_path / "run")
-    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == wanted
 
 
 def test_setting_of_an_adapter_where_there_is_none_is_refused(place: Path, tmp_path: Path) -> None:

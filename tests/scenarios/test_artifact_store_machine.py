@@ -96,7 +96,7 @@ test_artifact_store_holds_what_it_must_through_everything = ArtifactStore.TestCa
 
 @pytest.mark.parametrize("by", ["power", "torn"])
 def test_artifact_store_survives_a_death_at_every_change(by: Literal["power", "torn"]) -> None:
-    """P-CRASH: at whichever change a process dies that saves and rotates, what must be there is, and it goes on."""
+    """At whichever change a process dies that saves and rotates, what must be there is, and it goes on."""
     died: Counter[str] = Counter()
     saves = [("save", 9, "a", 9), ("save", 10, "b", 9), ("save", 11, "c")]
     for after in range(CHANGES):

@@ -48,7 +48,7 @@ def row_of(found: Comparison, path: str) -> PathResult:
 
 
 def test_every_way_computes_what_was_trained(run: Path) -> None:
-    """P-CONV: the run's questions through all paths: equal where weights are in float32, within the bound where not.
+    """The run's questions through all paths: equal where weights are in float32, within the bound where not.
 
     The trainer scores as the run did, and nothing that the run wrote is another.
     """
@@ -123,7 +123,7 @@ def test_another_way_is_held_to_the_trainer(change: str, run: Path) -> None:
 
 
 def test_server_that_renders_otherwise_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """P-CONV: a chat template that makes other ids of a question at serving time is found, with both lengths."""
+    """A chat template that makes other ids of a question at serving time is found, with both lengths."""
     rendered = LlamaServer.rendered_ids
     monkeypatch.setattr(LlamaServer, "rendered_ids", lambda self, messages: (*rendered(self, messages), 0))
     row = row_of(compare_paths(run, [SERVER]), SERVER)

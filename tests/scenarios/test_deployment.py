@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -30,16 +29,10 @@ from finetune.serve.ollama import Ollama
 from finetune.verify.laws.modelfile_reader import read_modelfile
 from finetune_strategies.scratch import lasting_folder
 from support.ollama_server import Model, Spoken, StandIn, running
+from support.processes import MAIN, ft
 
 pytestmark = pytest.mark.tier2
 STAGES = ["template", "answers", "stop"]
-
-
-def ft(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `ft` in a process of its own."""
-    command = [sys.executable, "-c", "from finetune.cli import main; main()", *arguments]
-    env = {**os.environ, **environment}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +132,7 @@ def test_deploy_asks_no_question_that_servers_read_otherwise(tmp_path: Path) -> 
 
 def test_deploy_serves_until_interrupted(run: Path) -> None:
     """Once verified it tells where it listens, answers there, and Ctrl-C ends it with 130 and no server left."""
-    command = [sys.executable, "-c", "from finetune.cli import main; main()", "deploy", "run", "--to", "llama.cpp"]
+    command = [sys.executable, "-c", MAIN, "deploy", "run", "--to", "llama.cpp"]
     with subprocess.Popen(
         command, cwd=run.parent, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as ours:
@@ -207,10 +200,10 @@ def _other(speak: Callable[..., Spoken]) -> Callable[..., Spoken]:
 
 
 FAULTS: dict[str, tuple[str, Any]] = {
-    "one line break less (A242)": ("template", ("<|end_header_id|>\n\n", "<|end_header_id|>\n")),
-    "two begin-of-text tokens (P-BOS)": ("template", ("{{ $last :", "<|begin_of_text|>{{ $last :")),
-    "no markup at all (A240)": ("template", ("<|start_header_id|>", "")),
-    "runs on (A241)": ("stop", _endless),
+    "one line break less": ("template", ("<|end_header_id|>\n\n", "<|end_header_id|>\n")),
+    "two begin-of-text tokens": ("template", ("{{ $last :", "<|begin_of_text|>{{ $last :")),
+    "no markup at all": ("template", ("<|start_header_id|>", "")),
+    "runs on": ("stop", _endless),
     "another model": ("answers", _other),
 }
 

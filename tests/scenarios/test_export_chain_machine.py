@@ -334,7 +334,7 @@ test_export_chain_hands_on_what_was_trained = hurried(ExportChain.TestCase)
 
 @pytest.mark.parametrize("by", ["power", "full"])
 def test_merging_survives_a_death_at_every_change(by: Any) -> None:
-    """P-CRASH: at whichever change merging dies, nothing or the whole is at its place, and it can be done again.
+    """At whichever change merging dies, nothing or the whole is at its place, and it can be done again.
 
     In a hurry only two are tried, before the model that was written is asked.
     """

@@ -5,8 +5,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +37,7 @@ from finetune.export.vocabulary import describe_vocabulary
 from finetune.models.locate import SHIPPED, locate_model
 from finetune.records import AdapterTarget, ModelLocation, Optimization
 from support.gguf_models import CONFIGS, byte_level, exportable, give_tokenizer, gpt2_like, make_model
+from support.processes import ft
 from support.sessions import batches_of, make_rows, step
 
 ASKED = ["token ids", "logits", "greedy text"]
@@ -308,12 +307,6 @@ def test_llama_cpps_quantiser_agrees_with_gguf() -> None:
     made = np.empty((3, 96 // 32 * 34), np.uint8)
     chunk_quantiser()(int(kind), weights.ctypes.data, made.ctypes.data, 0, 3, 96, None)
     assert made.tobytes() == gguf.quantize(weights, kind).tobytes()
-
-
-def ft(*arguments: str, cwd: Path, limit: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `ft` in a process of its own."""
-    command = [sys.executable, "-c", "from finetune.cli import main; main()", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, preexec_fn=limit, timeout=300)
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,19 @@ import pytest
 def test_holds_much(record_property):
     held = bytearray(b"x" * 300_000_000)
     record_property("score.model tuned", 0.9)
-def test_fails(): assert 0
-def test_skips(): pytest.skip("cannot be had")
+    record_property("score.bad", float("nan"))
+    record_property("other", 1)
+def test_fails(record_property):
+    record_property("score.of a failure", 1)
+    assert 0
+def test_skips(record_property):
+    record_property("score.of nothing", 0)
+    pytest.skip("cannot be had")
+@pytest.mark.xfail
+def test_is_known_to_fail(): assert 0
+@pytest.fixture
+def broken(): raise ValueError
+def test_has_an_error(broken): ...
 """
 DYING = "import os\ndef test_dies():\n    held = b'x' * 300_000_000\n    os._exit(3)\n"
 STOPPED = "def test_passes(): ...\ndef test_is_stopped(): raise KeyboardInterrupt\n"
@@ -33,9 +44,11 @@ def test_session_is_one_whoever_ran_its_tests(workers: str, tmp_path: Path) -> N
     assert f"recorded in {history}" in done.stdout
     [entry], problems = read_history(history)
     assert problems == []
-    assert (entry.passed, entry.failed, entry.skipped, entry.errors) == (3, 1, 1, 0)
+    assert (entry.passed, entry.failed, entry.skipped, entry.errors) == (3, 1, 2, 1)
     assert (entry.tier, entry.profile, entry.commit) == (1, "fast", None)
-    assert entry.scores == {"model tuned": 0.9}
+    assert "'bad' was left out" in done.stdout
+    assert entry.scores == {"model tuned": 0.9, "of a failure": 1.0}
+    assert entry.seconds > 0
     assert entry.largest_process_bytes is not None
     assert 300 * MB < entry.largest_process_bytes < 900 * MB
 

@@ -185,7 +185,7 @@ def test_fsdp_holds_part_of_the_weights_and_finds_the_same_gradients(place: Path
 
 
 def test_killed_rank_ends_the_run_clearly_and_it_goes_on_to_the_same_bytes(place: Path) -> None:
-    """P-CRASH, P-RESUME: told by rank, with an intact checkpoint and the command that ends in the same bytes."""
+    """Told by rank, with an intact checkpoint and the command that ends in the same bytes."""
     chosen = [*QUICK, "--set", "training.batch_size=4", "--set", "adapter.dropout=0.2"]
     launch = ["--launch", "torchrun", "--processes", "2"]
     whole = ft("train", *chosen, *launch, "--output", "dropping", cwd=place)

@@ -4,8 +4,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,17 +27,12 @@ from finetune.export.merge import merge
 from finetune.export.merged_folder import merged_problems, plan_weights, write_merged, written_weights
 from finetune.export.model_files import ModelFiles
 from finetune.export.result import Result, open_result
+from support.processes import ft
 from support.tiny_runs import KINDS, tiny_model, tiny_run
 
 pytestmark = pytest.mark.tier2
 FAMILIES = [kind for kind in KINDS if kind not in ("rank-stabilized", "dora on llama")]
 """Kinds of runs, each on another model where it can be."""
-
-
-def ft(*arguments: str, cwd: Path, limit: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `ft` in a process of its own."""
-    command = [sys.executable, "-c", "from finetune.cli import main; main()", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, preexec_fn=limit, timeout=600)
 
 
 def truth_of(result: Result) -> Baseline:
@@ -79,7 +72,7 @@ def spoil_one_weight(path: Path) -> None:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_merged_model_is_what_was_trained(kind: str, tmp_path: Path) -> None:
-    """P-MERGE: of each of 8 kinds, plain transformers says the same from disk, and not what the base says.
+    """Of each of 8 kinds, plain transformers says the same from disk, and not what the base says.
 
     The tokenizer gives the ids of the run's, untouched weights keep their bytes, and nothing of the sources moves.
     """
@@ -106,7 +99,7 @@ def test_merged_model_is_what_was_trained(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["lora", "rank-stabilized, by patterns", "tied head", "far rotations"])
 def test_merged_model_is_what_was_trained_for_mlx_lm_too(kind: str, tmp_path: Path) -> None:
-    """P-MERGE: programs that read older names of settings, as mlx-lm does, compute the same from the folder alone."""
+    """Programs that read older names of settings, as mlx-lm does, compute the same from the folder alone."""
     pytest.importorskip("mlx_lm", reason="needs the mlx extra: pip install 'finetune-suite[mlx]'")
     from finetune.backends.mlx import load_fast_blas
 

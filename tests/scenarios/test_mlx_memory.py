@@ -25,7 +25,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_memory_does_not_grow_from_step_to_step(bench: Bench) -> None:
-    """P-MEM: what lives between steps is weights, moments and nothing else, however many steps are done."""
+    """What lives between steps is weights, moments and nothing else, however many steps are done."""
     gc.collect()
     mx.clear_cache()  # from which MLX hands out buffers of up to twice the size
     before = mx.get_active_memory()

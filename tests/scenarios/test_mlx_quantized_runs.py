@@ -10,25 +10,20 @@ import yaml
 
 from finetune import train as pipeline
 from finetune.backends import open_backend
-from finetune.config import LoadedConfig, load_config, load_plan
+from finetune.config import load_config
 from finetune.errors import ConfigError, ModelError, RefusedError
 from finetune.events import CheckpointSaved, Event
 from finetune.evidence.reopen import compare, reopen, talker
 from finetune.records import ModelLocation, Quantization
-from finetune.run.folder import RunFolder
 from finetune_strategies.tokenizers import KINDS, tokenizer_folder
 from scenarios.test_mlx_quantized import convert
 from support.sessions import Bench
-from support.workplace import LLAMA, QUICK, make_data
+from support.workplace import LLAMA, QUICK, Death, make_data, resume
 
 pytestmark = pytest.mark.tier2
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 ON_LOAD: dict[str, Any] = {"model.quantize": "4bit", "model.quantize_group_size": 32}
 HOW = Quantization(4, 32)
-
-
-class Killed(BaseException):
-    """Stands for the death of the process: nothing of ours catches it."""
 
 
 @pytest.fixture(scope="module")
@@ -136,31 +131,25 @@ def test_run_opened_again_is_on_the_same_base(whole: tuple[Path, dict[str, Any]]
 def test_run_killed_and_resumed_is_the_run_that_was_not(
     whole: tuple[Path, dict[str, Any]], places: dict[str, Path], tmp_path: Path
 ) -> None:
-    """P-RESUME: going on loads the base quantised as it was, to the same byte; a base in other bits is refused."""
+    """Going on loads the base quantised as it was, to the same byte; a base in other bits is refused."""
     output, record = whole
 
     def dies(event: Event) -> None:
         if isinstance(event, CheckpointSaved):
-            raise Killed
+            raise Death
 
-    with pytest.raises(Killed):
+    with pytest.raises(Death):
         run(places, tmp_path / "run", "full", ON_LOAD, listener=dies)
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     plan = tmp_path / "other" / "plan.yaml"
     assert plan.read_text().count("quantize: 4bit") == 1
+    assert yaml.safe_load(plan.read_text())["model"]["quantize_group_size"] == 32
     plan.write_text(plan.read_text().replace("quantize: 4bit", "quantize: 8bit"))
     with pytest.raises(RefusedError, match=r"model\.quantize"):
         resume(tmp_path / "other")
     resumed = resume(tmp_path / "run")
     assert weights(tmp_path / "run") == weights(output)
     assert [step["loss"] for step in resumed["losses"]["train"]] == [step["loss"] for step in record["losses"]["train"]]
-
-
-def resume(folder: Path) -> dict[str, Any]:
-    """Go on, as `ft train --resume` does."""
-    plan = load_plan(RunFolder.unfinished(folder).plan)
-    assert yaml.safe_load((folder / "plan.yaml").read_text())["model"]["quantize_group_size"] == 32
-    return pipeline.fine_tune(LoadedConfig(plan.config, plan.origins), output=folder, resume=True)[1]
 
 
 @pytest.mark.parametrize(

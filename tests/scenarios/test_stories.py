@@ -61,16 +61,17 @@ def spoiled() -> Iterator[tuple[Stage, ...]]:
 
 
 LIES: dict[str, tuple[str, Any]] = {
-    "ForgetsMoments": ("course.same", killed),
-    "ForgetsDice": ("course.same", killed),
-    "ForgetsOrder": ("course.same", killed),
-    "GoesOnFromOlder": ("resume.newest", killed),
-    "ReportsTooEarly": ("checkpoints.whole", lambda: killed("power")),
-    "RemovesFirst": ("checkpoints.outlive", killed_again),
-    "TrustsDamage": ("resume.damaged", spoiled),
+    "A164": ("course.same", killed),  # forgets the optimizer's averages
+    "A164c": ("course.same", killed),  # forgets the dice
+    "A160": ("course.same", killed),  # forgets the order of rows
+    "A168b": ("resume.newest", killed),  # goes on from an older checkpoint
+    "Early": ("checkpoints.whole", lambda: killed("power")),
+    "A172": ("checkpoints.outlive", killed_again),  # removes the old ones first
+    "A177": ("resume.damaged", spoiled),  # trusts damage
 }
-"""For each lie about a run the law that it breaks, and short stories in which it shows."""
-STORE_LIES = ("SortsByName", "LosesTheBest")
+"""For each fault of a run the law that it breaks, and short stories in which it shows."""
+STORE_LIES = ("A170", "A170b")
+"""Step 9 is newer than step 10; the best step is lost."""
 
 
 def named(liar: str) -> str:
@@ -111,9 +112,9 @@ def test_story_of_a_lie_fails_with_the_liar_and_passes_with_ours(liar: str, tmp_
 
 def test_replay_knows_every_stage_in_a_process_of_its_own(tmp_path: Path) -> None:
     """`ft replay` as a user calls it: from its file alone a finding passes (0) on ours and fails (1) on a liar."""
-    write_finding(first_failure("ForgetsMoments", LIES["ForgetsMoments"][1]()), tmp_path / "finding.json")
+    write_finding(first_failure("A164", LIES["A164"][1]()), tmp_path / "finding.json")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path])}
-    for subject, code, word in (("reference", 0, "passed"), (named("ForgetsMoments"), 1, "failed")):
+    for subject, code, word in (("reference", 0, "passed"), (named("A164"), 1, "failed")):
         words = ["replay", "finding.json", "--subject", subject]
         command = [sys.executable, "-c", "from finetune.cli import main; main()", *words]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)

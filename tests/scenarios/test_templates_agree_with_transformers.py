@@ -64,7 +64,7 @@ def compare(chat: ChatTemplate, jinja: str, conversation: Conversation, **variab
 @example(SPACED)
 @examples(0.5)
 def test_our_templates_render_as_transformers_renders_them(name: str, conversation: Conversation) -> None:
-    """P-TMPL: the 4 built-in templates and the 2 shipped with our models, with any text and any roles they take."""
+    """The 4 built-in templates and the 2 shipped with our models, with any text and any roles they take."""
     assert len(OURS) == 6
     chat = ChatTemplate(OURS[name], CONTROL, bos="<s>", eos="</s>")
     compare(chat, OURS[name].jinja, conversation, bos_token="<s>", eos_token="</s>")
@@ -74,7 +74,7 @@ def test_our_templates_render_as_transformers_renders_them(name: str, conversati
 @given(conversations(inputs=False, contents=said().map(str.strip)))
 @examples(0.25)
 def test_families_templates_render_as_transformers_renders_them(name: str, conversation: Conversation) -> None:
-    """P-TMPL: the templates of 17 model families, on conversations of the roles that they take."""
+    """The templates of 17 model families, on conversations of the roles that they take."""
     real = REAL[name]
     if real.system in ("refused", "lost"):
         turns = tuple(message for message in conversation.messages if message.role != "system")
@@ -84,7 +84,7 @@ def test_families_templates_render_as_transformers_renders_them(name: str, conve
 
 @given(templates_with_conversations())
 def test_drawn_templates_render_as_transformers_renders_them(case: TemplateCase) -> None:
-    """P-TMPL, P-PREFIX: any sound template, with a conversation that it takes."""
+    """Any sound template, with a conversation that it takes."""
     chat = ChatTemplate(TemplateSource("drawn.jinja", case.jinja), CONTROL_TOKENS, bos=BOS, eos=EOS)
     compare(chat, case.jinja, case.conversation, bos_token=BOS, eos_token=EOS)
 

@@ -244,7 +244,7 @@ SIZED = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_in_a_batch_are_as_alone_in_every_family(family: str, tmp_path: Path) -> None:
-    """P-PAD: rows of unequal lengths have together the loss that they have alone, in 19 families, without a mask."""
+    """Rows of unequal lengths have together the loss that they have alone, in 19 families, without a mask."""
     assert len(FAMILIES) == 19
     bench = make_model("torch-llama", tmp_path, model_type=family, **{**SIZED, **FAMILIES[family]})
     session = bench.open()

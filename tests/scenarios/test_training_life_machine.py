@@ -150,7 +150,7 @@ FEWEST = 200
 
 
 def test_training_life_goes_on_after_a_death_at_every_change() -> None:
-    """P-CRASH, P-RESUME: at whichever change to its folder a run dies, it goes on to the end it would have had.
+    """At whichever change to its folder a run dies, it goes on to the end it would have had.
 
     In a hurry only the last changes are tried, when a run says that it is finished; at night every way to die is tried
     at each change, and at least 200 processes have really died.

@@ -14,39 +14,12 @@ import pytest
 import finetune
 
 SOURCE = Path(finetune.__file__).parent
-NAMES = (
-    "finetune",
-    "json",
-    "numpy",
-    "torch",
-    "safetensors",
-    "conftest",
-    "sitecustomize",
-    "types",
-    "contextlib",
-    "warnings",
-    "mlx",
-    "accelerate",
-    "transformers",
-    "subprocess",
-    "tokenizers",
-    "trl",
-    "peft",
-    "importlib",
-)
+NAMES = "finetune json numpy torch safetensors conftest sitecustomize types contextlib warnings"
+NAMES += " mlx accelerate transformers subprocess tokenizers trl peft importlib"
 """Names that a user's own file may have, and that the programs `ft` starts would import."""
-SHORT = (
-    "--backend",
-    "reference",
-    "--set",
-    "training.max_steps=2",
-    "--set",
-    "judge.control=never",
-    "--set",
-    "evaluation.questions=2",
-    "--set",
-    "evaluation.retention_questions=2",
-)
+SHORT = "--set training.max_steps=2 --set judge.control=never --set evaluation.questions=2"
+SHORT += " --set evaluation.retention_questions=2"
+TRAIN = f"train --data rows.jsonl --output run {SHORT}"
 FINDING = {
     "format": "finetune finding",
     "version": 2,
@@ -75,60 +48,21 @@ version = ["{python}", "-c", "import json, warnings; print(1)"]
 argv = ["{python}", "-c", "import json"]
 """
 VERBS = {
-    "train": ("train", "--data", "rows.jsonl", "--output", "run", *SHORT),
-    "check": ("check", "--data", "rows.jsonl"),
-    "estimate": ("estimate", "--data", "rows.jsonl", *SHORT[:4]),
-    "verify": ("verify", "--subject", "reference", "--law", "mask.answers"),
-    "verify a command": ("verify", "--subject", "command.toml", "--law", "files.whole"),
-    "verify a peer": ("verify", "--subject", "trainer", "--law", "template.ends"),
-    "prove": ("prove", "--fault", "A002", "--seeds", "1", "--output", "proof"),
-    "replay a finding": ("replay", "finding.json"),
-    "replay a story": ("replay", "story.json"),
-    "torchrun": (
-        "train",
-        "--data",
-        "rows.jsonl",
-        "--output",
-        "run",
-        "--launch",
-        "torchrun",
-        "--processes",
-        "2",
-        "--set",
-        "judge.memory=never",
-        *SHORT[2:],
-    ),
-    "accelerate": (
-        "train",
-        "--data",
-        "rows.jsonl",
-        "--output",
-        "run",
-        "--launch",
-        "accelerate",
-        "--processes",
-        "2",
-        "--set",
-        "judge.memory=never",
-        *SHORT[2:],
-    ),
-    "mlx.launch": (
-        "train",
-        "--data",
-        "rows.jsonl",
-        "--output",
-        "run",
-        "--launch",
-        "mlx.launch",
-        "--processes",
-        "2",
-        "--backend",
-        "mlx",
-        "--set",
-        "judge.memory=never",
-        *SHORT[2:],
-    ),
+    "train": f"{TRAIN} --backend reference",
+    "check": "check --data rows.jsonl",
+    "estimate": "estimate --data rows.jsonl --backend reference --set training.max_steps=2",
+    "verify": "verify --subject reference --law mask.answers",
+    "verify a command": "verify --subject command.toml --law files.whole",
+    "verify a peer": "verify --subject trainer --law template.ends",
+    "prove": "prove --fault A002 --seeds 1 --output proof",
+    "replay a finding": "replay finding.json",
+    "replay a story": "replay story.json",
+    **{
+        name: f"{TRAIN} --launch {name} --processes 2 --set judge.memory=never"
+        for name in ("torchrun", "accelerate", "mlx.launch")
+    },
 }
+VERBS["mlx.launch"] += " --backend mlx"
 """Each verb that starts a process."""
 NEEDS = {"torchrun": "torch", "accelerate": "accelerate", "mlx.launch": "mlx", "verify a peer": "peft"}
 
@@ -137,7 +71,7 @@ NEEDS = {"torchrun": "torch", "accelerate": "accelerate", "mlx.launch": "mlx", "
 def folder(tmp_path: Path) -> Path:
     """A folder with data, in which files of such names lie that say when they are executed."""
     text = 'import os\nwith open({!r}, "a") as ran:\n    print({!r}, file=ran)\n'
-    for name in NAMES:
+    for name in NAMES.split():
         (tmp_path / f"{name}.py").write_text(text.format(str(tmp_path / "RAN"), name))
     rows = [{"instruction": f"What is {number} plus 1?", "output": str(number + 1)} for number in range(1, 9)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -159,8 +93,8 @@ def ft(*words: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
 def test_files_of_the_working_folder_are_not_executed(verb: str, folder: Path) -> None:
     """A user's own finetune.py or json.py beside the data is left alone, and the verb does its work."""
     if (needed := NEEDS.get(verb)) and find_spec(needed) is None:
-        pytest.skip(f"needs {needed}")
-    done = ft(*VERBS[verb], cwd=folder)
+        pytest.skip(f"needs {needed}: pip install 'finetune-suite[{'mlx' if needed == 'mlx' else 'torch'}]'")
+    done = ft(*VERBS[verb].split(), cwd=folder)
     ran = folder / "RAN"
     assert not ran.exists(), (ran.read_text(), done.stderr[-600:])
     if verb != "verify a command":

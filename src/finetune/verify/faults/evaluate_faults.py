@@ -131,6 +131,18 @@ def _pads_are_read(right: Asked, session: Session, prompts: Sequence[Sequence[in
     return list(right(session, padded, *rest))
 
 
+@fault("A269d", "eval.prompt_forgotten")
+@planted_by(plant_session, "generate")
+def _prompt_forgotten(
+    right: Asked, session: Session, prompts: Sequence[Sequence[int]], most: int, *rest: object
+) -> list[list[int]]:
+    """After the first word of an answer the keys of its prompt are lost."""
+    answers = right(session, prompts, most, *rest)
+    return [
+        [*said[:1], *right(session, [said[:1]], len(said) - 1, *rest)[0]] if len(said) > 1 else said for said in answers
+    ]
+
+
 @fault("A270", "eval.empty_set", "torchtitan #4301")
 def _partial_batches_left_out() -> None:
     """Held-out rows that do not fill a batch are left out, all of them where there are few."""
