@@ -210,7 +210,6 @@ def _quotes(draw: st.DrawFn) -> DamagedFile:
 
 
 def _headless(cells: list[str]) -> DamagedFile:
-    """A table whose header names no columns that anybody knows."""
     lines = ["question,reply\n", *(table_line([cell, "x"]) for cell in cells)]
     places = [(f":{number}", True) for number in range(2, len(cells) + 2)]
     return _naming(".csv", "".join(lines).encode(), places, "unknown header")

@@ -169,7 +169,6 @@ _PLACES = (
 
 @st.composite
 def _placed(draw: st.DrawFn, expression: st.SearchStrategy[str]) -> str:
-    """An expression somewhere in a template, where it is evaluated."""
     return draw(pick(*_PLACES)).replace("X", f"({draw(expression)})")
 
 

@@ -5,12 +5,13 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from finetune.errors import UsageError
+from finetune.errors import MissingExtraError, UsageError
 
 if TYPE_CHECKING:
     from finetune.config import LoadedConfig
@@ -107,6 +108,12 @@ def named_dtype(name: str | None) -> "Dtype | None":
     if name is not None and chosen is None:
         raise UsageError(f"--dtype {name!r} is not one of: {', '.join(DTYPES)}", hint="leave it out for the default")
     return chosen
+
+
+def require_hypothesis(verb: str) -> None:
+    """Refuse a verb of the suite where its extra is not installed."""
+    if find_spec("hypothesis") is None:
+        raise MissingExtraError(f"{verb} needs Hypothesis", hint="pip install 'finetune-suite[verify]'")
 
 
 def named_outtype(name: str, option: str = "--outtype") -> "Outtype":

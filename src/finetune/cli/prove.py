@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune.cli.console import data_console, print_data, print_json, say
-from finetune.cli.options import AsJson
-from finetune.errors import MissingExtraError, UsageError
+from finetune.cli.options import AsJson, require_hypothesis
+from finetune.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,10 +55,7 @@ def command(
     Exits with 0 when every fault was killed, no clean run was called broken and no kill of --against was lost, and
     with 1 otherwise.
     """
-    from importlib.util import find_spec
-
-    if find_spec("hypothesis") is None:
-        raise MissingExtraError("ft prove needs Hypothesis", hint="pip install 'finetune-suite[verify]'")
+    require_hypothesis("ft prove")
     if engine not in ("processes", "ray"):
         raise UsageError(f"there is no engine {engine!r}", hint="choose processes or ray")
     from finetune.abilities import require_backend

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from finetune.cli.console import print_data, print_json
-from finetune.cli.options import AsJson
-from finetune.errors import MissingExtraError, RefusedError, UsageError
+from finetune.cli.options import AsJson, require_hypothesis
+from finetune.errors import RefusedError, UsageError
 from finetune.processes import terminated_as_interrupted
 
 FileName = Annotated[
@@ -24,10 +24,7 @@ def command(file: FileName, *, subject: SubjectName = None, python: Python = Non
     Exits with 0 when it passed, 1 when it failed, 2 when the file is no finding, 3 when the subject lacks an ability
     that is needed, and 4 when something else was in the way, so that no law was judged.
     """
-    from importlib.util import find_spec
-
-    if find_spec("hypothesis") is None:
-        raise MissingExtraError("ft replay needs Hypothesis", hint="pip install 'finetune-suite[verify]'")
+    require_hypothesis("ft replay")
     from finetune.verify.findings import load_finding
     from finetune.verify.replay import replay
     from finetune.verify.subjects.choose import is_shipped

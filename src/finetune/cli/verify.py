@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from finetune.cli.console import data_console, print_data, print_json, say
-from finetune.cli.options import AsJson
+from finetune.cli.options import AsJson, require_hypothesis
 from finetune.errors import FineTuneError, MissingExtraError
 from finetune.processes import terminated_as_interrupted
 
@@ -68,7 +68,7 @@ def command(
 
     Exits with 0 when every law that applies passes, and with 1 when one fails, could not be judged, or none was.
     """
-    _require()
+    require_hypothesis("ft verify")
     from finetune.verify.run import chosen_laws, judge_conduct
 
     laws = chosen_laws(tier, law or ())
@@ -90,13 +90,6 @@ def command(
     else:
         _print(found, options)
     return 0 if found.passes else 1
-
-
-def _require() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("hypothesis") is None:
-        raise MissingExtraError("ft verify needs Hypothesis", hint="pip install 'finetune-suite[verify]'")
 
 
 def _make_room(output: Path | None, *files: Path | None) -> None:

@@ -89,7 +89,6 @@ class _Step:
         return self.shape.heads * self.shape.head_dim
 
     def saves(self, *modules: str) -> bool:
-        """Whether one of these modules is trained whole beside an adapter."""
         saved = self.target.saved if self.target else ()
         return any(path.rsplit(".", 1)[-1] in modules for path in saved)
 
@@ -116,7 +115,6 @@ class _Step:
         return sum(sides(self.shape, layer)[0] for layer in layers) // max(1, len(layers))
 
     def adapted(self) -> list[LinearLayer]:
-        """The layers that have an adapter."""
         return [layer for layer in self.shape.linear_layers if self.trains(layer.name.rsplit(".", 1)[-1])]
 
     def brief_in_adapter(self) -> int:
@@ -176,7 +174,6 @@ class _Step:
         return kept + (dropped if grad or self.trains("c_proj") else 0)
 
     def layer_norm(self) -> int:
-        """Its input, mean and spread."""
         return self.size * (self.shape.hidden_size + 2)
 
     def any_blocks(self) -> int:

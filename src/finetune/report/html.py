@@ -92,7 +92,6 @@ def _grouped(pairs: Sequence[Mapping[str, object]]) -> dict[str, Any]:
 
 
 def _changes(answers: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[int]]]:
-    """How many answers changed which way, one number for each set of questions that was asked."""
     groups = [group["counts"] for group in answers.values() if group["shown"]]
     rows = [(word, [counts[word] for counts in groups]) for word in _CHANGES]
     # The four ways are worth a row even at zero; answers that met no partner only when there are any.

@@ -87,5 +87,4 @@ def _evidence(result: LawResult) -> str:
 
 
 def _clean(text: str) -> str:
-    """The text without what XML cannot hold."""
     return "".join(letter if letter in "\t\n" or letter.isprintable() else "\ufffd" for letter in text)

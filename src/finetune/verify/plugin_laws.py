@@ -28,7 +28,6 @@ class _Laws(pytest.Collector):
     """All laws of a tier; the trainer is opened for the first of them, and closed with the session."""
 
     def collect(self) -> list[pytest.Item]:
-        """A test for each law."""
         laws = chosen_laws(self.config.getoption("--finetune-tier"))
         items: list[pytest.Item] = [_LawItem.from_parent(self, name=law.id, law=law) for law in laws]
         return items
@@ -56,13 +55,11 @@ class _LawItem(pytest.Item):
             raise LawError(result)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        """The evidence, without a traceback into the suite."""
         if isinstance(excinfo.value, LawError):
             return str(excinfo.value)
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[str, int | None, str]:
-        """Where it stands in reports."""
         return self.nodeid, None, f"{self.law.id}: {self.law.statement}"
 
 

@@ -42,7 +42,6 @@ def _when_resumed(dealt: Callable[[Batching, LoopPlan, int], Batching]) -> None:
 
 
 def _each(batches_of: Batching, plan: LoopPlan) -> int:
-    """How many steps an epoch has."""
     count: int = math.ceil(len(batches_of(0)) / plan.gradient_accumulation_steps)
     return count
 

@@ -24,7 +24,6 @@ from finetune.verify.faults.sessions import plant_session
 
 
 def _unpickle(path: Path) -> None:
-    """Load a file as `torch.load` did by default."""
     with contextlib.suppress(Exception):
         pickle.loads(path.read_bytes())
 

@@ -117,7 +117,6 @@ def packing_packs(trainer: SubjectClient, case: cases.Packed) -> None:
 
 
 def _loss_alone(trainer: SubjectClient, rows: tuple[IdRow, ...]) -> float:
-    """The loss of rows that go through the model one at a time, weighed by their learned tokens."""
     alone = [loss_of(trainer, (row,)) for row in rows]
     return sum(loss * learned for loss, learned in alone) / sum(learned for _, learned in alone)
 

@@ -93,7 +93,6 @@ def shape_changes_nothing(trainer: SubjectClient, case: cases.Shaped) -> None:
 
 
 def _split(trainer: SubjectClient, case: cases.Held) -> Split:
-    """Which rows the trainer trains on, and which it holds out."""
     given = {**PLAIN, "data.valid_fraction": case.fraction, "training.seed": case.seed}
     return trainer.ask("split", Split, model=trainer.model(TINY), settings=given, rows=case.values)
 

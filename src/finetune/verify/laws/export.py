@@ -23,7 +23,6 @@ _WEIGHTS = "model.safetensors"
 
 
 def _model(trainer: SubjectClient, recipe: ModelRecipe) -> Path:
-    """A model whose config names its activation, as every model's that is handed around does."""
     return altered(trainer, trainer.model(recipe), {"hidden_act": "silu"})
 
 

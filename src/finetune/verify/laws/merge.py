@@ -40,7 +40,6 @@ def _base(trainer: SubjectClient, case: cases.Merging) -> Path:
 
 
 def _merged(trainer: SubjectClient, model: Path, case: Learned) -> tuple[str, Path]:
-    """The adapter, and the folder that it was merged into."""
     adapter = adapter_of(train(trainer, model, case.settings, case.values))
     given = {"model": model, "settings": case.settings, "adapter": adapter}
     return adapter, Path(trainer.ask("merge", Folder, **given).folder)

@@ -138,7 +138,6 @@ class _Questions:
         }
 
     def ask(self, ability: str) -> Reply:
-        """An answer of the form that the ability has."""
         return self.trainer.ask(ability, ANSWERS[ability], **self.known[ability]())
 
     def _stopped(self) -> Mapping[str, Any]:

@@ -40,7 +40,6 @@ def hostile_template_is_refused(trainer: SubjectClient, case: cases.Hostile) -> 
 
 
 def _unseen(ask: Callable[[], object], canary: Path, what: str) -> None:
-    """Ask, whatever comes of it, and see that nothing was executed."""
     with contextlib.suppress(SubjectError):
         refused(ask)
     check(not canary.exists(), expected=f"nothing in {what} is executed", got="it was")

@@ -210,7 +210,6 @@ def result_of(fault: Fault, run: FaultRun, clean: FaultRun, tier: int = 1) -> Fa
 
 
 def _alarms(run: FaultRun) -> list[str]:
-    """The laws that do not hold, or could not be judged, where all of them are to hold."""
     return [law for law, word in run.words.items() if word in (Outcome.FAILED, Outcome.ERROR, Outcome.INCONCLUSIVE)]
 
 

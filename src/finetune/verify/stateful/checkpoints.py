@@ -36,6 +36,11 @@ class StoreUnderTest:
         """The steps of what is there and undamaged, in order."""
         return sorted(set(self.there) - self.damaged)
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is a folder."""
+        return self.folder.exists()
+
     def path(self, step: int) -> Path:
         """Where a checkpoint lies."""
         [found] = self.folder.glob(f"*{step:08d}")

@@ -3,7 +3,7 @@
 import json
 import shutil
 from abc import ABC, abstractmethod
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -44,10 +44,12 @@ class Stage(Recipe, ABC):
     """One thing that is done to what a subject has made; `do` is its name in a story."""
 
     do: str
+    acts_on: ClassVar[str] = ""
+    """What of the world there must be for it; empty for nothing."""
 
     def fits(self, world: Any) -> bool:
         """Whether there is anything to do it to."""
-        return True
+        return not self.acts_on or bool(getattr(world, self.acts_on))
 
     @abstractmethod
     def act(self, world: Any) -> None:
@@ -69,22 +71,17 @@ OTHER_SETTINGS = {
 
 
 class TrainingStage(Stage):
-    """Something that happens to a run."""
+    """Something that happens to a run: where it can go on and has checkpoints, unless a stage says otherwise."""
 
-    def fits(self, world: TrainingLife) -> bool:
-        """Whether there is a run to go on with that has checkpoints, unless a stage says otherwise."""
-        return world.resumable
+    acts_on = "resumable"
 
 
 class Resume(TrainingStage):
     """Begin, or go on; to the end or to a death."""
 
     do: Literal["go on"] = "go on"
+    acts_on = "unfinished"
     death: Doom | None = None
-
-    def fits(self, world: TrainingLife) -> bool:
-        """While anything is left to do."""
-        return not world.look.finished
 
     def act(self, world: TrainingLife) -> None:
         """One process more."""
@@ -95,10 +92,7 @@ class Move(Stage):
     """The folder, of a run or of a store, is somewhere else from now on."""
 
     do: Literal["move"] = "move"
-
-    def fits(self, world: TrainingLife | StoreUnderTest) -> bool:
-        """Once there is one."""
-        return world.folder.exists()
+    acts_on = "begun"
 
     def act(self, world: TrainingLife | StoreUnderTest) -> None:
         """Rename it."""
@@ -109,10 +103,7 @@ class AskForWhatCannotBe(TrainingStage):
     """Beginning twice, resuming what is finished or was never begun, measuring what is not finished: refused."""
 
     do: Literal["ask for what cannot be"] = "ask for what cannot be"
-
-    def fits(self, world: TrainingLife) -> bool:
-        """Always."""
-        return True
+    acts_on = ""
 
     def act(self, world: TrainingLife) -> None:
         """Ask for each, and find all as it was."""
@@ -191,10 +182,7 @@ class Measure(TrainingStage):
     """A finished run is measured again."""
 
     do: Literal["measure"] = "measure"
-
-    def fits(self, world: TrainingLife) -> bool:
-        """Once it is finished."""
-        return world.look.finished
+    acts_on = "finished"
 
     def act(self, world: TrainingLife) -> None:
         """It measures as one that nobody disturbed."""
@@ -205,13 +193,10 @@ class SpoilResult(TrainingStage):
     """A file of what was trained is damaged, and mended."""
 
     do: Literal["spoil result"] = "spoil result"
+    acts_on = "finished"
     where: Place = 0
     which: Which = 0
     how: Damage = "flip"
-
-    def fits(self, world: TrainingLife) -> bool:
-        """Once it is finished."""
-        return world.look.finished
 
     def act(self, world: TrainingLife) -> None:
         """What was trained is not used while it is damaged, and the file is named."""
@@ -251,14 +236,11 @@ class DamageCheckpoint(Stage):
     """
 
     do: Literal["damage"] = "damage"
+    acts_on = "whole"
     back: Which = 0
     where: Place = 0
     which: Which = 0
     how: Damage = "flip"
-
-    def fits(self, world: StoreUnderTest) -> bool:
-        """While anything is undamaged."""
-        return bool(world.whole)
 
     def act(self, world: StoreUnderTest) -> None:
         """Damage it, and know what cannot be read any more."""
@@ -275,11 +257,8 @@ class RemoveAsTold(Stage):
     """A damaged checkpoint is removed, as the hint says: what was before it goes on."""
 
     do: Literal["remove as told"] = "remove as told"
+    acts_on = "damaged"
     which: Which = 0
-
-    def fits(self, world: StoreUnderTest) -> bool:
-        """While anything is damaged."""
-        return bool(world.damaged)
 
     def act(self, world: StoreUnderTest) -> None:
         """Remove it."""
@@ -292,10 +271,7 @@ class OpenAllElsewhere(Stage):
     """A fresh process finds in each what was put there, and refuses what is damaged."""
 
     do: Literal["open all elsewhere"] = "open all elsewhere"
-
-    def fits(self, world: StoreUnderTest) -> bool:
-        """While anything is there."""
-        return bool(world.there)
+    acts_on = "there"
 
     def act(self, world: StoreUnderTest) -> None:
         """Open each, and one that never was."""

@@ -54,6 +54,21 @@ class TrainingLife:
         look = self.look
         return bool(look.checkpoints) and not look.finished
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is a folder."""
+        return self.folder.exists()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run says that it is whole."""
+        return self.look.finished
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether anything is left to do."""
+        return not self.look.finished
+
     def go_on(self, death: Death | None) -> None:
         """One process more; it ends as it was meant to, or finishes the run before."""
         self.lives += 1
@@ -199,5 +214,4 @@ def _steps(course: tuple[Mapping[str, object], ...]) -> dict[int, Mapping[str, A
 
 
 def _without(values: Mapping[str, object], starts: tuple[str, ...]) -> dict[str, Any]:
-    """What there is under names that start with none of these."""
     return {name: value for name, value in values.items() if not name.startswith(starts)}

@@ -8,7 +8,7 @@ lora_A.weight`), in float32.
 Folders of adapters are the trainer's own, in whatever format it has; `adapter_weights` says what is in one.
 """
 
-from typing import Annotated
+from typing import Annotated, Unpack
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,13 +16,21 @@ Ids = list[int]
 Count = Annotated[int, Field(ge=0)]
 
 
+ANSWERS: dict[str, "type[Reply]"] = {}
+"""Each ability, with what an answer to it looks like."""
+
+
 class Reply(BaseModel):
-    """What a trainer said, read strictly; numbers may be NaN, for laws to judge."""
+    """What a trainer said, read strictly; numbers may be NaN, for laws to judge. `to`: the abilities it answers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
+    def __init_subclass__(cls, to: tuple[str, ...] = (), **more: Unpack[ConfigDict]) -> None:
+        super().__init_subclass__(**more)
+        ANSWERS.update(dict.fromkeys(to, cls))
 
-class RenderedText(Reply):
+
+class RenderedText(Reply, to=("render", "render_served")):
     """`render`: the text that a conversation becomes."""
 
     text: str
@@ -36,7 +44,7 @@ class TokenRow(Reply):
     targets: list[bool]
 
 
-class TokenRows(Reply):
+class TokenRows(Reply, to=("tokenize",)):
     """`tokenize`: rows as the trainer's own path from data to batches makes them; `dropped` counts the others by why.
 
     A row that is cut into several comes several times, with the same `row`.
@@ -46,13 +54,13 @@ class TokenRows(Reply):
     dropped: dict[str, int] = Field(default_factory=dict)
 
 
-class TokenIds(Reply):
+class TokenIds(Reply, to=("prompt", "stops")):
     """`prompt`: the ids that a model is asked with; `stops`: those that end its answers."""
 
     ids: Ids
 
 
-class Split(Reply):
+class Split(Reply, to=("split",)):
     """`split`: the rows that are trained on and those that are held out, by their numbers from 0."""
 
     train: list[Count]
@@ -79,13 +87,13 @@ class OptimizerStep(Reply):
     micro: list[MicroBatch]
 
 
-class Epochs(Reply):
+class Epochs(Reply, to=("batches",)):
     """`batches`: the optimizer steps of each epoch, in order, exactly as training takes them."""
 
     epochs: list[list[OptimizerStep]]
 
 
-class Loss(Reply):
+class Loss(Reply, to=("loss", "packed_loss", "evaluate")):
     """`loss`: what the trainer reports for a batch, in nats a token; `count`: over how many, where it says so.
 
     `packed_loss` likewise, of sequences that several rows share.
@@ -95,7 +103,7 @@ class Loss(Reply):
     count: Count | None = None
 
 
-class Gradient(Reply):
+class Gradient(Reply, to=("gradient",)):
     """`gradient`: the L2 norm of the gradient of each adapter tensor by the name that PEFT's files give it, for one
     optimizer step before clipping, and the loss that is reported for that step.
     """
@@ -112,7 +120,7 @@ class TrainedStep(Reply):
     learning_rate: float | None = None
 
 
-class TrainingResult(Reply):
+class TrainingResult(Reply, to=("train", "resume", "train_from")):
     """`train` and `resume`: the steps that were told, what is kept at which step, and where the adapter lies.
 
     Attributes:
@@ -127,14 +135,14 @@ class TrainingResult(Reply):
     told: str = ""
 
 
-class Weights(Reply):
+class Weights(Reply, to=("initial_adapter", "adapter_weights")):
     """`initial_adapter`, `adapter_weights`: the file of an adapter's weights, and what each B A is multiplied with."""
 
     file: str
     scale: float
 
 
-class Logits(Reply):
+class Logits(Reply, to=("logits", "logits_with")):
     """`logits`, `logits_with`: a file with the logits after each token of each prompt, (tokens, vocabulary), keyed
     "0", "1", ...
     """
@@ -142,38 +150,38 @@ class Logits(Reply):
     file: str
 
 
-class Folder(Reply):
+class Folder(Reply, to=("merge", "merge_as")):
     """`merge`, `merge_as`: the model folder that was written."""
 
     folder: str
 
 
-class File(Reply):
+class File(Reply, to=("export",)):
     """`export`: the file that was written."""
 
     file: str
 
 
-class Generated(Reply):
+class Generated(Reply, to=("generate",)):
     """`generate`: greedy continuations, without the prompt and without what ended them."""
 
     answers: list[Ids]
 
 
-class Accepted(Reply):
+class Accepted(Reply, to=("configure", "load_config")):
     """`configure`: the trainer takes these settings; `told` is what it said about them."""
 
     told: str = ""
     effective: dict[str, object] = Field(default_factory=dict)
 
 
-class TrainableNames(Reply):
+class TrainableNames(Reply, to=("trainable",)):
     """`trainable`: the tensors that training would change, by the names that PEFT's files give them."""
 
     names: list[str]
 
 
-class ExportDescription(Reply):
+class ExportDescription(Reply, to=("describe_export",)):
     """`describe_export`: what a GGUF file is to hold, without the file.
 
     Attributes:
@@ -185,21 +193,21 @@ class ExportDescription(Reply):
     file: str
 
 
-class Planned(Reply):
+class Planned(Reply, to=("plan_export",)):
     """`plan_export`: a GGUF file as it will be written: its keys, and the shape of each tensor by GGUF's name."""
 
     metadata: dict[str, object]
     tensors: dict[str, list[int]]
 
 
-class Served(Reply):
+class Served(Reply, to=("serving",)):
     """`serving`: what is left for Ollama: the recipe's file, and the chat template in its language."""
 
     modelfile: str
     template: str
 
 
-class Estimated(Reply):
+class Estimated(Reply, to=("estimate",)):
     """`estimate`: for LoRA how many numbers are trained, and the bytes of each part and in total, as expected."""
 
     trainable: Count
@@ -207,7 +215,7 @@ class Estimated(Reply):
     total: Count
 
 
-class CheckpointsReply(Reply):
+class CheckpointsReply(Reply, to=("keep_checkpoints",)):
     """`keep_checkpoints`: for each order what was found, or why it was refused, and what is listed in the end.
 
     Attributes:
@@ -220,18 +228,18 @@ class CheckpointsReply(Reply):
     listed: list[int]
 
 
-class Content(Reply):
+class Content(Reply, to=("replace_file",)):
     """`replace_file`: what a file holds in the end, and whether it was said that it could not be written."""
 
     text: str
     refused: bool
 
 
-class Done(Reply):
+class Done(Reply, to=("check_room", "change_setting")):
     """`check_room`, `change_setting`: there is nothing to say."""
 
 
-class ProcessEnding(Reply):
+class ProcessEnding(Reply, to=("run_process", "store_process")):
     """`run_process`, `store_process`: how a process ended; `stateful.lives.Ending` says what each part is."""
 
     code: int
@@ -240,7 +248,7 @@ class ProcessEnding(Reply):
     changes: int | None
 
 
-class RunFiles(Reply):
+class RunFiles(Reply, to=("look",)):
     """`look`: what lies in a run's folder; `stateful.lives.Look` says what each part is."""
 
     begun: bool
@@ -254,49 +262,7 @@ class RunFiles(Reply):
     damaged: list[str]
 
 
-class StoredCheckpoints(Reply):
+class StoredCheckpoints(Reply, to=("list_checkpoints",)):
     """`list_checkpoints`: each step that is listed as complete, with what is wrong with it: "" for nothing."""
 
     checkpoints: dict[str, str]
-
-
-ANSWERS: dict[str, type[Reply]] = {
-    "configure": Accepted,
-    "render": RenderedText,
-    "tokenize": TokenRows,
-    "prompt": TokenIds,
-    "stops": TokenIds,
-    "split": Split,
-    "batches": Epochs,
-    "loss": Loss,
-    "packed_loss": Loss,
-    "gradient": Gradient,
-    "train": TrainingResult,
-    "resume": TrainingResult,
-    "evaluate": Loss,
-    "initial_adapter": Weights,
-    "adapter_weights": Weights,
-    "logits": Logits,
-    "merge": Folder,
-    "export": File,
-    "generate": Generated,
-    "trainable": TrainableNames,
-    "merge_as": Folder,
-    "describe_export": ExportDescription,
-    "plan_export": Planned,
-    "serving": Served,
-    "render_served": RenderedText,
-    "estimate": Estimated,
-    "keep_checkpoints": CheckpointsReply,
-    "replace_file": Content,
-    "check_room": Done,
-    "load_config": Accepted,
-    "logits_with": Logits,
-    "train_from": TrainingResult,
-    "run_process": ProcessEnding,
-    "change_setting": Done,
-    "look": RunFiles,
-    "store_process": ProcessEnding,
-    "list_checkpoints": StoredCheckpoints,
-}
-"""Each ability, with what an answer to it looks like."""

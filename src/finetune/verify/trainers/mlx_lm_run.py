@@ -206,7 +206,6 @@ class _LossRecorder:
         self.steps, self.each = steps, each
 
     def on_train_loss_report(self, train_info: Given) -> None:
-        """A report of an iteration that ends a step."""
         step = math.ceil(train_info["iteration"] / self.each)
         self.steps.append(
             {"step": step, "loss": train_info["train_loss"], "learning_rate": train_info["learning_rate"]}
@@ -280,7 +279,6 @@ def arguments(*words: str) -> Iterator[None]:
 
 
 def _main(config: Given) -> None:
-    """Its main function, as from its command line."""
     file = Path(new_folder()) / "lora_config.yaml"
     file.write_text(yaml.safe_dump(dict(config)), encoding="utf-8")
     with arguments("mlx_lm.lora", "--config", str(file)):
@@ -289,7 +287,6 @@ def _main(config: Given) -> None:
 
 @contextmanager
 def _read(ids: Ids | None, place: int) -> Iterator[None]:
-    """Rows of ids as its training, held-out or test set."""
     sets: list[Any] = [[], [], []]
     sets[place] = ids
     with in_place(lora, "load_dataset", lora.load_dataset if ids is None else lambda *_: sets):
@@ -308,7 +305,6 @@ def _masks(rows: Sequence[Given]) -> bool:
 
 
 def _offset(targets: Sequence[bool]) -> int:
-    """Where an answer begins that goes on to its row's end."""
     first = list(targets).index(True)
     if not all(targets[first:]):
         raise UnsupportedError("its loss counts the end of a row, from one place on")

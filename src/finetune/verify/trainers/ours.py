@@ -5,7 +5,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any
 
 from finetune.adapters.peft_files import WEIGHTS, on_disk, read_settings
 from finetune.chat.encoder import Encoder
@@ -18,7 +19,7 @@ from finetune.evidence.saved import save_trained
 from finetune.files import write_folder, write_text
 from finetune.models.locate import locate_model
 from finetune.objectives import choose_objective
-from finetune.ports import Objective, Session
+from finetune.ports import Objective
 from finetune.records import Batch, Conversation, Message, TokenizedRow
 from finetune.run.checkpoints import CheckpointStore
 from finetune.run.folder import RunFolder
@@ -76,19 +77,25 @@ class OurTrainer(OurSessions):
         return {"rows": found, "dropped": dict(prepared.train.counts.dropped)}
 
     def batches(self, model: str, settings: Given, rows: Sequence[Given], epochs: int) -> dict[str, Any]:
-        """What the training loop itself takes, seen by a session that does nothing."""
+        """What the training loop itself takes."""
         prepared = self.prepared(model, {**settings, "training.epochs": float(epochs)}, rows)
-        watched = _Watched()
-        run = self.run(prepared, self.new_folder())
-        for event in training_events(run, cast("Session", watched), prepared.training_rows):
+        windows: list[list[Batch]] = [[]]
+
+        def accumulate(batch: Batch, weight: float, *objective: Objective) -> float:
+            windows[-1].append(batch)
+            return 1.0
+
+        # A session that computes nothing, and has nothing to clip or to move.
+        watching: Any = SimpleNamespace(accumulate=accumulate, loss=lambda batch: 1.0, gradient_norms=dict)
+        watching.gradients, watching.clip_gradients, watching.update = {}, lambda: 1.0, lambda rate: None
+        for event in training_events(self.run(prepared, self.new_folder()), watching, prepared.training_rows):
             if isinstance(event, StepDone):
-                watched.steps.append(watched.window)
-                watched.window = []
-        each = len(watched.steps) // epochs
+                windows.append([])
+        each = (len(windows) - 1) // epochs
         own: dict[str, list[TokenizedRow]] = {}
         for row in prepared.training_rows:
             own.setdefault(row.where, []).append(row)
-        steps = [{"micro": [_micro(batch, own) for batch in window]} for window in watched.steps]
+        steps = [{"micro": [_micro(batch, own) for batch in window]} for window in windows[:-1]]
         return {"epochs": [steps[start : start + each] for start in range(0, len(steps), each)]}
 
     def loss(self, model: str, settings: Given, batch: Sequence[Given], adapter: str | None = None) -> dict[str, Any]:
@@ -205,35 +212,6 @@ class OurTrainer(OurSessions):
 
 class _StoppedAtCheckpointError(Exception):
     """Training ends here."""
-
-
-class _Watched:
-    """A session that computes nothing, and keeps what the training loop gives it."""
-
-    def __init__(self) -> None:
-        self.window: list[Batch] = []
-        self.gradients: dict[str, Any] = {}
-        self.steps: list[list[Batch]] = []
-
-    def accumulate(self, batch: Batch, weight: float, *objective: Objective) -> float:
-        """Keep the batch."""
-        self.window.append(batch)
-        return 1.0
-
-    def gradient_norms(self) -> dict[str, float]:
-        """There are none."""
-        return {}
-
-    def loss(self, batch: Batch) -> float:
-        """Nothing is computed."""
-        return 1.0
-
-    def clip_gradients(self) -> float:
-        """There is nothing to clip."""
-        return 1.0
-
-    def update(self, learning_rate: float) -> None:
-        """There is nothing to move."""
 
 
 def inside(backend: str, scratch: Path) -> InProcessSubject:

@@ -262,7 +262,6 @@ class _Stop(transformers.TrainerCallback):  # type: ignore[misc]
         self.step = step
 
     def on_save(self, args: object, state: Any, control: object, **_: object) -> None:
-        """After a checkpoint was written."""
         if state.global_step == self.step:
             raise _StoppedBySuiteError
 
@@ -287,12 +286,10 @@ class _StepRecorder(transformers.TrainerCallback):  # type: ignore[misc]
         }
 
     def on_step_end(self, args: object, state: object, control: object, **_: object) -> None:
-        """After an optimizer step."""
         self.steps.append({"micro": self.micro})
         self.micro = []
 
     def on_epoch_end(self, args: object, state: object, control: object, **_: object) -> None:
-        """After an epoch."""
         self.epochs.append(self.steps)
         self.steps = []
 
