@@ -15,6 +15,7 @@ from finetune.verify.faults.sessions import Arrays, Ids, Places, plant_arrays, s
 
 Asked = Callable[..., list[list[int]]]
 Sequences = list[tuple[TokenizedRow, ...]]
+Packing = Callable[..., Sequences]
 
 
 @fault("A100", "pack.no_boundary", "TRL #1230")
@@ -37,9 +38,7 @@ def _boundaries_are_learned(pad: int, batch: Batch, ids: Ids, here: Places, star
 
 @fault("A104", "pack.tail_discarded", "TRL #1621")
 @in_place_of("pack_rows", batching)
-def _tail_is_discarded(
-    right: Callable[..., Sequences], rows: Sequence[TokenizedRow], length: int, **named: object
-) -> Sequences:
+def _tail_is_discarded(right: Packing, rows: Sequence[TokenizedRow], length: int, **named: object) -> Sequences:
     """A last sequence that is not full is thrown away."""
     sequences = right(rows, length, **named)
     full = sum(len(row.ids) for row in sequences[-1]) == length
@@ -55,9 +54,7 @@ def _pieces_are_rows(right: Callable[..., list[Marked]], row: Marked, *given: ob
 
 @fault("A105b", "pack.cut_to_fill", "TRL #5075")
 @in_place_of("pack_rows", batching)
-def _rows_are_cut_to_fill(
-    right: Callable[..., Sequences], rows: Sequence[TokenizedRow], length: int, **named: object
-) -> Sequences:
+def _rows_are_cut_to_fill(right: Packing, rows: Sequence[TokenizedRow], length: int, **named: object) -> Sequences:
     """Rows are cut where a sequence is full, and their rest goes on."""
     sequences: Sequences = []
     filled: list[TokenizedRow] = []

@@ -20,6 +20,8 @@ from finetune.verify.faults.sessions import plant_session
 
 Added = tuple[Array, Backward]
 Planning = Callable[..., AdapterTarget]
+Doing = Callable[..., None]
+Dealing = Callable[..., list[Batch]]
 
 
 @fault("A002", "config.flag_not_wired", "mlx-examples #1313")
@@ -37,7 +39,7 @@ def _decay_not_wired() -> None:
 
 @fault("A002c", "config.clipping_not_wired")
 @planted_by(plant_session, "prepare_updates")
-def _clipping_not_wired(right: Callable[..., None], session: Session, optimization: Optimization) -> None:
+def _clipping_not_wired(right: Doing, session: Session, optimization: Optimization) -> None:
     """The limit of gradients is read and never passed on."""
     right(session, replace(optimization, max_grad_norm=math.inf))
 
@@ -73,18 +75,14 @@ def _zero_is_not_set(right: Callable[..., load.ConfigSource], *given: object) ->
 @fault("A003b", "config.seed_zero_is_no_seed", "mlx-lm #1661")
 @fault("A145b", "seed.zero_is_none", "mlx-lm #1661")
 @planted_by(plant_session, "attach")
-def _seed_zero_makes_any_adapter(
-    right: Callable[..., None], session: Session, target: AdapterTarget | None, seed: int
-) -> None:
+def _seed_zero_makes_any_adapter(right: Doing, session: Session, target: AdapterTarget | None, seed: int) -> None:
     """Seed 0 counts as no seed, so that the adapter is drawn from the clock."""
     return right(session, target, seed or random.SystemRandom().getrandbits(31))
 
 
 @fault("A003c", "config.order_zero_is_no_seed", "mlx-lm #1661")
 @in_place_of("epoch_batches", training)
-def _seed_zero_makes_any_order(
-    right: Callable[..., list[Batch]], *given: object, seed: int, **named: object
-) -> list[Batch]:
+def _seed_zero_makes_any_order(right: Dealing, *given: object, seed: int, **named: object) -> list[Batch]:
     """With seed 0 the order of rows is not seeded."""
     return right(*given, seed=seed or random.SystemRandom().getrandbits(31), **named)
 
@@ -177,7 +175,7 @@ def _unknown_pattern_is_ignored() -> None:
 
 @fault("A012", "config.unknown_key_ignored")
 @in_place_of("add", load.ConfigSource)
-def _unknown_setting_is_ignored(right: Callable[..., None], source: load.ConfigSource, key: str, value: object) -> None:
+def _unknown_setting_is_ignored(right: Doing, source: load.ConfigSource, key: str, value: object) -> None:
     """A misspelt setting is accepted and does nothing."""
     if key in (*SECTIONS, *KEYS, PROFILE_KEY):
         right(source, key, value)

@@ -18,6 +18,9 @@ from finetune.verify.faults.fault import fault, in_place_of, plant
 from finetune.verify.faults.sessions import plant_session
 
 Sides = tuple[list[Example], list[Example]]
+Splitting = Callable[..., Sides]
+Dealing = Callable[..., list[Batch]]
+Encoding = Callable[..., Encoded]
 
 
 @fault("A020", "data.cache_key_misses_tokenizer", "axolotl #885")
@@ -53,7 +56,7 @@ def _cache_knows_the_place(right: Callable[..., str], rows: Sequence[Rendered], 
 
 @fault("A024", "data.split_after_shuffle_mismatch", "marin #2700")
 @in_place_of("hold_out", prepare)
-def _sides_overlap(right: Callable[..., Sides], examples: Sequence[Example], fraction: float, seed: int) -> Sides:
+def _sides_overlap(right: Splitting, examples: Sequence[Example], fraction: float, seed: int) -> Sides:
     """One side is shuffled, and the other is not."""
     train_side, held = right(examples, fraction, seed)
     shuffled = random.Random(seed).sample(list(examples), len(examples))
@@ -62,7 +65,7 @@ def _sides_overlap(right: Callable[..., Sides], examples: Sequence[Example], fra
 
 @fault("A024b", "data.split_by_place")
 @in_place_of("hold_out", prepare)
-def _split_by_place(right: Callable[..., Sides], examples: Sequence[Example], fraction: float, seed: int) -> Sides:
+def _split_by_place(right: Splitting, examples: Sequence[Example], fraction: float, seed: int) -> Sides:
     """Rows that say the same are on both sides."""
     count = max(1, round(fraction * len(examples))) if fraction else 0
     held = set(random.Random(seed).sample(range(len(examples)), count))
@@ -72,18 +75,14 @@ def _split_by_place(right: Callable[..., Sides], examples: Sequence[Example], fr
 
 @fault("A025", "data.split_depends_on_rank", "OpenTau #498")
 @in_place_of("hold_out", prepare)
-def _split_by_global_dice(
-    right: Callable[..., Sides], examples: Sequence[Example], fraction: float, seed: int
-) -> Sides:
+def _split_by_global_dice(right: Splitting, examples: Sequence[Example], fraction: float, seed: int) -> Sides:
     """The split follows what the global dice showed."""
     return right(examples, fraction, random.getrandbits(31))
 
 
 @fault("A027", "data.last_batch_dropped", "mlx-examples #843")
 @in_place_of("epoch_batches", training)
-def _only_full_batches(
-    right: Callable[..., list[Batch]], rows: Sequence[TokenizedRow], batch_size: int, **named: object
-) -> list[Batch]:
+def _only_full_batches(right: Dealing, rows: Sequence[TokenizedRow], batch_size: int, **named: object) -> list[Batch]:
     """Rows that fill no batch are never trained on."""
     batches = right(rows, batch_size, **named)
     return [batch for batch in batches if len(batch.sequences) == batch_size] or batches
@@ -116,9 +115,7 @@ def _adapter_without_seed() -> None:
 
 @fault("A032", "data.filter_after_truncation", "axolotl #1867")
 @in_place_of("fit_rows", encoder)
-def _cut_then_filter(
-    right: Callable[..., Encoded], rows: Iterable[Marked], *, max_length: int, **named: object
-) -> Encoded:
+def _cut_then_filter(right: Encoding, rows: Iterable[Marked], *, max_length: int, **named: object) -> Encoded:
     """Rows are cut first, so none is too long."""
     cut = (replace(row, ids=row.ids[:max_length], marks=row.marks[:max_length]) for row in rows)
     return right(cut, max_length=max_length, **named)
@@ -126,9 +123,7 @@ def _cut_then_filter(
 
 @fault("A034", "data.truncate_via_filter", "axolotl #3401")
 @in_place_of("fit_rows", encoder)
-def _left_out_for_cut(
-    right: Callable[..., Encoded], rows: Iterable[Marked], *, truncation: str, **named: object
-) -> Encoded:
+def _left_out_for_cut(right: Encoding, rows: Iterable[Marked], *, truncation: str, **named: object) -> Encoded:
     """Rows that could be cut are left out."""
     return right(rows, truncation="drop" if truncation == "truncate_prompt" else truncation, **named)
 
@@ -142,7 +137,7 @@ def _marks_are_not_cut(right: Callable[..., list[Marked]], row: Marked, *given: 
 
 @fault("A034c", "data.cut_uncounted")
 @in_place_of("fit_rows", encoder)
-def _left_out_uncounted(right: Callable[..., Encoded], rows: Iterable[Marked], **named: object) -> Encoded:
+def _left_out_uncounted(right: Encoding, rows: Iterable[Marked], **named: object) -> Encoded:
     """Rows that are too long are left out and not counted."""
     found = right(rows, **named)
     dropped = {why: count for why, count in found.counts.dropped.items() if not why.startswith("longer")}

@@ -18,13 +18,14 @@ from finetune.verify.trainers import ours
 Asked = Callable[..., list[list[int]]]
 Stepping = Callable[..., Iterator[Event]]
 Sides = tuple[list[Example], list[Example]]
+Measuring = Callable[..., tuple[float, int]]
+Prompts = Sequence[Sequence[int]]
+Answers = list[list[int]]
 
 
 @fault("A260", "eval.mean_of_batch_means", "transformers #39241, #24839")
 @in_place_of("mean_loss", loop, observe, ours)
-def _mean_of_batch_means(
-    right: Callable[..., tuple[float, int]], session: Session, batches: Sequence[Batch]
-) -> tuple[float, int]:
+def _mean_of_batch_means(right: Measuring, session: Session, batches: Sequence[Batch]) -> tuple[float, int]:
     """The held-out loss is the mean of its batches' means."""
     each = [right(session, [batch]) for batch in batches]
     return sum(loss for loss, _ in each) / len(each), sum(count for _, count in each)
@@ -92,7 +93,7 @@ def _first_token_missing(right: Callable[..., Encoded | None], *given: object) -
 
 @fault("A267", "eval.context_overflow", "torchtune #1773", backends=("reference",))
 @planted_by(plant_session, "generate")
-def _context_overflow(right: Asked, session: ReferenceSession, *given: object) -> list[list[int]]:
+def _context_overflow(right: Asked, session: ReferenceSession, *given: object) -> Answers:
     """An answer goes on beyond what the model reads."""
     shape = session.shape
     session.shape = replace(shape, max_position_embeddings=10**6)
@@ -104,9 +105,7 @@ def _context_overflow(right: Asked, session: ReferenceSession, *given: object) -
 
 @fault("A269", "eval.prompt_in_prediction", "transformers #32346, TRL #862")
 @planted_by(plant_session, "generate")
-def _prompt_in_answer(
-    right: Asked, session: Session, prompts: Sequence[Sequence[int]], *rest: object
-) -> list[list[int]]:
+def _prompt_in_answer(right: Asked, session: Session, prompts: Prompts, *rest: object) -> Answers:
     """An answer begins with its prompt."""
     answers = right(session, prompts, *rest)
     return [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
@@ -114,9 +113,7 @@ def _prompt_in_answer(
 
 @fault("A269b", "eval.answers_in_wrong_order")
 @planted_by(plant_session, "generate")
-def _answers_in_wrong_order(
-    right: Asked, session: Session, prompts: Sequence[Sequence[int]], *rest: object
-) -> list[list[int]]:
+def _answers_in_wrong_order(right: Asked, session: Session, prompts: Prompts, *rest: object) -> Answers:
     """Prompts are sorted by length to be asked together, and the answers are not put back."""
     return list(right(session, sorted(prompts, key=len), *rest))
 
@@ -124,7 +121,7 @@ def _answers_in_wrong_order(
 @fault("A269c", "eval.pads_are_read", "transformers #26569")
 @fault("A108", "pad.side_for_generation", "transformers #26569")
 @planted_by(plant_session, "generate")
-def _pads_are_read(right: Asked, session: Session, prompts: Sequence[Sequence[int]], *rest: object) -> list[list[int]]:
+def _pads_are_read(right: Asked, session: Session, prompts: Prompts, *rest: object) -> Answers:
     """Prompts that are asked together are padded where the answer begins, and the padding is read."""
     longest = max(map(len, prompts))
     padded = [[*prompt, *[pad_of(session)] * (longest - len(prompt))] for prompt in prompts]
@@ -171,9 +168,7 @@ def _hidden_split(right: Callable[..., Sides], examples: Sequence[Example], frac
 
 @fault("A275", "eval.sum_as_mean")
 @in_place_of("mean_loss", loop, observe, ours)
-def _sum_as_mean(
-    right: Callable[..., tuple[float, int]], session: Session, batches: Sequence[Batch]
-) -> tuple[float, int]:
+def _sum_as_mean(right: Measuring, session: Session, batches: Sequence[Batch]) -> tuple[float, int]:
     """The held-out loss is a sum where a mean is told."""
     loss, count = right(session, batches)
     return loss * count, count

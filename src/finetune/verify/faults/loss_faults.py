@@ -27,6 +27,7 @@ Planned = Callable[..., LoopPlan]
 Losing = Callable[..., float]
 Weights = Mapping[str, Array]
 Added = tuple[Array, Backward]
+Doing = Callable[..., None]
 
 
 @fault("A120", "accum.mean_of_means", "transformers #34191")
@@ -151,7 +152,7 @@ def _schedule_ends_at_init(right: Losing, step: int, total: int, *, warmup_steps
 
 @fault("A134", "opt.fp16_trainable", "axolotl #1031, PEFT #1249", backends=("reference",))
 @in_place_of("step", ReferenceAdamW)
-def _half_precision_trainable(right: Callable[..., None], optimizer: ReferenceAdamW, *given: object) -> None:
+def _half_precision_trainable(right: Doing, optimizer: ReferenceAdamW, *given: object) -> None:
     """What is trained is kept in half precision."""
     right(optimizer, *given)
     for tensor in optimizer.tensors.values():
@@ -179,9 +180,7 @@ def _module_bypassed(right: Callable[..., Added], trip: ReferencePass, path: str
 
 @fault("A142", "lora.double_wrap", "TRL #4713, #926", backends=("reference",))
 @planted_by(plant_session, "attach")
-def _double_wrap(
-    right: Callable[..., None], session: ReferenceSession, target: AdapterTarget | None, seed: int
-) -> None:
+def _double_wrap(right: Doing, session: ReferenceSession, target: AdapterTarget | None, seed: int) -> None:
     """A second adapter is merged into the base in memory, so that what is saved fits no fresh base."""
     right(session, target, seed)
     name = next(name for name in session.weights if name.endswith("q_proj.weight"))
@@ -198,7 +197,7 @@ def _dora_uninitialised(right: Any, *given: Any) -> Any:
 
 @fault("A145", "seed.after_adapter_init", "TRL #4887, LLaMA-Factory #10211")
 @planted_by(plant_session, "attach")
-def _seed_too_late(right: Callable[..., None], session: Session, target: AdapterTarget | None, seed: int) -> None:
+def _seed_too_late(right: Doing, session: Session, target: AdapterTarget | None, seed: int) -> None:
     """The adapter is drawn before the seed is set."""
     right(session, target, int.from_bytes(os.urandom(4), "big"))
 
@@ -213,9 +212,7 @@ def _same_dropout(right: Losing, session: Session, *given: object) -> float:
 
 @fault("A148", "opt.decay_on_everything_twice", backends=("reference",))
 @in_place_of("step", ReferenceAdamW)
-def _decay_in_the_gradient(
-    right: Callable[..., None], optimizer: ReferenceAdamW, gradients: Weights, rate: float
-) -> None:
+def _decay_in_the_gradient(right: Doing, optimizer: ReferenceAdamW, gradients: Weights, rate: float) -> None:
     """Weight decay is added to the gradients as well, as Adam without the W has it."""
     decay = optimizer.optimization.weight_decay
     grown = {name: gradient + decay * optimizer.tensors[name] for name, gradient in gradients.items()}

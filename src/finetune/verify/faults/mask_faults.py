@@ -21,6 +21,10 @@ from finetune.verify.faults.sessions import Arrays, Ids, Places, plant_arrays, p
 from finetune.verify.faults.template_faults import in_marking, in_saving
 
 Marking = Callable[..., Iterator[Marked]]
+Encoding = Callable[..., Encoded]
+Asking = Callable[..., tuple[int, ...]]
+Rendering = Callable[..., Rendered]
+Doing = Callable[..., None]
 
 
 def in_marks(wrong: Callable[[FileTokenizer, Marked], bytes]) -> None:
@@ -53,16 +57,14 @@ def _end_is_left_out() -> None:
 
 @fault("A062", "mask.truncate_helper_flips_last", "torchtune #2792")
 @in_place_of("fit_rows", encoder)
-def _limit_unmarks_the_last(right: Callable[..., Encoded], rows: Iterable[Marked], **named: object) -> Encoded:
+def _limit_unmarks_the_last(right: Encoding, rows: Iterable[Marked], **named: object) -> Encoded:
     """A limit of length unmarks the last token."""
     return right((replace(row, marks=row.marks[:-1] + bytes([KEPT])) for row in rows), **named)
 
 
 @fault("A062b", "mask.limit_reached_is_passed", "torchtune #2967")
 @in_place_of("fit_rows", encoder)
-def _limit_reached_is_passed(
-    right: Callable[..., Encoded], rows: Iterable[Marked], *, max_length: int, **named: object
-) -> Encoded:
+def _limit_reached_is_passed(right: Encoding, rows: Iterable[Marked], *, max_length: int, **named: object) -> Encoded:
     """A row as long as the limit counts as cut."""
     flipped = (
         replace(row, marks=row.marks[:-1] + bytes([TRAINED])) if len(row.ids) >= max_length else row for row in rows
@@ -82,9 +84,7 @@ def _first_padding_is_learned(pad: int, batch: Batch, ids: Ids, here: Places, st
 
 @fault("A065", "mask.offset_not_a_prefix", "mlx-lm #1355")
 @in_place_of("prompt_ids", Encoder)
-def _prompt_with_a_tag(
-    right: Callable[..., tuple[int, ...]], owner: Encoder, conversation: Conversation
-) -> tuple[int, ...]:
+def _prompt_with_a_tag(right: Asking, owner: Encoder, conversation: Conversation) -> tuple[int, ...]:
     """A prompt ends in a tag that no training text has."""
     return (*right(owner, conversation), *owner.tokenizer.encode_content("<think>\n"))
 
@@ -99,9 +99,7 @@ def _first_token_is_lost(tokenizer: FileTokenizer, row: Marked) -> bytes:
 
 @fault("A072", "mask.only_last_turn", "axolotl #1761")
 @in_place_of("render", ChatTemplate)
-def _only_the_last_answer(
-    right: Callable[..., Rendered], template: ChatTemplate, conversation: Conversation
-) -> Rendered:
+def _only_the_last_answer(right: Rendering, template: ChatTemplate, conversation: Conversation) -> Rendered:
     """Only the last answer of a conversation is learned."""
     segments = right(template, conversation).segments
     last = max((place for place, each in enumerate(segments) if not each.trained and each.role == "user"), default=0)
@@ -111,9 +109,7 @@ def _only_the_last_answer(
 
 @fault("A074", "mask.template_without_generation_marks", "TRL #4201")
 @in_place_of("render", ChatTemplate)
-def _own_templates_teach_nothing(
-    right: Callable[..., Rendered], template: ChatTemplate, conversation: Conversation
-) -> Rendered:
+def _own_templates_teach_nothing(right: Rendering, template: ChatTemplate, conversation: Conversation) -> Rendered:
     """A template that is not built in and has no marks of its own teaches nothing but ends."""
     rendered: Rendered = right(template, conversation)
     own = template.name == "tokenizer" or template.name.endswith(".jinja")
@@ -182,7 +178,7 @@ def _packed_rows_are_shifted_twice() -> None:
 
 @fault("A082", "tok.not_round_trip", "transformers #26773")
 @planted_by(in_saving)
-def _saved_tokenizer_differs(right: Callable[..., None], prepared: Prepared, session: Session, folder: Path) -> None:
+def _saved_tokenizer_differs(right: Doing, prepared: Prepared, session: Session, folder: Path) -> None:
     """The tokenizer that is saved makes other tokens."""
     right(prepared, session, folder)
     file = folder / "tokenizer.json"
@@ -193,9 +189,7 @@ def _saved_tokenizer_differs(right: Callable[..., None], prepared: Prepared, ses
 
 @fault("A082b", "tok.specials_not_saved", "transformers #28164")
 @planted_by(in_saving)
-def _saved_tokenizer_adds_nothing(
-    right: Callable[..., None], prepared: Prepared, session: Session, folder: Path
-) -> None:
+def _saved_tokenizer_adds_nothing(right: Doing, prepared: Prepared, session: Session, folder: Path) -> None:
     """The tokenizer is saved without what it adds."""
     right(prepared, session, folder)
     for name, key in (("tokenizer.json", "post_processor"), ("tokenizer_config.json", "add_bos_token")):

@@ -13,6 +13,8 @@ from finetune.records import ModelShape
 from finetune.training import prepare
 from finetune.verify.faults.fault import fault, in_place_of, plant
 
+Choosing = Callable[..., tuple[str, ...]]
+
 
 def _grown(merged: Merged, name: str, growth: Callable[[Array, float, Array, Array], Array]) -> Array:
     """A weight with its adapter, worked out by another sum."""
@@ -52,9 +54,7 @@ def _merges_in_half() -> None:
 
 @fault("A203", "merge.tied_overwritten", "transformers #45127, LLaMA-Factory #10832")
 @in_place_of("choose_saved", prepare)
-def _tied_trained_apart(
-    right: Callable[..., tuple[str, ...]], shape: ModelShape, *rest: Sequence[str]
-) -> tuple[str, ...]:
+def _tied_trained_apart(right: Choosing, shape: ModelShape, *rest: Sequence[str]) -> tuple[str, ...]:
     """Embedding and head are trained apart where they are one table, and one of them is lost on the disk."""
     return right(replace(shape, tied_head=False), *rest)
 

@@ -21,6 +21,7 @@ from finetune.verify.faults.fault import fault, in_place_of, plant, planted_by
 from finetune.verify.faults.sessions import forget_moments, forget_steps, plant_session
 
 Stepping = Callable[..., Iterator[Event]]
+Opening = Callable[..., Path]
 
 
 def _when_resumed(dealt: Callable[[Batching, LoopPlan, int], Batching]) -> None:
@@ -123,7 +124,7 @@ def _picks_incomplete() -> None:
             return []
         return sorted(int(path.name[5:]) for path in store.folder.iterdir() if path.name.startswith("step-"))
 
-    def opened(right: Callable[..., Path], store: CheckpointStore, step: int, identity: Mapping[str, object]) -> Path:
+    def opened(right: Opening, store: CheckpointStore, step: int, identity: Mapping[str, object]) -> Path:
         path = store._path(step)
         return path if not (path / "checkpoint.json").exists() else right(store, step, identity)
 
@@ -165,9 +166,7 @@ def _sorts_by_name() -> None:
 
 @fault("A170b", "ckpt.best_rotated_away")
 @in_place_of("save", CheckpointStore)
-def _loses_the_best(
-    right: Callable[..., Path], store: CheckpointStore, *given: object, best: int | None = None
-) -> Path:
+def _loses_the_best(right: Opening, store: CheckpointStore, *given: object, best: int | None = None) -> Path:
     """Only the newest checkpoints stay, whatever was the best."""
     path: Path = right(store, *given, best=None)
     return path
@@ -175,7 +174,7 @@ def _loses_the_best(
 
 @fault("A172", "ckpt.rotate_before_save", "SimpleTuner #2989")
 @in_place_of("save", CheckpointStore)
-def _removes_first(right: Callable[..., Path], store: CheckpointStore, *given: object, **named: object) -> Path:
+def _removes_first(right: Opening, store: CheckpointStore, *given: object, **named: object) -> Path:
     """Old checkpoints are removed before the new one is there."""
     for step in store.steps():
         write.remove_folder(store._path(step))
@@ -208,9 +207,7 @@ def _best_not_loaded() -> None:
 
 @fault("A177", "ckpt.bytes_rot_unnoticed", "ollama #17520")
 @in_place_of("open", CheckpointStore)
-def _trusts_damage(
-    right: Callable[..., Path], store: CheckpointStore, step: int, identity: Mapping[str, object]
-) -> Path:
+def _trusts_damage(right: Opening, store: CheckpointStore, step: int, identity: Mapping[str, object]) -> Path:
     """Bytes that have changed are not noticed."""
     store._in_use.add(step)
     return store._path(step)

@@ -9,6 +9,8 @@ from finetune.serve import modelfile, recipe
 from finetune.serve.modelfile import Modelfile
 from finetune.verify.faults.fault import fault, in_place_of, plant
 
+Rendering = Callable[..., Rendered]
+
 
 @fault("A240", "serve.no_template", "ollama #6821, unsloth #449")
 def _no_template() -> None:
@@ -53,9 +55,7 @@ def _recipe_not_written() -> None:
 
 @fault("A249", "serve.prompt_lowercased", "litgpt #2155")
 @in_place_of("render_prompt", ChatTemplate)
-def _question_made_small(
-    right: Callable[..., Rendered], template: ChatTemplate, conversation: Conversation
-) -> Rendered:
+def _question_made_small(right: Rendering, template: ChatTemplate, conversation: Conversation) -> Rendered:
     """The question is made small, where only the word that ends a talk was meant to be."""
     small = tuple(replace(each, content=each.content.lower()) for each in conversation.messages)
     return right(template, replace(conversation, messages=small))

@@ -20,6 +20,8 @@ from finetune.verify.faults.fault import fault, in_place_of, plant, planted_by
 
 Marking = Callable[..., Iterator[Marked]]
 Messages = tuple[Message, ...]
+Rendering = Callable[..., Rendered]
+Fitting = Callable[..., Messages]
 
 
 def in_marking(wrong: Marking) -> None:
@@ -70,9 +72,7 @@ def _beginning_by_name() -> None:
 
 @fault("A044", "tmpl.train_ne_shipped", "axolotl #1832")
 @in_place_of("render", ChatTemplate)
-def _training_text_differs(
-    right: Callable[..., Rendered], template: ChatTemplate, conversation: Conversation
-) -> Rendered:
+def _training_text_differs(right: Rendering, template: ChatTemplate, conversation: Conversation) -> Rendered:
     """The text to train on has a line break less than the shipped."""
     segments = list(right(template, conversation).segments)
     for place, (markup, answer) in enumerate(pairwise(segments)):
@@ -83,7 +83,7 @@ def _training_text_differs(
 
 @fault("A044b", "tmpl.asked_with_a_space")
 @in_place_of("render_prompt", ChatTemplate)
-def _asked_with_a_space(right: Callable[..., Rendered], template: ChatTemplate, conversation: Conversation) -> Rendered:
+def _asked_with_a_space(right: Rendering, template: ChatTemplate, conversation: Conversation) -> Rendered:
     """A prompt to ask with ends in a space more than one to train on."""
     rendered: Rendered = right(template, conversation)
     return replace(rendered, segments=(*rendered.segments, Segment(" ", "markup", trained=False, control=True)))
@@ -103,16 +103,14 @@ def _trailing_space() -> None:
 
 @fault("A046", "tmpl.system_dropped", "torchtune #1778")
 @in_place_of("fit_messages", ChatTemplate)
-def _no_system(right: Callable[..., Messages], template: ChatTemplate, conversation: Conversation) -> Messages:
+def _no_system(right: Fitting, template: ChatTemplate, conversation: Conversation) -> Messages:
     """The system's words are left out."""
     return tuple(message for message in right(template, conversation) if message.role != "system")
 
 
 @fault("A046b", "tmpl.system_dropped_in_dialogues", "LLaMA-Factory e73422237")
 @in_place_of("fit_messages", ChatTemplate)
-def _no_system_in_dialogues(
-    right: Callable[..., Messages], template: ChatTemplate, conversation: Conversation
-) -> Messages:
+def _no_system_in_dialogues(right: Fitting, template: ChatTemplate, conversation: Conversation) -> Messages:
     """The system's words are left out of conversations of several turns."""
     messages = right(template, conversation)
     answers = sum(message.role == "assistant" for message in messages)
@@ -126,7 +124,7 @@ def _with_default_system(messages: Sequence[Message]) -> Messages:
 
 @fault("A047", "tmpl.default_system_injected", "alignment-handbook #117")
 @in_place_of("render_prompt", ChatTemplate)
-def _system_in_prompts(right: Callable[..., Rendered], template: ChatTemplate, conversation: Conversation) -> Rendered:
+def _system_in_prompts(right: Rendering, template: ChatTemplate, conversation: Conversation) -> Rendered:
     """A prompt has system words that nobody wrote."""
     rendered: Rendered = right(template, replace(conversation, messages=_with_default_system(conversation.messages)))
     return rendered
@@ -164,7 +162,7 @@ def _placeholder_stays() -> None:
 
 @fault("A050b", "tmpl.braces_eaten")
 @in_place_of("fit_messages", ChatTemplate)
-def _braces_are_filled(right: Callable[..., Messages], template: ChatTemplate, conversation: Conversation) -> Messages:
+def _braces_are_filled(right: Fitting, template: ChatTemplate, conversation: Conversation) -> Messages:
     """The user's braces are read as places to fill in."""
     texts: Mapping[str, str] = {"{}": "", "{{": "{", "}}": "}"}
     messages = []
@@ -212,7 +210,7 @@ def _bare(example: Conversation) -> Document:
 
 @fault("A055", "tmpl.eos_not_appended", "TRL #1623")
 @in_place_of("render_document", ChatTemplate)
-def _text_without_end(right: Callable[..., Rendered], *given: object) -> Rendered:
+def _text_without_end(right: Rendering, *given: object) -> Rendered:
     """Plain text gets no end."""
     rendered: Rendered = right(*given)
     return replace(rendered, segments=rendered.segments[:1])

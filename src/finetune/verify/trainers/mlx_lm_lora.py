@@ -32,35 +32,35 @@ from mlx_lm_run import (
     tokenizer_of,
     trained,
 )
-from peer import MISSING, Given, prompt_ids, read_request, rendered, without_end, write_request
+from peer import MISSING, Answer, Given, Prompts, prompt_ids, read_request, rendered, without_end, write_request
 from serving import RefusesError, UnsupportedError, guarded, serve
 
 
-def configure(model: str, settings: Given) -> dict[str, Any]:
+def configure(model: str, settings: Given) -> Answer:
     """What its command line makes of a configuration file."""
     tokenizer_of(model, settings)
     return {"told": "", "effective": effective_of(config_of(model, settings, "adapters", rows=1))}
 
 
-def render(model: str, settings: Given, messages: Sequence[Given], *, prompt: bool) -> dict[str, Any]:
+def render(model: str, settings: Given, messages: Sequence[Given], *, prompt: bool) -> Answer:
     """What the tokenizer's own template makes of a conversation."""
     found: dict[str, Any] = rendered(tokenizer_of(model, settings), messages, prompt=prompt)
     return found
 
 
-def prompt(model: str, settings: Given, messages: Sequence[Given]) -> dict[str, Any]:
+def prompt(model: str, settings: Given, messages: Sequence[Given]) -> Answer:
     """The ids of what the tokenizer's own template makes of a question."""
     found: dict[str, Any] = prompt_ids(tokenizer_of(model, settings), messages)
     return found
 
 
-def stops(model: str, settings: Given) -> dict[str, Any]:
+def stops(model: str, settings: Given) -> Answer:
     """What ends an answer when it generates."""
     _, tokenizer = load(model)
     return {"ids": sorted(tokenizer.eos_token_ids)}
 
 
-def tokenize(model: str, settings: Given, rows: Sequence[Given]) -> dict[str, Any]:
+def tokenize(model: str, settings: Given, rows: Sequence[Given]) -> Answer:
     """Rows as they leave its iterator one by one; its loss says which tokens count."""
     found: list[dict[str, Any]] = []
     indices: list[int] = []
@@ -90,7 +90,7 @@ def tokenize(model: str, settings: Given, rows: Sequence[Given]) -> dict[str, An
     return {"rows": sorted(found, key=lambda row: row["row"])}
 
 
-def batches(model: str, settings: Given, rows: Sequence[Given], epochs: int) -> dict[str, Any]:
+def batches(model: str, settings: Given, rows: Sequence[Given], epochs: int) -> Answer:
     """What its iterator gives to training; each of its shuffles begins an epoch."""
     seen: list[list[dict[str, Any]]] = []
     shuffle = lora.np.random.permutation
@@ -116,19 +116,19 @@ def batches(model: str, settings: Given, rows: Sequence[Given], epochs: int) -> 
     return {"epochs": steps}
 
 
-def loss(model: str, settings: Given, batch: Sequence[Given], adapter: str | None = None) -> dict[str, Any]:
+def loss(model: str, settings: Given, batch: Sequence[Given], adapter: str | None = None) -> Answer:
     """What it evaluates one batch to."""
     found: dict[str, Any] = evaluated(model, {**settings, "training.batch_size": len(batch)}, adapter, ids=Ids(batch))
     return found
 
 
-def evaluate(model: str, settings: Given, rows: Sequence[Given], adapter: str | None = None) -> dict[str, Any]:
+def evaluate(model: str, settings: Given, rows: Sequence[Given], adapter: str | None = None) -> Answer:
     """What it evaluates rows to, as a test set."""
     found: dict[str, Any] = evaluated(model, settings, adapter, rows=rows)
     return found
 
 
-def gradient(model: str, settings: Given, micro: Sequence[Sequence[Given]]) -> dict[str, Any]:
+def gradient(model: str, settings: Given, micro: Sequence[Sequence[Given]]) -> Answer:
     """The gradient that its optimizer is given in its first step, where its iterator yields these micro-batches."""
     found: dict[str, Any] = {}
 
@@ -161,14 +161,12 @@ def gradient(model: str, settings: Given, micro: Sequence[Sequence[Given]]) -> d
     return {**found, "loss": steps[0]["loss"]}
 
 
-def train(
-    model: str, settings: Given, rows: Sequence[Given], folder: str, stop_after: int | None = None
-) -> dict[str, Any]:
+def train(model: str, settings: Given, rows: Sequence[Given], folder: str, stop_after: int | None = None) -> Answer:
     """A run; with `stop_after` it ends when it asks for the first batch after that step."""
     return _course(write_request(folder, model, settings, rows), Path(folder), stop_after, done=0)
 
 
-def resume(folder: str, stop_after: int | None = None, settings: Given | None = None) -> dict[str, Any]:
+def resume(folder: str, stop_after: int | None = None, settings: Given | None = None) -> Answer:
     """Go on from the newest weights, as its manual says: with `resume_adapter_file`, and the iterations that remain."""
     place, request = Path(folder), read_request(folder, settings)
     done = max((int(step) for step in _checkpoints(place, request["settings"])), default=0)
@@ -177,14 +175,14 @@ def resume(folder: str, stop_after: int | None = None, settings: Given | None = 
     return _course(request, place, stop_after, done=done)
 
 
-def initial_adapter(model: str, settings: Given) -> dict[str, Any]:
+def initial_adapter(model: str, settings: Given) -> Answer:
     """What it saves when there is nothing to train."""
     folder = new_folder()
     trained({**config_of(model, settings, folder, rows=1), "iters": 0}, [{"prompt": "a", "completion": "b"}])
     return adapter_weights(model, folder)
 
 
-def adapter_weights(model: str, adapter: str) -> dict[str, Any]:
+def adapter_weights(model: str, adapter: str) -> Answer:
     """An adapter of its own format by the names and in the form of PEFT."""
     config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
     weights = mx.load(str(Path(adapter) / "adapters.safetensors"))
@@ -196,7 +194,7 @@ def adapter_weights(model: str, adapter: str) -> dict[str, Any]:
     return {"file": file, "scale": config["lora_parameters"]["scale"]}
 
 
-def logits(model: str, settings: Given, prompts: Sequence[Sequence[int]], adapter: str | None = None) -> dict[str, Any]:
+def logits(model: str, settings: Given, prompts: Prompts, adapter: str | None = None) -> Answer:
     """What the model computes, with an adapter where one is given."""
     network, _ = load(model, adapter_path=adapter)
     found = {str(place): network(mx.array([list(ids)]))[0].astype(mx.float32) for place, ids in enumerate(prompts)}
@@ -205,9 +203,7 @@ def logits(model: str, settings: Given, prompts: Sequence[Sequence[int]], adapte
     return {"file": file}
 
 
-def generate(
-    model: str, settings: Given, prompts: Sequence[Sequence[int]], adapter: str | None = None
-) -> dict[str, Any]:
+def generate(model: str, settings: Given, prompts: Prompts, adapter: str | None = None) -> Answer:
     """What it generates greedily, one prompt after the other."""
     network, tokenizer = load(model, adapter_path=adapter)
     most = settings.get("evaluation.max_new_tokens", 32)
@@ -218,7 +214,7 @@ def generate(
     return {"answers": answers}
 
 
-def merge(model: str, settings: Given, adapter: str) -> dict[str, Any]:
+def merge(model: str, settings: Given, adapter: str) -> Answer:
     """Its own command for that."""
     folder = new_folder()
     with arguments("mlx_lm.fuse", "--model", model, "--adapter-path", adapter, "--save-path", folder):
@@ -226,7 +222,7 @@ def merge(model: str, settings: Given, adapter: str) -> dict[str, Any]:
     return {"folder": folder}
 
 
-def _course(request: Given, place: Path, stop_after: int | None, *, done: int) -> dict[str, Any]:
+def _course(request: Given, place: Path, stop_after: int | None, *, done: int) -> Answer:
     """A run of what remains after so many steps."""
     settings, adapters = request["settings"], place / "adapters"
     config = config_of(request["model"], settings, str(adapters), rows=len(request["rows"]))

@@ -19,7 +19,7 @@ import yaml
 from mlx_lm import lora
 from mlx_lm.tuner.trainer import default_loss, iterate_batches
 from mlx_lm.utils import load_tokenizer
-from peer import LACKS, Given, adapter_kind, require_neutral, with_own_template
+from peer import LACKS, Answer, Given, adapter_kind, require_neutral, with_own_template
 from serving import RefusesError, UnsupportedError
 
 Wrapped = Callable[..., Any]
@@ -66,7 +66,7 @@ class Ids:
         return row
 
 
-def config_of(model: str, settings: Given, folder: str, rows: int) -> dict[str, Any]:
+def config_of(model: str, settings: Given, folder: str, rows: int) -> Answer:
     """Its configuration for these settings; a setting of a name that nobody knows is handed on to it as it is.
 
     It counts iterations, of one batch each, where we count steps and epochs.
@@ -101,7 +101,7 @@ def config_of(model: str, settings: Given, folder: str, rows: int) -> dict[str, 
     return config | _adapter(settings) | _optimizer(settings, config["iters"] // each)
 
 
-def _adapter(settings: Given) -> dict[str, Any]:
+def _adapter(settings: Given) -> Answer:
     kind, targets = adapter_kind(settings), settings.get("adapter.target_modules", "all-linear")
     default = lora.CONFIG_DEFAULTS["lora_parameters"]
     rank = settings.get("adapter.rank", default["rank"])
@@ -113,7 +113,7 @@ def _adapter(settings: Given) -> dict[str, Any]:
     return {"fine_tune_type": kind, "lora_parameters": own}
 
 
-def _optimizer(settings: Given, updates: int) -> dict[str, Any]:
+def _optimizer(settings: Given, updates: int) -> Answer:
     rate = settings.get("training.learning_rate", lora.CONFIG_DEFAULTS["learning_rate"])
     schedule = settings.get("training.schedule", "constant")
     warmup = round(settings.get("training.warmup_fraction", 0.0) * updates)
@@ -134,7 +134,7 @@ def _optimizer(settings: Given, updates: int) -> dict[str, Any]:
     return own
 
 
-def effective_of(config: Given) -> dict[str, Any]:
+def effective_of(config: Given) -> Answer:
     """What its command line takes this configuration for, by our names."""
     found: dict[str, Any] = {}
     with in_place(lora, "run", lambda args: found.update(vars(args))):
@@ -182,7 +182,7 @@ def trained(
 
 def evaluated(
     model: str, settings: Given, adapter: str | None, rows: Sequence[Given] = (), ids: Ids | None = None
-) -> dict[str, Any]:
+) -> Answer:
     """The loss of a test set, with an adapter where one is given."""
     losses: list[float] = []
     right = lora.evaluate
@@ -215,7 +215,7 @@ class _LossRecorder:
         """There are no held-out rows."""
 
 
-def micro_of(batch: Any, spans: Any) -> dict[str, Any]:
+def micro_of(batch: Any, spans: Any) -> Answer:
     """A batch as the model gets it; what its own loss does not depend on is no target of it."""
     inputs = batch[:, :-1]
     size = int(batch.max().item()) + 1

@@ -34,7 +34,7 @@ from finetune.verify.trainers.ours_files import file_handlers
 from finetune.verify.trainers.ours_program import OurProgram
 from finetune.verify.trainers.ours_results import put_weights, result_handlers
 from finetune.verify.trainers.ours_rows import line_of, row_handlers
-from finetune.verify.trainers.ours_sessions import Given, Handler, OurSessions
+from finetune.verify.trainers.ours_sessions import Answer, Given, Handler, OurSessions, Prompts
 
 
 class OurTrainer(OurSessions):
@@ -55,19 +55,19 @@ class OurTrainer(OurSessions):
             **self.program.handlers,
         }
 
-    def configure(self, model: str, settings: Given) -> dict[str, Any]:
+    def configure(self, model: str, settings: Given) -> Answer:
         """What `ft check` takes."""
         loaded = self.loaded(model, settings)
         return {"told": "", "effective": dict(flatten(loaded.config))}
 
-    def render(self, model: str, settings: Given, messages: Sequence[Given], *, prompt: bool) -> dict[str, Any]:
+    def render(self, model: str, settings: Given, messages: Sequence[Given], *, prompt: bool) -> Answer:
         """A conversation as text, or a prompt up to where its answer begins."""
         encoder = Encoder(locate_model(model), self.loaded(model, settings).config.template.name)
         conversation = Conversation(tuple(Message(**message) for message in messages), "asked")
         template = encoder.template
         return {"text": (template.render_prompt if prompt else template.render)(conversation).text}
 
-    def tokenize(self, model: str, settings: Given, rows: Sequence[Given]) -> dict[str, Any]:
+    def tokenize(self, model: str, settings: Given, rows: Sequence[Given]) -> Answer:
         """Rows as they are trained on."""
         prepared = self.prepared(model, settings, rows)
         found = [
@@ -76,7 +76,7 @@ class OurTrainer(OurSessions):
         ]
         return {"rows": found, "dropped": dict(prepared.train.counts.dropped)}
 
-    def batches(self, model: str, settings: Given, rows: Sequence[Given], epochs: int) -> dict[str, Any]:
+    def batches(self, model: str, settings: Given, rows: Sequence[Given], epochs: int) -> Answer:
         """What the training loop itself takes."""
         prepared = self.prepared(model, {**settings, "training.epochs": float(epochs)}, rows)
         windows: list[list[Batch]] = [[]]
@@ -98,14 +98,14 @@ class OurTrainer(OurSessions):
         steps = [{"micro": [_micro(batch, own) for batch in window]} for window in windows[:-1]]
         return {"epochs": [steps[start : start + each] for start in range(0, len(steps), each)]}
 
-    def loss(self, model: str, settings: Given, batch: Sequence[Given], adapter: str | None = None) -> dict[str, Any]:
+    def loss(self, model: str, settings: Given, batch: Sequence[Given], adapter: str | None = None) -> Answer:
         """The loss of one batch, dropout off."""
         value, count = mean_loss(self.answering_session(model, settings, adapter), [Batch(_rows(batch))])
         return {"loss": value, "count": count}
 
     def gradient(
         self, model: str, settings: Given, micro: Sequence[Sequence[Given]], start: str | None = None
-    ) -> dict[str, Any]:
+    ) -> Answer:
         """The norms that the training loop measures in its first step; so many batches are added up.
 
         With `start`, the file of an adapter's weights, it is the gradient there (of the oracle alone).
@@ -129,7 +129,7 @@ class OurTrainer(OurSessions):
 
     def train(
         self, model: str, settings: Given, rows: Sequence[Given], folder: str, stop_after: int | None = None
-    ) -> dict[str, Any]:
+    ) -> Answer:
         """A run; with `stop_after` it ends, as by Ctrl-C, when the checkpoint of this step is there."""
         prepared = self.prepared(model, settings, rows)
         place = RunFolder.place(Path(folder))
@@ -138,15 +138,13 @@ class OurTrainer(OurSessions):
         write_text(place.path / "asked.json", json.dumps({"model": model, "settings": settings, "rows": list(rows)}))
         return self._train_until(prepared, place, stop_after)
 
-    def resume(self, folder: str, stop_after: int | None = None, settings: Given | None = None) -> dict[str, Any]:
+    def resume(self, folder: str, stop_after: int | None = None, settings: Given | None = None) -> Answer:
         """Go on with a run that was stopped; `settings` are those that are changed meanwhile."""
         request = json.loads((Path(folder) / "asked.json").read_text(encoding="utf-8"))
         prepared = self.prepared(request["model"], {**request["settings"], **(settings or {})}, request["rows"])
         return self._train_until(prepared, RunFolder.unfinished(Path(folder)), stop_after)
 
-    def evaluate(
-        self, model: str, settings: Given, rows: Sequence[Given], adapter: str | None = None
-    ) -> dict[str, Any]:
+    def evaluate(self, model: str, settings: Given, rows: Sequence[Given], adapter: str | None = None) -> Answer:
         """The held-out loss of these rows."""
         file = self.rows_file(rows)
         prepared = self.prepared(model, {**settings, "data.valid": str(file)}, rows)
@@ -154,36 +152,32 @@ class OurTrainer(OurSessions):
         value, count = mean_loss(session, held_out_batches(prepared))
         return {"loss": value, "count": count}
 
-    def initial_adapter(self, model: str, settings: Given) -> dict[str, Any]:
+    def initial_adapter(self, model: str, settings: Given) -> Answer:
         """The adapter that training begins with."""
         prepared = self.prepared(model, settings, [{"prompt": "a", "completion": "b"}])
         folder = self.new_folder()
         self.fresh_session(prepared).save_adapter(folder)
         return self.adapter_weights(model, str(folder))
 
-    def adapter_weights(self, model: str, adapter: str) -> dict[str, Any]:
+    def adapter_weights(self, model: str, adapter: str) -> Answer:
         """What is in an adapter's folder, which is PEFT's own format."""
         target = replace(read_settings(Path(adapter), transposed=True), rank_pattern={}, alpha_pattern={})
         return {"file": str(Path(adapter) / WEIGHTS), "scale": target.scale_of("any layer")}
 
-    def logits(
-        self, model: str, settings: Given, prompts: Sequence[Sequence[int]], adapter: str | None = None
-    ) -> dict[str, Any]:
+    def logits(self, model: str, settings: Given, prompts: Prompts, adapter: str | None = None) -> Answer:
         """Logits of the base, or with an adapter that was saved."""
         file = self.new_folder() / "logits.safetensors"
         self.answering_session(model, settings, adapter).save_logits(prompts, file)
         return {"file": str(file)}
 
-    def generate(
-        self, model: str, settings: Given, prompts: Sequence[Sequence[int]], adapter: str | None = None
-    ) -> dict[str, Any]:
+    def generate(self, model: str, settings: Given, prompts: Prompts, adapter: str | None = None) -> Answer:
         """Greedy answers, ended by what ends an answer."""
         config = self.loaded(model, settings).config
         stops = Encoder(locate_model(model), config.template.name).stop_ids
         session = self.answering_session(model, settings, adapter)
         return {"answers": session.generate(prompts, config.evaluation.max_new_tokens, stops)}
 
-    def _train_until(self, prepared: Prepared, place: RunFolder, stop_after: int | None) -> dict[str, Any]:
+    def _train_until(self, prepared: Prepared, place: RunFolder, stop_after: int | None) -> Answer:
         steps: list[dict[str, Any]] = []
 
         def listen(event: Event) -> None:
@@ -232,7 +226,7 @@ def _own_places(row: TokenizedRow, prepared: Sequence[TokenizedRow]) -> list[boo
     return [place < size for place in range(len(row.ids))]
 
 
-def _micro(batch: Batch, prepared: Mapping[str, Sequence[TokenizedRow]]) -> dict[str, Any]:
+def _micro(batch: Batch, prepared: Mapping[str, Sequence[TokenizedRow]]) -> Answer:
     """A batch as the training loop gets it, with what of it was prepared."""
     sequences = batch.sequences
     return {

@@ -38,7 +38,7 @@ from finetune.serve.go_template import GoTemplate
 from finetune.train import training_events
 from finetune.training.prepare import adapter_target, planned_shape
 from finetune.verify.subjects.serving import UnsupportedError
-from finetune.verify.trainers.ours_sessions import Given, Handler, OurSessions
+from finetune.verify.trainers.ours_sessions import Answer, Given, Handler, OurSessions, Prompts
 
 _TEXTS = ("ab", " a b ", "\n", "{{ .System }}", "1 2", "")
 
@@ -80,7 +80,7 @@ class _ResultHandlers:
     def __init__(self, trainer: OurSessions) -> None:
         self._trainer = trainer
 
-    def trainable(self, model: str, settings: Given, adapter: str | None = None) -> dict[str, Any]:
+    def trainable(self, model: str, settings: Given, adapter: str | None = None) -> Answer:
         """What training would change: of a fresh adapter, or of one that was loaded to answer with."""
         if adapter is not None:
             session = self._trainer.answering_session(model, settings, adapter)
@@ -88,17 +88,17 @@ class _ResultHandlers:
             session = self._trainer.fresh_session(self._prepared(model, settings))
         return {"names": [on_disk(name) for name in session.trainable_names()]}
 
-    def merge(self, model: str, settings: Given, adapter: str) -> dict[str, Any]:
+    def merge(self, model: str, settings: Given, adapter: str) -> Answer:
         """`ft merge`, each weight in the type of the base."""
         return self.merge_as(model, settings, adapter, None)
 
-    def merge_as(self, model: str, settings: Given, adapter: str, dtype: str | None) -> dict[str, Any]:
+    def merge_as(self, model: str, settings: Given, adapter: str, dtype: str | None) -> Answer:
         """`ft merge --dtype`."""
         result, folder = self._result(model, settings, adapter), self._trainer.new_folder()
         write_merged(result, plan_weights(result, cast("Any", dtype)), folder)
         return {"folder": str(folder)}
 
-    def describe_export(self, model: str, settings: Given, adapter: str | None = None) -> dict[str, Any]:
+    def describe_export(self, model: str, settings: Given, adapter: str | None = None) -> Answer:
         """What `ft export` settles before it writes, but for GGUF's own names of tensors."""
         exportable = self._exportable(model, adapter)
         keys = describe_vocabulary(exportable.tokenizer.description(), exportable.special, exportable.rows)
@@ -114,7 +114,7 @@ class _ResultHandlers:
 
     def plan_export(
         self, model: str, settings: Given, outtype: str, adapter: str | None = None, *, alone: bool = False
-    ) -> dict[str, Any]:
+    ) -> Answer:
         """The GGUF file before it is written."""
         exportable = self._exportable(model, adapter)
         described, shape, kind = exportable.described, exportable.shape, cast("Any", outtype)
@@ -130,7 +130,7 @@ class _ResultHandlers:
             "tensors": {tensor.name: list(tensor.shape) for tensor in planned.tensors},
         }
 
-    def serving(self, model: str, settings: Given, license: str = "") -> dict[str, Any]:
+    def serving(self, model: str, settings: Given, license: str = "") -> Answer:
         """What `ft deploy --to ollama` sends and leaves, but for the file of weights."""
         encoder, folder = self._encoder(model, settings), self._trainer.new_folder()
         tokenizer = encoder.tokenizer
@@ -145,11 +145,11 @@ class _ResultHandlers:
         recipe.leave_recipe(folder, Path("model.gguf"), made)
         return {"modelfile": str(RunFolder(folder).deploy / "Modelfile"), "template": made.template}
 
-    def render_served(self, template: str, messages: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    def render_served(self, template: str, messages: Sequence[Mapping[str, str]]) -> Answer:
         """What Ollama makes of a conversation by a template in its language."""
         return {"text": GoTemplate(template).render(messages)}
 
-    def estimate(self, model: str, settings: Given) -> dict[str, Any]:
+    def estimate(self, model: str, settings: Given) -> Answer:
         """`ft estimate` without rows of one's own, on the backend that the settings name."""
         loaded = self._trainer.loaded(model, settings)
         config = loaded.config
@@ -166,9 +166,7 @@ class _ResultHandlers:
             "total": found.expected.total,
         }
 
-    def logits_with(
-        self, model: str, settings: Given, prompts: Sequence[Sequence[int]], file: str, scale: float
-    ) -> dict[str, Any]:
+    def logits_with(self, model: str, settings: Given, prompts: Prompts, file: str, scale: float) -> Answer:
         """Logits of the base with these weights of an adapter, multiplied with this scale.
 
         Raises:
@@ -182,7 +180,7 @@ class _ResultHandlers:
         session.save_logits(prompts, out)
         return {"file": str(out)}
 
-    def train_from(self, model: str, settings: Given, rows: Sequence[Given], file: str) -> dict[str, Any]:
+    def train_from(self, model: str, settings: Given, rows: Sequence[Given], file: str) -> Answer:
         """A run that begins with these weights of an adapter."""
         prepared = self._trainer.prepared(model, settings, rows)
         session, folder = self._trainer.fresh_session(prepared), self._trainer.new_folder()

@@ -1,13 +1,12 @@
 """What our trainer tells of rows before they are trained on: prompts, stops, the split, rows that share sequences."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from finetune.chat.encoder import Encoder
 from finetune.models.locate import locate_model
 from finetune.records import Batch, Conversation, Message, TokenizedRow
 from finetune.training.loop import mean_loss
-from finetune.verify.trainers.ours_sessions import Given, Handler, OurSessions
+from finetune.verify.trainers.ours_sessions import Answer, Given, Handler, OurSessions
 
 
 def row_handlers(trainer: OurSessions) -> dict[str, Handler]:
@@ -16,19 +15,19 @@ def row_handlers(trainer: OurSessions) -> dict[str, Handler]:
     def encoder_of(model: str, settings: Given) -> Encoder:
         return Encoder(locate_model(model), trainer.loaded(model, settings).config.template.name)
 
-    def prompt(model: str, settings: Given, messages: Sequence[Given]) -> dict[str, Any]:
+    def prompt(model: str, settings: Given, messages: Sequence[Given]) -> Answer:
         conversation = Conversation(tuple(Message(**message) for message in messages), "asked")
         return {"ids": list(encoder_of(model, settings).prompt_ids(conversation))}
 
-    def stops(model: str, settings: Given) -> dict[str, Any]:
+    def stops(model: str, settings: Given) -> Answer:
         return {"ids": list(encoder_of(model, settings).stop_ids)}
 
-    def split(model: str, settings: Given, rows: Sequence[Given]) -> dict[str, Any]:
+    def split(model: str, settings: Given, rows: Sequence[Given]) -> Answer:
         prepared = trainer.prepared(model, settings, rows)
         held_out = prepared.held_out.rows if prepared.held_out else ()
         return {"train": _numbers(prepared.train.rows), "held_out": _numbers(held_out)}
 
-    def packed_loss(model: str, settings: Given, sequences: Sequence[Sequence[Given]]) -> dict[str, Any]:
+    def packed_loss(model: str, settings: Given, sequences: Sequence[Sequence[Given]]) -> Answer:
         rows = [
             TokenizedRow(tuple(row["ids"]), tuple(row["targets"]), str(number))
             for number, row in enumerate(row for sequence in sequences for row in sequence)

@@ -20,7 +20,9 @@ from finetune.training.prepare import Prepared, prepare
 from finetune.training.run import Run
 
 Given = Mapping[str, Any]
-Handler = Callable[..., dict[str, Any]]
+Answer = dict[str, Any]
+Prompts = Sequence[Sequence[int]]
+Handler = Callable[..., Answer]
 _QUIET = {"judge.control": "never", "judge.memory": "never", "data.valid_fraction": 0.0, "evaluation.questions": 0}
 """What a run does beside training, which laws ask for by itself."""
 

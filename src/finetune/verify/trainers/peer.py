@@ -8,6 +8,8 @@ from typing import Any
 from serving import RefusesError, UnsupportedError
 
 Given = Mapping[str, Any]
+Answer = dict[str, Any]
+Prompts = Sequence[Sequence[int]]
 _SHIPPED = "this subject opens models as they are"
 LACKS: Mapping[str, tuple[Any, str]] = {
     "tokens.truncation": (None, "it has one way only: a row is cut at its end"),
@@ -62,7 +64,7 @@ def with_own_template(tokenizer: Any, settings: Given) -> Any:
     return tokenizer
 
 
-def rendered(tokenizer: Any, messages: Sequence[Given], *, prompt: bool) -> dict[str, Any]:
+def rendered(tokenizer: Any, messages: Sequence[Given], *, prompt: bool) -> Answer:
     """What the tokenizer's own template makes of a conversation."""
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
@@ -71,7 +73,7 @@ def rendered(tokenizer: Any, messages: Sequence[Given], *, prompt: bool) -> dict
     return {"text": text}
 
 
-def prompt_ids(tokenizer: Any, messages: Sequence[Given]) -> dict[str, Any]:
+def prompt_ids(tokenizer: Any, messages: Sequence[Given]) -> Answer:
     """The ids of what the tokenizer's own template makes of a question."""
     return {"ids": list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False))}
 
@@ -81,7 +83,7 @@ def without_end(ids: Sequence[int], stops: Sequence[int] | set[int]) -> list[int
     return list(ids[:-1] if ids and ids[-1] in stops else ids)
 
 
-def write_request(folder: str, model: str, settings: Given, rows: Sequence[Given]) -> dict[str, Any]:
+def write_request(folder: str, model: str, settings: Given, rows: Sequence[Given]) -> Answer:
     """Keep in a run's folder what was asked for, for the day it is resumed."""
     request = {"model": model, "settings": dict(settings), "rows": list(rows)}
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -89,7 +91,7 @@ def write_request(folder: str, model: str, settings: Given, rows: Sequence[Given
     return request
 
 
-def read_request(folder: str, settings: Given | None) -> dict[str, Any]:
+def read_request(folder: str, settings: Given | None) -> Answer:
     """What was asked for when a run began, with the settings that are changed now."""
     request: dict[str, Any] = json.loads((Path(folder) / "asked.json").read_text(encoding="utf-8"))
     return {**request, "settings": {**request["settings"], **(settings or {})}}

@@ -16,7 +16,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peer import MISSING, prompt_ids, read_request, rendered, without_end, write_request
+from peer import MISSING, Answer, Prompts, prompt_ids, read_request, rendered, without_end, write_request
 from safetensors.torch import save_file
 from serving import RefusesError, UnsupportedError, guarded, serve
 from transformers_settings import (
@@ -59,7 +59,7 @@ class TransformersSide:
         versions = {package: version(package) for package in self.kind.packages}
         serve(self.kind.name, versions, guarded(handlers, str(Path(__file__).parent)), missing=missing)
 
-    def configure(self, model: str, settings: Given) -> dict[str, Any]:
+    def configure(self, model: str, settings: Given) -> Answer:
         """What its own configuration takes, and reads back."""
         arguments, adapter = arguments_of(self.kind, settings, self._folder()), adapter_of(settings)
         tokenizer_of(model, settings)
@@ -71,22 +71,22 @@ class TransformersSide:
         found |= {name: getattr(adapter, own) for name, own in ADAPTER.items()}
         return {"told": "", "effective": json.loads(json.dumps(found, default=_plain))}
 
-    def render(self, model: str, settings: Given, messages: Sequence[Given], *, prompt: bool) -> dict[str, Any]:
+    def render(self, model: str, settings: Given, messages: Sequence[Given], *, prompt: bool) -> Answer:
         """What the tokenizer's own template makes of a conversation."""
         found: dict[str, Any] = rendered(tokenizer_of(model, settings), messages, prompt=prompt)
         return found
 
-    def prompt(self, model: str, settings: Given, messages: Sequence[Given]) -> dict[str, Any]:
+    def prompt(self, model: str, settings: Given, messages: Sequence[Given]) -> Answer:
         """The ids of what the tokenizer's own template makes of a question."""
         found: dict[str, Any] = prompt_ids(tokenizer_of(model, settings), messages)
         return found
 
-    def stops(self, model: str, settings: Given) -> dict[str, Any]:
+    def stops(self, model: str, settings: Given) -> Answer:
         """What ends an answer when the model generates."""
         ends = network_of(model, settings).generation_config.eos_token_id
         return {"ids": [ends] if isinstance(ends, int) else list(ends or ())}
 
-    def tokenize(self, model: str, settings: Given, rows: Sequence[Given]) -> dict[str, Any]:
+    def tokenize(self, model: str, settings: Given, rows: Sequence[Given]) -> Answer:
         """The rows of its training data set, as it has prepared them."""
         if settings.get("training.packing"):
             raise UnsupportedError("packed sequences do not say which row they are of")
@@ -98,7 +98,7 @@ class TransformersSide:
         left = len({row["row"] for row in found})
         return {"rows": found, "dropped": {"left out in preparation": len(rows) - left} if left < len(rows) else {}}
 
-    def batches(self, model: str, settings: Given, rows: Sequence[Given], epochs: int) -> dict[str, Any]:
+    def batches(self, model: str, settings: Given, rows: Sequence[Given], epochs: int) -> Answer:
         """What its loop gives to a training step; the step itself computes nothing."""
         given = {**settings, "training.epochs": float(epochs), "training.max_steps": None}
         trainer = self._trainer(model, given, rows)
@@ -113,13 +113,13 @@ class TransformersSide:
         trainer.train()
         return {"epochs": seen.epochs}
 
-    def loss(self, model: str, settings: Given, batch: Sequence[Given], adapter: str | None = None) -> dict[str, Any]:
+    def loss(self, model: str, settings: Given, batch: Sequence[Given], adapter: str | None = None) -> Answer:
         """What it evaluates one batch to."""
         rows = _labelled(batch)
         trainer = self._trainer(model, settings, rows, held_out=rows, adapter=adapter)
         return {"loss": trainer.evaluate()["eval_loss"]}
 
-    def gradient(self, model: str, settings: Given, micro: Sequence[Sequence[Given]]) -> dict[str, Any]:
+    def gradient(self, model: str, settings: Given, micro: Sequence[Sequence[Given]]) -> Answer:
         """The gradient of its first step, where its loop gets these micro-batches."""
         given = {
             **settings,
@@ -139,41 +139,37 @@ class TransformersSide:
 
     def train(
         self, model: str, settings: Given, rows: Sequence[Given], folder: str, stop_after: int | None = None
-    ) -> dict[str, Any]:
+    ) -> Answer:
         """A run; with `stop_after` it ends, as by Ctrl-C, when the checkpoint of this step is there."""
         place = Path(folder)
         write_request(folder, model, settings, rows)
         return self._course(self._trainer(model, settings, rows, place), place, stop_after, resume=False)
 
-    def resume(self, folder: str, stop_after: int | None = None, settings: Given | None = None) -> dict[str, Any]:
+    def resume(self, folder: str, stop_after: int | None = None, settings: Given | None = None) -> Answer:
         """Go on from the newest checkpoint."""
         place, request = Path(folder), read_request(folder, settings)
         trainer = self._trainer(request["model"], request["settings"], request["rows"], place)
         return self._course(trainer, place, stop_after, resume=True)
 
-    def evaluate(
-        self, model: str, settings: Given, rows: Sequence[Given], adapter: str | None = None
-    ) -> dict[str, Any]:
+    def evaluate(self, model: str, settings: Given, rows: Sequence[Given], adapter: str | None = None) -> Answer:
         """What it evaluates held-out rows to."""
         trainer = self._trainer(model, settings, rows, held_out=rows, adapter=adapter)
         return {"loss": trainer.evaluate()["eval_loss"]}
 
-    def initial_adapter(self, model: str, settings: Given) -> dict[str, Any]:
+    def initial_adapter(self, model: str, settings: Given) -> Answer:
         """The adapter as it is before the first step."""
         trainer = self._trainer(model, settings, [{"prompt": "a", "completion": "b"}])
         folder = self._folder()
         trainer.save_model(folder)
         return self.adapter_weights(model, folder)
 
-    def adapter_weights(self, model: str, adapter: str) -> dict[str, Any]:
+    def adapter_weights(self, model: str, adapter: str) -> Answer:
         """An adapter's folder is in PEFT's own format."""
         config = peft.LoraConfig.from_pretrained(adapter)
         scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
         return {"file": str(Path(adapter) / "adapter_model.safetensors"), "scale": scale}
 
-    def logits(
-        self, model: str, settings: Given, prompts: Sequence[Sequence[int]], adapter: str | None = None
-    ) -> dict[str, Any]:
+    def logits(self, model: str, settings: Given, prompts: Prompts, adapter: str | None = None) -> Answer:
         """What the model computes, with an adapter where one is given."""
         network = adapted(network_of(model, settings), adapter).eval()
         with torch.no_grad():
@@ -185,9 +181,7 @@ class TransformersSide:
         save_file(found, file)
         return {"file": str(file)}
 
-    def generate(
-        self, model: str, settings: Given, prompts: Sequence[Sequence[int]], adapter: str | None = None
-    ) -> dict[str, Any]:
+    def generate(self, model: str, settings: Given, prompts: Prompts, adapter: str | None = None) -> Answer:
         """What transformers generates greedily, one prompt after the other."""
         network = adapted(network_of(model, settings), adapter).eval()
         most = settings.get("evaluation.max_new_tokens", 32)
@@ -202,7 +196,7 @@ class TransformersSide:
             answers.append(without_end(whole[0, len(ids) :].tolist(), stops))
         return {"answers": answers}
 
-    def merge(self, model: str, settings: Given, adapter: str) -> dict[str, Any]:
+    def merge(self, model: str, settings: Given, adapter: str) -> Answer:
         """PEFT's merge, saved with its tokenizer."""
         folder = self._folder()
         merged = adapted(network_of(model, settings), adapter).merge_and_unload()
@@ -236,7 +230,7 @@ class TransformersSide:
         job = TrainerInputs(network, tokenizer_of(model, settings), arguments, wrap, settings, rows, held_out)
         return self.kind.build(job)
 
-    def _course(self, trainer: Any, place: Path, stop_after: int | None, *, resume: bool) -> dict[str, Any]:
+    def _course(self, trainer: Any, place: Path, stop_after: int | None, *, resume: bool) -> Answer:
         trainer.add_callback(_Stop(stop_after))
         began = _last_step(place) if resume else 0
         if resume and not began:
@@ -305,7 +299,7 @@ def _labelled(batch: Sequence[Given]) -> list[dict[str, Any]]:
     ]
 
 
-def _micro(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def _micro(inputs: Mapping[str, Any]) -> Answer:
     """A micro-batch as the model gets it."""
     ids, labels = inputs["input_ids"], inputs["labels"]
     targets = labels != IGNORED
