@@ -59,7 +59,7 @@ def adapter_targets(
 
     `paths`: layers may be named by a whole path or the end of one as well, as a backend takes them.
     """
-    modules = draw(_modules(shape, paths=paths))
+    modules = draw(_named(tuple(layer.name for layer in shape.linear_layers), layer_names(shape), paths=paths))
     sides = [side for layer in adapted_layers(shape, AdapterTarget(1, 1.0, 0.0, modules)) for side in layer.shape]
     rank = draw(_ranks(*sorted(set(sides))))
     alpha = draw(pick(*(alpha for alpha in _ALPHAS if alpha != rank)))
@@ -163,19 +163,12 @@ def unfit_adapters(draw: st.DrawFn) -> UnfitAdapter:
         rank = least + draw(between(1, 3))
         too_large = AdapterTarget(rank, target.alpha, target.dropout, target.modules)
         return UnfitAdapter(shape, too_large, "rank too large", (f"rank {rank}", f"at most {least}"))
-    name = draw(pick(*target.modules).flatmap(_misspelt))
+    right = draw(pick(*target.modules))
+    name = draw(pick(right[:-1], f"{right}_", right.upper(), f"x{right}", "lm_head", f"{right} ", "all-linear"))
     at = draw(between(0, len(target.modules)))
     modules = (*target.modules[:at], name, *target.modules[at:])
     named = (repr(name), *layer_names(shape))
     return UnfitAdapter(shape, AdapterTarget(target.rank, target.alpha, 0.0, modules), "matches nothing", named)
-
-
-def _misspelt(name: str) -> st.SearchStrategy[str]:
-    return pick(name[:-1], f"{name}_", name.upper(), f"x{name}", "lm_head", f"{name} ", "all-linear")
-
-
-def _modules(shape: ModelShape, *, paths: bool) -> st.SearchStrategy[tuple[str, ...]]:
-    return _named(tuple(layer.name for layer in shape.linear_layers), layer_names(shape), paths=paths)
 
 
 @cache

@@ -108,11 +108,8 @@ def _prompt_completion(draw: st.DrawFn) -> tuple[dict[str, Any], Example]:
     return {"prompt": _as_messages(pairs[:-1]), "completion": _as_messages(pairs[-1:])}, _spoken(pairs)
 
 
-def _document() -> st.SearchStrategy[tuple[dict[str, Any], Example]]:
-    return texts().map(lambda text: ({"text": text}, Document(text, "")))
-
-
-_SHAPES = {"alpaca": _alpaca(), "chat": _chat(), "prompt/completion": _prompt_completion(), "text": _document()}
+_DOCUMENTS = texts().map(lambda text: ({"text": text}, Document(text, "")))
+_SHAPES = {"alpaca": _alpaca(), "chat": _chat(), "prompt/completion": _prompt_completion(), "text": _DOCUMENTS}
 _SHAPE_NAMES = st.sampled_from(sorted(_SHAPES))
 _IGNORED = st.lists(st.sampled_from(["id", "kind", "größe", "", "score"]), max_size=2, unique=True)
 _UNREAD = st.none() | st.integers() | texts()

@@ -138,7 +138,8 @@ def write_jinja(shape: TemplateShape, *, answers: str = "{}", asks: str | None =
 
     content = "m['content']" if shape.style == "expression" else "m.content"
     trimmed = {"": content, "filter": f"({content} | trim)", "method": f"{content}.strip()"}[shape.trims]
-    answer = (shape.says_first, "=" + answers.format(trimmed), *_stop(shape.stop))
+    stop = (shape.stop.removesuffix(EOS), "=eos_token") if shape.stop.endswith(EOS) else (shape.stop,)
+    answer = (shape.says_first, "=" + answers.format(trimmed), *stop)
     marks = ("generation", "endgeneration") if shape.style == "generation tags" else ()
     # What follows a tag on its line is written as an expression: Jinja drops a line break there.
     between = "=" + _quoted(shape.between) if marks and shape.between else shape.between
@@ -172,10 +173,6 @@ def write_jinja(shape: TemplateShape, *, answers: str = "{}", asks: str | None =
 
 
 _REFUSAL = "set ns.x = raise_exception('no system text')"
-
-
-def _stop(stop: str) -> tuple[str, ...]:
-    return (stop.removesuffix(EOS), "=eos_token") if stop.endswith(EOS) else (stop,)
 
 
 def _folding(shape: TemplateShape) -> tuple[str, ...]:

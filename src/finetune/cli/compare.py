@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from finetune.compare.comparison import Comparison, PathResult
 
 Through = Annotated[
-    str | None,
-    typer.Option("--through", metavar="PATHS", help="Such as merged,mlx,gguf-q8_0. Default: every path."),
+    str | None, typer.Option("--through", metavar="PATHS", help="Such as merged,mlx,gguf-q8_0. Default: every path.")
 ]
 
 

@@ -83,10 +83,6 @@ def _load(loaded: "LoadedConfig", shape: "ModelShape") -> tuple["StepLoad", str]
         return load, "every row as long as tokens.max_length allows (--data takes your own)"
     prepared = prepare(loaded)
     batches = epoch_batches(
-        prepared.training_rows,
-        training.batch_size,
-        seed=training.seed,
-        epoch=0,
-        pack_length=pack_length(prepared.plan),
+        prepared.training_rows, training.batch_size, seed=training.seed, epoch=0, pack_length=pack_length(prepared.plan)
     )
     return load_of(batches, training.gradient_accumulation_steps), f"the largest batch of {loaded.config.data.train}"

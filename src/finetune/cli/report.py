@@ -11,8 +11,7 @@ from finetune.cli.options import AsJson
 from finetune.errors import DataError, UsageError
 
 Runs = Annotated[
-    list[Path] | None,
-    typer.Argument(metavar="RUN...", help="One or more run folders; with --history, history files."),
+    list[Path] | None, typer.Argument(metavar="RUN...", help="One or more run folders; with --history, history files.")
 ]
 Page = Annotated[Path | None, typer.Option("--html", help="Write one self-contained page about all of them here.")]
 History = Annotated[

@@ -25,10 +25,7 @@ SubjectName = Annotated[
         "Default: torch where it is installed, else reference.",
     ),
 ]
-TierNumber = Annotated[
-    int,
-    typer.Option("--tier", min=1, max=2, help="1: laws of milliseconds; 2: training, too."),
-]
+TierNumber = Annotated[int, typer.Option("--tier", min=1, max=2, help="1: laws of milliseconds; 2: training, too.")]
 Profile = Annotated[str, typer.Option("--profile", help="fast, ci, slow or thorough: 1, 4, 40 or 200 times the cases.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed for case generation; equal seeds give equal cases.")]
 LawNames = Annotated[list[str] | None, typer.Option("--law", metavar="ID", help="Only this law; can be repeated.")]

@@ -47,10 +47,8 @@ def load_of(batches: Sequence[Batch], accumulation: int = 1) -> StepLoad:
     Args:
         batches: at least one, as training is given them.
     """
-    loads = [_load_of_batch(batch, accumulation) for batch in batches]
+    loads = []
+    for batch in batches:
+        lengths = [sum(len(row.ids) for row in sequence) for sequence in batch.sequences]
+        loads.append(StepLoad(len(lengths), max(lengths), batch.target_count, bool(batch.packed), accumulation))
     return max(loads, key=lambda load: (load.tokens, load.targets))
-
-
-def _load_of_batch(batch: Batch, accumulation: int) -> StepLoad:
-    lengths = [sum(len(row.ids) for row in sequence) for sequence in batch.sequences]
-    return StepLoad(len(lengths), max(lengths), batch.target_count, bool(batch.packed), accumulation)

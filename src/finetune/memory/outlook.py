@@ -88,12 +88,11 @@ def _fits(method: str, forecast: Forecast, outlook: Outlook) -> str:
         return f"{sentence}; LoRA takes {say_size(saved)} less" if saved > 0 else sentence
     if not outlook.ways:
         return f"{sentence}; no smaller batch or row helps: choose a smaller model"
-    return f"{sentence}; lower it with {', or '.join(f'--set {advice}' for advice in map(_as_flags, outlook.ways))}"
-
-
-def _as_flags(advice: MemoryAdvice) -> str:
-    flags = " --set ".join(f"{key}={value}" for key, value in advice.settings.items())
-    return f"{flags} ({say_size(advice.total)})"
+    ways = []
+    for way in outlook.ways:
+        flags = " ".join(f"--set {key}={value}" for key, value in way.settings.items())
+        ways.append(f"{flags} ({say_size(way.total)})")
+    return f"{sentence}; lower it with {', or '.join(ways)}"
 
 
 def outlook_values(outlook: Outlook) -> dict[str, Any]:

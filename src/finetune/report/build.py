@@ -8,13 +8,7 @@ from finetune.intervals import wilson_interval
 from finetune.records import Outcome
 from finetune.report.numbers import as_number
 
-CRITERIA = {
-    1: "Loss convergence",
-    2: "Model learning",
-    3: "Memory efficiency",
-    4: "Parameter updates",
-    5: "Artifacts",
-}
+CRITERIA = {1: "Loss convergence", 2: "Model learning", 3: "Memory efficiency", 4: "Parameter updates", 5: "Artifacts"}
 _LOSS_FIELDS = {
     "train": ("step", "loss", "learning_rate", "grad_norm"),
     "fixed": ("step", "loss", "tokens"),

@@ -184,7 +184,11 @@ def _memory(report: Mapping[str, Any], prefix: str) -> Chart:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} MB")
         ink.plain_axes(axes, grid="x")
         axes.legend(ncols=4, loc="lower left", bbox_to_anchor=(-_LABELS / (_WIDTH - _LABELS - 68), 1.0), **LEGEND)
-        said = "; ".join(_say_measure(measure, names[measure["method"]]) for measure in measures)
+        said = "; ".join(
+            f"{names[measure['method']]}: peak live tensors {say_bytes(measure['peak_tensors'])}, of it "
+            + ", ".join(f"{label} {say_bytes(measure['parts'][part])}" for part, (label, _) in _PARTS.items())
+            for measure in measures
+        )
         return Chart("memory", title, caption, ink.to_svg(figure, prefix=prefix, title=title, description=said))
 
 
@@ -196,11 +200,6 @@ def _stacked_bar(axes: "Axes", measure: Mapping[str, Any], at: float) -> None:
         bars = axes.barh(at, width, left=left, height=0.72, color=colour, label=label if at == 0 else "_")
         bars[0].set(edgecolor=ink.PAPER, linewidth=0.8, gid=f"{ink.MARK}-{measure['method']}-{part}")
         left += width
-
-
-def _say_measure(measure: Mapping[str, Any], name: str) -> str:
-    parts = ", ".join(f"{label} {say_bytes(measure['parts'][part])}" for part, (label, _) in _PARTS.items())
-    return f"{name}: peak live tensors {say_bytes(measure['peak_tensors'])}, of it {parts}"
 
 
 LEGEND: dict[str, Any] = {

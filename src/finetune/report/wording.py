@@ -7,15 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from finetune.records import Outcome
-from finetune.report.numbers import (
-    NOT_MEASURED,
-    as_number,
-    say_bytes,
-    say_count,
-    say_number,
-    say_percent,
-    say_seconds,
-)
+from finetune.report.numbers import NOT_MEASURED, as_number, say_bytes, say_count, say_number, say_percent, say_seconds
 
 # Every outcome has its own symbol, so that no reader depends on colour.
 SYMBOLS = {"passed": "✓", "failed": "✗", "inconclusive": "?", "not applicable": "–", "error": "!", "not judged": "·"}

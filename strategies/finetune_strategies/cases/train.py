@@ -60,10 +60,6 @@ class Whole(Learned):
         }
 
 
-def _one_step_holds_all(case: Whole) -> bool:
-    return case.accumulation * case.batch_size >= len(case.rows)
-
-
 COURSES = st.builds(
     Whole,
     rows=rows_of(1, 3),
@@ -74,7 +70,7 @@ COURSES = st.builds(
     decay=st.sampled_from([0.0, 0.9]),
     clip=st.sampled_from([1e6, 0.01]),
     schedule=st.sampled_from(["constant", "linear"]),
-).filter(_one_step_holds_all)
+).filter(lambda case: case.accumulation * case.batch_size >= len(case.rows))
 
 TRAIN_TAIL = st.builds(
     Whole,

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,13 +22,9 @@ _SESSIONS = {"reference": "ReferenceSession", "torch": "TorchSession", "mlx": "M
 
 def plant_session(name: str, wrong: Callable[..., object]) -> None:
     """Plant a fault in a method of `ports.Session`, as the backend under judgement has it."""
-    module = _session_module()
+    # Imported by its name: no framework is loaded but the one that is judged.
+    module = import_module(f"finetune.backends.{backend_under_judgement()}.session")
     plant(getattr(module, _SESSIONS[backend_under_judgement()]), name, wrong)
-
-
-def _session_module() -> ModuleType:
-    """Imported by its name: no framework is loaded but the one that is judged."""
-    return import_module(f"finetune.backends.{backend_under_judgement()}.session")
 
 
 def plant_arrays(wrong: WrongArrays) -> None:

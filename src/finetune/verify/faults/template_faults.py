@@ -195,17 +195,13 @@ def _words_are_markup(right: Marking, rows: Iterable[Rendered], tokenizer: FileT
 def _bare_rows(right: Callable[..., ShapedRows], rows: Sequence[Row]) -> ShapedRows:
     """Rows of prompt and completion bypass the template."""
     bare = {row.where for row in rows if isinstance(row.values.get("prompt"), str)}
-    shaped = right(rows)
-    return replace(
-        shaped,
-        examples=tuple(
-            _bare(each) if isinstance(each, Conversation) and each.where in bare else each for each in shaped.examples
-        ),
-    )
-
-
-def _bare(example: Conversation) -> Document:
-    return Document("".join(message.content for message in example.messages), example.where)
+    shaped, examples = right(rows), list[Conversation | Document]()
+    for each in shaped.examples:
+        if isinstance(each, Conversation) and each.where in bare:
+            examples.append(Document("".join(message.content for message in each.messages), each.where))
+        else:
+            examples.append(each)
+    return replace(shaped, examples=tuple(examples))
 
 
 @fault("A055", "tmpl.eos_not_appended", "TRL #1623")

@@ -9,7 +9,7 @@ from finetune.verify.laws.helpers import check_loss, loss_of, tokenized
 from finetune.verify.subjects.answers import Epochs, Loss, TokenRows
 from finetune.verify.subjects.subject import UnsupportedError
 from finetune_strategies.cases import batches as cases
-from finetune_strategies.cases.rows import PLAIN, TINY, IdRow, Rows
+from finetune_strategies.cases.rows import PLAIN, TINY, Rows
 
 
 @law("batches.cover", ["tokenize", "batches"], cases.BATCHES_COVER)
@@ -116,18 +116,15 @@ def packing_packs(trainer: SubjectClient, case: cases.Packed) -> None:
     check(count < len(lengths), expected=f"fewer sequences than {len(lengths)} rows", got=f"{count} sequences")
 
 
-def _loss_alone(trainer: SubjectClient, rows: tuple[IdRow, ...]) -> float:
-    alone = [loss_of(trainer, (row,)) for row in rows]
-    return sum(loss * learned for loss, learned in alone) / sum(learned for _, learned in alone)
-
-
 @law("packing.apart", ["loss", "packed_loss"], cases.PACKING_APART, examples=8, cost=2)
 @oracle("the rows one at a time")
 def neighbours_do_not_matter(trainer: SubjectClient, case: cases.Shared) -> None:
     """Rows that share a sequence do not see each other: their loss is that of the rows, each alone."""
     sequences = [[row.value for row in case.rows]]
     given = {"model": trainer.model(TINY), "settings": PLAIN, "sequences": sequences}
-    check_loss(trainer.ask("packed_loss", Loss, **given).loss, _loss_alone(trainer, case.rows))
+    alone = [loss_of(trainer, (row,)) for row in case.rows]
+    expected = sum(loss * learned for loss, learned in alone) / sum(learned for _, learned in alone)
+    check_loss(trainer.ask("packed_loss", Loss, **given).loss, expected)
 
 
 @law("batches.sizes", ["batches"], cases.BATCHES_SIZES, examples=8, cost=3)

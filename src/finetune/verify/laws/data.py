@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from finetune.verify.catalogue import law, oracle
@@ -159,15 +158,11 @@ def cache_is_found_again(trainer: SubjectClient, case: Rows) -> None:
     counts = []
     for model in (place, place, moved):
         tokenized(trainer, model, case.values, {"tokens.cache": str(cache)})
-        counts.append(_files(cache))
+        counts.append(sum(path.is_file() for path in cache.rglob("*")))
     if not counts[0]:
         raise UnsupportedError("it keeps nothing in its cache")
     check(counts[0] == counts[1], expected=f"{counts[0]} files when the rows are asked for again", got=counts[1])
     check(counts[0] == counts[2], expected=f"{counts[0]} files when the model lies elsewhere", got=counts[2])
-
-
-def _files(folder: Path) -> int:
-    return sum(path.is_file() for path in folder.rglob("*"))
 
 
 @law("rows.remarks", ["batches"], cases.ROWS_REMARKS, examples=8)

@@ -56,13 +56,6 @@ def _same_step(right: TrainedStep, found: TrainedStep) -> None:
         check(near, expected=f"learning_rate {right.learning_rate} at step {right.step}", got=found.learning_rate)
 
 
-def _numbers_begin(file: Path, content: bytes | bytearray) -> int:
-    """Where a file's numbers begin: after the head of a safetensors file, and somewhere behind that of any other."""
-    if file.suffix == ".safetensors":
-        return min(8 + int.from_bytes(content[:8], "little"), len(content))
-    return len(content) * 3 // 10
-
-
 @law(
     "resume.damaged", ["train", "resume", "adapter_weights"], cases.RESUME_DAMAGED, scene="training", examples=4, cost=4
 )
@@ -76,7 +69,9 @@ def damaged_checkpoint_is_noticed(trainer: SubjectClient, case: cases.Damaged) -
     files = [newest] if newest.is_file() else [path for path in newest.rglob("*") if path.is_file()]
     file = max(files, key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
-    begin = _numbers_begin(file, content)
+    # The numbers of a safetensors file begin after its head, and those of any other somewhere behind its own.
+    head = min(8 + int.from_bytes(content[:8], "little"), len(content))
+    begin = head if file.suffix == ".safetensors" else len(content) * 3 // 10
     start = min(begin + (len(content) - begin) * case.place // 1000, max(0, len(content) - 16))
     content[start : start + 16] = bytes(byte ^ 2 for byte in content[start : start + 16])
     file.write_bytes(content)

@@ -183,12 +183,9 @@ def do_job(job: Job, scratch: Path) -> FaultRun:
                 kills.append(round(time.monotonic() - began, 3))
 
         chosen = itertools.takewhile(lambda law: not job.stop_after or len(kills) < job.stop_after, laws)
-        found = verify(SubjectClient(subject, scratch, oracle), chosen, _effort(job), tier=job.tier, tell=tell)
+        effort = Effort(seed=job.seed, times=job.times, seconds=30, shrink_seconds=job.shrink_seconds)
+        found = verify(SubjectClient(subject, scratch, oracle), chosen, effort, tier=job.tier, tell=tell)
         return _concluded(job, found, subject, kills)
-
-
-def _effort(job: Job) -> Effort:
-    return Effort(seed=job.seed, times=job.times, seconds=30, shrink_seconds=job.shrink_seconds)
 
 
 def _concluded(job: Job, found: Verification, subject: RecordingSubject, kills: list[float]) -> FaultRun:

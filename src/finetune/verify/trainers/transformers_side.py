@@ -232,7 +232,8 @@ class TransformersSide:
 
     def _course(self, trainer: Any, place: Path, stop_after: int | None, *, resume: bool) -> Answer:
         trainer.add_callback(_Stop(stop_after))
-        began = _last_step(place) if resume else 0
+        done = (int(path.name.rpartition("-")[2]) for path in place.glob("checkpoint-*"))
+        began = max(done, default=0) if resume else 0
         if resume and not began:
             raise RefusesError("there is no checkpoint to go on from")
         adapter = None
@@ -327,10 +328,6 @@ def _steps(trainer: Any) -> list[dict[str, Any]]:
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
-
-
-def _last_step(place: Path) -> int:
-    return max((int(path.name.rpartition("-")[2]) for path in place.glob("checkpoint-*")), default=0)
 
 
 def _plain(value: object) -> Any:

@@ -62,17 +62,13 @@ def _shaped(row: Given) -> dict[str, Any]:
     raise UnsupportedError(f"it reads no rows of the keys {', '.join(row)}")
 
 
-def _arguments(**given: object) -> Any:
-    return trl.SFTConfig(**given)
-
-
 def main() -> None:
     """Answer questions."""
     datasets.disable_caching()
     datasets.disable_progress_bars()
     packages = ("trl", "transformers", "peft", "torch", "accelerate", "datasets")
     has = {"tokens.max_length": "max_length", "training.packing": "packing"}
-    TransformersSide(Kind("TRL SFTTrainer", packages, _arguments, _build, has)).serve()
+    TransformersSide(Kind("TRL SFTTrainer", packages, trl.SFTConfig, _build, has)).serve()
 
 
 if __name__ == "__main__":
