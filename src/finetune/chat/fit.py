@@ -37,10 +37,10 @@ def fit_rows(rows: Iterable[Marked], *, max_length: int, truncation: Truncation,
     """
     kept: list[TokenizedRow] = []
     losses = Counter(dropped)
-    told: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
     refused: list[str] = []
     for row in rows:
-        told["read"] += 1
+        seen["read"] += 1
         pieces = [row]
         if len(row.ids) > max_length:
             pieces = shorten_row(row, max_length, truncation)
@@ -49,22 +49,22 @@ def fit_rows(rows: Iterable[Marked], *, max_length: int, truncation: Truncation,
         kept += learned
         if not learned:
             losses["no trained token" if pieces else f"longer than {max_length} tokens"] += 1
-        told["kept"] += bool(learned)
-        told["truncated"] += len(learned) == 1 and len(pieces[0].ids) < len(row.ids)
-        told["split"] += len(pieces) > 1 and bool(learned)
+        seen["kept"] += bool(learned)
+        seen["truncated"] += len(learned) == 1 and len(pieces[0].ids) < len(row.ids)
+        seen["split"] += len(pieces) > 1 and bool(learned)
     raise_all(
         refused,
         what=f"{len(refused)} rows are longer than {max_length} tokens",
         hint="raise tokens.max_length, or choose another tokens.truncation: drop, truncate_prompt or split",
     )
     counts = DataCounts(
-        read=sum(dropped.values()) + told["read"],
-        kept=told["kept"],
+        read=sum(dropped.values()) + seen["read"],
+        kept=seen["kept"],
         dropped=dict(losses),
-        truncated=told["truncated"],
+        truncated=seen["truncated"],
         tokens=sum(len(row.ids) for row in kept),
         trained_tokens=sum(row.target_count for row in kept),
-        split=told["split"],
+        split=seen["split"],
     )
     return Encoded(tuple(kept), counts)
 

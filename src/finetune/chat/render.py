@@ -155,11 +155,11 @@ class ChatTemplate:
         return markup[: found.end()]
 
     def _opened(
-        self, before: Sequence[Segment], markup: str, asked: tuple[Message, ...], where: str
+        self, before: Sequence[Segment], markup: str, prompt: tuple[Message, ...], where: str
     ) -> tuple[str, str]:
         """The markup in front of an answer, cut where the prompt ends at serve time; what follows is trained."""
         trained_on = "".join(segment.text for segment in before) + markup
-        served = self._call(asked, where, add_generation_prompt=True)
+        served = self._call(prompt, where, add_generation_prompt=True)
         if not trained_on.startswith(served):
             raise TemplateError(
                 f"{where}: template {self.name!r} is not prefix-preserving: at serve time the prompt would end with "

@@ -49,8 +49,8 @@ def plan_launch(launcher: str | None, processes: int | None, config: Path | None
         raise UsageError(f"there is no launcher {launcher!r}", hint=f"choose one of: {', '.join(LAUNCHERS)}")
     if config is not None and launcher != "accelerate":
         raise UsageError(f"--launch-config is a file of accelerate's, and {launcher} does not read it")
-    told = _asked_by(config) if config else None
-    number = processes or planned or told
+    configured = _processes_in(config) if config else None
+    number = processes or planned or configured
     if number is None:
         raise UsageError("--launch does not say how many processes to start", hint="add --processes, such as 2")
     if number == 1:
@@ -58,7 +58,7 @@ def plan_launch(launcher: str | None, processes: int | None, config: Path | None
     return Launch(launcher, number, config)
 
 
-def _asked_by(config: Path) -> int | None:
+def _processes_in(config: Path) -> int | None:
     """How many processes a file of accelerate's asks for; None where it does not say."""
     import yaml
 
@@ -67,20 +67,20 @@ def _asked_by(config: Path) -> int | None:
     except (OSError, ValueError, yaml.YAMLError) as error:
         what = f"--launch-config {config} cannot be read: {str(error).splitlines()[0]}"
         raise UsageError(what, hint="`accelerate config` writes one") from None
-    asked = value if isinstance(value, dict) else {}
-    if asked.get("use_cpu") or asked.get("distributed_type") == "MULTI_CPU":
+    settings = value if isinstance(value, dict) else {}
+    if settings.get("use_cpu") or settings.get("distributed_type") == "MULTI_CPU":
         raise RefusedError(
             f"accelerate starts what {config} asks for, training on processors, through mpirun only",
             hint="set distributed_type to MULTI_GPU and use_cpu to false: FineTune computes on processors all the same",
         )
     for key, able in _STARTED.items():
-        if asked.get(key, able[0]) not in able:
+        if settings.get(key, able[0]) not in able:
             raise RefusedError(
-                f"{config} asks accelerate for {key} {asked[key]!r}; runs of several processes are on this machine's "
-                "processors",
+                f"{config} asks accelerate for {key} {settings[key]!r}; runs of several processes are on this "
+                "machine's processors",
                 hint=f"set {key} to {' or '.join(map(str, able))} there",
             )
-    number = asked.get("num_processes")
+    number = settings.get("num_processes")
     return number if isinstance(number, int) and number > 0 else None
 
 
@@ -116,9 +116,9 @@ def command_line(launch: Launch, arguments: Sequence[str]) -> list[str]:
     if launch.launcher == "accelerate":
         # MULTI_GPU is accelerate's name for one process per worker; MULTI_CPU would need mpirun. Neither needs a GPU.
         plain = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        told = ["--config_file", str(launch.config)] if launch.config else plain
+        options = ["--config_file", str(launch.config)] if launch.config else plain
         own = ["--num_processes", number, "--main_process_port", "0", "--module"]
-        return python_command("-m", "accelerate.commands.launch", *told, *own, *worker)
+        return python_command("-m", "accelerate.commands.launch", *options, *own, *worker)
     where = ["-n", number, "--backend", "ring", "--starting-port", str(_free_ports(launch.processes))]
     return python_command("-c", _entry("mlx.launch"), *where, "--", *python_command("-m", *worker))
 

@@ -83,8 +83,8 @@ def watch(
     with tempfile.TemporaryDirectory(prefix="ft-launch-") as name:
         notes = Path(name)
         leave_command(notes, command)
-        said: deque[str] = deque(maxlen=20)
-        interrupted = _run(command_line(launch, arguments), environment(launch, os.environ, notes), say, said)
+        lines: deque[str] = deque(maxlen=20)
+        interrupted = _run(command_line(launch, arguments), environment(launch, os.environ, notes), say, lines)
         found = read_notes(notes)
     kept, hint = folder.resume_hint(launch=launch.options)
     if interrupted:
@@ -92,7 +92,7 @@ def watch(
     if error := _failure(launch, found, kept, hint):
         raise error
     if not found:
-        raise TrainingError(f"{launch.launcher} started no process:\n" + "\n".join(said))
+        raise TrainingError(f"{launch.launcher} started no process:\n" + "\n".join(lines))
     return folder.path, RunFolder.finished(folder.path).read_manifest()
 
 
@@ -114,7 +114,7 @@ def _failure(launch: Launch, notes: dict[int, Note], kept: str, hint: str) -> Fi
     return LostProcessError(f"{who} of {launch.processes} {how}; {kept}", hint=hint)
 
 
-def _run(command: Sequence[str], env: dict[str, str], say: Callable[[str], None], said: deque[str]) -> bool:
+def _run(command: Sequence[str], env: dict[str, str], say: Callable[[str], None], lines: deque[str]) -> bool:
     """Run the launcher to its end; returns whether the user interrupted it."""
     process = subprocess.Popen(
         command,
@@ -130,7 +130,7 @@ def _run(command: Sequence[str], env: dict[str, str], say: Callable[[str], None]
     # The launchers may read standard input: one that is open and silent keeps them waiting.
     assert process.stdin is not None
     assert process.stdout is not None
-    reader = threading.Thread(target=_pass_on, args=(process.stdout, say, said), daemon=True)
+    reader = threading.Thread(target=_pass_on, args=(process.stdout, say, lines), daemon=True)
     reader.start()
     interrupted = False
     with terminated_as_interrupted():
@@ -146,13 +146,13 @@ def _run(command: Sequence[str], env: dict[str, str], say: Callable[[str], None]
     return interrupted
 
 
-def _pass_on(stream: IO[str], say: Callable[[str], None], said: deque[str]) -> None:
+def _pass_on(stream: IO[str], say: Callable[[str], None], lines: deque[str]) -> None:
     for line in stream:
         before, mark, ours = line.rstrip("\n").rpartition(MARK)
         if mark:
             say(ours)
         else:
-            said.append(before or ours)
+            lines.append(before or ours)
 
 
 def _end(process: subprocess.Popen[str]) -> None:

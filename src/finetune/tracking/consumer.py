@@ -150,5 +150,5 @@ class _Line:
         try:
             yield
         except BaseException as error:
-            said = str(error).strip().splitlines()
-            self._failed(f"{type(error).__name__}: {said[0]}" if said else type(error).__name__)
+            lines = str(error).strip().splitlines()
+            self._failed(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)

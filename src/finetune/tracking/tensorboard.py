@@ -38,8 +38,8 @@ class TensorBoard:
         """Write how the run ended as a table, and close the file."""
         from tensorboard.plugins.text.summary_v2 import text_pb
 
-        said = {**words, **{name: f"{number:.6g}" for name, number in numbers.items()}}
-        rows = "".join(f"\n|{name}|{value}|" for name, value in said.items())
+        described = {**words, **{name: f"{number:.6g}" for name, number in numbers.items()}}
+        rows = "".join(f"\n|{name}|{value}|" for name, value in described.items())
         if complete:
             self._add(0, summary=text_pb("run", f"|what|said|\n|---|---|{rows}"))
         self._writer.close()

@@ -22,10 +22,10 @@ def with_estimate(error: OutOfMemoryError | MemoryError, prepared: Prepared, kep
     Args:
         kept: what is left of the run.
     """
-    told = error if isinstance(error, OutOfMemoryError) else OutOfMemoryError(f"out of memory: {error}", hint=_HINT)
+    known = error if isinstance(error, OutOfMemoryError) else OutOfMemoryError(f"out of memory: {error}", hint=_HINT)
     config = prepared.plan.config
     if config.backend not in FRAMEWORKS:
-        return OutOfMemoryError(f"{told.message}; {kept}", hint=told.hint)
+        return OutOfMemoryError(f"{known.message}; {kept}", hint=known.hint)
     training = config.training
     batches = epoch_batches(
         prepared.training_rows, training.batch_size, seed=training.seed, epoch=0, pack_length=pack_length(prepared.plan)
@@ -45,8 +45,8 @@ def with_estimate(error: OutOfMemoryError | MemoryError, prepared: Prepared, kep
         " ".join(f"--set {key}={value}" for key, value in way.settings.items()) + f" ({say_size(way.total)} expected)"
         for way in ways_to_fit(lambda load: forecast(load).expected.total, load, have)
     ]
-    hint = f"{told.hint}: {', or '.join(ways)}" if ways else f"{told.hint}; `ft estimate` says what would fit"
-    return OutOfMemoryError(f"{told.message}; {kept}; {estimate}", hint=hint)
+    hint = f"{known.hint}: {', or '.join(ways)}" if ways else f"{known.hint}; `ft estimate` says what would fit"
+    return OutOfMemoryError(f"{known.message}; {kept}; {estimate}", hint=hint)
 
 
 def _within_reach() -> int:
