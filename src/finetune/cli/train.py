@@ -13,7 +13,7 @@ from finetune.cli.options import AsJson, ConfigFile, ConfigOptions, named_outtyp
 from finetune.errors import UsageError
 
 if TYPE_CHECKING:
-    pass
+    from finetune.export.outtypes import Outtype
 
 Output = Annotated[Path | None, typer.Option("--output", help="The run folder to make; by default below runs/.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run (--output names it).")]
@@ -86,12 +86,16 @@ def command(
     if run and not watched:
         _tell(run, folder, json_output=json_output)
         if outtype is not None:
-            from finetune.export.gguf import export
-
-            done = export(str(folder), outtype=outtype, adapter_only=False, output=None, backend="torch", tell=say)
-            say(f"GGUF: {done.path}")
+            _export(folder, outtype)
         return exit_code(run["outcome"], allow_inconclusive=loaded.config.judge.allow_inconclusive)
     return 0
+
+
+def _export(folder: Path, outtype: "Outtype") -> None:
+    from finetune.export.gguf import export
+
+    done = export(str(folder), outtype=outtype, adapter_only=False, output=None, backend="torch", tell=say)
+    say(f"GGUF: {done.path}")
 
 
 def _tell(run: dict[str, Any], folder: Path, *, json_output: bool) -> None:
