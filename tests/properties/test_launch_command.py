@@ -88,7 +88,7 @@ def test_launch_inside_a_launch_is_refused(environ: dict[str, str]) -> None:
 def test_command_line_hands_every_word_on_as_it_is(launcher: str, processes: int, words: list[str]) -> None:
     """The launcher is told how many processes there are to be, and each is given the very words, in order."""
     if launcher == "mlx.launch":
-        pytest.importorskip("mlx", reason="its command is that of the installed program")
+        pytest.importorskip("mlx", reason="needs the mlx extra: pip install 'finetune-suite[mlx]'")
     line = command_line(Launch(launcher, processes), [MODULE, "train", *words])
     assert line[line.index(MODULE) :] == [MODULE, "train", *words]
     assert str(processes) in line[: line.index(MODULE)]

@@ -223,7 +223,7 @@ def test_peak_is_what_this_process_held_and_not_its_parent() -> None:
     assert 50 * MB < after - before < 150 * MB
     assert released == after
     if sys.platform != "linux":
-        pytest.skip("only Linux can forget a peak")
+        pytest.skip("needs Linux: no other system can forget a peak")
     assert restarted < after - 40 * MB
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from finetune.evidence.observe import observe
 from finetune.evidence.reopen import reopen, talker
 from finetune.records import Conversation, Message
 from finetune.train import fine_tune
+from support.damages import Damage, changed_bytes, longer
 from support.tiny_llamas import open_model
-from support.workplace import make_data, make_model, settings, without_reload_check
+from support.workplace import OWN_TEMPLATE, make_data, make_model, settings, without_reload_check
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +24,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("reopen")
     model, data = make_model(place / "model"), make_data(place / "rows.jsonl", 5)
     template = place / "own.jinja"
-    template.write_text(
-        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    )
+    template.write_text(OWN_TEMPLATE)
     changes = {"training__learning_rate": 0.3, "training__epochs": 4.0, "adapter__alpha": 7.0, "adapter__rank": 3}
     with without_reload_check():
         fine_tune(settings(model, data, template__name=str(template), **changes), output=place / "run")
@@ -73,28 +70,16 @@ def _other_base(place: Path) -> None:
     make_model(place / "model", seed=1)
 
 
-def _append(name: str, text: str) -> Callable[[Path], None]:
-    def change(place: Path) -> None:
-        with (place / name).open("a") as file:
-            file.write(text)
-
-    return change
-
-
-def _flip(place: Path) -> None:
-    weights = place / "run" / "adapter" / "adapter_model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-6] ^= 0x40
-    weights.write_bytes(content)
-
-
-CHANGES: dict[str, Callable[[Path], None]] = {
+CHANGES: dict[str, Damage] = {
     "other weights of the same shape": _other_base,
-    "other data": _append("rows.jsonl", '{"prompt": "more", "completion": "1"}\n'),
-    "other template": _append("own.jinja", " "),
-    "a byte of the adapter": _flip,
-    "where to stop": _append("run/adapter/generation_config.json", " "),
-    "the template beside the adapter": _append("run/adapter/chat_template.jinja", " "),
+    "other data": longer("rows.jsonl", '{"prompt": "more", "completion": "1"}\n'),
+    "other template": longer("own.jinja", " "),
+    "a byte of the adapter": changed_bytes(
+        "run/adapter/adapter_model.safetensors",
+        lambda content: content[:-6] + bytes([content[-6] ^ 0x40]) + content[-5:],
+    ),
+    "where to stop": longer("run/adapter/generation_config.json", " "),
+    "the template beside the adapter": longer("run/adapter/chat_template.jinja", " "),
     "no folder of the adapter": lambda place: shutil.rmtree(place / "run" / "adapter"),
     "no adapter": lambda place: (place / "run" / "adapter" / "adapter_model.safetensors").unlink(),
     "no manifest": lambda place: (place / "run" / "run.json").unlink(),

@@ -16,12 +16,17 @@ from finetune.errors import RefusedError
 from finetune.events import CheckpointSaved, Event, RunResumed
 from finetune.evidence import record
 from finetune.train import fine_tune
+from support.damages import longer
 from support.disks import everything_below
-from support.workplace import ADAPTER, Death, make_data, make_model, resume, settings, without_reload_check
-
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+from support.workplace import (
+    ADAPTER,
+    OWN_TEMPLATE,
+    Death,
+    make_data,
+    make_model,
+    resume,
+    settings,
+    without_reload_check,
 )
 
 
@@ -39,7 +44,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, count in (("valid", 4), ("known", 5)):
         (place / name).mkdir()
         make_data(place / name / "rows.jsonl", count)
-    (place / "own.jinja").write_text(TEMPLATE)
+    (place / "own.jinja").write_text(OWN_TEMPLATE)
     loaded = settings(
         model,
         data,
@@ -74,16 +79,6 @@ def in_plan(old: str, new: str) -> Callable[[Path], None]:
         text = (place / "run" / "plan.yaml").read_text()
         assert old in text
         (place / "run" / "plan.yaml").write_text(text.replace(old, new))
-
-    return change
-
-
-def longer(name: str, more: str) -> Callable[[Path], None]:
-    """Add to the end of a file."""
-
-    def change(place: Path) -> None:
-        with (place / name).open("a") as file:
-            file.write(more)
 
     return change
 

@@ -10,7 +10,7 @@ from repo.page_examples import ROOT, user
 
 pytest.importorskip("pre_commit", reason="needs pre-commit: pip install pre-commit")
 if shutil.which("git") is None:
-    pytest.skip("needs git", allow_module_level=True)
+    pytest.skip("needs git: apt-get install git", allow_module_level=True)
 
 GOOD = "backend: reference\ntraining:\n  epochs: 2\n"
 BROKEN = "backend: reference\ntraining:\n  epochs: none\n"

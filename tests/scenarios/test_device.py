@@ -72,9 +72,9 @@ def test_gpu_that_is_not_there_is_refused_and_leaves_nothing(backend: str, tmp_p
         mx = pytest.importorskip("mlx.core", reason="needs the mlx extra: pip install 'finetune-suite[mlx]'")
         pytest.importorskip("mlx_lm", reason="needs the mlx extra: pip install 'finetune-suite[mlx]'")
         if mx.is_available(mx.gpu):
-            pytest.skip("this machine has a GPU that MLX sees")
+            pytest.skip("needs a machine whose GPU MLX does not see: run it with mlx[cpu]")
     if backend == "torch" and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU that torch sees")
+        pytest.skip("needs a machine without a GPU: hide it with CUDA_VISIBLE_DEVICES=")
     settings = {"backend": backend, "model.device": "gpu", "training.max_steps": 2}
     with pytest.raises(FineTuneError, match=r"model\.device is gpu, but") as caught:
         fine_tune(load_config(None, environ={}, overrides=settings, profile=None), output=tmp_path / "run")

@@ -236,7 +236,7 @@ def test_mlx_launch_starts_two_processes_that_are_one_with_twice_the_batch(place
     mlx = pytest.importorskip("mlx.core", reason="needs the mlx extra: pip install 'finetune-suite[mlx]'")
     pytest.importorskip("mlx_lm", reason="needs the mlx extra: pip install 'finetune-suite[mlx]'")
     if not mlx.distributed.is_available("ring"):
-        pytest.skip("this build of MLX has no ring")
+        pytest.skip("needs a build of MLX with the ring of its distributed part: pip install mlx")
     chosen = [*QUICK, "--backend", "mlx"]
     one = ft("train", *chosen, "--set", "training.batch_size=8", "--output", "mlx-one", cwd=place)
     assert one.returncode in (0, 1, 4), one.stderr

@@ -12,7 +12,7 @@ from support.sessions import need
 need("mlx")
 pytestmark = [
     pytest.mark.tier2,
-    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only on Linux MLX brings a slow BLAS"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: only there MLX brings a slow BLAS"),
 ]
 
 

@@ -17,6 +17,7 @@ from finetune.verify.prove.baseline import baseline_text, lost_kills, read_basel
 from finetune.verify.prove.campaign import Campaign, Proof, Spread, by_stage, chosen_faults, prove, result_of, run_jobs
 from finetune.verify.prove.job import FaultRun, Job, RecordingSubject, do_job, run_job
 from finetune.verify.subjects.subject import About, InProcessSubject
+from support.sessions import need
 
 LAWS = ("batches.cover", "mask.answers")
 NOBODY = Fault("A000", "none.none", "", "Nothing goes wrong.", lambda: None)
@@ -183,7 +184,7 @@ def test_fault_that_does_not_exist_is_refused() -> None:
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
 def test_fault_can_be_planted_where_it_says(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a fault replaces is there and public; all but a few are no matter of one backend's inside."""
-    pytest.importorskip(backend, reason=f"needs {backend}")
+    need(backend)
     # What is planted is taken out again when the test ends.
     monkeypatch.setattr(fault_room, "setattr", monkeypatch.setattr, raising=False)
     here = chosen_faults(backend=backend)
@@ -198,7 +199,7 @@ def test_fault_can_be_planted_where_it_says(backend: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
 def test_fault_of_loop_mask_and_resume_is_killed_in_every_backend(backend: str) -> None:
     """What is planted in the session of the backend under judgement is killed by the law that kills it in ours."""
-    pytest.importorskip(backend, reason=f"needs {backend}")
+    need(backend)
     pairs = {"A064": "loss.oracle", "A120": "train.oracle", "A164": "resume.same"}
     clean = run_job(Job(backend=backend, laws=tuple(pairs.values())))
     assert set(clean.words.values()) == {"passed"}

@@ -68,7 +68,12 @@ def not_holding(run: dict[str, Any]) -> list[str]:
     ]
 
 
-@pytest.mark.skipif(CHOSEN is not None, reason=f"FT_TEST_MODEL={CHOSEN} was chosen instead of the shipped models")
+of_shipped_models = pytest.mark.skipif(
+    CHOSEN is not None, reason=f"FT_TEST_MODEL={CHOSEN} is judged instead: unset it for the shipped models"
+)
+
+
+@of_shipped_models
 @pytest.mark.parametrize("backend", ["torch", WITH_MLX])
 @pytest.mark.parametrize("model", SHIPPED)
 def test_shipped_model_meets_all_criteria(model: str, backend: str, tmp_path: Path, record_property: Recorder) -> None:
@@ -87,7 +92,7 @@ def test_shipped_model_meets_all_criteria(model: str, backend: str, tmp_path: Pa
     assert retention["base"]["count"] >= 36
 
 
-@pytest.mark.skipif(CHOSEN is not None, reason=f"FT_TEST_MODEL={CHOSEN} was chosen instead of the shipped models")
+@of_shipped_models
 def test_same_seed_gives_the_same_adapter_bytes(tmp_path: Path) -> None:
     """Two runs with one seed write byte-identical adapters, and another seed writes another."""
     quick = {"training.max_steps": 12, "judge.control": "never", "judge.memory": "never"}

@@ -38,6 +38,16 @@ def changed_bytes(name: str, change: Callable[[bytes], bytes]) -> Damage:
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes())) and None
 
 
+def longer(name: str, more: str) -> Damage:
+    """A damage that only adds to the end of a file, which need not be there."""
+
+    def damage(folder: Path) -> None:
+        with (folder / name).open("a", encoding="utf-8") as file:
+            file.write(more)
+
+    return damage
+
+
 def _turn(tensors: dict[str, Any]) -> None:
     name = min(name for name, tensor in tensors.items() if tensor.ndim == 2 and len(set(tensor.shape)) == 2)
     tensors[name] = tensors[name].T

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from finetune.criteria.evidence import MemoryEvidence, MemoryMeasure
 from finetune.train import fine_tune
+from support.evidence import measure
 from support.workplace import make_data, make_model, settings, without_reload_check
 
 _STEPS = 60
@@ -154,19 +155,8 @@ def _retention(lost: int) -> dict[str, Any]:
 
 def _measure(method: Literal["lora", "full"], trained: int) -> MemoryMeasure:
     weights = 4_818_944 + (163_840 if method == "lora" else 0)
-    return MemoryMeasure(
-        method=method,
-        batch_size=8,
-        length=128,
-        dtype="float32",
-        steps=3,
-        framework_rss=241_000_000,
-        peak_rss=252_000_000 + 3 * trained,
-        peak_tensors=weights + 3 * trained + 2_900_000,
-        gradient_bytes=trained,
-        optimizer_bytes=2 * trained,
-        weight_bytes=weights,
-    )
+    peak = weights + 3 * trained + 2_900_000
+    return measure(method, peak, trained // 4, batch_size=8, length=128, weight_bytes=weights)
 
 
 def _verdicts() -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Tiny random Llamas of awkward shapes for the reference backend, and rows for them."""
 
 import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +10,22 @@ import numpy as np
 from finetune.backends import open_backend
 from finetune.objectives.cross_entropy import CROSS_ENTROPY
 from finetune.ports import Objective
-from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, TokenizedRow
+from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
 from finetune_strategies.scratch import empty_folder
+from support import sessions
+from support.sessions import CONFIGS, VOCAB
 
-VOCAB = 97
-# Three query heads share one key head; 3 x 6 is not the hidden size; no two sides of a matrix are alike.
 CONFIG: dict[str, Any] = {
-    "model_type": "llama",
+    **CONFIGS["llama"],
     "vocab_size": VOCAB,
     "hidden_size": 11,
     "intermediate_size": 13,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "head_dim": 6,
     "max_position_embeddings": 24,
     "initializer_range": 0.4,
     "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
     "pad_token_id": 0,
 }
+"""As awkward as the other backends' Llama, and smaller."""
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TARGET = AdapterTarget(3, 7.0, 0.0, ("q_proj", "v_proj", "down_proj"))
 DROPPING = AdapterTarget(2, 5.0, 0.4, LINEAR)
@@ -71,17 +68,7 @@ def adapted(target: AdapterTarget | None = TARGET, *, seed: int = 0, trained: bo
     return session
 
 
-def make_rows(count: int, *, seed: int = 0) -> tuple[TokenizedRow, ...]:
-    """Rows of very unequal lengths with trained and untrained tokens mixed."""
-    dice = np.random.default_rng(seed)
-    lengths = [(2, 17, 3, 11, 7)[number % 5] for number in range(count)]
-    marks = [[*(dice.random(length - 1) < 0.6), True] for length in lengths]
-    ids = [dice.integers(3, VOCAB, length).tolist() for length in lengths]
-    return tuple(
-        TokenizedRow(tuple(i), tuple(map(bool, m)), f"row {n}") for n, (i, m) in enumerate(zip(ids, marks, strict=True))
-    )
-
-
+make_rows = partial(sessions.make_rows, longest=17)
 ROWS = make_rows(7)
 BATCH = Batch(ROWS)
 

@@ -1,6 +1,5 @@
 """A session small enough to check by hand: one number is trained to guess the mean of the trained token ids."""
 
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,8 +63,3 @@ def targets_of(batch: Batch) -> list[int]:
         for place, (token, trained) in enumerate(zip(row.ids, row.trained, strict=True))
         if trained and place > 0
     ]
-
-
-def row_names(batches: list[Batch]) -> Counter[str]:
-    """How often each row occurs."""
-    return Counter(row.where for batch in batches for row in batch.rows)

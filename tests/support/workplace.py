@@ -33,6 +33,10 @@ LLAMA: dict[str, Any] = {
     "pad_token_id": 0,
     "eos_token_id": 0,
 }
+OWN_TEMPLATE = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 _version, _compiled = cache(version), cache(compile_template)
 QUICK: dict[str, Any] = {
     "backend": "reference",
