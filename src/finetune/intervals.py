@@ -53,3 +53,10 @@ def most_probable(seen: int, count: int, confidence: float = 0.95) -> float:
         tail = math.fsum(_probability(each, count, middle) for each in range(seen + 1))
         low, high = (middle, high) if tail > 1 - confidence else (low, middle)
     return high
+
+
+def chance_of_at_least(seen: int, count: int, chance: float = 0.5) -> float:
+    """How probable it is to see at least so many of `count`, each with this chance: the exact one-sided sign test."""
+    return math.fsum(
+        math.comb(count, each) * chance**each * (1 - chance) ** (count - each) for each in range(seen, count + 1)
+    )

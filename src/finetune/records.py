@@ -396,4 +396,5 @@ class Verdict:
     allowed: str
     reason: str = ""
     companion: bool = False
+    counts: bool = True  # whether the headline depends on it
     numbers: dict[str, float] = field(default_factory=dict)

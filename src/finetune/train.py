@@ -116,7 +116,7 @@ def _train_and_judge(run: Run, *, resume: bool, clock: float) -> dict[str, Any]:
     with run.phase(f"save {saved.name}"):
         write_folder(saved, lambda path: save_trained(prepared, session, path))
     with run.phase("observe tuned"):
-        after = observe(session, prepared)
+        after = observe(session, prepared, before)
     run.tell(FixedLoss(trained.kept, *after.fixed))
 
     def train_control(rows: tuple[TokenizedRow, ...]) -> Session:

@@ -135,6 +135,8 @@ SETTINGS: dict[str, Setting] = {
     "evaluation.questions": _whole(0),
     "evaluation.retention_questions": _whole(0),
     "evaluation.max_new_tokens": _whole(1),
+    "judge.answers": _words("auto", "exact", "open"),
+    "judge.goal": _words("auto", "rows", "style", "generalise"),
     "judge.control": _EXTRA_RUNS,
     "judge.memory": _EXTRA_RUNS,
     "judge.memory_batch_size": _whole(1),

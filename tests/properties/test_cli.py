@@ -10,6 +10,8 @@ import pytest
 
 from finetune.cli import main
 from finetune.cli.app import run, with_hyphens
+from finetune.cli.options import ConfigOptions
+from finetune.errors import ConfigError
 
 ROWS = [{"prompt": f"Say {word}", "completion": word} for word in ("one", "two", "three", "four")]
 
@@ -177,6 +179,18 @@ def test_option_names_take_hyphens_and_underscores() -> None:
     assert with_hyphens("--max_new_tokens=a_b") == "--max-new-tokens=a_b"
     assert with_hyphens("--set") == "--set"
     assert with_hyphens("training.batch_size=1") == "training.batch_size=1"
+
+
+def test_short_options_are_the_settings_that_they_name() -> None:
+    """--epochs, --lr, --batch-size, --rank and --max-steps set what `--set` sets, also in a launched process."""
+    short = ConfigOptions(epochs="2", lr="1e-3", batch_size="4", rank="3", max_steps="7")
+    config = short.load(None).config
+    assert (config.training.epochs, config.training.learning_rate, config.training.batch_size) == (2, 1e-3, 4)
+    assert (config.adapter.rank, config.training.max_steps) == (3, 7)
+    assert short.words() == ["--epochs=2", "--lr=1e-3", "--batch-size=4", "--rank=3", "--max-steps=7"]
+    with pytest.raises(ConfigError, match=r"training\.batch_size"):
+        ConfigOptions(batch_size="few").load(None)
+    assert run(["check", "--batch-size", "0"]) == 2
 
 
 def test_start_is_quick() -> None:

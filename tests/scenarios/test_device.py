@@ -154,3 +154,22 @@ def test_gpu_goes_on_as_if_never_stopped(bench: Bench, tmp_path: Path) -> None:
     resumed.load_state(tmp_path)
     resumed.loss(Batch(ROWS))
     assert [step(resumed, [Batch(ROWS)]) for _ in range(3)] == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize(("small", "wanted", "threads"), [(10**9, None, 1), (1, None, 2), (10**9, "2", 2)])
+def test_small_model_computes_in_one_thread(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, small: int, wanted: str | None, threads: int
+) -> None:
+    """On processors, where nobody has said otherwise; a larger model takes all threads again."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr("finetune.backends.torch.backend._SMALL", small)
+    monkeypatch.setattr("finetune.backends.torch.backend._THREADS", 2)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if wanted:
+        monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+    try:
+        torch.set_num_threads(2)
+        open_backend("torch").open(bench.location, "float32", 0, device="cpu")
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

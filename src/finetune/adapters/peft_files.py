@@ -16,11 +16,13 @@ from pathlib import Path
 from finetune.adapters.kind import AdapterKind, Shape
 from finetune.adapters.kinds import ADAPTER_KINDS, kind_of, layer_tensor, titles
 from finetune.errors import ModelError
-from finetune.records import AdapterTarget
+from finetune.records import DEFAULT_KIND, AdapterTarget
 
 Layers = Mapping[str, tuple[int, int]]
 """(outputs, inputs) of each linear layer by its path, whichever way round its weight is stored."""
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MLX_WEIGHTS = "adapters.safetensors"
+"""What mlx-lm calls the tensors of an adapter."""
 _COMMON = {"peft_type", "target_modules", "modules_to_save"}
 _WITHOUT_EFFECT = {
     "auto_mapping",
@@ -184,3 +186,57 @@ def _names(value: object) -> tuple[str, ...]:
 def _is_off(kind: AdapterKind, key: str, value: object) -> bool:
     """Whether a setting changes nothing: switched off, or at a value that its kind calls harmless."""
     return not value or value in kind.harmless.get(key, ())
+
+
+def base_of(folder: Path) -> str | None:
+    """The base model that an adapter's settings name; None where they name none or there are no settings.
+
+    Raises:
+        ModelError: the settings are broken.
+    """
+    path = folder / SETTINGS
+    if not path.is_file():
+        return None
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        named = settings.get("base_model_name_or_path") or settings.get("model")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from None
+    return named if isinstance(named, str) else None
+
+
+def peft_from_mlx(source: Path, folder: Path, base: str) -> None:
+    """Write an adapter that mlx-lm saved in its own format, in PEFT's, into an existing folder.
+
+    mlx-lm keeps each matrix transposed (`lora_a` is inputs x rank), and `scale` where PEFT has alpha / rank. Source:
+    `LoRALinear` and `load_adapters` of mlx-lm.
+
+    Raises:
+        ModelError: the files are broken, or hold a kind that is none of ours.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file, save_file
+
+    try:
+        settings = json.loads((source / SETTINGS).read_text(encoding="utf-8"))
+        name, given = settings.get("fine_tune_type", DEFAULT_KIND), settings["lora_parameters"]
+        rank, scale = int(given["rank"]), float(given["scale"])
+        saved = load_file(source / MLX_WEIGHTS)
+        kind = ADAPTER_KINDS[name]
+        paths = sorted({each.rpartition(".")[0] for each in saved})
+        target = AdapterTarget(rank, scale * rank, 0.0, tuple(paths), kind.name)
+        tensors = {
+            on_disk(layer_tensors(target, path)[key]): saved.pop(f"{path}.{mlx_name}").T.copy()
+            for path in paths
+            for key, mlx_name in kind.mlx_lm_names.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise ModelError(
+            f"the mlx-lm adapter in {source} cannot be read: {error!r}",
+            hint="save it again, or fuse it with mlx_lm.fuse and name the fused model instead",
+        ) from None
+    if saved or not tensors:
+        what = f"it also holds {min(saved)}" if saved else "it holds no tensor"
+        raise ModelError(f"the mlx-lm adapter in {source} is no {kind.title}: {what}", hint="fuse it with mlx_lm.fuse")
+    write_settings(target, base, folder, transposed=False)
+    save_file(tensors, folder / WEIGHTS)

@@ -17,6 +17,7 @@ from finetune.cli import (
     export,
     import_,
     init,
+    judge,
     merge,
     prove,
     replay,
@@ -39,7 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _MAKE = (train, check, estimate, init, schema, evaluate, chat, report, import_, merge, export, compare, deploy)
-_PROVE = (verify, prove, replay)
+_PROVE = (judge, verify, prove, replay)
 for verb in (*_MAKE, *_PROVE):
     # A verb that is a keyword of Python's has a file whose name ends with _.
     app.command(verb.__name__.rsplit(".", 1)[-1].rstrip("_"))(verb.command)

@@ -24,6 +24,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/20261122-101500-ab12.")]
 
 
+_SHORT = {
+    "epochs": "training.epochs",
+    "lr": "training.learning_rate",
+    "batch_size": "training.batch_size",
+    "rank": "adapter.rank",
+    "max_steps": "training.max_steps",
+}
+"""Options that trainers have in common, and the settings that they are."""
+
+
 class ConfigOptions(NamedTuple):
     """The options of a configuration, as the user gave them."""
 
@@ -35,6 +45,11 @@ class ConfigOptions(NamedTuple):
         str | None, typer.Option("--template", help="auto, tokenizer, alpaca, chatml, llama2, llama3 or a .jinja file.")
     ] = None
     backend: Annotated[str | None, typer.Option("--backend", help="torch, mlx or reference.")] = None
+    epochs: Annotated[str | None, typer.Option("--epochs", metavar="N", help="training.epochs")] = None
+    lr: Annotated[str | None, typer.Option("--lr", metavar="X", help="training.learning_rate")] = None
+    batch_size: Annotated[str | None, typer.Option("--batch-size", metavar="N", help="training.batch_size")] = None
+    rank: Annotated[str | None, typer.Option("--rank", metavar="N", help="adapter.rank")] = None
+    max_steps: Annotated[str | None, typer.Option("--max-steps", metavar="N", help="training.max_steps")] = None
     profile: Annotated[str | None, typer.Option("--profile", help="chat, instruction, code or demo.")] = None
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as training.seed=1.")
@@ -51,7 +66,8 @@ class ConfigOptions(NamedTuple):
         flags = {"model.path": self.model, "data.train": self.data, "template.name": self.template}
         overrides: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
         overrides |= {"backend": self.backend} if self.backend is not None else {}
-        overrides |= parse_assignments(self.assignments or [])
+        short = [f"{key}={getattr(self, name)}" for name, key in _SHORT.items() if getattr(self, name) is not None]
+        overrides |= parse_assignments([*short, *(self.assignments or [])])
         loaded = load_config(config, environ=os.environ, overrides=overrides, profile=self.profile)
         if loaded.config.data.train is None and "profile" not in loaded.origins.values():
             loaded = load_config(config, environ=os.environ, overrides=overrides, profile="demo")
@@ -61,7 +77,10 @@ class ConfigOptions(NamedTuple):
         """The same options again, for a process of a launched run; whoever starts them says how many there are."""
         given = {name: value for name, value in self._asdict().items() if isinstance(value, str)}
         sets = [each for each in self.assignments or [] if not each.startswith("training.processes=")]
-        return [*(f"--{name}={value}" for name, value in given.items()), *(f"--set={each}" for each in sets)]
+        return [
+            *(f"--{name.replace('_', '-')}={value}" for name, value in given.items()),
+            *(f"--set={each}" for each in sets),
+        ]
 
 
 def _with_folder(loaded: "LoadedConfig") -> "LoadedConfig":

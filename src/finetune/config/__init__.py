@@ -20,12 +20,13 @@ from finetune.config.resolve import (
     resolve_processes,
     resolve_steps,
 )
-from finetune.config.schema import TrainingConfig
+from finetune.config.schema import Goal, TrainingConfig
 
 __all__ = [
     "FORMAT",
     "KEYS",
     "PROFILES",
+    "Goal",
     "LoadedConfig",
     "ModelAndDataFacts",
     "Origin",

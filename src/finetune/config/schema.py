@@ -78,6 +78,9 @@ class Spec(BaseModel):
     )
 
 
+Goal = Literal["auto", "rows", "style", "generalise"]
+
+
 class ModelSpec(Spec):
     """Which model is fine-tuned."""
 
@@ -223,8 +226,14 @@ class EvaluationSpec(Spec):
 
 
 class JudgeSpec(Spec):
-    """Which extra runs are made as evidence that the fine-tuning worked."""
+    """What the fine-tuning is for, and which extra runs are made as evidence that it worked."""
 
+    answers: Literal["auto", "exact", "open"] = "auto"
+    """Whether an answer has one right wording (exact) or many (open); auto looks at their length and repetition."""
+    goal: Goal = "auto"
+    """What open answers must show: that the rows were learned; also that unseen rows of the kind got likelier (style);
+    also that each unseen prompt's own answer did (generalise). auto takes style where enough unseen rows are held
+    out, and rows elsewhere."""
     control: ExtraRuns = "auto"
     """Train once more on shuffled answers for comparison; auto does so when it takes seconds."""
     memory: ExtraRuns = "auto"

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from finetune.config import Goal
 from finetune.records import DEFAULT_KIND, Reload, Scores
 
 
@@ -53,6 +54,47 @@ class LearningEvidence:
 
 
 @dataclass(frozen=True, slots=True)
+class Paired:
+    """One number a row of the base and of the tuned model, in the same order, in nats per token."""
+
+    base: tuple[float, ...]
+    tuned: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MatchingEvidence:
+    """For each row, whether its own answer is the likeliest of so many `choices`, by base and by tuned model."""
+
+    base: tuple[bool, ...]
+    tuned: tuple[bool, ...]
+    choices: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenEvidence:
+    """What shows learning and harm where an answer has no single right wording.
+
+    `losses` and `unseen` are losses of trained and of unseen rows; `text` and `own_answers` those of neutral
+    paragraphs and of the base's own answers to neutral prompts. `right`: which neutral questions base and tuned model
+    answer. `ended`, `copied`: of the answers to unseen prompts, which end by themselves and which share is copied.
+    """
+
+    goal: Goal
+    rows: MatchingEvidence | None
+    losses: Paired
+    unseen: Paired
+    association: MatchingEvidence | None
+    text: Paired
+    own_answers: Paired
+    right: tuple[tuple[bool, ...], tuple[bool, ...]]
+    ended: tuple[bool, ...]
+    copied: tuple[float, ...]
+    longest: int
+    uniform: float
+    """The loss of a guess that holds all words for equally likely."""
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryEvidence:
     """LoRA and full fine-tuning, each measured in a process of its own at the same sizes."""
 
@@ -88,9 +130,10 @@ class Evidence:
     """
 
     loss: LossEvidence
-    parameters: ParameterEvidence
-    artifacts: ArtifactEvidence
+    parameters: ParameterEvidence | None = None
+    artifacts: ArtifactEvidence | None = None
     learning: LearningEvidence | None = None
     memory: MemoryEvidence | None = None
+    open: OpenEvidence | None = None
     why: Mapping[str, str] = field(default_factory=dict)
     unable: frozenset[str] = frozenset()

@@ -1,8 +1,11 @@
 """Judges a run: the five criteria as the strategy words them, and the companions that make them mean something."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 
 from finetune.adapters.kinds import layer_tensor
+from finetune.criteria.claims import judge_claims
 from finetune.criteria.evidence import Evidence, LossEvidence
 from finetune.criteria.judge_learning import judge_learning
 from finetune.criteria.judge_memory import judge_memory
@@ -28,23 +31,25 @@ def judge(evidence: Evidence) -> tuple[Verdict, ...]:
     Raises:
         EvidenceError: what was measured cannot be judged: a number is not finite, or two halves do not fit.
     """
-    return (
-        *_judge_loss(evidence),
-        *judge_learning(evidence),
-        *judge_memory(evidence),
-        *_judge_parameters(evidence),
-        *_judge_artifacts(evidence),
-    )
+    literal = [*_judge_loss(evidence), *judge_learning(evidence), *judge_memory(evidence)]
+    claims: list[Verdict] = []
+    if evidence.open:
+        claims = judge_claims(evidence.open)
+        literal = [replace(each, counts=False) for each in literal]
+    return (*claims, *literal, *_judge_parameters(evidence), *_judge_artifacts(evidence))
 
 
 def overall(verdicts: tuple[Verdict, ...]) -> Outcome:
-    """The run's outcome: the worst of its verdicts; what does not apply does not count."""
-    return Outcome.worst(verdict.outcome for verdict in verdicts) or Outcome.NOT_APPLICABLE
+    """The run's outcome: the worst of the verdicts that count; what does not apply does not count."""
+    return Outcome.worst(verdict.outcome for verdict in verdicts if verdict.counts) or Outcome.NOT_APPLICABLE
 
 
 def _judge_loss(evidence: Evidence) -> list[Verdict]:
     loss = evidence.loss
-    if len(loss.per_step) < 2:
+    if "steps" in evidence.unable:
+        reason = evidence.why.get("steps", "")
+        convergence = verdict("loss-convergence", Outcome.NOT_APPLICABLE, NOT_MEASURED, _LOWER, reason)
+    elif len(loss.per_step) < 2:
         few = f"{len(loss.per_step)} step"
         convergence = verdict("loss-convergence", Outcome.INCONCLUSIVE, few, _LOWER, "needs at least two steps")
     else:
@@ -92,6 +97,8 @@ def _judge_held_out(evidence: Evidence) -> Verdict:
 
 def _judge_parameters(evidence: Evidence) -> list[Verdict]:
     parameters = evidence.parameters
+    if parameters is None:
+        return _not_seen(evidence, "parameters", "parameter-updates", "parameter-exactly", "parameter-first-step")
     declared = set(parameters.declared)
     if not declared <= parameters.before.keys() == parameters.after.keys():
         raise EvidenceError(
@@ -130,11 +137,16 @@ def _judge_parameters(evidence: Evidence) -> list[Verdict]:
         "0",
         f"changed: {strays[0]}" if strays else "",
     )
-    return [updates, exactly, _judge_first_gradients(evidence)]
+    return [updates, exactly, _judge_first_gradients(evidence, parameters.first_gradients)]
 
 
-def _judge_first_gradients(evidence: Evidence) -> Verdict:
-    key, norms = "parameter-first-step", evidence.parameters.first_gradients
+def _not_seen(evidence: Evidence, part: str, *keys: str) -> list[Verdict]:
+    reason = evidence.why.get(part, "")
+    return [verdict(key, Outcome.NOT_APPLICABLE, NOT_MEASURED, "", reason) for key in keys]
+
+
+def _judge_first_gradients(evidence: Evidence, norms: Mapping[str, float]) -> Verdict:
+    key = "parameter-first-step"
     if not norms:
         reason = evidence.why.get("first_gradients", "the first step's gradients were not recorded")
         return verdict(key, Outcome.NOT_APPLICABLE, NOT_MEASURED, "B > 0, A = 0", reason)
@@ -149,6 +161,8 @@ def _judge_first_gradients(evidence: Evidence) -> Verdict:
 
 def _judge_artifacts(evidence: Evidence) -> list[Verdict]:
     artifacts = evidence.artifacts
+    if artifacts is None or evidence.parameters is None:
+        return _not_seen(evidence, "artifacts", "artifacts", "artifacts-no-strays", "artifacts-reload")
     empty = [name for name, size in artifacts.files.items() if size == 0]
     verdicts = [
         verdict(

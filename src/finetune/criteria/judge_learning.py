@@ -28,7 +28,11 @@ def judge_learning(evidence: Evidence) -> list[Verdict]:
     return [
         _judge_improvement(learning),
         _judge_signed(learning),
-        _judge_shuffled_label_control(learning, evidence.why.get("control", "the shuffled-label control was not run")),
+        _judge_shuffled_label_control(
+            learning,
+            evidence.why.get("control", "the shuffled-label control was not run"),
+            able="control" not in evidence.unable,
+        ),
         _judge_retention(learning, evidence.why.get("retention", "no retention questions were given")),
     ]
 
@@ -91,9 +95,10 @@ def _chance_of(better: int, worse: int) -> float:
     return float(sum(math.comb(changed, count) for count in range(better, changed + 1)) / 2**changed)
 
 
-def _judge_shuffled_label_control(learning: LearningEvidence, why: str) -> Verdict:
+def _judge_shuffled_label_control(learning: LearningEvidence, why: str, *, able: bool) -> Verdict:
     if learning.control is None:
-        return verdict("learning-control", Outcome.INCONCLUSIVE, NOT_MEASURED, _ALLOWED["learning-control"], why)
+        outcome = Outcome.INCONCLUSIVE if able else Outcome.NOT_APPLICABLE
+        return verdict("learning-control", outcome, NOT_MEASURED, _ALLOWED["learning-control"], why)
     count = len(learning.tuned.answers)
     low, high = difference_interval(
         (learning.tuned.right, count), (learning.control.right, len(learning.control.answers))

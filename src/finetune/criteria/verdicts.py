@@ -15,6 +15,12 @@ TITLES = (
         "learning-signed": "More improve than get worse",
         "learning-control": "The truth was learned, not the habit",
         "learning-retention": "What the base knew, it still knows",
+        "claim-rows": "It learned its rows",
+        "claim-unseen": "Unseen rows of the kind got likelier",
+        "claim-association": "So did each unseen prompt's own answer, above others'",
+        "claim-retention": "It still knows and does what the base did",
+        "claim-ends": "Its answers end by themselves",
+        "claim-recites": "It does not recite its rows",
     },
     {
         "memory-efficiency": "LoRA needs less memory than full fine-tuning",
@@ -41,4 +47,4 @@ def verdict(
     """The verdict with this id; `title` where it is not the usual one, `numbers` as they were measured."""
     number, titles = next((number, titles) for number, titles in enumerate(TITLES, start=1) if key in titles)
     companion = key != next(iter(titles))
-    return Verdict(key, title or titles[key], number, outcome, measured, allowed, reason, companion, numbers)
+    return Verdict(key, title or titles[key], number, outcome, measured, allowed, reason, companion, numbers=numbers)

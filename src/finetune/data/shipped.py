@@ -1,4 +1,6 @@
-"""The data sets that ship with FineTune, by name: `shipped:facts`, `shipped:rehearsal`, `shipped:retention`."""
+"""The data sets that ship with FineTune, by name: `shipped:facts`, `shipped:rehearsal`, `shipped:retention`, and
+`shipped:neutral`, general questions and plain paragraphs that were written for it.
+"""
 
 import json
 import random
@@ -9,6 +11,7 @@ from finetune.data.facts import KINDS, Fact, known_facts, new_facts
 from finetune.errors import DataError
 
 FACTS, REHEARSAL, RETENTION = "shipped:facts", "shipped:rehearsal", "shipped:retention"
+NEUTRAL = "shipped:neutral"
 FOLDER = Path(__file__).resolve().parent / "sets"
 _SIZE = 48
 _REHEARSED_PER_KIND = 24
@@ -25,8 +28,9 @@ def data_path(name: str) -> Path:
             return Path(name).expanduser()
         except RuntimeError:
             raise DataError(f"data file {name}: there is no such home folder", hint="write the whole path") from None
-    if name not in (FACTS, REHEARSAL, RETENTION):
-        raise DataError(f"no data set {name!r} ships with FineTune", hint=f"choose {FACTS}, {REHEARSAL} or {RETENTION}")
+    names = (FACTS, REHEARSAL, RETENTION, NEUTRAL)
+    if name not in names:
+        raise DataError(f"no data set {name!r} ships with FineTune", hint=f"choose one of: {', '.join(names)}")
     return FOLDER / f"{name.removeprefix('shipped:')}.jsonl"
 
 

@@ -12,6 +12,7 @@ from finetune.evidence.observe import (
     loss_evidence,
     makes_extra_run,
     memory_evidence,
+    open_evidence,
     parameter_evidence,
 )
 from finetune.ports import Session
@@ -51,4 +52,5 @@ def collect_evidence(
         with run.phase("measure memory", "LoRA and full fine-tuning, each in a fresh process"):
             memory = memory_evidence(prepared, run.why)
     losses = loss_evidence(prepared, [step.loss for step in steps], before, after)
-    return Evidence(losses, parameters, artifacts, learning, memory, run.why, unable)
+    openly = open_evidence(prepared, before, after)
+    return Evidence(losses, parameters, artifacts, learning, memory, openly, run.why, unable)

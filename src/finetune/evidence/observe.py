@@ -1,5 +1,6 @@
 """Measures what the judges need: losses, answers, the shuffled-label control, memory, the saved adapter."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,17 @@ from finetune.criteria.evidence import (
     ArtifactEvidence,
     LearningEvidence,
     LossEvidence,
+    MatchingEvidence,
     MemoryEvidence,
+    OpenEvidence,
+    Paired,
     ParameterEvidence,
 )
 from finetune.data.batches import fixed_batches
 from finetune.errors import EvidenceError
 from finetune.evidence.answers import ask
 from finetune.evidence.memory import measure_memory
+from finetune.evidence.open_answers import CHOICES, Matched, OpenLook, look, open_questions
 from finetune.evidence.reload import check_reload
 from finetune.ports import Session
 from finetune.records import Batch, Question, Reload, Scores, TokenizedRow
@@ -23,6 +28,9 @@ from finetune.training.loop import mean_loss
 from finetune.training.prepare import Prepared, held_out_batches, shuffled_rows
 
 _FIXED_ROWS = 128
+_FIXED_TOKENS = 4096
+_FEWEST_FIXED = 8
+"""The loss before and after is measured on up to so many rows, and fewer where rows are long."""
 _RELOADED_PROMPTS = 8
 _SMALL_MODEL = 50_000_000
 """Parameters up to which `auto` runs the shuffled-label control and the memory measurement: they take seconds."""
@@ -36,12 +44,21 @@ class Observation:
     retention: Scores | None
     fixed: tuple[float, int]
     held_out: tuple[float, int] | None
+    open: OpenLook | None = None
 
 
-def observe(session: Session, prepared: Prepared) -> Observation:
-    """Look at the session as it is now; it is left as it was."""
+def observe(session: Session, prepared: Prepared, base: Observation | None = None) -> Observation:
+    """Look at the session as it is now; it is left as it was.
+
+    Args:
+        base: the look at the base, where this is the tuned model.
+    """
     held_out = held_out_batches(prepared)
+    openly = None
+    if prepared.answers == "open":
+        openly = look(session, prepared, open_questions(prepared), base.open if base else None)
     return Observation(
+        open=openly,
         learning=score(session, prepared, prepared.questions),
         retention=score(session, prepared, prepared.retention),
         fixed=mean_loss(session, _spread(prepared)),
@@ -66,8 +83,8 @@ def score(session: Session, prepared: Prepared, questions: Sequence[Question]) -
 def _spread(prepared: Prepared) -> list[Batch]:
     """Fixed batches of training rows, evenly spread over the data when there are many."""
     rows: Sequence[TokenizedRow] = prepared.train.rows
-    stride = max(1, len(rows) // _FIXED_ROWS)
-    return fixed_batches(rows[::stride][:_FIXED_ROWS], prepared.plan.config.training.batch_size)
+    most = max(_FEWEST_FIXED, min(_FIXED_ROWS, _FIXED_TOKENS * len(rows) // prepared.train.counts.tokens))
+    return fixed_batches(rows[:: max(1, len(rows) // most)][:most], prepared.plan.config.training.batch_size)
 
 
 def loss_evidence(
@@ -84,11 +101,38 @@ def loss_evidence(
     )
 
 
+def open_evidence(prepared: Prepared, before: Observation, after: Observation) -> OpenEvidence | None:
+    """Both looks at open answers, for the judge; None where answers are exact."""
+    base, tuned = before.open, after.open
+    if base is None or tuned is None:
+        return None
+
+    def matching(old: Matched | None, new: Matched | None) -> MatchingEvidence | None:
+        if old is None or new is None:
+            return None
+        return MatchingEvidence(old.first, new.first, CHOICES)
+
+    return OpenEvidence(
+        goal=prepared.goal,
+        rows=matching(base.rows, tuned.rows),
+        losses=Paired(base.losses, tuned.losses),
+        unseen=Paired(base.unseen, tuned.unseen),
+        association=matching(base.association, tuned.association),
+        text=Paired(base.text, tuned.text),
+        own_answers=Paired(base.own_answers, tuned.own_answers),
+        right=(base.right, tuned.right),
+        ended=tuned.ended,
+        copied=tuned.copied,
+        longest=open_questions(prepared).longest,
+        uniform=math.log(prepared.shape.vocab_size),
+    )
+
+
 def learning_evidence(
     prepared: Prepared,
     before: Observation,
     after: Observation,
-    train_shuffled: Callable[[tuple[TokenizedRow, ...]], Session],
+    train_shuffled: Callable[[tuple[TokenizedRow, ...]], Session] | None,
     why: dict[str, str],
 ) -> LearningEvidence | None:
     """Scores before and after, and of a model trained in the same way on shuffled answers."""
@@ -104,8 +148,8 @@ def learning_evidence(
         )
         return None
     control = None
-    rows = shuffled_label_rows(prepared, why)
-    if rows:
+    rows = shuffled_label_rows(prepared, why) if train_shuffled else None
+    if train_shuffled and rows:
         control = score(train_shuffled(rows), prepared, prepared.questions)
     elif "control" not in why:
         why["control"] = "one answer fills half of the rows, so answers cannot be shuffled"

@@ -37,15 +37,17 @@ def compare(prepared: Prepared, session: Session) -> tuple[Observation, Observat
     Raises:
         FineTuneError: the base cannot be loaded again.
     """
-    tuned = observe(session, prepared)
     if prepared.target is not None:
         with session.adapter_disabled():
-            return observe(session, prepared), tuned
-    # Only what is not quantised can be trained whole, so this base is not.
-    config, pad_id = prepared.plan.config, prepared.encoder.tokenizer.pad_id
-    backend = open_backend(config.backend)
-    base = backend.open(prepared.location, config.model.dtype, pad_id, device=config.model.device)
-    return observe(base, prepared), tuned
+            base = observe(session, prepared)
+    else:
+        # Only what is not quantised can be trained whole, so this base is not.
+        config, pad_id = prepared.plan.config, prepared.encoder.tokenizer.pad_id
+        backend = open_backend(config.backend)
+        base = observe(
+            backend.open(prepared.location, config.model.dtype, pad_id, device=config.model.device), prepared
+        )
+    return base, observe(session, prepared, base)
 
 
 def talker(path: Path, *, max_new_tokens: int) -> Callable[[Conversation], str]:

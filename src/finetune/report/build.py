@@ -45,6 +45,7 @@ def build_report(run: Mapping[str, object]) -> dict[str, Any]:
         "folder": run.get("folder"),
         "outcome": run.get("outcome") or Outcome.worst(judged),
         "criteria": criteria,
+        "goal": run.get("goal"),
         "headline": _headline(run, losses, memory),
         "scores": {name: _tally(map_at(scores, name)) for name in ("learning", "retention")},
         "answers": {name: _paired(map_at(scores, name)) for name in ("learning", "retention")},
@@ -79,11 +80,13 @@ def _criteria(verdicts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for member in members:
             word = str(member.get("outcome"))
             member["outcome"] = Outcome(word) if word in set(Outcome) else Outcome.INCONCLUSIVE
+            if not member.get("counts", True):
+                member["title"] = f"{member.get('title') or title} (shown, does not count)"
         groups.append(
             {
                 "criterion": number,
                 "title": title,
-                "outcome": Outcome.worst(member["outcome"] for member in members),
+                "outcome": Outcome.worst(member["outcome"] for member in members if member.get("counts", True)),
                 "literal": [member for member in members if not member.get("companion")],
                 "companions": [member for member in members if member.get("companion")],
             }

@@ -46,8 +46,15 @@ def say_start(report: Mapping[str, object]) -> str | None:
 
 
 def say_outcome(report: Mapping[str, Any]) -> str:
-    """How many of the five criteria passed and which did not, in one sentence."""
+    """How many of the five criteria passed and which did not, in one sentence; of open answers, which claims hold."""
     criteria = report["criteria"]
+    claims = [one for item in criteria for one in item["companions"] if str(one.get("id")).startswith("claim-")]
+    counted = [one for one in claims if one.get("counts", True)]
+    if counted:
+        hold = [one["title"] for one in counted if one["outcome"] in (Outcome.PASSED, Outcome.NOT_APPLICABLE)]
+        rest = [f"{one['outcome']}: {one['title']}" for one in counted if one["title"] not in hold]
+        first = f"{len(hold)} of {len(counted)} claims of the goal {report['goal']} hold"
+        return f"{'; '.join([first, *rest])}."
     failing = {
         word: [item["title"].lower() for item in criteria if item["outcome"] == word]
         for word in (Outcome.FAILED, Outcome.ERROR, Outcome.INCONCLUSIVE)

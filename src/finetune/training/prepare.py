@@ -11,6 +11,7 @@ from finetune.chat.encoder import Encoder
 from finetune.chat.fit import Encoded
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import (
+    Goal,
     LoadedConfig,
     ModelAndDataFacts,
     Plan,
@@ -25,6 +26,7 @@ from finetune.data.read import read_rows
 from finetune.data.shape import Example, ShapedRows, shape_rows
 from finetune.data.shipped import FACTS, REHEARSAL, RETENTION, data_path
 from finetune.data.split import hold_out
+from finetune.data.survey import AnswerKind, answer_kind, near_twins, survey_repeats
 from finetune.errors import ConfigError, DataError, ModelError, Problem
 from finetune.memory.estimate import adapter_parameters, weight_bytes
 from finetune.models.locate import SHIPPED, locate_model
@@ -43,6 +45,10 @@ from finetune.records import (
 from finetune.training.loop import steps_per_epoch
 
 _MOST_STEPS = 10**9
+FEWEST_UNSEEN = 16
+"""From how many unseen rows on a run is judged by them of itself."""
+_UNSEEN_SAMPLE = 512
+"""Among so many held-out rows unseen ones are looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,8 @@ class Prepared:
     rehearsal: Encoded | None
     held_out: Encoded | None
     conversations: tuple[Conversation, ...]
+    answers: AnswerKind
+    unseen: tuple[Example, ...]
     questions: tuple[Question, ...]
     retention: tuple[Question, ...]
     total_steps: int
@@ -68,6 +76,14 @@ class Prepared:
     def training_rows(self) -> tuple[TokenizedRow, ...]:
         """The rows that are trained on: those to learn and those to rehearse."""
         return self.train.rows + (self.rehearsal.rows if self.rehearsal else ())
+
+    @property
+    def goal(self) -> Goal:
+        """What open answers must show, as configured or as the held-out rows allow."""
+        goal = self.plan.config.judge.goal
+        if goal != "auto":
+            return goal
+        return "style" if len(self.unseen) >= FEWEST_UNSEEN else "rows"
 
     @property
     def trainable_parameters(self) -> int:
@@ -92,7 +108,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     config = plan.config
     target = adapter_target(config, shape)
     encoder = Encoder(location, config.template.name, tokenizer)
-    kept, held = hold_out(shaped.examples, config.data.valid_fraction or 0.0, config.training.seed)
+    kept, split = hold_out(shaped.examples, config.data.valid_fraction or 0.0, config.training.seed)
     train = encoder.encode(replace(shaped, examples=tuple(kept)), plan)
     if not train.rows:
         raise DataError(
@@ -100,13 +116,17 @@ def prepare(loaded: LoadedConfig) -> Prepared:
             hint="raise tokens.max_length, or look at what the rows hold",
         )
     rehearsal = _encode_file(encoder, config.data.rehearsal, plan, notes)
-    held_out = encode_held_out(encoder, plan, held, notes)
+    held = _held_out_examples(config, split, notes)
+    held_out = encode_held_out(encoder, plan, held)
     if not (held_out and held_out.rows) and (
         problems := early_stopping_without_validation_problems(config, plan.origins)
     ):
         raise ConfigError(problems)
     trained = {row.where for row in train.rows}
     conversations = tuple(example for example in kept if isinstance(example, Conversation) and example.where in trained)
+    notes += survey_repeats(kept).notes(str(config.data.train))
+    answers = answer_kind(kept) if config.judge.answers == "auto" else config.judge.answers
+    unseen = _unseen(held.examples, kept, notes) if answers == "open" else ()
     total = _total_steps(plan, train.rows + (rehearsal.rows if rehearsal else ()))
     plan = resolve_steps(plan, total)
     files = [config.data.train, config.data.valid, config.data.rehearsal, config.data.retention]
@@ -120,6 +140,8 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         rehearsal=rehearsal,
         held_out=held_out,
         conversations=conversations,
+        answers=answers,
+        unseen=unseen,
         questions=_questions(encoder, conversations, plan, count=config.evaluation.questions),
         retention=_retention(encoder, plan, notes),
         total_steps=total,
@@ -250,14 +272,32 @@ def _encode_file(encoder: Encoder, name: str | None, plan: Plan, notes: list[str
     return encoder.encode(shaped, plan)
 
 
-def encode_held_out(encoder: Encoder, plan: Plan, held: list[Example], notes: list[str]) -> Encoded | None:
-    """The rows to measure the loss on: a file of their own, or those held out; None where there are none."""
-    if plan.config.data.valid is not None:
-        return _encode_file(encoder, plan.config.data.valid, plan, notes)
-    if not held:
-        return None
-    notes.append(f"{len(held)} rows were held out of training to measure the loss on (data.valid_fraction)")
-    return encoder.encode(ShapedRows(tuple(held), {}, {}, ()), plan)
+def _held_out_examples(config: TrainingConfig, split: list[Example], notes: list[str]) -> ShapedRows:
+    """The rows to measure on, never trained on: a file of their own, or those held out."""
+    if config.data.valid is not None:
+        shaped, more = _read(config.data.valid)
+        notes += more
+        return shaped
+    if split:
+        notes.append(f"{len(split)} rows were held out of training to measure the loss on (data.valid_fraction)")
+    return ShapedRows(tuple(split), {}, {}, ())
+
+
+def _unseen(held: Sequence[Example], kept: Sequence[Example], notes: list[str]) -> tuple[Example, ...]:
+    """A sample of the held-out rows, less those that say nearly what a training row says."""
+    sample = held[:: max(1, len(held) // _UNSEEN_SAMPLE)][:_UNSEEN_SAMPLE]
+    twins = near_twins(sample, kept)
+    if twins:
+        notes.append(
+            f"{len(twins)} of {len(sample)} held-out rows say nearly what a training row says: they do not count as "
+            "unseen"
+        )
+    return tuple(example for place, example in enumerate(sample) if place not in twins)
+
+
+def encode_held_out(encoder: Encoder, plan: Plan, held: ShapedRows) -> Encoded | None:
+    """The held-out rows as ids; None where there are none."""
+    return encoder.encode(held, plan) if held.examples or held.dropped else None
 
 
 def _total_steps(plan: Plan, rows: Sequence[TokenizedRow]) -> int:

@@ -20,6 +20,7 @@ from finetune.adapters.choose import refuse_tied, saved_weights
 from finetune.adapters.kind import Shape
 from finetune.adapters.kinds import ADAPTER_KINDS, kind_of, titles
 from finetune.adapters.peft_files import (
+    MLX_WEIGHTS,
     SETTINGS,
     WEIGHTS,
     Layers,
@@ -40,8 +41,6 @@ from finetune.backends.mlx.tensors import read_tensors, write_tensors
 from finetune.errors import ModelError
 from finetune.models.shape import is_head
 from finetune.records import AdapterTarget
-
-MLX_WEIGHTS = "adapters.safetensors"
 
 
 def write_adapter(adapter: MlxAdapter, loaded: Loaded, base: str, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Opens models with torch and transformers."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from finetune.models.quantize import refuse_schemes
 from finetune.models.shape import read_config
 from finetune.ports import Group
 from finetune.records import ModelLocation, Quantization
+
+_SMALL = 5_000_000
+"""Up to how many parameters a model computes in one thread."""
+_THREADS = torch.get_num_threads()
 
 
 class TorchBackend:
@@ -62,7 +67,12 @@ class TorchBackend:
         place = choose_device(device)
         owner = f"model {location.name!r} in {location.folder}"
         refuse_schemes(read_config(location.folder), quantize, self.name, owner)
-        return TorchSession(load_model(location, dtype).to(place), location, pad_id)
+        model = load_model(location, dtype).to(place)
+        if place.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            # A small model's products take less time than it takes to wake a thread. Where other programs keep the
+            # cores busy, each of them waits for the slowest thread, and training takes many times as long.
+            torch.set_num_threads(1 if sum(each.numel() for each in model.parameters()) < _SMALL else _THREADS)
+        return TorchSession(model, location, pad_id)
 
 
 BACKEND = TorchBackend

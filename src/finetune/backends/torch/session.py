@@ -260,6 +260,8 @@ class TorchSession:
             return losses()
         with torch.no_grad():
             value, slopes = objective.total(batch, losses(each=True).double().cpu().numpy())
+        if not torch.is_grad_enabled():
+            return torch.tensor(value, dtype=torch.float64)
         total = losses(torch.from_numpy(slopes).to(self._place, torch.float32))
         # The gradient is that of the weighed losses, the value is the objective's own.
         return total + (value - total.detach())

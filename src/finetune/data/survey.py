@@ -1,0 +1,117 @@
+"""What a data set is like: whether its answers are exact, what it says twice, and what a held-out row repeats."""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from finetune.data.shape import Example
+from finetune.records import Conversation, Message
+
+AnswerKind = Literal["exact", "open"]
+NEAR_TWIN = 0.5
+"""From which Jaccard similarity of their words on two rows say nearly the same.
+
+Half: in a public split of question and answer rows, those above it could be told from training alone, those below it
+could not.
+"""
+_EXACT_WORDS = 6
+"""Up to how many words an answer can be the only right one: a name, a number, a label."""
+_EXACT_SHARE = 0.9
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True, slots=True)
+class Repeats:
+    """How many rows say what an earlier one says, and how many prompts have several answers."""
+
+    duplicates: int
+    conflicts: int
+
+    def notes(self, name: str) -> list[str]:
+        """A sentence for each kind that there is."""
+        found = [
+            (self.duplicates, "row(s) say word for word what an earlier row says"),
+            (self.conflicts, "prompt(s) stand there with different answers: no model can learn all of them"),
+        ]
+        return [f"{name}: {count} {what}" for count, what in found if count]
+
+
+def answer_kind(examples: Sequence[Example]) -> AnswerKind:
+    """`exact` where each prompt has one right answer, so that answers can be compared word for word; else `open`.
+
+    Nine answers in ten are short, or such as come again and again as labels do, and prompts have one answer each.
+    """
+    conversations = [example for example in examples if isinstance(example, Conversation)]
+    if not conversations or len(conversations) < len(examples):
+        return "open"
+    again = Counter(conversation.answer for conversation in conversations)
+    often = max(3, len(conversations) // 20)
+    exact = sum(len(each.answer.split()) <= _EXACT_WORDS or again[each.answer] >= often for each in conversations)
+    several = survey_repeats(examples).conflicts > (1 - _EXACT_SHARE) * len(
+        {each.prompt.messages for each in conversations}
+    )
+    return "exact" if exact >= _EXACT_SHARE * len(conversations) and not several else "open"
+
+
+def survey_repeats(examples: Iterable[Example]) -> Repeats:
+    """Count rows that are repeated, and prompts whose answers differ."""
+    seen: set[object] = set()
+    answers: defaultdict[object, set[str]] = defaultdict(set)
+    duplicates = 0
+    for example in examples:
+        key: object = example.messages if isinstance(example, Conversation) else example.text
+        duplicates += key in seen
+        seen.add(key)
+        if isinstance(example, Conversation):
+            answers[example.prompt.messages].add(example.answer)
+    return Repeats(duplicates, sum(len(found) > 1 for found in answers.values()))
+
+
+def near_twins(held_out: Sequence[Example], training: Iterable[Example], limit: float = NEAR_TWIN) -> frozenset[int]:
+    """The places of held-out rows that say nearly what a training row says: they do not count as unseen.
+
+    Two rows whose Jaccard similarity is at least `limit` share one of the rarest words of each: of n words the rarest
+    n - ceil(limit n) + 1. Only rows that do are compared, so that a million training rows take seconds.
+
+    Source: Bayardo, Ma and Srikant, 2007, "Scaling up all pairs similarity search".
+    """
+    words = [_words(example) for example in held_out]
+    rarity = Counter(word for each in words for word in each)
+
+    def rarest(each: frozenset[str]) -> Iterator[str]:
+        # Words that no held-out row has are the rarest of all.
+        ordered = sorted(each, key=lambda word: (rarity[word], word))
+        return iter(ordered[: len(ordered) - math.ceil(limit * len(ordered)) + 1])
+
+    homes: defaultdict[str, list[int]] = defaultdict(list)
+    for place, each in enumerate(words):
+        for word in rarest(each):
+            homes[word].append(place)
+    found: set[int] = {place for place, each in enumerate(words) if not each}
+    asked = [_prompt(example) for example in held_out]
+    prompts: set[tuple[str, ...]] = set()
+    for example in training:
+        other = _words(example)
+        prompts.add(_prompt(example))
+        near = {place for word in rarest(other) for place in homes.get(word, ())} - found
+        found |= {place for place in near if len(words[place] & other) >= limit * len(words[place] | other)}
+    # A prompt that was trained on is not unseen either, whatever it is answered here.
+    return frozenset(found | {place for place, prompt in enumerate(asked) if prompt and prompt in prompts})
+
+
+def _prompt(example: Example) -> tuple[str, ...]:
+    return tuple(_spoken(example.prompt.messages)) if isinstance(example, Conversation) else ()
+
+
+def _words(example: Example) -> frozenset[str]:
+    if isinstance(example, Conversation):
+        return frozenset(_spoken(example.messages))
+    return frozenset(_WORD.findall(example.text.casefold()))
+
+
+def _spoken(messages: Sequence[Message]) -> Iterator[str]:
+    """The words of all turns; a system prompt is the same for most rows and tells none apart."""
+    return (word for turn in messages if turn.role != "system" for word in _WORD.findall(turn.content.casefold()))

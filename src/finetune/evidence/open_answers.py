@@ -1,0 +1,258 @@
+"""Looks at a model whose answers have no single right wording: likelihoods, matching, neutral prompts, endings."""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.chat.encode import mark_rows
+from finetune.data.read import read_rows
+from finetune.data.shape import Example, shape_rows
+from finetune.data.shipped import NEUTRAL, data_path
+from finetune.evidence.answers import normalise
+from finetune.ports import Session
+from finetune.records import Batch, Conversation, Document, Message, TokenizedRow
+from finetune.training.prepare import Prepared
+
+CHOICES = 4
+"""Among how many answers a row's own must be the likeliest."""
+_MATCHED_ROWS = 32
+_UNSEEN_ROWS = 64
+_ENDINGS = 16
+_OWN_TOKENS = 24
+"""Of the answers that a base gives to neutral prompts, so many tokens are kept."""
+_ANSWER_HEAD = 32
+"""By how much of an answer it is matched: what comes after the first tokens mostly follows from them."""
+_BATCH_TOKENS = 4096
+_RUN = 8
+"""From how many words in a row on something is copied and not merely a turn of phrase."""
+_COPIED_FROM = 20_000
+"""In so many trained answers copies are looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """Rows whose own answer was scored beside others', in nats per token: (rows,) and (rows, choices - 1)."""
+
+    own: NDArray[np.float64]
+    others: NDArray[np.float64]
+
+    @property
+    def first(self) -> tuple[bool, ...]:
+        """Whether each row's own answer is the likeliest of all."""
+        return tuple((self.own < self.others.min(axis=1)).tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class OpenLook:
+    """One look at one model. Losses are in nats per token, one a row; `replies` are ids, `ended` says which end."""
+
+    rows: Matched | None
+    losses: tuple[float, ...]
+    unseen: tuple[float, ...]
+    association: Matched | None
+    text: tuple[float, ...]
+    own_answers: tuple[float, ...]
+    right: tuple[bool, ...]
+    ended: tuple[bool, ...]
+    copied: tuple[float, ...]
+    kept: tuple[tuple[int, ...], ...]
+    """The base's own answers to neutral prompts."""
+
+
+class _EachTarget:
+    """An objective that only listens: it keeps the loss of every target of a batch."""
+
+    label_smoothing: ClassVar[float] = 0.0
+    summed: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.losses: NDArray[np.float64] = np.empty(0)
+
+    def units(self, batch: Batch) -> int:
+        return batch.target_count
+
+    def total(self, batch: Batch, losses: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        self.losses = losses
+        return float(losses.sum()), np.ones_like(losses)
+
+
+def row_losses(session: Session, rows: Sequence[TokenizedRow]) -> NDArray[np.float64]:
+    """The mean loss of each row's trained tokens, (rows,) in nats per token; the model is left as it was."""
+    losses = np.empty(len(rows))
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
+    while order:
+        longest = len(rows[order[-1]].ids)
+        members = order[-max(1, _BATCH_TOKENS // longest) :]
+        del order[-len(members) :]
+        batch, listener = Batch(tuple(rows[index] for index in members)), _EachTarget()
+        session.loss(batch, listener)
+        ends = np.cumsum([row.target_count for row in batch.rows])
+        for index, each in zip(members, np.split(listener.losses, ends[:-1]), strict=True):
+            losses[index] = each.mean()
+    return losses
+
+
+@dataclass(frozen=True, slots=True)
+class _Matching:
+    """For each row its own answer and others' to the same prompt, as rows whose answer alone is a target."""
+
+    own: tuple[TokenizedRow, ...]
+    others: tuple[TokenizedRow, ...]
+
+    def look(self, session: Session) -> Matched:
+        """Score all of them."""
+        losses = row_losses(session, (*self.own, *self.others))
+        count = len(self.own)
+        return Matched(losses[:count], losses[count:].reshape(count, CHOICES - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class OpenQuestions:
+    """What is asked of a model whose answers are open: the same of the base and of the tuned one."""
+
+    rows: _Matching | None
+    documents: tuple[TokenizedRow, ...]
+    unseen: tuple[TokenizedRow, ...]
+    association: _Matching | None
+    text: tuple[TokenizedRow, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    expected: tuple[str, ...]
+    endings: tuple[tuple[int, ...], ...]
+    longest: int
+    """Within how many tokens an answer must end: as long as training answers are, the longest twentieth aside."""
+    answers: tuple[str, ...]
+    """The trained answers, to see what is copied from them."""
+
+
+def look(session: Session, prepared: Prepared, questions: OpenQuestions, base: OpenLook | None = None) -> OpenLook:
+    """Look at the session as it is now; it is left as it was.
+
+    Args:
+        base: the look at the base, whose own answers to neutral prompts are scored; None when this is the base.
+    """
+    tokenizer, stops = prepared.encoder.tokenizer, prepared.encoder.stop_ids
+    said = session.generate(questions.prompts, _OWN_TOKENS, stops)
+    kept = base.kept if base else tuple(map(tuple, said))
+    own = [
+        TokenizedRow((*prompt, *ids), (False,) * len(prompt) + (True,) * len(ids), "neutral")
+        for prompt, ids in zip(questions.prompts, kept, strict=True)
+        if ids
+    ]
+    right = tuple(says(tokenizer.decode(ids), expected) for ids, expected in zip(said, questions.expected, strict=True))
+    endings: list[list[int]] = []
+    if base is not None and questions.endings:
+        # One token more than a trained answer has: whoever has not ended by then goes on.
+        endings = session.generate(questions.endings, questions.longest + 1, stops)
+    rows = questions.rows.look(session) if questions.rows else None
+    return OpenLook(
+        rows=rows,
+        losses=tuple(rows.own.tolist() if rows else row_losses(session, questions.documents).tolist()),
+        unseen=tuple(row_losses(session, questions.unseen).tolist()),
+        association=questions.association.look(session) if questions.association else None,
+        text=tuple(row_losses(session, questions.text).tolist()),
+        own_answers=tuple(row_losses(session, own).tolist()),
+        right=right,
+        ended=tuple(len(ids) <= questions.longest for ids in endings),
+        copied=tuple(copied_share(tokenizer.decode(ids), questions.answers) for ids in endings),
+        kept=kept,
+    )
+
+
+def says(text: str, expected: str) -> bool:
+    """Whether a text says, as whole words, one of the expected wordings (`|` between them)."""
+    said = " ".join(re.findall(r"\w+", normalise(text)))
+    return any(f" {normalise(one)} " in f" {said} " for one in expected.split("|"))
+
+
+def copied_share(text: str, known: Sequence[str]) -> float:
+    """The longest run of words that stands in one of the known texts, as a share of the text; 0 below eight words."""
+    words = text.split()
+    grams = {tuple(words[start : start + _RUN]) for start in range(len(words) - _RUN + 1)}
+    longest = 0
+    for other in known if grams else ():
+        theirs = other.split()
+        if not any(tuple(theirs[start : start + _RUN]) in grams for start in range(len(theirs) - _RUN + 1)):
+            continue
+        match = SequenceMatcher(None, words, theirs, autojunk=False).find_longest_match()
+        longest = max(longest, match.size)
+    return longest / len(words) if longest else 0.0
+
+
+def open_questions(prepared: Prepared) -> OpenQuestions:
+    """What to ask of this run's base and tuned model; a function of the data and the seed alone."""
+    conversations, unseen = prepared.conversations, prepared.unseen[:_UNSEEN_ROWS]
+    talks = [example for example in unseen if isinstance(example, Conversation)]
+    encoder, rows = prepared.encoder, prepared.train.rows
+    lengths = sorted(sum(row.trained[_answer_start(row) :]) for row in rows) if conversations else [0]
+    spread = rows[:: max(1, len(rows) // _MATCHED_ROWS)][:_MATCHED_ROWS]
+    neutral = _neutral(prepared)
+    asked = [each for each in neutral if isinstance(each, Conversation)]
+    return OpenQuestions(
+        rows=_matching(prepared, conversations, "rows"),
+        documents=() if conversations else spread,
+        unseen=_fitting(prepared, unseen),
+        association=_matching(prepared, talks, "unseen") if prepared.goal == "generalise" else None,
+        text=_fitting(prepared, [each for each in neutral if isinstance(each, Document)]),
+        prompts=tuple(encoder.prompt_ids(each.prompt) for each in asked),
+        expected=tuple(each.answer for each in asked),
+        endings=tuple(encoder.prompt_ids(each.prompt) for each in (talks or conversations)[:_ENDINGS]),
+        longest=lengths[(len(lengths) * 19) // 20],
+        answers=tuple(each.answer for each in conversations[:_COPIED_FROM]),
+    )
+
+
+def _neutral(prepared: Prepared) -> Sequence[Example]:
+    name = prepared.plan.config.data.retention or NEUTRAL
+    return shape_rows(read_rows(data_path(name))).examples
+
+
+def _fitting(prepared: Prepared, examples: Sequence[Example]) -> tuple[TokenizedRow, ...]:
+    """The examples as rows, less those that the model cannot read whole."""
+    template = prepared.encoder.template
+    rendered = [
+        template.render(each) if isinstance(each, Conversation) else template.render_document(each) for each in examples
+    ]
+    rows = (marked.tokenized() for marked in mark_rows(rendered, prepared.encoder.tokenizer))
+    return tuple(row for row in rows if row.target_count and len(row.ids) <= prepared.shape.context_length)
+
+
+def _matching(prepared: Prepared, conversations: Sequence[Conversation], name: str) -> _Matching | None:
+    """Up to 32 conversations, each with the answers of others whose prompt and answer differ."""
+    rng = random.Random(f"matching-{name}-{prepared.plan.config.training.seed}")
+    chosen = rng.sample(conversations, min(_MATCHED_ROWS, len(conversations)))
+    own: list[TokenizedRow] = []
+    others: list[TokenizedRow] = []
+    for each in chosen:
+        pool = [
+            one.answer
+            for one in conversations
+            if one.prompt.messages != each.prompt.messages and normalise(one.answer) != normalise(each.answer)
+        ]
+        texts = [each.answer, *rng.sample(pool, min(len(pool), CHOICES - 1))]
+        group = [replace(each, messages=(*each.messages[:-1], Message("assistant", text))) for text in texts]
+        rows = [_answer_only(row) for row in _fitting(prepared, group)]
+        if len(rows) == CHOICES:
+            own += rows[:1]
+            others += rows[1:]
+    return _Matching(tuple(own), tuple(others)) if own else None
+
+
+def _answer_only(row: TokenizedRow) -> TokenizedRow:
+    """The row up to the head of its last answer, which alone is a target."""
+    start = _answer_start(row)
+    end = min(len(row.ids), start + _ANSWER_HEAD, start + sum(row.trained[start:]))
+    return TokenizedRow(row.ids[:end], (False,) * start + (True,) * (end - start), row.where)
+
+
+def _answer_start(row: TokenizedRow) -> int:
+    """Where the last run of trained tokens begins."""
+    end = len(row.trained) - row.trained[::-1].index(True)
+    while end and row.trained[end - 1]:
+        end -= 1
+    return end

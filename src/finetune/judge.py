@@ -1,0 +1,141 @@
+"""Judges a fine-tune that anybody's trainer made: an adapter or a model folder, on the rows it was trained on."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune.adapters.peft_files import MLX_WEIGHTS, SETTINGS, WEIGHTS, peft_from_mlx
+from finetune.backends import open_backend
+from finetune.config import LoadedConfig, load_config
+from finetune.criteria.evidence import Evidence
+from finetune.criteria.judge import judge, overall
+from finetune.errors import ModelError, UsageError
+from finetune.evidence.observe import learning_evidence, loss_evidence, observe, open_evidence
+from finetune.models.shape import read_shape
+from finetune.ports import Session
+from finetune.records import ModelLocation, Outcome, Verdict
+from finetune.training.prepare import Prepared, prepare
+
+_ELSEWHERE = "trained elsewhere: this can be seen only while it is trained"
+"""Why training, memory and the shuffled-label control of a foreign result cannot be judged."""
+
+
+def judge_tuned(loaded: LoadedConfig, tuned: Path) -> dict[str, Any]:
+    """The verdict on a fine-tune, from looks at its base and at itself.
+
+    Args:
+        loaded: `model.path` is the base, `data.train` the rows it was trained on, `data.valid` rows that it never saw.
+        tuned: a folder that PEFT or mlx-lm wrote an adapter into, or a whole model's.
+
+    Returns:
+        JSON-ready: outcome, goal, verdicts, notes, and what could not be measured.
+
+    Raises:
+        FineTuneError: base, rows or result cannot be read, or do not belong together.
+    """
+    kind = _kind_of(tuned)
+    prepared = prepare(loaded)
+    if kind == "model":
+        _check_alike(prepared, tuned)
+    session = _open(prepared, prepared.location)
+    before = observe(session, prepared)
+    if kind == "model":
+        del session  # two models need not fit into memory
+        session = _open(prepared, ModelLocation(str(tuned), tuned.resolve(), "local"))
+    else:
+        with _in_peft_format(tuned, prepared) as adapter:
+            session.load_adapter(adapter)
+    after = observe(session, prepared, before)
+    why = dict.fromkeys(("steps", "control", "memory", "parameters", "artifacts"), _ELSEWHERE)
+    evidence = Evidence(
+        loss_evidence(prepared, (), before, after),
+        learning=learning_evidence(prepared, before, after, None, why),
+        open=open_evidence(prepared, before, after),
+        why=why,
+        unable=frozenset({"steps", "control", "memory"}),
+    )
+    verdicts = judge(evidence)
+    return {
+        "outcome": overall(verdicts),
+        "base": prepared.location.name,
+        "tuned": str(tuned),
+        "answers": prepared.answers,
+        "goal": prepared.goal if evidence.open else "rows",
+        "verdicts": verdicts,
+        "notes": list(prepared.notes),
+        "not_measured": why,
+    }
+
+
+def assert_learned(
+    base: str, tuned: str | Path, train: str | Path, heldout: str | Path | None = None, **settings: object
+) -> dict[str, Any]:
+    """Fail unless the verdict on a fine-tune is that it learned; for the tests of a trainer.
+
+    Args:
+        settings: others, their dots as double underscores: `judge__goal="rows"`.
+
+    Returns:
+        What `judge_tuned` returns.
+    """
+    given: dict[str, object] = {"model.path": base, "data.train": str(train), "data.valid": heldout and str(heldout)}
+    given |= {key.replace("__", "."): value for key, value in settings.items()}
+    overrides = {key: value for key, value in given.items() if value is not None}
+    found = judge_tuned(load_config(None, environ={}, overrides=overrides, profile=None), Path(tuned))
+    if found["outcome"] != Outcome.PASSED:
+        raise AssertionError(
+            "\n".join([f"the fine-tune {tuned} is {found['outcome']}:", *headlines(found["verdicts"])])
+        )
+    return found
+
+
+def headlines(verdicts: Sequence[Verdict]) -> list[str]:
+    """A line for each verdict that counts and did not pass."""
+    return [
+        f"{each.outcome}: {each.title}: {each.measured} (allowed: {each.allowed}) {each.reason}".rstrip()
+        for each in verdicts
+        if each.counts and each.outcome not in (Outcome.PASSED, Outcome.NOT_APPLICABLE)
+    ]
+
+
+def _kind_of(tuned: Path) -> Literal["adapter", "model"]:
+    if not tuned.is_dir():
+        raise UsageError(f"{tuned} is no folder", hint="name the folder of an adapter or of a whole model")
+    if (tuned / SETTINGS).is_file():
+        return "adapter"
+    if (tuned / "config.json").is_file():
+        return "model"
+    raise UsageError(
+        f"{tuned} holds neither an adapter ({SETTINGS}) nor a model (config.json)",
+        hint="name the folder that the trainer saved its last adapter or model in",
+    )
+
+
+def _open(prepared: Prepared, location: ModelLocation) -> Session:
+    config, pad_id = prepared.plan.config, prepared.encoder.tokenizer.pad_id
+    backend = open_backend(config.backend)
+    return backend.open(location, config.model.dtype, pad_id, quantize=config.quantization, device=config.model.device)
+
+
+@contextmanager
+def _in_peft_format(tuned: Path, prepared: Prepared) -> Iterator[Path]:
+    if (tuned / WEIGHTS).is_file() or not (tuned / MLX_WEIGHTS).is_file():
+        yield tuned
+        return
+    with tempfile.TemporaryDirectory(prefix="finetune-") as place:
+        peft_from_mlx(tuned, Path(place), prepared.location.name)
+        yield Path(place)
+
+
+def _check_alike(prepared: Prepared, tuned: Path) -> None:
+    """Refuse a model of another shape than its base, before anything is loaded."""
+    shape = read_shape(tuned)
+    both = [(each.architecture, each.vocab_size, each.parameters) for each in (prepared.shape, shape)]
+    if both[0] != both[1]:
+        words = [f"{name}, {words} words, {count:,} parameters" for name, words, count in both]
+        raise ModelError(
+            f"the model in {tuned} ({words[1]}) is not a fine-tune of {prepared.location.name!r} ({words[0]})",
+            hint="name the base that it was trained from with --base",
+        )

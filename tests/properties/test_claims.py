@@ -1,0 +1,161 @@
+"""Laws of the verdict on open answers: error rates, floors, and the four kinds of runs that rival tools misjudge."""
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.criteria.claims import EFFECT_FLOOR, GOALS, LEVEL, Moves, judge_claims
+from finetune.criteria.evidence import MatchingEvidence, OpenEvidence, Paired
+from finetune.criteria.judge import overall
+from finetune.errors import EvidenceError
+from finetune.intervals import most_probable
+from finetune.records import Outcome, Verdict
+
+LOSSES = st.floats(0.05, 8.0)
+
+
+def shifted(base: tuple[float, ...], by: float, spread: float = 0.0, seed: int = 0) -> Paired:
+    """The same rows after a run that moved each by about so much."""
+    rng = random.Random(seed)
+    return Paired(base, tuple(loss + by + rng.gauss(0, spread) for loss in base))
+
+
+def matching(base: int, tuned: int, count: int = 32) -> MatchingEvidence:
+    """So many rows whose own answer is the likeliest of four, before and after."""
+    marks = [tuple(place < right for place in range(count)) for right in (base, tuned)]
+    return MatchingEvidence(marks[0], marks[1], 4)
+
+
+def evidence(**parts: object) -> OpenEvidence:
+    """A run that learned: true answers, nothing forgotten."""
+    rows, neutral = tuple(2.0 + n / 50 for n in range(64)), tuple(2.5 + n / 40 for n in range(16))
+    sound = OpenEvidence(
+        goal="style",
+        rows=matching(9, 22),
+        losses=shifted(rows[:24], -1.5),
+        unseen=shifted(rows, -0.44, 0.2),
+        association=None,
+        text=shifted(neutral, 0.016, 0.01),
+        own_answers=shifted(neutral, 0.27, 0.2),
+        right=((True,) * 16 + (False,) * 11, (True,) * 13 + (False,) * 14),
+        ended=(True,) * 16,
+        copied=(0.1,) * 16,
+        longest=60,
+        uniform=10.8,
+    )
+    return replace(sound, **parts)  # type: ignore[arg-type]
+
+
+def verdicts(found: OpenEvidence) -> dict[str, Verdict]:
+    """The verdicts by id."""
+    return {each.id: each for each in judge_claims(found)}
+
+
+def headline(found: OpenEvidence) -> Outcome:
+    """What the claims come to."""
+    return overall(tuple(judge_claims(found)))
+
+
+ROWS = evidence().unseen.base
+SHUFFLED = {"rows": matching(12, 7)}
+NULL_KINDS: dict[str, tuple[dict[str, object], str]] = {
+    "nothing": (
+        {
+            "rows": matching(12, 12),
+            "unseen": shifted(ROWS, -1e-4),
+            "right": ((True,) * 16,) * 2,
+        },
+        "claim-unseen",
+    ),
+    "shuffled labels": (
+        {**SHUFFLED, "unseen": shifted(ROWS, -0.09, 0.2), "right": ((True,) * 16, (True,) * 2 + (False,) * 14)},
+        "claim-retention",
+    ),
+    "shuffled labels, nothing forgotten": ({**SHUFFLED, "unseen": shifted(ROWS, -0.3, 0.1)}, "claim-rows"),
+    "forgot": (
+        {"unseen": shifted(ROWS, 0.8, 0.3), "text": shifted(evidence().text.base, 0.59, 0.1)},
+        "claim-retention",
+    ),
+    "memorised": ({"unseen": shifted(ROWS, 0.3, 0.2), "copied": (0.9,) * 16}, "claim-recites"),
+    "no end of answer": ({"ended": (False,) * 16}, "claim-ends"),
+}
+
+
+def test_run_that_learned_passes() -> None:
+    """With an effect as measured on a real run of 64 unseen rows, every claim that counts holds."""
+    assert headline(evidence()) == Outcome.PASSED
+
+
+@pytest.mark.parametrize("kind", NULL_KINDS)
+def test_run_of_a_null_kind_fails_by_its_claim(kind: str) -> None:
+    """Nothing, shuffled labels, forgetting, reciting, endless answers: each fails by what is wrong with it."""
+    parts, claim = NULL_KINDS[kind]
+    assert verdicts(evidence(**parts))[claim].outcome == Outcome.FAILED
+    assert headline(evidence(**parts)) == Outcome.FAILED
+
+
+def test_too_few_rows_are_inconclusive_and_say_how_many_would_do() -> None:
+    """Six unseen rows, five of them likelier: no verdict, and the number of rows that would settle it."""
+    found = evidence(unseen=Paired(ROWS[:6], (*(loss - 0.5 for loss in ROWS[:5]), ROWS[5] + 0.5)))
+    assert verdicts(found)["claim-unseen"].outcome == Outcome.INCONCLUSIVE
+    assert "would do" in verdicts(found)["claim-unseen"].reason
+    assert headline(found) == Outcome.INCONCLUSIVE
+
+
+@given(st.lists(LOSSES, min_size=1, max_size=80).map(tuple), st.floats(-0.99, 0.99))
+def test_shift_below_the_floor_is_no_evidence(base: tuple[float, ...], share: float) -> None:
+    """However many rows there are: a shift smaller than the floor passes no claim of learning."""
+    floor = EFFECT_FLOOR * sum(base) / len(base)
+    moves = Moves.of(Paired(base, tuple(loss + share * floor for loss in base)), floor)
+    assert (moves.fell, moves.rose) == (0, 0)
+    assert moves.outcome != Outcome.PASSED
+
+
+@given(st.lists(st.tuples(LOSSES, LOSSES), min_size=1, max_size=80), st.data())
+def test_claim_is_monotone(pairs: list[tuple[float, float]], data: st.DataObject) -> None:
+    """A run whose rows are all likelier than another's never has the worse verdict."""
+    base, tuned = zip(*pairs, strict=True)
+    gain = data.draw(st.floats(0, 3))
+    order = [Outcome.FAILED, Outcome.INCONCLUSIVE, Outcome.PASSED]
+    one = Moves.of(Paired(base, tuned), 0.05)
+    other = Moves.of(Paired(base, tuple(loss - gain for loss in tuned)), 0.05)
+    assert order.index(other.outcome) >= order.index(one.outcome)
+
+
+@pytest.mark.parametrize("count", [8, 24, 64])
+def test_claim_errs_as_rarely_as_it_says(count: int) -> None:
+    """Of 4,000 runs that move rows at random, the share that passes can be no more than the stated level."""
+    passed = 0
+    for seed in range(4_000):
+        base = (2.0,) * count
+        passed += Moves.of(shifted(base, 0.0, 0.5, seed), 0.0).outcome == Outcome.PASSED
+    assert passed / 4_000 <= LEVEL or most_probable(4_000 - passed, 4_000) > 1 - LEVEL
+
+
+@given(st.sampled_from(sorted(GOALS)), st.sampled_from(sorted(NULL_KINDS)))
+def test_headline_counts_the_claims_of_its_goal_alone(goal: str, kind: str) -> None:
+    """A claim that the goal does not need is shown and never decides."""
+    found = judge_claims(evidence(goal=goal, **NULL_KINDS[kind][0]))
+    needed = {*GOALS[goal], "claim-retention", "claim-ends"}
+    assert {each.id for each in found if each.counts} == needed
+    assert len(found) == 6
+
+
+def test_base_that_knows_nothing_of_neutral_text_can_lose_nothing() -> None:
+    """A base as good as a uniform guess there gives no verdict on forgetting, and says so."""
+    blind = shifted((10.7,) * 16, 5.0)
+    found = verdicts(evidence(text=blind, own_answers=blind, right=((False,) * 27,) * 2))["claim-retention"]
+    assert found.outcome == Outcome.INCONCLUSIVE
+    assert "too little" in found.reason
+
+
+@pytest.mark.parametrize("part", ["losses", "unseen", "text", "own_answers"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_loss_that_is_no_number_is_never_judged(part: str, bad: float) -> None:
+    """One loss that is not finite, in any part: an error that names it."""
+    pair = getattr(evidence(), part)
+    with pytest.raises(EvidenceError, match=part.replace("_", " ")):
+        judge_claims(evidence(**{part: Paired(pair.base, (*pair.tuned[:-1], bad))}))
