@@ -1,7 +1,4 @@
-"""The frozen values that flow from room to room.
-
-Row -> Conversation | Document -> Rendered -> TokenizedRow -> Batch -> Event... -> Scores -> Verdict
-"""
+"""The frozen values that flow from room to room: Row, Conversation, Rendered, TokenizedRow, Batch, ... Verdict."""
 
 import math
 import re

@@ -97,6 +97,8 @@ CHANGES: dict[str, Change] = {
     "evaluation.questions": Change(1),
     "evaluation.retention_questions": Change(2),
     "evaluation.max_new_tokens": Change(5),
+    "judge.answers": Change("open"),
+    "judge.goal": Change("generalise", {"judge.answers": "open"}),
     "judge.control": Change("always"),
     "judge.memory": Change("auto"),
     "judge.memory_batch_size": Change(3, {"judge.memory": "always"}),

@@ -23,7 +23,13 @@ Given = Mapping[str, Any]
 Answer = dict[str, Any]
 Prompts = Sequence[Sequence[int]]
 Handler = Callable[..., Answer]
-_QUIET = {"judge.control": "never", "judge.memory": "never", "data.valid_fraction": 0.0, "evaluation.questions": 0}
+_QUIET = {
+    "judge.answers": "exact",
+    "judge.control": "never",
+    "judge.memory": "never",
+    "data.valid_fraction": 0.0,
+    "evaluation.questions": 0,
+}
 """What a run does beside training, which laws ask for by itself."""
 
 
