@@ -1,0 +1,123 @@
+"""Laws of looking at open answers: rows are scored as if alone, copies are found, and a run records its claims."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.data.shipped import NEUTRAL, data_path
+from finetune.evidence.open_answers import copied_share, open_questions, row_losses, says
+from finetune.evidence.reopen import compare, reopen
+from finetune.records import Batch
+from finetune.report import build_report
+from finetune.report.wording import say_outcome
+from finetune.train import fine_tune
+from finetune.training.prepare import prepare
+from support.workplace import make_model, settings, without_reload_check
+
+WORDS = st.lists(st.sampled_from("abc"), max_size=24)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, rows with long answers, and others that were never trained on; one nearly was."""
+    folder = tmp_path_factory.mktemp("open")
+    make_model(folder / "model")
+    for name, count in (("train", 12), ("valid", 20)):
+        rows = [
+            {"prompt": f"{name} of {n}", "completion": " ".join(f"{name}{n}{k}" for k in range(9))}
+            for n in range(count)
+        ]
+        if name == "valid":
+            rows[0]["prompt"] = "train of 3"
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def loaded(place: Path, **changes: object) -> object:
+    """A quick run on them."""
+    given_ = {"data__valid": str(place / "valid.jsonl"), "tokens__max_length": 200, **changes}
+    return settings(place / "model", place / "train.jsonl", **given_)
+
+
+def test_run_on_open_answers_records_its_claims(place: Path, tmp_path: Path) -> None:
+    """Kind and goal are derived, near twins are told, every claim is recorded, and the sentence speaks of claims."""
+    with without_reload_check():
+        folder, record = fine_tune(loaded(place), output=tmp_path / "run")  # type: ignore[arg-type]
+    assert record["goal"] == "style"
+    assert any("say nearly what a training row says" in note for note in record["notes"])
+    assert len(record["claims"]["unseen"]["base"]) == 19
+    claims = {each["id"] for each in record["verdicts"] if each["id"].startswith("claim-")}
+    assert len(claims) == 6
+    assert not any(each["counts"] for each in record["verdicts"] if each["id"].startswith(("loss-", "learning-")))
+    assert "claims of the goal style hold" in say_outcome(build_report(record))
+    base, tuned = compare(*reopen(folder))
+    assert base.open is not None
+    assert tuned.open is not None
+    # What was saved is float32, and the reference trains in float64.
+    assert tuned.open.unseen == pytest.approx(record["claims"]["unseen"]["tuned"], rel=1e-6)
+
+
+def test_row_is_scored_as_if_it_were_alone(place: Path) -> None:
+    """A row's loss is that of a batch of its own, whatever rows were scored with it."""
+    from finetune.backends import open_backend
+
+    prepared = prepare(loaded(place))  # type: ignore[arg-type]
+    session = open_backend("reference").open(prepared.location, "float32", prepared.encoder.tokenizer.pad_id)
+    rows = [*prepared.train.rows, *open_questions(prepared).unseen]
+    alone = [session.loss(Batch((row,))) / row.target_count for row in rows]
+    assert row_losses(session, rows) == pytest.approx(alone, rel=1e-9)
+
+
+def test_matched_rows_differ_in_their_answer_alone(place: Path) -> None:
+    """Each row has three others with its prompt, other answers, and targets in the answer only."""
+    prepared = prepare(loaded(place))  # type: ignore[arg-type]
+    found = open_questions(prepared).rows
+    assert found is not None
+    assert len(found.others) == 3 * len(found.own) == 3 * 12
+    for place_, own in enumerate(found.own):
+        start = own.trained.index(True)
+        group = [own, *found.others[3 * place_ : 3 * place_ + 3]]
+        assert len({row.ids for row in group}) == 4
+        assert len({row.ids[:start] for row in group}) == 1
+        assert all(row.trained.index(True) == start and all(row.trained[start:]) for row in group)
+
+
+@given(WORDS, st.lists(WORDS, max_size=3))
+def test_copies_are_those_that_trying_all_runs_finds(text: list[str], known: list[list[str]]) -> None:
+    """The longest run of at least eight words that stands in a known text, as a share of the text."""
+    lengths = [
+        size
+        for other in known
+        for size in range(8, len(text) + 1)
+        for start in range(len(text) - size + 1)
+        if any(other[at : at + size] == text[start : start + size] for at in range(len(other) - size + 1))
+    ]
+    expected = max(lengths, default=0) / len(text) if text else 0.0
+    assert copied_share(" ".join(text), [" ".join(other) for other in known]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "right"),
+    [
+        ("The capital is Paris.", "Paris", True),
+        ("It is 12.", "twelve|12", True),
+        ("It is 120.", "twelve|12", False),
+        ("South America, of course", "South America", True),
+        ("", "ice", False),
+        ("It is nice.", "ice", False),
+    ],
+)
+def test_answer_is_right_when_it_says_the_word(text: str, expected: str, right: bool) -> None:
+    """Whole words, any of the wordings, whatever stands around them."""
+    assert says(text, expected) is right
+
+
+def test_neutral_rows_are_questions_and_paragraphs() -> None:
+    """Enough of both for a verdict, none twice."""
+    rows = [json.loads(line) for line in data_path(NEUTRAL).read_text(encoding="utf-8").splitlines()]
+    assert sum("prompt" in row for row in rows) >= 40
+    assert sum("text" in row for row in rows) >= 16
+    assert len({json.dumps(row) for row in rows}) == len(rows)
