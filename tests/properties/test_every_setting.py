@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ CHANGES: dict[str, Change] = {
     "tracking.to": Change(["tensorboard"]),
     "tracking.project": Change("another", {"tracking.to": ["tensorboard"]}),
     "tracking.name": Change("another", {"tracking.to": ["tensorboard"]}),
-    "backend": Change("mlx"),
+    "backend": Change("mlx", refused="" if find_spec("mlx_lm") else "is not installed"),
 }
 _ALWAYS_NEW = ("id", "started", "command", "plan", "notes", "timing", "throughput", "peak_rss_bytes", "machine")
 """What differs from run to run, or repeats the settings themselves: no proof that a setting does anything."""
