@@ -14,7 +14,7 @@
     │   ├── OutOfMemoryError       exit 1   memory ran out; what was expected, and what to lower
     │   └── LostProcessError       exit 1   another process of the same run has ended
     ├── StorageError               exit 1   writing to disk failed (no space left, read-only, ...)
-    ├── ExportError                exit 1   an exported file is not what was trained; nothing is left of it
+    ├── ExportError                exit 1   an exported file is not what was trained; kept as refused
     ├── DeploymentError            exit 1   a server failed, or does not answer as it was trained
     ├── EvidenceError              exit 4   nothing could be judged: the evidence is missing or cannot be had
     └── InterruptedRunError        exit 130 the user pressed Ctrl-C; the last checkpoint is intact
@@ -115,7 +115,7 @@ class StorageError(FineTuneError):
 
 
 class ExportError(FineTuneError):
-    """An exported file does not compute what was trained; nothing is left of it."""
+    """An exported file does not compute what was trained; it is kept under a name that says so."""
 
 
 class DeploymentError(FineTuneError):

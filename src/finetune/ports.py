@@ -118,6 +118,9 @@ class Session(Protocol):
     def loss(self, batch: Batch, objective: Objective = ...) -> float:
         """The objective's loss of the batch, dropout off; mode and random state are left as they were."""
 
+    def scaled(self, name: str, factor: float) -> AbstractContextManager[None]:
+        """Within this context a weight of the base, by its name in the model's files, is `factor` times what it is."""
+
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
     ) -> list[list[int]]:
@@ -125,6 +128,12 @@ class Session(Protocol):
 
     def save_logits(self, prompts: Sequence[Sequence[int]], path: Path) -> None:
         """Write the logits after each token of each prompt, (tokens, vocabulary) in float32, keyed "0", "1", ..."""
+
+    def logits_in_other_precision(self, prompts: Sequence[Sequence[int]]) -> "list[NDArray[np.float64]]":
+        """What `save_logits` writes, the same weights computed in float64; in float32 where the session is float64.
+
+        What differs is rounding, and nothing else.
+        """
 
     def adapter_disabled(self) -> AbstractContextManager[None]:
         """Within this context the model answers as its base would."""

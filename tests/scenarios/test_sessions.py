@@ -2,14 +2,19 @@
 
 import copy
 import math
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from finetune.errors import NonFiniteError, OutOfMemoryError, TrainingError
+from finetune.evidence.answering import ask_session, rows_of
+from finetune.evidence.drift import InferenceRequest, measure, problems
+from finetune.evidence.rounding import measure_rounding
 from finetune.records import AdapterTarget, Batch, Optimization, TokenizedRow
 from finetune.training.loop import LoopPlan, train
 from support.sessions import (
@@ -230,6 +235,41 @@ def test_dropout_keeps_the_mean(bench: Bench) -> None:
         many = np.array(layer(x))
     assert many.std(axis=0).max() > 0.1
     assert np.abs(many.mean(axis=0) - at_rest[0]).max() < 5 * many.std(axis=0).max() / math.sqrt(20_000)
+
+
+def test_other_precision_is_the_same_but_for_rounding(bench: Bench, tmp_path: Path) -> None:
+    """In the other precision logits differ by rounding alone, and the session is afterwards what it was."""
+    session = bench.trained(bench.target(dropout=0.5))
+    before, prompts = weights(session), [[5, 6, 7, 8, 9, 3, 4, 5, 6], [8, 9]]
+    session.save_logits(prompts, tmp_path / "before")
+    other = session.logits_in_other_precision(prompts)
+    session.save_logits(prompts, tmp_path / "after")
+    assert (tmp_path / "after").read_bytes() == (tmp_path / "before").read_bytes()
+    assert all(np.array_equal(before[name], after) for name, after in weights(session).items())
+    own = load_file(tmp_path / "before")
+    for number, found in enumerate(other):
+        assert found.dtype == np.float64
+        off = np.abs(own[str(number)] - found).max() / np.abs(found).max()
+        assert 1e-9 < off < 1e-5
+    assert measure_rounding(session, prompts).places == 11
+
+
+def test_rounding_passes_another_order_and_sees_a_thousandth_of_a_tensor(bench: Bench, tmp_path: Path) -> None:
+    """The bound lies far above what rounding does and below what one part in a thousand of one matrix does."""
+    session = bench.open()
+    rounding = measure_rounding(session, [[5, 6, 7, 8, 9, 3, 4, 5, 6], [8, 9]])
+    changed = load_file(bench.location.folder / "model.safetensors")
+    name = next(name for name in sorted(changed) if name.endswith(("up_proj.weight", "c_fc.weight")))
+    folder = tmp_path / "changed"
+    shutil.copytree(bench.location.folder, folder)
+    save_file(changed | {name: changed[name] * np.float32(1.001)}, folder / "model.safetensors", {"format": "pt"})
+    path = (5, 6, 7, 8, 9, 3)
+    asked = InferenceRequest((path[:2],), (4,), (), (path[2:],), tuple((0, token) for token in range(4)))
+    own = rows_of(session, asked)
+    same = measure(asked, own, ask_session(bench.open(), asked), lambda number, token: own[token])
+    assert problems(same, rounding.bound()) == []
+    off = measure(asked, own, ask_session(bench.at(folder).open(), asked), lambda number, token: own[token])
+    assert [words for words in problems(off, rounding.bound()) if "spreads" in words]
 
 
 def look(session: Any, folder: Path) -> Any:

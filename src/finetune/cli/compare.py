@@ -43,6 +43,10 @@ def _print(found: "Comparison") -> None:
             row.path, row.outcome or "baseline", *(_right(found, row, name) for name in sets), *_drift(found, row)
         )
     data_console().print(table)
+    for row in found.rows:
+        if row.sees:
+            shares = row.sees.values()
+            say(f"{row.path}: tells when a single weight is off by {min(shares):.2%} to {max(shares):.2%}")
     counts = " and ".join(f"{count} of {name}" for name, count in found.asked.items())
     say(f"questions: {counts}; distributions at {found.tokens} tokens of the trainer's own answers")
 

@@ -10,9 +10,10 @@ from finetune.compare.paths import CallablePath, GgufPaths, backend_path, merged
 from finetune.errors import EvidenceError, ExportError, FineTuneError, RefusedError, UsageError
 from finetune.evidence.answers import score
 from finetune.evidence.baseline import Baseline, compute_baseline
-from finetune.evidence.drift import Drift, Ids, InferencePath, InferenceResponse, problems
+from finetune.evidence.drift import Bound, Drift, Ids, InferencePath, InferenceResponse, problems
 from finetune.export.outtypes import OUTTYPES, Outtype
 from finetune.export.result import Result, open_result
+from finetune.export.rounded import RoundingBounds
 from finetune.files import write_json
 from finetune.models.shape import read_shape
 from finetune.records import Outcome, Question
@@ -33,15 +34,19 @@ Teller = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class PathResult:
-    """What one path gave; `reason` says why it failed or does not apply, and the baseline has no outcome."""
+    """What one path gave; `reason` says why it failed or does not apply, and the baseline has no outcome.
+
+    `sees`: by what share each of some weights must be off for the bound to be exceeded.
+    """
 
     path: str
     what: str
     outcome: Outcome | None
     reason: str = ""
-    bound: float | None = None
+    bound: Bound | None = None
     right: dict[str, int] = field(default_factory=dict)
     drift: Drift | None = None
+    sees: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +126,7 @@ class _Comparing:
     questions: dict[str, tuple[Question, ...]]
     gguf: GgufPaths | RefusedError | None
     baseline: Baseline
+    bounds: RoundingBounds
 
     @classmethod
     def begin(cls, result: Result, through: Sequence[str]) -> "_Comparing":
@@ -139,7 +145,8 @@ class _Comparing:
         context = read_shape(result.folder).context_length
         plain = [prompt for prompt in result.prompts() if len(prompt) < context]
         baseline = compute_baseline(result.open(), prompts or plain, steps, stops, context)
-        return cls(result, prepared, questions, gguf, baseline)
+        bounds = result.bounds(baseline.session, baseline.sequences)
+        return cls(result, prepared, questions, gguf, baseline, bounds)
 
     def trainer(self) -> PathResult:
         """The trainer's own row."""
@@ -163,12 +170,12 @@ class _Comparing:
         if name in BACKENDS:
             return (backend_path(self.result, name),)
         if name == "merged":
-            return (merged_path(self.result),)
+            return (merged_path(self.result, self.bounds),)
         if isinstance(self.gguf, GgufPaths) and name == SERVER:
-            return self.gguf.served(conversations_of(self.result.encoder, self.prepared))
+            return self.gguf.served(conversations_of(self.result.encoder, self.prepared), self.bounds)
         if isinstance(self.gguf, GgufPaths):
             outtype: Outtype = next(known for known in get_args(Outtype) if name == f"gguf-{known}")
-            return self.gguf.of(outtype)
+            return self.gguf.of(outtype, self.bounds)
         assert self.gguf is not None
         raise self.gguf
 
@@ -179,10 +186,11 @@ class _Comparing:
         except FineTuneError as error:
             return _failed(path.name, what, error)
         drift = self.baseline.drift(told)
-        found = problems(drift, path.bound)
-        return PathResult(
-            path.name, what, Outcome.of(not found), "; ".join(found), path.bound, self._right(told.ids), drift
-        )
+        bound = path.bound or self.bounds.of("", {})
+        found = problems(drift, bound)
+        sees = self.bounds.sight(bound) if drift.places else {}
+        outcome, reason = Outcome.of(not found), "; ".join(found)
+        return PathResult(path.name, what, outcome, reason, bound, self._right(told.ids), drift, sees)
 
     def _right(self, answers: Sequence[Ids]) -> dict[str, int]:
         """Right answers by question set, scored as the run scores its own."""

@@ -10,15 +10,16 @@ from pathlib import Path
 from finetune.compare.server_path import ask_server
 from finetune.errors import ExportError, ModelError
 from finetune.evidence.answering import ask_folder, ask_session
-from finetune.evidence.drift import Ids, InferenceRequest, InferenceResponse
+from finetune.evidence.drift import Bound, Ids, InferenceRequest, InferenceResponse
 from finetune.export.blueprint import plan_model
-from finetune.export.gguf_check import BOUNDS, TABLE_BOUND
+from finetune.export.gguf_check import bound_of
 from finetune.export.gguf_source import Exportable, all_stops, exportable_result, file_metadata, require_gguf
 from finetune.export.llama_cpp import Questions, ask_llama_cpp
 from finetune.export.merged_folder import merged_problems, plan_weights, write_merged, written_weights
 from finetune.export.outtypes import Outtype
 from finetune.export.read_back import read_back
 from finetune.export.result import Result
+from finetune.export.rounded import RoundingBounds
 from finetune.export.vocabulary import GgufVocabulary, describe_vocabulary
 from finetune.export.write import write_gguf
 from finetune.files import check_space, storage_errors
@@ -32,7 +33,7 @@ class CallablePath:
     """A path that calls a function; `what` names the file or program that computes it."""
 
     name: str
-    bound: float
+    bound: Bound | None
     what: str
     ask: Asker = field(repr=False)
 
@@ -43,10 +44,10 @@ def backend_path(result: Result, backend: str) -> CallablePath:
     def ask(request: InferenceRequest) -> InferenceResponse:
         return ask_session(result.open(backend), request)
 
-    return CallablePath(backend, BOUNDS["f32"], f"the {backend} backend, adapter on its base, float32", ask)
+    return CallablePath(backend, None, f"the {backend} backend, adapter on its base, float32", ask)
 
 
-def merged_path(result: Result) -> CallablePath:
+def merged_path(result: Result, bounds: RoundingBounds) -> CallablePath:
     """The model folder that `ft merge` wrote, or a temporary one.
 
     Raises:
@@ -55,24 +56,26 @@ def merged_path(result: Result) -> CallablePath:
     kept = result.run.merged
     if not kept.exists():
         weights = plan_weights(result, None)
+        bound = bounds.of(weights.rounding, weights.storages)
 
         def made(request: InferenceRequest) -> InferenceResponse:
             with _temporary_folder(result, weights.total_bytes) as folder:
                 write_merged(result, weights, folder)
                 return ask_folder(folder.resolve(), request, otherwise=result.config.backend)
 
-        return CallablePath("merged", BOUNDS[weights.rounding], "a model folder made for this", made)
+        return CallablePath("merged", bound, "a model folder made for this", made)
     try:
         weights = written_weights(result, kept)
         wrong = next(merged_problems(result, weights, kept), "")
     except ModelError as error:
         wrong = error.message
     _refuse_damaged(kept, wrong)
+    bound = bounds.of(weights.rounding, weights.storages)
 
     def ask(request: InferenceRequest) -> InferenceResponse:
         return ask_folder(kept.resolve(), request, otherwise=result.config.backend)
 
-    return CallablePath("merged", BOUNDS[weights.rounding], "the model folder merged", ask)
+    return CallablePath("merged", bound, "the model folder merged", ask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +91,15 @@ class GgufPaths:
         """The ids at which llama.cpp ends an answer, the run's own among them."""
         return all_stops(self.exportable, self.vocabulary)
 
-    def of(self, outtype: Outtype) -> tuple[CallablePath, ...]:
+    def of(self, outtype: Outtype, bounds: RoundingBounds) -> tuple[CallablePath, ...]:
         """llama.cpp on each file of this type that `ft export` wrote, or on a temporary one.
 
         Raises:
             FineTuneError: the model cannot be written so.
         """
-        return self._asked(f"gguf-{outtype}", outtype, partial(_ask_file, self.exportable))
+        return self._asked(f"gguf-{outtype}", outtype, partial(_ask_file, self.exportable), bounds)
 
-    def served(self, known: Mapping[Ids, Conversation]) -> tuple[CallablePath, ...]:
+    def served(self, known: Mapping[Ids, Conversation], bounds: RoundingBounds) -> tuple[CallablePath, ...]:
         """The chat API of llama.cpp's server on an f16 file.
 
         Args:
@@ -105,10 +108,15 @@ class GgufPaths:
         Raises:
             FineTuneError: the model cannot be written so.
         """
-        return self._asked("server", "f16", partial(ask_server, encoder=self.result.encoder, known=known))[:1]
+        ask = partial(ask_server, encoder=self.result.encoder, known=known)
+        return self._asked("server", "f16", ask, bounds)[:1]
 
     def _asked(
-        self, name: str, outtype: Outtype, ask: Callable[[Path, InferenceRequest], InferenceResponse]
+        self,
+        name: str,
+        outtype: Outtype,
+        ask: Callable[[Path, InferenceRequest], InferenceResponse],
+        bounds: RoundingBounds,
     ) -> tuple[CallablePath, ...]:
         """One path for each file.
 
@@ -118,7 +126,7 @@ class GgufPaths:
         made_of = self.exportable
         keys = file_metadata(made_of, self.vocabulary)
         blueprint = plan_model(made_of.described, made_of.shape, made_of.source, keys, outtype)
-        bound = max(BOUNDS[outtype], TABLE_BOUND if made_of.described.family.activation_from_table else 0.0)
+        bound = bound_of(bounds, blueprint, outtype, from_table=made_of.described.family.activation_from_table)
         found = sorted(self.result.run.gguf.glob(f"*-{outtype}.gguf"))
         kept = [file for file in found if not file.name.endswith(f"adapter-{outtype}.gguf")]
 

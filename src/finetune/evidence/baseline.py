@@ -24,6 +24,11 @@ class Baseline:
         """The trainer's logits at each place."""
         return rows_of(self.session, self.request)
 
+    @property
+    def sequences(self) -> tuple[Ids, ...]:
+        """Each prompt with the trainer's answer."""
+        return tuple((*prompt, *more) for prompt, more in zip(self.request.prompts, self.request.baseline, strict=True))
+
     def drift(self, response: InferenceResponse) -> Drift:
         """How far this response is from the trainer."""
         return measure(self.request, self.rows, response, self._row)

@@ -21,12 +21,16 @@ ALIGNMENT = 32
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of the file; `load` returns it in float32, in the file's layout."""
+    """One tensor of the file; `load` returns it in float32, in the file's layout.
+
+    `weight` is its name in the model's own files; empty where it is in none.
+    """
 
     name: str
     shape: tuple[int, ...]
     storage: Storage
     load: Callable[[], Array]
+    weight: str = ""
 
     @property
     def bytes(self) -> int:
@@ -43,6 +47,11 @@ class Blueprint:
     metadata: Mapping[str, object]
     tensors: tuple[Tensor, ...]
     notes: tuple[str, ...] = ()
+
+    @property
+    def storages(self) -> dict[str, Storage]:
+        """The type of each rounded weight by its name in the model's own files."""
+        return {each.weight: each.storage for each in self.tensors if each.weight and each.storage != "f32"}
 
     @property
     def bytes(self) -> int:
@@ -71,7 +80,7 @@ def plan_model(
         sides = to_gguf_layout(described, name, np.broadcast_to(np.float32(0), source.shape(name))).shape
         load = partial(_load, described, source, name)
         storage = choose_storage(place, sides, outtype, shape.layers, is_head=place == head)
-        tensors.append(Tensor(place, sides, storage, load))
+        tensors.append(Tensor(place, sides, storage, load, name))
     keys = {
         "general.type": "model",
         "general.file_type": FILE_TYPES[outtype],

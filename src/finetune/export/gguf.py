@@ -9,10 +9,10 @@ from typing import Any
 
 from finetune.backends import open_backend
 from finetune.config import TrainingConfig
-from finetune.errors import ExportError, ModelError, OutputError
+from finetune.errors import EvidenceError, ExportError, ModelError, OutputError
 from finetune.export.blueprint import Blueprint, plan_adapter, plan_model
 from finetune.export.corpus import nasty_texts
-from finetune.export.gguf_check import BOUNDS, TABLE_BOUND, BaselineModel, compare, prepare_questions
+from finetune.export.gguf_check import BaselineModel, bound_of, compare, prepare_questions
 from finetune.export.gguf_source import (
     Exportable,
     all_stops,
@@ -23,16 +23,19 @@ from finetune.export.gguf_source import (
     require_gguf,
 )
 from finetune.export.llama_cpp import ask_llama_cpp
-from finetune.export.outtypes import BLOCKS, QUANTISED, Outtype
-from finetune.export.read_back import Check, read_back
+from finetune.export.outtypes import BLOCKS, QUANTISED, Outtype, Storage
+from finetune.export.read_back import Check, keep_refused, read_back
+from finetune.export.rounded import RoundingBounds, sight_notes
 from finetune.export.vocabulary import GgufVocabulary, describe_vocabulary
 from finetune.export.write import write_gguf
 from finetune.files import check_space, file_hash, make_folder, write_file
 from finetune.models.locate import locate_model
 from finetune.run.folder import RunFolder
 
-STEPS = 24
+STEPS = 12
 """How many greedy tokens are compared."""
+TWINNED: tuple[Outtype, ...] = ("bf16", *QUANTISED)
+"""Types so coarse that a fault of the conversion could hide behind them: it is looked for in f32 first."""
 MOST_CONTEXT = 1024
 """How much of a model's context is tried."""
 Teller = Callable[[str], None]
@@ -40,13 +43,14 @@ Teller = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class ExportedFile:
-    """A file that was written and examined."""
+    """A file that was written and examined; `sees`: by what share a weight must be off for its logits to tell."""
 
     path: Path
     outtype: Outtype
-    tensors: dict[str, int]
+    tensors: dict[Storage, int]
     checks: tuple[Check, ...]
     notes: tuple[str, ...]
+    sees: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON values."""
@@ -57,6 +61,7 @@ class ExportedFile:
             "outtype": self.outtype,
             "tensors": self.tensors,
             "checks": [asdict(check) for check in self.checks],
+            "sees": self.sees,
             "notes": list(self.notes),
         }
 
@@ -75,8 +80,8 @@ def export(
         tell: receives progress messages.
 
     Raises:
-        FineTuneError: it was refused, the disk did not take it, or the file does not compute what was trained; in
-            none of these cases is there a file.
+        FineTuneError: it was refused, the disk did not take it, or the file does not compute what was trained: such a
+            file is kept as NAME.refused.gguf with its report, and there is none of its own name.
     """
     require_gguf()
     run = Path(source) if (Path(source) / "plan.yaml").exists() else None
@@ -121,7 +126,7 @@ def write_exportable(
         under = plan_model(described, shape, exportable.base, keys, outtype)
     else:
         blueprint = plan_model(described, shape, exportable.source, keys, outtype)
-        twin = plan_whole(exportable, "f32") if outtype in QUANTISED else None
+        twin = plan_whole(exportable, "f32") if outtype in TWINNED else None
     make_folder(path.parent)
     check_space(
         path,
@@ -129,20 +134,24 @@ def write_exportable(
         smaller="a smaller --outtype",
     )
     examined: list[Check] = []
+    sees: dict[str, float] = {}
 
     def fill(temporary: Path) -> None:
         weights = sum(tensor.bytes for tensor in blueprint.tensors)
         tell(f"writing {len(blueprint.tensors)} tensors of {weights / 1e6:.1f} MB together")
         write_gguf(blueprint, temporary)
-        examined.append(_require_passed(read_back(blueprint, temporary)))
-        tell("asking the trainer and llama.cpp the same")
-        files = _Files(temporary, outtype, under, twin)
-        examined.extend(_require_passed(check, outtype) for check in _examine(exportable, vocabulary, files))
+        tell("reading it again, and asking the trainer and llama.cpp the same")
+        files = _Files(temporary, outtype, blueprint, under, twin, sees)
+        for check in _examine(exportable, vocabulary, files):
+            examined.append(check)
+            if not check.passed:
+                raise _refused(check, outtype, keep_refused(temporary, path, examined))
 
     write_file(path, fill)
     counts = {kind: sum(tensor.storage == kind for tensor in blueprint.tensors) for kind in BLOCKS}
-    told = (*exportable.notes, *(under or blueprint).notes, *vocabulary.notes)
-    return ExportedFile(path, outtype, {kind: count for kind, count in counts.items() if count}, tuple(examined), told)
+    told = (*exportable.notes, *(under or blueprint).notes, *vocabulary.notes, *sight_notes(sees))
+    kinds = {kind: count for kind, count in counts.items() if count}
+    return ExportedFile(path, outtype, kinds, tuple(examined), told, sees)
 
 
 def plan_whole(exportable: Exportable, outtype: Outtype) -> Blueprint:
@@ -158,18 +167,29 @@ def plan_whole(exportable: Exportable, outtype: Outtype) -> Blueprint:
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """What llama.cpp loads: the file; `under`, the base of an adapter; `twin`, a quantised file's copy in f32.
+    """What llama.cpp loads: the file; `under`, the base of an adapter; `twin`, a rounded file's copy in f32.
 
+    `sees` gets the share by which each of some weights must be off to be noticed.
     A fault of the conversion shows in the twin, too; what shows in the quantised file alone is due to quantising.
     """
 
     path: Path
     outtype: Outtype
+    planned: Blueprint
     under: Blueprint | None
     twin: Blueprint | None
+    sees: dict[str, float]
 
 
 def _examine(exportable: Exportable, vocabulary: GgufVocabulary, files: _Files) -> Iterator[Check]:
+    yield read_back(files.planned, files.path)
+    try:
+        yield from _ask_both(exportable, vocabulary, files)
+    except EvidenceError as error:
+        yield Check("llama.cpp", "it does not answer", "answers", error.message)
+
+
+def _ask_both(exportable: Exportable, vocabulary: GgufVocabulary, files: _Files) -> Iterator[Check]:
     trainer = BaselineModel(exportable.tokenizer, exportable.open(), all_stops(exportable, vocabulary))
     corpus = nasty_texts(
         [token["content"] for token in exportable.tokenizer.description()["added_tokens"]], vocabulary.form
@@ -178,26 +198,34 @@ def _examine(exportable: Exportable, vocabulary: GgufVocabulary, files: _Files) 
     questions, wanted = prepare_questions(
         trainer, corpus, exportable.prompts, steps=min(STEPS, context // 4), context=context
     )
-    least = TABLE_BOUND if exportable.described.family.activation_from_table else 0.0
+    family = exportable.described.family
+    from_table = family.activation_from_table
+    bounds = RoundingBounds(
+        trainer.session,
+        exportable.folder,
+        exportable.adapter is not None,
+        questions.sequences,
+        exportable.open_plain,
+        family.transposed,
+    )
     with tempfile.TemporaryDirectory(prefix=f".{files.path.name}.", suffix=".part", dir=files.path.parent) as folder:
         other = Path(folder) / "other.gguf"
         if files.twin:
             write_gguf(files.twin, other)
-            for check in compare(
-                trainer, questions, wanted, ask_llama_cpp(other, questions), bound=max(BOUNDS["f32"], least)
-            ):
+            bound = bound_of(bounds, files.twin, "f32", from_table=from_table)
+            for check in compare(trainer, questions, wanted, ask_llama_cpp(other, questions), bound=bound):
                 yield replace(check, stage=f"{check.stage} before quantising")
         if files.under:
             write_gguf(files.under, other)
             answers = ask_llama_cpp(other, questions, adapter=files.path)
         else:
             answers = ask_llama_cpp(files.path, questions)
-    yield from compare(trainer, questions, wanted, answers, bound=max(BOUNDS[files.outtype], least))
+    bound = bound_of(bounds, files.under or files.planned, files.outtype, from_table=from_table)
+    yield from compare(trainer, questions, wanted, answers, bound=bound)
+    files.sees.update(bounds.sight(bound))
 
 
-def _require_passed(check: Check, outtype: Outtype = "f32") -> Check:
-    if check.passed:
-        return check
+def _refused(check: Check, outtype: Outtype, kept: Path) -> ExportError:
     # The f32 twin has passed before: what fails now is due to quantising.
     told = outtype in QUANTISED and check.stage in ("logits", "greedy text")
     hint = (
@@ -205,9 +233,9 @@ def _require_passed(check: Check, outtype: Outtype = "f32") -> Check:
         if told
         else "this is a fault of FineTune or of llama.cpp: please report it with the model's config.json"
     )
-    raise ExportError(
+    return ExportError(
         f"the file was written, but at the stage {check.stage!r} it is not what was trained: {check.first} "
-        f"({check.measured}; allowed: {check.allowed}); nothing is left of it",
+        f"({check.measured}; allowed: {check.allowed}); it is kept as {kept.name}, with its report beside it",
         hint=hint,
     )
 

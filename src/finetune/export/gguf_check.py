@@ -9,30 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.evidence.drift import NextTokens, distance, first_difference, log_softmax
+from finetune.evidence.drift import Bound, NextTokens, distance, divergence, first_difference, log_softmax
+from finetune.export.blueprint import Blueprint
 from finetune.export.llama_cpp import Answers, Continuation, Questions
 from finetune.export.outtypes import Outtype
 from finetune.export.read_back import Check
+from finetune.export.rounded import RoundingBounds
 from finetune.ports import Session, Tokenizer
 
 Array = NDArray[Any]
-BOUNDS: dict[Outtype, float] = {
-    "f32": 1e-4,
-    "f16": 0.01,
-    "bf16": 0.08,
-    "q8_0": 0.2,
-    "q6_k": 0.3,
-    "q5_k_m": 0.5,
-    "q4_k_m": 0.8,
-}
-"""How far log probabilities may be off (root mean square over the likeliest tokens), in spreads of the logits.
-
-Measured on both shipped models and 15 random ones of nine families: at most 3e-6, 0.003, 0.022 and 0.07; on 8 random
-ones with rows of whole blocks: at most 0.05 in q8_0, 0.17, 0.33 and 0.49 in the three below. Random weights bear
-quantising worse than trained ones: the shipped Llama is off by 0.04 in q4_k_m.
-"""
-TABLE_BOUND = 2e-3
-"""The least bound where llama.cpp looks up GELU in a table of f16 numbers; measured: at most 5.2e-4."""
 SHOWN = 60
 
 
@@ -75,8 +60,19 @@ def prepare_questions(
     return questions, BaselineAnswers(tuple(map(tuple, ids)), logits)
 
 
+def bound_of(bounds: RoundingBounds, planned: Blueprint, outtype: Outtype, *, from_table: bool) -> Bound:
+    """How far llama.cpp may be off on a file of these types; `from_table`: it looks the activation up in a table.
+
+    The table is of f16 numbers: it rounds each hidden unit once, as f16 weights round each weight.
+    """
+    if planned.storages or not from_table:
+        return bounds.of(outtype, planned.storages)
+    matrices = [each.weight for each in planned.tensors if each.weight and len(each.shape) > 1]
+    return bounds.of("f16", dict.fromkeys(matrices, "f16"))
+
+
 def compare(
-    trainer: BaselineModel, questions: Questions, wanted: BaselineAnswers, answers: Answers, *, bound: float
+    trainer: BaselineModel, questions: Questions, wanted: BaselineAnswers, answers: Answers, *, bound: Bound
 ) -> tuple[Check, ...]:
     """One check for each stage, in the order in which a fault of one shows in the next."""
     return (
@@ -106,14 +102,15 @@ def _compare_tokens(tokenizer: Tokenizer, questions: Questions, answers: Answers
 
 
 def _compare_logits(
-    questions: Questions, wanted: BaselineAnswers, following: Sequence[NextTokens], bound: float
+    questions: Questions, wanted: BaselineAnswers, following: Sequence[NextTokens], bound: Bound
 ) -> Check:
     worst, first = 0.0, ""
+    kl = float(np.mean([divergence(row[-1], told) for row, told in zip(wanted.logits, following, strict=True)]))
     for index, (logits, told) in enumerate(zip(wanted.logits, following, strict=True)):
         row = logits[-1]
         off_by = distance(row, told)
         worst = max(worst, off_by)
-        if not off_by <= bound and not first:
+        if not off_by <= bound.distance and not first:
             own = log_softmax(row)[told.ids]
             off = np.abs(own - told.logs)
             place = int(off.argmax())
@@ -121,8 +118,10 @@ def _compare_logits(
                 f"after {len(questions.sequences[index])} tokens of sequence {index}, the log probability of token "
                 f"{told.ids[place]} is {own[place]:.4f} here and {told.logs[place]:.4f} in llama.cpp"
             )
-    measured = f"off by {worst:.2g} spreads of the logits at {len(following)} places"
-    return Check("logits", measured, f"at most {bound:g}", first)
+    if not kl <= bound.kl and not first:
+        first = f"the mean KL divergence is {kl:.2g} nats"
+    measured = f"off by {worst:.2g} spreads of the logits at {len(following)} places, KL {kl:.2g} nats"
+    return Check("logits", measured, f"at most {bound.distance:.2g} and {bound.kl:.2g}, {bound.why}", first)
 
 
 def _compare_text(
@@ -130,7 +129,7 @@ def _compare_text(
     questions: Questions,
     wanted: BaselineAnswers,
     continuations: Sequence[Continuation],
-    bound: float,
+    bound: Bound,
 ) -> Check:
     """Greedy text differs only where two tokens are as good as equal: within what logits may be off."""
     same, ties, first = 0, 0, ""
@@ -141,7 +140,7 @@ def _compare_text(
             continue
         logits = wanted.logits[2 * index + 1][len(questions.prompts[index]) - 1 + place]
         theirs = told.ids[place] if place < len(told.ids) else max(trainer.stops, key=lambda stop: logits[stop])
-        if float(logits.max() - logits[theirs]) <= 2 * bound * float(logits.std()):
+        if float(logits.max() - logits[theirs]) <= 2 * bound.distance * float(logits.std()):
             ties += 1
         elif not first:
             first = (

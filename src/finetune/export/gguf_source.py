@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,11 @@ _TABLES = ("embed_tokens.weight", "wte.weight")
 
 @dataclass(frozen=True, slots=True)
 class Exportable:
-    """What can be written: `base` are the weights without an adapter, `open` gives the trainer's session in float32."""
+    """What can be written.
+
+    `base` are the weights without an adapter, in `folder`; `open` gives the trainer's session in float32, and
+    `open_plain` one on any folder's weights.
+    """
 
     shape: ModelShape
     described: Described
@@ -42,7 +46,9 @@ class Exportable:
     special: Special
     prompts: tuple[tuple[int, ...], ...]
     naming: Mapping[str, Any]
+    folder: Path
     open: Callable[[], Session] = field(repr=False)
+    open_plain: Callable[[Path], Session] = field(repr=False)
     notes: tuple[str, ...] = ()
 
     @property
@@ -83,7 +89,9 @@ def exportable_result(result: Result) -> Exportable:
         _special(encoder.tokenizer, encoder.stop_ids),
         result.prompts(),
         _naming(result.location, result.manifest),
+        result.folder,
         result.open,
+        result.open_plain,
         result.quantized_notes,
     )
 
@@ -107,7 +115,9 @@ def exportable_model(name: str, backend: Backend) -> Exportable:
         _special(tokenizer, tokenizer.stop_ids),
         plain_prompts(tokenizer),
         _naming(location, None),
+        location.folder,
         lambda: backend.open(location, "float32", tokenizer.pad_id),
+        lambda folder: backend.open(replace(location, folder=folder), "float32", tokenizer.pad_id),
     )
 
 

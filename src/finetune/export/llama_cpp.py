@@ -131,7 +131,7 @@ def _next(address: str, sequence: Sequence[int], plain_id: int) -> list[dict[str
         "temperature": 0,
         "n_probs": MOST_PROBABILITIES,
         "logit_bias": [[plain_id, 1e6]],
-        "cache_prompt": False,
+        "cache_prompt": True,
     }
     [step] = _ask(address, "completion", asked)["completion_probabilities"]
     likeliest: list[dict[str, Any]] = step["top_logprobs"]

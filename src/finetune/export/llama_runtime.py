@@ -34,6 +34,7 @@ def load_exact(model: Path, *, context: int, adapter: Path | None = None) -> Any
     params.n_gpu_layers = 0
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type(_FULL_PRECISION)
+    params.cache_ram_mib = 0
     return _load(params)
 
 
@@ -77,6 +78,10 @@ def _parameters(model: Path, context: int) -> "CommonParams":
     params.warmup = False
     params.ui = False
     params.fit_params = False
+    # Its threads spin while they wait for each other: on a busy machine two of them took 40 times as long as one.
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads.isdigit() and int(threads):
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(threads)
     return params
 
 

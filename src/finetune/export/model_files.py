@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.errors import ModelError
-from finetune.export.outtypes import Outtype
-from finetune.export.sources import Files, Merged
+from finetune.export.outtypes import Outtype, Storage
+from finetune.export.sources import ChangedWeights, Files
 from finetune.export.write import LARGEST_HALF
 
 Array = NDArray[Any]
@@ -20,7 +20,7 @@ DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 INDEX = "model.safetensors.index.json"
 KINDS: dict[Dtype, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """What safetensors calls each."""
-_ROUNDING: dict[str, Outtype] = {"BF16": "bf16", "F16": "f16"}
+_ROUNDING: dict[str, Literal["bf16", "f16"]] = {"BF16": "bf16", "F16": "f16"}
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -32,7 +32,7 @@ class ModelFiles:
     """
 
     base: Files
-    source: Files | Merged
+    source: Files | ChangedWeights
     dtype: Dtype | None = None
 
     @property
@@ -45,6 +45,12 @@ class ModelFiles:
         """The coarsest type that a weight is rounded to which was not of that type before."""
         kinds = {self.kind(name) for name in self.base.names() if not self._kept(name)}
         return next((outtype for kind, outtype in _ROUNDING.items() if kind in kinds), "f32")
+
+    @property
+    def storages(self) -> dict[str, Storage]:
+        """The type of each weight that is rounded."""
+        kinds = {name: _ROUNDING.get(self.kind(name)) for name in self.base.names() if not self._kept(name)}
+        return {name: kind for name, kind in kinds.items() if kind}
 
     def write(self, folder: Path) -> None:
         """Write the weights into an existing folder.
@@ -112,7 +118,7 @@ class ModelFiles:
 
     def _kept(self, name: str) -> bool:
         """Whether one is written byte for byte as the base has it."""
-        changed = isinstance(self.source, Merged) and self.source.changes(name)
+        changed = not isinstance(self.source, Files) and self.source.changes(name)
         return not changed and self.kind(name) == self.base.kind(name)
 
     def _bytes(self, name: str) -> int:

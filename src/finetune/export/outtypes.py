@@ -37,8 +37,6 @@ BLOCKS: dict[Storage, Block] = {
 }
 BY_LLAMA_CPP: tuple[Storage, ...] = ("q6_k", "q5_k", "q5_1", "q5_0", "q4_k")
 """Types that only llama.cpp's own quantiser makes; gguf-py makes the others too, the same bytes."""
-COARSENESS: dict[Storage, float] = {"q6_k": 1 / 40, "q5_k": 1 / 14, "q5_1": 1 / 20, "q5_0": 1 / 14, "q4_k": 1 / 7}
-"""How far a weight may be off, as a share of the largest of its block; measured: at most two thirds to nine tenths."""
 _MOSTLY: dict[Outtype, Storage] = {"q6_k": "q6_k", "q5_k_m": "q5_k", "q4_k_m": "q4_k"}
 _SMALLER: dict[Storage, Storage] = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 """What takes the place of a type where a row is no multiple of its block."""

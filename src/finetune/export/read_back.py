@@ -1,7 +1,7 @@
-"""Reads a GGUF file again and compares every key and tensor with its plan."""
+"""Reads a GGUF file again and compares every key and tensor with its plan; keeps what was refused apart."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.export.blueprint import Blueprint, Tensor
-from finetune.export.outtypes import BLOCKS, COARSENESS, Storage
+from finetune.export.outtypes import Storage
+from finetune.export.quantise import quantise
+from finetune.files import remove_folder, write_json
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,25 @@ class Check:
         return not self.first
 
 
+def keep_refused(written: Path, path: Path, checks: Sequence[Check]) -> Path:
+    """Keep what was to become `path` and did not pass under a name that says so, with its report beside it.
+
+    What was refused under that name before is replaced.
+    """
+    kept = path.with_name(f"{path.stem}.refused{path.suffix}")
+    if kept.is_dir() and not kept.is_symlink():
+        remove_folder(kept)
+    written.replace(kept)
+    told = {"refused": path.name, "checks": [asdict(check) for check in checks]}
+    write_json(path.with_name(f"{path.stem}.refused.json"), told)
+    return kept
+
+
 def read_back(blueprint: Blueprint, path: Path) -> Check:
-    """Check that the file has these keys and tensors, each within the rounding of its type."""
+    """Check that the file has these keys and tensors, each bit for bit what its type makes of the weight."""
     import gguf
 
-    allowed = "every key equal; every tensor within the rounding of its type"
+    allowed = "every key equal; every tensor bit for bit what its type makes of it"
     try:
         reader = gguf.GGUFReader(path)
         # Inside the try: the reader decodes a key only when it is compared.
@@ -76,34 +90,26 @@ def _tensor_problem(tensor: Tensor, found: "ReaderTensor") -> str:
     if found.tensor_type.name.lower() != tensor.storage:
         return f"is {found.tensor_type.name.lower()}, not {tensor.storage}"
     weight = tensor.load()
-    error = np.abs(gguf.dequantize(found.data, found.tensor_type).reshape(shape) - weight)
-    over = ~(error <= rounding(weight, tensor.storage))
-    if not over.any():
+    if np.array_equal(_bytes(found.data), _bytes(quantise(weight, tensor.storage))):
         return ""
-    place = tuple(int(index) for index in np.unravel_index(int(over.argmax()), shape))
-    return f"is off by {error[place]:g} at {place}, where it should be {weight[place]:g}"
+    error = np.abs(gguf.dequantize(found.data, found.tensor_type).reshape(shape) - weight)
+    place = tuple(int(index) for index in np.unravel_index(int(error.argmax()), shape))
+    return f"is off by {error[place]:g} at {place}, where it should be {weight[place]:g} as {tensor.storage} rounds it"
 
 
-def rounding(weight: Array, storage: Storage) -> Array:
-    """The largest error of each weight once it is stored in this type.
+def _bytes(stored: NDArray[Any]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
 
-    Half a unit in the last place of an f16 number (2**-11) and a whole one of a bf16 number (2**-8), or of the smallest
-    subnormal number, below which nothing is left.
+
+def rounding(weight: NDArray[Any], storage: Storage) -> NDArray[Any]:
+    """The largest error of each weight once it is stored as f32, f16 or bf16.
+
+    Half a unit in the last place of an f16 number (2**-11) and of a bf16 number (2**-8), or of the smallest subnormal
+    number, below which nothing is left.
     """
     size = np.abs(weight)
     if storage == "f32":
         return np.zeros_like(size)
-    if storage == "f16":
-        return size * np.float32(2**-11) + np.float32(2**-25)
-    if storage == "bf16":
-        return size * np.float32(2**-8) + np.float32(2**-133)
-    block = BLOCKS[storage].weights
-    largest = size.reshape(-1, block).max(axis=1, keepdims=True)
-    # A block is its weights over a scale; the scale is an f16 number, and may itself underflow.
-    lost = 127 * np.float32(2**-25)
-    if storage == "q8_0":
-        # Half a step of the block's scale, which is itself rounded to f16.
-        allowed = largest / 127 / 2 * 1.001 + largest * np.float32(2**-11) + lost
-    else:
-        allowed = largest * np.float32(COARSENESS[storage]) + lost
-    return np.broadcast_to(allowed, (len(allowed), block)).reshape(weight.shape)
+    share, least = {"f16": (2.0**-11, 2.0**-25), "bf16": (2.0**-8, 2.0**-133)}[storage]
+    allowed: NDArray[Any] = size * np.float32(share) + np.float32(least)
+    return allowed

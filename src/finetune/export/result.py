@@ -1,6 +1,6 @@
 """A finished run's result: where it lies, on which base, and prompts to try it with; loads no weight."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from finetune.config import TrainingConfig, load_plan
 from finetune.errors import ModelError
 from finetune.evidence.saved import check_saved, open_encoder, open_tuned, prepare_again
 from finetune.export.families import FAMILIES
+from finetune.export.rounded import RoundingBounds
 from finetune.export.sources import AdapterWeights, Files, Merged
 from finetune.models.locate import locate_model
 from finetune.models.shape import read_shape, weight_files
@@ -22,8 +23,9 @@ from finetune.records import Conversation, Message, ModelLocation, ModelShape
 from finetune.run.folder import RunFolder
 from finetune.training.prepare import Prepared
 
-MOST_QUESTIONS = 32
-_PROMPTS = ("Hello", "The capital of France is", "1 2 3 4 5 6 7", "def main():\n    ", "a b c d e f g " * 100)
+MOST_QUESTIONS = 8
+"""How many of a run's questions are asked again: what is wrong with a weight shows in each of them."""
+_PROMPTS = ("Hello", "The capital of France is", "1 2 3 4 5 6 7", "def main():\n    ", "a b c d e f g " * 36)
 Prompts = tuple[tuple[int, ...], ...]
 
 
@@ -64,10 +66,23 @@ class Result:
         Raises:
             ModelError: they are quantised, or the adapter does not fit them.
         """
-        shape, files, adapter = read_shape(self.folder), Files(weight_files(self.folder)), self.adapter()
-        refuse_packed(shape, self.location)
-        transposed = FAMILIES["gpt2"].transposed if shape.transposed else ()
-        return files, Merged(files, adapter, transposed) if adapter else files
+        files, adapter = Files(weight_files(self.folder)), self.adapter()
+        refuse_packed(read_shape(self.folder), self.location)
+        return files, Merged(files, adapter, self.transposed) if adapter else files
+
+    @property
+    def transposed(self) -> tuple[str, ...]:
+        """Names of layers whose weights the base stores inputs x outputs."""
+        return FAMILIES["gpt2"].transposed if read_shape(self.folder).transposed else ()
+
+    def bounds(self, session: Session, sequences: Sequence[Sequence[int]]) -> RoundingBounds:
+        """How far other computations of the result may be from this session, measured on these sequences."""
+        return RoundingBounds(session, self.folder, not self.whole, sequences, self.open_plain, self.transposed)
+
+    def open_plain(self, folder: Path) -> Session:
+        """The weights in a folder, in float32, by the run's own backend."""
+        backend, place = self.open_backend(self.config.backend), ModelLocation(self.location.name, folder, "local")
+        return backend.open(place, "float32", self.encoder.tokenizer.pad_id, device=self.config.model.device)
 
     def open(self, backend: str | None = None) -> Session:
         """What was trained, in float32 on the full base, by the run's own backend or another.

@@ -29,6 +29,16 @@ class WeightSource(Protocol):
         """One, in float32."""
 
 
+class ChangedWeights(Protocol):
+    """Weights of a base, some of them changed."""
+
+    def changes(self, name: str) -> bool:
+        """Whether one is another than the base's."""
+
+    def read(self, name: str) -> Array:
+        """One, in float32."""
+
+
 class Files:
     """The weights of safetensors files; nothing is kept in memory."""
 

@@ -65,7 +65,7 @@ class AdaptedLinear(nn.Module):  # type: ignore[misc]
             return y if bias is None else y + bias
         if self.disabled:
             return self.base(x)
-        seen, keep = x.astype(mx.float32), None
+        seen, keep = x if x.dtype == mx.float64 else x.astype(mx.float32), None
         if self.key is not None:
             share = 1 - self.share_dropped
             keep = mx.random.bernoulli(share, seen.shape, key=self.key)

@@ -4,12 +4,13 @@ A packed layer has its matrix as whole numbers, with scales and biases beside it
 gradients go through it to what comes before. Nothing ever trains what is packed.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
 from mlx import nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from finetune.backends.mlx.tensors import first_line
 from finetune.errors import ModelError
@@ -79,3 +80,27 @@ def in_full(model: Any, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     full = {f"{path}.weight": full_weight(layer) for path, layer in layers.items()}
     parts = {f"{path}.{part}" for path in layers for part in ("scales", "biases")}
     return {place: full.get(place, tensor) for place, tensor in tensors.items() if place not in parts}
+
+
+@contextlib.contextmanager
+def in_float64(model: Any) -> Iterator[Any]:
+    """Within this context the model computes in float64, what is packed from the full weights that it stands for."""
+    packed = packed_layers(model)
+    model.update_modules(tree_unflatten([(path, _unpacked(layer)) for path, layer in packed.items()]))
+    own = tree_flatten(model.parameters())
+    wide = [(place, each.astype(mx.float64)) for place, each in own if mx.issubdtype(each.dtype, mx.floating)]
+    model.load_weights(wide, strict=False)
+    try:
+        yield model
+    finally:
+        model.load_weights(own, strict=False)
+        model.update_modules(tree_unflatten(list(packed.items())))
+
+
+def _unpacked(layer: Any) -> Any:
+    """A layer that is not packed and computes the same."""
+    plain = nn.Embedding(1, 1) if hasattr(layer, "as_linear") else nn.Linear(1, 1, bias="bias" in layer)
+    plain.weight = full_weight(layer)
+    if "bias" in layer:
+        plain.bias = layer.bias
+    return plain

@@ -1,11 +1,13 @@
 """A model in MLX: train, score, ask, save."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
+from numpy.typing import NDArray
 
 from finetune.adapters.peft_files import adapted_layers, frozen_name
 from finetune.backends.mlx import state
@@ -15,7 +17,7 @@ from finetune.backends.mlx.group import pool_gradients
 from finetune.backends.mlx.layers import MlxAdapter, draw_tensors, layer_shapes, put_on, refuse_packed, weight_shapes
 from finetune.backends.mlx.load import Loaded, write_config
 from finetune.backends.mlx.optimizer import MlxAdamW, clip, norms
-from finetune.backends.mlx.packed import in_full, packed_layers
+from finetune.backends.mlx.packed import in_float64, in_full, packed_layers
 from finetune.backends.mlx.tensors import fingerprint, first_line, write_tensors
 from finetune.errors import ModelError, OutOfMemoryError, TrainingError
 from finetune.objectives.cross_entropy import CROSS_ENTROPY
@@ -151,6 +153,28 @@ class MlxSession:
         """Write the logits after each token of each prompt, (tokens, vocabulary) in float32, keyed "0", "1", ..."""
         logits = {str(index): self.forward_pass.logits(ids) for index, ids in enumerate(prompts)}
         write_tensors(logits, path)
+
+    def logits_in_other_precision(self, prompts: Sequence[Sequence[int]]) -> list[NDArray[np.float64]]:
+        """What `save_logits` writes, the same weights computed in float64, which MLX has on the processor alone."""
+        with mx.stream(mx.cpu), in_float64(self.loaded.model) as model:
+            logits = [model(mx.array([list(ids)]))[0] for ids in prompts]
+            mx.eval(logits)
+        return [np.array(each).astype(np.float64) for each in logits]
+
+    @contextlib.contextmanager
+    def scaled(self, name: str, factor: float) -> Iterator[None]:
+        """Within this context a weight of the base, by its name in the model's files, is `factor` times what it is."""
+        model, names = self.loaded.model, self.loaded.names
+        own = [
+            (place, each)
+            for place, each in tree_flatten(model.parameters())
+            if f".{names.shown(place.replace('.base.', '.'))}".endswith(f".{name}")
+        ]
+        model.load_weights([(place, factor * each) for place, each in own], strict=False)
+        try:
+            yield
+        finally:
+            model.load_weights(own, strict=False)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]

@@ -236,7 +236,7 @@ def cross_entropy(logits: Array, targets: NDArray[np.int64], smoothing: float = 
 def _rotated(x: Array, angles: tuple[Array, Array]) -> Array:
     """RoPE on (r, heads, n, d): element i of a head's first half turns with element i of its second half."""
     first, second = np.split(x, 2, axis=-1)
-    cos, sin = angles
+    cos, sin = (each.astype(x.dtype, copy=False) for each in angles)
     return np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
 
 

@@ -4,7 +4,9 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,6 +127,29 @@ class ReferenceSession:
     def save_logits(self, prompts: Sequence[Sequence[int]], path: Path) -> None:
         """Write the logits after each token of each prompt, (tokens, vocabulary) in float32, keyed "0", "1", ..."""
         save_file({str(index): self.logits(ids).astype(np.float32) for index, ids in enumerate(prompts)}, path)
+
+    def logits_in_other_precision(self, prompts: Sequence[Sequence[int]]) -> list[Array]:
+        """What `save_logits` writes, computed in float32 as other backends do."""
+        weights = {name: weight.astype(np.float32) for name, weight in self._weights_now().items()}
+        adapter = self.adapter and replace(
+            self.adapter,
+            layers={
+                path: {key: part.astype(np.float32) for key, part in parts.items()}
+                for path, parts in self.adapter.layers.items()
+            },
+        )
+        narrow: Mapping[str, Any] = weights
+        forward_pass = ReferencePass(self.shape, narrow, adapter)
+        return [self._logits(forward_pass, np.array([list(ids)], np.int64))[0].astype(np.float64) for ids in prompts]
+
+    @contextlib.contextmanager
+    def scaled(self, name: str, factor: float) -> Iterator[None]:
+        """Within this context a weight of the base, by its name in the model's files, is `factor` times what it is."""
+        weights, self.weights = self.weights, {**self.weights, name: factor * self.weights[name]}
+        try:
+            yield
+        finally:
+            self.weights = weights
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]

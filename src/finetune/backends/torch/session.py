@@ -10,13 +10,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from finetune.adapters.kinds import kind_of, lr_ratio_and_decay
 from finetune.backends.generate import answer_by_length
 from finetune.backends.torch import head_loss, state
 from finetune.backends.torch.device import is_exhausted, name_device, random_state, set_random_state
+from finetune.backends.torch.float64 import Float64
 from finetune.backends.torch.group import as_lost, pool_gradients
 from finetune.backends.torch.lora_linear import fold_adapters
 from finetune.errors import OutOfMemoryError, TrainingError
@@ -132,6 +135,30 @@ class TorchSession:
         with self._at_rest(), torch.no_grad():
             logits = [self.model(input_ids=self._ids([ids])).logits[0].float().cpu() for ids in prompts]
         save_file({str(index): tensor.contiguous() for index, tensor in enumerate(logits)}, path)
+
+    def logits_in_other_precision(self, prompts: Sequence[Sequence[int]]) -> list[NDArray[np.float64]]:
+        """What `save_logits` writes, the same weights computed in float64."""
+        # Together, padded on the right where causal attention never looks: each weight is widened once.
+        longest = max(map(len, prompts), default=0)
+        ids = self._ids([[*ids, *[0] * (longest - len(ids))] for ids in prompts])
+        with self._at_rest(), torch.no_grad(), Float64():
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        return [row[: len(ids)].cpu().numpy() for row, ids in zip(logits, prompts, strict=True)]
+
+    @contextlib.contextmanager
+    def scaled(self, name: str, factor: float) -> Iterator[None]:
+        """Within this context a weight of the base, by its name in the model's files, is `factor` times what it is."""
+        tensor = next(
+            each
+            for found, each in self.model.named_parameters()
+            if f".{found.replace('.base_layer', '').replace('.original_module', '')}".endswith(f".{name}")
+        )
+        before = tensor.detach().clone()
+        try:
+            tensor.data.mul_(factor)
+            yield
+        finally:
+            tensor.data.copy_(before)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
