@@ -51,12 +51,17 @@ def command(
     from rich.table import Table
 
     table = Table("", "measured", "allowed", "reason", box=None)
+    unseen = [verdict for verdict in found["verdicts"] if verdict.outcome == "not applicable"]
     for verdict in found["verdicts"]:
+        if verdict in unseen:
+            continue
         style = None if verdict.counts else "dim"
         table.add_row(
             f"{verdict.outcome}: {verdict.title}", verdict.measured, verdict.allowed, verdict.reason, style=style
         )
     data_console().print(table)
+    for reason in dict.fromkeys(verdict.reason for verdict in unseen):
+        say(f"not judged, {reason}: {', '.join(each.title for each in unseen if each.reason == reason)}")
     for note in found["notes"]:
         say(f"note: {note}")
     data_console().print(f"{found['outcome']} (answers: {found['answers']}, goal: {found['goal']})")
