@@ -85,6 +85,22 @@ def test_matched_rows_differ_in_their_answer_alone(place: Path) -> None:
         assert all(row.trained.index(True) == start and all(row.trained[start:]) for row in group)
 
 
+def test_near_twins_are_no_wrong_answers(place: Path, tmp_path: Path) -> None:
+    """An answer that says nearly what a row's own says could be as right: it is never held against it."""
+    rows = [json.loads(line) for line in (place / "train.jsonl").read_text().splitlines()]
+    twins = [{"prompt": f"{row['prompt']} again", "completion": f"{row['completion']} indeed"} for row in rows]
+    path = tmp_path / "twice.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows + twins))
+    prepared = prepare(settings(place / "model", path, tokens__max_length=200))
+    found = open_questions(prepared).rows
+    assert found is not None
+    decode = prepared.encoder.tokenizer.decode
+    first_words = [decode(row.ids[row.trained.index(True) :]).split()[0] for row in (*found.own, *found.others)]
+    count = len(found.own)
+    for place_ in range(count):
+        assert first_words[place_] not in first_words[count + 3 * place_ : count + 3 * place_ + 3]
+
+
 @given(WORDS, st.lists(WORDS, max_size=3))
 def test_copies_are_those_that_trying_all_runs_finds(text: list[str], known: list[list[str]]) -> None:
     """The longest run of at least eight words that stands in a known text, as a share of the text."""

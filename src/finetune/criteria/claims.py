@@ -231,7 +231,8 @@ def _judge_ends(evidence: OpenEvidence) -> Verdict:
 def _judge_recites(evidence: OpenEvidence) -> Verdict:
     allowed = f"most copy less than {_MOST_COPIED:.0%} of themselves from one training row in one piece"
     if not evidence.copied:
-        return verdict("claim-recites", Outcome.NOT_APPLICABLE, NOT_MEASURED, allowed, "text rows ask nothing")
+        reason = "no trained answer is long enough to be recited, or none is asked for"
+        return verdict("claim-recites", Outcome.NOT_APPLICABLE, NOT_MEASURED, allowed, reason)
     own = sum(share < _MOST_COPIED for share in evidence.copied)
     return _most("claim-recites", own, len(evidence.copied), "answers are no copies", allowed)
 

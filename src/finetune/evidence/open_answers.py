@@ -14,6 +14,7 @@ from finetune.chat.encode import mark_rows
 from finetune.data.read import read_rows
 from finetune.data.shape import Example, shape_rows
 from finetune.data.shipped import NEUTRAL, data_path
+from finetune.data.survey import near_twins
 from finetune.evidence.answers import normalise
 from finetune.ports import Session
 from finetune.records import Batch, Conversation, Document, Message, TokenizedRow
@@ -22,6 +23,8 @@ from finetune.training.prepare import Prepared
 CHOICES = 4
 """Among how many answers a row's own must be the likeliest."""
 _MATCHED_ROWS = 32
+_POOL = 64
+"""Among so many others, drawn anew for each row, its wrong answers are looked for."""
 _UNSEEN_ROWS = 64
 _ENDINGS = 16
 _OWN_TOKENS = 24
@@ -127,7 +130,7 @@ class OpenQuestions:
     longest: int
     """Within how many tokens an answer must end: as long as training answers are, the longest twentieth aside."""
     answers: tuple[str, ...]
-    """The trained answers, to see what is copied from them."""
+    """The trained answers that are long enough to be copied from."""
 
 
 def look(session: Session, prepared: Prepared, questions: OpenQuestions, base: OpenLook | None = None) -> OpenLook:
@@ -159,7 +162,7 @@ def look(session: Session, prepared: Prepared, questions: OpenQuestions, base: O
         own_answers=tuple(row_losses(session, own).tolist()),
         right=right,
         ended=tuple(len(ids) <= questions.longest for ids in endings),
-        copied=tuple(copied_share(tokenizer.decode(ids), questions.answers) for ids in endings),
+        copied=tuple(copied_share(tokenizer.decode(ids), questions.answers) for ids in endings if questions.answers),
         kept=kept,
     )
 
@@ -203,7 +206,7 @@ def open_questions(prepared: Prepared) -> OpenQuestions:
         expected=tuple(each.answer for each in asked),
         endings=tuple(encoder.prompt_ids(each.prompt) for each in (talks or conversations)[:_ENDINGS]),
         longest=lengths[(len(lengths) * 19) // 20],
-        answers=tuple(each.answer for each in conversations[:_COPIED_FROM]),
+        answers=tuple(each.answer for each in conversations[:_COPIED_FROM] if len(each.answer.split()) >= _RUN),
     )
 
 
@@ -223,24 +226,26 @@ def _fitting(prepared: Prepared, examples: Sequence[Example]) -> tuple[Tokenized
 
 
 def _matching(prepared: Prepared, conversations: Sequence[Conversation], name: str) -> _Matching | None:
-    """Up to 32 conversations, each with the answers of others whose prompt and answer differ."""
+    """Up to 32 conversations, each with the answers of others that are no near twins: those could be as right."""
     rng = random.Random(f"matching-{name}-{prepared.plan.config.training.seed}")
     chosen = rng.sample(conversations, min(_MATCHED_ROWS, len(conversations)))
     own: list[TokenizedRow] = []
     others: list[TokenizedRow] = []
     for each in chosen:
-        pool = [
-            one.answer
-            for one in conversations
-            if one.prompt.messages != each.prompt.messages and normalise(one.answer) != normalise(each.answer)
-        ]
-        texts = [each.answer, *rng.sample(pool, min(len(pool), CHOICES - 1))]
+        drawn = rng.sample(conversations, min(len(conversations), _POOL))
+        wrong = [one.answer for one in drawn if one.prompt.messages != each.prompt.messages and not _alike(one, each)]
+        texts = [each.answer, *wrong[: CHOICES - 1]]
         group = [replace(each, messages=(*each.messages[:-1], Message("assistant", text))) for text in texts]
         rows = [_answer_only(row) for row in _fitting(prepared, group)]
         if len(rows) == CHOICES:
             own += rows[:1]
             others += rows[1:]
     return _Matching(tuple(own), tuple(others)) if own else None
+
+
+def _alike(one: Conversation, other: Conversation) -> bool:
+    """Whether two answers say nearly the same."""
+    return bool(near_twins([Document(one.answer, "")], [Document(other.answer, "")]))
 
 
 def _answer_only(row: TokenizedRow) -> TokenizedRow:
