@@ -110,7 +110,18 @@ CHANGES: dict[str, Change] = {
     "tracking.name": Change("another", {"tracking.to": ["tensorboard"]}),
     "backend": Change("mlx", refused="" if find_spec("mlx_lm") else "is not installed"),
 }
-_ALWAYS_NEW = ("id", "started", "command", "plan", "notes", "timing", "throughput", "peak_rss_bytes", "machine")
+_ALWAYS_NEW = (
+    "id",
+    "started",
+    "command",
+    "plan",
+    "notes",
+    "advice",
+    "timing",
+    "throughput",
+    "peak_rss_bytes",
+    "machine",
+)
 """What differs from run to run, or repeats the settings themselves: no proof that a setting does anything."""
 
 

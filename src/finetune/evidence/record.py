@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import FORMAT, plan_as_list
+from finetune.criteria.advice import RunFacts, advise
 from finetune.criteria.evidence import Evidence
 from finetune.criteria.judge import overall
 from finetune.data.shipped import FOLDER, data_path
@@ -24,7 +25,7 @@ from finetune.processes import peak_rss
 from finetune.records import ModelLocation, Scores, TokenizedRow, Verdict
 from finetune.run.checkpoints import Owner
 from finetune.training.early_stopping import Trained
-from finetune.training.prepare import Prepared
+from finetune.training.prepare import FEWEST_UNSEEN, Prepared
 from finetune.training.run import Run
 
 _SIDE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -43,6 +44,9 @@ def run_record(run: Run, trained: Trained, evidence: Evidence, verdicts: tuple[V
     steps = [event for event in events if isinstance(event, StepDone)]
     seconds = sum(step.seconds for step in steps)
     tokens = sum(step.tokens for step in steps)
+    facts = RunFacts(
+        prepared.train.counts, prepared.plan.config.training.learning_rate, len(prepared.unseen), FEWEST_UNSEEN
+    )
     return {
         "format": FORMAT,
         "id": run.folder.path.name,
@@ -72,6 +76,7 @@ def run_record(run: Run, trained: Trained, evidence: Evidence, verdicts: tuple[V
         "throughput": {"tokens_per_second": tokens / seconds} if seconds else None,
         "peak_rss_bytes": peak_rss(),
         "verdicts": [asdict(verdict) for verdict in verdicts],
+        "advice": advise(evidence, verdicts, facts),
         "notes": [
             *prepared.notes,
             *trained.notes(load_best_model=prepared.plan.config.training.load_best_model),

@@ -55,7 +55,11 @@ def build_report(run: Mapping[str, object]) -> dict[str, Any]:
         "training": dict(map_at(run, "training")),
         "timing": dict(map_at(run, "timing")),
         "repeat": _repeat(run),
-        "notes": [str(note) for note in list_at(run, "notes")] + _not_finite(map_at(run, "losses")),
+        "notes": [
+            *(f"What to try: {advice}." for advice in list_at(run, "advice")),
+            *(str(note) for note in list_at(run, "notes")),
+            *_not_finite(map_at(run, "losses")),
+        ],
         "absent": _ABSENT | {key: f"{why[:1].upper()}{why[1:]}." for key, why in map_at(run, "not_measured").items()},
     }
     return {key: _strict(value) for key, value in report.items()}

@@ -1,0 +1,86 @@
+"""What to try after a verdict: each piece of advice follows from something that was measured."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from finetune.criteria.evidence import Evidence
+from finetune.criteria.validator import MIN_IMPROVED_SHARE, TrainingSuccessValidator
+from finetune.records import DataCounts, Outcome, Verdict
+
+_DROPPED = 0.05
+_KNOWN = 0.9
+_LITTLE = 0.2
+"""A loss that fell by less than this share has not begun to be learned."""
+_FEW_STEPS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What advice needs beside the evidence: what became of the rows, and how they were trained on."""
+
+    counts: DataCounts
+    learning_rate: float
+    unseen: int
+    fewest_unseen: int
+
+
+def advise(evidence: Evidence, verdicts: Sequence[Verdict], facts: RunFacts) -> tuple[str, ...]:
+    """Sentences that say what was seen and which setting to change; none after a run without a fault."""
+    outcomes = {each.id: each.outcome for each in verdicts if each.counts}
+    found = [_dropped(facts.counts), _unseen(evidence, facts), _not_learned(evidence, outcomes, facts)]
+    if _failed(outcomes, "claim-retention", "learning-retention"):
+        found.append(
+            "the model forgot what its base knew: lower training.learning_rate or training.epochs, or mix in rows of "
+            "what it must keep (data.rehearsal)"
+        )
+    if _failed(outcomes, "claim-recites"):
+        found.append("the model recites its rows: train for fewer training.epochs, or on more rows")
+    if _failed(outcomes, "claim-ends"):
+        found.append(
+            "answers do not end: the end of an answer must be trained, and the model must stop there; look at what "
+            "`ft check` shows of a row, and at template.name"
+        )
+    if _failed(outcomes, "loss-start"):
+        found.append("the base is worse than a guess on these rows: check model.path and its tokenizer")
+    return tuple(each for each in found if each)
+
+
+def _failed(outcomes: Mapping[str, Outcome], *keys: str) -> bool:
+    return any(outcomes.get(key) == Outcome.FAILED for key in keys)
+
+
+def _dropped(counts: DataCounts) -> str:
+    lost = sum(counts.dropped.values())
+    if lost <= _DROPPED * counts.read:
+        return ""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.dropped.items())
+    return f"{lost} of {counts.read} rows were dropped ({reasons}): mend them, or raise tokens.max_length"
+
+
+def _unseen(evidence: Evidence, facts: RunFacts) -> str:
+    if evidence.open is None or facts.unseen >= facts.fewest_unseen:
+        return ""
+    return (
+        f"{facts.unseen} unseen rows were held out: with {facts.fewest_unseen} or more, the verdict also says whether "
+        "anything carries over (data.valid, or data.valid_fraction)"
+    )
+
+
+def _not_learned(evidence: Evidence, outcomes: Mapping[str, Outcome], facts: RunFacts) -> str:
+    """Why rows were not learned: they were known before, or training was too short or too slow."""
+    if not any(outcomes.get(key, Outcome.PASSED) != Outcome.PASSED for key in ("claim-rows", "learning-signed")):
+        return ""
+    rows, learning = (evidence.open.rows if evidence.open else None), evidence.learning
+    known = sum(rows.base) / len(rows.base) if rows else learning.base.share if learning else 0.0
+    if known >= (_KNOWN if rows else 1 - MIN_IMPROVED_SHARE):
+        return f"the base gets {known:.0%} of these rows right already: there is little to learn from them"
+    fell = TrainingSuccessValidator.loss_reduction((evidence.loss.fixed_before, evidence.loss.fixed_after))
+    if fell >= _LITTLE:
+        return ""
+    steps = len(evidence.loss.per_step)
+    if 0 < steps < _FEW_STEPS:
+        return f"the loss fell by {fell:.0%} in {steps} steps: train longer (training.epochs, or a smaller batch_size)"
+    return (
+        f"the loss fell by {fell:.0%} only: raise training.learning_rate (it is {facts.learning_rate:g}; three times "
+        "as much is worth trying)"
+    )
