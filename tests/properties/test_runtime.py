@@ -63,6 +63,7 @@ from pathlib import Path
 
 class Params:
     model = types.SimpleNamespace(path="")
+    cpuparams = cpuparams_batch = types.SimpleNamespace()
 
 def server(params):
     def later():
