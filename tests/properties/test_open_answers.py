@@ -46,6 +46,7 @@ def test_run_on_open_answers_records_its_claims(place: Path, tmp_path: Path) -> 
     """Kind and goal are derived, near twins are told, every claim is recorded, and the sentence speaks of claims."""
     with without_reload_check():
         folder, record = fine_tune(loaded(place), output=tmp_path / "run")  # type: ignore[arg-type]
+    assert record == json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert record["goal"] == "style"
     assert any("say nearly what a training row says" in note for note in record["notes"])
     assert len(record["claims"]["unseen"]["base"]) == 19
