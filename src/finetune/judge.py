@@ -30,7 +30,7 @@ def judge_tuned(loaded: LoadedConfig, tuned: Path) -> dict[str, Any]:
         tuned: a folder that PEFT or mlx-lm wrote an adapter into, or a whole model's.
 
     Returns:
-        JSON-ready: outcome, goal, verdicts, notes, and what could not be measured.
+        outcome, base, tuned, answers, goal, notes and what could not be measured, and each `Verdict`.
 
     Raises:
         FineTuneError: base, rows or result cannot be read, or do not belong together.

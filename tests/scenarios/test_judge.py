@@ -150,6 +150,12 @@ def test_result_that_does_not_fit_is_refused(by_hand: Path, tmp_path: Path, dama
         judge_tuned(config, place)
 
 
+def test_command_obeys_the_environment(by_hand: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FT_SECTION__KEY counts here as for every verb: a value that cannot be is refused."""
+    monkeypatch.setenv("FT_TRAINING__BATCH_SIZE", "few")
+    assert ft(["judge", "--tuned", str(by_hand), "--train", FACTS]) == 2
+
+
 def test_command_judges_and_ends_with_the_verdicts_code(
     by_hand: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """`ft judge`: the verdict on anybody's fine-tune."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -28,10 +29,10 @@ def command(
     *,
     json_output: AsJson = False,
 ) -> int:
-    """Judge a fine-tune that any trainer made: what it learned, and what it harmed.
+    """Judge a fine-tune that any trainer made, as a run of `ft train` is judged.
 
-    Exit code 1 when a claim that counts failed, 4 when the verdict is inconclusive. What can be seen only during
-    training (its losses, memory, a control) is said and not judged.
+    Exit code 1 when what counts failed, 4 when the verdict is inconclusive. What can be seen only during training (its
+    losses, memory, a control) is named and not judged; so is forgetting on exact answers without data.retention.
     """
     from finetune.adapters.peft_files import base_of
     from finetune.config import load_config, parse_assignments
@@ -42,7 +43,9 @@ def command(
         raise UsageError(f"{tuned} names no base model", hint="name it with --base")
     overrides = {"model.path": named, "data.train": train, "data.valid": heldout}
     given = {key: value for key, value in overrides.items() if value is not None}
-    loaded = load_config(None, environ={}, overrides={**given, **parse_assignments(assignments or [])}, profile=None)
+    loaded = load_config(
+        None, environ=os.environ, overrides={**given, **parse_assignments(assignments or [])}, profile=None
+    )
     found = judge_tuned(loaded, tuned)
     allow = loaded.config.judge.allow_inconclusive
     if json_output:
@@ -51,17 +54,17 @@ def command(
     from rich.table import Table
 
     table = Table("", "measured", "allowed", "reason", box=None)
-    unseen = [verdict for verdict in found["verdicts"] if verdict.outcome == "not applicable"]
+    idle = [verdict for verdict in found["verdicts"] if verdict.outcome == "not applicable"]
     for verdict in found["verdicts"]:
-        if verdict in unseen:
+        if verdict in idle:
             continue
         style = None if verdict.counts else "dim"
         table.add_row(
             f"{verdict.outcome}: {verdict.title}", verdict.measured, verdict.allowed, verdict.reason, style=style
         )
     data_console().print(table)
-    for reason in dict.fromkeys(verdict.reason for verdict in unseen):
-        say(f"not judged, {reason}: {', '.join(each.title for each in unseen if each.reason == reason)}")
+    for reason in dict.fromkeys(verdict.reason for verdict in idle):
+        say(f"not judged, {reason}: {', '.join(each.title for each in idle if each.reason == reason)}")
     for note in found["notes"]:
         say(f"note: {note}")
     data_console().print(f"{found['outcome']} (answers: {found['answers']}, goal: {found['goal']})")

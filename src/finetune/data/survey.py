@@ -39,10 +39,13 @@ class Repeats:
         return [f"{name}: {count} {what}" for count, what in found if count]
 
 
-def answer_kind(examples: Sequence[Example]) -> AnswerKind:
+def answer_kind(examples: Sequence[Example], repeats: Repeats) -> AnswerKind:
     """`exact` where each prompt has one right answer, so that answers can be compared word for word; else `open`.
 
     Nine answers in ten are short, or such as come again and again as labels do, and prompts have one answer each.
+
+    Args:
+        repeats: what `survey_repeats` says of them.
     """
     conversations = [example for example in examples if isinstance(example, Conversation)]
     if not conversations or len(conversations) < len(examples):
@@ -50,9 +53,8 @@ def answer_kind(examples: Sequence[Example]) -> AnswerKind:
     again = Counter(conversation.answer for conversation in conversations)
     often = max(3, len(conversations) // 20)
     exact = sum(len(each.answer.split()) <= _EXACT_WORDS or again[each.answer] >= often for each in conversations)
-    several = survey_repeats(examples).conflicts > (1 - _EXACT_SHARE) * len(
-        {each.prompt.messages for each in conversations}
-    )
+    prompts = len({each.prompt.messages for each in conversations})
+    several = repeats.conflicts > (1 - _EXACT_SHARE) * prompts
     return "exact" if exact >= _EXACT_SHARE * len(conversations) and not several else "open"
 
 
@@ -74,7 +76,7 @@ def near_twins(held_out: Sequence[Example], training: Iterable[Example], limit: 
     """The places of held-out rows that say nearly what a training row says: they do not count as unseen.
 
     Two rows whose Jaccard similarity is at least `limit` share one of the rarest words of each: of n words the rarest
-    n - ceil(limit n) + 1. Only rows that do are compared, so that a million training rows take seconds.
+    n - ceil(limit n) + 1. Only rows that do are compared.
 
     Source: Bayardo, Ma and Srikant, 2007, "Scaling up all pairs similarity search".
     """

@@ -123,7 +123,7 @@ def open_evidence(prepared: Prepared, before: Observation, after: Observation) -
         right=(base.right, tuned.right),
         ended=tuned.ended,
         copied=tuned.copied,
-        longest=open_questions(prepared).longest,
+        longest=tuned.longest,
         uniform=math.log(prepared.shape.vocab_size),
     )
 

@@ -64,6 +64,7 @@ class OpenLook:
     right: tuple[bool, ...]
     ended: tuple[bool, ...]
     copied: tuple[float, ...]
+    longest: int
     kept: tuple[tuple[int, ...], ...]
     """The base's own answers to neutral prompts."""
 
@@ -163,6 +164,7 @@ def look(session: Session, prepared: Prepared, questions: OpenQuestions, base: O
         right=right,
         ended=tuple(len(ids) <= questions.longest for ids in endings),
         copied=tuple(copied_share(tokenizer.decode(ids), questions.answers) for ids in endings if questions.answers),
+        longest=questions.longest,
         kept=kept,
     )
 

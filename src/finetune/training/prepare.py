@@ -124,8 +124,9 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         raise ConfigError(problems)
     trained = {row.where for row in train.rows}
     conversations = tuple(example for example in kept if isinstance(example, Conversation) and example.where in trained)
-    notes += survey_repeats(kept).notes(str(config.data.train))
-    answers = answer_kind(kept) if config.judge.answers == "auto" else config.judge.answers
+    repeats = survey_repeats(kept)
+    notes += repeats.notes(str(config.data.train))
+    answers = answer_kind(kept, repeats) if config.judge.answers == "auto" else config.judge.answers
     unseen = _unseen(held.examples, kept, notes) if answers == "open" else ()
     total = _total_steps(plan, train.rows + (rehearsal.rows if rehearsal else ()))
     plan = resolve_steps(plan, total)
