@@ -43,12 +43,12 @@ def loaded(place: Path, **changes: object) -> object:
 
 
 def test_run_on_open_answers_records_its_claims(place: Path, tmp_path: Path) -> None:
-    """Kind and goal are derived, near twins are told, every claim is recorded, and the sentence speaks of claims."""
+    """Kind and goal are derived, near-duplicates are told, every claim is recorded, and the sentence speaks of claims."""
     with without_reload_check():
         folder, record = fine_tune(loaded(place), output=tmp_path / "run")  # type: ignore[arg-type]
     assert record == json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert record["goal"] == "style"
-    assert any("say nearly what a training row says" in note for note in record["notes"])
+    assert any("near-duplicates of training rows" in note for note in record["notes"])
     assert len(record["claims"]["unseen"]["base"]) == 19
     claims = {each["id"] for each in record["verdicts"] if each["id"].startswith("claim-")}
     assert len(claims) == 6
@@ -86,7 +86,7 @@ def test_matched_rows_differ_in_their_answer_alone(place: Path) -> None:
         assert all(row.trained.index(True) == start and all(row.trained[start:]) for row in group)
 
 
-def test_near_twins_are_no_wrong_answers(place: Path, tmp_path: Path) -> None:
+def test_near_duplicates_are_no_wrong_answers(place: Path, tmp_path: Path) -> None:
     """An answer that says nearly what a row's own says could be as right: it is never held against it."""
     rows = [json.loads(line) for line in (place / "train.jsonl").read_text().splitlines()]
     twins = [{"prompt": f"{row['prompt']} again", "completion": f"{row['completion']} indeed"} for row in rows]

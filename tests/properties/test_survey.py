@@ -1,4 +1,4 @@
-"""Laws of looking at a data set: near twins, repeats, and whether answers have one right wording."""
+"""Laws of looking at a data set: near-duplicates, repeats, and whether answers have one right wording."""
 
 import re
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.shape import Example
-from finetune.data.survey import answer_kind, near_twins, survey_repeats
+from finetune.data.survey import answer_kind, near_duplicates, survey_repeats
 from finetune.records import Conversation, Document, Message
 
 WORDS = st.lists(
@@ -50,7 +50,7 @@ def words_of(example: Example) -> set[str]:
 
 
 @given(st.lists(EXAMPLES, max_size=6), st.lists(EXAMPLES, max_size=12), st.sampled_from([0.3, 0.5, 0.8, 1.0]))
-def test_near_twins_are_those_that_comparing_all_pairs_finds(
+def test_near_duplicates_are_those_that_comparing_all_pairs_finds(
     held: list[Example], training: list[Example], limit: float
 ) -> None:
     """The index leaves no pair out and finds no other: as the plain comparison of every held-out with every row."""
@@ -62,7 +62,7 @@ def test_near_twins_are_those_that_comparing_all_pairs_finds(
         same = isinstance(one, Conversation) and one.messages[0].content and one.prompt.messages in prompts
         if not mine or alike or same:
             expected.add(place)
-    assert near_twins(held, training, limit) == expected
+    assert near_duplicates(held, training, limit) == expected
 
 
 @given(st.lists(EXAMPLES, max_size=12))

@@ -11,7 +11,7 @@ from finetune.data.shape import Example
 from finetune.records import Conversation, Message
 
 AnswerKind = Literal["exact", "open"]
-NEAR_TWIN = 0.5
+NEAR_DUPLICATE = 0.5
 """From which Jaccard similarity of their words on two rows say nearly the same.
 
 Half: in a public split of question and answer rows, those above it could be told from training alone, those below it
@@ -72,7 +72,9 @@ def survey_repeats(examples: Iterable[Example]) -> Repeats:
     return Repeats(duplicates, sum(len(found) > 1 for found in answers.values()))
 
 
-def near_twins(held_out: Sequence[Example], training: Iterable[Example], limit: float = NEAR_TWIN) -> frozenset[int]:
+def near_duplicates(
+    held_out: Sequence[Example], training: Iterable[Example], limit: float = NEAR_DUPLICATE
+) -> frozenset[int]:
     """The places of held-out rows that say nearly what a training row says: they do not count as unseen.
 
     Two rows whose Jaccard similarity is at least `limit` share one of the rarest words of each: of n words the rarest

@@ -14,7 +14,7 @@ from finetune.chat.encode import mark_rows
 from finetune.data.read import read_rows
 from finetune.data.shape import Example, shape_rows
 from finetune.data.shipped import NEUTRAL, data_path
-from finetune.data.survey import near_twins
+from finetune.data.survey import near_duplicates
 from finetune.evidence.answers import normalise
 from finetune.ports import Session
 from finetune.records import Batch, Conversation, Document, Message, TokenizedRow
@@ -228,7 +228,7 @@ def _fitting(prepared: Prepared, examples: Sequence[Example]) -> tuple[Tokenized
 
 
 def _matching(prepared: Prepared, conversations: Sequence[Conversation], name: str) -> _Matching | None:
-    """Up to 32 conversations, each with the answers of others that are no near twins: those could be as right."""
+    """Up to 32 conversations, each with the answers of others that are no near-duplicates: those could be as right."""
     rng = random.Random(f"matching-{name}-{prepared.plan.config.training.seed}")
     chosen = rng.sample(conversations, min(_MATCHED_ROWS, len(conversations)))
     own: list[TokenizedRow] = []
@@ -247,7 +247,7 @@ def _matching(prepared: Prepared, conversations: Sequence[Conversation], name: s
 
 def _alike(one: Conversation, other: Conversation) -> bool:
     """Whether two answers say nearly the same."""
-    return bool(near_twins([Document(one.answer, "")], [Document(other.answer, "")]))
+    return bool(near_duplicates([Document(one.answer, "")], [Document(other.answer, "")]))
 
 
 def _answer_only(row: TokenizedRow) -> TokenizedRow:

@@ -26,7 +26,7 @@ from finetune.data.read import read_rows
 from finetune.data.shape import Example, ShapedRows, shape_rows
 from finetune.data.shipped import FACTS, REHEARSAL, RETENTION, data_path
 from finetune.data.split import hold_out
-from finetune.data.survey import AnswerKind, answer_kind, near_twins, survey_repeats
+from finetune.data.survey import AnswerKind, answer_kind, near_duplicates, survey_repeats
 from finetune.errors import ConfigError, DataError, ModelError, Problem
 from finetune.memory.estimate import adapter_parameters, weight_bytes
 from finetune.models.locate import SHIPPED, locate_model
@@ -287,10 +287,10 @@ def _held_out_examples(config: TrainingConfig, split: list[Example], notes: list
 def _unseen(held: Sequence[Example], kept: Sequence[Example], notes: list[str]) -> tuple[Example, ...]:
     """A sample of the held-out rows, less those that say nearly what a training row says."""
     sample = held[:: max(1, len(held) // _UNSEEN_SAMPLE)][:_UNSEEN_SAMPLE]
-    twins = near_twins(sample, kept)
+    twins = near_duplicates(sample, kept)
     if twins:
         notes.append(
-            f"{len(twins)} of {len(sample)} held-out rows say nearly what a training row says: they do not count as "
+            f"{len(twins)} of {len(sample)} held-out rows are near-duplicates of training rows: they do not count as "
             "unseen"
         )
     return tuple(example for place, example in enumerate(sample) if place not in twins)
