@@ -43,7 +43,7 @@ def loaded(place: Path, **changes: object) -> object:
 
 
 def test_run_on_open_answers_records_its_claims(place: Path, tmp_path: Path) -> None:
-    """Kind and goal are derived, near-duplicates are told, every claim is recorded, and the sentence speaks of claims."""
+    """Kind and goal are derived, near-duplicates are named, every claim is kept, and the sentence speaks of claims."""
     with without_reload_check():
         folder, record = fine_tune(loaded(place), output=tmp_path / "run")  # type: ignore[arg-type]
     assert record == json.loads((folder / "run.json").read_text(encoding="utf-8"))
