@@ -88,9 +88,23 @@ def test_headline_counts_the_claims_of_its_goal_alone(goal: str, kind: str) -> N
 def test_base_that_knows_nothing_of_neutral_text_can_lose_nothing() -> None:
     """A base as good as a uniform guess there gives no verdict on forgetting, and says so."""
     blind = shifted((10.7,) * 16, 5.0)
-    found = verdicts(evidence(text=blind, own_answers=blind, right=((False,) * 27,) * 2))["claim-retention"]
+    sure = shifted((0.2,) * 16, 3.0)  # its own answers to what it cannot read are noise, however sure it is of them
+    found = verdicts(evidence(text=blind, own_answers=sure, right=((False,) * 27,) * 2))["claim-retention"]
     assert found.outcome == Outcome.INCONCLUSIVE
     assert "too little" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("known", "kept", "outcome"),
+    [(36, 36, Outcome.PASSED), (36, 30, Outcome.INCONCLUSIVE), (9, 9, Outcome.INCONCLUSIVE), (36, 12, Outcome.FAILED)],
+)
+def test_questions_alone_show_that_nothing_is_lost_only_when_chance_is_excluded(
+    known: int, kept: int, outcome: Outcome
+) -> None:
+    """Where questions are all there is, keeping them must be shown, not merely losing them not be shown."""
+    right = (True,) * known, (True,) * kept + (False,) * (known - kept)
+    found = verdicts(evidence(text=Paired((), ()), own_answers=Paired((), ()), right=right))["claim-retention"]
+    assert found.outcome == outcome
 
 
 @pytest.mark.parametrize("part", ["losses", "unseen", "text", "own_answers"])

@@ -187,4 +187,6 @@ def test_text_rows_are_learned_and_counted(tmp_path: Path) -> None:
     assert all(part["read"] == part["kept"] + sum(part["dropped"].values()) for part in (train, valid))
     outcomes = {verdict["id"]: verdict["outcome"] for verdict in run["verdicts"]}
     assert outcomes["loss-held-out"] == "passed"
+    assert outcomes["claim-rows"] == "passed"
+    assert outcomes["claim-retention"] == "inconclusive"  # this base reads no English prose
     assert outcomes["model-learning"] == "not applicable"

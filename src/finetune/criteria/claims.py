@@ -177,11 +177,13 @@ def _judge_retention(evidence: OpenEvidence) -> Verdict:
     kept: list[bool] = []
     told: list[str] = []
     numbers: dict[str, float] = {}
+    # A base that cannot read neutral text answers neutral prompts with noise, however sure it is of it.
+    blind = bool(evidence.text.base) and fmean(evidence.text.base) > _BLIND * evidence.uniform
     for name, losses, margin in (
         ("text", evidence.text, HARM_MARGIN * fmean(evidence.text.base or [0])),
         ("own answers", evidence.own_answers, OWN_MARGIN),
     ):
-        if not losses.base or fmean(losses.base) > _BLIND * evidence.uniform:
+        if not losses.base or blind:
             continue
         moves = Moves.of(losses, margin)
         harms.append((chance_of_at_least(moves.rose, moves.count), name))
@@ -197,9 +199,11 @@ def _judge_retention(evidence: OpenEvidence) -> Verdict:
     if known >= _FEWEST_QUESTIONS:
         harms.append((chance_of_at_least(known - still, known, 1 - KEPT_SHARE), "questions"))
         told.append(f"{still} of {known} known questions still answered")
+        if not kept:
+            kept.append(chance_of_at_least(still, known, KEPT_SHARE) <= LEVEL)
         numbers |= {"questions known": known, "questions kept": still}
     if not harms:
-        reason = "the base knows too little of neutral text for anything to be lost (data.retention names other rows)"
+        reason = "the base knows too little of neutral text to lose any: name what it must keep with data.retention"
         return verdict("claim-retention", Outcome.INCONCLUSIVE, NOT_MEASURED, allowed, reason)
     harmed = _holm(harms)
     outcome = Outcome.FAILED if harmed else Outcome.PASSED if all(kept) else Outcome.INCONCLUSIVE

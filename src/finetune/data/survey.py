@@ -11,11 +11,11 @@ from finetune.data.shape import Example
 from finetune.records import Conversation, Message
 
 AnswerKind = Literal["exact", "open"]
-NEAR_DUPLICATE = 0.5
-"""From which Jaccard similarity of their words on two rows say nearly the same.
+NEAR_DUPLICATE = 0.4
+"""From which share of what two rows say together, rare words weighing more, they say nearly the same.
 
-Half: in a public split of question and answer rows, those above it could be told from training alone, those below it
-could not.
+In a public split of question and answer rows, those above it could be told from training alone. What all rows share
+(a pattern, a table's header) weighs next to nothing: rows of one pattern that ask of different things are none.
 """
 _EXACT_WORDS = 6
 """Up to how many words an answer can be the only right one: a name, a number, a label."""
@@ -73,37 +73,45 @@ def survey_repeats(examples: Iterable[Example]) -> Repeats:
 
 
 def near_duplicates(
-    held_out: Sequence[Example], training: Iterable[Example], limit: float = NEAR_DUPLICATE
+    held_out: Sequence[Example], training: Sequence[Example], limit: float = NEAR_DUPLICATE
 ) -> frozenset[int]:
     """The places of held-out rows that say nearly what a training row says: they do not count as unseen.
 
-    Two rows whose Jaccard similarity is at least `limit` share one of the rarest words of each: of n words the rarest
-    n - ceil(limit n) + 1. Only rows that do are compared.
+    Of two rows the weight of the shared words is compared with that of all words (weighted Jaccard). A word that
+    `count` of `n` rows have weighs log(1 + n / count), in whole thousandths, so that sums are exact. Rows as alike as
+    `limit` share one of the rarest words of each: those down to where the rest weighs less than `limit` of the row.
+    Only rows that do are compared.
 
     Source: Bayardo, Ma and Srikant, 2007, "Scaling up all pairs similarity search".
     """
     words = [_words(example) for example in held_out]
-    rarity = Counter(word for each in words for word in each)
+    counts = Counter(word for example in (*held_out, *training) for word in _words(example))
+    total = len(held_out) + len(training)
+    weights = {word: round(1000 * math.log1p(total / count)) for word, count in counts.items()}
+
+    def weight(of: Iterable[str]) -> int:
+        return sum(weights[word] for word in of)
 
     def rarest(each: frozenset[str]) -> Iterator[str]:
-        # Words that no held-out row has are the rarest of all.
-        ordered = sorted(each, key=lambda word: (rarity[word], word))
-        return iter(ordered[: len(ordered) - math.ceil(limit * len(ordered)) + 1])
+        rest = whole = weight(each)
+        for word in sorted(each, key=lambda word: (-weights[word], word)):
+            if rest < limit * whole:
+                return
+            yield word
+            rest -= weights[word]
 
     homes: defaultdict[str, list[int]] = defaultdict(list)
     for place, each in enumerate(words):
         for word in rarest(each):
             homes[word].append(place)
     found: set[int] = {place for place, each in enumerate(words) if not each}
-    asked = [_prompt(example) for example in held_out]
-    prompts: set[tuple[str, ...]] = set()
     for example in training:
         other = _words(example)
-        prompts.add(_prompt(example))
         near = {place for word in rarest(other) for place in homes.get(word, ())} - found
-        found |= {place for place in near if len(words[place] & other) >= limit * len(words[place] | other)}
+        found |= {place for place in near if weight(words[place] & other) >= limit * weight(words[place] | other)}
     # A prompt that was trained on is not unseen either, whatever it is answered here.
-    return frozenset(found | {place for place, prompt in enumerate(asked) if prompt and prompt in prompts})
+    prompts = {_prompt(example) for example in training}
+    return frozenset(found | {place for place, each in enumerate(held_out) if _prompt(each) in prompts - {()}})
 
 
 def _prompt(example: Example) -> tuple[str, ...]:
