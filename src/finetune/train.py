@@ -209,6 +209,7 @@ def training_events(
     """
     prepared, training = run.prepared, run.prepared.plan.config.training
     assert training.evaluate_every is not None
+    assert training.learning_rate is not None
     plan = LoopPlan(
         total_steps=prepared.total_steps,
         gradient_accumulation_steps=training.gradient_accumulation_steps,

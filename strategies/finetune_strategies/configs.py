@@ -113,13 +113,13 @@ SETTINGS: dict[str, Setting] = {
     "adapter.modules_to_save": _optional(
         Setting(_NAME_LISTS, st.sampled_from(["norm", "", [], [""], [1], [True], {}, 3, True, "all-linear"]))
     ),
-    "training.epochs": _POSITIVE,
+    "training.epochs": _optional(_POSITIVE),
     "training.max_steps": _optional(_whole(1)),
     "training.batch_size": _whole(1),
     "training.processes": _optional(_whole(1)),
     "training.gradient_accumulation_steps": _whole(1),
     "training.packing": _YES_OR_NO,
-    "training.learning_rate": _POSITIVE,
+    "training.learning_rate": _optional(_POSITIVE),
     "training.schedule": _words("cosine", "linear", "constant"),
     "training.warmup_fraction": _SHARE,
     "training.loraplus_lr_ratio": _POSITIVE,

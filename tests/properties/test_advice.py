@@ -1,6 +1,8 @@
 """Laws of advice: each piece follows from the illness that was measured, and a healthy run gets none."""
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +11,12 @@ from finetune.criteria.advice import RunFacts, advise
 from finetune.criteria.evidence import Evidence, LossEvidence
 from finetune.criteria.judge import judge
 from finetune.records import DataCounts
+from finetune.train import fine_tune
 from support.evidence import healthy, scores
 from support.open_evidence import NULL_KINDS, evidence, matching
+from support.workplace import make_data, make_model, settings, without_reload_check
 
-FACTS = RunFacts(DataCounts(100, 100, {}, 0, 9_000, 3_000), 2e-4, 40, 16)
+FACTS = RunFacts(DataCounts(100, 100, {}, 0, 9_000, 3_000), 1e-3, 1e-3, 40, 16)
 
 
 def advice_on(found: Evidence, **changes: Any) -> tuple[str, ...]:
@@ -57,9 +61,28 @@ ILLNESSES: dict[str, tuple[Evidence, dict[str, Any], str]] = {
     "rate too low": (
         healthy(learning=None, loss=loss(3.9), open=evidence(rows=matching(12, 12))),
         {"learning_rate": 1e-6},
-        "raise training.learning_rate (it is 1e-06",
+        "raise training.learning_rate (it is 1e-06; 0.001 is usual for this size)",
     ),
-    "forgot": (healthy(learning=None, open=evidence(**NULL_KINDS["forgot"][0])), {}, "forgot what its base knew"),
+    "rate too low and few steps": (
+        healthy(learning=None, loss=loss(3.9, steps=6), open=evidence(rows=matching(12, 12))),
+        {"learning_rate": 1e-6},
+        "0.001 is usual for this size",
+    ),
+    "not learned at a usual rate": (
+        healthy(learning=None, loss=loss(3.9), open=evidence(rows=matching(12, 12))),
+        {},
+        "at a usual learning rate in 60 steps: train longer",
+    ),
+    "forgot": (
+        healthy(learning=None, open=evidence(**NULL_KINDS["forgot"][0])),
+        {},
+        "lower training.learning_rate (it is 0.001) or training.epochs",
+    ),
+    "forgot, too fast": (
+        healthy(learning=None, open=evidence(**NULL_KINDS["forgot"][0])),
+        {"learning_rate": 5e-3},
+        "(it is 0.005; 0.001 is usual for this size)",
+    ),
     "recites": (healthy(learning=None, open=evidence(**NULL_KINDS["memorised"][0])), {}, "recites its rows"),
     "no end": (healthy(learning=None, open=evidence(**NULL_KINDS["no end of answer"][0])), {}, "answers do not end"),
     "wrong base": (healthy(loss=LossEvidence((9.0, 8.9, 8.8), 12.0, 11.0, 512)), {}, "check model.path"),
@@ -71,3 +94,45 @@ def test_illness_gets_its_advice(illness: str) -> None:
     """What was measured is named, with the setting that would change it."""
     found, changes, words = ILLNESSES[illness]
     assert any(words in each for each in advice_on(found, **changes)), advice_on(found, **changes)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, exact and open rows, and a model that knows the exact ones."""
+    folder = tmp_path_factory.mktemp("ill")
+    make_model(folder / "model")
+    make_data(folder / "exact.jsonl", 12)
+    rows = [{"prompt": f"of {n}", "completion": " ".join(f"{n}{k}" for k in range(9))} for n in range(12)]
+    (folder / "open.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    knowing = {"adapter__kind": "full", "adapter__rank": 8, "training__epochs": 60.0, "training__learning_rate": 0.03}
+    with without_reload_check():
+        fine_tune(settings(folder / "model", folder / "exact.jsonl", **knowing), output=folder / "knowing")
+    return folder
+
+
+RUNS: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "rows dropped": ("model", "exact", {"tokens__max_length": 64}, "rows were dropped"),
+    "no held-out rows": ("model", "open", {"training__epochs": 1.0}, "0 unseen rows were held out"),
+    "too few steps": ("model", "open", {"training__max_steps": 2}, "in 2 steps: train longer"),
+    "rate too low": (
+        "model",
+        "open",
+        {"training__learning_rate": 1e-6, "training__epochs": 10.0},
+        "raise training.learning_rate (it is 1e-06; 0.005 is usual for this size)",
+    ),
+    "known before": (
+        "knowing/model",
+        "exact",
+        {"training__epochs": 1.0},
+        "of these rows right already: there is little to learn",
+    ),
+}
+
+
+@pytest.mark.parametrize("illness", RUNS)
+def test_run_with_the_illness_is_told(place: Path, tmp_path: Path, illness: str) -> None:
+    """A run that was made ill on purpose is advised so, in its run.json."""
+    model, data, changes, words = RUNS[illness]
+    with without_reload_check():
+        _, record = fine_tune(settings(place / model, place / f"{data}.jsonl", **changes), output=tmp_path / "run")
+    assert any(words in each for each in record["advice"]), record["advice"]

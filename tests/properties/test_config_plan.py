@@ -1,6 +1,7 @@
 """Laws of what is made from a configuration: profiles, the commented file, the JSON Schema and the plan."""
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.abilities import ABILITIES
+from finetune.adapters.kinds import ADAPTER_KINDS
 from finetune.config import (
     KEYS,
     PROFILES,
@@ -26,8 +28,10 @@ from finetune.config import (
     plan_as_list,
     resolve,
     resolve_steps,
+    resolve_training,
     unflatten,
 )
+from finetune.config.derive import derived_epochs, derived_learning_rate
 from finetune.errors import ConfigError
 from finetune_strategies.config_files import SOURCES, load_text, refusal, yaml_file
 from finetune_strategies.configs import configs, nested, settings_given
@@ -151,7 +155,8 @@ def test_plan_leaves_nothing_open(
             resolve(loaded, facts)
         assert len(caught.value.problems) == conflicts
         return
-    plan = resolve_steps(resolve(loaded, facts), steps)
+    sizes = {"parameters": facts.context_length, "rows": max(1, facts.train_rows), "steps_per_epoch": steps}
+    plan = resolve_steps(resolve_training(resolve(loaded, facts), **sizes), steps)
     before, after = flatten(config), flatten(plan.config)
     for key in KEYS:
         open_before = before[key] == "auto" if key == "template.name" else before[key] is None
@@ -166,7 +171,61 @@ def test_plan_leaves_nothing_open(
     assert before["data.valid_fraction"] is not None or after["data.valid_fraction"] == (0.05 if split else 0.0)
     assert before["training.save_every"] is not None or 1 <= after["training.save_every"] <= steps
     assert before["training.evaluate_every"] is not None or 1 <= after["training.evaluate_every"] <= steps
-    assert resolve_steps(plan, steps + 1) == plan
+    assert resolve_steps(resolve_training(plan, **{key: size + 1 for key, size in sizes.items()}), steps + 1) == plan
+
+
+PUBLISHED = {135e6: 1e-3, 7e9: 2e-4, 13e9: 2e-4, 33e9: 1e-4, 65e9: 1e-4}
+"""LoRA's learning rates by parameters: what taught SmolLM2 here, and those of QLoRA's authors."""
+
+
+def test_learning_rate_is_near_the_published_ones() -> None:
+    """Within a third of what was published for a size; a tenth of it for a full model; the same for any rank."""
+    for parameters, rate in PUBLISHED.items():
+        assert 3 / 4 < derived_learning_rate(int(parameters), "lora") / rate < 4 / 3
+        assert derived_learning_rate(int(parameters), "dora") == derived_learning_rate(int(parameters), "lora")
+
+
+@given(st.integers(1, 10**13), st.integers(1, 10**13), st.sampled_from([*ADAPTER_KINDS, "full"]))
+def test_learning_rate_never_rises_with_the_model(one: int, other: int, kind: str) -> None:
+    """A larger model gets at most the rate of a smaller one, of two digits, and a full model a tenth of LoRA's."""
+    slow, fast = (derived_learning_rate(size, kind) for size in (max(one, other), min(one, other)))
+    assert 0 < slow <= fast
+    assert float(f"{slow:.1e}") == slow
+    assert derived_learning_rate(one, "full") == pytest.approx(derived_learning_rate(one, "lora") / 10, rel=0.01)
+
+
+@given(st.integers(1, 10**7), st.integers(1, 64))
+def test_epochs_make_enough_steps_and_no_more_than_needed(rows: int, batch: int) -> None:
+    """Three; up to ten where the steps would be fewer than 30, and one or two where over 25,000 rows would be seen."""
+    per_epoch = math.ceil(rows / batch)
+    epochs = derived_epochs(rows, per_epoch)
+    assert epochs == int(epochs)
+    assert 1 <= epochs <= 10
+    assert epochs == 1 or epochs * rows <= 25_000
+    if epochs > 3:
+        assert (epochs - 1) * per_epoch < 30
+    if epochs < 3:
+        assert (epochs + 1) * rows > 25_000
+    if epochs * per_epoch < 30:
+        assert epochs == 10 or (epochs + 1) * rows > 25_000
+
+
+def test_users_rate_and_epochs_win_over_the_derived_ones() -> None:
+    """What a file, a flag or a profile names stays with its origin; what is left open is derived and said so."""
+    facts = ModelAndDataFacts(context_length=512, has_chat_template=True, train_rows=64)
+
+    def settled(text: str, profile: str | None = None) -> dict[str, tuple[Any, str]]:
+        plan = resolve_training(
+            resolve(load_text(text, profile=profile), facts), parameters=135_000_000, rows=64, steps_per_epoch=8
+        )
+        return {entry["key"]: (entry["value"], entry["origin"]) for entry in plan_as_list(plan)}
+
+    rate, epochs = "training.learning_rate", "training.epochs"
+    assert [settled("")[key] for key in (rate, epochs)] == [(1e-3, "derived"), (4.0, "derived")]
+    assert settled("training: {learning_rate: 0.5}")[rate] == (0.5, "file")
+    assert settled("adapter: {kind: full}")[rate] == (1e-4, "derived")
+    assert settled("", profile="chat")[epochs] == (2.0, "profile")
+    assert settled("training: {epochs: 1}", profile="chat")[epochs] == (1.0, "file")
 
 
 def test_plan_lowers_a_profiles_length_to_what_the_model_reads() -> None:

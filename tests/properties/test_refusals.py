@@ -338,8 +338,8 @@ WORDED = {
     "config 'training: {seed: 4294967296, epochs: 0, batch_size: 0}'": "3 problems in the configuration:\n"
     "  HERE/job.yaml:1 training.seed: seed must be a whole number from 0 to 4294967295; it is 4294967296\n"
     "    hint: leave it out for the default, 0\n"
-    "  HERE/job.yaml:1 training.epochs: epochs must be a number above 0; it is 0\n"
-    "    hint: leave it out for the default, 3.0\n"
+    "  HERE/job.yaml:1 training.epochs: epochs must be a number above 0, or null; it is 0\n"
+    "    hint: leave it out for the default, null\n"
     "  HERE/job.yaml:1 training.batch_size: batch_size must be a whole number of at least 1; it is 0\n"
     "    hint: leave it out for the default, 8",
     "run output is not empty": "output folder HERE/a exists and is not empty\n"

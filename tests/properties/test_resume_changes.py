@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from support.workplace import (
     ADAPTER,
     OWN_TEMPLATE,
     Death,
+    ended,
     make_data,
     make_model,
     resume,
@@ -199,3 +201,31 @@ def test_resume_says_exactly_what_is_not_as_it_was(
     logged = [json.loads(line) for line in (place / "run" / "events.jsonl").read_text().splitlines()]
     assert [event["changes"] for event in logged if event["event"] == "RunResumed"] == [list(resumed.changes)]
     assert (place / "run" / ADAPTER).read_bytes() == (place / "whole" / ADAPTER).read_bytes()
+
+
+def test_resumed_run_keeps_the_derived_rate_of_its_start(
+    killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rate and epochs that were derived are written into the plan: a run goes on with them by whatever rule."""
+    loaded = settings(
+        killed / "model",
+        killed / "rows.jsonl",
+        training__save_every=2,
+        training__learning_rate=None,
+        training__epochs=None,
+    )
+    with without_reload_check():
+        with contextlib.suppress(Death):
+            fine_tune(loaded, output=tmp_path / "run", listener=die_at_step_4)
+        plan = load_plan(tmp_path / "run" / "plan.yaml")
+        rules = sys.modules["finetune.config.resolve"]
+        monkeypatch.setattr(rules, "derived_learning_rate", lambda parameters, kind: 1.0)
+        monkeypatch.setattr(rules, "derived_epochs", lambda rows, steps_per_epoch: 1.0)
+        resume(tmp_path / "run")
+        fine_tune(loaded, output=tmp_path / "another")
+    training = plan.config.training
+    assert (training.learning_rate, training.epochs) == (5e-3, 8.0)
+    assert plan.origins["training.learning_rate"] == plan.origins["training.epochs"] == "derived"
+    assert load_plan(tmp_path / "run" / "plan.yaml") == plan
+    assert max(step["learning_rate"] for step in ended(tmp_path / "run")["losses"]["train"]) == 5e-3
+    assert max(step["learning_rate"] for step in ended(tmp_path / "another")["losses"]["train"]) == 1.0

@@ -81,6 +81,8 @@ class AdapterKind(ABC):
     tensors: ClassVar[tuple[AdapterTensor, ...]]
     low_rank: ClassVar[bool] = False
     """Whether scale x B A is all that it adds to a weight, so that it folds into one and fits into GGUF."""
+    learning_rate_factor: ClassVar[float] = 1.0
+    """How many times LoRA's learning rate it takes, where none is set."""
     peft_type: ClassVar[str]
     peft_config: ClassVar[str]
     """PEFT's own class of settings."""

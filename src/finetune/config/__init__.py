@@ -1,7 +1,7 @@
 """Load a configuration and settle it into a plan.
 
     load_config(path, environ=..., overrides=..., profile=...)  ->  LoadedConfig   every problem at once
-    resolve(loaded, facts)  ->  Plan    and    resolve_steps(plan, total_steps)  ->  Plan
+    resolve(loaded, facts)  ->  Plan, then resolve_training(plan, ...) and resolve_steps(plan, total_steps)  ->  Plan
     dump_plan(plan)  <->  load_plan(path)
 
 Importing this loads pydantic and PyYAML and nothing heavier.
@@ -19,6 +19,7 @@ from finetune.config.resolve import (
     resolve,
     resolve_processes,
     resolve_steps,
+    resolve_training,
 )
 from finetune.config.schema import Goal, TrainingConfig
 
@@ -47,5 +48,6 @@ __all__ = [
     "resolve",
     "resolve_processes",
     "resolve_steps",
+    "resolve_training",
     "unflatten",
 ]

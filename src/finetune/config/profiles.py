@@ -22,12 +22,12 @@ PROFILES: Mapping[str, Profile] = {
     ),
     "instruction": Profile(
         "One instruction and one answer per row, in the Alpaca format.",
-        {"template.name": "alpaca", "tokens.max_length": 1024, "training.epochs": 3.0},
+        {"template.name": "alpaca", "tokens.max_length": 1024},
     ),
     "code": Profile(
-        "Source code: long rows, a larger adapter and a gentler learning rate.",
+        "Source code: long rows and a larger adapter.",
         {"tokens.max_length": 4096, "adapter.rank": 16, "adapter.alpha": 32.0, "training.epochs": 2.0}
-        | {"training.batch_size": 2, "training.gradient_accumulation_steps": 8, "training.learning_rate": 1e-4},
+        | {"training.batch_size": 2, "training.gradient_accumulation_steps": 8},
     ),
     "demo": Profile(
         "The shipped model on the shipped data, in about a minute on a laptop.",

@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune.abilities import ABILITIES, QUANTISING
 from finetune.adapters.kinds import ADAPTER_KINDS, any_of
+from finetune.config.derive import derived_epochs, derived_learning_rate
 from finetune.config.keys import default_of, flatten, unflatten
 from finetune.config.load import LoadedConfig, Origin
 from finetune.config.schema import TrainingConfig
@@ -37,7 +38,7 @@ class Plan:
 
 
 def resolve(loaded: LoadedConfig, facts: ModelAndDataFacts) -> Plan:
-    """Settle everything but the step counts, which `resolve_steps` settles. Raises ConfigError with every conflict."""
+    """Settle all but what `resolve_training` and `resolve_steps` settle. Raises ConfigError with every conflict."""
     config, origins = loaded.config, loaded.origins
     derived: dict[str, Any] = {}
     fraction = config.data.valid_fraction
@@ -80,6 +81,17 @@ def resolve_processes(loaded: LoadedConfig, started: int, *, resume: bool) -> Lo
         hint = "start them with --launch, such as: ft train --launch torchrun, or leave the setting out"
         raise ConfigError([_problem(loaded.origins, "training.processes", what, hint)])
     return loaded
+
+
+def resolve_training(plan: Plan, *, parameters: int, rows: int, steps_per_epoch: int) -> Plan:
+    """Settle how fast and how long is trained, from the model's size, the rows and how many steps they make."""
+    training = plan.config.training
+    derived: dict[str, Any] = {}
+    if training.learning_rate is None:
+        derived["training.learning_rate"] = derived_learning_rate(parameters, plan.config.adapter.kind)
+    if training.epochs is None:
+        derived["training.epochs"] = derived_epochs(rows, steps_per_epoch)
+    return _settled(plan, derived)
 
 
 def resolve_steps(plan: Plan, total_steps: int) -> Plan:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from finetune.config.derive import FEWEST_STEPS
 from finetune.criteria.evidence import Evidence
 from finetune.criteria.validator import MIN_IMPROVED_SHARE, TrainingSuccessValidator
 from finetune.records import DataCounts, Outcome, Verdict
@@ -11,15 +12,20 @@ _DROPPED = 0.05
 _KNOWN = 0.9
 _LITTLE = 0.2
 """A loss that fell by less than this share has not begun to be learned."""
-_FEW_STEPS = 30
+_FAR = 2.0
+"""A learning rate this many times above or below the usual one is named as the likely cause."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """What advice needs beside the evidence: what became of the rows, and how they were trained on."""
+    """What advice needs beside the evidence: what became of the rows, and how they were trained on.
+
+    `usual_rate` is the learning rate that a model of this size gets where none is set.
+    """
 
     counts: DataCounts
     learning_rate: float
+    usual_rate: float
     unseen: int
     fewest_unseen: int
 
@@ -29,9 +35,11 @@ def advise(evidence: Evidence, verdicts: Sequence[Verdict], facts: RunFacts) -> 
     outcomes = {each.id: each.outcome for each in verdicts if each.counts}
     found = [_dropped(facts.counts), _unseen(evidence, facts), _not_learned(evidence, outcomes, facts)]
     if _failed(outcomes, "claim-retention", "learning-retention"):
+        slower = f"training.learning_rate (it is {facts.learning_rate:g}"
+        slower += f"; {facts.usual_rate:g} is usual for this size)" if _too_fast(facts) else ")"
         found.append(
-            "the model forgot what its base knew: lower training.learning_rate or training.epochs, or mix in rows of "
-            "what it must keep (data.rehearsal)"
+            f"the model forgot what its base knew: lower {slower} or training.epochs, or mix in rows of what it must "
+            "keep (data.rehearsal)"
         )
     if _failed(outcomes, "claim-recites"):
         found.append("the model recites its rows: train for fewer training.epochs, or on more rows")
@@ -43,6 +51,10 @@ def advise(evidence: Evidence, verdicts: Sequence[Verdict], facts: RunFacts) -> 
     if _failed(outcomes, "loss-start"):
         found.append("the base is worse than a guess on these rows: check model.path and its tokenizer")
     return tuple(each for each in found if each)
+
+
+def _too_fast(facts: RunFacts) -> bool:
+    return facts.learning_rate >= _FAR * facts.usual_rate
 
 
 def _failed(outcomes: Mapping[str, Outcome], *keys: str) -> bool:
@@ -78,9 +90,14 @@ def _not_learned(evidence: Evidence, outcomes: Mapping[str, Outcome], facts: Run
     if fell >= _LITTLE:
         return ""
     steps = len(evidence.loss.per_step)
-    if 0 < steps < _FEW_STEPS:
+    if facts.usual_rate >= _FAR * facts.learning_rate:
+        return (
+            f"the loss fell by {fell:.0%} only: raise training.learning_rate (it is {facts.learning_rate:g}; "
+            f"{facts.usual_rate:g} is usual for this size)"
+        )
+    if 0 < steps < FEWEST_STEPS:
         return f"the loss fell by {fell:.0%} in {steps} steps: train longer (training.epochs, or a smaller batch_size)"
     return (
-        f"the loss fell by {fell:.0%} only: raise training.learning_rate (it is {facts.learning_rate:g}; three times "
-        "as much is worth trying)"
+        f"the loss fell by {fell:.0%} only, at a usual learning rate in {steps} steps: train longer (training.epochs), "
+        "with a higher adapter.rank, or look at the rows"
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import FORMAT, plan_as_list
+from finetune.config.derive import derived_learning_rate
 from finetune.criteria.advice import RunFacts, advise
 from finetune.criteria.evidence import Evidence
 from finetune.criteria.judge import overall
@@ -44,9 +45,10 @@ def run_record(run: Run, trained: Trained, evidence: Evidence, verdicts: tuple[V
     steps = [event for event in events if isinstance(event, StepDone)]
     seconds = sum(step.seconds for step in steps)
     tokens = sum(step.tokens for step in steps)
-    facts = RunFacts(
-        prepared.train.counts, prepared.plan.config.training.learning_rate, len(prepared.unseen), FEWEST_UNSEEN
-    )
+    config = prepared.plan.config
+    usual = derived_learning_rate(prepared.shape.parameters, config.adapter.kind)
+    rate = config.training.learning_rate or usual
+    facts = RunFacts(prepared.train.counts, rate, usual, len(prepared.unseen), FEWEST_UNSEEN)
     return {
         "format": FORMAT,
         "id": run.folder.path.name,

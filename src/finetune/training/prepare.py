@@ -19,6 +19,7 @@ from finetune.config import (
     early_stopping_without_validation_problems,
     resolve,
     resolve_steps,
+    resolve_training,
 )
 from finetune.data.batches import fixed_batches, sequences_of
 from finetune.data.facts import deranged
@@ -128,8 +129,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     notes += repeats.notes(str(config.data.train))
     answers = answer_kind(kept, repeats) if config.judge.answers == "auto" else config.judge.answers
     unseen = _unseen(held.examples, kept, notes) if answers == "open" else ()
-    total = _total_steps(plan, train.rows + (rehearsal.rows if rehearsal else ()))
-    plan = resolve_steps(plan, total)
+    plan, total = _with_steps(plan, shape, train.rows + (rehearsal.rows if rehearsal else ()))
     files = [config.data.train, config.data.valid, config.data.rehearsal, config.data.retention]
     return Prepared(
         plan=plan,
@@ -301,15 +301,20 @@ def encode_held_out(encoder: Encoder, plan: Plan, held: ShapedRows) -> Encoded |
     return encoder.encode(held, plan) if held.examples or held.dropped else None
 
 
-def _total_steps(plan: Plan, rows: Sequence[TokenizedRow]) -> int:
+def _with_steps(plan: Plan, shape: ModelShape, rows: Sequence[TokenizedRow]) -> tuple[Plan, int]:
+    """The plan with all that depends on how many steps the rows make, and how many are taken."""
     training = plan.config.training
     sequences = len(sequences_of(rows, seed=training.seed, pack_length=pack_length(plan)))
     per_epoch = steps_per_epoch(sequences, batch_of_all(plan), training.gradient_accumulation_steps)
-    if training.epochs * per_epoch > _MOST_STEPS:
-        what = f"{training.epochs:g} epochs of {per_epoch} steps are more than any machine can do"
+    plan = resolve_training(plan, parameters=shape.parameters, rows=len(rows), steps_per_epoch=per_epoch)
+    epochs, most = plan.config.training.epochs, training.max_steps
+    assert epochs is not None
+    if epochs * per_epoch > _MOST_STEPS:
+        what = f"{epochs:g} epochs of {per_epoch} steps are more than any machine can do"
         raise ConfigError([Problem(what, "training.epochs", "lower it")])
-    total = max(1, round(training.epochs * per_epoch))
-    return total if training.max_steps is None else min(total, training.max_steps)
+    total = max(1, round(epochs * per_epoch))
+    total = total if most is None else min(total, most)
+    return resolve_steps(plan, total), total
 
 
 def _questions(

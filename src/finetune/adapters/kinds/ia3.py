@@ -28,6 +28,7 @@ class IA3(AdapterKind):
     title = "IA3"
     about = "an IA3 adapter (which trains a factor for each number that a layer writes)"
     tensors = (AdapterTensor("l", "ia3_l.default", "ia3_l", decays=False, first_gradient="some"),)
+    learning_rate_factor = 10.0
     peft_type = "IA3"
     peft_config = "IA3Config"
     harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {"init_ia3_weights": (None, True, False)}
