@@ -154,6 +154,10 @@ prove: $(WORKFLOW_VENV)/ok  ## Plant every fault in our own trainer and count wh
 matrix: $(WORKFLOW_VENV)/ok  ## Ask every law of every fault, and name each kill of docs/evidence/kill-matrix.json that was lost
 	@$(TEST_ENV) $(WORKFLOW_VENV)/bin/ft prove --tier 1 --seeds 2 --against docs/evidence/kill-matrix.json --output proof
 
+.PHONY: rates
+rates: $(VENV)/dev-ok  ## Count how often the verdict on open answers errs on runs of known kind, and write docs/rates.md (hours; goes on where it stopped)
+	@OMP_NUM_THREADS=1 $(BIN)/python bench/rates.py
+
 .PHONY: peers
 peers: $(VENV)/dev-ok  ## Make the environments of TRL and mlx-lm, for `ft verify --subject trl --python .peers/trl/bin/python`
 	@$(BIN)/python bench/peers.py trl mlx-lm

@@ -235,7 +235,12 @@ def _matching(prepared: Prepared, conversations: Sequence[Conversation], name: s
     others: list[TokenizedRow] = []
     for each in chosen:
         drawn = rng.sample(conversations, min(len(conversations), _POOL))
-        wrong = [one.answer for one in drawn if one.prompt.messages != each.prompt.messages and not _alike(one, each)]
+        alike = near_duplicates([Document(one.answer, "") for one in drawn], [Document(each.answer, "")])
+        wrong = [
+            one.answer
+            for place, one in enumerate(drawn)
+            if place not in alike and one.prompt.messages != each.prompt.messages
+        ]
         texts = [each.answer, *wrong[: CHOICES - 1]]
         group = [replace(each, messages=(*each.messages[:-1], Message("assistant", text))) for text in texts]
         rows = [_answer_only(row) for row in _fitting(prepared, group)]
@@ -243,11 +248,6 @@ def _matching(prepared: Prepared, conversations: Sequence[Conversation], name: s
             own += rows[:1]
             others += rows[1:]
     return _Matching(tuple(own), tuple(others)) if own else None
-
-
-def _alike(one: Conversation, other: Conversation) -> bool:
-    """Whether two answers say nearly the same."""
-    return bool(near_duplicates([Document(one.answer, "")], [Document(other.answer, "")]))
 
 
 def _answer_only(row: TokenizedRow) -> TokenizedRow:

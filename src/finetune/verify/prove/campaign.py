@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from finetune.errors import EvidenceError, MissingExtraError, UsageError
 from finetune.intervals import most_probable
@@ -20,6 +20,8 @@ FORMAT = "finetune kill matrix"
 VERSION = 2
 Engine = Literal["processes", "ray"]
 Teller = Callable[[str], None]
+_Task = TypeVar("_Task")
+_Result = TypeVar("_Result")
 FaultStatus = Literal["killed", "survived", "equivalent", "error"]
 STATUSES: tuple[FaultStatus, ...] = ("killed", "survived", "equivalent", "error")
 
@@ -157,7 +159,7 @@ def run_jobs(jobs: Iterable[Job], spread: Spread) -> Iterator[FaultRun]:
         MissingExtraError: Ray is not installed.
     """
     if spread.engine == "ray":
-        yield from _on_ray(jobs)
+        yield from on_ray(run_job, jobs)
         return
     stop = threading.Event()
     with ThreadPoolExecutor(spread.workers) as pool:
@@ -167,7 +169,12 @@ def run_jobs(jobs: Iterable[Job], spread: Spread) -> Iterator[FaultRun]:
             stop.set()
 
 
-def _on_ray(jobs: Iterable[Job]) -> Iterator[FaultRun]:
+def on_ray(work: Callable[[_Task], _Result], tasks: Iterable[_Task]) -> Iterator[_Result]:
+    """The work on each task over a Ray cluster, one processor each, in the order of the tasks.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+    """
     try:
         import ray
     except ImportError:
@@ -175,10 +182,10 @@ def _on_ray(jobs: Iterable[Job]) -> Iterator[FaultRun]:
     ours = not ray.is_initialized()
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     try:
-        remote = ray.remote(num_cpus=1)(run_job)
-        for waiting in [remote.remote(job) for job in jobs]:
-            run: FaultRun = ray.get(waiting)
-            yield run
+        remote = ray.remote(num_cpus=1)(work)
+        for waiting in [remote.remote(task) for task in tasks]:
+            result: _Result = ray.get(waiting)
+            yield result
     finally:
         if ours:
             ray.shutdown()
