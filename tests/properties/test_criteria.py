@@ -118,10 +118,11 @@ BREAKS: list[tuple[str, Evidence]] = [
     ("artifacts", altered("artifacts", files={"adapter/adapter_model.safetensors": 9, "report.html": 0})),
     ("artifacts", altered("artifacts", files={})),
     ("artifacts-no-strays", altered("artifacts", stray=(".run.json.7.part",))),
-    ("artifacts-reload", altered("artifacts", reload=Reload(8, 12.0, 12.1e-4, 3.0))),
-    ("artifacts-reload", altered("artifacts", reload=Reload(8, 0.5, 1.01e-4, 3.0))),
-    ("artifacts-reload", altered("artifacts", reload=Reload(8, 12.0, 0.0, 0.0))),
-    ("artifacts-reload", altered("artifacts", reload=Reload(8, 12.0, 1e-5, 1e-5))),
+    ("artifacts-reload", altered("artifacts", reload=Reload(8, 12.0, 1.61e-3, 3.0, 1e-4, 1.6e-3))),
+    ("artifacts-reload", altered("artifacts", reload=Reload(8, 12.0, 0.481, 3.0, 0.16, 0.48))),
+    ("artifacts-reload", altered("artifacts", reload=Reload(8, 12.0, 0.0, 0.0, 1e-4, 1.6e-3))),
+    ("artifacts-reload", altered("artifacts", reload=Reload(8, 12.0, 0.0, 1.4e-6, 1e-4, 1.6e-3))),
+    ("artifacts-reload", altered("artifacts", reload=Reload(8, 12.0, 1.61e-3, 1.59e-3, 1e-4, 1.6e-3))),
 ]
 
 
@@ -163,6 +164,7 @@ MISSES: list[tuple[str, Outcome, str, Evidence]] = [
     ("parameter-updates", "inconclusive", "", altered("parameters", steps=1)),
     ("parameter-first-step", "not applicable", "first_gradients", altered("parameters", first_gradients={})),
     ("artifacts-reload", "inconclusive", "reload", altered("artifacts", reload=None)),
+    ("artifacts-reload", "inconclusive", "", altered("artifacts", reload=Reload(8, 12.0, 0.0, 0.1, 0.16, 0.48))),
 ]
 
 
@@ -186,8 +188,16 @@ NUMBERS: list[tuple[str, Any, tuple[float, ...]]] = [
     ("loss-held-out", lambda bad: altered("loss", held_out_after=bad), (math.nan, math.inf)),
     ("parameter-first-step", lambda bad: _gradient(ADAPTER[0], bad), NOT_FINITE),
     ("parameter-first-step", lambda bad: _gradient(B_NAMES[0], bad), NOT_FINITE),
-    ("artifacts-reload", lambda bad: altered("artifacts", reload=Reload(8, 12.0, bad, 3.0)), (math.nan, math.inf)),
-    ("artifacts-reload", lambda bad: altered("artifacts", reload=Reload(8, 12.0, 0.0, bad)), (math.nan, -math.inf)),
+    (
+        "artifacts-reload",
+        lambda bad: altered("artifacts", reload=Reload(8, 12, bad, 3, 1e-4, 1e-3)),
+        (math.nan, math.inf),
+    ),
+    (
+        "artifacts-reload",
+        lambda bad: altered("artifacts", reload=Reload(8, 12, 0, bad, 1e-4, 1e-3)),
+        (math.nan, -math.inf),
+    ),
     ("memory-efficiency", lambda bad: altered("memory", lora=measure("lora", 1, 1, peak_tensors=bad)), NOT_FINITE),
     ("memory-exact", lambda bad: altered("memory", full=measure("full", 1, 1, gradient_bytes=bad)), NOT_FINITE),
 ]
@@ -345,7 +355,7 @@ def test_judge_every_verdict_is_told_with_measured_and_allowed(
     evidence = healthy(
         loss=dataclasses.replace(healthy().loss, per_step=tuple(losses), fixed_after=losses[-1]),
         learning=dataclasses.replace(healthy().learning, base=scores(base), tuned=scores(tuned)),  # type: ignore[type-var]
-        artifacts=ArtifactEvidence({"a": strays}, Reload(1, 5.0, difference, 1.0)),
+        artifacts=ArtifactEvidence({"a": strays}, Reload(1, 5.0, difference, 1.0, 1e-5, 1.6e-4)),
         parameters=dataclasses.replace(
             healthy().parameters, after={**healthy().parameters.before, **after}, steps=steps
         ),

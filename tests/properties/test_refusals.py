@@ -19,14 +19,14 @@ from finetune.distributed.environment import refuse_launched
 from finetune.distributed.launchers import check_launch, plan_launch
 from finetune.errors import ConfigError, FineTuneError, NonFiniteError
 from finetune.evidence.memory import measure_framework
+from finetune.evidence.packing_check import check_packing
 from finetune.records import Batch, TokenizedRow
 from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune.run.folder import RunFolder
 from finetune.tracking.tracker import require_trackers
 from finetune.training.loop import LoopPlan, mean_loss, train
-from finetune.training.packing_check import check_packing
 from finetune_strategies.tokenizers import KINDS, tokenizer_folder
-from support.toy_session import ToySession
+from support.toy_session import LogitsOnly, ToySession
 
 Case = Callable[[Path], Any]
 
@@ -100,7 +100,8 @@ def trained(poison: dict[tuple[str, int], float], rows: int = 2) -> Case:
 def packed(folder: Path) -> Any:
     """Check a session that mixes rows."""
     rows = tuple(TokenizedRow((1, 2), (True, True), "rows.jsonl:1") for _ in range(2))
-    return check_packing(ToySession(poison={("loss", 0): 3.0}), Batch(rows, (2,)), "float32")  # type: ignore[arg-type]
+    session: Any = type("Toy", (ToySession, LogitsOnly), {})(poison={("loss", 0): 3.0})
+    return check_packing(session, Batch(rows, (2,)), "float32")
 
 
 def checkpoint(change: Callable[[Path], Any], identity: dict[str, Any]) -> Case:

@@ -229,9 +229,8 @@ def test_adapter_in_a_fresh_process_gives_the_same_logits(bench: Bench, kind: An
     found, other = (
         check_reload("mlx", session, bench.location, tmp_path / "saved", quantize=how, **asked) for how in (HOW, None)
     )
-    assert found.difference <= 1e-4 * found.largest_logit
-    assert found.difference_from_base > 1e-2 * found.largest_logit
-    assert other.difference > 1e-3 * other.largest_logit
+    assert found.difference <= found.allowed < found.difference_from_base / 10
+    assert other.difference > 10 * other.allowed
     again = bench.open(quantize=HOW)
     again.load_adapter(tmp_path / "saved")
     assert np.array_equal(all_logits(again), all_logits(session))

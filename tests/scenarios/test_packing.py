@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from finetune.backends import open_backend
 from finetune.errors import TrainingError
+from finetune.evidence.packing_check import check_packing
 from finetune.records import Batch
-from finetune.training.packing_check import check_packing
 from finetune_strategies.profiles import examples
 from support.sessions import NO_DROPOUT, VOCAB, accumulated, make_model, make_rows
 from support.tolerances import apart

@@ -75,7 +75,9 @@ def healthy(**parts: Any) -> Evidence:
             first_gradients={name: 0.5 if "lora_B" in name else 0.0 for name in ADAPTER},
             steps=3,
         ),
-        "artifacts": ArtifactEvidence({"adapter/adapter_model.safetensors": 9_000}, Reload(8, 12.0, 1e-5, 3.0)),
+        "artifacts": ArtifactEvidence(
+            {"adapter/adapter_model.safetensors": 9_000}, Reload(8, 12, 1e-5, 3, 1e-4, 1.6e-3)
+        ),
         "learning": LearningEvidence(scores(0), scores(19), scores(1), scores(18), scores(17)),
         "memory": MemoryEvidence(measure("lora", 50_000_000, 10_000), measure("full", 100_000_000, 1_000_000)),
     }

@@ -1,9 +1,30 @@
 """A session small enough to check by hand: one number is trained to guess the mean of the trained token ids."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from finetune.records import Batch
+
+
+@dataclass
+class LogitsOnly:
+    """Two logits after each token, whose log probabilities rounding moves by so many nats."""
+
+    rounding: float = 1e-6
+
+    def save_logits(self, prompts: Sequence[Sequence[int]], path: Path) -> None:
+        """Both words are as likely as each other but for rounding."""
+        rows = {str(n): np.tile(np.float32([0, 1e-1]), (len(ids), 1)) for n, ids in enumerate(prompts)}
+        save_file(rows, path)
+
+    def logits_in_other_precision(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """The same, not rounded."""
+        return [np.tile(np.float32([0, 1e-1 + 2 * self.rounding]), (len(ids), 1)) for ids in prompts]
 
 
 @dataclass

@@ -83,7 +83,7 @@ def without_reload_check() -> Iterator[None]:
     What is the same for all runs is made once: the versions of libraries, and a template's Python.
     """
     with (
-        patch("finetune.evidence.observe.check_reload", lambda *given, **named: Reload(8, 10.0, 0.0, 1.0)),
+        patch("finetune.evidence.observe.check_reload", lambda *given, **named: Reload(8, 10, 0, 1, 1e-5, 1.6e-4)),
         patch("finetune.train.render_html", lambda runs: f"<title>{runs[0]['id']}</title>"),
         patch("finetune.evidence.record.version", _version),
         patch("finetune.chat.render.compile_template", _compiled),

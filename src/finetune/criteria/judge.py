@@ -16,13 +16,14 @@ from finetune.criteria.validator import (
 )
 from finetune.criteria.verdicts import NOT_MEASURED, verdict
 from finetune.errors import EvidenceError
-from finetune.records import Outcome, Verdict
+from finetune.records import Outcome, Reload, Verdict
 
 _START_MARGIN = 1.0
 """Nats by which the start loss may exceed that of a uniform guess before 'it fell' means nothing."""
 _LOWER = "> 5 % lower"
-_LOGIT_TOLERANCE = 1e-4
-"""Allowed difference of reloaded logits, as a share of the largest logit; float32 sums in another order stay below."""
+_RELOADED_WHOLE = "The saved model works in a fresh process"
+_STORED = 2.0**-23
+"""By how much two logits can be apart, relatively, merely because they were written down in float32."""
 
 
 def judge(evidence: Evidence) -> tuple[Verdict, ...]:
@@ -179,17 +180,34 @@ def _judge_artifacts(evidence: Evidence) -> list[Verdict]:
             ", ".join(artifacts.stray[:3]),
         ),
     ]
-    title, idle = "", "the adapter changes nothing"
-    if evidence.parameters.kind == "full":
-        title, idle = "The saved model works in a fresh process", "the saved model is the base"
-    reload = artifacts.reload
-    if reload is None:
-        reason = evidence.why.get("reload", "not tried")
-        outcome, measured, allowed = Outcome.INCONCLUSIVE, NOT_MEASURED, "same logits"
-    else:
-        limit = _LOGIT_TOLERANCE * max(reload.largest_logit, 1.0)
-        differs = reload.difference_from_base > limit
-        outcome, reason = Outcome.of(reload.difference <= limit and differs), "" if differs else idle
-        measured = f"logits differ by {reload.difference:.2g}; from the base by {reload.difference_from_base:.2g}"
-        allowed = f"<= {limit:.2g}; > {limit:.2g}"
-    return [*verdicts, verdict("artifacts-reload", outcome, measured, allowed, reason, title=title)]
+    whole = evidence.parameters.kind == "full"
+    if artifacts.reload is not None:
+        return [*verdicts, _judge_reload(artifacts.reload, whole=whole)]
+    reason = evidence.why.get("reload", "not tried")
+    title = _RELOADED_WHOLE if whole else ""
+    return [
+        *verdicts,
+        verdict("artifacts-reload", Outcome.INCONCLUSIVE, NOT_MEASURED, "same logits", reason, title=title),
+    ]
+
+
+def _judge_reload(reload: Reload, *, whole: bool) -> Verdict:
+    """The same logits within rounding, and not those of the base: an effect within rounding shows neither."""
+    limit, effect, subject = reload.allowed, reload.difference_from_base, "the saved model" if whole else "the adapter"
+    outcome, reason = Outcome.of(reload.difference <= limit), ""
+    if not effect > _STORED * reload.largest_logit:
+        outcome, reason = Outcome.FAILED, f"{subject} changes nothing"
+    elif not effect > limit:
+        outcome = Outcome.worst([outcome, Outcome.INCONCLUSIVE]) or outcome
+        reason = f"what {subject} changes cannot be told from rounding"
+    seen = f"; {limit / effect:.2g} of what {subject} changes would show" if effect > limit else ""
+    return verdict(
+        "artifacts-reload",
+        outcome,
+        f"logits differ by {reload.difference:.2g}; from the base by {effect:.2g}",
+        f"<= {limit:.2g}, {limit / reload.rounding:.0f} times rounding{seen}",
+        reason,
+        title=_RELOADED_WHOLE if whole else "",
+        difference=reload.difference,
+        rounding=reload.rounding,
+    )

@@ -81,6 +81,7 @@ def run_record(run: Run, trained: Trained, evidence: Evidence, verdicts: tuple[V
         "advice": list(advise(evidence, verdicts, facts)),
         "notes": [
             *prepared.notes,
+            *run.notes,
             *trained.notes(load_best_model=prepared.plan.config.training.load_best_model),
             *_resumed(events),
             *(trackers.notes() if trackers else []),

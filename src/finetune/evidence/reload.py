@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from finetune.evidence.rounding import factor_of, measure_rounding
 from finetune.ports import Session
 from finetune.processes import ask_child
 from finetune.records import ModelLocation, Quantization, Reload
@@ -17,13 +18,17 @@ def check_reload(
     saved: Path,
     *,
     prompts: Sequence[Sequence[int]],
-    **opening: str | Quantization | None,
+    dtype: str,
+    quantize: Quantization | None = None,
 ) -> Reload:
     """Compare the session's logits on `prompts` with those of the saved adapter or model in a fresh process.
 
+    How far they may be apart is measured on the session itself: both compute the same weights in the same type.
+
     Args:
         location: the base.
-        opening: the base's `dtype`, and `quantize` where it is quantised as it is loaded.
+        dtype: what the session computes in.
+        quantize: how the base was quantised as it was loaded.
 
     Raises:
         EvidenceError: the fresh process could not load what was saved.
@@ -37,6 +42,9 @@ def check_reload(
             kind: str(saved.resolve()),
             "logits": str(logits),
             "prompts": [list(prompt) for prompt in prompts],
-            **{key: asdict(value) if isinstance(value, Quantization) else value for key, value in opening.items()},
+            "dtype": dtype,
+            "quantize": asdict(quantize) if quantize else None,
         }
-        return Reload(**ask_child(f"finetune.backends.{backend}.reload", request))
+        found = ask_child(f"finetune.backends.{backend}.reload", request)
+    floor = measure_rounding(session, prompts).logit
+    return Reload(**found, rounding=floor, allowed=factor_of(dtype) * floor)

@@ -27,6 +27,11 @@ ROUNDED_FACTOR = 3.0
 
 llama.cpp rounds what the weights are multiplied with to as many bits: that is 1.4 times as much; the rest is chance.
 """
+NARROW_FACTOR = 3.0
+"""The same for a model that computes in bfloat16 or float16.
+
+Each result is rounded to few bits there, which outweighs the order of sums: 1.4 times from one way to the other.
+"""
 MOST_TOKENS = 256
 """On how many tokens of the prompts rounding is measured."""
 SHIFT = 0.01
@@ -41,12 +46,14 @@ class Rounding:
         distance: the worst root mean square difference of log probabilities, in spreads of the logits.
         kl: the worst KL divergence at one place, in nats.
         logit: the largest difference of one logit.
+        nats: the worst root mean square difference of log probabilities, in nats.
         places: at how many places it was measured.
     """
 
     distance: float
     kl: float
     logit: float
+    nats: float
     places: int
 
     def bound(self, factor: float = FACTOR, what: str = "this model's own rounding") -> Bound:
@@ -55,8 +62,13 @@ class Rounding:
         return Bound(factor * self.distance, factor**2 * self.kl, why, self.distance)
 
 
+def factor_of(dtype: str) -> float:
+    """How many times its own rounding another way to compute a model of this type may be off."""
+    return FACTOR if dtype == "float32" else NARROW_FACTOR
+
+
 def measure_rounding(session: Session, sequences: Sequence[Sequence[int]]) -> Rounding:
-    """How far float32 is from float64: the floor below which two ways to compute a model cannot be told apart.
+    """How far a session is from float64: the floor below which two ways to compute a model cannot be told apart.
 
     Raises:
         ValueError: there is no token in the sequences.
@@ -126,9 +138,14 @@ def _apart(own: Sequence[Array], other: Sequence[Array]) -> Rounding:
     # A number that was stored in float32 is off by so much at least, though both should happen to agree.
     logs = max(float(-told.logs.min()) for _, told in pairs)
     least = max(STORED * float(np.abs(row).max()) / float(row.std()) for row in own)
+    apart = [max(least, distance(row, told)) for row, told in pairs]
     return Rounding(
-        distance=max(least, *(distance(row, told) for row, told in pairs)),
+        distance=max(apart),
         kl=max(STORED * logs / FACTOR, *(divergence(row, told) for row, told in pairs)),
-        logit=max(float(np.abs(row - each).max()) for row, each in zip(own, other, strict=True)),
+        logit=max(
+            max(float(np.abs(row - each).max()), STORED * float(np.abs(row).max()))
+            for row, each in zip(own, other, strict=True)
+        ),
+        nats=max(each * float(row.std()) for each, row in zip(apart, own, strict=True)),
         places=len(own),
     )

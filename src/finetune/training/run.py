@@ -29,6 +29,7 @@ class Run:
     listener: Listener
     timing: dict[str, float] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     trackers: Trackers | None = None
     device: str = ""
     started: RunStarted = field(default_factory=lambda: RunStarted("", ""))
