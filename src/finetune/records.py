@@ -373,18 +373,13 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Reload:
-    """What a fresh process found when it loaded the saved adapter on a fresh base; differences of logits.
-
-    Attributes:
-        rounding: the largest difference that rounding alone makes to a logit of this model.
-        allowed: how large `difference` may be: that, times a stated factor.
-    """
+    """What a fresh process found when it loaded the saved adapter on a fresh base; differences of logits."""
 
     prompts: int
     largest_logit: float
     difference: float
     difference_from_base: float
-    rounding: float
+    rounding: float  # the largest that rounding alone makes
     allowed: float
 
 

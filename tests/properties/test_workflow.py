@@ -138,7 +138,8 @@ def test_workflow_on_a_full_disk_fails_clearly_and_can_go_on(
             except StorageError as error:
                 failed = error
         if failed:
-            assert str(output) in str(failed)
+            # The check of packing writes logits into a temporary folder.
+            assert str(output) in str(failed) or "logits.safetensors" in str(failed)
             assert failed.hint
             assert not (output / "run.json").exists()
             if (output / "plan.yaml").exists():

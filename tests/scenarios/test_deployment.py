@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("gguf", reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
@@ -19,6 +20,7 @@ pytest.importorskip("ollama", reason="needs the ollama extra: pip install 'finet
 
 from finetune.backends import open_backend
 from finetune.errors import DeploymentError, OutputError, StorageError
+from finetune.evidence.drift import Bound
 from finetune.export.gguf_source import exportable_run
 from finetune.run.folder import RunFolder
 from finetune.serve import recipe
@@ -26,6 +28,7 @@ from finetune.serve.deploy import deploy_llama_cpp, deploy_ollama
 from finetune.serve.expected import prepare_serving_check
 from finetune.serve.llama_server import LlamaServer, llama_server
 from finetune.serve.ollama import Ollama
+from finetune.serve.ties import Ties
 from finetune.verify.laws.modelfile_reader import read_modelfile
 from finetune_strategies.scratch import lasting_folder
 from support.ollama_server import Model, Spoken, StandIn, running
@@ -199,12 +202,24 @@ def _other(speak: Callable[..., Spoken]) -> Callable[..., Spoken]:
     return say
 
 
+def _other_once(speak: Callable[..., Spoken]) -> Callable[..., Spoken]:
+    said: list[str] = []
+
+    def say(*given: Any) -> Spoken:
+        told = speak(*given)
+        said.append(told.text)
+        return Spoken(f"{told.text}!") if len(said) == 7 else told
+
+    return say
+
+
 FAULTS: dict[str, tuple[str, Any]] = {
     "one line break less": ("template", ("<|end_header_id|>\n\n", "<|end_header_id|>\n")),
     "two begin-of-text tokens": ("template", ("{{ $last :", "<|begin_of_text|>{{ $last :")),
     "no markup at all": ("template", ("<|start_header_id|>", "")),
     "runs on": ("stop", _endless),
     "another model": ("answers", _other),
+    "one answer of twenty": ("answers", _other_once),
 }
 
 
@@ -212,7 +227,7 @@ FAULTS: dict[str, tuple[str, Any]] = {
 def test_deploy_of_what_was_not_trained_is_told_and_gone(
     fault: str, run: Path, ollama: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of 5 faults is found at its stage, and neither the name nor anything half made is left on the server."""
+    """Each of 6 faults is found at its stage, and neither the name nor anything half made is left on the server."""
     stage, how = FAULTS[fault]
     if isinstance(how, tuple):
         monkeypatch.setattr(recipe, "derive_template", _changed(recipe.derive_template, *how))
@@ -225,6 +240,25 @@ def test_deploy_of_what_was_not_trained_is_told_and_gone(
         deploy_ollama(run, server=server, name="facts")
     assert "there is no model facts:latest; nothing half made is left" in told.value.message
     assert ollama.models == {}
+
+
+def test_answer_may_part_from_the_trainers_at_a_tie_and_nowhere_else(run: Path) -> None:
+    """Another text is explained where its first other word is as likely within rounding, and not a hair beyond."""
+    exportable = exportable_run(run, open_backend)
+    check = prepare_serving_check(run, exportable)
+    asked = check.questions[0]
+    ids, own = asked.prompt.ids, asked.given
+    ties = Ties(exportable, "f16", (ids,), check.encoder.stop_ids, check.most)
+    assert 0 < ties.bound.distance < 0.1
+    assert ties.explain(ids, own)
+    assert not ties.explain(ids, f"{own}!")
+    assert not ties.explain(ids, "")
+    [row] = ties._rows(ids, [])
+    second = next(each for each in np.argsort(-row) if each != row.argmax() and ties._decode([int(each)]))
+    gap = float(row.max() - row[second]) / float(row.std())
+    for share, explained in ((1.01, True), (0.99, False)):
+        ties.__dict__["bound"] = Bound(share * gap / 2, 0.0, "")
+        assert ties.explain(ids, f"{ties._decode([int(second)])} and so on") is explained
 
 
 def test_deploy_refuses_before_it_writes(run: Path, ollama: StandIn) -> None:

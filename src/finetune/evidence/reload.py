@@ -18,8 +18,7 @@ def check_reload(
     saved: Path,
     *,
     prompts: Sequence[Sequence[int]],
-    dtype: str,
-    quantize: Quantization | None = None,
+    **opening: str | Quantization | None,
 ) -> Reload:
     """Compare the session's logits on `prompts` with those of the saved adapter or model in a fresh process.
 
@@ -27,8 +26,7 @@ def check_reload(
 
     Args:
         location: the base.
-        dtype: what the session computes in.
-        quantize: how the base was quantised as it was loaded.
+        opening: the `dtype` that the session computes in, and `quantize` where the base was quantised as it was loaded.
 
     Raises:
         EvidenceError: the fresh process could not load what was saved.
@@ -42,9 +40,8 @@ def check_reload(
             kind: str(saved.resolve()),
             "logits": str(logits),
             "prompts": [list(prompt) for prompt in prompts],
-            "dtype": dtype,
-            "quantize": asdict(quantize) if quantize else None,
+            **{key: asdict(value) if isinstance(value, Quantization) else value for key, value in opening.items()},
         }
         found = ask_child(f"finetune.backends.{backend}.reload", request)
     floor = measure_rounding(session, prompts).logit
-    return Reload(**found, rounding=floor, allowed=factor_of(dtype) * floor)
+    return Reload(**found, rounding=floor, allowed=factor_of(str(opening["dtype"])) * floor)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.evidence.drift import STORED, Bound, NextTokens, distance, divergence, log_softmax
+from finetune.files import storage_errors
 from finetune.ports import Session
 
 Array = NDArray[Any]
@@ -128,7 +129,8 @@ def _rows(session: Session, sequences: Sequence[Sequence[int]]) -> list[Array]:
 
     with TemporaryDirectory(prefix="finetune-") as folder:
         path = Path(folder) / "logits.safetensors"
-        session.save_logits(sequences, path)
+        with storage_errors(path):
+            session.save_logits(sequences, path)
         stored = load_file(path)
     return [row for index in range(len(sequences)) for row in stored[str(index)]]
 

@@ -25,7 +25,7 @@ from finetune.export.gguf_source import (
 from finetune.export.llama_cpp import ask_llama_cpp
 from finetune.export.outtypes import BLOCKS, QUANTISED, Outtype, Storage
 from finetune.export.read_back import Check, keep_refused, read_back
-from finetune.export.rounded import RoundingBounds, sight_notes
+from finetune.export.rounded import sight_notes
 from finetune.export.vocabulary import GgufVocabulary, describe_vocabulary
 from finetune.export.write import write_gguf
 from finetune.files import check_space, file_hash, make_folder, write_file
@@ -198,16 +198,8 @@ def _ask_both(exportable: Exportable, vocabulary: GgufVocabulary, files: _Files)
     questions, wanted = prepare_questions(
         trainer, corpus, exportable.prompts, steps=min(STEPS, context // 4), context=context
     )
-    family = exportable.described.family
-    from_table = family.activation_from_table
-    bounds = RoundingBounds(
-        trainer.session,
-        exportable.folder,
-        exportable.adapter is not None,
-        questions.sequences,
-        exportable.open_plain,
-        family.transposed,
-    )
+    from_table = exportable.described.family.activation_from_table
+    bounds = exportable.bounds(trainer.session, questions.sequences)
     with tempfile.TemporaryDirectory(prefix=f".{files.path.name}.", suffix=".part", dir=files.path.parent) as folder:
         other = Path(folder) / "other.gguf"
         if files.twin:

@@ -1,7 +1,7 @@
 """A run's result, or a model as it is, made ready for GGUF: its weights, tokenizer and names, and what to ask it."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +12,7 @@ from finetune.errors import MissingExtraError
 from finetune.export.blueprint import plan_model
 from finetune.export.families import Described, describe_model
 from finetune.export.result import Result, licence, open_result, plain_prompts, refuse_packed
+from finetune.export.rounded import RoundingBounds
 from finetune.export.sources import AdapterWeights, Files, Merged, WeightSource
 from finetune.export.vocabulary import (
     PHI3_NAMES,
@@ -55,6 +56,11 @@ class Exportable:
     def source(self) -> WeightSource:
         """The weights with the adapter merged in."""
         return Merged(self.base, self.adapter, self.described.family.transposed) if self.adapter else self.base
+
+    def bounds(self, session: Session, sequences: Sequence[Sequence[int]]) -> RoundingBounds:
+        """How far other computations of it may be from this session, measured on these sequences."""
+        adapted, transposed = self.adapter is not None, self.described.family.transposed
+        return RoundingBounds(session, self.folder, adapted, sequences, self.open_plain, transposed)
 
     @property
     def rows(self) -> int:

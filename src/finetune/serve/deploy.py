@@ -12,7 +12,7 @@ from typing import Any
 from finetune.backends import open_backend
 from finetune.errors import DeploymentError, OutputError
 from finetune.export.gguf import Teller, export
-from finetune.export.gguf_source import exportable_run
+from finetune.export.gguf_source import Exportable, exportable_run
 from finetune.export.outtypes import Outtype
 from finetune.export.read_back import Check
 from finetune.files import file_hash, make_folder, remove_torn, storage_errors, write_json
@@ -31,6 +31,7 @@ from finetune.serve.messages import Messages
 from finetune.serve.ollama import Ollama, OllamaRecipe, full_name
 from finetune.serve.publish import Blob, check_free, place_model
 from finetune.serve.recipe import leave_recipe, make_recipe
+from finetune.serve.ties import Ties
 
 COUNTED = 4
 """How many prompts are counted where a server does not show them: each loads the model again."""
@@ -85,7 +86,11 @@ def deploy_llama_cpp(
         tell(f"asking llama.cpp's server at {server.address}")
         checks = require_passed(
             compare_prompts(serving_check, server.rendered_ids),
-            *compare_answers(serving_check, lambda messages: server.chat(messages, most=serving_check.most)),
+            *compare_answers(
+                serving_check,
+                lambda messages: server.chat(messages, most=serving_check.most),
+                _ties(exportable, outtype, serving_check).explain,
+            ),
         )
         notes = (*unmeasured_notes(checks), *edge_notes(serving_check, server.rendered_ids))
         deployed = Deployed(
@@ -148,7 +153,7 @@ def deploy_ollama(
         name,
         Blob(file.name, digest),
         recipe,
-        verify=lambda first: _verify(server, first, serving_check, recipe),
+        verify=lambda first: _verify(server, first, serving_check, recipe, _ties(exportable, outtype, serving_check)),
     )
     deployed = Deployed(
         target="ollama",
@@ -193,8 +198,13 @@ def _gguf(run: Path, outtype: Outtype, tell: Teller) -> Path:
     return file
 
 
+def _ties(exportable: Exportable, outtype: Outtype, serving_check: ServingCheck) -> Ties:
+    prompts = tuple(asked.prompt.ids for asked in serving_check.questions)
+    return Ties(exportable, outtype, prompts, serving_check.encoder.stop_ids, serving_check.most)
+
+
 def _verify(
-    server: Ollama, name: str, serving_check: ServingCheck, recipe: OllamaRecipe
+    server: Ollama, name: str, serving_check: ServingCheck, recipe: OllamaRecipe, ties: Ties
 ) -> tuple[tuple[Check, ...], tuple[str, ...]]:
     """Compare a model in Ollama with the run; its checks, and notes on it."""
 
@@ -206,7 +216,9 @@ def _verify(
         # The export has proved that llama.cpp, and so Ollama, makes these ids of markup.
         return (*bos, *tokenizer.encode_markup(text))
 
-    answers = compare_answers(serving_check, lambda messages: server.chat(name, messages, most=serving_check.most))
+    answers = compare_answers(
+        serving_check, lambda messages: server.chat(name, messages, most=serving_check.most), ties.explain
+    )
     shown = _recipe_check(server, name, recipe)
     if serving_check.prompts and server.rendered(name, serving_check.prompts[0].messages) is not None:
         notes = (*edge_notes(serving_check, ids_of), *inert_notes(serving_check, ids_of))
