@@ -42,6 +42,8 @@ ABILITIES: dict[str, Abilities] = {
     ),
     "reference": Abilities(),
 }
+ONE_THREAD = 5_000_000
+"""Up to how many parameters a model computes in one thread with torch: more would wait for each other."""
 QUANTISING = " or ".join(name for name, able in ABILITIES.items() if able.schemes)
 """The backends that can train on a quantised base, in words."""
 

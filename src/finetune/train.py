@@ -42,6 +42,7 @@ from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune.run.folder import RunFolder
 from finetune.tracking.tracker import require_trackers
 from finetune.training.early_stopping import EarlyStopping, Trained
+from finetune.training.forecast import forecast_run
 from finetune.training.loop import LoopPlan, train
 from finetune.training.out_of_memory import with_estimate
 from finetune.training.prepare import batch_of_all, held_out_batches, pack_length, packed_sample, prepare
@@ -80,6 +81,8 @@ def fine_tune(
     listener = (lambda event: None) if group.rank else listener
     listener(PhaseStarted("prepare", f"{loaded.config.model.path}"))
     prepared = prepare(resolve_processes(loaded, group.size, resume=resume))
+    if not group.rank:
+        listener(PhaseStarted("plan", forecast_run(prepared).sentence()))
     folder = RunFolder.unfinished(output) if resume else RunFolder.place(None if group.rank else output)
     run = Run(prepared, backend, group, folder, listener, {"prepare": time.perf_counter() - clock}, started=started)
     if group.rank:

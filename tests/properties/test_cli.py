@@ -35,9 +35,17 @@ def write(path: Path, text: str) -> str:
 
 
 def test_check_of_the_shipped_job_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without arguments the shipped model and data are checked, and they are good."""
+    """Without arguments the shipped model and data are checked, they are good, and it is said what the run will be."""
     assert run(["check"]) == 0
-    assert capsys.readouterr().out.strip() == "no problems"
+    first, settings, counts = capsys.readouterr().out.splitlines()
+    assert first == "no problems"
+    assert settings == "  training.epochs 30 (profile), training.learning_rate 0.002 (profile)"
+    assert counts.startswith("  450 steps, 80,850 tokens, 9,390 of them trained; ")
+    assert run(["check", "--json"]) == 0
+    [told] = json.loads(capsys.readouterr().out)["runs"]
+    assert (told["steps"], told["tokens"], told["trained_tokens"]) == (450, 80_850, 9_390)
+    assert told["settings"]["training.epochs"] == {"value": 30.0, "origin": "profile"}
+    assert (told["minutes"] is None) == (told["not_estimated"] is not None)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ def test_workflow_goes_through_its_phases_in_order_and_the_manifest_comes_last(j
     phases = [event.phase for event in heard if isinstance(event, PhaseStarted)]
     assert phases == [
         "prepare",
+        "plan",
         "load",
         "observe base",
         "attach",

@@ -162,7 +162,7 @@ def test_small_model_computes_in_one_thread(
 ) -> None:
     """On processors, where nobody has said otherwise; a larger model takes all threads again."""
     before = torch.get_num_threads()
-    monkeypatch.setattr("finetune.backends.torch.backend._SMALL", small)
+    monkeypatch.setattr("finetune.backends.torch.backend.ONE_THREAD", small)
     monkeypatch.setattr("finetune.backends.torch.backend._THREADS", 2)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if wanted:

@@ -10,42 +10,49 @@ from finetune.errors import ConfigError, FineTuneError, Problem
 
 if TYPE_CHECKING:
     from finetune.config import TrainingConfig
+    from finetune.training.forecast import RunForecast
 
 
 @with_settings
 def command(configs: ConfigFiles = None, *, settings: ConfigOptions, json_output: AsJson = False) -> int:
     """Check configurations, their model, data and template without loading a weight; shows every problem at once.
 
-    Exit code 2 when a configuration is wrong, 3 when model, data or template cannot be used.
+    Without a problem: what the run will be, its minutes as an estimate. Exit code 2 when a configuration is wrong, 3
+    when model, data or template cannot be used.
     """
     paths: list[Path | None] = list(configs) if configs else [None]
-    found = [(path, *_problems(path, settings)) for path in paths]
+    found = [(path, *_check(path, settings)) for path in paths]
     if json_output:
         listed = [
             {"file": path and str(path), "what": problem.what, "where": problem.where, "hint": problem.hint}
-            for path, problems, _ in found
+            for path, problems, _, _ in found
             for problem in problems
         ]
-        print_json({"ok": not listed, "problems": listed})
+        runs = [{"file": path and str(path), **outlook.values()} for path, _, outlook, _ in found if outlook]
+        print_json({"ok": not listed, "problems": listed, "runs": runs})
     else:
-        for path, problems, _ in found:
+        for path, problems, outlook, _ in found:
             head = f"{path}: " if len(found) > 1 else ""
             count = f"{len(problems)} problem{'s' * (len(problems) > 1)}:" if problems else "no problems"
-            print_data("\n".join([f"{head}{count}", *(f"  {problem}" for problem in problems)]))
-    return min((code for _, _, code in found if code), default=0)
+            said = problems or (outlook.sentences() if outlook else [])
+            print_data("\n".join([f"{head}{count}", *(f"  {each}" for each in said)]))
+    return min((code for *_, code in found if code), default=0)
 
 
-def _problems(path: Path | None, settings: ConfigOptions) -> tuple[list[Problem], int]:
-    """The problems of one configuration, and its exit code."""
+def _check(path: Path | None, settings: ConfigOptions) -> tuple[list[Problem], "RunForecast | None", int]:
+    """The problems of one configuration, or what its run will be, and the exit code."""
     from finetune.training.check import find_problems
+    from finetune.training.forecast import forecast_run
 
     try:
         loaded = settings.load(path)
-        problems = find_problems(loaded)
+        problems, prepared = find_problems(loaded)
         problems += _missing_packages(loaded.config)
     except ConfigError as error:
-        return error.problems, 2
-    return problems, 3 if problems else 0
+        return error.problems, None, 2
+    if problems or prepared is None:
+        return problems, None, 3
+    return [], forecast_run(prepared), 0
 
 
 def _missing_packages(config: "TrainingConfig") -> list[Problem]:

@@ -10,13 +10,13 @@ from finetune.data.shape import shape_rows
 from finetune.data.shipped import FACTS, data_path
 from finetune.errors import ConfigError, FineTuneError, Problem
 from finetune.models.locate import locate_model
-from finetune.training.prepare import adapter_target, planned_shape, prepare
+from finetune.training.prepare import Prepared, adapter_target, planned_shape, prepare
 
 T = TypeVar("T")
 
 
-def find_problems(loaded: LoadedConfig) -> list[Problem]:
-    """Every problem of model, adapter, data and template, each with its place; empty when a run could start."""
+def find_problems(loaded: LoadedConfig) -> tuple[list[Problem], Prepared | None]:
+    """Every problem of model, adapter, data and template, each with its place, or else the run that could start."""
     problems: list[Problem] = []
     config = loaded.config
 
@@ -37,10 +37,10 @@ def find_problems(loaded: LoadedConfig) -> list[Problem]:
             rows = len(shaped.examples) if shaped is not None and key == "train" else rows
     location = attempt("model.path", lambda: locate_model(config.model.path, revision=config.model.revision))
     if location is None:
-        return problems
+        return problems, None
     shape = attempt("model.path", lambda: planned_shape(config, location))
     if shape is None:
-        return problems
+        return problems, None
     attempt("adapter", lambda: adapter_target(config, shape))
     probe = attempt("model.path", lambda: Encoder(location, "alpaca"))
     if probe is not None:
@@ -48,7 +48,5 @@ def find_problems(loaded: LoadedConfig) -> list[Problem]:
         plan = attempt("config", lambda: resolve(loaded, ModelAndDataFacts(shape.context_length, own, rows)))
         if plan is not None:
             attempt("template", lambda: Encoder(location, plan.config.template.name))
-    if not problems:
-        # Each part is good; whether they are good together, only doing it shows.
-        attempt("data", lambda: prepare(loaded))
-    return problems
+    # Each part may be good; whether they are good together, only doing it shows.
+    return problems, None if problems else attempt("data", lambda: prepare(loaded))

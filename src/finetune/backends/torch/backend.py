@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from finetune.abilities import ABILITIES
+from finetune.abilities import ABILITIES, ONE_THREAD
 from finetune.backends.torch.device import choose_device
 from finetune.backends.torch.group import join_group
 from finetune.backends.torch.load import load_model
@@ -17,8 +17,6 @@ from finetune.models.shape import read_config
 from finetune.ports import Group
 from finetune.records import ModelLocation, Quantization
 
-_SMALL = 5_000_000
-"""Up to how many parameters a model computes in one thread."""
 _THREADS = torch.get_num_threads()
 
 
@@ -71,7 +69,7 @@ class TorchBackend:
         if place.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             # A small model's products take less time than it takes to wake a thread. Where other programs keep the
             # cores busy, each of them waits for the slowest thread, and training takes many times as long.
-            torch.set_num_threads(1 if sum(each.numel() for each in model.parameters()) < _SMALL else _THREADS)
+            torch.set_num_threads(1 if sum(each.numel() for each in model.parameters()) < ONE_THREAD else _THREADS)
         return TorchSession(model, location, pad_id)
 
 

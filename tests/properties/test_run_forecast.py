@@ -1,0 +1,99 @@
+"""Laws of what a run is said to be beforehand: its counts are those of the run, its minutes follow from arithmetic."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.config import LoadedConfig, load_config
+from finetune.events import Event, PhaseStarted, StepDone
+from finetune.train import fine_tune
+from finetune.training import forecast
+from finetune.training.forecast import forecast_run
+from finetune.training.prepare import prepare
+from support.workplace import make_data, make_model, settings, without_reload_check
+
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {"training__epochs": 2.0},
+    "packed": {"training__packing": True, "training__batch_size": 2, "training__epochs": 3.0},
+    "accumulated, half an epoch over": {"training__gradient_accumulation_steps": 2, "training__epochs": 2.5},
+    "stopped in the second epoch": {"training__max_steps": 6, "training__epochs": 3.0},
+    "less than an epoch": {"training__max_steps": 1},
+    "derived": {"training__epochs": None, "training__learning_rate": None, "training__batch_size": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, and rows to learn, to rehearse and to hold out."""
+    folder = tmp_path_factory.mktemp("forecast")
+    make_model(folder / "model")
+    for name, count in (("rows", 11), ("known", 5), ("valid", 4)):
+        make_data(folder / f"{name}.jsonl", count)
+    return folder
+
+
+def loaded(place: Path, **changes: Any) -> LoadedConfig:
+    """A quick run with all three."""
+    data = {"data__rehearsal": str(place / "known.jsonl"), "data__valid": str(place / "valid.jsonl")}
+    return settings(place / "model", place / "rows.jsonl", **{**data, **changes})
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_run_takes_the_steps_and_tokens_that_it_was_said_to(place: Path, tmp_path: Path, name: str) -> None:
+    """Steps, tokens and trained tokens are exactly those of the run, whatever ends it; it begins by saying them."""
+    said = forecast_run(prepare(loaded(place, **RUNS[name])))
+    heard: list[Event] = []
+    with without_reload_check():
+        fine_tune(loaded(place, **RUNS[name]), output=tmp_path / "run", listener=heard.append)
+    steps = [event for event in heard if isinstance(event, StepDone)]
+    assert (said.steps, said.tokens, said.trained_tokens) == (
+        len(steps),
+        sum(step.tokens for step in steps),
+        sum(step.trained_tokens for step in steps),
+    )
+    [told] = [event.note for event in heard if isinstance(event, PhaseStarted) and event.phase == "plan"]
+    counts = f"{said.steps:,} steps, {said.tokens:,} tokens, {said.trained_tokens:,} of them trained; about "
+    assert told.startswith(counts)
+    assert told.endswith(" minutes of training here (an estimate, within a factor of 2)")
+
+
+def seconds_of(monkeypatch: pytest.MonkeyPatch, gflops: float, **changes: Any) -> float:
+    """The estimate for the shipped model on a machine of this speed, where starting an operation costs nothing."""
+    monkeypatch.setattr(forecast, "_gflops", lambda rows, inner, columns: gflops)
+    monkeypatch.setattr(forecast, "_LAYER_SECONDS", {"torch": 0.0})
+    overrides = {"model.device": "cpu", "training.evaluate_every": 10**6}
+    given = {key.replace("__", "."): value for key, value in changes.items()}
+    found = forecast_run(prepare(load_config(None, environ={}, overrides={**overrides, **given}, profile=None)))
+    assert found.seconds is not None
+    return found.seconds
+
+
+def test_minutes_follow_from_parameters_tokens_and_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near 4 FLOP x parameters x tokens for LoRA and 6 for a full model, in proportion to steps and speed."""
+    lora = seconds_of(monkeypatch, 10.0)
+    assert seconds_of(monkeypatch, 20.0) == pytest.approx(lora / 2)
+    assert seconds_of(monkeypatch, 10.0, training__epochs=6.0) == pytest.approx(2 * lora)
+    prepared = prepare(load_config(None, environ={}, overrides={}, profile=None))
+    tokens = forecast_run(prepared).tokens
+    by_hand = 4 * prepared.shape.parameters * tokens / (0.6 * 10e9)
+    assert 0.8 < lora / by_hand < 1.25
+    assert 1.2 < seconds_of(monkeypatch, 10.0, adapter__kind="full") / lora < 1.55
+
+
+def test_minutes_on_a_gpu_are_not_estimated(place: Path) -> None:
+    """The processor's speed says nothing of a GPU: counts are told, minutes are not, and why."""
+    found = forecast_run(prepare(loaded(place, backend="torch", model__device="gpu")))
+    assert found.seconds is None
+    assert found.steps > 0
+    assert "minutes are not estimated: it computes on a GPU" in found.sentence()
+    assert found.values()["minutes"] is None
+
+
+def test_speed_is_measured_in_a_moment() -> None:
+    """A tenth of a second of products, of no size that takes long."""
+    forecast._gflops.cache_clear()
+    started = time.process_time()
+    assert forecast._gflops(forecast._WIDEST, 64, 64) > 0
+    assert time.process_time() - started < 2.0
