@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.adapters.peft_files import MLX_WEIGHTS, SETTINGS, WEIGHTS, peft_from_mlx
+from finetune.adapters.peft_files import MLX_WEIGHTS, SETTINGS, WEIGHTS, base_of, peft_from_mlx
 from finetune.backends import open_backend
 from finetune.config import LoadedConfig, load_config
 from finetune.criteria.evidence import Evidence
@@ -64,7 +64,7 @@ def judge_tuned(loaded: LoadedConfig, tuned: Path) -> dict[str, Any]:
         "answers": prepared.answers,
         "goal": prepared.goal if evidence.open else "rows",
         "verdicts": verdicts,
-        "notes": list(prepared.notes),
+        "notes": [*prepared.notes, *_other_base(tuned, prepared)],
         "not_measured": why,
     }
 
@@ -98,6 +98,14 @@ def headlines(verdicts: Sequence[Verdict]) -> list[str]:
         for each in verdicts
         if each.counts and each.outcome not in (Outcome.PASSED, Outcome.NOT_APPLICABLE)
     ]
+
+
+def _other_base(tuned: Path, prepared: Prepared) -> list[str]:
+    """That an adapter names another base than it is judged on; shapes alone do not tell relatives apart."""
+    named, base = base_of(tuned), prepared.location.name
+    if named is None or Path(named).name == Path(base).name:
+        return []
+    return [f"the adapter says that it was trained on {named!r}, and it was judged on {base!r}"]
 
 
 def _kind_of(tuned: Path) -> Literal["adapter", "model"]:

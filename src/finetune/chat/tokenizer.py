@@ -74,6 +74,10 @@ class FileTokenizer:
         """The text of the ids, control tokens left out."""
         return str(self._markup.decode(list(ids), skip_special_tokens=True))
 
+    def word(self, number: int) -> str:
+        """The token of an id, as the vocabulary has it."""
+        return str(self._markup.id_to_token(number))
+
     def control_id(self, token: str) -> int | None:
         """The id of a control token, or None when the tokenizer has no such token."""
         return self._markup.token_to_id(token) if token in self.control_tokens else None

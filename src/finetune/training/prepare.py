@@ -1,7 +1,7 @@
 """From a configuration to token ids: finds the model, reads the data, renders and encodes it, and settles the plan."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -127,8 +127,13 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     conversations = tuple(example for example in kept if isinstance(example, Conversation) and example.where in trained)
     repeats = survey_repeats(kept)
     notes += repeats.notes(str(config.data.train))
+    questions = _questions(encoder, conversations, plan, count=config.evaluation.questions)
     answers = answer_kind(kept, repeats) if config.judge.answers == "auto" else config.judge.answers
+    if config.judge.answers == "auto" and config.evaluation.questions and not questions:
+        answers = "open"  # whatever they repeat, none is short enough to be compared word for word
     unseen = _unseen(held.examples, kept, notes) if answers == "open" else ()
+    retention = _retention(encoder, plan, notes)
+    _check_ids(shape, encoder, (train, rehearsal, held_out), retention)
     plan, total = _with_steps(plan, shape, train.rows + (rehearsal.rows if rehearsal else ()))
     files = [config.data.train, config.data.valid, config.data.rehearsal, config.data.retention]
     return Prepared(
@@ -143,8 +148,8 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         conversations=conversations,
         answers=answers,
         unseen=unseen,
-        questions=_questions(encoder, conversations, plan, count=config.evaluation.questions),
-        retention=_retention(encoder, plan, notes),
+        questions=questions,
+        retention=retention,
         total_steps=total,
         files=tuple(data_path(name) for name in files if name),
         notes=tuple(notes),
@@ -299,6 +304,22 @@ def _unseen(held: Sequence[Example], kept: Sequence[Example], notes: list[str]) 
 def encode_held_out(encoder: Encoder, plan: Plan, held: ShapedRows) -> Encoded | None:
     """The held-out rows as ids; None where there are none."""
     return encoder.encode(held, plan) if held.examples or held.dropped else None
+
+
+def _check_ids(
+    shape: ModelShape, encoder: Encoder, encoded: Iterable[Encoded | None], asked: Iterable[Question]
+) -> None:
+    """Refuse a tokenizer that gives out ids which the model's embedding table has no row for."""
+    tokenizer = encoder.tokenizer
+    rows = [(row.ids, f" ({row.where})") for each in encoded if each for row in each.rows]
+    rows += [(question.ids, f" ({question.text!r})") for question in asked]
+    for ids, where in [((tokenizer.pad_id,), ", which rows are padded with"), *rows]:
+        if max(ids) >= shape.vocab_size > 0:
+            raise ModelError(
+                f"the tokenizer gives {tokenizer.word(max(ids))!r} the id {max(ids)}{where}, and the model's embedding "
+                f"table has {shape.vocab_size:,} rows",
+                hint="use the model's own tokenizer, or resize the model's embeddings for the tokens that were added",
+            )
 
 
 def _with_steps(plan: Plan, shape: ModelShape, rows: Sequence[TokenizedRow]) -> tuple[Plan, int]:
