@@ -1,6 +1,7 @@
 """Writes the reference pages from the program itself, so that they cannot say anything else: `make docs`."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import typer
 from suite_pages import findings_page, kill_matrix_page, laws_page
 
 from finetune.cli.app import app
-from finetune.config import KEYS, commented_config, default_of, description_of, json_schema
+from finetune.config import KEYS, commented_config, default_of, derive, description_of, json_schema
 from finetune.config.profiles import PROFILES
 
 FOLDER = Path(__file__).resolve().parent
@@ -59,7 +60,20 @@ def settings_page() -> str:
     for name, profile in PROFILES.items():
         values = ", ".join(f"`{key}={json.dumps(value)}`" for key, value in profile.values.items())
         lines.append(f"| `{name}` | {profile.sentence} | {values} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_derived()]) + "\n"
+
+
+def _derived() -> Iterator[str]:
+    """How fast and how long is trained where nothing is set, from the rule itself."""
+    yield from ("", "## Learning rate and epochs where none is set", "", *str(derive.__doc__).rstrip().splitlines()[2:])
+    yield from ("", "| parameters | LoRA, DoRA | IA3 | full model |", "|---|---|---|---|")
+    for size in (2e6, 135e6, 1e9, 8e9, 70e9):
+        rates = (derive.derived_learning_rate(int(size), kind) for kind in ("lora", "ia3", "full"))
+        yield f"| {size / 1e6:,.0f} M | " + " | ".join(f"{rate:g}" for rate in rates) + " |"
+    yield from ("", "| rows, eight a step | epochs | steps |", "|---|---|---|")
+    for rows in (20, 64, 200, 2_000, 10_000, 100_000):
+        epochs = derive.derived_epochs(rows, math.ceil(rows / 8))
+        yield f"| {rows:,} | {epochs:g} | {epochs * math.ceil(rows / 8):,.0f} |"
 
 
 def _schema_of(schema: dict[str, Any], key: str) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def test_run_takes_the_steps_and_tokens_that_it_was_said_to(place: Path, tmp_pat
     [told] = [event.note for event in heard if isinstance(event, PhaseStarted) and event.phase == "plan"]
     counts = f"{said.steps:,} steps, {said.tokens:,} tokens, {said.trained_tokens:,} of them trained; about "
     assert told.startswith(counts)
-    assert told.endswith(" minutes of training here (an estimate, within a factor of 2)")
+    assert " minutes of training here (an estimate: runs on a busy machine took " in told
 
 
 def seconds_of(monkeypatch: pytest.MonkeyPatch, gflops: float, **changes: Any) -> float:
@@ -92,7 +92,7 @@ def test_minutes_on_a_gpu_are_not_estimated(place: Path) -> None:
 
 
 def test_speed_is_measured_in_a_moment() -> None:
-    """A tenth of a second of products, of no size that takes long."""
+    """A quarter of a second of products, of no size that takes long."""
     forecast._gflops.cache_clear()
     started = time.process_time()
     assert forecast._gflops(forecast._WIDEST, 64, 64) > 0
