@@ -31,8 +31,8 @@ _SHARE = {"torch": 0.6, "mlx": 0.25, "reference": 0.08}
 _LAYER_SECONDS = {"torch": 0.008, "mlx": 0.02, "reference": 0.002}
 """What a batch takes for each layer beside its products, however few tokens it has."""
 TOOK = (0.9, 6.0)
-"""How many times the estimate runs took, least and most, where it was measured: on two cores with four to five times the
-work that they could do. 15 runs of the shipped models with torch took 0.9 to 2.3 times as long as was said, 3 of
+"""How many times the estimate runs took, least and most, where it was measured: on two cores that had four to five
+times the work they could do. 15 runs of the shipped models with torch took 0.9 to 2.3 times as long as was said, 3 of
 SmolLM2-135M (a step or two) 2.3 to 4.9 times, 2 with the reference backend 1.0 to 1.3 and 2 with MLX 5.6 to 5.9 times.
 On an idle machine it was not measured."""
 

@@ -125,12 +125,8 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         raise ConfigError(problems)
     trained = {row.where for row in train.rows}
     conversations = tuple(example for example in kept if isinstance(example, Conversation) and example.where in trained)
-    repeats = survey_repeats(kept)
-    notes += repeats.notes(str(config.data.train))
     questions = _questions(encoder, conversations, plan, count=config.evaluation.questions)
-    answers = answer_kind(kept, repeats) if config.judge.answers == "auto" else config.judge.answers
-    if config.judge.answers == "auto" and config.evaluation.questions and not questions:
-        answers = "open"  # whatever they repeat, none is short enough to be compared word for word
+    answers = _answers(config, kept, questions, notes)
     unseen = _unseen(held.examples, kept, notes) if answers == "open" else ()
     retention = _retention(encoder, plan, notes)
     _check_ids(shape, encoder, (train, rehearsal, held_out), retention)
@@ -287,6 +283,19 @@ def _held_out_examples(config: TrainingConfig, split: list[Example], notes: list
     if split:
         notes.append(f"{len(split)} rows were held out of training to measure the loss on (data.valid_fraction)")
     return ShapedRows(tuple(split), {}, {}, ())
+
+
+def _answers(
+    config: TrainingConfig, kept: Sequence[Example], questions: Sequence[Question], notes: list[str]
+) -> AnswerKind:
+    """Whether answers are exact or open, as configured or as the rows show; what they repeat is noted."""
+    repeats = survey_repeats(kept)
+    notes += repeats.notes(str(config.data.train))
+    if config.judge.answers != "auto":
+        return config.judge.answers
+    # However often they come again, none may be short enough to be compared word for word.
+    comparable = bool(questions) or not config.evaluation.questions
+    return answer_kind(kept, repeats) if comparable else "open"
 
 
 def _unseen(held: Sequence[Example], kept: Sequence[Example], notes: list[str]) -> tuple[Example, ...]:
