@@ -115,7 +115,7 @@ class _Job:
         carried = gradients if load.accumulation > 1 else 0
         loss = kept.activations + kept.logits + carried
         if self.backend == "reference":  # nothing is given back before the end
-            return max(loss, kept.activations + kept.logits // 4 + kept.brief + gradients, self.passing(load))
+            return max(loss, kept.activations + kept.logits // 3 + kept.brief + gradients, self.passing(load))
         head = 0 if self.target else self.shape.vocab_size * self.shape.hidden_size * BYTES[self.dtype]
         last_block = kept.blocks + kept.brief + head + carried
         # The gradient of an embedding table of its own comes last of all.

@@ -30,10 +30,13 @@ def kept_by_reference(shape: ModelShape, target: AdapterTarget | None, load: Ste
     return ActivationBytes(
         blocks=_F64 * load.tokens * block * shape.layers,
         first_block=_F64 * load.tokens * block,
-        outside=_F64 * (load.tokens * (2 * h + 1) + load.targets * h),
-        # Logits, logits less their maximum, probabilities, and exponentials on the way to the loss.
-        logits=_F64 * 4 * load.targets * shape.vocab_size,
-        brief=_F64 * load.tokens * (max(3 * table, 3 * i) + h),
+        # The last norm, RoPE's angles, and the states that are asked for words.
+        outside=_F64 * (load.tokens * (2 * h + 1 + shape.head_dim) + load.targets * h),
+        # Logits, logits less their maximum, and probabilities.
+        logits=_F64 * 3 * load.targets * shape.vocab_size,
+        # On the way back, tables of attention or of the MLP: its product's gradient, slope and both multiplied; beside
+        # them the stream's gradient and the two halves of the next one.
+        brief=_F64 * load.tokens * (max(3 * table, 3 * i) + 3 * h),
     )
 
 
@@ -41,7 +44,7 @@ def _block(shape: ModelShape, load: StepLoad) -> int:
     h, i = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     norms = 2 * (2 * h + 1)  # each: the normalised input, its output, one factor
-    attention = 2 * queries + 2 * keys + shape.heads * load.length + shape.head_dim  # with the table, and RoPE's angles
+    attention = 2 * queries + 2 * keys + shape.heads * load.length  # with the table
     return norms + attention + 5 * i  # gate, its sigmoid, silu(gate), up and their product
 
 

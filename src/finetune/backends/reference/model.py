@@ -9,6 +9,7 @@ Source: `modeling_llama.py` of Hugging Face transformers, whose parts in float32
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,18 @@ from finetune.backends.reference.architecture import EMBEDDING, FINAL_NORM, HEAD
 
 Array = NDArray[np.float64]
 Backward = Callable[[Array], Array]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where the tokens of one trip stand: the same for each of its layers, so it is made once."""
+
+    rows: int
+    tokens: int
+    past: int
+    """How many tokens of each row went through the model before these."""
+    angles: tuple[Array, Array]
+    seen: NDArray[np.bool_]
 
 
 @dataclass
@@ -47,9 +60,10 @@ class ReferencePass:
         """
         embedding = f"{EMBEDDING}.weight"
         x = self.weights[embedding][ids.reshape(-1)]
+        positions = self._positions(starts, x.dtype)
         backs = []
         for index in range(self.shape.num_hidden_layers):
-            x, back = self.block(block_path(index), x, starts)
+            x, back = self.block(block_path(index), x, positions)
             backs += [back] if self.with_gradients else []
         x, norm_back = self.norm(FINAL_NORM, x)
 
@@ -65,10 +79,10 @@ class ReferencePass:
 
         return x, backward
 
-    def block(self, path: str, x: Array, starts: NDArray[np.int64]) -> tuple[Array, Backward]:
+    def block(self, path: str, x: Array, positions: Positions) -> tuple[Array, Backward]:
         """One layer (t, h) -> (t, h): each half reads the normalised stream and adds to it."""
         normed, norm_back = self.norm(f"{path}.input_layernorm", x)
-        attended, attention_back = self.attention(f"{path}.self_attn", normed, starts)
+        attended, attention_back = self.attention(f"{path}.self_attn", normed, positions)
         middle = x + attended
         normed, second_norm_back = self.norm(f"{path}.post_attention_layernorm", middle)
         thought, mlp_back = self.mlp(f"{path}.mlp", normed)
@@ -82,13 +96,14 @@ class ReferencePass:
     def norm(self, path: str, x: Array) -> tuple[Array, Backward]:
         """RMSNorm (t, h) -> (t, h): each token divided by its root mean square, then scaled by a gain (h,)."""
         gain = self.weights[f"{path}.weight"]
-        scale = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + self.shape.rms_norm_eps)
+        width = x.shape[-1]
+        scale = 1 / np.sqrt((x * x).sum(axis=-1, keepdims=True) / width + self.shape.rms_norm_eps)
         unit = x * scale
 
         def backward(dy: Array) -> Array:
             self._add(f"{path}.weight", (dy * unit).sum(axis=0))
             dunit = dy * gain
-            along: Array = np.mean(dunit * unit, axis=-1, keepdims=True)
+            along: Array = (dunit * unit).sum(axis=-1, keepdims=True) / width
             dx: Array = scale * (dunit - unit * along)
             return dx
 
@@ -128,24 +143,20 @@ class ReferencePass:
 
         return y, backward
 
-    def attention(self, path: str, x: Array, starts: NDArray[np.int64]) -> tuple[Array, Backward]:
+    def attention(self, path: str, x: Array, positions: Positions) -> tuple[Array, Backward]:
         """Causal attention (t, h) -> (t, h). The g query heads that share a key head are simply more of its queries."""
-        (rows, tokens), keys = starts.shape, self.shape.num_key_value_heads
+        rows, tokens, keys = positions.rows, positions.tokens, self.shape.num_key_value_heads
         (q, q_back), (k, k_back), (v, v_back) = (self.linear(f"{path}.{name}_proj", x) for name in "qkv")
-        past = self.cache[path][0].shape[2] if self.cache and path in self.cache else 0
-        places = past + np.arange(tokens)
-        angles = self._angles(places - starts)
+        angles = positions.angles
         q = _rotated(_split(q, rows, tokens, self.shape.head_dim), angles).reshape(rows, keys, -1, self.shape.head_dim)
         k = _rotated(_split(k, rows, tokens, self.shape.head_dim), angles)
         v = _split(v, rows, tokens, self.shape.head_dim)
         if self.cache is not None:
-            if past:
+            if positions.past:
                 k, v = (np.concatenate(pair, axis=2) for pair in zip(self.cache[path], (k, v), strict=True))
             self.cache[path] = k, v
-        group = self.shape.num_attention_heads // keys
-        seen = self._seen(places, starts, group)
         temperature = self.shape.head_dim**-0.5
-        scores = np.where(seen, q @ k.swapaxes(2, 3) * temperature, -np.inf)
+        scores = np.where(positions.seen, q @ k.swapaxes(2, 3) * temperature, -np.inf)
         chance = softmax(scores)  # (r, k, g x n, m)
         mixed = (chance @ v).reshape(rows, -1, tokens, self.shape.head_dim)
         y, o_back = self.linear(f"{path}.o_proj", _joined(mixed))
@@ -177,18 +188,22 @@ class ReferencePass:
 
         return y, backward
 
-    def _seen(self, places: NDArray[np.int64], starts: NDArray[np.int64], group: int) -> NDArray[np.bool_]:
-        """Which positions each query attends to (r, 1, g x n, m): none after its own, none before its row's start."""
-        keys = np.arange(places[-1] + 1)
-        seen = (keys <= places[:, None]) & (keys >= starts[:, :, None])
-        return np.tile(seen, (1, group, 1))[:, None]
+    def _positions(self, starts: NDArray[np.int64], dtype: np.dtype[Any]) -> Positions:
+        """What attention asks of the places of a trip, given where in its sequence each token's row starts (r, n).
 
-    def _angles(self, positions: NDArray[np.int64]) -> tuple[Array, Array]:
-        """Cosine and sine (r, 1, n, d/2) of RoPE's angles: position x theta^(-2i/d) for the i-th pair of a head."""
-        width = self.shape.head_dim
+        RoPE turns the i-th pair of a head by position x theta^(-2i/d): cosine and sine (r, 1, n, d/2). A query sees
+        (r, 1, g x n, m) no position after its own and none before its row's start.
+        """
+        (rows, tokens), width = starts.shape, self.shape.head_dim
+        past = next(iter(self.cache.values()))[0].shape[2] if self.cache else 0
+        places = past + np.arange(tokens)
         frequencies = self.shape.rope_theta ** -(np.arange(0, width, 2, dtype=np.float64) / width)
-        angles = positions[:, None, :, None] * frequencies
-        return np.cos(angles), np.sin(angles)
+        angles = (places - starts)[:, None, :, None] * frequencies
+        keys = np.arange(past + tokens)
+        seen = (keys <= places[:, None]) & (keys >= starts[:, :, None])
+        group = self.shape.num_attention_heads // self.shape.num_key_value_heads
+        turns = np.cos(angles).astype(dtype, copy=False), np.sin(angles).astype(dtype, copy=False)
+        return Positions(rows, tokens, past, turns, np.tile(seen, (1, group, 1))[:, None])
 
     def _dropout(self, shape: tuple[int, ...], rate: float) -> Array | None:
         """What to multiply with: 0 with probability `rate`, else 1 / (1 - rate); None when nothing is dropped."""
@@ -222,21 +237,23 @@ def cross_entropy(logits: Array, targets: NDArray[np.int64], smoothing: float = 
     With smoothing, the target is (1 - smoothing) of the right word and smoothing / v of every word.
     """
     shifted = logits - logits.max(axis=-1, keepdims=True)
-    chance = softmax(logits)
+    chance = np.exp(shifted)
+    total = chance.sum(axis=-1, keepdims=True)
+    chance /= total
     right = np.arange(len(targets)), targets
-    total = np.log(np.exp(shifted).sum(axis=-1))
+    missed: Array = np.log(total[:, 0])
     if not smoothing:
         chance[right] -= 1
-        return total - shifted[right], chance
+        return missed - shifted[right], chance
     chance[right] -= 1 - smoothing
     chance -= smoothing / logits.shape[-1]
-    return total - (1 - smoothing) * shifted[right] - smoothing * shifted.mean(axis=-1), chance
+    return missed - (1 - smoothing) * shifted[right] - smoothing * shifted.mean(axis=-1), chance
 
 
 def _rotated(x: Array, angles: tuple[Array, Array]) -> Array:
     """RoPE on (r, heads, n, d): element i of a head's first half turns with element i of its second half."""
-    first, second = np.split(x, 2, axis=-1)
-    cos, sin = (each.astype(x.dtype, copy=False) for each in angles)
+    half, (cos, sin) = x.shape[-1] // 2, angles
+    first, second = x[..., :half], x[..., half:]
     return np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
 
 

@@ -167,7 +167,7 @@ class ReferenceSession:
         forward_pass = ReferencePass(self.shape, self._weights_now(), self.adapter, cache={})
         ids = np.array([list(ids) for ids in prompts], np.int64)
         for _ in range(room):
-            ids = self._logits(forward_pass, ids)[:, -1].argmax(axis=-1)[:, None]
+            ids = self._logits(forward_pass, ids, last=True).argmax(axis=-1)
             yield ids[:, 0].tolist()
 
     @contextlib.contextmanager
@@ -241,11 +241,14 @@ class ReferenceSession:
         """Restore what `save_state` wrote."""
         state.load_state(self.optimizer, self._random, folder)
 
-    def _logits(self, forward_pass: ReferencePass, ids: NDArray[np.int64]) -> Array:
-        """(rows, tokens) ids without padding -> (rows, tokens, vocabulary)."""
+    def _logits(self, forward_pass: ReferencePass, ids: NDArray[np.int64], *, last: bool = False) -> Array:
+        """(rows, tokens) ids without padding -> (rows, tokens or only the last, vocabulary)."""
         with np.errstate(all="ignore"):
             hidden, _ = forward_pass.hidden(ids, np.zeros_like(ids))
-            return forward_pass.linear(HEAD, hidden)[0].reshape(*ids.shape, -1)
+            rows, tokens = ids.shape
+            if last:
+                hidden, tokens = hidden.reshape(rows, tokens, -1)[:, -1], 1
+            return forward_pass.linear(HEAD, hidden)[0].reshape(rows, tokens, -1)
 
     def _loss(
         self, forward_pass: ReferencePass, batch: Batch, objective: Objective
