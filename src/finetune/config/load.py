@@ -24,7 +24,7 @@ from finetune.config.keys import (
 )
 from finetune.config.profiles import PROFILES
 from finetune.config.schema import TrainingConfig
-from finetune.config.yaml_file import read_scalar, read_yaml
+from finetune.config.yaml_file import YamlFile, read_scalar, read_yaml
 from finetune.errors import ConfigError, Problem
 
 Origin = Literal["default", "profile", "file", "environment", "flag", "derived"]
@@ -42,7 +42,7 @@ class LoadedConfig:
 
 
 def load_config(
-    path: Path | None, *, environ: Mapping[str, str], overrides: Mapping[str, object], profile: str | None
+    path: Path | YamlFile | None, *, environ: Mapping[str, str], overrides: Mapping[str, object], profile: str | None
 ) -> LoadedConfig:
     """Load a YAML file, `FT_SECTION__KEY` variables and flags (`overrides`, by dotted key) into one configuration.
 
@@ -51,7 +51,7 @@ def load_config(
     # Weakest first; values that a stronger source hides are judged all the same.
     sources = [environment_source(environ), flag_source(overrides, profile)]
     if path is not None:
-        sources.insert(0, file_source(path))
+        sources.insert(0, file_source(path if isinstance(path, YamlFile) else read_yaml(path)))
     if problems := [problem for source in sources for problem in source.judged()]:
         raise ConfigError(problems)
     named: str | None = None
@@ -124,9 +124,8 @@ class ConfigSource:
         return problems
 
 
-def file_source(path: Path) -> ConfigSource:
+def file_source(file: YamlFile) -> ConfigSource:
     """The settings of a YAML file."""
-    file = read_yaml(path)
     source = ConfigSource("file", file.place, _suggest_in_file, found=list(file.problems))
     for key, value in file.values.items():
         section, dot, inner = str(key).partition(".")

@@ -1,5 +1,6 @@
 """Write a plan as YAML that says where each value came from, and read it back."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -54,7 +55,7 @@ def load_plan(path: Path) -> Plan:
         what = f"this run is of format {number}, and this version of FineTune goes on with format {FORMAT} only"
         hint = "use the version that made it, or train anew: ft train config.yaml"
         raise ConfigError([Problem(what, str(path), hint)])
-    loaded = load_config(path, environ={}, overrides={}, profile=None)
+    loaded = load_config(file, environ={}, overrides={}, profile=None)
     origins: dict[str, Origin] = dict(loaded.origins)
     for key, line in file.lines.items():
         comment = _ORIGIN_COMMENT.search(lines[line - 1])
@@ -65,6 +66,8 @@ def load_plan(path: Path) -> Plan:
 
 def yaml_line(name: str, value: object) -> str:
     """`name: value` on one line, read back as the same value by any YAML 1.1 reader, floats exactly."""
+    if value is None or isinstance(value, bool | int):  # most settings; a dumper for each takes half of a short run
+        return f"{name}: {json.dumps(value)}"
     flow = None if isinstance(value, list | dict) else False
     # Sorted, the patterns of a mapping would mean something else: the first that fits counts.
     text: str = yaml.safe_dump(
