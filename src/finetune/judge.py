@@ -51,7 +51,7 @@ def judge_tuned(loaded: LoadedConfig, tuned: Path) -> dict[str, Any]:
     why = dict.fromkeys(("steps", "control", "memory", "parameters", "artifacts"), _ELSEWHERE)
     evidence = Evidence(
         loss_evidence(prepared, (), before, after),
-        learning=learning_evidence(prepared, before, after, None, why),
+        learning=learning_evidence(before, after, None, prepared, why),
         open=open_evidence(prepared, before, after),
         why=why,
         unable=frozenset({"steps", "control", "memory"}),

@@ -3,8 +3,7 @@
 import os
 import secrets
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,15 @@ from finetune.events import (
     StoppedEarly,
 )
 from finetune.evidence.collect import collect_evidence
-from finetune.evidence.observe import Observation, observe, shuffled_label_rows
+from finetune.evidence.extra_runs import Trainings, shuffled_label_rows
+from finetune.evidence.observe import Observation, observe, score
 from finetune.evidence.packing_check import check_packing
 from finetune.evidence.record import run_owner, run_record
 from finetune.evidence.saved import save_trained
 from finetune.files import write_folder, write_json, write_text
 from finetune.objectives import choose_objective
 from finetune.ports import Session
-from finetune.records import Batch, TokenizedRow
+from finetune.records import Batch, Question, Scores, TokenizedRow
 from finetune.report import build_report, render_html
 from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune.run.folder import RunFolder
@@ -45,7 +45,7 @@ from finetune.training.early_stopping import EarlyStopping, Trained
 from finetune.training.forecast import forecast_run
 from finetune.training.loop import LoopPlan, train
 from finetune.training.out_of_memory import with_estimate
-from finetune.training.prepare import batch_of_all, held_out_batches, pack_length, packed_sample, prepare
+from finetune.training.prepare import Prepared, batch_of_all, held_out_batches, pack_length, packed_sample, prepare
 from finetune.training.resume import claim_resumed, early_stopping_at, load_newest
 from finetune.training.run import Listener, Run
 
@@ -122,15 +122,13 @@ def _train_and_judge(run: Run, *, resume: bool, clock: float) -> dict[str, Any]:
         after = observe(session, prepared, before)
     run.tell(FixedLoss(trained.kept, *after.fixed))
 
-    def train_control(rows: tuple[TokenizedRow, ...]) -> Session:
-        return _train_control(run, rows, trained.kept)
-
-    evidence = collect_evidence(run, session, saved, (before, after, fingerprints), trained.kept, train_control)
+    trainings = _trainings(run, session, owner, trained.kept, before.asked.learning)
+    evidence = collect_evidence(run, session, saved, (before, after, fingerprints), trainings)
     verdicts = judge(evidence)
     run.tell(RunJudged(overall(verdicts), {verdict.id: verdict.outcome for verdict in verdicts}))
     run.close_trackers(complete=True)
     run.timing["total"] = time.perf_counter() - clock
-    return _finish(run, run_record(run, trained, evidence, verdicts))
+    return _finish(run, run_record(run, trained, evidence, verdicts, before.asked))
 
 
 def train_to_the_end(run: Run, session: Session, before: Observation, owner: Owner) -> Trained:
@@ -140,7 +138,7 @@ def train_to_the_end(run: Run, session: Session, before: Observation, owner: Own
         RefusedError: a checkpoint is damaged or belongs to other settings, or packed rows see each other.
     """
     prepared, training = run.prepared, run.prepared.plan.config.training
-    store = CheckpointStore(run.folder.checkpoints)
+    store = CheckpointStore(run.folder.checkpoints, pinned=_control_checkpoint(prepared, before))
     done = load_newest(run, session, store, owner)
     if training.packing:
         with run.phase("check packing", "rows that share a sequence must not see each other"):
@@ -169,6 +167,12 @@ def train_to_the_end(run: Run, session: Session, before: Observation, owner: Own
     return Trained(prepared.total_steps, taken, kept, stopping)
 
 
+def _control_checkpoint(prepared: Prepared, before: Observation) -> int:
+    """The step at which a control that the budget shortens ends: the model is kept as it is there, to compare with."""
+    auto = prepared.plan.config.judge.control == "auto" and prepared.questions
+    return before.asked.budget.control_steps if auto else 0
+
+
 def _train_and_checkpoint(
     run: Run, session: Session, store: CheckpointStore, owner: Owner
 ) -> tuple[int, EarlyStopping]:
@@ -195,7 +199,8 @@ def _train_and_checkpoint(
             continue
         step = event.step
         best = training.load_best_model and stopping.best_step == step
-        if step % (training.save_every or 1) == 0 or step == total or stopping.stops or best:
+        due = step % (training.save_every or 1) == 0 or step in (total, store.pinned)
+        if due or stopping.stops or best:
             run.folder.secure_events()
             kept = (stopping.best_step or None) if training.load_best_model else None
             path = store.save(step, session.save_state, owner, best=kept)
@@ -248,24 +253,47 @@ def _train_along(run: Run) -> None:
             if isinstance(event, HeldOutLoss) and _anybody_stops(run, stops=False):
                 break
     run.group.restore(session)
-    kept = round(run.group.total(0))
+    run.group.total(0)  # which step is kept
     if rows := shuffled_label_rows(run.prepared, {}):
-        control = run.open_session()
-        run.attach_adapter(control)
-        deque(training_events(run, control, rows, last=kept), maxlen=0)
-        run.group.restore(control)
+        _train_control(run, rows, 0, ())
 
 
-def _train_control(run: Run, rows: tuple[TokenizedRow, ...], last: int) -> Session:
-    """A fresh session after the same steps on other rows: those whose answers were shuffled."""
-    with run.phase("shuffled-label control", "the same steps on shuffled answers"):
+def _trainings(run: Run, session: Session, owner: Owner, kept: int, questions: Sequence[Question]) -> Trainings:
+    """What the shuffled-label control needs of this run."""
+    store = CheckpointStore(run.folder.checkpoints)
+
+    def tuned(step: int) -> Scores | None:
+        with run.phase(f"observe step {step}", "to compare a shorter control with"):
+            session.load_state(store.open(step, owner.identity))
+            return score(session, run.prepared, questions)
+
+    def control(rows: tuple[TokenizedRow, ...], steps: int) -> Scores | None:
+        return _train_control(run, rows, steps, questions)
+
+    steps = [event for event in run.folder.read_events() if isinstance(event, StepDone)]
+    speed = sum(step.tokens for step in steps) / sum(step.seconds for step in steps)
+    return Trainings(kept, speed, store.steps(), control, tuned)
+
+
+def _train_control(
+    run: Run, rows: tuple[TokenizedRow, ...], steps: int, questions: Sequence[Question]
+) -> Scores | None:
+    """What a fresh session answers after steps on other rows: those whose answers were shuffled.
+
+    Args:
+        steps: how many; the first process says it, for all of them. None are taken where it says 0.
+    """
+    last = round(run.group.total(steps))
+    if last == 0:
+        return None
+    with run.phase("shuffled-label control", f"{last} steps on shuffled answers"):
         control = run.open_session()
         run.attach_adapter(control)
         for event in training_events(run, control, rows, last=last):
             if isinstance(event, StepDone):
                 run.listener(event)
         run.group.restore(control)
-    return control
+        return score(control, run.prepared, questions)
 
 
 def _anybody_stops(run: Run, *, stops: bool) -> bool:

@@ -137,6 +137,7 @@ SETTINGS: dict[str, Setting] = {
     "evaluation.max_new_tokens": _whole(1),
     "judge.answers": _words("auto", "exact", "open"),
     "judge.goal": _words("auto", "rows", "style", "generalise"),
+    "judge.budget": _POSITIVE,
     "judge.control": _EXTRA_RUNS,
     "judge.memory": _EXTRA_RUNS,
     "judge.memory_batch_size": _whole(1),

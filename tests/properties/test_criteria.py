@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.criteria.evidence import ArtifactEvidence, Evidence, MemoryEvidence
+from finetune.criteria.evidence import ArtifactEvidence, ControlEvidence, Evidence, MemoryEvidence
 from finetune.criteria.judge import judge, overall
 from finetune.criteria.validator import TrainingSuccessValidator as Validator
 from finetune.errors import EvidenceError
@@ -105,8 +105,8 @@ BREAKS: list[tuple[str, Evidence]] = [
     ("loss-held-out", altered("loss", held_out_after=4.2 * 1.051)),
     ("model-learning", altered("learning", tuned=scores(6))),
     ("learning-signed", altered("learning", base=scores(10), tuned=scores(10))),
-    ("learning-control", altered("learning", control=scores(5))),
-    ("learning-control", altered("learning", tuned=scores(3), control=scores(4))),
+    ("learning-control", altered("learning", control=ControlEvidence(scores(5)))),
+    ("learning-control", altered("learning", tuned=scores(3), control=ControlEvidence(scores(4)))),
     ("learning-retention", altered("learning", retention_base=scores(18), retention_tuned=scores(8))),
     ("memory-efficiency", altered("memory", lora=measure("lora", 70_000_000, 10_000))),
     ("memory-exact", altered("memory", lora=measure("lora", 50_000_000, 700_000))),
@@ -226,7 +226,15 @@ def test_judge_one_more_right_answer_never_lowers_a_verdict(count: int, data: st
     if wrong:
         more[lucky] = [mark or index == wrong[0] for index, mark in enumerate(marks[lucky])]
     old, new = (
-        verdicts_on(altered("learning", **{name: scores(value, count) for name, value in each.items()}))
+        verdicts_on(
+            altered(
+                "learning",
+                **{
+                    name: ControlEvidence(scores(value, count)) if name == "control" else scores(value, count)
+                    for name, value in each.items()
+                },
+            )
+        )
         for each in (marks, more)
     )
     for key in ("model-learning", "learning-signed", "learning-control", "learning-retention"):
@@ -272,7 +280,8 @@ def test_judge_two_equally_skilled_models_seldom_differ(skill: float) -> None:
 def test_judge_a_control_that_learns_as_much_breaks() -> None:
     """Above 20 % right by the shuffled-label control fails, however good the tuned model is; 20 % is not above."""
     outcomes = [
-        verdicts_on(altered("learning", control=scores(right)))["learning-control"].outcome for right in range(21)
+        verdicts_on(altered("learning", control=ControlEvidence(scores(right))))["learning-control"].outcome
+        for right in range(21)
     ]
     assert outcomes[:5].count("passed") >= 4
     assert outcomes[5:] == ["failed"] * 16

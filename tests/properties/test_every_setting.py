@@ -13,7 +13,7 @@ from finetune.abilities import Abilities
 from finetune.cli.console import exit_code
 from finetune.config import KEYS, json_schema, load_config
 from finetune.errors import FineTuneError
-from finetune.evidence import observe
+from finetune.evidence import extra_runs
 from finetune.records import Outcome
 from finetune.train import fine_tune
 from finetune_strategies.tokenizers import KINDS
@@ -100,6 +100,7 @@ CHANGES: dict[str, Change] = {
     "evaluation.max_new_tokens": Change(5),
     "judge.answers": Change("open"),
     "judge.goal": Change("generalise", {"judge.answers": "open"}),
+    "judge.budget": Change(1e-9, {"judge.control": "auto"}),
     "judge.control": Change("always"),
     "judge.memory": Change("auto"),
     "judge.memory_batch_size": Change(3, {"judge.memory": "always"}),
@@ -158,6 +159,7 @@ def outcome(settings: dict[str, Any], places: dict[str, str], output: Path) -> A
     weights = next(item["sha256"] for item in record["artifacts"] if item["path"].endswith("adapter_model.safetensors"))
     record["artifacts"] = [weights, sorted(path.name for path in folder.glob("checkpoints/*")), kept]
     allowed = loaded.config.judge.allow_inconclusive
+    record["judging"].pop("seconds")
     record["exit code"] = exit_code(Outcome.INCONCLUSIVE, allow_inconclusive=allowed)  # were it inconclusive
     return json.loads(json.dumps(record))
 
@@ -169,14 +171,17 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def note(*request: Any, **sizes: Any) -> Any:
         found.append((request[0], sizes))
-        raise observe.EvidenceError("not here")
+        raise extra_runs.EvidenceError("not here")
 
     monkeypatch.setattr("finetune.tracking.tracker.find_spec", lambda name: name)
     monkeypatch.setattr(
         "finetune.tracking.consumer.open_tracker",
         lambda name, tracked: found.append((name, tracked.project, tracked.name)) or SilentTracker(),
     )
-    monkeypatch.setattr(observe, "measure_memory", note)
+    monkeypatch.setattr(extra_runs, "measure_memory", note)
+    # Nothing is free: what the training allows is all that judging has.
+    monkeypatch.setattr("finetune.evidence.budget.FREE", 0.0)
+    monkeypatch.setattr("finetune.evidence.budget._PROCESS", 0.0)
     monkeypatch.setattr("finetune.backends.reference.backend.ReferenceBackend.abilities", Abilities(memory=True))
     return found
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune.criteria.evidence import (
     ArtifactEvidence,
+    ControlEvidence,
     Evidence,
     LearningEvidence,
     LossEvidence,
@@ -78,7 +79,7 @@ def healthy(**parts: Any) -> Evidence:
         "artifacts": ArtifactEvidence(
             {"adapter/adapter_model.safetensors": 9_000}, Reload(8, 12, 1e-5, 3, 1e-4, 1.6e-3)
         ),
-        "learning": LearningEvidence(scores(0), scores(19), scores(1), scores(18), scores(17)),
+        "learning": LearningEvidence(scores(0), scores(19), ControlEvidence(scores(1)), scores(18), scores(17)),
         "memory": MemoryEvidence(measure("lora", 50_000_000, 10_000), measure("full", 100_000_000, 1_000_000)),
     }
     return Evidence(**{**everything, **parts})

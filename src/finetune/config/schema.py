@@ -236,10 +236,14 @@ class JudgeSpec(Spec):
     """What open answers must show: that the rows were learned; also that unseen rows of the kind got likelier (style);
     also that each unseen prompt's own answer did (generalise). auto takes style where enough unseen rows are held
     out, and rows elsewhere."""
+    budget: Positive = 0.3
+    """What judging may cost, as a share of the training's computing; fewer rows are asked, and what auto leaves open
+    is shortened or left out, to stay within it. Some forty seconds' worth is always spent."""
     control: ExtraRuns = "auto"
-    """Train once more on shuffled answers for comparison; auto does so when it takes seconds."""
+    """Train once more on shuffled answers for comparison; auto takes as many steps as judge.budget allows, always as
+    many as the training itself."""
     memory: ExtraRuns = "auto"
-    """Measure LoRA's memory against full fine-tuning; auto does so when it takes seconds."""
+    """Measure LoRA's memory against full fine-tuning; auto does so where judge.budget allows it."""
     memory_batch_size: Count = 4
     """How many rows per batch the memory measurement uses."""
     memory_length: Length = 64

@@ -43,12 +43,24 @@ class LossEvidence:
 
 
 @dataclass(frozen=True, slots=True)
+class ControlEvidence:
+    """Answers of a model trained on shuffled answers for so many steps.
+
+    `tuned` are the tuned model's own after as many steps, where the run went on; None where it ended there.
+    """
+
+    scores: Scores
+    steps: int = 0
+    tuned: Scores | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LearningEvidence:
     """Answers to the trained questions by base, tuned and control model, and to questions the base already knew."""
 
     base: Scores
     tuned: Scores
-    control: Scores | None = None
+    control: ControlEvidence | None = None
     retention_base: Scores | None = None
     retention_tuned: Scores | None = None
 

@@ -99,27 +99,36 @@ def _judge_shuffled_label_control(learning: LearningEvidence, why: str, *, able:
     if learning.control is None:
         outcome = Outcome.INCONCLUSIVE if able else Outcome.NOT_APPLICABLE
         return verdict("learning-control", outcome, NOT_MEASURED, _ALLOWED["learning-control"], why)
-    count = len(learning.tuned.answers)
-    low, high = difference_interval(
-        (learning.tuned.right, count), (learning.control.right, len(learning.control.answers))
-    )
-    if learning.control.share > MAX_CONTROL_SHARE or high < MIN_IMPROVED_SHARE:
+    control, short = learning.control.scores, learning.control.tuned is not None
+    # A shortened control has learned less than the final model whatever its rows: it is held against its equal.
+    tuned = learning.control.tuned or learning.tuned
+    low, high = difference_interval((tuned.right, len(tuned.answers)), (control.right, len(control.answers)))
+    reason = ""
+    if control.share > MAX_CONTROL_SHARE or (high < MIN_IMPROVED_SHARE and not short):
         outcome = Outcome.FAILED
     else:
         outcome = Outcome.PASSED if low > MIN_IMPROVED_SHARE else Outcome.INCONCLUSIVE
+    if short:
+        reason = f"both after {learning.control.steps} steps, as many of a control as judge.budget allows"
     measured = (
-        f"control {learning.control.share:.0%}, tuned {learning.tuned.share:.0%}: "
-        f"difference [{100 * low:.0f}, {100 * high:.0f}] points"
+        f"control {control.share:.0%}, tuned {tuned.share:.0%}: difference [{100 * low:.0f}, {100 * high:.0f}] points"
     )
     return verdict(
         "learning-control",
         outcome,
         measured,
         _ALLOWED["learning-control"],
-        control=learning.control.share,
+        reason,
+        control=control.share,
         low=low,
         high=high,
     )
+
+
+def could_pass(tuned: Scores) -> bool:
+    """Whether a control that gets nothing right would show that this model learned the truth."""
+    count = len(tuned.answers)
+    return difference_interval((tuned.right, count), (0, count))[0] > MIN_IMPROVED_SHARE
 
 
 def _judge_retention(learning: LearningEvidence, why: str) -> Verdict:

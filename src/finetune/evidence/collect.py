@@ -1,22 +1,20 @@
 """Collects what the criteria are judged on, from a run that has just been trained."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from finetune.criteria.evidence import Evidence
 from finetune.events import FirstGradients, StepDone
+from finetune.evidence.extra_runs import Trainings, control_evidence, memory_evidence, why_no_memory
 from finetune.evidence.observe import (
     Observation,
     artifact_evidence,
     learning_evidence,
     loss_evidence,
-    makes_extra_run,
-    memory_evidence,
     open_evidence,
     parameter_evidence,
 )
 from finetune.ports import Session
-from finetune.records import TokenizedRow
 from finetune.training.run import Run
 
 
@@ -25,30 +23,30 @@ def collect_evidence(
     session: Session,
     saved: Path,
     looks: tuple[Observation, Observation, Mapping[str, str]],
-    kept: int,
-    train_control: Callable[[tuple[TokenizedRow, ...]], Session],
+    trainings: Trainings,
 ) -> Evidence:
-    """Measure everything that the criteria ask for.
+    """Measure everything that the criteria ask for; the session may be that of an earlier step afterwards.
 
     Args:
         saved: the folder of what was trained.
         looks: the base and the tuned model as they were observed, and the fingerprints of the weights before training.
-        kept: the step whose weights the run keeps.
-        train_control: gives a session that was trained for as many steps on other rows.
     """
     prepared, (before, after, fingerprints) = run.prepared, looks
     events = run.folder.read_events()
     # The steps that the kept weights are made of; what came after the best step has left nothing behind.
-    steps = [event for event in events if isinstance(event, StepDone) and event.step <= kept]
+    steps = [event for event in events if isinstance(event, StepDone) and event.step <= trainings.kept]
     gradients = next((event.norms for event in events if isinstance(event, FirstGradients)), {})
     parameters = parameter_evidence(prepared, session, fingerprints, gradients, len(steps))
     with run.phase(f"check {saved.name}", "in a fresh process" + (", on a fresh base" if prepared.target else "")):
         artifacts = artifact_evidence(prepared, session, saved, run.folder.describe(), run.why)
-    learning = learning_evidence(prepared, before, after, train_control, run.why)
+    control = control_evidence(prepared, before, trainings, run.why)
+    learning = learning_evidence(before, after, control, prepared, run.why)
     memory = None
     full_too = prepared.target is not None and not prepared.shape.quantized
     unable = frozenset() if full_too and run.backend.abilities.memory else frozenset({"memory"})
-    if makes_extra_run(prepared, "memory", run.why, unable):
+    if reason := why_no_memory(prepared, before, trainings.speed, able=run.backend.abilities.memory):
+        run.why["memory"] = reason
+    else:
         with run.phase("measure memory", "LoRA and full fine-tuning, each in a fresh process"):
             memory = memory_evidence(prepared, run.why)
     losses = loss_evidence(prepared, [step.loss for step in steps], before, after)

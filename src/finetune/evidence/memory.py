@@ -7,8 +7,13 @@ from typing import Literal
 
 from finetune.criteria.evidence import MemoryMeasure
 from finetune.errors import UsageError
+from finetune.memory.estimate import estimate_memory
+from finetune.memory.forecast import forecast_memory
+from finetune.memory.framework import FRAMEWORKS
+from finetune.memory.load import full_load
 from finetune.processes import ask_child
 from finetune.records import AdapterTarget, ModelLocation
+from finetune.training.prepare import Prepared
 
 
 def measure_memory(
@@ -37,6 +42,15 @@ def measure_memory(
         **sizes,
     }
     return MemoryMeasure(**ask_child(f"finetune.backends.{backend}.probe", request))
+
+
+def full_needs(prepared: Prepared) -> int:
+    """Bytes that full fine-tuning takes at most at the measured sizes; where nobody measured the backend, at least."""
+    config = prepared.plan.config
+    if config.backend not in FRAMEWORKS:
+        return estimate_memory(prepared.shape, None, config.model.dtype).total
+    load = full_load(config.judge.memory_batch_size, config.judge.memory_length)
+    return forecast_memory(prepared.shape, None, config.model.dtype, load, FRAMEWORKS[config.backend]).high.total
 
 
 def measure_framework(backend: str) -> int:

@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -16,16 +17,17 @@ from finetune.data.shape import Example, shape_rows
 from finetune.data.shipped import NEUTRAL, data_path
 from finetune.data.survey import near_duplicates
 from finetune.evidence.answers import normalise
+from finetune.evidence.budget import Prices
 from finetune.ports import Session
 from finetune.records import Batch, Conversation, Document, Message, TokenizedRow
 from finetune.training.prepare import Prepared
 
 CHOICES = 4
 """Among how many answers a row's own must be the likeliest."""
-_MATCHED_ROWS = 32
+MATCHED_ROWS = 32
 _POOL = 64
 """Among so many others, drawn anew for each row, its wrong answers are looked for."""
-_UNSEEN_ROWS = 64
+OTHER_ROWS = 64
 _ENDINGS = 16
 _OWN_TOKENS = 24
 """Of the answers that a base gives to neutral prompts, so many tokens are kept."""
@@ -109,6 +111,10 @@ class _Matching:
     own: tuple[TokenizedRow, ...]
     others: tuple[TokenizedRow, ...]
 
+    def at_most(self, count: int) -> "_Matching":
+        """The first so many."""
+        return _Matching(self.own[:count], self.others[: count * (CHOICES - 1)])
+
     def look(self, session: Session) -> Matched:
         """Score all of them."""
         losses = row_losses(session, (*self.own, *self.others))
@@ -133,6 +139,37 @@ class OpenQuestions:
     answers: tuple[str, ...]
     """The trained answers that are long enough to be copied from."""
 
+    def at_most(self, matched: int, others: int) -> "OpenQuestions":
+        """So many matched rows at most, and so many of every other kind."""
+        asked = _often_alike(self.prompts, others)
+        return replace(
+            self,
+            rows=self.rows and self.rows.at_most(matched),
+            documents=self.documents[:others],
+            unseen=self.unseen[:others],
+            association=self.association and self.association.at_most(matched),
+            text=self.text[:others],
+            prompts=tuple(self.prompts[place] for place in asked),
+            expected=tuple(self.expected[place] for place in asked),
+        )
+
+    def price(self, prices: Prices) -> float:
+        """What it costs, at most, to ask all this of a base and of a tuned model."""
+        matched = [row for each in (self.rows, self.association) if each for row in (*each.own, *each.others)]
+        own = sum(len(prompt) + _OWN_TOKENS for prompt in self.prompts)
+        scored = prices.scoring((*matched, *self.documents, *self.unseen, *self.text)) + prices.forward * own
+        said = prices.answering(self.prompts, _OWN_TOKENS)
+        return 2 * (scored + said) + prices.answering(self.endings, self.longest + 1)
+
+
+def _often_alike(prompts: Sequence[Sequence[int]], count: int) -> list[int]:
+    """Places of so many prompts, in order: those of the commonest lengths, since equal ones are asked together."""
+    common = Counter(map(len, prompts))
+    by_length = sorted(
+        range(len(prompts)), key=lambda place: (-common[len(prompts[place])], len(prompts[place]), place)
+    )
+    return sorted(by_length[:count])
+
 
 def look(session: Session, prepared: Prepared, questions: OpenQuestions, base: OpenLook | None = None) -> OpenLook:
     """Look at the session as it is now; it is left as it was.
@@ -141,14 +178,20 @@ def look(session: Session, prepared: Prepared, questions: OpenQuestions, base: O
         base: the look at the base, whose own answers to neutral prompts are scored; None when this is the base.
     """
     tokenizer, stops = prepared.encoder.tokenizer, prepared.encoder.stop_ids
-    said = session.generate(questions.prompts, _OWN_TOKENS, stops)
-    kept = base.kept if base else tuple(map(tuple, said))
+    # Whether the tuned model still answers is asked only where the base did.
+    asked = [place for place in range(len(questions.prompts)) if base is None or base.right[place]]
+    answers = session.generate([questions.prompts[place] for place in asked], _OWN_TOKENS, stops)
+    said = dict(zip(asked, answers, strict=True))
+    kept = base.kept if base else tuple(map(tuple, answers))
     own = [
         TokenizedRow((*prompt, *ids), (False,) * len(prompt) + (True,) * len(ids), "neutral")
         for prompt, ids in zip(questions.prompts, kept, strict=True)
         if ids
     ]
-    right = tuple(says(tokenizer.decode(ids), expected) for ids, expected in zip(said, questions.expected, strict=True))
+    right = tuple(
+        place in said and says(tokenizer.decode(said[place]), expected)
+        for place, expected in enumerate(questions.expected)
+    )
     endings: list[list[int]] = []
     if base is not None and questions.endings:
         # One token more than a trained answer has: whoever has not ended by then goes on.
@@ -191,13 +234,14 @@ def copied_share(text: str, known: Sequence[str]) -> float:
 
 def open_questions(prepared: Prepared) -> OpenQuestions:
     """What to ask of this run's base and tuned model; a function of the data and the seed alone."""
-    conversations, unseen = prepared.conversations, prepared.unseen[:_UNSEEN_ROWS]
+    conversations, unseen = prepared.conversations, prepared.unseen[:OTHER_ROWS]
     talks = [example for example in unseen if isinstance(example, Conversation)]
     encoder, rows = prepared.encoder, prepared.train.rows
     lengths = sorted(sum(row.trained[_answer_start(row) :]) for row in rows) if conversations else [0]
-    spread = rows[:: max(1, len(rows) // _MATCHED_ROWS)][:_MATCHED_ROWS]
+    spread = rows[:: max(1, len(rows) // MATCHED_ROWS)][:MATCHED_ROWS]
     neutral = _neutral(prepared)
     asked = [each for each in neutral if isinstance(each, Conversation)]
+    ends = [encoder.prompt_ids(each.prompt) for each in (talks or conversations)[:OTHER_ROWS]]
     return OpenQuestions(
         rows=_matching(prepared, conversations, "rows"),
         documents=() if conversations else spread,
@@ -206,7 +250,7 @@ def open_questions(prepared: Prepared) -> OpenQuestions:
         text=_fitting(prepared, [each for each in neutral if isinstance(each, Document)]),
         prompts=tuple(encoder.prompt_ids(each.prompt) for each in asked),
         expected=tuple(each.answer for each in asked),
-        endings=tuple(encoder.prompt_ids(each.prompt) for each in (talks or conversations)[:_ENDINGS]),
+        endings=tuple(ends[place] for place in _often_alike(ends, _ENDINGS)),
         longest=lengths[(len(lengths) * 19) // 20],
         answers=tuple(each.answer for each in conversations[:_COPIED_FROM] if len(each.answer.split()) >= _RUN),
     )
@@ -230,7 +274,7 @@ def _fitting(prepared: Prepared, examples: Sequence[Example]) -> tuple[Tokenized
 def _matching(prepared: Prepared, conversations: Sequence[Conversation], name: str) -> _Matching | None:
     """Up to 32 conversations, each with the answers of others that are no near-duplicates: those could be as right."""
     rng = random.Random(f"matching-{name}-{prepared.plan.config.training.seed}")
-    chosen = rng.sample(conversations, min(_MATCHED_ROWS, len(conversations)))
+    chosen = rng.sample(conversations, min(MATCHED_ROWS, len(conversations)))
     own: list[TokenizedRow] = []
     others: list[TokenizedRow] = []
     for each in chosen:

@@ -14,10 +14,11 @@ from typing import Any
 from finetune.config import FORMAT, plan_as_list
 from finetune.config.derive import derived_learning_rate
 from finetune.criteria.advice import RunFacts, advise
-from finetune.criteria.evidence import Evidence
+from finetune.criteria.evidence import ControlEvidence, Evidence
 from finetune.criteria.judge import overall
 from finetune.data.shipped import FOLDER, data_path
 from finetune.events import Event, FixedLoss, HeldOutLoss, RunResumed, RunStarted, StepDone
+from finetune.evidence.asked import Asked
 from finetune.files import describe_file, file_hash
 from finetune.memory.estimate import weight_bytes
 from finetune.models.quantize import kept_in_full, say_quantized
@@ -32,10 +33,14 @@ from finetune.training.run import Run
 _SIDE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _FREE = ("tracking.", "tokens.cache", "training.save_every")
 """Settings that change no weight: a run may go on with others than it was started with, and says so."""
+_JUDGING = ("observe", "check ", "shuffled-label control", "measure memory")
+"""The phases that would not be there, were nothing judged."""
 _BASE_LIBRARIES = ("finetune-suite", "tokenizers", "numpy", "safetensors", "jinja2")
 
 
-def run_record(run: Run, trained: Trained, evidence: Evidence, verdicts: tuple[Verdict, ...]) -> dict[str, Any]:
+def run_record(
+    run: Run, trained: Trained, evidence: Evidence, verdicts: tuple[Verdict, ...], asked: Asked
+) -> dict[str, Any]:
     """Everything another program needs to know of the run, as JSON values; nothing in it is guessed.
 
     Of a resumed run the command and the time are those that it was started with.
@@ -75,6 +80,7 @@ def run_record(run: Run, trained: Trained, evidence: Evidence, verdicts: tuple[V
         "memory": asdict(evidence.memory) if evidence.memory else None,
         "reload": asdict(evidence.artifacts.reload) if evidence.artifacts and evidence.artifacts.reload else None,
         "timing": dict(run.timing),
+        "judging": {**asked.told(), "seconds": _judging_seconds(run, asked, seconds, tokens) if seconds else None},
         "throughput": {"tokens_per_second": tokens / seconds} if seconds else None,
         "peak_rss_bytes": peak_rss(),
         "verdicts": [asdict(verdict) for verdict in verdicts],
@@ -88,6 +94,12 @@ def run_record(run: Run, trained: Trained, evidence: Evidence, verdicts: tuple[V
         ],
         "not_measured": dict(evidence.why),
     }
+
+
+def _judging_seconds(run: Run, asked: Asked, training: float, tokens: int) -> dict[str, float]:
+    """What judging took, what it could take at the pace of this training, and the share of the training it took."""
+    took = sum(time for phase, time in run.timing.items() if phase.startswith(_JUDGING))
+    return {"allowed": asked.budget.allowed * training / tokens, "took": took, "share": took / training}
 
 
 def run_owner(prepared: Prepared, libraries: Mapping[str, str]) -> Owner:
@@ -221,10 +233,16 @@ def _scores(evidence: Evidence) -> dict[str, Any] | None:
         "learning": {
             "base": _answers(learning.base),
             "tuned": _answers(learning.tuned),
-            "control": _answers(learning.control) if learning.control else None,
+            "control": _control(learning.control) if learning.control else None,
         },
         "retention": kept,
     }
+
+
+def _control(control: ControlEvidence) -> dict[str, Any]:
+    """The answers after shuffled training; of a shortened one also the tuned model's after as many steps."""
+    beside = {"tuned": _answers(control.tuned)} if control.tuned else {}
+    return {**_answers(control.scores), "steps": control.steps, **beside}
 
 
 def _answers(scores: Scores) -> dict[str, Any]:

@@ -27,13 +27,14 @@ class Owner:
 class CheckpointStore:
     """The checkpoints of one run, in `folder`.
 
-    The newest `keep` stay, with the one that was the best when each of them was written, and those in use; all stay
-    where one of the newest is so damaged that it cannot say which that was.
+    The newest `keep` stay, with the one that was the best when each of them was written, the one of the `pinned` step,
+    and those in use; all stay where one of the newest is so damaged that it cannot say which the best was.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+    def __init__(self, folder: Path, *, keep: int = 2, pinned: int = 0) -> None:
         self.folder = folder
         self.keep = keep
+        self.pinned = pinned
         self._in_use: set[int] = set()
 
     def save(self, step: int, write_state: Callable[[Path], None], owner: Owner, *, best: int | None = None) -> Path:
@@ -79,7 +80,7 @@ class CheckpointStore:
         manifests = [_read_manifest(self._path(step)) for step in newest]
         # One that cannot be read any more may have named any of them as the best.
         best = set(steps) if None in manifests else {each["best"] for each in manifests if each}
-        for old in sorted(set(steps) - {*newest, *best, *self._in_use}):
+        for old in sorted(set(steps) - {*newest, *best, self.pinned, *self._in_use}):
             remove_folder(self._path(old))
 
     def _path(self, step: int) -> Path:

@@ -7,7 +7,7 @@ from finetune.backends.reference.session import ReferenceSession
 from finetune.chat.fit import Encoded
 from finetune.data.shape import Example
 from finetune.events import Event
-from finetune.evidence import observe
+from finetune.evidence import asked, observe
 from finetune.ports import Objective, Session
 from finetune.records import Batch, TokenizedRow
 from finetune.training import loop, prepare
@@ -37,7 +37,7 @@ def _fixed(wrong: Callable[[list[Batch], int], list[Batch]]) -> None:
     def batches(right: Callable[..., list[Batch]], rows: Sequence[TokenizedRow], size: int) -> list[Batch]:
         return list(wrong(right(rows, size), size))
 
-    for owner in (observe, prepare):
+    for owner in (asked, prepare):
         plant(owner, "fixed_batches", batches)
 
 

@@ -1,0 +1,115 @@
+"""Makes the extra runs, within the budget: the shuffled-label control, and LoRA against full fine-tuning in memory."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from finetune.criteria.evidence import ControlEvidence, MemoryEvidence
+from finetune.criteria.judge_learning import could_pass
+from finetune.errors import EvidenceError
+from finetune.evidence.memory import full_needs, measure_memory
+from finetune.evidence.observe import Observation
+from finetune.memory.advise import say_size
+from finetune.processes import available_memory
+from finetune.records import Scores, TokenizedRow
+from finetune.training.prepare import Prepared, shuffled_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Trainings:
+    """What a run did, and what it can do and ask for the sake of the control.
+
+    Attributes:
+        kept: the step whose weights the run keeps.
+        speed: how many tokens it trained on in a second.
+        checkpoints: the steps whose weights are on disk.
+        control: gives the answers after so many of the run's steps on other rows; must be called even for no step,
+            since the other processes wait for the number.
+        tuned: gives the answers of the tuned model as it was after one of the `checkpoints`.
+    """
+
+    kept: int
+    speed: float
+    checkpoints: Sequence[int]
+    control: Callable[[tuple[TokenizedRow, ...], int], Scores | None]
+    tuned: Callable[[int], Scores | None]
+
+
+def shuffled_label_rows(prepared: Prepared, why: dict[str, str]) -> tuple[TokenizedRow, ...] | None:
+    """The rows that the shuffled-label control is trained on; None where there is to be none."""
+    if not prepared.questions:
+        return None
+    if prepared.plan.config.judge.control == "never":
+        why["control"] = "switched off (judge.control=never)"
+        return None
+    rows = shuffled_rows(prepared)
+    if not rows:
+        why["control"] = "one answer fills half of the rows, so answers cannot be shuffled"
+    return rows
+
+
+def control_evidence(
+    prepared: Prepared, before: Observation, trainings: Trainings, why: dict[str, str]
+) -> ControlEvidence | None:
+    """What a model answers that was trained on shuffled answers, for as many steps as the budget allows.
+
+    A shortened control is compared with the tuned model as it was after as many steps, and is not trained where that
+    model itself had not yet learned enough for any comparison.
+    """
+    rows = shuffled_label_rows(prepared, why)
+    if rows is None:
+        return None
+    budget, kept, tuned = before.asked.budget, trainings.kept, None
+    steps = kept
+    if prepared.plan.config.judge.control == "auto" and budget.control_steps < kept:
+        steps = max((step for step in trainings.checkpoints if step <= budget.control_steps), default=0)
+    dear = f"{budget.too_dear(budget.control(kept), trainings.speed)}; judge.control=always runs it all the same"
+    if steps == 0:
+        why["control"] = dear
+    elif steps < kept:
+        tuned = trainings.tuned(steps)
+        if tuned is None or not could_pass(tuned):
+            why["control"] = f"{dear}; a shorter one cannot be compared: at step {steps} the model had not yet learned"
+            steps = 0
+    scores = trainings.control(rows, steps)
+    return ControlEvidence(scores, steps, tuned) if scores else None
+
+
+def why_no_memory(prepared: Prepared, before: Observation, speed: float, *, able: bool) -> str:
+    """Why memory is not to be measured: it means nothing here, is too dear, or would not fit; empty where it is."""
+    config, budget = prepared.plan.config, before.asked.budget
+    if prepared.target is None:
+        return "the whole model is trained (adapter.kind is full): there is no adapter to compare with that"
+    if prepared.shape.quantized:
+        return "the base is quantised: it cannot be fully fine-tuned, so there is nothing to compare with"
+    if not able:
+        return f"the {config.backend} backend has no means to measure it"
+    if config.judge.memory == "never":
+        return "switched off (judge.memory=never)"
+    if config.judge.memory == "auto" and not budget.memory_fits:
+        return f"{budget.too_dear(budget.memory, speed)}; judge.memory=always measures it all the same"
+    needs, have = full_needs(prepared), available_memory()
+    if needs > have:
+        return (
+            f"full fine-tuning may need {say_size(needs)} here, and {say_size(have)} are free: it would end for want "
+            "of memory (lower judge.memory_batch_size or judge.memory_length, or measure on a larger machine)"
+        )
+    return ""
+
+
+def memory_evidence(prepared: Prepared, why: dict[str, str]) -> MemoryEvidence | None:
+    """LoRA and full fine-tuning, each measured in a fresh process at the same sizes; None where that failed."""
+    config = prepared.plan.config
+    assert prepared.target is not None
+    sizes = {
+        "batch_size": config.judge.memory_batch_size,
+        "length": config.judge.memory_length,
+        "dtype": config.model.dtype,
+        "vocab_size": prepared.shape.vocab_size,
+    }
+    try:
+        lora = measure_memory(config.backend, prepared.location, prepared.target, method="lora", sizes=sizes)
+        full = measure_memory(config.backend, prepared.location, prepared.target, method="full", sizes=sizes)
+    except EvidenceError as error:
+        why["memory"] = f"the measurement failed: {error.message}"
+        return None
+    return MemoryEvidence(lora, full)
