@@ -89,8 +89,9 @@ def _asked(prepared: Prepared, prices: Prices, openly: OpenQuestions | None, row
     fixed = fixed_batches(_fixed_rows(prepared, most), config.training.batch_size)
     held_out = held_out_batches(prepared)
     questions = prices.asking(prepared, learning)
-    # A fresh process goes through the prompts twice, with and without what was saved.
-    check = prices.process + 3 * prices.forward * sum(map(len, reloaded(prepared)))
+    # A fresh process goes through the prompts with and without what was saved, this one through them twice, and once in
+    # float64, which costs as much again.
+    check = prices.process + 6 * prices.forward * sum(map(len, reloaded(prepared)))
     look = prices.scoring((*fixed, *held_out)) + questions + prices.asking(prepared, retention)
     budget = Budget(
         share=config.judge.budget,
