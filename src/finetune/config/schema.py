@@ -238,7 +238,7 @@ class JudgeSpec(Spec):
     out, and rows elsewhere."""
     budget: Positive = 0.3
     """What judging may cost, as a share of the training's computing; fewer rows are asked, and what auto leaves open
-    is shortened or left out, to stay within it. Some forty seconds' worth is always spent."""
+    is shortened or left out, to stay within it. Some forty seconds' worth is always allowed."""
     control: ExtraRuns = "auto"
     """Train once more on shuffled answers for comparison; auto takes as many steps as judge.budget allows, always as
     many as the training itself."""
