@@ -25,7 +25,7 @@ from finetune.criteria.judge import overall
 from finetune.data.facts import CAPITALS
 from finetune.data.read import read_rows
 from finetune.data.shipped import REHEARSAL, RETENTION, data_path
-from finetune.evidence.observe import Observation, open_evidence
+from finetune.evidence.observe import open_evidence
 from finetune.evidence.open_answers import OpenLook, look, open_questions
 from finetune.files import write_text
 from finetune.intervals import most_probable
@@ -228,8 +228,7 @@ def _judge_alike(model: str, seed: int, count: int, kinds: Sequence[Kind]) -> It
 
 
 def _verdicts(prepared: Prepared, kind: Kind, base: OpenLook, tuned: OpenLook) -> tuple[Verdict, ...]:
-    before, after = (Observation(None, None, (0.0, 0), None, each) for each in (base, tuned))
-    evidence = open_evidence(replace(prepared, plan=_with_goal(prepared.plan, kind.goal)), before, after)
+    evidence = open_evidence(replace(prepared, plan=_with_goal(prepared.plan, kind.goal)), base, tuned)
     assert evidence is not None
     return tuple(judge_claims(evidence))
 
@@ -298,8 +297,8 @@ def page(lines: Sequence[Mapping[str, Any]]) -> str:
     ]
     for each in found:
         for name, wrong in each["wrong"].items():
-            bound = most_probable(wrong, each["runs"])
-            text.append(f"| {each['kind'].name} | `{name}` | {each['runs']} | {wrong} | {bound:.1%} |")
+            bound = f"{most_probable(wrong, each['runs']):.1%}"
+            text.append(f"| {each['kind'].name} | `{name}` | {each['runs']} | {wrong} | {bound} |")
     return "\n".join(text) + "\n"
 
 

@@ -52,7 +52,7 @@ def judge_tuned(loaded: LoadedConfig, tuned: Path) -> dict[str, Any]:
     evidence = Evidence(
         loss_evidence(prepared, (), before, after),
         learning=learning_evidence(before, after, None, prepared, why),
-        open=open_evidence(prepared, before, after),
+        open=open_evidence(prepared, before.open, after.open),
         why=why,
         unable=frozenset({"steps", "control", "memory"}),
     )

@@ -50,5 +50,5 @@ def collect_evidence(
         with run.phase("measure memory", "LoRA and full fine-tuning, each in a fresh process"):
             memory = memory_evidence(prepared, run.why)
     losses = loss_evidence(prepared, [step.loss for step in steps], before, after)
-    openly = open_evidence(prepared, before, after)
+    openly = open_evidence(prepared, before.open, after.open)
     return Evidence(losses, parameters, artifacts, learning, memory, openly, run.why, unable)

@@ -87,9 +87,8 @@ def loss_evidence(
     )
 
 
-def open_evidence(prepared: Prepared, before: Observation, after: Observation) -> OpenEvidence | None:
+def open_evidence(prepared: Prepared, base: OpenLook | None, tuned: OpenLook | None) -> OpenEvidence | None:
     """Both looks at open answers, for the judge; None where answers are exact."""
-    base, tuned = before.open, after.open
     if base is None or tuned is None:
         return None
 
