@@ -102,12 +102,15 @@ def test_check_names_every_problem_at_once(tmp_path: Path, capsys: pytest.Captur
     assert "bad.jsonl:2" in next(problem["what"] for problem in problems if problem["where"] == "data.train")
 
 
-def test_check_judges_each_of_several_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_judges_each_of_several_files(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every file is judged by itself under its name, and a wrong one (2) counts more than one that is refused (3)."""
+    job = f"backend: reference\nmodel: {{path: {model}}}\ndata: {{train: {data}}}\n"
     good, refused, wrong = (
-        write(tmp_path / f"{name}.yaml", f"backend: reference\n{text}")
+        write(tmp_path / f"{name}.yaml", job + text)
         for name, text in (
-            ("good", ""),
+            ("good", "adapter:\n  rank: 2\n"),
             ("refused", "adapter:\n  rank: 400\n"),
             ("wrong", "training:\n  epochs: none\n"),
         )
@@ -201,18 +204,19 @@ def test_short_options_are_the_settings_that_they_name() -> None:
     assert run(["check", "--batch-size", "0"]) == 2
 
 
-def test_start_is_quick() -> None:
+def test_start_is_quick(model: Path, data: Path) -> None:
     """`ft --help` and `ft check` start within the contract: no framework is loaded on the way.
 
     Seconds are no law on a shared machine, so what is judged is the reason for slowness: the modules.
     """
+    job = ["check", "--backend", "reference", "--model", str(model), "--data", str(data), "--set", "adapter.rank=2"]
     code = (
-        "import sys; from finetune.cli.app import run; run(['check']); "
+        f"import sys; from finetune.cli.app import run; print(run({job})); "
         "print([name for name in ('torch', 'transformers', 'peft', 'mlx', 'matplotlib', 'huggingface_hub') "
         "if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
-    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    assert done.stdout.splitlines()[-2:] == ["0", "[]"], done.stderr
 
 
 def test_ctrl_c_before_the_first_word_is_told_as_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:

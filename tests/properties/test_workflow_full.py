@@ -15,7 +15,7 @@ from finetune.models.shape import read_shape
 from finetune.records import Conversation, Message
 from finetune.train import fine_tune
 from support.tiny_llamas import open_model
-from support.workplace import make_data, make_model, settings, without_reload_check
+from support.workplace import make_data, make_model, settings, without_charts, without_reload_check
 
 FULL = {"adapter__kind": "full", "adapter__rank": 8, "training__learning_rate": 0.05, "training__save_every": 2}
 
@@ -25,7 +25,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A place with a model, its data and a finished run; its saved model is loaded in a fresh process."""
     folder = tmp_path_factory.mktemp("full")
     make_model(folder / "model"), make_data(folder / "rows.jsonl", 7)
-    fine_tune(settings(folder / "model", folder / "rows.jsonl", **FULL), output=folder / "run")
+    with without_charts():
+        fine_tune(settings(folder / "model", folder / "rows.jsonl", **FULL), output=folder / "run")
     return folder
 
 

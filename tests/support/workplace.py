@@ -76,6 +76,11 @@ def settings(model: Path, data: Path, **changes: Any) -> LoadedConfig:
     return load_config(None, environ={}, overrides=overrides, profile=None)
 
 
+def without_charts() -> Any:
+    """Within this context a run's page is its title alone: drawing has its own laws."""
+    return patch("finetune.train.render_html", lambda runs: f"<title>{runs[0]['id']}</title>")
+
+
 @contextmanager
 def without_reload_check() -> Iterator[None]:
     """Within this context no fresh process loads the saved adapter and no chart is drawn: both have their own laws.
@@ -84,7 +89,7 @@ def without_reload_check() -> Iterator[None]:
     """
     with (
         patch("finetune.evidence.observe.check_reload", lambda *given, **named: Reload(8, 10, 0, 1, 1e-5, 1.6e-4)),
-        patch("finetune.train.render_html", lambda runs: f"<title>{runs[0]['id']}</title>"),
+        without_charts(),
         patch("finetune.evidence.record.version", _version),
         patch("finetune.chat.render.compile_template", _compiled),
     ):
