@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.data.batches import fixed_batches
 from finetune.evidence.budget import LOOKS, Budget, Prices
-from finetune.evidence.open_answers import MATCHED_ROWS, OTHER_ROWS, OpenQuestions, open_questions
+from finetune.evidence.open_answers import MATCHED_ROWS, OTHER_ROWS, OpenQuestions, often_alike, open_questions
 from finetune.records import Batch, Question, TokenizedRow
 from finetune.training.prepare import Prepared, held_out_batches
 
@@ -85,7 +85,8 @@ def _asked(prepared: Prepared, prices: Prices, openly: OpenQuestions | None, row
     config = prepared.plan.config
     learning, retention, most = prepared.questions, prepared.retention, _FIXED_ROWS
     if openly:  # beside the claims, these are told and do not count
-        learning, retention, most = _spread(learning, rows), _spread(retention, rows), rows // 2
+        most = rows // 2
+        learning, retention = _cheapest(learning, most), _cheapest(retention, most)
     fixed = fixed_batches(_fixed_rows(prepared, most), config.training.batch_size)
     held_out = held_out_batches(prepared)
     questions = prices.asking(prepared, learning)
@@ -105,8 +106,8 @@ def _asked(prepared: Prepared, prices: Prices, openly: OpenQuestions | None, row
     return Asked(learning, retention, tuple(fixed), tuple(held_out), openly, budget)
 
 
-def _spread(questions: Sequence[Question], count: int) -> tuple[Question, ...]:
-    return tuple(questions[:: max(1, len(questions) // count)][:count])
+def _cheapest(questions: Sequence[Question], count: int) -> tuple[Question, ...]:
+    return tuple(questions[place] for place in often_alike([each.ids for each in questions], count))
 
 
 def _fixed_rows(prepared: Prepared, most: int) -> Sequence[TokenizedRow]:

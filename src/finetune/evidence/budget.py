@@ -18,7 +18,7 @@ Below it, whole criteria would go unjudged to save seconds: the shipped models t
 """
 _PROCESS = 4e11
 """What it takes to start a process that loads a framework and a model: six seconds of two cores."""
-_STEP, _WORD = 16, 3
+_STEP, _WORD = 18, 2
 """A step of an answer reads all weights, for as long as scoring so many tokens takes, and then each prompt's word.
 
 Measured on SmolLM2-135M with torch on a processor, for one prompt and for eight at once.

@@ -141,7 +141,7 @@ class OpenQuestions:
 
     def at_most(self, matched: int, others: int) -> "OpenQuestions":
         """So many matched rows at most, and so many of every other kind."""
-        asked = _often_alike(self.prompts, others)
+        asked = often_alike(self.prompts, others)
         return replace(
             self,
             rows=self.rows and self.rows.at_most(matched),
@@ -162,7 +162,7 @@ class OpenQuestions:
         return 2 * (scored + said) + prices.answering(self.endings, self.longest + 1)
 
 
-def _often_alike(prompts: Sequence[Sequence[int]], count: int) -> list[int]:
+def often_alike(prompts: Sequence[Sequence[int]], count: int) -> list[int]:
     """Places of so many prompts, in order: those of the commonest lengths, since equal ones are asked together."""
     common = Counter(map(len, prompts))
     by_length = sorted(
@@ -250,7 +250,7 @@ def open_questions(prepared: Prepared) -> OpenQuestions:
         text=_fitting(prepared, [each for each in neutral if isinstance(each, Document)]),
         prompts=tuple(encoder.prompt_ids(each.prompt) for each in asked),
         expected=tuple(each.answer for each in asked),
-        endings=tuple(ends[place] for place in _often_alike(ends, _ENDINGS)),
+        endings=tuple(ends[place] for place in often_alike(ends, _ENDINGS)),
         longest=lengths[(len(lengths) * 19) // 20],
         answers=tuple(each.answer for each in conversations[:_COPIED_FROM] if len(each.answer.split()) >= _RUN),
     )
