@@ -6,13 +6,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.adapters.peft_files import MLX_WEIGHTS, SETTINGS, WEIGHTS, base_of, peft_from_mlx
+from safetensors import SafetensorError, safe_open
+
+from finetune.adapters.kinds import kind_of, layer_tensor
+from finetune.adapters.peft_files import MLX_WEIGHTS, SETTINGS, WEIGHTS, base_of, peft_from_mlx, read_settings
 from finetune.backends import open_backend
 from finetune.config import LoadedConfig, load_config
 from finetune.criteria.evidence import Evidence
 from finetune.criteria.judge import judge, overall
 from finetune.errors import ModelError, UsageError
 from finetune.evidence.observe import learning_evidence, loss_evidence, observe, open_evidence
+from finetune.memory.estimate import sides
 from finetune.models.shape import read_shape
 from finetune.ports import Session
 from finetune.records import ModelLocation, Outcome, Verdict
@@ -39,6 +43,8 @@ def judge_tuned(loaded: LoadedConfig, tuned: Path) -> dict[str, Any]:
     prepared = prepare(loaded)
     if kind == "model":
         _check_alike(prepared, tuned)
+    else:
+        _check_adapter(prepared, tuned)
     session = _open(prepared, prepared.location)
     before = observe(session, prepared)
     if kind == "model":
@@ -135,6 +141,30 @@ def _in_peft_format(tuned: Path, prepared: Prepared) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="finetune-") as place:
         peft_from_mlx(tuned, Path(place), prepared.location.name)
         yield Path(place)
+
+
+def _check_adapter(prepared: Prepared, folder: Path) -> None:
+    """Refuse an adapter of another base, before anything is loaded, where its kind and its file can be read."""
+    shape = prepared.shape
+    try:
+        target = read_settings(folder, transposed=shape.transposed)
+        with safe_open(folder / WEIGHTS, "np") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (ModelError, OSError, SafetensorError):
+        return  # whoever loads it reads more kinds, and says what is wrong with its files
+    for name, size in found.items():
+        part = layer_tensor(name)
+        # Some models' files name a layer otherwise than it is named in memory: what is not found is not judged here.
+        layer = next((each for each in shape.linear_layers if part and f".{part.path}".endswith(f".{each.name}")), None)
+        if part is None or layer is None:
+            continue
+        wanted = kind_of(target).shapes(target, part.path, *sides(shape, layer)).get(part.tensor.key)
+        if size != wanted:
+            raise ModelError(
+                f"the adapter in {folder} is not one of {prepared.location.name!r}: its {name} is {size}, and here it "
+                f"would be {wanted}",
+                hint=f"name the base that it was trained on with --base (it says {base_of(folder)!r})",
+            )
 
 
 def _check_alike(prepared: Prepared, tuned: Path) -> None:

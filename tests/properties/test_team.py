@@ -21,7 +21,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetune.backends.reference.backend import ReferenceBackend
-from finetune.config import LoadedConfig, load_plan, resolve_processes
+from finetune.config import LoadedConfig, flatten, load_plan, resolve_processes
 from finetune.data.batches import epoch_batches
 from finetune.distributed.data_parallel import SingleProcess, check_same, data_parallel
 from finetune.errors import ConfigError, LostProcessError, NonFiniteError, RefusedError
@@ -311,6 +311,18 @@ def test_run_of_two_processes_is_the_run_of_one_with_twice_the_batch(model: Path
             assert mine == pytest.approx(theirs, rel=1e-9)
     assert one["data"] == two["data"]
     assert one["scores"] == two["scores"]
+
+
+def test_team_derives_what_one_process_derives(model: Path, data: Path, tmp_path: Path) -> None:
+    """Learning rate and epochs that nobody set are those of one process with the batch of all, in each process."""
+    open_ = {"training__learning_rate": None, "training__epochs": None, "training__packing": False}
+    (folder, *_), _ = good(fine_tune_together(job_of(model, data, **open_), 2, tmp_path / "team"))
+    with without_reload_check():
+        alone, _ = fine_tune(job_of(model, data, **open_, training__batch_size=2), output=tmp_path / "alone")
+    team, one = (load_plan(each / "plan.yaml") for each in (folder, alone))
+    for key in ("training.learning_rate", "training.epochs"):
+        assert team.origins[key] == one.origins[key] == "derived"
+        assert flatten(team.config)[key] == flatten(one.config)[key] is not None
 
 
 def test_first_process_says_when_all_stop_and_what_is_kept(model: Path, data: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -145,7 +146,7 @@ def test_ids_beyond_the_embedding_table_are_refused(
 
 
 def test_foreign_adapter_of_a_relative_is_told_and_one_of_nan_is_refused(place: Path, tmp_path: Path) -> None:
-    """An adapter that names another base of the same shape is judged with a note; one that holds NaN is not."""
+    """One of another base's shape or of NaN is refused, one that names another base is noted."""
     with without_reload_check():
         fine_tune(loaded(place, EXACT), output=tmp_path / "run")
     adapter = tmp_path / "run" / "adapter"
@@ -155,6 +156,14 @@ def test_foreign_adapter_of_a_relative_is_told_and_one_of_nan_is_refused(place: 
     assert len(told) == len(notes) + 1
     assert f"trained on {str(place / 'model')!r}, and it was judged on {str(tmp_path / 'relative')!r}" in told[-1]
     tensors = load_file(tmp_path / "run" / ADAPTER)
+    wider = {name: np.pad(each, ((0, 0), (0, 4))) if "lora_A" in name else each for name, each in tensors.items()}
+    shutil.copytree(adapter, tmp_path / "wider")
+    save_file(wider, tmp_path / "wider" / "adapter_model.safetensors")
+    with (
+        patch("finetune.judge.observe", side_effect=AssertionError("looked at before it was refused")),
+        pytest.raises(ModelError, match=r"is not one of .*lora_A.*, and here it would be"),
+    ):
+        judge_tuned(loaded(place, EXACT), tmp_path / "wider")
     next(each for name, each in tensors.items() if "lora_B" in name)[0, 0] = np.nan
     save_file(tensors, tmp_path / "run" / ADAPTER)
     with pytest.raises(FineTuneError, match=r"is nan|NaN|cannot be loaded"):

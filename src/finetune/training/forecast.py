@@ -79,7 +79,7 @@ class RunForecast:
         minutes = self.seconds / 60
         shown = f"{minutes:,.0f}" if minutes >= 10 else f"{max(0.1, minutes):.1f}"
         took = f"an estimate: runs on a busy machine took {TOOK[0]:g} to {TOOK[1]:g} times that"
-        return f"{said}; about {shown} minutes of training here ({took})"
+        return f"{said}; about {shown} minutes of training here, judging aside ({took})"
 
 
 def forecast_run(prepared: Prepared) -> RunForecast:
