@@ -29,6 +29,7 @@ from finetune.events import (
 )
 from finetune.evidence.collect import collect_evidence
 from finetune.evidence.extra_runs import Trainings, shuffled_label_rows
+from finetune.evidence.forecast import forecast_run
 from finetune.evidence.observe import Observation, observe, score
 from finetune.evidence.packing_check import check_packing
 from finetune.evidence.record import run_owner, run_record
@@ -42,7 +43,6 @@ from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune.run.folder import RunFolder
 from finetune.tracking.tracker import require_trackers
 from finetune.training.early_stopping import EarlyStopping, Trained
-from finetune.training.forecast import forecast_run
 from finetune.training.loop import LoopPlan, train
 from finetune.training.out_of_memory import with_estimate
 from finetune.training.prepare import Prepared, batch_of_all, held_out_batches, pack_length, packed_sample, prepare

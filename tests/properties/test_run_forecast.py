@@ -8,9 +8,10 @@ import pytest
 
 from finetune.config import LoadedConfig, load_config
 from finetune.events import Event, PhaseStarted, StepDone
+from finetune.evidence import forecast
+from finetune.evidence.budget import FREE
+from finetune.evidence.forecast import forecast_run
 from finetune.train import fine_tune
-from finetune.training import forecast
-from finetune.training.forecast import forecast_run
 from finetune.training.prepare import prepare
 from support.workplace import make_data, make_model, settings, without_reload_check
 
@@ -56,7 +57,8 @@ def test_run_takes_the_steps_and_tokens_that_it_was_said_to(place: Path, tmp_pat
     [told] = [event.note for event in heard if isinstance(event, PhaseStarted) and event.phase == "plan"]
     counts = f"{said.steps:,} steps, {said.tokens:,} tokens, {said.trained_tokens:,} of them trained; about "
     assert told.startswith(counts)
-    assert " minutes of training here, judging aside (an estimate: runs on a busy machine took " in told
+    assert " minutes of training here and up to " in told
+    assert " of judging (an estimate: on a busy machine training took " in told
 
 
 def seconds_of(monkeypatch: pytest.MonkeyPatch, gflops: float, **changes: Any) -> float:
@@ -80,6 +82,17 @@ def test_minutes_follow_from_parameters_tokens_and_speed(monkeypatch: pytest.Mon
     by_hand = 4 * prepared.shape.parameters * tokens / (0.6 * 10e9)
     assert 0.8 < lora / by_hand < 1.25
     assert 1.2 < seconds_of(monkeypatch, 10.0, adapter__kind="full") / lora < 1.55
+
+
+def test_judging_may_take_its_share_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`judge.budget` times the training, and never less than what is always allowed."""
+    monkeypatch.setattr(forecast, "_gflops", lambda rows, inner, columns: 10.0)
+    for budget in (0.3, 50.0):
+        overrides = {"model.device": "cpu", "judge.budget": budget}
+        found = forecast_run(prepare(load_config(None, environ={}, overrides=overrides, profile=None)))
+        assert found.seconds is not None
+        assert found.judging_seconds == pytest.approx(max(budget * found.seconds, FREE / (0.6 * 10e9)))
+        assert found.judging_seconds > found.seconds or budget < 1
 
 
 def test_minutes_on_a_gpu_are_not_estimated(place: Path) -> None:

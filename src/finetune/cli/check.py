@@ -10,7 +10,7 @@ from finetune.errors import ConfigError, FineTuneError, Problem
 
 if TYPE_CHECKING:
     from finetune.config import TrainingConfig
-    from finetune.training.forecast import RunForecast
+    from finetune.evidence.forecast import RunForecast
 
 
 @with_settings
@@ -41,8 +41,8 @@ def command(configs: ConfigFiles = None, *, settings: ConfigOptions, json_output
 
 def _check(path: Path | None, settings: ConfigOptions) -> tuple[list[Problem], "RunForecast | None", int]:
     """The problems of one configuration, or what its run will be, and the exit code."""
+    from finetune.evidence.forecast import forecast_run
     from finetune.training.check import find_problems
-    from finetune.training.forecast import forecast_run
 
     try:
         loaded = settings.load(path)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from finetune.abilities import ABILITIES, ONE_THREAD
 from finetune.config import Origin, flatten
 from finetune.data.batches import epoch_batches
+from finetune.evidence.budget import FREE
 from finetune.records import Batch
 from finetune.training.prepare import Prepared, batch_of_all, held_out_batches, pack_length
 
@@ -32,14 +33,16 @@ _LAYER_SECONDS = {"torch": 0.008, "mlx": 0.02, "reference": 0.002}
 """What a batch takes for each layer beside its products, however few tokens it has."""
 TOOK = (0.9, 6.0)
 """How many times the estimate runs took, least and most, where it was measured: on two cores that had four to five
-times the work they could do. 15 runs of the shipped models with torch took 0.9 to 2.3 times as long as was said, 3 of
+times the work they could do. 19 runs of the shipped models with torch took 0.9 to 2.3 times as long as was said, 3 of
 SmolLM2-135M (a step or two) 2.3 to 4.9 times, 2 with the reference backend 1.0 to 1.3 and 2 with MLX 5.6 to 5.9 times.
 On an idle machine it was not measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunForecast:
-    """What a run will be. All is counted but `seconds`, an estimate; it is None where none can be made, and `why`.
+    """What a run will be. All is counted but the seconds, an estimate; they are None where none can be made, and `why`.
+
+    `seconds` are those of training, `judging_seconds` what judging may add by `judge.budget`.
 
     `tokens` and `trained_tokens` are those of all steps together; `gflops` is the measured speed of this machine;
     `settings` are the learning rate and the epochs, each with its origin.
@@ -50,6 +53,7 @@ class RunForecast:
     tokens: int
     trained_tokens: int
     seconds: float | None
+    judging_seconds: float | None
     gflops: float | None
     why: str
 
@@ -60,7 +64,8 @@ class RunForecast:
             "tokens": self.tokens,
             "trained_tokens": self.trained_tokens,
             "minutes": None if self.seconds is None else self.seconds / 60,
-            "runs_took_times": list(TOOK),
+            "judging_minutes": None if self.judging_seconds is None else self.judging_seconds / 60,
+            "training_took_times": list(TOOK),
             "gflops": self.gflops,
             "not_estimated": self.why or None,
             "settings": {key: {"value": value, "origin": origin} for key, (value, origin) in self.settings.items()},
@@ -74,12 +79,14 @@ class RunForecast:
     def sentence(self) -> str:
         """What it comes to, in one line."""
         said = f"{self.steps:,} steps, {self.tokens:,} tokens, {self.trained_tokens:,} of them trained"
-        if self.seconds is None:
+        if self.seconds is None or self.judging_seconds is None:
             return f"{said}; minutes are not estimated: {self.why}"
-        minutes = self.seconds / 60
-        shown = f"{minutes:,.0f}" if minutes >= 10 else f"{max(0.1, minutes):.1f}"
-        took = f"an estimate: runs on a busy machine took {TOOK[0]:g} to {TOOK[1]:g} times that"
-        return f"{said}; about {shown} minutes of training here, judging aside ({took})"
+        training, judging = (
+            f"{minutes:,.0f}" if minutes >= 10 else f"{max(0.1, minutes):.1f}"
+            for minutes in (self.seconds / 60, self.judging_seconds / 60)
+        )
+        took = f"an estimate: on a busy machine training took {TOOK[0]:g} to {TOOK[1]:g} times that"
+        return f"{said}; about {training} minutes of training here and up to {judging} of judging ({took})"
 
 
 def forecast_run(prepared: Prepared) -> RunForecast:
@@ -95,17 +102,19 @@ def forecast_run(prepared: Prepared) -> RunForecast:
     last = batches_of(epochs)[: rest * accumulated] if rest else []
     work = epochs * _count(first) + _count(last)
     why = _gpu(prepared)
-    seconds = gflops = None
+    seconds = judging = gflops = None
     if not why:
         gflops = _gflops(*_sizes(prepared, work))
         seconds = _seconds(prepared, work, gflops)
+        speed = _SHARE[prepared.plan.config.backend] * gflops * 1e9
+        judging = max(prepared.plan.config.judge.budget * seconds, FREE / speed)
     origins = prepared.plan.origins
     settings = {
         key: (value, origins[key])
         for key, value in flatten(prepared.plan.config).items()
         if key in ("training.learning_rate", "training.epochs")
     }
-    return RunForecast(settings, prepared.total_steps, int(work[0]), int(work[1]), seconds, gflops, why)
+    return RunForecast(settings, prepared.total_steps, int(work[0]), int(work[1]), seconds, judging, gflops, why)
 
 
 def _count(batches: Iterable[Batch]) -> NDArray[np.int64]:
