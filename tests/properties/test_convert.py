@@ -322,7 +322,6 @@ def test_pieces_are_scored_in_the_order_of_their_merges(made: list[str]) -> None
         describe_vocabulary(_pieces([pair for pair in merges if pair != ("ab", "c")]), Special(0, 1, 1, (), True), 300)
 
 
-PREPEND = {"type": "Prepend", "prepend": SPACE}
 METASPACE = {"type": "Metaspace", "replacement": SPACE, "split": False}
 ODD_PIECES: dict[str, dict[str, Any]] = {
     "space is put in front of the first word only": {

@@ -117,7 +117,10 @@ def by_hand(config: dict[str, Any], weights: dict[str, Any], ids: Any) -> Any:
 @given(models())
 @examples(1 / 6)
 def test_logits_are_those_worked_out_token_by_token(model: AdaptedModel) -> None:
-    """The logits are those of a Llama written with loops, whose weights have grown by alpha / rank x B A."""
+    """The logits are those of a Llama written with loops, whose weights have grown by alpha / rank x B A.
+
+    And an answer is the likeliest token after each of them, whatever was kept of the tokens before.
+    """
     session = adapted(model.target, trained=True, config=model.config)
     grown = {
         f"{path}.weight": model.target.alpha / model.target.rank * parts["B"] @ parts["A"]
@@ -126,6 +129,10 @@ def test_logits_are_those_worked_out_token_by_token(model: AdaptedModel) -> None
     weights = {name: weight + grown.get(name, 0.0) for name, weight in session.weights.items()}
     ids = ROWS[3].ids[:7]
     assert np.abs(session.logits(ids) - by_hand(model.config, weights, ids)).max() < 1e-10
+    said = [*ids]
+    for _ in range(3):
+        said.append(int(session.logits(said)[-1].argmax()))
+    assert session.generate([ids], 3, ()) == [said[len(ids) :]]
 
 
 def test_dropout_keeps_the_mean_and_its_gradient_is_the_slope() -> None:

@@ -96,11 +96,20 @@ def test_markup_is_split_at_its_control_tokens(kind: TokenizerKind, token: str, 
 @pytest.mark.parametrize("name", [*NAMES, "tight"])
 @given(FULL, conversations())
 @example(FIRST, talk("user:é🦙", "assistant:🦙é", "user: x", "assistant:\n\n\nyes"))
+@example(FIRST, talk("user:a", "assistant:(hi", "user:b", "assistant:c"))
+@example(FIRST, talk("user: a ", "assistant:b", "user:c", "assistant: d "))
+@example(FIRST, talk("user:a", "assistant:\n\n\nhi", "user:b", "assistant:\n\n\n"))
 @examples(2 / 3)
-def test_trained_tokens_are_answers_and_terminators(name: str, kind: TokenizerKind, conversation: Conversation) -> None:
-    """Trained ids spell each answer with its terminator, also where padding is the end of text."""
-    rendered = template_of(kind, name).render(conversation)
-    row = encode_row(rendered, tokenizer_of(kind))
+def test_row_trains_its_answers_and_is_asked_for_each_as_it_trains(
+    name: str, kind: TokenizerKind, conversation: Conversation
+) -> None:
+    """Trained ids spell each answer with its terminator, also where padding is the end of text.
+
+    And for every answer, the ids asked with are the ids trained on up to it, and what follows is trained.
+    """
+    chat, tokenizer = template_of(kind, name), tokenizer_of(kind)
+    rendered = chat.render(conversation)
+    row = encode_row(rendered, tokenizer)
     assert len(row.ids) == len(row.trained)
     runs: list[list[int]] = [[]]
     for token, trained in zip(row.ids, row.trained, strict=True):
@@ -116,18 +125,6 @@ def test_trained_tokens_are_answers_and_terminators(name: str, kind: TokenizerKi
     assert row.target_count == sum(map(len, runs)) > 0
     bos = kind.bos_token if kind.adds_bos and name in ("alpaca", "chatml", "tight") else ""
     assert spelled(kind, row.ids) == bos + rendered.text
-
-
-@pytest.mark.parametrize("name", [*NAMES, "tight"])
-@given(FULL, conversations())
-@example(FIRST, talk("user:a", "assistant:(hi", "user:b", "assistant:c"))
-@example(FIRST, talk("user: a ", "assistant:b", "user:c", "assistant: d "))
-@example(FIRST, talk("user:a", "assistant:\n\n\nhi", "user:b", "assistant:\n\n\n"))
-@examples(2 / 3)
-def test_prompt_ids_are_a_prefix_of_row_ids(name: str, kind: TokenizerKind, conversation: Conversation) -> None:
-    """For every answer, the ids asked with are the ids trained on up to it, and what follows is trained."""
-    chat, tokenizer = template_of(kind, name), tokenizer_of(kind)
-    row = encode_row(chat.render(conversation), tokenizer)
     for index, message in enumerate(conversation.messages):
         if message.role == "assistant":
             asked = encode_row(chat.render_prompt(Conversation(conversation.messages[:index], "x")), tokenizer)
