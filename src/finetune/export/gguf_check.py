@@ -47,14 +47,16 @@ def prepare_questions(
     """What to ask llama.cpp, and what the trainer answers: next tokens after each prompt and its continuation."""
     kept = [list(prompt[: context - steps - 1]) for prompt in prompts if prompt]
     ids = trainer.session.generate(kept, steps, trainer.stops)
-    sequences = [sequence for prompt, more in zip(kept, ids, strict=True) for sequence in (prompt, [*prompt, *more])]
+    whole = [[*prompt, *more] for prompt, more in zip(kept, ids, strict=True)]
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
         from safetensors.numpy import load_file
 
         path = Path(folder) / "logits.safetensors"
-        trainer.session.save_logits(sequences, path)
+        trainer.session.save_logits(whole, path)
         stored = load_file(path)
-    logits = tuple(stored[str(index)].astype(np.float64) for index in range(len(sequences)))
+    # What follows a prompt is seen in passing on the way through its continuation: no token looks ahead.
+    sequences = [sequence for prompt, both in zip(kept, whole, strict=True) for sequence in (prompt, both)]
+    logits = tuple(stored[str(index // 2)][: len(each)] for index, each in enumerate(sequences))
     plain_id = trainer.tokenizer.encode_content("a")[-1]
     questions = Questions(texts, kept, sequences, steps, context, plain_id)
     return questions, BaselineAnswers(tuple(map(tuple, ids)), logits)

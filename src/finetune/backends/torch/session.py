@@ -138,12 +138,20 @@ class TorchSession:
 
     def logits_in_other_precision(self, prompts: Sequence[Sequence[int]]) -> list[NDArray[np.float64]]:
         """What `save_logits` writes, the same weights computed in float64."""
-        # Together, padded on the right where causal attention never looks: each weight is widened once.
-        longest = max(map(len, prompts), default=0)
-        ids = self._ids([[*ids, *[0] * (longest - len(ids))] for ids in prompts])
-        with self._at_rest(), torch.no_grad(), Float64():
-            logits = self.model(input_ids=ids, use_cache=False).logits
-        return [row[: len(ids)].cpu().numpy() for row, ids in zip(logits, prompts, strict=True)]
+        # Together, padded on the right where causal attention never looks: each weight is widened once for them all.
+        # But not beside one four times as long: padding would cost more than widening.
+        most, alike = max(map(len, prompts), default=0), dict[bool, list[int]]()
+        for number, ids in enumerate(prompts):
+            alike.setdefault(4 * len(ids) > most, []).append(number)
+        found: dict[int, NDArray[np.float64]] = {}
+        for numbers in alike.values():
+            longest = max(len(prompts[number]) for number in numbers)
+            padded = [[*prompts[number], *[0] * (longest - len(prompts[number]))] for number in numbers]
+            with self._at_rest(), torch.no_grad(), Float64():
+                logits = self.model(input_ids=self._ids(padded), use_cache=False).logits
+            for number, row in zip(numbers, logits, strict=True):
+                found[number] = row[: len(prompts[number])].cpu().numpy()
+        return [found[number] for number in range(len(prompts))]
 
     @contextlib.contextmanager
     def scaled(self, name: str, factor: float) -> Iterator[None]:
