@@ -10,15 +10,15 @@ from safetensors import SafetensorError, safe_open
 
 from finetune.adapters.kinds import kind_of, layer_tensor
 from finetune.adapters.peft_files import MLX_WEIGHTS, SETTINGS, WEIGHTS, base_of, peft_from_mlx, read_settings
-from finetune.backends import open_backend
 from finetune.config import LoadedConfig, load_config
 from finetune.criteria.evidence import Evidence
 from finetune.criteria.judge import judge, overall
 from finetune.errors import ModelError, UsageError
 from finetune.evidence.observe import learning_evidence, loss_evidence, observe, open_evidence
+from finetune.evidence.saved import open_model
+from finetune.export.import_gguf import with_model_folder
 from finetune.memory.estimate import sides
 from finetune.models.shape import read_shape
-from finetune.ports import Session
 from finetune.records import ModelLocation, Outcome, Verdict
 from finetune.training.prepare import Prepared, prepare
 
@@ -40,16 +40,17 @@ def judge_tuned(loaded: LoadedConfig, tuned: Path) -> dict[str, Any]:
         FineTuneError: base, rows or result cannot be read, or do not belong together.
     """
     kind = _kind_of(tuned)
-    prepared = prepare(loaded)
+    prepared = prepare(with_model_folder(loaded, tell=lambda words: None))
     if kind == "model":
         _check_alike(prepared, tuned)
     else:
         _check_adapter(prepared, tuned)
-    session = _open(prepared, prepared.location)
+    config = prepared.plan.config
+    session = open_model(config, prepared.location, prepared.encoder)
     before = observe(session, prepared)
     if kind == "model":
         del session  # two models need not fit into memory
-        session = _open(prepared, ModelLocation(str(tuned), tuned.resolve(), "local"))
+        session = open_model(config, ModelLocation(str(tuned), tuned.resolve(), "local"), prepared.encoder)
     else:
         with _in_peft_format(tuned, prepared) as adapter:
             session.load_adapter(adapter)
@@ -125,12 +126,6 @@ def _kind_of(tuned: Path) -> Literal["adapter", "model"]:
         f"{tuned} holds neither an adapter ({SETTINGS}) nor a model (config.json)",
         hint="name the folder that the trainer saved its last adapter or model in",
     )
-
-
-def _open(prepared: Prepared, location: ModelLocation) -> Session:
-    config, pad_id = prepared.plan.config, prepared.encoder.tokenizer.pad_id
-    backend = open_backend(config.backend)
-    return backend.open(location, config.model.dtype, pad_id, quantize=config.quantization, device=config.model.device)
 
 
 @contextmanager

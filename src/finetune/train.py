@@ -34,6 +34,7 @@ from finetune.evidence.observe import Observation, observe, score
 from finetune.evidence.packing_check import check_packing
 from finetune.evidence.record import run_owner, run_record
 from finetune.evidence.saved import save_trained
+from finetune.export.import_gguf import with_model_folder
 from finetune.files import write_folder, write_json, write_text
 from finetune.objectives import choose_objective
 from finetune.ports import Session
@@ -63,6 +64,7 @@ def fine_tune(
     Of several processes that a launcher has started, the first does all this and the others train along.
 
     Args:
+        loaded: where its model is a GGUF file, that is imported first, once a file.
         output: the run folder to make (or, with `resume`, to continue); by default one below `runs/`.
         command: what to write down as the command that repeats the run.
         listener: receives every event.
@@ -79,6 +81,7 @@ def fine_tune(
     require_trackers(loaded.config.tracking.to)
     group = backend.join()
     listener = (lambda event: None) if group.rank else listener
+    loaded = with_model_folder(loaded, tell=lambda words: listener(PhaseStarted("import", words)))
     listener(PhaseStarted("prepare", f"{loaded.config.model.path}"))
     prepared = prepare(resolve_processes(loaded, group.size, resume=resume))
     if not group.rank:

@@ -27,7 +27,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from finetune.chat.tokenizer import FileTokenizer
+from finetune.config import load_config
 from finetune.errors import FineTuneError
+from finetune.events import Event, PhaseStarted
 from finetune.export import import_gguf as importing
 from finetune.export.corpus import nasty_texts
 from finetune.export.families import FAMILIES
@@ -37,6 +39,7 @@ from finetune.export.outtypes import Outtype
 from finetune.export.quantise import quantise
 from finetune.export.write import write_gguf
 from finetune.models.shape import read_shape
+from finetune.train import fine_tune
 from finetune_strategies.scratch import empty_folder, lasting_folder
 from support.gguf_bytes import RawGguf, finite_blocks
 from support.gguf_models import CONFIGS, exportable, give_tokenizer, gpt2_like, make_model
@@ -350,3 +353,24 @@ def test_train_imports_its_model_once(tmp_path: Path) -> None:
     raw.with_tensor(UP, content=bytes(len(raw.tensors[UP].content))).write(path)
     assert "importing" in ft(*words, cwd=tmp_path, XDG_CACHE_HOME=str(tmp_path / "cache")).stderr
     assert len(list(folder.parent.iterdir())) == 2
+
+
+def test_python_trains_a_gguf_file_as_the_command_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fine_tune` with the path of a GGUF file as its model writes the adapter that `ft train` writes."""
+    path = tiny().write(tmp_path / "model.gguf")
+    rows = [{"prompt": f"What is {number}?", "completion": str(number)} for number in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = {"backend": "reference", "training.max_steps": 2, "judge.control": "never", "judge.memory": "never"}
+    sets = [word for key, value in chosen.items() for word in ("--set", f"{key}={value}")]
+    told = ("train", "--model", str(path), "--data", "rows.jsonl", "--output", "command", *sets)
+    done = ft(*told, cwd=tmp_path, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert done.returncode in (0, 1, 4), done.stderr
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    given = {**chosen, "model.path": str(path), "data.train": str(tmp_path / "rows.jsonl")}
+    heard: list[Event] = []
+    loaded = load_config(None, environ={}, overrides=given, profile=None)
+    fine_tune(loaded, output=tmp_path / "python", listener=heard.append)
+    phases = [event for event in heard if isinstance(event, PhaseStarted)]
+    assert (phases[0].phase, "was imported before" in phases[0].note) == ("import", True)
+    command, python = (tmp_path / run / "adapter" / "adapter_model.safetensors" for run in ("command", "python"))
+    assert python.read_bytes() == command.read_bytes()

@@ -4,7 +4,6 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -61,7 +60,9 @@ class ConfigOptions(NamedTuple):
         Without data of one's own the shipped data is trained on, and then the `demo` profile fits unless another is
         asked for.
         """
+        from finetune.cli.console import say
         from finetune.config import load_config, parse_assignments
+        from finetune.export.import_gguf import with_model_folder
 
         flags = {"model.path": self.model, "data.train": self.data, "template.name": self.template}
         overrides: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
@@ -71,7 +72,7 @@ class ConfigOptions(NamedTuple):
         loaded = load_config(config, environ=os.environ, overrides=overrides, profile=self.profile)
         if loaded.config.data.train is None and "profile" not in loaded.origins.values():
             loaded = load_config(config, environ=os.environ, overrides=overrides, profile="demo")
-        return _with_folder(loaded)
+        return with_model_folder(loaded, tell=say)
 
     def words(self) -> list[str]:
         """The same options again, for a process of a launched run; whoever starts them says how many there are."""
@@ -81,19 +82,6 @@ class ConfigOptions(NamedTuple):
             *(f"--{name.replace('_', '-')}={value}" for name, value in given.items()),
             *(f"--set={each}" for each in sets),
         ]
-
-
-def _with_folder(loaded: "LoadedConfig") -> "LoadedConfig":
-    """The same configuration; where its model is a GGUF file, it is imported, and the folder is the model."""
-    config = loaded.config
-    if not config.model.path.lower().endswith(".gguf"):
-        return loaded
-    from finetune.cli.console import say
-    from finetune.export.import_gguf import imported_folder
-
-    folder = imported_folder(Path(config.model.path).expanduser(), tell=say)
-    model = config.model.model_copy(update={"path": str(folder)})
-    return replace(loaded, config=config.model_copy(update={"model": model}))
 
 
 def with_settings(command: Callable[..., int]) -> Callable[..., int]:

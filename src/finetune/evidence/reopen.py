@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune.backends import open_backend
 from finetune.chat.encoder import Encoder
 from finetune.config import TrainingConfig, load_plan
 from finetune.errors import DataError, TemplateError
 from finetune.evidence.observe import Observation, observe
-from finetune.evidence.saved import open_encoder, open_tuned, prepare_again, saved_in
+from finetune.evidence.saved import open_encoder, open_model, open_tuned, prepare_again, saved_in
 from finetune.models.locate import locate_model
 from finetune.models.shape import read_shape
 from finetune.ports import Session
@@ -42,11 +41,7 @@ def compare(prepared: Prepared, session: Session) -> tuple[Observation, Observat
             base = observe(session, prepared)
     else:
         # Only what is not quantised can be trained whole, so this base is not.
-        config, pad_id = prepared.plan.config, prepared.encoder.tokenizer.pad_id
-        backend = open_backend(config.backend)
-        base = observe(
-            backend.open(prepared.location, config.model.dtype, pad_id, device=config.model.device), prepared
-        )
+        base = observe(open_model(prepared.plan.config, prepared.location, prepared.encoder), prepared)
     return base, observe(session, prepared, base)
 
 
@@ -75,10 +70,4 @@ def talker(path: Path, *, max_new_tokens: int) -> Callable[[Conversation], str]:
 
 
 def _open(folder: RunFolder, config: TrainingConfig, location: ModelLocation, encoder: Encoder) -> Session:
-    def opener(place: ModelLocation) -> Session:
-        model = config.model
-        backend = open_backend(config.backend)
-        pad_id = encoder.tokenizer.pad_id
-        return backend.open(place, model.dtype, pad_id, quantize=config.quantization, device=model.device)
-
-    return open_tuned(folder, config, location, opener)
+    return open_tuned(folder, config, location, lambda place: open_model(config, place, encoder))

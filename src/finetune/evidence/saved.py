@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from finetune.backends import open_backend
 from finetune.chat.encoder import Encoder
 from finetune.config import LoadedConfig, TrainingConfig, load_plan
 from finetune.errors import DataError, ModelError
@@ -74,6 +75,13 @@ def check_saved(folder: RunFolder, config: TrainingConfig, location: ModelLocati
             hint="get the model revision that run.json names",
         )
     return saved_in(folder, config)
+
+
+def open_model(config: TrainingConfig, location: ModelLocation, encoder: Encoder) -> Session:
+    """A model, loaded as the configuration says."""
+    model, pad_id = config.model, encoder.tokenizer.pad_id
+    backend = open_backend(config.backend)
+    return backend.open(location, model.dtype, pad_id, quantize=config.quantization, device=model.device)
 
 
 def open_tuned(

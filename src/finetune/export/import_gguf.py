@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from finetune.chat.encoder import Encoder
 from finetune.chat.sandbox import compile_template
 from finetune.chat.tokenizer import FileTokenizer
+from finetune.config import LoadedConfig
 from finetune.errors import EvidenceError, ExportError, MissingExtraError, ModelError, OutputError, TemplateError
 from finetune.export.corpus import nasty_texts
 from finetune.export.families import from_gguf_layout, to_gguf_layout
@@ -291,6 +292,20 @@ def _require_passed(check: Check) -> Check:
             hint="this is a fault of FineTune, or the file is odd: please report it with the file's name",
         )
     return check
+
+
+def with_model_folder(loaded: LoadedConfig, *, tell: Teller) -> LoadedConfig:
+    """The same configuration; where its model is a GGUF file, it is imported, and the folder is the model.
+
+    Raises:
+        FineTuneError: as `import_gguf`.
+    """
+    config = loaded.config
+    if not config.model.path.lower().endswith(".gguf"):
+        return loaded
+    folder = imported_folder(Path(config.model.path).expanduser(), tell=tell)
+    model = config.model.model_copy(update={"path": str(folder)})
+    return replace(loaded, config=config.model_copy(update={"model": model}))
 
 
 def imported_folder(source: Path, *, tell: Teller) -> Path:
