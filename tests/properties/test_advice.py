@@ -13,7 +13,7 @@ from finetune.criteria.judge import judge
 from finetune.records import DataCounts
 from finetune.train import fine_tune
 from support.evidence import healthy, scores
-from support.open_evidence import NULL_KINDS, evidence, matching
+from support.open_evidence import NULL_KINDS, evidence, matching, shifted
 from support.workplace import make_data, make_model, settings, without_reload_check
 
 FACTS = RunFacts(DataCounts(100, 100, {}, 0, 9_000, 3_000), 1e-3, 1e-3, 40, 16)
@@ -44,7 +44,9 @@ ILLNESSES: dict[str, tuple[Evidence, dict[str, Any], str]] = {
     ),
     "no unseen rows": (healthy(learning=None, open=evidence(goal="rows")), {"unseen": 3}, "3 unseen rows"),
     "known before": (
-        healthy(learning=None, open=evidence(rows=matching(30, 31))),
+        healthy(
+            learning=None, loss=loss(3.9), open=evidence(rows=matching(30, 31), losses=shifted((2.0,) * 32, -0.01))
+        ),
         {},
         "94% of these rows",
     ),

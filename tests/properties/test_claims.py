@@ -10,7 +10,7 @@ from finetune.criteria.judge import overall
 from finetune.errors import EvidenceError
 from finetune.intervals import most_probable
 from finetune.records import Outcome, Verdict
-from support.open_evidence import NULL_KINDS, ROWS, evidence, shifted
+from support.open_evidence import NULL_KINDS, ROWS, evidence, matching, shifted
 
 LOSSES = st.floats(0.05, 8.0)
 
@@ -36,6 +36,23 @@ def test_run_of_a_null_kind_fails_by_its_claim(kind: str) -> None:
     parts, claim = NULL_KINDS[kind]
     assert verdicts(evidence(**parts))[claim].outcome == Outcome.FAILED
     assert headline(evidence(**parts)) == Outcome.FAILED
+
+
+@pytest.mark.parametrize(
+    ("still", "moved", "outcome"),
+    [
+        (24, -1.5, Outcome.PASSED),
+        (20, -1.5, Outcome.INCONCLUSIVE),
+        (12, -1.5, Outcome.FAILED),  # likelier, yet told from others' answers no more: as shuffled labels do
+        (24, -1e-4, Outcome.FAILED),
+    ],
+)
+def test_base_that_tells_all_own_answers_leaves_their_loss_to_be_judged(
+    still: int, moved: float, outcome: Outcome
+) -> None:
+    """None can be gained then: own answers must get likelier, and must still be told from others'."""
+    found = evidence(rows=matching(24, still, 24), losses=shifted(ROWS[:24], moved))
+    assert verdicts(found)["claim-rows"].outcome == outcome
 
 
 def test_too_few_rows_are_inconclusive_and_say_how_many_would_do() -> None:

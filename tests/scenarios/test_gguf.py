@@ -298,6 +298,13 @@ def test_gguf_weight_too_large_for_its_type_is_refused(tmp_path: Path) -> None:
     assert stages(write_exportable(exportable(folder), tmp_path / "model.gguf", "bf16")) == QUANTISED_STAGES
 
 
+def test_gguf_list_that_would_be_empty_is_refused(tmp_path: Path) -> None:
+    """A tokenizer without merges: GGUF has no empty list, and no file is begun."""
+    with pytest.raises(FineTuneError, match=r"tokenizer\.ggml\.merges would be an empty list"):
+        write_gguf(Blueprint("llama", {"tokenizer.ggml.merges": []}, ()), tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
+
+
 def test_llama_cpp_says_why_it_cannot_load(tmp_path: Path) -> None:
     """A file that is cut off, and one that is none, end in an error with llama.cpp's own words."""
     done = write_exportable(exportable(SHIPPED[0]), tmp_path / "model.gguf", "f16")

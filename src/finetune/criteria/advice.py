@@ -84,9 +84,10 @@ def _not_learned(evidence: Evidence, outcomes: Mapping[str, Outcome], facts: Run
         return ""
     rows, learning = (evidence.open.rows if evidence.open else None), evidence.learning
     known = sum(rows.base) / len(rows.base) if rows else learning.base.share if learning else 0.0
-    if known >= (_KNOWN if rows else 1 - MIN_IMPROVED_SHARE):
-        return f"the base gets {known:.0%} of these rows right already: there is little to learn from them"
     fell = TrainingSuccessValidator.loss_reduction((evidence.loss.fixed_before, evidence.loss.fixed_after))
+    # To tell open answers apart is not to know them: where their loss fell much, there was something to learn.
+    if known >= (_KNOWN if rows else 1 - MIN_IMPROVED_SHARE) and not (rows and fell >= _LITTLE):
+        return f"the base gets {known:.0%} of these rows right already: there is little to learn from them"
     if fell >= _LITTLE:
         return ""
     steps = len(evidence.loss.per_step)

@@ -118,13 +118,31 @@ _MORE_THAN_HALF = f"more than half of the rows, by chance at most {LEVEL:.0%}"
 
 
 def _judge_rows(evidence: OpenEvidence) -> Verdict:
-    if evidence.rows:
-        return _matched("claim-rows", evidence.rows)
+    rows = evidence.rows
+    if rows and len(rows.base) - sum(rows.base) >= _FEWEST_MISSED:
+        return _matched("claim-rows", rows)
     if not evidence.losses.base:
         reason = "no row has an answer that others could be told from"
         return verdict("claim-rows", Outcome.INCONCLUSIVE, NOT_MEASURED, _MORE_THAN_HALF, reason)
-    floor = EFFECT_FLOOR * fmean(evidence.losses.base)
-    return _judged("claim-rows", Moves.of(evidence.losses, floor), "likelier")
+    found = _judged("claim-rows", Moves.of(evidence.losses, EFFECT_FLOOR * fmean(evidence.losses.base)), "likelier")
+    return _still_matched(found, rows) if rows else found
+
+
+def _still_matched(found: Verdict, rows: MatchingEvidence) -> Verdict:
+    """Where the base tells nearly all own answers already, none can be gained: they get likelier, and it still does.
+
+    Rows with others' answers get likelier, too, but a model that was trained on them tells fewer own ones.
+    """
+    count, base, still = len(rows.base), sum(rows.base), sum(rows.tuned)
+    measured = f"{found.measured}; own answer the likeliest of {rows.choices} in {base}, then {still} of {count}"
+    allowed = f"{found.allowed}; more than {KEPT_SHARE:.0%} still told, by chance at most {LEVEL:.0%}"
+    outcome, reason = found.outcome, found.reason
+    if chance_of_at_least(count - still, count, 1 - KEPT_SHARE) <= LEVEL:
+        outcome, reason = Outcome.FAILED, f"own answers are told from others' in {still} of {count} rows only"
+    elif outcome == Outcome.PASSED and chance_of_at_least(still, count, KEPT_SHARE) > LEVEL:
+        outcome, reason = Outcome.INCONCLUSIVE, f"{count} rows are too few to tell that own answers are still told"
+    numbers = {**found.numbers, "base": base, "tuned": still}
+    return replace(found, outcome=outcome, measured=measured, allowed=allowed, reason=reason, numbers=numbers)
 
 
 def _matched(key: str, found: MatchingEvidence) -> Verdict:
@@ -139,7 +157,8 @@ def _matched(key: str, found: MatchingEvidence) -> Verdict:
     elif chance_of_at_least(missed - better, missed) <= LEVEL:
         outcome, reason = Outcome.FAILED, f"of {missed} that the base missed, {better} were gained"
     elif missed < _FEWEST_MISSED:
-        outcome, reason = Outcome.INCONCLUSIVE, f"the base tells all but {missed} already: too few could be gained"
+        told = f"the base tells all but {missed} already" if missed else "the base tells all of them already"
+        outcome, reason = Outcome.INCONCLUSIVE, f"{told}: too few could be gained"
     else:
         outcome, reason = Outcome.INCONCLUSIVE, f"{count} rows are too few to tell"
     first = f"own answer the likeliest of {found.choices} in {base}, then {tuned} of {count}"

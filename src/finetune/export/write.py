@@ -24,6 +24,11 @@ def write_gguf(blueprint: Blueprint, path: Path) -> None:
     """
     import gguf
 
+    if empty := [key for key, value in blueprint.metadata.items() if value == []]:
+        raise ModelError(
+            f"{empty[0]} would be an empty list, which GGUF does not have and llama.cpp does not read",
+            hint="a byte-level tokenizer needs at least one merge (model.merges in tokenizer.json)",
+        )
     writer = gguf.GGUFWriter(path, blueprint.arch)
     try:
         for key, value in blueprint.metadata.items():

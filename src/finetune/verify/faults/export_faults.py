@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from finetune.errors import ModelError
-from finetune.export import blueprint, families, gguf_source, vocabulary
+from finetune.export import blueprint, families, gguf_source, import_gguf, vocabulary
 from finetune.export.blueprint import Blueprint
 from finetune.export.families import Described
+from finetune.export.import_tokenizer import ImportedTokenizer
 from finetune.export.sources import Array, Files, WeightSource
 from finetune.export.vocabulary import AddedToken
 from finetune.models import shape
@@ -34,6 +35,19 @@ def _keys_by_wrong_heads(right: Callable[..., int], described: Described, module
 def _not_permuted() -> None:
     """Queries and keys are written in the order of transformers, in which llama.cpp does not read them."""
     plant(families, "interleave", lambda right, rows, heads: rows)
+
+
+@fault("A220c", "gguf.back_not_permuted", tier=2)
+def _back_not_permuted() -> None:
+    """Queries and keys that are read from a file stay in llama.cpp's order."""
+    plant(import_gguf, "from_gguf_layout", lambda described, name, weight: weight)
+
+
+@fault("A226b", "gguf.back_without_template", tier=2)
+@in_place_of("read_tokenizer", import_gguf)
+def _template_not_read(right: Callable[..., ImportedTokenizer], *given: object) -> ImportedTokenizer:
+    """The chat template of a file is left behind."""
+    return replace(right(*given), template=None)
 
 
 @fault("A222", "gguf.pre_tokenizer_guess", "llama.cpp #7724, #7062")

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient, Tensors
-from finetune.verify.laws.helpers import adapter_of, altered, refused, train, weights_of
-from finetune.verify.subjects.answers import ExportDescription, Planned
+from finetune.verify.laws.helpers import accepted, adapter_of, altered, refused, train, weights_of
+from finetune.verify.subjects.answers import ExportDescription, Folder, Planned
 from finetune_strategies.cases import export as cases
 from finetune_strategies.cases.learned import Learned
 from finetune_strategies.cases.rows import PLAIN, TINY
@@ -222,6 +222,55 @@ def types_change_no_words(trainer: SubjectClient, case: cases.Typed) -> None:
     check(found.tensors == wanted.tensors, expected=wanted.tensors, got=found.tensors)
     count = len(load_file(model / _WEIGHTS))
     check(len(found.tensors) == count, expected=f"{count} tensors", got=len(found.tensors))
+
+
+@law("export.back", ["import_back"], cases.TYPED, examples=4, tier=2)
+@oracle("the model's own weights, each within half a step of the file's type; its tokenizer.json and template")
+def file_gives_the_model_back(trainer: SubjectClient, case: cases.Typed) -> None:
+    """A model folder that is made of a GGUF file has the weights, the words and the template that went into it."""
+    recipe = case.model.model_copy(update={"vocabulary": FEWEST_WORDS + 1})
+    model = _with_a_merge(_model(trainer, recipe))
+    given = {"model": model, "settings": PLAIN, "outtype": case.outtype}
+    back = Path(accepted(lambda: trainer.ask("import_back", Folder, **given), "a file that was just written").folder)
+    wanted, found = load_file(model / _WEIGHTS), load_file(back / _WEIGHTS)
+    check(found.keys() == wanted.keys(), expected=sorted(wanted), got=sorted(found))
+    for name, weight in wanted.items():
+        step = _half_steps(weight, case.outtype) if weight.ndim > 1 else np.zeros_like(weight)
+        off = np.abs(found[name].astype(np.float64) - weight)
+        check(bool((off <= step).all()), expected=f"{name} as {case.outtype} holds it", got=f"off by {off.max():.3g}")
+    words = [json.loads((each / "tokenizer.json").read_text(encoding="utf-8")) for each in (model, back)]
+    before, after = (
+        {**each["model"]["vocab"], **{token["content"]: token["id"] for token in each["added_tokens"]}}
+        for each in words
+    )
+    odd = {word: after.get(word) for word, number in before.items() if after.get(word) != number}
+    check(not odd, expected="each word's own id", got=odd)
+    wanted_template, path = (model / "chat_template.jinja").read_text(encoding="utf-8"), back / "chat_template.jinja"
+    template = path.read_text(encoding="utf-8") if path.is_file() else ""
+    check(template.endswith(wanted_template), expected=wanted_template, got=template or "no template")
+
+
+def _with_a_merge(model: Path) -> Path:
+    """The model, whose tokenizer makes one word of two: llama.cpp reads none without merges."""
+    file = model / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    one, other = sorted(word for word in tokenizer["model"]["vocab"] if word.isalpha() and len(word) == 1)[:2]
+    tokenizer["model"]["vocab"][one + other] = FEWEST_WORDS
+    tokenizer["model"]["merges"] = [[one, other]]
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    return model
+
+
+def _half_steps(weight: Any, outtype: str) -> Any:
+    """By how much a number may be off that is rounded once to the type."""
+    size = np.abs(weight.astype(np.float64))
+    if outtype == "f32":
+        return np.zeros_like(size)
+    if outtype == "f16" or size.shape[-1] % 32:
+        return np.maximum(size * 2**-11, 2**-25)
+    # Of 32 numbers the largest is 127 steps; the step itself is kept in float16.
+    largest = size.reshape(*size.shape[:-1], -1, 32).max(axis=-1)
+    return np.repeat(largest * (0.5 / 127 + 2**-10), 32, axis=-1)
 
 
 @law("export.alone", ["plan_export", "train", "adapter_weights"], cases.TYPED, examples=3, tier=2, cost=3)

@@ -150,8 +150,8 @@ class Logits(Reply, to=("logits", "logits_with")):
     file: str
 
 
-class Folder(Reply, to=("merge", "merge_as")):
-    """`merge`, `merge_as`: the model folder that was written."""
+class Folder(Reply, to=("merge", "merge_as", "import_back")):
+    """`merge`, `merge_as`: the model folder that was written; `import_back`: the one made of the model's GGUF file."""
 
     folder: str
 

@@ -6,6 +6,7 @@ What has to come out is computed by the reference backend alone, from weights th
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,13 +19,17 @@ from finetune.backends import open_backend
 from finetune.backends.reference.session import ReferenceSession
 from finetune.chat.encoder import Encoder
 from finetune.config import ModelAndDataFacts, resolve
+from finetune.errors import ExportError, RefusedError
 from finetune.events import StepDone
 from finetune.export import blueprint, gguf_source
 from finetune.export.families import to_gguf_layout
+from finetune.export.gguf import plan_whole
+from finetune.export.import_gguf import import_gguf
 from finetune.export.merged_folder import plan_weights, write_merged
 from finetune.export.result import Result
 from finetune.export.sources import AdapterWeights
 from finetune.export.vocabulary import describe_vocabulary
+from finetune.export.write import write_gguf
 from finetune.files import make_folder
 from finetune.memory.forecast import PARTS, forecast_memory
 from finetune.memory.framework import framework_of
@@ -52,6 +57,7 @@ def result_handlers(trainer: OurSessions) -> dict[str, Handler]:
         "merge_as",
         "describe_export",
         "plan_export",
+        "import_back",
         "serving",
         "render_served",
         "estimate",
@@ -129,6 +135,17 @@ class _ResultHandlers:
             "metadata": dict(planned.metadata),
             "tensors": {tensor.name: list(tensor.shape) for tensor in planned.tensors},
         }
+
+    def import_back(self, model: str, settings: Given, outtype: str) -> Answer:
+        """`ft import` of the file that `ft export` writes of a model."""
+        if find_spec("gguf") is None:
+            raise UnsupportedError("reading GGUF needs the gguf extra")
+        folder, kind = self._trainer.new_folder(), cast("Any", outtype)
+        write_gguf(plan_whole(self._exportable(model, None), kind), folder / "model.gguf")
+        try:
+            return {"folder": str(import_gguf(folder / "model.gguf", output=folder / "back").path)}
+        except ExportError as error:  # its own checks leave no folder
+            raise RefusedError(error.message) from None
 
     def serving(self, model: str, settings: Given, license: str = "") -> Answer:
         """What `ft deploy --to ollama` sends and leaves, but for the file of weights."""
