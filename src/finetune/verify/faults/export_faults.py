@@ -40,7 +40,7 @@ def _not_permuted() -> None:
 @fault("A220c", "gguf.back_not_permuted", tier=2)
 def _back_not_permuted() -> None:
     """Queries and keys that are read from a file stay in llama.cpp's order."""
-    plant(import_gguf, "from_gguf_layout", lambda described, name, weight: weight)
+    plant(import_gguf, "from_gguf_layout", lambda right, described, name, weight: weight)
 
 
 @fault("A226b", "gguf.back_without_template", tier=2)
