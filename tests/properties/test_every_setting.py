@@ -159,7 +159,6 @@ def outcome(settings: dict[str, Any], places: dict[str, str], output: Path) -> A
     weights = next(item["sha256"] for item in record["artifacts"] if item["path"].endswith("adapter_model.safetensors"))
     record["artifacts"] = [weights, sorted(path.name for path in folder.glob("checkpoints/*")), kept]
     allowed = loaded.config.judge.allow_inconclusive
-    record["judging"].pop("seconds")
     record["exit code"] = exit_code(Outcome.INCONCLUSIVE, allow_inconclusive=allowed)  # were it inconclusive
     return json.loads(json.dumps(record))
 

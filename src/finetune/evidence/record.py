@@ -80,8 +80,10 @@ def run_record(
         "memory": asdict(evidence.memory) if evidence.memory else None,
         "reload": asdict(evidence.artifacts.reload) if evidence.artifacts and evidence.artifacts.reload else None,
         "timing": dict(run.timing),
-        "judging": {**asked.told(), "seconds": _judging_seconds(run, asked, seconds, tokens) if seconds else None},
-        "throughput": {"tokens_per_second": tokens / seconds} if seconds else None,
+        "judging": asked.told(),
+        "throughput": {"tokens_per_second": tokens / seconds, "judging": _judging_seconds(run, asked, seconds, tokens)}
+        if seconds
+        else None,
         "peak_rss_bytes": peak_rss(),
         "verdicts": [asdict(verdict) for verdict in verdicts],
         "advice": list(advise(evidence, verdicts, facts)),
