@@ -273,9 +273,7 @@ def _trainings(run: Run, session: Session, owner: Owner, kept: int, questions: S
     def control(rows: tuple[TokenizedRow, ...], steps: int) -> Scores | None:
         return _train_control(run, rows, steps, questions)
 
-    steps = [event for event in run.folder.read_events() if isinstance(event, StepDone)]
-    speed = sum(step.tokens for step in steps) / sum(step.seconds for step in steps)
-    return Trainings(kept, speed, store.steps(), control, tuned)
+    return Trainings(kept, store.steps(), control, tuned)
 
 
 def _train_control(

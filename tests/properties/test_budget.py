@@ -173,9 +173,11 @@ def test_control_that_does_not_fit_is_inconclusive_with_its_price(
     assert len(attached) == 1
     [verdict] = [one for one in ended(tmp_path / "run")["verdicts"] if one["id"] == "learning-control"]
     assert verdict["outcome"] == "inconclusive"
-    assert "it would take about" in verdict["reason"]
+    assert "it would cost " in verdict["reason"]
     assert "(judge.budget)" in verdict["reason"]
     assert ("had not yet learned" in verdict["reason"]) == bool(steps)
+    run(loaded, tmp_path / "again")  # the price is counted: another time, at another pace, the same is said
+    assert verdict in ended(tmp_path / "again")["verdicts"]
 
 
 def test_control_is_whole_where_it_fits_or_is_asked_for(model: Path, data: Path, tmp_path: Path) -> None:
@@ -207,15 +209,15 @@ def test_memory_is_never_measured_where_it_would_not_fit(
     """Full fine-tuning beyond the free memory, or measurements beyond the budget, are refused with their figures."""
     prepared = prepare(settings(model, data, judge__memory="always"))
     before: Any = type("Look", (), {"asked": what_to_ask(prepared)})
-    assert extra_runs.why_no_memory(prepared, before, 10.0, able=True) == ""
+    assert extra_runs.why_no_memory(prepared, before, able=True) == ""
     monkeypatch.setattr(extra_runs, "available_memory", lambda: 3 * 1024**2)
-    reason = extra_runs.why_no_memory(prepared, before, 10.0, able=True)
+    reason = extra_runs.why_no_memory(prepared, before, able=True)
     assert "3.00 MiB are free" in reason
     monkeypatch.setattr("finetune.evidence.budget.ABILITIES", {"reference": type("Able", (), {"memory": True})})
     dear = prepare(settings(model, data, judge__memory="auto", judge__budget=1e-3))
     before.asked = what_to_ask(dear)
-    reason = extra_runs.why_no_memory(dear, before, 10.0, able=True)
-    assert "it would take about" in reason
+    reason = extra_runs.why_no_memory(dear, before, able=True)
+    assert "it would cost " in reason
     assert "(judge.budget)" in reason
 
 

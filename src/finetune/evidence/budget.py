@@ -112,11 +112,12 @@ class Budget:
         """The price of a control of so many steps."""
         return steps * self.step + self.control_look
 
-    def too_dear(self, price: float, speed: float) -> str:
-        """Why something is not done, in seconds; `speed` is how many tokens this run trained on in one."""
+    def too_dear(self, price: float) -> str:
+        """Why something is not done: its price as a share of the training, which is the same on every machine."""
+        training = self.steps * self.step
         return (
-            f"it would take about {price / speed:.0f} s: judging may take {self.allowed / speed:.0f} s beside this "
-            f"training (judge.budget), and {self.left / speed:.0f} s of them are left"
+            f"it would cost {price / training:.1%} of what the training does: judging may cost "
+            f"{self.allowed / training:.1%} (judge.budget), and {self.left / training:.1%} are left"
         )
 
     def told(self) -> dict[str, Any]:

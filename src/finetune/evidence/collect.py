@@ -44,7 +44,7 @@ def collect_evidence(
     memory = None
     full_too = prepared.target is not None and not prepared.shape.quantized
     unable = frozenset() if full_too and run.backend.abilities.memory else frozenset({"memory"})
-    if reason := why_no_memory(prepared, before, trainings.speed, able=run.backend.abilities.memory):
+    if reason := why_no_memory(prepared, before, able=run.backend.abilities.memory):
         run.why["memory"] = reason
     else:
         with run.phase("measure memory", "LoRA and full fine-tuning, each in a fresh process"):

@@ -20,7 +20,6 @@ class Trainings:
 
     Attributes:
         kept: the step whose weights the run keeps.
-        speed: how many tokens it trained on in a second.
         checkpoints: the steps whose weights are on disk.
         control: gives the answers after so many of the run's steps on other rows; must be called even for no step,
             since the other processes wait for the number.
@@ -28,7 +27,6 @@ class Trainings:
     """
 
     kept: int
-    speed: float
     checkpoints: Sequence[int]
     control: Callable[[tuple[TokenizedRow, ...], int], Scores | None]
     tuned: Callable[[int], Scores | None]
@@ -62,7 +60,7 @@ def control_evidence(
     steps = kept
     if prepared.plan.config.judge.control == "auto" and budget.control_steps < kept:
         steps = max((step for step in trainings.checkpoints if step <= budget.control_steps), default=0)
-    dear = f"{budget.too_dear(budget.control(kept), trainings.speed)}; judge.control=always runs it all the same"
+    dear = f"{budget.too_dear(budget.control(kept))}; judge.control=always runs it all the same"
     if steps == 0:
         why["control"] = dear
     elif steps < kept:
@@ -74,7 +72,7 @@ def control_evidence(
     return ControlEvidence(scores, steps, tuned) if scores else None
 
 
-def why_no_memory(prepared: Prepared, before: Observation, speed: float, *, able: bool) -> str:
+def why_no_memory(prepared: Prepared, before: Observation, *, able: bool) -> str:
     """Why memory is not to be measured: it means nothing here, is too dear, or would not fit; empty where it is."""
     config, budget = prepared.plan.config, before.asked.budget
     if prepared.target is None:
@@ -86,7 +84,7 @@ def why_no_memory(prepared: Prepared, before: Observation, speed: float, *, able
     if config.judge.memory == "never":
         return "switched off (judge.memory=never)"
     if config.judge.memory == "auto" and not budget.memory_fits:
-        return f"{budget.too_dear(budget.memory, speed)}; judge.memory=always measures it all the same"
+        return f"{budget.too_dear(budget.memory)}; judge.memory=always measures it all the same"
     needs, have = full_needs(prepared), available_memory()
     if needs > have:
         return (
