@@ -142,14 +142,14 @@ def train_to_the_end(run: Run, session: Session, before: Observation, owner: Own
     """
     prepared, training = run.prepared, run.prepared.plan.config.training
     store = CheckpointStore(run.folder.checkpoints, pinned=_control_checkpoint(prepared, before))
-    done = load_newest(run, session, store, owner)
-    if training.packing:
+    if training.packing:  # before a checkpoint is loaded: the same is measured however often the run is resumed
         with run.phase("check packing", "rows that share a sequence must not see each other"):
             if (packed := packed_sample(prepared)) is not None:
                 sees = check_packing(session, packed, prepared.plan.config.model.dtype)
                 run.notes.append(
                     f"rows that share a sequence were computed apart, too: {sees:.2g} of their loss would have shown"
                 )
+    done = load_newest(run, session, store, owner)
     run.folder.rewind_events(done)
     if done:
         run.tell(RunResumed(done, tuple(store.changes(done, owner.told))))
