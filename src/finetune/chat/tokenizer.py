@@ -1,8 +1,10 @@
 """Loads a model's own tokenizer from its folder, without any ML framework."""
 
+import copy
 import hashlib
 import json
 import re
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +15,15 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
 
 
+_BEFORE = ("\n", "]", ":", ">", "a", "。")
+"""What a text may be put after, so that it is no beginning: the first that none of its characters merges with."""
+
+
 class FileTokenizer:
     """The tokenizer of one model folder: `tokenizer.json` (or `vocab.json` + `merges.txt`) and its settings.
 
-    Control tokens are recognised in markup only: in somebody's text they stay ordinary characters.
+    Control tokens are the special ones, and those that the chat template writes (`for_template`). They are recognised
+    in markup only: in somebody's text they stay ordinary characters.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -25,10 +32,11 @@ class FileTokenizer:
         model = _read_json(folder / "config.json")
         self._markup = _load(folder)
         self._content = _load(folder)
-        self._content.encode_special_tokens = True
-        added = self._markup.get_added_tokens_decoder()
-        self.control_tokens: tuple[str, ...] = tuple(token.content for token in added.values() if token.special)
-        self.bos = _token_text(settings.get("bos_token"), self._markup, model.get("bos_token_id"))
+        added = self._markup.get_added_tokens_decoder().values()
+        self._added = {token.content: token for token in added}
+        # Where the settings say that there is no begin-of-text token, the model's id for one is not asked.
+        none = "bos_token" in settings and settings["bos_token"] is None
+        self.bos = "" if none else _token_text(settings.get("bos_token"), self._markup, model.get("bos_token_id"))
         self.eos = _token_text(settings.get("eos_token"), self._markup, model.get("eos_token_id"))
         if not self.eos:
             raise ModelError(f"{folder}: the tokenizer has no end-of-text token", hint="set eos_token in its config")
@@ -41,8 +49,36 @@ class FileTokenizer:
         generation = _read_json(folder / "generation_config.json").get("eos_token_id", [])
         extra = generation if isinstance(generation, list) else [generation]
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([self.eos_id, *extra]))
-        ordered = sorted(self.control_tokens, key=len, reverse=True)
+        self._take_control([token.content for token in added if token.special])
+
+    def for_template(self, source: str) -> "FileTokenizer":
+        """The same tokenizer, for which every added token that this template writes is a control token, too."""
+        written = [token for token in self._added if token in source and token not in self.control_tokens]
+        if not written:
+            return self
+        other = copy.copy(self)
+        other._content = _load(self.folder)
+        other._take_control([*self.control_tokens, *written])
+        return other
+
+    def _take_control(self, tokens: Sequence[str]) -> None:
+        from tokenizers import AddedToken
+
+        self.control_tokens: tuple[str, ...] = tuple(tokens)
+        ordered = sorted(tokens, key=len, reverse=True)
         self._splitter = re.compile("|".join(map(re.escape, ordered)) if ordered else "(?!)")
+        # To the tokenizer of texts a control token is ordinary text. One that is meant goes by another name, which
+        # nobody can have written, and keeps the token's rules: what white space it takes with it, and the like.
+        secret = secrets.token_hex(8)
+        self._names = {token: f"\U0010fffd{secret}{place}\U0010fffd" for place, token in enumerate(tokens)}
+        self._content.encode_special_tokens = True
+        for token, name in self._names.items():
+            rules = {
+                rule: getattr(self._added[token], rule) for rule in ("single_word", "lstrip", "rstrip", "normalized")
+            }
+            self._content.add_special_tokens([AddedToken(token, special=True, **rules)])
+            self._content.add_tokens([AddedToken(name, special=False, **rules)])
+        self._meant = {self._content.token_to_id(name): self._known(token) for token, name in self._names.items()}
 
     def encode_markup(self, text: str) -> list[int]:
         """Ids of template text: control tokens in it become their ids."""
@@ -52,14 +88,28 @@ class FileTokenizer:
         """Ids of somebody's text: what looks like a control token stays ordinary text."""
         return list(self._content.encode(text, add_special_tokens=False).ids)
 
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """As `encode_content` for each text, on all cores."""
-        return [encoding.ids for encoding in self._content.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def name_of(self, token: str) -> str:
+        """What a control token that is meant is called in a text for `encode_spans`."""
+        return self._names[token]
 
-    def encode_many_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """As `encode_many`, with the (start, end) characters that each id covers."""
+    def meant(self, number: int) -> int | None:
+        """The id of the control token that an id of `encode_spans` stands for."""
+        return self._meant.get(number)
+
+    def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """The ids of each text on all cores, with the (start, end) characters that each covers; see `name_of`."""
         encodings = self._content.encode_batch(list(texts), add_special_tokens=False)
         return [(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    def encode_rest(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As `encode_spans` of one text that goes on: without the space that some tokenizers put before a beginning."""
+        if self._content.encode("a", add_special_tokens=False).tokens[0][0] in "▁Ġ":
+            for before in _BEFORE:
+                ids, spans = self.encode_spans([before + text])[0]
+                first = sum(end <= 1 for _, end in spans)
+                if ids[:first] == self._content.encode(before, add_special_tokens=False).ids:
+                    return ids[first:], [(start - 1, end - 1) for start, end in spans[first:]]
+        return self.encode_spans([text])[0]
 
     def split_control(self, text: str) -> list[str]:
         """Markup cut at its control tokens: even places are ordinary text, odd places control tokens."""
@@ -93,7 +143,7 @@ class FileTokenizer:
         """A hash that two tokenizers share only when they make the same ids of every text."""
         import tokenizers
 
-        parts = (tokenizers.__version__, self._markup.to_str(), self.adds_bos, self.bos_id)
+        parts = (tokenizers.__version__, self._markup.to_str(), self.control_tokens, self.adds_bos, self.bos_id)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _known(self, token: str) -> int:
