@@ -1,11 +1,12 @@
 """Turns rendered rows into token ids, each with a mark that says what may happen to it."""
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from finetune.chat.tokenizer import FileTokenizer
+from finetune.chat.tokenizer import FileTokenizer, Spans
+from finetune.errors import TemplateError
 from finetune.records import Rendered, TokenizedRow
 
 KEPT, REMOVABLE, TRAINED = range(3)
@@ -72,6 +73,7 @@ class _Laid:
     """Where each control token begins, and its mark."""
     answer: int
     """Where the last answer begins; 0 where there is none."""
+    where: str
 
     @property
     def asked(self) -> int:
@@ -102,59 +104,62 @@ def _lay_out(row: Rendered, tokenizer: FileTokenizer) -> _Laid:
             parts.append(piece)
             at += len(piece)
         stretches.append((at, mark))
-    return _Laid("".join(parts), tuple(stretches), tuple(controls), answer)
+    return _Laid("".join(parts), tuple(stretches), tuple(controls), answer, row.where)
 
 
-_Encoded = tuple[list[int], list[tuple[int, int]]]
-"""Ids, and the (start, end) characters that each covers."""
-
-
-def _marked(
-    laid: _Laid, whole: _Encoded, question: _Encoded | None, tokenizer: FileTokenizer
-) -> tuple[list[int], bytes]:
+def _marked(laid: _Laid, whole: Spans, question: Spans | None, tokenizer: FileTokenizer) -> tuple[list[int], bytes]:
     """Ids and marks of a row."""
-    ids, spans = whole
+    ids, span = whole
+    controls = tokenizer.meant(ids)
+    if len(controls) != len(laid.controls):
+        raise TemplateError(
+            f"{laid.where}: a control token of the template is none to the tokenizer where it stands, beside a letter",
+            hint="choose another template: this tokenizer has the rule single_word for its tokens",
+        )
     if question:
         # The question begins at a control token or with the text: there it begins in the whole, too.
-        controls = [place for place, token in enumerate(ids) if tokenizer.meant(token) is not None]
-        first = controls[laid.asked - 1] if laid.asked else 0
+        first = controls[laid.asked - 1][0] if laid.asked else 0
         if ids[first : first + len(question[0])] != question[0]:
-            start = laid.answer - len(laid.question)
-            rest, ends = tokenizer.encode_rest(laid.text[laid.answer :])
-            ids = [*ids[:first], *question[0], *rest]
-            spans = [
-                *spans[:first],
-                *((start + a, start + b) for a, b in question[1]),
-                *((laid.answer + a, laid.answer + b) for a, b in ends),
+            pieces = [
+                ((ids[:first], span), 0),
+                (question, laid.answer - len(laid.question)),
+                (tokenizer.encode_rest(laid.text[laid.answer :]), laid.answer),
             ]
-    marks = _marks(laid, spans)
-    of_controls = iter(laid.controls)
-    for place, token in enumerate(ids):
-        meant = tokenizer.meant(token)
-        if meant is not None:
-            # It may have taken white space of its neighbours with it: its mark is its own all the same.
-            ids[place], marks[place] = meant, next(of_controls)[1]
+            ids, span = _joined(pieces)
+            controls = tokenizer.meant(ids)
+    marks = _marks(laid, len(ids), span)
+    for (place, token), (_, mark) in zip(controls, laid.controls, strict=True):
+        # It may have taken white space of its neighbours with it: its mark is its own all the same.
+        ids[place], marks[place] = token, mark
     return ids, bytes(marks)
 
 
-def _marks(laid: _Laid, spans: Sequence[tuple[int, int]]) -> bytearray:
+def _joined(pieces: Sequence[tuple[Spans, int]]) -> Spans:
+    """Pieces of one text, each with its ids and where it begins, as one."""
+    ids: list[int] = []
+    spans: list[tuple[int, int]] = []
+    for (some, span), at in pieces:
+        ids += some
+        spans += [(at + start, at + end) for start, end in map(span, range(len(some)))]
+    return ids, spans.__getitem__
+
+
+def _marks(laid: _Laid, count: int, span: Callable[[int], tuple[int, int]]) -> bytearray:
     """The mark of each token.
 
     KEPT < REMOVABLE < TRAINED: a token over several stretches takes the most careful mark, so that no token that covers
     markup is cut, and none that covers a prompt is trained. One of no characters takes its place's.
     """
-    marks = bytearray(len(spans))
-    starts = [start for start, _ in spans]
-    done = 0
-    for number, (end, mark) in enumerate(laid.stretches):
-        last = number == len(laid.stretches) - 1
-        up_to = len(spans) if last else bisect_left(starts, end, done)
+    marks = bytearray(count)
+    done = begin = 0
+    for end, mark in laid.stretches:
+        last = end == len(laid.text)
+        up_to = count if last else bisect_left(range(count), end, done, key=lambda place: span(place)[0])
         marks[done:up_to] = bytes([mark]) * (up_to - done)
         # Those of earlier stretches that reach into this one.
-        begin = laid.stretches[number - 1][0] if number else 0
         for place in range(done - 1, -1, -1):
-            if spans[place][1] <= begin:
+            if span(place)[1] <= begin:
                 break
             marks[place] = min(marks[place], mark)
-        done = up_to
+        done, begin = up_to, end
     return marks

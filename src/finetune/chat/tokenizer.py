@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,9 @@ from finetune.errors import ModelError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
 
+
+Spans = tuple[list[int], Callable[[int], tuple[int, int]]]
+"""Ids, and for the place of each the (start, end) characters that it covers."""
 
 _BEFORE = ("\n", "]", ":", ">", "a", "。")
 """What a text may be put after, so that it is no beginning: the first that none of its characters merges with."""
@@ -92,23 +95,26 @@ class FileTokenizer:
         """What a control token that is meant is called in a text for `encode_spans`."""
         return self._names[token]
 
-    def meant(self, number: int) -> int | None:
-        """The id of the control token that an id of `encode_spans` stands for."""
-        return self._meant.get(number)
+    def meant(self, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """The places in ids of `encode_spans` where a control token is meant, and its id."""
+        # Names were added last, so their ids are the highest.
+        least = min(self._meant, default=len(self))
+        return [(place, self._meant[number]) for place, number in enumerate(ids) if number >= least]
 
-    def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """The ids of each text on all cores, with the (start, end) characters that each covers; see `name_of`."""
+    def encode_spans(self, texts: Sequence[str]) -> list[Spans]:
+        """The ids of each text, all texts at once on all cores; see `name_of`."""
         encodings = self._content.encode_batch(list(texts), add_special_tokens=False)
-        return [(encoding.ids, encoding.offsets) for encoding in encodings]
+        return [(encoding.ids, encoding.token_to_chars) for encoding in encodings]
 
-    def encode_rest(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_rest(self, text: str) -> Spans:
         """As `encode_spans` of one text that goes on: without the space that some tokenizers put before a beginning."""
         if self._content.encode("a", add_special_tokens=False).tokens[0][0] in "▁Ġ":
             for before in _BEFORE:
-                ids, spans = self.encode_spans([before + text])[0]
-                first = sum(end <= 1 for _, end in spans)
-                if ids[:first] == self._content.encode(before, add_special_tokens=False).ids:
-                    return ids[first:], [(start - 1, end - 1) for start, end in spans[first:]]
+                found = self._content.encode(before + text, add_special_tokens=False)
+                first = sum(end <= 1 for _, end in found.offsets)
+                if found.ids[:first] == self._content.encode(before, add_special_tokens=False).ids:
+                    spans = [(start - 1, end - 1) for start, end in found.offsets[first:]]
+                    return found.ids[first:], spans.__getitem__
         return self.encode_spans([text])[0]
 
     def split_control(self, text: str) -> list[str]:
