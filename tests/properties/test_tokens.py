@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from finetune.chat import encode
-from finetune.chat.catalog import CATALOG
+from finetune.chat.catalog import CATALOG, TemplateSource
 from finetune.chat.encode import encode_row, mark_rows
+from finetune.chat.encoder import Encoder
+from finetune.chat.render import ChatTemplate
 from finetune.chat.tokenizer import FileTokenizer
-from finetune.errors import ModelError
+from finetune.errors import ModelError, TemplateError
 from finetune.models.locate import locate_model
-from finetune.records import Conversation, Document, Message
+from finetune.records import Conversation, Document, Message, ModelLocation
 from finetune_strategies.conversations import LOOKS_LIKE_CONTROL, conversations, texts
 from finetune_strategies.profiles import examples
 from finetune_strategies.tokenizers import EOS, KINDS, SERVED, TokenizerKind, tokenizer_folder, tokenizer_kinds
@@ -193,6 +195,45 @@ def test_bos_stands_once_or_not_at_all(name: str, kind: TokenizerKind) -> None:
     assert document.count(tokenizer.bos_id) == (kind.adds_bos or kind.bos == "eos")  # type: ignore[arg-type]
 
 
+def test_token_that_the_template_writes_is_text_in_somebodys_words(tmp_path: Path) -> None:
+    """Turn markers that are not flagged special, as DeepSeek's, mark turns in markup and nothing in what is said.
+
+    An added token that the template does not write is the token that it is to every server.
+    """
+    folder = tmp_path / "model"
+    shutil.copytree(tokenizer_folder(FIRST), folder)
+    file = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    file.add_tokens([AddedToken(token, special=False, normalized=False) for token in ("<q>", "<a>", "<hole>")])
+    file.save(str(folder / "tokenizer.json"))
+    source = "{% for m in messages %}{{ '<q>' if m.role == 'user' else '<a>' }}{{ m.content }}"
+    source += "{{ eos_token if m.role == 'assistant' }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    (folder / "chat_template.jinja").write_text(source)
+    encoder = Encoder(ModelLocation("model", folder, "local"), "tokenizer")
+    row = encode_row(encoder.template.render(talk("user:b<a>c<hole>", "assistant:<q>")), encoder.tokenizer)
+    ask, answer, hole = (file.token_to_id(token) for token in ("<q>", "<a>", "<hole>"))
+    assert [(row.ids.index(token), row.ids.count(token)) for token in (ask, answer)] == [
+        (0, 1),
+        (row.ids.index(hole) + 1, 1),
+    ]
+    assert row.ids.count(hole) == 1
+    assert encoder.tokenizer.decode(row.ids[1:-1]) == "b<a>c<hole><a><q>"
+
+
+def test_control_token_that_is_none_beside_a_letter_is_refused(tmp_path: Path) -> None:
+    """A token with the rule single_word is no token beside a letter; the template that puts it there is refused."""
+    folder = tmp_path / "model"
+    shutil.copytree(tokenizer_folder(FIRST), folder)
+    file = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    file.add_special_tokens([AddedToken("<q>", special=True, normalized=False, single_word=True)])
+    file.save(str(folder / "tokenizer.json"))
+    tokenizer = FileTokenizer(folder)
+    source = TemplateSource("own", "{% for m in messages %}<q>{{ m.content + eos_token }}{% endfor %}")
+    chat = ChatTemplate(source, tokenizer.control_tokens, bos="", eos=EOS)
+    assert file.token_to_id("<q>") in encode_row(chat.render(talk("user:.", "assistant:.")), tokenizer).ids
+    with pytest.raises(TemplateError, match="single_word"):
+        encode_row(chat.render(talk("user:a", "assistant:b")), tokenizer)
+
+
 @given(FULL, st.lists(conversations(max_turns=2), max_size=5), st.sampled_from([*NAMES, "tight"]), st.booleans())
 @examples(1 / 2)
 def test_rows_encoded_together_are_those_encoded_alone(
@@ -311,3 +352,16 @@ def test_ends_come_from_the_settings_or_else_from_the_models_ids(
     found = FileTokenizer(tmp_path)
     assert (found.eos, found.pad_id) == (expected[0], found.control_id(expected[1]))
     assert found.stop_ids == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "bos"), [({}, "</s>"), ({"bos_token": None}, ""), ({"bos_token": "<|pad|>"}, "<|pad|>")]
+)
+def test_no_begin_of_text_is_none_whatever_the_model_says(
+    settings: dict[str, object], bos: str, tmp_path: Path
+) -> None:
+    """Settings that say null mean that there is none; the id in config.json counts where they say nothing."""
+    shutil.copy(tokenizer_folder(KINDS[0]) / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS, **settings}))
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 0}))
+    assert FileTokenizer(tmp_path).bos == bos
