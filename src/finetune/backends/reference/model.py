@@ -9,6 +9,7 @@ Source: `modeling_llama.py` of Hugging Face transformers, whose parts in float32
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -156,8 +157,8 @@ class ReferencePass:
                 k, v = (np.concatenate(pair, axis=2) for pair in zip(self.cache[path], (k, v), strict=True))
             self.cache[path] = k, v
         temperature = self.shape.head_dim**-0.5
-        scores = np.where(positions.seen, q @ k.swapaxes(2, 3) * temperature, -np.inf)
-        chance = softmax(scores)  # (r, k, g x n, m)
+        scores = q @ k.swapaxes(2, 3) * temperature
+        chance = softmax(scores, positions.seen)  # (r, k, g x n, m)
         mixed = (chance @ v).reshape(rows, -1, tokens, self.shape.head_dim)
         y, o_back = self.linear(f"{path}.o_proj", _joined(mixed))
 
@@ -197,13 +198,12 @@ class ReferencePass:
         (rows, tokens), width = starts.shape, self.shape.head_dim
         past = next(iter(self.cache.values()))[0].shape[2] if self.cache else 0
         places = past + np.arange(tokens)
-        frequencies = self.shape.rope_theta ** -(np.arange(0, width, 2, dtype=np.float64) / width)
-        angles = (places - starts)[:, None, :, None] * frequencies
+        table = _turns(1 << (past + tokens).bit_length(), width, self.shape.rope_theta)
+        cos, sin = (part[places - starts][:, None].astype(dtype, copy=False) for part in table)
         keys = np.arange(past + tokens)
         seen = (keys <= places[:, None]) & (keys >= starts[:, :, None])
         group = self.shape.num_attention_heads // self.shape.num_key_value_heads
-        turns = np.cos(angles).astype(dtype, copy=False), np.sin(angles).astype(dtype, copy=False)
-        return Positions(rows, tokens, past, turns, np.tile(seen, (1, group, 1))[:, None])
+        return Positions(rows, tokens, past, (cos, sin), np.tile(seen, (1, group, 1))[:, None])
 
     def _dropout(self, shape: tuple[int, ...], rate: float) -> Array | None:
         """What to multiply with: 0 with probability `rate`, else 1 / (1 - rate); None when nothing is dropped."""
@@ -218,9 +218,11 @@ class ReferencePass:
         self.gradients[name] = self.gradients[name] + gradient if name in self.gradients else gradient
 
 
-def softmax(scores: Array) -> Array:
-    """Each last axis as probabilities; -inf becomes 0."""
-    raised: Array = np.exp(scores - scores.max(axis=-1, keepdims=True))
+def softmax(scores: Array, seen: NDArray[np.bool_]) -> Array:
+    """Each last axis as probabilities, 0 where `seen` is not; `scores` are used up."""
+    np.copyto(scores, -np.inf, where=~seen)
+    scores -= scores.max(axis=-1, keepdims=True)
+    raised = np.exp(scores, where=seen, out=np.zeros_like(scores))  # an exponential costs more than all else here
     raised /= raised.sum(axis=-1, keepdims=True)
     return raised
 
@@ -248,6 +250,13 @@ def cross_entropy(logits: Array, targets: NDArray[np.int64], smoothing: float = 
     chance[right] -= 1 - smoothing
     chance -= smoothing / logits.shape[-1]
     return missed - (1 - smoothing) * shifted[right] - smoothing * shifted.mean(axis=-1), chance
+
+
+@lru_cache(maxsize=8)
+def _turns(length: int, width: int, theta: float) -> tuple[Array, Array]:
+    """Cosine and sine (length, d/2) of every angle up to a length; most trips ask for the same."""
+    angles = np.arange(length)[:, None] * theta ** -(np.arange(0, width, 2, dtype=np.float64) / width)
+    return np.cos(angles), np.sin(angles)
 
 
 def _rotated(x: Array, angles: tuple[Array, Array]) -> Array:
