@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,18 @@ def _most_resident(whose: str) -> int | None:
         return None
     peak: int = resource.getrusage(getattr(resource, whose)).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process holds now."""
+    return int(_process(os.getpid()).memory_info().rss)
+
+
+@cache
+def _process(number: int) -> Any:
+    import psutil
+
+    return psutil.Process(number)
 
 
 def available_memory() -> int:

@@ -307,7 +307,7 @@ def fits(pattern: str, path: str) -> bool:
 
 
 def _first_fitting(patterns: Mapping[str, T], path: str, otherwise: T) -> T:
-    return next((value for pattern, value in patterns.items() if fits(pattern, path)), otherwise)
+    return next((of for pattern, of in patterns.items() if fits(pattern, path)), otherwise) if patterns else otherwise
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from finetune.ports import Backend
-from finetune.processes import peak_rss, restart_peak
+from finetune.processes import peak_rss, resident_memory, restart_peak
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, TokenizedRow
 
 _STEPS = 3
@@ -43,7 +41,7 @@ def run_probe(open_backend: Callable[[], Backend], probe: Probe) -> None:
     """Read one request from standard input, measure, print one JSON object."""
     request = json.load(sys.stdin)
     probe.warm_up()
-    framework = psutil.Process().memory_info().rss
+    framework = resident_memory()
     if request["method"] == "framework":
         json.dump({"framework_rss": framework}, sys.stdout)
         return

@@ -19,6 +19,7 @@ _HEAD = "# The plan of a FineTune run, format "
 _ORIGINS: dict[str, Origin] = {word: word for word in get_args(Origin)}
 # What YAML counts as a line break, so that its line numbers fit.
 _LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _ORIGIN_COMMENT = re.compile(rf"  # ({'|'.join(_ORIGINS)})$")
 
 
@@ -70,7 +71,7 @@ def yaml_line(name: str, value: object) -> str:
         return f"{name}: {json.dumps(value)}"
     flow = None if isinstance(value, list | dict) else False
     # Sorted, the patterns of a mapping would mean something else: the first that fits counts.
-    text: str = yaml.safe_dump(
-        {name: value}, default_flow_style=flow, allow_unicode=True, width=float("inf"), sort_keys=False
+    text: str = yaml.dump(
+        {name: value}, Dumper=_DUMPER, default_flow_style=flow, allow_unicode=True, width=2**31 - 1, sort_keys=False
     )
     return text.rstrip("\n")

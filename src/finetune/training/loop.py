@@ -9,6 +9,7 @@ from finetune.errors import NonFiniteError
 from finetune.events import Event, FirstGradients, HeldOutLoss, StepDone
 from finetune.objectives.cross_entropy import CROSS_ENTROPY
 from finetune.ports import Objective, Session
+from finetune.processes import resident_memory
 from finetune.records import Batch, TokenizedRow
 from finetune.training.schedule import Schedule, learning_rate_at
 
@@ -82,8 +83,6 @@ def training_step(
     session: Session, window: Sequence[Batch], plan: LoopPlan, step: int, epoch: float
 ) -> Iterator[Event]:
     """One optimizer step over the batches of a window, and what it tells."""
-    import psutil
-
     started = time.perf_counter()
     units = sum(plan.objective.units(batch) for batch in window)
     total = 0.0
@@ -112,7 +111,7 @@ def training_step(
         tokens=sum(batch.token_count for batch in window),
         trained_tokens=sum(batch.target_count for batch in window),
         seconds=time.perf_counter() - started,
-        rss=psutil.Process().memory_info().rss,
+        rss=resident_memory(),
     )
 
 

@@ -1,14 +1,12 @@
 """Says of a run whose memory ran out what it was expected to take, and what to lower to which value."""
 
-import psutil
-
 from finetune.data.batches import epoch_batches
 from finetune.errors import OutOfMemoryError
 from finetune.memory.advise import say_size, ways_to_fit
 from finetune.memory.forecast import Forecast, forecast_memory
 from finetune.memory.framework import FRAMEWORKS
 from finetune.memory.load import StepLoad, load_of
-from finetune.processes import available_memory
+from finetune.processes import available_memory, resident_memory
 from finetune.training.prepare import Prepared, pack_length
 
 _HINT = "lower training.batch_size (and raise training.gradient_accumulation_steps), or lower tokens.max_length"
@@ -51,4 +49,4 @@ def with_estimate(error: OutOfMemoryError | MemoryError, prepared: Prepared, kep
 
 def _within_reach() -> int:
     """Bytes that the machine could give this process: what it holds, and what is free."""
-    return available_memory() + psutil.Process().memory_info().rss
+    return available_memory() + resident_memory()
