@@ -8,8 +8,6 @@ from unittest.mock import patch
 
 import pytest
 
-from support.workplace import make_data, make_model
-
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_the_disk() -> Iterator[None]:
@@ -21,21 +19,21 @@ def no_waiting_for_the_disk() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model; nobody changes it."""
+    from support.workplace import make_model  # not above: the process that hands out tests reads this file, too
+
     return make_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eleven rows: no multiple of any batch size used here; nobody changes them."""
+    from support.workplace import make_data
+
     return make_data(tmp_path_factory.mktemp("data") / "rows.jsonl", 11)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_search_through_everything() -> Iterator[None]:
+def no_search_through_everything() -> None:
     """What was imported stays, and little of the rest is garbage: looking for it, again and again, took a tenth."""
-    young, middle, old = gc.get_threshold()
     gc.freeze()
-    gc.set_threshold(50_000, middle, 1_000)
-    yield
-    gc.set_threshold(young, middle, old)
-    gc.unfreeze()
+    gc.set_threshold(50_000, gc.get_threshold()[1], 1_000)
