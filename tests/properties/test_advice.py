@@ -100,33 +100,23 @@ def test_illness_gets_its_advice(illness: str) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model, exact and open rows, and a model that knows the exact ones."""
+    """A tiny model, exact and open rows."""
     folder = tmp_path_factory.mktemp("ill")
     make_model(folder / "model")
     make_data(folder / "exact.jsonl", 12)
     rows = [{"prompt": f"of {n}", "completion": " ".join(f"{n}{k}" for k in range(9))} for n in range(12)]
     (folder / "open.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    knowing = {"adapter__kind": "full", "adapter__rank": 8, "training__epochs": 60.0, "training__learning_rate": 0.03}
-    with without_reload_check():
-        fine_tune(settings(folder / "model", folder / "exact.jsonl", **knowing), output=folder / "knowing")
     return folder
 
 
-RUNS: dict[str, tuple[str, str, dict[str, Any], str]] = {
-    "rows dropped": ("model", "exact", {"tokens__max_length": 64}, "rows were dropped"),
-    "no held-out rows": ("model", "open", {"training__epochs": 1.0}, "0 unseen rows were held out"),
-    "too few steps": ("model", "open", {"training__max_steps": 2}, "in 2 steps: train longer"),
+RUNS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "rows dropped": ("exact", {"tokens__max_length": 48}, "rows were dropped"),
+    "no held-out rows": ("open", {"training__epochs": 1.0}, "0 unseen rows were held out"),
+    "too few steps": ("open", {"training__max_steps": 2}, "in 2 steps: train longer"),
     "rate too low": (
-        "model",
         "open",
-        {"training__learning_rate": 1e-6, "training__epochs": 10.0},
+        {"training__learning_rate": 1e-6, "training__max_steps": 2},
         "raise training.learning_rate (it is 1e-06; 0.005 is usual for this size)",
-    ),
-    "known before": (
-        "knowing/model",
-        "exact",
-        {"training__epochs": 1.0},
-        "of these rows right already: there is little to learn",
     ),
 }
 
@@ -134,7 +124,7 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], str]] = {
 @pytest.mark.parametrize("illness", RUNS)
 def test_run_with_the_illness_is_told(place: Path, tmp_path: Path, illness: str) -> None:
     """A run that was made ill on purpose is advised so, in its run.json."""
-    model, data, changes, words = RUNS[illness]
+    data, changes, words = RUNS[illness]
     with without_reload_check():
-        _, record = fine_tune(settings(place / model, place / f"{data}.jsonl", **changes), output=tmp_path / "run")
+        _, record = fine_tune(settings(place / "model", place / f"{data}.jsonl", **changes), output=tmp_path / "run")
     assert any(words in each for each in record["advice"]), record["advice"]

@@ -11,7 +11,6 @@ from typing import Any
 from unittest.mock import patch
 
 from finetune.backends import open_backend
-from finetune.chat.sandbox import compile_template
 from finetune.config import LoadedConfig, load_config, load_plan
 from finetune.events import Event, TrackerOpened
 from finetune.records import Reload
@@ -37,7 +36,7 @@ OWN_TEMPLATE = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-_version, _compiled = cache(version), cache(compile_template)
+_version = cache(version)
 QUICK: dict[str, Any] = {
     "backend": "reference",
     "template.name": "chatml",
@@ -64,7 +63,7 @@ def make_model(folder: Path, *, kind: TokenizerKind = KINDS[0], seed: int = 0) -
 
 def make_data(path: Path, count: int) -> Path:
     """Questions of very unequal lengths, each with a short answer."""
-    rows = [{"prompt": f"{path.stem} {'word ' * (4 * index % 29)}", "completion": f"{index}"} for index in range(count)]
+    rows = [{"prompt": f"{path.stem} {'word ' * (2 * index % 15)}", "completion": f"{index}"} for index in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -85,13 +84,13 @@ def without_charts() -> Any:
 def without_reload_check() -> Iterator[None]:
     """Within this context no fresh process loads the saved adapter and no chart is drawn: both have their own laws.
 
-    What is the same for all runs is made once: the versions of libraries, and a template's Python.
+    The versions of libraries, the same for all runs, are read once, and how fast this machine is, in a moment.
     """
     with (
         patch("finetune.evidence.observe.check_reload", lambda *given, **named: Reload(8, 10, 0, 1, 1e-5, 1.6e-4)),
         without_charts(),
         patch("finetune.evidence.record.version", _version),
-        patch("finetune.chat.render.compile_template", _compiled),
+        patch("finetune.evidence.forecast._MEASURED_SECONDS", 0.01),
     ):
         yield
 
