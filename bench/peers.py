@@ -37,9 +37,12 @@ def peer_python(peer: str) -> Path:
 
 
 def converter() -> Path:
-    """The folder of llama.cpp's `convert_hf_to_gguf.py`, from the source archive of llama-cpp-python."""
+    """The folder of llama.cpp's `convert_hf_to_gguf.py`, from the source archive of llama-cpp-python.
+
+    The chat templates that llama.cpp is tested on lie in it, too.
+    """
     folder = PEERS / "llama.cpp"
-    if not folder.exists():
+    if not (folder / "models" / "templates").exists():
         print("getting llama.cpp's converter (once)", file=sys.stderr)
         PEERS.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=PEERS) as name:
@@ -51,13 +54,15 @@ def converter() -> Path:
             with tarfile.open(archive) as files:
                 files.extractall(name, [file for file in files if _is_of_converter(file.name)], filter="data")
             [found] = Path(name).glob("*/vendor/llama.cpp")
+            if folder.exists():  # an older one, without templates
+                shutil.rmtree(folder)
             shutil.move(found, folder)
     return folder
 
 
 def _is_of_converter(name: str) -> bool:
     below = name.partition("/vendor/llama.cpp/")[2]
-    return below == "convert_hf_to_gguf.py" or below.startswith(("conversion/", "gguf-py/gguf/"))
+    return below == "convert_hf_to_gguf.py" or below.startswith(("conversion/", "gguf-py/gguf/", "models/templates/"))
 
 
 def fast_blas() -> dict[str, str]:

@@ -37,12 +37,17 @@ class TokenizerKind:
 
     `bos`: no such token; one that the tokenizer puts in front (by its post-processor or by its setting); one that
     only templates write; or, as in GPT-2, one that is the end-of-text token as well.
+    `pieces`: bytes, as in GPT-2; words after a space that is put before every stretch of text, as in Llama 2
+    (`every`), or before a text's beginning (`first`), bytes only for what has no piece.
+    `takes`: on which side control tokens take white space with them, as Phi-3's do.
     """
 
     bos: Literal["none", "processor", "setting", "template", "eos"] = "none"
     pad: Literal["own", "eos", "none"] = "own"
     chatml: bool = True
     llama3: bool = True
+    pieces: Literal["bytes", "every", "first"] = "bytes"
+    takes: Literal["nothing", "lstrip", "rstrip"] = "nothing"
 
     @property
     def bos_token(self) -> str:
@@ -73,6 +78,15 @@ KINDS = (
     TokenizerKind("template", "own", chatml=False, llama3=False),
     TokenizerKind("eos", "eos"),
 )
+SERVED = (
+    KINDS[0],
+    TokenizerKind("processor", "own", pieces="every"),
+    TokenizerKind("processor", "own", pieces="first"),
+    TokenizerKind("template", "own", pieces="every", takes="rstrip"),
+    TokenizerKind("none", "own", takes="rstrip"),
+    TokenizerKind("none", "own", takes="lstrip"),
+)
+"""One of each way to cut a text into pieces, as the models in use have them."""
 
 
 def tokenizer_kinds() -> st.SearchStrategy[TokenizerKind]:
@@ -93,18 +107,31 @@ def _root() -> Path:
 @cache
 def tokenizer_folder(kind: TokenizerKind) -> Path:
     """A folder with tokenizer.json, tokenizer_config.json and config.json; made once a process, never to be changed."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    if kind.pieces == "bytes":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        prefix: Any = {"every": "always", "first": "first"}[kind.pieces]
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix)
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
     trainer = trainers.BpeTrainer(
         vocab_size=256 + len(kind.control_tokens) + 101,
         special_tokens=list(kind.control_tokens),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()) if kind.pieces == "bytes" else [],
         show_progress=False,
     )
     tokenizer.train_from_iterator([text for text in _CORPUS for _ in range(3)], trainer)
+    if kind.pieces != "bytes":
+        tokenizer = _with_bytes(tokenizer)
+    if kind.takes != "nothing":
+        rules = {"lstrip": kind.takes == "lstrip", "rstrip": kind.takes == "rstrip"}
+        taking = [AddedToken(token, special=True, normalized=False, **rules) for token in kind.control_tokens[1:]]
+        tokenizer.add_special_tokens(taking)
     if kind.bos == "processor":
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{kind.bos_token} $A", special_tokens=[(kind.bos_token, tokenizer.token_to_id(kind.bos_token))]
@@ -123,3 +150,12 @@ def tokenizer_folder(kind: TokenizerKind) -> Path:
     config = {"model_type": "llama", "vocab_size": tokenizer.get_vocab_size()}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
+
+
+def _with_bytes(tokenizer: Any) -> Any:
+    """The same tokenizer, which spells what it has no piece for in bytes."""
+    described = json.loads(tokenizer.to_str())
+    model = described["model"]
+    model["vocab"] |= {f"<0x{byte:02X}>": len(model["vocab"]) + byte for byte in range(256)}
+    model["byte_fallback"] = True
+    return type(tokenizer).from_str(json.dumps(described))

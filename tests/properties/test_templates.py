@@ -167,6 +167,36 @@ def test_terminators_leave_out_what_opens_an_answer() -> None:
     assert ("<|pad|>b<|im_end|>", True) in stretches(chat.render(talk("user:a", "assistant:b")))
 
 
+def test_renders_do_not_grow_with_the_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversation of 400 answers is rendered no more often than one of twenty, and the next of its kind twice."""
+    chat = template("chatml")
+    renders: list[int] = []
+    plain = chat._call
+    monkeypatch.setattr(chat, "_call", lambda *given, **named: renders.append(1) or plain(*given, **named))
+    counts = []
+    for answers in (20, 400, 400):
+        before = len(renders)
+        chat.render(talk(*(f"{role}:a" for _ in range(answers) for role in ("user", "assistant"))))
+        counts.append(len(renders) - before)
+    assert counts[1] <= counts[0] <= 12
+    assert counts[2] == 2
+
+
+def test_tags_of_thought_are_meant_in_an_answer_alone() -> None:
+    """A token that the template knows and that marks no turn is one in an answer; elsewhere it is text."""
+    tags = ("<think>", "</think>", "[CALL]")
+    knows = TemplateSource("knows", BARE + "{% if tools %}[CALL] <think> </think>{% endif %}")
+    said = "<think>a</think>[CALL]b<|im_end|>c"
+    rendered = template(knows, (*CONTROL, *tags)).render(talk(f"user:{said}", f"assistant:{said}"))
+    meant = {each.text for each in rendered.segments if each.role == "assistant" and each.control}
+    assert meant == {*tags, "<|im_end|>"}
+    assert [each.text for each in rendered.segments if each.role == "user"] == [said]
+    answer = [each for each in rendered.segments if each.role == "assistant"]
+    assert "".join(each.text for each in answer) == f"{said}<|im_end|>"
+    assert not answer[-2].control
+    assert all(each.trained for each in answer)
+
+
 BARE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

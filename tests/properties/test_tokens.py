@@ -7,17 +7,20 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer
 
 from finetune.chat import encode
-from finetune.chat.catalog import CATALOG
+from finetune.chat.catalog import CATALOG, TemplateSource
 from finetune.chat.encode import encode_row, mark_rows
+from finetune.chat.encoder import Encoder
+from finetune.chat.render import ChatTemplate
 from finetune.chat.tokenizer import FileTokenizer
-from finetune.errors import ModelError
+from finetune.errors import ModelError, TemplateError
 from finetune.models.locate import locate_model
-from finetune.records import Conversation, Document, Message
+from finetune.records import Conversation, Document, Message, ModelLocation
 from finetune_strategies.conversations import LOOKS_LIKE_CONTROL, conversations, texts
 from finetune_strategies.profiles import examples
-from finetune_strategies.tokenizers import EOS, KINDS, TokenizerKind, tokenizer_folder, tokenizer_kinds
+from finetune_strategies.tokenizers import EOS, KINDS, SERVED, TokenizerKind, tokenizer_folder, tokenizer_kinds
 from support.conversations import (
     FIRST,
     FULL,
@@ -30,6 +33,9 @@ from support.conversations import (
     template_of,
     tokenizer_of,
 )
+
+LONGEST = 12
+"""Characters of the longest token of white space and marks in these vocabularies."""
 
 
 @given(tokenizer_kinds())
@@ -74,7 +80,7 @@ def test_text_survives_and_never_becomes_control(kind: TokenizerKind, text: str,
         ids = tokenizer.encode_content(hostile)
         assert tokenizer.decode(ids) == hostile
         assert control_ids(kind, ids) == []
-        assert tokenizer.encode_many_spans([hostile])[0][0] == ids
+        assert tokenizer.encode_spans([hostile])[0][0] == ids
         tame = talk("system:x", "user:y", "assistant:z", "user:y", "assistant:z")
         wild = Conversation(tuple(Message(message.role, hostile) for message in tame.messages), tame.where)
         rows = [encode_row(template_of(kind, name).render(one), tokenizer).ids for one in (tame, wild)]
@@ -103,9 +109,10 @@ def test_markup_is_split_at_its_control_tokens(kind: TokenizerKind, token: str, 
 def test_row_trains_its_answers_and_is_asked_for_each_as_it_trains(
     name: str, kind: TokenizerKind, conversation: Conversation
 ) -> None:
-    """Trained ids spell each answer with its terminator, also where padding is the end of text.
+    """Trained ids spell the answers with their terminators, also where padding is the end of text.
 
-    And for every answer, the ids asked with are the ids trained on up to it, and what follows is trained.
+    The ids to ask for the last answer with are those trained on up to it, and what follows is trained. An earlier
+    answer is history: the token that reaches across its beginning is not trained.
     """
     chat, tokenizer = template_of(kind, name), tokenizer_of(kind)
     rendered = chat.render(conversation)
@@ -118,19 +125,51 @@ def test_row_trains_its_answers_and_is_asked_for_each_as_it_trains(
         elif runs[-1]:
             runs.append([])
     expected = said(name, conversation)
-    assert "".join(spelled(kind, run) for run in runs) == "".join(expected)
+    spoken = [spelled(kind, run) for run in runs if run]
+    assert spoken[-1] == expected[-1]
+    assert len(spoken) == len(expected)
+    reaching = [whole.removesuffix(some) for some, whole in zip(spoken, expected, strict=True)]
+    assert all(some + rest == whole for some, rest, whole in zip(reaching, spoken, expected, strict=True))
+    assert all(len(some) <= LONGEST for some in reaching)
     ends = [control_ids(kind, run) for run in runs if run]
     assert ends == [[TERMINATOR.get(name, EOS)]] * len(expected)
     assert all(run[-1] < len(kind.control_tokens) for run in runs if run)
     assert row.target_count == sum(map(len, runs)) > 0
     bos = kind.bos_token if kind.adds_bos and name in ("alpaca", "chatml", "tight") else ""
     assert spelled(kind, row.ids) == bos + rendered.text
-    for index, message in enumerate(conversation.messages):
-        if message.role == "assistant":
-            asked = encode_row(chat.render_prompt(Conversation(conversation.messages[:index], "x")), tokenizer)
-            assert row.ids[: len(asked.ids)] == asked.ids
-            assert row.trained[len(asked.ids)]
-            assert asked.trained == (False,) * len(asked.ids)
+    asked = encode_row(chat.render_prompt(conversation.prompt), tokenizer)
+    assert row.ids[: len(asked.ids)] == asked.ids
+    assert row.trained[len(asked.ids)]
+    assert asked.trained == (False,) * len(asked.ids)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "tight"])
+@given(st.sampled_from(SERVED), conversations(contents=texts() | st.text(" \n(:a", max_size=4)))
+@example(SERVED[1], talk("user:Hi", "assistant:Yes"))
+@example(SERVED[4], talk("user:Hi ", "assistant: Yes \n", "user: a", "assistant: b"))
+@example(FIRST, talk("user:q", "assistant:\n\nreturn 1", "user:r", "assistant:\n\n"))
+def test_row_has_the_ids_that_a_server_sends(name: str, kind: TokenizerKind, conversation: Conversation) -> None:
+    """The ids are those of the whole text, all its control tokens with their rules among it, as a server encodes it.
+
+    Where a token of it reaches across the beginning of the last answer, which no server can send, they are the
+    prompt's and then those of the rest.
+    """
+    chat, tokenizer = template_of(kind, name), tokenizer_of(kind)
+    assume(not any(token in message.content for message in conversation.messages for token in kind.control_tokens))
+    rendered, asking = chat.render(conversation), chat.render_prompt(conversation.prompt)
+    bare = Tokenizer.from_file(str(tokenizer_folder(kind) / "tokenizer.json"))
+    begin = [tokenizer.bos_id] if kind.adds_bos and not rendered.text.startswith(kind.bos_token) else []
+    whole, asked = (begin + bare.encode(each.text, add_special_tokens=False).ids for each in (rendered, asking))
+    row = encode_row(rendered, tokenizer)
+    assert list(encode_row(asking, tokenizer).ids) == asked
+    assert list(row.ids[: len(asked)]) == asked
+    if whole[: len(asked)] == asked:
+        assert list(row.ids) == whole
+    else:
+        spelt = (bare.decode(ids, skip_special_tokens=False) for ids in (list(row.ids), whole))
+        # A control token that takes the space before it takes it from the prompt in the whole text alone.
+        found, expected = ("".join(text.split()) if kind.takes == "lstrip" else text for text in spelt)
+        assert found == expected
 
 
 BOS_CASES = [
@@ -154,6 +193,45 @@ def test_bos_stands_once_or_not_at_all(name: str, kind: TokenizerKind) -> None:
             assert not encode_row(rendered, tokenizer).trained[0]
     document = encode_row(chat.render_document(Document("<s>a", "a:1")), tokenizer).ids
     assert document.count(tokenizer.bos_id) == (kind.adds_bos or kind.bos == "eos")  # type: ignore[arg-type]
+
+
+def test_token_that_the_template_writes_is_text_in_somebodys_words(tmp_path: Path) -> None:
+    """Turn markers that are not flagged special, as DeepSeek's, mark turns in markup and nothing in what is said.
+
+    An added token that the template does not write is the token that it is to every server.
+    """
+    folder = tmp_path / "model"
+    shutil.copytree(tokenizer_folder(FIRST), folder)
+    file = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    file.add_tokens([AddedToken(token, special=False, normalized=False) for token in ("<q>", "<a>", "<hole>")])
+    file.save(str(folder / "tokenizer.json"))
+    source = "{% for m in messages %}{{ '<q>' if m.role == 'user' else '<a>' }}{{ m.content }}"
+    source += "{{ eos_token if m.role == 'assistant' }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    (folder / "chat_template.jinja").write_text(source)
+    encoder = Encoder(ModelLocation("model", folder, "local"), "tokenizer")
+    row = encode_row(encoder.template.render(talk("user:b<a>c<hole>", "assistant:<q>")), encoder.tokenizer)
+    ask, answer, hole = (file.token_to_id(token) for token in ("<q>", "<a>", "<hole>"))
+    assert [(row.ids.index(token), row.ids.count(token)) for token in (ask, answer)] == [
+        (0, 1),
+        (row.ids.index(hole) + 1, 1),
+    ]
+    assert row.ids.count(hole) == 1
+    assert encoder.tokenizer.decode(row.ids[1:-1]) == "b<a>c<hole><a><q>"
+
+
+def test_control_token_that_is_none_beside_a_letter_is_refused(tmp_path: Path) -> None:
+    """A token with the rule single_word is no token beside a letter; the template that puts it there is refused."""
+    folder = tmp_path / "model"
+    shutil.copytree(tokenizer_folder(FIRST), folder)
+    file = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    file.add_special_tokens([AddedToken("<q>", special=True, normalized=False, single_word=True)])
+    file.save(str(folder / "tokenizer.json"))
+    tokenizer = FileTokenizer(folder)
+    source = TemplateSource("own", "{% for m in messages %}<q>{{ m.content + eos_token }}{% endfor %}")
+    chat = ChatTemplate(source, tokenizer.control_tokens, bos="", eos=EOS)
+    assert file.token_to_id("<q>") in encode_row(chat.render(talk("user:.", "assistant:.")), tokenizer).ids
+    with pytest.raises(TemplateError, match="single_word"):
+        encode_row(chat.render(talk("user:a", "assistant:b")), tokenizer)
 
 
 @given(FULL, st.lists(conversations(max_turns=2), max_size=5), st.sampled_from([*NAMES, "tight"]), st.booleans())
@@ -274,3 +352,16 @@ def test_ends_come_from_the_settings_or_else_from_the_models_ids(
     found = FileTokenizer(tmp_path)
     assert (found.eos, found.pad_id) == (expected[0], found.control_id(expected[1]))
     assert found.stop_ids == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "bos"), [({}, "</s>"), ({"bos_token": None}, ""), ({"bos_token": "<|pad|>"}, "<|pad|>")]
+)
+def test_no_begin_of_text_is_none_whatever_the_model_says(
+    settings: dict[str, object], bos: str, tmp_path: Path
+) -> None:
+    """Settings that say null mean that there is none; the id in config.json counts where they say nothing."""
+    shutil.copy(tokenizer_folder(KINDS[0]) / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS, **settings}))
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 0}))
+    assert FileTokenizer(tmp_path).bos == bos

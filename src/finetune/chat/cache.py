@@ -12,7 +12,7 @@ from finetune.chat.encode import Marked, is_document
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.records import Rendered
 
-_FORMAT = 1
+_FORMAT = 2
 """Changes whenever `encode` would make other ids or marks of the same rows."""
 _DIGEST_BYTES = 32
 
@@ -24,9 +24,7 @@ def cache_key(rows: Sequence[Rendered], tokenizer: FileTokenizer) -> str:
     """
     digest = hashlib.sha256(json.dumps([_FORMAT, tokenizer.identity()]).encode())
     for row in rows:
-        parts = [
-            [segment.text, segment.trained, segment.control, segment.role == "assistant"] for segment in row.segments
-        ]
+        parts = [[segment.text, segment.trained, segment.control] for segment in row.segments]
         digest.update(json.dumps([parts, is_document(row)]).encode() + b"\n")
     return digest.hexdigest()
 

@@ -1,10 +1,12 @@
 """Turns rendered rows into token ids, each with a mark that says what may happen to it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from finetune.chat.tokenizer import FileTokenizer
+from finetune.chat.tokenizer import FileTokenizer, Spans
+from finetune.errors import TemplateError
 from finetune.records import Rendered, TokenizedRow
 
 KEPT, REMOVABLE, TRAINED = range(3)
@@ -28,34 +30,26 @@ class Marked:
         return TokenizedRow(self.ids, tuple(mark == TRAINED for mark in self.marks), self.where)
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """A stretch of text encoded as a whole, with a mark for each character; or one control token."""
-
-    text: str
-    marks: bytes
-    control: int | None = None
-
-
 def encode_row(row: Rendered, tokenizer: FileTokenizer) -> TokenizedRow:
-    """Encode one row, whatever its length.
-
-    The prompt is encoded apart from the answer, because that is how it is encoded when the model is asked; so the
-    prompt's ids are always a prefix of the row's ids.
-    """
+    """Encode one row, whatever its length; see `mark_rows`."""
     return next(mark_rows([row], tokenizer)).tokenized()
 
 
 def mark_rows(rows: Iterable[Rendered], tokenizer: FileTokenizer) -> Iterator[Marked]:
-    """Encode rows as `encode_row` does, many at a time, and mark each token."""
+    """Encode rows as a server does, many at a time, and mark each token.
+
+    A row is encoded as a whole, earlier answers with it, as the history that they are when the last answer is asked
+    for. A token may reach across the place where the last answer begins, which no server sends: such a row is the
+    prompt's ids, as it is asked with, and then those of the rest: what is asked with always begins what is trained on.
+    """
     waiting = iter(rows)
     while some := list(islice(waiting, _TOGETHER)):
-        runs = [_runs(row, tokenizer) for row in some]
-        encoded = _encode_runs([run for of_row in runs for run in of_row], tokenizer)
-        for row, of_row in zip(some, runs, strict=True):
-            pieces = list(islice(encoded, len(of_row)))
-            ids = [token for new, _ in pieces for token in new]
-            marks = b"".join(mark for _, mark in pieces)
+        laid = [_lay_out(row, tokenizer) for row in some]
+        whole = tokenizer.encode_spans([each.text for each in laid])
+        asked = list(dict.fromkeys(each.question for each in laid if each.question))
+        questions = dict(zip(asked, tokenizer.encode_spans(asked), strict=True))
+        for row, each, encoded in zip(some, laid, whole, strict=True):
+            ids, marks = _marked(each, encoded, questions.get(each.question), tokenizer)
             if tokenizer.adds_bos and ids[:1] != [tokenizer.bos_id]:
                 assert tokenizer.bos_id is not None
                 ids.insert(0, tokenizer.bos_id)
@@ -68,56 +62,104 @@ def is_document(row: Rendered) -> bool:
     return all(segment.role == "text" for segment in row.segments)
 
 
-def _runs(row: Rendered, tokenizer: FileTokenizer) -> list[_Run]:
-    """The row cut where no token may reach across: at control tokens, and where an answer begins or ends."""
-    runs: list[_Run] = []
-    open_: list[tuple[str, int]] = []
+@dataclass(frozen=True, slots=True)
+class _Laid:
+    """A row as one text, in which control tokens that are meant stand by name, with a mark for each stretch of it."""
 
-    def close() -> None:
-        if text := "".join(piece for piece, _ in open_):
-            runs.append(_Run(text, b"".join(bytes([mark]) * len(piece) for piece, mark in open_)))
-        open_.clear()
+    text: str
+    stretches: tuple[tuple[int, int], ...]
+    """Where each ends, and its mark."""
+    controls: tuple[tuple[int, int], ...]
+    """Where each control token begins, and its mark."""
+    answer: int
+    """Where the last answer begins; 0 where there is none."""
+    where: str
 
-    answering = False
+    @property
+    def asked(self) -> int:
+        """How many control tokens stand before the last answer."""
+        return sum(place < self.answer for place, _ in self.controls)
+
+    @property
+    def question(self) -> str:
+        """What stands before the last answer, from the last control token on: no token reaches across one of those."""
+        return self.text[self.controls[self.asked - 1][0] if self.asked else 0 : self.answer]
+
+
+def _lay_out(row: Rendered, tokenizer: FileTokenizer) -> _Laid:
+    parts: list[str] = []
+    stretches: list[tuple[int, int]] = []
+    controls: list[tuple[int, int]] = []
+    at = answer = 0
+    before = False
     for segment in row.segments:
-        # An answer is encoded apart wherever it stands: as history in a prompt it must be the ids it was trained as.
-        if (segment.trained or segment.role == "assistant") != answering:
-            close()
-            answering = not answering
+        if segment.trained and not before:
+            answer = at
+        before = segment.trained
         mark = TRAINED if segment.trained else KEPT if segment.control else REMOVABLE
-        pieces = tokenizer.split_control(segment.text) if segment.control else [segment.text]
-        for index, piece in enumerate(pieces):
-            if index % 2 == 0:  # text; control tokens stand at the odd places
-                open_.append((piece, mark))
-                continue
-            close()
-            control = TRAINED if segment.trained else KEPT
-            runs.append(_Run(piece, bytes([control]), tokenizer.encode_markup(piece)[0]))
-    close()
-    return runs
+        for place, piece in enumerate(tokenizer.split_control(segment.text) if segment.control else [segment.text]):
+            if place % 2:  # control tokens stand at the odd places
+                controls.append((at, mark))
+                piece = tokenizer.name_of(piece)
+            parts.append(piece)
+            at += len(piece)
+        stretches.append((at, mark))
+    return _Laid("".join(parts), tuple(stretches), tuple(controls), answer, row.where)
 
 
-def _encode_runs(runs: Sequence[_Run], tokenizer: FileTokenizer) -> Iterator[tuple[Sequence[int], bytes]]:
-    """Ids and marks of each run.
-
-    Character spans take the tokenizer's slow way, so that only runs of several marks go through it.
-    """
-    uniform = [run.control is None and run.marks.count(run.marks[0]) == len(run.marks) for run in runs]
-    plain = iter(tokenizer.encode_many([run.text for run, same in zip(runs, uniform, strict=True) if same]))
-    mixed = iter(
-        tokenizer.encode_many_spans(
-            [run.text for run, same in zip(runs, uniform, strict=True) if not same and run.control is None]
+def _marked(laid: _Laid, whole: Spans, question: Spans | None, tokenizer: FileTokenizer) -> tuple[list[int], bytes]:
+    """Ids and marks of a row."""
+    ids, span = whole
+    controls = tokenizer.meant(ids)
+    if len(controls) != len(laid.controls):
+        raise TemplateError(
+            f"{laid.where}: a control token of the template is none to the tokenizer where it stands, beside a letter",
+            hint="choose another template: this tokenizer has the rule single_word for its tokens",
         )
-    )
-    for run, same in zip(runs, uniform, strict=True):
-        if run.control is not None:
-            yield (run.control,), run.marks
-        elif same:
-            ids = next(plain)
-            yield ids, run.marks[:1] * len(ids)
-        else:
-            ids, spans = next(mixed)
-            last = len(run.marks) - 1
-            # KEPT < REMOVABLE < TRAINED: a token over several marks takes the most careful one, so that no token that
-            # covers markup is cut, and none that covers a prompt is trained. One of no characters takes its place's.
-            yield ids, bytes(min(run.marks[start:end], default=run.marks[min(start, last)]) for start, end in spans)
+    if question:
+        # The question begins at a control token or with the text: there it begins in the whole, too.
+        first = controls[laid.asked - 1][0] if laid.asked else 0
+        if ids[first : first + len(question[0])] != question[0]:
+            pieces = [
+                ((ids[:first], span), 0),
+                (question, laid.answer - len(laid.question)),
+                (tokenizer.encode_rest(laid.text[laid.answer :]), laid.answer),
+            ]
+            ids, span = _joined(pieces)
+            controls = tokenizer.meant(ids)
+    marks = _marks(laid, len(ids), span)
+    for (place, token), (_, mark) in zip(controls, laid.controls, strict=True):
+        # It may have taken white space of its neighbours with it: its mark is its own all the same.
+        ids[place], marks[place] = token, mark
+    return ids, bytes(marks)
+
+
+def _joined(pieces: Sequence[tuple[Spans, int]]) -> Spans:
+    """Pieces of one text, each with its ids and where it begins, as one."""
+    ids: list[int] = []
+    spans: list[tuple[int, int]] = []
+    for (some, span), at in pieces:
+        ids += some
+        spans += [(at + start, at + end) for start, end in map(span, range(len(some)))]
+    return ids, spans.__getitem__
+
+
+def _marks(laid: _Laid, count: int, span: Callable[[int], tuple[int, int]]) -> bytearray:
+    """The mark of each token.
+
+    KEPT < REMOVABLE < TRAINED: a token over several stretches takes the most careful mark, so that no token that covers
+    markup is cut, and none that covers a prompt is trained. One of no characters takes its place's.
+    """
+    marks = bytearray(count)
+    done = begin = 0
+    for end, mark in laid.stretches:
+        last = end == len(laid.text)
+        up_to = count if last else bisect_left(range(count), end, done, key=lambda place: span(place)[0])
+        marks[done:up_to] = bytes([mark]) * (up_to - done)
+        # Those of earlier stretches that reach into this one.
+        for place in range(done - 1, -1, -1):
+            if span(place)[1] <= begin:
+                break
+            marks[place] = min(marks[place], mark)
+        done, begin = up_to, end
+    return marks

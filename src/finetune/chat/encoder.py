@@ -19,8 +19,9 @@ class Encoder:
     """One model's template and tokenizer together: conversations in, ids out, the same way for training and asking."""
 
     def __init__(self, location: ModelLocation, template: str, tokenizer: FileTokenizer | None = None) -> None:
-        self.tokenizer = tokenizer = tokenizer or FileTokenizer(location.folder)
-        self.source = find_template(template, tokenizer.chat_template)
+        plain = tokenizer or FileTokenizer(location.folder)
+        self.source = find_template(template, plain.chat_template)
+        self.tokenizer = tokenizer = plain.for_template(self.source.jinja)
         self.template = ChatTemplate(self.source, tokenizer.control_tokens, bos=tokenizer.bos, eos=tokenizer.eos)
         taught = (tokenizer.control_id(token) for token in self.template.terminators())
         self.stop_ids = tuple(dict.fromkeys([*(token for token in taught if token is not None), *tokenizer.stop_ids]))

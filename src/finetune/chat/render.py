@@ -6,7 +6,8 @@ is known and nothing is searched for. The cut text is then compared with what th
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from finetune.chat.catalog import CATALOG, TemplateSource
@@ -15,6 +16,8 @@ from finetune.errors import TemplateError
 from finetune.records import Conversation, Document, Message, Rendered, Segment
 
 _MARKER = re.compile("\ue000([0-9]+)\ue001")
+_LOOKED_AT = 8
+"""So many answers of a conversation are looked at one by one, however much they repeat each other."""
 
 
 class ChatTemplate:
@@ -40,7 +43,10 @@ class ChatTemplate:
         ordered = sorted(control_tokens, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, ordered)) if ordered else "(?!)")
         self._eos = eos
-        self._skeletons: dict[tuple[tuple[str, ...], bool], list[str]] = {}
+        self._skeletons: dict[tuple[tuple[str, ...], bool], str] = {}
+        self._spoken: dict[tuple[str, ...], list[int]] = {}
+        self._said = re.compile("(?!)")
+        self._said = self._tokens_said(source.jinja, {bos, eos})
 
     def render(self, conversation: Conversation) -> Rendered:
         """The conversation as training text: answers and their terminators are marked trained.
@@ -65,22 +71,31 @@ class ChatTemplate:
         messages = self.fit_messages(conversation)
         where = conversation.where
         pieces = self._cut(messages, where, add_generation_prompt=asking)
+        spoken = iter(() if asking else self._lengths_spoken(messages, pieces, where))
         segments: list[Segment] = []
         for index, (markup, text) in enumerate(zip(pieces[0::2], [*pieces[1::2], ""], strict=True)):
             role = messages[index].role if index < len(messages) else "markup"
             answered = index > 0 and messages[index - 1].role == "assistant"
             terminator = self._terminator(markup, where) if answered else ""
             segments.append(Segment(terminator, "assistant", trained=not asking, control=True))
-            rest = markup[len(terminator) :]
             if role == "assistant":
-                prompt, spoken = self._opened(segments, rest, messages[:index], where)
-                segments.append(Segment(prompt, "markup", trained=False, control=True))
-                segments.append(Segment(spoken, "assistant", trained=not asking, control=True))
-                segments.append(Segment(text, "assistant", trained=not asking, control=False))
+                begin = len(markup) - next(spoken, 0)
+                segments.append(Segment(markup[len(terminator) : begin], "markup", trained=False, control=True))
+                segments.append(Segment(markup[begin:], "assistant", trained=not asking, control=True))
+                segments += self._answer(text, trained=not asking)
             else:
-                segments.append(Segment(rest, "markup", trained=False, control=True))
+                segments.append(Segment(markup[len(terminator) :], "markup", trained=False, control=True))
                 segments.append(Segment(text, role, trained=False, control=False))
         return Rendered(tuple(segment for segment in segments if segment.text), where)
+
+    def _answer(self, text: str, *, trained: bool) -> Iterator[Segment]:
+        """An answer, in which tokens such as `<think>` are meant: the model must learn to say them."""
+        end = 0
+        for found in self._said.finditer(text):
+            yield Segment(text[end : found.start()], "assistant", trained=trained, control=False)
+            yield Segment(found.group(), "assistant", trained=trained, control=True)
+            end = found.end()
+        yield Segment(text[end:], "assistant", trained=trained, control=False)
 
     def render_document(self, document: Document) -> Rendered:
         """Plain text as training text: all of it is trained, and the end-of-text token after it."""
@@ -109,13 +124,8 @@ class ChatTemplate:
 
     def _cut(self, messages: tuple[Message, ...], where: str, *, add_generation_prompt: bool = False) -> list[str]:
         """Markup and message texts in turn: [markup, text, ..., text, markup], each text as the template shows it."""
-        # What stands around the texts depends on the roles alone, so that rows of the same roles share it.
-        key = tuple(message.role for message in messages), add_generation_prompt
-        if key not in self._skeletons:
-            marked = [Message(message.role, f"\ue000{index}\ue001") for index, message in enumerate(messages)]
-            shown = self._call(marked, where, add_generation_prompt=add_generation_prompt)
-            self._skeletons[key] = _MARKER.split(shown)
-        pieces = [*self._skeletons[key]]
+        shown = self._skeleton(tuple(message.role for message in messages), where, asking=add_generation_prompt)
+        pieces = _MARKER.split(shown)
         order = [int(number) for number in pieces[1::2]]
         if order != list(range(len(messages))):
             lost = sorted(set(range(len(messages))) - set(order))
@@ -133,6 +143,13 @@ class ChatTemplate:
             )
         pieces[1::2] = texts
         return pieces
+
+    def _skeleton(self, roles: tuple[str, ...], where: str, *, asking: bool) -> str:
+        """What stands around the texts, a marker in place of each: it depends on the roles alone, so it is kept."""
+        if (roles, asking) not in self._skeletons:
+            marked = [Message(role, _marker(index)) for index, role in enumerate(roles)]
+            self._skeletons[roles, asking] = self._call(marked, where, add_generation_prompt=asking)
+        return self._skeletons[roles, asking]
 
     def _call(self, messages: Sequence[Message], where: str, *, add_generation_prompt: bool) -> str:
         turns = [{"role": message.role, "content": message.content} for message in messages]
@@ -154,20 +171,63 @@ class ChatTemplate:
             )
         return markup[: found.end()]
 
-    def _opened(
-        self, before: Sequence[Segment], markup: str, prompt: tuple[Message, ...], where: str
-    ) -> tuple[str, str]:
-        """The markup in front of an answer, cut where the prompt ends at serve time; what follows is trained."""
-        trained_on = "".join(segment.text for segment in before) + markup
-        served = self._call(prompt, where, add_generation_prompt=True)
+    def _lengths_spoken(self, messages: tuple[Message, ...], pieces: Sequence[str], where: str) -> list[int]:
+        """For each answer, how much of the markup in front of it comes after the prompt's end, and so is learned.
+
+        The last answer's prompt is rendered as it will be served. How earlier ones were asked for depends on the roles,
+        and is looked at once for all rows that have the same.
+        """
+        roles = tuple(message.role for message in messages)
+        if roles not in self._spoken:
+            self._spoken[roles] = self._spoken_earlier(roles, where)
+        served = self._call(messages[:-1], where, add_generation_prompt=True) if roles[-1] == "assistant" else None
+        last = [] if served is None else [self._after(served, "".join(pieces[: 2 * len(messages) - 1]), where)]
+        return [*self._spoken[roles], *last]
+
+    def _spoken_earlier(self, roles: tuple[str, ...], where: str) -> list[int]:
+        """As `_lengths_spoken`, of the answers that something follows."""
+        shown = self._skeleton(roles, where, asking=False)
+        found: list[int] = []
+        opening, at = "", 0
+        for index, markup in enumerate(_MARKER.split(shown)[0 : 2 * len(roles) - 2 : 2]):
+            at += len(markup)
+            if roles[index] == "assistant":
+                # Long conversations repeat themselves: once their openings do, no further prompt is rendered.
+                if len(found) < _LOOKED_AT or markup != opening:
+                    found.append(self._after(self._skeleton(roles[:index], where, asking=True), shown[:at], where))
+                else:
+                    found.append(found[-1])
+                opening = markup
+            at += len(_marker(index))
+        return found
+
+    def _after(self, served: str, trained_on: str, where: str) -> int:
+        """How much stands before an answer in training after the end of the prompt that is served."""
         if not trained_on.startswith(served):
             raise TemplateError(
                 f"{where}: template {self.name!r} is not prefix-preserving: at serve time the prompt would end with "
-                f"{served[-40:]!r}, but in training the answer follows {trained_on[-40:]!r}",
+                f"{_MARKER.sub('...', served)[-40:]!r}, but in training the answer follows "
+                f"{_MARKER.sub('...', trained_on)[-40:]!r}",
                 hint="choose another template: this one asks differently from how it trains",
             )
-        spoken = trained_on[len(served) :]
-        return markup[: len(markup) - len(spoken)], spoken
+        return len(trained_on) - len(served)
+
+    def _tokens_said(self, source: str, ends: set[str]) -> re.Pattern[str]:
+        """Tokens that the template knows and that mark no turn, such as `<think>`: in an answer they are meant."""
+        known = set(self._control.findall(source)) - ends
+        turns: set[str] = set()
+        for roles in (("user", "assistant"), ("system", "user", "assistant")):
+            if known:
+                with suppress(TemplateError):
+                    turns.update(self._control.findall(self._skeleton(roles, "template probe", asking=False)))
+        tags = {token for token in known if {f"<{token.strip('</>')}>", f"</{token.strip('</>')}>"} <= known}
+        said = sorted(known - turns | tags, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, said)) if said else "(?!)")
+
+
+def _marker(index: int) -> str:
+    """What stands in the place of a message."""
+    return f"\ue000{index}\ue001"
 
 
 def _texts_between(markup: Sequence[str], messages: Sequence[Message], real: str) -> list[str] | None:

@@ -1,9 +1,11 @@
 """Loads a model's own tokenizer from its folder, without any ML framework."""
 
+import copy
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+import secrets
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +15,18 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
 
 
+Spans = tuple[list[int], Callable[[int], tuple[int, int]]]
+"""Ids, and for the place of each the (start, end) characters that it covers."""
+
+_BEFORE = ("\n", "]", ":", ">", "a", "。")
+"""What a text may be put after, so that it is no beginning: the first that none of its characters merges with."""
+
+
 class FileTokenizer:
     """The tokenizer of one model folder: `tokenizer.json` (or `vocab.json` + `merges.txt`) and its settings.
 
-    Control tokens are recognised in markup only: in somebody's text they stay ordinary characters.
+    Control tokens are the special ones, and those that the chat template writes (`for_template`). They are recognised
+    in markup only: in somebody's text they stay ordinary characters.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -25,10 +35,11 @@ class FileTokenizer:
         model = _read_json(folder / "config.json")
         self._markup = _load(folder)
         self._content = _load(folder)
-        self._content.encode_special_tokens = True
-        added = self._markup.get_added_tokens_decoder()
-        self.control_tokens: tuple[str, ...] = tuple(token.content for token in added.values() if token.special)
-        self.bos = _token_text(settings.get("bos_token"), self._markup, model.get("bos_token_id"))
+        added = self._markup.get_added_tokens_decoder().values()
+        self._added = {token.content: token for token in added}
+        # Where the settings say that there is no begin-of-text token, the model's id for one is not asked.
+        none = "bos_token" in settings and settings["bos_token"] is None
+        self.bos = "" if none else _token_text(settings.get("bos_token"), self._markup, model.get("bos_token_id"))
         self.eos = _token_text(settings.get("eos_token"), self._markup, model.get("eos_token_id"))
         if not self.eos:
             raise ModelError(f"{folder}: the tokenizer has no end-of-text token", hint="set eos_token in its config")
@@ -41,8 +52,36 @@ class FileTokenizer:
         generation = _read_json(folder / "generation_config.json").get("eos_token_id", [])
         extra = generation if isinstance(generation, list) else [generation]
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([self.eos_id, *extra]))
-        ordered = sorted(self.control_tokens, key=len, reverse=True)
+        self._take_control([token.content for token in added if token.special])
+
+    def for_template(self, source: str) -> "FileTokenizer":
+        """The same tokenizer, for which every added token that this template writes is a control token, too."""
+        written = [token for token in self._added if token in source and token not in self.control_tokens]
+        if not written:
+            return self
+        other = copy.copy(self)
+        other._content = _load(self.folder)
+        other._take_control([*self.control_tokens, *written])
+        return other
+
+    def _take_control(self, tokens: Sequence[str]) -> None:
+        from tokenizers import AddedToken
+
+        self.control_tokens: tuple[str, ...] = tuple(tokens)
+        ordered = sorted(tokens, key=len, reverse=True)
         self._splitter = re.compile("|".join(map(re.escape, ordered)) if ordered else "(?!)")
+        # To the tokenizer of texts a control token is ordinary text. One that is meant goes by another name, which
+        # nobody can have written, and keeps the token's rules: what white space it takes with it, and the like.
+        secret = secrets.token_hex(8)
+        self._names = {token: f"\U0010fffd{secret}{place}\U0010fffd" for place, token in enumerate(tokens)}
+        self._content.encode_special_tokens = True
+        for token, name in self._names.items():
+            rules = {
+                rule: getattr(self._added[token], rule) for rule in ("single_word", "lstrip", "rstrip", "normalized")
+            }
+            self._content.add_special_tokens([AddedToken(token, special=True, **rules)])
+            self._content.add_tokens([AddedToken(name, special=False, **rules)])
+        self._meant = {self._content.token_to_id(name): self._known(token) for token, name in self._names.items()}
 
     def encode_markup(self, text: str) -> list[int]:
         """Ids of template text: control tokens in it become their ids."""
@@ -52,14 +91,31 @@ class FileTokenizer:
         """Ids of somebody's text: what looks like a control token stays ordinary text."""
         return list(self._content.encode(text, add_special_tokens=False).ids)
 
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """As `encode_content` for each text, on all cores."""
-        return [encoding.ids for encoding in self._content.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def name_of(self, token: str) -> str:
+        """What a control token that is meant is called in a text for `encode_spans`."""
+        return self._names[token]
 
-    def encode_many_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """As `encode_many`, with the (start, end) characters that each id covers."""
+    def meant(self, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """The places in ids of `encode_spans` where a control token is meant, and its id."""
+        # Names were added last, so their ids are the highest.
+        least = min(self._meant, default=len(self))
+        return [(place, self._meant[number]) for place, number in enumerate(ids) if number >= least]
+
+    def encode_spans(self, texts: Sequence[str]) -> list[Spans]:
+        """The ids of each text, all texts at once on all cores; see `name_of`."""
         encodings = self._content.encode_batch(list(texts), add_special_tokens=False)
-        return [(encoding.ids, encoding.offsets) for encoding in encodings]
+        return [(encoding.ids, encoding.token_to_chars) for encoding in encodings]
+
+    def encode_rest(self, text: str) -> Spans:
+        """As `encode_spans` of one text that goes on: without the space that some tokenizers put before a beginning."""
+        if self._content.encode("a", add_special_tokens=False).tokens[0][0] in "▁Ġ":
+            for before in _BEFORE:
+                found = self._content.encode(before + text, add_special_tokens=False)
+                first = sum(end <= 1 for _, end in found.offsets)
+                if found.ids[:first] == self._content.encode(before, add_special_tokens=False).ids:
+                    spans = [(start - 1, end - 1) for start, end in found.offsets[first:]]
+                    return found.ids[first:], spans.__getitem__
+        return self.encode_spans([text])[0]
 
     def split_control(self, text: str) -> list[str]:
         """Markup cut at its control tokens: even places are ordinary text, odd places control tokens."""
@@ -93,7 +149,7 @@ class FileTokenizer:
         """A hash that two tokenizers share only when they make the same ids of every text."""
         import tokenizers
 
-        parts = (tokenizers.__version__, self._markup.to_str(), self.adds_bos, self.bos_id)
+        parts = (tokenizers.__version__, self._markup.to_str(), self.control_tokens, self.adds_bos, self.bos_id)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _known(self, token: str) -> int:

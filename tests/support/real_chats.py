@@ -1,0 +1,359 @@
+"""Our ids of real templates on real tokenizers, held to those of transformers and of llama.cpp.
+
+`python -m support.real_chats` prints the table; words after it choose pairs that hold one of them.
+"""
+
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from finetune.backends import open_backend
+from finetune.chat.encode import encode_row
+from finetune.chat.encoder import Encoder
+from finetune.chat.tokenizer import FileTokenizer
+from finetune.errors import FineTuneError
+from finetune.export.gguf import plan_whole
+from finetune.export.gguf_source import exportable_model
+from finetune.export.llama_cpp import Questions, ask_llama_cpp
+from finetune.export.write import write_gguf
+from finetune.records import Conversation, Message, ModelLocation
+from finetune_strategies.scratch import empty_folder
+from support.conversations import talk
+from support.gguf_models import make_model
+from support.real_templates import FOLDER
+from support.real_tokenizers import HOME, TOKENIZERS, tokenizer_folder
+
+Ids = tuple[int, ...]
+BELONGS: dict[str, tuple[str, ...]] = {
+    "llama2": ("llama2", "alpaca", "llama-2", "mistral-v0.1", "zephyr"),
+    "phi3": ("phi-3", "trl/phi3*", "llama.cpp/microsoft-Phi-3*"),
+    "llama3_1": (
+        *("tokenizer", "llama3", "alpaca", "llama-3", "llama-3.1", "llama-3.2", "trl/llama3*"),
+        *("llama.cpp/meta-llama-*", "llama.cpp/fireworks-*", "llama.cpp/meetkai-*"),
+    ),
+    "qwen3": (
+        *("tokenizer", "chatml", "alpaca", "qwen-2", "qwen-2.5", "qwen-3", "trl/qwen*"),
+        *("llama.cpp/Qwen*", "llama.cpp/MiMo-VL*"),
+    ),
+    "gemma3": (
+        *("tokenizer", "alpaca", "gemma-2", "gemma-3", "trl/gemma", "trl/gemma_*", "trl/gemma3*"),
+        "llama.cpp/google-gemma-2*",
+    ),
+    "deepseek_v3": (
+        *("tokenizer", "alpaca", "deepseek-v3", "trl/deepseekv3*"),
+        *("llama.cpp/deepseek-ai-DeepSeek-V*", "llama.cpp/llama-cpp-deepseek*"),
+    ),
+    "gptoss": ("trl/gptoss*", "llama.cpp/openai-gpt-oss*", "alpaca"),
+    "smollm2": ("tokenizer", "chatml", "alpaca"),
+}
+"""Which templates belong to a tokenizer: its own, those built in, those of its family, and those that were got."""
+
+CONVERSATIONS = {
+    "plain": talk("user:Hi", "assistant:Yes"),
+    "system": talk("system:Be brief.", "user:What is 2 + 2?", "assistant:4"),
+    "turns": talk("user:Hi", "assistant:Hello!", "user:Who are you?", "assistant:A model."),
+    "system, turns": talk("system:Be kind.", "user:a", "assistant:b", "user:c", "assistant:d", "user:e", "assistant:f"),
+    "indent last": talk("user:Write code", "assistant:    return 1"),
+    "indent first": talk("user:Write code", "assistant:    return 1", "user:more", "assistant:    return 2"),
+    "newline first": talk("user:q", "assistant:\nYes"),
+    "newlines first, earlier": talk("user:q", "assistant:\n\n  Yes", "user:r", "assistant:No"),
+    "newline last": talk("user:q", "assistant:Yes\n"),
+    "newlines around": talk("user:\nq\n", "assistant:\nYes\n", "user:\n\nr\n\n", "assistant:\n\nNo\n\n"),
+    "space first": talk("user: q", "assistant: Yes", "user: r", "assistant: No"),
+    "space last": talk("user:q ", "assistant:Yes ", "user:r ", "assistant:No "),
+    "spaces": talk("user:  q  ", "assistant:   Yes   "),
+    "tabs": talk("user:\tq\t", "assistant:\t\tif x:\n\t\t\treturn"),
+    "system with edges": talk("system:\n  Be brief. \n", "user:q", "assistant:a"),
+    "code": talk("user:```python\ndef f(x):\n    return x\n```", "assistant:```\n\tfor i in a:\n\n        pass\n```\n"),
+    "crlf": talk("user:a\r\nb\r\n", "assistant:\r\nc\r\n"),
+    "composed": talk("user:caf\u00e9 \u00c5", "assistant:na\u00efve"),
+    "decomposed": talk(
+        "user:cafe\u0301 A\u030a", "assistant:nai\u0308ve \u1100\u1161", "user:e\u0301", "assistant:e\u0301"
+    ),
+    "emoji": talk("user:👨\u200d👩\u200d👧 👍🏽", "assistant:🦙🦙 ☺\ufe0f"),
+    "han": talk("user:資料庫管理。日本語", "assistant:한국어 조선말、と。"),
+    "scripts": talk("user:שלום Москва हिन्दी", "assistant:ไทยภาษา مرحبا"),
+    "digits": talk("user:1 12 123 1234 3.14159", "assistant:12345678901234567890"),
+    "digits at edges": talk("user:1", "assistant:2", "user:34", "assistant:5678"),
+    "marks": talk("user:▁▁x Ġy Ċ", "assistant:!!!...--- “q” €50"),
+    "odd spaces": talk("user:a\u00a0b\u3000c\u2028d\u200be", "assistant:\u3000x\u00a0"),
+    "json": talk("user:Give JSON", 'assistant:{"a": [1, null], "b": "\\n"}'),
+    "markup": talk("user:<b>[INST] x [/INST]</b>", "assistant:<<SYS>> y <</SYS>>\n### Response:"),
+    "empty system": talk("system:", "user:q", "assistant:a"),
+    "empty question": talk("user:", "assistant:a"),
+    "middle of a file, asked": talk("user:What is <|fim_prefix|>a<|fim_suffix|>?", "assistant:A mark."),
+    "middle of a file, said": talk("user:Show it", "assistant:<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>"),
+    "end of text, asked": talk("user:What is </s> for?", "assistant:It ends."),
+    "end of text, said": talk("user:Show it", "assistant:It is </s> or <eos>."),
+    "thought": talk("user:q", "assistant:<think>\nhm\n</think>\n\nYes"),
+    "thought, earlier": talk("user:q", "assistant:<think>\nhm\n</think>\n\nYes", "user:r", "assistant:No"),
+    "thought, asked": talk("user:What is <think>?", "assistant:A mark."),
+    "call, said": talk("user:q", 'assistant:<tool_call>\n{"name": "f"}\n</tool_call>'),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A tokenizer, and a template that belongs to it, as `Encoder` takes it."""
+
+    tokenizer: str
+    name: str
+    template: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One conversation whose ids are others; `kind`: prompt, row, or the same in llama.cpp."""
+
+    kind: str
+    conversation: str
+    text: str
+    ours: Ids
+    theirs: Ids
+
+
+@dataclass
+class Outcome:
+    """What became of a pair: how many prompts and rows are equal, by kind, and all that are not."""
+
+    pair: Pair
+    equal: Counter[str] = field(default_factory=Counter)
+    differences: list[Difference] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    named: int = 0
+    """In so many conversations somebody's words name a control token: it stays text with us, and with nobody else."""
+    asked: list[tuple[str, str, str, Ids]] = field(default_factory=list)
+    """What llama.cpp is to cut: kind, conversation, text, our ids."""
+
+
+def pairs() -> list[Pair]:
+    """All pairs of what is here."""
+    here = [name for name in TOKENIZERS if tokenizer_folder(name).exists()]
+    return [Pair(name, *found) for name in here for wanted in BELONGS[name] for found in _templates(wanted)]
+
+
+def _templates(wanted: str) -> list[tuple[str, str]]:
+    """The templates of a name, or of a pattern over those that were got, as `Encoder` takes them."""
+    if "/" in wanted:
+        found = sorted((HOME / "templates").glob(f"{wanted}.jinja"))
+        return [(f"{path.parent.name}/{path.stem}", str(path)) for path in found]
+    path = FOLDER / f"{wanted}.jinja"
+    return [(wanted, str(path) if path.exists() else wanted)]
+
+
+@cache
+def our_tokenizer(name: str) -> FileTokenizer:
+    """The product's tokenizer of a folder."""
+    return FileTokenizer(tokenizer_folder(name))
+
+
+@cache
+def added_tokens(name: str) -> list[tuple[str, bool]]:
+    """The tokens that stand apart from the vocabulary, and whether each is flagged special."""
+    return [(token["content"], token["special"]) for token in our_tokenizer(name).description()["added_tokens"]]
+
+
+@cache
+def transformers_tokenizer(name: str) -> Any:
+    """What transformers makes of the folder's own `tokenizer.json`.
+
+    Not by `AutoTokenizer`: for Llama's class it puts another normalizer in place of the file's, so that space at the
+    begin of a text becomes other ids than it was pretrained with, and than llama.cpp makes of it.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(str(tokenizer_folder(name)))
+
+
+@contextlib.contextmanager
+def one_day() -> Iterator[None]:
+    """Has transformers tell the templates the day that ours are told."""
+    from transformers.utils import chat_template_utils as library
+
+    day = type("Day", (datetime,), {"now": classmethod(lambda cls: cls(2024, 7, 26))})
+    with mock.patch.object(library, "datetime", day):
+        yield
+
+
+def text_of(pair: Pair, jinja: str, messages: Sequence[Message], *, asking: bool) -> str:
+    """The text that transformers renders."""
+    told = [{"role": message.role, "content": message.content} for message in messages]
+    said = transformers_tokenizer(pair.tokenizer).apply_chat_template(
+        told, chat_template=jinja, tokenize=False, add_generation_prompt=asking
+    )
+    return str(said)
+
+
+def ids_of(pair: Pair, text: str, tokenizer: FileTokenizer) -> Ids:
+    """The ids that a server computes with: those of transformers, and BOS in front where the tokenizer puts it."""
+    ids = tuple(transformers_tokenizer(pair.tokenizer)(text, add_special_tokens=False).input_ids)
+    lacks = tokenizer.adds_bos and ids[:1] != (tokenizer.bos_id,)
+    return (tokenizer.bos_id, *ids) if lacks and tokenizer.bos_id is not None else ids
+
+
+def expected_row(pair: Pair, prompt: str, whole: str, tokenizer: FileTokenizer) -> Ids:
+    """The prompt's ids, which a server has when it is asked, and those of what follows.
+
+    They are those of the whole text, except where a token of it reaches across the end of the prompt.
+    """
+    before, together = ids_of(pair, prompt, tokenizer), ids_of(pair, whole, tokenizer)
+    if together[: len(before)] == before or not whole.startswith(prompt):
+        return together
+    # What follows stands behind a newline, so that it is not taken for the begin of a text: that gets a space.
+    encode = transformers_tokenizer(pair.tokenizer)
+    newline, rest = (encode(text, add_special_tokens=False).input_ids for text in ("\n", "\n" + whole[len(prompt) :]))
+    if rest[: len(newline)] != newline:
+        newline, rest = [], encode(whole[len(prompt) :], add_special_tokens=False).input_ids
+    return (*before, *rest[len(newline) :])
+
+
+def names_control(pair: Pair, conversation: Conversation, jinja: str) -> bool:
+    """Whether somebody's words name a control token, or a question names an added token that the template writes."""
+    for text, special in added_tokens(pair.tokenizer):
+        roles = {message.role for message in conversation.messages if text in message.content}
+        if special and roles:
+            return True
+        if roles - {"assistant"}:
+            without = [Message(message.role, "x") for message in conversation.messages]
+            if text in text_of(pair, jinja, without, asking=False):
+                return True
+    return False
+
+
+def compare(pair: Pair, conversations: Mapping[str, Conversation] = CONVERSATIONS) -> Outcome:
+    """Every conversation as prompt and as row, held to transformers."""
+    outcome = Outcome(pair)
+    folder = tokenizer_folder(pair.tokenizer)
+    tokenizer = our_tokenizer(pair.tokenizer)
+    try:
+        encoder = Encoder(ModelLocation(pair.tokenizer, folder, "local"), pair.template, tokenizer)
+    except FineTuneError as error:
+        outcome.refused = dict.fromkeys(conversations, error.message)
+        return outcome
+    jinja = encoder.source.jinja
+    for name, conversation in conversations.items():
+        try:
+            ours = {
+                "prompt": encoder.prompt_ids(conversation.prompt),
+                "row": encode_row(encoder.template.render(conversation), tokenizer).ids,
+            }
+        except FineTuneError as error:
+            outcome.refused[name] = error.message.removeprefix(f"{conversation.where}: ")
+            continue
+        with one_day():
+            prompt = text_of(pair, jinja, conversation.prompt.messages, asking=True)
+            whole = text_of(pair, jinja, conversation.messages, asking=False)
+            if names_control(pair, conversation, jinja):
+                outcome.named += 1
+                continue
+        texts = {"prompt": prompt, "row": whole}
+        theirs = {"prompt": ids_of(pair, prompt, tokenizer), "row": expected_row(pair, prompt, whole, tokenizer)}
+        for kind, own in ours.items():
+            if tuple(own) == theirs[kind]:
+                outcome.equal[kind] += 1
+            else:
+                outcome.differences.append(Difference(kind, name, texts[kind], tuple(own), theirs[kind]))
+            if kind == "prompt" or theirs[kind] == ids_of(pair, whole, tokenizer):
+                outcome.asked.append((kind, name, texts[kind], tuple(own)))
+    return outcome
+
+
+def small_llama(tokenizer: str, folder: Path) -> Path:
+    """A random Llama with this tokenizer."""
+    from shutil import copy
+
+    own = our_tokenizer(tokenizer)
+    rows = 1 + max(len(own) - 1, *(token["id"] for token in own.description()["added_tokens"]))
+    ids = {"bos_token_id": own.bos_id, "eos_token_id": own.eos_id, "pad_token_id": own.pad_id}
+    make_model("llama", folder, vocab_size=rows, tie_word_embeddings=True, max_position_embeddings=512, **ids)
+    for path in tokenizer_folder(tokenizer).iterdir():
+        copy(path, folder)
+    return folder
+
+
+def compare_llama_cpp(tokenizer: str, outcomes: Sequence[Outcome]) -> str:
+    """The same texts cut by llama.cpp, from the file that we export; returns why there is none, or ""."""
+    own = our_tokenizer(tokenizer)
+    asked = [(outcome, one) for outcome in outcomes for one in outcome.asked]
+    texts = list(dict.fromkeys(one[2] for _, one in asked))
+    with empty_folder() as folder:
+        try:
+            made = exportable_model(str(small_llama(tokenizer, folder / "model")), open_backend("torch"))
+            write_gguf(plan_whole(made, "f16"), folder / "model.gguf")
+        except FineTuneError as error:
+            return error.message
+        cut = ask_llama_cpp(folder / "model.gguf", Questions([_served(text, own) for text in texts], [], [], 1, 64, 0))
+    bos = (own.bos_id,) if own.adds_bos and own.bos_id is not None else ()
+    told = {text: (*bos, *ids) for text, ids in zip(texts, cut.markup, strict=True)}
+    for outcome, (kind, name, text, ours) in asked:
+        kind = f"{kind} in llama.cpp"
+        if ours == told[text]:
+            outcome.equal[kind] += 1
+        else:
+            outcome.differences.append(Difference(kind, name, text, ours, told[text]))
+    return ""
+
+
+def _served(text: str, tokenizer: FileTokenizer) -> str:
+    """The text as llama.cpp's server cuts it: without the template's BOS where it puts one in front by itself."""
+    return text.removeprefix(tokenizer.bos) if tokenizer.adds_bos and tokenizer.bos else text
+
+
+KINDS = ("prompt", "row", "prompt in llama.cpp", "row in llama.cpp")
+
+
+def line(outcome: Outcome) -> str:
+    """A row of the table."""
+    wrong = Counter(each.kind for each in outcome.differences)
+    shown = [f"{outcome.equal[kind]} / {wrong[kind]}" if outcome.equal[kind] + wrong[kind] else "" for kind in KINDS]
+    reasons = Counter(outcome.refused.values())
+    words = "; ".join(f"{count}: {reason[:110]}" for reason, count in reasons.most_common())
+    cells = [f"{outcome.pair.tokenizer} x {outcome.pair.name}", *shown, outcome.named, len(outcome.refused), words]
+    return f"| {' | '.join(str(cell).replace('|', '¦') for cell in cells)} |"
+
+
+def main(words: Sequence[str]) -> None:
+    """Print the table, equal / different, and after it the first difference of each pair and kind."""
+    chosen = [pair for pair in pairs() if not words or any(word in f"{pair.tokenizer} x {pair.name}" for word in words)]
+    print(f"{len(chosen)} pairs, {len(CONVERSATIONS)} conversations; equal / different\n")
+    print(f"| pair | {' | '.join(KINDS)} | name a control token | refused | why |\n|{'---|' * 8}")
+    outcomes: list[Outcome] = []
+    without: dict[str, str] = {}
+    for tokenizer in dict.fromkeys(pair.tokenizer for pair in chosen):
+        some = [compare(pair) for pair in chosen if pair.tokenizer == tokenizer]
+        without[tokenizer] = compare_llama_cpp(tokenizer, some)
+        outcomes += some
+        print("\n".join(map(line, some)), flush=True)
+    print("\nNot written as GGUF:", *(f"- {name}: {why}" for name, why in without.items() if why), sep="\n")
+    print("\nThe first difference of each pair and kind:\n")
+    for outcome in outcomes:
+        seen: set[str] = set()
+        for each in outcome.differences:
+            if each.kind not in seen:
+                seen.add(each.kind)
+                print(describe(outcome.pair, each))
+
+
+def describe(pair: Pair, found: Difference) -> str:
+    """A difference with the tokens around the place where it begins."""
+    tokenizer = our_tokenizer(pair.tokenizer)
+    both = list(zip(found.ours, found.theirs, strict=False))
+    place = next((at for at, (own, their) in enumerate(both) if own != their), len(both))
+    ours, theirs = (ids[max(0, place - 2) : place + 5] for ids in (found.ours, found.theirs))
+    return (
+        f"- {pair.tokenizer} x {pair.name}, {found.kind}, {found.conversation!r}: token {place} of "
+        f"{found.text[-80:]!r}\n"
+        f"  ours {list(ours)} {[tokenizer.word(one) for one in ours]}\n"
+        f"  theirs {list(theirs)} {[tokenizer.word(one) for one in theirs]}"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
