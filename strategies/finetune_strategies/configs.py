@@ -97,6 +97,10 @@ SETTINGS: dict[str, Setting] = {
     "template.name": Setting(
         _TEMPLATES.accepted | texts().map(lambda text: f"{text}.jinja"), _TEMPLATES.refused | st.just(".jinja")
     ),
+    "template.date": Setting(
+        st.dates().map(str),
+        st.sampled_from(["", "today", "2024-13-01", "20240726", "2024-W30-5", "26 Jul 2024", 2024, True, None, [], {}]),
+    ),
     "tokens.max_length": _optional(_whole(8)),
     "tokens.truncation": _words("drop", "truncate_prompt", "split", "refuse"),
     "tokens.cache": _optional(_TEXT),

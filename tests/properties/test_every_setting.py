@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from finetune.abilities import Abilities
+from finetune.chat.catalog import CHATML
 from finetune.cli.console import exit_code
 from finetune.config import KEYS, json_schema, load_config
 from finetune.errors import FineTuneError
@@ -62,6 +63,7 @@ CHANGES: dict[str, Change] = {
     "data.retention": Change("VALID"),
     "data.limit": Change(4),
     "template.name": Change("alpaca"),
+    "template.date": Change("2025-01-02", {"template.name": "DATED.jinja"}),
     "tokens.max_length": Change(40),
     "tokens.truncation": Change("truncate_prompt", {"tokens.max_length": 40}),
     "tokens.cache": Change("CACHE"),
@@ -134,8 +136,11 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         make_model(folder / name, kind=KINDS[number], seed=number)
     for name, count in (("TRAIN", 5), ("VALID", 2), ("KNOWN", 3)):
         make_data(folder / f"{name}.jsonl", count)
+    dated = folder / "dated.jinja"
+    dated.write_text("{{ strftime_now('%d %b %Y') }}" + CHATML.jinja)
     return {name: str(next(folder.glob(f"{name}*"))) for name in ("MODEL", "OTHER", "TRAIN", "VALID", "KNOWN")} | {
-        "CACHE": str(folder / "CACHE")
+        "CACHE": str(folder / "CACHE"),
+        "DATED.jinja": str(dated),
     }
 
 

@@ -47,7 +47,7 @@ PAID = {
 def test_work_is_paid_for(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of these pieces of work costs at least what it goes through and makes, and at most twenty times that."""
     meters: list[Meter] = []
-    monkeypatch.setattr(sandbox, "Meter", lambda allowed: meters.append(Meter(allowed)) or meters[-1])
+    monkeypatch.setattr(sandbox, "Meter", lambda *given: meters.append(Meter(*given)) or meters[-1])
     source, least = PAID[case]
     for each in (_X, _X + source):
         compile_template("any.jinja", each)(messages=ONE)

@@ -113,7 +113,7 @@ def test_real_template_takes_half_of_what_it_may(case: str, monkeypatch: pytest.
     """Each template takes at most half of what it may; two are tried on 200 messages of 100,000 characters."""
     number, length = LENGTHS[case]
     meters: list[Meter] = []
-    monkeypatch.setattr(sandbox, "Meter", lambda allowed: meters.append(Meter(allowed)) or meters[-1])
+    monkeypatch.setattr(sandbox, "Meter", lambda *given: meters.append(Meter(*given)) or meters[-1])
     text = "x y\n" * (length // 4) + "z" * (length % 4)
     messages = [{"role": ("user", "assistant")[index % 2], "content": text} for index in range(number)]
     sources = [(name, source.jinja) for name, source in CATALOG.items()]

@@ -19,6 +19,7 @@ pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'fine
 pytest.importorskip("ollama", reason="needs the ollama extra: pip install 'finetune-suite[ollama]'")
 
 from finetune.backends import open_backend
+from finetune.chat.catalog import CHATML
 from finetune.errors import DeploymentError, OutputError, StorageError
 from finetune.evidence.drift import Bound
 from finetune.export.gguf_source import exportable_run
@@ -131,6 +132,31 @@ def test_deploy_asks_no_question_that_servers_read_otherwise(tmp_path: Path) -> 
     assert not [text for text in asked if "<|" in text]
     [told] = [int(note.split()[0]) for note in serving_check.notes if "a control token's name" in note]
     assert min(told, len(asked)) > 0
+
+
+def test_deploy_is_verified_on_any_day(tmp_path: Path) -> None:
+    """A template that prints the day is asked for with the server's own, and the run's answers, of another, are not."""
+    (tmp_path / "dated.jinja").write_text("{{ strftime_now('%d %b %Y') }}\n" + CHATML.jinja, encoding="utf-8")
+    rows = [{"prompt": f"What is {n}?", "completion": "A number"} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    settings = ["template.name=dated.jinja", "judge.control=never", "judge.memory=never", "training.max_steps=1"]
+    words = (
+        "--data",
+        str(tmp_path / "rows.jsonl"),
+        "--model",
+        "reference-llama",
+        "--backend",
+        "reference",
+        "--output",
+        "run",
+    )
+    done = ft("train", *words, *(w for key in settings for w in ("--set", key)), cwd=tmp_path)
+    assert done.returncode in (0, 1, 4), done.stderr
+    deployed = deploy_llama_cpp(tmp_path / "run")
+    asked = {check.stage: check.measured for check in deployed.checks}
+    total, right = (int(word) for word in asked["template"].split()[:3:2])
+    assert total == right > 20
+    assert any("template.date" in note for note in deployed.notes), deployed.notes
 
 
 def test_deploy_serves_until_interrupted(run: Path) -> None:

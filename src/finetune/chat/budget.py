@@ -6,6 +6,7 @@ filter, comparison and sum pays before it works, so an account that is empty sto
 """
 
 from collections.abc import ItemsView, KeysView, Mapping, Sequence, ValuesView
+from datetime import date
 from typing import Any
 
 from jinja2.runtime import Undefined
@@ -32,6 +33,9 @@ MAX_NUMBER = 2**64
 SHOWN_GROWTH = 10
 """`\\U00010000` for one character: the most that showing a list, or escaping for JSON, makes of it."""
 
+DAY = date(2024, 7, 26)
+"""The day that is printed where none is set: what Llama 3's templates print by themselves where they cannot ask."""
+
 _SCALARS = (bool, int, float, type(None), Undefined)
 
 
@@ -46,12 +50,13 @@ def allowance(messages: Sequence[Mapping[str, str]]) -> int:
 
 
 class Meter:
-    """The account of one render."""
+    """The account of one render, and the day that it prints as today."""
 
-    __slots__ = ("_depth", "allowed", "left")
+    __slots__ = ("_depth", "allowed", "left", "today")
 
-    def __init__(self, allowed: int) -> None:
+    def __init__(self, allowed: int, today: date = DAY) -> None:
         self.allowed = self.left = allowed
+        self.today = today
         self._depth = 0
 
     def spend(self, units: int) -> None:

@@ -1,9 +1,11 @@
 """Joins a template and a tokenizer: conversations in, token ids out, the same way for training and for asking."""
 
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+from finetune.chat.budget import DAY
 from finetune.chat.cache import cache_key, dump_marked, load_marked
 from finetune.chat.encode import Marked, encode_row, mark_rows
 from finetune.chat.fit import Encoded, fit_rows
@@ -18,11 +20,19 @@ from finetune.records import Conversation, ModelLocation, Question, Rendered
 class Encoder:
     """One model's template and tokenizer together: conversations in, ids out, the same way for training and asking."""
 
-    def __init__(self, location: ModelLocation, template: str, tokenizer: FileTokenizer | None = None) -> None:
+    def __init__(
+        self,
+        location: ModelLocation,
+        template: str,
+        tokenizer: FileTokenizer | None = None,
+        *,
+        today: date = DAY,
+    ) -> None:
         plain = tokenizer or FileTokenizer(location.folder)
         self.source = find_template(template, plain.chat_template)
         self.tokenizer = tokenizer = plain.for_template(self.source.jinja)
-        self.template = ChatTemplate(self.source, tokenizer.control_tokens, bos=tokenizer.bos, eos=tokenizer.eos)
+        ends = {"bos": tokenizer.bos, "eos": tokenizer.eos}
+        self.template = ChatTemplate(self.source, tokenizer.control_tokens, **ends, today=today)
         taught = (tokenizer.control_id(token) for token in self.template.terminators())
         self.stop_ids = tuple(dict.fromkeys([*(token for token in taught if token is not None), *tokenizer.stop_ids]))
 

@@ -8,8 +8,10 @@ is known and nothing is searched for. The cut text is then compared with what th
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from datetime import date
 from pathlib import Path
 
+from finetune.chat.budget import DAY
 from finetune.chat.catalog import CATALOG, TemplateSource
 from finetune.chat.sandbox import TemplateStoppedError, compile_template
 from finetune.errors import TemplateError
@@ -28,9 +30,18 @@ class ChatTemplate:
         control_tokens: every control token of the tokenizer, such as `<|im_end|>`.
         bos: the begin-of-text token, or "" for a model without one.
         eos: the end-of-text token.
+        today: what a template prints that asks for the date.
     """
 
-    def __init__(self, source: TemplateSource, control_tokens: Sequence[str], *, bos: str, eos: str) -> None:
+    def __init__(
+        self,
+        source: TemplateSource,
+        control_tokens: Sequence[str],
+        *,
+        bos: str,
+        eos: str,
+        today: date = DAY,
+    ) -> None:
         missing = [token for token in source.control_tokens if token not in control_tokens]
         if missing:
             raise TemplateError(
@@ -39,6 +50,7 @@ class ChatTemplate:
             )
         self.name = source.name
         self._variables = {"bos_token": bos, "eos_token": eos}
+        self._today = today
         self._jinja: Callable[..., str] = compile_template(source.name, source.jinja)
         ordered = sorted(control_tokens, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, ordered)) if ordered else "(?!)")
@@ -154,7 +166,7 @@ class ChatTemplate:
     def _call(self, messages: Sequence[Message], where: str, *, add_generation_prompt: bool) -> str:
         turns = [{"role": message.role, "content": message.content} for message in messages]
         # transformers gives every template these two, so templates ask whether they are none, not whether defined.
-        variables = {**self._variables, "tools": None, "documents": None}
+        variables = {**self._variables, "tools": None, "documents": None, "today": self._today}
         try:
             return self._jinja(messages=turns, add_generation_prompt=add_generation_prompt, **variables)
         except TemplateStoppedError as error:

@@ -5,6 +5,7 @@ A template may come from anywhere. It can neither reach an attribute nor call a 
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from datetime import date
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, missing, pass_context
 
 from finetune.chat import template_words as vocabulary
-from finetune.chat.budget import CALL, MAX_NUMBER, STEP, Meter, UnsafeTemplateError, allowance
+from finetune.chat.budget import CALL, DAY, MAX_NUMBER, STEP, Meter, UnsafeTemplateError, allowance
 from finetune.chat.rewrite import meter_tree
 from finetune.chat.template_words import Helper, Method, TemplateRefusedError
 from finetune.errors import TemplateError
@@ -232,7 +233,7 @@ def compile_template(name: str, source: str) -> Callable[..., str]:
     """A function that renders `source` in the sandbox; keyword arguments are the template's variables.
 
     The function raises TemplateStoppedError when the template refuses, fails, or is unsafe. `messages` is a list of
-    dicts of texts; how much work the template may do is reckoned from it.
+    dicts of texts; how much work the template may do is reckoned from it. `today` is the day that it prints.
 
     Raises:
         TemplateError: the template is too large, does not parse, or uses syntax it may not (with the line).
@@ -259,10 +260,10 @@ def compile_template(name: str, source: str) -> Callable[..., str]:
         raise TemplateError(f"template {name!r} does not parse: {error}", hint="mend the Jinja syntax") from None
     template = Template.from_code(environment, code, environment.make_globals(None))
 
-    def render(*, messages: list[Mapping[str, str]], **variables: object) -> str:
+    def render(*, messages: list[Mapping[str, str]], today: date = DAY, **variables: object) -> str:
         context = template.new_context({"messages": messages, **variables})
         assert isinstance(context, _MeteredContext)
-        context.meter = Meter(allowance(messages))
+        context.meter = Meter(allowance(messages), today)
         try:
             return "".join(template.root_render_func(context))
         except Exception as error:  # filters raise whatever Python does with what they are given

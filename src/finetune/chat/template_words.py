@@ -7,7 +7,6 @@ use, and what belongs to it; nothing that pads, repeats, formats dates at will o
 import json
 import re
 from collections.abc import Callable
-from datetime import date
 from typing import Any
 
 from jinja2.filters import FILTERS
@@ -42,8 +41,6 @@ _GROWTH = 3
 """The most that a change of case makes of one character."""
 _PRINTF = re.compile(r"%(?:\([A-Za-z0-9_]*\))?[-+ #0]?[0-9]{0,3}(?:\.[0-9]{1,2})?[sdifgx%]|[^%]")
 _STRFTIME = re.compile(r"(?:%-?[A-Za-z%]|[^%]){0,200}")
-_TODAY = date(2024, 7, 26)
-"""A template that prints today's date would render differently every day: it is given one fixed day."""
 
 
 class TemplateRefusedError(Exception):
@@ -245,7 +242,7 @@ def _namespace(meter: Meter, source: object = (), /, **values: object) -> Namesp
 def _strftime(meter: Meter, form: str) -> str:
     if not isinstance(form, str) or not _STRFTIME.fullmatch(form):
         raise UnsafeTemplateError("it formats the date with more than letters")
-    return str(meter.keep(_TODAY.strftime(form)))
+    return str(meter.keep(meter.today.strftime(form)))
 
 
 def _refuse(meter: Meter, message: object = "") -> None:

@@ -56,7 +56,9 @@ class FileTokenizer:
 
     def for_template(self, source: str) -> "FileTokenizer":
         """The same tokenizer, for which every added token that this template writes is a control token, too."""
-        written = [token for token in self._added if token in source and token not in self.control_tokens]
+        # Line ends, which Gemma has among its added tokens, mark nothing.
+        new = (token for token in self._added if token.strip() and token not in self.control_tokens)
+        written = [token for token in new if token in source]
         if not written:
             return self
         other = copy.copy(self)

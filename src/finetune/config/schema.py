@@ -4,6 +4,8 @@ Each field carries one sentence in a user's words; `ft init`, `ft schema` and th
 `None` in a field that may be derived means "work it out"; `finetune.config.resolve` does.
 """
 
+import re
+from datetime import date
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
@@ -18,6 +20,13 @@ def _refuse_boolean(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("a number is needed, not true or false")
     return value
+
+
+def _require_a_day(text: str) -> str:
+    if not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
+        raise ValueError("a day is written like 2024-07-26")
+    date.fromisoformat(text)
+    return text
 
 
 def _refuse_the_word_none(value: str) -> str:
@@ -52,6 +61,7 @@ Text = Annotated[
     AfterValidator(_refuse_the_word_none),
 ]
 TemplatePath = Annotated[str, Field(pattern=r"^[^" + _UNPRINTABLE + r"]+\.jinja$")]
+Day = Annotated[str, AfterValidator(_require_a_day)]
 TemplateName = Literal["auto", "tokenizer", "alpaca", "chatml", "llama2", "llama3"]
 Names = Annotated[tuple[Text, ...], Field(min_length=1)]
 _Mapping = Field(min_length=1, json_schema_extra={"additionalProperties": False})
@@ -123,6 +133,8 @@ class TemplateSpec(Spec):
 
     name: TemplateName | TemplatePath = "auto"
     """The prompt template; auto takes the tokenizer's own if it has one and alpaca otherwise."""
+    date: Day = "2024-07-26"
+    """The day that a template prints which asks for today's, as Llama 3's do: the same in every run, and recorded."""
 
     @model_validator(mode="before")
     @classmethod

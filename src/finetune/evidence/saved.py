@@ -1,6 +1,7 @@
 """Saves what a run trained, finds it again, checks that it has not changed, and opens a session on it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 
 from finetune.backends import open_backend
@@ -55,11 +56,14 @@ def changed(before: Sequence[Mapping[str, object]] | None, now: Sequence[Mapping
     return sorted(str(name) for name in old.keys() | new.keys() if old.get(name) != new.get(name))
 
 
-def open_encoder(folder: RunFolder, config: TrainingConfig, location: ModelLocation) -> Encoder:
-    """The run's template with the tokenizer of its base model."""
+def open_encoder(
+    folder: RunFolder, config: TrainingConfig, location: ModelLocation, *, today: date | None = None
+) -> Encoder:
+    """The run's template with the tokenizer of its base model; it prints the day of training, or another."""
     # A template from a file may have moved since; the copy that travels with what was saved has not.
     copy = saved_in(folder, config) / "chat_template.jinja"
-    return Encoder(location, str(copy) if config.template.name.endswith(".jinja") else config.template.name)
+    name = str(copy) if config.template.name.endswith(".jinja") else config.template.name
+    return Encoder(location, name, today=today or date.fromisoformat(config.template.date))
 
 
 def check_saved(folder: RunFolder, config: TrainingConfig, location: ModelLocation) -> Path:

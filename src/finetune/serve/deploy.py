@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def deploy_llama_cpp(
         FineTuneError: it was refused, the server failed, or does not answer as was trained; no server is left.
     """
     exportable = exportable_run(run, open_backend)
-    serving_check = prepare_serving_check(run, exportable)
+    serving_check = prepare_serving_check(run, exportable, today=date.today())
     file = _gguf(run, outtype, tell)
     name = default_name(run)
     with llama_server(file, context=serving_check.context, name=name, port=port) as server:

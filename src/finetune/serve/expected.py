@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -79,21 +80,26 @@ class ServingCheck:
         return self.encoder.template.render_prompt(conversation).text
 
 
-def prepare_serving_check(path: Path, exportable: Exportable) -> ServingCheck:
+def prepare_serving_check(path: Path, exportable: Exportable, *, today: date | None = None) -> ServingCheck:
     """Prepare the check of a finished run.
+
+    Args:
+        today: what the server itself prints where a template asks for the date; None where it prints what we do.
 
     Raises:
         FineTuneError: the run is not finished, or its model or template cannot be used any more.
     """
     folder = RunFolder.finished(path)
     config = load_plan(folder.plan).config
-    encoder = open_encoder(folder, config, locate_model(config.model.path, revision=config.model.revision))
+    location = locate_model(config.model.path, revision=config.model.revision)
+    trained = open_encoder(folder, config, location)
+    encoder = open_encoder(folder, config, location, today=today) if today else trained
     tokenizer, length = encoder.tokenizer, config.tokens.max_length
     assert length is not None
     form = describe_vocabulary(tokenizer.description(), exportable.special, exportable.rows).form
     texts = [text for text in nasty_texts((), form) if not any(token in text for token in tokenizer.control_tokens)]
     context, most = min(length, exportable.described.tried_context), config.evaluation.max_new_tokens
-    questions, notes = _questions(folder, encoder)
+    questions, notes = _questions(folder, trained, encoder)
     prompts = _prompts(encoder, drawn_conversations(texts), context)
     return ServingCheck(
         encoder=encoder,
@@ -125,7 +131,7 @@ def _is_odd(prompt: Prompt) -> bool:
     return any(text.strip() != text.strip(_SPACES_OF_ASCII) for text in (each["content"] for each in prompt.messages))
 
 
-def _questions(folder: RunFolder, encoder: Encoder) -> tuple[list[ServedQuestion], tuple[str, ...]]:
+def _questions(folder: RunFolder, encoder: Encoder, served: Encoder) -> tuple[list[ServedQuestion], tuple[str, ...]]:
     """The run's questions with their conversations, which only its data still has."""
     manifest = folder.read_manifest()
     said: list[dict[str, Any]] = (((manifest.get("scores") or {}).get("learning") or {}).get("tuned") or {}).get(
@@ -142,7 +148,10 @@ def _questions(folder: RunFolder, encoder: Encoder) -> tuple[list[ServedQuestion
     known, unsaid, found = conversations_of(encoder, prepared), Counter[str](), []
     for question, answer in zip(prepared.questions, said, strict=True):
         conversation = known[question.ids]
-        if why := unservable_reason(encoder, conversation):
+        why = unservable_reason(encoder, conversation)
+        if not why and served.prompt_ids(conversation) != question.ids:
+            why = "print the day, which was another in training (template.date)"
+        if why:
             unsaid[why] += 1
             continue
         found.append(

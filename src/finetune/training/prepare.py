@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 
 from finetune.adapters.choose import check_patterns, check_rank, choose_layers, choose_saved
@@ -108,7 +109,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     plan = resolve(loaded, facts)
     config = plan.config
     target = adapter_target(config, shape)
-    encoder = Encoder(location, config.template.name, tokenizer)
+    encoder = Encoder(location, config.template.name, tokenizer, today=date.fromisoformat(config.template.date))
     kept, split = hold_out(shaped.examples, config.data.valid_fraction or 0.0, config.training.seed)
     train = encoder.encode(replace(shaped, examples=tuple(kept)), plan)
     if not train.rows:
