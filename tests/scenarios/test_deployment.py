@@ -139,7 +139,12 @@ def test_deploy_is_verified_on_any_day(tmp_path: Path) -> None:
     (tmp_path / "dated.jinja").write_text("{{ strftime_now('%d %b %Y') }}\n" + CHATML.jinja, encoding="utf-8")
     rows = [{"prompt": f"What is {n}?", "completion": "A number"} for n in range(20)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    settings = ["template.name=dated.jinja", "judge.control=never", "judge.memory=never", "training.max_steps=1"]
+    settings = [
+        f"template.name={tmp_path / 'dated.jinja'}",
+        "judge.control=never",
+        "judge.memory=never",
+        "training.max_steps=1",
+    ]
     words = (
         "--data",
         str(tmp_path / "rows.jsonl"),
