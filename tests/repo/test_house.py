@@ -39,7 +39,7 @@ GUESTS = SOURCE / "verify" / "trainers"
 """Among these are programs that a peer's interpreter runs: they import nothing of ours."""
 HEAVY = {
     *("torch", "transformers", "peft", "mlx", "numpy", "matplotlib", "tokenizers", "jinja2", "yaml"),
-    "huggingface_hub",
+    *("huggingface_hub", "datasets", "pandas", "pyarrow"),
 }
 VERBS = (
     *("train", "check", "estimate", "init", "schema", "evaluate", "chat", "report", "merge", "export", "compare"),
@@ -290,6 +290,7 @@ STATEMENTS = {
     "import finetune.cli.app": HEAVY | {"pydantic", "psutil", "safetensors"},
     "from finetune import load_config, TrainingConfig, TrainingSuccessValidator": HEAVY - {"yaml"},
     "from finetune import fine_tune": {"torch", "transformers", "peft", "mlx"},
+    "import finetune.backends.reference.reload": {"torch", "transformers", "peft", "mlx", "ml_dtypes", "jax"},
 }
 """Each loads more than those before it, and none of what stands beside it."""
 
