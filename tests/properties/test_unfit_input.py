@@ -101,7 +101,8 @@ def test_base_that_knows_everything_is_not_said_to_have_learned(place: Path, tmp
     taught: dict[str, Any] = {"adapter__kind": "full", "adapter__rank": 8, "training__learning_rate": 0.03}
     with without_reload_check():
         fine_tune(settings(place / "model", data, **taught, training__epochs=70.0), output=tmp_path / "taught")
-    record, verdicts = outcomes_of(settings(tmp_path / "taught/model", data, judge__control="always"), tmp_path / "run")
+    again = settings(tmp_path / "taught/model", data, judge__control="always", evaluation__questions=6)
+    record, verdicts = outcomes_of(again, tmp_path / "run")
     assert record["scores"]["learning"]["base"]["right"] == 6
     assert record["outcome"] != "passed"
     assert verdicts["learning-signed"]["outcome"] != "passed"

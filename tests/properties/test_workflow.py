@@ -38,7 +38,7 @@ def judged(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """A run with a sham control; its adapter is loaded in a fresh process."""
     heard: list[Event] = []
     output = tmp_path_factory.mktemp("judged") / "run"
-    loaded = settings(model, data, judge__control="always")
+    loaded = settings(model, data, judge__control="always", evaluation__questions=11)
     return *fine_tune(loaded, output=output, listener=heard.append, command="ft x"), heard
 
 

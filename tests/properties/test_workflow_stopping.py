@@ -17,7 +17,9 @@ from finetune.backends.reference.session import ReferenceSession
 from finetune.config import LoadedConfig
 from finetune.errors import RefusedError
 from finetune.events import Event, HeldOutLoss, StepDone, StoppedEarly
+from finetune.evidence.extra_runs import shuffled_label_rows
 from finetune.report import build_report, render_html
+from finetune.training.prepare import prepare
 from finetune.training.schedule import learning_rate_at
 from finetune_strategies.profiles import examples
 from properties.test_training import lowest
@@ -163,19 +165,31 @@ def test_run_whose_best_checkpoint_is_gone_is_not_gone_on_with(model: Path, data
 
 
 def test_shuffled_label_control_takes_the_steps_of_the_adapter(model: Path, data: Path, tmp_path: Path) -> None:
-    """A run that keeps step 3 of 8 is compared with a control of 3 steps, at the same learning rates."""
-    updates: list[list[float]] = []
-    attach, update = ReferenceSession.attach, ReferenceSession.update
-    with (
-        looks([3.0, 2.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0]),
-        patch.object(ReferenceSession, "attach", lambda *given_: (updates.append([]), attach(*given_))[1]),
-        patch.object(ReferenceSession, "update", lambda self, rate: (updates[-1].append(rate), update(self, rate))[1]),
-    ):
+    """A run that keeps step 3 of 8 is compared with what 3 steps on shuffled rows make, at the same learning rates."""
+    done: dict[str, list[Any]] = {}
+
+    def note(name: str) -> Any:
+        plain = getattr(ReferenceSession, name)
+
+        def noted(self: ReferenceSession, *given_: Any) -> Any:
+            done.setdefault(name, []).append((self, given_[0]))
+            return plain(self, *given_)
+
+        return patch.object(ReferenceSession, name, noted)
+
+    with looks([3.0, 2.0, 1.0] + [2.0] * 5), note("attach"), note("update"), note("accumulate"), note("generate"):
         loaded = job(model, data, early_stopping_patience=2)
         judged = loaded.config.judge.model_copy(update={"control": "always"})
-        run(LoadedConfig(loaded.config.model_copy(update={"judge": judged}), loaded.origins), tmp_path / "run")
-    assert [len(rates) for rates in updates] == [5, 3]
-    assert updates[1] == updates[0][:3]
+        loaded = LoadedConfig(loaded.config.model_copy(update={"judge": judged}), loaded.origins)
+        run(loaded, tmp_path / "run")
+    adapter, control = (session for session, _ in done["attach"])
+    rates = {session: [rate for one, rate in done["update"] if one is session] for session in (adapter, control)}
+    assert len(rates[adapter]) == 5
+    assert rates[control] == rates[adapter][:3]
+    rows = {row.ids for session, batch in done["accumulate"] if session is control for row in batch.rows}
+    assert rows == {row.ids for row in shuffled_label_rows(prepare(loaded), {}) or ()}
+    assert rows != {row.ids for row in prepare(loaded).training_rows}
+    assert done["generate"][-1][0] is control
 
 
 def test_report_tells_the_losses_of_the_step_that_is_kept(model: Path, data: Path, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ QUICK: dict[str, Any] = {
     "training.epochs": 2.0,
     "training.batch_size": 3,
     "training.learning_rate": 0.01,
+    "evaluation.questions": 3,
     "evaluation.max_new_tokens": 3,
     "judge.control": "never",
     "judge.memory": "never",
