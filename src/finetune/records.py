@@ -181,7 +181,7 @@ class Batch:
                 here[index, start : end - 1] = row.trained[1:]
                 starts[index, start:] = start
                 positions[index, start:end] = np.arange(len(row.ids))
-        return BatchArrays(ids, np.roll(ids, -1, axis=1)[here], here, starts, positions)
+        return BatchArrays(ids, ids[:, 1:][here[:, :-1]], here, starts, positions)
 
     @property
     def target_count(self) -> int:

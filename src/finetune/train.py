@@ -5,7 +5,7 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from finetune.backends import open_backend
@@ -35,7 +35,7 @@ from finetune.evidence.packing_check import check_packing
 from finetune.evidence.record import run_owner, run_record
 from finetune.evidence.saved import save_trained
 from finetune.export.import_gguf import with_model_folder
-from finetune.files import write_folder, write_json, write_text
+from finetune.files import describe_file, write_folder, write_json, write_text
 from finetune.objectives import choose_objective
 from finetune.ports import Session
 from finetune.records import Batch, Question, Scores, TokenizedRow
@@ -318,10 +318,12 @@ def _finish(run: Run, record: Mapping[str, object]) -> dict[str, Any]:
     """Write the reports, and the manifest last: from then on the run exists."""
     folder = run.folder
     write_json(folder.report_data, build_report(record))
-    write_text(folder.report_page, render_html([{**record, "artifacts": folder.describe()}]))
     # Whatever the manifest names is on disk before it.
     folder.secure_events()
-    finished = {**record, "artifacts": folder.describe()}
+    artifacts = folder.describe()
+    write_text(folder.report_page, render_html([{**record, "artifacts": artifacts}]))
+    page = describe_file(folder.report_page, name=folder.report_page.name)
+    finished = {**record, "artifacts": sorted([*artifacts, page], key=lambda file: PurePath(file["path"]))}
     folder.write_manifest(finished)
     return finished
 

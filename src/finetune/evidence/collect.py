@@ -38,7 +38,7 @@ def collect_evidence(
     gradients = next((event.norms for event in events if isinstance(event, FirstGradients)), {})
     parameters = parameter_evidence(prepared, session, fingerprints, gradients, len(steps))
     with run.phase(f"check {saved.name}", "in a fresh process" + (", on a fresh base" if prepared.target else "")):
-        artifacts = artifact_evidence(prepared, session, saved, run.folder.describe(), run.why)
+        artifacts = artifact_evidence(prepared, session, saved, run.folder.sizes(), run.why)
     control = control_evidence(prepared, before, trainings, run.why)
     learning = learning_evidence(before, after, control, prepared, run.why)
     memory = None

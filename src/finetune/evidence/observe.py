@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from finetune.criteria.evidence import (
     ArtifactEvidence,
@@ -131,7 +130,7 @@ def learning_evidence(
 
 
 def artifact_evidence(
-    prepared: Prepared, session: Session, saved: Path, files: Sequence[Mapping[str, Any]], why: dict[str, str]
+    prepared: Prepared, session: Session, saved: Path, sizes: Mapping[str, int], why: dict[str, str]
 ) -> ArtifactEvidence:
     """Sizes of what was written, and what a fresh process makes of the saved adapter or model."""
     found: Reload | None = None
@@ -148,7 +147,6 @@ def artifact_evidence(
         )
     except EvidenceError as error:
         why["reload"] = error.message
-    sizes = {str(file["path"]): int(file["bytes"]) for file in files}
     stray = tuple(path for path in sizes if path.endswith(".part") or "/." in f"/{path}")
     return ArtifactEvidence(sizes, found, stray)
 

@@ -165,6 +165,11 @@ class RunFolder:
         """Path, size and hash of every file of the run; the lock is none of them."""
         return [file for file in describe_files(self.path) if file["path"] != self.holder.name]
 
+    def sizes(self) -> dict[str, int]:
+        """The size of every file of the run by its path, without reading one."""
+        files = [file for file in self.path.rglob("*") if file.is_file() and file != self.holder]
+        return {file.relative_to(self.path).as_posix(): file.stat().st_size for file in sorted(files)}
+
     def tidy(self) -> None:
         """Make a run ready to begin or to go on: what a killed process left half written goes.
 
