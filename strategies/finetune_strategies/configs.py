@@ -101,6 +101,18 @@ SETTINGS: dict[str, Setting] = {
         st.dates().map(str),
         st.sampled_from(["", "today", "2024-13-01", "20240726", "2024-W30-5", "26 Jul 2024", 2024, True, None, [], {}]),
     ),
+    "template.train_on": _words("all", "last"),
+    "template.variables": _optional(
+        Setting(
+            st.dictionaries(
+                st.from_regex(r"[a-z_][a-zA-Z0-9_]{0,8}", fullmatch=True),
+                st.booleans() | st.integers(-9, 9) | st.floats(-9, 9) | _TEXT.accepted,
+                min_size=1,
+                max_size=3,
+            ),
+            _NO_MAPPINGS | st.sampled_from([{"a": None}, {"a": []}, {"a": {}}, {"a b": 1}, {"": 1}, {"1a": 1}]),
+        )
+    ),
     "tokens.max_length": _optional(_whole(8)),
     "tokens.truncation": _words("drop", "truncate_prompt", "split", "refuse"),
     "tokens.cache": _optional(_TEXT),

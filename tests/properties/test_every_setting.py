@@ -64,6 +64,8 @@ CHANGES: dict[str, Change] = {
     "data.limit": Change(4),
     "template.name": Change("alpaca"),
     "template.date": Change("2025-01-02", {"template.name": "DATED.jinja"}),
+    "template.train_on": Change("last", {"data.train": "TURNS.jsonl"}),
+    "template.variables": Change({"greeting": "Hi"}, {"template.name": "DATED.jinja"}),
     "tokens.max_length": Change(40),
     "tokens.truncation": Change("truncate_prompt", {"tokens.max_length": 40}),
     "tokens.cache": Change("CACHE"),
@@ -136,11 +138,15 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         make_model(folder / name, kind=KINDS[number], seed=number)
     for name, count in (("TRAIN", 5), ("VALID", 2), ("KNOWN", 3)):
         make_data(folder / f"{name}.jsonl", count)
+    turns = folder / "turns.jsonl"
+    said = [{"role": role, "content": "a b"} for role in ("user", "assistant") * 2]
+    turns.write_text("".join(json.dumps({"messages": said[: 2 * (1 + row % 2)]}) + "\n" for row in range(5)))
     dated = folder / "dated.jinja"
-    dated.write_text("{{ strftime_now('%d %b %Y') }}" + CHATML.jinja)
+    dated.write_text("{{ strftime_now('%d %b %Y') }}{{ greeting }}" + CHATML.jinja)
     return {name: str(next(folder.glob(f"{name}*"))) for name in ("MODEL", "OTHER", "TRAIN", "VALID", "KNOWN")} | {
         "CACHE": str(folder / "CACHE"),
         "DATED.jinja": str(dated),
+        "TURNS.jsonl": str(turns),
     }
 
 

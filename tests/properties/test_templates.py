@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetune.chat.catalog import CATALOG, TemplateSource
-from finetune.chat.render import ChatTemplate, find_template
+from finetune.chat.render import ChatTemplate, find_template, with_variables
 from finetune.errors import TemplateError
 from finetune.records import Conversation, Message
 from finetune_strategies.conversations import conversations, texts
@@ -240,6 +240,46 @@ def test_template_without_its_control_tokens_is_refused(name: str) -> None:
             template(name, tuple(token for token in CONTROL if token != lacking))
         assert not any(token in caught.value.message for token in CATALOG[name].control_tokens if token != lacking)
     assert template("alpaca", ("</s>",)).terminators() == ("</s>",)
+
+
+@given(st.booleans() | st.integers(-9, 9) | texts())
+@example("\"}}{% raw %}%}\\n'\n")
+def test_variable_is_what_it_was_set_to_wherever_the_template_goes(value: bool | int | str) -> None:
+    """A variable that is set is the value that was given, also to a program that sets none; others are refused."""
+    source = TemplateSource("own", BARE + "{{ '' ~ flag if flag is defined else 'none' }}")
+    changed = with_variables(source, {"flag": value})
+    plain = template(source).render(talk("user:a", "assistant:b")).text
+    assert template(changed).render(talk("user:a", "assistant:b")).text == plain.removesuffix("none") + str(value)
+    for unknown in ("other", "messages", "eos_token"):
+        with pytest.raises(TemplateError, match=unknown) as caught:
+            with_variables(source, {unknown: value})
+        assert "flag" in caught.value.hint
+
+
+def test_last_answer_alone_is_learned_when_asked_for() -> None:
+    """With train_on last the text is the same, and only the last answer and what ends it are learned."""
+    source, said = CATALOG["chatml"], talk("user:a", "assistant:b", "user:c", "assistant:d")
+    last = ChatTemplate(source, CONTROL, bos="", eos="</s>", train_on="last").render(said)
+    assert last.text == template("chatml").render(said).text
+    assert [text for text, trained in stretches(last) if trained] == ["d<|im_end|>"]
+
+
+REMEDIES = {
+    "variable": ("", "{% if think is not defined %}<think>{% endif %}", "{think: false}"),
+    "last": ("{% if m['role'] == 'assistant' and loop.last %}<think>{% endif %}", "<think>", "train_on to last"),
+    "none": ("", "<other>", "choose another"),
+}
+
+
+@pytest.mark.parametrize("case", REMEDIES)
+def test_refusal_names_the_setting_that_would_do(case: str) -> None:
+    """A template that asks otherwise than it trains is refused with the variable, or the choice, that mends it."""
+    before, asked, remedy = REMEDIES[case]
+    jinja = BARE.replace("' + m['content']", "' }}" + before + "{{ m['content']")
+    jinja = jinja.replace("assistant\n' }}", "assistant\n' }}" + asked)
+    with pytest.raises(TemplateError, match="not prefix-preserving") as caught:
+        template(TemplateSource("own", jinja)).render(talk("user:a", "assistant:b", "user:c", "assistant:d"))
+    assert remedy in caught.value.hint
 
 
 LOOP = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"

@@ -1,6 +1,6 @@
 """Joins a template and a tokenizer: conversations in, token ids out, the same way for training and for asking."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from finetune.chat.budget import DAY
 from finetune.chat.cache import cache_key, dump_marked, load_marked
 from finetune.chat.encode import Marked, encode_row, mark_rows
 from finetune.chat.fit import Encoded, fit_rows
-from finetune.chat.render import ChatTemplate, find_template
+from finetune.chat.render import ChatTemplate, TrainOn, Variable, find_template, with_variables
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import Plan
 from finetune.data.shape import ShapedRows
@@ -27,12 +27,15 @@ class Encoder:
         tokenizer: FileTokenizer | None = None,
         *,
         today: date = DAY,
+        variables: Mapping[str, Variable] | None = None,
+        train_on: TrainOn = "all",
     ) -> None:
         plain = tokenizer or FileTokenizer(location.folder)
-        self.source = find_template(template, plain.chat_template)
+        self.source = with_variables(find_template(template, plain.chat_template), variables or {})
         self.tokenizer = tokenizer = plain.for_template(self.source.jinja)
-        ends = {"bos": tokenizer.bos, "eos": tokenizer.eos}
-        self.template = ChatTemplate(self.source, tokenizer.control_tokens, **ends, today=today)
+        self.template = ChatTemplate(
+            self.source, tokenizer.control_tokens, bos=tokenizer.bos, eos=tokenizer.eos, today=today, train_on=train_on
+        )
         taught = (tokenizer.control_id(token) for token in self.template.terminators())
         self.stop_ids = tuple(dict.fromkeys([*(token for token in taught if token is not None), *tokenizer.stop_ids]))
 

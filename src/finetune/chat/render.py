@@ -5,19 +5,27 @@ replaced by a marker, the template is rendered, and the result is cut at the mar
 is known and nothing is searched for. The cut text is then compared with what the template makes of the real messages.
 """
 
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import Literal
 
 from finetune.chat.budget import DAY
 from finetune.chat.catalog import CATALOG, TemplateSource
-from finetune.chat.sandbox import TemplateStoppedError, compile_template
+from finetune.chat.sandbox import TemplateStoppedError, compile_template, variables_read
 from finetune.errors import TemplateError
 from finetune.records import Conversation, Document, Message, Rendered, Segment
 
 _MARKER = re.compile("\ue000([0-9]+)\ue001")
+RESERVED = frozenset({"messages", "add_generation_prompt", "bos_token", "eos_token", "tools", "documents"})
+"""Variables of a template that every program sets by itself."""
+Variable = bool | int | float | str
+TrainOn = Literal["all", "last"]
+
 _LOOKED_AT = 8
 """So many answers of a conversation are looked at one by one, however much they repeat each other."""
 
@@ -31,6 +39,7 @@ class ChatTemplate:
         bos: the begin-of-text token, or "" for a model without one.
         eos: the end-of-text token.
         today: what a template prints that asks for the date.
+        train_on: all answers of a conversation, or the last alone.
     """
 
     def __init__(
@@ -41,6 +50,7 @@ class ChatTemplate:
         bos: str,
         eos: str,
         today: date = DAY,
+        train_on: TrainOn = "all",
     ) -> None:
         missing = [token for token in source.control_tokens if token not in control_tokens]
         if missing:
@@ -51,6 +61,8 @@ class ChatTemplate:
         self.name = source.name
         self._variables = {"bos_token": bos, "eos_token": eos}
         self._today = today
+        self._train_on: TrainOn = train_on
+        self._source, self._control_tokens = source, control_tokens
         self._jinja: Callable[..., str] = compile_template(source.name, source.jinja)
         ordered = sorted(control_tokens, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, ordered)) if ordered else "(?!)")
@@ -84,17 +96,19 @@ class ChatTemplate:
         where = conversation.where
         pieces = self._cut(messages, where, add_generation_prompt=asking)
         spoken = iter(() if asking else self._lengths_spoken(messages, pieces, where))
+        last = max((index for index, message in enumerate(messages) if message.role == "assistant"), default=-1)
+        learned = range(0) if asking else range(last if self._train_on == "last" else 0, last + 1)
         segments: list[Segment] = []
         for index, (markup, text) in enumerate(zip(pieces[0::2], [*pieces[1::2], ""], strict=True)):
             role = messages[index].role if index < len(messages) else "markup"
             answered = index > 0 and messages[index - 1].role == "assistant"
             terminator = self._terminator(markup, where) if answered else ""
-            segments.append(Segment(terminator, "assistant", trained=not asking, control=True))
+            segments.append(Segment(terminator, "assistant", trained=index - 1 in learned, control=True))
             if role == "assistant":
                 begin = len(markup) - next(spoken, 0)
                 segments.append(Segment(markup[len(terminator) : begin], "markup", trained=False, control=True))
-                segments.append(Segment(markup[begin:], "assistant", trained=not asking, control=True))
-                segments += self._answer(text, trained=not asking)
+                segments.append(Segment(markup[begin:], "assistant", trained=index in learned, control=True))
+                segments += self._answer(text, trained=index in learned)
             else:
                 segments.append(Segment(markup[len(terminator) :], "markup", trained=False, control=True))
                 segments.append(Segment(text, role, trained=False, control=False))
@@ -197,7 +211,9 @@ class ChatTemplate:
         return [*self._spoken[roles], *last]
 
     def _spoken_earlier(self, roles: tuple[str, ...], where: str) -> list[int]:
-        """As `_lengths_spoken`, of the answers that something follows."""
+        """As `_lengths_spoken`, of the answers that something follows; none of it where they are not trained."""
+        if self._train_on == "last":
+            return [0] * roles[:-1].count("assistant")
         shown = self._skeleton(roles, where, asking=False)
         found: list[int] = []
         opening, at = "", 0
@@ -220,9 +236,26 @@ class ChatTemplate:
                 f"{where}: template {self.name!r} is not prefix-preserving: at serve time the prompt would end with "
                 f"{_MARKER.sub('...', served)[-40:]!r}, but in training the answer follows "
                 f"{_MARKER.sub('...', trained_on)[-40:]!r}",
-                hint="choose another template: this one asks differently from how it trains",
+                hint=self._remedy() or "choose another template: this one asks differently from how it trains",
             )
         return len(trained_on) - len(served)
+
+    def _remedy(self) -> str:
+        """Which setting would make the template ask as it trains; "" for none."""
+        probe = Conversation(tuple(Message(role, "a") for role in ("user", "assistant") * 2), "template probe")
+        names = sorted(variables_read(self._source.jinja) - RESERVED)
+        tries: list[tuple[str, dict[str, Variable], TrainOn]] = [
+            (f"template.variables to {{{name}: {str(value).lower()}}}", {name: value}, self._train_on)
+            for name in names
+            for value in (False, True)
+        ]
+        for said, variables, train_on in [*tries, ("template.train_on to last", {}, "last")]:
+            with suppress(TemplateError):
+                changed = with_variables(self._source, variables)
+                bos, eos = self._variables["bos_token"], self._eos
+                _Trial(changed, self._control_tokens, bos=bos, eos=eos, train_on=train_on).render(probe)
+                return f"set {said}: then it asks as it trains"
+        return ""
 
     def _tokens_said(self, source: str, ends: set[str]) -> re.Pattern[str]:
         """Tokens that the template knows and that mark no turn, such as `<think>`: in an answer they are meant."""
@@ -237,9 +270,36 @@ class ChatTemplate:
         return re.compile("|".join(map(re.escape, said)) if said else "(?!)")
 
 
+def with_variables(source: TemplateSource, variables: Mapping[str, Variable]) -> TemplateSource:
+    """The template with variables set at its head, so that it renders alike wherever it travels.
+
+    Raises:
+        TemplateError: a variable that the template does not read, or that is not the user's to set.
+    """
+    if not variables:
+        return source
+    read = variables_read(source.jinja) - RESERVED
+    if unknown := [name for name in variables if name not in read]:
+        raise TemplateError(
+            f"template {source.name!r} reads no variable {', '.join(map(repr, unknown))} (template.variables)",
+            hint=f"it reads {', '.join(sorted(read)) or 'none that can be set'}",
+        )
+    # JSON's words for these values are Jinja's, null aside, which is none of them.
+    written = {name: json.dumps(value, ensure_ascii=False) for name, value in variables.items()}
+    head = "".join(f"{{%- set {name} = {value} -%}}" for name, value in written.items())
+    return replace(source, jinja=head + source.jinja)
+
+
 def _marker(index: int) -> str:
     """What stands in the place of a message."""
     return f"\ue000{index}\ue001"
+
+
+class _Trial(ChatTemplate):
+    """A template that is tried as a remedy, and looks for none itself."""
+
+    def _remedy(self) -> str:
+        return ""
 
 
 def _texts_between(markup: Sequence[str], messages: Sequence[Message], real: str) -> list[str] | None:

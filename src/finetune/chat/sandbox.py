@@ -9,7 +9,7 @@ from datetime import date
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import Template, TemplateSyntaxError, nodes
+from jinja2 import Template, TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext, Macro, Undefined
@@ -226,6 +226,14 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         elif operator == "**" and isinstance(left, int) and abs(left) > 1 and right > MAX_NUMBER.bit_length():
             raise UnsafeTemplateError("it makes a number of more than 64 bits")
         return meter.keep(self.binop_table[operator](left, right))
+
+
+def variables_read(source: str) -> set[str]:
+    """The names that a template reads and does not set itself; none where it does not parse."""
+    try:
+        return meta.find_undeclared_variables(_Sandbox().parse(source))
+    except (TemplateSyntaxError, RecursionError, ValueError):
+        return set()
 
 
 @lru_cache(maxsize=32)

@@ -143,9 +143,12 @@ def _phrase(schema: dict[str, Any]) -> str:
         return "a list of " + (f"some of {', '.join(names)}, each once" if names else "at least one name")
     if kind == "object":
         [value] = schema["patternProperties"].values()
-        return f"a mapping of at least one name to {_phrase(value)}"
+        return f"a mapping of at least one name to {', or '.join(map(_phrase, value.get('anyOf', [value])))}"
     if kind == "string":
-        return "a path ending in .jinja" if schema.get("pattern", "").endswith(r"\.jinja$") else "printable text"
+        pattern = schema.get("pattern", "")
+        if pattern.startswith("^[0-9]"):
+            return "a day, such as 2024-07-26"
+        return "a path ending in .jinja" if pattern.endswith(r"\.jinja$") else "printable text"
     return "true or false" if kind == "boolean" else str(kind)
 
 

@@ -4,11 +4,20 @@ Each field carries one sentence in a user's words; `ft init`, `ft schema` and th
 `None` in a field that may be derived means "work it out"; `finetune.config.resolve` does.
 """
 
-import re
 from datetime import date
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    model_validator,
+)
 
 from finetune.abilities import ABILITIES
 from finetune.adapters.kinds import ADAPTER_KINDS
@@ -23,8 +32,6 @@ def _refuse_boolean(value: object) -> object:
 
 
 def _require_a_day(text: str) -> str:
-    if not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
-        raise ValueError("a day is written like 2024-07-26")
     date.fromisoformat(text)
     return text
 
@@ -61,10 +68,12 @@ Text = Annotated[
     AfterValidator(_refuse_the_word_none),
 ]
 TemplatePath = Annotated[str, Field(pattern=r"^[^" + _UNPRINTABLE + r"]+\.jinja$")]
-Day = Annotated[str, AfterValidator(_require_a_day)]
+Day = Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$"), AfterValidator(_require_a_day)]
 TemplateName = Literal["auto", "tokenizer", "alpaca", "chatml", "llama2", "llama3"]
 Names = Annotated[tuple[Text, ...], Field(min_length=1)]
 _Mapping = Field(min_length=1, json_schema_extra={"additionalProperties": False})
+_Variable = StrictBool | StrictInt | StrictFloat | Text
+TemplateVariables = Annotated[dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], _Variable], _Mapping]
 RankPattern = Annotated[dict[Text, Count], _Mapping]
 AlphaPattern = Annotated[dict[Text, Positive], _Mapping]
 Trackers = Annotated[
@@ -135,6 +144,10 @@ class TemplateSpec(Spec):
     """The prompt template; auto takes the tokenizer's own if it has one and alpaca otherwise."""
     date: Day = "2024-07-26"
     """The day that a template prints which asks for today's, as Llama 3's do: the same in every run, and recorded."""
+    variables: TemplateVariables | None = None
+    """Variables that the template reads, such as `{enable_thinking: false}`; set in what is saved and served, too."""
+    train_on: Literal["all", "last"] = "all"
+    """Learn all answers of a conversation, or the last alone: for templates that show earlier ones otherwise."""
 
     @model_validator(mode="before")
     @classmethod

@@ -60,10 +60,11 @@ def open_encoder(
     folder: RunFolder, config: TrainingConfig, location: ModelLocation, *, today: date | None = None
 ) -> Encoder:
     """The run's template with the tokenizer of its base model; it prints the day of training, or another."""
-    # A template from a file may have moved since; the copy that travels with what was saved has not.
-    copy = saved_in(folder, config) / "chat_template.jinja"
-    name = str(copy) if config.template.name.endswith(".jinja") else config.template.name
-    return Encoder(location, name, today=today or date.fromisoformat(config.template.date))
+    # A template from a file may have moved since; the copy that travels has not, and has the variables in it.
+    moved = config.template.name.endswith(".jinja")
+    name = str(saved_in(folder, config) / "chat_template.jinja") if moved else config.template.name
+    day = today or date.fromisoformat(config.template.date)
+    return Encoder(location, name, today=day, variables=None if moved else config.template.variables)
 
 
 def check_saved(folder: RunFolder, config: TrainingConfig, location: ModelLocation) -> Path:

@@ -109,7 +109,14 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     plan = resolve(loaded, facts)
     config = plan.config
     target = adapter_target(config, shape)
-    encoder = Encoder(location, config.template.name, tokenizer, today=date.fromisoformat(config.template.date))
+    encoder = Encoder(
+        location,
+        config.template.name,
+        tokenizer,
+        today=date.fromisoformat(config.template.date),
+        variables=config.template.variables,
+        train_on=config.template.train_on,
+    )
     kept, split = hold_out(shaped.examples, config.data.valid_fraction or 0.0, config.training.seed)
     train = encoder.encode(replace(shaped, examples=tuple(kept)), plan)
     if not train.rows:
