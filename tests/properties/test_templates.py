@@ -246,10 +246,10 @@ def test_template_without_its_control_tokens_is_refused(name: str) -> None:
 @example("\"}}{% raw %}%}\\n'\n")
 def test_variable_is_what_it_was_set_to_wherever_the_template_goes(value: bool | int | str) -> None:
     """A variable that is set is the value that was given, also to a program that sets none; others are refused."""
-    source = TemplateSource("own", BARE + "{{ '' ~ flag if flag is defined else 'none' }}")
+    source = TemplateSource("own", "{{ '' ~ flag if flag is defined else 'none' }}" + BARE)
     changed = with_variables(source, {"flag": value})
     plain = template(source).render(talk("user:a", "assistant:b")).text
-    assert template(changed).render(talk("user:a", "assistant:b")).text == plain.removesuffix("none") + str(value)
+    assert template(changed).render(talk("user:a", "assistant:b")).text == str(value) + plain.removeprefix("none")
     for unknown in ("other", "messages", "eos_token"):
         with pytest.raises(TemplateError, match=unknown) as caught:
             with_variables(source, {unknown: value})

@@ -12,6 +12,7 @@ from finetune.chat.fit import Encoded, fit_rows
 from finetune.chat.render import ChatTemplate, TrainOn, Variable, find_template, with_variables
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import Plan
+from finetune.config.schema import TemplateSpec
 from finetune.data.shape import ShapedRows
 from finetune.files import make_folder, write_bytes
 from finetune.records import Conversation, ModelLocation, Question, Rendered
@@ -38,6 +39,12 @@ class Encoder:
         )
         taught = (tokenizer.control_id(token) for token in self.template.terminators())
         self.stop_ids = tuple(dict.fromkeys([*(token for token in taught if token is not None), *tokenizer.stop_ids]))
+
+    @classmethod
+    def planned(cls, location: ModelLocation, asked: TemplateSpec, tokenizer: FileTokenizer | None = None) -> "Encoder":
+        """As the settings of a run have it."""
+        day = date.fromisoformat(asked.date)
+        return cls(location, asked.name, tokenizer, today=day, variables=asked.variables, train_on=asked.train_on)
 
     def encode(self, shaped: ShapedRows, plan: Plan) -> Encoded:
         """Ids and trained marks of all examples, within the plan's length."""

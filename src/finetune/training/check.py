@@ -47,7 +47,6 @@ def find_problems(loaded: LoadedConfig) -> tuple[list[Problem], Prepared | None]
         own = probe.tokenizer.chat_template is not None
         plan = attempt("config", lambda: resolve(loaded, ModelAndDataFacts(shape.context_length, own, rows)))
         if plan is not None:
-            asked = plan.config.template
-            attempt("template", lambda: Encoder(location, asked.name, variables=asked.variables))
+            attempt("template", lambda: Encoder.planned(location, plan.config.template))
     # Each part may be good; whether they are good together, only doing it shows.
     return problems, None if problems else attempt("data", lambda: prepare(loaded))

@@ -3,7 +3,6 @@
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 
 from finetune.adapters.choose import check_patterns, check_rank, choose_layers, choose_saved
@@ -109,14 +108,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     plan = resolve(loaded, facts)
     config = plan.config
     target = adapter_target(config, shape)
-    encoder = Encoder(
-        location,
-        config.template.name,
-        tokenizer,
-        today=date.fromisoformat(config.template.date),
-        variables=config.template.variables,
-        train_on=config.template.train_on,
-    )
+    encoder = Encoder.planned(location, config.template, tokenizer)
     kept, split = hold_out(shaped.examples, config.data.valid_fraction or 0.0, config.training.seed)
     train = encoder.encode(replace(shaped, examples=tuple(kept)), plan)
     if not train.rows:
