@@ -254,3 +254,27 @@ def test_shipped_sets_unknown_name_is_refused_and_paths_are_left_alone() -> None
     assert data_path("some/rows.jsonl") == Path("some/rows.jsonl")
     with pytest.raises(DataError, match="~nosuchuser"):
         data_path("~nosuchuser/rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("within", "beside", "named"),
+    [
+        ({"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}, {}, "tool_calls"),
+        ({"reasoning_content": "because"}, {}, "reasoning_content"),
+        ({"thinking": "because", "function_call": {"name": "f"}}, {}, "function_call, thinking"),
+        ({}, {"tools": [{"type": "function"}]}, "tools"),
+    ],
+)
+def test_row_whose_answer_is_more_than_text_is_dropped_by_name(
+    within: dict[str, object], beside: dict[str, object], named: str
+) -> None:
+    """A thought or a call that no template is given is not left out of the answer in silence: the row is dropped."""
+    asked = {"role": "user", "content": "a"}
+    plain = {
+        "messages": [asked, {"role": "assistant", "content": "b", **dict.fromkeys(within)}],
+        **dict.fromkeys(beside),
+    }
+    rich = {"messages": [asked, {"role": "assistant", "content": "b", **within}], **beside}
+    shaped = shape_rows([Row(plain, "a:1"), Row(rich, "a:2")])
+    assert [example.where for example in shaped.examples] == ["a:1"]
+    assert shaped.dropped == {f"has {named}, which cannot be trained yet": 1}

@@ -43,7 +43,7 @@ def shape_rows(rows: Sequence[Row]) -> ShapedRows:
             continue
         shapes[name] += 1
         ignored |= _ignored(row, name)
-        reason = _emptiness(example)
+        reason = _unspoken(row, name) or _emptiness(example)
         if reason:
             dropped[reason] += 1
         else:
@@ -84,6 +84,14 @@ def _ignored(row: Row, shape: str) -> set[str]:
         if key not in ("role", "content") and value is not None
     }
     return within | (set(row.values) - _COLUMNS[shape])
+
+
+def _unspoken(row: Row, shape: str) -> str:
+    """Why the row would teach the opposite of what it says: a part of its answers that no template is given."""
+    lists = (value for column in _COLUMNS[shape] if isinstance(value := row.values.get(column), list))
+    within = {key for turns in lists for turn in turns for key, value in turn.items() if value}
+    found = sorted((within & _MEANT) | {key for key in ("tools",) if row.values.get(key)})
+    return f"has {', '.join(found)}, which cannot be trained yet" if found else ""
 
 
 def _shown(column: str) -> str:
@@ -154,6 +162,8 @@ def _message(turn: Row) -> Message:
     return Message(role, _text_field(turn, "content"))
 
 
+_MEANT = {"tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"}
+"""Parts of a message that say what is to be learned, and that no template is given."""
 _MARKS: dict[str, set[str]] = {
     "alpaca": {"instruction", "output"},
     "chat": {"messages"},
