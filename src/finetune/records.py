@@ -198,7 +198,8 @@ class Batch:
 class DataCounts:
     """What became of the rows: `read` == `kept` + the sum of `dropped`; nothing is lost silently.
 
-    Of those kept, `truncated` lost words of their prompt and `split` were cut into several pieces.
+    Of those kept, `truncated` lost words of their prompt and `split` were cut into several pieces. `reaching` tokens
+    are not learned, because they reach from a prompt into an earlier answer.
     """
 
     read: int
@@ -208,6 +209,7 @@ class DataCounts:
     tokens: int
     trained_tokens: int
     split: int = 0
+    reaching: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -277,4 +277,4 @@ def test_row_whose_answer_is_more_than_text_is_dropped_by_name(
     rich = {"messages": [asked, {"role": "assistant", "content": "b", **within}], **beside}
     shaped = shape_rows([Row(plain, "a:1"), Row(rich, "a:2")])
     assert [example.where for example in shaped.examples] == ["a:1"]
-    assert shaped.dropped == {f"has {named}, which cannot be trained yet": 1}
+    assert shaped.dropped == {f"with {named}, which cannot be trained yet": 1}

@@ -1,5 +1,6 @@
 """Laws of what a run is said to be beforehand: its counts are those of the run, its minutes follow from arithmetic."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,21 @@ def seconds_of(monkeypatch: pytest.MonkeyPatch, gflops: float, **changes: Any) -
     found = forecast_run(prepare(load_config(None, environ={}, overrides={**overrides, **given}, profile=None)))
     assert found.seconds is not None
     return found.seconds
+
+
+def test_rows_that_are_left_out_are_said_beforehand(place: Path, tmp_path: Path) -> None:
+    """Rows that are dropped are counted by reason, and so are tokens of earlier answers that are not learned."""
+    turns = [("user", "a"), ("assistant", "\n\n\nhi"), ("user", "b"), ("assistant", "c")]
+    long = [{"role": role, "content": text} for role, text in turns]
+    rows = [{"messages": long[2:]}, {"messages": long}, {"messages": [*long[:3], {**long[3], "thinking": "why"}]}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = forecast_run(prepare(loaded(place, data__train=str(file), template__name="chatml")))
+    dropped, reaching, *_ = found.sentences()
+    assert dropped == "2 of 3 rows are trained on; dropped: 1 with thinking, which cannot be trained yet"
+    assert reaching == f"{found.rows.reaching} tokens reach from a prompt into an earlier answer, and are not learned"
+    assert found.values()["rows"]["reaching"] == found.rows.reaching > 0
+    assert len(forecast_run(prepare(loaded(place))).sentences()) == 2
 
 
 def test_minutes_follow_from_parameters_tokens_and_speed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from finetune.chat import encode
 from finetune.chat.catalog import CATALOG, TemplateSource
-from finetune.chat.encode import encode_row, mark_rows
+from finetune.chat.encode import REACHING, encode_row, mark_rows
 from finetune.chat.encoder import Encoder
 from finetune.chat.render import ChatTemplate
 from finetune.chat.tokenizer import FileTokenizer
@@ -131,6 +131,7 @@ def test_row_trains_its_answers_and_is_asked_for_each_as_it_trains(
     reaching = [whole.removesuffix(some) for some, whole in zip(spoken, expected, strict=True)]
     assert all(some + rest == whole for some, rest, whole in zip(reaching, spoken, expected, strict=True))
     assert all(len(some) <= LONGEST for some in reaching)
+    assert next(mark_rows([rendered], tokenizer)).marks.count(REACHING) >= sum(map(bool, reaching))
     ends = [control_ids(kind, run) for run in runs if run]
     assert ends == [[TERMINATOR.get(name, EOS)]] * len(expected)
     assert all(run[-1] < len(kind.control_tokens) for run in runs if run)

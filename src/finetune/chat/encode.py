@@ -9,8 +9,9 @@ from finetune.chat.tokenizer import FileTokenizer, Spans
 from finetune.errors import TemplateError
 from finetune.records import Rendered, TokenizedRow
 
-KEPT, REMOVABLE, TRAINED = range(3)
-"""What a token is: markup that stays, a word of the prompt that a length limit may cut, or something to learn."""
+KEPT, REMOVABLE, TRAINED, REACHING = range(4)
+"""What a token is: markup that stays, a word of the prompt that a length limit may cut, something to learn, or one that
+reaches from a prompt into an earlier answer, which nobody asked so can say: it stays, and is not learned."""
 
 _TOGETHER = 1000
 """Rows handed to the tokenizer at once: enough to keep every core busy, few enough to hold in memory."""
@@ -160,6 +161,6 @@ def _marks(laid: _Laid, count: int, span: Callable[[int], tuple[int, int]]) -> b
         for place in range(done - 1, -1, -1):
             if span(place)[1] <= begin:
                 break
-            marks[place] = min(marks[place], mark)
+            marks[place] = REACHING if marks[place] < mark == TRAINED else min(marks[place], mark)
         done, begin = up_to, end
     return marks

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from finetune.chat.encode import REMOVABLE, Marked
+from finetune.chat.encode import REACHING, REMOVABLE, Marked
 from finetune.data.read import raise_all
 from finetune.records import DataCounts, TokenizedRow
 
@@ -47,6 +47,7 @@ def fit_rows(rows: Iterable[Marked], *, max_length: int, truncation: Truncation,
             refused += [f"{row.where}: {len(row.ids)} tokens"] if truncation == "refuse" else []
         learned = [piece for piece in (piece.tokenized() for piece in pieces) if piece.target_count]
         kept += learned
+        seen["reaching"] += row.marks.count(REACHING) if learned else 0
         if not learned:
             losses["no trained token" if pieces else f"longer than {max_length} tokens"] += 1
         seen["kept"] += bool(learned)
@@ -65,6 +66,7 @@ def fit_rows(rows: Iterable[Marked], *, max_length: int, truncation: Truncation,
         tokens=sum(len(row.ids) for row in kept),
         trained_tokens=sum(row.target_count for row in kept),
         split=seen["split"],
+        reaching=seen["reaching"],
     )
     return Encoded(tuple(kept), counts)
 

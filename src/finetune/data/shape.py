@@ -91,7 +91,7 @@ def _unspoken(row: Row, shape: str) -> str:
     lists = (value for column in _COLUMNS[shape] if isinstance(value := row.values.get(column), list))
     within = {key for turns in lists for turn in turns for key, value in turn.items() if value}
     found = sorted((within & _MEANT) | {key for key in ("tools",) if row.values.get(key)})
-    return f"has {', '.join(found)}, which cannot be trained yet" if found else ""
+    return f"with {', '.join(found)}, which cannot be trained yet" if found else ""
 
 
 def _shown(column: str) -> str:

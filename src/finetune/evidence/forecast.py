@@ -9,7 +9,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from math import ceil, prod
 from pathlib import Path
@@ -22,7 +22,7 @@ from finetune.abilities import ABILITIES, ONE_THREAD
 from finetune.config import Origin, flatten
 from finetune.data.batches import epoch_batches
 from finetune.evidence.budget import FREE
-from finetune.records import Batch
+from finetune.records import Batch, DataCounts
 from finetune.training.prepare import Prepared, batch_of_all, held_out_batches, pack_length
 
 _MEASURED_SECONDS = 0.25
@@ -45,9 +45,10 @@ class RunForecast:
     `seconds` are those of training, `judging_seconds` what judging may add by `judge.budget`.
 
     `tokens` and `trained_tokens` are those of all steps together; `gflops` is the measured speed of this machine;
-    `settings` are the learning rate and the epochs, each with its origin.
+    `settings` are the learning rate and the epochs, each with its origin; `rows` says what became of the rows.
     """
 
+    rows: DataCounts
     settings: Mapping[str, tuple[float, Origin]]
     steps: int
     tokens: int
@@ -60,6 +61,7 @@ class RunForecast:
     def values(self) -> dict[str, Any]:
         """As JSON values; what could not be estimated is null."""
         return {
+            "rows": asdict(self.rows),
             "steps": self.steps,
             "tokens": self.tokens,
             "trained_tokens": self.trained_tokens,
@@ -74,7 +76,15 @@ class RunForecast:
     def sentences(self) -> list[str]:
         """For people: how it is trained, and what that comes to."""
         named = [f"{key} {value:g} ({origin})" for key, (value, origin) in self.settings.items()]
-        return [", ".join(named), self.sentence()]
+        return [*self._of_rows(), ", ".join(named), self.sentence()]
+
+    def _of_rows(self) -> list[str]:
+        """Which rows are left out, and what is not learned of those that are not; nothing where all of all is."""
+        lost = ", ".join(f"{count} {why}" for why, count in sorted(self.rows.dropped.items()))
+        said = [f"{self.rows.kept:,} of {self.rows.read:,} rows are trained on; dropped: {lost}"] if lost else []
+        if count := self.rows.reaching:
+            said.append(f"{count:,} tokens reach from a prompt into an earlier answer, and are not learned")
+        return said
 
     def sentence(self) -> str:
         """What it comes to, in one line."""
@@ -114,7 +124,8 @@ def forecast_run(prepared: Prepared) -> RunForecast:
         for key, value in flatten(prepared.plan.config).items()
         if key in ("training.learning_rate", "training.epochs")
     }
-    return RunForecast(settings, prepared.total_steps, int(work[0]), int(work[1]), seconds, judging, gflops, why)
+    counted = prepared.total_steps, int(work[0]), int(work[1])
+    return RunForecast(prepared.train.counts, settings, *counted, seconds, judging, gflops, why)
 
 
 def _count(batches: Iterable[Batch]) -> NDArray[np.int64]:
