@@ -326,10 +326,7 @@ class Optimization:
     loraplus_lr_ratio: float = 1.0
 
     def lr_ratio_of(self, *, fast: bool) -> float:
-        """What the learning rate is multiplied with for a trained tensor.
-
-        Source: Hayou et al. 2024 (arXiv:2402.12354), and `create_loraplus_optimizer` of Hugging Face PEFT.
-        """
+        """What the learning rate is multiplied with (Hayou et al. 2024, arXiv:2402.12354; PEFT's LoRA+)."""
         return self.loraplus_lr_ratio if fast else 1.0
 
     def decay_of(self, *, decays: bool) -> float:
