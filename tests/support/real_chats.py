@@ -5,6 +5,7 @@
 
 import contextlib
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from finetune.errors import FineTuneError
 from finetune.export.gguf import plan_whole
 from finetune.export.gguf_source import exportable_model
 from finetune.export.llama_cpp import Questions, ask_llama_cpp
+from finetune.export.vocabulary import describe_vocabulary
 from finetune.export.write import write_gguf
 from finetune.records import Conversation, Message, ModelLocation
 from finetune_strategies.scratch import empty_folder
@@ -235,7 +237,7 @@ def compare(pair: Pair, conversations: Mapping[str, Conversation] = CONVERSATION
     try:
         encoder = Encoder(ModelLocation(pair.tokenizer, folder, "local"), pair.template, tokenizer)
     except FineTuneError as error:
-        outcome.refused = dict.fromkeys(conversations, error.message)
+        outcome.refused = dict.fromkeys(conversations, _reason(pair, error))
         return outcome
     jinja = encoder.source.jinja
     for name, conversation in conversations.items():
@@ -245,7 +247,7 @@ def compare(pair: Pair, conversations: Mapping[str, Conversation] = CONVERSATION
                 "row": encode_row(encoder.template.render(conversation), tokenizer).ids,
             }
         except FineTuneError as error:
-            outcome.refused[name] = error.message.removeprefix(f"{conversation.where}: ")
+            outcome.refused[name] = _reason(pair, error)
             continue
         with one_day():
             prompt = text_of(pair, jinja, conversation.prompt.messages, asking=True)
@@ -265,6 +267,11 @@ def compare(pair: Pair, conversations: Mapping[str, Conversation] = CONVERSATION
     return outcome
 
 
+def _reason(pair: Pair, error: FineTuneError) -> str:
+    """Why something was refused, without where and by which template."""
+    return error.message.replace(f"template {pair.template!r} ", "").split(": ", 1)[-1].split(": at serve time")[0]
+
+
 def small_llama(tokenizer: str, folder: Path) -> Path:
     """A random Llama with this tokenizer."""
     from shutil import copy
@@ -282,13 +289,15 @@ def compare_llama_cpp(tokenizer: str, outcomes: Sequence[Outcome]) -> str:
     """The same texts cut by llama.cpp, from the file that we export; returns why there is none, or ""."""
     own = our_tokenizer(tokenizer)
     asked = [(outcome, one) for outcome in outcomes for one in outcome.asked]
-    texts = list(dict.fromkeys(one[2] for _, one in asked))
     with empty_folder() as folder:
         try:
             made = exportable_model(str(small_llama(tokenizer, folder / "model")), open_backend("torch"))
             write_gguf(plan_whole(made, "f16"), folder / "model.gguf")
+            form = describe_vocabulary(own.description(), made.special, made.rows).form
         except FineTuneError as error:
             return error.message
+        asked = [(outcome, one) for outcome, one in asked if _is_of_form(one[2], form)]
+        texts = list(dict.fromkeys(one[2] for _, one in asked))
         cut = ask_llama_cpp(folder / "model.gguf", Questions([_served(text, own) for text in texts], [], [], 1, 64, 0))
     bos = (own.bos_id,) if own.adds_bos and own.bos_id is not None else ()
     told = {text: (*bos, *ids) for text, ids in zip(texts, cut.markup, strict=True)}
@@ -301,11 +310,17 @@ def compare_llama_cpp(tokenizer: str, outcomes: Sequence[Outcome]) -> str:
     return ""
 
 
+def _is_of_form(text: str, form: str) -> bool:
+    """Whether a text is of those that llama.cpp is sure to cut alike."""
+    return text.isascii() if form == "ASCII" else not form or unicodedata.is_normalized(form, text)  # type: ignore[arg-type]
+
+
 def _served(text: str, tokenizer: FileTokenizer) -> str:
     """The text as llama.cpp's server cuts it: without the template's BOS where it puts one in front by itself."""
     return text.removeprefix(tokenizer.bos) if tokenizer.adds_bos and tokenizer.bos else text
 
 
+SHOWN = 2
 KINDS = ("prompt", "row", "prompt in llama.cpp", "row in llama.cpp")
 
 
@@ -320,7 +335,7 @@ def line(outcome: Outcome) -> str:
 
 
 def main(words: Sequence[str]) -> None:
-    """Print the table, equal / different, and after it the first difference of each pair and kind."""
+    """Print the table, equal / different, and after it the smallest difference of each tokenizer, kind and text."""
     chosen = [pair for pair in pairs() if not words or any(word in f"{pair.tokenizer} x {pair.name}" for word in words)]
     print(f"{len(chosen)} pairs, {len(CONVERSATIONS)} conversations; equal / different\n")
     print(f"| pair | {' | '.join(KINDS)} | name a control token | refused | why |\n|{'---|' * 8}")
@@ -332,13 +347,18 @@ def main(words: Sequence[str]) -> None:
         outcomes += some
         print("\n".join(map(line, some)), flush=True)
     print("\nNot written as GGUF:", *(f"- {name}: {why}" for name, why in without.items() if why), sep="\n")
-    print("\nThe first difference of each pair and kind:\n")
+    print("\nThe smallest differences of each tokenizer and kind, one a conversation:\n")
+    smallest: dict[tuple[str, ...], tuple[Pair, Difference]] = {}
     for outcome in outcomes:
-        seen: set[str] = set()
         for each in outcome.differences:
-            if each.kind not in seen:
-                seen.add(each.kind)
-                print(describe(outcome.pair, each))
+            key = outcome.pair.tokenizer, each.kind, each.conversation
+            if key not in smallest or len(each.text) < len(smallest[key][1].text):
+                smallest[key] = outcome.pair, each
+    counts: Counter[tuple[str, ...]] = Counter()
+    for key, found in sorted(smallest.items(), key=lambda item: len(item[1][1].text)):
+        counts[key[:2]] += 1
+        if counts[key[:2]] <= SHOWN:
+            print(describe(*found))
 
 
 def describe(pair: Pair, found: Difference) -> str:
