@@ -150,7 +150,7 @@ def give_tokenizer(kind: str, folder: Path) -> str:
     if kind in PIECES:
         pieces(folder, prefix=PIECES[kind])
         return "default"
-    number = list(CONFIGS).index(kind)
+    number = [each for each in CONFIGS if each not in PIECES].index(kind)
     (patterns, whole_words), name = list(NAMES.items())[number % len(NAMES)]
     byte_level(folder, patterns, whole_words=whole_words, adds_bos=number % 2 == 0)
     return name

@@ -11,6 +11,7 @@ from finetune.backends import open_backend
 from finetune.config import TrainingConfig
 from finetune.errors import EvidenceError, ExportError, ModelError, OutputError
 from finetune.export.blueprint import Blueprint, plan_adapter, plan_model
+from finetune.export.by_name import CONTROL_BY_NAME, LoadedTokenizer
 from finetune.export.corpus import nasty_texts
 from finetune.export.gguf_check import BaselineModel, bound_of, compare, prepare_questions
 from finetune.export.gguf_source import (
@@ -193,10 +194,12 @@ def _examine(exportable: Exportable, vocabulary: GgufVocabulary, files: _Files) 
 
 
 def _ask_both(exportable: Exportable, vocabulary: GgufVocabulary, files: _Files) -> Iterator[Check]:
-    trainer = BaselineModel(exportable.tokenizer, exportable.open(), all_stops(exportable, vocabulary))
-    corpus = nasty_texts(
-        [token["content"] for token in exportable.tokenizer.description()["added_tokens"]], vocabulary.form
-    )
+    file, texts = exportable.tokenizer.description(), vocabulary.metadata["tokenizer.ggml.tokens"]
+    loaded = LoadedTokenizer(file, vocabulary.control, texts)
+    trainer = BaselineModel(exportable.tokenizer, loaded, exportable.open(), all_stops(exportable, vocabulary))
+    # Of many only the first are tried: those that llama.cpp knows by name among them.
+    added = sorted((token["content"] for token in file["added_tokens"]), key=lambda text: text not in CONTROL_BY_NAME)
+    corpus = nasty_texts([*added, *sorted(CONTROL_BY_NAME & file["model"]["vocab"].keys())], vocabulary.form)
     context = min(exportable.described.tried_context, MOST_CONTEXT)
     questions, wanted = prepare_questions(
         trainer, corpus, exportable.prompts, steps=min(STEPS, context // 4), context=context

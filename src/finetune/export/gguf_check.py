@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from finetune.evidence.drift import Bound, NextTokens, distance, divergence, first_difference, log_softmax
 from finetune.export.blueprint import Blueprint
+from finetune.export.by_name import LoadedTokenizer
 from finetune.export.llama_cpp import Answers, Continuation, Questions
 from finetune.export.outtypes import Outtype
 from finetune.export.read_back import Check
@@ -25,10 +26,12 @@ SHOWN = 60
 class BaselineModel:
     """What the trainer knows of the model: how it cuts text, and what it computes.
 
-    `stops` are the ids at which an answer ends, those at which llama.cpp stops by itself among them.
+    `stops` are the ids at which an answer ends, those at which llama.cpp stops by itself among them; `loaded` is the
+    tokenizer with llama.cpp's control tokens, some of which are such by their names alone.
     """
 
     tokenizer: Tokenizer
+    loaded: LoadedTokenizer
     session: Session
     stops: tuple[int, ...]
 
@@ -78,17 +81,18 @@ def compare(
 ) -> tuple[Check, ...]:
     """One check for each stage, in the order in which a fault of one shows in the next."""
     return (
-        _compare_tokens(trainer.tokenizer, questions, answers),
+        _compare_tokens(trainer, questions, answers),
         _compare_logits(questions, wanted, answers.following, bound),
         _compare_text(trainer, questions, wanted, answers.continuations, bound),
     )
 
 
-def _compare_tokens(tokenizer: Tokenizer, questions: Questions, answers: Answers) -> Check:
+def _compare_tokens(trainer: BaselineModel, questions: Questions, answers: Answers) -> Check:
+    tokenizer = trainer.tokenizer
     bos = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     problems: list[str] = []
     for index, text in enumerate(questions.texts):
-        plain = tokenizer.encode_content(text)
+        plain = trainer.loaded.plain(text)
         for kind, own, theirs in (
             ("plain text", plain, answers.plain[index]),
             ("markup", tokenizer.encode_markup(text), answers.markup[index]),
@@ -155,7 +159,7 @@ def _compare_text(
 
 def _text_problem(trainer: BaselineModel, index: int, own: Sequence[int], told: Continuation) -> str:
     """Whether the same ids are another text."""
-    text = trainer.tokenizer.decode(own)
+    text = trainer.loaded.decode(own)
     whole = "\ufffd" not in text + told.text and not text.endswith(" ")
     if not whole or text.strip() == told.text.strip():
         return ""

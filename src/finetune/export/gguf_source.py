@@ -10,18 +10,12 @@ from typing import Any
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.errors import MissingExtraError
 from finetune.export.blueprint import plan_model
+from finetune.export.by_name import end_ids
 from finetune.export.families import Described, describe_model
 from finetune.export.result import Result, licence, open_result, plain_prompts, refuse_packed
 from finetune.export.rounded import RoundingBounds
 from finetune.export.sources import AdapterWeights, Files, Merged, WeightSource
-from finetune.export.vocabulary import (
-    PHI3_NAMES,
-    STOPS_BY_NAME,
-    GgufVocabulary,
-    Special,
-    describe_vocabulary,
-    serving_template,
-)
+from finetune.export.vocabulary import PHI3_NAMES, GgufVocabulary, Special, describe_vocabulary, serving_template
 from finetune.models.locate import locate_model
 from finetune.models.shape import read_shape, weight_files
 from finetune.ports import Backend, Session
@@ -169,8 +163,7 @@ def file_metadata(exportable: Exportable, vocabulary: GgufVocabulary) -> dict[st
 
 def all_stops(exportable: Exportable, vocabulary: GgufVocabulary) -> tuple[int, ...]:
     """The ids at which an answer ends, those at which llama.cpp stops by itself, for their names, among them."""
-    texts: list[str] = vocabulary.metadata["tokenizer.ggml.tokens"]
-    named = (number for number, text in enumerate(texts) if text in STOPS_BY_NAME)
+    named = end_ids(vocabulary.metadata["tokenizer.ggml.tokens"])
     return tuple(dict.fromkeys([*exportable.special.stops, *named]))
 
 

@@ -21,6 +21,7 @@ from finetune.chat.sandbox import compile_template
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import LoadedConfig
 from finetune.errors import EvidenceError, ExportError, MissingExtraError, ModelError, OutputError, TemplateError
+from finetune.export.by_name import LoadedTokenizer, control_ids
 from finetune.export.corpus import nasty_texts
 from finetune.export.families import from_gguf_layout, to_gguf_layout
 from finetune.export.gguf import Teller
@@ -151,7 +152,8 @@ def import_gguf(
         tell("reading the folder again")
         examined.append(_require_passed(_compare_weights(file, plan, folder, _ROUNDED[dtype or "float32"])))
         examined.append(_require_passed(_compare_settings(plan, folder, notes)))
-        examined.extend(_require_passed(check) for check in _compare_ids(asked, FileTokenizer(folder), notes))
+        loaded = _as_loaded(file, tokenizer, notes)
+        examined.extend(_require_passed(check) for check in _compare_ids(asked, FileTokenizer(folder), loaded, notes))
 
     write_folder(path, fill)
     kinds = [tensor.kind.lower() for tensor in file.tensors.values()]
@@ -257,7 +259,20 @@ def _compare_settings(plan: ImportPlan, folder: Path, notes: list[str]) -> Check
     return Check("settings", f"{len(described.metadata)} keys", "every key as in the file", next(iter(odd), ""))
 
 
-def _compare_ids(asked: _Asked, tokenizer: FileTokenizer, notes: list[str]) -> Iterator[Check]:
+def _as_loaded(file: GgufFile, tokenizer: ImportedTokenizer, notes: list[str]) -> LoadedTokenizer:
+    """The tokenizer as llama.cpp has it, which takes some words for control tokens by their names."""
+    texts: list[str] = file.metadata["tokenizer.ggml.tokens"]
+    apart = {token["id"]: token["special"] for token in tokenizer.file["added_tokens"]}
+    control = control_ids(texts, [apart.get(number, False) for number in range(len(texts))])
+    if words := [texts[number] for number in sorted(control - apart.keys())]:
+        notes.append(
+            f"llama.cpp reads {', '.join(words[:5])} as control tokens in any text, by their names; here they are "
+            "words of the vocabulary, as the file says"
+        )
+    return LoadedTokenizer(tokenizer.file, control, texts)
+
+
+def _compare_ids(asked: _Asked, tokenizer: FileTokenizer, loaded: LoadedTokenizer, notes: list[str]) -> Iterator[Check]:
     """Texts cut here and by llama.cpp: as plain text, as markup, and with what is put around them."""
     if asked.answers is None:
         notes.append("token ids were not compared with llama.cpp's: pip install 'finetune-suite[gguf]'")
@@ -270,10 +285,10 @@ def _compare_ids(asked: _Asked, tokenizer: FileTokenizer, notes: list[str]) -> I
     bos = [tokenizer.bos_id] if tokenizer.adds_bos else []
     first, right = "", 0
     for place, text in enumerate(asked.texts):
-        own = tokenizer.encode_content(text)
+        own = loaded.plain(text)
         pairs = (
             (own, answers.plain[place]),
-            (tokenizer.encode_markup(text), answers.markup[place]),
+            (loaded.markup(text), answers.markup[place]),
             ([*bos, *own], answers.around[place]),
         )
         same = [list(ours) == list(theirs) for ours, theirs in pairs]

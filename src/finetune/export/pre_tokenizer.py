@@ -4,6 +4,7 @@ llama.cpp knows pre-tokenizers by name only, and each name stands for fixed patt
 """
 
 import json
+from collections.abc import Callable
 from typing import TypedDict
 
 from finetune.errors import ModelError
@@ -43,6 +44,12 @@ LLAMA3 = f"{_SHORT}|{_WORD}|\\p{{N}}{{1,3}}|{_REST}"
 QWEN2 = f"{_SHORT}|{_WORD}|\\p{{N}}|{_REST}"
 TEKKEN = f"{_CASED[0]}|{_CASED[1]}|\\p{{N}}|{_REST_WITH_SLASH}"
 GPT4O = f"{_CASED[0]}{_SHORT}?|{_CASED[1]}{_SHORT}?|\\p{{N}}{{1,3}}|{_REST_WITH_SLASH}"
+DEEPSEEK = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
+    "[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
 DIGITS = r"\p{N}"
 NAMES: dict[tuple[tuple[str, ...], bool], str] = {
     ((GPT2,), False): "gpt-2",
@@ -52,6 +59,7 @@ NAMES: dict[tuple[tuple[str, ...], bool], str] = {
     ((TEKKEN,), True): "tekken",
     ((GPT4O,), False): "gpt-4o",
     ((DIGITS, GPT2), False): "smollm",
+    (DEEPSEEK, False): "deepseek-v3",
 }
 """llama.cpp's name by the patterns, in order, and by whether words of the vocabulary are taken whole.
 
@@ -63,7 +71,8 @@ ALIASES = {
     **dict.fromkeys(("phi-2", "jina-es", "jina-de", "mellum", "modern-bert"), "gpt-2"),
     "deepseek-r1-qwen": "qwen2",
     "smaug-bpe": "dbrx",
-    "llama4": "gpt-4o",
+    **dict.fromkeys(("llama4", "kanana2"), "gpt-4o"),
+    **dict.fromkeys(("hunyuan-dense", "joyai-llm"), "deepseek-v3"),
 }
 """Other names that llama.cpp has for the same patterns."""
 
@@ -74,17 +83,23 @@ The rewritten ones take other letters for upper and lower case at once, and comb
 """
 
 
-def name_pre_tokenizer(pre_tokenizer: Step | None, *, whole_words: bool) -> str:
+def name_pre_tokenizer(
+    pre_tokenizer: Step | None, *, whole_words: bool, same: Callable[[], bool] = lambda: False
+) -> str:
     """llama.cpp's name for a byte-level pre-tokenizer of `tokenizer.json`.
 
     Args:
         whole_words: the tokenizer takes a word of its vocabulary whole, whatever its merges say.
+        same: whether that makes no difference, since its merges make each word of its parts.
 
     Raises:
         ModelError: no pre-tokenizer of llama.cpp splits text like that.
     """
     patterns = _patterns(pre_tokenizer)
-    if (name := NAMES.get((patterns, whole_words))) is None:
+    name = NAMES.get((patterns, whole_words))
+    if name is None and (patterns, not whole_words) in NAMES and same():
+        name = NAMES[patterns, not whole_words]
+    if name is None:
         shown = " then ".join(patterns)
         raise ModelError(
             f"no pre-tokenizer of llama.cpp cuts text at {shown[:300]}"

@@ -4,11 +4,13 @@ llama.cpp has two kinds that matter here. "gpt2" is byte-level BPE with merges. 
 scores and no merges: any two neighbours that make a known piece may be merged, the piece of the highest score first.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, cast
 
 from finetune.errors import ModelError
+from finetune.export.by_name import CONTROL_BY_NAME, ENDS, control_ids, looks_special
 from finetune.export.pre_tokenizer import ASCII_ONLY, Step, name_pre_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -17,25 +19,10 @@ PHI3_NAMES = ("phi-3", "phi3")
 """In models whose names hold one of these, llama.cpp lets control tokens swallow the space after them."""
 SWALLOW_NOTHING = ("<unk>", "<s>", "<|endoftext|>")
 """Those of them that do not."""
+SHOWN = 5
+"""How many names a note tells."""
 NO_BOS = "{%- set bos_token = '' -%}"
 """How a template begins that is to put no begin-of-text token anywhere."""
-STOPS_BY_NAME = {
-    "<|eot_id|>",
-    "<|im_end|>",
-    "<|end|>",
-    "<|return|>",
-    "<end_of_turn>",
-    "<|endoftext|>",
-    "</s>",
-    "<|eom_id|>",
-    "<|end_of_text|>",
-    "<EOT>",
-    "[EOT]",
-    "[EOS]",
-    "<eos>",
-}
-"""Tokens at which llama.cpp stops whatever the file says."""
-
 _FORMS = {
     "NFC": "llama.cpp does not bring text into Unicode's form NFC as this tokenizer does: send it in that form",
     "ASCII": "llama.cpp cuts words with combining marks, or with capitals inside that are no ASCII, otherwise than "
@@ -91,13 +78,14 @@ class GgufVocabulary:
     """A tokenizer's keys in GGUF.
 
     `form` is the text that llama.cpp is sure to tokenize alike: NFC, ASCII, or "" for all text. `needs_strip`: control
-    tokens swallow the space after them.
+    tokens swallow the space after them. `control`: the ids that are control tokens to llama.cpp.
     """
 
     metadata: dict[str, Any]
     needs_strip: bool
     form: str = ""
     notes: tuple[str, ...] = ()
+    control: frozenset[int] = frozenset()
 
 
 def describe_vocabulary(tokenizer: Mapping[str, object], special: Special, rows: int) -> GgufVocabulary:
@@ -120,14 +108,20 @@ def describe_vocabulary(tokenizer: Mapping[str, object], special: Special, rows:
         if model.get(key):
             raise ModelError(f"tokenizer.json: {key} is {model.get(key)!r}, which llama.cpp has not")
     pieces = bool(model.get("byte_fallback"))
-    texts, types = list_tokens(model["vocab"], added, rows, pieces=pieces)
+    misread = find_misread(file, added, special)
+    vocab = {text: number for text, number in model["vocab"].items() if text not in misread}
+    texts, types = list_tokens(vocab, added, rows, pieces=pieces)
     needs_strip = _needs_strip(added)
     metadata: dict[str, Any] = {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": types}
     form = ""
     if pieces:
         metadata |= _pieces(file, model, texts, types)
     else:
-        name = name_pre_tokenizer(file.get("pre_tokenizer"), whole_words=bool(model.get("ignore_merges")))
+        name = name_pre_tokenizer(
+            file.get("pre_tokenizer"),
+            whole_words=bool(model.get("ignore_merges")),
+            same=lambda: _merges_make_all(model),
+        )
         metadata |= {
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": name,
@@ -139,7 +133,51 @@ def describe_vocabulary(tokenizer: Mapping[str, object], special: Special, rows:
         form = "ASCII"
     if form:
         notes = (*notes, _FORMS[form])
-    return GgufVocabulary(metadata | ids, needs_strip, form, notes)
+    control = control_ids(texts, [kind == CONTROL for kind in types])
+    notes = (*notes, *_notes_of_names(added, control, misread))
+    return GgufVocabulary(metadata | ids, needs_strip, form, notes, control)
+
+
+def find_misread(file: TokenizerFile, added: Sequence[AddedToken], special: Special) -> dict[str, int]:
+    """Words of the vocabulary that this tokenizer makes of no text, and that llama.cpp takes for control tokens.
+
+    Under their own names llama.cpp would read them in any text that names them: Qwen's "</s>". They get others.
+
+    Raises:
+        ModelError: this tokenizer makes such a word of text, so that it cannot have another name.
+    """
+    apart = {token["content"] for token in added} | CONTROL_BY_NAME - file["model"]["vocab"].keys()
+    tasks = {special.bos, special.eos, special.pad, *special.stops}
+    found = {text: file["model"]["vocab"][text] for text in sorted(CONTROL_BY_NAME - apart)}
+    found = {text: number for text, number in found.items() if number not in tasks}
+    if not found:
+        return {}
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(json.dumps(file))
+    for text, number in found.items():
+        if any(number in tokenizer.encode(text.join(around)).ids for around in (("", ""), ("a", "b"), (" ", " "))):
+            raise ModelError(
+                f"tokenizer.json: {text!r} is a word of ordinary text, which llama.cpp takes for a control token for "
+                "its name",
+                hint="this tokenizer cannot be written as GGUF",
+            )
+    return found
+
+
+def _notes_of_names(added: Sequence[AddedToken], control: frozenset[int], misread: Mapping[str, int]) -> Iterable[str]:
+    """What is to be told of tokens that llama.cpp takes otherwise than the tokenizer's file does."""
+    hidden = [token["content"] for token in added if not token.get("special") and token["id"] in control]
+    shown = [token["content"] for token in added if token.get("special") and token["id"] not in control]
+    for names, told in ((hidden, "control tokens, which it does not show"), (shown, "words, which it shows")):
+        if names:
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            yield f"for their names llama.cpp takes these for {told}: {', '.join(names[:SHOWN])}{more}"
+    for text, number in misread.items():
+        yield (
+            f"llama.cpp takes any token {text!r} for a control token: token {number}, which this tokenizer makes of no "
+            "text, has another name in the file"
+        )
 
 
 def list_tokens(
@@ -154,7 +192,10 @@ def list_tokens(
                 raise ModelError(f"tokenizer.json: there is no token {text}, and llama.cpp needs one for every byte")
             known[vocab[text]] = (text, BYTE)
     for token in added:
-        known[token["id"]] = (token["content"], CONTROL if token.get("special") else USER_DEFINED)
+        text = token["content"]
+        # As llama.cpp's converter has it.
+        control = token.get("special") or text in CONTROL_BY_NAME or looks_special(text)
+        known[token["id"]] = (text, CONTROL if control else USER_DEFINED)
     last = max(known)
     if last >= rows:
         raise ModelError(
@@ -178,6 +219,15 @@ def list_tokens(
 def _merges(model: BpeModel) -> Iterable[Sequence[str]]:
     """The merges as pairs, in either spelling."""
     return (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+
+
+def _merges_make_all(model: BpeModel) -> bool:
+    """Whether the merges alone make each word of the vocabulary of its bytes."""
+    from tokenizers import Tokenizer
+
+    merging = Tokenizer.from_str(json.dumps({"version": "1.0", "model": {**model, "ignore_merges": False}}))
+    cut = merging.encode_batch_fast(list(model["vocab"]), add_special_tokens=False)
+    return all(len(encoding.ids) == 1 for encoding in cut)
 
 
 def _normalizers(file: TokenizerFile) -> list[Step]:
@@ -301,7 +351,7 @@ def special_keys(special: Special, texts: Sequence[str]) -> tuple[dict[str, Any]
         "tokenizer.ggml.add_eos_token": special.adds_eos,
     }
     others = [number for number in special.stops if number != special.eos]
-    nameless = [number for number in others if texts[number] not in STOPS_BY_NAME]
+    nameless = [number for number in others if texts[number] not in ENDS]
     ordered = [*nameless, *(number for number in others if number not in nameless)]
     for key, number in zip(("eot", "eom"), ordered, strict=False):
         keys[f"tokenizer.ggml.{key}_token_id"] = number

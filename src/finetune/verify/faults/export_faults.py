@@ -135,6 +135,26 @@ def _control_as_text(right: Callable[..., Tokens], *given: object, **named: obje
     return texts, [vocabulary.NORMAL if kind == vocabulary.CONTROL else kind for kind in types]
 
 
+@fault("A226d", "gguf.known_by_name", "Qwen2.5's and Qwen3's tokens for filling in")
+@in_place_of("list_tokens", vocabulary)
+def _known_by_name(
+    right: Callable[..., Tokens], vocab: Mapping[str, int], added: Sequence[AddedToken], rows: int, **named: object
+) -> Tokens:
+    """Tokens that a server takes for control tokens by their names are written as what they are flagged."""
+    texts, types = right(vocab, added, rows, **named)
+    for token in added:
+        types[token["id"]] = vocabulary.CONTROL if token.get("special") else vocabulary.USER_DEFINED
+    return texts, types
+
+
+@fault("A226e", "gguf.word_read_as_end", "Qwen2.5's and Qwen3's '</s>'")
+@in_place_of("find_misread", vocabulary)
+def _word_read_as_end(right: Callable[..., dict[str, int]], *given: object) -> dict[str, int]:
+    """A word that a server takes for the end of text by its name keeps that name."""
+    right(*given)
+    return {}
+
+
 @fault("A227", "gguf.extra_tensor_in_adapter", "llama.cpp #9114", tier=2)
 @in_place_of("plan_adapter", blueprint)
 def _extra_tensor(right: Callable[..., Blueprint], *given: object) -> Blueprint:
