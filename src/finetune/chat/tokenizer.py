@@ -77,12 +77,15 @@ class FileTokenizer:
         secret = secrets.token_hex(8)
         self._names = {token: f"\U0010fffd{secret}{place}\U0010fffd" for place, token in enumerate(tokens)}
         self._content.encode_special_tokens = True
-        for token, name in self._names.items():
-            rules = {
+        rules = {
+            token: {
                 rule: getattr(self._added[token], rule) for rule in ("single_word", "lstrip", "rstrip", "normalized")
             }
-            self._content.add_special_tokens([AddedToken(token, special=True, **rules)])
-            self._content.add_tokens([AddedToken(name, special=False, **rules)])
+            for token in tokens
+        }
+        self._content.add_special_tokens([AddedToken(token, special=True, **rules[token]) for token in tokens])
+        names = [AddedToken(name, special=False, **rules[token]) for token, name in self._names.items()]
+        self._content.add_tokens(names)
         self._meant = {self._content.token_to_id(name): self._known(token) for token, name in self._names.items()}
 
     def encode_markup(self, text: str) -> list[int]:
