@@ -23,7 +23,6 @@ from finetune.config import (
     dump_plan,
     flatten,
     json_schema,
-    load_config,
     load_plan,
     plan_as_list,
     resolve,
@@ -246,6 +245,16 @@ def test_plan_lowers_the_default_length_of_the_memory_measurement_and_says_so() 
         resolve(load_text("judge: {memory_length: 41}"), facts)
 
 
+def test_plan_of_another_format_is_refused() -> None:
+    """A plan whose head has another number was made by another version, and is not read with this one's words."""
+    text = dump_plan(Plan(TrainingConfig(), dict.fromkeys(KEYS, "default")))
+    with (
+        yaml_file(text.replace("format 2", "format 3", 1)) as path,
+        pytest.raises(ConfigError, match=r"(?s)of format 3.*train anew"),
+    ):
+        load_plan(path)
+
+
 def origins() -> st.SearchStrategy[dict[str, str]]:
     """An origin for every setting."""
     sources = (*SOURCES, "derived")
@@ -260,14 +269,9 @@ def test_plan_written_and_read_is_the_same_plan(config: TrainingConfig, origins:
     text = dump_plan(plan)
     with yaml_file(text) as path:
         assert load_plan(path) == plan
-        assert load_config(path, environ={}, overrides={}, profile=None).config == config
-    with yaml_file(yaml.safe_dump(yaml.safe_load(text), sort_keys=False)) as path:
+    read = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    with yaml_file(yaml.dump(read, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False)) as path:
         assert load_plan(path) == Plan(config, dict.fromkeys(KEYS, "file"))
-    with (
-        yaml_file(text.replace("format 2", "format 3", 1)) as path,
-        pytest.raises(ConfigError, match=r"(?s)of format 3.*train anew"),
-    ):
-        load_plan(path)
     listed = {entry["key"]: entry["value"] for entry in plan_as_list(plan)}
-    assert yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) == nested(listed)
+    assert read == nested(listed)
     assert json.loads(json.dumps(plan_as_list(plan))) == plan_as_list(plan)

@@ -68,10 +68,11 @@ def estimate_memory(shape: ModelShape, target: AdapterTarget | None, dtype: str)
     weights.
     """
     size = BYTES[dtype]
-    trainable = shape.parameters if target is None else adapter_parameters(shape, target)
+    trainable = shape.parameters
     trained = trainable * size
     if target is not None:
-        trained = layer_parameters(shape, target) * max(size, F32) + _saved(shape, target) * size
+        own, whole = layer_parameters(shape, target), _saved(shape, target)
+        trainable, trained = own + whole, own * max(size, F32) + whole * size
     return Estimate(
         weights=weight_bytes(shape, dtype),
         adapter=0 if target is None else trained,
