@@ -149,6 +149,8 @@ def test_row_trains_its_answers_and_is_asked_for_each_as_it_trains(
 @example(SERVED[1], talk("user:Hi", "assistant:Yes"))
 @example(SERVED[4], talk("user:Hi ", "assistant: Yes \n", "user: a", "assistant: b"))
 @example(FIRST, talk("user:q", "assistant:\n\nreturn 1", "user:r", "assistant:\n\n"))
+@example(SERVED[1], talk("user:q", "assistant:\nHello"))
+@example(SERVED[2], talk("user:q", "assistant:\nHello"))
 def test_row_has_the_ids_that_a_server_sends(name: str, kind: TokenizerKind, conversation: Conversation) -> None:
     """The ids are those of the whole text, all its control tokens with their rules among it, as a server encodes it.
 
