@@ -20,10 +20,12 @@ from finetune.chat.encode import encode_row
 from finetune.chat.encoder import Encoder
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.errors import FineTuneError
+from finetune.export.by_name import CONTROL_BY_NAME
+from finetune.export.corpus import nasty_texts
 from finetune.export.gguf import plan_whole
 from finetune.export.gguf_source import exportable_model
 from finetune.export.llama_cpp import Questions, ask_llama_cpp
-from finetune.export.vocabulary import describe_vocabulary
+from finetune.export.vocabulary import GgufVocabulary, describe_vocabulary
 from finetune.export.write import write_gguf
 from finetune.records import Conversation, Message, ModelLocation
 from finetune_strategies.scratch import empty_folder
@@ -286,20 +288,27 @@ def small_llama(tokenizer: str, folder: Path) -> Path:
 
 
 def compare_llama_cpp(tokenizer: str, outcomes: Sequence[Outcome]) -> str:
-    """The same texts cut by llama.cpp, from the file that we export; returns why there is none, or ""."""
+    """The same texts cut by llama.cpp, from the file that we export; returns why there is none, or "".
+
+    The texts on which the proof of an export tries a vocabulary are cut, too: what differs goes to the first outcome.
+    """
     own = our_tokenizer(tokenizer)
     asked = [(outcome, one) for outcome in outcomes for one in outcome.asked]
     with empty_folder() as folder:
         try:
             made = exportable_model(str(small_llama(tokenizer, folder / "model")), open_backend("torch"))
             write_gguf(plan_whole(made, "f16"), folder / "model.gguf")
-            form = describe_vocabulary(own.description(), made.special, made.rows).form
+            written = describe_vocabulary(own.description(), made.special, made.rows)
         except FineTuneError as error:
             return error.message
-        asked = [(outcome, one) for outcome, one in asked if _is_of_form(one[2], form)]
+        asked = [(outcome, one) for outcome, one in asked if _is_of_form(one[2], written)]
+        added = sorted((text for text, _ in added_tokens(tokenizer)), key=lambda text: text not in CONTROL_BY_NAME)
+        nasty = [text for text in nasty_texts(added, written.form) if _is_of_form(text, written)]
+        bos = (own.bos_id,) if own.adds_bos and own.bos_id is not None else ()
+        proof = [("proof", text, text, (*bos, *own.encode_markup(_served(text, own)))) for text in nasty]
+        asked += [(outcomes[0], one) for one in proof]
         texts = list(dict.fromkeys(one[2] for _, one in asked))
         cut = ask_llama_cpp(folder / "model.gguf", Questions([_served(text, own) for text in texts], [], [], 1, 64, 0))
-    bos = (own.bos_id,) if own.adds_bos and own.bos_id is not None else ()
     told = {text: (*bos, *ids) for text, ids in zip(texts, cut.markup, strict=True)}
     for outcome, (kind, name, text, ours) in asked:
         kind = f"{kind} in llama.cpp"
@@ -310,9 +319,13 @@ def compare_llama_cpp(tokenizer: str, outcomes: Sequence[Outcome]) -> str:
     return ""
 
 
-def _is_of_form(text: str, form: str) -> bool:
+def _is_of_form(text: str, written: GgufVocabulary) -> bool:
     """Whether a text is of those that llama.cpp is sure to cut alike."""
-    return text.isascii() if form == "ASCII" else not form or unicodedata.is_normalized(form, text)  # type: ignore[arg-type]
+    if written.needs_strip and any(letter.isspace() and not letter.isascii() for letter in text):
+        return False  # it takes only ASCII's white space away behind a control token
+    if written.form == "ASCII":
+        return text.isascii()
+    return not written.form or unicodedata.is_normalized(written.form, text)  # type: ignore[arg-type]
 
 
 def _served(text: str, tokenizer: FileTokenizer) -> str:
@@ -321,7 +334,7 @@ def _served(text: str, tokenizer: FileTokenizer) -> str:
 
 
 SHOWN = 2
-KINDS = ("prompt", "row", "prompt in llama.cpp", "row in llama.cpp")
+KINDS = ("prompt", "row", "prompt in llama.cpp", "row in llama.cpp", "proof in llama.cpp")
 
 
 def line(outcome: Outcome) -> str:
@@ -338,7 +351,7 @@ def main(words: Sequence[str]) -> None:
     """Print the table, equal / different, and after it the smallest difference of each tokenizer, kind and text."""
     chosen = [pair for pair in pairs() if not words or any(word in f"{pair.tokenizer} x {pair.name}" for word in words)]
     print(f"{len(chosen)} pairs, {len(CONVERSATIONS)} conversations; equal / different\n")
-    print(f"| pair | {' | '.join(KINDS)} | name a control token | refused | why |\n|{'---|' * 8}")
+    print(f"| pair | {' | '.join(KINDS)} | name a control token | refused | why |\n|{'---|' * (len(KINDS) + 4)}")
     outcomes: list[Outcome] = []
     without: dict[str, str] = {}
     for tokenizer in dict.fromkeys(pair.tokenizer for pair in chosen):

@@ -133,6 +133,8 @@ def describe_vocabulary(tokenizer: Mapping[str, object], special: Special, rows:
         form = "ASCII"
     if form:
         notes = (*notes, _FORMS[form])
+    if needs_strip:
+        notes = (*notes, "behind control tokens llama.cpp swallows only the white space of ASCII")
     control = control_ids(texts, [kind == CONTROL for kind in types])
     notes = (*notes, *_notes_of_names(added, control, misread))
     return GgufVocabulary(metadata | ids, needs_strip, form, notes, control)
