@@ -122,7 +122,8 @@ SETTINGS: dict[str, Setting] = {
     "adapter.scaling": _words("standard", "rank_stabilized"),
     "adapter.dropout": _SHARE,
     "adapter.target_modules": Setting(
-        st.just("all-linear") | _NAME_LISTS, st.sampled_from(["q_proj", "", [], [""], [1], [True], {}, 3, True, None])
+        _NAME_LISTS | st.just("all-linear") | _NAME_LISTS,
+        st.sampled_from(["q_proj", "", [], [""], [1], [True], {}, 3, True, None]),
     ),
     "adapter.rank_pattern": _mapping(_whole(1)),
     "adapter.alpha_pattern": _mapping(_POSITIVE),

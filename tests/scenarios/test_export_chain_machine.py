@@ -59,7 +59,7 @@ def finished(backend: str, kind: str) -> Path:
     family, chosen = KINDS[kind]
     place = lasting_folder("exports") / f"{backend} {kind}"
     model, data = tiny_model(place / "model", family), make_data(place / "rows.jsonl", 9)
-    chosen = {**QUICK, "training.learning_rate": 0.02, **chosen}
+    chosen = {**QUICK, "evaluation.questions": 9, "training.learning_rate": 0.02, **chosen}
     task = Task(model, data, {key: value for key, value in chosen.items() if key != "backend"})
     ending = subject(backend).train(task, place / "run")
     assert ending.code in (0, 1), ending.stderr

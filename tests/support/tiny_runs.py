@@ -66,7 +66,7 @@ def tiny_run(place: Path, kind: str, backend: str = "torch", changes: Mapping[st
     model = place / "model"
     if not model.exists():
         tiny_model(model, family)
-    data = make_data(place / "rows.jsonl", 9)
+    data = make_data(place / "rows.jsonl", 9, step=4)
     config = place / "config.json"
     config.write_text(json.dumps(as_file({**chosen, **(changes or {})}, model, data, backend)), encoding="utf-8")
     with without_reload_check():
@@ -80,6 +80,7 @@ def as_file(chosen: dict[str, Any], model: Path, data: Path, backend: str) -> di
         key: value for key, value in QUICK.items() if key != "adapter.rank" or chosen.get("adapter.kind") != "full"
     }
     plain |= {"model.path": str(model), "data.train": str(data), "backend": backend, "training.learning_rate": 0.02}
+    plain["evaluation.questions"] = 8  # nearly all rows: what a merged or exported model is compared on
     sections: dict[str, Any] = {}
     for key, value in (plain | chosen).items():
         section, _, name = key.partition(".")

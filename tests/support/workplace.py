@@ -62,9 +62,10 @@ def make_model(folder: Path, *, kind: TokenizerKind = KINDS[0], seed: int = 0) -
     return folder
 
 
-def make_data(path: Path, count: int) -> Path:
-    """Questions of very unequal lengths, each with a short answer."""
-    rows = [{"prompt": f"{path.stem} {'word ' * (2 * index % 15)}", "completion": f"{index}"} for index in range(count)]
+def make_data(path: Path, count: int, *, step: int = 2) -> Path:
+    """Questions of very unequal lengths, up to seven steps of words, each with a short answer."""
+    words = ["word " * (step * index % (7 * step + 1)) for index in range(count)]
+    rows = [{"prompt": f"{path.stem} {said}", "completion": f"{index}"} for index, said in enumerate(words)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
