@@ -56,10 +56,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn: `role` is system, user, input or assistant."""
+    """One turn of system, user, input, assistant or tool; `more`: its thought, calls and the like, as a JSON object."""
 
     role: str
     content: str
+    more: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +69,17 @@ class Conversation:
 
     messages: tuple[Message, ...]
     where: str
+    tools: str = ""
 
     @property
     def answer(self) -> str:
-        """The last assistant turn's text."""
-        return self.messages[-1].content
+        """The last assistant turn: its text, and what it has beside it."""
+        return self.messages[-1].content + self.messages[-1].more
 
     @property
     def prompt(self) -> "Conversation":
         """The same conversation without its last turn."""
-        return Conversation(self.messages[:-1], self.where)
+        return Conversation(self.messages[:-1], self.where, self.tools)
 
 
 @dataclass(frozen=True, slots=True)

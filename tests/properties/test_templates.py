@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetune.chat.catalog import CATALOG, TemplateSource
-from finetune.chat.render import ChatTemplate, find_template, with_variables
+from finetune.chat.catalog import CATALOG, TemplateSource, find_template, with_variables
+from finetune.chat.render import ChatTemplate
 from finetune.errors import TemplateError
 from finetune.records import Conversation, Message
 from finetune_strategies.conversations import conversations, texts

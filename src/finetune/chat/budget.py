@@ -43,9 +43,10 @@ class UnsafeTemplateError(Exception):
     """The template does something that no chat template needs to do, or more of it than its messages call for."""
 
 
-def allowance(messages: Sequence[Mapping[str, str]]) -> int:
+def allowance(messages: Sequence[Mapping[str, Any]]) -> int:
     """What a template may spend on these messages: it grows with their number and their length."""
-    characters = sum(len(text) for message in messages for text in message.values())
+    values = [value for message in messages for value in message.values()]
+    characters = sum(len(value) if isinstance(value, str) else weight(value, BASE) for value in values)
     return BASE + PER_MESSAGE * len(messages) + PER_CHARACTER * characters
 
 

@@ -1,6 +1,16 @@
 """The prompt formats everyone knows, as the Jinja templates their models ship."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from finetune.chat.sandbox import variables_read
+from finetune.errors import TemplateError
+
+RESERVED = frozenset({"messages", "add_generation_prompt", "bos_token", "eos_token", "tools", "documents"})
+"""Variables of a template that every program sets by itself."""
+Variable = bool | int | float | str
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +100,47 @@ LLAMA3 = TemplateSource(
 )
 
 CATALOG = {source.name: source for source in (ALPACA, CHATML, LLAMA2, LLAMA3)}
+
+
+def find_template(name: str, own: str | None) -> TemplateSource:
+    """The template by its name: one of the catalogue, `tokenizer` for the model's own, or a `.jinja` file.
+
+    Raises:
+        TemplateError: no such template; the names that exist are listed.
+    """
+    if name in CATALOG:
+        return CATALOG[name]
+    if name == "tokenizer":
+        if own is None:
+            raise TemplateError(
+                "this model's tokenizer ships no chat template", hint=f"choose one of {', '.join(CATALOG)}"
+            )
+        return TemplateSource("tokenizer", own)
+    if name.endswith(".jinja"):
+        try:
+            return TemplateSource(name, Path(name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
+            raise TemplateError(f"template file {name} cannot be read: {error}", hint="check the path") from None
+    raise TemplateError(
+        f"unknown template {name!r}", hint=f"choose one of {', '.join(CATALOG)}, tokenizer, or a path to a .jinja file"
+    )
+
+
+def with_variables(source: TemplateSource, variables: Mapping[str, Variable]) -> TemplateSource:
+    """The template with variables set at its head, so that it renders alike wherever it travels.
+
+    Raises:
+        TemplateError: a variable that the template does not read, or that is not the user's to set.
+    """
+    if not variables:
+        return source
+    read = variables_read(source.jinja) - RESERVED
+    if unknown := [name for name in variables if name not in read]:
+        raise TemplateError(
+            f"template {source.name!r} reads no variable {', '.join(map(repr, unknown))} (template.variables)",
+            hint=f"it reads {', '.join(sorted(read)) or 'none that can be set'}",
+        )
+    # JSON's words for these values are Jinja's, null aside, which is none of them.
+    written = {name: json.dumps(value, ensure_ascii=False) for name, value in variables.items()}
+    head = "".join(f"{{%- set {name} = {value} -%}}" for name, value in written.items())
+    return replace(source, jinja=head + source.jinja)

@@ -7,9 +7,10 @@ from typing import Any
 
 from finetune.chat.budget import DAY
 from finetune.chat.cache import cache_key, dump_marked, load_marked
+from finetune.chat.catalog import Variable, find_template, with_variables
 from finetune.chat.encode import Marked, encode_row, mark_rows
 from finetune.chat.fit import Encoded, fit_rows
-from finetune.chat.render import ChatTemplate, TrainOn, Variable, find_template, with_variables
+from finetune.chat.render import ChatTemplate, TrainOn
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import Plan
 from finetune.config.schema import TemplateSpec

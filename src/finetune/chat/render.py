@@ -7,23 +7,21 @@ is known and nothing is searched for. The cut text is then compared with what th
 
 import json
 import re
+from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date
-from pathlib import Path
+from itertools import pairwise
 from typing import Literal
 
 from finetune.chat.budget import DAY
-from finetune.chat.catalog import CATALOG, TemplateSource
+from finetune.chat.catalog import RESERVED, TemplateSource, Variable, with_variables
 from finetune.chat.sandbox import TemplateStoppedError, compile_template, variables_read
 from finetune.errors import TemplateError
 from finetune.records import Conversation, Document, Message, Rendered, Segment
 
 _MARKER = re.compile("\ue000([0-9]+)\ue001")
-RESERVED = frozenset({"messages", "add_generation_prompt", "bos_token", "eos_token", "tools", "documents"})
-"""Variables of a template that every program sets by itself."""
-Variable = bool | int | float | str
 TrainOn = Literal["all", "last"]
 
 _LOOKED_AT = 8
@@ -68,7 +66,7 @@ class ChatTemplate:
         self._control = re.compile("|".join(map(re.escape, ordered)) if ordered else "(?!)")
         self._eos = eos
         self._skeletons: dict[tuple[tuple[str, ...], bool], str] = {}
-        self._spoken: dict[tuple[str, ...], list[int]] = {}
+        self._spoken: dict[tuple[str, ...], tuple[tuple[int, int], ...]] = {}
         self._said = re.compile("(?!)")
         self._said = self._tokens_said(source.jinja, {bos, eos})
 
@@ -92,27 +90,36 @@ class ChatTemplate:
         return self._assemble(conversation, asking=True)
 
     def _assemble(self, conversation: Conversation, *, asking: bool) -> Rendered:
-        messages = self.fit_messages(conversation)
-        where = conversation.where
-        pieces = self._cut(messages, where, add_generation_prompt=asking)
-        spoken = iter(() if asking else self._lengths_spoken(messages, pieces, where))
-        last = max((index for index, message in enumerate(messages) if message.role == "assistant"), default=-1)
-        learned = range(0) if asking else range(last if self._train_on == "last" else 0, last + 1)
+        talk = replace(conversation, messages=self.fit_messages(conversation))
+        self._refuse_turns_within(talk)
+        shown, real = self._skeleton(talk, asking=asking), self._call(talk, asking=asking)
+        texts = self._texts(talk, shown, real)
+        learned = () if asking else self._stretches(talk, shown, real, texts)
+        borders = [place for stretch in learned for place in stretch]
         segments: list[Segment] = []
-        for index, (markup, text) in enumerate(zip(pieces[0::2], [*pieces[1::2], ""], strict=True)):
-            role = messages[index].role if index < len(messages) else "markup"
-            answered = index > 0 and messages[index - 1].role == "assistant"
-            terminator = self._terminator(markup, where) if answered else ""
-            segments.append(Segment(terminator, "assistant", trained=index - 1 in learned, control=True))
-            if role == "assistant":
-                begin = len(markup) - next(spoken, 0)
-                segments.append(Segment(markup[len(terminator) : begin], "markup", trained=False, control=True))
-                segments.append(Segment(markup[begin:], "assistant", trained=index in learned, control=True))
-                segments += self._answer(text, trained=index in learned)
-            else:
-                segments.append(Segment(markup[len(terminator) :], "markup", trained=False, control=True))
-                segments.append(Segment(text, role, trained=False, control=False))
-        return Rendered(tuple(segment for segment in segments if segment.text), where)
+        at = 0
+        for place, piece in enumerate(_MARKER.split(shown)):
+            if place % 2:  # the number of a message stands at the odd places
+                trained, role = bisect(borders, at) % 2 == 1, talk.messages[int(piece)].role
+                text = texts[int(piece)]
+                if role == "assistant":
+                    segments += self._answer(text, trained=trained)
+                else:
+                    segments.append(Segment(text, role, trained=False, control=False))
+                at += len(_marker(int(piece)))
+                continue
+            cuts = [at, *(border for border in borders if at < border < at + len(piece)), at + len(piece)]
+            for begin, end in pairwise(cuts):
+                trained = bisect(borders, begin) % 2 == 1
+                role = "assistant" if trained else "markup"
+                segments.append(Segment(shown[begin:end], role, trained=trained, control=True))
+            at += len(piece)
+        return Rendered(tuple(segment for segment in segments if segment.text), conversation.where)
+
+    def _learned(self, talk: Conversation) -> list[int]:
+        """The places of the messages that are learned."""
+        answers = [index for index, message in enumerate(talk.messages) if message.role == "assistant"]
+        return answers[-1:] if self._train_on == "last" else answers
 
     def _answer(self, text: str, *, trained: bool) -> Iterator[Segment]:
         """An answer, in which tokens such as `<think>` are meant: the model must learn to say them."""
@@ -148,41 +155,65 @@ class ChatTemplate:
                 joined.append(message)
         return tuple(joined)
 
-    def _cut(self, messages: tuple[Message, ...], where: str, *, add_generation_prompt: bool = False) -> list[str]:
-        """Markup and message texts in turn: [markup, text, ..., text, markup], each text as the template shows it."""
-        shown = self._skeleton(tuple(message.role for message in messages), where, asking=add_generation_prompt)
+    def _texts(self, talk: Conversation, shown: str, real: str) -> dict[int, str]:
+        """What the template shows of the text of each message that has one.
+
+        Raises:
+            TemplateError: it loses a message or what a message has beside its text, changes their order or their text.
+        """
         pieces = _MARKER.split(shown)
+        marked = [index for index, message in enumerate(talk.messages) if _is_marked(message)]
         order = [int(number) for number in pieces[1::2]]
-        if order != list(range(len(messages))):
-            lost = sorted(set(range(len(messages))) - set(order))
-            roles = ", ".join(messages[index].role for index in lost) or "none"
+        if order != marked:
+            lost = sorted(set(marked) - set(order))
+            roles = ", ".join(talk.messages[index].role for index in lost) or "none"
             raise TemplateError(
-                f"{where}: template {self.name!r} does not show each message once and in order (lost: {roles})",
+                f"{talk.where}: template {self.name!r} does not show each message once and in order (lost: {roles})",
                 hint="choose a template that knows these roles, or leave those messages out of the data",
             )
-        real = self._call(messages, where, add_generation_prompt=add_generation_prompt)
-        texts = _texts_between(pieces[0::2], messages, real)
+        texts = _texts_between(pieces[0::2], [talk.messages[index] for index in marked], real)
         if texts is None:
             raise TemplateError(
-                f"{where}: template {self.name!r} rewrites the text of the messages, so answers cannot be marked",
+                f"{talk.where}: template {self.name!r} rewrites the text of the messages, so answers cannot be marked",
                 hint="choose another template, or one without conditions on the text",
             )
-        pieces[1::2] = texts
-        return pieces
+        for part, words in _beside(talk, self._learned(talk)):
+            if any(word not in real for word in words):
+                raise TemplateError(
+                    f"{talk.where}: template {self.name!r} does not show {part}",
+                    hint="choose a template that knows it, such as the model's own, or leave it out of the data",
+                )
+        return dict(zip(marked, texts, strict=True))
 
-    def _skeleton(self, roles: tuple[str, ...], where: str, *, asking: bool) -> str:
-        """What stands around the texts, a marker in place of each: it depends on the roles alone, so it is kept."""
-        if (roles, asking) not in self._skeletons:
-            marked = [Message(role, _marker(index)) for index, role in enumerate(roles)]
-            self._skeletons[roles, asking] = self._call(marked, where, add_generation_prompt=asking)
-        return self._skeletons[roles, asking]
+    def _skeleton(self, talk: Conversation, *, asking: bool) -> str:
+        """What stands around the texts, a marker in place of each.
 
-    def _call(self, messages: Sequence[Message], where: str, *, add_generation_prompt: bool) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        It depends on the roles alone, so it is kept, except where messages have more than text.
+        """
+        roles = tuple(message.role for message in talk.messages)
+        rich = talk.tools or any(message.more for message in talk.messages)
+        if not rich and (roles, asking) in self._skeletons:
+            return self._skeletons[roles, asking]
+        marked = tuple(
+            replace(message, content=_marker(index)) if _is_marked(message) else message
+            for index, message in enumerate(talk.messages)
+        )
+        shown = self._call(replace(talk, messages=marked), asking=asking)
+        if not rich:
+            self._skeletons[roles, asking] = shown
+        return shown
+
+    def _call(self, talk: Conversation, *, asking: bool) -> str:
+        turns = [
+            {"role": message.role, "content": message.content, **(json.loads(message.more) if message.more else {})}
+            for message in talk.messages
+        ]
         # transformers gives every template these two, so templates ask whether they are none, not whether defined.
-        variables = {**self._variables, "tools": None, "documents": None, "today": self._today}
+        tools = json.loads(talk.tools) if talk.tools else None
+        variables = {**self._variables, "tools": tools, "documents": None, "today": self._today}
+        where = talk.where
         try:
-            return self._jinja(messages=turns, add_generation_prompt=add_generation_prompt, **variables)
+            return self._jinja(messages=turns, add_generation_prompt=asking, **variables)
         except TemplateStoppedError as error:
             raise TemplateError(f"{where}: template {self.name!r} {error}", hint=error.hint) from None
 
@@ -197,48 +228,76 @@ class ChatTemplate:
             )
         return markup[: found.end()]
 
-    def _lengths_spoken(self, messages: tuple[Message, ...], pieces: Sequence[str], where: str) -> list[int]:
-        """For each answer, how much of the markup in front of it comes after the prompt's end, and so is learned.
+    def _stretches(
+        self, talk: Conversation, shown: str, real: str, texts: Mapping[int, str]
+    ) -> tuple[tuple[int, int], ...]:
+        """Where in the skeleton each answer that is learned begins and ends, from its prompt's end to its terminator's.
 
-        The last answer's prompt is rendered as it will be served. How earlier ones were asked for depends on the roles,
-        and is looked at once for all rows that have the same.
+        The last answer's prompt is rendered as it will be served. How the others were asked for is read off skeletons,
+        once for all rows of the same roles.
         """
-        roles = tuple(message.role for message in messages)
-        if roles not in self._spoken:
-            self._spoken[roles] = self._spoken_earlier(roles, where)
-        served = self._call(messages[:-1], where, add_generation_prompt=True) if roles[-1] == "assistant" else None
-        last = [] if served is None else [self._after(served, "".join(pieces[: 2 * len(messages) - 1]), where)]
-        return [*self._spoken[roles], *last]
-
-    def _spoken_earlier(self, roles: tuple[str, ...], where: str) -> list[int]:
-        """As `_lengths_spoken`, of the answers that something follows; none of it where they are not trained."""
-        if self._train_on == "last":
-            return [0] * roles[:-1].count("assistant")
-        shown = self._skeleton(roles, where, asking=False)
-        found: list[int] = []
-        opening, at = "", 0
-        for index, markup in enumerate(_MARKER.split(shown)[0 : 2 * len(roles) - 2 : 2]):
-            at += len(markup)
-            if roles[index] == "assistant":
-                # Long conversations repeat themselves: once their openings do, no further prompt is rendered.
-                if len(found) < _LOOKED_AT or markup != opening:
-                    found.append(self._after(self._skeleton(roles[:index], where, asking=True), shown[:at], where))
-                else:
-                    found.append(found[-1])
-                opening = markup
-            at += len(_marker(index))
+        roles = tuple(message.role for message in talk.messages)
+        found = None if _is_rich(talk) else self._spoken.get(roles)
+        if found is None:
+            found = self._look_for_answers(talk, shown)
+            if not _is_rich(talk):
+                self._spoken[roles] = found
+        if found and roles[-1] == "assistant":
+            before = shown[: found[-1][0]]
+            begin = len(before) + sum(len(texts[at]) - len(_marker(at)) for at in map(int, _MARKER.findall(before)))
+            served = self._call(talk.prompt, asking=True)
+            if served != real[:begin]:
+                raise self._asks_otherwise(served, real[: max(begin, len(served))], talk.where)
         return found
 
-    def _after(self, served: str, trained_on: str, where: str) -> int:
-        """How much stands before an answer in training after the end of the prompt that is served."""
-        if not trained_on.startswith(served):
-            raise TemplateError(
-                f"{where}: template {self.name!r} is not prefix-preserving: at serve time the prompt would end with "
-                f"{_MARKER.sub('...', served)[-40:]!r}, but in training the answer follows "
-                f"{_MARKER.sub('...', trained_on)[-40:]!r}",
-                hint=self._remedy() or "choose another template: this one asks differently from how it trains",
-            )
-        return len(trained_on) - len(served)
+    def _look_for_answers(self, talk: Conversation, shown: str) -> tuple[tuple[int, int], ...]:
+        found: list[tuple[int, int]] = []
+        opening, spoken = "", 0
+        for index in self._learned(talk):
+            message, where = talk.messages[index], talk.where
+            before = shown.partition(_marker(index))[0] if _is_marked(message) else shown
+            markup = before.rpartition("\ue001")[2]
+            # Long conversations repeat themselves: once their openings do, no further prompt is rendered.
+            if message.more or len(found) < _LOOKED_AT or markup != opening:
+                served = self._skeleton(replace(talk, messages=talk.messages[:index]), asking=True)
+                if not before.startswith(served):
+                    raise self._asks_otherwise(served, before, where)
+                opening, spoken = markup, len(before) - len(served)
+            begin = len(before) - spoken
+            found.append((begin, self._end(talk, shown, index, len(before))))
+        return tuple(found)
+
+    def _end(self, talk: Conversation, shown: str, index: int, at: int) -> int:
+        """Where an answer ends whose text stands at a place: behind what the model must learn to stop with."""
+        if not talk.messages[index].more:
+            at += len(_marker(index))
+            return at + len(self._terminator(shown[at:].partition("\ue000")[0], talk.where))
+        # What stands behind the text, such as calls, is said, too: up to where the conversation would end here.
+        whole = self._skeleton(replace(talk, messages=talk.messages[: index + 1]), asking=False).rstrip()
+        if not shown.startswith(whole):
+            raise self._asks_otherwise(whole, shown[: len(whole)], talk.where)
+        if not any(whole.endswith(token) for token in self._control_tokens):
+            self._terminator(whole[-40:], talk.where)
+        return len(whole)
+
+    def _asks_otherwise(self, served: str, trained_on: str, where: str) -> TemplateError:
+        """The refusal of a template whose prompt is not how its training text begins."""
+        return TemplateError(
+            f"{where}: template {self.name!r} is not prefix-preserving: at serve time the prompt would end with "
+            f"{_MARKER.sub('...', served)[-40:]!r}, but in training the answer follows "
+            f"{_MARKER.sub('...', trained_on)[-40:]!r}",
+            hint=self._remedy() or "choose another template: this one asks differently from how it trains",
+        )
+
+    def _refuse_turns_within(self, talk: Conversation) -> None:
+        """A thought, a call or a tool is markup, in which a control token would be meant: none may be in it."""
+        for text in (talk.tools, *(message.more for message in talk.messages)):
+            found = next((token for token in self._control.findall(text) if not self._said.fullmatch(token)), None)
+            if found:
+                raise TemplateError(
+                    f"{talk.where}: a thought, call or tool has the control token {found!r} in its text",
+                    hint="take it out of the data: a server would take it for the end of a turn",
+                )
 
     def _remedy(self) -> str:
         """Which setting would make the template ask as it trains; "" for none."""
@@ -264,30 +323,40 @@ class ChatTemplate:
         for roles in (("user", "assistant"), ("system", "user", "assistant")):
             if known:
                 with suppress(TemplateError):
-                    turns.update(self._control.findall(self._skeleton(roles, "template probe", asking=False)))
+                    probe = Conversation(tuple(Message(role, "") for role in roles), "template probe")
+                    turns.update(self._control.findall(self._skeleton(probe, asking=False)))
         tags = {token for token in known if {f"<{token.strip('</>')}>", f"</{token.strip('</>')}>"} <= known}
         said = sorted(known - turns | tags, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, said)) if said else "(?!)")
 
 
-def with_variables(source: TemplateSource, variables: Mapping[str, Variable]) -> TemplateSource:
-    """The template with variables set at its head, so that it renders alike wherever it travels.
+def _is_marked(message: Message) -> bool:
+    """Whether a marker can stand for its text: not where it is empty and the template asks whether it is."""
+    return bool(message.content) or not message.more
 
-    Raises:
-        TemplateError: a variable that the template does not read, or that is not the user's to set.
-    """
-    if not variables:
-        return source
-    read = variables_read(source.jinja) - RESERVED
-    if unknown := [name for name in variables if name not in read]:
-        raise TemplateError(
-            f"template {source.name!r} reads no variable {', '.join(map(repr, unknown))} (template.variables)",
-            hint=f"it reads {', '.join(sorted(read)) or 'none that can be set'}",
-        )
-    # JSON's words for these values are Jinja's, null aside, which is none of them.
-    written = {name: json.dumps(value, ensure_ascii=False) for name, value in variables.items()}
-    head = "".join(f"{{%- set {name} = {value} -%}}" for name, value in written.items())
-    return replace(source, jinja=head + source.jinja)
+
+def _is_rich(talk: Conversation) -> bool:
+    """Whether there is more than text, so that what stands around the texts does not depend on the roles alone."""
+    return bool(talk.tools) or any(message.more for message in talk.messages)
+
+
+def _beside(talk: Conversation, learned: Sequence[int]) -> Iterator[tuple[str, list[str]]]:
+    """What learned messages have beside their text, and tools: each with words that the template must show."""
+    for index in learned:
+        more = json.loads(talk.messages[index].more or "{}")
+        for part in ("reasoning_content", "reasoning", "thinking"):
+            if isinstance(more.get(part), str):
+                yield part, [more[part].strip()]
+        calls = more.get("tool_calls") or ([more["function_call"]] if "function_call" in more else [])
+        yield "tool_calls", _names(calls)
+    yield "tools", _names(json.loads(talk.tools or "[]"))
+
+
+def _names(functions: object) -> list[str]:
+    """The names of functions that are called, or can be."""
+    listed = functions if isinstance(functions, list) else []
+    inner = [each.get("function", each) for each in listed if isinstance(each, dict)]
+    return [each["name"] for each in inner if isinstance(each, dict) and isinstance(each.get("name"), str)]
 
 
 def _marker(index: int) -> str:
@@ -315,27 +384,3 @@ def _texts_between(markup: Sequence[str], messages: Sequence[Message], real: str
         texts.append(shown[0])
         at += len(shown[0]) + len(after)
     return texts if at == len(real) else None
-
-
-def find_template(name: str, own: str | None) -> TemplateSource:
-    """The template by its name: one of the catalogue, `tokenizer` for the model's own, or a `.jinja` file.
-
-    Raises:
-        TemplateError: no such template; the names that exist are listed.
-    """
-    if name in CATALOG:
-        return CATALOG[name]
-    if name == "tokenizer":
-        if own is None:
-            raise TemplateError(
-                "this model's tokenizer ships no chat template", hint=f"choose one of {', '.join(CATALOG)}"
-            )
-        return TemplateSource("tokenizer", own)
-    if name.endswith(".jinja"):
-        try:
-            return TemplateSource(name, Path(name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
-            raise TemplateError(f"template file {name} cannot be read: {error}", hint="check the path") from None
-    raise TemplateError(
-        f"unknown template {name!r}", hint=f"choose one of {', '.join(CATALOG)}, tokenizer, or a path to a .jinja file"
-    )

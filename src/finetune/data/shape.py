@@ -1,15 +1,17 @@
 """Recognises the shape of each row (alpaca, chat messages, prompt/completion, text) and brings it into one form."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from finetune.data.read import raise_all
 from finetune.errors import DataError
 from finetune.records import Conversation, Document, Message, Row
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 Example = Conversation | Document
 
 
@@ -43,7 +45,7 @@ def shape_rows(rows: Sequence[Row]) -> ShapedRows:
             continue
         shapes[name] += 1
         ignored |= _ignored(row, name)
-        reason = _unspoken(row, name) or _emptiness(example)
+        reason = _emptiness(example)
         if reason:
             dropped[reason] += 1
         else:
@@ -81,17 +83,9 @@ def _ignored(row: Row, shape: str) -> set[str]:
         for turn in turns
         for key, value in turn.items()
         # A Parquet file gives every message every key that any of them has.
-        if key not in ("role", "content") and value is not None
+        if key not in ("role", "content", *_MEANT) and value is not None
     }
-    return within | (set(row.values) - _COLUMNS[shape])
-
-
-def _unspoken(row: Row, shape: str) -> str:
-    """Why the row would teach the opposite of what it says: a part of its answers that no template is given."""
-    lists = (value for column in _COLUMNS[shape] if isinstance(value := row.values.get(column), list))
-    within = {key for turns in lists for turn in turns for key, value in turn.items() if value}
-    found = sorted((within & _MEANT) | {key for key in ("tools",) if row.values.get(key)})
-    return f"with {', '.join(found)}, which cannot be trained yet" if found else ""
+    return within | (set(row.values) - _COLUMNS[shape] - {"tools"})
 
 
 def _shown(column: str) -> str:
@@ -131,12 +125,12 @@ def _parse_alpaca(row: Row) -> Conversation:
 
 
 def _parse_chat(row: Row) -> Conversation:
-    return Conversation(_messages(row, "messages"), row.where)
+    return Conversation(_messages(row, "messages"), row.where, _tools(row))
 
 
 def _parse_prompt_completion(row: Row) -> Conversation:
     if isinstance(row.values["prompt"], list) or isinstance(row.values["completion"], list):
-        return Conversation(_messages(row, "prompt") + _messages(row, "completion"), row.where)
+        return Conversation(_messages(row, "prompt") + _messages(row, "completion"), row.where, _tools(row))
     turns = (Message("user", _text_field(row, "prompt")), Message("assistant", _text_field(row, "completion")))
     return Conversation(turns, row.where)
 
@@ -159,11 +153,40 @@ def _message(turn: Row) -> Message:
     role = values.get("role")
     if role not in ROLES:
         raise DataError(f"{turn.where}: unknown role {role!r}, expected one of {', '.join(ROLES)}")
-    return Message(role, _text_field(turn, "content"))
+    more = {key: values[key] for key in _MEANT if values.get(key) not in _NOTHING}
+    if more and values.get("content") is None:
+        more["content"] = None  # templates ask whether it is none
+    return Message(role, _text_field(turn, "content"), _as_json(more, turn.where))
 
 
-_MEANT = {"tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"}
-"""Parts of a message that say what is to be learned, and that no template is given."""
+def _tools(row: Row) -> str:
+    """The tools that a row's templates are told of, as a JSON list; "" for none."""
+    tools = row.values.get("tools")
+    if isinstance(tools, str):  # many files keep them as text
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise DataError(f"{row.where}: 'tools' is text that is no JSON: {error}") from None
+    if not isinstance(tools, list | NoneType):
+        raise DataError(f"{row.where}: 'tools' must be a list, found {type(tools).__name__}")
+    return _as_json(tools, row.where)
+
+
+def _as_json(value: Any, where: str) -> str:
+    """As one line of JSON; "" for nothing."""
+    if value in _NOTHING:
+        return ""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"{where}: {str(value)[:60]!r} cannot be written as JSON: {error}") from None
+    return text
+
+
+_MEANT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "name", "tool_call_id")
+"""Parts of a message besides its text that a template is given, as transformers gives them."""
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
 _MARKS: dict[str, set[str]] = {
     "alpaca": {"instruction", "output"},
     "chat": {"messages"},

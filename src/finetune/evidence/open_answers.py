@@ -19,7 +19,7 @@ from finetune.data.survey import near_duplicates
 from finetune.evidence.answers import normalise
 from finetune.evidence.budget import Prices
 from finetune.ports import Session
-from finetune.records import Batch, Conversation, Document, Message, TokenizedRow
+from finetune.records import Batch, Conversation, Document, TokenizedRow
 from finetune.training.prepare import Prepared
 
 CHOICES = 4
@@ -281,12 +281,12 @@ def _matching(prepared: Prepared, conversations: Sequence[Conversation], name: s
         drawn = rng.sample(conversations, min(len(conversations), _POOL))
         alike = near_duplicates([Document(one.answer, "") for one in drawn], [Document(each.answer, "")])
         wrong = [
-            one.answer
+            one.messages[-1]
             for place, one in enumerate(drawn)
             if place not in alike and one.prompt.messages != each.prompt.messages
         ]
-        texts = [each.answer, *wrong[: CHOICES - 1]]
-        group = [replace(each, messages=(*each.messages[:-1], Message("assistant", text))) for text in texts]
+        said = [each.messages[-1], *wrong[: CHOICES - 1]]
+        group = [replace(each, messages=(*each.messages[:-1], message)) for message in said]
         rows = [_answer_only(row) for row in _fitting(prepared, group)]
         if len(rows) == CHOICES:
             own += rows[:1]

@@ -34,6 +34,8 @@ def unservable_reason(encoder: Encoder, conversation: Conversation) -> str:
     """Why a server cannot be asked this as training asked it; empty where it can."""
     if encoder.template.name == "alpaca" and any(each.role == "input" for each in conversation.messages):
         return "have an input of their own, a role that no chat API has"
+    if conversation.tools or any(each.more or each.role == "tool" for each in conversation.messages):
+        return "have tools or thoughts in them, which this check does not send"
     if has_control(chat_messages(conversation), encoder.tokenizer.control_tokens):
         return "have a control token's name in their text, which servers take for it"
     return ""

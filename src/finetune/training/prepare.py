@@ -37,7 +37,6 @@ from finetune.records import (
     AdapterTarget,
     Batch,
     Conversation,
-    Message,
     ModelLocation,
     ModelShape,
     Question,
@@ -209,11 +208,12 @@ def adapter_target(config: TrainingConfig, shape: ModelShape) -> AdapterTarget |
 
 def shuffled_rows(prepared: Prepared) -> tuple[TokenizedRow, ...] | None:
     """The training rows with the last answers dealt out among the wrong questions; None where that cannot be."""
+    own = {conversation.answer: conversation.messages[-1] for conversation in prepared.conversations}
     answers = deranged([conversation.answer for conversation in prepared.conversations])
     if not answers:
         return None
     shuffled = tuple(
-        Conversation((*conversation.messages[:-1], Message("assistant", answer)), conversation.where)
+        replace(conversation, messages=(*conversation.messages[:-1], own[answer]))
         for conversation, answer in zip(prepared.conversations, answers, strict=True)
     )
     encoded = prepared.encoder.encode(ShapedRows(shuffled, {}, {}, ()), prepared.plan)
