@@ -1,5 +1,6 @@
 """Joins a template and a tokenizer: conversations in, token ids out, the same way for training and for asking."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -15,6 +16,7 @@ from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import Plan
 from finetune.config.schema import TemplateSpec
 from finetune.data.shape import ShapedRows
+from finetune.errors import TemplateError
 from finetune.files import make_folder, write_bytes
 from finetune.records import Conversation, ModelLocation, Question, Rendered
 
@@ -48,17 +50,32 @@ class Encoder:
         return cls(location, asked.name, tokenizer, today=day, variables=asked.variables, train_on=asked.train_on)
 
     def encode(self, shaped: ShapedRows, plan: Plan) -> Encoded:
-        """Ids and trained marks of all examples, within the plan's length."""
-        rendered = [
-            self.template.render(example)
-            if isinstance(example, Conversation)
-            else self.template.render_document(example)
-            for example in shaped.examples
-        ]
+        """Ids and trained marks of all examples, within the plan's length; rows that the template refuses are dropped.
+
+        Raises:
+            TemplateError: it refuses more than half of them.
+        """
+        rendered: list[Rendered] = []
+        refused: Counter[str] = Counter()
+        for example in shaped.examples:
+            try:
+                if isinstance(example, Conversation):
+                    rendered.append(self.template.render(example))
+                else:
+                    rendered.append(self.template.render_document(example))
+            except TemplateError as error:
+                refused[error.message.removeprefix(f"{example.where}: ")] += 1
+                if 2 * sum(refused.values()) > len(shaped.examples):
+                    raise
         tokens = plan.config.tokens
         assert tokens.max_length is not None
         marked = mark_rows(rendered, self.tokenizer) if tokens.cache is None else self._kept(rendered, tokens.cache)
-        return fit_rows(marked, max_length=tokens.max_length, truncation=tokens.truncation, dropped=shaped.dropped)
+        return fit_rows(
+            marked,
+            max_length=tokens.max_length,
+            truncation=tokens.truncation,
+            dropped=Counter(shaped.dropped) + refused,
+        )
 
     def _kept(self, rendered: Sequence[Rendered], cache: str) -> list[Marked]:
         """The rows' ids from the cache; where it lacks them or is damaged, they are encoded and kept there."""

@@ -15,6 +15,7 @@ from datetime import date
 from itertools import pairwise
 from typing import Literal
 
+from finetune.chat.beside import beside, is_marked, is_rich, other_ways
 from finetune.chat.budget import DAY
 from finetune.chat.catalog import RESERVED, TemplateSource, Variable, with_variables
 from finetune.chat.sandbox import TemplateStoppedError, compile_template, variables_read
@@ -77,7 +78,7 @@ class ChatTemplate:
             TemplateError: the template refuses the roles, rewrites the text, loses a message, or would ask at serve
                 time with another prompt than the one trained on.
         """
-        return self._assemble(conversation, asking=False)
+        return self._fitting(conversation, asking=False)
 
     def render_prompt(self, conversation: Conversation) -> Rendered:
         """The conversation as a question to the model: it ends where the answer would begin.
@@ -87,7 +88,19 @@ class ChatTemplate:
         Raises:
             TemplateError: as `render`.
         """
-        return self._assemble(conversation, asking=True)
+        return self._fitting(conversation, asking=True)
+
+    def _fitting(self, conversation: Conversation, *, asking: bool) -> Rendered:
+        """As `_assemble`, of the conversation as it is or else as the template can take it.
+
+        A text that is none may be none to it or empty; an answer that it takes apart, as `<think>` is by some, is
+        looked at as a whole.
+        """
+        ways = [conversation, *other_ways(conversation)]
+        for way in ways[:-1]:
+            with suppress(TemplateError):
+                return self._assemble(way, asking=asking)
+        return self._assemble(ways[-1], asking=asking)
 
     def _assemble(self, conversation: Conversation, *, asking: bool) -> Rendered:
         talk = replace(conversation, messages=self.fit_messages(conversation))
@@ -162,7 +175,7 @@ class ChatTemplate:
             TemplateError: it loses a message or what a message has beside its text, changes their order or their text.
         """
         pieces = _MARKER.split(shown)
-        marked = [index for index, message in enumerate(talk.messages) if _is_marked(message)]
+        marked = [index for index, message in enumerate(talk.messages) if is_marked(message)]
         order = [int(number) for number in pieces[1::2]]
         if order != marked:
             lost = sorted(set(marked) - set(order))
@@ -177,7 +190,7 @@ class ChatTemplate:
                 f"{talk.where}: template {self.name!r} rewrites the text of the messages, so answers cannot be marked",
                 hint="choose another template, or one without conditions on the text",
             )
-        for part, words in _beside(talk, self._learned(talk)):
+        for part, words in beside(talk, self._learned(talk)):
             if any(word not in real for word in words):
                 raise TemplateError(
                     f"{talk.where}: template {self.name!r} does not show {part}",
@@ -195,7 +208,7 @@ class ChatTemplate:
         if not rich and (roles, asking) in self._skeletons:
             return self._skeletons[roles, asking]
         marked = tuple(
-            replace(message, content=_marker(index)) if _is_marked(message) else message
+            replace(message, content=_marker(index)) if is_marked(message) else message
             for index, message in enumerate(talk.messages)
         )
         shown = self._call(replace(talk, messages=marked), asking=asking)
@@ -237,10 +250,10 @@ class ChatTemplate:
         once for all rows of the same roles.
         """
         roles = tuple(message.role for message in talk.messages)
-        found = None if _is_rich(talk) else self._spoken.get(roles)
+        found = None if is_rich(talk) else self._spoken.get(roles)
         if found is None:
             found = self._look_for_answers(talk, shown)
-            if not _is_rich(talk):
+            if not is_rich(talk):
                 self._spoken[roles] = found
         if found and roles[-1] == "assistant":
             before = shown[: found[-1][0]]
@@ -255,7 +268,7 @@ class ChatTemplate:
         opening, spoken = "", 0
         for index in self._learned(talk):
             message, where = talk.messages[index], talk.where
-            before = shown.partition(_marker(index))[0] if _is_marked(message) else shown
+            before = shown.partition(_marker(index))[0] if is_marked(message) else shown
             markup = before.rpartition("\ue001")[2]
             # Long conversations repeat themselves: once their openings do, no further prompt is rendered.
             if message.more or len(found) < _LOOKED_AT or markup != opening:
@@ -264,7 +277,8 @@ class ChatTemplate:
                     raise self._asks_otherwise(served, before, where)
                 opening, spoken = markup, len(before) - len(served)
             begin = len(before) - spoken
-            found.append((begin, self._end(talk, shown, index, len(before))))
+            end = self._end(talk, shown, index, len(before) if is_marked(message) else begin)
+            found.append((begin, end))
         return tuple(found)
 
     def _end(self, talk: Conversation, shown: str, index: int, at: int) -> int:
@@ -274,11 +288,13 @@ class ChatTemplate:
             return at + len(self._terminator(shown[at:].partition("\ue000")[0], talk.where))
         # What stands behind the text, such as calls, is said, too: up to where the conversation would end here.
         whole = self._skeleton(replace(talk, messages=talk.messages[: index + 1]), asking=False).rstrip()
-        if not shown.startswith(whole):
-            raise self._asks_otherwise(whole, shown[: len(whole)], talk.where)
-        if not any(whole.endswith(token) for token in self._control_tokens):
-            self._terminator(whole[-40:], talk.where)
-        return len(whole)
+        if shown.startswith(whole) and any(whole.endswith(token) for token in self._control_tokens):
+            return len(whole)
+        # Some templates show it otherwise once it is history; it ends where every answer does.
+        ends = [found + len(end) for end in self.terminators() if (found := shown.find(end, at)) >= 0]
+        if not ends:
+            self._terminator(shown[at:], talk.where)
+        return min(ends)
 
     def _asks_otherwise(self, served: str, trained_on: str, where: str) -> TemplateError:
         """The refusal of a template whose prompt is not how its training text begins."""
@@ -328,35 +344,6 @@ class ChatTemplate:
         tags = {token for token in known if {f"<{token.strip('</>')}>", f"</{token.strip('</>')}>"} <= known}
         said = sorted(known - turns | tags, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, said)) if said else "(?!)")
-
-
-def _is_marked(message: Message) -> bool:
-    """Whether a marker can stand for its text: not where it is empty and the template asks whether it is."""
-    return bool(message.content) or not message.more
-
-
-def _is_rich(talk: Conversation) -> bool:
-    """Whether there is more than text, so that what stands around the texts does not depend on the roles alone."""
-    return bool(talk.tools) or any(message.more for message in talk.messages)
-
-
-def _beside(talk: Conversation, learned: Sequence[int]) -> Iterator[tuple[str, list[str]]]:
-    """What learned messages have beside their text, and tools: each with words that the template must show."""
-    for index in learned:
-        more = json.loads(talk.messages[index].more or "{}")
-        for part in ("reasoning_content", "reasoning", "thinking"):
-            if isinstance(more.get(part), str):
-                yield part, [more[part].strip()]
-        calls = more.get("tool_calls") or ([more["function_call"]] if "function_call" in more else [])
-        yield "tool_calls", _names(calls)
-    yield "tools", _names(json.loads(talk.tools or "[]"))
-
-
-def _names(functions: object) -> list[str]:
-    """The names of functions that are called, or can be."""
-    listed = functions if isinstance(functions, list) else []
-    inner = [each.get("function", each) for each in listed if isinstance(each, dict)]
-    return [each["name"] for each in inner if isinstance(each, dict) and isinstance(each.get("name"), str)]
 
 
 def _marker(index: int) -> str:

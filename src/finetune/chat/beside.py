@@ -1,0 +1,57 @@
+"""What a message has beside its text: its thought, its calls, the tools it knows; given to templates as it is."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from finetune.records import Conversation, Message
+
+_TAG = re.compile(r"</?[A-Za-z_]+>")
+
+
+def is_marked(message: Message) -> bool:
+    """Whether a marker can stand for its text: not where it is empty and the template asks whether it is."""
+    return bool(message.content) or not message.more
+
+
+def is_rich(talk: Conversation) -> bool:
+    """Whether there is more than text, so that what stands around the texts does not depend on the roles alone."""
+    return bool(talk.tools) or any(message.more for message in talk.messages)
+
+
+def beside(talk: Conversation, learned: Sequence[int]) -> Iterator[tuple[str, list[str]]]:
+    """What learned messages have beside their text, and tools: each with words that the template must show."""
+    for index in learned:
+        more = json.loads(talk.messages[index].more or "{}")
+        if isinstance(more.get("content"), str):
+            yield "an answer", [words for each in _TAG.split(more["content"]) if (words := each.strip())]
+        for part in ("reasoning_content", "reasoning", "thinking"):
+            if isinstance(more.get(part), str):
+                yield part, [more[part].strip()]
+        calls = more.get("tool_calls") or ([more["function_call"]] if "function_call" in more else [])
+        yield "tool_calls", _names(calls)
+    yield "tools", _names(json.loads(talk.tools or "[]"))
+
+
+def other_ways(conversation: Conversation) -> Iterator[Conversation]:
+    """The conversation in other words for the same: no text as an empty one, tagged answers as wholes."""
+    for whole in (False, True):
+        messages = []
+        for message in conversation.messages:
+            more = json.loads(message.more or "{}")
+            if more.get("content", "") is None:
+                del more["content"]
+            content = message.content
+            if whole and message.role == "assistant" and _TAG.search(content):
+                more["content"], content = content, ""
+            messages.append(Message(message.role, content, json.dumps(more, ensure_ascii=False) if more else ""))
+        if tuple(messages) != conversation.messages:
+            yield replace(conversation, messages=tuple(messages))
+
+
+def _names(functions: object) -> list[str]:
+    """The names of functions that are called, or can be."""
+    listed = functions if isinstance(functions, list) else []
+    inner = [each.get("function", each) for each in listed if isinstance(each, dict)]
+    return [each["name"] for each in inner if isinstance(each, dict) and isinstance(each.get("name"), str)]
