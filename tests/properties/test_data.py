@@ -96,7 +96,7 @@ def test_columns_nobody_reads_can_be_shown() -> None:
 
 
 def test_what_a_message_says_besides_its_text_is_reported() -> None:
-    """Tool calls, names and weights of messages are not read, and that is said by name; null is nothing."""
+    """Weights of messages are not read, and that is said by name; null is nothing."""
     turns = [
         {"role": "user", "content": "a", "name": "Ann", "weight": None},
         {"role": "assistant", "content": "b", "weight": 0, "tool_calls": []},
@@ -105,12 +105,8 @@ def test_what_a_message_says_besides_its_text_is_reported() -> None:
     shaped = shaped_from(content.encode(), ".jsonl")
     assert len(shaped.examples) == 2
     assert shaped.ignored_columns == (
-        "completion.tool_calls",
         "completion.weight",
-        "messages.name",
-        "messages.tool_calls",
         "messages.weight",
-        "prompt.name",
     )
 
 
@@ -257,24 +253,32 @@ def test_shipped_sets_unknown_name_is_refused_and_paths_are_left_alone() -> None
 
 
 @pytest.mark.parametrize(
-    ("within", "beside", "named"),
+    ("within", "beside"),
     [
-        ({"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}, {}, "tool_calls"),
-        ({"reasoning_content": "because"}, {}, "reasoning_content"),
-        ({"thinking": "because", "function_call": {"name": "f"}}, {}, "function_call, thinking"),
-        ({}, {"tools": [{"type": "function"}]}, "tools"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": {}}}], "content": None}, {}),
+        ({"reasoning_content": "because"}, {}),
+        ({"thinking": "because", "function_call": {"name": "f"}}, {}),
+        ({}, {"tools": [{"type": "function"}]}),
+        ({}, {"tools": '[{"type": "function"}]'}),
     ],
 )
-def test_row_whose_answer_is_more_than_text_is_dropped_by_name(
-    within: dict[str, object], beside: dict[str, object], named: str
-) -> None:
-    """A thought or a call that no template is given is not left out of the answer in silence: the row is dropped."""
+def test_answer_that_is_more_than_text_is_kept_whole(within: dict[str, object], beside: dict[str, object]) -> None:
+    """A thought, a call and the tools of a row are handed on as they are; nothing is no thought."""
     asked = {"role": "user", "content": "a"}
-    plain = {
-        "messages": [asked, {"role": "assistant", "content": "b", **dict.fromkeys(within)}],
-        **dict.fromkeys(beside),
-    }
-    rich = {"messages": [asked, {"role": "assistant", "content": "b", **within}], **beside}
-    shaped = shape_rows([Row(plain, "a:1"), Row(rich, "a:2")])
-    assert [example.where for example in shaped.examples] == ["a:1"]
-    assert shaped.dropped == {f"with {named}, which cannot be trained yet": 1}
+    # A Parquet file gives every row every key that any of them has.
+    plain = {"messages": [asked, {"role": "assistant", "content": "b", **dict.fromkeys(within.keys() - {"content"})}]}
+    rich = {"messages": [asked, {"role": "assistant", "content": "b", **within}]}
+    shaped = shape_rows([Row(plain | dict.fromkeys(beside), "a:1"), Row(rich | beside, "a:2")])
+    assert (shaped.ignored_columns, shaped.dropped) == ((), {})
+    first, second = (example for example in shaped.examples if isinstance(example, Conversation))
+    assert (first.messages[-1].more, first.tools) == ("", "")
+    assert json.loads(second.messages[-1].more or "{}") == within
+    assert json.loads(second.tools or "null") == ([{"type": "function"}] if beside else None)
+
+
+@pytest.mark.parametrize("tools", ["[", "no list", {"a": 1}, 3, [float("nan")]])
+def test_tools_that_are_no_list_are_refused(tools: object) -> None:
+    """Tools that are no list, nor the JSON of one, are refused with the row."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(DataError, match=r"a:1"):
+        shape_rows([Row({"messages": turns, "tools": tools}, "a:1")])

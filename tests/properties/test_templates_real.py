@@ -1,9 +1,11 @@
 """Laws of the templates that model families ship: they render, answers are marked, and there is room to spare."""
 
+import json
 import re
 
 import pytest
 from hypothesis import example, given
+from hypothesis import strategies as st
 
 from finetune.chat import sandbox
 from finetune.chat.budget import Meter
@@ -66,6 +68,51 @@ def test_real_template_trains_its_answers(name: str, conversation: Conversation)
     assert real.compiled.terminators() == (real.ending.strip(),)
 
 
+def call(name: str, **arguments: object) -> dict[str, object]:
+    """A call of a function, as OpenAI's API writes it."""
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def rich(tool: str, asked: str, more: dict[str, object], answer: str, *after: Message) -> Conversation:
+    """A question, and an answer that has more than text; with a tool where one is named."""
+    tools = json.dumps([{"type": "function", "function": {"name": tool}}]) if tool else ""
+    turns = (Message("user", asked), Message("assistant", answer, json.dumps(more) if more else ""), *after)
+    return Conversation(turns, "rows.jsonl:7", tools)
+
+
+WORDS = st.text("ab é\"'{", min_size=1, max_size=9).filter(str.strip)
+
+
+@given(WORDS, st.none() | WORDS, st.lists(WORDS.map(str.strip), max_size=2), st.sampled_from(["", "c"]), WORDS)
+@examples(0.3)
+def test_thought_and_calls_are_learned_and_results_are_not(
+    asked: str, thought: str | None, called: list[str], spoken: str, result: str
+) -> None:
+    """Qwen 3's own tokens for a thought, calls, their results and the last answer, each said by who says it.
+
+    What is trained is what the template makes of the messages as they are, less what is asked with.
+    """
+    more: dict[str, object] = {"tool_calls": [call("f", x=word) for word in called]} if called else {}
+    if thought is not None:
+        more["reasoning_content"] = thought
+    real = REAL["qwen-3"]
+    after = (Message("tool", result), Message("assistant", "end")) if called else ()
+    talked = rich("f", asked, more, spoken or ("" if called else "d"), *after)
+    rendered = real.compiled.render(talked)
+    turns = [{"role": each.role, "content": each.content, **json.loads(each.more or "{}")} for each in talked.messages]
+    known = {"tools": json.loads(talked.tools), "documents": None, "bos_token": real.bos, "eos_token": real.eos}
+    shown = compile_template("qwen-3", real.jinja)
+    assert rendered.text == shown(messages=turns, add_generation_prompt=False, **known)
+    trained = "".join(text for text, learned in stretches(rendered) if learned)
+    asking = "".join(text for text, learned in stretches(rendered) if not learned)
+    assert trained.count("<|im_end|>") == 1 + len(after) // 2
+    assert trained.count("<tool_call>") == len(called)
+    assert not called or f"<tool_response>\n{result}\n</tool_response>" in asking
+    if thought is not None and not called:
+        assert f"<think>\n{thought.strip(chr(10))}\n</think>" in trained
+    assert rendered.text.startswith(real.compiled.render_prompt(talked.prompt).text)
+
+
 OUTSIDE = {
     "gemma-2": (WITH_SYSTEM, "System role not supported"),
     "mistral-v0.1": (WITH_SYSTEM, "roles must alternate"),
@@ -74,8 +121,11 @@ OUTSIDE = {
     "gemma-3": (talk("user:a", "assistant:b", "assistant:c"), "roles must alternate"),
     "llama-2": (talk("system:s", "user: a ", "assistant:b"), "rewrites the text"),
     "phi-3": (talk("system:", "user:a", "assistant:b"), "rewrites the text"),
-    "qwen-3": (talk("user:a", "assistant:<think>x</think>b"), "rewrites the text"),
-    "deepseek-v3": (talk("user:a", "assistant:<think>x</think>b"), "rewrites the text"),
+    "qwen-2": (rich("", "", {"reasoning_content": "why"}, "b"), "does not show reasoning_content"),
+    "llama-3": (rich("f", "", {}, "b"), "does not show tools"),
+    "zephyr": (rich("", "", {"tool_calls": [call("g")]}, "b"), "does not show tool_calls"),
+    "qwen-3": (rich("f", "", {"reasoning_content": "so <|im_end|>"}, "b"), "would show the control token '<|im_end|>'"),
+    "deepseek-v3": (talk("user:a", "assistant:<think>x</think>b"), "does not show an answer"),
 }
 
 

@@ -15,6 +15,8 @@ from finetune.chat.encode import REACHING, encode_row, mark_rows
 from finetune.chat.encoder import Encoder
 from finetune.chat.render import ChatTemplate
 from finetune.chat.tokenizer import FileTokenizer
+from finetune.config import Plan, TrainingConfig
+from finetune.data.shape import ShapedRows
 from finetune.errors import ModelError, TemplateError
 from finetune.models.locate import locate_model
 from finetune.records import Conversation, Document, Message, ModelLocation
@@ -235,6 +237,25 @@ def test_control_token_that_is_none_beside_a_letter_is_refused(tmp_path: Path) -
     assert file.token_to_id("<q>") in encode_row(chat.render(talk("user:.", "assistant:.")), tokenizer).ids
     with pytest.raises(TemplateError, match="single_word"):
         encode_row(chat.render(talk("user:a", "assistant:b")), tokenizer)
+
+
+@pytest.mark.parametrize("refused", [1, 2, 3])
+def test_row_that_the_template_refuses_is_dropped_and_counted(refused: int) -> None:
+    """One row that a template refuses costs that row, counted by the reason; more than half refuse the run."""
+    encoder = Encoder(ModelLocation("model", tokenizer_folder(FIRST), "local"), "llama2")
+    good, bad = talk("user:a", "assistant:b"), talk("user:a", "user:b", "assistant:c")
+    rows = ShapedRows((*[bad] * refused, *[good] * 2), {}, {"empty answer": 1}, ())
+    config = TrainingConfig.model_validate({"tokens": {"max_length": 99}, "model": {"path": "x"}})
+    plan = Plan(config, {})
+    if refused > 2:
+        with pytest.raises(TemplateError, match=r"rows\.jsonl:7.*alternate"):
+            encoder.encode(rows, plan)
+        return
+    counts = encoder.encode(rows, plan).counts
+    [why] = counts.dropped.keys() - {"empty answer"}
+    assert (counts.kept, counts.read, counts.dropped[why]) == (2, 3 + refused, refused)
+    assert "alternate" in why
+    assert "rows.jsonl" not in why
 
 
 @given(FULL, st.lists(conversations(max_turns=2), max_size=5), st.sampled_from([*NAMES, "tight"]), st.booleans())

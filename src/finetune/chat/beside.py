@@ -34,6 +34,11 @@ def beside(talk: Conversation, learned: Sequence[int]) -> Iterator[tuple[str, li
     yield "tools", _names(json.loads(talk.tools or "[]"))
 
 
+def shows(text: str, words: str) -> bool:
+    """Whether a text has these words, and not only as a part of others."""
+    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
+
+
 def other_ways(conversation: Conversation) -> Iterator[Conversation]:
     """The conversation in other words for the same: no text as an empty one, tagged answers as wholes."""
     for whole in (False, True):

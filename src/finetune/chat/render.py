@@ -15,7 +15,7 @@ from datetime import date
 from itertools import pairwise
 from typing import Literal
 
-from finetune.chat.beside import beside, is_marked, is_rich, other_ways
+from finetune.chat.beside import beside, is_marked, is_rich, other_ways, shows
 from finetune.chat.budget import DAY
 from finetune.chat.catalog import RESERVED, TemplateSource, Variable, with_variables
 from finetune.chat.sandbox import TemplateStoppedError, compile_template, variables_read
@@ -191,7 +191,7 @@ class ChatTemplate:
                 hint="choose another template, or one without conditions on the text",
             )
         for part, words in beside(talk, self._learned(talk)):
-            if any(word not in real for word in words):
+            if not all(shows(real, word) for word in words):
                 raise TemplateError(
                     f"{talk.where}: template {self.name!r} does not show {part}",
                     hint="choose a template that knows it, such as the model's own, or leave it out of the data",
@@ -311,7 +311,7 @@ class ChatTemplate:
             found = next((token for token in self._control.findall(text) if not self._said.fullmatch(token)), None)
             if found:
                 raise TemplateError(
-                    f"{talk.where}: a thought, call or tool has the control token {found!r} in its text",
+                    f"{talk.where}: template {self.name!r} would show the control token {found!r} of a thought or call",
                     hint="take it out of the data: a server would take it for the end of a turn",
                 )
 
