@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 NO_LIMIT = 2**31 - 1
 """The context length of a model that states none, such as one that knows no positions."""
-
 DEFAULT_KIND = "lora"
 """The kind of adapter where none is named; `adapters/kinds` holds them all."""
 Scaling = Literal["standard", "rank_stabilized"]
