@@ -102,6 +102,29 @@ def test_near_duplicates_are_no_wrong_answers(place: Path, tmp_path: Path) -> No
         assert first_words[place_] not in first_words[count + 3 * place_ : count + 3 * place_ + 3]
 
 
+@pytest.mark.parametrize("refused", [0, 2])
+def test_rows_that_the_template_refuses_are_nowhere(place: Path, tmp_path: Path, refused: int) -> None:
+    """Rows that are refused are neither trained on, measured, matched nor asked, and all else is as without them."""
+    thinks = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "thinking": "c"}]}
+    files = {}
+    for name, source in (("train", "train"), ("valid", "valid"), ("retention", "train")):
+        files[name] = tmp_path / f"{name}.jsonl"
+        ours = [thinks] * refused
+        rows = [json.loads(line) for line in (place / f"{source}.jsonl").read_text().splitlines()]
+        if name == "retention":
+            rows = [{"prompt": "a", "completion": f"{n}"} for n in range(8)]
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in [*rows, *ours]))
+    data = {"data__valid": str(files["valid"]), "data__retention": str(files["retention"]), "template__name": "chatml"}
+    prepared = prepare(settings(place / "model", files["train"], tokens__max_length=200, **data))
+    assert (prepared.train.counts.kept, prepared.train.counts.read) == (12, 12 + refused)
+    assert len(prepared.unseen) == 19
+    assert len(prepared.retention) == 8
+    assert len([note for note in prepared.notes if "template refuses" in note]) == (refused > 0)
+    questions = open_questions(prepared)
+    assert questions.rows is not None
+    assert (len(questions.unseen), len(questions.rows.own), len(questions.prompts)) == (19, 12, 8)
+
+
 @given(WORDS, st.lists(WORDS, max_size=3))
 def test_copies_are_those_that_trying_all_runs_finds(text: list[str], known: list[list[str]]) -> None:
     """The longest run of at least eight words that stands in a known text, as a share of the text."""

@@ -15,7 +15,7 @@ from finetune.chat.render import ChatTemplate, TrainOn
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import Plan
 from finetune.config.schema import TemplateSpec
-from finetune.data.shape import ShapedRows
+from finetune.data.shape import Example, ShapedRows
 from finetune.errors import TemplateError
 from finetune.files import make_folder, write_bytes
 from finetune.records import Conversation, ModelLocation, Question, Rendered
@@ -55,18 +55,12 @@ class Encoder:
         Raises:
             TemplateError: it refuses more than half of them.
         """
-        rendered: list[Rendered] = []
-        refused: Counter[str] = Counter()
-        for example in shaped.examples:
-            try:
-                if isinstance(example, Conversation):
-                    rendered.append(self.template.render(example))
-                else:
-                    rendered.append(self.template.render_document(example))
-            except TemplateError as error:
-                refused[error.message.removeprefix(f"{example.where}: ")] += 1
-                if 2 * sum(refused.values()) > len(shaped.examples):
-                    raise
+        rendered, refused = self.render(shaped.examples)
+        reasons = Counter(error.message.removeprefix(f"{where}: ") for where, error in refused)
+        if 2 * len(refused) > len(shaped.examples):
+            first, more = refused[0][1], len(refused) - 1
+            others = f" (refused are {more + 1} of {len(shaped.examples)} rows, reasons: {len(reasons)})" if more else ""
+            raise TemplateError(first.message + others, hint=first.hint)
         tokens = plan.config.tokens
         assert tokens.max_length is not None
         marked = mark_rows(rendered, self.tokenizer) if tokens.cache is None else self._kept(rendered, tokens.cache)
@@ -74,8 +68,28 @@ class Encoder:
             marked,
             max_length=tokens.max_length,
             truncation=tokens.truncation,
-            dropped=Counter(shaped.dropped) + refused,
+            dropped=Counter(shaped.dropped) + reasons,
         )
+
+    def render(self, examples: Sequence[Example]) -> tuple[list[Rendered], list[tuple[str, TemplateError]]]:
+        """The examples as training texts, and where the template refuses one and why."""
+        rendered: list[Rendered] = []
+        refused: list[tuple[str, TemplateError]] = []
+        for example in examples:
+            try:
+                if isinstance(example, Conversation):
+                    rendered.append(self.template.render(example))
+                else:
+                    rendered.append(self.template.render_document(example))
+            except TemplateError as error:
+                refused.append((example.where, error.with_traceback(None)))
+        return rendered, refused
+
+    def asked(self, examples: Sequence[Example]) -> tuple[list[Conversation], list[tuple[str, TemplateError]]]:
+        """The conversations that the template can take, and where it refuses one and why."""
+        _, refused = self.render(examples)
+        unfit = {where for where, _ in refused}
+        return [each for each in examples if isinstance(each, Conversation) and each.where not in unfit], refused
 
     def _kept(self, rendered: Sequence[Rendered], cache: str) -> list[Marked]:
         """The rows' ids from the cache; where it lacks them or is damaged, they are encoded and kept there."""

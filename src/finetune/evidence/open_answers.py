@@ -240,7 +240,7 @@ def open_questions(prepared: Prepared) -> OpenQuestions:
     lengths = sorted(sum(row.trained[_answer_start(row) :]) for row in rows) if conversations else [0]
     spread = rows[:: max(1, len(rows) // MATCHED_ROWS)][:MATCHED_ROWS]
     neutral = _neutral(prepared)
-    asked = [each for each in neutral if isinstance(each, Conversation)]
+    asked, _ = encoder.asked(neutral)
     ends = [encoder.prompt_ids(each.prompt) for each in (talks or conversations)[:OTHER_ROWS]]
     return OpenQuestions(
         rows=_matching(prepared, conversations, "rows"),
@@ -262,11 +262,8 @@ def _neutral(prepared: Prepared) -> Sequence[Example]:
 
 
 def _fitting(prepared: Prepared, examples: Sequence[Example]) -> tuple[TokenizedRow, ...]:
-    """The examples as rows, less those that the model cannot read whole."""
-    template = prepared.encoder.template
-    rendered = [
-        template.render(each) if isinstance(each, Conversation) else template.render_document(each) for each in examples
-    ]
+    """The examples as rows, less those that the template refuses or that the model cannot read whole."""
+    rendered, _ = prepared.encoder.render(examples)
     rows = (marked.tokenized() for marked in mark_rows(rendered, prepared.encoder.tokenizer))
     return tuple(row for row in rows if row.target_count and len(row.ids) <= prepared.shape.context_length)
 

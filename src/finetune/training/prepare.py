@@ -126,7 +126,9 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     conversations = tuple(example for example in kept if isinstance(example, Conversation) and example.where in trained)
     questions = _questions(encoder, conversations, plan, count=config.evaluation.questions)
     answers = _answers(config, kept, questions, notes)
-    unseen = _unseen(held.examples, kept, notes) if answers == "open" else ()
+    measured = {row.where for row in held_out.rows} if held_out else set()
+    seen_whole = [example for example in held.examples if example.where in measured]
+    unseen = _unseen(seen_whole, kept, notes) if answers == "open" else ()
     retention = _retention(encoder, plan, notes)
     _check_ids(shape, encoder, (train, rehearsal, held_out), retention)
     plan, total = _with_steps(plan, shape, train.rows + (rehearsal.rows if rehearsal else ()))
@@ -372,5 +374,7 @@ def _retention(encoder: Encoder, plan: Plan, notes: list[str]) -> tuple[Question
         return ()
     shaped, more = _read(name)
     notes += more
-    conversations = [example for example in shaped.examples if isinstance(example, Conversation)]
+    conversations, refused = encoder.asked(shaped.examples)
+    if refused:
+        notes.append(f"{name}: {len(refused)} rows are not asked, the template refuses them: {refused[0][1].message}")
     return _questions(encoder, conversations, plan, count=plan.config.evaluation.retention_questions)
