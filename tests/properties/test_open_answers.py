@@ -105,11 +105,11 @@ def test_near_duplicates_are_no_wrong_answers(place: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("refused", [0, 2])
 def test_rows_that_the_template_refuses_are_nowhere(place: Path, tmp_path: Path, refused: int) -> None:
     """Rows that are refused are neither trained on, measured, matched nor asked, and all else is as without them."""
-    thinks = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "thinking": "c"}]}
     files = {}
     for name, source in (("train", "train"), ("valid", "valid"), ("retention", "train")):
         files[name] = tmp_path / f"{name}.jsonl"
-        ours = [thinks] * refused
+        turns = [{"role": "user", "content": name * 9}, {"role": "assistant", "content": name * 7, "thinking": "c"}]
+        ours = [{"messages": turns}] * refused
         rows = [json.loads(line) for line in (place / f"{source}.jsonl").read_text().splitlines()]
         if name == "retention":
             rows = [{"prompt": "a", "completion": f"{n}"} for n in range(8)]

@@ -58,9 +58,9 @@ class Encoder:
         rendered, refused = self.render(shaped.examples)
         reasons = Counter(error.message.removeprefix(f"{where}: ") for where, error in refused)
         if 2 * len(refused) > len(shaped.examples):
-            first, more = refused[0][1], len(refused) - 1
-            others = f" (refused are {more + 1} of {len(shaped.examples)} rows, reasons: {len(reasons)})" if more else ""
-            raise TemplateError(first.message + others, hint=first.hint)
+            first = refused[0][1]
+            told = f"; refused: {len(refused)} of {len(shaped.examples)} rows, for {len(reasons)} reasons"
+            raise TemplateError(first.message + told * (len(refused) > 1), hint=first.hint)
         tokens = plan.config.tokens
         assert tokens.max_length is not None
         marked = mark_rows(rendered, self.tokenizer) if tokens.cache is None else self._kept(rendered, tokens.cache)

@@ -126,9 +126,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     conversations = tuple(example for example in kept if isinstance(example, Conversation) and example.where in trained)
     questions = _questions(encoder, conversations, plan, count=config.evaluation.questions)
     answers = _answers(config, kept, questions, notes)
-    measured = {row.where for row in held_out.rows} if held_out else set()
-    seen_whole = [example for example in held.examples if example.where in measured]
-    unseen = _unseen(seen_whole, kept, notes) if answers == "open" else ()
+    unseen = _unseen(held.examples, held_out, kept, notes) if held_out and answers == "open" else ()
     retention = _retention(encoder, plan, notes)
     _check_ids(shape, encoder, (train, rehearsal, held_out), retention)
     plan, total = _with_steps(plan, shape, train.rows + (rehearsal.rows if rehearsal else ()))
@@ -300,8 +298,12 @@ def _answers(
     return answer_kind(kept, repeats) if comparable else "open"
 
 
-def _unseen(held: Sequence[Example], kept: Sequence[Example], notes: list[str]) -> tuple[Example, ...]:
-    """A sample of the held-out rows, less those that say nearly what a training row says."""
+def _unseen(
+    examples: Sequence[Example], held_out: Encoded, kept: Sequence[Example], notes: list[str]
+) -> tuple[Example, ...]:
+    """A sample of the held-out rows that are measured, less those that say nearly what a training row says."""
+    measured = {row.where for row in held_out.rows}
+    held = [example for example in examples if example.where in measured]
     sample = held[:: max(1, len(held) // _UNSEEN_SAMPLE)][:_UNSEEN_SAMPLE]
     twins = near_duplicates(sample, kept)
     if twins:
