@@ -243,9 +243,8 @@ class LinearLayer:
 class ModelShape:
     """What a model's files say of its size, read without loading a weight; 0 is a size that they do not say.
 
-    `heads` ask and `kv_heads` answer, each `head_dim` wide; the dropouts are shares that the model itself switches
-    off in training; `tied_head` says that the embedding table is the output head too; `weights` holds the shape of
-    each weight by its name, and `quantized` says by module which of them are packed, whose shapes are the true ones.
+    `heads` ask and `kv_heads` answer, each `head_dim` wide; dropouts are shares that the model itself switches off;
+    `tied_head`: the embedding table is the output head, too; `quantized`: which modules' weights are packed.
     """
 
     architecture: str
@@ -337,11 +336,12 @@ class Optimization:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt as ids, with the text to show and the one answer that counts as right."""
+    """A prompt as ids, with the text to show and the one answer that counts as right, as text and as ids."""
 
     ids: tuple[int, ...]
     text: str
     expected: str
+    answer: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

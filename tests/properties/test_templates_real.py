@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given
@@ -136,6 +137,18 @@ def test_real_template_refuses_what_it_cannot_show(name: str) -> None:
     with pytest.raises(TemplateError, match=re.escape(says)) as caught:
         REAL[name].compiled.render(conversation)
     assert f"rows.jsonl:7: template '{name}.jinja'" in caught.value.message
+
+
+def test_tools_that_only_their_call_names_are_not_shown() -> None:
+    """Whoever is asked must be shown the tools: that the answer calls one of them shows none."""
+    shown = REAL["qwen-2.5"]
+    jinja = shown.jinja.replace("{%- if tools %}", "{%- if false %}", 1)
+    assert jinja != shown.jinja
+    hiding = ChatTemplate(TemplateSource("hiding", jinja), shown.control_tokens, bos=shown.bos, eos=shown.eos)
+    called = rich("f", "q", {"tool_calls": [call("f", x="1")]}, "")
+    assert "<tool_call>" in hiding.render(replace(called, tools="")).text
+    with pytest.raises(TemplateError, match="does not show tools"):
+        hiding.render(called)
 
 
 def test_template_that_opens_a_thought_for_asking_only_is_refused() -> None:

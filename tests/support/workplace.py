@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from tokenizers import AddedToken, Tokenizer
+
 from finetune.backends import open_backend
 from finetune.config import LoadedConfig, load_config, load_plan
 from finetune.events import Event, TrackerOpened
@@ -52,13 +54,37 @@ QUICK: dict[str, Any] = {
 }
 
 
-def make_model(folder: Path, *, kind: TokenizerKind = KINDS[0], seed: int = 0) -> Path:
-    """A tiny random Llama with a tokenizer of this kind."""
+def make_model(folder: Path, *, kind: TokenizerKind = KINDS[0], seed: int = 0, calls: bool = False) -> Path:
+    """A tiny random Llama with a tokenizer of this kind, or with that of `CALLING_TEMPLATE`."""
     folder.mkdir(parents=True)
-    for file in tokenizer_folder(kind).iterdir():
-        shutil.copy(file, folder)
+    if calls:
+        calling_tokenizer(folder)
+    else:
+        shutil.copytree(tokenizer_folder(kind), folder, dirs_exist_ok=True)
     words = json.loads((folder / "config.json").read_text())["vocab_size"]
     open_backend("reference").create({**LLAMA, "vocab_size": words}, folder, seed=seed)
+    return folder
+
+
+CALLING_TEMPLATE = (
+    "{% if tools %}{{ '<|im_start|>tools\n' + tools | tojson + '<|im_end|>' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.tool_calls %}"
+    "{{ '[CALL]' + m.tool_calls[0].function | tojson + '<|call|>' }}"
+    "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""As Mistral's and gpt-oss': a call begins with a control token, and ends with another than an answer."""
+
+
+def calling_tokenizer(folder: Path) -> Path:
+    """A tokenizer with the control tokens of `CALLING_TEMPLATE`, which is its own template."""
+    shutil.copytree(tokenizer_folder(KINDS[0]), folder, dirs_exist_ok=True)
+    file = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    file.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("[CALL]", "<|call|>")])
+    file.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(CALLING_TEMPLATE, encoding="utf-8")
+    config = {"model_type": "llama", "vocab_size": file.get_vocab_size()}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 

@@ -8,6 +8,12 @@ from dataclasses import replace
 from finetune.records import Conversation, Message
 
 _TAG = re.compile(r"</?[A-Za-z_]+>")
+_CALL = {"id": "000000000", "type": "function", "function": {"name": "probe", "arguments": {}}}
+PROBE_CALL = Conversation(
+    (Message("user", "question"), Message("assistant", "", json.dumps({"content": None, "tool_calls": [_CALL]}))),
+    "template probe",
+)
+"""A call as every template that knows calls takes it: Mistral's want an id of nine letters, Llama's one call alone."""
 
 
 def is_marked(message: Message) -> bool:

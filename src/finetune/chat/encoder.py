@@ -1,8 +1,9 @@
 """Joins a template and a tokenizer: conversations in, token ids out, the same way for training and for asking."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,17 @@ class Encoder:
         return encode_row(self.template.render_prompt(conversation), self.tokenizer).ids
 
     def question(self, conversation: Conversation) -> Question:
-        """The conversation's last answer as a question with one right answer."""
+        """The conversation's last answer as a question with one right answer: what the model is taught to say there."""
         prompt = conversation.prompt
         shown = "\n".join(message.content for message in prompt.messages if message.role in ("user", "input"))
-        return Question(self.prompt_ids(prompt), shown, conversation.answer)
+        asked, row = self.prompt_ids(prompt), encode_row(self.template.render(conversation), self.tokenizer)
+        rest = zip(row.ids[len(asked) :], row.trained[len(asked) :], strict=True)
+        answer = self._before_stop(token for token, trained in rest if trained)
+        return Question(asked, shown, self.said(answer), answer)
+
+    def said(self, ids: Iterable[int]) -> str:
+        """What a model said, up to where it stopped; control tokens within, as before a call, stand by name."""
+        return self.tokenizer.decode(self._before_stop(ids), control=True).strip()
+
+    def _before_stop(self, ids: Iterable[int]) -> tuple[int, ...]:
+        return tuple(takewhile(lambda token: token not in self.stop_ids, ids))

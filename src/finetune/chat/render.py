@@ -15,7 +15,7 @@ from datetime import date
 from itertools import pairwise
 from typing import Literal
 
-from finetune.chat.beside import beside, is_marked, is_rich, other_ways, shows
+from finetune.chat.beside import PROBE_CALL, beside, is_marked, is_rich, other_ways, shows
 from finetune.chat.budget import DAY
 from finetune.chat.catalog import RESERVED, TemplateSource, Variable, with_variables
 from finetune.chat.sandbox import TemplateStoppedError, compile_template, variables_read
@@ -150,11 +150,18 @@ class ChatTemplate:
 
     def terminators(self) -> tuple[str, ...]:
         """The control tokens that end an answer: what the model is taught to stop with, so where serving must stop."""
+        ends = self._ends_of_text()
+        with suppress(TemplateError):  # a call may have an end of its own, and many templates show none
+            said = "".join(segment.text for segment in self.render(PROBE_CALL).segments if segment.trained)
+            ends += self._control.findall(said)[-1:]
+        return tuple(dict.fromkeys(ends))
+
+    def _ends_of_text(self) -> list[str]:
         probe = Conversation((Message("user", "question"), Message("assistant", "answer")), "template probe")
         segments = self.render(probe).segments
         answer = max(index for index, segment in enumerate(segments) if segment.trained and not segment.control)
         ending = "".join(segment.text for segment in segments[answer + 1 :] if segment.trained)
-        return tuple(dict.fromkeys(self._control.findall(ending)))
+        return self._control.findall(ending)
 
     def fit_messages(self, conversation: Conversation) -> tuple[Message, ...]:
         """The messages with an alpaca input joined to its instruction, for templates that know no such role."""
@@ -190,13 +197,17 @@ class ChatTemplate:
                 f"{talk.where}: template {self.name!r} rewrites the text of the messages, so answers cannot be marked",
                 hint="choose another template, or one without conditions on the text",
             )
-        for part, words in beside(talk, self._learned(talk)):
+        self._require_shown(talk, real, self._learned(talk))
+        return dict(zip(marked, texts, strict=True))
+
+    def _require_shown(self, talk: Conversation, real: str, learned: Sequence[int]) -> None:
+        """Refuse a template that loses what learned messages have beside their text, or the tools."""
+        for part, words in beside(talk, learned):
             if not all(shows(real, word) for word in words):
                 raise TemplateError(
                     f"{talk.where}: template {self.name!r} does not show {part}",
                     hint="choose a template that knows it, such as the model's own, or leave it out of the data",
                 )
-        return dict(zip(marked, texts, strict=True))
 
     def _skeleton(self, talk: Conversation, *, asking: bool) -> str:
         """What stands around the texts, a marker in place of each.
@@ -261,6 +272,7 @@ class ChatTemplate:
             served = self._call(talk.prompt, asking=True)
             if served != real[:begin]:
                 raise self._asks_otherwise(served, real[: max(begin, len(served))], talk.where)
+            self._require_shown(talk.prompt, served, ())  # that a call names a tool does not show it to who is asked
         return found
 
     def _look_for_answers(self, talk: Conversation, shown: str) -> tuple[tuple[int, int], ...]:
@@ -291,7 +303,7 @@ class ChatTemplate:
         if shown.startswith(whole) and any(whole.endswith(token) for token in self._control_tokens):
             return len(whole)
         # Some templates show it otherwise once it is history; it ends where every answer does.
-        ends = [found + len(end) for end in self.terminators() if (found := shown.find(end, at)) >= 0]
+        ends = [found + len(end) for end in self._ends_of_text() if (found := shown.find(end, at)) >= 0]
         if not ends:
             self._terminator(shown[at:], talk.where)
         return min(ends)

@@ -131,9 +131,13 @@ class FileTokenizer:
             end = found.end()
         return [*pieces, text[end:]]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, control tokens left out."""
-        return str(self._markup.decode(list(ids), skip_special_tokens=True))
+    def decode(self, ids: Sequence[int], *, control: bool = False) -> str:
+        """The text of the ids, control tokens left out, or else by their names."""
+        return str(self._markup.decode(list(ids), skip_special_tokens=not control))
+
+    def without_special(self, text: str) -> str:
+        """A text that names control tokens as a server shows it, which leaves out those that are special."""
+        return self._splitter.sub(lambda found: "" if self._added[found.group()].special else found.group(), text)
 
     def word(self, number: int) -> str:
         """The token of an id, as the vocabulary has it."""

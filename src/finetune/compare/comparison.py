@@ -198,7 +198,7 @@ class _Comparing:
         for name, group in self.questions.items():
             if group:
                 said = answers[start : start + len(group)]
-                right[name] = score(group, said, self.result.encoder.tokenizer.decode).right
+                right[name] = score(group, said, self.result.encoder.said).right
                 start += len(group)
         return right
 

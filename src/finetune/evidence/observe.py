@@ -66,7 +66,7 @@ def score(session: Session, prepared: Prepared, questions: Sequence[Question]) -
     return ask(
         session,
         questions,
-        encoder.tokenizer.decode,
+        encoder.said,
         max_new_tokens=prepared.plan.config.evaluation.max_new_tokens,
         stop_ids=encoder.stop_ids,
     )

@@ -64,7 +64,7 @@ def talker(path: Path, *, max_new_tokens: int) -> Callable[[Conversation], str]:
             raise DataError(
                 f"the conversation has {len(ids)} tokens, and the model reads {context}", hint="ask something shorter"
             )
-        return encoder.tokenizer.decode(session.generate([ids], max_new_tokens, encoder.stop_ids)[0]).strip()
+        return encoder.said(session.generate([ids], max_new_tokens, encoder.stop_ids)[0])
 
     return answer
 

@@ -20,7 +20,7 @@ def score_facts(session: Session, encoder: Encoder, facts: list[Fact]) -> Scores
     """The session's answers to the facts' questions, asked in the encoder's format."""
     conversations = [Conversation((Message("user", f.question), Message("assistant", f.answer)), "fact") for f in facts]
     questions = [encoder.question(conversation) for conversation in conversations]
-    return ask(session, questions, encoder.tokenizer.decode, max_new_tokens=_ANSWER_TOKENS, stop_ids=encoder.stop_ids)
+    return ask(session, questions, encoder.said, max_new_tokens=_ANSWER_TOKENS, stop_ids=encoder.stop_ids)
 
 
 def write_card(name: str, folder: Path) -> None:

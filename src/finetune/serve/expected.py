@@ -154,7 +154,11 @@ def _questions(folder: RunFolder, encoder: Encoder, served: Encoder) -> tuple[li
         if why:
             unsaid[why] += 1
             continue
-        found.append(
-            ServedQuestion(Prompt(chat_messages(conversation), question.ids), answer["given"], answer["expected"])
+        right, prompt = (
+            encoder.tokenizer.decode(question.answer).strip(),
+            Prompt(chat_messages(conversation), question.ids),
         )
+        own = answer["given"]
+        given = right if own == answer["expected"] else encoder.tokenizer.without_special(own).strip()
+        found.append(ServedQuestion(prompt, given, right))
     return found, tuple(f"{count} questions {why}: not asked" for why, count in unsaid.items())

@@ -363,9 +363,12 @@ def _questions(
     for index in order:
         if len(chosen) == count:
             break
+        # A text too long by itself is so whatever the template adds to it: most rows of prose are not even rendered.
+        if len(encoder.tokenizer.encode_content(conversations[index].messages[-1].content.strip())) > most:
+            continue
         question = encoder.question(conversations[index])
         # The answer and its terminator must fit into what is generated, and beside the prompt into a row.
-        if len(encoder.tokenizer.encode_content(question.expected)) + 1 <= min(most, row - len(question.ids)):
+        if question.answer and len(question.answer) + 1 <= min(most, row - len(question.ids)):
             chosen[index] = question
     return tuple(chosen[index] for index in sorted(chosen))
 
