@@ -55,11 +55,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of system, user, input, assistant or tool; `more`: its thought, calls and the like, as a JSON object."""
+    """One turn of system, user, input, assistant or tool; `more`: its thought, calls and the like, as a JSON object.
+
+    `trained`: whether its row says that it is learned or that it is not; None where the run's settings decide.
+    """
 
     role: str
     content: str
     more: str = ""
+    trained: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +204,8 @@ class DataCounts:
     """What became of the rows: `read` == `kept` + the sum of `dropped`; nothing is lost silently.
 
     Of those kept, `truncated` lost words of their prompt and `split` were cut into several pieces. `reaching` tokens
-    are not learned, because they reach from a prompt into an earlier answer.
+    are not learned, because they reach from a prompt into an earlier answer; `unlearned` answers are not, because
+    their rows say so.
     """
 
     read: int
@@ -211,6 +216,7 @@ class DataCounts:
     trained_tokens: int
     split: int = 0
     reaching: int = 0
+    unlearned: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,7 @@ SETTINGS: dict[str, Setting] = {
         st.dates().map(str),
         st.sampled_from(["", "today", "2024-13-01", "20240726", "2024-W30-5", "26 Jul 2024", 2024, True, None, [], {}]),
     ),
-    "template.train_on": _words("all", "last"),
+    "template.train_on": _words("all", "last", "everything"),
     "template.variables": _optional(
         Setting(
             st.dictionaries(

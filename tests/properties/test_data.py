@@ -96,18 +96,87 @@ def test_columns_nobody_reads_can_be_shown() -> None:
 
 
 def test_what_a_message_says_besides_its_text_is_reported() -> None:
-    """Weights of messages are not read, and that is said by name; null is nothing."""
+    """What is not read of messages is said by name; null is nothing."""
     turns = [
-        {"role": "user", "content": "a", "name": "Ann", "weight": None},
-        {"role": "assistant", "content": "b", "weight": 0, "tool_calls": []},
+        {"role": "user", "content": "a", "name": "Ann", "mood": None},
+        {"role": "assistant", "content": "b", "mood": 0, "tool_calls": []},
     ]
     content = json.dumps({"messages": turns}) + "\n" + json.dumps({"prompt": turns[:1], "completion": turns[1:]})
     shaped = shaped_from(content.encode(), ".jsonl")
     assert len(shaped.examples) == 2
     assert shaped.ignored_columns == (
-        "completion.weight",
-        "messages.weight",
+        "completion.mood",
+        "messages.mood",
     )
+
+
+SAYS: dict[object, bool | None] = {None: None, "": None, 0: False, 1.0: True, "0.0": False, " True ": True}
+"""What values of `weight`, and of `train` and `training` say, in JSON and in tables."""
+MARKS = st.dictionaries(st.sampled_from(["weight", "train", "training"]), st.sampled_from(list(SAYS)))
+
+
+@given(st.sampled_from(["system", "user", "assistant", "tool"]), MARKS)
+@example("assistant", {"weight": 0, "train": None})
+@example("user", {"weight": 1.0})
+def test_message_is_learned_as_its_row_says(role: str, marks: dict[str, object]) -> None:
+    """`weight`, `train` and `training` say yes, no or nothing; no template is given them; contradictions are refused.
+
+    A weight of 1 is what every answer has: of another message it asks for nothing, as OpenAI's format has it.
+    """
+    turns = [{"role": role, "content": "a", **marks}, {"role": "assistant", "content": "b"}]
+    said = {SAYS[mark] for mark in marks.values()} - {None}
+    row = Row({"messages": turns}, "rows.jsonl:1")
+    if len(said) > 1:
+        with pytest.raises(DataError, match=r"rows\.jsonl:1 messages\[0\]: .* contradict") as caught:
+            shape_rows([row])
+        assert caught.value.hint
+        return
+    shaped = shape_rows([row])
+    [found] = shaped.examples
+    assert isinstance(found, Conversation)
+    asked = role == "assistant" or SAYS[marks.get("train")] or SAYS[marks.get("training")]
+    expected = next(iter(said), None)
+    assert found.messages[0] == Message(role, "a", trained=expected if asked or not expected else None)
+    assert shaped.ignored_columns == ()
+
+
+@pytest.mark.parametrize("key", ["weight", "train"])
+@given(st.lists(st.tuples(rows(), st.sampled_from(list(SAYS))), min_size=1, max_size=5))
+@examples(1 / 3)
+def test_row_that_weighs_nothing_is_dropped_and_counted(key: str, cases: list[tuple[RowCase, object]]) -> None:
+    """A row of any shape whose `weight` is 0 or whose `train` is false is left out and counted; all others stay."""
+    shaped = shape_rows([Row({**case.values, key: value}, f"a:{at}") for at, (case, value) in enumerate(cases)])
+    left = [case for case, value in cases if SAYS[value] is not False]
+    assert [said_by(found) for found in shaped.examples] == [said_by(case.example) for case in left if not case.dropped]
+    assert shaped.dropped.get("weight 0", 0) == len(cases) - len(left)
+    assert sum(shaped.dropped.values()) + len(shaped.examples) == len(cases)
+    assert key not in shaped.ignored_columns
+
+
+@given(
+    st.sampled_from(["weight", "train"]),
+    st.floats().filter(lambda value: value not in (0, 1))
+    | st.integers(2)
+    | st.sampled_from(["-1", "yes", "nan", [1], {}]),
+)
+@example("weight", 0.5)
+@examples(1 / 3)
+def test_weight_between_is_refused_wherever_it_stands(key: str, value: object) -> None:
+    """Every other weight is refused, all at once, with its value, its place and what can be done instead."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    heavy = [turns[0], {**turns[1], key: value}]
+    values = [
+        {"text": "t", key: value},
+        {"messages": turns},
+        {"messages": heavy},
+        {"prompt": turns, "completion": heavy},
+    ]
+    with pytest.raises(DataError) as caught:
+        shape_rows([Row(each, f"a:{at}") for at, each in enumerate(values)])
+    for place in ("a:0", "a:2 messages[1]", "a:3 completion[1]"):
+        assert f"{place}: {key!r} is {str(value)[:60]!r}" in caught.value.message
+    assert "a:1" not in caught.value.message
+    assert caught.value.hint.count("repeat a row") == 1
 
 
 @given(st.lists(rows(), min_size=1, max_size=4), st.booleans())

@@ -72,10 +72,13 @@ def test_row_is_scored_as_if_it_were_alone(place: Path) -> None:
     assert row_losses(session, rows) == pytest.approx(alone, rel=1e-9)
 
 
-def test_matched_rows_differ_in_their_answer_alone(place: Path) -> None:
-    """Each row has three others with its prompt, other answers, and targets in the answer only."""
-    prepared = prepare(loaded(place))  # type: ignore[arg-type]
-    found = open_questions(prepared).rows
+@pytest.mark.parametrize("train_on", ["all", "everything"])
+def test_matched_rows_differ_in_their_answer_alone(place: Path, train_on: str) -> None:
+    """Each row has three others with its prompt, other answers, and targets in the answer only, whatever is learned."""
+    prepared = prepare(loaded(place, template__train_on=train_on))  # type: ignore[arg-type]
+    asked = open_questions(prepared)
+    assert asked.longest < 90 < max(len(row.ids) for row in prepared.training_rows)
+    found = asked.rows
     assert found is not None
     assert len(found.others) == 3 * len(found.own) == 3 * 12
     for place_, own in enumerate(found.own):

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,33 @@ def test_rows_that_are_left_out_are_said_beforehand(place: Path, tmp_path: Path)
     assert reaching == f"{found.rows.reaching} tokens reach from a prompt into an earlier answer, and are not learned"
     assert found.values()["rows"]["reaching"] == found.rows.reaching > 0
     assert len(forecast_run(prepare(loaded(place))).sentences()) == 2
+
+
+def test_answers_that_weigh_nothing_are_told_and_never_asked(place: Path, tmp_path: Path) -> None:
+    """Answers that rows say not to learn are counted beforehand; a row is asked for its last answer that is learned."""
+
+    def turn(number: int, said: str, **marks: object) -> list[dict[str, object]]:
+        return [{"role": "user", "content": f"{said}{number}"}, {"role": "assistant", "content": said, **marks}]
+
+    rows: list[dict[str, Any]] = [
+        {"messages": [*turn(number, "a", **first), *turn(number, "b", **second)]}
+        for number in range(3)
+        for first, second in (({"weight": 0}, {"weight": 1}), ({"train": True}, {"train": False}))
+    ]
+    rows += [{"messages": turn(9, "c", weight=0)}, {"messages": turn(9, "d"), "weight": 0}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"data__train": str(file), "data__valid": str(file), "data__retention": str(file)}
+    changes = {**files, "evaluation__questions": 9, "evaluation__retention_questions": 9}
+    for train_on in ("all", "last", "everything"):
+        prepared = prepare(loaded(place, **changes, template__name="chatml", template__train_on=train_on))
+        found = forecast_run(prepared)
+        told = found.sentences()
+        assert "7 answers are not learned, because their rows say so (weight, train)" in told
+        assert found.values()["rows"]["unlearned"] == 7
+        assert found.rows.dropped["weight 0"] == 1
+        for questions in (prepared.questions, prepared.retention):
+            assert Counter(question.expected for question in questions) == {"a": 3, "b": 3}
 
 
 def test_minutes_follow_from_parameters_tokens_and_speed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """Laws of the templates room: the public formats byte for byte, one prompt for training and asking, answers marked."""
 
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetune.chat.catalog import CATALOG, TemplateSource, find_template, with_variables
+from finetune.chat.learned import TrainOn
 from finetune.chat.render import ChatTemplate
 from finetune.errors import TemplateError
 from finetune.records import Conversation, Message
@@ -54,39 +57,45 @@ def turns(name: str, conversation: Conversation) -> list[Message]:
     return found
 
 
-def written_out(name: str, conversation: Conversation) -> list[tuple[str, bool]]:
-    """The public format by hand: (text, whether the model says it), independent of the product's templates."""
+def written_out(
+    name: str, conversation: Conversation, learned: Sequence[bool] = (), *, rest: bool = False
+) -> list[tuple[str, bool]]:
+    """The public format by hand: (text, whether it is learned), independent of the product's templates.
+
+    `learned` says it of each message, which are otherwise the answers, and `rest` of the markup.
+    """
     messages = turns(name, conversation)
     out: list[tuple[str, bool]] = []
-    system = ""
+    system: list[tuple[str, bool]] = []
     if name == "alpaca":
         paired = any(message.role == "input" for message in messages[:2])
         context = ", paired with an input that provides further context" if paired else ""
         opening = f"Below is an instruction that describes a task{context}. "
         opening += "Write a response that appropriately completes the request."
-        out.append((f"{messages[0].content if messages[0].role == 'system' else opening}\n\n", False))
+        out += [] if messages[0].role == "system" else [(f"{opening}\n\n", rest)]
     if name == "llama3":
-        out.append(("<s>", False))
+        out.append(("<s>", rest))
     for index, message in enumerate(messages):
         text, role = shown(name, message), message.role
+        said = learned[index] if learned else role == "assistant"
         last = index == len(messages) - 1
         if name == "alpaca" and role == "assistant":
-            out += [("### Response:\n", False), (f"{text}</s>", True), ("" if last else "\n\n", False)]
-        elif name == "alpaca" and role != "system":
-            out.append((f"### {'Input' if role == 'input' else 'Instruction'}:\n{text}\n\n", False))
+            out += [("### Response:\n", rest), (f"{text}</s>", said), ("" if last else "\n\n", rest)]
+        elif name == "alpaca":
+            heading = {"system": "", "input": "### Input:\n", "user": "### Instruction:\n"}[role]
+            out += [(heading, rest), (text, said), ("\n\n", rest)]
         elif name == "chatml":
-            out += [(f"<|im_start|>{role}\n", False), (text, role == "assistant")]
-            out += [("<|im_end|>", role == "assistant"), ("\n", False)]
+            out += [(f"<|im_start|>{role}\n", rest), (f"{text}<|im_end|>", said), ("\n", rest)]
         elif name == "llama3":
-            out.append((f"<|start_header_id|>{role}<|end_header_id|>\n\n", False))
-            out.append((f"{text}<|eot_id|>", role == "assistant"))
+            out.append((f"<|start_header_id|>{role}<|end_header_id|>\n\n", rest))
+            out.append((f"{text}<|eot_id|>", said))
         elif name == "llama2" and role == "system":
-            system = f"<<SYS>>\n{text}\n<</SYS>>\n\n"
+            system = [("<<SYS>>\n", rest), (text, said), ("\n<</SYS>>\n\n", rest)]
         elif name == "llama2" and role == "user":
-            out.append((f"<s>[INST] {system}{text} [/INST]", False))
-            system = ""
+            out += [("<s>[INST] ", rest), *system, (text, said), (" [/INST]", rest)]
+            system = []
         elif name == "llama2":
-            out.append((f" {text} </s>", True))
+            out.append((f" {text} </s>", said))
     return out
 
 
@@ -262,6 +271,35 @@ def test_last_answer_alone_is_learned_when_asked_for() -> None:
     last = ChatTemplate(source, CONTROL, bos="", eos="</s>", train_on="last").render(said)
     assert last.text == template("chatml").render(said).text
     assert [text for text, trained in stretches(last) if trained] == ["d<|im_end|>"]
+
+
+MARKS = st.lists(st.sampled_from([None, True, False]), min_size=7, max_size=7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("train_on", ["all", "last", "everything"])
+@given(conversations(inputs=False), MARKS)
+@example(talk("user:a", "assistant:b", "user:c", "assistant:d"), [None, None, None, False, None, None, None])
+@example(talk("system:s", "user:a", "assistant:b"), [True, None, False, None, None, None, None])
+@examples(1 / 6)
+def test_what_a_message_says_of_itself_counts_before_the_choice(
+    train_on: TrainOn, name: str, conversation: Conversation, marks: list[bool | None]
+) -> None:
+    """The text stays; messages are learned that say so, and those that say nothing where they are chosen.
+
+    A message is learned with what ends it, where that ends answers, too. Everything has the markup in it.
+    """
+    messages = tuple(replace(each, trained=mark) for each, mark in zip(conversation.messages, marks, strict=False))
+    last, everything = len(messages) - 1, train_on == "everything"
+    learned = [
+        everything or (each.role == "assistant" and (train_on == "all" or index == last))
+        if each.trained is None
+        else each.trained
+        for index, each in enumerate(messages)
+    ]
+    marked = Conversation(messages, "a")
+    rendered = ChatTemplate(CATALOG[name], CONTROL, bos="<s>", eos="</s>", train_on=train_on).render(marked)
+    assert stretches(rendered) == joined(written_out(name, marked, learned, rest=everything))
 
 
 REMEDIES = {

@@ -28,6 +28,7 @@ from support.conversations import (
     FULL,
     NAMES,
     TERMINATOR,
+    TIGHT,
     control_ids,
     said,
     spelled,
@@ -175,6 +176,25 @@ def test_row_has_the_ids_that_a_server_sends(name: str, kind: TokenizerKind, con
         # A control token that takes the space before it takes it from the prompt in the whole text alone.
         found, expected = ("".join(text.split()) if kind.takes == "lstrip" else text for text in spelt)
         assert found == expected
+
+
+@pytest.mark.parametrize("name", [*NAMES, "tight"])
+@given(FULL, conversations())
+@example(FIRST, talk("user:q", "assistant:\n\nreturn 1", "user:r", "assistant:\n\n"))
+@examples(1 / 3)
+def test_everything_is_learned_of_the_same_ids(name: str, kind: TokenizerKind, conversation: Conversation) -> None:
+    """What is learned changes no id: of everything all tokens are, but a BOS that the tokenizer puts in front.
+
+    As the first token, it is never a target.
+    """
+    chat, tokenizer = template_of(kind, name), tokenizer_of(kind)
+    source = TIGHT if name == "tight" else CATALOG[name]
+    ends = {"bos": tokenizer.bos, "eos": tokenizer.eos}
+    all_of_it = ChatTemplate(source, tokenizer.control_tokens, **ends, train_on="everything")
+    row, answers = (encode_row(each.render(conversation), tokenizer) for each in (all_of_it, chat))
+    assert row.ids == answers.ids
+    assert row.target_count == len(row.ids) - 1
+    assert chat.terminators() == all_of_it.terminators()
 
 
 BOS_CASES = [

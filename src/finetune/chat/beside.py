@@ -56,7 +56,8 @@ def other_ways(conversation: Conversation) -> Iterator[Conversation]:
             content = message.content
             if whole and message.role == "assistant" and _TAG.search(content):
                 more["content"], content = content, ""
-            messages.append(Message(message.role, content, json.dumps(more, ensure_ascii=False) if more else ""))
+            text = json.dumps(more, ensure_ascii=False) if more else ""
+            messages.append(replace(message, content=content, more=text))
         if tuple(messages) != conversation.messages:
             yield replace(conversation, messages=tuple(messages))
 

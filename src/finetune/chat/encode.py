@@ -94,9 +94,10 @@ def _lay_out(row: Rendered, tokenizer: FileTokenizer) -> _Laid:
     at = answer = 0
     before = False
     for segment in row.segments:
-        if segment.trained and not before:
+        said = segment.trained and segment.role == "assistant"
+        if said and not before:
             answer = at
-        before = segment.trained
+        before = said
         mark = TRAINED if segment.trained else KEPT if segment.control else REMOVABLE
         for place, piece in enumerate(tokenizer.split_control(segment.text) if segment.control else [segment.text]):
             if place % 2:  # control tokens stand at the odd places

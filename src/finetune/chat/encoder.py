@@ -2,7 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import date
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from finetune.chat.cache import cache_key, dump_marked, load_marked
 from finetune.chat.catalog import Variable, find_template, with_variables
 from finetune.chat.encode import Marked, encode_row, mark_rows
 from finetune.chat.fit import Encoded, fit_rows
-from finetune.chat.render import ChatTemplate, TrainOn
+from finetune.chat.learned import TrainOn, marked
+from finetune.chat.render import ChatTemplate
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import Plan
 from finetune.config.schema import TemplateSpec
@@ -38,9 +41,11 @@ class Encoder:
         plain = tokenizer or FileTokenizer(location.folder)
         self.source = with_variables(find_template(template, plain.chat_template), variables or {})
         self.tokenizer = tokenizer = plain.for_template(self.source.jinja)
-        self.template = ChatTemplate(
-            self.source, tokenizer.control_tokens, bos=tokenizer.bos, eos=tokenizer.eos, today=today, train_on=train_on
+        made = partial(
+            ChatTemplate, self.source, tokenizer.control_tokens, bos=tokenizer.bos, eos=tokenizer.eos, today=today
         )
+        self.template = made(train_on=train_on)
+        self._answers_alone = made(train_on="all") if train_on == "everything" else self.template
         taught = (tokenizer.control_id(token) for token in self.template.terminators())
         self.stop_ids = tuple(dict.fromkeys([*(token for token in taught if token is not None), *tokenizer.stop_ids]))
 
@@ -64,33 +69,52 @@ class Encoder:
             raise TemplateError(first.message + told * (len(refused) > 1), hint=first.hint)
         tokens = plan.config.tokens
         assert tokens.max_length is not None
-        marked = mark_rows(rendered, self.tokenizer) if tokens.cache is None else self._kept(rendered, tokens.cache)
-        return fit_rows(
-            marked,
+        rows = mark_rows(rendered, self.tokenizer) if tokens.cache is None else self._kept(rendered, tokens.cache)
+        encoded = fit_rows(
+            rows,
             max_length=tokens.max_length,
             truncation=tokens.truncation,
             dropped=Counter(shaped.dropped) + reasons,
         )
+        talks = (example for example in shaped.examples if isinstance(example, Conversation))
+        unlearned = sum(len(marked(talk, answers=True, trained=False)) for talk in talks)
+        return replace(encoded, counts=replace(encoded.counts, unlearned=unlearned))
 
-    def render(self, examples: Sequence[Example]) -> tuple[list[Rendered], list[tuple[str, TemplateError]]]:
-        """The examples as training texts, and where the template refuses one and why."""
+    def render(
+        self, examples: Sequence[Example], *, answers_alone: bool = False
+    ) -> tuple[list[Rendered], list[tuple[str, TemplateError]]]:
+        """The examples as training texts, and where the template refuses one and why.
+
+        With `answers_alone`, answers are marked and nothing else of a conversation, whatever else is learned.
+        """
+        template = self._answers_alone if answers_alone else self.template
         rendered: list[Rendered] = []
         refused: list[tuple[str, TemplateError]] = []
         for example in examples:
             try:
                 if isinstance(example, Conversation):
-                    rendered.append(self.template.render(example))
+                    rendered.append(template.render(example))
                 else:
-                    rendered.append(self.template.render_document(example))
+                    rendered.append(template.render_document(example))
             except TemplateError as error:
                 refused.append((example.where, error.with_traceback(None)))
         return rendered, refused
 
     def asked(self, examples: Sequence[Example]) -> tuple[list[Conversation], list[tuple[str, TemplateError]]]:
-        """The conversations that the template can take, and where it refuses one and why."""
+        """The conversations that the template can take, as they are asked, and where it refuses one and why."""
         _, refused = self.render(examples)
         unfit = {where for where, _ in refused}
-        return [each for each in examples if isinstance(each, Conversation) and each.where not in unfit], refused
+        return self.as_asked(each for each in examples if each.where not in unfit), refused
+
+    def as_asked(self, examples: Iterable[Example]) -> list[Conversation]:
+        """The conversations among them, each up to the last answer that is learned; those where none is, left out."""
+        talks = [example for example in examples if isinstance(example, Conversation)]
+        learned = [self.template.learned(talk) for talk in talks]
+        return [
+            replace(talk, messages=talk.messages[: places[-1] + 1])
+            for talk, places in zip(talks, learned, strict=True)
+            if places
+        ]
 
     def _kept(self, rendered: Sequence[Rendered], cache: str) -> list[Marked]:
         """The rows' ids from the cache; where it lacks them or is damaged, they are encoded and kept there."""

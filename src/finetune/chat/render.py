@@ -7,23 +7,20 @@ is known and nothing is searched for. The cut text is then compared with what th
 
 import json
 import re
-from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date
-from itertools import pairwise
-from typing import Literal
 
 from finetune.chat.beside import PROBE_CALL, beside, is_marked, is_rich, other_ways, shows
 from finetune.chat.budget import DAY
 from finetune.chat.catalog import RESERVED, TemplateSource, Variable, with_variables
+from finetune.chat.learned import Learned, Stretch, TrainOn, answers_of, marked
 from finetune.chat.sandbox import TemplateStoppedError, compile_template, variables_read
 from finetune.errors import TemplateError
 from finetune.records import Conversation, Document, Message, Rendered, Segment
 
 _MARKER = re.compile("\ue000([0-9]+)\ue001")
-TrainOn = Literal["all", "last"]
 
 _LOOKED_AT = 8
 """So many answers of a conversation are looked at one by one, however much they repeat each other."""
@@ -38,7 +35,7 @@ class ChatTemplate:
         bos: the begin-of-text token, or "" for a model without one.
         eos: the end-of-text token.
         today: what a template prints that asks for the date.
-        train_on: all answers of a conversation, or the last alone.
+        train_on: all answers of a conversation, the last alone, or everything, except what a message says of itself.
     """
 
     def __init__(
@@ -67,12 +64,12 @@ class ChatTemplate:
         self._control = re.compile("|".join(map(re.escape, ordered)) if ordered else "(?!)")
         self._eos = eos
         self._skeletons: dict[tuple[tuple[str, ...], bool], str] = {}
-        self._spoken: dict[tuple[str, ...], tuple[tuple[int, int], ...]] = {}
+        self._spoken: dict[tuple[tuple[str, ...], tuple[int, ...]], tuple[Stretch, ...]] = {}
         self._said = re.compile("(?!)")
         self._said = self._tokens_said(source.jinja, {bos, eos})
 
     def render(self, conversation: Conversation) -> Rendered:
-        """The conversation as training text: answers and their terminators are marked trained.
+        """The conversation as training text: what is learned, such as answers with their ends, is marked trained.
 
         Raises:
             TemplateError: the template refuses the roles, rewrites the text, loses a message, or would ask at serve
@@ -107,32 +104,43 @@ class ChatTemplate:
         self._refuse_turns_within(talk)
         shown, real = self._skeleton(talk, asking=asking), self._call(talk, asking=asking)
         texts = self._texts(talk, shown, real)
-        learned = () if asking else self._stretches(talk, shown, real, texts)
-        borders = [place for stretch in learned for place in stretch]
+        learned = Learned() if asking else self._choose(talk, shown, self._stretches(talk, shown, real, texts))
         segments: list[Segment] = []
         at = 0
         for place, piece in enumerate(_MARKER.split(shown)):
             if place % 2:  # the number of a message stands at the odd places
-                trained, role = bisect(borders, at) % 2 == 1, talk.messages[int(piece)].role
-                text = texts[int(piece)]
+                role, text = talk.messages[int(piece)].role, texts[int(piece)]
                 if role == "assistant":
-                    segments += self._answer(text, trained=trained)
+                    segments += self._answer(text, trained=learned.at(at))
                 else:
-                    segments.append(Segment(text, role, trained=False, control=False))
+                    segments.append(Segment(text, role, trained=learned.at(at), control=False))
                 at += len(_marker(int(piece)))
                 continue
-            cuts = [at, *(border for border in borders if at < border < at + len(piece)), at + len(piece)]
-            for begin, end in pairwise(cuts):
-                trained = bisect(borders, begin) % 2 == 1
-                role = "assistant" if trained else "markup"
+            for begin, end in learned.pieces(at, at + len(piece)):
+                role, trained = learned.role(begin), learned.at(begin)
                 segments.append(Segment(shown[begin:end], role, trained=trained, control=True))
             at += len(piece)
         return Rendered(tuple(segment for segment in segments if segment.text), conversation.where)
 
-    def _learned(self, talk: Conversation) -> list[int]:
-        """The places of the messages that are learned."""
-        answers = [index for index, message in enumerate(talk.messages) if message.role == "assistant"]
-        return answers[-1:] if self._train_on == "last" else answers
+    def learned(self, talk: Conversation) -> list[int]:
+        """The places of the answers that are learned."""
+        return answers_of(talk, self._train_on)
+
+    def _choose(self, talk: Conversation, shown: str, answers: Sequence[Stretch]) -> Learned:
+        """What of a skeleton is learned: those answers, and what a message that is none says of itself."""
+        everything = self._train_on == "everything"
+        stretches = [] if everything else list(answers)
+        if everything:
+            stretches += self._look_for_answers(talk, shown, marked(talk, answers=True, trained=False))
+        for index in marked(talk, answers=False, trained=not everything):
+            begin = shown.find(_marker(index))
+            if begin >= 0:
+                end = begin + len(_marker(index))
+                # What ends an answer ends such a message, too, and is learned with it.
+                found = self._control.search(shown, end)
+                ends = found and not shown[end : found.start()].strip() and found.group() in self.terminators()
+                stretches.append((begin, found.end() if found and ends else end))
+        return Learned.of(answers, stretches, but=everything)
 
     def _answer(self, text: str, *, trained: bool) -> Iterator[Segment]:
         """An answer, in which tokens such as `<think>` are meant: the model must learn to say them."""
@@ -152,16 +160,17 @@ class ChatTemplate:
         """The control tokens that end an answer: what the model is taught to stop with, so where serving must stop."""
         ends = self._ends_of_text()
         with suppress(TemplateError):  # a call may have an end of its own, and many templates show none
-            said = "".join(segment.text for segment in self.render(PROBE_CALL).segments if segment.trained)
+            segments = self.render(PROBE_CALL).segments
+            said = "".join(segment.text for segment in segments if segment.role == "assistant")
             ends += self._control.findall(said)[-1:]
         return tuple(dict.fromkeys(ends))
 
     def _ends_of_text(self) -> list[str]:
         probe = Conversation((Message("user", "question"), Message("assistant", "answer")), "template probe")
         segments = self.render(probe).segments
-        answer = max(index for index, segment in enumerate(segments) if segment.trained and not segment.control)
-        ending = "".join(segment.text for segment in segments[answer + 1 :] if segment.trained)
-        return self._control.findall(ending)
+        said = [index for index, segment in enumerate(segments) if segment.role == "assistant"]
+        answer = max(index for index in said if not segments[index].control)
+        return self._control.findall("".join(segments[index].text for index in said if index > answer))
 
     def fit_messages(self, conversation: Conversation) -> tuple[Message, ...]:
         """The messages with an alpaca input joined to its instruction, for templates that know no such role."""
@@ -170,7 +179,7 @@ class ChatTemplate:
         joined: list[Message] = []
         for message in conversation.messages:
             if message.role == "input":
-                joined[-1] = Message("user", joined[-1].content + "\n\n" + message.content)
+                joined[-1] = replace(joined[-1], content=joined[-1].content + "\n\n" + message.content)
             else:
                 joined.append(message)
         return tuple(joined)
@@ -182,23 +191,23 @@ class ChatTemplate:
             TemplateError: it loses a message or what a message has beside its text, changes their order or their text.
         """
         pieces = _MARKER.split(shown)
-        marked = [index for index, message in enumerate(talk.messages) if is_marked(message)]
+        expected = [index for index, message in enumerate(talk.messages) if is_marked(message)]
         order = [int(number) for number in pieces[1::2]]
-        if order != marked:
-            lost = sorted(set(marked) - set(order))
+        if order != expected:
+            lost = sorted(set(expected) - set(order))
             roles = ", ".join(talk.messages[index].role for index in lost) or "none"
             raise TemplateError(
                 f"{talk.where}: template {self.name!r} does not show each message once and in order (lost: {roles})",
                 hint="choose a template that knows these roles, or leave those messages out of the data",
             )
-        texts = _texts_between(pieces[0::2], [talk.messages[index] for index in marked], real)
+        texts = _texts_between(pieces[0::2], [talk.messages[index] for index in expected], real)
         if texts is None:
             raise TemplateError(
                 f"{talk.where}: template {self.name!r} rewrites the text of the messages, so answers cannot be marked",
                 hint="choose another template, or one without conditions on the text",
             )
-        self._require_shown(talk, real, self._learned(talk))
-        return dict(zip(marked, texts, strict=True))
+        self._require_shown(talk, real, self.learned(talk))
+        return dict(zip(expected, texts, strict=True))
 
     def _require_shown(self, talk: Conversation, real: str, learned: Sequence[int]) -> None:
         """Refuse a template that loses what learned messages have beside their text, or the tools."""
@@ -218,11 +227,11 @@ class ChatTemplate:
         rich = talk.tools or any(message.more for message in talk.messages)
         if not rich and (roles, asking) in self._skeletons:
             return self._skeletons[roles, asking]
-        marked = tuple(
+        hidden = tuple(
             replace(message, content=_marker(index)) if is_marked(message) else message
             for index, message in enumerate(talk.messages)
         )
-        shown = self._call(replace(talk, messages=marked), asking=asking)
+        shown = self._call(replace(talk, messages=hidden), asking=asking)
         if not rich:
             self._skeletons[roles, asking] = shown
         return shown
@@ -252,33 +261,33 @@ class ChatTemplate:
             )
         return markup[: found.end()]
 
-    def _stretches(
-        self, talk: Conversation, shown: str, real: str, texts: Mapping[int, str]
-    ) -> tuple[tuple[int, int], ...]:
+    def _stretches(self, talk: Conversation, shown: str, real: str, texts: Mapping[int, str]) -> tuple[Stretch, ...]:
         """Where in the skeleton each answer that is learned begins and ends, from its prompt's end to its terminator's.
 
         The last answer's prompt is rendered as it will be served. How the others were asked for is read off skeletons,
         once for all rows of the same roles.
         """
-        roles = tuple(message.role for message in talk.messages)
-        found = None if is_rich(talk) else self._spoken.get(roles)
+        learned = self.learned(talk)
+        key = tuple(message.role for message in talk.messages), tuple(learned)
+        found = None if is_rich(talk) else self._spoken.get(key)
         if found is None:
-            found = self._look_for_answers(talk, shown)
+            found = self._look_for_answers(talk, shown, learned)
             if not is_rich(talk):
-                self._spoken[roles] = found
-        if found and roles[-1] == "assistant":
+                self._spoken[key] = found
+        if found:
             before = shown[: found[-1][0]]
             begin = len(before) + sum(len(texts[at]) - len(_marker(at)) for at in map(int, _MARKER.findall(before)))
-            served = self._call(talk.prompt, asking=True)
+            asked = replace(talk, messages=talk.messages[: learned[-1]])
+            served = self._call(asked, asking=True)
             if served != real[:begin]:
                 raise self._asks_otherwise(served, real[: max(begin, len(served))], talk.where)
-            self._require_shown(talk.prompt, served, ())  # that a call names a tool does not show it to who is asked
+            self._require_shown(asked, served, ())  # that a call names a tool does not show it to who is asked
         return found
 
-    def _look_for_answers(self, talk: Conversation, shown: str) -> tuple[tuple[int, int], ...]:
-        found: list[tuple[int, int]] = []
+    def _look_for_answers(self, talk: Conversation, shown: str, indexes: Sequence[int]) -> tuple[Stretch, ...]:
+        found: list[Stretch] = []
         opening, spoken = "", 0
-        for index in self._learned(talk):
+        for index in indexes:
             message, where = talk.messages[index], talk.where
             before = shown.partition(_marker(index))[0] if is_marked(message) else shown
             markup = before.rpartition("\ue001")[2]

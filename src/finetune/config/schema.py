@@ -146,8 +146,9 @@ class TemplateSpec(Spec):
     """The day that a template prints which asks for today's, as Llama 3's do: the same in every run, and recorded."""
     variables: TemplateVariables | None = None
     """Variables that the template reads, such as `{enable_thinking: false}`; set in what is saved and served, too."""
-    train_on: Literal["all", "last"] = "all"
-    """Learn all answers of a conversation, or the last alone: for templates that show earlier ones otherwise."""
+    train_on: Literal["all", "last", "everything"] = "all"
+    """Learn all answers of a conversation, the last alone (for templates that show earlier ones otherwise), or
+    everything, prompts too; what a row says of itself or of a message (`weight`, `train`) counts before it."""
 
     @model_validator(mode="before")
     @classmethod

@@ -11,6 +11,7 @@ from finetune.data.read import raise_all
 from finetune.errors import DataError
 from finetune.records import Conversation, Document, Message, Row
 
+_HINT = "rows are alpaca (instruction, output), chat (messages), prompt/completion, or text"
 ROLES = ("system", "user", "assistant", "tool")
 Example = Conversation | Document
 
@@ -26,31 +27,33 @@ class ShapedRows:
 
 
 def shape_rows(rows: Sequence[Row]) -> ShapedRows:
-    """Turn rows into conversations and documents; a row whose answer is empty is dropped and counted.
+    """Turn rows into conversations and documents; a row whose answer is empty or that weighs 0 is dropped and counted.
 
     Raises:
-        DataError: a row has no known shape, a missing or mistyped field, or an unknown role; all such rows are named.
+        DataError: a row has no known shape, a missing or mistyped field, an unknown role, or a weight between 0 and 1;
+            all such rows are named.
     """
     examples: list[Example] = []
     shapes: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     ignored: set[str] = set()
-    problems: list[str] = []
+    problems: dict[str, str] = {}
     for row in rows:
         try:
             name = shape_of(row)
             example = _PARSERS[name](row)
+            learned = _learned(row, _ROW_MARKS)
         except DataError as error:
-            problems.append(error.message)
+            problems[error.message] = error.hint or _HINT
             continue
         shapes[name] += 1
         ignored |= _ignored(row, name)
-        reason = _emptiness(example)
+        reason = "weight 0" if learned is False else _emptiness(example)
         if reason:
             dropped[reason] += 1
         else:
             examples.append(example)
-    raise_all(problems, hint="rows are alpaca (instruction, output), chat (messages), prompt/completion, or text")
+    raise_all([*problems], hint="; ".join(dict.fromkeys(problems.values())))
     return ShapedRows(tuple(examples), dict(shapes), dict(dropped), tuple(sorted(map(_shown, ignored))))
 
 
@@ -83,9 +86,9 @@ def _ignored(row: Row, shape: str) -> set[str]:
         for turn in turns
         for key, value in turn.items()
         # A Parquet file gives every message every key that any of them has.
-        if key not in ("role", "content", *_MEANT) and value is not None
+        if key not in ("role", "content", *_MEANT, *_MARKS_OF_MESSAGES) and value is not None
     }
-    return within | (set(row.values) - _COLUMNS[shape] - {"tools"})
+    return within | (set(row.values) - _COLUMNS[shape] - {"tools", *_ROW_MARKS})
 
 
 def _shown(column: str) -> str:
@@ -156,7 +159,34 @@ def _message(turn: Row) -> Message:
     more = {key: values[key] for key in _MEANT if values.get(key) not in _NOTHING}
     if more and values.get("content") is None:
         more["content"] = None  # templates ask whether it is none
-    return Message(role, _text_field(turn, "content"), _as_json(more, turn.where))
+    learned = _learned(turn, _MARKS_OF_MESSAGES)
+    if learned and role != "assistant" and not any(_mark(turn, key) for key in ("train", "training")):
+        learned = None  # a weight of 1 is every answer's, and asks for nothing more of other messages
+    return Message(role, _text_field(turn, "content"), _as_json(more, turn.where), learned)
+
+
+def _learned(of: Row, keys: Sequence[str]) -> bool | None:
+    """Whether a row or a message says that it is learned, or that it is not; None where it says neither."""
+    said = {key: mark for key in keys if (mark := _mark(of, key)) is not None}
+    if len(set(said.values())) > 1:
+        which = " and ".join(f"{key} {of.values[key]!r}" for key in said)
+        raise DataError(f"{of.where}: {which} contradict each other", hint="keep one of them")
+    return next(iter(said.values()), None)
+
+
+def _mark(of: Row, key: str) -> bool | None:
+    """What a weight or a mark for training says: 1 or true, 0 or false, or nothing."""
+    value = of.values.get(key)
+    if value is None or value == "":
+        return None
+    word = str(value).strip().lower()
+    if word not in _YES_OR_NO:
+        raise DataError(
+            f"{of.where}: {key!r} is {str(value)[:60]!r}; it says whether to learn: 1 or true, 0 or false",
+            hint="every learned token counts alike: repeat a row that is to count more, leave out one that is to count "
+            "less, and rename a key that means something else",
+        )
+    return _YES_OR_NO[word]
 
 
 def _tools(row: Row) -> str:
@@ -186,6 +216,9 @@ def _as_json(value: Any, where: str) -> str:
 
 _MEANT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "name", "tool_call_id")
 """Parts of a message besides its text that a template is given, as transformers gives them."""
+_MARKS_OF_MESSAGES = ("weight", "train", "training")
+_ROW_MARKS = ("weight", "train")
+_YES_OR_NO = {"0": False, "0.0": False, "-0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 _NOTHING: tuple[Any, ...] = (None, "", [], {})
 _MARKS: dict[str, set[str]] = {
     "alpaca": {"instruction", "output"},

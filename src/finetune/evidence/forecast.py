@@ -84,6 +84,8 @@ class RunForecast:
         said = [f"{self.rows.kept:,} of {self.rows.read:,} rows are trained on; dropped: {lost}"] if lost else []
         if count := self.rows.reaching:
             said.append(f"{count:,} tokens reach from a prompt into an earlier answer, and are not learned")
+        if count := self.rows.unlearned:
+            said.append(f"{count:,} answers are not learned, because their rows say so (weight, train)")
         return said
 
     def sentence(self) -> str:

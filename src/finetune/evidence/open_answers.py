@@ -237,7 +237,9 @@ def open_questions(prepared: Prepared) -> OpenQuestions:
     conversations, unseen = prepared.conversations, prepared.unseen[:OTHER_ROWS]
     talks = [example for example in unseen if isinstance(example, Conversation)]
     encoder, rows = prepared.encoder, prepared.train.rows
-    lengths = sorted(sum(row.trained[_answer_start(row) :]) for row in rows) if conversations else [0]
+    everything = prepared.plan.config.template.train_on == "everything"
+    answers = _fitting(prepared, conversations) if everything else rows
+    lengths = sorted(sum(row.trained[_answer_start(row) :]) for row in answers) if conversations else [0]
     spread = rows[:: max(1, len(rows) // MATCHED_ROWS)][:MATCHED_ROWS]
     neutral = _neutral(prepared)
     asked, _ = encoder.asked(neutral)
@@ -262,8 +264,8 @@ def _neutral(prepared: Prepared) -> Sequence[Example]:
 
 
 def _fitting(prepared: Prepared, examples: Sequence[Example]) -> tuple[TokenizedRow, ...]:
-    """The examples as rows, less those that the template refuses or that the model cannot read whole."""
-    rendered, _ = prepared.encoder.render(examples)
+    """The examples as rows, answers marked, less those that the template refuses or that the model cannot read whole."""
+    rendered, _ = prepared.encoder.render(examples, answers_alone=True)
     rows = (marked.tokenized() for marked in mark_rows(rendered, prepared.encoder.tokenizer))
     return tuple(row for row in rows if row.target_count and len(row.ids) <= prepared.shape.context_length)
 

@@ -37,6 +37,7 @@ from finetune.records import (
     AdapterTarget,
     Batch,
     Conversation,
+    Document,
     ModelLocation,
     ModelShape,
     Question,
@@ -123,10 +124,10 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     ):
         raise ConfigError(problems)
     trained = {row.where for row in train.rows}
-    conversations = tuple(example for example in kept if isinstance(example, Conversation) and example.where in trained)
+    conversations = tuple(encoder.as_asked(example for example in kept if example.where in trained))
     questions = _questions(encoder, conversations, plan, count=config.evaluation.questions)
     answers = _answers(config, kept, questions, notes)
-    unseen = _unseen(held.examples, held_out, kept, notes) if held_out and answers == "open" else ()
+    unseen = _unseen(encoder, held.examples, held_out, kept, notes) if held_out and answers == "open" else ()
     retention = _retention(encoder, plan, notes)
     _check_ids(shape, encoder, (train, rehearsal, held_out), retention)
     plan, total = _with_steps(plan, shape, train.rows + (rehearsal.rows if rehearsal else ()))
@@ -299,11 +300,13 @@ def _answers(
 
 
 def _unseen(
-    examples: Sequence[Example], held_out: Encoded, kept: Sequence[Example], notes: list[str]
+    encoder: Encoder, examples: Sequence[Example], held_out: Encoded, kept: Sequence[Example], notes: list[str]
 ) -> tuple[Example, ...]:
     """A sample of the held-out rows that are measured, less those that say nearly what a training row says."""
     measured = {row.where for row in held_out.rows}
-    held = [example for example in examples if example.where in measured]
+    talks = {talk.where: talk for talk in encoder.as_asked(examples)}
+    asked = (example if isinstance(example, Document) else talks.get(example.where) for example in examples)
+    held = [example for example in asked if example and example.where in measured]
     sample = held[:: max(1, len(held) // _UNSEEN_SAMPLE)][:_UNSEEN_SAMPLE]
     twins = near_duplicates(sample, kept)
     if twins:

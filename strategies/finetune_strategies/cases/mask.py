@@ -29,6 +29,50 @@ class Answered(Recipe):
 MASK_ANSWERS = st.builds(Answered, conversations=st.lists(dialogues(TEXTS), min_size=1, max_size=3).map(tuple))
 
 
+Mark = Literal["", "weight 0", "weight 1", "train false", "train true"]
+_MARKS: dict[Mark, dict[str, Any]] = {
+    "": {},
+    "weight 0": {"weight": 0},
+    "weight 1": {"weight": 1},
+    "train false": {"train": False},
+    "train true": {"train": True},
+}
+
+
+class Weighed(Recipe):
+    """A conversation, and what its row says of each answer."""
+
+    talk: Dialogue
+    marks: Annotated[tuple[Mark, ...], Field(min_length=1, strict=False)]
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The messages with their marks."""
+        marks = iter(self.marks)
+        return [
+            {**message, **_MARKS[next(marks)]} if message["role"] == "assistant" else message
+            for message in self.talk.messages
+        ]
+
+    @property
+    def learned(self) -> list[str]:
+        """The answers that are learned."""
+        pairs = zip(self.talk.turns, self.marks, strict=True)
+        return [turn.completion for turn, mark in pairs if mark not in ("weight 0", "train false")]
+
+
+@st.composite
+def _weighed(draw: st.DrawFn) -> Weighed:
+    """At least two answers, one of them learned."""
+    talk = draw(dialogues(TEXTS, least=2))
+    marks = [draw(st.sampled_from(tuple(_MARKS))) for _ in talk.turns]
+    marks[draw(st.integers(0, len(marks) - 1))] = draw(st.sampled_from(("", "weight 1", "train true")))
+    return Weighed(talk=talk, marks=tuple(marks))
+
+
+MASK_WEIGHTS = _weighed()
+
+
 class Placed(Rows):
     """Rows, and where their template comes from."""
 

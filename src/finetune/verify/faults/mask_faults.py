@@ -107,6 +107,14 @@ def _only_the_last_answer(right: Rendering, template: ChatTemplate, conversation
     return Rendered(kept, conversation.where)
 
 
+@fault("A072b", "mask.weight_ignored")
+@in_place_of("render", ChatTemplate)
+def _weightless_answers_are_learned(right: Rendering, template: ChatTemplate, conversation: Conversation) -> Rendered:
+    """An answer is learned although its row gives it a weight of 0."""
+    messages = tuple(replace(message, trained=None) for message in conversation.messages)
+    return right(template, replace(conversation, messages=messages))
+
+
 @fault("A074", "mask.template_without_generation_marks", "TRL #4201")
 @in_place_of("render", ChatTemplate)
 def _own_templates_teach_nothing(right: Rendering, template: ChatTemplate, conversation: Conversation) -> Rendered:

@@ -6,7 +6,7 @@ from finetune.chat.catalog import CHATML
 from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
-from finetune.verify.laws.helpers import check_loss, comparable, loss_of, text_of, tokenized
+from finetune.verify.laws.helpers import check_loss, comparable, loss_of, text_of, tokenized, tokenized_row
 from finetune.verify.subjects.answers import Gradient, Logits
 from finetune_strategies.cases import mask as cases
 from finetune_strategies.cases.rows import PLAIN, TINY
@@ -23,6 +23,17 @@ def answers_are_learned(trainer: SubjectClient, case: cases.Answered) -> None:
         said = text_of(trainer.words(model), row, trained=True).replace(b"\n", b"")
         expected = "".join(f"{turn.completion}<|im_end|>" for turn in case.conversations[row.row].turns)
         check(said == expected.encode(), expected=expected, got=said.decode(errors="replace"))
+
+
+@law("mask.weights", ["tokenize"], cases.MASK_WEIGHTS, examples=12)
+@oracle("the bytes of the answers that their row does not except")
+def answers_that_weigh_nothing_are_not_learned(trainer: SubjectClient, case: cases.Weighed) -> None:
+    """An answer that its row says not to learn (`weight` 0, `train` false) is not, nor what ends it; the others are."""
+    model = trainer.model(TINY)
+    row = tokenized_row(trainer, model, {"messages": case.messages}, {"tokens.max_length": 1000})
+    said = text_of(trainer.words(model), row, trained=True).replace(b"\n", b"")
+    expected = "".join(f"{answer}<|im_end|>" for answer in case.learned)
+    check(said == expected.encode(), expected=expected, got=said.decode(errors="replace"))
 
 
 @law("mask.template", ["tokenize"], cases.MASK_TEMPLATE, examples=5)
