@@ -264,7 +264,7 @@ def _neutral(prepared: Prepared) -> Sequence[Example]:
 
 
 def _fitting(prepared: Prepared, examples: Sequence[Example]) -> tuple[TokenizedRow, ...]:
-    """The examples as rows, answers marked, less those that the template refuses or that the model cannot read whole."""
+    """The examples as rows, answers marked, less those that the template refuses or the model cannot read whole."""
     rendered, _ = prepared.encoder.render(examples, answers_alone=True)
     rows = (marked.tokenized() for marked in mark_rows(rendered, prepared.encoder.tokenizer))
     return tuple(row for row in rows if row.target_count and len(row.ids) <= prepared.shape.context_length)
