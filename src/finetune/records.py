@@ -200,26 +200,6 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class DataCounts:
-    """What became of the rows: `read` == `kept` + the sum of `dropped`; nothing is lost silently.
-
-    Of those kept, `truncated` lost words of their prompt and `split` were cut into several pieces. `reaching` tokens
-    are not learned, because they reach from a prompt into an earlier answer; `unlearned` answers are not, because
-    their rows say so.
-    """
-
-    read: int
-    kept: int
-    dropped: dict[str, int]
-    truncated: int
-    tokens: int
-    trained_tokens: int
-    split: int = 0
-    reaching: int = 0
-    unlearned: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class ModelLocation:
     """Where a model's files lie, what it was asked for as, and how it was found."""
 

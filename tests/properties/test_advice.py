@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from finetune.chat.fit import DataCounts
 from finetune.criteria.advice import RunFacts, advise
 from finetune.criteria.evidence import Evidence, LossEvidence
 from finetune.criteria.judge import judge
-from finetune.records import DataCounts
 from finetune.train import fine_tune
 from support.evidence import healthy, scores
 from support.open_evidence import NULL_KINDS, evidence, matching, shifted

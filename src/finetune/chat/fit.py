@@ -7,9 +7,29 @@ from typing import Literal
 
 from finetune.chat.encode import REACHING, REMOVABLE, Marked
 from finetune.data.read import raise_all
-from finetune.records import DataCounts, TokenizedRow
+from finetune.records import TokenizedRow
 
 Truncation = Literal["drop", "truncate_prompt", "split", "refuse"]
+
+
+@dataclass(frozen=True, slots=True)
+class DataCounts:
+    """What became of the rows: `read` == `kept` + the sum of `dropped`; nothing is lost silently.
+
+    Of those kept, `truncated` lost words of their prompt and `split` were cut into several pieces. `reaching` tokens
+    are not learned, because they reach from a prompt into an earlier answer; `unlearned` answers are not, because
+    their rows say so.
+    """
+
+    read: int
+    kept: int
+    dropped: dict[str, int]
+    truncated: int
+    tokens: int
+    trained_tokens: int
+    split: int = 0
+    reaching: int = 0
+    unlearned: int = 0
 
 
 @dataclass(frozen=True, slots=True)

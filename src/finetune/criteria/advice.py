@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from finetune.chat.fit import DataCounts
 from finetune.config.derive import FEWEST_STEPS
 from finetune.criteria.evidence import Evidence
 from finetune.criteria.validator import MIN_IMPROVED_SHARE, TrainingSuccessValidator
-from finetune.records import DataCounts, Outcome, Verdict
+from finetune.records import Outcome, Verdict
 
 _DROPPED = 0.05
 _KNOWN = 0.9

@@ -19,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.abilities import ABILITIES, ONE_THREAD
+from finetune.chat.fit import DataCounts
 from finetune.config import Origin, flatten
 from finetune.data.batches import epoch_batches
 from finetune.evidence.budget import FREE
-from finetune.records import Batch, DataCounts
+from finetune.records import Batch
 from finetune.training.prepare import Prepared, batch_of_all, held_out_batches, pack_length
 
 _MEASURED_SECONDS = 0.25
