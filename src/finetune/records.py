@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import chain, islice
 from pathlib import Path
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
 NO_LIMIT = 2**31 - 1
 """The context length of a model that states none, such as one that knows no positions."""
-DEFAULT_KIND = "lora"
-"""The kind of adapter where none is named; `adapters/kinds` holds them all."""
+DEFAULT_KIND = "lora"  # of adapter where none is named; `adapters/kinds` holds them all
 Scaling = Literal["standard", "rank_stabilized"]
 
 
@@ -68,11 +67,12 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns that end with an assistant answer when they are to be trained on."""
+    """Turns that end with an answer when they are to be trained on; `tools` and `variables` are JSON."""
 
     messages: tuple[Message, ...]
     where: str
     tools: str = ""
+    variables: str = ""
 
     @property
     def answer(self) -> str:
@@ -82,7 +82,7 @@ class Conversation:
     @property
     def prompt(self) -> "Conversation":
         """The same conversation without its last turn."""
-        return Conversation(self.messages[:-1], self.where, self.tools)
+        return replace(self, messages=self.messages[:-1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ _HOLDERS = (
     "''.strip",
 )
 _FAR = (
-    "''.format",
+    "''.format_map",
     "''.encode",
     "''.ljust",
     "''.center",
@@ -72,7 +72,9 @@ _WIDTHS = (
     "'%.{n}f' % 1",
     "'%*d' % ({n}, 1)",
     "'{{:>{n}}}'.format('')",
-    "'a' | indent({n})",
+    "'{{0.__class__}}'.format('')",
+    "'{{!r:>{n}}}'.format('')",
+    "'a' | indent({n}0)",
     "[1] | tojson(indent={n})",
     "1 | round({n})",
     "1 | round(-{n}, 'ceil')",
@@ -92,6 +94,7 @@ _SIZES = (
     "range(900) | join('{long}' * 900)",
     "('{long}' * 90) | replace('', '{long}' * 90)",
     "('{long}' * 90).replace('a', '{long}' * 90)",
+    "('{{}}' * 900).format('{long}' * 90000)",
     "('{long}' * 900).join(range(900) | map('string'))",
     "[1] | tojson(separators=('{long}' * {n}, ''))",
     "('a\\n' * 900) | indent('{long}' * 900)",

@@ -345,6 +345,34 @@ def test_answer_that_is_more_than_text_is_kept_whole(within: dict[str, object], 
     assert json.loads(second.tools or "null") == ([{"type": "function"}] if beside else None)
 
 
+@pytest.mark.parametrize("parts", [["a"], ["a", "", " b\n"], []])
+def test_parts_that_are_text_are_one_text(parts: list[str]) -> None:
+    """A list of text parts is their text, as servers join it; any other part is refused by its type and row."""
+    written = [{"type": "text", "text": part} for part in parts]
+    turns = [{"role": "user", "content": written}, {"role": "assistant", "content": [{"type": "text", "text": "b"}]}]
+    rows = [Row({"messages": turns}, "a:1")]
+    [read] = shape_rows(rows).examples
+    assert isinstance(read, Conversation)
+    assert [message.content for message in read.messages] == ["\n".join(parts), "b"]
+    seen = [{"role": "user", "content": [*written, {"type": "image_url", "image_url": {}}]}, turns[1]]
+    with pytest.raises(DataError, match=r"a:2.*'image_url'"):
+        shape_rows([*rows, Row({"messages": seen}, "a:2")])
+
+
+def test_variables_of_a_row_are_its_own() -> None:
+    """`chat_template_kwargs` and `documents` go to the template with the row; what is null is unsaid."""
+    base = {"prompt": "q", "completion": "a"}
+    rows = [base, base | {"chat_template_kwargs": {"x": True, "y": None}}, base | {"documents": [{"text": "d"}]}]
+    shaped = shape_rows([Row(row, f"a:{number}") for number, row in enumerate(rows)])
+    found = [json.loads(each.variables or "{}") for each in shaped.examples if isinstance(each, Conversation)]
+    assert found == [{}, {"x": True}, {"documents": [{"text": "d"}]}]
+    assert shaped.ignored_columns == ()
+    assert shape_rows([Row({"text": "a", "tools": []}, "a:1")]).ignored_columns == ("tools",)
+    for bad in ("x", [1], {"messages": []}):
+        with pytest.raises(DataError, match=r"a:9.*chat_template_kwargs"):
+            shape_rows([Row(base | {"chat_template_kwargs": bad}, "a:9")])
+
+
 @pytest.mark.parametrize("tools", ["[", "no list", {"a": 1}, 3, [float("nan")]])
 def test_tools_that_are_no_list_are_refused(tools: object) -> None:
     """Tools that are no list, nor the JSON of one, are refused with the row."""

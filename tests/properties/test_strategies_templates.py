@@ -130,7 +130,7 @@ def test_failing_broken_template_becomes_one_question() -> None:
 
 SIMPLEST = {
     "hidden attribute": "{{ (''.__class__) }}",
-    "far method": "{{ (''.format) }}",
+    "far method": "{{ (''.format_map) }}",
     "far filter": "{{ (messages | attr('__class__')) }}",
     "width": "{{ ('%100000d' % 1) }}",
     "number": "{{ (2 ** 100000) }}",

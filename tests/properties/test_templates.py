@@ -164,6 +164,49 @@ def test_terminators_are_what_ends_an_answer(name: str) -> None:
     assert template(name).terminators() == (TERMINATOR[name].strip(),)
 
 
+ENDINGS = """{% for m in messages %}<|start|>{{ m.role }}<|say|>{{ m.content }}\
+{% if m.role == "assistant" %}<|/say|>said<|sep|>{% endif %}<|end|>{% endfor %}\
+{% if add_generation_prompt %}<|start|>assistant<|say|>{% endif %}"""
+
+
+@pytest.mark.parametrize("last", ["", "\n", "</s>", "\n<|start|>"])
+def test_whole_ending_is_learned_where_all_answers_have_it(last: str) -> None:
+    """Several control tokens that end every answer are all learned, and its stop is the last; not what ends a talk."""
+    tokens = ("<|start|>", "<|say|>", "<|/say|>", "<|sep|>", "<|end|>", "</s>")
+    jinja = ENDINGS + f"{{% if not add_generation_prompt %}}{last}{{% endif %}}"
+    chat = ChatTemplate(TemplateSource("any.jinja", jinja), tokens, bos="", eos="</s>")
+    rendered = chat.render(talk("user:a", "assistant:b", "user:c", "assistant:d"))
+    trained = [text for text, learned in stretches(rendered) if learned]
+    assert trained == ["b<|/say|>said<|sep|><|end|>", "d<|/say|>said<|sep|><|end|>"]
+    assert chat.terminators() == ("<|end|>",)
+
+
+@pytest.mark.parametrize("content", ["m.content[0].text", "m.content | map(attribute='text') | join"])
+def test_template_that_takes_parts_alone_is_given_parts(content: str) -> None:
+    """A template that shows a text only as a part of a list is given it so, and trains it as any other does."""
+    chat = ChatTemplate(
+        TemplateSource("any.jinja", LOOP.replace("m.content", content)), ("<|im_end|>",), bos="", eos=""
+    )
+    plain = ChatTemplate(TemplateSource("any.jinja", LOOP), ("<|im_end|>",), bos="", eos="")
+    asked = talk("system:s", "user:a", "assistant:b", "user:c", "assistant:d")
+    assert stretches(chat.render(asked)) == stretches(plain.render(asked))
+
+
+def test_variable_of_a_row_changes_it_or_is_refused() -> None:
+    """What a row sets is given to the template in training and asking; what the template does not read is refused."""
+    jinja = "{% if style %}<<{{ style }}>>{% endif %}" + LOOP
+    chat = ChatTemplate(TemplateSource("any.jinja", jinja), ("<|im_end|>",), bos="", eos="")
+    plain = talk("user:a", "assistant:b")
+    asked = replace(plain, variables='{"style": "short"}')
+    assert chat.render(asked).text == "<<short>>" + chat.render(plain).text
+    assert chat.render_prompt(asked.prompt).text == "<<short>>" + chat.render_prompt(plain.prompt).text
+    for bad, says in (('{"stile": 1}', "reads no variable 'stile'"), ('{"documents": [1]}', "no variable 'documents'")):
+        with pytest.raises(TemplateError, match=says):
+            chat.render(replace(plain, variables=bad))
+    with pytest.raises(TemplateError, match="control token"):
+        chat.render(replace(plain, variables='{"style": "<|im_end|>"}'))
+
+
 def test_terminators_leave_out_what_opens_an_answer() -> None:
     """A control token that the model says before its answer ends nothing."""
     source = TemplateSource(

@@ -5,14 +5,14 @@ import re
 from dataclasses import replace
 
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from finetune.chat import sandbox
 from finetune.chat.budget import Meter
 from finetune.chat.catalog import CATALOG, TemplateSource
 from finetune.chat.render import ChatTemplate
-from finetune.chat.sandbox import compile_template
+from finetune.chat.sandbox import TemplateStoppedError, compile_template
 from finetune.errors import TemplateError
 from finetune.records import Conversation, Message
 from finetune_strategies.conversations import conversations, said
@@ -29,8 +29,6 @@ def fitting(real: RealTemplate, conversation: Conversation) -> Conversation:
     turns = conversation.messages
     if real.system in ("refused", "lost"):
         turns = tuple(message for message in turns if message.role != "system")
-    if real.tidy:
-        turns = tuple(Message(message.role, message.content.strip()) for message in turns)
     return Conversation(turns, conversation.where)
 
 
@@ -67,6 +65,29 @@ def test_real_template_trains_its_answers(name: str, conversation: Conversation)
             assert real.compiled.render_prompt(asked).text == before
         before += text
     assert real.compiled.terminators() == (real.ending.strip(),)
+
+
+@pytest.mark.parametrize("name", REAL)
+@given(conversations(inputs=False, contents=st.sampled_from(["", "a", " a", "a\n", "\na\n", " \n a"])))
+@example(talk("system:", "user:a", "assistant:b"))
+@example(talk("user:", "assistant:\nb\n", "user:c", "assistant: d"))
+@example(talk("assistant:b", "user:c", "assistant:d"))
+@examples(0.1)
+def test_real_template_takes_what_it_renders(name: str, conversation: Conversation) -> None:
+    """Empty messages, white space at any edge, and a greeting: as the template itself writes them, or as it refuses."""
+    real = REAL[name]
+    if real.system in ("refused", "lost"):
+        conversation = replace(conversation, messages=tuple(m for m in conversation.messages if m.role != "system"))
+    turns = [{"role": message.role, "content": message.content} for message in conversation.messages]
+    known = {"tools": None, "documents": None, "bos_token": real.bos, "eos_token": real.eos}
+    try:
+        shown = compile_template(name, real.jinja)(messages=turns, add_generation_prompt=False, **known)
+    except TemplateStoppedError:
+        assume(False)
+    rendered = real.compiled.render(conversation)
+    assert rendered.text == shown
+    trained = "".join(segment.text for segment in rendered.segments if segment.trained)
+    assert all(turn["content"].strip() in trained for turn in turns if turn["role"] == "assistant")
 
 
 def call(name: str, **arguments: object) -> dict[str, object]:
@@ -120,8 +141,6 @@ OUTSIDE = {
     "mistral-v0.3": (WITH_SYSTEM, "lost: system"),
     "command-r": (talk("user:a", "user:b", "assistant:c"), "roles must alternate"),
     "gemma-3": (talk("user:a", "assistant:b", "assistant:c"), "roles must alternate"),
-    "llama-2": (talk("system:s", "user: a ", "assistant:b"), "rewrites the text"),
-    "phi-3": (talk("system:", "user:a", "assistant:b"), "rewrites the text"),
     "qwen-2": (rich("", "", {"reasoning_content": "why"}, "b"), "does not show reasoning_content"),
     "llama-3": (rich("f", "", {}, "b"), "does not show tools"),
     "zephyr": (rich("", "", {"tool_calls": [call("g")]}, "b"), "does not show tool_calls"),

@@ -67,11 +67,10 @@ def cases() -> list[dict[str, Any]]:
     """Every family's template with conversations, orders that are refused, and texts that are awkward to write."""
     found: list[dict[str, Any]] = []
     for real in REAL.values():
-        said = [text for text in SAID if not real.tidy or (text and text == text.strip())]
         template = derive_template(
-            lambda asked, real=real: real.compiled.render_prompt(asked).text, bos=real.bos, texts=said
+            lambda asked, real=real: real.compiled.render_prompt(asked).text, bos=real.bos, texts=SAID
         )
-        for conversation in drawn_conversations(said):
+        for conversation in drawn_conversations(SAID):
             turns = [{"role": each.role, "content": each.content} for each in conversation.messages]
             found += [{"Template": template, "Messages": each} for each in (turns, turns[:-1])]
     found += [{"Template": literal(text) + '{{ "" }}' + literal(text), "Messages": []} for text in TEXTS]

@@ -22,8 +22,6 @@ class RealTemplate:
         bos: its begin-of-text token.
         system: what becomes of a system message: `turn`, `folded` into the first question, `refused`, or `lost`.
         trims: whether the template strips questions and answers.
-        tidy: whether it takes only texts that are not empty and have no space around them: it strips one side of a
-            text, or leaves out an empty one, and then nobody can tell what was the message's own.
         first: what the model says before each answer, and `thinks` what it says before the last one.
     """
 
@@ -34,7 +32,6 @@ class RealTemplate:
     bos: str = "<s>"
     system: str = "turn"
     trims: bool = False
-    tidy: bool = False
     first: str = ""
     thinks: str = ""
 
@@ -71,19 +68,19 @@ _IM, _MODEL = "<|im_start|>assistant\n", "<start_of_turn>model\n"
 REAL = {
     real.name: real
     for real in (
-        RealTemplate("llama-2", " [/INST]", " </s>", system="folded", trims=True, tidy=True, first=" "),
+        RealTemplate("llama-2", " [/INST]", " </s>", system="folded", trims=True, first=" "),
         RealTemplate("llama-3", _LLAMA3_OPENING, "<|eot_id|>", _LLAMA3, bos=_BEGIN, trims=True),
         RealTemplate("llama-3.1", _LLAMA3_OPENING, "<|eot_id|>", _LLAMA3, bos=_BEGIN, trims=True),
         RealTemplate("llama-3.2", _LLAMA3_OPENING, "<|eot_id|>", _LLAMA3, bos=_BEGIN, trims=True),
         RealTemplate("mistral-v0.1", " [/INST]", "</s>", system="refused"),
-        RealTemplate("mistral-v0.3", "[/INST]", "</s>", system="lost", trims=True, tidy=True, first=" "),
+        RealTemplate("mistral-v0.3", "[/INST]", "</s>", system="lost", trims=True, first=" "),
         RealTemplate("qwen-2", _IM, "<|im_end|>", _CHATML),
         RealTemplate("qwen-2.5", _IM, "<|im_end|>", _CHATML),
-        RealTemplate("qwen-3", _IM, "<|im_end|>", _CHATML, tidy=True, thinks="<think>\n\n</think>\n\n"),
+        RealTemplate("qwen-3", _IM, "<|im_end|>", _CHATML, thinks="<think>\n\n</think>\n\n"),
         RealTemplate("chatml", _IM, "<|im_end|>", _CHATML),
         RealTemplate("gemma-2", _MODEL, "<end_of_turn>", _GEMMA, bos="<bos>", system="refused", trims=True),
         RealTemplate("gemma-3", _MODEL, "<end_of_turn>", _GEMMA, bos="<bos>", system="folded", trims=True),
-        RealTemplate("phi-3", "<|assistant|>\n", "<|end|>", ("<|user|>", "<|system|>", "<|end|>"), tidy=True),
+        RealTemplate("phi-3", "<|assistant|>\n", "<|end|>", ("<|user|>", "<|system|>", "<|end|>")),
         RealTemplate("phi-4", "<|im_start|>assistant<|im_sep|>", "<|im_end|>", (*_CHATML, "<|im_sep|>")),
         RealTemplate(
             "deepseek-v3",

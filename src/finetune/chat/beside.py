@@ -2,9 +2,10 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 
+from finetune.errors import TemplateError
 from finetune.records import Conversation, Message
 
 _TAG = re.compile(r"</?[A-Za-z_]+>")
@@ -16,17 +17,41 @@ PROBE_CALL = Conversation(
 """A call as every template that knows calls takes it: Mistral's want an id of nine letters, Llama's one call alone."""
 
 
-def is_marked(message: Message) -> bool:
-    """Whether a marker can stand for its text: not where it is empty and the template asks whether it is."""
-    return bool(message.content) or not message.more
-
-
 def is_rich(talk: Conversation) -> bool:
     """Whether there is more than text, so that what stands around the texts does not depend on the roles alone."""
-    return bool(talk.tools) or any(message.more for message in talk.messages)
+    return bool(talk.tools or talk.variables) or any(message.more for message in talk.messages)
 
 
-def beside(talk: Conversation, learned: Sequence[int]) -> Iterator[tuple[str, list[str]]]:
+def require_shown(name: str, talk: Conversation, real: str, learned: Sequence[int]) -> None:
+    """Refuse a template that loses what learned messages have beside their text, or the tools."""
+    for part, words in _beside(talk, learned):
+        if not all(_shows(real, word) for word in words):
+            raise TemplateError(
+                f"{talk.where}: template {name!r} does not show {part}",
+                hint="choose a template that knows it, such as the model's own, or leave it out of the data",
+            )
+
+
+def require_harmless(
+    name: str, talk: Conversation, control: re.Pattern[str], said: re.Pattern[str], read: Set[str]
+) -> None:
+    """Refuse variables that the template does not read, and control tokens in markup, where they would be meant."""
+    unread = sorted(json.loads(talk.variables or "{}").keys() - read)
+    if unread:
+        raise TemplateError(
+            f"{talk.where}: template {name!r} reads no variable {', '.join(map(repr, unread))}",
+            hint=f"it reads {', '.join(sorted(read)) or 'none that can be set'}",
+        )
+    for text in (talk.tools, talk.variables, *(message.more for message in talk.messages)):
+        found = next((token for token in control.findall(text) if not said.fullmatch(token)), None)
+        if found:
+            raise TemplateError(
+                f"{talk.where}: template {name!r} would show the control token {found!r} of a call or thought",
+                hint="take it out of the data: a server would take it for the end of a turn",
+            )
+
+
+def _beside(talk: Conversation, learned: Sequence[int]) -> Iterator[tuple[str, list[str]]]:
     """What learned messages have beside their text, and tools: each with words that the template must show."""
     for index in learned:
         more = json.loads(talk.messages[index].more or "{}")
@@ -40,7 +65,7 @@ def beside(talk: Conversation, learned: Sequence[int]) -> Iterator[tuple[str, li
     yield "tools", _names(json.loads(talk.tools or "[]"))
 
 
-def shows(text: str, words: str) -> bool:
+def _shows(text: str, words: str) -> bool:
     """Whether a text has these words, and not only as a part of others."""
     return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
 

@@ -12,15 +12,14 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import date
 
-from finetune.chat.beside import PROBE_CALL, beside, is_marked, is_rich, other_ways, shows
+from finetune.chat.beside import PROBE_CALL, is_rich, other_ways, require_harmless, require_shown
 from finetune.chat.budget import DAY
 from finetune.chat.catalog import RESERVED, TemplateSource, Variable, with_variables
 from finetune.chat.learned import Learned, Stretch, TrainOn, answers_of, marked
+from finetune.chat.markers import MARKER, Kinds, common_ending, is_marked, kinds, marker, texts_between
 from finetune.chat.sandbox import TemplateStoppedError, compile_template, variables_read
 from finetune.errors import TemplateError
 from finetune.records import Conversation, Document, Message, Rendered, Segment
-
-_MARKER = re.compile("\ue000([0-9]+)\ue001")
 
 _LOOKED_AT = 8
 """So many answers of a conversation are looked at one by one, however much they repeat each other."""
@@ -63,10 +62,13 @@ class ChatTemplate:
         ordered = sorted(control_tokens, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, ordered)) if ordered else "(?!)")
         self._eos = eos
-        self._skeletons: dict[tuple[tuple[str, ...], bool], str] = {}
-        self._spoken: dict[tuple[tuple[str, ...], tuple[int, ...]], tuple[Stretch, ...]] = {}
+        self._skeletons: dict[tuple[Kinds, bool] | None, str] = {}
+        self._spoken: dict[tuple[Kinds, tuple[int, ...]] | None, tuple[Stretch, ...]] = {}
         self._said = re.compile("(?!)")
+        self._reads = variables_read(source.jinja) - (RESERVED - {"documents"})
+        self._as_parts = self._wants_parts()
         self._said = self._tokens_said(source.jinja, {bos, eos})
+        self._ending = self._every_ending()
 
     def render(self, conversation: Conversation) -> Rendered:
         """The conversation as training text: what is learned, such as answers with their ends, is marked trained.
@@ -101,20 +103,20 @@ class ChatTemplate:
 
     def _assemble(self, conversation: Conversation, *, asking: bool) -> Rendered:
         talk = replace(conversation, messages=self.fit_messages(conversation))
-        self._refuse_turns_within(talk)
+        require_harmless(self.name, talk, self._control, self._said, self._reads)
         shown, real = self._skeleton(talk, asking=asking), self._call(talk, asking=asking)
         texts = self._texts(talk, shown, real)
         learned = Learned() if asking else self._choose(talk, shown, self._stretches(talk, shown, real, texts))
         segments: list[Segment] = []
         at = 0
-        for place, piece in enumerate(_MARKER.split(shown)):
+        for place, piece in enumerate(MARKER.split(shown)):
             if place % 2:  # the number of a message stands at the odd places
                 role, text = talk.messages[int(piece)].role, texts[int(piece)]
                 if role == "assistant":
                     segments += self._answer(text, trained=learned.at(at))
                 else:
                     segments.append(Segment(text, role, trained=learned.at(at), control=False))
-                at += len(_marker(int(piece)))
+                at += len(marker(int(piece)))
                 continue
             for begin, end in learned.pieces(at, at + len(piece)):
                 role, trained = learned.role(begin), learned.at(begin)
@@ -133,9 +135,9 @@ class ChatTemplate:
         if everything:
             stretches += self._look_for_answers(talk, shown, marked(talk, answers=True, trained=False))
         for index in marked(talk, answers=False, trained=not everything):
-            begin = shown.find(_marker(index))
+            begin = shown.find(marker(index))
             if begin >= 0:
-                end = begin + len(_marker(index))
+                end = begin + len(marker(index))
                 # What ends an answer ends such a message, too, and is learned with it.
                 found = self._control.search(shown, end)
                 ends = found and not shown[end : found.start()].strip() and found.group() in self.terminators()
@@ -170,7 +172,16 @@ class ChatTemplate:
         segments = self.render(probe).segments
         said = [index for index, segment in enumerate(segments) if segment.role == "assistant"]
         answer = max(index for index in said if not segments[index].control)
-        return self._control.findall("".join(segments[index].text for index in said if index > answer))
+        return self._control.findall("".join(segments[index].text for index in said if index > answer))[-1:]
+
+    def _wants_parts(self) -> bool:
+        """Whether it shows a text as a part of a list alone, as templates of models that see do."""
+        probe = Conversation((Message("user", marker(0)),), "template probe")
+        for self._as_parts in (False, True):
+            with suppress(TemplateError):
+                if marker(0) in self._call(probe, asking=False):
+                    return self._as_parts
+        return False
 
     def fit_messages(self, conversation: Conversation) -> tuple[Message, ...]:
         """The messages with an alpaca input joined to its instruction, for templates that know no such role."""
@@ -190,7 +201,7 @@ class ChatTemplate:
         Raises:
             TemplateError: it loses a message or what a message has beside its text, changes their order or their text.
         """
-        pieces = _MARKER.split(shown)
+        pieces = MARKER.split(shown)
         expected = [index for index, message in enumerate(talk.messages) if is_marked(message)]
         order = [int(number) for number in pieces[1::2]]
         if order != expected:
@@ -200,58 +211,49 @@ class ChatTemplate:
                 f"{talk.where}: template {self.name!r} does not show each message once and in order (lost: {roles})",
                 hint="choose a template that knows these roles, or leave those messages out of the data",
             )
-        texts = _texts_between(pieces[0::2], [talk.messages[index] for index in expected], real)
+        texts = texts_between(pieces[0::2], [talk.messages[index] for index in expected], real)
         if texts is None:
             raise TemplateError(
                 f"{talk.where}: template {self.name!r} rewrites the text of the messages, so answers cannot be marked",
                 hint="choose another template, or one without conditions on the text",
             )
-        self._require_shown(talk, real, self.learned(talk))
+        require_shown(self.name, talk, real, self.learned(talk))
         return dict(zip(expected, texts, strict=True))
-
-    def _require_shown(self, talk: Conversation, real: str, learned: Sequence[int]) -> None:
-        """Refuse a template that loses what learned messages have beside their text, or the tools."""
-        for part, words in beside(talk, learned):
-            if not all(shows(real, word) for word in words):
-                raise TemplateError(
-                    f"{talk.where}: template {self.name!r} does not show {part}",
-                    hint="choose a template that knows it, such as the model's own, or leave it out of the data",
-                )
 
     def _skeleton(self, talk: Conversation, *, asking: bool) -> str:
         """What stands around the texts, a marker in place of each.
 
         It depends on the roles alone, so it is kept, except where messages have more than text.
         """
-        roles = tuple(message.role for message in talk.messages)
-        rich = talk.tools or any(message.more for message in talk.messages)
-        if not rich and (roles, asking) in self._skeletons:
-            return self._skeletons[roles, asking]
+        kept = None if is_rich(talk) else (kinds(talk), asking)
+        if kept in self._skeletons:
+            return self._skeletons[kept]
         hidden = tuple(
-            replace(message, content=_marker(index)) if is_marked(message) else message
+            replace(message, content=marker(index)) if is_marked(message) else message
             for index, message in enumerate(talk.messages)
         )
         shown = self._call(replace(talk, messages=hidden), asking=asking)
-        if not rich:
-            self._skeletons[roles, asking] = shown
+        if kept:
+            self._skeletons[kept] = shown
         return shown
 
     def _call(self, talk: Conversation, *, asking: bool) -> str:
-        turns = [
-            {"role": message.role, "content": message.content, **(json.loads(message.more) if message.more else {})}
-            for message in talk.messages
-        ]
+        turns = []
+        for each in talk.messages:
+            content = [{"type": "text", "text": each.content}] if self._as_parts else each.content
+            turns.append({"role": each.role, "content": content, **(json.loads(each.more) if each.more else {})})
         # transformers gives every template these two, so templates ask whether they are none, not whether defined.
-        tools = json.loads(talk.tools) if talk.tools else None
-        variables = {**self._variables, "tools": tools, "documents": None, "today": self._today}
-        where = talk.where
+        given = {"tools": json.loads(talk.tools) if talk.tools else None, "documents": None}
+        variables = {**self._variables, **given, "today": self._today, **json.loads(talk.variables or "{}")}
         try:
             return self._jinja(messages=turns, add_generation_prompt=asking, **variables)
         except TemplateStoppedError as error:
-            raise TemplateError(f"{where}: template {self.name!r} {error}", hint=error.hint) from None
+            raise TemplateError(f"{talk.where}: template {self.name!r} {error}", hint=error.hint) from None
 
     def _terminator(self, markup: str, where: str) -> str:
         """What follows an answer up to and including its control token; the model must learn to say it."""
+        if self._ending and markup.startswith(self._ending):
+            return self._ending
         found = self._control.search(markup)
         if found is None or markup[: found.start()].strip():
             raise TemplateError(
@@ -261,6 +263,20 @@ class ChatTemplate:
             )
         return markup[: found.end()]
 
+    def _every_ending(self) -> str:
+        """What ends an answer, be it the last or not, up to its last control token; "" where they end differently."""
+        turns = (Message("user", "a"), Message("assistant", "b"))
+        after: list[str] = []
+        before = ""
+        with suppress(TemplateError):
+            for times in (1, 2):
+                shown = self._skeleton(Conversation(turns * times, "template probe"), asking=False)
+                before = shown.partition(marker(0))[0]
+                after.append(shown.partition(marker(1))[2].partition("\ue000")[0])
+        # Some templates open the next turn, too: the token that opens every turn ends none.
+        opening = next((word for word in self._control.findall(before) if word != self._variables["bos_token"]), None)
+        return common_ending(after, self._control, last=self._eos, beyond=opening) if len(after) == 2 else ""
+
     def _stretches(self, talk: Conversation, shown: str, real: str, texts: Mapping[int, str]) -> tuple[Stretch, ...]:
         """Where in the skeleton each answer that is learned begins and ends, from its prompt's end to its terminator's.
 
@@ -268,20 +284,20 @@ class ChatTemplate:
         once for all rows of the same roles.
         """
         learned = self.learned(talk)
-        key = tuple(message.role for message in talk.messages), tuple(learned)
-        found = None if is_rich(talk) else self._spoken.get(key)
+        kept = None if is_rich(talk) else (kinds(talk), tuple(learned))
+        found = self._spoken.get(kept)
         if found is None:
             found = self._look_for_answers(talk, shown, learned)
-            if not is_rich(talk):
-                self._spoken[key] = found
+            if kept:
+                self._spoken[kept] = found
         if found:
             before = shown[: found[-1][0]]
-            begin = len(before) + sum(len(texts[at]) - len(_marker(at)) for at in map(int, _MARKER.findall(before)))
+            begin = len(before) + sum(len(texts[at]) - len(marker(at)) for at in map(int, MARKER.findall(before)))
             asked = replace(talk, messages=talk.messages[: learned[-1]])
             served = self._call(asked, asking=True)
             if served != real[:begin]:
                 raise self._asks_otherwise(served, real[: max(begin, len(served))], talk.where)
-            self._require_shown(asked, served, ())  # that a call names a tool does not show it to who is asked
+            require_shown(self.name, asked, served, ())  # that a call names a tool does not show it to who is asked
         return found
 
     def _look_for_answers(self, talk: Conversation, shown: str, indexes: Sequence[int]) -> tuple[Stretch, ...]:
@@ -289,11 +305,11 @@ class ChatTemplate:
         opening, spoken = "", 0
         for index in indexes:
             message, where = talk.messages[index], talk.where
-            before = shown.partition(_marker(index))[0] if is_marked(message) else shown
+            before = shown.partition(marker(index))[0] if is_marked(message) else shown
             markup = before.rpartition("\ue001")[2]
             # Long conversations repeat themselves: once their openings do, no further prompt is rendered.
             if message.more or len(found) < _LOOKED_AT or markup != opening:
-                served = self._skeleton(replace(talk, messages=talk.messages[:index]), asking=True)
+                served = self._served(talk, index, before)
                 if not before.startswith(served):
                     raise self._asks_otherwise(served, before, where)
                 opening, spoken = markup, len(before) - len(served)
@@ -302,10 +318,22 @@ class ChatTemplate:
             found.append((begin, end))
         return tuple(found)
 
+    def _served(self, talk: Conversation, index: int, before: str) -> str:
+        """The skeleton of an answer's prompt; a greeting that the template does not ask for begins at its text."""
+        asked = any(message.role in ("user", "input", "tool") for message in talk.messages[:index])
+        greets = not asked and index + 1 < len(talk.messages) and is_marked(talk.messages[index])
+        try:
+            served = self._skeleton(replace(talk, messages=talk.messages[:index]), asking=True)
+        except TemplateError:
+            if greets:
+                return before
+            raise
+        return before if greets and not before.startswith(served) else served
+
     def _end(self, talk: Conversation, shown: str, index: int, at: int) -> int:
         """Where an answer ends whose text stands at a place: behind what the model must learn to stop with."""
         if not talk.messages[index].more:
-            at += len(_marker(index))
+            at += len(marker(index))
             return at + len(self._terminator(shown[at:].partition("\ue000")[0], talk.where))
         # What stands behind the text, such as calls, is said, too: up to where the conversation would end here.
         whole = self._skeleton(replace(talk, messages=talk.messages[: index + 1]), asking=False).rstrip()
@@ -321,20 +349,10 @@ class ChatTemplate:
         """The refusal of a template whose prompt is not how its training text begins."""
         return TemplateError(
             f"{where}: template {self.name!r} is not prefix-preserving: at serve time the prompt would end with "
-            f"{_MARKER.sub('...', served)[-40:]!r}, but in training the answer follows "
-            f"{_MARKER.sub('...', trained_on)[-40:]!r}",
+            f"{MARKER.sub('...', served)[-40:]!r}, but in training the answer follows "
+            f"{MARKER.sub('...', trained_on)[-40:]!r}",
             hint=self._remedy() or "choose another template: this one asks differently from how it trains",
         )
-
-    def _refuse_turns_within(self, talk: Conversation) -> None:
-        """A thought, a call or a tool is markup, in which a control token would be meant: none may be in it."""
-        for text in (talk.tools, *(message.more for message in talk.messages)):
-            found = next((token for token in self._control.findall(text) if not self._said.fullmatch(token)), None)
-            if found:
-                raise TemplateError(
-                    f"{talk.where}: template {self.name!r} would show the control token {found!r} of a thought or call",
-                    hint="take it out of the data: a server would take it for the end of a turn",
-                )
 
     def _remedy(self) -> str:
         """Which setting would make the template ask as it trains; "" for none."""
@@ -360,16 +378,11 @@ class ChatTemplate:
         for roles in (("user", "assistant"), ("system", "user", "assistant")):
             if known:
                 with suppress(TemplateError):
-                    probe = Conversation(tuple(Message(role, "") for role in roles), "template probe")
+                    probe = Conversation(tuple(Message(role, "a") for role in roles), "template probe")
                     turns.update(self._control.findall(self._skeleton(probe, asking=False)))
         tags = {token for token in known if {f"<{token.strip('</>')}>", f"</{token.strip('</>')}>"} <= known}
         said = sorted(known - turns | tags, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, said)) if said else "(?!)")
-
-
-def _marker(index: int) -> str:
-    """What stands in the place of a message."""
-    return f"\ue000{index}\ue001"
 
 
 class _Trial(ChatTemplate):
@@ -377,18 +390,3 @@ class _Trial(ChatTemplate):
 
     def _remedy(self) -> str:
         return ""
-
-
-def _texts_between(markup: Sequence[str], messages: Sequence[Message], real: str) -> list[str] | None:
-    """What `real` shows of each message between the markup: its text, or its text trimmed; None for anything else."""
-    if not real.startswith(markup[0]):
-        return None
-    at = len(markup[0])
-    texts: list[str] = []
-    for message, after in zip(messages, markup[1:], strict=True):
-        shown = [text for text in (message.content, message.content.strip()) if real.startswith(text + after, at)]
-        if not shown:
-            return None
-        texts.append(shown[0])
-        at += len(shown[0]) + len(after)
-    return texts if at == len(real) else None

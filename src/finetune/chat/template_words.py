@@ -6,7 +6,7 @@ use, and what belongs to it; nothing that pads, repeats, formats dates at will o
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jinja2.filters import FILTERS
@@ -31,8 +31,8 @@ _CHEAP_TESTS = _words(
 _NUMBER_TESTS = _words("divisibleby even odd")
 _COMPARING_TESTS = _words("eq == equalto ne != gt > greaterthan ge >= lt < lessthan le <= in lower upper")
 STRING_METHODS = _words(
-    "capitalize count endswith find index isalnum isalpha isdecimal isdigit islower isnumeric isspace istitle isupper "
-    "join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split "
+    "capitalize count endswith find format index isalnum isalpha isdecimal isdigit islower isnumeric isspace istitle "
+    "isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split "
     "splitlines startswith strip title upper"
 )
 DICT_METHODS = _words("get items keys values")
@@ -40,6 +40,7 @@ LOOP_ATTRIBUTES = _words("cycle depth depth0 first index index0 last length next
 _GROWTH = 3
 """The most that a change of case makes of one character."""
 _PRINTF = re.compile(r"%(?:\([A-Za-z0-9_]*\))?[-+ #0]?[0-9]{0,3}(?:\.[0-9]{1,2})?[sdifgx%]|[^%]")
+_BRACES = re.compile(r"\{[A-Za-z0-9]{0,20}\}|\{\{|\}\}|[^{}]")
 _STRFTIME = re.compile(r"(?:%-?[A-Za-z%]|[^%]){0,200}")
 
 
@@ -69,6 +70,8 @@ class Method:
         args = tuple(meter.drawn(each) if hasattr(each, "__next__") else each for each in args)
         if isinstance(self.owner, dict):
             meter.look(args[0] if args else None)
+        elif self.name == "format":
+            args, named = _pay_for_format(meter, self.owner, args, named)
         elif self.name == "join":
             _pay_for_join(meter, self.owner, args[0] if args else ())
         elif self.name == "replace" and len(args) > 1:
@@ -83,6 +86,19 @@ def _pay_for_search(meter: Meter, text: str, args: list[object]) -> None:
     sought = max((len(arg) for arg in args if isinstance(arg, str)), default=0)
     meter.spend(len(text) * (1 + sought // 8) + sum(meter.look(arg) for arg in args))
     meter.afford(_GROWTH * len(text))
+
+
+def _pay_for_format(
+    meter: Meter, text: str, args: Sequence[Any], named: Mapping[str, Any]
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The values as texts; fields that reach into a value, or say how wide it is shown, are refused."""
+    if _BRACES.sub("", text):
+        raise UnsafeTemplateError("it formats text with fields that are not for chat templates")
+    values = tuple(meter.shown(each) for each in args)
+    by_name = {name: meter.shown(each) for name, each in named.items()}
+    longest = max((len(each) for each in (*values, *by_name.values())), default=0)
+    meter.afford(len(text) + text.count("{") * longest)
+    return values, by_name
 
 
 def _pay_for_join(meter: Meter, separator: object, parts: object) -> None:

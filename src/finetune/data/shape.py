@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Any
 
@@ -42,6 +42,8 @@ def shape_rows(rows: Sequence[Row]) -> ShapedRows:
         try:
             name = shape_of(row)
             example = _PARSERS[name](row)
+            if isinstance(example, Conversation):
+                example = replace(example, tools=_as_json(_tools(row), row.where), variables=_variables(row))
             learned = _learned(row, _ROW_MARKS)
         except DataError as error:
             problems[error.message] = error.hint or _HINT
@@ -88,7 +90,8 @@ def _ignored(row: Row, shape: str) -> set[str]:
         # A Parquet file gives every message every key that any of them has.
         if key not in ("role", "content", *_MEANT, *_MARKS_OF_MESSAGES) and value is not None
     }
-    return within | (set(row.values) - _COLUMNS[shape] - {"tools", *_ROW_MARKS})
+    beside = {*_ROW_MARKS, *(() if shape == "text" else _BESIDE)}
+    return within | (set(row.values) - _COLUMNS[shape] - beside)
 
 
 def _shown(column: str) -> str:
@@ -108,6 +111,8 @@ def _text_field(row: Row, key: str) -> str:
     value = row.values.get(key)
     if value is None:
         return ""
+    if key == "content" and isinstance(value, list):
+        value = "\n".join(_part(part, row.where) for part in value)
     if not isinstance(value, str):
         raise DataError(f"{row.where}: {key!r} must be text, found {type(value).__name__} {str(value)[:60]!r}")
     try:
@@ -115,6 +120,16 @@ def _text_field(row: Row, key: str) -> str:
     except UnicodeEncodeError:
         raise DataError(f"{row.where}: {key!r} holds half of a surrogate pair, which is not text") from None
     return value
+
+
+def _part(part: Any, where: str) -> str:
+    """The text of a part of a message's content; servers join them by line breaks."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise DataError(f"{where}: 'content' has a part of type {kind!r}: only parts of type 'text' can be trained")
+    return str(part["text"])
 
 
 def _parse_alpaca(row: Row) -> Conversation:
@@ -128,12 +143,12 @@ def _parse_alpaca(row: Row) -> Conversation:
 
 
 def _parse_chat(row: Row) -> Conversation:
-    return Conversation(_messages(row, "messages"), row.where, _tools(row))
+    return Conversation(_messages(row, "messages"), row.where)
 
 
 def _parse_prompt_completion(row: Row) -> Conversation:
     if isinstance(row.values["prompt"], list) or isinstance(row.values["completion"], list):
-        return Conversation(_messages(row, "prompt") + _messages(row, "completion"), row.where, _tools(row))
+        return Conversation(_messages(row, "prompt") + _messages(row, "completion"), row.where)
     turns = (Message("user", _text_field(row, "prompt")), Message("assistant", _text_field(row, "completion")))
     return Conversation(turns, row.where)
 
@@ -189,8 +204,8 @@ def _mark(of: Row, key: str) -> bool | None:
     return _YES_OR_NO[word]
 
 
-def _tools(row: Row) -> str:
-    """The tools that a row's templates are told of, as a JSON list; "" for none."""
+def _tools(row: Row) -> list[Any]:
+    """The tools that a row's templates are told of."""
     tools = row.values.get("tools")
     if isinstance(tools, str):  # many files keep them as text
         try:
@@ -199,7 +214,17 @@ def _tools(row: Row) -> str:
             raise DataError(f"{row.where}: 'tools' is text that is no JSON: {error}") from None
     if not isinstance(tools, list | NoneType):
         raise DataError(f"{row.where}: 'tools' must be a list, found {type(tools).__name__}")
-    return _as_json(tools, row.where)
+    return tools or []
+
+
+def _variables(row: Row) -> str:
+    """What a row sets for its template besides: `chat_template_kwargs`, and `documents`; as JSON."""
+    own, documents = row.values.get("chat_template_kwargs") or {}, row.values.get("documents")
+    if not isinstance(own, dict) or any(name in ("messages", "tools", "add_generation_prompt") for name in own):
+        raise DataError(f"{row.where}: 'chat_template_kwargs' must set variables by name, found {str(own)[:60]!r}")
+    # A Parquet file gives every row every name that any of them has.
+    given = {name: value for name, value in own.items() if value is not None}
+    return _as_json(given | ({"documents": documents} if documents else {}), row.where)
 
 
 def _as_json(value: Any, where: str) -> str:
@@ -219,6 +244,7 @@ _MEANT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thin
 _MARKS_OF_MESSAGES = ("weight", "train", "training")
 _ROW_MARKS = ("weight", "train")
 _YES_OR_NO = {"0": False, "0.0": False, "-0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+_BESIDE = ("tools", "documents", "chat_template_kwargs")
 _NOTHING: tuple[Any, ...] = (None, "", [], {})
 _MARKS: dict[str, set[str]] = {
     "alpaca": {"instruction", "output"},

@@ -75,14 +75,14 @@ def unmeasured_notes(checks: Sequence[Check]) -> tuple[str, ...]:
 
 
 def edge_notes(serving_check: ServingCheck, ids_of: Callable[[Messages], Sequence[int]]) -> tuple[str, ...]:
-    """A note where the server does not strip non-ASCII space as the run's template does."""
+    """A note where the server does not strip space as the run's template does."""
     count = sum(tuple(ids_of(prompt.messages)) != prompt.ids for prompt in serving_check.odd_prompts)
     if not count:
         return ()
     return (
-        f"the run's template strips all space around a message, and the server that of ASCII only: {count} of "
-        f"{len(serving_check.odd_prompts)} prompts with other space there are not as in training; strip it before you "
-        "send it",
+        f"the server does not strip space around a message as the run's template does: {count} of "
+        f"{len(serving_check.odd_prompts)} prompts with such space, or an empty message, are not as in training; strip "
+        "it before you send it",
     )
 
 

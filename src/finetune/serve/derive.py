@@ -6,8 +6,10 @@ roles, and which roles' texts are stripped. A template that does more than that 
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
+from finetune.chat.markers import texts_between
 from finetune.errors import TemplateError
 from finetune.records import Conversation, Message
 from finetune.serve.go_template import ExecutionError, GoTemplate, literal, quoted
@@ -56,7 +58,7 @@ def derive_template(render: Render, *, bos: str, texts: Sequence[str]) -> str:
 
 
 def prove_template(template: str, render: Render, *, bos: str, conversations: Sequence[Conversation]) -> int:
-    """Count the conversations that both templates render alike, without those that the run's own one refuses.
+    """Count the conversations that both templates render alike, without those that it refuses or shows in part.
 
     Raises:
         TemplateError: the Go template renders one differently, or none was rendered at all.
@@ -66,6 +68,8 @@ def prove_template(template: str, render: Render, *, bos: str, conversations: Se
         try:
             wanted = render(conversation).removeprefix(bos)
         except TemplateError:
+            continue
+        if trims_in_part(render, conversation):
             continue
         try:
             found = parsed.render([{"role": each.role, "content": each.content} for each in conversation.messages])
@@ -81,6 +85,19 @@ def prove_template(template: str, render: Render, *, bos: str, conversations: Se
     if not equal:
         raise TemplateError("the chat template refuses every conversation that was tried", hint=_REMEDY)
     return equal
+
+
+def trims_in_part(render: Render, conversation: Conversation) -> bool:
+    """Whether it strips one side of a text, or asks whether it is empty, which Ollama's language cannot say."""
+    if all(message.content and message.content == message.content.strip() for message in conversation.messages):
+        return False
+    turns = tuple(replace(message, content=f"Zq{place}x") for place, message in enumerate(conversation.messages))
+    named = replace(conversation, messages=turns)
+    try:
+        between = _between(render(named), named)
+    except TemplateError:
+        return True
+    return texts_between(between, conversation.messages, render(conversation), (str, str.strip)) is None
 
 
 def drawn_conversations(texts: Sequence[str]) -> list[Conversation]:

@@ -17,7 +17,7 @@ from finetune.export.vocabulary import describe_vocabulary
 from finetune.models.locate import locate_model
 from finetune.records import Conversation
 from finetune.run.folder import RunFolder
-from finetune.serve.derive import drawn_conversations
+from finetune.serve.derive import drawn_conversations, trims_in_part
 from finetune.serve.messages import Messages, chat_messages, conversations_of, unservable_reason
 
 _SPACES_OF_ASCII = " \t\n\r\v\f"
@@ -51,7 +51,8 @@ class ServingCheck:
         stops: the control tokens at which an answer ends.
         texts: contents of drawn messages, without control tokens.
         prompts: drawn conversations.
-        odd_prompts: drawn conversations in which a message begins or ends with non-ASCII space.
+        odd_prompts: drawn conversations in which a message begins or ends with space that not every server strips
+            as the template does, or is empty where the template asks whether it is.
         questions: the run's own.
         notes: what was left out, and why.
     """
@@ -107,22 +108,28 @@ def prepare_serving_check(path: Path, exportable: Exportable, *, today: date | N
         most=most,
         stops=tuple(token for token in tokenizer.control_tokens if tokenizer.control_id(token) in encoder.stop_ids),
         texts=tuple(texts),
-        prompts=tuple(prompt for prompt in prompts if not _is_odd(prompt)),
-        odd_prompts=tuple(filter(_is_odd, prompts)),
+        prompts=tuple(prompt for prompt, odd in prompts if not odd),
+        odd_prompts=tuple(prompt for prompt, odd in prompts if odd),
         questions=tuple(asked for asked in questions if len(asked.prompt.ids) + most <= context),
         notes=notes,
     )
 
 
-def _prompts(encoder: Encoder, conversations: Sequence[Conversation], context: int) -> tuple[Prompt, ...]:
+def _prompts(encoder: Encoder, conversations: Sequence[Conversation], context: int) -> tuple[tuple[Prompt, bool], ...]:
+    """The prompts that fit, and whether a server may make others of them: such are counted and not held against it."""
     prompts = []
+
+    def render(asked: Conversation) -> str:
+        return encoder.template.render_prompt(asked).text
+
     for conversation in conversations:
         try:
             ids = encoder.prompt_ids(conversation)
         except TemplateError:
             continue
         if len(ids) < context:
-            prompts.append(Prompt(chat_messages(conversation), ids))
+            prompt = Prompt(chat_messages(conversation), ids)
+            prompts.append((prompt, _is_odd(prompt) or trims_in_part(render, conversation)))
     return tuple(prompts)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from finetune.chat.beside import is_rich
 from finetune.chat.encoder import Encoder
 from finetune.records import Conversation, Message
 from finetune.training.prepare import Prepared
@@ -34,8 +35,8 @@ def unservable_reason(encoder: Encoder, conversation: Conversation) -> str:
     """Why a server cannot be asked this as training asked it; empty where it can."""
     if encoder.template.name == "alpaca" and any(each.role == "input" for each in conversation.messages):
         return "have an input of their own, a role that no chat API has"
-    if conversation.tools or any(each.more or each.role == "tool" for each in conversation.messages):
-        return "have tools or thoughts in them, which this check does not send"
+    if is_rich(conversation) or any(each.role == "tool" for each in conversation.messages):
+        return "have tools, thoughts or variables of their own, which this check does not send"
     if has_control(chat_messages(conversation), encoder.tokenizer.control_tokens):
         return "have a control token's name in their text, which servers take for it"
     return ""
