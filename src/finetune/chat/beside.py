@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
+from typing import Any
 
 from finetune.errors import TemplateError
 from finetune.records import Conversation, Message
@@ -22,6 +23,19 @@ def is_rich(talk: Conversation) -> bool:
     return bool(talk.tools or talk.variables) or any(message.more for message in talk.messages)
 
 
+def what_is_given(talk: Conversation, *, as_parts: bool) -> dict[str, Any]:
+    """The variables that a conversation sets for its template, as transformers gives them."""
+    turns: list[dict[str, Any]] = [{"role": each.role, "content": each.content} for each in talk.messages]
+    for turn, message in zip(turns, talk.messages, strict=True):
+        if as_parts:
+            turn["content"] = [{"type": "text", "text": message.content}]
+        if message.more:
+            turn |= json.loads(message.more)
+    # transformers gives every template these two, so templates ask whether they are none, not whether defined.
+    given = {"messages": turns, "tools": json.loads(talk.tools) if talk.tools else None, "documents": None}
+    return given | (json.loads(talk.variables) if talk.variables else {})
+
+
 def require_shown(name: str, talk: Conversation, real: str, learned: Sequence[int]) -> None:
     """Refuse a template that loses what learned messages have beside their text, or the tools."""
     for part, words in _beside(talk, learned):
@@ -36,6 +50,8 @@ def require_harmless(
     name: str, talk: Conversation, control: re.Pattern[str], said: re.Pattern[str], read: Set[str]
 ) -> None:
     """Refuse variables that the template does not read, and control tokens in markup, where they would be meant."""
+    if not is_rich(talk):
+        return
     unread = sorted(json.loads(talk.variables or "{}").keys() - read)
     if unread:
         raise TemplateError(

@@ -62,7 +62,8 @@ class Meter:
 
     def spend(self, units: int) -> None:
         """Pay for work, or raise UnsafeTemplateError."""
-        self.afford(units)
+        if units > self.left:
+            self.afford(units)
         self.left -= units
 
     def afford(self, units: int) -> None:

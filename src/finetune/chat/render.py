@@ -5,14 +5,14 @@ replaced by a marker, the template is rendered, and the result is cut at the mar
 is known and nothing is searched for. The cut text is then compared with what the template makes of the real messages.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date
+from itertools import chain
 
-from finetune.chat.beside import PROBE_CALL, is_rich, other_ways, require_harmless, require_shown
+from finetune.chat.beside import PROBE_CALL, is_rich, other_ways, require_harmless, require_shown, what_is_given
 from finetune.chat.budget import DAY
 from finetune.chat.catalog import RESERVED, TemplateSource, Variable, with_variables
 from finetune.chat.learned import Learned, Stretch, TrainOn, answers_of, marked
@@ -95,11 +95,13 @@ class ChatTemplate:
         A text that is none may be none to it or empty; an answer that it takes apart, as `<think>` is by some, is
         looked at as a whole.
         """
-        ways = [conversation, *other_ways(conversation)]
-        for way in ways[:-1]:
-            with suppress(TemplateError):
+        refusals = []
+        for way in chain([conversation], other_ways(conversation)):
+            try:
                 return self._assemble(way, asking=asking)
-        return self._assemble(ways[-1], asking=asking)
+            except TemplateError as error:
+                refusals.append(error)
+        raise refusals[-1]
 
     def _assemble(self, conversation: Conversation, *, asking: bool) -> Rendered:
         talk = replace(conversation, messages=self.fit_messages(conversation))
@@ -238,15 +240,9 @@ class ChatTemplate:
         return shown
 
     def _call(self, talk: Conversation, *, asking: bool) -> str:
-        turns = []
-        for each in talk.messages:
-            content = [{"type": "text", "text": each.content}] if self._as_parts else each.content
-            turns.append({"role": each.role, "content": content, **(json.loads(each.more) if each.more else {})})
-        # transformers gives every template these two, so templates ask whether they are none, not whether defined.
-        given = {"tools": json.loads(talk.tools) if talk.tools else None, "documents": None}
-        variables = {**self._variables, **given, "today": self._today, **json.loads(talk.variables or "{}")}
+        given = {**self._variables, "today": self._today, **what_is_given(talk, as_parts=self._as_parts)}
         try:
-            return self._jinja(messages=turns, add_generation_prompt=asking, **variables)
+            return self._jinja(add_generation_prompt=asking, **given)
         except TemplateStoppedError as error:
             raise TemplateError(f"{talk.where}: template {self.name!r} {error}", hint=error.hint) from None
 

@@ -60,6 +60,9 @@ def _line(template: Template, error: Exception) -> int:
     return found
 
 
+_OF_DICTS = frozenset(dir(dict))
+
+
 class _GenerationTag(Extension):
     """Accepts `{% generation %}...{% endgeneration %}` and keeps its body: our marks come from the segments."""
 
@@ -147,6 +150,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def getattr(self, obj: object, attribute: str) -> Any:
         """`obj.attribute`, where a method named in the vocabulary comes before an entry of the same name."""
+        if type(obj) is dict and attribute[:1] != "_" and attribute not in _OF_DICTS:  # most of what templates read
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
         found = self._own(obj, attribute)
         if found is missing and isinstance(obj, dict) and attribute in obj:
             return obj[attribute]
@@ -208,6 +213,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: object, right: object) -> Any:
         """Arithmetic: the size of a result is known, and paid for, before it is made."""
         meter: Meter = context.meter
+        if operator == "+" and type(left) is str and type(right) is str:  # most of what templates calculate
+            meter.afford(_ESCAPED * (len(left) + len(right)))
+            meter.spend(len(left) + len(right))
+            return left + right
         if isinstance(left, Undefined) or isinstance(right, Undefined):
             return self.binop_table[operator](left, right)
         if operator == "+":
