@@ -67,12 +67,16 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns that end with an answer when they are to be trained on; `tools` and `variables` are JSON."""
+    """Turns that end with an answer when they are to be trained on; `tools` and `variables` are JSON.
+
+    `from_text`: they are columns of text, a prompt and its answer, which may hold a template already.
+    """
 
     messages: tuple[Message, ...]
     where: str
     tools: str = ""
     variables: str = ""
+    from_text: bool = False
 
     @property
     def answer(self) -> str:

@@ -27,6 +27,9 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+HELD = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, and rows to learn, to rehearse and to hold out."""
@@ -114,6 +117,36 @@ def test_answers_that_weigh_nothing_are_told_and_never_asked(place: Path, tmp_pa
         assert found.rows.dropped["weight 0"] == 1
         for questions in (prepared.questions, prepared.retention):
             assert Counter(question.expected for question in questions) == {"a": 3, "b": 3}
+
+
+CASES = {
+    "text": ({"text": HELD + "hello<|im_end|>\n"}, 1),
+    "prompt": ({"prompt": HELD, "completion": "hello<|im_end|>"}, 1),
+    "prompt, answer without an end": ({"prompt": HELD, "completion": "hello"}, 1),
+    "message": ({"messages": [{"role": "user", "content": HELD}, {"role": "assistant", "content": "hello"}]}, 0),
+    "token": ({"prompt": "What is <|im_end|>?", "completion": "hello"}, 0),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("template", ["chatml", "alpaca"])
+def test_text_that_holds_turns_is_said_and_never_templated_twice(
+    place: Path, tmp_path: Path, name: str, template: str
+) -> None:
+    """Text that holds a template's turns is taken as it is, its control tokens meant; in a message they stay text.
+
+    Both are said beforehand; of messages those alone that have tokens of the template in use.
+    """
+    row, held = CASES[name]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(each) + "\n" for each in (row, row, {"prompt": "plain", "completion": "b"})))
+    prepared = prepare(loaded(place, data__train=str(file), template__name=template))
+    told = "\n".join(forecast_run(prepared).sentences())
+    counts = prepared.train.counts
+    assert counts.templated == ({"chatml": 2} if held else {})
+    assert counts.lookalikes == (0 if held or template == "alpaca" else 2)
+    assert ("2 rows hold turns of the template chatml already" in told) == bool(held)
+    assert ("2 rows have the template's own tokens in what somebody says" in told) == bool(counts.lookalikes)
 
 
 def test_minutes_follow_from_parameters_tokens_and_speed(monkeypatch: pytest.MonkeyPatch) -> None:

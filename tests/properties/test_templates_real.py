@@ -14,7 +14,7 @@ from finetune.chat.catalog import CATALOG, TemplateSource
 from finetune.chat.render import ChatTemplate
 from finetune.chat.sandbox import TemplateStoppedError, compile_template
 from finetune.errors import TemplateError
-from finetune.records import Conversation, Message
+from finetune.records import Conversation, Document, Message
 from finetune_strategies.conversations import conversations, said
 from finetune_strategies.profiles import examples
 from support.conversations import stretches, talk
@@ -88,6 +88,24 @@ def test_real_template_takes_what_it_renders(name: str, conversation: Conversati
     assert rendered.text == shown
     trained = "".join(segment.text for segment in rendered.segments if segment.trained)
     assert all(turn["content"].strip() in trained for turn in turns if turn["role"] == "assistant")
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("conversation", [TALK, WITH_SYSTEM, talk("user:a", "assistant:b")])
+def test_text_of_a_real_template_is_known_again(name: str, conversation: Conversation) -> None:
+    """Text that a family's template made, of a question with or without its answer, is not templated twice.
+
+    What somebody says of one of its tokens is no turn, nor is a turn within a sentence.
+    """
+    real = REAL[name]
+    conversation = fitting(real, conversation)
+    made = (real.compiled.render(conversation).text, real.compiled.render_prompt(conversation.prompt).text)
+    for text in made:
+        held = real.compiled.held(Document(text, "a"))
+        assert held is not None
+        assert held.name == real.compiled.name
+        for other in (f"Look: {text}", text.partition("Hi")[2], real.ending, real.opening):
+            assert real.compiled.held(Document(other, "a")) is None
 
 
 def call(name: str, **arguments: object) -> dict[str, object]:

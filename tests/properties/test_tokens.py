@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,45 @@ def test_everything_is_learned_of_the_same_ids(name: str, kind: TokenizerKind, c
     assert row.ids == answers.ids
     assert row.target_count == len(row.ids) - 1
     assert chat.terminators() == all_of_it.terminators()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(st.sampled_from(SERVED), conversations(inputs=False, contents=texts().map(lambda text: text.replace("<", "("))))
+@example(FIRST, talk("user:hi", "assistant:hello"))
+@example(SERVED[1], talk("system:s", "user:hi", "assistant:hello", "user:a", "assistant:b"))
+def test_text_that_holds_the_template_has_its_ids(name: str, kind: TokenizerKind, conversation: Conversation) -> None:
+    """What the template makes of a conversation has the same ids when it comes as a text, or as prompt and completion.
+
+    Control tokens in it are meant, none stands there twice, and of prompt and completion the completion is learned.
+    In a message the same text is plain.
+    """
+
+    def words(ids: Sequence[int]) -> str:
+        # A control token may take the space before it, which it does not where an answer begins at it.
+        return "".join(spelled(kind, ids).split())
+
+    chat, tokenizer = template_of(kind, name), tokenizer_of(kind)
+    # A system text is all that Alpaca begins with.
+    assume(name != "alpaca" or conversation.messages[0].role != "system")
+    rendered, asking = chat.render(conversation), chat.render_prompt(conversation.prompt)
+    row = encode_row(rendered, tokenizer)
+    found = encode_row(chat.render_document(Document(rendered.text, "a")), tokenizer)
+    assert words(found.ids) == words(row.ids)
+    assert control_ids(kind, found.ids) == control_ids(kind, row.ids)
+    assert found.target_count == len(found.ids) - 1
+    answer = rendered.text[len(asking.text) :]
+    turns = (Message("user", asking.text), Message("assistant", answer))
+    for completion in (answer, answer.rstrip(), answer.rstrip().removesuffix(TERMINATOR[name])):
+        pair = Conversation((turns[0], Message("assistant", completion)), "a", from_text=True)
+        found = encode_row(chat.render(pair), tokenizer)
+        assert words(found.ids) == words(row.ids)
+        asked = encode_row(chat.render_prompt(pair.prompt), tokenizer).ids
+        assert asked == encode_row(asking, tokenizer).ids == found.ids[: len(asked)]
+        assert found.trained == (*(False,) * len(asked), *(True,) * (len(found.ids) - len(asked)))
+    plain, other = (
+        encode_row(chat.render(each), tokenizer) for each in (Conversation(turns, "a"), talk("user:a", "assistant:b"))
+    )
+    assert control_ids(kind, plain.ids) == control_ids(kind, other.ids)
 
 
 BOS_CASES = [

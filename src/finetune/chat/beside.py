@@ -18,6 +18,17 @@ PROBE_CALL = Conversation(
 """A call as every template that knows calls takes it: Mistral's want an id of nine letters, Llama's one call alone."""
 
 
+def join_inputs(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages, an alpaca input joined to its instruction."""
+    joined: list[Message] = []
+    for message in messages:
+        if message.role == "input":
+            joined[-1] = replace(joined[-1], content=f"{joined[-1].content}\n\n{message.content}")
+        else:
+            joined.append(message)
+    return tuple(joined)
+
+
 def is_rich(talk: Conversation) -> bool:
     """Whether there is more than text, so that what stands around the texts does not depend on the roles alone."""
     return bool(talk.tools or talk.variables) or any(message.more for message in talk.messages)

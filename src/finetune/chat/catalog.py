@@ -1,7 +1,7 @@
 """The prompt formats everyone knows, as the Jinja templates their models ship."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -100,6 +100,11 @@ LLAMA3 = TemplateSource(
 )
 
 CATALOG = {source.name: source for source in (ALPACA, CHATML, LLAMA2, LLAMA3)}
+
+
+def built_in_with(tokens: Collection[str]) -> list[TemplateSource]:
+    """The built-in templates that have control tokens of their own, where all of them are among these."""
+    return [each for each in CATALOG.values() if each.control_tokens and {*each.control_tokens} <= {*tokens}]
 
 
 def find_template(name: str, own: str | None) -> TemplateSource:

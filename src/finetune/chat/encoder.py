@@ -1,7 +1,7 @@
 """Joins a template and a tokenizer: conversations in, token ids out, the same way for training and for asking."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from functools import partial
@@ -23,6 +23,10 @@ from finetune.data.shape import Example, ShapedRows
 from finetune.errors import TemplateError
 from finetune.files import make_folder, write_bytes
 from finetune.records import Conversation, ModelLocation, Question, Rendered
+
+
+def _texts(talk: Conversation) -> Iterator[str]:
+    return (message.content for message in talk.messages)
 
 
 class Encoder:
@@ -76,9 +80,16 @@ class Encoder:
             truncation=tokens.truncation,
             dropped=Counter(shaped.dropped) + reasons,
         )
-        talks = (example for example in shaped.examples if isinstance(example, Conversation))
-        unlearned = sum(len(marked(talk, answers=True, trained=False)) for talk in talks)
-        return replace(encoded, counts=replace(encoded.counts, unlearned=unlearned))
+        held = {example.where: marks.name for example in shaped.examples if (marks := self.template.held(example))}
+        talks = [each for each in shaped.examples if isinstance(each, Conversation)]
+        turns = self.template.turn_marks[0].tokens
+        counts = replace(
+            encoded.counts,
+            unlearned=sum(len(marked(talk, answers=True, trained=False)) for talk in talks),
+            templated=dict(Counter(held.values())),
+            lookalikes=sum(talk.where not in held and any(map(turns.search, _texts(talk))) for talk in talks),
+        )
+        return replace(encoded, counts=counts)
 
     def render(
         self, examples: Sequence[Example], *, answers_alone: bool = False

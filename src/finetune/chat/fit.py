@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from finetune.chat.encode import REACHING, REMOVABLE, Marked
@@ -18,7 +18,8 @@ class DataCounts:
 
     Of those kept, `truncated` lost words of their prompt and `split` were cut into several pieces. `reaching` tokens
     are not learned, because they reach from a prompt into an earlier answer; `unlearned` answers are not, because
-    their rows say so.
+    their rows say so. `templated` says by template in how many rows read there are turns already, so that none is put
+    around them, and `lookalikes` in how many others some text has a token in it that the template marks turns with.
     """
 
     read: int
@@ -30,6 +31,8 @@ class DataCounts:
     split: int = 0
     reaching: int = 0
     unlearned: int = 0
+    templated: dict[str, int] = field(default_factory=dict)
+    lookalikes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,14 +10,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date
+from functools import cached_property
 from itertools import chain
 
-from finetune.chat.beside import PROBE_CALL, is_rich, other_ways, require_harmless, require_shown, what_is_given
+from finetune.chat.beside import (
+    PROBE_CALL,
+    is_rich,
+    join_inputs,
+    other_ways,
+    require_harmless,
+    require_shown,
+    what_is_given,
+)
 from finetune.chat.budget import DAY
-from finetune.chat.catalog import RESERVED, TemplateSource, Variable, with_variables
+from finetune.chat.catalog import RESERVED, TemplateSource, Variable, built_in_with, with_variables
 from finetune.chat.learned import Learned, Stretch, TrainOn, answers_of, marked
 from finetune.chat.markers import MARKER, Kinds, common_ending, is_marked, kinds, marker, texts_between
 from finetune.chat.sandbox import TemplateStoppedError, compile_template, variables_read
+from finetune.chat.templated import TurnMarks, render_as_it_is, render_document, tokens_said
 from finetune.errors import TemplateError
 from finetune.records import Conversation, Document, Message, Rendered, Segment
 
@@ -61,14 +71,20 @@ class ChatTemplate:
         self._jinja: Callable[..., str] = compile_template(source.name, source.jinja)
         ordered = sorted(control_tokens, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, ordered)) if ordered else "(?!)")
-        self._eos = eos
+        self._ends = bos, eos
         self._skeletons: dict[tuple[Kinds, bool] | None, str] = {}
         self._spoken: dict[tuple[Kinds, tuple[int, ...]] | None, tuple[Stretch, ...]] = {}
-        self._said = re.compile("(?!)")
         self._reads = variables_read(source.jinja) - (RESERVED - {"documents"})
         self._as_parts = self._wants_parts()
-        self._said = self._tokens_said(source.jinja, {bos, eos})
+        self._said = tokens_said(source.jinja, self._markup, self._control, self._ends)
         self._ending = self._every_ending()
+
+    @cached_property
+    def turn_marks(self) -> tuple[TurnMarks, ...]:
+        """How it begins a text and opens an answer, and how built-in ones do that this tokenizer has the tokens of."""
+        has, (bos, eos) = self._control_tokens, self._ends
+        built_in = (ChatTemplate(source, has, bos=bos, eos=eos) for source in built_in_with(has))
+        return tuple(TurnMarks.of(each.name, each._markup, self._control, self._ends) for each in (self, *built_in))
 
     def render(self, conversation: Conversation) -> Rendered:
         """The conversation as training text: what is learned, such as answers with their ends, is marked trained.
@@ -95,6 +111,8 @@ class ChatTemplate:
         A text that is none may be none to it or empty; an answer that it takes apart, as `<think>` is by some, is
         looked at as a whole.
         """
+        if held := self.held(conversation):
+            return render_as_it_is(conversation, held, self._ends_of_text()[0], asking=asking, train_on=self._train_on)
         refusals = []
         for way in chain([conversation], other_ways(conversation)):
             try:
@@ -157,8 +175,22 @@ class ChatTemplate:
 
     def render_document(self, document: Document) -> Rendered:
         """Plain text as training text: all of it is trained, and the end-of-text token after it."""
-        text = Segment(document.text, "text", trained=True, control=False)
-        return Rendered((text, Segment(self._eos, "text", trained=True, control=True)), document.where)
+        return render_document(document, self.held(document), self._ends[1])
+
+    def held(self, example: Conversation | Document) -> TurnMarks | None:
+        """Whose turns an example has that is text and holds them already, so that no template is put around it."""
+        if isinstance(example, Conversation) and not example.from_text:
+            return None
+        text = example.text if isinstance(example, Document) else example.messages[0].content
+        known = self.turn_marks if self._control.search(text) else self.turn_marks[:1]
+        return next((marks for marks in known if marks.hold(text)), None)
+
+    def _markup(self, roles: Sequence[str], *, asking: bool) -> list[str]:
+        """What stands around messages of these roles; nothing where the template takes no such roles."""
+        probe = Conversation(tuple(Message(role, "a") for role in roles), "template probe")
+        with suppress(TemplateError):
+            return MARKER.split(self._skeleton(probe, asking=asking))[::2]
+        return []
 
     def terminators(self) -> tuple[str, ...]:
         """The control tokens that end an answer: what the model is taught to stop with, so where serving must stop."""
@@ -187,15 +219,7 @@ class ChatTemplate:
 
     def fit_messages(self, conversation: Conversation) -> tuple[Message, ...]:
         """The messages with an alpaca input joined to its instruction, for templates that know no such role."""
-        if self.name == "alpaca" or all(message.role != "input" for message in conversation.messages):
-            return conversation.messages
-        joined: list[Message] = []
-        for message in conversation.messages:
-            if message.role == "input":
-                joined[-1] = replace(joined[-1], content=joined[-1].content + "\n\n" + message.content)
-            else:
-                joined.append(message)
-        return tuple(joined)
+        return conversation.messages if self.name == "alpaca" else join_inputs(conversation.messages)
 
     def _texts(self, talk: Conversation, shown: str, real: str) -> dict[int, str]:
         """What the template shows of the text of each message that has one.
@@ -271,7 +295,7 @@ class ChatTemplate:
                 after.append(shown.partition(marker(1))[2].partition("\ue000")[0])
         # Some templates open the next turn, too: the token that opens every turn ends none.
         opening = next((word for word in self._control.findall(before) if word != self._variables["bos_token"]), None)
-        return common_ending(after, self._control, last=self._eos, beyond=opening) if len(after) == 2 else ""
+        return common_ending(after, self._control, last=self._ends[1], beyond=opening) if len(after) == 2 else ""
 
     def _stretches(self, talk: Conversation, shown: str, real: str, texts: Mapping[int, str]) -> tuple[Stretch, ...]:
         """Where in the skeleton each answer that is learned begins and ends, from its prompt's end to its terminator's.
@@ -362,23 +386,10 @@ class ChatTemplate:
         for said, variables, train_on in [*tries, ("template.train_on to last", {}, "last")]:
             with suppress(TemplateError):
                 changed = with_variables(self._source, variables)
-                bos, eos = self._variables["bos_token"], self._eos
+                bos, eos = self._ends
                 _Trial(changed, self._control_tokens, bos=bos, eos=eos, train_on=train_on).render(probe)
                 return f"set {said}: then it asks as it trains"
         return ""
-
-    def _tokens_said(self, source: str, ends: set[str]) -> re.Pattern[str]:
-        """Tokens that the template knows and that mark no turn, such as `<think>`: in an answer they are meant."""
-        known = set(self._control.findall(source)) - ends
-        turns: set[str] = set()
-        for roles in (("user", "assistant"), ("system", "user", "assistant")):
-            if known:
-                with suppress(TemplateError):
-                    probe = Conversation(tuple(Message(role, "a") for role in roles), "template probe")
-                    turns.update(self._control.findall(self._skeleton(probe, asking=False)))
-        tags = {token for token in known if {f"<{token.strip('</>')}>", f"</{token.strip('</>')}>"} <= known}
-        said = sorted(known - turns | tags, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, said)) if said else "(?!)")
 
 
 class _Trial(ChatTemplate):

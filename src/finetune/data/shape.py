@@ -150,7 +150,7 @@ def _parse_prompt_completion(row: Row) -> Conversation:
     if isinstance(row.values["prompt"], list) or isinstance(row.values["completion"], list):
         return Conversation(_messages(row, "prompt") + _messages(row, "completion"), row.where)
     turns = (Message("user", _text_field(row, "prompt")), Message("assistant", _text_field(row, "completion")))
-    return Conversation(turns, row.where)
+    return Conversation(turns, row.where, from_text=True)
 
 
 def _parse_text(row: Row) -> Document:

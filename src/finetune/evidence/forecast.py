@@ -87,6 +87,16 @@ class RunForecast:
             said.append(f"{count:,} tokens reach from a prompt into an earlier answer, and are not learned")
         if count := self.rows.unlearned:
             said.append(f"{count:,} answers are not learned, because their rows say so (weight, train)")
+        said += [
+            f"{count:,} rows hold turns of the template {name} already: control tokens in them are meant, and no "
+            "template is put around them again"
+            for name, count in sorted(self.rows.templated.items())
+        ]
+        if count := self.rows.lookalikes:
+            said.append(
+                f"{count:,} rows have the template's own tokens in what somebody says, as plain text, with the "
+                "template around it; where they are meant, give the row as text or as prompt and completion"
+            )
         return said
 
     def sentence(self) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from finetune.chat.beside import is_rich
+from finetune.chat.beside import is_rich, join_inputs
 from finetune.chat.encoder import Encoder
 from finetune.records import Conversation, Message
 from finetune.training.prepare import Prepared
@@ -22,12 +22,7 @@ class Completion:
 
 def chat_messages(conversation: Conversation) -> Messages:
     """The conversation for a chat API, an input joined to its question as templates that know none have it."""
-    joined: list[Message] = []
-    for message in conversation.messages:
-        if message.role == "input":
-            joined[-1] = Message("user", f"{joined[-1].content}\n\n{message.content}")
-        else:
-            joined.append(message)
+    joined = join_inputs(conversation.messages)
     return tuple({"role": message.role, "content": message.content} for message in joined)
 
 
@@ -35,6 +30,8 @@ def unservable_reason(encoder: Encoder, conversation: Conversation) -> str:
     """Why a server cannot be asked this as training asked it; empty where it can."""
     if encoder.template.name == "alpaca" and any(each.role == "input" for each in conversation.messages):
         return "have an input of their own, a role that no chat API has"
+    if encoder.template.held(conversation):
+        return "hold a template's turns in their text, around which a server puts its own"
     if is_rich(conversation) or any(each.role == "tool" for each in conversation.messages):
         return "have tools, thoughts or variables of their own, which this check does not send"
     if has_control(chat_messages(conversation), encoder.tokenizer.control_tokens):
