@@ -37,10 +37,12 @@ def write(path: Path, text: str) -> str:
 def test_check_of_the_shipped_job_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     """Without arguments the shipped model and data are checked, they are good, and it is said what the run will be."""
     assert run(["check"]) == 0
-    first, settings, counts = capsys.readouterr().out.splitlines()
+    first, settings, counts, shown, *row = capsys.readouterr().out.splitlines()
     assert first == "no problems"
     assert settings == "  training.epochs 30 (profile), training.learning_rate 0.002 (profile)"
     assert counts.startswith("  450 steps, 80,850 tokens, 9,390 of them trained; ")
+    assert shown.endswith("facts.jsonl:1: 23 tokens, 3 of them learned (in ⟦ ⟧)")
+    assert row[-1] == "    ⟦A ccra <|eot_id|>⟧"
     assert run(["check", "--json"]) == 0
     [told] = json.loads(capsys.readouterr().out)["runs"]
     assert (told["steps"], told["tokens"], told["trained_tokens"]) == (450, 80_850, 9_390)

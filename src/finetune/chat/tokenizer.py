@@ -139,6 +139,13 @@ class FileTokenizer:
         """A text that names control tokens as a server shows it, which leaves out those that are special."""
         return self._splitter.sub(lambda found: "" if self._added[found.group()].special else found.group(), text)
 
+    def reader(self) -> Callable[[int], str | None]:
+        """A function that takes ids one by one and says what text each adds; None while a letter is not whole."""
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=False)
+        return lambda number: stream.step(self._markup, number)
+
     def word(self, number: int) -> str:
         """The token of an id, as the vocabulary has it."""
         return str(self._markup.id_to_token(number))
