@@ -78,6 +78,8 @@ def _law(law: Law, kills: Sequence[str]) -> list[str]:
     word, none = (
         ("first to catch", "none: cheaper laws had caught them") if first else ("kills", "none that is planted")
     )
+    if law.id not in _proof().get("laws", ()):
+        none = "the last campaign did not ask it"
     lines.append(f"- {word}: {', '.join(kills) or none}")
     return [*lines, ""]
 

@@ -13,6 +13,11 @@ PAD, EOS, BOS = "<|pad|>", "</s>", "<s>"
 CONTROL_TOKENS = (EOS, PAD, "<|im_start|>", "<|im_end|>")
 FEWEST_WORDS = 256 + len(CONTROL_TOKENS)
 """A token for each byte and each control token."""
+MERGES = (
+    *(("Ċ", "Ċ"), ("Ċ", "Ġ"), ("Ġ", "Ġ"), ("ĊĠ", "Ġ"), ("a", "b"), ("ab", "c"), ("Ġ", "a"), ("Ã", "©")),
+    *(("<", "|"), ("e", "r"), ("u", "s"), ("us", "er")),
+)
+"""What tokenizers that merge make one token of: line ends, spaces and indents (as GPT-2 writes them), some letters."""
 OUTSIDE = (
     "model.path",
     "model.revision",
@@ -49,13 +54,17 @@ class Recipe(BaseModel):
 
 
 class ModelRecipe(Recipe):
-    """A Llama of random weights with a tokenizer of one token a byte.
+    """A Llama of random weights with a tokenizer of one token a byte, unless it merges some.
 
     Attributes:
         bos: whether there is a begin-of-text token, and who puts it in front: nobody (`known`), the tokenizer's
             post-processor (`added`), a setting of the tokenizer's (`configured`), or the post-processor and the chat
             template, both (`written`).
         turned: whether the tokens of bytes have their numbers the other way round.
+        template: ChatML, or one in the style of Qwen 3's: it shows tools, thoughts, calls and results, reads a
+            variable, and refuses a system message that is not the first.
+        words: bytes; some of them merged; or merged, and a space put before each text as in SentencePiece.
+        takes: the side on which control tokens take white space with them.
     """
 
     layers: Annotated[Size, Field(le=8)] = 1
@@ -68,6 +77,9 @@ class ModelRecipe(Recipe):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     bos: Literal["none", "known", "added", "configured", "written"] = "none"
     turned: bool = False
+    template: Literal["chatml", "tools"] = "chatml"
+    words: Literal["bytes", "merged", "spaced"] = "bytes"
+    takes: Literal["", "left", "right"] = ""
 
     @property
     def begins(self) -> bool:
@@ -76,8 +88,8 @@ class ModelRecipe(Recipe):
 
     @model_validator(mode="after")
     def _every_token_has_a_row(self) -> Self:
-        if self.vocabulary < FEWEST_WORDS + (self.bos != "none"):
-            raise ValueError(f"{self.vocabulary} rows are too few for the tokens of a tokenizer with {BOS}")
+        if self.vocabulary < FEWEST_WORDS + (self.bos != "none") + len(MERGES) * (self.words != "bytes"):
+            raise ValueError(f"{self.vocabulary} rows are too few for the tokens of a tokenizer with {BOS} or merges")
         return self
 
     @model_validator(mode="after")

@@ -95,12 +95,12 @@ class SubjectClient:
         return found
 
     def words(self, model: Path) -> Mapping[int, bytes]:
-        """The bytes of each token of a model that was made here: one for each byte, and control tokens by name."""
+        """The bytes of each token of a model that was made here; those of control tokens are their names'."""
         if model not in self._words:
             tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
-            letters = {letter: bytes([byte]) for byte, letter in byte_letters().items()}
+            letters = {letter: byte for byte, letter in byte_letters().items()}
             known = tokenizer["model"]["vocab"].items()
-            self._words[model] = {number: letters.get(word, word.encode()) for word, number in known}
+            self._words[model] = {number: bytes(letters[letter] for letter in word) for word, number in known}
         return self._words[model]
 
 

@@ -6,7 +6,39 @@ from typing import Any
 from finetune.backends import open_backend
 from finetune.chat.catalog import CHATML
 from finetune.files import write_json, write_text
-from finetune_strategies.recipes import BOS, CONTROL_TOKENS, EOS, PAD, ModelRecipe
+from finetune_strategies.recipes import BOS, CONTROL_TOKENS, EOS, MERGES, PAD, ModelRecipe
+
+_TOOLS = """\
+{%- if tools or date_string is defined %}
+    {{- '<|im_start|>system\\n' }}
+    {%- if date_string is defined %}{{- 'Today: ' + date_string + '\\n' }}{%- endif %}
+    {%- for tool in tools or [] %}{{- tool | tojson + '\\n' }}{%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'system' and not loop.first %}
+        {{- raise_exception('the system speaks first') }}
+    {%- elif message.role == 'assistant' %}
+        {{- '<|im_start|>assistant\\n' }}
+        {%- generation %}
+        {%- if message.reasoning_content %}
+            {{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}
+        {%- endif %}
+        {%- if message.content %}{{- message.content }}{%- endif %}
+        {%- for call in message.tool_calls or [] %}
+            {{- '\\n<tool_call>\\n' + call.function | tojson + '\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+        {%- endgeneration %}
+    {%- elif message.role == 'tool' %}
+        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+"""In the style of Qwen 3's; with marks around what is said, which TRL asks for and others pass over."""
 
 
 def build_model(recipe: ModelRecipe, folder: Path) -> None:
@@ -36,15 +68,18 @@ def build_model(recipe: ModelRecipe, folder: Path) -> None:
 
 
 def _write_tokenizer(folder: Path, recipe: ModelRecipe) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=recipe.turned)
     control = [*CONTROL_TOKENS, *([BOS] if recipe.bos != "none" else [])]
-    words = {word: number for number, word in enumerate([*CONTROL_TOKENS, *letters, *control[len(CONTROL_TOKENS) :]])}
-    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    merges = [] if recipe.words == "bytes" else list(MERGES)
+    known = [*CONTROL_TOKENS, *letters, *control[len(CONTROL_TOKENS) :], *map("".join, merges)]
+    words = {word: number for number, word in enumerate(known)}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=recipe.words == "spaced")
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(control)
+    sides = {"lstrip": recipe.takes == "left", "rstrip": recipe.takes == "right"}
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False, **sides) for token in control])
     if recipe.bos in ("added", "written"):
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, words[BOS])]
@@ -57,4 +92,5 @@ def _write_tokenizer(folder: Path, recipe: ModelRecipe) -> None:
         settings["add_bos_token"] = recipe.bos == "configured"
     write_json(folder / "tokenizer_config.json", settings)
     first = "{{- bos_token -}}\n" if recipe.bos == "written" else ""
-    write_text(folder / "chat_template.jinja", first + CHATML.jinja)
+    template = _TOOLS if recipe.template == "tools" else CHATML.jinja
+    write_text(folder / "chat_template.jinja", first + template)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from hypothesis import strategies as st
 from pydantic import Field
 
-from finetune_strategies.cases.dialogues import Dialogue, dialogues
+from finetune_strategies.cases.dialogues import RICH, Dialogue, dialogues
 from finetune_strategies.cases.rows import TEXTS, IdRow, Pair, Rows, rows_of
 from finetune_strategies.recipes import FEWEST_WORDS, Recipe
 
@@ -71,6 +71,9 @@ def _weighed(draw: st.DrawFn) -> Weighed:
 
 
 MASK_WEIGHTS = _weighed()
+
+
+MASK_BESIDE = RICH
 
 
 class Placed(Rows):

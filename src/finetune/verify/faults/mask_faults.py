@@ -14,11 +14,11 @@ from finetune.chat.fit import Encoded
 from finetune.chat.render import ChatTemplate
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.ports import Session
-from finetune.records import Batch, Conversation, Rendered
+from finetune.records import Batch, Conversation, Rendered, Segment
 from finetune.training.prepare import Prepared
 from finetune.verify.faults.fault import fault, in_place_of, planted_by
 from finetune.verify.faults.sessions import Arrays, Ids, Places, plant_arrays, plant_session, shifted
-from finetune.verify.faults.template_faults import in_marking, in_saving
+from finetune.verify.faults.template_faults import in_conversations, in_marking, in_saving
 
 Marking = Callable[..., Iterator[Marked]]
 Encoding = Callable[..., Encoded]
@@ -113,6 +113,25 @@ def _weightless_answers_are_learned(right: Rendering, template: ChatTemplate, co
     """An answer is learned although its row gives it a weight of 0."""
     messages = tuple(replace(message, trained=None) for message in conversation.messages)
     return right(template, replace(conversation, messages=messages))
+
+
+@fault("A073", "mask.calls_untrained")
+@in_place_of("render", ChatTemplate)
+def _calls_are_not_learned(right: Rendering, template: ChatTemplate, conversation: Conversation) -> Rendered:
+    """Of an answer that calls, the call is not learned."""
+    found: list[Segment] = []
+    for each in right(template, conversation).segments:
+        text, call, rest = each.text.partition("<tool_call>") if each.trained else (each.text, "", "")
+        found += [replace(each, text=text), replace(each, text=call + rest, trained=False)] if call else [each]
+    return Rendered(tuple(each for each in found if each.text), conversation.where)
+
+
+@fault("A073b", "mask.results_trained")
+@planted_by(in_conversations)
+def _results_are_learned(talk: Conversation) -> Conversation:
+    """What a tool answers is learned as if the model had said it."""
+    said = (replace(each, trained=True) if each.role == "tool" else each for each in talk.messages)
+    return replace(talk, messages=tuple(said))
 
 
 @fault("A074", "mask.template_without_generation_marks", "TRL #4201")

@@ -1,17 +1,20 @@
 """Faults of prompt templates: marks twice or never, words lost, added or eaten, prompts that training never saw."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
-from itertools import pairwise
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 
 from finetune.chat import encode, encoder
 from finetune.chat.catalog import TemplateSource
 from finetune.chat.encode import Marked
+from finetune.chat.encoder import Encoder
 from finetune.chat.render import ChatTemplate
 from finetune.chat.tokenizer import FileTokenizer
-from finetune.data.shape import ShapedRows
+from finetune.data.shape import Example, ShapedRows
+from finetune.errors import TemplateError
 from finetune.ports import Session
 from finetune.records import Conversation, Document, Message, Rendered, Row, Segment
 from finetune.training import prepare
@@ -22,12 +25,48 @@ Marking = Callable[..., Iterator[Marked]]
 Messages = tuple[Message, ...]
 Rendering = Callable[..., Rendered]
 Fitting = Callable[..., Messages]
+Shaping = Callable[..., ShapedRows]
+Refusals = list[tuple[str, TemplateError]]
 
 
 def in_marking(wrong: Marking) -> None:
     """Plant it where rows become marked ids: for training, and for prompts."""
     for room in (encoder, encode):
         plant(room, "mark_rows", wrong)
+
+
+def in_conversations(wrong: Callable[[Conversation], Conversation]) -> None:
+    """Plant it where rows become conversations: another conversation."""
+
+    def shaped(right: Shaping, rows: Sequence[Row]) -> ShapedRows:
+        found = right(rows)
+        others = (wrong(each) if isinstance(each, Conversation) else each for each in found.examples)
+        return replace(found, examples=tuple(others))
+
+    plant(prepare, "shape_rows", shaped)
+
+
+def without(message: Message, key: str) -> Message:
+    """The message without one of the things beside its text."""
+    more = json.loads(message.more or "{}")
+    more.pop(key, None)
+    return replace(message, more=json.dumps(more, ensure_ascii=False) if more else "")
+
+
+def in_pieces(begins: Callable[[Segment, Segment], bool]) -> None:
+    """Plant that a row is encoded in pieces; it is asked of two segments whether the latter begins one."""
+
+    def marked(right: Marking, rows: Iterable[Rendered], tokenizer: FileTokenizer) -> Iterator[Marked]:
+        for row in rows:
+            starts = [0, *(begins(*pair) for pair in pairwise(row.segments))]
+            numbered = zip(accumulate(starts), row.segments, strict=True)
+            groups = (tuple(each for _, each in group) for _, group in groupby(numbered, key=lambda pair: pair[0]))
+            pieces = list(right([Rendered(group, row.where) for group in groups], tokenizer))
+            ids = tuple(token for piece in pieces for token in piece.ids)
+            marks = b"".join(piece.marks for piece in pieces)
+            yield Marked(ids, marks, row.where, pieces[0].document)
+
+    in_marking(marked)
 
 
 def in_source(old: str, new: str) -> None:
@@ -210,3 +249,87 @@ def _text_without_end(right: Rendering, *given: object) -> Rendered:
     """Plain text gets no end."""
     rendered: Rendered = right(*given)
     return replace(rendered, segments=rendered.segments[:1])
+
+
+@fault("A052c", "tmpl.system_is_markup")
+@planted_by(in_marking)
+def _system_is_markup(right: Marking, rows: Iterable[Rendered], tokenizer: FileTokenizer) -> Iterator[Marked]:
+    """What the system says, and what tools answer, is searched for control tokens as markup is."""
+
+    def opened(segment: Segment) -> Segment:
+        return replace(segment, control=segment.control or segment.role in ("system", "tool"))
+
+    yield from right((replace(row, segments=tuple(map(opened, row.segments))) for row in rows), tokenizer)
+
+
+@fault("A056", "tmpl.thoughts_dropped")
+@planted_by(in_conversations)
+def _thoughts_are_dropped(talk: Conversation) -> Conversation:
+    """What is thought before an answer is left out."""
+    return replace(talk, messages=tuple(without(message, "reasoning_content") for message in talk.messages))
+
+
+@fault("A056b", "tmpl.tools_dropped")
+@planted_by(in_conversations)
+def _tools_are_dropped(talk: Conversation) -> Conversation:
+    """The tools of a row, and with them its calls, are left out."""
+    return replace(talk, tools="", messages=tuple(without(message, "tool_calls") for message in talk.messages))
+
+
+@fault("A057", "tmpl.parts_printed")
+@in_place_of("shape_rows", prepare)
+def _parts_are_printed(right: Shaping, rows: Sequence[Row]) -> ShapedRows:
+    """Content in parts is printed as the list that it is."""
+
+    def printed(message: Mapping[str, object]) -> dict[str, object]:
+        content = message.get("content")
+        return {**message, "content": str(content) if isinstance(content, list) else content}
+
+    return right(
+        [
+            replace(row, values={**row.values, "messages": [printed(each) for each in row.values["messages"]]})
+            if "messages" in row.values
+            else row
+            for row in rows
+        ]
+    )
+
+
+@fault("A058", "tmpl.refused_row_refuses_all")
+@in_place_of("render", Encoder)
+def _refused_row_refuses_all(
+    right: Callable[..., tuple[list[Rendered], Refusals]], owner: Encoder, examples: Sequence[Example], **named: object
+) -> tuple[list[Rendered], Refusals]:
+    """One row that the template refuses ends everything."""
+    rendered, refused = right(owner, examples, **named)
+    for _, error in refused:
+        raise error
+    return rendered, refused
+
+
+@fault("A058b", "tmpl.refused_row_uncounted")
+@in_place_of("render", Encoder)
+def _refused_rows_are_not_counted(
+    right: Callable[..., tuple[list[Rendered], Refusals]], owner: Encoder, examples: Sequence[Example], **named: object
+) -> tuple[list[Rendered], Refusals]:
+    """Rows that the template refuses are missing without a word."""
+    return right(owner, examples, **named)[0], []
+
+
+@fault("A059", "tmpl.variable_ignored")
+@planted_by(in_conversations)
+def _variables_are_passed_over(talk: Conversation) -> Conversation:
+    """What a row sets for its template is passed over."""
+    return replace(talk, variables="")
+
+
+@fault("A083", "tok.pieces_one_by_one")
+def _pieces_one_by_one() -> None:
+    """Each stretch of a row is encoded by itself, with the space that a tokenizer puts before a text."""
+    in_pieces(lambda before, after: True)
+
+
+@fault("A083b", "tok.cut_before_every_answer")
+def _every_answer_is_cut_off() -> None:
+    """The text is cut before earlier answers, too, as no server cuts history."""
+    in_pieces(lambda before, after: after.trained and not before.trained)

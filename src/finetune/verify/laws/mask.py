@@ -7,8 +7,10 @@ from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
 from finetune.verify.laws.helpers import check_loss, comparable, loss_of, text_of, tokenized, tokenized_row
+from finetune.verify.laws.transcript import learned_text, said_of
 from finetune.verify.subjects.answers import Gradient, Logits
 from finetune_strategies.cases import mask as cases
+from finetune_strategies.cases.dialogues import TOOLS, Rich
 from finetune_strategies.cases.rows import PLAIN, TINY
 
 
@@ -34,6 +36,17 @@ def answers_that_weigh_nothing_are_not_learned(trainer: SubjectClient, case: cas
     said = text_of(trainer.words(model), row, trained=True).replace(b"\n", b"")
     expected = "".join(f"{answer}<|im_end|>" for answer in case.learned)
     check(said == expected.encode(), expected=expected, got=said.decode(errors="replace"))
+
+
+@law("mask.beside", ["tokenize"], cases.MASK_BESIDE, examples=8)
+@oracle("what the model's template, rendered by jinja2, has behind each prompt")
+def thoughts_and_calls_are_learned(trainer: SubjectClient, case: Rich) -> None:
+    """Thoughts and calls are learned with the answer that they belong to; questions, results and tools are not."""
+    model = trainer.model(TOOLS)
+    row = tokenized_row(trainer, model, case.value, {"template.name": "tokenizer", "tokens.max_length": 1000})
+    said = learned_text(trainer.words(model), row)
+    expected = "".join(said_of(model, case.messages, case.given))
+    check(said == expected, expected=expected, got=said)
 
 
 @law("mask.template", ["tokenize"], cases.MASK_TEMPLATE, examples=5)

@@ -7,11 +7,12 @@ from pathlib import Path
 from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
-from finetune.verify.laws.helpers import comparable, text_of, tokenized, tokenized_row
+from finetune.verify.laws.helpers import accepted, comparable, refused, text_of, tokenized, tokenized_row
+from finetune.verify.laws.transcript import OwnTokenizer, written_out
 from finetune.verify.subjects.answers import RenderedText, TokenIds, TrainingResult
 from finetune.verify.subjects.subject import UnsupportedError
 from finetune_strategies.cases import template as cases
-from finetune_strategies.cases.dialogues import CONTROL, Dialogue
+from finetune_strategies.cases.dialogues import CONTROL, TOOLS, Dialogue, Rich
 from finetune_strategies.cases.rows import PLAIN, TINY
 
 
@@ -40,6 +41,7 @@ def _alpaca(messages: list[dict[str, str]], *, prompt: bool) -> str:
     return "\n\n".join([*(system or [usual]), *turns, *(["### Response:\n"] if prompt else [])])
 
 
+_OWN = {"template.name": "tokenizer", "tokens.max_length": 1000}
 _FORMATS: Mapping[str, Callable[..., str]] = {"chatml": _chatml, "tokenizer": _chatml, "alpaca": _alpaca}
 
 
@@ -89,13 +91,75 @@ def tokens_are_those_of_the_text(trainer: SubjectClient, case: Dialogue) -> None
 def words_are_inert(trainer: SubjectClient, case: cases.Spoken) -> None:
     """Nothing that somebody says becomes a control token."""
     model = trainer.model(TINY)
-    rows = [{"prompt": "a", "completion": "b"}, case.pair.model_dump()]
-    found = tokenized(trainer, model, rows, {"tokens.max_length": 1000}).rows
+    found = tokenized(trainer, model, [case.plain.value, case.value], {"tokens.max_length": 1000}).rows
     words = trainer.words(model)
     said = [[words.get(token, b"?").decode("latin1") for token in row.ids] for row in found]
     control = [[word for word in row if word in CONTROL] for row in said]
     check(len(control) == 2, expected="2 rows", got=f"{len(control)} rows")
     check(control[0] == control[1], expected=control[0], got=control[1])
+
+
+@law("template.beside", ["tokenize"], cases.TEMPLATE_BESIDE, examples=8)
+@oracle("the model's template as jinja2 renders it: the model's tokenizer has one token for each byte")
+def what_stands_beside_a_text_is_kept(trainer: SubjectClient, case: Rich) -> None:
+    """Thoughts, calls, their results and tools become what the template makes of them, and nothing is lost of it."""
+    model = trainer.model(TOOLS)
+    row = tokenized_row(trainer, model, case.value, _OWN)
+    said, expected = text_of(trainer.words(model), row), written_out(model, case.messages, case.given)
+    check(all(word in expected for word in case.words), expected=f"{case.words} in the text", got=repr(expected))
+    check(said == expected.encode(), expected=repr(expected), got=repr(said.decode(errors="replace")))
+
+
+@law("template.ids", ["tokenize"], cases.MERGED, examples=14)
+@oracle("the tokenizers library, given the text as jinja2 renders it")
+def ids_are_those_of_a_server(trainer: SubjectClient, case: cases.Encoded) -> None:
+    """The ids of a row are its whole text's; where its last answer is asked for with others, these and the rest's."""
+    model = trainer.model(case.model)
+    row, tokenizer = tokenized_row(trainer, model, {"messages": case.messages}, _OWN), OwnTokenizer(model)
+    text = written_out(model, case.messages)
+    asked = written_out(model, case.messages[:-1], prompt=True)
+    whole, prompt = tokenizer.ids(text), tokenizer.ids(asked)
+    begins = whole[: len(prompt)] == prompt
+    expected = whole if begins else prompt + tokenizer.ids_of_rest(text[len(asked) :])
+    check(row.ids == expected, expected=expected, got=row.ids)
+
+
+@law("template.variables", ["tokenize"], cases.VARIABLES, examples=6)
+@oracle("the model's template as jinja2 renders it, with the variable and without")
+def variables_are_not_passed_over(trainer: SubjectClient, case: cases.Varied) -> None:
+    """A variable that a row sets changes the text as its template says, or the row is refused."""
+    model = trainer.model(TOOLS)
+    given, plain = (written_out(model, case.messages, more) for more in (case.variables, {}))
+    found = refused(lambda: tokenized(trainer, model, [case.value], _OWN))
+    said = [text_of(trainer.words(model), row).decode(errors="replace") for row in found.rows] if found else []
+    wanted = [] if given == plain else [given]
+    check(said == wanted, expected=wanted or "the row is refused", got=said)
+
+
+@law("template.refuses", ["tokenize"], cases.REFUSED, examples=6)
+@oracle("the rows without the one that the template refuses")
+def refused_rows_cost_themselves(trainer: SubjectClient, case: cases.Refused) -> None:
+    """A row that the template refuses is left out and counted, and no other with it."""
+    model = trainer.model(TOOLS)
+    found = accepted(lambda: tokenized(trainer, model, case.values, _OWN), "a file with a row that is refused")
+    others = [row for place, row in enumerate(case.values) if place != case.place]
+    expected = [(ids, targets) for _, ids, targets in comparable(tokenized(trainer, model, others, _OWN))]
+    check(
+        [(row.ids, row.targets) for row in found.rows] == expected,
+        expected=f"{len(expected)} rows, without number {case.place}",
+        got=f"rows {[row.row for row in found.rows]}",
+    )
+    check(sum(found.dropped.values()) == 1, expected="1 row left out", got=found.dropped)
+
+
+@law("template.parts", ["tokenize"], cases.PARTS, examples=6)
+@oracle("the row with its texts in one piece")
+def parts_are_a_text(trainer: SubjectClient, case: cases.InParts) -> None:
+    """Content in parts of text is that text, the parts on lines of their own."""
+    model = trainer.model(TINY)
+    whole = tokenized_row(trainer, model, {"messages": case.messages}, _OWN)
+    parts = accepted(lambda: tokenized_row(trainer, model, {"messages": case.in_parts}, _OWN), "content in parts")
+    check(parts == whole, expected=whole.ids, got=parts.ids)
 
 
 @law("template.ends", ["tokenize"], cases.TEMPLATE_ENDS, examples=6)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from jinja2 import TemplateError
 from mlx.utils import tree_flatten
 from mlx_lm import fuse, lora
 from mlx_lm.generate import stream_generate
@@ -32,7 +33,18 @@ from mlx_lm_run import (
     tokenizer_of,
     trained,
 )
-from peer import MISSING, Answer, Given, Prompts, prompt_ids, read_request, rendered, without_end, write_request
+from peer import (
+    MISSING,
+    Answer,
+    Given,
+    Prompts,
+    prompt_ids,
+    read_request,
+    rendered,
+    require_texts,
+    without_end,
+    write_request,
+)
 from serving import RefusesError, UnsupportedError, guarded, serve
 
 
@@ -62,6 +74,9 @@ def stops(model: str, settings: Given) -> Answer:
 
 def tokenize(model: str, settings: Given, rows: Sequence[Given]) -> Answer:
     """Rows as they leave its iterator one by one; its loss says which tokens count."""
+    require_texts(rows)
+    if any("chat_template_kwargs" in row for row in rows):
+        raise UnsupportedError("its rows set no variables of a template")
     found: list[dict[str, Any]] = []
     indices: list[int] = []
     right = CacheDataset.__getitem__
@@ -86,7 +101,10 @@ def tokenize(model: str, settings: Given, rows: Sequence[Given]) -> Answer:
     )
     config["iters"] = len(rows) + 1
     with in_place(CacheDataset, "__getitem__", noted):
-        trained(config, rows, batches=watched, loss=no_loss)
+        try:
+            trained(config, rows, batches=watched, loss=no_loss)
+        except TemplateError as error:
+            raise UnsupportedError(f"a row that its template refuses ends its preparation: {error}") from error
     return {"rows": sorted(found, key=lambda row: row["row"])}
 
 

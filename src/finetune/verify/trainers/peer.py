@@ -48,6 +48,12 @@ def require_neutral(name: str, value: object, lacks: Mapping[str, tuple[Any, str
         raise UnsupportedError(f"{name}: {value!r}: {why}")
 
 
+def require_texts(rows: Sequence[Given]) -> None:
+    """Say of rows whose messages hold parts in the place of texts that a trainer of texts reads none."""
+    if any(isinstance(turn["content"], list) for row in rows for turn in row.get("messages", ())):
+        raise UnsupportedError("it hands content in parts to the template as it is: parts are for models that see")
+
+
 def adapter_kind(settings: Given) -> str:
     """The kind of adapter, of those that these trainers have."""
     kind: str = settings.get("adapter.kind", "lora")

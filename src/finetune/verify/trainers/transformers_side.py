@@ -16,7 +16,8 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peer import MISSING, Answer, Prompts, prompt_ids, read_request, rendered, without_end, write_request
+from jinja2 import TemplateError
+from peer import MISSING, Answer, Prompts, prompt_ids, read_request, rendered, require_texts, without_end, write_request
 from safetensors.torch import save_file
 from serving import RefusesError, UnsupportedError, guarded, serve
 from transformers_settings import (
@@ -90,7 +91,11 @@ class TransformersSide:
         """The rows of its training data set, as it has prepared them."""
         if settings.get("training.packing"):
             raise UnsupportedError("packed sequences do not say which row they are of")
-        trainer = self._trainer(model, settings, rows)
+        require_texts(rows)
+        try:
+            trainer = self._trainer(model, settings, rows)
+        except TemplateError as error:
+            raise UnsupportedError(f"a row that its template refuses ends its preparation: {error}") from error
         found = [
             {"row": row["row"], "ids": list(row["input_ids"]), "targets": [label != IGNORED for label in row["labels"]]}
             for row in trainer.train_dataset

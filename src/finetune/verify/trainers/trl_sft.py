@@ -39,13 +39,17 @@ def _build(job: TrainerInputs) -> Any:
 def _marked(template: str | None) -> str:
     """A template that says what of it is an answer, as TRL asks its users to write it; it renders the same."""
     own = template or ""
+    if "{%- generation %}" in own:
+        return own
     if _TURN not in own:
         raise UnsupportedError("its template does not say what of it is an answer, and TRL asks for that")
     return own.replace(_TURN, _MARKED_TURN)
 
 
 def _data(rows: Sequence[Given]) -> Any:
-    return datasets.Dataset.from_list([{**_shaped(row), "row": place} for place, row in enumerate(rows)])
+    shaped = [{**_shaped(row), "row": place} for place, row in enumerate(rows)]
+    # Without that, Arrow gives each call the arguments of all others.
+    return datasets.Dataset.from_list(shaped, on_mixed_types="use_json")
 
 
 def _shaped(row: Given) -> dict[str, Any]:
