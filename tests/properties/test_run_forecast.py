@@ -86,7 +86,7 @@ def test_rows_that_are_left_out_are_said_beforehand(place: Path, tmp_path: Path)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = forecast_run(prepare(loaded(place, data__train=str(file), template__name="chatml")))
     dropped, reaching, *_ = found.sentences()
-    assert dropped == "2 of 3 rows are trained on; dropped: 1 template 'chatml' does not show thinking"
+    assert dropped == "2 of 3 rows are trained on; dropped: 1 template 'chatml' does not show a thought"
     assert reaching == f"{found.rows.reaching} tokens reach from a prompt into an earlier answer, and are not learned"
     assert found.values()["rows"]["reaching"] == found.rows.reaching > 0
     assert len(forecast_run(prepare(loaded(place))).sentences()) == 2

@@ -1,5 +1,6 @@
 """Laws of the templates room: the public formats byte for byte, one prompt for training and asking, answers marked."""
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -190,6 +191,36 @@ def test_template_that_takes_parts_alone_is_given_parts(content: str) -> None:
     plain = ChatTemplate(TemplateSource("any.jinja", LOOP), ("<|im_end|>",), bos="", eos="")
     asked = talk("system:s", "user:a", "assistant:b", "user:c", "assistant:d")
     assert stretches(chat.render(asked)) == stretches(plain.render(asked))
+
+
+@pytest.mark.parametrize("named", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("known", ["reasoning_content", "reasoning", "thinking"])
+def test_thought_is_one_whatever_it_is_called(named: str, known: str) -> None:
+    """A template is given a thought under the name by which it shows it."""
+    jinja = LOOP.replace(
+        "{{ m.content }}", f"{{% if m.{known} %}}({{{{ m.{known} }}}}) {{% endif %}}{{{{ m.content }}}}"
+    )
+    chat = ChatTemplate(TemplateSource("any.jinja", jinja), ("<|im_end|>",), bos="", eos="")
+    thinks = Message("assistant", "b", json.dumps({named: "why"}))
+    rendered = chat.render(Conversation((Message("user", "a"), thinks), "rows.jsonl:7"))
+    assert [text for text, trained in stretches(rendered) if trained] == ["(why) b<|im_end|>"]
+
+
+@pytest.mark.parametrize("result", ["grey", 'a "b"\nc', "{{ x }} é"])
+def test_result_that_is_written_as_json_is_shown(result: str) -> None:
+    """A template may write a result as JSON, as gpt-oss' does: none of it is learned; one that it loses is told."""
+    answers = "{% if m.role == 'tool' %}{{ SHOWN }}{% else %}{{ m.content }}{% endif %}"
+    turns = (Message("user", "a"), Message("assistant", "b"), Message("tool", result), Message("assistant", "c"))
+    for shown, lost in (("m.content | tojson", False), ("m.content[:1] | tojson", True)):
+        jinja = LOOP.replace("{{ m.content }}", answers.replace("SHOWN", shown))
+        chat = ChatTemplate(TemplateSource("any.jinja", jinja), ("<|im_end|>",), bos="", eos="")
+        if lost:
+            with pytest.raises(TemplateError, match="does not show a result"):
+                chat.render(Conversation(turns, "rows.jsonl:7"))
+        else:
+            rendered = chat.render(Conversation(turns, "rows.jsonl:7"))
+            assert [text for text, learned in stretches(rendered) if learned] == ["b<|im_end|>", "c<|im_end|>"]
+            assert json.dumps(result, ensure_ascii=False) in rendered.text
 
 
 def test_variable_of_a_row_changes_it_or_is_refused() -> None:

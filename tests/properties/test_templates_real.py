@@ -159,7 +159,7 @@ OUTSIDE = {
     "mistral-v0.3": (WITH_SYSTEM, "lost: system"),
     "command-r": (talk("user:a", "user:b", "assistant:c"), "roles must alternate"),
     "gemma-3": (talk("user:a", "assistant:b", "assistant:c"), "roles must alternate"),
-    "qwen-2": (rich("", "", {"reasoning_content": "why"}, "b"), "does not show reasoning_content"),
+    "qwen-2": (rich("", "", {"reasoning_content": "why"}, "b"), "does not show a thought"),
     "llama-3": (rich("f", "", {}, "b"), "does not show tools"),
     "zephyr": (rich("", "", {"tool_calls": [call("g")]}, "b"), "does not show tool_calls"),
     "qwen-3": (rich("f", "", {"reasoning_content": "so <|im_end|>"}, "b"), "would show the control token '<|im_end|>'"),

@@ -39,10 +39,10 @@ def test_what_the_laws_are_tried_on_is_here(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_ids_are_those_of_transformers(name: str) -> None:
-    """Prompts and rows of each of 38 conversations that the template takes."""
+    """Prompts and rows of each of 49 conversations that the template takes."""
     outcome = _compared(name)
     assert wrong(PAIRS[name], outcome, ("prompt", "row")) == []
-    assert outcome.equal["prompt"] + outcome.named + len(outcome.refused) == len(CONVERSATIONS) == 38
+    assert outcome.equal["prompt"] + outcome.named + len(outcome.refused) == len(CONVERSATIONS) == 49
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)

@@ -4,16 +4,19 @@
 """
 
 import contextlib
+import json
 import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import jinja2
 
 from finetune.backends import open_backend
 from finetune.chat.encode import encode_row
@@ -59,7 +62,63 @@ BELONGS: dict[str, tuple[str, ...]] = {
 }
 """Which templates belong to a tokenizer: its own, those built in, those of its family, and those that were got."""
 
+_WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Of a place.",
+        "parameters": {
+            "type": "object",
+            "properties": {"place": {"type": "string", "description": "Where."}},
+            "required": ["place"],
+        },
+    },
+}
+TOOLS = json.dumps([_WEATHER])
+
+
+def saying(text: str, **more: object) -> Message:
+    """An answer that has more than text."""
+    return Message("assistant", text, json.dumps(more, ensure_ascii=False))
+
+
+def calling(place: str, **more: object) -> Message:
+    """An answer that is a call."""
+    function = {"name": "weather", "arguments": {"place": place}}
+    return saying("", tool_calls=[{"id": "000000001", "type": "function", "function": function}], **more)
+
+
+_RESULT = Message("tool", '{"sky": "grey"}', '{"name": "weather", "tool_call_id": "000000001"}')
+_ASKED = Message("user", "What is it like in Zürich?")
+RICH = {
+    "thought beside": Conversation((_ASKED, saying("Grey.", reasoning_content="It is winter.")), "row"),
+    "thought beside, earlier": Conversation(
+        (
+            _ASKED,
+            saying("Grey.", reasoning_content="It is winter."),
+            Message("user", "Why?"),
+            Message("assistant", "Fog."),
+        ),
+        "row",
+    ),
+    "thinking beside": Conversation((_ASKED, saying("Grey.", thinking="It is winter.")), "row"),
+    "tools, unused": Conversation((_ASKED, Message("assistant", "Grey.")), "row", TOOLS),
+    "call": Conversation((_ASKED, calling("Zürich")), "row", TOOLS),
+    "call without a text": Conversation((_ASKED, calling("Zürich", content=None)), "row", TOOLS),
+    "call, result, answer": Conversation(
+        (Message("system", "Be brief."), _ASKED, calling("Zürich"), _RESULT, Message("assistant", "Grey.")),
+        "row",
+        TOOLS,
+    ),
+    "call with a text": Conversation((_ASKED, replace(calling("Zürich"), content="Let me see.")), "row", TOOLS),
+    "greeting": talk("assistant:Hello!", "user:Who are you?", "assistant:A model."),
+    "variable": Conversation((_ASKED, Message("assistant", "Grey.")), "row", "", '{"enable_thinking": false}'),
+    "documents": Conversation(
+        (_ASKED, Message("assistant", "Grey.")), "row", "", '{"documents": [{"title": "Fog", "text": "It is grey."}]}'
+    ),
+}
 CONVERSATIONS = {
+    **RICH,
     "plain": talk("user:Hi", "assistant:Yes"),
     "system": talk("system:Be brief.", "user:What is 2 + 2?", "assistant:4"),
     "turns": talk("user:Hi", "assistant:Hello!", "user:Who are you?", "assistant:A model."),
@@ -186,13 +245,27 @@ def one_day() -> Iterator[None]:
         yield
 
 
-def text_of(pair: Pair, jinja: str, messages: Sequence[Message], *, asking: bool) -> str:
-    """The text that transformers renders."""
-    told = [{"role": message.role, "content": message.content} for message in messages]
-    said = transformers_tokenizer(pair.tokenizer).apply_chat_template(
-        told, chat_template=jinja, tokenize=False, add_generation_prompt=asking
-    )
-    return str(said)
+def text_of(pair: Pair, jinja: str, told: Conversation, *, asking: bool) -> str:
+    """The text that transformers renders; a thought has the name under which the template shows it, if it has one."""
+    given = {"tools": json.loads(told.tools or "null"), **json.loads(told.variables or "{}")}
+    found = []
+    for called in ("", "reasoning_content", "thinking"):
+        turns = [
+            {"role": each.role, "content": each.content, **json.loads(each.more or "{}")} for each in told.messages
+        ]
+        thoughts = [turn[name] for turn in turns for name in ("reasoning_content", "thinking") if name in turn]
+        if called:
+            turns = [
+                {called if name in ("reasoning_content", "thinking") else name: value for name, value in turn.items()}
+                for turn in turns
+            ]
+        said = transformers_tokenizer(pair.tokenizer).apply_chat_template(
+            turns, chat_template=jinja, tokenize=False, add_generation_prompt=asking, **given
+        )
+        found.append(str(said))
+        if all(thought in said for thought in thoughts):
+            return str(said)
+    return found[0]
 
 
 def ids_of(pair: Pair, text: str, tokenizer: FileTokenizer) -> Ids:
@@ -225,8 +298,8 @@ def names_control(pair: Pair, conversation: Conversation, jinja: str) -> bool:
         if special and roles:
             return True
         if roles - {"assistant"}:
-            without = [Message(message.role, "x") for message in conversation.messages]
-            if text in text_of(pair, jinja, without, asking=False):
+            without = tuple(Message(message.role, "x") for message in conversation.messages)
+            if text in text_of(pair, jinja, Conversation(without, ""), asking=False):
                 return True
     return False
 
@@ -252,8 +325,12 @@ def compare(pair: Pair, conversations: Mapping[str, Conversation] = CONVERSATION
             outcome.refused[name] = _reason(pair, error)
             continue
         with one_day():
-            prompt = text_of(pair, jinja, conversation.prompt.messages, asking=True)
-            whole = text_of(pair, jinja, conversation.messages, asking=False)
+            try:
+                prompt = text_of(pair, jinja, conversation.prompt, asking=True)
+                whole = text_of(pair, jinja, conversation, asking=False)
+            except jinja2.TemplateError as error:
+                outcome.refused[name] = f"transformers refuses: {error}"
+                continue
             if names_control(pair, conversation, jinja):
                 outcome.named += 1
                 continue

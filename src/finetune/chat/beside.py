@@ -2,14 +2,17 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 from finetune.errors import TemplateError
 from finetune.records import Conversation, Message
 
 _TAG = re.compile(r"</?[A-Za-z_]+>")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""What a thought is called, by this template or that."""
 _CALL = {"id": "000000000", "type": "function", "function": {"name": "probe", "arguments": {}}}
 PROBE_CALL = Conversation(
     (Message("user", "question"), Message("assistant", "", json.dumps({"content": None, "tool_calls": [_CALL]}))),
@@ -50,10 +53,11 @@ def what_is_given(talk: Conversation, *, as_parts: bool) -> dict[str, Any]:
 def require_shown(name: str, talk: Conversation, real: str, learned: Sequence[int]) -> None:
     """Refuse a template that loses what learned messages have beside their text, or the tools."""
     for part, words in _beside(talk, learned):
-        if not all(_shows(real, word) for word in words):
+        if not all(any(_shows(real, way) for way in ways) for ways in words):
+            last = "; where it shows that of the last answer alone, set template.train_on to last" * (len(learned) > 1)
             raise TemplateError(
                 f"{talk.where}: template {name!r} does not show {part}",
-                hint="choose a template that knows it, such as the model's own, or leave it out of the data",
+                hint=f"choose a template that knows it, such as the model's own, or leave it out of the data{last}",
             )
 
 
@@ -78,17 +82,21 @@ def require_harmless(
             )
 
 
-def _beside(talk: Conversation, learned: Sequence[int]) -> Iterator[tuple[str, list[str]]]:
-    """What learned messages have beside their text, and tools: each with words that the template must show."""
+def _beside(talk: Conversation, learned: Sequence[int]) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+    """What learned messages have beside their text, results and tools: each with what the template must show of it."""
     for index in learned:
         more = json.loads(talk.messages[index].more or "{}")
         if isinstance(more.get("content"), str):
-            yield "an answer", [words for each in _TAG.split(more["content"]) if (words := each.strip())]
-        for part in ("reasoning_content", "reasoning", "thinking"):
+            yield "an answer", [(words,) for each in _TAG.split(more["content"]) if (words := each.strip())]
+        for part in _THOUGHTS:
             if isinstance(more.get(part), str):
-                yield part, [more[part].strip()]
+                yield "a thought", [(more[part].strip(),)]
         calls = more.get("tool_calls") or ([more["function_call"]] if "function_call" in more else [])
         yield "tool_calls", _names(calls)
+    for message in talk.messages:
+        if message.role == "tool" and not message.content and message.more:
+            content = str(json.loads(message.more).get("content", ""))
+            yield "a result", [(content.strip(), json.dumps(content, ensure_ascii=False)[1:-1])]
     yield "tools", _names(json.loads(talk.tools or "[]"))
 
 
@@ -98,24 +106,52 @@ def _shows(text: str, words: str) -> bool:
 
 
 def other_ways(conversation: Conversation) -> Iterator[Conversation]:
-    """The conversation in other words for the same: no text as an empty one, tagged answers as wholes."""
-    for whole in (False, True):
-        messages = []
-        for message in conversation.messages:
-            more = json.loads(message.more or "{}")
-            if more.get("content", "") is None:
-                del more["content"]
-            content = message.content
-            if whole and message.role == "assistant" and _TAG.search(content):
-                more["content"], content = content, ""
-            text = json.dumps(more, ensure_ascii=False) if more else ""
-            messages.append(replace(message, content=content, more=text))
-        if tuple(messages) != conversation.messages:
-            yield replace(conversation, messages=tuple(messages))
+    """The conversation in other words for the same: templates differ in how they take what is more than text."""
+    tried = {conversation.messages}
+    for changes in product((None, _empty), (None, _tagged), (None, _quoted), (None, *_THOUGHTS)):
+        messages = conversation.messages
+        for change in changes:
+            if change:
+                messages = tuple(_changed(message, change) for message in messages)
+        if messages not in tried:
+            tried.add(messages)
+            yield replace(conversation, messages=messages)
 
 
-def _names(functions: object) -> list[str]:
+def _changed(message: Message, change: str | Callable[[str, str, dict[str, Any]], str]) -> Message:
+    """A message whose thought is under another name, or whose text is elsewhere."""
+    more = json.loads(message.more or "{}")
+    content = message.content
+    if callable(change):
+        content = change(message.role, content, more)
+    elif thought := next((more.pop(name) for name in _THOUGHTS if name in more), None):
+        more[change] = thought
+    return replace(message, content=content, more=json.dumps(more, ensure_ascii=False) if more else "")
+
+
+def _empty(_: str, content: str, more: dict[str, Any]) -> str:
+    """No text as an empty one."""
+    if more.get("content", "") is None:
+        del more["content"]
+    return content
+
+
+def _tagged(role: str, content: str, more: dict[str, Any]) -> str:
+    """An answer that the template takes apart, as some do by `<think>`: it is looked at as a whole."""
+    if role == "assistant" and _TAG.search(content):
+        more["content"], content = content, ""
+    return content
+
+
+def _quoted(role: str, content: str, more: dict[str, Any]) -> str:
+    """A result that the template writes as JSON: it is looked at as a whole."""
+    if role == "tool" and content:
+        more["content"], content = content, ""
+    return content
+
+
+def _names(functions: object) -> list[tuple[str, ...]]:
     """The names of functions that are called, or can be."""
     listed = functions if isinstance(functions, list) else []
     inner = [each.get("function", each) for each in listed if isinstance(each, dict)]
-    return [each["name"] for each in inner if isinstance(each, dict) and isinstance(each.get("name"), str)]
+    return [(each["name"],) for each in inner if isinstance(each, dict) and isinstance(each.get("name"), str)]

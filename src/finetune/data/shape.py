@@ -12,7 +12,7 @@ from finetune.errors import DataError
 from finetune.records import Conversation, Document, Message, Row
 
 _HINT = "rows are alpaca (instruction, output), chat (messages), prompt/completion, or text"
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 Example = Conversation | Document
 
 

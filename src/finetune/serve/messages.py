@@ -32,8 +32,8 @@ def unservable_reason(encoder: Encoder, conversation: Conversation) -> str:
         return "have an input of their own, a role that no chat API has"
     if encoder.template.held(conversation):
         return "hold a template's turns in their text, around which a server puts its own"
-    if is_rich(conversation) or any(each.role == "tool" for each in conversation.messages):
-        return "have tools, thoughts or variables of their own, which this check does not send"
+    if is_rich(conversation) or any(each.role in ("tool", "developer") for each in conversation.messages):
+        return "have tools, thoughts, variables or a developer's message, which this check does not send"
     if has_control(chat_messages(conversation), encoder.tokenizer.control_tokens):
         return "have a control token's name in their text, which servers take for it"
     return ""
