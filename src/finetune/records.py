@@ -264,9 +264,10 @@ class ModelShape:
 class AdapterTarget:
     """The adapter to attach to every linear layer whose path ends with one of `modules`.
 
-    `kind` is one that `adapters/kinds` registers. `scaling` says what B A is multiplied with: alpha / rank, or alpha /
-    sqrt(rank). The patterns give layers a rank or an alpha of their own, as PEFT's do: each is a regular expression for
-    a path or the end of one, and the first that fits counts. `saved` are paths of modules that are trained whole.
+    `kind`: one that `adapters/kinds` registers. `scaling`: B A is multiplied with alpha / rank, or alpha / sqrt(rank).
+    The patterns give layers a rank or an alpha of their own, as PEFT's do: each is a regular expression for a path or its
+    end, the first that fits counts. `saved` are paths of modules trained whole, `rows` those of tables whose rows of
+    these numbers are trained; a tied head goes with its embedding.
     """
 
     rank: int
@@ -278,6 +279,7 @@ class AdapterTarget:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     saved: tuple[str, ...] = ()
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def rank_of(self, path: str) -> int:
         """The rank of one layer's adapter."""

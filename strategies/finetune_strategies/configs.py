@@ -68,6 +68,15 @@ _YES_OR_NO = Setting(st.booleans(), st.sampled_from([0, 1, 2, "", "maybe", [], {
 _EXTRA_RUNS = _words("auto", "always", "never")
 _TEMPLATES = _words("auto", "tokenizer", "alpaca", "chatml", "llama2", "llama3")
 _NAME_LISTS = st.lists(texts(), min_size=1, max_size=4)
+
+
+def _new_tokens(*tokens: str) -> Setting:
+    wrong: st.SearchStrategy[Any] = st.sampled_from(
+        ["<a>", "", [""], [1], [True], ["a\nb"], ["x" * 129], {}, 3, True, None]
+    )
+    return Setting(st.lists(st.sampled_from(tokens), max_size=3, unique=True), wrong)
+
+
 _NO_MAPPINGS = st.sampled_from(
     [{}, [], "q_proj", 3, True, {"": 1}, {"q_proj": "x"}, {"q_proj": None}, {1: 2}, ["q_proj"]]
 )
@@ -116,6 +125,8 @@ SETTINGS: dict[str, Setting] = {
     "tokens.max_length": _optional(_whole(8)),
     "tokens.truncation": _words("drop", "truncate_prompt", "split", "refuse"),
     "tokens.cache": _optional(_TEXT),
+    "tokens.add_special_tokens": _new_tokens("[CALL]", "<|end of it|>", "\N{LATIN SMALL LETTER E WITH ACUTE}|"),
+    "tokens.add_tokens": _new_tokens("<tool>", "</tool>", "@@"),
     "adapter.kind": _words(*KINDS, "full"),
     "adapter.rank": _whole(1),
     "adapter.alpha": _POSITIVE,

@@ -26,6 +26,8 @@ OUTSIDE = (
     "data.rehearsal",
     "data.retention",
     "tokens.cache",
+    "tokens.add_special_tokens",
+    "tokens.add_tokens",
     "tracking.to",
     "tracking.project",
     "tracking.name",

@@ -149,7 +149,8 @@ def test_plan_leaves_nothing_open(
     quantize, size = config.model.quantize, config.model.quantize_group_size
     unable = not ABILITIES[config.backend].schemes
     packed = unable + (kind == "full") if quantize else size != 64
-    if conflicts := too_long + two_splits + no_template + idle + unwatched + margin + packed:
+    rows = bool(config.tokens.add_special_tokens) + bool(config.tokens.add_tokens) if kind == "ia3" else 0
+    if conflicts := too_long + two_splits + no_template + idle + unwatched + margin + packed + rows:
         with pytest.raises(ConfigError) as caught:
             resolve(loaded, facts)
         assert len(caught.value.problems) == conflicts

@@ -69,6 +69,8 @@ CHANGES: dict[str, Change] = {
     "tokens.max_length": Change(40),
     "tokens.truncation": Change("truncate_prompt", {"tokens.max_length": 40}),
     "tokens.cache": Change("CACHE"),
+    "tokens.add_special_tokens": Change(["[CALL]"]),
+    "tokens.add_tokens": Change(["[CALL]"]),
     "adapter.kind": Change("dora"),
     "adapter.rank": Change(3),
     "adapter.alpha": Change(5.0),
@@ -175,7 +177,7 @@ def outcome(settings: dict[str, Any], places: dict[str, str], output: Path) -> A
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     """What a memory measurement was asked for; the reference backend itself has no means to measure."""
     found: list[Any] = []
 
@@ -183,6 +185,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         found.append((request[0], sizes))
         raise extra_runs.EvidenceError("not here")
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("finetune.tracking.tracker.find_spec", lambda name: name)
     monkeypatch.setattr(
         "finetune.tracking.consumer.open_tracker",

@@ -107,9 +107,9 @@ def test_merged_files_hold_what_base_and_adapter_give(kinds: list[str], shards: 
 @example(-1e-40)
 def test_bfloat16_is_the_nearest(value: float) -> None:
     """What a float is rounded to is a bfloat16, none is nearer, and of two as near it is the even one."""
-    from finetune.export.model_files import _to_bfloat16
+    from finetune.export.model_files import to_bfloat16
 
-    bits = int(_to_bfloat16(np.array([value], np.float32))[0])
+    bits = int(to_bfloat16(np.array([value], np.float32))[0])
 
     def number(upper: int) -> float:
         return float(np.array([upper << 16], np.uint32).view(np.float32)[0])

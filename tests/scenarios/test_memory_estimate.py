@@ -18,7 +18,7 @@ from finetune.memory.framework import FRAMEWORKS
 from finetune.memory.kept import KNOWN
 from finetune.memory.load import StepLoad, full_load, load_of
 from finetune.models.locate import SHIPPED, locate_model
-from finetune.models.shape import read_shape
+from finetune.models.shape import read_shape, token_tables
 from finetune.records import AdapterTarget, Batch, Optimization, TokenizedRow
 from support.sessions import Bench, make_model, need
 
@@ -121,6 +121,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"kind": "dora"},
     "dora with dropout": {"kind": "dora", "dropout": 0.2},
     "patterns": {"rank_pattern": {r".*\.0\..*": 7}},
+    "rows": {"rows": (3, 5, 210)},
     "whole modules": {"saved": ("embed_tokens", "lm_head", "norm", "ln_f")},
 }
 
@@ -128,13 +129,15 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_live_tensors_are_as_counted_for_every_kind_of_adapter(family: Bench, kind: str, dtype: str) -> None:
-    """With DoRA, ranks by pattern and modules trained whole, live tensors peak within 5 % of what is expected."""
+    """With DoRA, ranks by pattern, new tokens and whole modules, live tensors peak within 5 % of what is expected."""
     shape = read_shape(family.location.folder)
     ends = set(KINDS[kind].get("saved", ())) - ({"embed_tokens", "lm_head"} if shape.tied_head else set())
     modules = (name.rpartition(".")[0] for name in shape.weights)
     saved = tuple(path for path in dict.fromkeys(modules) if path.rsplit(".", 1)[-1] in ends)
     assert len(saved) == ((1 if shape.tied_head else 3) if ends else 0)
-    target = replace(target_of(family, {}), **{**KINDS[kind], "saved": saved})
+    tables = [name.removesuffix(".weight") for name in token_tables(shape)]
+    rows = dict.fromkeys(tables, KINDS[kind]["rows"]) if "rows" in KINDS[kind] else {}
+    target = replace(target_of(family, {}), **{**KINDS[kind], "saved": saved, "rows": rows})
     batch = batch_of(shape.vocab_size, {"rows": 4, "length": 40})
     told = forecast_of(family, target, dtype, load_of([batch]))
     assert told.expected.tensors == about(peak_of(family, target, batch, dtype=dtype), dtype)

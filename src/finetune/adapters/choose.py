@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from finetune.adapters.kinds import kind_of
 from finetune.errors import ModelError
-from finetune.models.shape import is_head
+from finetune.models.shape import is_head, token_tables
 from finetune.records import AdapterTarget, LinearLayer, ModelShape, fits
 
 
@@ -64,6 +64,23 @@ def choose_saved(shape: ModelShape, names: Sequence[str], modules: Sequence[str]
             )
         chosen += hit
     return tuple(dict.fromkeys(chosen))
+
+
+def choose_rows(shape: ModelShape, ids: Sequence[int], saved: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """The rows of these tokens by the paths of the tables that hold them, beside modules that are trained whole.
+
+    Raises:
+        ModelError: such a module is a table itself, or as `token_tables`.
+    """
+    if not ids:
+        return {}
+    tables = [name.removesuffix(".weight") for name in token_tables(shape)]
+    if twice := [path for path in tables if path in saved]:
+        raise ModelError(
+            f"adapter.modules_to_save: {twice[0]!r} is to be trained whole, and its rows of new tokens by themselves",
+            hint="leave it out of adapter.modules_to_save",
+        )
+    return dict.fromkeys(tables, tuple(ids))
 
 
 def ends_with(paths: Iterable[str], name: str) -> list[str]:
@@ -161,6 +178,26 @@ def refuse_tied(shapes: Mapping[str, Sequence[int]], words: int, owner: str) -> 
             f"{owner} holds {tables[0]}, which is embedding and output head in one: here the two would come apart",
             hint="use the torch backend for this adapter",
         )
+
+
+def tables_with_rows(shapes: Mapping[str, Sequence[int]], target: AdapterTarget) -> dict[str, tuple[int, ...]]:
+    """The rows that an adapter trains by the whole paths of their tables, among weights of these shapes.
+
+    Raises:
+        ModelError: there is no such table, or it has no such row.
+    """
+    paths = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
+    found: dict[str, tuple[int, ...]] = {}
+    for name, rows in target.rows.items():
+        hit = ends_with(paths, name)
+        if len(hit) != 1 or max(rows, default=0) >= shapes[f"{hit[0]}.weight"][0]:
+            what = f"row {max(rows)} of {name!r}, which has none of that number" if hit else f"rows of {name!r}"
+            raise ModelError(
+                f"the adapter trains {what} in this model",
+                hint="use the base model that the adapter was trained on, with its new tokens",
+            )
+        found[hit[0]] = rows
+    return found
 
 
 def saved_weights(weights: Iterable[str], target: AdapterTarget) -> list[str]:

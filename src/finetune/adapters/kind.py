@@ -81,6 +81,8 @@ class AdapterKind(ABC):
     tensors: ClassVar[tuple[AdapterTensor, ...]]
     low_rank: ClassVar[bool] = False
     """Whether scale x B A is all that it adds to a weight, so that it folds into one and fits into GGUF."""
+    token_rows: ClassVar[bool] = False
+    """Whether PEFT trains single rows of the embedding beside it, for new tokens."""
     learning_rate_factor: ClassVar[float] = 1.0
     """How many times LoRA's learning rate it takes, where none is set."""
     peft_type: ClassVar[str]
@@ -174,3 +176,17 @@ def switch(settings: Mapping[str, Any], key: str) -> bool:
     if settings.get(key) not in (None, False, True):
         raise TypeError(f"{key} is neither true nor false")
     return bool(settings.get(key))
+
+
+def read_rows(value: Any) -> dict[str, tuple[int, ...]]:
+    """PEFT's `trainable_token_indices`: which rows of which tables are trained; a list alone is the embedding's.
+
+    Raises:
+        TypeError, ValueError: it is neither, or numbers a row twice.
+    """
+    if isinstance(value, list):
+        value = {"embed_tokens": value}
+    for rows in value.values():
+        if not all(type(row) is int and row >= 0 for row in rows) or len(set(rows)) < len(rows):
+            raise ValueError("trainable_token_indices are no rows of a table")
+    return {str(path): tuple(rows) for path, rows in value.items()}

@@ -1,7 +1,8 @@
 """An adapter's files in PEFT's own format: their names, their settings, and which layers they speak of.
 
 Next to the tensors lies `adapter_config.json`. A tensor of a layer at `path` is named `base_model.model.<path>.` and
-what its kind says, such as `lora_A.weight`; of a module that was trained whole the weights have their own names.
+what its kind says, such as `lora_A.weight`; of a module that was trained whole the weights have their own names, and
+of a table of which some rows were trained there are those (rows x width).
 
 Source: `PeftConfig` and `get_peft_model_state_dict` of Hugging Face PEFT.
 """
@@ -23,6 +24,8 @@ Layers = Mapping[str, tuple[int, int]]
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MLX_WEIGHTS = "adapters.safetensors"
 """What mlx-lm calls the tensors of an adapter."""
+ROWS = "token_adapter.trainable_tokens_delta"
+"""What follows the path of a table for its rows that are trained; they are the rows themselves, no differences."""
 _COMMON = {"peft_type", "target_modules", "modules_to_save"}
 _WITHOUT_EFFECT = {
     "auto_mapping",
@@ -67,10 +70,20 @@ def saved_name(name: str) -> str:
     return f"base_model.model.{path}.modules_to_save.default.{leaf}"
 
 
-def frozen_name(name: str, adapted: Container[str], saved: Container[str]) -> str:
-    """What PEFT calls a weight of the base once layers at the paths `adapted` and the weights `saved` are trained."""
+def rows_name(path: str) -> str:
+    """What PEFT calls the rows of the table at a path that are trained, in their order."""
+    return f"base_model.model.{path}.{ROWS}.default"
+
+
+def frozen_name(name: str, adapted: Container[str], saved: Container[str], tables: Container[str] = ()) -> str:
+    """What PEFT calls a weight of the base once layers at the paths `adapted` and the weights `saved` are trained.
+
+    Args:
+        tables: the paths of tables of which rows are trained.
+    """
     path, _, leaf = name.rpartition(".")
     inner = "base_layer." if path in adapted else "original_module." if name in saved else ""
+    inner = "token_adapter.base_layer." if path in tables else inner
     return f"base_model.model.{path}.{inner}{leaf}"
 
 
@@ -78,14 +91,17 @@ def on_disk(name: str) -> str:
     """The name in the file of a tensor that PEFT calls `name` in memory."""
     if found := layer_tensor(name):
         return name.removesuffix(found.tensor.in_memory).removesuffix(found.tensor.on_disk) + found.tensor.on_disk
-    return name.replace(".modules_to_save.default.", ".")
+    return name.replace(".modules_to_save.default.", ".").replace(f".{ROWS}.default", f".{ROWS}")
 
 
-def tensor_shapes(layers: Layers, target: AdapterTarget, saved: Mapping[str, Shape]) -> dict[str, Shape]:
+def tensor_shapes(
+    layers: Layers, target: AdapterTarget, saved: Mapping[str, Shape], width: int = 0
+) -> dict[str, Shape]:
     """The shape of every tensor in the file of this adapter, by its name there.
 
     Args:
         saved: the shape of each weight of the modules that are trained whole.
+        width: of the tables of which rows are trained; the target names these by their whole paths.
 
     Raises:
         ModelError: as `adapted_layers`.
@@ -94,6 +110,7 @@ def tensor_shapes(layers: Layers, target: AdapterTarget, saved: Mapping[str, Sha
     for path in adapted_layers(layers, target.modules):
         sizes = kind_of(target).shapes(target, path, *layers[path])
         shapes |= {on_disk(name): sizes[key] for key, name in layer_tensors(target, path).items()}
+    shapes |= {on_disk(rows_name(path)): (len(rows), width) for path, rows in target.rows.items()}
     return shapes | {on_disk(saved_name(name)): shape for name, shape in saved.items()}
 
 

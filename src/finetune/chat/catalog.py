@@ -15,11 +15,15 @@ Variable = bool | int | float | str
 
 @dataclass(frozen=True, slots=True)
 class TemplateSource:
-    """A Jinja chat template. `control_tokens` must be single tokens of the tokenizer, or the template is refused."""
+    """A Jinja chat template. `control_tokens` must be single tokens of the tokenizer, or the template is refused.
+
+    `said` are tokens that are meant in an answer, whether the template knows them or not.
+    """
 
     name: str
     jinja: str
     control_tokens: tuple[str, ...] = ()
+    said: tuple[str, ...] = ()
 
 
 ALPACA = TemplateSource(

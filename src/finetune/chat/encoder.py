@@ -43,7 +43,8 @@ class Encoder:
         train_on: TrainOn = "all",
     ) -> None:
         plain = tokenizer or FileTokenizer(location.folder)
-        self.source = with_variables(find_template(template, plain.chat_template), variables or {})
+        source = with_variables(find_template(template, plain.chat_template), variables or {})
+        self.source = replace(source, said=plain.learned)
         self.tokenizer = tokenizer = plain.for_template(self.source.jinja)
         made = partial(
             ChatTemplate, self.source, tokenizer.control_tokens, bos=tokenizer.bos, eos=tokenizer.eos, today=today

@@ -76,7 +76,7 @@ class ChatTemplate:
         self._spoken: dict[tuple[Kinds, tuple[int, ...]] | None, tuple[Stretch, ...]] = {}
         self._reads = variables_read(source.jinja) - (RESERVED - {"documents"})
         self._as_parts = self._wants_parts()
-        self._said = tokens_said(source.jinja, self._markup, self._control, self._ends)
+        self._said = tokens_said(source, self._markup, self._control, self._ends)
         self._ending = self._every_ending()
 
     @cached_property

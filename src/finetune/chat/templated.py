@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
+from finetune.chat.catalog import TemplateSource
 from finetune.chat.learned import TrainOn
 from finetune.records import Conversation, Document, Rendered, Segment
 
@@ -67,9 +68,9 @@ def render_as_it_is(talk: Conversation, held: TurnMarks, end: str, *, asking: bo
     return Rendered(tuple(segments), talk.where)
 
 
-def tokens_said(source: str, markup: Markup, control: re.Pattern[str], ends: Iterable[str]) -> re.Pattern[str]:
+def tokens_said(source: TemplateSource, markup: Markup, control: re.Pattern[str], ends: Iterable[str]) -> re.Pattern[str]:
     """Tokens that a template knows and that mark no turn, such as `<think>`: in an answer they are meant."""
-    known = set(control.findall(source)) - {*ends}
+    known = {*control.findall(source.jinja), *source.said} - {*ends}
     turns = {token for roles in _SHAPES if known for token in control.findall(" ".join(markup(roles, asking=False)))}
     tags = {token for token in known if {f"<{token.strip('</>')}>", f"</{token.strip('</>')}>"} <= known}
     return _any_of(known - turns | tags)

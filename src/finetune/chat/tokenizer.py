@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +25,13 @@ _BEFORE = ("\n", "]", ":", ">", "a", "。")
 class FileTokenizer:
     """The tokenizer of one model folder: `tokenizer.json` (or `vocab.json` + `merges.txt`) and its settings.
 
-    Control tokens are the special ones, and those that the chat template writes (`for_template`). They are recognised
-    in markup only: in somebody's text they stay ordinary characters.
+    Control tokens are the special ones, those that the chat template writes (`for_template`), and those that are to be
+    `learned`. They are recognised in markup only: in somebody's text they stay ordinary characters.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, learned: Sequence[str] = ()) -> None:
         self.folder = folder
+        self.learned = tuple(learned)
         settings = _read_json(folder / "tokenizer_config.json")
         model = _read_json(folder / "config.json")
         self._markup = _load(folder)
@@ -52,7 +53,30 @@ class FileTokenizer:
         generation = _read_json(folder / "generation_config.json").get("eos_token_id", [])
         extra = generation if isinstance(generation, list) else [generation]
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([self.eos_id, *extra]))
-        self._take_control([token.content for token in added if token.special])
+        if missing := [token for token in self.learned if token not in self._added]:
+            raise ModelError(
+                f"{folder}: the tokenizer lacks {missing[0]!r}, which is to be learned",
+                hint="give `ft train` the model that it was to be added to",
+            )
+        self._take_control([token.content for token in added if token.special or token.content in self.learned])
+
+    @property
+    def learned_ids(self) -> tuple[int, ...]:
+        """The ids of the tokens that are to be learned."""
+        return tuple(map(self._known, self.learned))
+
+    @property
+    def added(self) -> Collection[str]:
+        """The tokens that stand apart from the vocabulary."""
+        return self._added.keys()
+
+    def added_id(self, token: str) -> int | None:
+        """The id of a token that stands apart from the vocabulary; None where there is no such token."""
+        return self._known(token) if token in self._added else None
+
+    def has_word(self, text: str) -> bool:
+        """Whether a text is a word of the vocabulary."""
+        return self._markup.token_to_id(text) is not None
 
     def for_template(self, source: str) -> "FileTokenizer":
         """The same tokenizer, for which every added token that this template writes is a control token, too."""

@@ -140,6 +140,10 @@ def _phrase(schema: dict[str, Any]) -> str:
         return f"{'a whole number' if kind == 'integer' else 'a number'} {' and '.join(words)}".strip()
     if kind == "array":
         names = schema["items"].get("enum")
+        if "maxItems" in schema:
+            return (
+                f"a list of up to {schema['maxItems']:,} names, each of 1 to {schema['items']['maxLength']} characters"
+            )
         return "a list of " + (f"some of {', '.join(names)}, each once" if names else "at least one name")
     if kind == "object":
         [value] = schema["patternProperties"].values()

@@ -46,6 +46,7 @@ def resolve(loaded: LoadedConfig, facts: ModelAndDataFacts) -> Plan:
         splits = config.data.valid is None and facts.train_rows >= FEWEST_ROWS_TO_HOLD_OUT
         fraction = derived["data.valid_fraction"] = HELD_OUT_SHARE if splits else 0.0
     problems = [*_length_problems(loaded, facts), *_conflicts(loaded, facts), *_quantize_problems(loaded)]
+    problems += new_token_problems(loaded)
     if config.data.valid is None and not fraction:
         problems += early_stopping_without_validation_problems(config, loaded.origins)
     if problems:
@@ -183,6 +184,32 @@ def _conflicts(loaded: LoadedConfig, facts: ModelAndDataFacts) -> Iterator[Probl
         )
         hint = "set training.early_stopping_patience as well, or leave it out"
         yield _problem(origins, "training.early_stopping_min_delta", what, hint)
+
+
+def new_token_problems(loaded: LoadedConfig) -> list[Problem]:
+    """Why tokens cannot be learned: they are none, or this kind of adapter has no place for rows of a table."""
+    config, kind = loaded.config, loaded.config.adapter.kind
+    named = [f"tokens.{name}" for name in ("add_special_tokens", "add_tokens") if getattr(config.tokens, name)]
+    problems: list[Problem] = []
+    for key in named:
+        for token in getattr(config.tokens, key.removeprefix("tokens.")):
+            what, hint = "", "choose another name, such as <|name|>"
+            if token != token.strip():
+                what, hint = f"{token!r} begins or ends with white space", "leave the white space out"
+            elif config.tokens.learned.count(token) > 1:
+                what, hint = f"{token!r} is named twice", "name each token once"
+            elif longer := [each for each in config.tokens.learned if token in each and token != each]:
+                what = f"{token!r} is part of {longer[0]!r}: programs would differ in which they find in a text"
+            if what:
+                problems.append(_problem(loaded.origins, key, what, hint))
+    if not named or kind == "full":
+        return problems
+    if not ADAPTER_KINDS[kind].token_rows:
+        title = ADAPTER_KINDS[kind].title
+        what = f"new tokens are to be learned, but PEFT's {title} has no place for rows of an embedding"
+        able = any_of([*(name for name, each in ADAPTER_KINDS.items() if each.token_rows), "full"])
+        problems += [_problem(loaded.origins, key, what, f"set adapter.kind to {able}") for key in named]
+    return problems
 
 
 def _quantize_problems(loaded: LoadedConfig) -> Iterator[Problem]:

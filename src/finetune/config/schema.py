@@ -74,6 +74,7 @@ Names = Annotated[tuple[Text, ...], Field(min_length=1)]
 _Mapping = Field(min_length=1, json_schema_extra={"additionalProperties": False})
 _Variable = StrictBool | StrictInt | StrictFloat | Text
 TemplateVariables = Annotated[dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], _Variable], _Mapping]
+NewTokens = Annotated[tuple[Annotated[Text, Field(max_length=128)], ...], Field(max_length=1000)]
 RankPattern = Annotated[dict[Text, Count], _Mapping]
 AlphaPattern = Annotated[dict[Text, Positive], _Mapping]
 Trackers = Annotated[
@@ -166,6 +167,17 @@ class TokenSpec(Spec):
     pieces, or the run refused."""
     cache: Text | None = None
     """A folder to keep token ids in between runs over the same rows; null keeps none."""
+    add_special_tokens: NewTokens = ()
+    """Special tokens to learn, such as `["[CALL]", "[END]"]`: those that the tokenizer lacks are added, and
+    the rows of all of them in the embedding and the output head are trained beside the adapter; other rows stay as they
+    are. Programs leave special tokens out of the text that they show."""
+    add_tokens: NewTokens = ()
+    """The same for tokens that programs are to show, such as `["<tool>", "</tool>"]`."""
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """All tokens that are to be learned."""
+        return self.add_special_tokens + self.add_tokens
 
 
 class AdapterSpec(Spec):

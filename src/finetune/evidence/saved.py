@@ -6,6 +6,7 @@ from pathlib import Path
 
 from finetune.backends import open_backend
 from finetune.chat.encoder import Encoder
+from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import LoadedConfig, TrainingConfig, load_plan
 from finetune.errors import DataError, ModelError
 from finetune.evidence.record import base_files, data_files
@@ -64,7 +65,8 @@ def open_encoder(
     moved = config.template.name.endswith(".jinja")
     name = str(saved_in(folder, config) / "chat_template.jinja") if moved else config.template.name
     day = today or date.fromisoformat(config.template.date)
-    return Encoder(location, name, today=day, variables=None if moved else config.template.variables)
+    tokenizer = FileTokenizer(location.folder, config.tokens.learned)
+    return Encoder(location, name, tokenizer, today=day, variables=None if moved else config.template.variables)
 
 
 def check_saved(folder: RunFolder, config: TrainingConfig, location: ModelLocation) -> Path:

@@ -121,8 +121,8 @@ def plan_adapter(
     if outtype not in ("f32", "f16", "bf16", "q8_0"):
         raise ModelError(f"an adapter alone is not written as {outtype}", hint="use f32, f16, bf16 or q8_0")
     kind = kind_of(adapter.target)
-    if not kind.low_rank or adapter.whole:
-        what = f"a {kind.title} adapter" if not kind.low_rank else min(adapter.whole)
+    if not kind.low_rank or adapter.whole or adapter.rows:
+        what = f"a {kind.title} adapter" if not kind.low_rank else min([*adapter.whole, *adapter.rows])
         raise ModelError(
             f"an adapter alone cannot hold {what} in GGUF", hint="leave out --adapter-only: the merged model can"
         )

@@ -31,6 +31,7 @@ from finetune.export.import_tokenizer import ImportedTokenizer, read_tokenizer
 from finetune.export.llama_cpp import Answers, Questions, ask_llama_cpp
 from finetune.export.merged_folder import CARD, older_names
 from finetune.export.model_files import Dtype, ModelFiles
+from finetune.export.new_tokens import with_new_tokens
 from finetune.export.pre_tokenizer import ASCII_ONLY
 from finetune.export.read_back import Check, rounding
 from finetune.export.sources import Files
@@ -310,17 +311,19 @@ def _require_passed(check: Check) -> Check:
 
 
 def with_model_folder(loaded: LoadedConfig, *, tell: Teller) -> LoadedConfig:
-    """The same configuration; where its model is a GGUF file, it is imported, and the folder is the model.
+    """The same configuration, whose model is a folder that can be trained as it is.
+
+    A GGUF file is imported, and a model that lacks tokens which are to be learned is written anew with them.
 
     Raises:
-        FineTuneError: as `import_gguf`.
+        FineTuneError: as `import_gguf` and `with_new_tokens`.
     """
     config = loaded.config
     if not config.model.path.lower().endswith(".gguf"):
-        return loaded
+        return with_new_tokens(loaded, tell=tell)
     folder = imported_folder(Path(config.model.path).expanduser(), tell=tell)
     model = config.model.model_copy(update={"path": str(folder)})
-    return replace(loaded, config=config.model_copy(update={"model": model}))
+    return with_new_tokens(replace(loaded, config=config.model_copy(update={"model": model})), tell=tell)
 
 
 def imported_folder(source: Path, *, tell: Teller) -> Path:

@@ -11,7 +11,7 @@ from finetune.export.result import Result, licence
 from finetune.export.sources import Files
 from finetune.models.shape import read_config, refuse_leading_out, weight_files
 
-_TOKENIZER = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -55,7 +55,7 @@ def side_files(result: Result, dtype: Dtype | None) -> dict[str, bytes]:
     if dtype is not None:
         config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
     files = {"config.json": (json.dumps(config | older_names(config), indent=2) + "\n").encode()}
-    for name in _TOKENIZER:
+    for name in TOKENIZER_FILES:
         # What was trained with travels with it; the rest of a tokenizer's files lies by the base.
         place = next(
             (folder / name for folder in (result.saved, result.location.folder) if (folder / name).exists()), None

@@ -130,7 +130,7 @@ class ModelFiles:
         """The bytes of a tensor in the kind of number that it is written in."""
         weight, kind = self.source.read(name), self.kind(name)
         if kind == "BF16":
-            return _to_bfloat16(weight).tobytes()
+            return to_bfloat16(weight).tobytes()
         if kind == "F16" and (largest := float(np.abs(weight).max(initial=0))) > LARGEST_HALF:
             raise ModelError(
                 f"{name} holds {largest:g}, which is more than float16 can ({LARGEST_HALF:g})",
@@ -139,7 +139,7 @@ class ModelFiles:
         return weight.astype({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[kind]).tobytes()
 
 
-def _to_bfloat16(weight: Array) -> Array:
+def to_bfloat16(weight: Array) -> Array:
     """The upper halves (uint16) of float32 numbers, rounded to the nearest, to the even one where two are."""
     bits = np.ascontiguousarray(weight, np.float32).view(np.uint32)
     upper: Array = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

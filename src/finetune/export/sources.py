@@ -8,12 +8,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.adapters.choose import ends_with
 from finetune.adapters.kinds import kind_of, layer_tensor
+from finetune.adapters.peft_files import ROWS
 from finetune.errors import ModelError
 from finetune.records import AdapterTarget
 
 Array = NDArray[Any]
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 class WeightSource(Protocol):
@@ -94,13 +96,13 @@ class Files:
             ModelError: it is stored as something else than a float, or cut off, or not finite.
         """
         path, _, entry = self._entries[name]
-        if entry["dtype"] not in _DTYPES:
+        if entry["dtype"] not in DTYPES:
             raise ModelError(
-                f"{path}: {name} is stored as {entry['dtype']}; what can be exported: {', '.join(_DTYPES)}",
+                f"{path}: {name} is stored as {entry['dtype']}; what can be exported: {', '.join(DTYPES)}",
                 hint="export from weights that are not quantised",
             )
         try:
-            raw = np.frombuffer(self.raw(name), _DTYPES[entry["dtype"]]).reshape(entry["shape"])
+            raw = np.frombuffer(self.raw(name), DTYPES[entry["dtype"]]).reshape(entry["shape"])
         except ValueError as error:
             raise ModelError(f"{path}: {name} cannot be read: {error}", hint="get the weights again") from None
         if entry["dtype"] == "BF16":  # the upper half of a float32
@@ -125,16 +127,23 @@ def _header(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
 
 
 class AdapterWeights:
-    """An adapter's tensors: of each layer that it sits on by their kind's keys, and weights that are trained whole."""
+    """An adapter's tensors: of each layer that it sits on by their kind's keys, and what is trained of weights itself.
+
+    `whole` are weights that are trained whole, `rows` rows of tables with their numbers; both by the base's names.
+    """
 
     def __init__(self, path: Path, target: AdapterTarget) -> None:
         files = Files([path])
         self.target = target
         self.layers: dict[str, dict[str, Array]] = {}
         self.whole: dict[str, Array] = {}
+        self.rows: dict[str, tuple[tuple[int, ...], Array]] = {}
         for name in files.names():
             if found := layer_tensor(name):
                 self.layers.setdefault(found.path, {})[found.tensor.key] = files.read(name)
+            elif name.endswith(f".{ROWS}"):
+                table = name.removeprefix("base_model.model.").removesuffix(f".{ROWS}")
+                self.rows[f"{table}.weight"] = (_rows_of(target, table, path), files.read(name))
             else:
                 self.whole[name.removeprefix("base_model.model.")] = files.read(name)
         self.layers = dict(sorted(self.layers.items()))
@@ -145,6 +154,8 @@ class AdapterWeights:
                     f"{path}: {layer}.{wanted.get(wrong[0], wrong[0])} is {'missing' if wrong[0] in wanted else 'odd'}",
                     hint="train again, or restore the adapter",
                 )
+        if lacking := [table for table in target.rows if not ends_with(self.rows, f"{table}.weight")]:
+            raise ModelError(f"{path}: rows of {lacking[0]} are missing", hint="train again, or restore the adapter")
 
     def merged(self, path: str, weight: Array) -> Array:
         """The weight (outputs x inputs) of a layer without an adapter that computes the same."""
@@ -173,6 +184,15 @@ class Merged:
         names = set(base.names())
         self._layers = {_found(names, f"{path}.weight"): path for path in adapter.layers}
         self._whole = {_found(names, name): tensor for name, tensor in adapter.whole.items()}
+        self._rows = {_found(names, name): rows for name, rows in adapter.rows.items()}
+        for name, (rows, tensor) in self._rows.items():
+            known, width = self.shape(name)
+            _same_shape(f"{name}: rows", tensor.shape, (len(rows), width))
+            if max(rows, default=0) >= known:
+                raise ModelError(
+                    f"the adapter trains row {max(rows)} of {name}, which has {known} in this base",
+                    hint="use the base model that the adapter was trained on, with its new tokens",
+                )
         for name, path in self._layers.items():
             outputs, inputs = self._facing(name, self.shape(name))
             wanted = kind_of(adapter.target).shapes(adapter.target, path, outputs, inputs)
@@ -196,13 +216,16 @@ class Merged:
 
     def changes(self, name: str) -> bool:
         """Whether one is another than the base's."""
-        return name in self._whole or name in self._layers
+        return name in self._whole or name in self._layers or name in self._rows
 
     def read(self, name: str) -> Array:
         """One, with what was trained in it."""
         if name in self._whole:
             return self._whole[name]
         weight = self._base.read(name)
+        if name in self._rows:
+            (rows, tensor), weight = self._rows[name], weight.copy()
+            weight[list(rows)] = tensor
         if name not in self._layers:
             return weight
         transposed = self._is_transposed(name)
@@ -214,6 +237,13 @@ class Merged:
 
     def _facing(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape[::-1] if self._is_transposed(name) else shape
+
+
+def _rows_of(target: AdapterTarget, table: str, path: Path) -> tuple[int, ...]:
+    found = next((rows for name, rows in target.rows.items() if ends_with([table], name)), None)
+    if found is None:
+        raise ModelError(f"{path}: its settings do not say which rows of {table} it holds", hint="restore the adapter")
+    return found
 
 
 def _found(names: Collection[str], name: str) -> str:

@@ -39,7 +39,8 @@ def layer_parameters(shape: ModelShape, target: AdapterTarget) -> int:
     """The numbers of the adapter proper, beside its layers; they are float32 at least."""
     hit = [layer for layer in shape.linear_layers if layer.name.rsplit(".", 1)[-1] in target.modules]
     sizes = (kind_of(target).shapes(target, layer.name, *sides(shape, layer)) for layer in hit)
-    return sum(math.prod(tensor) for tensors in sizes for tensor in tensors.values())
+    rows = sum(len(rows) for rows in target.rows.values()) * shape.hidden_size
+    return rows + sum(math.prod(tensor) for tensors in sizes for tensor in tensors.values())
 
 
 def sides(shape: ModelShape, layer: LinearLayer) -> tuple[int, int]:

@@ -107,7 +107,9 @@ class _Job:
         table = self.shape.vocab_size * self.shape.hidden_size * BYTES[self.dtype]
         if self.backend == "reference":
             return max(self.exact.weights // 2, 0 if self.target else 2 * table)
-        return 0 if self.target else table * (2 * self.shape.tied_head + (load.accumulation > 1))
+        if self.target:
+            return table if self.target.rows else 0
+        return table * (2 * self.shape.tied_head + (load.accumulation > 1))
 
     def peak(self, kept: ActivationBytes, load: StepLoad) -> int:
         """The highest sum of what lives in a step only: the largest of its moments, in the order they come."""
@@ -116,6 +118,8 @@ class _Job:
         loss = kept.activations + kept.logits + carried
         if self.backend == "reference":  # nothing is given back before the end
             return max(loss, kept.activations + kept.logits // 3 + kept.brief + gradients, self.passing(load))
+        if self.target and self.target.rows:  # the gradient of the whole table, of which the rows are taken
+            loss = max(loss, kept.activations + kept.logits // 3 + carried + self.passing(load))
         head = 0 if self.target else self.shape.vocab_size * self.shape.hidden_size * BYTES[self.dtype]
         last_block = kept.blocks + kept.brief + head + carried
         # The gradient of an embedding table of its own comes last of all.

@@ -51,7 +51,7 @@ def kept_by_torch(shape: ModelShape, target: AdapterTarget | None, dtype: str, l
     if shape.architecture in KNOWN:
         block = step.gpt2_block if shape.architecture in _GPT2_BLOCKS else step.llama_block
         # A frozen embedding passes no gradient on, so the first block keeps less than the others.
-        first = block(grad=step.full or step.saves("embed_tokens", "wte", "wpe"))
+        first = block(grad=step.full or step.rows > 0 or step.saves("embed_tokens", "wte", "wpe"))
         blocks = first + block(grad=True) * max(0, shape.layers - 1)
     else:
         blocks = step.any_blocks()
@@ -83,6 +83,11 @@ class _Step:
     @property
     def full(self) -> bool:
         return self.target is None
+
+    @property
+    def rows(self) -> int:
+        """How many rows of the tables are trained."""
+        return max(map(len, self.target.rows.values()), default=0) if self.target else 0
 
     @property
     def queries(self) -> int:
@@ -205,6 +210,8 @@ class _Step:
             kept += F32 * sum(layer.shape[0] * layer.shape[1] for layer in self.adapted())
         if self.saves("lm_head"):
             kept += self.size * h * self.load.targets
+        if self.rows:  # what the head reads, and the table that its rows were put into
+            kept += self.size * h * (self.load.targets + self.shape.vocab_size) + _INDEX * tokens
         if self.full:
             kept += self.size * h * self.load.targets + _INDEX * tokens
             kept += self.size * h * tokens if self.shape.hidden_dropout > 0 else 0
@@ -218,7 +225,8 @@ class _Step:
         model's format and in float32, the hidden states and their gradient.
         """
         words = self.shape.vocab_size
-        if self.full or self.shape.architecture not in KNOWN or (self.target and "lm_head" in self.target.saved):
+        own = self.full or self.rows or (self.target and "lm_head" in self.target.saved)
+        if own or self.shape.architecture not in KNOWN:
             return 3 * F32 * self.load.targets * words
         at_once = min(F32 * words * self.load.targets, max(SLICE_BYTES, F32 * words))
         narrow = at_once * self.size // F32 if self.size != F32 else 0

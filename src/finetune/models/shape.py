@@ -153,6 +153,31 @@ def read_config(folder: Path) -> dict[str, Any]:
     return value
 
 
+def token_tables(shape: ModelShape) -> list[str]:
+    """The names of the tables with a row for each token: the embedding first, then the head where it is one of its own.
+
+    Raises:
+        ModelError: it cannot be told which they are, or the head has a bias, which has no rows.
+    """
+    tables = [name for name, size in shape.weights.items() if len(size) == 2 and size[0] == shape.vocab_size]
+    own = [name for name in tables if any(map(_TABLES.fullmatch, name.split("."))) and not is_head(name)]
+    embeddings = [name for name in own if "wpe" not in name and "pos" not in name]
+    heads = [name for name in tables if is_head(name)]
+    if len(embeddings) != 1 or len(heads) != (0 if shape.tied_head else 1):
+        raise ModelError(
+            f"{shape.architecture}: it cannot be told which of its weights are the embedding and the output head, so "
+            "no tokens can be added",
+            hint="use a model of another family, or add the tokens with its own tools",
+        )
+    biases = [name for name in shape.weights if name.endswith(".bias") and is_head(name.removesuffix(".bias"))]
+    if biases:
+        raise ModelError(
+            f"{shape.architecture} has {biases[0]}, which PEFT leaves out where it trains rows of the head",
+            hint="leave out new tokens, or use a model of another family",
+        )
+    return [*embeddings, *heads]
+
+
 def is_head(name: str) -> bool:
     """Whether a weight or a module of this name is an output head."""
     return name.removesuffix(".weight").rsplit(".", 1)[-1] in _HEADS

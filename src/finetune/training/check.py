@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from finetune.chat.encoder import Encoder
+from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import LoadedConfig, ModelAndDataFacts, resolve
 from finetune.data.read import read_rows
 from finetune.data.shape import shape_rows
@@ -42,11 +43,11 @@ def find_problems(loaded: LoadedConfig) -> tuple[list[Problem], Prepared | None]
     if shape is None:
         return problems, None
     attempt("adapter", lambda: adapter_target(config, shape))
-    probe = attempt("model.path", lambda: Encoder(location, "alpaca"))
-    if probe is not None:
-        own = probe.tokenizer.chat_template is not None
+    tokenizer = attempt("model.path", lambda: FileTokenizer(location.folder, config.tokens.learned))
+    if tokenizer is not None and attempt("model.path", lambda: Encoder(location, "alpaca", tokenizer)) is not None:
+        own = tokenizer.chat_template is not None
         plan = attempt("config", lambda: resolve(loaded, ModelAndDataFacts(shape.context_length, own, rows)))
         if plan is not None:
-            attempt("template", lambda: Encoder.planned(location, plan.config.template))
+            attempt("template", lambda: Encoder.planned(location, plan.config.template, tokenizer))
     # Each part may be good; whether they are good together, only doing it shows.
     return problems, None if problems else attempt("data", lambda: prepare(loaded))

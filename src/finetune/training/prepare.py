@@ -1,11 +1,12 @@
 """From a configuration to token ids: finds the model, reads the data, renders and encodes it, and settles the plan."""
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.adapters.choose import check_patterns, check_rank, choose_layers, choose_saved
+from finetune.adapters.choose import check_patterns, check_rank, choose_layers, choose_rows, choose_saved
 from finetune.adapters.kinds import ADAPTER_KINDS, any_of
 from finetune.chat.encoder import Encoder
 from finetune.chat.fit import Encoded
@@ -103,11 +104,11 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     loaded = _with_shipped_data(loaded)
     shaped, notes = _read(str(loaded.config.data.train), loaded.config.data.limit)
     notes += _quantized_notes(loaded.config, shape)
-    tokenizer = FileTokenizer(location.folder)
+    tokenizer = FileTokenizer(location.folder, loaded.config.tokens.learned)
     facts = ModelAndDataFacts(shape.context_length, tokenizer.chat_template is not None, len(shaped.examples))
     plan = resolve(loaded, facts)
     config = plan.config
-    target = adapter_target(config, shape)
+    target = adapter_target(config, shape, tokenizer.learned_ids)
     encoder = Encoder.planned(location, config.template, tokenizer)
     kept, split = hold_out(shaped.examples, config.data.valid_fraction or 0.0, config.training.seed)
     train = encoder.encode(replace(shaped, examples=tuple(kept)), plan)
@@ -116,6 +117,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
             f"no row of {config.data.train} is left to train on: {train.counts.dropped}",
             hint="raise tokens.max_length, or look at what the rows hold",
         )
+    notes += _learned_notes(tokenizer, train.rows)
     rehearsal = _encode_file(encoder, config.data.rehearsal, plan, notes)
     held = _held_out_examples(config, split, notes)
     held_out = encode_held_out(encoder, plan, held)
@@ -170,6 +172,18 @@ def planned_shape(config: TrainingConfig, location: ModelLocation) -> ModelShape
     return quantize_shape(shape, how, owner) if how else shape
 
 
+def _learned_notes(tokenizer: FileTokenizer, rows: Sequence[TokenizedRow]) -> list[str]:
+    """Which tokens are to be learned, and how many of the rows to learn hold each."""
+    if not tokenizer.learned:
+        return []
+    held = Counter(number for row in rows for number in set(row.ids))
+    told = [
+        f"{token!r} (id {number}) in {held[number]}"
+        for token, number in zip(tokenizer.learned, tokenizer.learned_ids, strict=True)
+    ]
+    return [f"of {len(rows)} training rows, the tokens to learn are in so many: {', '.join(told)}"]
+
+
 def _quantized_notes(config: TrainingConfig, shape: ModelShape) -> list[str]:
     """What of the base is quantised, what it weighs, and what stays as it is."""
     if not shape.quantized:
@@ -187,8 +201,8 @@ def _quantized_notes(config: TrainingConfig, shape: ModelShape) -> list[str]:
     return [f"{note}; {len(kept)} matrices stay in full: {named}"]
 
 
-def adapter_target(config: TrainingConfig, shape: ModelShape) -> AdapterTarget | None:
-    """The adapter as configured, on this model; None where the whole model is trained.
+def adapter_target(config: TrainingConfig, shape: ModelShape, learned: Sequence[int] = ()) -> AdapterTarget | None:
+    """The adapter as configured, on this model, with these tokens to learn; None where the whole model is trained.
 
     Raises:
         ModelError: a target, a pattern or a module to save matches nothing, or a rank is above a layer's size.
@@ -201,7 +215,8 @@ def adapter_target(config: TrainingConfig, shape: ModelShape) -> AdapterTarget |
     given = {name: getattr(adapter, name) for name in ADAPTER_KINDS[adapter.kind].settings}
     own = {name: value for name, value in given.items() if value is not None}
     rank, alpha, dropout = own.pop("rank", 1), own.pop("alpha", 1.0), own.pop("dropout", 0.0)
-    target = AdapterTarget(rank, alpha, dropout, modules, kind=adapter.kind, saved=saved, **own)
+    rows = choose_rows(shape, learned, saved)
+    target = AdapterTarget(rank, alpha, dropout, modules, kind=adapter.kind, saved=saved, rows=rows, **own)
     check_patterns(shape, target)
     check_rank(shape, target)
     return target

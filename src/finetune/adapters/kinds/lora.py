@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from finetune.adapters.kind import F32, AdapterKind, AdapterTensor, LayerPass, Parts, Readers, Shape, switch
+from finetune.adapters.kind import F32, AdapterKind, AdapterTensor, LayerPass, Parts, Readers, Shape, read_rows, switch
 from finetune.records import AdapterTarget
 
 
@@ -27,6 +27,7 @@ class LoRA(AdapterKind):
         AdapterTensor("B", "lora_B.default.weight", "lora_B.weight", fast=True, first_gradient="some"),
     )
     low_rank = True
+    token_rows = True
     peft_type = "LORA"
     peft_config = "LoraConfig"
     harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -76,6 +77,7 @@ class LoRA(AdapterKind):
             "lora_dropout": target.dropout,
             "r": target.rank,
             "rank_pattern": dict(target.rank_pattern),
+            "trainable_token_indices": {path: list(rows) for path, rows in target.rows.items()} or None,
             "use_dora": not self.low_rank,
             "use_rslora": target.scaling == "rank_stabilized",
         }
@@ -95,6 +97,7 @@ class LoRA(AdapterKind):
             "rank_stabilized" if switch(settings, "use_rslora") else "standard",
             dict(settings.get("rank_pattern") or {}),
             dict(settings.get("alpha_pattern") or {}),
+            rows=read_rows(settings.get("trainable_token_indices") or {}),
         )
 
     def kept_by_torch(self, readers: Readers) -> int:

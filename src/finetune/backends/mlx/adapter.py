@@ -10,13 +10,14 @@ Source: `LoRALinear`, `DoRALinear` and `load_adapters` of mlx-lm (`tuner/lora.py
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from finetune.adapters.choose import refuse_tied, saved_weights
+from finetune.adapters.choose import refuse_tied, saved_weights, tables_with_rows
 from finetune.adapters.kind import Shape
 from finetune.adapters.kinds import ADAPTER_KINDS, kind_of, titles
 from finetune.adapters.peft_files import (
@@ -30,6 +31,7 @@ from finetune.adapters.peft_files import (
     layer_tensors,
     on_disk,
     read_settings,
+    rows_name,
     saved_name,
     tensor_shapes,
     write_settings,
@@ -67,17 +69,20 @@ def read_adapter(
     if (folder / MLX_WEIGHTS).exists():
         return read_mlx_adapter(layers, names, folder)
     target = read_settings(folder, transposed=names.transposed)
+    target = replace(target, rows=tables_with_rows(shapes, target))
+    width = next((shapes[f"{path}.weight"][1] for path in target.rows), 0)
     kept = {name: shapes[name] for name in saved_weights(shapes, target)}
     if not any(is_head(name) for name in shapes):
         refuse_tied(kept, max(shape[0] for shape in shapes.values()), f"adapter {folder}")
-    expected = tensor_shapes(layers, target, kept)
+    expected = tensor_shapes(layers, target, kept, width)
     saved = _float32(folder / WEIGHTS, folder)
     check_tensor_shapes({name: tensor.shape for name, tensor in saved.items()}, expected, folder)
     parts = {
         path: {key: saved[on_disk(name)] for key, name in layer_tensors(target, path).items()}
         for path in adapted_layers(layers, target.modules)
     }
-    return target, Tensors(parts, {name: names.turn(name, saved[on_disk(saved_name(name))]) for name in kept})
+    whole = {name: names.turn(name, saved[on_disk(saved_name(name))]) for name in kept}
+    return target, Tensors(parts, whole, {path: saved[on_disk(rows_name(path))] for path in target.rows})
 
 
 def write_mlx_adapter(adapter: MlxAdapter, base: str, blocks: int, folder: Path) -> None:
@@ -96,8 +101,9 @@ def write_mlx_adapter(adapter: MlxAdapter, base: str, blocks: int, folder: Path)
         raise ModelError(f"mlx-lm's adapter format has no place for {kind.title}", hint="write it in PEFT's format")
     scales = {layer.scale for layer in adapter.layers.values()}
     ranks = {layer.rank for layer in adapter.layers.values()}
-    if len(scales) > 1 or len(ranks) > 1 or adapter.originals:
-        told = "modules that are trained whole" if adapter.originals else "ranks or scales that differ between layers"
+    if len(scales) > 1 or len(ranks) > 1 or adapter.originals or adapter.tables:
+        told = "ranks or scales that differ between layers"
+        told = "modules or rows that are trained themselves" if adapter.originals or adapter.tables else told
         raise ModelError(f"mlx-lm's adapter format has no place for {told}", hint="write it in PEFT's format")
     settings = {
         "fine_tune_type": kind.name,

@@ -5,7 +5,7 @@ The tensors of an adapter are float32 whatever the base computes in.
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -15,23 +15,25 @@ from mlx.utils import tree_flatten, tree_unflatten
 from finetune.adapters.choose import ends_with, saved_weights
 from finetune.adapters.kind import LayerPass, Parts
 from finetune.adapters.kinds import kind_of
-from finetune.adapters.peft_files import Layers, adapted_layers, layer_tensors, saved_name
+from finetune.adapters.peft_files import Layers, adapted_layers, layer_tensors, rows_name, saved_name
 from finetune.backends.mlx.fold import through_folded
 from finetune.backends.mlx.load import Loaded, linear_layers
 from finetune.backends.mlx.names import WeightNames
 from finetune.backends.mlx.packed import full_weight, in_full, packed_layers
+from finetune.backends.mlx.token_rows import TableWithRows, tables_of
 from finetune.errors import ModelError
 from finetune.records import AdapterTarget
 
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """An adapter apart from any model: each layer's tensors by transformers' path of it, and weights of modules trained
-    whole, by transformers' names.
+    """An adapter apart from any model: each layer's tensors by transformers' path of it, weights of modules trained
+    whole, by transformers' names, and the trained rows of tables by the tables' paths.
     """
 
     parts: Mapping[str, Parts]
     saved: dict[str, mx.array]
+    rows: Mapping[str, mx.array] = field(default_factory=dict)
 
 
 class AdaptedLinear(nn.Module):  # type: ignore[misc]
@@ -95,12 +97,14 @@ class AdaptedLinear(nn.Module):  # type: ignore[misc]
 class MlxAdapter:
     """An adapter that sits on a model: its layers by mlx-lm's paths.
 
-    `originals` are the base's weights of modules that are trained whole, by where they lie in the model.
+    `originals` are the base's weights of modules that are trained whole, by where they lie in the model; `tables` those
+    of which rows are trained, by mlx-lm's paths.
     """
 
     target: AdapterTarget
     layers: dict[str, AdaptedLinear]
     originals: dict[str, mx.array]
+    tables: dict[str, TableWithRows]
 
     def tensors(self, names: WeightNames) -> dict[str, str]:
         """Where each trained tensor lies in the model, by its name in a PEFT model."""
@@ -109,30 +113,35 @@ class MlxAdapter:
             for path in self.layers
             for key, name in layer_tensors(self.target, names.shown(path)).items()
         }
+        places |= {rows_name(names.shown(path)): f"{path}.rows" for path in self.tables}
         return places | {saved_name(names.shown(place)): place for place in self.originals}
 
     def own(self, place: str) -> str:
         """Where a tensor of the base lies when the adapter is off."""
         path, _, leaf = place.rpartition(".")
-        return f"{path.removesuffix('.base')}.{leaf}" if path.removesuffix(".base") in self.layers else place
+        inner = path.removesuffix(".base")
+        return f"{inner}.{leaf}" if inner in self.layers or inner in self.tables else place
 
     def take_off(self, model: Any) -> None:
         """Leave the model as it was without the adapter."""
-        model.update_modules(tree_unflatten([(path, layer.base) for path, layer in self.layers.items()]))
+        bases = [(path, layer.base) for path, layer in self.layers.items()]
+        bases += [(path, table.base) for path, table in self.tables.items()]
+        model.update_modules(tree_unflatten(bases))
         model.update(tree_unflatten(list(self.originals.items())))
 
     @contextlib.contextmanager
     def disabled(self, model: Any) -> Iterator[None]:
         """Within this context the layers do what their bases do."""
         trained = {place: tensor for place, tensor in tree_flatten(model.parameters()) if place in self.originals}
-        for layer in self.layers.values():
-            layer.disabled = True
+        around: list[AdaptedLinear | TableWithRows] = [*self.layers.values(), *self.tables.values()]
+        for module in around:
+            module.disabled = True
         model.update(tree_unflatten(list(self.originals.items())))
         try:
             yield
         finally:
-            for layer in self.layers.values():
-                layer.disabled = False
+            for module in around:
+                module.disabled = False
             model.update(tree_unflatten(list(trained.items())))
 
     @contextlib.contextmanager
@@ -176,7 +185,7 @@ def refuse_packed(loaded: Loaded, target: AdapterTarget | None) -> None:
 
 
 def draw_tensors(loaded: Loaded, layers: Layers, target: AdapterTarget, key: mx.array) -> Tensors:
-    """A fresh adapter, layer by layer; modules that are trained whole start as copies.
+    """A fresh adapter, layer by layer; modules and rows that are trained themselves start as copies.
 
     Raises:
         ModelError: a name in `target.modules` matches no linear layer.
@@ -194,7 +203,12 @@ def draw_tensors(loaded: Loaded, layers: Layers, target: AdapterTarget, key: mx.
 
         parts[path] = kind.start(mx, kind.shapes(target, path, *layers[path]), uniform, weight)
     own_weights = {loaded.names.shown(place): tensor for place, tensor in tree_flatten(loaded.model.parameters())}
-    return Tensors(parts, {name: own_weights[name] for name in saved_weights(own_weights, target)})
+    rows = {
+        shown: full_weight(table)[mx.array(target.rows[shown])].astype(mx.float32)
+        for path, table in tables_of(loaded, target.rows).items()
+        for shown in [loaded.names.shown(path)]
+    }
+    return Tensors(parts, {name: own_weights[name] for name in saved_weights(own_weights, target)}, rows)
 
 
 def put_on(loaded: Loaded, target: AdapterTarget, tensors: Tensors) -> MlxAdapter:
@@ -204,7 +218,8 @@ def put_on(loaded: Loaded, target: AdapterTarget, tensors: Tensors) -> MlxAdapte
         ModelError: mlx-lm keeps a layer in another form than the model's files, so that the adapter would fit none.
     """
     names, parts = loaded.names, tensors.parts
-    names.refuse_foreign([*(f"{path}.weight" for path in parts), *tensors.saved], "an adapter for them")
+    changed = [*(f"{path}.weight" for path in (*parts, *tensors.rows)), *tensors.saved]
+    names.refuse_foreign(changed, "an adapter for them")
     places = dict(tree_flatten(loaded.model.parameters()))
     originals = {place: tensor for place, tensor in places.items() if names.shown(place) in tensors.saved}
     layers = {}
@@ -212,8 +227,12 @@ def put_on(loaded: Loaded, target: AdapterTarget, tensors: Tensors) -> MlxAdapte
         shown = names.shown(path)
         if shown in parts:
             layers[path] = AdaptedLinear(base, parts[shown], target, shown)
-    loaded.model.update_modules(tree_unflatten(list(layers.items())))
+    tables = {
+        path: TableWithRows(base, tensors.rows[names.shown(path)], target.rows[names.shown(path)])
+        for path, base in tables_of(loaded, tensors.rows).items()
+    }
+    loaded.model.update_modules(tree_unflatten([*layers.items(), *tables.items()]))
     own = {place: tensors.saved[names.shown(place)].astype(tensor.dtype) for place, tensor in originals.items()}
     loaded.model.update(tree_unflatten(list(own.items())))
     mx.eval(loaded.model.parameters())
-    return MlxAdapter(target, layers, originals)
+    return MlxAdapter(target, layers, originals, tables)

@@ -16,7 +16,9 @@ from finetune.adapters.kinds import kind_of
 from finetune.backends.mlx.adapter import read_adapter
 from finetune.backends.mlx.layers import layer_shapes, put_on, weight_shapes
 from finetune.backends.mlx.load import Loaded, linear_layers, load_model
+from finetune.backends.mlx.packed import is_packed
 from finetune.backends.mlx.tensors import read_tensors
+from finetune.backends.mlx.token_rows import TableWithRows, tables_of
 from finetune.records import ModelLocation, Quantization
 
 
@@ -68,6 +70,12 @@ def _put_on(loaded: Loaded, folder: Path) -> None:
         for place, tensor in places.items()
         if names.shown(place) in tensors.saved
     }
+    for path, base in tables_of(loaded, tensors.rows).items():
+        numbers = target.rows[names.shown(path)]
+        table = TableWithRows(base, tensors.rows[names.shown(path)], numbers)
+        # Where the table is plain, it is one as mlx-lm has it, with the rows in it.
+        layers += [(path, table)] if is_packed(base) else []
+        saved |= {} if is_packed(base) else {f"{path}.weight": table.merged()}
     loaded.model.update_modules(tree_unflatten(layers))
     loaded.model.update(tree_unflatten(list(saved.items())))
 

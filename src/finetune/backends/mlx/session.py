@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,6 +10,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from numpy.typing import NDArray
 
+from finetune.adapters.choose import tables_with_rows
 from finetune.adapters.peft_files import adapted_layers, frozen_name
 from finetune.backends.mlx import state
 from finetune.backends.mlx.adapter import read_adapter, write_adapter
@@ -60,6 +62,8 @@ class MlxSession:
                 form than the model's files, or a module to train whole is quantised.
         """
         refuse_packed(self.loaded, target)
+        if target is not None:
+            target = replace(target, rows=tables_with_rows(self._shapes, target))
         drawing, self._key = mx.random.split(mx.random.key(seed))
         adapted_layers(self._layers, target.modules if target else ())
         self._take_off()
@@ -230,6 +234,7 @@ class MlxSession:
                 weights |= {f"{path}.{leaf}": tensor for leaf, tensor in layer.merged().items()}
             now = self._tensors()
             weights |= {place: now[place] for place in adapter.originals}
+            weights |= {f"{path}.weight": table.merged() for path, table in adapter.tables.items()}
         tensors = names.to_files(weights)
         names.refuse_foreign(list(tensors), "the model's weights")
         write_config({**self.loaded.config, "dtype": self.loaded.dtype}, folder)
@@ -278,7 +283,8 @@ class MlxSession:
         own = {place: names.shown(adapter.own(place)) for place in self._base()}
         adapted = {names.shown(path) for path in adapter.layers}
         saved = {names.shown(place) for place in adapter.originals}
-        return {frozen_name(plain, adapted, saved): place for place, plain in own.items()}
+        tables = {names.shown(path) for path in adapter.tables}
+        return {frozen_name(plain, adapted, saved, tables): place for place, plain in own.items()}
 
     def _trainable(self) -> dict[str, mx.array]:
         tensors = self._tensors()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from finetune.adapters.kind import LayerPass
 from finetune.adapters.kinds import kind_of
-from finetune.adapters.peft_files import layer_tensors, saved_name
+from finetune.adapters.peft_files import layer_tensors, rows_name, saved_name
 from finetune.backends.reference.adapter import ReferenceAdapter
 from finetune.backends.reference.architecture import EMBEDDING, FINAL_NORM, HEAD, Architecture, block_path
 
@@ -41,7 +41,7 @@ class Positions:
 class ReferencePass:
     """One trip through the model: forward, and back when `with_gradients` names tensors whose gradients are to be made.
 
-    `weights` are the base's, or the adapter's own where it trains a module whole. `random` draws the dropout of the
+    `weights` are the base's, or the adapter's own where it trains a module or rows. `random` draws the dropout of the
     adapter's inputs; without it the model is at rest. `cache` keeps the keys and
     values of each layer from one trip to the next, so that a continuation needs only its new tokens.
     """
@@ -214,7 +214,11 @@ class ReferencePass:
     def _add(self, name: str, gradient: Array) -> None:
         if name not in self.with_gradients:
             return
-        name = saved_name(name) if self.adapter and name in self.adapter.saved else name
+        path = name.removesuffix(".weight")
+        if self.adapter and path in self.adapter.rows:
+            name, gradient = rows_name(path), gradient[list(self.adapter.target.rows[path])]
+        elif self.adapter and name in self.adapter.saved:
+            name = saved_name(name)
         self.gradients[name] = self.gradients[name] + gradient if name in self.gradients else gradient
 
 

@@ -76,7 +76,9 @@ class ReferenceSession:
         """Add `weight` x (the objective's loss of the batch) to the gradients; returns that loss."""
         if not self.trainable:
             raise TrainingError("nothing is trainable: a loaded adapter is frozen", hint="attach a fresh adapter")
-        with_gradients = frozenset(self.trainable) | frozenset(self.adapter.saved if self.adapter else ())
+        with_gradients = frozenset(self.trainable)
+        if self.adapter:
+            with_gradients |= {*self.adapter.saved, *(f"{path}.weight" for path in self.adapter.rows)}
         forward_pass = ReferencePass(
             self.shape, self._weights_now(), self.adapter, with_gradients, self._random, self.gradients
         )
@@ -191,14 +193,14 @@ class ReferenceSession:
         return {**self._weights_now(), **grown}
 
     def _weights_now(self) -> Mapping[str, Array]:
-        """The weights that the model computes with: an adapter's own where it trains a module whole."""
-        return self.weights if self.adapter is None else {**self.weights, **self.adapter.saved}
+        """The weights that the model computes with: an adapter's own where it trains a module whole, or rows."""
+        return self.weights if self.adapter is None else self.adapter.weights(self.weights)
 
     def fingerprints(self) -> dict[str, str]:
         """A hash of each parameter tensor by name, base and adapter."""
         tensors = dict(self.weights)
         if adapter := self.adapter:
-            shown = {name: frozen_name(name, adapter.layers, adapter.saved) for name in self.weights}
+            shown = {name: frozen_name(name, adapter.layers, adapter.saved, adapter.rows) for name in self.weights}
             tensors = {shown[name]: weight for name, weight in self.weights.items()} | adapter.tensors()
         return {name: hashlib.sha256(tensor.tobytes()).hexdigest() for name, tensor in tensors.items()}
 

@@ -5,8 +5,10 @@ import functools
 import hashlib
 import itertools
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ from finetune.errors import OutOfMemoryError, TrainingError
 from finetune.objectives.cross_entropy import CROSS_ENTROPY
 from finetune.ports import Group, Objective
 from finetune.records import NO_LIMIT, AdapterTarget, Batch, ModelLocation, Optimization
+
+_INNER = re.compile(r"\.(token_adapter\.)?(base_layer|original_module)(?=\.)")
+"""Where PEFT keeps a module's own weights once it has put something around it."""
 
 
 class TorchSession:
@@ -61,6 +66,8 @@ class TorchSession:
         from transformers.pytorch_utils import Conv1D
 
         kind = kind_of(target)
+        paths = {path: state.whole_paths(self.model, (path,))[0] for path in target.rows}
+        target = replace(target, rows={paths[path]: rows for path, rows in target.rows.items()})
         config = getattr(peft, kind.peft_config)(
             **kind.write_peft(target),
             target_modules=list(target.modules),
@@ -157,9 +164,7 @@ class TorchSession:
     def scaled(self, name: str, factor: float) -> Iterator[None]:
         """Within this context a weight of the base, by its name in the model's files, is `factor` times what it is."""
         tensor = next(
-            each
-            for found, each in self.model.named_parameters()
-            if f".{found.replace('.base_layer', '').replace('.original_module', '')}".endswith(f".{name}")
+            each for found, each in self.model.named_parameters() if f".{_INNER.sub('', found)}".endswith(f".{name}")
         )
         before = tensor.detach().clone()
         try:

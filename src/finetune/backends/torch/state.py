@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.adapters.choose import ends_with
 from finetune.adapters.kinds import layer_tensor
-from finetune.adapters.peft_files import on_disk
+from finetune.adapters.peft_files import ROWS, on_disk
 from finetune.errors import ModelError, RefusedError
 
 _TENSORS = "state.safetensors"
@@ -109,11 +109,12 @@ def load_peft_adapter(model: Any, folder: Path) -> Any:
         saved = set(load_file(weights))
         with quiet_wrapping():
             adapted = PeftModel.from_pretrained(model, str(folder))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"adapter {folder} cannot be loaded on this model: {first}") from None
     names = [name for name, _ in adapted.named_parameters()]
-    wanted = {on_disk(name) for name in names if layer_tensor(name) or ".modules_to_save." in name}
+    own = (".modules_to_save.", f".{ROWS}.")
+    wanted = {on_disk(name) for name in names if layer_tensor(name) or any(each in name for each in own)}
     if saved != wanted:
         odd = sorted(saved ^ wanted)
         raise ModelError(
