@@ -264,10 +264,8 @@ class ModelShape:
 class AdapterTarget:
     """The adapter to attach to every linear layer whose path ends with one of `modules`.
 
-    `kind`: one that `adapters/kinds` registers. `scaling`: B A is multiplied with alpha / rank, or alpha / sqrt(rank).
-    The patterns give layers a rank or an alpha of their own, as PEFT's do: each is a regular expression for a path or its
-    end, the first that fits counts. `saved` are paths of modules trained whole, `rows` those of tables whose rows of
-    these numbers are trained; a tied head goes with its embedding.
+    `scaling`: B A is multiplied with alpha / rank or alpha / sqrt(rank). The patterns give layers ranks or alphas of
+    their own: expressions for a path or its end, the first counts. `saved`: modules trained whole; `rows`: of tables.
     """
 
     rank: int

@@ -1,11 +1,12 @@
 """Holds every row to the length limit by the declared policy, and accounts for each row that was read."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from finetune.chat.encode import REACHING, REMOVABLE, Marked
+from finetune.chat.tokenizer import FileTokenizer
 from finetune.data.read import raise_all
 from finetune.records import TokenizedRow
 
@@ -112,3 +113,15 @@ def shorten_row(row: Marked, max_length: int, truncation: Truncation) -> list[Ma
             for index, at in enumerate(starts, start=1)
         ]
     return []
+
+
+def learned_notes(tokenizer: FileTokenizer, rows: Sequence[TokenizedRow]) -> list[str]:
+    """Which tokens are to be learned, and how many of the rows to learn hold each."""
+    if not tokenizer.learned:
+        return []
+    held = Counter(number for row in rows for number in set(row.ids))
+    told = [
+        f"{token!r} (id {number}) in {held[number]}"
+        for token, number in zip(tokenizer.learned, tokenizer.learned_ids, strict=True)
+    ]
+    return [f"of {len(rows)} training rows, the tokens to learn are in so many: {', '.join(told)}"]

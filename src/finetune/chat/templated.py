@@ -68,7 +68,9 @@ def render_as_it_is(talk: Conversation, held: TurnMarks, end: str, *, asking: bo
     return Rendered(tuple(segments), talk.where)
 
 
-def tokens_said(source: TemplateSource, markup: Markup, control: re.Pattern[str], ends: Iterable[str]) -> re.Pattern[str]:
+def tokens_said(
+    source: TemplateSource, markup: Markup, control: re.Pattern[str], ends: Iterable[str]
+) -> re.Pattern[str]:
     """Tokens that a template knows and that mark no turn, such as `<think>`: in an answer they are meant."""
     known = {*control.findall(source.jinja), *source.said} - {*ends}
     turns = {token for roles in _SHAPES if known for token in control.findall(" ".join(markup(roles, asking=False)))}

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import LoadedConfig, TrainingConfig, new_token_problems
-from finetune.errors import ConfigError, ModelError, Problem
+from finetune.errors import ConfigError, ExportError, ModelError, Problem
 from finetune.evidence.record import base_files
 from finetune.export.gguf import Teller
 from finetune.export.merged_folder import TOKENIZER_FILES
@@ -166,6 +166,8 @@ def add_tokens(location: ModelLocation, tokenizer: FileTokenizer, tokens: Mappin
 
     def fill(folder: Path) -> None:
         written.write(folder)
+        if wrong := next(written.differences(Files(weight_files(folder))), ""):
+            raise ExportError(f"the model with new tokens was not written as it is to be: {wrong}", hint="try again")
         for name in (*TOKENIZER_FILES, *_OTHERS):
             source = location.folder / name
             if source.exists():

@@ -106,7 +106,7 @@ class _Job:
         """
         table = self.shape.vocab_size * self.shape.hidden_size * BYTES[self.dtype]
         if self.backend == "reference":
-            return max(self.exact.weights // 2, 0 if self.target else 2 * table)
+            return max(self.exact.weights // 2, 0 if self.target and not self.target.rows else 2 * table)
         if self.target:
             return table if self.target.rows else 0
         return table * (2 * self.shape.tied_head + (load.accumulation > 1))

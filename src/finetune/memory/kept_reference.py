@@ -26,12 +26,13 @@ _LINEAR = {
 def kept_by_reference(shape: ModelShape, target: AdapterTarget | None, load: StepLoad) -> ActivationBytes:
     """What one step keeps with the reference backend; `target` is None for full fine-tuning."""
     h, i, table = shape.hidden_size, shape.intermediate_size, shape.heads * load.length
+    tables = shape.vocab_size * h * (len(target.rows) if target else 0)
     block = _block(shape, load) + (_adapters(shape, target) if target else 0)
     return ActivationBytes(
         blocks=_F64 * load.tokens * block * shape.layers,
         first_block=_F64 * load.tokens * block,
-        # The last norm, RoPE's angles, and the states that are asked for words.
-        outside=_F64 * (load.tokens * (2 * h + 1 + shape.head_dim) + load.targets * h),
+        # The last norm, RoPE's angles, the states that are asked for words, and tables with trained rows in them.
+        outside=_F64 * (load.tokens * (2 * h + 1 + shape.head_dim) + load.targets * h + tables),
         # Logits, logits less their maximum, and probabilities.
         logits=_F64 * 3 * load.targets * shape.vocab_size,
         # On the way back, tables of attention or of the MLP: its product's gradient, slope and both multiplied; beside

@@ -1,7 +1,6 @@
 """From a configuration to token ids: finds the model, reads the data, renders and encodes it, and settles the plan."""
 
 import random
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 from finetune.adapters.choose import check_patterns, check_rank, choose_layers, choose_rows, choose_saved
 from finetune.adapters.kinds import ADAPTER_KINDS, any_of
 from finetune.chat.encoder import Encoder
-from finetune.chat.fit import Encoded
+from finetune.chat.fit import Encoded, learned_notes
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import (
     Goal,
@@ -117,7 +116,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
             f"no row of {config.data.train} is left to train on: {train.counts.dropped}",
             hint="raise tokens.max_length, or look at what the rows hold",
         )
-    notes += _learned_notes(tokenizer, train.rows)
+    notes += learned_notes(tokenizer, train.rows)
     rehearsal = _encode_file(encoder, config.data.rehearsal, plan, notes)
     held = _held_out_examples(config, split, notes)
     held_out = encode_held_out(encoder, plan, held)
@@ -170,18 +169,6 @@ def planned_shape(config: TrainingConfig, location: ModelLocation) -> ModelShape
         )
     how = config.quantization
     return quantize_shape(shape, how, owner) if how else shape
-
-
-def _learned_notes(tokenizer: FileTokenizer, rows: Sequence[TokenizedRow]) -> list[str]:
-    """Which tokens are to be learned, and how many of the rows to learn hold each."""
-    if not tokenizer.learned:
-        return []
-    held = Counter(number for row in rows for number in set(row.ids))
-    told = [
-        f"{token!r} (id {number}) in {held[number]}"
-        for token, number in zip(tokenizer.learned, tokenizer.learned_ids, strict=True)
-    ]
-    return [f"of {len(rows)} training rows, the tokens to learn are in so many: {', '.join(told)}"]
 
 
 def _quantized_notes(config: TrainingConfig, shape: ModelShape) -> list[str]:
