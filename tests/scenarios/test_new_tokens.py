@@ -20,7 +20,7 @@ from finetune.export.new_tokens import add_tokens, with_new_tokens
 from finetune.export.result import open_result
 from finetune.export.vocabulary import CONTROL, USER_DEFINED
 from finetune.models.shape import read_shape, token_tables
-from finetune.records import AdapterTarget, ModelLocation, Optimization
+from finetune.records import AdapterTarget, ModelLocation, Optimization, Quantization
 from finetune.train import fine_tune
 from support.gguf_models import gpt2_like, make_model
 from support.sessions import adapter_bytes, all_logits, batches_of, make_rows, need, step
@@ -131,14 +131,14 @@ class Trained:
 MODULES = {"untied": ("q_proj", "down_proj"), "tied": ("v_proj", "up_proj"), "gpt2": ("c_attn",)}
 
 
-def trained_with(backend: str, family: str, place: Path, rows: int = KNOWN, **how: Any) -> Trained:
+def trained_with(backend: str, family: str, place: Path, rows: int = KNOWN, **opening: Any) -> Trained:
     """A session of a backend that has gone a few steps over rows of random tokens, the new ones with them."""
     need(backend)
     base, grown = grown_model(place, family, rows)
     device = {"device": "cpu"} if backend == "torch" else {}
-    session = open_backend(backend).open(grown, how.pop("dtype", "float32"), 0, **device)
+    session = open_backend(backend).open(grown, "float32", 0, **device, **opening)
     tables = [name.removesuffix(".weight") for name in tables_of(grown.folder)]
-    target = AdapterTarget(3, 7.0, 0.0, MODULES[family], rows=dict.fromkeys(tables, IDS), **how)
+    target = AdapterTarget(3, 7.0, 0.0, MODULES[family], rows=dict.fromkeys(tables, IDS))
     session.attach(target, 0)
     session.prepare_updates(Optimization(weight_decay=0.05, max_grad_norm=1.0))
     before, own = session.fingerprints(), set(session.trainable_names())
@@ -214,6 +214,24 @@ def test_rows_are_had_again(backend: str, family: str, tmp_path: Path) -> None:
     other.load_state(tmp_path / "state")
     train(other)
     assert other.fingerprints() == found.session.fingerprints()
+
+
+@pytest.mark.parametrize("family", ["untied", "tied"])
+def test_rows_are_trained_beside_a_quantised_base(family: str, tmp_path: Path) -> None:
+    """Packed tables keep every byte; the saved rows, put on the base again as it is quantised, give the same logits."""
+    need("mlx")
+    found = trained_with("mlx", family, tmp_path, quantize=Quantization(4, 32))
+    now = found.session.fingerprints()
+    assert {name: now[name] for name in found.frozen} == found.frozen
+    assert any(name.endswith("embed_tokens.token_adapter.base_layer.scales") for name in found.frozen)
+    adapter_bytes(found.session, tmp_path / "adapter")
+    again = open_backend("mlx").open(found.grown, "float32", 0, quantize=Quantization(4, 32))
+    base = all_logits(again, PROMPTS)
+    again.load_adapter(tmp_path / "adapter")
+    bound = FACTOR * measure_rounding(found.session, PROMPTS).logit
+    assert np.abs(all_logits(again, PROMPTS) - all_logits(found.session, PROMPTS)).max() <= bound
+    with again.adapter_disabled():
+        assert (all_logits(again, PROMPTS) == base).all()
 
 
 def data_with(path: Path) -> Path:
