@@ -83,6 +83,13 @@ class Group(Protocol):
         """Give the first process all weights again, once the others have gone."""
 
 
+class ChooseTokens(Protocol):
+    """How an answer goes on, where that is not the likeliest token."""
+
+    def __call__(self, logits: "NDArray[Any]") -> "NDArray[np.int64]":
+        """The next token of each answer, (answers,), from its logits, (answers, vocabulary)."""
+
+
 class Session(Protocol):
     """A loaded model that can be trained, scored, asked and saved: the verbs in which backends differ."""
 
@@ -122,9 +129,17 @@ class Session(Protocol):
         """Within this context a weight of the base, by its name in the model's files, is `factor` times what it is."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        choose: ChooseTokens | None = None,
     ) -> list[list[int]]:
-        """Greedy continuations without the prompt and without the stop token, in the order of `prompts`."""
+        """Continuations without the prompt and without the stop token, in the order of `prompts`.
+
+        Args:
+            choose: chooses each token; greedy where none is given.
+        """
 
     def save_logits(self, prompts: Sequence[Sequence[int]], path: Path) -> None:
         """Write the logits after each token of each prompt, (tokens, vocabulary) in float32, keyed "0", "1", ..."""

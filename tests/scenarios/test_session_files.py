@@ -60,11 +60,15 @@ def saved(trained: Any, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def greedy(session: Any, prompt: list[int], room: int, stops: list[int]) -> list[int]:
-    """The greedy answer by the book: the whole text again for each token, the likeliest one every time."""
+def greedy(session: Any, prompt: list[int], room: int, stops: list[int], *, rank: int = 1) -> list[int]:
+    """The greedy answer by the book: the whole text again for each token, the likeliest one every time.
+
+    Args:
+        rank: 2 for the second likeliest every time.
+    """
     ids = list(prompt)
     for _ in range(min(room, CONTEXT - len(prompt))):
-        ids.append(int(logits(session, ids)[-1].argmax()))
+        ids.append(int(logits(session, ids)[-1].argsort()[-rank]))
         if ids[-1] in stops:
             return ids[len(prompt) : -1]
     return ids[len(prompt) :]
@@ -81,6 +85,29 @@ def test_answers_are_greedy_and_end_before_the_stop(trained: Any) -> None:
     assert stopped == [greedy(trained, prompt, 9, stops) for prompt in PROMPTS]
     assert stopped[1] == []
     assert 0 < len(stopped[0]) <= 4
+
+
+@every_backend
+def test_answers_are_of_the_tokens_that_are_chosen(trained: Any) -> None:
+    """What chooses is given the logits of each next token, and its choice is said, until a stop or no more room."""
+    given: list[Any] = []
+
+    def second(seen: Any) -> Any:
+        given.append(seen)
+        return seen.argsort(axis=-1)[:, -2]
+
+    free = trained.generate(PROMPTS, 9, [], second)
+    assert free == [greedy(trained, prompt, 9, [], rank=2) for prompt in PROMPTS]
+    assert free != trained.generate(PROMPTS, 9, [])
+    stops = [free[0][4], free[1][0]]
+    assert trained.generate(PROMPTS, 9, stops, second) == [
+        greedy(trained, prompt, 9, stops, rank=2) for prompt in PROMPTS
+    ]
+    given.clear()
+    [said] = trained.generate(PROMPTS[:1], 3, [], second)
+    for place, seen in enumerate(given):
+        assert np.allclose(seen[0], logits(trained, [*PROMPTS[0], *said[:place]])[-1], rtol=1e-4, atol=1e-4)
+    assert len(given) == 3
 
 
 @pytest.mark.parametrize("bench", ["torch-llama", "torch-gpt2"], indirect=True)

@@ -1,7 +1,13 @@
-"""Greedy answers to many prompts, whatever computes the words: which prompts go together, and where an answer ends."""
+"""Answers, whatever computes the logits: which prompts go together, which token comes next, where an answer ends."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.ports import ChooseTokens
 
 Prompts = Sequence[Sequence[int]]
 _ASKED_TOGETHER = 64
@@ -45,3 +51,34 @@ def until_stops(words: Iterable[Sequence[int]], rows: int, stop_ids: Sequence[in
         for row in open_:
             said[row].append(int(each[row]))
     return said
+
+
+def greedy(logits: NDArray[Any]) -> NDArray[np.int64]:
+    """The likeliest token of each row."""
+    return logits.argmax(axis=-1)
+
+
+def sampler(temperature: float, top_p: float = 1.0, *, seed: int) -> ChooseTokens:
+    """Draws tokens by their chances, the same for the same seed, logits and order of calls.
+
+    Args:
+        temperature: what logits are divided by, above 0; below 1 likely tokens become likelier.
+        top_p: only the fewest likeliest tokens are drawn from whose chances add up to this share
+            (nucleus sampling, Holtzman et al. 2020, arXiv:1904.09751); 1 for all.
+    """
+    random = np.random.default_rng(seed)
+
+    def choose(logits: NDArray[Any]) -> NDArray[np.int64]:
+        order = np.argsort(-logits, axis=-1, kind="stable")
+        ordered = np.take_along_axis(logits, order, axis=-1).astype(np.float64)
+        with np.errstate(over="ignore"):  # a tiny temperature makes all but the likeliest impossible, as it should
+            chances = np.exp((ordered - ordered[:, :1]) / temperature)
+        chances /= chances.sum(axis=-1, keepdims=True)
+        before = chances.cumsum(axis=-1) - chances
+        chances[before >= top_p] = 0.0
+        reached = chances.cumsum(axis=-1)
+        drawn = random.random((len(logits), 1)) * reached[:, -1:]
+        places = np.minimum((reached <= drawn).sum(axis=-1), np.count_nonzero(chances, axis=-1) - 1)
+        return np.take_along_axis(order, places[:, None], axis=-1)[:, 0]
+
+    return choose

@@ -14,7 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from finetune.backends.generate import answer_by_length, until_stops
 from finetune.backends.mlx.tensors import first_line
 from finetune.errors import ModelError, TrainingError
-from finetune.ports import Objective
+from finetune.ports import ChooseTokens, Objective
 from finetune.records import Batch, TokenizedRow
 
 _TRUNKS = ("model", "transformer", "backbone")
@@ -136,9 +136,13 @@ class ForwardPass:
         return total + (value - mx.stop_gradient(total))
 
     def answers(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        choose: ChooseTokens | None = None,
     ) -> list[list[int]]:
-        """Greedy continuations without the prompt and without the stop token, in the order of `prompts`."""
+        """Continuations without the prompt and without the stop token, in the order of `prompts`."""
         for index, prompt in enumerate(prompts):
             if len(prompt) < self.sizes.context:  # others have no room for an answer, and are not asked
                 _check_row(TokenizedRow(tuple(prompt), (), f"prompt {index}"), self.sizes)
@@ -146,16 +150,18 @@ class ForwardPass:
             prompts,
             max_new_tokens,
             self.sizes.context,
-            lambda alike, room: until_stops(islice(self._greedy_words(alike), room), len(alike), stop_ids),
+            lambda alike, room: until_stops(islice(self._words(alike, choose), room), len(alike), stop_ids),
         )
 
-    def _greedy_words(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """The likeliest next word of each prompt, again and again; each is read before the next is made."""
+    def _words(self, prompts: Sequence[Sequence[int]], choose: ChooseTokens | None) -> Iterator[list[int]]:
+        """The next word of each prompt, again and again; each is read before the next is made."""
         cache = make_prompt_cache(self.model)
         ids = mx.array([list(prompt) for prompt in prompts])
         while True:
             last = mx.arange(1, len(ids) + 1) * ids.shape[1] - 1
-            ids = mx.argmax(self.logits_at(ids, last, cache=cache), axis=-1)[:, None]
+            logits = self.logits_at(ids, last, cache=cache)
+            ids = mx.array(choose(np.array(logits.astype(mx.float32)))) if choose else mx.argmax(logits, axis=-1)
+            ids = ids[:, None]
             mx.eval(ids, [each.state for each in cache])
             yield [int(word) for word in ids[:, 0].tolist()]
 

@@ -23,7 +23,7 @@ from finetune.backends.mlx.packed import in_float64, in_full, packed_layers
 from finetune.backends.mlx.tensors import fingerprint, first_line, write_tensors
 from finetune.errors import ModelError, OutOfMemoryError, TrainingError
 from finetune.objectives.cross_entropy import CROSS_ENTROPY
-from finetune.ports import Group, Objective
+from finetune.ports import ChooseTokens, Group, Objective
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
 
 _EXHAUSTED = ("allocate", "memory", "Insufficient Memory")
@@ -181,10 +181,14 @@ class MlxSession:
             model.load_weights(own, strict=False)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        choose: ChooseTokens | None = None,
     ) -> list[list[int]]:
-        """Greedy continuations without the prompt and without the stop token, in the order of `prompts`."""
-        return self.forward_pass.answers(prompts, max_new_tokens, stop_ids)
+        """Continuations without the prompt and without the stop token, in the order of `prompts`."""
+        return self.forward_pass.answers(prompts, max_new_tokens, stop_ids, choose)
 
     def adapter_disabled(self) -> contextlib.AbstractContextManager[None]:
         """Within this context the model answers as its base would."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from finetune.adapters.peft_files import frozen_name
-from finetune.backends.generate import answer_by_length, until_stops
+from finetune.backends.generate import answer_by_length, greedy, until_stops
 from finetune.backends.reference import state
 from finetune.backends.reference.adapter import ReferenceAdapter, draw_adapter, read_adapter, write_adapter
 from finetune.backends.reference.architecture import HEAD, Architecture
@@ -22,7 +22,7 @@ from finetune.backends.reference.optimizer import ReferenceAdamW, clip
 from finetune.errors import ModelError, TrainingError
 from finetune.models.shape import read_config
 from finetune.objectives.cross_entropy import CROSS_ENTROPY
-from finetune.ports import Group, Objective
+from finetune.ports import ChooseTokens, Group, Objective
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
 
 
@@ -154,22 +154,26 @@ class ReferenceSession:
             self.weights = weights
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        choose: ChooseTokens | None = None,
     ) -> list[list[int]]:
-        """Greedy continuations without the prompt and without the stop token, in the order of `prompts`."""
+        """Continuations without the prompt and without the stop token, in the order of `prompts`."""
         return answer_by_length(
             prompts,
             max_new_tokens,
             self.shape.max_position_embeddings,
-            lambda alike, room: until_stops(self._greedy_words(alike, room), len(alike), stop_ids),
+            lambda alike, room: until_stops(self._words(alike, room, choose or greedy), len(alike), stop_ids),
         )
 
-    def _greedy_words(self, prompts: Sequence[Sequence[int]], room: int) -> Iterator[Sequence[int]]:
-        """The likeliest next token of each prompt, `room` times; the prompts are of one length."""
+    def _words(self, prompts: Sequence[Sequence[int]], room: int, choose: ChooseTokens) -> Iterator[Sequence[int]]:
+        """The next token of each prompt, `room` times; the prompts are of one length."""
         forward_pass = ReferencePass(self.shape, self._weights_now(), self.adapter, cache={})
         ids = np.array([list(ids) for ids in prompts], np.int64)
         for _ in range(room):
-            ids = self._logits(forward_pass, ids, last=True).argmax(axis=-1)
+            ids = choose(self._logits(forward_pass, ids, last=True)[:, 0])[:, None]
             yield ids[:, 0].tolist()
 
     @contextlib.contextmanager

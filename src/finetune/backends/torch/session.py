@@ -26,7 +26,7 @@ from finetune.backends.torch.group import as_lost, pool_gradients
 from finetune.backends.torch.lora_linear import fold_adapters
 from finetune.errors import OutOfMemoryError, TrainingError
 from finetune.objectives.cross_entropy import CROSS_ENTROPY
-from finetune.ports import Group, Objective
+from finetune.ports import ChooseTokens, Group, Objective
 from finetune.records import NO_LIMIT, AdapterTarget, Batch, ModelLocation, Optimization
 
 _INNER = re.compile(r"\.(token_adapter\.)?(base_layer|original_module)(?=\.)")
@@ -174,28 +174,44 @@ class TorchSession:
             tensor.data.copy_(before)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        choose: ChooseTokens | None = None,
     ) -> list[list[int]]:
-        """Greedy continuations without the prompt and without the stop token, in the order of `prompts`."""
+        """Continuations without the prompt and without the stop token, in the order of `prompts`."""
         with self._at_rest(), torch.no_grad():
             return answer_by_length(
                 prompts,
                 max_new_tokens,
                 self.context_length,
-                lambda alike, room: self._continue(self._ids(alike), room, stop_ids),
+                lambda alike, room: self._continue(self._ids(alike), room, stop_ids, choose),
             )
 
     def _ids(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         return torch.tensor([list(ids) for ids in prompts], device=self._place)
 
-    def _continue(self, ids: torch.Tensor, room: int, stop_ids: Sequence[int]) -> list[list[int]]:
+    def _continue(
+        self, ids: torch.Tensor, room: int, stop_ids: Sequence[int], choose: ChooseTokens | None
+    ) -> list[list[int]]:
         from transformers import GenerationConfig
+
+        def only_chosen(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            assert choose is not None
+            chosen = torch.from_numpy(choose(logits.float().cpu().numpy())).to(logits.device)
+            return torch.full_like(logits, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
         config = GenerationConfig(
             max_new_tokens=room, do_sample=False, eos_token_id=list(stop_ids), pad_token_id=self.pad_id
         )
         with self._without_preferences():
-            full = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            full = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=config,
+                logits_processor=[only_chosen] if choose else [],
+            )
         # A row that ends before others is filled up after its stop token.
         return [
             list(itertools.takewhile(lambda word: word not in stop_ids, row))
