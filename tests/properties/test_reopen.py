@@ -10,7 +10,8 @@ import pytest
 
 from finetune.errors import FineTuneError
 from finetune.evidence.observe import observe
-from finetune.evidence.reopen import reopen, talker
+from finetune.evidence.reopen import reopen
+from finetune.evidence.talk import talker
 from finetune.records import Conversation, Message
 from finetune.train import fine_tune
 from support.damages import Damage, changed_bytes, longer
@@ -58,7 +59,7 @@ def test_talker_says_what_the_tuned_model_says(finished: Path) -> None:
     for text in ("rows", "rows word word", "what?", "7"):
         asked = Conversation((Message("user", text),), "question")
         ids, encoder = prepared.encoder.prompt_ids(asked), prepared.encoder
-        said.append(talk(asked))
+        said.append(talk(asked).text)
         assert said[-1] == encoder.tokenizer.decode(session.generate([ids], 6, encoder.stop_ids)[0]).strip()
         with session.adapter_disabled():
             base.append(encoder.tokenizer.decode(session.generate([ids], 6, encoder.stop_ids)[0]).strip())

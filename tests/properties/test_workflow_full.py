@@ -10,7 +10,8 @@ import pytest
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import load_plan
 from finetune.errors import ConfigError, ModelError
-from finetune.evidence.reopen import compare, reopen, talker
+from finetune.evidence.reopen import compare, reopen
+from finetune.evidence.talk import talker
 from finetune.models.shape import read_shape
 from finetune.records import Conversation, Message
 from finetune.train import fine_tune
@@ -73,7 +74,7 @@ def test_full_run_opened_again_is_the_model_that_was_trained(place: Path) -> Non
     asked = Conversation((Message("user", "rows"),), "question")
     ids = prepared.encoder.prompt_ids(asked)
     said = open_model(place / "run" / "model").generate([ids], 6, prepared.encoder.stop_ids)[0]
-    answer = talker(place / "run", max_new_tokens=6)(asked)
+    answer = talker(place / "run", max_new_tokens=6)(asked).text
     assert answer == prepared.encoder.tokenizer.decode(said).strip()
 
 

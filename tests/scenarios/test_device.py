@@ -15,7 +15,8 @@ from finetune.backends.reference.backend import ReferenceBackend
 from finetune.backends.torch.device import choose_device
 from finetune.config import load_config
 from finetune.errors import FineTuneError, RefusedError
-from finetune.evidence.reopen import compare, reopen, talker
+from finetune.evidence.reopen import compare, reopen
+from finetune.evidence.talk import talker
 from finetune.export.gguf_source import exportable_run
 from finetune.records import Batch
 from finetune.train import fine_tune

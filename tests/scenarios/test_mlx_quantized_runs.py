@@ -13,7 +13,8 @@ from finetune.backends import open_backend
 from finetune.config import load_config
 from finetune.errors import ConfigError, ModelError, RefusedError
 from finetune.events import CheckpointSaved, Event
-from finetune.evidence.reopen import compare, reopen, talker
+from finetune.evidence.reopen import compare, reopen
+from finetune.evidence.talk import talker
 from finetune.records import ModelLocation, Quantization
 from finetune_strategies.tokenizers import KINDS, tokenizer_folder
 from scenarios.test_mlx_quantized import convert
@@ -122,7 +123,7 @@ def test_run_opened_again_is_on_the_same_base(whole: tuple[Path, dict[str, Any]]
     kept = [mark for name, mark in session.fingerprints().items() if ".lora_" not in name]
     assert sorted(kept) == sorted(plain.values())
     [question] = prepared.conversations[:1]
-    answer = talker(output, max_new_tokens=4)(question.prompt)
+    answer = talker(output, max_new_tokens=4)(question.prompt).text
     ids = session.generate([prepared.encoder.prompt_ids(question.prompt)], 4, prepared.encoder.stop_ids)[0]
     assert answer == prepared.encoder.tokenizer.decode(ids).strip()
 

@@ -133,7 +133,7 @@ def test_evaluate_and_chat_work_on_a_finished_run(finished: Path) -> None:
     assert told["trained questions"]["base"] == learning["base"]["right"]
     assert told["trained questions"]["tuned"] == learning["tuned"]["right"]
     assert told["loss"]["tuned"] == pytest.approx(run["losses"]["fixed"][-1]["loss"], rel=1e-6)
-    said = ft("chat", str(finished), "--ask", "Repeat: Paris", cwd=finished.parent)
+    said = ft("chat", str(finished), "--prompt", "Repeat: Paris", cwd=finished.parent)
     assert said.returncode == 0, said.stderr
     assert said.stdout.strip()
     assert "<|" not in said.stdout

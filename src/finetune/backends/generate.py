@@ -55,7 +55,8 @@ def until_stops(words: Iterable[Sequence[int]], rows: int, stop_ids: Sequence[in
 
 def greedy(logits: NDArray[Any]) -> NDArray[np.int64]:
     """The likeliest token of each row."""
-    return logits.argmax(axis=-1)
+    likeliest: NDArray[np.int64] = logits.argmax(axis=-1)
+    return likeliest
 
 
 def sampler(temperature: float, top_p: float = 1.0, *, seed: int) -> ChooseTokens:

@@ -77,11 +77,11 @@ def _parse_lines(path: Path, text: str) -> list[Row]:
             continue
         where = f"{path}:{number}"
         try:
-            rows.append(_as_row(_load(line), where))
+            rows.append(_as_row(load_json(line), where))
         except json.JSONDecodeError as error:
             problems.append(f"{where}: broken JSON at column {error.colno}: {error.msg}")
         except (RecursionError, ValueError) as error:
-            problems.append(f"{where}: {_unreadable(error)}")
+            problems.append(f"{where}: {unreadable(error)}")
         except DataError as error:
             problems.append(error.message)
     raise_all(problems, hint="each line must be one JSON object")
@@ -91,7 +91,7 @@ def _parse_lines(path: Path, text: str) -> list[Row]:
 def _parse_document(path: Path, text: str) -> list[Row]:
     """The rows of a list of JSON objects, of a single one, or of one a line."""
     try:
-        document = _load(text)
+        document = load_json(text)
     except json.JSONDecodeError as error:
         first = text.strip().split("\n", 1)[0].strip()
         if error.msg == "Extra data" or (first.startswith("{") and first.endswith("}")):
@@ -101,7 +101,7 @@ def _parse_document(path: Path, text: str) -> list[Row]:
             hint="a .json file holds one list of objects",
         ) from None
     except (RecursionError, ValueError) as error:
-        raise DataError(f"{path}: {_unreadable(error)}", hint="flatten or shorten the rows") from None
+        raise DataError(f"{path}: {unreadable(error)}", hint="flatten or shorten the rows") from None
     items = document if isinstance(document, list) else [document]
     rows: list[Row] = []
     problems: list[str] = []
@@ -118,7 +118,9 @@ class _KeyTwiceError(ValueError):
     """An object names a key twice: JSON's grammar allows it, and every reader silently keeps the last."""
 
 
-def _load(text: str) -> Any:
+def load_json(text: str) -> Any:
+    """What a JSON text holds; an object that names a key twice is refused with a ValueError."""
+
     def without_repeats(pairs: list[tuple[str, object]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
@@ -128,7 +130,7 @@ def _load(text: str) -> Any:
     return json.loads(text, object_pairs_hook=without_repeats)
 
 
-def _unreadable(error: RecursionError | ValueError) -> str:
+def unreadable(error: RecursionError | ValueError) -> str:
     """Why text that is JSON by its grammar is refused."""
     if isinstance(error, _KeyTwiceError):
         return f"key {str(error)[:60]!r} is there twice"

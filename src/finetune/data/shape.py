@@ -43,7 +43,7 @@ def shape_rows(rows: Sequence[Row]) -> ShapedRows:
             name = shape_of(row)
             example = _PARSERS[name](row)
             if isinstance(example, Conversation):
-                example = replace(example, tools=_as_json(_tools(row), row.where), variables=_variables(row))
+                example = replace(example, tools=tools_of(row), variables=_variables(row))
             learned = _learned(row, _ROW_MARKS)
         except DataError as error:
             problems[error.message] = error.hint or _HINT
@@ -143,12 +143,12 @@ def _parse_alpaca(row: Row) -> Conversation:
 
 
 def _parse_chat(row: Row) -> Conversation:
-    return Conversation(_messages(row, "messages"), row.where)
+    return Conversation(messages_of(row, "messages"), row.where)
 
 
 def _parse_prompt_completion(row: Row) -> Conversation:
     if isinstance(row.values["prompt"], list) or isinstance(row.values["completion"], list):
-        return Conversation(_messages(row, "prompt") + _messages(row, "completion"), row.where)
+        return Conversation(messages_of(row, "prompt") + messages_of(row, "completion"), row.where)
     turns = (Message("user", _text_field(row, "prompt")), Message("assistant", _text_field(row, "completion")))
     return Conversation(turns, row.where, from_text=True)
 
@@ -157,7 +157,12 @@ def _parse_text(row: Row) -> Document:
     return Document(_text_field(row, "text"), row.where)
 
 
-def _messages(row: Row, key: str) -> tuple[Message, ...]:
+def messages_of(row: Row, key: str) -> tuple[Message, ...]:
+    """The messages in a column.
+
+    Raises:
+        DataError: it holds something else.
+    """
     turns = row.values[key]
     if not isinstance(turns, list):
         raise DataError(f"{row.where}: {key!r} must be a list of messages, found {type(turns).__name__}")
@@ -204,8 +209,12 @@ def _mark(of: Row, key: str) -> bool | None:
     return _YES_OR_NO[word]
 
 
-def _tools(row: Row) -> list[Any]:
-    """The tools that a row's templates are told of."""
+def tools_of(row: Row) -> str:
+    """The tools that a row's templates are told of, as a JSON list; "" for none.
+
+    Raises:
+        DataError: it holds something else.
+    """
     tools = row.values.get("tools")
     if isinstance(tools, str):  # many files keep them as text
         try:
@@ -214,7 +223,7 @@ def _tools(row: Row) -> list[Any]:
             raise DataError(f"{row.where}: 'tools' is text that is no JSON: {error}") from None
     if not isinstance(tools, list | NoneType):
         raise DataError(f"{row.where}: 'tools' must be a list, found {type(tools).__name__}")
-    return tools or []
+    return _as_json(tools, row.where)
 
 
 def _variables(row: Row) -> str:

@@ -24,6 +24,28 @@ _WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, slots=True)
+class SharedText:
+    """What rows have of one kind: the text that all of them share, or "", how many have one, and how many differ."""
+
+    text: str
+    rows: int
+    different: int
+
+
+def shared_text(texts: Sequence[str]) -> SharedText:
+    """What is shared of a text that each row has; "" is none."""
+    different = set(texts) - {""}
+    shared = texts[0] if len(set(texts)) == 1 else ""
+    return SharedText(shared, sum(map(bool, texts)), len(different))
+
+
+def system_prompt(conversation: Conversation) -> str:
+    """The system prompt that a conversation begins with, or ""."""
+    first = conversation.messages[0]
+    return first.content if first.role == "system" else ""
+
+
+@dataclass(frozen=True, slots=True)
 class Repeats:
     """How many rows say what an earlier one says, and how many prompts have several answers."""
 

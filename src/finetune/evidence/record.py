@@ -17,6 +17,7 @@ from finetune.criteria.advice import RunFacts, advise
 from finetune.criteria.evidence import ControlEvidence, Evidence
 from finetune.criteria.judge import overall
 from finetune.data.shipped import FOLDER, data_path
+from finetune.data.survey import shared_text, system_prompt
 from finetune.events import Event, FixedLoss, HeldOutLoss, RunResumed, RunStarted, StepDone
 from finetune.evidence.asked import Asked
 from finetune.files import describe_file, file_hash
@@ -188,6 +189,9 @@ def _data(prepared: Prepared) -> dict[str, Any]:
         "train": asdict(prepared.train.counts),
         "valid": asdict(prepared.held_out.counts) if prepared.held_out else None,
         "rehearsal": asdict(prepared.rehearsal.counts) if prepared.rehearsal else None,
+        # With these a model is asked as it was trained.
+        "system": asdict(shared_text([system_prompt(each) for each in prepared.conversations])),
+        "tools": asdict(shared_text([each.tools for each in prepared.conversations])),
     }
 
 

@@ -1,17 +1,14 @@
-"""Opens finished runs again: to score them, or to talk to them."""
+"""Opens finished runs again, to score them."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from finetune.chat.encoder import Encoder
 from finetune.config import TrainingConfig, load_plan
-from finetune.errors import DataError, TemplateError
+from finetune.errors import TemplateError
 from finetune.evidence.observe import Observation, observe
-from finetune.evidence.saved import open_encoder, open_model, open_tuned, prepare_again, saved_in
-from finetune.models.locate import locate_model
-from finetune.models.shape import read_shape
+from finetune.evidence.saved import open_model, open_tuned, prepare_again, saved_in
 from finetune.ports import Session
-from finetune.records import Conversation, ModelLocation
+from finetune.records import ModelLocation
 from finetune.run.folder import RunFolder
 from finetune.training.prepare import Prepared
 
@@ -43,30 +40,6 @@ def compare(prepared: Prepared, session: Session) -> tuple[Observation, Observat
         # Only what is not quantised can be trained whole, so this base is not.
         base = observe(open_model(prepared.plan.config, prepared.location, prepared.encoder), prepared)
     return base, observe(session, prepared, base)
-
-
-def talker(path: Path, *, max_new_tokens: int) -> Callable[[Conversation], str]:
-    """A function that lets the fine-tuned model of a finished run answer a conversation; needs no data.
-
-    Raises:
-        FineTuneError: as `reopen`.
-    """
-    folder = RunFolder.finished(path)
-    config = load_plan(folder.plan).config
-    location = locate_model(config.model.path, revision=config.model.revision)
-    encoder = open_encoder(folder, config, location)
-    session = _open(folder, config, location, encoder)
-    context = read_shape(location.folder).context_length
-
-    def answer(conversation: Conversation) -> str:
-        ids = encoder.prompt_ids(conversation)
-        if len(ids) >= context:
-            raise DataError(
-                f"the conversation has {len(ids)} tokens, and the model reads {context}", hint="ask something shorter"
-            )
-        return encoder.said(session.generate([ids], max_new_tokens, encoder.stop_ids)[0])
-
-    return answer
 
 
 def _open(folder: RunFolder, config: TrainingConfig, location: ModelLocation, encoder: Encoder) -> Session:

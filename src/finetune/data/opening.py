@@ -1,0 +1,68 @@
+"""Reads what a chat begins with: tools and messages, from JSON files of a list each."""
+
+import json
+from pathlib import Path
+
+from finetune.data.read import load_json, unreadable
+from finetune.data.shape import messages_of, tools_of
+from finetune.errors import DataError, UsageError
+from finetune.records import Message, Row
+
+_MOST_BYTES = 2**24
+"""Far above what any model can read at once; a file that never ends is not read on."""
+
+
+def read_tools(path: Path) -> str:
+    """The tools of a file, as a row's `tools` column has them.
+
+    Raises:
+        UsageError: the file cannot be read, or holds something else.
+    """
+    found = _read_list(path)
+    unnamed = [place for place, tool in enumerate(found) if not _has_name(tool)]
+    if unnamed:
+        raise UsageError(
+            f"{path}[{unnamed[0]}]: {str(found[unnamed[0]])[:60]!r} is no tool, which has a name",
+            hint='write {"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}',
+        )
+    try:
+        return tools_of(Row({"tools": found}, str(path)))
+    except DataError as error:
+        raise UsageError(error.message) from None
+
+
+def read_messages(path: Path) -> tuple[Message, ...]:
+    """The messages of a file, as a row's `messages` column has them.
+
+    Raises:
+        UsageError: the file cannot be read, or holds something else.
+    """
+    try:
+        return messages_of(Row({"messages": _read_list(path)}, str(path)), "messages")
+    except DataError as error:
+        raise UsageError(error.message, hint='write {"role": "user", "content": ...}, and so on') from None
+
+
+def _has_name(tool: object) -> bool:
+    inner = tool.get("function", tool) if isinstance(tool, dict) else None
+    return isinstance(inner, dict) and isinstance(inner.get("name"), str) and bool(inner["name"].strip())
+
+
+def _read_list(path: Path) -> list[object]:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise UsageError(f"{path} is longer than {_MOST_BYTES:,} bytes", hint="no model reads as much")
+        found = load_json(content.decode("utf-8").removeprefix("\ufeff"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}", hint="name a file") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8: byte {content[error.start]:#04x} at offset {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path}:{error.lineno}: broken JSON at column {error.colno}: {error.msg}") from None
+    except (RecursionError, ValueError) as error:
+        raise UsageError(f"{path}: {unreadable(error)}") from None
+    if not isinstance(found, list):
+        raise UsageError(f"{path} must hold a JSON list, found {type(found).__name__}")
+    return found
