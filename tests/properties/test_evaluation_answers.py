@@ -15,9 +15,9 @@ from finetune.evidence.answers import ask, normalise
 from finetune.evidence.answers import score as score_ids
 from finetune.records import Conversation, Message, ModelLocation, Question
 from finetune_strategies.conversations import texts
-from support.conversations import talk
+from support.conversations import TIGHT, talk
 from support.real_templates import REAL
-from support.workplace import calling_tokenizer
+from support.workplace import CALLING_TEMPLATE, calling_tokenizer
 
 
 @dataclass
@@ -94,7 +94,9 @@ SAID = {
     ("llama-3.1", CALL): '{"name": "add", "parameters": {"x": 1}}',
     ("calling", CALL): '[CALL]{"name": "add", "arguments": {"x": 1}}',
     ("calling", RESULT): "Two",
+    ("tight", talk("user:q", "assistant:(:")): "(:",
 }
+JINJA = {**{name: real.jinja for name, real in REAL.items()}, "calling": CALLING_TEMPLATE, "tight": TIGHT.jinja}
 
 
 @pytest.mark.parametrize(("name", "conversation"), SAID)
@@ -106,10 +108,12 @@ def test_expected_answer_is_what_the_template_has_the_model_say(
     One that leaves out a control token of a call is not.
     """
     folder = calling_tokenizer(tmp_path / "model")
-    if name in REAL:
-        (folder / "chat_template.jinja").write_text(REAL[name].jinja, encoding="utf-8")
-    encoder = Encoder(ModelLocation("model", folder, "local"), "tokenizer")
+    (folder / "chat_template.jinja").write_text(JINJA[name], encoding="utf-8")
+    location = ModelLocation("model", folder, "local")
+    encoder = Encoder(location, "tokenizer")
     question = encoder.question(conversation)
+    for learned in ("last", "everything"):
+        assert Encoder(location, "tokenizer", train_on=learned).question(conversation) == question  # type: ignore[arg-type]
     assert question.expected == SAID[name, conversation]
     row = encode_row(encoder.template.render(conversation), encoder.tokenizer)
     assert row.ids[: len(question.ids)] == question.ids

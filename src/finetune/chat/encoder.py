@@ -151,7 +151,7 @@ class Encoder:
         """The conversation's last answer as a question with one right answer: what the model is taught to say there."""
         prompt = conversation.prompt
         shown = "\n".join(message.content for message in prompt.messages if message.role in ("user", "input"))
-        asked, row = self.prompt_ids(prompt), encode_row(self._answers_alone.render(conversation), self.tokenizer)
+        asked, row = self.prompt_ids(prompt), encode_row(self.template.render(conversation), self.tokenizer)
         rest = zip(row.ids[len(asked) :], row.trained[len(asked) :], strict=True)
         answer = self._before_stop(token for token, trained in rest if trained)
         return Question(asked, shown, self.said(answer), answer)
