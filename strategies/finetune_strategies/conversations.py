@@ -96,7 +96,8 @@ def _chat(draw: st.DrawFn) -> tuple[dict[str, Any], Example]:
     pairs = [(m.role, m.content) for m in draw(_CHATS).messages]
     if draw(EITHER):
         pairs = pairs[:-1]
-    return {"messages": _as_messages(pairs)}, _spoken(pairs)
+    turns = [{**turn, **draw(_MARKS)} for turn in _as_messages(pairs)]
+    return {"messages": turns}, _spoken(pairs)
 
 
 @st.composite
@@ -111,6 +112,9 @@ def _prompt_completion(draw: st.DrawFn) -> tuple[dict[str, Any], Example]:
 _DOCUMENTS = texts().map(lambda text: ({"text": text}, Document(text, "")))
 _SHAPES = {"alpaca": _alpaca(), "chat": _chat(), "prompt/completion": _prompt_completion(), "text": _DOCUMENTS}
 _SHAPE_NAMES = st.sampled_from(sorted(_SHAPES))
+_SAYS: list[dict[str, Any]] = [{"weight": 0}, {"weight": 1}, {"weight": None}, {"train": False}, {"train": True}]
+_MARKS = st.sampled_from([{}, *_SAYS])
+"""What a row or a message says of whether it is learned; it changes no word."""
 _IGNORED = st.lists(st.sampled_from(["id", "kind", "größe", "", "score"]), max_size=2, unique=True)
 _UNREAD = st.none() | st.integers() | texts()
 
@@ -121,8 +125,11 @@ def rows(draw: st.DrawFn) -> RowCase:
     shape = draw(_SHAPE_NAMES)
     values, example = draw(_SHAPES[shape])
     ignored = draw(_IGNORED)
-    values = {**values, **{name: draw(_UNREAD) for name in ignored}}
-    if isinstance(example, Document):
+    weight = draw(_MARKS) if draw(EITHER) else {}
+    values = {**values, **weight, **{name: draw(_UNREAD) for name in ignored}}
+    if 0 in weight.values():
+        dropped = "weight 0"
+    elif isinstance(example, Document):
         dropped = "" if example.text.strip() else "empty text"
     elif not example.messages or example.messages[-1].role != "assistant":
         dropped = "no answer at the end"
