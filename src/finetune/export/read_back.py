@@ -3,18 +3,17 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.errors import ModelError
 from finetune.export.blueprint import Blueprint, Tensor
 from finetune.export.outtypes import Storage
 from finetune.export.quantise import quantise
 from finetune.files import remove_folder, write_json
-
-if TYPE_CHECKING:
-    from gguf import GGUFReader, ReaderTensor
+from finetune.models.gguf_file import GgufFile, read_gguf
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,30 +47,27 @@ def keep_refused(written: Path, path: Path, checks: Sequence[Check]) -> Path:
 
 def read_back(blueprint: Blueprint, path: Path) -> Check:
     """Check that the file has these keys and tensors, each bit for bit what its type makes of the weight."""
-    import gguf
-
     allowed = "every key equal; every tensor bit for bit what its type makes of it"
     try:
-        reader = gguf.GGUFReader(path)
-        # Inside the try: the reader decodes a key only when it is compared.
-        first = next(_differences(blueprint, reader), "")
-    except (OSError, ValueError, IndexError, KeyError) as error:
+        written = read_gguf(path)
+        first = next(_differences(blueprint, written), "")
+    except (OSError, ModelError) as error:
         return Check("file", "cannot be read", allowed, f"{path.name} is no whole GGUF file: {error}")
-    return Check("file", f"{len(reader.fields)} keys, {len(reader.tensors)} tensors", allowed, first)
+    return Check("file", f"{len(written.metadata)} keys, {len(written.tensors)} tensors", allowed, first)
 
 
-def _differences(blueprint: Blueprint, reader: "GGUFReader") -> Iterator[str]:
+def _differences(blueprint: Blueprint, written: GgufFile) -> Iterator[str]:
+    found = written.metadata
     for key, value in {"general.architecture": blueprint.arch, **blueprint.metadata}.items():
-        if key not in reader.fields:
+        if key not in found:
             yield f"key {key} is missing"
-        elif not _same(reader.fields[key].contents(), value):
-            yield f"key {key} is {str(reader.fields[key].contents())[:80]}, not {str(value)[:80]}"
-    found = {tensor.name: tensor for tensor in reader.tensors}
+        elif not _same(found[key], value):
+            yield f"key {key} is {str(found[key])[:80]}, not {str(value)[:80]}"
     wanted = {tensor.name: tensor for tensor in blueprint.tensors}
-    if odd := sorted(found.keys() ^ wanted.keys()):
-        yield f"tensor {odd[0]} is {'not wanted' if odd[0] in found else 'missing'}"
+    if odd := sorted(written.tensors.keys() ^ wanted.keys()):
+        yield f"tensor {odd[0]} is {'not wanted' if odd[0] in written.tensors else 'missing'}"
     for name, tensor in wanted.items():
-        if name in found and (problem := _tensor_problem(tensor, found[name])):
+        if name in written.tensors and (problem := _tensor_problem(tensor, written)):
             yield f"tensor {name} {problem}"
 
 
@@ -81,24 +77,18 @@ def _same(found: object, wanted: object) -> bool:
     return bool(found == np.float32(wanted)) if isinstance(wanted, float) else bool(found == wanted)
 
 
-def _tensor_problem(tensor: Tensor, found: "ReaderTensor") -> str:
-    import gguf
-
-    shape = tuple(int(side) for side in reversed(found.shape))
-    if shape != tensor.shape:
-        return f"has the shape {shape}, not {tensor.shape}"
-    if found.tensor_type.name.lower() != tensor.storage:
-        return f"is {found.tensor_type.name.lower()}, not {tensor.storage}"
+def _tensor_problem(tensor: Tensor, written: GgufFile) -> str:
+    found = written.tensors[tensor.name]
+    if found.shape != tensor.shape:
+        return f"has the shape {found.shape}, not {tensor.shape}"
+    if found.kind.lower() != tensor.storage:
+        return f"is {found.kind.lower()}, not {tensor.storage}"
     weight = tensor.load()
-    if np.array_equal(_bytes(found.data), _bytes(quantise(weight, tensor.storage))):
+    if written.stored(tensor.name) == np.ascontiguousarray(quantise(weight, tensor.storage)).tobytes():
         return ""
-    error = np.abs(gguf.dequantize(found.data, found.tensor_type).reshape(shape) - weight)
-    place = tuple(int(index) for index in np.unravel_index(int(error.argmax()), shape))
+    error = np.abs(written.read(tensor.name) - weight)
+    place = tuple(int(index) for index in np.unravel_index(int(error.argmax()), tensor.shape))
     return f"is off by {error[place]:g} at {place}, where it should be {weight[place]:g} as {tensor.storage} rounds it"
-
-
-def _bytes(stored: NDArray[Any]) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
 
 
 def rounding(weight: NDArray[Any], storage: Storage) -> NDArray[Any]:

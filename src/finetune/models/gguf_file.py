@@ -47,6 +47,17 @@ class GgufFile:
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
 
+    def stored(self, name: str) -> bytes:
+        """One tensor's bytes, as they lie in the file.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        tensor = self.tensors[name]
+        with self.path.open("rb") as file:
+            file.seek(tensor.offset)
+            return file.read(tensor.bytes)
+
     def read(self, name: str) -> Array:
         """One tensor de-quantised, in float32.
 
@@ -57,9 +68,7 @@ class GgufFile:
 
         tensor = self.tensors[name]
         try:
-            with self.path.open("rb") as file:
-                file.seek(tensor.offset)
-                content = file.read(tensor.bytes)
+            content = self.stored(name)
             kind = gguf.GGMLQuantizationType[tensor.kind]
             raw = np.frombuffer(content, np.uint8).reshape(*tensor.shape[:-1], -1)
             if plain := {"F32": "<f4", "F16": "<f2", "F64": "<f8"}.get(tensor.kind):
