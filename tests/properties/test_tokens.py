@@ -1,6 +1,5 @@
 """Laws of the tokens room: what is trained is what was said, prompts are prefixes, nothing is cut or lost unseen."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import Plan, TrainingConfig
 from finetune.data.shape import ShapedRows
 from finetune.errors import ModelError, TemplateError
-from finetune.models.locate import locate_model
 from finetune.records import Conversation, Document, Message, ModelLocation
 from finetune_strategies.conversations import LOOKS_LIKE_CONTROL, conversations, texts
 from finetune_strategies.profiles import examples
@@ -337,115 +335,3 @@ def test_rows_beyond_one_handful_are_all_encoded(monkeypatch: pytest.MonkeyPatch
     found = list(mark_rows(rendered, tokenizer_of(FIRST)))
     assert len(found) == 203
     assert all(str(number) in spelled(FIRST, row.ids) for number, row in enumerate(found))
-
-
-def test_tokenizer_own_length_limit_and_padding_are_not_ours(tmp_path: Path) -> None:
-    """A tokenizer.json saved with truncation and padding switched on cuts and pads nothing."""
-    for path in tokenizer_folder(FIRST).iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    file = tmp_path / "tokenizer.json"
-    settings = json.loads(file.read_text())
-    settings["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-    settings["padding"] = {
-        "strategy": {"Fixed": 16},
-        "direction": "Right",
-        "pad_to_multiple_of": None,
-        "pad_id": 0,
-        "pad_type_id": 0,
-        "pad_token": EOS,
-    }
-    file.write_text(json.dumps(settings))
-    strict, free = FileTokenizer(tmp_path), tokenizer_of(FIRST)
-    for text in ("a b c d e f g h i j", "a"):
-        assert strict.encode_content(text) == free.encode_content(text)
-        assert strict.encode_markup(text) == free.encode_markup(text)
-
-
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[FileTokenizer, FileTokenizer]:
-    """The shipped GPT-2 tokenizer, as one file and as two."""
-    folder = locate_model("reference-gpt2").folder
-    other = tmp_path_factory.mktemp("merges")
-    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
-        if (folder / name).exists():
-            shutil.copy(folder / name, other)
-    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    vocabulary = {**model["model"]["vocab"], **{token["content"]: token["id"] for token in model["added_tokens"]}}
-    (other / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["model"]["merges"]]
-    (other / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    return FileTokenizer(folder), FileTokenizer(other)
-
-
-@given(text=texts())
-def test_merges_make_the_ids_of_the_one_file(both: tuple[FileTokenizer, FileTokenizer], text: str) -> None:
-    """Every text becomes the same ids, and back."""
-    one, two = both
-    assert two.encode_content(text) == one.encode_content(text)
-    assert two.decode(two.encode_content(text)) == one.decode(one.encode_content(text))
-
-
-def test_merges_keep_the_ends_and_the_padding(both: tuple[FileTokenizer, FileTokenizer]) -> None:
-    """End, padding and begin are those of the settings, and in markup they are control tokens."""
-    one, two = both
-    assert (two.eos_id, two.pad_id, two.bos_id, two.adds_bos) == (one.eos_id, one.pad_id, one.bos_id, one.adds_bos)
-    for token in {one.eos, one.bos} - {""}:
-        assert two.encode_markup(f"a{token}b") == one.encode_markup(f"a{token}b")
-        assert two.encode_content(token) == one.encode_content(token)
-        assert token in two.control_tokens
-
-
-def test_merges_take_their_marks_from_either_settings_file(tmp_path: Path, both: object) -> None:
-    """Tokens named only in special_tokens_map.json, as text or as an object, are control tokens, too."""
-    folder = locate_model("reference-gpt2").folder
-    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    names = [token["content"] for token in model["added_tokens"] if token["content"] != "<|endoftext|>"][:3]
-    vocabulary = {**model["model"]["vocab"], **{token["content"]: token["id"] for token in model["added_tokens"]}}
-    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": names[0]}))
-    marks = {"pad_token": {"content": names[1]}, "unk_token": names[2], "bos_token": "<not there>"}
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps(marks))
-    found = FileTokenizer(tmp_path)
-    assert set(found.control_tokens) == {*names, "<|endoftext|>"}
-    assert "<not there>" not in found.control_tokens
-    (tmp_path / "merges.txt").unlink()
-    with pytest.raises(ModelError, match=r"no tokenizer\.json"):
-        FileTokenizer(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("settings", "model", "expected"),
-    [
-        ({"eos_token": "</s>", "pad_token": "<|pad|>"}, {"eos_token_id": 1}, ("</s>", "<|pad|>")),
-        ({"eos_token": {"content": "</s>"}}, {"pad_token_id": 1}, ("</s>", "<|pad|>")),
-        ({}, {"eos_token_id": [0, 1], "pad_token_id": 1}, ("</s>", "<|pad|>")),
-        ({}, {"eos_token_id": 0, "pad_token_id": []}, ("</s>", "</s>")),
-        ({"pad_token": ""}, {"eos_token_id": 0}, ("</s>", "</s>")),
-    ],
-)
-def test_ends_come_from_the_settings_or_else_from_the_models_ids(
-    settings: dict[str, object], model: dict[str, object], expected: tuple[str, str], tmp_path: Path
-) -> None:
-    """A named token is taken as it is named, else the id in config.json (the first of several), else the end pads."""
-    shutil.copy(tokenizer_folder(KINDS[0]) / "tokenizer.json", tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    (tmp_path / "config.json").write_text(json.dumps(model))
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5]}))
-    found = FileTokenizer(tmp_path)
-    assert (found.eos, found.pad_id) == (expected[0], found.control_id(expected[1]))
-    assert found.stop_ids == (0, 5)
-
-
-@pytest.mark.parametrize(
-    ("settings", "bos"), [({}, "</s>"), ({"bos_token": None}, ""), ({"bos_token": "<|pad|>"}, "<|pad|>")]
-)
-def test_no_begin_of_text_is_none_whatever_the_model_says(
-    settings: dict[str, object], bos: str, tmp_path: Path
-) -> None:
-    """Settings that say null mean that there is none; the id in config.json counts where they say nothing."""
-    shutil.copy(tokenizer_folder(KINDS[0]) / "tokenizer.json", tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS, **settings}))
-    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 0}))
-    assert FileTokenizer(tmp_path).bos == bos

@@ -6,10 +6,12 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Collection, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ModelError
+from finetune.files import file_hash
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
@@ -34,17 +36,16 @@ class FileTokenizer:
         self.learned = tuple(learned)
         settings = _read_json(folder / "tokenizer_config.json")
         model = _read_json(folder / "config.json")
-        self._markup = _load(folder)
-        self._content = _load(folder)
-        added = self._markup.get_added_tokens_decoder().values()
-        self._added = {token.content: token for token in added}
+        found = (folder / name for name in _FILES)
+        self._file = _open(folder, tuple(file_hash(path) if path.is_file() else "" for path in found))
+        self._added = self._file.added
         # Where the settings say that there is no begin-of-text token, the model's id for one is not asked.
         none = "bos_token" in settings and settings["bos_token"] is None
-        self.bos = "" if none else _token_text(settings.get("bos_token"), self._markup, model.get("bos_token_id"))
-        self.eos = _token_text(settings.get("eos_token"), self._markup, model.get("eos_token_id"))
+        self.bos = "" if none else _token_text(settings.get("bos_token"), self._file.rust, model.get("bos_token_id"))
+        self.eos = _token_text(settings.get("eos_token"), self._file.rust, model.get("eos_token_id"))
         if not self.eos:
             raise ModelError(f"{folder}: the tokenizer has no end-of-text token", hint="set eos_token in its config")
-        pad = _token_text(settings.get("pad_token"), self._markup, model.get("pad_token_id"))
+        pad = _token_text(settings.get("pad_token"), self._file.rust, model.get("pad_token_id"))
         self.eos_id = self._known(self.eos)
         self.bos_id = self._known(self.bos) if self.bos else None
         self.pad_id = self._known(pad) if pad else self.eos_id
@@ -58,7 +59,7 @@ class FileTokenizer:
                 f"{folder}: the tokenizer lacks {missing[0]!r}, which is to be learned",
                 hint="give `ft train` the model that it was to be added to",
             )
-        self._take_control([token.content for token in added if token.special or token.content in self.learned])
+        self._take_control([text for text, token in self._added.items() if token.special or text in self.learned])
 
     @property
     def learned_ids(self) -> tuple[int, ...]:
@@ -76,7 +77,7 @@ class FileTokenizer:
 
     def has_word(self, text: str) -> bool:
         """Whether a text is a word of the vocabulary."""
-        return self._markup.token_to_id(text) is not None
+        return self._file.rust.token_to_id(text) is not None
 
     def for_template(self, source: str) -> "FileTokenizer":
         """The same tokenizer, for which every added token that this template writes is a control token, too."""
@@ -86,62 +87,54 @@ class FileTokenizer:
         if not written:
             return self
         other = copy.copy(self)
-        other._content = _load(self.folder)
         other._take_control([*self.control_tokens, *written])
         return other
 
     def _take_control(self, tokens: Sequence[str]) -> None:
-        from tokenizers import AddedToken
-
         self.control_tokens: tuple[str, ...] = tuple(tokens)
         ordered = sorted(tokens, key=len, reverse=True)
         self._splitter = re.compile("|".join(map(re.escape, ordered)) if ordered else "(?!)")
-        # To the tokenizer of texts a control token is ordinary text. One that is meant goes by another name, which
-        # nobody can have written, and keeps the token's rules: what white space it takes with it, and the like.
-        secret = secrets.token_hex(8)
-        self._names = {token: f"\U0010fffd{secret}{place}\U0010fffd" for place, token in enumerate(tokens)}
-        self._content.encode_special_tokens = True
-        rules = {
-            token: {
-                rule: getattr(self._added[token], rule) for rule in ("single_word", "lstrip", "rstrip", "normalized")
-            }
-            for token in tokens
-        }
-        self._content.add_special_tokens([AddedToken(token, special=True, **rules[token]) for token in tokens])
-        names = [AddedToken(name, special=False, **rules[token]) for token, name in self._names.items()]
-        self._content.add_tokens(names)
-        self._meant = {self._content.token_to_id(name): self._known(token) for token, name in self._names.items()}
+        self._kept: ContentTokenizer | None = None
+
+    @property
+    def _texts(self) -> "ContentTokenizer":
+        """How texts are encoded; made when the first is, since until then a template may bring more control tokens."""
+        if self._kept is None:
+            self._kept = self._file.texts(self.control_tokens)
+        return self._kept
 
     def encode_markup(self, text: str) -> list[int]:
         """Ids of template text: control tokens in it become their ids."""
-        return list(self._markup.encode(text, add_special_tokens=False).ids)
+        return list(self._file.markup().encode(text, add_special_tokens=False).ids)
 
     def encode_content(self, text: str) -> list[int]:
         """Ids of somebody's text: what looks like a control token stays ordinary text."""
-        return list(self._content.encode(text, add_special_tokens=False).ids)
+        return list(self._texts.content().encode(text, add_special_tokens=False).ids)
 
     def name_of(self, token: str) -> str:
         """What a control token that is meant is called in a text for `encode_spans`."""
-        return self._names[token]
+        return self._texts.names[token]
 
     def meant(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         """The places in ids of `encode_spans` where a control token is meant, and its id."""
         # Names were added last, so their ids are the highest.
-        least = min(self._meant, default=len(self))
-        return [(place, self._meant[number]) for place, number in enumerate(ids) if number >= least]
+        meant = self._texts.meant
+        least = min(meant, default=len(self))
+        return [(place, meant[number]) for place, number in enumerate(ids) if number >= least]
 
     def encode_spans(self, texts: Sequence[str]) -> list[Spans]:
         """The ids of each text, all texts at once on all cores; see `name_of`."""
-        encodings = self._content.encode_batch(list(texts), add_special_tokens=False)
+        encodings = self._texts.content().encode_batch(list(texts), add_special_tokens=False)
         return [(encoding.ids, encoding.token_to_chars) for encoding in encodings]
 
     def encode_rest(self, text: str) -> Spans:
         """As `encode_spans` of one text that goes on: without the space that some tokenizers put before a beginning."""
-        if self._content.encode("a", add_special_tokens=False).tokens[0][0] in "▁Ġ":
+        content = self._texts.content()
+        if content.encode("a", add_special_tokens=False).tokens[0][0] in "▁Ġ":
             for before in _BEFORE:
-                found = self._content.encode(before + text, add_special_tokens=False)
+                found = content.encode(before + text, add_special_tokens=False)
                 first = sum(end <= 1 for _, end in found.offsets)
-                if found.ids[:first] == self._content.encode(before, add_special_tokens=False).ids:
+                if found.ids[:first] == content.encode(before, add_special_tokens=False).ids:
                     spans = [(start - 1, end - 1) for start, end in found.offsets[first:]]
                     return found.ids[first:], spans.__getitem__
         return self.encode_spans([text])[0]
@@ -157,7 +150,10 @@ class FileTokenizer:
 
     def decode(self, ids: Sequence[int], *, control: bool = False) -> str:
         """The text of the ids, control tokens left out, or else by their names."""
-        return str(self._markup.decode(list(ids), skip_special_tokens=not control))
+        special = () if control else self._file.special
+        return str(
+            self._file.rust.decode([number for number in ids if number not in special], skip_special_tokens=False)
+        )
 
     def without_special(self, text: str) -> str:
         """A text that names control tokens as a server shows it, which leaves out those that are special."""
@@ -168,40 +164,119 @@ class FileTokenizer:
         from tokenizers.decoders import DecodeStream
 
         stream = DecodeStream(skip_special_tokens=False)
-        return lambda number: stream.step(self._markup, number)
+        return lambda number: stream.step(self._file.rust, number)
 
     def word(self, number: int) -> str:
         """The token of an id, as the vocabulary has it."""
-        return str(self._markup.id_to_token(number))
+        return str(self._file.rust.id_to_token(number))
 
     def control_id(self, token: str) -> int | None:
         """The id of a control token, or None when the tokenizer has no such token."""
-        return self._markup.token_to_id(token) if token in self.control_tokens else None
+        return self._file.rust.token_to_id(token) if token in self.control_tokens else None
 
     def __len__(self) -> int:
-        return int(self._markup.get_vocab_size())
+        return self._file.size
 
     def description(self) -> dict[str, Any]:
         """What `tokenizer.json` says, also of a tokenizer that came without one."""
-        return json.loads(self._markup.to_str())  # type: ignore[no-any-return]
+        return self._file.description()
 
     def identity(self) -> str:
         """A hash that two tokenizers share only when they make the same ids of every text."""
         import tokenizers
 
-        parts = (tokenizers.__version__, self._markup.to_str(), self.control_tokens, self.adds_bos, self.bos_id)
+        parts = (
+            tokenizers.__version__,
+            json.dumps(self.description()),
+            self.control_tokens,
+            self.adds_bos,
+            self.bos_id,
+        )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _known(self, token: str) -> int:
-        number = self._markup.token_to_id(token)
+        number = self._file.rust.token_to_id(token)
         if number is None:
             raise ModelError(f"{self.folder}: token {token!r} is named in the settings but not in the vocabulary")
         return int(number)
 
     def prepends_bos(self, settings: dict[str, object]) -> bool:
         """Whether this tokenizer puts a begin-of-text token in front of a text by itself."""
-        prepends = self._markup.encode("a").ids[:1] == [self.bos_id] or settings.get("add_bos_token") is True
+        prepends = self._file.markup().encode("a").ids[:1] == [self.bos_id] or settings.get("add_bos_token") is True
         return self.bos_id is not None and prepends
+
+
+class _File:
+    """A tokenizer as its files have it, read once, whoever opens that folder.
+
+    It reads markup and texts: which of both it does, `markup` and `ContentTokenizer.content` choose at each call.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.rust = folder, _load(folder)
+        decoder = self.rust.get_added_tokens_decoder()
+        self.added = {token.content: token for token in decoder.values()}
+        self.special = frozenset(number for number, token in decoder.items() if token.special)
+        self.size = int(self.rust.get_vocab_size())
+        self._last: ContentTokenizer | None = None
+
+    def markup(self) -> "RustTokenizer":
+        """It, so set that control tokens become their ids."""
+        self.rust.encode_special_tokens = False
+        return self.rust
+
+    def texts(self, control: tuple[str, ...]) -> "ContentTokenizer":
+        """It, for texts beside these control tokens; for others it is read again."""
+        if self._last is None:
+            self._last = ContentTokenizer(self, self.rust, control)
+        elif self._last.control != control:
+            self._last = ContentTokenizer(self, _load(self.folder), control)
+        return self._last
+
+    def description(self) -> dict[str, Any]:
+        """What `tokenizer.json` says."""
+        told: dict[str, Any] = json.loads(self.rust.to_str())
+        known = [token for token in told["added_tokens"] if token["content"] in self.added]
+        told["added_tokens"] = [token | {"special": self.added[token["content"]].special} for token in known]
+        return told
+
+
+class ContentTokenizer:
+    """A tokenizer of texts, to which control tokens are ordinary text.
+
+    One that is meant goes by another name, which nobody can have written, and keeps the token's rules: what white space
+    it takes with it, and the like.
+    """
+
+    def __init__(self, file: _File, rust: "RustTokenizer", control: tuple[str, ...]) -> None:
+        from tokenizers import AddedToken
+
+        self.control, self._rust = control, rust
+        secret = secrets.token_hex(8)
+        self.names = {token: f"\U0010fffd{secret}{place}\U0010fffd" for place, token in enumerate(control)}
+        rules = {
+            token: {
+                rule: getattr(file.added[token], rule) for rule in ("single_word", "lstrip", "rstrip", "normalized")
+            }
+            for token in control
+        }
+        rust.add_special_tokens([AddedToken(token, special=True, **rules[token]) for token in control])
+        rust.add_tokens([AddedToken(name, special=False, **rules[token]) for token, name in self.names.items()])
+        self.meant = {rust.token_to_id(name): int(rust.token_to_id(token)) for token, name in self.names.items()}
+
+    def content(self) -> "RustTokenizer":
+        """It, so set that control tokens are text."""
+        self._rust.encode_special_tokens = True
+        return self._rust
+
+
+_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+"""What a tokenizer is read from; it is read again where one of them is another."""
+
+
+@lru_cache(maxsize=2)  # a run's folder and its base's
+def _open(folder: Path, hashes: tuple[str, ...]) -> _File:
+    return _File(folder)
 
 
 def _load(folder: Path) -> "RustTokenizer":

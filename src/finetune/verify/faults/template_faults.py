@@ -6,13 +6,14 @@ from dataclasses import replace
 from importlib import import_module
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
+from typing import Any
 
 from finetune.chat import encode, encoder
 from finetune.chat.catalog import TemplateSource
 from finetune.chat.encode import Marked
 from finetune.chat.encoder import Encoder
 from finetune.chat.render import ChatTemplate
-from finetune.chat.tokenizer import FileTokenizer
+from finetune.chat.tokenizer import ContentTokenizer, FileTokenizer
 from finetune.data.shape import Example, ShapedRows
 from finetune.errors import TemplateError
 from finetune.ports import Session
@@ -214,11 +215,12 @@ def _braces_are_filled(right: Fitting, template: ChatTemplate, conversation: Con
 
 
 @fault("A052", "tmpl.content_becomes_control", "transformers #29279")
-@in_place_of("__init__", FileTokenizer)
-def _words_become_control(right: Callable[..., None], tokenizer: FileTokenizer, folder: Path) -> None:
+@in_place_of("content", ContentTokenizer)
+def _words_become_control(right: Callable[..., Any], tokenizer: ContentTokenizer) -> Any:
     """Words of the data become control tokens."""
-    right(tokenizer, folder)
-    tokenizer._content.encode_special_tokens = False
+    found = right(tokenizer)
+    found.encode_special_tokens = False
+    return found
 
 
 @fault("A052b", "tmpl.content_is_markup", "ollama #15931")
