@@ -213,7 +213,7 @@ SPOILT: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "a side too long": (GGUF, _at(lambda path: info_of(path, 3)[0], 2**62), ""),
     "a side of nothing": (GGUF, _at(lambda path: info_of(path, 3)[0], 0), ""),
     "an offset beyond the end": (GGUF, _at(lambda path: info_of(path, 3)[1], 2**62), ""),
-    "another tensor's offset": (GGUF, _at(lambda path: info_of(path, 3)[1], 0), "tensor"),
+    "another tensor's offset": (GGUF, _at(lambda path: info_of(path, 3)[1], 0), "on top of"),
     "a byte of a weight": (GGUF, _flip, "is off by"),
     "another name": (GGUF, _json_flip, "key general."),
     "a byte of a key's text": (
