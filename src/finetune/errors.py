@@ -132,3 +132,9 @@ class InterruptedRunError(FineTuneError):
     """The user stopped the run; the last checkpoint is intact."""
 
     exit_code = 130
+
+
+def counted(number: int, noun: str, verbs: str = "") -> str:
+    """A count with its noun and its verb, of which both forms are given: `is/are`."""
+    one, _, many = verbs.partition("/")
+    return f"{number:,} {noun} {one}".rstrip() if number == 1 else f"{number:,} {noun}s {many}".rstrip()

@@ -87,7 +87,7 @@ def test_rows_that_are_left_out_are_said_beforehand(place: Path, tmp_path: Path)
     found = forecast_run(prepare(loaded(place, data__train=str(file), template__name="chatml")))
     dropped, reaching, *_ = found.sentences()
     assert dropped == "2 of 3 rows are trained on; dropped: 1 template 'chatml' does not show a thought"
-    assert reaching == f"{found.rows.reaching} tokens reach from a prompt into an earlier answer, and are not learned"
+    assert reaching == "1 token reaches from a prompt into an earlier answer, and is not learned"
     assert found.values()["rows"]["reaching"] == found.rows.reaching > 0
     assert len(forecast_run(prepare(loaded(place))).sentences()) == 2
 
@@ -112,7 +112,7 @@ def test_answers_that_weigh_nothing_are_told_and_never_asked(place: Path, tmp_pa
         prepared = prepare(loaded(place, **changes, template__name="chatml", template__train_on=train_on))
         found = forecast_run(prepared)
         told = found.sentences()
-        assert "7 answers are not learned, because their rows say so (weight, train)" in told
+        assert "7 answers are not learned, as rows say (weight, train)" in told
         assert found.values()["rows"]["unlearned"] == 7
         assert found.rows.dropped["weight 0"] == 1
         for questions in (prepared.questions, prepared.retention):

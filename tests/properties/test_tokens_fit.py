@@ -109,7 +109,8 @@ def test_refuse_names_every_row_that_is_too_long(kind: TokenizerKind, found: lis
     told = str(caught.value)
     assert all(place in told for place in long)
     assert told.count("rows.jsonl:") == len(long)
-    assert told.startswith(f"{len(long)} rows are longer than {length} tokens")
+    rows, tokens = "rows are" if len(long) > 1 else "row is", "tokens" if length > 1 else "token"
+    assert told.startswith(f"{len(long)} {rows} longer than {length} {tokens}")
     assert "tokens.max_length" in caught.value.hint
 
 

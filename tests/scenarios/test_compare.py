@@ -16,6 +16,7 @@ pytest.importorskip("xllamacpp", reason="needs the gguf extra: pip install 'fine
 import gguf
 
 from finetune.backends import open_backend
+from finetune.chat.tokenizer import FileTokenizer
 from finetune.cli.app import run as ft
 from finetune.compare.comparison import PATHS, SERVER, Comparison, PathResult, compare_paths
 from finetune.compare.paths import CallablePath
@@ -28,6 +29,7 @@ from finetune.export.result import open_result
 from finetune.records import ModelLocation
 from finetune.run.folder import RunFolder
 from finetune.serve.llama_server import LlamaServer
+from finetune.serve.messages import Messages
 from support.tiny_runs import tiny_run
 
 pytestmark = pytest.mark.tier2
@@ -137,6 +139,23 @@ def test_server_that_renders_otherwise_is_told(run: Path, monkeypatch: pytest.Mo
     assert row.outcome == "failed"
     assert row.drift is not None
     assert row.drift.mismatches
+
+
+def test_answer_that_ends_within_a_character_is_compared_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of half a character, which a server has no text of, are among the ids that are compared."""
+    told: list[tuple[int, ...]] = []
+    ids = LlamaServer.chat_ids
+
+    def kept(self: LlamaServer, messages: Messages, *, most: int) -> tuple[int, ...]:
+        told.append(ids(self, messages, most=most))
+        return told[-1]
+
+    monkeypatch.setattr(LlamaServer, "chat_ids", kept)
+    run = tiny_run(tmp_path, "lora", step=2)
+    row = row_of(compare_paths(run, [SERVER]), SERVER)
+    tokenizer = FileTokenizer(tmp_path / "model")
+    assert sum(tokenizer.decode(each).endswith("\ufffd") for each in told) > 0
+    assert (row.outcome, row.reason) == ("passed", "")
 
 
 def test_the_base_is_not_taken_for_what_was_trained(run: Path) -> None:

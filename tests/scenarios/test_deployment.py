@@ -8,6 +8,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from finetune.errors import DeploymentError, OutputError, StorageError
 from finetune.evidence.drift import Bound
 from finetune.export.gguf_source import exportable_run
 from finetune.run.folder import RunFolder
-from finetune.serve import recipe
+from finetune.serve import deploy, recipe
 from finetune.serve.deploy import deploy_llama_cpp, deploy_ollama
 from finetune.serve.expected import prepare_serving_check
 from finetune.serve.llama_server import LlamaServer, llama_server
@@ -134,8 +135,11 @@ def test_deploy_asks_no_question_that_servers_read_otherwise(tmp_path: Path) -> 
     assert min(told, len(asked)) > 0
 
 
-def test_deploy_is_verified_on_any_day(tmp_path: Path) -> None:
-    """A template that prints the day is asked for with the server's own, and the run's answers, of another, are not."""
+def test_deploy_is_verified_on_any_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template that prints the day is asked for with the server's own, to which the trainer answers anew.
+
+    That holds over midnight, too.
+    """
     (tmp_path / "dated.jinja").write_text("{{ strftime_now('%d %b %Y') }}\n" + CHATML.jinja, encoding="utf-8")
     rows = [{"prompt": f"What is {n}?", "completion": "A number"} for n in range(20)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -157,10 +161,16 @@ def test_deploy_is_verified_on_any_day(tmp_path: Path) -> None:
     )
     done = ft("train", *words, *(w for key in settings for w in ("--set", key)), cwd=tmp_path)
     assert done.returncode in (0, 1, 4), done.stderr
+    asked_before = [date.today() - timedelta(days=1)]
+    clock = type("Clock", (date,), {"today": classmethod(lambda cls: asked_before.pop() if asked_before else real())})
+    real = date.today
+    monkeypatch.setattr(deploy, "date", clock)
     deployed = deploy_llama_cpp(tmp_path / "run")
+    assert asked_before == []
     asked = {check.stage: check.measured for check in deployed.checks}
     total, right = (int(word) for word in asked["template"].split()[:3:2])
     assert total == right > 20
+    assert " are the run's own" in asked["answers"]
     assert any("template.date" in note for note in deployed.notes), deployed.notes
 
 

@@ -1,4 +1,4 @@
-"""Laws of the working folder: no Python file that lies in it is ever executed, whatever `ft` starts."""
+"""Laws of the working folder: no Python file in it is ever executed, and a run does not depend on which it is."""
 
 import ast
 import json
@@ -12,6 +12,11 @@ from pathlib import Path
 import pytest
 
 import finetune
+from finetune.evidence.saved import prepare_again
+from finetune.run.folder import RunFolder
+from finetune.train import fine_tune
+from finetune.training.prepare import prepare
+from support.workplace import OWN_TEMPLATE, make_data, make_model, settings, without_reload_check
 
 SOURCE = Path(finetune.__file__).parent
 NAMES = "finetune json numpy torch safetensors conftest sitecustomize types contextlib warnings"
@@ -139,3 +144,22 @@ def test_a_planted_start_is_seen() -> None:
     assert len(unsafe("x.py", "import sys\nrun([sys.executable, '-m', 'finetune.x'])")) == 2
     assert len(unsafe("x.py", "run((python, '-c', 'pass'))")) == 1
     assert not unsafe("x.py", "run(python_command('-m', 'finetune.x'))")
+
+
+def test_run_is_evaluated_with_its_own_template_wherever_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A template that was named from one folder is the run's in every other: that of the same name there is not it."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        template = OWN_TEMPLATE.replace("m.role", f"'{name} ' + m.role").replace("assistant: ", f"{name} assistant: ")
+        (tmp_path / name / "my.jinja").write_text(template)
+    monkeypatch.chdir(tmp_path / "first")
+    chosen = settings(make_model(tmp_path / "model"), make_data(tmp_path / "rows.jsonl", 6), template__name="my.jinja")
+    with without_reload_check():
+        fine_tune(chosen, output=tmp_path / "run")
+    prompts = [question.ids for question in prepare(chosen).questions]
+    for folder in (tmp_path / "second", tmp_path):
+        monkeypatch.chdir(folder)
+        again = prepare_again(RunFolder(tmp_path / "run"))
+        assert [question.ids for question in again.questions] == prompts != []

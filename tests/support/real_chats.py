@@ -351,14 +351,15 @@ def _reason(pair: Pair, error: FineTuneError) -> str:
     return error.message.replace(f"template {pair.template!r} ", "").split(": ", 1)[-1].split(": at serve time")[0]
 
 
-def small_llama(tokenizer: str, folder: Path) -> Path:
+def small_llama(tokenizer: str, folder: Path, **changes: Any) -> Path:
     """A random Llama with this tokenizer."""
     from shutil import copy
 
     own = our_tokenizer(tokenizer)
     rows = 1 + max(len(own) - 1, *(token["id"] for token in own.description()["added_tokens"]))
     ids = {"bos_token_id": own.bos_id, "eos_token_id": own.eos_id, "pad_token_id": own.pad_id}
-    make_model("llama", folder, vocab_size=rows, tie_word_embeddings=True, max_position_embeddings=512, **ids)
+    ids |= {"vocab_size": rows, "tie_word_embeddings": True, "max_position_embeddings": 512}
+    make_model("llama", folder, **(ids | changes))
     for path in tokenizer_folder(tokenizer).iterdir():
         copy(path, folder)
     return folder

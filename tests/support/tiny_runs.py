@@ -60,13 +60,15 @@ def tiny_model(folder: Path, family: str) -> Path:
     return folder
 
 
-def tiny_run(place: Path, kind: str, backend: str = "torch", changes: Mapping[str, Any] | None = None) -> Path:
-    """A finished run of this kind in `place`, beside its model and its data."""
+def tiny_run(
+    place: Path, kind: str, backend: str = "torch", changes: Mapping[str, Any] | None = None, *, step: int = 4
+) -> Path:
+    """A finished run of this kind in `place`, beside its model and its data, whose questions grow by so many words."""
     family, chosen = KINDS[kind]
     model = place / "model"
     if not model.exists():
         tiny_model(model, family)
-    data = make_data(place / "rows.jsonl", 9, step=4)
+    data = make_data(place / "rows.jsonl", 9, step=step)
     config = place / "config.json"
     config.write_text(json.dumps(as_file({**chosen, **(changes or {})}, model, data, backend)), encoding="utf-8")
     with without_reload_check():

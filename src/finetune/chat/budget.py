@@ -11,6 +11,8 @@ from typing import Any
 
 from jinja2.runtime import Undefined
 
+from finetune.config.schema import DAY
+
 BASE = 2_000_000
 """Paid in before any message: 31,000 steps or 2 MB of text. Of 72 templates in use none takes a fifth of it for a call
 of tools in five messages, which is where they do the most besides reading messages."""
@@ -32,9 +34,6 @@ MAX_NUMBER = 2**64
 
 SHOWN_GROWTH = 10
 """`\\U00010000` for one character: the most that showing a list, or escaping for JSON, makes of it."""
-
-DAY = date(2024, 7, 26)
-"""The day that is printed where none is set: what Llama 3's templates print by themselves where they cannot ask."""
 
 _SCALARS = (bool, int, float, type(None), Undefined)
 

@@ -9,7 +9,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from finetune.chat.budget import DAY
 from finetune.chat.cache import cache_key, dump_marked, load_marked
 from finetune.chat.catalog import Variable, find_template, with_variables
 from finetune.chat.encode import Marked, encode_row, mark_rows
@@ -18,7 +17,7 @@ from finetune.chat.learned import TrainOn, marked
 from finetune.chat.render import ChatTemplate
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import Plan
-from finetune.config.schema import TemplateSpec
+from finetune.config.schema import DAY, TemplateSpec
 from finetune.data.shape import Example, ShapedRows
 from finetune.errors import TemplateError
 from finetune.files import make_folder, write_bytes

@@ -8,6 +8,7 @@ from typing import Literal
 from finetune.chat.encode import REACHING, REMOVABLE, Marked
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.data.read import raise_all
+from finetune.errors import counted
 from finetune.records import TokenizedRow
 
 Truncation = Literal["drop", "truncate_prompt", "split", "refuse"]
@@ -79,7 +80,7 @@ def fit_rows(rows: Iterable[Marked], *, max_length: int, truncation: Truncation,
         seen["split"] += len(pieces) > 1 and bool(learned)
     raise_all(
         refused,
-        what=f"{len(refused)} rows are longer than {max_length} tokens",
+        what=f"{counted(len(refused), 'row', 'is/are')} longer than {counted(max_length, 'token')}",
         hint="raise tokens.max_length, or choose another tokens.truncation: drop, truncate_prompt or split",
     )
     counts = DataCounts(

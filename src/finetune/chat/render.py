@@ -22,12 +22,12 @@ from finetune.chat.beside import (
     require_shown,
     what_is_given,
 )
-from finetune.chat.budget import DAY
 from finetune.chat.catalog import RESERVED, TemplateSource, Variable, built_in_with, with_variables
 from finetune.chat.learned import Learned, Stretch, TrainOn, answers_of, marked
 from finetune.chat.markers import MARKER, Kinds, common_ending, is_marked, kinds, marker, texts_between
 from finetune.chat.sandbox import TemplateStoppedError, compile_template, variables_read
 from finetune.chat.templated import TurnMarks, render_as_it_is, render_document, tokens_said
+from finetune.config.schema import DAY
 from finetune.errors import TemplateError
 from finetune.records import Conversation, Document, Message, Rendered, Segment
 

@@ -17,9 +17,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, missing, pass_context
 
 from finetune.chat import template_words as vocabulary
-from finetune.chat.budget import CALL, DAY, MAX_NUMBER, STEP, Meter, UnsafeTemplateError, allowance
+from finetune.chat.budget import CALL, MAX_NUMBER, STEP, Meter, UnsafeTemplateError, allowance
 from finetune.chat.rewrite import meter_tree
 from finetune.chat.template_words import Helper, Method, TemplateRefusedError
+from finetune.config.schema import DAY
 from finetune.errors import TemplateError
 
 MAX_TEMPLATE_CHARS = 50_000

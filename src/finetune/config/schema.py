@@ -69,6 +69,8 @@ Text = Annotated[
 ]
 TemplatePath = Annotated[str, Field(pattern=r"^[^" + _UNPRINTABLE + r"]+\.jinja$")]
 Day = Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$"), AfterValidator(_require_a_day)]
+DAY = date(2024, 7, 26)
+"""The day that a template prints where none is set: what Llama 3's print by themselves where they cannot ask."""
 TemplateName = Literal["auto", "tokenizer", "alpaca", "chatml", "llama2", "llama3"]
 Names = Annotated[tuple[Text, ...], Field(min_length=1)]
 _Mapping = Field(min_length=1, json_schema_extra={"additionalProperties": False})
@@ -143,7 +145,7 @@ class TemplateSpec(Spec):
 
     name: TemplateName | TemplatePath = "auto"
     """The prompt template; auto takes the tokenizer's own if it has one and alpaca otherwise."""
-    date: Day = "2024-07-26"
+    date: Day = DAY.isoformat()
     """The day that a template prints which asks for today's, as Llama 3's do: the same in every run, and recorded."""
     variables: TemplateVariables | None = None
     """Variables that the template reads, such as `{enable_thinking: false}`; set in what is saved and served, too."""

@@ -22,6 +22,7 @@ from finetune.abilities import ABILITIES, ONE_THREAD
 from finetune.chat.fit import DataCounts
 from finetune.config import Origin, flatten
 from finetune.data.batches import epoch_batches
+from finetune.errors import counted
 from finetune.evidence.budget import FREE
 from finetune.records import Batch
 from finetune.training.prepare import Prepared, batch_of_all, held_out_batches, pack_length
@@ -82,20 +83,24 @@ class RunForecast:
     def _of_rows(self) -> list[str]:
         """Which rows are left out, and what is not learned of those that are not; nothing where all of all is."""
         lost = ", ".join(f"{count} {why}" for why, count in sorted(self.rows.dropped.items()))
-        said = [f"{self.rows.kept:,} of {self.rows.read:,} rows are trained on; dropped: {lost}"] if lost else []
+        said = []
+        if lost:
+            said.append(f"{self.rows.kept:,} of {counted(self.rows.read, 'row', 'is/are')} trained on; dropped: {lost}")
         if count := self.rows.reaching:
-            said.append(f"{count:,} tokens reach from a prompt into an earlier answer, and are not learned")
+            reach, learned = counted(count, "token", "reaches/reach"), "is" if count == 1 else "are"
+            said.append(f"{reach} from a prompt into an earlier answer, and {learned} not learned")
         if count := self.rows.unlearned:
-            said.append(f"{count:,} answers are not learned, because their rows say so (weight, train)")
+            said.append(f"{counted(count, 'answer', 'is/are')} not learned, as rows say (weight, train)")
         said += [
-            f"{count:,} rows hold turns of the template {name} already: control tokens in them are meant, and no "
-            "template is put around them again"
+            f"{counted(count, 'row', 'holds/hold')} turns of the template {name} already: control tokens in them are "
+            "meant, and no template is put around them again"
             for name, count in sorted(self.rows.templated.items())
         ]
         if count := self.rows.lookalikes:
             said.append(
-                f"{count:,} rows have the template's own tokens in what somebody says, as plain text, with the "
-                "template around it; where they are meant, give the row as text or as prompt and completion"
+                f"{counted(count, 'row', 'has/have')} the template's own tokens in what somebody says, as plain "
+                "text, with the template around it; where they are meant, give the row as text or as prompt and "
+                "completion"
             )
         return said
 

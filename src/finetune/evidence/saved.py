@@ -5,9 +5,12 @@ from datetime import date
 from pathlib import Path
 
 from finetune.backends import open_backend
+from finetune.chat.catalog import Variable
 from finetune.chat.encoder import Encoder
+from finetune.chat.sandbox import variables_read
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import LoadedConfig, TrainingConfig, load_plan
+from finetune.config.schema import TemplateSpec
 from finetune.errors import DataError, ModelError
 from finetune.evidence.record import base_files, data_files
 from finetune.files import describe_files, write_json, write_text
@@ -58,15 +61,37 @@ def changed(before: Sequence[Mapping[str, object]] | None, now: Sequence[Mapping
 
 
 def open_encoder(
-    folder: RunFolder, config: TrainingConfig, location: ModelLocation, *, today: date | None = None
+    folder: RunFolder,
+    config: TrainingConfig,
+    location: ModelLocation,
+    *,
+    today: date | None = None,
+    given: Mapping[str, Variable] | None = None,
 ) -> Encoder:
-    """The run's template with the tokenizer of its base model; it prints the day of training, or another."""
-    # A template from a file may have moved since; the copy that travels has not, and has the variables in it.
-    moved = config.template.name.endswith(".jinja")
-    name = str(saved_in(folder, config) / "chat_template.jinja") if moved else config.template.name
-    day = today or date.fromisoformat(config.template.date)
+    """The run's template with the tokenizer of its base model; it prints the day of training, or another.
+
+    Args:
+        given: variables that a server sets by itself; those that the template does not read, or that the run set, stay
+            as they are.
+    """
+    asked = _kept_template(folder, config)
+    day = today or date.fromisoformat(asked.date)
     tokenizer = FileTokenizer(location.folder, config.tokens.learned)
-    return Encoder(location, name, tokenizer, today=day, variables=None if moved else config.template.variables)
+    encoder = Encoder(location, asked.name, tokenizer, today=day, variables=asked.variables)
+    read = variables_read(encoder.source.jinja)
+    more = {name: value for name, value in (given or {}).items() if name in read}
+    if not more:
+        return encoder
+    return Encoder(location, asked.name, tokenizer, today=day, variables={**more, **(asked.variables or {})})
+
+
+def _kept_template(folder: RunFolder, config: TrainingConfig) -> TemplateSpec:
+    """The template that a run was trained with: one from a file may have moved since, and the run's copy has not."""
+    if not config.template.name.endswith(".jinja"):
+        return config.template
+    kept = saved_in(folder, config) / "chat_template.jinja"
+    # The variables are in the copy.
+    return config.template.model_copy(update={"name": str(kept), "variables": None})
 
 
 def check_saved(folder: RunFolder, config: TrainingConfig, location: ModelLocation) -> Path:
@@ -114,7 +139,8 @@ def prepare_again(folder: RunFolder) -> Prepared:
         FineTuneError: the data has changed since, or cannot be used any more.
     """
     plan = load_plan(folder.plan)
-    prepared = prepare(LoadedConfig(plan.config, plan.origins))
+    config = plan.config.model_copy(update={"template": _kept_template(folder, plan.config)})
+    prepared = prepare(LoadedConfig(config, plan.origins))
     if differing := changed(folder.read_manifest()["data"].get("files"), data_files(prepared)):
         raise DataError(
             f"the data that {folder.path} was trained on has changed since: {', '.join(differing)}",

@@ -8,6 +8,7 @@ from finetune.evidence.answers import normalise
 from finetune.export.read_back import Check
 from finetune.serve.expected import ServedQuestion, ServingCheck
 from finetune.serve.messages import Completion, Messages
+from finetune.serve.ties import Ties
 
 _SHOWN = 80
 
@@ -32,21 +33,18 @@ def compare_prompts(serving_check: ServingCheck, ids_of: Callable[[Messages], Se
 def compare_answers(
     serving_check: ServingCheck,
     answer: Callable[[Messages], Completion],
-    explain: Callable[[tuple[int, ...], str], bool],
+    ties: Ties,
 ) -> tuple[Check, ...]:
-    """Compare the greedy answers to the run's questions, and whether each right one ends.
-
-    Args:
-        explain: whether the trainer could as well have given this text as its answer to a prompt.
-    """
+    """Compare the greedy answers to the run's questions, and whether each right one ends."""
     if not serving_check.questions:
         return ()
     said = [answer(asked.prompt.messages) for asked in serving_check.questions]
     pairs = list(zip(serving_check.questions, said, strict=True))
-    differing = [pair for pair in pairs if pair[0].given.strip() != pair[1].text.strip()]
+    known = [ties.says(asked.prompt.ids) if asked.given is None else asked.given for asked, _ in pairs]
+    differing = [(*pair, own) for pair, own in zip(pairs, known, strict=True) if own.strip() != pair[1].text.strip()]
     right = sum(normalise(found.text) == normalise(asked.expected) for asked, found in pairs)
-    own = sum(normalise(asked.given) == normalise(asked.expected) for asked in serving_check.questions)
-    odd = next(((asked, found) for asked, found in differing if not explain(asked.prompt.ids, found.text)), None)
+    own = sum(normalise(own) == normalise(asked.expected) for (asked, _), own in zip(pairs, known, strict=True))
+    odd = next((each for each in differing if not ties.explain(each[0].prompt.ids, each[1].text)), None)
     first = _difference(*odd) if odd else ""
     answers = Check(
         "answers",
@@ -63,9 +61,9 @@ def compare_answers(
     return answers, Check("stop", f"{ended} of {len(must)} right answers end by themselves", "all of them", endless)
 
 
-def _difference(asked: ServedQuestion, found: Completion) -> str:
+def _difference(asked: ServedQuestion, found: Completion, own: str) -> str:
     question = asked.prompt.messages[-1]["content"]
-    return f"to {question[:_SHOWN]!r} it says {found.text[:_SHOWN]!r}, and the run's own said {asked.given[:_SHOWN]!r}"
+    return f"to {question[:_SHOWN]!r} it says {found.text[:_SHOWN]!r}, and the run's own said {own[:_SHOWN]!r}"
 
 
 def unmeasured_notes(checks: Sequence[Check]) -> tuple[str, ...]:

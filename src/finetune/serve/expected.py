@@ -7,6 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from finetune.chat.catalog import Variable
 from finetune.chat.encoder import Encoder
 from finetune.config import load_plan
 from finetune.errors import FineTuneError, TemplateError
@@ -33,10 +34,14 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class ServedQuestion:
-    """A question of the run, the tuned model's answer, and the right one."""
+    """A question of the run, the tuned model's answer, and the right one.
+
+    The run has no answer to a prompt that prints another day than in training: the trainer is to be asked (`given` is
+    None).
+    """
 
     prompt: Prompt
-    given: str
+    given: str | None
     expected: str
 
 
@@ -46,6 +51,7 @@ class ServingCheck:
 
     Attributes:
         encoder: the run's template and tokenizer.
+        today: the day of the server's clock; None where it prints what we do.
         context: the longest sequence seen in training, in tokens.
         most: the largest number of tokens of an answer.
         stops: the control tokens at which an answer ends.
@@ -58,6 +64,7 @@ class ServingCheck:
     """
 
     encoder: Encoder
+    today: date | None
     context: int
     most: int
     stops: tuple[str, ...]
@@ -94,7 +101,7 @@ def prepare_serving_check(path: Path, exportable: Exportable, *, today: date | N
     config = load_plan(folder.plan).config
     location = locate_model(config.model.path, revision=config.model.revision)
     trained = open_encoder(folder, config, location)
-    encoder = open_encoder(folder, config, location, today=today) if today else trained
+    encoder = open_encoder(folder, config, location, today=today, given=_clock(today)) if today else trained
     tokenizer, length = encoder.tokenizer, config.tokens.max_length
     assert length is not None
     form = describe_vocabulary(tokenizer.description(), exportable.special, exportable.rows).form
@@ -104,6 +111,7 @@ def prepare_serving_check(path: Path, exportable: Exportable, *, today: date | N
     prompts = _prompts(encoder, drawn_conversations(texts), context)
     return ServingCheck(
         encoder=encoder,
+        today=today,
         context=context,
         most=most,
         stops=tuple(token for token in tokenizer.control_tokens if tokenizer.control_id(token) in encoder.stop_ids),
@@ -113,6 +121,11 @@ def prepare_serving_check(path: Path, exportable: Exportable, *, today: date | N
         questions=tuple(asked for asked in questions if len(asked.prompt.ids) + most <= context),
         notes=notes,
     )
+
+
+def _clock(today: date) -> dict[str, Variable]:
+    """The variables of the day that llama.cpp's server gives every template: Llama 3.1's reads the first of them."""
+    return {"date_string": f"{today:%d %b %Y}", "datetime": f"{today:%b %d %Y}"}
 
 
 def _prompts(encoder: Encoder, conversations: Sequence[Conversation], context: int) -> tuple[tuple[Prompt, bool], ...]:
@@ -152,20 +165,19 @@ def _questions(folder: RunFolder, encoder: Encoder, served: Encoder) -> tuple[li
         return [], (f"answers were not compared: {error.message}",)
     if len(prepared.questions) != len(said):
         return [], (f"answers were not compared: of {len(said)} questions there are {len(prepared.questions)} now",)
-    known, unsaid, found = conversations_of(encoder, prepared), Counter[str](), []
+    known, told, found = conversations_of(encoder, prepared), Counter[str](), []
     for question, answer in zip(prepared.questions, said, strict=True):
         conversation = known[question.ids]
         why = unservable_reason(encoder, conversation)
-        if not why and served.prompt_ids(conversation) != question.ids:
-            why = "print the day, which was another in training (template.date)"
         if why:
-            unsaid[why] += 1
+            told[f"{why}: not asked"] += 1
             continue
-        right, prompt = (
-            encoder.tokenizer.decode(question.answer).strip(),
-            Prompt(chat_messages(conversation), question.ids),
-        )
-        own = answer["given"]
+        right, own = encoder.tokenizer.decode(question.answer).strip(), answer["given"]
         given = right if own == answer["expected"] else encoder.tokenizer.without_special(own).strip()
-        found.append(ServedQuestion(prompt, given, right))
-    return found, tuple(f"{count} questions {why}: not asked" for why, count in unsaid.items())
+        ids = served.prompt_ids(conversation)
+        if ids != question.ids:
+            told["print the day, which was another in training (template.date): the trainer was asked them anew"] += 1
+        found.append(
+            ServedQuestion(Prompt(chat_messages(conversation), ids), given if ids == question.ids else None, right)
+        )
+    return found, tuple(f"{count} of the questions {what}" for what, count in told.items())

@@ -107,8 +107,15 @@ class LlamaServer:
         Raises:
             DeploymentError: as `ask`.
         """
-        [choice] = self._complete(messages, most=most, logprobs=True)["choices"]
-        return tuple(token["id"] for token in (choice.get("logprobs") or {"content": []})["content"])
+        told = self._complete(messages, most=most, verbose=True, return_tokens=True)
+        # Not those beside `logprobs`: there the server leaves out tokens that end within a character.
+        ids, count = tuple(told.get("__verbose", {}).get("tokens", ())), told["usage"]["completion_tokens"]
+        if len(ids) != count:
+            raise DeploymentError(
+                f"llama.cpp's server at {self.address} tells the ids of {len(ids)} of {count} tokens of its answer",
+                hint="use the xllamacpp of the gguf extra: pip install 'finetune-suite[gguf]'",
+            )
+        return ids
 
     def _complete(self, messages: Sequence[Mapping[str, str]], *, most: int, **more: object) -> dict[str, Any]:
         asked = {"messages": list(messages), "temperature": 0, "max_tokens": most, **more}

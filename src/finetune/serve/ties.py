@@ -41,18 +41,22 @@ class Ties:
         A tie is where another word lies within twice what a logit may be off: each of two may be off by that.
         """
         own = self._answer(prompt)
-        whole = self._decode(own)
-        if text.strip() == whole:
+        whole, text = self._decode(own), _whole(text)
+        if text == whole:
             return True
         for place, row in enumerate(self._rows(prompt, own)):
             shared = self._decode(own[:place])
-            if not text.strip().startswith(shared):
+            if not text.startswith(shared):
                 return False
             near = (row >= row.max() - 2 * self.bound.distance * row.std()).nonzero()[0]
             others = [int(each) for each in near if place >= len(own) or each != own[place]]
             if any(self._begins(text, own[:place], each) for each in others):
                 return True
         return False
+
+    def says(self, prompt: tuple[int, ...]) -> str:
+        """The trainer's own answer."""
+        return self._decode(self._answer(prompt))
 
     @cached_property
     def session(self) -> Session:
@@ -69,15 +73,14 @@ class Ties:
 
     def _begins(self, text: str, before: Sequence[int], other: int) -> bool:
         if other in self.stops:
-            return text.strip() == self._decode(before)
-        return text.strip().startswith(self._decode([*before, other]))
+            return text == self._decode(before)
+        return text.startswith(self._decode([*before, other]))
 
     def _answer(self, prompt: tuple[int, ...]) -> list[int]:
         return self.session.generate([prompt], self.most, self.stops)[0]
 
     def _decode(self, ids: Sequence[int]) -> str:
-        # The last character may be in parts: those tell nothing yet.
-        return self.exportable.tokenizer.decode(ids).rstrip("\ufffd").strip()
+        return _whole(self.exportable.tokenizer.decode(ids))
 
     def _rows(self, prompt: tuple[int, ...], own: Sequence[int]) -> NDArray[Any]:
         """The logits of each token of an answer, and of the one after it."""
@@ -88,3 +91,8 @@ class Ties:
             self.session.save_logits([[*prompt, *own]], path)
             rows: NDArray[Any] = load_file(path)["0"][len(prompt) - 1 :][: self.most]
         return rows
+
+
+def _whole(text: str) -> str:
+    """A text without its last character where that is in parts, which tell nothing yet."""
+    return text.rstrip("\ufffd").strip()

@@ -28,7 +28,7 @@ from finetune.data.shape import Example, ShapedRows, shape_rows
 from finetune.data.shipped import FACTS, REHEARSAL, RETENTION, data_path
 from finetune.data.split import hold_out
 from finetune.data.survey import AnswerKind, answer_kind, near_duplicates, survey_repeats
-from finetune.errors import ConfigError, DataError, ModelError, Problem
+from finetune.errors import ConfigError, DataError, ModelError, Problem, counted
 from finetune.memory.estimate import adapter_parameters, weight_bytes
 from finetune.models.locate import SHIPPED, locate_model
 from finetune.models.quantize import kept_in_full, quantize_shape, refuse_schemes, say_quantized
@@ -265,7 +265,7 @@ def _read(name: str, limit: int | None = None) -> tuple[ShapedRows, list[str]]:
     if shaped.ignored_columns:
         notes.append(f"{name}: columns that were not read: {', '.join(shaped.ignored_columns)}")
     if limit is not None:
-        notes.append(f"{name}: only the first {limit} rows were read (data.limit)")
+        notes.append(f"{name}: only the first {counted(limit, 'row', 'was/were')} read (data.limit)")
     return shaped, notes
 
 
@@ -284,7 +284,8 @@ def _held_out_examples(config: TrainingConfig, split: list[Example], notes: list
         notes += more
         return shaped
     if split:
-        notes.append(f"{len(split)} rows were held out of training to measure the loss on (data.valid_fraction)")
+        held = counted(len(split), "row", "was/were")
+        notes.append(f"{held} held out of training to measure the loss on (data.valid_fraction)")
     return ShapedRows(tuple(split), {}, {}, ())
 
 
@@ -386,5 +387,6 @@ def _retention(encoder: Encoder, plan: Plan, notes: list[str]) -> tuple[Question
     notes += more
     conversations, refused = encoder.asked(shaped.examples)
     if refused:
-        notes.append(f"{name}: {len(refused)} rows are not asked, the template refuses them: {refused[0][1].message}")
+        unasked = counted(len(refused), "row", "is/are")
+        notes.append(f"{name}: {unasked} not asked, since the template refuses: {refused[0][1].message}")
     return _questions(encoder, conversations, plan, count=plan.config.evaluation.retention_questions)
