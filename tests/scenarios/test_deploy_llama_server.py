@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -101,3 +102,19 @@ def test_llama_server_ends_when_we_are_killed(file: Path) -> None:
         assert psutil.pid_exists(number)
         ours.send_signal(signal.SIGKILL)
     assert gone(number)
+
+
+def test_answer_that_the_chat_api_refuses_to_read_is_taken_as_it_is(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the server knows a format of the template, an answer that is not in it comes as plain text, marked so."""
+    with llama_server(file, context=64, name="mine") as server:
+        read = server.chat(ASKED, most=8)
+
+        def refuse(*given: object, **named: object) -> None:
+            raise DeploymentError(
+                "it says The model produced output that does not match the expected peg-native format"
+            )
+
+        monkeypatch.setattr(server, "_complete", refuse)
+        assert server.chat(ASKED, most=8) == replace(read, read=False)

@@ -46,9 +46,11 @@ def compare_answers(
     own = sum(normalise(own) == normalise(asked.expected) for (asked, _), own in zip(pairs, known, strict=True))
     odd = next((each for each in differing if not ties.explain(each[0].prompt.ids, each[1].text)), None)
     first = _difference(*odd) if odd else ""
+    count = sum(not found.read for found in said)
+    unread = f"; {count} are in no format that the server's chat API takes of this template" if count else ""
     answers = Check(
         "answers",
-        f"{len(pairs) - len(differing)} of {len(pairs)} are the run's own; {right} right, {own} in the run",
+        f"{len(pairs) - len(differing)} of {len(pairs)} are the run's own; {right} right, {own} in the run{unread}",
         "equal, or parting at a tie within what the file's type rounds",
         first,
     )

@@ -22,6 +22,8 @@ from finetune.processes import python_command
 from finetune.serve.messages import Completion
 
 _PAUSE = 0.05
+_UNREAD = "does not match the expected"
+"""What it says of an answer that is not in the format that it knows of the template, such as gpt-oss's channels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,14 @@ class LlamaServer:
         Raises:
             DeploymentError: as `ask`.
         """
-        told = self._complete(messages, most=most)
+        try:
+            told = self._complete(messages, most=most)
+        except DeploymentError as error:
+            if _UNREAD not in error.message:
+                raise
+            asked = {"prompt": list(self.rendered_ids(messages)), "temperature": 0, "n_predict": most}
+            told = self.ask("completion", asked)
+            return Completion(told["content"], told["stop_type"] != "limit", told["tokens_evaluated"], read=False)
         [choice] = told["choices"]
         ended = choice["finish_reason"] == "stop"
         return Completion(choice["message"]["content"] or "", ended, told["usage"]["prompt_tokens"])

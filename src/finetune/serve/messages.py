@@ -13,11 +13,15 @@ Messages = tuple[Mapping[str, str], ...]
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """An answer, whether it ended by itself, and the number of prompt tokens; None where the server omits it."""
+    """An answer, whether it ended by itself, and the number of prompt tokens; None where the server omits it.
+
+    One that is not `read` came as plain text, for the chat API refuses its format.
+    """
 
     text: str
     ended: bool
     prompt_tokens: int | None
+    read: bool = True
 
 
 def chat_messages(conversation: Conversation) -> Messages:

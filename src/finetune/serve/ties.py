@@ -14,6 +14,7 @@ from finetune.export.gguf import plan_whole
 from finetune.export.gguf_check import bound_of
 from finetune.export.gguf_source import Exportable
 from finetune.export.outtypes import Outtype
+from finetune.export.vocabulary import describe_vocabulary
 from finetune.ports import Session
 
 
@@ -80,7 +81,13 @@ class Ties:
         return self.session.generate([prompt], self.most, self.stops)[0]
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return _whole(self.exportable.tokenizer.decode(ids))
+        return _whole(self.exportable.tokenizer.decode([number for number in ids if number not in self.hidden]))
+
+    @cached_property
+    def hidden(self) -> frozenset[int]:
+        """The ids that llama.cpp shows no text of; Gemma's `<unused9>` is one for its name alone."""
+        made_of = self.exportable
+        return describe_vocabulary(made_of.tokenizer.description(), made_of.special, made_of.rows).control
 
     def _rows(self, prompt: tuple[int, ...], own: Sequence[int]) -> NDArray[Any]:
         """The logits of each token of an answer, and of the one after it."""
