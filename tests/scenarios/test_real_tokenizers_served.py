@@ -30,7 +30,7 @@ TEMPLATES = {
 }
 """The model's own template, where the tokenizer's package brings none or another."""
 LARGE = ("qwen3", "gemma3", "deepseek_v3", "gptoss")
-"""Tokenizers of 129,000 to 262,000 tokens: each keeps a processor busy for up to a minute."""
+"""Tokenizers of 129,000 to 262,000 tokens: each keeps a processor busy for 40 to 90 seconds."""
 DATED = ("llama3_1", "gptoss")
 """Templates that print the day."""
 SMALL: dict[str, Any] = {
@@ -73,7 +73,7 @@ def talk(number: int) -> list[dict[str, str]]:
 def place_of(tokenizer: str, folder: Path) -> Path:
     """A model, data, and a configuration, which is returned."""
     if tokenizer in LARGE and os.environ.get("FT_REAL_MODEL_ENABLE") != "1":
-        pytest.skip("takes up to a minute of a processor: enable with FT_REAL_MODEL_ENABLE=1")
+        pytest.skip("takes up to 90 s of a processor: enable with FT_REAL_MODEL_ENABLE=1")
     if not tokenizer_folder(tokenizer).exists():
         pytest.skip(f"{tokenizer} is not here: {REMEDY}")
     model = small_llama(tokenizer, folder / "model", **SMALL)
