@@ -155,7 +155,7 @@ def findings_page() -> str:
         "",
     ]
     lines += _candidates()
-    for path in sorted(EVIDENCE.glob("*/verification.json")):
+    for path in sorted(EVIDENCE.glob("*/verification*.json")):
         lines += _subject(path, notes.get(path.parent.name, {}))
     return "\n".join(lines) + "\n"
 
@@ -184,8 +184,9 @@ def _subject(path: Path, notes: Mapping[str, str]) -> list[str]:
     found, name = json.loads(path.read_text(encoding="utf-8")), path.parent.name
     versions = ", ".join(f"{library} {number}" for library, number in found["versions"].items())
     counts = ", ".join(f"{count} {word}" for word, count in found["counts"].items() if count)
+    later = "" if path.stem == "verification" else ", laws that came later"
     lines = [
-        f"## {found['subject']}",
+        f"## {found['subject']}{later}",
         "",
         f"{versions}; {found['machine']}; tier {found['tier']}, seed {found['seed']}, {found['seconds']:.0f} s:",
         f"{counts}.",

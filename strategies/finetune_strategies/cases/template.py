@@ -169,8 +169,12 @@ class Begun(Recipe):
     template: Template
 
 
+_EDGED_PAIRS = st.builds(Pair, prompt=EDGED | st.just(""), completion=EDGED)
 BEGUN = st.builds(
-    Begun, model=st.sampled_from((TINY, *BEGINNINGS)), pair=PAIRS, template=st.sampled_from(("chatml", "tokenizer"))
+    Begun,
+    model=st.sampled_from((TINY, *BEGINNINGS)),
+    pair=_EDGED_PAIRS,
+    template=st.sampled_from(("chatml", "tokenizer")),
 )
 
 
