@@ -377,6 +377,23 @@ def test_variables_of_a_row_are_its_own() -> None:
             shape_rows([Row(base | {"chat_template_kwargs": bad}, "a:9")])
 
 
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ({"content": "", "name": "bot"}, "empty answer"),
+        ({"content": " ", "tool_calls": []}, "empty answer"),
+        ({"content": "<think>a</think>b", "reasoning_content": "c"}, "a thought in <think> and one beside it"),
+        ({"content": "<think>a</think>b", "thinking": None}, ""),
+        ({"content": None, "tool_calls": [{"function": {"name": "f"}}]}, ""),
+    ],
+)
+def test_answer_that_says_nothing_or_thinks_twice_is_dropped(answer: dict[str, object], reason: str) -> None:
+    """A row whose answer is empty, whatever it is called, or that has its thought in two places, is counted by that."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", **answer}]
+    shaped = shape_rows([Row({"messages": turns}, "a:1")])
+    assert (shaped.dropped, len(shaped.examples)) == (({reason: 1}, 0) if reason else ({}, 1))
+
+
 @pytest.mark.parametrize("tools", ["[", "no list", {"a": 1}, 3, [float("nan")]])
 def test_tools_that_are_no_list_are_refused(tools: object) -> None:
     """Tools that are no list, nor the JSON of one, are refused with the row."""

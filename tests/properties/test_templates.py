@@ -416,6 +416,7 @@ REFUSED = {
     "missing field": (LOOP + "{{ messages[0].tools.name }}", "fails"),
     "includes a file": (LOOP + "{% include '/etc/passwd' %}", "unsafe and was refused: line 1"),
     "other prompt": (LOOP + "{% if add_generation_prompt %}<think>{% endif %}", "not prefix-preserving"),
+    "half a pair": ("{{ '\\ud83d' }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}", "surrogates"),
     "no terminator": ("{% for m in messages %}{{ m.role + m.content }}{% endfor %}", "never learn to stop"),
     "words before end": ("{% for m in messages %}{{ m.content }} over<|im_end|>{% endfor %}", "never learn to stop"),
     "rewrites": ("{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}", "rewrites"),

@@ -39,7 +39,10 @@ class TemplateStoppedError(Exception):
     def __init__(self, template: Template, error: Exception) -> None:
         line = _line(template, error)
         reason = str(error) or type(error).__name__
-        self.hint = "does it need a role or field the data lacks?"
+        self.hint = (
+            "does it need a role or field the data lacks, or a variable? template.variables sets it for all rows, "
+            "chat_template_kwargs for one"
+        )
         if isinstance(error, TemplateRefusedError):
             message = f"refuses these messages: {reason} (line {line})"
             self.hint = "mend the order of roles in this row, or choose another template"
@@ -283,8 +286,10 @@ def compile_template(name: str, source: str) -> Callable[..., str]:
         assert isinstance(context, _MeteredContext)
         context.meter = Meter(allowance(messages), today)
         try:
-            return "".join(template.root_render_func(context))
+            text = "".join(template.root_render_func(context))
+            text.encode("utf-8")  # half of a surrogate pair is no text, and no tokenizer takes it
         except Exception as error:  # filters raise whatever Python does with what they are given
             raise TemplateStoppedError(template, error) from None
+        return text
 
     return render

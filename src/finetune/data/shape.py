@@ -50,7 +50,7 @@ def shape_rows(rows: Sequence[Row]) -> ShapedRows:
             continue
         shapes[name] += 1
         ignored |= _ignored(row, name)
-        reason = "weight 0" if learned is False else _emptiness(example)
+        reason = "weight 0" if learned is False else _unfit(example)
         if reason:
             dropped[reason] += 1
         else:
@@ -99,12 +99,17 @@ def _shown(column: str) -> str:
     return column.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _emptiness(example: Example) -> str:
+def _unfit(example: Example) -> str:
+    """Why a row teaches nothing, or two things at once; "" where it does neither."""
     if isinstance(example, Document):
         return "" if example.text.strip() else "empty text"
     if not example.messages or example.messages[-1].role != "assistant":
         return "no answer at the end"
-    return "" if example.answer.strip() else "empty answer"
+    more = [json.loads(message.more or "{}") for message in example.messages]
+    thinks = (_THOUGHTS & each.keys() for each in more)
+    if any(beside and "<think>" in each.content for beside, each in zip(thinks, example.messages, strict=True)):
+        return "a thought in <think> and one beside it"
+    return "" if example.messages[-1].content.strip() or _SAID & more[-1].keys() else "empty answer"
 
 
 def _text_field(row: Row, key: str) -> str:
@@ -254,6 +259,8 @@ _MARKS_OF_MESSAGES = ("weight", "train", "training")
 _ROW_MARKS = ("weight", "train")
 _YES_OR_NO = {"0": False, "0.0": False, "-0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 _BESIDE = ("tools", "documents", "chat_template_kwargs")
+_THOUGHTS = {"reasoning_content", "reasoning", "thinking"}
+_SAID = {"tool_calls", "function_call", *_THOUGHTS}
 _NOTHING: tuple[Any, ...] = (None, "", [], {})
 _MARKS: dict[str, set[str]] = {
     "alpaca": {"instruction", "output"},
