@@ -21,7 +21,7 @@ pytest.importorskip("ollama", reason="needs the ollama extra: pip install 'finet
 
 from finetune.backends import open_backend
 from finetune.chat.catalog import CHATML
-from finetune.errors import DeploymentError, OutputError, StorageError
+from finetune.errors import DeploymentError, OutputError, StorageError, TemplateError
 from finetune.evidence.drift import Bound
 from finetune.export.gguf_source import exportable_run
 from finetune.run.folder import RunFolder
@@ -300,6 +300,25 @@ def test_answer_may_part_from_the_trainers_at_a_tie_and_nowhere_else(run: Path) 
     for share, explained in ((1.01, True), (0.99, False)):
         ties.__dict__["bound"] = Bound(share * gap / 2, 0.0, "")
         assert ties.explain(ids, f"{ties._decode([int(second)])} and so on") is explained
+
+
+def test_template_that_takes_a_servers_variable_otherwise_is_refused(tmp_path: Path) -> None:
+    """llama.cpp's server sets enable_thinking: where that changes a prompt, the run must have set it, or is refused."""
+    asks = "{{- '<|im_start|>assistant"
+    jinja = CHATML.jinja.replace(asks, f"{{{{- 'Think. ' if enable_thinking -}}}}{asks}")
+    assert jinja != CHATML.jinja
+    (tmp_path / "thinks.jinja").write_text(jinja)
+    quick = ["judge.control=never", "judge.memory=never", "training.max_steps=1", "evaluation.questions=1"]
+    quick += ["template.name=thinks.jinja"]
+    for name, more in (("without", []), ("with", ["template.variables={enable_thinking: false}"])):
+        words = ("--backend", "reference", "--output", name, *(w for key in quick + more for w in ("--set", key)))
+        done = ft("train", *words, cwd=tmp_path)
+        assert done.returncode in (0, 1, 4), done.stderr
+    found = {name: exportable_run(tmp_path / name, open_backend) for name in ("without", "with")}
+    with pytest.raises(TemplateError, match="enable_thinking") as told:
+        prepare_serving_check(tmp_path / "without", found["without"], today=date(2026, 1, 1))
+    assert "template.variables" in told.value.hint
+    assert prepare_serving_check(tmp_path / "with", found["with"], today=date(2026, 1, 1)).prompts
 
 
 def test_deploy_refuses_before_it_writes(run: Path, ollama: StandIn) -> None:

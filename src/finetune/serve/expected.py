@@ -1,7 +1,8 @@
 """What a served model must reproduce: the ids of prompts, and the run's own answers."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -16,7 +17,7 @@ from finetune.export.corpus import nasty_texts
 from finetune.export.gguf_source import Exportable
 from finetune.export.vocabulary import describe_vocabulary
 from finetune.models.locate import locate_model
-from finetune.records import Conversation
+from finetune.records import Conversation, Message
 from finetune.run.folder import RunFolder
 from finetune.serve.derive import drawn_conversations, trims_in_part
 from finetune.serve.messages import Messages, chat_messages, conversations_of, unservable_reason
@@ -102,6 +103,8 @@ def prepare_serving_check(path: Path, exportable: Exportable, *, today: date | N
     location = locate_model(config.model.path, revision=config.model.revision)
     trained = open_encoder(folder, config, location)
     encoder = open_encoder(folder, config, location, today=today, given=_clock(today)) if today else trained
+    if today:
+        _refuse_thinking(trained, lambda: open_encoder(folder, config, location, given={"enable_thinking": True}))
     tokenizer, length = encoder.tokenizer, config.tokens.max_length
     assert length is not None
     form = describe_vocabulary(tokenizer.description(), exportable.special, exportable.rows).form
@@ -121,6 +124,20 @@ def prepare_serving_check(path: Path, exportable: Exportable, *, today: date | N
         questions=tuple(asked for asked in questions if len(asked.prompt.ids) + most <= context),
         notes=notes,
     )
+
+
+def _refuse_thinking(trained: Encoder, opened: Callable[[], Encoder]) -> None:
+    """llama.cpp's server sets `enable_thinking` in every template, and a run may have been trained without it."""
+    asked = Conversation((Message("user", "a"),), "template probe")
+    served: tuple[int, ...] = ()
+    with suppress(TemplateError):  # with it, the template may not even ask as it trains
+        served = opened().prompt_ids(asked)
+    if served != trained.prompt_ids(asked):
+        raise TemplateError(
+            f"template {trained.template.name!r} asks otherwise where enable_thinking is set, which llama.cpp's server "
+            "sets by itself, and this run was trained without it",
+            hint="train with template.variables {enable_thinking: false}, or true: then it counts before the server's",
+        )
 
 
 def _clock(today: date) -> dict[str, Variable]:
