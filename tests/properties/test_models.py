@@ -18,7 +18,7 @@ from finetune.adapters.choose import check_rank, choose_layers
 from finetune.errors import ModelError
 from finetune.models.locate import SHIPPED, SHIPPED_FOLDER, locate_model
 from finetune.models.shape import read_shape, read_tensor_shapes, weight_files
-from finetune.records import AdapterTarget, ModelShape
+from finetune.records import AdapterTarget, LinearLayer, ModelShape
 from finetune_strategies.profiles import examples
 from finetune_strategies.scratch import empty_folder
 
@@ -392,6 +392,15 @@ def test_locate_unknown_model_names_a_shipped_one(name: str, tmp_path: Path, mon
 def shape_of(folder: Path) -> ModelShape:
     """The shape of the little model."""
     return read_shape(write_model(folder))
+
+
+@pytest.mark.parametrize("router", ["router", "gate", "shared_expert_gate"])
+def test_all_linear_layers_are_those_without_a_router(router: str) -> None:
+    """What chooses among experts gets no adapter unless it is named: PEFT knows it as no linear layer."""
+    layers = tuple(LinearLayer(f"model.layers.0.mlp.{name}", (4, 8)) for name in ("q_proj", router, "gate_proj"))
+    shape = ModelShape("GptOssForCausalLM", 96, 8, 8, 1, 64, layers)
+    assert choose_layers(shape, "all-linear") == ("q_proj", "gate_proj")
+    assert choose_layers(shape, [router]) == (router,)
 
 
 @given(st.lists(st.sampled_from(["q_proj", "k_proj", "up_proj", "down_proj"]), min_size=1, unique=True), st.data())

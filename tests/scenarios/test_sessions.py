@@ -415,3 +415,19 @@ def test_update_before_an_optimizer_is_an_error(bench: Bench) -> None:
     if bench.backend == "mlx":
         with pytest.raises(TrainingError, match="no adapter"):
             bench.open().adapter_disabled()
+
+
+def test_experts_at_once_are_computed_in_float64() -> None:
+    """Rows through experts, which torch computes at once in float32 alone, are float64's own products."""
+    torch = pytest.importorskip("torch")
+    from finetune.backends.torch.float64 import Float64
+
+    generator = torch.Generator().manual_seed(0)
+    rows, experts = torch.randn(7, 16, generator=generator), torch.randn(3, 16, 8, generator=generator)
+    ends = torch.tensor([2, 2, 6], dtype=torch.int32)
+    with Float64():
+        found = torch.nn.functional.grouped_mm(rows, experts, offs=ends)
+    right = torch.cat([rows[:2].double() @ experts[0].double(), rows[2:6].double() @ experts[2].double()])
+    assert found.dtype == torch.float64
+    assert torch.equal(found[:6], right)
+    assert not found[6:].any()

@@ -8,9 +8,12 @@ from finetune.errors import ModelError
 from finetune.models.shape import is_head, token_tables
 from finetune.records import AdapterTarget, LinearLayer, ModelShape, fits
 
+_ROUTERS = ("router", "gate", "shared_expert_gate")
+"""What chooses among experts: no linear layer to PEFT, and not what one means to adapt."""
+
 
 def choose_layers(shape: ModelShape, target_modules: str | Sequence[str]) -> tuple[str, ...]:
-    """The short names of the layers to adapt, such as `q_proj`: all linear layers, or those named.
+    """The short names of the layers to adapt, such as `q_proj`: all linear layers but routers, or those named.
 
     Raises:
         ModelError: a name matches no linear layer; the names that exist are listed.
@@ -19,7 +22,7 @@ def choose_layers(shape: ModelShape, target_modules: str | Sequence[str]) -> tup
     if not existing:
         raise ModelError(f"{shape.architecture} has no linear layer that can be adapted")
     if target_modules == "all-linear":
-        return existing
+        return tuple(name for name in existing if name not in _ROUTERS) or existing
     unknown = [name for name in target_modules if name not in existing]
     if unknown:
         raise ModelError(

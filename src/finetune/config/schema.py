@@ -200,7 +200,7 @@ class AdapterSpec(Spec):
     dropout: Share = 0.0
     """The share of adapter inputs switched off at random while training."""
     target_modules: Literal["all-linear"] | Names = "all-linear"
-    """Which layers get an adapter: all linear ones, or a list of layer names."""
+    """Which layers get an adapter: all linear ones but the routers of experts, or a list of layer names."""
     rank_pattern: RankPattern | None = None
     """Ranks of some layers' own: a regular expression for the end of a layer's path, and the rank; the first that
     fits counts."""

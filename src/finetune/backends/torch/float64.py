@@ -1,5 +1,6 @@
 """Computes a model in float64 from the weights that it has, one tensor widened at a time."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,17 @@ class Float64(TorchDispatchMode):  # type: ignore[misc]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """One operation of ATen, its floats and the types it is asked for widened."""
+        if func is torch.ops.aten._grouped_mm.default:  # experts at once, which torch computes in no float64
+            return _grouped(*args, **(kwargs or {}))
         return func(*tree_map(_widened, args), **tree_map(_widened, kwargs or {}))
+
+
+def _grouped(rows: Any, experts: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+    """Rows (n, inputs) through experts (experts, inputs, outputs): those up to `offs[k]` that none had through k."""
+    assert rows.dim() == 2 and experts.dim() == 3 and bias is None  # noqa: PT018  # all that transformers asks for
+    ends = offs.tolist()
+    parts = [rows[begin:end].double() @ experts[k].double() for k, (begin, end) in enumerate(pairwise([0, *ends]))]
+    return torch.cat([*parts, rows.new_zeros(len(rows) - ends[-1], experts.shape[2], dtype=torch.float64)])
 
 
 def _widened(value: Any) -> Any:
