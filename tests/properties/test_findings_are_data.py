@@ -27,6 +27,7 @@ from finetune_strategies.recipes import TaskRecipe
 pytestmark = pytest.mark.tools
 
 FREE = {"prompt", "completion", "text", "system", "said[]", "turns[]", "before", "after"}
+FREE |= {"question", "thoughts", "thoughts[]", "arguments", "arguments.*", "answer", "result", "earlier"}
 """Fields that hold what people say, or what a file holds: any text, and never the name of anything."""
 
 

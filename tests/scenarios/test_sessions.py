@@ -119,6 +119,7 @@ def test_torch_moves_tensors_as_pefts_lora_plus_does(bench: Bench, ratio: float)
         assert decays == {True: 0.07, **({False: 0.0} if name != "lora" else {})}
 
 
+TABLES = {"llama": ("embed_tokens", "lm_head"), "gpt2": ("wte",)}
 KNOBS: dict[str, Any] = {
     "rank": 2,
     "alpha": 5.0,
@@ -129,6 +130,7 @@ KNOBS: dict[str, Any] = {
     "rank_pattern": lambda kind: {MODULES[kind][0]: 1},
     "alpha_pattern": lambda kind: {MODULES[kind][0]: 3.0},
     "saved": lambda kind: WHOLE[kind],
+    "rows": lambda kind: dict.fromkeys(TABLES[kind], tuple(range(3, 13))),
     "weight_decay": 0.5,
     "max_grad_norm": 0.05,
     "betas": (0.5, 0.9),

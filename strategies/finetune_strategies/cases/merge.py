@@ -1,6 +1,6 @@
 """Adapters to merge, into bases of several kinds."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from hypothesis import strategies as st
 from pydantic import Field
@@ -8,6 +8,8 @@ from pydantic import Field
 from finetune.adapters.kinds import ADAPTER_KINDS
 from finetune.records import DEFAULT_KIND
 from finetune_strategies.cases.learned import ONE_ROW, Learned, learned
+from finetune_strategies.cases.rows import one_of
+from finetune_strategies.recipes import CONTROL_TOKENS
 
 
 class Merging(Learned):
@@ -27,6 +29,20 @@ MERGING = st.builds(
 MERGE_EXACT = st.builds(Merging, rows=ONE_ROW, kind=st.sampled_from([DEFAULT_KIND, "of two layers"]))
 MERGE_LEAVES = st.builds(Merging, rows=ONE_ROW)
 MERGE_WHOLE = st.builds(Learned, rows=ONE_ROW)
+
+
+class Named(Merging):
+    """A run that learns a token of the tokenizer's own, too."""
+
+    token: Annotated[str, Field(pattern=one_of(CONTROL_TOKENS))]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Quick ones, and the token to learn."""
+        return {**super().settings, "tokens.add_special_tokens": [self.token]}
+
+
+MERGE_ROWS = st.builds(Named, rows=ONE_ROW, token=st.sampled_from(["<|im_start|>", "<|im_end|>"]), tied=st.booleans())
 
 
 class Large(Learned):

@@ -18,6 +18,8 @@ from finetune.backends.reference.adapter import ReferenceAdapter
 from finetune.backends.reference.model import Array
 from finetune.errors import ModelError
 from finetune.ports import Session
+from finetune.records import ModelShape
+from finetune.training import prepare
 from finetune.verify.faults.fault import backend_under_judgement, fault, in_place_of, plant, planted_by
 from finetune.verify.faults.sessions import plant_session, thaw
 
@@ -25,6 +27,7 @@ Tensor = NDArray[np.float32]
 Sizes = Mapping[str, tuple[int, ...]]
 Weights = Mapping[str, Array]
 Reading = Callable[..., ReferenceAdapter]
+Rows = dict[str, tuple[int, ...]]
 
 
 def _in_files(spoil: Callable[[dict[str, object], dict[str, Tensor]], object]) -> None:
@@ -95,6 +98,20 @@ def _extra_modules_lost(settings: dict[str, object], tensors: dict[str, Tensor])
     """Modules that were trained whole beside the adapter are not saved."""
     settings["modules_to_save"] = None
     _keep(tensors, lambda name: "lora_" in name)
+
+
+@fault("A087", "tok.control_tokens_untrained", "torchtune #2429, unsloth #915, LLaMA-Factory #2684")
+@in_place_of("choose_rows", prepare)
+def _tokens_stay(right: Callable[..., Rows], *given: object) -> Rows:
+    """Tokens that are to be learned keep the rows that they had."""
+    return {}
+
+
+@fault("A087b", "tok.whole_table_trained")
+@in_place_of("choose_rows", prepare)
+def _all_rows_move(right: Callable[..., Rows], shape: ModelShape, *given: object) -> Rows:
+    """With the tokens that are to be learned all others are."""
+    return {table: tuple(range(shape.vocab_size)) for table in right(shape, *given)}
 
 
 @fault("A189", "adapter.wrong_base_accepted", "vllm #34186, #55193", backends=("reference", "mlx"))

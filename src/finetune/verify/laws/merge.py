@@ -23,6 +23,7 @@ from finetune.verify.subjects.answers import Folder, TokenRows
 from finetune_strategies.cases import merge as cases
 from finetune_strategies.cases.learned import QUICK, Learned
 from finetune_strategies.cases.rows import PLAIN, TINY
+from finetune_strategies.recipes import CONTROL_TOKENS
 
 
 def _tied(trainer: SubjectClient, model: Path) -> Path:
@@ -79,6 +80,21 @@ def merging_is_exact(trainer: SubjectClient, case: cases.Merging) -> None:
         off = float(np.abs(merged[name] - wanted).max())
         most = 1e-6 * float(np.abs(wanted).max() + np.abs(weights.scale * up).max() * np.abs(down).max())
         check(off <= most, expected=f"{name} within {most:.2g}", got=f"off by {off:.2g}")
+
+
+@law("merge.rows", ["train", "merge"], cases.MERGE_ROWS, examples=4, cost=3)
+@oracle("the base's own tables")
+def rows_of_learned_tokens_alone_change(trainer: SubjectClient, case: cases.Named) -> None:
+    """Of the embedding and the head the rows of tokens that are to be learned change, and no other."""
+    model = _base(trainer, case)
+    _, folder = _merged(trainer, model, case)
+    base = load_file(model / "model.safetensors")
+    merged = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    check(merged.keys() == base.keys(), expected=sorted(base), got=sorted(merged))
+    for name in sorted(base.keys() & {"model.embed_tokens.weight", "lm_head.weight"}):
+        moved = np.flatnonzero((merged[name] != base[name]).any(axis=1)).tolist()
+        learned = [CONTROL_TOKENS.index(case.token)]
+        check(moved == learned, expected=f"rows {learned} of {name} are others", got=f"rows {moved}")
 
 
 @law("merge.leaves", ["train", "merge"], cases.MERGE_LEAVES, examples=2, cost=3)
