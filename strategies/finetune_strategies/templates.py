@@ -18,6 +18,7 @@ from finetune_strategies.picks import pick
 
 EOS = "</s>"
 BOS = "<s>"
+END = "<|end|>"
 CONTROL_TOKENS = (EOS, BOS, "<|start|>", "<|end|>", "<|stop|>")
 """What the tokenizer of every drawn template has as control tokens."""
 Parts = tuple[tuple[str, bool], ...]
@@ -72,8 +73,10 @@ class TemplateShape:
             if message.role == "system" and self.system == "folded":
                 folded = f"{text}\n\n"
             elif message.role == "assistant":
-                parts += [(self.opening("assistant"), False), (self.says_first + text + self.stop, True)]
-                parts.append((self.between, False))
+                # Every answer has it: where it is no second end, the model says it, too, and stops after it.
+                said = END if self.between.startswith(END) and not {EOS, END} & {self.stop.strip()} else ""
+                parts += [(self.opening("assistant"), False), (self.says_first + text + self.stop + said, True)]
+                parts.append((self.between.removeprefix(said), False))
             else:
                 parts.append((f"{self.opening(message.role)}{folded}{text}{self.close}", False))
                 folded = ""

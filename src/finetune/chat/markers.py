@@ -27,10 +27,13 @@ def marker(index: int) -> str:
 
 
 def common_ending(tails: Sequence[str], control: re.Pattern[str], *, last: str, beyond: str | None) -> str:
-    """What all these texts begin with, up to the first `last` or else the last control token in front of `beyond`."""
+    """What all these texts begin with, up to the token to stop at: `last`, or else the last that stands in front of
+    `beyond`. Where it stands several times, a model that stops at it says it once.
+    """
     alike = "".join(found[0] for found in takewhile(lambda each: len(set(each)) == 1, zip(*tails, strict=False)))
     tokens = list(takewhile(lambda token: token.group() != beyond, control.finditer(alike)))
-    stops = [token for token in tokens if token.group() == last] or tokens[-1:]
+    words = [token.group() for token in tokens]
+    stops = [token for token in tokens if token.group() == (last if last in words else words[-1])]
     words_first = not stops or alike[: tokens[0].start()].strip()
     return "" if words_first else alike[: stops[0].end()]
 
