@@ -74,7 +74,7 @@ _WIDTHS = (
     "'{{:>{n}}}'.format('')",
     "'{{0.__class__}}'.format('')",
     "'{{!r:>{n}}}'.format('')",
-    "'a' | indent({n}0)",
+    "'a' | indent({n}000)",
     "[1] | tojson(indent={n})",
     "1 | round({n})",
     "1 | round(-{n}, 'ceil')",

@@ -24,9 +24,15 @@ TALK = talk("user:Hi", "assistant:Hello", "user: Bye\n", "assistant:See you")
 WITH_SYSTEM = talk("system:Be kind.", "user:Hi", "assistant:Hello")
 
 
+TRIMMING = ("llama-2", "mistral-v0.3", "phi-3", "qwen-3")
+"""These strip a text in part, or leave out an empty one: that has a law of its own below."""
+
+
 def fitting(real: RealTemplate, conversation: Conversation) -> Conversation:
-    """The conversation as this family's template takes it."""
+    """The conversation as this family's template shows it."""
     turns = conversation.messages
+    if real.name in TRIMMING:
+        turns = tuple(Message(message.role, message.content.strip()) for message in turns)
     if real.system in ("refused", "lost"):
         turns = tuple(message for message in turns if message.role != "system")
     return Conversation(turns, conversation.where)
