@@ -223,6 +223,22 @@ def test_result_that_is_written_as_json_is_shown(result: str) -> None:
             assert json.dumps(result, ensure_ascii=False) in rendered.text
 
 
+@pytest.mark.parametrize("lost", ["a call", "a thought", "a result"])
+def test_what_is_lost_is_not_found_elsewhere(lost: str) -> None:
+    """The name of a call stands among the tools, too, a thought's words in the question, a result's in the answer."""
+    jinja = "{% if tools %}{{ tools | tojson }}<|im_end|>{% endif %}" + LOOP.replace(
+        "{{ m.content }}", "{% if m.role != 'tool' %}{{ m.content }}{% endif %}"
+    )
+    chat = ChatTemplate(TemplateSource("any.jinja", jinja), ("<|im_end|>",), bos="", eos="")
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    beside = {"a call": {"tool_calls": [call]}, "a thought": {"thinking": "it is grey"}, "a result": {}}[lost]
+    answer = Message("assistant", "" if lost == "a call" else "x", json.dumps(beside) if beside else "")
+    turns = [Message("user", "it is grey"), answer, Message("tool", "it is grey"), Message("assistant", "it is grey")]
+    known = json.dumps([{"type": "function", "function": {"name": "weather"}}])
+    with pytest.raises(TemplateError, match=r"does not show (tool_calls|a thought|a result)"):
+        chat.render(Conversation(tuple(turns if lost == "a result" else turns[:2]), "rows.jsonl:7", known))
+
+
 def test_variable_of_a_row_changes_it_or_is_refused() -> None:
     """What a row sets is given to the template in training and asking; what the template does not read is refused."""
     jinja = "{% if style %}<<{{ style }}>>{% endif %}" + LOOP

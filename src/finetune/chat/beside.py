@@ -61,6 +61,15 @@ def require_shown(name: str, talk: Conversation, real: str, learned: Sequence[in
             )
 
 
+def with_marked_results(talk: Conversation, mark: Callable[[int], str]) -> Conversation:
+    """The same with a marker in place of each result that is looked at as a whole."""
+    messages = list(talk.messages)
+    for index, message in enumerate(messages):
+        if message.role == "tool" and not message.content and "content" in json.loads(message.more or "{}"):
+            messages[index] = replace(message, more=json.dumps({**json.loads(message.more), "content": mark(index)}))
+    return replace(talk, messages=tuple(messages))
+
+
 def require_harmless(
     name: str, talk: Conversation, control: re.Pattern[str], said: re.Pattern[str], read: Set[str]
 ) -> None:

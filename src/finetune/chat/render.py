@@ -13,15 +13,7 @@ from datetime import date
 from functools import cached_property
 from itertools import chain
 
-from finetune.chat.beside import (
-    PROBE_CALL,
-    is_rich,
-    join_inputs,
-    other_ways,
-    require_harmless,
-    require_shown,
-    what_is_given,
-)
+from finetune.chat import beside
 from finetune.chat.catalog import RESERVED, TemplateSource, Variable, built_in_with, with_variables
 from finetune.chat.learned import Learned, Stretch, TrainOn, answers_of, marked
 from finetune.chat.markers import MARKER, Kinds, common_ending, is_marked, kinds, marker, texts_between
@@ -114,7 +106,7 @@ class ChatTemplate:
         if held := self.held(conversation):
             return render_as_it_is(conversation, held, self._ends_of_text()[0], asking=asking, train_on=self._train_on)
         refusals = []
-        for way in chain([conversation], other_ways(conversation)):
+        for way in chain([conversation], beside.other_ways(conversation)):
             try:
                 return self._assemble(way, asking=asking)
             except TemplateError as error:
@@ -123,7 +115,7 @@ class ChatTemplate:
 
     def _assemble(self, conversation: Conversation, *, asking: bool) -> Rendered:
         talk = replace(conversation, messages=self.fit_messages(conversation))
-        require_harmless(self.name, talk, self._control, self._said, self._reads)
+        beside.require_harmless(self.name, talk, self._control, self._said, self._reads)
         shown, real = self._skeleton(talk, asking=asking), self._call(talk, asking=asking)
         texts = self._texts(talk, shown, real)
         learned = Learned() if asking else self._choose(talk, shown, self._stretches(talk, shown, real, texts))
@@ -196,7 +188,7 @@ class ChatTemplate:
         """The control tokens that end an answer: what the model is taught to stop with, so where serving must stop."""
         ends = self._ends_of_text()
         with suppress(TemplateError):  # a call may have an end of its own, and many templates show none
-            segments = self.render(PROBE_CALL).segments
+            segments = self.render(beside.PROBE_CALL).segments
             said = "".join(segment.text for segment in segments if segment.role == "assistant")
             ends += self._control.findall(said)[-1:]
         return tuple(dict.fromkeys(ends))
@@ -219,7 +211,7 @@ class ChatTemplate:
 
     def fit_messages(self, conversation: Conversation) -> tuple[Message, ...]:
         """The messages with an alpaca input joined to its instruction, for templates that know no such role."""
-        return conversation.messages if self.name == "alpaca" else join_inputs(conversation.messages)
+        return conversation.messages if self.name == "alpaca" else beside.join_inputs(conversation.messages)
 
     def _texts(self, talk: Conversation, shown: str, real: str) -> dict[int, str]:
         """What the template shows of the text of each message that has one.
@@ -243,7 +235,9 @@ class ChatTemplate:
                 f"{talk.where}: template {self.name!r} rewrites the text of the messages, so answers cannot be marked",
                 hint="choose another template, or one without conditions on the text",
             )
-        require_shown(self.name, talk, real, self.learned(talk))
+        beside.require_shown(self.name, talk, real, self.learned(talk))
+        if (sought := beside.with_marked_results(talk, marker)) != talk:  # the same words may stand in an answer
+            beside.require_shown(self.name, sought, self._call(sought, asking=False), ())
         return dict(zip(expected, texts, strict=True))
 
     def _skeleton(self, talk: Conversation, *, asking: bool) -> str:
@@ -251,7 +245,7 @@ class ChatTemplate:
 
         It depends on the roles alone, so it is kept, except where messages have more than text.
         """
-        kept = None if is_rich(talk) else (kinds(talk), asking)
+        kept = None if beside.is_rich(talk) else (kinds(talk), asking)
         if kept in self._skeletons:
             return self._skeletons[kept]
         hidden = tuple(
@@ -264,7 +258,7 @@ class ChatTemplate:
         return shown
 
     def _call(self, talk: Conversation, *, asking: bool) -> str:
-        given = {**self._variables, "today": self._today, **what_is_given(talk, as_parts=self._as_parts)}
+        given = {**self._variables, "today": self._today, **beside.what_is_given(talk, as_parts=self._as_parts)}
         try:
             return self._jinja(add_generation_prompt=asking, **given)
         except TemplateStoppedError as error:
@@ -304,7 +298,7 @@ class ChatTemplate:
         once for all rows of the same roles.
         """
         learned = self.learned(talk)
-        kept = None if is_rich(talk) else (kinds(talk), tuple(learned))
+        kept = None if beside.is_rich(talk) else (kinds(talk), tuple(learned))
         found = self._spoken.get(kept)
         if found is None:
             found = self._look_for_answers(talk, shown, learned)
@@ -317,7 +311,13 @@ class ChatTemplate:
             served = self._call(asked, asking=True)
             if served != real[:begin]:
                 raise self._asks_otherwise(served, real[: max(begin, len(served))], talk.where)
-            require_shown(self.name, asked, served, ())  # that a call names a tool does not show it to who is asked
+            beside.require_shown(
+                self.name, asked, served, ()
+            )  # that a call names a tool does not show it to who is asked
+        # Nor does a tool that has its name show a call: each answer's own text must.
+        for index, (begin, end) in zip(learned, found if beside.is_rich(talk) else (), strict=False):
+            said = MARKER.sub(lambda place: texts[int(place[1])], shown[begin:end])
+            beside.require_shown(self.name, Conversation((talk.messages[index],), talk.where), said, (0,))
         return found
 
     def _look_for_answers(self, talk: Conversation, shown: str, indexes: Sequence[int]) -> tuple[Stretch, ...]:
