@@ -232,6 +232,15 @@ def test_planting_that_hangs_is_ended() -> None:
     assert "did not end within" in done.error
 
 
+def test_planting_has_its_time_on_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What counts is what a processor did for it, and the clock only for one that waits without end."""
+    monkeypatch.setattr(job_room, "_IDLE", 10_000)
+    monkeypatch.setattr(job_room, "processor_seconds", lambda number: 0.0)
+    assert not run_job(Job(laws=LAWS), patience=0.01).error
+    monkeypatch.setattr(job_room, "processor_seconds", lambda number: 1.0)
+    assert "did not end within 1 s of a processor" in run_job(Job(laws=LAWS), patience=0.01).error
+
+
 def test_planting_is_ended_with_its_campaign() -> None:
     """Who sets the event ends the process, and that is told as what it is."""
     stop = threading.Event()

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.processes import python_command
+from finetune.processes import processor_seconds, python_command
 from finetune.records import Outcome
 from finetune.verify.client import SubjectClient
 from finetune.verify.faults.fault import faults, hits
@@ -32,7 +32,9 @@ from finetune.verify.subjects.subject import Subject
 from finetune.verify.trainers.ours import inside
 
 _PATIENCE = 240
-"""Seconds after which a process that does not end is ended."""
+"""Seconds of a processor after which a process that does not end is ended: they are as many on a busy machine."""
+_IDLE = 5
+"""So many times as long it may take by the clock, for one that waits uses no processor."""
 _LOOKS = 0.2
 """Seconds between two looks at whether it is to be ended."""
 _MEMORY = "/dev/shm"
@@ -133,7 +135,7 @@ def run_job(job: Job, *, patience: float = _PATIENCE, stop: threading.Event | No
     """Do a job in a process of its own, whatever it does there; once `stop` is set it is ended."""
     # In memory, where the system has such a place: a trainer waits for the disk at every file that it must not lose.
     place = _MEMORY if os.access(_MEMORY, os.W_OK) else None
-    latest = time.monotonic() + patience
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="finetune-prove-", dir=place, ignore_cleanup_errors=True) as folder:
         command = python_command("-m", "finetune.verify.prove.job", folder, json.dumps(asdict(job)))
         with subprocess.Popen(
@@ -151,10 +153,12 @@ def run_job(job: Job, *, patience: float = _PATIENCE, stop: threading.Event | No
                     break
                 except subprocess.TimeoutExpired:
                     ended = stop is not None and stop.is_set()
-                    if time.monotonic() < latest and not ended:
+                    used, passed = processor_seconds(process.pid), time.monotonic() - began
+                    if used < patience and passed < _IDLE * patience and not ended:
                         continue
                     process.kill()
-                    why = "the campaign was ended" if ended else f"it did not end within {patience:.0f} s"
+                    late = f"it did not end within {used:.0f} s of a processor, {passed:.0f} s by the clock"
+                    why = "the campaign was ended" if ended else late
                     return FaultRun(job.fault, job.seed, error=why)
     if process.returncode:
         return FaultRun(job.fault, job.seed, error=f"it ended with {process.returncode}: {errors[-600:].strip()}")
