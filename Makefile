@@ -155,7 +155,7 @@ mutants: $(MUTANTS_VENV)/ok  ## Break the code in 400 small ways and count how m
 	@$(MUTANTS_VENV)/bin/python bench/mutants.py
 
 .PHONY: prove
-prove: $(WORKFLOW_VENV)/ok  ## Plant every fault in our own trainer and count what the laws of Tier 1 kill (minutes)
+prove: $(WORKFLOW_VENV)/ok  ## Plant every fault in our own trainer and count what the laws of Tier 1 kill (minutes; goes on where it stopped)
 	@$(TEST_ENV) $(WORKFLOW_VENV)/bin/ft prove --tier 1 --output proof
 
 .PHONY: matrix

@@ -16,6 +16,7 @@ from finetune.verify.prove import job as job_room
 from finetune.verify.prove.baseline import baseline_text, lost_kills, read_baseline
 from finetune.verify.prove.campaign import Campaign, Proof, Spread, by_stage, chosen_faults, prove, result_of, run_jobs
 from finetune.verify.prove.job import FaultRun, Job, RecordingSubject, do_job, run_job
+from finetune.verify.prove.kept import KeptRuns
 from finetune.verify.subjects.subject import About, InProcessSubject
 from support.sessions import need
 
@@ -264,6 +265,33 @@ def test_campaign_that_is_left_ends_its_jobs(monkeypatch: pytest.MonkeyPatch) ->
     assert begun.wait(60)
     jobs.close()  # type: ignore[attr-defined]
     assert ended == [True]
+
+
+def test_campaign_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is kept is not done again: but errors are, a line that was cut off, and all of it once the code is other."""
+    asked: list[int] = []
+    errors = {1: "it was ended"}
+
+    def answered(job: Job, *, stop: threading.Event) -> FaultRun:
+        asked.append(job.seed)
+        return FaultRun("", job.seed, {"mask.answers": "passed"}, error=errors.get(job.seed, ""))
+
+    monkeypatch.setattr(campaign, "run_job", answered)
+    jobs, file = [Job(seed=seed) for seed in range(4)], tmp_path / "proof" / "runs.jsonl"
+    first = list(run_jobs(jobs[:3], Spread(), KeptRuns(file)))
+    with file.open("a") as cut:
+        cut.write('\n{"code": "0123')
+    errors.clear()
+    asked.clear()
+    kept = KeptRuns(file)
+    assert (len(kept), kept.dropped) == (2, 1)
+    again = list(run_jobs(jobs, Spread(), kept))
+    assert asked == [1, 3]
+    assert [run.seed for run in again] == [0, 1, 2, 3]
+    assert [again[0], again[2]] == [first[0], first[2]]
+    assert len(KeptRuns(file)) == 4
+    monkeypatch.setattr("finetune.verify.prove.kept.version", lambda name: "another")
+    assert (len(KeptRuns(file)), KeptRuns(file).dropped) == (0, 5)
 
 
 def test_no_more_laws_are_asked_than_enough() -> None:

@@ -31,7 +31,9 @@ Against = Annotated[
     Path | None,
     typer.Option("--against", help="A kill-matrix.json: fail where a law kills a fault no more. Asks every law."),
 ]
-Output = Annotated[Path, typer.Option("--output", help="A folder for proof.json and proof.html.")]
+Output = Annotated[
+    Path, typer.Option("--output", help="A folder for proof.json and proof.html; a campaign goes on where it stopped.")
+]
 List = Annotated[bool, typer.Option("--list", help="Only name the faults.")]
 
 
@@ -61,6 +63,7 @@ def command(
     from finetune.abilities import require_backend
     from finetune.verify.prove.baseline import lost_kills, read_baseline, write_proof
     from finetune.verify.prove.campaign import Campaign, Spread, chosen_faults, prove, workers_here
+    from finetune.verify.prove.kept import FILE, KeptRuns
 
     require_backend(backend)
     chosen = chosen_faults(fault or (), backend)
@@ -75,8 +78,11 @@ def command(
     from finetune.report.matrix import render_matrix
 
     spread = Spread("ray" if engine == "ray" else "processes", jobs or workers_here())
+    kept = KeptRuns(output / FILE)
+    if kept.dropped or len(kept):
+        say(f"{output / FILE}: {len(kept)} runs are kept, {kept.dropped} are of other code or damaged and done again")
     with terminated_as_interrupted():
-        found = prove(chosen, campaign, spread=spread, tell=say)
+        found = prove(chosen, campaign, spread=spread, tell=say, kept=kept)
     lost = lost_kills(found, baseline) if baseline else []
     page = write_proof(found, output, render_matrix(found.as_dict()))
     if json_output:

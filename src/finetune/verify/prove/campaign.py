@@ -14,6 +14,7 @@ from finetune.intervals import most_probable
 from finetune.records import Outcome
 from finetune.verify.faults.fault import Fault, faults
 from finetune.verify.prove.job import FaultRun, Job, run_job
+from finetune.verify.prove.kept import KeptRuns
 from finetune.verify.run import chosen_laws
 
 FORMAT = "finetune kill matrix"
@@ -152,12 +153,18 @@ def chosen_faults(ids: Sequence[str] = (), backend: str = "reference") -> tuple[
     return tuple(fault for fault in chosen if backend in fault.backends)
 
 
-def run_jobs(jobs: Iterable[Job], spread: Spread) -> Iterator[FaultRun]:
-    """The jobs, so many at once, in their order.
+def run_jobs(jobs: Sequence[Job], spread: Spread, kept: KeptRuns | None = None) -> Iterator[FaultRun]:
+    """The jobs, so many at once, in their order; those that are kept are not done again.
 
     Raises:
         MissingExtraError: Ray is not installed.
     """
+    if kept is not None:
+        done = {job: run for job in jobs if (run := kept.of(job))}
+        left = [job for job in jobs if job not in done]
+        rest = kept.keep(left, run_jobs(left, spread))
+        yield from (done[job] if job in done else next(rest) for job in jobs)
+        return
     if spread.engine == "ray":
         yield from on_ray(run_job, jobs)
         return
@@ -268,8 +275,11 @@ def prove(
     *,
     spread: Spread = Spread(),  # it is frozen
     tell: Teller = lambda words: None,
+    kept: KeptRuns | None = None,
 ) -> Proof:
     """Judge the clean trainer with so many seeds, then plant each fault and judge; all with the laws of a tier.
+
+    Runs that were `kept` of a campaign that was stopped are not done again.
 
     Raises:
         EvidenceError: not even the clean trainer could be judged.
@@ -278,15 +288,15 @@ def prove(
     tier, backend = campaign.tier, campaign.backend
     laws = tuple(law.id for law in chosen_laws(tier))
     clean = []
-    for run in run_jobs((campaign.job(seed=seed) for seed in range(campaign.seeds)), spread):
+    for run in run_jobs([campaign.job(seed=seed) for seed in range(campaign.seeds)], spread, kept):
         if run.error:
             raise EvidenceError(f"the clean trainer could not be judged with seed {run.seed}: {run.error}")
         alarms = _alarms(run)
         tell(f"clean, seed {run.seed}: {'FALSE ALARM: ' + ', '.join(alarms) if alarms else 'passed'}")
         clean.append(run)
     results = []
-    jobs = (campaign.job(fault.id) for fault in chosen)
-    for fault, run in zip(chosen, run_jobs(jobs, spread), strict=True):
+    jobs = [campaign.job(fault.id) for fault in chosen]
+    for fault, run in zip(chosen, run_jobs(jobs, spread, kept), strict=True):
         result = result_of(fault, run, clean[0], tier)
         by = f" by {', '.join(result.laws[:3])}" if result.laws else f": {result.reason[:200]}" if result.reason else ""
         tell(f"{fault.id} {fault.slug}: {result.status}{by}")
