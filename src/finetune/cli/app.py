@@ -22,6 +22,7 @@ from finetune.cli import (
     prove,
     replay,
     report,
+    runs,
     schema,
     train,
     verify,
@@ -39,7 +40,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_MAKE = (train, check, estimate, init, schema, evaluate, chat, report, import_, merge, export, compare, deploy)
+_MAKE = (train, check, estimate, init, schema, evaluate, chat, report, runs, import_, merge, export, compare, deploy)
 _PROVE = (judge, verify, prove, replay)
 for verb in (*_MAKE, *_PROVE):
     # A verb that is a keyword of Python's has a file whose name ends with _.

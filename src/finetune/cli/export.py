@@ -7,8 +7,9 @@ import typer
 
 from finetune.cli.console import print_examined, say
 from finetune.cli.options import AsJson, named_outtype
+from finetune.errors import OutputError
 
-Source = Annotated[str, typer.Argument(metavar="RUN", help="A run folder; or a model: shipped name, folder or hub id.")]
+Source = Annotated[str, typer.Argument(metavar="RUN", help="A run; or a model: shipped name, folder, hub id.")]
 Out = Annotated[
     str | None,
     typer.Option("--outtype", help="f32, f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m. Default: f16; f32 for an adapter."),
@@ -36,6 +37,20 @@ def command(
     from finetune.export.gguf import export
 
     chosen = named_outtype(outtype) if outtype is not None else None
-    done = export(run, outtype=chosen, adapter_only=adapter_only, output=output, backend=backend, tell=say)
+    done = export(_named(run), outtype=chosen, adapter_only=adapter_only, output=output, backend=backend, tell=say)
     print_examined(done, as_json=json_output)
     return 0
+
+
+def _named(source: str) -> str:
+    """The run that is named, however it is; else the name of a model."""
+    from finetune.models.locate import SHIPPED
+    from finetune.run.find import find_run, is_run
+
+    if source in SHIPPED:
+        return source
+    try:
+        found = find_run(source)
+    except OutputError:
+        return source
+    return str(found) if is_run(found) else source

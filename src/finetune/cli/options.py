@@ -20,8 +20,18 @@ if TYPE_CHECKING:
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; `ft init` writes one.")]
 ConfigFiles = Annotated[list[Path] | None, typer.Argument(metavar="[CONFIG]", help="YAML files; `ft init` writes one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/20261122-101500-ab12.")]
 
+
+def _named_run(name: str) -> Path:
+    from finetune.run.find import find_run
+
+    return find_run(name)
+
+
+RunPath = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", parser=_named_run, help="A run: its path, its id or how that begins, or latest."),
+]
 
 _SHORT = {
     "epochs": "training.epochs",

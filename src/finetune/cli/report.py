@@ -11,7 +11,8 @@ from finetune.cli.options import AsJson
 from finetune.errors import DataError, UsageError
 
 Runs = Annotated[
-    list[Path] | None, typer.Argument(metavar="RUN...", help="One or more run folders; with --history, history files.")
+    list[Path] | None,
+    typer.Argument(metavar="RUN...", help="Runs: path, id, how one begins or latest."),
 ]
 Page = Annotated[Path | None, typer.Option("--html", help="Write one self-contained page about all of them here.")]
 History = Annotated[
@@ -31,9 +32,11 @@ def command(runs: Runs = None, *, history: History = False, html: Page = None, j
 
     from finetune.files import write_text
     from finetune.report import build_report, print_report, render_html
+    from finetune.run.find import find_run
     from finetune.run.folder import RunFolder
 
-    found = [{**RunFolder.finished(path).read_manifest(), "folder": str(path)} for path in runs]
+    places = [find_run(run) for run in runs]
+    found = [{**RunFolder.finished(place).read_manifest(), "folder": str(place)} for place in places]
     if json_output:
         reports = [build_report(run) for run in found]
         print_json(reports[0] if len(reports) == 1 else reports)
