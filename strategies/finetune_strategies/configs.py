@@ -103,6 +103,18 @@ SETTINGS: dict[str, Setting] = {
     "data.rehearsal": _optional(_TEXT),
     "data.retention": _optional(_TEXT),
     "data.limit": _optional(_whole(1)),
+    "data.columns": _optional(
+        Setting(
+            st.sampled_from(_LOOKS_LIKE_SOMETHING_ELSE).map(lambda text: {"prompt": text, "train": text[::-1]}),
+            st.sampled_from([{}, [], "question", 3, True, {"question": "prompt"}, {"prompt": 1}, {"prompt": None}]),
+        )
+    ),
+    "data.ignore_columns": _optional(
+        Setting(
+            st.sampled_from(_LOOKS_LIKE_SOMETHING_ELSE).map(lambda text: [text, "label"]),
+            st.sampled_from(["label", "", [], [""], [1], {}, 3, True]),
+        )
+    ),
     "template.name": Setting(
         _TEMPLATES.accepted | texts().map(lambda text: f"{text}.jinja"), _TEMPLATES.refused | st.just(".jinja")
     ),

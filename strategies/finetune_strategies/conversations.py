@@ -85,9 +85,11 @@ def _alpaca(draw: st.DrawFn) -> tuple[dict[str, Any], Example]:
     for key in ("input", "system"):
         if draw(between(0, 3)):
             values[key] = draw(_EXTRAS)
-    pairs = [("system", values["system"])] if values.get("system") else []
-    pairs.append(("user", values["instruction"]))
-    pairs += [("input", values["input"])] if values.get("input") else []
+    said = {key: value for key, value in values.items() if (value or "").strip()}
+    pairs = [("system", values["system"])] if "system" in said else []
+    # What is empty adds nothing: an input without an instruction is the question.
+    asked = [(role, values[key]) for role, key in (("user", "instruction"), ("input", "input")) if key in said]
+    pairs += [("user", asked[0][1]), *asked[1:]] if asked else [("user", values["instruction"])]
     return values, _spoken([*pairs, ("assistant", values["output"])])
 
 

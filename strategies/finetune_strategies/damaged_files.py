@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -19,7 +19,7 @@ class DamagedFile:
     """A data file that must be refused, and what was done to it.
 
     `named`: every word that the one error must hold besides the file's path; `unnamed`: what it must not hold, the
-    places where nothing is wrong.
+    places where nothing is wrong; `wrong`: how many places are, where they are counted.
     """
 
     suffix: str
@@ -27,6 +27,7 @@ class DamagedFile:
     named: tuple[str, ...] = ()
     unnamed: tuple[str, ...] = ()
     damage: str = ""
+    wrong: int = 0
 
 
 _GOOD_LINES = ('{"text": "a"}', '{"prompt": "a", "completion": "b"}', "", "   ", '{"text": "a\\u2028b\u2028\x85"}\r')
@@ -41,32 +42,44 @@ BROKEN_LINES = {
 }
 """Lines that are no row, by what is wrong with them."""
 _MISSHAPEN: dict[str, tuple[dict[str, Any], ...]] = {
-    "missing column": ({}, {"a": 1}, {"instruction": "x"}, {"output": "x"}, {"prompt": "x"}, {"completion": "x"}),
+    "missing column": (
+        *({}, {"a": 1}, {"instruction": "x"}, {"output": "x"}, {"prompt": "x"}, {"completion": "x"}),
+        *({"\ud800": 1}, {"conversations": "x"}),
+    ),
     "several shapes": (
-        {"text": "x", "messages": []},
+        {"conversations": [{"from": "human"}], "dialog": [{"from": "human"}]},
         {"instruction": "a", "output": "b", "prompt": "c", "completion": "d"},
+        {"question": "a", "answer": "b", "response": "c"},
     ),
-    "wrong type": (
-        {"text": 3},
-        {"text": ["x"]},
-        {"messages": "x"},
-        {"messages": {"role": "user"}},
-        {"messages": ["x"]},
-        {"messages": None},
-        {"messages": [{"role": "user", "content": {}}]},
-        {"prompt": "x", "completion": ["y"]},
-        {"instruction": 1, "output": "x"},
-        {"instruction": "x", "output": False},
-        {"prompt": ["x"], "completion": [{"role": "assistant", "content": "y"}]},
+    "unread judgement": (
+        {"prompt": "a", "completion": "b", "label": False},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "completion": "b", "weight": 0.5},
     ),
-    "unknown role": (
-        {"messages": [{"role": "bot", "content": "x"}]},
-        {"messages": [{"content": "x"}]},
-        {"messages": [{"role": [], "content": ""}]},
-        {"messages": [{"role": "\udfff", "content": "x"}]},
-    ),
-    "half a surrogate pair": ({"text": "\ud800"}, {"\ud800": 1}, {"prompt": "x", "completion": "\udc00y"}),
 }
+UNUSABLE: tuple[dict[str, Any], ...] = (
+    {"text": 3},
+    {"text": ["x"]},
+    {"messages": "x"},
+    {"messages": None},
+    {"messages": {"role": "user", "content": 3}},
+    {"messages": ["x"]},
+    {"messages": [{"role": "user", "content": {}}]},
+    {"prompt": "x", "completion": ["y"]},
+    {"instruction": 1, "output": "x"},
+    {"instruction": "x", "output": False},
+    {"prompt": ["x"], "completion": [{"role": "assistant", "content": "y"}]},
+    {"messages": [{"role": "robot", "content": "x"}]},
+    {"messages": [{"content": "x"}]},
+    {"messages": [{"role": [], "content": ""}]},
+    {"messages": [{"role": "\udfff", "content": "x"}]},
+    {"text": "\ud800"},
+    {"prompt": "x", "completion": "\udc00y"},
+    {"prompt": "x", "completion": "y", "image": "cat.png"},
+    {"conversations": [{"from": "function_call", "value": "f(x)"}]},
+    {"system": "a", "messages": [{"role": "system", "content": "b"}]},
+)
+"""Rows of a known shape that their own content makes unusable."""
 _MISSHAPEN_LINES = {damage: tuple(map(json.dumps, rows)) for damage, rows in _MISSHAPEN.items()}
 DAMAGES = (
     *BROKEN_LINES,
@@ -97,8 +110,14 @@ def damaged_files() -> st.SearchStrategy[DamagedFile]:
 
 
 def misshapen_files() -> st.SearchStrategy[DamagedFile]:
-    """Files that can be read but hold rows that are no training data; every one of `MISSHAPES` comes up."""
-    return _lines(_WRONG) | st.lists(st.sampled_from(["a", "b", ""]), min_size=1, max_size=3).map(_headless)
+    """Files that can be read but hold rows made in no known way; every one of `MISSHAPES` comes up.
+
+    Of them the first place is to be named, and how many others there are.
+    """
+    files = _lines(_WRONG) | st.lists(st.sampled_from(["a", "b", ""]), min_size=1, max_size=3).map(_headless)
+    return files.map(
+        lambda file: replace(file, named=file.named[:1], unnamed=file.unnamed[: -file.wrong + SHOWN or None])
+    )
 
 
 _Line = tuple[str, str]
@@ -130,7 +149,7 @@ def _naming(suffix: str, content: bytes, places: Iterable[tuple[str, bool]], dam
     wrong = [place for place, broken in places if broken]
     sound = [place for place, broken in places if not broken]
     more = [f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
-    return DamagedFile(suffix, content, (*wrong[:SHOWN], *more), (*sound, *wrong[SHOWN:]), damage)
+    return DamagedFile(suffix, content, (*wrong[:SHOWN], *more), (*sound, *wrong[SHOWN:]), damage, len(wrong))
 
 
 _WRONG_ITEMS: tuple[Any, ...] = (3, None, "x", [], [{}], 0.5)
@@ -210,7 +229,7 @@ def _quotes(draw: st.DrawFn) -> DamagedFile:
 
 
 def _headless(cells: list[str]) -> DamagedFile:
-    lines = ["question,reply\n", *(table_line([cell, "x"]) for cell in cells)]
+    lines = ["frage,antwort\n", *(table_line([cell, "x"]) for cell in cells)]
     places = [(f":{number}", True) for number in range(2, len(cells) + 2)]
     return _naming(".csv", "".join(lines).encode(), places, "unknown header")
 

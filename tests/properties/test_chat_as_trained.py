@@ -221,7 +221,7 @@ BAD: dict[str, tuple[list[str], dict[str, Any], list[str]]] = {
     "no such file": (["--tools", "none.json"], {}, ["none.json", "No such file"]),
     "a folder": (["--messages", "."], {}, ["directory"]),
     "no messages": ([], {"messages": ["q"]}, ["messages[0]", "message object"]),
-    "unknown role": ([], {"messages": [{"role": "bot", "content": "a"}]}, ["unknown role 'bot'"]),
+    "unknown role": ([], {"messages": [{"role": "robot", "content": "a"}]}, ["unknown role 'robot'"]),
     "two system prompts": (
         ["--system", "a"],
         {"messages": [{"role": "system", "content": "b"}]},

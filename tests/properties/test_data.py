@@ -79,14 +79,15 @@ BY_HAND = (
         ("system", "s", "user", "u", "assistant", "a"),
     ),
     ({"text": "\n t"}, ("text", "\n t")),
+    ({"instruction": " ", "input": "n", "output": "o", "text": "rendered"}, ("user", "n", "assistant", "o")),
 )
 
 
 def test_rows_of_every_shape_say_what_is_written_by_hand() -> None:
-    """The seven ways to write a row mean what their formats' authors mean by them."""
+    """The eight ways to write a row mean what their formats' authors mean by them."""
     shaped = shaped_from("\n".join(json.dumps(values) for values, _ in BY_HAND).encode(), ".jsonl")
     assert tuple(said_by(found) for found in shaped.examples) == tuple(said for _, said in BY_HAND)
-    assert len(shaped.examples) == 7
+    assert len(shaped.examples) == 8
 
 
 def test_columns_nobody_reads_can_be_shown() -> None:
@@ -177,8 +178,7 @@ def test_weight_between_is_refused_wherever_it_stands(key: str, value: object) -
     ]
     with pytest.raises(DataError) as caught:
         shape_rows([Row(each, f"a:{at}") for at, each in enumerate(values)])
-    for place in ("a:0", "a:2 messages[1]", "a:3 completion[1]"):
-        assert f"{place}: {key!r} is {str(value)[:60]!r}" in caught.value.message
+    assert f"a:0, a:2 messages[1], a:3 completion[1]: {key!r} is {str(value)[:60]!r}" in caught.value.message
     assert "a:1" not in caught.value.message
     assert caught.value.hint.count("repeat a row") == 1
 
@@ -359,8 +359,10 @@ def test_parts_that_are_text_are_one_text(parts: list[str]) -> None:
     assert isinstance(read, Conversation)
     assert [message.content for message in read.messages] == ["\n".join(parts), "b"]
     seen = [{"role": "user", "content": [*written, {"type": "image_url", "image_url": {}}]}, turns[1]]
+    shaped = shape_rows([*rows, Row({"messages": seen}, "a:2")])
+    assert (len(shaped.examples), list(shaped.dropped_at.values())) == (1, ["a:2 messages[0]"])
     with pytest.raises(DataError, match=r"a:2.*'image_url'"):
-        shape_rows([*rows, Row({"messages": seen}, "a:2")])
+        shape_rows([Row({"messages": seen}, "a:2")])
 
 
 def test_variables_of_a_row_are_its_own() -> None:
@@ -371,7 +373,7 @@ def test_variables_of_a_row_are_its_own() -> None:
     found = [json.loads(each.variables or "{}") for each in shaped.examples if isinstance(each, Conversation)]
     assert found == [{}, {"x": True}, {"documents": [{"text": "d"}]}]
     assert shaped.ignored_columns == ()
-    assert shape_rows([Row({"text": "a", "tools": []}, "a:1")]).ignored_columns == ("tools",)
+    assert shape_rows([Row({"text": "a", "documents": []}, "a:1")]).ignored_columns == ("documents",)
     for bad in ("x", [1], {"messages": []}):
         with pytest.raises(DataError, match=r"a:9.*chat_template_kwargs"):
             shape_rows([Row(base | {"chat_template_kwargs": bad}, "a:9")])

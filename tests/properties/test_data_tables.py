@@ -88,7 +88,7 @@ DAMAGED = {
     b"\n\n": ("empty",),
     b"foo,bar\n1,2\n": (":2: no known shape", "bar, foo"),
     b"instruction\na\n": (":2: alpaca row without 'output'",),
-    b"messages\nhello\n": (":2: 'messages' must be a list",),
+    b"messages\nhello\n": (":2: 'messages' is text that is no JSON",),
 }
 
 

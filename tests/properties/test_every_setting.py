@@ -62,6 +62,8 @@ CHANGES: dict[str, Change] = {
     "data.rehearsal": Change("VALID"),
     "data.retention": Change("VALID"),
     "data.limit": Change(4),
+    "data.columns": Change({"text": "prompt"}),
+    "data.ignore_columns": Change(["completion"], refused="without 'completion'"),
     "template.name": Change("alpaca"),
     "template.date": Change("2025-01-02", {"template.name": "DATED.jinja"}),
     "template.train_on": Change("last", {"data.train": "TURNS.jsonl"}),

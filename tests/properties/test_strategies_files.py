@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from finetune.data.read import read_rows
 from finetune.data.shape import shape_rows
 from finetune.errors import DataError
+from finetune.records import Row
 from finetune_strategies.damaged_files import (
     BROKEN_LINES,
     DAMAGES,
     MISSHAPES,
+    UNUSABLE,
     DamagedFile,
     damaged_files,
     misshapen_files,
@@ -100,10 +102,41 @@ def refused_in_every_place(file: DamagedFile) -> None:
         assert [found.name for found in path.parent.iterdir()] == [path.name]
 
 
+@given(st.lists(st.sampled_from([0, *range(-1, len(UNUSABLE))]), min_size=1, max_size=7))
+@examples(2)
+def test_unusable_row_costs_itself(picks: list[int]) -> None:
+    """Rows that cannot be used are left out and counted with a reason and a place; more than half refuse the file."""
+    rows = [UNUSABLE[pick] if pick >= 0 else {"text": "a"} for pick in picks]
+    bad = sum(pick >= 0 for pick in picks)
+    given_rows = [Row(row, f"a:{number}") for number, row in enumerate(rows)]
+    if 2 * bad > len(rows):
+        with pytest.raises(DataError) as caught:
+            shape_rows(given_rows)
+        assert caught.value.hint
+        first = next(number for number, pick in enumerate(picks) if pick >= 0)
+        assert names(caught.value.message, f"a:{first}")
+        return
+    shaped = shape_rows(given_rows)
+    assert (len(shaped.examples), sum(shaped.dropped.values())) == (len(rows) - bad, bad)
+    assert shaped.dropped.keys() == shaped.dropped_at.keys()
+
+
+@given(misshapen_files())
+def test_equal_faults_are_one_line_with_a_count(file: DamagedFile) -> None:
+    """Rows with the same fault are one line: three places, and how many more; all rows with one are counted."""
+    with data_file(file.content, file.suffix) as path, pytest.raises(DataError) as caught:
+        shape_rows(read_rows(path))
+    heads, faults = zip(*(line.split(": ", 1) for line in caught.value.message.splitlines()[1:]), strict=True)
+    assert len(set(faults)) == len(faults) <= 20
+    places = [head.replace(str(path), "").partition(" and ") for head in heads]
+    assert all(1 <= named.count(":") <= 3 for named, _, _ in places)
+    assert sum(named.count(":") + int(more.split()[0] if more else 0) for named, _, more in places) == file.wrong
+
+
 @pytest.mark.tools
 def test_damaged_files_show_every_damage() -> None:
-    """Each of these damages and 6 wrong shapes comes up among 480 and 120 files, at any place up to the twentieth."""
-    assert (len(DAMAGES), len(MISSHAPES)) == (24, 6)
+    """Each of these damages and 4 wrong shapes comes up among 480 and 120 files, at any place up to the twentieth."""
+    assert (len(DAMAGES), len(MISSHAPES)) == (24, 4)
     damaged, misshapen = drawn(damaged_files(), share=20), drawn(misshapen_files())
     assert {file.damage for file in damaged} == set(DAMAGES)
     assert {file.damage for file in misshapen} == set(MISSHAPES)
@@ -128,7 +161,7 @@ SMALLEST: dict[str, tuple[st.SearchStrategy[Any], str, int]] = {
     "ragged table": (damaged_files(), "ragged table", 30),
     "cut off line": (damaged_files(), "cut off line", 1),
     "not an object in a list": (damaged_files(), "not an object in a list", 6),
-    "wrong type": (misshapen_files(), "wrong type", 11),
+    "missing column": (misshapen_files(), "missing column", 2),
 }
 
 

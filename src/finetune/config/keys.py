@@ -57,6 +57,8 @@ _NAMES_ELSEWHERE: dict[str, str] = {
     "model.quantize_group_size": "q_group_size",
     "judge.control": "sham",
     "data.train": "dataset",
+    "data.columns": "column_mapping field_mapping prompt_feature",
+    "data.ignore_columns": "remove_columns",
     "template.name": "chat_template",
     "tokens.truncation": "overlong truncation_mode",
     "tokens.max_length": "max_seq_length max_seq_len sequence_len",
@@ -146,8 +148,9 @@ def _phrase(schema: dict[str, Any]) -> str:
             )
         return "a list of " + (f"some of {', '.join(names)}, each once" if names else "at least one name")
     if kind == "object":
-        [value] = schema["patternProperties"].values()
-        return f"a mapping of at least one name to {', or '.join(map(_phrase, value.get('anyOf', [value])))}"
+        [(pattern, value)] = schema["patternProperties"].items()
+        few = pattern.strip("^()$").replace("|", ", ") if "|" in pattern else ""
+        return f"a mapping of {few or 'at least one name'} to {', or '.join(map(_phrase, value.get('anyOf', [value])))}"
     if kind == "string":
         pattern = schema.get("pattern", "")
         if pattern.startswith("^[0-9]"):

@@ -76,6 +76,8 @@ Names = Annotated[tuple[Text, ...], Field(min_length=1)]
 _Mapping = Field(min_length=1, json_schema_extra={"additionalProperties": False})
 _Variable = StrictBool | StrictInt | StrictFloat | Text
 TemplateVariables = Annotated[dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], _Variable], _Mapping]
+_FIELDS = "messages|prompt|completion|instruction|input|output|text|system|history|tools|reasoning|train"
+Columns = Annotated[dict[Annotated[str, Field(pattern=rf"^({_FIELDS})$")], Text], _Mapping]
 NewTokens = Annotated[tuple[Annotated[Text, Field(max_length=128)], ...], Field(max_length=1000)]
 RankPattern = Annotated[dict[Text, Count], _Mapping]
 AlphaPattern = Annotated[dict[Text, Positive], _Mapping]
@@ -138,6 +140,12 @@ class DataSpec(Spec):
     """Questions whose answers the model must keep; they are asked before and after training."""
     limit: Count | None = None
     """Use only this many training rows; null uses them all."""
+    columns: Columns | None = None
+    """Which column is what, where names do not say it, such as `{prompt: question, completion: answer}`; for messages,
+    prompt, completion, instruction, input, output, text, system, history, tools, reasoning, and for train, a column
+    that says of each row whether it is learned. null goes by the names."""
+    ignore_columns: Names | None = None
+    """Columns that are not read, whatever they say, such as `[label]`; also of messages, such as `[messages.mood]`."""
 
 
 class TemplateSpec(Spec):

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from finetune.data.messages import messages_of, tools_of
 from finetune.data.read import load_json, unreadable
-from finetune.data.shape import messages_of, tools_of
 from finetune.errors import DataError, UsageError
 from finetune.records import Message, Row
 

@@ -1,62 +1,97 @@
-"""Recognises the shape of each row (alpaca, chat messages, prompt/completion, text) and brings it into one form."""
+"""Brings each row into one form, whatever its shape (alpaca, chat messages, prompt/completion, text)."""
 
 import json
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from types import NoneType
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from finetune.data.columns import ColumnFinder, Layout, shown
+from finetune.data.messages import (
+    ROW_MARKS,
+    THOUGHTS,
+    RowError,
+    history_of,
+    keys_beside,
+    learned_of,
+    mark_of,
+    messages_of,
+    text_of,
+    tools_of,
+    variables_of,
+)
 from finetune.data.read import raise_all
-from finetune.errors import DataError
+from finetune.errors import counted
 from finetune.records import Conversation, Document, Message, Row
 
-_HINT = "rows are alpaca (instruction, output), chat (messages), prompt/completion, or text"
-ROLES = ("system", "developer", "user", "assistant", "tool")
 Example = Conversation | Document
+_SAID = {"tool_calls", "function_call", *THOUGHTS}
+_MOST_PLACES = 3
 
 
 @dataclass(frozen=True, slots=True)
 class ShapedRows:
-    """The rows in one form, with counts of dropped rows and the columns that were ignored."""
+    """The rows in one form, with counts of dropped rows and the columns that were ignored.
+
+    `dropped_at` has the first place of each reason; `notes` says what else of the rows is not as it may seem.
+    """
 
     examples: tuple[Example, ...]
     shapes: dict[str, int]
     dropped: dict[str, int]
     ignored_columns: tuple[str, ...]
+    dropped_at: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
-def shape_rows(rows: Sequence[Row]) -> ShapedRows:
-    """Turn rows into conversations and documents; a row whose answer is empty or that weighs 0 is dropped and counted.
+def shape_rows(
+    rows: Sequence[Row],
+    columns: Mapping[str, str] | None = None,
+    ignored: Collection[str] = (),
+    *,
+    named: bool = False,
+) -> ShapedRows:
+    """Turn rows into conversations and documents; what is left out is counted by its reason.
+
+    A row is left out whose answer is empty, that says that it is not to be learned, or that its own content makes
+    unusable.
+
+    Args:
+        rows: they may have several shapes.
+        columns: `data.columns`; a row that has none of these columns is read by the names of its own.
+        ignored: `data.ignore_columns`.
+        named: whether every column of `columns` must be there.
 
     Raises:
-        DataError: a row has no known shape, a missing or mistyped field, an unknown role, or a weight between 0 and 1;
-            all such rows are named.
+        DataError: rows are made in a way that is not known, or say what is to be learned in one that is not read; or
+            more than half of them are unusable. All such rows are named.
     """
-    examples: list[Example] = []
-    shapes: Counter[str] = Counter()
+    finder = ColumnFinder(columns or {}, ignored)
     dropped: Counter[str] = Counter()
-    ignored: set[str] = set()
-    problems: dict[str, str] = {}
+    account = _Account()
+    examples: list[Example] = []
     for row in rows:
         try:
-            name = shape_of(row)
-            example = _PARSERS[name](row)
-            if isinstance(example, Conversation):
-                example = replace(example, tools=tools_of(row), variables=_variables(row))
-            learned = _learned(row, _ROW_MARKS)
-        except DataError as error:
-            problems[error.message] = error.hint or _HINT
+            layout = finder.layout(row)
+            example, learned = _read(_without(row, ignored), layout)
+            account.ignored |= layout.unread.union(*(keys_beside(row, key) for key in _message_columns(row, layout)))
+        except RowError as error:
+            account.wrong[error.kind].append(error)
             continue
-        shapes[name] += 1
-        ignored |= _ignored(row, name)
+        account.shapes[layout.shape] += 1
+        account.told |= layout.told
         reason = "weight 0" if learned is False else _unfit(example)
         if reason:
             dropped[reason] += 1
+            account.places.setdefault(reason, example.where)
         else:
             examples.append(example)
-    raise_all([*problems], hint="; ".join(dict.fromkeys(problems.values())))
-    return ShapedRows(tuple(examples), dict(shapes), dict(dropped), tuple(sorted(map(_shown, ignored))))
+    account.refuse(len(rows), finder.missing() if named else [])
+    for reason, errors in account.wrong.items():
+        dropped[reason] += len(errors)
+        account.places.setdefault(reason, errors[0].where)
+    told = [f"{name!r} is not read, and rows count alike whatever it says" for name in sorted(map(shown, account.told))]
+    unread = tuple(sorted(map(shown, account.ignored)))
+    return ShapedRows(tuple(examples), dict(account.shapes), dict(dropped), unread, account.places, tuple(told))
 
 
 def shape_of(row: Row) -> str:
@@ -65,38 +100,102 @@ def shape_of(row: Row) -> str:
     Raises:
         DataError: no shape fits, or more than one does.
     """
-    keys = set(row.values)
-    fitting = [name for name, marks in _MARKS.items() if marks <= keys]
-    if len(fitting) == 1:
-        return fitting[0]
-    columns = ", ".join(sorted(map(_shown, keys))) or "none"
-    if fitting:
-        raise DataError(f"{row.where}: columns ({columns}) fit several shapes: {', '.join(fitting)}")
-    missing = {name: marks - keys for name, marks in _MARKS.items() if marks & keys}
-    if missing:
-        name, lacks = next(iter(missing.items()))
-        raise DataError(f"{row.where}: {name} row without {' and '.join(sorted(lacks))!r} (columns: {columns})")
-    raise DataError(f"{row.where}: no known shape (columns: {columns})")
+    return ColumnFinder().layout(row).shape
 
 
-def _ignored(row: Row, shape: str) -> set[str]:
-    """The parts of a row that are ignored: columns, and keys of a message besides role and content."""
-    within = {
-        f"{column}.{key}"
-        for column, turns in row.values.items()
-        if column in _COLUMNS[shape] and isinstance(turns, list)
-        for turn in turns
-        for key, value in turn.items()
-        # A Parquet file gives every message every key that any of them has.
-        if key not in ("role", "content", *_MEANT, *_MARKS_OF_MESSAGES) and value is not None
-    }
-    beside = {*_ROW_MARKS, *(() if shape == "text" else _BESIDE)}
-    return within | (set(row.values) - _COLUMNS[shape] - beside)
+@dataclass
+class _Account:
+    """What is told of rows besides what they become."""
+
+    shapes: Counter[str] = field(default_factory=Counter)
+    ignored: set[str] = field(default_factory=set)
+    told: set[str] = field(default_factory=set)
+    places: dict[str, str] = field(default_factory=dict)
+    wrong: defaultdict[str, list[RowError]] = field(default_factory=lambda: defaultdict(list))
+
+    def refuse(self, rows: int, missing: Sequence[str]) -> None:
+        """Refuse the file where rows are made wrongly, or more than half of them are unusable: equal lines as one."""
+        found = {kind: errors for kind, errors in self.wrong.items() if errors[0].refuses}
+        unusable = sum(len(errors) for errors in self.wrong.values())
+        if not found and 2 * unusable > rows:
+            found = dict(self.wrong)
+        # Of rows with one fault some may have a way out that others have not.
+        hints = [max((error.hint for error in errors), key=lambda hint: "--set" in hint) for errors in found.values()]
+        lines = [f"{_places([error.where for error in errors])}: {errors[0].what}" for errors in found.values()]
+        if missing:
+            names = ", ".join(map(repr, missing))
+            lines.append(f"data.columns names {names}, which no row has (columns that nothing reads: {self._unread()})")
+            hints.append("name columns that are there")
+        raise_all(lines, hint="; ".join(filter(None, dict.fromkeys(hints))) or "look at what these rows hold")
+
+    def _unread(self) -> str:
+        return ", ".join(sorted(map(shown, self.ignored))) or "none"
 
 
-def _shown(column: str) -> str:
-    """A column's name as any terminal and file can show it: half a surrogate pair is spelled out."""
-    return column.encode("utf-8", "backslashreplace").decode("utf-8")
+def _places(places: Sequence[str]) -> str:
+    first, more = ", ".join(places[:_MOST_PLACES]), len(places) - _MOST_PLACES
+    return f"{first} and {counted(more, 'more row')}" if more > 0 else first
+
+
+def _without(row: Row, ignored: Collection[str]) -> Row:
+    """The row without the keys of messages that are not to be read."""
+    keys = {name.partition(".")[::2] for name in ignored if "." in name}
+    values = dict(row.values)
+    for column, key in keys:
+        if isinstance(turns := values.get(column), list):
+            turns = [{name: said for name, said in turn.items() if name != key} for turn in turns if turn]
+            values[column] = turns
+    return replace(row, values=values) if keys else row
+
+
+def _message_columns(row: Row, layout: Layout) -> list[str]:
+    fields = ("messages", "prompt", "completion", "instruction", "output")
+    return [
+        name
+        for what, name in layout.columns.items()
+        if what in fields and (what == "messages" or isinstance(row.values[name], list | dict))
+    ]
+
+
+def _read(row: Row, layout: Layout) -> tuple[Example, bool | None]:
+    """What a row says, and whether it says that it is learned."""
+    columns = layout.columns
+    example = _PARSERS[layout.shape](row, columns)
+    if isinstance(example, Conversation):
+        tools = tools_of(row, columns["tools"]) if "tools" in columns else ""
+        messages = _with_thought(_with_system(example.messages, row, columns), row, columns)
+        example = replace(example, messages=messages, tools=tools, variables=variables_of(row))
+    learned = learned_of(row, ROW_MARKS)
+    if "train" in columns and mark_of(row, columns["train"]) is False:
+        learned = False
+    return example, learned
+
+
+def _with_system(messages: tuple[Message, ...], row: Row, columns: Mapping[str, str]) -> tuple[Message, ...]:
+    """The messages behind the system prompt that a column holds."""
+    said = text_of(row.values.get(columns["system"]), columns["system"], row.where) if "system" in columns else ""
+    if not said.strip():
+        return messages
+    if messages and messages[0].role == "system":
+        if messages[0].content.strip() != said.strip():
+            what = f"{columns['system']!r} is another system prompt than the first message"
+            raise RowError(row.where, what, hint=f"--set 'data.ignore_columns=[{columns['system']}]' keeps the message")
+        return messages
+    return (Message("system", said), *messages)
+
+
+def _with_thought(messages: tuple[Message, ...], row: Row, columns: Mapping[str, str]) -> tuple[Message, ...]:
+    """The messages with the thought that a column holds before the last answer."""
+    name = columns.get("reasoning")
+    thought = text_of(row.values.get(name), name, row.where) if name is not None else ""
+    if not thought.strip() or not messages or messages[-1].role != "assistant":
+        return messages
+    *others, last = messages
+    more = json.loads(last.more or "{}")
+    if more.keys() & THOUGHTS:
+        raise RowError(row.where, f"{name!r} is a thought, and the last message has one of its own")
+    more["reasoning_content"] = thought
+    return (*others, replace(last, more=json.dumps(more, ensure_ascii=False)))
 
 
 def _unfit(example: Example) -> str:
@@ -106,170 +205,51 @@ def _unfit(example: Example) -> str:
     if not example.messages or example.messages[-1].role != "assistant":
         return "no answer at the end"
     more = [json.loads(message.more or "{}") for message in example.messages]
-    thinks = (_THOUGHTS & each.keys() for each in more)
+    thinks = (set(THOUGHTS) & each.keys() for each in more)
     if any(beside and "<think>" in each.content for beside, each in zip(thinks, example.messages, strict=True)):
         return "a thought in <think> and one beside it"
     return "" if example.messages[-1].content.strip() or _SAID & more[-1].keys() else "empty answer"
 
 
-def _text_field(row: Row, key: str) -> str:
-    value = row.values.get(key)
-    if value is None:
-        return ""
-    if key == "content" and isinstance(value, list):
-        value = "\n".join(_part(part, row.where) for part in value)
-    if not isinstance(value, str):
-        raise DataError(f"{row.where}: {key!r} must be text, found {type(value).__name__} {str(value)[:60]!r}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise DataError(f"{row.where}: {key!r} holds half of a surrogate pair, which is not text") from None
-    return value
+def _parse_alpaca(row: Row, columns: Mapping[str, str]) -> Conversation:
+    instruction = _side(row, columns["instruction"], "user")
+    extra = text_of(row.values.get(columns["input"]), columns["input"], row.where) if "input" in columns else ""
+    asked = [each for each in instruction if each.content.strip()]
+    if extra.strip():  # what is empty adds nothing, no blank line either
+        asked.append(Message("input" if asked else "user", extra))
+    return _asked(row, columns, tuple(asked) or instruction, _side(row, columns["output"], "assistant"))
 
 
-def _part(part: Any, where: str) -> str:
-    """The text of a part of a message's content; servers join them by line breaks."""
-    if isinstance(part, str):
-        return part
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    if kind != "text" or not isinstance(part.get("text"), str):
-        raise DataError(f"{where}: 'content' has a part of type {kind!r}: only parts of type 'text' can be trained")
-    return str(part["text"])
+def _parse_prompt_completion(row: Row, columns: Mapping[str, str]) -> Conversation:
+    prompt, completion = columns["prompt"], columns["completion"]
+    found = _asked(row, columns, _side(row, prompt, "user"), _side(row, completion, "assistant"))
+    text = all(isinstance(row.values.get(name), str) for name in (prompt, completion))
+    return replace(found, from_text=text and "history" not in columns)
 
 
-def _parse_alpaca(row: Row) -> Conversation:
-    messages = [Message("user", _text_field(row, "instruction"))]
-    if system := _text_field(row, "system"):
-        messages.insert(0, Message("system", system))
-    if extra := _text_field(row, "input"):
-        messages.append(Message("input", extra))
-    messages.append(Message("assistant", _text_field(row, "output")))
-    return Conversation(tuple(messages), row.where)
+def _asked(
+    row: Row, columns: Mapping[str, str], asked: tuple[Message, ...], answer: tuple[Message, ...]
+) -> Conversation:
+    history = history_of(row, columns["history"]) if "history" in columns else ()
+    return Conversation(history + asked + answer, row.where)
 
 
-def _parse_chat(row: Row) -> Conversation:
-    return Conversation(messages_of(row, "messages"), row.where)
+def _side(row: Row, name: str, role: str) -> tuple[Message, ...]:
+    """What one side says: a text, or messages."""
+    if isinstance(row.values.get(name), list | dict):
+        return messages_of(row, name)
+    return (Message(role, text_of(row.values.get(name), name, row.where)),)
 
 
-def _parse_prompt_completion(row: Row) -> Conversation:
-    if isinstance(row.values["prompt"], list) or isinstance(row.values["completion"], list):
-        return Conversation(messages_of(row, "prompt") + messages_of(row, "completion"), row.where)
-    turns = (Message("user", _text_field(row, "prompt")), Message("assistant", _text_field(row, "completion")))
-    return Conversation(turns, row.where, from_text=True)
+def _parse_chat(row: Row, columns: Mapping[str, str]) -> Conversation:
+    return Conversation(messages_of(row, columns["messages"]), row.where)
 
 
-def _parse_text(row: Row) -> Document:
-    return Document(_text_field(row, "text"), row.where)
+def _parse_text(row: Row, columns: Mapping[str, str]) -> Document:
+    return Document(text_of(row.values.get(columns["text"]), columns["text"], row.where), row.where)
 
 
-def messages_of(row: Row, key: str) -> tuple[Message, ...]:
-    """The messages in a column.
-
-    Raises:
-        DataError: it holds something else.
-    """
-    turns = row.values[key]
-    if not isinstance(turns, list):
-        raise DataError(f"{row.where}: {key!r} must be a list of messages, found {type(turns).__name__}")
-    return tuple(_message(Row(turn, f"{row.where} {key}[{index}]")) for index, turn in enumerate(turns))
-
-
-def _message(turn: Row) -> Message:
-    values: Any = turn.values
-    if not isinstance(values, dict):
-        raise DataError(f"{turn.where}: expected a message object, found {type(values).__name__}")
-    role = values.get("role")
-    if role not in ROLES:
-        raise DataError(f"{turn.where}: unknown role {role!r}, expected one of {', '.join(ROLES)}")
-    more = {key: values[key] for key in _MEANT if values.get(key) not in _NOTHING}
-    if more and values.get("content") is None:
-        more["content"] = None  # templates ask whether it is none
-    learned = _learned(turn, _MARKS_OF_MESSAGES)
-    if learned and role != "assistant" and not any(_mark(turn, key) for key in ("train", "training")):
-        learned = None  # a weight of 1 is every answer's, and asks for nothing more of other messages
-    return Message(role, _text_field(turn, "content"), _as_json(more, turn.where), learned)
-
-
-def _learned(of: Row, keys: Sequence[str]) -> bool | None:
-    """Whether a row or a message says that it is learned, or that it is not; None where it says neither."""
-    said = {key: mark for key in keys if (mark := _mark(of, key)) is not None}
-    if len(set(said.values())) > 1:
-        which = " and ".join(f"{key} {of.values[key]!r}" for key in said)
-        raise DataError(f"{of.where}: {which} contradict each other", hint="keep one of them")
-    return next(iter(said.values()), None)
-
-
-def _mark(of: Row, key: str) -> bool | None:
-    """What a weight or a mark for training says: 1 or true, 0 or false, or nothing."""
-    value = of.values.get(key)
-    if value is None or value == "":
-        return None
-    word = str(value).strip().lower()
-    if word not in _YES_OR_NO:
-        raise DataError(
-            f"{of.where}: {key!r} is {str(value)[:60]!r}; it says whether to learn: 1 or true, 0 or false",
-            hint="every learned token counts alike: repeat a row that is to count more, leave out one that is to count "
-            "less, and rename a key that means something else",
-        )
-    return _YES_OR_NO[word]
-
-
-def tools_of(row: Row) -> str:
-    """The tools that a row's templates are told of, as a JSON list; "" for none.
-
-    Raises:
-        DataError: it holds something else.
-    """
-    tools = row.values.get("tools")
-    if isinstance(tools, str):  # many files keep them as text
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise DataError(f"{row.where}: 'tools' is text that is no JSON: {error}") from None
-    if not isinstance(tools, list | NoneType):
-        raise DataError(f"{row.where}: 'tools' must be a list, found {type(tools).__name__}")
-    return _as_json(tools, row.where)
-
-
-def _variables(row: Row) -> str:
-    """What a row sets for its template besides: `chat_template_kwargs`, and `documents`; as JSON."""
-    own, documents = row.values.get("chat_template_kwargs") or {}, row.values.get("documents")
-    if not isinstance(own, dict) or any(name in ("messages", "tools", "add_generation_prompt") for name in own):
-        raise DataError(f"{row.where}: 'chat_template_kwargs' must set variables by name, found {str(own)[:60]!r}")
-    # A Parquet file gives every row every name that any of them has.
-    given = {name: value for name, value in own.items() if value is not None}
-    return _as_json(given | ({"documents": documents} if documents else {}), row.where)
-
-
-def _as_json(value: Any, where: str) -> str:
-    """As one line of JSON; "" for nothing."""
-    if value in _NOTHING:
-        return ""
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-        text.encode("utf-8")
-    except (TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"{where}: {str(value)[:60]!r} cannot be written as JSON: {error}") from None
-    return text
-
-
-_MEANT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "name", "tool_call_id")
-"""Parts of a message besides its text that a template is given, as transformers gives them."""
-_MARKS_OF_MESSAGES = ("weight", "train", "training")
-_ROW_MARKS = ("weight", "train")
-_YES_OR_NO = {"0": False, "0.0": False, "-0.0": False, "false": False, "1": True, "1.0": True, "true": True}
-_BESIDE = ("tools", "documents", "chat_template_kwargs")
-_THOUGHTS = {"reasoning_content", "reasoning", "thinking"}
-_SAID = {"tool_calls", "function_call", *_THOUGHTS}
-_NOTHING: tuple[Any, ...] = (None, "", [], {})
-_MARKS: dict[str, set[str]] = {
-    "alpaca": {"instruction", "output"},
-    "chat": {"messages"},
-    "prompt/completion": {"prompt", "completion"},
-    "text": {"text"},
-}
-_COLUMNS: dict[str, set[str]] = {**_MARKS, "alpaca": {"instruction", "output", "input", "system"}}
-_PARSERS: dict[str, Callable[[Row], Example]] = {
+_PARSERS: dict[str, Callable[[Row, Mapping[str, str]], Example]] = {
     "alpaca": _parse_alpaca,
     "chat": _parse_chat,
     "prompt/completion": _parse_prompt_completion,

@@ -20,7 +20,7 @@ from finetune.evidence.answers import normalise
 from finetune.evidence.budget import Prices
 from finetune.ports import Session
 from finetune.records import Batch, Conversation, Document, TokenizedRow
-from finetune.training.prepare import Prepared
+from finetune.training.prepare import Prepared, read_shaped
 
 CHOICES = 4
 """Among how many answers a row's own must be the likeliest."""
@@ -259,8 +259,9 @@ def open_questions(prepared: Prepared) -> OpenQuestions:
 
 
 def _neutral(prepared: Prepared) -> Sequence[Example]:
-    name = prepared.plan.config.data.retention or NEUTRAL
-    return shape_rows(read_rows(data_path(name))).examples
+    data = prepared.plan.config.data
+    own = read_shaped(data, "retention") if data.retention else shape_rows(read_rows(data_path(NEUTRAL)))
+    return own.examples
 
 
 def _fitting(prepared: Prepared, examples: Sequence[Example]) -> tuple[TokenizedRow, ...]:

@@ -6,12 +6,10 @@ from typing import TypeVar
 from finetune.chat.encoder import Encoder
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import LoadedConfig, ModelAndDataFacts, resolve
-from finetune.data.read import read_rows
-from finetune.data.shape import shape_rows
-from finetune.data.shipped import FACTS, data_path
+from finetune.data.shipped import FACTS
 from finetune.errors import ConfigError, FineTuneError, Problem
 from finetune.models.locate import locate_model
-from finetune.training.prepare import Prepared, adapter_target, planned_shape, prepare
+from finetune.training.prepare import Prepared, adapter_target, planned_shape, prepare, read_shaped
 
 T = TypeVar("T")
 
@@ -31,10 +29,10 @@ def find_problems(loaded: LoadedConfig) -> tuple[list[Problem], Prepared | None]
         return None
 
     rows = 0
+    data = config.data if config.data.train else config.data.model_copy(update={"train": FACTS})
     for key in ("train", "valid", "rehearsal", "retention"):
-        name = getattr(config.data, key) or (FACTS if key == "train" else None)
-        if name is not None:
-            shaped = attempt(f"data.{key}", lambda name=name: shape_rows(read_rows(data_path(name))))  # type: ignore[misc]
+        if getattr(data, key) is not None:
+            shaped = attempt(f"data.{key}", lambda key=key: read_shaped(data, key))  # type: ignore[misc]
             rows = len(shaped.examples) if shaped is not None and key == "train" else rows
     location = attempt("model.path", lambda: locate_model(config.model.path, revision=config.model.revision))
     if location is None:

@@ -21,6 +21,7 @@ from finetune.config import (
     resolve_steps,
     resolve_training,
 )
+from finetune.config.schema import DataSpec
 from finetune.data.batches import fixed_batches, sequences_of
 from finetune.data.facts import deranged
 from finetune.data.read import read_rows
@@ -101,8 +102,8 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     location = locate_model(loaded.config.model.path, revision=loaded.config.model.revision)
     shape = planned_shape(loaded.config, location)
     loaded = _with_shipped_data(loaded)
-    shaped, notes = _read(str(loaded.config.data.train), loaded.config.data.limit)
-    notes += _quantized_notes(loaded.config, shape)
+    notes = _quantized_notes(loaded.config, shape)
+    shaped = _read(loaded.config.data, "train", notes)
     tokenizer = FileTokenizer(location.folder, loaded.config.tokens.learned)
     facts = ModelAndDataFacts(shape.context_length, tokenizer.chat_template is not None, len(shaped.examples))
     plan = resolve(loaded, facts)
@@ -117,7 +118,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
             hint="raise tokens.max_length, or look at what the rows hold",
         )
     notes += learned_notes(tokenizer, train.rows)
-    rehearsal = _encode_file(encoder, config.data.rehearsal, plan, notes)
+    rehearsal = encoder.encode(_read(config.data, "rehearsal", notes), plan) if config.data.rehearsal else None
     held = _held_out_examples(config, split, notes)
     held_out = encode_held_out(encoder, plan, held)
     if not (held_out and held_out.rows) and (
@@ -259,30 +260,27 @@ def _with_shipped_data(loaded: LoadedConfig) -> LoadedConfig:
     return LoadedConfig(config, {**loaded.origins, **{f"data.{key}": "derived" for key in data}})
 
 
-def _read(name: str, limit: int | None = None) -> tuple[ShapedRows, list[str]]:
-    shaped = shape_rows(read_rows(data_path(name), limit=limit))
-    notes = []
+def read_shaped(data: DataSpec, key: str) -> ShapedRows:
+    """The rows of `data.train` or another such setting; what `data.columns` names must be in the training rows."""
+    train = key == "train"
+    rows = read_rows(data_path(str(getattr(data, key))), limit=data.limit if train else None)
+    return shape_rows(rows, data.columns, data.ignore_columns or (), named=train)
+
+
+def _read(data: DataSpec, key: str, notes: list[str]) -> ShapedRows:
+    shaped, name = read_shaped(data, key), getattr(data, key)
+    notes += [f"{name}: {note}" for note in shaped.notes]
     if shaped.ignored_columns:
         notes.append(f"{name}: columns that were not read: {', '.join(shaped.ignored_columns)}")
-    if limit is not None:
-        notes.append(f"{name}: only the first {counted(limit, 'row', 'was/were')} read (data.limit)")
-    return shaped, notes
-
-
-def _encode_file(encoder: Encoder, name: str | None, plan: Plan, notes: list[str]) -> Encoded | None:
-    if name is None:
-        return None
-    shaped, more = _read(name)
-    notes += more
-    return encoder.encode(shaped, plan)
+    if data.limit is not None and key == "train":
+        notes.append(f"{name}: only the first {counted(data.limit, 'row', 'was/were')} read (data.limit)")
+    return shaped
 
 
 def _held_out_examples(config: TrainingConfig, split: list[Example], notes: list[str]) -> ShapedRows:
     """The rows to measure on, never trained on: a file of their own, or those held out."""
     if config.data.valid is not None:
-        shaped, more = _read(config.data.valid)
-        notes += more
-        return shaped
+        return _read(config.data, "valid", notes)
     if split:
         held = counted(len(split), "row", "was/were")
         notes.append(f"{held} held out of training to measure the loss on (data.valid_fraction)")
@@ -383,9 +381,7 @@ def _retention(encoder: Encoder, plan: Plan, notes: list[str]) -> tuple[Question
     name = plan.config.data.retention
     if name is None:
         return ()
-    shaped, more = _read(name)
-    notes += more
-    conversations, refused = encoder.asked(shaped.examples)
+    conversations, refused = encoder.asked(_read(plan.config.data, "retention", notes).examples)
     if refused:
         unasked = counted(len(refused), "row", "is/are")
         notes.append(f"{name}: {unasked} not asked, since the template refuses: {refused[0][1].message}")

@@ -39,8 +39,8 @@ def in_marking(wrong: Marking) -> None:
 def in_conversations(wrong: Callable[[Conversation], Conversation]) -> None:
     """Plant it where rows become conversations: another conversation."""
 
-    def shaped(right: Shaping, rows: Sequence[Row]) -> ShapedRows:
-        found = right(rows)
+    def shaped(right: Shaping, *given: object, **named: object) -> ShapedRows:
+        found = right(*given, **named)
         others = (wrong(each) if isinstance(each, Conversation) else each for each in found.examples)
         return replace(found, examples=tuple(others))
 
@@ -233,10 +233,10 @@ def _words_are_markup(right: Marking, rows: Iterable[Rendered], tokenizer: FileT
 
 @fault("A054", "tmpl.standard_rows_untemplated", "TRL #3140")
 @in_place_of("shape_rows", prepare)
-def _bare_rows(right: Callable[..., ShapedRows], rows: Sequence[Row]) -> ShapedRows:
+def _bare_rows(right: Shaping, rows: Sequence[Row], *given: object, **named: object) -> ShapedRows:
     """Rows of prompt and completion bypass the template."""
     bare = {row.where for row in rows if isinstance(row.values.get("prompt"), str)}
-    shaped, examples = right(rows), list[Conversation | Document]()
+    shaped, examples = right(rows, *given, **named), list[Conversation | Document]()
     for each in shaped.examples:
         if isinstance(each, Conversation) and each.where in bare:
             examples.append(Document("".join(message.content for message in each.messages), each.where))
@@ -280,7 +280,7 @@ def _tools_are_dropped(talk: Conversation) -> Conversation:
 
 @fault("A057", "tmpl.parts_printed")
 @in_place_of("shape_rows", prepare)
-def _parts_are_printed(right: Shaping, rows: Sequence[Row]) -> ShapedRows:
+def _parts_are_printed(right: Shaping, rows: Sequence[Row], *given: object, **named: object) -> ShapedRows:
     """Content in parts is printed as the list that it is."""
 
     def printed(message: Mapping[str, object]) -> dict[str, object]:
@@ -293,7 +293,9 @@ def _parts_are_printed(right: Shaping, rows: Sequence[Row]) -> ShapedRows:
             if "messages" in row.values
             else row
             for row in rows
-        ]
+        ],
+        *given,
+        **named,
     )
 
 

@@ -1,0 +1,375 @@
+"""Finds out which column of a row is what: as the settings say, by its name where that is unmistakable, or refused."""
+
+import json
+import re
+import shlex
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from finetune.data.messages import ANSWERS, NOTHING, QUESTIONS, ROW_MARKS, THOUGHTS, RowError, normal
+from finetune.records import Row
+
+SHAPES: Mapping[str, tuple[str, ...]] = {
+    "alpaca": ("instruction", "output"),
+    "chat": ("messages",),
+    "prompt/completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+"""The shapes that rows have, and the fields without which each is none."""
+FIELDS = (*(field for fields in SHAPES.values() for field in fields), "input", "system", "history", "tools")
+"""What `data.columns` can name a column for, with `reasoning` and `train` beside them."""
+
+_SHAPE_OF = {each: shape for shape, fields in SHAPES.items() for each in fields}
+_CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat")
+_BESIDE: Mapping[str, tuple[str, ...]] = {
+    "system": ("system", "system_prompt", "system_message"),
+    "history": ("history",),
+    "tools": ("tools",),
+    "reasoning": (*THOUGHTS, "thought", "thoughts", "chain_of_thought", "cot", "complex_cot"),
+}
+_VARIABLES = ("documents", "chat_template_kwargs")
+_JUDGEMENTS = (
+    *("label", "labels", "kto_tag", "feedback", "desirable", "is_desirable", "good", "is_good", "correct"),
+    *("is_correct", "accepted", "is_accepted", "approved", "preferred", "is_preferred", "liked", "thumbs_up", "keep"),
+)
+"""What columns are called that say of an answer whether it is a good one; the first three whatever they hold."""
+_MASKS = (
+    *("loss_mask", "completion_mask", "assistant_mask", "assistant_masks", "train_mask", "label_mask", "loss_weight"),
+    *("loss_weights", "sample_weight", "sample_weights", "weights", "completions", "winner", "preference"),
+)
+_MEDIA = (
+    *("image", "images", "image_url", "image_path", "audio", "audios", "video", "videos", "pixel_values"),
+    *("input_features", "speech"),
+)
+_SCORES = ("score", "scores", "rating", "ratings", "reward", "rewards", "quality", "rank", "upvotes", "loss")
+_NAMES = ("id", "idx", "index", "uuid", "source", "category", "type", "lang", "language", "url", "date", "split")
+_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_.]*")
+_WORDS_OF_YAML = ("true", "false", "null", "yes", "no", "on", "off", "none", "y", "n")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which column of a row each field is; `unread` are those that nothing reads, `told` those of them that may matter.
+
+    `unfit` says why a row that is made so cannot be trained on; "" where it can.
+    """
+
+    shape: str
+    columns: Mapping[str, str]
+    unread: frozenset[str] = frozenset()
+    told: frozenset[str] = frozenset()
+    unfit: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """Why no row that is made so can be read, and the lines that mend it."""
+
+    what: str
+    hint: str
+
+
+@dataclass
+class ColumnFinder:
+    """Finds the layout of rows; those that are made alike are looked at once.
+
+    Args:
+        columns: `data.columns`: the column for each field that is named there.
+        ignored: `data.ignore_columns`: columns that are not read, whatever they say.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    ignored: Collection[str] = ()
+    _found: dict[tuple[tuple[str, str], ...], Layout | _Refusal] = field(default_factory=dict)
+
+    def layout(self, row: Row) -> Layout:
+        """Which column of a row is what.
+
+        Raises:
+            RowError: no shape fits or more than one does, or a column says what is to be learned and is not read; or
+                the row holds what is no text.
+        """
+        kinds = tuple((name, _kind(value)) for name, value in row.values.items())
+        if (found := self._found.get(kinds)) is None:
+            found = self._found[kinds] = _Looked(self, dict(kinds)).layout()
+        if isinstance(found, _Refusal):
+            raise RowError(row.where, found.what, hint=found.hint, refuses=True)
+        if found.unfit:
+            raise RowError(row.where, found.unfit)
+        return found
+
+    def missing(self) -> list[str]:
+        """The columns that the settings name and no row had."""
+        there = {name for kinds in self._found for name, _ in kinds}
+        return [name for name in self.columns.values() if name not in there]
+
+    def line(self, **columns: str) -> str:
+        """The setting that names these columns beside those named already, as it is typed in a shell."""
+        return _line("data.columns", {**self.columns, **columns})
+
+
+def _line(key: str, value: Mapping[str, str] | Sequence[str]) -> str:
+    if isinstance(value, Mapping):
+        said = "{" + ", ".join(f"{name}: {_as_yaml(column)}" for name, column in value.items()) + "}"
+    else:
+        said = f"[{', '.join(map(_as_yaml, value))}]"
+    return f"--set {shlex.quote(f'{key}={said}')}"
+
+
+def _as_yaml(name: str) -> str:
+    plain = _PLAIN.fullmatch(name) and name.lower() not in _WORDS_OF_YAML
+    return name if plain else json.dumps(name, ensure_ascii=False)
+
+
+def shown(column: str) -> str:
+    """A column's name as any terminal and file can show it: half a surrogate pair is spelled out."""
+    return column.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _kind(value: Any) -> str:
+    """What a cell holds, as far as that decides what its column can be; "" for nothing."""
+    if value in NOTHING:
+        return ""
+    if isinstance(value, str):
+        word = value.strip().lower() if len(value) < 12 else ""
+        yes_or_no = {"true": " yes", "1": " yes", "1.0": " yes", "false": " no", "0": " no", "0.0": " no"}
+        return "text" + (" turns" if re.match(r"\s*\[\s*\{", value) else yes_or_no.get(word, ""))
+    if isinstance(value, bool | int | float):
+        return "no" if value == 0 else "yes" if value == 1 else "number"
+    first = value[0] if isinstance(value, list) else value
+    if not isinstance(first, dict):
+        return "list"
+    if isinstance(value, dict) and len({"role", "from", "content", "value"} & value.keys()) != 2:
+        return "dict"
+    return "turn" if any(first.get(key) in ("assistant", "gpt") for key in ("role", "from")) else "turns"
+
+
+class _Looked:
+    """Rows that are made alike, as they are looked at: what each of their columns holds, by the column's name."""
+
+    def __init__(self, finder: ColumnFinder, kinds: dict[str, str]) -> None:
+        self.finder = finder
+        self.kinds = {name: kind for name, kind in kinds.items() if name not in finder.ignored}
+        self.every = frozenset(kinds)
+        self.mapped = {what: name for what, name in finder.columns.items() if name in self.kinds}
+        free = [name for name in self.kinds if name not in self.mapped.values()]
+        self.names = {normal(name): name for name in free} | {name: name for name in free}
+
+    def layout(self) -> Layout | _Refusal:
+        """What these rows are."""
+        chosen = {_SHAPE_OF[what] for what in self.mapped if what in _SHAPE_OF}
+        refusal = self._preferences() if not chosen else None
+        if refusal := refusal or self._judgements():
+            return refusal
+        found = self._as_chosen(chosen) if chosen else self._by_names()
+        if isinstance(found, _Refusal):
+            return found
+        shape, columns = found
+        if "input" in self.mapped:
+            if shape not in ("alpaca", "prompt/completion"):
+                return self._unknown(f"data.columns names an input, and {shape} rows have none")
+            columns = dict(zip(SHAPES["alpaca"], columns.values(), strict=False))
+            shape, columns["input"] = "alpaca", self.mapped["input"]
+        beside = self._beside()
+        if shape == "text" and (lost := [what for what in ("tools", "reasoning") if what in beside]):
+            name = beside[lost[0]]
+            return _Refusal(f"{name!r} stands beside 'text', which is learned as it is", self._ignore(name))
+        columns = {**columns, **({} if shape == "text" else beside)}
+        if "train" in self.mapped:
+            columns["train"] = self.mapped["train"]
+        return self._read(shape, columns)
+
+    def _read(self, shape: str, columns: Mapping[str, str]) -> Layout:
+        known = {*_SHAPE_OF, *_BESIDE["system"], *_BESIDE["history"], *_BESIDE["tools"], "input"}
+        read = {*columns.values(), *ROW_MARKS, *(() if shape == "text" else _VARIABLES)}
+        unread = {name for name in self.every - read if self.kinds.get(name, "ignored") or name not in known}
+        told = {name for key, name in self.names.items() if key in _SCORES and name in unread and self.kinds[name]}
+        media = [name for key, name in self.names.items() if key in _MEDIA and self.kinds[name]]
+        unfit = f"{media[0]!r} is no text: only text can be trained" if media else ""
+        return Layout(shape, columns, frozenset(unread), frozenset(told), unfit)
+
+    def _filled(self, names: Iterable[str], *, filled: bool = True) -> dict[str, str]:
+        """The columns of these names, by name: those that hold something, or all of them."""
+        there = {name: self.names[name] for name in names if name in self.names}
+        return {name: column for name, column in there.items() if self.kinds[column] or not filled}
+
+    def _preferences(self) -> _Refusal | None:
+        """Rows of a good and a bad answer."""
+        words = {name: set(key.split("_")) for key, name in self.names.items()}
+        sides = [name for name, said in words.items() if said & {"chosen", "rejected"}]
+        sides = [name for name in sides if self.kinds[name] not in ("", "number", "yes", "no")]
+        if not sides:
+            return None
+        what = f"{_quoted(sides)}: a good and a bad answer, and training learns from good ones alone"
+        good = next((name for name in sides if "rejected" not in words[name] and _usable(name)), None)
+        if good is None:
+            return _Refusal(what, "write the good answer to a column `completion`")
+        asked = self._filled((*QUESTIONS, *_CHATS))
+        if self.kinds[good] == "turns":
+            line = self.finder.line(messages=good)
+        elif not asked:
+            line = self.finder.line(text=good)
+        elif "instruction" in asked:
+            line = self.finder.line(instruction=asked["instruction"], output=good)
+        else:
+            line = self.finder.line(prompt=next(iter(asked.values())), completion=good)
+        return _Refusal(what, f"to learn the good answers alone: {line}")
+
+    def _judgements(self) -> _Refusal | None:
+        """Columns that say what is to be learned, and that nothing reads."""
+        for key, name in self.names.items():
+            kind, said = self.kinds[name], self.kinds[name].rpartition(" ")[2]
+            sure = key in _JUDGEMENTS[:3] or said in ("yes", "no")
+            if kind and (key in _MASKS or (key in _JUDGEMENTS and sure)):
+                what = f"{name!r} says what is to be learned, and nothing reads it"
+                if key in _MASKS or said not in ("yes", "no"):
+                    return _Refusal(what, self._ignore(name))
+                if said == "no":
+                    only = f"no answer of which it says no is learned; data.columns={{train: {name}}} keeps the others"
+                    return _Refusal(what, only)
+                return _Refusal(what, f"to learn the rows alone of which it says yes: {self.finder.line(train=name)}")
+        return None
+
+    def _ignore(self, name: str) -> str:
+        if not _usable(name):
+            return f"take {shown(name)!r} out of the rows"
+        return f"to leave it unread: {_line('data.ignore_columns', [*self.finder.ignored, name])}"
+
+    def _beside(self) -> dict[str, str]:
+        """The columns of what stands beside a conversation."""
+        found = {}
+        for what, names in _BESIDE.items():
+            there = [self.mapped[what]] if what in self.mapped else [*self._filled(names).values()]
+            if there:
+                found[what] = there[0]
+        return found
+
+    def _as_chosen(self, chosen: set[str]) -> tuple[str, dict[str, str]] | _Refusal:
+        """The shape whose fields the settings name columns for."""
+        if len(chosen) > 1:
+            return self._unknown(f"data.columns names columns of several shapes: {', '.join(sorted(chosen))}")
+        [shape] = chosen
+        columns = {}
+        for what in SHAPES[shape]:
+            others = ANSWERS if what in ("completion", "output") else QUESTIONS if shape != "chat" else ()
+            alike = list(self._filled(others).values())
+            name = self.mapped.get(what, self.names.get(what, alike[0] if len(alike) == 1 else None))
+            if name is None:
+                gone = self.finder.columns.get(what)
+                lacks = f"names {gone!r} the {what}, which the row lacks" if gone else f"names no {what}"
+                return self._unknown(f"data.columns {lacks}")
+            columns[what] = name
+        if shape == "alpaca" and "input" in self.names:
+            columns["input"] = self.names["input"]
+        return shape, columns
+
+    def _by_names(self) -> tuple[str, dict[str, str]] | _Refusal:
+        """The shape that the columns' names say."""
+        found = self._named(filled=True) or self._alike(filled=True)
+        if isinstance(found, _Refusal):
+            return found
+        text = self._filled(SHAPES["text"])
+        if text and len(found) == 1 and found[0][2]:
+            lines = [self._line_of(*found[0][:2]), self.finder.line(text=text["text"])]
+            return self._several(["text", found[0][0]], lines)
+        if not found and text:
+            return "text", text
+        found = found or self._named(filled=False) or self._alike(filled=False)
+        if isinstance(found, _Refusal):
+            return found
+        if len(found) == 1:
+            return found[0][:2]
+        if found:
+            return self._several([shape for shape, *_ in found], [self._line_of(*each[:2]) for each in found])
+        return self._unknown(self._what_lacks())
+
+    def _named(self, *, filled: bool) -> list[tuple[str, dict[str, str], bool]]:
+        """The shapes all of whose fields there are by their own names, or by a name of lists of messages.
+
+        With `filled` one of them holds something: in files of several shapes, every row may have all columns.
+        """
+        found = []
+        for shape, fields in SHAPES.items():
+            there = {what: self.names[what] for what in fields if what in self.names}
+            if len(there) == len(fields) and any(self.kinds[name] for name in there.values()) == filled:
+                if shape == "alpaca" and "input" in self.names:
+                    there["input"] = self.names["input"]
+                if shape != "text" or not filled:
+                    found.append((shape, there, False))
+        if filled:
+            chats = [name for key, name in self._filled(_CHATS[1:]).items() if "turn" in self.kinds[name]]
+            found += [("chat", {"messages": name}, False) for name in chats]
+        return found
+
+    def _alike(self, *, filled: bool) -> list[tuple[str, dict[str, str], bool]] | _Refusal:
+        """A question and its answer by other names, where there is one of each."""
+        asked, answered = (self._filled(names, filled=filled) for names in (QUESTIONS, ANSWERS))
+        extra = self._filled(("context",))
+        if "instruction" in asked and "input" in asked:
+            extra["input"] = asked.pop("input")
+        if not asked or not answered:
+            return []
+        if len(asked) > 1 or len(answered) > 1 or len(extra) > 1:
+            one, other = list(asked.values()), list(answered.values())
+            pairs = list(product(one, other))[:3]
+            lines = [self.finder.line(prompt=each, completion=said) for each, said in pairs]
+            return self._unclear(f"which of {_quoted([*one, *other, *extra.values()])} is what is not clear", lines)
+        [(key, question)], [answer] = asked.items(), answered.values()
+        if extra or key == "instruction":
+            more = zip(("input",), extra.values(), strict=False)
+            return [("alpaca", {"instruction": question, "output": answer, **dict(more)}, True)]
+        return [("prompt/completion", {"prompt": question, "completion": answer}, True)]
+
+    def _line_of(self, shape: str, columns: Mapping[str, str]) -> str:
+        return self.finder.line(**columns)
+
+    def _several(self, shapes: Sequence[str], lines: Sequence[str]) -> _Refusal:
+        return self._unclear(f"columns ({self._listed()}) fit several shapes: {', '.join(shapes)}", lines)
+
+    def _unclear(self, what: str, lines: Sequence[str]) -> _Refusal:
+        return _Refusal(what, "say which it is: " + ", or ".join(lines))
+
+    def _what_lacks(self) -> str:
+        for shape, fields in SHAPES.items():
+            there = [what for what in fields if what in self.names]
+            if there and len(there) < len(fields):
+                lacks = next(what for what in fields if what not in there)
+                return f"{shape} row without {lacks!r}"
+        return "no known shape"
+
+    def _unknown(self, what: str) -> _Refusal:
+        """Rows of which no column is known: an example of the setting, with columns that are there."""
+        names = [name for name in self.kinds if _usable(name)]
+        turns = [name for name in names if "turn" in self.kinds[name]]
+        texts = [name for name in names if self.kinds[name].startswith("text")]
+        texts = [name for name in texts if normal(name) not in _NAMES and not normal(name).endswith("_id")] or texts
+        answers = [name for name in texts if normal(name) in ANSWERS]
+        questions = [name for name in texts if normal(name) in QUESTIONS]
+        line = ""
+        if turns:
+            line = _line("data.columns", {"messages": turns[0]})
+        elif len(texts) > 1:
+            prompt = questions[0] if questions else next(name for name in texts if [name] != answers)
+            answer = next((name for name in answers if name != prompt), None)
+            answer = answer or texts[(texts.index(prompt) + 1) % len(texts)]
+            line = _line("data.columns", {"prompt": prompt, "completion": answer})
+        elif texts:
+            line = _line("data.columns", {"text": texts[0]})
+        known = "rows are alpaca (instruction, output), chat (messages), prompt/completion, or text"
+        other = f"; of columns by other names say which is which, such as {line}" if line else ""
+        return _Refusal(f"{what} (columns: {self._listed()})", known + other)
+
+    def _listed(self) -> str:
+        return ", ".join(sorted(map(shown, self.every))) or "none"
+
+
+def _quoted(names: Iterable[str]) -> str:
+    *others, last = map(repr, names)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _usable(name: str) -> bool:
+    """Whether a setting can name this column."""
+    return name.isprintable() and name.strip() == name != "" and name != "None"

@@ -1,0 +1,288 @@
+"""Reads the messages of a row, in every spelling that public files have, and what stands beside them."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from types import NoneType
+from typing import Any
+
+from finetune.errors import DataError
+from finetune.records import Message, Row
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+QUESTIONS = ("prompt", "instruction", "question", "query", "input", "inputs", "user", "human", "problem")
+"""What columns, and keys of a turn that is a pair, are called which ask."""
+ANSWERS = ("completion", "output", "outputs", "answer", "response", "assistant", "gpt", "bot", "reply", "target")
+ROW_MARKS = ("weight", "train")
+NOTHING: tuple[Any, ...] = (None, "", [], {})
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+
+_MARKS = (*ROW_MARKS, "training", "loss")
+_MEANT = ("tool_calls", "function_call", *THOUGHTS, "name", "tool_call_id")
+"""Parts of a message besides its text that a template is given, as transformers gives them."""
+_ROLE_KEYS, _CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
+_CALL = "call"
+_SPELLINGS = {
+    **{role: role for role in ROLES},
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "ai", "bing", "bard", "claude"), "assistant"),
+    **dict.fromkeys(("function", "function_response", "observation", "ipython"), "tool"),
+    **dict.fromkeys(("tool_response", "tool_result", "tool_results"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call", "tool_calls"), _CALL),
+}
+_REFUSED = ("label", "loss_mask", "mask", "train_detail")
+_MEDIA = ("image", "images", "image_url", "audio", "audios", "video", "videos")
+_YES_OR_NO = {"0": False, "0.0": False, "-0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+_TURNS_ARE = 'write each turn as {"role": ..., "content": ...}'
+
+
+class RowError(DataError):
+    """What is wrong with one row.
+
+    Args:
+        where: the row, or the message in it.
+        what: the fault, with the value.
+        kind: the fault in the same words for every row that has it; `what` where nothing of it differs.
+        refuses: whether it is a fault of how the rows are made, for which the file is refused; any other costs the row.
+    """
+
+    def __init__(self, where: str, what: str, *, kind: str = "", hint: str = "", refuses: bool = False) -> None:
+        super().__init__(f"{where}: {what}", hint=hint)
+        self.where, self.what, self.kind, self.refuses = where, what, kind or what, refuses
+
+
+def normal(name: str) -> str:
+    """A column's name in small letters, its words joined by underscores."""
+    return re.sub(r"[\s-]+", "_", name.strip().lower())
+
+
+def text_of(value: object, key: str, where: str) -> str:
+    """The text of a column or of a message; null is none."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        what = f"{key!r} must be text, found {kind} {str(value)[:60]!r}"
+        raise RowError(where, what, kind=f"{key!r} holds no text, but {kind}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowError(where, f"{key!r} holds half of a surrogate pair, which is not text") from None
+    return value
+
+
+def messages_of(row: Row, key: str) -> tuple[Message, ...]:
+    """The messages in a column: a list of them, the JSON of one, a list for each of their keys, or one alone.
+
+    Raises:
+        DataError: it holds something else.
+    """
+    return tuple(
+        message
+        for index, turn in enumerate(_turns(row, key))
+        for message in _turn(Row(turn, f"{row.where} {key}[{index}]"))
+    )
+
+
+def _turns(row: Row, key: str) -> list[Any]:
+    turns = _parsed(row.values[key], key, row.where)
+    if isinstance(turns, dict):
+        columns = list(turns.values())
+        long = all(isinstance(each, list) and len(each) == len(columns[0]) for each in columns)
+        # Hugging Face's datasets keep a list of objects as an object of lists.
+        turns = [dict(zip(turns, each, strict=True)) for each in zip(*columns, strict=True)] if long else [turns]
+    if not isinstance(turns, list):
+        what = f"{key!r} must be a list of messages, found {type(turns).__name__}"
+        raise RowError(row.where, what, hint=_TURNS_ARE)
+    return turns
+
+
+def history_of(row: Row, key: str) -> tuple[Message, ...]:
+    """Earlier turns: a list of pairs of a question and its answer, or of messages."""
+    turns = _parsed(row.values.get(key) or [], key, row.where)
+    found: list[Message] = []
+    for index, turn in enumerate(turns if isinstance(turns, list) else [turns]):
+        where = f"{row.where} {key}[{index}]"
+        if isinstance(turn, list) and len(turn) == 2:
+            pair = zip(("user", "assistant"), turn, strict=True)
+            found += [Message(role, text_of(said, "history", where)) for role, said in pair]
+        elif isinstance(turn, dict):
+            found += _turn(Row(turn, where))
+        else:
+            what = f"a turn must be a question and its answer, found {str(turn)[:60]!r}"
+            raise RowError(where, what, kind=f"{key!r} holds what is no question with its answer")
+    return tuple(found)
+
+
+def keys_beside(row: Row, key: str) -> set[str]:
+    """The keys of a column's messages that nothing reads, as `messages.mood`; null is nothing."""
+    return {
+        f"{key}.{name}"
+        for turn in _turns(row, key)
+        for name, value in turn.items()
+        if name not in ("role", "content", *_MEANT, *_MARKS) and value is not None and not _is_read(turn, name)
+    }
+
+
+def _is_read(turn: dict[str, Any], name: str) -> bool:
+    said = [_said_in(turn, keys) for keys in (_ROLE_KEYS, _CONTENT_KEYS)]
+    return name in said or (said[0] is None and normal(name) in (*QUESTIONS, *ANSWERS, "system"))
+
+
+def _said_in(turn: dict[str, Any], keys: Sequence[str]) -> str | None:
+    return next((key for key in keys if turn.get(key) is not None), None)
+
+
+def _turn(turn: Row) -> Iterator[Message]:
+    """The message that a turn is, or the messages where one object holds a question and its answer."""
+    values: Any = turn.values
+    if not isinstance(values, dict):
+        kind = type(values).__name__
+        raise RowError(turn.where, f"expected a message object, found {kind}", hint=_TURNS_ARE)
+    for name in (*_REFUSED, *_MEDIA):
+        if values.get(name) in NOTHING:
+            continue
+        if name in _MEDIA:
+            raise RowError(turn.where, f"{name!r} is no text: only text can be trained")
+        what = f"{name!r} of a message says what is to be learned, and is not read"
+        hint = 'a message that is not to be learned has "train": false'
+        raise RowError(turn.where, what, hint=hint, refuses=True)
+    key = _said_in(values, _ROLE_KEYS)
+    pair: dict[str, str] = {}
+    if key is None:
+        pair = {normal(name): name for name, value in values.items() if value is not None}
+    asked, answered = ([pair[name] for name in names if name in pair] for names in (QUESTIONS, ANSWERS))
+    if key is None and len(asked) == len(answered) == 1:
+        learned = _learned(turn)
+        parts = (("system", pair.get("system", "")), ("user", asked[0]), ("assistant", answered[0]))
+        for role, name in parts:
+            said = text_of(values.get(name), name, turn.where)
+            if said or role == "assistant":
+                yield Message(role, said, trained=learned if role == "assistant" else None)
+        return
+    yield _message(turn, values.get(key) if key else None)
+
+
+def _message(turn: Row, said_by: object) -> Message:
+    values: Any = turn.values
+    role = _SPELLINGS.get(said_by.strip().lower()) if isinstance(said_by, str) else None
+    if role is None:
+        what = f"unknown role {str(said_by)[:60]!r}" if said_by is not None else "unknown role None"
+        raise RowError(turn.where, f"{what}, expected one of {', '.join(ROLES)}", kind=what)
+    key = _said_in(values, _CONTENT_KEYS) or "content"
+    contents = [values[name] for name in _CONTENT_KEYS if values.get(name) not in NOTHING]
+    if any(content != contents[0] for content in contents):
+        raise RowError(turn.where, f"{' and '.join(_CONTENT_KEYS[:2])} of a message differ: which is its text?")
+    more = {name: values[name] for name in _MEANT if values.get(name) not in NOTHING}
+    content: object = values.get(key)
+    if role == _CALL:
+        more, content, role = {**more, "tool_calls": _calls(content, turn.where)}, None, "assistant"
+    if more and content is None:
+        more["content"] = None  # templates ask whether it is none
+    learned = _learned(turn)
+    if learned and role != "assistant" and not any(mark_of(turn, mark) for mark in _MARKS[1:]):
+        learned = None  # a weight of 1 is every answer's, and asks for nothing more of other messages
+    if isinstance(content, list):
+        content = "\n".join(_part(part, turn.where) for part in content)
+    return Message(role, text_of(content, key, turn.where), as_json(more, turn.where), learned)
+
+
+def _part(part: Any, where: str) -> str:
+    """The text of a part of a message's content; servers join them by line breaks."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise RowError(where, f"'content' has a part of type {kind!r}: only parts of type 'text' can be trained")
+    return str(part["text"])
+
+
+def _calls(said: object, where: str) -> list[dict[str, Any]]:
+    """The calls that a turn of ShareGPT's `function_call` is: an object of name and arguments, or a list of them."""
+    found = _parsed(said, "function_call", where)
+    calls = found if isinstance(found, list) else [found]
+    for call in calls:
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            what = f"a call must be an object with a name, found {str(call)[:60]!r}"
+            raise RowError(where, what, kind="a call that is no object with a name")
+    return [
+        {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
+        for call in calls
+    ]
+
+
+def _parsed(value: Any, key: str, where: str) -> Any:
+    """A value that may be kept as the text of its JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        what = f"{key!r} is text that is no JSON: {error}"
+        raise RowError(where, what, kind=f"{key!r} is text that is no JSON", hint="write it with json.dumps") from None
+
+
+def _learned(turn: Row) -> bool | None:
+    return learned_of(turn, _MARKS)
+
+
+def learned_of(of: Row, keys: Sequence[str]) -> bool | None:
+    """Whether a row or a message says that it is learned, or that it is not; None where it says neither."""
+    said = {key: mark for key in keys if (mark := mark_of(of, key)) is not None}
+    if len(set(said.values())) > 1:
+        which = " and ".join(f"{key} {of.values[key]!r}" for key in said)
+        raise RowError(of.where, f"{which} contradict each other", hint="keep one of them", refuses=True)
+    return next(iter(said.values()), None)
+
+
+def mark_of(of: Row, key: str) -> bool | None:
+    """What a weight or a mark for training says: 1 or true, 0 or false, or nothing."""
+    value = of.values.get(key)
+    if value is None or value == "":
+        return None
+    word = str(value).strip().lower()
+    if word not in _YES_OR_NO:
+        raise RowError(
+            of.where,
+            f"{key!r} is {str(value)[:60]!r}; it says whether to learn: 1 or true, 0 or false",
+            hint="every learned token counts alike: repeat a row that is to count more, leave out one that is to count "
+            "less, and rename a key that means something else",
+            refuses=True,
+        )
+    return _YES_OR_NO[word]
+
+
+def tools_of(row: Row, key: str = "tools") -> str:
+    """The tools that a row's templates are told of, as a JSON list; "" for none.
+
+    Raises:
+        DataError: it holds something else.
+    """
+    tools = row.values.get(key)
+    if isinstance(tools, str):  # many files keep them as text
+        tools = _parsed(tools, key, row.where) if tools.strip() else None
+    if not isinstance(tools, list | NoneType):
+        raise RowError(row.where, f"{key!r} must be a list, found {type(tools).__name__}")
+    return as_json(tools, row.where)
+
+
+def variables_of(row: Row) -> str:
+    """What a row sets for its template besides: `chat_template_kwargs`, and `documents`; as JSON."""
+    own, documents = row.values.get("chat_template_kwargs") or {}, row.values.get("documents")
+    if not isinstance(own, dict) or any(name in ("messages", "tools", "add_generation_prompt") for name in own):
+        raise RowError(row.where, f"'chat_template_kwargs' must set variables by name, found {str(own)[:60]!r}")
+    # A Parquet file gives every row every name that any of them has.
+    given = {name: value for name, value in own.items() if value is not None}
+    return as_json(given | ({"documents": documents} if documents else {}), row.where)
+
+
+def as_json(value: Any, where: str) -> str:
+    """As one line of JSON; "" for nothing."""
+    if value in NOTHING:
+        return ""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RowError(where, f"{str(value)[:60]!r} cannot be written as JSON: {error}") from None
+    return text
