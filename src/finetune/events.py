@@ -62,6 +62,16 @@ class FixedLoss:
 
 
 @dataclass(frozen=True, slots=True)
+class RunLengthened:
+    """After `step` the run is planned anew, to end with `total_steps`; `before` are the settings that were replaced."""
+
+    step: int
+    planned_steps: int
+    total_steps: int
+    before: dict[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
 class FirstGradients:
     """The L2 norm of every trainable tensor's gradient at step 1, before any weight has changed."""
 
@@ -122,6 +132,7 @@ class TrackerFailed:
 Event = (
     RunStarted
     | RunResumed
+    | RunLengthened
     | StepDone
     | HeldOutLoss
     | FixedLoss

@@ -44,6 +44,7 @@ from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune.run.folder import RunFolder
 from finetune.tracking.tracker import require_trackers
 from finetune.training.early_stopping import EarlyStopping, Trained
+from finetune.training.longer import Longer, lengthen
 from finetune.training.loop import LoopPlan, train
 from finetune.training.out_of_memory import with_estimate
 from finetune.training.prepare import Prepared, batch_of_all, held_out_batches, pack_length, packed_sample, prepare
@@ -55,7 +56,7 @@ def fine_tune(
     loaded: LoadedConfig,
     *,
     output: Path | None = None,
-    resume: bool = False,
+    resume: bool | Longer = False,
     command: str = "ft train",
     listener: Listener = lambda event: None,
 ) -> tuple[Path, dict[str, Any]]:
@@ -66,6 +67,7 @@ def fine_tune(
     Args:
         loaded: where its model is a GGUF file, that is imported first, once a file.
         output: the run folder to make (or, with `resume`, to continue); by default one below `runs/`.
+        resume: continue it as it was planned, or until it is as long as this says; it may be finished then.
         command: what to write down as the command that repeats the run.
         listener: receives every event.
 
@@ -83,16 +85,21 @@ def fine_tune(
     listener = (lambda event: None) if group.rank else listener
     loaded = with_model_folder(loaded, tell=lambda words: listener(PhaseStarted("import", words)))
     listener(PhaseStarted("prepare", f"{loaded.config.model.path}"))
-    prepared = prepare(resolve_processes(loaded, group.size, resume=resume))
+    prepared = prepare(resolve_processes(loaded, group.size, resume=bool(resume)))
+    planned, prepared = (prepared, lengthen(prepared, resume)) if isinstance(resume, Longer) else (None, prepared)
     if not group.rank:
         listener(PhaseStarted("plan", forecast_run(prepared).sentence()))
-    folder = RunFolder.unfinished(output) if resume else RunFolder.place(None if group.rank else output)
-    run = Run(prepared, backend, group, folder, listener, {"prepare": time.perf_counter() - clock}, started=started)
+    if resume:
+        folder = RunFolder.unfinished(output, longer=planned is not None)
+    else:
+        folder = RunFolder.place(None if group.rank else output)
+    timing = {"prepare": time.perf_counter() - clock}
+    run = Run(prepared, backend, group, folder, listener, timing, started=started, planned=planned)
     if group.rank:
         _train_along(run)
         return folder.path, {}
     try:
-        record = _train_and_judge(run, resume=resume, clock=clock)
+        record = _train_and_judge(run, resume=bool(resume), clock=clock)
     except (KeyboardInterrupt, LostProcessError) as error:
         raise _interrupted(run, error) from None
     except (MemoryError, OutOfMemoryError) as error:
@@ -141,7 +148,7 @@ def train_to_the_end(run: Run, session: Session, before: Observation, owner: Own
         RefusedError: a checkpoint is damaged or belongs to other settings, or packed rows see each other.
     """
     prepared, training = run.prepared, run.prepared.plan.config.training
-    store = CheckpointStore(run.folder.checkpoints, pinned=_control_checkpoint(prepared, before))
+    store = run.checkpoints(pinned=_control_checkpoint(prepared, before))
     if training.packing:  # before a checkpoint is loaded: the same is measured however often the run is resumed
         with run.phase("check packing", "rows that share a sequence must not see each other"):
             if (packed := packed_sample(prepared)) is not None:
@@ -233,6 +240,8 @@ def training_events(
         schedule=training.schedule,
         evaluate_every=training.evaluate_every,
         last_step=last,
+        # A control goes at the pace of the run, which may have been planned anew on its way.
+        rates=run.folder.learning_rates() if last is not None else {},
         objective=choose_objective(training),
     )
     size, length = batch_of_all(prepared.plan), pack_length(prepared.plan)
@@ -250,7 +259,7 @@ def _train_along(run: Run) -> None:
     session = run.open_session()
     run.attach_adapter(session)
     owner = run_owner(run.prepared, run.backend.versions())
-    done = load_newest(run, session, CheckpointStore(run.folder.checkpoints), owner)
+    done = load_newest(run, session, run.checkpoints(), owner)
     if not _anybody_stops(run, stops=False):
         for event in training_events(run, session, run.prepared.training_rows, done=done):
             if isinstance(event, HeldOutLoss) and _anybody_stops(run, stops=False):
@@ -263,7 +272,7 @@ def _train_along(run: Run) -> None:
 
 def _trainings(run: Run, session: Session, owner: Owner, kept: int, questions: Sequence[Question]) -> Trainings:
     """What the shuffled-label control needs of this run."""
-    store = CheckpointStore(run.folder.checkpoints)
+    store = run.checkpoints()
 
     def tuned(step: int) -> Scores | None:
         with run.phase(f"observe step {step}", "to compare a shorter control with"):
@@ -307,9 +316,15 @@ def _begin(run: Run, *, resume: bool) -> None:
         run.folder.make()
         run.folder.claim()
         RunFolder.place(run.folder.path)  # again: another process may have made its run there while this one loaded
+    if run.lengthened is not None:
+        # In this order, so that a run killed in between is unfinished, and its checkpoints are known as its own.
+        run.folder.manifest.unlink(missing_ok=True)
+        run.tell(run.lengthened)
+        run.folder.secure_events()
     run.folder.tidy()
-    if not resume:
+    if not resume or run.lengthened is not None:
         write_text(run.folder.plan, dump_plan(run.prepared.plan))
+    if not resume:
         run.tell(run.started)
     run.open_trackers(resumed=resume)
 

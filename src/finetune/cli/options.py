@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from finetune.config import LoadedConfig
     from finetune.export.model_files import Dtype
     from finetune.export.outtypes import Outtype
+    from finetune.training.longer import Longer
 
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; `ft init` writes one.")]
 ConfigFiles = Annotated[list[Path] | None, typer.Argument(metavar="[CONFIG]", help="YAML files; `ft init` writes one.")]
@@ -58,7 +59,9 @@ class ConfigOptions(NamedTuple):
     lr: Annotated[str | None, typer.Option("--lr", metavar="X", help="training.learning_rate")] = None
     batch_size: Annotated[str | None, typer.Option("--batch-size", metavar="N", help="training.batch_size")] = None
     rank: Annotated[str | None, typer.Option("--rank", metavar="N", help="adapter.rank")] = None
-    max_steps: Annotated[str | None, typer.Option("--max-steps", metavar="N", help="training.max_steps")] = None
+    max_steps: Annotated[str | None, typer.Option("--max-steps", "--steps", metavar="N", help="training.max_steps")] = (
+        None
+    )
     profile: Annotated[str | None, typer.Option("--profile", help="chat, instruction, code or demo.")] = None
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as training.seed=1.")
@@ -83,6 +86,29 @@ class ConfigOptions(NamedTuple):
         if loaded.config.data.train is None and "profile" not in loaded.origins.values():
             loaded = load_config(config, environ=os.environ, overrides=overrides, profile="demo")
         return with_model_folder(loaded, tell=say)
+
+    def longer(self) -> "Longer | None":
+        """How long a resumed run is to be from now on; None where nothing says so.
+
+        Raises:
+            UsageError: another option is given: such a run has its settings.
+        """
+        from finetune.config import load_config, parse_assignments
+        from finetune.training.longer import Longer
+
+        lengths = {"training.epochs": self.epochs, "training.max_steps": self.max_steps}
+        overrides = parse_assignments(self.assignments or [])
+        others = [name for name, value in self._asdict().items() if value and name not in ("epochs", "max_steps")]
+        if (set(overrides) - lengths.keys()) or set(others) - {"assignments"}:
+            raise UsageError(
+                "--resume takes its settings from the run itself",
+                hint="leave out everything but --epochs, --max-steps, --output, --launch and --json",
+            )
+        overrides |= parse_assignments([f"{key}={value}" for key, value in lengths.items() if value is not None])
+        if not overrides:
+            return None
+        training = load_config(None, environ={}, overrides=overrides, profile=None).config.training
+        return Longer(training.epochs, training.max_steps)
 
     def words(self) -> list[str]:
         """The same options again, for a process of a launched run; whoever starts them says how many there are."""

@@ -10,6 +10,7 @@ from finetune.events import (
     Event,
     HeldOutLoss,
     PhaseStarted,
+    RunLengthened,
     RunResumed,
     StepDone,
     StoppedEarly,
@@ -70,11 +71,16 @@ class Progress:
 
         elif isinstance(event, StoppedEarly):
             self._stopped(event)
-        elif isinstance(event, RunResumed | TrackerOpened | TrackerFailed):
+        elif isinstance(event, RunResumed | RunLengthened | TrackerOpened | TrackerFailed):
             self._tell(event)
 
-    def _tell(self, event: RunResumed | TrackerOpened | TrackerFailed) -> None:
-        if isinstance(event, TrackerOpened):
+    def _tell(self, event: RunResumed | RunLengthened | TrackerOpened | TrackerFailed) -> None:
+        if isinstance(event, RunLengthened):
+            self._line(
+                f"  longer: from {event.planned_steps} to {event.total_steps} steps, {event.step} of them done; the "
+                "learning rate of those to come is that of a run planned so from its start"
+            )
+        elif isinstance(event, TrackerOpened):
             self._line(f"  tracker {event.tracker} writes to {event.place}")
         elif isinstance(event, TrackerFailed):
             self._line(f"  warning: tracker {event.tracker} failed, and the run goes on: {event.error}")

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from finetune.export.outtypes import Outtype
 
 Output = Annotated[Path | None, typer.Option("--output", help="The run folder to make; by default below runs/.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run (--output names it).")]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on with an interrupted run, named here or with --output; with --epochs or --max-steps until it is so "
+        "long, finished or not.",
+    ),
+]
 
 Starter = Annotated[
     str | None, typer.Option("--launch", help="Train in several processes: torchrun, accelerate or mlx.launch.")
@@ -54,14 +61,13 @@ def command(
     from finetune.distributed.supervise import read_command, train_together
     from finetune.run.folder import RunFolder
     from finetune.train import fine_tune
+    from finetune.training.longer import Longer
 
+    longer: Longer | bool = resume
     if resume:
-        if config or any(settings):
-            raise UsageError(
-                "--resume takes its settings from the run itself",
-                hint="leave out everything but --output, --launch and --json",
-            )
-        plan = load_plan(RunFolder.unfinished(output).plan)
+        output = _run_to_resume(config, output)
+        config, longer = None, settings.longer() or True
+        plan = load_plan(RunFolder.unfinished(output, longer=longer is not True).plan)
         loaded = LoadedConfig(plan.config, plan.origins)
     else:
         loaded = settings.load(config)
@@ -81,7 +87,7 @@ def command(
         )
     else:
         with Progress() as progress:
-            folder, run = fine_tune(loaded, output=output, resume=resume, command=command_line, listener=progress)
+            folder, run = fine_tune(loaded, output=output, resume=longer, command=command_line, listener=progress)
     # A process that trained along has nothing to tell, and one that is watched leaves the telling to its watcher.
     if run and not watched:
         _tell(run, folder, json_output=json_output)
@@ -89,6 +95,18 @@ def command(
             _export(folder, outtype)
         return exit_code(run["outcome"], allow_inconclusive=loaded.config.judge.allow_inconclusive)
     return 0
+
+
+def _run_to_resume(named: Path | None, output: Path | None) -> Path | None:
+    """The run that --resume goes on with, named as the argument or with --output."""
+    if named is not None and not named.is_dir():
+        raise UsageError(
+            f"--resume takes its settings from the run itself, not from {named}",
+            hint="name the run's folder: ft train --resume runs/<id>",
+        )
+    if named is not None and output is not None:
+        raise UsageError(f"two runs are named: {named} and --output {output}", hint="leave out one of the two")
+    return named or output
 
 
 def _export(folder: Path, outtype: "Outtype") -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from finetune.abilities import ABILITIES, QUANTISING
@@ -59,6 +60,9 @@ def resolve(loaded: LoadedConfig, facts: ModelAndDataFacts) -> Plan:
         derived["judge.memory_length"] = facts.context_length
     if config.template.name == "auto":
         derived["template.name"] = "tokenizer" if facts.has_chat_template else "alpaca"
+    elif config.template.name.endswith(".jinja") and not Path(config.template.name).is_absolute():
+        # Where a run is resumed, another folder's file may have this name.
+        derived["template.name"] = str(Path(config.template.name).absolute())
     if config.training.processes is None:
         derived["training.processes"] = 1
     return _settled(Plan(config, origins), derived)

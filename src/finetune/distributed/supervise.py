@@ -71,7 +71,8 @@ def train_together(
     require_backend(backend)
     check_launch(launch, backend, os.environ)
     resume = "--resume" in arguments
-    folder = RunFolder.unfinished(output) if resume else RunFolder.place(output)
+    longer = any(word.startswith(("--epochs=", "--max-steps=", "--set=training.")) for word in arguments)
+    folder = RunFolder.unfinished(output, longer=longer) if resume else RunFolder.place(output)
     own = [] if resume else [f"--set=training.processes={launch.processes}"]
     return watch(launch, [*arguments, f"--output={folder.path}", *own], folder, command=command, say=say)
 

@@ -18,7 +18,7 @@ from finetune.criteria.evidence import ControlEvidence, Evidence
 from finetune.criteria.judge import overall
 from finetune.data.shipped import FOLDER, data_path
 from finetune.data.survey import shared_text, system_prompt
-from finetune.events import Event, FixedLoss, HeldOutLoss, RunResumed, RunStarted, StepDone
+from finetune.events import Event, FixedLoss, HeldOutLoss, RunLengthened, RunResumed, RunStarted, StepDone
 from finetune.evidence.asked import Asked
 from finetune.files import describe_file, file_hash
 from finetune.memory.estimate import weight_bytes
@@ -28,6 +28,7 @@ from finetune.processes import peak_rss
 from finetune.records import ModelLocation, Scores, TokenizedRow, Verdict
 from finetune.run.checkpoints import Owner
 from finetune.training.early_stopping import Trained
+from finetune.training.longer import lengthening_notes
 from finetune.training.prepare import FEWEST_UNSEEN, Prepared
 from finetune.training.run import Run
 
@@ -69,7 +70,7 @@ def run_record(
         "plan": plan_as_list(prepared.plan),
         "model": _model(prepared),
         "data": _data(prepared),
-        "training": _training(trained),
+        "training": _training(trained, events),
         "tracking": trackers.places() if trackers else [],
         "losses": {
             "train": [_pick(step, "step", "loss", "learning_rate", "grad_norm") for step in steps],
@@ -92,6 +93,7 @@ def run_record(
             *prepared.notes,
             *run.notes,
             *trained.notes(load_best_model=prepared.plan.config.training.load_best_model),
+            *lengthening_notes({step.step: step.learning_rate for step in steps}, events),
             *_resumed(events),
             *(trackers.notes() if trackers else []),
         ],
@@ -200,13 +202,15 @@ def data_files(prepared: Prepared) -> list[dict[str, Any]]:
     return [describe_file(path, name=_shown(path)) for path in prepared.files]
 
 
-def _training(trained: Trained) -> dict[str, Any]:
+def _training(trained: Trained, events: Sequence[Event]) -> dict[str, Any]:
     stopping = trained.stopping
+    longer = [event for event in events if isinstance(event, RunLengthened)]
     return {
         "planned_steps": trained.planned,
         "steps": trained.taken,
         "kept_step": trained.kept,
         "stopped_early": trained.stopped_early,
+        "lengthened": [_pick(event, "step", "planned_steps", "total_steps") for event in longer],
         "best": {"step": stopping.best_step, "held_out_loss": stopping.best_loss} if stopping.best_step else None,
     }
 

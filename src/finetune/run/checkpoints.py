@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,15 @@ class CheckpointStore:
     """The checkpoints of one run, in `folder`.
 
     The newest `keep` stay, with the one that was the best when each of them was written, the one of the `pinned` step,
-    and those in use; all stay where one of the newest is so damaged that it cannot say which the best was.
+    and those in use; all stay where one of the newest is so damaged that it cannot say which the best was. Those of a
+    run that was made longer since may belong to settings that it had `earlier`.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2, pinned: int = 0) -> None:
+    def __init__(
+        self, folder: Path, *, keep: int = 2, pinned: int = 0, earlier: Sequence[Mapping[str, object]] = ()
+    ) -> None:
         self.folder = folder
+        self.earlier = earlier
         self.keep = keep
         self.pinned = pinned
         self._in_use: set[int] = set()
@@ -112,10 +116,10 @@ class CheckpointStore:
                 f"checkpoint {path} is damaged: its files are not those that were written",
                 hint=f"delete {path} to go on from the checkpoint before it",
             )
-        differing = differences(manifest["identity"], identity)
-        if differing:
+        wanted = [identity, *({**identity, **settings} for settings in self.earlier)]
+        if all(differing := [differences(manifest["identity"], each) for each in wanted]):
             raise RefusedError(
-                f"checkpoint {path} belongs to other settings ({', '.join(differing)})",
+                f"checkpoint {path} belongs to other settings ({', '.join(differing[0])})",
                 hint="resume with the settings it started with",
             )
         self._in_use.add(step)

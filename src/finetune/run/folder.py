@@ -86,8 +86,11 @@ class RunFolder:
             ) from None
 
     @classmethod
-    def unfinished(cls, output: Path | None) -> Self:
+    def unfinished(cls, output: Path | None, *, longer: bool = False) -> Self:
         """The run to resume: the one at `output`, or the newest unfinished one below `runs/`.
+
+        Args:
+            longer: it is to be made longer, so that the one at `output` may be finished.
 
         Raises:
             OutputError: there is none, or it is finished already.
@@ -103,8 +106,9 @@ class RunFolder:
             raise OutputError(
                 f"{output} is not a run folder: it has no plan.yaml", hint="name a folder made by ft train"
             )
-        if run.manifest.exists():
-            raise OutputError(f"the run in {output} is finished", hint="start a new one with another --output")
+        if run.manifest.exists() and not longer:
+            hint = "start a new one with another --output, or make it longer: --resume with --epochs or --max-steps"
+            raise OutputError(f"the run in {output} is finished", hint=hint)
         return run
 
     def claim(self) -> None:
@@ -249,6 +253,10 @@ class RunFolder:
             with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
                 events.append(event_from_dict(json.loads(line)))
         return events
+
+    def learning_rates(self) -> dict[int, float]:
+        """The learning rate of each step that was logged."""
+        return {event.step: event.learning_rate for event in self.read_events() if isinstance(event, StepDone)}
 
     def secure_events(self) -> None:
         """Flush the log to disk: a checkpoint may only follow the events that led to it."""

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from finetune.errors import NonFiniteError
 from finetune.events import Event, FirstGradients, HeldOutLoss, StepDone
@@ -20,7 +20,8 @@ Batching = Callable[[int], list[Batch]]
 class LoopPlan:
     """Everything the loop needs to know, decided beforehand.
 
-    `last_step` ends training before `total_steps`, over which the learning rate is laid out all the same.
+    `last_step` ends training before `total_steps`, over which the learning rate is laid out all the same. Steps that
+    have `rates` of their own take those.
     """
 
     total_steps: int
@@ -30,7 +31,15 @@ class LoopPlan:
     schedule: Schedule
     evaluate_every: int
     last_step: int | None = None
+    rates: Mapping[int, float] = field(default_factory=dict)
     objective: Objective = CROSS_ENTROPY
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 1."""
+        if step in self.rates:
+            return self.rates[step]
+        pace, warmup = self.learning_rate, self.warmup_steps
+        return learning_rate_at(step, self.total_steps, learning_rate=pace, warmup_steps=warmup, schedule=self.schedule)
 
     @property
     def end(self) -> int:
@@ -92,9 +101,7 @@ def training_step(
     if not math.isfinite(loss):
         raise _non_finite("loss", loss, step, window)
     norms = session.gradient_norms() if step == 1 else {}
-    rate = learning_rate_at(
-        step, plan.total_steps, learning_rate=plan.learning_rate, warmup_steps=plan.warmup_steps, schedule=plan.schedule
-    )
+    rate = plan.rate_at(step)
     norm = session.clip_gradients()
     if not math.isfinite(norm):
         raise _non_finite("gradient norm", norm, step, window)

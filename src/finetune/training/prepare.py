@@ -132,7 +132,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     unseen = _unseen(encoder, held.examples, held_out, kept, notes) if held_out and answers == "open" else ()
     retention = _retention(encoder, plan, notes)
     _check_ids(shape, encoder, (train, rehearsal, held_out), retention)
-    plan, total = _with_steps(plan, shape, train.rows + (rehearsal.rows if rehearsal else ()))
+    plan, total = with_steps(plan, shape, train.rows + (rehearsal.rows if rehearsal else ()))
     files = [config.data.train, config.data.valid, config.data.rehearsal, config.data.retention]
     return Prepared(
         plan=plan,
@@ -339,11 +339,16 @@ def _check_ids(
             )
 
 
-def _with_steps(plan: Plan, shape: ModelShape, rows: Sequence[TokenizedRow]) -> tuple[Plan, int]:
-    """The plan with all that depends on how many steps the rows make, and how many are taken."""
+def steps_of_an_epoch(plan: Plan, rows: Sequence[TokenizedRow]) -> int:
+    """How many optimizer steps it takes to go through the rows once."""
     training = plan.config.training
     sequences = len(sequences_of(rows, seed=training.seed, pack_length=pack_length(plan)))
-    per_epoch = steps_per_epoch(sequences, batch_of_all(plan), training.gradient_accumulation_steps)
+    return steps_per_epoch(sequences, batch_of_all(plan), training.gradient_accumulation_steps)
+
+
+def with_steps(plan: Plan, shape: ModelShape, rows: Sequence[TokenizedRow]) -> tuple[Plan, int]:
+    """The plan with all that depends on how many steps the rows make, and how many are taken."""
+    training, per_epoch = plan.config.training, steps_of_an_epoch(plan, rows)
     plan = resolve_training(plan, parameters=shape.parameters, rows=len(rows), steps_per_epoch=per_epoch)
     epochs, most = plan.config.training.epochs, training.max_steps
     assert epochs is not None

@@ -7,6 +7,7 @@ from finetune.ports import Session
 from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune.run.folder import RunFolder
 from finetune.training.early_stopping import EarlyStopping
+from finetune.training.longer import check_longer, lengthening
 from finetune.training.run import Run
 
 
@@ -18,11 +19,17 @@ def claim_resumed(run: Run, owner: Owner) -> None:
     Raises:
         OutputError: another process is at work in it, or has finished it.
         RefusedError: a checkpoint is damaged, missing, or belongs to other settings, or events are missing.
+        FineTuneError: it is to be made longer, and cannot be: see `check_longer`.
     """
     run.folder.claim()
-    RunFolder.unfinished(run.folder.path)  # again: another process may have finished it while this one got ready
-    store = CheckpointStore(run.folder.checkpoints)
+    # Again: another process may have finished it while this one got ready.
+    RunFolder.unfinished(run.folder.path, longer=run.planned is not None)
+    store = run.checkpoints()
     done = store.newest()
+    if run.planned is not None:
+        run.lengthened = lengthening(run.folder, run.planned, run.prepared)
+    if run.lengthened is not None:
+        check_longer(run.folder, run.lengthened, early_stopping_at(run, done or 0))
     if done is None:
         return
     store.open(done, owner.identity)
@@ -41,7 +48,8 @@ def load_newest(run: Run, session: Session, store: CheckpointStore, owner: Owner
     done = store.newest() or 0
     if done:
         session.load_state(store.open(done, owner.identity))
-    check_same(run.group, {**owner.identity, **run.backend.versions(), "the step to go on from": done})
+    same = {"the step to go on from": done, "the last step": run.prepared.total_steps}
+    check_same(run.group, {**owner.identity, **run.backend.versions(), **same})
     return done
 
 

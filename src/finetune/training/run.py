@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from finetune.config import plan_as_list
-from finetune.events import Event, PhaseStarted, RunStarted
+from finetune.events import Event, PhaseStarted, RunLengthened, RunStarted
 from finetune.ports import Backend, Group, Session
 from finetune.records import Optimization
 from finetune.run.checkpoints import CheckpointStore
 from finetune.run.folder import RunFolder
 from finetune.tracking.consumer import Trackers
 from finetune.tracking.tracker import Tracked
+from finetune.training.longer import earlier_lengths
 from finetune.training.prepare import Prepared
 
 Listener = Callable[[Event], None]
@@ -20,7 +21,10 @@ Listener = Callable[[Event], None]
 
 @dataclass
 class Run:
-    """One run in progress; `why` says of each thing that is not measured why it is not, `device` where it computes."""
+    """One run in progress; `why` says of each thing that is not measured why it is not, `device` where it computes.
+
+    `planned`: as it was planned before, where it is resumed to be longer; `lengthened` then says what that changes.
+    """
 
     prepared: Prepared
     backend: Backend
@@ -33,6 +37,14 @@ class Run:
     trackers: Trackers | None = None
     device: str = ""
     started: RunStarted = field(default_factory=lambda: RunStarted("", ""))
+    planned: Prepared | None = None
+    lengthened: RunLengthened | None = None
+
+    def checkpoints(self, *, pinned: int = 0) -> CheckpointStore:
+        """The checkpoints of the run, those included that it wrote before it was made longer."""
+        return CheckpointStore(
+            self.folder.checkpoints, pinned=pinned, earlier=earlier_lengths(self.folder, self.planned)
+        )
 
     def open_session(self) -> Session:
         """The base model of the run, without an adapter."""
