@@ -1,12 +1,14 @@
 """Laws of the length limit: what does not fit is cut or left out as declared, and every row is accounted for."""
 
+import time
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetune.chat.encode import encode_row
+from finetune.chat.encode import encode_row, mark_rows
 from finetune.errors import DataError
-from finetune.records import Conversation, Document, Rendered
+from finetune.records import Conversation, Document, Message, Rendered
 from finetune_strategies.conversations import conversations
 from finetune_strategies.profiles import examples
 from finetune_strategies.tokenizers import TokenizerKind
@@ -119,3 +121,14 @@ def test_refuse_shows_twenty_and_counts_the_rest() -> None:
     with pytest.raises(DataError, match="and 5 more") as caught:
         encoded(FIRST, [document(FIRST, "one two three four")] * 25, 3, "refuse")
     assert str(caught.value).count("rows.jsonl:3") == 20
+
+
+def test_long_conversations_take_time_in_proportion() -> None:
+    """12,800 messages are encoded in seconds, not minutes: no answer's prefix is gone through for each answer."""
+    kind = TokenizerKind()
+    template, tokenizer = template_of(kind, "chatml"), tokenizer_of(kind)
+    messages = (Message("user", "hi"), Message("assistant", "ho")) * 6400
+    start = time.process_time()
+    [row] = mark_rows([template.render(Conversation(messages, "a:1"))], tokenizer)
+    assert time.process_time() - start < 6
+    assert row.tokenized().target_count > 6400

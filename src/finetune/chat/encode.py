@@ -79,7 +79,7 @@ class _Laid:
     @property
     def asked(self) -> int:
         """How many control tokens stand before the last answer."""
-        return sum(place < self.answer for place, _ in self.controls)
+        return bisect_left(self.controls, (self.answer,))
 
     @property
     def question(self) -> str:
@@ -155,8 +155,9 @@ def _marks(laid: _Laid, count: int, span: Callable[[int], tuple[int, int]]) -> b
     marks = bytearray(count)
     done = begin = 0
     for end, mark in laid.stretches:
-        last = end == len(laid.text)
-        up_to = count if last else bisect_left(range(count), end, done, key=lambda place: span(place)[0])
+        up_to = count if end == len(laid.text) else done
+        while up_to < count and span(up_to)[0] < end:
+            up_to += 1
         marks[done:up_to] = bytes([mark]) * (up_to - done)
         # Those of earlier stretches that reach into this one.
         for place in range(done - 1, -1, -1):

@@ -1,6 +1,6 @@
 """Which messages of a conversation are learned, and which characters of its rendered text."""
 
-from bisect import bisect
+from bisect import bisect, bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -16,7 +16,7 @@ Stretch = tuple[int, int]
 def answers_of(talk: Conversation, train_on: TrainOn = "all") -> list[int]:
     """The places of the answers that are learned: what a row says of a message counts before the settings."""
     answers = [index for index, message in enumerate(talk.messages) if message.role == "assistant"]
-    chosen = answers[-1:] if train_on == "last" else answers
+    chosen = set(answers[-1:] if train_on == "last" else answers)
     said = {index: talk.messages[index].trained for index in answers}
     return [index for index in answers if said[index] or (said[index] is None and index in chosen)]
 
@@ -53,5 +53,7 @@ class Learned:
 
     def pieces(self, begin: int, end: int) -> list[Stretch]:
         """A stretch cut wherever something changes in it."""
-        inside = {place for place in (*self.answers, *self.changes) if begin < place < end}
-        return list(pairwise(sorted({begin, end, *inside})))
+        inside = {begin, end}
+        for places in (self.answers, self.changes):  # sorted: a long conversation is not gone through for each piece
+            inside.update(places[bisect(places, begin) : bisect_left(places, end)])
+        return list(pairwise(sorted(inside)))

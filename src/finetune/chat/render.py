@@ -305,15 +305,14 @@ class ChatTemplate:
             if kept:
                 self._spoken[kept] = found
         if found:
-            before = shown[: found[-1][0]]
-            begin = len(before) + sum(len(texts[at]) - len(marker(at)) for at in map(int, MARKER.findall(before)))
+            begin = found[-1][0]
+            begin += sum(len(texts[at]) - len(marker(at)) for at in map(int, MARKER.findall(shown[:begin])))
             asked = replace(talk, messages=talk.messages[: learned[-1]])
             served = self._call(asked, asking=True)
             if served != real[:begin]:
                 raise self._asks_otherwise(served, real[: max(begin, len(served))], talk.where)
-            beside.require_shown(
-                self.name, asked, served, ()
-            )  # that a call names a tool does not show it to who is asked
+            # That a call names a tool does not show it to who is asked.
+            beside.require_shown(self.name, asked, served, ())
         # Nor does a tool that has its name show a call: each answer's own text must.
         for index, (begin, end) in zip(learned, found if beside.is_rich(talk) else (), strict=False):
             said = MARKER.sub(lambda place: texts[int(place[1])], shown[begin:end])
@@ -322,20 +321,19 @@ class ChatTemplate:
 
     def _look_for_answers(self, talk: Conversation, shown: str, indexes: Sequence[int]) -> tuple[Stretch, ...]:
         found: list[Stretch] = []
-        opening, spoken = "", 0
+        opening, spoken, begin = "", 0, 0
         for index in indexes:
             message, where = talk.messages[index], talk.where
-            before = shown.partition(marker(index))[0] if is_marked(message) else shown
-            markup = before.rpartition("\ue001")[2]
+            at = shown.find(marker(index), begin) if is_marked(message) else len(shown)
+            markup = shown[shown.rfind("\ue001", 0, at) + 1 : at]
             # Long conversations repeat themselves: once their openings do, no further prompt is rendered.
             if message.more or len(found) < _LOOKED_AT or markup != opening:
-                served = self._served(talk, index, before)
+                served = self._served(talk, index, before := shown[:at])
                 if not before.startswith(served):
                     raise self._asks_otherwise(served, before, where)
-                opening, spoken = markup, len(before) - len(served)
-            begin = len(before) - spoken
-            end = self._end(talk, shown, index, len(before) if is_marked(message) else begin)
-            found.append((begin, end))
+                opening, spoken = markup, at - len(served)
+            begin = at - spoken
+            found.append((begin, self._end(talk, shown, index, at if is_marked(message) else begin)))
         return tuple(found)
 
     def _served(self, talk: Conversation, index: int, before: str) -> str:
@@ -354,7 +352,8 @@ class ChatTemplate:
         """Where an answer ends whose text stands at a place: behind what the model must learn to stop with."""
         if not talk.messages[index].more:
             at += len(marker(index))
-            return at + len(self._terminator(shown[at:].partition("\ue000")[0], talk.where))
+            after = shown.find("\ue000", at)
+            return at + len(self._terminator(shown[at : after if after >= 0 else None], talk.where))
         # What stands behind the text, such as calls, is said, too: up to where the conversation would end here.
         whole = self._skeleton(replace(talk, messages=talk.messages[: index + 1]), asking=False).rstrip()
         if shown.startswith(whole) and any(whole.endswith(token) for token in self._control_tokens):
