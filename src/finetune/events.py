@@ -45,7 +45,7 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutLoss:
-    """Loss on rows that are never trained on, in nats per token, token-weighted, dropout off."""
+    """Loss on held-out rows, in nats per token, token-weighted, dropout off."""
 
     step: int
     loss: float

@@ -43,12 +43,12 @@ def loaded(place: Path, **changes: object) -> object:
 
 
 def test_run_on_open_answers_records_its_claims(place: Path, tmp_path: Path) -> None:
-    """Kind and goal are derived, near-duplicates are named, every claim is kept, and the sentence speaks of claims."""
+    """Kind and goal are derived, repeated rows are named, every claim is kept, and the sentence speaks of claims."""
     with without_reload_check():
         folder, record = fine_tune(loaded(place), output=tmp_path / "run")  # type: ignore[arg-type]
     assert record == json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert record["goal"] == "style"
-    assert any("near-duplicates of training rows" in note for note in record["notes"])
+    assert any("1 of 20 rows stand in the rows trained on: 1 with the same prompt" in note for note in record["notes"])
     assert len(record["claims"]["unseen"]["base"]) == 19
     claims = {each["id"] for each in record["verdicts"] if each["id"].startswith("claim-")}
     assert len(claims) == 6

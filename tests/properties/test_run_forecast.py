@@ -98,15 +98,18 @@ def test_answers_that_weigh_nothing_are_told_and_never_asked(place: Path, tmp_pa
     def turn(number: int, said: str, **marks: object) -> list[dict[str, object]]:
         return [{"role": "user", "content": f"{said}{number}"}, {"role": "assistant", "content": said, **marks}]
 
-    rows: list[dict[str, Any]] = [
-        {"messages": [*turn(number, "a", **first), *turn(number, "b", **second)]}
-        for number in range(3)
-        for first, second in (({"weight": 0}, {"weight": 1}), ({"train": True}, {"train": False}))
-    ]
-    rows += [{"messages": turn(9, "c", weight=0)}, {"messages": turn(9, "d"), "weight": 0}]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    files = {"data__train": str(file), "data__valid": str(file), "data__retention": str(file)}
+    def file_of(name: str, numbers: range) -> str:
+        rows: list[dict[str, Any]] = [
+            {"messages": [*turn(number, "a", **first), *turn(number, "b", **second)]}
+            for number in numbers
+            for first, second in (({"weight": 0}, {"weight": 1}), ({"train": True}, {"train": False}))
+        ]
+        rows += [{"messages": turn(9, "c", weight=0)}, {"messages": turn(9, "d"), "weight": 0}]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / name)
+
+    kept = file_of("kept.jsonl", range(50, 53))
+    files = {"data__train": file_of("rows.jsonl", range(3)), "data__valid": kept, "data__retention": kept}
     changes = {**files, "evaluation__questions": 9, "evaluation__retention_questions": 9}
     for train_on in ("all", "last", "everything"):
         prepared = prepare(loaded(place, **changes, template__name="chatml", template__train_on=train_on))

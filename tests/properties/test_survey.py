@@ -1,14 +1,11 @@
-"""Laws of looking at a data set: near-duplicates, repeats, and whether answers have one right wording."""
-
-import math
-import re
+"""Laws of looking at a data set: repeats, and whether answers have one right wording."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.shape import Example
-from finetune.data.survey import answer_kind, near_duplicates, survey_repeats
+from finetune.data.survey import answer_kind, survey_repeats
 from finetune.records import Conversation, Document, Message
 
 WORDS = st.lists(
@@ -42,44 +39,6 @@ def talk(prompt: str, answer: str) -> Conversation:
 
 
 EXAMPLES = st.one_of(st.builds(talk, TEXTS, TEXTS), TEXTS.map(lambda text: Document(text, "row")))
-
-
-def words_of(example: Example) -> set[str]:
-    """The words that a row says."""
-    text = example.text if isinstance(example, Document) else " ".join(turn.content for turn in example.messages)
-    return set(re.findall(r"\w+", text))
-
-
-@given(st.lists(EXAMPLES, max_size=6), st.lists(EXAMPLES, max_size=12), st.sampled_from([0.3, 0.5, 0.8, 1.0]))
-def test_near_duplicates_are_those_that_comparing_all_pairs_finds(
-    held: list[Example], training: list[Example], limit: float
-) -> None:
-    """The index leaves no pair out and finds no other: as the plain comparison of every held-out with every row."""
-    rows = [words_of(each) for each in (*held, *training)]
-
-    def weight(words: set[str]) -> int:
-        return sum(round(1000 * math.log1p(len(rows) / sum(word in row for row in rows))) for word in words)
-
-    expected = set()
-    for place, one in enumerate(held):
-        mine = words_of(one)
-        alike = any(weight(mine & row) >= limit * weight(mine | row) for row in rows[len(held) :])
-        prompts = {each.prompt.messages for each in training if isinstance(each, Conversation)}
-        same = isinstance(one, Conversation) and one.messages[0].content and one.prompt.messages in prompts
-        if not mine or alike or same:
-            expected.add(place)
-    assert near_duplicates(held, training, limit) == expected
-
-
-def test_rows_of_one_pattern_are_no_near_duplicates_and_reworded_ones_are() -> None:
-    """What all rows share tells none apart; a question that was asked in other words was seen."""
-    places = [f"{first}{second}" for first in ("bel", "kor", "mar", "tun") for second in ("a", "in", "ov", "um", "ys")]
-    rows = [
-        talk(f"What is the capital city of {each}?", f"The capital city of {each} is {each}grad.") for each in places
-    ]
-    reworded = talk("Name the capital of belin!", "Belingrad is the capital of belin.")
-    assert near_duplicates([*rows[:4], reworded], rows[4:]) == frozenset()
-    assert near_duplicates([reworded], rows) == {0}
 
 
 @given(st.lists(EXAMPLES, max_size=12))

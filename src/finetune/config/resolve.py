@@ -114,8 +114,11 @@ def resolve_steps(plan: Plan, total_steps: int) -> Plan:
     return _settled(plan, derived)
 
 
-def early_stopping_without_validation_problems(config: TrainingConfig, origins: Mapping[str, Origin]) -> list[Problem]:
+def early_stopping_without_validation_problems(
+    config: TrainingConfig, origins: Mapping[str, Origin], why: str = ""
+) -> list[Problem]:
     """What cannot be done when no rows are held out: there is no loss to stop by, or to choose the best step by."""
+    why = why or "no rows are held out to look at the loss on"
     training = config.training
     values = {
         "early_stopping_patience": training.early_stopping_patience,
@@ -123,9 +126,7 @@ def early_stopping_without_validation_problems(config: TrainingConfig, origins: 
     }
     hint = "hold rows out with data.valid, or with data.valid_fraction (0.05, for example), or leave it out"
     return [
-        _problem(
-            origins, f"training.{name}", f"{name} is {value}, but no rows are held out to look at the loss on", hint
-        )
+        _problem(origins, f"training.{name}", f"{name} is {value}, but {why}", hint)
         for name, value in values.items()
         if value is not None
     ]

@@ -131,7 +131,7 @@ class DataSpec(Spec):
     train: Text | None = None
     """The training rows: a .jsonl, .json, .csv, .tsv or .parquet file; null takes the shipped data set."""
     valid: Text | None = None
-    """Rows never trained on, to watch the loss on; null splits them off the training rows."""
+    """Rows to measure the loss on, less those that stand in training rows; null splits them off the training rows."""
     valid_fraction: Share | None = None
     """The share of training rows to hold out; null means 0.05, or none from fewer than 200 rows."""
     rehearsal: Text | None = None

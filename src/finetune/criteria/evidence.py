@@ -32,7 +32,10 @@ class MemoryMeasure:
 
 @dataclass(frozen=True, slots=True)
 class LossEvidence:
-    """Losses in nats per trained token. `fixed`: the same training batches before and after, dropout off."""
+    """Losses in nats per trained token. `fixed`: the same training batches before and after, dropout off.
+
+    `held_out` is that of so many held-out rows; so many others are not judged by, since they stand in training rows.
+    """
 
     per_step: tuple[float, ...]
     fixed_before: float
@@ -40,6 +43,8 @@ class LossEvidence:
     vocab_size: int
     held_out_before: float | None = None
     held_out_after: float | None = None
+    held_out_rows: int = 0
+    held_out_trained: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +61,17 @@ class ControlEvidence:
 
 @dataclass(frozen=True, slots=True)
 class LearningEvidence:
-    """Answers to the trained questions by base, tuned and control model, and to questions the base already knew."""
+    """Answers to the trained questions by base, tuned and control model, and to questions the base already knew.
+
+    `retention_trained`: how many of the latter stand in training rows, and were not asked.
+    """
 
     base: Scores
     tuned: Scores
     control: ControlEvidence | None = None
     retention_base: Scores | None = None
     retention_tuned: Scores | None = None
+    retention_trained: int = 0
 
 
 @dataclass(frozen=True, slots=True)

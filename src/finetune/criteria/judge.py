@@ -14,8 +14,8 @@ from finetune.criteria.validator import (
     MIN_LOSS_REDUCTION,
     TrainingSuccessValidator,
 )
-from finetune.criteria.verdicts import NOT_MEASURED, verdict
-from finetune.errors import EvidenceError
+from finetune.criteria.verdicts import NOT_MEASURED, too_few_left, verdict
+from finetune.errors import EvidenceError, counted
 from finetune.records import Outcome, Reload, Verdict
 
 _START_MARGIN = 1.0
@@ -87,13 +87,20 @@ def _judge_start(loss: LossEvidence) -> Verdict:
 
 def _judge_held_out(evidence: Evidence) -> Verdict:
     key, allowed = "loss-held-out", "lower than before"
-    before, after = evidence.loss.held_out_before, evidence.loss.held_out_after
+    loss = evidence.loss
+    before, after = loss.held_out_before, loss.held_out_after
+    few = too_few_left(loss.held_out_rows, loss.held_out_trained, "held-out rows")
     if before is None or after is None:
-        reason = evidence.why.get("held_out", "no rows were held out")
-        return verdict(key, Outcome.NOT_APPLICABLE, NOT_MEASURED, allowed, reason)
+        reason = few or evidence.why.get("held_out", "no rows were held out")
+        return verdict(key, Outcome.INCONCLUSIVE if few else Outcome.NOT_APPLICABLE, NOT_MEASURED, allowed, reason)
     outcome = Outcome.PASSED if after < before else Outcome.FAILED if after > before * 1.05 else Outcome.INCONCLUSIVE
     reason = "" if outcome == Outcome.PASSED else "what was learned does not carry over to other rows"
-    return verdict(key, outcome, f"{before:.3g} to {after:.3g}", allowed, reason, before=before, after=after)
+    if few:
+        outcome, reason = Outcome.INCONCLUSIVE, few
+    measured = f"{before:.3g} to {after:.3g}"
+    if loss.held_out_trained:
+        measured += f" on {counted(loss.held_out_rows, 'row')} that training does not repeat"
+    return verdict(key, outcome, measured, allowed, reason, before=before, after=after)
 
 
 def _judge_parameters(evidence: Evidence) -> list[Verdict]:

@@ -4,7 +4,7 @@ import math
 
 from finetune.criteria.evidence import Evidence, LearningEvidence
 from finetune.criteria.validator import MIN_IMPROVED_SHARE, TrainingSuccessValidator
-from finetune.criteria.verdicts import NOT_MEASURED, verdict
+from finetune.criteria.verdicts import NOT_MEASURED, too_few_left, verdict
 from finetune.intervals import difference_interval, wilson_interval
 from finetune.records import Outcome, Scores, Verdict
 
@@ -133,8 +133,10 @@ def could_pass(tuned: Scores) -> bool:
 
 def _judge_retention(learning: LearningEvidence, why: str) -> Verdict:
     base, tuned = learning.retention_base, learning.retention_tuned
+    few = too_few_left(len(tuned.answers) if tuned else 0, learning.retention_trained, "retention rows")
     if base is None or tuned is None:
-        return verdict("learning-retention", Outcome.NOT_APPLICABLE, NOT_MEASURED, _ALLOWED["learning-retention"], why)
+        outcome = Outcome.INCONCLUSIVE if few else Outcome.NOT_APPLICABLE
+        return verdict("learning-retention", outcome, NOT_MEASURED, _ALLOWED["learning-retention"], few or why)
     lost = base.share - tuned.share
     low, high = wilson_interval(tuned.right, len(tuned.answers))
     surely_lost = difference_interval((base.right, len(base.answers)), (tuned.right, len(tuned.answers)))[0]
@@ -143,6 +145,8 @@ def _judge_retention(learning: LearningEvidence, why: str) -> Verdict:
     if lost > MAX_RETENTION_LOSS:
         outcome = Outcome.FAILED if surely_lost > MAX_RETENTION_LOSS else Outcome.INCONCLUSIVE
         reason = f"{100 * lost:.0f} points are lost, {max(0.0, 100 * surely_lost):.0f} of them surely"
+    if few and outcome == Outcome.PASSED:
+        outcome, reason = Outcome.INCONCLUSIVE, few
     measured = (
         f"{base.share:.0%} before, {tuned.share:.0%} [{100 * low:.0f}, {100 * high:.0f}] after "
         f"on {len(tuned.answers)} questions"

@@ -1,5 +1,6 @@
 """The five criteria and their companions: the title of each, and how a verdict on one is made."""
 
+from finetune.data.overlap import FEWEST_LEFT
 from finetune.records import Outcome, Verdict
 
 NOT_MEASURED = "not measured"
@@ -8,7 +9,7 @@ TITLES = (
         "loss-convergence": "Training loss falls",
         "loss-fixed-batches": "It falls on the same batches, dropout off",
         "loss-start": "The start was plausible",
-        "loss-held-out": "It falls on rows never trained on",
+        "loss-held-out": "Validation loss falls",
     },
     {
         "model-learning": "Answers improve",
@@ -48,3 +49,10 @@ def verdict(
     number, titles = next((number, titles) for number, titles in enumerate(TITLES, start=1) if key in titles)
     companion = key != next(iter(titles))
     return Verdict(key, title or titles[key], number, outcome, measured, allowed, reason, companion, numbers=numbers)
+
+
+def too_few_left(left: int, trained: int, what: str) -> str:
+    """Why rows are too few to judge by, since the others stand in training rows; "" where they are not."""
+    if not trained or left >= FEWEST_LEFT:
+        return ""
+    return f"{trained} of the {what} stand in the rows trained on, and {left} that do not are too few to judge by"

@@ -1,26 +1,17 @@
-"""What a data set is like: whether its answers are exact, what it says twice, and what a held-out row repeats."""
+"""What a data set is like: whether its answers are exact, and what it says twice."""
 
-import math
-import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from finetune.data.shape import Example
-from finetune.records import Conversation, Message
+from finetune.records import Conversation
 
 AnswerKind = Literal["exact", "open"]
-NEAR_DUPLICATE = 0.4
-"""From which share of what two rows say together, rare words weighing more, they say nearly the same.
-
-In a public split of question and answer rows, those above it could be told from training alone. What all rows share
-(a pattern, a table's header) weighs next to nothing: rows of one pattern that ask of different things are none.
-"""
-_EXACT_WORDS = 6
+SHORT_ANSWER = 6
 """Up to how many words an answer can be the only right one: a name, a number, a label."""
 _EXACT_SHARE = 0.9
-_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +65,7 @@ def answer_kind(examples: Sequence[Example], repeats: Repeats) -> AnswerKind:
         return "open"
     again = Counter(conversation.answer for conversation in conversations)
     often = max(3, len(conversations) // 20)
-    exact = sum(len(each.answer.split()) <= _EXACT_WORDS or again[each.answer] >= often for each in conversations)
+    exact = sum(len(each.answer.split()) <= SHORT_ANSWER or again[each.answer] >= often for each in conversations)
     prompts = len({each.prompt.messages for each in conversations})
     several = repeats.conflicts > (1 - _EXACT_SHARE) * prompts
     return "exact" if exact >= _EXACT_SHARE * len(conversations) and not several else "open"
@@ -92,60 +83,3 @@ def survey_repeats(examples: Iterable[Example]) -> Repeats:
         if isinstance(example, Conversation):
             answers[example.prompt.messages].add(example.answer)
     return Repeats(duplicates, sum(len(found) > 1 for found in answers.values()))
-
-
-def near_duplicates(
-    held_out: Sequence[Example], training: Sequence[Example], limit: float = NEAR_DUPLICATE
-) -> frozenset[int]:
-    """The places of held-out rows that say nearly what a training row says: they do not count as unseen.
-
-    Of two rows the weight of the shared words is compared with that of all words (weighted Jaccard). A word that
-    `count` of `n` rows have weighs log(1 + n / count), in whole thousandths, so that sums are exact. Rows as alike as
-    `limit` share one of the rarest words of each: those down to where the rest weighs less than `limit` of the row.
-    Only rows that do are compared.
-
-    Source: Bayardo, Ma and Srikant, 2007, "Scaling up all pairs similarity search".
-    """
-    words = [_words(example) for example in held_out]
-    counts = Counter(word for example in (*held_out, *training) for word in _words(example))
-    total = len(held_out) + len(training)
-    weights = {word: round(1000 * math.log1p(total / count)) for word, count in counts.items()}
-
-    def weight(of: Iterable[str]) -> int:
-        return sum(weights[word] for word in of)
-
-    def rarest(each: frozenset[str]) -> Iterator[str]:
-        rest = whole = weight(each)
-        for word in sorted(each, key=lambda word: (-weights[word], word)):
-            if rest < limit * whole:
-                return
-            yield word
-            rest -= weights[word]
-
-    homes: defaultdict[str, list[int]] = defaultdict(list)
-    for place, each in enumerate(words):
-        for word in rarest(each):
-            homes[word].append(place)
-    found: set[int] = {place for place, each in enumerate(words) if not each}
-    for example in training:
-        other = _words(example)
-        near = {place for word in rarest(other) for place in homes.get(word, ())} - found
-        found |= {place for place in near if weight(words[place] & other) >= limit * weight(words[place] | other)}
-    # A prompt that was trained on is not unseen either, whatever it is answered here.
-    prompts = {_prompt(example) for example in training}
-    return frozenset(found | {place for place, each in enumerate(held_out) if _prompt(each) in prompts - {()}})
-
-
-def _prompt(example: Example) -> tuple[str, ...]:
-    return tuple(_spoken(example.prompt.messages)) if isinstance(example, Conversation) else ()
-
-
-def _words(example: Example) -> frozenset[str]:
-    if isinstance(example, Conversation):
-        return frozenset(_spoken(example.messages))
-    return frozenset(_WORD.findall(example.text.casefold()))
-
-
-def _spoken(messages: Sequence[Message]) -> Iterator[str]:
-    """The words of all turns; a system prompt is the same for most rows and tells none apart."""
-    return (word for turn in messages if turn.role != "system" for word in _WORD.findall(turn.content.casefold()))

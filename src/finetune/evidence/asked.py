@@ -9,7 +9,7 @@ from finetune.data.batches import fixed_batches
 from finetune.evidence.budget import LOOKS, Budget, Prices
 from finetune.evidence.open_answers import MATCHED_ROWS, OTHER_ROWS, OpenQuestions, often_alike, open_questions
 from finetune.records import Batch, Question, TokenizedRow
-from finetune.training.prepare import Prepared, held_out_batches
+from finetune.training.prepare import Prepared
 
 FEWEST_ROWS, FEWEST_MATCHED = 16, 24
 """So many rows of each kind are asked whatever it costs: with 14 of 16 that agree an exact test at 1 % decides.
@@ -27,12 +27,16 @@ _RELOADED_TOKENS = 32
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Everything that one look asks, and what that leaves of the budget."""
+    """Everything that one look asks, and what that leaves of the budget.
+
+    `held_out`: rows that no training row is like; `alike`: held-out rows that one is like, or that were not compared.
+    """
 
     learning: tuple[Question, ...]
     retention: tuple[Question, ...]
     fixed: tuple[Batch, ...]
     held_out: tuple[Batch, ...]
+    alike: tuple[Batch, ...]
     open: OpenQuestions | None
     budget: Budget
 
@@ -88,12 +92,12 @@ def _asked(prepared: Prepared, prices: Prices, openly: OpenQuestions | None, row
         most = rows // 2
         learning, retention = _cheapest(learning, most), _cheapest(retention, most)
     fixed = fixed_batches(_fixed_rows(prepared, most), config.training.batch_size)
-    held_out = held_out_batches(prepared)
+    held_out, alike = (fixed_batches(rows, config.training.batch_size) for rows in _held_out(prepared))
     questions = prices.asking(prepared, learning)
     # A fresh process goes through the prompts with and without what was saved, this one through them twice, and once in
     # float64, which costs as much again.
     check = prices.process + 6 * prices.forward * sum(map(len, reloaded(prepared)))
-    look = prices.scoring((*fixed, *held_out)) + questions + prices.asking(prepared, retention)
+    look = prices.scoring((*fixed, *held_out, *alike)) + questions + prices.asking(prepared, retention)
     budget = Budget(
         share=config.judge.budget,
         steps=prepared.total_steps,
@@ -103,7 +107,7 @@ def _asked(prepared: Prepared, prices: Prices, openly: OpenQuestions | None, row
         memory=prices.memory(prepared),
         control_look=2 * questions,
     )
-    return Asked(learning, retention, tuple(fixed), tuple(held_out), openly, budget)
+    return Asked(learning, retention, tuple(fixed), tuple(held_out), tuple(alike), openly, budget)
 
 
 def _cheapest(questions: Sequence[Question], count: int) -> tuple[Question, ...]:
@@ -115,3 +119,12 @@ def _fixed_rows(prepared: Prepared, most: int) -> Sequence[TokenizedRow]:
     rows = prepared.train.rows
     most = max(_FEWEST_FIXED, min(most, _FIXED_TOKENS * len(rows) // prepared.train.counts.tokens))
     return rows[:: max(1, len(rows) // most)][:most]
+
+
+def _held_out(prepared: Prepared) -> tuple[list[TokenizedRow], list[TokenizedRow]]:
+    """The held-out rows that count as unseen, and the others."""
+    sides: tuple[list[TokenizedRow], list[TokenizedRow]] = ([], [])
+    unseen = prepared.overlaps["valid"].unseen
+    for row in prepared.held_out.rows if prepared.held_out else ():
+        sides[row.where.partition(" piece ")[0] not in unseen].append(row)
+    return sides

@@ -28,13 +28,17 @@ from finetune.training.prepare import Prepared
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One look at a session: what it answers, what it has kept, and its losses (nats per token, token count)."""
+    """One look at a session: what it answers, what it has kept, and its losses (nats per token, token count).
+
+    `held_out` is that of all held-out rows, `unseen` that of those which no training row is like.
+    """
 
     asked: Asked
     learning: Scores | None
     retention: Scores | None
     fixed: tuple[float, int]
     held_out: tuple[float, int] | None
+    unseen: tuple[float, int] | None
     open: OpenLook | None = None
 
 
@@ -48,14 +52,21 @@ def observe(session: Session, prepared: Prepared, base: Observation | None = Non
     openly = None
     if asked.open:
         openly = look(session, prepared, asked.open, base.open if base else None)
+    unseen, alike = (mean_loss(session, rows) if rows else None for rows in (asked.held_out, asked.alike))
     return Observation(
         asked=asked,
         open=openly,
         learning=score(session, prepared, asked.learning),
         retention=score(session, prepared, asked.retention),
         fixed=mean_loss(session, asked.fixed),
-        held_out=mean_loss(session, asked.held_out) if asked.held_out else None,
+        held_out=_of_both(unseen, alike) if unseen and alike else unseen or alike,
+        unseen=unseen,
     )
+
+
+def _of_both(one: tuple[float, int], other: tuple[float, int]) -> tuple[float, int]:
+    count = one[1] + other[1]
+    return (one[0] * one[1] + other[0] * other[1]) / count, count
 
 
 def score(session: Session, prepared: Prepared, questions: Sequence[Question]) -> Scores | None:
@@ -81,8 +92,10 @@ def loss_evidence(
         fixed_before=before.fixed[0],
         fixed_after=after.fixed[0],
         vocab_size=prepared.shape.vocab_size,
-        held_out_before=before.held_out[0] if before.held_out else None,
-        held_out_after=after.held_out[0] if after.held_out else None,
+        held_out_before=before.unseen[0] if before.unseen else None,
+        held_out_after=after.unseen[0] if after.unseen else None,
+        held_out_rows=sum(len(batch.rows) for batch in before.asked.held_out),
+        held_out_trained=len(prepared.overlaps["valid"].twins),
     )
 
 
@@ -126,7 +139,8 @@ def learning_evidence(
             else f"no answer is shorter than {evaluation.max_new_tokens} tokens, so none can be compared word for word"
         )
         return None
-    return LearningEvidence(before.learning, after.learning, control, before.retention, after.retention)
+    alike = len(prepared.overlaps["retention"].twins)
+    return LearningEvidence(before.learning, after.learning, control, before.retention, after.retention, alike)
 
 
 def artifact_evidence(

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.chat.encode import mark_rows
+from finetune.data.overlap import near_twins
 from finetune.data.read import read_rows
 from finetune.data.shape import Example, shape_rows
 from finetune.data.shipped import NEUTRAL, data_path
-from finetune.data.survey import near_duplicates
 from finetune.evidence.answers import normalise
 from finetune.evidence.budget import Prices
 from finetune.ports import Session
@@ -261,7 +261,7 @@ def open_questions(prepared: Prepared) -> OpenQuestions:
 def _neutral(prepared: Prepared) -> Sequence[Example]:
     data = prepared.plan.config.data
     own = read_shaped(data, "retention") if data.retention else shape_rows(read_rows(data_path(NEUTRAL)))
-    return own.examples
+    return [each for each in own.examples if not data.retention or each.where in prepared.overlaps["retention"].unseen]
 
 
 def _fitting(prepared: Prepared, examples: Sequence[Example]) -> tuple[TokenizedRow, ...]:
@@ -279,11 +279,11 @@ def _matching(prepared: Prepared, conversations: Sequence[Conversation], name: s
     others: list[TokenizedRow] = []
     for each in chosen:
         drawn = rng.sample(conversations, min(len(conversations), _POOL))
-        alike = near_duplicates([Document(one.answer, "") for one in drawn], [Document(each.answer, "")])
+        alike = near_twins([Document(one.answer, "") for one in drawn], [Document(each.answer, "")])
         wrong = [
             one.messages[-1]
             for place, one in enumerate(drawn)
-            if place not in alike and one.prompt.messages != each.prompt.messages
+            if place not in alike and one.answer != each.answer and one.prompt.messages != each.prompt.messages
         ]
         said = [each.messages[-1], *wrong[: CHOICES - 1]]
         group = [replace(each, messages=(*each.messages[:-1], message)) for message in said]

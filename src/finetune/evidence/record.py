@@ -97,7 +97,17 @@ def run_record(
             *_resumed(events),
             *(trackers.notes() if trackers else []),
         ],
-        "not_measured": dict(evidence.why),
+        "not_measured": _why_not_left(prepared) | dict(evidence.why),
+    }
+
+
+def _why_not_left(prepared: Prepared) -> dict[str, str]:
+    """For held-out and retention rows, that none is left to measure on, since training repeats all of them."""
+    names = {"held_out": prepared.overlaps["valid"], "retention": prepared.overlaps["retention"]}
+    return {
+        name: f"all {found.rows} rows stand in the rows trained on"
+        for name, found in names.items()
+        if found.rows and not found.unseen
     }
 
 
@@ -191,6 +201,7 @@ def _data(prepared: Prepared) -> dict[str, Any]:
         "train": asdict(prepared.train.counts),
         "valid": asdict(prepared.held_out.counts) if prepared.held_out else None,
         "rehearsal": asdict(prepared.rehearsal.counts) if prepared.rehearsal else None,
+        "overlap": {name: found.values() for name, found in prepared.overlaps.items() if found.rows},
         # With these a model is asked as it was trained.
         "system": asdict(shared_text([system_prompt(each) for each in prepared.conversations])),
         "tools": asdict(shared_text([each.tools for each in prepared.conversations])),

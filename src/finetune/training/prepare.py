@@ -1,7 +1,6 @@
 """From a configuration to token ids: finds the model, reads the data, renders and encodes it, and settles the plan."""
 
-import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,11 +23,12 @@ from finetune.config import (
 from finetune.config.schema import DataSpec
 from finetune.data.batches import fixed_batches, sequences_of
 from finetune.data.facts import deranged
+from finetune.data.overlap import Overlap, find_overlap
 from finetune.data.read import read_rows
 from finetune.data.shape import Example, ShapedRows, shape_rows
 from finetune.data.shipped import FACTS, REHEARSAL, RETENTION, data_path
 from finetune.data.split import hold_out
-from finetune.data.survey import AnswerKind, answer_kind, near_duplicates, survey_repeats
+from finetune.data.survey import AnswerKind, answer_kind, survey_repeats
 from finetune.errors import ConfigError, DataError, ModelError, Problem, counted
 from finetune.memory.estimate import adapter_parameters, weight_bytes
 from finetune.models.locate import SHIPPED, locate_model
@@ -38,19 +38,17 @@ from finetune.records import (
     AdapterTarget,
     Batch,
     Conversation,
-    Document,
     ModelLocation,
     ModelShape,
     Question,
     TokenizedRow,
 )
 from finetune.training.loop import steps_per_epoch
+from finetune.training.questions import retention_questions, trained_questions, unseen_rows, without_trained
 
 _MOST_STEPS = 10**9
 FEWEST_UNSEEN = 16
 """From how many unseen rows on a run is judged by them of itself."""
-_UNSEEN_SAMPLE = 512
-"""Among so many held-out rows unseen ones are looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +69,7 @@ class Prepared:
     questions: tuple[Question, ...]
     retention: tuple[Question, ...]
     total_steps: int
+    overlaps: Mapping[str, Overlap]
     files: tuple[Path, ...]
     notes: tuple[str, ...]
 
@@ -118,19 +117,18 @@ def prepare(loaded: LoadedConfig) -> Prepared:
             hint="raise tokens.max_length, or look at what the rows hold",
         )
     notes += learned_notes(tokenizer, train.rows)
-    rehearsal = encoder.encode(_read(config.data, "rehearsal", notes), plan) if config.data.rehearsal else None
-    held = _held_out_examples(config, split, notes)
-    held_out = encode_held_out(encoder, plan, held)
-    if not (held_out and held_out.rows) and (
-        problems := early_stopping_without_validation_problems(config, plan.origins)
-    ):
-        raise ConfigError(problems)
+    rehearsed = _read(config.data, "rehearsal", notes)
+    rehearsal = encoder.encode(rehearsed, plan) if config.data.rehearsal else None
+    learned = [*kept, *rehearsed.examples]
+    held, seen, held_out = _hold_out(encoder, plan, split, learned, notes)
     trained = {row.where for row in train.rows}
     conversations = tuple(encoder.as_asked(example for example in kept if example.where in trained))
-    questions = _questions(encoder, conversations, plan, count=config.evaluation.questions)
+    questions = trained_questions(encoder, conversations, plan, count=config.evaluation.questions)
     answers = _answers(config, kept, questions, notes)
-    unseen = _unseen(encoder, held.examples, held_out, kept, notes) if held_out and answers == "open" else ()
-    retention = _retention(encoder, plan, notes)
+    unseen = unseen_rows(encoder, held.examples, held_out, seen) if held_out and answers == "open" else ()
+    kept_rows = _read(config.data, "retention", notes).examples
+    known = find_overlap(kept_rows, learned)
+    retention = retention_questions(encoder, kept_rows, known, plan, notes)
     _check_ids(shape, encoder, (train, rehearsal, held_out), retention)
     plan, total = with_steps(plan, shape, train.rows + (rehearsal.rows if rehearsal else ()))
     files = [config.data.train, config.data.valid, config.data.rehearsal, config.data.retention]
@@ -149,6 +147,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         questions=questions,
         retention=retention,
         total_steps=total,
+        overlaps={"valid": seen, "retention": known},
         files=tuple(data_path(name) for name in files if name),
         notes=tuple(notes),
     )
@@ -268,7 +267,11 @@ def read_shaped(data: DataSpec, key: str) -> ShapedRows:
 
 
 def _read(data: DataSpec, key: str, notes: list[str]) -> ShapedRows:
-    shaped, name = read_shaped(data, key), getattr(data, key)
+    """The rows of a file, and notes on them; none where none is named."""
+    name = getattr(data, key)
+    if name is None:
+        return ShapedRows((), {}, {}, ())
+    shaped = read_shaped(data, key)
     notes += [f"{name}: {note}" for note in shaped.notes]
     if shaped.ignored_columns:
         notes.append(f"{name}: columns that were not read: {', '.join(shaped.ignored_columns)}")
@@ -278,13 +281,28 @@ def _read(data: DataSpec, key: str, notes: list[str]) -> ShapedRows:
 
 
 def _held_out_examples(config: TrainingConfig, split: list[Example], notes: list[str]) -> ShapedRows:
-    """The rows to measure on, never trained on: a file of their own, or those held out."""
+    """The rows to measure on: a file of their own, or those held out of training."""
     if config.data.valid is not None:
         return _read(config.data, "valid", notes)
     if split:
         held = counted(len(split), "row", "was/were")
         notes.append(f"{held} held out of training to measure the loss on (data.valid_fraction)")
     return ShapedRows(tuple(split), {}, {}, ())
+
+
+def _hold_out(
+    encoder: Encoder, plan: Plan, split: list[Example], learned: Sequence[Example], notes: list[str]
+) -> tuple[ShapedRows, Overlap, Encoded | None]:
+    """The rows to measure on, less what is trained on, as examples and as ids; and what training repeats of them."""
+    config = plan.config
+    name = config.data.valid or "held-out rows"
+    held, seen = without_trained(_held_out_examples(config, split, notes), learned, name, notes)
+    held_out = encode_held_out(encoder, plan, held)
+    if not (held_out and held_out.rows):
+        why = f"all {seen.rows} rows of {name} stand in the rows trained on" if seen.twins else ""
+        if problems := early_stopping_without_validation_problems(config, plan.origins, why):
+            raise ConfigError(problems)
+    return held, seen, held_out
 
 
 def _answers(
@@ -298,24 +316,6 @@ def _answers(
     # However often they come again, none may be short enough to be compared word for word.
     comparable = bool(questions) or not config.evaluation.questions
     return answer_kind(kept, repeats) if comparable else "open"
-
-
-def _unseen(
-    encoder: Encoder, examples: Sequence[Example], held_out: Encoded, kept: Sequence[Example], notes: list[str]
-) -> tuple[Example, ...]:
-    """A sample of the held-out rows that are measured, less those that say nearly what a training row says."""
-    measured = {row.where for row in held_out.rows}
-    talks = {talk.where: talk for talk in encoder.as_asked(examples)}
-    asked = (example if isinstance(example, Document) else talks.get(example.where) for example in examples)
-    held = [example for example in asked if example and example.where in measured]
-    sample = held[:: max(1, len(held) // _UNSEEN_SAMPLE)][:_UNSEEN_SAMPLE]
-    twins = near_duplicates(sample, kept)
-    if twins:
-        notes.append(
-            f"{len(twins)} of {len(sample)} held-out rows are near-duplicates of training rows: they do not count as "
-            "unseen"
-        )
-    return tuple(example for place, example in enumerate(sample) if place not in twins)
 
 
 def encode_held_out(encoder: Encoder, plan: Plan, held: ShapedRows) -> Encoded | None:
@@ -358,36 +358,3 @@ def with_steps(plan: Plan, shape: ModelShape, rows: Sequence[TokenizedRow]) -> t
     total = max(1, round(epochs * per_epoch))
     total = total if most is None else min(total, most)
     return resolve_steps(plan, total), total
-
-
-def _questions(
-    encoder: Encoder, conversations: Sequence[Conversation], plan: Plan, *, count: int
-) -> tuple[Question, ...]:
-    """Up to `count` conversations whose answer is short enough to be compared word for word, chosen by the seed."""
-    most, row = plan.config.evaluation.max_new_tokens, plan.config.tokens.max_length
-    assert row is not None
-    order = list(range(len(conversations)))
-    random.Random(f"questions-{plan.config.training.seed}").shuffle(order)
-    chosen: dict[int, Question] = {}
-    for index in order:
-        if len(chosen) == count:
-            break
-        # A text too long by itself is so whatever the template adds to it: most rows of prose are not even rendered.
-        if len(encoder.tokenizer.encode_content(conversations[index].messages[-1].content.strip())) > most:
-            continue
-        question = encoder.question(conversations[index])
-        # The answer and its terminator must fit into what is generated, and beside the prompt into a row.
-        if question.answer and len(question.answer) + 1 <= min(most, row - len(question.ids)):
-            chosen[index] = question
-    return tuple(chosen[index] for index in sorted(chosen))
-
-
-def _retention(encoder: Encoder, plan: Plan, notes: list[str]) -> tuple[Question, ...]:
-    name = plan.config.data.retention
-    if name is None:
-        return ()
-    conversations, refused = encoder.asked(_read(plan.config.data, "retention", notes).examples)
-    if refused:
-        unasked = counted(len(refused), "row", "is/are")
-        notes.append(f"{name}: {unasked} not asked, since the template refuses: {refused[0][1].message}")
-    return _questions(encoder, conversations, plan, count=plan.config.evaluation.retention_questions)

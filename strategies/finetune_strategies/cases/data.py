@@ -1,5 +1,6 @@
 """Rows to account for, to order, to split and to cache."""
 
+from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
 
 from hypothesis import strategies as st
@@ -70,6 +71,53 @@ HELD = st.builds(
 )
 
 SPLIT_SAME = HELD.filter(lambda case: len(set(case.picks)) > 3 and case.fraction > 0.3)
+
+
+How = Literal["as it is", "in capitals", "with other spaces", "otherwise"]
+
+
+class Repeated(Recipe):
+    """What training rows say, by number, and what held-out rows say of the same or of others, and how."""
+
+    picks: Annotated[tuple[Annotated[int, Field(ge=0, le=9)], ...], Field(min_length=1, max_length=8, strict=False)]
+    held: Annotated[
+        tuple[tuple[Annotated[int, Field(ge=0, le=9)], How], ...], Field(min_length=1, max_length=6, strict=False)
+    ]
+
+    @property
+    def trained(self) -> list[dict[str, str]]:
+        """The rows to train on."""
+        return [_said(pick, "as it is") for pick in self.picks]
+
+    @property
+    def valid(self) -> list[dict[str, str]]:
+        """The rows to hold out."""
+        return [_said(pick, how) for pick, how in self.held]
+
+
+def _said(pick: int, how: How) -> dict[str, str]:
+    """A row whose words no other number has."""
+    name = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"][pick]
+    prompt, completion = f"Where do {name}lings and {name}rings live?", f"In {name}land, {name}wood or {name}ton."
+    if how == "otherwise":
+        return {"prompt": f"Say where {name}rings and {name}lings live!", "completion": completion}
+    say: Mapping[How, Callable[[str], str]] = {
+        "as it is": str,
+        "in capitals": str.upper,
+        "with other spaces": lambda text: f" {text.replace(' ', '  ')}",
+    }
+    return {"prompt": say[how](prompt), "completion": say[how](completion)}
+
+
+REPEATED = st.builds(
+    Repeated,
+    picks=st.lists(st.integers(0, 6), min_size=1, max_size=8).map(tuple),
+    held=st.lists(
+        st.tuples(st.integers(0, 9), st.sampled_from(("as it is", "in capitals", "with other spaces", "otherwise"))),
+        min_size=1,
+        max_size=6,
+    ).map(tuple),
+)
 
 
 class Cached(Recipe):

@@ -11,9 +11,11 @@ from finetune.chat import encoder, fit
 from finetune.chat.encode import Marked
 from finetune.chat.fit import Encoded
 from finetune.chat.tokenizer import FileTokenizer
+from finetune.data import overlap
+from finetune.data.overlap import Overlap
 from finetune.data.shape import Example
 from finetune.records import Batch, Rendered, Row, TokenizedRow
-from finetune.training import prepare
+from finetune.training import prepare, questions
 from finetune.verify.faults.fault import fault, in_place_of, plant
 from finetune.verify.faults.sessions import plant_session
 
@@ -71,6 +73,22 @@ def _split_by_place(right: Splitting, examples: Sequence[Example], fraction: flo
     held = set(random.Random(seed).sample(range(len(examples)), count))
     inside, out = ([each for at, each in enumerate(examples) if (at in held) == side] for side in (False, True))
     return inside, out
+
+
+@fault("A024c", "data.overlap_unnoticed")
+@in_place_of("find_overlap", questions)
+def _trained_rows_are_unseen(
+    right: Callable[..., Overlap], rows: Sequence[Example], training: Sequence[Example]
+) -> Overlap:
+    """Validation rows that are trained on, too, count as unseen."""
+    return right(rows, ())
+
+
+@fault("A024d", "data.near_twins_unnoticed")
+@in_place_of("near_twins", overlap)
+def _only_the_same_words(right: Callable[..., dict[int, int]], *given: object) -> dict[int, int]:
+    """Validation rows that training rows nearly repeat count as unseen."""
+    return {}
 
 
 @fault("A025", "data.split_depends_on_rank", "OpenTau #498")

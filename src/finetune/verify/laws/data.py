@@ -8,7 +8,7 @@ from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
 from finetune.verify.laws.helpers import comparable, tokenized, tokenized_row
-from finetune.verify.subjects.answers import Epochs, Split
+from finetune.verify.subjects.answers import Epochs, Split, UnseenRows
 from finetune.verify.subjects.subject import UnsupportedError
 from finetune_strategies.cases import data as cases
 from finetune_strategies.cases.rows import PLAIN, TINY, Pair, Rows
@@ -117,6 +117,20 @@ def split_is_the_same_again(trainer: SubjectClient, case: cases.Held) -> None:
     _split(trainer, case.model_copy(update={"seed": case.seed + 1}))
     again = _split(trainer, case)
     check(sorted(first.held_out) == sorted(again.held_out), expected=first.held_out, got=again.held_out)
+
+
+@law("split.unseen", ["unseen"], cases.REPEATED, examples=10)
+@oracle("which of the rows were made of the same words")
+def trained_rows_are_not_unseen(trainer: SubjectClient, case: cases.Repeated) -> None:
+    """Rows that training repeats, word for word or nearly, are not called unseen; on the same no loss is measured."""
+    given = {"model": trainer.model(TINY), "settings": PLAIN}
+    found = trainer.ask("unseen", UnseenRows, rows=case.trained, valid=case.valid, **given)
+    wanted = [place for place, (pick, _) in enumerate(case.held) if pick not in case.picks]
+    check(found.unseen == wanted, expected=f"unseen: {wanted}", got=f"unseen: {found.unseen}")
+    same = {place for place, (pick, how) in enumerate(case.held) if pick in case.picks and how != "otherwise"}
+    both = sorted(same & set(found.measured))
+    check(not both, expected="no row is measured that was trained on", got=[case.valid[place] for place in both])
+    check(set(wanted) <= set(found.measured), expected=f"measured: {wanted}", got=f"measured: {found.measured}")
 
 
 _ROOM = FEWEST_WORDS + 1

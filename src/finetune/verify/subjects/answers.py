@@ -67,6 +67,15 @@ class Split(Reply, to=("split",)):
     held_out: list[Count]
 
 
+class UnseenRows(Reply, to=("unseen",)):
+    """`unseen`: of the rows `valid`, by their numbers from 0, those that are measured beside the rows that are trained
+    on, and those of them that count as unseen.
+    """
+
+    measured: list[Count]
+    unseen: list[Count]
+
+
 class MicroBatch(Reply):
     """What goes through the model at once, padding and all; each list has a list for each sequence.
 

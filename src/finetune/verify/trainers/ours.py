@@ -147,7 +147,7 @@ class OurTrainer(OurSessions):
     def evaluate(self, model: str, settings: Given, rows: Sequence[Given], adapter: str | None = None) -> Answer:
         """The held-out loss of these rows."""
         file = self.rows_file(rows)
-        prepared = self.prepared(model, {**settings, "data.valid": str(file)}, rows)
+        prepared = self.prepared(model, {**settings, "data.valid": str(file)}, [{"prompt": "~", "completion": "~~"}])
         session = self.answering_session(model, settings, adapter)
         value, count = mean_loss(session, held_out_batches(prepared))
         return {"loss": value, "count": count}

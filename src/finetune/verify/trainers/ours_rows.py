@@ -27,6 +27,12 @@ def row_handlers(trainer: OurSessions) -> dict[str, Handler]:
         held_out = prepared.held_out.rows if prepared.held_out else ()
         return {"train": _numbers(prepared.train.rows), "held_out": _numbers(held_out)}
 
+    def unseen(model: str, settings: Given, rows: Sequence[Given], valid: Sequence[Given]) -> Answer:
+        file = str(trainer.rows_file(valid))
+        prepared = trainer.prepared(model, {**settings, "data.valid": file}, rows)
+        measured = _numbers(prepared.held_out.rows) if prepared.held_out else []
+        return {"measured": measured, "unseen": sorted(map(line_of, prepared.overlaps["valid"].unseen))}
+
     def packed_loss(model: str, settings: Given, sequences: Sequence[Sequence[Given]]) -> Answer:
         rows = [
             TokenizedRow(tuple(row["ids"]), tuple(row["targets"]), str(number))
@@ -36,7 +42,7 @@ def row_handlers(trainer: OurSessions) -> dict[str, Handler]:
         value, count = mean_loss(trainer.answering_session(model, settings, None), [batch])
         return {"loss": value, "count": count}
 
-    return {"prompt": prompt, "stops": stops, "split": split, "packed_loss": packed_loss}
+    return {"prompt": prompt, "stops": stops, "split": split, "unseen": unseen, "packed_loss": packed_loss}
 
 
 def line_of(where: str) -> int:

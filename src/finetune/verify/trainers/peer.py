@@ -38,7 +38,7 @@ LACKS: Mapping[str, tuple[Any, str]] = {
     "evaluation.retention_questions": (0, "it asks no questions"),
 }
 """Settings that these trainers have nothing like, each with the value that changes nothing, and why."""
-MISSING = {"split": "this subject trains without held-out rows"}
+MISSING = dict.fromkeys(("split", "unseen"), "this subject trains without held-out rows")
 
 
 def require_neutral(name: str, value: object, lacks: Mapping[str, tuple[Any, str]]) -> None:
