@@ -10,7 +10,14 @@ BIN := $(VENV)/bin
 WORKFLOW_VENV := .venv-workflow
 MUTANTS_VENV := .venv-mutants
 CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"FineTune needs Python 3.11 to 3.13, and $(PYTHON) is {v[0]}.{v[1]}: set PYTHON=python3.12, for example")'
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# On a terminal pip shows how far it is.
+QUIET := $(if $(shell test -t 2 && echo terminal),,--quiet)
+INSTALL := install $(QUIET) --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/pip $(INSTALL)
+# Where torch is installed from: on Linux the usual index has builds with gigabytes of CUDA, and torch's own has those
+# for the CPU. `auto` takes the latter where there is no GPU and no CPU build is at hand; nothing means the usual index.
+TORCH_INDEX ?= auto
+CPU_INDEX := https://download.pytorch.org/whl/cpu
 # Tests start many processes: what Python compiled is kept, also where the environment says not to.
 unexport PYTHONDONTWRITEBYTECODE
 # One thread a process and a few processes: the models under test are too small to share a core usefully.
@@ -32,7 +39,12 @@ $(VENV)/python-ok:
 # The stamps hold the set-up: a target installs only when what it depends on has changed.
 $(VENV)/torch-ok: $(VENV)/python-ok pyproject.toml constraints.txt
 	@echo "setting up: FineTune with torch (once; a few minutes)" >&2
-	@$(PIP) torch
+	@index='$(TORCH_INDEX)'; \
+	if [ "$$index" = auto ]; then index=; \
+	  if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! $(BIN)/pip install --quiet --dry-run \
+	    --ignore-installed --no-deps --report - --constraint constraints.txt torch 2>/dev/null \
+	    | grep -q '"version": "[^"]*+cpu"'; then index=$(CPU_INDEX); fi; fi; \
+	$(PIP) $${index:+--index-url "$$index"} torch
 	@$(PIP) --editable '.[torch]'
 	@touch $@
 
@@ -41,12 +53,18 @@ $(WORKFLOW_VENV)/ok: pyproject.toml constraints.txt
 	@echo "setting up: an environment without any ML framework (once)" >&2
 	@$(CHECK_PYTHON)
 	@$(PYTHON) -m venv $(WORKFLOW_VENV)
-	@$(WORKFLOW_VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[verify]'
+	@$(WORKFLOW_VENV)/bin/pip $(INSTALL) --editable '.[verify]'
 	@touch $@
 
 $(VENV)/dev-ok: $(VENV)/torch-ok
 	@echo "setting up: the test tools" >&2
 	@$(PIP) --editable '.[torch,mlx,gguf,ollama,tensorboard,trackio,wandb,ray,dev]'
+	@touch $@
+
+# Pages are made from files that are there: the site needs none of the frameworks.
+$(VENV)/docs-ok: $(VENV)/python-ok pyproject.toml constraints.txt
+	@echo "setting up: what builds the site (once)" >&2
+	@$(PIP) --editable '.[docs]'
 	@touch $@
 
 .PHONY: demo
@@ -147,7 +165,7 @@ $(MUTANTS_VENV)/ok: pyproject.toml constraints.txt
 	@echo "setting up: an environment for mutants (once)" >&2
 	@$(CHECK_PYTHON)
 	@$(PYTHON) -m venv $(MUTANTS_VENV)
-	@$(MUTANTS_VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[verify]' mutmut
+	@$(MUTANTS_VENV)/bin/pip $(INSTALL) --editable '.[verify]' mutmut
 	@touch $@
 
 .PHONY: mutants
@@ -175,7 +193,7 @@ docs: $(VENV)/torch-ok  ## Write the pages of docs/ that the program itself can 
 	@$(BIN)/python docs/reference.py
 
 .PHONY: site
-site: $(VENV)/dev-ok  ## Build the documentation into site/; a page, link or anchor that is not there fails it
+site: $(VENV)/docs-ok  ## Build the documentation into site/; a page, link or anchor that is not there fails it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean && echo "written: site/index.html"
 
 .PHONY: reference-model

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from finetune.verify.catalogue import Law, case_laws, catalogue
+from finetune.verify.results import severity_of
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence"
 CANDIDATES = {
@@ -56,10 +57,10 @@ def laws_page() -> str:
         "State machines hold our own trainer to these in real processes that are killed, moved and spoilt; each",
         "failure is a finding that `ft replay` tries again. The oracle is a run of the task that nobody disturbed.",
         "",
-        "| law | statement |",
-        "|---|---|",
+        "| law | statement | a failure means |",
+        "|---|---|---|",
     ]
-    lines += [f"| `{law.id}` | {law.statement} |" for law in told]
+    lines += [f"| `{law.id}` | {law.statement} | {law.severity} |" for law in told]
     return "\n".join(lines) + "\n"
 
 
@@ -72,6 +73,7 @@ def _law(law: Law, kills: Sequence[str]) -> list[str]:
         "",
         f"- asks for: {', '.join(f'`{ability}`' for ability in law.needs)}",
         f"- decided by: {law.oracle}",
+        f"- a failure means: {law.severity}",
         f"- a case costs: {cost}",
     ]
     first = _proof().get("stop_after") == 1
@@ -207,7 +209,7 @@ def _finding(judgement: Mapping[str, Any], name: str, note: str) -> list[str]:
     lines = [
         f"### {name}: {judgement['statement']}",
         "",
-        f"- law: [`{judgement['law']}`](laws.md)",
+        f"- law: [`{judgement['law']}`](laws.md), {severity_of(judgement['law'])}",
         f"- expected: {_line(judgement['expected'])}",
         f"- got: {_line(judgement['got'])}",
     ]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
-from finetune.errors import MissingExtraError, UsageError
+from finetune.errors import MissingExtraError, UsageError, install_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,5 +61,5 @@ def require_backend(name: str) -> None:
     if missing:
         raise MissingExtraError(
             f"backend {name!r} needs {', '.join(missing)}, which is not installed",
-            hint=f"pip install 'finetune-suite[{name}]'",
+            hint=install_line(name),
         )

@@ -22,7 +22,11 @@
 A verdict of "failed" is not an error: it is a finding, carried by `records.Verdict`.
 """
 
+import os
+import shlex
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class FineTuneError(Exception):
@@ -138,3 +142,22 @@ def counted(number: int, noun: str, verbs: str = "") -> str:
     """A count with its noun and its verb, of which both forms are given: `is/are`."""
     one, _, many = verbs.partition("/")
     return f"{number:,} {noun} {one}".rstrip() if number == 1 else f"{number:,} {noun}s {many}".rstrip()
+
+
+def install_line(what: str) -> str:
+    """The line that installs a package, or an extra of ours (`gguf`, or several with commas), into this environment.
+
+    An environment that uv made has no pip of its own: its pyvenv.cfg says who made it.
+    """
+    requirement = what if "[" in what else f"finetune-suite[{what}]"
+    # The link in the environment, never what it leads to: that would be another environment.
+    python = Path(sys.executable)
+    if python.is_relative_to(os.getcwd()):
+        python = python.relative_to(os.getcwd())
+    try:
+        made_by = (Path(sys.prefix) / "pyvenv.cfg").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        made_by = ""
+    by_uv = any(line.partition("=")[0].strip() == "uv" for line in made_by.splitlines())
+    words = ["uv", "pip", "install", "--python", str(python)] if by_uv else [str(python), "-m", "pip", "install"]
+    return f"{shlex.join(words)} '{requirement}'"

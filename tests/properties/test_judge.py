@@ -220,7 +220,7 @@ def test_verification_is_told_in_junit_and_sarif(broken_loss: run.Verification) 
         "skipped": "1",
     }
     assert "got: -1.0" in (suite.findtext("testcase/failure") or "")
-    told = formats.sarif(broken_loss, "0.1.0")
+    told = formats.sarif(broken_loss, "0.1.0", "mine.py")
     [result] = told["runs"][0]["results"]
     assert (result["ruleId"], result["level"]) == ("test.law", "error")
     assert [rule["id"] for rule in told["runs"][0]["tool"]["driver"]["rules"]] == ["test.law"]

@@ -46,12 +46,26 @@ def test_action_hands_on_every_input_as_it_is(action: dict[str, Any], tmp_path: 
     given = {"subject": HOSTILE, "tier": "2", "profile": "*", "args": "--json  --seed=$(touch owned)"}
     words = words_of(action, given, tmp_path)
     kept = tmp_path / "kept" / "finetune-verify"
-    files = ["--junit", f"{kept}/junit.xml", "--sarif", f"{kept}/findings.sarif"]
+    files = ["--junit", f"{kept}/junit.xml", "--sarif", f"{kept}/findings.sarif", "--summary", f"{kept}/summary.md"]
     more = ["--json", "--seed=$(touch", "owned)"]
     assert words == ["verify", "--subject", HOSTILE, "--tier", "2", "--profile", "*", *files, *more]
     assert not (tmp_path / "owned").exists()
     outputs = dict(line.split("=", 1) for line in (tmp_path / "outputs").read_text().splitlines())
     assert outputs == {"junit": files[1], "sarif": files[3]}
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_action_shows_the_table_on_the_page_of_the_job(action: dict[str, Any], tmp_path: Path, written: bool) -> None:
+    """Also when laws failed, what `ft verify` wrote is added to the job's summary; where nothing was, nothing is."""
+    [step] = [step for step in action["runs"]["steps"] if "GITHUB_STEP_SUMMARY" in step.get("run", "")]
+    assert step["if"] == "always()"
+    summary = tmp_path / "summary"
+    summary.write_text("before\n")
+    if written:
+        (tmp_path / "summary.md").write_text("| law |\n")
+    environment = {"PATH": "/usr/bin:/bin", "FT_KEPT": str(tmp_path), "GITHUB_STEP_SUMMARY": str(summary)}
+    subprocess.run(["bash", "-c", step["run"]], cwd=tmp_path, env=environment, check=True, timeout=60)
+    assert summary.read_text() == "before\n" + "| law |\n" * written
 
 
 def test_action_calls_what_ft_knows(action: dict[str, Any], tmp_path: Path) -> None:

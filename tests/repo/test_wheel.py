@@ -1,6 +1,9 @@
 """Laws of the wheel: what others install holds the program, its models and the strategies, and works anywhere."""
 
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -88,14 +91,64 @@ def test_wheel_draws_our_types_from_a_fresh_install(installed: Path, tmp_path: P
 
 def test_wheel_runs_the_program_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     """The installed `ft` tells its help and checks the shipped job where there is no source tree."""
-    for arguments, told in ((["--help"], "train"), (["check", "--set", "backend=reference"], "no problems")):
-        command = [sys.executable, str(installed / "bin" / "ft"), *arguments]
+    check = ["check", "--set", "backend=reference"]
+    for name, arguments, told in (
+        ("ft", ["--help"], "train"),
+        ("ft", check, "no problems"),
+        # `uvx finetune-suite` runs the program that has the package's name.
+        ("finetune-suite", check, "no problems"),
+    ):
+        command = [sys.executable, str(installed / "bin" / name), *arguments]
         done = subprocess.run(
             command, cwd=tmp_path, env=environment(installed), capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, done.stderr
         assert told in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("by", ["venv", "uv"])
+def test_hint_installs_into_the_environment_that_asks(by: str, wheel: Path, installed: Path, tmp_path: Path) -> None:
+    """In a fresh environment of either maker the line that a hint prints is one that runs, and that installs there."""
+    if by == "uv" and shutil.which("uv") is None:
+        pytest.skip("needs uv: pip install uv")
+    place = tmp_path / "an environment"
+    make = ["uv", "venv", "--offline", "--quiet"] if by == "uv" else [sys.executable, "-m", "venv"]
+    subprocess.run([*make, str(place)], check=True, timeout=120)
+    ask = "import finetune.errors; print(finetune.errors.install_line('gguf'))"
+    for python, folder in ((place / "bin" / "python", Path.cwd()), (Path("an environment/bin/python"), tmp_path)):
+        done = subprocess.run(
+            [str(place / "bin" / "python"), "-c", ask],
+            cwd=folder,
+            env=environment(installed),
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        words = shlex.split(done.stdout)
+        assert words[-1] == "finetune-suite[gguf]"
+        assert words[:-1] == (
+            ["uv", "pip", "install", "--python", str(python)] if by == "uv" else [str(python), "-m", "pip", "install"]
+        )
+        dry = ["--dry-run", "--no-deps", "--no-index", str(wheel)]
+        tried = subprocess.run([*words[:-1], *dry], cwd=folder, capture_output=True, text=True, timeout=120)
+        assert tried.returncode == 0, tried.stderr
+        assert "ould install" in tried.stdout + tried.stderr
+
+
+def test_hints_to_install_have_one_place() -> None:
+    """No file of the program but one spells such a line; beside it are two about environments that are not ours."""
+    spelt = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "src").rglob("*.py")
+        if re.search(r"pip install|finetune-suite\[", path.read_text(encoding="utf-8"))
+    }
+    assert spelt == {
+        "src/finetune/errors.py",
+        "src/finetune/backends/mlx/blas.py",
+        "src/finetune/verify/subjects/choose.py",
+    }
 
 
 def test_wheel_judges_a_trainer_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from finetune.errors import MissingExtraError, UsageError
+from finetune.errors import MissingExtraError, UsageError, install_line
 
 if TYPE_CHECKING:
     from finetune.config import LoadedConfig
@@ -156,7 +156,7 @@ def named_dtype(name: str | None) -> "Dtype | None":
 def require_hypothesis(verb: str) -> None:
     """Refuse a verb of the suite where its extra is not installed."""
     if find_spec("hypothesis") is None:
-        raise MissingExtraError(f"{verb} needs Hypothesis", hint="pip install 'finetune-suite[verify]'")
+        raise MissingExtraError(f"{verb} needs Hypothesis", hint=install_line("verify"))
 
 
 def named_outtype(name: str, option: str = "--outtype") -> "Outtype":

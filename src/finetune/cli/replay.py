@@ -27,6 +27,7 @@ def command(file: FileName, *, subject: SubjectName = None, python: Python = Non
     require_hypothesis("ft replay")
     from finetune.verify.findings import load_finding
     from finetune.verify.replay import replay
+    from finetune.verify.results import severity_of
     from finetune.verify.subjects.choose import is_shipped
 
     finding = load_finding(file)
@@ -43,7 +44,7 @@ def command(file: FileName, *, subject: SubjectName = None, python: Python = Non
     if json_output:
         print_json({"subject": name, **found.as_dict()})
         return _CODES[found.outcome]
-    lines = [f"{found.outcome}: {name}", f"  law: {found.law}: {found.statement}"]
+    lines = [f"{found.outcome}: {name}", f"  law: {found.law} ({severity_of(found.law)}): {found.statement}"]
     if found.outcome == "failed":
         lines += [f"  expected: {found.expected}", f"  got: {found.got}"]
     elif found.why:

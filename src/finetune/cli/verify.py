@@ -35,6 +35,7 @@ Output = Annotated[
 ]
 JUnit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write JUnit XML.")]
 Sarif = Annotated[Path | None, typer.Option("--sarif", metavar="FILE", help="Write SARIF.")]
+Summary = Annotated[Path | None, typer.Option("--summary", metavar="FILE", help="Write a table in Markdown.")]
 List = Annotated[bool, typer.Option("--list", help="Only name the laws.")]
 TIMES = {"fast": 1.0, "ci": 4.0, "slow": 40.0, "thorough": 200.0}
 
@@ -45,6 +46,7 @@ class Places(NamedTuple):
     output: Path | None
     junit: Path | None
     sarif: Path | None
+    summary: Path | None
 
 
 def command(
@@ -58,6 +60,7 @@ def command(
     output: Output = None,
     junit: JUnit = None,
     sarif: Sarif = None,
+    summary: Summary = None,
     list_laws: List = False,
     json_output: AsJson = False,
 ) -> int:
@@ -71,17 +74,18 @@ def command(
     laws = chosen_laws(tier, law or ())
     if list_laws:
         if json_output:
-            print_json([{"law": each.id, "statement": each.statement, "tier": each.tier} for each in laws])
+            told = [(each.id, each.statement, each.tier, each.severity) for each in laws]
+            print_json([dict(zip(("law", "statement", "tier", "severity"), each, strict=True)) for each in told])
         else:
-            print_data("\n".join(f"{each.id}: {each.statement}" for each in laws))
+            print_data("\n".join(f"{each.id} ({each.severity}): {each.statement}" for each in laws))
         return 0
     subject, effort = subject or _ours(), _effort(profile, seed)
-    _make_room(output, junit, sarif)
+    _make_room(output, junit, sarif, summary)
     with terminated_as_interrupted():
         conduct = () if law else judge_conduct(subject, python=python, tell=_tell)
         found = _verified(subject, laws, effort, tier=tier, python=python).after(conduct)
     options = f"--subject {shlex.quote(subject)}" + (f" --python {shlex.quote(python)}" if python else "")
-    _write(found, subject, options, Places(output, junit, sarif))
+    _write(found, subject, options, Places(output, junit, sarif, summary))
     if json_output:
         print_json(found.as_dict())
     else:
@@ -147,6 +151,7 @@ def _write(found: "Verification", subject: str, options: str, places: Places) ->
     from finetune.files import write_text
     from finetune.verify import formats
     from finetune.verify.findings import as_document, earlier_findings, tell_report, write_findings
+    from finetune.verify.subjects.choose import subject_file
 
     suite = version("finetune-suite")
     if places.output is not None:
@@ -162,7 +167,9 @@ def _write(found: "Verification", subject: str, options: str, places: Places) ->
     if places.junit is not None:
         write_text(places.junit, formats.junit(found))
     if places.sarif is not None:
-        write_text(places.sarif, as_document(formats.sarif(found, suite)))
+        write_text(places.sarif, as_document(formats.sarif(found, suite, subject_file(subject))))
+    if places.summary is not None:
+        write_text(places.summary, formats.markdown(found))
 
 
 def _print(found: "Verification", options: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import DataError, MissingExtraError
+from finetune.errors import DataError, MissingExtraError, install_line
 from finetune.records import Row
 
 _LONGEST_CELL = 2**31 - 1
@@ -177,7 +177,7 @@ def _parse_parquet(path: Path, content: bytes) -> list[Row]:
     except ImportError:
         raise MissingExtraError(
             f"{path}: a Parquet file needs pyarrow, which is not installed",
-            hint="pip install 'finetune-suite[parquet]', or save the rows as .jsonl",
+            hint=f"{install_line('parquet')}, or save the rows as .jsonl",
         ) from None
     try:
         table = parquet.read_table(pyarrow.BufferReader(content), page_checksum_verification=True)

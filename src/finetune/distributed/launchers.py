@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from finetune.distributed.environment import LAUNCHERS, NOTES, started_by
-from finetune.errors import MissingExtraError, RefusedError, UsageError
+from finetune.errors import MissingExtraError, RefusedError, UsageError, install_line
 from finetune.processes import python_command
 
 _STARTED: dict[str, tuple[str | int, ...]] = {
@@ -103,9 +103,7 @@ def check_launch(launch: Launch, backend: str, environ: Mapping[str, str]) -> No
             hint=f"use --launch {' or '.join(able)}" if able else "it trains in one process: leave out --launch",
         )
     if find_spec(library) is None:
-        raise MissingExtraError(
-            f"{launch.launcher} needs {library}, which is not installed", hint=f"pip install 'finetune-suite[{room}]'"
-        )
+        raise MissingExtraError(f"{launch.launcher} needs {library}, which is not installed", hint=install_line(room))
 
 
 def command_line(launch: Launch, arguments: Sequence[str]) -> list[str]:
@@ -136,7 +134,7 @@ def _entry(name: str) -> str:
     """The Python words that do what the installed program `name` does."""
     found: list[EntryPoint] = list(entry_points(group="console_scripts", name=name))
     if not found:
-        raise MissingExtraError(f"{name} is not installed", hint="pip install 'finetune-suite[mlx]'")
+        raise MissingExtraError(f"{name} is not installed", hint=install_line("mlx"))
     return f"from {found[0].module} import {found[0].attr}; {found[0].attr}()"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.chat.tokenizer import FileTokenizer
-from finetune.errors import MissingExtraError
+from finetune.errors import MissingExtraError, install_line
 from finetune.export.blueprint import plan_model
 from finetune.export.by_name import end_ids
 from finetune.export.families import Described, describe_model
@@ -144,9 +144,7 @@ def require_gguf() -> None:
         MissingExtraError: the extra to install is named.
     """
     if missing := [library for library in ("gguf", "xllamacpp") if find_spec(library) is None]:
-        raise MissingExtraError(
-            f"GGUF needs {', '.join(missing)}, which is not installed", hint="pip install 'finetune-suite[gguf]'"
-        )
+        raise MissingExtraError(f"GGUF needs {', '.join(missing)}, which is not installed", hint=install_line("gguf"))
 
 
 def file_metadata(exportable: Exportable, vocabulary: GgufVocabulary) -> dict[str, Any]:

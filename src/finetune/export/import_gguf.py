@@ -20,7 +20,15 @@ from finetune.chat.encoder import Encoder
 from finetune.chat.sandbox import compile_template
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import LoadedConfig
-from finetune.errors import EvidenceError, ExportError, MissingExtraError, ModelError, OutputError, TemplateError
+from finetune.errors import (
+    EvidenceError,
+    ExportError,
+    MissingExtraError,
+    ModelError,
+    OutputError,
+    TemplateError,
+    install_line,
+)
 from finetune.export.by_name import LoadedTokenizer, control_ids
 from finetune.export.corpus import nasty_texts
 from finetune.export.families import from_gguf_layout, to_gguf_layout
@@ -126,9 +134,7 @@ def import_gguf(
             file does; in none of these cases is there a folder.
     """
     if find_spec("gguf") is None:
-        raise MissingExtraError(
-            "reading GGUF needs gguf, which is not installed", hint="pip install 'finetune-suite[gguf]'"
-        )
+        raise MissingExtraError("reading GGUF needs gguf, which is not installed", hint=install_line("gguf"))
     path = output or Path(source.stem)
     if os.path.lexists(path):
         raise OutputError(f"{path} exists already", hint="remove it, or name another folder")
@@ -276,7 +282,7 @@ def _as_loaded(file: GgufFile, tokenizer: ImportedTokenizer, notes: list[str]) -
 def _compare_ids(asked: _Asked, tokenizer: FileTokenizer, loaded: LoadedTokenizer, notes: list[str]) -> Iterator[Check]:
     """Texts cut here and by llama.cpp: as plain text, as markup, and with what is put around them."""
     if asked.answers is None:
-        notes.append("token ids were not compared with llama.cpp's: pip install 'finetune-suite[gguf]'")
+        notes.append(f"token ids were not compared with llama.cpp's: {install_line('gguf')}")
         return
     try:
         answers = asked.answers.result()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from finetune.errors import DeploymentError
+from finetune.errors import DeploymentError, install_line
 from finetune.export.llama_runtime import get, load_chat, post
 from finetune.processes import python_command
 from finetune.serve.messages import Completion
@@ -122,7 +122,7 @@ class LlamaServer:
         if len(ids) != count:
             raise DeploymentError(
                 f"llama.cpp's server at {self.address} tells the ids of {len(ids)} of {count} tokens of its answer",
-                hint="use the xllamacpp of the gguf extra: pip install 'finetune-suite[gguf]'",
+                hint=f"use the xllamacpp of the gguf extra: {install_line('gguf')}",
             )
         return ids
 

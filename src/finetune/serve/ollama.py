@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import DeploymentError, MissingExtraError, UsageError
+from finetune.errors import DeploymentError, MissingExtraError, UsageError, install_line
 from finetune.serve.messages import Completion
 
 if TYPE_CHECKING:
@@ -66,9 +66,7 @@ class Ollama:
 
     def __init__(self, host: str | None = None, *, patience: OllamaTimeouts | None = None) -> None:
         if find_spec("ollama") is None:
-            raise MissingExtraError(
-                "talking to Ollama needs its client library", hint="pip install 'finetune-suite[ollama]'"
-            )
+            raise MissingExtraError("talking to Ollama needs its client library", hint=install_line("ollama"))
         import httpx
         import ollama
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from finetune.errors import MissingExtraError
+from finetune.errors import MissingExtraError, install_line
 
 NAMES = ("tensorboard", "trackio", "wandb", "mlflow")
 """Every tracker; its name is that of its package, of its extra and of its file here."""
@@ -55,7 +55,7 @@ def require_trackers(names: Sequence[str]) -> None:
     if missing:
         raise MissingExtraError(
             f"tracking.to asks for {', '.join(missing)}, which {'are' if missing[1:] else 'is'} not installed",
-            hint=f"pip install 'finetune-suite[{','.join(missing)}]', or leave it out of tracking.to",
+            hint=f"{install_line(','.join(missing))}, or leave it out of tracking.to",
         )
 
 

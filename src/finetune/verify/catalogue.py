@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from hypothesis import strategies as st
 
+from finetune.verify.results import Severity, severity_of
 from finetune_strategies.recipes import Recipe
 
 Tier = Literal[1, 2]
-Severity = Literal["error", "warning"]
 SUBJECTS: Mapping[str, tuple[str, ...]] = {
     "config": ("config",),
     "data": ("data", "rows", "split", "order", "cache"),
@@ -48,7 +48,6 @@ class Law:
         cost: about how long a case takes for our own trainer, beside the others: cheap laws are judged first.
         tier: 1 where a case takes milliseconds, 2 where something is trained for seconds.
         examples: how many cases in profile `fast`.
-        severity: how SARIF ranks its failure.
         scene: the stories that show it, too: of a run's life, or of a store of checkpoints.
     """
 
@@ -62,13 +61,17 @@ class Law:
     cost: int = 1
     tier: Tier = 1
     examples: int = 24
-    severity: Severity = "error"
     scene: Literal["", "training", "checkpoints"] = ""
 
     @property
     def subject(self) -> str:
         """What it is about."""
         return self.id.partition(".")[0]
+
+    @property
+    def severity(self) -> Severity:
+        """What its failure costs."""
+        return severity_of(self.id)
 
 
 _KNOWN: dict[str, Law] = {}

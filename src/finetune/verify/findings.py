@@ -14,7 +14,7 @@ from finetune.errors import UsageError
 from finetune.files import write_text
 from finetune.records import Outcome
 from finetune.verify.catalogue import Law, catalogue
-from finetune.verify.results import LawResult
+from finetune.verify.results import LawResult, severity_of
 from finetune.verify.run import Verification
 from finetune.verify.stateful.story import RunStory, StoreStory
 from finetune_strategies.recipes import Recipe
@@ -181,7 +181,7 @@ def tell_report(found: Verification, result: LawResult, replay: str) -> str:
         f"### {result.statement}",
         "",
         f"Seen with {found.subject} ({versions}) on {found.machine}.",
-        f"Law `{result.law}`, seed {found.effort.seed}.",
+        f"Law `{result.law}` ({severity_of(result.law)}), seed {found.effort.seed}.",
         "",
         *_block("Expected:", "text", result.expected),
         *_block("Got:", "text", result.got),

@@ -1,9 +1,36 @@
 """What came of one law: an outcome, and the evidence for it."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from finetune.records import Outcome
+
+Severity = Literal["wrong learning", "data loss", "unsafe", "robustness"]
+SEVERITIES: Mapping[Severity, tuple[str, ...]] = {
+    "wrong learning": (
+        *("data", "rows", "split", "template", "mask", "batches", "padding", "packing", "loss", "gradient", "dropout"),
+        *("train", "learning", "schedule", "order", "keep", "adapter", "merge", "export", "serve", "evaluate"),
+        *("generate", "model", "measure", "course", "cache"),
+        *("config.targets", "config.patterns", "config.dropout", "resume.same", "resume.refuses_changed"),
+    ),
+    "data loss": (
+        *("resume", "store", "files", "runs", "checkpoints", "end", "result"),
+        *("merge.leaves", "refuse.touches_nothing", "run.full_disk"),
+    ),
+    "unsafe": ("safety", "template.inert", "protocol.inside"),
+    "robustness": (
+        *("config", "seed", "memory", "protocol", "run", "refuse"),
+        *("cache.found", "packing.shares", "order.same", "order.seeds", "split.same", "store.answers", "store.code"),
+    ),
+}
+"""What the failure of a law costs, worst first, by the law's id or by its subject; an id goes before its subject."""
+_SEVERITY_OF: Mapping[str, Severity] = {name: severity for severity, names in SEVERITIES.items() for name in names}
+
+
+def severity_of(law: str) -> Severity:
+    """What the failure of a law costs; of a law that nobody knows, the worst."""
+    return _SEVERITY_OF.get(law) or _SEVERITY_OF.get(law.partition(".")[0], "wrong learning")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,4 +63,4 @@ class LawResult:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON values."""
-        return asdict(self)
+        return {**asdict(self), "severity": severity_of(self.law)}

@@ -17,7 +17,7 @@ from finetune.backends.mlx.load import build_model, load_model, put_weights, wri
 from finetune.backends.mlx.names import WeightNames
 from finetune.backends.mlx.session import MlxSession
 from finetune.backends.mlx.tensors import DTYPES, write_tensors
-from finetune.errors import ModelError, RefusedError
+from finetune.errors import ModelError, RefusedError, install_line
 from finetune.models.quantize import refuse_schemes
 from finetune.models.shape import read_config
 from finetune.ports import Group
@@ -115,7 +115,7 @@ def _compute_on(device: str) -> None:
     if device == "gpu" and not gpu:
         raise RefusedError(
             "model.device is gpu, but MLX sees none on this machine",
-            hint="set model.device to cpu, or on Linux with an NVIDIA GPU: pip install 'mlx[cuda13]'",
+            hint=f"set model.device to cpu, or on Linux with an NVIDIA GPU: {install_line('mlx[cuda13]')}",
         )
     mx.set_default_device(mx.gpu if gpu and device != "cpu" else mx.cpu)
 

@@ -162,7 +162,7 @@ def cache_changes_nothing(trainer: SubjectClient, case: cases.Cached) -> None:
     check(within == without, expected=f"without a cache: {without}", got=f"with it: {within}")
 
 
-@law("cache.found", ["tokenize"], cases.CACHE_FOUND, severity="warning", examples=2, cost=3)
+@law("cache.found", ["tokenize"], cases.CACHE_FOUND, examples=2, cost=3)
 @oracle("the number of files in the cache")
 def cache_is_found_again(trainer: SubjectClient, case: Rows) -> None:
     """What is in a cache is found again wherever the model's folder lies."""

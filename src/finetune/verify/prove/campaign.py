@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from finetune.errors import EvidenceError, MissingExtraError, UsageError
+from finetune.errors import EvidenceError, MissingExtraError, UsageError, install_line
 from finetune.intervals import most_probable
 from finetune.records import Outcome
 from finetune.verify.faults.fault import Fault, faults
@@ -185,7 +185,7 @@ def on_ray(work: Callable[[_Task], _Result], tasks: Iterable[_Task]) -> Iterator
     try:
         import ray
     except ImportError:
-        raise MissingExtraError("Ray is not installed", hint="pip install 'finetune-suite[ray]'") from None
+        raise MissingExtraError("Ray is not installed", hint=install_line("ray")) from None
     ours = not ray.is_initialized()
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     try:

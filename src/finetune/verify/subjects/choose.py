@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from urllib.parse import quote
 
 from finetune.abilities import require_backend
 from finetune.errors import MissingExtraError, UsageError
@@ -49,6 +50,29 @@ PEERS: Mapping[str, Peer] = {
 def is_shipped(name: str) -> bool:
     """Whether a name means a trainer that comes with the suite."""
     return name in BACKENDS or name in PEERS
+
+
+def subject_file(name: str) -> str:
+    """The file that stands for a subject, as a reference relative to the repository in which we are.
+
+    What is installed elsewhere is named as it is imported, by its file in the repository where there is one.
+    """
+    here = Path.cwd().resolve()
+    root = next((folder for folder in (here, *here.parents) if (folder / ".git").exists()), here)
+    module, colon, _ = name.partition(":")
+    if name.endswith(".toml"):
+        path, imported = Path(name).resolve(), Path(Path(name).name)
+    elif colon:
+        imported = Path(f"{module.replace('.', '/')}.py")
+        path = Path(getattr(sys.modules.get(module), "__file__", None) or imported).resolve()
+        imported = imported.with_suffix("") / path.name if path.name == "__init__.py" else imported
+    else:
+        path = _VERIFY / "trainers" / (PEERS[name].script if name in PEERS else "ours.py")
+        imported = path.relative_to(_VERIFY.parents[1])
+    own = next((each for each in (imported, "src" / imported) if (root / each).is_file()), imported)
+    if path.is_relative_to(root) and "site-packages" not in path.parts:
+        own = path.relative_to(root)
+    return quote(own.as_posix())
 
 
 @contextmanager
