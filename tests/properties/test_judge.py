@@ -243,7 +243,11 @@ def test_laws_are_chosen_by_name_or_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert [law.id for law in run.chosen_laws(1, ["batches.cover"])] == ["batches.cover"]
     with pytest.raises(UsageError, match=r"there is no law 'batches\.covers' up to tier 1") as caught:
         run.chosen_laws(1, ["batches.covers"])
-    assert "batches.cover" in caught.value.hint
+    assert caught.value.hint == "did you mean batches.cover?"
+    assert "mask.fits" not in [law.id for law in run.chosen_laws(1, exclude=["mask.fits", "protocol.alike"])]
+    with pytest.raises(UsageError, match=r"there is no law 'mask\.fit'") as caught:
+        run.chosen_laws(1, exclude=["mask.fit"])
+    assert caught.value.hint == "did you mean mask.fits?"
     with pytest.raises(UsageError, match=r"'learning\.by_heart' \(of tier 2\), 'x' up to tier 1") as caught:
         run.chosen_laws(1, ["learning.by_heart", "x"])
     assert caught.value.hint == "say --tier 2"

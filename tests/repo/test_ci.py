@@ -143,7 +143,7 @@ def test_hooks_of_a_commit_are_not_run_again_by_a_push() -> None:
 def test_torch_comes_without_cuda_where_there_is_no_gpu(
     given: list[str], gpu: bool, at_hand: bool, index: str | None, tmp_path: Path
 ) -> None:
-    """torch's own index is asked for a CPU build, unless one is at hand, a GPU is there, or an index is set."""
+    """Torch's own index is asked for a CPU build, unless one is at hand, a GPU is there, or an index is set."""
     venv, asked = tmp_path / "venv", tmp_path / "asked"
     version = "2.13.0+cpu" if at_hand else "2.13.0"
     programs = {

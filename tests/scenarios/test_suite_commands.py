@@ -67,6 +67,26 @@ def test_findings_of_an_earlier_run_are_named(found: Path, capsys: pytest.Captur
     assert old.read_bytes() == before
 
 
+def test_known_findings_fail_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `--json` printed is a baseline: what failed then is named in a line; of another's nothing is known."""
+    words = ["verify", "--subject", HERE, "--exclude", "protocol.alike", "--law", LAW]
+    assert run([*words, "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (told["laws"][0]["severity"], told["known"]) == ("wrong learning", [])
+    file = tmp_path / "known.json"
+    file.write_text(json.dumps(told))
+    # Nothing else was judged, so that nothing is green; but nothing is called new either.
+    assert run([*words, "--baseline", str(file)]) == 1
+    shown = capsys.readouterr().out
+    assert f"known from the baseline: {LAW}\n" in shown
+    assert "FAILED" not in shown
+    file.write_text(json.dumps({**told, "subject": "somebody"}))
+    assert run([*words, "--baseline", str(file)]) == 1
+    said = capsys.readouterr()
+    assert "nothing in it counts as known" in said.err
+    assert f"FAILED {LAW} (wrong learning): " in said.out
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -157,6 +158,10 @@ def require_hypothesis(verb: str) -> None:
     """Refuse a verb of the suite where its extra is not installed."""
     if find_spec("hypothesis") is None:
         raise MissingExtraError(f"{verb} needs Hypothesis", hint=install_line("verify"))
+    if "hypothesis" not in sys.modules:
+        # What it keeps for itself is not left in the folder where somebody happens to be.
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(cache / "finetune" / "hypothesis"))
 
 
 def named_outtype(name: str, option: str = "--outtype") -> "Outtype":

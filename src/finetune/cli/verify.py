@@ -1,9 +1,9 @@
 """`ft verify`: hold a trainer to the laws of fine-tuning."""
 
-import json
 import shlex
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 
 import typer
 
@@ -13,6 +13,9 @@ from finetune.errors import FineTuneError, MissingExtraError
 from finetune.processes import terminated_as_interrupted
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
     from finetune.verify.judge import Effort
     from finetune.verify.results import LawResult
     from finetune.verify.run import Verification
@@ -29,6 +32,14 @@ TierNumber = Annotated[int, typer.Option("--tier", min=1, max=2, help="1: laws o
 Profile = Annotated[str, typer.Option("--profile", help="fast, ci, slow or thorough: 1, 4, 40 or 200 times the cases.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed for case generation; equal seeds give equal cases.")]
 LawNames = Annotated[list[str] | None, typer.Option("--law", metavar="ID", help="Only this law; can be repeated.")]
+Excluded = Annotated[
+    list[str] | None, typer.Option("--exclude", metavar="ID", help="All laws but this; can be repeated.")
+]
+KnownFile = Annotated[
+    Path | None,
+    typer.Option("--baseline", metavar="FILE", help="What --json printed before: what failed then fails nothing now."),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every law, not only what does not hold.")]
 Python = Annotated[str | None, typer.Option("--python", help="The interpreter in which another trainer is installed.")]
 Output = Annotated[
     Path | None, typer.Option("--output", help="A folder for findings: a file to replay and a report for each.")
@@ -56,12 +67,15 @@ def command(
     profile: Profile = "fast",
     seed: Seed = 0,
     law: LawNames = None,
+    exclude: Excluded = None,
+    baseline: KnownFile = None,
     python: Python = None,
     output: Output = None,
     junit: JUnit = None,
     sarif: Sarif = None,
     summary: Summary = None,
     list_laws: List = False,
+    verbose: Verbose = False,
     json_output: AsJson = False,
 ) -> int:
     """Hold a trainer, ours or anybody's, to the laws of fine-tuning; what fails is told by its smallest case.
@@ -69,9 +83,10 @@ def command(
     Exits with 0 when every law that applies passes, and with 1 when one fails, could not be judged, or none was.
     """
     require_hypothesis("ft verify")
+    from finetune.verify.known import read_known
     from finetune.verify.run import chosen_laws, judge_conduct
 
-    laws = chosen_laws(tier, law or ())
+    laws = chosen_laws(tier, law or (), exclude or ())
     if list_laws:
         if json_output:
             told = [(each.id, each.statement, each.tier, each.severity) for each in laws]
@@ -79,18 +94,72 @@ def command(
         else:
             print_data("\n".join(f"{each.id} ({each.severity}): {each.statement}" for each in laws))
         return 0
+    known = read_known(baseline) if baseline is not None else None
     subject, effort = subject or _ours(), _effort(profile, seed)
     _make_room(output, junit, sarif, summary)
-    with terminated_as_interrupted():
-        conduct = () if law else judge_conduct(subject, python=python, tell=_tell)
-        found = _verified(subject, laws, effort, tier=tier, python=python).after(conduct)
+    with terminated_as_interrupted(), _Watch(len(laws), verbose=verbose) as watch:
+        conduct = () if law else judge_conduct(subject, python=python, tell=watch)
+        kept = [each for each in conduct if each.law not in (exclude or ())]
+        found = _verified(subject, laws, effort, tier=tier, python=python, tell=watch.counted).after(kept)
+    if known is not None and known.subject == found.subject:
+        found = found.held_to(known.outcomes)
+    elif known is not None:
+        say(
+            f"note: {baseline} is of {known.subject!r}, and {found.subject!r} was judged: nothing in it counts as known"
+        )
     options = f"--subject {shlex.quote(subject)}" + (f" --python {shlex.quote(python)}" if python else "")
     _write(found, subject, options, Places(output, junit, sarif, summary))
     if json_output:
         print_json(found.as_dict())
     else:
-        _print(found, options)
+        _print(found, options, verbose=verbose)
     return 0 if found.passes else 1
+
+
+class _Watch:
+    """Shows laws while they are judged: a bar on a terminal, and above it, or without one, what does not hold."""
+
+    def __init__(self, laws: int, *, verbose: bool) -> None:
+        self._laws, self._verbose = laws, verbose
+        self._bar: RichProgress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as RichProgress
+
+            columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
+            law = TextColumn("{task.description}", markup=False)
+            self._bar = RichProgress(*columns, law, console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task("starting", total=self._laws)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, result: "LawResult") -> None:
+        """Tell of one law."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=result.law)
+        holds = result.outcome in ("passed", "not applicable")
+        if holds and not self._verbose:
+            return
+        why = f": {result.why}" if result.why and result.outcome != "passed" else ""
+        line = f"{result.law}: {result.outcome}{why}"
+        if self._bar is None:
+            say(line)
+        else:
+            self._bar.console.print(line, markup=False, highlight=False)
+
+    def counted(self, result: "LawResult") -> None:
+        """Tell of one of the laws of the bar."""
+        self(result)
+        if self._bar is not None and self._task is not None:
+            self._bar.advance(self._task)
 
 
 def _make_room(output: Path | None, *files: Path | None) -> None:
@@ -135,14 +204,9 @@ def _verified(subject: str, laws: Any, effort: "Effort", **how: Any) -> "Verific
     from finetune.verify.subjects.subject import SubjectError
 
     try:
-        return verify_subject(subject, laws, effort, tell=_tell, **how)
+        return verify_subject(subject, laws, effort, **how)
     except SubjectError as error:
         raise FineTuneError(f"the subject {subject!r} cannot be asked: {error}") from None
-
-
-def _tell(result: "LawResult") -> None:
-    why = f": {result.why}" if result.why and result.outcome != "passed" else ""
-    say(f"{result.law}: {result.outcome}{why}")
 
 
 def _write(found: "Verification", subject: str, options: str, places: Places) -> None:
@@ -172,24 +236,10 @@ def _write(found: "Verification", subject: str, options: str, places: Places) ->
         write_text(places.summary, formats.markdown(found))
 
 
-def _print(found: "Verification", options: str) -> None:
-    from rich.table import Table
+def _print(found: "Verification", options: str, *, verbose: bool) -> None:
+    from finetune.verify.terminal import tell_verification
 
-    table = Table("law", "outcome", "cases", "seconds", box=None)
-    for each in found.results:
-        table.add_row(each.law, each.outcome, str(each.cases), f"{each.seconds:.1f}")
-    data_console().print(table)
-    for each in found.results:
-        if each.outcome == "failed":
-            lines = [f"FAILED {each.law}: {each.statement}", f"  expected: {each.expected}", f"  got: {each.got}"]
-            if each.case is not None:
-                lines.append(f"  smallest case: {json.dumps(each.case, ensure_ascii=False)}")
-            print_data("\n".join(lines))
-    for trespass in found.trespasses:
-        print_data(f"TRESPASS: {trespass}")
-    counts = ", ".join(f"{count} {word}" for word, count in found.counts.items() if count)
-    versions = ", ".join(f"{name} {number}" for name, number in found.versions.items())
-    print_data(f"{found.subject} ({versions}): {counts}; seed {found.effort.seed}, {found.seconds:.0f} s")
+    tell_verification(found, data_console(), verbose=verbose)
     if not found.passes:
         again = f"ft verify {options} --tier {found.tier} --seed {found.effort.seed} (and options as now)"
-        say(f"again: {again}; --output FOLDER keeps each smallest case for ft replay")
+        say(f"reproduce with: {again}; --output FOLDER keeps each smallest case for ft replay")

@@ -11,36 +11,39 @@ from xml.etree import ElementTree
 from finetune.records import Outcome
 from finetune.verify.catalogue import catalogue
 from finetune.verify.results import LawResult, severity_of
-from finetune.verify.run import Verification
+from finetune.verify.run import BAD, Verification
+from finetune.verify.terminal import counted_outcomes
 
 _SARIF = "https://json.schemastore.org/sarif-2.1.0.json"
 _LEVELS = {"wrong learning": "error", "data loss": "error", "unsafe": "error", "robustness": "warning"}
 _MOST_LETTERS = 1024
 _MOST_IN_CELL = 300
 _MARKUP = frozenset("\\`*_{}[]<>()#|~!&@$")
-BAD = (Outcome.FAILED, Outcome.ERROR, Outcome.INCONCLUSIVE)
 
 
 def junit(found: Verification) -> str:
     """One test case for each law; what is not applicable is skipped with the reason."""
+    known = [each for each in found.results if each.law in found.known]
+    failed = sum(each.outcome == Outcome.FAILED for each in known)
     counts = found.counts
     suite = ElementTree.Element(
         "testsuite",
         name=_clean(f"finetune: {found.subject}"),
         tests=str(len(found.results)),
-        failures=str(counts[Outcome.FAILED]),
-        errors=str(counts[Outcome.ERROR] + counts[Outcome.INCONCLUSIVE] + bool(found.trespasses)),
-        skipped=str(counts[Outcome.NOT_APPLICABLE]),
+        failures=str(counts[Outcome.FAILED] - failed),
+        errors=str(counts[Outcome.ERROR] + counts[Outcome.INCONCLUSIVE] - len(known) + failed + bool(found.trespasses)),
+        skipped=str(counts[Outcome.NOT_APPLICABLE] + len(known)),
         time=f"{found.seconds:.3f}",
     )
     for each in found.results:
         case = ElementTree.SubElement(
             suite, "testcase", classname=f"finetune.tier{found.tier}", name=each.law, time=f"{each.seconds:.3f}"
         )
-        if each.outcome == Outcome.FAILED:
-            failure = ElementTree.SubElement(
-                case, "failure", type=severity_of(each.law), message=_clean(each.statement)
-            )
+        if each.law in found.known:
+            ElementTree.SubElement(case, "skipped", message=f"{each.outcome}, as in the baseline")
+        elif each.outcome == Outcome.FAILED:
+            told = {"type": severity_of(each.law), "message": _clean(each.statement)}
+            failure = ElementTree.SubElement(case, "failure", told)
             failure.text = _clean(_evidence(each))
         elif each.outcome in (Outcome.ERROR, Outcome.INCONCLUSIVE):
             ElementTree.SubElement(case, "error", message=each.outcome).text = _clean(each.why)
@@ -88,6 +91,7 @@ def sarif(found: Verification, suite: str, place: str) -> dict[str, Any]:
             "locations": [{"physicalLocation": where}],
             # All are of one line: the law tells them apart, from one upload to the next.
             "partialFingerprints": {"primaryLocationLineHash": _fingerprint(found.subject, each.law)},
+            **({"baselineState": "unchanged"} if each.law in found.known else {}),
         }
         for each in found.results
         if each.outcome in BAD
@@ -107,9 +111,9 @@ def _fingerprint(subject: str, law: str) -> str:
 
 def markdown(found: Verification) -> str:
     """A table of what does not hold, for the summary of a job; no word of a trainer's becomes markup."""
-    counts = ", ".join(f"{count} {word}" for word, count in found.counts.items() if count)
+    counts = _cell(counted_outcomes(found))
     lines = [
-        f"### {'Every law that applies holds' if found.passes else 'Not every law holds'}: {_cell(found.subject)}",
+        f"### {'No law fails that is not known' if found.passes else 'Laws fail'}: {_cell(found.subject)}",
         "",
         f"{counts}; tier {found.tier}, seed {found.effort.seed}, {found.seconds:.0f} s",
         "",
@@ -119,9 +123,12 @@ def markdown(found: Verification) -> str:
         for each in rows:
             seen = f"expected {each.expected}, got {each.got}" if each.outcome == Outcome.FAILED else each.why
             statement = f"{_cell(each.statement)}<br>{_cell(seen)}"
-            lines.append(f"| `{_cell(each.law)}` | {severity_of(each.law)} | {each.outcome} | {statement} |")
+            outcome = f"{each.outcome}, known" if each.law in found.known else each.outcome
+            lines.append(f"| `{_cell(each.law)}` | {severity_of(each.law)} | {outcome} | {statement} |")
         lines.append("")
     lines += [f"- {_cell(trespass)}" for trespass in found.trespasses]
+    if found.gone:
+        lines.append(f"- Holds, and did not in the baseline: {', '.join(map(_cell, found.gone))}")
     return "\n".join(lines) + "\n"
 
 

@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from platform import machine, python_version, system
@@ -12,7 +13,7 @@ from typing import Any
 
 from finetune.errors import UsageError
 from finetune.records import Outcome
-from finetune.verify.catalogue import Law, case_laws
+from finetune.verify.catalogue import Law, case_laws, catalogue
 from finetune.verify.client import SubjectClient
 from finetune.verify.confine import confined_to
 from finetune.verify.judge import Effort, judge, judge_again
@@ -26,11 +27,18 @@ from finetune_strategies.recipes import Recipe
 FORMAT = "finetune verification"
 VERSION = 2
 Teller = Callable[[LawResult], None]
+BAD = (Outcome.FAILED, Outcome.ERROR, Outcome.INCONCLUSIVE)
+"""Outcomes of a law that does not hold, or could not be judged."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What all laws came to, with all that is needed to have it again."""
+    """What all laws came to, with all that is needed to have it again.
+
+    Attributes:
+        known: the laws that do not hold and did not hold in the baseline either; they fail nothing.
+        gone: the laws that hold and did not in the baseline.
+    """
 
     subject: str
     versions: Mapping[str, str]
@@ -39,6 +47,8 @@ class Verification:
     results: tuple[LawResult, ...]
     seconds: float
     trespasses: tuple[str, ...] = ()
+    known: tuple[str, ...] = ()
+    gone: tuple[str, ...] = ()
     machine: str = field(default_factory=lambda: f"{system()} {machine()}, Python {python_version()}")
 
     def after(self, conduct: Sequence[LawResult]) -> "Verification":
@@ -54,10 +64,15 @@ class Verification:
     @property
     def passes(self) -> bool:
         """Whether laws were judged, beside those of the protocol, and all of them hold."""
-        counts = self.counts
-        bad = counts[Outcome.FAILED] + counts[Outcome.ERROR] + counts[Outcome.INCONCLUSIVE]
+        bad = any(each.outcome in BAD and each.law not in self.known for each in self.results)
         judged = any(each.outcome == Outcome.PASSED and not each.law.startswith("protocol.") for each in self.results)
         return judged and not bad and not self.trespasses
+
+    def held_to(self, baseline: Mapping[str, str]) -> "Verification":
+        """The same, with what a baseline knew: the outcome of each law that did not hold then."""
+        known = [each.law for each in self.results if each.outcome in BAD and baseline.get(each.law) == each.outcome]
+        gone = [each.law for each in self.results if each.outcome == Outcome.PASSED and each.law in baseline]
+        return replace(self, known=tuple(known), gone=tuple(gone))
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON values."""
@@ -75,27 +90,33 @@ class Verification:
             "counts": dict(self.counts),
             "seconds": self.seconds,
             "trespasses": list(self.trespasses),
+            "known": list(self.known),
+            "gone": list(self.gone),
             "laws": [each.as_dict() for each in self.results],
         }
 
 
-def chosen_laws(tier: int, ids: Iterable[str] = ()) -> tuple[Law, ...]:
-    """The laws up to a tier, or those of them that are named.
+def chosen_laws(tier: int, ids: Iterable[str] = (), exclude: Iterable[str] = ()) -> tuple[Law, ...]:
+    """The laws up to a tier, or those of them that are named, without those that are excluded.
 
     Raises:
         UsageError: there is no law of such a name in this tier.
     """
-    known = case_laws(tier)
+    known, out = case_laws(tier), set(exclude)
     names = list(dict.fromkeys(ids)) or list(known)
-    if unknown := [name for name in names if name not in known]:
-        whole = case_laws()
+    whole = case_laws()
+    protocol = {id for id, law in catalogue().items() if law.subject == "protocol"}
+    unknown = [name for name in names if name not in known] + sorted(out - whole.keys() - protocol)
+    if unknown:
         missing = ", ".join(
             f"{name!r} (of tier {whole[name].tier})" if name in whole else repr(name) for name in unknown
         )
         higher = [whole[name].tier for name in unknown if name in whole]
-        hint = f"say --tier {max(higher)}" if higher else f"choose from: {', '.join(known)}"
+        near = [word for name in unknown for word in get_close_matches(name, [*whole, *protocol], n=1)]
+        hint = f"did you mean {', '.join(near)}?" if near else "`ft verify --list` has the laws"
+        hint = f"say --tier {max(higher)}" if higher else hint
         raise UsageError(f"there is no law {missing} up to tier {tier}", hint=hint)
-    return tuple(known[name] for name in names)
+    return tuple(known[name] for name in names if name not in out)
 
 
 def verify(
