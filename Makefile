@@ -192,6 +192,10 @@ peers: $(VENV)/dev-ok  ## Make the environments of TRL and mlx-lm, for `ft verif
 docs: $(VENV)/torch-ok  ## Write the pages of docs/ that the program itself can tell
 	@$(BIN)/python docs/reference.py
 
+.PHONY: pictures
+pictures: $(VENV)/dev-ok demo  ## Take the pictures of README and pages anew, of a run of the demo (needs Chromium)
+	@$(BIN)/python docs/pictures.py
+
 .PHONY: site
 site: $(VENV)/docs-ok  ## Build the documentation into site/; a page, link or anchor that is not there fails it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean && echo "written: site/index.html"

@@ -70,7 +70,7 @@ def opened(browser: "Browser", width: int) -> tuple["Page", list[str]]:
 def test_site_asks_nobody_else_and_fits_the_screen(browser: "Browser", address: str, width: int) -> None:
     """No page of at least 13 asks another host for anything, has an error, or is wider than its screen."""
     page, told = opened(browser, width)
-    assert len(PAGES) >= 13
+    assert len(PAGES) >= 25
     wide = []
     for name in PAGES:
         page.goto(f"{address}{name}.html")
@@ -95,12 +95,16 @@ def test_site_finds_a_setting(browser: "Browser", address: str) -> None:
 
 
 def test_site_can_be_opened_from_a_disk(browser: "Browser", site: Path) -> None:
-    """Without a server a page has its style, and its links lead to pages."""
+    """Without a server a page has its style and its pictures, its links lead to pages, and search finds a setting."""
     page, _ = opened(browser, 1200)
     page.goto((site / "index.html").as_uri())
     assert page.evaluate("getComputedStyle(document.querySelector('.md-header')).position") == "sticky"
-    page.locator("article a", has_text="the tutorial").click()
+    assert page.evaluate("[...document.querySelectorAll('article img')].every(one => one.naturalWidth > 500)")
+    page.locator("article a", has_text="your first fine-tune").click()
     page.wait_for_url(re.compile("tutorial.html$"))
+    page.locator("input.md-search__input").press_sequentially("max_grad_norm")
+    page.locator("a.md-search-result__link").first.click()
+    page.wait_for_url(re.compile("settings.html"))
     page.close()
 
 
@@ -117,7 +121,7 @@ def test_site_can_be_opened_from_a_disk(browser: "Browser", site: Path) -> None:
 def test_site_that_leads_nowhere_is_not_built(page: str, text: str, named: str, tmp_path: Path) -> None:
     """A link, an anchor or an inserted file that is not there, or a page without a way to it, fails the build."""
     shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("mkdocs.yml", "ARCHITECTURE.md"):
+    for name in ("mkdocs.yml", "ARCHITECTURE.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, tmp_path)
     with (tmp_path / "docs" / page).open("a", encoding="utf-8") as file:
         file.write(f"\n{text}\n")
