@@ -47,15 +47,18 @@ def settings_page() -> str:
     lines = [
         "# Settings",
         "",
-        "Made from the configuration's schema by `make docs`; `ft init` writes the same as a commented file.",
-        "",
-        "| setting | accepts | default | meaning |",
-        "|---|---|---|---|",
+        "A configuration is a YAML file of these sections; `--set training.seed=1` and `FT_TRAINING__SEED=1` set any of them as "
+        "well. `ft init` writes a commented file with all of them, and `ft check` tells what a run will use, and why.",
     ]
+    section = ""
     for key in KEYS:
+        if key.partition(".")[0] != section:
+            section = key.partition(".")[0]
+            about = str(_schema_of(schema, section).get("description", "")).splitlines()[:1] if "." in key else []
+            lines += ["", f"## {section}", "", *about]
         accepts = " or ".join(dict.fromkeys(_accepted(_schema_of(schema, key), schema)))
         default = json.dumps(default_of(key))
-        lines.append(f"| `{key}` | {accepts} | `{default}` | {description_of(key)} |")
+        lines += ["", f"### `{key}` {{ #{key} }}", "", description_of(key), "", f"**Accepts** {accepts}; **default** `{default}`"]
     lines += ["", "## Profiles", "", "| profile | for | sets |", "|---|---|---|"]
     for name, profile in PROFILES.items():
         values = ", ".join(f"`{key}={json.dumps(value)}`" for key, value in profile.values.items())
@@ -134,10 +137,16 @@ PAGES = {
 }
 
 
+def written(name: str) -> str:
+    """A page as it lies in docs/: who searches finds what users need before what the suite says of itself."""
+    boost = {"settings.md": 2, "commands.md": 2, "laws.md": 0.5, "findings.md": 0.5, "kill-matrix.md": 0.5}.get(name)
+    return (f"---\nsearch:\n  boost: {boost}\n---\n\n" if boost else "") + PAGES[name]()
+
+
 def main() -> None:
     """Write every page, and say which."""
-    for name, page in PAGES.items():
-        (FOLDER / name).write_text(page(), encoding="utf-8")
+    for name in PAGES:
+        (FOLDER / name).write_text(written(name), encoding="utf-8")
         sys.stderr.write(f"written: docs/{name}\n")
 
 
