@@ -5,11 +5,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from finetune.export.llama_runtime import get, post
+from finetune.export.llama_runtime import Line, get, post
 
 pytestmark = pytest.mark.tools
 
@@ -36,25 +38,63 @@ class Echo(BaseHTTPRequestHandler):
         self.wfile.write(said)
 
 
-@pytest.fixture
-def address() -> Iterator[str]:
-    """A server of this machine."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address of a server of this machine."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
-def test_runtime_asks_past_any_proxy(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runtime_asks_past_any_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A proxy that the environment names, which cannot see this machine, does not come between."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    assert get(address, "health", timeout=60) == {"path": "/health"}
-    assert post(address, "tokenize", {"content": "a"}, timeout=60) == {"path": "/tokenize", "body": {"content": "a"}}
+    with serving(Echo) as address:
+        assert get(address, "health", timeout=60) == {"path": "/health"}
+        for ask in (partial(post, address, timeout=60), Line(address, timeout=60).ask):
+            assert ask("tokenize", {"content": "a"}) == {"path": "/tokenize", "body": {"content": "a"}}
+
+
+class Kept(Echo):
+    """Keeps a connection open for three answers and then closes it unsaid, as a server does in a pause."""
+
+    protocol_version = "HTTP/1.1"
+    opened = 0
+
+    def setup(self) -> None:
+        """Count the connection."""
+        super().setup()
+        type(self).opened += 1
+        self.left = 3
+
+    def _say(self, value: dict[str, object]) -> None:
+        self.left -= 1
+        self.close_connection = self.left == 0
+        if value["path"] == "/wrong":
+            self.send_error(400, explain="no such thing")
+        else:
+            super()._say(value)
+
+
+def test_line_asks_over_one_connection_as_long_as_that_is_open() -> None:
+    """Seven questions need three connections of three answers each; a refusal is told, and one that is gone is, too."""
+    with serving(Kept) as address:
+        line = Line(address, timeout=60)
+        for number in range(7):
+            assert line.ask("tokenize", {"content": number}) == {"path": "/tokenize", "body": {"content": number}}
+        assert Kept.opened == 3
+        with pytest.raises(OSError, match="(?s)refuses wrong: .*no such thing"):
+            line.ask("wrong", {})
+    with pytest.raises(ConnectionError):
+        line.ask("tokenize", {})
 
 
 LATE = """

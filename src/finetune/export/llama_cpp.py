@@ -6,7 +6,7 @@ A broken file can crash that process, and not ours.
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from finetune.evidence.drift import NextTokens
-from finetune.export.llama_runtime import load_exact, post
+from finetune.export.llama_runtime import Line, load_exact
 from finetune.processes import ask_child
 
 MOST_PROBABILITIES = 1000
@@ -93,33 +93,33 @@ def main() -> None:
     request = json.load(sys.stdin)
     adapter = request["adapter"]
     server = load_exact(Path(request["model"]), context=request["context"], adapter=Path(adapter) if adapter else None)
-    address = server.listening_address
+    line = Line(server.listening_address, timeout=_PATIENCE)
     told: dict[str, Any] = {
-        kind: [_ask(address, "tokenize", {"content": text, **how})["tokens"] for text in request["texts"]]
+        kind: [line.ask("tokenize", {"content": text, **how})["tokens"] for text in request["texts"]]
         for kind, how in {
             "plain": {"add_special": False, "parse_special": False},
             "markup": {"add_special": False, "parse_special": True},
             "around": {"add_special": True, "parse_special": False},
         }.items()
     }
-    told["continuations"] = [_continue(address, prompt, request["steps"]) for prompt in request["prompts"]]
+    told["continuations"] = [_continue(line, prompt, request["steps"]) for prompt in request["prompts"]]
     numbers: dict[str, Any] = {}
     for index, sequence in enumerate(request["sequences"]):
-        likeliest = _next(address, sequence, request["plain_id"])
+        likeliest = _next(line, sequence, request["plain_id"])
         numbers[f"ids{index}"] = np.array([one["id"] for one in likeliest], np.int64)
         numbers[f"logs{index}"] = np.array([one["logprob"] for one in likeliest], np.float64)
     np.savez(request["numbers"], **numbers)
     sys.stdout.write(json.dumps(told) + "\n")
 
 
-def _continue(address: str, prompt: Sequence[int], steps: int) -> tuple[list[int], str, bool]:
+def _continue(line: Line, prompt: Sequence[int], steps: int) -> tuple[list[int], str, bool]:
     asked = {"prompt": prompt, "n_predict": steps, "temperature": 0, "return_tokens": True, "cache_prompt": False}
-    done = _ask(address, "completion", asked)
+    done = line.ask("completion", asked)
     ended = done["stop_type"] == "eos"
     return done["tokens"][:-1] if ended else done["tokens"], done["content"], ended
 
 
-def _next(address: str, sequence: Sequence[int], plain_id: int) -> list[dict[str, Any]]:
+def _next(line: Line, sequence: Sequence[int], plain_id: int) -> list[dict[str, Any]]:
     """The likeliest tokens after a sequence.
 
     llama.cpp reports probabilities only with a token whose text is a whole character. So the bias forces such a token;
@@ -133,13 +133,9 @@ def _next(address: str, sequence: Sequence[int], plain_id: int) -> list[dict[str
         "logit_bias": [[plain_id, 1e6]],
         "cache_prompt": True,
     }
-    [step] = _ask(address, "completion", asked)["completion_probabilities"]
+    [step] = line.ask("completion", asked)["completion_probabilities"]
     likeliest: list[dict[str, Any]] = step["top_logprobs"]
     return likeliest
-
-
-def _ask(address: str, path: str, asked: Mapping[str, object]) -> dict[str, Any]:
-    return post(address, path, asked, timeout=_PATIENCE)
 
 
 if __name__ == "__main__":
