@@ -1,6 +1,8 @@
 """Laws of the reference backend's arithmetic: its gradients are slopes, and its shortcuts change nothing."""
 
+import gc
 import math
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune.backends import importing_libraries
 from finetune.backends.reference.model import ReferencePass
 from finetune.backends.reference.optimizer import ReferenceAdamW, clip
 from finetune.ports import Objective
@@ -181,3 +184,19 @@ def test_adamw_and_clipping_are_torchs_formulas() -> None:
     below = np.array([3e-7, 4e-7])
     assert clip([below], 1.0) == pytest.approx(5e-7)
     assert below.tolist() == [3e-7, 4e-7]
+
+
+@pytest.mark.parametrize("looked", [True, False])
+def test_library_is_imported_without_a_look_for_garbage(looked: bool) -> None:
+    """While libraries are imported nobody looks; what they made is not looked at later; all else is as before."""
+    before, frozen = gc.isenabled(), gc.get_freeze_count()
+    (gc.enable if looked else gc.disable)()
+    try:
+        with suppress(ImportError), importing_libraries():
+            kept: list[list[int]] = [[] for _ in range(1_000)]
+            seen = gc.isenabled()
+            raise ImportError
+        assert (seen, gc.isenabled()) == (False, looked)
+        assert gc.get_freeze_count() >= frozen + len(kept)
+    finally:
+        (gc.enable if before else gc.disable)()

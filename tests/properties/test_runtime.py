@@ -91,7 +91,7 @@ def test_line_asks_over_one_connection_as_long_as_that_is_open() -> None:
         for number in range(7):
             assert line.ask("tokenize", {"content": number}) == {"path": "/tokenize", "body": {"content": number}}
         assert Kept.opened == 3
-        with pytest.raises(OSError, match="(?s)refuses wrong: .*no such thing"):
+        with pytest.raises(OSError, match=r"(?s)refuses wrong: .*no such thing"):
             line.ask("wrong", {})
     with pytest.raises(ConnectionError):
         line.ask("tokenize", {})
