@@ -4,47 +4,31 @@ import json
 import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from finetune.data.messages import ANSWERS, NOTHING, QUESTIONS, ROW_MARKS, THOUGHTS, RowError, normal
+from finetune.data.messages import NOTHING, RowError
+from finetune.data.names import (
+    ANSWERS,
+    BESIDE,
+    CHATS,
+    CONDEMNATIONS,
+    JUDGEMENTS,
+    KNOWN,
+    LABELS_OF_ROWS,
+    MASKS,
+    MEDIA,
+    QUESTIONS,
+    ROW_MARKS,
+    SCORES,
+    SHAPE_OF,
+    SHAPES,
+    VARIABLES,
+    normal,
+)
 from finetune.records import Row
 
-SHAPES: Mapping[str, tuple[str, ...]] = {
-    "alpaca": ("instruction", "output"),
-    "chat": ("messages",),
-    "prompt/completion": ("prompt", "completion"),
-    "text": ("text",),
-}
-"""The shapes that rows have, and the fields without which each is none."""
-FIELDS = (*(field for fields in SHAPES.values() for field in fields), "input", "system", "history", "tools")
-"""What `data.columns` can name a column for, with `reasoning` and `train` beside them."""
-
-_SHAPE_OF = {each: shape for shape, fields in SHAPES.items() for each in fields}
-_CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat")
-_BESIDE: Mapping[str, tuple[str, ...]] = {
-    "system": ("system", "system_prompt", "system_message"),
-    "history": ("history",),
-    "tools": ("tools",),
-    "reasoning": (*THOUGHTS, "thought", "thoughts", "chain_of_thought", "cot", "complex_cot"),
-}
-_VARIABLES = ("documents", "chat_template_kwargs")
-_JUDGEMENTS = (
-    *("label", "labels", "kto_tag", "feedback", "desirable", "is_desirable", "good", "is_good", "correct"),
-    *("is_correct", "accepted", "is_accepted", "approved", "preferred", "is_preferred", "liked", "thumbs_up", "keep"),
-)
-"""What columns are called that say of an answer whether it is a good one; the first three whatever they hold."""
-_MASKS = (
-    *("loss_mask", "completion_mask", "assistant_mask", "assistant_masks", "train_mask", "label_mask", "loss_weight"),
-    *("loss_weights", "sample_weight", "sample_weights", "weights", "completions", "winner", "preference"),
-)
-_MEDIA = (
-    *("image", "images", "image_url", "image_path", "audio", "audios", "video", "videos", "pixel_values"),
-    *("input_features", "speech"),
-)
-_SCORES = ("score", "scores", "rating", "ratings", "reward", "rewards", "quality", "rank", "upvotes", "loss")
-_NAMES = ("id", "idx", "index", "uuid", "source", "category", "type", "lang", "language", "url", "date", "split")
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_.]*")
 _WORDS_OF_YAML = ("true", "false", "null", "yes", "no", "on", "off", "none", "y", "n")
 
@@ -53,7 +37,7 @@ _WORDS_OF_YAML = ("true", "false", "null", "yes", "no", "on", "off", "none", "y"
 class Layout:
     """Which column of a row each field is; `unread` are those that nothing reads, `told` those of them that may matter.
 
-    `unfit` says why a row that is made so cannot be trained on; "" where it can.
+    `unfit` says why a row that is made so cannot be trained on, and `hint` how it could; "" where it can.
     """
 
     shape: str
@@ -61,6 +45,7 @@ class Layout:
     unread: frozenset[str] = frozenset()
     told: frozenset[str] = frozenset()
     unfit: str = ""
+    hint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +82,7 @@ class ColumnFinder:
         if isinstance(found, _Refusal):
             raise RowError(row.where, found.what, hint=found.hint, refuses=True)
         if found.unfit:
-            raise RowError(row.where, found.unfit)
+            raise RowError(row.where, found.unfit, hint=found.hint)
         return found
 
     def missing(self) -> list[str]:
@@ -159,7 +144,7 @@ class _Looked:
 
     def layout(self) -> Layout | _Refusal:
         """What these rows are."""
-        chosen = {_SHAPE_OF[what] for what in self.mapped if what in _SHAPE_OF}
+        chosen = {SHAPE_OF[what] for what in self.mapped if what in SHAPE_OF}
         refusal = self._preferences() if not chosen else None
         if refusal := refusal or self._judgements():
             return refusal
@@ -182,13 +167,15 @@ class _Looked:
         return self._read(shape, columns)
 
     def _read(self, shape: str, columns: Mapping[str, str]) -> Layout:
-        known = {*_SHAPE_OF, *_BESIDE["system"], *_BESIDE["history"], *_BESIDE["tools"], "input"}
-        read = {*columns.values(), *ROW_MARKS, *(() if shape == "text" else _VARIABLES)}
-        unread = {name for name in self.every - read if self.kinds.get(name, "ignored") or name not in known}
-        told = {name for key, name in self.names.items() if key in _SCORES and name in unread and self.kinds[name]}
-        media = [name for key, name in self.names.items() if key in _MEDIA and self.kinds[name]]
+        read = {*columns.values(), *ROW_MARKS, *(() if shape == "text" else VARIABLES)} - {*self.finder.ignored}
+        # In files of several shapes every row may have all columns.
+        unread = {name for name in self.every - read if self.kinds.get(name, "-") or normal(name) not in KNOWN}
+        told = {name for key, name in self.names.items() if key in SCORES and name in unread and self.kinds[name]}
+        media = [name for key, name in self.names.items() if key in MEDIA and self.kinds[name]]
         unfit = f"{media[0]!r} is no text: only text can be trained" if media else ""
-        return Layout(shape, columns, frozenset(unread), frozenset(told), unfit)
+        usable = [*self.finder.ignored, *filter(_usable, media)]
+        hint = f"to learn the text alone: {_line('data.ignore_columns', usable)}" if media else ""
+        return Layout(shape, columns, frozenset(unread), frozenset(told), unfit, hint)
 
     def _filled(self, names: Iterable[str], *, filled: bool = True) -> dict[str, str]:
         """The columns of these names, by name: those that hold something, or all of them."""
@@ -206,7 +193,7 @@ class _Looked:
         good = next((name for name in sides if "rejected" not in words[name] and _usable(name)), None)
         if good is None:
             return _Refusal(what, "write the good answer to a column `completion`")
-        asked = self._filled((*QUESTIONS, *_CHATS))
+        asked = self._filled((*QUESTIONS, *CHATS))
         if self.kinds[good] == "turns":
             line = self.finder.line(messages=good)
         elif not asked:
@@ -219,28 +206,43 @@ class _Looked:
 
     def _judgements(self) -> _Refusal | None:
         """Columns that say what is to be learned, and that nothing reads."""
-        for key, name in self.names.items():
-            kind, said = self.kinds[name], self.kinds[name].rpartition(" ")[2]
-            sure = key in _JUDGEMENTS[:3] or said in ("yes", "no")
-            if kind and (key in _MASKS or (key in _JUDGEMENTS and sure)):
-                what = f"{name!r} says what is to be learned, and nothing reads it"
-                if key in _MASKS or said not in ("yes", "no"):
-                    return _Refusal(what, self._ignore(name))
-                if said == "no":
-                    only = f"no answer of which it says no is learned; data.columns={{train: {name}}} keeps the others"
-                    return _Refusal(what, only)
-                return _Refusal(what, f"to learn the rows alone of which it says yes: {self.finder.line(train=name)}")
-        return None
+        found = [(name, key) for key, name in self.names.items() if self._judges(key, self.kinds[name])]
+        if not found:
+            return None
+        name, key = found[0]
+        what = f"{name!r} says what is to be learned, and nothing reads it"
+        kind, said = self.kinds[name], self.kinds[name].rpartition(" ")[2]
+        answered = self._filled((*ANSWERS, *CHATS))
+        if key in JUDGEMENTS and said in ("yes", "no") and answered and _usable(name):
+            if said == "yes":
+                line = self.finder.line(train=name)
+                return _Refusal(what, f"to learn the rows alone of which it says yes: {line}")
+            only = f"no answer of which it says no is learned; data.columns={{train: {name}}} keeps the others"
+            return _Refusal(what, only)
+        lines = [self._ignore(*(each for each, _ in found))]
+        asked = list(self._filled(("text", *QUESTIONS)).values())
+        if kind.startswith("text") and key == "label" and not answered and len(asked) == 1:
+            lines.insert(0, f"to learn to say it: {self.finder.line(prompt=asked[0], completion=name)}")
+        return _Refusal(what, "; ".join(filter(None, lines)) or "write the text to learn to a column of its own")
 
-    def _ignore(self, name: str) -> str:
-        if not _usable(name):
-            return f"take {shown(name)!r} out of the rows"
-        return f"to leave it unread: {_line('data.ignore_columns', [*self.finder.ignored, name])}"
+    @staticmethod
+    def _judges(key: str, kind: str) -> bool:
+        sure = key in JUDGEMENTS[:3] or kind.rpartition(" ")[2] in ("yes", "no")
+        return bool(kind) and (key in MASKS or (key in (*JUDGEMENTS, *CONDEMNATIONS) and sure))
+
+    def _ignore(self, *names: str) -> str:
+        """The line that leaves columns unread, where there are rows to learn without them."""
+        ignored = [*self.finder.ignored, *names]
+        if not all(map(_usable, names)):
+            return f"take {shown(names[0])!r} out of the rows"
+        rest = _Looked(replace(self.finder, ignored=ignored), {name: self.kinds.get(name, "") for name in self.every})
+        unread = "" if isinstance(rest.layout(), _Refusal) else _line("data.ignore_columns", ignored)
+        return f"to leave it unread: {unread}" if unread else ""
 
     def _beside(self) -> dict[str, str]:
         """The columns of what stands beside a conversation."""
         found = {}
-        for what, names in _BESIDE.items():
+        for what, names in BESIDE.items():
             there = [self.mapped[what]] if what in self.mapped else [*self._filled(names).values()]
             if there:
                 found[what] = there[0]
@@ -299,7 +301,7 @@ class _Looked:
                 if shape != "text" or not filled:
                     found.append((shape, there, False))
         if filled:
-            chats = [name for key, name in self._filled(_CHATS[1:]).items() if "turn" in self.kinds[name]]
+            chats = [name for key, name in self._filled(CHATS[1:]).items() if "turn" in self.kinds[name]]
             found += [("chat", {"messages": name}, False) for name in chats]
         return found
 
@@ -344,7 +346,9 @@ class _Looked:
         names = [name for name in self.kinds if _usable(name)]
         turns = [name for name in names if "turn" in self.kinds[name]]
         texts = [name for name in names if self.kinds[name].startswith("text")]
-        texts = [name for name in texts if normal(name) not in _NAMES and not normal(name).endswith("_id")] or texts
+        texts = [
+            name for name in texts if normal(name) not in LABELS_OF_ROWS and not normal(name).endswith("_id")
+        ] or texts
         answers = [name for name in texts if normal(name) in ANSWERS]
         questions = [name for name in texts if normal(name) in QUESTIONS]
         line = ""

@@ -1,21 +1,16 @@
 """Reads the messages of a row, in every spelling that public files have, and what stands beside them."""
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from types import NoneType
 from typing import Any
 
+from finetune.data.names import ANSWERS, QUESTIONS, ROW_MARKS, THOUGHTS, normal
 from finetune.errors import DataError
 from finetune.records import Message, Row
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-QUESTIONS = ("prompt", "instruction", "question", "query", "input", "inputs", "user", "human", "problem")
-"""What columns, and keys of a turn that is a pair, are called which ask."""
-ANSWERS = ("completion", "output", "outputs", "answer", "response", "assistant", "gpt", "bot", "reply", "target")
-ROW_MARKS = ("weight", "train")
 NOTHING: tuple[Any, ...] = (None, "", [], {})
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 _MARKS = (*ROW_MARKS, "training", "loss")
 _MEANT = ("tool_calls", "function_call", *THOUGHTS, "name", "tool_call_id")
@@ -51,11 +46,6 @@ class RowError(DataError):
         self.where, self.what, self.kind, self.refuses = where, what, kind or what, refuses
 
 
-def normal(name: str) -> str:
-    """A column's name in small letters, its words joined by underscores."""
-    return re.sub(r"[\s-]+", "_", name.strip().lower())
-
-
 def text_of(value: object, key: str, where: str) -> str:
     """The text of a column or of a message; null is none."""
     if value is None:
@@ -63,7 +53,7 @@ def text_of(value: object, key: str, where: str) -> str:
     if not isinstance(value, str):
         kind = type(value).__name__
         what = f"{key!r} must be text, found {kind} {str(value)[:60]!r}"
-        raise RowError(where, what, kind=f"{key!r} holds no text, but {kind}")
+        raise RowError(where, what, kind=f"{key!r} holds no text, but {kind}", hint=f"write {key!r} as text")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 
 from finetune.data.columns import ColumnFinder, Layout, shown
 from finetune.data.messages import (
-    ROW_MARKS,
-    THOUGHTS,
     RowError,
     history_of,
     keys_beside,
@@ -19,6 +17,7 @@ from finetune.data.messages import (
     tools_of,
     variables_of,
 )
+from finetune.data.names import ROW_MARKS, THOUGHTS
 from finetune.data.read import raise_all
 from finetune.errors import counted
 from finetune.records import Conversation, Document, Message, Row
@@ -138,14 +137,19 @@ def _places(places: Sequence[str]) -> str:
 
 
 def _without(row: Row, ignored: Collection[str]) -> Row:
-    """The row without the keys of messages that are not to be read."""
-    keys = {name.partition(".")[::2] for name in ignored if "." in name}
-    values = dict(row.values)
-    for column, key in keys:
-        if isinstance(turns := values.get(column), list):
-            turns = [{name: said for name, said in turn.items() if name != key} for turn in turns if turn]
-            values[column] = turns
-    return replace(row, values=values) if keys else row
+    """The row without the columns, and the keys of messages, that are not to be read."""
+    if not ignored:
+        return row
+    values = {name: value for name, value in row.values.items() if name not in ignored}
+    for column, _, key in (name.partition(".") for name in ignored):
+        turns = values.get(column)
+        if key and isinstance(turns, list):
+            values[column] = [turn if not isinstance(turn, dict) else _but(turn, key) for turn in turns]
+    return replace(row, values=values)
+
+
+def _but(turn: Mapping[str, object], key: str) -> dict[str, object]:
+    return {name: said for name, said in turn.items() if name != key}
 
 
 def _message_columns(row: Row, layout: Layout) -> list[str]:

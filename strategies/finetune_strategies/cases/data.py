@@ -1,7 +1,8 @@
 """Rows to account for, to order, to split and to cache."""
 
+import json
 from collections.abc import Callable, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from hypothesis import strategies as st
 from pydantic import Field
@@ -48,6 +49,101 @@ class Shaped(Recipe):
 
 
 DATA_SHAPES = st.builds(Shaped, pair=PAIRS, shape=st.sampled_from(("prompt/completion", "lists", "alpaca")))
+
+
+Spelling = Literal["question/answer", "Instruction/Response", "ShareGPT", "conversations", "JSON", "no instruction"]
+
+
+class Spelled(Recipe):
+    """A question and its answer, and the public spelling of the row that they are in."""
+
+    pair: Pair
+    spelling: Spelling
+
+    @property
+    def value(self) -> dict[str, Any]:
+        """The row as data files have it."""
+        asked, answered = self.pair.prompt, self.pair.completion
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        rows: dict[Spelling, dict[str, Any]] = {
+            "question/answer": {"question": asked, "answer": answered},
+            "Instruction/Response": {"Instruction": asked, "Response": answered},
+            "ShareGPT": {"conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": answered}]},
+            "conversations": {"conversations": turns},
+            "JSON": {"messages": json.dumps(turns, ensure_ascii=False)},
+            "no instruction": {"instruction": "", "input": asked, "output": answered},
+        }
+        return rows[self.spelling]
+
+
+DATA_NAMES = st.builds(Spelled, pair=PAIRS, spelling=st.sampled_from(get_args(Spelling)))
+
+
+class Mapped(Recipe):
+    """A question and its answer in columns of any name."""
+
+    pair: Pair
+    asked: Annotated[str, Field(min_length=1, max_length=12)]
+    answered: Annotated[str, Field(min_length=1, max_length=12)]
+
+    @property
+    def value(self) -> dict[str, str]:
+        """The row as data files have it, with a column that means nothing."""
+        return {self.answered: self.pair.completion, self.asked: self.pair.prompt, "note to self": "nothing"}
+
+
+_COLUMN = st.one_of(
+    st.sampled_from(("completion", "prompt", "text", "label", "it's", "a: b")), TEXTS.map(lambda t: t[:12])
+)
+DATA_COLUMNS = st.builds(Mapped, pair=PAIRS, asked=_COLUMN, answered=_COLUMN).filter(
+    lambda case: case.asked.strip() != case.answered.strip()
+)
+Judgement = Literal[
+    "label", "label in a table", "kto_tag", "rejected", "rejected messages", "weight", "train", "message"
+]
+
+
+class Judged(Recipe):
+    """A good answer and a bad one to a question, and what says which is bad."""
+
+    pair: Pair
+    bad: Annotated[str, Field(min_length=8, max_length=40)]
+    judgement: Judgement
+
+    @property
+    def values(self) -> list[dict[str, Any]]:
+        """The rows as data files have them."""
+        asked, good, bad = self.pair.prompt, self.pair.completion, self.bad
+        user = {"role": "user", "content": asked}
+        said = [{"role": "assistant", "content": answer} for answer in (good, bad)]
+        both = [{"prompt": asked, "completion": answer} for answer in (good, bad)]
+        marks: dict[str, tuple[str, object, object]] = {
+            "label": ("label", True, False),
+            "label in a table": ("label", "True", "False"),
+            "kto_tag": ("kto_tag", True, False),
+            "weight": ("weight", 1, 0),
+            "train": ("train", True, False),
+        }
+        if self.judgement in marks:
+            name, *values = marks[self.judgement]
+            return [{**row, name: value} for row, value in zip(both, values, strict=True)]
+        rows: dict[str, dict[str, Any]] = {
+            "rejected": {"prompt": asked, "chosen": good, "rejected": bad},
+            "rejected messages": {"chosen": [user, said[0]], "rejected": [user, said[1]]},
+            "message": {"messages": [user, {**said[1], "train": False}, user, said[0]]},
+        }
+        return [rows[self.judgement]]
+
+
+# No letter of a good answer or of markup is in a bad one, so that none of its bytes is learned with them.
+_BAD = st.text(st.sampled_from("XYZ"), min_size=8, max_size=12)
+_LOWER = st.text(st.sampled_from("abcdefgh "), min_size=1, max_size=12).map(str.strip).filter(bool)
+DATA_JUDGED = st.builds(
+    Judged,
+    pair=st.builds(Pair, prompt=_LOWER, completion=_LOWER),
+    bad=_BAD,
+    judgement=st.sampled_from(get_args(Judgement)),
+)
 
 
 class Held(Recipe):

@@ -11,10 +11,11 @@ from finetune.chat import encoder, fit
 from finetune.chat.encode import Marked
 from finetune.chat.fit import Encoded
 from finetune.chat.tokenizer import FileTokenizer
-from finetune.data import overlap
+from finetune.data import overlap, shape
+from finetune.data.columns import ColumnFinder, Layout
 from finetune.data.overlap import Overlap
 from finetune.data.shape import Example
-from finetune.records import Batch, Rendered, Row, TokenizedRow
+from finetune.records import Batch, Message, Rendered, Row, TokenizedRow
 from finetune.training import prepare, questions
 from finetune.verify.faults.fault import fault, in_place_of, plant
 from finetune.verify.faults.sessions import plant_session
@@ -166,3 +167,48 @@ def _left_out_uncounted(right: Encoding, rows: Iterable[Marked], **named: object
 def _steps_of_rows() -> None:
     """With packing, steps are counted in rows."""
     plant(prepare, "sequences_of", lambda right, rows, **named: [(row,) for row in rows])
+
+
+@fault("A036", "data.label_ignored")
+@in_place_of("layout", ColumnFinder)
+def _labels_are_passed_over(right: Callable[..., Layout], finder: ColumnFinder, row: Row) -> Layout:
+    """Answers that are labelled bad are learned as if they were good."""
+    plain = {name: value for name, value in row.values.items() if name not in ("label", "kto_tag")}
+    return right(finder, replace(row, values=plain))
+
+
+@fault("A036b", "data.rejected_learned")
+@in_place_of("layout", ColumnFinder)
+def _rejected_is_learned(right: Callable[..., Layout], finder: ColumnFinder, row: Row) -> Layout:
+    """Of a good and a bad answer the bad one is learned."""
+    if "rejected" not in row.values:
+        return right(finder, row)
+    asked = {"prompt": "prompt", "completion": "rejected"}
+    return Layout("prompt/completion", asked) if "prompt" in row.values else Layout("chat", {"messages": "rejected"})
+
+
+@fault("A036c", "data.weightless_row_learned")
+@in_place_of("learned_of", shape)
+def _weightless_rows_are_learned(right: Callable[..., bool | None], of: Row, keys: Sequence[str]) -> bool | None:
+    """A row is learned although it says that it is not to be."""
+    return right(of, keys) or None
+
+
+@fault("A037", "data.columns_swapped")
+@in_place_of("layout", ColumnFinder)
+def _columns_are_swapped(right: Callable[..., Layout], finder: ColumnFinder, row: Row) -> Layout:
+    """Columns that the settings name are taken in the order in which they stand in the file."""
+    found = right(finder, row)
+    if not finder.columns:
+        return found
+    order = [name for name in row.values if name in found.columns.values()]
+    return replace(found, columns=dict(zip(found.columns, order, strict=True)))
+
+
+@fault("A037b", "data.turns_swapped")
+@in_place_of("messages_of", shape)
+def _turns_change_places(right: Callable[..., tuple[Message, ...]], row: Row, key: str) -> tuple[Message, ...]:
+    """In `conversations` what is asked and what is answered change places."""
+    found = right(row, key)
+    said = [each.content for each in found] if key == "messages" else [each.content for each in reversed(found)]
+    return tuple(replace(each, content=content) for each, content in zip(found, said, strict=True))

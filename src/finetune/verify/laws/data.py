@@ -7,7 +7,7 @@ from typing import Any
 from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
-from finetune.verify.laws.helpers import comparable, tokenized, tokenized_row
+from finetune.verify.laws.helpers import comparable, refused, text_of, tokenized, tokenized_row
 from finetune.verify.subjects.answers import Epochs, Split, UnseenRows
 from finetune.verify.subjects.subject import UnsupportedError
 from finetune_strategies.cases import data as cases
@@ -89,6 +89,39 @@ def shape_changes_nothing(trainer: SubjectClient, case: cases.Shaped) -> None:
     found = [tokenized_row(trainer, model, _row(case.pair, shape), {}) for shape in ("messages", case.shape)]
     one, other = ((row.ids, row.targets) for row in found)
     check(one == other, expected=f"as messages: {one}", got=f"as {case.shape}: {other}")
+
+
+@law("data.names", ["tokenize"], cases.DATA_NAMES, examples=8)
+@oracle("the row that has it as a prompt and a completion")
+def common_names_are_known(trainer: SubjectClient, case: cases.Spelled) -> None:
+    """What is said becomes the same tokens, and the same of them are learned, by whatever common names it is given."""
+    model = trainer.model(TINY)
+    found = [tokenized_row(trainer, model, row, {}) for row in (case.pair.model_dump(), case.value)]
+    one, other = ((row.ids, row.targets) for row in found)
+    check(one == other, expected=f"as prompt and completion: {one}", got=f"as {case.spelling}: {other}")
+
+
+@law("data.columns", ["tokenize"], cases.DATA_COLUMNS, examples=8)
+@oracle("the row whose columns are called prompt and completion")
+def mapped_column_is_what_it_says(trainer: SubjectClient, case: cases.Mapped) -> None:
+    """A column that the settings name for a field is that field, whatever it is called."""
+    model, mapping = trainer.model(TINY), {"prompt": case.asked, "completion": case.answered}
+    named = tokenized_row(trainer, model, case.pair.model_dump(), {})
+    mapped = tokenized_row(trainer, model, case.value, {"data.columns": mapping})
+    one, other = ((row.ids, row.targets) for row in (named, mapped))
+    check(one == other, expected=f"by name: {one}", got=f"mapped: {other}")
+
+
+@law("data.judged", ["tokenize"], cases.DATA_JUDGED, examples=12)
+@oracle("the bytes of the bad answer: no other text has one of them")
+def what_is_judged_bad_is_never_learned(trainer: SubjectClient, case: cases.Judged) -> None:
+    """An answer that its row or message says is not to be learned never is: it is left out, or its rows are refused."""
+    model = trainer.model(TINY)
+    found = refused(lambda: tokenized(trainer, model, case.values, {"tokens.max_length": 1000}))
+    words = trainer.words(model)
+    said = b"".join(text_of(words, row, trained=True) for row in found.rows) if found else b""
+    learned = sorted(set(case.bad) & set(said.decode(errors="replace")))
+    check(not learned, expected=f"nothing learned of {case.bad!r}", got=f"learned: {said!r}")
 
 
 def _split(trainer: SubjectClient, case: cases.Held) -> Split:

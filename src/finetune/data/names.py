@@ -1,0 +1,72 @@
+"""What columns are called in public files: by what they hold, and those that say what is to be learned."""
+
+import re
+from collections.abc import Mapping
+
+SHAPES: Mapping[str, tuple[str, ...]] = {
+    "alpaca": ("instruction", "output"),
+    "chat": ("messages",),
+    "prompt/completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+"""The shapes that rows have, and the fields without which each is none."""
+QUESTIONS = ("prompt", "instruction", "question", "query", "input", "inputs", "user", "human", "problem")
+"""What columns, and keys of a turn that is a pair, are called which ask."""
+ANSWERS = ("completion", "output", "outputs", "answer", "response", "assistant", "gpt", "bot", "reply", "target")
+ROW_MARKS = ("weight", "train")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+SHAPE_OF = {each: shape for shape, fields in SHAPES.items() for each in fields}
+CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat")
+BESIDE: Mapping[str, tuple[str, ...]] = {
+    "system": ("system", "system_prompt", "system_message"),
+    "history": ("history",),
+    "tools": ("tools",),
+    "reasoning": (*THOUGHTS, "thought", "thoughts", "chain_of_thought", "cot", "complex_cot"),
+}
+VARIABLES = ("documents", "chat_template_kwargs")
+JUDGEMENTS = (
+    *("label", "labels", "kto_tag", "feedback", "desirable", "is_desirable", "good", "is_good", "correct"),
+    *("is_correct", "accepted", "is_accepted", "approved", "preferred", "is_preferred", "liked", "thumbs_up", "keep"),
+    *("chosen", "is_chosen", "selected"),
+)
+"""What columns are called that say of an answer whether it is a good one; the first three whatever they hold."""
+CONDEMNATIONS = (
+    *("rejected", "bad", "is_bad", "incorrect", "is_incorrect", "disliked", "thumbs_down", "flagged", "toxic"),
+    *("skip", "exclude", "excluded", "drop", "deleted"),
+)
+"""What columns are called that say of an answer whether it is a bad one, where they say yes or no."""
+MASKS = (
+    *("loss_mask", "completion_mask", "assistant_mask", "assistant_masks", "train_mask", "label_mask", "loss_weight"),
+    *("loss_weights", "sample_weight", "sample_weights", "weights", "completions", "winner", "preference"),
+    *("better_response_id", "safer_response_id"),
+)
+"""What columns are called that say of a row's parts, or of several answers, what is to be learned."""
+MEDIA = (
+    *("image", "images", "image_url", "image_path", "audio", "audios", "video", "videos", "pixel_values"),
+    *("input_features", "speech"),
+)
+"""What columns are called that hold no text."""
+SCORES = ("score", "scores", "rating", "ratings", "reward", "rewards", "quality", "rank", "upvotes", "loss")
+KNOWN = {
+    *(*SHAPE_OF, *CHATS, *QUESTIONS, *ANSWERS, *(name for names in BESIDE.values() for name in names)),
+    *(*JUDGEMENTS, *CONDEMNATIONS, *MASKS, *MEDIA),
+}
+LABELS_OF_ROWS = (
+    "id",
+    "idx",
+    "index",
+    "uuid",
+    "source",
+    "category",
+    "type",
+    "lang",
+    "language",
+    "url",
+    "date",
+    "split",
+)
+
+
+def normal(name: str) -> str:
+    """A column's name in small letters, its words joined by underscores."""
+    return re.sub(r"[\s-]+", "_", name.strip().lower())
