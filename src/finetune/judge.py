@@ -1,15 +1,13 @@
 """Judges a fine-tune that anybody's trainer made: an adapter or a model folder, on the rows it was trained on."""
 
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
 from finetune.adapters.kinds import kind_of, layer_tensor
-from finetune.adapters.peft_files import MLX_WEIGHTS, SETTINGS, WEIGHTS, base_of, peft_from_mlx, read_settings
+from finetune.adapters.peft_files import SETTINGS, WEIGHTS, base_of, in_peft_format, read_settings
 from finetune.config import LoadedConfig, load_config
 from finetune.criteria.evidence import Evidence
 from finetune.criteria.judge import judge, overall
@@ -52,7 +50,7 @@ def judge_tuned(loaded: LoadedConfig, tuned: Path) -> dict[str, Any]:
         del session  # two models need not fit into memory
         session = open_model(config, ModelLocation(str(tuned), tuned.resolve(), "local"), prepared.encoder)
     else:
-        with _in_peft_format(tuned, prepared) as adapter:
+        with in_peft_format(tuned, prepared.location.name) as adapter:
             session.load_adapter(adapter)
     after = observe(session, prepared, before)
     why = dict.fromkeys(("steps", "control", "memory", "parameters", "artifacts"), _ELSEWHERE)
@@ -126,16 +124,6 @@ def _kind_of(tuned: Path) -> Literal["adapter", "model"]:
         f"{tuned} holds neither an adapter ({SETTINGS}) nor a model (config.json)",
         hint="name the folder that the trainer saved its last adapter or model in",
     )
-
-
-@contextmanager
-def _in_peft_format(tuned: Path, prepared: Prepared) -> Iterator[Path]:
-    if (tuned / WEIGHTS).is_file() or not (tuned / MLX_WEIGHTS).is_file():
-        yield tuned
-        return
-    with tempfile.TemporaryDirectory(prefix="finetune-") as place:
-        peft_from_mlx(tuned, Path(place), prepared.location.name)
-        yield Path(place)
 
 
 def _check_adapter(prepared: Prepared, folder: Path) -> None:

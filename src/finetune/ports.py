@@ -174,6 +174,9 @@ class Session(Protocol):
     def load_adapter(self, folder: Path) -> None:
         """Put a saved adapter on the model; every tensor must match."""
 
+    def start_from(self, folder: Path) -> None:
+        """Give the attached adapter, which stays trainable, the weights that are saved in PEFT's format in a folder."""
+
     def save_state(self, folder: Path) -> None:
         """Write adapter, optimizer and random state so that `load_state` continues bit for bit."""
 

@@ -279,6 +279,15 @@ class AdapterTarget:
     saved: tuple[str, ...] = ()
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The last names of the paths that `modules` end: `q_proj` of a layer's whole path, too."""
+        return frozenset(path.rpartition(".")[2] for path in self.modules)
+
+    def adapts(self, path: str) -> bool:
+        """Whether the layer at a path gets an adapter."""
+        return any(path == name or path.endswith(f".{name}") for name in self.modules)
+
     def rank_of(self, path: str) -> int:
         """The rank of one layer's adapter."""
         return _first_fitting(self.rank_pattern, path, self.rank)

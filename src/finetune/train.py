@@ -30,10 +30,11 @@ from finetune.events import (
 from finetune.evidence.collect import collect_evidence
 from finetune.evidence.extra_runs import Trainings, shuffled_label_rows
 from finetune.evidence.forecast import forecast_run
-from finetune.evidence.observe import Observation, observe, score
+from finetune.evidence.observe import Observation, begin_at, observe, score
 from finetune.evidence.packing_check import check_packing
 from finetune.evidence.record import run_owner, run_record
 from finetune.evidence.saved import save_trained
+from finetune.evidence.starting import with_start
 from finetune.export.import_gguf import with_model_folder
 from finetune.files import describe_file, write_folder, write_json, write_text
 from finetune.objectives import choose_objective
@@ -50,6 +51,7 @@ from finetune.training.out_of_memory import with_estimate
 from finetune.training.prepare import Prepared, batch_of_all, held_out_batches, pack_length, packed_sample, prepare
 from finetune.training.resume import claim_resumed, early_stopping_at, load_newest
 from finetune.training.run import Listener, Run
+from finetune.training.start import begun_note, start_of
 
 
 def fine_tune(
@@ -83,6 +85,7 @@ def fine_tune(
     require_trackers(loaded.config.tracking.to)
     group = backend.join()
     listener = (lambda event: None) if group.rank else listener
+    loaded = loaded if resume else with_start(loaded)
     loaded = with_model_folder(loaded, tell=lambda words: listener(PhaseStarted("import", words)))
     listener(PhaseStarted("prepare", f"{loaded.config.model.path}"))
     prepared = prepare(resolve_processes(loaded, group.size, resume=bool(resume)))
@@ -95,6 +98,7 @@ def fine_tune(
         folder = RunFolder.place(None if group.rank else output)
     timing = {"prepare": time.perf_counter() - clock}
     run = Run(prepared, backend, group, folder, listener, timing, started=started, planned=planned)
+    run.start = start_of(prepared.plan.config)
     if group.rank:
         _train_along(run)
         return folder.path, {}
@@ -122,6 +126,10 @@ def _train_and_judge(run: Run, *, resume: bool, clock: float) -> dict[str, Any]:
     with run.phase("attach"):
         run.attach_adapter(session)
     fingerprints = session.fingerprints()
+    if run.start is not None:
+        with run.phase("observe start", f"the adapter {run.start.name}, with a fresh optimizer"):
+            run.beginning = begin_at(session, before)
+        run.notes.append(begun_note(run.start, run.beginning, before.fixed[0]))
     # Only now, when nothing can be refused any more, is anything written.
     _begin(run, resume=resume)
     trained = train_to_the_end(run, session, before, owner)
@@ -298,7 +306,7 @@ def _train_control(
         return None
     with run.phase("shuffled-label control", f"{last} steps on shuffled answers"):
         control = run.open_session()
-        run.attach_adapter(control)
+        run.attach_adapter(control, fresh=True)  # compared, as the run is, with the base
         for event in training_events(run, control, rows, last=last):
             if isinstance(event, StepDone):
                 run.listener(event)

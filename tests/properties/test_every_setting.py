@@ -52,6 +52,7 @@ RISING: dict[str, Any] = {"training.evaluate_every": 1, "training.learning_rate"
 CHANGES: dict[str, Change] = {
     "model.path": Change("OTHER"),
     "model.revision": Change("main", refused="has no revisions"),
+    "model.adapter": Change("nowhere", refused="there is no adapter and no run at nowhere"),
     "model.dtype": Change("bfloat16", refused="cannot imitate bfloat16"),
     "model.device": Change("gpu", refused="model.device is gpu"),
     "model.quantize": Change("4bit", refused="groups of 64"),

@@ -23,7 +23,8 @@ def choose_layers(shape: ModelShape, target_modules: str | Sequence[str]) -> tup
         raise ModelError(f"{shape.architecture} has no linear layer that can be adapted")
     if target_modules == "all-linear":
         return tuple(name for name in existing if name not in _ROUTERS) or existing
-    unknown = [name for name in target_modules if name not in existing]
+    paths = [layer.name for layer in shape.linear_layers]
+    unknown = [name for name in target_modules if not ends_with(paths, name)]
     if unknown:
         raise ModelError(
             f"adapter.target_modules: {', '.join(map(repr, unknown))} matches no linear layer of {shape.architecture}",
@@ -55,7 +56,7 @@ def choose_saved(shape: ModelShape, names: Sequence[str], modules: Sequence[str]
                 f"adapter.modules_to_save: {name!r} matches no module of {shape.architecture} that has weights",
                 hint=f"choose from: {', '.join(_short_names(existing))}",
             )
-        if adapted := [path for path in hit if path.rsplit(".", 1)[-1] in modules]:
+        if adapted := [path for path in hit if any(ends_with([path], module) for module in modules)]:
             raise ModelError(
                 f"adapter.modules_to_save: {name!r} matches {adapted[0]}, which gets an adapter already",
                 hint="train it one way: leave it out here, or name the other layers in adapter.target_modules",
@@ -146,7 +147,7 @@ def check_rank(shape: ModelShape, target: AdapterTarget) -> None:
 
 
 def _adapted(shape: ModelShape, target: AdapterTarget) -> list[LinearLayer]:
-    return [layer for layer in shape.linear_layers if layer.name.rsplit(".", 1)[-1] in target.modules]
+    return [layer for layer in shape.linear_layers if target.adapts(layer.name)]
 
 
 def _fits(setting: str, pattern: str, path: str) -> bool:

@@ -10,7 +10,9 @@ Source: `PeftConfig` and `get_peft_model_state_dict` of Hugging Face PEFT.
 import json
 import math
 import re
-from collections.abc import Container, Iterable, Mapping
+import tempfile
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -257,3 +259,18 @@ def peft_from_mlx(source: Path, folder: Path, base: str) -> None:
         raise ModelError(f"the mlx-lm adapter in {source} is no {kind.title}: {what}", hint="fuse it with mlx_lm.fuse")
     write_settings(target, base, folder, transposed=False)
     save_file(tensors, folder / WEIGHTS)
+
+
+@contextmanager
+def in_peft_format(folder: Path, base: str) -> Iterator[Path]:
+    """The folder of an adapter in PEFT's format: itself, or for a moment another, where mlx-lm saved it.
+
+    Raises:
+        ModelError: as `peft_from_mlx`.
+    """
+    if (folder / WEIGHTS).is_file() or not (folder / MLX_WEIGHTS).is_file():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="finetune-") as place:
+        peft_from_mlx(folder, Path(place), base)
+        yield Path(place)

@@ -48,7 +48,12 @@ _SHORT = {
 class ConfigOptions(NamedTuple):
     """The options of a configuration, as the user gave them."""
 
-    model: Annotated[str | None, typer.Option("--model", help="Shipped name, folder, GGUF file or hub id.")] = None
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", help="Shipped name, folder, GGUF file or hub id; or a run or an adapter to go on from."
+        ),
+    ] = None
     data: Annotated[
         str | None, typer.Option("--data", help="Training rows: .jsonl, .json, .csv, .tsv or .parquet.")
     ] = None
@@ -76,6 +81,7 @@ class ConfigOptions(NamedTuple):
         """
         from finetune.cli.console import say
         from finetune.config import load_config, parse_assignments
+        from finetune.evidence.starting import with_start
         from finetune.export.import_gguf import with_model_folder
 
         flags = {"model.path": self.model, "data.train": self.data, "template.name": self.template}
@@ -86,7 +92,7 @@ class ConfigOptions(NamedTuple):
         loaded = load_config(config, environ=os.environ, overrides=overrides, profile=self.profile)
         if loaded.config.data.train is None and "profile" not in loaded.origins.values():
             loaded = load_config(config, environ=os.environ, overrides=overrides, profile="demo")
-        return with_model_folder(loaded, tell=say)
+        return with_model_folder(with_start(loaded), tell=say)
 
     def longer(self) -> "Longer | None":
         """How long a resumed run is to be from now on; None where nothing says so.

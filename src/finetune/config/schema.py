@@ -112,6 +112,9 @@ class ModelSpec(Spec):
     """The model to fine-tune: the name of a shipped model, a local folder or a Hugging Face Hub id."""
     revision: Text | None = None
     """Which branch, tag or commit of a Hub model to take; null takes the Hub's default."""
+    adapter: Text | None = None
+    """The adapter to go on from: a finished run, or a folder that PEFT or mlx-lm saved one in. `path` may name it as
+    well: its base is then the one that it names."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The number format the weights are held in; bfloat16 halves their memory."""
     device: Literal["auto", "cpu", "gpu"] = "auto"

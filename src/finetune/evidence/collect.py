@@ -36,6 +36,11 @@ def collect_evidence(
     # The steps that the kept weights are made of; what came after the best step has left nothing behind.
     steps = [event for event in events if isinstance(event, StepDone) and event.step <= trainings.kept]
     gradients = next((event.norms for event in events if isinstance(event, FirstGradients)), {})
+    unable = set[str]()
+    if run.start is not None:
+        gradients, unable = {}, {"steps"}
+        told = f"the run went on from the adapter {run.start.name}"
+        run.why |= {"first_gradients": f"{told}, whose B is not zero", "steps": f"{told}: its first loss is no base's"}
     parameters = parameter_evidence(prepared, session, fingerprints, gradients, len(steps))
     with run.phase(f"check {saved.name}", "in a fresh process" + (", on a fresh base" if prepared.target else "")):
         artifacts = artifact_evidence(prepared, session, saved, run.folder.sizes(), run.why)
@@ -43,7 +48,7 @@ def collect_evidence(
     learning = learning_evidence(before, after, control, prepared, run.why)
     memory = None
     full_too = prepared.target is not None and not prepared.shape.quantized
-    unable = frozenset() if full_too and run.backend.abilities.memory else frozenset({"memory"})
+    unable |= set() if full_too and run.backend.abilities.memory else {"memory"}
     if reason := why_no_memory(prepared, before, able=run.backend.abilities.memory):
         run.why["memory"] = reason
     else:
@@ -51,4 +56,4 @@ def collect_evidence(
             memory = memory_evidence(prepared, run.why)
     losses = loss_evidence(prepared, [step.loss for step in steps], before, after)
     openly = open_evidence(prepared, before.open, after.open)
-    return Evidence(losses, parameters, artifacts, learning, memory, openly, run.why, unable)
+    return Evidence(losses, parameters, artifacts, learning, memory, openly, run.why, frozenset(unable))

@@ -24,6 +24,7 @@ from finetune.ports import Session
 from finetune.records import Question, Reload, Scores
 from finetune.training.loop import mean_loss
 from finetune.training.prepare import Prepared
+from finetune.training.start import Beginning
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,13 @@ def observe(session: Session, prepared: Prepared, base: Observation | None = Non
 def _of_both(one: tuple[float, int], other: tuple[float, int]) -> tuple[float, int]:
     count = one[1] + other[1]
     return (one[0] * one[1] + other[0] * other[1]) / count, count
+
+
+def begin_at(session: Session, base: Observation) -> Beginning:
+    """The losses of the adapter that training goes on from, on what the base was looked at with."""
+    asked = base.asked
+    held_out = (*asked.held_out, *asked.alike)
+    return Beginning(mean_loss(session, asked.fixed), mean_loss(session, held_out) if held_out else None)
 
 
 def score(session: Session, prepared: Prepared, questions: Sequence[Question]) -> Scores | None:

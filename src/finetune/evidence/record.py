@@ -31,6 +31,7 @@ from finetune.training.early_stopping import Trained
 from finetune.training.longer import lengthening_notes
 from finetune.training.prepare import FEWEST_UNSEEN, Prepared
 from finetune.training.run import Run
+from finetune.training.start import begun, start_of
 
 _SIDE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _FREE = ("tracking.", "tokens.cache", "training.save_every")
@@ -71,6 +72,7 @@ def run_record(
         "model": _model(prepared),
         "data": _data(prepared),
         "training": _training(trained, events),
+        "continues": begun(run.start, run.beginning),
         "tracking": trackers.places() if trackers else [],
         "losses": {
             "train": [_pick(step, "step", "loss", "learning_rate", "grad_norm") for step in steps],
@@ -132,6 +134,8 @@ def run_owner(prepared: Prepared, libraries: Mapping[str, str]) -> Owner:
     identity = settings | {f"model {file['path']}": file["sha256"] for file in base_files(prepared.location)}
     named = ((key, getattr(prepared.plan.config.data, key)) for key in ("train", "valid", "rehearsal", "retention"))
     identity |= {f"data.{key} file": file_hash(data_path(name)) for key, name in named if name}
+    if start := start_of(prepared.plan.config):
+        identity["the adapter to go on from"] = start.sha256
     identity["template"] = hashlib.sha256(prepared.encoder.source.jinja.encode()).hexdigest()
     identity["token ids"] = _digest([*prepared.training_rows, *(prepared.held_out.rows if prepared.held_out else ())])
     plain: list[dict[str, Any]] = json.loads(json.dumps([identity, told]))

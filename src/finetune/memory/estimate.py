@@ -37,7 +37,7 @@ def adapter_parameters(shape: ModelShape, target: AdapterTarget) -> int:
 
 def layer_parameters(shape: ModelShape, target: AdapterTarget) -> int:
     """The numbers of the adapter proper, beside its layers; they are float32 at least."""
-    hit = [layer for layer in shape.linear_layers if layer.name.rsplit(".", 1)[-1] in target.modules]
+    hit = [layer for layer in shape.linear_layers if target.adapts(layer.name)]
     sizes = (kind_of(target).shapes(target, layer.name, *sides(shape, layer)) for layer in hit)
     rows = sum(len(rows) for rows in target.rows.values()) * shape.hidden_size
     return rows + sum(math.prod(tensor) for tensors in sizes for tensor in tensors.values())

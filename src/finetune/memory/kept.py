@@ -98,7 +98,7 @@ class _Step:
         return any(path.rsplit(".", 1)[-1] in modules for path in saved)
 
     def trains(self, *modules: str) -> bool:
-        return self.target is None or any(module in self.target.modules for module in modules)
+        return self.target is None or any(module in self.target.names for module in modules)
 
     def inputs(self, width: int, *modules: str, alive: bool = False) -> int:
         """What linear layers that all read one tensor of `width` keep; `alive`: that tensor is kept by another anyway.
@@ -107,7 +107,7 @@ class _Step:
         """
         if self.target is None:
             return 0 if alive else self.size * width
-        hit = [module for module in modules if module in self.target.modules]
+        hit = [module for module in modules if module in self.target.names]
         layers = tuple((name, mean_rank(self.shape, self.target, name), self.written(name)) for name in hit)
         if not layers:
             return 0

@@ -52,7 +52,7 @@ def _block(shape: ModelShape, load: StepLoad) -> int:
 def _adapters(shape: ModelShape, target: AdapterTarget) -> int:
     heads = {"q": shape.heads * shape.head_dim, "k": shape.kv_heads * shape.head_dim}
     widths = {"h": shape.hidden_size, "i": shape.intermediate_size, **heads}
-    hit = {name: (widths[ends[0]], widths[ends[1]]) for name, ends in _LINEAR.items() if name in target.modules}
+    hit = {name: (widths[ends[0]], widths[ends[1]]) for name, ends in _LINEAR.items() if name in target.names}
     masks = 2 * sum(read for read, _ in hit.values()) if target.dropout > 0 else 0
     return masks + sum(
         kind_of(target).kept_by_reference(name, written, read, mean_rank(shape, target, name))

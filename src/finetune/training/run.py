@@ -15,6 +15,7 @@ from finetune.tracking.consumer import Trackers
 from finetune.tracking.tracker import Tracked
 from finetune.training.longer import earlier_lengths
 from finetune.training.prepare import Prepared
+from finetune.training.start import Beginning, Start
 
 Listener = Callable[[Event], None]
 
@@ -39,6 +40,8 @@ class Run:
     started: RunStarted = field(default_factory=lambda: RunStarted("", ""))
     planned: Prepared | None = None
     lengthened: RunLengthened | None = None
+    start: Start | None = None
+    beginning: Beginning | None = None
 
     def checkpoints(self, *, pinned: int = 0) -> CheckpointStore:
         """The checkpoints of the run, those included that it wrote before it was made longer."""
@@ -53,10 +56,16 @@ class Run:
             self.prepared.location, config.model.dtype, pad_id, quantize=config.quantization, device=config.model.device
         )
 
-    def attach_adapter(self, session: Session) -> None:
-        """Put a fresh adapter on the base as configured, or make all of it trainable, with an optimizer for it."""
+    def attach_adapter(self, session: Session, *, fresh: bool = False) -> None:
+        """Put an adapter on the base as configured, or make all of it trainable, with an optimizer for it.
+
+        Args:
+            fresh: the adapter is a new one even where the run goes on from another.
+        """
         training = self.prepared.plan.config.training
         session.attach(self.prepared.target, training.seed)
+        if self.start is not None and not fresh:
+            self.start.put_on(session, self.prepared.location.name)
         if self.prepared.target is None:
             session.check_saving()
         ratio = training.loraplus_lr_ratio

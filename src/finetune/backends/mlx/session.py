@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from numpy.typing import NDArray
 
 from finetune.adapters.choose import tables_with_rows
-from finetune.adapters.peft_files import adapted_layers, frozen_name
+from finetune.adapters.peft_files import adapted_layers, check_tensor_shapes, frozen_name
 from finetune.backends.mlx import state
 from finetune.backends.mlx.adapter import read_adapter, write_adapter
 from finetune.backends.mlx.forward import Arrays, Sizes, arrays_of, plan_forward
@@ -258,6 +258,24 @@ class MlxSession:
         self._take_off()
         self.adapter = put_on(self.loaded, target, tensors)
         self._trained = {}
+
+    def start_from(self, folder: Path) -> None:
+        """Give the attached adapter, which stays trainable, the weights that are saved in PEFT's format in a folder."""
+        assert self.adapter is not None
+        names, now = self.loaded.names, self._trainable()
+        _, saved = read_adapter(self._shapes, self._layers, names, folder)
+        whole = {place: saved.saved.get(names.shown(place)) for place in self.adapter.originals}
+        rows = {f"{path}.rows": saved.rows.get(names.shown(path)) for path in self.adapter.tables}
+        parts = {
+            f"{path}.{key}": saved.parts.get(names.shown(path), {}).get(key)
+            for path, layer in self.adapter.layers.items()
+            for key in layer.parts
+        }
+        found = {**whole, **rows, **parts}
+        start = {name: tensor for name, place in self._trained.items() if (tensor := found[place]) is not None}
+        shapes = [{name: tensor.shape for name, tensor in each.items()} for each in (start, now)]
+        check_tensor_shapes(shapes[0], shapes[1], folder)
+        self._put({name: tensor.astype(now[name].dtype) for name, tensor in start.items()})
 
     def save_state(self, folder: Path) -> None:
         """Write trainable tensors, optimizer and random state so that `load_state` continues bit for bit."""

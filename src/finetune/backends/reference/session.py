@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from finetune.adapters.peft_files import frozen_name
+from finetune.adapters.peft_files import WEIGHTS, check_tensor_shapes, frozen_name, on_disk
 from finetune.backends.generate import answer_by_length, greedy, until_stops
 from finetune.backends.reference import state
 from finetune.backends.reference.adapter import ReferenceAdapter, draw_adapter, read_adapter, write_adapter
 from finetune.backends.reference.architecture import HEAD, Architecture
 from finetune.backends.reference.model import Array, ReferencePass, cross_entropy
 from finetune.backends.reference.optimizer import ReferenceAdamW, clip
+from finetune.backends.reference.weights import read_tensors
 from finetune.errors import ModelError, TrainingError
 from finetune.models.shape import read_config
 from finetune.objectives.cross_entropy import CROSS_ENTROPY
@@ -238,6 +239,14 @@ class ReferenceSession:
         """Put a saved adapter on the model, frozen as PEFT does it; every tensor must match."""
         self._set_adapter(read_adapter(self.weights, self.shape.linear_layers(), folder))
         self.trainable = {}
+
+    def start_from(self, folder: Path) -> None:
+        """Give the attached adapter, which stays trainable, the weights that are saved in PEFT's format in a folder."""
+        saved = read_tensors(folder / WEIGHTS, f"adapter {folder}")
+        expected = {on_disk(name): tensor.shape for name, tensor in self.trainable.items()}
+        check_tensor_shapes({name: tensor.shape for name, tensor in saved.items()}, expected, folder)
+        for name, tensor in self.trainable.items():
+            tensor[...] = saved[on_disk(name)]
 
     def save_state(self, folder: Path) -> None:
         """Write trainable tensors, optimizer and random state so that `load_state` continues bit for bit."""

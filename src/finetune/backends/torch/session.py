@@ -279,6 +279,10 @@ class TorchSession:
         self.model = state.load_peft_adapter(self.model, folder)
         self.model.eval()
 
+    def start_from(self, folder: Path) -> None:
+        """Give the attached adapter, which stays trainable, the weights that are saved in PEFT's format in a folder."""
+        state.start_from(self._trainable(), folder)
+
     def save_state(self, folder: Path) -> None:
         """Write adapter, optimizer and random state so that `load_state` continues bit for bit."""
         state.save_state(self._trainable(), self.optimizer, random_state(self._place), folder)

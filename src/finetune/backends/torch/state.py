@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.adapters.choose import ends_with
 from finetune.adapters.kinds import layer_tensor
-from finetune.adapters.peft_files import ROWS, on_disk
+from finetune.adapters.peft_files import ROWS, WEIGHTS, check_tensor_shapes, on_disk
 from finetune.errors import ModelError, RefusedError
 
 _TENSORS = "state.safetensors"
@@ -72,6 +72,24 @@ def load_state(
             tensor.copy_(saved[f"weight/{name}"])
             optimizer.state[tensor] = {moment: saved[f"{moment}/{name}"].to(tensor.device) for moment in _MOMENTS}
     return {kind: saved[kind] for kind in kinds}
+
+
+def start_from(trainable: Mapping[str, torch.nn.Parameter], folder: Path) -> None:
+    """Put the tensors of a saved adapter into trainable ones; nothing is changed unless every tensor fits.
+
+    Raises:
+        ModelError: the file is missing or corrupt, or a tensor is missing, unknown, of another shape or no float.
+    """
+    try:
+        saved = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"adapter {folder} cannot be loaded: {error}", hint="get its files again") from None
+    expected = {on_disk(name): tuple(tensor.shape) for name, tensor in trainable.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in saved.items() if tensor.is_floating_point()}
+    check_tensor_shapes(found, expected, folder)
+    with torch.no_grad():
+        for name, tensor in trainable.items():
+            tensor.copy_(saved[on_disk(name)])
 
 
 def whole_paths(model: Any, names: tuple[str, ...]) -> list[str]:
