@@ -51,8 +51,7 @@ def run_record(
     prepared, trackers, events = run.prepared, run.trackers, run.folder.read_events()
     started = next((event for event in events if isinstance(event, RunStarted)), run.started)
     steps = [event for event in events if isinstance(event, StepDone)]
-    seconds = sum(step.seconds for step in steps)
-    tokens = sum(step.tokens for step in steps)
+    seconds, tokens = sum(step.seconds for step in steps), sum(step.tokens for step in steps)
     config = prepared.plan.config
     usual = derived_learning_rate(prepared.shape.parameters, config.adapter.kind)
     rate = config.training.learning_rate or usual
@@ -67,7 +66,7 @@ def run_record(
         "command": started.command,
         "versions": _all_versions(run.backend.versions()),
         "machine": {**machine(), "device": run.device},
-        "seeds": {"training": prepared.plan.config.training.seed},
+        "seeds": {"training": config.training.seed},
         "plan": plan_as_list(prepared.plan),
         "model": _model(prepared),
         "data": _data(prepared),
@@ -94,7 +93,7 @@ def run_record(
         "notes": [
             *prepared.notes,
             *run.notes,
-            *trained.notes(load_best_model=prepared.plan.config.training.load_best_model),
+            *trained.notes(load_best_model=config.training.load_best_model),
             *lengthening_notes({step.step: step.learning_rate for step in steps}, events),
             *_resumed(events),
             *(trackers.notes() if trackers else []),
