@@ -63,9 +63,7 @@ def test_reference_pages_leave_nothing_out() -> None:
     verbs = re.findall(r"^## ft (\w+)$", (ROOT / "docs" / "commands.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert verbs == [command.name for command in app.registered_commands]
     assert len(verbs) == 18
-    listed = re.findall(
-        r"^### `([\w.]+)` {", (ROOT / "docs" / "settings.md").read_text(encoding="utf-8"), re.MULTILINE
-    )
+    listed = re.findall(r"^### `([\w.]+)` {", (ROOT / "docs" / "settings.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert listed == list(KEYS)
 
 
@@ -117,6 +115,14 @@ def test_pages_name_files_that_exist() -> None:
     ]
     assert len(links) >= 5
     assert [link for link in links if not link.exists()] == []
+
+
+def test_pages_name_tests_that_exist() -> None:
+    """Each test that the page on data names stands behind a cell of its table, and is there."""
+    named = set(re.findall(r"`(test_[a-z_]+)`", (ROOT / "docs" / "data.md").read_text(encoding="utf-8")))
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(named) >= 9
+    assert {name for name in named if f"def {name}(" not in tests} == set()
 
 
 def test_make_help_lists_every_target() -> None:

@@ -308,7 +308,7 @@ class _Looked:
     def _alike(self, *, filled: bool) -> list[tuple[str, dict[str, str], bool]] | _Refusal:
         """A question and its answer by other names, where there is one of each."""
         asked, answered = (self._filled(names, filled=filled) for names in (QUESTIONS, ANSWERS))
-        extra = self._filled(("context",))
+        extra = self._filled(("context", "article", "passage"))
         if "instruction" in asked and "input" in asked:
             extra["input"] = asked.pop("input")
         if not asked or not answered:

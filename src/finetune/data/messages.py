@@ -27,6 +27,7 @@ _SPELLINGS = {
 }
 _REFUSED = ("label", "loss_mask", "mask", "train_detail")
 _MEDIA = ("image", "images", "image_url", "audio", "audios", "video", "videos")
+_PLAIN_KEYS, _ODD_KEYS = {"role", "content", *_MEANT, *_MARKS}, {*_REFUSED, *_MEDIA}
 _YES_OR_NO = {"0": False, "0.0": False, "-0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 _TURNS_ARE = 'write each turn as {"role": ..., "content": ...}'
 
@@ -109,8 +110,8 @@ def keys_beside(row: Row, key: str) -> set[str]:
     return {
         f"{key}.{name}"
         for turn in _turns(row, key)
-        for name, value in turn.items()
-        if name not in ("role", "content", *_MEANT, *_MARKS) and value is not None and not _is_read(turn, name)
+        for name in turn.keys() - _PLAIN_KEYS
+        if turn[name] is not None and not _is_read(turn, name)
     }
 
 
@@ -129,8 +130,8 @@ def _turn(turn: Row) -> Iterator[Message]:
     if not isinstance(values, dict):
         kind = type(values).__name__
         raise RowError(turn.where, f"expected a message object, found {kind}", hint=_TURNS_ARE)
-    for name in (*_REFUSED, *_MEDIA):
-        if values.get(name) in NOTHING:
+    for name in sorted(values.keys() & _ODD_KEYS):
+        if values[name] in NOTHING:
             continue
         if name in _MEDIA:
             raise RowError(turn.where, f"{name!r} is no text: only text can be trained")
@@ -138,11 +139,12 @@ def _turn(turn: Row) -> Iterator[Message]:
         hint = 'a message that is not to be learned has "train": false'
         raise RowError(turn.where, what, hint=hint, refuses=True)
     key = _said_in(values, _ROLE_KEYS)
-    pair: dict[str, str] = {}
-    if key is None:
-        pair = {normal(name): name for name, value in values.items() if value is not None}
+    if key is not None:
+        yield _message(turn, values[key])
+        return
+    pair = {normal(name): name for name, value in values.items() if value is not None}
     asked, answered = ([pair[name] for name in names if name in pair] for names in (QUESTIONS, ANSWERS))
-    if key is None and len(asked) == len(answered) == 1:
+    if len(asked) == len(answered) == 1:
         learned = _learned(turn)
         parts = (("system", pair.get("system", "")), ("user", asked[0]), ("assistant", answered[0]))
         for role, name in parts:
@@ -150,7 +152,7 @@ def _turn(turn: Row) -> Iterator[Message]:
             if said or role == "assistant":
                 yield Message(role, said, trained=learned if role == "assistant" else None)
         return
-    yield _message(turn, values.get(key) if key else None)
+    yield _message(turn, None)
 
 
 def _message(turn: Row, said_by: object) -> Message:
@@ -160,10 +162,10 @@ def _message(turn: Row, said_by: object) -> Message:
         what = f"unknown role {str(said_by)[:60]!r}" if said_by is not None else "unknown role None"
         raise RowError(turn.where, f"{what}, expected one of {', '.join(ROLES)}", kind=what)
     key = _said_in(values, _CONTENT_KEYS) or "content"
-    contents = [values[name] for name in _CONTENT_KEYS if values.get(name) not in NOTHING]
+    contents = [values[name] for name in _CONTENT_KEYS if name in values and values[name] not in NOTHING]
     if any(content != contents[0] for content in contents):
         raise RowError(turn.where, f"{' and '.join(_CONTENT_KEYS[:2])} of a message differ: which is its text?")
-    more = {name: values[name] for name in _MEANT if values.get(name) not in NOTHING}
+    more = {name: values[name] for name in _MEANT if name in values and values[name] not in NOTHING}
     content: object = values.get(key)
     if role == _CALL:
         more, content, role = {**more, "tool_calls": _calls(content, turn.where)}, None, "assistant"
@@ -218,7 +220,7 @@ def _learned(turn: Row) -> bool | None:
 
 def learned_of(of: Row, keys: Sequence[str]) -> bool | None:
     """Whether a row or a message says that it is learned, or that it is not; None where it says neither."""
-    said = {key: mark for key in keys if (mark := mark_of(of, key)) is not None}
+    said = {key: mark for key in keys if key in of.values and (mark := mark_of(of, key)) is not None}
     if len(set(said.values())) > 1:
         which = " and ".join(f"{key} {of.values[key]!r}" for key in said)
         raise RowError(of.where, f"{which} contradict each other", hint="keep one of them", refuses=True)

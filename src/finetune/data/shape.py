@@ -208,7 +208,7 @@ def _unfit(example: Example) -> str:
         return "" if example.text.strip() else "empty text"
     if not example.messages or example.messages[-1].role != "assistant":
         return "no answer at the end"
-    more = [json.loads(message.more or "{}") for message in example.messages]
+    more = [json.loads(message.more) if message.more else {} for message in example.messages]
     thinks = (set(THOUGHTS) & each.keys() for each in more)
     if any(beside and "<think>" in each.content for beside, each in zip(thinks, example.messages, strict=True)):
         return "a thought in <think> and one beside it"
