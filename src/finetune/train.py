@@ -14,7 +14,7 @@ from finetune.criteria.judge import judge, overall
 from finetune.data.batches import epoch_batches
 from finetune.distributed.data_parallel import data_parallel
 from finetune.distributed.environment import launch_words
-from finetune.errors import FineTuneError, InterruptedRunError, LostProcessError, OutOfMemoryError
+from finetune.errors import FineTuneError, InterruptedRunError, LostProcessError, ModelError, OutOfMemoryError
 from finetune.events import (
     CheckpointSaved,
     Event,
@@ -41,6 +41,7 @@ from finetune.objectives import choose_objective
 from finetune.ports import Session
 from finetune.records import Batch, Question, Scores, TokenizedRow
 from finetune.report import build_report, render_html
+from finetune.report.card import CARD, licence_in, model_card
 from finetune.run.checkpoints import CheckpointStore, Owner
 from finetune.run.folder import RunFolder
 from finetune.tracking.tracker import require_trackers
@@ -337,9 +338,10 @@ def _begin(run: Run, *, resume: bool) -> None:
     run.open_trackers(resumed=resume)
 
 
-def _finish(run: Run, record: Mapping[str, object]) -> dict[str, Any]:
+def _finish(run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
     """Write the reports, and the manifest last: from then on the run exists."""
     folder = run.folder
+    _write_card(run, record)
     write_json(folder.report_data, build_report(record))
     # Whatever the manifest names is on disk before it.
     folder.secure_events()
@@ -349,6 +351,17 @@ def _finish(run: Run, record: Mapping[str, object]) -> dict[str, Any]:
     finished = {**record, "artifacts": sorted([*artifacts, page], key=lambda file: PurePath(file["path"]))}
     folder.write_manifest(finished)
     return finished
+
+
+def _write_card(run: Run, record: Mapping[str, Any]) -> None:
+    """The model card, beside what was trained; a base whose own card cannot be read has no licence that is known."""
+    try:
+        licence = licence_in(run.prepared.location.folder)
+    except ModelError:
+        licence = ""
+    whole = run.prepared.target is None
+    saved = run.folder.model if whole else run.folder.adapter
+    write_text(saved / CARD, model_card(record, licence, "model" if whole else "adapter"))
 
 
 def _interrupted(run: Run, error: BaseException) -> FineTuneError:

@@ -43,7 +43,7 @@ HEAVY = {
 }
 VERBS = (
     *("train", "check", "estimate", "init", "schema", "evaluate", "chat", "report", "merge", "export", "compare"),
-    *("deploy", "import", "verify", "prove", "replay", "runs"),
+    *("deploy", "import", "verify", "prove", "replay", "runs", "push"),
 )
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -216,7 +216,7 @@ def test_merge_of_a_run(run: Path, tmp_path: Path) -> None:
     card = (place / "run" / "merged" / "README.md").read_text(encoding="utf-8")
     right = manifest["scores"]["learning"]["tuned"]
     assert manifest["id"] in card
-    assert f"{right['right']} of {right['count']} right" in card
+    assert f"| {right['right']} of {right['count']} |" in card
     assert "names no licence" in card
     again = ft("merge", "run", cwd=place)
     assert (again.returncode, "exists already" in again.stderr) == (3, True)

@@ -20,6 +20,7 @@ from finetune.cli import (
     judge,
     merge,
     prove,
+    push,
     replay,
     report,
     runs,
@@ -40,7 +41,23 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_MAKE = (train, check, estimate, init, schema, evaluate, chat, report, runs, import_, merge, export, compare, deploy)
+_MAKE = (
+    train,
+    check,
+    estimate,
+    init,
+    schema,
+    evaluate,
+    chat,
+    report,
+    runs,
+    import_,
+    merge,
+    export,
+    compare,
+    deploy,
+    push,
+)
 _PROVE = (judge, verify, prove, replay)
 for verb in (*_MAKE, *_PROVE):
     # A verb that is a keyword of Python's has a file whose name ends with _.

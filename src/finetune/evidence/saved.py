@@ -16,6 +16,7 @@ from finetune.evidence.record import base_files, data_files
 from finetune.files import describe_files, write_json, write_text
 from finetune.ports import Session
 from finetune.records import ModelLocation
+from finetune.report.card import CARD
 from finetune.run.folder import RunFolder
 from finetune.training.prepare import Prepared, prepare
 
@@ -23,6 +24,8 @@ from finetune.training.prepare import Prepared, prepare
 def save_trained(prepared: Prepared, session: Session, folder: Path) -> None:
     """Write the adapter or the whole model, with tokenizer, template and stops, into an existing folder."""
     session.save_model(folder) if prepared.target is None else session.save_adapter(folder)
+    # PEFT's own card is blank but for the path of the base on this machine; ours is written when all is measured.
+    (folder / CARD).unlink(missing_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         source = prepared.location.folder / name
         if source.exists():

@@ -12,7 +12,7 @@ from finetune.errors import MissingExtraError, install_line
 from finetune.export.blueprint import plan_model
 from finetune.export.by_name import end_ids
 from finetune.export.families import Described, describe_model
-from finetune.export.result import Result, licence, open_result, plain_prompts, refuse_packed
+from finetune.export.result import Result, open_result, plain_prompts, refuse_packed
 from finetune.export.rounded import RoundingBounds
 from finetune.export.sources import AdapterWeights, Files, Merged, WeightSource
 from finetune.export.vocabulary import PHI3_NAMES, GgufVocabulary, Special, describe_vocabulary, serving_template
@@ -20,6 +20,7 @@ from finetune.models.locate import locate_model
 from finetune.models.shape import read_shape, weight_files
 from finetune.ports import Backend, Session
 from finetune.records import ModelLocation, ModelShape
+from finetune.report.card import licence_in
 
 _TABLES = ("embed_tokens.weight", "wte.weight")
 
@@ -184,7 +185,7 @@ def _naming(location: ModelLocation, manifest: Mapping[str, Any] | None) -> dict
     """What the file says of where the model comes from: base model, data set, licence."""
     name = location.name.rstrip("/").rsplit("/", 1)[-1]
     keys: dict[str, Any] = {"general.name": name}
-    if named := licence(location.folder):
+    if named := licence_in(location.folder):
         keys["general.license"] = named
     if manifest is None:
         return keys

@@ -37,7 +37,7 @@ from finetune.export.gguf_source import describe_folder
 from finetune.export.import_config import ImportPlan, plan_import
 from finetune.export.import_tokenizer import ImportedTokenizer, read_tokenizer
 from finetune.export.llama_cpp import Answers, Questions, ask_llama_cpp
-from finetune.export.merged_folder import CARD, older_names
+from finetune.export.merged_folder import older_names
 from finetune.export.model_files import Dtype, ModelFiles
 from finetune.export.new_tokens import with_new_tokens
 from finetune.export.pre_tokenizer import ASCII_ONLY
@@ -48,6 +48,7 @@ from finetune.models.gguf_file import GgufFile, read_gguf
 from finetune.models.locate import locate_model
 from finetune.models.shape import weight_files
 from finetune.records import Conversation, Message, ModelLocation
+from finetune.report.card import CARD
 
 Array = NDArray[Any]
 _SIDE_BYTES = 64 << 20

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.adapters.kinds import ADAPTER_KINDS
 from finetune.export.model_files import KINDS, Dtype, ModelFiles
-from finetune.export.result import Result, licence
+from finetune.export.result import Result
 from finetune.export.sources import Files
 from finetune.models.shape import read_config, refuse_leading_out, weight_files
+from finetune.report.card import CARD, licence_in, model_card
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -20,7 +20,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-CARD = "README.md"
 
 
 def plan_weights(result: Result, dtype: Dtype | None) -> ModelFiles:
@@ -110,42 +109,12 @@ def merged_problems(result: Result, weights: ModelFiles, folder: Path) -> Iterat
 
 
 def _card(result: Result, dtype: Dtype | None) -> str:
-    """The model card: whose base it is, what it was trained on, by which run, under which licence."""
-    manifest, location = result.manifest, result.location
-    named, shown = licence(location.folder), location.name.rstrip("/").rsplit("/", 1)[-1]
-    files = [Path(str(file["path"])).name for file in manifest["data"].get("files") or []]
-    data = ", ".join(f"`{name}`" for name in files)
-    kind = "the whole model trained"
-    if not result.whole:
-        kind = f"a {ADAPTER_KINDS[result.config.adapter.kind].title} adapter merged into the base"
-    head = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [finetune]"]
-    if named:
-        head.append(f"license: {json.dumps(named)}")
-    if location.source == "hub":
-        head.append(f"base_model: {json.dumps(location.name)}")
-    lines = [
-        "---",
-        *head,
-        "---",
-        f"# {shown}, fine-tuned",
-        "",
-        f"- Base: `{shown}` ({location.source}), "
-        + (f"licence `{named}`." if named else "which names no licence: ask its makers before you pass this on."),
-        f"- Run: `{manifest['id']}`, {kind}; outcome: {manifest.get('outcome', 'not recorded')}.",
-        f"- Data: {data or 'not recorded'}.",
-        f"- Weights: {'each in the type that the base has it in' if dtype is None else dtype}.",
-        "- Loaded by plain transformers in a fresh process, it was held to what the trainer computes before it came "
-        "to its place.",
-        *[f"- {score}" for score in _scores_of(result)],
-        *[f"- Note: {note}." for note in result.quantized_notes],
-        "",
+    """The model card: the run's own, with how the weights are kept."""
+    more = [
+        f"Weights: {'each in the type that the base has it in' if dtype is None else dtype}.",
+        "Loaded by plain transformers in a fresh process, it was held to what the trainer computes before it came to "
+        "its place.",
+        f"Run: `{result.manifest['id']}`.",
+        *(f"Note: {note}." for note in result.quantized_notes),
     ]
-    return "\n".join(lines)
-
-
-def _scores_of(result: Result) -> Iterator[str]:
-    scores = result.manifest.get("scores") or {}
-    for title, key in (("Questions of the training data", "learning"), ("Questions of retention", "retention")):
-        if found := scores.get(key):
-            base, tuned = found["base"], found["tuned"]
-            yield f"{title}: {tuned['right']} of {tuned['count']} right, the base {base['right']} (exact match)."
+    return model_card(result.manifest, licence_in(result.location.folder), "merged", more)

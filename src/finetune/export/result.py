@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from finetune.adapters.peft_files import WEIGHTS, read_settings
 from finetune.chat.encoder import Encoder
 from finetune.chat.tokenizer import FileTokenizer
@@ -154,18 +152,3 @@ def plain_prompts(tokenizer: FileTokenizer) -> Prompts:
     """Plain text, short and long, as ids."""
     bos = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     return tuple((*bos, *tokenizer.encode_content(text)) for text in _PROMPTS)
-
-
-def licence(folder: Path) -> str:
-    """The licence that the model card in a folder names at its head; empty where there is none."""
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    parts = text.split("---\n", 2)
-    if not text.startswith("---\n") or len(parts) < 3:
-        return ""
-    try:
-        head = yaml.safe_load(parts[1])
-    except yaml.YAMLError as error:
-        raise ModelError(f"{card}: the head of the model card is no YAML: {error}", hint="mend it") from None
-    named = head.get("license") if isinstance(head, dict) else None
-    return named if isinstance(named, str) else ""
