@@ -70,9 +70,8 @@ def test_push_sends_what_was_trained_and_its_card(run: Path, hub: Hub, tmp_path:
     assert [name for name in here if hub.files[name] != here[name]] == ["adapter_config.json"]
     config, sent = (json.loads(files["adapter_config.json"]) for files in (here, hub.files))
     assert sent == {**config, "base_model_name_or_path": "my-model"}
-    assert [(repo["organization"], repo["name"], repo["visibility"]) for repo in hub.repos] == [
-        ("me", "mine", "private")
-    ]
+    [repo] = hub.repos
+    assert (repo["organization"], repo["name"], repo["visibility"]) == ("me", "mine", "private")
     assert all(str(run.parent).encode() not in content for content in hub.files.values())
     assert TOKEN not in done.stdout + done.stderr
 

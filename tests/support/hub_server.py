@@ -17,7 +17,7 @@ TOKEN = "hf_" + "mockedSecretOfNobody"
 
 
 class Hub:
-    """What the hub has: files by their names, and every request's line; `refuse` answers all writes with that status."""
+    """What the hub has: files by their names, and every request's line; `refuse` is the status of any answer."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}

@@ -195,7 +195,7 @@ def _told(error: Any, repo: str, token: str) -> FineTuneError:
     if status in _STATUS:
         what, hint = _STATUS[status]
         return RefusedError(what.format(repo=repo), hint=hint)
-    reason = _safe(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__, token)
+    reason = _safe(" ".join(str(error).split())[:400] or type(error).__name__, token)
     return DeploymentError(f"the hub could not take {repo}: {reason}", hint="try again; nothing is sent twice")
 
 
