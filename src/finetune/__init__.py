@@ -9,10 +9,19 @@ _EXPORTS = {
     "FineTuneError": "finetune.errors",
     "TrainingConfig": "finetune.config",
     "TrainingSuccessValidator": "finetune.criteria.validator",
+    "evaluate": "finetune.evidence.evaluate",
     "fine_tune": "finetune.train",
     "load_config": "finetune.config",
 }
-__all__ = ["FineTuneError", "TrainingConfig", "TrainingSuccessValidator", "__version__", "fine_tune", "load_config"]
+__all__ = [
+    "FineTuneError",
+    "TrainingConfig",
+    "TrainingSuccessValidator",
+    "__version__",
+    "evaluate",
+    "fine_tune",
+    "load_config",
+]
 
 
 def __getattr__(name: str) -> Any:

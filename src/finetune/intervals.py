@@ -1,9 +1,12 @@
 """Intervals for shares, so that no verdict on a handful of answers pretends to be exact."""
 
 import math
+from collections.abc import Sequence
+from statistics import fmean, stdev
 
 Z95 = 1.959963984540054
 """The two-sided 95 % point of the normal distribution."""
+_FEWEST_MEANT = 4
 
 
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
@@ -30,6 +33,20 @@ def difference_interval(first: tuple[int, int], second: tuple[int, int]) -> tupl
     below = math.hypot(p - low_p, high_q - q)
     above = math.hypot(high_p - p, q - low_q)
     return p - q - below, p - q + above
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of a mean by Student's t; None for fewer than four values, where it says next to nothing.
+
+    Source: the quantile of t by its expansion around the normal one, Abramowitz and Stegun 26.7.5.
+    """
+    if len(values) < _FEWEST_MEANT:
+        return None
+    free, z = len(values) - 1, Z95
+    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * free**3)
+    middle, half = fmean(values), t * stdev(values) / math.sqrt(len(values))
+    return middle - half, middle + half
 
 
 def _probability(seen: int, count: int, chance: float) -> float:

@@ -120,7 +120,7 @@ _MORE_THAN_HALF = f"more than half of the rows, by chance at most {LEVEL:.0%}"
 def _judge_rows(evidence: OpenEvidence) -> Verdict:
     rows = evidence.rows
     if rows and len(rows.base) - sum(rows.base) >= _FEWEST_MISSED:
-        return _matched("claim-rows", rows)
+        return judge_matching("claim-rows", rows)
     if not evidence.losses.base:
         reason = "no row has an answer that others could be told from"
         return verdict("claim-rows", Outcome.INCONCLUSIVE, NOT_MEASURED, _MORE_THAN_HALF, reason)
@@ -145,7 +145,7 @@ def _still_matched(found: Verdict, rows: MatchingEvidence) -> Verdict:
     return replace(found, outcome=outcome, measured=measured, allowed=allowed, reason=reason, numbers=numbers)
 
 
-def _matched(key: str, found: MatchingEvidence) -> Verdict:
+def judge_matching(key: str, found: MatchingEvidence) -> Verdict:
     """Whether own answers became the likeliest of several: the loss alone falls for rows with others' answers, too."""
     pairs = list(zip(found.base, found.tuned, strict=True))
     count, base, tuned = len(pairs), sum(found.base), sum(found.tuned)
@@ -183,7 +183,7 @@ def _judge_association(evidence: OpenEvidence) -> Verdict:
         reason = "there are too few unseen rows" if asked else "not asked for: judge.goal=generalise does"
         outcome = Outcome.INCONCLUSIVE if asked else Outcome.NOT_APPLICABLE
         return verdict("claim-association", outcome, NOT_MEASURED, _MORE_THAN_HALF, reason)
-    return _matched("claim-association", evidence.association)
+    return judge_matching("claim-association", evidence.association)
 
 
 def _judge_retention(evidence: OpenEvidence) -> Verdict:

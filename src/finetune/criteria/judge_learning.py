@@ -27,7 +27,7 @@ def judge_learning(evidence: Evidence) -> list[Verdict]:
         return [verdict(key, Outcome.NOT_APPLICABLE, NOT_MEASURED, _ALLOWED[key], reason) for key in _ALLOWED]
     return [
         _judge_improvement(learning),
-        _judge_signed(learning),
+        judge_signed(learning),
         _judge_shuffled_label_control(
             learning,
             evidence.why.get("control", "the shuffled-label control was not run"),
@@ -52,7 +52,8 @@ def _judge_improvement(learning: LearningEvidence) -> Verdict:
     return verdict("model-learning", outcome, measured, _ALLOWED["model-learning"], reason, improved=share)
 
 
-def _judge_signed(learning: LearningEvidence) -> Verdict:
+def judge_signed(learning: LearningEvidence) -> Verdict:
+    """Whether many more answers got better than worse, each change with its sign, and not by chance."""
     count = len(learning.base.answers)
     pairs = list(zip(learning.base.answers, learning.tuned.answers, strict=True))
     better = sum(new.right and not old.right for old, new in pairs)

@@ -105,15 +105,15 @@ def row_losses(session: Session, rows: Sequence[TokenizedRow]) -> NDArray[np.flo
 
 
 @dataclass(frozen=True, slots=True)
-class _Matching:
+class Matching:
     """For each row its own answer and others' to the same prompt, as rows whose answer alone is a target."""
 
     own: tuple[TokenizedRow, ...]
     others: tuple[TokenizedRow, ...]
 
-    def at_most(self, count: int) -> "_Matching":
+    def at_most(self, count: int) -> "Matching":
         """The first so many."""
-        return _Matching(self.own[:count], self.others[: count * (CHOICES - 1)])
+        return Matching(self.own[:count], self.others[: count * (CHOICES - 1)])
 
     def look(self, session: Session) -> Matched:
         """Score all of them."""
@@ -126,10 +126,10 @@ class _Matching:
 class OpenQuestions:
     """What is asked of a model whose answers are open: the same of the base and of the tuned one."""
 
-    rows: _Matching | None
+    rows: Matching | None
     documents: tuple[TokenizedRow, ...]
     unseen: tuple[TokenizedRow, ...]
-    association: _Matching | None
+    association: Matching | None
     text: tuple[TokenizedRow, ...]
     prompts: tuple[tuple[int, ...], ...]
     expected: tuple[str, ...]
@@ -245,10 +245,10 @@ def open_questions(prepared: Prepared) -> OpenQuestions:
     asked, _ = encoder.asked(neutral)
     ends = [encoder.prompt_ids(each.prompt) for each in (talks or conversations)[:OTHER_ROWS]]
     return OpenQuestions(
-        rows=_matching(prepared, conversations, "rows"),
+        rows=match_rows(prepared, conversations, "rows"),
         documents=() if conversations else spread,
         unseen=_fitting(prepared, unseen),
-        association=_matching(prepared, talks, "unseen") if prepared.goal == "generalise" else None,
+        association=match_rows(prepared, talks, "unseen") if prepared.goal == "generalise" else None,
         text=_fitting(prepared, [each for each in neutral if isinstance(each, Document)]),
         prompts=tuple(encoder.prompt_ids(each.prompt) for each in asked),
         expected=tuple(each.answer for each in asked),
@@ -271,10 +271,12 @@ def _fitting(prepared: Prepared, examples: Sequence[Example]) -> tuple[Tokenized
     return tuple(row for row in rows if row.target_count and len(row.ids) <= prepared.shape.context_length)
 
 
-def _matching(prepared: Prepared, conversations: Sequence[Conversation], name: str) -> _Matching | None:
-    """Up to 32 conversations, each with the answers of others that are no near-duplicates: those could be as right."""
+def match_rows(
+    prepared: Prepared, conversations: Sequence[Conversation], name: str, most: int = MATCHED_ROWS
+) -> Matching | None:
+    """So many conversations, each with the answers of others that are no near-duplicates: those could be as right."""
     rng = random.Random(f"matching-{name}-{prepared.plan.config.training.seed}")
-    chosen = rng.sample(conversations, min(MATCHED_ROWS, len(conversations)))
+    chosen = rng.sample(conversations, min(most, len(conversations)))
     own: list[TokenizedRow] = []
     others: list[TokenizedRow] = []
     for each in chosen:
@@ -291,7 +293,7 @@ def _matching(prepared: Prepared, conversations: Sequence[Conversation], name: s
         if len(rows) == CHOICES:
             own += rows[:1]
             others += rows[1:]
-    return _Matching(tuple(own), tuple(others)) if own else None
+    return Matching(tuple(own), tuple(others)) if own else None
 
 
 def _answer_only(row: TokenizedRow) -> TokenizedRow:

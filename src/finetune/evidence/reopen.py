@@ -1,5 +1,7 @@
 """Opens finished runs again, to score them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from finetune.chat.encoder import Encoder
@@ -33,13 +35,20 @@ def compare(prepared: Prepared, session: Session) -> tuple[Observation, Observat
     Raises:
         FineTuneError: the base cannot be loaded again.
     """
+    with base_of_run(prepared, session) as model:
+        base = observe(model, prepared)
+    return base, observe(session, prepared, base)
+
+
+@contextmanager
+def base_of_run(prepared: Prepared, session: Session) -> Iterator[Session]:
+    """The base of the tuned model that `reopen` gave: for a moment itself, its adapter off, or another session."""
     if prepared.target is not None:
         with session.adapter_disabled():
-            base = observe(session, prepared)
+            yield session
     else:
         # Only what is not quantised can be trained whole, so this base is not.
-        base = observe(open_model(prepared.plan.config, prepared.location, prepared.encoder), prepared)
-    return base, observe(session, prepared, base)
+        yield open_model(prepared.plan.config, prepared.location, prepared.encoder)
 
 
 def _open(folder: RunFolder, config: TrainingConfig, location: ModelLocation, encoder: Encoder) -> Session:

@@ -44,6 +44,7 @@ class RunFolder:
         self.merged = path / "merged"
         self.gguf = path / "gguf"
         self.deploy = path / "deploy"
+        self.evaluations = path / "evaluations"
         self.checkpoints = path / "checkpoints"
         self.report_page = path / "report.html"
         self.report_data = path / "report.json"
