@@ -75,19 +75,16 @@ def evaluate(
     if limit < 1:
         raise UsageError(f"limit is {limit}: no row would be asked", hint="name how many rows are to be asked")
     data = str(data)
-    # Read before anything is loaded: what cannot be read is refused at once.
     settings = load_plan(folder.plan).config.data.model_copy(update={"valid": data})
     shaped = read_shaped(settings, "valid")
     prepared, session = reopen(Path(run))
-    notes = [f"{data}: {note}" for note in shaped.notes]
     rows, overlap = _unseen(prepared, shaped.examples, limit)
-    notes += [*overlap.sentences(data), *_unread(shaped, data)]
+    notes = [*(f"{data}: {note}" for note in shaped.notes), *overlap.sentences(data), *_unread(shaped, data)]
     asked, kind, counts = _ask(prepared, replace(shaped, examples=rows), data)
-    tell(f"asking the base {len(asked.rows)} rows")
+    tell(f"asking the base and the tuned model {len(asked.rows)} rows each")
     with base_of_run(prepared, session) as model:
         base = _look(model, prepared, asked)
-    tell(f"asking the tuned model {len(asked.rows)} rows")
-    tuned = _look(session, prepared, asked)
+    measures = _measures(asked, base, _look(session, prepared, asked))
     if prepared.plan.config.model.adapter:
         notes.append(
             "the run went on from an adapter: the rows that this had been trained on before are not known here"
@@ -107,7 +104,7 @@ def evaluate(
             "asked": len(asked.rows),
         },
         "answers": kind,
-        "measures": _measures(asked, base, tuned),
+        "measures": measures,
         "notes": notes,
     }
     with folder.held():
