@@ -417,6 +417,24 @@ def test_export_refuses_before_it_writes(run: Path, tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*.gguf*")) == []
 
 
+def test_export_refuses_before_a_framework_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever names no model, none that can be written, or no backend, does not wait for torch."""
+    monkeypatch.setattr(exporting, "open_backend", lambda name: pytest.fail(f"{name} is opened"))
+    folder = make_model("llama", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}), encoding="utf-8")
+    for source, backend, words in (
+        ("nothing-here/at/all", "torch", "does not exist"),
+        (str(folder), "torch", "'mamba' cannot be written as GGUF"),
+        ("reference-llama", "nobody", "backend 'nobody' is not in this version"),
+    ):
+        with pytest.raises(FineTuneError, match=words):
+            exporting.export(
+                source, outtype=None, adapter_only=False, output=tmp_path / "x.gguf", backend=backend, tell=print
+            )
+    assert not (tmp_path / "x.gguf").exists()
+
+
 def test_export_asked_for_at_training_is_seen_to_first(tmp_path: Path) -> None:
     """`ft train --export` refuses a base that cannot be written as GGUF before a run begins; else the file is there."""
     folder = make_model("llama", tmp_path / "model")

@@ -158,7 +158,7 @@ def give_tokenizer(kind: str, folder: Path) -> str:
 
 def exportable(name: str | Path) -> Exportable:
     """A model, its truth computed by torch."""
-    return exportable_model(str(name), open_backend("torch"))
+    return exportable_model(str(name), partial(open_backend, "torch"))
 
 
 def byte_level(folder: Path, patterns: Sequence[str], *, whole_words: bool = False, adds_bos: bool = True) -> None:

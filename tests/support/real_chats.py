@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -374,7 +374,7 @@ def compare_llama_cpp(tokenizer: str, outcomes: Sequence[Outcome]) -> str:
     asked = [(outcome, one) for outcome in outcomes for one in outcome.asked]
     with empty_folder() as folder:
         try:
-            made = exportable_model(str(small_llama(tokenizer, folder / "model")), open_backend("torch"))
+            made = exportable_model(str(small_llama(tokenizer, folder / "model")), partial(open_backend, "torch"))
             write_gguf(plan_whole(made, "f16"), folder / "model.gguf")
             written = describe_vocabulary(own.description(), made.special, made.rows)
         except FineTuneError as error:

@@ -1,6 +1,6 @@
 """A GGUF file for servers, written once a session."""
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from finetune.backends import open_backend
@@ -13,5 +13,5 @@ from finetune_strategies.scratch import lasting_folder
 def shipped_gguf() -> Path:
     """A shipped model."""
     path = lasting_folder("served") / "model.gguf"
-    write_exportable(exportable_model("reference-llama", open_backend("reference")), path, "f16")
+    write_exportable(exportable_model("reference-llama", partial(open_backend, "reference")), path, "f16")
     return path

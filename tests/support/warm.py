@@ -47,9 +47,7 @@ class WarmStarts:
 
     def close(self) -> None:
         """End it: it has nothing more to read."""
-        assert self.forked.stdin
-        self.forked.stdin.close()
-        self.forked.wait(timeout=60)
+        self.forked.communicate(timeout=60)
 
     def run(
         self, code: str, *arguments: str, cwd: Path, environment: Mapping[str, str], given: str = "", timeout: float

@@ -4,9 +4,11 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from finetune.abilities import require_backend
 from finetune.backends import open_backend
 from finetune.config import TrainingConfig
 from finetune.errors import EvidenceError, ExportError, ModelError, OutputError
@@ -91,7 +93,11 @@ def export(
     run = Path(source) if (Path(source) / "plan.yaml").exists() else None
     outtype = outtype or ("f32" if adapter_only else "f16")
     path = _place(output, run, source, f"adapter-{outtype}" if adapter_only else outtype)
-    exportable = exportable_run(run, open_backend) if run else exportable_model(source, open_backend(backend))
+    if run:
+        exportable = exportable_run(run, open_backend)
+    else:
+        require_backend(backend)
+        exportable = exportable_model(source, partial(open_backend, backend))
     with RunFolder(run).held() if run and output is None else contextlib.nullcontext():
         return write_exportable(exportable, path, outtype, adapter_only=adapter_only, tell=tell)
 

@@ -97,8 +97,8 @@ def exportable_result(result: Result) -> Exportable:
     )
 
 
-def exportable_model(name: str, backend: Backend) -> Exportable:
-    """A model as it is, by shipped name, local folder or hub id.
+def exportable_model(name: str, open_backend: Callable[[], Backend]) -> Exportable:
+    """A model as it is, by shipped name, local folder or hub id; its backend is opened when it is to compute.
 
     Raises:
         FineTuneError: it cannot be found, or not be written as GGUF.
@@ -117,8 +117,8 @@ def exportable_model(name: str, backend: Backend) -> Exportable:
         plain_prompts(tokenizer),
         _naming(location, None),
         location.folder,
-        lambda: backend.open(location, "float32", tokenizer.pad_id),
-        lambda folder: backend.open(replace(location, folder=folder), "float32", tokenizer.pad_id),
+        lambda: open_backend().open(location, "float32", tokenizer.pad_id),
+        lambda folder: open_backend().open(replace(location, folder=folder), "float32", tokenizer.pad_id),
     )
 
 

@@ -230,7 +230,7 @@ class _ResultHandlers:
         return Result(RunFolder(folder), config, manifest, locate_model(model), saved, encoder, open_backend)
 
     def _exportable(self, model: str, adapter: str | None) -> gguf_source.Exportable:
-        exportable = gguf_source.exportable_model(model, self._trainer.backend)
+        exportable = gguf_source.exportable_model(model, lambda: self._trainer.backend)
         if adapter is None:
             return exportable
         folder = Path(adapter)
