@@ -47,8 +47,9 @@ def settings_page() -> str:
     lines = [
         "# Settings",
         "",
-        "A configuration is a YAML file of these sections; `--set training.seed=1` and `FT_TRAINING__SEED=1` set any of them as "
-        "well. `ft init` writes a commented file with all of them, and `ft check` tells what a run will use, and why.",
+        "A configuration is a YAML file of these sections; `--set training.seed=1` and `FT_TRAINING__SEED=1` set any "
+        "of them as well. `ft init` writes a commented file with all of them, and `ft check` tells what a run will "
+        "use, and why.",
     ]
     section = ""
     for key in KEYS:
@@ -58,7 +59,8 @@ def settings_page() -> str:
             lines += ["", f"## {section}", "", *about]
         accepts = " or ".join(dict.fromkeys(_accepted(_schema_of(schema, key), schema)))
         default = json.dumps(default_of(key))
-        lines += ["", f"### `{key}` {{ #{key} }}", "", description_of(key), "", f"**Accepts** {accepts}; **default** `{default}`"]
+        lines += ["", f"### `{key}` {{ #{key} }}", "", description_of(key), ""]
+        lines.append(f"**Accepts** {accepts}; **default** `{default}`")
     lines += ["", "## Profiles", "", "| profile | for | sets |", "|---|---|---|"]
     for name, profile in PROFILES.items():
         values = ", ".join(f"`{key}={json.dumps(value)}`" for key, value in profile.values.items())

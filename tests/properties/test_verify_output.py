@@ -18,7 +18,7 @@ from finetune.records import Outcome
 from finetune.verify import formats
 from finetune.verify.catalogue import catalogue
 from finetune.verify.check import LawFailure, check_same, told_apart
-from finetune.verify.findings import as_document
+from finetune.verify.findings import as_document, tell_report
 from finetune.verify.judge import Effort
 from finetune.verify.known import read_known
 from finetune.verify.results import SEVERITIES, LawResult, severity_of
@@ -29,7 +29,8 @@ from finetune_strategies.profiles import examples
 
 pytestmark = pytest.mark.tools
 
-WORDS = st.text(max_size=2000)
+WORDS = st.text(max_size=2000) | st.lists(st.sampled_from(["a", "\ud800", "\udfff"])).map("".join)
+"""Halves of letters among them."""
 RESULTS = st.builds(
     LawResult,
     law=st.sampled_from([*catalogue(), "protocol.alike", "test.law"]),
@@ -263,3 +264,16 @@ def test_file_that_is_no_baseline_is_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"known\.json is") as caught:
         read_known(file)
     assert "--json" in caught.value.hint
+
+
+@given(FOUND)
+@examples(2)
+def test_whatever_a_trainer_says_can_be_written(found: Verification) -> None:
+    """Every document, report and line is text that a file and a terminal take, halves of letters among them."""
+    document = as_document(found.as_dict())
+    assert json.loads(document.encode()) == json.loads(json.dumps(found.as_dict()))
+    as_document(formats.sarif(found, "0.1.0", "mine.py")).encode()
+    for told in (formats.junit(found), formats.markdown(found), printed(found)):
+        told.encode()
+    for each in found.results:
+        tell_report(found, each, "ft replay it.json").encode()

@@ -24,7 +24,9 @@ def print_data(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print a result as JSON."""
-    print_data(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    # Halves of letters, as broken text has them, are written as JSON escapes them.
+    print_data(text.encode("utf-8", "backslashreplace").decode())
 
 
 def print_examined(done: Any, *, as_json: bool, place: str | None = None) -> None:

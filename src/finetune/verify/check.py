@@ -51,7 +51,13 @@ def check_same(expected: object, got: object, *, law: str = "") -> None:
 
 
 def told_apart(expected: object, got: object) -> tuple[str, str]:
-    """Words for two values: whole where they are short, and else what differs first, at its place in both."""
+    """Words for two values: whole where they are short, and else what differs first, at its place in both.
+
+    Of two mappings only what differs is told.
+    """
+    if isinstance(expected, Mapping) and isinstance(got, Mapping) and expected != got:
+        differing = [key for key in dict.fromkeys([*expected, *got]) if _at(expected, key) != _at(got, key)]
+        expected, got = ({key: side[key] for key in differing if key in side} for side in (expected, got))
     whole = short(expected), short(got)
     if max(map(len, whole)) <= _WHOLE:
         return whole

@@ -76,7 +76,7 @@ def write_finding(finding: Finding, path: Path) -> None:
         expected=finding.expected,
         got=finding.got,
     )
-    write_text(path, json.dumps(written.model_dump(), indent=1, ensure_ascii=False) + "\n")
+    write_text(path, as_document(written.model_dump()))
 
 
 def write_findings(found: Verification, asked_as: str, folder: Path) -> list[Path]:
@@ -189,7 +189,7 @@ def tell_report(found: Verification, result: LawResult, replay: str) -> str:
         f"Once more: `{replay}`",
         "",
     ]
-    return "\n".join(lines)
+    return "\n".join(lines).encode("utf-8", "replace").decode()
 
 
 def _block(title: str, kind: str, text: str) -> list[str]:
@@ -199,5 +199,6 @@ def _block(title: str, kind: str, text: str) -> list[str]:
 
 
 def as_document(values: Mapping[str, object]) -> str:
-    """JSON as it is written to files."""
-    return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    """JSON as it is written to files; halves of letters, which a trainer may say, are written as JSON escapes them."""
+    text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode() + "\n"

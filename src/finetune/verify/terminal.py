@@ -55,7 +55,7 @@ def told_law(result: LawResult) -> str:
 def _told(result: LawResult) -> list[str]:
     """The evidence, in lines that are indented; a case that is long is cut, and whole in the finding's file."""
     if result.outcome != Outcome.FAILED:
-        return [f"  {line}" for line in result.why.splitlines()]
+        return [f"  {line}" for line in result.why.encode("utf-8", "replace").decode().splitlines()]
     lines = []
     for word, text in (("expected", result.expected), ("got", result.got)):
         first, *more = text.splitlines() or [""]
@@ -65,7 +65,8 @@ def _told(result: LawResult) -> list[str]:
         left = len(case) - _MOST_OF_CASE
         shown = case if left <= 0 else f"{case[:_MOST_OF_CASE]} ... and {left:,} letters: --output keeps it whole"
         lines.append(f"  smallest case: {shown}")
-    return [*lines, *([f"  {result.why}"] if result.why else [])]
+    lines += [f"  {result.why}"] if result.why else []
+    return [line.encode("utf-8", "replace").decode() for line in lines]
 
 
 def counted_outcomes(found: Verification) -> str:
