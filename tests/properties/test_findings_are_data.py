@@ -28,7 +28,8 @@ pytestmark = pytest.mark.tools
 
 FREE = {"prompt", "completion", "text", "system", "said[]", "turns[]", "before", "after"}
 FREE |= {"question", "thoughts", "thoughts[]", "arguments", "arguments.*", "answer", "result", "earlier"}
-"""Fields that hold what people say, or what a file holds: any text, and never the name of anything."""
+FREE |= {"asked", "answered", "bad"}
+"""Fields that hold what people say, or what a file holds, the names of its columns among it: no name of a file."""
 
 
 WRITTEN = {
