@@ -6,10 +6,22 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import OutputError, StorageError
+
+
+def nearest_file(path: Path) -> Path | None:
+    """The file or folder beside one that is not there whose name is nearest to its own."""
+    try:
+        names = [place.name for place in islice(path.parent.iterdir(), 10_000)]
+    except (OSError, ValueError):
+        return None
+    near = get_close_matches(path.name, names, n=1, cutoff=0.7)
+    return path.with_name(near[0]) if near else None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,8 +4,11 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from finetune.cli import (
     chat,
@@ -29,39 +32,76 @@ from finetune.cli import (
     verify,
 )
 from finetune.cli.console import say
+from finetune.cli.usage import usage_error
 from finetune.distributed.environment import rank_of
 from finetune.errors import FineTuneError
 
 INTERRUPTED = 130
+VERBS = {
+    "Train": {
+        train: "Fine-tune a model, and prove by measurements that it worked",
+        init: "Write a configuration file to start from",
+        check: "Check configuration, model and data before anything is loaded",
+        estimate: "Estimate peak memory, by component",
+        report: "Show the report of one run, or several side by side",
+        runs: "List runs: model, data, verdict, age",
+        schema: "Print the JSON Schema of the configuration",
+    },
+    "Use the result": {
+        chat: "Talk to the fine-tuned model",
+        evaluate: "Score base and fine-tuned model",
+        merge: "Fold the adapter into its base: an ordinary model folder",
+        export: "Write a GGUF file",
+        import_: "Make a model folder of a GGUF file",
+        compare: "Check that merged, GGUF and MLX copies answer alike",
+        deploy: "Serve with Ollama or llama.cpp, verified",
+        push: "Send a run to the hub, held to what was sent",
+    },
+    "Check a trainer": {
+        judge: "Judge a fine-tune that any trainer made",
+        verify: "Run the conformance suite on a trainer",
+        prove: "Inject known bugs and count which are caught",
+        replay: "Try a finding of the suite again",
+    },
+}
+"""Every verb with its summary, in the groups of `ft --help`."""
+
+
+class _Verb(TyperCommand):
+    """A command whose usage line names what it needs as it is, and what may be left out in brackets."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The pieces of the usage line."""
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+
+class _Verbs(TyperGroup):
+    """All commands, listed in groups with whole summaries."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the groups."""
+        for title, group in VERBS.items():
+            with formatter.section(title):
+                formatter.write_dl([(_name_of(verb), summary) for verb, summary in group.items()], col_max=12)
+
+
+def _name_of(verb: ModuleType) -> str:
+    # A verb that is a keyword of Python's has a file whose name ends with _.
+    return verb.__name__.rsplit(".", 1)[-1].rstrip("_")
+
+
 app = typer.Typer(
     name="ft",
+    cls=_Verbs,
     help="Fine-tune language models with LoRA, and prove with measured evidence that it worked.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_MAKE = (
-    train,
-    check,
-    estimate,
-    init,
-    schema,
-    evaluate,
-    chat,
-    report,
-    runs,
-    import_,
-    merge,
-    export,
-    compare,
-    deploy,
-    push,
-)
-_PROVE = (judge, verify, prove, replay)
-for verb in (*_MAKE, *_PROVE):
-    # A verb that is a keyword of Python's has a file whose name ends with _.
-    app.command(verb.__name__.rsplit(".", 1)[-1].rstrip("_"))(verb.command)
+for group in VERBS.values():
+    for verb, summary in group.items():
+        app.command(_name_of(verb), cls=_Verb, short_help=summary)(verb.command)
 
 
 def _version(value: bool) -> None:  # noqa: FBT001  # typer hands the flag over by position
@@ -89,8 +129,9 @@ def run(arguments: list[str], complain: Callable[[FineTuneError], None] = _compl
 
     0 done, 1 failed, 2 usage, 3 refused, 4 inconclusive or nothing to judge, 130 interrupted.
     """
+    words = [with_hyphens(word) for word in arguments]
     try:
-        result = app([with_hyphens(word) for word in arguments], standalone_mode=False, prog_name="ft")
+        result = app(words, standalone_mode=False, prog_name="ft")
         if result == INTERRUPTED:
             say("interrupted")
         return result if isinstance(result, int) else 0
@@ -110,16 +151,13 @@ def run(arguments: list[str], complain: Callable[[FineTuneError], None] = _compl
         say("error: no space left to print the result\n  hint: what was computed is in the run folder")
         return 1
     except Exception as error:
-        return _usage_error(error)
-
-
-def _usage_error(error: Exception) -> int:
-    """Show a command-line mistake the way click does; anything else is a bug and keeps its traceback."""
-    show = getattr(error, "show", None)
-    if show is None:
-        raise error
-    show(file=sys.stderr)
-    return int(getattr(error, "exit_code", 2))
+        if not hasattr(error, "format_message"):
+            raise  # a bug keeps its traceback
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show(file=sys.stderr)  # type: ignore[attr-defined]
+            return 2
+        complain(usage_error(error, words))
+        return 2
 
 
 def with_hyphens(word: str) -> str:

@@ -10,7 +10,7 @@ from finetune.cli.options import AsJson, named_dtype
 
 Source = Annotated[Path, typer.Argument(metavar="FILE.gguf", help="The GGUF file.")]
 Folder = Annotated[
-    Path | None, typer.Argument(metavar="[OUTPUT]", help="The folder to make. Default: here, named as the file.")
+    Path | None, typer.Argument(metavar="OUTPUT", help="The folder to make. Default: here, named as the file.")
 ]
 Stored = Annotated[
     str | None, typer.Option("--dtype", help="float32, float16 or bfloat16. Default: float32, which loses nothing.")

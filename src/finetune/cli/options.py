@@ -4,14 +4,15 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from finetune.errors import MissingExtraError, UsageError, install_line
+from finetune.errors import ConfigError, MissingExtraError, Problem, UsageError, install_line
 
 if TYPE_CHECKING:
     from finetune.config import LoadedConfig
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from finetune.export.outtypes import Outtype
     from finetune.training.longer import Longer
 
-ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; `ft init` writes one.")]
-ConfigFiles = Annotated[list[Path] | None, typer.Argument(metavar="[CONFIG]", help="YAML files; `ft init` writes one.")]
+ConfigFile = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A YAML file; `ft init` writes one.")]
+ConfigFiles = Annotated[list[Path] | None, typer.Argument(metavar="CONFIG", help="YAML files; `ft init` writes one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -35,7 +36,7 @@ RunPath = Annotated[
     typer.Argument(metavar="RUN", parser=_named_run, help="A run: its path, its id or how that begins, or latest."),
 ]
 
-_SHORT = {
+SHORT_OPTIONS = {
     "epochs": "training.epochs",
     "lr": "training.learning_rate",
     "batch_size": "training.batch_size",
@@ -43,6 +44,19 @@ _SHORT = {
     "max_steps": "training.max_steps",
 }
 """Options that trainers have in common, and the settings that they are."""
+
+
+_NAMED = {"model": "model.path", "data": "data.train", "template": "template.name", "backend": "backend"}
+"""Options whose text is a setting's value as it stands."""
+
+
+def _as_typed(problem: Problem, assigned: Mapping[str, object]) -> Problem:
+    """A problem of a setting that an option of its own has set, told of that option."""
+    for option, key in (_NAMED | SHORT_OPTIONS).items():
+        if problem.where == f"--set {key}" and key not in assigned:
+            written = f"--{option.replace('_', '-')}"
+            return replace(problem, where=written if key == option else f"{written} ({key})")
+    return problem
 
 
 class ConfigOptions(NamedTuple):
@@ -84,12 +98,15 @@ class ConfigOptions(NamedTuple):
         from finetune.evidence.starting import with_start
         from finetune.export.import_gguf import with_model_folder
 
-        flags = {"model.path": self.model, "data.train": self.data, "template.name": self.template}
-        overrides: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
-        overrides |= {"backend": self.backend} if self.backend is not None else {}
-        short = [f"{key}={getattr(self, name)}" for name, key in _SHORT.items() if getattr(self, name) is not None]
-        overrides |= parse_assignments([*short, *(self.assignments or [])])
-        loaded = load_config(config, environ=os.environ, overrides=overrides, profile=self.profile)
+        given = {name: value for name, value in self._asdict().items() if value is not None}
+        overrides: dict[str, Any] = {key: given[name] for name, key in _NAMED.items() if name in given}
+        short = [f"{key}={given[name]}" for name, key in SHORT_OPTIONS.items() if name in given]
+        assigned = parse_assignments(self.assignments or [])
+        overrides |= parse_assignments(short) | assigned
+        try:
+            loaded = load_config(config, environ=os.environ, overrides=overrides, profile=self.profile)
+        except ConfigError as error:
+            raise ConfigError([_as_typed(problem, assigned) for problem in error.problems]) from None
         if loaded.config.data.train is None and "profile" not in loaded.origins.values():
             loaded = load_config(config, environ=os.environ, overrides=overrides, profile="demo")
         return with_model_folder(with_start(loaded), tell=say)

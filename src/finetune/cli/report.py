@@ -12,7 +12,7 @@ from finetune.errors import DataError, UsageError
 
 Runs = Annotated[
     list[Path] | None,
-    typer.Argument(metavar="RUN...", help="Runs: path, id, how one begins or latest."),
+    typer.Argument(metavar="RUN", help="Runs: path, id, how one begins or latest."),
 ]
 Page = Annotated[Path | None, typer.Option("--html", help="Write one self-contained page about all of them here.")]
 History = Annotated[

@@ -9,7 +9,7 @@ import typer
 from finetune.cli.console import data_console, print_json, say
 from finetune.cli.options import AsJson
 
-Home = Annotated[Path, typer.Argument(metavar="[FOLDER]", help="The folder of the runs.")]
+Home = Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of the runs.")]
 
 
 def command(home: Home = Path("runs"), *, json_output: AsJson = False) -> int:

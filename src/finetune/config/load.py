@@ -182,11 +182,25 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 
 
 def read_word(key: str, text: str) -> Any:
-    """A value typed in a shell: for a setting that takes free text, `0123` and `a: b` stay as they are typed."""
+    """A value typed in a shell: for a setting that takes free text, `0123` and `a: b` stay as they are typed.
+
+    For one that takes a list of names, `a,b` is one.
+    """
     key = "template.name" if key == "template" else key
+    if key in KEYS and not accepts_text(key) and (names := _names_in(key, text)):
+        return names
     if key not in KEYS or not accepts_text(key) or text.lstrip()[:1] in ("'", '"'):
         return read_scalar(text)
     return None if text.strip() in ("", "null", "Null", "NULL", "~") else text
+
+
+def _names_in(key: str, text: str) -> list[str]:
+    """The names that were typed for a setting that takes a list of them; none where the text is something else."""
+    value, choices = read_scalar(text), choices_of(key)
+    words = [str(word) for choice in choices for word in choice.get("enum", [choice.get("const")])]
+    if not isinstance(value, str) or not any(choice.get("items", {}).get("type") == "string" for choice in choices):
+        return []
+    return [] if get_close_matches(value, words, n=1) else [name.strip() for name in value.split(",")]
 
 
 def shown(value: object) -> str:

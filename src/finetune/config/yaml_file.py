@@ -1,5 +1,6 @@
 """Read a YAML configuration file safely, remembering the line each setting stands on."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import yaml
 
 from finetune.errors import Problem
+from finetune.files import nearest_file
 
 _LARGEST_FILE = 2**20
 # The parser raises YAMLError; the constructors of odd values (`!!int x`, `!!bool x`, deep nesting) raise the others.
@@ -43,6 +45,7 @@ class ConfigLoader(yaml.SafeLoader):
 def read_yaml(path: Path) -> YamlFile:
     """Read a configuration file; whatever is wrong with it comes back as problems, never as an exception."""
     text, problem = _read_text(path)
+    problem = problem or _data_problem(path, text)
     if problem:
         return YamlFile(path, problems=[problem])
     try:
@@ -97,19 +100,46 @@ def _read_text(path: Path) -> tuple[str, Problem | None]:
     where = str(path)
     try:
         if path.is_dir():
-            return "", Problem("this is a folder, not a configuration file", where, "name the YAML file inside it")
+            return "", _folder_problem(path)
+        if path.is_file() and (problem := _data_problem(path, "")):
+            return "", problem
         if path.stat().st_size > _LARGEST_FILE:
             what = f"the file has {path.stat().st_size} bytes, more than a configuration can need"
             return "", Problem(what, where, "name a YAML file; data and models are named inside it")
         return path.read_bytes().decode("utf-8-sig"), None
     except FileNotFoundError:
-        return "", Problem("there is no such file", where, "check the path, or make a start with `ft init`")
+        near = nearest_file(path)
+        hint = f"did you mean {near}?" if near else "make one with `ft init`; a model is named with --model"
+        return "", Problem("there is no such file", where, hint)
     except UnicodeDecodeError as error:
         what = f"the file is not UTF-8 text: byte {error.start} cannot be read"
         return "", Problem(what, where, "save it as UTF-8 in your editor")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         return "", Problem(f"the file cannot be read: {reason}", where, "check the path and its permissions")
+
+
+def _folder_problem(path: Path) -> Problem:
+    """What a folder is that was given as a configuration."""
+    if (path / "plan.yaml").is_file():
+        what, hint = "this is a run", f"show it: ft report {path}; train as it did: ft train {path}/plan.yaml"
+    elif (path / "config.json").is_file():
+        what, hint = "this is a model", f"--model {path}"
+    else:
+        what, hint = "this is a folder", "name the YAML file inside it"
+    return Problem(f"{what}, not a configuration file", str(path), hint)
+
+
+def _data_problem(path: Path, text: str) -> Problem | None:
+    """What is wrong where rows were given as a configuration: told by the file's name, or by its first line."""
+    data = path.suffix.lower() in (".jsonl", ".csv", ".tsv", ".parquet")
+    if not data and text[:1] in ("{", "["):
+        try:
+            first = json.loads(text if text[0] == "[" else text.partition("\n")[0])
+        except (ValueError, RecursionError):
+            return None
+        data = isinstance(first, list) or (isinstance(first, dict) and "\n" in text.rstrip())
+    return Problem("this is data, not a configuration file", str(path), f"--data {path}") if data else None
 
 
 def _syntax_problem(path: Path, error: Exception) -> Problem:

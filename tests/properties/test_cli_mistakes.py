@@ -1,0 +1,126 @@
+"""Mistakes on the command line: each is answered in three lines, with what was meant and the line to type next."""
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+
+from finetune.cli.app import VERBS, app, run
+
+ROW = json.dumps({"prompt": "Say one", "completion": "one"}) + "\n"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's folder: rows, a configuration, a model's folder and a run's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FT_BACKEND", "reference")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    files = {
+        "rows.jsonl": ROW * 2,
+        "rows.json": json.dumps([json.loads(ROW)]),
+        "rows.txt": ROW * 2,
+        "rows.csv": "prompt,completion\na,b\n",
+        "finetune.yaml": "backend: reference\n",
+        "model/config.json": "{}",
+        "runs/first/plan.yaml": "format: 2\n",
+        "runs/first/run.json": "{}",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "told"),
+    [
+        ("trian", 2, ("no command 'trian'", "`ft train`")),
+        ("xyzzy", 2, ("no command 'xyzzy'", "there are: train,")),
+        ("train --epochz 1", 2, ("no option --epochz", "did you mean --epochs?")),
+        ("train --lora-r 4", 2, ("no option --lora-r", "--rank 4")),
+        ("train --save-steps=10", 2, ("no option --save-steps", "--set training.save_every=10")),
+        ("train --warmup_ratio 0.1", 2, ("no option --warmup-ratio", "--set training.warmup_fraction=0.1")),
+        ("estimate --gradient-accumulation-steps 2", 2, ("--set training.gradient_accumulation_steps=2",)),
+        ("runs --zzz", 2, ("ft runs has no option --zzz", "`ft runs --help`")),
+        ("train --epochs", 2, ("--epochs", "`ft train --help`")),
+        ("evaluate", 2, ("ft evaluate needs RUN", "latest")),
+        ("deploy first", 2, ("ft deploy needs --to", "llama.cpp")),
+        ("verify --tier 9", 2, ("--tier 9: ", "2: training")),
+        ("train finetune.yaml rows.jsonl", 2, ("no rows.jsonl there", "--data rows.jsonl")),
+        ("train rows.jsonl", 2, ("rows.jsonl: this is data", "hint: --data rows.jsonl")),
+        ("check rows.json", 2, ("rows.json: this is data", "hint: --data rows.json")),
+        ("check rows.txt", 2, ("rows.txt: this is data", "hint: --data rows.txt")),
+        ("estimate rows.csv", 2, ("rows.csv: this is data", "hint: --data rows.csv")),
+        ("check finetun.yaml", 2, ("no such file", "did you mean finetune.yaml?")),
+        ("check elsewhere/finetune.yaml", 2, ("no such file", "`ft init`")),
+        ("train model", 2, ("model: this is a model", "hint: --model model")),
+        ("train runs/first", 2, ("runs/first: this is a run", "ft report runs/first")),
+        ("check --backend jax", 2, ("--backend: backend must be one of torch, mlx, reference",)),
+        ("check --rank few", 2, ("--rank (adapter.rank): ", "'few'")),
+        ("check --rank 2 --set adapter.rank=few", 2, ("--set adapter.rank: ", "'few'")),
+        ("evaluate model", 3, ("holds no run", "ft train --model model")),
+        ("report frist", 3, ("did you mean runs/first?",)),
+    ],
+)
+def test_mistake_is_answered_in_three_lines(
+    line: str, code: int, told: tuple[str, ...], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The answer names what was typed, what was meant, and the line to type next; no usage text, no traceback."""
+    before = sorted(path for path in here.rglob("*"))
+    assert run(line.split()) == code
+    both = "".join(capsys.readouterr())
+    assert [words for words in told if words not in both] == []
+    assert len(both.splitlines()) <= 3, both
+    assert "hint: " in both
+    assert "Usage:" not in both
+    assert sorted(path for path in here.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("assignment", "names"),
+    [
+        ("adapter.target_modules=q_proj,v_proj", ["q_proj", "v_proj"]),
+        ("adapter.target_modules=[q_proj, v_proj]", ["q_proj", "v_proj"]),
+        ("adapter.target_modules=q_proj", ["q_proj"]),
+        ("adapter.target_modules=all-linear", "all-linear"),
+        ("tracking.to=wandb, mlflow", ["wandb", "mlflow"]),
+        ("adapter.modules_to_save=null", None),
+    ],
+)
+def test_names_typed_with_commas_are_a_list(assignment: str, names: object) -> None:
+    """In a shell `a,b` is a list where a setting takes one; what else it takes stays what it is."""
+    from finetune.config import load_config, parse_assignments
+
+    overrides = parse_assignments([assignment])
+    assert overrides == {assignment.partition("=")[0]: names}
+    load_config(None, environ={}, overrides=overrides, profile=None)
+
+
+def test_help_lists_every_command_in_its_group_with_a_whole_summary(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 80 columns no summary is cut or broken, and no command is left out."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    summaries = [summary for group in VERBS.values() for summary in group.values()]
+    assert len(summaries) == len(app.registered_commands) >= 18
+    assert [said for said in summaries if not any(line.endswith(f"  {said}") for line in lines)] == []
+    assert {f"{title}:" for title in VERBS} <= set(lines)
+    assert max(map(len, lines)) <= 80
+
+
+def test_usage_lines_show_names_as_they_are_typed() -> None:
+    """What is needed stands bare, what may be left out in brackets."""
+    group = typer.main.get_command(app)
+    for name, line in {
+        "train": "[CONFIG]",
+        "evaluate": "RUN",
+        "report": "[RUN]...",
+        "import": "FILE.gguf [OUTPUT]",
+    }.items():
+        command = group.commands[name]  # type: ignore[attr-defined]
+        context = command.context_class(command, info_name=name)
+        assert " ".join(command.collect_usage_pieces(context)) == f"[OPTIONS] {line}"
