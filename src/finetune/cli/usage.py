@@ -18,10 +18,10 @@ def usage_error(error: Any, words: Sequence[str]) -> UsageError:
         error: an exception of click's, or of typer's own copy of it: told apart by what they carry.
         words: the command line.
     """
-    context = getattr(error, "ctx", None)
+    context: Any = getattr(error, "ctx", None)
     command = context.command_path if context else " ".join(["ft", *words[:1]])
     usage = f"`{command} --help` shows how"
-    name, parameter = getattr(error, "option_name", None), getattr(error, "param", None)
+    name, parameter = str(getattr(error, "option_name", None) or ""), getattr(error, "param", None)
     if getattr(error, "possibilities", None) is not None or (name and "No such option" in error.message):
         return UsageError(f"{command} has no option {name}", hint=_nearest_option(name, context, words) or usage)
     if parameter is not None:
