@@ -328,7 +328,7 @@ def test_terminal_report_fits_80_columns_without_colour() -> None:
 
 def _printed(run: dict[str, Any]) -> str:
     stream = io.StringIO()
-    print_report([run], Console(file=stream, width=80))
+    print_report([run], Console(file=stream, width=80), verbose=True)
     return stream.getvalue()
 
 

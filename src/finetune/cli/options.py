@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A YAML file; `ft init` writes one.")]
 ConfigFiles = Annotated[list[Path] | None, typer.Argument(metavar="CONFIG", help="YAML files; `ft init` writes one.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print every verdict, figure, note and file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

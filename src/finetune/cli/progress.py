@@ -23,6 +23,19 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 _LINES = 10
+_PHASES = {
+    "prepare": "reading model and data",
+    "load": "loading the model",
+    "observe base": "evaluating the base model",
+    "attach": "adding the adapter",
+    "train": "training",
+    "observe tuned": "evaluating the tuned model",
+    "check adapter": "reloading the adapter",
+    "check model": "reloading the model",
+    "shuffled-label control": "control run",
+    "measure memory": "measuring memory",
+}
+"""What a phase is called while it goes; every other as in `run.json`."""
 
 
 class Progress:
@@ -59,16 +72,15 @@ class Progress:
     def __call__(self, event: Event) -> None:
         """Show one event."""
         if isinstance(event, PhaseStarted):
-            self._what = event.phase
+            self._what = _PHASES.get(event.phase, event.phase)
             self._task = None
-            self._line(f"{event.phase}: {event.note}" if event.note else event.phase)
+            self._line(f"{self._what}: {event.note}" if event.note else self._what)
         elif isinstance(event, StepDone):
             self._step(event)
         elif isinstance(event, HeldOutLoss) and event.step:
             self._line(f"  held-out loss {event.loss:.4f} at step {event.step}")
-        elif isinstance(event, CheckpointSaved) and self._bar is None and event.step:
+        elif isinstance(event, CheckpointSaved) and event.step:
             self._line(f"  checkpoint {event.path}")
-
         elif isinstance(event, StoppedEarly):
             self._stopped(event)
         elif isinstance(event, RunResumed | RunLengthened | TrackerOpened | TrackerFailed):
@@ -99,10 +111,10 @@ class Progress:
 
     def _step(self, event: StepDone) -> None:
         words = f"loss {event.loss:.4f}  {event.tokens_per_second:,.0f} tokens/s"
+        every = max(1, event.total_steps // _LINES)
+        if event.step == 1 or event.step % every == 0 or event.step == event.total_steps:
+            self._line(f"  step {event.step}/{event.total_steps}  {words}  lr {event.learning_rate:.2e}")
         if self._bar is None:
-            every = max(1, event.total_steps // _LINES)
-            if event.step == 1 or event.step % every == 0 or event.step == event.total_steps:
-                say(f"  step {event.step}/{event.total_steps}  {words}  lr {event.learning_rate:.2e}")
             return
         if self._task is None:
             self._task = self._bar.add_task(f"  {self._what}", total=event.total_steps, words=words)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from finetune.cli.console import data_console, print_json, say
-from finetune.cli.options import AsJson
+from finetune.cli.options import AsJson, Verbose
 from finetune.errors import DataError, UsageError
 
 Runs = Annotated[
@@ -21,7 +21,14 @@ History = Annotated[
 ]
 
 
-def command(runs: Runs = None, *, history: History = False, html: Page = None, json_output: AsJson = False) -> int:
+def command(
+    runs: Runs = None,
+    *,
+    history: History = False,
+    html: Page = None,
+    verbose: Verbose = False,
+    json_output: AsJson = False,
+) -> int:
     """Show the report of one run, or several runs side by side; or the history of the tests."""
     if history:
         return _show_history(runs or [], html=html, json_output=json_output)
@@ -41,7 +48,7 @@ def command(runs: Runs = None, *, history: History = False, html: Page = None, j
         reports = [build_report(run) for run in found]
         print_json(reports[0] if len(reports) == 1 else reports)
     else:
-        print_report(found, data_console())
+        print_report(found, data_console(), verbose=verbose)
     if html is not None:
         write_text(html, render_html(found))
         say(f"wrote {html}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune.cli.console import data_console, exit_code, print_json, say
-from finetune.cli.options import AsJson, ConfigFile, ConfigOptions, named_outtype, with_settings
+from finetune.cli.options import AsJson, ConfigFile, ConfigOptions, Verbose, named_outtype, with_settings
 from finetune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def command(
     processes: Processes = None,
     launch_config: StarterConfig = None,
     export_as: ExportAs = None,
+    verbose: Verbose = False,
     json_output: AsJson = False,
 ) -> int:
     """Fine-tune a model, judge the result on measured evidence and write a report.
@@ -90,7 +91,7 @@ def command(
             folder, run = fine_tune(loaded, output=output, resume=longer, command=command_line, listener=progress)
     # A process that trained along has nothing to tell, and one that is watched leaves the telling to its watcher.
     if run and not watched:
-        _tell(run, folder, json_output=json_output)
+        _tell(run, folder, verbose=verbose, json_output=json_output)
         if outtype is not None:
             _export(folder, outtype)
         return exit_code(run["outcome"], allow_inconclusive=loaded.config.judge.allow_inconclusive)
@@ -116,11 +117,11 @@ def _export(folder: Path, outtype: "Outtype") -> None:
     say(f"GGUF: {done.path}")
 
 
-def _tell(run: dict[str, Any], folder: Path, *, json_output: bool) -> None:
+def _tell(run: dict[str, Any], folder: Path, *, verbose: bool, json_output: bool) -> None:
     if json_output:
         print_json({**run, "folder": str(folder)})
     else:
         from finetune.report import print_report
 
-        print_report([{**run, "folder": str(folder)}], data_console())
+        print_report([{**run, "folder": str(folder)}], data_console(), verbose=verbose)
     say(f"report: {folder / 'report.html'}")

@@ -21,7 +21,7 @@ from finetune.records import Outcome, Reload, Verdict
 _START_MARGIN = 1.0
 """Nats by which the start loss may exceed that of a uniform guess before 'it fell' means nothing."""
 _LOWER = "> 5 % lower"
-_RELOADED_WHOLE = "The saved model works in a fresh process"
+_RELOADED_WHOLE = "The saved model reloads in a new process"
 _STORED = 2.0**-23
 """By how much two logits can be apart, relatively, merely because they were written down in float32."""
 
@@ -55,20 +55,27 @@ def _judge_loss(evidence: Evidence) -> list[Verdict]:
         convergence = verdict("loss-convergence", Outcome.INCONCLUSIVE, few, _LOWER, "needs at least two steps")
     else:
         fell = TrainingSuccessValidator.loss_reduction(loss.per_step)
-        measured = f"{fell:.1%} lower ({loss.per_step[0]:.3g} to {loss.per_step[-1]:.3g})"
-        convergence = verdict(
-            "loss-convergence", Outcome.of(fell > MIN_LOSS_REDUCTION), measured, _LOWER, reduction=fell
-        )
+        measured = f"{_say_change(fell)} ({loss.per_step[0]:.3g} to {loss.per_step[-1]:.3g})"
+        outcome = Outcome.of(fell > MIN_LOSS_REDUCTION)
+        reason = "" if outcome == Outcome.PASSED else "the first step's batch against the last one's, which differ"
+        convergence = verdict("loss-convergence", outcome, measured, _LOWER, reason, reduction=fell)
     same = TrainingSuccessValidator.loss_reduction((loss.fixed_before, loss.fixed_after))
     fixed = verdict(
         "loss-fixed-batches",
         Outcome.of(same > MIN_LOSS_REDUCTION),
-        f"{same:.1%} lower ({loss.fixed_before:.3g} to {loss.fixed_after:.3g})",
+        f"{_say_change(same)} ({loss.fixed_before:.3g} to {loss.fixed_after:.3g})",
         _LOWER,
         before=loss.fixed_before,
         after=loss.fixed_after,
     )
     return [convergence, fixed, _judge_start(loss), _judge_held_out(evidence)]
+
+
+def _say_change(fell: float) -> str:
+    """By what share a loss fell, in words: what rose is higher, and from twice on so many times as high."""
+    if fell >= 0:
+        return f"{fell:.1%} lower"
+    return f"{-fell:.1%} higher" if fell > -1 else f"{1 - fell:,.3g}x higher"
 
 
 def _judge_start(loss: LossEvidence) -> Verdict:
@@ -211,7 +218,7 @@ def _judge_reload(reload: Reload, *, whole: bool) -> Verdict:
     return verdict(
         "artifacts-reload",
         outcome,
-        f"logits differ by {reload.difference:.2g}; from the base by {effect:.2g}",
+        f"max logit difference: {reload.difference:.2g} to the trained, {effect:.2g} to the base",
         f"<= {limit:.2g}, {limit / reload.rounding:.0f} times rounding{seen}",
         reason,
         title=_RELOADED_WHOLE if whole else "",

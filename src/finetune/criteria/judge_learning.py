@@ -13,7 +13,7 @@ MAX_RETENTION_LOSS = 0.1
 MAX_CHANCE = 0.025
 _ALLOWED = {
     "model-learning": "> 30 % improve",
-    "learning-signed": "> 30 points, whole interval > 0, by chance at most 2.5 %",
+    "learning-signed": "> +30 points, 95 % CI above 0, sign test p <= 0.025",
     "learning-control": "control <= 20 %, tuned above it by > 30 points",
     "learning-retention": "at most 10 points lost",
 }
@@ -72,7 +72,7 @@ def judge_signed(learning: LearningEvidence) -> Verdict:
     if outcome == Outcome.INCONCLUSIVE and net <= 0:
         outcome = Outcome.FAILED
     measured = f"{better} better, {worse} worse of {count}: {100 * net:+.0f} points [{100 * low:.0f}, {100 * high:.0f}]"
-    reason = f"coin flips alone do as well {chance:.1%} of the time" if chance > MAX_CHANCE else ""
+    reason = f"not significant (sign test p = {chance:.2g})" if chance > MAX_CHANCE else ""
     return verdict(
         "learning-signed",
         outcome,

@@ -7,15 +7,15 @@ NOT_MEASURED = "not measured"
 TITLES = (
     {
         "loss-convergence": "Training loss falls",
-        "loss-fixed-batches": "It falls on the same batches, dropout off",
-        "loss-start": "The start was plausible",
+        "loss-fixed-batches": "Loss on fixed batches falls (eval mode)",
+        "loss-start": "Initial loss is plausible",
         "loss-held-out": "Validation loss falls",
     },
     {
         "model-learning": "Answers improve",
         "learning-signed": "More improve than get worse",
-        "learning-control": "The truth was learned, not the habit",
-        "learning-retention": "What the base knew, it still knows",
+        "learning-control": "Beats a control trained on shuffled answers",
+        "learning-retention": "No forgetting (retention questions)",
         "claim-rows": "It learned its rows",
         "claim-unseen": "Unseen rows of the kind got likelier",
         "claim-association": "So did each unseen prompt's own answer, above others'",
@@ -25,18 +25,18 @@ TITLES = (
     },
     {
         "memory-efficiency": "LoRA needs less memory than full fine-tuning",
-        "memory-exact": "Gradients and moments shrink with what is trained",
-        "memory-resident": "The resident set shrinks too",
+        "memory-exact": "Gradient and optimizer memory shrinks",
+        "memory-resident": "Process memory (RSS) shrinks",
     },
     {
         "parameter-updates": "Adapter tensors change",
         "parameter-exactly": "Nothing else changes",
-        "parameter-first-step": "At the first step B has a gradient and A has none",
+        "parameter-first-step": "LoRA init correct: grad(B) != 0, grad(A) = 0 at step 1",
     },
     {
         "artifacts": "Files are written",
-        "artifacts-no-strays": "Nothing unreferenced is left",
-        "artifacts-reload": "The adapter works in a fresh process on a fresh base",
+        "artifacts-no-strays": "No stray files",
+        "artifacts-reload": "The adapter reloads in a new process",
     },
 )
 """By criterion, the first being number 1: the strategy's own reading, then its companions."""

@@ -55,6 +55,7 @@ def build_report(run: Mapping[str, object]) -> dict[str, Any]:
         "training": dict(map_at(run, "training")),
         "timing": dict(map_at(run, "timing")),
         "repeat": _repeat(run),
+        "advice": [str(advice) for advice in list_at(run, "advice")],
         "notes": [
             *(f"What to try: {advice}." for advice in list_at(run, "advice")),
             *(str(note) for note in list_at(run, "notes")),

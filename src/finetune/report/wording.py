@@ -45,12 +45,25 @@ def say_start(report: Mapping[str, object]) -> str | None:
     return f"{start:%Y-%m-%d %H:%M} {start:%Z}".rstrip()
 
 
+def say_counts(report: Mapping[str, Any]) -> str:
+    """How many criteria passed; of open answers, how many claims hold."""
+    criteria = report["criteria"]
+    if claims := _counted_claims(criteria):
+        hold = sum(one["outcome"] in (Outcome.PASSED, Outcome.NOT_APPLICABLE) for one in claims)
+        return f"{hold} of {len(claims)} claims of the goal {report['goal']} hold"
+    passed = sum(item["outcome"] == Outcome.PASSED for item in criteria)
+    return f"{passed} of {len(criteria)} criteria passed"
+
+
+def _counted_claims(criteria: Any) -> list[Mapping[str, Any]]:
+    claims = [one for item in criteria for one in item["companions"] if str(one.get("id")).startswith("claim-")]
+    return [one for one in claims if one.get("counts", True)]
+
+
 def say_outcome(report: Mapping[str, Any]) -> str:
     """How many of the five criteria passed and which did not, in one sentence; of open answers, which claims hold."""
     criteria = report["criteria"]
-    claims = [one for item in criteria for one in item["companions"] if str(one.get("id")).startswith("claim-")]
-    counted = [one for one in claims if one.get("counts", True)]
-    if counted:
+    if counted := _counted_claims(criteria):
         hold = [one["title"] for one in counted if one["outcome"] in (Outcome.PASSED, Outcome.NOT_APPLICABLE)]
         rest = [f"{one['outcome']}: {one['title']}" for one in counted if one["title"] not in hold]
         first = f"{len(hold)} of {len(counted)} claims of the goal {report['goal']} hold"
