@@ -98,7 +98,7 @@ def _criterion_table(report: Mapping[str, Any], console: "Console") -> "Table":
 
 
 def _rest_table(verdicts: Sequence[Mapping[str, Any]], console: "Console") -> "Table":
-    """A row for each: its title, then what was measured and allowed, and why it is as it is."""
+    """A row for each, or for all of which the same is told: title, then what was measured and allowed, and why."""
     from rich.table import Table
     from rich.text import Text
 
@@ -106,18 +106,17 @@ def _rest_table(verdicts: Sequence[Mapping[str, Any]], console: "Console") -> "T
     table.add_column(no_wrap=True)
     table.add_column(ratio=3, overflow="fold")
     table.add_column(ratio=5, overflow="fold")
+    rows: dict[tuple[str, str], list[str]] = {}
     for verdict in verdicts:
-        word, reason = verdict["outcome"], verdict.get("reason")
-        measured = str(verdict.get("measured") or NOT_MEASURED)
-        said = f"{measured}; must be {verdict['allowed']}" if verdict.get("allowed") and word != IDLE else measured
-        told = f"{said}: {reason}" if reason else said
-        style = _STYLES.get(word, "dim")
-        cells = (
-            Text(_symbols(console)[word], style=style),
-            Text(visible(str(verdict.get("title")))),
-            Text(visible(told)),
-        )
-        table.add_row(*cells, style="dim" if word == IDLE else None)
+        word, reason, told = verdict["outcome"], verdict.get("reason"), str(verdict.get("measured") or NOT_MEASURED)
+        if verdict.get("allowed") and word != IDLE:
+            told += f"; must be {verdict['allowed']}"
+        told += f": {reason}" if reason else ""
+        rows.setdefault((word, told), []).append(str(verdict.get("title")))
+    for (word, told), titles in rows.items():
+        cells = (Text(visible(text)) for text in ("; ".join(titles), told))
+        mark = Text(_symbols(console)[word], style=_STYLES.get(word, "dim"))
+        table.add_row(mark, *cells, style="dim" if word == IDLE else None)
     return table
 
 
