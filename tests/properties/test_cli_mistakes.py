@@ -124,3 +124,26 @@ def test_usage_lines_show_names_as_they_are_typed() -> None:
         command = group.commands[name]  # type: ignore[attr-defined]
         context = command.context_class(command, info_name=name)
         assert " ".join(command.collect_usage_pieces(context)) == f"[OPTIONS] {line}"
+
+
+@pytest.mark.parametrize(
+    ("through", "code"), [(None, 0), ("merged", 0), ("gguf-f16", 3), ("merged,gguf-f16", 3), ("merged,gguf-q8_0", 1)]
+)
+def test_path_that_is_named_and_cannot_be_compared_is_no_success(
+    through: str | None, code: int, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`ft compare --through` that skips what was asked for by name ends with 3 and its reason; a failure counts more."""
+    from finetune.compare.comparison import PATHS, Comparison, PathResult
+    from finetune.records import Outcome
+
+    outcomes = {"merged": Outcome.PASSED, "gguf-f16": Outcome.NOT_APPLICABLE, "gguf-q8_0": Outcome.FAILED}
+
+    def compared(run: Path, names: list[str], tell: object) -> Comparison:
+        asked = names if through else ["merged", "gguf-f16"]
+        rows = tuple(PathResult(name, "", outcomes[name], "needs gguf") for name in asked)
+        return Comparison("first", "torch", {}, 0, (PathResult("trainer", "", None), *rows), (), {})
+
+    monkeypatch.setattr("finetune.compare.comparison.compare_paths", compared)
+    assert set(outcomes) <= set(PATHS)
+    assert run(["compare", "first", *(["--through", through] if through else [])]) == code
+    assert ("gguf-f16: needs gguf" in capsys.readouterr().err) == (code == 3)

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from finetune.cli.progress import Progress
 from finetune.criteria.judge import judge
 from finetune.events import CheckpointSaved, Event, HeldOutLoss, PhaseStarted, StepDone
 from finetune.report import build_report, print_report
+from finetune.report.progress import Progress
 from support.evidence import altered
 from support.sample_run import sample_run
 

@@ -15,7 +15,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetune.cli.progress import Progress
 from finetune.config import LoadedConfig
 from finetune.config.schema import Trackers as Names
 from finetune.events import (
@@ -31,6 +30,7 @@ from finetune.events import (
     event_as_dict,
     event_from_dict,
 )
+from finetune.report.progress import Progress
 from finetune.run.folder import RunFolder
 from finetune.tracking import consumer
 from finetune.tracking import tracker as trackers_known

@@ -274,8 +274,8 @@ def test_no_backend_is_asked_for_by_its_name(tmp_path: Path) -> None:
 
 
 def test_package_all_is_exactly_what_can_be_imported() -> None:
-    """Each of 6 public names can be imported, is documented, and no other name is given."""
-    assert len(finetune.__all__) == len(set(finetune.__all__)) == 6
+    """Each of 10 public names can be imported, is documented, and no other name is given."""
+    assert len(finetune.__all__) == len(set(finetune.__all__)) == 10
     for name in finetune.__all__:
         value = getattr(finetune, name)
         assert isinstance(value, str) or value.__doc__

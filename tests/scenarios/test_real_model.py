@@ -45,7 +45,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 def train_on_facts(model: str, output: Path, **settings: Any) -> dict[str, Any]:
     """Fine-tune `model` on the shipped facts and return its run record."""
-    from finetune.cli.progress import Progress
+    from finetune.report.progress import Progress
     from finetune.train import fine_tune
 
     loaded = load_config(None, environ={}, overrides={"model.path": model, **settings}, profile="demo")

@@ -6,6 +6,8 @@ import typer
 
 from finetune.cli.console import data_console, exit_code, print_json, say
 from finetune.cli.options import AsJson, RunPath
+from finetune.errors import RefusedError
+from finetune.records import Outcome
 
 if TYPE_CHECKING:
     from finetune.compare.comparison import Comparison, PathResult
@@ -19,6 +21,7 @@ def command(run: RunPath, *, through: Through = None, json_output: AsJson = Fals
     """Ask a run's questions through every inference path, and compare each with the trainer.
 
     Trainer, merged model, torch, MLX, reference and GGUF of each type: exact matches, the first token that differs, KL.
+    A path that --through names and that cannot be compared here ends with 3.
     """
     from finetune.compare.comparison import PATHS, compare_paths
 
@@ -30,7 +33,12 @@ def command(run: RunPath, *, through: Through = None, json_output: AsJson = Fals
         print_json(found.as_dict())
     else:
         _print(found)
-    return exit_code(found.outcome)
+    code = exit_code(found.outcome)
+    skipped = [row for row in found.rows if row.outcome == Outcome.NOT_APPLICABLE and row.path in names]
+    if code == 0 and through is not None and skipped:
+        told = "; ".join(f"{row.path}: {row.reason}" for row in skipped)
+        raise RefusedError(f"asked for and not compared: {told}", hint="install what it needs, or leave it out")
+    return code
 
 
 def _print(found: "Comparison") -> None:

@@ -55,11 +55,11 @@ def command(
 
     Without arguments: the shipped model on the shipped data. Exit code 1 when a criterion failed, 4 when inconclusive.
     """
-    from finetune.cli.progress import Progress
     from finetune.config import LoadedConfig, load_plan
     from finetune.distributed.environment import NOTES
     from finetune.distributed.launchers import plan_launch
     from finetune.distributed.supervise import read_command, train_together
+    from finetune.report.progress import Progress
     from finetune.run.folder import RunFolder
     from finetune.train import fine_tune
     from finetune.training.longer import Longer

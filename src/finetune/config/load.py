@@ -1,5 +1,6 @@
 """Load a configuration: defaults < profile < file < environment < flags, every problem reported at once."""
 
+import os
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -42,16 +43,26 @@ class LoadedConfig:
 
 
 def load_config(
-    path: Path | YamlFile | None, *, environ: Mapping[str, str], overrides: Mapping[str, object], profile: str | None
+    path: Path | YamlFile | str | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    overrides: Mapping[str, object] | None = None,
+    profile: str | None = None,
 ) -> LoadedConfig:
     """Load a YAML file, `FT_SECTION__KEY` variables and flags (`overrides`, by dotted key) into one configuration.
 
-    Raises ConfigError with every problem of every source, each with its place and a hint.
+    Args:
+        environ: where the variables are looked for; by default in this process's environment.
+
+    Raises:
+        ConfigError: every problem of every source, each with its place and a hint.
     """
+    environ = os.environ if environ is None else environ
+    overrides = overrides or {}
     # Weakest first; values that a stronger source hides are judged all the same.
     sources = [environment_source(environ), flag_source(overrides, profile)]
     if path is not None:
-        sources.insert(0, file_source(path if isinstance(path, YamlFile) else read_yaml(path)))
+        sources.insert(0, file_source(path if isinstance(path, YamlFile) else read_yaml(Path(path))))
     if problems := [problem for source in sources for problem in source.judged()]:
         raise ConfigError(problems)
     named: str | None = None

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from finetune.errors import ModelError
+from finetune.models.hub import OFFLINE_HINT, download_model, near_model
+from finetune.models.hub import SHIPPED as SHIPPED
 from finetune.records import ModelLocation
 
 SHIPPED_FOLDER = Path(__file__).resolve().parent.parent / "reference_model"
-SHIPPED = ("reference-llama", "reference-gpt2")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_OFFLINE_HINT = f"without a hub, use a model that ships with FineTune: {' or '.join(SHIPPED)}, or a local folder"
-_WANTED_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 
 
 def locate_model(name: str, *, revision: str | None = None) -> ModelLocation:
@@ -24,7 +23,7 @@ def locate_model(name: str, *, revision: str | None = None) -> ModelLocation:
         folder = SHIPPED_FOLDER / name if name in SHIPPED else Path(name).expanduser()
         is_folder, is_there = folder.is_dir(), folder.exists()
     except (OSError, RuntimeError) as error:  # a name longer than the disk takes; an unknown home folder
-        raise ModelError(f"model folder {name!r} does not exist: {error}", hint=_OFFLINE_HINT) from None
+        raise ModelError(f"model folder {name!r} does not exist: {error}", hint=OFFLINE_HINT) from None
     if is_folder and revision is not None:
         raise ModelError(
             f"model.revision is {revision!r}, but {name!r} lies on this machine and has no revisions",
@@ -35,32 +34,19 @@ def locate_model(name: str, *, revision: str | None = None) -> ModelLocation:
         return ModelLocation(name, folder if place == "shipped" else _checked(folder.resolve()), place)
     if is_there:
         told = "`ft import` makes a model folder of a GGUF file" if name.endswith(".gguf") else "name its folder"
+        if name.endswith((".jsonl", ".csv", ".tsv", ".parquet")):
+            told = f"it is data: --data {name}"
         raise ModelError(f"model {name!r} is a file, not a folder with a config.json", hint=told)
     if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
-        raise ModelError(f"model folder {name!r} does not exist", hint=_OFFLINE_HINT)
-    return ModelLocation(name, _checked(_download(name, revision)), "hub")
+        raise ModelError(f"model folder {name!r} does not exist", hint=f"{near_model(name)}{OFFLINE_HINT}")
+    return ModelLocation(name, _checked(download_model(name, revision)), "hub")
 
 
 def _checked(folder: Path) -> Path:
     if not (folder / "config.json").exists():
-        raise ModelError(f"{folder} has no config.json, so it is not a model folder", hint=_OFFLINE_HINT)
+        raise ModelError(f"{folder} has no config.json, so it is not a model folder", hint=OFFLINE_HINT)
     if not list(folder.glob("*.safetensors")):
         raise ModelError(
             f"{folder} holds no .safetensors weights", hint="convert the model once: save_pretrained(...) writes them"
         )
     return folder
-
-
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_WANTED_FILES)))
-    # ValueError: a name that the hub itself does not take, such as a--b.
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"unknown model {name!r}: no local folder of that name, and the hub could not give it ({reason})",
-            hint=_OFFLINE_HINT,
-        ) from None

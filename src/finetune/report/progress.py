@@ -4,7 +4,6 @@ import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from finetune.cli.console import say
 from finetune.events import (
     CheckpointSaved,
     Event,
@@ -122,6 +121,7 @@ class Progress:
 
     def _line(self, text: str) -> None:
         if self._bar is None:
-            say(text)
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
         else:
             self._bar.console.print(text, markup=False, highlight=False)
