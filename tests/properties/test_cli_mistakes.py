@@ -132,7 +132,7 @@ def test_usage_lines_show_names_as_they_are_typed() -> None:
 def test_path_that_is_named_and_cannot_be_compared_is_no_success(
     through: str | None, code: int, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`ft compare --through` that skips what was asked for by name ends with 3 and its reason; a failure counts more."""
+    """`ft compare --through` that skips what it was asked for ends with 3 and the reason; a failure counts more."""
     from finetune.compare.comparison import PATHS, Comparison, PathResult
     from finetune.records import Outcome
 
