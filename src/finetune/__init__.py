@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finetune.api import TrainingResult as TrainingResult
+    from finetune.api import FineTuned as FineTuned
     from finetune.api import train as train
     from finetune.config import TrainingConfig as TrainingConfig
     from finetune.config import load_config as load_config
@@ -28,7 +28,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "FineTuneError": "finetune.errors",
     "TrainingConfig": "finetune.config",
-    "TrainingResult": "finetune.api",
+    "FineTuned": "finetune.api",
     "TrainingSuccessValidator": "finetune.criteria.validator",
     "assert_learned": "finetune.judge",
     "evaluate": "finetune.evidence.evaluate",
@@ -37,8 +37,8 @@ _EXPORTS = {
 }
 __all__ = [
     "FineTuneError",
+    "FineTuned",
     "TrainingConfig",
-    "TrainingResult",
     "TrainingSuccessValidator",
     "__version__",
     "assert_learned",

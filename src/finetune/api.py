@@ -20,7 +20,7 @@ _SHORT = {"lr": "training.learning_rate", "model": "model.path", "data": "data.t
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingResult:
+class FineTuned:
     """A finished run: its folder, the verdict on it, and all that `run.json` holds, as `record`."""
 
     folder: Path
@@ -58,7 +58,7 @@ def train(
     output: str | PathLike[str] | None = None,
     progress: bool = True,
     **settings: object,
-) -> TrainingResult:
+) -> FineTuned:
     """Fine-tune a model, judge the result on measured evidence, and write the run's folder.
 
     Without arguments: the shipped model on the shipped data.
@@ -76,19 +76,20 @@ def train(
         FineTuneError: something was refused, failed, or was interrupted; see `finetune.errors`.
     """
     given = {"model": model, "data": data}
-    overrides = {_SHORT[name]: fspath(value) for name, value in given.items() if value is not None}
+    overrides: dict[str, object] = {_SHORT[name]: fspath(value) for name, value in given.items() if value is not None}
     named = settings.pop("profile", None)
     profile = None if named is None else str(named)
     overrides |= {_key(name): value for name, value in settings.items()}
-    loaded = load_config(config, overrides=overrides, profile=profile)
+    file = None if config is None else Path(config)
+    loaded = load_config(file, overrides=overrides, profile=profile)
     if loaded.config.data.train is None and "profile" not in loaded.origins.values():
-        loaded = load_config(config, overrides=overrides, profile="demo")
+        loaded = load_config(file, overrides=overrides, profile="demo")
     with Progress() if progress else contextlib.nullcontext() as shown:
         listener: Listener = shown or (lambda event: None)
         place = None if output is None else Path(output)
         folder, record = fine_tune(loaded, output=place, command="finetune.train(...)", listener=listener)
     verdicts = tuple(Verdict(**each) for each in record.get("verdicts", ()))
-    return TrainingResult(
+    return FineTuned(
         folder,
         Outcome(record.get("outcome", Outcome.NOT_APPLICABLE)),
         verdicts,

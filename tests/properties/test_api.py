@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import finetune
-from finetune.api import TrainingResult
+from finetune.api import FineTuned
 from finetune.errors import ConfigError, UsageError
 from finetune.records import Outcome, Verdict
 
@@ -21,7 +21,7 @@ def test_train_from_python_gives_a_typed_result(
 ) -> None:
     """Model, rows and settings by their names go in; outcome, verdicts, report and adapter come out."""
     result = finetune.train(model=model, data=data, output=tmp_path / "run", **SMALL)
-    assert isinstance(result, TrainingResult)
+    assert isinstance(result, FineTuned)
     assert result.record["training"]["steps"] == 2
     assert isinstance(result.outcome, Outcome)
     assert result.passed == (result.outcome == Outcome.PASSED)
@@ -83,7 +83,7 @@ def test_package_can_be_completed_and_loads_nothing_for_it() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["set() True", "True True"]
-    assert typing.get_type_hints(finetune.api.train)["return"] is TrainingResult
+    assert typing.get_type_hints(finetune.api.train)["return"] is FineTuned
 
 
 def test_configuration_has_defaults() -> None:
