@@ -35,7 +35,7 @@ _MATCHED = 128
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _OnFile:
     """What one look asks: the rows themselves, questions to compare word for word, answers to tell apart."""
 
     rows: tuple[TokenizedRow, ...]
@@ -143,7 +143,7 @@ def _unseen(prepared: Prepared, examples: Sequence[Example], limit: int) -> tupl
     return tuple(example for example in taken if example.where in found.unseen), found
 
 
-def _ask(prepared: Prepared, shaped: ShapedRows, data: str) -> tuple[_Asked, AnswerKind, dict[str, int]]:
+def _ask(prepared: Prepared, shaped: ShapedRows, data: str) -> tuple[_OnFile, AnswerKind, dict[str, int]]:
     """What these rows can be asked, whether their answers are exact, and why some of them are not asked.
 
     Raises:
@@ -167,16 +167,16 @@ def _ask(prepared: Prepared, shaped: ShapedRows, data: str) -> tuple[_Asked, Ans
     if kind == "exact":
         questions = trained_questions(prepared.encoder, talks, prepared.plan, count=len(talks))
     matching = match_rows(prepared, talks, f"file {data}", _MATCHED) if kind == "open" else None
-    return _Asked(encoded.rows, questions, matching), kind, encoded.counts.dropped
+    return _OnFile(encoded.rows, questions, matching), kind, encoded.counts.dropped
 
 
-def _look(session: Session, prepared: Prepared, asked: _Asked) -> _Look:
+def _look(session: Session, prepared: Prepared, asked: _OnFile) -> _Look:
     losses = tuple(row_losses(session, asked.rows).tolist())
     matched = asked.matching.look(session) if asked.matching else None
     return _Look(losses, score(session, prepared, asked.questions), matched)
 
 
-def _measures(asked: _Asked, base: _Look, tuned: _Look) -> list[dict[str, Any]]:
+def _measures(asked: _OnFile, base: _Look, tuned: _Look) -> list[dict[str, Any]]:
     """The measures that the rows allow, each of the base and of the tuned model."""
     found = [_loss(asked, base, tuned), _likelier(base, tuned)]
     if base.scores and tuned.scores:
@@ -186,7 +186,7 @@ def _measures(asked: _Asked, base: _Look, tuned: _Look) -> list[dict[str, Any]]:
     return found
 
 
-def _loss(asked: _Asked, base: _Look, tuned: _Look) -> dict[str, Any]:
+def _loss(asked: _OnFile, base: _Look, tuned: _Look) -> dict[str, Any]:
     weights = [row.target_count for row in asked.rows]
     means = [sum(map(mul, look.losses, weights)) / sum(weights) for look in (base, tuned)]
     moves = [after - before for before, after in zip(base.losses, tuned.losses, strict=True)]
