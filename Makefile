@@ -22,7 +22,8 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 unexport PYTHONDONTWRITEBYTECODE
 # One thread a process and a few processes: the models under test are too small to share a core usefully.
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
-IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+# File by file in their order, the long ones first: none is left at the end for one process while the others idle.
+IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 MODELS_IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist load
 TIER1 := tests/properties
 TIER2 := tests/scenarios
@@ -112,7 +113,7 @@ converter: $(VENV)/dev-ok  ## Get llama.cpp's own converter, to which laws and t
 
 .PHONY: test
 test: $(VENV)/dev-ok  ## Run all tests that this machine can run
-	$(TEST_ENV) $(BIN)/pytest $(IN_PARALLEL) -m "not tier3"
+	$(TEST_ENV) $(BIN)/pytest $(IN_PARALLEL) -m "not tier3" $(TIER2) tests/repo $(TIER1)
 
 .PHONY: test-unit
 test-unit: $(VENV)/dev-ok  ## Run the laws that need no ML framework
