@@ -28,6 +28,10 @@ BY_NAME: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "conversation": ({"conversation": [{"role": "user", "value": "u"}, {"from": "assistant", "content": "a"}]}, SAID),
     "dialogue": ({"dialogue": [{"role": "User", "text": "u"}, {"role": "bot", "text": "a"}]}, SAID),
     "XTuner": ({"conversation": [{"system": "s", "input": "u", "output": "a"}]}, ("system", "s", *SAID)),
+    "Gemini": (
+        {"contents": [{"role": "user", "parts": [{"text": "u"}]}, {"role": "model", "parts": [{"text": "a"}]}]},
+        SAID,
+    ),
     "pairs of human and assistant": ({"conversation": [{"human": "u", "assistant": "a"}] * 2}, SAID * 2),
     "messages as JSON": ({"messages": json.dumps([U, A])}, SAID),
     "an object of lists": ({"conversations": {"from": ["human", "gpt"], "value": ["u", "a"]}}, SAID),
@@ -72,7 +76,7 @@ def shaped(*rows: dict[str, Any], **settings: Any) -> ShapedRows:
 @pytest.mark.parametrize("name", BY_NAME)
 def test_common_names_are_known(name: str) -> None:
     """Rows of these public spellings mean what their formats' authors mean by them."""
-    assert len(BY_NAME) == 27
+    assert len(BY_NAME) == 28
     row, said = BY_NAME[name]
     [found] = shaped(row).examples
     assert said_by(found) == said
@@ -171,6 +175,7 @@ JUDGED: dict[str, list[dict[str, Any]]] = {
     "a mask": [{"messages": [U, {**A, "content": "good"}], "loss_mask": [0, 1]}],
     "labels of texts": [{"text": "good", "label": 1}, {"text": "good too", "label": 0}],
     "names of texts": [{"text": "u good", "label": "good"}],
+    "names of sentences": [{"sentence": "u good", "label": "good", "id": "x"}],
     "tools of a text": [{"text": "good", "tools": [{"name": "f"}]}],
     "images": [{"messages": [U, {**A, "content": "good"}], "images": ["a.png"]}],
     "two system prompts": [
@@ -200,7 +205,7 @@ def test_refusal_names_lines_that_work(name: str) -> None:
 
     What they say is bad is learned in none of them.
     """
-    assert len(JUDGED) == 24
+    assert len(JUDGED) == 25
     with pytest.raises(DataError) as caught:
         shaped(*JUDGED[name])
     lines = lines_of(caught.value.hint)
@@ -228,6 +233,26 @@ def test_refusal_of_the_command_names_lines_that_work(
         assert run(["check", "--data", str(path), "--set", line]) == 0, capsys.readouterr().out
 
 
+BESIDE: dict[str, dict[str, Any]] = {
+    "a thought": {"messages": [U, {**A, "reasoning_content": "t"}]},
+    "a thought of ShareGPT": {"conversations": [HUMAN, {**GPT, "thinking": "t"}]},
+    "a column of thoughts": {"question": "u", "Complex_CoT": "t", "answer": "a"},
+    "tools": {"messages": [U, A], "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_a_template_cannot_show_is_left_unread_by_the_line_named(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A thought, or tools, that the shipped model's template has no place for is refused with the line that helps."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(BESIDE[name]), encoding="utf-8")
+    assert run(["check", "--data", str(path)]) == 3
+    [line] = lines_of(capsys.readouterr().out)
+    assert run(["check", "--data", str(path), "--set", line]) == 0, capsys.readouterr().out
+
+
 @given(st.lists(st.booleans(), min_size=1, max_size=6), st.sampled_from(["label", "kto_tag", "desirable", "liked"]))
 @examples(1 / 3)
 def test_rows_that_are_labelled_bad_are_never_learned(labels: list[bool], name: str) -> None:
@@ -252,6 +277,15 @@ def test_keys_of_messages_that_say_what_is_learned_are_read_or_refused() -> None
     assert (len(seen.examples), sum(seen.dropped.values())) == (1, 1)
     plain = shaped({"messages": [U, {**A, "label": 0}]}, ignored=("messages.label",))
     assert [said_by(each) for each in plain.examples] == [SAID]
+
+
+def test_rows_that_are_marked_bad_are_refused() -> None:
+    """A column that says of a row that it is a bad one refuses it by name; where it says so of none, it is unread."""
+    row = {"prompt": "u", "completion": "a"}
+    assert shaped({**row, "rejected": False}, {**row, "is_bad": 0}).ignored_columns == ("is_bad", "rejected")
+    for name in ("rejected", "is_bad", "flagged"):
+        with pytest.raises(DataError, match=f"a:1: '{name}'"):
+            shaped({**row, name: False}, {**row, name: True})
 
 
 def test_scores_are_told() -> None:

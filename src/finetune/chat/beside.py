@@ -55,9 +55,12 @@ def require_shown(name: str, talk: Conversation, real: str, learned: Sequence[in
     for part, words in _beside(talk, learned):
         if not all(any(_shows(real, way) for way in ways) for ways in words):
             last = "; where it shows that of the last answer alone, set template.train_on to last" * (len(learned) > 1)
+            unread = {"a thought": [f"messages.{each}" for each in _THOUGHTS], "tools": ["tools"]}.get(part)
+            left_out = f"leave it unread: --set 'data.ignore_columns=[{', '.join(unread)}]'" if unread else ""
             raise TemplateError(
                 f"{talk.where}: template {name!r} does not show {part}",
-                hint=f"choose a template that knows it, such as the model's own, or leave it out of the data{last}",
+                hint="choose a template that knows it, such as the model's own, or "
+                f"{left_out or 'leave it out of the data'}{last}",
             )
 
 

@@ -148,7 +148,7 @@ class DataSpec(Spec):
     prompt, completion, instruction, input, output, text, system, history, tools, reasoning, and for train, a column
     that says of each row whether it is learned. null goes by the names."""
     ignore_columns: Names | None = None
-    """Columns that are not read, whatever they say, such as `[label]`; also of messages, such as `[messages.mood]`."""
+    """Columns that are not read, whatever they say, such as `[label]`; also keys of messages, as `[messages.mood]`."""
 
 
 class TemplateSpec(Spec):

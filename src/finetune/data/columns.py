@@ -24,6 +24,7 @@ from finetune.data.names import (
     SCORES,
     SHAPE_OF,
     SHAPES,
+    THOUGHTS,
     VARIABLES,
     normal,
 )
@@ -194,7 +195,7 @@ class _Looked:
         if good is None:
             return _Refusal(what, "write the good answer to a column `completion`")
         asked = self._filled((*QUESTIONS, *CHATS))
-        if self.kinds[good] == "turns":
+        if "turns" in self.kinds[good]:
             line = self.finder.line(messages=good)
         elif not asked:
             line = self.finder.line(text=good)
@@ -219,16 +220,19 @@ class _Looked:
                 return _Refusal(what, f"to learn the rows alone of which it says yes: {line}")
             only = f"no answer of which it says no is learned; data.columns={{train: {name}}} keeps the others"
             return _Refusal(what, only)
+        if key in CONDEMNATIONS:
+            return _Refusal(what, "take out the rows of which it says yes: they would be learned")
         lines = [self._ignore(*(each for each, _ in found))]
-        asked = list(self._filled(("text", *QUESTIONS)).values())
+        asked = [name for name in self._texts() if name not in dict(found)]
         if kind.startswith("text") and key == "label" and not answered and len(asked) == 1:
             lines.insert(0, f"to learn to say it: {self.finder.line(prompt=asked[0], completion=name)}")
         return _Refusal(what, "; ".join(filter(None, lines)) or "write the text to learn to a column of its own")
 
     @staticmethod
     def _judges(key: str, kind: str) -> bool:
-        sure = key in JUDGEMENTS[:3] or kind.rpartition(" ")[2] in ("yes", "no")
-        return bool(kind) and (key in MASKS or (key in (*JUDGEMENTS, *CONDEMNATIONS) and sure))
+        said = kind.rpartition(" ")[2]
+        sure = key in JUDGEMENTS[:3] or said in ("yes", "no")
+        return bool(kind) and (key in MASKS or (key in JUDGEMENTS and sure) or (key in CONDEMNATIONS and said == "yes"))
 
     def _ignore(self, *names: str) -> str:
         """The line that leaves columns unread, where there are rows to learn without them."""
@@ -242,7 +246,10 @@ class _Looked:
     def _beside(self) -> dict[str, str]:
         """The columns of what stands beside a conversation."""
         found = {}
+        thoughts = not {f"messages.{name}" for name in THOUGHTS} & {*self.finder.ignored}
         for what, names in BESIDE.items():
+            if what == "reasoning" and not thoughts:
+                continue
             there = [self.mapped[what]] if what in self.mapped else [*self._filled(names).values()]
             if there:
                 found[what] = there[0]
@@ -364,6 +371,12 @@ class _Looked:
         known = "rows are alpaca (instruction, output), chat (messages), prompt/completion, or text"
         other = f"; of columns by other names say which is which, such as {line}" if line else ""
         return _Refusal(f"{what} (columns: {self._listed()})", known + other)
+
+    def _texts(self) -> list[str]:
+        """The columns of text that a setting can name, less those that only say which row it is."""
+        texts = [name for name in self.kinds if _usable(name) and self.kinds[name].startswith("text")]
+        said = [name for name in texts if normal(name) not in LABELS_OF_ROWS and not normal(name).endswith("_id")]
+        return said or texts
 
     def _listed(self) -> str:
         return ", ".join(sorted(map(shown, self.every))) or "none"

@@ -15,7 +15,7 @@ NOTHING: tuple[Any, ...] = (None, "", [], {})
 _MARKS = (*ROW_MARKS, "training", "loss")
 _MEANT = ("tool_calls", "function_call", *THOUGHTS, "name", "tool_call_id")
 """Parts of a message besides its text that a template is given, as transformers gives them."""
-_ROLE_KEYS, _CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
+_ROLE_KEYS, _CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text", "parts")
 _CALL = "call"
 _SPELLINGS = {
     **{role: role for role in ROLES},
@@ -183,7 +183,9 @@ def _part(part: Any, where: str) -> str:
     """The text of a part of a message's content; servers join them by line breaks."""
     if isinstance(part, str):
         return part
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    kind = (
+        part.get("type", "text" if part.keys() == {"text"} else None) if isinstance(part, dict) else type(part).__name__
+    )
     if kind != "text" or not isinstance(part.get("text"), str):
         raise RowError(where, f"'content' has a part of type {kind!r}: only parts of type 'text' can be trained")
     return str(part["text"])
@@ -238,7 +240,7 @@ def mark_of(of: Row, key: str) -> bool | None:
             of.where,
             f"{key!r} is {str(value)[:60]!r}; it says whether to learn: 1 or true, 0 or false",
             hint="every learned token counts alike: repeat a row that is to count more, leave out one that is to count "
-            "less, and rename a key that means something else",
+            "less, and leave a key that means something else unread (data.ignore_columns)",
             refuses=True,
         )
     return _YES_OR_NO[word]

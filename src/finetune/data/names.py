@@ -16,11 +16,11 @@ ANSWERS = ("completion", "output", "outputs", "answer", "response", "assistant",
 ROW_MARKS = ("weight", "train")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 SHAPE_OF = {each: shape for shape, fields in SHAPES.items() for each in fields}
-CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat")
+CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat", "contents")
 BESIDE: Mapping[str, tuple[str, ...]] = {
     "system": ("system", "system_prompt", "system_message"),
     "history": ("history",),
-    "tools": ("tools",),
+    "tools": ("tools", "functions"),
     "reasoning": (*THOUGHTS, "thought", "thoughts", "chain_of_thought", "cot", "complex_cot"),
 }
 VARIABLES = ("documents", "chat_template_kwargs")

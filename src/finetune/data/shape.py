@@ -1,7 +1,7 @@
 """Brings each row into one form, whatever its shape (alpaca, chat messages, prompt/completion, text)."""
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -74,7 +74,7 @@ def shape_rows(
             example, learned = _read(_without(row, ignored), layout)
             account.ignored |= layout.unread.union(*(keys_beside(row, key) for key in _message_columns(row, layout)))
         except RowError as error:
-            account.wrong[error.kind].append(error)
+            account.wrong.setdefault(error.kind, _Fault(error.what, refuses=error.refuses)).add(error)
             continue
         account.shapes[layout.shape] += 1
         account.told |= layout.told
@@ -85,9 +85,9 @@ def shape_rows(
         else:
             examples.append(example)
     account.refuse(len(rows), finder.missing() if named else [])
-    for reason, errors in account.wrong.items():
-        dropped[reason] += len(errors)
-        account.places.setdefault(reason, errors[0].where)
+    for reason, fault in account.wrong.items():
+        dropped[reason] += fault.rows
+        account.places.setdefault(reason, fault.places[0])
     told = [f"{name!r} is not read, and rows count alike whatever it says" for name in sorted(map(shown, account.told))]
     unread = tuple(sorted(map(shown, account.ignored)))
     return ShapedRows(tuple(examples), dict(account.shapes), dict(dropped), unread, account.places, tuple(told))
@@ -103,6 +103,28 @@ def shape_of(row: Row) -> str:
 
 
 @dataclass
+class _Fault:
+    """What is wrong with rows: how many have it, the places of the first, and what mends it."""
+
+    what: str
+    refuses: bool
+    rows: int = 0
+    hint: str = ""
+    places: list[str] = field(default_factory=list)
+
+    def add(self, error: RowError) -> None:
+        """One more row that has it; a line that mends some rows is said, though others have no way out."""
+        self.rows += 1
+        self.hint = max(self.hint, error.hint, key=lambda hint: ("--set" in hint, bool(hint)))
+        if self.rows <= _MOST_PLACES:
+            self.places.append(error.where)
+
+    def __str__(self) -> str:
+        more = f" and {counted(self.rows - _MOST_PLACES, 'more row')}" if self.rows > _MOST_PLACES else ""
+        return f"{', '.join(self.places)}{more}: {self.what}"
+
+
+@dataclass
 class _Account:
     """What is told of rows besides what they become."""
 
@@ -110,17 +132,15 @@ class _Account:
     ignored: set[str] = field(default_factory=set)
     told: set[str] = field(default_factory=set)
     places: dict[str, str] = field(default_factory=dict)
-    wrong: defaultdict[str, list[RowError]] = field(default_factory=lambda: defaultdict(list))
+    wrong: dict[str, _Fault] = field(default_factory=dict)
 
     def refuse(self, rows: int, missing: Sequence[str]) -> None:
         """Refuse the file where rows are made wrongly, or more than half of them are unusable: equal lines as one."""
-        found = {kind: errors for kind, errors in self.wrong.items() if errors[0].refuses}
-        unusable = sum(len(errors) for errors in self.wrong.values())
+        found = [fault for fault in self.wrong.values() if fault.refuses]
+        unusable = sum(fault.rows for fault in self.wrong.values())
         if not found and 2 * unusable > rows:
-            found = dict(self.wrong)
-        # Of rows with one fault some may have a way out that others have not.
-        hints = [max((error.hint for error in errors), key=lambda hint: "--set" in hint) for errors in found.values()]
-        lines = [f"{_places([error.where for error in errors])}: {errors[0].what}" for errors in found.values()]
+            found = list(self.wrong.values())
+        hints, lines = [fault.hint for fault in found], [str(fault) for fault in found]
         if missing:
             names = ", ".join(map(repr, missing))
             lines.append(f"data.columns names {names}, which no row has (columns that nothing reads: {self._unread()})")
@@ -131,25 +151,20 @@ class _Account:
         return ", ".join(sorted(map(shown, self.ignored))) or "none"
 
 
-def _places(places: Sequence[str]) -> str:
-    first, more = ", ".join(places[:_MOST_PLACES]), len(places) - _MOST_PLACES
-    return f"{first} and {counted(more, 'more row')}" if more > 0 else first
-
-
 def _without(row: Row, ignored: Collection[str]) -> Row:
     """The row without the columns, and the keys of messages, that are not to be read."""
     if not ignored:
         return row
     values = {name: value for name, value in row.values.items() if name not in ignored}
-    for column, _, key in (name.partition(".") for name in ignored):
-        turns = values.get(column)
-        if key and isinstance(turns, list):
-            values[column] = [turn if not isinstance(turn, dict) else _but(turn, key) for turn in turns]
+    keys = {name.removeprefix("messages.") for name in ignored if name.startswith("messages.")}
+    for name, turns in values.items() if keys else ():
+        if isinstance(turns, list):
+            values[name] = [_but(turn, keys) if isinstance(turn, dict) else turn for turn in turns]
     return replace(row, values=values)
 
 
-def _but(turn: Mapping[str, object], key: str) -> dict[str, object]:
-    return {name: said for name, said in turn.items() if name != key}
+def _but(turn: Mapping[str, object], keys: Collection[str]) -> dict[str, object]:
+    return {name: said for name, said in turn.items() if name not in keys}
 
 
 def _message_columns(row: Row, layout: Layout) -> list[str]:
