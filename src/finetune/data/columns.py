@@ -30,6 +30,7 @@ from finetune.data.names import (
 )
 from finetune.records import Row
 
+_MOST_NAMES = 30
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_.]*")
 _WORDS_OF_YAML = ("true", "false", "null", "yes", "no", "on", "off", "none", "y", "n")
 
@@ -379,7 +380,9 @@ class _Looked:
         return said or texts
 
     def _listed(self) -> str:
-        return ", ".join(sorted(map(shown, self.every))) or "none"
+        names = [shown(name)[:60] for name in sorted(self.every)]
+        more = [f"and {len(names) - _MOST_NAMES} more"] if len(names) > _MOST_NAMES else []
+        return ", ".join([*names[:_MOST_NAMES], *more]) or "none"
 
 
 def _quoted(names: Iterable[str]) -> str:

@@ -24,7 +24,7 @@ from finetune.records import Conversation, Document, Message, Row
 
 Example = Conversation | Document
 _SAID = {"tool_calls", "function_call", *THOUGHTS}
-_MOST_PLACES = 3
+_MOST_PLACES, _MOST_HINTS = 3, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,9 @@ class _Account:
             names = ", ".join(map(repr, missing))
             lines.append(f"data.columns names {names}, which no row has (columns that nothing reads: {self._unread()})")
             hints.append("name columns that are there")
-        raise_all(lines, hint="; ".join(filter(None, dict.fromkeys(hints))) or "look at what these rows hold")
+        raise_all(
+            lines, hint="; ".join([*filter(None, dict.fromkeys(hints))][:_MOST_HINTS]) or "look at what these rows hold"
+        )
 
     def _unread(self) -> str:
         return ", ".join(sorted(map(shown, self.ignored))) or "none"
