@@ -14,6 +14,12 @@ from typing import Any
 from finetune.errors import OutputError, StorageError
 
 
+def meant_file(path: Path, hint: str) -> str:
+    """A hint about a file that cannot be read; where it is not there, the nearest beside it comes first."""
+    near = None if path.exists() else nearest_file(path)
+    return f"did you mean {near}? {hint}" if near else hint
+
+
 def nearest_file(path: Path) -> Path | None:
     """The file or folder beside one that is not there whose name is nearest to its own."""
     try:

@@ -24,6 +24,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "rows.csv": "prompt,completion\na,b\n",
         "finetune.yaml": "backend: reference\n",
         "model/config.json": "{}",
+        "tiny.gguf": "",
+        "finding.json": "{}",
         "runs/first/plan.yaml": "format: 2\n",
         "runs/first/run.json": "{}",
     }
@@ -62,6 +64,19 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("check --rank 2 --set adapter.rank=few", 2, ("--set adapter.rank: ", "'few'")),
         ("evaluate model", 3, ("holds no run", "ft train --model model")),
         ("report frist", 3, ("did you mean runs/first?",)),
+        ("train --resume frist", 3, ("did you mean runs/first?",)),
+        ("train --resume --output runs/frist", 3, ("did you mean runs/first?",)),
+        ("train --resume finetune.yaml", 2, ("not from finetune.yaml", "ft train --resume RUN")),
+        ("check --model modle", 3, ("unknown model 'modle'", "did you mean model?")),
+        ("check --model rows.jsonl", 3, ("is a file", "--data rows.jsonl")),
+        ("judge --tuned modle --train rows.jsonl", 2, ("--tuned modle is no folder", "did you mean model?")),
+        ("judge --tuned runs/first --train rows.jsonl", 2, ("is a run", "ft report runs/first")),
+        ("import tiny.ggf", 3, ("tiny.ggf does not exist", "did you mean tiny.gguf?")),
+        ("compare first --through merge", 2, ("no path 'merge'", "did you mean merged?")),
+        ("prove --fault A002x", 2, ("no fault 'A002x'", "did you mean A002?")),
+        ("verify --law mask.answr", 2, ("no law 'mask.answr'", "did you mean mask.answers?")),
+        ("replay findin.json", 2, ("findin.json cannot be read", "did you mean finding.json?")),
+        ("init --recipe qwen3-4", 2, ("did you mean qwen3-4b?",)),
     ],
 )
 def test_mistake_is_answered_in_three_lines(

@@ -7,7 +7,7 @@ import typer
 
 from finetune.cli.console import print_examined, say
 from finetune.cli.options import AsJson, named_outtype
-from finetune.errors import OutputError
+from finetune.errors import ModelError, OutputError
 
 Source = Annotated[str, typer.Argument(metavar="RUN", help="A run; or a model: shipped name, folder, hub id.")]
 Out = Annotated[
@@ -37,7 +37,10 @@ def command(
     from finetune.export.gguf import export
 
     chosen = named_outtype(outtype) if outtype is not None else None
-    done = export(_named(run), outtype=chosen, adapter_only=adapter_only, output=output, backend=backend, tell=say)
+    try:
+        done = export(_named(run), outtype=chosen, adapter_only=adapter_only, output=output, backend=backend, tell=say)
+    except ModelError as error:
+        raise ModelError(error.message, hint=_near_run(run) or error.hint) from None
     print_examined(done, as_json=json_output)
     return 0
 
@@ -54,3 +57,16 @@ def _named(source: str) -> str:
     except OutputError:
         return source
     return str(found) if is_run(found) else source
+
+
+def _near_run(source: str) -> str:
+    """The run that was meant by a name that neither a run nor a model has."""
+    from finetune.run.find import find_run
+
+    if Path(source).exists():
+        return ""
+    try:
+        find_run(source)
+    except OutputError as error:
+        return error.hint if "did you mean" in error.hint else ""
+    return ""

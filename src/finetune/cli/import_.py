@@ -7,6 +7,7 @@ import typer
 
 from finetune.cli.console import print_examined, say
 from finetune.cli.options import AsJson, named_dtype
+from finetune.errors import ModelError
 
 Source = Annotated[Path, typer.Argument(metavar="FILE.gguf", help="The GGUF file.")]
 Folder = Annotated[
@@ -24,7 +25,10 @@ def command(file: Source, output: Folder = None, *, dtype: Stored = None, json_o
     when all of it agrees.
     """
     from finetune.export.import_gguf import import_gguf
+    from finetune.files import meant_file
 
+    if not file.exists():
+        raise ModelError(f"{file} does not exist", hint=meant_file(file, "name a GGUF file"))
     done = import_gguf(file, output=output, dtype=named_dtype(dtype), tell=say)
     print_examined(done, as_json=json_output)
     return 0

@@ -36,8 +36,15 @@ def command(
     """
     from finetune.adapters.peft_files import base_of
     from finetune.config import load_config, parse_assignments
+    from finetune.files import meant_file
     from finetune.judge import judge_tuned
+    from finetune.run.find import is_run
 
+    if not tuned.is_dir():
+        raise UsageError(f"--tuned {tuned} is no folder", hint=meant_file(tuned, "name an adapter's or a model's"))
+    if is_run(tuned):
+        hint = f"its verdict: ft report {tuned}; its adapter: {tuned}/adapter"
+        raise UsageError(f"--tuned {tuned} is a run", hint=hint)
     named = base or base_of(tuned)
     if named is None:
         raise UsageError(f"{tuned} names no base model", hint="name it with --base")

@@ -100,14 +100,17 @@ def command(
 
 def _run_to_resume(named: Path | None, output: Path | None) -> Path | None:
     """The run that --resume goes on with, named as the argument or with --output."""
-    if named is not None and not named.is_dir():
+    from finetune.run.find import find_run, is_run
+
+    if named is not None and named.is_file() and not any(map(is_run, named.parents)):
         raise UsageError(
             f"--resume takes its settings from the run itself, not from {named}",
-            hint="name the run's folder: ft train --resume runs/<id>",
+            hint="name the run: ft train --resume RUN",
         )
     if named is not None and output is not None:
         raise UsageError(f"two runs are named: {named} and --output {output}", hint="leave out one of the two")
-    return named or output
+    place = named or output
+    return None if place is None else find_run(place)
 
 
 def _export(folder: Path, outtype: "Outtype") -> None:

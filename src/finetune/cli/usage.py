@@ -27,9 +27,10 @@ def usage_error(error: Any, words: Sequence[str]) -> UsageError:
     if parameter is not None:
         option = parameter.opts[0].startswith("-")
         named = max(parameter.opts, key=len) if option else parameter.metavar or parameter.name.upper()
-        told = f"{named}: {parameter.help}" if getattr(parameter, "help", None) else usage
+        meaning = getattr(parameter, "help", None)
         if type(error).__name__ == "MissingParameter":
-            return UsageError(f"{command} needs {named}", hint=told)
+            return UsageError(f"{command} needs {named}", hint=meaning or usage)
+        told = f"{named}: {meaning}" if meaning else usage
         value = _typed_after(named, words)
         reason = f"{error.message[:1].lower()}{error.message[1:]}".rstrip(".")
         return UsageError(f"{named} {value}".rstrip() + f": {reason}", hint=told)

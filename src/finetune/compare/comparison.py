@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
@@ -100,7 +101,9 @@ def compare_paths(
         FineTuneError: the run cannot be opened, or no path could be compared.
     """
     if unknown := sorted(set(through) - set(PATHS)):
-        raise UsageError(f"there is no path {unknown[0]!r}", hint=f"choose from: {', '.join(PATHS)}")
+        near = get_close_matches(unknown[0], PATHS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose from: {', '.join(PATHS)}"
+        raise UsageError(f"there is no path {unknown[0]!r}", hint=hint)
     result = open_result(run, open_backend)
     with result.run.held():
         comparison = _Comparing.begin(result, through)

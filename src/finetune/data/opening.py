@@ -6,6 +6,7 @@ from pathlib import Path
 from finetune.data.messages import messages_of, tools_of
 from finetune.data.read import load_json, unreadable
 from finetune.errors import DataError, UsageError
+from finetune.files import meant_file
 from finetune.records import Message, Row
 
 _MOST_BYTES = 2**24
@@ -56,7 +57,7 @@ def _read_list(path: Path) -> list[object]:
             raise UsageError(f"{path} is longer than {_MOST_BYTES:,} bytes", hint="no model reads as much")
         found = load_json(content.decode("utf-8").removeprefix("\ufeff"))
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}", hint="name a file") from None
+        raise UsageError(f"{path} cannot be read: {error.strerror}", hint=meant_file(path, "name a file")) from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8: byte {content[error.start]:#04x} at offset {error.start}") from None
     except json.JSONDecodeError as error:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from finetune.errors import UsageError
-from finetune.files import write_text
+from finetune.files import meant_file, write_text
 from finetune.records import Outcome
 from finetune.verify.catalogue import Law, catalogue
 from finetune.verify.results import LawResult, severity_of
@@ -146,7 +146,9 @@ def load_finding(path: Path) -> Finding:
             raise UsageError(f"{path}: there is no law {written.law!r}", hint="`ft verify --list` has them")
         case = _case(law, written.case)
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}", hint="name the JSON file of a finding") from None
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror}", hint=meant_file(path, "name the JSON file of a finding")
+        ) from None
     except ValidationError as error:
         raise UsageError(f"{path} is no finding:\n{_wrong(error)}", hint=hint) from None
     except (ValueError, RecursionError) as error:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -144,8 +145,10 @@ def chosen_faults(ids: Sequence[str] = (), backend: str = "reference") -> tuple[
     known = faults()
     by_name = {**known, **{fault.slug: fault for fault in known.values()}}
     if unknown := [name for name in ids if name not in by_name]:
-        near = f"there are {len(known)}, from {next(iter(known), '')} to {list(known)[-1] if known else ''}"
-        raise UsageError(f"there is no fault {unknown[0]!r}", hint=f"`ft prove --list` has them: {near}")
+        near = get_close_matches(unknown[0], by_name, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        hint += f"`ft prove --list` has all {len(known)}"
+        raise UsageError(f"there is no fault {unknown[0]!r}", hint=hint)
     if foreign := [by_name[name] for name in ids if backend not in by_name[name].backends]:
         where = " or ".join(foreign[0].backends)
         raise UsageError(f"{foreign[0].id} cannot be planted in {backend}", hint=f"say --backend {where}")

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finetune.config import KEYS
 from finetune.errors import ConfigError, Problem, UsageError
+from finetune.files import meant_file
 
 _PLACE = re.compile(r"\{([a-z][a-z_]*(?:\.[a-zA-Z_.-]+)?)\}")
 _ALWAYS = ("model", "output", "python", "scale")
@@ -101,7 +102,9 @@ def load_command(path: Path) -> CommandFile:
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}", hint="name the TOML file of a subject") from None
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror}", hint=meant_file(path, "name the TOML file of a subject")
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is no TOML: {error}", hint="docs/your-trainer.md shows what it looks like") from None
     problems = []
