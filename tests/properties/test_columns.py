@@ -144,6 +144,14 @@ def test_mapping_may_name_a_part_or_be_of_some_rows() -> None:
             shaped(row, columns={"prompt": "questions", "completion": "a"}, named=True)
 
 
+def test_row_without_a_mapped_column_is_not_read_by_another() -> None:
+    """A training row that lacks a column that is named is refused; a row of another file is read by its own names."""
+    columns, other = {"prompt": "prompt", "completion": "chosen"}, {"prompt": "u", "completion": "a"}
+    with pytest.raises(DataError, match=r"a:1: data\.columns names 'chosen' the completion"):
+        shaped({"prompt": "u", "chosen": "a"}, other, columns=columns, named=True)
+    assert [said_by(each) for each in shaped(other, columns=columns).examples] == [SAID]
+
+
 JUDGED: dict[str, list[dict[str, Any]]] = {
     "KTO": [{"prompt": "u", "completion": "good", "label": True}, {"prompt": "u", "completion": "bad", "label": False}],
     "KTO in a table": [

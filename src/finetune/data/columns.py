@@ -65,10 +65,12 @@ class ColumnFinder:
     Args:
         columns: `data.columns`: the column for each field that is named there.
         ignored: `data.ignore_columns`: columns that are not read, whatever they say.
+        strict: whether a row that has one of `columns` must have all that its shape needs.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     ignored: Collection[str] = ()
+    strict: bool = False
     _found: dict[tuple[tuple[str, str], ...], Layout | _Refusal] = field(default_factory=dict)
 
     def layout(self, row: Row) -> Layout:
@@ -265,9 +267,9 @@ class _Looked:
         for what in SHAPES[shape]:
             others = ANSWERS if what in ("completion", "output") else QUESTIONS if shape != "chat" else ()
             alike = list(self._filled(others).values())
+            gone = self.finder.columns.get(what) if what not in self.mapped else None
             name = self.mapped.get(what, self.names.get(what, alike[0] if len(alike) == 1 else None))
-            if name is None:
-                gone = self.finder.columns.get(what)
+            if name is None or (gone and self.finder.strict):
                 lacks = f"names {gone!r} the {what}, which the row lacks" if gone else f"names no {what}"
                 return self._unknown(f"data.columns {lacks}")
             columns[what] = name

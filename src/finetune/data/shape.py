@@ -58,13 +58,13 @@ def shape_rows(
         rows: they may have several shapes.
         columns: `data.columns`; a row that has none of these columns is read by the names of its own.
         ignored: `data.ignore_columns`.
-        named: whether every column of `columns` must be there.
+        named: whether every column of `columns` must be there, and all that a row's shape needs where one of them is.
 
     Raises:
         DataError: rows are made in a way that is not known, or say what is to be learned in one that is not read; or
             more than half of them are unusable. All such rows are named.
     """
-    finder = ColumnFinder(columns or {}, ignored)
+    finder = ColumnFinder(columns or {}, ignored, strict=named)
     dropped: Counter[str] = Counter()
     account = _Account()
     examples: list[Example] = []
