@@ -297,3 +297,24 @@ def test_control_of_a_run_that_went_on_begins_with_a_fresh_adapter(
     assert found["scores"]["learning"]["control"] is not None
     assert calls == ["first"]
     assert issubclass(ModelError, FineTuneError)
+
+
+def test_merge_of_a_run_that_went_on_is_its_base_and_its_adapter(place: Path, tmp_path: Path) -> None:
+    """Merged, each adapted weight is the first base's plus scale x B A of the adapter saved last, and no other."""
+    go_on(place, place / "first", tmp_path / "onward")
+    session = reopen(tmp_path / "onward")[1]
+    (tmp_path / "merged").mkdir()
+    session.save_model(tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    base = load_file(place / "model" / "model.safetensors")
+    adapter = load_file(tmp_path / "onward" / ADAPTER)
+    moved = 0
+    for name, weight in base.items():
+        path = f"base_model.model.{name.removesuffix('.weight')}"
+        added = 0.0
+        if f"{path}.lora_A.weight" in adapter:
+            moved += 1
+            a, b = (adapter[f"{path}.lora_{part}.weight"].astype(float) for part in "AB")
+            added = 5 / 3**0.5 * (b @ a)
+        assert merged[name] == pytest.approx((weight.astype(float) + added).astype("float32"), abs=1e-6)
+    assert moved == 2
