@@ -92,7 +92,11 @@ def fine_tune(
     prepared = prepare(resolve_processes(loaded, group.size, resume=bool(resume)))
     planned, prepared = (prepared, lengthen(prepared, resume)) if isinstance(resume, Longer) else (None, prepared)
     if not group.rank:
-        listener(PhaseStarted("plan", forecast_run(prepared).sentence()))
+        outlook = forecast_run(prepared)
+        for phase, said in (("WARNING", outlook.warnings), ("note", prepared.notes)):
+            for words in said:
+                listener(PhaseStarted(phase, words))
+        listener(PhaseStarted("plan", outlook.sentence()))
     if resume:
         folder = RunFolder.unfinished(output, longer=planned is not None)
     else:

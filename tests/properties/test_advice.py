@@ -40,7 +40,7 @@ ILLNESSES: dict[str, tuple[Evidence, dict[str, Any], str]] = {
     "rows dropped": (
         healthy(),
         {"counts": DataCounts(100, 80, {"longer than 64 tokens": 20}, 0, 9, 9)},
-        "20 of 100 rows",
+        "20.0 % of the rows are dropped (20 of 100)",
     ),
     "no unseen rows": (healthy(learning=None, open=evidence(goal="rows")), {"unseen": 3}, "3 unseen rows"),
     "known before": (
@@ -110,7 +110,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 RUNS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "rows dropped": ("exact", {"tokens__max_length": 48}, "rows were dropped"),
+    "rows dropped": ("exact", {"tokens__max_length": 48}, "of the rows are dropped"),
     "no held-out rows": ("open", {"training__epochs": 1.0}, "0 unseen rows were held out"),
     "too few steps": ("open", {"training__max_steps": 2}, "in 2 steps: train longer"),
     "rate too low": (

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,12 +38,13 @@ def write(path: Path, text: str) -> str:
 def test_check_of_the_shipped_job_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     """Without arguments the shipped model and data are checked, they are good, and it is said what the run will be."""
     assert run(["check"]) == 0
-    first, settings, counts, shown, *row = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr().out
+    first, *lines = said.splitlines()
     assert first == "no problems"
-    assert settings == "  training.epochs 30 (profile), training.learning_rate 0.002 (profile)"
-    assert counts.startswith("  450 steps, 80,850 tokens, 9,390 of them trained; ")
-    assert shown.endswith("facts.jsonl:1: 23 tokens, 3 of them learned (in ⟦ ⟧)")
-    assert row[-1] == "    ⟦A ccra <|eot_id|>⟧"
+    assert "  training.epochs 30 (profile), training.learning_rate 0.002 (profile)" in lines
+    assert any(line.startswith("  450 steps, 80,850 tokens, 9,390 of them trained; ") for line in lines)
+    assert "facts.jsonl:1: 23 tokens, 3 of them learned (in ⟦ ⟧)" in said
+    assert lines[-1] == "    ⟦A ccra <|eot_id|>⟧"
     assert run(["check", "--json"]) == 0
     [told] = json.loads(capsys.readouterr().out)["runs"]
     assert (told["steps"], told["tokens"], told["trained_tokens"]) == (450, 80_850, 9_390)
@@ -102,6 +104,42 @@ def test_check_names_every_problem_at_once(tmp_path: Path, capsys: pytest.Captur
     problems = json.loads(capsys.readouterr().out)["problems"]
     assert {problem["where"] for problem in problems} == {"data.train", "adapter"}
     assert "bad.jsonl:2" in next(problem["what"] for problem in problems if problem["where"] == "data.train")
+
+
+def test_check_shows_what_becomes_of_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows by file and shape, drops with a place, tokens, lengths, unread columns and overlap, in 80 columns."""
+    good = [{"prompt": f"p{n} is {n}", "completion": "word " * (1 + n % 9), "source": "me"} for n in range(20)]
+    odd = [{"instruction": "do it", "output": ""}, {"prompt": "long", "completion": "word " * 90}]
+    file = write(tmp_path / "r.jsonl", "".join(json.dumps(row) + "\n" for row in [*good, *odd]))
+    valid = write(tmp_path / "v.jsonl", "".join(json.dumps(row) + "\n" for row in [good[3], {"text": "another thing"}]))
+    words = ["check", "--data", file, "--set", f"data.valid={valid}", "--set", "tokens.max_length=64"]
+    assert run(words) == 0
+    said = capsys.readouterr().out
+    told = " ".join(said.split())
+    for each in (
+        "no problems WARNING: data.train: 9.1 % of the rows are dropped (2 of 22): ",
+        "data.train: 22 rows read, 20 kept, 2 dropped",
+        f"dropped: 1 empty answer (first: {file}:21)",
+        f"dropped: 1 longer than 64 tokens (first: {file}:22)",
+        "shapes: prompt/completion 21, alpaca 1",
+        f"20 from {file}",
+        "data.valid: 2 rows read, 1 kept, 1 dropped",
+        f"note: {file}: columns that were not read: source",
+        f"1 of 2 rows stand in the rows trained on: 1 word for word ({valid}:1 as {file}:4)",
+        "of them trained (",
+        "0 rows truncated",
+    ):
+        assert each in told, each
+    folded = [line for line in said.partition("tokens, ")[0].splitlines() if str(tmp_path) not in line]
+    assert max(map(len, folded)) <= 80
+    bars = re.findall(r"^ +[\d,]+ to +[\d,]+ [█ ]{40} ([\d,]+)$", said, re.M)
+    [shown] = [json.loads(capsys.readouterr().out)["runs"][0] for _ in [run([*words, "--json"])]]
+    steps = [*shown["rows"]["lengths"]["steps"], *shown["valid"]["lengths"]["steps"]]
+    assert bars == [str(rows) for *_, rows in steps]
+    assert sum(rows for *_, rows in shown["rows"]["lengths"]["steps"]) == 21
+    assert shown["overlap"]["valid"]["alike"]["row"] == 1
+    assert shown["warnings"]
+    assert any("columns that were not read: source" in note for note in shown["notes"])
 
 
 def test_check_judges_each_of_several_files(

@@ -28,7 +28,7 @@ from support.sample_run import sample_run
 pytestmark = pytest.mark.tools
 
 OUTCOMES = ("passed", "failed", "inconclusive", "not applicable")
-CHARTS = ("loss", "rate", "scores", "memory")
+CHARTS = ("loss", "rate", "scores", "memory", "lengths")
 HOSTILE = (
     "</script><img src=x onerror=alert(1)>",
     "{{ 7 * 7 }}{% raw %}{# gone #}",
@@ -169,7 +169,7 @@ MISSING: dict[str, tuple[Any, set[str], str]] = {
     "scores": (None, {"scores"}, "the model was not questioned before and after"),
     "memory": (None, {"memory"}, "were not run in fresh processes"),
     "losses": ({}, {"loss", "rate"}, "the run recorded no optimizer step"),
-    "data": (None, set(), "run.json holds no row counts"),
+    "data": (None, {"lengths"}, "run.json holds no row counts"),
     "plan": ([], set(), "run.json holds no plan"),
     "timing": ({}, set(), "run.json holds no timing"),
 }
@@ -221,7 +221,7 @@ def test_page_of_the_same_run_is_the_same_bytes() -> None:
 def test_charts_have_no_colour_of_their_own() -> None:
     """Every mark, line and letter of a chart takes its colour from the page, so that it follows the theme."""
     drawings = re.findall(r"<svg.*?</svg>", page_of_three(), flags=re.DOTALL)
-    assert len(drawings) == 2 * len(CHARTS) + 2  # one of the third run, and the comparison
+    assert len(drawings) == 2 * len(CHARTS) + 3  # two of the third run, and the comparison
     for drawing in drawings:
         assert not re.search(r"#[0-9a-fA-F]{3,8}\b[;\"]|rgba?\(|\bblack\b", drawing)
         shown = re.sub(r"<clipPath.*?</clipPath>|<defs>.*?</defs>", "", drawing, flags=re.DOTALL)

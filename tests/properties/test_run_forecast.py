@@ -3,12 +3,14 @@
 import json
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finetune.config import LoadedConfig, load_config
+from finetune.errors import FineTuneError
 from finetune.events import Event, PhaseStarted, StepDone
 from finetune.evidence import forecast
 from finetune.evidence.budget import FREE
@@ -78,15 +80,17 @@ def seconds_of(monkeypatch: pytest.MonkeyPatch, gflops: float, **changes: Any) -
 
 
 def test_rows_that_are_left_out_are_said_beforehand(place: Path, tmp_path: Path) -> None:
-    """Rows that are dropped are counted by reason, and so are tokens of earlier answers that are not learned."""
+    """Rows that are dropped are a warning, by reason and place, and tokens of earlier answers are told of."""
     turns = [("user", "a"), ("assistant", "\n\n\nhi"), ("user", "b"), ("assistant", "c")]
     long = [{"role": role, "content": text} for role, text in turns]
     rows = [{"messages": long[2:]}, {"messages": long}, {"messages": [*long[:3], {**long[3], "thinking": "why"}]}]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = forecast_run(prepare(loaded(place, data__train=str(file), template__name="chatml")))
-    dropped, reaching, *_ = found.sentences()
-    assert dropped == "2 of 3 rows are trained on; dropped: 1 template 'chatml' does not show a thought"
+    reason = "template 'chatml' does not show a thought"
+    assert found.warnings == [f"data.train: 33.3 % of the rows are dropped (1 of 3): 1 {reason}"]
+    assert found.values()["rows"]["dropped_at"] == {reason: f"{file}:3"}
+    reaching, *_ = found.sentences()
     assert reaching == "1 token reaches from a prompt into an earlier answer, and is not learned"
     assert found.values()["rows"]["reaching"] == found.rows.reaching > 0
     assert len(forecast_run(prepare(loaded(place))).sentences()) == 2
@@ -120,6 +124,24 @@ def test_answers_that_weigh_nothing_are_told_and_never_asked(place: Path, tmp_pa
         assert found.rows.dropped["weight 0"] == 1
         for questions in (prepared.questions, prepared.retention):
             assert Counter(question.expected for question in questions) == {"a": 3, "b": 3}
+
+
+@pytest.mark.parametrize(("dropped", "warned"), [(2, False), (3, True)])
+def test_more_than_two_per_cent_dropped_is_a_warning(place: Path, tmp_path: Path, dropped: int, warned: bool) -> None:
+    """Two rows of a hundred are few; three are said before anything else, in whichever file they are."""
+    rows = [{"prompt": f"p{n}", "completion": f"{n}" if n >= dropped else ""} for n in range(100)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("train", "rehearsal", "valid"):
+        found = forecast_run(prepare(loaded(place, **{f"data__{name}": str(file)}))).warnings
+        assert found == ([f"data.{name}: 3.0 % of the rows are dropped (3 of 100): 3 empty answer"] if warned else [])
+    heard: list[Event] = []
+    with without_reload_check(), suppress(FineTuneError):
+        fine_tune(
+            loaded(place, data__train=str(file), training__max_steps=1), output=tmp_path / "run", listener=heard.append
+        )
+    phases = [event.phase for event in heard if isinstance(event, PhaseStarted)]
+    assert ("WARNING" in phases[: phases.index("plan")]) == warned
 
 
 CASES = {

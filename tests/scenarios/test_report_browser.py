@@ -80,7 +80,7 @@ def test_charts_can_be_seen_in_the_theme(browser: "Browser", report_file: Path, 
     page, _ = _open(browser, report_file, theme, width)
     charts = page.evaluate(MARKS)
     page.close()
-    assert [chart["chart"] for chart in charts] == ["comparison", *["loss", "rate", "scores", "memory"] * 2]
+    assert [chart["chart"] for chart in charts] == ["comparison", *["loss", "rate", "scores", "memory", "lengths"] * 2]
     for chart in charts:
         assert chart["width"] > 200, chart["chart"]
         assert chart["height"] > 100, chart["chart"]

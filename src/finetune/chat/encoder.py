@@ -83,8 +83,11 @@ class Encoder:
         held = {example.where: marks.name for example in shaped.examples if (marks := self.template.held(example))}
         talks = [each for each in shaped.examples if isinstance(each, Conversation)]
         turns = self.template.turn_marks[0].tokens
+        reasons_at = {error.message.removeprefix(f"{where}: "): where for where, error in reversed(refused)}
         counts = replace(
             encoded.counts,
+            shapes=shaped.shapes,
+            dropped_at=shaped.dropped_at | reasons_at | encoded.counts.dropped_at,
             unlearned=sum(len(marked(talk, answers=True, trained=False)) for talk in talks),
             templated=dict(Counter(held.values())),
             lookalikes=sum(talk.where not in held and any(map(turns.search, _texts(talk))) for talk in talks),

@@ -1,17 +1,22 @@
 """Holds every row to the length limit by the declared policy, and accounts for each row that was read."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from finetune.chat.encode import REACHING, REMOVABLE, Marked
+from finetune.chat.lengths import Lengths
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.data.read import raise_all
 from finetune.errors import counted
 from finetune.records import TokenizedRow
 
 Truncation = Literal["drop", "truncate_prompt", "split", "refuse"]
+MANY_DROPPED = 0.02
+"""From which share of rows on that are dropped it is a warning: one in fifty is more than slips in any file."""
+_ROW = re.compile(r"(:\d+|\[\d+\])$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +27,8 @@ class DataCounts:
     are not learned, because they reach from a prompt into an earlier answer; `unlearned` answers are not, because
     their rows say so. `templated` says by template in how many rows read there are turns already, so that none is put
     around them, and `lookalikes` in how many others some text has a token in it that the template marks turns with.
+    `shapes` counts the rows read by their shape, `sources` those kept by their file; `dropped_at` has the first place
+    of each reason to drop one; `lengths` are those before rows are held to a limit.
     """
 
     read: int
@@ -35,6 +42,21 @@ class DataCounts:
     unlearned: int = 0
     templated: dict[str, int] = field(default_factory=dict)
     lookalikes: int = 0
+    shapes: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, int] = field(default_factory=dict)
+    dropped_at: dict[str, str] = field(default_factory=dict)
+    lengths: Lengths | None = None
+
+    @property
+    def many_dropped(self) -> str:
+        """That so many rows are dropped that nobody may miss it; "" where they are few."""
+        lost = sum(self.dropped.values())
+        if lost <= MANY_DROPPED * self.read:
+            return ""
+        reasons = ", ".join(
+            f"{count:,} {why}" for why, count in sorted(self.dropped.items(), key=lambda item: -item[1])
+        )
+        return f"{100 * lost / self.read:.1f} % of the rows are dropped ({lost:,} of {self.read:,}): {reasons}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +85,13 @@ def fit_rows(rows: Iterable[Marked], *, max_length: int, truncation: Truncation,
     kept: list[TokenizedRow] = []
     losses = Counter(dropped)
     seen: Counter[str] = Counter()
+    lengths: Counter[int] = Counter()
+    sources: Counter[str] = Counter()
+    first: dict[str, str] = {}
     refused: list[str] = []
     for row in rows:
         seen["read"] += 1
+        lengths[len(row.ids)] += 1
         pieces = [row]
         if len(row.ids) > max_length:
             pieces = shorten_row(row, max_length, truncation)
@@ -73,8 +99,12 @@ def fit_rows(rows: Iterable[Marked], *, max_length: int, truncation: Truncation,
         learned = [piece for piece in (piece.tokenized() for piece in pieces) if piece.target_count]
         kept += learned
         seen["reaching"] += row.marks.count(REACHING) if learned else 0
-        if not learned:
-            losses["no trained token" if pieces else f"longer than {max_length} tokens"] += 1
+        if learned:
+            sources[_ROW.sub("", row.where)] += 1
+        else:
+            reason = "no trained token" if pieces else f"longer than {max_length} tokens"
+            losses[reason] += 1
+            first.setdefault(reason, row.where)
         seen["kept"] += bool(learned)
         seen["truncated"] += len(learned) == 1 and len(pieces[0].ids) < len(row.ids)
         seen["split"] += len(pieces) > 1 and bool(learned)
@@ -92,6 +122,9 @@ def fit_rows(rows: Iterable[Marked], *, max_length: int, truncation: Truncation,
         trained_tokens=sum(row.target_count for row in kept),
         split=seen["split"],
         reaching=seen["reaching"],
+        sources=dict(sources),
+        dropped_at=first,
+        lengths=Lengths.of(lengths),
     )
     return Encoded(tuple(kept), counts)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import TextWrapper
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -79,11 +80,44 @@ def command(
             head = f"{each.path}: " if len(found) > 1 else ""
             number = len(each.problems)
             told = f"{number} problem{'s' * (number > 1)}:" if number else "no problems"
-            said = each.problems or (each.outlook.sentences() if each.outlook else [])
-            print_data("\n".join([f"{head}{told}", *(f"  {line}" for line in said)]))
+            print_data("\n".join([f"{head}{told}", *(f"  {line}" for line in each.problems)]))
+            if each.outlook:
+                _print_run(each.outlook, whole=len(found) == 1)
             for row, tokens in each.rows:
                 _print_row(row, tokens)
     return min((each.code for each in found if each.code), default=0)
+
+
+def _print_run(outlook: "RunForecast", *, whole: bool) -> None:
+    """What a run will be: warnings first, then (of one run alone) what it reads, then what it comes to."""
+    from rich.text import Text
+
+    from finetune.report.data_lines import data_lines
+
+    console, values = data_console(), outlook.values()
+    block = "█" if "█".encode(console.encoding, "replace") != b"?" else "#"
+    for warning in outlook.warnings:
+        console.print(Text(_wrapped(f"WARNING: {warning}"), style="bold yellow"), soft_wrap=True)
+    lines: list[str] = []
+    if whole:
+        for name in ("rows", *outlook.beside):
+            lines += data_lines(f"data.{'train' if name == 'rows' else name}", values[name], block=block)
+        lines += [f"note: {note}" for note in outlook.notes]
+    print_data("\n".join(_wrapped(line) for line in [*lines, *outlook.sentences()]))
+
+
+def _wrapped(line: str) -> str:
+    """A line indented and folded at 80 columns; a path that is longer stands alone, in one piece."""
+    indent = " " * (2 + len(line) - len(line.lstrip()))
+    fold = TextWrapper(
+        width=80,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+        drop_whitespace=True,
+    )
+    return indent + line.lstrip() if len(line) < 79 else fold.fill(line.lstrip())
 
 
 def _print_row(row: "TokenizedRow", tokens: "Sequence[Shown]") -> None:

@@ -9,7 +9,6 @@ from finetune.criteria.evidence import Evidence
 from finetune.criteria.validator import MIN_IMPROVED_SHARE, TrainingSuccessValidator
 from finetune.records import Outcome, Verdict
 
-_DROPPED = 0.05
 _KNOWN = 0.9
 _LITTLE = 0.2
 """A loss that fell by less than this share has not begun to be learned."""
@@ -63,11 +62,7 @@ def _failed(outcomes: Mapping[str, Outcome], *keys: str) -> bool:
 
 
 def _dropped(counts: DataCounts) -> str:
-    lost = sum(counts.dropped.values())
-    if lost <= _DROPPED * counts.read:
-        return ""
-    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.dropped.items())
-    return f"{lost} of {counts.read} rows were dropped ({reasons}): mend them, or raise tokens.max_length"
+    return f"{counts.many_dropped}; mend them, or raise tokens.max_length" if counts.many_dropped else ""
 
 
 def _unseen(evidence: Evidence, facts: RunFacts) -> str:

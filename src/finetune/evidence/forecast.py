@@ -22,6 +22,7 @@ from finetune.abilities import ABILITIES, ONE_THREAD
 from finetune.chat.fit import DataCounts
 from finetune.config import Origin, flatten
 from finetune.data.batches import epoch_batches
+from finetune.data.overlap import Overlap
 from finetune.errors import counted
 from finetune.evidence.budget import FREE
 from finetune.records import Batch
@@ -47,7 +48,8 @@ class RunForecast:
     `seconds` are those of training, `judging_seconds` what judging may add by `judge.budget`.
 
     `tokens` and `trained_tokens` are those of all steps together; `gflops` is the measured speed of this machine;
-    `settings` are the learning rate and the epochs, each with its origin; `rows` says what became of the rows.
+    `settings` are the learning rate and the epochs, each with its origin; `rows` says what became of the rows, and
+    `beside` of those of other files, by their setting's name; `overlaps` which of these training repeats.
     """
 
     rows: DataCounts
@@ -59,11 +61,24 @@ class RunForecast:
     judging_seconds: float | None
     gflops: float | None
     why: str
+    beside: Mapping[str, DataCounts]
+    overlaps: Mapping[str, Overlap]
+    notes: tuple[str, ...]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What nobody may miss: rows that are dropped beyond a few."""
+        files = {"train": self.rows, **self.beside}
+        return [f"data.{name}: {said}" for name, counts in files.items() if (said := counts.many_dropped)]
 
     def values(self) -> dict[str, Any]:
         """As JSON values; what could not be estimated is null."""
         return {
             "rows": asdict(self.rows),
+            **{name: asdict(counts) for name, counts in self.beside.items()},
+            "overlap": {name: found.values() for name, found in self.overlaps.items() if found.rows},
+            "warnings": self.warnings,
+            "notes": list(self.notes),
             "steps": self.steps,
             "tokens": self.tokens,
             "trained_tokens": self.trained_tokens,
@@ -81,11 +96,8 @@ class RunForecast:
         return [*self._of_rows(), ", ".join(named), self.sentence()]
 
     def _of_rows(self) -> list[str]:
-        """Which rows are left out, and what is not learned of those that are not; nothing where all of all is."""
-        lost = ", ".join(f"{count} {why}" for why, count in sorted(self.rows.dropped.items()))
+        """What is not learned of the rows that are trained on; nothing where all of all is."""
         said = []
-        if lost:
-            said.append(f"{self.rows.kept:,} of {counted(self.rows.read, 'row', 'is/are')} trained on; dropped: {lost}")
         if count := self.rows.reaching:
             reach, learned = counted(count, "token", "reaches/reach"), "is" if count == 1 else "are"
             said.append(f"{reach} from a prompt into an earlier answer, and {learned} not learned")
@@ -143,7 +155,10 @@ def forecast_run(prepared: Prepared) -> RunForecast:
         if key in ("training.learning_rate", "training.epochs")
     }
     counted = prepared.total_steps, int(work[0]), int(work[1])
-    return RunForecast(prepared.train.counts, settings, *counted, seconds, judging, gflops, why)
+    beside = {"valid": prepared.held_out, "rehearsal": prepared.rehearsal}
+    others = {name: encoded.counts for name, encoded in beside.items() if encoded}
+    told = others, prepared.overlaps, prepared.notes
+    return RunForecast(prepared.train.counts, settings, *counted, seconds, judging, gflops, why, *told)
 
 
 def _count(batches: Iterable[Batch]) -> NDArray[np.int64]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune.report import ink
-from finetune.report.numbers import say_bytes, say_number, say_percent, say_rate
+from finetune.report.numbers import say_bytes, say_count, say_number, say_percent, say_rate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,6 +50,7 @@ def draw_charts(report: Mapping[str, object], prefix: str) -> dict[str, Chart]:
         "rate": _rate(report, f"{prefix}-rate"),
         "scores": _scores(report, f"{prefix}-scores"),
         "memory": _memory(report, f"{prefix}-memory"),
+        "lengths": _lengths(report, f"{prefix}-lengths"),
     }
 
 
@@ -190,6 +191,34 @@ def _memory(report: Mapping[str, Any], prefix: str) -> Chart:
             for measure in measures
         )
         return Chart("memory", title, caption, ink.to_svg(figure, prefix=prefix, title=title, description=said))
+
+
+def _lengths(report: Mapping[str, Any], prefix: str) -> Chart:
+    title, caption = "Tokens a row", "training rows, before those over the limit are cut or dropped"
+    counts = report["data"]["counts"]["train"] or {}
+    lengths = counts.get("lengths")
+    if not lengths:
+        return Chart("lengths", title, caption, None, report["absent"]["counts"])
+    steps = lengths["steps"]
+    height = round(22 * len(steps) + 30)
+    with ink.sheet(_WIDTH, height) as figure:
+        axes = figure.add_axes(axes_inside(_WIDTH, height, left=_LABELS, right=68))
+        for at, (*_, rows) in enumerate(steps):
+            bars = axes.barh(at, rows, height=0.72, color=ink.TEAL)
+            bars[0].set_gid(f"{ink.MARK}-lengths-{at}")
+            _right_label(axes, at, say_count(rows))
+        labels = [f"{say_count(first)} to {say_count(last)}" for first, last, _ in steps]
+        axes.set_yticks(range(len(steps)), labels, color=ink.INK)
+        axes.set_ylim(len(steps) - 0.4, -0.6)
+        axes.xaxis.set_major_locator(_few_ticks(whole=True))
+        ink.plain_axes(axes, grid="x")
+        said = (
+            f"{say_count(lengths['shortest'])} to {say_count(lengths['longest'])} tokens, median "
+            f"{say_count(lengths['median'])}, 95 % of the rows have at most {say_count(lengths['most'])}"
+        )
+        return Chart(
+            "lengths", title, f"{caption}: {said}", ink.to_svg(figure, prefix=prefix, title=title, description=said)
+        )
 
 
 def _stacked_bar(axes: "Axes", measure: Mapping[str, Any], at: float) -> None:

@@ -40,6 +40,8 @@ def render_html(runs: Sequence[Mapping[str, object]]) -> str:
 def _section(report: Mapping[str, Any], name: str) -> dict[str, Any]:
     """One run as the template wants it."""
     answers = {key: _grouped(pairs) for key, pairs in report["answers"].items()}
+    counts = [(key, value) for key, value in report["data"]["counts"].items() if value]
+    places = {why: place for _, value in counts for why, place in (value.get("dropped_at") or {}).items()}
     return {
         "name": name,
         "report": report,
@@ -50,11 +52,16 @@ def _section(report: Mapping[str, Any], name: str) -> dict[str, Any]:
         "charts": draw_charts(report, f"run-{name.lower()}"),
         "answers": answers,
         "changes": _changes(answers),
-        "counts": [(key, value) for key, value in report["data"]["counts"].items() if value],
-        "drops": sorted(
-            {why for value in report["data"]["counts"].values() if value for why in value.get("dropped") or {}}
-        ),
+        "counts": counts,
+        "drops": {why: places.get(why) for why in _named(counts, "dropped")},
+        "shapes": _named(counts, "shapes"),
+        "sources": _named(counts, "sources"),
     }
+
+
+def _named(counts: Sequence[tuple[str, Mapping[str, Any]]], key: str) -> list[str]:
+    """What any of the sets of rows counts under a key."""
+    return sorted({name for _, value in counts for name in value.get(key) or {}})
 
 
 def _comparison(sections: Sequence[Mapping[str, Any]], chart: Chart) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Looks for everything that would stop a run, without loading a weight, and goes on after each problem."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 from finetune.chat.encoder import Encoder
@@ -16,6 +17,8 @@ T = TypeVar("T")
 
 def find_problems(loaded: LoadedConfig) -> tuple[list[Problem], Prepared | None]:
     """Every problem of model, adapter, data and template, each with its place, or else the run that could start."""
+    with suppress(FineTuneError):  # what is good is read once
+        return [], prepare(loaded)
     problems: list[Problem] = []
     config = loaded.config
 

@@ -1,6 +1,7 @@
 """Chooses what a run is asked and measured on beside its rows, less what stands in the rows that it trains on."""
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -20,11 +21,10 @@ def without_trained(
     overlap = find_overlap(shaped.examples, training)
     notes += overlap.sentences(name)
     trained = overlap.trained()
-    dropped = dict(shaped.dropped)
-    for reason in trained.values():
-        dropped[reason] = dropped.get(reason, 0) + 1
+    dropped = dict(Counter(shaped.dropped) + Counter(trained.values()))
+    places = shaped.dropped_at | {reason: where for where, reason in reversed(trained.items())}
     left = tuple(example for example in shaped.examples if example.where not in trained)
-    return replace(shaped, examples=left, dropped=dropped), overlap
+    return replace(shaped, examples=left, dropped=dropped, dropped_at=places), overlap
 
 
 def unseen_rows(encoder: Encoder, held: Sequence[Example], held_out: Encoded, overlap: Overlap) -> tuple[Example, ...]:
