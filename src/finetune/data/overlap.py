@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
@@ -37,6 +37,8 @@ FEWEST_LEFT = 6
 """With fewer rows that no training row repeats nothing is judged: by chance, all of five get better 3 % of the time."""
 _WEIGHED = 20_000
 """How rare a word is, so many training rows say."""
+_TOGETHER = 1000
+"""Training rows that are compared at once."""
 _HAN_AND_KANA = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 _WORD = re.compile(rf"[{_HAN_AND_KANA}]|[^\W{_HAN_AND_KANA}]+")
 """A word, or a sign of a script that puts no spaces between words."""
@@ -145,55 +147,64 @@ def near_twins(rows: Sequence[Example], training: Sequence[Example], limit: floa
     `count` of `n` rows have weighs log(1 + n / count), in whole thousandths, so that sums are exact. Where both answers
     are short, as names and numbers are, they must be the same, and the prompts as alike as the rows.
 
-    Rows as alike as `limit` share words from among the rarest of each: those down to where the rest weighs less than
-    `limit` of the row. Only training rows that have enough of them are compared.
+    Rows as alike as `limit` share rarer words: of those of a row down to where the rest weighs half of `limit` of it,
+    the other has the other half at least. Only training rows that do are compared.
 
     Source: Bayardo, Ma and Srikant, 2007, "Scaling up all pairs similarity search".
     """
     words = [_words(_messages(example)) for example in rows]
     sample = islice(training, 0, None, max(1, len(training) // _WEIGHED)) if rows else ()
     weigh = _Weights([*words, *(_words(_messages(example)) for example in sample)])
-    whole = np.array([weigh.all(each) for each in words], np.int64)
-    rare, fewest = _rarest(words, weigh, limit)
-    homes: defaultdict[str, list[int]] = defaultdict(list)
-    for place, each in enumerate(words):
-        for word in each:
-            homes[word].append(place)
-    stand = {word: np.array(places) for word, places in homes.items()}
-    heavy = {word: np.full(len(places), weigh[word]) for word, places in homes.items()}
+    whole = [weigh.all(each) for each in words]
+    index = _Index(words, weigh, limit)
     found: dict[int, int] = {}
-    most = np.array([[0.0], [1.0]]) * np.ones(len(rows))  # of each row and its twin, the weight shared and of all
-    for at, example in enumerate(training if stand else ()):
-        other = _words(_messages(example))
-        if weigh.all(other & rare) < fewest:
-            continue
-        shared = other & stand.keys()
-        both = np.bincount(
-            np.concatenate([stand[word] for word in shared]),
-            np.concatenate([heavy[word] for word in shared]),
-            minlength=len(rows),
-        )
-        together = whole + weigh.all(other) - both
-        better = (both >= limit * together) & (both * most[1] > most[0] * together)
-        for place in np.flatnonzero(better).tolist():
-            if _answers_agree(rows[place], example, weigh, limit):
-                found[place], most[:, place] = at, (both[place], together[place])
+    # Of a row and its twin, the weight of the words that both have, and of all.
+    most: defaultdict[int, tuple[int, int]] = defaultdict(lambda: (0, 1))
+    for start in range(0, len(training) if index.number else 0, _TOGETHER):
+        some = [_words(_messages(example)) for example in training[start : start + _TOGETHER]]
+        for at, place in index.candidates(some):
+            both, example = weigh.all(words[place] & some[at]), training[start + at]
+            together = whole[place] + weigh.all(some[at]) - both
+            better = both * most[place][1] > most[place][0] * together
+            if better and both >= limit * together and _answers_agree(rows[place], example, weigh, limit):
+                found[place], most[place] = start + at, (both, together)
     return dict(sorted(found.items()))
 
 
-def _rarest(rows: Sequence[frozenset[str]], weigh: "_Weights", limit: float) -> tuple[frozenset[str], float]:
-    """Of each row the rarest words, and what a row as alike as `limit` to any of them has of these at least."""
-    found: set[str] = set()
-    fewest = math.inf
-    for row in rows:
-        rest = whole = weigh.all(row)
-        for word in sorted(row, key=lambda word: (-weigh[word], word)):
-            if rest < limit * whole:
-                break
-            found.add(word)
-            rest -= weigh[word]
-        fewest = min(fewest, limit * whole - rest) if row else fewest
-    return frozenset(found), fewest
+class _Index:
+    """Where the rarer words of rows stand: what is as alike as `limit` to a row shares enough of its rarer words."""
+
+    def __init__(self, rows: Sequence[frozenset[str]], weigh: "_Weights", limit: float) -> None:
+        self.least = np.full(len(rows), np.inf)
+        homes: defaultdict[str, list[int]] = defaultdict(list)
+        for place, row in enumerate(rows):
+            rest = whole = weigh.all(row)
+            for word in sorted(row, key=lambda word: (-weigh[word], word)):
+                if rest < limit * whole / 2:
+                    break
+                homes[word].append(place)
+                rest -= weigh[word]
+            self.least[place] = limit * whole - rest if row else np.inf
+        self.number = {word: number for number, word in enumerate(homes)}
+        self.places = np.array([place for places in homes.values() for place in places], np.int64)
+        self.counts = np.array([len(places) for places in homes.values()], np.int64)
+        self.weights = np.array([weigh[word] for word in homes], np.int64)
+
+    def candidates(self, others: Sequence[frozenset[str]]) -> Iterator[tuple[int, int]]:
+        """Which of the other rows share enough of their words with which rows."""
+        pairs = [(at, self.number[word]) for at, other in enumerate(others) for word in other if word in self.number]
+        if not pairs:
+            return
+        at, number = np.array(pairs, np.int64).T
+        times = self.counts[number]
+        # Each word's places, one after the other: the places of word n begin where those of the words before it end.
+        begins = np.cumsum(self.counts) - self.counts
+        within = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times)
+        places = self.places[np.repeat(begins[number], times) + within]
+        cells = np.repeat(at, times) * len(self.least) + places
+        shared = np.bincount(cells, np.repeat(self.weights[number], times), len(others) * len(self.least))
+        for cell in np.flatnonzero(shared.reshape(len(others), -1) >= self.least).tolist():
+            yield divmod(cell, len(self.least))
 
 
 class _Weights(dict[str, int]):
