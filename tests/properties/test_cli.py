@@ -42,7 +42,7 @@ def test_check_of_the_shipped_job_finds_nothing(capsys: pytest.CaptureFixture[st
     first, *lines = said.splitlines()
     assert first == "no problems"
     assert "  training.epochs 30 (profile), training.learning_rate 0.002 (profile)" in lines
-    assert any(line.startswith("  450 steps, 80,850 tokens, 9,390 of them trained; ") for line in lines)
+    assert "  450 steps, 80,850 tokens, 9,390 of them trained" in lines
     assert "facts.jsonl:1: 23 tokens, 3 of them learned (in ⟦ ⟧)" in said
     assert lines[-1] == "    ⟦A ccra <|eot_id|>⟧"
     assert run(["check", "--json"]) == 0

@@ -223,7 +223,7 @@ def test_a_file_that_is_trained_on_shows_nothing_unseen(model: Path, tmp_path: P
         assert "stand in the rows trained on, and 0 that do not are too few to judge by" in verdicts[name]["reason"]
     assert record["losses"]["held_out"] == []
     assert record["not_measured"]["held_out"] == "all 8 rows stand in the rows trained on"
-    with pytest.raises(ConfigError, match=r"all 8 rows of .*valid\.jsonl stand in the rows trained on"):
+    with pytest.raises(ConfigError, match=r"all 8 rows of .*valid\.jsonl\) stand in the rows trained on"):
         prepare(run_on(model, tmp_path, {"train": rows, "valid": rows}, training__early_stopping_patience=2))
 
 

@@ -93,7 +93,7 @@ def test_rows_that_are_left_out_are_said_beforehand(place: Path, tmp_path: Path)
     reaching, *_ = found.sentences()
     assert reaching == "1 token reaches from a prompt into an earlier answer, and is not learned"
     assert found.values()["rows"]["reaching"] == found.rows.reaching > 0
-    assert len(forecast_run(prepare(loaded(place))).sentences()) == 2
+    assert len(forecast_run(prepare(loaded(place))).sentences()) == 4
 
 
 def test_answers_that_weigh_nothing_are_told_and_never_asked(place: Path, tmp_path: Path) -> None:

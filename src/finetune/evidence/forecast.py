@@ -93,7 +93,7 @@ class RunForecast:
     def sentences(self) -> list[str]:
         """For people: how it is trained, and what that comes to."""
         named = [f"{key} {value:g} ({origin})" for key, (value, origin) in self.settings.items()]
-        return [*self._of_rows(), ", ".join(named), self.sentence()]
+        return [*self._of_rows(), ", ".join(named), *self._comes_to()]
 
     def _of_rows(self) -> list[str]:
         """What is not learned of the rows that are trained on; nothing where all of all is."""
@@ -118,15 +118,22 @@ class RunForecast:
 
     def sentence(self) -> str:
         """What it comes to, in one line."""
+        counts, *minutes = self._comes_to()
+        return f"{counts}; {' '.join(minutes)}"
+
+    def _comes_to(self) -> list[str]:
         said = f"{self.steps:,} steps, {self.tokens:,} tokens, {self.trained_tokens:,} of them trained"
         if self.seconds is None or self.judging_seconds is None:
-            return f"{said}; minutes are not estimated: {self.why}"
+            return [said, f"minutes are not estimated: {self.why}"]
         training, judging = (
             f"{minutes:,.0f}" if minutes >= 10 else f"{max(0.1, minutes):.1f}"
             for minutes in (self.seconds / 60, self.judging_seconds / 60)
         )
-        took = f"an estimate: on a busy machine training took {TOOK[0]:g} to {TOOK[1]:g} times that"
-        return f"{said}; about {training} minutes of training here and up to {judging} of judging ({took})"
+        return [
+            said,
+            f"about {training} minutes of training here and up to {judging} of judging",
+            f"(an estimate: on a busy machine training took {TOOK[0]:g} to {TOOK[1]:g} times that)",
+        ]
 
 
 def forecast_run(prepared: Prepared) -> RunForecast:

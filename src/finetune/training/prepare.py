@@ -295,7 +295,7 @@ def _hold_out(
 ) -> tuple[ShapedRows, Overlap, Encoded | None]:
     """The rows to measure on, less what is trained on, as examples and as ids; and what training repeats of them."""
     config = plan.config
-    name = config.data.valid or "held-out rows"
+    name = f"data.valid ({config.data.valid})" if config.data.valid else "held-out rows"
     held, seen = without_trained(_held_out_examples(config, split, notes), learned, name, notes)
     held_out = encode_held_out(encoder, plan, held)
     if not (held_out and held_out.rows):

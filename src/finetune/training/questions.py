@@ -62,7 +62,7 @@ def retention_questions(
 ) -> tuple[Question, ...]:
     """The questions whose answers the model must keep, less those that are trained on."""
     name = str(plan.config.data.retention)
-    notes += overlap.sentences(name)
+    notes += overlap.sentences(f"data.retention ({name})")
     conversations, refused = encoder.asked([each for each in examples if each.where in overlap.unseen])
     if refused:
         unasked = counted(len(refused), "row", "is/are")
