@@ -92,11 +92,7 @@ def fine_tune(
     prepared = prepare(resolve_processes(loaded, group.size, resume=bool(resume)))
     planned, prepared = (prepared, lengthen(prepared, resume)) if isinstance(resume, Longer) else (None, prepared)
     if not group.rank:
-        outlook = forecast_run(prepared)
-        for phase, said in (("WARNING", outlook.warnings), ("note", prepared.notes)):
-            for words in said:
-                listener(PhaseStarted(phase, words))
-        listener(PhaseStarted("plan", outlook.sentence()))
+        _tell_beforehand(prepared, listener)
     if resume:
         folder = RunFolder.unfinished(output, longer=planned is not None)
     else:
@@ -116,6 +112,14 @@ def fine_tune(
     finally:
         run.let_go()
     return folder.path, record
+
+
+def _tell_beforehand(prepared: Prepared, listener: Listener) -> None:
+    """What nobody may miss of the rows, and what the run will be."""
+    outlook = forecast_run(prepared)
+    for phase, said in (("WARNING", outlook.warnings), ("note", prepared.notes), ("plan", [outlook.sentence()])):
+        for words in said:
+            listener(PhaseStarted(phase, words))
 
 
 def _train_and_judge(run: Run, *, resume: bool, clock: float) -> dict[str, Any]:

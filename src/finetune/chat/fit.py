@@ -90,7 +90,6 @@ def fit_rows(rows: Iterable[Marked], *, max_length: int, truncation: Truncation,
     first: dict[str, str] = {}
     refused: list[str] = []
     for row in rows:
-        seen["read"] += 1
         lengths[len(row.ids)] += 1
         pieces = [row]
         if len(row.ids) > max_length:
@@ -105,7 +104,6 @@ def fit_rows(rows: Iterable[Marked], *, max_length: int, truncation: Truncation,
             reason = "no trained token" if pieces else f"longer than {max_length} tokens"
             losses[reason] += 1
             first.setdefault(reason, row.where)
-        seen["kept"] += bool(learned)
         seen["truncated"] += len(learned) == 1 and len(pieces[0].ids) < len(row.ids)
         seen["split"] += len(pieces) > 1 and bool(learned)
     raise_all(
@@ -114,8 +112,8 @@ def fit_rows(rows: Iterable[Marked], *, max_length: int, truncation: Truncation,
         hint="raise tokens.max_length, or choose another tokens.truncation: drop, truncate_prompt or split",
     )
     counts = DataCounts(
-        read=sum(dropped.values()) + seen["read"],
-        kept=seen["kept"],
+        read=sum(dropped.values()) + lengths.total(),
+        kept=sources.total(),
         dropped=dict(losses),
         truncated=seen["truncated"],
         tokens=sum(len(row.ids) for row in kept),
