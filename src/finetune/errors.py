@@ -23,8 +23,10 @@ A verdict of "failed" is not an error: it is a finding, carried by `records.Verd
 """
 
 import os
+import re
 import shlex
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,3 +163,28 @@ def install_line(what: str) -> str:
     by_uv = any(line.partition("=")[0].strip() == "uv" for line in made_by.splitlines())
     words = ["uv", "pip", "install", "--python", str(python)] if by_uv else [str(python), "-m", "pip", "install"]
     return f"{shlex.join(words)} '{requirement}'"
+
+
+_PLACED = re.compile(r"(?s)(.+?)(:\d+|\[\d+\])((?: \S+\[\d+\])?): (.*)")
+"""A problem as rows have it: a file, the place in it, perhaps the message of a conversation, and what is wrong."""
+_SHOWN = 20
+
+
+def raise_all(problems: list[str], *, hint: str, what: str = "the data cannot be used") -> None:
+    """Raise one DataError that names every problem (twenty in full, the rest counted); nothing when there is none.
+
+    Problems that differ in their place alone are one line with all their places and a count.
+    """
+    if not problems:
+        return
+    alike: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for problem in problems[:_SHOWN]:
+        placed = _PLACED.fullmatch(problem)
+        file, place, within, said = placed.groups() if placed else (problem, "", "", "")
+        alike[file, within, f": {said}" if placed else ""].append(place)
+    lines = [
+        f"{file}{', '.join(places)}{within}{f' ({len(places)} rows)' if len(places) > 1 else ''}{said}"
+        for (file, within, said), places in alike.items()
+    ]
+    more = [f"... and {len(problems) - _SHOWN:,} more"] if len(problems) > _SHOWN else []
+    raise DataError("\n  ".join([f"{what}:", *lines, *more]), hint=hint)

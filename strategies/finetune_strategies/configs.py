@@ -68,6 +68,7 @@ _YES_OR_NO = Setting(st.booleans(), st.sampled_from([0, 1, 2, "", "maybe", [], {
 _EXTRA_RUNS = _words("auto", "always", "never")
 _TEMPLATES = _words("auto", "tokenizer", "alpaca", "chatml", "llama2", "llama3")
 _NAME_LISTS = st.lists(texts(), min_size=1, max_size=4)
+_SOURCES = _optional(Setting(texts() | _NAME_LISTS, _TEXT.refused | st.sampled_from([[""], ["a", 1], ["a\nb"]])))
 
 
 def _new_tokens(*tokens: str) -> Setting:
@@ -97,11 +98,16 @@ SETTINGS: dict[str, Setting] = {
     "model.quantize_group_size": Setting(
         st.sampled_from([32, 64, 128]), st.sampled_from([0, 16, 48, 96, 256, -32, "many", "", True, None, [], {}, 32.5])
     ),
-    "data.train": _optional(_TEXT),
-    "data.valid": _optional(_TEXT),
+    "data.train": _SOURCES,
+    "data.mix": _optional(
+        Setting(
+            st.lists(_POSITIVE.accepted, min_size=1, max_size=3), st.sampled_from([1, "1", [], [0], [-1.0], ["a"], {}])
+        )
+    ),
+    "data.valid": _SOURCES,
     "data.valid_fraction": _optional(_SHARE),
-    "data.rehearsal": _optional(_TEXT),
-    "data.retention": _optional(_TEXT),
+    "data.rehearsal": _SOURCES,
+    "data.retention": _SOURCES,
     "data.limit": _optional(_whole(1)),
     "data.columns": _optional(
         Setting(

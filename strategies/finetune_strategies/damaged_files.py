@@ -1,5 +1,6 @@
 """Data files that must be refused, each with what is wrong and every place that the one error must name."""
 
+import gzip
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -89,7 +90,7 @@ DAMAGES = (
     "not UTF-8",
     "latin-1",
     "UTF-16",
-    "UTF-16 without a mark",
+    "broken gzip",
     "empty",
     "no rows",
     "broken list",
@@ -190,7 +191,7 @@ def _foreign(draw: st.DrawFn) -> DamagedFile:
     suffix = draw(pick(".jsonl", ".json", ".csv"))
     text = draw(pick('{"text": "café"}', '{"text": "a"}\n{"text": "naïve"}\n'))
     if draw(EITHER):
-        return DamagedFile(suffix, text.encode("utf-16"), ("UTF-8", "offset 0"), (), "UTF-16")
+        return DamagedFile(suffix, text.encode("utf-16")[:-1], ("UTF-16", "truncated"), (), "UTF-16")
     if draw(EITHER):
         content = text.encode("latin-1")
         at = next(index for index, byte in enumerate(content) if byte > 127)
@@ -243,8 +244,11 @@ _FIXED = (
     DamagedFile(".json", b'{"text": "a"}\n{"text": }\n{"text": "b"}\nnope', (":2", ":4"), (":1", ":3"), "not JSON"),
     DamagedFile(".json", b"[" * 50_000, ("nested",), (), "too deep list"),
     DamagedFile(".json", b'[{"text": ' + b"9" * 5000 + b"}]", ("digits",), (), "too many digits in a list"),
-    DamagedFile(".jsonl", '{"text": "a"}'.encode("utf-16-le"), (":1",), (), "UTF-16 without a mark"),
+    *(
+        DamagedFile(suffix, gzip.compress(b'{"text": "a"}\n' * 9, mtime=0)[:left], ("broken gzip",), (), "broken gzip")
+        for suffix, left in ((".jsonl.gz", 30), (".json", -1), (".ndjson.gz", -8))
+    ),
     DamagedFile(".csv", b"text,id,text\na,b,c\n", ("'text'", "twice"), (), "column twice"),
-    DamagedFile(".txt", b'{"text": "a"}', (".txt",), (), "unknown ending"),
+    DamagedFile(".doc", b'{"text": "a"}', (".doc",), (), "unknown ending"),
     DamagedFile("", b'{"text": "a"}', ("nothing",), (), "unknown ending"),
 )

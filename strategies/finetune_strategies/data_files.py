@@ -1,8 +1,11 @@
 """Sound data files of every kind that is read, in every dress, with the rows that a reader must find and where."""
 
+import bz2
+import gzip
 import json
+import lzma
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +45,7 @@ def _odd_rows() -> st.SearchStrategy[list[dict[str, Any]]]:
 
 _SEVERAL_ROWS, _SOME_ROWS = (st.lists(rows(), min_size=least, max_size=5) for least in (2, 1))
 _ODD_ROWS = _odd_rows()
-_CELL = said() | texts() | st.sampled_from(["", 'a "b"', "a,b\tc", "a\nb", "a\r\nb", "a\rb", "007"])
+_CELL = said() | texts() | st.sampled_from(["", 'a "b"', "a,b\tc", "a\nb", "a\r\nb", "a\rb", "a\rb", "007"])
 _CELLS = {
     width: st.lists(st.lists(_CELL, min_size=width, max_size=width), min_size=1, max_size=4)
     for width in set(map(len, _TABLE_COLUMNS))
@@ -50,7 +53,7 @@ _CELLS = {
 
 
 def good_files() -> st.SearchStrategy[GoodFile]:
-    """Sound files: JSON lines, JSON lists, CSV and TSV; with byte order marks, blank lines and any line ends."""
+    """Sound files: JSON lines, JSON lists, CSV and TSV; packed or not, with byte order marks and any line ends."""
     return good_lines() | good_lists() | good_tables()
 
 
@@ -60,12 +63,12 @@ def good_lines(draw: st.DrawFn) -> GoodFile:
     values = [case.values for case in draw(_SEVERAL_ROWS)] + draw(_ODD_ROWS)
     dress = draw(pick(*sorted(_NEWLINES)))
     lead = draw(pick("", "\n\n"))
-    ascii_only, suffix = draw(EITHER), draw(pick(".jsonl", ".json", ".JSONL"))
+    ascii_only, suffix = draw(EITHER), draw(pick(".jsonl", ".json", ".JSONL", ".ndjson"))
     lines = [json.dumps(each, ensure_ascii=ascii_only) for each in values]
     text = lead + _NEWLINES[dress].join(lines) + draw(pick("", "\n", "\n \n\n"))
     step = 3 if dress == "blank lines" else 1
     places = [f":{1 + len(lead) + step * index}" for index in range(len(values))]
-    content, marked = _with_mark(text, mark=draw(EITHER))
+    suffix, content, marked = draw(_as_bytes(text, suffix))
     found = tuple(zip(places, values, strict=True))
     return GoodFile(suffix, content, found, frozenset({"lines", dress, *marked}))
 
@@ -76,9 +79,9 @@ def good_lists(draw: st.DrawFn) -> GoodFile:
     values = [case.values for case in draw(_SOME_ROWS)] + draw(_ODD_ROWS)
     alone = len(values) == 1 and draw(EITHER)
     text = json.dumps(values[0] if alone else values, indent=draw(pick(None, 1)), ensure_ascii=False)
-    content, marked = _with_mark(text, mark=draw(EITHER))
+    suffix, content, marked = draw(_as_bytes(text, ".json"))
     found = tuple((f"[{index}]", each) for index, each in enumerate(values))
-    return GoodFile(".json", content, found, frozenset({"one object" if alone else "list", *marked}))
+    return GoodFile(suffix, content, found, frozenset({"one object" if alone else "list", *marked}))
 
 
 @st.composite
@@ -94,7 +97,7 @@ def good_tables(draw: st.DrawFn) -> GoodFile:
     ]
     if draw(EITHER):
         lines.insert(1, _NEWLINES[dress])
-    content, marked = _with_mark("".join(lines), mark=draw(EITHER))
+    suffix, content, marked = draw(_as_bytes("".join(lines), suffix))
     starts = [1 + sum(map(count_line_ends, lines[:index])) for index in range(len(lines))]
     places = [f":{start}" for start in starts[len(lines) - len(cells) :]]
     found = tuple((place, dict(zip(columns, line, strict=True))) for place, line in zip(places, cells, strict=True))
@@ -116,5 +119,19 @@ def count_line_ends(text: str) -> int:
     return len(re.findall("\r\n|\r|\n", text))
 
 
-def _with_mark(text: str, *, mark: bool) -> tuple[bytes, set[str]]:
-    return ((BOM if mark else b"") + text.encode(), {"mark"} if mark else set())
+@st.composite
+def _as_bytes(draw: st.DrawFn, text: str, suffix: str) -> tuple[str, bytes, set[str]]:
+    """A text as bytes, in UTF-8 or another encoding with its mark, perhaps packed; its suffix, and what was done."""
+    encoding = draw(pick("", "", "mark", "mark", "UTF-16"))
+    content = {"mark": BOM + text.encode(), "UTF-16": text.encode("utf-16")}.get(encoding, text.encode())
+    packing = draw(pick("", "", "", *_PACKINGS))
+    if packing:
+        suffix, content = suffix + draw(pick(packing, packing.upper())), _PACKINGS[packing](content)
+    return suffix, content, {encoding, "packed" if packing else ""} - {""}
+
+
+def _gzipped(content: bytes) -> bytes:
+    return gzip.compress(content, mtime=0)
+
+
+_PACKINGS: dict[str, Callable[[bytes], bytes]] = {".gz": _gzipped, ".bz2": bz2.compress, ".xz": lzma.compress}

@@ -58,6 +58,7 @@ CHANGES: dict[str, Change] = {
     "model.quantize": Change("4bit", refused="groups of 64"),
     "model.quantize_group_size": Change(32, {"model.quantize": "4bit"}, "groups of 32"),
     "data.train": Change("KNOWN"),
+    "data.mix": Change([1.0, 1.0], {"data.train": ["TRAIN", "KNOWN"]}),
     "data.valid": Change("KNOWN"),
     "data.valid_fraction": Change(0.5, {"data.valid": None}),
     "data.rehearsal": Change("VALID"),
@@ -158,7 +159,11 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def outcome(settings: dict[str, Any], places: dict[str, str], output: Path) -> Any:
     """Everything a run did that can be seen from outside, or the words of its refusal."""
     chosen = {
-        key: places.get(value, value) if isinstance(value, str) else value
+        key: [places.get(each, each) for each in value]
+        if isinstance(value, list) and key.startswith("data.")
+        else places.get(value, value)
+        if isinstance(value, str)
+        else value
         for key, value in settings.items()
         if value is not None
     }

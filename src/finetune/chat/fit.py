@@ -9,8 +9,7 @@ from typing import Literal
 from finetune.chat.encode import REACHING, REMOVABLE, Marked
 from finetune.chat.lengths import Lengths
 from finetune.chat.tokenizer import FileTokenizer
-from finetune.data.read import raise_all
-from finetune.errors import counted
+from finetune.errors import counted, raise_all
 from finetune.records import TokenizedRow
 
 Truncation = Literal["drop", "truncate_prompt", "split", "refuse"]

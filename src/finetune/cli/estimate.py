@@ -71,6 +71,7 @@ def _load(loaded: "LoadedConfig", shape: "ModelShape") -> tuple["StepLoad", str]
     """The largest batch, and what it was taken from."""
     from finetune.config import ModelAndDataFacts, resolve
     from finetune.data.batches import epoch_batches
+    from finetune.data.sources import shown_names
     from finetune.memory.load import full_load, load_of
     from finetune.training.prepare import pack_length, prepare
 
@@ -85,4 +86,5 @@ def _load(loaded: "LoadedConfig", shape: "ModelShape") -> tuple["StepLoad", str]
     batches = epoch_batches(
         prepared.training_rows, training.batch_size, seed=training.seed, epoch=0, pack_length=pack_length(prepared.plan)
     )
-    return load_of(batches, training.gradient_accumulation_steps), f"the largest batch of {loaded.config.data.train}"
+    taken_from = f"the largest batch of {shown_names(loaded.config.data.train)}"
+    return load_of(batches, training.gradient_accumulation_steps), taken_from

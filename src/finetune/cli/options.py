@@ -70,7 +70,8 @@ class ConfigOptions(NamedTuple):
         ),
     ] = None
     data: Annotated[
-        str | None, typer.Option("--data", help="Training rows: .jsonl, .json, .csv, .tsv or .parquet.")
+        list[str] | None,
+        typer.Option("--data", help="Training rows: a file, folder, pattern or hub set; several times for several."),
     ] = None
     template: Annotated[
         str | None, typer.Option("--template", help="auto, tokenizer, alpaca, chatml, llama2, llama3 or a .jinja file.")
@@ -100,6 +101,8 @@ class ConfigOptions(NamedTuple):
         from finetune.export.import_gguf import with_model_folder
 
         given = {name: value for name, value in self._asdict().items() if value is not None}
+        if len(sources := given.pop("data", [])):
+            given["data"] = sources if len(sources) > 1 else sources[0]
         overrides: dict[str, Any] = {key: given[name] for name, key in _NAMED.items() if name in given}
         short = [f"{key}={given[name]}" for name, key in SHORT_OPTIONS.items() if name in given]
         assigned = parse_assignments(self.assignments or [])
@@ -141,6 +144,7 @@ class ConfigOptions(NamedTuple):
         sets = [each for each in self.assignments or [] if not each.startswith("training.processes=")]
         return [
             *(f"--{name.replace('_', '-')}={value}" for name, value in given.items()),
+            *(f"--data={each}" for each in self.data or []),
             *(f"--set={each}" for each in sets),
         ]
 

@@ -73,6 +73,7 @@ DAY = date(2024, 7, 26)
 """The day that a template prints where none is set: what Llama 3's print by themselves where they cannot ask."""
 TemplateName = Literal["auto", "tokenizer", "alpaca", "chatml", "llama2", "llama3"]
 Names = Annotated[tuple[Text, ...], Field(min_length=1)]
+Weights = Annotated[tuple[Positive, ...], Field(min_length=1)]
 _Mapping = Field(min_length=1, json_schema_extra={"additionalProperties": False})
 _Variable = StrictBool | StrictInt | StrictFloat | Text
 TemplateVariables = Annotated[dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], _Variable], _Mapping]
@@ -131,15 +132,21 @@ class ModelSpec(Spec):
 class DataSpec(Spec):
     """What is learned, what is held out, and what must not be forgotten."""
 
-    train: Text | None = None
-    """The training rows: a .jsonl, .json, .csv, .tsv or .parquet file; null takes the shipped data set."""
-    valid: Text | None = None
+    train: Text | Names | None = None
+    """The training rows: a file (.jsonl, .ndjson, .json, .csv, .tsv, .txt, .parquet, .arrow; text also as .gz, .bz2,
+    .xz, .zst), a folder, a pattern such as `data/*.jsonl`, OWNER/NAME of a set on the hub, or a list of several. A
+    folder's or a set's part `train` is trained on and its part `valid` held out; `NAME:PART` takes another part,
+    `OWNER/NAME@REVISION:SUBSET:PART` one of the hub. null takes the shipped data set."""
+    mix: Weights | None = None
+    """How much each source of data.train counts in a mixture, such as `[3, 1]` for two: three rows of the first for
+    each of the second, as many as there can be without one twice, chosen by training.seed. null takes all rows."""
+    valid: Text | Names | None = None
     """Rows to measure the loss on, less those that stand in training rows; null splits them off the training rows."""
     valid_fraction: Share | None = None
     """The share of training rows to hold out; null means 0.05, or none from fewer than 200 rows."""
-    rehearsal: Text | None = None
+    rehearsal: Text | Names | None = None
     """Rows mixed into training so that the model keeps what it knew; they never count as learning."""
-    retention: Text | None = None
+    retention: Text | Names | None = None
     """Questions whose answers the model must keep; they are asked before and after training."""
     limit: Count | None = None
     """Use only this many training rows; null uses them all."""

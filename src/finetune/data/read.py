@@ -1,83 +1,72 @@
 """Reads data files row by row and remembers where each row stood."""
 
-import csv
-import io
 import json
+import shlex
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import DataError, MissingExtraError, install_line
+from finetune.data.tables import arrow_rows, parquet_rows, table_rows
+from finetune.data.unpack import PACKED_SUFFIXES, open_data, text_lines, whole_text
+from finetune.errors import DataError, raise_all
 from finetune.records import Row
-
-_LONGEST_CELL = 2**31 - 1
-"""Without it the csv module refuses cells of over 131,072 characters; a document may be longer."""
 
 
 def read_rows(path: Path, *, limit: int | None = None) -> list[Row]:
-    """Read a data file into rows: `.jsonl`, `.json` (a list, or an object a line), `.csv`, `.tsv` or `.parquet`.
+    """Read a data file into rows, or the first `limit` of them.
 
     Raises:
-        DataError: the file is missing, a folder, empty, not UTF-8, damaged at some line, or holds something other
-            than rows. Every broken line is named (the first twenty in full).
-        MissingExtraError: a Parquet file, and pyarrow is not installed.
+        DataError: as `iter_rows`.
     """
-    content = _read_bytes(path)
-    rows = _READERS[path.suffix.lower()](path, content)
-    if not rows:
-        raise DataError(f"{path} holds no rows", hint="put one row on each line")
-    return rows if limit is None else rows[:limit]
+    return list(islice(iter_rows(path), limit))
 
 
-def raise_all(problems: list[str], *, hint: str, what: str = "the data cannot be used") -> None:
-    """Raise one DataError that names every problem (twenty in full, the rest counted); nothing when there is none."""
-    if problems:
-        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise DataError("\n  ".join([f"{what}:", *problems[:20], *more]), hint=hint)
+def iter_rows(path: Path) -> Iterator[Row]:
+    """The rows of a data file, one by one; each kind by its suffix, text also packed (`rows.jsonl.gz`).
 
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        if path.is_dir():
-            raise DataError(f"{path} is a folder, not a data file", hint="name the data file inside it")
-        if path.suffix.lower() not in _READERS:
-            kinds = ", ".join(sorted(_READERS))
-            raise DataError(f"{path} ends in {path.suffix or 'nothing'!r}", hint=f"use one of: {kinds}")
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"data file {path} does not exist", hint="check the path (data.train or --data)") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise DataError(f"{path} cannot be read: {reason}", hint="check the path and its permissions") from None
-    if not content.strip():
-        raise DataError(f"{path} is empty", hint="put one row on each line")
-    return content
-
-
-def _decoded(path: Path, content: bytes) -> str:
-    try:
-        text = content.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
+    Raises:
+        DataError: the file is missing, a folder, empty, no text, damaged at some line, holds something other than
+            rows, or unpacks to far more than rows do. Every broken line is named (the first twenty in full).
+        MissingExtraError: a Parquet, Arrow or zstd file, and pyarrow is not installed.
+    """
+    kind = kind_of(path)
+    if not kind:
+        with open_data(path):  # what is missing, or a folder, is told first
+            pass
+        named = f"ends in {path.suffix or 'nothing'!r}"
+        if path.suffix.lower() in PACKED_SUFFIXES:
+            named += f", and {Path(path.stem).suffix or 'nothing'!r} before it"
         raise DataError(
-            f"{path} is not UTF-8: byte {content[error.start]:#04x} at offset {error.start}",
-            hint="convert it, for example with: iconv -f latin1 -t utf-8",
-        ) from None
-    if not text.strip():
-        raise DataError(f"{path} is empty", hint="put one row on each line")
-    return text
+            f"{path} {named}",
+            hint=f"use one of: {', '.join(KINDS)}; those of text also packed, such as .jsonl.gz",
+        )
+    found = False
+    for row in _READERS[kind](path):
+        found = True
+        yield row
+    if not found:
+        raise DataError(f"{path} holds no rows", hint="put one row on each line")
 
 
-def _parse_lines(path: Path, text: str) -> list[Row]:
+def kind_of(path: Path) -> str:
+    """What a file holds, by its suffix before that of its packing; "" for nothing that can be read."""
+    packed = path.suffix.lower() in PACKED_SUFFIXES
+    suffix = (Path(path.stem) if packed else path).suffix.lower()
+    return suffix if suffix in _READERS and not (packed and suffix in (".parquet", ".arrow")) else ""
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
     """The rows of one JSON object a line; empty lines are skipped."""
-    rows: list[Row] = []
     problems: list[str] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
+    filled = False
+    for number, line in text_lines(path):
+        if not (line := line.rstrip("\r\n")).strip():
             continue
-        where = f"{path}:{number}"
+        filled, where = True, f"{path}:{number}"
         try:
-            rows.append(_as_row(load_json(line), where))
+            yield _as_row(load_json(line), where)
         except json.JSONDecodeError as error:
             problems.append(f"{where}: broken JSON at column {error.colno}: {error.msg}")
         except (RecursionError, ValueError) as error:
@@ -85,33 +74,81 @@ def _parse_lines(path: Path, text: str) -> list[Row]:
         except DataError as error:
             problems.append(error.message)
     raise_all(problems, hint="each line must be one JSON object")
-    return rows
+    if not filled:
+        raise _empty(path)
 
 
-def _parse_document(path: Path, text: str) -> list[Row]:
-    """The rows of a list of JSON objects, of a single one, or of one a line."""
+def _json_document(path: Path) -> Iterator[Row]:
+    """The rows of one JSON document: a list of objects, columns, a list under one key, one object; or one a line."""
+    text = whole_text(path)
+    if not text.strip():
+        raise _empty(path)
     try:
         document = load_json(text)
     except json.JSONDecodeError as error:
-        first = text.strip().split("\n", 1)[0].strip()
+        first = text.strip().splitlines()[0].strip()
         if error.msg == "Extra data" or (first.startswith("{") and first.endswith("}")):
-            return _parse_lines(path, text)
+            yield from _json_lines(path)
+            return
         raise DataError(
             f"{path}:{error.lineno}: broken JSON at column {error.colno}: {error.msg}",
             hint="a .json file holds one list of objects",
         ) from None
     except (RecursionError, ValueError) as error:
         raise DataError(f"{path}: {unreadable(error)}", hint="flatten or shorten the rows") from None
-    items = document if isinstance(document, list) else [document]
-    rows: list[Row] = []
+    items, within = (document, "") if isinstance(document, list) else _within(path, document)
     problems: list[str] = []
     for index, item in enumerate(items):
         try:
-            rows.append(_as_row(item, f"{path}[{index}]"))
+            yield _as_row(item, f"{path}{within}[{index}]")
         except DataError as error:
             problems.append(error.message)
     raise_all(problems, hint="each element must be a JSON object")
-    return rows
+
+
+def _within(path: Path, document: Any) -> tuple[Sequence[Any], str]:
+    """The rows in a document that is no list, and the key below which they are, if any.
+
+    Several columns of one length, or a list of rows below a key, are told from one row by what is in the lists: a
+    row's own lists hold messages, tools or texts.
+    """
+    if not isinstance(document, dict):
+        return [document], ""
+    if columns := _columns(document):
+        names, cells = [*columns], [*columns.values()]
+        return [dict(zip(names, each, strict=True)) for each in zip(*cells, strict=True)], ""
+    lists = [key for key, value in document.items() if _is_rows(key, value)]
+    if len(lists) > 1:
+        keys, first = ", ".join(repr(key[:60]) for key in lists[:20]), lists[0]
+        say = f"import json; [print(json.dumps(row)) for row in json.load(open({str(path)!r}))[{first!r}]]"
+        how = f"python -c {shlex.quote(say)} > {shlex.quote(first)}.jsonl"
+        raise DataError(
+            f"{path} holds several lists of rows: {keys}",
+            hint=f"keep one list in a file, for example with: {how}",
+        )
+    return (document[lists[0]], f" {lists[0]}") if lists else ([document], "")
+
+
+def _columns(document: Mapping[str, Any]) -> Mapping[str, Sequence[Any]]:
+    """The columns of a document that is a table, or nothing: lists of one length, or pandas' objects by row number."""
+    values = [*document.values()]
+    if values and all(isinstance(each, dict) and each and all(map(str.isdigit, each)) for each in values):
+        same = all(each.keys() == values[0].keys() for each in values)
+        return {name: [*cells.values()] for name, cells in document.items()} if same else {}
+    if not values or not all(isinstance(each, list) and len(each) == len(values[0]) > 0 for each in values):
+        return {}
+    # Lists of objects alone are a row's own messages, or rows below a key.
+    alone = all(isinstance(item, dict) for each in values for item in each)
+    return {} if alone else document
+
+
+def _is_rows(key: str, value: object) -> bool:
+    if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
+        return False
+    return key not in _LISTS_OF_A_ROW and not any(item.keys() & {"role", "from"} for item in value)
+
+
+_LISTS_OF_A_ROW = ("messages", "conversations", "conversation", "prompt", "completion", "tools", "documents")
 
 
 class _KeyTwiceError(ValueError):
@@ -120,14 +157,14 @@ class _KeyTwiceError(ValueError):
 
 def load_json(text: str) -> Any:
     """What a JSON text holds; an object that names a key twice is refused with a ValueError."""
+    return json.loads(text, object_pairs_hook=_without_repeats)
 
-    def without_repeats(pairs: list[tuple[str, object]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            raise _KeyTwiceError(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
-        return values
 
-    return json.loads(text, object_pairs_hook=without_repeats)
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise _KeyTwiceError(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
+    return values
 
 
 def unreadable(error: RecursionError | ValueError) -> str:
@@ -143,64 +180,30 @@ def _as_row(value: object, where: str) -> Row:
     return Row(value, where)
 
 
-def _parse_table(path: Path, content: bytes) -> list[Row]:
-    """The rows below a header line; every cell is text, and an empty one is empty text."""
-    csv.field_size_limit(_LONGEST_CELL)
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader(io.StringIO(_decoded(path, content), newline=""), delimiter=delimiter, strict=True)
-    rows: list[Row] = []
+def _text(path: Path) -> Iterator[Row]:
+    """Each line of a text as a document; empty lines are skipped."""
     problems: list[str] = []
-    header: list[str] = []
-    start = 1
-    try:
-        for cells in reader:
-            where, start = f"{path}:{start}", reader.line_num + 1
-            if not cells:
-                continue
-            if not header:
-                header = cells
-                _check_names(path, header)
-            elif len(cells) != len(header):
-                problems.append(f"{where}: {len(cells)} cells, but the header names {len(header)} columns")
-            else:
-                rows.append(Row(dict(zip(header, cells, strict=True)), where))
-    except csv.Error as error:
-        problems.append(f"{path}:{start}: broken table: {error}")
-    raise_all(problems, hint="quote each cell that holds the delimiter, a quote (doubled) or a line break")
-    return rows
+    for number, line in text_lines(path):
+        if "\0" in line:
+            problems.append(f"{path}:{number}: a NUL, so it is no text")
+        elif not line.isspace():
+            yield Row({"text": line.rstrip("\r\n")}, f"{path}:{number}")
+    raise_all(problems, hint="name a file of text")
 
 
-def _parse_parquet(path: Path, content: bytes) -> list[Row]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise MissingExtraError(
-            f"{path}: a Parquet file needs pyarrow, which is not installed",
-            hint=f"{install_line('parquet')}, or save the rows as .jsonl",
-        ) from None
-    try:
-        table = parquet.read_table(pyarrow.BufferReader(content), page_checksum_verification=True)
-        _check_names(path, table.column_names)
-        return [Row(values, f"{path}[{index}]") for index, values in enumerate(table.to_pylist())]
-    except (pyarrow.ArrowException, OSError, ValueError, UnicodeDecodeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{path}: broken Parquet file: {first}", hint="write the file again") from None
+def _empty(path: Path) -> DataError:
+    return DataError(f"{path} is empty", hint="put one row on each line")
 
 
-def _check_names(path: Path, names: list[str]) -> None:
-    twice = sorted(name for name, count in Counter(names).items() if count > 1)
-    raise_all([f"{path}: column {name[:60]!r} is there twice" for name in twice], hint="give each column its own name")
-
-
-def _lines(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-_READERS: dict[str, Callable[[Path, bytes], list[Row]]] = {
-    ".jsonl": lambda path, content: _parse_lines(path, _lines(_decoded(path, content))),
-    ".json": lambda path, content: _parse_document(path, _lines(_decoded(path, content))),
-    ".csv": _parse_table,
-    ".tsv": _parse_table,
-    ".parquet": _parse_parquet,
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json_document,
+    ".csv": table_rows,
+    ".tsv": table_rows,
+    ".txt": _text,
+    ".parquet": parquet_rows,
+    ".arrow": arrow_rows,
 }
+KINDS = tuple(_READERS)
+"""The suffixes of what can be read."""

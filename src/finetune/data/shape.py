@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from finetune.data.columns import ColumnFinder, Layout, shown
@@ -18,8 +18,8 @@ from finetune.data.messages import (
     variables_of,
 )
 from finetune.data.names import ROW_MARKS, THOUGHTS
-from finetune.data.read import raise_all
-from finetune.errors import counted
+from finetune.data.sources import SourceRows
+from finetune.errors import counted, raise_all
 from finetune.records import Conversation, Document, Message, Row
 
 Example = Conversation | Document
@@ -31,7 +31,8 @@ _MOST_PLACES, _MOST_HINTS = 3, 5
 class ShapedRows:
     """The rows in one form, with counts of dropped rows and the columns that were ignored.
 
-    `dropped_at` has the first place of each reason; `notes` says what else of the rows is not as it may seem.
+    `dropped_at` has the first place of each reason; `notes` says what else of the rows is not as it may seem;
+    `sources` where they come from.
     """
 
     examples: tuple[Example, ...]
@@ -40,10 +41,11 @@ class ShapedRows:
     ignored_columns: tuple[str, ...]
     dropped_at: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    sources: tuple[SourceRows, ...] = ()
 
 
 def shape_rows(
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     columns: Mapping[str, str] | None = None,
     ignored: Collection[str] = (),
     *,
@@ -84,7 +86,7 @@ def shape_rows(
             account.places.setdefault(reason, example.where)
         else:
             examples.append(example)
-    account.refuse(len(rows), finder.missing() if named else [])
+    account.refuse(finder.missing() if named else [])
     for reason, fault in account.wrong.items():
         dropped[reason] += fault.rows
         account.places.setdefault(reason, fault.places[0])
@@ -134,11 +136,11 @@ class _Account:
     places: dict[str, str] = field(default_factory=dict)
     wrong: dict[str, _Fault] = field(default_factory=dict)
 
-    def refuse(self, rows: int, missing: Sequence[str]) -> None:
+    def refuse(self, missing: Sequence[str]) -> None:
         """Refuse the file where rows are made wrongly, or more than half of them are unusable: equal lines as one."""
         found = [fault for fault in self.wrong.values() if fault.refuses]
         unusable = sum(fault.rows for fault in self.wrong.values())
-        if not found and 2 * unusable > rows:
+        if not found and unusable > self.shapes.total():
             found = list(self.wrong.values())
         hints, lines = [fault.hint for fault in found], [str(fault) for fault in found]
         if missing:

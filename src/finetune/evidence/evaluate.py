@@ -26,8 +26,9 @@ from finetune.intervals import difference_interval, mean_interval, wilson_interv
 from finetune.ports import Session
 from finetune.records import Question, Scores, TokenizedRow
 from finetune.run.folder import RunFolder
-from finetune.training.prepare import Prepared, read_shaped
+from finetune.training.prepare import Prepared
 from finetune.training.questions import trained_questions
+from finetune.training.rows import read_shaped
 
 MOST_ROWS = 512
 """So many rows are asked where nothing else is said."""
@@ -75,8 +76,8 @@ def evaluate(
     if limit < 1:
         raise UsageError(f"limit is {limit}: no row would be asked", hint="name how many rows are to be asked")
     data = str(data)
-    settings = load_plan(folder.plan).config.data.model_copy(update={"valid": data})
-    shaped = read_shaped(settings, "valid")
+    settings = load_plan(folder.plan).config
+    shaped = read_shaped(settings, "valid", (data,))
     prepared, session = reopen(Path(run))
     rows, overlap = _unseen(prepared, shaped.examples, limit)
     notes = [*(f"{data}: {note}" for note in shaped.notes), *overlap.sentences(data), *_unread(shaped, data)]
@@ -125,10 +126,12 @@ def _unseen(prepared: Prepared, examples: Sequence[Example], limit: int) -> tupl
     """
     data = prepared.plan.config.data
     learned, _ = hold_out(
-        read_shaped(data, "train").examples, data.valid_fraction or 0.0, prepared.plan.config.training.seed
+        read_shaped(prepared.plan.config, "train").examples,
+        data.valid_fraction or 0.0,
+        prepared.plan.config.training.seed,
     )
     if data.rehearsal is not None:
-        learned += read_shaped(data, "rehearsal").examples
+        learned += read_shaped(prepared.plan.config, "rehearsal").examples
     overlap = find_overlap(examples, learned)
     twins, compared = list(overlap.twins), set(overlap.compared)
     known = {twin.row for twin in twins}

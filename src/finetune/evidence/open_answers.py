@@ -20,7 +20,8 @@ from finetune.evidence.answers import normalise
 from finetune.evidence.budget import Prices
 from finetune.ports import Session
 from finetune.records import Batch, Conversation, Document, TokenizedRow
-from finetune.training.prepare import Prepared, read_shaped
+from finetune.training.prepare import Prepared
+from finetune.training.rows import read_shaped
 
 CHOICES = 4
 """Among how many answers a row's own must be the likeliest."""
@@ -260,7 +261,9 @@ def open_questions(prepared: Prepared) -> OpenQuestions:
 
 def _neutral(prepared: Prepared) -> Sequence[Example]:
     data = prepared.plan.config.data
-    own = read_shaped(data, "retention") if data.retention else shape_rows(read_rows(data_path(NEUTRAL)))
+    own = (
+        read_shaped(prepared.plan.config, "retention") if data.retention else shape_rows(read_rows(data_path(NEUTRAL)))
+    )
     return [each for each in own.examples if not data.retention or each.where in prepared.overlaps["retention"].unseen]
 
 

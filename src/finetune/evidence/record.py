@@ -16,11 +16,12 @@ from finetune.config.derive import derived_learning_rate
 from finetune.criteria.advice import RunFacts, advise
 from finetune.criteria.evidence import ControlEvidence, Evidence
 from finetune.criteria.judge import overall
-from finetune.data.shipped import FOLDER, data_path
+from finetune.data.shipped import FOLDER
+from finetune.data.sources import files_of
 from finetune.data.survey import shared_text, system_prompt
 from finetune.events import Event, FixedLoss, HeldOutLoss, RunLengthened, RunResumed, RunStarted, StepDone
 from finetune.evidence.asked import Asked
-from finetune.files import describe_file, file_hash
+from finetune.files import describe_file, files_hash
 from finetune.memory.estimate import weight_bytes
 from finetune.models.quantize import kept_in_full, say_quantized
 from finetune.models.shape import weight_files
@@ -132,7 +133,7 @@ def run_owner(prepared: Prepared, libraries: Mapping[str, str]) -> Owner:
     told |= {key: value for key, value in machine().items() if key in ("system", "processor", "cores")}
     identity = settings | {f"model {file['path']}": file["sha256"] for file in base_files(prepared.location)}
     named = ((key, getattr(prepared.plan.config.data, key)) for key in ("train", "valid", "rehearsal", "retention"))
-    identity |= {f"data.{key} file": file_hash(data_path(name)) for key, name in named if name}
+    identity |= {f"data.{key} file": files_hash(files_of(name)) for key, name in named if name}
     if start := start_of(prepared.plan.config):
         identity["the adapter to go on from"] = start.sha256
     identity["template"] = hashlib.sha256(prepared.encoder.source.jinja.encode()).hexdigest()

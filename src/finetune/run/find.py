@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import load_plan
+from finetune.data.sources import shown_names
 from finetune.errors import FineTuneError, OutputError
 from finetune.events import RunStarted
 from finetune.run.checkpoints import CheckpointStore
@@ -121,7 +122,13 @@ def _summary(path: Path) -> RunSummary:
         newest = CheckpointStore(run.checkpoints).newest()
         note = f"step {newest} is saved" if newest else "no checkpoint"
         return RunSummary(
-            path.name, path, config.model.path, config.data.train or "shipped:facts", "unfinished", begun, note
+            path.name,
+            path,
+            config.model.path,
+            shown_names(config.data.train or "shipped:facts"),
+            "unfinished",
+            begun,
+            note,
         )
     except (FineTuneError, OSError) as error:
         note = error.message if isinstance(error, FineTuneError) else str(error)

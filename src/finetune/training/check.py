@@ -10,7 +10,8 @@ from finetune.config import LoadedConfig, ModelAndDataFacts, resolve
 from finetune.data.shipped import FACTS
 from finetune.errors import ConfigError, FineTuneError, Problem
 from finetune.models.locate import locate_model
-from finetune.training.prepare import Prepared, adapter_target, planned_shape, prepare, read_shaped
+from finetune.training.prepare import Prepared, adapter_target, planned_shape, prepare
+from finetune.training.rows import read_shaped
 
 T = TypeVar("T")
 
@@ -33,9 +34,10 @@ def find_problems(loaded: LoadedConfig) -> tuple[list[Problem], Prepared | None]
 
     rows = 0
     data = config.data if config.data.train else config.data.model_copy(update={"train": FACTS})
+    read = config.model_copy(update={"data": data})
     for key in ("train", "valid", "rehearsal", "retention"):
         if getattr(data, key) is not None:
-            shaped = attempt(f"data.{key}", lambda key=key: read_shaped(data, key))  # type: ignore[misc]
+            shaped = attempt(f"data.{key}", lambda key=key: read_shaped(read, key))  # type: ignore[misc]
             rows = len(shaped.examples) if shaped is not None and key == "train" else rows
     location = attempt("model.path", lambda: locate_model(config.model.path, revision=config.model.revision))
     if location is None:

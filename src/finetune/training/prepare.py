@@ -20,18 +20,16 @@ from finetune.config import (
     resolve_steps,
     resolve_training,
 )
-from finetune.config.schema import DataSpec
 from finetune.data.batches import fixed_batches, sequences_of
 from finetune.data.facts import deranged
 from finetune.data.overlap import Overlap, find_overlap
-from finetune.data.read import read_rows
-from finetune.data.shape import Example, ShapedRows, shape_rows
-from finetune.data.shipped import FACTS, REHEARSAL, RETENTION, data_path
+from finetune.data.shape import Example, ShapedRows
+from finetune.data.sources import SourceRows, shown_names
 from finetune.data.split import hold_out
 from finetune.data.survey import AnswerKind, answer_kind, survey_repeats
 from finetune.errors import ConfigError, DataError, ModelError, Problem, counted
 from finetune.memory.estimate import adapter_parameters, weight_bytes
-from finetune.models.locate import SHIPPED, locate_model
+from finetune.models.locate import locate_model
 from finetune.models.quantize import kept_in_full, quantize_shape, refuse_schemes, say_quantized
 from finetune.models.shape import read_config, read_shape
 from finetune.records import (
@@ -45,6 +43,7 @@ from finetune.records import (
 )
 from finetune.training.loop import steps_per_epoch
 from finetune.training.questions import retention_questions, trained_questions, unseen_rows, without_trained
+from finetune.training.rows import data_files, read_noted, with_data
 
 _MOST_STEPS = 10**9
 FEWEST_UNSEEN = 16
@@ -71,6 +70,7 @@ class Prepared:
     total_steps: int
     overlaps: Mapping[str, Overlap]
     files: tuple[Path, ...]
+    sources: tuple[SourceRows, ...]
     notes: tuple[str, ...]
 
     @property
@@ -100,9 +100,9 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     """
     location = locate_model(loaded.config.model.path, revision=loaded.config.model.revision)
     shape = planned_shape(loaded.config, location)
-    loaded = _with_shipped_data(loaded)
     notes = _quantized_notes(loaded.config, shape)
-    shaped = _read(loaded.config.data, "train", notes)
+    loaded = with_data(loaded, notes)
+    shaped = read_noted(loaded.config, "train", notes)
     tokenizer = FileTokenizer(location.folder, loaded.config.tokens.learned)
     facts = ModelAndDataFacts(shape.context_length, tokenizer.chat_template is not None, len(shaped.examples))
     plan = resolve(loaded, facts)
@@ -113,11 +113,11 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     train = encoder.encode(replace(shaped, examples=tuple(kept)), plan)
     if not train.rows:
         raise DataError(
-            f"no row of {config.data.train} is left to train on: {train.counts.dropped}",
+            f"no row of {shown_names(config.data.train or '')} is left to train on: {train.counts.dropped}",
             hint="raise tokens.max_length, or look at what the rows hold",
         )
     notes += learned_notes(tokenizer, train.rows)
-    rehearsed = _read(config.data, "rehearsal", notes)
+    rehearsed = read_noted(config, "rehearsal", notes)
     rehearsal = encoder.encode(rehearsed, plan) if config.data.rehearsal else None
     learned = [*kept, *rehearsed.examples]
     held, seen, held_out = _hold_out(encoder, plan, split, learned, notes)
@@ -126,12 +126,11 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     questions = trained_questions(encoder, conversations, plan, count=config.evaluation.questions)
     answers = _answers(config, kept, questions, notes)
     unseen = unseen_rows(encoder, held.examples, held_out, seen) if held_out and answers == "open" else ()
-    kept_rows = _read(config.data, "retention", notes).examples
+    kept_rows = read_noted(config, "retention", notes).examples
     known = find_overlap(kept_rows, learned)
     retention = retention_questions(encoder, kept_rows, known, plan, notes)
     _check_ids(shape, encoder, (train, rehearsal, held_out), retention)
     plan, total = with_steps(plan, shape, train.rows + (rehearsal.rows if rehearsal else ()))
-    files = [config.data.train, config.data.valid, config.data.rehearsal, config.data.retention]
     return Prepared(
         plan=plan,
         location=location,
@@ -148,7 +147,8 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         retention=retention,
         total_steps=total,
         overlaps={"valid": seen, "retention": known},
-        files=tuple(data_path(name) for name in files if name),
+        files=data_files(config),
+        sources=shaped.sources,
         notes=tuple(notes),
     )
 
@@ -247,43 +247,10 @@ def packed_sample(prepared: Prepared) -> Batch | None:
     return Batch(shared, (len(shared),)) if shared else None
 
 
-def _with_shipped_data(loaded: LoadedConfig) -> LoadedConfig:
-    """Without data of one's own: the shipped facts, with rehearsal and retention for the models that know them."""
-    if loaded.config.data.train is not None:
-        return loaded
-    data = {"train": FACTS}
-    if loaded.config.model.path in SHIPPED:
-        data |= {"rehearsal": REHEARSAL, "retention": RETENTION}
-    data = {key: value for key, value in data.items() if getattr(loaded.config.data, key) is None}
-    config = loaded.config.model_copy(update={"data": loaded.config.data.model_copy(update=data)})
-    return LoadedConfig(config, {**loaded.origins, **{f"data.{key}": "derived" for key in data}})
-
-
-def read_shaped(data: DataSpec, key: str) -> ShapedRows:
-    """The rows of `data.train` or another such setting; what `data.columns` names must be in the training rows."""
-    train = key == "train"
-    rows = read_rows(data_path(str(getattr(data, key))), limit=data.limit if train else None)
-    return shape_rows(rows, data.columns, data.ignore_columns or (), named=train)
-
-
-def _read(data: DataSpec, key: str, notes: list[str]) -> ShapedRows:
-    """The rows of a file, and notes on them; none where none is named."""
-    name = getattr(data, key)
-    if name is None:
-        return ShapedRows((), {}, {}, ())
-    shaped = read_shaped(data, key)
-    notes += [f"{name}: {note}" for note in shaped.notes]
-    if shaped.ignored_columns:
-        notes.append(f"{name}: columns that were not read: {', '.join(shaped.ignored_columns)}")
-    if data.limit is not None and key == "train":
-        notes.append(f"{name}: only the first {counted(data.limit, 'row', 'was/were')} read (data.limit)")
-    return shaped
-
-
 def _held_out_examples(config: TrainingConfig, split: list[Example], notes: list[str]) -> ShapedRows:
     """The rows to measure on: a file of their own, or those held out of training."""
     if config.data.valid is not None:
-        return _read(config.data, "valid", notes)
+        return read_noted(config, "valid", notes)
     if split:
         held = counted(len(split), "row", "was/were")
         notes.append(f"{held} held out of training to measure the loss on (data.valid_fraction)")
@@ -295,7 +262,7 @@ def _hold_out(
 ) -> tuple[ShapedRows, Overlap, Encoded | None]:
     """The rows to measure on, less what is trained on, as examples and as ids; and what training repeats of them."""
     config = plan.config
-    name = f"data.valid ({config.data.valid})" if config.data.valid else "held-out rows"
+    name = f"data.valid ({shown_names(config.data.valid)})" if config.data.valid else "held-out rows"
     held, seen = without_trained(_held_out_examples(config, split, notes), learned, name, notes)
     held_out = encode_held_out(encoder, plan, held)
     if not (held_out and held_out.rows):
@@ -310,7 +277,7 @@ def _answers(
 ) -> AnswerKind:
     """Whether answers are exact or open, as configured or as the rows show; what they repeat is noted."""
     repeats = survey_repeats(kept)
-    notes += repeats.notes(str(config.data.train))
+    notes += repeats.notes(shown_names(config.data.train or ""))
     if config.judge.answers != "auto":
         return config.judge.answers
     # However often they come again, none may be short enough to be compared word for word.

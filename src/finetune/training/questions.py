@@ -10,6 +10,7 @@ from finetune.chat.fit import Encoded
 from finetune.config import Plan
 from finetune.data.overlap import Overlap, find_overlap
 from finetune.data.shape import Example, ShapedRows
+from finetune.data.sources import shown_names
 from finetune.errors import counted
 from finetune.records import Conversation, Document, Question
 
@@ -61,7 +62,7 @@ def retention_questions(
     encoder: Encoder, examples: Iterable[Example], overlap: Overlap, plan: Plan, notes: list[str]
 ) -> tuple[Question, ...]:
     """The questions whose answers the model must keep, less those that are trained on."""
-    name = str(plan.config.data.retention)
+    name = shown_names(plan.config.data.retention or "")
     notes += overlap.sentences(f"data.retention ({name})")
     conversations, refused = encoder.asked([each for each in examples if each.where in overlap.unseen])
     if refused:

@@ -14,7 +14,7 @@ from finetune.config.resolve import Plan
 from finetune.config.schema import TrainingConfig
 from finetune.ports import Session
 from finetune.records import AdapterTarget, Batch, ModelShape, Optimization
-from finetune.training import prepare
+from finetune.training import prepare, rows
 from finetune.verify.faults.fault import fault, in_place_of, plant, planted_by
 from finetune.verify.faults.sessions import plant_session
 
@@ -47,7 +47,7 @@ def _clipping_not_wired(right: Doing, session: Session, optimization: Optimizati
 @fault("A002d", "config.limit_not_wired")
 def _limit_not_wired() -> None:
     """The number of rows to read is read and never passed on."""
-    plant(prepare, "read_rows", lambda right, path, *, limit=None: right(path))
+    plant(rows, "SourcedRows", lambda right, names, **given: right(names, **{**given, "limit": None}))
 
 
 @fault("A002e", "config.accumulation_not_wired")

@@ -11,7 +11,7 @@ from finetune.chat import encoder, fit
 from finetune.chat.encode import Marked
 from finetune.chat.fit import Encoded
 from finetune.chat.tokenizer import FileTokenizer
-from finetune.data import overlap, shape
+from finetune.data import overlap, shape, sources
 from finetune.data.columns import ColumnFinder, Layout
 from finetune.data.overlap import Overlap
 from finetune.data.shape import Example
@@ -108,10 +108,10 @@ def _only_full_batches(right: Dealing, rows: Sequence[TokenizedRow], batch_size:
 
 
 @fault("A027b", "data.sorted_by_columns", "mlx-lm 0.32.2")
-@in_place_of("read_rows", prepare)
-def _fewer_columns_first(right: Callable[..., list[Row]], path: Path, **named: object) -> list[Row]:
+@in_place_of("iter_rows", sources)
+def _fewer_columns_first(right: Callable[..., Iterable[Row]], path: Path) -> list[Row]:
     """Rows with fewer columns come first."""
-    return sorted(right(path, **named), key=lambda row: len(row.values))
+    return sorted(right(path), key=lambda row: len(row.values))
 
 
 @fault("A029", "data.same_order_every_epoch", "transformers #4398")
