@@ -1,17 +1,21 @@
 """What a training run tells while it goes; progress bar, log, checkpoints and report listen."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
 
 @dataclass(frozen=True, slots=True)
 class RunStarted:
-    """A run began: when (ISO 8601, UTC), the command that repeats it, and an id that no other run has."""
+    """A run began: when (ISO 8601, UTC), the command that repeats it, and an id that no other run has.
+
+    `made_from`: of what its base was made, where that lies in the cache.
+    """
 
     started: str
     command: str
     id: str = ""
+    made_from: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

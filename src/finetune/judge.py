@@ -14,7 +14,7 @@ from finetune.criteria.judge import judge, overall
 from finetune.errors import ModelError, UsageError
 from finetune.evidence.observe import learning_evidence, loss_evidence, observe, open_evidence
 from finetune.evidence.saved import open_model
-from finetune.export.import_gguf import with_model_folder
+from finetune.export.cached import with_model_folder
 from finetune.memory.estimate import sides
 from finetune.models.shape import read_shape
 from finetune.records import ModelLocation, Outcome, Verdict

@@ -4,6 +4,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import Any
@@ -35,7 +36,7 @@ from finetune.evidence.packing_check import check_packing
 from finetune.evidence.record import run_owner, run_record
 from finetune.evidence.saved import save_trained
 from finetune.evidence.starting import with_start
-from finetune.export.import_gguf import with_model_folder
+from finetune.export.cached import made_from, with_model_folder
 from finetune.files import describe_file, write_folder, write_json, write_text
 from finetune.objectives import choose_objective
 from finetune.ports import Session
@@ -90,6 +91,7 @@ def fine_tune(
     loaded = with_model_folder(loaded, tell=lambda words: listener(PhaseStarted("import", words)))
     listener(PhaseStarted("prepare", f"{loaded.config.model.path}"))
     prepared = prepare(resolve_processes(loaded, group.size, resume=bool(resume)))
+    started = replace(started, made_from=made_from(prepared.location.folder))
     planned, prepared = (prepared, lengthen(prepared, resume)) if isinstance(resume, Longer) else (None, prepared)
     if not group.rank:
         _tell_beforehand(prepared, listener)

@@ -13,7 +13,7 @@ from finetune.cli.app import run
 from finetune.data.shape import shape_rows
 from finetune.evidence.reopen import compare, reopen
 from finetune.evidence.saved import prepare_again
-from finetune.records import Row
+from finetune.records import Conversation, Message, Row
 from finetune.run.folder import RunFolder
 from finetune.train import fine_tune
 from support.workplace import make_model, settings, without_reload_check
@@ -118,6 +118,27 @@ def chat(learned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         return told.out.replace("> ", "").splitlines(), told.err, list(asked)
 
     return talk
+
+
+@pytest.fixture
+def chat_ids(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Has `ft chat` ask one question of a run: what it tells, and the ids of the question, if it came to that."""
+    generate, asked = ReferenceSession.generate, []
+
+    def listen(self: ReferenceSession, prompts: Any, *given: Any) -> Any:
+        asked.extend(map(tuple, prompts))
+        return generate(self, prompts, *given)
+
+    monkeypatch.setattr(ReferenceSession, "generate", listen)
+
+    def ask(place: Path, *words: str) -> tuple[str, tuple[int, ...]]:
+        asked.clear()
+        capsys.readouterr()
+        code = run(["chat", str(place), "--max-new-tokens", "1", *words])
+        assert code == (0 if asked else 3)
+        return capsys.readouterr().err, asked[0] if asked else ()
+
+    return ask
 
 
 def ids_of(learned: Path, *turns: dict[str, Any], system: str = SYSTEM, tools: Any = TOOLS) -> tuple[int, ...]:
@@ -228,6 +249,10 @@ BAD: dict[str, tuple[list[str], dict[str, Any], list[str]]] = {
         ["--system", "begins with a system prompt"],
     ),
     "two questions": (["--prompt", "a"], {"messages": [user("b")]}, ["--prompt", "ends with a question"]),
+    "variables are no JSON": (["--variables", "mood=sad"], {}, ["--variables", "no JSON object", "enable_thinking"]),
+    "variables are a list": (["--variables", "[1]"], {}, ["--variables", "no JSON object"]),
+    "a variable that is no number": (["--variables", '{"a": NaN}'], {}, ["--variables"]),
+    "messages as a variable": (["--variables", '{"messages": []}'], {}, ["--variables", "chat_template_kwargs"]),
     "all at once": (["--ask", "q", "--top-p", "7"], {"tools": "x"}, ["--ask", "--top-p 7", "broken JSON"]),
 }
 
@@ -258,6 +283,48 @@ def test_run_whose_rows_differ_is_asked_without_and_says_so(
     (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
     assert run([*asked, "--tools", str(tmp_path / "tools.json")]) == 3
     assert "template 'chatml' does not show tools" in capsys.readouterr().err
+
+
+MOODS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'user' and mood %}"
+    "{{ mood ~ level ~ ' ' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+GLAD = ({"mood": "glad", "level": 2}, {"level": 2, "mood": "glad"})
+
+
+@pytest.mark.parametrize("given", [GLAD, ({"mood": "glad"}, {"mood": "sad"})], ids=["all the same", "different"])
+def test_chat_asks_with_the_variables_that_all_rows_share(
+    given: tuple[dict[str, Any], ...], tmp_path: Path, chat_ids: Callable[..., Any]
+) -> None:
+    """Where all rows have the same `chat_template_kwargs`, a chat is asked with those; others take their place."""
+    rows = [
+        {"messages": [user(f"q{n}"), {"role": "assistant", "content": "a"}], "chat_template_kwargs": each}
+        for n, each in enumerate(given)
+    ]
+    (tmp_path / "moods.jinja").write_text(MOODS, encoding="utf-8")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    changes = {"template__name": str(tmp_path / "moods.jinja"), "training__max_steps": 1}
+    with without_reload_check():
+        fine_tune(settings(make_model(tmp_path / "model"), data, **changes), output=tmp_path / "run")
+    encoder = prepare_again(RunFolder(tmp_path / "run")).encoder
+    trained = prepare_again(RunFolder(tmp_path / "run")).train.rows[0].ids
+
+    def asked(variables: str) -> tuple[int, ...]:
+        return encoder.prompt_ids(Conversation((Message("user", "q0"),), "here", variables=variables))
+
+    err, ids = chat_ids(tmp_path / "run", "--prompt", "q0")
+    if given is GLAD:
+        assert ids == asked(json.dumps(GLAD[0])) == trained[: len(ids)]
+        assert 'with template variables: {"level": 2, "mood": "glad"} (--variables changes that)' in err
+    else:
+        assert ids == asked("") != trained[: len(ids)]
+        assert "2 training rows have template variables, in 2 wordings: --variables gives one" in err
+    err, ids = chat_ids(tmp_path / "run", "--prompt", "q0", "--variables", '{"mood": "sad"}')
+    assert (ids, "--variables" in err) == (asked('{"mood": "sad"}'), False)
+    assert chat_ids(tmp_path / "run", "--prompt", "q0", "--variables", "")[1] == asked("")
+    assert "reads no variable 'other'" in chat_ids(tmp_path / "run", "--prompt", "q0", "--variables", '{"other": 1}')[0]
 
 
 SYSTEMS: list[list[dict[str, str]]] = [

@@ -24,9 +24,10 @@ from finetune.chat.catalog import CHATML
 from finetune.errors import DeploymentError, OutputError, StorageError, TemplateError
 from finetune.evidence.drift import Bound
 from finetune.export.gguf_source import exportable_run
+from finetune.records import Conversation, Message
 from finetune.run.folder import RunFolder
 from finetune.serve import deploy, recipe
-from finetune.serve.deploy import deploy_llama_cpp, deploy_ollama
+from finetune.serve.deploy import Deployed, deploy_llama_cpp, deploy_ollama
 from finetune.serve.expected import prepare_serving_check
 from finetune.serve.llama_server import LlamaServer, llama_server
 from finetune.serve.ollama import Ollama
@@ -319,6 +320,35 @@ def test_template_that_takes_a_servers_variable_otherwise_is_refused(tmp_path: P
         prepare_serving_check(tmp_path / "without", found["without"], today=date(2026, 1, 1))
     assert "template.variables" in told.value.hint
     assert prepare_serving_check(tmp_path / "with", found["with"], today=date(2026, 1, 1)).prompts
+
+
+def test_variables_that_all_rows_share_are_asked_with(tmp_path: Path) -> None:
+    """A server is asked with the `chat_template_kwargs` of all rows, which is told, and without them asks otherwise."""
+    made, asks = CHATML.jinja, "{{- '<|im_start|>assistant"
+    (tmp_path / "moods.jinja").write_text(made.replace(asks, f"{{{{- mood ~ level if mood -}}}}{asks}"))
+    given = {"level": 2, "mood": "glad"}
+    turns = [{"role": "user", "content": "Say 1"}, {"role": "assistant", "content": "1"}]
+    row = json.dumps({"messages": turns, "chat_template_kwargs": given})
+    (tmp_path / "rows.jsonl").write_text(f"{row}\n{row}\n")
+    quick = ["judge.control=never", "judge.memory=never", "training.max_steps=1", "template.name=moods.jinja"]
+    words = ("--backend", "reference", "--data", "rows.jsonl", "--output", "run")
+    done = ft("train", *words, *(w for key in quick for w in ("--set", key)), cwd=tmp_path)
+    assert done.returncode in (0, 1, 4), done.stderr
+    seen: list[tuple[int, ...]] = []
+
+    def ask(_: Deployed, server: LlamaServer) -> None:
+        seen.extend(server.rendered_ids(turns[:1], variables) for variables in (given, None))
+
+    deployed = deploy_llama_cpp(tmp_path / "run", outtype="f32", serve=ask)
+    assert {check.stage for check in deployed.checks} >= {"template", "answers"}
+    assert "were not compared" not in " ".join(deployed.notes)
+    assert f"ask it with chat_template_kwargs {json.dumps(given)}" in " ".join(deployed.notes)
+    exportable = exportable_run(tmp_path / "run", open_backend)
+    check = prepare_serving_check(tmp_path / "run", exportable)
+    assert [each.prompt.ids for each in check.questions] == [seen[0]] * 2
+    assert seen[0] != seen[1]
+    # In Ollama's language there are none: they are written into the template that is made for it.
+    assert "glad2" in check.render(Conversation((Message("user", "a"),), "here"))
 
 
 def test_deploy_refuses_before_it_writes(run: Path, ollama: StandIn) -> None:

@@ -36,6 +36,14 @@ Tools = Annotated[
         help="A JSON list of tools, as in a row's tools; '' for none. Default: those of all training rows.",
     ),
 ]
+Variables = Annotated[
+    str | None,
+    typer.Option(
+        "--variables",
+        metavar="JSON",
+        help="Template variables, as a row's chat_template_kwargs; '' for none. Default: those of all training rows.",
+    ),
+]
 Messages = Annotated[
     Path | None,
     typer.Option(
@@ -61,6 +69,7 @@ def command(
     ask: OldPrompt = None,
     system: System = None,
     tools: Tools = None,
+    variables: Variables = None,
     messages: Messages = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -70,10 +79,10 @@ def command(
     """Talk to the fine-tuned model of a run; one line a question, an empty line or end of input leaves.
 
     At a terminal the conversation goes on: `/reset` begins anew, `/tool TEXT` gives a tool's result. Elsewhere each
-    question stands alone, with the same system prompt, tools and messages to begin with. Thoughts and calls are shown
-    as the model writes them.
+    question stands alone, with the same system prompt, tools, variables and messages to begin with. Thoughts and calls
+    are shown as the model writes them.
     """
-    from finetune.data.opening import read_messages, read_tools
+    from finetune.data.opening import read_messages, read_tools, read_variables
     from finetune.evidence.talk import open_chat, talker
 
     problems: list[UsageError] = []
@@ -81,13 +90,14 @@ def command(
         problems.append(UsageError("--ask is called --prompt now", hint="write --prompt"))
     choose = _tried(problems, lambda: _choice(temperature, top_p, seed))
     known = _tried(problems, lambda: read_tools(Path(tools)) if tools else tools)
+    given = _tried(problems, lambda: read_variables(variables) if variables else variables)
     begun = _tried(problems, lambda: read_messages(messages) if messages else ()) or ()
     if system and begun and begun[0].role == "system":
         problems.append(UsageError(f"--system, and {messages} begins with a system prompt", hint="give one of them"))
     if prompt is not None and begun and begun[-1].role in ("user", "tool"):
         problems.append(UsageError(f"--prompt, and {messages} ends with a question", hint="give one of them"))
     _raise_all(problems)
-    opening = open_chat(run, begun, system if system is None else _readable(system), known)
+    opening = open_chat(run, begun, system if system is None else _readable(system), known, given)
     for note in opening.notes:
         say(note)
     question = Message("user", "question" if prompt is None else _readable(prompt))

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from finetune.cli.console import print_examined, say
-from finetune.cli.options import AsJson, named_outtype
+from finetune.cli.options import AsJson, named_outtype, with_base
 from finetune.errors import ModelError, OutputError
 
 Source = Annotated[str, typer.Argument(metavar="RUN", help="A run; or a model: shipped name, folder, hub id.")]
@@ -56,7 +56,7 @@ def _named(source: str) -> str:
         found = find_run(source)
     except OutputError:
         return source
-    return str(found) if is_run(found) else source
+    return str(with_base(found)) if is_run(found) else source
 
 
 def _near_run(source: str) -> str:

@@ -26,10 +26,18 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print every verd
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
+def with_base(run: Path) -> Path:
+    """A run whose base is there: one that was made in the cache and is gone is made again."""
+    from finetune.cli.console import say
+    from finetune.export import cached
+
+    return cached.with_base(run, tell=say)
+
+
 def _named_run(name: str) -> Path:
     from finetune.run.find import find_run
 
-    return find_run(name)
+    return with_base(find_run(name))
 
 
 RunPath = Annotated[
@@ -98,7 +106,7 @@ class ConfigOptions(NamedTuple):
         from finetune.cli.console import say
         from finetune.config import load_config, parse_assignments
         from finetune.evidence.starting import with_start
-        from finetune.export.import_gguf import with_model_folder
+        from finetune.export.cached import with_model_folder
 
         given = {name: value for name, value in self._asdict().items() if value is not None}
         if len(sources := given.pop("data", [])):

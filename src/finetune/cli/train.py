@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune.cli.console import data_console, exit_code, print_json, say
-from finetune.cli.options import AsJson, ConfigFile, ConfigOptions, Verbose, named_outtype, with_settings
+from finetune.cli.options import (
+    AsJson,
+    ConfigFile,
+    ConfigOptions,
+    Verbose,
+    named_outtype,
+    with_base,
+    with_settings,
+)
 from finetune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -68,7 +76,7 @@ def command(
     if resume:
         output = _run_to_resume(config, output)
         config, longer = None, settings.longer() or True
-        plan = load_plan(RunFolder.unfinished(output, longer=longer is not True).plan)
+        plan = load_plan(RunFolder(with_base(RunFolder.unfinished(output, longer=longer is not True).path)).plan)
         loaded = LoadedConfig(plan.config, plan.origins)
     else:
         loaded = settings.load(config)

@@ -209,7 +209,13 @@ def _data(prepared: Prepared) -> dict[str, Any]:
         # With these a model is asked as it was trained.
         "system": asdict(shared_text([system_prompt(each) for each in prepared.conversations])),
         "tools": asdict(shared_text([each.tools for each in prepared.conversations])),
+        "variables": asdict(shared_text([_sorted(each.variables) for each in prepared.conversations])),
     }
+
+
+def _sorted(variables: str) -> str:
+    """Variables in one order: the same ones are the same text."""
+    return json.dumps(json.loads(variables), sort_keys=True, ensure_ascii=False) if variables else ""
 
 
 def data_files(prepared: Prepared) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ class ChatOpening:
 
     messages: tuple[Message, ...]
     tools: str
+    variables: str = ""
     notes: tuple[str, ...] = ()
 
     @property
@@ -31,7 +32,7 @@ class ChatOpening:
 
     def followed_by(self, *turns: Message) -> Conversation:
         """The conversation that goes on with these turns."""
-        return Conversation((*self.messages, *turns), "question", self.tools)
+        return Conversation((*self.messages, *turns), "question", self.tools, self.variables)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +43,16 @@ class ChatAnswer:
     ended: bool
 
 
-def open_chat(path: Path, messages: tuple[Message, ...], system: str | None, tools: str | None) -> ChatOpening:
+def open_chat(
+    path: Path, messages: tuple[Message, ...], system: str | None, tools: str | None, variables: str | None = None
+) -> ChatOpening:
     """What a chat with a finished run begins with; what is not given is what all of its training rows have.
 
     Args:
         messages: those to begin with; they may have a system prompt of their own.
         system: the system prompt, "" for none.
         tools: a JSON list, "" for none.
+        variables: a JSON object of what the template is given besides, "" for none.
 
     Raises:
         FineTuneError: the run is not finished.
@@ -59,8 +63,10 @@ def open_chat(path: Path, messages: tuple[Message, ...], system: str | None, too
         system = _as_trained(data.get("system"), "--system", "a system prompt", notes)
     if tools is None:
         tools = _as_trained(data.get("tools"), "--tools", "tools", notes)
+    if variables is None:
+        variables = _as_trained(data.get("variables"), "--variables", "template variables", notes)
     first = (Message("system", system),) if system else ()
-    return ChatOpening((*first, *messages), tools, tuple(notes))
+    return ChatOpening((*first, *messages), tools, variables, tuple(notes))
 
 
 def _as_trained(shared: Any, option: str, what: str, notes: list[str]) -> str:
@@ -69,7 +75,7 @@ def _as_trained(shared: Any, option: str, what: str, notes: list[str]) -> str:
         return ""
     text, rows = str(shared["text"]), shared["rows"]
     if text:
-        shown = text if option == "--system" else ", ".join(_names(text))
+        shown = ", ".join(_names(text)) if option == "--tools" else text
         shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
         notes.append(f"asked as all {rows} training rows are, with {what}: {shown} ({option} changes that)")
     elif rows:

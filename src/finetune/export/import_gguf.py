@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +19,10 @@ from numpy.typing import NDArray
 from finetune.chat.encoder import Encoder
 from finetune.chat.sandbox import compile_template
 from finetune.chat.tokenizer import FileTokenizer
-from finetune.config import LoadedConfig
 from finetune.errors import (
     EvidenceError,
     ExportError,
     MissingExtraError,
-    ModelError,
     OutputError,
     TemplateError,
     install_line,
@@ -39,13 +37,11 @@ from finetune.export.import_tokenizer import ImportedTokenizer, read_tokenizer
 from finetune.export.llama_cpp import Answers, Questions, ask_llama_cpp
 from finetune.export.merged_folder import older_names
 from finetune.export.model_files import Dtype, ModelFiles
-from finetune.export.new_tokens import with_new_tokens
 from finetune.export.pre_tokenizer import ASCII_ONLY
 from finetune.export.read_back import Check, rounding
 from finetune.export.sources import Files
 from finetune.files import check_space, describe_files, file_hash, make_folder, write_folder
 from finetune.models.gguf_file import GgufFile, read_gguf
-from finetune.models.locate import locate_model
 from finetune.models.shape import weight_files
 from finetune.records import Conversation, Message, ModelLocation
 from finetune.report.card import CARD
@@ -315,37 +311,3 @@ def _require_passed(check: Check) -> Check:
             hint="this is a fault of FineTune, or the file is odd: please report it with the file's name",
         )
     return check
-
-
-def with_model_folder(loaded: LoadedConfig, *, tell: Teller) -> LoadedConfig:
-    """The same configuration, whose model is a folder that can be trained as it is.
-
-    A GGUF file is imported, and a model that lacks tokens which are to be learned is written anew with them.
-
-    Raises:
-        FineTuneError: as `import_gguf` and `with_new_tokens`.
-    """
-    config = loaded.config
-    if not config.model.path.lower().endswith(".gguf"):
-        return with_new_tokens(loaded, tell=tell)
-    folder = imported_folder(Path(config.model.path).expanduser(), tell=tell)
-    model = config.model.model_copy(update={"path": str(folder)})
-    return with_new_tokens(replace(loaded, config=config.model_copy(update={"model": model})), tell=tell)
-
-
-def imported_folder(source: Path, *, tell: Teller) -> Path:
-    """The folder of a GGUF file's model in the cache, where it is imported once for as long as the file is the same.
-
-    Raises:
-        FineTuneError: as `import_gguf`.
-    """
-    if not source.is_file():
-        raise ModelError(f"model {str(source)!r} does not exist", hint="name a GGUF file, a model folder or a hub id")
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(home).expanduser() / "finetune" / "imported" / f"{source.stem}-{file_hash(source)[:16]}"
-    if not folder.exists():
-        tell(f"importing {source} into {folder} (once; again only when the file changes)")
-        import_gguf(source, output=folder, tell=tell)
-    else:
-        tell(f"{source} was imported before, into {folder}")
-    return locate_model(str(folder)).folder

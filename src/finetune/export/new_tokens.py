@@ -21,11 +21,12 @@ from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import LoadedConfig, TrainingConfig, new_token_problems
 from finetune.errors import ConfigError, ExportError, ModelError, Problem
 from finetune.evidence.record import base_files
+from finetune.export.by_name import ENDS
 from finetune.export.gguf import Teller
 from finetune.export.merged_folder import TOKENIZER_FILES
 from finetune.export.model_files import ModelFiles, to_bfloat16
 from finetune.export.sources import DTYPES, Files
-from finetune.files import check_space, make_folder, write_folder
+from finetune.files import check_space, make_folder, write_folder, write_json
 from finetune.models.locate import locate_model
 from finetune.models.shape import is_head, read_config, read_shape, refuse_leading_out, token_tables, weight_files
 from finetune.records import ModelLocation, ModelShape
@@ -34,6 +35,8 @@ Array = NDArray[Any]
 _SIDE_BYTES = 64 << 20
 _SLICE = 4096
 """Rows that are summed up at once."""
+MADE_FROM = "made_from.json"
+"""What a folder in the cache says of the model that it was made from."""
 _OTHERS = ("generation_config.json", "chat_template.jinja", "README.md")
 
 
@@ -107,6 +110,8 @@ def with_new_tokens(loaded: LoadedConfig, *, tell: Teller) -> LoadedConfig:
     location = locate_model(config.model.path, revision=config.model.revision)
     tokenizer = FileTokenizer(location.folder)
     _refuse_unfit(config, tokenizer)
+    if ends := [token for token in config.tokens.learned if token in ENDS]:
+        tell(f"llama.cpp, and so Ollama, ends an answer at {', '.join(ends)}, for the name: let no answer go on there")
     lacking = {
         token: token in config.tokens.add_special_tokens
         for token in config.tokens.learned
@@ -117,16 +122,25 @@ def with_new_tokens(loaded: LoadedConfig, *, tell: Teller) -> LoadedConfig:
         tell(f"{len(there)} of the tokens to learn are in the tokenizer already: {', '.join(there)}")
     if not lacking:
         return loaded
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "finetune" / "new-tokens"
-    known = json.dumps([base_files(location), lacking], sort_keys=True)
-    folder = home / f"{location.folder.name}-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
+    folder = cache_folder() / "new-tokens" / grown_name(location, lacking)
     if folder.exists():
         tell(f"{folder} has the new tokens already")
     else:
         tell(f"adding {len(lacking)} tokens to {location.name}, in {folder} (once; again only when the model changes)")
-        add_tokens(location, tokenizer, lacking, folder)
+        add_tokens(location, tokenizer, lacking, folder, revision=config.model.revision)
     model = config.model.model_copy(update={"path": str(folder), "revision": None})
     return replace(loaded, config=config.model_copy(update={"model": model}))
+
+
+def cache_folder() -> Path:
+    """Where model folders are made."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "finetune"
+
+
+def grown_name(location: ModelLocation, tokens: Mapping[str, bool]) -> str:
+    """What the folder of a model with these tokens is called: another where the model or the tokens are others."""
+    known = json.dumps([base_files(location), dict(tokens)], sort_keys=True)
+    return f"{location.folder.name}-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
 
 
 def _refuse_unfit(config: TrainingConfig, tokenizer: FileTokenizer) -> None:
@@ -147,8 +161,17 @@ def _refuse_unfit(config: TrainingConfig, tokenizer: FileTokenizer) -> None:
         raise ConfigError(problems)
 
 
-def add_tokens(location: ModelLocation, tokenizer: FileTokenizer, tokens: Mapping[str, bool], output: Path) -> None:
+def add_tokens(
+    location: ModelLocation,
+    tokenizer: FileTokenizer,
+    tokens: Mapping[str, bool],
+    output: Path,
+    *,
+    revision: str | None = None,
+) -> None:
     """Write the model in a folder with more tokens, in their order; each is to be special or not.
+
+    The folder says of which model it was made, a hub's by its `revision`.
 
     Raises:
         ModelError: its tables are no plain numbers, or cannot be told.
@@ -179,6 +202,10 @@ def add_tokens(location: ModelLocation, tokenizer: FileTokenizer, tokens: Mappin
         holder = config["text_config"] if isinstance(config.get("text_config"), dict) else config
         holder["vocab_size"] = weights.rows
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        told = {"path": str(location.folder) if location.source == "local" else location.name, "revision": revision}
+        if (location.folder / MADE_FROM).is_file():
+            told["made_from"] = json.loads((location.folder / MADE_FROM).read_text(encoding="utf-8"))
+        write_json(folder / MADE_FROM, {**told, "tokens": dict(tokens)})
 
     write_folder(output, fill)
 

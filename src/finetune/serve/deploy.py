@@ -86,20 +86,23 @@ def deploy_llama_cpp(
     name = default_name(run)
     with llama_server(file, context=serving_check.context, name=name, port=port) as server:
         tell(f"asking llama.cpp's server at {server.address}")
-        prompts = compare_prompts(serving_check, server.rendered_ids)
+        rendered_ids = partial(server.rendered_ids, variables=serving_check.given)
+        prompts = compare_prompts(serving_check, rendered_ids)
         # The server has its own clock: writing a large file may have taken until after midnight.
         while not prompts.passed and date.today() != serving_check.today:
             serving_check = prepare_serving_check(run, exportable, today=date.today())
-            prompts = compare_prompts(serving_check, server.rendered_ids)
+            prompts = compare_prompts(serving_check, rendered_ids)
         checks = require_passed(
             prompts,
             *compare_answers(
                 serving_check,
-                partial(server.chat, most=serving_check.most),
+                partial(server.chat, variables=serving_check.given, most=serving_check.most),
                 _ties(exportable, outtype, serving_check),
             ),
         )
-        notes = (*unmeasured_notes(checks), *edge_notes(serving_check, server.rendered_ids))
+        notes = (*unmeasured_notes(checks), *edge_notes(serving_check, rendered_ids))
+        if serving_check.variables:
+            notes += (f"ask it with chat_template_kwargs {serving_check.variables}, as all training rows have them",)
         deployed = Deployed(
             target="llama.cpp",
             name=name,
@@ -109,7 +112,7 @@ def deploy_llama_cpp(
             context=serving_check.context,
             stops=serving_check.stops,
             checks=checks,
-            notes=(*serving_check.notes, *notes, *inert_notes(serving_check, server.rendered_ids)),
+            notes=(*serving_check.notes, *notes, *inert_notes(serving_check, rendered_ids)),
         )
         _record(run, deployed)
         serve(deployed, server)

@@ -1,9 +1,10 @@
 """What a served model must reproduce: the ids of prompts, and the run's own answers."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from typing import Any
 from finetune.chat.catalog import Variable
 from finetune.chat.encoder import Encoder
 from finetune.config import load_plan
-from finetune.errors import FineTuneError, TemplateError
+from finetune.errors import FineTuneError, ModelError, TemplateError
 from finetune.evidence.saved import open_encoder, prepare_again
 from finetune.export.corpus import nasty_texts
-from finetune.export.gguf_source import Exportable
+from finetune.export.gguf_source import Exportable, all_stops
 from finetune.export.vocabulary import describe_vocabulary
 from finetune.models.locate import locate_model
 from finetune.records import Conversation, Message
@@ -62,6 +63,7 @@ class ServingCheck:
             as the template does, or is empty where the template asks whether it is.
         questions: the run's own.
         notes: what was left out, and why.
+        variables: what all training rows set for their template, as JSON: the server is asked with that.
     """
 
     encoder: Encoder
@@ -74,6 +76,13 @@ class ServingCheck:
     odd_prompts: tuple[Prompt, ...]
     questions: tuple[ServedQuestion, ...]
     notes: tuple[str, ...]
+    variables: str = ""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The variables by name."""
+        found: dict[str, Any] = json.loads(self.variables or "{}")
+        return found
 
     @property
     def bos(self) -> str:
@@ -86,7 +95,7 @@ class ServingCheck:
         Raises:
             TemplateError: the template refuses these roles.
         """
-        return self.encoder.template.render_prompt(conversation).text
+        return self.encoder.template.render_prompt(replace(conversation, variables=self.variables)).text
 
 
 def prepare_serving_check(path: Path, exportable: Exportable, *, today: date | None = None) -> ServingCheck:
@@ -101,17 +110,24 @@ def prepare_serving_check(path: Path, exportable: Exportable, *, today: date | N
     folder = RunFolder.finished(path)
     config = load_plan(folder.plan).config
     location = locate_model(config.model.path, revision=config.model.revision)
+    variables = _shared_variables(folder)
     trained = open_encoder(folder, config, location)
     encoder = open_encoder(folder, config, location, today=today, given=_clock(today)) if today else trained
-    if today:
+    if today and "enable_thinking" not in json.loads(variables or "{}"):
         _refuse_thinking(trained, lambda: open_encoder(folder, config, location, given={"enable_thinking": True}))
     tokenizer, length = encoder.tokenizer, config.tokens.max_length
     assert length is not None
-    form = describe_vocabulary(tokenizer.description(), exportable.special, exportable.rows).form
-    texts = [text for text in nasty_texts((), form) if not any(token in text for token in tokenizer.control_tokens)]
+    vocabulary = describe_vocabulary(tokenizer.description(), exportable.special, exportable.rows)
+    texts = [
+        text
+        for text in nasty_texts((), vocabulary.form)
+        if not any(token in text for token in tokenizer.control_tokens)
+    ]
     context, most = min(length, exportable.described.tried_context), config.evaluation.max_new_tokens
-    questions, notes = _questions(folder, trained, encoder)
-    prompts = _prompts(encoder, drawn_conversations(texts), context)
+    early = frozenset(all_stops(exportable, vocabulary)).difference(encoder.stop_ids)
+    questions, notes = _questions(folder, trained, encoder, early)
+    drawn = [replace(each, variables=variables) for each in drawn_conversations(texts)]
+    prompts = _prompts(encoder, drawn, context)
     return ServingCheck(
         encoder=encoder,
         today=today,
@@ -123,7 +139,14 @@ def prepare_serving_check(path: Path, exportable: Exportable, *, today: date | N
         odd_prompts=tuple(prompt for prompt, odd in prompts if odd),
         questions=tuple(asked for asked in questions if len(asked.prompt.ids) + most <= context),
         notes=notes,
+        variables=variables,
     )
+
+
+def _shared_variables(folder: RunFolder) -> str:
+    """What all training rows set for their template; "" where they set nothing, or not the same."""
+    shared = folder.read_manifest()["data"].get("variables")
+    return str(shared["text"]) if isinstance(shared, dict) else ""
 
 
 def _refuse_thinking(trained: Encoder, opened: Callable[[], Encoder]) -> None:
@@ -168,8 +191,14 @@ def _is_odd(prompt: Prompt) -> bool:
     return any(text.strip() != text.strip(_SPACES_OF_ASCII) for text in (each["content"] for each in prompt.messages))
 
 
-def _questions(folder: RunFolder, encoder: Encoder, served: Encoder) -> tuple[list[ServedQuestion], tuple[str, ...]]:
-    """The run's questions with their conversations, which only its data still has."""
+def _questions(
+    folder: RunFolder, encoder: Encoder, served: Encoder, early: frozenset[int]
+) -> tuple[list[ServedQuestion], tuple[str, ...]]:
+    """The run's questions with their conversations, which only its data still has.
+
+    Raises:
+        ModelError: an answer holds one of the `early` tokens, at which the server would end it before the run does.
+    """
     manifest = folder.read_manifest()
     said: list[dict[str, Any]] = (((manifest.get("scores") or {}).get("learning") or {}).get("tuned") or {}).get(
         "answers", []
@@ -184,8 +213,15 @@ def _questions(folder: RunFolder, encoder: Encoder, served: Encoder) -> tuple[li
         return [], (f"answers were not compared: of {len(said)} questions there are {len(prepared.questions)} now",)
     known, told, found = conversations_of(encoder, prepared), Counter[str](), []
     for question, answer in zip(prepared.questions, said, strict=True):
+        if early.intersection(question.answer):
+            token = encoder.tokenizer.word(next(each for each in question.answer if each in early))
+            raise ModelError(
+                f"the answer to {question.text[:80]!r} goes on after {token!r}, and llama.cpp, and so Ollama, ends an "
+                "answer there, for its name, whatever the file says",
+                hint="train with another name for that token",
+            )
         conversation = known[question.ids]
-        why = unservable_reason(encoder, conversation)
+        why = unservable_reason(encoder, conversation, _shared_variables(folder))
         if why:
             told[f"{why}: not asked"] += 1
             continue

@@ -83,27 +83,31 @@ class LlamaServer:
             self.check()
             raise DeploymentError(f"{begun}: {error}", hint="start it again") from None
 
-    def rendered_ids(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """The ids that it computes with, of the prompt that it makes of a conversation.
+    def rendered_ids(
+        self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, object] | None = None
+    ) -> tuple[int, ...]:
+        """The ids that it computes with, of the prompt that it makes of a conversation and its template's variables.
 
         Raises:
             DeploymentError: as `ask`.
         """
-        prompt = self.ask("apply-template", {"messages": list(messages)})["prompt"]
+        prompt = self.ask("apply-template", _conversation(messages, variables))["prompt"]
         return tuple(self.ask("tokenize", {"content": prompt, "add_special": True, "parse_special": True})["tokens"])
 
-    def chat(self, messages: Sequence[Mapping[str, str]], *, most: int) -> Completion:
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, object] | None = None, *, most: int
+    ) -> Completion:
         """The likeliest answer to a conversation; it may have so many tokens at most.
 
         Raises:
             DeploymentError: as `ask`.
         """
         try:
-            told = self._complete(messages, most=most)
+            told = self._complete(_conversation(messages, variables), most=most)
         except DeploymentError as error:
             if _UNREAD not in error.message:
                 raise
-            asked = {"prompt": list(self.rendered_ids(messages)), "temperature": 0, "n_predict": most}
+            asked = {"prompt": list(self.rendered_ids(messages, variables)), "temperature": 0, "n_predict": most}
             told = self.ask("completion", asked)
             return Completion(told["content"], told["stop_type"] != "limit", told["tokens_evaluated"], read=False)
         [choice] = told["choices"]
@@ -116,7 +120,7 @@ class LlamaServer:
         Raises:
             DeploymentError: as `ask`.
         """
-        told = self._complete(messages, most=most, verbose=True, return_tokens=True)
+        told = self._complete(_conversation(messages), most=most, verbose=True, return_tokens=True)
         # Not those beside `logprobs`: there the server leaves out tokens that end within a character.
         ids, count = tuple(told.get("__verbose", {}).get("tokens", ())), told["usage"]["completion_tokens"]
         if len(ids) != count:
@@ -126,9 +130,14 @@ class LlamaServer:
             )
         return ids
 
-    def _complete(self, messages: Sequence[Mapping[str, str]], *, most: int, **more: object) -> dict[str, Any]:
-        asked = {"messages": list(messages), "temperature": 0, "max_tokens": most, **more}
-        return self.ask("v1/chat/completions", asked)
+    def _complete(self, asked: Mapping[str, object], *, most: int, **more: object) -> dict[str, Any]:
+        return self.ask("v1/chat/completions", {**asked, "temperature": 0, "max_tokens": most, **more})
+
+
+def _conversation(
+    messages: Sequence[Mapping[str, str]], variables: Mapping[str, object] | None = None
+) -> dict[str, object]:
+    return {"messages": list(messages)} | ({"chat_template_kwargs": dict(variables)} if variables else {})
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """A run's conversations as a chat API takes them, and what it answers."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune.chat.beside import is_rich, join_inputs
 from finetune.chat.encoder import Encoder
@@ -30,17 +31,24 @@ def chat_messages(conversation: Conversation) -> Messages:
     return tuple({"role": message.role, "content": message.content} for message in joined)
 
 
-def unservable_reason(encoder: Encoder, conversation: Conversation) -> str:
-    """Why a server cannot be asked this as training asked it; empty where it can."""
+def unservable_reason(encoder: Encoder, conversation: Conversation, variables: str = "") -> str:
+    """Why a server cannot be asked this, with these variables, as training asked it; empty where it can."""
     if encoder.template.name == "alpaca" and any(each.role == "input" for each in conversation.messages):
         return "have an input of their own, a role that no chat API has"
     if encoder.template.held(conversation):
         return "hold a template's turns in their text, around which a server puts its own"
+    if conversation.variables and same_variables(conversation.variables, variables):
+        conversation = replace(conversation, variables="")
     if is_rich(conversation) or any(each.role in ("tool", "developer") for each in conversation.messages):
         return "have tools, thoughts, variables or a developer's message, which this check does not send"
     if has_control(chat_messages(conversation), encoder.tokenizer.control_tokens):
         return "have a control token's name in their text, which servers take for it"
     return ""
+
+
+def same_variables(one: str, other: str) -> bool:
+    """Whether two JSON objects are the same; the order of their names is none."""
+    return bool(json.loads(one or "{}") == json.loads(other or "{}"))
 
 
 def has_control(messages: Messages, tokens: Sequence[str]) -> bool:

@@ -49,7 +49,9 @@ def trained_questions(
         if len(chosen) == count:
             break
         # A text too long by itself is so whatever the template adds to it: most rows of prose are not even rendered.
-        if len(encoder.tokenizer.encode_content(conversations[index].messages[-1].content.strip())) > most:
+        # What names a control token may be one, and then takes one id.
+        pieces = encoder.tokenizer.split_control(conversations[index].messages[-1].content.strip())[::2]
+        if sum(len(encoder.tokenizer.encode_content(piece)) for piece in pieces) > most:
             continue
         question = encoder.question(conversations[index])
         # The answer and its terminator must fit into what is generated, and beside the prompt into a row.
