@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from finetune.chat.tokenizer import FileTokenizer
 from finetune.cli.app import run as ft
 from finetune.errors import ModelError
-from finetune.export.new_tokens import with_new_tokens
+from finetune.export.new_tokens import add_tokens, with_new_tokens
 from finetune.files import describe_files
+from finetune.models.locate import locate_model
 from finetune.serve.deploy import Deployed, deploy_llama_cpp
 from finetune.serve.llama_server import LlamaServer
 from finetune.train import fine_tune
@@ -76,6 +78,40 @@ def test_what_was_learned_with_new_tokens_is_served(special: str, tmp_path: Path
     assert checks["answers"].measured == "4 of 4 are the run's own; 4 right, 4 in the run"
     assert checks["stop"].measured == "4 of 4 right answers end by themselves"
     assert shown == [f"<tool>{2 * n}</tool>" for n in range(1, 5)]
+
+
+TURNS = ("[gMASK]", "<|user|>", "<|assistant|>", "<|observation|>")
+NO_ENDS = (
+    "[gMASK]{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def test_answers_that_end_with_the_next_turns_token_are_served(tmp_path: Path) -> None:
+    """A model of GLM-4's kind learns to say `<|user|>` after an answer, and llama.cpp's server stops there."""
+    need("torch")
+    for library in ("gguf", "xllamacpp"):
+        pytest.importorskip(library, reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
+    shipped = locate_model("reference-llama")
+    tokenizer = FileTokenizer(shipped.folder)
+    add_tokens(shipped, tokenizer, dict.fromkeys(TURNS, True), tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(NO_ENDS, encoding="utf-8")
+    grown = FileTokenizer(tmp_path / "model")
+    ends = [tokenizer.eos_id, *(grown.control_id(token) for token in ("<|user|>", "<|observation|>"))]
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}), encoding="utf-8")
+    rows = [{"prompt": f"What is {n} plus {n}?", "completion": f"{2 * n}"} for n in range(1, 5)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    chosen = {**SHIPPED_AND_LEARNED, "template__name": "tokenizer", "tokens__add_special_tokens": list(TURNS)}
+    with without_reload_check():
+        run, _ = fine_tune(settings(tmp_path / "model", data, **chosen), output=tmp_path / "run")
+    deployed = deploy_llama_cpp(run, outtype="f32")
+    checks = {check.stage: check.measured for check in deployed.checks}
+    assert {"<|user|>", "<|observation|>"} <= {*deployed.stops}
+    assert checks["answers"] == "4 of 4 are the run's own; 4 right, 4 in the run"
+    assert checks["stop"] == "4 of 4 right answers end by themselves"
+    told = json.loads((run / "adapter" / "generation_config.json").read_text(encoding="utf-8"))
+    assert told["eos_token_id"][0] == grown.control_id("<|user|>")
 
 
 def finished_run(place: Path) -> Path:

@@ -15,6 +15,7 @@ from finetune.chat.encode import Marked, encode_row, mark_rows
 from finetune.chat.fit import Encoded, fit_rows
 from finetune.chat.learned import TrainOn, marked
 from finetune.chat.render import ChatTemplate
+from finetune.chat.templated import with_turn_ends
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import Plan
 from finetune.config.schema import DAY, TemplateSpec
@@ -43,8 +44,10 @@ class Encoder:
     ) -> None:
         plain = tokenizer or FileTokenizer(location.folder)
         source = with_variables(find_template(template, plain.chat_template), variables or {})
-        self.source = replace(source, said=plain.learned)
-        self.tokenizer = tokenizer = plain.for_template(self.source.jinja)
+        self.tokenizer = tokenizer = plain.for_template(source.jinja)
+        stops = [tokenizer.word(number) for number in tokenizer.stop_ids]
+        ends = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
+        self.source = with_turn_ends(replace(source, said=plain.learned), tokenizer.control_tokens, stops, **ends)
         made = partial(
             ChatTemplate, self.source, tokenizer.control_tokens, bos=tokenizer.bos, eos=tokenizer.eos, today=today
         )

@@ -273,7 +273,7 @@ class ChatTemplate:
             raise TemplateError(
                 f"{where}: template {self.name!r} ends an answer with {markup[:40]!r} and no control token, "
                 "so the model could never learn to stop",
-                hint="end answers with the tokenizer's end-of-turn token or {{ eos_token }}",
+                hint="end answers with {{ eos_token }}; or list the token of the next turn in generation_config.json",
             )
         return markup[: found.end()]
 

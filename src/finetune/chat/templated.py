@@ -1,13 +1,18 @@
-"""Which tokens a template marks turns with, and which text holds such turns already."""
+"""Which tokens a template marks turns with, where answers end by them, and which text holds such turns already."""
 
+import json
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
+from finetune.chat.beside import PROBE_CALL, what_is_given
 from finetune.chat.catalog import TemplateSource
 from finetune.chat.learned import TrainOn
-from finetune.records import Conversation, Document, Rendered, Segment
+from finetune.chat.markers import marker
+from finetune.chat.sandbox import TemplateStoppedError, compile_template
+from finetune.records import Conversation, Document, Message, Rendered, Segment
 
 Markup = Callable[..., list[str]]
 """What a template puts around messages of these roles, `asking` or not; nothing where it takes no such roles."""
@@ -86,3 +91,51 @@ def _shared(one: str, other: str) -> str:
     """What both begin with."""
     same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
     return "".join(letter for letter, _ in same)
+
+
+def with_turn_ends(
+    source: TemplateSource, control: Iterable[str], stops: Collection[str], **ends: str
+) -> TemplateSource:
+    """The template, which ends a last answer with the token of the next turn, where that is what ends answers.
+
+    A model such as GLM-4 stops at the token of whoever speaks next: `<|user|>`, or `<|observation|>` after a call. Its
+    template writes it with the next turn alone, so that nothing ends the last answer, and its settings list it among
+    the `stops`. TRL's training templates say the same.
+
+    Args:
+        control: the tokenizer's control tokens.
+        stops: those at which a server stops.
+        ends: `bos_token` and `eos_token`.
+    """
+    render, tokens = compile_template(source.name, source.jinja), _any_of(control)
+
+    def shown(*messages: Message) -> str:
+        with suppress(TemplateStoppedError):
+            given = what_is_given(Conversation(messages, "template probe"), as_parts=False)
+            return render(add_generation_prompt=False, **ends, **given)
+        return ""
+
+    def next_turn(last: str, followed: str) -> str:
+        """What the next turn adds to a conversation, up to its own token; "" where none ends an answer."""
+        rest = followed.removeprefix(last)
+        found = tokens.search(rest)
+        fits = last and followed.startswith(last) and found and found.group() in stops
+        return rest[: found.end()] if found and fits and not rest[: found.start()].strip() else ""
+
+    turns = (Message("user", "question"), Message("assistant", marker(1)))
+    last = shown(*turns)
+    end = next_turn(last, shown(*turns, Message("user", "question")))
+    if not end or marker(1) not in last or last.partition(marker(1))[2].strip():
+        return source
+    calls = PROBE_CALL.messages
+    called = next_turn(shown(*calls), shown(*calls, Message("tool", "result"))) or end
+    said = (
+        f"{json.dumps(called)} if messages[-1].tool_calls else {json.dumps(end)}" if called != end else json.dumps(end)
+    )
+    tail = (
+        "{% if not add_generation_prompt and messages and messages[-1].role == 'assistant' %}{{ "
+        + said
+        + " }}{% endif %}"
+    )
+    # Jinja leaves out one line break at the end of a template.
+    return replace(source, jinja=source.jinja.removesuffix("\n") + tail)
