@@ -324,20 +324,19 @@ def test_template_that_takes_a_servers_variable_otherwise_is_refused(tmp_path: P
 
 def test_variables_that_all_rows_share_are_asked_with(tmp_path: Path) -> None:
     """A server is asked with the `chat_template_kwargs` of all rows, which is told, and without them asks otherwise."""
-    made, asks = CHATML.jinja, "{{- '<|im_start|>assistant"
-    (tmp_path / "moods.jinja").write_text(made.replace(asks, f"{{{{- mood ~ level if mood -}}}}{asks}"))
+    (tmp_path / "moods.jinja").write_text(f"{{{{- mood ~ level if mood -}}}}{CHATML.jinja}")
     given = {"level": 2, "mood": "glad"}
-    turns = [{"role": "user", "content": "Say 1"}, {"role": "assistant", "content": "1"}]
-    row = json.dumps({"messages": turns, "chat_template_kwargs": given})
-    (tmp_path / "rows.jsonl").write_text(f"{row}\n{row}\n")
+    turns = [[{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": f"{n}"}] for n in range(6)]
+    rows = [json.dumps({"messages": each, "chat_template_kwargs": given}) for each in turns]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     quick = ["judge.control=never", "judge.memory=never", "training.max_steps=1", "template.name=moods.jinja"]
-    words = ("--backend", "reference", "--data", "rows.jsonl", "--output", "run")
+    words = ("--backend", "reference", "--data", str(tmp_path / "rows.jsonl"), "--output", "run")
     done = ft("train", *words, *(w for key in quick for w in ("--set", key)), cwd=tmp_path)
     assert done.returncode in (0, 1, 4), done.stderr
     seen: list[tuple[int, ...]] = []
 
     def ask(_: Deployed, server: LlamaServer) -> None:
-        seen.extend(server.rendered_ids(turns[:1], variables) for variables in (given, None))
+        seen.extend(server.rendered_ids(turns[0][:1], variables) for variables in (given, None))
 
     deployed = deploy_llama_cpp(tmp_path / "run", outtype="f32", serve=ask)
     assert {check.stage for check in deployed.checks} >= {"template", "answers"}
@@ -345,7 +344,7 @@ def test_variables_that_all_rows_share_are_asked_with(tmp_path: Path) -> None:
     assert f"ask it with chat_template_kwargs {json.dumps(given)}" in " ".join(deployed.notes)
     exportable = exportable_run(tmp_path / "run", open_backend)
     check = prepare_serving_check(tmp_path / "run", exportable)
-    assert [each.prompt.ids for each in check.questions] == [seen[0]] * 2
+    assert check.questions[0].prompt.ids == seen[0]
     assert seen[0] != seen[1]
     # In Ollama's language there are none: they are written into the template that is made for it.
     assert "glad2" in check.render(Conversation((Message("user", "a"),), "here"))

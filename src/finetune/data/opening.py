@@ -1,14 +1,15 @@
-"""Reads what a chat begins with: tools and messages, from JSON files of a list each."""
+"""Reads what a chat begins with: tools and messages, from JSON files of a list each, and variables."""
 
 import json
 from pathlib import Path
 
-from finetune.data.messages import messages_of, tools_of
+from finetune.data.messages import messages_of, tools_of, variables_of
 from finetune.data.read import load_json, unreadable
 from finetune.errors import DataError, UsageError
 from finetune.files import meant_file
 from finetune.records import Message, Row
 
+_EXAMPLE = """--variables '{"enable_thinking": false}'"""
 _MOST_BYTES = 2**24
 """Far above what any model can read at once; a file that never ends is not read on."""
 
@@ -42,6 +43,24 @@ def read_messages(path: Path) -> tuple[Message, ...]:
         return messages_of(Row({"messages": _read_list(path)}, str(path)), "messages")
     except DataError as error:
         raise UsageError(error.message, hint='write {"role": "user", "content": ...}, and so on') from None
+
+
+def read_variables(text: str) -> str:
+    """Variables for the template, as a row's `chat_template_kwargs` has them.
+
+    Raises:
+        UsageError: the text is no JSON object.
+    """
+    try:
+        found = load_json(text)
+        if not isinstance(found, dict):
+            raise DataError(f"{text[:60]!r} is no JSON object")
+        return variables_of(Row({"chat_template_kwargs": found}, "--variables"))
+    except DataError as error:
+        problem = error.message
+    except (RecursionError, ValueError) as error:
+        problem = f"{text[:60]!r} is no JSON object: {error}"
+    raise UsageError(f"--variables: {problem.removeprefix('--variables: ')}", hint=f"write {_EXAMPLE}")
 
 
 def _has_name(tool: object) -> bool:
