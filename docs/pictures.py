@@ -46,14 +46,25 @@ font-size: {char_height}px; line-height: {line_height}px; }}
 
 def terminal(run: Path) -> None:
     """What `ft report` prints of a run, as two drawings."""
-    environment = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": str(COLUMNS), "TERM": "xterm-256color"}
+    environment = {**os.environ, "COLUMNS": str(COLUMNS), "TERM": "xterm-256color"}
     command = [str(Path(sys.executable).with_name("ft")), "report", str(run)]
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    ours, theirs = os.openpty()
+    with subprocess.Popen(command, env=environment, stdout=theirs) as process:
+        os.close(theirs)
+        said = b"".join(iter(lambda: _read(ours), b"")).decode().replace("\r\n", "\n")
+    assert process.returncode == 0, said
     for name, theme in (("light", LIGHT), ("dark", MONOKAI)):
         console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
         console.print(Text.from_ansi(said.replace(str(run), "runs/demo").replace(run.name, "demo").rstrip()))
         drawing = console.export_svg(title="ft train", theme=theme, code_format=PAGE, unique_id=name)
         (FOLDER / f"terminal-{name}.svg").write_text(drawing, encoding="utf-8")
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # so Linux says that nobody writes any more
+        return b""
 
 
 def report(run: Path) -> None:
