@@ -32,7 +32,7 @@ from finetune.serve.llama_server import LlamaServer
 from finetune.serve.messages import Messages
 from support.tiny_runs import tiny_run
 
-pytestmark = pytest.mark.tier2
+pytestmark = [pytest.mark.tier2, pytest.mark.usefixtures("warm_children")]
 EXACT = ("merged", "mlx", "reference", "gguf-f32")
 
 

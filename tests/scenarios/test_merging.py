@@ -31,7 +31,7 @@ from finetune.export.rounded import RoundingBounds
 from support.processes import ft
 from support.tiny_runs import KINDS, tiny_model, tiny_run
 
-pytestmark = pytest.mark.tier2
+pytestmark = [pytest.mark.tier2, pytest.mark.usefixtures("warm_children")]
 FAMILIES = [kind for kind in KINDS if kind not in ("rank-stabilized", "dora on llama")]
 """Kinds of runs, each on another model where it can be."""
 

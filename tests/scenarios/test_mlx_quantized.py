@@ -220,6 +220,7 @@ def test_merged_from_disk_is_adapted(bench: Bench, kind: Any, dtype: str, tmp_pa
         assert read.loss(Batch(ROWS)) == pytest.approx(ours.loss(Batch(ROWS)), rel=1e-5)
 
 
+@pytest.mark.usefixtures("warm_children")
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_adapter_in_a_fresh_process_gives_the_same_logits(bench: Bench, kind: Any, tmp_path: Path) -> None:
     """mlx-lm's own layers find the same logits on a base quantised likewise, and others on any other base."""

@@ -26,7 +26,7 @@ from support.gguf_models import gpt2_like, make_model
 from support.sessions import adapter_bytes, all_logits, batches_of, make_rows, need, step
 from support.workplace import settings, without_reload_check
 
-pytestmark = pytest.mark.tier2
+pytestmark = [pytest.mark.tier2, pytest.mark.usefixtures("warm_children")]
 KNOWN = 600
 """How many tokens the tokenizer of these models has."""
 NEW = {"<|call|>": True, "<tool>": False, "</tool>": False}

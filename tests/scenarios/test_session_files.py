@@ -11,12 +11,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from finetune.errors import EvidenceError, ModelError, RefusedError, TrainingError
-from finetune.evidence import reload
 from finetune.evidence.reload import check_reload
 from finetune.evidence.rounding import FACTOR, measure_rounding
 from finetune.records import Batch, Optimization
 from support.damages import ADAPTER_DAMAGES, SETTINGS, STATE, STATE_DAMAGES, WEIGHTS, changed_bytes
-from support.processes import ask_warm_child
 from support.sessions import (
     BENCHES,
     CONTEXT,
@@ -294,14 +292,14 @@ def test_what_rounding_allows_passes_no_fault_of_a_weight(bench: Bench, tmp_path
 @every_backend
 @pytest.mark.parametrize("kind", ["usual", "dora", "ia3", "saved", "full"])
 def test_what_was_saved_works_in_a_fresh_process(
-    bench: Bench, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """A fresh process without our loading code finds the same logits, and not the base's, or says that it failed.
 
     Of the usual kind it imports the libraries itself, as a user's does; of others it begins with them imported.
     """
     if kind != "usual" and bench.backend != "reference":
-        monkeypatch.setattr(reload, "ask_child", ask_warm_child)
+        request.getfixturevalue("warm_children")
     session = bench.trained(bench.kinds(dropout=0.3)[kind] if kind != "usual" else "usual")
     session.check_saving()
     session.save_model(tmp_path) if kind == "full" else session.save_adapter(tmp_path)

@@ -1,8 +1,8 @@
 """Processes that begin with torch, transformers and PEFT imported: each is a fork of one that has done nothing else.
 
-A third of the time of the scenarios went by in such imports. What begins here is a process of its own all the same,
-with its own memory, folder and streams, and nothing of FineTune in it; who measures a start, a process's memory, or two
-processes against each other, starts them with `support.processes.ft(..., fresh=True)` or by hand.
+Importing them takes a processor 5 to 8 s. What begins here is a process of its own all the same, with its own memory,
+folder and streams, and nothing of FineTune in it; who measures a start, a process's memory, or two processes against
+each other, starts them with `support.processes.ft(..., fresh=True)` or by hand.
 
 As a program this file is the one that is forked: it reads a line of JSON for each process, and tells its number and
 how it ended.
@@ -126,7 +126,6 @@ def begin(asked: Mapping[str, object]) -> str:
     assert isinstance(arguments, Sequence)
     os.environ.clear()
     os.environ.update(environment)
-    sys.path[:0] = [""]
     sys.argv = ["-c", *arguments]
     return str(asked["code"])
 
