@@ -11,7 +11,7 @@ import pytest
 from finetune.errors import FineTuneError
 from finetune.verify.catalogue import Law
 from finetune.verify.judge import Effort
-from finetune.verify.results import LawResult
+from finetune.verify.results import LawResult, severity_of
 from finetune.verify.run import chosen_laws, opened_trainer, verify
 from finetune.verify.subjects.subject import SubjectError
 
@@ -67,7 +67,7 @@ class LawError(AssertionError):
     """A law does not hold, or could not be judged; the words are the evidence."""
 
     def __init__(self, result: LawResult) -> None:
-        lines = [f"{result.outcome}: {result.law}: {result.statement}"]
+        lines = [f"{result.outcome}: {result.law} ({severity_of(result.law)}): {result.statement}"]
         if result.outcome == "failed":
             lines += [f"expected: {result.expected}", f"got: {result.got}", f"smallest case: {result.case}"]
         super().__init__("\n  ".join([*lines, result.why] if result.why else lines))
