@@ -100,6 +100,7 @@ def test_run_ends_and_keeps_what_its_looks_say(
         "steps": end,
         "kept_step": kept,
         "stopped_early": end < STEPS,
+        "lengthened": [],
         "best": {"step": best, "held_out_loss": losses[best - 1]},
     }
     assert [point["step"] for point in told["losses"]["fixed"]] == [0, kept]
