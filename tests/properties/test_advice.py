@@ -75,6 +75,11 @@ ILLNESSES: dict[str, tuple[Evidence, dict[str, Any], str]] = {
         {},
         "at a usual learning rate in 60 steps: train longer",
     ),
+    "loss fell, answers wrong": (
+        healthy(learning=dataclasses.replace(IDLE, base=scores(0), tuned=scores(3))),  # type: ignore[type-var]
+        {},
+        "15% of the answers are right: train longer (training.epochs)",
+    ),
     "forgot": (
         healthy(learning=None, open=evidence(**NULL_KINDS["forgot"][0])),
         {},

@@ -84,9 +84,11 @@ def _not_learned(evidence: Evidence, outcomes: Mapping[str, Outcome], facts: Run
     # To tell open answers apart is not to know them: where their loss fell much, there was something to learn.
     if known >= (_KNOWN if rows else 1 - MIN_IMPROVED_SHARE) and not (rows and fell >= _LITTLE):
         return f"the base gets {known:.0%} of these rows right already: there is little to learn from them"
-    if fell >= _LITTLE:
-        return ""
     steps = len(evidence.loss.per_step)
+    if fell >= _LITTLE:
+        right = learning.tuned.share if learning and not rows else 1.0
+        told = f"the loss fell by {fell:.0%} in {steps} steps, and {right:.0%} of the answers are right: train longer"
+        return f"{told} (training.epochs)" if right < _KNOWN else ""
     if facts.usual_rate >= _FAR * facts.learning_rate:
         return (
             f"the loss fell by {fell:.0%} only: raise training.learning_rate (it is {facts.learning_rate:g}; "
