@@ -26,7 +26,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "model/config.json": "{}",
         "tiny.gguf": "",
         "finding.json": "{}",
-        "runs/first/plan.yaml": "format: 2\n",
+        "runs/first/plan.yaml": "backend: reference\n",
         "runs/first/run.json": "{}",
     }
     for name, text in files.items():
