@@ -21,13 +21,14 @@ from finetune_strategies.tokenizers import KINDS
 from support.trackers import SilentTracker
 from support.workplace import QUICK, make_data, make_model, without_reload_check
 
+_FILES = ("MODEL", "OTHER", "TRAIN", "VALID", "KNOWN", "ASKED")
 BASE: dict[str, Any] = {
     **QUICK,
     "model.path": "MODEL",
     "data.train": "TRAIN",
     "data.valid": "VALID",
     "data.rehearsal": "KNOWN",
-    "data.retention": "KNOWN",
+    "data.retention": "ASKED",
     "evaluation.questions": 2,
     "evaluation.max_new_tokens": 2,
 }
@@ -142,14 +143,14 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("knobs")
     for number, name in enumerate(("MODEL", "OTHER")):
         make_model(folder / name, kind=KINDS[number], seed=number)
-    for name, count in (("TRAIN", 5), ("VALID", 2), ("KNOWN", 3)):
+    for name, count in (("TRAIN", 5), ("VALID", 2), ("KNOWN", 3), ("ASKED", 3)):
         make_data(folder / f"{name}.jsonl", count)
     turns = folder / "turns.jsonl"
     said = [{"role": role, "content": "a b"} for role in ("user", "assistant") * 2]
     turns.write_text("".join(json.dumps({"messages": said[: 2 * (1 + row % 2)]}) + "\n" for row in range(5)))
     dated = folder / "dated.jinja"
     dated.write_text("{{ strftime_now('%d %b %Y') }}{{ greeting }}" + CHATML.jinja)
-    return {name: str(next(folder.glob(f"{name}*"))) for name in ("MODEL", "OTHER", "TRAIN", "VALID", "KNOWN")} | {
+    return {name: str(next(folder.glob(f"{name}*"))) for name in _FILES} | {
         "CACHE": str(folder / "CACHE"),
         "DATED.jinja": str(dated),
         "TURNS.jsonl": str(turns),

@@ -200,7 +200,7 @@ def _quantization(prepared: Prepared) -> dict[str, Any] | None:
 
 
 def _data(prepared: Prepared) -> dict[str, Any]:
-    return {
+    told = {
         "files": data_files(prepared),
         "train": asdict(prepared.train.counts),
         "valid": asdict(prepared.held_out.counts) if prepared.held_out else None,
@@ -211,6 +211,8 @@ def _data(prepared: Prepared) -> dict[str, Any]:
         "tools": asdict(shared_text([each.tools for each in prepared.conversations])),
         "variables": asdict(shared_text([_sorted(each.variables) for each in prepared.conversations])),
     }
+    found: dict[str, Any] = json.loads(json.dumps(told))
+    return found
 
 
 def _sorted(variables: str) -> str:
