@@ -87,7 +87,7 @@ class SourcedRows:
         left = self.limit
         for each in self.sets:
             count = 0
-            for row in islice(_rows_of(each), left):
+            for row in islice(rows_of(each), left):
                 count += 1
                 yield row
             left = None if left is None else left - count
@@ -95,7 +95,7 @@ class SourcedRows:
         self.sources = tuple(found)
 
     def _mixed(self, weights: Sequence[float]) -> Iterator[Row]:
-        rows = [list(_rows_of(each)) for each in self.sets]
+        rows = [list(rows_of(each)) for each in self.sets]
         counts = mixed_counts([len(each) for each in rows], weights, self.limit)
         self.sources = tuple(
             SourceRows(each.name, each.files, len(own), len(own) - count)
@@ -111,7 +111,8 @@ class SourcedRows:
             yield from (own[at] for at in sorted(dice.sample(range(len(own)), count)))
 
 
-def _rows_of(each: DataSet) -> Iterator[Row]:
+def rows_of(each: DataSet) -> Iterator[Row]:
+    """The rows of all files of a set."""
     for path in each.files:
         yield from iter_rows(path)
 

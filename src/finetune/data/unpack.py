@@ -18,7 +18,7 @@ LONGEST_ROW = 2**26
 """A longer line, or row of a table, is refused before it is held: no model reads as much at once."""
 MOST_UNPACKED, MOST_TIMES = 2**30, 100
 """What unpacks to more than this, and to more than so many times its size, is refused: rows do not shrink so far."""
-ROW_IN_MEMORY = 512
+ROW_IN_MEMORY = 1024
 """What a row takes in memory beside its text, so that a file of a billion empty ones is large, too."""
 
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -157,7 +157,11 @@ def whole_text(path: Path) -> str:
         DataError: as `text_lines`, and it holds more than `MOST_UNPACKED` bytes.
     """
     with _unpacked(path) as (stream, packing, size):
-        content = stream.read(MOST_UNPACKED + 1)
+        blocks, left = [], MOST_UNPACKED + 1
+        while left and (block := stream.read(min(left, 1 << 20))):  # a large size would be set aside at once
+            blocks.append(block)
+            left -= len(block)
+        content = b"".join(blocks)
         if len(content) > MOST_UNPACKED:
             if packing and size * MOST_TIMES < MOST_UNPACKED:
                 raise _too_much(path, packing, size)

@@ -38,6 +38,32 @@ _ODD = st.one_of(
 )
 
 DATA_ACCOUNT = st.builds(Rows, rows=st.lists(_ODD, min_size=0, max_size=4).map(lambda rows: (_GOOD, *rows)))
+FileKind = Literal[
+    "rows.jsonl",
+    "rows.ndjson",
+    "rows.jsonl.gz",
+    "utf16.jsonl",
+    "list.json",
+    "columns.json",
+    "wrapped.json",
+    "rows.csv",
+    "semicolon.csv",
+    "rows.tsv",
+    "two shards",
+]
+
+
+class Filed(Rows):
+    """Rows, two at least, and what they are kept in."""
+
+    kind: FileKind
+
+
+DATA_FILES = st.builds(
+    Filed,
+    rows=st.lists(_ODD, min_size=1, max_size=4).map(lambda rows: (_GOOD, *rows)),
+    kind=st.sampled_from(get_args(FileKind)) | st.just("two shards"),
+)
 Shape = Literal["prompt/completion", "lists", "messages", "alpaca"]
 
 

@@ -14,6 +14,7 @@ from finetune.chat.tokenizer import FileTokenizer
 from finetune.data import overlap, shape, sources
 from finetune.data.columns import ColumnFinder, Layout
 from finetune.data.overlap import Overlap
+from finetune.data.parts import DataSet
 from finetune.data.shape import Example
 from finetune.records import Batch, Message, Rendered, Row, TokenizedRow
 from finetune.training import prepare, questions
@@ -112,6 +113,13 @@ def _only_full_batches(right: Dealing, rows: Sequence[TokenizedRow], batch_size:
 def _fewer_columns_first(right: Callable[..., Iterable[Row]], path: Path) -> list[Row]:
     """Rows with fewer columns come first."""
     return sorted(right(path), key=lambda row: len(row.values))
+
+
+@fault("A027c", "data.last_file_only")
+@in_place_of("rows_of", sources)
+def _last_file_only(right: Callable[..., Iterable[Row]], each: DataSet) -> Iterable[Row]:
+    """Of several files the last is read."""
+    return right(replace(each, files=each.files[-1:]))
 
 
 @fault("A029", "data.same_order_every_epoch", "transformers #4398")

@@ -1,14 +1,19 @@
 """Laws of rows: each is accounted for, whatever its shape; the seed orders and splits them; a cache changes nothing."""
 
+import csv
+import gzip
+import io
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
 from finetune.verify.laws.helpers import comparable, refused, text_of, tokenized, tokenized_row
-from finetune.verify.subjects.answers import Epochs, Split, UnseenRows
+from finetune.verify.subjects.answers import Epochs, Split, TokenRows, UnseenRows
 from finetune.verify.subjects.subject import UnsupportedError
 from finetune_strategies.cases import data as cases
 from finetune_strategies.cases.rows import PLAIN, TINY, Pair, Rows
@@ -122,6 +127,43 @@ def what_is_judged_bad_is_never_learned(trainer: SubjectClient, case: cases.Judg
     said = b"".join(text_of(words, row, trained=True) for row in found.rows) if found else b""
     learned = sorted(set(case.bad) & set(said.decode(errors="replace")))
     check(not learned, expected=f"nothing learned of {case.bad!r}", got=f"learned: {said!r}")
+
+
+def _file_of(folder: Path, rows: Sequence[Mapping[str, str]], kind: cases.FileKind) -> Path:
+    """These rows in a file of a kind, or in a folder of two files."""
+    lines = [json.dumps(row) + "\n" for row in rows]
+    text = "".join(lines)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    if kind == "two shards":
+        for at, part in enumerate((lines[:1], lines[1:])):
+            (folder / f"train-{at:05d}-of-00002.jsonl").write_text("".join(part), encoding="utf-8")
+        return folder
+    if kind in ("rows.csv", "rows.tsv", "semicolon.csv"):
+        table = io.StringIO(newline="")
+        delimiter = {"rows.tsv": "\t", "semicolon.csv": ";"}.get(kind, ",")
+        csv.writer(table, delimiter=delimiter, quoting=csv.QUOTE_ALL).writerows(
+            [list(columns), *zip(*columns.values(), strict=True)]
+        )
+        text = table.getvalue()
+    elif kind.endswith(".json"):
+        text = json.dumps({"list.json": rows, "columns.json": columns}.get(kind, {"version": 1, "data": rows}))
+    content = text.encode("utf-16" if kind == "utf16.jsonl" else "utf-8")
+    (folder / kind).write_bytes(gzip.compress(content) if kind.endswith(".gz") else content)
+    return folder / kind
+
+
+@law("data.files", ["tokenize", "tokenize_file"], cases.DATA_FILES, examples=16)
+@oracle("the same rows, handed over one by one")
+def file_changes_nothing(trainer: SubjectClient, case: cases.Filed) -> None:
+    """Every row of a file or a folder is trained on, or left out for its reason, as it is whatever it is kept in."""
+    model, settings = trainer.model(TINY), {"tokens.max_length": 70}
+    file = _file_of(trainer.folder(), case.values, case.kind)
+    wanted = tokenized(trainer, model, case.values, settings)
+    given = {"settings": {**PLAIN, **settings}, "file": str(file)}
+    found = trainer.ask("tokenize_file", TokenRows, model=model, **given)
+    one, other = ([(row.ids, row.targets) for row in rows.rows] for rows in (wanted, found))
+    check(one == other, expected=f"{len(one)} rows: {one}", got=f"{len(other)} rows of {case.kind}: {other}")
+    check(wanted.dropped == found.dropped, expected=f"left out: {wanted.dropped}", got=found.dropped)
 
 
 def _split(trainer: SubjectClient, case: cases.Held) -> Split:

@@ -44,8 +44,10 @@ class TokenRow(Reply):
     targets: list[bool]
 
 
-class TokenRows(Reply, to=("tokenize",)):
+class TokenRows(Reply, to=("tokenize", "tokenize_file")):
     """`tokenize`: rows as the trainer's own path from data to batches makes them; `dropped` counts the others by why.
+
+    `tokenize_file` likewise, of the rows of a file or a folder; `row` is then the place of the row among them.
 
     A row that is cut into several comes several times, with the same `row`.
     """

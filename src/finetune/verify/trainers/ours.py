@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.adapters.peft_files import WEIGHTS, on_disk, read_settings
 from finetune.chat.encoder import Encoder
-from finetune.config import dump_plan, flatten
+from finetune.config import dump_plan, flatten, resolve_processes
 from finetune.errors import FineTuneError
 from finetune.events import CheckpointSaved, Event, FirstGradients, StepDone
 from finetune.evidence.observe import observe
@@ -25,7 +25,7 @@ from finetune.run.checkpoints import CheckpointStore
 from finetune.run.folder import RunFolder
 from finetune.train import train_to_the_end, training_events
 from finetune.training.loop import LoopPlan, mean_loss, train
-from finetune.training.prepare import Prepared, held_out_batches
+from finetune.training.prepare import Prepared, held_out_batches, prepare
 from finetune.training.resume import claim_resumed
 from finetune.verify.subjects.answers import ANSWERS
 from finetune.verify.subjects.serving import serve
@@ -72,6 +72,16 @@ class OurTrainer(OurSessions):
         prepared = self.prepared(model, settings, rows)
         found = [
             {"row": line_of(row.where), "ids": list(row.ids), "targets": list(row.trained)}
+            for row in prepared.train.rows
+        ]
+        return {"rows": found, "dropped": dict(prepared.train.counts.dropped)}
+
+    def tokenize_file(self, model: str, settings: Given, file: str) -> Answer:
+        """The rows of a file as they are trained on."""
+        prepared = prepare(resolve_processes(self.loaded(model, {**settings, "data.train": file}), 1, resume=False))
+        places = {where: place for place, where in enumerate(dict.fromkeys(row.where for row in prepared.train.rows))}
+        found = [
+            {"row": places[row.where], "ids": list(row.ids), "targets": list(row.trained)}
             for row in prepared.train.rows
         ]
         return {"rows": found, "dropped": dict(prepared.train.counts.dropped)}
