@@ -23,6 +23,8 @@ PROBE_CALL = Conversation(
 
 def join_inputs(messages: Sequence[Message]) -> tuple[Message, ...]:
     """The messages, an alpaca input joined to its instruction."""
+    if not any(message.role == "input" for message in messages):
+        return tuple(messages)
     joined: list[Message] = []
     for message in messages:
         if message.role == "input":
@@ -52,6 +54,8 @@ def what_is_given(talk: Conversation, *, as_parts: bool) -> dict[str, Any]:
 
 def require_shown(name: str, talk: Conversation, real: str, learned: Sequence[int]) -> None:
     """Refuse a template that loses what learned messages have beside their text, or the tools."""
+    if not is_rich(talk):
+        return
     for part, words in _beside(talk, learned):
         if not all(any(_shows(real, way) for way in ways) for ways in words):
             last = "; where it shows that of the last answer alone, set template.train_on to last" * (len(learned) > 1)
@@ -66,6 +70,8 @@ def require_shown(name: str, talk: Conversation, real: str, learned: Sequence[in
 
 def with_marked_results(talk: Conversation, mark: Callable[[int], str]) -> Conversation:
     """The same with a marker in place of each result that is looked at as a whole."""
+    if not is_rich(talk):
+        return talk
     messages = list(talk.messages)
     for index, message in enumerate(messages):
         if message.role == "tool" and not message.content and "content" in json.loads(message.more or "{}"):

@@ -114,7 +114,8 @@ class ChatTemplate:
         raise refusals[-1]
 
     def _assemble(self, conversation: Conversation, *, asking: bool) -> Rendered:
-        talk = replace(conversation, messages=self.fit_messages(conversation))
+        messages = self.fit_messages(conversation)
+        talk = conversation if messages == conversation.messages else replace(conversation, messages=messages)
         beside.require_harmless(self.name, talk, self._control, self._said, self._reads)
         shown, real = self._skeleton(talk, asking=asking), self._call(talk, asking=asking)
         texts = self._texts(talk, shown, real)

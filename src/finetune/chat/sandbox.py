@@ -218,8 +218,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         """Arithmetic: the size of a result is known, and paid for, before it is made."""
         meter: Meter = context.meter
         if operator == "+" and type(left) is str and type(right) is str:  # most of what templates calculate
-            meter.afford(_ESCAPED * (len(left) + len(right)))
-            meter.spend(len(left) + len(right))
+            size = len(left) + len(right)
+            if _ESCAPED * size > meter.left:
+                meter.afford(_ESCAPED * size)
+            meter.left -= size
             return left + right
         if isinstance(left, Undefined) or isinstance(right, Undefined):
             return self.binop_table[operator](left, right)
