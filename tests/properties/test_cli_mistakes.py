@@ -67,6 +67,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("train --resume frist", 3, ("did you mean runs/first?",)),
         ("train --resume --output runs/frist", 3, ("did you mean runs/first?",)),
         ("train --resume finetune.yaml", 2, ("not from finetune.yaml", "ft train --resume RUN")),
+        ("check --data row.jsonl", 3, ("data file row.jsonl does not exist", "did you mean rows.jsonl?")),
         ("check --model modle", 3, ("unknown model 'modle'", "did you mean model?")),
         ("check --model rows.jsonl", 3, ("is a file", "--data rows.jsonl")),
         ("judge --tuned modle --train rows.jsonl", 2, ("--tuned modle is no folder", "did you mean model?")),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from finetune.errors import DataError, MissingExtraError, install_line
+from finetune.files import meant_file
 
 LONGEST_ROW = 2**26
 """A longer line, or row of a table, is refused before it is held: no model reads as much at once."""
@@ -49,7 +50,8 @@ def open_data(path: Path) -> Iterator[BinaryIO]:
             descriptor = -1
             yield file
     except FileNotFoundError:
-        raise DataError(f"data file {path} does not exist", hint="check the path (data.train or --data)") from None
+        hint = meant_file(path, "check the path (data.train or --data)")
+        raise DataError(f"data file {path} does not exist", hint=hint) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = error.strerror or error if isinstance(error, OSError) else error
         raise DataError(f"{path} cannot be read: {reason}", hint="check the path and its permissions") from None
