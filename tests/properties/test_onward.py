@@ -240,6 +240,7 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
         "--set model.adapter=",
     ),
     "another kind": (lambda place, folder: as_peft(place, folder, peft_type="LOHA"), "merge it into its base"),
+    "a pattern": (lambda place, folder: as_peft(place, folder, target_modules=".*_proj"), "as a list"),
     "other layers": (lambda place, folder: as_peft(place, folder, target_modules=["query"]), "has none of it"),
     "other rank": (lambda place, folder: as_peft(place, folder, r=2), "does not fit this model"),
 }

@@ -1,5 +1,6 @@
 """Finds the adapter that training goes on from, its base and its settings: a run's, PEFT's or mlx-lm's."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,6 +158,11 @@ def _read_target(folder: Path, shape: ModelShape, base: str) -> AdapterTarget:
             + (", only adapter_model.bin, which could run code as it is read" if pickled else ""),
             hint="save it again as safetensors" if pickled else "restore the file",
         )
+    if pattern := _pattern_in(folder):
+        raise ModelError(
+            f"the adapter in {folder} names its layers by a pattern, {pattern[:80]!r}, and not one by one",
+            hint=f'write the names into target_modules of its {SETTINGS} as a list, such as ["q_proj", "v_proj"]',
+        )
     try:
         with in_peft_format(folder, base) as place:
             target = read_settings(place, transposed=shape.transposed)
@@ -176,6 +182,15 @@ def _read_target(folder: Path, shape: ModelShape, base: str) -> AdapterTarget:
     # In the order of the model, whatever order they were saved in: the seed deals out the same numbers.
     short = tuple(dict.fromkeys(path.rpartition(".")[2] for path in every))
     return replace(target, modules=short if paths == every else tuple(paths))
+
+
+def _pattern_in(folder: Path) -> str:
+    """The expression that PEFT found the adapter's layers by; "" where they are listed."""
+    try:
+        named = json.loads((folder / SETTINGS).read_text(encoding="utf-8")).get("target_modules")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return ""  # whoever reads it says what is wrong
+    return named if isinstance(named, str) else ""
 
 
 def _settings_of(target: AdapterTarget) -> dict[str, Any]:
