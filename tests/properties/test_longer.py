@@ -39,6 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("longer")
     make_model(place / "model")
     make_data(place / "rows.jsonl", 11)
+    make_data(place / "others.jsonl", 3)
     return place
 
 
@@ -132,7 +133,7 @@ def test_control_of_a_longer_run_goes_at_its_pace(place: Path, tmp_path: Path) -
 def _stopped(place: Path, run: Path) -> Path:
     stops = {"early_stopping_patience": 1, "early_stopping_min_delta": 50.0, "evaluate_every": 1}
     changes = {f"training__{key}": value for key, value in stops.items()}
-    return train(place, run, training__epochs=4, data__valid=str(place / "rows.jsonl"), **changes)
+    return train(place, run, training__epochs=4, data__valid=str(place / "others.jsonl"), **changes)
 
 
 def _exported(place: Path, run: Path) -> Path:

@@ -45,7 +45,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, data = make_model(place / "model"), make_data(place / "rows.jsonl", 11)
     for name, count in (("valid", 4), ("known", 5)):
         (place / name).mkdir()
-        make_data(place / name / "rows.jsonl", count)
+        make_data(place / name / f"{name}.jsonl", count).rename(place / name / "rows.jsonl")
     (place / "own.jinja").write_text(OWN_TEMPLATE)
     loaded = settings(
         model,
