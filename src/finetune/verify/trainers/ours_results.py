@@ -6,6 +6,7 @@ What has to come out is computed by the reference backend alone, from weights th
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -226,8 +227,18 @@ class _ResultHandlers:
         settings_file = saved / "generation_config.json"
         settings_file.write_text(json.dumps(encoder.generation_settings()), encoding="utf-8")
         config = self._trainer.loaded(model, settings).config
-        manifest = {"id": "asked", "data": {"files": []}}
-        return Result(RunFolder(folder), config, manifest, locate_model(model), saved, encoder, open_backend)
+        location = locate_model(model)
+        manifest = {
+            "id": "asked",
+            "outcome": "not judged",
+            "versions": {"finetune-suite": version("finetune-suite")},
+            "model": {"name": location.name, "source": location.source, "files": []},
+            "plan": [{"key": "adapter.kind", "value": config.adapter.kind, "origin": "flag"}],
+            "data": {"files": []},
+            "training": {"steps": 0, "kept_step": 0},
+            "losses": {"held_out": []},
+        }
+        return Result(RunFolder(folder), config, manifest, location, saved, encoder, open_backend)
 
     def _exportable(self, model: str, adapter: str | None) -> gguf_source.Exportable:
         exportable = gguf_source.exportable_model(model, lambda: self._trainer.backend)
