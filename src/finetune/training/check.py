@@ -20,6 +20,10 @@ def find_problems(loaded: LoadedConfig) -> tuple[list[Problem], Prepared | None]
     """Every problem of model, adapter, data and template, each with its place, or else the run that could start."""
     with suppress(FineTuneError):  # what is good is read once
         return [], prepare(loaded)
+    try:
+        return [], prepare(loaded)
+    except FineTuneError:  # each part is looked at by itself, so that all problems are told at once
+        pass
     problems: list[Problem] = []
     config = loaded.config
 

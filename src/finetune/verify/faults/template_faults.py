@@ -18,7 +18,7 @@ from finetune.data.shape import Example, ShapedRows
 from finetune.errors import TemplateError
 from finetune.ports import Session
 from finetune.records import Conversation, Document, Message, Rendered, Row, Segment
-from finetune.training import prepare
+from finetune.training import rows as reading
 from finetune.training.prepare import Prepared
 from finetune.verify.faults.fault import fault, in_place_of, plant, planted_by
 
@@ -44,7 +44,7 @@ def in_conversations(wrong: Callable[[Conversation], Conversation]) -> None:
         others = (wrong(each) if isinstance(each, Conversation) else each for each in found.examples)
         return replace(found, examples=tuple(others))
 
-    plant(prepare, "shape_rows", shaped)
+    plant(reading, "shape_rows", shaped)
 
 
 def without(message: Message, key: str) -> Message:
@@ -232,7 +232,7 @@ def _words_are_markup(right: Marking, rows: Iterable[Rendered], tokenizer: FileT
 
 
 @fault("A054", "tmpl.standard_rows_untemplated", "TRL #3140")
-@in_place_of("shape_rows", prepare)
+@in_place_of("shape_rows", reading)
 def _bare_rows(right: Shaping, rows: Sequence[Row], *given: object, **named: object) -> ShapedRows:
     """Rows of prompt and completion bypass the template."""
     bare = {row.where for row in rows if isinstance(row.values.get("prompt"), str)}
@@ -279,7 +279,7 @@ def _tools_are_dropped(talk: Conversation) -> Conversation:
 
 
 @fault("A057", "tmpl.parts_printed")
-@in_place_of("shape_rows", prepare)
+@in_place_of("shape_rows", reading)
 def _parts_are_printed(right: Shaping, rows: Sequence[Row], *given: object, **named: object) -> ShapedRows:
     """Content in parts is printed as the list that it is."""
 
