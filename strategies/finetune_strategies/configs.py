@@ -92,6 +92,7 @@ def _mapping(value: Setting) -> Setting:
 SETTINGS: dict[str, Setting] = {
     "model.path": _TEXT,
     "model.revision": _optional(_TEXT),
+    "model.adapter": _optional(_TEXT),
     "model.dtype": _words("float32", "bfloat16"),
     "model.device": _words("auto", "cpu", "gpu"),
     "model.quantize": _optional(_words("4bit", "8bit")),

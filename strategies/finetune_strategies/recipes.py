@@ -21,6 +21,7 @@ MERGES = (
 OUTSIDE = (
     "model.path",
     "model.revision",
+    "model.adapter",
     "data.train",
     "data.valid",
     "data.rehearsal",

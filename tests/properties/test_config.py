@@ -22,6 +22,7 @@ from finetune.config import (
     parse_assignments,
     unflatten,
 )
+from finetune.config.keys import choices_of
 from finetune.errors import ConfigError
 from finetune_strategies.config_files import SOURCES, load_from, load_text, refusal, value_of, variable, word, yaml_file
 from finetune_strategies.configs import (
@@ -174,7 +175,10 @@ def test_problems_are_all_reported_at_once(
 ) -> None:
     """As many problems as were planted in file, environment and flags are reported, each with its place."""
     text = yaml.safe_dump(nested(file), sort_keys=False)
+    typed_names = {key for key, value in environment.items() if isinstance(value, str) and _takes_names(key)}
     variables = {variable(key): word(value) for key, value in environment.items() if value != ""}
+    # There a,b for a list of names is that list.
+    variables = {name: typed for name, typed in variables.items() if name not in set(map(variable, typed_names))}
     # In a shell, 7 and [] typed for a text setting are that text, so only what is refused there is planted there.
     variables = {name: typed for name, typed in variables.items() if not _is_text(name) or typed in ("null", '"None"')}
     variables = {name: typed for name, typed in variables.items() if not (_is_text(name) and _may_be_null(name, typed))}
@@ -200,8 +204,21 @@ def _in_file_order(values: dict[str, Any]) -> list[str]:
 
 def _is_text(name: str) -> bool:
     key = name.removeprefix("FT_").lower().replace("__", ".")
-    texts = ("model.path", "model.rev", "data.", "template.", "tokens.cache", "tracking.project", "tracking.name")
+    texts = (
+        "model.path",
+        "model.rev",
+        "model.ad",
+        "data.",
+        "template.",
+        "tokens.cache",
+        "tracking.project",
+        "tracking.name",
+    )
     return key.startswith(texts) and key not in NUMBERS
+
+
+def _takes_names(key: str) -> bool:
+    return any(choice.get("items", {}).get("type") == "string" for choice in choices_of(key))
 
 
 def _may_be_null(name: str, typed: str) -> bool:

@@ -120,7 +120,7 @@ def test_refuse_shows_twenty_and_counts_the_rest() -> None:
     """Thousands of rows that are too long are one error of twenty lines and a count."""
     with pytest.raises(DataError, match="and 5 more") as caught:
         encoded(FIRST, [document(FIRST, "one two three four")] * 25, 3, "refuse")
-    assert str(caught.value).count("rows.jsonl:3") == 20
+    assert str(caught.value).count(":3") == 20
 
 
 def test_long_conversations_take_time_in_proportion() -> None:

@@ -20,7 +20,7 @@ from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import Plan
 from finetune.config.schema import DAY, TemplateSpec
 from finetune.data.shape import Example, ShapedRows
-from finetune.errors import TemplateError
+from finetune.errors import TemplateError, counted
 from finetune.files import make_folder, write_bytes
 from finetune.records import Conversation, ModelLocation, Question, Rendered
 
@@ -72,7 +72,7 @@ class Encoder:
         reasons = Counter(error.message.removeprefix(f"{where}: ") for where, error in refused)
         if 2 * len(refused) > len(shaped.examples):
             first = refused[0][1]
-            told = f"; refused: {len(refused)} of {len(shaped.examples)} rows, for {len(reasons)} reasons"
+            told = f"; refused: {len(refused)} of {len(shaped.examples)} rows, for {counted(len(reasons), 'reason')}"
             raise TemplateError(first.message + told * (len(refused) > 1), hint=first.hint)
         tokens = plan.config.tokens
         assert tokens.max_length is not None
