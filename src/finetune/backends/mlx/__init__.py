@@ -6,9 +6,6 @@ losses and answers), optimizer (AdamW and clipping), adapter (its files, PEFT's 
 session (verbs), state (save, load), probe, reload.
 """
 
-from finetune.backends import importing_libraries
 from finetune.backends.mlx.blas import load_fast_blas
 
 load_fast_blas()
-with importing_libraries():
-    import mlx_lm  # noqa: F401 - and with it transformers
