@@ -200,7 +200,8 @@ def _lengths(report: Mapping[str, Any], prefix: str) -> Chart:
     if not lengths:
         return Chart("lengths", title, caption, None, report["absent"]["counts"])
     steps = lengths["steps"]
-    height = round(22 * len(steps) + 30)
+    places = max(len(steps), 6)  # rows of one length are one bar, of the width of any
+    height = round(22 * places + 30)
     with ink.sheet(_WIDTH, height) as figure:
         axes = figure.add_axes(axes_inside(_WIDTH, height, left=_LABELS, right=68))
         for at, (*_, rows) in enumerate(steps):
@@ -209,7 +210,7 @@ def _lengths(report: Mapping[str, Any], prefix: str) -> Chart:
             _right_label(axes, at, say_count(rows))
         labels = [f"{say_count(first)} to {say_count(last)}" for first, last, _ in steps]
         axes.set_yticks(range(len(steps)), labels, color=ink.INK)
-        axes.set_ylim(len(steps) - 0.4, -0.6)
+        axes.set_ylim(places - 0.4, -0.6)
         axes.xaxis.set_major_locator(_few_ticks(whole=True))
         ink.plain_axes(axes, grid="x")
         said = (
