@@ -198,7 +198,9 @@ def _data(record: Mapping[str, Any]) -> Iterator[str]:
 
 def _settings(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for entry in record["plan"]:
-        if entry["key"].startswith(_SHOWN_SETTINGS) and entry["value"] is not None:
+        # How often a run was saved changes nothing of what it trained, and no byte beside it.
+        shown = entry["key"].startswith(_SHOWN_SETTINGS) and entry["key"] != "training.save_every"
+        if shown and entry["value"] is not None:
             value = entry["value"]
             yield entry["key"], f"`{Path(value).name if isinstance(value, str) and '/' in value else value}`"
 
