@@ -176,10 +176,9 @@ def test_rows_that_are_not_trained_are_not_asked(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not WIKISQL.exists(), reason=f"real text rows are not at {WIKISQL}: put them there to judge them")
 def test_text_rows_are_learned_and_counted(tmp_path: Path) -> None:
-    """A thousand text rows nobody here wrote: every row is accounted for.
+    """A thousand text rows nobody here wrote: every row is accounted for and the held-out loss falls.
 
-    Questions about one table say nearly the same, so few held-out rows are like none that is trained on: what they
-    show is told, and too few to judge by.
+    Questions about one table say nearly the same: they are other rows still, on which the loss is judged, and told.
     """
     settings = ["--set", "training.max_steps=40", "--set", "judge.memory=never", "--set", "training.learning_rate=2e-3"]
     settings += ["--set", "judge.allow_inconclusive=true"]  # nothing was asked: its memory, its answers
@@ -191,8 +190,7 @@ def test_text_rows_are_learned_and_counted(tmp_path: Path) -> None:
     assert all(part["read"] == part["kept"] + sum(part["dropped"].values()) for part in (train, valid))
     outcomes = {verdict["id"]: verdict["outcome"] for verdict in run["verdicts"]}
     [held_out] = [verdict for verdict in run["verdicts"] if verdict["id"] == "loss-held-out"]
-    assert (held_out["outcome"], "whole or nearly" in held_out["reason"]) == ("inconclusive", True)
-    assert held_out["numbers"]["after"] < held_out["numbers"]["before"]
+    assert (held_out["outcome"], held_out["measured"].endswith(" rows nearly as in training")) == ("passed", True)
     assert outcomes["claim-rows"] == "passed"
     assert outcomes["claim-retention"] == "inconclusive"  # this base reads no English prose
     assert outcomes["model-learning"] == "not applicable"

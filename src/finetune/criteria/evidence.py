@@ -45,6 +45,7 @@ class LossEvidence:
     held_out_after: float | None = None
     held_out_rows: int = 0
     held_out_trained: int = 0
+    held_out_near: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,6 +107,8 @@ def _judge_held_out(evidence: Evidence) -> Verdict:
     measured = f"{before:.3g} to {after:.3g}"
     if loss.held_out_trained:
         measured += f" on {counted(loss.held_out_rows, 'row')} that training does not repeat"
+    if loss.held_out_near:
+        measured += f"; {counted(loss.held_out_near, 'row')} nearly as in training"
     return verdict(key, outcome, measured, allowed, reason, before=before, after=after)
 
 

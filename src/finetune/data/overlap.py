@@ -66,6 +66,11 @@ class Overlap:
         """Where the rows stand that were compared with all training rows and are like none."""
         return self.compared - {twin.row for twin in self.twins}
 
+    @property
+    def repeated(self) -> frozenset[str]:
+        """Where rows stand of which training says the prompt, the answer or all, and not only nearly."""
+        return frozenset(twin.row for twin in self.twins if twin.likeness != "near")
+
     def trained(self) -> dict[str, str]:
         """Where rows stand whose words were trained on, each with the reason to leave it out."""
         found = {twin.row: twin.likeness for twin in self.twins if twin.likeness in TRAINED}

@@ -29,7 +29,7 @@ _RELOADED_TOKENS = 32
 class Asked:
     """Everything that one look asks, and what that leaves of the budget.
 
-    `held_out`: rows that no training row is like; `alike`: held-out rows that one is like, or that were not compared.
+    `held_out`: rows of which no training row says the prompt or the answer; `alike`: the other held-out rows.
     """
 
     learning: tuple[Question, ...]
@@ -122,9 +122,12 @@ def _fixed_rows(prepared: Prepared, most: int) -> Sequence[TokenizedRow]:
 
 
 def _held_out(prepared: Prepared) -> tuple[list[TokenizedRow], list[TokenizedRow]]:
-    """The held-out rows that count as unseen, and the others."""
+    """The held-out rows on which the loss is judged, and those whose words training repeats.
+
+    What is nearly said in training is another row still: rows about one subject are so. It is not unseen, and told.
+    """
     sides: tuple[list[TokenizedRow], list[TokenizedRow]] = ([], [])
-    unseen = prepared.overlaps["valid"].unseen
+    repeated = prepared.overlaps["valid"].repeated
     for row in prepared.held_out.rows if prepared.held_out else ():
-        sides[row.where.partition(" piece ")[0] not in unseen].append(row)
+        sides[row.where.partition(" piece ")[0] in repeated].append(row)
     return sides

@@ -31,7 +31,7 @@ from finetune.training.start import Beginning
 class Observation:
     """One look at a session: what it answers, what it has kept, and its losses (nats per token, token count).
 
-    `held_out` is that of all held-out rows, `unseen` that of those which no training row is like.
+    `held_out` is that of all held-out rows, `unseen` that of those whose words training does not repeat.
     """
 
     asked: Asked
@@ -103,7 +103,8 @@ def loss_evidence(
         held_out_before=before.unseen[0] if before.unseen else None,
         held_out_after=after.unseen[0] if after.unseen else None,
         held_out_rows=sum(len(batch.rows) for batch in before.asked.held_out),
-        held_out_trained=len(prepared.overlaps["valid"].twins),
+        held_out_trained=len(prepared.overlaps["valid"].repeated),
+        held_out_near=len(prepared.overlaps["valid"].twins) - len(prepared.overlaps["valid"].repeated),
     )
 
 
