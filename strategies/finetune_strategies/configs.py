@@ -92,13 +92,13 @@ def _mapping(value: Setting) -> Setting:
 SETTINGS: dict[str, Setting] = {
     "model.path": _TEXT,
     "model.revision": _optional(_TEXT),
-    "model.adapter": _optional(_TEXT),
     "model.dtype": _words("float32", "bfloat16"),
     "model.device": _words("auto", "cpu", "gpu"),
     "model.quantize": _optional(_words("4bit", "8bit")),
     "model.quantize_group_size": Setting(
         st.sampled_from([32, 64, 128]), st.sampled_from([0, 16, 48, 96, 256, -32, "many", "", True, None, [], {}, 32.5])
     ),
+    "model.adapter": _optional(_TEXT),
     "data.train": _SOURCES,
     "data.mix": _optional(
         Setting(

@@ -101,7 +101,7 @@ CORNERS: dict[str, tuple[st.SearchStrategy[Any], Corners]] = {
             "the default": (lambda config: config == TrainingConfig(), 2),
             "seed 0 given or not": (lambda config: config.training.seed == 0, 37),
             "seed above 31 bits": (lambda config: config.training.seed > 2**31, 2),
-            "named targets": (lambda config: config.adapter.target_modules != "all-linear", 7),  # one of 60
+            "named targets": (lambda config: config.adapter.target_modules != "all-linear", 8),
             "five settings that may be null are not": (lambda config: settings_filled(config) >= 5, 25),
         },
     ),

@@ -34,7 +34,8 @@ class MemoryMeasure:
 class LossEvidence:
     """Losses in nats per trained token. `fixed`: the same training batches before and after, dropout off.
 
-    `held_out` is that of so many held-out rows; so many others are not judged by, since they stand in training rows.
+    `held_out` is that of so many held-out rows; so many others (`held_out_trained`) are not judged by, since they
+    stand in training rows. `held_out_near` of those judged by are nearly as a training row.
     """
 
     per_step: tuple[float, ...]
