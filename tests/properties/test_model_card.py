@@ -78,6 +78,16 @@ def test_card_names_no_place_of_this_machine(form: Any) -> None:
     assert ("PeftModel" in code) == (form == "adapter")
 
 
+def test_card_does_not_depend_on_how_a_run_is_kept() -> None:
+    """What may change when a run goes on (how often it is saved, its trackers, its cache) changes no byte of a card."""
+    record = sample_run()
+    free = ("training.save_every", "tracking.", "tokens.cache")
+    told = [entry for entry in record["plan"] if entry["key"].startswith(free)]
+    others = [{**entry, "value": 7} if entry in told else entry for entry in record["plan"]]
+    assert "training.save_every" in [entry["key"] for entry in told]
+    assert model_card({**record, "plan": others}, "", "adapter") == model_card(record, "", "adapter")
+
+
 def test_card_of_nothing_measured_has_no_number() -> None:
     """Where no question was asked and no validation loss measured, there is no score, and the reason is told."""
     record = sample_run(scores=None, not_measured={"learning": "no answer is short"})
