@@ -234,11 +234,11 @@ def test_refusal_of_the_command_names_lines_that_work(
     """`ft check` refuses such rows with exit code 3, and accepts them with each line that it names, typed as it is."""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in JUDGED[name]), encoding="utf-8")
-    assert run(["check", "--data", str(path)]) == 3
+    assert run(["check", "--backend", "reference", "--data", str(path)]) == 3
     lines = lines_of(capsys.readouterr().out)
     assert lines
     for line in lines:
-        assert run(["check", "--data", str(path), "--set", line]) == 0, capsys.readouterr().out
+        assert run(["check", "--backend", "reference", "--data", str(path), "--set", line]) == 0, capsys.readouterr().out
 
 
 BESIDE: dict[str, dict[str, Any]] = {
@@ -256,9 +256,9 @@ def test_what_a_template_cannot_show_is_left_unread_by_the_line_named(
     """A thought, or tools, that the shipped model's template has no place for is refused with the line that helps."""
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(BESIDE[name]), encoding="utf-8")
-    assert run(["check", "--data", str(path)]) == 3
+    assert run(["check", "--backend", "reference", "--data", str(path)]) == 3
     [line] = lines_of(capsys.readouterr().out)
-    assert run(["check", "--data", str(path), "--set", line]) == 0, capsys.readouterr().out
+    assert run(["check", "--backend", "reference", "--data", str(path), "--set", line]) == 0, capsys.readouterr().out
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=6), st.sampled_from(["label", "kto_tag", "desirable", "liked"]))
