@@ -238,7 +238,9 @@ def test_refusal_of_the_command_names_lines_that_work(
     lines = lines_of(capsys.readouterr().out)
     assert lines
     for line in lines:
-        assert run(["check", "--backend", "reference", "--data", str(path), "--set", line]) == 0, capsys.readouterr().out
+        assert run(["check", "--backend", "reference", "--data", str(path), "--set", line]) == 0, (
+            capsys.readouterr().out
+        )
 
 
 BESIDE: dict[str, dict[str, Any]] = {

@@ -210,6 +210,19 @@ def test_what_training_repeats_is_neither_measured_nor_asked(model: Path, tmp_pa
     assert {valid, kept} <= set(record["notes"])
 
 
+def test_what_is_nearly_said_in_training_is_asked_and_told(model: Path, tmp_path: Path) -> None:
+    """A sum with its terms exchanged is another question: the verdict on what is kept counts it, and says so."""
+    sums = [{"prompt": f"What is {n} plus {n + 40}?", "completion": str(2 * n + 40)} for n in range(12)]
+    turned = [{**row, "prompt": f"What is {n + 40} plus {n}?"} for n, row in enumerate(sums)]
+    loaded = run_on(model, tmp_path, {"train": sums[:9], "retention": [sums[0], *turned[1:6], *sums[9:]]})
+    assert len(prepare(loaded).retention) == 8
+    with without_reload_check():
+        _, record = fine_tune(loaded, output=tmp_path / "run")
+    [verdict] = [each for each in record["verdicts"] if each["id"] == "learning-retention"]
+    assert verdict["measured"].endswith("on 8 questions; 5 rows nearly as in training")
+    assert record["data"]["overlap"]["retention"]["alike"] == {"row": 1, "answer": 0, "prompt": 0, "near": 5}
+
+
 def test_a_file_that_is_trained_on_shows_nothing_unseen(model: Path, tmp_path: Path) -> None:
     """One file for training, validation and retention: both verdicts are inconclusive, with the reason."""
     rows = [row(n) for n in range(8)]
@@ -221,7 +234,7 @@ def test_a_file_that_is_trained_on_shows_nothing_unseen(model: Path, tmp_path: P
         assert (verdicts[name]["outcome"], verdicts[name]["measured"]) == ("inconclusive", "not measured")
         assert "8 of the" in verdicts[name]["reason"]
         assert (
-            "stand in the rows trained on, whole or nearly, and 0 that do not are too few" in verdicts[name]["reason"]
+            "stand in the rows trained on, whole or in part, and 0 that do not are too few" in verdicts[name]["reason"]
         )
     assert record["losses"]["held_out"] == []
     assert record["not_measured"]["held_out"] == "all 8 rows stand in the rows trained on"

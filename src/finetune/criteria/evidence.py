@@ -65,7 +65,8 @@ class ControlEvidence:
 class LearningEvidence:
     """Answers to the trained questions by base, tuned and control model, and to questions the base already knew.
 
-    `retention_trained`: how many of the latter stand in training rows, and were not asked.
+    `retention_trained`: how many of the latter stand in training rows, and were not asked. `retention_near`: how
+    many are nearly as a training row.
     """
 
     base: Scores
@@ -74,6 +75,7 @@ class LearningEvidence:
     retention_base: Scores | None = None
     retention_tuned: Scores | None = None
     retention_trained: int = 0
+    retention_near: int = 0
 
 
 @dataclass(frozen=True, slots=True)

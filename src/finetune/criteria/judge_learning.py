@@ -5,6 +5,7 @@ import math
 from finetune.criteria.evidence import Evidence, LearningEvidence
 from finetune.criteria.validator import MIN_IMPROVED_SHARE, TrainingSuccessValidator
 from finetune.criteria.verdicts import NOT_MEASURED, too_few_left, verdict
+from finetune.errors import counted
 from finetune.intervals import difference_interval, wilson_interval
 from finetune.records import Outcome, Scores, Verdict
 
@@ -152,6 +153,8 @@ def _judge_retention(learning: LearningEvidence, why: str) -> Verdict:
         f"{base.share:.0%} before, {tuned.share:.0%} [{100 * low:.0f}, {100 * high:.0f}] after "
         f"on {len(tuned.answers)} questions"
     )
+    if learning.retention_near:
+        measured += f"; {counted(learning.retention_near, 'row')} nearly as in training"
     return verdict(
         "learning-retention", outcome, measured, _ALLOWED["learning-retention"], reason, lost=lost, low=low, high=high
     )

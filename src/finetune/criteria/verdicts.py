@@ -55,5 +55,5 @@ def too_few_left(left: int, trained: int, what: str) -> str:
     """Why rows are too few to judge by, since the others stand in training rows; "" where they are not."""
     if not trained or left >= FEWEST_LEFT:
         return ""
-    stand = f"{trained} of the {what} stand in the rows trained on, whole or nearly"
+    stand = f"{trained} of the {what} stand in the rows trained on, whole or in part"
     return f"{stand}, and {left} that do not are too few to judge by"

@@ -148,8 +148,16 @@ def learning_evidence(
             else f"no answer is shorter than {evaluation.max_new_tokens} tokens, so none can be compared word for word"
         )
         return None
-    alike = len(prepared.overlaps["retention"].twins)
-    return LearningEvidence(before.learning, after.learning, control, before.retention, after.retention, alike)
+    overlap = prepared.overlaps["retention"]
+    return LearningEvidence(
+        before.learning,
+        after.learning,
+        control,
+        before.retention,
+        after.retention,
+        retention_trained=len(overlap.repeated),
+        retention_near=len(overlap.twins) - len(overlap.repeated),
+    )
 
 
 def artifact_evidence(

@@ -260,11 +260,11 @@ def open_questions(prepared: Prepared) -> OpenQuestions:
 
 
 def _neutral(prepared: Prepared) -> Sequence[Example]:
-    data = prepared.plan.config.data
+    data, repeated = prepared.plan.config.data, prepared.overlaps["retention"].repeated
     own = (
         read_shaped(prepared.plan.config, "retention") if data.retention else shape_rows(read_rows(data_path(NEUTRAL)))
     )
-    return [each for each in own.examples if not data.retention or each.where in prepared.overlaps["retention"].unseen]
+    return [each for each in own.examples if not data.retention or each.where not in repeated]
 
 
 def _fitting(prepared: Prepared, examples: Sequence[Example]) -> tuple[TokenizedRow, ...]:

@@ -63,10 +63,10 @@ def trained_questions(
 def retention_questions(
     encoder: Encoder, examples: Iterable[Example], overlap: Overlap, plan: Plan, notes: list[str]
 ) -> tuple[Question, ...]:
-    """The questions whose answers the model must keep, less those that are trained on."""
+    """The questions whose answers the model must keep, less those of which training says the prompt or the answer."""
     name = shown_names(plan.config.data.retention or "")
     notes += overlap.sentences(f"data.retention ({name})")
-    conversations, refused = encoder.asked([each for each in examples if each.where in overlap.unseen])
+    conversations, refused = encoder.asked([each for each in examples if each.where not in overlap.repeated])
     if refused:
         unasked = counted(len(refused), "row", "is/are")
         notes.append(f"{name}: {unasked} not asked, since the template refuses: {refused[0][1].message}")
