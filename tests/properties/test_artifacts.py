@@ -414,19 +414,42 @@ def test_run_folder_events_without_steps_are_no_ground_to_go_on_from(steps: int,
             assert kept == [("RunStarted", None), *both]
 
 
-@given(st.binary(max_size=12) | st.sampled_from([b"5", b"[]", b'{"a": 1}', b'{"event": "StepDone"}', b'{"event": []}']))
-@example(b"\xff\xfe\x00")
-@examples(1 / 4)
-def test_run_folder_lines_that_tell_of_no_event_are_none(line: bytes) -> None:
-    """Whatever else stands in a log, between its lines or in place of one, is no event and ends nothing."""
+@given(st.data())
+@example(None)
+@examples(1)
+def test_run_folder_log_is_as_it_was_written_or_refused(data: st.DataObject | None) -> None:
+    """Whatever byte of a log is changed, added or lost is refused with its line; half a last line alone is no event."""
     with tempfile.TemporaryDirectory() as folder:
         run = _run(Path(folder) / "run")
+        run.log(RunStarted("then", "ft train", "id"))
         for step in (1, 2):
+            run.log(FixedLoss(0, 1.0, 3))
             run.log(StepDone(step, 6, 1.0, 2.0, 0.1, 1.0, 3, 2, 0.1, 5))
-        first, second = run.events.read_bytes().splitlines()
-        whole = run.read_events()
-        run.events.write_bytes(b"\n".join([first, line, second, line]))
+        whole, content = run.read_events(), run.events.read_bytes()
+        lines = content.splitlines(keepends=True)
+        place = data.draw(st.integers(0, len(content) - 2)) if data else content.index(b'"loss": 2.0') + 8
+        digit = (content[place] + (data.draw(st.integers(1, 255)) if data else 1)) % 256
+        dropped = data.draw(st.integers(0, 3)) if data else 1
+        changed = (
+            content[:place] + bytes([digit]) + content[place + 1 :],
+            content[:place] + content[place + 1 :],
+            content[:place] + b"\n" + content[place:],
+            b"".join(lines[:dropped] + lines[dropped + 1 :]),
+            b"".join([*lines[:dropped], lines[-1], *lines[dropped:]]),
+        )
+        for damaged in changed:
+            if damaged == content or not damaged.endswith(b"\n"):
+                continue
+            run.events.write_bytes(damaged)
+            for use in (
+                run.read_events,
+                lambda: run.events_up_to(2),
+                lambda: RunFolder(run.path).log(FixedLoss(2, 1.0, 3)),
+            ):
+                with pytest.raises(OutputError, match=r"events.jsonl:[1-6]: the line is not as it was written"):
+                    use()
+            assert run.events.read_bytes() == damaged
+        run.events.write_bytes(content + content[: place % len(lines[0])])
         assert run.read_events() == whole == run.events_up_to(2)
-        run.events.write_bytes(b"\n".join([line, second, b""]))
-        with pytest.raises(OutputError, match="tells of 1 of the 2 steps"):
-            run.events_up_to(2)
+        run.log(FixedLoss(2, 1.0, 3))
+        assert run.read_events() == [*whole, FixedLoss(2, 1.0, 3)]

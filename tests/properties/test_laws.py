@@ -38,6 +38,7 @@ FAILED_BY = {
     "A130": "schedule.closed_form",
     "A168": "store.torn",
     "A177": "resume.damaged",
+    "A177b": "resume.log",
     "A181": "adapter.damaged",
     "A200": "merge.exact",
     "A220": "export.weights",

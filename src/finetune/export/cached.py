@@ -12,7 +12,6 @@ from typing import Any
 from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import LoadedConfig, load_plan
 from finetune.errors import ModelError
-from finetune.events import RunStarted
 from finetune.export.gguf import Teller
 from finetune.export.import_gguf import import_gguf
 from finetune.export.new_tokens import MADE_FROM, add_tokens, cache_folder, grown_name, with_new_tokens
@@ -75,7 +74,7 @@ def with_base(run: Path, *, tell: Teller) -> Path:
     base = Path(load_plan(folder.plan).config.model.path)
     if not base.is_absolute() or base.exists():
         return run
-    started = next((event for event in folder.read_events() if isinstance(event, RunStarted)), None)
+    started = folder.begun()
     if started and started.made_from:
         tell(f"the base of {run} is gone from the cache: making {base} again")
         _make_again(base, started.made_from, tell)

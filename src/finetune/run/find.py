@@ -10,7 +10,6 @@ from typing import Any
 from finetune.config import load_plan
 from finetune.data.sources import shown_names
 from finetune.errors import FineTuneError, OutputError
-from finetune.events import RunStarted
 from finetune.run.checkpoints import CheckpointStore
 from finetune.run.folder import RunFolder
 
@@ -118,7 +117,7 @@ def _summary(path: Path) -> RunSummary:
             outcome, started = str(told.get("outcome")), str(told.get("started") or "")
             return RunSummary(path.name, path, str(told["model"].get("name")), "".join(files[:1]), outcome, started)
         config = load_plan(run.plan).config
-        begun = next((event.started for event in run.read_events() if isinstance(event, RunStarted)), "")
+        begun = run.begun()
         newest = CheckpointStore(run.checkpoints).newest()
         note = f"step {newest} is saved" if newest else "no checkpoint"
         return RunSummary(
@@ -127,7 +126,7 @@ def _summary(path: Path) -> RunSummary:
             config.model.path,
             shown_names(config.data.train or "shipped:facts"),
             "unfinished",
-            begun,
+            begun.started if begun else "",
             note,
         )
     except (FineTuneError, OSError) as error:

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from finetune.config import FORMAT
 from finetune.errors import OutputError
-from finetune.events import Event, FixedLoss, RunJudged, RunStarted, StepDone, event_as_dict, event_from_dict
+from finetune.events import Event, RunStarted, StepDone
 from finetune.files import (
     describe_files,
     flush,
@@ -22,10 +22,10 @@ from finetune.files import (
     remove_torn,
     storage_errors,
     write_json,
-    write_text,
 )
 from finetune.records import Outcome
 from finetune.run.checkpoints import CheckpointStore
+from finetune.run.log import EventLog
 
 _HOLDER = "lock.json"
 
@@ -39,6 +39,7 @@ class RunFolder:
         self.plan = path / "plan.yaml"
         self.manifest = path / "run.json"
         self.events = path / "events.jsonl"
+        self._log = EventLog(self.events)
         self.adapter = path / "adapter"
         self.model = path / "model"
         self.merged = path / "merged"
@@ -242,18 +243,21 @@ class RunFolder:
 
     def log(self, event: Event) -> None:
         """Append one event as a line of JSON."""
-        with storage_errors(self.events), self.events.open("a", encoding="utf-8") as file:
-            file.write(_line(event))
+        self._log.append(event)
 
     def read_events(self) -> list[Event]:
-        """Every event that was logged whole; none where nothing was logged."""
-        events = []
-        for line in self.events.read_bytes().split(b"\n") if self.events.exists() else []:
-            # A killed process can leave the last line half written; what it told is done again on resume. Nor is a
-            # line that was changed so that it tells of no event one.
-            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-                events.append(event_from_dict(json.loads(line)))
-        return events
+        """Every event that was logged whole; none where nothing was logged.
+
+        Raises:
+            OutputError: a line is not as it was written.
+        """
+        return self._log.read()
+
+    def begun(self) -> RunStarted | None:
+        """What the log says of the run's beginning; None where it does not, or is not as it was written."""
+        with contextlib.suppress(OutputError):
+            return next((event for event in self.read_events() if isinstance(event, RunStarted)), None)
+        return None
 
     def learning_rates(self) -> dict[int, float]:
         """The learning rate of each step that was logged."""
@@ -268,16 +272,10 @@ class RunFolder:
         """What was logged up to the checkpoint of step `done`; what came later is done again.
 
         Raises:
-            OutputError: the steps up to it are not all there; without them the run cannot be judged.
+            OutputError: a line is not as it was written, or the steps up to `done` are not all there; without them the
+                run cannot be judged.
         """
-        kept = [event for event in self.read_events() if _stays(event, done)]
-        steps = [event.step for event in kept if isinstance(event, StepDone)]
-        if steps != list(range(1, done + 1)):
-            raise OutputError(
-                f"{self.events} tells of {len(steps)} of the {done} steps before the checkpoint, so it is not whole",
-                hint="restore it, or start a new run with another --output",
-            )
-        return kept
+        return self._log.up_to(done)
 
     def rewind_events(self, done: int) -> None:
         """Forget what was logged after the checkpoint of step `done`.
@@ -285,7 +283,7 @@ class RunFolder:
         Raises:
             OutputError: as `events_up_to`.
         """
-        write_text(self.events, "".join(map(_line, self.events_up_to(done))))
+        self._log.rewind(done)
 
 
 def _check_manifest(value: object) -> None:
@@ -310,18 +308,6 @@ def _holder_in(path: Path) -> str:
         return f" (process {int(holder['pid'])} on {holder['host']})"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-
-
-def _line(event: Event) -> str:
-    return json.dumps(event_as_dict(event), allow_nan=False) + "\n"
-
-
-def _stays(event: Event, done: int) -> bool:
-    """Whether an event tells of a step up to `done`; first gradients carry no step, and the last fixed loss is new."""
-    if isinstance(event, RunStarted):
-        return True
-    ended = isinstance(event, RunJudged) or (isinstance(event, FixedLoss) and event.step > 0)
-    return done > 0 and not ended and getattr(event, "step", 1) <= done
 
 
 def new_run_id() -> str:

@@ -69,3 +69,25 @@ class Damaged(Rows):
 
 
 RESUME_DAMAGED = st.builds(Damaged, rows=rows_of(2, 2), place=st.integers(0, 999))
+
+BEST: dict[str, Any] = {
+    **QUICK,
+    "training.epochs": 4.0,
+    "training.save_every": 1,
+    "training.evaluate_every": 1,
+    "training.load_best_model": True,
+    "training.learning_rate": 5e-3,
+    "training.batch_size": 2,
+    "data.valid_fraction": 0.4,
+}
+
+
+class Logged(Rows):
+    """A run that is stopped at a step, and which of the losses that it wrote down are changed."""
+
+    places: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, max_length=4, strict=False)]
+
+
+RESUME_LOG = st.builds(
+    Logged, rows=rows_of(4, 4), places=st.lists(st.integers(0, 7), min_size=2, max_size=4, unique=True).map(tuple)
+)

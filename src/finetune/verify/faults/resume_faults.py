@@ -14,6 +14,7 @@ from finetune.records import Batch
 from finetune.run import checkpoints
 from finetune.run.checkpoints import CheckpointStore
 from finetune.run.folder import RunFolder
+from finetune.run.log import EventLog
 from finetune.training import loop
 from finetune.training.early_stopping import EarlyStopping
 from finetune.training.loop import Batching, LoopPlan
@@ -211,6 +212,14 @@ def _trusts_damage(right: Opening, store: CheckpointStore, step: int, identity: 
     """Bytes that have changed are not noticed."""
     store._in_use.add(step)
     return store._path(step)
+
+
+@fault("A177b", "ckpt.log_rots_unnoticed")
+@in_place_of("lines", EventLog)
+def _trusts_the_log(right: Callable[..., Iterator[bytes]], log: EventLog) -> list[bytes]:
+    """What a changed log tells is believed."""
+    content = log.path.read_bytes() if log.path.exists() else b""
+    return [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 @fault("A179", "ckpt.disk_full_silent", "unsloth #1122")

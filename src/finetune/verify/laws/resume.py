@@ -1,5 +1,7 @@
 """Laws of runs that were stopped: nothing is lost, and nothing is trained twice."""
 
+import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,31 @@ def damaged_checkpoint_is_noticed(trainer: SubjectClient, case: cases.Damaged) -
     start = min(begin + (len(content) - begin) * case.place // 1000, max(0, len(content) - 16))
     content[start : start + 16] = bytes(byte ^ 2 for byte in content[start : start + 16])
     file.write_bytes(content)
+    ended = refused(lambda: trainer.ask("resume", TrainingResult, folder=folder))
+    if ended is not None:
+        _same_end(trainer, train(trainer, **given), ended)
+
+
+_TOLD = re.compile(r'(loss": ?-?)(\d)')
+
+
+@law("resume.log", ["train", "resume", "adapter_weights"], cases.RESUME_LOG, scene="training", examples=4, cost=4)
+@oracle("a refusal, or the end of the run that nobody damaged")
+def damaged_log_decides_nothing(trainer: SubjectClient, case: cases.Logged) -> None:
+    """Losses that were changed in what a run has written down choose no other weights when it goes on."""
+    folder = trainer.folder() / "run"
+    given: dict[str, Any] = {"model": trainer.model(TINY), "settings": cases.BEST, "rows": case.values}
+    trainer.ask("train", TrainingResult, stop_after=3, folder=folder, **given)
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.json*"))}
+    count = sum(len(_TOLD.findall(text)) for text in texts.values())
+    wrong, numbers = {place % count for place in case.places} if count else set(), itertools.count()
+
+    def changed(found: re.Match[str]) -> str:
+        digit = "0" if found[2] != "0" else "9"
+        return found[1] + (digit if next(numbers) in wrong else found[2])
+
+    for path, text in texts.items():
+        path.write_text(_TOLD.sub(changed, text), encoding="utf-8")
     ended = refused(lambda: trainer.ask("resume", TrainingResult, folder=folder))
     if ended is not None:
         _same_end(trainer, train(trainer, **given), ended)
