@@ -108,7 +108,7 @@ def told(chosen: list[str], ended: dict[str, int | None]) -> str:
     outcome = {
         name: _ENDS.get(code, f"exit {code}") if (code := ended[name]) is not None else "not run" for name in chosen
     }
-    lines = ["# Mutants", "", "| room | run | killed | share | 95 % interval |", "|---|---|---|---|---|"]
+    lines = ["# Mutants", "", "| room | run | killed | share | 95% interval |", "|---|---|---|---|---|"]
     for room in (*ROOMS, ""):
         mine = [outcome[name] for name in chosen if f"finetune.{room}" in name]
         killed = sum(end in ("killed", "timeout") for end in mine)

@@ -274,8 +274,8 @@ def page(lines: Sequence[Mapping[str, Any]]) -> str:
         "",
         f"Made by `make rates` from `docs/evidence/rates.jsonl`: runs of known kind on {models}, {_ROWS} rows trained",
         "on and as many unseen, judged as open answers (`judge.answers=open`). The rows put names drawn at random into",
-        "one pattern, so nothing can be inferred from them; each seed draws its own. Bounds are one-sided, at 95 %,",
-        "after Clopper and Pearson: no error in 300 runs bounds the rate at 1 %. Fewer runs state less.",
+        "one pattern, so nothing can be inferred from them; each seed draws its own. Bounds are one-sided, at 95%,",
+        "after Clopper and Pearson: no error in 300 runs bounds the rate at 1%. Fewer runs state less.",
         "",
         "![How runs of each kind were judged](rates.svg)",
         "",
@@ -322,7 +322,7 @@ def picture(lines: Sequence[Mapping[str, Any]]) -> str:
         axes.set_yticks(range(len(found)), [each["kind"].name for each in found], color=ink.INK)
         axes.set_ylim(len(found) - 0.4, -0.6)
         axes.set_xlim(0, 1)
-        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100%"])
         axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
         ink.plain_axes(axes, grid="x")
         title = "How runs of each kind were judged"

@@ -127,7 +127,7 @@ def kill_matrix_page() -> str:
         f"  {len(proof['laws'])} laws of tier {proof['tier']}; {counts['survived']} survived,",
         f"  {counts['equivalent']} changed nothing that this tier asks for; {counts['error']} ended in an error, for",
         "  the reason in the table. A fault is killed by a law that is broken on evidence, and by nothing else.",
-        f"- **{len(proof['false_alarms'])} of {clean}** runs without a fault were called broken: with 95 %",
+        f"- **{len(proof['false_alarms'])} of {clean}** runs without a fault were called broken: with 95%",
         f"  confidence at most {bound:.1%} of such runs are.",
         *_idle(proof["idle"]),
         f"- All of it took {proof['seconds'] / 60:.0f} minutes on the machine where it was measured.",

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 
 Z95 = 1.959963984540054
-"""The two-sided 95 % point of the normal distribution."""
+"""The two-sided 95% point of the normal distribution."""
 _FEWEST_MEANT = 4
 
 
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share.
+    """The 95% Wilson score interval of a share.
 
     Source: E. B. Wilson, 1927, "Probable inference, the law of succession, and statistical inference".
     """
@@ -24,7 +24,7 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
 
 
 def difference_interval(first: tuple[int, int], second: tuple[int, int]) -> tuple[float, float]:
-    """The 95 % interval of the difference of two shares, each given as (right, count).
+    """The 95% interval of the difference of two shares, each given as (right, count).
 
     Source: R. G. Newcombe, 1998, "Interval estimation for the difference between independent proportions", method 10.
     """
@@ -36,7 +36,7 @@ def difference_interval(first: tuple[int, int], second: tuple[int, int]) -> tupl
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % interval of a mean by Student's t; None for fewer than four values, where it says next to nothing.
+    """The 95% interval of a mean by Student's t; None for fewer than four values, where it says next to nothing.
 
     Source: the quantile of t by its expansion around the normal one, Abramowitz and Stegun 26.7.5.
     """

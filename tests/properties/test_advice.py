@@ -40,7 +40,7 @@ ILLNESSES: dict[str, tuple[Evidence, dict[str, Any], str]] = {
     "rows dropped": (
         healthy(),
         {"counts": DataCounts(100, 80, {"longer than 64 tokens": 20}, 0, 9, 9)},
-        "20.0 % of the rows are dropped (20 of 100)",
+        "20.0% of the rows are dropped (20 of 100)",
     ),
     "no unseen rows": (healthy(learning=None, open=evidence(goal="rows")), {"unseen": 3}, "3 unseen rows"),
     "known before": (

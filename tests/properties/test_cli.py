@@ -117,7 +117,7 @@ def test_check_shows_what_becomes_of_rows(tmp_path: Path, capsys: pytest.Capture
     said = capsys.readouterr().out
     told = " ".join(said.split())
     for each in (
-        "no problems WARNING: data.train: 9.1 % of the rows are dropped (2 of 22): ",
+        "no problems WARNING: data.train: 9.1% of the rows are dropped (2 of 22): ",
         "data.train: 22 rows read, 20 kept, 2 dropped",
         f"dropped: 1 empty answer (first: {file}:21)",
         f"dropped: 1 longer than 64 tokens (first: {file}:22)",
@@ -257,6 +257,12 @@ def test_start_is_quick(model: Path, data: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
     assert done.stdout.splitlines()[-2:] == ["0", "[]"], done.stderr
+    code = (
+        "import sys; from finetune.cli.app import run; run(['--help']); "
+        "print(*{name.split('.')[1] for name in sys.modules if name.startswith('finetune.')})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
+    assert set(done.stdout.splitlines()[-1].split()) == {"cli", "errors", "processes"}
 
 
 def test_ctrl_c_before_the_first_word_is_told_as_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:

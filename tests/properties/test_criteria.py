@@ -41,7 +41,7 @@ def _tensors(changed: int) -> tuple[dict[str, str], dict[str, str]]:
 def test_validator_exactly_the_threshold_is_not_enough(
     judged: Any, at: tuple[Any, ...], above: tuple[Any, ...]
 ) -> None:
-    """Exactly 5, 30, 30, 80 % is not more than that; the next larger share is."""
+    """Exactly 5, 30, 30, 80% is not more than that; the next larger share is."""
     assert judged(*at) is False
     assert judged(*above) is True
 
@@ -250,7 +250,7 @@ def _passes(key: str, base: int, tuned: int, both: int = 0) -> bool:
 
 
 def test_judge_noise_passes_the_literal_criterion_and_not_its_companion() -> None:
-    """20 answers that coin flips make better or worse pass 'at least 7 improve' 94 % of the time, the signed 2.5 %."""
+    """20 answers that coin flips make better or worse pass 'at least 7 improve' 94% of the time, the signed 2.5%."""
     literal = signed = 0.0
     for better in range(COUNT + 1):
         chance = math.comb(COUNT, better) / 2**COUNT
@@ -262,7 +262,7 @@ def test_judge_noise_passes_the_literal_criterion_and_not_its_companion() -> Non
 
 @pytest.mark.parametrize("skill", [0.1, 0.3, 0.5, 0.7, 0.9])
 def test_judge_two_equally_skilled_models_seldom_differ(skill: float) -> None:
-    """Base and tuned, each right at random with the same chance whatever it is, hold at most 2.5 % of the time."""
+    """Base and tuned, each right at random with the same chance whatever it is, hold at most 2.5% of the time."""
     total = 0.0
     for both in range(COUNT + 1):
         for better in range(COUNT + 1 - both):
@@ -278,7 +278,7 @@ def test_judge_two_equally_skilled_models_seldom_differ(skill: float) -> None:
 
 
 def test_judge_a_control_that_learns_as_much_breaks() -> None:
-    """Above 20 % right by the shuffled-label control fails, however good the tuned model is; 20 % is not above."""
+    """Above 20% right by the shuffled-label control fails, however good the tuned model is; 20% is not above."""
     outcomes = [
         verdicts_on(altered("learning", control=ControlEvidence(scores(right))))["learning-control"].outcome
         for right in range(21)
@@ -343,7 +343,7 @@ def test_judge_parameters_only_of_the_same_tensors(change: dict[str, Any]) -> No
 
 
 def test_judge_a_base_that_knows_the_answers_cannot_improve() -> None:
-    """When the base answers 70 % already, too little room is left: inconclusive, and the reason says so."""
+    """When the base answers 70% already, too little room is left: inconclusive, and the reason says so."""
     found = verdicts_on(altered("learning", base=scores(14), tuned=scores(20)))["model-learning"]
     assert (found.outcome, "so many already" in found.reason) == ("inconclusive", True)
 

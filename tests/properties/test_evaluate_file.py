@@ -202,7 +202,7 @@ def test_interval_of_a_mean_moves_with_it(values: list[float], shift: float) -> 
 
 @pytest.mark.parametrize(("free", "quantile"), [(3, 3.1824), (4, 2.7764), (9, 2.2622), (29, 2.0452), (120, 1.9799)])
 def test_interval_of_a_mean_is_students(free: int, quantile: float) -> None:
-    """Its half width is the tabulated quantile of t, within 1 %, times the standard error."""
+    """Its half width is the tabulated quantile of t, within 1%, times the standard error."""
     values = [float((-1) ** place) for place in range(free + 1)]
     found = mean_interval(values)
     assert found is not None

@@ -66,7 +66,7 @@ def test_wilson_solves_the_score_equation(case: tuple[int, int]) -> None:
 
 
 def test_wilson_covers_what_it_promises() -> None:
-    """Of 20 answers, whatever the true share, the interval holds it about 95 % of the time and never below 83 %."""
+    """Of 20 answers, whatever the true share, the interval holds it about 95% of the time and never below 83%."""
     covered = []
     for tenth in range(1, 200):
         truth = tenth / 200
@@ -118,7 +118,7 @@ def test_most_probable_is_the_published_bound(seen: int, count: int, bound: floa
 @given(case=st.integers(1, 60).flatmap(lambda count: st.tuples(st.integers(0, count - 1), st.just(count))))
 @examples(share=2)
 def test_most_probable_solves_its_equation(case: tuple[int, int]) -> None:
-    """At the bound so few are seen with a probability of exactly 5 %, computed in whole numbers."""
+    """At the bound so few are seen with a probability of exactly 5%, computed in whole numbers."""
     seen, count = case
     chance = Fraction(most_probable(seen, count))
     tail = sum(comb(count, each) * chance**each * (1 - chance) ** (count - each) for each in range(seen + 1))

@@ -15,7 +15,7 @@ from finetune.chat.lengths import Lengths
 @example([1, 16])
 @example([999, 1000, 1001])
 def test_a_histogram_holds_every_row_once(lengths: list[int]) -> None:
-    """Steps cover all lengths without a gap, few enough to be read; the middle and the 95 % are as sorting has them."""
+    """Steps cover all lengths without a gap, few enough to be read; the middle and the 95% are as sorting has them."""
     found = Lengths.of(Counter(lengths))
     if not lengths:
         assert found is None

@@ -352,7 +352,7 @@ def rows_of(count: int, length: int, vocab: int) -> Batch:
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize(("rows", "length"), [(2, 120), (11, 17)])
 def test_forecast_of_the_reference_backend_is_what_numpy_allocates(method: str, rows: int, length: int) -> None:
-    """The peak of live arrays over two real steps, told by Python itself, is within 5 % of what is expected."""
+    """The peak of live arrays over two real steps, told by Python itself, is within 5% of what is expected."""
     location = locate_model("reference-llama")
     shape = read_shape(location.folder)
     target = AdapterTarget(8, 16.0, 0.0, choose_layers(shape, "all-linear")) if method == "lora" else None

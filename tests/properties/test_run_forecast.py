@@ -88,7 +88,7 @@ def test_rows_that_are_left_out_are_said_beforehand(place: Path, tmp_path: Path)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = forecast_run(prepare(loaded(place, data__train=str(file), template__name="chatml")))
     reason = "template 'chatml' does not show a thought"
-    assert found.warnings == [f"data.train: 33.3 % of the rows are dropped (1 of 3): 1 {reason}"]
+    assert found.warnings == [f"data.train: 33.3% of the rows are dropped (1 of 3): 1 {reason}"]
     assert found.values()["rows"]["dropped_at"] == {reason: f"{file}:3"}
     reaching, *_ = found.sentences()
     assert reaching == "1 token reaches from a prompt into an earlier answer, and is not learned"
@@ -134,7 +134,7 @@ def test_more_than_two_per_cent_dropped_is_a_warning(place: Path, tmp_path: Path
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("train", "rehearsal", "valid"):
         found = forecast_run(prepare(loaded(place, **{f"data__{name}": str(file)}))).warnings
-        assert found == ([f"data.{name}: 3.0 % of the rows are dropped (3 of 100): 3 empty answer"] if warned else [])
+        assert found == ([f"data.{name}: 3.0% of the rows are dropped (3 of 100): 3 empty answer"] if warned else [])
     heard: list[Event] = []
     with without_reload_check(), suppress(FineTuneError):
         fine_tune(

@@ -120,7 +120,9 @@ def test_report_takes_runs_by_any_name(home: Path, capsys: pytest.CaptureFixture
     """`ft report` shows the run that `latest`, an id or a file inside it names."""
     for name in ("latest", "first", "runs/first/run.json"):
         assert run(["report", name, "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["id"] == "first"
+        assert [each["id"] for each in json.loads(capsys.readouterr().out)] == ["first"]
+    assert run(["report", NAMES[0], "first", "--json"]) == 0
+    assert [each["id"] for each in json.loads(capsys.readouterr().out)] == [NAMES[0], "first"]
     for verb in ("evaluate", "chat", "merge", "compare"):
         assert run([verb, "frist"]) == 3
         assert "did you mean runs/first?" in capsys.readouterr().err

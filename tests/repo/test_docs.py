@@ -43,6 +43,15 @@ def test_reference_pages_say_what_the_program_says(reference: ModuleType) -> Non
     assert [name for name in reference.PAGES if there[name] != reference.written(name)] == [], "run: make docs"
 
 
+def test_shares_are_written_in_one_way() -> None:
+    """In every text of over 300 that a user can see a share is `5%`, without a blank; `%` of code stands elsewhere."""
+    texts = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "docs" / "suite_pages.py"]
+    texts += [path for ending in ("*.py", "*.j2", "*.md") for path in sorted((ROOT / "src").rglob(ending))]
+    assert len(texts) > 300
+    blank = re.compile(r"[0-9}][ \u00a0\u2009\u202f]%(?![}%]| \d)")
+    assert [f"{path.name}: {found[0]}" for path in texts if (found := blank.findall(path.read_text("utf-8")))] == []
+
+
 def listed(nav: list[Any]) -> list[str]:
     """The pages of the site's menu, in its order."""
     parts = [value for entry in nav for value in entry.values()]

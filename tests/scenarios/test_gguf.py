@@ -231,7 +231,7 @@ def _heads_swapped(weight: Any) -> Any:
 LAYER = "model.layers.1."
 FAULTS: dict[str, tuple[str, str, Any]] = {
     "two heads swapped": ("logits", "made", _loaded(f"{LAYER}self_attn.q_proj.weight", _heads_swapped)),
-    "one tensor off by 1 %": ("logits", "made", _loaded(f"{LAYER}mlp.up_proj.weight", lambda weight: weight * 1.01)),
+    "one tensor off by 1%": ("logits", "made", _loaded(f"{LAYER}mlp.up_proj.weight", lambda weight: weight * 1.01)),
     "no permutation (A220)": ("logits", "made", _other_family(permuted=False)),
     "rope base lost (A223)": ("logits", "made", _other_key("llama.rope.freq_base", 500_000.0)),
     "epsilon lost": ("logits", "made", _other_key("llama.attention.layer_norm_rms_epsilon", 1e-6)),
@@ -272,7 +272,7 @@ def test_gguf_that_is_not_the_model_is_told_and_kept_as_refused(
 PLANTED: dict[str, Any] = {
     "wrong permutation": _other_family(permuted=False),
     "two heads swapped": _loaded(f"{LAYER}self_attn.q_proj.weight", lambda each: np.roll(each, 28, axis=0)),
-    "one tensor off by 1 %": _loaded(f"{LAYER}mlp.up_proj.weight", lambda weight: weight * 1.01),
+    "one tensor off by 1%": _loaded(f"{LAYER}mlp.up_proj.weight", lambda weight: weight * 1.01),
 }
 
 
@@ -332,7 +332,7 @@ def test_gguf_fault_is_not_hidden_by_quantising(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("storage", BLOCKS)
 def test_what_is_read_back_is_held_to_its_type_bit_for_bit(storage: Storage, tmp_path: Path) -> None:
-    """A tensor of any type that is off by 1 %, less than most types round, is refused by name."""
+    """A tensor of any type that is off by 1%, less than most types round, is refused by name."""
     assert (BLOCKS[storage].weights, BLOCKS[storage].bytes) == gguf.GGML_QUANT_SIZES[kind_of_storage(storage)]
     weight = np.random.default_rng(0).standard_normal((4, 256)).astype(np.float32)
     plan = Blueprint("llama", {}, (Tensor("blk.0.ffn_up.weight", weight.shape, storage, lambda: weight),))

@@ -74,7 +74,7 @@ def target_of(bench: Bench, how: dict[str, Any]) -> AdapterTarget:
 
 
 def about(peak: int, dtype: str) -> Any:
-    """A measured peak, give or take 5 %.
+    """A measured peak, give or take 5%.
 
     In bfloat16 a product takes room of its own, up to 0.2 MB whatever its size, which is much beside so small a model.
     """
@@ -106,7 +106,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("step", STEPS)
 def test_live_tensors_are_as_counted(family: Bench, step: str, method: str) -> None:
-    """The peak of live tensor bytes in a real step is within 5 % of what is expected, whatever is trained and how."""
+    """The peak of live tensor bytes in a real step is within 5% of what is expected, whatever is trained and how."""
     asked, how = STEPS[step]
     shape = read_shape(family.location.folder)
     assert shape.architecture in KNOWN
@@ -129,7 +129,7 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_live_tensors_are_as_counted_for_every_kind_of_adapter(family: Bench, kind: str, dtype: str) -> None:
-    """With DoRA, ranks by pattern, new tokens and whole modules, live tensors peak within 5 % of what is expected."""
+    """With DoRA, ranks by pattern, new tokens and whole modules, live tensors peak within 5% of what is expected."""
     shape = read_shape(family.location.folder)
     ends = set(KINDS[kind].get("saved", ())) - ({"embed_tokens", "lm_head"} if shape.tied_head else set())
     modules = (name.rpartition(".")[0] for name in shape.weights)
@@ -196,7 +196,7 @@ def measured(bench: Bench, method: Any, rows: int, length: int) -> tuple[Forecas
 
 
 def check_as_promised(told: Forecast, found: MemoryMeasure) -> None:
-    """Live tensors and, with the allocator that was measured, the process are within 15 %, and between low and high."""
+    """Live tensors and, with the allocator that was measured, the process are within 15%, and between low and high."""
     assert told.expected.tensors == pytest.approx(found.peak_tensors, rel=AS_PROMISED)
     assert told.expected.gradients == found.gradient_bytes
     assert told.expected.optimizer == found.optimizer_bytes
@@ -213,7 +213,7 @@ def check_as_promised(told: Forecast, found: MemoryMeasure) -> None:
 @pytest.mark.parametrize(("rows", "length"), [(4, 64), (32, 96), (3, 211)])
 @pytest.mark.parametrize("model", SHIPPED)
 def test_shipped_model_takes_what_is_expected(model: str, rows: int, length: int, method: str) -> None:
-    """Training a shipped model in a fresh process takes what was expected of it, within 15 %."""
+    """Training a shipped model in a fresh process takes what was expected of it, within 15%."""
     check_as_promised(*measured(Bench("torch", locate_model(model)), method, rows, length))
 
 

@@ -36,8 +36,8 @@ WITH_MLX = pytest.param(
 )
 SIZES: dict[str, dict[str, Any]] = {
     "torch": {},
-    # MLX keeps more for the way back: of 4 rows it holds 28 % less with LoRA (Llama) and 22 % (GPT-2), of 2 rows 41
-    # and 32 %. The verdict says at which sizes it was measured.
+    # MLX keeps more for the way back: of 4 rows it holds 28% less with LoRA (Llama) and 22% (GPT-2), of 2 rows 41
+    # and 32%. The verdict says at which sizes it was measured.
     "mlx": {"judge.memory_batch_size": 2},
 }
 """What a backend's criteria are judged at, where it is not the default."""

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.tier2
 @pytest.mark.parametrize("template", FORMATS)
 @pytest.mark.parametrize("name", SHIPPED)
 def test_base_knows_its_own_facts_and_not_the_new_ones(name: str, template: str) -> None:
-    """In every format the base answers at least 90 % of its pre-training facts and at most 20 % of the new ones."""
+    """In every format the base answers at least 90% of its pre-training facts and at most 20% of the new ones."""
     location = locate_model(name)
     encoder = Encoder(location, template)
     session = open_backend("torch").open(location, "float32", encoder.tokenizer.pad_id)

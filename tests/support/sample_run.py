@@ -175,9 +175,9 @@ def _measure(method: Literal["lora", "full"], trained: int) -> MemoryMeasure:
 
 def _verdicts() -> list[dict[str, Any]]:
     rows = [
-        (1, "last logged loss below the first", "passed", "3.66 → 0.36, 90 % lower", "more than 5 % lower", "", False),
-        (1, "same fixed batches, dropout off", "passed", "3.87 → 0.305, 92 % lower", "more than 5 % lower", "", True),
-        (2, "answers improved", "passed", "8 of 10 (80 %)", "more than 30 %", "", False),
+        (1, "last logged loss below the first", "passed", "3.66 → 0.36, 90% lower", "more than 5% lower", "", False),
+        (1, "same fixed batches, dropout off", "passed", "3.87 → 0.305, 92% lower", "more than 5% lower", "", True),
+        (2, "answers improved", "passed", "8 of 10 (80%)", "more than 30%", "", False),
         (
             2,
             "better than the shuffled-label control",
@@ -187,13 +187,13 @@ def _verdicts() -> list[dict[str, Any]]:
             "10 questions are too few to tell the training from luck at this error rate.",
             True,
         ),
-        (3, "LoRA below full fine-tuning", "passed", "56 % below", "more than 30 % below", "", False),
-        (3, "gradient and optimizer bytes", "passed", "0.492 MB against 14.5 MB", "3.4 % of full or less", "", True),
+        (3, "LoRA below full fine-tuning", "passed", "56% below", "more than 30% below", "", False),
+        (3, "gradient and optimizer bytes", "passed", "0.492 MB against 14.5 MB", "3.4% of full or less", "", True),
         (
             4,
             "LoRA tensors that changed",
             "failed",
-            "14 of 16 (88 %)",
+            "14 of 16 (88%)",
             "exactly the declared 16",
             "layers.1.self_attn.k_proj lora_A and lora_B are bit for bit what they were at the start.",
             False,

@@ -55,7 +55,7 @@ class DataCounts:
         reasons = ", ".join(
             f"{count:,} {why}" for why, count in sorted(self.dropped.items(), key=lambda item: -item[1])
         )
-        return f"{100 * lost / self.read:.1f} % of the rows are dropped ({lost:,} of {self.read:,}): {reasons}"
+        return f"{100 * lost / self.read:.1f}% of the rows are dropped ({lost:,} of {self.read:,}): {reasons}"
 
 
 @dataclass(frozen=True, slots=True)

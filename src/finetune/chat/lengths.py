@@ -12,7 +12,7 @@ _NICE = (1, 2, 5)
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Tokens of the shortest, the middle and the longest row, and how many 95 % of them do not exceed.
+    """Tokens of the shortest, the middle and the longest row, and how many 95% of them do not exceed.
 
     `steps`: of each bar of the histogram its fewest and its most tokens, and how many rows have so many.
     """

@@ -33,7 +33,6 @@ from finetune.cli import (
 )
 from finetune.cli.console import say
 from finetune.cli.usage import usage_error
-from finetune.distributed.environment import rank_of
 from finetune.errors import FineTuneError
 
 INTERRUPTED = 130
@@ -120,6 +119,8 @@ def _options(
 
 
 def _complain(error: FineTuneError) -> None:
+    from finetune.distributed.environment import rank_of
+
     rank = rank_of(os.environ)
     say(f"rank {rank}: error: {error}" if rank else f"error: {error}")
 

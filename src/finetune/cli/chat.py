@@ -1,7 +1,7 @@
 """`ft chat`: talk to a fine-tuned model as it was trained."""
 
 import math
-import secrets
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +12,11 @@ import typer
 from finetune.cli.console import print_data, say
 from finetune.cli.options import RunPath
 from finetune.errors import RefusedError, UsageError
-from finetune.records import Message
 
 if TYPE_CHECKING:
     from finetune.evidence.talk import ChatAnswer, ChatOpening
     from finetune.ports import ChooseTokens
-    from finetune.records import Conversation
+    from finetune.records import Conversation, Message
 
 T = TypeVar("T")
 Prompt = Annotated[str | None, typer.Option("--prompt", help="Ask one question and leave.")]
@@ -84,6 +83,7 @@ def command(
     """
     from finetune.data.opening import read_messages, read_tools, read_variables
     from finetune.evidence.talk import open_chat, talker
+    from finetune.records import Message
 
     problems: list[UsageError] = []
     if ask is not None:
@@ -112,8 +112,10 @@ def command(
 
 
 def _converse(
-    answer: "Callable[[Conversation], ChatAnswer]", opening: "ChatOpening", begun: tuple[Message, ...], most: int
+    answer: "Callable[[Conversation], ChatAnswer]", opening: "ChatOpening", begun: "tuple[Message, ...]", most: int
 ) -> int:
+    from finetune.records import Message
+
     turns, live = list(begun), sys.stdin.isatty()
     if live:
         say("an empty line leaves, /reset begins anew, /tool TEXT gives a tool's result")
@@ -163,7 +165,7 @@ def _choice(temperature: float, top_p: float, seed: int | None) -> "ChooseTokens
     if temperature == 0:
         return None
     if seed is None:
-        seed = secrets.randbits(32)
+        seed = int.from_bytes(os.urandom(4))
         say(f"drawn with --seed {seed}")
     return sampler(temperature, top_p, seed=seed)
 

@@ -7,7 +7,6 @@ import typer
 from finetune.cli.console import data_console, exit_code, print_json, say
 from finetune.cli.options import AsJson, RunPath
 from finetune.errors import RefusedError
-from finetune.records import Outcome
 
 if TYPE_CHECKING:
     from finetune.compare.comparison import Comparison, PathResult
@@ -24,6 +23,7 @@ def command(run: RunPath, *, through: Through = None, json_output: AsJson = Fals
     A path that --through names and that cannot be compared here ends with 3.
     """
     from finetune.compare.comparison import PATHS, compare_paths
+    from finetune.records import Outcome
 
     names = [name.strip() for name in through.split(",")] if through is not None else PATHS
     found = compare_paths(run, names, tell=say)

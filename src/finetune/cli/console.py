@@ -4,8 +4,6 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from finetune.records import Outcome
-
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -43,6 +41,8 @@ def print_examined(done: Any, *, as_json: bool, place: str | None = None) -> Non
 
 def exit_code(outcome: str, *, allow_inconclusive: bool = False) -> int:
     """0 passed, 1 failed, 4 neither; `allow_inconclusive` turns the 4 of an inconclusive outcome into 0."""
+    from finetune.records import Outcome
+
     if allow_inconclusive and outcome == Outcome.INCONCLUSIVE:
         return 0
     return {Outcome.PASSED: 0, Outcome.FAILED: 1}.get(Outcome(outcome), 4)

@@ -76,7 +76,7 @@ def _on_file(run: Any, data: str, limit: int | None, *, json_output: bool) -> in
 
 
 def _shown(value: float | None, interval: tuple[float, float] | None, *, share: bool) -> str:
-    """A share in per cent, or a loss in nats, with its 95 % interval."""
+    """A share in per cent, or a loss in nats, with its 95% interval."""
     if value is None:
         return ""
     form = "{:.0%}" if share else "{:.4f}"

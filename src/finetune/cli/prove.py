@@ -123,6 +123,6 @@ def _print(found: "Proof") -> None:
     killed, of = len(found.of_status("killed")), len(found.results)
     print_data(f"tier {found.tier}: {killed} of {of} faults killed ({killed / of if of else 0.0:.1%})")
     print_data(
-        f"{len(found.false_alarms)} of {len(found.clean)} clean runs called broken: with 95 % confidence at most "
+        f"{len(found.false_alarms)} of {len(found.clean)} clean runs called broken: with 95% confidence at most "
         f"{found.false_alarm_bound:.1%} of such runs are"
     )

@@ -29,7 +29,10 @@ def command(
     verbose: Verbose = False,
     json_output: AsJson = False,
 ) -> int:
-    """Show the report of one run, or several runs side by side; or the history of the tests."""
+    """Show the report of one run, or several runs side by side; or the history of the tests.
+
+    --json prints a list with one report a run, also for one.
+    """
     if history:
         return _show_history(runs or [], html=html, json_output=json_output)
     if not runs:
@@ -45,8 +48,7 @@ def command(
     places = [find_run(run) for run in runs]
     found = [{**RunFolder.finished(place).read_manifest(), "folder": str(place)} for place in places]
     if json_output:
-        reports = [build_report(run) for run in found]
-        print_json(reports[0] if len(reports) == 1 else reports)
+        print_json([build_report(run) for run in found])
     else:
         print_report(found, data_console(), verbose=verbose)
     if html is not None:

@@ -33,7 +33,7 @@ PROFILES: Mapping[str, Profile] = {
         "The shipped model on the shipped data, in about a minute on a laptop.",
         {"training.epochs": 30.0, "training.learning_rate": 2e-3, "training.warmup_fraction": 0.1}
         # Strong decay keeps the adapter small, and with it what the base knew. Measured on facts that were not
-        # rehearsed: 37 % kept without rehearsal rows, 78 % with them, 92 to 100 % with them and this decay.
+        # rehearsed: 37% kept without rehearsal rows, 78% with them, 92 to 100% with them and this decay.
         | {"training.weight_decay": 5.0},
     ),
 }

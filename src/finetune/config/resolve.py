@@ -17,7 +17,7 @@ LONGEST_BY_DEFAULT = 2048
 """Tokens per row unless somebody asks for more: enough for most data, and kind to memory."""
 HELD_OUT_SHARE = 0.05
 FEWEST_ROWS_TO_HOLD_OUT = 200
-"""Below this many rows, 5 % is too few to measure a loss on and too many to lose."""
+"""Below this many rows, 5% is too few to measure a loss on and too many to lose."""
 SHORTEST = 8
 
 

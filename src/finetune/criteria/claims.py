@@ -100,7 +100,7 @@ def rows_needed(moves: Moves) -> int | None:
     """How many rows would decide, were the share that fell to stay; None where it stands at a half."""
     share = moves.fell / moves.count if moves.count else 0.5
     distance = abs(share - 0.5)
-    # The normal approximation of a sign test of this level, met with a power of 80 %.
+    # The normal approximation of a sign test of this level, met with a power of 80%.
     return math.ceil(((2.33 + 0.84) * 0.5 / distance) ** 2) if distance > 0.02 else None
 
 

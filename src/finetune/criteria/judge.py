@@ -20,7 +20,7 @@ from finetune.records import Outcome, Reload, Verdict
 
 _START_MARGIN = 1.0
 """Nats by which the start loss may exceed that of a uniform guess before 'it fell' means nothing."""
-_LOWER = "> 5 % lower"
+_LOWER = "> 5% lower"
 _RELOADED_WHOLE = "The saved model reloads in a new process"
 _STORED = 2.0**-23
 """By how much two logits can be apart, relatively, merely because they were written down in float32."""
@@ -130,7 +130,7 @@ def _judge_parameters(evidence: Evidence) -> list[Verdict]:
         "parameter-updates",
         Outcome.of(share > MIN_CHANGED_SHARE) if enough else Outcome.INCONCLUSIVE,
         f"{share:.0%} of {len(declared)} tensors",
-        "> 80 %",
+        "> 80%",
         "" if enough else "A cannot change at the first step (B starts at 0): needs two steps",
         title="The model's tensors change" if whole else "",
         share=share,

@@ -13,9 +13,9 @@ MAX_CONTROL_SHARE = 0.2
 MAX_RETENTION_LOSS = 0.1
 MAX_CHANCE = 0.025
 _ALLOWED = {
-    "model-learning": "> 30 % improve",
-    "learning-signed": "> +30 points, 95 % CI above 0, sign test p <= 0.025",
-    "learning-control": "control <= 20 %, tuned above it by > 30 points",
+    "model-learning": "> 30% improve",
+    "learning-signed": "> +30 points, 95% CI above 0, sign test p <= 0.025",
+    "learning-control": "control <= 20%, tuned above it by > 30 points",
     "learning-retention": "at most 10 points lost",
 }
 

@@ -8,7 +8,7 @@ from finetune.records import Outcome, Verdict
 
 _RESOLVABLE_RSS = 256 * 1024**2
 """Below this many bytes above the framework, the resident set is mostly library pages and allocator slack."""
-_ALLOWED = "> 30 % less"
+_ALLOWED = "> 30% less"
 
 
 def judge_memory(evidence: Evidence) -> list[Verdict]:

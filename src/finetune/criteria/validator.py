@@ -16,7 +16,7 @@ class TrainingSuccessValidator:
 
     @staticmethod
     def loss_reduction(losses: Sequence[float]) -> float:
-        """By what share the last loss lies below the first (0.05 is 5 %).
+        """By what share the last loss lies below the first (0.05 is 5%).
 
         Raises:
             EvidenceError: fewer than two losses, or one that is not finite, or a first loss that is not positive.
@@ -31,7 +31,7 @@ class TrainingSuccessValidator:
 
     @classmethod
     def validate_loss_convergence(cls, losses: Sequence[float]) -> bool:
-        """Whether the training loss fell by more than 5 % from the first to the last recorded step."""
+        """Whether the training loss fell by more than 5% from the first to the last recorded step."""
         return cls.loss_reduction(losses) > MIN_LOSS_REDUCTION
 
     @staticmethod
@@ -53,7 +53,7 @@ class TrainingSuccessValidator:
     def validate_model_learning(
         cls, pre_outputs: Sequence[str], post_outputs: Sequence[str], test_cases: Sequence[str]
     ) -> bool:
-        """Whether more than 30 % of the responses improved."""
+        """Whether more than 30% of the responses improved."""
         return cls.improved_share(pre_outputs, post_outputs, test_cases) > MIN_IMPROVED_SHARE
 
     @staticmethod
@@ -70,7 +70,7 @@ class TrainingSuccessValidator:
 
     @classmethod
     def validate_memory_efficiency(cls, base_memory: float, lora_memory: float) -> bool:
-        """Whether LoRA needs more than 30 % less memory than full fine-tuning."""
+        """Whether LoRA needs more than 30% less memory than full fine-tuning."""
         return cls.memory_reduction(base_memory, lora_memory) > MIN_MEMORY_REDUCTION
 
     @staticmethod
@@ -88,7 +88,7 @@ class TrainingSuccessValidator:
 
     @classmethod
     def validate_parameter_updates(cls, before: Mapping[str, str], after: Mapping[str, str]) -> bool:
-        """Whether more than 80 % of the adapter's tensors changed."""
+        """Whether more than 80% of the adapter's tensors changed."""
         return cls.changed_share(before, after) > MIN_CHANGED_SHARE
 
     @staticmethod

@@ -34,7 +34,7 @@ In a public split of question and answer rows, those above it could be told from
 COMPARED = 512
 """So many rows are compared with every training row; what is the same word for word is looked for among all."""
 FEWEST_LEFT = 6
-"""With fewer rows that no training row repeats nothing is judged: by chance, all of five get better 3 % of the time."""
+"""With fewer rows that no training row repeats nothing is judged: by chance, all of five get better 3% of the time."""
 _WEIGHED = 20_000
 """How rare a word is, so many training rows say."""
 _TOGETHER = 1000

@@ -12,7 +12,7 @@ from finetune.records import Batch, Question, TokenizedRow
 from finetune.training.prepare import Prepared
 
 FEWEST_ROWS, FEWEST_MATCHED = 16, 24
-"""So many rows of each kind are asked whatever it costs: with 14 of 16 that agree an exact test at 1 % decides.
+"""So many rows of each kind are asked whatever it costs: with 14 of 16 that agree an exact test at 1% decides.
 
 Of matched rows a model must gain seven, and none it lost; a base that tells six of ten already leaves it nine of 24.
 """

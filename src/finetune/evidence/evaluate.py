@@ -202,7 +202,7 @@ def _loss(asked: _OnFile, base: _Look, tuned: _Look) -> dict[str, Any]:
         "tokens": sum(weights),
         "difference": fmean(moves),
         "difference_interval": mean_interval(moves),
-        "of": "the difference is a row's mean, with its 95 % interval over rows (Student's t)",
+        "of": "the difference is a row's mean, with its 95% interval over rows (Student's t)",
     }
 
 

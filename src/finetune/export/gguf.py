@@ -40,7 +40,7 @@ STEPS = 12
 TWINNED: tuple[Outtype, ...] = ("f16", "bf16", *QUANTISED)
 """Types so coarse that a fault of the conversion could hide behind them: it is looked for in f32 first.
 
-In f16 a single matrix of SmolLM2 may be off by 1.4 to 2.7 % before its logits tell, in f32 by 0.03 to 0.05 %.
+In f16 a single matrix of SmolLM2 may be off by 1.4 to 2.7% before its logits tell, in f32 by 0.03 to 0.05%.
 """
 MOST_CONTEXT = 1024
 """How much of a model's context is tried."""

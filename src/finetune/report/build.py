@@ -151,7 +151,7 @@ def _before_after(points: Sequence[Mapping[str, object]]) -> dict[str, Any] | No
 
 
 def _tally(sets: Mapping[str, object]) -> dict[str, dict[str, Any] | None]:
-    """Right answers of each model with the share and its 95 % interval."""
+    """Right answers of each model with the share and its 95% interval."""
     tallies: dict[str, dict[str, Any] | None] = {}
     for model in ("base", "tuned", "control"):
         answers = list_at(map_at(sets, model), "answers")

@@ -159,7 +159,7 @@ def _scores(record: Mapping[str, Any]) -> Iterator[str]:
         first, last = (f"{each['loss']:.4f}" for each in looks)
         rows.append(f"| validation loss, {looks[1]['tokens']:,} tokens | {first} | {last} | |")
     if rows:
-        yield from ("| score | base | fine-tuned | 95 % interval |", "|---|---|---|---|", *rows, "")
+        yield from ("| score | base | fine-tuned | 95% interval |", "|---|---|---|---|", *rows, "")
     for verdict in record.get("verdicts") or ():
         if not verdict.get("companion"):
             measured = verdict["measured"] or verdict["reason"]

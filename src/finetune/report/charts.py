@@ -117,7 +117,7 @@ def _rate(report: Mapping[str, object], prefix: str) -> Chart:
 
 
 def _scores(report: Mapping[str, Any], prefix: str) -> Chart:
-    title, caption = "Right answers", "share of questions, with 95 % Wilson intervals"
+    title, caption = "Right answers", "share of questions, with 95% Wilson intervals"
     rows = [(*row, report["scores"][row[0]][row[1]]) for row in _SCORE_ROWS if report["scores"][row[0]][row[1]]]
     if not rows:
         return Chart("scores", title, caption, None, report["absent"]["learning"])
@@ -148,7 +148,7 @@ def _scores(report: Mapping[str, Any], prefix: str) -> Chart:
         axes.set_yticks(places, [row[2] for row in rows], color=ink.INK)
         axes.set_ylim(place - 0.4, -0.5)
         axes.set_xlim(0, 1)
-        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100%"])
         ink.plain_axes(axes, grid="x")
         said = "; ".join(
             f"{_SCORE_HEADS[group].lower()} {name}: {tally['right']} of {tally['of']} right, "
@@ -215,7 +215,7 @@ def _lengths(report: Mapping[str, Any], prefix: str) -> Chart:
         ink.plain_axes(axes, grid="x")
         said = (
             f"{say_count(lengths['shortest'])} to {say_count(lengths['longest'])} tokens, median "
-            f"{say_count(lengths['median'])}, 95 % of the rows have at most {say_count(lengths['most'])}"
+            f"{say_count(lengths['median'])}, 95% of the rows have at most {say_count(lengths['most'])}"
         )
         return Chart(
             "lengths", title, f"{caption}: {said}", ink.to_svg(figure, prefix=prefix, title=title, description=said)

@@ -47,7 +47,7 @@ def _histogram(lengths: Mapping[str, Any] | None, block: str) -> list[str]:
         return []
     head = (
         f"tokens a row: {say_count(lengths['shortest'])} to {say_count(lengths['longest'])}, median "
-        f"{say_count(lengths['median'])}, 95 % have at most {say_count(lengths['most'])}"
+        f"{say_count(lengths['median'])}, 95% have at most {say_count(lengths['most'])}"
     )
     most = max(rows for *_, rows in lengths["steps"])
     wide = max(len(say_count(last)) for _, last, _ in lengths["steps"])

@@ -208,7 +208,7 @@ def draw_trends(entries: Sequence[HistoryEntry], prefix: str) -> list[Chart]:
     return [
         draw("seconds", "Time", say_seconds, lambda entry: entry.seconds),
         # Four digits, so that one failure among thousands does not vanish.
-        draw("pass-rate", "Pass rate", lambda share: f"{share * 100:.4g} %", lambda entry: entry.pass_rate),
+        draw("pass-rate", "Pass rate", lambda share: f"{share * 100:.4g}%", lambda entry: entry.pass_rate),
         draw("cases", "Generated cases", say_count, lambda entry: entry.cases),
         draw("memory", "Largest process", say_bytes, lambda entry: entry.largest_process_bytes),
         *(

@@ -25,7 +25,7 @@ def render_matrix(proof: Mapping[str, Any]) -> str:
         (
             "False alarms",
             f"{len(proof['false_alarms'])} of {say_count(proof['clean_runs'])}",
-            f"at most {say_percent(proof['false_alarm_bound'])} of clean runs, with 95 % confidence",
+            f"at most {say_percent(proof['false_alarm_bound'])} of clean runs, with 95% confidence",
         ),
     ]
     return page_template("matrix.html.j2").render(

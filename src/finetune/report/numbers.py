@@ -55,7 +55,7 @@ def say_percent(share: object) -> str:
     if number is None:
         return NOT_MEASURED
     digits = 0 if abs(number) >= 0.0995 or number == 0 else 2 if abs(number) < 0.00995 else 1
-    return f"{number * 100:.{digits}f} %"
+    return f"{number * 100:.{digits}f}%"
 
 
 def say_seconds(value: object) -> str:

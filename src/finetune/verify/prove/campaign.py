@@ -97,7 +97,7 @@ class Proof:
 
     @property
     def false_alarm_bound(self) -> float:
-        """How often a clean run is called broken, at most, with 95 % confidence."""
+        """How often a clean run is called broken, at most, with 95% confidence."""
         return most_probable(len(self.false_alarms), len(self.clean))
 
     @property
