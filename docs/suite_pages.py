@@ -1,8 +1,8 @@
 """Writes the pages about the suite from the suite itself and from what was measured with it: `make docs`.
 
 What was measured lies in `docs/evidence/`: `proof.json` of `ft prove`, and of each trainer that was judged a folder
-that `ft verify --output` wrote, with a file to replay for each finding. `notes.yaml` says beside a finding why a
-maintainer might call it intended.
+that `ft verify --output` wrote, with a file to replay for each broken law. `causes.yaml` says what
+these laws come from, and which of them are no finding.
 """
 
 import json
@@ -14,20 +14,9 @@ from typing import Any
 import yaml
 
 from finetune.verify.catalogue import Law, case_laws, catalogue
-from finetune.verify.results import severity_of
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence"
-CANDIDATES = {
-    "the loss mask reaches one token into the padding": "padding.no_target",
-    "accumulation is a mean of means": "gradient.oracle",
-    "the last incomplete batch is dropped": "batches.cover",
-    "a run goes on with its weights alone": "resume.same",
-    "a second run writes over the adapter of the first": "runs.untouched",
-    "rows are sorted by the number of their keys, not by their length": "rows.remarks",
-    "unknown keys of the configuration are taken": "config.unknown",
-    "a model's `rope_parameters` are passed over": "model.rope_spelling",
-}
-"""What mlx-lm's source suggested before anything was run, and the law that is about it."""
+SCRIPTS = EVIDENCE / "scripts"
 _COSTS = {1: "milliseconds", 2: "tens of milliseconds", 3: "a tenth of a second"}
 
 
@@ -145,82 +134,82 @@ def kill_matrix_page() -> str:
 
 
 def findings_page() -> str:
-    """What was found in each trainer that was judged, with the smallest case and how to have it again."""
-    notes = yaml.safe_load((EVIDENCE / "notes.yaml").read_text(encoding="utf-8")) or {}
+    """What is wrong in trainers that were judged, by its cause, with a script; and what was no finding, with why."""
+    found = yaml.safe_load((EVIDENCE / "causes.yaml").read_text(encoding="utf-8"))
+    causes, beside = found["causes"], found["beside"]
+    runs = [(path.parent.name, json.loads(path.read_text(encoding="utf-8"))) for path in _verifications()]
+    broken = sum(run["counts"]["failed"] for _, run in runs)
+    unnamed = sum(not cause["threads"] for cause in causes)
     lines = [
         "# Findings",
         "",
-        "What the suite said of other people's trainers, on one machine, with the versions named. Made by `make",
-        "docs` from what `ft verify --output` wrote into `docs/evidence/`. Only what was run is told. A law that is",
-        "broken is a difference between a trainer and a sentence; where its makers might say that they mean it so, the",
-        "note says so.",
+        f"What is wrong in other people's trainers: {len(causes)} causes, each with a script that uses the component's",
+        "own interface alone and was run with the versions below. They stand under the component that is to be mended,",
+        f"not under the trainer that was judged. {broken} laws are broken in what was run: most by these causes,",
+        "and [the rest is no finding](#broken-and-no-finding), for a reason that is told. Of the causes",
+        f"{unnamed} are named by no public thread that we found; the others are known. Made by `make docs` from",
+        "`docs/evidence/causes.yaml` and from what `ft verify --output` wrote beside it.",
         "",
-    ]
-    lines += _candidates()
-    for path in sorted(EVIDENCE.glob("*/verification*.json")):
-        lines += _subject(path, notes.get(path.parent.name, {}))
-    return "\n".join(lines) + "\n"
-
-
-def _candidates() -> list[str]:
-    """Which of the candidates the laws found by themselves, and in how small a case."""
-    found = json.loads((EVIDENCE / "mlx-lm" / "verification.json").read_text(encoding="utf-8"))
-    judged = {each["law"]: each for each in found["laws"]}
-    lines = [
-        "## What was looked for in mlx-lm",
-        "",
-        "Reading its source had suggested these before anything was run. Each law is one that any trainer is held to.",
-        "A finding of a trainer in another environment is tried again with `--python PATH` added.",
-        "",
-        "| suspected | law | outcome | rows in the smallest case |",
+        "| component | what goes wrong | severity | what it says |",
         "|---|---|---|---|",
+        *(f"| {each['component']} | {each['what']} | {each['severity']} | {each['told']} |" for each in causes),
+        "",
     ]
-    for what, law in CANDIDATES.items():
-        case = judged[law]["case"] or {}
-        rows = len(case["rows"]) if "rows" in case else sum(map(len, case.get("micro", ()))) or "none needed"
-        lines.append(f"| {what} | `{law}` | {judged[law]['outcome']} | {rows} |")
+    for cause in causes:
+        lines += _cause(cause)
+    lines += ["## Broken, and no finding", "", "| trainer | law | why |", "|---|---|---|"]
+    for kind in beside.values():
+        for trainer, laws in kind["laws"].items():
+            lines += [f"| {trainer} | `{law}` | {kind['why']}. {why} |" for law, why in laws.items()]
+    return "\n".join([*lines, "", *_what_was_run(runs)]) + "\n"
+
+
+def _cause(cause: Mapping[str, Any]) -> list[str]:
+    script = f"{cause['script']}.py"
+    text = (SCRIPTS / script).read_text(encoding="utf-8")
+    expected = next(line for line in text.splitlines() if "expected: " in line).partition("expected: ")[2]
+    threads = "; ".join(cause["threads"]) or "none found"
+    lines = [
+        f"### {cause['component']}: {cause['what'].removesuffix('.')}",
+        "",
+        f"- expected: {_line(expected.rpartition(chr(34))[0])}",
+        f"- got: {_line(cause['got'])}",
+        f"- script: [`{script}`](evidence/scripts/{script}), {len(text.splitlines())} lines",
+        f"- severity: {cause['severity']}; what it says: {cause['told']}",
+        f"- public threads: {threads}",
+    ]
+    for trainer, laws in cause["laws"].items():
+        named = ", ".join(f"[`{law}`](laws.md)" for law in laws)
+        lines += [f"- broken by it, asked of {trainer}: {named}"]
+        lines += [
+            f"    - `ft replay docs/evidence/{trainer}/{law}.json --subject {trainer}`"
+            for law in laws
+            if (EVIDENCE / trainer / f"{law}.json").exists()
+        ]
+    if "note" in cause:
+        lines += ["", cause["note"].strip()]
     return [*lines, ""]
 
 
-def _subject(path: Path, notes: Mapping[str, str]) -> list[str]:
-    found, name = json.loads(path.read_text(encoding="utf-8")), path.parent.name
-    versions = ", ".join(f"{library} {number}" for library, number in found["versions"].items())
-    counts = ", ".join(f"{count} {word}" for word, count in found["counts"].items() if count)
-    later = "" if path.stem == "verification" else ", laws that came later"
-    lines = [
-        f"## {found['subject']}{later}",
-        "",
-        f"{versions}; {found['machine']}; tier {found['tier']}, seed {found['seed']}, {found['seconds']:.0f} s:",
-        f"{counts}.",
-        "",
-    ]
-    for judgement in found["laws"]:
-        if judgement["outcome"] == "failed":
-            lines += _finding(judgement, name, notes.get(judgement["law"], ""))
-    unjudged = [each for each in found["laws"] if each["outcome"] not in ("passed", "failed")]
-    if unjudged:
-        lines += ["Not judged:", ""]
-        lines += [f"- `{each['law']}`: {each['outcome']}: {_line(each['why'])}" for each in unjudged]
-        lines.append("")
+def _verifications() -> list[Path]:
+    return sorted(EVIDENCE.glob("*/verification*.json"))
+
+
+def _what_was_run(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    lines = ["## What was run", ""]
+    for _, run in runs:
+        versions = ", ".join(f"{library} {number}" for library, number in run["versions"].items())
+        counts = ", ".join(f"{count} {word}" for word, count in run["counts"].items() if count)
+        lines += [
+            f"- {run['subject']}: {versions}; {run['machine']}; tier {run['tier']}, seed {run['seed']},",
+            f"  {run['seconds']:.0f} s: {counts}.",
+        ]
+    lines += ["", "A law that holds was tried on a few cases. Laws that were not judged:", ""]
+    lines += ["| trainer | law | why |", "|---|---|---|"]
+    for name, run in runs:
+        unjudged = [each for each in run["laws"] if each["outcome"] not in ("passed", "failed")]
+        lines += [f"| {name} | `{each['law']}` | {each['outcome']}: {_line(each['why'])} |" for each in unjudged]
     return lines
-
-
-def _finding(judgement: Mapping[str, Any], name: str, note: str) -> list[str]:
-    lines = [
-        f"### {name}: {judgement['statement']}",
-        "",
-        f"- law: [`{judgement['law']}`](laws.md), {severity_of(judgement['law'])}",
-        f"- expected: {_line(judgement['expected'])}",
-        f"- got: {_line(judgement['got'])}",
-    ]
-    if judgement["case"] is not None:
-        lines.append(f"- smallest case: `{json.dumps(judgement['case'], ensure_ascii=False)}`")
-        lines.append(f"- again: `ft replay docs/evidence/{name}/{judgement['law']}.json --subject {name}`")
-    if judgement["why"]:
-        lines.append(f"- {_line(judgement['why'])}")
-    if note:
-        lines.append(f"- intended? {note}")
-    return [*lines, ""]
 
 
 def _line(words: str) -> str:

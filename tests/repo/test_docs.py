@@ -1,7 +1,6 @@
 """The pages say what the program does: help, settings and the commands of the README are one with the code."""
 
 import importlib.util
-import json
 import os
 import re
 import subprocess
@@ -142,14 +141,3 @@ def test_make_help_lists_every_target() -> None:
     targets = re.findall(r"^([a-z0-9-]+):.*##", makefile, re.MULTILINE)
     assert [line.split()[0] for line in done.stdout.splitlines()] == targets
     assert len(targets) >= 18
-
-
-def test_notes_on_findings_are_each_about_one() -> None:
-    """Every note on why a finding may be intended belongs to a law that is broken in what was run."""
-    evidence = ROOT / "docs" / "evidence"
-    notes = yaml.safe_load((evidence / "notes.yaml").read_text(encoding="utf-8"))
-    assert len(notes) == 3
-    for name, of_trainer in notes.items():
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in (evidence / name).glob("verification*.json")]
-        broken = {each["law"] for run in found for each in run["laws"] if each["outcome"] == "failed"}
-        assert sorted(set(of_trainer) - broken) == [], name
