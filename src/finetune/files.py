@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import OutputError, StorageError
+from finetune.reading import open_regular
 
 
 def meant_file(path: Path, hint: str) -> str:
@@ -145,7 +146,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 def file_hash(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -17,6 +17,7 @@ from finetune.evidence.saved import open_model
 from finetune.export.cached import with_model_folder
 from finetune.memory.estimate import sides
 from finetune.models.shape import read_shape
+from finetune.reading import check_regular
 from finetune.records import ModelLocation, Outcome, Verdict
 from finetune.training.prepare import Prepared, prepare
 
@@ -131,6 +132,7 @@ def _check_adapter(prepared: Prepared, folder: Path) -> None:
     shape = prepared.shape
     try:
         target = read_settings(folder, transposed=shape.transposed)
+        check_regular(folder / WEIGHTS)
         with safe_open(folder / WEIGHTS, "np") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (ModelError, OSError, SafetensorError):

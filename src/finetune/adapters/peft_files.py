@@ -19,6 +19,7 @@ from pathlib import Path
 from finetune.adapters.kind import AdapterKind, Shape
 from finetune.adapters.kinds import ADAPTER_KINDS, kind_of, layer_tensor, titles
 from finetune.errors import ModelError
+from finetune.reading import check_regular, read_json
 from finetune.records import DEFAULT_KIND, AdapterTarget
 
 Layers = Mapping[str, tuple[int, int]]
@@ -159,7 +160,7 @@ def read_settings(folder: Path, *, transposed: bool) -> AdapterTarget:
         ModelError: they are missing or broken, or the adapter is of a kind that is none of ours.
     """
     try:
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        settings = read_json(folder / SETTINGS)
         kind = next((kind for kind in ADAPTER_KINDS.values() if kind.fits_peft(settings)), None)
         if kind is None:
             odd = {"peft_type": settings.get("peft_type")}
@@ -217,7 +218,7 @@ def base_of(folder: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path)
         named = settings.get("base_model_name_or_path") or settings.get("model")
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from None
@@ -237,9 +238,10 @@ def peft_from_mlx(source: Path, folder: Path, base: str) -> None:
     from safetensors.numpy import load_file, save_file
 
     try:
-        settings = json.loads((source / SETTINGS).read_text(encoding="utf-8"))
+        settings = read_json(source / SETTINGS)
         name, given = settings.get("fine_tune_type", DEFAULT_KIND), settings["lora_parameters"]
         rank, scale = int(given["rank"]), float(given["scale"])
+        check_regular(source / MLX_WEIGHTS)
         saved = load_file(source / MLX_WEIGHTS)
         kind = ADAPTER_KINDS[name]
         paths = sorted({each.rpartition(".")[0] for each in saved})

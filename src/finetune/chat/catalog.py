@@ -7,6 +7,7 @@ from pathlib import Path
 
 from finetune.chat.sandbox import variables_read
 from finetune.errors import TemplateError
+from finetune.reading import read_text
 
 RESERVED = frozenset({"messages", "add_generation_prompt", "bos_token", "eos_token", "tools", "documents"})
 """Variables of a template that every program sets by itself."""
@@ -127,7 +128,7 @@ def find_template(name: str, own: str | None) -> TemplateSource:
         return TemplateSource("tokenizer", own)
     if name.endswith(".jinja"):
         try:
-            return TemplateSource(name, Path(name).read_text(encoding="utf-8"))
+            return TemplateSource(name, read_text(Path(name)))
         except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
             raise TemplateError(f"template file {name} cannot be read: {error}", hint="check the path") from None
     raise TemplateError(

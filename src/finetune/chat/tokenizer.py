@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ModelError
 from finetune.files import file_hash
+from finetune.reading import check_regular, read_json, read_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
@@ -289,6 +290,8 @@ def _load(folder: Path) -> "RustTokenizer":
             hint="convert the tokenizer once: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
     try:
+        for file in (fast,) if fast.exists() else (vocabulary, merges):
+            check_regular(file)
         loaded = Tokenizer.from_file(str(fast)) if fast.exists() else _from_merges(folder, vocabulary, merges)
     except Exception as error:  # the library raises bare Exception for a broken file
         raise ModelError(f"{folder}: the tokenizer cannot be read: {error}", hint="get the model again") from None
@@ -324,7 +327,10 @@ def _token_text(value: object, tokenizer: "RustTokenizer", fallback_id: object) 
 def _chat_template(folder: Path, settings: dict[str, object]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.exists():
-        return file.read_text(encoding="utf-8")
+        try:
+            return read_text(file)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{file} cannot be read: {error}", hint="get the model again") from None
     template = settings.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
@@ -336,7 +342,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}", hint="get the model again") from None
     return value if isinstance(value, dict) else {}

@@ -9,6 +9,7 @@ import yaml
 
 from finetune.errors import Problem
 from finetune.files import nearest_file
+from finetune.reading import read_bytes
 
 _LARGEST_FILE = 2**20
 # The parser raises YAMLError; the constructors of odd values (`!!int x`, `!!bool x`, deep nesting) raise the others.
@@ -103,10 +104,7 @@ def _read_text(path: Path) -> tuple[str, Problem | None]:
             return "", _folder_problem(path)
         if path.is_file() and (problem := _data_problem(path, "")):
             return "", problem
-        if path.stat().st_size > _LARGEST_FILE:
-            what = f"the file has {path.stat().st_size} bytes, more than a configuration can need"
-            return "", Problem(what, where, "name a YAML file; data and models are named inside it")
-        return path.read_bytes().decode("utf-8-sig"), None
+        return read_bytes(path, _LARGEST_FILE).decode("utf-8-sig"), None
     except FileNotFoundError:
         near = nearest_file(path)
         hint = f"did you mean {near}?" if near else "make one with `ft init`; a model is named with --model"

@@ -7,6 +7,7 @@ from finetune.data.messages import messages_of, tools_of, variables_of
 from finetune.data.read import load_json, unreadable
 from finetune.errors import DataError, UsageError
 from finetune.files import meant_file
+from finetune.reading import read_bytes
 from finetune.records import Message, Row
 
 _EXAMPLE = """--variables '{"enable_thinking": false}'"""
@@ -70,10 +71,7 @@ def _has_name(tool: object) -> bool:
 
 def _read_list(path: Path) -> list[object]:
     try:
-        with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
-        if len(content) > _MOST_BYTES:
-            raise UsageError(f"{path} is longer than {_MOST_BYTES:,} bytes", hint="no model reads as much")
+        content = read_bytes(path, _MOST_BYTES)
         found = load_json(content.decode("utf-8").removeprefix("\ufeff"))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", hint=meant_file(path, "name a file")) from None

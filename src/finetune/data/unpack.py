@@ -5,7 +5,6 @@ import io
 import os
 import re
 import shlex
-import stat
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any, BinaryIO
 
 from finetune.errors import DataError, MissingExtraError, install_line
 from finetune.files import meant_file
+from finetune.reading import NotAFileError, open_regular
 
 LONGEST_ROW = 2**26
 """A longer line, or row of a table, is refused before it is held: no model reads as much at once."""
@@ -35,29 +35,20 @@ def open_data(path: Path) -> Iterator[BinaryIO]:
     Raises:
         DataError: it is missing, no regular file, or cannot be read.
     """
-    descriptor = -1
     try:
-        # A FIFO would be waited for without end, and a device may never end: neither is read.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        mode = os.fstat(descriptor).st_mode
-        if stat.S_ISDIR(mode):
-            raise DataError(f"{path} is a folder, not a data file", hint="name the data file inside it")
-        if not stat.S_ISREG(mode):
-            raise DataError(
-                f"{path} is a pipe, a device or a socket, not a file", hint="write the rows to a file, and name that"
-            )
-        with os.fdopen(descriptor, "rb") as file:
-            descriptor = -1
+        with open_regular(path) as file:
             yield file
+    except IsADirectoryError:
+        raise DataError(f"{path} is a folder, not a data file", hint="name the data file inside it") from None
+    except NotAFileError as error:
+        said = str(error.strerror).removeprefix("it is ")
+        raise DataError(f"{path} is {said}", hint="write the rows to a file, and name that") from None
     except FileNotFoundError:
         hint = meant_file(path, "check the path (data.train or --data)")
         raise DataError(f"data file {path} does not exist", hint=hint) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = error.strerror or error if isinstance(error, OSError) else error
         raise DataError(f"{path} cannot be read: {reason}", hint="check the path and its permissions") from None
-    finally:
-        if descriptor >= 0:
-            os.close(descriptor)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from finetune.distributed.environment import LAUNCHERS, NOTES, started_by
 from finetune.errors import MissingExtraError, RefusedError, UsageError, install_line
 from finetune.processes import python_command
+from finetune.reading import read_text
 
 _STARTED: dict[str, tuple[str | int, ...]] = {
     "distributed_type": ("MULTI_GPU", "FSDP"),
@@ -63,7 +64,7 @@ def _processes_in(config: Path) -> int | None:
     import yaml
 
     try:
-        value = yaml.safe_load(config.read_text(encoding="utf-8"))
+        value = yaml.safe_load(read_text(config))
     except (OSError, ValueError, yaml.YAMLError) as error:
         what = f"--launch-config {config} cannot be read: {str(error).splitlines()[0]}"
         raise UsageError(what, hint="`accelerate config` writes one") from None

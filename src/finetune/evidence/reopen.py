@@ -10,6 +10,7 @@ from finetune.errors import TemplateError
 from finetune.evidence.observe import Observation, observe
 from finetune.evidence.saved import open_model, open_tuned, prepare_again, saved_in
 from finetune.ports import Session
+from finetune.reading import read_text
 from finetune.records import ModelLocation
 from finetune.run.folder import RunFolder
 from finetune.training.prepare import Prepared
@@ -24,7 +25,11 @@ def reopen(path: Path) -> tuple[Prepared, Session]:
     folder = RunFolder.finished(path)
     plan, prepared = load_plan(folder.plan), prepare_again(folder)
     template = saved_in(folder, plan.config) / "chat_template.jinja"
-    if template.read_text(encoding="utf-8") != prepared.encoder.source.jinja:
+    try:
+        same = read_text(template) == prepared.encoder.source.jinja
+    except (OSError, ValueError):
+        same = False
+    if not same:
         raise TemplateError(f"the template that {path} was trained with has changed since", hint="restore the file")
     return prepared, _open(folder, plan.config, prepared.location, prepared.encoder)
 

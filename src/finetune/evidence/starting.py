@@ -1,6 +1,5 @@
 """Finds the adapter that training goes on from, its base and its settings: a run's, PEFT's or mlx-lm's."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from finetune.evidence.record import base_files
 from finetune.evidence.saved import changed, saved_in
 from finetune.models.locate import SHIPPED, SHIPPED_FOLDER, locate_model
 from finetune.models.shape import read_shape
+from finetune.reading import read_json
 from finetune.records import AdapterTarget, ModelShape
 from finetune.run.find import LATEST, RUNS, find_run, is_run
 from finetune.run.folder import RunFolder
@@ -187,7 +187,7 @@ def _read_target(folder: Path, shape: ModelShape, base: str) -> AdapterTarget:
 def _pattern_in(folder: Path) -> str:
     """The expression that PEFT found the adapter's layers by; "" where they are listed."""
     try:
-        named = json.loads((folder / SETTINGS).read_text(encoding="utf-8")).get("target_modules")
+        named = read_json(folder / SETTINGS).get("target_modules")
     except (OSError, ValueError, AttributeError, RecursionError):
         return ""  # whoever reads it says what is wrong
     return named if isinstance(named, str) else ""

@@ -3,7 +3,6 @@
 Each says what it was made from, and a run writes that down when it begins: a folder that is gone is made again from it.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from finetune.export.import_gguf import import_gguf
 from finetune.export.new_tokens import MADE_FROM, add_tokens, cache_folder, grown_name, with_new_tokens
 from finetune.files import file_hash, write_json
 from finetune.models.locate import locate_model
+from finetune.reading import read_json
 from finetune.run.folder import RunFolder
 
 
@@ -58,7 +58,10 @@ def _imported_name(source: Path) -> str:
 def made_from(folder: Path) -> dict[str, Any]:
     """What a model folder says that it was made from; nothing where it was not made in the cache."""
     path = folder / MADE_FROM
-    told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        told: dict[str, Any] = read_json(path) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", hint="make the model again") from None
     return told
 
 

@@ -1,6 +1,5 @@
 """A run's result, or a model as it is, made ready for GGUF: its weights, tokenizer and names, and what to ask it."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -17,7 +16,7 @@ from finetune.export.rounded import RoundingBounds
 from finetune.export.sources import AdapterWeights, Files, Merged, WeightSource
 from finetune.export.vocabulary import PHI3_NAMES, GgufVocabulary, Special, describe_vocabulary, serving_template
 from finetune.models.locate import locate_model
-from finetune.models.shape import read_shape, weight_files
+from finetune.models.shape import read_config, read_shape, weight_files
 from finetune.ports import Backend, Session
 from finetune.records import ModelLocation, ModelShape
 from finetune.report.card import licence_in
@@ -168,7 +167,7 @@ def all_stops(exportable: Exportable, vocabulary: GgufVocabulary) -> tuple[int, 
 
 def describe_folder(folder: Path) -> tuple[ModelShape, Described]:
     """The shape of the model in a folder, and what GGUF says of it."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     shape = read_shape(folder)
     return shape, describe_model(config, tied=shape.tied_head, vocab_size=_rows(shape))
 

@@ -29,6 +29,7 @@ from finetune.export.sources import DTYPES, Files
 from finetune.files import check_space, make_folder, write_folder, write_json
 from finetune.models.locate import locate_model
 from finetune.models.shape import is_head, read_config, read_shape, refuse_leading_out, token_tables, weight_files
+from finetune.reading import read_json
 from finetune.records import ModelLocation, ModelShape
 
 Array = NDArray[Any]
@@ -204,7 +205,7 @@ def add_tokens(
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         told = {"path": str(location.folder) if location.source == "local" else location.name, "revision": revision}
         if (location.folder / MADE_FROM).is_file():
-            told["made_from"] = json.loads((location.folder / MADE_FROM).read_text(encoding="utf-8"))
+            told["made_from"] = read_json(location.folder / MADE_FROM)
         write_json(folder / MADE_FROM, {**told, "tokens": dict(tokens)})
 
     write_folder(output, fill)
@@ -213,7 +214,7 @@ def add_tokens(
 def _write_settings(folder: Path, added: Mapping[int, tuple[str, bool]]) -> None:
     """Tell of the tokens in those files beside `tokenizer.json` that list all that were added."""
     path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    settings = read_json(path) if path.exists() else {}
     if isinstance(settings.get("added_tokens_decoder"), dict):
         rules = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
         for number, (token, special) in added.items():
@@ -221,5 +222,5 @@ def _write_settings(folder: Path, added: Mapping[int, tuple[str, bool]]) -> None
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     path = folder / "added_tokens.json"
     if path.exists():
-        listed = json.loads(path.read_text(encoding="utf-8")) | {token: number for number, (token, _) in added.items()}
+        listed = read_json(path) | {token: number for number, (token, _) in added.items()}
         path.write_text(json.dumps(listed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

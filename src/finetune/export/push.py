@@ -12,6 +12,7 @@ from finetune.config import load_plan
 from finetune.errors import DeploymentError, FineTuneError, ModelError, RefusedError, UsageError
 from finetune.evidence.saved import saved_in
 from finetune.models.shape import refuse_leading_out
+from finetune.reading import read_json
 from finetune.records import Outcome
 from finetune.run.folder import RunFolder
 
@@ -150,7 +151,7 @@ def _without_places(file: Path, base: str) -> bytes | Path:
     if file.suffix != ".json" or file.stat().st_size > _MOST_READ:
         return file
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
     except (ValueError, RecursionError):
         return file
     places = {key: values[key] for key in _BASES if isinstance(values, dict) and isinstance(values.get(key), str)}

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.errors import ModelError
+from finetune.reading import open_regular
 
 Array = NDArray[Any]
 _MAGIC = b"GGUF"
@@ -90,7 +91,7 @@ def read_gguf(path: Path) -> GgufFile:
         ModelError: the file is cut off, of another format or version, or says what cannot be; the place is named.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return _Header(path, content).read()
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise ModelError(f"{path} cannot be read: {error}", hint=_HINT) from None

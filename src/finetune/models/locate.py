@@ -1,15 +1,20 @@
 """Finds a model's files: one that ships with FineTune, a local folder, or a repository on the hub."""
 
 import re
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from finetune.errors import ModelError
 from finetune.models.hub import OFFLINE_HINT, download_model, near_model
 from finetune.models.hub import SHIPPED as SHIPPED
+from finetune.reading import NotAFileError, check_regular
 from finetune.records import ModelLocation
 
 SHIPPED_FOLDER = Path(__file__).resolve().parent.parent / "reference_model"
+_TEXTS, _LARGEST_TEXT = (".json", ".txt", ".jinja", ".model"), 2**28
+"""What is read whole when a model is loaded; the largest vocabularies take a tenth of this."""
+_MOST_FILES = 100_000
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -49,4 +54,14 @@ def _checked(folder: Path) -> Path:
         raise ModelError(
             f"{folder} holds no .safetensors weights", hint="convert the model once: save_pretrained(...) writes them"
         )
+    # Whoever loads the model opens what it likes of the folder.
+    for path in islice(folder.iterdir(), _MOST_FILES):
+        try:
+            size = 0 if path.is_dir() and path.suffix not in _TEXTS else check_regular(path)
+        except (NotAFileError, IsADirectoryError) as error:
+            raise ModelError(f"{path}: {error.strerror}", hint="remove it, or get the model again") from None
+        except OSError:  # a link that leads nowhere: who needs the file misses it
+            continue
+        if path.suffix in _TEXTS and size > _LARGEST_TEXT:
+            raise ModelError(f"{path} has {size:,} bytes, over {_LARGEST_TEXT:,}", hint="get the model again")
     return folder

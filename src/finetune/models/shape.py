@@ -1,6 +1,5 @@
 """Reads a model's shape from its config and the headers of its safetensors files, without loading a weight."""
 
-import json
 import math
 import os
 import re
@@ -9,6 +8,7 @@ from typing import Any
 
 from finetune.errors import ModelError
 from finetune.models.quantize import read_quantized, unpacked
+from finetune.reading import check_regular, read_json
 from finetune.records import NO_LIMIT, LinearLayer, ModelShape
 
 _TABLES = re.compile(r"embed.*|wte|wpe|lm_head|output")
@@ -79,6 +79,7 @@ def read_tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(folder):
         try:
+            check_regular(file)
             with safe_open(file, framework="np") as tensors:
                 shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
@@ -124,7 +125,7 @@ def indexed_files(folder: Path) -> list[Path]:
     if not index.exists():
         return []
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ModelError(f"{index} is broken: {error}", hint="get the model again") from None
     if not names:
@@ -145,7 +146,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {error}", hint="get the model again") from None
     if not isinstance(value, dict):

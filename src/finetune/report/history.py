@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from finetune.errors import DataError, StorageError
+from finetune.reading import read_bytes
 from finetune.report import ink
 from finetune.report.charts import RUN_COLOURS, Chart, axes_inside, finish_steps
 from finetune.report.html import page_template
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 HISTORY = ".finetune/history.jsonl"
 """The file that sessions are added to by default."""
 WRITTEN_BY = "make test-e2e-workflow, FT_REAL_MODEL_ENABLE=1 make test-e2e-real-model and make test-e2e-mlx write one"
+_LARGEST = 2**28
 SCORE_NAME = r"^[A-Za-z0-9][ -~]{0,99}$"
 TIERS = {1: "Tier 1: laws, without an ML framework", 2: "Tier 2: real models", 3: "Tier 3: the whole chain"}
 HEADS = ("#", "began (UTC)", "commit", "time", "passed", "skipped", "cases", "largest process", "machine")
@@ -111,9 +113,10 @@ def read_history(*paths: Path) -> tuple[list[HistoryEntry], list[str]]:
     entries, problems = [], []
     for path in paths:
         try:
-            lines = path.read_bytes().split(b"\n")
-        except OSError as error:
-            raise DataError(f"no history can be read from {path}: {error.strerror or error}", hint=WRITTEN_BY) from None
+            lines = read_bytes(path, _LARGEST).split(b"\n")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"no history can be read from {path}: {reason}", hint=WRITTEN_BY) from None
         for number, line in enumerate(lines, start=1):
             try:
                 entries += [HistoryEntry.model_validate_json(line)] if line.strip() else []

@@ -10,6 +10,7 @@ from typing import Any
 
 from finetune.errors import RefusedError
 from finetune.files import describe_files, remove_folder, remove_torn, storage_errors, write_folder, write_json
+from finetune.reading import read_json
 
 _NAME = re.compile(r"step-(\d{8})")
 _MANIFEST = "checkpoint.json"
@@ -139,7 +140,7 @@ def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list
 def _read_manifest(path: Path) -> dict[str, Any] | None:
     """What a checkpoint's manifest says; None when it is not, byte for byte of what it says, as we wrote it."""
     try:
-        value = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        value = read_json(path / _MANIFEST)
     except (OSError, ValueError):
         return None
     if not isinstance(value, dict) or value.keys() != _KEYS:

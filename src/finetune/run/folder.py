@@ -23,11 +23,13 @@ from finetune.files import (
     storage_errors,
     write_json,
 )
+from finetune.reading import read_json
 from finetune.records import Outcome
 from finetune.run.checkpoints import CheckpointStore
 from finetune.run.log import EventLog
 
 _HOLDER = "lock.json"
+_LARGEST_MANIFEST = 2**28  # it holds the losses of every step
 
 
 class RunFolder:
@@ -225,7 +227,7 @@ class RunFolder:
             OutputError: it is broken.
         """
         try:
-            value: dict[str, Any] = json.loads(self.manifest.read_text(encoding="utf-8"))
+            value: dict[str, Any] = read_json(self.manifest, _LARGEST_MANIFEST)
             older = value.get("format") if isinstance(value, dict) else FORMAT
             if isinstance(older, int) and older != FORMAT:
                 raise OutputError(
@@ -304,7 +306,7 @@ def _check_manifest(value: object) -> None:
 def _holder_in(path: Path) -> str:
     """Which process holds a run, as it wrote itself; empty where that cannot be read."""
     try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
+        holder = read_json(path)
         return f" (process {int(holder['pid'])} on {holder['host']})"
     except (OSError, ValueError, KeyError, TypeError):
         return ""

@@ -8,7 +8,9 @@ from pathlib import Path
 from finetune.errors import OutputError
 from finetune.events import Event, FixedLoss, RunJudged, RunStarted, StepDone, event_as_dict, event_from_dict
 from finetune.files import storage_errors, write_bytes
+from finetune.reading import read_bytes
 
+_MOST_BYTES = 2**29
 _MARK = b', "check": "'
 _END = b'"}'
 
@@ -84,7 +86,10 @@ class EventLog:
         Raises:
             OutputError: one is not as it was written.
         """
-        content = self.path.read_bytes() if self.path.exists() else b""
+        try:
+            content = read_bytes(self.path, _MOST_BYTES) if self.path.exists() else b""
+        except OSError as error:
+            raise OutputError(f"{self.path} cannot be read: {error.strerror}", hint="restore it") from None
         *lines, _ = content.split(b"\n")
         last = b""
         for number, line in enumerate(lines, 1):

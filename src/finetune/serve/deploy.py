@@ -1,7 +1,6 @@
 """Deploys a run's result to llama.cpp's server or to Ollama, and verifies what is served."""
 
 import contextlib
-import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from finetune.export.gguf_source import Exportable, exportable_run
 from finetune.export.outtypes import Outtype
 from finetune.export.read_back import Check
 from finetune.files import file_hash, make_folder, remove_torn, storage_errors, write_json
+from finetune.reading import read_json
 from finetune.run.folder import RunFolder
 from finetune.serve.check import (
     compare_answers,
@@ -194,7 +194,7 @@ def _gguf(run: Path, outtype: Outtype, tell: Teller) -> Path:
     made_of = {"run": file_hash(folder.manifest), "outtype": outtype}
     if file.is_file() and record.is_file():
         with contextlib.suppress(ValueError):  # a record that is cut off proves nothing
-            if json.loads(record.read_text(encoding="utf-8")) == {**made_of, "sha256": file_hash(file)}:
+            if read_json(record) == {**made_of, "sha256": file_hash(file)}:
                 tell(f"taking {file}, which was made of this run and has not changed")
                 return file
     make_folder(folder.deploy)

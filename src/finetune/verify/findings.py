@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 
 from finetune.errors import UsageError
 from finetune.files import meant_file, write_text
+from finetune.reading import read_json, read_text
 from finetune.records import Outcome
 from finetune.verify.catalogue import Law, catalogue
 from finetune.verify.results import LawResult, severity_of
@@ -120,7 +121,7 @@ def earlier_findings(folder: Path, written: Collection[Path]) -> list[Path]:
 def is_finding(path: Path) -> bool:
     """Whether a file says that it is a finding; whether it is a good one is for `load_finding` to say."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size <= MOST_BYTES else None
+        values = read_json(path, MOST_BYTES)
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(values, dict) and values.get("format") == FORMAT
@@ -134,9 +135,7 @@ def load_finding(path: Path) -> Finding:
     """
     hint = "find it again with ft verify, or with the test that wrote it"
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise UsageError(f"{path} is no finding: {path.stat().st_size:,} bytes, at most {MOST_BYTES:,}")
-        written = _Written.model_validate_json(path.read_text(encoding="utf-8"))
+        written = _Written.model_validate_json(read_text(path, MOST_BYTES))
         if written.format != FORMAT:
             raise UsageError(f"{path} is no finding: its format is {written.format!r}, not {FORMAT!r}", hint=hint)
         if written.version != VERSION:

@@ -1,11 +1,11 @@
 """A baseline: what did not hold when a verification was kept, so that only what is new fails."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.errors import UsageError
+from finetune.reading import read_json
 from finetune.verify.run import BAD, FORMAT, VERSION
 
 _HINT = "a baseline is what `ft verify --json` prints, or verification.json in the folder of --output"
@@ -27,9 +27,7 @@ def read_known(path: Path) -> KnownFindings:
         UsageError: it cannot be read, or is no verification of ours.
     """
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise UsageError(f"{path} is no baseline: it has {path.stat().st_size:,} bytes", hint=_HINT)
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path, _MOST_BYTES)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", hint=_HINT) from None
     except (ValueError, RecursionError) as error:

@@ -42,6 +42,7 @@ from finetune.backends.mlx.names import WeightNames
 from finetune.backends.mlx.tensors import read_tensors, write_tensors
 from finetune.errors import ModelError
 from finetune.models.shape import is_head
+from finetune.reading import read_json
 from finetune.records import AdapterTarget
 
 
@@ -132,7 +133,7 @@ def read_mlx_adapter(layers: Layers, names: WeightNames, folder: Path) -> tuple[
         ModelError: as `read_adapter`.
     """
     try:
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        settings = read_json(folder / SETTINGS)
         kind, told = settings["fine_tune_type"], settings["lora_parameters"]
         rank, alpha = told["rank"], _alpha(told["scale"], told["rank"])
         dropout = told.get("dropout", 0.0)

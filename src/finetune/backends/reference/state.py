@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from finetune.backends.reference.optimizer import ReferenceAdamW
 from finetune.backends.reference.weights import read_tensors
 from finetune.errors import ModelError, RefusedError
+from finetune.reading import read_json
 
 Array = NDArray[np.float64]
 _TENSORS, _REST = "state.safetensors", "state.json"
@@ -32,7 +33,7 @@ def load_state(optimizer: ReferenceAdamW, random: np.random.Generator, folder: P
     named = _named(optimizer)
     try:
         saved = read_tensors(folder / _TENSORS, f"checkpoint {folder}")
-        rest = json.loads((folder / _REST).read_text(encoding="utf-8"))
+        rest = read_json(folder / _REST)
         steps = int(rest["steps"])
         np.random.PCG64().state = rest["random"]  # tried on another one first
     except (ModelError, OSError, ValueError, KeyError, TypeError, OverflowError) as error:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, deserialize
 
 from finetune.errors import ModelError
+from finetune.reading import open_regular
 
 Array = NDArray[np.float64]
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -20,7 +21,8 @@ def read_tensors(path: Path, owner: str) -> dict[str, Array]:
         ModelError: the file is missing, cut off or corrupt, or holds something else than floats; `owner` names it.
     """
     try:
-        entries = deserialize(path.read_bytes())
+        with open_regular(path) as file:
+            entries = deserialize(file.read())
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{owner} cannot be loaded: {path.name}: {error}", hint="get its files again") from None
     tensors = {}

@@ -27,6 +27,7 @@ from finetune.backends.torch.lora_linear import fold_adapters
 from finetune.errors import OutOfMemoryError, TrainingError
 from finetune.objectives.cross_entropy import CROSS_ENTROPY
 from finetune.ports import ChooseTokens, Group, Objective
+from finetune.reading import read_json
 from finetune.records import NO_LIMIT, AdapterTarget, Batch, ModelLocation, Optimization
 
 _INNER = re.compile(r"\.(token_adapter\.)?(base_layer|original_module)(?=\.)")
@@ -264,7 +265,7 @@ class TorchSession:
         """Write the adapter in PEFT's own format into an existing empty folder."""
         self.model.save_pretrained(str(folder), save_embedding_layers=False)
         path = folder / "adapter_config.json"
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path)
         for key, value in vars(self.model.peft_config["default"]).items():
             if isinstance(value, set):
                 # PEFT writes a set in whatever order it has today: sorted, the same run gives the same bytes.

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from finetune.adapters.choose import ends_with
 from finetune.adapters.kinds import layer_tensor
 from finetune.adapters.peft_files import ROWS, WEIGHTS, check_tensor_shapes, on_disk
 from finetune.errors import ModelError, RefusedError
+from finetune.reading import read_json
 
 _TENSORS = "state.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -123,7 +123,7 @@ def load_peft_adapter(model: Any, folder: Path) -> Any:
 
     weights = folder / "adapter_model.safetensors"
     try:
-        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        read_json(folder / "adapter_config.json")
         saved = set(load_file(weights))
         with quiet_wrapping():
             adapted = PeftModel.from_pretrained(model, str(folder))

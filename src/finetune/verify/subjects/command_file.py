@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from finetune.config import KEYS
 from finetune.errors import ConfigError, Problem, UsageError
 from finetune.files import meant_file
+from finetune.reading import read_text
 
 _PLACE = re.compile(r"\{([a-z][a-z_]*(?:\.[a-zA-Z_.-]+)?)\}")
 _ALWAYS = ("model", "output", "python", "scale")
@@ -100,7 +101,7 @@ def load_command(path: Path) -> CommandFile:
         ConfigError: what is wrong in it.
     """
     try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
+        given = tomllib.loads(read_text(path))
     except OSError as error:
         raise UsageError(
             f"{path} cannot be read: {error.strerror}", hint=meant_file(path, "name the TOML file of a subject")
