@@ -17,6 +17,7 @@ from finetune.evidence.saved import open_model
 from finetune.export.cached import with_model_folder
 from finetune.memory.estimate import sides
 from finetune.models.shape import read_shape
+from finetune.models.travel import public_name
 from finetune.reading import check_regular
 from finetune.records import ModelLocation, Outcome, Verdict
 from finetune.training.prepare import Prepared, prepare
@@ -109,7 +110,7 @@ def headlines(verdicts: Sequence[Verdict]) -> list[str]:
 def _other_base(tuned: Path, prepared: Prepared) -> list[str]:
     """That an adapter names another base than it is judged on; shapes alone do not tell relatives apart."""
     named, base = base_of(tuned), prepared.location.name
-    if named is None or Path(named).name == Path(base).name:
+    if named is None or Path(named).name == Path(base).name or named == public_name(prepared.location):
         return []
     return [f"the adapter says that it was trained on {named!r}, and it was judged on {base!r}"]
 

@@ -67,7 +67,8 @@ def as_peft(place: Path, folder: Path, **changes: Any) -> Path:
     folder.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(place / "first" / "adapter" / name, folder / name)
-    told = json.loads((folder / "adapter_config.json").read_text()) | changes
+    told = json.loads((folder / "adapter_config.json").read_text())
+    told |= {"base_model_name_or_path": str(place / "model")} | changes
     (folder / "adapter_config.json").write_text(json.dumps(told))
     return folder
 

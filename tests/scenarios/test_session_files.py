@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from finetune.errors import EvidenceError, ModelError, RefusedError, TrainingError
 from finetune.evidence.reload import check_reload
 from finetune.evidence.rounding import FACTOR, measure_rounding
+from finetune.models.travel import public_name
 from finetune.records import Batch, Optimization
 from support.damages import ADAPTER_DAMAGES, SETTINGS, STATE, STATE_DAMAGES, WEIGHTS, changed_bytes
 from support.sessions import (
@@ -188,7 +189,7 @@ def test_adapter_folder_holds_what_peft_writes(bench: Bench, trained: Any, saved
     assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(np.float32)}
     written = json.loads((saved / SETTINGS).read_text())
     assert (written["r"], written["lora_alpha"]) == (3, 7.0)
-    assert written["base_model_name_or_path"] == str(bench.location.folder)
+    assert written["base_model_name_or_path"] == public_name(bench.location)
     assert written["fan_in_fan_out"] is (bench.kind == "gpt2")
     shown = {
         name.removeprefix("base_model.model.").replace(".base_layer", ""): mark

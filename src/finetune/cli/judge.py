@@ -38,16 +38,19 @@ def command(
     from finetune.config import load_config, parse_assignments
     from finetune.files import meant_file
     from finetune.judge import judge_tuned
-    from finetune.run.find import is_run
+    from finetune.models.travel import is_hashed
+    from finetune.run.find import base_beside, is_run
 
     if not tuned.is_dir():
         raise UsageError(f"--tuned {tuned} is no folder", hint=meant_file(tuned, "name an adapter's or a model's"))
     if is_run(tuned):
         hint = f"its verdict: ft report {tuned}; its adapter: {tuned}/adapter"
         raise UsageError(f"--tuned {tuned} is a run", hint=hint)
-    named = base or base_of(tuned)
+    named = base or base_beside(tuned) or base_of(tuned)
     if named is None:
         raise UsageError(f"{tuned} names no base model", hint="name it with --base")
+    if is_hashed(named):
+        raise UsageError(f"{tuned} was trained on the folder {named}, wherever it lies", hint="name it with --base")
     overrides = {"model.path": named, "data.train": train, "data.valid": heldout}
     given = {key: value for key, value in overrides.items() if value is not None}
     loaded = load_config(

@@ -14,6 +14,7 @@ from finetune.config.schema import TemplateSpec
 from finetune.errors import DataError, ModelError
 from finetune.evidence.record import base_files, data_files
 from finetune.files import describe_files, write_json, write_text
+from finetune.models.travel import without_places
 from finetune.ports import Session
 from finetune.records import ModelLocation
 from finetune.report.card import CARD
@@ -30,6 +31,11 @@ def save_trained(prepared: Prepared, session: Session, folder: Path) -> None:
         source = prepared.location.folder / name
         if source.exists():
             (folder / name).write_bytes(source.read_bytes())
+    # A base may name the folder that it was made in, and its tokenizer, too.
+    for file in folder.glob("*.json"):
+        content = file.read_bytes()
+        if (public := without_places(content)) != content:
+            file.write_bytes(public)
     # The template trained on travels along, whichever the model shipped.
     write_text(folder / "chat_template.jinja", prepared.encoder.source.jinja)
     # So does where to stop: without it a model that learned to stop is asked to go on.

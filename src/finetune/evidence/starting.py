@@ -13,6 +13,7 @@ from finetune.evidence.record import base_files
 from finetune.evidence.saved import changed, saved_in
 from finetune.models.locate import SHIPPED, SHIPPED_FOLDER, locate_model
 from finetune.models.shape import read_shape
+from finetune.models.travel import is_hashed
 from finetune.reading import read_json
 from finetune.records import AdapterTarget, ModelShape
 from finetune.run.find import LATEST, RUNS, find_run, is_run
@@ -120,6 +121,11 @@ def _of_folder(folder: Path, base: str | None) -> dict[str, Any]:
     if named is None:
         raise UsageError(
             f"the adapter in {folder} names no base model",
+            hint=f"name both: --model BASE --set model.adapter={folder}",
+        )
+    if is_hashed(named):
+        raise UsageError(
+            f"the adapter in {folder} was trained on the folder {named}, wherever it lies",
             hint=f"name both: --model BASE --set model.adapter={folder}",
         )
     given: dict[str, Any] = {"model.path": _shipped(named)}

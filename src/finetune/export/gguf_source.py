@@ -17,6 +17,7 @@ from finetune.export.sources import AdapterWeights, Files, Merged, WeightSource
 from finetune.export.vocabulary import PHI3_NAMES, GgufVocabulary, Special, describe_vocabulary, serving_template
 from finetune.models.locate import locate_model
 from finetune.models.shape import read_config, read_shape, weight_files
+from finetune.models.travel import hub_id
 from finetune.ports import Backend, Session
 from finetune.records import ModelLocation, ModelShape
 from finetune.report.card import licence_in
@@ -182,7 +183,8 @@ def _special(tokenizer: FileTokenizer, stops: tuple[int, ...]) -> Special:
 
 def _naming(location: ModelLocation, manifest: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the file says of where the model comes from: base model, data set, licence."""
-    name = location.name.rstrip("/").rsplit("/", 1)[-1]
+    known = location.name if location.source == "hub" else hub_id(location.folder)
+    name = known.rsplit("/", 1)[-1] or location.folder.name
     keys: dict[str, Any] = {"general.name": name}
     if named := licence_in(location.folder):
         keys["general.license"] = named
@@ -195,9 +197,9 @@ def _naming(location: ModelLocation, manifest: Mapping[str, Any] | None) -> dict
         "general.base_model.count": 1,
         "general.base_model.0.name": name,
     }
-    if location.source == "hub" and "/" in location.name:
-        keys["general.base_model.0.organization"] = location.name.split("/")[0]
-        keys["general.base_model.0.repo_url"] = f"https://huggingface.co/{location.name}"
+    if "/" in known:
+        keys["general.base_model.0.organization"] = known.split("/")[0]
+        keys["general.base_model.0.repo_url"] = f"https://huggingface.co/{known}"
     files = [str(file["path"]) for file in manifest["data"].get("files") or []]
     if files:
         keys["general.dataset.count"] = len(files)

@@ -9,6 +9,7 @@ from finetune.export.model_files import KINDS, Dtype, ModelFiles
 from finetune.export.result import Result
 from finetune.export.sources import Files
 from finetune.models.shape import read_config, refuse_leading_out, weight_files
+from finetune.models.travel import without_places
 from finetune.report.card import CARD, licence_in, model_card
 
 TOKENIZER_FILES = (
@@ -53,7 +54,7 @@ def side_files(result: Result, dtype: Dtype | None) -> dict[str, bytes]:
     config = read_config(result.folder)
     if dtype is not None:
         config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
-    files = {"config.json": (json.dumps(config | older_names(config), indent=2) + "\n").encode()}
+    files = {"config.json": without_places((json.dumps(config | older_names(config), indent=2) + "\n").encode())}
     for name in TOKENIZER_FILES:
         # What was trained with travels with it; the rest of a tokenizer's files lies by the base.
         place = next(
@@ -61,7 +62,7 @@ def side_files(result: Result, dtype: Dtype | None) -> dict[str, bytes]:
         )
         if place is not None:
             refuse_leading_out(place)
-            files[name] = place.read_bytes()
+            files[name] = without_places(place.read_bytes())
     for name in ("chat_template.jinja", "generation_config.json"):
         files[name] = (result.saved / name).read_bytes()
     return {**files, CARD: _card(result, dtype).encode()}

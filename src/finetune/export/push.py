@@ -1,7 +1,6 @@
 """Sends what a run trained to the hub, and holds what came there to what was sent."""
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,14 +11,12 @@ from finetune.config import load_plan
 from finetune.errors import DeploymentError, FineTuneError, ModelError, RefusedError, UsageError
 from finetune.evidence.saved import saved_in
 from finetune.models.shape import refuse_leading_out
-from finetune.reading import read_json
+from finetune.models.travel import without_places
 from finetune.records import Outcome
 from finetune.run.folder import RunFolder
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SECRET = re.compile(r"hf_[A-Za-z0-9]{6,}")
-_BASES = ("base_model_name_or_path", "_name_or_path", "name_or_path")
-"""Settings in which libraries write where a base lies."""
 _MOST_READ = 20_000_000
 
 
@@ -150,13 +147,9 @@ def _without_places(file: Path, base: str) -> bytes | Path:
     """A file's content where it names a base by its folder here: then by its hub id, or its name alone."""
     if file.suffix != ".json" or file.stat().st_size > _MOST_READ:
         return file
-    try:
-        values = read_json(file)
-    except (ValueError, RecursionError):
-        return file
-    places = {key: values[key] for key in _BASES if isinstance(values, dict) and isinstance(values.get(key), str)}
-    changed = {key: base or Path(place).name for key, place in places.items() if Path(place).is_absolute()}
-    return (json.dumps({**values, **changed}, indent=2, ensure_ascii=False) + "\n").encode() if changed else file
+    content = file.read_bytes()
+    changed = without_places(content, base)
+    return file if changed == content else changed
 
 
 def _refuse_secrets(files: Sequence[Outgoing]) -> None:

@@ -12,6 +12,7 @@ import yaml
 from finetune.adapters.kinds import ADAPTER_KINDS
 from finetune.errors import ModelError
 from finetune.intervals import wilson_interval
+from finetune.models.travel import hub_id, words_without_places
 
 CARD = "README.md"
 Form = Literal["adapter", "model", "merged"]
@@ -46,7 +47,7 @@ def model_card(record: Mapping[str, Any], licence: str, form: Form, more: Sequen
     title = "the whole model was trained" if kind == "full" else f"a {ADAPTER_KINDS[kind].title} adapter"
     title += ", merged into its base" if form == "merged" and kind != "full" else ""
     here = f"path/to/{'adapter' if form == 'adapter' else 'model'}"
-    base = name if record["model"]["source"] == "hub" else f"path/to/{name}"
+    base = name if _hub_id(record) else f"path/to/{name}"
     head = yaml.safe_dump(_head(record, licence, form), sort_keys=False, allow_unicode=True)
     lines = [
         "---",
@@ -54,8 +55,8 @@ def model_card(record: Mapping[str, Any], licence: str, form: Form, more: Sequen
         "---",
         f"# {name}, fine-tuned",
         "",
-        f"Base `{name}` ({record['model']['source']}); {title}. Made and judged by FineTune "
-        f"{record['versions']['finetune-suite']}: outcome **{record['outcome']}**.",
+        f"Base `{name}` ({'hub' if _hub_id(record) else record['model']['source']}); {title}. Made and judged by "
+        f"FineTune {record['versions']['finetune-suite']}: outcome **{record['outcome']}**.",
         "",
         "## Use",
         "",
@@ -82,7 +83,8 @@ def model_card(record: Mapping[str, Any], licence: str, form: Form, more: Sequen
         *_scores(record),
         *[f"- {sentence}" for sentence in more],
     ]
-    return "\n".join(lines).rstrip() + "\n"
+    # An error that was measured as such may quote a place.
+    return words_without_places("\n".join(lines).rstrip() + "\n")
 
 
 def licence_in(folder: Path) -> str:
@@ -114,8 +116,8 @@ def _head(record: Mapping[str, Any], licence: str, form: Form) -> dict[str, Any]
     }
     if licence:
         head["license"] = licence
-    if record["model"]["source"] == "hub":
-        head["base_model"] = record["model"]["name"]
+    if known := _hub_id(record):
+        head["base_model"] = known
     if results := list(_results(record)):
         head["model-index"] = [{"name": f"{_base_name(record)}-{kind}", "results": results}]
     return head
@@ -216,5 +218,10 @@ def _data_name(record: Mapping[str, Any], questions: str) -> str:
 
 def _base_name(record: Mapping[str, Any]) -> str:
     """A hub id as it is, and of a folder its name alone."""
-    name = str(record["model"]["name"]).rstrip("/")
-    return name if record["model"]["source"] == "hub" else name.rsplit("/", 1)[-1]
+    return _hub_id(record) or Path(str(record["model"]["name"])).expanduser().resolve().name
+
+
+def _hub_id(record: Mapping[str, Any]) -> str:
+    """The base's hub id, also where the folder in the hub's cache was named; "" where it has none."""
+    name = str(record["model"]["name"])
+    return name if record["model"]["source"] == "hub" else hub_id(Path(name).expanduser())

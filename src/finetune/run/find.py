@@ -92,6 +92,14 @@ def _what_it_is(path: Path) -> str:
     return "`ft runs` lists the runs below runs/"
 
 
+def base_beside(adapter: Path) -> str | None:
+    """The base that the run of an adapter was planned with; None of one that lies elsewhere."""
+    run = RunFolder(adapter.resolve().parent)
+    if adapter.resolve() != run.adapter or not run.plan.is_file():
+        return None
+    return load_plan(run.plan).config.model.path
+
+
 def list_runs(home: Path = RUNS) -> list[RunSummary]:
     """Every run in a folder of runs, the newest first; one that cannot be read is listed with what is wrong."""
     return [_summary(place) for place in sorted(_folders(home), key=_last_change, reverse=True)]

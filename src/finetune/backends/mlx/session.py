@@ -22,6 +22,7 @@ from finetune.backends.mlx.optimizer import MlxAdamW, clip, norms
 from finetune.backends.mlx.packed import in_float64, in_full, packed_layers
 from finetune.backends.mlx.tensors import fingerprint, first_line, write_tensors
 from finetune.errors import ModelError, OutOfMemoryError, TrainingError
+from finetune.models.travel import public_name
 from finetune.objectives.cross_entropy import CROSS_ENTROPY
 from finetune.ports import ChooseTokens, Group, Objective
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
@@ -248,8 +249,7 @@ class MlxSession:
         """Write the adapter in PEFT's own format, in float32, into an existing empty folder."""
         if self.adapter is None:
             raise ModelError("the model has no adapter that could be saved")
-        base = self.location.name if self.location.source == "hub" else str(self.location.folder)
-        write_adapter(self.adapter, self.loaded, base, folder)
+        write_adapter(self.adapter, self.loaded, public_name(self.location), folder)
 
     def load_adapter(self, folder: Path) -> None:
         """Put a saved adapter, PEFT's or mlx-lm's, on the model, frozen as PEFT does it; every tensor must match."""

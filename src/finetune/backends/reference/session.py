@@ -22,6 +22,7 @@ from finetune.backends.reference.optimizer import ReferenceAdamW, clip
 from finetune.backends.reference.weights import read_tensors
 from finetune.errors import ModelError, TrainingError
 from finetune.models.shape import read_config
+from finetune.models.travel import public_name
 from finetune.objectives.cross_entropy import CROSS_ENTROPY
 from finetune.ports import ChooseTokens, Group, Objective
 from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization
@@ -232,8 +233,7 @@ class ReferenceSession:
         """Write the adapter in PEFT's own format, in float32, into an existing empty folder."""
         if self.adapter is None:
             raise ModelError("the model has no adapter that could be saved")
-        base = self.location.name if self.location.source == "hub" else str(self.location.folder)
-        write_adapter(self.adapter, base, folder)
+        write_adapter(self.adapter, public_name(self.location), folder)
 
     def load_adapter(self, folder: Path) -> None:
         """Put a saved adapter on the model, frozen as PEFT does it; every tensor must match."""

@@ -25,6 +25,7 @@ from finetune.backends.torch.float64 import Float64
 from finetune.backends.torch.group import as_lost, pool_gradients
 from finetune.backends.torch.lora_linear import fold_adapters
 from finetune.errors import OutOfMemoryError, TrainingError
+from finetune.models.travel import public_name
 from finetune.objectives.cross_entropy import CROSS_ENTROPY
 from finetune.ports import ChooseTokens, Group, Objective
 from finetune.reading import read_json
@@ -76,7 +77,7 @@ class TorchSession:
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in self.model.modules()),
             task_type="CAUSAL_LM",
         )
-        self.model.name_or_path = str(self.location.folder if self.location.source != "hub" else self.location.name)
+        self.model.name_or_path = public_name(self.location)
         with state.quiet_wrapping():
             self.model = peft.get_peft_model(self.model, config)
         fold_adapters(self.model)
