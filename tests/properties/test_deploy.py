@@ -1,6 +1,8 @@
 """Laws of what is said to Ollama: recipes that nothing can be injected into, templates in its language, names."""
 
+import re
 import sys
+from collections.abc import Mapping, Sequence
 
 import pytest
 from hypothesis import example, given
@@ -12,7 +14,7 @@ from finetune.chat.sandbox import compile_template
 from finetune.errors import TemplateError, UsageError
 from finetune.records import Conversation
 from finetune.serve.derive import SPACES, derive_template, drawn_conversations, prove_template
-from finetune.serve.go_template import ExecutionError, GoTemplate, literal
+from finetune.serve.go_template import GoTemplate, literal
 from finetune.serve.modelfile import Modelfile, write_modelfile
 from finetune.serve.ollama import full_name
 from finetune.verify.laws.modelfile_reader import read_modelfile
@@ -91,17 +93,35 @@ def test_go_strips_what_python_strips() -> None:
     assert sorted(SPACES) == [chr(number) for number in range(sys.maxunicode + 1) if chr(number).isspace()]
 
 
+ROLES = ("system", "user", "assistant", "tool", "")
+DERIVED = {
+    name: GoTemplate(
+        derive_template(lambda asked, real=real: real.compiled.render_prompt(asked).text, bos=real.bos, texts=CONTENTS)
+    )
+    for name, real in REAL.items()
+}
+
+
+def shows_all(template: GoTemplate, messages: Sequence[Mapping[str, str]]) -> bool:
+    """Whether the template renders messages of its own words, each once and in order."""
+    named = [{**each, "content": f"Zq{place}x"} for place, each in enumerate(messages)]
+    template.render(messages)
+    return re.findall(r"Zq\d+x", template.render(named)) == [each["content"] for each in named]
+
+
 @given(case=templates_with_conversations(), other=conversations(inputs=False, contents=st.sampled_from(CONTENTS)))
 @examples(1)
 def test_go_template_of_a_drawn_template_is_that_template(case: TemplateCase, other: Conversation) -> None:
-    """What is derived from a template that asks soundly renders any conversation as it does, or refuses it."""
+    """What is derived from a template that asks soundly renders any conversation as it does.
+
+    What that one refuses is rendered all the same, each message in its place: Ollama asks for any part of it.
+    """
     template = compiled(case.jinja)
     bos = BOS if case.shape.says_bos else ""
     derived = GoTemplate(derive_template(lambda asked: template.render_prompt(asked).text, bos=bos, texts=CONTENTS))
     for conversation in (case.conversation.prompt, other.prompt):
         if case.shape.system == "refused" and conversation.messages[0].role == "system":
-            with pytest.raises(ExecutionError):
-                derived.render(messages_of(conversation))
+            assert shows_all(derived, messages_of(conversation))
         else:
             assert derived.render(messages_of(conversation)) == case.shape.asked(conversation).removeprefix(bos)
 
@@ -117,16 +137,23 @@ def test_go_template_of_a_real_template_is_that_template(name: str) -> None:
     assert "ab" in shown
 
 
-@given(conversation=conversations(inputs=False))
+@given(conversation=conversations(inputs=False, contents=st.sampled_from(CONTENTS)), first=st.sampled_from(ROLES))
 @examples(1 / 2)
-def test_go_template_refuses_what_was_not_trained(conversation: Conversation) -> None:
-    """An order of roles that training never had is refused: to end with an answer, to begin with one, another role."""
-    template = ChatTemplate(CHATML, REAL["chatml"].control_tokens, bos="", eos="</s>")
-    derived = GoTemplate(derive_template(lambda asked: template.render_prompt(asked).text, bos="", texts=CONTENTS))
-    whole = messages_of(conversation)
-    for bad in (whole, whole[::-1][:1], [*whole, {"role": "tool", "content": "x"}], []):
-        with pytest.raises(ExecutionError, match="not trained"):
-            derived.render(bad)
+def test_go_template_renders_every_window(conversation: Conversation, first: str) -> None:
+    """Whatever part of a conversation Ollama looks at, in whatever roles, is rendered, each message in its place.
+
+    ChatML takes any order of roles: all of it is as that says it.
+    """
+    turns = messages_of(conversation)
+    windows = [turns[start:end] for start in range(len(turns)) for end in range(start + 1, len(turns) + 1)]
+    windows += [[{**window[0], "role": first}, *window[1:]] for window in windows]
+    for template in DERIVED.values():
+        assert all(shows_all(template, window) for window in windows)
+        template.render([])
+    for window in windows:
+        if window[0]["role"] in ("system", "user", "assistant"):
+            said = "".join(f"<|im_start|>{each['role']}\n{each['content']}<|im_end|>\n" for each in window)
+            assert DERIVED["chatml"].render(window) == f"{said}<|im_start|>assistant\n"
 
 
 TURN = "{% for m in messages %}<|start|>{{ m.role }}\n{{ TEXT }}<|end|>\n{% endfor %}"

@@ -64,7 +64,7 @@ TEXTS = (
 
 
 def cases() -> list[dict[str, Any]]:
-    """Every family's template with conversations, orders that are refused, and texts that are awkward to write."""
+    """Every family's template with conversations, windows of them, and texts that are awkward to write."""
     found: list[dict[str, Any]] = []
     for real in REAL.values():
         template = derive_template(
@@ -72,7 +72,7 @@ def cases() -> list[dict[str, Any]]:
         )
         for conversation in drawn_conversations(SAID):
             turns = [{"role": each.role, "content": each.content} for each in conversation.messages]
-            found += [{"Template": template, "Messages": each} for each in (turns, turns[:-1])]
+            found += [{"Template": template, "Messages": each} for each in (turns, turns[:-1], turns[1:])]
     found += [{"Template": literal(text) + '{{ "" }}' + literal(text), "Messages": []} for text in TEXTS]
     return found
 
@@ -86,12 +86,12 @@ def ours(case: dict[str, Any]) -> tuple[str, bool]:
 
 
 def test_go_renders_what_ours_renders(tmp_path: Path) -> None:
-    """Of 17 families' templates and 11 awkward texts Go makes what ours makes, and fails where ours fails."""
+    """Of 17 families' templates and 11 awkward texts Go makes what ours makes, and fails of none."""
     if shutil.which("go") is None:
         pytest.skip("needs Go itself: https://go.dev/dl, or apt-get install golang-go")
     (tmp_path / "main.go").write_text(PROGRAM, encoding="utf-8")
     asked = cases()
-    assert len(asked) == 17 * 60 * 2 + 11
+    assert len(asked) == 17 * 60 * 3 + 11
     done = subprocess.run(
         ["go", "run", "main.go"],
         cwd=tmp_path,
@@ -104,5 +104,4 @@ def test_go_renders_what_ours_renders(tmp_path: Path) -> None:
     told = [(each["Text"], not each["Error"]) for each in json.loads(done.stdout)]
     mine = [ours(case) for case in asked]
     assert [number for number, (own, theirs) in enumerate(zip(mine, told, strict=True)) if own != theirs] == []
-    assert sum(whole for _, whole in told) > 17 * 30
-    assert sum(not whole for _, whole in told) > 17 * 10
+    assert all(whole for _, whole in told)

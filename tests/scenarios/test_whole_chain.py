@@ -1,5 +1,6 @@
 """Tier 3: the whole chain as its users live it, command by command; all that it makes is held to the run."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from finetune.data.shipped import REHEARSAL, RETENTION, facts_as_jsonl, shipped_
 from finetune.files import write_text
 from finetune.models.locate import SHIPPED
 from finetune_strategies.scratch import lasting_folder
+from support.real_ollama import serving
 
 pytestmark = pytest.mark.tier3
 pytest.importorskip("peft", reason="needs the torch extra: pip install 'finetune-suite[torch]'")
@@ -114,10 +116,14 @@ def test_chain_mlx_lm_answers_as_the_run_did() -> None:
 
 
 @pytest.mark.parametrize("to", [("ollama",), ("llama.cpp", "--check-only")], ids=["ollama", "llama.cpp"])
-def test_chain_serves_what_was_trained(to: tuple[str, ...]) -> None:
-    """The served model is held to the run."""
+def test_chain_serves_what_was_trained(to: tuple[str, ...], tmp_path: Path) -> None:
+    """The served model is held to the run; of Ollama the one that runs, or that `make ollama` got."""
     assert exported()
-    assert ft("deploy", str(run()), "--to", *to)
+    with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        if to == ("ollama",) and "OLLAMA_HOST" not in os.environ:
+            with contextlib.suppress(LookupError):
+                patch.setenv("OLLAMA_HOST", stack.enter_context(serving(tmp_path)))
+        assert ft("deploy", str(run()), "--to", *to)
 
 
 def test_chain_answers_are_those_of_the_run_everywhere() -> None:

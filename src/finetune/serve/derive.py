@@ -1,7 +1,9 @@
 """Derives a chat template in Ollama's language from what the run's own one renders, and proves the two equal.
 
 The run's template renders a few probe conversations. From these follow the markup between any two messages, by their
-roles, and which roles' texts are stripped. A template that does more than that is refused.
+roles, and which roles' texts are stripped. A template that does more than that is refused. What is derived renders any
+messages at all, for Ollama asks it to: an order of roles that the run's template refuses is rendered as the nearest one
+that it does not, and what another role says as a question.
 """
 
 import random
@@ -27,6 +29,11 @@ _BEGINNING, _ANSWER = "", "the answer"
 _LETTERS = {"s": "system", "u": "user", "a": "assistant"}
 _MUST = ("u", "uau", "uauau")
 _MAY = ("su", "suau", "suauau", "uasu", "suasu")
+# Ollama renders windows of a conversation, too, while it looks for what fits its context: they begin and end anywhere.
+_WINDOWS = ("au", "uu", "uaau", "ssu", "sau", "usu", "ua", "s")
+# Where the run's template refuses an order of roles, the markup that is shown before a message is what stands there
+# after the first of these roles.
+_NEAREST = ("user", "assistant", "", "system")
 # Space of one, two and three UTF-8 bytes, on both sides.
 _PADDING = ("\u2003 \n", "\t\x1f\xa0")
 _MOST_DRAWN = 60
@@ -132,7 +139,22 @@ def _markup(render: Render) -> _Markup:
                     f"{pair[1]} it puts {found[pair]!r} in one conversation and {between!r} in {_told(conversation)}",
                     hint=_REMEDY,
                 )
+    for shape in _WINDOWS:
+        found |= _of_window(render, shape, found)
     return found
+
+
+def _of_window(render: Render, shape: str, known: _Markup) -> _Markup:
+    """The markup of a shape that no conversation has; none where the template refuses it, or contradicts itself."""
+    conversation = _probe(shape)
+    roles = [_BEGINNING, *(message.role for message in conversation.messages), _ANSWER]
+    if not {*roles} <= {role for pair in known for role in pair}:
+        return {}
+    try:
+        pieces = dict(zip(pairwise(roles), _between(render(conversation), conversation), strict=True))
+    except TemplateError:
+        return {}
+    return pieces if all(known.get(pair, between) == between for pair, between in pieces.items()) else {}
 
 
 def _probe(shape: str, *, around: tuple[str, str] = ("", "")) -> Conversation:
@@ -179,30 +201,26 @@ def _strips(render: Render, markup: _Markup, role: str) -> bool:
 
 def _write(markup: _Markup, stripped: Mapping[str, bool]) -> str:
     branches = []
-    for role, strips in stripped.items():
-        shown = '{{ template "stripped" .Content }}' if strips else "{{ .Content }}"
-        branches.append(f'if eq .Role "{role}" }}}}{_after(markup, role)}{shown}')
-    turns = "{{ else ".join(("{{ " + branches[0], *branches[1:]))
+    for role in sorted(stripped, key=lambda role: role == "user"):  # the last one is for all other roles, too
+        shown = '{{ template "stripped" .Content }}' if stripped[role] else "{{ .Content }}"
+        condition = f'if eq .Role "{role}" }}}}' if role != "user" else "}}"
+        branches.append(f"{condition}{_after(markup, role)}{shown}")
+    turns = "{{ " + "{{ else ".join(branches) + "{{ end }}" if len(branches) > 1 else branches[0].removeprefix("}}")
     return (
         f"{_STRIPPED if any(stripped.values()) else ''}"
-        f'{{{{ $last := "" }}}}{{{{ range .Messages }}}}{turns}{{{{ else }}}}{_refusal("a role that was not trained")}'
-        f"{{{{ end }}}}{{{{ $last = .Role }}}}{{{{ end }}}}{_after(markup, _ANSWER)}"
+        f'{{{{ $last := "" }}}}{{{{ range .Messages }}}}{turns}{{{{ $last = .Role }}}}{{{{ end }}}}'
+        f"{_after(markup, _ANSWER)}"
     )
 
 
 def _after(markup: _Markup, role: str) -> str:
     """An action that shows the markup before a message, by the role of the one before it."""
-    cases = [f'if eq $last "{before}" }}}}{literal(text)}' for (before, after), text in markup.items() if after == role]
-    otherwise = _refusal("an order of roles that was not trained")
-    return "{{ " + "{{ else ".join(cases) + f"{{{{ else }}}}{otherwise}{{{{ end }}}}"
-
-
-def _refusal(words: str) -> str:
-    """An action that fails in Go: a prompt that was never trained is refused, not rendered somehow.
-
-    The language has no word for an error; slicing a text beyond its end is one.
-    """
-    return f"{{{{ slice {quoted(words)} 999 }}}}"
+    texts = {before: text for (before, after), text in markup.items() if after == role}
+    nearest = next(texts[before] for before in _NEAREST if before in texts)
+    cases = [f'if eq $last "{before}" }}}}{literal(text)}' for before, text in texts.items() if text != nearest]
+    if not cases:
+        return literal(nearest)
+    return "{{ " + "{{ else ".join(cases) + f"{{{{ else }}}}{literal(nearest)}{{{{ end }}}}"
 
 
 def _stripping() -> str:
