@@ -277,6 +277,12 @@ def test_none_is_not_the_word_none() -> None:
         assert [problem.hint for problem in wrong.problems] == ["write null for no value"] * len(NULLABLE)
 
 
+def merged(levels: int, times: int) -> str:
+    """A few lines that merge to `times ** levels` values: each mapping brings in the one before it so many times."""
+    lines = [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * times)}]}}" for n in range(1, levels)]
+    return "\n".join(["a0: &a0 {x: 1}", *lines])
+
+
 @pytest.mark.parametrize(
     ("text", "place", "says"),
     [
@@ -291,7 +297,11 @@ def test_none_is_not_the_word_none() -> None:
         ("training.seed: 1", ":1 training.seed", "at the top"),
         (b"backend: \xff", "config.yaml", "UTF-8"),
         ("training: {seed: !!int abc}", "config.yaml", "cannot be read"),
-        ("training: {seed: " + "9" * 5000 + "}", "config.yaml", "cannot be read"),
+        ("training: {seed: " + "9" * 5000 + "}", ":1:18", "5,000 characters is no number"),
+        ("training: {seed: 1" + ":59" * 50_000 + "}", ":1:18", "is no number"),
+        ("a: &a {" + ", ".join(f"k{n}: 1" for n in range(99)) + "}\nb: {<<: [" + "*a, " * 200 + "]}", ":2:5", "merges"),
+        (merged(levels=9, times=10), ":5:10", "merges (<<) bring in more than 10,000 values"),
+        (merged(levels=60, times=2), "", "merges (<<) bring in more than 10,000 values"),
         ("[" * 1000, "config.yaml", "cannot be read"),
         ("a: 1\n---\nb: 2", ":2:1", "another document"),
     ],

@@ -11,10 +11,11 @@ from finetune.errors import Problem
 from finetune.files import nearest_file
 from finetune.reading import read_bytes
 
-_LARGEST_FILE = 2**20
+_LARGEST_FILE = 2**18
 # The parser raises YAMLError; the constructors of odd values (`!!int x`, `!!bool x`, deep nesting) raise the others.
 _REFUSALS = (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
-_TIMESTAMP = "tag:yaml.org,2002:timestamp"
+_TIMESTAMP, _MERGE, _TEXT = (f"tag:yaml.org,2002:{kind}" for kind in ("timestamp", "merge", "str"))
+_MOST_MERGED, _LONGEST_NUMBER = 10_000, 400
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,43 @@ class ConfigLoader(yaml.SafeLoader):
         first: [entry for entry in resolvers if entry[0] != _TIMESTAMP]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._merged = 0
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Bring in what `<<` names, as long as that does not become more and more of the same."""
+        for key, value in list(node.value):
+            if key.tag == _MERGE:
+                parts = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                parts = [part for part in parts if isinstance(part, yaml.MappingNode)]
+                for part in {id(part): part for part in parts}.values():
+                    self.flatten_mapping(part)
+                self._merged += sum(len(part.value) for part in parts)
+                if self._merged > _MOST_MERGED:
+                    what = f"merges (<<) bring in more than {_MOST_MERGED:,} values"
+                    raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
+        super().flatten_mapping(node)
+
+    def construct_scalar(self, node: yaml.Node) -> Any:
+        """The text of a scalar; a number of no end of digits would take as long to read as it is long, squared."""
+        if node.tag != _TEXT and len(str(node.value)) > _LONGEST_NUMBER:
+            what = f"a value of {len(node.value):,} characters is no number that can be meant"
+            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+        return super().construct_scalar(node)  # type: ignore[arg-type]
+
+
+def yaml_values(text: str) -> Any:
+    """The plain values in a YAML text from elsewhere, such as the head of a model card.
+
+    Raises:
+        ValueError: it is no YAML, holds what is no plain value, or merges without end.
+    """
+    try:
+        return ConfigLoader(text).get_single_data()
+    except _REFUSALS as error:
+        raise ValueError(str(error).partition("\n")[0]) from None
 
 
 def read_yaml(path: Path) -> YamlFile:
@@ -73,8 +111,8 @@ def read_yaml(path: Path) -> YamlFile:
 def read_scalar(text: str) -> Any:
     """What a word typed in a shell means in YAML: `null` is None, `[a, b]` a list; broken YAML stays the text it is."""
     try:
-        return ConfigLoader(text).get_single_data()
-    except _REFUSALS:
+        return yaml_values(text)
+    except ValueError:
         return text
 
 
@@ -157,9 +195,11 @@ def _syntax_problem(path: Path, error: Exception) -> Problem:
 
 def _lines(node: yaml.MappingNode) -> dict[str, int]:
     lines: dict[str, int] = {}
+    seen: set[int] = set()
     for key, value in node.value:
         lines[str(key.value)] = key.start_mark.line + 1
-        if isinstance(value, yaml.MappingNode):
+        if isinstance(value, yaml.MappingNode) and id(value) not in seen:
+            seen.add(id(value))
             for inner, _ in value.value:
                 lines[f"{key.value}.{inner.value}"] = inner.start_mark.line + 1
     return lines

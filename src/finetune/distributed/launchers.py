@@ -8,6 +8,7 @@ from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
+from finetune.config.yaml_file import yaml_values
 from finetune.distributed.environment import LAUNCHERS, NOTES, started_by
 from finetune.errors import MissingExtraError, RefusedError, UsageError, install_line
 from finetune.processes import python_command
@@ -61,11 +62,9 @@ def plan_launch(launcher: str | None, processes: int | None, config: Path | None
 
 def _processes_in(config: Path) -> int | None:
     """How many processes a file of accelerate's asks for; None where it does not say."""
-    import yaml
-
     try:
-        value = yaml.safe_load(read_text(config))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        value = yaml_values(read_text(config))
+    except (OSError, ValueError) as error:
         what = f"--launch-config {config} cannot be read: {str(error).splitlines()[0]}"
         raise UsageError(what, hint="`accelerate config` writes one") from None
     settings = value if isinstance(value, dict) else {}

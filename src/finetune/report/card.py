@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from finetune.adapters.kinds import ADAPTER_KINDS
+from finetune.config.yaml_file import yaml_values
 from finetune.errors import ModelError
 from finetune.intervals import wilson_interval
 from finetune.models.travel import hub_id, words_without_places
@@ -99,8 +100,8 @@ def licence_in(folder: Path) -> str:
     if not text.startswith("---\n") or len(parts) < 3:
         return ""
     try:
-        head = yaml.safe_load(parts[1])
-    except yaml.YAMLError as error:
+        head = yaml_values(parts[1])
+    except ValueError as error:
         raise ModelError(f"{card}: the head of the model card is no YAML: {error}", hint="mend it") from None
     named = head.get("license") if isinstance(head, dict) else None
     return named if isinstance(named, str) else ""
