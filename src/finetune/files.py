@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import shutil
+import stat
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from itertools import islice
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import OutputError, StorageError
-from finetune.reading import open_regular
+from finetune.reading import check_regular, open_regular
 
 
 def meant_file(path: Path, hint: str) -> str:
@@ -41,6 +43,41 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
+def write_output(path: Path, text: str) -> None:
+    """Put `text` where somebody named: through a link into what it leads to, into a device or a pipe as it is.
+
+    Raises:
+        StorageError: as `write_text`; or it is a pipe that nobody reads, or a socket.
+    """
+    with storage_errors(path):
+        found = path.stat() if path.exists() else None
+        if found is None or stat.S_ISDIR(found.st_mode) or (stat.S_ISREG(found.st_mode) and not _is_open(found)):
+            # Of a link only what it leads to is replaced.
+            write_text(Path(os.path.realpath(path)), text)
+            return
+        for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+            if _is_open(found, number):
+                # Opened anew, it would be cut off, or could not be opened at all.
+                stream.flush()
+                handle = os.dup(number)
+                break
+        else:
+            # Without this a pipe that nobody reads is waited for without end.
+            handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
+            os.set_blocking(handle, True)
+        with open(handle, "wb") as file:
+            file.write(text.encode("utf-8"))
+
+
+def _is_open(found: os.stat_result, *numbers: int) -> bool:
+    """Whether it is what this process writes its output to."""
+    for number in numbers or (1, 2):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(found, os.fstat(number)):
+                return True
+    return False
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Put `content` at `path` atomically."""
 
@@ -57,6 +94,8 @@ def write_file(path: Path, fill: Callable[[Path], object]) -> None:
     with storage_errors(path):
         # Only ever a new file: what bears the name already may be a link to somewhere else.
         temporary.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            check_regular(path)  # what is no file would be gone for whoever uses it
         try:
             fill(temporary)
             flush(temporary)

@@ -40,7 +40,7 @@ def command(
             "ft report needs a run folder, and none was given", hint="ft report runs/*/, or ft report --history"
         )
 
-    from finetune.files import write_text
+    from finetune.files import write_output
     from finetune.report import build_report, print_report, render_html
     from finetune.run.find import find_run
     from finetune.run.folder import RunFolder
@@ -52,13 +52,13 @@ def command(
     else:
         print_report(found, data_console(), verbose=verbose)
     if html is not None:
-        write_text(html, render_html(found))
+        write_output(html, render_html(found))
         say(f"wrote {html}")
     return 0
 
 
 def _show_history(files: Sequence[Path], *, html: Path | None, json_output: bool) -> int:
-    from finetune.files import write_text
+    from finetune.files import write_output
     from finetune.report.history import HISTORY, WRITTEN_BY, print_history, read_history, render_history
 
     files = files or [Path(HISTORY)]
@@ -72,6 +72,6 @@ def _show_history(files: Sequence[Path], *, html: Path | None, json_output: bool
     else:
         print_history(entries, data_console())
     if html is not None:
-        write_text(html, render_history(entries, problems))
+        write_output(html, render_history(entries, problems))
         say(f"wrote {html}")
     return 0

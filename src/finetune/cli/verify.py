@@ -212,7 +212,7 @@ def _verified(subject: str, laws: Any, effort: "Effort", **how: Any) -> "Verific
 def _write(found: "Verification", subject: str, options: str, places: Places) -> None:
     from importlib.metadata import version
 
-    from finetune.files import write_text
+    from finetune.files import write_output, write_text
     from finetune.verify import formats
     from finetune.verify.findings import as_document, earlier_findings, tell_report, write_findings
     from finetune.verify.subjects.choose import subject_file
@@ -229,11 +229,11 @@ def _write(found: "Verification", subject: str, options: str, places: Places) ->
             names = ", ".join(path.name for path in earlier)
             say(f"{places.output} keeps findings of an earlier run, which are none of this one: {names}")
     if places.junit is not None:
-        write_text(places.junit, formats.junit(found))
+        write_output(places.junit, formats.junit(found))
     if places.sarif is not None:
-        write_text(places.sarif, as_document(formats.sarif(found, suite, subject_file(subject))))
+        write_output(places.sarif, as_document(formats.sarif(found, suite, subject_file(subject))))
     if places.summary is not None:
-        write_text(places.summary, formats.markdown(found))
+        write_output(places.summary, formats.markdown(found))
 
 
 def _print(found: "Verification", options: str, *, verbose: bool) -> None:
