@@ -2,10 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,23 @@ from finetune.errors import TemplateError, counted
 from finetune.files import make_folder, write_bytes
 from finetune.records import Conversation, ModelLocation, Question, Rendered
 
+_TOGETHER = 1000
+"""Rows that are rendered and encoded at once: few enough to hold in memory."""
+
 
 def _texts(talk: Conversation) -> Iterator[str]:
     return (message.content for message in talk.messages)
+
+
+@dataclass
+class _Told:
+    """What is told of rows as they are rendered; see `DataCounts`."""
+
+    reasons: Counter[str] = field(default_factory=Counter)
+    places: dict[str, str] = field(default_factory=dict)
+    templated: Counter[str] = field(default_factory=Counter)
+    lookalikes: int = 0
+    unlearned: int = 0
 
 
 class Encoder:
@@ -68,34 +82,48 @@ class Encoder:
         Raises:
             TemplateError: it refuses more than half of them.
         """
-        rendered, refused = self.render(shaped.examples)
-        reasons = Counter(error.message.removeprefix(f"{where}: ") for where, error in refused)
-        if 2 * len(refused) > len(shaped.examples):
-            first = refused[0][1]
-            told = f"; refused: {len(refused)} of {len(shaped.examples)} rows, for {counted(len(reasons), 'reason')}"
-            raise TemplateError(first.message + told * (len(refused) > 1), hint=first.hint)
-        tokens = plan.config.tokens
+        told, tokens = _Told(), plan.config.tokens
+        rendered = self._rendered(shaped.examples, told)
         assert tokens.max_length is not None
-        rows = mark_rows(rendered, self.tokenizer) if tokens.cache is None else self._kept(rendered, tokens.cache)
+        rows = mark_rows(rendered, self.tokenizer) if tokens.cache is None else self._kept([*rendered], tokens.cache)
         encoded = fit_rows(
-            rows,
-            max_length=tokens.max_length,
-            truncation=tokens.truncation,
-            dropped=Counter(shaped.dropped) + reasons,
+            rows, max_length=tokens.max_length, truncation=tokens.truncation, dropped=Counter(shaped.dropped)
         )
-        held = {example.where: marks.name for example in shaped.examples if (marks := self.template.held(example))}
-        talks = [each for each in shaped.examples if isinstance(each, Conversation)]
-        turns = self.template.turn_marks[0].tokens
-        reasons_at = {error.message.removeprefix(f"{where}: "): where for where, error in reversed(refused)}
+        later = Counter(encoded.counts.dropped) - Counter(shaped.dropped)
         counts = replace(
             encoded.counts,
+            read=encoded.counts.read + told.reasons.total(),
+            dropped=dict(Counter(shaped.dropped) + told.reasons + later),
             shapes=shaped.shapes,
-            dropped_at=shaped.dropped_at | reasons_at | encoded.counts.dropped_at,
-            unlearned=sum(len(marked(talk, answers=True, trained=False)) for talk in talks),
-            templated=dict(Counter(held.values())),
-            lookalikes=sum(talk.where not in held and any(map(turns.search, _texts(talk))) for talk in talks),
+            dropped_at=shaped.dropped_at | told.places | encoded.counts.dropped_at,
+            unlearned=told.unlearned,
+            templated=dict(told.templated),
+            lookalikes=told.lookalikes,
         )
         return replace(encoded, counts=counts)
+
+    def _rendered(self, examples: Sequence[Example], told: "_Told") -> Iterator[Rendered]:
+        """The examples as training texts, some at a time; what is to be told of them is counted on the way."""
+        turns = self.template.turn_marks[0].tokens
+        waiting, first = iter(examples), None
+        while some := [*islice(waiting, _TOGETHER)]:
+            rendered, refused = self.render(some)
+            first = first or next((error for _, error in refused), None)
+            for where, error in refused:
+                reason = error.message.removeprefix(f"{where}: ")
+                told.reasons[reason] += 1
+                told.places.setdefault(reason, where)
+            for example in some:
+                held = self.template.held(example)
+                told.templated.update([held.name] if held else [])
+                if isinstance(example, Conversation):
+                    told.lookalikes += not held and any(map(turns.search, _texts(example)))
+                    told.unlearned += len(marked(example, answers=True, trained=False))
+            yield from rendered
+        count = told.reasons.total()
+        if first and 2 * count > len(examples):
+            more = f"; refused: {count} of {len(examples)} rows, for {counted(len(told.reasons), 'reason')}"
+            raise TemplateError(first.message + more * (count > 1), hint=first.hint)
 
     def render(
         self, examples: Sequence[Example], *, answers_alone: bool = False

@@ -116,11 +116,13 @@ class FileTokenizer:
         """What a control token that is meant is called in a text for `encode_spans`."""
         return self._texts.names[token]
 
+    def stands_alone(self, token: str) -> bool:
+        """Whether a text may be cut before a control token that is meant, and each part becomes the same ids."""
+        return token in self._texts.alone
+
     def meant(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         """The places in ids of `encode_spans` where a control token is meant, and its id."""
-        # Names were added last, so their ids are the highest.
-        meant = self._texts.meant
-        least = min(meant, default=len(self))
+        meant, least = self._texts.meant, self._texts.least
         return [(place, meant[number]) for place, number in enumerate(ids) if number >= least]
 
     def encode_spans(self, texts: Sequence[str]) -> list[Spans]:
@@ -261,9 +263,14 @@ class ContentTokenizer:
             }
             for token in control
         }
+        # One that takes white space before it, looks for a letter there or is sought in changed text depends on it.
+        depends = ("single_word", "lstrip", "normalized")
+        self.alone = frozenset(token for token in control if not any(rules[token][rule] for rule in depends))
         rust.add_special_tokens([AddedToken(token, special=True, **rules[token]) for token in control])
         rust.add_tokens([AddedToken(name, special=False, **rules[token]) for token, name in self.names.items()])
         self.meant = {rust.token_to_id(name): int(rust.token_to_id(token)) for token, name in self.names.items()}
+        # Names were added last, so their ids are the highest.
+        self.least = min(self.meant, default=int(rust.get_vocab_size()))
 
     def content(self) -> "RustTokenizer":
         """It, so set that control tokens are text."""
