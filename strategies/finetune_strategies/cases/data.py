@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from math import comb, prod
 from typing import Annotated, Any, Literal, get_args
 
 from hypothesis import strategies as st
@@ -240,6 +241,46 @@ REPEATED = st.builds(
         max_size=6,
     ).map(tuple),
 )
+
+
+class Mixed(Recipe):
+    """Sources of so many rows each, and how much each weighs."""
+
+    sizes: Annotated[tuple[Annotated[int, Field(ge=1, le=40)], ...], Field(min_length=2, max_length=3, strict=False)]
+    weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=2, max_length=3, strict=False)]
+    seed: Annotated[int, Field(ge=0)]
+
+    @property
+    def sources(self) -> list[list[dict[str, str]]]:
+        """The rows of each source as data files have them, no two alike."""
+        return [
+            [{"prompt": f"{name} {number}", "completion": f"{number}"} for number in range(size)]
+            for name, size in zip("abc", self.sizes, strict=False)
+        ]
+
+    @property
+    def ways(self) -> int:
+        """In how many ways at least the rows can be taken."""
+        total = min(size * sum(self.weights) / weight for size, weight in zip(self.sizes, self.weights, strict=True))
+        taken = (int(weight * total / sum(self.weights)) for weight in self.weights)
+        return prod(
+            min(comb(size, count), comb(size, count + 1) or 1) for size, count in zip(self.sizes, taken, strict=True)
+        )
+
+
+_WEIGHTS = st.sampled_from((1.0, 2.0, 3.0, 0.5))
+
+
+@st.composite
+def _mixed(draw: st.DrawFn) -> Mixed:
+    count = draw(st.integers(2, 3))
+    # Small enough shares of large sources leave other rows to another seed; none is so small that no row is left.
+    sizes = draw(st.lists(st.integers(8, 40), min_size=count, max_size=count))
+    weights = draw(st.lists(_WEIGHTS, min_size=count, max_size=count))
+    return Mixed(sizes=sizes, weights=weights, seed=draw(st.integers(0, 3)))  # type: ignore[arg-type]
+
+
+MIXED = _mixed()
 
 
 class Cached(Recipe):

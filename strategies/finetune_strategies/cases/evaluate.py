@@ -1,12 +1,12 @@
 """Rows to evaluate, prompts to answer, and configs to read."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from hypothesis import strategies as st
 from pydantic import Field
 
-from finetune_strategies.cases.learned import MODELS, WIDE
-from finetune_strategies.cases.rows import TINY, Rows, rows_of
+from finetune_strategies.cases.learned import MODELS, QUICK, WIDE
+from finetune_strategies.cases.rows import TINY, Pair, Rows, rows_of
 from finetune_strategies.recipes import ModelRecipe, Recipe
 
 
@@ -19,6 +19,37 @@ class Looked(Rows):
 
 LOOKED = st.builds(Looked, rows=rows_of(2, 5), batch_size=st.sampled_from([2, 3, 1, 5]), model=MODELS)
 EVALUATE_AS_TRAINED = st.builds(Looked, rows=rows_of(1, 2), batch_size=st.just(2), model=MODELS)
+
+
+class OnFile(Rows):
+    """Rows to train on, and rows that are held out."""
+
+    others: Annotated[tuple[Pair, ...], Field(min_length=2, strict=False)]
+
+    @property
+    def held(self) -> list[dict[str, str]]:
+        """The rows that are held out as data files have them."""
+        return [row.model_dump() for row in self.others]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the run."""
+        return {**QUICK, "training.batch_size": 2}
+
+
+_NAMES = ("apple", "brook", "cloud", "delta", "ember", "flint", "grove", "haven")
+_TAUGHT = tuple(Pair(prompt=f"Where is {name}?", completion=f"In {name}ton.") for name in _NAMES[:4])
+# Of unequal lengths, so that the mean of the rows is not that of their tokens, and like none that is trained on.
+_HELD = st.lists(st.sampled_from(_NAMES[4:]), min_size=2, max_size=4, unique=True).map(
+    lambda names: tuple(
+        Pair(
+            prompt=f"What does {name} say of {'its long and winding road' if at % 2 else 'it'}?",
+            completion=name * (at + 1),
+        )
+        for at, name in enumerate(names)
+    )
+)
+ON_FILE = st.builds(OnFile, rows=st.just(_TAUGHT), others=_HELD)
 
 
 class Asked(Recipe):

@@ -7,8 +7,8 @@ from pydantic import Field
 
 from finetune.adapters.kinds import ADAPTER_KINDS
 from finetune.records import DEFAULT_KIND
-from finetune_strategies.cases.learned import KINDS, QUICK, kind_settings
-from finetune_strategies.cases.rows import PLAIN, Pair, Rows, one_of, rows_of
+from finetune_strategies.cases.learned import KINDS, QUICK, Learned, kind_settings
+from finetune_strategies.cases.rows import PLAIN, TINY, Pair, Rows, one_of, rows_of
 
 RUN: dict[str, Any] = {
     **QUICK,
@@ -90,4 +90,56 @@ class Logged(Rows):
 
 RESUME_LOG = st.builds(
     Logged, rows=rows_of(4, 4), places=st.lists(st.integers(0, 7), min_size=2, max_size=4, unique=True).map(tuple)
+)
+
+
+class Onward(Learned):
+    """An adapter that learned some rows, and other rows to train it on."""
+
+    others: Annotated[tuple[Pair, ...], Field(min_length=1, strict=False)]
+
+    @property
+    def more(self) -> list[dict[str, str]]:
+        """The other rows as data files have them."""
+        return [row.model_dump() for row in self.others]
+
+    @property
+    def onward(self) -> dict[str, Any]:
+        """The settings of the second run: all rows in one step, and nothing of the adapter."""
+        settings = {key: value for key, value in self.settings.items() if not key.startswith("adapter.")}
+        return {**settings, "training.batch_size": len(self.others), "training.epochs": 1.0}
+
+
+ONWARD = st.builds(
+    Onward, rows=rows_of(2, 2), kind=st.sampled_from(tuple(KINDS)), others=rows_of(2, 2), model=st.just(TINY)
+)
+
+
+class Longer(Rows):
+    """A run of so many epochs, and how many more it is given when they are done."""
+
+    epochs: Annotated[float, Field(gt=0)]
+    more: Annotated[float, Field(gt=0)]
+    schedule: Literal["constant", "linear", "cosine"]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the run, but for its length."""
+        return {
+            **PLAIN,
+            "adapter.dropout": 0.2,
+            "training.batch_size": 1,
+            "training.learning_rate": 0.01,
+            "training.schedule": self.schedule,
+            "training.warmup_fraction": 0.0,
+            "training.save_every": 2,
+        }
+
+
+LONGER = st.builds(
+    Longer,
+    rows=_FIVE,
+    epochs=st.sampled_from((1.0, 2.0, 0.4)),
+    more=st.sampled_from((1.0, 0.6, 2.0)),
+    schedule=st.sampled_from(("constant", "linear", "cosine")),
 )

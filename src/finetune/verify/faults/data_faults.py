@@ -18,6 +18,7 @@ from finetune.data.parts import DataSet
 from finetune.data.shape import Example
 from finetune.records import Batch, Message, Rendered, Row, TokenizedRow
 from finetune.training import prepare, questions
+from finetune.training import rows as rows_of_runs
 from finetune.verify.faults.fault import fault, in_place_of, plant
 from finetune.verify.faults.sessions import plant_session
 
@@ -220,3 +221,26 @@ def _turns_change_places(right: Callable[..., tuple[Message, ...]], row: Row, ke
     found = right(row, key)
     said = [each.content for each in found] if key == "messages" else [each.content for each in reversed(found)]
     return tuple(replace(each, content=content) for each, content in zip(found, said, strict=True))
+
+
+@fault("A038", "data.mix_weights_are_sizes")
+@in_place_of("mixed_counts", sources)
+def _weights_are_of_rows(
+    right: Callable[..., list[int]], sizes: Sequence[int], weights: Sequence[float], *given: object
+) -> list[int]:
+    """In a mixture each source gives the share of its own rows that its weight is of the largest."""
+    return [max(1, int(size * weight / max(weights))) for size, weight in zip(sizes, weights, strict=True)]
+
+
+@fault("A038b", "data.mix_without_seed")
+def _mixture_without_seed() -> None:
+    """What a mixture has of its sources is drawn without the seed."""
+    plant(rows_of_runs, "SourcedRows", lambda right, *given, seed, **named: right(*given, seed=42, **named))
+
+
+@fault("A038c", "data.mix_with_repeats")
+@in_place_of("rows_of", sources)
+def _rows_come_twice(right: Callable[..., Iterable[Row]], each: DataSet) -> Iterable[Row]:
+    """A small source is gone through again, so that it lasts as long as the others."""
+    found = list(right(each))
+    return [*found, *found]

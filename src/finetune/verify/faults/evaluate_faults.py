@@ -1,16 +1,22 @@
 """Faults of looking at a model: held-out losses and answers."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from finetune.backends.reference.session import ReferenceSession
 from finetune.chat.fit import Encoded
 from finetune.data.shape import Example
 from finetune.events import Event
 from finetune.evidence import asked, observe
+from finetune.evidence import evaluate as on_file
 from finetune.ports import Objective, Session
 from finetune.records import Batch, TokenizedRow
 from finetune.training import loop, prepare
+from finetune.training.prepare import Prepared
 from finetune.verify.faults.fault import fault, in_place_of, plant, planted_by
 from finetune.verify.faults.sessions import Through, pad_of, plant_session, trainable
 from finetune.verify.trainers import ours
@@ -172,3 +178,19 @@ def _sum_as_mean(right: Measuring, session: Session, batches: Sequence[Batch]) -
     """The held-out loss is a sum where a mean is told."""
     loss, count = right(session, batches)
     return loss * count, count
+
+
+@fault("A276", "eval.file_base_with_adapter")
+@in_place_of("base_of_run", on_file)
+def _base_keeps_its_adapter(right: Callable[..., object], prepared: Prepared, session: Session) -> object:
+    """On a file the base is measured with the adapter on it."""
+    return contextlib.nullcontext(session)
+
+
+@fault("A276b", "eval.file_loss_spread_over_prompts")
+@in_place_of("row_losses", on_file)
+def _loss_spread_over_prompts(
+    right: Callable[..., NDArray[np.float64]], session: Session, rows: Sequence[TokenizedRow]
+) -> NDArray[np.float64]:
+    """On a file a row's loss is divided by all of its tokens, and not by those that are learned."""
+    return right(session, rows) * [row.target_count / len(row.ids) for row in rows]

@@ -3,14 +3,17 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from weakref import WeakSet
 
 import finetune.train as training
 from finetune import files as write
 from finetune.events import Event
+from finetune.evidence import starting
 from finetune.ports import Session
-from finetune.records import Batch
+from finetune.records import AdapterTarget, Batch
 from finetune.run import checkpoints
 from finetune.run.checkpoints import CheckpointStore
 from finetune.run.folder import RunFolder
@@ -18,6 +21,8 @@ from finetune.run.log import EventLog
 from finetune.training import loop
 from finetune.training.early_stopping import EarlyStopping
 from finetune.training.loop import Batching, LoopPlan
+from finetune.training.run import Run
+from finetune.training.start import Start
 from finetune.verify.faults.fault import fault, in_place_of, plant, planted_by
 from finetune.verify.faults.sessions import forget_moments, forget_steps, plant_session
 
@@ -106,6 +111,47 @@ def _rate_restarts() -> None:
 
     _when_resumed(dealt)
     plant(loop, "learning_rate_at", rate)
+
+
+@fault("A164d", "resume.longer_with_fresh_optimizer")
+@in_place_of("load_newest", training)
+def _longer_forgets_moments(right: Callable[..., int], run: Run, session: Session, *given: object) -> int:
+    """A run that is made longer goes on with its weights alone: the optimizer's averages begin anew."""
+    done = right(run, session, *given)
+    if run.planned is not None:
+        forget_moments(session)
+    return done
+
+
+@fault("A165b", "resume.longer_as_planned_before")
+def _longer_by_the_short_plan() -> None:
+    """The rates of the steps that a run is made longer by are those that its end had fallen to."""
+    planned = [0]
+
+    def events(right: Callable[..., Iterator[Event]], run: Run, *given: object, **named: object) -> Iterator[Event]:
+        planned[0] = run.planned.total_steps if run.planned else 0
+        return right(run, *given, **named)
+
+    def rate(right: Callable[..., float], step: int, total: int, **named: object) -> float:
+        end = planned[0]
+        return float(right(min(step, end) if end else step, end or total, **named))
+
+    plant(training, "training_events", events)
+    plant(loop, "learning_rate_at", rate)
+
+
+@fault("A166", "resume.onward_from_a_fresh_adapter")
+@in_place_of("put_on", Start)
+def _fresh_adapter(right: Callable[..., None], start: Start, session: Session, base: str) -> None:
+    """A run that is to go on from an adapter begins with a fresh one of its shape."""
+
+
+@fault("A166b", "resume.onward_with_another_scale")
+@in_place_of("read_settings", starting)
+def _another_scale(right: Callable[..., AdapterTarget], folder: Path, **named: Any) -> AdapterTarget:
+    """A run goes on from an adapter's tensors with another scale than theirs."""
+    found = right(folder, **named)
+    return replace(found, alpha=2 * found.alpha, scaling="standard")
 
 
 @fault("A167", "resume.epoch_off_by_one", "torchtune #2911")

@@ -13,7 +13,7 @@ from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
 from finetune.verify.laws.helpers import comparable, refused, text_of, tokenized, tokenized_row
-from finetune.verify.subjects.answers import Epochs, Split, TokenRows, UnseenRows
+from finetune.verify.subjects.answers import Epochs, Mixture, Split, TokenRows, UnseenRows
 from finetune.verify.subjects.subject import UnsupportedError
 from finetune_strategies.cases import data as cases
 from finetune_strategies.cases.rows import PLAIN, TINY, Pair, Rows
@@ -206,6 +206,33 @@ def trained_rows_are_not_unseen(trainer: SubjectClient, case: cases.Repeated) ->
     both = sorted(same & set(found.measured))
     check(not both, expected="no row is measured that was trained on", got=[case.valid[place] for place in both])
     check(set(wanted) <= set(found.measured), expected=f"measured: {wanted}", got=f"measured: {found.measured}")
+
+
+@law("data.mix", ["mix"], cases.MIXED, examples=12)
+@oracle("the weights and the numbers of rows; another seed draws the same rows once in 100,000 times at most")
+def mixture_keeps_its_weights(trainer: SubjectClient, case: cases.Mixed) -> None:
+    """A mixture has so many rows of each source as weights say, none twice, and the most there can be, by the seed."""
+    first, again, other = (_mixed(trainer, case, seed) for seed in (case.seed, case.seed, case.seed + 1))
+    check(len(first) == len(case.sizes), expected=f"rows of {len(case.sizes)} sources", got=first)
+    shares = [weight / sum(case.weights) for weight in case.weights]
+    total = sum(map(len, first))
+    for number, (rows, size, share) in enumerate(zip(first, case.sizes, shares, strict=True)):
+        of = f"source {number}, of {size} rows"
+        check(len({*rows}) == len(rows) and {*rows} <= {*range(size)}, expected=f"rows of {of}, none twice", got=rows)
+        near = bool(rows) and abs(len(rows) - share * total) < 1
+        check(near, expected=f"{share * total:.1f} rows of {total} from {of}", got=f"{len(rows)} rows")
+    most = min(size / share for size, share in zip(case.sizes, shares, strict=True))
+    check(most - 1 < total, expected=f"{int(most)} rows in all", got=f"{total} rows")
+    check(first == again, expected=f"again with seed {case.seed}: {first}", got=again)
+    if case.ways > 100_000:
+        check(first != other, expected=f"other rows with seed {case.seed + 1}", got=f"{first} with both")
+
+
+def _mixed(trainer: SubjectClient, case: cases.Mixed, seed: int) -> list[list[int]]:
+    """The numbers of the rows that are taken of each source."""
+    given = {**PLAIN, "data.mix": list(case.weights), "training.seed": seed}
+    found = trainer.ask("mix", Mixture, model=trainer.model(TINY), settings=given, sources=case.sources)
+    return [sorted(rows) for rows in found.rows]
 
 
 _ROOM = FEWEST_WORDS + 1

@@ -9,7 +9,7 @@ from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
 from finetune.verify.laws.helpers import altered
 from finetune.verify.models import build_model
-from finetune.verify.subjects.answers import Generated, Logits, Loss, TokenRows
+from finetune.verify.subjects.answers import Generated, Logits, Loss, MeasuredTwice, TokenRows
 from finetune_strategies.cases import evaluate as cases
 from finetune_strategies.cases.rows import PLAIN, TINY
 from finetune_strategies.recipes import CONTROL_TOKENS
@@ -58,6 +58,23 @@ def held_out_rows_are_rows(trainer: SubjectClient, case: cases.Looked) -> None:
     wanted = trainer.ask("loss", Loss, batch=batch, **given)
     found = _look(trainer, case, case.values, case.batch_size)
     check(_near(found, wanted.loss), expected=f"loss {wanted.loss:.6f}", got=f"loss {found.loss:.6f}")
+
+
+@law("evaluate.file", ["measure_file"], cases.ON_FILE, examples=3, cost=6)
+@oracle("what the run measured on the same rows while it trained, and the base's loss on their own tokens in float64")
+def file_gives_what_the_run_measured(trainer: SubjectClient, case: cases.OnFile) -> None:
+    """A file of rows that a run held out gives, when the run is measured on it, the losses that the run itself had."""
+    given = {"model": trainer.model(TINY), "settings": case.settings}
+    found = trainer.ask("measure_file", MeasuredTwice, rows=case.values, valid=case.held, **given)
+    wanted = trainer.oracle.ask("evaluate", Loss, rows=case.held, **given)
+    check(found.count == wanted.count, expected=f"{wanted.count} tokens", got=f"{found.count} tokens")
+    for name, one, other in (
+        ("base", wanted.loss, found.run.base),
+        ("base", found.run.base, found.file.base),
+        ("tuned", found.run.tuned, found.file.tuned),
+    ):
+        near = abs(one - other) <= 1e-3 * (1 + abs(one))
+        check(near, expected=f"{name} model: loss {one:.6f}", got=f"loss {other:.6f}")
 
 
 def _generate(trainer: SubjectClient, case: cases.Asked, prompts: list[list[int]], **more: object) -> list[list[int]]:

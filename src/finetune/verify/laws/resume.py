@@ -11,7 +11,7 @@ from finetune.verify.catalogue import Law, add, law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
 from finetune.verify.laws.helpers import adapter_of, refused, train, weights_of
-from finetune.verify.subjects.answers import TrainedStep, TrainingResult
+from finetune.verify.subjects.answers import Loss, TrainedStep, TrainingResult
 from finetune_strategies.cases import resume as cases
 from finetune_strategies.cases.rows import TINY
 
@@ -105,6 +105,43 @@ def damaged_log_decides_nothing(trainer: SubjectClient, case: cases.Logged) -> N
     ended = refused(lambda: trainer.ask("resume", TrainingResult, folder=folder))
     if ended is not None:
         _same_end(trainer, train(trainer, **given), ended)
+
+
+@law("resume.onward", ["train", "go_on", "evaluate"], cases.ONWARD, examples=6, cost=4)
+@oracle("the loss of the model with the first adapter on the same rows, as it is measured without training")
+def adapter_is_gone_on_from(trainer: SubjectClient, case: cases.Onward) -> None:
+    """A run that goes on from an adapter begins as the model that this adapter makes of its base."""
+    model = trainer.model(TINY)
+    first = adapter_of(train(trainer, model, case.settings, case.values))
+    looked = {"model": model, "settings": case.settings, "rows": case.more}
+    wanted = trainer.ask("evaluate", Loss, adapter=first, **looked).loss
+    given = {"settings": case.onward, "rows": case.more, "folder": trainer.folder() / "onward"}
+    steps = trainer.ask("go_on", TrainingResult, adapter=first, **given).steps
+    check(bool(steps), expected="steps", got=steps)
+    told = steps[0].loss
+    if told is not None:
+        near = abs(told - wanted) <= 1e-3 * (1 + abs(wanted))
+        check(near, expected=f"loss {wanted:.6f} at its first step", got=f"loss {told:.6f}")
+
+
+@law("resume.longer", ["train", "lengthen", "adapter_weights"], cases.LONGER, examples=6, cost=6)
+@oracle("the same run, planned so long from its start")
+def longer_run_is_the_long_run(trainer: SubjectClient, case: cases.Longer) -> None:
+    """A run that is made longer goes on by the rates of one planned so long; with a constant rate it is that run."""
+    model, folder = trainer.model(TINY), trainer.folder() / "run"
+    planned, longer = ({**case.settings, "training.epochs": each} for each in (case.epochs, case.epochs + case.more))
+    begun = trainer.ask("train", TrainingResult, model=model, settings=planned, rows=case.values, folder=folder)
+    whole = train(trainer, model, longer, case.values)
+    ended = trainer.ask("lengthen", TrainingResult, folder=folder, epochs=case.epochs + case.more)
+    done, wanted = len(begun.steps), whole.steps[len(begun.steps) :]
+    check(bool(wanted), expected=f"more than {done} steps of {case.epochs + case.more} epochs", got=len(whole.steps))
+    numbers = [step.step for step in ended.steps]
+    check(numbers == [step.step for step in wanted], expected=f"{len(wanted)} steps after step {done}", got=numbers)
+    for right, found in zip(wanted, ended.steps, strict=True):
+        # Other rates before have left other weights: losses are alike where the rate is constant.
+        _same_step(right if case.schedule == "constant" else right.model_copy(update={"loss": None}), found)
+    if case.schedule == "constant":
+        _same_end(trainer, whole, ended)
 
 
 _STORIES = {

@@ -78,6 +78,12 @@ class UnseenRows(Reply, to=("unseen",)):
     unseen: list[Count]
 
 
+class Mixture(Reply, to=("mix",)):
+    """`mix`: of each source of rows, given as `sources` in their order, those that are trained on, by their numbers."""
+
+    rows: list[list[Count]]
+
+
 class MicroBatch(Reply):
     """What goes through the model at once, padding and all; each list has a list for each sequence.
 
@@ -114,6 +120,25 @@ class Loss(Reply, to=("loss", "packed_loss", "evaluate")):
     count: Count | None = None
 
 
+class Comparison(Reply):
+    """The loss of the base and of the tuned model on the same rows, in nats a token."""
+
+    base: float
+    tuned: float
+
+
+class MeasuredTwice(Reply, to=("measure_file",)):
+    """`measure_file`: what a run measured on its held-out rows `valid`, and what it says of a file of them later.
+
+    Attributes:
+        count: over how many tokens the file's losses are.
+    """
+
+    run: Comparison
+    file: Comparison
+    count: Count
+
+
 class Gradient(Reply, to=("gradient",)):
     """`gradient`: the L2 norm of the gradient of each adapter tensor by the name that PEFT's files give it, for one
     optimizer step before clipping, and the loss that is reported for that step.
@@ -131,8 +156,11 @@ class TrainedStep(Reply):
     learning_rate: float | None = None
 
 
-class TrainingResult(Reply, to=("train", "resume", "train_from")):
+class TrainingResult(Reply, to=("train", "resume", "train_from", "go_on", "lengthen")):
     """`train` and `resume`: the steps that were told, what is kept at which step, and where the adapter lies.
+
+    `go_on` likewise, of a new run that trains a given adapter on: nothing is said of its shape, which it keeps.
+    `lengthen` likewise, of a run that had come to its end, and is resumed to train for `epochs`.
 
     Attributes:
         adapter: the folder of the finished adapter, null when training was stopped before its end.

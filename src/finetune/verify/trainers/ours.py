@@ -1,6 +1,7 @@
 """Our own trainer as a subject: each question goes through the rooms that `ft train` goes through."""
 
 import json
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,11 +11,12 @@ from typing import Any
 
 from finetune.adapters.peft_files import WEIGHTS, on_disk, read_settings
 from finetune.chat.encoder import Encoder
-from finetune.config import dump_plan, flatten, resolve_processes
+from finetune.config import FORMAT, dump_plan, flatten
 from finetune.errors import FineTuneError
-from finetune.events import CheckpointSaved, Event, FirstGradients, StepDone
+from finetune.events import CheckpointSaved, Event, FirstGradients, HeldOutLoss, StepDone
+from finetune.evidence.evaluate import evaluate as evaluate_on_file
 from finetune.evidence.observe import observe
-from finetune.evidence.record import run_owner
+from finetune.evidence.record import base_files, data_files, run_owner
 from finetune.evidence.saved import save_trained
 from finetune.files import write_folder, write_text
 from finetune.models.locate import locate_model
@@ -24,8 +26,9 @@ from finetune.records import Batch, Conversation, Message, TokenizedRow
 from finetune.run.checkpoints import CheckpointStore
 from finetune.run.folder import RunFolder
 from finetune.train import train_to_the_end, training_events
+from finetune.training.longer import Longer, lengthen
 from finetune.training.loop import LoopPlan, mean_loss, train
-from finetune.training.prepare import Prepared, held_out_batches, prepare
+from finetune.training.prepare import Prepared, held_out_batches
 from finetune.training.resume import claim_resumed
 from finetune.verify.subjects.answers import ANSWERS
 from finetune.verify.subjects.serving import serve
@@ -78,7 +81,7 @@ class OurTrainer(OurSessions):
 
     def tokenize_file(self, model: str, settings: Given, file: str) -> Answer:
         """The rows of a file as they are trained on."""
-        prepared = prepare(resolve_processes(self.loaded(model, {**settings, "data.train": file}), 1, resume=False))
+        prepared = self.prepared_of(model, {**settings, "data.train": file})
         places = {where: place for place, where in enumerate(dict.fromkeys(row.where for row in prepared.train.rows))}
         found = [
             {"row": places[row.where], "ids": list(row.ids), "targets": list(row.trained)}
@@ -187,7 +190,39 @@ class OurTrainer(OurSessions):
         session = self.answering_session(model, settings, adapter)
         return {"answers": session.generate(prompts, config.evaluation.max_new_tokens, stops)}
 
-    def _train_until(self, prepared: Prepared, place: RunFolder, stop_after: int | None) -> Answer:
+    def go_on(self, adapter: str, settings: Given, rows: Sequence[Given], folder: str) -> Answer:
+        """A run that trains an adapter on, as it is found in a folder of its own, with nothing of its run around it."""
+        alone = self.new_folder() / "adapter"
+        shutil.copytree(adapter, alone)
+        return self.train(str(alone), settings, rows, folder)
+
+    def lengthen(self, folder: str, epochs: float) -> Answer:
+        """Go on with a run that had come to its end, until it has trained for so many epochs."""
+        request = json.loads((Path(folder) / "asked.json").read_text(encoding="utf-8"))
+        planned = self.prepared(request["model"], request["settings"], request["rows"])
+        place = RunFolder.unfinished(Path(folder), longer=True)
+        return self._train_until(lengthen(planned, Longer(epochs)), place, None, planned)
+
+    def measure_file(self, model: str, settings: Given, rows: Sequence[Given], valid: Sequence[Given]) -> Answer:
+        """A run that holds rows out, and what `ft evaluate RUN --data` says of the file of them when it is done."""
+        held = str(self.rows_file(valid))
+        given, run = {**settings, "data.valid": held}, RunFolder(self.new_folder() / "run")
+        self.train(model, given, rows, str(run.path))
+        prepared = self.prepared(model, given, rows)
+        files = {"model": {"files": base_files(prepared.location)}, "data": {"files": data_files(prepared)}}
+        judged = {"format": FORMAT, "losses": {}, "versions": {}, "plan": [], "verdicts": [], "notes": []}
+        run.write_manifest({**judged, **files, "artifacts": run.describe()})
+        losses = [event.loss for event in run.read_events() if isinstance(event, HeldOutLoss)]
+        [found] = [each for each in evaluate_on_file(run.path, held)["measures"] if each["id"] == "loss"]
+        return {
+            "run": {"base": losses[0], "tuned": losses[-1]},
+            "file": {"base": found["base"], "tuned": found["tuned"]},
+            "count": found["tokens"],
+        }
+
+    def _train_until(
+        self, prepared: Prepared, place: RunFolder, stop_after: int | None, planned: Prepared | None = None
+    ) -> Answer:
         steps: list[dict[str, Any]] = []
 
         def listen(event: Event) -> None:
@@ -196,11 +231,14 @@ class OurTrainer(OurSessions):
             if isinstance(event, CheckpointSaved) and event.step == stop_after:
                 raise _StoppedAtCheckpointError
 
-        run = self.run(prepared, place.path, listen)
+        run = replace(self.run(prepared, place.path, listen), planned=planned)
         owner = run_owner(prepared, self.backend.versions())
         adapter = None
         try:
             claim_resumed(run, owner)
+            if run.lengthened is not None:
+                run.tell(run.lengthened)
+                place.tidy()
             session = self.fresh_session(prepared)
             train_to_the_end(run, session, observe(session, prepared), owner)
             write_folder(place.adapter, lambda folder: save_trained(prepared, session, folder))

@@ -33,6 +33,12 @@ def row_handlers(trainer: OurSessions) -> dict[str, Handler]:
         measured = _numbers(prepared.held_out.rows) if prepared.held_out else []
         return {"measured": measured, "unseen": sorted(map(line_of, prepared.overlaps["valid"].unseen))}
 
+    def mix(model: str, settings: Given, sources: Sequence[Sequence[Given]]) -> Answer:
+        files = [str(trainer.rows_file(rows)) for rows in sources]
+        prepared = trainer.prepared_of(model, {**settings, "data.train": files})
+        found = [[row for row in prepared.train.rows if row.where.rpartition(":")[0] == file] for file in files]
+        return {"rows": [_numbers(rows) for rows in found]}
+
     def packed_loss(model: str, settings: Given, sequences: Sequence[Sequence[Given]]) -> Answer:
         rows = [
             TokenizedRow(tuple(row["ids"]), tuple(row["targets"]), str(number))
@@ -42,7 +48,14 @@ def row_handlers(trainer: OurSessions) -> dict[str, Handler]:
         value, count = mean_loss(trainer.answering_session(model, settings, None), [batch])
         return {"loss": value, "count": count}
 
-    return {"prompt": prompt, "stops": stops, "split": split, "unseen": unseen, "packed_loss": packed_loss}
+    return {
+        "prompt": prompt,
+        "stops": stops,
+        "split": split,
+        "unseen": unseen,
+        "mix": mix,
+        "packed_loss": packed_loss,
+    }
 
 
 def line_of(where: str) -> int:

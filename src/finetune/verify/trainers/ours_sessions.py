@@ -11,13 +11,14 @@ from finetune.backends import open_backend
 from finetune.chat.encoder import Encoder
 from finetune.config import LoadedConfig, load_config, resolve_processes
 from finetune.events import Event
+from finetune.evidence.starting import with_start
 from finetune.files import write_text
 from finetune.models.locate import locate_model
 from finetune.ports import Session
-from finetune.records import Optimization
 from finetune.run.folder import RunFolder
 from finetune.training.prepare import Prepared, prepare
 from finetune.training.run import Run
+from finetune.training.start import start_of
 
 Given = Mapping[str, Any]
 Answer = dict[str, Any]
@@ -59,20 +60,22 @@ class OurSessions:
 
     def prepared(self, model: str, settings: Given, rows: Sequence[Given]) -> Prepared:
         """The plan, and these rows as they are trained on."""
-        loaded = self.loaded(model, {**settings, "data.train": str(self.rows_file(rows))})
-        return prepare(resolve_processes(loaded, 1, resume=False))
+        return self.prepared_of(model, {**settings, "data.train": str(self.rows_file(rows))})
+
+    def prepared_of(self, model: str, settings: Given) -> Prepared:
+        """The plan, and the rows that the settings name; `model` may be an adapter to go on from."""
+        return prepare(resolve_processes(with_start(self.loaded(model, settings)), 1, resume=False))
 
     def run(self, prepared: Prepared, folder: Path, listener: Callable[[Event], None] = lambda event: None) -> Run:
         """A run of what was prepared, in a folder."""
-        return Run(prepared, self.backend, self.backend.join(), RunFolder(folder), listener)
+        start = start_of(prepared.plan.config)
+        return Run(prepared, self.backend, self.backend.join(), RunFolder(folder), listener, start=start)
 
     def fresh_session(self, prepared: Prepared) -> Session:
         """A session with the adapter that training begins with."""
-        training, model = prepared.plan.config.training, prepared.plan.config.model
-        session = self.backend.open(prepared.location, model.dtype, prepared.encoder.tokenizer.pad_id, device="cpu")
-        session.attach(prepared.target, training.seed)
-        ratio = training.loraplus_lr_ratio
-        session.prepare_updates(Optimization(training.weight_decay, training.max_grad_norm, loraplus_lr_ratio=ratio))
+        dtype, pad_id = prepared.plan.config.model.dtype, prepared.encoder.tokenizer.pad_id
+        session = self.backend.open(prepared.location, dtype, pad_id, device="cpu")
+        self.run(prepared, self.scratch).attach_adapter(session)
         return session
 
     def answering_session(self, model: str, settings: Given, adapter: str | None) -> Session:
