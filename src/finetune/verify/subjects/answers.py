@@ -120,7 +120,7 @@ class Loss(Reply, to=("loss", "packed_loss", "evaluate")):
     count: Count | None = None
 
 
-class Comparison(Reply):
+class BothLosses(Reply):
     """The loss of the base and of the tuned model on the same rows, in nats a token."""
 
     base: float
@@ -134,8 +134,8 @@ class MeasuredTwice(Reply, to=("measure_file",)):
         count: over how many tokens the file's losses are.
     """
 
-    run: Comparison
-    file: Comparison
+    run: BothLosses
+    file: BothLosses
     count: Count
 
 
