@@ -115,7 +115,7 @@ def adapter_is_gone_on_from(trainer: SubjectClient, case: cases.Onward) -> None:
     first = adapter_of(train(trainer, model, case.settings, case.values))
     looked = {"model": model, "settings": case.settings, "rows": case.more}
     wanted = trainer.ask("evaluate", Loss, adapter=first, **looked).loss
-    given = {"settings": case.onward, "rows": case.more, "folder": trainer.folder() / "onward"}
+    given = {"model": model, "settings": case.onward, "rows": case.more, "folder": trainer.folder() / "onward"}
     steps = trainer.ask("go_on", TrainingResult, adapter=first, **given).steps
     check(bool(steps), expected="steps", got=steps)
     told = steps[0].loss

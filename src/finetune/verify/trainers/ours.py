@@ -190,11 +190,11 @@ class OurTrainer(OurSessions):
         session = self.answering_session(model, settings, adapter)
         return {"answers": session.generate(prompts, config.evaluation.max_new_tokens, stops)}
 
-    def go_on(self, adapter: str, settings: Given, rows: Sequence[Given], folder: str) -> Answer:
+    def go_on(self, model: str, adapter: str, settings: Given, rows: Sequence[Given], folder: str) -> Answer:
         """A run that trains an adapter on, as it is found in a folder of its own, with nothing of its run around it."""
         alone = self.new_folder() / "adapter"
         shutil.copytree(adapter, alone)
-        return self.train(str(alone), settings, rows, folder)
+        return self.train(model, {**settings, "model.adapter": str(alone)}, rows, folder)
 
     def lengthen(self, folder: str, epochs: float) -> Answer:
         """Go on with a run that had come to its end, until it has trained for so many epochs."""

@@ -63,7 +63,7 @@ class OurSessions:
         return self.prepared_of(model, {**settings, "data.train": str(self.rows_file(rows))})
 
     def prepared_of(self, model: str, settings: Given) -> Prepared:
-        """The plan, and the rows that the settings name; `model` may be an adapter to go on from."""
+        """The plan, and the rows that the settings name."""
         return prepare(resolve_processes(with_start(self.loaded(model, settings)), 1, resume=False))
 
     def run(self, prepared: Prepared, folder: Path, listener: Callable[[Event], None] = lambda event: None) -> Run:
