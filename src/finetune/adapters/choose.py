@@ -1,13 +1,14 @@
 """Chooses the layers an adapter sits on, and refuses what cannot be adapted before anything is loaded."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from finetune.adapters.kinds import kind_of
+from finetune.adapters.patterns import check_pattern
 from finetune.errors import ModelError
 from finetune.models.shape import is_head, token_tables
 from finetune.records import AdapterTarget, LinearLayer, ModelShape, fits
 
+_PATTERN_HINT = "put a \\ before ( [ + * ? | that stand for themselves; write the end of a path, such as q_proj"
 _ROUTERS = ("router", "gate", "shared_expert_gate")
 """What chooses among experts: no linear layer to PEFT, and not what one means to adapt."""
 
@@ -104,7 +105,11 @@ def check_patterns(shape: ModelShape, target: AdapterTarget) -> None:
     for setting, patterns in (("rank_pattern", target.rank_pattern), ("alpha_pattern", target.alpha_pattern)):
         left = adapted
         for pattern in patterns:
-            hit = [path for path in adapted if _fits(setting, pattern, path)]
+            try:
+                check_pattern(pattern)
+            except ValueError as error:
+                raise ModelError(f"adapter.{setting}: {pattern!r} {error}", hint=_PATTERN_HINT) from None
+            hit = [path for path in adapted if fits(pattern, path)]
             if not hit:
                 elsewhere = any(fits(pattern, path) for path in others)
                 raise ModelError(
@@ -148,15 +153,6 @@ def check_rank(shape: ModelShape, target: AdapterTarget) -> None:
 
 def _adapted(shape: ModelShape, target: AdapterTarget) -> list[LinearLayer]:
     return [layer for layer in shape.linear_layers if target.adapts(layer.name)]
-
-
-def _fits(setting: str, pattern: str, path: str) -> bool:
-    try:
-        return fits(pattern, path)
-    except re.error as error:
-        raise ModelError(
-            f"adapter.{setting}: {pattern!r} is no regular expression: {error}", hint="put a \\ before ( [ + * ? |"
-        ) from None
 
 
 def _is_as_long_as_the_vocabulary(shape: ModelShape, path: str) -> bool:

@@ -9,7 +9,6 @@ Source: `PeftConfig` and `get_peft_model_state_dict` of Hugging Face PEFT.
 
 import json
 import math
-import re
 import tempfile
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from finetune.adapters.kind import AdapterKind, Shape
 from finetune.adapters.kinds import ADAPTER_KINDS, kind_of, layer_tensor, titles
+from finetune.adapters.patterns import check_pattern
 from finetune.errors import ModelError
 from finetune.reading import check_regular, read_json
 from finetune.records import DEFAULT_KIND, AdapterTarget
@@ -171,7 +171,7 @@ def read_settings(folder: Path, *, transposed: bool) -> AdapterTarget:
             odd = {key: value for key, value in settings.items() if key not in known and not _is_off(kind, key, value)}
             odd.pop("fan_in_fan_out" if transposed else "", None)
         sound = kind is None or is_sound(target)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, re.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"adapter {folder} has no usable {SETTINGS}: {error}") from None
     if not sound:
         raise ModelError(f"adapter {folder} has no usable {SETTINGS}: a setting is of the wrong kind")
@@ -188,7 +188,7 @@ def is_sound(target: AdapterTarget) -> bool:
     """Whether ranks, alphas and dropout read from a file are numbers that an adapter can have."""
     ranks, alphas = [target.rank, *target.rank_pattern.values()], [target.alpha, *target.alpha_pattern.values()]
     for pattern in (*target.rank_pattern, *target.alpha_pattern):
-        re.compile(pattern)
+        check_pattern(pattern)
     return (
         all(type(rank) is int and rank > 0 for rank in ranks)
         and all(type(alpha) in (int, float) and 0 < alpha < math.inf for alpha in alphas)

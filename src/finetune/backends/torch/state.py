@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.adapters.choose import ends_with
 from finetune.adapters.kinds import layer_tensor
+from finetune.adapters.patterns import check_settings
 from finetune.adapters.peft_files import ROWS, WEIGHTS, check_tensor_shapes, on_disk
 from finetune.errors import ModelError, RefusedError
 from finetune.reading import read_json
@@ -123,11 +124,11 @@ def load_peft_adapter(model: Any, folder: Path) -> Any:
 
     weights = folder / "adapter_model.safetensors"
     try:
-        read_json(folder / "adapter_config.json")
+        check_settings(read_json(folder / "adapter_config.json"))
         saved = set(load_file(weights))
         with quiet_wrapping():
             adapted = PeftModel.from_pretrained(model, str(folder))
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"adapter {folder} cannot be loaded on this model: {first}") from None
     names = [name for name, _ in adapted.named_parameters()]
