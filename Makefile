@@ -12,7 +12,10 @@ MUTANTS_VENV := .venv-mutants
 CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"FineTune needs Python 3.11 to 3.13, and $(PYTHON) is {v[0]}.{v[1]}: set PYTHON=python3.12, for example")'
 # On a terminal pip shows how far it is.
 QUIET := $(if $(shell test -t 2 && echo terminal),,--quiet)
-INSTALL := install $(QUIET) --disable-pip-version-check --constraint constraints.txt
+# Versions that are tested together; constraints-lowest.txt has the oldest that are allowed, /dev/null leaves the newest.
+CONSTRAINTS ?= constraints.txt
+STATED := pyproject.toml $(filter-out /dev/null,$(CONSTRAINTS))
+INSTALL := install $(QUIET) --disable-pip-version-check --constraint $(CONSTRAINTS)
 PIP := $(BIN)/pip $(INSTALL)
 # Where torch is installed from: on Linux the usual index has builds with gigabytes of CUDA, and torch's own has those
 # for the CPU. `auto` takes the latter where there is no GPU and no CPU build is at hand; nothing means the usual index.
@@ -38,19 +41,19 @@ $(VENV)/python-ok:
 	@touch $@
 
 # The stamps hold the set-up: a target installs only when what it depends on has changed.
-$(VENV)/torch-ok: $(VENV)/python-ok pyproject.toml constraints.txt
+$(VENV)/torch-ok: $(VENV)/python-ok $(STATED)
 	@echo "setting up: FineTune with torch (once; a few minutes)" >&2
 	@index='$(TORCH_INDEX)'; \
 	if [ "$$index" = auto ]; then index=; \
 	  if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! $(BIN)/pip install --quiet --dry-run \
-	    --ignore-installed --no-deps --report - --constraint constraints.txt torch 2>/dev/null \
+	    --ignore-installed --no-deps --report - --constraint $(CONSTRAINTS) torch 2>/dev/null \
 	    | grep -q '"version": "[^"]*+cpu"'; then index=$(CPU_INDEX); fi; fi; \
 	$(PIP) $${index:+--index-url "$$index"} torch
 	@$(PIP) --editable '.[torch]'
 	@touch $@
 
 # Tier 1 has an environment of its own, so that it cannot lean on an ML framework by accident.
-$(WORKFLOW_VENV)/ok: pyproject.toml constraints.txt
+$(WORKFLOW_VENV)/ok: $(STATED)
 	@echo "setting up: an environment without any ML framework (once)" >&2
 	@$(CHECK_PYTHON)
 	@$(PYTHON) -m venv $(WORKFLOW_VENV)
@@ -63,7 +66,7 @@ $(VENV)/dev-ok: $(VENV)/torch-ok
 	@touch $@
 
 # Pages are made from files that are there: the site needs none of the frameworks.
-$(VENV)/docs-ok: $(VENV)/python-ok pyproject.toml constraints.txt
+$(VENV)/docs-ok: $(VENV)/python-ok $(STATED)
 	@echo "setting up: what builds the site (once)" >&2
 	@$(PIP) --editable '.[docs]'
 	@touch $@
@@ -166,7 +169,7 @@ types: $(VENV)/dev-ok  ## Check types, strictly
 bench: $(VENV)/dev-ok  ## Measure speed and memory next to TRL and mlx_lm.lora, each in its own environment, as ratios (half an hour)
 	$(BIN)/python bench/run.py
 
-$(MUTANTS_VENV)/ok: pyproject.toml constraints.txt
+$(MUTANTS_VENV)/ok: $(STATED)
 	@echo "setting up: an environment for mutants (once)" >&2
 	@$(CHECK_PYTHON)
 	@$(PYTHON) -m venv $(MUTANTS_VENV)

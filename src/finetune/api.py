@@ -1,6 +1,7 @@
 """Fine-tuning from Python in one call: `finetune.train(model=..., data=..., epochs=...)`."""
 
 import contextlib
+import html
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -46,8 +47,10 @@ class FineTuned:
         return run.adapter if run.adapter.is_dir() else run.model
 
     def _repr_html_(self) -> str:
-        """The report, for a notebook."""
-        return render_html([{**self.record, "folder": str(self.folder)}])
+        """The report, for a notebook: in a frame, where neither the page's style nor the notebook's reaches the other."""
+        page = html.escape(render_html([{**self.record, "folder": str(self.folder)}]))
+        style = "width: 100%; height: 48em; border: 0"
+        return f'<iframe srcdoc="{page}" sandbox="allow-scripts" style="{style}"></iframe>'
 
 
 def train(

@@ -1,6 +1,8 @@
 """Fine-tuning from Python: one call, typed results, completion."""
 
+import html
 import inspect
+import re
 import subprocess
 import sys
 import typing
@@ -12,6 +14,7 @@ import finetune
 from finetune.api import FineTuned
 from finetune.errors import ConfigError, UsageError
 from finetune.records import Outcome, Verdict
+from finetune.report import render_html
 
 SMALL = {"backend": "reference", "rank": 2, "max_steps": 2, "judge__control": "never", "judge__memory": "never"}
 
@@ -29,7 +32,9 @@ def test_train_from_python_gives_a_typed_result(
     assert len(result.verdicts) >= 10
     assert result.report.is_file()
     assert (result.adapter / "adapter_config.json").is_file()
-    assert "<html" in result._repr_html_()
+    frame = r'<iframe srcdoc="([^"]*)" sandbox="allow-scripts" style="[^"]*"></iframe>'
+    [page] = re.findall(f"^{frame}$", result._repr_html_())
+    assert html.unescape(page) == render_html([{**result.record, "folder": str(result.folder)}])
     plan = {item["key"]: item["value"] for item in result.record["plan"]}
     assert (plan["adapter.rank"], plan["training.max_steps"], plan["judge.control"]) == (2, 2, "never")
     assert "step 2/2" in capfd.readouterr().err

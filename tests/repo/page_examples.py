@@ -5,6 +5,8 @@
   command that has none, its standard error. It ends with 0 unless `$ echo $?` comes next and shows another code.
 - `^C` below some lines interrupts the command once the line above it has come.
 - A `python` block is run; a `text` block right after it is what it prints.
+- The `python3` blocks of a page are the cells of one notebook: they share their names, and what a cell's last line is
+  worth is shown as well, after what the cell prints.
 - `...` on a line of its own stands for any lines, and within a line for any letters.
 
 All other blocks are for reading only.
@@ -26,6 +28,18 @@ FENCE = re.compile(r'^```(\w*)(?: title="([^"\n]+)")?\n(.*?)^```$', re.MULTILINE
 PROGRAMS = {"ft", "cmp", "ls", "pre-commit", "git"}
 """What an example may call."""
 PATIENCE = 300
+CELLS = """
+import ast, sys
+names = {"__name__": "__main__"}
+for cell in sys.argv[1:]:
+    *lines, last = ast.parse(cell).body
+    lines += [] if isinstance(last, ast.Expr) else [last]
+    exec(compile(ast.Module(lines, []), "cell", "exec"), names)
+    worth = eval(compile(ast.Expression(last.value), "cell", "eval"), names) if isinstance(last, ast.Expr) else None
+    if worth is not None:
+        print(worth._repr_html_() if hasattr(worth, "_repr_html_") else repr(worth))
+"""
+"""Runs the cells of a notebook that are its arguments, and prints what a notebook would show."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +71,22 @@ def blocks(page: Path) -> list[Block]:
 
 def examples(page: Path) -> Iterator[Block | Example]:
     """What is to be done, in the page's order: files to write, and programs to run."""
-    told = blocks(page)
-    for block, after in pairwise([*told, Block("", "", "")]):
+    told = [*blocks(page), Block("", "", "")]
+    cells = [(block.text, _said(after)) for block, after in pairwise(told) if block.language == "python3"]
+    if cells:
+        texts, shown = zip(*cells, strict=True)
+        yield Example((sys.executable, "-c", CELLS, *texts), "".join(shown))
+    for block, after in pairwise(told):
         if block.title:
             yield block
         elif block.language == "console":
             yield from _session(block.text)
         elif block.language == "python":
-            shown = after.text if after.language == "text" and not after.title else "...\n"
-            yield Example((sys.executable, "-c", block.text), shown)
+            yield Example((sys.executable, "-c", block.text), _said(after))
+
+
+def _said(after: Block) -> str:
+    return after.text if after.language == "text" and not after.title else "...\n"
 
 
 def _session(text: str) -> Iterator[Example]:

@@ -2,11 +2,14 @@
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -48,6 +51,28 @@ def test_ci_tries_every_python_that_is_promised(workflow: dict[str, Any]) -> Non
     used = [str(job["steps"][1]["with"]["python-version"]) for job in workflow["jobs"].values()]
     minors = [int(each.split(".")[1]) for each in [*promised, *used] if "${{" not in each]
     assert all(int(least) <= minor < int(below) for minor in minors)
+
+
+def test_ci_runs_both_ends_of_each_stated_range(workflow: dict[str, Any]) -> None:
+    """Each of 6 frameworks has a range; CI runs its lowest version and its newest, and what is tested lies within."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    asked = [Requirement(each) for each in (*extras["torch"], *extras["mlx"])]
+    assert {each.name for each in asked} == {"torch", "transformers", "peft", "accelerate", "mlx", "mlx-lm"}
+    lowest, tested = (
+        dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE))
+        for name in ("constraints-lowest.txt", "constraints.txt")
+    )
+    for each in asked:
+        bounds = {bound.operator: bound.version for bound in each.specifier}
+        assert bounds.keys() == {">=", "<"}, each
+        assert Version(bounds[">="]) == Version(lowest[each.name]), each
+        assert tested[each.name] in each.specifier, each
+    assert lowest["mlx-cpu"] == lowest["mlx"]
+    job = workflow["jobs"]["versions"]
+    assert job["strategy"]["matrix"]["constraints"] == ["constraints-lowest.txt", "/dev/null"]
+    [step] = [step for step in job["steps"] if step.get("run") == "make test-e2e-real-model"]
+    assert step["env"]["CONSTRAINTS"] == "${{ matrix.constraints }}"
+    assert "schedule" in job["if"]
 
 
 def test_ci_runs_each_tier_when_it_must_and_keeps_its_history(workflow: dict[str, Any]) -> None:

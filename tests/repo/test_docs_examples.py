@@ -7,7 +7,7 @@ import pytest
 from repo.page_examples import ROOT, Example, agrees, examples, play
 
 DOCS = ROOT / "docs"
-PROGRAMS_RUN = {"ci.md": 1, "pre-commit.md": 1, "python.md": 3, "tutorial.md": 14, "your-trainer.md": 4}
+PROGRAMS_RUN = {"ci.md": 1, "notebook.md": 1, "pre-commit.md": 1, "python.md": 3, "tutorial.md": 14, "your-trainer.md": 4}
 """How many programs each page runs; every page that runs one is listed."""
 NEEDED = {"tutorial.md": "xllamacpp"}
 """What a page tells its reader to install besides the package and the `verify` extra."""
