@@ -25,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r'^```(\w*)(?: title="([^"\n]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+HERE = Path(sys.executable)
 PROGRAMS = {"ft", "cmp", "ls", "pre-commit", "git"}
 """What an example may call."""
 PATIENCE = 300
@@ -75,14 +76,14 @@ def examples(page: Path) -> Iterator[Block | Example]:
     cells = [(block.text, _said(after)) for block, after in pairwise(told) if block.language == "python3"]
     if cells:
         texts, shown = zip(*cells, strict=True)
-        yield Example((sys.executable, "-c", CELLS, *texts), "".join(shown))
+        yield Example(("python", "-c", CELLS, *texts), "".join(shown))
     for block, after in pairwise(told):
         if block.title:
             yield block
         elif block.language == "console":
             yield from _session(block.text)
         elif block.language == "python":
-            yield Example((sys.executable, "-c", block.text), _said(after))
+            yield Example(("python", "-c", block.text), _said(after))
 
 
 def _said(after: Block) -> str:
@@ -99,8 +100,8 @@ def _session(text: str) -> Iterator[Example]:
             yield Example(tuple(shlex.split(command)), shown, code)
 
 
-def play(page: Path, folder: Path) -> int:
-    """Do all that a page shows, and tell how many programs were run."""
+def play(page: Path, folder: Path, python: Path) -> int:
+    """Do all that a page shows with the programs beside this Python, and tell how many were run."""
     count = 0
     for example in examples(page):
         if isinstance(example, Block):
@@ -109,7 +110,7 @@ def play(page: Path, folder: Path) -> int:
             path.write_text(example.text, encoding="utf-8")
             continue
         count += 1
-        said, code = _run(example, folder)
+        said, code = _run(example, folder, python)
         assert code == example.code, f"{page.name}: {example.words} ended with {code}, not {example.code}\n{said}"
         assert agrees(example.shown.replace("\n^C\n", "\n...\n"), said), (
             f"{page.name}: {shlex.join(example.words)}\n--- shown\n{example.shown}\n--- said\n{said}"
@@ -126,22 +127,27 @@ def agrees(shown: str, said: str) -> bool:
     return re.fullmatch(pattern, "".join(f"{line.rstrip()}\n" for line in said.splitlines())) is not None
 
 
-def user(**more: str) -> dict[str, str]:
-    """A user's environment: our programs, no colours, no network, and of our own switches only those that are given."""
-    ours = str(Path(sys.executable).parent)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("FT_", "GIT_"))}
+def user(python: Path = HERE, **more: str) -> dict[str, str]:
+    """A user's environment: our programs, no colours, no network, and of our own switches only those that are given.
+
+    The programs beside `python` come before those of the environment that runs the tests; in another one than that
+    nothing is found by a variable.
+    """
+    others = ("FT_", "GIT_") if python == HERE else ("FT_", "GIT_", "PYTHONPATH")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1"}
-    return {**kept, **quiet, "PATH": ours + os.pathsep + os.environ.get("PATH", os.defpath), **more}
+    places = (str(python.parent), str(HERE.parent), os.environ.get("PATH", os.defpath))
+    return {**kept, **quiet, "PATH": os.pathsep.join(places), **more}
 
 
-def _run(example: Example, folder: Path) -> tuple[str, int]:
+def _run(example: Example, folder: Path, python: Path) -> tuple[str, int]:
     program = example.words[0]
-    assert program in PROGRAMS | {sys.executable}, f"{program} is no program that an example may call"
+    assert program in PROGRAMS | {"python"}, f"{program} is no program that an example may call"
     lines = example.shown.splitlines()
     # Its words go to files: what is waited for may then come whenever it likes, and no pipe can be full.
     out, err = folder / ".out", folder / ".err"
     with out.open("w+", encoding="utf-8") as said, err.open("w+", encoding="utf-8") as told:
-        process = subprocess.Popen(example.words, cwd=folder, env=user(), stdout=said, stderr=told)
+        process = subprocess.Popen(example.words, cwd=folder, env=user(python), stdout=said, stderr=told)
         try:
             if "^C" in lines:
                 _wait_for(lines[lines.index("^C") - 1], err, process)

@@ -7,18 +7,25 @@ import pytest
 from repo.page_examples import ROOT, Example, agrees, examples, play
 
 DOCS = ROOT / "docs"
-PROGRAMS_RUN = {"ci.md": 1, "notebook.md": 1, "pre-commit.md": 1, "python.md": 3, "tutorial.md": 14, "your-trainer.md": 4}
+PROGRAMS_RUN = {
+    "ci.md": 1,
+    "notebook.md": 1,
+    "pre-commit.md": 1,
+    "python.md": 3,
+    "tutorial.md": 14,
+    "your-trainer.md": 4,
+}
 """How many programs each page runs; every page that runs one is listed."""
 NEEDED = {"tutorial.md": "xllamacpp"}
 """What a page tells its reader to install besides the package and the `verify` extra."""
 
 
 @pytest.mark.parametrize("name", PROGRAMS_RUN)
-def test_docs_examples_do_what_is_shown(name: str, tmp_path: Path) -> None:
-    """Every command of a page works as it stands, in its order, and says what the page shows of it."""
+def test_docs_examples_do_what_is_shown(name: str, reader: Path, tmp_path: Path) -> None:
+    """With the built wheel every command of a page works as it stands, in its order, and says what the page shows."""
     if name in NEEDED:
         pytest.importorskip(NEEDED[name], reason="needs the gguf extra: pip install 'finetune-suite[gguf]'")
-    assert play(DOCS / name, tmp_path) == PROGRAMS_RUN[name]
+    assert play(DOCS / name, tmp_path, reader) == PROGRAMS_RUN[name]
 
 
 def test_docs_examples_are_all_run() -> None:

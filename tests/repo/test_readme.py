@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,14 +23,15 @@ def shown() -> list[str]:
     return [line for line in lines if line.startswith("ft ")]
 
 
-def run(command: list[str], folder: Path, *, says: str = "") -> subprocess.CompletedProcess[str]:
-    """Run a command as the README has it, in a user's environment."""
-    environment = user(**SHORT)
+def run(words: list[str], reader: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run `ft` as the README has it, in a user's environment with the built wheel."""
+    command, environment = [str(reader.with_name("ft")), *words], user(reader, **SHORT)
+    says = "What is 2 plus 1?\n\n"
     return subprocess.run(command, cwd=folder, input=says, capture_output=True, text=True, env=environment, check=False)
 
 
 @pytest.mark.tier2
-def test_readme_commands_of_ft_do_what_they_say(tmp_path: Path) -> None:
+def test_readme_commands_of_ft_do_what_they_say(reader: Path, tmp_path: Path) -> None:
     """Each `ft` line works as it stands, in its order, on a user's own rows; training ends with its verdicts.
 
     Lines that judge other trainers in their own environments have laws of their own.
@@ -47,7 +47,7 @@ def test_readme_commands_of_ft_do_what_they_say(tmp_path: Path) -> None:
         words = line.split()[1:]
         # Until Ctrl-C is too long to wait.
         words += ["--check-only"] if "llama.cpp" in words else []
-        done = run([str(Path(sys.executable).with_name("ft")), *words], tmp_path, says="What is 2 plus 1?\n\n")
+        done = run(words, reader, tmp_path)
         # Two steps teach nothing, and a run that says so ends with 1 or 4.
         allowed = (0, 1, 4) if words[0] in ("train", "evaluate", "report") else (0,)
         if done.returncode == 3 and "ollama" in words:
