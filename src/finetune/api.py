@@ -47,7 +47,7 @@ class FineTuned:
         return run.adapter if run.adapter.is_dir() else run.model
 
     def _repr_html_(self) -> str:
-        """The report, for a notebook: in a frame, where neither the page's style nor the notebook's reaches the other."""
+        """The report, for a notebook: in a frame, so that its style and the notebook's keep apart."""
         page = html.escape(render_html([{**self.record, "folder": str(self.folder)}]))
         style = "width: 100%; height: 48em; border: 0"
         return f'<iframe srcdoc="{page}" sandbox="allow-scripts" style="{style}"></iframe>'

@@ -29,7 +29,7 @@ def reader(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("reader") / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True, timeout=120)
     python = place / "bin" / "python"
-    # A line of a .pth file is searched for packages, and its own .pth files, such as that of an editable install, are not.
+    # What a .pth file names is searched for packages; .pth files in it, such as an editable install's, are not read.
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     (place / "lib" / version / "site-packages" / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     install = [
