@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune.models.locate import SHIPPED_FOLDER
-from support.hub_downloads import COMMIT, GATED, GOOD, HubServer
+from support.hub_downloads import COMMIT, GATED, GOOD, REFUSALS, HubServer
 
 PROGRAM = """
 import json, sys
@@ -38,13 +38,21 @@ TOLD = {
 }
 
 
-def ask(names: list[str], folder: Path, **environment: str) -> dict[str, dict[str, str]]:
+OF_DATA = PROGRAM.replace("ModelError", "DataError").replace(
+    "locate_model(name, revision=revision or None)", "find_set(asked)"
+)
+OF_DATA = OF_DATA.replace("models.locate import locate_model", "data.parts import find_set").replace(
+    'str(found.folder), "place": found.source', '[str(file) for file in found.files], "place": "hub"'
+)
+
+
+def ask(names: list[str], folder: Path, program: str = PROGRAM, **environment: str) -> dict[str, dict[str, str]]:
     """What a fresh process is told of each name, in a folder that has a model."""
     (folder / "model").mkdir(exist_ok=True)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     given = {**kept, "HF_HOME": str(folder / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1", **environment}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *names], cwd=folder, env=given, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", program, *names], cwd=folder, env=given, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return {told["asked"]: told for told in map(json.loads, done.stdout.splitlines())}
@@ -64,6 +72,23 @@ def test_hub_that_refuses_is_told_with_its_reason_and_what_to_do(tmp_path: Path)
         assert hint.format(hub=hub.address) in found[asked]["hint"], asked
         assert "\n" not in found[asked]["message"] + found[asked]["hint"]
     assert len({found[asked]["message"] for asked in TOLD}) == len(TOLD)
+
+
+def test_hub_that_refuses_a_data_set_is_told_as_of_a_model(tmp_path: Path) -> None:
+    """Each refusal is told of data as it is of a model, in at most three lines, and names the page of the data set."""
+    with HubServer({"train.jsonl": b'{"prompt": "a", "completion": "b"}\n'}) as hub:
+        asked = {name: told for name, told in TOLD.items() if name in {*REFUSALS, GATED} or "@" in name}
+        found = ask([GOOD, *asked], tmp_path, OF_DATA, HF_ENDPOINT=hub.address)
+    assert found[GOOD]["place"] == "hub"
+    assert len(asked) == 8
+    for name, (message, hint) in asked.items():
+        told = found[name]
+        assert message.replace("model", "data set") in told["message"], name
+        kept = hint.replace("{hub}/", "{hub}/datasets/").format(hub=hub.address)
+        assert name == "broken/hub" or "model.revision" in told["hint"] or kept.split("model")[0] in told["hint"], name
+        assert "reference-llama" not in told["hint"]
+        assert "\n" not in told["message"] + told["hint"]
+        assert len(told["message"] + told["hint"]) <= 300
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         parts = self.path.partition("?")[0].strip("/").split("/")
-        listing = parts[:2] == ["api", "models"]
+        parts = parts[1:] if parts[0] == "datasets" else parts
+        listing = parts[:2] in (["api", "models"], ["api", "datasets"])
         name = "/".join(parts[2:4] if listing else parts[:2])
         if name in REFUSALS:
             return self._refuse(*REFUSALS[name])

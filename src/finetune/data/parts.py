@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any
 
 from finetune.data.read import kind_of
 from finetune.data.shipped import data_path
 from finetune.data.unpack import PACKED_SUFFIXES, whole_text
 from finetune.errors import DataError
+from finetune.models.hub import hub_refusal
 
 _WORDS = {
     "train": ("train", "training"),
@@ -349,13 +350,6 @@ def _of_hub(name: str, base: str, part: str) -> DataSet:
         fetched([escape(path.relative_to(folder).as_posix()) for path in wanted])
     # ValueError: a name that the hub itself does not take, such as a--b.
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, RuntimeError, ValueError) as error:
-        _refuse_hub(name, error)
+        message, hint = hub_refusal(repository, revision or None, error, what="data set")
+        raise DataError(message, hint=hint) from None
     return found
-
-
-def _refuse_hub(name: str, error: Exception) -> NoReturn:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    raise DataError(
-        f"no data set {name!r}: no file or folder of that name, and the hub could not give it ({reason})",
-        hint="check the path; of the hub it is OWNER/NAME, with HF_TOKEN set where a set is private",
-    ) from None

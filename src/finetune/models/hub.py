@@ -10,6 +10,8 @@ from finetune.files import nearest_file
 SHIPPED = ("reference-llama", "reference-gpt2")
 OFFLINE_HINT = f"without a hub, use a model that ships with FineTune: {' or '.join(SHIPPED)}, or a local folder"
 _WANTED_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
+_MOST_TOLD = 100
+"""So many letters of a reason that is the client's own are told."""
 _LOG_IN = "`hf auth login`, or set HF_TOKEN"
 
 
@@ -26,11 +28,13 @@ def download_model(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(_WANTED_FILES)))
     # ValueError: a name that the hub itself does not take, such as a--b; HTTPError of its client is none of OSError.
     except (HfHubHTTPError, OSError, RuntimeError, ValueError) as error:
-        raise _explained(name, revision, error) from None
+        message, hint = hub_refusal(name, revision, error)
+        raise ModelError(message, hint=hint) from None
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "requests"):
             raise
-        raise _explained(name, revision, error) from None
+        message, hint = hub_refusal(name, revision, error)
+        raise ModelError(message, hint=hint) from None
 
 
 def near_model(name: str) -> str:
@@ -40,14 +44,17 @@ def near_model(name: str) -> str:
     return f"did you mean {found}? " if found else ""
 
 
-def _explained(name: str, revision: str | None, error: Exception) -> ModelError:
-    """Why the hub did not give a model, and what to do."""
+def hub_refusal(name: str, revision: str | None, error: Exception, *, what: str = "model") -> tuple[str, str]:
+    """Why the hub did not give a model or a data set, in a line, and what to do, in another."""
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
     # What the hub answered is the cause, where the client first looked into its cache.
     causes = [error, *(each for each in (error.__cause__, error.__context__) if each)]
-    page = f"{constants.ENDPOINT}/{name}"
+    model = what == "model"
+    page = f"{constants.ENDPOINT}/{'' if model else 'datasets/'}{name}"
+    near, without = (near_model(name), OFFLINE_HINT) if model else ("", "or name a file or folder here")
+    here = f"unknown {what} {name!r}: no {'folder' if model else 'file or folder'} of that name here"
 
     def is_a(*kinds: type[BaseException]) -> bool:
         return any(isinstance(each, kinds) for each in causes)
@@ -56,26 +63,25 @@ def _explained(name: str, revision: str | None, error: Exception) -> ModelError:
     full = any(isinstance(each, OSError) and each.errno == errno.ENOSPC for each in causes)
     if is_a(hub.GatedRepoError):
         told = "is gated: the hub gives it only to who has accepted its licence"
-        return ModelError(f"model {name!r} {told}", hint=f"accept it at {page}, then {_LOG_IN}")
+        return f"{what} {name!r} {told}", f"accept it at {page}, then {_LOG_IN}"
     if is_a(hub.RevisionNotFoundError):
-        hint = f"leave out model.revision, or choose one of {page}/commits/main"
-        return ModelError(f"the hub's model {name!r} has no revision {revision!r}", hint=hint)
+        hint = f"leave out {'model.revision' if model else 'what follows @'}, or choose one of {page}/commits/main"
+        return f"the hub's {what} {name!r} has no revision {revision!r}", hint
     if is_a(hub.RepositoryNotFoundError):
-        hint = f"{near_model(name)}see {page}; of a private model, {_LOG_IN}"
-        told = "no folder of that name here, and none on the hub, or a private one"
-        return ModelError(f"unknown model {name!r}: {told}", hint=hint)
+        hint = f"{near}see {page}; of a private {what}, {_LOG_IN}"
+        return f"{here}, and none on the hub, or a private one", hint
     if is_a(hub.DisabledRepoError):
-        return ModelError(f"the hub has disabled the model {name!r}", hint=f"see {page}")
+        return f"the hub has disabled the {what} {name!r}", f"see {page}"
     if status in (401, 403):
-        return ModelError(f"the hub refuses the token that asks for {name!r}", hint=f"log in again: {_LOG_IN}")
+        return f"the hub refuses the token that asks for {name!r}", f"log in again: {_LOG_IN}"
     if status == 429:
-        return ModelError(f"the hub was asked too often for {name!r}", hint=f"wait a while, or log in: {_LOG_IN}")
+        return f"the hub was asked too often for {name!r}", f"wait a while, or log in: {_LOG_IN}"
     if full:
-        return ModelError(f"no space left for {name!r}", hint=f"make room in {constants.HF_HUB_CACHE}, or set HF_HOME")
+        return f"no space left for {name!r}", f"make room in {constants.HF_HUB_CACHE}, or set HF_HOME"
     if is_a(hub.OfflineModeIsEnabled):
-        hint = f"{near_model(name)}unset HF_HUB_OFFLINE to download it; {OFFLINE_HINT}"
-        return ModelError(f"unknown model {name!r}: no folder of that name here, and HF_HUB_OFFLINE is set", hint=hint)
+        hint = f"{near}unset HF_HUB_OFFLINE to download it; {without}"
+        return f"{here}, and HF_HUB_OFFLINE is set", hint
     lines = str(causes[-1]).strip().splitlines()
-    reason = lines[0] if lines else type(causes[-1]).__name__
-    told = f"no folder of that name here, and {constants.ENDPOINT} could not give it ({reason})"
-    return ModelError(f"unknown model {name!r}: {told}", hint=f"{near_model(name)}check the network; {OFFLINE_HINT}")
+    reason = lines[0][:_MOST_TOLD] if lines else type(causes[-1]).__name__
+    told = f"{here}, and {constants.ENDPOINT} could not give it ({reason})"
+    return told, f"{near}check the network; {without}"
