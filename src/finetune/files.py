@@ -106,7 +106,9 @@ def write_file(path: Path, fill: Callable[[Path], object]) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Put `value` at `path` as JSON, atomically; NaN and infinity are refused, they are not JSON."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    # A path that is no UTF-8 has halves of letters, which JSON can spell.
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def make_folder(path: Path) -> None:
@@ -157,8 +159,9 @@ def remove_folder(path: Path) -> None:
 
 def remove_torn(folder: Path, *, like: str = "*") -> None:
     """Remove what a killed process left half written in `folder`, of names `like` a pattern."""
-    for torn in [path for path in folder.glob(like) if is_torn(path)]:
-        shutil.rmtree(torn) if torn.is_dir() and not torn.is_symlink() else torn.unlink()
+    with storage_errors(folder):
+        for torn in [path for path in folder.glob(like) if is_torn(path)]:
+            shutil.rmtree(torn) if torn.is_dir() and not torn.is_symlink() else torn.unlink()
 
 
 def is_torn(path: Path) -> bool:

@@ -37,7 +37,7 @@ from finetune.evidence.record import run_owner, run_record
 from finetune.evidence.saved import save_trained
 from finetune.evidence.starting import with_start
 from finetune.export.cached import made_from, with_model_folder
-from finetune.files import describe_file, write_folder, write_json, write_text
+from finetune.files import describe_file, storage_errors, write_folder, write_json, write_text
 from finetune.objectives import choose_objective
 from finetune.ports import Session
 from finetune.records import Batch, Question, Scores, TokenizedRow
@@ -337,7 +337,8 @@ def _begin(run: Run, *, resume: bool) -> None:
         RunFolder.place(run.folder.path)  # again: another process may have made its run there while this one loaded
     if run.lengthened is not None:
         # In this order, so that a run killed in between is unfinished, and its checkpoints are known as its own.
-        run.folder.manifest.unlink(missing_ok=True)
+        with storage_errors(run.folder.manifest):
+            run.folder.manifest.unlink(missing_ok=True)
         run.tell(run.lengthened)
         run.folder.secure_events()
     run.folder.tidy()

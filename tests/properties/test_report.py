@@ -21,7 +21,8 @@ from rich.console import Console
 
 from finetune.errors import UsageError
 from finetune.report import build_report, print_report, render_html
-from finetune.report.numbers import say_number, visible
+from finetune.report.numbers import say_number
+from finetune.words import visible
 from finetune_strategies.profiles import examples
 from support.sample_run import sample_run
 

@@ -1,5 +1,6 @@
 """The `ft` command. One file a verb, no logic: each parses, calls, prints."""
 
+import io
 import os
 import sys
 
@@ -8,6 +9,7 @@ def main() -> None:
     """Run `ft` with the process's arguments; option names may be written with hyphens or underscores."""
     try:
         from finetune.cli.app import run
+        from finetune.processes import terminated_as_interrupted
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
@@ -15,4 +17,10 @@ def main() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # it lives as we do
-    sys.exit(run(sys.argv[1:]))
+    # A letter that a stream's encoding does not have is spelled out: nothing fails for its sake when all is done.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    with terminated_as_interrupted():
+        code = run(sys.argv[1:])
+    sys.exit(code)

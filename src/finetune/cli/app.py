@@ -36,6 +36,7 @@ from finetune.cli.usage import usage_error
 from finetune.errors import FineTuneError
 
 INTERRUPTED = 130
+_DISK = (errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.ESTALE)
 VERBS = {
     "Train": {
         train: "Fine-tune a model, and prove by measurements that it worked",
@@ -147,6 +148,11 @@ def run(arguments: list[str], complain: Callable[[FineTuneError], None] = _compl
         sys.stderr.close()
         return 1
     except OSError as error:
+        if error.errno in _DISK and error.filename:
+            say(
+                f"error: {error.filename}: {error.strerror}\n  hint: see to that disk; what was written there is intact"
+            )
+            return 1
         if error.errno != errno.ENOSPC:
             raise
         say("error: no space left to print the result\n  hint: what was computed is in the run folder")

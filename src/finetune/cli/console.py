@@ -4,25 +4,29 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from finetune.words import visible, without_secrets
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 def say(text: str) -> None:
     """Tell the user something that is not data."""
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(visible(without_secrets(text)) + "\n")
     sys.stderr.flush()
 
 
 def print_data(text: str) -> None:
-    """Print a result."""
+    """Print a result; on a terminal no control character in it acts."""
+    text = visible(text) if sys.stdout.isatty() else text
     sys.stdout.write(text if text.endswith("\n") else text + "\n")
     sys.stdout.flush()
 
 
 def print_json(value: Any) -> None:
     """Print a result as JSON."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("_", "-")
+    text = json.dumps(value, indent=1, ensure_ascii=encoding not in ("utf-8", "utf8"), allow_nan=False)
     # Halves of letters, as broken text has them, are written as JSON escapes them.
     print_data(text.encode("utf-8", "backslashreplace").decode())
 

@@ -32,7 +32,7 @@ def command(home: Home = Path("runs"), *, json_output: AsJson = False) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from finetune.report.numbers import visible
+    from finetune.words import visible
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("run", no_wrap=True)

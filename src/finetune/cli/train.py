@@ -19,6 +19,7 @@ from finetune.cli.options import (
     with_settings,
 )
 from finetune.errors import UsageError
+from finetune.words import without_secrets
 
 if TYPE_CHECKING:
     from finetune.export.outtypes import Outtype
@@ -86,7 +87,9 @@ def command(
 
         check_export(loaded.config)
     watched = os.environ.get(NOTES)
-    command_line = (read_command(Path(watched)) if watched else "") or shlex.join(["ft", *sys.argv[1:]])
+    command_line = without_secrets(
+        (read_command(Path(watched)) if watched else "") or shlex.join(["ft", *sys.argv[1:]])
+    )
     if launch or processes or launch_config:
         starter = plan_launch(launch, processes, launch_config, planned=loaded.config.training.processes)
         file = [str(config)] if config else []

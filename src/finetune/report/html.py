@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import UsageError
 from finetune.report.build import build_report
 from finetune.report.charts import Chart, draw_charts, draw_comparison
-from finetune.report.numbers import NOT_MEASURED, say_bytes, say_count, say_number, say_percent, say_seconds, visible
+from finetune.report.numbers import NOT_MEASURED, say_bytes, say_count, say_number, say_percent, say_seconds
 from finetune.report.wording import SYMBOLS, headline_figures, say_outcome, say_start, say_title
+from finetune.words import visible
 
 if TYPE_CHECKING:
     from jinja2 import Environment, Template

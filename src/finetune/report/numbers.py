@@ -70,12 +70,3 @@ def say_seconds(value: object) -> str:
     minutes, seconds = divmod(round(number), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
-
-
-def visible(text: str) -> str:
-    """The text with control characters as pictures (NUL as U+2400): a page cannot carry them and may not hide them."""
-    pictures = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
-    # DEL has a picture of its own; the C1 controls have none, and some terminals obey them.
-    pictures |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
-    # A lone surrogate is legal in JSON and illegal in UTF-8: without this the page could not be written at all.
-    return text.translate(pictures).encode("utf-8", "replace").decode("utf-8")

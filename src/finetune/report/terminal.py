@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import counted
 from finetune.records import Outcome
 from finetune.report.build import build_report
-from finetune.report.numbers import NOT_MEASURED, visible
+from finetune.report.numbers import NOT_MEASURED
 from finetune.report.wording import ASCII_SYMBOLS, SYMBOLS, headline_figures, say_counts, say_outcome, say_title
+from finetune.words import visible
 
 if TYPE_CHECKING:
     from rich.console import Console

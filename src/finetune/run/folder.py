@@ -150,7 +150,8 @@ class RunFolder:
     def release(self) -> None:
         """Let others in again; nothing happens where nothing was claimed."""
         if self._lock is not None:
-            self.holder.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that cannot be written now: the error that told of it stands
+                self.holder.unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = None
 
@@ -189,8 +190,9 @@ class RunFolder:
         for saved in (self.adapter, self.model):
             if saved.exists():
                 remove_folder(saved)
-        self.report_page.unlink(missing_ok=True)
-        self.report_data.unlink(missing_ok=True)
+        with storage_errors(self.path):
+            self.report_page.unlink(missing_ok=True)
+            self.report_data.unlink(missing_ok=True)
 
     @classmethod
     def finished(cls, path: Path) -> Self:

@@ -7,10 +7,12 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import DeploymentError, MissingExtraError, UsageError, install_line
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
 _NAME = re.compile(rf"(?:(?:[A-Za-z0-9_][A-Za-z0-9_.:-]*/)?[A-Za-z0-9_][A-Za-z0-9_-]{{0,79}}/)?{_PART}(?::{_PART})?")
+_LONGEST_ANSWER = 2**26
 START = "start it with `ollama serve`; Ollama is at https://ollama.com/download"
 
 
@@ -68,7 +71,6 @@ class Ollama:
         if find_spec("ollama") is None:
             raise MissingExtraError("talking to Ollama needs its client library", hint=install_line("ollama"))
         import httpx
-        import ollama
 
         told = host or os.environ.get("OLLAMA_HOST") or "127.0.0.1:11434"
         self._patience = patience or OllamaTimeouts()
@@ -77,8 +79,13 @@ class Ollama:
         try:
             if named and (scheme.lower() not in ("http", "https") or not place):
                 raise ValueError("http:// or https:// and a host make one")
+            # The library makes a client of its own, at OLLAMA_HOST, as it is imported.
+            import ollama
+
             transport = _bounded_transport(self._patience.whole)
-            self._client = ollama.Client(told, timeout=times, transport=transport, trust_env=False)
+            self._client = ollama.Client(
+                told, timeout=times, transport=transport, trust_env=False, follow_redirects=False
+            )
         except (ValueError, httpx.InvalidURL) as error:
             raise UsageError(
                 f"{told!r}, of {'--host' if host else 'OLLAMA_HOST'}, is no address: {error}",
@@ -240,7 +247,7 @@ class Ollama:
             raise DeploymentError(
                 f"{begun}: the connection broke ({error})", hint="see whether the server is still running"
             ) from None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DeploymentError(
                 f"{begun}: what came is no answer of Ollama's ({' '.join(str(error).split())[:120]})",
                 hint="see whether another program listens there",
@@ -258,15 +265,19 @@ def _bounded_transport(whole: float) -> "httpx.BaseTransport":
     import httpx
 
     class Body(httpx.SyncByteStream):
-        """An answer's content, up to its time."""
+        """An answer's content, up to its time and its size."""
 
         def __init__(self, inner: httpx.SyncByteStream, until: float) -> None:
             self._inner, self._until = inner, until
 
         def __iter__(self) -> Iterator[bytes]:
+            left = _LONGEST_ANSWER
             for block in self._inner:
+                left -= len(block)
                 if time.monotonic() > self._until:
                     raise httpx.ReadTimeout("it took too long")
+                if left < 0:
+                    raise httpx.RemoteProtocolError(f"an answer of more than {_LONGEST_ANSWER:,} bytes")
                 yield block
 
         def close(self) -> None:
@@ -277,9 +288,28 @@ def _bounded_transport(whole: float) -> "httpx.BaseTransport":
         """Connections whose answers have a time each."""
 
         def handle_request(self, request: httpx.Request) -> httpx.Response:
-            """Send a request; its answer."""
+            """Send a request; its answer, whose head has come whole by then, too."""
             until = time.monotonic() + whole
-            answer = super().handle_request(request)
+            request.headers["Accept-Encoding"] = "identity"  # what unpacks has no size that could be seen
+            answers: SimpleQueue[httpx.Response | BaseException] = SimpleQueue()
+
+            def send(right: Callable[[httpx.Request], httpx.Response]) -> None:
+                try:
+                    answers.put(right(request))
+                except BaseException as error:
+                    answers.put(error)
+
+            # Lines of a head, or promises of one, that drip begin each wait anew: only another thread can end it.
+            Thread(target=send, args=(super().handle_request,), daemon=True).start()
+            try:
+                answer = answers.get(timeout=whole)
+            except Empty:
+                raise httpx.ReadTimeout("it took too long") from None
+            if isinstance(answer, BaseException):
+                raise answer
+            if answer.headers.get("Content-Encoding", "identity") != "identity":
+                answer.close()
+                raise httpx.RemoteProtocolError("an answer that is packed, which was not asked for")
             assert isinstance(answer.stream, httpx.SyncByteStream)
             answer.stream = Body(answer.stream, until)
             return answer

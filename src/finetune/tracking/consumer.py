@@ -10,6 +10,7 @@ from threading import Thread
 from finetune.events import Event, TrackerFailed, TrackerOpened
 from finetune.tracking.numbers import Digest
 from finetune.tracking.tracker import Tracked, Tracker, open_tracker
+from finetune.words import without_secrets
 
 PATIENCE = 60.0
 """Seconds that a run waits at its end, in all, for trackers to write what they were told."""
@@ -117,14 +118,14 @@ class _Line:
         return events
 
     def _failed(self, error: str) -> None:
-        self.first_error = self.first_error or error
+        self.first_error = self.first_error or without_secrets(error)
         self.failures += 1
 
     def _work(self) -> None:
         tracker: Tracker | None = None
         with self._counted():
             tracker = open_tracker(self.name, self._tracked)
-            self.place = tracker.place
+            self.place = without_secrets(tracker.place)
         digest = Digest()
         waiting: Iterator[Event] = iter(self._waiting.get, None)
         for event in itertools.chain(self._history, waiting):
