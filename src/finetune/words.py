@@ -15,8 +15,6 @@ _PICTURES = {
     # DEL has a picture of its own; the C1 controls have none, and some terminals obey them.
     127: 0x2421,
     **dict.fromkeys(range(128, 160), 0xFFFD),
-    # They turn the order of what is read round, so that a name looks like another.
-    **dict.fromkeys(_BIDI, 0xFFFD),
 }
 
 
@@ -24,6 +22,11 @@ def visible(text: str) -> str:
     """The text with control characters as pictures (NUL as U+2400): a page cannot carry them and may not hide them."""
     # A lone surrogate is legal in JSON and illegal in UTF-8: without this the page could not be written at all.
     return text.translate(_PICTURES).encode("utf-8", "replace").decode("utf-8")
+
+
+def in_a_line(text: str) -> str:
+    """The text as `visible`, without what turns the order of letters round, so that a name looks like another."""
+    return visible(text.translate(dict.fromkeys(_BIDI, 0xFFFD)))
 
 
 def without_secrets(text: str, environ: Mapping[str, str] | None = None) -> str:

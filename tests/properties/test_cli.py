@@ -262,7 +262,7 @@ def test_start_is_quick(model: Path, data: Path) -> None:
         "print(*{name.split('.')[1] for name in sys.modules if name.startswith('finetune.')})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
-    assert set(done.stdout.splitlines()[-1].split()) == {"cli", "errors", "processes"}
+    assert set(done.stdout.splitlines()[-1].split()) == {"cli", "errors", "processes", "words"}
 
 
 def test_ctrl_c_before_the_first_word_is_told_as_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:

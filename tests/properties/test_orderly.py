@@ -20,7 +20,7 @@ from finetune.files import write_json
 from finetune.run.folder import RunFolder
 from finetune.tracking.consumer import Trackers
 from finetune.tracking.tracker import Tracked
-from finetune.words import visible, without_secrets
+from finetune.words import in_a_line, without_secrets
 from support.workplace import make_data, make_model
 
 pytestmark = pytest.mark.tools
@@ -88,10 +88,10 @@ def test_terminated_command_says_that_it_was_interrupted(place: Path) -> None:
 @given(st.text(), st.sampled_from(["\x1b]0;x\x07", "\u202e", "\x9b", "\x7f", "\ud800"]))
 def test_no_control_character_acts(text: str, evil: str) -> None:
     """What is shown has none but tabs and ends of lines, and what has none is shown as it is."""
-    shown = visible(text + evil + "end")
+    shown = in_a_line(text + evil + "end")
     assert all(letter.isprintable() or letter in "\t\n" or letter not in evil for letter in shown)
     assert not set(evil) & set("\x1b\x07\u202e\x9b\x7f\ud800") & set(shown)
-    assert visible(f"plain {text!a}") == f"plain {text!a}"
+    assert in_a_line(f"plain {text!a}") == f"plain {text!a}"
 
 
 def test_what_is_said_holds_no_secret_and_no_escape(capsys: pytest.CaptureFixture[str]) -> None:

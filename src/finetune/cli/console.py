@@ -4,7 +4,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from finetune.words import visible, without_secrets
+from finetune.words import in_a_line, without_secrets
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 def say(text: str) -> None:
     """Tell the user something that is not data."""
-    sys.stderr.write(visible(without_secrets(text)) + "\n")
+    sys.stderr.write(in_a_line(without_secrets(text)) + "\n")
     sys.stderr.flush()
 
 
 def print_data(text: str) -> None:
     """Print a result; on a terminal no control character in it acts."""
-    text = visible(text) if sys.stdout.isatty() else text
+    text = in_a_line(text) if sys.stdout.isatty() else text
     sys.stdout.write(text if text.endswith("\n") else text + "\n")
     sys.stdout.flush()
 

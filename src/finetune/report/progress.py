@@ -16,7 +16,7 @@ from finetune.events import (
     TrackerFailed,
     TrackerOpened,
 )
-from finetune.words import visible
+from finetune.words import in_a_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -122,7 +122,7 @@ class Progress:
 
     def _line(self, text: str) -> None:
         if self._bar is None:
-            sys.stderr.write(f"{visible(text)}\n")
+            sys.stderr.write(f"{in_a_line(text)}\n")
             sys.stderr.flush()
         else:
-            self._bar.console.print(visible(text), markup=False, highlight=False)
+            self._bar.console.print(in_a_line(text), markup=False, highlight=False)
