@@ -87,19 +87,15 @@ def command(
 
         check_export(loaded.config)
     watched = os.environ.get(NOTES)
-    typed = (read_command(Path(watched)) if watched else "") or shlex.join(["ft", *sys.argv[1:]])
+    typed = without_secrets((read_command(Path(watched)) if watched else "") or shlex.join(["ft", *sys.argv[1:]]))
     if launch or processes or launch_config:
         starter = plan_launch(launch, processes, launch_config, planned=loaded.config.training.processes)
         file = [str(config)] if config else []
         words = ["finetune.cli.worker", "train", *file, *settings.words(), *(["--resume"] if resume else [])]
-        folder, run = train_together(
-            starter, loaded.config.backend, words, output=output, command=without_secrets(typed), say=say
-        )
+        folder, run = train_together(starter, loaded.config.backend, words, output=output, command=typed, say=say)
     else:
         with Progress() as progress:
-            folder, run = fine_tune(
-                loaded, output=output, resume=longer, command=without_secrets(typed), listener=progress
-            )
+            folder, run = fine_tune(loaded, output=output, resume=longer, command=typed, listener=progress)
     # A process that trained along has nothing to tell, and one that is watched leaves the telling to its watcher.
     if run and not watched:
         _tell(run, folder, verbose=verbose, json_output=json_output)
