@@ -21,7 +21,7 @@ from finetune_strategies.profiles import examples
 from support.workplace import make_data, make_model, settings
 from support.workplace import run as train
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+pytestmark = [pytest.mark.tools, pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")]
 
 SECONDS = 30
 """Far above what any refusal takes: only what waits without end takes longer."""

@@ -15,7 +15,7 @@ from finetune.errors import StorageError
 from finetune.files import write_output, write_text
 from finetune_strategies.profiles import examples
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+pytestmark = [pytest.mark.tools, pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")]
 
 WRITE = "import sys; from pathlib import Path; from finetune.files import write_output; print('said'); "
 WRITE += "write_output(Path(sys.argv[1]), 'page'); print('done')"
