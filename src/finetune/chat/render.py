@@ -6,15 +6,17 @@ is known and nothing is searched for. The cut text is then compared with what th
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date
 from functools import cached_property
 from itertools import chain
+from typing import Any
 
 from finetune.chat import beside
 from finetune.chat.catalog import RESERVED, TemplateSource, Variable, built_in_with, with_variables
+from finetune.chat.layout import Layouts, Place, fill, lay_out
 from finetune.chat.learned import Learned, Stretch, TrainOn, answers_of, marked
 from finetune.chat.markers import MARKER, Kinds, common_ending, is_marked, kinds, marker, texts_between
 from finetune.chat.sandbox import TemplateStoppedError, compile_template, variables_read
@@ -64,6 +66,7 @@ class ChatTemplate:
         ordered = sorted(control_tokens, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, ordered)) if ordered else "(?!)")
         self._ends = bos, eos
+        self._layouts = Layouts(source, self._given)
         self._skeletons: dict[tuple[Kinds, bool] | None, str] = {}
         self._spoken: dict[tuple[Kinds, tuple[int, ...]] | None, tuple[Stretch, ...]] = {}
         self._reads = variables_read(source.jinja) - (RESERVED - {"documents"})
@@ -117,25 +120,19 @@ class ChatTemplate:
         messages = self.fit_messages(conversation)
         talk = conversation if messages == conversation.messages else replace(conversation, messages=messages)
         beside.require_harmless(self.name, talk, self._control, self._said, self._reads)
+        pieces, texts = self._layouts.find(talk, asking=asking) or self._look_at(talk, asking=asking)
+        return fill(pieces, texts, self._said, conversation.where)
+
+    def _look_at(self, talk: Conversation, *, asking: bool) -> tuple[tuple[Segment | Place, ...], Mapping[int, str]]:
+        """How a conversation is laid out, read off what the template makes of it."""
         shown, real = self._skeleton(talk, asking=asking), self._call(talk, asking=asking)
         texts = self._texts(talk, shown, real)
-        learned = Learned() if asking else self._choose(talk, shown, self._stretches(talk, shown, real, texts))
-        segments: list[Segment] = []
-        at = 0
-        for place, piece in enumerate(MARKER.split(shown)):
-            if place % 2:  # the number of a message stands at the odd places
-                role, text = talk.messages[int(piece)].role, texts[int(piece)]
-                if role == "assistant":
-                    segments += self._answer(text, trained=learned.at(at))
-                else:
-                    segments.append(Segment(text, role, trained=learned.at(at), control=False))
-                at += len(marker(int(piece)))
-                continue
-            for begin, end in learned.pieces(at, at + len(piece)):
-                role, trained = learned.role(begin), learned.at(begin)
-                segments.append(Segment(shown[begin:end], role, trained=trained, control=True))
-            at += len(piece)
-        return Rendered(tuple(segment for segment in segments if segment.text), conversation.where)
+        answers = () if asking else self._stretches(talk, shown, real, texts)
+        pieces = lay_out(talk, shown, Learned() if asking else self._choose(talk, shown, answers))
+        asked = replace(talk, messages=talk.messages[: self.learned(talk)[-1]]) if answers else talk
+        begin = answers[-1][0] if answers else 0
+        self._layouts.keep(talk, pieces, (shown, texts), None if asking else (asked, shown[:begin]))
+        return pieces, texts
 
     def learned(self, talk: Conversation) -> list[int]:
         """The places of the answers that are learned."""
@@ -156,15 +153,6 @@ class ChatTemplate:
                 ends = found and not shown[end : found.start()].strip() and found.group() in self.terminators()
                 stretches.append((begin, found.end() if found and ends else end))
         return Learned.of(answers, stretches, but=everything)
-
-    def _answer(self, text: str, *, trained: bool) -> Iterator[Segment]:
-        """An answer, in which tokens such as `<think>` are meant: the model must learn to say them."""
-        end = 0
-        for found in self._said.finditer(text):
-            yield Segment(text[end : found.start()], "assistant", trained=trained, control=False)
-            yield Segment(found.group(), "assistant", trained=trained, control=True)
-            end = found.end()
-        yield Segment(text[end:], "assistant", trained=trained, control=False)
 
     def render_document(self, document: Document) -> Rendered:
         """Plain text as training text: all of it is trained, and the end-of-text token after it."""
@@ -258,10 +246,12 @@ class ChatTemplate:
             self._skeletons[kept] = shown
         return shown
 
+    def _given(self, talk: Conversation) -> dict[str, Any]:
+        return {**self._variables, "today": self._today, **beside.what_is_given(talk, as_parts=self._as_parts)}
+
     def _call(self, talk: Conversation, *, asking: bool) -> str:
-        given = {**self._variables, "today": self._today, **beside.what_is_given(talk, as_parts=self._as_parts)}
         try:
-            return self._jinja(add_generation_prompt=asking, **given)
+            return self._jinja(add_generation_prompt=asking, **self._given(talk))
         except TemplateStoppedError as error:
             raise TemplateError(f"{talk.where}: template {self.name!r} {error}", hint=error.hint) from None
 

@@ -7,6 +7,7 @@ A template may come from anywhere. It can neither reach an attribute nor call a 
 from collections.abc import Callable, Iterator, Mapping
 from datetime import date
 from functools import lru_cache
+from types import CodeType
 from typing import Any
 
 from jinja2 import Template, TemplateSyntaxError, meta, nodes
@@ -79,7 +80,7 @@ class _GenerationTag(Extension):
         return nodes.Scope(body).set_lineno(line)
 
 
-class _MeteredContext(Context):
+class MeteredContext(Context):
     """The variables of one render, and its account."""
 
     meter: Meter
@@ -128,10 +129,10 @@ def _looked(meter: Meter, value: object, times: int) -> Any:
     return value
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
+class Sandbox(ImmutableSandboxedEnvironment):
     """Jinja with the words of `vocabulary` and nothing else; `rewrite` names the helpers that are kept here."""
 
-    context_class = _MeteredContext
+    context_class = MeteredContext
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
     counted = Helper(_Rounds)
     step = Helper(Meter.spend)
@@ -246,17 +247,14 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 def variables_read(source: str) -> set[str]:
     """The names that a template reads and does not set itself; none where it does not parse."""
     try:
-        return meta.find_undeclared_variables(_Sandbox().parse(source))
+        return meta.find_undeclared_variables(Sandbox().parse(source))
     except (TemplateSyntaxError, RecursionError, ValueError):
         return set()
 
 
 @lru_cache(maxsize=32)
-def compile_template(name: str, source: str) -> Callable[..., str]:
-    """A function that renders `source` in the sandbox; keyword arguments are the template's variables.
-
-    The function raises TemplateStoppedError when the template refuses, fails, or is unsafe. `messages` is a list of
-    dicts of texts; how much work the template may do is reckoned from it. `today` is the day that it prints.
+def code_of(name: str, source: str) -> CodeType:
+    """The template as Python that pays for what it does.
 
     Raises:
         TemplateError: the template is too large, does not parse, or uses syntax it may not (with the line).
@@ -265,9 +263,9 @@ def compile_template(name: str, source: str) -> Callable[..., str]:
         raise TemplateError(
             f"template {name!r} has {len(source)} characters, more than {MAX_TEMPLATE_CHARS}", hint=_SAFER
         )
-    environment = _Sandbox()
+    environment = Sandbox()
     try:
-        code = environment.compile(meter_tree(environment.parse(source)), filename=_FILE)
+        return environment.compile(meter_tree(environment.parse(source)), filename=_FILE)
     except UnsafeTemplateError as error:
         raise TemplateError(f"template {name!r} is unsafe and was refused: {error}", hint=_SAFER) from None
     except TemplateSyntaxError as error:
@@ -281,11 +279,25 @@ def compile_template(name: str, source: str) -> Callable[..., str]:
         ) from None
     except ValueError as error:  # a number of more digits than Python reads
         raise TemplateError(f"template {name!r} does not parse: {error}", hint="mend the Jinja syntax") from None
+
+
+@lru_cache(maxsize=32)
+def compile_template(name: str, source: str) -> Callable[..., str]:
+    """A function that renders `source` in the sandbox; keyword arguments are the template's variables.
+
+    The function raises TemplateStoppedError when the template refuses, fails, or is unsafe. `messages` is a list of
+    dicts of texts; how much work the template may do is reckoned from it. `today` is the day that it prints.
+
+    Raises:
+        TemplateError: as `code_of`.
+    """
+    environment = Sandbox()
+    code = code_of(name, source)
     template = Template.from_code(environment, code, environment.make_globals(None))
 
     def render(*, messages: list[Mapping[str, str]], today: date = DAY, **variables: object) -> str:
         context = template.new_context({"messages": messages, **variables})
-        assert isinstance(context, _MeteredContext)
+        assert isinstance(context, MeteredContext)
         context.meter = Meter(allowance(messages), today)
         try:
             text = "".join(template.root_render_func(context))
