@@ -86,7 +86,7 @@ class Trace:
         return "".join(part if isinstance(part, str) else show(part) for part in self.parts)
 
 
-class _Asked:
+class _HiddenTexts:
     """The texts of one conversation, and what the template has asked of them."""
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -122,7 +122,7 @@ class _StandIn:
     __slots__ = ("asked", "parts")
     __hash__ = __str__ = __repr__ = __format__ = __iter__ = __len__ = __getitem__ = _refuse
 
-    def __init__(self, asked: _Asked, parts: tuple[str | Leaf, ...]) -> None:
+    def __init__(self, asked: _HiddenTexts, parts: tuple[str | Leaf, ...]) -> None:
         self.asked, self.parts = asked, parts
 
     def __bool__(self) -> bool:
@@ -260,7 +260,7 @@ class _Tracer(Sandbox):
             return __obj.owner.call(__obj.name, *args)
         made = super().call(__context, __obj, *args, **kwargs)
         if isinstance(__obj, Macro) and _PLACE.search(made):
-            asked: _Asked = __context.asked
+            asked: _HiddenTexts = __context.asked
             return _StandIn(asked, asked.read(made))
         return made
 
@@ -274,7 +274,7 @@ class _Tracer(Sandbox):
 
 
 class _TracedContext(MeteredContext):
-    asked: _Asked
+    asked: _HiddenTexts
 
 
 class Tracer:
@@ -297,7 +297,7 @@ class Tracer:
         """
         if self._template is None:
             return None
-        asked = _Asked(texts)
+        asked = _HiddenTexts(texts)
         messages = [dict(each) for each in given["messages"]]
         for index, (turn, hides) in enumerate(zip(messages, hidden, strict=True)):
             if hides:
