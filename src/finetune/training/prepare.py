@@ -96,7 +96,7 @@ class Prepared:
 
 @contextmanager
 def _rare_collection() -> Iterator[None]:
-    """Rows hold no cycles: to look for some every 700 objects takes a third of the time to make many of them."""
+    """Rows hold no cycles, and to look for some every 700 objects takes time."""
     before = gc.get_threshold()
     gc.set_threshold(50_000, 20, 20)
     try:
