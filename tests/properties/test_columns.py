@@ -56,6 +56,10 @@ BY_NAME: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"context": "c", "question": "u", "answer": "a"},
         ("user", "u", "input", "c", "assistant", "a"),
     ),
+    "SQuAD": (
+        {"context": "c", "question": "u", "title": "t", "answers": {"text": ["a", "b"], "answer_start": [0, 4]}},
+        ("user", "u", "input", "c", "assistant", "a"),
+    ),
     "alpaca and its text": ({"instruction": "u", "input": "", "output": "a", "text": "Below is u a"}, SAID),
     "alpaca and its prompt": ({"instruction": "u", "input": " ", "output": "a", "prompt": "Below is u"}, SAID),
     "alpaca without an instruction": ({"instruction": "", "input": "u", "output": "a"}, SAID),
@@ -76,7 +80,7 @@ def shaped(*rows: dict[str, Any], **settings: Any) -> ShapedRows:
 @pytest.mark.parametrize("name", BY_NAME)
 def test_common_names_are_known(name: str) -> None:
     """Rows of these public spellings mean what their formats' authors mean by them."""
-    assert len(BY_NAME) == 28
+    assert len(BY_NAME) == 29
     row, said = BY_NAME[name]
     [found] = shaped(row).examples
     assert said_by(found) == said
@@ -191,6 +195,7 @@ JUDGED: dict[str, list[dict[str, Any]]] = {
     ],
     "unknown names": [{"frage": "u", "antwort": "good"}],
     "odd names": [{"my question": "u", "it's: an answer": "good", "no": "x"}],
+    "a translation": [{"id": "1", "translation": {"en": "good", "fr": "very good"}}],
     "one unknown text": [{"body": "good"}],
     "unknown messages": [{"log": [U, {**A, "content": "good"}]}],
     "two answers": [{"question": "u", "answer": "good", "response": "good"}],
@@ -213,7 +218,7 @@ def test_refusal_names_lines_that_work(name: str) -> None:
 
     What they say is bad is learned in none of them.
     """
-    assert len(JUDGED) == 25
+    assert len(JUDGED) == 26
     with pytest.raises(DataError) as caught:
         shaped(*JUDGED[name])
     lines = lines_of(caught.value.hint)

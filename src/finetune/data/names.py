@@ -12,7 +12,9 @@ SHAPES: Mapping[str, tuple[str, ...]] = {
 """The shapes that rows have, and the fields without which each is none."""
 QUESTIONS = ("prompt", "instruction", "question", "query", "input", "inputs", "user", "human", "problem")
 """What columns, and keys of a turn that is a pair, are called which ask."""
-ANSWERS = ("completion", "output", "outputs", "answer", "response", "assistant", "gpt", "bot", "reply", "target")
+ANSWERS = (
+    *("completion", "output", "outputs", "answer", "answers", "response", "assistant", "gpt", "bot", "reply", "target"),
+)
 ROW_MARKS = ("weight", "train")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 SHAPE_OF = {each: shape for shape, fields in SHAPES.items() for each in fields}

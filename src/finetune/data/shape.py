@@ -70,7 +70,7 @@ def shape_rows(
     dropped: Counter[str] = Counter()
     account = _Account()
     examples: list[Example] = []
-    for row in rows:
+    for row in map(_opened, rows):
         try:
             layout = finder.layout(row)
             example, learned = _read(_without(row, ignored), layout)
@@ -101,7 +101,23 @@ def shape_of(row: Row) -> str:
     Raises:
         DataError: no shape fits, or more than one does.
     """
-    return ColumnFinder().layout(row).shape
+    return ColumnFinder().layout(_opened(row)).shape
+
+
+def _opened(row: Row) -> Row:
+    """The row with the texts that stand within a column where columns of their own were meant.
+
+    SQuAD's answers, `{"text": [...], "answer_start": [...]}`, are the first of them; a translation,
+    `{"en": "...", "fr": "..."}`, is the columns `translation.en` and `translation.fr`.
+    """
+    answers, pair = row.values.get("answers"), row.values.get("translation")
+    values = dict(row.values)
+    if isinstance(answers, dict) and isinstance(said := answers.get("text"), list):
+        values["answers"] = said[0] if said else ""
+    if isinstance(pair, dict) and all(isinstance(text, str) for text in pair.values()):
+        del values["translation"]
+        values |= {f"translation.{language}": text for language, text in pair.items()}
+    return row if values == row.values else replace(row, values=values)
 
 
 @dataclass
