@@ -63,6 +63,7 @@ def finished(backend: str, kind: str) -> Path:
     task = Task(model, data, {key: value for key, value in chosen.items() if key != "backend"})
     ending = subject(backend).train(task, place / "run")
     assert ending.code in (0, 1), ending.stderr
+    assert (place / "run" / "run.json").exists(), ending.stderr
     return place
 
 

@@ -1,5 +1,6 @@
 """The `ft` command. One file a verb, no logic: each parses, calls, prints."""
 
+import contextlib
 import io
 import os
 import sys
@@ -20,7 +21,9 @@ def main() -> None:
     # A letter that a stream's encoding does not have is spelled out: nothing fails for its sake when all is done.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            # Where a file has become a pipe since it was opened, it is set all the same, and asking for its place fails.
+            with contextlib.suppress(OSError):
+                stream.reconfigure(errors="backslashreplace")
     with terminated_as_interrupted():
         code = run(sys.argv[1:])
     sys.exit(code)
