@@ -59,9 +59,9 @@ def dying(folder: Path, rank: int, sign: int) -> dict[str, str]:
 
 
 def steps(run: Path) -> list[dict[str, Any]]:
-    """What the run's log tells of its steps and held-out losses, without what a clock says."""
+    """What the run's log tells of its steps and held-out losses, without what a clock says, and checks of that."""
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    timed = ("seconds", "rss", "tokens_per_second")
+    timed = ("seconds", "rss", "tokens_per_second", "check")
     told = [event for event in events if event["event"] in ("StepDone", "HeldOutLoss")]
     return [{key: value for key, value in event.items() if key not in timed} for event in told]
 

@@ -59,8 +59,7 @@ def _accumulation_not_wired() -> None:
 @fault("A002f", "config.ratio_not_wired")
 def _ratio_not_wired() -> None:
     """How much faster B moves is read and never passed on."""
-    for room in ("finetune.training.run", "finetune.verify.trainers.ours_sessions"):
-        plant(import_module(room), "Optimization", lambda right, decay, most, **named: right(decay, most))
+    plant(import_module("finetune.training.run"), "Optimization", lambda right, decay, most, **named: right(decay, most))
 
 
 @fault("A003", "config.zero_is_false", "torchtune #186")
