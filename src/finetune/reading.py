@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 MOST_BYTES = 2**26
 """Far above what a file of settings, a template or a list of weights can need; what may be longer says so itself."""
+_BLOCK = 2**16
 _LONGEST_NUMBER = 300
 """Digits of a whole number that is still one as a float."""
 
@@ -55,7 +56,10 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        content = b"" if size > most else file.read(most + 1)
+        content = b"" if size > most else file.read(size + 1)  # Python takes the memory for all that is asked for
+        # It has grown since, or is one of those whose size is only known once they are read, as in /proc.
+        while size < len(content) <= most and (more := file.read(_BLOCK)):
+            content += more
     if max(size, len(content)) > most:
         raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
     return content

@@ -240,7 +240,7 @@ BAD: dict[str, tuple[list[str], dict[str, Any], list[str]]] = {
     "a tool without a name": ([], {"tools": [{"name": "f"}, {"type": "function"}]}, ["tools[1]", "name"]),
     "a key twice": ([], {"tools": '[{"name": "f", "name": "g"}]'}, ["'name' is there twice"]),
     "no such file": (["--tools", "none.json"], {}, ["none.json", "No such file"]),
-    "a folder": (["--messages", "."], {}, ["directory"]),
+    "a folder": (["--messages", "."], {}, ["a folder, not a file"]),
     "no messages": ([], {"messages": ["q"]}, ["messages[0]", "message object"]),
     "unknown role": ([], {"messages": [{"role": "robot", "content": "a"}]}, ["unknown role 'robot'"]),
     "two system prompts": (
