@@ -60,8 +60,8 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
         # It has grown since, or is one of those whose size is only known once they are read, as in /proc.
         while size < len(content) <= most and (more := file.read(_BLOCK)):
             content += more
-    if max(size, len(content)) > most:
-        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
+    if (found := max(size, len(content))) > most:
+        raise OSError(errno.EFBIG, f"it has {found:,} bytes, and {most:,} are the most that are read", str(path))
     return content
 
 

@@ -21,7 +21,7 @@ def main() -> None:
     # A letter that a stream's encoding does not have is spelled out: nothing fails for its sake when all is done.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # Where a file has become a pipe since it was opened, it is set all the same, and asking for its place fails.
+            # Where a file has become a pipe since it was opened, this is set all the same, and then its place is asked.
             with contextlib.suppress(OSError):
                 stream.reconfigure(errors="backslashreplace")
     with terminated_as_interrupted():

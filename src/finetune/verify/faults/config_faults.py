@@ -4,7 +4,6 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib import import_module
 
 from finetune import train as training
 from finetune.backends.reference.model import Array, Backward, ReferencePass
@@ -14,7 +13,7 @@ from finetune.config.resolve import Plan
 from finetune.config.schema import TrainingConfig
 from finetune.ports import Session
 from finetune.records import AdapterTarget, Batch, ModelShape, Optimization
-from finetune.training import prepare, rows
+from finetune.training import prepare, rows, run
 from finetune.verify.faults.fault import fault, in_place_of, plant, planted_by
 from finetune.verify.faults.sessions import plant_session
 
@@ -59,7 +58,7 @@ def _accumulation_not_wired() -> None:
 @fault("A002f", "config.ratio_not_wired")
 def _ratio_not_wired() -> None:
     """How much faster B moves is read and never passed on."""
-    plant(import_module("finetune.training.run"), "Optimization", lambda right, decay, most, **named: right(decay, most))
+    plant(run, "Optimization", lambda right, decay, most, **named: right(decay, most))
 
 
 @fault("A003", "config.zero_is_false", "torchtune #186")
