@@ -111,13 +111,15 @@ def _opened(row: Row) -> Row:
     `{"en": "...", "fr": "..."}`, is the columns `translation.en` and `translation.fr`.
     """
     answers, pair = row.values.get("answers"), row.values.get("translation")
+    if answers is pair is None:
+        return row
     values = dict(row.values)
     if isinstance(answers, dict) and isinstance(said := answers.get("text"), list):
         values["answers"] = said[0] if said else ""
     if isinstance(pair, dict) and all(isinstance(text, str) for text in pair.values()):
         del values["translation"]
         values |= {f"translation.{language}": text for language, text in pair.items()}
-    return row if values == row.values else replace(row, values=values)
+    return replace(row, values=values)
 
 
 @dataclass
