@@ -48,9 +48,10 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[st
         names = [name for name, cause in SCRIPTS.items() if cause["component"] == component]
         paths = [str(EVIDENCE / "scripts" / f"{name}.py") for name in names]
         run = "import runpy, sys\nfor path in sys.argv[1:]:\n    print('== ')\n    runpy.run_path(path)"
-        command = [sys.executable, "-c", run, *paths]
+        command = [sys.executable, "-W", "always", "-u", "-c", run, *paths]
         place = tmp_path_factory.mktemp("scripts")
-        done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=True)
+        both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        done = subprocess.run(command, cwd=place, text=True, check=True, **both)
         said = [part.splitlines() for part in done.stdout.split("== \n")[1:]]
         return dict(zip(names, said, strict=True))
 
@@ -59,7 +60,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[st
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script_prints_what_the_page_says(name: str, printed: Callable[[str], dict[str, list[str]]]) -> None:
-    """With the versions that the page names, the script of a cause prints again what is told of it."""
+    """With the versions that the page names, the script of a cause prints what is told of it, and no other warning."""
     versions = {library: number for _, run in RUNS for library, number in run["versions"].items()}
     component = SCRIPTS[name]["component"]
     library = component.lower()
@@ -72,3 +73,5 @@ def test_script_prints_what_the_page_says(name: str, printed: Callable[[str], di
     told = [line for line in printed(component)[name] if line.startswith(("expected: ", "got: "))]
     assert [line.partition(": ")[0] for line in told] == ["expected", "got"]
     assert told[-1] == f"got: {SCRIPTS[name]['got']}"
+    warned = [line for line in printed(component)[name] if "warning" in line.lower() and line not in told]
+    assert warned == [] or "warning" in SCRIPTS[name]["told"]
