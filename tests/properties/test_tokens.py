@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from hypothesis import assume, example, given
@@ -12,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from finetune.chat import encode
 from finetune.chat.catalog import CATALOG, TemplateSource
-from finetune.chat.encode import REACHING, Marked, encode_row, mark_rows
+from finetune.chat.encode import REACHING, encode_row, mark_rows
 from finetune.chat.encoder import Encoder
 from finetune.chat.render import ChatTemplate
 from finetune.chat.tokenizer import FileTokenizer
@@ -327,40 +326,6 @@ def test_rows_encoded_together_are_those_encoded_alone(
     rendered = [chat.render_prompt(one.prompt) if asking else chat.render(one) for one in found]
     together = [row.tokenized() for row in mark_rows(rendered, tokenizer_of(kind))]
     assert together == [encode_row(row, tokenizer_of(kind)) for row in rendered]
-
-
-def _cut_and_whole(chat: ChatTemplate, found: list[Conversation], tokenizer: FileTokenizer) -> list[list[Marked]]:
-    """Rows as they are encoded in pieces, and as whole texts."""
-    rendered = [chat.render(one) for one in found] + [chat.render_prompt(one.prompt) for one in found]
-    cut = list(mark_rows(rendered, tokenizer))
-    with mock.patch.object(FileTokenizer, "stands_alone", return_value=False):
-        return [cut, list(mark_rows(rendered, tokenizer))]
-
-
-@given(FULL, st.lists(conversations(max_turns=2), max_size=3), st.sampled_from([*NAMES, "tight"]))
-@examples(1 / 2)
-def test_rows_cut_at_control_tokens_are_those_encoded_whole(
-    kind: TokenizerKind, found: list[Conversation], name: str
-) -> None:
-    """That what many rows say is encoded once changes no id and no mark."""
-    cut, whole = _cut_and_whole(template_of(kind, name), found, tokenizer_of(kind))
-    assert cut == whole
-
-
-@pytest.mark.parametrize("rule", ["lstrip", "rstrip", "normalized"])
-def test_rows_are_not_cut_where_a_control_token_takes_what_stands_before_it(rule: str, tmp_path: Path) -> None:
-    """White space before a token that takes it is no token of its own, wherever rows are cut."""
-    folder = tmp_path / "model"
-    shutil.copytree(tokenizer_folder(FIRST), folder)
-    file = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    rules = {"lstrip": False, "rstrip": False, "normalized": False, rule: True}
-    file.add_special_tokens([AddedToken("<q>", special=True, **rules)])
-    file.save(str(folder / "tokenizer.json"))
-    tokenizer = FileTokenizer(folder)
-    source = TemplateSource("own", "{% for m in messages %}<q>{{ m.content + eos_token }} {% endfor %}")
-    chat = ChatTemplate(source, tokenizer.control_tokens, bos="", eos=EOS)
-    cut, whole = _cut_and_whole(chat, [talk("user:a ", "assistant: b", "user:c", "assistant:d")], tokenizer)
-    assert cut == whole
 
 
 def test_rows_beyond_one_handful_are_all_encoded(monkeypatch: pytest.MonkeyPatch) -> None:

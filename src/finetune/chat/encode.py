@@ -1,13 +1,9 @@
 """Turns rendered rows into token ids, each with a mark that says what may happen to it."""
 
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from itertools import chain, islice
-from operator import attrgetter
-from typing import NamedTuple
+from itertools import islice
 
 from finetune.chat.tokenizer import FileTokenizer, Spans
 from finetune.errors import TemplateError
@@ -19,9 +15,6 @@ reaches from a prompt into an earlier answer, which nobody asked so can say: it 
 
 _TOGETHER = 1000
 """Rows handed to the tokenizer at once: enough to keep every core busy, few enough to hold in memory."""
-_OFTEN, _SHORT = 1000, 2000
-"""So many pieces that many rows have are kept, and of so many characters at most."""
-_FIELDS = attrgetter("text", "role", "trained", "control")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,35 +42,20 @@ def mark_rows(rows: Iterable[Rendered], tokenizer: FileTokenizer) -> Iterator[Ma
     A row is encoded as a whole, earlier answers with it, as the history that they are when the last answer is asked
     for. A token may reach across the place where the last answer begins, which no server sends: such a row is the
     prompt's ids, as it is asked with, and then those of the rest: what is asked with always begins what is trained on.
-
-    No token reaches across a control token, so that rows are cut there: what many rows say is encoded once.
     """
     waiting = iter(rows)
-    often: dict[_Piece, _Encoded] = {}
-    cut = partial(_cut, tokenizer)
-    kept = lru_cache(_OFTEN)(cut)
     while some := list(islice(waiting, _TOGETHER)):
-        laid = [_lay_out(row, lambda text, mark: (kept if len(text) <= _SHORT else cut)(text, mark)) for row in some]
-        counts = Counter(chain.from_iterable(laid))
-        new = [piece for piece in counts if piece not in often]
-        found = often | dict(zip(new, _encoded(new, tokenizer), strict=True))
-        for row, pieces in zip(some, laid, strict=True):
-            both = [found[piece] for piece in pieces]
-            if None in both:
-                raise TemplateError(
-                    f"{row.where}: a control token of the template is none to the tokenizer where it stands, beside a "
-                    "letter",
-                    hint="choose another template: this tokenizer has the rule single_word for its tokens",
-                )
-            ids = [*chain.from_iterable([each[0] for each in both if each])]
-            marks = b"".join([each[1] for each in both if each])
+        laid = [_lay_out(row, tokenizer) for row in some]
+        whole = tokenizer.encode_spans([each.text for each in laid])
+        asked = list(dict.fromkeys(each.question for each in laid if each.question))
+        questions = dict(zip(asked, tokenizer.encode_spans(asked), strict=True))
+        for row, each, encoded in zip(some, laid, whole, strict=True):
+            ids, marks = _marked(each, encoded, questions.get(each.question), tokenizer)
             if tokenizer.adds_bos and ids[:1] != [tokenizer.bos_id]:
                 assert tokenizer.bos_id is not None
                 ids.insert(0, tokenizer.bos_id)
                 marks = bytes([KEPT]) + marks
             yield Marked(tuple(ids), marks, row.where, is_document(row))
-        again = {piece: found[piece] for piece in new if counts[piece] > 1 and len(piece.text) <= _SHORT}
-        often |= dict(islice(again.items(), _OFTEN - len(often)))
 
 
 def is_document(row: Rendered) -> bool:
@@ -85,8 +63,9 @@ def is_document(row: Rendered) -> bool:
     return all(segment.role == "text" for segment in row.segments)
 
 
-class _Piece(NamedTuple):
-    """Some of a row as one text, in which control tokens that are meant stand by name, with a mark for each stretch."""
+@dataclass(frozen=True, slots=True)
+class _Laid:
+    """A row as one text, in which control tokens that are meant stand by name, with a mark for each stretch of it."""
 
     text: str
     stretches: tuple[tuple[int, int], ...]
@@ -94,7 +73,8 @@ class _Piece(NamedTuple):
     controls: tuple[tuple[int, int], ...]
     """Where each control token begins, and its mark."""
     answer: int
-    """Where the row's last answer begins; 0 where it is not in here, or all of it."""
+    """Where the last answer begins; 0 where there is none."""
+    where: str
 
     @property
     def asked(self) -> int:
@@ -104,99 +84,53 @@ class _Piece(NamedTuple):
     @property
     def question(self) -> str:
         """What stands before the last answer, from the last control token on: no token reaches across one of those."""
-        return self.text[self.controls[self.asked - 1][0] if self.asked else 0 : self.answer] if self.answer else ""
+        return self.text[self.controls[self.asked - 1][0] if self.asked else 0 : self.answer]
 
 
-_Encoded = tuple[list[int], bytes] | None
-"""Ids and marks of a piece; None where a control token is none to the tokenizer."""
-
-
-class _Markup(NamedTuple):
-    """Markup, cut before each control token that takes nothing of what stands before it."""
-
-    head: str
-    head_controls: Sequence[tuple[int, int]]
-    """What stands before the first cut, and where in it control tokens begin, with their mark."""
-    pieces: Sequence[_Piece]
-    tail: str
-    tail_controls: Sequence[tuple[int, int]]
-    """What stands after the last cut; "" where there is none."""
-
-
-def _cut(tokenizer: FileTokenizer, text: str, mark: int) -> _Markup:
-    found: list[tuple[str, list[tuple[int, int]]]] = [("", [])]
-    for place, part in enumerate(tokenizer.split_control(text)):
-        if place % 2:  # control tokens stand at the odd places
-            if tokenizer.stands_alone(part):
-                found.append(("", []))
-            found[-1][1].append((len(found[-1][0]), mark))
-            part = tokenizer.name_of(part)
-        found[-1] = found[-1][0] + part, found[-1][1]
-    head, *pieces, tail = found if len(found) > 1 else [*found, ("", [])]
-    whole = [_Piece(said, ((len(said), mark),), tuple(controls), 0) for said, controls in pieces]
-    return _Markup(*head, whole, *tail)
-
-
-def _lay_out(row: Rendered, cut: Callable[[str, int], _Markup]) -> list[_Piece]:
-    """The row in the pieces that it is encoded in."""
-    pieces: list[_Piece] = []
+def _lay_out(row: Rendered, tokenizer: FileTokenizer) -> _Laid:
     parts: list[str] = []
     stretches: list[tuple[int, int]] = []
     controls: list[tuple[int, int]] = []
-    at, answer = 0, (0, 0)
+    at = answer = 0
     before = False
-    for text, role, trained, control in map(_FIELDS, row.segments):
-        said = trained and role == "assistant"
+    for segment in row.segments:
+        said = segment.trained and segment.role == "assistant"
         if said and not before:
-            answer = len(pieces), at
+            answer = at
         before = said
-        mark = TRAINED if trained else KEPT if control else REMOVABLE
-        if control:
-            markup = cut(text, mark)
-            controls += [(at + place, of) for place, of in markup.head_controls]
-            text = markup.head
-        parts.append(text)
-        at += len(text)
-        if control and markup.tail:
-            if at:
-                pieces.append(_Piece("".join(parts), (*stretches, (at, mark)), tuple(controls), 0))
-            pieces += markup.pieces
-            parts, stretches, controls, at = [markup.tail], [], [*markup.tail_controls], len(markup.tail)
+        mark = TRAINED if segment.trained else KEPT if segment.control else REMOVABLE
+        for place, piece in enumerate(tokenizer.split_control(segment.text) if segment.control else [segment.text]):
+            if place % 2:  # control tokens stand at the odd places
+                controls.append((at, mark))
+                piece = tokenizer.name_of(piece)
+            parts.append(piece)
+            at += len(piece)
         stretches.append((at, mark))
-    pieces.append(_Piece("".join(parts), tuple(stretches), tuple(controls), 0))
-    place, begin = answer
-    if 0 < begin < len(pieces[place].text):
-        pieces[place] = pieces[place]._replace(answer=begin)
-    return pieces
+    return _Laid("".join(parts), tuple(stretches), tuple(controls), answer, row.where)
 
 
-def _encoded(pieces: Sequence[_Piece], tokenizer: FileTokenizer) -> Iterator[_Encoded]:
-    """Ids and marks of pieces, all of them handed to the tokenizer at once."""
-    asked = list(dict.fromkeys(question for piece in pieces if (question := piece.question)))
-    spans = tokenizer.encode_spans([*asked, *(piece.text for piece in pieces)])
-    questions = dict(zip(asked, spans, strict=False))
-    for piece, whole in zip(pieces, spans[len(asked) :], strict=True):
-        yield _marked(piece, whole, questions.get(piece.question), tokenizer)
-
-
-def _marked(piece: _Piece, whole: Spans, question: Spans | None, tokenizer: FileTokenizer) -> _Encoded:
+def _marked(laid: _Laid, whole: Spans, question: Spans | None, tokenizer: FileTokenizer) -> tuple[list[int], bytes]:
+    """Ids and marks of a row."""
     ids, span = whole
     controls = tokenizer.meant(ids)
-    if len(controls) != len(piece.controls):
-        return None
+    if len(controls) != len(laid.controls):
+        raise TemplateError(
+            f"{laid.where}: a control token of the template is none to the tokenizer where it stands, beside a letter",
+            hint="choose another template: this tokenizer has the rule single_word for its tokens",
+        )
     if question:
         # The question begins at a control token or with the text: there it begins in the whole, too.
-        first = controls[piece.asked - 1][0] if piece.asked else 0
+        first = controls[laid.asked - 1][0] if laid.asked else 0
         if ids[first : first + len(question[0])] != question[0]:
-            joined = [
+            pieces = [
                 ((ids[:first], span), 0),
-                (question, piece.answer - len(piece.question)),
-                (tokenizer.encode_rest(piece.text[piece.answer :]), piece.answer),
+                (question, laid.answer - len(laid.question)),
+                (tokenizer.encode_rest(laid.text[laid.answer :]), laid.answer),
             ]
-            ids, span = _joined(joined)
+            ids, span = _joined(pieces)
             controls = tokenizer.meant(ids)
-    marks = _marks(piece, len(ids), span)
-    for (place, token), (_, mark) in zip(controls, piece.controls, strict=True):
+    marks = _marks(laid, len(ids), span)
+    for (place, token), (_, mark) in zip(controls, laid.controls, strict=True):
         # It may have taken white space of its neighbours with it: its mark is its own all the same.
         ids[place], marks[place] = token, mark
     return ids, bytes(marks)
@@ -212,7 +146,7 @@ def _joined(pieces: Sequence[tuple[Spans, int]]) -> Spans:
     return ids, spans.__getitem__
 
 
-def _marks(piece: _Piece, count: int, span: Callable[[int], tuple[int, int]]) -> bytearray:
+def _marks(laid: _Laid, count: int, span: Callable[[int], tuple[int, int]]) -> bytearray:
     """The mark of each token.
 
     KEPT < REMOVABLE < TRAINED: a token over several stretches takes the most careful mark, so that no token that covers
@@ -220,10 +154,10 @@ def _marks(piece: _Piece, count: int, span: Callable[[int], tuple[int, int]]) ->
     """
     marks = bytearray(count)
     done = begin = 0
-    for end, mark in piece.stretches:
-        # Tokens stand in the order of the characters they begin at.
-        inside = range(done, count)
-        up_to = count if end == len(piece.text) else done + bisect_left(inside, end, key=lambda place: span(place)[0])
+    for end, mark in laid.stretches:
+        up_to = count if end == len(laid.text) else done
+        while up_to < count and span(up_to)[0] < end:
+            up_to += 1
         marks[done:up_to] = bytes([mark]) * (up_to - done)
         # Those of earlier stretches that reach into this one.
         for place in range(done - 1, -1, -1):

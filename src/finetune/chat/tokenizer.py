@@ -116,10 +116,6 @@ class FileTokenizer:
         """What a control token that is meant is called in a text for `encode_spans`."""
         return self._texts.names[token]
 
-    def stands_alone(self, token: str) -> bool:
-        """Whether a text may be cut before a control token that is meant, and each part becomes the same ids."""
-        return token in self._texts.alone
-
     def meant(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         """The places in ids of `encode_spans` where a control token is meant, and its id."""
         meant, least = self._texts.meant, self._texts.least
@@ -263,9 +259,6 @@ class ContentTokenizer:
             }
             for token in control
         }
-        # One that takes white space before it, looks for a letter there or is sought in changed text depends on it.
-        depends = ("single_word", "lstrip", "normalized")
-        self.alone = frozenset(token for token in control if not any(rules[token][rule] for rule in depends))
         rust.add_special_tokens([AddedToken(token, special=True, **rules[token]) for token in control])
         rust.add_tokens([AddedToken(name, special=False, **rules[token]) for token, name in self.names.items()])
         self.meant = {rust.token_to_id(name): int(rust.token_to_id(token)) for token, name in self.names.items()}
