@@ -128,7 +128,7 @@ test-unit: $(VENV)/dev-ok  ## Run the laws that need no ML framework
 
 .PHONY: test-e2e-workflow
 test-e2e-workflow: $(WORKFLOW_VENV)/ok  ## Tier 1, with no ML framework installed: config, data, templates, workflow, errors
-	FT_TIER=1 $(TEST_ENV) $(WORKFLOW_VENV)/bin/pytest $(IN_PARALLEL) -m "not tools" $(TIER1)
+	FT_TIER=1 HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-quick} $(TEST_ENV) $(WORKFLOW_VENV)/bin/pytest $(IN_PARALLEL) -m "not tools and not slow" $(TIER1)
 
 .PHONY: test-e2e-real-model
 test-e2e-real-model:  ## Tier 2: train real models and judge the five criteria (needs FT_REAL_MODEL_ENABLE=1)

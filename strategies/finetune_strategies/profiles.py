@@ -2,6 +2,7 @@
 
 | profile    | cases a law | seeds         | failures are kept   | for                                              |
 |------------|-------------|---------------|---------------------|--------------------------------------------------|
+| `quick`    | 8           | of the law    | no, they come again | Tier 1 in its 30 seconds                         |
 | `fast`     | 24          | of the law    | no, they come again | work and pushes: the same cases on every machine |
 | `ci`       | 100         | new each run  | `.hypothesis`       | one job of each push                             |
 | `slow`     | 1,000       | new each run  | `.hypothesis`       | every night; minutes                             |
@@ -33,6 +34,7 @@ RECEIVED = ".hypothesis/received"
 """Where it is kept, for a day, by those who have asked for it."""
 _BRIEFLY = tuple(phase for phase in Phase if phase is not Phase.explain)
 _PROFILES: dict[str, dict[str, Any]] = {
+    "quick": {"max_examples": 8, "stateful_step_count": 10, "derandomize": True, "phases": _BRIEFLY},
     "fast": {"max_examples": 24, "stateful_step_count": 15, "derandomize": True, "phases": _BRIEFLY},
     "ci": {"max_examples": 100, "stateful_step_count": 20, "phases": _BRIEFLY},
     "slow": {"max_examples": 1_000, "stateful_step_count": 50},
@@ -45,7 +47,7 @@ PROFILES = tuple(_PROFILES)
 def load_profile(name: str | None = None, environ: Mapping[str, str] = os.environ) -> str:
     """Register every profile and load one: the named one, else `HYPOTHESIS_PROFILE`, else `fast`; returns its name.
 
-    `FT_HYPOTHESIS_REPO=owner/name` lets every profile but `fast` try the failures that the CI of that GitHub
+    `FT_HYPOTHESIS_REPO=owner/name` lets profiles with new seeds try the failures that the CI of that GitHub
     repository has kept, too; it needs a `GITHUB_TOKEN`. Without that variable nothing is contacted.
 
     Raises:

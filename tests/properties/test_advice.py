@@ -126,6 +126,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("illness", RUNS)
 def test_run_with_the_illness_is_told(place: Path, tmp_path: Path, illness: str) -> None:
     """A run that was made ill on purpose is advised so, in its run.json."""

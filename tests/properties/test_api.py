@@ -19,6 +19,7 @@ from finetune.report import render_html
 SMALL = {"backend": "reference", "rank": 2, "max_steps": 2, "judge__control": "never", "judge__memory": "never"}
 
 
+@pytest.mark.slow
 def test_train_from_python_gives_a_typed_result(
     model: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -40,6 +41,7 @@ def test_train_from_python_gives_a_typed_result(
     assert "step 2/2" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_train_from_python_can_be_silent(
     model: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,6 +78,7 @@ def test_setting_of_several_sections_needs_its_section() -> None:
         finetune.train(**{double: 1})  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_package_can_be_completed_and_loads_nothing_for_it() -> None:
     """`dir(finetune)` has every public name, each with a docstring; `finetune.train` is both module and function."""
     assert dir(finetune) == sorted(finetune.__all__)

@@ -290,6 +290,7 @@ for step in range(int(sys.argv[2]), 10**8):
 """
 
 
+@pytest.mark.slow
 def test_checkpoints_killed_writer_leaves_only_whole_ones(tmp_path: Path) -> None:
     """A process killed at any moment leaves whole checkpoints only: up to the last it told of, or the one after."""
     folder, dice, first = tmp_path / "checkpoints", random.Random(0), 9_997

@@ -130,6 +130,7 @@ def test_shortened_control_is_compared_at_its_own_step(
     assert f"after {SHORT} steps" in verdict["reason"]
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_verdict_wherever_it_is_killed(shortened: tuple[LoadedConfig, Path]) -> None:
     """Dead at any event and resumed, a run with a shortened control has the same scores, checkpoints and verdicts."""
     loaded, whole = shortened

@@ -18,6 +18,8 @@ from finetune.run.folder import RunFolder
 from finetune.train import fine_tune
 from support.workplace import make_model, settings, without_reload_check
 
+pytestmark = pytest.mark.tools
+
 SYSTEM = "Use tools."
 ONE, TWO = "one" + " one" * 8, "two" + " two" * 8
 TOOLS: list[dict[str, Any]] = [{"function": {"name": name}} for name in ("add", "take")]

@@ -83,6 +83,7 @@ def test_claim_is_monotone(pairs: list[tuple[float, float]], data: st.DataObject
     assert order.index(other.outcome) >= order.index(one.outcome)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [8, 24, 64])
 def test_claim_errs_as_rarely_as_it_says(count: int) -> None:
     """Of 4,000 runs that move rows at random, the share that passes can be no more than the stated level."""

@@ -244,6 +244,7 @@ def test_short_options_are_the_settings_that_they_name() -> None:
     assert run(["check", "--batch-size", "0"]) == 2
 
 
+@pytest.mark.slow
 def test_start_is_quick(model: Path, data: Path) -> None:
     """`ft --help` and `ft check` start within the contract: no framework is loaded on the way.
 

@@ -310,8 +310,8 @@ def test_scores_are_told() -> None:
     assert [note for note in found.notes if "'score'" in note] == list(found.notes) != []
 
 
-def test_rows_of_a_thousand_kinds_are_one_short_error() -> None:
+def test_rows_of_two_hundred_kinds_are_one_short_error() -> None:
     """However many columns rows have, and however they differ, their refusal can be read."""
     with pytest.raises(DataError) as caught:
-        shaped(*({f"column {row} {number}": "x" for number in range(row)} for row in range(1000)))
+        shaped(*({f"column {row} {number}": "x" for number in range(row)} for row in range(200)))
     assert len(str(caught.value)) < 40_000

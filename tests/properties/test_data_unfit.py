@@ -51,6 +51,7 @@ def test_gzip_bomb_is_refused_and_its_remedy_works(tmp_path: Path) -> None:
     assert len(read_rows(path.with_suffix(""))) == 20_000
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("narrow")
 def test_parquet_bomb_is_refused_before_it_is_read(tmp_path: Path) -> None:
     """A small Parquet file of millions of rows, or of one long value many times, is refused."""

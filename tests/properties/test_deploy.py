@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import pytest
 from hypothesis import example, given
@@ -94,12 +95,15 @@ def test_go_strips_what_python_strips() -> None:
 
 
 ROLES = ("system", "user", "assistant", "tool", "")
-DERIVED = {
-    name: GoTemplate(
-        derive_template(lambda asked, real=real: real.compiled.render_prompt(asked).text, bos=real.bos, texts=CONTENTS)
+
+
+@cache
+def derived_of(name: str) -> GoTemplate:
+    """What is derived from a real template."""
+    real = REAL[name]
+    return GoTemplate(
+        derive_template(lambda asked: real.compiled.render_prompt(asked).text, bos=real.bos, texts=CONTENTS)
     )
-    for name, real in REAL.items()
-}
 
 
 def shows_all(template: GoTemplate, messages: Sequence[Mapping[str, str]]) -> bool:
@@ -131,8 +135,7 @@ def test_go_template_of_a_real_template_is_that_template(name: str) -> None:
     """Each of 17 families' templates can be said in Ollama's language, with one begin-of-text token at most."""
     assert len(REAL) == 17
     real = REAL[name]
-    derived = derive_template(lambda asked: real.compiled.render_prompt(asked).text, bos=real.bos, texts=CONTENTS)
-    shown = GoTemplate(derived).render([{"role": "user", "content": "ab"}])
+    shown = derived_of(name).render([{"role": "user", "content": "ab"}])
     assert not shown.startswith(real.bos)
     assert "ab" in shown
 
@@ -147,13 +150,13 @@ def test_go_template_renders_every_window(conversation: Conversation, first: str
     turns = messages_of(conversation)
     windows = [turns[start:] for start in range(len(turns))] + [turns[:-1] or turns]
     windows.append([{**turns[0], "role": first}, *turns[1:]])
-    for template in DERIVED.values():
+    for template in map(derived_of, REAL):
         assert all(shows_all(template, window) for window in windows)
         template.render([])
     for window in windows:
         if window[0]["role"] in ("system", "user", "assistant"):
             said = "".join(f"<|im_start|>{each['role']}\n{each['content']}<|im_end|>\n" for each in window)
-            assert DERIVED["chatml"].render(window) == f"{said}<|im_start|>assistant\n"
+            assert derived_of("chatml").render(window) == f"{said}<|im_start|>assistant\n"
 
 
 TURN = "{% for m in messages %}<|start|>{{ m.role }}\n{{ TEXT }}<|end|>\n{% endfor %}"

@@ -119,6 +119,7 @@ def test_layouts_are_what_templates_make_that_ask_of_texts(
         compare(lambda: ChatTemplate(asking(name), TOKENS, bos=BOS, eos=EOS), talks_of(roles, said), patch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(ASKING))
 def test_layouts_hold_for_no_other_answers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each pair of short texts, after enough of another for a layout to be kept."""

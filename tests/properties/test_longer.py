@@ -51,6 +51,7 @@ def train(place: Path, output: Path, **changes: Any) -> Path:
     return output
 
 
+@pytest.mark.slow
 @hypothesis_settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 @given(first=st.integers(1, 6), more=st.integers(1, 5), again=st.integers(0, 3))
 def test_longer_with_a_constant_rate_is_the_long_run_bit_for_bit(
@@ -92,6 +93,7 @@ def test_steps_to_come_have_the_rate_of_the_long_run_and_those_done_keep_theirs(
     assert f"{short[-1]:.3g} at step {EPOCH}, {long[EPOCH]:.3g} at step {EPOCH + 1}" in note
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("death", range(12))
 def test_longer_run_that_dies_at_any_moment_goes_on_to_the_same_bytes(place: Path, tmp_path: Path, death: int) -> None:
     """Killed at any event of the longer part, the run resumes by itself or when it is asked again to be so long."""

@@ -349,6 +349,7 @@ def rows_of(count: int, length: int, vocab: int) -> Batch:
     return Batch(tuple(TokenizedRow(ids, (True,) * length, "row") for ids in rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize(("rows", "length"), [(2, 120), (11, 17)])
 def test_forecast_of_the_reference_backend_is_what_numpy_allocates(method: str, rows: int, length: int) -> None:

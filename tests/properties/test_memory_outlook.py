@@ -214,6 +214,7 @@ print(before, after, released, peak_rss())
 """
 
 
+@pytest.mark.slow
 def test_peak_is_what_this_process_held_and_not_its_parent() -> None:
     """A small process that a large one starts tells its own peak: it rises with what is held, stays, and restarts."""
     large = b"x" * 150 * MB

@@ -162,6 +162,7 @@ def test_a_weight_too_large_for_float16_is_refused(tmp_path: Path) -> None:
     assert load_or_skip(tmp_path / "out" / "model.safetensors")["a.weight"].nbytes == 4
 
 
+@pytest.mark.slow
 def test_folder_is_asked_in_a_fresh_process_without_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

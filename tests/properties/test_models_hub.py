@@ -58,6 +58,7 @@ def ask(names: list[str], folder: Path, program: str = PROGRAM, **environment: s
     return {told["asked"]: told for told in map(json.loads, done.stdout.splitlines())}
 
 
+@pytest.mark.slow
 def test_hub_that_refuses_is_told_with_its_reason_and_what_to_do(tmp_path: Path) -> None:
     """Gated, private, disabled, no such revision, a bad token, asked too often, a hub at fault: all differ."""
     model = SHIPPED_FOLDER / "reference-llama"
@@ -74,6 +75,7 @@ def test_hub_that_refuses_is_told_with_its_reason_and_what_to_do(tmp_path: Path)
     assert len({found[asked]["message"] for asked in TOLD}) == len(TOLD)
 
 
+@pytest.mark.slow
 def test_hub_that_refuses_a_data_set_is_told_as_of_a_model(tmp_path: Path) -> None:
     """Each refusal is told of data as it is of a model, in at most three lines, and names the page of the data set."""
     with HubServer({"train.jsonl": b'{"prompt": "a", "completion": "b"}\n'}) as hub:
@@ -91,6 +93,7 @@ def test_hub_that_refuses_a_data_set_is_told_as_of_a_model(tmp_path: Path) -> No
         assert len(told["message"] + told["hint"]) <= 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "message", "hint"),
     [

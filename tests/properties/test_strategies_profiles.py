@@ -18,7 +18,8 @@ from finetune_strategies.profiles import EXAMPLES, PROFILES, RECEIVED, examples,
 
 pytestmark = pytest.mark.tools
 
-RANDOM = tuple(name for name in PROFILES if name != "fast")
+SAME = ("quick", "fast")
+RANDOM = tuple(name for name in PROFILES if name not in SAME)
 TELL = """
 from hypothesis import settings
 from finetune_strategies.profiles import PROFILES, load_profile
@@ -29,21 +30,21 @@ for name in PROFILES:
 
 
 def test_profile_of_every_kind_is_there() -> None:
-    """The five profiles ask for more cases the more time there is; none has a deadline or silences a health check."""
-    assert PROFILES == ("fast", "ci", "slow", "thorough", "debug")
-    counts = [settings.get_profile(name).max_examples for name in ("debug", "fast", "ci", "slow", "thorough")]
+    """The six profiles ask for more cases the more time there is; none has a deadline or silences a health check."""
+    assert PROFILES == ("quick", "fast", "ci", "slow", "thorough", "debug")
+    counts = [settings.get_profile(name).max_examples for name in ("quick", "debug", "fast", "ci", "slow", "thorough")]
     assert counts == sorted(set(counts))
-    steps = [settings.get_profile(name).stateful_step_count for name in ("fast", "ci", "slow", "thorough")]
+    steps = [settings.get_profile(name).stateful_step_count for name in ("quick", "fast", "ci", "slow", "thorough")]
     assert steps == sorted(set(steps))
     for profile in map(settings.get_profile, PROFILES):
         assert (profile.deadline, profile.suppress_health_check, profile.print_blob) == (None, (), True)
         assert Phase.shrink in profile.phases
 
 
-def test_profile_fast_leaves_nothing_to_chance_and_the_others_keep_failures() -> None:
-    """`fast` makes the same cases at every run and keeps nothing; the others differ each time and keep what fails."""
-    fast = settings.get_profile("fast")
-    assert (fast.derandomize, fast.database) == (True, None)
+def test_profiles_quick_and_fast_leave_nothing_to_chance_and_the_others_keep_failures() -> None:
+    """Two make the same cases at every run and keeps nothing; the others differ each time and keep what fails."""
+    for same in map(settings.get_profile, SAME):
+        assert (same.derandomize, same.database) == (True, None)
     for profile in map(settings.get_profile, RANDOM):
         assert not profile.derandomize
         assert profile.database is not None

@@ -72,6 +72,7 @@ def test_drawn_template_trains_what_it_says_and_asks_as_it_trains(case: Template
             assert not any(segment.trained for segment in asked.segments)
 
 
+@pytest.mark.slow
 def test_every_attack_is_refused_before_memory_is_taken() -> None:
     """Each of these attacks in one expression, sized 100,000,000, is refused for what it is within 16 MB."""
     attacks = every_attack()
@@ -158,6 +159,7 @@ TOO_LONG = {
 CLOSED = {"conditions": "{% endif %}", "brackets": "", "openings": ""}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", EXTREMES)
 def test_most_expensive_attacks_end_soon(case: str) -> None:
     """Each of these attacks ends within 5 seconds of work, for the work that it does; most take a twentieth of one."""
@@ -178,6 +180,7 @@ def test_most_expensive_attacks_take_little_memory(case: str) -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TOO_LONG)
 def test_attacks_on_the_compiler_end_soon(case: str) -> None:
     """Each of these templates, as long as one may be, is refused or stopped within 5 seconds of work."""
@@ -188,6 +191,7 @@ def test_attacks_on_the_compiler_end_soon(case: str) -> None:
     assert time.process_time() - start < 5
 
 
+@pytest.mark.slow
 def test_words_outside_the_vocabulary_are_refused() -> None:
     """Each filter, test and method that the vocabulary does not name is refused by its name: at least 100 of them."""
     open_filters = [name for name, entry in FILTER_TABLE.items() if entry.__name__ != "refuse"]

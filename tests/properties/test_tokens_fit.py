@@ -123,6 +123,7 @@ def test_refuse_shows_twenty_and_counts_the_rest() -> None:
     assert str(caught.value).count(":3") == 20
 
 
+@pytest.mark.slow
 def test_long_conversations_take_time_in_proportion() -> None:
     """12,800 messages are encoded in seconds, not minutes: no answer's prefix is gone through for each answer."""
     kind = TokenizerKind()

@@ -128,6 +128,7 @@ def weights_of(model: Path, data: Path, output: Path, step: int) -> bytes:
     return saved[step - 1]
 
 
+@pytest.mark.slow
 @given(st.data(), st.sampled_from([(2, True), (2, False), (None, True)]))
 @examples(1 / 3)
 def test_run_that_stops_or_chooses_is_the_same_wherever_it_is_killed(
