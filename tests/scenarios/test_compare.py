@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from finetune.cli.app import run as ft
 from finetune.compare.comparison import PATHS, SERVER, Comparison, PathResult, compare_paths
 from finetune.compare.paths import CallablePath
 from finetune.errors import EvidenceError, UsageError
-from finetune.evidence.answering import ask_session
+from finetune.evidence.answering import ask_mlx_lm, ask_peft, ask_session
 from finetune.evidence.drift import InferenceRequest, InferenceResponse
+from finetune.export.blueprint import Blueprint, plan_adapter
 from finetune.export.gguf import export
 from finetune.export.merged_folder import plan_weights, write_merged
 from finetune.export.result import open_result
@@ -33,7 +35,7 @@ from finetune.serve.messages import Messages
 from support.tiny_runs import tiny_run
 
 pytestmark = [pytest.mark.tier2, pytest.mark.usefixtures("warm_children")]
-EXACT = ("merged", "mlx", "reference", "gguf-f32")
+EXACT = ("peft", "merged", "mlx-lm", "mlx", "reference", "gguf-lora", "gguf-f32")
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +274,66 @@ def test_what_is_damaged_is_told_by_name(what: str, written: Path, capsys: pytes
         assert (path.read_bytes() if path.exists() else None) == spoilt
     finally:
         path.write_bytes(kept)
+
+
+ALONE = ("peft", "mlx-lm", "gguf-lora")
+LACKS = {
+    "whole model": {"peft": "no adapter", "gguf-lora": "no adapter"},
+    "dora": {"gguf-lora": "DoRA"},
+    "tied head": {},
+    # Its tensors have names that transformers reads and mlx-lm does not.
+    "gpt2": {"mlx-lm": "mlx-lm does not load it: Received"},
+}
+
+
+@pytest.mark.parametrize("kind", LACKS)
+def test_programs_that_users_have_load_what_they_can(kind: str, tmp_path: Path) -> None:
+    """PEFT, mlx-lm and llama.cpp, each alone: what was trained, or not applicable for the reason of that kind."""
+    found = compare_paths(tiny_run(tmp_path, kind), ALONE)
+    told = {row.path: row.reason for row in found.rows[1:] if row.outcome != "passed"}
+    assert told.keys() == LACKS[kind].keys(), told
+    for row in found.rows[1:]:
+        if row.path in told:
+            assert row.outcome == "not applicable"
+            assert LACKS[kind][row.path] in row.reason
+
+
+def _set(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _with_alpha(adapter: Path) -> Path:
+    changed = adapter.parent / "changed"
+    shutil.copytree(adapter, changed, dirs_exist_ok=True)
+    _set(changed / "adapter_config.json", lora_alpha=1)
+    return changed
+
+
+def _ask_of_another_base(folder: Path, request: InferenceRequest) -> InferenceResponse:
+    _set(folder / "config.json", rope_theta=9.0, rope_parameters={"rope_theta": 9.0, "rope_type": "default"})
+    return ask_mlx_lm(folder, request)
+
+
+def _with_scale(*given: Any) -> Blueprint:
+    made = plan_adapter(*given)
+    return replace(made, metadata={**made.metadata, "adapter.lora.alpha": 1.0})
+
+
+MISREAD: dict[str, tuple[str, Callable[..., Any]]] = {
+    "peft": ("paths.ask_peft", lambda folder, adapter, request: ask_peft(folder, _with_alpha(adapter), request)),
+    "mlx-lm": ("comparison.ask_mlx_lm", _ask_of_another_base),
+    "gguf-lora": ("paths.plan_adapter", _with_scale),
+}
+
+
+@pytest.mark.parametrize("path", MISREAD)
+def test_program_that_reads_something_else_is_told(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another strength of the adapter, or another constant of the model, as one program reads it, fails its path."""
+    name, misread = MISREAD[path]
+    monkeypatch.setattr(f"finetune.compare.{name}", misread)
+    row = row_of(compare_paths(tiny_run(tmp_path, "lora"), [path]), path)
+    assert row.outcome == "failed"
+    assert "spreads of the logits" in row.reason
 
 
 def test_what_cannot_be_computed_is_skipped_with_the_reason(tmp_path: Path) -> None:

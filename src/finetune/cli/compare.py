@@ -19,7 +19,8 @@ Through = Annotated[
 def command(run: RunPath, *, through: Through = None, json_output: AsJson = False) -> int:
     """Ask a run's questions through every inference path, and compare each with the trainer.
 
-    Trainer, merged model, torch, MLX, reference and GGUF of each type: exact matches, the first token that differs, KL.
+    Trainer, PEFT, merged model, mlx-lm, torch, MLX, reference, llama.cpp with the adapter (--lora), with GGUF of each
+    type and as a server: exact matches, the first token that differs, KL.
     A path that --through names and that cannot be compared here ends with 3.
     """
     from finetune.compare.comparison import PATHS, compare_paths

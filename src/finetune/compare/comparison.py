@@ -7,8 +7,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 from finetune.backends import open_backend
-from finetune.compare.paths import CallablePath, GgufPaths, backend_path, merged_path, open_gguf_paths
+from finetune.compare.paths import (
+    CallablePath,
+    GgufPaths,
+    backend_path,
+    folder_path,
+    merged_path,
+    open_gguf_paths,
+    peft_path,
+)
 from finetune.errors import EvidenceError, ExportError, FineTuneError, RefusedError, UsageError
+from finetune.evidence.answering import ask_mlx_lm
 from finetune.evidence.answers import score
 from finetune.evidence.baseline import Baseline, compute_baseline
 from finetune.evidence.drift import Bound, Drift, Ids, InferencePath, InferenceResponse, problems
@@ -26,7 +35,8 @@ FORMAT = 2
 TRAINER = "trainer"
 BACKENDS = ("torch", "mlx", "reference")
 SERVER = "server"
-PATHS = (TRAINER, "merged", *BACKENDS, *(f"gguf-{outtype}" for outtype in OUTTYPES), SERVER)
+_GGUFS = ("gguf-lora", *(f"gguf-{outtype}" for outtype in OUTTYPES))
+PATHS = (TRAINER, "peft", "merged", "mlx-lm", *BACKENDS, *_GGUFS, SERVER)
 """All paths, in the order in which they are asked."""
 STEPS_WITHOUT_QUESTIONS = 24
 KL = "KL divergence in nats from the trainer's distribution, over every id that the path reports and all others as one"
@@ -172,8 +182,14 @@ class _Comparing:
     def _open_paths(self, name: str) -> tuple[CallablePath, ...]:
         if name in BACKENDS:
             return (backend_path(self.result, name),)
+        if name == "peft":
+            return (peft_path(self.result),)
         if name == "merged":
             return (merged_path(self.result, self.bounds),)
+        if name == "mlx-lm":
+            return (folder_path(name, self.result, self.bounds, ask_mlx_lm),)
+        if isinstance(self.gguf, GgufPaths) and name == "gguf-lora":
+            return (self.gguf.adapted(self.bounds),)
         if isinstance(self.gguf, GgufPaths) and name == SERVER:
             return self.gguf.served(conversations_of(self.result.encoder, self.prepared), self.bounds)
         if isinstance(self.gguf, GgufPaths):

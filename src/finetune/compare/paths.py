@@ -1,4 +1,4 @@
-"""Inference paths of a run's result: other backends, the merged model folder, GGUF files of each type."""
+"""Inference paths of a run's result: PEFT, other backends, the merged model folder, GGUF files of each type."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -9,9 +9,9 @@ from pathlib import Path
 
 from finetune.compare.server_path import ask_server
 from finetune.errors import ExportError, ModelError
-from finetune.evidence.answering import ask_folder, ask_session
+from finetune.evidence.answering import ask_folder, ask_peft, ask_session
 from finetune.evidence.drift import Bound, Ids, InferenceRequest, InferenceResponse
-from finetune.export.blueprint import plan_model
+from finetune.export.blueprint import plan_adapter, plan_model
 from finetune.export.gguf_check import bound_of
 from finetune.export.gguf_source import Exportable, all_stops, exportable_result, file_metadata, require_gguf
 from finetune.export.llama_cpp import Questions, ask_llama_cpp
@@ -47,7 +47,34 @@ def backend_path(result: Result, backend: str) -> CallablePath:
     return CallablePath(backend, None, f"the {backend} backend, adapter on its base, float32", ask)
 
 
+def peft_path(result: Result) -> CallablePath:
+    """The adapter's folder on its base, as PEFT alone loads it.
+
+    Raises:
+        ModelError: the whole model was trained.
+    """
+    _require_adapter(result)
+    ask = partial(ask_peft, result.folder.resolve(), result.saved.resolve())
+    return CallablePath("peft", None, "PEFT alone on the adapter's folder, float32", ask)
+
+
+def _require_adapter(result: Result) -> None:
+    if result.whole:
+        raise ModelError("the whole model was trained: there is no adapter")
+
+
 def merged_path(result: Result, bounds: RoundingBounds) -> CallablePath:
+    """The model folder that `ft merge` wrote, or a temporary one, as plain transformers computes it.
+
+    Raises:
+        FineTuneError: as `folder_path`.
+    """
+    return folder_path("merged", result, bounds, partial(ask_folder, otherwise=result.config.backend))
+
+
+def folder_path(
+    name: str, result: Result, bounds: RoundingBounds, ask_of: Callable[[Path, InferenceRequest], InferenceResponse]
+) -> CallablePath:
     """The model folder that `ft merge` wrote, or a temporary one.
 
     Raises:
@@ -61,9 +88,9 @@ def merged_path(result: Result, bounds: RoundingBounds) -> CallablePath:
         def made(request: InferenceRequest) -> InferenceResponse:
             with _temporary_folder(result, weights.total_bytes) as folder:
                 write_merged(result, weights, folder)
-                return ask_folder(folder.resolve(), request, otherwise=result.config.backend)
+                return ask_of(folder.resolve(), request)
 
-        return CallablePath("merged", bound, "a model folder made for this", made)
+        return CallablePath(name, bound, "a model folder made for this", made)
     try:
         weights = written_weights(result, kept)
         wrong = next(merged_problems(result, weights, kept), "")
@@ -71,11 +98,7 @@ def merged_path(result: Result, bounds: RoundingBounds) -> CallablePath:
         wrong = error.message
     _refuse_damaged(kept, wrong)
     bound = bounds.of(weights.rounding, weights.storages)
-
-    def ask(request: InferenceRequest) -> InferenceResponse:
-        return ask_folder(kept.resolve(), request, otherwise=result.config.backend)
-
-    return CallablePath("merged", bound, "the model folder merged", ask)
+    return CallablePath(name, bound, "the model folder merged", partial(ask_of, kept.resolve()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +121,30 @@ class GgufPaths:
             FineTuneError: the model cannot be written so.
         """
         return self._asked(f"gguf-{outtype}", outtype, partial(_ask_file, self.exportable), bounds)
+
+    def adapted(self, bounds: RoundingBounds) -> CallablePath:
+        """llama.cpp with the adapter's own file (`--lora`) on its base's, both in float32, made for this.
+
+        Raises:
+            FineTuneError: there is no adapter, or it or its base cannot be written so.
+        """
+        _require_adapter(self.result)
+        made_of = self.exportable
+        adapter = self.result.adapter()
+        assert adapter is not None
+        keys = file_metadata(made_of, self.vocabulary)
+        naming = {key: value for key, value in keys.items() if key.startswith("general.")}
+        over = plan_adapter(made_of.described, made_of.shape, adapter, naming, "f32")
+        under = plan_model(made_of.described, made_of.shape, made_of.base, keys, "f32")
+        bound = bound_of(bounds, under, "f32", from_table=made_of.described.family.activation_from_table)
+
+        def ask(request: InferenceRequest) -> InferenceResponse:
+            with _temporary_folder(self.result, under.bytes + over.bytes) as place:
+                write_gguf(under, place / "model.gguf")
+                write_gguf(over, place / "adapter.gguf")
+                return _ask_file(made_of, place / "model.gguf", request, adapter=place / "adapter.gguf")
+
+        return CallablePath("gguf-lora", bound, "llama.cpp with the adapter's file on its base's", ask)
 
     def served(self, known: Mapping[Ids, Conversation], bounds: RoundingBounds) -> tuple[CallablePath, ...]:
         """The chat API of llama.cpp's server on an f16 file.
@@ -156,7 +203,9 @@ def open_gguf_paths(result: Result) -> GgufPaths:
     return GgufPaths(result, made_of, vocabulary)
 
 
-def _ask_file(exportable: Exportable, file: Path, request: InferenceRequest) -> InferenceResponse:
+def _ask_file(
+    exportable: Exportable, file: Path, request: InferenceRequest, *, adapter: Path | None = None
+) -> InferenceResponse:
     longest = max(len(prompt) + steps for prompt, steps in zip(request.prompts, request.steps, strict=True))
     if longest > exportable.described.tried_context:
         raise ModelError(
@@ -166,7 +215,7 @@ def _ask_file(exportable: Exportable, file: Path, request: InferenceRequest) -> 
     sequences = [request.sequence(place) for place in request.places]
     plain_id = exportable.tokenizer.encode_content("a")[-1]
     questions = Questions([], request.prompts, sequences, max(request.steps), longest + 1, plain_id)
-    told = ask_llama_cpp(file, questions)
+    told = ask_llama_cpp(file, questions, adapter=adapter)
     return InferenceResponse(request.cut([continuation.ids for continuation in told.continuations]), told.following)
 
 

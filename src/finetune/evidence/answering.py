@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.abilities import require_backend
+from finetune.errors import ModelError
 from finetune.evidence.drift import Ids, InferenceRequest, InferenceResponse, NextTokens, log_softmax
 from finetune.ports import Session
 from finetune.processes import ask_child
@@ -66,11 +68,48 @@ def ask_folder(folder: Path, request: InferenceRequest, *, otherwise: str) -> In
     """
     plain = all(find_spec(library) for library in ("torch", "transformers"))
     module = "finetune.backends.torch.plain" if plain else "finetune.evidence.answer_worker"
+    return _ask_fresh(module, request, folder=folder, backend=otherwise)
+
+
+def ask_peft(folder: Path, adapter: Path, request: InferenceRequest) -> InferenceResponse:
+    """Answers of an adapter folder on a base's folder in a fresh process: transformers and PEFT alone.
+
+    Raises:
+        MissingExtraError: they are not installed.
+        EvidenceError: the fresh process could not load it or failed.
+    """
+    require_backend("torch")
+    return _ask_fresh("finetune.backends.torch.plain", request, folder=folder, adapter=adapter)
+
+
+def ask_mlx_lm(folder: Path, request: InferenceRequest) -> InferenceResponse:
+    """Answers of a model folder in a fresh process: mlx-lm alone.
+
+    Raises:
+        MissingExtraError: it is not installed.
+        ModelError: it does not load such a model.
+        EvidenceError: the fresh process failed.
+    """
+    require_backend("mlx")
+    return _ask_fresh("finetune.backends.mlx.plain", request, folder=folder)
+
+
+def _ask_fresh(
+    module: str, request: InferenceRequest, *, folder: Path, backend: str = "", adapter: Path | None = None
+) -> InferenceResponse:
+    """What one of the programs that take such a request says.
+
+    Raises:
+        ModelError: it does not take such a model.
+        EvidenceError: it failed.
+    """
     with tempfile.TemporaryDirectory(prefix="finetune-") as place:
         logits = Path(place) / "logits.safetensors"
-        payload = {"folder": str(folder), "backend": otherwise, "logits": str(logits), **asdict(request)}
-        ids = ask_child(module, payload, timeout=_PATIENCE)["ids"]
-        return InferenceResponse(request.cut(ids), following_of(_read_rows(logits, request)))
+        lying = {"folder": str(folder), "adapter": str(adapter) if adapter else None, "logits": str(logits)}
+        told = ask_child(module, {**lying, "backend": backend, **asdict(request)}, timeout=_PATIENCE)
+        if "refused" in told:
+            raise ModelError(str(told["refused"]))
+        return InferenceResponse(request.cut(told["ids"]), following_of(_read_rows(logits, request)))
 
 
 def _read_rows(path: Path, request: InferenceRequest) -> list[LogitsRow]:

@@ -1,4 +1,4 @@
-"""Answers with plain transformers from a model folder in this process: what it does, any user of that folder gets.
+"""Answers with plain transformers, and PEFT, from a model folder in this process: what they do, any user of it gets.
 
 Started by `finetune.evidence.answering`; nothing of ours is used, and where to stop is what the folder says.
 """
@@ -16,7 +16,12 @@ def main() -> None:
     request = json.load(sys.stdin)
     model = AutoModelForCausalLM.from_pretrained(
         request["folder"], dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
-    ).eval()
+    )
+    if request["adapter"]:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, request["adapter"])
+    model.eval()
     ids = []
     rows: dict[str, torch.Tensor] = {}
     with torch.no_grad():
