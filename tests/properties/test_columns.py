@@ -1,8 +1,6 @@
 """Laws of columns: a mapped one is what it says, a common name is known, and each refusal names what mends it."""
 
 import json
-import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from finetune.data.shape import ShapedRows, shape_rows
 from finetune.errors import DataError
 from finetune.records import Conversation, Row
 from finetune_strategies.profiles import examples
-from support.conversations import said_by
+from support.conversations import lines_of, said_by
 
 U, A = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
 HUMAN, GPT = {"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}
@@ -206,12 +204,6 @@ JUDGED: dict[str, list[dict[str, Any]]] = {
 """Rows that are refused, and that the lines of their refusal make rows to learn."""
 
 
-def lines_of(said: str) -> list[str]:
-    """The settings that a refusal names, as a shell reads them."""
-    found = re.findall(r"--set ('[^']*'(?:\"'\"'[^']*')*)", said)
-    return [shlex.split(line)[0] for line in found]
-
-
 @pytest.mark.parametrize("name", JUDGED)
 def test_refusal_names_lines_that_work(name: str) -> None:
     """Rows that say what is to be learned, or of which no name is known, are refused; each line named makes them rows.
@@ -253,6 +245,12 @@ BESIDE: dict[str, dict[str, Any]] = {
     "a thought of ShareGPT": {"conversations": [HUMAN, {**GPT, "thinking": "t"}]},
     "a column of thoughts": {"question": "u", "Complex_CoT": "t", "answer": "a"},
     "tools": {"messages": [U, A], "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
+    "calls in a column": {
+        "query": "u",
+        "answers": '[{"name": "f", "arguments": {}}]',
+        "tools": '[{"name": "f", "parameters": {}}]',
+    },
+    "variables": {"messages": [U, A], "chat_template_kwargs": {"enable_thinking": False}},
 }
 
 

@@ -1,5 +1,7 @@
 """Conversations, rendered and encoded as the product does it, and spelled out without it; data files of them."""
 
+import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -111,3 +113,9 @@ def said_by(found: Example) -> tuple[str, ...]:
     if isinstance(found, Document):
         return ("text", found.text)
     return tuple(part for message in found.messages for part in (message.role, message.content))
+
+
+def lines_of(said: str) -> list[str]:
+    """The settings that a refusal names, as a shell reads them."""
+    found = re.findall(r"--set ('[^']*'(?:\"'\"'[^']*')*)", said)
+    return [shlex.split(line)[0] for line in found]

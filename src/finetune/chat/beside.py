@@ -87,9 +87,11 @@ def require_harmless(
         return
     unread = sorted(json.loads(talk.variables or "{}").keys() - read)
     if unread:
+        columns = ", ".join(sorted({each if each == "documents" else "chat_template_kwargs" for each in unread}))
         raise TemplateError(
             f"{talk.where}: template {name!r} reads no variable {', '.join(map(repr, unread))}",
-            hint=f"it reads {', '.join(sorted(read)) or 'none that can be set'}",
+            hint=f"it reads {', '.join(sorted(read)) or 'none that can be set'}; to leave what rows set unread: "
+            f"--set 'data.ignore_columns=[{columns}]'",
         )
     for text in (talk.tools, talk.variables, *(message.more for message in talk.messages)):
         found = next((token for token in control.findall(text) if not said.fullmatch(token)), None)
@@ -102,6 +104,7 @@ def require_harmless(
 
 def _beside(talk: Conversation, learned: Sequence[int]) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
     """What learned messages have beside their text, results and tools: each with what the template must show of it."""
+    yield "tools", _names(json.loads(talk.tools or "[]"))
     for index in learned:
         more = json.loads(talk.messages[index].more or "{}")
         if isinstance(more.get("content"), str):
@@ -115,7 +118,6 @@ def _beside(talk: Conversation, learned: Sequence[int]) -> Iterator[tuple[str, l
         if message.role == "tool" and not message.content and message.more:
             content = str(json.loads(message.more).get("content", ""))
             yield "a result", [(content.strip(), json.dumps(content, ensure_ascii=False)[1:-1])]
-    yield "tools", _names(json.loads(talk.tools or "[]"))
 
 
 def _shows(text: str, words: str) -> bool:

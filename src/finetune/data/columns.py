@@ -1,22 +1,21 @@
 """Finds out which column of a row is what: as the settings say, by its name where that is unmistakable, or refused."""
 
-import json
-import re
-import shlex
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any
 
-from finetune.data.messages import NOTHING, RowError
+from finetune.data.cells import kind_of_cell
+from finetune.data.lines import example_line, is_text, quoted, setting_line, shown, texts_of, usable
+from finetune.data.messages import RowError
 from finetune.data.names import (
     ANSWERS,
+    ANSWERS_OF_TEXTS,
     BESIDE,
     CHATS,
+    CHOICES,
     CONDEMNATIONS,
     JUDGEMENTS,
     KNOWN,
-    LABELS_OF_ROWS,
     MASKS,
     MEDIA,
     QUESTIONS,
@@ -31,8 +30,9 @@ from finetune.data.names import (
 from finetune.records import Row
 
 _MOST_NAMES = 30
-_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_.]*")
-_WORDS_OF_YAML = ("true", "false", "null", "yes", "no", "on", "off", "none", "y", "n")
+_TASKS, _INPUTS = ("instruction", "definition"), ("input", "inputs")
+_BAD = {"rejected", "dispreferred", "non", "not"}
+_SIDES = {"chosen", "preferred", "rejected", "dispreferred"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class ColumnFinder:
             RowError: no shape fits or more than one does, or a column says what is to be learned and is not read; or
                 the row holds what is no text.
         """
-        kinds = tuple((name, _kind(value)) for name, value in row.values.items())
+        kinds = tuple((name, kind_of_cell(value)) for name, value in row.values.items())
         if (found := self._found.get(kinds)) is None:
             found = self._found[kinds] = _Looked(self, dict(kinds)).layout()
         if isinstance(found, _Refusal):
@@ -96,43 +96,7 @@ class ColumnFinder:
 
     def line(self, **columns: str) -> str:
         """The setting that names these columns beside those named already, as it is typed in a shell."""
-        return _line("data.columns", {**self.columns, **columns})
-
-
-def _line(key: str, value: Mapping[str, str] | Sequence[str]) -> str:
-    if isinstance(value, Mapping):
-        said = "{" + ", ".join(f"{name}: {_as_yaml(column)}" for name, column in value.items()) + "}"
-    else:
-        said = f"[{', '.join(map(_as_yaml, value))}]"
-    return f"--set {shlex.quote(f'{key}={said}')}"
-
-
-def _as_yaml(name: str) -> str:
-    plain = _PLAIN.fullmatch(name) and name.lower() not in _WORDS_OF_YAML
-    return name if plain else json.dumps(name, ensure_ascii=False)
-
-
-def shown(column: str) -> str:
-    """A column's name as any terminal and file can show it: half a surrogate pair is spelled out."""
-    return column.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _kind(value: Any) -> str:
-    """What a cell holds, as far as that decides what its column can be; "" for nothing."""
-    if value in NOTHING:
-        return ""
-    if isinstance(value, str):
-        word = value.strip().lower() if len(value) < 12 else ""
-        yes_or_no = {"true": " yes", "1": " yes", "1.0": " yes", "false": " no", "0": " no", "0.0": " no"}
-        return "text" + (" turns" if re.match(r"\s*\[\s*\{", value) else yes_or_no.get(word, ""))
-    if isinstance(value, bool | int | float):
-        return "no" if value == 0 else "yes" if value == 1 else "number"
-    first = value[0] if isinstance(value, list) else value
-    if not isinstance(first, dict):
-        return "list"
-    if isinstance(value, dict) and len({"role", "from", "content", "value"} & value.keys()) != 2:
-        return "dict"
-    return "turn" if any(first.get(key) in ("assistant", "gpt") for key in ("role", "from")) else "turns"
+        return setting_line("data.columns", {**self.columns, **columns})
 
 
 class _Looked:
@@ -149,8 +113,8 @@ class _Looked:
     def layout(self) -> Layout | _Refusal:
         """What these rows are."""
         chosen = {SHAPE_OF[what] for what in self.mapped if what in SHAPE_OF}
-        refusal = self._preferences() if not chosen else None
-        if refusal := refusal or self._judgements():
+        refusal = (self._lone_message() or self._preferences()) if not chosen else None
+        if refusal := refusal or self._choices(chosen) or self._judgements():
             return refusal
         found = self._as_chosen(chosen) if chosen else self._by_names()
         if isinstance(found, _Refusal):
@@ -174,27 +138,66 @@ class _Looked:
         read = {*columns.values(), *ROW_MARKS, *(() if shape == "text" else VARIABLES)} - {*self.finder.ignored}
         # In files of several shapes every row may have all columns.
         unread = {name for name in self.every - read if self.kinds.get(name, "-") or normal(name) not in KNOWN}
-        told = {name for key, name in self.names.items() if key in SCORES and name in unread and self.kinds[name]}
+        told = frozenset(self._notes(shape, columns, unread))
         media = [name for key, name in self.names.items() if key in MEDIA and self.kinds[name]]
         unfit = f"{media[0]!r} is no text: only text can be trained" if media else ""
-        usable = [*self.finder.ignored, *filter(_usable, media)]
-        hint = f"to learn the text alone: {_line('data.ignore_columns', usable)}" if media else ""
-        return Layout(shape, columns, frozenset(unread), frozenset(told), unfit, hint)
+        ignored = [*self.finder.ignored, *filter(usable, media)]
+        hint = f"to learn the text alone: {setting_line('data.ignore_columns', ignored)}" if media else ""
+        return Layout(shape, columns, frozenset(unread), told, unfit, hint)
+
+    def _notes(self, shape: str, columns: Mapping[str, str], unread: Collection[str]) -> Iterator[str]:
+        """What of these columns is not as it may seem."""
+        for key, name in self.names.items():
+            if key in SCORES and name in unread and self.kinds[name]:
+                yield f"{name!r} is not read, and rows count alike whatever it says"
+        for what in ("completion", "output"):
+            if self.kinds.get(columns.get(what, "")) == "texts":
+                yield f"of several answers in {columns[what]!r} the first is learned"
+        if shape == "text" and "script" in self.kinds[columns["text"]] and usable(columns["text"]):
+            line = self.finder.line(messages=columns["text"])
+            yield f"{columns['text']!r} holds turns, and all of them are learned; to learn the answers alone: {line}"
 
     def _filled(self, names: Iterable[str], *, filled: bool = True) -> dict[str, str]:
         """The columns of these names, by name: those that hold something, or all of them."""
         there = {name: self.names[name] for name in names if name in self.names}
         return {name: column for name, column in there.items() if self.kinds[column] or not filled}
 
+    def _lone_message(self) -> _Refusal | None:
+        """Rows of which each is one message of a conversation that is spread over them."""
+        said = self._filled(("content", "text"))
+        spoken = self._filled(("role", "from"))
+        if not said or not spoken or self._filled((*CHATS, *QUESTIONS, *ANSWERS)):
+            return None
+        what = f"each row is one message ({quoted([*spoken.values(), *said.values()])}), and nothing joins rows"
+        told = [name for key, name in self.names.items() if self._judges(key, self.kinds[name])]
+        lines = ['write each conversation as a row, {"messages": [...]}', self._ignore(*spoken.values(), *told)]
+        return _Refusal(what, "; ".join(filter(None, lines)))
+
+    def _choices(self, chosen: Collection[str]) -> _Refusal | None:
+        """Questions whose answer is one of several that nothing shows the model."""
+        found = [*self._filled(CHOICES).values()]
+        read = {*chosen} & {"chat", "text"} or self._filled(("messages", "text")) or self._turns_by_name()
+        if not found or read:
+            return None
+        what = f"{quoted(found)}: what the answer is chosen from, and nothing reads it"
+        own = "write the question with its choices to a column `prompt`, the answer to a column `completion`"
+        return _Refusal(what, "; ".join(filter(None, [own, self._ignore(*found)])))
+
+    def _turns_by_name(self) -> dict[str, str]:
+        """The columns of messages that have one of their names, but `messages`."""
+        kinds = ("turn", "turns", "pairs", "dicts", "dict", "texts")
+        found = self._filled(CHATS[1:])
+        return {key: name for key, name in found.items() if self.kinds[name] in kinds or "turns" in self.kinds[name]}
+
     def _preferences(self) -> _Refusal | None:
         """Rows of a good and a bad answer."""
         words = {name: set(key.split("_")) for key, name in self.names.items()}
-        sides = [name for name, said in words.items() if said & {"chosen", "rejected"}]
+        sides = [name for name, said in words.items() if said & _SIDES]
         sides = [name for name in sides if self.kinds[name] not in ("", "number", "yes", "no")]
         if not sides:
             return None
-        what = f"{_quoted(sides)}: a good and a bad answer, and training learns from good ones alone"
-        good = next((name for name in sides if "rejected" not in words[name] and _usable(name)), None)
+        what = f"{quoted(sides)}: a good and a bad answer, and training learns from good ones alone"
+        good = next((name for name in sides if not words[name] & _BAD and usable(name)), None)
         if good is None:
             return _Refusal(what, "write the good answer to a column `completion`")
         asked = self._filled((*QUESTIONS, *CHATS))
@@ -217,7 +220,7 @@ class _Looked:
         what = f"{name!r} says what is to be learned, and nothing reads it"
         kind, said = self.kinds[name], self.kinds[name].rpartition(" ")[2]
         answered = self._filled((*ANSWERS, *CHATS))
-        if key in JUDGEMENTS and said in ("yes", "no") and answered and _usable(name):
+        if key in JUDGEMENTS and said in ("yes", "no") and answered and usable(name):
             if said == "yes":
                 line = self.finder.line(train=name)
                 return _Refusal(what, f"to learn the rows alone of which it says yes: {line}")
@@ -226,8 +229,8 @@ class _Looked:
         if key in CONDEMNATIONS:
             return _Refusal(what, "take out the rows of which it says yes: they would be learned")
         lines = [self._ignore(*(each for each, _ in found))]
-        asked = [name for name in self._texts() if name not in dict(found)]
-        if kind.startswith("text") and key == "label" and not answered and len(asked) == 1:
+        asked = [name for name in texts_of(self.kinds) if name not in dict(found)]
+        if is_text(kind) and key == "label" and not answered and len(asked) == 1:
             lines.insert(0, f"to learn to say it: {self.finder.line(prompt=asked[0], completion=name)}")
         return _Refusal(what, "; ".join(filter(None, lines)) or "write the text to learn to a column of its own")
 
@@ -240,10 +243,10 @@ class _Looked:
     def _ignore(self, *names: str) -> str:
         """The line that leaves columns unread, where there are rows to learn without them."""
         ignored = [*self.finder.ignored, *names]
-        if not all(map(_usable, names)):
+        if not all(map(usable, names)):
             return f"take {shown(names[0])!r} out of the rows"
         rest = _Looked(replace(self.finder, ignored=ignored), {name: self.kinds.get(name, "") for name in self.every})
-        unread = "" if isinstance(rest.layout(), _Refusal) else _line("data.ignore_columns", ignored)
+        unread = "" if isinstance(rest.layout(), _Refusal) else setting_line("data.ignore_columns", ignored)
         return f"to leave it unread: {unread}" if unread else ""
 
     def _beside(self) -> dict[str, str]:
@@ -254,6 +257,8 @@ class _Looked:
             if what == "reasoning" and not thoughts:
                 continue
             there = [self.mapped[what]] if what in self.mapped else [*self._filled(names).values()]
+            if what == "reasoning" and what not in self.mapped:  # such as "on" and "off" are no thoughts
+                there = [name for name in there if self.kinds[name] == "text"]
             if there:
                 found[what] = there[0]
         return found
@@ -284,17 +289,22 @@ class _Looked:
             return found
         text = self._filled(SHAPES["text"])
         if text and len(found) == 1 and found[0][2]:
-            lines = [self._line_of(*found[0][:2]), self.finder.line(text=text["text"])]
+            lines = [self.finder.line(**found[0][1]), self.finder.line(text=text["text"])]
             return self._several(["text", found[0][0]], lines)
         if not found and text:
-            return "text", text
+            answers = [name for name in self._filled(ANSWERS_OF_TEXTS).values() if is_text(self.kinds[name])]
+            if not answers:
+                return "text", text
+            asked = {"prompt": text["text"], "completion": answers[0]}
+            lines = [self.finder.line(**asked), self.finder.line(**text)]
+            return self._unclear(f"{quoted([*text.values(), *answers])}: a text alone, or what it asks", lines)
         found = found or self._named(filled=False) or self._alike(filled=False)
         if isinstance(found, _Refusal):
             return found
         if len(found) == 1:
             return found[0][:2]
         if found:
-            return self._several([shape for shape, *_ in found], [self._line_of(*each[:2]) for each in found])
+            return self._several([shape for shape, *_ in found], [self.finder.line(**each[1]) for each in found])
         return self._unknown(self._what_lacks())
 
     def _named(self, *, filled: bool) -> list[tuple[str, dict[str, str], bool]]:
@@ -311,31 +321,31 @@ class _Looked:
                 if shape != "text" or not filled:
                     found.append((shape, there, False))
         if filled:
-            chats = [name for key, name in self._filled(CHATS[1:]).items() if "turn" in self.kinds[name]]
-            found += [("chat", {"messages": name}, False) for name in chats]
+            found += [("chat", {"messages": name}, False) for name in self._turns_by_name().values()]
         return found
 
     def _alike(self, *, filled: bool) -> list[tuple[str, dict[str, str], bool]] | _Refusal:
         """A question and its answer by other names, where there is one of each."""
-        asked, answered = (self._filled(names, filled=filled) for names in (QUESTIONS, ANSWERS))
+        asked, answered = (
+            {key: name for key, name in self._filled(names, filled=filled).items() if self.kinds[name] != "list"}
+            for names in (QUESTIONS, ANSWERS)
+        )
         extra = self._filled(("context", "article", "passage"))
-        if "instruction" in asked and "input" in asked:
-            extra["input"] = asked.pop("input")
+        tasks, inputs = ([key for key in keys if key in asked] for keys in (_TASKS, _INPUTS))
+        if tasks and inputs:
+            extra["input"] = asked.pop(inputs[0])
         if not asked or not answered:
             return []
         if len(asked) > 1 or len(answered) > 1 or len(extra) > 1:
             one, other = list(asked.values()), list(answered.values())
             pairs = list(product(one, other))[:3]
             lines = [self.finder.line(prompt=each, completion=said) for each, said in pairs]
-            return self._unclear(f"which of {_quoted([*one, *other, *extra.values()])} is what is not clear", lines)
+            return self._unclear(f"which of {quoted([*one, *other, *extra.values()])} is what is not clear", lines)
         [(key, question)], [answer] = asked.items(), answered.values()
-        if extra or key == "instruction":
+        if extra or key in _TASKS:
             more = zip(("input",), extra.values(), strict=False)
             return [("alpaca", {"instruction": question, "output": answer, **dict(more)}, True)]
         return [("prompt/completion", {"prompt": question, "completion": answer}, True)]
-
-    def _line_of(self, shape: str, columns: Mapping[str, str]) -> str:
-        return self.finder.line(**columns)
 
     def _several(self, shapes: Sequence[str], lines: Sequence[str]) -> _Refusal:
         return self._unclear(f"columns ({self._listed()}) fit several shapes: {', '.join(shapes)}", lines)
@@ -353,45 +363,12 @@ class _Looked:
 
     def _unknown(self, what: str) -> _Refusal:
         """Rows of which no column is known: an example of the setting, with columns that are there."""
-        names = [name for name in self.kinds if _usable(name)]
-        turns = [name for name in names if "turn" in self.kinds[name]]
-        texts = [name for name in names if self.kinds[name].startswith("text")]
-        texts = [
-            name for name in texts if normal(name) not in LABELS_OF_ROWS and not normal(name).endswith("_id")
-        ] or texts
-        answers = [name for name in texts if normal(name) in ANSWERS]
-        questions = [name for name in texts if normal(name) in QUESTIONS]
-        line = ""
-        if turns:
-            line = _line("data.columns", {"messages": turns[0]})
-        elif len(texts) > 1:
-            prompt = questions[0] if questions else next(name for name in texts if [name] != answers)
-            answer = next((name for name in answers if name != prompt), None)
-            answer = answer or texts[(texts.index(prompt) + 1) % len(texts)]
-            line = _line("data.columns", {"prompt": prompt, "completion": answer})
-        elif texts:
-            line = _line("data.columns", {"text": texts[0]})
+        line = example_line(self.kinds)
         known = "rows are alpaca (instruction, output), chat (messages), prompt/completion, or text"
         other = f"; of columns by other names say which is which, such as {line}" if line else ""
         return _Refusal(f"{what} (columns: {self._listed()})", known + other)
-
-    def _texts(self) -> list[str]:
-        """The columns of text that a setting can name, less those that only say which row it is."""
-        texts = [name for name in self.kinds if _usable(name) and self.kinds[name].startswith("text")]
-        said = [name for name in texts if normal(name) not in LABELS_OF_ROWS and not normal(name).endswith("_id")]
-        return said or texts
 
     def _listed(self) -> str:
         names = [shown(name)[:60] for name in sorted(self.every)]
         more = [f"and {len(names) - _MOST_NAMES} more"] if len(names) > _MOST_NAMES else []
         return ", ".join([*names[:_MOST_NAMES], *more]) or "none"
-
-
-def _quoted(names: Iterable[str]) -> str:
-    *others, last = map(repr, names)
-    return f"{', '.join(others)} and {last}" if others else last
-
-
-def _usable(name: str) -> bool:
-    """Whether a setting can name this column."""
-    return name.isprintable() and name.strip() == name != "" and name != "None"

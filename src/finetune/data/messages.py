@@ -5,17 +5,17 @@ from collections.abc import Iterator, Sequence
 from types import NoneType
 from typing import Any
 
+from finetune.data.cells import NOTHING, ROLE_KEYS, turns_of_script
 from finetune.data.names import ANSWERS, QUESTIONS, ROW_MARKS, THOUGHTS, normal
 from finetune.errors import DataError
 from finetune.records import Message, Row
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-NOTHING: tuple[Any, ...] = (None, "", [], {})
 
 _MARKS = (*ROW_MARKS, "training", "loss")
 _MEANT = ("tool_calls", "function_call", *THOUGHTS, "name", "tool_call_id")
 """Parts of a message besides its text that a template is given, as transformers gives them."""
-_ROLE_KEYS, _CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text", "parts")
+_CONTENT_KEYS = ("content", "value", "text", "parts")
 _CALL = "call"
 _SPELLINGS = {
     **{role: role for role in ROLES},
@@ -62,6 +62,30 @@ def text_of(value: object, key: str, where: str) -> str:
     return value
 
 
+def said_in(value: object, key: str, where: str) -> str:
+    """The text of a column that may be kept as the parts of a message, or in an object that has nothing else to say."""
+    if isinstance(value, dict):
+        value = value.get(_said_in(value, _CONTENT_KEYS) or "", value)
+    if isinstance(value, list):
+        value = "\n".join(_part(part, where) for part in value)
+    return text_of(value, key, where)
+
+
+def side_of(row: Row, key: str, role: str) -> tuple[Message, ...]:
+    """What one side says: a text, or messages; of several answers the first."""
+    value = row.values.get(key)
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        if len(value) < 2 or role == "assistant":
+            return (Message(role, text_of(value[0] if value else "", key, row.where)),)
+        what = f"{key!r} holds {len(value)} texts: what is asked must be one, or a list of messages"
+        raise RowError(row.where, what, kind=f"{key!r} holds several texts", hint=_TURNS_ARE)
+    if isinstance(value, dict) and not _said_in(value, ROLE_KEYS) and _said_in(value, _CONTENT_KEYS):
+        return (Message(role, said_in(value, key, row.where)),)
+    if isinstance(value, list | dict):
+        return messages_of(row, key)
+    return (Message(role, text_of(value, key, row.where)),)
+
+
 def messages_of(row: Row, key: str) -> tuple[Message, ...]:
     """The messages in a column: a list of them, the JSON of one, a list for each of their keys, or one alone.
 
@@ -76,7 +100,10 @@ def messages_of(row: Row, key: str) -> tuple[Message, ...]:
 
 
 def _turns(row: Row, key: str) -> list[Any]:
-    turns = _parsed(row.values[key], key, row.where)
+    """The turns in a column; texts alone are a user's and the assistant's in turn."""
+    value = row.values[key]
+    script = turns_of_script(value) if isinstance(value, str) else []
+    turns = script or _parsed(value, key, row.where)
     if isinstance(turns, dict):
         columns = list(turns.values())
         long = all(isinstance(each, list) and len(each) == len(columns[0]) for each in columns)
@@ -85,6 +112,8 @@ def _turns(row: Row, key: str) -> list[Any]:
     if not isinstance(turns, list):
         what = f"{key!r} must be a list of messages, found {type(turns).__name__}"
         raise RowError(row.where, what, hint=_TURNS_ARE)
+    if len(turns) > 1 and all(isinstance(turn, str) for turn in turns):
+        return [{"role": ("user", "assistant")[at % 2], "content": said} for at, said in enumerate(turns)]
     return turns
 
 
@@ -110,13 +139,14 @@ def keys_beside(row: Row, key: str) -> set[str]:
     return {
         f"{key}.{name}"
         for turn in _turns(row, key)
+        if isinstance(turn, dict)  # one text alone is read as it is
         for name in turn.keys() - _PLAIN_KEYS
         if turn[name] is not None and not _is_read(turn, name)
     }
 
 
 def _is_read(turn: dict[str, Any], name: str) -> bool:
-    said = [_said_in(turn, keys) for keys in (_ROLE_KEYS, _CONTENT_KEYS)]
+    said = [_said_in(turn, keys) for keys in (ROLE_KEYS, _CONTENT_KEYS)]
     return name in said or (said[0] is None and normal(name) in (*QUESTIONS, *ANSWERS, "system"))
 
 
@@ -138,7 +168,7 @@ def _turn(turn: Row) -> Iterator[Message]:
         what = f"{name!r} of a message says what is to be learned, and is not read"
         hint = 'a message that is not to be learned has "train": false'
         raise RowError(turn.where, what, hint=hint, refuses=True)
-    key = _said_in(values, _ROLE_KEYS)
+    key = _said_in(values, ROLE_KEYS)
     if key is not None:
         yield _message(turn, values[key])
         return
@@ -168,7 +198,7 @@ def _message(turn: Row, said_by: object) -> Message:
     more = {name: values[name] for name in _MEANT if name in values and values[name] not in NOTHING}
     content: object = values.get(key)
     if role == _CALL:
-        more, content, role = {**more, "tool_calls": _calls(content, turn.where)}, None, "assistant"
+        more, content, role = {**more, "tool_calls": calls_of(content, turn.where)}, None, "assistant"
     if more and content is None:
         more["content"] = None  # templates ask whether it is none
     learned = _learned(turn)
@@ -191,7 +221,7 @@ def _part(part: Any, where: str) -> str:
     return str(part["text"])
 
 
-def _calls(said: object, where: str) -> list[dict[str, Any]]:
+def calls_of(said: object, where: str) -> list[dict[str, Any]]:
     """The calls that a turn of ShareGPT's `function_call` is: an object of name and arguments, or a list of them."""
     found = _parsed(said, "function_call", where)
     calls = found if isinstance(found, list) else [found]

@@ -10,17 +10,29 @@ SHAPES: Mapping[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 """The shapes that rows have, and the fields without which each is none."""
-QUESTIONS = ("prompt", "instruction", "question", "query", "input", "inputs", "user", "human", "problem")
+QUESTIONS = (
+    *("prompt", "instruction", "question", "query", "input", "inputs", "user", "human", "problem", "definition"),
+)
 """What columns, and keys of a turn that is a pair, are called which ask."""
 ANSWERS = (
     *("completion", "output", "outputs", "answer", "answers", "response", "assistant", "gpt", "bot", "reply", "target"),
+    *("targets", "solution"),
 )
+ANSWERS_OF_TEXTS = (*ANSWERS, "summary", "highlights", "headline", "code", "translation")
+"""What columns are called beside a `text` that may be what it asks."""
+CHOICES = (
+    *("choices", "options", "endings", "option1", "option_1", "option_a", "opa", "sol1", "choice1", "choice_a"),
+    *("answera", "answer_a", "mc1_targets"),
+)
+"""What columns are called that hold what an answer is chosen from."""
 ROW_MARKS = ("weight", "train")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 SHAPE_OF = {each: shape for shape, fields in SHAPES.items() for each in fields}
 CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat", "contents")
 BESIDE: Mapping[str, tuple[str, ...]] = {
-    "system": ("system", "system_prompt", "system_message"),
+    "system": (
+        *("system", "system_prompt", "system_message", "system_instruction", "systeminstruction", "meta_instruction"),
+    ),
     "history": ("history",),
     "tools": ("tools", "functions"),
     "reasoning": (*THOUGHTS, "thought", "thoughts", "chain_of_thought", "cot", "complex_cot"),
@@ -48,27 +60,27 @@ MEDIA = (
     *("input_features", "speech"),
 )
 """What columns are called that hold no text."""
-SCORES = ("score", "scores", "rating", "ratings", "reward", "rewards", "quality", "rank", "upvotes", "loss")
+SCORES = (
+    *("score", "scores", "rating", "ratings", "reward", "rewards", "quality", "rank", "upvotes", "loss"),
+    *("overall_score", "helpfulness", "correctness"),
+)
 KNOWN = {
     *(*SHAPE_OF, *CHATS, *QUESTIONS, *ANSWERS, *(name for names in BESIDE.values() for name in names)),
     *(*JUDGEMENTS, *CONDEMNATIONS, *MASKS, *MEDIA),
 }
-LABELS_OF_ROWS = (
-    "id",
-    "idx",
-    "index",
-    "uuid",
-    "source",
-    "category",
-    "type",
-    "lang",
-    "language",
-    "url",
-    "date",
-    "split",
-)
+LABELS_OF_ROWS = {
+    *("id", "idx", "index", "uuid", "source", "category", "subcategory", "type", "lang", "language", "url", "date"),
+    *("split", "subset", "subject", "topic", "sub", "level", "difficulty", "role", "path", "license", "model", "task"),
+    *("hash", "timestamp", "state", "status", "kind", "no", "version", "author", "generator", "name"),
+}
+"""Words in the names of columns that say which row it is, and seldom hold what is asked or answered."""
 
 
 def normal(name: str) -> str:
     """A column's name in small letters, its words joined by underscores."""
     return re.sub(r"[\s-]+", "_", name.strip().lower())
+
+
+def labels_rows(name: str) -> bool:
+    """Whether a column's name says that it labels its row."""
+    return bool(LABELS_OF_ROWS & {*re.split(r"[^a-z]+", normal(name))})

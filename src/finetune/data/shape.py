@@ -1,18 +1,24 @@
 """Brings each row into one form, whatever its shape (alpaca, chat messages, prompt/completion, text)."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from finetune.data.columns import ColumnFinder, Layout, shown
+from finetune.data.columns import ColumnFinder, Layout
+from finetune.data.lines import shown
 from finetune.data.messages import (
     RowError,
+    as_json,
+    calls_of,
     history_of,
     keys_beside,
     learned_of,
     mark_of,
     messages_of,
+    said_in,
+    side_of,
     text_of,
     tools_of,
     variables_of,
@@ -90,9 +96,8 @@ def shape_rows(
     for reason, fault in account.wrong.items():
         dropped[reason] += fault.rows
         account.places.setdefault(reason, fault.places[0])
-    told = [f"{name!r} is not read, and rows count alike whatever it says" for name in sorted(map(shown, account.told))]
-    unread = tuple(sorted(map(shown, account.ignored)))
-    return ShapedRows(tuple(examples), dict(account.shapes), dict(dropped), unread, account.places, tuple(told))
+    unread, notes = (tuple(sorted(map(shown, said))) for said in (account.ignored, account.told))
+    return ShapedRows(tuple(examples), dict(account.shapes), dict(dropped), unread, account.places, notes)
 
 
 def shape_of(row: Row) -> str:
@@ -108,14 +113,18 @@ def _opened(row: Row) -> Row:
     """The row with the texts that stand within a column where columns of their own were meant.
 
     SQuAD's answers, `{"text": [...], "answer_start": [...]}`, are the first of them; a translation,
-    `{"en": "...", "fr": "..."}`, is the columns `translation.en` and `translation.fr`.
+    `{"en": "...", "fr": "..."}`, is the columns `translation.en` and `translation.fr`. An `input` that is an object of
+    messages and tools, as OpenAI's preferences have it, is these columns.
     """
-    answers, pair = row.values.get("answers"), row.values.get("translation")
-    if answers is pair is None:
+    answers, pair, asked = (row.values.get(name) for name in ("answers", "translation", "input"))
+    if answers is pair is None and not isinstance(asked, dict):
         return row
     values = dict(row.values)
+    if isinstance(asked, dict) and isinstance(asked.get("messages"), list):
+        del values["input"]
+        values = asked | values
     if isinstance(answers, dict) and isinstance(said := answers.get("text"), list):
-        values["answers"] = said[0] if said else ""
+        values["answers"] = said
     if isinstance(pair, dict) and all(isinstance(text, str) for text in pair.values()):
         del values["translation"]
         values |= {f"translation.{language}": text for language, text in pair.items()}
@@ -205,6 +214,8 @@ def _read(row: Row, layout: Layout) -> tuple[Example, bool | None]:
     if isinstance(example, Conversation):
         tools = tools_of(row, columns["tools"]) if "tools" in columns else ""
         messages = _with_thought(_with_system(example.messages, row, columns), row, columns)
+        if tools and layout.shape != "chat":
+            messages = _with_calls(messages, tools, row.where)
         example = replace(example, messages=messages, tools=tools, variables=variables_of(row))
     learned = learned_of(row, ROW_MARKS)
     if "train" in columns and mark_of(row, columns["train"]) is False:
@@ -214,7 +225,7 @@ def _read(row: Row, layout: Layout) -> tuple[Example, bool | None]:
 
 def _with_system(messages: tuple[Message, ...], row: Row, columns: Mapping[str, str]) -> tuple[Message, ...]:
     """The messages behind the system prompt that a column holds."""
-    said = text_of(row.values.get(columns["system"]), columns["system"], row.where) if "system" in columns else ""
+    said = said_in(row.values.get(columns["system"]), columns["system"], row.where) if "system" in columns else ""
     if not said.strip():
         return messages
     if messages and messages[0].role == "system":
@@ -239,6 +250,20 @@ def _with_thought(messages: tuple[Message, ...], row: Row, columns: Mapping[str,
     return (*others, replace(last, more=json.dumps(more, ensure_ascii=False)))
 
 
+def _with_calls(messages: tuple[Message, ...], tools: str, where: str) -> tuple[Message, ...]:
+    """The messages whose answer, where it is the text of a list of calls of these tools, is these calls."""
+    if not messages or messages[-1].role != "assistant" or not re.match(r"\s*\[\s*\{", messages[-1].content):
+        return messages
+    *others, last = messages
+    try:
+        calls = calls_of(last.content, where)
+    except RowError:
+        return messages
+    if last.more or not all(json.dumps(call["function"]["name"], ensure_ascii=False) in tools for call in calls):
+        return messages
+    return (*others, replace(last, content="", more=as_json({"tool_calls": calls, "content": None}, where)))
+
+
 def _unfit(example: Example) -> str:
     """Why a row teaches nothing, or two things at once; "" where it does neither."""
     if isinstance(example, Document):
@@ -253,17 +278,17 @@ def _unfit(example: Example) -> str:
 
 
 def _parse_alpaca(row: Row, columns: Mapping[str, str]) -> Conversation:
-    instruction = _side(row, columns["instruction"], "user")
+    instruction = side_of(row, columns["instruction"], "user")
     extra = text_of(row.values.get(columns["input"]), columns["input"], row.where) if "input" in columns else ""
     asked = [each for each in instruction if each.content.strip()]
     if extra.strip():  # what is empty adds nothing, no blank line either
         asked.append(Message("input" if asked else "user", extra))
-    return _asked(row, columns, tuple(asked) or instruction, _side(row, columns["output"], "assistant"))
+    return _asked(row, columns, tuple(asked) or instruction, side_of(row, columns["output"], "assistant"))
 
 
 def _parse_prompt_completion(row: Row, columns: Mapping[str, str]) -> Conversation:
     prompt, completion = columns["prompt"], columns["completion"]
-    found = _asked(row, columns, _side(row, prompt, "user"), _side(row, completion, "assistant"))
+    found = _asked(row, columns, side_of(row, prompt, "user"), side_of(row, completion, "assistant"))
     text = all(isinstance(row.values.get(name), str) for name in (prompt, completion))
     return replace(found, from_text=text and "history" not in columns)
 
@@ -273,13 +298,6 @@ def _asked(
 ) -> Conversation:
     history = history_of(row, columns["history"]) if "history" in columns else ()
     return Conversation(history + asked + answer, row.where)
-
-
-def _side(row: Row, name: str, role: str) -> tuple[Message, ...]:
-    """What one side says: a text, or messages."""
-    if isinstance(row.values.get(name), list | dict):
-        return messages_of(row, name)
-    return (Message(role, text_of(row.values.get(name), name, row.where)),)
 
 
 def _parse_chat(row: Row, columns: Mapping[str, str]) -> Conversation:
