@@ -241,7 +241,9 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
         "--set model.adapter=",
     ),
     "another kind": (lambda place, folder: as_peft(place, folder, peft_type="LOHA"), "merge it into its base"),
-    "a pattern": (lambda place, folder: as_peft(place, folder, target_modules=".*_proj"), "as a list"),
+    "a pattern of others": (lambda place, folder: as_peft(place, folder, target_modules="query"), "fits none"),
+    "a pattern without end": (lambda place, folder: as_peft(place, folder, target_modules="(a+)+b"), "too many ways"),
+    "a pattern of some": (lambda place, folder: as_peft(place, folder, target_modules=".*q_proj"), "does not fit"),
     "other layers": (lambda place, folder: as_peft(place, folder, target_modules=["query"]), "has none of it"),
     "other rank": (lambda place, folder: as_peft(place, folder, r=2), "does not fit this model"),
 }
@@ -264,6 +266,18 @@ def test_adapter_that_cannot_be_trained_on_is_refused(
     assert "Traceback" not in said
     assert not (tmp_path / "onward").exists()
     assert everything_below(start) == before
+
+
+@pytest.mark.parametrize(
+    "pattern", [r".*\.(q|v)_proj", r"model\.layers\.\d+\.self_attn\.(?:q_proj|v_proj)", "all-linear"]
+)
+def test_pattern_names_the_layers_that_it_fits(place: Path, tmp_path: Path, pattern: str) -> None:
+    """An adapter whose layers are named by a pattern is the same as with a list of them: so are runs that go on."""
+    [named, told] = [as_peft(place, tmp_path / "named"), as_peft(place, tmp_path / "told", target_modules=pattern)]
+    runs = [tmp_path / "onward of the list", tmp_path / "onward of the pattern"]
+    for start, run in zip((named, told), runs, strict=True):
+        go_on(place, start, run)
+    assert (runs[0] / ADAPTER).read_bytes() == (runs[1] / ADAPTER).read_bytes()
 
 
 def test_base_of_an_adapter_is_found_again_or_named(place: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Laws of judging anybody's fine-tune: the same verdict whoever trained it, and none on what does not fit."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,20 @@ def test_adapter_in_mlx_lms_format_has_the_verdict_of_pefts(by_hand: Path, tmp_p
         json.dumps({"fine_tune_type": "lora", "lora_parameters": lora, "model": "x", "num_layers": -1})
     )
     one, other = (judge_tuned(loaded(), each)["verdicts"] for each in (by_hand, tmp_path))
+    assert one == other
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_adapter_whose_layers_a_pattern_names_has_the_verdict_of_a_list(
+    by_hand: Path, tmp_path: Path, backend: str
+) -> None:
+    """PEFT's `target_modules` may be an expression: the adapter is that of the layers that it fits."""
+    told = tmp_path / "told"
+    shutil.copytree(by_hand, told)
+    settings = json.loads((told / "adapter_config.json").read_text())
+    settings["target_modules"] = r"model\.layers\.\d+\.(?:self_attn|mlp)\..*_proj"
+    (told / "adapter_config.json").write_text(json.dumps(settings))
+    one, other = (judge_tuned(loaded(backend), each)["verdicts"] for each in (by_hand, told))
     assert one == other
 
 

@@ -5,11 +5,13 @@ be is counted before.
 """
 
 import re
+import time
 from collections.abc import Iterable, Mapping
 from re import _parser  # type: ignore[attr-defined]  # the only place that says what an expression consists of
 from typing import Any
 
 _LONGEST_PATH = 80
+_MOST_SECONDS = 20.0
 _MOST_WAYS = 10 * _LONGEST_PATH**3
 _REPEATS = ("MAX_REPEAT", "MIN_REPEAT")
 
@@ -43,6 +45,25 @@ def check_settings(settings: Mapping[str, Any]) -> None:
                 check_pattern(pattern)
             except ValueError as error:
                 raise ValueError(f"{key}: {pattern[:80]!r} {error}") from None
+
+
+def paths_that_fit(pattern: str, paths: Iterable[str]) -> tuple[str, ...]:
+    """The layers' paths that a pattern fits from end to end, as PEFT's `target_modules` is meant.
+
+    Raises:
+        ValueError: as `check_pattern`; or a path is longer than any layer's is, or they are so many that matching them
+            takes too long.
+    """
+    check_pattern(pattern)
+    ends, fitting = time.monotonic() + _MOST_SECONDS, []
+    for path in paths:
+        if len(path) > 2 * _LONGEST_PATH:
+            raise ValueError(f"the path of a layer has {len(path)} letters")
+        if re.fullmatch(pattern, path):
+            fitting.append(path)
+        if time.monotonic() > ends:
+            raise ValueError(f"takes longer than {_MOST_SECONDS:.0f} s to match")
+    return tuple(fitting)
 
 
 def _ways(parts: Iterable[tuple[Any, Any]], *, repeated: bool) -> float:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from finetune.adapters.kind import AdapterKind, Shape
 from finetune.adapters.kinds import ADAPTER_KINDS, kind_of, layer_tensor, titles
-from finetune.adapters.patterns import check_pattern
+from finetune.adapters.patterns import check_pattern, paths_that_fit
 from finetune.errors import ModelError
 from finetune.reading import check_regular, read_json
 from finetune.records import DEFAULT_KIND, AdapterTarget
@@ -165,7 +165,7 @@ def read_settings(folder: Path, *, transposed: bool) -> AdapterTarget:
         if kind is None:
             odd = {"peft_type": settings.get("peft_type")}
         else:
-            target = kind.read_peft(settings, _names(settings["target_modules"]))
+            target = kind.read_peft(settings, _modules(settings["target_modules"], folder))
             target = replace(target, saved=_names(settings.get("modules_to_save") or []))
             known = {*kind.write_peft(target), *_COMMON, *_WITHOUT_EFFECT} - kind.harmless.keys()
             odd = {key: value for key, value in settings.items() if key not in known and not _is_off(kind, key, value)}
@@ -195,6 +195,30 @@ def is_sound(target: AdapterTarget) -> bool:
         and type(target.dropout) in (int, float)
         and 0 <= target.dropout < 1
     )
+
+
+def _modules(value: object, folder: Path) -> tuple[str, ...]:
+    """The modules that settings name: a list, or a pattern that each of the saved layers' whole paths may fit."""
+    if not isinstance(value, str):
+        return _names(value)
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        check_regular(folder / WEIGHTS)
+        with safe_open(folder / WEIGHTS, "np") as file:
+            names = list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{WEIGHTS} cannot be read: {error}") from None
+    paths = dict.fromkeys(found.path for name in names if (found := layer_tensor(name)))
+    if value.lower() == "all-linear":  # PEFT's word for all that have an adapter
+        return tuple(paths)
+    try:
+        fitting = paths_that_fit(value, paths)
+    except ValueError as error:
+        raise ValueError(f"target_modules: {value[:80]!r} {error}") from None
+    if not fitting:
+        raise ValueError(f"target_modules: {value[:80]!r} fits none of the layers in {WEIGHTS}")
+    return fitting
 
 
 def _names(value: object) -> tuple[str, ...]:

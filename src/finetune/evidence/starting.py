@@ -14,7 +14,6 @@ from finetune.evidence.saved import changed, saved_in
 from finetune.models.locate import SHIPPED, SHIPPED_FOLDER, locate_model
 from finetune.models.shape import read_shape
 from finetune.models.travel import is_hashed
-from finetune.reading import read_json
 from finetune.records import AdapterTarget, ModelShape
 from finetune.run.find import LATEST, RUNS, find_run, is_run
 from finetune.run.folder import RunFolder
@@ -164,11 +163,6 @@ def _read_target(folder: Path, shape: ModelShape, base: str) -> AdapterTarget:
             + (", only adapter_model.bin, which could run code as it is read" if pickled else ""),
             hint="save it again as safetensors" if pickled else "restore the file",
         )
-    if pattern := _pattern_in(folder):
-        raise ModelError(
-            f"the adapter in {folder} names its layers by a pattern, {pattern[:80]!r}, and not one by one",
-            hint=f'write the names into target_modules of its {SETTINGS} as a list, such as ["q_proj", "v_proj"]',
-        )
     try:
         with in_peft_format(folder, base) as place:
             target = read_settings(place, transposed=shape.transposed)
@@ -188,15 +182,6 @@ def _read_target(folder: Path, shape: ModelShape, base: str) -> AdapterTarget:
     # In the order of the model, whatever order they were saved in: the seed deals out the same numbers.
     short = tuple(dict.fromkeys(path.rpartition(".")[2] for path in every))
     return replace(target, modules=short if paths == every else tuple(paths))
-
-
-def _pattern_in(folder: Path) -> str:
-    """The expression that PEFT found the adapter's layers by; "" where they are listed."""
-    try:
-        named = read_json(folder / SETTINGS).get("target_modules")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return ""  # whoever reads it says what is wrong
-    return named if isinstance(named, str) else ""
 
 
 def _settings_of(target: AdapterTarget) -> dict[str, Any]:
