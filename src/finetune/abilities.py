@@ -17,6 +17,7 @@ class Abilities:
         memory: whether it measures the memory of training, in a process of its own.
         launchers: those whose processes it joins, each with the library that brings it.
         schemes: how a base may be quantised for it, by names of `models.quantize`; it quantises by the first.
+        reads_once: whether it computes a prompt that rows of a batch share once, where nothing is learned.
     """
 
     libraries: tuple[str, ...] = ()
@@ -24,6 +25,7 @@ class Abilities:
     memory: bool = False
     launchers: Mapping[str, str] = field(default_factory=dict)
     schemes: tuple[str, ...] = ()
+    reads_once: bool = False
 
 
 ABILITIES: dict[str, Abilities] = {
@@ -32,6 +34,7 @@ ABILITIES: dict[str, Abilities] = {
         devices=("cpu", "gpu"),
         memory=True,
         launchers={"torchrun": "torch", "accelerate": "accelerate"},
+        reads_once=True,
     ),
     "mlx": Abilities(
         libraries=("mlx", "mlx_lm"),

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune import train as training
+from finetune.abilities import Abilities
 from finetune.backends import open_backend
 from finetune.backends.reference.session import ReferenceSession
 from finetune.config import LoadedConfig, load_config
@@ -214,7 +215,7 @@ def test_memory_is_never_measured_where_it_would_not_fit(
     monkeypatch.setattr(extra_runs, "available_memory", lambda: 3 * 1024**2)
     reason = extra_runs.why_no_memory(prepared, before, able=True)
     assert "3.00 MiB are free" in reason
-    monkeypatch.setattr("finetune.evidence.budget.ABILITIES", {"reference": type("Able", (), {"memory": True})})
+    monkeypatch.setattr("finetune.evidence.budget.ABILITIES", {"reference": Abilities(memory=True)})
     dear = prepare(settings(model, data, judge__memory="auto", judge__budget=1e-3))
     before.asked = what_to_ask(dear)
     reason = extra_runs.why_no_memory(dear, before, able=True)

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune.data.batches import shared_start
 from finetune.data.shipped import NEUTRAL, data_path
-from finetune.evidence.open_answers import copied_share, open_questions, row_losses, says
+from finetune.evidence.open_answers import Matching, copied_share, open_questions, row_losses, says
 from finetune.evidence.reopen import compare, reopen
-from finetune.records import Batch
+from finetune.records import Batch, TokenizedRow
 from finetune.report import build_report
 from finetune.report.wording import say_outcome
 from finetune.train import fine_tune
@@ -70,6 +71,30 @@ def test_row_is_scored_as_if_it_were_alone(place: Path) -> None:
     rows = [*prepared.train.rows, *open_questions(prepared).unseen]
     alone = [session.loss(Batch((row,))) / row.target_count for row in rows]
     assert row_losses(session, rows) == pytest.approx(alone, rel=1e-9)
+
+
+@pytest.mark.parametrize("turns", [1, 9])
+def test_answers_to_one_prompt_are_scored_as_if_each_were_alone(place: Path, turns: int) -> None:
+    """Whether a prompt is long enough to be gone through once for all its answers or not, each has its own loss."""
+    from finetune.backends import open_backend
+
+    prepared = prepare(loaded(place))  # type: ignore[arg-type]
+    session = open_backend("reference").open(prepared.location, "float32", prepared.encoder.tokenizer.pad_id)
+    matching = open_questions(prepared).rows
+    assert matching is not None
+    own, others = ([longer(row, turns) for row in rows] for rows in (matching.own, matching.others))
+    matching = Matching(tuple(own), tuple(others))
+    assert all(shared_start(group) for group in matching.groups()) == (turns > 1)
+    found = matching.look(session)
+    assert found.own == pytest.approx(row_losses(session, own), rel=1e-9)
+    assert found.others.ravel() == pytest.approx(row_losses(session, others), rel=1e-9)
+
+
+def longer(row: TokenizedRow, times: int) -> TokenizedRow:
+    """The row with its prompt said so many times."""
+    start = row.trained.index(True)
+    prompt = row.ids[:start] * times
+    return TokenizedRow((*prompt, *row.ids[start:]), (False,) * len(prompt) + row.trained[start:], row.where)
 
 
 @pytest.mark.parametrize("train_on", ["all", "everything"])

@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.batches import epoch_batches, fixed_batches, pack_rows
+from finetune.data.batches import epoch_batches, fixed_batches, pack_rows, shared_start
 from finetune.records import Batch, TokenizedRow
 
 
@@ -79,3 +79,22 @@ def test_batch_sequences_are_its_rows_in_order(counts: list[int]) -> None:
     assert [len(sequence) for sequence in packed] == counts
     assert tuple(row for sequence in packed for row in sequence) == rows
     assert Batch(rows).sequences == tuple((row,) for row in rows)
+
+
+@given(token_rows(), st.lists(st.integers(0, 9), max_size=9), st.integers(0, 9))
+def test_what_a_batch_shares_is_in_every_row_and_decides_no_target(
+    rows: list[TokenizedRow], prompt: list[int], untrained: int
+) -> None:
+    """So many first tokens are equal in all rows, none of them stands next to a target, and half of all is saved."""
+    begun = [
+        TokenizedRow((*prompt, *row.ids), (*(at >= untrained for at in range(len(prompt))), *row.trained), row.where)
+        for row in rows
+    ]
+    batch = Batch(tuple(begun))
+    shared = shared_start(batch)
+    assert len({row.ids[:shared] for row in begun}) <= 1
+    assert not any(any(row.trained[1 : shared + 1]) for row in begun)
+    # All of the prompt, where it is long and nothing of it is learned: whoever answers has read its last token.
+    if len(begun) > 1 and untrained > 8 and 2 * (len(prompt) - 1) * (len(begun) - 1) >= batch.token_count:
+        assert shared == len(prompt) - 1
+    assert shared_start(Batch(batch.rows, (len(begun),))) == 0

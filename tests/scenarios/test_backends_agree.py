@@ -41,6 +41,7 @@ from transformers.models.llama import modeling_llama  # noqa: E402
 
 from finetune.adapters.choose import choose_layers  # noqa: E402
 from finetune.backends import open_backend  # noqa: E402
+from finetune.data.batches import shared_start  # noqa: E402
 from finetune.models.locate import locate_model  # noqa: E402
 from finetune.models.shape import read_shape  # noqa: E402
 from finetune.records import AdapterTarget, Batch, ModelLocation, TokenizedRow  # noqa: E402
@@ -243,6 +244,26 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], float]] = {
     "seed_oss": ({}, 1e-5),
     "llama, linear rope": ({"rope_parameters": {"rope_type": "linear", "rope_theta": 30.0, "factor": 4.0}}, 1e-5),
 }
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_torch_reads_once_what_rows_begin_with(kind: str, tmp_path: Path) -> None:
+    """Rows that share a long prompt have the losses that each has alone, though the prompt is gone through once."""
+    changes, _ = ARCHITECTURES[kind]
+    settings = copy.deepcopy({**SIZES, "model_type": kind.partition(",")[0], **changes})
+    open_backend("torch").create(settings, tmp_path, 5)
+    session = open_in("torch", ModelLocation(kind, tmp_path, "local"))
+    prompt, ends = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8), ((9, 7), (9, 3, 2, 3), (8,))
+    rows = tuple(TokenizedRow((*prompt, *end), (False,) * 12 + (True,) * len(end), "a:1") for end in ends)
+    alone = sum(session.loss(Batch((row,))) for row in rows)
+    batch, read = Batch(rows), []
+    assert shared_start(batch) == 11
+    table = session.model.get_input_embeddings()
+    hook = table.register_forward_hook(lambda module, inputs, output: read.append(output.shape[:-1].numel()))
+    together = session.loss(batch)
+    hook.remove()
+    assert read == [11, 3 * 5]
+    assert together == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -3,6 +3,7 @@
 import bisect
 import random
 from collections.abc import Sequence
+from itertools import takewhile
 
 from finetune.records import Batch, TokenizedRow
 
@@ -80,3 +81,17 @@ def pack_rows(rows: Sequence[TokenizedRow], length: int, *, seed: int) -> list[t
         if room - size > 0:
             bisect.insort(open_, (room - size, chosen))
     return [tuple(sequence) for sequence in sequences]
+
+
+def shared_start(batch: Batch) -> int:
+    """With how many tokens every row begins, none of them next to a target; 0 where that saves less than half.
+
+    So many may go through the model once.
+    """
+    if batch.packed or len(batch.rows) < 2:
+        return 0
+    beginnings = zip(*(row.ids for row in batch.rows), strict=False)
+    same = sum(1 for _ in takewhile(lambda ids: len({*ids}) == 1, beginnings))
+    # What a target follows is computed for each row.
+    most = min(same, min((row.trained[1:].index(True) for row in batch.rows if row.target_count), default=0))
+    return most if 2 * most * (len(batch.rows) - 1) >= batch.token_count else 0

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from finetune.abilities import ABILITIES
-from finetune.data.batches import sequences_of
+from finetune.data.batches import sequences_of, shared_start
 from finetune.records import Batch, Question, TokenizedRow
 from finetune.training.loop import steps_per_epoch
 from finetune.training.prepare import Prepared, batch_of_all, pack_length
@@ -32,12 +32,16 @@ _FULL_STEP = 1.5
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What things cost in one run, in tokens of its training; `forward` is for scoring one token."""
+    """What things cost in one run, in tokens of its training; `forward` is for scoring one token.
+
+    `reads_once`: what rows of a batch begin with goes through the model once for them all.
+    """
 
     forward: float
     process: float
     step: float
     allowed: float
+    reads_once: bool = False
 
     @classmethod
     def of(cls, prepared: Prepared) -> "Prices":
@@ -54,11 +58,16 @@ class Prices:
             process=_PROCESS / operations,
             step=step,
             allowed=max(plan.config.judge.budget * step * prepared.total_steps, FREE / operations),
+            reads_once=ABILITIES[plan.config.backend].reads_once,
         )
 
     def scoring(self, rows: Iterable[TokenizedRow | Batch]) -> float:
         """The loss of each row or batch."""
-        return self.forward * sum(len(row.ids) if isinstance(row, TokenizedRow) else row.token_count for row in rows)
+        return self.forward * sum(len(row.ids) if isinstance(row, TokenizedRow) else self._read(row) for row in rows)
+
+    def _read(self, batch: Batch) -> int:
+        """How many tokens of a batch go through the model."""
+        return batch.token_count - (shared_start(batch) * (len(batch.rows) - 1) if self.reads_once else 0)
 
     def answering(self, prompts: Sequence[Sequence[int]], most: int) -> float:
         """Answers of up to so many tokens; only prompts of one length are asked together."""

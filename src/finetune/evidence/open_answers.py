@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.chat.encode import mark_rows
+from finetune.data.batches import shared_start
 from finetune.data.overlap import near_twins
 from finetune.data.read import read_rows
 from finetune.data.shape import Example, shape_rows
@@ -97,12 +98,15 @@ def row_losses(session: Session, rows: Sequence[TokenizedRow]) -> NDArray[np.flo
         longest = len(rows[order[-1]].ids)
         members = order[-max(1, _BATCH_TOKENS // longest) :]
         del order[-len(members) :]
-        batch, listener = Batch(tuple(rows[index] for index in members)), _EachTarget()
-        session.loss(batch, listener)
-        ends = np.cumsum([row.target_count for row in batch.rows])
-        for index, each in zip(members, np.split(listener.losses, ends[:-1]), strict=True):
-            losses[index] = each.mean()
+        losses[members] = _means(session, Batch(tuple(rows[index] for index in members)))
     return losses
+
+
+def _means(session: Session, batch: Batch) -> list[float]:
+    listener = _EachTarget()
+    session.loss(batch, listener)
+    ends = np.cumsum([row.target_count for row in batch.rows])
+    return [float(each.mean()) for each in np.split(listener.losses, ends[:-1])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +120,19 @@ class Matching:
         """The first so many."""
         return Matching(self.own[:count], self.others[: count * (CHOICES - 1)])
 
+    def groups(self) -> list[Batch]:
+        """Each row's own answer with the others that are given to the same prompt."""
+        width = CHOICES - 1
+        others = (self.others[place * width : (place + 1) * width] for place in range(len(self.own)))
+        return [Batch((own, *wrong)) for own, wrong in zip(self.own, others, strict=True)]
+
     def look(self, session: Session) -> Matched:
-        """Score all of them."""
-        losses = row_losses(session, (*self.own, *self.others))
-        count = len(self.own)
-        return Matched(losses[:count], losses[count:].reshape(count, CHOICES - 1))
+        """Score all of them: a long prompt goes through the model once for all its answers."""
+        groups = self.groups()
+        short = [row for group in groups if not shared_start(group) for row in group.rows]
+        found = iter(row_losses(session, short).reshape(-1, CHOICES))
+        losses = np.array([_means(session, group) if shared_start(group) else next(found) for group in groups])
+        return Matched(losses[:, 0], losses[:, 1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +168,7 @@ class OpenQuestions:
 
     def price(self, prices: Prices) -> float:
         """What it costs, at most, to ask all this of a base and of a tuned model."""
-        matched = [row for each in (self.rows, self.association) if each for row in (*each.own, *each.others)]
+        matched = [group for each in (self.rows, self.association) if each for group in each.groups()]
         own = sum(len(prompt) + _OWN_TOKENS for prompt in self.prompts)
         scored = prices.scoring((*matched, *self.documents, *self.unseen, *self.text)) + prices.forward * own
         said = prices.answering(self.prompts, _OWN_TOKENS)

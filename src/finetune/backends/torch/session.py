@@ -24,6 +24,7 @@ from finetune.backends.torch.device import is_exhausted, name_device, random_sta
 from finetune.backends.torch.float64 import Float64
 from finetune.backends.torch.group import as_lost, pool_gradients
 from finetune.backends.torch.lora_linear import fold_adapters
+from finetune.data.batches import shared_start
 from finetune.errors import OutOfMemoryError, TrainingError
 from finetune.models.travel import public_name
 from finetune.objectives.cross_entropy import CROSS_ENTROPY
@@ -310,6 +311,12 @@ class TorchSession:
         if batch.packed:
             # Positions that begin anew are how transformers knows that rows share a sequence.
             asked["position_ids"] = positions
+        if (
+            not torch.is_grad_enabled()
+            and (once := shared_start(batch))
+            and (kept := self._read_once(ids[:1, :once], len(ids)))
+        ):
+            asked |= {"input_ids": ids[:, once:], "logits_to_keep": here[:, once:], "past_key_values": kept}
         head = self._head
         if head is None or not head_loss.is_frozen(head, self.model):
             logits = self.model(**asked).logits.float()
@@ -327,6 +334,21 @@ class TorchSession:
         total = losses(torch.from_numpy(slopes).to(self._place, torch.float32))
         # The gradient is that of the weighed losses, the value is the objective's own.
         return total + (value - total.detach())
+
+    def _read_once(self, prompt: torch.Tensor, rows: int) -> Any:
+        """What the layers keep of a prompt, (1, tokens), for so many rows that go on from it.
+
+        None where they keep more than keys and values, or nothing.
+        """
+        from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+        read = self.model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        kept: Any = getattr(read, "past_key_values", None)
+        plain = (DynamicLayer, DynamicSlidingWindowLayer)
+        if type(kept) is not DynamicCache or any(type(layer) not in plain for layer in kept.layers):
+            return None
+        kept.batch_repeat_interleave(rows)
+        return kept
 
     @functools.cached_property
     def _head(self) -> torch.nn.Linear | None:
