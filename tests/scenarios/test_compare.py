@@ -24,8 +24,8 @@ from finetune.compare.paths import CallablePath
 from finetune.errors import EvidenceError, UsageError
 from finetune.evidence.answering import ask_mlx_lm, ask_peft, ask_session
 from finetune.evidence.drift import InferenceRequest, InferenceResponse
-from finetune.export.blueprint import Blueprint, plan_adapter
-from finetune.export.gguf import export
+from finetune.export.blueprint import Blueprint
+from finetune.export.gguf import export, plan_lora
 from finetune.export.merged_folder import plan_weights, write_merged
 from finetune.export.result import open_result
 from finetune.records import ModelLocation
@@ -315,14 +315,14 @@ def _ask_of_another_base(folder: Path, request: InferenceRequest) -> InferenceRe
 
 
 def _with_scale(*given: Any) -> Blueprint:
-    made = plan_adapter(*given)
+    made = plan_lora(*given)
     return replace(made, metadata={**made.metadata, "adapter.lora.alpha": 1.0})
 
 
 MISREAD: dict[str, tuple[str, Callable[..., Any]]] = {
     "peft": ("paths.ask_peft", lambda folder, adapter, request: ask_peft(folder, _with_alpha(adapter), request)),
     "mlx-lm": ("comparison.ask_mlx_lm", _ask_of_another_base),
-    "gguf-lora": ("paths.plan_adapter", _with_scale),
+    "gguf-lora": ("paths.plan_lora", _with_scale),
 }
 
 

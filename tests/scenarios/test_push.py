@@ -1,5 +1,6 @@
 """Laws of `ft push`: what goes to the hub is what was trained, nothing of this machine, and no secret."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from finetune.export.gguf import export
 from finetune.train import fine_tune
 from support.hub_server import TOKEN, Hub, running_hub
+from support.tiny_runs import tiny_run
 from support.workplace import make_data, make_model, settings, without_reload_check
 
 pytestmark = pytest.mark.tools
@@ -152,3 +155,45 @@ def test_push_refuses_before_it_asks(
     assert said in done.stderr
     assert hub.asked == []
     assert TOKEN not in done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with the GGUF files of the merged model and of the adapter alone."""
+    for library in ("peft", "gguf", "xllamacpp"):
+        pytest.importorskip(library, reason="needs the torch and gguf extras: pip install 'finetune-suite[torch,gguf]'")
+    run = told(tiny_run(tmp_path_factory.mktemp("exported"), "lora"), outcome="passed")
+    for outtype, alone in (("q8_0", False), ("f32", True)):
+        export(str(run), outtype=outtype, adapter_only=alone, output=None, backend="torch", tell=lambda words: None)
+    (run / "gguf" / "run-f16.refused.gguf").write_bytes(b"what is refused is not sent")
+    return run
+
+
+def test_push_of_gguf_sends_what_was_exported_and_a_card_of_it(exported: Path, hub: Hub, tmp_path: Path) -> None:
+    """The files are on the hub byte for byte; the card tells the hub what they are, and each one's type and hash."""
+    done = ft(hub, "push", exported, "me/mine", "--gguf", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    here = {path.name: path.read_bytes() for path in (exported / "gguf").glob("run-*[0-9].gguf")}
+    assert here.keys() == {"run-q8_0.gguf", "run-adapter-f32.gguf"}
+    card = hub.files["README.md"].decode()
+    assert hub.files == {**here, "README.md": card.encode()}
+    assert "library_name: gguf" in card
+    for name, content in here.items():
+        assert f"`{name}`: {name[:-5].rsplit('-', 1)[-1]}, {len(content):,} bytes" in card
+        assert hashlib.sha256(content).hexdigest() in card
+    assert str(tmp_path.parent) not in card
+
+
+def test_push_of_gguf_refuses_what_was_not_exported(exported: Path, run: Path, hub: Hub, tmp_path: Path) -> None:
+    """A byte of a weight that has changed, or no file at all, is refused, and nothing is asked."""
+    changed = shutil.copytree(exported, tmp_path / "changed")
+    file = changed / "gguf" / "run-q8_0.gguf"
+    file.write_bytes(file.read_bytes()[:-3] + b"\x01\x02\x03")
+    for words, said in ((changed, "is not what was written"), (run, "holds no GGUF file")):
+        done = ft(hub, "push", words, "me/mine", "--gguf", cwd=tmp_path)
+        assert done.returncode == 3
+        assert said in done.stderr
+        assert "ft export" in done.stderr
+    done = ft(hub, "push", exported, "me/mine", "--gguf", "--merged", cwd=tmp_path)
+    assert done.returncode == 2
+    assert hub.asked == []

@@ -9,6 +9,7 @@ from finetune.cli.options import AsJson, RunPath
 
 Repo = Annotated[str, typer.Argument(metavar="REPO", help="The repository on the hub: USER/NAME.")]
 Merged = Annotated[bool, typer.Option("--merged", help="The model folder that ft merge made, not the adapter.")]
+Gguf = Annotated[bool, typer.Option("--gguf", help="The GGUF files that ft export made, each read back first.")]
 Private = Annotated[bool, typer.Option("--private", help="A repository that is made now is private.")]
 Force = Annotated[bool, typer.Option("--force", help="Also a run that failed its verdict.")]
 CheckOnly = Annotated[bool, typer.Option("--check-only", help="Show what would go up, and send nothing.")]
@@ -19,19 +20,20 @@ def command(
     repo: Repo,
     *,
     merged: Merged = False,
+    gguf: Gguf = False,
     private: Private = False,
     force: Force = False,
     check_only: CheckOnly = False,
     json_output: AsJson = False,
 ) -> int:
-    """Send a run's adapter or model to the Hugging Face hub, with its measured model card.
+    """Send a run's adapter, model or GGUF files to the Hugging Face hub, with its measured model card.
 
     What the hub then has is held to what was sent. A run that failed its verdict is refused. The token is that of
     `hf auth login` or HF_TOKEN.
     """
     from finetune.export.push import plan_push, push
 
-    plan = plan_push(run, repo, merged=merged, force=force)
+    plan = plan_push(run, repo, merged=merged, gguf=gguf, force=force)
     for note in plan.notes:
         say(f"note: {note}")
     done = plan if check_only else push(plan, private=private, tell=say)

@@ -11,7 +11,8 @@ from finetune.compare.server_path import ask_server
 from finetune.errors import ExportError, ModelError
 from finetune.evidence.answering import ask_folder, ask_peft, ask_session
 from finetune.evidence.drift import Bound, Ids, InferenceRequest, InferenceResponse
-from finetune.export.blueprint import plan_adapter, plan_model
+from finetune.export.blueprint import plan_model
+from finetune.export.gguf import plan_lora
 from finetune.export.gguf_check import bound_of
 from finetune.export.gguf_source import Exportable, all_stops, exportable_result, file_metadata, require_gguf
 from finetune.export.llama_cpp import Questions, ask_llama_cpp
@@ -53,14 +54,10 @@ def peft_path(result: Result) -> CallablePath:
     Raises:
         ModelError: the whole model was trained.
     """
-    _require_adapter(result)
+    if result.whole:
+        raise ModelError("there is no adapter: the whole model was trained")
     ask = partial(ask_peft, result.folder.resolve(), result.saved.resolve())
     return CallablePath("peft", None, "PEFT alone on the adapter's folder, float32", ask)
-
-
-def _require_adapter(result: Result) -> None:
-    if result.whole:
-        raise ModelError("the whole model was trained: there is no adapter")
 
 
 def merged_path(result: Result, bounds: RoundingBounds) -> CallablePath:
@@ -128,13 +125,9 @@ class GgufPaths:
         Raises:
             FineTuneError: there is no adapter, or it or its base cannot be written so.
         """
-        _require_adapter(self.result)
         made_of = self.exportable
-        adapter = self.result.adapter()
-        assert adapter is not None
+        over = plan_lora(made_of, "f32")
         keys = file_metadata(made_of, self.vocabulary)
-        naming = {key: value for key, value in keys.items() if key.startswith("general.")}
-        over = plan_adapter(made_of.described, made_of.shape, adapter, naming, "f32")
         under = plan_model(made_of.described, made_of.shape, made_of.base, keys, "f32")
         bound = bound_of(bounds, under, "f32", from_table=made_of.described.family.activation_from_table)
 

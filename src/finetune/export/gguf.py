@@ -129,10 +129,7 @@ def write_exportable(
     described, shape = exportable.described, exportable.shape
     under = twin = None
     if adapter_only:
-        if exportable.adapter is None:
-            raise ModelError("there is no adapter to export alone", hint="leave out --adapter-only")
-        naming = {key: value for key, value in keys.items() if key.startswith("general.")}
-        blueprint = plan_adapter(described, shape, exportable.adapter, naming, outtype)
+        blueprint = plan_lora(exportable, outtype)
         under = plan_model(described, shape, exportable.base, keys, outtype)
     else:
         blueprint = plan_model(described, shape, exportable.source, keys, outtype)
@@ -173,6 +170,20 @@ def plan_whole(exportable: Exportable, outtype: Outtype) -> Blueprint:
     vocabulary = describe_vocabulary(exportable.tokenizer.description(), exportable.special, exportable.rows)
     keys = file_metadata(exportable, vocabulary)
     return plan_model(exportable.described, exportable.shape, exportable.source, keys, outtype)
+
+
+def plan_lora(exportable: Exportable, outtype: Outtype) -> Blueprint:
+    """The file of the adapter alone.
+
+    Raises:
+        ModelError: there is none, or something of it has no place in GGUF.
+    """
+    if exportable.adapter is None:
+        raise ModelError("there is no adapter: the whole model was trained", hint="leave out --adapter-only")
+    vocabulary = describe_vocabulary(exportable.tokenizer.description(), exportable.special, exportable.rows)
+    keys = file_metadata(exportable, vocabulary)
+    naming = {key: value for key, value in keys.items() if key.startswith("general.")}
+    return plan_adapter(exportable.described, exportable.shape, exportable.adapter, naming, outtype)
 
 
 @dataclass(frozen=True, slots=True)

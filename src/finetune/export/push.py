@@ -7,12 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune.backends import open_backend
 from finetune.config import load_plan
 from finetune.errors import DeploymentError, FineTuneError, ModelError, RefusedError, UsageError
 from finetune.evidence.saved import saved_in
+from finetune.export.gguf import plan_lora, plan_whole
+from finetune.export.gguf_source import exportable_run, require_gguf
+from finetune.export.outtypes import FILE_TYPES
+from finetune.export.read_back import read_back
+from finetune.files import file_hash
+from finetune.models.gguf_file import read_gguf
 from finetune.models.shape import refuse_leading_out
 from finetune.models.travel import without_places
 from finetune.records import Outcome
+from finetune.report.card import CARD, licence_in, model_card
 from finetune.run.folder import RunFolder
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -61,17 +69,20 @@ class Push:
         return {**told, "url": self.url, "commit": self.commit, "files": files, "notes": list(self.notes)}
 
 
-def plan_push(path: Path, repo: str, *, merged: bool = False, force: bool = False) -> Push:
+def plan_push(path: Path, repo: str, *, merged: bool = False, gguf: bool = False, force: bool = False) -> Push:
     """What of a finished run goes to a repository; nothing is sent, and no network is asked.
 
     Args:
         merged: the model folder that `ft merge` made, in place of the adapter or the whole model.
+        gguf: the files that `ft export` made, each read back first, with a card of their own.
         force: also where the run's verdict is that it failed.
 
     Raises:
         UsageError: the repository's name is none.
         RefusedError: the run failed, is not finished or was changed, or a secret is in a file.
     """
+    if merged and gguf:
+        raise UsageError("--merged and --gguf are two things to send", hint="send each to a repository of its own")
     if not _REPO.fullmatch(repo):
         raise UsageError(
             f"{repo!r} names no repository of the hub", hint="write it as USER/NAME, such as me/my-adapter"
@@ -85,22 +96,59 @@ def plan_push(path: Path, repo: str, *, merged: bool = False, force: bool = Fals
             f"the run {run.path.name} failed its verdict: {'; '.join(broken[:3])}",
             hint="train again, or send it all the same with --force: its card says that it failed",
         )
-    saved = run.merged if merged else saved_in(run, config)
+    notes: list[str] = []
+    if gguf:
+        files = _gguf_files(run, record)
+    else:
+        base = str(record["model"]["name"]) if record["model"]["source"] == "hub" else ""
+        files = _folder_files(run, run.merged if merged else saved_in(run, config), base, notes)
+    _refuse_secrets(files)
+    if outcome != Outcome.PASSED:
+        notes.append(f"the run's outcome is {outcome}; its card says so")
+    return Push(repo, run.path.name, outcome, tuple(files), tuple(notes))
+
+
+def _folder_files(run: RunFolder, saved: Path, base: str, notes: list[str]) -> list[Outgoing]:
+    """The files of a folder, without what is hidden; `notes` are told where one named a place."""
     if not saved.is_dir():
         raise ModelError(f"{saved} does not exist", hint=f"make it first: ft merge {run.path}")
-    base, notes = record["model"]["name"] if record["model"]["source"] == "hub" else "", []
     files = []
     for file in sorted(saved.rglob("*")):
         refuse_leading_out(file)
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(saved).parts):
             name = file.relative_to(saved).as_posix()
-            content = _without_places(file, str(base))
+            content = _without_places(file, base)
             notes += [f"{name}: the base is named without its place on this machine"] * isinstance(content, bytes)
             files.append(Outgoing(name, content))
-    _refuse_secrets(files)
-    if outcome != Outcome.PASSED:
-        notes.append(f"the run's outcome is {outcome}; its card says so")
-    return Push(repo, run.path.name, outcome, tuple(files), tuple(notes))
+    return files
+
+
+def _gguf_files(run: RunFolder, record: Mapping[str, Any]) -> list[Outgoing]:
+    """The GGUF files of a run, each of them still what was written, and their card.
+
+    Raises:
+        FineTuneError: there is none, or one has changed since.
+    """
+    found = [file for file in sorted(run.gguf.glob("*.gguf")) if not file.stem.endswith(".refused")]
+    if not found:
+        raise ModelError(f"{run.gguf} holds no GGUF file", hint=f"make one first: ft export {run.path}")
+    require_gguf()
+    exportable, told = exportable_run(run.path, open_backend), []
+    for file in found:
+        refuse_leading_out(file)
+        kind = read_gguf(file).metadata
+        outtype = next((name for name, number in FILE_TYPES.items() if number == kind.get("general.file_type")), None)
+        if outtype is None:
+            wrong = f"no type of ours: {kind.get('general.file_type')}"
+        else:
+            plan = plan_lora if kind.get("general.type") == "adapter" else plan_whole
+            wrong = read_back(plan(exportable, outtype), file).first
+        if wrong:
+            hint = f"remove it, and write it again: ft export {run.path}"
+            raise ModelError(f"{file} is not what was written: {wrong}", hint=hint)
+        told.append(f"`{file.name}`: {outtype}, {file.stat().st_size:,} bytes, sha256 `{file_hash(file)}`.")
+    card = model_card(record, licence_in(exportable.folder), "gguf", told)
+    return [*(Outgoing(file.name, file) for file in found), Outgoing(CARD, card.encode())]
 
 
 def push(plan: Push, *, private: bool = False, tell: Callable[[str], None] = lambda words: None) -> Push:

@@ -16,20 +16,35 @@ from finetune.intervals import wilson_interval
 from finetune.models.travel import hub_id, words_without_places
 
 CARD = "README.md"
-Form = Literal["adapter", "model", "merged"]
+Form = Literal["adapter", "model", "merged", "gguf"]
 _SHOWN_SETTINGS = ("training.", "adapter.", "tokens.max_length", "tokens.truncation", "template.name")
 _QUESTIONS = {"learning": ("data.train", "facts"), "retention": ("data.retention", "retention")}
-_LOAD: Mapping[bool, str] = {
-    True: """from peft import PeftModel
+_BY_TRANSFORMERS = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({here!r})
+tokenizer = AutoTokenizer.from_pretrained({here!r})
+```
+
+`chat_template.jinja` beside the weights is the template that it was trained with."""
+_USE: Mapping[Form, str] = {
+    "adapter": """```python
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base = AutoModelForCausalLM.from_pretrained({base!r})
 model = PeftModel.from_pretrained(base, {here!r})
-tokenizer = AutoTokenizer.from_pretrained({here!r})""",
-    False: """from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained({here!r})
+```
 
-model = AutoModelForCausalLM.from_pretrained({here!r})
-tokenizer = AutoTokenizer.from_pretrained({here!r})""",
+`chat_template.jinja` beside the weights is the template that it was trained with.""",
+    "model": _BY_TRANSFORMERS,
+    "merged": _BY_TRANSFORMERS,
+    "gguf": """```bash
+llama-server --jinja --model path/to/FILE.gguf
+```
+
+Each file holds the template that it was trained with.""",
 }
 
 
@@ -46,7 +61,7 @@ def model_card(record: Mapping[str, Any], licence: str, form: Form, more: Sequen
     """
     name, kind = _base_name(record), str(_setting(record, "adapter.kind"))
     title = "the whole model was trained" if kind == "full" else f"a {ADAPTER_KINDS[kind].title} adapter"
-    title += ", merged into its base" if form == "merged" and kind != "full" else ""
+    title += ", merged into its base" if form in ("merged", "gguf") and kind != "full" else ""
     here = f"path/to/{'adapter' if form == 'adapter' else 'model'}"
     base = name if _hub_id(record) else f"path/to/{name}"
     head = yaml.safe_dump(_head(record, licence, form), sort_keys=False, allow_unicode=True)
@@ -61,11 +76,7 @@ def model_card(record: Mapping[str, Any], licence: str, form: Form, more: Sequen
         "",
         "## Use",
         "",
-        "```python",
-        _LOAD[form == "adapter"].format(base=base, here=here),
-        "```",
-        "",
-        "`chat_template.jinja` beside the weights is the template that it was trained with.",
+        _USE[form].format(base=base, here=here),
         "",
         "## Base",
         "",
@@ -111,9 +122,9 @@ def _head(record: Mapping[str, Any], licence: str, form: Form) -> dict[str, Any]
     """What the hub reads: library, licence, base, and the scores in its evaluation format."""
     kind = str(_setting(record, "adapter.kind"))
     head: dict[str, Any] = {
-        "library_name": "peft" if form == "adapter" else "transformers",
+        "library_name": {"adapter": "peft", "gguf": "gguf"}.get(form, "transformers"),
         "pipeline_tag": "text-generation",
-        "tags": ["finetune", *([] if kind == "full" else [kind])],
+        "tags": ["finetune", *([] if kind == "full" else [kind]), *(["gguf"] if form == "gguf" else [])],
     }
     if licence:
         head["license"] = licence
