@@ -1,5 +1,6 @@
 """Laws of the length limit: what does not fit is cut or left out as declared, and every row is accounted for."""
 
+import re
 import time
 
 import pytest
@@ -133,3 +134,16 @@ def test_long_conversations_take_time_in_proportion() -> None:
     [row] = mark_rows([template.render(Conversation(messages, "a:1"))], tokenizer)
     assert time.process_time() - start < 6
     assert row.tokenized().target_count > 6400
+
+
+def test_markup_that_differs_in_every_row_is_named_as_any_other() -> None:
+    """What is kept of markup is bounded, and whether it was kept makes no other text of it."""
+    tokenizer = tokenizer_of(TokenizerKind())
+    token = tokenizer.control_tokens[-1]
+    texts = [f"{token}{number}{token}" for number in range(600)] + [token + "a" * 20_000 + token]
+    for text in [*texts, *texts[400:], *texts[400:]]:
+        said, places = tokenizer.by_name(text)
+        names = list(re.finditer("\U0010fffd.*?\U0010fffd", said))
+        assert re.sub("\U0010fffd.*?\U0010fffd", token, said) == text
+        assert list(places) == [name.start() for name in names]
+        assert len(tokenizer._named) <= 256

@@ -28,7 +28,7 @@ class Marked:
 
     def tokenized(self) -> TokenizedRow:
         """The ids with only the *trained* marks."""
-        return TokenizedRow(self.ids, tuple(mark == TRAINED for mark in self.marks), self.where)
+        return TokenizedRow(self.ids, tuple(map(TRAINED.__eq__, self.marks)), self.where)
 
 
 def encode_row(row: Rendered, tokenizer: FileTokenizer) -> TokenizedRow:
@@ -68,23 +68,17 @@ class _Laid:
     """A row as one text, in which control tokens that are meant stand by name, with a mark for each stretch of it."""
 
     text: str
-    stretches: tuple[tuple[int, int], ...]
+    stretches: list[tuple[int, int]]
     """Where each ends, and its mark."""
-    controls: tuple[tuple[int, int], ...]
+    controls: list[tuple[int, int]]
     """Where each control token begins, and its mark."""
     answer: int
     """Where the last answer begins; 0 where there is none."""
+    asked: int
+    """How many control tokens stand before the last answer."""
+    question: str
+    """What stands before the last answer, from the last control token on: no token reaches across one of those."""
     where: str
-
-    @property
-    def asked(self) -> int:
-        """How many control tokens stand before the last answer."""
-        return bisect_left(self.controls, (self.answer,))
-
-    @property
-    def question(self) -> str:
-        """What stands before the last answer, from the last control token on: no token reaches across one of those."""
-        return self.text[self.controls[self.asked - 1][0] if self.asked else 0 : self.answer]
 
 
 def _lay_out(row: Rendered, tokenizer: FileTokenizer) -> _Laid:
@@ -94,19 +88,21 @@ def _lay_out(row: Rendered, tokenizer: FileTokenizer) -> _Laid:
     at = answer = 0
     before = False
     for segment in row.segments:
-        said = segment.trained and segment.role == "assistant"
+        text, trained = segment.text, segment.trained
+        said = trained and segment.role == "assistant"
         if said and not before:
             answer = at
         before = said
-        mark = TRAINED if segment.trained else KEPT if segment.control else REMOVABLE
-        for place, piece in enumerate(tokenizer.split_control(segment.text) if segment.control else [segment.text]):
-            if place % 2:  # control tokens stand at the odd places
-                controls.append((at, mark))
-                piece = tokenizer.name_of(piece)
-            parts.append(piece)
-            at += len(piece)
+        mark = TRAINED if trained else KEPT if segment.control else REMOVABLE
+        if segment.control:
+            text, places = tokenizer.by_name(text)
+            controls += [(at + place, mark) for place in places]
+        parts.append(text)
+        at += len(text)
         stretches.append((at, mark))
-    return _Laid("".join(parts), tuple(stretches), tuple(controls), answer, row.where)
+    whole, asked = "".join(parts), bisect_left(controls, (answer,))
+    question = whole[controls[asked - 1][0] if asked else 0 : answer]
+    return _Laid(whole, stretches, controls, answer, asked, question, row.where)
 
 
 def _marked(laid: _Laid, whole: Spans, question: Spans | None, tokenizer: FileTokenizer) -> tuple[list[int], bytes]:
@@ -155,9 +151,7 @@ def _marks(laid: _Laid, count: int, span: Callable[[int], tuple[int, int]]) -> b
     marks = bytearray(count)
     done = begin = 0
     for end, mark in laid.stretches:
-        up_to = count if end == len(laid.text) else done
-        while up_to < count and span(up_to)[0] < end:
-            up_to += 1
+        up_to = count if end == len(laid.text) else _first_from(end, done, count, span)
         marks[done:up_to] = bytes([mark]) * (up_to - done)
         # Those of earlier stretches that reach into this one.
         for place in range(done - 1, -1, -1):
@@ -166,3 +160,11 @@ def _marks(laid: _Laid, count: int, span: Callable[[int], tuple[int, int]]) -> b
             marks[place] = REACHING if marks[place] < mark == TRAINED else min(marks[place], mark)
         done, begin = up_to, end
     return marks
+
+
+def _first_from(end: int, done: int, count: int, span: Callable[[int], tuple[int, int]]) -> int:
+    """The place of the first token from `done` on that begins at `end` or behind; few are looked at."""
+    step = 1
+    while done + step < count and span(done + step)[0] < end:
+        step *= 2
+    return bisect_left(range(count), end, done, min(done + step, count), key=lambda place: span(place)[0])

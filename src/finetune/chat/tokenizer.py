@@ -7,6 +7,7 @@ import re
 import secrets
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,11 @@ Spans = tuple[list[int], Callable[[int], tuple[int, int]]]
 
 _BEFORE = ("\n", "]", ":", ">", "a", "。")
 """What a text may be put after, so that it is no beginning: the first that none of its characters merges with."""
+
+
+_KEPT, _LONG = 256, 10_000
+"""Of so many stretches of markup it is kept what control tokens they hold, since templates repeat themselves; none of
+so many characters is."""
 
 
 class FileTokenizer:
@@ -96,6 +102,7 @@ class FileTokenizer:
         ordered = sorted(tokens, key=len, reverse=True)
         self._splitter = re.compile("|".join(map(re.escape, ordered)) if ordered else "(?!)")
         self._kept: ContentTokenizer | None = None
+        self._named: dict[str, tuple[str, tuple[int, ...]]] = {}
 
     @property
     def _texts(self) -> "ContentTokenizer":
@@ -112,9 +119,19 @@ class FileTokenizer:
         """Ids of somebody's text: what looks like a control token stays ordinary text."""
         return list(self._texts.content().encode(text, add_special_tokens=False).ids)
 
-    def name_of(self, token: str) -> str:
-        """What a control token that is meant is called in a text for `encode_spans`."""
-        return self._texts.names[token]
+    def by_name(self, text: str) -> tuple[str, tuple[int, ...]]:
+        """Markup for `encode_spans`, with its control tokens by other names, and where each of them begins."""
+        known = self._named.get(text)
+        if known is None:
+            pieces = self.split_control(text)
+            pieces[1::2] = map(self._texts.names.__getitem__, pieces[1::2])
+            begins = list(accumulate(map(len, pieces)))[::2]
+            known = "".join(pieces), tuple(begins[:-1])
+            if len(text) < _LONG:
+                if len(self._named) == _KEPT:
+                    self._named.clear()
+                self._named[text] = known
+        return known
 
     def meant(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         """The places in ids of `encode_spans` where a control token is meant, and its id."""
