@@ -12,12 +12,20 @@ from finetune.config import LoadedConfig, load_config
 from finetune.criteria.evidence import Evidence
 from finetune.criteria.judge import judge, overall
 from finetune.errors import ModelError, UsageError
-from finetune.evidence.observe import learning_evidence, loss_evidence, observe, open_evidence
+from finetune.evidence.observe import (
+    learning_evidence,
+    loss_evidence,
+    losses_at_start,
+    observe,
+    open_evidence,
+    preference_evidence,
+)
 from finetune.evidence.saved import open_model
 from finetune.export.cached import with_model_folder
 from finetune.memory.estimate import sides
 from finetune.models.shape import read_shape
 from finetune.models.travel import public_name
+from finetune.objectives import choose_objective, measured_in
 from finetune.reading import check_regular
 from finetune.records import ModelLocation, Outcome, Verdict
 from finetune.training.prepare import Prepared, prepare
@@ -47,19 +55,22 @@ def judge_tuned(loaded: LoadedConfig, tuned: Path) -> dict[str, Any]:
         _check_adapter(prepared, tuned)
     config = prepared.plan.config
     session = open_model(config, prepared.location, prepared.encoder)
-    before = observe(session, prepared)
+    rows = [*prepared.train.rows, *(prepared.held_out.rows if prepared.held_out else ())]
+    objective = choose_objective(config.training, session, rows)
+    before = losses_at_start(session, observe(session, prepared), objective)
     if kind == "model":
         del session  # two models need not fit into memory
         session = open_model(config, ModelLocation(str(tuned), tuned.resolve(), "local"), prepared.encoder)
     else:
         with in_peft_format(tuned, prepared.location.name) as adapter:
             session.load_adapter(adapter)
-    after = observe(session, prepared, before)
+    after = observe(session, prepared, before, measured_in(objective))
     why = dict.fromkeys(("steps", "control", "memory", "parameters", "artifacts"), _ELSEWHERE)
     evidence = Evidence(
         loss_evidence(prepared, (), before, after),
         learning=learning_evidence(before, after, None, prepared, why),
         open=open_evidence(prepared, before.open, after.open),
+        preference=preference_evidence(session, before.asked, objective),
         why=why,
         unable=frozenset({"steps", "control", "memory"}),
     )
@@ -69,7 +80,7 @@ def judge_tuned(loaded: LoadedConfig, tuned: Path) -> dict[str, Any]:
         "base": prepared.location.name,
         "tuned": str(tuned),
         "answers": prepared.answers,
-        "goal": prepared.goal if evidence.open else "rows",
+        "goal": "preference" if evidence.preference else prepared.goal if evidence.open else "rows",
         "verdicts": verdicts,
         "notes": [*prepared.notes, *_other_base(tuned, prepared)],
         "not_measured": why,

@@ -17,6 +17,7 @@ NO_LIMIT = 2**31 - 1
 """The context length of a model that states none, such as one that knows no positions."""
 DEFAULT_KIND = "lora"  # of adapter where none is named; `adapters/kinds` holds them all
 Scaling = Literal["standard", "rank_stabilized"]
+T = TypeVar("T")
 
 
 class Outcome(StrEnum):
@@ -39,9 +40,6 @@ class Outcome(StrEnum):
         given = set(outcomes)
         ranked = (cls.FAILED, cls.ERROR, cls.INCONCLUSIVE, cls.PASSED, cls.NOT_APPLICABLE)
         return next((outcome for outcome in ranked if outcome in given), None)
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,7 @@ class Message:
 class Conversation:
     """Turns that end with an answer when they are to be trained on; `tools` and `variables` are JSON.
 
-    `from_text`: they are columns of text, a prompt and its answer, which may hold a template already.
+    `from_text`: they are columns of text, which may hold a template already. `rejected`: what the last is preferred to.
     """
 
     messages: tuple[Message, ...]
@@ -77,6 +75,7 @@ class Conversation:
     tools: str = ""
     variables: str = ""
     from_text: bool = False
+    rejected: Message | None = None
 
     @property
     def answer(self) -> str:
@@ -86,7 +85,7 @@ class Conversation:
     @property
     def prompt(self) -> "Conversation":
         """The same conversation without its last turn."""
-        return replace(self, messages=self.messages[:-1])
+        return replace(self, messages=self.messages[:-1], rejected=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +121,12 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRow:
-    """Token ids with one *trained* mark each; equal lengths."""
+    """Token ids with one *trained* mark each; equal lengths. `rejected`: the other side, where the row is a pair."""
 
     ids: tuple[int, ...]
     trained: tuple[bool, ...]
     where: str
+    rejected: "TokenizedRow | None" = None
 
     @property
     def target_count(self) -> int:

@@ -4,6 +4,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
@@ -31,14 +32,14 @@ from finetune.events import (
 from finetune.evidence.collect import collect_evidence
 from finetune.evidence.extra_runs import Trainings, shuffled_label_rows
 from finetune.evidence.forecast import forecast_run
-from finetune.evidence.observe import Observation, begin_at, observe, score
+from finetune.evidence.observe import Observation, begin_at, losses_at_start, observe, preference_evidence, score
 from finetune.evidence.packing_check import check_packing
 from finetune.evidence.record import run_owner, run_record
 from finetune.evidence.saved import save_trained
 from finetune.evidence.starting import with_start
 from finetune.export.cached import made_from, with_model_folder
 from finetune.files import describe_file, storage_errors, write_folder, write_json, write_text
-from finetune.objectives import choose_objective
+from finetune.objectives import measured_in
 from finetune.ports import Session
 from finetune.records import Batch, Question, Scores, TokenizedRow
 from finetune.report import build_report, render_html
@@ -141,6 +142,9 @@ def _train_and_judge(run: Run, *, resume: bool, clock: float) -> dict[str, Any]:
         with run.phase("observe start", f"the adapter {run.start.name}, with a fresh optimizer"):
             run.beginning = begin_at(session, before)
         run.notes.append(begun_note(run.start, run.beginning, before.fixed[0]))
+    with run.phase("reference", "log p of all answers, before the first step") if prepared.pairs else nullcontext():
+        run.settle_objective(session)
+        before = losses_at_start(session, before, measured_in(run.objective))
     # Only now, when nothing can be refused any more, is anything written.
     _begin(run, resume=resume)
     trained = train_to_the_end(run, session, before, owner)
@@ -148,11 +152,12 @@ def _train_and_judge(run: Run, *, resume: bool, clock: float) -> dict[str, Any]:
     with run.phase(f"save {saved.name}"):
         write_folder(saved, lambda path: save_trained(prepared, session, path))
     with run.phase("observe tuned"):
-        after = observe(session, prepared, before)
+        after = observe(session, prepared, before, measured_in(run.objective))
+        preference = preference_evidence(session, before.asked, run.objective)
     run.tell(FixedLoss(trained.kept, *after.fixed))
 
     trainings = _trainings(run, session, owner, trained.kept, before.asked.learning)
-    evidence = collect_evidence(run, session, saved, (before, after, fingerprints), trainings)
+    evidence = collect_evidence(run, session, saved, (before, after, fingerprints), trainings, preference)
     verdicts = judge(evidence)
     run.tell(RunJudged(overall(verdicts), {verdict.id: verdict.outcome for verdict in verdicts}))
     run.close_trackers(complete=True)
@@ -168,7 +173,9 @@ def train_to_the_end(run: Run, session: Session, before: Observation, owner: Own
     """
     prepared, training = run.prepared, run.prepared.plan.config.training
     store = run.checkpoints(pinned=_control_checkpoint(prepared, before))
-    if training.packing:  # before a checkpoint is loaded: the same is measured however often the run is resumed
+    if (
+        training.packing or prepared.pairs
+    ):  # before a checkpoint is loaded: the same is measured however often the run is resumed
         with run.phase("check packing", "rows that share a sequence must not see each other"):
             if (packed := packed_sample(prepared)) is not None:
                 sees = check_packing(session, packed, prepared.plan.config.model.dtype)
@@ -261,7 +268,7 @@ def training_events(
         last_step=last,
         # A control goes at the pace of the run, which may have been planned anew on its way.
         rates=run.folder.learning_rates() if last is not None else {},
-        objective=choose_objective(training),
+        objective=run.objective,
     )
     size, length = batch_of_all(prepared.plan), pack_length(prepared.plan)
 
@@ -277,6 +284,7 @@ def _train_along(run: Run) -> None:
     """Train as every process but the first does: it writes, judges and logs nothing, and stops when the first says."""
     session = run.open_session()
     run.attach_adapter(session)
+    run.settle_objective(session)
     owner = run_owner(run.prepared, run.backend.versions())
     done = load_newest(run, session, run.checkpoints(), owner)
     if not _anybody_stops(run, stops=False):

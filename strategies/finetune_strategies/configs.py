@@ -160,6 +160,8 @@ SETTINGS: dict[str, Setting] = {
     "adapter.modules_to_save": _optional(
         Setting(_NAME_LISTS, st.sampled_from(["norm", "", [], [""], [1], [True], {}, 3, True, "all-linear"]))
     ),
+    "training.objective": _words("sft", "dpo"),
+    "training.dpo_beta": _POSITIVE,
     "training.epochs": _optional(_POSITIVE),
     "training.max_steps": _optional(_whole(1)),
     "training.batch_size": _whole(1),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -150,7 +151,13 @@ def test_plan_leaves_nothing_open(
     unable = not ABILITIES[config.backend].schemes
     packed = unable + (kind == "full") if quantize else size != 64
     rows = bool(config.tokens.add_special_tokens) + bool(config.tokens.add_tokens) if kind == "ia3" else 0
-    if conflicts := too_long + two_splits + no_template + idle + unwatched + margin + packed + rows:
+    training, judged = config.training, config.judge
+    dpo = training.objective == "dpo"
+    aims: tuple[bool, ...] = (training.dpo_beta != 0.1,)
+    if dpo:
+        aims = (config.data.rehearsal is not None, config.template.train_on != "last", training.label_smoothing >= 0.5)
+        aims += (judged.answers == "exact", judged.goal != "auto", judged.control == "always")
+    if conflicts := too_long + two_splits + no_template + idle + unwatched + margin + packed + rows + sum(aims):
         with pytest.raises(ConfigError) as caught:
             resolve(loaded, facts)
         assert len(caught.value.problems) == conflicts
@@ -161,10 +168,14 @@ def test_plan_leaves_nothing_open(
     for key in KEYS:
         open_before = before[key] == "auto" if key == "template.name" else before[key] is None
         derived = open_before and (key == "template.name" or after[key] is not None)
+        derived |= key == "template.train_on" and dpo
+        derived |= key == "template.name" and before[key].endswith(".jinja") and not Path(before[key]).is_absolute()
         assert plan.origins[key] == ("derived" if derived else loaded.origins[key])
         assert derived or after[key] == before[key]
     own = "tokenizer" if facts.has_chat_template else "alpaca"
-    assert after["template.name"] == (own if before["template.name"] == "auto" else before["template.name"])
+    named = before["template.name"]
+    named = str(Path(named).absolute()) if named.endswith(".jinja") else named
+    assert after["template.name"] == (own if named == "auto" else named)
     assert 8 <= after["tokens.max_length"] <= facts.context_length
     assert (before["tokens.max_length"] is not None) or after["tokens.max_length"] == min(2048, facts.context_length)
     split = facts.train_rows >= 200 and config.data.valid is None

@@ -50,6 +50,13 @@ class Change:
 RISING: dict[str, Any] = {"training.evaluate_every": 1, "training.learning_rate": 1.0, "training.epochs": 3.0}
 """So fast that the held-out loss rises after its lowest."""
 
+PAIRED: dict[str, Any] = {
+    "training.objective": "dpo",
+    "data.train": "PAIRS.jsonl",
+    "data.valid": "PAIRS.jsonl",
+    "data.rehearsal": None,
+    "data.columns": {"prompt": "prompt", "chosen": "completion", "rejected": "rejected"},
+}
 CHANGES: dict[str, Change] = {
     "model.path": Change("OTHER"),
     "model.revision": Change("main", refused="has no revisions"),
@@ -85,6 +92,8 @@ CHANGES: dict[str, Change] = {
     "adapter.rank_pattern": Change({"q_proj": 1}),
     "adapter.alpha_pattern": Change({"q_proj": 3.0}),
     "adapter.modules_to_save": Change(["model.norm"]),
+    "training.objective": Change("dpo", {"data.rehearsal": None}, "no column is the chosen answer"),
+    "training.dpo_beta": Change(0.5, PAIRED),
     "training.epochs": Change(1.0),
     "training.max_steps": Change(2),
     "training.batch_size": Change(2),
@@ -148,12 +157,16 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     turns = folder / "turns.jsonl"
     said = [{"role": role, "content": "a b"} for role in ("user", "assistant") * 2]
     turns.write_text("".join(json.dumps({"messages": said[: 2 * (1 + row % 2)]}) + "\n" for row in range(5)))
+    pairs = folder / "pairs.jsonl"
+    paired = [{"prompt": "a b", "completion": "a " * row, "rejected": "b"} for row in range(1, 6)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in paired))
     dated = folder / "dated.jinja"
     dated.write_text("{{ strftime_now('%d %b %Y') }}{{ greeting }}" + CHATML.jinja)
     return {name: str(next(folder.glob(f"{name}*"))) for name in _FILES} | {
         "CACHE": str(folder / "CACHE"),
         "DATED.jinja": str(dated),
         "TURNS.jsonl": str(turns),
+        "PAIRS.jsonl": str(pairs),
     }
 
 

@@ -54,6 +54,10 @@ FAILED_BY = {
     "A276": "evaluate.file",
     "A276b": "evaluate.file",
     "A282": "memory.counts",
+    "A310": "dpo.reference",
+    "A311": "dpo.reference",
+    "A312": "dpo.oracle",
+    "A313": "dpo.oracle",
     "A295": "safety.files",
     "A305": "serve.recipe",
 }

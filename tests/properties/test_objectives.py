@@ -17,7 +17,7 @@ from finetune.records import Batch, TokenizedRow
 from finetune.training.loop import LoopPlan, train
 from finetune_strategies.datasets import token_rows
 from finetune_strategies.profiles import examples
-from support.objectives import Preference
+from support.objectives import PREFERENCE
 from support.tiny_llamas import ROWS, adapted, check_slopes
 from support.toy_session import ToySession
 
@@ -76,7 +76,7 @@ def test_label_smoothing_that_is_wrong_is_noticed(fault: str, monkeypatch: pytes
 def test_step_is_divided_by_the_units_of_its_objective() -> None:
     """What a step tells and learns is the sum over its batches, divided by their units together."""
     window = [Batch(ROWS[:4]), Batch(ROWS[4:6])]
-    for objective, units in ((CROSS_ENTROPY, sum(batch.target_count for batch in window)), (Preference(), 3)):
+    for objective, units in ((CROSS_ENTROPY, sum(batch.target_count for batch in window)), (PREFERENCE, 3)):
         session = ToySession()
         plan = LoopPlan(1, 2, 0.1, 0, "constant", 9, objective=objective)
         [done] = [event for event in train(session, lambda epoch: window, (), plan) if isinstance(event, StepDone)]  # type: ignore[arg-type]
@@ -90,4 +90,4 @@ def test_objective_is_the_one_that_is_set(share: float) -> None:
     """`training.label_smoothing` reaches the objective; left out it is plain cross-entropy."""
     given = {"training.label_smoothing": share} if share else {}
     config = load_config(None, environ={}, overrides=given, profile=None).config
-    assert choose_objective(config.training) == CrossEntropy(share)
+    assert choose_objective(config.training, ToySession(), ()) == CrossEntropy(share)

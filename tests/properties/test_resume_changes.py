@@ -219,7 +219,7 @@ def test_resumed_run_keeps_the_derived_rate_of_its_start(
             fine_tune(loaded, output=tmp_path / "run", listener=die_at_step_4)
         plan = load_plan(tmp_path / "run" / "plan.yaml")
         rules = sys.modules["finetune.config.resolve"]
-        monkeypatch.setattr(rules, "derived_learning_rate", lambda parameters, kind: 1.0)
+        monkeypatch.setattr(rules, "derived_learning_rate", lambda parameters, kind, objective: 1.0)
         monkeypatch.setattr(rules, "derived_epochs", lambda rows, steps_per_epoch: 1.0)
         resume(tmp_path / "run")
         fine_tune(loaded, output=tmp_path / "another")

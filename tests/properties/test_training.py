@@ -325,7 +325,7 @@ class Leaky(LogitsOnly):
 
     leak: float = 0.0
 
-    def loss(self, batch: Batch) -> float:
+    def loss(self, batch: Batch, *objective: object) -> float:
         """Ten nats a row, and more of them where rows share."""
         return 10.0 * len(batch.rows) + self.leak * bool(batch.packed)
 

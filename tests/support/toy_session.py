@@ -59,7 +59,7 @@ class ToySession:
         self.value -= learning_rate * self.gradient
         self.gradient = 0.0
 
-    def loss(self, batch: Batch) -> float:
+    def loss(self, batch: Batch, *objective: Any) -> float:
         """The summed loss."""
         return self._noted("loss", batch, self._summed(batch))
 

@@ -28,6 +28,14 @@ _TOGETHER = 1000
 """Rows that are rendered and encoded at once: few enough to hold in memory."""
 
 
+def sides_of(example: Example) -> tuple[Example, ...]:
+    """A conversation with each of its answers, the chosen one first; any other example alone."""
+    if not isinstance(example, Conversation) or example.rejected is None:
+        return (example,)
+    chosen = replace(example, rejected=None)
+    return chosen, replace(chosen, messages=(*chosen.messages[:-1], example.rejected))
+
+
 def _texts(talk: Conversation) -> Iterator[str]:
     return (message.content for message in talk.messages)
 
@@ -87,7 +95,11 @@ class Encoder:
         assert tokens.max_length is not None
         rows = mark_rows(rendered, self.tokenizer) if tokens.cache is None else self._kept([*rendered], tokens.cache)
         encoded = fit_rows(
-            rows, max_length=tokens.max_length, truncation=tokens.truncation, dropped=Counter(shaped.dropped)
+            rows,
+            max_length=tokens.max_length,
+            truncation=tokens.truncation,
+            dropped=Counter(shaped.dropped),
+            sides=2 if plan.config.training.objective == "dpo" else 1,
         )
         later = Counter(encoded.counts.dropped) - Counter(shaped.dropped)
         counts = replace(
@@ -107,7 +119,12 @@ class Encoder:
         turns = self.template.turn_marks[0].tokens
         waiting, first = iter(examples), None
         while some := [*islice(waiting, _TOGETHER)]:
-            rendered, refused = self.render(some)
+            sides = [side for example in some for side in sides_of(example)]
+            rendered, refused = self.render(sides)
+            if refused and len(sides) > len(some):  # a pair is refused once, with both sides
+                refused = [*dict(reversed(refused)).items()]
+                unfit = {where for where, _ in refused}
+                rendered = [each for each in rendered if each.where not in unfit]
             first = first or next((error for _, error in refused), None)
             for where, error in refused:
                 reason = error.message.removeprefix(f"{where}: ")

@@ -3,12 +3,13 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from finetune.chat.encode import REACHING, REMOVABLE, Marked
 from finetune.chat.lengths import Lengths
 from finetune.chat.tokenizer import FileTokenizer
+from finetune.data.batches import sides_of
 from finetune.errors import counted, raise_all
 from finetune.records import TokenizedRow
 
@@ -66,8 +67,12 @@ class Encoded:
     counts: DataCounts
 
 
-def fit_rows(rows: Iterable[Marked], *, max_length: int, truncation: Truncation, dropped: dict[str, int]) -> Encoded:
+def fit_rows(
+    rows: Iterable[Marked], *, max_length: int, truncation: Truncation, dropped: dict[str, int], sides: int = 1
+) -> Encoded:
     """Hold rows to `max_length` tokens; `dropped` says what earlier steps already dropped.
+
+    With two `sides` rows come as pairs, as long as the longer side: both are cut alike, or dropped together.
 
     `truncation` is the declared policy for longer rows:
 
@@ -88,23 +93,20 @@ def fit_rows(rows: Iterable[Marked], *, max_length: int, truncation: Truncation,
     sources: Counter[str] = Counter()
     first: dict[str, str] = {}
     refused: list[str] = []
-    for row in rows:
-        lengths[len(row.ids)] += 1
-        pieces = [row]
-        if len(row.ids) > max_length:
-            pieces = shorten_row(row, max_length, truncation)
-            refused += [f"{row.where}: {len(row.ids)} tokens"] if truncation == "refuse" else []
-        learned = [piece for piece in (piece.tokenized() for piece in pieces) if piece.target_count]
+    for row, *others in zip(*[iter(rows)] * sides, strict=True):
+        longest = max(len(side.ids) for side in (row, *others))
+        lengths[longest] += 1
+        refused += [f"{row.where}: {longest} tokens"] if longest > max_length and truncation == "refuse" else []
+        learned, reason = _learned((row, *others), max_length, truncation)
         kept += learned
         seen["reaching"] += row.marks.count(REACHING) if learned else 0
         if learned:
             sources[_ROW.sub("", row.where)] += 1
         else:
-            reason = "no trained token" if pieces else f"longer than {max_length} tokens"
             losses[reason] += 1
             first.setdefault(reason, row.where)
-        seen["truncated"] += len(learned) == 1 and len(pieces[0].ids) < len(row.ids)
-        seen["split"] += len(pieces) > 1 and bool(learned)
+        seen["truncated"] += len(learned) == 1 and len(learned[0].ids) < len(row.ids)
+        seen["split"] += len(learned) > 1
     raise_all(
         refused,
         what=f"{counted(len(refused), 'row', 'is/are')} longer than {counted(max_length, 'token')}",
@@ -115,8 +117,8 @@ def fit_rows(rows: Iterable[Marked], *, max_length: int, truncation: Truncation,
         kept=sources.total(),
         dropped=dict(losses),
         truncated=seen["truncated"],
-        tokens=sum(len(row.ids) for row in kept),
-        trained_tokens=sum(row.target_count for row in kept),
+        tokens=sum(len(side.ids) for row in kept for side in sides_of(row)),
+        trained_tokens=sum(side.target_count for row in kept for side in sides_of(row)),
         split=seen["split"],
         reaching=seen["reaching"],
         sources=dict(sources),
@@ -124,6 +126,22 @@ def fit_rows(rows: Iterable[Marked], *, max_length: int, truncation: Truncation,
         lengths=Lengths.of(lengths),
     )
     return Encoded(tuple(kept), counts)
+
+
+def _learned(sides: Sequence[Marked], max_length: int, truncation: Truncation) -> tuple[list[TokenizedRow], str]:
+    """What is left of a row to learn, or of both sides of a pair as one row; or nothing, and why."""
+    excess = max(len(side.ids) for side in sides) - max_length
+    left = [shorten_row(side, len(side.ids) - excess, truncation) if excess > 0 else [side] for side in sides]
+    if not all(left):
+        return [], f"longer than {max_length} tokens"
+    rows, *others = ([row for piece in each if (row := piece.tokenized()).target_count] for each in left)
+    if not rows or not all(others):
+        return [], "no trained token"
+    if not others:
+        return rows, ""
+    if rows[0].ids == others[0][0].ids:
+        return [], "chosen and rejected are the same"
+    return [replace(rows[0], rejected=others[0][0])], ""
 
 
 def shorten_row(row: Marked, max_length: int, truncation: Truncation) -> list[Marked]:

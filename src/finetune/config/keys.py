@@ -26,6 +26,7 @@ PROFILE_KEY = "profile"
 
 # What other trainers, and older versions of this one, call a setting; difflib alone would not find these.
 _NAMES_ELSEWHERE: dict[str, str] = {
+    "training.dpo_beta": "beta pref_beta",
     "training.learning_rate": "lr",
     "training.epochs": "num_train_epochs num_epochs",
     "training.max_steps": "iters",
@@ -66,6 +67,14 @@ _NAMES_ELSEWHERE: dict[str, str] = {
 
 VALUES_ELSEWHERE: dict[tuple[str, str], str] = {
     ("adapter.kind", "qlora"): "set it to lora, and model.quantize to 4bit",
+    (
+        "training.objective",
+        "kto",
+    ): "for answers marked good or bad use TRL's KTOTrainer, or pair them up for dpo",
+    ("training.objective", "reward"): "for a model that scores use TRL's RewardTrainer, or use dpo on its pairs",
+    ("training.objective", "grpo"): "to sample while training use TRL's GRPOTrainer, or dpo on ranked answers",
+    ("training.objective", "ppo"): "to sample while training use TRL's PPOTrainer, or dpo on ranked answers",
+    ("training.objective", "orpo"): "use TRL's ORPOTrainer, or dpo on the same pairs",
     ("training.load_best_model", "best"): "write true",
     ("training.load_best_model", "last"): "write false",
 }

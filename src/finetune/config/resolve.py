@@ -47,7 +47,7 @@ def resolve(loaded: LoadedConfig, facts: ModelAndDataFacts) -> Plan:
         splits = config.data.valid is None and facts.train_rows >= FEWEST_ROWS_TO_HOLD_OUT
         fraction = derived["data.valid_fraction"] = HELD_OUT_SHARE if splits else 0.0
     problems = [*_length_problems(loaded, facts), *_conflicts(loaded, facts), *_quantize_problems(loaded)]
-    problems += new_token_problems(loaded)
+    problems += [*new_token_problems(loaded), *_objective_problems(loaded)]
     if config.data.valid is None and not fraction:
         problems += early_stopping_without_validation_problems(config, loaded.origins)
     if problems:
@@ -63,6 +63,8 @@ def resolve(loaded: LoadedConfig, facts: ModelAndDataFacts) -> Plan:
     elif config.template.name.endswith(".jinja") and not Path(config.template.name).is_absolute():
         # Where a run is resumed, another folder's file may have this name.
         derived["template.name"] = str(Path(config.template.name).absolute())
+    if config.training.objective == "dpo":
+        derived["template.train_on"] = "last"  # what both sides of a pair share says nothing of either
     if config.training.processes is None:
         derived["training.processes"] = 1
     return _settled(Plan(config, origins), derived)
@@ -93,7 +95,9 @@ def resolve_training(plan: Plan, *, parameters: int, rows: int, steps_per_epoch:
     training = plan.config.training
     derived: dict[str, Any] = {}
     if training.learning_rate is None:
-        derived["training.learning_rate"] = derived_learning_rate(parameters, plan.config.adapter.kind)
+        derived["training.learning_rate"] = derived_learning_rate(
+            parameters, plan.config.adapter.kind, training.objective
+        )
     if training.epochs is None:
         derived["training.epochs"] = derived_epochs(rows, steps_per_epoch)
     return _settled(plan, derived)
@@ -215,6 +219,38 @@ def new_token_problems(loaded: LoadedConfig) -> list[Problem]:
         able = any_of([*(name for name, each in ADAPTER_KINDS.items() if each.token_rows), "full"])
         problems += [_problem(loaded.origins, key, what, f"set adapter.kind to {able}") for key in named]
     return problems
+
+
+def _objective_problems(loaded: LoadedConfig) -> Iterator[Problem]:
+    """Settings that the objective has no use for, or that say otherwise than it."""
+    config, origins = loaded.config, loaded.origins
+    training, judged = config.training, config.judge
+    leave = "leave it out"
+    if training.objective == "sft":
+        if training.dpo_beta != default_of("training.dpo_beta") and origins["training.dpo_beta"] != "profile":
+            what = f"dpo_beta is {training.dpo_beta:g}, but objective is sft, which has none"
+            yield _problem(origins, "training.dpo_beta", what, "set training.objective to dpo, or leave it out")
+        if sides := [name for name in ("chosen", "rejected") if name in (config.data.columns or {})]:
+            what = f"data.columns names {' and '.join(sides)}, but objective is sft, which learns from single answers"
+            yield _problem(origins, "data.columns", what, "set training.objective to dpo, or name a completion")
+        return
+    if config.data.rehearsal is not None:
+        what = "data.rehearsal names rows to learn, but objective is dpo, which learns from pairs"
+        hint = "leave it out: dpo_beta holds the model to what it was"
+        yield _problem(origins, "data.rehearsal", what, hint)
+    if config.template.train_on != "last" and origins["template.train_on"] not in ("default", "profile"):
+        what = f"train_on is {config.template.train_on}, but objective is dpo, which compares the last answers"
+        yield _problem(origins, "template.train_on", what, leave)
+    if training.label_smoothing >= 0.5:
+        what = f"label_smoothing is {training.label_smoothing:g}: half of the pairs would be the wrong way round"
+        yield _problem(origins, "training.label_smoothing", what, "set it below 0.5")
+    for key, value, only in (
+        ("answers", judged.answers == "exact", "exact: no answer of a pair is the one right wording"),
+        ("goal", judged.goal != "auto", f"{judged.goal}: it is judged whether pairs are told apart"),
+        ("control", judged.control == "always", "always: there are no answers to shuffle"),
+    ):
+        if value:
+            yield _problem(origins, f"judge.{key}", f"objective is dpo, and {key} is {only}", leave)
 
 
 def _quantize_problems(loaded: LoadedConfig) -> Iterator[Problem]:

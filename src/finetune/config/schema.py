@@ -77,7 +77,9 @@ Weights = Annotated[tuple[Positive, ...], Field(min_length=1)]
 _Mapping = Field(min_length=1, json_schema_extra={"additionalProperties": False})
 _Variable = StrictBool | StrictInt | StrictFloat | Text
 TemplateVariables = Annotated[dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], _Variable], _Mapping]
-_FIELDS = "messages|prompt|completion|instruction|input|output|text|system|history|tools|reasoning|train"
+_FIELDS = (
+    "messages|prompt|completion|instruction|input|output|text|chosen|rejected|system|history|tools|reasoning|train"
+)
 Columns = Annotated[dict[Annotated[str, Field(pattern=rf"^({_FIELDS})$")], Text], _Mapping]
 NewTokens = Annotated[tuple[Annotated[Text, Field(max_length=128)], ...], Field(max_length=1000)]
 RankPattern = Annotated[dict[Text, Count], _Mapping]
@@ -152,8 +154,8 @@ class DataSpec(Spec):
     """Use only this many training rows; null uses them all."""
     columns: Columns | None = None
     """Which column is what, where names do not say it, such as `{prompt: question, completion: answer}`; for messages,
-    prompt, completion, instruction, input, output, text, system, history, tools, reasoning, and for train, a column
-    that says of each row whether it is learned. null goes by the names."""
+    prompt, completion, instruction, input, output, text, chosen, rejected, system, history, tools, reasoning, and for
+    train, a column that says of each row whether it is learned. null goes by the names."""
     ignore_columns: Names | None = None
     """Columns that are not read, whatever they say, such as `[label]`; also keys of messages, as `[messages.mood]`."""
 
@@ -229,7 +231,13 @@ class AdapterSpec(Spec):
 
 
 class TrainingSpec(Spec):
-    """How long and how fast is trained."""
+    """What is minimised, and how long and how fast is trained."""
+
+    objective: Literal["sft", "dpo"] = "sft"
+    """What a step minimises: the loss of the answers that rows show (sft), or that of preferring the chosen of two
+    answers to the rejected one (dpo), for rows with `chosen` and `rejected`."""
+    dpo_beta: Positive = 0.1
+    """How closely dpo stays to the model as it began: lower lets it move further from there."""
 
     epochs: Positive | None = None
     """How many times the training rows are gone through; null means 3, up to 10 where they make few steps, and
@@ -256,8 +264,8 @@ class TrainingSpec(Spec):
     weight_decay: PositiveOrZero = 0.0
     """How strongly AdamW pulls trained matrices towards zero; gains and biases are spared."""
     label_smoothing: Share = 0.0
-    """The share of each trained token that is spread over all words, so that none is learned to certainty; held-out
-    losses are measured without it."""
+    """The share of each trained token that is spread over all words, so that none is learned to certainty; for dpo the
+    share of pairs that are taken to be the wrong way round. Held-out losses are measured without it."""
     max_grad_norm: Positive = 1.0
     """Gradients longer than this are shortened to it."""
     seed: Seed = 0

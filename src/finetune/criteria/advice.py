@@ -38,8 +38,16 @@ def advise(evidence: Evidence, verdicts: Sequence[Verdict], facts: RunFacts) -> 
         slower = f"training.learning_rate (it is {facts.learning_rate:g}"
         slower += f"; {facts.usual_rate:g} is usual for this size)" if _too_fast(facts) else ")"
         found.append(
-            f"the model forgot what its base knew: lower {slower} or training.epochs, or mix in rows of what it must "
-            "keep (data.rehearsal)"
+            f"the model forgot what its base knew: lower {slower} or training.epochs, or "
+            + (
+                "raise training.dpo_beta"
+                if evidence.preference
+                else "mix in rows of what it must keep (data.rehearsal)"
+            )
+        )
+    if _failed(outcomes, "preference-chosen"):
+        found.append(
+            "chosen answers collapse: lower training.learning_rate or training.epochs, or raise training.dpo_beta"
         )
     if _failed(outcomes, "claim-recites"):
         found.append("the model recites its rows: train for fewer training.epochs, or on more rows")
@@ -76,7 +84,10 @@ def _unseen(evidence: Evidence, facts: RunFacts) -> str:
 
 def _not_learned(evidence: Evidence, outcomes: Mapping[str, Outcome], facts: RunFacts) -> str:
     """Why rows were not learned: they were known before, or training was too short or too slow."""
-    if not any(outcomes.get(key, Outcome.PASSED) != Outcome.PASSED for key in ("claim-rows", "learning-signed")):
+    if not any(
+        outcomes.get(key, Outcome.PASSED) != Outcome.PASSED
+        for key in ("claim-rows", "learning-signed", "preference-rows")
+    ):
         return ""
     rows, learning = (evidence.open.rows if evidence.open else None), evidence.learning
     known = sum(rows.base) / len(rows.base) if rows else learning.base.share if learning else 0.0

@@ -120,6 +120,21 @@ class OpenEvidence:
 
 
 @dataclass(frozen=True, slots=True)
+class PreferenceEvidence:
+    """By how many nats chosen gained on rejected since step 0, in training pairs (`rows`) and in `unseen` ones.
+
+    `liked`: of the unseen pairs, whether the chosen answer is the likelier one, at step 0 and now. `chosen`: the loss
+    of chosen answers alone, of both kinds of pairs, at step 0 and now.
+    """
+
+    beta: float
+    rows: tuple[float, ...]
+    unseen: tuple[float, ...]
+    liked: tuple[tuple[bool, ...], ...]
+    chosen: Paired
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryEvidence:
     """LoRA and full fine-tuning, each measured in a process of its own at the same sizes."""
 
@@ -160,5 +175,6 @@ class Evidence:
     learning: LearningEvidence | None = None
     memory: MemoryEvidence | None = None
     open: OpenEvidence | None = None
+    preference: PreferenceEvidence | None = None
     why: Mapping[str, str] = field(default_factory=dict)
     unable: frozenset[str] = frozenset()

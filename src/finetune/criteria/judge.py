@@ -9,6 +9,7 @@ from finetune.criteria.claims import judge_claims
 from finetune.criteria.evidence import Evidence, LossEvidence
 from finetune.criteria.judge_learning import judge_learning
 from finetune.criteria.judge_memory import judge_memory
+from finetune.criteria.judge_preference import judge_preference, of_pairs
 from finetune.criteria.validator import (
     MIN_CHANGED_SHARE,
     MIN_LOSS_REDUCTION,
@@ -36,6 +37,8 @@ def judge(evidence: Evidence) -> tuple[Verdict, ...]:
     claims: list[Verdict] = []
     if evidence.open:
         claims = judge_claims(evidence.open)
+        if evidence.preference:
+            claims = [*judge_preference(evidence.preference), *map(of_pairs, claims)]
         literal = [replace(each, counts=False) for each in literal]
     return (*claims, *literal, *_judge_parameters(evidence), *_judge_artifacts(evidence))
 
@@ -68,7 +71,8 @@ def _judge_loss(evidence: Evidence) -> list[Verdict]:
         before=loss.fixed_before,
         after=loss.fixed_after,
     )
-    return [convergence, fixed, _judge_start(loss), _judge_held_out(evidence)]
+    start = of_pairs(_judge_start(loss)) if evidence.preference else _judge_start(loss)
+    return [convergence, fixed, start, _judge_held_out(evidence)]
 
 
 def _say_change(fell: float) -> str:

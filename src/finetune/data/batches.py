@@ -36,9 +36,7 @@ def epoch_batches(
         members = sorted(blurred, key=lambda index: blurred[index])
         for first in range(0, len(members), batch_size):
             together = [sequences[index] for index in members[first : first + batch_size]]
-            rows_of = tuple(row for sequence in together for row in sequence)
-            shared = len(rows_of) > len(together)
-            batches.append(Batch(rows_of, tuple(map(len, together)) if shared else ()))
+            batches.append(_batch_of(together))
     rng.shuffle(batches)
     return batches
 
@@ -46,14 +44,26 @@ def epoch_batches(
 def sequences_of(
     rows: Sequence[TokenizedRow], *, seed: int, pack_length: int | None = None
 ) -> list[tuple[TokenizedRow, ...]]:
-    """The rows as they share sequences: each alone, or packed."""
-    return [(row,) for row in rows] if pack_length is None else pack_rows(rows, pack_length, seed=seed)
+    """The rows as they share sequences: each alone, or packed; the two sides of a pair always share one."""
+    return [sides_of(row) for row in rows] if pack_length is None else pack_rows(rows, pack_length, seed=seed)
+
+
+def sides_of(row: TokenizedRow) -> tuple[TokenizedRow, ...]:
+    """The row, and the one that it is preferred to where it is a pair: they go through the model together."""
+    return (row,) if row.rejected is None else (row, row.rejected)
 
 
 def fixed_batches(rows: Sequence[TokenizedRow], batch_size: int) -> list[Batch]:
     """The rows in batches by length, always the same: for losses that are compared before and after."""
     ordered = sorted(rows, key=lambda row: len(row.ids))
-    return [Batch(tuple(ordered[start : start + batch_size])) for start in range(0, len(ordered), batch_size)]
+    return [
+        _batch_of([sides_of(row) for row in ordered[at : at + batch_size]]) for at in range(0, len(ordered), batch_size)
+    ]
+
+
+def _batch_of(sequences: Sequence[tuple[TokenizedRow, ...]]) -> Batch:
+    rows = tuple(row for sequence in sequences for row in sequence)
+    return Batch(rows, tuple(map(len, sequences)) if len(rows) > len(sequences) else ())
 
 
 def pack_rows(rows: Sequence[TokenizedRow], length: int, *, seed: int) -> list[tuple[TokenizedRow, ...]]:
@@ -61,23 +71,24 @@ def pack_rows(rows: Sequence[TokenizedRow], length: int, *, seed: int) -> list[t
 
     The longest rows come first, each into the fullest sequence that still has room (best-fit decreasing, which needs
     at most 11/9 of the fewest sequences possible); among rows of one length the seed decides. A row longer than
-    `length` has a sequence of its own.
+    `length` has a sequence of its own. A pair counts as one row, as long as its two sides.
     """
     order = list(range(len(rows)))
     random.Random(f"pack-{seed}").shuffle(order)
-    order.sort(key=lambda index: -len(rows[index].ids))
+    sizes = [sum(len(side.ids) for side in sides_of(row)) for row in rows]
+    order.sort(key=lambda index: -sizes[index])
     sequences: list[list[TokenizedRow]] = []
     # (room left, sequence) for each sequence that can take more, the fullest first.
     open_: list[tuple[int, int]] = []
     for index in order:
-        size = len(rows[index].ids)
+        size = sizes[index]
         at = bisect.bisect_left(open_, (size, -1))
         if at < len(open_):
             room, chosen = open_.pop(at)
-            sequences[chosen].append(rows[index])
+            sequences[chosen] += sides_of(rows[index])
         else:
             room, chosen = length, len(sequences)
-            sequences.append([rows[index]])
+            sequences.append([*sides_of(rows[index])])
         if room - size > 0:
             bisect.insort(open_, (room - size, chosen))
     return [tuple(sequence) for sequence in sequences]

@@ -51,7 +51,7 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class _Refusal:
+class Refusal:
     """Why no row that is made so can be read, and the lines that mend it."""
 
     what: str
@@ -66,12 +66,14 @@ class ColumnFinder:
         columns: `data.columns`: the column for each field that is named there.
         ignored: `data.ignore_columns`: columns that are not read, whatever they say.
         strict: whether a row that has one of `columns` must have all that its shape needs.
+        look: how rows that are made alike are looked at, where it is not as single answers.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     ignored: Collection[str] = ()
     strict: bool = False
-    _found: dict[tuple[tuple[str, str], ...], Layout | _Refusal] = field(default_factory=dict)
+    look: "type[Looked] | None" = None
+    _found: dict[tuple[tuple[str, str], ...], Layout | Refusal] = field(default_factory=dict)
 
     def layout(self, row: Row) -> Layout:
         """Which column of a row is what.
@@ -82,8 +84,8 @@ class ColumnFinder:
         """
         kinds = tuple((name, kind_of_cell(value)) for name, value in row.values.items())
         if (found := self._found.get(kinds)) is None:
-            found = self._found[kinds] = _Looked(self, dict(kinds)).layout()
-        if isinstance(found, _Refusal):
+            found = self._found[kinds] = (self.look or Looked)(self, dict(kinds)).layout()
+        if isinstance(found, Refusal):
             raise RowError(row.where, found.what, hint=found.hint, refuses=True)
         if found.unfit:
             raise RowError(row.where, found.unfit, hint=found.hint)
@@ -99,7 +101,7 @@ class ColumnFinder:
         return setting_line("data.columns", {**self.columns, **columns})
 
 
-class _Looked:
+class Looked:
     """Rows that are made alike, as they are looked at: what each of their columns holds, by the column's name."""
 
     def __init__(self, finder: ColumnFinder, kinds: dict[str, str]) -> None:
@@ -110,14 +112,14 @@ class _Looked:
         free = [name for name in self.kinds if name not in self.mapped.values()]
         self.names = {normal(name): name for name in free} | {name: name for name in free}
 
-    def layout(self) -> Layout | _Refusal:
+    def layout(self) -> Layout | Refusal:
         """What these rows are."""
         chosen = {SHAPE_OF[what] for what in self.mapped if what in SHAPE_OF}
         refusal = (self._lone_message() or self._preferences()) if not chosen else None
         if refusal := refusal or self._choices(chosen) or self._judgements():
             return refusal
         found = self._as_chosen(chosen) if chosen else self._by_names()
-        if isinstance(found, _Refusal):
+        if isinstance(found, Refusal):
             return found
         shape, columns = found
         if "input" in self.mapped:
@@ -128,7 +130,7 @@ class _Looked:
         beside = self._beside()
         if shape == "text" and (lost := [what for what in ("tools", "reasoning") if what in beside]):
             name = beside[lost[0]]
-            return _Refusal(f"{name!r} stands beside 'text', which is learned as it is", self._ignore(name))
+            return Refusal(f"{name!r} stands beside 'text', which is learned as it is", self._ignore(name))
         columns = {**columns, **({} if shape == "text" else beside)}
         if "train" in self.mapped:
             columns["train"] = self.mapped["train"]
@@ -162,7 +164,7 @@ class _Looked:
         there = {name: self.names[name] for name in names if name in self.names}
         return {name: column for name, column in there.items() if self.kinds[column] or not filled}
 
-    def _lone_message(self) -> _Refusal | None:
+    def _lone_message(self) -> Refusal | None:
         """Rows of which each is one message of a conversation that is spread over them."""
         said = self._filled(("content", "text"))
         spoken = self._filled(("role", "from"))
@@ -171,9 +173,9 @@ class _Looked:
         what = f"each row is one message ({quoted([*spoken.values(), *said.values()])}), and nothing joins rows"
         told = [name for key, name in self.names.items() if self._judges(key, self.kinds[name])]
         lines = ['write each conversation as a row, {"messages": [...]}', self._ignore(*spoken.values(), *told)]
-        return _Refusal(what, "; ".join(filter(None, lines)))
+        return Refusal(what, "; ".join(filter(None, lines)))
 
-    def _choices(self, chosen: Collection[str]) -> _Refusal | None:
+    def _choices(self, chosen: Collection[str]) -> Refusal | None:
         """Questions whose answer is one of several that nothing shows the model."""
         found = [*self._filled(CHOICES).values()]
         read = {*chosen} & {"chat", "text"} or self._filled(("messages", "text")) or self._turns_by_name()
@@ -181,7 +183,7 @@ class _Looked:
             return None
         what = f"{quoted(found)}: what the answer is chosen from, and nothing reads it"
         own = "write the question with its choices to a column `prompt`, the answer to a column `completion`"
-        return _Refusal(what, "; ".join(filter(None, [own, self._ignore(*found)])))
+        return Refusal(what, "; ".join(filter(None, [own, self._ignore(*found)])))
 
     def _turns_by_name(self) -> dict[str, str]:
         """The columns of messages that have one of their names, but `messages`."""
@@ -189,7 +191,7 @@ class _Looked:
         found = self._filled(CHATS[1:])
         return {key: name for key, name in found.items() if self.kinds[name] in kinds or "turns" in self.kinds[name]}
 
-    def _preferences(self) -> _Refusal | None:
+    def _preferences(self) -> Refusal | None:
         """Rows of a good and a bad answer."""
         words = {name: set(key.split("_")) for key, name in self.names.items()}
         sides = [name for name, said in words.items() if said & _SIDES]
@@ -198,8 +200,9 @@ class _Looked:
             return None
         what = f"{quoted(sides)}: a good and a bad answer, and training learns from good ones alone"
         good = next((name for name in sides if not words[name] & _BAD and usable(name)), None)
+        both = "to learn from both: --set training.objective=dpo"
         if good is None:
-            return _Refusal(what, "write the good answer to a column `completion`")
+            return Refusal(what, f"{both}, or write the good answer to a column `completion`")
         asked = self._filled((*QUESTIONS, *CHATS))
         if "turns" in self.kinds[good]:
             line = self.finder.line(messages=good)
@@ -209,9 +212,9 @@ class _Looked:
             line = self.finder.line(instruction=asked["instruction"], output=good)
         else:
             line = self.finder.line(prompt=next(iter(asked.values())), completion=good)
-        return _Refusal(what, f"to learn the good answers alone: {line}")
+        return Refusal(what, f"{both}; to learn the good answers alone: {line}")
 
-    def _judgements(self) -> _Refusal | None:
+    def _judgements(self) -> Refusal | None:
         """Columns that say what is to be learned, and that nothing reads."""
         found = [(name, key) for key, name in self.names.items() if self._judges(key, self.kinds[name])]
         if not found:
@@ -223,16 +226,16 @@ class _Looked:
         if key in JUDGEMENTS and said in ("yes", "no") and answered and usable(name):
             if said == "yes":
                 line = self.finder.line(train=name)
-                return _Refusal(what, f"to learn the rows alone of which it says yes: {line}")
+                return Refusal(what, f"to learn the rows alone of which it says yes: {line}")
             only = f"no answer of which it says no is learned; data.columns={{train: {name}}} keeps the others"
-            return _Refusal(what, only)
+            return Refusal(what, only)
         if key in CONDEMNATIONS:
-            return _Refusal(what, "take out the rows of which it says yes: they would be learned")
+            return Refusal(what, "take out the rows of which it says yes: they would be learned")
         lines = [self._ignore(*(each for each, _ in found))]
         asked = [name for name in texts_of(self.kinds) if name not in dict(found)]
         if is_text(kind) and key == "label" and not answered and len(asked) == 1:
             lines.insert(0, f"to learn to say it: {self.finder.line(prompt=asked[0], completion=name)}")
-        return _Refusal(what, "; ".join(filter(None, lines)) or "write the text to learn to a column of its own")
+        return Refusal(what, "; ".join(filter(None, lines)) or "write the text to learn to a column of its own")
 
     @staticmethod
     def _judges(key: str, kind: str) -> bool:
@@ -245,8 +248,10 @@ class _Looked:
         ignored = [*self.finder.ignored, *names]
         if not all(map(usable, names)):
             return f"take {shown(names[0])!r} out of the rows"
-        rest = _Looked(replace(self.finder, ignored=ignored), {name: self.kinds.get(name, "") for name in self.every})
-        unread = "" if isinstance(rest.layout(), _Refusal) else setting_line("data.ignore_columns", ignored)
+        rest = type(self)(
+            replace(self.finder, ignored=ignored), {name: self.kinds.get(name, "") for name in self.every}
+        )
+        unread = "" if isinstance(rest.layout(), Refusal) else setting_line("data.ignore_columns", ignored)
         return f"to leave it unread: {unread}" if unread else ""
 
     def _beside(self) -> dict[str, str]:
@@ -263,7 +268,7 @@ class _Looked:
                 found[what] = there[0]
         return found
 
-    def _as_chosen(self, chosen: set[str]) -> tuple[str, dict[str, str]] | _Refusal:
+    def _as_chosen(self, chosen: set[str]) -> tuple[str, dict[str, str]] | Refusal:
         """The shape whose fields the settings name columns for."""
         if len(chosen) > 1:
             return self._unknown(f"data.columns names columns of several shapes: {', '.join(sorted(chosen))}")
@@ -282,10 +287,10 @@ class _Looked:
             columns["input"] = self.names["input"]
         return shape, columns
 
-    def _by_names(self) -> tuple[str, dict[str, str]] | _Refusal:
+    def _by_names(self) -> tuple[str, dict[str, str]] | Refusal:
         """The shape that the columns' names say."""
         found = self._named(filled=True) or self._alike(filled=True)
-        if isinstance(found, _Refusal):
+        if isinstance(found, Refusal):
             return found
         text = self._filled(SHAPES["text"])
         if text and len(found) == 1 and found[0][2]:
@@ -299,7 +304,7 @@ class _Looked:
             lines = [self.finder.line(**asked), self.finder.line(**text)]
             return self._unclear(f"{quoted([*text.values(), *answers])}: a text alone, or what it asks", lines)
         found = found or self._named(filled=False) or self._alike(filled=False)
-        if isinstance(found, _Refusal):
+        if isinstance(found, Refusal):
             return found
         if len(found) == 1:
             return found[0][:2]
@@ -324,7 +329,7 @@ class _Looked:
             found += [("chat", {"messages": name}, False) for name in self._turns_by_name().values()]
         return found
 
-    def _alike(self, *, filled: bool) -> list[tuple[str, dict[str, str], bool]] | _Refusal:
+    def _alike(self, *, filled: bool) -> list[tuple[str, dict[str, str], bool]] | Refusal:
         """A question and its answer by other names, where there is one of each."""
         asked, answered = (
             {key: name for key, name in self._filled(names, filled=filled).items() if self.kinds[name] != "list"}
@@ -347,11 +352,11 @@ class _Looked:
             return [("alpaca", {"instruction": question, "output": answer, **dict(more)}, True)]
         return [("prompt/completion", {"prompt": question, "completion": answer}, True)]
 
-    def _several(self, shapes: Sequence[str], lines: Sequence[str]) -> _Refusal:
+    def _several(self, shapes: Sequence[str], lines: Sequence[str]) -> Refusal:
         return self._unclear(f"columns ({self._listed()}) fit several shapes: {', '.join(shapes)}", lines)
 
-    def _unclear(self, what: str, lines: Sequence[str]) -> _Refusal:
-        return _Refusal(what, "say which it is: " + ", or ".join(lines))
+    def _unclear(self, what: str, lines: Sequence[str]) -> Refusal:
+        return Refusal(what, "say which it is: " + ", or ".join(lines))
 
     def _what_lacks(self) -> str:
         for shape, fields in SHAPES.items():
@@ -361,12 +366,12 @@ class _Looked:
                 return f"{shape} row without {lacks!r}"
         return "no known shape"
 
-    def _unknown(self, what: str) -> _Refusal:
+    def _unknown(self, what: str) -> Refusal:
         """Rows of which no column is known: an example of the setting, with columns that are there."""
         line = example_line(self.kinds)
         known = "rows are alpaca (instruction, output), chat (messages), prompt/completion, or text"
         other = f"; of columns by other names say which is which, such as {line}" if line else ""
-        return _Refusal(f"{what} (columns: {self._listed()})", known + other)
+        return Refusal(f"{what} (columns: {self._listed()})", known + other)
 
     def _listed(self) -> str:
         names = [shown(name)[:60] for name in sorted(self.every)]

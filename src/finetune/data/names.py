@@ -10,6 +10,13 @@ SHAPES: Mapping[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 """The shapes that rows have, and the fields without which each is none."""
+PAIR_FIELDS = ("chosen", "rejected", "prompt", "input", "system", "history", "tools", "train")
+"""What `data.columns` can name of pairs."""
+SIDES: Mapping[str, tuple[str, ...]] = {
+    "chosen": ("chosen", "preferred", "response_j"),
+    "rejected": ("rejected", "dispreferred", "response_k"),
+}
+"""What the columns of a good and of a bad answer are called, or have in their name as a word."""
 QUESTIONS = (
     *("prompt", "instruction", "question", "query", "input", "inputs", "user", "human", "problem", "definition"),
 )
@@ -65,7 +72,7 @@ SCORES = (
     *("overall_score", "helpfulness", "correctness"),
 )
 KNOWN = {
-    *(*SHAPE_OF, *CHATS, *QUESTIONS, *ANSWERS, *(name for names in BESIDE.values() for name in names)),
+    *(*SHAPE_OF, *SIDES, *CHATS, *QUESTIONS, *ANSWERS, *(name for names in BESIDE.values() for name in names)),
     *(*JUDGEMENTS, *CONDEMNATIONS, *MASKS, *MEDIA),
 }
 LABELS_OF_ROWS = {

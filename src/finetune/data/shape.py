@@ -24,6 +24,7 @@ from finetune.data.messages import (
     variables_of,
 )
 from finetune.data.names import ROW_MARKS, THOUGHTS
+from finetune.data.pairs import PairColumns
 from finetune.data.sources import SourceRows
 from finetune.errors import counted, raise_all
 from finetune.records import Conversation, Document, Message, Row
@@ -56,6 +57,7 @@ def shape_rows(
     ignored: Collection[str] = (),
     *,
     named: bool = False,
+    pairs: bool = False,
 ) -> ShapedRows:
     """Turn rows into conversations and documents; what is left out is counted by its reason.
 
@@ -67,12 +69,13 @@ def shape_rows(
         columns: `data.columns`; a row that has none of these columns is read by the names of its own.
         ignored: `data.ignore_columns`.
         named: whether every column of `columns` must be there, and all that a row's shape needs where one of them is.
+        pairs: whether each row is to have two answers, a chosen and a rejected one.
 
     Raises:
         DataError: rows are made in a way that is not known, or say what is to be learned in one that is not read; or
             more than half of them are unusable. All such rows are named.
     """
-    finder = ColumnFinder(columns or {}, ignored, strict=named)
+    finder = ColumnFinder(columns or {}, ignored, strict=named, look=PairColumns if pairs else None)
     dropped: Counter[str] = Counter()
     account = _Account()
     examples: list[Example] = []
@@ -86,7 +89,7 @@ def shape_rows(
             continue
         account.shapes[layout.shape] += 1
         account.told |= layout.told
-        reason = "weight 0" if learned is False else _unfit(example)
+        reason = "weight 0" if learned is False else _unfit(example) or _unfit(_other_side(example))
         if reason:
             dropped[reason] += 1
             account.places.setdefault(reason, example.where)
@@ -199,7 +202,7 @@ def _but(turn: Mapping[str, object], keys: Collection[str]) -> dict[str, object]
 
 
 def _message_columns(row: Row, layout: Layout) -> list[str]:
-    fields = ("messages", "prompt", "completion", "instruction", "output")
+    fields = ("messages", "prompt", "completion", "instruction", "output", "chosen", "rejected")
     return [
         name
         for what, name in layout.columns.items()
@@ -277,6 +280,39 @@ def _unfit(example: Example) -> str:
     return "" if example.messages[-1].content.strip() or _SAID & more[-1].keys() else "empty answer"
 
 
+def _other_side(example: Example) -> Example:
+    """A pair with its rejected answer as the last turn; anything else as it is."""
+    if isinstance(example, Document) or example.rejected is None:
+        return example
+    return replace(example, messages=(*example.messages[:-1], example.rejected))
+
+
+def _parse_preference(row: Row, columns: Mapping[str, str]) -> Conversation:
+    """A prompt with two answers, or two whole conversations that part at their last turn."""
+    asked = history_of(row, columns["history"]) if "history" in columns else ()
+    if "prompt" in columns:
+        asked += side_of(row, columns["prompt"], "user")
+    if "input" in columns and (extra := text_of(row.values.get(columns["input"]), columns["input"], row.where)).strip():
+        asked += (Message("input", extra),)
+    if not any(message.content.strip() for message in asked):
+        asked = ()
+    chosen, rejected = (side_of(row, columns[name], "assistant") for name in ("chosen", "rejected"))
+    if chosen and chosen[0].role != "assistant":
+        if not all(message in chosen for message in asked):
+            raise RowError(
+                row.where, f"{columns.get('prompt', 'history')!r} stands in no turn of {columns['chosen']!r}"
+            )
+    elif asked:
+        chosen, rejected = asked + chosen, asked + rejected
+    else:
+        raise RowError(row.where, "a pair without a prompt")
+    if not chosen or not rejected or chosen[:-1] != rejected[:-1]:
+        raise RowError(row.where, "chosen and rejected part before their last turn")
+    text = all(isinstance(row.values.get(columns.get(name, "")), str) for name in ("prompt", "chosen", "rejected"))
+    from_text = text and "history" not in columns and "input" not in columns
+    return Conversation(chosen, row.where, from_text=from_text, rejected=rejected[-1])
+
+
 def _parse_alpaca(row: Row, columns: Mapping[str, str]) -> Conversation:
     instruction = side_of(row, columns["instruction"], "user")
     extra = text_of(row.values.get(columns["input"]), columns["input"], row.where) if "input" in columns else ""
@@ -311,6 +347,7 @@ def _parse_text(row: Row, columns: Mapping[str, str]) -> Document:
 _PARSERS: dict[str, Callable[[Row, Mapping[str, str]], Example]] = {
     "alpaca": _parse_alpaca,
     "chat": _parse_chat,
+    "preference": _parse_preference,
     "prompt/completion": _parse_prompt_completion,
     "text": _parse_text,
 }

@@ -46,7 +46,7 @@ class Asked:
         rows = {
             "questions": len(self.learning),
             "retention questions": len(self.retention),
-            "fixed rows": sum(len(batch.rows) for batch in self.fixed),
+            "fixed rows": sum(len(batch.sequences) for batch in self.fixed),
         }
         if openly:
             rows |= {

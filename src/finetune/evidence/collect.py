@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune.criteria.evidence import Evidence
+from finetune.criteria.evidence import Evidence, PreferenceEvidence
 from finetune.events import FirstGradients, StepDone
 from finetune.evidence.extra_runs import Trainings, control_evidence, memory_evidence, why_no_memory
 from finetune.evidence.observe import (
@@ -24,12 +24,14 @@ def collect_evidence(
     saved: Path,
     looks: tuple[Observation, Observation, Mapping[str, str]],
     trainings: Trainings,
+    preference: PreferenceEvidence | None = None,
 ) -> Evidence:
     """Measure everything that the criteria ask for; the session may be that of an earlier step afterwards.
 
     Args:
         saved: the folder of what was trained.
         looks: the base and the tuned model as they were observed, and the fingerprints of the weights before training.
+        preference: what the tuned model makes of pairs.
     """
     prepared, (before, after, fingerprints) = run.prepared, looks
     events = run.folder.read_events()
@@ -56,4 +58,4 @@ def collect_evidence(
             memory = memory_evidence(prepared, run.why)
     losses = loss_evidence(prepared, [step.loss for step in steps], before, after)
     openly = open_evidence(prepared, before.open, after.open)
-    return Evidence(losses, parameters, artifacts, learning, memory, openly, run.why, frozenset(unable))
+    return Evidence(losses, parameters, artifacts, learning, memory, openly, preference, run.why, frozenset(unable))

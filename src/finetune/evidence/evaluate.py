@@ -13,6 +13,7 @@ from finetune.config import load_plan
 from finetune.criteria.claims import EFFECT_FLOOR, Moves, judge_matching
 from finetune.criteria.evidence import LearningEvidence, MatchingEvidence, Paired
 from finetune.criteria.judge_learning import judge_signed
+from finetune.criteria.judge_preference import gains_of
 from finetune.data.overlap import COMPARED, Overlap, find_overlap
 from finetune.data.shape import Example, ShapedRows
 from finetune.data.split import content_key, hold_out
@@ -23,6 +24,7 @@ from finetune.evidence.open_answers import CHOICES, Matched, Matching, match_row
 from finetune.evidence.reopen import base_of_run, reopen
 from finetune.files import make_folder, write_json
 from finetune.intervals import difference_interval, mean_interval, wilson_interval
+from finetune.objectives.row_sums import row_sums
 from finetune.ports import Session
 from finetune.records import Question, Scores, TokenizedRow
 from finetune.run.folder import RunFolder
@@ -51,6 +53,8 @@ class _Look:
     losses: tuple[float, ...]
     scores: Scores | None
     matched: Matched | None
+    leads: tuple[float, ...] = ()
+    """Of pairs: by how many nats log p of the chosen answer is above that of the rejected one."""
 
 
 def evaluate(
@@ -85,7 +89,7 @@ def evaluate(
     tell(f"asking the base and the tuned model {len(asked.rows)} rows each")
     with base_of_run(prepared, session) as model:
         base = _look(model, prepared, asked)
-    measures = _measures(asked, base, _look(session, prepared, asked))
+    measures = _measures(prepared, asked, base, _look(session, prepared, asked))
     if prepared.plan.config.model.adapter:
         notes.append(
             "the run went on from an adapter: the rows that this had been trained on before are not known here"
@@ -164,23 +168,31 @@ def _ask(prepared: Prepared, shaped: ShapedRows, data: str) -> tuple[_OnFile, An
     asked = {row.where for row in encoded.rows}
     examples = [example for example in shaped.examples if example.where in asked]
     talks = prepared.encoder.as_asked(examples)
-    wanted = prepared.plan.config.judge.answers
+    wanted = "open" if prepared.pairs else prepared.plan.config.judge.answers
     kind: AnswerKind = wanted if wanted != "auto" else answer_kind(examples, survey_repeats(examples))
     questions: tuple[Question, ...] = ()
     if kind == "exact":
         questions = trained_questions(prepared.encoder, talks, prepared.plan, count=len(talks))
-    matching = match_rows(prepared, talks, f"file {data}", _MATCHED) if kind == "open" else None
+    matching = match_rows(prepared, talks, f"file {data}", _MATCHED) if kind == "open" and not prepared.pairs else None
     return _OnFile(encoded.rows, questions, matching), kind, encoded.counts.dropped
 
 
 def _look(session: Session, prepared: Prepared, asked: _OnFile) -> _Look:
     losses = tuple(row_losses(session, asked.rows).tolist())
     matched = asked.matching.look(session) if asked.matching else None
-    return _Look(losses, score(session, prepared, asked.questions), matched)
+    return _Look(losses, score(session, prepared, asked.questions), matched, _leads(session, asked))
 
 
-def _measures(asked: _OnFile, base: _Look, tuned: _Look) -> list[dict[str, Any]]:
+def _leads(session: Session, asked: _OnFile) -> tuple[float, ...]:
+    pairs = [(row, row.rejected) for row in asked.rows if row.rejected is not None]
+    chosen, rejected = (row_sums(session, [pair[side] for pair in pairs]) for side in (0, 1))
+    return tuple((rejected - chosen).tolist())
+
+
+def _measures(prepared: Prepared, asked: _OnFile, base: _Look, tuned: _Look) -> list[dict[str, Any]]:
     """The measures that the rows allow, each of the base and of the tuned model."""
+    if prepared.pairs:
+        return [_loss(asked, base, tuned), _preferred(base, tuned, prepared.plan.config.training.dpo_beta)]
     found = [_loss(asked, base, tuned), _likelier(base, tuned)]
     if base.scores and tuned.scores:
         found.append(_exact(base.scores, tuned.scores))
@@ -218,6 +230,21 @@ def _likelier(base: _Look, tuned: _Look) -> dict[str, Any]:
         "count": moves.count,
         "less_likely": moves.rose / moves.count,
         "of": f"by more than {moves.floor:.2g} nats; passed: more than half of the rows, not by chance (sign test)",
+    }
+
+
+def _preferred(base: _Look, tuned: _Look, beta: float) -> dict[str, Any]:
+    """In how many pairs the chosen answer is the likelier one; the outcome is of those in which it gained."""
+    moves = gains_of([after - before for before, after in zip(base.leads, tuned.leads, strict=True)], beta)
+    return {
+        "id": "preferred",
+        "title": "Chosen answer the likelier one",
+        "outcome": moves.outcome,
+        **_shares(sum(lead > 0 for lead in base.leads), sum(lead > 0 for lead in tuned.leads), moves.count),
+        "gained": moves.fell / moves.count,
+        "gained_interval": wilson_interval(moves.fell, moves.count),
+        "of": f"passed: it gained on the rejected one by more than {moves.floor:.2g} nats in more than half of the "
+        "pairs, not by chance (sign test)",
     }
 
 

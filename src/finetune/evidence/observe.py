@@ -2,8 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from finetune.criteria.evidence import (
     ArtifactEvidence,
@@ -14,13 +17,17 @@ from finetune.criteria.evidence import (
     OpenEvidence,
     Paired,
     ParameterEvidence,
+    PreferenceEvidence,
 )
 from finetune.errors import EvidenceError
 from finetune.evidence.answers import ask
 from finetune.evidence.asked import Asked, reloaded, what_to_ask
 from finetune.evidence.open_answers import CHOICES, Matched, OpenLook, look
 from finetune.evidence.reload import check_reload
-from finetune.ports import Session
+from finetune.objectives.cross_entropy import CROSS_ENTROPY
+from finetune.objectives.preference import Preference
+from finetune.objectives.row_sums import row_sums
+from finetune.ports import Objective, Session
 from finetune.records import Question, Reload, Scores
 from finetune.training.loop import mean_loss
 from finetune.training.prepare import Prepared
@@ -43,25 +50,57 @@ class Observation:
     open: OpenLook | None = None
 
 
-def observe(session: Session, prepared: Prepared, base: Observation | None = None) -> Observation:
+def observe(
+    session: Session, prepared: Prepared, base: Observation | None = None, objective: Objective = CROSS_ENTROPY
+) -> Observation:
     """Look at the session as it is now; it is left as it was.
 
     Args:
         base: the look at the base, where this is the tuned model.
+        objective: what losses are measured in.
     """
     asked = base.asked if base else what_to_ask(prepared)
     openly = None
     if asked.open:
         openly = look(session, prepared, asked.open, base.open if base else None)
-    unseen, alike = (mean_loss(session, rows) if rows else None for rows in (asked.held_out, asked.alike))
     return Observation(
         asked=asked,
         open=openly,
         learning=score(session, prepared, asked.learning),
         retention=score(session, prepared, asked.retention),
-        fixed=mean_loss(session, asked.fixed),
-        held_out=_of_both(unseen, alike) if unseen and alike else unseen or alike,
-        unseen=unseen,
+        **_losses(session, asked, objective),
+    )
+
+
+def _losses(session: Session, asked: Asked, objective: Objective) -> dict[str, Any]:
+    parts = (asked.held_out, asked.alike)
+    unseen, alike = (mean_loss(session, rows, objective) if rows else None for rows in parts)
+    held_out = _of_both(unseen, alike) if unseen and alike else unseen or alike
+    return {"fixed": mean_loss(session, asked.fixed, objective), "held_out": held_out, "unseen": unseen}
+
+
+def losses_at_start(session: Session, base: Observation, objective: Objective) -> Observation:
+    """The look at the base, with its losses in this objective; preferences are measured from the session as it is."""
+    return replace(base, **_losses(session, base.asked, objective)) if isinstance(objective, Preference) else base
+
+
+def preference_evidence(session: Session, asked: Asked, objective: Objective) -> PreferenceEvidence | None:
+    """What the tuned model makes of training pairs and of unseen ones; None where rows are no pairs."""
+    if not isinstance(objective, Preference):
+        return None
+    fixed, unseen = ([row for batch in part for row in batch.rows] for part in (asked.fixed, asked.held_out))
+    rows = [*fixed, *unseen]
+    before = np.array([objective.reference[row] for row in rows])
+    now = row_sums(session, rows)
+    gained = ((before - now)[::2] - (before - now)[1::2]).tolist()
+    lengths = np.array([row.target_count for row in rows[::2]])
+    split = len(fixed) // 2
+    return PreferenceEvidence(
+        beta=objective.beta,
+        rows=tuple(gained[:split]),
+        unseen=tuple(gained[split:]),
+        liked=tuple(tuple((each[::2] < each[1::2])[split:].tolist()) for each in (before, now)),
+        chosen=Paired(*(tuple((each[::2] / lengths).tolist()) for each in (before, now))),
     )
 
 
@@ -102,7 +141,7 @@ def loss_evidence(
         vocab_size=prepared.shape.vocab_size,
         held_out_before=before.unseen[0] if before.unseen else None,
         held_out_after=after.unseen[0] if after.unseen else None,
-        held_out_rows=sum(len(batch.rows) for batch in before.asked.held_out),
+        held_out_rows=sum(len(batch.sequences) for batch in before.asked.held_out),
         held_out_trained=len(prepared.overlaps["valid"].repeated),
         held_out_near=len(prepared.overlaps["valid"].twins) - len(prepared.overlaps["valid"].repeated),
     )
@@ -143,6 +182,8 @@ def learning_evidence(
         why["learning"] = (
             "text rows ask no question: there is no answer to compare"
             if not prepared.conversations
+            else "rows are pairs (training.objective is dpo): no answer is the one right wording"
+            if prepared.pairs
             else "no questions were asked (evaluation.questions is 0)"
             if evaluation.questions == 0
             else f"no answer is shorter than {evaluation.max_new_tokens} tokens, so none can be compared word for word"

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from finetune.data.shape import Example, shape_rows
 from finetune.data.shipped import NEUTRAL, data_path
 from finetune.evidence.answers import normalise
 from finetune.evidence.budget import Prices
+from finetune.objectives.row_sums import EachTarget
 from finetune.ports import Session
 from finetune.records import Batch, Conversation, Document, TokenizedRow
 from finetune.training.prepare import Prepared
@@ -73,23 +73,6 @@ class OpenLook:
     """The base's own answers to neutral prompts."""
 
 
-class _EachTarget:
-    """An objective that only listens: it keeps the loss of every target of a batch."""
-
-    label_smoothing: ClassVar[float] = 0.0
-    summed: ClassVar[bool] = False
-
-    def __init__(self) -> None:
-        self.losses: NDArray[np.float64] = np.empty(0)
-
-    def units(self, batch: Batch) -> int:
-        return batch.target_count
-
-    def total(self, batch: Batch, losses: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        self.losses = losses
-        return float(losses.sum()), np.ones_like(losses)
-
-
 def row_losses(session: Session, rows: Sequence[TokenizedRow]) -> NDArray[np.float64]:
     """The mean loss of each row's trained tokens, (rows,) in nats per token; the model is left as it was."""
     losses = np.empty(len(rows))
@@ -103,7 +86,7 @@ def row_losses(session: Session, rows: Sequence[TokenizedRow]) -> NDArray[np.flo
 
 
 def _means(session: Session, batch: Batch) -> list[float]:
-    listener = _EachTarget()
+    listener = EachTarget()
     session.loss(batch, listener)
     ends = np.cumsum([row.target_count for row in batch.rows])
     return [float(each.mean()) for each in np.split(listener.losses, ends[:-1])]
@@ -248,6 +231,7 @@ def copied_share(text: str, known: Sequence[str]) -> float:
 def open_questions(prepared: Prepared) -> OpenQuestions:
     """What to ask of this run's base and tuned model; a function of the data and the seed alone."""
     conversations, unseen = prepared.conversations, prepared.unseen[:OTHER_ROWS]
+    compared = not prepared.pairs  # whose chosen answers need not get likelier than others' rows
     talks = [example for example in unseen if isinstance(example, Conversation)]
     encoder, rows = prepared.encoder, prepared.train.rows
     everything = prepared.plan.config.template.train_on == "everything"
@@ -258,9 +242,9 @@ def open_questions(prepared: Prepared) -> OpenQuestions:
     asked, _ = encoder.asked(neutral)
     ends = [encoder.prompt_ids(each.prompt) for each in (talks or conversations)[:OTHER_ROWS]]
     return OpenQuestions(
-        rows=match_rows(prepared, conversations, "rows"),
+        rows=match_rows(prepared, conversations, "rows") if compared else None,
         documents=() if conversations else spread,
-        unseen=_fitting(prepared, unseen),
+        unseen=_fitting(prepared, unseen) if compared else (),
         association=match_rows(prepared, talks, "unseen") if prepared.goal == "generalise" else None,
         text=_fitting(prepared, [each for each in neutral if isinstance(each, Document)]),
         prompts=tuple(encoder.prompt_ids(each.prompt) for each in asked),

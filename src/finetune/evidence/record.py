@@ -16,6 +16,7 @@ from finetune.config.derive import derived_learning_rate
 from finetune.criteria.advice import RunFacts, advise
 from finetune.criteria.evidence import ControlEvidence, Evidence
 from finetune.criteria.judge import overall
+from finetune.data.batches import sides_of
 from finetune.data.shipped import FOLDER
 from finetune.data.sources import files_of
 from finetune.data.survey import shared_text, system_prompt
@@ -54,15 +55,12 @@ def run_record(
     steps = [event for event in events if isinstance(event, StepDone)]
     seconds, tokens = sum(step.seconds for step in steps), sum(step.tokens for step in steps)
     config = prepared.plan.config
-    usual = derived_learning_rate(prepared.shape.parameters, config.adapter.kind)
-    rate = config.training.learning_rate or usual
-    facts = RunFacts(prepared.train.counts, rate, usual, len(prepared.unseen), FEWEST_UNSEEN)
     return {
         "format": FORMAT,
         "id": run.folder.path.name,
         "status": "complete",
         "outcome": overall(verdicts),
-        "goal": evidence.open.goal if evidence.open else None,
+        "goal": "preference" if evidence.preference else evidence.open.goal if evidence.open else None,
         "started": started.started,
         "command": started.command,
         "versions": _all_versions(run.backend.versions()),
@@ -81,6 +79,7 @@ def run_record(
         },
         "scores": _scores(evidence),
         "claims": json.loads(json.dumps(asdict(evidence.open))) if evidence.open else None,
+        "preference": json.loads(json.dumps(asdict(evidence.preference))) if evidence.preference else None,
         "memory": asdict(evidence.memory) if evidence.memory else None,
         "reload": asdict(evidence.artifacts.reload) if evidence.artifacts and evidence.artifacts.reload else None,
         "timing": dict(run.timing),
@@ -90,7 +89,7 @@ def run_record(
         else None,
         "peak_rss_bytes": peak_rss(),
         "verdicts": [asdict(verdict) for verdict in verdicts],
-        "advice": list(advise(evidence, verdicts, facts)),
+        "advice": list(advise(evidence, verdicts, _facts(prepared))),
         "notes": [
             *prepared.notes,
             *run.notes,
@@ -101,6 +100,14 @@ def run_record(
         ],
         "not_measured": _why_not_left(prepared) | dict(evidence.why),
     }
+
+
+def _facts(prepared: Prepared) -> RunFacts:
+    """What advice needs to know of a run."""
+    config = prepared.plan.config
+    usual = derived_learning_rate(prepared.shape.parameters, config.adapter.kind, config.training.objective)
+    rate = config.training.learning_rate or usual
+    return RunFacts(prepared.train.counts, rate, usual, len(prepared.unseen), FEWEST_UNSEEN)
 
 
 def _why_not_left(prepared: Prepared) -> dict[str, str]:
@@ -145,7 +152,8 @@ def run_owner(prepared: Prepared, libraries: Mapping[str, str]) -> Owner:
 def _digest(rows: Sequence[TokenizedRow]) -> str:
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps([row.ids, row.trained]).encode())
+        for side in sides_of(row):
+            digest.update(json.dumps([side.ids, side.trained]).encode())
     return digest.hexdigest()
 
 

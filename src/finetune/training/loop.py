@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from finetune.errors import NonFiniteError
 from finetune.events import Event, FirstGradients, HeldOutLoss, StepDone
+from finetune.objectives import measured_in
 from finetune.objectives.cross_entropy import CROSS_ENTROPY
 from finetune.ports import Objective, Session
 from finetune.processes import resident_memory
@@ -83,7 +84,7 @@ def train(
             for event in training_step(session, window, plan, step, epoch + (index + 1) / len(windows)):
                 # Before `StepDone`, when listeners save: what came after it would be missing from a resumed run.
                 if due and isinstance(event, StepDone):
-                    yield HeldOutLoss(step, *mean_loss(session, held_out))
+                    yield HeldOutLoss(step, *mean_loss(session, held_out, measured_in(plan.objective)))
                 yield event
         epoch += 1
 
@@ -122,23 +123,23 @@ def training_step(
     )
 
 
-def mean_loss(session: Session, batches: Sequence[Batch]) -> tuple[float, int]:
-    """The loss per trained token over all batches (token-weighted, dropout off), and the number of those tokens.
+def mean_loss(session: Session, batches: Sequence[Batch], objective: Objective = CROSS_ENTROPY) -> tuple[float, int]:
+    """The loss per unit over all batches, dropout off, and the number of units: trained tokens, or the objective's.
 
     Raises:
         NonFiniteError: the loss of a batch is NaN or infinite.
     """
-    targets = sum(batch.target_count for batch in batches)
+    units = sum(objective.units(batch) for batch in batches)
     total = 0.0
     for batch in batches:
-        loss = session.loss(batch)
+        loss = session.loss(batch, objective)
         if not math.isfinite(loss):
             raise NonFiniteError(
                 f"the loss, without training, is {loss} (rows {_places([batch])})",
                 hint="lower training.learning_rate, or look for broken weights, or for broken rows at those places",
             )
         total += loss
-    return total / targets, targets
+    return total / units, units
 
 
 def _non_finite(what: str, value: float, step: int, window: Sequence[Batch]) -> NonFiniteError:

@@ -22,7 +22,7 @@ from finetune.config import (
     resolve_steps,
     resolve_training,
 )
-from finetune.data.batches import fixed_batches, sequences_of
+from finetune.data.batches import fixed_batches, sequences_of, sides_of
 from finetune.data.facts import deranged
 from finetune.data.overlap import Overlap, find_overlap
 from finetune.data.shape import Example, ShapedRows
@@ -84,9 +84,14 @@ class Prepared:
     def goal(self) -> Goal:
         """What open answers must show, as configured or as the held-out rows allow."""
         goal = self.plan.config.judge.goal
-        if goal != "auto":
-            return goal
+        if goal != "auto" or self.pairs:
+            return "rows" if self.pairs else goal
         return "style" if len(self.unseen) >= FEWEST_UNSEEN else "rows"
+
+    @property
+    def pairs(self) -> bool:
+        """Whether rows are pairs, of which the chosen answer is to gain on the rejected one."""
+        return self.plan.config.training.objective == "dpo"
 
     @property
     def trainable_parameters(self) -> int:
@@ -292,6 +297,8 @@ def _answers(
     """Whether answers are exact or open, as configured or as the rows show; what they repeat is noted."""
     repeats = survey_repeats(kept)
     notes += repeats.notes(shown_names(config.data.train or ""))
+    if config.training.objective == "dpo":
+        return "open"
     if config.judge.answers != "auto":
         return config.judge.answers
     # However often they come again, none may be short enough to be compared word for word.
@@ -309,7 +316,7 @@ def _check_ids(
 ) -> None:
     """Refuse a tokenizer that gives out ids which the model's embedding table has no row for."""
     tokenizer = encoder.tokenizer
-    rows = [(row.ids, f" ({row.where})") for each in encoded if each for row in each.rows]
+    rows = [(side.ids, f" ({row.where})") for each in encoded if each for row in each.rows for side in sides_of(row)]
     rows += [(question.ids, f" ({question.text!r})") for question in asked]
     for ids, where in [((tokenizer.pad_id,), ", which rows are padded with"), *rows]:
         if max(ids) >= shape.vocab_size > 0:

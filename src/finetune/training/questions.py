@@ -39,7 +39,12 @@ def unseen_rows(encoder: Encoder, held: Sequence[Example], held_out: Encoded, ov
 def trained_questions(
     encoder: Encoder, conversations: Sequence[Conversation], plan: Plan, *, count: int
 ) -> tuple[Question, ...]:
-    """Up to `count` conversations whose answer is short enough to be compared word for word, chosen by the seed."""
+    """Up to `count` conversations whose answer is short enough to be compared word for word, chosen by the seed.
+
+    None of pairs: a chosen answer is better than another, and not the one right wording.
+    """
+    if plan.config.training.objective == "dpo":
+        return ()
     most, row = plan.config.evaluation.max_new_tokens, plan.config.tokens.max_length
     assert row is not None
     order = list(range(len(conversations)))

@@ -52,7 +52,10 @@ def read_shaped(config: TrainingConfig, key: str, names: tuple[str, ...] = ()) -
     data, train = config.data, key == "train"
     limit, weights = (data.limit, data.mix) if train else (None, None)
     rows = SourcedRows(names or getattr(data, key), limit=limit, weights=weights, seed=config.training.seed)
-    shaped = shape_rows(rows, data.columns, data.ignore_columns or (), named=train)
+    dpo = config.training.objective == "dpo"
+    pairs = dpo and key in ("train", "valid")
+    columns = None if dpo and not pairs else data.columns  # those of pairs, which other rows are not
+    shaped = shape_rows(rows, columns, data.ignore_columns or (), named=train, pairs=pairs)
     return replace(shaped, sources=rows.sources)
 
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from finetune.config import plan_as_list
 from finetune.events import Event, PhaseStarted, RunLengthened, RunStarted
-from finetune.ports import Backend, Group, Session
+from finetune.objectives import choose_objective
+from finetune.objectives.cross_entropy import CROSS_ENTROPY
+from finetune.ports import Backend, Group, Objective, Session
 from finetune.records import Optimization
 from finetune.run.checkpoints import CheckpointStore
 from finetune.run.folder import RunFolder
@@ -42,6 +44,7 @@ class Run:
     lengthened: RunLengthened | None = None
     start: Start | None = None
     beginning: Beginning | None = None
+    objective: Objective = CROSS_ENTROPY
 
     def checkpoints(self, *, pinned: int = 0) -> CheckpointStore:
         """The checkpoints of the run, those included that it wrote before it was made longer."""
@@ -70,6 +73,15 @@ class Run:
             session.check_saving()
         ratio = training.loraplus_lr_ratio
         session.prepare_updates(Optimization(training.weight_decay, training.max_grad_norm, loraplus_lr_ratio=ratio))
+
+    def settle_objective(self, session: Session) -> None:
+        """Choose what a step minimises; preferences are measured from the session as it is now, at step 0.
+
+        It is asked anew when a run is resumed: the same base and first adapter say the same.
+        """
+        prepared = self.prepared
+        rows = [*prepared.training_rows, *(prepared.held_out.rows if prepared.held_out else ())]
+        self.objective = choose_objective(prepared.plan.config.training, session, rows)
 
     def tell(self, event: Event) -> None:
         """Log an event and pass it on."""

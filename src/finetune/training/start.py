@@ -69,7 +69,7 @@ def begun_note(start: Start, beginning: Beginning, base: float) -> str:
     return (
         f"training went on from the adapter {start.name} ({start.sha256[:12]}) with a fresh optimizer: on the same "
         f"training rows the loss was {base:.4f} for the base and {beginning.fixed[0]:.4f} for that adapter; the "
-        "verdict compares with the base, so it speaks of both trainings together"
+        "verdict compares with the base, so it speaks of both trainings together (of preferences with that adapter)"
     )
 
 

@@ -18,6 +18,7 @@ SUBJECTS: Mapping[str, tuple[str, ...]] = {
     "mask": ("mask",),
     "batches": ("batches", "padding", "packing"),
     "loss": ("loss", "gradient", "dropout"),
+    "preference": ("dpo",),
     "train": ("train", "learning", "schedule", "seed", "keep", "runs"),
     "resume": ("resume",),
     "store": ("store", "files"),

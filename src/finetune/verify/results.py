@@ -10,7 +10,7 @@ Severity = Literal["wrong learning", "data loss", "unsafe", "robustness"]
 SEVERITIES: Mapping[Severity, tuple[str, ...]] = {
     "wrong learning": (
         *("data", "rows", "split", "template", "mask", "batches", "padding", "packing", "loss", "gradient", "dropout"),
-        *("train", "learning", "schedule", "order", "keep", "adapter", "merge", "export", "serve", "evaluate"),
+        *("train", "dpo", "learning", "schedule", "order", "keep", "adapter", "merge", "export", "serve", "evaluate"),
         *("generate", "model", "measure", "course", "cache"),
         *("config.targets", "config.patterns", "config.dropout", "resume.same", "resume.refuses_changed"),
     ),

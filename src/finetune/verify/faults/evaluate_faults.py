@@ -31,9 +31,11 @@ Answers = list[list[int]]
 
 @fault("A260", "eval.mean_of_batch_means", "transformers #39241, #24839")
 @in_place_of("mean_loss", loop, observe, ours)
-def _mean_of_batch_means(right: Measuring, session: Session, batches: Sequence[Batch]) -> tuple[float, int]:
+def _mean_of_batch_means(
+    right: Measuring, session: Session, batches: Sequence[Batch], *objective: Objective
+) -> tuple[float, int]:
     """The held-out loss is the mean of its batches' means."""
-    each = [right(session, [batch]) for batch in batches]
+    each = [right(session, [batch], *objective) for batch in batches]
     return sum(loss for loss, _ in each) / len(each), sum(count for _, count in each)
 
 
@@ -57,10 +59,10 @@ def _filled_up(batches: list[Batch], size: int) -> list[Batch]:
 
 @fault("A263", "eval.dropout_on", "signet-trainer #34")
 @planted_by(plant_session, "loss")
-def _dropout_on(right: Callable[..., float], session: Session, batch: Batch) -> float:
+def _dropout_on(right: Callable[..., float], session: Session, batch: Batch, *objective: Objective) -> float:
     """Dropout is on while the held-out loss is taken."""
     with trainable(session):
-        return float(session.accumulate(batch, 0.0))
+        return float(session.accumulate(batch, 0.0, *objective))
 
 
 @fault("A264", "eval.mode_not_restored", "unsloth #11238", backends=("reference",))
@@ -68,9 +70,9 @@ def _mode_not_restored() -> None:
     """After the first look at the held-out loss dropout stays off for good."""
     resting: set[int] = set()
 
-    def loss(right: Callable[..., float], session: Session, batch: Batch) -> float:
+    def loss(right: Callable[..., float], session: Session, *given: object) -> float:
         resting.add(id(session))
-        return float(right(session, batch))
+        return float(right(session, *given))
 
     def accumulate(right: Callable[..., float], session: ReferenceSession, *given: object) -> float:
         adapter = session.adapter
@@ -174,9 +176,9 @@ def _hidden_split(right: Callable[..., Sides], examples: Sequence[Example], frac
 
 @fault("A275", "eval.sum_as_mean")
 @in_place_of("mean_loss", loop, observe, ours)
-def _sum_as_mean(right: Measuring, session: Session, batches: Sequence[Batch]) -> tuple[float, int]:
+def _sum_as_mean(right: Measuring, *given: object) -> tuple[float, int]:
     """The held-out loss is a sum where a mean is told."""
-    loss, count = right(session, batches)
+    loss, count = right(*given)
     return loss * count, count
 
 

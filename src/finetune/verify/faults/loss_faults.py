@@ -3,11 +3,13 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 import finetune.train as training
+from finetune import objectives
 from finetune.adapters.kinds.dora import DoRA
 from finetune.adapters.peft_files import layer_tensors
 from finetune.backends.reference import session as reference
@@ -15,8 +17,9 @@ from finetune.backends.reference.model import Array, Backward, ReferencePass
 from finetune.backends.reference.optimizer import ReferenceAdamW
 from finetune.backends.reference.session import ReferenceSession
 from finetune.events import Event
+from finetune.objectives.preference import Preference
 from finetune.ports import Objective, Session
-from finetune.records import AdapterTarget, Batch
+from finetune.records import AdapterTarget, Batch, TokenizedRow
 from finetune.training import loop
 from finetune.training.loop import LoopPlan
 from finetune.verify.faults.fault import fault, in_place_of, plant, planted_by
@@ -28,6 +31,7 @@ Losing = Callable[..., float]
 Weights = Mapping[str, Array]
 Added = tuple[Array, Backward]
 Doing = Callable[..., None]
+Reference = Callable[..., Mapping[TokenizedRow, float]]
 
 
 @fault("A120", "accum.mean_of_means", "transformers #34191")
@@ -102,7 +106,7 @@ def _counts_masked() -> None:
         return float(right(session, batch, weight * share(batch), *objective) * share(batch))
 
     plant_session("accumulate", accumulate)
-    plant_session("loss", lambda right, session, batch: right(session, batch) * share(batch))
+    plant_session("loss", lambda right, session, batch, *objective: right(session, batch, *objective) * share(batch))
 
 
 @fault("A129", "loss.nan_hidden", "TRL #6702, transformers #13619")
@@ -224,3 +228,40 @@ def _decay_in_the_gradient(right: Doing, optimizer: ReferenceAdamW, gradients: W
 def _clip_each_tensor(right: Losing, gradients: Iterable[Array], limit: float) -> float:
     """Gradients are clipped tensor by tensor, not all together."""
     return math.sqrt(sum(right([gradient], limit) ** 2 for gradient in gradients))
+
+
+@fault("A310", "loss.reference_is_base")
+@in_place_of("reference_of", objectives)
+def _reference_is_base(
+    right: Reference, session: Session, rows: Iterable[TokenizedRow]
+) -> Mapping[TokenizedRow, float]:
+    """Preferences are measured from the base, although an adapter goes on."""
+    with session.adapter_disabled():
+        return right(session, rows)
+
+
+@fault("A311", "loss.reference_left_out")
+@in_place_of("reference_of", objectives)
+def _reference_left_out(
+    right: Reference, session: Session, rows: Iterable[TokenizedRow]
+) -> Mapping[TokenizedRow, float]:
+    """Preferences are measured from nothing: the rejected answer may be the likelier one from the start."""
+    return dict.fromkeys(right(session, rows), 0.0)
+
+
+@fault("A312", "loss.preference_of_means")
+@in_place_of("margin", Preference)
+def _preference_of_means(
+    right: Callable[..., float], objective: Preference, chosen: TokenizedRow, rejected: TokenizedRow, sums: Array
+) -> float:
+    """Log p of an answer is a mean over its tokens where the formula has their sum."""
+    reference = {row: objective.reference[row] / row.target_count for row in (chosen, rejected)}
+    counts = np.array([row.target_count for row in (chosen, rejected)])
+    return right(replace(objective, reference=reference), chosen, rejected, sums / counts)
+
+
+@fault("A313", "loss.preference_turned_round")
+@in_place_of("margin", Preference)
+def _preference_turned_round(right: Callable[..., float], *given: Any) -> float:
+    """The rejected answer is preferred in the value that the loss is made of."""
+    return -right(*given)

@@ -186,10 +186,10 @@ def _measured_without_shift() -> None:
     """The loss that is only measured is not shifted."""
     measuring = [0]
 
-    def loss(right: Callable[..., float], session: Session, batch: Batch) -> float:
+    def loss(right: Callable[..., float], *given: object) -> float:
         measuring[0] = 1
         try:
-            return float(right(session, batch))
+            return float(right(*given))
         finally:
             measuring[0] = 0
 

@@ -89,6 +89,27 @@ def weights_of(trainer: SubjectClient, model: Path, adapter: str) -> tuple[Weigh
     return weights, trainer.tensors(weights.file)
 
 
+def same_course(
+    trainer: SubjectClient, model: Path, start: str, course: TrainingResult, wanted: TrainingResult
+) -> None:
+    """Hold a run to the oracle's from the same adapter: as many steps, their losses, and where each tensor ends."""
+    count = len(wanted.steps)
+    check(len(course.steps) == count, expected=f"{count} steps", got=f"{len(course.steps)} steps")
+    for step, right in zip(course.steps, wanted.steps, strict=True):
+        near = step.loss is None or abs(step.loss - (right.loss or 0.0)) <= 5e-3 * (1 + (right.loss or 0.0))
+        check(near, expected=f"loss {right.loss} at step {step.step}", got=step.loss)
+    _, found = weights_of(trainer, model, adapter_of(course))
+    _, ends = weights_of(trainer.oracle, model, adapter_of(wanted))
+    begins = trainer.tensors(start)
+    for name, end in ends.items():
+        check(name in found, expected=name, got=sorted(found))
+        distance = float(np.abs(end - begins[name]).mean())
+        off = float(np.abs(found[name] - end).mean())
+        check(
+            off <= distance / 50 + 1e-8, expected=f"{name} moved by {distance:.4g}", got=f"it ends {off:.4g} from there"
+        )
+
+
 def logits_of(trainer: SubjectClient, ability: str, model: str | Path, **more: object) -> Array:
     """The logits of one prompt."""
     given = {"settings": PLAIN, **more}

@@ -10,7 +10,7 @@ from finetune.models.locate import locate_model
 from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
-from finetune.verify.laws.helpers import adapter_of, marks, refused, tokenized, train, weights_of
+from finetune.verify.laws.helpers import adapter_of, marks, refused, same_course, tokenized, train, weights_of
 from finetune.verify.subjects.answers import Generated, Loss, TokenRows, TrainingResult, Weights
 from finetune.verify.subjects.subject import UnsupportedError
 from finetune_strategies.cases import train as cases
@@ -75,21 +75,7 @@ def training_moves_as_it_should(trainer: SubjectClient, case: cases.Whole) -> No
     start = trainer.ask("initial_adapter", Weights, **given)
     course = train(trainer, rows=case.values, **given)
     wanted = trainer.oracle.ask("train_from", TrainingResult, rows=case.values, file=start.file, **given)
-    count = len(wanted.steps)
-    check(len(course.steps) == count, expected=f"{count} steps", got=f"{len(course.steps)} steps")
-    for step, right in zip(course.steps, wanted.steps, strict=True):
-        near = step.loss is None or abs(step.loss - (right.loss or 0.0)) <= 5e-3 * (1 + (right.loss or 0.0))
-        check(near, expected=f"loss {right.loss} at step {step.step}", got=step.loss)
-    _, found = weights_of(trainer, given["model"], adapter_of(course))
-    _, ends = weights_of(trainer.oracle, given["model"], adapter_of(wanted))
-    begins = trainer.tensors(start.file)
-    for name, end in ends.items():
-        check(name in found, expected=name, got=sorted(found))
-        distance = float(np.abs(end - begins[name]).mean())
-        off = float(np.abs(found[name] - end).mean())
-        check(
-            off <= distance / 50 + 1e-8, expected=f"{name} moved by {distance:.4g}", got=f"it ends {off:.4g} from there"
-        )
+    same_course(trainer, given["model"], start.file, course, wanted)
 
 
 @law("train.tail", ["train", "initial_adapter", "adapter_weights"], cases.TRAIN_TAIL, examples=4, cost=4)

@@ -156,11 +156,13 @@ class TrainedStep(Reply):
     learning_rate: float | None = None
 
 
-class TrainingResult(Reply, to=("train", "resume", "train_from", "go_on", "lengthen")):
+class TrainingResult(Reply, to=("train", "resume", "train_from", "train_pairs", "go_on", "lengthen")):
     """`train` and `resume`: the steps that were told, what is kept at which step, and where the adapter lies.
 
     `go_on` likewise, of a new run that trains a given adapter on: nothing is said of its shape, which it keeps.
     `lengthen` likewise, of a run that had come to its end, and is resumed to train for `epochs`.
+    `train_pairs` likewise, of a run by sigmoid DPO on rows of `prompt`, `chosen` and `rejected`; with `adapter` it goes
+    on from that one, and with `start` (of the oracle alone) from these weights.
 
     Attributes:
         adapter: the folder of the finished adapter, null when training was stopped before its end.

@@ -99,7 +99,7 @@ class OurTrainer(OurSessions):
             return 1.0
 
         # A session that computes nothing, and has nothing to clip or to move.
-        watching: Any = SimpleNamespace(accumulate=accumulate, loss=lambda batch: 1.0, gradient_norms=dict)
+        watching: Any = SimpleNamespace(accumulate=accumulate, loss=lambda *given: 1.0, gradient_norms=dict)
         watching.gradients, watching.clip_gradients, watching.update = {}, lambda: 1.0, lambda rate: None
         for event in training_events(self.run(prepared, self.new_folder()), watching, prepared.training_rows):
             if isinstance(event, StepDone):
@@ -130,7 +130,7 @@ class OurTrainer(OurSessions):
         if start is not None:
             put_weights(session, start)
         window = [Batch(each) for each in rows]
-        objective = choose_objective(prepared.plan.config.training)
+        objective = choose_objective(prepared.plan.config.training, session, ())
         plan = LoopPlan(1, len(window), 1e-3, 0, "constant", 1, objective=objective)
         found: dict[str, Any] = {}
         for event in train(session, lambda epoch: window, (), plan):
@@ -196,6 +196,24 @@ class OurTrainer(OurSessions):
         shutil.copytree(adapter, alone)
         return self.train(model, {**settings, "model.adapter": str(alone)}, rows, folder)
 
+    def train_pairs(
+        self,
+        model: str,
+        settings: Given,
+        rows: Sequence[Given],
+        folder: str,
+        adapter: str | None = None,
+        start: str | None = None,
+    ) -> Answer:
+        """A run on pairs, from a fresh adapter, from a finished one, or from weights."""
+        given = {**settings, "training.objective": "dpo", "judge.answers": "auto"}
+        if start is not None:
+            found: Answer = self.handlers["train_from"](model, given, rows, start)
+            return found
+        if adapter is not None:
+            return self.go_on(model, adapter, given, rows, folder)
+        return self.train(model, given, rows, folder)
+
     def lengthen(self, folder: str, epochs: float) -> Answer:
         """Go on with a run that had come to its end, until it has trained for so many epochs."""
         request = json.loads((Path(folder) / "asked.json").read_text(encoding="utf-8"))
@@ -240,6 +258,7 @@ class OurTrainer(OurSessions):
                 run.tell(run.lengthened)
                 place.tidy()
             session = self.fresh_session(prepared)
+            run.settle_objective(session)
             train_to_the_end(run, session, observe(session, prepared), owner)
             write_folder(place.adapter, lambda folder: save_trained(prepared, session, folder))
             adapter = str(place.adapter)

@@ -204,6 +204,7 @@ class _ResultHandlers:
         session, folder = self._trainer.fresh_session(prepared), self._trainer.new_folder()
         put_weights(session, file)
         run = self._trainer.run(prepared, folder)
+        run.settle_objective(session)
         done = [event for event in training_events(run, session, prepared.training_rows) if isinstance(event, StepDone)]
         (folder / "adapter").mkdir()
         session.save_adapter(folder / "adapter")
