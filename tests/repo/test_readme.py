@@ -39,7 +39,7 @@ def test_readme_commands_of_ft_do_what_they_say(reader: Path, tmp_path: Path) ->
     lines = shown()
     assert [line.split()[1] for line in lines] == [
         *("check", "train", "chat", "export", "verify", "prove"),
-        *("chat", "merge", "export", "deploy", "deploy", "compare"),
+        *("chat", "merge", "export", "deploy", "deploy", "compare", "push"),
     ]
     rows = [{"prompt": f"What is {number} plus 1?", "completion": str(number + 1)} for number in range(9)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -47,6 +47,8 @@ def test_readme_commands_of_ft_do_what_they_say(reader: Path, tmp_path: Path) ->
         words = line.split()[1:]
         # Until Ctrl-C is too long to wait.
         words += ["--check-only"] if "llama.cpp" in words else []
+        # Nothing is sent, and two steps fail the verdict.
+        words += ["--check-only", "--force"] if words[0] == "push" else []
         done = run(words, reader, tmp_path)
         # Two steps teach nothing, and a run that says so ends with 1 or 4.
         allowed = (0, 1, 4) if words[0] in ("train", "evaluate", "report") else (0,)
