@@ -16,6 +16,7 @@ class Abilities:
         devices: where it computes; a GPU only on a machine that has one.
         memory: whether it measures the memory of training, in a process of its own.
         launchers: those whose processes it joins, each with the library that brings it.
+        checkpointing: whether blocks can be computed again for their gradients, which saves memory.
         schemes: how a base may be quantised for it, by names of `models.quantize`; it quantises by the first.
         reads_once: whether it computes a prompt that rows of a batch share once, where nothing is learned.
     """
@@ -24,6 +25,7 @@ class Abilities:
     devices: tuple[str, ...] = ("cpu",)
     memory: bool = False
     launchers: Mapping[str, str] = field(default_factory=dict)
+    checkpointing: bool = False
     schemes: tuple[str, ...] = ()
     reads_once: bool = False
 
@@ -35,12 +37,14 @@ ABILITIES: dict[str, Abilities] = {
         memory=True,
         launchers={"torchrun": "torch", "accelerate": "accelerate"},
         reads_once=True,
+        checkpointing=True,
     ),
     "mlx": Abilities(
         libraries=("mlx", "mlx_lm"),
         devices=("cpu", "gpu"),
         memory=True,
         launchers={"mlx.launch": "mlx"},
+        checkpointing=True,
         schemes=("affine",),
     ),
     "reference": Abilities(),

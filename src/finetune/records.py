@@ -323,6 +323,7 @@ class Optimization:
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     loraplus_lr_ratio: float = 1.0
+    gradient_checkpointing: bool = False  # blocks are computed again for their gradients
 
     def lr_ratio_of(self, *, fast: bool) -> float:
         """What the learning rate is multiplied with (Hayou et al. 2024, arXiv:2402.12354; PEFT's LoRA+)."""

@@ -167,6 +167,7 @@ SETTINGS: dict[str, Setting] = {
     "training.batch_size": _whole(1),
     "training.processes": _optional(_whole(1)),
     "training.gradient_accumulation_steps": _whole(1),
+    "training.gradient_checkpointing": _YES_OR_NO,
     "training.packing": _YES_OR_NO,
     "training.learning_rate": _optional(_POSITIVE),
     "training.schedule": _words("cosine", "linear", "constant"),

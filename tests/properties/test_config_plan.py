@@ -149,6 +149,7 @@ def test_plan_leaves_nothing_open(
     margin = bool(config.training.early_stopping_min_delta) and config.training.early_stopping_patience is None
     quantize, size = config.model.quantize, config.model.quantize_group_size
     unable = not ABILITIES[config.backend].schemes
+    kept = config.training.gradient_checkpointing and not ABILITIES[config.backend].checkpointing
     packed = unable + (kind == "full") if quantize else size != 64
     rows = bool(config.tokens.add_special_tokens) + bool(config.tokens.add_tokens) if kind == "ia3" else 0
     training, judged = config.training, config.judge
@@ -157,7 +158,7 @@ def test_plan_leaves_nothing_open(
     if dpo:
         aims = (config.data.rehearsal is not None, config.template.train_on != "last", training.label_smoothing >= 0.5)
         aims += (judged.answers == "exact", judged.goal != "auto", judged.control == "always")
-    if conflicts := too_long + two_splits + no_template + idle + unwatched + margin + packed + rows + sum(aims):
+    if conflicts := too_long + two_splits + no_template + idle + unwatched + margin + packed + rows + kept + sum(aims):
         with pytest.raises(ConfigError) as caught:
             resolve(loaded, facts)
         assert len(caught.value.problems) == conflicts

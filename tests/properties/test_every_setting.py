@@ -99,6 +99,7 @@ CHANGES: dict[str, Change] = {
     "training.batch_size": Change(2),
     "training.processes": Change(2, refused="processes is 2"),
     "training.gradient_accumulation_steps": Change(2),
+    "training.gradient_checkpointing": Change(True, refused="keeps all that it computes"),
     "training.packing": Change(True),
     "training.learning_rate": Change(0.02),
     "training.schedule": Change("linear"),

@@ -36,8 +36,9 @@ def total_of(load: StepLoad) -> int:
     return forecast_memory(SMALL.shape, TARGET, "float32", load, FRAMEWORKS["torch"]).expected.total
 
 
-def changed(load: StepLoad, settings: dict[str, int]) -> StepLoad:
+def changed(load: StepLoad, settings: dict[str, int | bool]) -> StepLoad:
     """The load that these settings make."""
+    load = replace(load, recomputed=bool(settings.get("training.gradient_checkpointing", load.recomputed)))
     load = scaled(load, rows=settings.get("training.batch_size"), length=settings.get("tokens.max_length"))
     return replace(load, accumulation=settings.get("training.gradient_accumulation_steps", load.accumulation))
 
@@ -56,9 +57,11 @@ def test_advice_fits_and_is_the_least_change(rows: int, length: int, share: floa
         size, width = way.settings.get("training.batch_size"), way.settings.get("tokens.max_length")
         assert width is None or SHORTEST <= width < length
         assert size is None or width or size * way.settings["training.gradient_accumulation_steps"] >= rows
+        assert size or width or way.flags == "--set training.gradient_checkpointing=true"
         more = {"training.batch_size": size + 1} if size and not width else {}
         more |= {"tokens.max_length": width + 1} if width else {}
-        assert total_of(changed(load, {**way.settings, **more})) > available
+        without = {} if way.settings == {"training.gradient_checkpointing": True} else {**way.settings, **more}
+        assert total_of(changed(load, without)) > available
     if not ways and total > available:
         assert total_of(replace(scaled(load, rows=1, length=SHORTEST), accumulation=rows)) > available
 
@@ -66,6 +69,11 @@ def test_advice_fits_and_is_the_least_change(rows: int, length: int, share: floa
 def test_advice_takes_rows_and_length_together_only_where_neither_is_enough() -> None:
     """A memory that neither fewer rows nor shorter rows fit into gets one way that lowers both; none at all, none."""
     load = full_load(60, 300)
+    again, rows, _ = ways_to_fit(total_of, load, total_of(full_load(30, 300)))
+    assert (list(again.settings), again.flags) == (
+        ["training.gradient_checkpointing"],
+        "--set training.gradient_checkpointing=true",
+    )
     available = total_of(full_load(1, 40))
     (way,) = ways_to_fit(total_of, load, available)
     assert (way.settings["training.batch_size"], way.settings["training.gradient_accumulation_steps"]) == (1, 60)
@@ -131,7 +139,14 @@ def test_estimate_json_adds_up(model: str, backend: str, capsys: pytest.CaptureF
 def test_estimate_follows_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
     """Batch size, length, accumulation and rank are those that are set; unset, the length is the model's own."""
     small = told(capsys, "--set", "training.batch_size=3", "--set", "tokens.max_length=20", "--set", "adapter.rank=2")
-    assert small["batch"] == {"rows": 3, "length": 20, "targets": 57, "masked": False, "accumulation": 1}
+    assert small["batch"] == {
+        "rows": 3,
+        "length": 20,
+        "targets": 57,
+        "masked": False,
+        "accumulation": 1,
+        "recomputed": False,
+    }
     assert "tokens.max_length" in small["basis"]
     large = told(capsys, "--set", "training.gradient_accumulation_steps=2")
     assert (large["batch"]["rows"], large["batch"]["length"], large["batch"]["accumulation"]) == (8, 512, 2)
@@ -164,12 +179,15 @@ def test_estimate_says_what_to_lower(capsys: pytest.CaptureFixture[str], monkeyp
     assert run(["estimate", "--set", "training.batch_size=64"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "LoRA does not fit" in shown
-    assert "too much; lower it with --set training.batch_size=" in shown
+    assert "too much; lower it with --set training.gradient_checkpointing=true (" in shown
+    assert "), or --set training.batch_size=" in shown
     assert "or --set tokens.max_length=" in shown
     value = told(capsys, "--set", "training.batch_size=64")
     assert value["available"] == GIB
     assert value["lora"]["fits"] is False
-    rows, length = (way["settings"] for way in value["ways_to_fit"])
+    again, rows, length = (way["settings"] for way in value["ways_to_fit"])
+    assert again == {"training.gradient_checkpointing": True}
+    assert told(capsys, "--set=training.batch_size=64", "--set=training.gradient_checkpointing=true")["lora"]["fits"]
     flags = [f"--set={key}={number}" for key, number in rows.items()]
     assert told(capsys, *flags)["lora"]["fits"] is True
     assert told(capsys, "--set", "training.batch_size=64", f"--set=tokens.max_length={length['tokens.max_length']}")[

@@ -49,7 +49,8 @@ def run_probe(open_backend: Callable[[], Backend], probe: Probe) -> None:
     location = ModelLocation(request["name"], Path(request["folder"]), request["source"])
     session = open_backend().open(location, request["dtype"], pad_id=0, device=probe.device)
     session.attach(None if request["method"] == "full" else AdapterTarget(**request["target"]), seed=0)
-    session.prepare_updates(Optimization(weight_decay=0.0, max_grad_norm=1.0))
+    again = request.get("gradient_checkpointing", False)
+    session.prepare_updates(Optimization(weight_decay=0.0, max_grad_norm=1.0, gradient_checkpointing=again))
     rng = random.Random(0)
     size = request["length"]
     rows = [[rng.randrange(request["vocab_size"]) for _ in range(size)] for _ in range(request["batch_size"])]

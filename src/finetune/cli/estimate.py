@@ -80,11 +80,17 @@ def _load(loaded: "LoadedConfig", shape: "ModelShape") -> tuple["StepLoad", str]
         # Neither template nor rows matter here, so nothing can be wrong with them.
         plan = resolve(loaded, ModelAndDataFacts(shape.context_length, has_chat_template=True, train_rows=1))
         assert plan.config.tokens.max_length is not None
-        load = full_load(training.batch_size, plan.config.tokens.max_length, training.gradient_accumulation_steps)
+        load = full_load(
+            training.batch_size,
+            plan.config.tokens.max_length,
+            training.gradient_accumulation_steps,
+            recomputed=training.gradient_checkpointing,
+        )
         return load, "every row as long as tokens.max_length allows (--data takes your own)"
     prepared = prepare(loaded)
     batches = epoch_batches(
         prepared.training_rows, training.batch_size, seed=training.seed, epoch=0, pack_length=pack_length(prepared.plan)
     )
     taken_from = f"the largest batch of {shown_names(loaded.config.data.train)}"
-    return load_of(batches, training.gradient_accumulation_steps), taken_from
+    load = load_of(batches, training.gradient_accumulation_steps, recomputed=training.gradient_checkpointing)
+    return load, taken_from

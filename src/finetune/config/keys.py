@@ -33,6 +33,7 @@ _NAMES_ELSEWHERE: dict[str, str] = {
     "training.batch_size": "micro_batch_size per_device_train_batch_size",
     "training.processes": "num_processes nproc_per_node",
     "training.gradient_accumulation_steps": "accumulation grad_accumulation_steps",
+    "training.gradient_checkpointing": "grad_checkpoint use_gradient_checkpointing activation_checkpointing",
     "training.packing": "sample_packing",
     "training.schedule": "lr_scheduler_type",
     "training.warmup_fraction": "warmup_ratio",

@@ -186,6 +186,10 @@ def _conflicts(loaded: LoadedConfig, facts: ModelAndDataFacts) -> Iterator[Probl
         is_set = values[key] != default_of(key) and origins[key] != "profile"
         if is_set and key != "adapter.kind" and kind not in takers:
             yield _problem(origins, key, what, f"leave it out, or set adapter.kind to {any_of(takers)}")
+    if training.gradient_checkpointing and not ABILITIES[config.backend].checkpointing:
+        able = any_of([name for name, each in ABILITIES.items() if each.checkpointing])
+        what = f"gradient_checkpointing is true, but the {config.backend} backend keeps all that it computes"
+        yield _problem(origins, "training.gradient_checkpointing", what, f"set backend to {able}, or leave it out")
     if training.early_stopping_min_delta and training.early_stopping_patience is None:
         what = (
             f"early_stopping_min_delta is {training.early_stopping_min_delta:g}, but nothing is stopped early: "

@@ -250,6 +250,9 @@ class TrainingSpec(Spec):
     """How many processes share the work, each with a batch of its own; null means as many as a launcher has started."""
     gradient_accumulation_steps: Count = 1
     """How many batches are added up before the weights move once."""
+    gradient_checkpointing: StrictBool = False
+    """Keep only what goes into each block of the model and compute the rest of it again for the gradients, which are
+    the same: much less memory, and about a third more time; torch and mlx."""
     packing: StrictBool = False
     """Let short rows share a sequence of up to tokens.max_length tokens, apart from each other."""
     learning_rate: Positive | None = None

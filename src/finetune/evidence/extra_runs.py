@@ -103,6 +103,7 @@ def memory_evidence(prepared: Prepared, why: dict[str, str]) -> MemoryEvidence |
         "length": config.judge.memory_length,
         "dtype": config.model.dtype,
         "vocab_size": prepared.shape.vocab_size,
+        "gradient_checkpointing": config.training.gradient_checkpointing,
     }
     try:
         lora = measure_memory(config.backend, prepared.location, prepared.target, method="lora", sizes=sizes)

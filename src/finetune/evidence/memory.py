@@ -27,8 +27,8 @@ def measure_memory(
     """Train a few steps in a fresh process and return what it measured.
 
     Args:
-        sizes: batch_size (rows), length (tokens), dtype and vocab_size: equal for both methods, or they cannot be
-            compared.
+        sizes: batch_size (rows), length (tokens), dtype, vocab_size and, where it is on, gradient_checkpointing: equal
+            for both methods, or they cannot be compared.
 
     Raises:
         EvidenceError: the process failed.
@@ -49,7 +49,8 @@ def full_needs(prepared: Prepared) -> int:
     config = prepared.plan.config
     if config.backend not in FRAMEWORKS:
         return estimate_memory(prepared.shape, None, config.model.dtype).total
-    load = full_load(config.judge.memory_batch_size, config.judge.memory_length)
+    again = config.training.gradient_checkpointing
+    load = full_load(config.judge.memory_batch_size, config.judge.memory_length, recomputed=again)
     return forecast_memory(prepared.shape, None, config.model.dtype, load, FRAMEWORKS[config.backend]).high.total
 
 

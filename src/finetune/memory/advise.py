@@ -15,23 +15,35 @@ SHORTEST = 8
 class MemoryAdvice:
     """One way to make it fit: these settings, and the bytes that the run is then expected to take."""
 
-    settings: dict[str, int]
+    settings: dict[str, int | bool]
     total: int
+
+    @property
+    def flags(self) -> str:
+        """The settings as they are given to `ft`."""
+        return " ".join(f"--set {key}={str(value).lower()}" for key, value in self.settings.items())
 
 
 def ways_to_fit(total_of: TotalOf, load: StepLoad, available: int) -> list[MemoryAdvice]:
     """The smallest changes that make a run fit into `available` bytes; empty when it fits, or when nothing helps.
 
-    Fewer rows at once, with as many more batches added up, train the same; shorter rows do not. Both together are
-    told only where neither is enough.
+    Blocks that are computed again for their gradients train the same, and so do fewer rows at once, with as many more
+    batches added up; shorter rows do not. Fewer and shorter rows together are told only where nothing else is enough.
     """
     if total_of(load) <= available:
         return []
-    ways = [*_fewer_rows(total_of, load, available), *_shorter_rows(total_of, load, available)]
+    ways = [
+        *_recomputed(total_of, load, available),
+        *_fewer_rows(total_of, load, available),
+        *_shorter_rows(total_of, load, available),
+    ]
     if ways or load.rows == 1:
         return ways
     single = _with_rows(load, 1)
-    settings = {"training.batch_size": 1, "training.gradient_accumulation_steps": single.accumulation}
+    settings: dict[str, int | bool] = {
+        "training.batch_size": 1,
+        "training.gradient_accumulation_steps": single.accumulation,
+    }
     return [
         MemoryAdvice(settings | choice.settings, choice.total) for choice in _shorter_rows(total_of, single, available)
     ]
@@ -48,6 +60,12 @@ def _with_rows(load: StepLoad, rows: int) -> StepLoad:
     """As many rows for each movement of the weights, or a few more, but only so many of them at once."""
     accumulation = -(-load.rows * load.accumulation // rows)
     return replace(scaled(load, rows=rows), accumulation=accumulation, masked=load.masked and rows > 1)
+
+
+def _recomputed(total_of: TotalOf, load: StepLoad, available: int) -> Iterator[MemoryAdvice]:
+    total = total_of(replace(load, recomputed=True))
+    if total <= available:
+        yield MemoryAdvice({"training.gradient_checkpointing": True}, total)
 
 
 def _fewer_rows(total_of: TotalOf, load: StepLoad, available: int) -> Iterator[MemoryAdvice]:

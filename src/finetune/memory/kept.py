@@ -7,7 +7,7 @@ Source: what `torch.autograd.graph.saved_tensors_hooks` sees of transformers 5.2
 with SDPA attention on the CPU; each term below is one tensor that it showed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune.adapters.kind import F32, Readers
 from finetune.adapters.kinds import kind_of
@@ -56,13 +56,14 @@ def kept_by_torch(shape: ModelShape, target: AdapterTarget | None, dtype: str, l
     else:
         blocks = step.any_blocks()
         first = blocks // max(1, shape.layers)
-    return ActivationBytes(
+    kept = ActivationBytes(
         blocks=load.tokens * blocks,
         first_block=load.tokens * first,
         outside=step.outside(),
         logits=step.logits(),
         brief=max(step.brief(), step.brief_in_adapter()),
     )
+    return step.recomputed(kept) if load.recomputed else kept
 
 
 def mean_rank(shape: ModelShape, target: AdapterTarget, module: str) -> int:
@@ -199,6 +200,23 @@ class _Step:
             kept += kind_of(self.target).kept_by_torch(readers)
         return kept
 
+    def recomputed(self, kept: ActivationBytes) -> ActivationBytes:
+        """The same where each block keeps its input alone, and what else it keeps comes and goes in its turn.
+
+        When gradients have passed through its MLP, what that kept is gone again.
+        """
+        blocks, i, tokens = max(1, self.shape.layers), self.shape.intermediate_size, self.load.tokens
+        entry = tokens * self.size * self.shape.hidden_size
+        again = -(-(kept.blocks - kept.first_block) // (blocks - 1)) if blocks > 1 else kept.first_block
+        gpt2 = self.shape.architecture in _GPT2_BLOCKS
+        in_mlp = (1 if gpt2 else 3) * i * self.size + self.inputs(i, "c_proj" if gpt2 else "down_proj")
+        brief = max(
+            kept.brief,
+            again + max(self.brief_in_mlp(gpt2=gpt2), self.brief_in_adapter()),
+            again + tokens * (self.brief_elsewhere(gpt2=gpt2) - in_mlp),
+        )
+        return replace(kept, blocks=blocks * entry, first_block=entry, brief=brief)
+
     def outside(self) -> int:
         """The final norm, the hidden states that get logits, ids and marks, RoPE's angles; in bytes of the step."""
         h, tokens = self.shape.hidden_size, self.load.tokens
@@ -238,12 +256,15 @@ class _Step:
         The widest of three places: the MLP, an RMSNorm with five tensors in float32 beside what it keeps, or, where
         attention drops out, one more table, when what the MLP kept is gone.
         """
-        h, i = self.shape.hidden_size, self.shape.intermediate_size
         gpt2 = self.shape.architecture in _GPT2_BLOCKS
+        return max(self.brief_in_mlp(gpt2=gpt2), self.load.tokens * self.brief_elsewhere(gpt2=gpt2))
+
+    def brief_elsewhere(self, *, gpt2: bool) -> int:
+        """The same outside the MLP, per token."""
+        h, i = self.shape.hidden_size, self.shape.intermediate_size
         norm = 0 if gpt2 else self.rms_norm() + 5 * F32 * h
         table = F32 * self.shape.heads * self.load.length + (h - i) * self.size
-        other = max(norm, table if self.shape.attention_dropout > 0 else 0)
-        return max(self.brief_in_mlp(gpt2=gpt2), self.load.tokens * other)
+        return max(norm, table if self.shape.attention_dropout > 0 else 0)
 
     def brief_in_mlp(self, *, gpt2: bool) -> int:
         """Gradients as wide as the inner tensor, of gate and up or of base and adapter, in bytes of the step.
@@ -258,7 +279,9 @@ class _Step:
             return through if gpt2 else gated
         most = max([self.target.rank, *self.target.rank_pattern.values()])
         if self.target.dropout > 0 or self.size != F32 or not kind_of(self.target).low_rank:
-            return through + tokens * F32 * (i + most)
+            # Where the MLP is gated, the adapter's stands there before and after dropout's mask.
+            masked = i if self.target.dropout > 0 and not gpt2 else 0
+            return through + tokens * F32 * (i + masked + most)
         folded = max(F32 * h * i, 2 * F32 * most * tokens)
         out = "c_proj" if gpt2 else "down_proj"
         return max(through + (folded if self.trains(out) else 0), 0 if gpt2 else gated)

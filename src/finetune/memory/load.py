@@ -11,7 +11,7 @@ class StepLoad:
     """The batch that a step holds: `rows` sequences, each `length` tokens long, with `targets` tokens that carry loss.
 
     `masked` says that an attention mask is needed, because rows share a sequence; `accumulation` is how many such
-    batches are added up before the weights move.
+    batches are added up before the weights move; `recomputed` that blocks are computed again for their gradients.
     """
 
     rows: int
@@ -19,6 +19,7 @@ class StepLoad:
     targets: int
     masked: bool = False
     accumulation: int = 1
+    recomputed: bool = False
 
     @property
     def tokens(self) -> int:
@@ -36,12 +37,12 @@ class StepLoad:
         return replace(self, targets=max(self.targets, self.rows * (self.length - 1)))
 
 
-def full_load(rows: int, length: int, accumulation: int = 1) -> StepLoad:
+def full_load(rows: int, length: int, accumulation: int = 1, *, recomputed: bool = False) -> StepLoad:
     """The most that a configuration allows: every row as long as it may be, every token but its first a target."""
-    return StepLoad(rows, length, rows * (length - 1), accumulation=accumulation)
+    return StepLoad(rows, length, rows * (length - 1), accumulation=accumulation, recomputed=recomputed)
 
 
-def load_of(batches: Sequence[Batch], accumulation: int = 1) -> StepLoad:
+def load_of(batches: Sequence[Batch], accumulation: int = 1, *, recomputed: bool = False) -> StepLoad:
     """What the largest of these batches holds.
 
     Args:
@@ -50,5 +51,7 @@ def load_of(batches: Sequence[Batch], accumulation: int = 1) -> StepLoad:
     loads = []
     for batch in batches:
         lengths = [sum(len(row.ids) for row in sequence) for sequence in batch.sequences]
-        loads.append(StepLoad(len(lengths), max(lengths), batch.target_count, bool(batch.packed), accumulation))
+        loads.append(
+            StepLoad(len(lengths), max(lengths), batch.target_count, bool(batch.packed), accumulation, recomputed)
+        )
     return max(loads, key=lambda load: (load.tokens, load.targets))

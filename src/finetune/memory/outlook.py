@@ -88,10 +88,7 @@ def _fits(method: str, forecast: Forecast, outlook: Outlook) -> str:
         return f"{sentence}; LoRA takes {say_size(saved)} less" if saved > 0 else sentence
     if not outlook.ways:
         return f"{sentence}; no smaller batch or row helps: choose a smaller model"
-    ways = []
-    for way in outlook.ways:
-        flags = " ".join(f"--set {key}={value}" for key, value in way.settings.items())
-        ways.append(f"{flags} ({say_size(way.total)})")
+    ways = [f"{way.flags} ({say_size(way.total)})" for way in outlook.ways]
     return f"{sentence}; lower it with {', or '.join(ways)}"
 
 

@@ -33,14 +33,14 @@ def with_estimate(error: OutOfMemoryError | MemoryError, prepared: Prepared, kep
         framework = FRAMEWORKS[config.backend]
         return forecast_memory(prepared.shape, prepared.target, config.model.dtype, load, framework)
 
-    load = load_of(batches, training.gradient_accumulation_steps)
+    load = load_of(batches, training.gradient_accumulation_steps, recomputed=training.gradient_checkpointing)
     found, have = forecast(load), _within_reach()
     estimate = (
         f"the estimate for {load.rows} x {load.length} tokens at once was {say_size(found.expected.total)}, at most "
         f"{say_size(found.high.total)}; the machine has {say_size(have)} for this process, if nothing limits it further"
     )
     ways = [
-        " ".join(f"--set {key}={value}" for key, value in way.settings.items()) + f" ({say_size(way.total)} expected)"
+        f"{way.flags} ({say_size(way.total)} expected)"
         for way in ways_to_fit(lambda load: forecast(load).expected.total, load, have)
     ]
     hint = f"{known.hint}: {', or '.join(ways)}" if ways else f"{known.hint}; `ft estimate` says what would fit"

@@ -71,8 +71,14 @@ class Run:
             self.start.put_on(session, self.prepared.location.name)
         if self.prepared.target is None:
             session.check_saving()
-        ratio = training.loraplus_lr_ratio
-        session.prepare_updates(Optimization(training.weight_decay, training.max_grad_norm, loraplus_lr_ratio=ratio))
+        session.prepare_updates(
+            Optimization(
+                training.weight_decay,
+                training.max_grad_norm,
+                loraplus_lr_ratio=training.loraplus_lr_ratio,
+                gradient_checkpointing=training.gradient_checkpointing,
+            )
+        )
 
     def settle_objective(self, session: Session) -> None:
         """Choose what a step minimises; preferences are measured from the session as it is now, at step 0.

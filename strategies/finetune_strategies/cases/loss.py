@@ -61,4 +61,18 @@ class DroppedRow(Recipe):
 
 
 DROPOUT_FRESH = st.builds(DroppedRow, row=token_rows(12))
+
+
+class Recomputed(Batches):
+    """Batches of one step, and the share that dropout takes."""
+
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+
+
+GRADIENT_RECOMPUTED = st.builds(
+    Recomputed,
+    micro=st.lists(st.tuples(token_rows(12)), min_size=1, max_size=2).map(tuple),
+    model=MODELS,
+    dropout=st.sampled_from([0.5, 0.0]),
+)
 DROPOUT_ACTS = st.builds(Rows, rows=st.lists(PAIRS, min_size=2, max_size=2, unique=True).map(tuple))

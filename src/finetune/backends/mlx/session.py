@@ -20,6 +20,7 @@ from finetune.backends.mlx.layers import MlxAdapter, draw_tensors, layer_shapes,
 from finetune.backends.mlx.load import Loaded, write_config
 from finetune.backends.mlx.optimizer import MlxAdamW, clip, norms
 from finetune.backends.mlx.packed import in_float64, in_full, packed_layers
+from finetune.backends.mlx.recompute import blocks_of, recomputed
 from finetune.backends.mlx.tensors import fingerprint, first_line, write_tensors
 from finetune.errors import ModelError, OutOfMemoryError, TrainingError
 from finetune.models.travel import public_name
@@ -81,6 +82,8 @@ class MlxSession:
 
     def prepare_updates(self, optimization: Optimization) -> None:
         """Make the optimizer for everything that is trainable."""
+        if optimization.gradient_checkpointing:
+            blocks_of(self.loaded.model)
         self._optimizer = MlxAdamW(self._trainable(), optimization)
 
     @property
@@ -121,8 +124,10 @@ class MlxSession:
             return weight * loss, loss
 
         weights = self._trainable()
+        again = self._optimizer is not None and self._optimizer.optimization.gradient_checkpointing
         try:
-            (_, loss), gradients = mx.value_and_grad(scaled)(weights)
+            with recomputed(self.loaded.model, self._trained.values()) if again else contextlib.nullcontext():
+                (_, loss), gradients = mx.value_and_grad(scaled)(weights)
         finally:
             self._put(weights)
         return loss, {name: gradient.astype(mx.float32) for name, gradient in gradients.items()}

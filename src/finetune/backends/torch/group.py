@@ -28,7 +28,11 @@ _NOT_OURS = {
     "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", ("false",), "use MULTI_GPU or FSDP"),
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("other kinds of parallelism", ("false",), "use MULTI_GPU or FSDP"),
     "FSDP_OFFLOAD_PARAMS": ("offloading to the processor", ("false",), "training runs on it already"),
-    "FSDP_ACTIVATION_CHECKPOINTING": ("activation checkpointing", ("false",), "lower training.batch_size instead"),
+    "FSDP_ACTIVATION_CHECKPOINTING": (
+        "its own checkpointing",
+        ("false",),
+        "set training.gradient_checkpointing instead",
+    ),
 }
 """What accelerate can ask of a process by its environment and this backend does not do: refused, never ignored."""
 

@@ -28,7 +28,8 @@ class FoldedLinear(Linear):  # type: ignore[misc]
             added: torch.Tensor = _Added.apply(base(x), dropout(x), *factors)
             return added
         weight = base.weight.t() if self.fan_in_fan_out else base.weight
-        folded: torch.Tensor = _Folded.apply(x, weight, base.bias, *factors)
+        x = _Kept.apply(x)
+        folded: torch.Tensor = _Folded.apply(x, x.grad_fn, weight, base.bias, *factors)
         return folded
 
     def _only_adapter(self, x: torch.Tensor) -> str | None:
@@ -50,23 +51,44 @@ def fold_adapters(model: torch.nn.Module) -> None:
             module.__class__ = FoldedLinear
 
 
-class _Folded(torch.autograd.Function):  # type: ignore[misc]
-    """x (W + scale B A)' + bias, for a frozen W (out, in) and bias (out,); A is (rank, in), B is (out, rank)."""
+class _Kept(torch.autograd.Function):  # type: ignore[misc]
+    """x itself, kept for `_Folded` before that computes, as torch's own operations keep what they read.
+
+    A block that is computed again stops where the last tensor is kept: so it is spared its last product.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: Any, *factors: Any) -> torch.Tensor:
-        a, b, scale = factors
-        ctx.save_for_backward(x, weight, a, b)
-        ctx.scale = scale
-        return torch.nn.functional.linear(x, torch.addmm(weight, b, a, alpha=scale), bias)
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
+
+
+class _Folded(torch.autograd.Function):  # type: ignore[misc]
+    """x (W + scale B A)' + bias, for a frozen W (out, in) and bias (out,); A is (rank, in), B is (out, rank).
+
+    `kept` is the node of `_Kept` that has x; there is none where no gradient of x is wanted.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, kept: Any, weight: torch.Tensor, bias: Any, *factors: Any) -> torch.Tensor:
+        a, b, ctx.scale = factors
+        ctx.kept, ctx.weights = kept, (weight, a, b)
+        if kept is None:
+            ctx.save_for_backward(x)
+        return torch.nn.functional.linear(x, torch.addmm(weight, b, a, alpha=ctx.scale), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, a, b = ctx.saved_tensors
+        (x,) = ctx.saved_tensors if ctx.kept is None else ctx.kept.saved_tensors
+        weight, a, b = ctx.weights
         # Folded again rather than kept: a copy of every weight would cost more than the small product.
         dx = grad @ torch.addmm(weight, b, a, alpha=ctx.scale) if ctx.needs_input_grad[0] else None
         da, db, _ = _factor_gradients(x, grad, a, b, ctx.scale)
-        return dx, None, None, da, db, None
+        return dx, None, None, None, da, db, None
 
 
 class _Added(torch.autograd.Function):  # type: ignore[misc]

@@ -24,6 +24,7 @@ from finetune.backends.torch.device import is_exhausted, name_device, random_sta
 from finetune.backends.torch.float64 import Float64
 from finetune.backends.torch.group import as_lost, pool_gradients
 from finetune.backends.torch.lora_linear import fold_adapters
+from finetune.backends.torch.recompute import recompute_blocks
 from finetune.data.batches import shared_start
 from finetune.errors import OutOfMemoryError, TrainingError
 from finetune.models.travel import public_name
@@ -88,6 +89,8 @@ class TorchSession:
         # Looked at now, while this process holds the whole model: later it would need all the others for that.
         self._head  # noqa: B018
         self._max_grad_norm = optimization.max_grad_norm
+        if optimization.gradient_checkpointing:
+            recompute_blocks(self.model)
         groups: dict[tuple[float, float], list[torch.nn.Parameter]] = defaultdict(list)
         for name, tensor in self._trainable().items():
             groups[lr_ratio_and_decay(optimization, name, tensor.ndim)].append(tensor)

@@ -19,7 +19,7 @@ from finetune.backends.reference.session import ReferenceSession
 from finetune.events import Event
 from finetune.objectives.preference import Preference
 from finetune.ports import Objective, Session
-from finetune.records import AdapterTarget, Batch, TokenizedRow
+from finetune.records import AdapterTarget, Batch, Optimization, TokenizedRow
 from finetune.training import loop
 from finetune.training.loop import LoopPlan
 from finetune.verify.faults.fault import fault, in_place_of, plant, planted_by
@@ -161,6 +161,34 @@ def _half_precision_trainable(right: Doing, optimizer: ReferenceAdamW, *given: o
     right(optimizer, *given)
     for tensor in optimizer.tensors.values():
         tensor[...] = tensor.astype(np.float16)
+
+
+def _recompute_otherwise(otherwise: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Let torch compute blocks again in another way than the right one."""
+
+    def prepare(right: Doing, session: Any, optimization: Optimization) -> None:
+        right(session, optimization)
+        for module in session.model.modules() if optimization.gradient_checkpointing else ():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                module._gradient_checkpointing_func = otherwise(module._gradient_checkpointing_func)
+
+    plant_session("prepare_updates", prepare)
+
+
+@fault(
+    "A135", "grad.checkpointing_frozen_input", "transformers #25846, TRL #1006", tier=2, backends=("reference", "torch")
+)
+@planted_by(_recompute_otherwise)
+def _input_detached(right: Callable[..., Any]) -> Callable[..., Any]:
+    """With gradient checkpointing no gradient passes from one block to the one before."""
+    return lambda block, hidden, *given: right(block, hidden.detach(), *given)
+
+
+@fault("A135b", "grad.checkpointing_other_dropout", tier=2, backends=("reference", "torch"))
+@planted_by(_recompute_otherwise)
+def _dropout_redrawn(right: Callable[..., Any]) -> Callable[..., Any]:
+    """With gradient checkpointing dropout is drawn anew where a block is computed again."""
+    return lambda block, *given: right(block, *given, preserve_rng_state=False)
 
 
 @fault("A137", "grad.loaded_frozen", "PEFT #282, transformers #24463")

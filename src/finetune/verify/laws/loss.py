@@ -10,6 +10,7 @@ from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
 from finetune.verify.laws.helpers import adapter_of, refused, train, weights_of
 from finetune.verify.subjects.answers import Gradient, Loss, Weights
+from finetune.verify.subjects.subject import UnsupportedError
 from finetune_strategies.cases import loss as cases
 from finetune_strategies.cases.learned import QUICK, kind_settings
 from finetune_strategies.cases.rows import PLAIN, TINY, Rows
@@ -62,6 +63,25 @@ def gradient_is_of_all_tokens(trainer: SubjectClient, case: cases.Batches) -> No
         check(near, expected=f"{name}: {norm:.6g}", got=f"{name}: {found.norms.get(name)}")
     near = abs(found.loss - wanted.loss) <= 1e-3 * (1 + wanted.loss)
     check(near, expected=f"loss {wanted.loss:.6f}", got=f"loss {found.loss:.6f}")
+
+
+@law("gradient.recomputed", ["gradient"], cases.GRADIENT_RECOMPUTED, examples=6, tier=2, cost=2)
+@oracle("the same step from the same seed without gradient checkpointing: the same products of the same numbers")
+def recomputing_changes_no_gradient(trainer: SubjectClient, case: cases.Recomputed) -> None:
+    """Gradient checkpointing changes no gradient: what is computed again is the same, what dropout drew included."""
+    given = {"model": trainer.model(case.model), "micro": case.values}
+    settings = {**PLAIN, "adapter.dropout": case.dropout}
+    kept = trainer.ask("gradient", Gradient, settings=settings, **given)
+    again = {**settings, "training.gradient_checkpointing": True}
+    found = refused(lambda: trainer.ask("gradient", Gradient, settings=again, **given))
+    if found is None:
+        raise UnsupportedError("it refuses gradient checkpointing")
+    largest = max(kept.norms.values())
+    for name, norm in kept.norms.items():
+        # A few roundings of float32, should its kernels add up in another order.
+        near = abs(found.norms.get(name, math.inf) - norm) <= 1e-5 * norm + 1e-6 * largest
+        check(near, expected=f"{name}: {norm:.6g}", got=f"{name}: {found.norms.get(name)}")
+    check(abs(found.loss - kept.loss) <= 1e-5 * (1 + kept.loss), expected=f"loss {kept.loss}", got=found.loss)
 
 
 @law("loss.nan_told", ["train"], cases.LOSS_NAN_TOLD, examples=2, cost=2)

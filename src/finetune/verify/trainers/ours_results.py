@@ -175,7 +175,13 @@ class _ResultHandlers:
         facts = ModelAndDataFacts(shape.context_length, has_chat_template=True, train_rows=1)
         length = resolve(loaded, facts).config.tokens.max_length
         assert length is not None
-        load = full_load(config.training.batch_size, length, config.training.gradient_accumulation_steps)
+        training = config.training
+        load = full_load(
+            training.batch_size,
+            length,
+            training.gradient_accumulation_steps,
+            recomputed=training.gradient_checkpointing,
+        )
         target, framework = adapter_target(config, shape), framework_of(config.backend)
         found = forecast_memory(shape, target, config.model.dtype, load, framework)
         return {

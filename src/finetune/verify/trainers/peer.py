@@ -16,6 +16,7 @@ LACKS: Mapping[str, tuple[Any, str]] = {
     "tokens.cache": (None, "it has no such cache"),
     "training.loraplus_lr_ratio": (1.0, "its optimizer has one learning rate for all"),
     "training.processes": (1, "this subject opens one process"),
+    "training.gradient_checkpointing": (False, "this subject does not ask for it"),
     "training.packing": (False, "it does not pack"),
     "training.evaluate_every": (None, "this subject trains without held-out rows"),
     "training.early_stopping_patience": (
