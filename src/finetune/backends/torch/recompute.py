@@ -1,8 +1,14 @@
 """Gradient checkpointing: blocks compute their activations again in the backward pass, where they would be kept."""
 
+import ctypes
+import sys
 from typing import Any
 
 from finetune.errors import ModelError
+
+_MMAP_THRESHOLD = -3
+"""The number by which `mallopt` knows M_MMAP_THRESHOLD (glibc's malloc.h)."""
+_LARGE = 1 << 20
 
 
 def recompute_blocks(model: Any) -> None:
@@ -13,6 +19,7 @@ def recompute_blocks(model: Any) -> None:
     Raises:
         ModelError: transformers has no way to do so in this architecture.
     """
+    _give_back_large()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     try:
         base.activation_checkpointing_enable({"use_reentrant": False})
@@ -22,3 +29,14 @@ def recompute_blocks(model: Any) -> None:
             "blocks again",
             hint="set it to false, and lower training.batch_size instead",
         ) from error
+
+
+def _give_back_large() -> None:
+    """Let glibc give what is 1 MiB or more back to the system as soon as it is freed, for the rest of the process.
+
+    By itself it learns to keep blocks of up to 32 MiB, and what a block of the model leaves lies in pieces between what
+    the next ones keep: on SmolLM2 with 8 x 1,024 tokens that was more than recomputing saves (10.4 GB for 1.9).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, _LARGE)
