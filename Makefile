@@ -188,6 +188,10 @@ prove: $(WORKFLOW_VENV)/ok  ## Plant every fault in our own trainer and count wh
 matrix: $(WORKFLOW_VENV)/ok  ## Ask every law of every fault, and name each kill of docs/evidence/kill-matrix.json that was lost
 	@$(TEST_ENV) $(WORKFLOW_VENV)/bin/ft prove --tier 1 --seeds 2 --against docs/evidence/kill-matrix.json --output proof
 
+.PHONY: fuzz
+fuzz: $(VENV)/dev-ok  ## Damage what commands read in 2,000 seeded ways and count what ends badly (an hour or more; SEED=n for others)
+	@OMP_NUM_THREADS=1 $(BIN)/python bench/fuzz.py --seed $(or $(SEED),0)
+
 .PHONY: rates
 rates: $(VENV)/dev-ok  ## Count how often the verdict on open answers errs on runs of known kind, and write docs/rates.md (hours; goes on where it stopped)
 	@OMP_NUM_THREADS=1 $(BIN)/python bench/rates.py

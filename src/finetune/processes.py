@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -23,6 +24,17 @@ def python_command(*words: str) -> list[str]:
     return [sys.executable, "-P", *words]
 
 
+@contextlib.contextmanager
+def tied_command(module: str, *words: str) -> Iterator[tuple[list[str], int]]:
+    """The command that runs a module of ours and ends with this process, and the pipe that must be passed on to it."""
+    heard, held = os.pipe()
+    try:
+        yield python_command("-m", __name__, str(heard), *words, module), heard
+    finally:
+        os.close(heard)
+        os.close(held)
+
+
 def ask_child(module: str, request: dict[str, Any], *, timeout: float = 600) -> dict[str, Any]:
     """Run `python -m module`, hand it `request` on standard input and return the object it prints last.
 
@@ -30,9 +42,12 @@ def ask_child(module: str, request: dict[str, Any], *, timeout: float = 600) -> 
         EvidenceError: the child failed, took longer than `timeout` seconds or printed no answer; its last words are
             quoted.
     """
-    command = python_command("-m", module)
     try:
-        done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=timeout)
+        with tied_command(module) as (command, pipe):
+            asked = json.dumps(request)
+            done = subprocess.run(
+                command, input=asked, capture_output=True, text=True, timeout=timeout, pass_fds=(pipe,)
+            )
     except subprocess.TimeoutExpired:
         raise EvidenceError(f"{module} took longer than {timeout:.0f} s and was stopped") from None
     if done.returncode != 0:
@@ -43,6 +58,20 @@ def ask_child(module: str, request: dict[str, Any], *, timeout: float = 600) -> 
     except (IndexError, ValueError):
         raise EvidenceError(f"{module} printed no answer: {done.stdout[-200:]!r}") from None
     return answer
+
+
+def end_with(pipe: int) -> None:
+    """From now on this process ends, whatever it does, when nobody holds the other end of a pipe: its owner has ended.
+
+    So nobody outlives a parent that was killed, which could not ask for it.
+    """
+
+    def watch() -> None:
+        while os.read(pipe, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -128,3 +157,10 @@ def restart_peak() -> None:
     """Forget the peak so far (imports reach high); only Linux can."""
     if _CONTROL.exists():
         _CONTROL.write_text("5")
+
+
+if __name__ == "__main__":
+    _, number, *words, module = sys.argv
+    end_with(int(number))
+    sys.argv = [module, *words]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

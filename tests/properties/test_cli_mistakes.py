@@ -26,6 +26,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "model/config.json": "{}",
         "tiny.gguf": "",
         "finding.json": "{}",
+        "deep.toml": "a = " + "[" * 20_000 + "]" * 20_000,
         "runs/first/plan.yaml": "backend: reference\n",
         "runs/first/run.json": "{}",
     }
@@ -77,6 +78,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("prove --fault A002x", 2, ("no fault 'A002x'", "did you mean A002?")),
         ("verify --law mask.answr", 2, ("no law 'mask.answr'", "did you mean mask.answers?")),
         ("replay findin.json", 2, ("findin.json cannot be read", "did you mean finding.json?")),
+        (f"train --resume {'9' * 999}", 2, ("cannot be a path: File name too long",)),
+        ("verify --subject deep.toml", 2, ("deep.toml is no TOML",)),
         ("init --recipe qwen3-4", 2, ("did you mean qwen3-4b?",)),
     ],
 )

@@ -151,7 +151,8 @@ print(MARK + "step 1", file=sys.stderr, flush=True)
     ("then", "told", "code"),
     [
         ('leave_note(folder, Note(0, 1, "failed", 3, "no such model"))', "no such model", 3),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "rank 0 (process 1) of 2 ended without a word", 1),
+        ("sys.exit(1)", "rank 0 (process 1) of 2 ended without a word", 1),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "torchrun itself was killed (signal 9), and its processes were", 1),
         ('(folder / "rank-0.json").unlink()', "noise of a launcher", 1),
     ],
 )
@@ -195,7 +196,8 @@ WORKER = [sys.executable, "-m", MODULE]
 def test_worker_notes_how_it_ended(arguments: list[str], state: str, code: int, tmp_path: Path) -> None:
     """Done, refused or misused: the note says so, with its exit code; what is told is marked as ours."""
     told: Any = {**os.environ, NOTES: str(tmp_path)}
-    done = subprocess.run([*WORKER, *arguments], env=told, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    with watch.lifeline(tmp_path):
+        done = subprocess.run([*WORKER, *arguments], env=told, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     note = read_notes(tmp_path)[0]
     assert (done.returncode, note.exit_code, note.state) == (code, code, state)
     assert all(line.startswith(watch.MARK) for line in done.stderr.split("\n") if line)
@@ -207,7 +209,8 @@ def test_worker_that_is_stopped_says_so(tmp_path: Path) -> None:
     told: Any = {**os.environ, NOTES: str(tmp_path), "RANK": "3"}
     waiting = "import signal, os, threading\nfrom finetune.cli import worker\n"
     waiting += "worker.run = lambda *given: os.kill(os.getpid(), signal.SIGTERM) or 0\nworker.main()\n"
-    done = subprocess.run([sys.executable, "-c", waiting], env=told, capture_output=True, text=True, timeout=60)
+    with watch.lifeline(tmp_path):
+        done = subprocess.run([sys.executable, "-c", waiting], env=told, capture_output=True, text=True, timeout=60)
     assert done.returncode == 128 + signal.SIGTERM
     assert read_notes(tmp_path)[3].state == "stopped"
 

@@ -60,6 +60,15 @@ def test_run_ends_in_a_folder_and_on_a_stream_that_are_no_utf8(place: Path) -> N
         assert shown.stdout
 
 
+def test_page_is_drawn_whatever_backend_matplotlib_is_told(place: Path) -> None:
+    """A name that nobody knows in MPLBACKEND, which is for windows, ends no command."""
+    draws = "import os; from finetune.report.ink import sheet; sheet(9, 9).__enter__(); print(os.environ['MPLBACKEND'])"
+    done = subprocess.run(
+        [sys.executable, "-c", draws], env=os.environ | {"MPLBACKEND": "nobody"}, capture_output=True, check=False
+    )
+    assert done.stdout.strip() == b"nobody", done.stderr.decode()
+
+
 def test_terminated_command_says_that_it_was_interrupted(place: Path) -> None:
     """SIGTERM is Ctrl-C: the exit code, the word, and no child that outlives it."""
     command = [sys.executable, "-c", FT, "train", *QUICK[:2], "--model", str(place / "model")]

@@ -163,3 +163,34 @@ def test_no_begin_of_text_is_none_whatever_the_model_says(
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS, **settings}))
     (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 0}))
     assert FileTokenizer(tmp_path).bos == bos
+
+
+@pytest.mark.parametrize("ids", [10**200, -1, "2", 1.5, True, [0, None]])
+def test_end_that_is_no_id_is_refused_by_its_place(ids: object, tmp_path: Path) -> None:
+    """What generation_config.json names as an end is a token's id, or null for none; all else is told with its file."""
+    shutil.copytree(tokenizer_folder(KINDS[0]), tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(ModelError, match=r"generation_config\.json: eos_token_id has .* no token's id"):
+        FileTokenizer(tmp_path)
+    file.write_text('{"eos_token_id": null}')
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": ids, "pad_token_id": ids}))
+    assert FileTokenizer(tmp_path).stop_ids == (FileTokenizer(tmp_path).eos_id,)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x"}},
+        {"model": {"type": "WordLevel", "vocab": {EOS: 0}, "unk_token": "none"}, "pre_tokenizer": None},
+    ],
+    ids=["panic", "bare exception"],
+)
+def test_tokenizer_that_cannot_be_used_is_refused(part: dict[str, object], tmp_path: Path) -> None:
+    """A file that the library reads, and by which it then panics or fails, is one error that names its folder."""
+    shutil.copytree(tokenizer_folder(KINDS[0]), tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **part, "post_processor": None}))
+    with pytest.raises(ModelError, match=r"can be read and not be used") as caught:
+        FileTokenizer(tmp_path).encode_content("some text")
+    assert str(tmp_path) in str(caught.value)

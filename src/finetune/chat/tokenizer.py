@@ -6,10 +6,10 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Collection, Sequence
-from functools import lru_cache
+from functools import lru_cache, wraps
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from finetune.errors import ModelError
 from finetune.files import file_hash
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Spans = tuple[list[int], Callable[[int], tuple[int, int]]]
 """Ids, and for the place of each the (start, end) characters that it covers."""
 
@@ -29,6 +31,22 @@ _BEFORE = ("\n", "]", ":", ">", "a", "。")
 _KEPT, _LONG = 256, 10_000
 """Of so many stretches of markup it is kept what control tokens they hold, since templates repeat themselves; none of
 so many characters is."""
+
+
+def _usable(method: Callable[P, R]) -> Callable[P, R]:
+    """A method that tells of a file that can be read and not be used: the library panics, or raises bare Exception."""
+
+    @wraps(method)
+    def told(*given: P.args, **named: P.kwargs) -> R:
+        try:
+            return method(*given, **named)
+        except BaseException as error:
+            if type(error) is not Exception and type(error).__name__ != "PanicException":
+                raise
+            what = f"{getattr(given[0], 'folder', '')}: the tokenizer's file can be read and not be used: {error}"
+            raise ModelError(what, hint="get the model again") from None
+
+    return told
 
 
 class FileTokenizer:
@@ -59,7 +77,12 @@ class FileTokenizer:
         self.adds_bos = self.prepends_bos(settings)
         self.chat_template = _chat_template(folder, settings)
         generation = _read_json(folder / "generation_config.json").get("eos_token_id", [])
-        extra = generation if isinstance(generation, list) else [generation]
+        extra = generation if isinstance(generation, list) else [] if generation is None else [generation]
+        if odd := [each for each in extra if not _is_id(each)]:
+            raise ModelError(
+                f"{folder}/generation_config.json: eos_token_id has {str(odd[0])[:40]!r}, which is no token's id",
+                hint="name the ids of the tokens that end an answer, or leave it out",
+            )
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([self.eos_id, *extra]))
         if missing := [token for token in self.learned if token not in self._added]:
             raise ModelError(
@@ -111,10 +134,12 @@ class FileTokenizer:
             self._kept = self._file.texts(self.control_tokens)
         return self._kept
 
+    @_usable
     def encode_markup(self, text: str) -> list[int]:
         """Ids of template text: control tokens in it become their ids."""
         return list(self._file.markup().encode(text, add_special_tokens=False).ids)
 
+    @_usable
     def encode_content(self, text: str) -> list[int]:
         """Ids of somebody's text: what looks like a control token stays ordinary text."""
         return list(self._texts.content().encode(text, add_special_tokens=False).ids)
@@ -138,11 +163,13 @@ class FileTokenizer:
         meant, least = self._texts.meant, self._texts.least
         return [(place, meant[number]) for place, number in enumerate(ids) if number >= least]
 
+    @_usable
     def encode_spans(self, texts: Sequence[str]) -> list[Spans]:
         """The ids of each text, all texts at once on all cores; see `name_of`."""
         encodings = self._texts.content().encode_batch(list(texts), add_special_tokens=False)
         return [(encoding.ids, encoding.token_to_chars) for encoding in encodings]
 
+    @_usable
     def encode_rest(self, text: str) -> Spans:
         """As `encode_spans` of one text that goes on: without the space that some tokenizers put before a beginning."""
         content = self._texts.content()
@@ -164,6 +191,7 @@ class FileTokenizer:
             end = found.end()
         return [*pieces, text[end:]]
 
+    @_usable
     def decode(self, ids: Sequence[int], *, control: bool = False) -> str:
         """The text of the ids, control tokens left out, or else by their names."""
         special = () if control else self._file.special
@@ -216,6 +244,7 @@ class FileTokenizer:
             raise ModelError(f"{self.folder}: token {token!r} is named in the settings but not in the vocabulary")
         return int(number)
 
+    @_usable
     def prepends_bos(self, settings: dict[str, object]) -> bool:
         """Whether this tokenizer puts a begin-of-text token in front of a text by itself."""
         prepends = self._file.markup().encode("a").ids[:1] == [self.bos_id] or settings.get("add_bos_token") is True
@@ -338,7 +367,12 @@ def _token_text(value: object, tokenizer: "RustTokenizer", fallback_id: object) 
         return value
     if isinstance(fallback_id, list):
         fallback_id = fallback_id[0] if fallback_id else None
-    return str(tokenizer.id_to_token(fallback_id) or "") if isinstance(fallback_id, int) else ""
+    return str(tokenizer.id_to_token(fallback_id) or "") if _is_id(fallback_id) else ""
+
+
+def _is_id(value: object) -> bool:
+    """Whether a value can be a token's id, as the tokenizer's library takes them."""
+    return type(value) is int and 0 <= value < 2**32
 
 
 def _chat_template(folder: Path, settings: dict[str, object]) -> str | None:

@@ -33,10 +33,11 @@ from finetune.cli import (
 )
 from finetune.cli.console import say
 from finetune.cli.usage import usage_error
-from finetune.errors import FineTuneError
+from finetune.errors import FineTuneError, UsageError
 
 INTERRUPTED = 130
 _DISK = (errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.ESTALE)
+_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
 VERBS = {
     "Train": {
         train: "Fine-tune a model, and prove by measurements that it worked",
@@ -148,6 +149,10 @@ def run(arguments: list[str], complain: Callable[[FineTuneError], None] = _compl
         sys.stderr.close()
         return 1
     except OSError as error:
+        if error.errno in _NAMES:
+            shown = str(error.filename)[:80]
+            complain(UsageError(f"{shown!r} cannot be a path: {error.strerror}", hint="give a shorter or another one"))
+            return 2
         if error.errno in _DISK and error.filename:
             say(
                 f"error: {error.filename}: {error.strerror}\n  hint: see to that disk; what was written there is intact"

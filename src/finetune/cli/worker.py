@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from finetune.cli.app import run
 from finetune.distributed.environment import NOTES, rank_of
-from finetune.distributed.supervise import MARK, Note, State, leave_note
+from finetune.distributed.supervise import MARK, Note, State, leave_note, tie
 from finetune.errors import FineTuneError, LostProcessError
 
 
@@ -37,6 +37,7 @@ def main() -> None:
     """Run `ft`, and note how it ended; the process that watches tells the user."""
     folder, rank = Path(os.environ[NOTES]), rank_of(os.environ)
     sys.stderr = _Marked(sys.stderr, MARK if rank == 0 else f"{MARK}rank {rank}: ")
+    tie(folder)
     note = Note(rank, os.getpid(), "at work")
     leave_note(folder, note)
 

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -20,11 +20,11 @@ from finetune.abilities import require_backend
 from finetune.distributed.launchers import Launch, check_launch, command_line, environment
 from finetune.errors import FineTuneError, InterruptedRunError, LostProcessError, TrainingError
 from finetune.files import write_json
-from finetune.processes import terminated_as_interrupted
+from finetune.processes import end_with, terminated_as_interrupted
 from finetune.run.folder import RunFolder
 
 State = Literal["at work", "done", "failed", "lost", "stopped"]
-_COMMAND = "command.json"
+_COMMAND, _LIFELINE = "command.json", "lifeline"
 MARK = "\x02"
 """What a line of ours begins with; the launchers' own lines do not."""
 _GRACE = 60.0
@@ -85,11 +85,16 @@ def watch(
         notes = Path(name)
         leave_command(notes, command)
         lines: deque[str] = deque(maxlen=20)
-        interrupted = _run(command_line(launch, arguments), environment(launch, os.environ, notes), say, lines)
+        with lifeline(notes) as held:
+            code = _run(command_line(launch, arguments), environment(launch, os.environ, notes), say, lines, held)
         found = read_notes(notes)
     kept, hint = folder.resume_hint(launch=launch.options)
-    if interrupted:
+    if code is None:
         raise InterruptedRunError(f"interrupted; {kept}", hint=hint)
+    if code < 0:
+        raise LostProcessError(
+            f"{launch.launcher} itself was killed (signal {-code}), and its processes were ended; {kept}", hint=hint
+        )
     if error := _failure(launch, found, kept, hint):
         raise error
     if not found:
@@ -115,8 +120,33 @@ def _failure(launch: Launch, notes: dict[int, Note], kept: str, hint: str) -> Fi
     return LostProcessError(f"{who} of {launch.processes} {how}; {kept}", hint=hint)
 
 
-def _run(command: Sequence[str], env: dict[str, str], say: Callable[[str], None], lines: deque[str]) -> bool:
-    """Run the launcher to its end; returns whether the user interrupted it."""
+@contextlib.contextmanager
+def lifeline(notes: Path) -> Iterator[list[int]]:
+    """A pipe in the folder of notes that every process hears end with us, or with its launcher: see `tie`."""
+    os.mkfifo(notes / _LIFELINE)
+    held = [os.open(notes / _LIFELINE, os.O_RDWR)]
+    try:
+        yield held
+    finally:
+        for handle in held:
+            os.close(handle)
+
+
+def tie(notes: Path) -> None:
+    """End this process when the one that watches it, or their launcher, has ended."""
+    pipe = os.open(notes / _LIFELINE, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(pipe, True)
+    end_with(pipe)
+
+
+def _run(
+    command: Sequence[str],
+    env: dict[str, str],
+    say: Callable[[str], None],
+    lines: deque[str],
+    held: list[int],
+) -> int | None:
+    """Run the launcher to its end, and have what is left of its processes end; its exit code, None if interrupted."""
     process = subprocess.Popen(
         command,
         env=env,
@@ -140,11 +170,12 @@ def _run(command: Sequence[str], env: dict[str, str], say: Callable[[str], None]
         except KeyboardInterrupt:
             interrupted = True
             _end(process)
+    os.close(held.pop())
     reader.join(timeout=10)
     process.stdin.close()
     if not reader.is_alive():  # else a process that outlived its launcher still holds the other end
         process.stdout.close()
-    return interrupted
+    return None if interrupted else process.returncode
 
 
 def _pass_on(stream: IO[str], say: Callable[[str], None], lines: deque[str]) -> None:

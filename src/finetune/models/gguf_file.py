@@ -24,6 +24,7 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 """How struct spells each type of number; 7 is a truth value."""
 _STRING, _ARRAY = 8, 9
 _MOST_KEYS, _MOST_TENSORS, _MOST_ELEMENTS = 1 << 16, 1 << 17, 1 << 22
+_MOST_BEHIND = 2**20  # who pads a file fills a page or a block
 _LONGEST_NAME, _LONGEST_TEXT, _LARGEST_ALIGNMENT = 1 << 12, 1 << 24, 1 << 16
 _MOST_SIDES = 4
 _HINT = "get the file again; what is here is damaged, or was made to mislead"
@@ -143,6 +144,8 @@ class _Header:
                     len(self._content),
                 )
             found[name] = GgufTensor(name, shape, kind, start + offset, size)
+        if (behind := len(self._content) - end) > _MOST_BEHIND:
+            raise self._wrong(f"goes on for {behind:,} bytes behind its last tensor", end)
         return {one[0]: found[one[0]] for one in told}
 
     def _tensor(self) -> tuple[str, tuple[int, ...], str, int, int]:

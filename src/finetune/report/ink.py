@@ -1,6 +1,7 @@
 """Drawings that follow the page's theme: SVG in CSS variables instead of colours, the same bytes each time."""
 
 import io
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,8 +52,14 @@ _SETTINGS: Any = {  # matplotlib 3.11 types the keys one by one, earlier ones as
 @contextmanager
 def sheet(width: int, height: int) -> Iterator["Figure"]:
     """A blank figure of that many CSS pixels, deaf to the user's own matplotlib settings."""
-    import matplotlib
-    from matplotlib.figure import Figure
+    # The import fails by a backend that there is not, and none is used here.
+    wanted = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    finally:
+        if wanted is not None:
+            os.environ["MPLBACKEND"] = wanted
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()

@@ -24,9 +24,9 @@ from finetune.files import (
     write_json,
 )
 from finetune.reading import read_json
-from finetune.records import Outcome
 from finetune.run.checkpoints import CheckpointStore
 from finetune.run.log import EventLog
+from finetune.run.manifest import check_manifest
 
 _HOLDER = "lock.json"
 _LARGEST_MANIFEST = 2**28  # it holds the losses of every step
@@ -236,7 +236,7 @@ class RunFolder:
                     f"{self.manifest} is of format {older}, and this version of FineTune reads format {FORMAT}",
                     hint="use the version that made it, or train anew",
                 )
-            _check_manifest(value)
+            check_manifest(value)
         except (OSError, ValueError) as error:
             raise OutputError(f"{self.manifest} is broken: {error}", hint="the run must be repeated") from None
         return value
@@ -267,10 +267,24 @@ class RunFolder:
         """The learning rate of each step that was logged."""
         return {event.step: event.learning_rate for event in self.read_events() if isinstance(event, StepDone)}
 
-    def secure_events(self) -> None:
-        """Flush the log to disk: a checkpoint may only follow the events that led to it."""
+    def secure_events(self) -> str:
+        """Flush the log to disk, for a checkpoint may only follow the events that led to it; its last check."""
         with storage_errors(self.events):
             flush(self.events)
+        return self._log.last_check()
+
+    def check_log(self, done: int) -> None:
+        """Make sure that the log is the one that led to the checkpoint of step `done`.
+
+        Raises:
+            OutputError: it is another run's, was written anew, or is not as it was written.
+        """
+        check = CheckpointStore(self.checkpoints).log_of(done)
+        if check and not self._log.leads_to(check):
+            raise OutputError(
+                f"{self.events} is not the log that led to the checkpoint of step {done}: nothing can be judged by it",
+                hint="restore it, or start a new run with another --output",
+            )
 
     def events_up_to(self, done: int) -> list[Event]:
         """What was logged up to the checkpoint of step `done`; what came later is done again.
@@ -288,21 +302,6 @@ class RunFolder:
             OutputError: as `events_up_to`.
         """
         self._log.rewind(done)
-
-
-def _check_manifest(value: object) -> None:
-    """Raise ValueError where a value is not what `run.json` of this version holds."""
-    if not isinstance(value, dict):
-        raise ValueError(f"it holds {type(value).__name__}, not an object")
-    if value.get("format") != FORMAT:
-        raise ValueError(f"its format is {value.get('format')!r}, and this version reads {FORMAT}")
-    for kind, keys in ((dict, ("model", "data", "losses", "versions")), (list, ("plan", "verdicts", "notes"))):
-        wrong = [key for key in keys if not isinstance(value.get(key), kind)]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong)} is missing or no {'object' if kind is dict else 'list'}")
-    for verdict in value["verdicts"]:
-        if not isinstance(verdict, dict) or verdict.get("outcome") not in set(Outcome):
-            raise ValueError(f"a verdict has no outcome that exists: {str(verdict)[:80]}")
 
 
 def _holder_in(path: Path) -> str:

@@ -5,10 +5,10 @@ The process ends when its standard input is closed, however we end.
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from finetune.errors import DeploymentError, install_line
 from finetune.export.llama_runtime import get, load_chat, post
-from finetune.processes import python_command
+from finetune.processes import end_with, python_command
 from finetune.serve.messages import Completion
 
 _PAUSE = 0.05
@@ -221,14 +221,14 @@ def _ended(process: "subprocess.Popen[bytes]", words: IO[bytes]) -> str:
 def main() -> None:
     """Serve what the first line of standard input asks for, and say where, until that input ends."""
     request = json.loads(sys.stdin.readline())
+    # Also while the file is loaded; and a request that is being computed must not keep us.
+    end_with(sys.stdin.fileno())
     server = load_chat(Path(request["model"]), context=request["context"], port=request["port"], name=request["name"])
     told = Path(sys.argv[1])
     unready = told.with_suffix(".part")
     unready.write_text(server.listening_address, encoding="utf-8")
     unready.replace(told)
-    sys.stdin.read()
-    # Nobody listens any more; a request that is being computed must not keep us.
-    os._exit(0)
+    threading.Event().wait()
 
 
 if __name__ == "__main__":

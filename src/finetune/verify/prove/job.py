@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.processes import processor_seconds, python_command
+from finetune.processes import processor_seconds, tied_command
 from finetune.records import Outcome
 from finetune.verify.client import SubjectClient
 from finetune.verify.faults.fault import faults, hits
@@ -137,16 +137,20 @@ def run_job(job: Job, *, patience: float = _PATIENCE, stop: threading.Event | No
     place = _MEMORY if os.access(_MEMORY, os.W_OK) else None
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="finetune-prove-", dir=place, ignore_cleanup_errors=True) as folder:
-        command = python_command("-m", "finetune.verify.prove.job", folder, json.dumps(asdict(job)))
-        with subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-        ) as process:
+        told = json.dumps(asdict(job))
+        with (
+            tied_command("finetune.verify.prove.job", folder, told) as (command, pipe),
+            subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+                pass_fds=(pipe,),
+            ) as process,
+        ):
             while True:
                 try:
                     answer, errors = process.communicate(timeout=_LOOKS)

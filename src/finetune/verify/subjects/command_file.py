@@ -106,7 +106,7 @@ def load_command(path: Path) -> CommandFile:
         raise UsageError(
             f"{path} cannot be read: {error.strerror}", hint=meant_file(path, "name the TOML file of a subject")
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits, or nested too deep
         raise UsageError(f"{path} is no TOML: {error}", hint="docs/your-trainer.md shows what it looks like") from None
     problems = []
     read: CommandFile | None = None
