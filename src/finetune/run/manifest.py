@@ -162,6 +162,9 @@ def check_manifest(value: object) -> None:
         _Manifest.model_validate(value)
     except ValidationError as error:
         found = error.errors(include_url=False)
-        told = [f"{'.'.join(map(str, each['loc']))}: {each['msg'].lower()}" for each in found[:_SHOWN]]
+        told = [
+            f"{'.'.join(map(str, each['loc']))}: {each['msg'].lower()}, and it is {repr(each['input'])[:40]}"
+            for each in found[:_SHOWN]
+        ]
         more = [f"and {len(found) - _SHOWN:,} more"] if len(found) > _SHOWN else []
         raise ValueError("; ".join([*told, *more])) from None
