@@ -16,9 +16,11 @@ import yaml
 
 from finetune.cli.app import app
 from finetune.config import KEYS
+from finetune.verify.catalogue import catalogue
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
+DEFINED = re.compile(r"^def (test_\w+)", re.MULTILINE)
 PAGES = [*(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "tests/README.md")), *DOCS]
 
 
@@ -55,6 +57,16 @@ def listed(nav: list[Any]) -> list[str]:
     """The pages of the site's menu, in its order."""
     parts = [value for entry in nav for value in entry.values()]
     return [page for part in parts for page in ([part] if isinstance(part, str) else listed(part))]
+
+
+def test_promises_are_held_by_what_exists() -> None:
+    """Behind each promise of the threat model stands a law of the catalogue or a test, by its name."""
+    text = (ROOT / "docs" / "threat-model.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [A-Z].* \| (`.*) \|$", text, re.MULTILINE)
+    assert len(rows) > 15
+    tests = {name for path in (ROOT / "tests").rglob("test_*.py") for name in DEFINED.findall(path.read_text("utf-8"))}
+    known = tests | catalogue().keys()
+    assert [name for row in rows for name in re.findall(r"`([^`]*)`", row) if name not in known] == []
 
 
 def test_site_lists_every_page_once() -> None:
