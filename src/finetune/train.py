@@ -237,9 +237,9 @@ def _train_and_checkpoint(
         best = training.load_best_model and stopping.best_step == step
         due = step % (training.save_every or 1) == 0 or step in (total, store.pinned)
         if due or stopping.stops or best:
-            log = run.folder.secure_events()
+            run.folder.secure_events()
             kept = (stopping.best_step or None) if training.load_best_model else None
-            path = store.save(step, session.save_state, owner, best=kept, log=log)
+            path = store.save(step, session.save_state, owner, best=kept)
             run.tell(CheckpointSaved(step, path.relative_to(run.folder.path).as_posix()))
         if stopping.stops:
             break

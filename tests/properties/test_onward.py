@@ -268,9 +268,7 @@ def test_adapter_that_cannot_be_trained_on_is_refused(
     assert everything_below(start) == before
 
 
-@pytest.mark.parametrize(
-    "pattern", [r".*\.(q|v)_proj", r"model\.layers\.\d+\.self_attn\.(?:q_proj|v_proj)", "all-linear"]
-)
+@pytest.mark.parametrize("pattern", [r".*\.(q|v)_proj", r"model\.layers\.\d+\.self_attn\.(?:q_proj|v_proj)"])
 def test_pattern_names_the_layers_that_it_fits(place: Path, tmp_path: Path, pattern: str) -> None:
     """An adapter whose layers are named by a pattern is the same as with a list of them: so are runs that go on."""
     [named, told] = [as_peft(place, tmp_path / "named"), as_peft(place, tmp_path / "told", target_modules=pattern)]

@@ -201,6 +201,8 @@ def _modules(value: object, folder: Path) -> tuple[str, ...]:
     """The modules that settings name: a list, or a pattern that each of the saved layers' whole paths may fit."""
     if not isinstance(value, str):
         return _names(value)
+    if value.lower() == "all-linear":
+        raise ValueError("target_modules: 'all-linear' names no layers; PEFT saves their names in its place")
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -210,8 +212,6 @@ def _modules(value: object, folder: Path) -> tuple[str, ...]:
     except SafetensorError as error:
         raise ValueError(f"{WEIGHTS} cannot be read: {error}") from None
     paths = dict.fromkeys(found.path for name in names if (found := layer_tensor(name)))
-    if value.lower() == "all-linear":  # PEFT's word for all that have an adapter
-        return tuple(paths)
     try:
         fitting = paths_that_fit(value, paths)
     except ValueError as error:

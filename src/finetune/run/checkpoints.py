@@ -14,7 +14,7 @@ from finetune.reading import read_json
 
 _NAME = re.compile(r"step-(\d{8})")
 _MANIFEST = "checkpoint.json"
-_KEYS = {"step", "best", "log", "identity", "told", "files", "sha256"}
+_KEYS = {"step", "best", "identity", "told", "files", "sha256"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +42,11 @@ class CheckpointStore:
         self.pinned = pinned
         self._in_use: set[int] = set()
 
-    def save(
-        self,
-        step: int,
-        write_state: Callable[[Path], None],
-        owner: Owner,
-        *,
-        best: int | None = None,
-        log: str = "",
-    ) -> Path:
+    def save(self, step: int, write_state: Callable[[Path], None], owner: Owner, *, best: int | None = None) -> Path:
         """Write the checkpoint of `step`; older ones are removed only when it is complete.
 
         `open` holds a later reader to the owner's identity, and `changes` tells what else is different. `best` is the
-        step whose checkpoint is the best so far; None without one. `log` is the check of the last line of the log that
-        led to it.
+        step whose checkpoint is the best so far; None without one.
         """
         path = self._path(step)
         if (path / _MANIFEST).exists():
@@ -66,7 +57,6 @@ class CheckpointStore:
             manifest = {
                 "step": step,
                 "best": best,
-                "log": log,
                 "identity": dict(owner.identity),
                 "told": dict(owner.told),
                 "files": describe_files(folder),
@@ -136,10 +126,6 @@ class CheckpointStore:
         self._in_use.add(step)
         return path
 
-    def log_of(self, step: int) -> str:
-        """The check of the last line of the log that led to a checkpoint; "" where none was told."""
-        return str((_read_manifest(self._path(step)) or {}).get("log", ""))
-
     def changes(self, step: int, told: Mapping[str, object]) -> list[str]:
         """What differs from the checkpoint, and may."""
         return differences((_read_manifest(self._path(step)) or {"told": {}})["told"], told)
@@ -157,8 +143,7 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
         value = read_json(path / _MANIFEST)
     except (OSError, ValueError):
         return None
-    # Before logs were held to checkpoints, none named its own.
-    if not isinstance(value, dict) or value.keys() | {"log"} != _KEYS:
+    if not isinstance(value, dict) or value.keys() != _KEYS:
         return None
     digest = value.pop("sha256")
     return value if digest == _digest(value) else None

@@ -267,24 +267,10 @@ class RunFolder:
         """The learning rate of each step that was logged."""
         return {event.step: event.learning_rate for event in self.read_events() if isinstance(event, StepDone)}
 
-    def secure_events(self) -> str:
-        """Flush the log to disk, for a checkpoint may only follow the events that led to it; its last check."""
+    def secure_events(self) -> None:
+        """Flush the log to disk: a checkpoint may only follow the events that led to it."""
         with storage_errors(self.events):
             flush(self.events)
-        return self._log.last_check()
-
-    def check_log(self, done: int) -> None:
-        """Make sure that the log is the one that led to the checkpoint of step `done`.
-
-        Raises:
-            OutputError: it is another run's, was written anew, or is not as it was written.
-        """
-        check = CheckpointStore(self.checkpoints).log_of(done)
-        if check and not self._log.leads_to(check):
-            raise OutputError(
-                f"{self.events} is not the log that led to the checkpoint of step {done}: nothing can be judged by it",
-                hint="restore it, or start a new run with another --output",
-            )
 
     def events_up_to(self, done: int) -> list[Event]:
         """What was logged up to the checkpoint of step `done`; what came later is done again.

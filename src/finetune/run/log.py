@@ -44,18 +44,6 @@ class EventLog:
             file.write(line)
         self._end = (self._end[0] + len(line), _check_of(line))
 
-    def last_check(self) -> str:
-        """The check of the last line that was written or found here; "" where there is none."""
-        return self._end[1].decode()
-
-    def leads_to(self, check: str) -> bool:
-        """Whether one of its lines has this check, so that it and all before it are those that were written then.
-
-        Raises:
-            OutputError: a line is not as it was written.
-        """
-        return any(_check_of(line).decode() == check for line in list(self.lines()))
-
     def read(self) -> list[Event]:
         """Every event that was logged whole; none where nothing was logged.
 

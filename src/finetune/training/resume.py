@@ -34,7 +34,6 @@ def claim_resumed(run: Run, owner: Owner) -> None:
         return
     store.open(done, owner.identity)
     stopping = early_stopping_at(run, done)
-    run.folder.check_log(done)
     if run.prepared.plan.config.training.load_best_model and stopping.best_step:
         if stopping.best_step not in store.steps():
             raise RefusedError(
