@@ -28,7 +28,7 @@ pytestmark = pytest.mark.tools
 
 FREE = {"prompt", "completion", "text", "system", "said[]", "turns[]", "before", "after"}
 FREE |= {"question", "thoughts", "thoughts[]", "arguments", "arguments.*", "answer", "result", "earlier"}
-FREE |= {"asked", "answered", "bad"}
+FREE |= {"asked", "answered", "bad", "chosen", "rejected"}
 """Fields that hold what people say, or what a file holds, the names of its columns among it: no name of a file."""
 
 
