@@ -127,12 +127,18 @@ class _Job:
         first_block = kept.first_block + kept.brief + gradients - waiting
         return max(loss, last_block, first_block, gradients + self.passing(load))
 
-    def footprint(self, kept: ActivationBytes, load: StepLoad, framework: int, heap: float) -> Footprint:
-        """All parts; `heap` is the share of activations that it wastes, 0 for an allocator that wastes nothing."""
+    def footprint(
+        self, kept: ActivationBytes, load: StepLoad, framework: int, heap: float, *, again: bool = False
+    ) -> Footprint:
+        """All parts; `heap` is the share of activations that it wastes, 0 for an allocator that wastes nothing.
+
+        `again`: what a block computes again leaves pieces in it, too, as where all of its tensors are small.
+        """
         exact, passing = self.exact, self.passing(load)
         stays = exact.weights + exact.adapter + exact.optimizer
         peak = self.peak(kept, load)
-        wasted = round(heap * min(kept.activations, self.shape.layers * _MOST_HEAP_PER_BLOCK))
+        held = kept.activations + again * kept.brief
+        wasted = round(heap * min(held, self.shape.layers * _MOST_HEAP_PER_BLOCK))
         # Where the heap holds on to what activations leave, gradients find no room in it.
         resident = max(peak, kept.activations + exact.gradients + passing) if heap else peak
         return Footprint(
@@ -167,6 +173,8 @@ def forecast_memory(
     return Forecast(
         low=job.footprint(job.kept(load.lightest, least), load.lightest, framework.low, 0.0),
         expected=job.footprint(job.kept(load, 1.0), load, framework.expected, heap),
-        high=job.footprint(job.kept(load.heaviest, most), load.heaviest, framework.high, most_heap),
+        high=job.footprint(
+            job.kept(load.heaviest, most), load.heaviest, framework.high, most_heap, again=load.recomputed
+        ),
         trainable_parameters=job.exact.trainable_parameters,
     )
