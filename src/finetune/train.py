@@ -173,9 +173,8 @@ def train_to_the_end(run: Run, session: Session, before: Observation, owner: Own
     """
     prepared, training = run.prepared, run.prepared.plan.config.training
     store = run.checkpoints(pinned=_control_checkpoint(prepared, before))
-    if (
-        training.packing or prepared.pairs
-    ):  # before a checkpoint is loaded: the same is measured however often the run is resumed
+    if training.packing or prepared.pairs:
+        # Before a checkpoint is loaded: the same is measured however often the run is resumed.
         with run.phase("check packing", "rows that share a sequence must not see each other"):
             if (packed := packed_sample(prepared)) is not None:
                 sees = check_packing(session, packed, prepared.plan.config.model.dtype)

@@ -105,8 +105,8 @@ def _ask_fresh(
     """
     with tempfile.TemporaryDirectory(prefix="finetune-") as place:
         logits = Path(place) / "logits.safetensors"
-        lying = {"folder": str(folder), "adapter": str(adapter) if adapter else None, "logits": str(logits)}
-        told = ask_child(module, {**lying, "backend": backend, **asdict(request)}, timeout=_PATIENCE)
+        paths = {"folder": str(folder), "adapter": str(adapter) if adapter else None, "logits": str(logits)}
+        told = ask_child(module, {**paths, "backend": backend, **asdict(request)}, timeout=_PATIENCE)
         if "refused" in told:
             raise ModelError(str(told["refused"]))
         return InferenceResponse(request.cut(told["ids"]), following_of(_read_rows(logits, request)))

@@ -18,7 +18,7 @@ from finetune.data.shape import Example, shape_rows
 from finetune.data.shipped import NEUTRAL, data_path
 from finetune.evidence.answers import normalise
 from finetune.evidence.budget import Prices
-from finetune.objectives.row_sums import EachTarget
+from finetune.objectives.row_sums import batch_sums, row_sums
 from finetune.ports import Session
 from finetune.records import Batch, Conversation, Document, TokenizedRow
 from finetune.training.prepare import Prepared
@@ -35,7 +35,6 @@ _OWN_TOKENS = 24
 """Of the answers that a base gives to neutral prompts, so many tokens are kept."""
 _ANSWER_HEAD = 32
 """By how much of an answer it is matched: what comes after the first tokens mostly follows from them."""
-_BATCH_TOKENS = 4096
 _RUN = 8
 """From how many words in a row on something is copied and not merely a turn of phrase."""
 _COPIED_FROM = 20_000
@@ -75,21 +74,11 @@ class OpenLook:
 
 def row_losses(session: Session, rows: Sequence[TokenizedRow]) -> NDArray[np.float64]:
     """The mean loss of each row's trained tokens, (rows,) in nats per token; the model is left as it was."""
-    losses = np.empty(len(rows))
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
-    while order:
-        longest = len(rows[order[-1]].ids)
-        members = order[-max(1, _BATCH_TOKENS // longest) :]
-        del order[-len(members) :]
-        losses[members] = _means(session, Batch(tuple(rows[index] for index in members)))
-    return losses
+    return row_sums(session, rows) / _targets(rows)
 
 
-def _means(session: Session, batch: Batch) -> list[float]:
-    listener = EachTarget()
-    session.loss(batch, listener)
-    ends = np.cumsum([row.target_count for row in batch.rows])
-    return [float(each.mean()) for each in np.split(listener.losses, ends[:-1])]
+def _targets(rows: Sequence[TokenizedRow]) -> NDArray[np.int64]:
+    return np.array([row.target_count for row in rows], np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +103,12 @@ class Matching:
         groups = self.groups()
         short = [row for group in groups if not shared_start(group) for row in group.rows]
         found = iter(row_losses(session, short).reshape(-1, CHOICES))
-        losses = np.array([_means(session, group) if shared_start(group) else next(found) for group in groups])
+        losses = np.array(
+            [
+                batch_sums(session, group) / _targets(group.rows) if shared_start(group) else next(found)
+                for group in groups
+            ]
+        )
         return Matched(losses[:, 0], losses[:, 1:])
 
 

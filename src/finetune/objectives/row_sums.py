@@ -39,9 +39,13 @@ def row_sums(session: Session, rows: Sequence[TokenizedRow]) -> NDArray[np.float
         longest = len(rows[order[-1]].ids)
         members = order[-max(1, _BATCH_TOKENS // longest) :]
         del order[-len(members) :]
-        batch, listener = Batch(tuple(rows[index] for index in members)), EachTarget()
-        session.loss(batch, listener)
-        ends = np.cumsum([row.target_count for row in batch.rows])
-        for index, each in zip(members, np.split(listener.losses, ends[:-1]), strict=True):
-            sums[index] = each.sum()
+        sums[members] = batch_sums(session, Batch(tuple(rows[index] for index in members)))
     return sums
+
+
+def batch_sums(session: Session, batch: Batch) -> list[float]:
+    """The same of the rows of one batch, which go through the model together."""
+    listener = EachTarget()
+    session.loss(batch, listener)
+    ends = np.cumsum([row.target_count for row in batch.rows])
+    return [float(each.sum()) for each in np.split(listener.losses, ends[:-1])]

@@ -35,7 +35,7 @@ def _give_back_large() -> None:
     """Let glibc give what is 1 MiB or more back to the system as soon as it is freed, for the rest of the process.
 
     By itself it learns to keep blocks of up to 32 MiB, and what a block of the model leaves lies in pieces between what
-    the next ones keep: on SmolLM2 with 8 x 1,024 tokens that was more than recomputing saves (10.4 GB for 1.9).
+    the next ones keep: on SmolLM2 with 8 x 1,024 tokens that was more than recomputing saves (11.0 GB in place of 2.0).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
     if mallopt is not None:
