@@ -23,6 +23,7 @@ from finetune.backends import open_backend
 from finetune.chat.catalog import CHATML
 from finetune.errors import DeploymentError, OutputError, StorageError, TemplateError
 from finetune.evidence.drift import Bound
+from finetune.evidence.saved import prepare_again
 from finetune.export.gguf_source import exportable_run
 from finetune.records import Conversation, Message
 from finetune.run.folder import RunFolder
@@ -134,6 +135,22 @@ def test_deploy_asks_no_question_that_servers_read_otherwise(tmp_path: Path) -> 
     assert not [text for text in asked if "<|" in text]
     [told] = [int(note.split()[0]) for note in serving_check.notes if "a control token's name" in note]
     assert min(told, len(asked)) > 0
+
+
+def test_a_run_on_open_answers_is_compared_by_the_questions_that_it_asked(tmp_path: Path) -> None:
+    """It asks fewer of them than its rows have; each answer that was recorded is asked for again, in its order."""
+    answer = "After {n} comes {m}."
+    rows = [{"prompt": f"Tell me of {n}.", "completion": answer.format(n=n, m=n + 1)} for n in range(80)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    quick = ["judge.control=never", "judge.memory=never", "training.max_steps=1", "judge.answers=open"]
+    words = ("--data", str(tmp_path / "rows.jsonl"), "--backend", "reference", "--output", "run")
+    done = ft("train", *words, *(w for key in quick for w in ("--set", key)), cwd=tmp_path)
+    assert done.returncode in (0, 1, 4), done.stderr
+    run = tmp_path / "run"
+    recorded = RunFolder.finished(run).read_manifest()["scores"]["learning"]["tuned"]["answers"]
+    assert 0 < len(recorded) < len(prepare_again(RunFolder(run)).questions)
+    asked = prepare_serving_check(run, exportable_run(run, open_backend)).questions
+    assert [each.expected for each in asked] == [each["expected"] for each in recorded]
 
 
 def test_deploy_is_verified_on_any_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from finetune.chat.catalog import Variable
 from finetune.chat.encoder import Encoder
 from finetune.config import load_plan
 from finetune.errors import FineTuneError, ModelError, TemplateError
+from finetune.evidence.asked import what_to_ask
 from finetune.evidence.saved import open_encoder, prepare_again
 from finetune.export.corpus import nasty_texts
 from finetune.export.gguf_source import Exportable, all_stops
@@ -209,10 +210,11 @@ def _questions(
         prepared = prepare_again(folder)
     except FineTuneError as error:
         return [], (f"answers were not compared: {error.message}",)
-    if len(prepared.questions) != len(said):
-        return [], (f"answers were not compared: of {len(said)} questions there are {len(prepared.questions)} now",)
+    questions = what_to_ask(prepared).learning
+    if len(questions) != len(said):
+        return [], (f"answers were not compared: of {len(said)} questions there are {len(questions)} now",)
     known, told, found = conversations_of(encoder, prepared), Counter[str](), []
-    for question, answer in zip(prepared.questions, said, strict=True):
+    for question, answer in zip(questions, said, strict=True):
         if early.intersection(question.answer):
             token = encoder.tokenizer.word(next(each for each in question.answer if each in early))
             raise ModelError(
