@@ -3,7 +3,7 @@
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -29,10 +29,19 @@ from finetune.events import (
     StepDone,
     StoppedEarly,
 )
+from finetune.evidence.asked import Asked
 from finetune.evidence.collect import collect_evidence
-from finetune.evidence.extra_runs import Trainings, shuffled_label_rows
+from finetune.evidence.extra_runs import Trainings, has_control, shuffled_label_rows
 from finetune.evidence.forecast import forecast_run
-from finetune.evidence.observe import Observation, begin_at, losses_at_start, observe, preference_evidence, score
+from finetune.evidence.observe import (
+    Observation,
+    begin_at,
+    compared_pairs,
+    losses_at_start,
+    observe,
+    preference_evidence,
+    what_is_compared,
+)
 from finetune.evidence.packing_check import check_packing
 from finetune.evidence.record import run_owner, run_record
 from finetune.evidence.saved import save_trained
@@ -41,7 +50,7 @@ from finetune.export.cached import made_from, with_model_folder
 from finetune.files import describe_file, storage_errors, write_folder, write_json, write_text
 from finetune.objectives import measured_in
 from finetune.ports import Session
-from finetune.records import Batch, Question, Scores, TokenizedRow
+from finetune.records import Batch, TokenizedRow
 from finetune.report import build_report, render_html
 from finetune.report.card import CARD, licence_in, model_card
 from finetune.run.checkpoints import CheckpointStore, Owner
@@ -156,7 +165,7 @@ def _train_and_judge(run: Run, *, resume: bool, clock: float) -> dict[str, Any]:
         preference = preference_evidence(session, before.asked, run.objective)
     run.tell(FixedLoss(trained.kept, *after.fixed))
 
-    trainings = _trainings(run, session, owner, trained.kept, before.asked.learning)
+    trainings = _trainings(run, session, owner, trained.kept, before.asked)
     evidence = collect_evidence(run, session, saved, (before, after, fingerprints), trainings, preference)
     verdicts = judge(evidence)
     run.tell(RunJudged(overall(verdicts), {verdict.id: verdict.outcome for verdict in verdicts}))
@@ -204,7 +213,7 @@ def train_to_the_end(run: Run, session: Session, before: Observation, owner: Own
 
 def _control_checkpoint(prepared: Prepared, before: Observation) -> int:
     """The step at which a control that the budget shortens ends: the model is kept as it is there, to compare with."""
-    auto = prepared.plan.config.judge.control == "auto" and prepared.questions
+    auto = prepared.plan.config.judge.control == "auto" and has_control(prepared)
     return before.asked.budget.control_steps if auto else 0
 
 
@@ -293,31 +302,30 @@ def _train_along(run: Run) -> None:
     run.group.restore(session)
     run.group.total(0)  # which step is kept
     if rows := shuffled_label_rows(run.prepared, {}):
-        _train_control(run, rows, 0, ())
+        _train_control(run, rows, 0, None)
 
 
-def _trainings(run: Run, session: Session, owner: Owner, kept: int, questions: Sequence[Question]) -> Trainings:
+def _trainings(run: Run, session: Session, owner: Owner, kept: int, asked: Asked) -> Trainings[Any]:
     """What the shuffled-label control needs of this run."""
     store = run.checkpoints()
 
-    def tuned(step: int) -> Scores | None:
+    def tuned(step: int) -> Any:
         with run.phase(f"observe step {step}", "to compare a shorter control with"):
             session.load_state(store.open(step, owner.identity))
-            return score(session, run.prepared, questions)
+            return what_is_compared(session, run.prepared, asked, run.objective)
 
-    def control(rows: tuple[TokenizedRow, ...], steps: int) -> Scores | None:
-        return _train_control(run, rows, steps, questions)
+    def control(rows: tuple[TokenizedRow, ...], steps: int) -> Any:
+        return _train_control(run, rows, steps, asked)
 
     return Trainings(kept, store.steps(), control, tuned)
 
 
-def _train_control(
-    run: Run, rows: tuple[TokenizedRow, ...], steps: int, questions: Sequence[Question]
-) -> Scores | None:
-    """What a fresh session answers after steps on other rows: those whose answers were shuffled.
+def _train_control(run: Run, rows: tuple[TokenizedRow, ...], steps: int, asked: Asked | None) -> Any:
+    """What is compared of a fresh session after steps on other rows: those whose answers were shuffled.
 
     Args:
         steps: how many; the first process says it, for all of them. None are taken where it says 0.
+        asked: None in a process that only trains along.
     """
     last = round(run.group.total(steps))
     if last == 0:
@@ -325,11 +333,12 @@ def _train_control(
     with run.phase("shuffled-label control", f"{last} steps on shuffled answers"):
         control = run.open_session()
         run.attach_adapter(control, fresh=True)  # compared, as the run is, with the base
-        for event in training_events(run, control, rows, last=last):
+        other = replace(run, objective=run.objective_of(control, [*rows, *compared_pairs(asked)] if asked else rows))
+        for event in training_events(other, control, rows, last=last):
             if isinstance(event, StepDone):
                 run.listener(event)
         run.group.restore(control)
-        return score(control, run.prepared, questions)
+        return what_is_compared(control, run.prepared, asked, other.objective) if asked else None
 
 
 def _anybody_stops(run: Run, *, stops: bool) -> bool:

@@ -17,7 +17,7 @@ from finetune.backends.reference.session import ReferenceSession
 from finetune.config import LoadedConfig, load_config
 from finetune.criteria.evidence import ControlEvidence
 from finetune.events import Event
-from finetune.evidence import extra_runs
+from finetune.evidence import collect, extra_runs
 from finetune.evidence.asked import FEWEST_MATCHED, FEWEST_ROWS, Asked, what_to_ask
 from finetune.evidence.budget import LOOKS
 from finetune.evidence.observe import observe
@@ -107,7 +107,7 @@ def shortened(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory)
 
 def able() -> Any:
     """Within this context any model has learned enough for a control to be worth its while."""
-    return patch.object(extra_runs, "could_pass", lambda tuned: True)
+    return patch.object(collect, "could_pass", lambda tuned: True)
 
 
 def test_shortened_control_is_compared_at_its_own_step(

@@ -157,7 +157,7 @@ def test_plan_leaves_nothing_open(
     aims: tuple[bool, ...] = (training.dpo_beta != 0.1,)
     if dpo:
         aims = (config.data.rehearsal is not None, config.template.train_on != "last", training.label_smoothing >= 0.5)
-        aims += (judged.answers == "exact", judged.goal != "auto", judged.control == "always")
+        aims += (judged.answers == "exact", judged.goal != "auto")
     if conflicts := too_long + two_splits + no_template + idle + unwatched + margin + packed + rows + kept + sum(aims):
         with pytest.raises(ConfigError) as caught:
             resolve(loaded, facts)

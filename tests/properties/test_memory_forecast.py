@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 
 from finetune.adapters.choose import choose_layers
 from finetune.backends.reference.backend import ReferenceBackend
+from finetune.config.schema import TrainingSpec
+from finetune.data.batches import fixed_batches
 from finetune.errors import UsageError
 from finetune.memory.estimate import estimate_memory
 from finetune.memory.forecast import PARTS, Footprint, Forecast, forecast_memory
 from finetune.memory.framework import FRAMEWORKS, framework_of
 from finetune.memory.kept import ActivationBytes, kept_by_torch
 from finetune.memory.kept_reference import kept_by_reference
-from finetune.memory.load import StepLoad, full_load, load_of
+from finetune.memory.load import StepLoad, full_load, load_of, planned_load
 from finetune.models.locate import locate_model
 from finetune.models.shape import read_shape
 from finetune.records import AdapterTarget, Batch, Optimization, TokenizedRow
@@ -384,6 +386,14 @@ def test_load_is_of_the_largest_batch() -> None:
     assert load_of([small, padded], 3) == StepLoad(2, 9, 9, accumulation=3)
     assert load_of([padded, packed, small]) == StepLoad(2, 10, 16, masked=True)
     assert full_load(3, 7) == StepLoad(3, 7, 18) == load_of([rows_of(3, 7, 2)])
+
+
+def test_load_of_pairs_that_settings_allow_is_that_of_the_longest_pairs() -> None:
+    """Both sides of each of a batch's pairs, as long as they may be, are what rows of that length make of it."""
+    training = TrainingSpec(objective="dpo", batch_size=3)
+    side = TokenizedRow((1,) * 7, (False,) + (True,) * 6, "row")
+    assert planned_load(training, 7) == load_of(fixed_batches([replace(side, rejected=side)] * 3, 3))
+    assert planned_load(TrainingSpec(batch_size=3), 7) == full_load(3, 7)
 
 
 @given(jobs())

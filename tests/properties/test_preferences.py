@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from finetune.chat.encoder import Encoder
 from finetune.config import Plan, load_config
-from finetune.criteria.evidence import Paired, PreferenceEvidence
+from finetune.criteria.evidence import ControlEvidence, Paired, PreferenceEvidence
 from finetune.criteria.judge_preference import judge_preference
 from finetune.data.batches import epoch_batches, fixed_batches, sides_of
 from finetune.data.shape import ShapedRows, shape_rows
@@ -195,25 +195,41 @@ def test_other_objectives_are_refused_with_what_to_use(settings: dict[str, Any],
         load_config(None, environ={}, overrides=settings, profile=None)
 
 
-def outcomes(gained: float, share: float = 1.0, *, unseen: int = 20, cost: float = 0.0) -> dict[str, str]:
-    """What is said of 40 training pairs and of unseen ones, a share of which gained so much."""
+def outcomes(
+    gained: float, share: float = 1.0, *, unseen: int = 20, cost: float = 0.0, control: float | None = None
+) -> dict[str, str]:
+    """What is said of 40 training pairs and of unseen ones, a share of which gained so much; `control`: there."""
 
     def gains(count: int) -> tuple[float, ...]:
         return tuple(gained if at < share * count else -gained for at in range(count))
 
     liked = ((False,) * unseen, (True,) * unseen)
     chosen = Paired((2.0,) * (40 + unseen), (2.0 + cost,) * (40 + unseen))
-    found = judge_preference(PreferenceEvidence(0.1, gains(40), gains(unseen), liked, chosen))
-    assert all(each.counts == (each.id != "preference-unseen" or unseen >= 16) for each in found)
+    evidence = PreferenceEvidence(0.1, gains(40), gains(unseen), liked, chosen, why_no_control="too dear")
+    if control is not None:
+        evidence = replace(evidence, control=ControlEvidence((control,) * len(evidence.compared)))
+    found = judge_preference(evidence)
+    counts = {"preference-unseen": unseen >= 16, "preference-control": control is not None}
+    assert all(each.counts == counts.get(each.id, True) for each in found)
+    assert all(each.reason for each in found if each.outcome == "inconclusive" and not each.counts)
     return {each.id.removeprefix("preference-"): each.outcome for each in found}
 
 
 def test_preferences_are_judged_by_what_gained() -> None:
     """Gains in most pairs pass, losses and trifles fail, half of them is neither; a collapse of the chosen fails."""
-    assert outcomes(3.0) == {"rows": "passed", "unseen": "passed", "chosen": "passed"}
-    assert outcomes(-3.0) == {"rows": "failed", "unseen": "failed", "chosen": "passed"}
+    assert outcomes(3.0) == {"rows": "passed", "unseen": "passed", "control": "inconclusive", "chosen": "passed"}
+    assert outcomes(-3.0) == {"rows": "failed", "unseen": "failed", "control": "inconclusive", "chosen": "passed"}
     assert outcomes(0.1)["rows"] == "failed"  # below the floor: nothing moved
     assert outcomes(3.0, 0.5)["rows"] == "inconclusive"
     assert outcomes(3.0, unseen=0)["unseen"] == "inconclusive"
     assert outcomes(3.0, unseen=5)["unseen"] == "inconclusive"
     assert outcomes(3.0, cost=2.0)["chosen"] == "failed"
+
+
+@pytest.mark.parametrize("unseen", [4, 20])
+def test_gains_that_a_control_of_flipped_pairs_has_too_are_no_preference(unseen: int) -> None:
+    """What is taught is what the labels say: trained on the same pairs changed round, a model must not gain alike."""
+    assert outcomes(3.0, unseen=unseen, control=-3.0)["control"] == "passed"
+    assert outcomes(3.0, unseen=unseen, control=0.0)["control"] == "passed"
+    assert outcomes(3.0, unseen=unseen, control=2.9)["control"] == "failed"
+    assert outcomes(3.0, unseen=unseen, control=9.0)["control"] == "failed"

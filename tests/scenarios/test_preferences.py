@@ -4,9 +4,11 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from finetune.chat.encoder import sides_of
 from finetune.evidence.evaluate import evaluate
 from finetune.train import fine_tune
 from support.workplace import ADAPTER, make_model, settings, without_reload_check
@@ -51,7 +53,7 @@ def run(request: pytest.FixtureRequest, place: Path, tmp_path_factory: pytest.Te
     if request.param == "torch":
         pytest.importorskip("torch")
     output = tmp_path_factory.mktemp(request.param) / "run"
-    return {"folder": output, **train(place, output, backend=request.param)}
+    return {"folder": output, **train(place, output, backend=request.param, judge__control="always")}
 
 
 def verdict(run: dict[str, Any], key: str) -> dict[str, Any]:
@@ -69,6 +71,10 @@ def test_run_on_pairs_begins_at_ln_2_and_tells_them_apart(run: dict[str, Any], p
     assert run["goal"] == "preference"
     for key in ("preference-rows", "preference-unseen"):
         assert verdict(run, key)["outcome"] == "passed", verdict(run, key)
+    control = verdict(run, "preference-control")
+    assert control["outcome"] == "passed", control
+    flipped = run["preference"]["control"]
+    assert sum(flipped["found"]) < 0 < sum(flipped["tuned"] or run["preference"]["unseen"])
     for key in ("loss-start", "model-learning", "learning-control", "claim-rows", "claim-unseen"):
         assert verdict(run, key)["outcome"] == "not applicable"
         assert verdict(run, key)["reason"]
@@ -76,6 +82,19 @@ def test_run_on_pairs_begins_at_ln_2_and_tells_them_apart(run: dict[str, Any], p
     [preferred] = [each for each in found["measures"] if each["id"] == "preferred"]
     assert preferred["outcome"] == "passed"
     assert preferred["gained"] > 0.9
+
+
+def test_control_of_flipped_pairs_sees_labels_that_are_not_read(place: Path, tmp_path: Path) -> None:
+    """Where the answer that sorts first is always the chosen one, all gains look right, and the control gains alike."""
+
+    def by_its_words(example: Any) -> Any:
+        return tuple(sorted(sides_of(example), key=lambda side: [message.content for message in side.messages]))
+
+    with patch("finetune.chat.encoder.sides_of", by_its_words):
+        found = train(place, tmp_path / "run", judge__control="always")
+    assert verdict(found, "preference-unseen")["outcome"] == "passed"
+    assert verdict(found, "preference-control")["outcome"] == "failed"
+    assert found["outcome"] == "failed"
 
 
 def test_killed_run_on_pairs_ends_with_the_same_bytes(place: Path, tmp_path: Path) -> None:

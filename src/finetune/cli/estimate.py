@@ -72,7 +72,7 @@ def _load(loaded: "LoadedConfig", shape: "ModelShape") -> tuple["StepLoad", str]
     from finetune.config import ModelAndDataFacts, resolve
     from finetune.data.batches import epoch_batches
     from finetune.data.sources import shown_names
-    from finetune.memory.load import full_load, load_of
+    from finetune.memory.load import load_of, planned_load
     from finetune.training.prepare import pack_length, prepare
 
     training = loaded.config.training
@@ -80,12 +80,7 @@ def _load(loaded: "LoadedConfig", shape: "ModelShape") -> tuple["StepLoad", str]
         # Neither template nor rows matter here, so nothing can be wrong with them.
         plan = resolve(loaded, ModelAndDataFacts(shape.context_length, has_chat_template=True, train_rows=1))
         assert plan.config.tokens.max_length is not None
-        load = full_load(
-            training.batch_size,
-            plan.config.tokens.max_length,
-            training.gradient_accumulation_steps,
-            recomputed=training.gradient_checkpointing,
-        )
+        load = planned_load(training, plan.config.tokens.max_length)
         return load, "every row as long as tokens.max_length allows (--data takes your own)"
     prepared = prepare(loaded)
     batches = epoch_batches(

@@ -251,7 +251,6 @@ def _objective_problems(loaded: LoadedConfig) -> Iterator[Problem]:
     for key, value, only in (
         ("answers", judged.answers == "exact", "exact: no answer of a pair is the one right wording"),
         ("goal", judged.goal != "auto", f"{judged.goal}: it is judged whether pairs are told apart"),
-        ("control", judged.control == "always", "always: there are no answers to shuffle"),
     ):
         if value:
             yield _problem(origins, f"judge.{key}", f"objective is dpo, and {key} is {only}", leave)

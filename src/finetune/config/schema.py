@@ -309,8 +309,8 @@ class JudgeSpec(Spec):
     """What judging may cost, as a share of the training's computing; fewer rows are asked, and what auto leaves open
     is shortened or left out, to stay within it. Some forty seconds' worth is always allowed."""
     control: ExtraRuns = "auto"
-    """Train once more on shuffled answers for comparison; auto takes as many steps as judge.budget allows, always as
-    many as the training itself."""
+    """Train once more for comparison, on shuffled answers or on pairs changed round; auto takes as many steps as
+    judge.budget allows, always as many as the training itself."""
     memory: ExtraRuns = "auto"
     """Measure LoRA's memory against full fine-tuning; auto does so where judge.budget allows it."""
     memory_batch_size: Count = 4

@@ -2,10 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from finetune.config import Goal
 from finetune.records import DEFAULT_KIND, Reload, Scores
+
+Looked = TypeVar("Looked")
+"""What is compared with a control: answers to questions, or the gains of pairs."""
+FEWEST_PAIRS = 16
+"""From so many unseen pairs on the outcome depends on them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +55,15 @@ class LossEvidence:
 
 
 @dataclass(frozen=True, slots=True)
-class ControlEvidence:
-    """Answers of a model trained on shuffled answers for so many steps.
+class ControlEvidence(Generic[Looked]):
+    """What is `found` of a model trained on shuffled answers, or on flipped pairs, for so many steps.
 
-    `tuned` are the tuned model's own after as many steps, where the run went on; None where it ended there.
+    `tuned` is the same of the tuned model after as many steps, where the run went on; None where it ended there.
     """
 
-    scores: Scores
+    found: Looked
     steps: int = 0
-    tuned: Scores | None = None
+    tuned: Looked | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,7 @@ class LearningEvidence:
 
     base: Scores
     tuned: Scores
-    control: ControlEvidence | None = None
+    control: ControlEvidence[Scores] | None = None
     retention_base: Scores | None = None
     retention_tuned: Scores | None = None
     retention_trained: int = 0
@@ -124,7 +129,8 @@ class PreferenceEvidence:
     """By how many nats chosen gained on rejected since step 0, in training pairs (`rows`) and in `unseen` ones.
 
     `liked`: of the unseen pairs, whether the chosen answer is the likelier one, at step 0 and now. `chosen`: the loss
-    of chosen answers alone, of both kinds of pairs, at step 0 and now.
+    of chosen answers alone, of both kinds of pairs, at step 0 and now. `control`: the gains of the `compared` pairs in
+    a model that was trained on the same pairs with chosen and rejected changed round.
     """
 
     beta: float
@@ -132,6 +138,13 @@ class PreferenceEvidence:
     unseen: tuple[float, ...]
     liked: tuple[tuple[bool, ...], ...]
     chosen: Paired
+    control: ControlEvidence[tuple[float, ...]] | None = None
+    why_no_control: str = ""
+
+    @property
+    def compared(self) -> tuple[float, ...]:
+        """The gains to hold against a control's: those of unseen pairs, or of trained ones where those are few."""
+        return self.unseen if len(self.unseen) >= FEWEST_PAIRS else self.rows
 
 
 @dataclass(frozen=True, slots=True)

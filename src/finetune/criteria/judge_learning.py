@@ -101,7 +101,7 @@ def _judge_shuffled_label_control(learning: LearningEvidence, why: str, *, able:
     if learning.control is None:
         outcome = Outcome.INCONCLUSIVE if able else Outcome.NOT_APPLICABLE
         return verdict("learning-control", outcome, NOT_MEASURED, _ALLOWED["learning-control"], why)
-    control, short = learning.control.scores, learning.control.tuned is not None
+    control, short = learning.control.found, learning.control.tuned is not None
     # A shortened control has learned less than the final model whatever its rows: it is held against its equal.
     tuned = learning.control.tuned or learning.tuned
     low, high = difference_interval((tuned.right, len(tuned.answers)), (control.right, len(control.answers)))

@@ -6,20 +6,19 @@ from dataclasses import replace
 from statistics import fmean
 
 from finetune.criteria.claims import EFFECT_FLOOR, LEVEL, OWN_MARGIN, Moves, rows_needed
-from finetune.criteria.evidence import Paired, PreferenceEvidence
+from finetune.criteria.evidence import FEWEST_PAIRS, Paired, PreferenceEvidence
 from finetune.criteria.verdicts import NOT_MEASURED, verdict
 from finetune.errors import EvidenceError
 from finetune.intervals import chance_of_at_least, mean_interval, wilson_interval
 from finetune.records import Outcome, Verdict
 
-FEWEST_PAIRS = 16
-"""From so many unseen pairs on the outcome depends on them."""
 _NOT_ASKED = {
     "loss-start": "the loss of a pair begins at ln 2 whatever the base is",
     "claim-rows": "a chosen answer is to gain on the rejected one, and need not get likelier than others' answers",
     "claim-unseen": "a chosen answer is to gain on the rejected one, and need not get likelier itself",
     "claim-association": "unseen pairs show whether anything carries over",
 }
+_ABOVE = f"more than half of the pairs gained more than there, by chance at most {LEVEL:.0%}"
 _GAINED = f"more than half of the pairs, by chance at most {LEVEL:.0%}"
 
 
@@ -32,17 +31,20 @@ def of_pairs(found: Verdict) -> Verdict:
 
 
 def judge_preference(evidence: PreferenceEvidence) -> list[Verdict]:
-    """A verdict on training pairs, on unseen ones, and on the chosen answers alone.
+    """A verdict on training pairs, on unseen ones, on a control of flipped pairs, and on the chosen answers alone.
 
     Raises:
         EvidenceError: a number is not finite.
     """
     chosen = evidence.chosen
-    if not all(map(math.isfinite, (*evidence.rows, *evidence.unseen, *chosen.base, *chosen.tuned))):
+    control = evidence.control
+    flipped = (*control.found, *(control.tuned or ())) if control else ()
+    if not all(map(math.isfinite, (*evidence.rows, *evidence.unseen, *chosen.base, *chosen.tuned, *flipped))):
         raise EvidenceError("log p of a pair is not a finite number: nothing can be judged by it")
     return [
         _judge_gains("preference-rows", evidence.rows, evidence.beta),
         _judge_unseen(evidence),
+        _judge_control(evidence),
         _judge_chosen(chosen),
     ]
 
@@ -81,6 +83,24 @@ def _judge_unseen(evidence: PreferenceEvidence) -> Verdict:
     measured = f"{found.measured}; the chosen answer is the likelier one in {before}, then {now}"
     numbers = {**found.numbers, "likelier before": before, "likelier after": now}
     return replace(found, measured=measured, numbers=numbers, counts=count >= FEWEST_PAIRS)
+
+
+def _judge_control(evidence: PreferenceEvidence) -> Verdict:
+    """The same pairs changed round must teach the opposite; what does not is no preference, but a habit of its own."""
+    key, control = "preference-control", evidence.control
+    if control is None:
+        found = verdict(key, Outcome.INCONCLUSIVE, NOT_MEASURED, _ABOVE, evidence.why_no_control)
+        return replace(found, counts=False)
+    tuned = control.tuned or evidence.compared
+    beyond = [own - other for own, other in zip(tuned, control.found, strict=True)]
+    moves = gains_of(beyond, evidence.beta)
+    measured = (
+        f"{moves.fell} of {moves.count} pairs by more than {moves.floor:.2g} nats; {fmean(tuned):+.3g} nats on "
+        f"average, the control {fmean(control.found):+.3g}"
+    )
+    short = f"both after {control.steps} steps, as many of a control as judge.budget allows" if control.tuned else ""
+    numbers = {"above": moves.fell, "below": moves.rose, "count": moves.count, "mean": -moves.mean}
+    return replace(verdict(key, moves.outcome, measured, _ABOVE, short), numbers=numbers)
 
 
 def _judge_chosen(chosen: Paired) -> Verdict:

@@ -18,6 +18,7 @@ TITLES = (
         "learning-retention": "No forgetting (retention questions)",
         "preference-rows": "Chosen answers gained on rejected ones, in its pairs",
         "preference-unseen": "Chosen answers gained on rejected ones, in unseen pairs",
+        "preference-control": "Gained more than a control trained on flipped pairs",
         "preference-chosen": "Chosen answers stay as likely as they were",
         "claim-rows": "It learned its rows",
         "claim-unseen": "Unseen rows of the kind got likelier",

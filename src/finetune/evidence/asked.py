@@ -105,7 +105,7 @@ def _asked(prepared: Prepared, prices: Prices, openly: OpenQuestions | None, row
         allowed=prices.allowed,
         looks=2 * look + check + (openly.price(prices) if openly else 0.0),
         memory=prices.memory(prepared),
-        control_look=2 * questions,
+        control_look=2 * questions + (prices.reference(prepared) + 2 * look if prepared.pairs else 0.0),
     )
     return Asked(learning, retention, tuple(fixed), tuple(held_out), tuple(alike), openly, budget)
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from finetune.abilities import ABILITIES
-from finetune.data.batches import sequences_of, shared_start
+from finetune.data.batches import sequences_of, shared_start, sides_of
 from finetune.records import Batch, Question, TokenizedRow
 from finetune.training.loop import steps_per_epoch
 from finetune.training.prepare import Prepared, batch_of_all, pack_length
@@ -50,7 +50,7 @@ class Prices:
         training = plan.config.training
         sequences = len(sequences_of(rows, seed=training.seed, pack_length=pack_length(plan)))
         steps = steps_per_epoch(sequences, batch_of_all(plan), training.gradient_accumulation_steps)
-        step = sum(len(row.ids) for row in rows) / steps
+        step = _tokens(rows) / steps
         # Two operations a weight to go forward, two to go back, and two more where the weights themselves are trained.
         operations = prepared.shape.parameters * (4 if prepared.target else 6)
         return cls(
@@ -69,6 +69,10 @@ class Prices:
         """How many tokens of a batch go through the model."""
         return batch.token_count - (shared_start(batch) * (len(batch.rows) - 1) if self.reads_once else 0)
 
+    def reference(self, prepared: Prepared) -> float:
+        """Log p of all pairs that are trained, once: what their preferences are measured from."""
+        return self.forward * _tokens(prepared.training_rows)
+
     def answering(self, prompts: Sequence[Sequence[int]], most: int) -> float:
         """Answers of up to so many tokens; only prompts of one length are asked together."""
         alike = Counter(map(len, prompts)).items()
@@ -84,6 +88,10 @@ class Prices:
         able = prepared.target is not None and not prepared.shape.quantized and ABILITIES[config.backend].memory
         tokens = _MEMORY_STEPS * config.judge.memory_batch_size * config.judge.memory_length
         return 2 * self.process + (1 + _FULL_STEP) * tokens if able and config.judge.memory != "never" else 0.0
+
+
+def _tokens(rows: Iterable[TokenizedRow]) -> int:
+    return sum(len(side.ids) for row in rows for side in sides_of(row))
 
 
 @dataclass(frozen=True, slots=True)

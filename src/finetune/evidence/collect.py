@@ -1,9 +1,13 @@
 """Collects what the criteria are judged on, from a run that has just been trained."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from finetune.criteria.evidence import Evidence, PreferenceEvidence
+from finetune.criteria.judge_learning import could_pass
+from finetune.criteria.judge_preference import gains_of
 from finetune.events import FirstGradients, StepDone
 from finetune.evidence.extra_runs import Trainings, control_evidence, memory_evidence, why_no_memory
 from finetune.evidence.observe import (
@@ -15,6 +19,7 @@ from finetune.evidence.observe import (
     parameter_evidence,
 )
 from finetune.ports import Session
+from finetune.records import Outcome
 from finetune.training.run import Run
 
 
@@ -23,7 +28,7 @@ def collect_evidence(
     session: Session,
     saved: Path,
     looks: tuple[Observation, Observation, Mapping[str, str]],
-    trainings: Trainings,
+    trainings: Trainings[Any],
     preference: PreferenceEvidence | None = None,
 ) -> Evidence:
     """Measure everything that the criteria ask for; the session may be that of an earlier step afterwards.
@@ -46,7 +51,13 @@ def collect_evidence(
     parameters = parameter_evidence(prepared, session, fingerprints, gradients, len(steps))
     with run.phase(f"check {saved.name}", "in a fresh process" + (", on a fresh base" if prepared.target else "")):
         artifacts = artifact_evidence(prepared, session, saved, run.folder.sizes(), run.why)
-    control = control_evidence(prepared, before, trainings, run.why)
+    if preference:
+        beta = preference.beta
+        flipped = control_evidence(
+            prepared, before, trainings, lambda gains: gains_of(gains, beta).outcome == Outcome.PASSED, run.why
+        )
+        preference = replace(preference, control=flipped, why_no_control=run.why.get("control", ""))
+    control = None if preference else control_evidence(prepared, before, trainings, could_pass, run.why)
     learning = learning_evidence(before, after, control, prepared, run.why)
     memory = None
     full_too = prepared.target is not None and not prepared.shape.quantized

@@ -2,39 +2,44 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic
 
-from finetune.criteria.evidence import ControlEvidence, MemoryEvidence
-from finetune.criteria.judge_learning import could_pass
+from finetune.criteria.evidence import ControlEvidence, Looked, MemoryEvidence
 from finetune.errors import EvidenceError
 from finetune.evidence.memory import full_needs, measure_memory
 from finetune.evidence.observe import Observation
 from finetune.memory.advise import say_size
 from finetune.processes import available_memory
-from finetune.records import Scores, TokenizedRow
+from finetune.records import TokenizedRow
 from finetune.training.prepare import Prepared, shuffled_rows
 
 
 @dataclass(frozen=True, slots=True)
-class Trainings:
+class Trainings(Generic[Looked]):
     """What a run did, and what it can do and ask for the sake of the control.
 
     Attributes:
         kept: the step whose weights the run keeps.
         checkpoints: the steps whose weights are on disk.
-        control: gives the answers after so many of the run's steps on other rows; must be called even for no step,
-            since the other processes wait for the number.
-        tuned: gives the answers of the tuned model as it was after one of the `checkpoints`.
+        control: gives what is looked at after so many of the run's steps on other rows; must be called even for no
+            step, since the other processes wait for the number.
+        tuned: gives the same of the tuned model as it was after one of the `checkpoints`.
     """
 
     kept: int
     checkpoints: Sequence[int]
-    control: Callable[[tuple[TokenizedRow, ...], int], Scores | None]
-    tuned: Callable[[int], Scores | None]
+    control: Callable[[tuple[TokenizedRow, ...], int], Looked | None]
+    tuned: Callable[[int], Looked]
+
+
+def has_control(prepared: Prepared) -> bool:
+    """Whether there is something to compare with a control: answers to questions, or gains of pairs."""
+    return bool(prepared.questions or prepared.pairs)
 
 
 def shuffled_label_rows(prepared: Prepared, why: dict[str, str]) -> tuple[TokenizedRow, ...] | None:
     """The rows that the shuffled-label control is trained on; None where there is to be none."""
-    if not prepared.questions:
+    if not has_control(prepared):
         return None
     if prepared.plan.config.judge.control == "never":
         why["control"] = "switched off (judge.control=never)"
@@ -46,12 +51,16 @@ def shuffled_label_rows(prepared: Prepared, why: dict[str, str]) -> tuple[Tokeni
 
 
 def control_evidence(
-    prepared: Prepared, before: Observation, trainings: Trainings, why: dict[str, str]
-) -> ControlEvidence | None:
-    """What a model answers that was trained on shuffled answers, for as many steps as the budget allows.
+    prepared: Prepared,
+    before: Observation,
+    trainings: Trainings[Looked],
+    learned: Callable[[Looked], bool],
+    why: dict[str, str],
+) -> ControlEvidence[Looked] | None:
+    """What is made of a model that was trained on shuffled answers, for as many steps as the budget allows.
 
     A shortened control is compared with the tuned model as it was after as many steps, and is not trained where that
-    model itself had not yet learned enough for any comparison.
+    model itself had not yet `learned` enough for any comparison.
     """
     rows = shuffled_label_rows(prepared, why)
     if rows is None:
@@ -65,11 +74,11 @@ def control_evidence(
         why["control"] = dear
     elif steps < kept:
         tuned = trainings.tuned(steps)
-        if tuned is None or not could_pass(tuned):
+        if not learned(tuned):
             why["control"] = f"{dear}; a shorter one cannot be compared: at step {steps} the model had not yet learned"
             steps = 0
-    scores = trainings.control(rows, steps)
-    return ControlEvidence(scores, steps, tuned) if scores else None
+    found = trainings.control(rows, steps)
+    return ControlEvidence(found, steps, tuned) if found else None
 
 
 def why_no_memory(prepared: Prepared, before: Observation, *, able: bool) -> str:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from finetune.criteria.evidence import (
+    FEWEST_PAIRS,
     ArtifactEvidence,
     ControlEvidence,
     LearningEvidence,
@@ -28,7 +30,7 @@ from finetune.objectives.cross_entropy import CROSS_ENTROPY
 from finetune.objectives.preference import Preference
 from finetune.objectives.row_sums import row_sums
 from finetune.ports import Objective, Session
-from finetune.records import Question, Reload, Scores
+from finetune.records import Question, Reload, Scores, TokenizedRow
 from finetune.training.loop import mean_loss
 from finetune.training.prepare import Prepared
 from finetune.training.start import Beginning
@@ -84,6 +86,23 @@ def losses_at_start(session: Session, base: Observation, objective: Objective) -
     return replace(base, **_losses(session, base.asked, objective)) if isinstance(objective, Preference) else base
 
 
+def pair_gains(session: Session, asked: Asked, objective: Preference) -> tuple[float, ...]:
+    """By how many nats chosen gained on rejected, in the pairs that a control is compared on."""
+    rows = compared_pairs(asked)
+    return _gained(objective, rows, row_sums(session, rows))
+
+
+def compared_pairs(asked: Asked) -> list[TokenizedRow]:
+    """The sides of the unseen pairs, or of trained ones where those are few."""
+    unseen = [row for batch in asked.held_out for row in batch.rows]
+    return unseen if len(unseen) >= 2 * FEWEST_PAIRS else [row for batch in asked.fixed for row in batch.rows]
+
+
+def _gained(objective: Preference, sides: Sequence[TokenizedRow], now: NDArray[np.float64]) -> tuple[float, ...]:
+    moved = np.array([objective.reference[row] for row in sides]) - now
+    return tuple((moved[::2] - moved[1::2]).tolist())
+
+
 def preference_evidence(session: Session, asked: Asked, objective: Objective) -> PreferenceEvidence | None:
     """What the tuned model makes of training pairs and of unseen ones; None where rows are no pairs."""
     if not isinstance(objective, Preference):
@@ -92,13 +111,13 @@ def preference_evidence(session: Session, asked: Asked, objective: Objective) ->
     rows = [*fixed, *unseen]
     before = np.array([objective.reference[row] for row in rows])
     now = row_sums(session, rows)
-    gained = ((before - now)[::2] - (before - now)[1::2]).tolist()
+    gained = _gained(objective, rows, now)
     lengths = np.array([row.target_count for row in rows[::2]])
     split = len(fixed) // 2
     return PreferenceEvidence(
         beta=objective.beta,
-        rows=tuple(gained[:split]),
-        unseen=tuple(gained[split:]),
+        rows=gained[:split],
+        unseen=gained[split:],
         liked=tuple(tuple((each[::2] < each[1::2])[split:].tolist()) for each in (before, now)),
         chosen=Paired(*(tuple((each[::2] / lengths).tolist()) for each in (before, now))),
     )
@@ -128,6 +147,15 @@ def score(session: Session, prepared: Prepared, questions: Sequence[Question]) -
         max_new_tokens=prepared.plan.config.evaluation.max_new_tokens,
         stop_ids=encoder.stop_ids,
     )
+
+
+def what_is_compared(
+    session: Session, prepared: Prepared, asked: Asked, objective: Objective
+) -> Scores | tuple[float, ...] | None:
+    """What of this session is held against that of another: its answers, or the gains of its pairs."""
+    if isinstance(objective, Preference):
+        return pair_gains(session, asked, objective)
+    return score(session, prepared, asked.learning)
 
 
 def loss_evidence(
@@ -174,7 +202,11 @@ def open_evidence(prepared: Prepared, base: OpenLook | None, tuned: OpenLook | N
 
 
 def learning_evidence(
-    before: Observation, after: Observation, control: ControlEvidence | None, prepared: Prepared, why: dict[str, str]
+    before: Observation,
+    after: Observation,
+    control: ControlEvidence[Scores] | None,
+    prepared: Prepared,
+    why: dict[str, str],
 ) -> LearningEvidence | None:
     """Scores before and after, and of a model trained in the same way on shuffled answers."""
     if before.learning is None or after.learning is None:

@@ -280,10 +280,10 @@ def _scores(evidence: Evidence) -> dict[str, Any] | None:
     }
 
 
-def _control(control: ControlEvidence) -> dict[str, Any]:
+def _control(control: ControlEvidence[Scores]) -> dict[str, Any]:
     """The answers after shuffled training; of a shortened one also the tuned model's after as many steps."""
     beside = {"tuned": _answers(control.tuned)} if control.tuned else {}
-    return {**_answers(control.scores), "steps": control.steps, **beside}
+    return {**_answers(control.found), "steps": control.steps, **beside}
 
 
 def _answers(scores: Scores) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from finetune.config.schema import TrainingSpec
 from finetune.records import Batch
 
 
@@ -40,6 +41,15 @@ class StepLoad:
 def full_load(rows: int, length: int, accumulation: int = 1, *, recomputed: bool = False) -> StepLoad:
     """The most that a configuration allows: every row as long as it may be, every token but its first a target."""
     return StepLoad(rows, length, rows * (length - 1), accumulation=accumulation, recomputed=recomputed)
+
+
+def planned_load(training: TrainingSpec, length: int) -> StepLoad:
+    """The same by its settings; the two sides of a pair share a sequence, each as long as a row may be."""
+    again = training.gradient_checkpointing
+    load = full_load(training.batch_size, length, training.gradient_accumulation_steps, recomputed=again)
+    if training.objective == "dpo":
+        load = replace(load, length=2 * length, targets=2 * load.targets, masked=True)
+    return load
 
 
 def load_of(batches: Sequence[Batch], accumulation: int = 1, *, recomputed: bool = False) -> StepLoad:

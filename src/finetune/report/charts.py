@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.report import ink
 from finetune.report.numbers import say_bytes, say_count, say_number, say_percent, say_rate
+from finetune.report.wording import loss_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +57,8 @@ def draw_charts(report: Mapping[str, object], prefix: str) -> dict[str, Chart]:
 
 def draw_comparison(reports: Sequence[Mapping[str, object]], names: Sequence[str]) -> Chart:
     """Draw the training loss of several runs over each other, named by the letters the page gives them."""
-    title, caption = "Training loss of every run", "nats per trained token, by optimizer step"
+    units = " or ".join(sorted({*map(loss_unit, reports)}))
+    title, caption = "Training loss of every run", f"{units}, by optimizer step"
     drawn = [(name, _points(report, "train", "loss")) for name, report in zip(names, reports, strict=True)]
     if not any(points for _, points in drawn):
         return Chart("comparison", title, caption, None, "None of these runs recorded a finite training loss.")
@@ -73,7 +75,7 @@ def draw_comparison(reports: Sequence[Mapping[str, object]], names: Sequence[str
 
 
 def _loss(report: Mapping[str, Any], prefix: str) -> Chart:
-    title, caption = "Loss", "nats per trained token, by optimizer step"
+    title, caption = "Loss", f"{loss_unit(report)}, by optimizer step"
     series = {name: _points(report, name, "loss") for name in ("train", "fixed", "held_out")}
     if not any(series.values()):
         return Chart("loss", title, caption, None, report["absent"]["train"])

@@ -85,12 +85,12 @@ def say_outcome(report: Mapping[str, Any]) -> str:
 
 def headline_figures(report: Mapping[str, Any]) -> list[Figure]:
     """The figures a reader looks for first, always the same eight in the same order."""
-    headline, absent = report["headline"], report["absent"]
+    headline, absent, unit = report["headline"], report["absent"], loss_unit(report)
     return [
         _score(report, "learning", "Trained questions right"),
         _score(report, "retention", "Other questions right"),
-        _losses(headline["fixed_loss"], "Loss on fixed batches", absent["fixed"]),
-        _losses(headline["held_out_loss"], "Loss on held-out rows", absent["held_out"]),
+        _losses(headline["fixed_loss"], "Loss on fixed batches", absent["fixed"], unit),
+        _losses(headline["held_out_loss"], "Loss on held-out rows", absent["held_out"], unit),
         _trainable(headline),
         _memory(report),
         _tokens(report),
@@ -109,12 +109,17 @@ def _score(report: Mapping[str, Any], name: str, label: str) -> Figure:
     return Figure(label, f"{base['right']} → {tuned['right']} of {of}", detail)
 
 
-def _losses(losses: Mapping[str, Any] | None, label: str, why: str) -> Figure:
+def loss_unit(report: Mapping[str, Any]) -> str:
+    """What a loss is counted in: that of pairs is one number a pair."""
+    return "nats per pair" if report["goal"] == "preference" else "nats per token"
+
+
+def _losses(losses: Mapping[str, Any] | None, label: str, why: str, unit: str) -> Figure:
     before, after = (losses["before"], losses["after"]) if losses else (None, None)
     if before is None or after is None:
         return Figure(label, NOT_MEASURED, why if losses is None else "The loss was not a finite number.")
     change = f"{say_percent(abs(after / before - 1))} {'lower' if after <= before else 'higher'}, " if before else ""
-    return Figure(label, f"{say_number(before)} → {say_number(after)}", f"{change}nats per token")
+    return Figure(label, f"{say_number(before)} → {say_number(after)}", f"{change}{unit}")
 
 
 def _trainable(headline: Mapping[str, Any]) -> Figure:

@@ -229,7 +229,12 @@ def adapter_target(config: TrainingConfig, shape: ModelShape, learned: Sequence[
 
 
 def shuffled_rows(prepared: Prepared) -> tuple[TokenizedRow, ...] | None:
-    """The training rows with the last answers dealt out among the wrong questions; None where that cannot be."""
+    """The training rows with the last answers dealt out among the wrong questions; None where that cannot be.
+
+    Of pairs, the chosen answer and the rejected one change places.
+    """
+    if prepared.pairs:
+        return prepared.encoder.encode(ShapedRows(_flipped(prepared.conversations), {}, {}, ()), prepared.plan).rows
     own = {conversation.answer: conversation.messages[-1] for conversation in prepared.conversations}
     answers = deranged([conversation.answer for conversation in prepared.conversations])
     if not answers:
@@ -240,6 +245,14 @@ def shuffled_rows(prepared: Prepared) -> tuple[TokenizedRow, ...] | None:
     )
     encoded = prepared.encoder.encode(ShapedRows(shuffled, {}, {}, ()), prepared.plan)
     return encoded.rows + (prepared.rehearsal.rows if prepared.rehearsal else ())
+
+
+def _flipped(pairs: Iterable[Conversation]) -> tuple[Conversation, ...]:
+    return tuple(
+        replace(pair, messages=(*pair.messages[:-1], pair.rejected), rejected=pair.messages[-1])
+        for pair in pairs
+        if pair.rejected is not None
+    )
 
 
 def pack_length(plan: Plan) -> int | None:

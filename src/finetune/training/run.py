@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from finetune.config import plan_as_list
@@ -10,7 +10,7 @@ from finetune.events import Event, PhaseStarted, RunLengthened, RunStarted
 from finetune.objectives import choose_objective
 from finetune.objectives.cross_entropy import CROSS_ENTROPY
 from finetune.ports import Backend, Group, Objective, Session
-from finetune.records import Optimization
+from finetune.records import Optimization, TokenizedRow
 from finetune.run.checkpoints import CheckpointStore
 from finetune.run.folder import RunFolder
 from finetune.tracking.consumer import Trackers
@@ -85,9 +85,13 @@ class Run:
 
         It is asked anew when a run is resumed: the same base and first adapter say the same.
         """
-        prepared = self.prepared
-        rows = [*prepared.training_rows, *(prepared.held_out.rows if prepared.held_out else ())]
-        self.objective = choose_objective(prepared.plan.config.training, session, rows)
+        self.objective = self.objective_of(session, self.prepared.training_rows)
+
+    def objective_of(self, session: Session, rows: Iterable[TokenizedRow]) -> Objective:
+        """The objective of training this session on these rows, from what it says now."""
+        held_out = self.prepared.held_out
+        every = [*rows, *(held_out.rows if held_out else ())]
+        return choose_objective(self.prepared.plan.config.training, session, every)
 
     def tell(self, event: Event) -> None:
         """Log an event and pass it on."""

@@ -34,7 +34,7 @@ from finetune.export.write import write_gguf
 from finetune.files import make_folder
 from finetune.memory.forecast import PARTS, forecast_memory
 from finetune.memory.framework import framework_of
-from finetune.memory.load import full_load
+from finetune.memory.load import planned_load
 from finetune.models.locate import locate_model
 from finetune.ports import Session
 from finetune.records import Conversation
@@ -175,13 +175,7 @@ class _ResultHandlers:
         facts = ModelAndDataFacts(shape.context_length, has_chat_template=True, train_rows=1)
         length = resolve(loaded, facts).config.tokens.max_length
         assert length is not None
-        training = config.training
-        load = full_load(
-            training.batch_size,
-            length,
-            training.gradient_accumulation_steps,
-            recomputed=training.gradient_checkpointing,
-        )
+        load = planned_load(config.training, length)
         target, framework = adapter_target(config, shape), framework_of(config.backend)
         found = forecast_memory(shape, target, config.model.dtype, load, framework)
         return {
