@@ -40,6 +40,8 @@ def test_fault_whose_target_is_gone_is_refused() -> None:
         fault.plant(room, "nothing", lambda right: right())
     with pytest.raises(fault.PlantingError, match=r"finetune\.verify\.faults\._nothing is private: plant the fault"):
         fault.plant(room, "_nothing", lambda right: right())
+    with pytest.raises(fault.PlantingError, match=r"fault\.plant takes what its fault does not .*too many"):
+        fault.plant(fault, "plant", lambda right, owner: right(owner))
     known = next(each for each in fault.faults().values() if each.backends == ("reference",))
     with pytest.raises(fault.PlantingError, match="cannot be planted in torch: only in reference"):
         known.plant_in("torch")

@@ -58,7 +58,7 @@ def _accumulation_not_wired() -> None:
 @fault("A002f", "config.ratio_not_wired")
 def _ratio_not_wired() -> None:
     """How much faster B moves is read and never passed on."""
-    plant(run, "Optimization", lambda right, decay, most, **named: right(decay, most))
+    plant(run, "Optimization", lambda right, *given, **named: replace(right(*given, **named), loraplus_lr_ratio=1.0))
 
 
 @fault("A003", "config.zero_is_false", "torchtune #186")
@@ -149,9 +149,9 @@ def _accumulation_stops_packing(right: Callable[..., int | None], plan: Plan) ->
 
 @fault("A009b", "config.dropout_silently_off", "unsloth #6829")
 @in_place_of("adapter_target", prepare)
-def _targets_stop_dropout(right: Planning, config: TrainingConfig, shape: ModelShape) -> AdapterTarget:
+def _targets_stop_dropout(right: Planning, config: TrainingConfig, *given: object) -> AdapterTarget:
     """Targets of one's own switch dropout off."""
-    target = right(config, shape)
+    target = right(config, *given)
     return target if config.adapter.target_modules == "all-linear" else replace(target, dropout=0.0)
 
 

@@ -1,6 +1,7 @@
 """A fault, and how it is planted: in the place of a public function, for as long as the process lives."""
 
 import functools
+import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
@@ -109,7 +110,8 @@ def plant(owner: object, name: str, wrong: Callable[..., object]) -> None:
     `owner` is a module or a class. Where other modules have taken the name with `from ... import`, it is planted there.
 
     Raises:
-        PlantingError: the name is private, which anybody may change without a word, or is not there.
+        PlantingError: the name is private, which anybody may change without a word, is not there, or takes what the
+            fault does not.
     """
     place = f"{getattr(owner, '__name__', owner)}.{name}"
     if name.startswith("_") and not name.endswith("__"):
@@ -117,6 +119,7 @@ def plant(owner: object, name: str, wrong: Callable[..., object]) -> None:
     if not hasattr(owner, name):
         raise PlantingError(f"{place} is gone: plant the fault where its work is done now")
     right = getattr(owner, name)
+    _refuse_other_arguments(place, right, wrong)
 
     @functools.wraps(right)
     def planted(*given: object, **named: object) -> object:
@@ -124,6 +127,23 @@ def plant(owner: object, name: str, wrong: Callable[..., object]) -> None:
         return wrong(right, *given, **named)
 
     setattr(owner, name, planted)
+
+
+def _refuse_other_arguments(place: str, right: Callable[..., object], wrong: Callable[..., object]) -> None:
+    """All that is taken can be given to the fault, in order or, as classes of many fields are made, by name."""
+    taken = inspect.signature(right).parameters
+    named = {name: None for name, each in taken.items() if each.kind is each.KEYWORD_ONLY}
+    either = [name for name, each in taken.items() if each.kind is each.POSITIONAL_OR_KEYWORD]
+    first = [name for name, each in taken.items() if each.kind is each.POSITIONAL_ONLY]
+    why = ""
+    for in_order, by_name in ((either, ()), ((), either)):
+        try:
+            inspect.signature(wrong).bind(right, *first, *in_order, **named, **dict.fromkeys(by_name))
+        except TypeError as error:
+            why = why or str(error)
+        else:
+            return
+    raise PlantingError(f"{place} takes what its fault does not ({why}): plant the fault as it is now")
 
 
 def backend_under_judgement() -> str:

@@ -30,11 +30,11 @@ def _unpickle(path: Path) -> None:
 
 @fault("A290", "sec.pickle_side_files", "transformers #43140 (CVE-2026-1839)")
 @in_place_of("unfinished", RunFolder)
-def _side_files_unpickled(right: Callable[..., RunFolder], output: Path) -> RunFolder:
+def _side_files_unpickled(right: Callable[..., RunFolder], output: Path, **named: bool) -> RunFolder:
     """The random state beside a checkpoint is unpickled."""
     for file in output.glob("checkpoints/*/rng_state.pth"):
         _unpickle(file)
-    run: RunFolder = right(output)
+    run: RunFolder = right(output, **named)
     return run
 
 
