@@ -11,6 +11,7 @@ from finetune.adapters.peft_files import SETTINGS, WEIGHTS, base_of, in_peft_for
 from finetune.config import LoadedConfig, load_config
 from finetune.criteria.evidence import Evidence
 from finetune.criteria.judge import judge, overall
+from finetune.data.stored import join
 from finetune.errors import ModelError, UsageError
 from finetune.evidence.observe import (
     learning_evidence,
@@ -55,7 +56,7 @@ def judge_tuned(loaded: LoadedConfig, tuned: Path) -> dict[str, Any]:
         _check_adapter(prepared, tuned)
     config = prepared.plan.config
     session = open_model(config, prepared.location, prepared.encoder)
-    rows = [*prepared.train.rows, *(prepared.held_out.rows if prepared.held_out else ())]
+    rows = join(prepared.train.rows, prepared.held_out.rows if prepared.held_out else ())
     objective = choose_objective(config.training, session, rows)
     before = losses_at_start(session, observe(session, prepared), objective)
     if kind == "model":

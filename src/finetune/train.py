@@ -3,7 +3,7 @@
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -255,7 +255,7 @@ def _train_and_checkpoint(
 
 
 def training_events(
-    run: Run, session: Session, rows: tuple[TokenizedRow, ...], *, done: int = 0, last: int | None = None
+    run: Run, session: Session, rows: Sequence[TokenizedRow], *, done: int = 0, last: int | None = None
 ) -> Iterator[Event]:
     """Train the session on the rows as the run's plan says, after step `done` and up to step `last`.
 
@@ -280,7 +280,7 @@ def training_events(
     )
     size, length = batch_of_all(prepared.plan), pack_length(prepared.plan)
 
-    def batches_of(epoch: int) -> list[Batch]:
+    def batches_of(epoch: int) -> Sequence[Batch]:
         return epoch_batches(rows, size, seed=training.seed, epoch=epoch, pack_length=length)
 
     parallel = data_parallel(session, run.group, shares=training.processes or 1, seed=training.seed, done_steps=done)
@@ -314,13 +314,13 @@ def _trainings(run: Run, session: Session, owner: Owner, kept: int, asked: Asked
             session.load_state(store.open(step, owner.identity))
             return what_is_compared(session, run.prepared, asked, run.objective)
 
-    def control(rows: tuple[TokenizedRow, ...], steps: int) -> Any:
+    def control(rows: Sequence[TokenizedRow], steps: int) -> Any:
         return _train_control(run, rows, steps, asked)
 
     return Trainings(kept, store.steps(), control, tuned)
 
 
-def _train_control(run: Run, rows: tuple[TokenizedRow, ...], steps: int, asked: Asked | None) -> Any:
+def _train_control(run: Run, rows: Sequence[TokenizedRow], steps: int, asked: Asked | None) -> Any:
     """What is compared of a fresh session after steps on other rows: those whose answers were shuffled.
 
     Args:

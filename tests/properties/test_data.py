@@ -218,7 +218,7 @@ def test_hold_out_is_a_partition_by_content(found: list[Example], fraction: floa
     train, held = hold_out(found, fraction, seed)
     assert Counter(map(said_by, train)) + Counter(map(said_by, held)) == Counter(map(said_by, found))
     assert not {said_by(one) for one in train} & {said_by(one) for one in held}
-    assert [one for one in found if said_by(one) in {said_by(two) for two in train}] == train
+    assert [one for one in found if said_by(one) in {said_by(two) for two in train}] == [*train]
     distinct = len({said_by(one) for one in found})
     share = len({said_by(one) for one in held})
     assert abs(share - fraction * distinct) <= 1

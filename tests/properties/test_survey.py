@@ -70,4 +70,4 @@ LONG = "an answer that says at some length what somebody thinks of it"
 )
 def test_kind_of_answers_is_seen(rows: list[Example], kind: str) -> None:
     """Short answers and labels are exact; long ones, mixtures, plain text and prompts of many answers are open."""
-    assert answer_kind(rows, survey_repeats(rows)) == kind
+    assert answer_kind(survey_repeats(rows)) == kind

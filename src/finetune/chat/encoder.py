@@ -166,17 +166,14 @@ class Encoder:
         """The conversations that the template can take, as they are asked, and where it refuses one and why."""
         _, refused = self.render(examples)
         unfit = {where for where, _ in refused}
-        return self.as_asked(each for each in examples if each.where not in unfit), refused
+        return [*self.as_asked(each for each in examples if each.where not in unfit)], refused
 
-    def as_asked(self, examples: Iterable[Example]) -> list[Conversation]:
+    def as_asked(self, examples: Iterable[Example]) -> Iterator[Conversation]:
         """The conversations among them, each up to the last answer that is learned; those where none is, left out."""
-        talks = [example for example in examples if isinstance(example, Conversation)]
-        learned = [self.template.learned(talk) for talk in talks]
-        return [
-            replace(talk, messages=talk.messages[: places[-1] + 1])
-            for talk, places in zip(talks, learned, strict=True)
-            if places
-        ]
+        for example in examples:
+            if isinstance(example, Conversation) and (places := self.template.learned(example)):
+                whole = places[-1] + 1 == len(example.messages)
+                yield example if whole else replace(example, messages=example.messages[: places[-1] + 1])
 
     def _kept(self, rendered: Sequence[Rendered], cache: str) -> list[Marked]:
         """The rows' ids from the cache; where it lacks them or is damaged, they are encoded and kept there."""

@@ -2,20 +2,21 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from finetune.chat.encode import REACHING, REMOVABLE, Marked
 from finetune.chat.lengths import Lengths
 from finetune.chat.tokenizer import FileTokenizer
-from finetune.data.batches import sides_of
+from finetune.data.stored import keep, sizes_of
 from finetune.errors import counted, raise_all
 from finetune.records import TokenizedRow
 
 Truncation = Literal["drop", "truncate_prompt", "split", "refuse"]
 MANY_DROPPED = 0.02
 """From which share of rows on that are dropped it is a warning: one in fifty is more than slips in any file."""
+_OTHERWISE = "raise tokens.max_length, or choose another tokens.truncation: drop, truncate_prompt or split"
 _ROW = re.compile(r"(:\d+|\[\d+\])$")
 
 
@@ -63,7 +64,7 @@ class DataCounts:
 class Encoded:
     """The rows that fit, with an account of every row that was read."""
 
-    rows: tuple[TokenizedRow, ...]
+    rows: Sequence[TokenizedRow]
     counts: DataCounts
 
 
@@ -86,46 +87,46 @@ def fit_rows(
     Raises:
         DataError: a row is too long and the policy is `refuse`; the first twenty are named with their lengths.
     """
-    kept: list[TokenizedRow] = []
     losses = Counter(dropped)
     seen: Counter[str] = Counter()
     lengths: Counter[int] = Counter()
     sources: Counter[str] = Counter()
     first: dict[str, str] = {}
     refused: list[str] = []
-    for row, *others in zip(*[iter(rows)] * sides, strict=True):
-        longest = max(len(side.ids) for side in (row, *others))
-        lengths[longest] += 1
-        refused += [f"{row.where}: {longest} tokens"] if longest > max_length and truncation == "refuse" else []
-        learned, reason = _learned((row, *others), max_length, truncation)
-        kept += learned
-        seen["reaching"] += row.marks.count(REACHING) if learned else 0
-        if learned:
-            sources[_ROW.sub("", row.where)] += 1
-        else:
-            losses[reason] += 1
-            first.setdefault(reason, row.where)
-        seen["truncated"] += len(learned) == 1 and len(learned[0].ids) < len(row.ids)
-        seen["split"] += len(learned) > 1
-    raise_all(
-        refused,
-        what=f"{counted(len(refused), 'row', 'is/are')} longer than {counted(max_length, 'token')}",
-        hint="raise tokens.max_length, or choose another tokens.truncation: drop, truncate_prompt or split",
-    )
+
+    def fitted() -> Iterator[TokenizedRow]:
+        for row, *others in zip(*[iter(rows)] * sides, strict=True):
+            longest = max(len(side.ids) for side in (row, *others))
+            lengths[longest] += 1
+            refused.extend([f"{row.where}: {longest} tokens"] * (longest > max_length and truncation == "refuse"))
+            learned, reason = _learned((row, *others), max_length, truncation)
+            if learned:
+                sources[_ROW.sub("", row.where)] += 1
+                cut = len(learned) == 1 and len(learned[0].ids) < len(row.ids)
+                seen.update(reaching=row.marks.count(REACHING), truncated=cut, split=len(learned) > 1)
+            else:
+                losses[reason] += 1
+                first.setdefault(reason, row.where)
+            yield from learned
+
+    kept = keep(fitted())
+    long = f"{counted(len(refused), 'row', 'is/are')} longer than {counted(max_length, 'token')}"
+    raise_all(refused, what=long, hint=_OTHERWISE)
+    tokens, trained, _ = sizes_of(kept).sum(axis=0, dtype=int).tolist()
     counts = DataCounts(
         read=sum(dropped.values()) + lengths.total(),
         kept=sources.total(),
         dropped=dict(losses),
         truncated=seen["truncated"],
-        tokens=sum(len(side.ids) for row in kept for side in sides_of(row)),
-        trained_tokens=sum(side.target_count for row in kept for side in sides_of(row)),
+        tokens=tokens,
+        trained_tokens=trained,
         split=seen["split"],
         reaching=seen["reaching"],
         sources=dict(sources),
         dropped_at=first,
         lengths=Lengths.of(lengths),
     )
-    return Encoded(tuple(kept), counts)
+    return Encoded(kept, counts)
 
 
 def _learned(sides: Sequence[Marked], max_length: int, truncation: Truncation) -> tuple[list[TokenizedRow], str]:

@@ -2,9 +2,11 @@
 
 import bisect
 import random
+from array import array
 from collections.abc import Sequence
 from itertools import takewhile
 
+from finetune.data.stored import View, in_memory, sizes_of
 from finetune.records import Batch, TokenizedRow
 
 _BATCHES_PER_BUCKET = 16
@@ -13,7 +15,7 @@ _BLUR = 1.25
 
 def epoch_batches(
     rows: Sequence[TokenizedRow], batch_size: int, *, seed: int, epoch: int, pack_length: int | None = None
-) -> list[Batch]:
+) -> Sequence[Batch]:
     """The batches of one epoch: a pure function of its arguments, so that a resumed run sees the same ones.
 
     Rows are shuffled, then sorted within buckets of sixteen batches by their length, blurred by up to a quarter: so
@@ -25,27 +27,28 @@ def epoch_batches(
             is the same in every epoch, so that every epoch has as many steps.
     """
     sequences = sequences_of(rows, seed=seed, pack_length=pack_length)
-    lengths = [sum(len(row.ids) for row in sequence) for sequence in sequences]
+    whole = pack_length is None
+    lengths = sizes_of(rows)[:, 0].tolist() if whole else [sum(len(row.ids) for row in each) for each in sequences]
     rng = random.Random(f"order-{seed}-{epoch}")
     order = list(range(len(sequences)))
     rng.shuffle(order)
     bucket = batch_size * _BATCHES_PER_BUCKET
-    batches: list[Batch] = []
+    batches: list[array[int]] = []
     for start in range(0, len(order), bucket):
         blurred = {index: lengths[index] * rng.uniform(1, _BLUR) for index in order[start : start + bucket]}
         members = sorted(blurred, key=lambda index: blurred[index])
-        for first in range(0, len(members), batch_size):
-            together = [sequences[index] for index in members[first : first + batch_size]]
-            batches.append(_batch_of(together))
+        batches += [array("q", members[first : first + batch_size]) for first in range(0, len(members), batch_size)]
     rng.shuffle(batches)
-    return batches
+    return _batches_of(sequences, batches, now=in_memory(rows))
 
 
 def sequences_of(
     rows: Sequence[TokenizedRow], *, seed: int, pack_length: int | None = None
-) -> list[tuple[TokenizedRow, ...]]:
+) -> Sequence[tuple[TokenizedRow, ...]]:
     """The rows as they share sequences: each alone, or packed; the two sides of a pair always share one."""
-    return [sides_of(row) for row in rows] if pack_length is None else pack_rows(rows, pack_length, seed=seed)
+    if pack_length is None:
+        return View(range(len(rows)), lambda at: sides_of(rows[at]))
+    return pack_rows(rows, pack_length, seed=seed)
 
 
 def sides_of(row: TokenizedRow) -> tuple[TokenizedRow, ...]:
@@ -53,12 +56,20 @@ def sides_of(row: TokenizedRow) -> tuple[TokenizedRow, ...]:
     return (row,) if row.rejected is None else (row, row.rejected)
 
 
-def fixed_batches(rows: Sequence[TokenizedRow], batch_size: int) -> list[Batch]:
+def fixed_batches(rows: Sequence[TokenizedRow], batch_size: int) -> Sequence[Batch]:
     """The rows in batches by length, always the same: for losses that are compared before and after."""
-    ordered = sorted(rows, key=lambda row: len(row.ids))
-    return [
-        _batch_of([sides_of(row) for row in ordered[at : at + batch_size]]) for at in range(0, len(ordered), batch_size)
-    ]
+    lengths = [len(row.ids) for row in rows]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    together = [array("q", order[at : at + batch_size]) for at in range(0, len(order), batch_size)]
+    return _batches_of(sequences_of(rows, seed=0), together, now=in_memory(rows))
+
+
+def _batches_of(
+    sequences: Sequence[tuple[TokenizedRow, ...]], places: Sequence[Sequence[int]], *, now: bool
+) -> Sequence[Batch]:
+    """Batches of the sequences at these places, made `now` or each when it is asked for."""
+    found = View(range(len(places)), lambda at: _batch_of([sequences[place] for place in places[at]]))
+    return [*found] if now else found
 
 
 def _batch_of(sequences: Sequence[tuple[TokenizedRow, ...]]) -> Batch:

@@ -5,7 +5,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -158,7 +157,7 @@ def near_twins(rows: Sequence[Example], training: Sequence[Example], limit: floa
     Source: Bayardo, Ma and Srikant, 2007, "Scaling up all pairs similarity search".
     """
     words = [_words(_messages(example)) for example in rows]
-    sample = islice(training, 0, None, max(1, len(training) // _WEIGHED)) if rows else ()
+    sample = training[:: max(1, len(training) // _WEIGHED)] if rows else ()
     weigh = _Weights([*words, *(_words(_messages(example)) for example in sample)])
     whole = [weigh.all(each) for each in words]
     index = _Index(words, weigh, limit)

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from finetune.data.columns import ColumnFinder, Layout
@@ -26,6 +26,7 @@ from finetune.data.messages import (
 from finetune.data.names import ROW_MARKS, THOUGHTS
 from finetune.data.pairs import PairColumns
 from finetune.data.sources import SourceRows
+from finetune.data.stored import keep
 from finetune.errors import counted, raise_all
 from finetune.records import Conversation, Document, Message, Row
 
@@ -42,7 +43,7 @@ class ShapedRows:
     `sources` where they come from.
     """
 
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
     shapes: dict[str, int]
     dropped: dict[str, int]
     ignored_columns: tuple[str, ...]
@@ -78,29 +79,33 @@ def shape_rows(
     finder = ColumnFinder(columns or {}, ignored, strict=named, look=PairColumns if pairs else None)
     dropped: Counter[str] = Counter()
     account = _Account()
-    examples: list[Example] = []
-    for row in map(_opened, rows):
-        try:
-            layout = finder.layout(row)
-            example, learned = _read(_without(row, ignored), layout)
-            account.ignored |= layout.unread.union(*(keys_beside(row, key) for key in _message_columns(row, layout)))
-        except RowError as error:
-            account.wrong.setdefault(error.kind, _Fault(error.what, refuses=error.refuses)).add(error)
-            continue
-        account.shapes[layout.shape] += 1
-        account.told |= layout.told
-        reason = "weight 0" if learned is False else _unfit(example) or _unfit(_other_side(example))
-        if reason:
-            dropped[reason] += 1
-            account.places.setdefault(reason, example.where)
-        else:
-            examples.append(example)
+
+    def shaped() -> Iterator[Example]:
+        for row in map(_opened, rows):
+            try:
+                layout = finder.layout(row)
+                example, learned = _read(_without(row, ignored), layout)
+                unread = (keys_beside(row, key) for key in _message_columns(row, layout))
+                account.ignored |= layout.unread.union(*unread)
+            except RowError as error:
+                account.wrong.setdefault(error.kind, _Fault(error.what, refuses=error.refuses)).add(error)
+                continue
+            account.shapes[layout.shape] += 1
+            account.told |= layout.told
+            reason = "weight 0" if learned is False else _unfit(example) or _unfit(_other_side(example))
+            if reason:
+                dropped[reason] += 1
+                account.places.setdefault(reason, example.where)
+            else:
+                yield example
+
+    examples = keep(shaped())
     account.refuse(finder.missing() if named else [])
     for reason, fault in account.wrong.items():
         dropped[reason] += fault.rows
         account.places.setdefault(reason, fault.places[0])
     unread, notes = (tuple(sorted(map(shown, said))) for said in (account.ignored, account.told))
-    return ShapedRows(tuple(examples), dict(account.shapes), dict(dropped), unread, account.places, notes)
+    return ShapedRows(examples, dict(account.shapes), dict(dropped), unread, account.places, notes)
 
 
 def shape_of(row: Row) -> str:

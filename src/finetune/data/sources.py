@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 
 from finetune.data.parts import DataSet, find_set
@@ -95,20 +95,22 @@ class SourcedRows:
         self.sources = tuple(found)
 
     def _mixed(self, weights: Sequence[float]) -> Iterator[Row]:
-        rows = [list(rows_of(each)) for each in self.sets]
-        counts = mixed_counts([len(each) for each in rows], weights, self.limit)
+        sizes = [sum(1 for _ in rows_of(each)) for each in self.sets]
+        counts = mixed_counts(sizes, weights, self.limit)
         self.sources = tuple(
-            SourceRows(each.name, each.files, len(own), len(own) - count)
-            for each, own, count in zip(self.sets, rows, counts, strict=True)
+            SourceRows(each.name, each.files, size, size - count)
+            for each, size, count in zip(self.sets, sizes, counts, strict=True)
         )
         if none := [each for each, count in zip(self.sources, counts, strict=True) if not count]:
             raise DataError(
                 f"data.mix leaves no row of {none[0].name}, which has {counted(none[0].rows, 'row')}",
                 hint="raise its weight, or data.limit, or leave it out",
             )
-        for place, (own, count) in enumerate(zip(rows, counts, strict=True)):
-            dice = random.Random(f"mix-{self.seed}-{place}")
-            yield from (own[at] for at in sorted(dice.sample(range(len(own)), count)))
+        for place, (own, size, count) in enumerate(zip(self.sets, sizes, counts, strict=True)):
+            taken = bytearray(size)
+            for at in random.Random(f"mix-{self.seed}-{place}").sample(range(size), count):
+                taken[at] = 1
+            yield from compress(rows_of(own), taken)
 
 
 def rows_of(each: DataSet) -> Iterator[Row]:

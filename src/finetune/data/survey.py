@@ -1,9 +1,12 @@
 """What a data set is like: whether its answers are exact, and what it says twice."""
 
-from collections import Counter, defaultdict
+import hashlib
+import marshal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from finetune.data.shape import Example
 from finetune.records import Conversation
@@ -12,6 +15,11 @@ AnswerKind = Literal["exact", "open"]
 SHORT_ANSWER = 6
 """Up to how many words an answer can be the only right one: a name, a number, a label."""
 _EXACT_SHARE = 0.9
+_SIZE = 16
+_DIGEST = f"S{_SIZE}"
+"""As NumPy sorts them; that it takes zeros at the end for none makes none of one length equal to another."""
+_PLAIN = 2
+"""The version of marshal's format that writes what is equal as equal bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +46,18 @@ def system_prompt(conversation: Conversation) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Repeats:
-    """How many rows say what an earlier one says, and how many prompts have several answers."""
+    """How many rows say what an earlier one says, and how many prompts have several answers.
+
+    Of so many `rows`, `answers` are conversations, of so many different `prompts`; the answers of `exact` rows are
+    short or come often.
+    """
 
     duplicates: int
     conflicts: int
+    rows: int
+    answers: int
+    prompts: int
+    exact: int
 
     def notes(self, name: str) -> list[str]:
         """A sentence for each kind that there is."""
@@ -52,34 +68,45 @@ class Repeats:
         return [f"{name}: {count} {what}" for count, what in found if count]
 
 
-def answer_kind(examples: Sequence[Example], repeats: Repeats) -> AnswerKind:
+def answer_kind(repeats: Repeats) -> AnswerKind:
     """`exact` where each prompt has one right answer, so that answers can be compared word for word; else `open`.
 
     Nine answers in ten are short, or such as come again and again as labels do, and prompts have one answer each.
-
-    Args:
-        repeats: what `survey_repeats` says of them.
     """
-    conversations = [example for example in examples if isinstance(example, Conversation)]
-    if not conversations or len(conversations) < len(examples):
+    if not repeats.rows or repeats.answers < repeats.rows:
         return "open"
-    again = Counter(conversation.answer for conversation in conversations)
-    often = max(3, len(conversations) // 20)
-    exact = sum(len(each.answer.split()) <= SHORT_ANSWER or again[each.answer] >= often for each in conversations)
-    prompts = len({each.prompt.messages for each in conversations})
-    several = repeats.conflicts > (1 - _EXACT_SHARE) * prompts
-    return "exact" if exact >= _EXACT_SHARE * len(conversations) and not several else "open"
+    several = repeats.conflicts > (1 - _EXACT_SHARE) * repeats.prompts
+    return "exact" if repeats.exact >= _EXACT_SHARE * repeats.rows and not several else "open"
 
 
 def survey_repeats(examples: Iterable[Example]) -> Repeats:
-    """Count rows that are repeated, and prompts whose answers differ."""
-    seen: set[object] = set()
-    answers: defaultdict[object, set[str]] = defaultdict(set)
-    duplicates = 0
+    """Count rows that are repeated, and prompts whose answers differ; of each row no more than hashes is kept."""
+    rows, pairs, short = bytearray(), bytearray(), bytearray()
     for example in examples:
-        key: object = example.messages if isinstance(example, Conversation) else example.text
-        duplicates += key in seen
-        seen.add(key)
         if isinstance(example, Conversation):
-            answers[example.prompt.messages].add(example.answer)
-    return Repeats(duplicates, sum(len(found) > 1 for found in answers.values()))
+            said = [(turn.role, turn.content, turn.more, turn.trained) for turn in example.messages]
+            prompt = _digest(said[:-1])
+            pairs += prompt + _digest(example.answer)
+            rows += _digest((prompt, said[-1:]))
+            short.append(len(example.answer.split()) <= SHORT_ANSWER)
+        else:
+            rows += _digest(example.text)
+    said_by = np.frombuffer(pairs, _DIGEST)[1::2]
+    _, place, again = np.unique(said_by, return_inverse=True, return_counts=True)
+    often = again[place] >= max(3, len(short) // 20)
+    different = np.unique(np.frombuffer(pairs, f"S{2 * _SIZE}"))
+    _, answers = np.unique(np.frombuffer(different.tobytes(), _DIGEST)[::2], return_counts=True)
+    count = len(rows) // _SIZE
+    return Repeats(
+        duplicates=count - len(np.unique(np.frombuffer(rows, _DIGEST))),
+        conflicts=int((answers > 1).sum()),
+        rows=count,
+        answers=len(short),
+        prompts=len(answers),
+        exact=int((often | np.frombuffer(short, np.bool_)).sum()),
+    )
+
+
+def _digest(said: Any) -> bytes:
+    """So long that no two of what was ever said share one."""
+    return hashlib.blake2b(marshal.dumps(said, _PLAIN), digest_size=_SIZE).digest()

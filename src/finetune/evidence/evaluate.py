@@ -17,6 +17,7 @@ from finetune.criteria.judge_preference import gains_of
 from finetune.data.overlap import COMPARED, Overlap, find_overlap
 from finetune.data.shape import Example, ShapedRows
 from finetune.data.split import content_key, hold_out
+from finetune.data.stored import join
 from finetune.data.survey import AnswerKind, answer_kind, survey_repeats
 from finetune.errors import DataError, UsageError
 from finetune.evidence.observe import score
@@ -41,7 +42,7 @@ _MATCHED = 128
 class _OnFile:
     """What one look asks: the rows themselves, questions to compare word for word, answers to tell apart."""
 
-    rows: tuple[TokenizedRow, ...]
+    rows: Sequence[TokenizedRow]
     questions: tuple[Question, ...]
     matching: Matching | None
 
@@ -135,7 +136,7 @@ def _unseen(prepared: Prepared, examples: Sequence[Example], limit: int) -> tupl
         prepared.plan.config.training.seed,
     )
     if data.rehearsal is not None:
-        learned += read_shaped(prepared.plan.config, "rehearsal").examples
+        learned = join(learned, read_shaped(prepared.plan.config, "rehearsal").examples)
     overlap = find_overlap(examples, learned)
     twins, compared = list(overlap.twins), set(overlap.compared)
     known = {twin.row for twin in twins}
@@ -167,9 +168,9 @@ def _ask(prepared: Prepared, shaped: ShapedRows, data: str) -> tuple[_OnFile, An
         raise DataError(f"no row of {data} can be asked: {encoded.counts.dropped}", hint="shorten or mend its rows")
     asked = {row.where for row in encoded.rows}
     examples = [example for example in shaped.examples if example.where in asked]
-    talks = prepared.encoder.as_asked(examples)
+    talks = [*prepared.encoder.as_asked(examples)]
     wanted = "open" if prepared.pairs else prepared.plan.config.judge.answers
-    kind: AnswerKind = wanted if wanted != "auto" else answer_kind(examples, survey_repeats(examples))
+    kind: AnswerKind = wanted if wanted != "auto" else answer_kind(survey_repeats(examples))
     questions: tuple[Question, ...] = ()
     if kind == "exact":
         questions = trained_questions(prepared.encoder, talks, prepared.plan, count=len(talks))

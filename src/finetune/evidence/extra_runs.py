@@ -28,7 +28,7 @@ class Trainings(Generic[Looked]):
 
     kept: int
     checkpoints: Sequence[int]
-    control: Callable[[tuple[TokenizedRow, ...], int], Looked | None]
+    control: Callable[[Sequence[TokenizedRow], int], Looked | None]
     tuned: Callable[[int], Looked]
 
 
@@ -37,7 +37,7 @@ def has_control(prepared: Prepared) -> bool:
     return bool(prepared.questions or prepared.pairs)
 
 
-def shuffled_label_rows(prepared: Prepared, why: dict[str, str]) -> tuple[TokenizedRow, ...] | None:
+def shuffled_label_rows(prepared: Prepared, why: dict[str, str]) -> Sequence[TokenizedRow] | None:
     """The rows that the shuffled-label control is trained on; None where there is to be none."""
     if not has_control(prepared):
         return None

@@ -8,7 +8,7 @@ without a framework. What a step does beside its products is a share and a price
 import platform
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from math import ceil, prod
@@ -23,6 +23,7 @@ from finetune.chat.fit import DataCounts
 from finetune.config import Origin, flatten
 from finetune.data.batches import epoch_batches
 from finetune.data.overlap import Overlap
+from finetune.data.stored import Outlines
 from finetune.errors import counted
 from finetune.evidence.budget import FREE
 from finetune.records import Batch
@@ -140,9 +141,11 @@ def forecast_run(prepared: Prepared) -> RunForecast:
     """Count a run's steps and tokens, and estimate how long this machine's processor takes to train."""
     training, size = prepared.plan.config.training, batch_of_all(prepared.plan)
 
-    def batches_of(epoch: int) -> list[Batch]:
+    rows = Outlines(prepared.training_rows)
+
+    def batches_of(epoch: int) -> Sequence[Batch]:
         seed, length = training.seed, pack_length(prepared.plan)
-        return epoch_batches(prepared.training_rows, size, seed=seed, epoch=epoch, pack_length=length)
+        return epoch_batches(rows, size, seed=seed, epoch=epoch, pack_length=length)
 
     first, accumulated = batches_of(0), training.gradient_accumulation_steps
     epochs, rest = divmod(prepared.total_steps, ceil(len(first) / accumulated))

@@ -237,7 +237,7 @@ def open_questions(prepared: Prepared) -> OpenQuestions:
     ends = [encoder.prompt_ids(each.prompt) for each in (talks or conversations)[:OTHER_ROWS]]
     return OpenQuestions(
         rows=match_rows(prepared, conversations, "rows") if compared else None,
-        documents=() if conversations else spread,
+        documents=() if conversations else tuple(spread),
         unseen=_fitting(prepared, unseen) if compared else (),
         association=match_rows(prepared, talks, "unseen") if prepared.goal == "generalise" else None,
         text=_fitting(prepared, [each for each in neutral if isinstance(each, Document)]),

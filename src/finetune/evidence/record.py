@@ -19,6 +19,7 @@ from finetune.criteria.judge import overall
 from finetune.data.batches import sides_of
 from finetune.data.shipped import FOLDER
 from finetune.data.sources import files_of
+from finetune.data.stored import join
 from finetune.data.survey import shared_text, system_prompt
 from finetune.events import Event, FixedLoss, HeldOutLoss, RunLengthened, RunResumed, RunStarted, StepDone
 from finetune.evidence.asked import Asked
@@ -144,7 +145,7 @@ def run_owner(prepared: Prepared, libraries: Mapping[str, str]) -> Owner:
     if start := start_of(prepared.plan.config):
         identity["the adapter to go on from"] = start.sha256
     identity["template"] = hashlib.sha256(prepared.encoder.source.jinja.encode()).hexdigest()
-    identity["token ids"] = _digest([*prepared.training_rows, *(prepared.held_out.rows if prepared.held_out else ())])
+    identity["token ids"] = _digest(join(prepared.training_rows, prepared.held_out.rows if prepared.held_out else ()))
     plain: list[dict[str, Any]] = json.loads(json.dumps([identity, told]))
     return Owner(*plain)
 

@@ -7,7 +7,7 @@ on two cores.
 import argparse
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ def build(design: Design, folder: Path) -> None:
     session.prepare_updates(Optimization(weight_decay=0.01, max_grad_norm=1.0, betas=(0.9, 0.98)))
     plan = LoopPlan(STEPS, 1, 2e-3, 50, "cosine", STEPS)
 
-    def batches_of(epoch: int) -> list[Batch]:
+    def batches_of(epoch: int) -> Sequence[Batch]:
         rows = [_tokenized(text, templates, tokenizer) for text in _texts(f"epoch-{epoch}", _TEXTS_PER_EPOCH)]
         return epoch_batches(rows, _BATCH_SIZE, seed=SEED, epoch=epoch)
 

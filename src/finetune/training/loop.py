@@ -14,7 +14,7 @@ from finetune.processes import resident_memory
 from finetune.records import Batch, TokenizedRow
 from finetune.training.schedule import Schedule, learning_rate_at
 
-Batching = Callable[[int], list[Batch]]
+Batching = Callable[[int], Sequence[Batch]]
 
 
 @dataclass(frozen=True, slots=True)

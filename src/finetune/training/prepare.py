@@ -22,12 +22,13 @@ from finetune.config import (
     resolve_steps,
     resolve_training,
 )
-from finetune.data.batches import fixed_batches, sequences_of, sides_of
+from finetune.data.batches import fixed_batches, sequences_of
 from finetune.data.facts import deranged
 from finetune.data.overlap import Overlap, find_overlap
 from finetune.data.shape import Example, ShapedRows
 from finetune.data.sources import SourceRows, shown_names
 from finetune.data.split import hold_out
+from finetune.data.stored import Outlines, join, keep, sizes_of
 from finetune.data.survey import AnswerKind, answer_kind, survey_repeats
 from finetune.errors import ConfigError, DataError, ModelError, Problem, counted
 from finetune.memory.estimate import adapter_parameters, weight_bytes
@@ -64,7 +65,7 @@ class Prepared:
     train: Encoded
     rehearsal: Encoded | None
     held_out: Encoded | None
-    conversations: tuple[Conversation, ...]
+    conversations: Sequence[Conversation]
     answers: AnswerKind
     unseen: tuple[Example, ...]
     questions: tuple[Question, ...]
@@ -76,9 +77,9 @@ class Prepared:
     notes: tuple[str, ...]
 
     @property
-    def training_rows(self) -> tuple[TokenizedRow, ...]:
+    def training_rows(self) -> Sequence[TokenizedRow]:
         """The rows that are trained on: those to learn and those to rehearse."""
-        return self.train.rows + (self.rehearsal.rows if self.rehearsal else ())
+        return join(self.train.rows, self.rehearsal.rows if self.rehearsal else ())
 
     @property
     def goal(self) -> Goal:
@@ -129,7 +130,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     target = adapter_target(config, shape, tokenizer.learned_ids)
     encoder = Encoder.planned(location, config.template, tokenizer)
     kept, split = hold_out(shaped.examples, config.data.valid_fraction or 0.0, config.training.seed)
-    train = encoder.encode(replace(shaped, examples=tuple(kept)), plan)
+    train = encoder.encode(replace(shaped, examples=kept), plan)
     if not train.rows:
         raise DataError(
             f"no row of {shown_names(config.data.train or '')} is left to train on: {train.counts.dropped}",
@@ -138,10 +139,9 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     notes += learned_notes(tokenizer, train.rows)
     rehearsed = read_noted(config, "rehearsal", notes)
     rehearsal = encoder.encode(rehearsed, plan) if config.data.rehearsal else None
-    learned = [*kept, *rehearsed.examples]
+    learned = join(kept, rehearsed.examples)
     held, seen, held_out = _hold_out(encoder, plan, split, learned, notes)
-    trained = {row.where for row in train.rows}
-    conversations = tuple(encoder.as_asked(example for example in kept if example.where in trained))
+    conversations = keep(encoder.as_asked(_trained(kept, train)))
     questions = trained_questions(encoder, conversations, plan, count=config.evaluation.questions)
     answers = _answers(config, kept, questions, notes)
     unseen = unseen_rows(encoder, held.examples, held_out, seen) if held_out and answers == "open" else ()
@@ -149,7 +149,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     known = find_overlap(kept_rows, learned)
     retention = retention_questions(encoder, kept_rows, known, plan, notes)
     _check_ids(shape, encoder, (train, rehearsal, held_out), retention)
-    plan, total = with_steps(plan, shape, train.rows + (rehearsal.rows if rehearsal else ()))
+    plan, total = with_steps(plan, shape, join(train.rows, rehearsal.rows if rehearsal else ()))
     return Prepared(
         plan=plan,
         location=location,
@@ -170,6 +170,15 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         sources=shaped.sources,
         notes=tuple(notes),
     )
+
+
+def _trained(examples: Sequence[Example], encoded: Encoded) -> Iterator[Example]:
+    """Those examples of which rows are left."""
+    if encoded.counts.kept == len(examples):
+        yield from examples
+        return
+    left = {row.where for row in encoded.rows}
+    yield from (example for example in examples if example.where in left)
 
 
 def planned_shape(config: TrainingConfig, location: ModelLocation) -> ModelShape:
@@ -228,7 +237,7 @@ def adapter_target(config: TrainingConfig, shape: ModelShape, learned: Sequence[
     return target
 
 
-def shuffled_rows(prepared: Prepared) -> tuple[TokenizedRow, ...] | None:
+def shuffled_rows(prepared: Prepared) -> Sequence[TokenizedRow] | None:
     """The training rows with the last answers dealt out among the wrong questions; None where that cannot be.
 
     Of pairs, the chosen answer and the rejected one change places.
@@ -244,11 +253,11 @@ def shuffled_rows(prepared: Prepared) -> tuple[TokenizedRow, ...] | None:
         for conversation, answer in zip(prepared.conversations, answers, strict=True)
     )
     encoded = prepared.encoder.encode(ShapedRows(shuffled, {}, {}, ()), prepared.plan)
-    return encoded.rows + (prepared.rehearsal.rows if prepared.rehearsal else ())
+    return join(encoded.rows, prepared.rehearsal.rows if prepared.rehearsal else ())
 
 
-def _flipped(pairs: Iterable[Conversation]) -> tuple[Conversation, ...]:
-    return tuple(
+def _flipped(pairs: Iterable[Conversation]) -> Sequence[Conversation]:
+    return keep(
         replace(pair, messages=(*pair.messages[:-1], pair.rejected), rejected=pair.messages[-1])
         for pair in pairs
         if pair.rejected is not None
@@ -265,7 +274,7 @@ def batch_of_all(plan: Plan) -> int:
     return plan.config.training.batch_size * (plan.config.training.processes or 1)
 
 
-def held_out_batches(prepared: Prepared) -> list[Batch]:
+def held_out_batches(prepared: Prepared) -> Sequence[Batch]:
     """The held-out rows in fixed batches."""
     rows = prepared.held_out.rows if prepared.held_out else ()
     return fixed_batches(rows, prepared.plan.config.training.batch_size)
@@ -279,18 +288,18 @@ def packed_sample(prepared: Prepared) -> Batch | None:
     return Batch(shared, (len(shared),)) if shared else None
 
 
-def _held_out_examples(config: TrainingConfig, split: list[Example], notes: list[str]) -> ShapedRows:
+def _held_out_examples(config: TrainingConfig, split: Sequence[Example], notes: list[str]) -> ShapedRows:
     """The rows to measure on: a file of their own, or those held out of training."""
     if config.data.valid is not None:
         return read_noted(config, "valid", notes)
     if split:
         held = counted(len(split), "row", "was/were")
         notes.append(f"{held} held out of training to measure the loss on (data.valid_fraction)")
-    return ShapedRows(tuple(split), {}, {}, ())
+    return ShapedRows(split, {}, {}, ())
 
 
 def _hold_out(
-    encoder: Encoder, plan: Plan, split: list[Example], learned: Sequence[Example], notes: list[str]
+    encoder: Encoder, plan: Plan, split: Sequence[Example], learned: Sequence[Example], notes: list[str]
 ) -> tuple[ShapedRows, Overlap, Encoded | None]:
     """The rows to measure on, less what is trained on, as examples and as ids; and what training repeats of them."""
     config = plan.config
@@ -316,7 +325,7 @@ def _answers(
         return config.judge.answers
     # However often they come again, none may be short enough to be compared word for word.
     comparable = bool(questions) or not config.evaluation.questions
-    return answer_kind(kept, repeats) if comparable else "open"
+    return answer_kind(repeats) if comparable else "open"
 
 
 def encode_held_out(encoder: Encoder, plan: Plan, held: ShapedRows) -> Encoded | None:
@@ -329,12 +338,16 @@ def _check_ids(
 ) -> None:
     """Refuse a tokenizer that gives out ids which the model's embedding table has no row for."""
     tokenizer = encoder.tokenizer
-    rows = [(side.ids, f" ({row.where})") for each in encoded if each for row in each.rows for side in sides_of(row)]
-    rows += [(question.ids, f" ({question.text!r})") for question in asked]
-    for ids, where in [((tokenizer.pad_id,), ", which rows are padded with"), *rows]:
-        if max(ids) >= shape.vocab_size > 0:
+    found = [(tokenizer.pad_id, ", which rows are padded with")]
+    for rows in (each.rows for each in encoded if each and each.rows):
+        highest = sizes_of(rows)[:, 2]
+        first = int((highest >= shape.vocab_size).argmax())
+        found.append((int(highest[first]), f" ({rows[first].where})"))
+    found += [(max(question.ids), f" ({question.text!r})") for question in asked]
+    for number, where in found:
+        if number >= shape.vocab_size > 0:
             raise ModelError(
-                f"the tokenizer gives {tokenizer.word(max(ids))!r} the id {max(ids)}{where}, and the model's embedding "
+                f"the tokenizer gives {tokenizer.word(number)!r} the id {number}{where}, and the model's embedding "
                 f"table has {shape.vocab_size:,} rows",
                 hint="use the model's own tokenizer, or resize the model's embeddings for the tokens that were added",
             )
@@ -343,7 +356,7 @@ def _check_ids(
 def steps_of_an_epoch(plan: Plan, rows: Sequence[TokenizedRow]) -> int:
     """How many optimizer steps it takes to go through the rows once."""
     training = plan.config.training
-    sequences = len(sequences_of(rows, seed=training.seed, pack_length=pack_length(plan)))
+    sequences = len(sequences_of(Outlines(rows), seed=training.seed, pack_length=pack_length(plan)))
     return steps_per_epoch(sequences, batch_of_all(plan), training.gradient_accumulation_steps)
 
 

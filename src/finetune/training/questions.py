@@ -11,6 +11,7 @@ from finetune.config import Plan
 from finetune.data.overlap import Overlap, find_overlap
 from finetune.data.shape import Example, ShapedRows
 from finetune.data.sources import shown_names
+from finetune.data.stored import pick
 from finetune.errors import counted
 from finetune.records import Conversation, Document, Question
 
@@ -24,16 +25,21 @@ def without_trained(
     trained = overlap.trained()
     dropped = dict(Counter(shaped.dropped) + Counter(trained.values()))
     places = shaped.dropped_at | {reason: where for where, reason in reversed(trained.items())}
-    left = tuple(example for example in shaped.examples if example.where not in trained)
-    return replace(shaped, examples=left, dropped=dropped, dropped_at=places), overlap
+    if not trained:
+        return shaped, overlap
+    left = [place for place, example in enumerate(shaped.examples) if example.where not in trained]
+    examples = pick(shaped.examples, left)
+    return replace(shaped, examples=examples, dropped=dropped, dropped_at=places), overlap
 
 
 def unseen_rows(encoder: Encoder, held: Sequence[Example], held_out: Encoded, overlap: Overlap) -> tuple[Example, ...]:
     """The held-out rows that are measured and that no training row is like, each as it is asked."""
-    measured = overlap.unseen & {row.where for row in held_out.rows}
-    talks = {talk.where: talk for talk in encoder.as_asked(held)}
-    asked = (example if isinstance(example, Document) else talks.get(example.where) for example in held)
-    return tuple(example for example in asked if example and example.where in measured)
+    unseen = overlap.unseen
+    measured = {row.where for row in held_out.rows if row.where in unseen}
+    left = [example for example in held if example.where in measured]
+    talks = {talk.where: talk for talk in encoder.as_asked(left)}
+    asked = (example if isinstance(example, Document) else talks.get(example.where) for example in left)
+    return tuple(example for example in asked if example)
 
 
 def trained_questions(

@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 from finetune.config import plan_as_list
 from finetune.events import Event, PhaseStarted, RunLengthened, RunStarted
@@ -90,7 +91,7 @@ class Run:
     def objective_of(self, session: Session, rows: Iterable[TokenizedRow]) -> Objective:
         """The objective of training this session on these rows, from what it says now."""
         held_out = self.prepared.held_out
-        every = [*rows, *(held_out.rows if held_out else ())]
+        every = chain(rows, held_out.rows if held_out else ())
         return choose_objective(self.prepared.plan.config.training, session, every)
 
     def tell(self, event: Event) -> None:

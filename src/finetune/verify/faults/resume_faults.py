@@ -65,7 +65,7 @@ def _skips_too_few(batches_of: Batching, plan: LoopPlan, done: int) -> Batching:
     """A resumed run skips as many batches as steps were done."""
     at, into = divmod(done, _each(batches_of, plan))
 
-    def wrong(epoch: int) -> list[Batch]:
+    def wrong(epoch: int) -> Sequence[Batch]:
         batches = batches_of(epoch)
         start = into * plan.gradient_accumulation_steps
         return [*batches[:start], *batches[into:]][: len(batches)] if epoch == at else batches
