@@ -189,6 +189,26 @@ def test_missing_section_says_why(sections: tuple[str, ...]) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("reference-llama", "reference-llama"),
+        ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M"),
+        ("/home/ana/models/mine", "mine"),
+        ("/home/ana/.cache/finetune/imported/SmolLM2.Q4_1-b179c9523d0e6a0f", "SmolLM2.Q4_1"),
+    ],
+)
+@pytest.mark.parametrize("unit", ["nats per token", "nats per pair"])
+def test_report_names_the_model_and_counts_losses_in_the_runs_own_unit(name: str, shown: str, unit: str) -> None:
+    """The title has a folder's name, not its path; a loss of pairs is one number a pair."""
+    run = sample_run()
+    run["model"]["name"] = name
+    run["goal"] = "preference" if unit == "nats per pair" else None
+    page = render_html([run])
+    assert f"<title>{shown} on " in page
+    assert {"nats per token", "nats per pair"} & {*re.findall("nats per (?:token|pair)", page)} == {unit}
+
+
 def test_empty_run_is_a_page_without_a_number() -> None:
     """A run.json that holds nothing gives a page that says so and never prints None or nan."""
     page = Page(render_html([{}]))

@@ -1,5 +1,6 @@
 """The sentences and figures of a report, said once for the page, the comparison and the terminal alike."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -9,6 +10,7 @@ from typing import Any
 from finetune.records import Outcome
 from finetune.report.numbers import NOT_MEASURED, as_number, say_bytes, say_count, say_number, say_percent, say_seconds
 
+_HASH = re.compile(r"-[0-9a-f]{16}$")
 # Every outcome has its own symbol, so that no reader depends on colour.
 SYMBOLS = {"passed": "✓", "failed": "✗", "inconclusive": "?", "not applicable": "–", "error": "!", "not judged": "·"}
 ASCII_SYMBOLS = SYMBOLS | {"passed": "+", "failed": "x", "not applicable": "-", "not judged": "."}
@@ -32,7 +34,10 @@ def say_title(report: Mapping[str, Any]) -> str:
     """The model and the rows it was trained on, in one line; the first data file holds those rows."""
     headline = report["headline"]
     data = f" on {PurePath(headline['data'][0]).name}" if headline["data"] else ""
-    return f"{headline['model'] or 'unnamed model'}{data}"
+    name = headline["model"] or "unnamed model"
+    if PurePath(name).is_absolute():  # of one that was imported, without the hash that keeps its folder apart
+        name = _HASH.sub("", PurePath(name).name)
+    return f"{name}{data}"
 
 
 def say_start(report: Mapping[str, object]) -> str | None:
