@@ -251,6 +251,17 @@ def test_weights_that_lead_out_of_the_folder_are_refused(target: str, indexed: b
         assert (name in caught.value.message, bool(caught.value.hint)) == (True, True)
 
 
+def test_weights_that_are_a_link_to_itself_are_refused(tmp_path: Path) -> None:
+    """A link that leads to itself is one clear error, as one that leads nowhere is."""
+    folder = write_model(tmp_path / "model")
+    for target in ("model.safetensors", "nowhere"):
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors").symlink_to(target)
+        with pytest.raises(ModelError, match=r"leads to itself|No such file") as caught:
+            read_shape(folder)
+        assert caught.value.hint
+
+
 def test_weights_of_the_hubs_cache_are_read_through_its_links(tmp_path: Path) -> None:
     """A snapshot's links into the blobs of its own repository are how the hub keeps files; another's are refused."""
     cache = tmp_path / "models--a--b"

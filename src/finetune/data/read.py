@@ -1,6 +1,7 @@
 """Reads data files row by row and remembers where each row stood."""
 
 import json
+import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.tables import arrow_rows, parquet_rows, table_rows
-from finetune.data.unpack import PACKED_SUFFIXES, open_data, text_lines, whole_text
+from finetune.data.unpack import (
+    LONGEST_ROW,
+    PACKED_SUFFIXES,
+    open_data,
+    row_too_long,
+    text_blocks,
+    text_lines,
+    whole_text,
+)
 from finetune.errors import DataError, raise_all
 from finetune.records import Row
 
@@ -80,9 +89,17 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 def _json_document(path: Path) -> Iterator[Row]:
     """The rows of one JSON document: a list of objects, columns, a list under one key, one object; or one a line."""
-    text = whole_text(path)
-    if not text.strip():
+    start = next((block.lstrip() for block in text_blocks(path) if not block.isspace()), "")
+    if not start:
         raise _empty(path)
+    first, _, others = start.partition("\n")
+    if start.startswith("["):
+        yield from _json_list(path)
+        return
+    if others and not others.isspace() and _is_json(first):
+        yield from _json_lines(path)
+        return
+    text = whole_text(path)
     try:
         document = load_json(text)
     except json.JSONDecodeError as error:
@@ -92,18 +109,118 @@ def _json_document(path: Path) -> Iterator[Row]:
             return
         raise DataError(
             f"{path}:{error.lineno}: broken JSON at column {error.colno}: {error.msg}",
-            hint="a .json file holds one list of objects",
+            hint=_ONE_LIST,
         ) from None
     except (RecursionError, ValueError) as error:
-        raise DataError(f"{path}: {unreadable(error)}", hint="flatten or shorten the rows") from None
-    items, within = (document, "") if isinstance(document, list) else _within(path, document)
+        raise DataError(f"{path}: {unreadable(error)}", hint=_SHORTER) from None
+    items, within = _within(path, document)
     problems: list[str] = []
     for index, item in enumerate(items):
         try:
             yield _as_row(item, f"{path}{within}[{index}]")
         except DataError as error:
             problems.append(error.message)
-    raise_all(problems, hint="each element must be a JSON object")
+    raise_all(problems, hint=_OBJECTS)
+
+
+_ONE_LIST, _OBJECTS = "a .json file holds one list of objects", "each element must be a JSON object"
+_SHORTER = "flatten or shorten the rows"
+
+
+def _json_list(path: Path) -> Iterator[Row]:
+    """The rows of one JSON list; no more of it is held at once than one of them, and a block."""
+    problems: list[str] = []
+    found = 0
+    text = _JsonText(path, text_blocks(path, lambda: found))
+    text.next_sign()
+    sign, text.at = "", text.at + 1
+    if text.next_sign() == "]":
+        sign, text.at = "]", text.at + 1
+    while sign != "]":
+        value = text.value(where := f"{path}[{found}]")
+        try:
+            yield _as_row(value, where)
+        except DataError as error:
+            problems.append(error.message)
+        found += 1
+        if (sign := text.next_sign()) not in (",", "]"):
+            raise text.broken("Expecting ',' delimiter", text.at)
+        text.at += 1
+        text.next_sign()
+    if text.next_sign():
+        raise text.broken("Extra data", text.at)
+    raise_all(problems, hint=_OBJECTS)
+
+
+class _JsonText:
+    """The part of a long JSON text that is held, from block to block, and where in its file that begins."""
+
+    _SPACES = re.compile(r"[ \t\n\r]*")
+    _CUT_OFF = 16
+    """Characters before the end of a block in which a number, a word or an escape may be that goes on behind it."""
+
+    def __init__(self, path: Path, blocks: Iterator[str]) -> None:
+        self._path, self._blocks, self._text = path, blocks, ""
+        self._line = self._column = 1
+        self.at = 0
+
+    def next_sign(self) -> str:
+        """Pass over spaces; the character behind them, or nothing at the end."""
+        while True:
+            spaces = self._SPACES.match(self._text, self.at)
+            self.at = spaces.end() if spaces else self.at
+            if self.at < len(self._text) or not self._read_on():
+                return self._text[self.at : self.at + 1]
+
+    def value(self, where: str) -> Any:
+        """The value that begins here; it is passed over.
+
+        Raises:
+            DataError: it is none, or too long.
+        """
+        while True:
+            try:
+                found, end = _DECODER.raw_decode(self._text, self.at)
+            except json.JSONDecodeError as error:
+                goes_on = error.msg.startswith("Unterminated string") or error.pos + self._CUT_OFF >= len(self._text)
+                if goes_on and len(self._text) - self.at > LONGEST_ROW:
+                    raise row_too_long(where) from None
+                if not goes_on or not self._read_on():
+                    raise self.broken(error.msg, error.pos) from None
+            except (RecursionError, ValueError) as error:
+                raise DataError(f"{where}: {unreadable(error)}", hint=_SHORTER) from None
+            else:
+                if end + self._CUT_OFF < len(self._text) or not self._read_on():
+                    self.at = end
+                    return found
+
+    def broken(self, what: str, at: int) -> DataError:
+        """What is wrong with the JSON at a place of what is held."""
+        line, column = self._place(at)
+        return DataError(f"{self._path}:{line}: broken JSON at column {column}: {what}", hint=_ONE_LIST)
+
+    def _place(self, at: int) -> tuple[int, int]:
+        lines = self._text.count("\n", 0, at)
+        return self._line + lines, at - self._text.rfind("\n", 0, at) if lines else self._column + at
+
+    def _read_on(self) -> bool:
+        """Forget what was passed, and hold twice as much as is left, or a block; False at the end."""
+        parts, more = [self._text[self.at :]], 0
+        while more <= len(parts[0]) and (block := next(self._blocks, "")):
+            parts.append(block)
+            more += len(block)
+        if more:
+            self._line, self._column = self._place(self.at)
+            self._text, self.at = "".join(parts), 0
+        return more > 0
+
+
+def _is_json(line: str) -> bool:
+    try:
+        load_json(line)
+    except (RecursionError, ValueError):
+        return False
+    return True
 
 
 def _within(path: Path, document: Any) -> tuple[Sequence[Any], str]:
@@ -165,6 +282,9 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         raise _KeyTwiceError(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
     return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_repeats)
 
 
 def unreadable(error: RecursionError | ValueError) -> str:

@@ -1,5 +1,6 @@
 """Opens data files: regular ones only, unpacked where they are packed, as text in lines of a bounded length."""
 
+import codecs
 import gzip
 import io
 import os
@@ -19,6 +20,10 @@ LONGEST_ROW = 2**26
 """A longer line, or row of a table, is refused before it is held: no model reads as much at once."""
 MOST_UNPACKED, MOST_TIMES = 2**30, 100
 """What unpacks to more than this, and to more than so many times its size, is refused: rows do not shrink so far."""
+MOST_FOR_NOTHING = 2**22
+"""So many packed bytes on end that unpack to nothing are refused: bzip2's largest block needs a quarter of them."""
+BLOCK = 2**20
+"""Bytes of a text that is read in blocks."""
 ROW_IN_MEMORY = 1024
 """What a row takes in memory beside its text, so that a file of a billion empty ones is large, too."""
 
@@ -65,7 +70,7 @@ def _unpacked(path: Path) -> Iterator[tuple[BinaryIO, str, int]]:
             yield file, "", size
             return
         try:
-            yield io.BufferedReader(_opened(file, packing, path), 1 << 16), packing, size
+            yield io.BufferedReader(_Unpacked(file, packing, path), 1 << 16), packing, size
         except Exception as error:
             # lzma has an error of its own, which not every Python can import.
             if not isinstance(error, EOFError | OSError | zlib.error) and type(error).__name__ != "LZMAError":
@@ -75,7 +80,44 @@ def _unpacked(path: Path) -> Iterator[tuple[BinaryIO, str, int]]:
             ) from None
 
 
-def _opened(file: BinaryIO, packing: str, path: Path) -> Any:
+class _Packed(io.RawIOBase):
+    """A packed file that counts what is read of it, and refuses to go on where all of that came to nothing."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file = file
+        self.for_nothing = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        block = self._file.read(size)
+        self.for_nothing += len(block)
+        if self.for_nothing > MOST_FOR_NOTHING:
+            raise OSError(f"over {MOST_FOR_NOTHING:,} bytes of it on end unpack to nothing")
+        return block
+
+
+class _Unpacked(io.RawIOBase):
+    """What is in a packed file, as it is unpacked."""
+
+    def __init__(self, file: BinaryIO, packing: str, path: Path) -> None:
+        super().__init__()
+        self._packed = _Packed(file)
+        self._stream = _opened(self._packed, packing, path)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        block = self._stream.read(len(target))
+        target[: len(block)] = block
+        self._packed.for_nothing = 0
+        return len(block)
+
+
+def _opened(file: Any, packing: str, path: Path) -> Any:
     """What is in a packed file, as it is unpacked."""
     if packing == "gzip":
         return gzip.GzipFile(fileobj=file)
@@ -128,7 +170,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
         try:
             while raw := readline(LONGEST_ROW + 1):
                 if len(raw) > LONGEST_ROW:
-                    raise _too_long(f"{path}:{number + 1}")
+                    raise row_too_long(f"{path}:{number + 1}")
                 text = raw.decode("utf-8")
                 offset += len(raw)
                 if most is not None and offset + ROW_IN_MEMORY * number > most:
@@ -143,33 +185,64 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
             raise _not_text(path, encoding, offset, error, packing) from None
 
 
+def text_blocks(path: Path, rows: Callable[[], int] = lambda: 0) -> Iterator[str]:
+    """A text in blocks of up to `BLOCK` characters, unpacked and decoded; `rows` says how many were found so far.
+
+    Raises:
+        DataError: as `text_lines`, less that of a long line.
+    """
+    with _unpacked(path) as (stream, packing, size):
+        encoding = _encoding(stream.peek(4)[:4])  # type: ignore[attr-defined]
+        decoder = codecs.getincrementaldecoder(encoding)()
+        offset = 0
+        while True:
+            block, first = stream.read(BLOCK), not offset
+            try:
+                text = decoder.decode(block, not block)
+            except UnicodeDecodeError as error:
+                kept = len(error.object) - len(block)  # of a character that the last block cut off
+                raise _not_text(path, encoding, offset - kept, error, packing) from None
+            offset += len(block)
+            if packing and offset + ROW_IN_MEMORY * rows() > max(MOST_UNPACKED, MOST_TIMES * size):
+                raise _too_much(path, packing, size)
+            if not block:
+                return
+            yield text.removeprefix("\ufeff") if first else text
+
+
 def whole_text(path: Path) -> str:
     """The whole of a text, unpacked and decoded.
 
     Raises:
-        DataError: as `text_lines`, and it holds more than `MOST_UNPACKED` bytes.
+        DataError: as `text_lines`, and it is longer than `LONGEST_ROW` bytes.
     """
-    with _unpacked(path) as (stream, packing, size):
-        blocks, left = [], MOST_UNPACKED + 1
-        while left and (block := stream.read(min(left, 1 << 20))):  # a large size would be set aside at once
-            blocks.append(block)
-            left -= len(block)
-        content = b"".join(blocks)
-        if len(content) > MOST_UNPACKED:
-            if packing and size * MOST_TIMES < MOST_UNPACKED:
-                raise _too_much(path, packing, size)
-            raise DataError(
-                f"{path} is longer than {MOST_UNPACKED:,} bytes, and a .json file is read whole",
-                hint="write one object a line, in a .jsonl file: those are read line by line",
-            )
-    encoding = _encoding(content[:4])
-    try:
-        return content.decode(encoding).removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise _not_text(path, encoding, 0, error, packing) from None
+    blocks, held = [], 0
+    for block in text_blocks(path):
+        blocks.append(block)
+        held += len(block)
+        if held > LONGEST_ROW:
+            raise _too_whole(path)
+    return "".join(blocks)
 
 
-def _too_long(where: str) -> DataError:
+def _too_whole(path: Path) -> DataError:
+    """The refusal of a long document, with the line that writes its rows to a file that is read line by line."""
+    plain = path.with_suffix("") if path.suffix.lower() in PACKED_SUFFIXES else path
+    say = (
+        f"import json; d = json.load(open({str(plain)!r})); "
+        "t = [[*v.values()] if isinstance(v, dict) else v for v in d.values()]; "
+        "r = next((v for v in d.values() if isinstance(v, list) and isinstance(v[0], dict)), None); "
+        "[print(json.dumps(each)) for each in r or (dict(zip(d, row)) for row in zip(*t))]"
+    )
+    how = f"python -c {shlex.quote(say)} > {shlex.quote(str(plain.with_suffix('.jsonl')))}"
+    return DataError(
+        f"{path} is longer than {LONGEST_ROW:,} bytes, and a .json file that is no list is read whole",
+        hint=f"{'unpack it, and ' if plain != path else ''}write one row a line, for example with: {how}",
+    )
+
+
+def row_too_long(where: str) -> DataError:
+    """The refusal of a row that no model reads."""
     return DataError(
         f"{where}: longer than {LONGEST_ROW:,} bytes, which is no row",
         hint="split it into several rows, or leave it out",

@@ -110,8 +110,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def refuse_leading_out(file: Path) -> None:
-    """Refuse a link to a file outside its folder; the hub's own cache keeps what a snapshot names in `blobs`."""
-    folder, found = file.parent.resolve(), file.resolve()
+    """Refuse a link to itself or out of its folder; the hub's own cache keeps what a snapshot names in `blobs`."""
+    folder, found = file.parent.resolve(), Path(os.path.realpath(file))  # unlike Path, it takes a link to itself
+    if found.is_symlink():
+        raise ModelError(f"{file} is a link that leads to itself", hint="put the file itself into the folder")
     blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
     if not (found.is_relative_to(folder) or found.is_relative_to(blobs)):
         raise ModelError(
