@@ -1,14 +1,16 @@
 """Child processes of our own modules, their orderly end, and the memory that they held."""
 
+import atexit
 import contextlib
 import json
 import os
 import runpy
+import secrets
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,63 @@ def end_with(pipe: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+_TIE = "FT_TIED_TO"
+
+
+@cache
+def tie() -> dict[str, str]:
+    """What to put into the environment of any program that is to end with this process, also where this is killed.
+
+    A process of our own holds the other end of a pipe; when nobody writes to it any more, it ends all that is marked.
+    """
+    mark = secrets.token_hex(8)
+    # Whoever ends those that are marked like us must leave it time to end ours.
+    unmarked = {name: value for name, value in os.environ.items() if name != _TIE}
+    watcher = subprocess.Popen(
+        python_command("-c", "from finetune.processes import end_tied; end_tied()", mark),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env={**unmarked, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        start_new_session=True,
+    )
+    atexit.register(watcher.communicate)
+    return {_TIE: mark}
+
+
+def end_tied() -> None:
+    """Be the process that ends all that is tied to the one that started it, when that has ended."""
+    sys.stdin.read()
+    while end_marked(_TIE, sys.argv[1]):  # what has been started meanwhile
+        pass
+
+
+def end_all(processes: Iterable[Any]) -> list[str]:
+    """End these where they still run, and see that they are gone; their commands."""
+    import psutil
+
+    found, ended = [], []
+    for process in processes:
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline())[:200])
+                process.kill()
+                ended.append(process)
+    psutil.wait_procs(ended, timeout=10)
+    return found
+
+
+def end_marked(name: str, mark: str) -> list[str]:
+    """End every process that has this in its environment; what was still running, by its command."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(name) == mark:
+                found.append(process)
+    return end_all(found)
 
 
 @contextlib.contextmanager

@@ -50,29 +50,69 @@ def assert_none_left(started: list[psutil.Process]) -> None:
     assert not told
 
 
-CHILD = """
-import json, os, sys, time
+ENDLESS = """
+import json, os, subprocess, sys
 from pathlib import Path
-json.load(sys.stdin)
-Path(os.environ["AT_WORK"]).touch()
-while True:
-    sum(range(1000))
+def work():
+    Path(os.environ["AT_WORK"]).touch()
+    while True:
+        sum(range(1000))
+def work_with_another():
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    work()
+def main():
+    if sys.argv[1:] == ["command"]:
+        work_with_another()
+    if sys.argv[1:] == ["subject"]:
+        said = {"hello": 1, "name": "endless", "versions": {}, "abilities": {"train": ""}}
+        print(json.dumps(said), flush=True)
+        sys.stdin.readline()
+        work_with_another()
+    json.load(sys.stdin)
+    work()
+if __name__ == "__main__":
+    main()
 """
-PARENT = "from finetune.processes import ask_child; ask_child('endless', {})"
+PARENTS = {
+    "asked": "from finetune.processes import ask_child; ask_child('endless', {})",
+    "subject": """
+import sys
+from pathlib import Path
+from finetune.verify.subjects.process import SubprocessSubject
+SubprocessSubject([sys.executable, 'endless.py', 'subject'], Path.cwd()).ask('train', {})
+""",
+    "fork server": """
+from pathlib import Path
+from finetune.verify.stateful.fork_server import ForkServer
+ForkServer([]).run('endless:work_with_another', [], Path.cwd(), None)
+""",
+    "command": """
+import sys
+from pathlib import Path
+from finetune.verify.subjects.command import CommandSubject
+from finetune.verify.subjects.command_file import CommandFile
+train = {'argv': [sys.executable, str(Path('endless.py').absolute()), 'command']}
+file = CommandFile.model_validate({'name': 'endless', 'train': train, 'refuses': [2]})
+asked = {'model': 'model', 'settings': {}, 'rows': [], 'folder': 'made'}
+CommandSubject(file, Path.cwd()).ask('train', asked)
+""",
+}
 
 
-def test_child_of_a_killed_process_ends(tmp_path: Path) -> None:
-    """A child that computes, and reads no input any more, ends with whoever asked it."""
-    (tmp_path / "endless.py").write_text(CHILD)
+@pytest.mark.parametrize("kind", PARENTS)
+def test_child_of_a_killed_process_ends(kind: str, tmp_path: Path) -> None:
+    """A child that computes, and reads no input any more, ends with whoever started it, and so does what it started."""
+    (tmp_path / "endless.py").write_text(ENDLESS)
     path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
     told = {**os.environ, "PYTHONPATH": path, "AT_WORK": str(tmp_path / "at work")}
-    parent = psutil.Popen([sys.executable, "-c", PARENT], env=told)
+    parent = psutil.Popen([sys.executable, "-c", PARENTS[kind]], env=told, cwd=tmp_path)
     until = time.monotonic() + 60
     while not (tmp_path / "at work").exists():
         assert time.monotonic() < until
+        assert parent.poll() is None
         time.sleep(0.02)
     started = parent.children(recursive=True)
-    assert started
+    assert len(started) >= (1 if kind == "asked" else 2)
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     assert_none_left(started)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import EvidenceError
-from finetune.processes import python_command
+from finetune.processes import python_command, tie
 from finetune.verify.stateful.deaths import CrashInjector, Death
 from finetune.verify.stateful.lives import Ending
 
@@ -41,7 +41,7 @@ class ForkServer:
             stdout=subprocess.PIPE,
             text=True,
             # What can be imported here, a subject's own programs for example, can be imported there.
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **tie()},
             # Ctrl-C is for whoever runs the suite, and comes to us when our input is closed.
             start_new_session=True,
         )

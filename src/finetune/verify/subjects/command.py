@@ -19,9 +19,9 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
+from finetune.processes import end_marked, tie
 from finetune.verify.subjects.answers import ANSWERS
 from finetune.verify.subjects.command_file import Called, CommandFile, filled, named
-from finetune.verify.subjects.process import end_marked
 from finetune.verify.subjects.subject import About, RefusesError, SubjectError, UnsupportedError
 
 _MARK = "FT_SUBJECT"
@@ -249,7 +249,7 @@ class CommandSubject:
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     cwd=work,
-                    env={**environment, **own, **self._file.environment},
+                    env={**environment, **own, **self._file.environment, **tie()},
                     start_new_session=True,
                 )
         except OSError as error:

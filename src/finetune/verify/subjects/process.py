@@ -6,14 +6,14 @@ import secrets
 import selectors
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from finetune.processes import python_command
+from finetune.processes import end_all, end_marked, python_command, tie
 from finetune.verify.subjects.serving import PROTOCOL
 from finetune.verify.subjects.subject import About, SubjectError, unwrapped
 
@@ -100,7 +100,7 @@ class SubprocessSubject:
             for stream in (process.stdout, process.stderr):
                 if stream is not None:
                     stream.close()
-        left = [*end_marked(_MARK, self._mark), *_end_all(started)]
+        left = [*end_marked(_MARK, self._mark), *end_all(started)]
         # What is ended from outside cannot end what it has started.
         self.left_running += left if ended else []
 
@@ -116,7 +116,7 @@ class SubprocessSubject:
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 cwd=self._folder,
-                env={**os.environ, **own, **self._environment},
+                env={**os.environ, **own, **self._environment, **tie()},
                 start_new_session=True,
             )
         except OSError as error:
@@ -193,29 +193,6 @@ def _started_by(number: int) -> list[psutil.Process]:
     with suppress(psutil.Error):
         return psutil.Process(number).children(recursive=True)
     return []
-
-
-def _end_all(processes: Iterable[psutil.Process]) -> list[str]:
-    """End these where they still run, and see that they are gone; their commands."""
-    found, ended = [], []
-    for process in processes:
-        with suppress(psutil.Error, OSError):
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline())[:200])
-                process.kill()
-                ended.append(process)
-    psutil.wait_procs(ended, timeout=10)
-    return found
-
-
-def end_marked(name: str, mark: str) -> list[str]:
-    """End every process that has this in its environment; what was still running, by its command."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if process.environ().get(name) == mark:
-                found.append(process)
-    return _end_all(found)
 
 
 def reference_oracle(folder: Path) -> SubprocessSubject:
