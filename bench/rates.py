@@ -29,6 +29,7 @@ from finetune.evidence.observe import open_evidence
 from finetune.evidence.open_answers import OpenLook, look, open_questions
 from finetune.files import write_text
 from finetune.intervals import most_probable
+from finetune.processes import usable_cores
 from finetune.records import Outcome, TokenizedRow, Verdict
 from finetune.report import ink
 from finetune.report.charts import axes_inside
@@ -37,7 +38,7 @@ from finetune.run.folder import RunFolder
 from finetune.train import training_events
 from finetune.training.prepare import Prepared, prepare, shuffled_rows
 from finetune.training.run import Run
-from finetune.verify.prove.campaign import on_ray, workers_here
+from finetune.verify.prove.campaign import on_ray
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 EVIDENCE = DOCS / "evidence" / "rates.jsonl"
@@ -349,7 +350,7 @@ def main() -> None:
     parser.add_argument("--model", default="reference-llama", help="a shipped model")
     parser.add_argument("--runs", type=int, default=300, help="runs of each kind: seeds 0, 1, ...")
     parser.add_argument("--kind", action="append", choices=[kind.name for kind in KINDS], help="only this one")
-    parser.add_argument("--jobs", type=int, default=workers_here(), help="seeds at once")
+    parser.add_argument("--jobs", type=int, default=usable_cores(), help="seeds at once")
     parser.add_argument("--engine", choices=["processes", "ray"], default="processes")
     parser.add_argument("--output", type=Path, default=EVIDENCE)
     given = parser.parse_args()

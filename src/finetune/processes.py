@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -10,10 +11,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from finetune.errors import EvidenceError
 
@@ -148,6 +150,80 @@ def terminated_as_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def on_all_cores(work: Callable[[int], bytes], count: int) -> Iterator[bytes]:
+    """What `work` says of each of so many parts, in their order, however many cores do it.
+
+    On Linux children take the parts by turns: forked, they see all that this process holds, and start at once. A part
+    of which a child says nothing, since it met an error or was killed, is done here: so an error is raised as it would
+    be with one core. Elsewhere forking is not safe, and all is done here.
+    """
+    cores = min(count, usable_cores()) if sys.platform == "linux" else 1
+    children: list[tuple[int, BinaryIO]] = []
+    try:
+        for number in range(cores if cores > 1 else 0):
+            children.append(_forked(work, range(number, count, cores), [pipe for _, pipe in children]))
+        for part in range(count):
+            said = _heard(children[part % cores][1]) if children else None
+            yield work(part) if said is None else said
+    finally:
+        for child, pipe in children:
+            pipe.close()
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _forked(work: Callable[[int], bytes], parts: Iterable[int], others: Sequence[BinaryIO]) -> tuple[int, BinaryIO]:
+    """A child that does these parts, and the pipe that it says them into."""
+    heard, said = os.pipe()
+    with _tokenizers_alone(), warnings.catch_warnings():
+        # What threads of this process hold, such as a lock, a child could wait for without end: `work` must not.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child:
+        os.close(said)
+        return child, open(heard, "rb")
+    try:
+        os.environ[_PARALLEL] = "false"
+        gc.disable()
+        # Where nobody reads any more, writing fails: so nobody outlives a parent that was killed.
+        for pipe in (heard, *(each.fileno() for each in others)):
+            os.close(pipe)
+        with open(said, "wb") as told:
+            for part in parts:
+                content = work(part)
+                told.write(len(content).to_bytes(8, "little") + content)
+                told.flush()
+    finally:
+        os._exit(0)
+
+
+_PARALLEL = "TOKENIZERS_PARALLELISM"
+
+
+@contextlib.contextmanager
+def _tokenizers_alone() -> Iterator[None]:
+    """Within this context the tokenizer library, which has threads, does not warn of being forked."""
+    before = os.environ.get(_PARALLEL)
+    os.environ[_PARALLEL] = before or "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_PARALLEL]
+
+
+def _heard(pipe: BinaryIO) -> bytes | None:
+    """What a child says next; None where it says no more."""
+    size = int.from_bytes(head, "little") if len(head := pipe.read(8)) == 8 else -1
+    content = pipe.read(size) if size >= 0 else b""
+    return content if len(content) == size else None
 
 
 _STATUS = Path("/proc/self/status")

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune import processes
 from finetune.config import LoadedConfig
 from finetune.data import stored
 from finetune.data.batches import epoch_batches
 from finetune.data.stored import Outlines, join, keep, pick, sizes_of
+from finetune.errors import FineTuneError
 from finetune.evidence import forecast
 from finetune.evidence.record import run_owner
 from finetune.records import Conversation, Document, Message, TokenizedRow
@@ -86,6 +90,13 @@ def pairs(count: int) -> list[dict[str, Any]]:
     return [{"prompt": f"what is {n}", "chosen": f"{n % 9}", "rejected": f"{n % 4} not"} for n in range(count)]
 
 
+def twice_told(count: int) -> list[dict[str, Any]]:
+    """Conversations with two system prompts, which alpaca does not take."""
+    said = [("system", "be short"), ("user", "a"), ("system", "be kind")]
+    begun = [{"role": role, "content": content} for role, content in said]
+    return [{"messages": [*begun, {"role": "assistant", "content": f"{n}"}]} for n in range(count)]
+
+
 CASES: dict[str, dict[str, Any]] = {
     "held out": {"data__valid_fraction": 0.3},
     "a file of its own": {
@@ -97,6 +108,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mixed": {"data__train": ("rows.jsonl", "more.jsonl"), "data__mix": (1, 2), "data__limit": 30},
     "texts in pieces": {"data__train": ("texts.txt",), "tokens__truncation": "split"},
     "pairs": {"data__train": ("pairs.jsonl",), "training__objective": "dpo", "training__packing": True},
+    "some refused": {"data__train": ("some.jsonl",), "template__name": "alpaca", "tokens__max_length": 256},
     "packed by gzip": {"data__train": ("rows.jsonl.gz",)},
 }
 
@@ -111,6 +123,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "more.jsonl": lines([{"prompt": f"tell {n}", "completion": "yes"} for n in range(40)]),
         "texts.txt": "".join(f"text {n} {'and more ' * (n % 40)}\n" for n in range(20)).encode(),
         "pairs.jsonl": lines(pairs(30)),
+        "some.jsonl": lines([*asked(30), *twice_told(4), *asked(10)]),
         "rows.jsonl.gz": gzip.compress(lines(asked(60))),
     }
     for name, content in files.items():
@@ -156,9 +169,58 @@ def test_streamed_rows_are_rows_read_whole(
     loaded = planned(model, folder, CASES[name])
     whole = said(prepare(loaded))
     monkeypatch.setattr(stored, "IN_MEMORY", 3)
+    monkeypatch.setattr(stored, "PART", 7)
+    monkeypatch.setattr(processes, "usable_cores", lambda: 2)
     found = prepare(loaded)
     assert not stored.in_memory(found.train.rows)
     assert said(found) == whole
+
+
+def test_many_rows_that_no_template_takes_are_refused_as_few_are(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the template refuses most rows, or a row is too long, all cores say what one says: rows and their count."""
+    rows = twice_told(30)
+    refused: list[str] = []
+    for few in (1000, 3):
+        monkeypatch.setattr(stored, "IN_MEMORY", few)
+        monkeypatch.setattr(stored, "PART", 7)
+        monkeypatch.setattr(processes, "usable_cores", lambda: 3)
+        for name, content, changes in (
+            ("odd", rows, {"template__name": "alpaca"}),
+            ("long", asked(30), {"tokens__truncation": "refuse", "tokens__max_length": 20}),
+        ):
+            path = tmp_path / f"{name}.jsonl"
+            path.write_bytes(lines(content))
+            with pytest.raises(FineTuneError) as told:
+                prepare(settings(model, path, **changes))
+            refused.append(str(told.value))
+    assert refused[:2] == refused[2:]
+    assert "30 of 30 rows" in refused[0]
+    assert "29 rows are longer" in refused[1]
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3, 9])
+def test_cores_do_parts_in_order(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said of parts comes in their order and whole, also of a child that is killed; an error is raised here."""
+    monkeypatch.setattr(processes, "usable_cores", lambda: cores)
+    here = os.getpid()
+
+    def work(part: int) -> bytes:
+        if part == 5 and os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return bytes([part]) * (part * 30_000)
+
+    assert [*processes.on_all_cores(work, 8)] == [bytes([part]) * (part * 30_000) for part in range(8)]
+    found = processes.on_all_cores(lambda part: bytes(10 // (3 - part)), 8)
+    assert [len(next(found)) for _ in range(3)] == [3, 5, 10]
+    with pytest.raises(ZeroDivisionError):
+        next(found)
+    stopped = processes.on_all_cores(work, 8)
+    next(stopped)
+    stopped.close()  # and no child is left
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 def test_outlines_are_as_large_as_their_rows() -> None:

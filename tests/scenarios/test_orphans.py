@@ -50,6 +50,36 @@ def assert_none_left(started: list[psutil.Process]) -> None:
     assert not told
 
 
+PARTS = """
+import time
+from pathlib import Path
+from finetune.processes import on_all_cores
+def work(part):
+    if part:
+        time.sleep(0.2)
+    return bytes(1_000_000)
+for said in on_all_cores(work, 1000):
+    Path("at work").touch()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="all is done in one process")
+def test_children_that_do_parts_end_with_a_killed_process(tmp_path: Path) -> None:
+    """Children that share the rows of a killed process have nobody to say theirs to, and end."""
+    told = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    cores = "import finetune.processes as p; p.usable_cores = lambda: 3"
+    parent = psutil.Popen([sys.executable, "-c", f"{cores}\n{PARTS}"], env=told, cwd=tmp_path)
+    until = time.monotonic() + 60
+    while not (tmp_path / "at work").exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    started = parent.children(recursive=True)
+    assert len(started) == 3
+    parent.kill()
+    parent.wait()
+    assert_none_left(started)
+
+
 ENDLESS = """
 import json, os, subprocess, sys
 from pathlib import Path

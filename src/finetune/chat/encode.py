@@ -1,9 +1,11 @@
 """Turns rendered rows into token ids, each with a mark that says what may happen to it."""
 
+from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from finetune.chat.tokenizer import FileTokenizer, Spans
 from finetune.errors import TemplateError
@@ -29,6 +31,14 @@ class Marked:
     def tokenized(self) -> TokenizedRow:
         """The ids with only the *trained* marks."""
         return TokenizedRow(self.ids, tuple(map(TRAINED.__eq__, self.marks)), self.where)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In few bytes, for another process."""
+        return _from_bytes, (array("I", self.ids).tobytes(), self.marks, self.where, self.document)
+
+
+def _from_bytes(ids: bytes, marks: bytes, where: str, document: bool) -> Marked:  # noqa: FBT001
+    return Marked(tuple(array("I", ids)), marks, where, document)
 
 
 def encode_row(row: Rendered, tokenizer: FileTokenizer) -> TokenizedRow:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
-from itertools import islice, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,10 @@ from finetune.chat.tokenizer import FileTokenizer
 from finetune.config import Plan
 from finetune.config.schema import DAY, TemplateSpec
 from finetune.data.shape import Example, ShapedRows
+from finetune.data.stored import in_parts
 from finetune.errors import TemplateError, counted
 from finetune.files import make_folder, write_bytes
 from finetune.records import Conversation, ModelLocation, Question, Rendered
-
-_TOGETHER = 1000
-"""Rows that are rendered and encoded at once: few enough to hold in memory."""
 
 
 def sides_of(example: Example) -> tuple[Example, ...]:
@@ -49,6 +47,17 @@ class _Told:
     templated: Counter[str] = field(default_factory=Counter)
     lookalikes: int = 0
     unlearned: int = 0
+    refused: tuple[str, str] | None = None
+    """What the template says of the first row that it refuses, and the hint."""
+
+    def add(self, later: "_Told") -> None:
+        """What is told of later rows."""
+        self.reasons += later.reasons
+        self.places = later.places | self.places
+        self.templated += later.templated
+        self.lookalikes += later.lookalikes
+        self.unlearned += later.unlearned
+        self.refused = self.refused or later.refused
 
 
 class Encoder:
@@ -91,9 +100,12 @@ class Encoder:
             TemplateError: it refuses more than half of them.
         """
         told, tokens = _Told(), plan.config.tokens
-        rendered = self._rendered(shaped.examples, told)
         assert tokens.max_length is not None
-        rows = mark_rows(rendered, self.tokenizer) if tokens.cache is None else self._kept([*rendered], tokens.cache)
+        rows: Iterable[Marked]
+        if tokens.cache is None:
+            rows = self._marked(shaped.examples, told)
+        else:
+            rows = self._kept(self._rendered(shaped.examples, told), tokens.cache)
         encoded = fit_rows(
             rows,
             max_length=tokens.max_length,
@@ -114,33 +126,52 @@ class Encoder:
         )
         return replace(encoded, counts=counts)
 
-    def _rendered(self, examples: Sequence[Example], told: "_Told") -> Iterator[Rendered]:
-        """The examples as training texts, some at a time; what is to be told of them is counted on the way."""
-        turns = self.template.turn_marks[0].tokens
-        waiting, first = iter(examples), None
-        while some := [*islice(waiting, _TOGETHER)]:
-            sides = [side for example in some for side in sides_of(example)]
-            rendered, refused = self.render(sides)
-            if refused and len(sides) > len(some):  # a pair is refused once, with both sides
-                refused = [*dict(reversed(refused)).items()]
-                unfit = {where for where, _ in refused}
-                rendered = [each for each in rendered if each.where not in unfit]
-            first = first or next((error for _, error in refused), None)
-            for where, error in refused:
-                reason = error.message.removeprefix(f"{where}: ")
-                told.reasons[reason] += 1
-                told.places.setdefault(reason, where)
-            for example in some:
-                held = self.template.held(example)
-                told.templated.update([held.name] if held else [])
-                if isinstance(example, Conversation):
-                    told.lookalikes += not held and any(map(turns.search, _texts(example)))
-                    told.unlearned += len(marked(example, answers=True, trained=False))
-            yield from rendered
+    def _marked(self, examples: Sequence[Example], told: "_Told") -> Iterator[Marked]:
+        """The examples as ids with marks; what is to be told of them is counted on the way."""
+
+        def encoded(some: Sequence[Example], start: int) -> tuple[_Told, list[Marked]]:
+            said = _Told()
+            return said, [*mark_rows(self._rendered_some(some, said), self.tokenizer)]
+
+        for said, rows in in_parts(examples, encoded):
+            told.add(said)
+            yield from rows
+        self._refuse(told, len(examples))
+
+    def _rendered(self, examples: Sequence[Example], told: "_Told") -> list[Rendered]:
+        """The examples as training texts; what is to be told of them is counted."""
+        rendered = self._rendered_some(examples, told)
+        self._refuse(told, len(examples))
+        return rendered
+
+    def _refuse(self, told: "_Told", examples: int) -> None:
+        """Refuse rows of which the template refuses more than half."""
         count = told.reasons.total()
-        if first and 2 * count > len(examples):
-            more = f"; refused: {count} of {len(examples)} rows, for {counted(len(told.reasons), 'reason')}"
-            raise TemplateError(first.message + more * (count > 1), hint=first.hint)
+        if told.refused and 2 * count > examples:
+            what, hint = told.refused
+            more = f"; refused: {count} of {examples} rows, for {counted(len(told.reasons), 'reason')}"
+            raise TemplateError(what + more * (count > 1), hint=hint)
+
+    def _rendered_some(self, some: Sequence[Example], told: "_Told") -> list[Rendered]:
+        turns = self.template.turn_marks[0].tokens
+        sides = [side for example in some for side in sides_of(example)]
+        rendered, refused = self.render(sides)
+        if refused and len(sides) > len(some):  # a pair is refused once, with both sides
+            refused = [*dict(reversed(refused)).items()]
+            unfit = {where for where, _ in refused}
+            rendered = [each for each in rendered if each.where not in unfit]
+        for where, error in refused:
+            told.refused = told.refused or (error.message, error.hint)
+            reason = error.message.removeprefix(f"{where}: ")
+            told.reasons[reason] += 1
+            told.places.setdefault(reason, where)
+        for example in some:
+            held = self.template.held(example)
+            told.templated.update([held.name] if held else [])
+            if isinstance(example, Conversation):
+                told.lookalikes += not held and any(map(turns.search, _texts(example)))
+                told.unlearned += len(marked(example, answers=True, trained=False))
+        return rendered
 
     def render(
         self, examples: Sequence[Example], *, answers_alone: bool = False

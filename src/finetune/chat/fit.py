@@ -88,9 +88,7 @@ def fit_rows(
         DataError: a row is too long and the policy is `refuse`; the first twenty are named with their lengths.
     """
     losses = Counter(dropped)
-    seen: Counter[str] = Counter()
-    lengths: Counter[int] = Counter()
-    sources: Counter[str] = Counter()
+    seen, sources, lengths = Counter[str](), Counter[str](), Counter[int]()
     first: dict[str, str] = {}
     refused: list[str] = []
 
@@ -102,8 +100,9 @@ def fit_rows(
             learned, reason = _learned((row, *others), max_length, truncation)
             if learned:
                 sources[_ROW.sub("", row.where)] += 1
-                cut = len(learned) == 1 and len(learned[0].ids) < len(row.ids)
-                seen.update(reaching=row.marks.count(REACHING), truncated=cut, split=len(learned) > 1)
+                seen["reaching"] += row.marks.count(REACHING)
+                seen["truncated"] += len(learned) == 1 and len(learned[0].ids) < len(row.ids)
+                seen["split"] += len(learned) > 1
             else:
                 losses[reason] += 1
                 first.setdefault(reason, row.where)

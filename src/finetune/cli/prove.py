@@ -62,7 +62,7 @@ def command(
         raise UsageError(f"there is no engine {engine!r}", hint="choose processes or ray")
     from finetune.abilities import require_backend
     from finetune.verify.prove.baseline import lost_kills, read_baseline, write_proof
-    from finetune.verify.prove.campaign import Campaign, Spread, chosen_faults, prove, workers_here
+    from finetune.verify.prove.campaign import Campaign, Spread, chosen_faults, prove
     from finetune.verify.prove.kept import FILE, KeptRuns
 
     require_backend(backend)
@@ -74,10 +74,10 @@ def command(
     baseline = read_baseline(against, campaign) if against else None
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is no folder", hint="name a new folder, or one of an earlier campaign")
-    from finetune.processes import terminated_as_interrupted
+    from finetune.processes import terminated_as_interrupted, usable_cores
     from finetune.report.matrix import render_matrix
 
-    spread = Spread("ray" if engine == "ray" else "processes", jobs or workers_here())
+    spread = Spread("ray" if engine == "ray" else "processes", jobs or usable_cores())
     kept = KeptRuns(output / FILE)
     if kept.dropped or len(kept):
         say(f"{output / FILE}: {len(kept)} runs are kept, {kept.dropped} are of other code or damaged and done again")

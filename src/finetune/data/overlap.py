@@ -5,11 +5,13 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
 
 from finetune.data.shape import Example
+from finetune.data.stored import in_parts
 from finetune.data.survey import SHORT_ANSWER
 from finetune.errors import counted
 from finetune.records import Conversation, Document, Message
@@ -36,8 +38,6 @@ FEWEST_LEFT = 6
 """With fewer rows that no training row repeats nothing is judged: by chance, all of five get better 3% of the time."""
 _WEIGHED = 20_000
 """How rare a word is, so many training rows say."""
-_TOGETHER = 1000
-"""Training rows that are compared at once."""
 _HAN_AND_KANA = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 _WORD = re.compile(rf"[{_HAN_AND_KANA}]|[^\W{_HAN_AND_KANA}]+")
 """A word, or a sign of a script that puts no spaces between words."""
@@ -122,13 +122,14 @@ def find_overlap(rows: Sequence[Example], training: Sequence[Example]) -> Overla
                 homes[each][text].append(place)
     first: dict[tuple[Likeness, str], str] = {}
     often: Counter[str] = Counter()
-    for example in training if rows else ():
-        texts = _texts(example)
-        for each, text in zip(likeness, texts, strict=True):
-            if text in homes[each]:
-                first.setdefault((each, text), example.where)
-        if texts[1] in homes["answer"]:
-            often[texts[1]] += 1
+
+    def found_in(some: Sequence[Example], start: int) -> list[tuple[Likeness, str, str]]:
+        said = ((each, text, one.where) for one in some for each, text in zip(likeness, _texts(one), strict=True))
+        return [(each, text, where) for each, text, where in said if text in homes[each]]
+
+    for each, text, where in chain.from_iterable(in_parts(training, found_in)) if rows else ():
+        first.setdefault((each, text), where)
+        often[text] += each == "answer"
     label = max(3, len(training) // 20)
     twins: dict[int, Twin] = {}
     for each in likeness:  # the most alike first
@@ -164,14 +165,20 @@ def near_twins(rows: Sequence[Example], training: Sequence[Example], limit: floa
     found: dict[int, int] = {}
     # Of a row and its twin, the weight of the words that both have, and of all.
     most: defaultdict[int, tuple[int, int]] = defaultdict(lambda: (0, 1))
-    for start in range(0, len(training) if index.number else 0, _TOGETHER):
-        some = [_words(_messages(example)) for example in training[start : start + _TOGETHER]]
-        for at, place in index.candidates(some):
-            both, example = weigh.all(words[place] & some[at]), training[start + at]
-            together = whole[place] + weigh.all(some[at]) - both
-            better = both * most[place][1] > most[place][0] * together
-            if better and both >= limit * together and _answers_agree(rows[place], example, weigh, limit):
-                found[place], most[place] = start + at, (both, together)
+
+    def alike(some: Sequence[Example], start: int) -> list[tuple[int, int, int, int]]:
+        said = [_words(_messages(example)) for example in some]
+        near = []
+        for at, place in index.candidates(said):
+            both = weigh.all(words[place] & said[at])
+            together = whole[place] + weigh.all(said[at]) - both
+            if both >= limit * together and _answers_agree(rows[place], some[at], weigh, limit):
+                near.append((place, start + at, both, together))
+        return near
+
+    for place, at, both, together in chain.from_iterable(in_parts(training, alike)) if index.number else ():
+        if both * most[place][1] > most[place][0] * together:
+            found[place], most[place] = at, (both, together)
     return dict(sorted(found.items()))
 
 

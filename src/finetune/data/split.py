@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from finetune.data.shape import Example
-from finetune.data.stored import pick
+from finetune.data.stored import in_parts, pick
 from finetune.records import Document
 
 
@@ -32,9 +32,11 @@ def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[S
     """
     if not fraction > 0 or not examples:
         return examples, ()
-    orders = bytearray()
-    for example in examples:
-        orders += hashlib.sha256(f"{seed}:{content_key(example)}".encode()).digest()
+
+    def orders_of(some: Sequence[Example], start: int) -> bytes:
+        return b"".join(hashlib.sha256(f"{seed}:{content_key(each)}".encode()).digest() for each in some)
+
+    orders = b"".join(in_parts(examples, orders_of))
     # Of 32 bytes beside 32, zeros at the end, which NumPy leaves out, decide nothing.
     distinct, place = np.unique(np.frombuffer(orders, "S32"), return_inverse=True)
     held = place < min(max(round(fraction * len(distinct)), 1), len(distinct) - 1)

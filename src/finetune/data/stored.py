@@ -2,6 +2,7 @@
 
 import marshal
 import os
+import pickle
 import tempfile
 import weakref
 from array import array
@@ -9,17 +10,22 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, islice
+from math import ceil
 from typing import Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.processes import on_all_cores
 from finetune.records import Conversation, Document, Message, TokenizedRow
 
 T = TypeVar("T")
+V = TypeVar("V")
 R = TypeVar("R", bound=Conversation | Document | TokenizedRow)
 IN_MEMORY = 10_000
 """Fewer rows are kept as they are."""
+PART = 1000
+"""Rows that one core takes at once."""
 _TOGETHER = 16
 """Rows that are read at once: one after the other they are read fast, and any single one soon enough."""
 
@@ -106,6 +112,19 @@ def join(*parts: Sequence[T]) -> Sequence[T]:
 def pick(rows: Sequence[T], places: Sequence[int]) -> Sequence[T]:
     """Those at these places: as they are where they are in memory."""
     return tuple(map(rows.__getitem__, places)) if in_memory(rows) else View(places, rows.__getitem__)
+
+
+def in_parts(rows: Sequence[T], work: Callable[[Sequence[T], int], V]) -> Iterator[V]:
+    """What `work` says of each `PART` of the rows, and where it begins, in order; of many rows, all cores do it."""
+    count = ceil(len(rows) / PART)
+
+    def said_of(part: int) -> V:
+        return work(rows[part * PART : (part + 1) * PART], part * PART)
+
+    if in_memory(rows):
+        yield from map(said_of, range(count))
+    else:  # a child of ours writes it
+        yield from map(pickle.loads, on_all_cores(lambda part: pickle.dumps(said_of(part)), count))
 
 
 def in_memory(rows: Sequence[Any]) -> bool:

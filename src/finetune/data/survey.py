@@ -2,13 +2,14 @@
 
 import hashlib
 import marshal
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from finetune.data.shape import Example
+from finetune.data.stored import in_parts
 from finetune.records import Conversation
 
 AnswerKind = Literal["exact", "open"]
@@ -79,18 +80,9 @@ def answer_kind(repeats: Repeats) -> AnswerKind:
     return "exact" if repeats.exact >= _EXACT_SHARE * repeats.rows and not several else "open"
 
 
-def survey_repeats(examples: Iterable[Example]) -> Repeats:
+def survey_repeats(examples: Sequence[Example]) -> Repeats:
     """Count rows that are repeated, and prompts whose answers differ; of each row no more than hashes is kept."""
-    rows, pairs, short = bytearray(), bytearray(), bytearray()
-    for example in examples:
-        if isinstance(example, Conversation):
-            said = [(turn.role, turn.content, turn.more, turn.trained) for turn in example.messages]
-            prompt = _digest(said[:-1])
-            pairs += prompt + _digest(example.answer)
-            rows += _digest((prompt, said[-1:]))
-            short.append(len(example.answer.split()) <= SHORT_ANSWER)
-        else:
-            rows += _digest(example.text)
+    rows, pairs, short = map(b"".join, zip(*in_parts(examples, _hashes), strict=True)) if examples else (b"", b"", b"")
     said_by = np.frombuffer(pairs, _DIGEST)[1::2]
     _, place, again = np.unique(said_by, return_inverse=True, return_counts=True)
     often = again[place] >= max(3, len(short) // 20)
@@ -105,6 +97,21 @@ def survey_repeats(examples: Iterable[Example]) -> Repeats:
         prompts=len(answers),
         exact=int((often | np.frombuffer(short, np.bool_)).sum()),
     )
+
+
+def _hashes(examples: Sequence[Example], start: int) -> tuple[bytes, bytes, bytes]:
+    """A digest of each row; of each conversation's prompt and answer two; and whether the answer is short."""
+    rows, pairs, short = bytearray(), bytearray(), bytearray()
+    for example in examples:
+        if isinstance(example, Conversation):
+            said = [(turn.role, turn.content, turn.more, turn.trained) for turn in example.messages]
+            prompt = _digest(said[:-1])
+            pairs += prompt + _digest(example.answer)
+            rows += _digest((prompt, said[-1:]))
+            short.append(len(example.answer.split()) <= SHORT_ANSWER)
+        else:
+            rows += _digest(example.text)
+    return bytes(rows), bytes(pairs), bytes(short)
 
 
 def _digest(said: Any) -> bytes:

@@ -1,6 +1,5 @@
 """The campaign: the clean trainer over many seeds, then every fault in a process of its own, and what was killed."""
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -199,11 +198,6 @@ def on_ray(work: Callable[[_Task], _Result], tasks: Iterable[_Task]) -> Iterator
     finally:
         if ours:
             ray.shutdown()
-
-
-def workers_here() -> int:
-    """How many faults are judged at once where nobody says."""
-    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def result_of(fault: Fault, run: FaultRun, clean: FaultRun, tier: int = 1) -> FaultResult:
