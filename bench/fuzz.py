@@ -2,8 +2,8 @@
 
 A case is a command, and a file that it reads (or an argument, or a variable of the environment) that is cut off,
 nested, huge, of the wrong type, no file, or holds what nobody meant. It ends well where `ft` gives an exit code of its
-own within bounds of time and memory, without a traceback, and nothing outside its folder is touched or executed. Each
-failure is told with the number that `--only` makes again.
+own within bounds of time and memory, without a traceback, nothing outside its folder is touched or executed, and no
+file and no line holds a secret of the environment. Each failure is told with the number that `--only` makes again.
 """
 
 import argparse
@@ -25,12 +25,20 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fuzz_cases import COMMANDS, SUBJECT, TEMPLATE, TRAINED, Case, make_case
+from fuzz_cases import COMMANDS, SOUND, SUBJECT, TEMPLATE, TRAINED, Case, make_case
 
 PROCESSOR_SECONDS = 30
 SECONDS = 180
 MOST_BYTES = 2 * 10**9
 CODES = (0, 1, 2, 3, 4, 130)
+CANARY = "canary-4c1e77d09b"
+LOGIN = f"http://me:{CANARY}@127.0.0.1:1"
+SECRETS = {
+    **dict.fromkeys(("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD"), CANARY),
+    **dict.fromkeys(("OLLAMA_HOST", "HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "WANDB_BASE_URL"), LOGIN),
+    "MLFLOW_TRACKING_URI": f"{LOGIN}/?token={CANARY}",
+}
+"""What a user's environment may hold, and nothing may tell."""
 
 
 def ft(*words: str, folder: Path) -> None:
@@ -180,28 +188,42 @@ def _be(case: Case, place: Path, said: Path) -> None:
         os._exit(code)
 
 
-def fuzz(numbers: list[int], seed: int, folder: Path) -> Iterator[tuple[int, Case, Ending, str]]:
-    """Try these cases, each in a place that is sound but for what the case damages."""
+def sound_case(number: int) -> Case:
+    """One of the commands as it is."""
+    name = tuple(SOUND)[number]
+    return Case(tuple(word.replace("{secret}", CANARY) for word in SOUND[name]), {}, name)
+
+
+def fuzz(numbers: list[int], seed: int | None, folder: Path) -> Iterator[tuple[int, Case, Ending, str]]:
+    """Try these cases, each in a place that is sound but for what the case damages; without a seed, nothing is."""
     import finetune.cli.app  # noqa: F401  # what every command needs is imported once
 
     place, sound = folder / "place", folder / "sound"
-    os.environ |= {"HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= SECRETS
+    os.environ |= {"HOME": str(folder / f"home-{CANARY}"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     make_place(place)
     shutil.copytree(place, sound)
-    outside, around = _seen(place / "outside"), {"place", "sound", "home", "place.said"}
+    outside, around = _seen(place / "outside"), {"place", "sound", f"home-{CANARY}", "place.said"}
     for number in numbers:
         shutil.rmtree(place)
         shutil.copytree(sound, place)
-        case = make_case(seed, number, place)
+        case = sound_case(number) if seed is None else make_case(seed, number, place)
         ending = run(case, place)
         wrong = ending.wrong()
         if _seen(place / "outside") != outside or {each.name for each in folder.iterdir()} - around:
             wrong = "what lies outside was touched"
+        elif CANARY in ending.said or any(_tells(each) for each in place.rglob("*")):
+            wrong = "a secret was told"
         yield number, case, ending, wrong
 
 
 def _seen(folder: Path) -> dict[str, bytes]:
     return {each.name: each.read_bytes() for each in folder.iterdir()}
+
+
+def _tells(file: Path) -> bool:
+    """Whether a file holds the secret; what is far larger than any that is written was put there by the case."""
+    return file.is_file() and file.stat().st_size < 10**8 and CANARY.encode() in file.read_bytes()
 
 
 def main() -> int:
@@ -210,12 +232,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--only", type=int, action="append", help="this case alone, with all that it says")
+    parser.add_argument("--sound", action="store_true", help="each command once, and nothing is damaged")
     parser.add_argument("--first", type=int, default=0, help="the number to begin with")
     given = parser.parse_args()
-    numbers = given.only or list(range(given.first, given.first + given.count))
+    seed, count = (None, len(SOUND)) if given.sound else (given.seed, given.count)
+    numbers = given.only or list(range(given.first, given.first + count))
     ends: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        for number, case, ending, wrong in fuzz(numbers, given.seed, Path(folder)):
+        for number, case, ending, wrong in fuzz(numbers, seed, Path(folder)):
             ends[wrong or f"code {ending.code}"] += 1
             if sys.stderr.isatty() or sum(ends.values()) % 50 == 0:
                 print(f"{sum(ends.values())} of {len(numbers)}", file=sys.stderr, flush=True)
@@ -228,7 +252,7 @@ def main() -> int:
                     sep="\n",
                     flush=True,
                 )
-    print(json.dumps({"seed": given.seed, "cases": len(numbers), "ends": ends}))
+    print(json.dumps({"seed": seed, "cases": len(numbers), "ends": ends}))
     return int(not all(end.startswith("code ") and int(end[5:]) in CODES for end in ends))
 
 

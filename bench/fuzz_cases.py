@@ -63,6 +63,18 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "subject": ("verify", "--subject", "subject.toml", "--law", "mask.answers"),
     "baseline": ("verify", "--subject", "reference", "--law", "config.rows", "--baseline", "known.json"),
 }
+SOUND: dict[str, tuple[str, ...]] = {
+    **COMMANDS,
+    "init": ("init", "begun"),
+    "tracked": ("train", *TRAINED, "--output", "tracked", "--set", "tracking.to=[mlflow]"),
+    "deploy": ("deploy", "run", "--name", "mine"),
+    "push away": ("push", "run", "me/mine", "--force"),
+    "verify": (*("verify", "--subject", "reference", "--law", "config.rows"), "--junit", "j.xml", "--sarif", "s.sarif"),
+    "model by address": ("check", "--model", "https://me:{secret}@host.invalid/model?token={secret}"),
+    "data by address": ("check", "--data", "https://me:{secret}@host.invalid/rows.jsonl?token={secret}"),
+    "train by address": ("train", *QUICK, "--data", "https://me:{secret}@host.invalid/rows.jsonl", "--output", "other"),
+}
+"""Commands that nothing is damaged for; `{secret}` is one that a user types."""
 READ: dict[str, tuple[str, ...]] = {
     "model/*": ("check", "estimate", "train", "chat", "judge", "resume", "evaluate", "export", "merge"),
     "rows.jsonl": ("check", "train", "resume", "longer", "judge", "evaluate"),

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 
 _SECRET_NAME = re.compile(r"(?i)(token|secret|passw|api_?key|credential)")
-_LOGIN = re.compile(r"(?<=://)[^\s/@'\"]+@")
+_LOGIN = re.compile(r"(\w\w:/{1,2})[^\s/@'\"]+@")  # of an address that was taken for a path one slash is left
 _ASKED = re.compile(r"(?i)([?&](?:[\w.-]*(?:token|secret|passw|key|sig)[\w.-]*)=)[^\s&#'\"]+")
 _SHORTEST = 8
 
@@ -31,7 +31,7 @@ def in_a_line(text: str) -> str:
 
 def without_secrets(text: str, environ: Mapping[str, str] | None = None) -> str:
     """The text without logins in addresses, keys that are asked with, and values of the environment that are secret."""
-    text = _ASKED.sub(r"\1***", _LOGIN.sub("***@", text))
+    text = _ASKED.sub(r"\1***", _LOGIN.sub(r"\1***@", text))
     for name, value in (os.environ if environ is None else environ).items():
         if _SECRET_NAME.search(name) and len(value) >= _SHORTEST:
             text = text.replace(value, "***")

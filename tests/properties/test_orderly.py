@@ -111,7 +111,8 @@ def test_what_is_said_holds_no_secret_and_no_escape(capsys: pytest.CaptureFixtur
     assert CANARY not in said
     assert "\x1b" not in said
     assert "http://***@host/a?token=***&b=1" in said
-    kept = "http://host:80/a?b=1 me@host a@b: c://d"
+    assert without_secrets(f"data file https:/me:{CANARY}@host/a is", {}) == "data file https:/***@host/a is"
+    kept = "http://host:80/a?b=1 me@host a@b: c://d /a:/b c:/d"
     assert without_secrets(kept, {"TOKEN": "1", "PATH": "http://host"}) == kept
 
 

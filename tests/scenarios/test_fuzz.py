@@ -37,6 +37,23 @@ def test_damaged_input_ends_in_no_traceback_and_in_no_hang() -> None:
     assert set(counts["ends"]) <= {f"code {number}" for number in (0, 1, 2, 3, 4, 130)}
 
 
+UNHIDDEN = """
+import finetune.words
+finetune.words.without_secrets = lambda text, environ=None: text
+"""
+
+
+def test_no_command_tells_a_secret(tmp_path: Path) -> None:
+    """What the environment, the home folder's path, addresses and arguments hold is in no file and no line of any."""
+    code, said, counts = fuzz("--sound")
+    assert code == 0, said
+    assert sum(counts["ends"].values()) == counts["cases"] > 30
+    (tmp_path / "sitecustomize.py").write_text(UNHIDDEN)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    code, _, counts = fuzz("--sound", "--only", str(counts["cases"] - 1), PYTHONPATH=path)
+    assert (code, counts["ends"]) == (1, {"a secret was told": 1})
+
+
 def test_what_ends_badly_is_told_and_comes_again(tmp_path: Path) -> None:
     """A bug that is planted fails the run; the number that is told makes the same case again, alone."""
     (tmp_path / "sitecustomize.py").write_text(PLANTED)

@@ -1,7 +1,7 @@
 """`ft check`: every problem at once, before anything is loaded."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import TextWrapper
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +11,7 @@ import typer
 from finetune.cli.console import data_console, print_data, print_json
 from finetune.cli.options import AsJson, ConfigFiles, ConfigOptions, with_settings
 from finetune.errors import ConfigError, FineTuneError, Problem
+from finetune.words import without_secrets
 
 if TYPE_CHECKING:
     from finetune.chat.preview import Shown
@@ -67,7 +68,7 @@ def command(
     """
     paths: list[Path | None] = list(configs) if configs else [None]
     count = int(len(paths) == 1) if show is None else show
-    found = [_check(path, settings, count) for path in paths]
+    found = [_without_secrets(_check(path, settings, count)) for path in paths]
     if json_output:
         listed = [
             {"file": each.path and str(each.path), "what": problem.what, "where": problem.where, "hint": problem.hint}
@@ -86,6 +87,11 @@ def command(
             for row, tokens in each.rows:
                 _print_row(row, tokens)
     return min((each.code for each in found if each.code), default=0)
+
+
+def _without_secrets(checked: _Checked) -> _Checked:
+    problems = [Problem(*map(without_secrets, (each.what, each.where, each.hint))) for each in checked.problems]
+    return replace(checked, problems=problems)
 
 
 def _print_run(outlook: "RunForecast", *, whole: bool) -> None:
