@@ -295,6 +295,8 @@ def variables_of(row: Row) -> str:
     own, documents = row.values.get("chat_template_kwargs") or {}, row.values.get("documents")
     if not isinstance(own, dict) or any(name in ("messages", "tools", "add_generation_prompt") for name in own):
         raise RowError(row.where, f"'chat_template_kwargs' must set variables by name, found {str(own)[:60]!r}")
+    if not own and not documents:
+        return ""
     # A Parquet file gives every row every name that any of them has.
     given = {name: value for name, value in own.items() if value is not None}
     return as_json(given | ({"documents": documents} if documents else {}), row.where)

@@ -5,6 +5,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -274,7 +275,12 @@ class _KeyTwiceError(ValueError):
 
 def load_json(text: str) -> Any:
     """What a JSON text holds; an object that names a key twice is refused with a ValueError."""
-    return json.loads(text, object_pairs_hook=_without_repeats)
+    return _decoder().decode(text)
+
+
+@cache
+def _decoder() -> json.JSONDecoder:
+    return json.JSONDecoder(object_pairs_hook=_without_repeats)
 
 
 def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def shape_rows(
                 continue
             account.shapes[layout.shape] += 1
             account.told |= layout.told
-            reason = "weight 0" if learned is False else _unfit(example) or _unfit(_other_side(example))
+            reason = "weight 0" if learned is False else _unfit(example) or _other_unfit(example)
             if reason:
                 dropped[reason] += 1
                 account.places.setdefault(reason, example.where)
@@ -224,7 +224,9 @@ def _read(row: Row, layout: Layout) -> tuple[Example, bool | None]:
         messages = _with_thought(_with_system(example.messages, row, columns), row, columns)
         if tools and layout.shape != "chat":
             messages = _with_calls(messages, tools, row.where)
-        example = replace(example, messages=messages, tools=tools, variables=variables_of(row))
+        variables = variables_of(row)
+        if tools or variables or messages is not example.messages:  # most rows have nothing beside them
+            example = replace(example, messages=messages, tools=tools, variables=variables)
     learned = learned_of(row, ROW_MARKS)
     if "train" in columns and mark_of(row, columns["train"]) is False:
         learned = False
@@ -278,18 +280,21 @@ def _unfit(example: Example) -> str:
         return "" if example.text.strip() else "empty text"
     if not example.messages or example.messages[-1].role != "assistant":
         return "no answer at the end"
+    said = example.messages[-1].content.strip()
+    if not any(message.more for message in example.messages):
+        return "" if said else "empty answer"
     more = [json.loads(message.more) if message.more else {} for message in example.messages]
     thinks = (set(THOUGHTS) & each.keys() for each in more)
     if any(beside and "<think>" in each.content for beside, each in zip(thinks, example.messages, strict=True)):
         return "a thought in <think> and one beside it"
-    return "" if example.messages[-1].content.strip() or _SAID & more[-1].keys() else "empty answer"
+    return "" if said or _SAID & more[-1].keys() else "empty answer"
 
 
-def _other_side(example: Example) -> Example:
-    """A pair with its rejected answer as the last turn; anything else as it is."""
+def _other_unfit(example: Example) -> str:
+    """Why a pair teaches nothing with its rejected answer as the last turn; "" where it does, or is none."""
     if isinstance(example, Document) or example.rejected is None:
-        return example
-    return replace(example, messages=(*example.messages[:-1], example.rejected))
+        return ""
+    return _unfit(replace(example, messages=(*example.messages[:-1], example.rejected)))
 
 
 def _parse_preference(row: Row, columns: Mapping[str, str]) -> Conversation:
@@ -329,16 +334,21 @@ def _parse_alpaca(row: Row, columns: Mapping[str, str]) -> Conversation:
 
 def _parse_prompt_completion(row: Row, columns: Mapping[str, str]) -> Conversation:
     prompt, completion = columns["prompt"], columns["completion"]
-    found = _asked(row, columns, side_of(row, prompt, "user"), side_of(row, completion, "assistant"))
-    text = all(isinstance(row.values.get(name), str) for name in (prompt, completion))
-    return replace(found, from_text=text and "history" not in columns)
+    text = isinstance(row.values.get(prompt), str) and isinstance(row.values.get(completion), str)
+    asked, answer = side_of(row, prompt, "user"), side_of(row, completion, "assistant")
+    return _asked(row, columns, asked, answer, from_text=text and "history" not in columns)
 
 
 def _asked(
-    row: Row, columns: Mapping[str, str], asked: tuple[Message, ...], answer: tuple[Message, ...]
+    row: Row,
+    columns: Mapping[str, str],
+    asked: tuple[Message, ...],
+    answer: tuple[Message, ...],
+    *,
+    from_text: bool = False,
 ) -> Conversation:
     history = history_of(row, columns["history"]) if "history" in columns else ()
-    return Conversation(history + asked + answer, row.where)
+    return Conversation(history + asked + answer, row.where, from_text=from_text)
 
 
 def _parse_chat(row: Row, columns: Mapping[str, str]) -> Conversation:
