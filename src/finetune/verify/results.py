@@ -20,7 +20,7 @@ SEVERITIES: Mapping[Severity, tuple[str, ...]] = {
     ),
     "unsafe": ("safety", "template.inert", "protocol.inside"),
     "robustness": (
-        *("config", "seed", "memory", "protocol", "run", "refuse"),
+        *("config", "seed", "memory", "protocol", "run", "refuse", "adapter.placeless"),
         *("cache.found", "packing.shares", "order.same", "order.seeds", "split.same", "store.answers", "store.code"),
     ),
 }

@@ -83,3 +83,22 @@ class Shared(Recipe):
 
 PACKING_APART = st.builds(Shared, rows=st.lists(token_rows(9), min_size=2, max_size=3).map(tuple))
 BATCHES_SIZES = _packed([False, True])
+
+
+class PackedTexts(Packed):
+    """Plain texts that share sequences."""
+
+    @property
+    def values(self) -> list[dict[str, str]]:
+        """The answers alone, as texts."""
+        return [{"text": row.completion} for row in self.rows]
+
+
+PACKING_TEXTS = st.builds(
+    PackedTexts,
+    rows=rows_of(2, 5),
+    packing=st.sampled_from([True]),
+    length=st.integers(100, 200),
+    batch_size=st.integers(1, 2),
+    accumulation=st.integers(1, 2),
+)

@@ -319,3 +319,12 @@ def _remarked(draw: st.DrawFn) -> Remarked:
 
 
 ROWS_REMARKS = _remarked()
+
+
+class Neighbours(Shuffled):
+    """Rows of one length, so many of which share a batch."""
+
+    size: Annotated[int, Field(ge=2, le=4)]
+
+
+NEIGHBOURS = st.builds(Neighbours, rows=st.just(_TWELVE), seed=st.sampled_from([0, 7]), size=st.sampled_from([2, 3]))

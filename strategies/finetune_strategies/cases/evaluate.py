@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from finetune_strategies.cases.learned import MODELS, QUICK, WIDE
-from finetune_strategies.cases.rows import TINY, Pair, Rows, rows_of
+from finetune_strategies.cases.rows import TEXTS, TINY, Pair, Rows, rows_of
 from finetune_strategies.recipes import ModelRecipe, Recipe
 
 
@@ -92,4 +92,41 @@ class Spelling(Recipe):
 
 SPELLINGS = st.builds(
     Spelling, theta=st.sampled_from([10.0, 500_000.0]), key=st.sampled_from(["rope_theta", "rope_parameters"])
+)
+
+
+class Overlong(Rows):
+    """Held-out rows, what is done with those that are too long, and how far below the longest the limit is."""
+
+    policy: Literal["drop", "truncate_prompt"]
+    below: Annotated[int, Field(ge=1)]
+
+
+_SHORT = Pair(prompt="a", completion="b")
+_LONGER = st.builds(Pair, prompt=TEXTS.map(lambda text: f"longer than that: {text}"), completion=TEXTS)
+EVALUATE_LIMIT = st.builds(
+    Overlong,
+    rows=_LONGER.map(lambda row: (_SHORT, row)),
+    policy=st.sampled_from(["drop", "truncate_prompt"]),
+    below=st.integers(1, 9),
+)
+
+
+class Crowd(Recipe):
+    """Prompts of one length, asked over and over: so many questions in all."""
+
+    prompts: Annotated[tuple[tuple[int, int, int], ...], Field(min_length=2, max_length=5, strict=False)]
+    count: Annotated[int, Field(ge=1, le=300)]
+
+    @property
+    def questions(self) -> list[list[int]]:
+        """The questions in their order."""
+        return [list(self.prompts[number % len(self.prompts)]) for number in range(self.count)]
+
+
+_THREE = st.tuples(*[st.integers(6, 255)] * 3)
+GENERATE_MANY = st.builds(
+    Crowd,
+    prompts=st.lists(_THREE, min_size=3, max_size=5, unique=True).map(tuple),
+    count=st.sampled_from([130, 67, 33]),
 )

@@ -106,3 +106,19 @@ class Typed(Learned):
 TYPED = st.builds(
     Typed, rows=ONE_ROW, model=MODELS, outtype=st.sampled_from(["f16", "q8_0", "f32"]), kind=st.just(DEFAULT_KIND)
 )
+
+
+class Constants(Recipe):
+    """A model, how long a text it reads, and what its norms add."""
+
+    model: ModelRecipe
+    context: Annotated[int, Field(ge=64)]
+    epsilon: Annotated[float, Field(gt=0, lt=1)]
+
+
+EXPORT_CONSTANTS = st.builds(
+    Constants,
+    model=st.sampled_from([WIDE, TINY, ModelRecipe(heads=6, kv_heads=2, head_size=6)]),
+    context=st.sampled_from([8192, 100]),
+    epsilon=st.sampled_from([1e-6, 3e-4]),
+)

@@ -76,3 +76,14 @@ GRADIENT_RECOMPUTED = st.builds(
     dropout=st.sampled_from([0.5, 0.0]),
 )
 DROPOUT_ACTS = st.builds(Rows, rows=st.lists(PAIRS, min_size=2, max_size=2, unique=True).map(tuple))
+
+
+class Spared(FirstStep):
+    """A token row to take the first step on, with an adapter of a kind, and the share that dropout takes."""
+
+    dropout: Annotated[float, Field(gt=0, lt=1)]
+
+
+DROPOUT_SPARES = st.builds(
+    Spared, row=token_rows(12), kind=st.sampled_from(["lora", "dora"]), dropout=st.sampled_from([0.5, 0.1])
+)

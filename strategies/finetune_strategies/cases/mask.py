@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from finetune_strategies.cases.dialogues import RICH, Dialogue, dialogues
-from finetune_strategies.cases.rows import TEXTS, IdRow, Pair, Rows, rows_of
+from finetune_strategies.cases.rows import TEXTS, IdRow, Pair, Rows, rows_of, token_rows
 from finetune_strategies.recipes import FEWEST_WORDS, Recipe
 
 
@@ -134,3 +134,29 @@ def _any_rows(draw: st.DrawFn) -> Batched:
 
 
 MASK_MEASURED = _any_rows()
+
+
+class Sized(Recipe):
+    """A limit of length; of two texts one reaches it, and one is a token longer."""
+
+    most: Annotated[int, Field(ge=8, le=50_000)]
+
+
+MASK_LIMITS = st.builds(Sized, most=st.sampled_from([40_000, 8, 33_000]))
+
+
+class Untaught(Recipe):
+    """A row, and one beside it of which nothing is to be learned, before it or after it."""
+
+    row: IdRow
+    other: IdRow
+    first: bool
+
+    @property
+    def values(self) -> list[dict[str, Any]]:
+        """Both rows as a question has them."""
+        silent = {**self.other.value, "targets": [False] * len(self.other.ids)}
+        return [silent, self.row.value] if self.first else [self.row.value, silent]
+
+
+MASK_NONE = st.builds(Untaught, row=token_rows(9), other=token_rows(14), first=st.booleans())

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from finetune.adapters.kinds import ADAPTER_KINDS
 from finetune.records import DEFAULT_KIND
+from finetune_strategies.cases.adapter import Spoilt
 from finetune_strategies.cases.learned import ONE_ROW, Learned, learned
 from finetune_strategies.cases.rows import one_of
 from finetune_strategies.recipes import CONTROL_TOKENS
@@ -53,3 +54,6 @@ class Large(Learned):
 
 MERGE_OVERFLOW = st.builds(Large, rows=ONE_ROW, size=st.sampled_from([7e4, 6e4]))
 MERGE_TIED_APART = st.builds(Learned, rows=ONE_ROW)
+MERGE_DAMAGED = st.builds(
+    Spoilt, rows=ONE_ROW, how=st.sampled_from(["moved", "missing", "reshaped", "renamed"]), which=st.just(0)
+)

@@ -57,12 +57,21 @@ SAFETY_FILES = st.builds(Elsewhere, kind=st.sampled_from(["above", "absolute", "
 
 
 class Code(Recipe):
-    """Which class a model's config names in a file of its own."""
+    """Which class a model's files name in a file of its own, and how they name that."""
 
     name: Literal["AutoModelForCausalLM", "AutoConfig", "AutoTokenizer"]
+    key: Literal["auto_map", "model_file", "of the tokenizer"] = "auto_map"
 
 
-SAFETY_CODE = st.builds(Code, name=st.sampled_from(["AutoModelForCausalLM", "AutoConfig", "AutoTokenizer"]))
+SAFETY_CODE = st.sampled_from(
+    [
+        Code(name="AutoModelForCausalLM"),
+        Code(name="AutoModelForCausalLM", key="model_file"),
+        Code(name="AutoTokenizer", key="of the tokenizer"),
+        Code(name="AutoConfig"),
+        Code(name="AutoTokenizer"),
+    ]
+)
 
 
 class Configured(Recipe):

@@ -1,6 +1,6 @@
 """Conversations, plain texts and beginnings, each with its template."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from hypothesis import strategies as st
 from pydantic import Field
@@ -186,3 +186,26 @@ class Ended(Rows):
 
 TEMPLATE_STOPS = st.builds(Ended, rows=rows_of(1, 2), template=st.sampled_from(_TEMPLATES))
 TEMPLATE_TRAVELS = st.builds(Ended, rows=rows_of(1, 1), template=st.sampled_from(("alpaca", "chatml")))
+
+
+Block = Literal["image", "image_url", "input_audio", "thinking", "document"]
+
+
+class Blocked(Recipe):
+    """A pair of which the question or the answer has a part that is no plain text, with a word in it."""
+
+    pair: Pair
+    block: Block
+    asked: bool
+    word: Literal["Xylographie"] = "Xylographie"
+
+    @property
+    def value(self) -> dict[str, Any]:
+        """The row as a data file has it."""
+        texts = [("user", self.pair.prompt), ("assistant", self.pair.completion)]
+        parts = [[{"type": "text", "text": text}] for _, text in texts]
+        parts[not self.asked].append({"type": self.block, self.block: self.word})
+        return {"messages": [{"role": role, "content": part} for (role, _), part in zip(texts, parts, strict=True)]}
+
+
+BLOCKED = st.builds(Blocked, pair=PAIRS, block=st.sampled_from(get_args(Block)), asked=st.booleans())

@@ -1,7 +1,7 @@
 """Short runs, their schedules and seeds."""
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from hypothesis import strategies as st
 from pydantic import Field
@@ -126,6 +126,34 @@ SCHEDULE_CLOSED_FORM = st.builds(
     rows=rows_of(3, 3),
     accumulation=st.sampled_from([3, 2]),
     epochs=st.just(5),
-    warmup=st.sampled_from([2, 0]),
+    warmup=st.sampled_from([3, 0, 2]),
     schedule=st.sampled_from(["linear", "cosine", "constant"]),
+)
+
+
+class Moved(Learned):
+    """A run, and the format in which its base computes."""
+
+    dtype: Literal["float32", "bfloat16"]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of the kind, the format, and a rate that half precision would lose beside weights of 1."""
+        return {**super().settings, "model.dtype": self.dtype, "training.learning_rate": 1e-3}
+
+
+TRAIN_MOVES = st.builds(
+    Moved, rows=ONE_ROW, kind=st.sampled_from(list(ADAPTER_KINDS)), dtype=st.sampled_from(["float32", "bfloat16"])
+)
+
+
+class Watched(Rows):
+    """Rows to train on, and one to look at on the way."""
+
+    watched: Pair
+    seed: Annotated[int, Field(ge=0)]
+
+
+TRAIN_UNDISTURBED = st.builds(
+    Watched, rows=rows_of(2, 2), watched=st.just(Pair(prompt="q", completion="zz")), seed=st.sampled_from([0, 3])
 )

@@ -17,6 +17,7 @@ from finetune.backends.reference import session as reference
 from finetune.backends.reference.adapter import ReferenceAdapter
 from finetune.backends.reference.model import Array
 from finetune.errors import ModelError
+from finetune.evidence import saved
 from finetune.ports import Session
 from finetune.records import ModelShape
 from finetune.training import prepare
@@ -145,3 +146,26 @@ def _saved_in_half(settings: dict[str, object], tensors: dict[str, Tensor]) -> N
     """An adapter is saved in half precision and comes back rounded."""
     for name, tensor in tensors.items():
         tensors[name] = tensor.astype(np.float16).astype(tensor.dtype)
+
+
+@fault("A088", "tok.new_rows_misplaced", "LLaMA-Factory #10547")
+@in_place_of("choose_rows", prepare)
+def _other_rows_move(right: Callable[..., Rows], *given: object) -> Rows:
+    """The rows that are learned are those beside the rows of the tokens that are to be."""
+    return {table: tuple(row - 1 for row in rows) for table, rows in right(*given).items()}
+
+
+@fault("A194", "adapter.saved_empty", "PEFT #2500, accelerate #3508")
+@planted_by(_in_files)
+def _saved_empty(settings: dict[str, object], tensors: dict[str, Tensor]) -> None:
+    """Every tensor of an adapter is there, and its numbers lay in another process: all are zero."""
+    for tensor in tensors.values():
+        tensor[...] = 0
+
+
+@fault("A195", "adapter.names_a_place")
+def _names_a_place() -> None:
+    """An adapter says where on this machine its base lies."""
+    session = import_module(f"finetune.backends.{backend_under_judgement()}.session")
+    plant(session, "public_name", lambda right, location: str(location.folder))
+    plant(saved, "without_places", lambda right, content, base="": content)

@@ -103,3 +103,17 @@ def _padding_is_seen(pad: int, batch: Batch, ids: Ids, here: Places, starts: Ids
         room = ids.shape[1] - sum(len(row.ids) for row in sequence)
         ids[index], here[index] = np.roll(ids[index], room), np.roll(here[index], room)
     return shifted(ids, here, np.zeros_like(starts))
+
+
+@fault("A106", "pack.texts_run_together")
+@in_place_of("pack_rows", batching)
+def _texts_run_together(right: Packing, rows: Sequence[TokenizedRow], length: int, **named: object) -> Sequences:
+    """Plain texts that share a sequence are one text in it; conversations are kept apart."""
+
+    def joined(sequence: tuple[TokenizedRow, ...]) -> tuple[TokenizedRow, ...]:
+        if not all(isinstance(row, TokenizedRow) and all(row.trained[1:]) for row in sequence):
+            return sequence
+        ids, marks = (sum(parts, ()) for parts in zip(*((row.ids, row.trained) for row in sequence), strict=True))
+        return (replace(sequence[0], ids=ids, trained=marks),)
+
+    return [joined(sequence) for sequence in right(rows, length, **named)]

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from finetune import train as training
+from finetune.adapters.peft_files import Layers
+from finetune.backends.reference import session as reference
+from finetune.backends.reference.adapter import ReferenceAdapter
 from finetune.backends.reference.model import Array, Backward, ReferencePass
 from finetune.config import load
 from finetune.config.keys import KEYS, PROFILE_KEY, SECTIONS
@@ -177,3 +180,12 @@ def _unknown_setting_is_ignored(right: Doing, source: load.ConfigSource, key: st
     """A misspelt setting is accepted and does nothing."""
     if key in (*SECTIONS, *KEYS, PROFILE_KEY):
         right(source, key, value)
+
+
+@fault("A010c", "config.last_blocks_only", "mlx-lm 0.32.2, PEFT #3658", backends=("reference",))
+@in_place_of("draw_adapter", reference)
+def _first_block_is_spared(
+    right: Callable[..., ReferenceAdapter], weights: Mapping[str, Array], layers: Layers, *given: object
+) -> ReferenceAdapter:
+    """An adapter sits on the last blocks alone, as many as somebody once thought enough."""
+    return right(weights, {path: sizes for path, sizes in layers.items() if ".layers.0." not in path}, *given)

@@ -244,3 +244,19 @@ def _rows_come_twice(right: Callable[..., Iterable[Row]], each: DataSet) -> Iter
     """A small source is gone through again, so that it lasts as long as the others."""
     found = list(right(each))
     return [*found, *found]
+
+
+@fault("A029b", "data.same_neighbours", "mlx-lm 0.32.2")
+@in_place_of("epoch_batches", training)
+def _batches_are_made_once(right: Dealing, *given: object, seed: int, epoch: int, **named: object) -> list[Batch]:
+    """Batches are made once, and only their order is drawn anew for an epoch."""
+    batches = list(right(*given, seed=seed, epoch=0, **named))
+    random.Random(f"{seed}-{epoch}").shuffle(batches)
+    return batches
+
+
+@fault("A033", "data.length_in_16_bits")
+@in_place_of("fit_rows", encoder)
+def _lengths_in_16_bits(right: Encoding, rows: Iterable[Marked], *, max_length: int, **named: object) -> Encoded:
+    """Lengths are kept in 16 bits, so that no row is longer than 32,767 tokens."""
+    return right(rows, max_length=min(max_length, 32_767), **named)

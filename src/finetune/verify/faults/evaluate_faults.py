@@ -8,8 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.backends.reference.session import ReferenceSession
+from finetune.chat.encoder import Encoder
 from finetune.chat.fit import Encoded
-from finetune.data.shape import Example
+from finetune.config.resolve import Plan
+from finetune.data.shape import Example, ShapedRows
 from finetune.events import Event
 from finetune.evidence import asked, observe
 from finetune.evidence import evaluate as on_file
@@ -196,3 +198,51 @@ def _loss_spread_over_prompts(
 ) -> NDArray[np.float64]:
     """On a file a row's loss is divided by all of its tokens, and not by those that are learned."""
     return right(session, rows) * [row.target_count / len(row.ids) for row in rows]
+
+
+@fault("A263b", "eval.draws_dice")
+@planted_by(plant_session, "loss")
+def _looking_draws(right: Callable[..., float], session: Session, *given: object) -> float:
+    """To take a held-out loss turns the dice on that dropout is drawn with."""
+    session.reseed(1)
+    return float(right(session, *given))
+
+
+@fault("A266", "eval.limit_ignored")
+@in_place_of("encode_held_out", prepare)
+def _held_out_without_limit(
+    right: Callable[..., Encoded | None], encoder: Encoder, plan: Plan, held: ShapedRows
+) -> Encoded | None:
+    """Held-out rows are not measured against the limit of length."""
+    tokens = plan.config.tokens.model_copy(update={"max_length": 256})
+    return right(encoder, replace(plan, config=plan.config.model_copy(update={"tokens": tokens})), held)
+
+
+@fault("A269e", "eval.first_batch_answers_all")
+@planted_by(plant_session, "generate")
+def _first_answers_again(right: Asked, session: Session, prompts: Prompts, *rest: object) -> Answers:
+    """Of questions that are more than are answered at once those beyond get the answers of the first."""
+    answers = list(right(session, prompts[:64], *rest))
+    return [answers[number % 64] for number in range(len(prompts))]
+
+
+@fault("A277", "eval.rows_run_together", "axolotl #3465")
+def _held_out_rows_run_together() -> None:
+    """Held-out rows are packed into one text, so that each sees those before it."""
+
+    def joined(batch: Batch) -> Batch:
+        ids = tuple(token for row in batch.rows for token in row.ids)
+        marks = tuple(mark and place > 0 for row in batch.rows for place, mark in enumerate(row.trained))
+        return Batch((replace(batch.rows[0], ids=ids, trained=marks),))
+
+    _fixed(lambda batches, size: [joined(batch) for batch in batches])
+
+
+@fault("A278", "eval.spread_over_prompts", "ms-swift #9152")
+@in_place_of("mean_loss", loop, observe, ours)
+def _spread_over_prompts(
+    right: Measuring, session: Session, batches: Sequence[Batch], *objective: Objective
+) -> tuple[float, int]:
+    """The held-out loss is divided by all tokens, those of prompts among them."""
+    loss, count = right(session, batches, *objective)
+    return loss * count / sum(batch.token_count for batch in batches), count

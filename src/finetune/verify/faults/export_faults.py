@@ -229,3 +229,26 @@ def _keys_lost_when_quantised(
     """What a file says of the model is lost where its weights are quantised."""
     kept = metadata if outtype in ("f32", "f16", "bf16") else {}
     return right(described, shape, source, kept, outtype)
+
+
+def _constant(ending: str, value: float) -> None:
+    """Let one of a model's constants be the same for every model."""
+
+    def described(right: Callable[..., Described], *given: object, **named: object) -> Described:
+        found: Described = right(*given, **named)
+        changed = {key: value if key.endswith(ending) else each for key, each in found.metadata.items()}
+        return replace(found, metadata=changed)
+
+    plant(gguf_source, "describe_model", described)
+
+
+@fault("A236", "gguf.epsilon_default")
+def _epsilon_default() -> None:
+    """What norms add is that of most models, whatever the config says."""
+    _constant("layer_norm_rms_epsilon", 1e-5)
+
+
+@fault("A236b", "gguf.context_default")
+def _context_default() -> None:
+    """How long a text a model reads is that of most models, whatever the config says."""
+    _constant(".context_length", 2048)

@@ -293,3 +293,54 @@ def _preference_of_means(
 def _preference_turned_round(right: Callable[..., float], *given: Any) -> float:
     """The rejected answer is preferred in the value that the loss is made of."""
     return -right(*given)
+
+
+@fault("A129b", "loss.nan_is_zero", "unsloth #6016, TRL #6668")
+def _nan_is_zero() -> None:
+    """A loss that is no number is told as 0, and its gradients are dropped."""
+
+    def accumulate(right: Losing, session: Session, *given: object) -> float:
+        loss = right(session, *given)
+        return float(loss) if math.isfinite(loss) else 0.0
+
+    def clipped(right: Losing, session: Session) -> float:
+        norm = right(session)
+        if not math.isfinite(norm):
+            put_gradients(session, {})
+        return float(norm) if math.isfinite(norm) else 0.0
+
+    plant_session("accumulate", accumulate)
+    plant_session("clip_gradients", clipped)
+
+
+@fault("A131", "lr.warmup_ignored", "unsloth #8464")
+def _warmup_ignored() -> None:
+    """Warm-up is read, and the rate is the highest from the first step on."""
+    plant(training, "LoopPlan", lambda right, **given: right(**{**given, "warmup_steps": 0}))
+
+
+@fault("A143", "lora.dropout_on_base", "axolotl #3806", backends=("reference",))
+@in_place_of("adapter_output", ReferencePass)
+def _dropout_on_base(right: Callable[..., Added], trip: ReferencePass, path: str, x: Array, weight: Array) -> Added:
+    """In a fused kernel dropout takes from what the base's layer reads as well."""
+    assert trip.adapter is not None
+    drawn, rate = trip.random, trip.adapter.target.dropout
+    if drawn is None or rate == 0:
+        return right(trip, path, x, weight)
+    keep = (drawn.random(x.shape) >= rate) / (1 - rate)
+    trip.random = None
+    try:
+        y, back = right(trip, path, x * keep, weight)
+    finally:
+        trip.random = drawn
+    return y, lambda dy: back(dy) * keep
+
+
+@fault("A151", "opt.magnitudes_stand_still", "TRL #7268", backends=("reference",))
+@in_place_of("step", ReferenceAdamW)
+def _magnitudes_stand_still(right: Doing, optimizer: ReferenceAdamW, *given: object) -> None:
+    """DoRA's magnitudes are kept in a format that has no number between them and where a step would take them."""
+    kept = {name: tensor.copy() for name, tensor in optimizer.tensors.items() if "magnitude" in name}
+    right(optimizer, *given)
+    for name, tensor in kept.items():
+        optimizer.tensors[name][...] = tensor

@@ -263,3 +263,34 @@ def _answer_counted_by_characters(
         for place in range(first + length, first + size):
             marks[place] = KEPT
         yield replace(row, marks=bytes(marks))
+
+
+@fault("A061", "mask.full_sequence", "unsloth #7054")
+@in_place_of("render", ChatTemplate)
+def _everything_is_learned(right: Rendering, template: ChatTemplate, conversation: Conversation) -> Rendered:
+    """Questions are learned as answers are, although answers alone were to be."""
+    segments = tuple(replace(each, trained=True) for each in right(template, conversation).segments)
+    return Rendered(segments, conversation.where)
+
+
+@fault("A063", "mask.turn_end_untrained", "axolotl #3756, TRL #5988")
+@in_place_of("render", ChatTemplate)
+def _ends_of_turns_are_not_learned(right: Rendering, template: ChatTemplate, conversation: Conversation) -> Rendered:
+    """What ends an answer is taken for markup, and is not learned."""
+    segments = right(template, conversation).segments
+    kept = tuple(replace(each, trained=each.trained and not each.control) for each in segments)
+    return Rendered(kept, conversation.where)
+
+
+@fault("A066", "mask.untaught_row_counts", "mlx-lm #1355, TRL #6668")
+def _untaught_rows_count() -> None:
+    """A row of which nothing is learned counts among those that a loss is the mean of."""
+
+    def share(batch: Batch) -> float:
+        return sum(row.target_count > 0 for row in batch.rows) / len(batch.rows)
+
+    def accumulate(right: Callable[..., float], session: Session, batch: Batch, weight: float, *more: object) -> float:
+        return float(right(session, batch, weight * share(batch), *more) * share(batch))
+
+    plant_session("accumulate", accumulate)
+    plant_session("loss", lambda right, session, batch, *objective: right(session, batch, *objective) * share(batch))

@@ -1,6 +1,6 @@
 """Faults of merging an adapter into its base."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from finetune.export import merged_folder as merged
 from finetune.export.model_files import ModelFiles
-from finetune.export.sources import Array, Merged
+from finetune.export.sources import AdapterWeights, Array, Merged, WeightSource
 from finetune.records import ModelShape
 from finetune.training import prepare
 from finetune.verify.faults.fault import fault, in_place_of, plant
@@ -100,3 +100,19 @@ def _overflows_in_half(right: Callable[..., bytes], files: ModelFiles, name: str
         if files.kind(name) == "F16":
             return files.source.read(name).astype("<f2").tobytes()
     return bytes(right(files, name))
+
+
+@fault("A206", "merge.tensors_passed_over", "unsloth-zoo #779")
+@in_place_of("__init__", Merged)
+def _odd_tensors_are_passed_over(
+    right: Callable[..., None], merged: Merged, base: WeightSource, adapter: AdapterWeights, transposed: Sequence[str]
+) -> None:
+    """What an adapter holds for layers that are called otherwise in the base is left out of the merged model."""
+    names = set(base.names())
+    adapter.layers = {path: parts for path, parts in adapter.layers.items() if _among(names, f"{path}.weight")}
+    adapter.whole = {name: tensor for name, tensor in adapter.whole.items() if _among(names, name)}
+    right(merged, base, adapter, transposed)
+
+
+def _among(names: Collection[str], wanted: str) -> bool:
+    return any(name == wanted or name.endswith(f".{wanted}") for name in names)

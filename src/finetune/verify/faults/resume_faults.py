@@ -289,3 +289,16 @@ def _short_write_kept(right: Callable[..., None], path: Path, fill: Callable[[Pa
             (folder / "checkpoint.json").write_text("{}", encoding="utf-8")
 
     right(path, partly)
+
+
+@fault("A178", "ckpt.saving_freezes", "ms-swift #9452")
+def _saving_freezes() -> None:
+    """What is saved on the way is frozen to be saved, and stays so."""
+    frozen: WeakSet[Session] = WeakSet()
+
+    def save(right: Callable[..., None], session: Session, folder: Path) -> None:
+        right(session, folder)
+        frozen.add(session)
+
+    plant_session("save_state", save)
+    plant_session("update", lambda right, session, rate: right(session, 0.0 if session in frozen else rate))

@@ -85,6 +85,16 @@ def _remote_code(right: Callable[..., dict[str, Any]], folder: Path) -> dict[str
     return config
 
 
+@fault("A294b", "sec.model_file_runs", "mlx-lm #1385 (CVE-2026-5843)", backends=("reference",))
+@in_place_of("read_config", backend)
+def _model_file(right: Callable[..., dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """A file that a model's config names as its code is executed."""
+    config = right(folder)
+    if "model_file" in config:
+        runpy.run_path(str(folder / config["model_file"]))
+    return config
+
+
 @fault("A295", "sec.shard_index_traversal", "transformers #47176, #46097")
 def _index_leads_out() -> None:
     """An index of weights may name a file outside the model's folder."""

@@ -337,3 +337,44 @@ def _pieces_one_by_one() -> None:
 def _every_answer_is_cut_off() -> None:
     """The text is cut before earlier answers, too, as no server cuts history."""
     in_pieces(lambda before, after: after.trained and not before.trained)
+
+
+@fault("A043", "tmpl.leading_token_dropped", "TRL #6433")
+@planted_by(in_marking)
+def _first_token_is_dropped(right: Marking, rows: Iterable[Rendered], tokenizer: FileTokenizer) -> Iterator[Marked]:
+    """The first token of the text is taken for one that a tokenizer put there, and taken away."""
+    for row in right(rows, tokenizer):
+        yield replace(row, ids=row.ids[1:], marks=row.marks[1:])
+
+
+@fault("A056c", "tmpl.thoughts_corrupted", "TRL #6363")
+@planted_by(in_conversations)
+def _thoughts_lose_a_letter(talk: Conversation) -> Conversation:
+    """What is thought before an answer lacks its last letter."""
+
+    def cut(message: Message) -> Message:
+        more = json.loads(message.more or "{}")
+        if thought := more.get("reasoning_content"):
+            more["reasoning_content"] = thought[:-1]
+        return replace(message, more=json.dumps(more, ensure_ascii=False) if more else "")
+
+    return replace(talk, messages=tuple(map(cut, talk.messages)))
+
+
+@fault("A057b", "tmpl.parts_lost")
+@in_place_of("shape_rows", reading)
+def _other_parts_are_lost(right: Shaping, rows: Sequence[Row], *given: object, **named: object) -> ShapedRows:
+    """Of content in parts those that are no text are left out, and the rest is trained on."""
+
+    def text(part: Any) -> bool:
+        return not isinstance(part, dict) or part.get("type") == "text"
+
+    def bare(message: Any) -> Any:
+        content = message.get("content")
+        return {**message, "content": [*filter(text, content)]} if isinstance(content, list) else message
+
+    def without_parts(row: Row) -> Row:
+        messages = row.values.get("messages")
+        return row if messages is None else replace(row, values={**row.values, "messages": [*map(bare, messages)]})
+
+    return right([without_parts(row) for row in rows], *given, **named)

@@ -1,16 +1,24 @@
 """Laws of adapters in files: what is loaded is what was trained, and what does not fit is refused."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
 from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
-from finetune.verify.laws.helpers import accepted, adapter_of, logits_of, refused, same_logits, train, weights_of
+from finetune.verify.laws.helpers import (
+    accepted,
+    adapter_of,
+    logits_of,
+    marks,
+    refused,
+    same_logits,
+    spoilt_adapter,
+    train,
+    weights_of,
+)
 from finetune.verify.subjects.answers import TrainableNames, Weights
 from finetune_strategies.cases import adapter as cases
 from finetune_strategies.cases.learned import Learned
@@ -36,31 +44,13 @@ def adapter_travels(trainer: SubjectClient, case: Learned) -> None:
     same_logits(found, wanted, "the logits of base and adapter")
 
 
-def _spoil(adapter: str, how: str, which: int, into: Path) -> Path:
-    """A copy of an adapter with one tensor spoilt."""
-    shutil.copytree(adapter, into)
-    file = next(into.glob("*.safetensors"))
-    tensors = load_file(file)
-    name = sorted(tensors)[which % len(tensors)]
-    if how == "added":
-        tensors[name.replace("layers.0", "layers.7")] = tensors[name]
-    else:
-        tensor = tensors.pop(name)
-        if how == "renamed":
-            tensors[f"wrong.{name}"] = tensor
-        elif how == "reshaped":
-            tensors[name] = np.ascontiguousarray(np.vstack([tensor, tensor]))
-    save_file(tensors, file)
-    return into
-
-
 @law("adapter.damaged", ["train", "logits"], cases.ADAPTER_DAMAGED, examples=8, cost=3)
 @oracle("the names and shapes of the tensors that were trained")
 def damaged_adapter_is_refused(trainer: SubjectClient, case: cases.Spoilt) -> None:
     """An adapter of which a tensor is missing, renamed, of another shape or too many is refused."""
     model = trainer.model(case.model)
     adapter = adapter_of(train(trainer, model, case.settings, case.values))
-    spoilt = str(_spoil(adapter, case.how, case.which, trainer.folder() / "adapter"))
+    spoilt = str(spoilt_adapter(adapter, case.how, case.which, trainer.folder() / "adapter"))
     found = refused(lambda: logits_of(trainer, "logits", model, settings=case.settings, adapter=spoilt))
     check(found is None, expected=f"an adapter with a tensor {case.how} is refused", got="an answer")
 
@@ -98,3 +88,27 @@ def adapter_is_complete(trainer: SubjectClient, case: Learned) -> None:
     shapes = {name: list(tensor.shape) for name, tensor in found.items()}
     for name, tensor in wanted.items():
         check(shapes.get(name) == list(tensor.shape), expected=f"{name} {list(tensor.shape)}", got=shapes.get(name))
+
+
+@law("adapter.blocks", ["initial_adapter"], cases.ADAPTER_BLOCKS, examples=5)
+@oracle("the number of blocks that the model was made with")
+def adapter_sits_on_every_block(trainer: SubjectClient, case: cases.Deep) -> None:
+    """An adapter sits on the layers that are named in every block of the model, from the first to the last."""
+    given = {**PLAIN, "adapter.target_modules": list(case.layers)}
+    model = trainer.model(ModelRecipe(layers=case.blocks))
+    file = trainer.ask("initial_adapter", Weights, model=model, settings=given).file
+    found = sorted({name.split(".lora_")[0].partition("model.layers.")[2] for name in trainer.tensors(file)})
+    places = [(block, name.rpartition(".")[2]) for block, _, name in (each.partition(".") for each in found)]
+    wanted = sorted((str(block), layer) for block in range(case.blocks) for layer in case.layers)
+    check(sorted(places) == wanted, expected=f"layers {wanted}", got=f"layers {sorted(places)}")
+
+
+@law("adapter.placeless", ["train"], cases.ADAPTER_PLACELESS, examples=3, cost=2)
+@oracle("the folders that the model and the run lie in")
+def adapter_tells_no_place(trainer: SubjectClient, case: Learned) -> None:
+    """No file of an adapter names a place on the machine that it was trained on."""
+    model = trainer.model(case.model)
+    folder = Path(adapter_of(train(trainer, model, case.settings, case.values)))
+    places = {str(place) for place in (model.parent, folder.parent)}
+    told = [name for name, content in marks(folder).items() if any(place.encode() in content for place in places)]
+    check(not told, expected="no file that names a folder of this machine", got=f"one is named in {told}")

@@ -104,6 +104,13 @@ def packed_epoch_has_every_row(trainer: SubjectClient, case: cases.Packed) -> No
         )
 
 
+@law("packing.texts", ["tokenize", "batches"], cases.PACKING_TEXTS, examples=6, cost=3)
+@oracle("the texts themselves, as the trainer's own tokenizing gives them")
+def packed_texts_are_rows(trainer: SubjectClient, case: cases.PackedTexts) -> None:
+    """Plain texts that share a sequence are rows of their own in it, each with its end, as conversations are."""
+    packed_epoch_has_every_row(trainer, case)
+
+
 @law("packing.shares", ["tokenize", "batches"], cases.PACKING_SHARES, examples=6, cost=3)
 @oracle("the lengths of the rows: the two shortest together are within the limit")
 def packing_packs(trainer: SubjectClient, case: cases.Packed) -> None:

@@ -45,6 +45,24 @@ def _orders(trainer: SubjectClient, case: cases.Shuffled, seed: int, *, epochs: 
     return [[ids for step in epoch for batch in step.micro for ids in batch.ids] for epoch in dealt.epochs]
 
 
+@law("order.neighbours", ["batches"], cases.NEIGHBOURS, examples=3, cost=2)
+@oracle("twelve rows fall into such batches in more than 10,000 ways: thrice alike once in 100 million times")
+def neighbours_change(trainer: SubjectClient, case: cases.Neighbours) -> None:
+    """Rows that share a batch are not the same in every epoch."""
+    settings = {**PLAIN, "training.batch_size": case.size, "training.seed": case.seed}
+    given = {"model": trainer.model(TINY), "settings": settings, "rows": case.values}
+    dealt = trainer.ask("batches", Epochs, epochs=3, **given)
+    check(len(dealt.epochs) == 3, expected="3 epochs", got=f"{len(dealt.epochs)} epochs")
+    together = [
+        sorted(sorted(batch.ids) for step in epoch for batch in step.micro if len(batch.ids) > 1)
+        for epoch in dealt.epochs
+    ]
+    if not all(together):
+        raise UnsupportedError("no two rows share a batch")
+    alike = together[0] == together[1] == together[2]
+    check(not alike, expected="other rows together in another epoch", got="the same rows together in three epochs")
+
+
 _ORDERED = [{"prompt": "q" * (1 + number % 4), "completion": f"answer {number}"} for number in range(12)]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
-from finetune.verify.laws.helpers import altered
+from finetune.verify.laws.helpers import altered, tokenized
 from finetune.verify.models import build_model
 from finetune.verify.subjects.answers import Generated, Logits, Loss, MeasuredTwice, TokenRows
 from finetune_strategies.cases import evaluate as cases
@@ -60,6 +60,20 @@ def held_out_rows_are_rows(trainer: SubjectClient, case: cases.Looked) -> None:
     check(_near(found, wanted.loss), expected=f"loss {wanted.loss:.6f}", got=f"loss {found.loss:.6f}")
 
 
+@law("evaluate.limit", ["evaluate", "tokenize"], cases.EVALUATE_LIMIT, examples=5, cost=2)
+@oracle("the tokens that the rows become when they are trained on with the same limit, in float64")
+def held_out_rows_keep_the_limit(trainer: SubjectClient, case: cases.Overlong) -> None:
+    """Held-out rows that are longer than the limit are left out, or cut, as rows that are trained on are."""
+    model = trainer.model(TINY)
+    most = max(len(row.ids) for row in tokenized(trainer, model, case.values, {}).rows) - case.below
+    limit = {"tokens.max_length": most, "tokens.truncation": case.policy}
+    rows = [{"ids": row.ids, "targets": row.targets} for row in tokenized(trainer, model, case.values, limit).rows]
+    wanted = trainer.oracle.ask("loss", Loss, model=model, settings=PLAIN, batch=rows)
+    found = trainer.ask("evaluate", Loss, model=model, settings={**PLAIN, **limit}, rows=case.values)
+    check(_near(found, wanted.loss), expected=f"loss {wanted.loss:.6f}", got=f"loss {found.loss:.6f}")
+    check(found.count in (None, wanted.count), expected=f"{wanted.count} tokens", got=f"{found.count} tokens")
+
+
 @law("evaluate.file", ["measure_file"], cases.ON_FILE, examples=3, cost=6)
 @oracle("what the run measured on the same rows while it trained, and the base's loss on their own tokens in float64")
 def file_gives_what_the_run_measured(trainer: SubjectClient, case: cases.OnFile) -> None:
@@ -91,6 +105,19 @@ def answer_stands_alone(trainer: SubjectClient, case: cases.Asked) -> None:
     together = _generate(trainer, case, prompts)
     alone = [_generate(trainer, case, [prompt])[0] for prompt in prompts]
     check(together == alone, expected=alone, got=together)
+
+
+@law("generate.many", ["generate"], cases.GENERATE_MANY, examples=3, cost=2)
+@oracle("each of the questions asked alone")
+def answers_do_not_depend_on_their_number(trainer: SubjectClient, case: cases.Crowd) -> None:
+    """An answer is the same however many questions are asked, also where they are more than are answered at once."""
+    given = {"model": trainer.model(TINY), "settings": {**PLAIN, "evaluation.max_new_tokens": 4}}
+    alone = [trainer.ask("generate", Generated, prompts=[list(one)], **given).answers[0] for one in case.prompts]
+    found = trainer.ask("generate", Generated, prompts=case.questions, **given).answers
+    check(len(found) == case.count, expected=f"{case.count} answers", got=f"{len(found)} answers")
+    odd = [number for number, said in enumerate(found) if said != alone[number % len(alone)]]
+    first = [found[number] for number in odd[:3]]
+    check(not odd, expected=f"{alone} in turn", got=f"others from question {odd[:1]} on: {first}")
 
 
 @law("generate.greedy", ["generate"], cases.ASKED, examples=6)

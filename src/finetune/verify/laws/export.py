@@ -175,6 +175,27 @@ def pre_tokenizer_is_read(trainer: SubjectClient, case: cases.Cut) -> None:
     check(written == name, expected=name or "a refusal", got=written or "a refusal")
 
 
+@law("export.constants", ["describe_export"], cases.EXPORT_CONSTANTS, examples=4)
+@oracle("config.json itself")
+def constants_arrive(trainer: SubjectClient, case: cases.Constants) -> None:
+    """Every number by which a model's config says what it is arrives in its file."""
+    said = {"max_position_embeddings": case.context, "rms_norm_eps": case.epsilon}
+    model = altered(trainer, _model(trainer, case.model), said)
+    keys, _ = _described(trainer, model)
+    wanted = {
+        "context_length": case.context,
+        "attention.layer_norm_rms_epsilon": case.epsilon,
+        "block_count": case.model.layers,
+        "embedding_length": case.model.hidden,
+        "feed_forward_length": case.model.intermediate,
+        "attention.head_count": case.model.heads,
+        "attention.head_count_kv": case.model.kv_heads,
+        "rope.dimension_count": case.model.head_size,
+    }
+    found = {key: keys.get(f"llama.{key}") for key in wanted}
+    check(found == wanted, expected=wanted, got=found)
+
+
 @law("export.shards", ["describe_export"], cases.WRITTEN, examples=2)
 @oracle("the same weights in one file")
 def shards_are_one_model(trainer: SubjectClient, case: cases.Written) -> None:

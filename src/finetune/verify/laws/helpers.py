@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient, Tensors
@@ -156,3 +157,25 @@ def altered(trainer: SubjectClient, model: Path, config: Mapping[str, object]) -
 def marks(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by its name there."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def spoilt_adapter(adapter: str, how: str, which: int, into: Path) -> Path:
+    """A copy of an adapter with one tensor spoilt."""
+    shutil.copytree(adapter, into)
+    file = next(into.glob("*.safetensors"))
+    tensors = load_file(file)
+    name = sorted(tensors)[which % len(tensors)]
+    if how == "moved":
+        layer = name.partition(".lora_")[0]
+        for each in [each for each in tensors if each.startswith(f"{layer}.")]:
+            tensors[each.replace("layers.0", "layers.7")] = tensors.pop(each)
+    elif how == "added":
+        tensors[name.replace("layers.0", "layers.7")] = tensors[name]
+    else:
+        tensor = tensors.pop(name)
+        if how == "renamed":
+            tensors[f"wrong.{name}"] = tensor
+        elif how == "reshaped":
+            tensors[name] = np.ascontiguousarray(np.vstack([tensor, tensor]))
+    save_file(tensors, file)
+    return into

@@ -106,6 +106,18 @@ def dropout_is_drawn_anew(trainer: SubjectClient, case: cases.DroppedRow) -> Non
     check(moved, expected="two draws that differ", got="the gradients of one batch and of two are the same")
 
 
+@law("dropout.spares_base", ["gradient"], cases.DROPOUT_SPARES, examples=4, cost=2)
+@oracle("B is zero at first, so that what the adapter reads, dropped or not, adds nothing: the loss is the one without")
+def dropout_is_the_adapters_alone(trainer: SubjectClient, case: cases.Spared) -> None:
+    """Dropout takes from what the adapter reads, and not from what the base's layers do: it leaves the first loss."""
+    settings = kind_settings(case.kind, {**PLAIN, "adapter.dropout": case.dropout})
+    given = {"model": trainer.model(TINY), "micro": [[case.row.value]]}
+    found = trainer.ask("gradient", Gradient, settings=settings, **given).loss
+    wanted = trainer.ask("gradient", Gradient, settings=kind_settings(case.kind, PLAIN), **given).loss
+    near = abs(found - wanted) <= 1e-3 * (1 + wanted)
+    check(near, expected=f"the loss without dropout, {wanted:.6f}", got=f"{found:.6f}")
+
+
 @law("dropout.acts", ["train", "adapter_weights", "evaluate"], cases.DROPOUT_ACTS, examples=2, cost=3)
 @oracle("the same run without it ends elsewhere; what is asked with it answers as what is asked without it")
 def dropout_acts_in_training_alone(trainer: SubjectClient, case: Rows) -> None:

@@ -6,9 +6,9 @@ from finetune.chat.catalog import CHATML
 from finetune.verify.catalogue import law, oracle
 from finetune.verify.check import check
 from finetune.verify.client import SubjectClient
-from finetune.verify.laws.helpers import check_loss, comparable, loss_of, text_of, tokenized, tokenized_row
+from finetune.verify.laws.helpers import altered, check_loss, comparable, loss_of, text_of, tokenized, tokenized_row
 from finetune.verify.laws.transcript import learned_text, said_of
-from finetune.verify.subjects.answers import Gradient, Logits
+from finetune.verify.subjects.answers import Gradient, Logits, Loss
 from finetune_strategies.cases import mask as cases
 from finetune_strategies.cases.dialogues import TOOLS, Rich
 from finetune_strategies.cases.rows import PLAIN, TINY
@@ -151,3 +151,33 @@ def measured_loss_is_the_trained_one(trainer: SubjectClient, case: cases.Batched
     batch = [row.value for row in case.rows]
     step = trainer.ask("gradient", Gradient, model=trainer.model(TINY), settings=PLAIN, micro=[batch])
     check_loss(loss_of(trainer, case.rows)[0], step.loss)
+
+
+@law("mask.limits", ["tokenize"], cases.MASK_LIMITS, examples=3)
+@oracle("the length of the two texts: the model's tokenizer has one token for each byte, and one ends a text")
+def limit_is_kept_at_any_size(trainer: SubjectClient, case: cases.Sized) -> None:
+    """A limit of 8 tokens and one of tens of thousands are kept alike: what reaches it stays, a token more does not."""
+    model = altered(trainer, trainer.model(TINY), {"max_position_embeddings": 65_536})
+    rows = [{"text": "a" * size} for size in (1, case.most - 1, case.most)]
+    found = tokenized(trainer, model, rows, {"tokens.max_length": case.most, "tokens.truncation": "drop"})
+    sizes = [(row.row, len(row.ids)) for row in found.rows]
+    wanted = [(0, 2), (1, case.most)]
+    check(sizes == wanted, expected=f"rows and tokens: {wanted}", got=f"rows and tokens: {sizes}")
+    check(sum(found.dropped.values()) == 1, expected="1 row left out", got=found.dropped)
+
+
+@law("mask.none", ["loss", "gradient"], cases.MASK_NONE, examples=6, cost=2)
+@oracle("the same batch without the row")
+def row_without_targets_has_no_part(trainer: SubjectClient, case: cases.Untaught) -> None:
+    """A row of which nothing is to be learned changes neither the loss of its batch nor a step's gradient."""
+    given = {"model": trainer.model(TINY), "settings": PLAIN}
+    alone, beside = [case.row.value], case.values
+    wanted, found = (trainer.ask("loss", Loss, batch=batch, **given) for batch in (alone, beside))
+    check_loss(found.loss, wanted.loss)
+    check(found.count == wanted.count, expected=f"{wanted.count} tokens are learned", got=found.count)
+    first, other = (trainer.ask("gradient", Gradient, micro=[batch], **given) for batch in (alone, beside))
+    check_loss(other.loss, first.loss)
+    largest = max(first.norms.values())
+    for name, norm in first.norms.items():
+        near = abs(other.norms.get(name, np.inf) - norm) <= 2e-3 * norm + 1e-5 * largest
+        check(near, expected=f"{name}: {norm:.6g}", got=f"{name}: {other.norms.get(name)}")

@@ -16,11 +16,13 @@ from finetune.verify.laws.helpers import (
     marks,
     refused,
     same_logits,
+    spoilt_adapter,
     train,
     weights_of,
 )
 from finetune.verify.subjects.answers import Folder, TokenRows
 from finetune_strategies.cases import merge as cases
+from finetune_strategies.cases.adapter import Spoilt
 from finetune_strategies.cases.learned import QUICK, Learned
 from finetune_strategies.cases.rows import PLAIN, TINY
 from finetune_strategies.recipes import CONTROL_TOKENS
@@ -95,6 +97,18 @@ def rows_of_learned_tokens_alone_change(trainer: SubjectClient, case: cases.Name
         moved = np.flatnonzero((merged[name] != base[name]).any(axis=1)).tolist()
         learned = [CONTROL_TOKENS.index(case.token)]
         check(moved == learned, expected=f"rows {learned} of {name} are others", got=f"rows {moved}")
+
+
+@law("merge.damaged", ["train", "merge"], cases.MERGE_DAMAGED, examples=4, cost=3)
+@oracle("the names and shapes of the tensors that were trained")
+def damaged_adapter_is_not_merged(trainer: SubjectClient, case: Spoilt) -> None:
+    """An adapter of which a tensor is missing, renamed, too many, or of another shape or layer is not merged."""
+    model = trainer.model(case.model)
+    adapter = adapter_of(train(trainer, model, case.settings, case.values))
+    spoilt = str(spoilt_adapter(adapter, case.how, case.which, trainer.folder() / "adapter"))
+    given = {"model": model, "settings": case.settings, "adapter": spoilt}
+    found = refused(lambda: trainer.ask("merge", Folder, **given))
+    check(found is None, expected=f"an adapter with a tensor {case.how} is refused", got="a merged model")
 
 
 @law("merge.leaves", ["train", "merge"], cases.MERGE_LEAVES, examples=2, cost=3)

@@ -103,12 +103,19 @@ def weights_lie_in_their_folder(trainer: SubjectClient, case: cases.Elsewhere) -
     check(found is None, expected="a refusal", got="an answer computed from a file of another folder")
 
 
-@law("safety.code", ["logits"], cases.SAFETY_CODE, examples=3)
+@law("safety.code", ["logits"], cases.SAFETY_CODE, examples=5)
 @oracle("a file that would be there if it had been")
 def code_is_not_executed(trainer: SubjectClient, case: cases.Code) -> None:
-    """Code that lies beside a model is not executed."""
+    """Code that lies beside a model is not executed, whatever key of its files names it."""
     canary = trainer.folder() / "canary"
-    model = altered(trainer, trainer.model(TINY), {"auto_map": {case.name: "modeling_own.Own"}})
+    named: dict[str, Any] = {"auto_map": {case.name: "modeling_own.Own"}}
+    given = {"auto_map": named, "model_file": {"model_file": "modeling_own.py"}}.get(case.key, {})
+    model = altered(trainer, trainer.model(TINY), given)
+    if case.key == "of the tokenizer":
+        file = model / "tokenizer_config.json"
+        said = json.loads(file.read_text(encoding="utf-8"))
+        said["auto_map"] = {case.name: [None, "modeling_own.Own"]}
+        file.write_text(json.dumps(said), encoding="utf-8")
     text = f"from pathlib import Path\nPath({str(canary)!r}).touch()\nclass Own: pass\n"
     (model / "modeling_own.py").write_text(text, encoding="utf-8")
     _unseen(lambda: logits_of(trainer, "logits", model), canary, "a model's folder")

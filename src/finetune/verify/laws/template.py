@@ -162,6 +162,20 @@ def parts_are_a_text(trainer: SubjectClient, case: cases.InParts) -> None:
     check(parts == whole, expected=whole.ids, got=parts.ids)
 
 
+@law("template.blocks", ["tokenize"], cases.BLOCKED, examples=6)
+@oracle("the word that stands in the part")
+def parts_are_never_lost(trainer: SubjectClient, case: cases.Blocked) -> None:
+    """A part of a message that is no plain text is kept, or its row is left out and counted: it is never lost alone."""
+    model = trainer.model(TINY)
+    found = refused(lambda: tokenized(trainer, model, [case.pair.model_dump(), case.value], _OWN))
+    if found is None:
+        return
+    said = [text_of(trainer.words(model), row) for row in found.rows if row.row == 1]
+    kept = bool(said) and case.word.encode() in said[0]
+    check(kept or not said, expected=f"a row with {case.word}, or none", got=said)
+    check(kept or sum(found.dropped.values()) == 1, expected="1 row left out", got=found.dropped)
+
+
 @law("template.ends", ["tokenize"], cases.TEMPLATE_ENDS, examples=6)
 @oracle("the bytes of the text")
 def text_ends(trainer: SubjectClient, case: cases.PlainText) -> None:

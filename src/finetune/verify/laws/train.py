@@ -172,3 +172,30 @@ def rate_follows_its_schedule(trainer: SubjectClient, case: cases.Scheduled) -> 
         near = [_rate(case, step.step + shift, case.steps) for shift in (-1, 0, 1)]
         holds = min(near) * (1 - 1e-3) - 1e-12 <= step.learning_rate <= max(near) * (1 + 1e-3)
         check(holds, expected=f"step {step.step}: {near[0]:.6g} to {near[-1]:.6g}", got=f"{step.learning_rate:.6g}")
+
+
+@law("train.moves", ["train", "initial_adapter", "adapter_weights"], cases.TRAIN_MOVES, examples=5, cost=2)
+@oracle("the adapter that training begins with")
+def every_trained_tensor_moves(trainer: SubjectClient, case: cases.Moved) -> None:
+    """Every tensor that is trained is another after two steps, whatever the format that its base computes in."""
+    given: dict[str, Any] = {"model": trainer.model(case.model), "settings": case.settings}
+    start = trainer.tensors(trainer.ask("initial_adapter", Weights, **given).file)
+    _, end = weights_of(trainer, given["model"], adapter_of(train(trainer, rows=case.values, **given)))
+    still = sorted(name for name, tensor in start.items() if name in end and np.array_equal(tensor, end[name]))
+    check(not still, expected=f"all of {len(start)} tensors moved", got=f"as they were: {still[:3]} ({len(still)})")
+
+
+@law("train.undisturbed", ["train", "adapter_weights"], cases.TRAIN_UNDISTURBED, examples=3, cost=3)
+@oracle("the same run without checkpoints and without a look at held-out rows on its way")
+def looking_and_saving_change_nothing(trainer: SubjectClient, case: cases.Watched) -> None:
+    """To save checkpoints and to look at held-out losses on the way changes nothing of what is learned."""
+    model, file = trainer.model(TINY), trainer.folder() / "valid.jsonl"
+    file.write_text(case.watched.model_dump_json() + "\n", encoding="utf-8")
+    settings = {**QUICK, "training.seed": case.seed, "adapter.dropout": 0.3}
+    disturbed = {"training.save_every": 1, "training.evaluate_every": 1, "data.valid": str(file)}
+    ends = [
+        weights_of(trainer, model, adapter_of(train(trainer, model, {**settings, **more}, case.values)))[1]
+        for more in ({}, disturbed)
+    ]
+    odd = [name for name, tensor in ends[0].items() if not np.allclose(tensor, ends[1][name], rtol=1e-4, atol=1e-7)]
+    check(not odd, expected="the adapter of the run that nothing disturbed", got=f"another {odd[:1]}")
