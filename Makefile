@@ -62,7 +62,7 @@ $(WORKFLOW_VENV)/ok: $(STATED)
 
 $(VENV)/dev-ok: $(VENV)/torch-ok
 	@echo "setting up: the test tools" >&2
-	@$(PIP) --editable '.[torch,mlx,gguf,ollama,tensorboard,trackio,wandb,ray,dev]'
+	@$(PIP) --editable '.[torch,bitsandbytes,mlx,gguf,ollama,tensorboard,trackio,wandb,ray,dev]'
 	@touch $@
 
 # Pages are made from files that are there: the site needs none of the frameworks.

@@ -17,7 +17,7 @@ class Abilities:
         memory: whether it measures the memory of training, in a process of its own.
         launchers: those whose processes it joins, each with the library that brings it.
         checkpointing: whether blocks can be computed again for their gradients, which saves memory.
-        schemes: how a base may be quantised for it, by names of `models.quantize`; it quantises by the first.
+        schemes: how a base may be quantised for it: by words of the setting model.quantize, names of `models.quantize`.
         reads_once: whether it computes a prompt that rows of a batch share once, where nothing is learned.
     """
 
@@ -26,7 +26,7 @@ class Abilities:
     memory: bool = False
     launchers: Mapping[str, str] = field(default_factory=dict)
     checkpointing: bool = False
-    schemes: tuple[str, ...] = ()
+    schemes: Mapping[str, str] = field(default_factory=dict)
     reads_once: bool = False
 
 
@@ -38,6 +38,7 @@ ABILITIES: dict[str, Abilities] = {
         launchers={"torchrun": "torch", "accelerate": "accelerate"},
         reads_once=True,
         checkpointing=True,
+        schemes={"4bit": "nf4", "8bit": "int8", "fp4": "fp4"},
     ),
     "mlx": Abilities(
         libraries=("mlx", "mlx_lm"),
@@ -45,7 +46,7 @@ ABILITIES: dict[str, Abilities] = {
         memory=True,
         launchers={"mlx.launch": "mlx"},
         checkpointing=True,
-        schemes=("affine",),
+        schemes={"4bit": "affine", "8bit": "affine"},
     ),
     "reference": Abilities(),
 }

@@ -94,7 +94,7 @@ SETTINGS: dict[str, Setting] = {
     "model.revision": _optional(_TEXT),
     "model.dtype": _words("float32", "bfloat16"),
     "model.device": _words("auto", "cpu", "gpu"),
-    "model.quantize": _optional(_words("4bit", "8bit")),
+    "model.quantize": _optional(_words("4bit", "8bit", "fp4")),
     "model.quantize_group_size": Setting(
         st.sampled_from([32, 64, 128]), st.sampled_from([0, 16, 48, 96, 256, -32, "many", "", True, None, [], {}, 32.5])
     ),

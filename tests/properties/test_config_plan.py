@@ -148,7 +148,7 @@ def test_plan_leaves_nothing_open(
     )
     margin = bool(config.training.early_stopping_min_delta) and config.training.early_stopping_patience is None
     quantize, size = config.model.quantize, config.model.quantize_group_size
-    unable = not ABILITIES[config.backend].schemes
+    unable = quantize not in ABILITIES[config.backend].schemes
     kept = config.training.gradient_checkpointing and not ABILITIES[config.backend].checkpointing
     packed = unable + (kind == "full") if quantize else size != 64
     rows = bool(config.tokens.add_special_tokens) + bool(config.tokens.add_tokens) if kind == "ia3" else 0

@@ -14,8 +14,9 @@ from safetensors.numpy import save_file
 from finetune.abilities import ABILITIES, Abilities
 from finetune.adapters.choose import choose_saved
 from finetune.config import load_config
-from finetune.errors import ModelError
+from finetune.errors import MissingExtraError, ModelError, install_line
 from finetune.memory.estimate import weight_bytes
+from finetune.models import quantize
 from finetune.models.quantize import (
     SCHEMES,
     Scheme,
@@ -23,6 +24,7 @@ from finetune.models.quantize import (
     quantize_shape,
     read_quantized,
     refuse_schemes,
+    say_quantized,
     unpacked,
 )
 from finetune.models.shape import read_shape
@@ -126,7 +128,7 @@ def test_quantised_base_is_seen_and_refused_before_it_is_loaded(tmp_path: Path) 
     }
     assert set(shape.quantized) == {"lm_head", "model.layers.0.mlp.down_proj"}
     refusals = {
-        "the torch backend trains on full weights only": asked(backend="torch"),
+        "the torch backend trains on full weights and on those that bitsandbytes quantises": asked(backend="torch"),
         "the reference backend trains on full weights only": asked(backend="reference"),
         "cannot be trained": asked(adapter__kind="full"),
         "quantised already": asked(model__quantize="8bit"),
@@ -175,7 +177,7 @@ BLOCKS = Scheme(
     },
     divides=lambda inputs, how: inputs >= how.group_size,
     groups=(64,),
-    packed_bytes=lambda how, count, size: count // 2 + 4 * -(-count // how.group_size),
+    packed_bytes=lambda how, rows, columns, size: rows * columns // 2 + 4 * -(-rows * columns // how.group_size),
 )
 """Made up: two numbers in each byte, one float32 for each block, whatever the format of the base."""
 
@@ -183,7 +185,7 @@ BLOCKS = Scheme(
 def test_another_scheme_is_a_description_and_an_ability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With these two alone a base is read, planned, counted, and refused by backends that lack the ability."""
     monkeypatch.setitem(SCHEMES, "blocks", BLOCKS)
-    monkeypatch.setitem(ABILITIES, "reference", Abilities(schemes=("blocks",)))
+    monkeypatch.setitem(ABILITIES, "reference", Abilities(schemes={"4bit": "blocks"}))
     tensors = {"a.q_proj.weight": np.zeros((6, 48), np.uint8), "a.q_proj.absmax": np.zeros(9, np.float32)}
     tensors |= {"norm.weight": np.zeros(64, np.float32)}
     config = {"model_type": "llama", "quantization_config": {"quant_method": "blocks"}}
@@ -205,3 +207,54 @@ def test_another_scheme_is_a_description_and_an_ability(tmp_path: Path, monkeypa
     refuse_schemes({}, how, "reference", "it")
     with pytest.raises(ModelError, match="full weights and on those that mlx-lm has quantised"):
         refuse_schemes({}, how, "mlx", "it")
+
+
+@given(
+    pick("4bit", "fp4", "8bit"),
+    pick("float32", "bfloat16"),
+    pick("LlamaForCausalLM", "GPT2LMHeadModel"),
+    between(1, 300),
+)
+@examples(0.5)
+def test_weight_that_bitsandbytes_packs_is_a_hand_count(word: str, dtype: str, architecture: str, inputs: int) -> None:
+    """Half a byte each and four for 64 of a row, or one each and four a row; tables, head and odd rows stay."""
+    sides = (inputs, 256) if architecture == "GPT2LMHeadModel" else (256, inputs)
+    weights = {"a.q_proj.weight": sides, "a.o_proj.weight": (64, 64), "wte.weight": (9, 64), "lm_head.weight": (9, 64)}
+    layers = tuple(LinearLayer(f"a.{name}", weights[f"a.{name}.weight"]) for name in ("q_proj", "o_proj"))
+    parameters = sum(math.prod(shape) for shape in weights.values())
+    shape = ModelShape(architecture, parameters, 9, 64, 1, 64, layers, weights=weights)
+    how = asked(backend="torch", model__quantize=word).quantization
+    size, expected, kept = {"float32": 4, "bfloat16": 2}[dtype], 0, ["wte", "lm_head"]
+    for rows, width in ((256, inputs), (64, 64)):
+        if word == "8bit":
+            expected += rows * (width + 4)
+        elif width % 64 == 0:
+            expected += rows * width // 2 + 4 * (rows * width // 64)
+        else:
+            expected, kept = expected + rows * width * size, ["a.q_proj", *kept]
+    found = quantize_shape(shape, how, "the model")
+    assert weight_bytes(found, dtype) == expected + 2 * 9 * 64 * size
+    assert kept_in_full(found) == kept
+
+
+def test_base_is_not_quantised_without_the_library_that_does_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line that installs bitsandbytes is said before any work, and only where it is needed."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    save_file({"a.q_proj.weight": np.zeros((6, 64), np.float32)}, tmp_path / "model.safetensors")
+    location = ModelLocation("full", tmp_path, "local")
+    monkeypatch.setattr(quantize, "find_spec", lambda name: None)
+    for word in ("4bit", "fp4", "8bit"):
+        with pytest.raises(MissingExtraError, match="needs bitsandbytes, which is not installed") as caught:
+            planned_shape(asked(backend="torch", model__quantize=word), location)
+        assert install_line("bitsandbytes") in caught.value.hint
+        assert caught.value.exit_code == 3
+    assert planned_shape(asked(backend="torch"), location).quantized == {}
+    assert planned_shape(asked(model__quantize="4bit"), location).quantized
+    monkeypatch.setattr(quantize, "find_spec", lambda name: name)
+    found = planned_shape(asked(backend="torch", model__quantize="4bit"), location)
+    assert found.quantized == {"a.q_proj": Quantization(4, 64, "nf4")}
+    assert say_quantized(found) == "4 bits (nf4) in groups of 64"
+    found = planned_shape(asked(backend="torch", model__quantize="8bit"), location)
+    assert say_quantized(found) == "8 bits (int8) with one scale for each row"

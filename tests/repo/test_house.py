@@ -241,7 +241,7 @@ def test_guests_import_nothing_of_ours() -> None:
 def test_abilities_are_those_of_the_backends() -> None:
     """Each of 3 backends says of itself what `abilities` says of it, and what that names is known."""
     assert set(ABILITIES) == set(get_args(TrainingConfig.model_fields["backend"].annotation))
-    assert {scheme for able in ABILITIES.values() for scheme in able.schemes} == set(SCHEMES)
+    assert {scheme for able in ABILITIES.values() for scheme in able.schemes.values()} == set(SCHEMES)
     for name, able in ABILITIES.items():
         # Read, not imported: a backend's file loads its framework.
         assert f'    abilities = ABILITIES["{name}"]\n' in (SOURCE / "backends" / name / "backend.py").read_text(

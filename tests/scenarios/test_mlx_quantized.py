@@ -395,6 +395,6 @@ def test_what_cannot_be_quantised_is_refused(llama: Bench, converted: Bench, tmp
 def test_other_backends_refuse_quantised_bases(llama: Bench, converted: Bench, backend: str) -> None:
     """Both neither quantise nor take what is quantised, and name the backend that does."""
     for place, quantize in ((llama, HOW), (converted, None)):
-        with pytest.raises(ModelError, match=f"the {backend} backend trains on full weights only") as caught:
+        with pytest.raises(ModelError, match=f"the {backend} backend trains on full weights") as caught:
             place.at(place.location.folder, backend).open(quantize=quantize)
         assert "backend: mlx" in caught.value.hint

@@ -16,7 +16,7 @@ from typing import Any
 
 from finetune.ports import Backend
 from finetune.processes import peak_rss, resident_memory, restart_peak
-from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, TokenizedRow
+from finetune.records import AdapterTarget, Batch, ModelLocation, Optimization, Quantization, TokenizedRow
 
 _STEPS = 3
 
@@ -47,7 +47,8 @@ def run_probe(open_backend: Callable[[], Backend], probe: Probe) -> None:
         return
     restart_peak()
     location = ModelLocation(request["name"], Path(request["folder"]), request["source"])
-    session = open_backend().open(location, request["dtype"], pad_id=0, device=probe.device)
+    how = Quantization(**request["quantize"]) if request.get("quantize") else None
+    session = open_backend().open(location, request["dtype"], pad_id=0, quantize=how, device=probe.device)
     session.attach(None if request["method"] == "full" else AdapterTarget(**request["target"]), seed=0)
     again = request.get("gradient_checkpointing", False)
     session.prepare_updates(Optimization(weight_decay=0.0, max_grad_norm=1.0, gradient_checkpointing=again))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.abilities import ABILITIES, QUANTISING
+from finetune.abilities import ABILITIES
 from finetune.adapters.kinds import ADAPTER_KINDS, any_of
 from finetune.config.derive import derived_epochs, derived_learning_rate
 from finetune.config.keys import default_of, flatten, unflatten
@@ -264,11 +264,12 @@ def _quantize_problems(loaded: LoadedConfig) -> Iterator[Problem]:
     if quantize is None and size != default_of(key) and origins[key] != "profile":
         what = f"quantize_group_size is {size}, but nothing is quantised: quantize is not set"
         yield _problem(origins, key, what, "set model.quantize as well, or leave it out")
-    if quantize is not None and not ABILITIES[config.backend].schemes:
-        what = f"quantize is {quantize}, but the {config.backend} backend trains on full weights only"
-        yield _problem(
-            origins, "model.quantize", what, f"set backend: {QUANTISING}, which can quantise, or leave it out"
-        )
+    words = ABILITIES[config.backend].schemes
+    if quantize is not None and quantize not in words:
+        able = f"quantises by {' or '.join(words)}" if words else "trains on full weights only"
+        others = " or ".join(name for name, able in ABILITIES.items() if quantize in able.schemes)
+        what = f"quantize is {quantize}, but the {config.backend} backend {able}"
+        yield _problem(origins, "model.quantize", what, f"set backend: {others}, which can, or leave it out")
     if quantize is not None and config.adapter.kind == "full":
         what = f"quantize is {quantize}, but adapter.kind is full: what is quantised cannot be trained"
         yield _problem(origins, "model.quantize", what, f"set adapter.kind to {any_of()}, or leave it out")

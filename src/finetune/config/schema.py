@@ -123,12 +123,13 @@ class ModelSpec(Spec):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where the model computes: auto takes a GPU where the backend sees one, and the processor elsewhere; gpu
     refuses to run where there is none."""
-    quantize: Literal["4bit", "8bit"] | None = None
-    """How to quantise the base's matrices as they are loaded, for an adapter on top (QLoRA); mlx only. null leaves
-    the base as its files have it, full or quantised by mlx-lm."""
+    quantize: Literal["4bit", "8bit", "fp4"] | None = None
+    """How to quantise the base's matrices as they are loaded, for an adapter on top (QLoRA): with mlx as mlx-lm does
+    it; with torch by bitsandbytes (extra `bitsandbytes`), where 4bit is its NF4, fp4 its FP4 and 8bit its int8. null
+    leaves the base as its files have it, full or quantised by mlx-lm."""
     quantize_group_size: Literal[32, 64, 128] = 64
-    """How many quantised numbers of a row share a scale and a bias; fewer are closer to the full model and take more
-    memory."""
+    """How many quantised numbers of a row share a scale; fewer are closer to the full model and take more memory. torch
+    has 64 alone, and in 8bit one scale for each row."""
 
 
 class DataSpec(Spec):
@@ -349,6 +350,8 @@ class TrainingConfig(Spec):
 
     @property
     def quantization(self) -> Quantization | None:
-        """How the base is quantised as it is loaded: by the backend's own scheme."""
-        bits, schemes = self.model.quantize, ABILITIES[self.backend].schemes
-        return Quantization(int(bits[0]), self.model.quantize_group_size, *schemes[:1]) if bits else None
+        """How the base is quantised as it is loaded: by the backend's own scheme; None also where it has none."""
+        asked = self.model.quantize
+        scheme = ABILITIES[self.backend].schemes.get(asked or "")
+        bits = 8 if asked == "8bit" else 4
+        return Quantization(bits, self.model.quantize_group_size, scheme) if scheme else None

@@ -27,8 +27,8 @@ def measure_memory(
     """Train a few steps in a fresh process and return what it measured.
 
     Args:
-        sizes: batch_size (rows), length (tokens), dtype, vocab_size and, where it is on, gradient_checkpointing: equal
-            for both methods, or they cannot be compared.
+        sizes: batch_size (rows), length (tokens), dtype, vocab_size and, where there is one, gradient_checkpointing and
+            `quantize`, a `Quantization` as a mapping: equal for both methods, or they cannot be compared.
 
     Raises:
         EvidenceError: the process failed.

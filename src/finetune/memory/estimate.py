@@ -57,9 +57,8 @@ def _saved(shape: ModelShape, target: AdapterTarget) -> int:
 
 def weight_bytes(shape: ModelShape, dtype: str) -> int:
     """What the base's weights take: what is quantised as its scheme has it, the rest in `dtype`."""
-    sizes = {path: math.prod(shape.weights[f"{path}.weight"]) for path in shape.quantized}
-    packed = sum(packed_bytes(how, sizes[path], BYTES[dtype]) for path, how in shape.quantized.items())
-    return packed + (shape.parameters - sum(sizes.values())) * BYTES[dtype]
+    quantized = sum(math.prod(shape.weights[f"{path}.weight"]) for path in shape.quantized)
+    return packed_bytes(shape, BYTES[dtype]) + (shape.parameters - quantized) * BYTES[dtype]
 
 
 def estimate_memory(shape: ModelShape, target: AdapterTarget | None, dtype: str) -> Estimate:

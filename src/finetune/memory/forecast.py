@@ -97,6 +97,11 @@ class _Job:
             brief=round(factor * counted.brief),
         )
 
+    @property
+    def read(self) -> int:
+        """What is read of a model's files while it is quantised: pages that the system may take back at any time."""
+        return self.shape.parameters * BYTES[self.dtype] if self.shape.quantized else 0
+
     def passing(self, load: StepLoad) -> int:
         """What comes and goes at the far end of a step, in bytes: tables of the embedding's size, and loading.
 
@@ -140,7 +145,7 @@ class _Job:
         held = kept.activations + again * kept.brief
         wasted = round(heap * min(held, self.shape.layers * _MOST_HEAP_PER_BLOCK))
         # Where the heap holds on to what activations leave, gradients find no room in it.
-        resident = max(peak, kept.activations + exact.gradients + passing) if heap else peak
+        resident = max(peak, kept.activations + exact.gradients + passing, self.read) if heap else peak
         return Footprint(
             weights=exact.weights,
             adapter=exact.adapter,
@@ -169,6 +174,8 @@ def forecast_memory(
     backend = framework.backend
     job = _Job(shape, target, "float64" if backend == "reference" else dtype, backend)
     least, most = _KNOWN_BAND if shape.architecture in KNOWN else _OTHER_BAND
+    if shape.quantized:
+        framework = framework.packing
     heap, most_heap = _HEAP[backend, "adapter" if target else "full"]
     return Forecast(
         low=job.footprint(job.kept(load.lightest, least), load.lightest, framework.low, 0.0),

@@ -278,10 +278,12 @@ class _Step:
         if self.target is None:
             return through if gpt2 else gated
         most = max([self.target.rank, *self.target.rank_pattern.values()])
+        # What is packed is made whole for one product.
+        whole = self.size * h * i if self.shape.quantized else 0
         if self.target.dropout > 0 or self.size != F32 or not kind_of(self.target).low_rank:
             # Where the MLP is gated, the adapter's stands there before and after dropout's mask.
             masked = i if self.target.dropout > 0 and not gpt2 else 0
-            return through + tokens * F32 * (i + masked + most)
+            return through + tokens * F32 * (i + masked + most) + whole
         folded = max(F32 * h * i, 2 * F32 * most * tokens)
         out = "c_proj" if gpt2 else "down_proj"
-        return max(through + (folded if self.trains(out) else 0), 0 if gpt2 else gated)
+        return max(through + (folded if self.trains(out) else whole), 0 if gpt2 else gated)

@@ -188,14 +188,15 @@ def planned_shape(config: TrainingConfig, location: ModelLocation) -> ModelShape
         ModelError: a file is missing or corrupt, or a quantised base is not what this configuration can train on.
     """
     shape, owner = read_shape(location.folder), f"model {location.name!r}"
-    refuse_schemes(read_config(location.folder), None, config.backend, owner)
+    how = config.quantization
+    for each in (None, how):
+        refuse_schemes(read_config(location.folder), each, config.backend, owner)
     if shape.quantized and config.adapter.kind == "full":
         raise ModelError(
             f"{owner} is quantised ({say_quantized(shape)}), but adapter.kind is full: what is quantised cannot be "
             "trained",
             hint=f"set adapter.kind to {any_of()}, or name the full model that it was made from",
         )
-    how = config.quantization
     return quantize_shape(shape, how, owner) if how else shape
 
 

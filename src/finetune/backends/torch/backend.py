@@ -57,15 +57,19 @@ class TorchBackend:
     ) -> TorchSession:
         """Load the model's weights, all of them from its files.
 
+        Args:
+            quantize: how bitsandbytes quantises a full model as it is loaded.
+
         Raises:
             ModelError: the architecture is unknown, a file is corrupt, a weight is missing, or the model is quantised
-                or to be.
+                or cannot be.
+            MissingExtraError: bitsandbytes is not installed.
             RefusedError: a GPU is asked for where there is none, or where several processes train.
         """
         place = choose_device(device)
         owner = f"model {location.name!r} in {location.folder}"
         refuse_schemes(read_config(location.folder), quantize, self.name, owner)
-        model = load_model(location, dtype).to(place)
+        model = load_model(location, dtype, quantize).to(place)
         if place.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             # A small model's products take less time than it takes to wake a thread. Where other programs keep the
             # cores busy, each of them waits for the slowest thread, and training takes many times as long.

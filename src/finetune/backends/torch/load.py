@@ -9,17 +9,20 @@ import torch
 import transformers
 
 from finetune.backends.torch.device import is_exhausted
+from finetune.backends.torch.packed import quantizing, take_over
 from finetune.errors import ModelError, OutOfMemoryError
 from finetune.models.shape import read_config, read_shape, weight_files
-from finetune.records import ModelLocation
+from finetune.records import ModelLocation, Quantization
 
 _CHOSEN = ("attn_implementation", "experts_implementation")
 _OWN_KERNELS = (None, "eager", "sdpa")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load_model(location: ModelLocation, dtype: str) -> Any:
+def load_model(location: ModelLocation, dtype: str, quantize: Quantization | None = None) -> Any:
     """The causal language model in `location`, every weight read from its files and none made up.
+
+    `quantize` says how to quantise its matrices as they are read.
 
     Raises:
         ModelError: as `TorchBackend.open`.
@@ -29,6 +32,10 @@ def load_model(location: ModelLocation, dtype: str) -> Any:
     _refuse_unknown(config, owner)
     _refuse_kernels(config, owner)
     _refuse_other_weights(location.folder, config, owner)
+    packing: dict[str, Any] = {}
+    if quantize is not None:
+        how = quantizing(location.folder, quantize, _DTYPES[dtype], owner)
+        packing = {"quantization_config": how, "device_map": {"": "cpu"}}
     try:
         # Said outright: left open, transformers asks whoever is at the keyboard whether to run the model's own code.
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -39,6 +46,7 @@ def load_model(location: ModelLocation, dtype: str) -> Any:
             use_safetensors=True,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,
+            **packing,
         )
     except Exception as error:  # what a model's files say can go wrong inside transformers in any way
         if is_exhausted(error):
@@ -53,6 +61,20 @@ def load_model(location: ModelLocation, dtype: str) -> Any:
             f"{owner} cannot be loaded: {told.splitlines()[0] if told else repr(cause)}",
             hint="check that it is a causal language model whose weights and config.json are complete",
         ) from None
+    _refuse_misfits(location, info, owner)
+    if quantize is not None:
+        take_over(model, location.folder, quantize, owner)
+    _fuse_activations(model)
+    _train_every_word(model)
+    return model
+
+
+def _refuse_misfits(location: ModelLocation, info: Mapping[str, Any], owner: str) -> None:
+    """Refuse weights that are not the model's own, each in its shape, by what transformers tells of having read them.
+
+    Raises:
+        ModelError: as said.
+    """
     if wrong := sorted(info["mismatched_keys"]):
         name, found, wanted = wrong[0]
         raise ModelError(
@@ -70,9 +92,6 @@ def load_model(location: ModelLocation, dtype: str) -> Any:
             f"weights, first {unknown[0]}",
             hint="get the model's files again: what has no place would be left out in silence",
         )
-    _fuse_activations(model)
-    _train_every_word(model)
-    return model
 
 
 def _refuse_unknown(config: Mapping[str, object], owner: str) -> None:

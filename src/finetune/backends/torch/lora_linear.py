@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Linear
 
+from finetune.backends.torch.packed import PackedLinear
+
 
 class FoldedLinear(Linear):  # type: ignore[misc]
     """PEFT's `Linear` with another forward pass; made from one by `fold_adapters`, never constructed."""
@@ -27,9 +29,8 @@ class FoldedLinear(Linear):  # type: ignore[misc]
         if self.training and getattr(dropout, "p", 0.0) > 0:
             added: torch.Tensor = _Added.apply(base(x), dropout(x), *factors)
             return added
-        weight = base.weight.t() if self.fan_in_fan_out else base.weight
         x = _Kept.apply(x)
-        folded: torch.Tensor = _Folded.apply(x, x.grad_fn, weight, base.bias, *factors)
+        folded: torch.Tensor = _Folded.apply(x, x.grad_fn, (base, self.fan_in_fan_out), *factors)
         return folded
 
     def _only_adapter(self, x: torch.Tensor) -> str | None:
@@ -37,9 +38,10 @@ class FoldedLinear(Linear):  # type: ignore[misc]
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(active) != 1 or self.lora_variant:
             return None
-        layers = self.lora_A[active[0]], self.lora_B[active[0]]
-        tensors = (x, self.get_base_layer().weight, *(layer.weight for layer in layers))
-        plain = all(layer.bias is None for layer in layers) and len({tensor.dtype for tensor in tensors}) == 1
+        layers, base = (self.lora_A[active[0]], self.lora_B[active[0]]), self.get_base_layer()
+        held = base if isinstance(base, PackedLinear) else base.weight
+        dtypes = {each.dtype for each in (x, held, *(layer.weight for layer in layers))}
+        plain = all(layer.bias is None for layer in layers) and len(dtypes) == 1
         # In half precision the sum W + scale B A would round small changes away.
         return active[0] if plain and x.dtype in (torch.float32, torch.float64) else None
 
@@ -70,25 +72,35 @@ class _Kept(torch.autograd.Function):  # type: ignore[misc]
 class _Folded(torch.autograd.Function):  # type: ignore[misc]
     """x (W + scale B A)' + bias, for a frozen W (out, in) and bias (out,); A is (rank, in), B is (out, rank).
 
+    `base` is the layer of W and the bias, and whether it holds W turned.
     `kept` is the node of `_Kept` that has x; there is none where no gradient of x is wanted.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, kept: Any, weight: torch.Tensor, bias: Any, *factors: Any) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, kept: Any, base: tuple[Any, bool], *factors: Any) -> torch.Tensor:
         a, b, ctx.scale = factors
-        ctx.kept, ctx.weights = kept, (weight, a, b)
+        ctx.kept, ctx.weights = kept, (base, a, b)
         if kept is None:
             ctx.save_for_backward(x)
-        return torch.nn.functional.linear(x, torch.addmm(weight, b, a, alpha=ctx.scale), bias)
+        return torch.nn.functional.linear(x, _fold(base, a, b, ctx.scale), base[0].bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,) = ctx.saved_tensors if ctx.kept is None else ctx.kept.saved_tensors
-        weight, a, b = ctx.weights
+        base, a, b = ctx.weights
         # Folded again rather than kept: a copy of every weight would cost more than the small product.
-        dx = grad @ torch.addmm(weight, b, a, alpha=ctx.scale) if ctx.needs_input_grad[0] else None
+        dx = grad @ _fold(base, a, b, ctx.scale) if ctx.needs_input_grad[0] else None
         da, db, _ = _factor_gradients(x, grad, a, b, ctx.scale)
-        return dx, None, None, None, da, db, None
+        return dx, None, None, da, db, None
+
+
+def _fold(base: tuple[Any, bool], a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """W + scale B A (out, in), a tensor of its own."""
+    layer, turned = base
+    weight = layer.weight.t() if turned else layer.weight
+    # What is packed is unpacked into a new tensor, which has room for the sum.
+    room = {"out": weight} if isinstance(layer, PackedLinear) else {}
+    return torch.addmm(weight, b, a, alpha=scale, **room)
 
 
 class _Added(torch.autograd.Function):  # type: ignore[misc]

@@ -7,6 +7,7 @@ import torch
 from finetune.backends.probe import Probe, one_step, run_probe
 from finetune.backends.torch.backend import TorchBackend
 from finetune.backends.torch.session import TorchSession
+from finetune.backends.torch.state import quiet_wrapping
 from finetune.records import Batch
 
 
@@ -16,7 +17,8 @@ def warm_up() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tiny = LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    model = peft.get_peft_model(LlamaForCausalLM(tiny), peft.LoraConfig(r=1, target_modules=["q_proj"]))
+    with quiet_wrapping():
+        model = peft.get_peft_model(LlamaForCausalLM(tiny), peft.LoraConfig(r=1, target_modules=["q_proj"]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     model(input_ids=torch.zeros((2, 8), dtype=torch.long)).logits.sum().backward()
     optimizer.step()

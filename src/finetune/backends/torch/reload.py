@@ -2,17 +2,21 @@
 
 A saved model is loaded by transformers alone.
 
-Started by `finetune.evidence.reload`. Nothing of the session's own loading code is used: what this process can do,
-any user of PEFT can do.
+Started by `finetune.evidence.reload`. Nothing of the session's own loading code is used, but for the settings of a
+quantised base: what this process can do, any user of PEFT can do.
 """
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from finetune.backends.torch.packed import quantizing
+from finetune.records import Quantization
 
 
 def main() -> None:
@@ -21,7 +25,12 @@ def main() -> None:
     saved = load_file(request["logits"])
     dtype = getattr(torch, request["dtype"])
     opening = {"dtype": dtype, "local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
-    model = AutoModelForCausalLM.from_pretrained(request["folder"], **opening).eval()
+    how = Quantization(**request["quantize"]) if request.get("quantize") else None
+    packing = {"quantization_config": quantizing(Path(request["folder"]), how, dtype, "the base")} if how else {}
+    model = AutoModelForCausalLM.from_pretrained(request["folder"], **opening, **packing).eval()
+    if how:
+        # bitsandbytes' own layers would round what they read, too; this is transformers' way to be rid of them.
+        model = model.dequantize()
     with torch.no_grad():
         base = [model(input_ids=torch.tensor([ids])).logits[0].float() for ids in request["prompts"]]
         if "model" in request:

@@ -24,6 +24,7 @@ from finetune.backends.torch.device import is_exhausted, name_device, random_sta
 from finetune.backends.torch.float64 import Float64
 from finetune.backends.torch.group import as_lost, pool_gradients
 from finetune.backends.torch.lora_linear import fold_adapters
+from finetune.backends.torch.packed import turned
 from finetune.backends.torch.recompute import recompute_blocks
 from finetune.data.batches import shared_start
 from finetune.errors import OutOfMemoryError, TrainingError
@@ -67,7 +68,6 @@ class TorchSession:
             self.model.requires_grad_(requires_grad=True)
             return
         import peft
-        from transformers.pytorch_utils import Conv1D
 
         kind = kind_of(target)
         paths = {path: state.whole_paths(self.model, (path,))[0] for path in target.rows}
@@ -76,12 +76,14 @@ class TorchSession:
             **kind.write_peft(target),
             target_modules=list(target.modules),
             modules_to_save=state.whole_paths(self.model, target.saved) or None,
-            fan_in_fan_out=any(isinstance(module, Conv1D) for module in self.model.modules()),
+            fan_in_fan_out=turned(self.model),
             task_type="CAUSAL_LM",
         )
         self.model.name_or_path = public_name(self.location)
         with state.quiet_wrapping():
             self.model = peft.get_peft_model(self.model, config)
+        # PEFT looks at layers that are packed, and those are never turned: what is saved goes with the model's files.
+        config.fan_in_fan_out = turned(self.model)
         fold_adapters(self.model)
 
     def prepare_updates(self, optimization: Optimization) -> None:

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from finetune.backends.torch.load import load_model
+from finetune.backends.torch.packed import is_packed
 from finetune.backends.torch.state import quiet_wrapping
 from finetune.errors import RefusedError
 from finetune.records import ModelLocation
@@ -17,8 +18,13 @@ def shard(model: Any) -> None:
     Adapters stay whole everywhere, and so do the embedding and the head, which are no blocks.
 
     Raises:
-        RefusedError: the model does not say what its blocks are.
+        RefusedError: the model does not say what its blocks are, or is quantised.
     """
+    if is_packed(model):
+        raise RefusedError(
+            "FSDP shares out full weights, and this base is quantised",
+            hint="use distributed_type MULTI_GPU, or leave out model.quantize",
+        )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

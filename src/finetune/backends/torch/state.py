@@ -15,6 +15,8 @@ from finetune.adapters.choose import ends_with
 from finetune.adapters.kinds import layer_tensor
 from finetune.adapters.patterns import check_settings
 from finetune.adapters.peft_files import ROWS, WEIGHTS, check_tensor_shapes, on_disk
+from finetune.backends.torch import without_bitsandbytes
+from finetune.backends.torch.packed import is_packed, turn_back, unpack
 from finetune.errors import ModelError, RefusedError
 from finetune.reading import read_json
 
@@ -101,17 +103,24 @@ def whole_paths(model: Any, names: tuple[str, ...]) -> list[str]:
 
 @contextlib.contextmanager
 def quiet_wrapping() -> Iterator[None]:
-    """Keep back one warning while PEFT wraps a model: transformers tells PEFT of a renamed attribute."""
-    with warnings.catch_warnings():
+    """Keep back what PEFT says while it wraps a model: of a renamed attribute, and of turned layers that are packed."""
+    with warnings.catch_warnings(), without_bitsandbytes():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         yield
 
 
 def merged(model: Any) -> Any:
-    """A model without an adapter that computes the same; where there is one, a copy, so that nothing is changed."""
+    """A full model without an adapter that computes the same; where there is one, or what is packed, a copy."""
     from peft import PeftModel
 
-    return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
+    if not isinstance(model, PeftModel) and not is_packed(model):
+        return model
+    whole = copy.deepcopy(model)
+    unpack(whole)
+    whole = whole.merge_and_unload() if isinstance(whole, PeftModel) else whole
+    turn_back(whole)
+    return whole
 
 
 def load_peft_adapter(model: Any, folder: Path) -> Any:
