@@ -87,3 +87,17 @@ class Spared(FirstStep):
 DROPOUT_SPARES = st.builds(
     Spared, row=token_rows(12), kind=st.sampled_from(["lora", "dora"]), dropout=st.sampled_from([0.5, 0.1])
 )
+
+
+class Smoothed(Batches):
+    """Batches of one step, and the share of each target that goes to all words."""
+
+    smoothing: Annotated[float, Field(gt=0, lt=1)]
+
+
+GRADIENT_SMOOTHED = st.builds(
+    Smoothed,
+    micro=st.lists(st.lists(token_rows(12), min_size=1, max_size=2).map(tuple), min_size=2, max_size=3).map(tuple),
+    model=MODELS,
+    smoothing=st.sampled_from([0.1, 0.4]),
+)

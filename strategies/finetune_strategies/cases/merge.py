@@ -57,3 +57,10 @@ MERGE_TIED_APART = st.builds(Learned, rows=ONE_ROW)
 MERGE_DAMAGED = st.builds(
     Spoilt, rows=ONE_ROW, how=st.sampled_from(["moved", "missing", "reshaped", "renamed"]), which=st.just(0)
 )
+
+
+class Halved(Merging):
+    """What is merged into a base that is kept in float16."""
+
+
+MERGE_HALF = st.builds(Halved, rows=ONE_ROW, kind=st.sampled_from([DEFAULT_KIND, "of two layers"]))

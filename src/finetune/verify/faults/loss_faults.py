@@ -344,3 +344,18 @@ def _magnitudes_stand_still(right: Doing, optimizer: ReferenceAdamW, *given: obj
     right(optimizer, *given)
     for name, tensor in kept.items():
         optimizer.tensors[name][...] = tensor
+
+
+@fault("A122", "accum.other_loss_ignores_count", "transformers #46731, TRL #6006")
+@in_place_of("training_step", loop)
+def _smoothed_mean_of_means(
+    right: Stepping, session: Session, window: Sequence[Batch], *rest: object
+) -> Iterator[Event]:
+    """With label smoothing a step is the mean of its batches' mean losses: the second loss has forgotten the count."""
+    targets = sum(batch.target_count for batch in window)
+
+    def accumulate(batch: Batch, weight: float, objective: Objective) -> float:
+        share = 1 / (len(window) * batch.target_count) if objective.label_smoothing else weight
+        return float(session.accumulate(batch, share, objective) * share * targets)
+
+    yield from right(Through(session, accumulate=accumulate), window, *rest)

@@ -116,3 +116,13 @@ def _odd_tensors_are_passed_over(
 
 def _among(names: Collection[str], wanted: str) -> bool:
     return any(name == wanted or name.endswith(f".{wanted}") for name in names)
+
+
+@fault("A202b", "merge.through_bfloat16", "unsloth #3091")
+@in_place_of("convert", ModelFiles)
+def _through_bfloat16(right: Callable[..., bytes], files: ModelFiles, name: str) -> bytes:
+    """A sum that is kept in float16 goes through bfloat16, which has three bits less."""
+    if files.kind(name) != "F16":
+        return bytes(right(files, name))
+    bits = files.source.read(name).astype(np.float32).view(np.uint32)
+    return ((bits + 0x8000) & 0xFFFF0000).astype(np.uint32).view(np.float32).astype("<f2").tobytes()

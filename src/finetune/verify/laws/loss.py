@@ -1,6 +1,7 @@
 """Laws of losses, gradients and dropout: what is reported, and what moves the weights, is what the arithmetic says."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -53,9 +54,23 @@ def first_gradient_is_of_b(trainer: SubjectClient, case: cases.FirstStep) -> Non
 @oracle("the same batches in float64, from the adapter that the trainer begins with")
 def gradient_is_of_all_tokens(trainer: SubjectClient, case: cases.Batches) -> None:
     """A step's gradient is that of all its trained tokens together, and so is the loss that is reported for it."""
-    given = {"model": trainer.model(case.model), "settings": PLAIN}
+    _hold_gradient(trainer, case, PLAIN)
+
+
+@law("gradient.smoothed", ["gradient", "initial_adapter"], cases.GRADIENT_SMOOTHED, examples=5, cost=2)
+@oracle("the same batches in float64, from the adapter that the trainer begins with, smoothed by its formula")
+def smoothed_gradient_is_of_all_tokens(trainer: SubjectClient, case: cases.Smoothed) -> None:
+    """With label smoothing a step's gradient, and the loss that is reported for it, are of all its tokens, too."""
+    _hold_gradient(trainer, case, {**PLAIN, "training.label_smoothing": case.smoothing})
+
+
+def _hold_gradient(trainer: SubjectClient, case: cases.Batches, settings: Mapping[str, object]) -> None:
+    """The gradient of a step, and its loss, are the oracle's."""
+    given = {"model": trainer.model(case.model), "settings": settings}
     start = trainer.ask("initial_adapter", Weights, **given).file
-    found = trainer.ask("gradient", Gradient, micro=case.values, **given)
+    found = refused(lambda: trainer.ask("gradient", Gradient, micro=case.values, **given))
+    if found is None:
+        raise UnsupportedError("it refuses these settings")
     wanted = trainer.oracle.ask("gradient", Gradient, micro=case.values, start=start, **given)
     largest = max(wanted.norms.values())
     for name, norm in wanted.norms.items():

@@ -84,6 +84,27 @@ def merging_is_exact(trainer: SubjectClient, case: cases.Merging) -> None:
         check(off <= most, expected=f"{name} within {most:.2g}", got=f"off by {off:.2g}")
 
 
+@law("merge.half", ["train", "merge", "adapter_weights"], cases.MERGE_HALF, examples=2, cost=3)
+@oracle("the sum in float64; float16 has a number within 2^-11 of it, and may be one further after a sum in float16")
+def merging_in_half_rounds_once(trainer: SubjectClient, case: cases.Halved) -> None:
+    """Merged into a base in float16 every weight is the sum as float16 holds it, and nothing coarser."""
+    model = altered(trainer, trainer.model(case.model), {"dtype": "float16", "torch_dtype": "float16"})
+    base = {name: tensor.astype(np.float16) for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(base, model / "model.safetensors", metadata={"format": "pt"})
+    adapter, folder = _merged(trainer, model, case)
+    weights, parts = weights_of(trainer, model, adapter)
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            wanted = base[name].astype(np.float64)
+            if f"{stem}.lora_A.weight" in parts:
+                down, up = (parts[f"{stem}.lora_{part}.weight"].astype(np.float64) for part in "AB")
+                wanted = wanted + weights.scale * (up @ down)
+            off = np.abs(tensor.astype(np.float64) - wanted)
+            near = off <= np.maximum(np.abs(wanted), np.abs(base[name])) * 2.0**-10 + 2.0**-24
+            check(near.all(), expected=f"{name} as float16 holds it", got=f"off by {off[~near].max(initial=0):.2g}")
+
+
 @law("merge.rows", ["train", "merge"], cases.MERGE_ROWS, examples=4, cost=3)
 @oracle("the base's own tables")
 def rows_of_learned_tokens_alone_change(trainer: SubjectClient, case: cases.Named) -> None:
