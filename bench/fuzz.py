@@ -20,12 +20,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 
-from fuzz_cases import COMMANDS, SOUND, SUBJECT, TEMPLATE, TRAINED, Case, make_case
+from fuzz_cases import COMMANDS, READ, SOUND, SUBJECT, TEMPLATE, TRAINED, Case, make_case
 
 PROCESSOR_SECONDS = 30
 SECONDS = 180
@@ -49,7 +50,14 @@ def ft(*words: str, folder: Path) -> None:
         raise SystemExit(f"{words}: {done.stderr}")
 
 
-def make_place(folder: Path) -> None:
+def on_backend(words: Sequence[str], backend: str) -> tuple[str, ...]:
+    """A command as it is typed for another backend."""
+    own = {"reference": backend, "backend=reference": f"backend={backend}"}
+    pairs = zip(("", *words), words, strict=False)
+    return tuple(own.get(word, word) if before in ("--backend", "--set") else word for before, word in pairs)
+
+
+def make_place(folder: Path, backend: str) -> None:
     """A folder with one sound file of each kind that is read."""
     from finetune.backends import open_backend
     from finetune.models.locate import locate_model
@@ -78,8 +86,8 @@ def make_place(folder: Path) -> None:
     (folder / "outside").mkdir()
     (folder / "outside" / "mine").write_text("mine")
     _make_table(folder / "table.parquet", rows)
-    ft(*COMMANDS["train"][:-1], "run", folder=folder)
-    ft("train", *TRAINED, "--output", "half", folder=folder)
+    ft(*on_backend(COMMANDS["train"][:-1], backend), "run", folder=folder)
+    ft(*on_backend(("train", *TRAINED), backend), "--output", "half", folder=folder)
     for name in ("run.json", "report.html"):
         (folder / "half" / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "half/checkpoints/step-00000002")
@@ -194,20 +202,25 @@ def sound_case(number: int) -> Case:
     return Case(tuple(word.replace("{secret}", CANARY) for word in SOUND[name]), {}, name)
 
 
-def fuzz(numbers: list[int], seed: int | None, folder: Path) -> Iterator[tuple[int, Case, Ending, str]]:
+def fuzz(
+    numbers: list[int], seed: int | None, folder: Path, *, backend: str = "reference", read: Sequence[str] = ()
+) -> Iterator[tuple[int, Case, Ending, str]]:
     """Try these cases, each in a place that is sound but for what the case damages; without a seed, nothing is."""
     import finetune.cli.app  # noqa: F401  # what every command needs is imported once
+
+    import_module(f"finetune.backends.{backend}.backend")
 
     place, sound = folder / "place", folder / "sound"
     os.environ |= SECRETS
     os.environ |= {"HOME": str(folder / f"home-{CANARY}"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    make_place(place)
+    make_place(place, backend)
     shutil.copytree(place, sound)
     outside, around = _seen(place / "outside"), {"place", "sound", f"home-{CANARY}", "place.said"}
     for number in numbers:
         shutil.rmtree(place)
         shutil.copytree(sound, place)
-        case = sound_case(number) if seed is None else make_case(seed, number, place)
+        case = sound_case(number) if seed is None else make_case(seed, number, place, read)
+        case = replace(case, words=on_backend(case.words, backend))
         ending = run(case, place)
         wrong = ending.wrong()
         if _seen(place / "outside") != outside or {each.name for each in folder.iterdir()} - around:
@@ -233,13 +246,15 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--only", type=int, action="append", help="this case alone, with all that it says")
     parser.add_argument("--sound", action="store_true", help="each command once, and nothing is damaged")
+    parser.add_argument("--backend", default="reference", help="what trains and reads")
+    parser.add_argument("--read", choices=READ, action="append", default=[], help="damage these files alone")
     parser.add_argument("--first", type=int, default=0, help="the number to begin with")
     given = parser.parse_args()
     seed, count = (None, len(SOUND)) if given.sound else (given.seed, given.count)
     numbers = given.only or list(range(given.first, given.first + count))
     ends: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        for number, case, ending, wrong in fuzz(numbers, seed, Path(folder)):
+        for number, case, ending, wrong in fuzz(numbers, seed, Path(folder), backend=given.backend, read=given.read):
             ends[wrong or f"code {ending.code}"] += 1
             if sys.stderr.isatty() or sum(ends.values()) % 50 == 0:
                 print(f"{sum(ends.values())} of {len(numbers)}", file=sys.stderr, flush=True)
@@ -252,7 +267,7 @@ def main() -> int:
                     sep="\n",
                     flush=True,
                 )
-    print(json.dumps({"seed": seed, "cases": len(numbers), "ends": ends}))
+    print(json.dumps({"seed": seed, "backend": given.backend, "cases": len(numbers), "ends": ends}))
     return int(not all(end.startswith("code ") and int(end[5:]) in CODES for end in ends))
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,10 +168,10 @@ class Case:
     told: str
 
 
-def make_case(seed: int, number: int, place: Path) -> Case:
-    """Damage the sound files of a place as this seed and number decide; the command that then reads them."""
+def make_case(seed: int, number: int, place: Path, read: Sequence[str] = ()) -> Case:
+    """Damage the sound files of a place as this seed and number decide, or these alone; what then reads them."""
     dice = random.Random(f"{seed}/{number}")
-    kind = dice.choices(("file", "variable", "argument"), (18, 1, 1))[0]
+    kind = "file" if read else dice.choices(("file", "variable", "argument"), (18, 1, 1))[0]
     if kind == "variable":
         name, value = dice.choice(VARIABLES), dice.choice((*NUMBERS, *WORDS)).replace("\0", "")[:5000]
         value = value.encode("utf-8", "replace").decode()
@@ -183,7 +183,7 @@ def make_case(seed: int, number: int, place: Path) -> Case:
         if "=" in COMMANDS["train"][at % len(COMMANDS["train"])] and dice.random() < 0.5:
             words[at] = f"{dice.choice(SETTINGS)}={words[at]}"
         return Case(tuple(words), {}, f"argument {at} is {words[at][:60]!r}")
-    pattern = dice.choice(tuple(READ))
+    pattern = dice.choice(tuple(read or READ))
     files = sorted(file for file in place.glob(pattern) if file.is_file())
     name = dice.choice(READ[pattern])
     words = list(COMMANDS[name])

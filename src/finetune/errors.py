@@ -168,6 +168,25 @@ def install_line(what: str) -> str:
 _PLACED = re.compile(r"(?s)(.+?)(:\d+|\[\d+\])((?: \S+\[\d+\])?): (.*)")
 """A problem as rows have it: a file, the place in it, perhaps the message of a conversation, and what is wrong."""
 _SHOWN = 20
+MOST_PROBLEMS = 10_000
+
+
+class FileProblems(list[str]):
+    """The problems of a file that is being read, raised at once where they are so many that nobody reads on."""
+
+    def __init__(self, hint: str) -> None:
+        super().__init__()
+        self._hint = hint
+
+    def append(self, problem: str) -> None:
+        """Add one; DataError where it is one too many."""
+        super().append(problem)
+        if len(self) >= MOST_PROBLEMS:
+            self.raise_all()
+
+    def raise_all(self) -> None:
+        """DataError where there is one."""
+        raise_all(self, hint=self._hint)
 
 
 def raise_all(problems: list[str], *, hint: str, what: str = "the data cannot be used") -> None:
@@ -187,4 +206,6 @@ def raise_all(problems: list[str], *, hint: str, what: str = "the data cannot be
         for (file, within, said), places in alike.items()
     ]
     more = [f"... and {len(problems) - _SHOWN:,} more"] if len(problems) > _SHOWN else []
+    if isinstance(problems, FileProblems) and len(problems) >= MOST_PROBLEMS:
+        more[0] += f"; with {len(problems):,} of them the rest was not read"
     raise DataError("\n  ".join([f"{what}:", *lines, *more]), hint=hint)

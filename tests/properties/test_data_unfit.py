@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from finetune import errors
 from finetune.data import read, tables, unpack
 from finetune.data.read import iter_rows, read_rows
 from finetune.errors import DataError
@@ -224,6 +225,21 @@ def test_equal_problems_are_one_line_with_a_count(tmp_path: Path) -> None:
     assert ":2, :3, " in lines[1]
     assert "(20 rows)" in lines[1]
     assert lines[2].strip() == "... and 10 more"
+
+
+ENDLESS = {"rows.jsonl": "1\n", "rows.json": "1,", "rows.txt": "aa\0\n", "rows.csv": "a,b,c\n"}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_file_of_nothing_but_problems_is_read_no_further(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where everything is wrong the first so many are enough: no list of them grows with the file."""
+    monkeypatch.setattr(errors, "MOST_PROBLEMS", 200)
+    path = tmp_path / name
+    head = {"rows.json": "[", "rows.csv": "prompt,completion\n"}.get(name, "")
+    path.write_text(head + ENDLESS[name] * 400)
+    assert "with 200 of them the rest was not read" in refusal(path).message
 
 
 DOCUMENTS = {

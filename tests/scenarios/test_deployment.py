@@ -229,6 +229,22 @@ def test_deploy_to_ollama_is_verified(run: Path, ollama: StandIn) -> None:
     assert (third.returncode, third.stdout) == (0, "facts:first\n")
 
 
+def test_deploy_tells_no_secret(run: Path, ollama: StandIn) -> None:
+    """A login in the server's address, and a token, are in no file and no line, served or not."""
+    canary = "canary-4c1e77d09b"
+    secrets = {"OLLAMA_HOST": ollama.address.replace("://", f"://me:{canary}@"), "HF_TOKEN": canary}
+    words = ("deploy", "run", "--to", "ollama", "--name", "facts:quiet", "--replace")
+    for given in ((*words, "--json"), words):
+        done = ft(*given, cwd=run.parent, **secrets)
+        assert done.returncode == 0, done.stderr
+        assert canary not in done.stdout + done.stderr
+    ollama.stop()
+    done = ft(*words, "--host", secrets["OLLAMA_HOST"], cwd=run.parent, **secrets)
+    assert done.returncode == 3
+    assert canary not in done.stdout + done.stderr
+    assert not [each for each in run.rglob("*") if each.is_file() and canary.encode() in each.read_bytes()]
+
+
 def test_deploy_to_an_ollama_that_tells_less(run: Path, ollama: StandIn) -> None:
     """An older server, which does not tell its prompts, has them counted, and that is said to be less."""
     ollama.tells_renderings = False

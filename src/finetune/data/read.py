@@ -20,7 +20,7 @@ from finetune.data.unpack import (
     text_lines,
     whole_text,
 )
-from finetune.errors import DataError, raise_all
+from finetune.errors import DataError, FileProblems
 from finetune.records import Row
 
 
@@ -69,7 +69,7 @@ def kind_of(path: Path) -> str:
 
 def _json_lines(path: Path) -> Iterator[Row]:
     """The rows of one JSON object a line; empty lines are skipped."""
-    problems: list[str] = []
+    problems = FileProblems("each line must be one JSON object")
     filled = False
     for number, line in text_lines(path):
         if not (line := line.rstrip("\r\n")).strip():
@@ -83,7 +83,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
             problems.append(f"{where}: {unreadable(error)}")
         except DataError as error:
             problems.append(error.message)
-    raise_all(problems, hint="each line must be one JSON object")
+    problems.raise_all()
     if not filled:
         raise _empty(path)
 
@@ -115,13 +115,13 @@ def _json_document(path: Path) -> Iterator[Row]:
     except (RecursionError, ValueError) as error:
         raise DataError(f"{path}: {unreadable(error)}", hint=_SHORTER) from None
     items, within = _within(path, document)
-    problems: list[str] = []
+    problems = FileProblems(_OBJECTS)
     for index, item in enumerate(items):
         try:
             yield _as_row(item, f"{path}{within}[{index}]")
         except DataError as error:
             problems.append(error.message)
-    raise_all(problems, hint=_OBJECTS)
+    problems.raise_all()
 
 
 _ONE_LIST, _OBJECTS = "a .json file holds one list of objects", "each element must be a JSON object"
@@ -130,7 +130,7 @@ _SHORTER = "flatten or shorten the rows"
 
 def _json_list(path: Path) -> Iterator[Row]:
     """The rows of one JSON list; no more of it is held at once than one of them, and a block."""
-    problems: list[str] = []
+    problems = FileProblems(_OBJECTS)
     found = 0
     text = _JsonText(path, text_blocks(path, lambda: found))
     text.next_sign()
@@ -150,7 +150,7 @@ def _json_list(path: Path) -> Iterator[Row]:
         text.next_sign()
     if text.next_sign():
         raise text.broken("Extra data", text.at)
-    raise_all(problems, hint=_OBJECTS)
+    problems.raise_all()
 
 
 class _JsonText:
@@ -308,13 +308,13 @@ def _as_row(value: object, where: str) -> Row:
 
 def _text(path: Path) -> Iterator[Row]:
     """Each line of a text as a document; empty lines are skipped."""
-    problems: list[str] = []
+    problems = FileProblems("name a file of text")
     for number, line in text_lines(path):
         if "\0" in line:
             problems.append(f"{path}:{number}: a NUL, so it is no text")
         elif not line.isspace():
             yield Row({"text": line.rstrip("\r\n")}, f"{path}:{number}")
-    raise_all(problems, hint="name a file of text")
+    problems.raise_all()
 
 
 def _empty(path: Path) -> DataError:

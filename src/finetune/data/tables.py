@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.unpack import LONGEST_ROW, MOST_TIMES, MOST_UNPACKED, ROW_IN_MEMORY, open_data, text_lines
-from finetune.errors import DataError, MissingExtraError, install_line, raise_all
+from finetune.errors import DataError, FileProblems, MissingExtraError, install_line, raise_all
 from finetune.records import Row
 
 _DELIMITERS = ";\t|"
@@ -33,7 +33,7 @@ def table_rows(path: Path) -> Iterator[Row]:
     tabbed = path.suffixes[-1:] == [".tsv"] or ".tsv" in path.name.lower()
     delimiter = "\t" if tabbed else _delimiter(lead[-1] if lead else "")
     reader = csv.reader(chain(lead, lines), delimiter=delimiter, strict=True)
-    problems: list[str] = []
+    problems = FileProblems("quote each cell that holds the delimiter, a quote (doubled) or a line break")
     header: list[str] = []
     start = 1
     try:
@@ -50,7 +50,7 @@ def table_rows(path: Path) -> Iterator[Row]:
                 yield Row(dict(zip(header, cells, strict=True)), where)
     except csv.Error as error:
         problems.append(f"{path}:{start}: broken table: {error}")
-    raise_all(problems, hint="quote each cell that holds the delimiter, a quote (doubled) or a line break")
+    problems.raise_all()
     if not header:
         raise DataError(f"{path} is empty", hint="put one row on each line")
 
