@@ -305,7 +305,8 @@ def _masks(rows: Sequence[Given]) -> bool:
 
 
 def _offset(targets: Sequence[bool]) -> int:
-    first = list(targets).index(True)
+    # A row of which nothing is learned is to it one whose prompt is all of it.
+    first = list(targets).index(True) if any(targets) else len(targets)
     if not all(targets[first:]):
         raise UnsupportedError("its loss counts the end of a row, from one place on")
     return first
