@@ -148,12 +148,17 @@ TRAIN_MOVES = st.builds(
 
 
 class Watched(Rows):
-    """Rows to train on, and one to look at on the way."""
+    """Rows to train on, and one that is looked at on the way or is not."""
 
     watched: Pair
+    looks: bool
     seed: Annotated[int, Field(ge=0)]
 
 
 TRAIN_UNDISTURBED = st.builds(
-    Watched, rows=rows_of(2, 2), watched=st.just(Pair(prompt="q", completion="zz")), seed=st.sampled_from([0, 3])
+    Watched,
+    rows=rows_of(2, 2),
+    watched=st.just(Pair(prompt="q", completion="zz")),
+    looks=st.booleans(),
+    seed=st.sampled_from([0, 3]),
 )

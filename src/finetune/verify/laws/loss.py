@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -66,8 +67,8 @@ def smoothed_gradient_is_of_all_tokens(trainer: SubjectClient, case: cases.Smoot
 
 def _hold_gradient(trainer: SubjectClient, case: cases.Batches, settings: Mapping[str, object]) -> None:
     """The gradient of a step, and its loss, are the oracle's."""
-    given = {"model": trainer.model(case.model), "settings": settings}
-    start = trainer.ask("initial_adapter", Weights, **given).file
+    given: dict[str, Any] = {"model": trainer.model(case.model), "settings": settings}
+    start = trainer.ask("initial_adapter", Weights, model=given["model"], settings=PLAIN).file
     found = refused(lambda: trainer.ask("gradient", Gradient, micro=case.values, **given))
     if found is None:
         raise UnsupportedError("it refuses these settings")

@@ -21,6 +21,7 @@ ARGUMENTS = {
     "training.warmup_fraction": "warmup_steps",
     "training.weight_decay": "weight_decay",
     "training.max_grad_norm": "max_grad_norm",
+    "training.label_smoothing": "label_smoothing_factor",
     "training.seed": "seed",
     "training.save_every": "save_steps",
 }
