@@ -23,6 +23,20 @@ def meant_file(path: Path, hint: str) -> str:
     return f"did you mean {near}? {hint}" if near else hint
 
 
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run's, finished or not."""
+    return any((path / mark).is_file() for mark in ("plan.yaml", "run.json"))
+
+
+def run_around(path: Path) -> Path | None:
+    """The run that a folder is, lies in, or holds; of several that it holds, one."""
+    try:
+        inside = [place for place in islice(path.iterdir(), 10_000) if is_run(place)]
+    except OSError:
+        return None
+    return next((place for place in (path, *path.parents, *sorted(inside)) if is_run(place)), None)
+
+
 def nearest_file(path: Path) -> Path | None:
     """The file or folder beside one that is not there whose name is nearest to its own."""
     try:

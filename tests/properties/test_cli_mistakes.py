@@ -8,6 +8,8 @@ import typer
 
 from finetune.cli.app import VERBS, app, run
 
+TWO_ROWS = 160
+"""Letters of a line that takes two rows of a terminal of 80 columns."""
 ROW = json.dumps({"prompt": "Say one", "completion": "one"}) + "\n"
 
 
@@ -29,6 +31,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "deep.toml": "a = " + "[" * 20_000 + "]" * 20_000,
         "runs/first/plan.yaml": "backend: reference\n",
         "runs/first/run.json": "{}",
+        "runs/first/files/a.txt": "",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +43,22 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("line", "code", "told"),
     [
         ("trian", 2, ("no command 'trian'", "`ft train`")),
-        ("xyzzy", 2, ("no command 'xyzzy'", "there are: train,")),
+        ("serve runs/first", 2, ("no command 'serve'", "`ft deploy`")),
+        ("LS", 2, ("no command 'LS'", "`ft runs`")),
+        ("train --dpo", 2, ("no option --dpo", "--set training.objective=dpo?")),
+        ("train --bf16", 2, ("no option --bf16", "--set model.dtype=bfloat16?")),
+        ("train --load-in-4bit --epochs 1", 2, ("--set model.quantize=4bit?",)),
+        ("train --gradient-checkpointing", 2, ("--set training.gradient_checkpointing=true?",)),
+        ("check --set tracking.to=wandbb", 2, ("['wandbb']", "write a list: [wandb]")),
+        ("check --set training.optimizer=x", 2, ("no setting `training.optimizer`", "`ft init -`")),
+        ("check --model runs", 3, ("runs has no config.json", "--model runs/first")),
+        ("check --model runs/first/files", 3, ("no config.json", "--model runs/first")),
+        ("check --model referenc-llama", 3, ("did you mean reference-llama?",)),
+        ("check --data runs/first", 3, ("is a run, and no data", "--model runs/first")),
+        ("chat reference-llama", 3, ("is a model, and no run", "ft train --model reference-llama")),
+        ("report runs", 3, ("holds no run", "ft report runs/first")),
+        ("replay finetune.yaml", 2, ("finetune.yaml is no finding: it is no JSON", "ft verify")),
+        ("xyzzy", 2, ("no command 'xyzzy'", "`ft --help`")),
         ("train --epochz 1", 2, ("no option --epochz", "did you mean --epochs?")),
         ("train --lora-r 4", 2, ("no option --lora-r", "--rank 4")),
         ("train --save-steps=10", 2, ("no option --save-steps", "--set training.save_every=10")),
@@ -92,6 +110,7 @@ def test_mistake_is_answered_in_three_lines(
     both = "".join(capsys.readouterr())
     assert [words for words in told if words not in both] == []
     assert len(both.splitlines()) <= 3, both
+    assert max(map(len, both.splitlines())) <= TWO_ROWS, both
     assert "hint: " in both
     assert "Usage:" not in both
     assert sorted(path for path in here.rglob("*")) == before

@@ -47,8 +47,9 @@ def command(
 
 def _named(source: str) -> str:
     """The run that is named, however it is; else the name of a model."""
+    from finetune.files import is_run
     from finetune.models.locate import SHIPPED
-    from finetune.run.find import find_run, is_run
+    from finetune.run.find import find_run
 
     if source in SHIPPED:
         return source

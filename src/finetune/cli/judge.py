@@ -36,10 +36,10 @@ def command(
     """
     from finetune.adapters.peft_files import base_of
     from finetune.config import load_config, parse_assignments
-    from finetune.files import meant_file
+    from finetune.files import is_run, meant_file
     from finetune.judge import judge_tuned
     from finetune.models.travel import is_hashed
-    from finetune.run.find import base_beside, is_run
+    from finetune.run.find import base_beside
 
     if not tuned.is_dir():
         raise UsageError(f"--tuned {tuned} is no folder", hint=meant_file(tuned, "name an adapter's or a model's"))

@@ -107,7 +107,8 @@ def command(
 
 def _run_to_resume(named: Path | None, output: Path | None) -> Path | None:
     """The run that --resume goes on with, named as the argument or with --output."""
-    from finetune.run.find import find_run, is_run
+    from finetune.files import is_run
+    from finetune.run.find import find_run
 
     if named is not None and named.is_file() and not any(map(is_run, named.parents)):
         raise UsageError(

@@ -9,6 +9,18 @@ from finetune.cli.options import SHORT_OPTIONS
 from finetune.errors import UsageError
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_COMMANDS_ELSEWHERE = {
+    "train": "finetune fine-tune fit sft lora dpo",
+    "chat": "generate talk infer inference",
+    "merge": "fuse",
+    "export": "convert quantize gguf",
+    "deploy": "serve api",
+    "push": "upload publish",
+    "runs": "ls list",
+    "check": "validate preprocess",
+    "verify": "test",
+}
+"""What other trainers call a command."""
 
 
 def usage_error(error: Any, words: Sequence[str]) -> UsageError:
@@ -40,8 +52,9 @@ def usage_error(error: Any, words: Sequence[str]) -> UsageError:
     if error.message.startswith("No such command"):
         known = list(context.command.commands)
         wrong = next((word for word in words if not word.startswith("-")), "")
-        near = get_close_matches(wrong, known, n=1)
-        hint = f"did you mean `ft {near[0]}`?" if near else f"there are: {', '.join(known)}"
+        elsewhere = [ours for ours, others in _COMMANDS_ELSEWHERE.items() if wrong.lower() in others.split()]
+        near = elsewhere or get_close_matches(wrong.lower(), known, n=1)
+        hint = f"did you mean `ft {near[0]}`?" if near else "`ft --help` lists them"
         return UsageError(f"there is no command {wrong!r}", hint=hint)
     message = error.format_message().rstrip(".")
     return UsageError(f"{command}: {message[:1].lower()}{message[1:]}", hint=usage)
@@ -49,16 +62,18 @@ def usage_error(error: Any, words: Sequence[str]) -> UsageError:
 
 def _nearest_option(wrong: str, context: Any, words: Sequence[str]) -> str:
     """The option, or the setting with its `--set`, that was meant; empty where nothing is near."""
-    from finetune.config import nearest_key
+    from finetune.config import nearest_assignment, nearest_key
 
     name = wrong.lstrip("-").replace("-", "_")
     parameters = context.command.params if context else []
     options = [option for parameter in parameters for option in parameter.opts if option.startswith("--")]
     takes_settings = "--set" in options
-    value = _typed_after(wrong, words) or "VALUE"
+    typed = _typed_after(wrong, words)
     if near := get_close_matches(wrong, options, n=1, cutoff=0.8):
         return f"did you mean {near[0]}?"
-    key = nearest_key(name) if takes_settings else None
+    if takes_settings and not typed and (whole := nearest_assignment(name)):
+        return f"did you mean --set {whole}?"
+    key, value = nearest_key(name) if takes_settings else None, typed or "VALUE"
     if key and "." in key:
         short = next((option for option, setting in SHORT_OPTIONS.items() if setting == key), None)
         told = f"--{short.replace('_', '-')} {value}" if short else f"--set {key}={value}"

@@ -8,7 +8,7 @@ Importing this loads pydantic and PyYAML and nothing heavier.
 """
 
 from finetune.config.commented import commented_config, json_schema
-from finetune.config.keys import KEYS, default_of, description_of, flatten, nearest_key, unflatten
+from finetune.config.keys import KEYS, default_of, description_of, flatten, nearest_assignment, nearest_key, unflatten
 from finetune.config.load import LoadedConfig, Origin, load_config, parse_assignments
 from finetune.config.plan_file import FORMAT, dump_plan, load_plan, plan_as_list
 from finetune.config.profiles import PROFILES, Profile
@@ -44,6 +44,7 @@ __all__ = [
     "json_schema",
     "load_config",
     "load_plan",
+    "nearest_assignment",
     "nearest_key",
     "new_token_problems",
     "parse_assignments",

@@ -24,6 +24,9 @@ KEYS: tuple[str, ...] = (
 PROFILE_KEY = "profile"
 """Accepted next to the settings, but not one: it names a set of values."""
 
+_VALUES_SHORT = {"bf16": "bfloat16", "fp32": "float32", "load_in_4bit": "4bit", "load_in_8bit": "8bit", "qlora": "4bit"}
+"""What other trainers call a value."""
+
 # What other trainers, and older versions of this one, call a setting; difflib alone would not find these.
 _NAMES_ELSEWHERE: dict[str, str] = {
     "training.dpo_beta": "beta pref_beta",
@@ -188,3 +191,15 @@ def nearest_key(wrong: str) -> str | None:
         names = {split_key(key)[1]: key for key in KEYS}
         choices = [names[found] for found in get_close_matches(name, list(names), n=1, cutoff=0.75)]
     return choices[0] if choices else None
+
+
+def nearest_assignment(option: str) -> str | None:
+    """The setting with its value that an option without a value most likely meant, such as `--bf16` or `--dpo`."""
+    name = _VALUES_SHORT.get(option.lower(), option.lower())
+    for key in KEYS:
+        if name in [word for choice in choices_of(key) for word in choice.get("enum", [choice.get("const")])]:
+            return f"{key}={name}"
+    meant = nearest_key(name)
+    if meant in KEYS and any(choice.get("type") == "boolean" for choice in choices_of(meant)):
+        return f"{meant}=true"
+    return None

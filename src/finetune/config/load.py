@@ -225,6 +225,8 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+_MOST_NAMED = 6
+"""How many settings a hint names."""
 _BOUNDED = reprlib.Repr()
 _BOUNDED.maxstring = _BOUNDED.maxother = _BOUNDED.maxlong = 90
 _BOUNDED.maxlevel = 3
@@ -241,6 +243,8 @@ def _profile_problems(name: object, where: str) -> list[Problem]:
 
 def _value_hint(key: str, value: object) -> str:
     choices = choices_of(key)
+    if isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
+        value = ",".join(value)
     if isinstance(value, str):
         if (key, value.lower()) in VALUES_ELSEWHERE:
             return VALUES_ELSEWHERE[key, value.lower()]
@@ -283,7 +287,9 @@ def _suggest_dotted(wrong: str, nearest: str) -> str:
 
 def _list_names(section: str) -> str:
     if section in SECTIONS:
-        return f"`{section}` has: " + ", ".join(SECTIONS[section].model_fields)
+        names = list(SECTIONS[section].model_fields)
+        more = f", ...: all {len(names)} with `ft init -`" if len(names) > _MOST_NAMED else ""
+        return f"`{section}` has: " + ", ".join(names[:_MOST_NAMED]) + more
     return "there are: " + ", ".join([*SECTIONS, *(key for key in KEYS if "." not in key), PROFILE_KEY])
 
 

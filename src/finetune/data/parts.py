@@ -14,6 +14,7 @@ from finetune.data.read import kind_of
 from finetune.data.shipped import data_path
 from finetune.data.unpack import PACKED_SUFFIXES, whole_text
 from finetune.errors import DataError
+from finetune.files import is_run
 from finetune.models.hub import hub_refusal
 
 _WORDS = {
@@ -50,6 +51,8 @@ def find_set(name: str) -> DataSet:
     """
     path = data_path(name)
     if _is_there(path):
+        if is_run(path):
+            raise DataError(f"{name} is a run, and no data", hint=f"go on from it: --model {name}")
         return _of_folder(name, path, "") if path.is_dir() else DataSet(name, (path,), {})
     words = name.split(":")
     for count in range(1, len(words)):

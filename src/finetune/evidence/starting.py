@@ -11,11 +11,12 @@ from finetune.config import LoadedConfig, flatten, load_plan, unflatten
 from finetune.errors import ConfigError, ModelError, Problem, UsageError
 from finetune.evidence.record import base_files
 from finetune.evidence.saved import changed, saved_in
+from finetune.files import is_run
 from finetune.models.locate import SHIPPED, SHIPPED_FOLDER, locate_model
 from finetune.models.shape import read_shape
 from finetune.models.travel import is_hashed
 from finetune.records import AdapterTarget, ModelShape
-from finetune.run.find import LATEST, RUNS, find_run, is_run
+from finetune.run.find import LATEST, RUNS, find_run
 from finetune.run.folder import RunFolder
 
 _SET_BY_USER = ("flag", "file", "environment")

@@ -79,9 +79,9 @@ def hub_refusal(name: str, revision: str | None, error: Exception, *, what: str 
     if full:
         return f"no space left for {name!r}", f"make room in {constants.HF_HUB_CACHE}, or set HF_HOME"
     if is_a(hub.OfflineModeIsEnabled):
-        hint = f"{near}unset HF_HUB_OFFLINE to download it; {without}"
+        hint = near.strip() or f"unset HF_HUB_OFFLINE to download it; {without}"
         return f"{here}, and HF_HUB_OFFLINE is set", hint
     lines = str(causes[-1]).strip().splitlines()
     reason = lines[0][:_MOST_TOLD] if lines else type(causes[-1]).__name__
     told = f"{here}, and {constants.ENDPOINT} could not give it ({reason})"
-    return told, f"{near}check the network; {without}"
+    return told, near.strip() or f"check the network; {without}"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from finetune.errors import ModelError
+from finetune.files import run_around
 from finetune.models.hub import OFFLINE_HINT, download_model, near_model
 from finetune.models.hub import SHIPPED as SHIPPED
 from finetune.reading import NotAFileError, check_regular
@@ -36,20 +37,23 @@ def locate_model(name: str, *, revision: str | None = None) -> ModelLocation:
         )
     if is_folder:
         place: Literal["shipped", "local"] = "shipped" if name in SHIPPED else "local"
-        return ModelLocation(name, folder if place == "shipped" else _checked(folder.resolve()), place)
+        return ModelLocation(name, folder if place == "shipped" else _checked(folder), place)
     if is_there:
         told = "`ft import` makes a model folder of a GGUF file" if name.endswith(".gguf") else "name its folder"
         if name.endswith((".jsonl", ".csv", ".tsv", ".parquet")):
             told = f"it is data: --data {name}"
         raise ModelError(f"model {name!r} is a file, not a folder with a config.json", hint=told)
     if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
-        raise ModelError(f"model folder {name!r} does not exist", hint=f"{near_model(name)}{OFFLINE_HINT}")
+        raise ModelError(f"model folder {name!r} does not exist", hint=near_model(name).strip() or OFFLINE_HINT)
     return ModelLocation(name, _checked(download_model(name, revision)), "hub")
 
 
-def _checked(folder: Path) -> Path:
+def _checked(named: Path) -> Path:
+    folder = named.resolve()
     if not (folder / "config.json").exists():
-        raise ModelError(f"{folder} has no config.json, so it is not a model folder", hint=OFFLINE_HINT)
+        run = run_around(named)
+        hint = f"of the run in or around it: --model {run}" if run else OFFLINE_HINT
+        raise ModelError(f"{named} has no config.json, so it is not a model folder", hint=hint)
     if not list(folder.glob("*.safetensors")):
         raise ModelError(
             f"{folder} holds no .safetensors weights", hint="convert the model once: save_pretrained(...) writes them"

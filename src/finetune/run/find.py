@@ -10,13 +10,13 @@ from typing import Any
 from finetune.config import load_plan
 from finetune.data.sources import shown_names
 from finetune.errors import FineTuneError, OutputError
+from finetune.files import is_run, run_around
+from finetune.models.hub import SHIPPED
 from finetune.run.checkpoints import CheckpointStore
 from finetune.run.folder import RunFolder
 
 RUNS = Path("runs")
 LATEST = "latest"
-_MARKS = ("plan.yaml", "run.json")
-"""A folder that holds one of these is a run's."""
 _SHOWN = 5
 
 
@@ -68,15 +68,12 @@ def find_run(name: str | Path) -> Path:
         raise OutputError(
             f"{len(found)} runs in {home} begin with {path.name!r}: {listed}", hint="write more of the one you mean"
         )
+    if text in SHIPPED:
+        raise OutputError(f"{text} is a model, and no run", hint=f"train it: ft train --model {text}")
     near = get_close_matches(path.name, [LATEST, *known], n=1) if known else []
     hint = f"did you mean {known.get(near[0], LATEST)}? " if near else ""
     hint += "`ft runs` lists them" if known else "`ft train` makes one"
     raise OutputError(f"run {text} does not exist, here or below {home}/", hint=hint)
-
-
-def is_run(path: Path) -> bool:
-    """Whether a folder is a run's, finished or not."""
-    return any((path / mark).is_file() for mark in _MARKS)
 
 
 def _what_it_is(path: Path) -> str:
@@ -89,6 +86,8 @@ def _what_it_is(path: Path) -> str:
         return f"it is a configuration; train with it: ft train {path}"
     if path.suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
         return f"it is data; train on it: ft train --data {path}"
+    if path.is_dir() and (run := run_around(path)):
+        return f"it holds runs: ft report {run}"
     return "`ft runs` lists the runs below runs/"
 
 

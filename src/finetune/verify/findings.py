@@ -149,7 +149,8 @@ def load_finding(path: Path) -> Finding:
             f"{path} cannot be read: {error.strerror}", hint=meant_file(path, "name the JSON file of a finding")
         ) from None
     except ValidationError as error:
-        raise UsageError(f"{path} is no finding:\n{_wrong(error)}", hint=hint) from None
+        told = "it is no JSON" if error.errors()[0]["type"] == "json_invalid" else f"\n{_wrong(error)}"
+        raise UsageError(f"{path} is no finding: {told}".replace(": \n", ":\n"), hint=hint) from None
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no finding: {error}", hint=hint) from None
     stages = getattr(case, "stages", ())
