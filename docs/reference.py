@@ -21,7 +21,8 @@ WIDTH = 100
 def commands_page() -> str:
     """What `ft --help` and `ft VERB --help` print, verb by verb."""
     group: Any = typer.main.get_command(app)
-    lines = ["# Commands", "", "Made from `ft --help` by `make docs`.", "", "```text", _help(group, "ft", None), "```"]
+    about = "What each command does, takes and exits with: what `ft COMMAND --help` prints."
+    lines = ["# Commands", "", about, "", "```text", _help(group, "ft", None), "```"]
     for name, command in group.commands.items():
         parent = group.context_class(group, info_name="ft", **group.context_settings)
         lines += ["", f"## ft {name}", "", "```text", _help(command, name, parent), "```"]
