@@ -29,6 +29,8 @@ READ: dict[str, dict[str, Any]] = {
     "UltraChat 200k": {"prompt": "ask", "prompt_id": "x", "messages": [U, A]},
     "LIMA": {"conversations": ["ask", "good"], "source": "x"},
     "DailyDialog": {"dialog": ["ask", "good", "ask 2", "good 2"], "act": [1, 2, 1, 2], "emotion": [0, 0, 0, 0]},
+    "HH in prompts": {"prompt": f"{HH}\n\nHuman: ask 3\n\nAssistant:", "completion": " good 3"},
+    "one turn in a prompt": {"prompt": "Human: ask\n\nAssistant:", "completion": " good"},
     "FLAN": {"inputs": "ask", "targets": "good", "task_source": "x", "task_name": "y"},
     "Natural Instructions": {"task_name": "x", "id": "1", "definition": "ask", "inputs": "ask i", "targets": ["good"]},
     "Natural Questions": {"question": "ask", "answer": ["good", "other"]},
@@ -127,7 +129,7 @@ def good_alone_is_learned(found: ShapedRows, row: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", READ)
 def test_public_row_is_read_as_its_authors_mean_it(name: str) -> None:
     """Rows laid out as these public sets are need no setting, and learn the answers alone."""
-    assert len(READ) == 26
+    assert len(READ) == 28
     good_alone_is_learned(shaped(READ[name]), READ[name])
 
 

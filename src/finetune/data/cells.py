@@ -43,7 +43,8 @@ def kind_of_cell(value: Any) -> str:
             return f"text{word}"
         begins = _BEGINS.match(value)
         if begins and not begins[1]:
-            return "text turns script" if turns_of_script(value) else "text"
+            turns = turns_of_script(value)
+            return f"text turns script{' open' * is_open(turns)}" if turns else "text"
         return "text turns" if begins else "text"
     if isinstance(value, bool | int | float):
         return "no" if value == 0 else "yes" if value == 1 else "number"
@@ -81,6 +82,11 @@ def turns_of_script(text: str) -> list[dict[str, str]]:
         said = [_bare(text[each.end() : end]) for (each, _), end in zip(found, ends, strict=True)]
         return [{"role": role, "content": each} for (_, role), each in zip(found, said, strict=True)]
     return []
+
+
+def is_open(turns: list[dict[str, str]]) -> bool:
+    """Whether turns end where an assistant is to answer, as those of a prompt do."""
+    return bool(turns) and turns[-1] == {"role": "assistant", "content": ""}
 
 
 def _bare(said: str) -> str:

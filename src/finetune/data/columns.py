@@ -155,6 +155,9 @@ class Looked:
         for what in ("completion", "output"):
             if self.kinds.get(columns.get(what, "")) == "texts":
                 yield f"of several answers in {columns[what]!r} the first is learned"
+        for what in ("prompt", "instruction"):
+            if "open" in self.kinds.get(columns.get(what, ""), ""):
+                yield f"{columns[what]!r} ends where an assistant is to answer: it is read as the turns that it holds"
         if shape == "text" and "script" in self.kinds[columns["text"]] and usable(columns["text"]):
             line = self.finder.line(messages=columns["text"])
             yield f"{columns['text']!r} holds turns, and all of them are learned; to learn the answers alone: {line}"

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from types import NoneType
 from typing import Any
 
-from finetune.data.cells import NOTHING, ROLE_KEYS, turns_of_script
+from finetune.data.cells import NOTHING, ROLE_KEYS, is_open, turns_of_script
 from finetune.data.names import ANSWERS, QUESTIONS, ROW_MARKS, THOUGHTS, normal
 from finetune.errors import DataError
 from finetune.records import Message, Row
@@ -83,6 +83,8 @@ def side_of(row: Row, key: str, role: str) -> tuple[Message, ...]:
         return (Message(role, said_in(value, key, row.where)),)
     if isinstance(value, list | dict):
         return messages_of(row, key)
+    if role == "user" and isinstance(value, str) and is_open(turns := turns_of_script(value)):
+        return tuple(Message(each["role"], text_of(each["content"], key, row.where)) for each in turns[:-1])
     return (Message(role, text_of(value, key, row.where)),)
 
 
