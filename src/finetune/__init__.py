@@ -9,6 +9,7 @@ Importing this loads no library; a backend is loaded when it is used.
 
 import sys
 from importlib import import_module
+from inspect import Signature, signature
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,11 @@ class _Trainer(ModuleType):
     def __call__(self, *given: Any, **settings: Any) -> Any:
         """Fine-tune, judge and report; see `finetune.api.train`."""
         return import_module("finetune.api").train(*given, **settings)
+
+    @property
+    def __signature__(self) -> Signature:
+        """What an editor and `help` show of its arguments."""
+        return signature(import_module("finetune.api").train)
 
 
 class _Package(ModuleType):

@@ -97,3 +97,10 @@ def test_package_can_be_completed_and_loads_nothing_for_it() -> None:
 def test_configuration_has_defaults() -> None:
     """`load_config()` needs nothing: no file, this process's environment, no profile."""
     assert finetune.load_config().config == finetune.load_config(None, environ=None, overrides={}, profile=None).config
+
+
+def test_arguments_of_train_are_shown() -> None:
+    """A notebook shows the arguments of `finetune.train` by their names, though it is a module, too."""
+    shown = inspect.signature(finetune.train)
+    assert shown == inspect.signature(sys.modules[FineTuned.__module__].train)
+    assert {"model", "data", "output"} <= set(shown.parameters)
