@@ -145,7 +145,8 @@ class _Job:
         held = kept.activations + again * kept.brief
         wasted = round(heap * min(held, self.shape.layers * _MOST_HEAP_PER_BLOCK))
         # Where the heap holds on to what activations leave, gradients find no room in it.
-        resident = max(peak, kept.activations + exact.gradients + passing, self.read) if heap else peak
+        resident = max(peak, kept.activations + exact.gradients + passing) if heap else peak
+        loading = exact.weights + self.read if heap else 0
         return Footprint(
             weights=exact.weights,
             adapter=exact.adapter,
@@ -156,7 +157,7 @@ class _Job:
             heap=wasted,
             framework=framework,
             tensors=stays + peak,
-            total=stays + resident + wasted + framework,
+            total=max(stays + resident + wasted, loading) + framework,
         )
 
 

@@ -113,6 +113,10 @@ def take_over(model: Any, folder: Path, how: Quantization, owner: str) -> None:
         )
     for path, layer in layers.items():
         model.set_submodule(path, PackedLinear(layer, model.dtype, how))
+    # What is left is mapped from the files, and would keep all that was read of them in memory.
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.clone()
     model.hf_quantizer.remove_quantization_config(model)
     for said in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
         model.__dict__.pop(said, None)

@@ -19,7 +19,7 @@ def recompute_blocks(model: Any) -> None:
     Raises:
         ModelError: transformers has no way to do so in this architecture.
     """
-    _give_back_large()
+    give_back_large()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     try:
         base.activation_checkpointing_enable({"use_reentrant": False})
@@ -31,7 +31,7 @@ def recompute_blocks(model: Any) -> None:
         ) from error
 
 
-def _give_back_large() -> None:
+def give_back_large() -> None:
     """Let glibc give what is 1 MiB or more back to the system as soon as it is freed, for the rest of the process.
 
     By itself it learns to keep blocks of up to 32 MiB, and what a block of the model leaves lies in pieces between what
