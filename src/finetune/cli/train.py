@@ -42,7 +42,7 @@ StarterConfig = Annotated[
     Path | None, typer.Option("--launch-config", help="A file that `accelerate config` wrote, for --launch accelerate.")
 ]
 ExportAs = Annotated[
-    str | None, typer.Option("--export", metavar="TYPE", help="Write GGUF of this type too; seen to before training.")
+    str | None, typer.Option("--export", metavar="TYPE", help="Write GGUF of this type too; checked before training.")
 ]
 
 
