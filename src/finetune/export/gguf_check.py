@@ -126,7 +126,7 @@ def _compare_logits(
             )
     if not kl <= bound.kl and not first:
         first = f"the mean KL divergence is {kl:.2g} nats"
-    measured = f"off by {worst:.2g} spreads of the logits at {len(following)} places, KL {kl:.2g} nats"
+    measured = f"max log-prob error {worst:.2g} (in logit std) over {len(following)} positions, KL {kl:.2g} nats"
     return Check("logits", measured, f"at most {bound.distance:.2g} and {bound.kl:.2g}, {bound.why}", first)
 
 
@@ -153,8 +153,8 @@ def _compare_text(
                 f"prompt {index}: token {place} is {_at(own, place)} here and {_at(told.ids, place)} in llama.cpp, "
                 f"which was {float(logits.max() - logits[theirs]):.3f} less likely here"
             )
-    measured = f"{same} of {len(continuations)} equal, {ties} part where two tokens are as good as equal"
-    return Check("greedy text", measured, "equal, or parting at a tie", first)
+    measured = f"{same} of {len(continuations)} equal, {ties} diverge at near-ties"
+    return Check("greedy text", measured, "equal, or diverging at a near-tie", first)
 
 
 def _text_problem(trainer: BaselineModel, index: int, own: Sequence[int], told: Continuation) -> str:

@@ -145,7 +145,7 @@ def require_gguf() -> None:
         MissingExtraError: the extra to install is named.
     """
     if missing := [library for library in ("gguf", "xllamacpp") if find_spec(library) is None]:
-        raise MissingExtraError(f"GGUF needs {', '.join(missing)}, which is not installed", hint=install_line("gguf"))
+        raise MissingExtraError(f"GGUF needs what is not installed: {', '.join(missing)}", hint=install_line("gguf"))
 
 
 def file_metadata(exportable: Exportable, vocabulary: GgufVocabulary) -> dict[str, Any]:

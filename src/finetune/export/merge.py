@@ -105,9 +105,9 @@ def _examine(result: Result, weights: ModelFiles, folder: Path, sees: dict[str, 
     found = problems(drift, bound)
     yield Check(
         "fresh process",
-        f"{drift.questions - len(drift.mismatches)} of {drift.questions} answers equal, log probabilities off by "
-        f"{drift.distance or 0.0:.2g} spreads of the logits at {drift.places} places",
-        f"equal, or parting at a tie; at most {bound.distance:.2g} spreads, {bound.why}",
+        f"{drift.questions - len(drift.mismatches)} of {drift.questions} answers equal, max log-prob error "
+        f"{drift.distance or 0.0:.2g} (in logit std) over {drift.places} positions",
+        f"equal, or diverging at a near-tie; at most {bound.distance:.2g}, {bound.why}",
         next(iter(found), ""),
     )
 
