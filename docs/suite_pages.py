@@ -28,10 +28,9 @@ def laws_page() -> str:
     lines = [
         "# The laws",
         "",
-        "Made from the code by `make docs`; the faults that each kills are those of the last campaign ([kill",
-        "matrix](kill-matrix.md)). `ft verify --law ID` judges one.",
-        "",
-        f"{len(laws)} laws are held against cases that are drawn, {len(told)} against stories that machines tell.",
+        f"What `ft verify` judges a trainer by: {len(laws)} properties on generated inputs, and {len(told)} stateful",
+        "tests of our own. `ft verify --law ID` judges one. The faults that each kills are those of the last campaign",
+        "([kill matrix](kill-matrix.md)).",
         "",
     ]
     for tier in (1, 2):

@@ -130,7 +130,7 @@ def test_drift_within_the_bound_holds_and_beyond_it_is_told() -> None:
     drift, found = judged(0.0)
     assert (drift.mismatches, drift.places, drift.told, found) == ((), 4, 12, [])
     assert judged(0.05)[1] == []
-    [said] = [words for words in judged(0.2)[1] if "spreads" in words]
+    [said] = [words for words in judged(0.2)[1] if "log-prob error" in words]
     assert "allowed: 0.1" in said
     assert any("KL" in words for words in judged(2.0)[1])
 

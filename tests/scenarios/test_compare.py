@@ -168,7 +168,7 @@ def test_the_base_is_not_taken_for_what_was_trained(run: Path) -> None:
         return ask_session(open_backend("torch").open(ModelLocation("x", base, "local"), "float32", 0), asked)
 
     found = compare_paths(run, (), more=[CallablePath("base", None, "the base", ask)])
-    assert "spreads of the logits" in row_of(found, "base").reason
+    assert "max log-prob error" in row_of(found, "base").reason
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +333,7 @@ def test_program_that_reads_something_else_is_told(path: str, tmp_path: Path, mo
     monkeypatch.setattr(f"finetune.compare.{name}", misread)
     row = row_of(compare_paths(tiny_run(tmp_path, "lora"), [path]), path)
     assert row.outcome == "failed"
-    assert "spreads of the logits" in row.reason
+    assert "max log-prob error" in row.reason
 
 
 def test_what_cannot_be_computed_is_skipped_with_the_reason(tmp_path: Path) -> None:

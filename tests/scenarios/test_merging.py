@@ -92,7 +92,7 @@ def test_merged_model_is_what_was_trained(kind: str, tmp_path: Path) -> None:
     assert drift.mismatches == ()
     assert drift.places > 10
     base = baseline.drift(through_transformers(tmp_path / "model", baseline))
-    assert any("spreads" in words for words in problems(base, bounds_of(result, baseline).floor.bound()))
+    assert any("log-prob error" in words for words in problems(base, bounds_of(result, baseline).floor.bound()))
     assert list(merged_problems(result, weights, tmp_path / "merged")) == []
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "merged")
     assert tokenizer.encode("1 and 12", add_special_tokens=False) == result.encoder.tokenizer.encode_content("1 and 12")

@@ -273,7 +273,7 @@ def test_rounding_passes_another_order_and_sees_a_thousandth_of_a_tensor(bench: 
     same = measure(asked, own, ask_session(bench.open(), asked), lambda number, token: own[token])
     assert problems(same, rounding.bound()) == []
     off = measure(asked, own, ask_session(bench.at(folder).open(), asked), lambda number, token: own[token])
-    assert [words for words in problems(off, rounding.bound()) if "spreads" in words]
+    assert [words for words in problems(off, rounding.bound()) if "log-prob error" in words]
 
 
 def look(session: Any, folder: Path) -> Any:

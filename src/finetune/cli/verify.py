@@ -78,7 +78,7 @@ def command(
     verbose: Verbose = False,
     json_output: AsJson = False,
 ) -> int:
-    """Hold a trainer, ours or anybody's, to the laws of fine-tuning; what fails is told by its smallest case.
+    """Run the conformance suite on a trainer, ours or anybody's; what fails is told by its smallest case.
 
     Exits with 0 when every law that applies passes, and with 1 when one fails, could not be judged, or none was.
     """

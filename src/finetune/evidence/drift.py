@@ -174,8 +174,7 @@ def problems(drift: Drift, bound: Bound) -> list[str]:
     # `not <=` catches NaN.
     if drift.distance is not None and not drift.distance <= bound.distance:
         found.append(
-            f"log probabilities are off by {drift.distance:.2g} spreads of the logits "
-            f"(allowed: {bound.distance:.2g}, {bound.why})"
+            f"max log-prob error {drift.distance:.2g} (in logit std) (allowed: {bound.distance:.2g}, {bound.why})"
         )
     if drift.mean_kl is not None and not drift.mean_kl <= bound.kl:
         found.append(f"the mean KL divergence is {drift.mean_kl:.2g} nats (allowed: {bound.kl:.2g}, {bound.why})")

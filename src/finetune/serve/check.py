@@ -51,7 +51,7 @@ def compare_answers(
     answers = Check(
         "answers",
         f"{len(pairs) - len(differing)} of {len(pairs)} are the run's own; {right} right, {own} in the run{unread}",
-        "equal, or parting at a tie within what the file's type rounds",
+        "equal, or diverging at a near-tie within what the file's type rounds",
         first,
     )
     # The run asks only what can be answered within its limit, so that a right answer must have ended.
