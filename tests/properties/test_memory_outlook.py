@@ -199,7 +199,7 @@ def test_estimate_table_names_every_part(capsys: pytest.CaptureFixture[str]) -> 
     """A reader sees each part for both methods, what the batch is, and where the framework's share was measured."""
     assert run(["estimate"]) == 0
     shown = capsys.readouterr().out
-    for part in (*PARTS, "not at once", "total"):
+    for part in (*PARTS, "overlap (never at once)", "total"):
         assert sum(line.strip().startswith(part) for line in shown.splitlines()) == 1 + (part == "framework")
     assert "8 x 512 tokens at once, 4,088 of them trained" in shown
     assert "measured on Linux x86-64" in shown

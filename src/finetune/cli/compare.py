@@ -17,7 +17,7 @@ Through = Annotated[
 
 
 def command(run: RunPath, *, through: Through = None, json_output: AsJson = False) -> int:
-    """Ask a run's questions through every inference path, and compare each with the trainer.
+    """Check that merged, GGUF and MLX copies answer like the trained model.
 
     Trainer, PEFT, merged model, mlx-lm, torch, MLX, reference, llama.cpp with the adapter (--lora), with GGUF of each
     type and as a server: exact matches, the first token that differs, KL.

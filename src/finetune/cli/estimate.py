@@ -25,7 +25,7 @@ def command(
     measure_framework: Measure = False,
     json_output: AsJson = False,
 ) -> int:
-    """Tell what a run will take of memory at its peak, by part: at least, as expected, and at most.
+    """Estimate peak memory, by component: at least, as expected, and at most.
 
     For LoRA and for full fine-tuning, from the model's shape alone. Without --data every row is taken to be as long
     as tokens.max_length and trained throughout; with it, the largest batch of your rows counts.

@@ -52,7 +52,7 @@ def command(
     list_faults: List = False,
     json_output: AsJson = False,
 ) -> int:
-    """Plant real faults in our own trainer, each in its own process, and count what the suite kills.
+    """Inject known bugs into our own trainer, each in its own process, and count which are caught.
 
     Exits with 0 when every fault was killed, no clean run was called broken and no kill of --against was lost, and
     with 1 otherwise.

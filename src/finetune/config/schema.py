@@ -266,7 +266,7 @@ class TrainingSpec(Spec):
     loraplus_lr_ratio: Positive = 1.0
     """How many times faster B moves than A, which is called LoRA+; 1 moves all alike."""
     weight_decay: PositiveOrZero = 0.0
-    """How strongly AdamW pulls trained matrices towards zero; gains and biases are spared."""
+    """How strongly AdamW pulls trained matrices towards zero; norm and bias weights are excluded."""
     label_smoothing: Share = 0.0
     """The share of each trained token that is spread over all words, so that none is learned to certainty; for dpo the
     share of pairs that are taken to be the wrong way round. Held-out losses are measured without it."""
@@ -323,7 +323,7 @@ class JudgeSpec(Spec):
 
 
 class TrackingSpec(Spec):
-    """Which trackers are told of the run while it goes; `events.jsonl` in the run folder always is."""
+    """Where to log metrics while the run goes; `events.jsonl` in the run folder always is."""
 
     to: Trackers = ()
     """The trackers to tell: a list of tensorboard, trackio, wandb, mlflow; empty for none."""

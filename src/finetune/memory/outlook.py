@@ -55,7 +55,7 @@ def outlook_table(outlook: Outlook) -> "Table":
             getattr(getattr(forecast, column), part) for forecast in outlook.forecasts.values() for column in _COLUMNS
         ]
         if part == "overlap":
-            table.add_row("not at once", *(f"-{say_size(size)}" if size else "0" for size in sizes))
+            table.add_row("overlap (never at once)", *(f"-{say_size(size)}" if size else "0" for size in sizes))
         else:
             table.add_row(part, *map(say_size, sizes), style="bold" if part == "total" else None)
     return table

@@ -19,7 +19,7 @@ _ABSENT = {
     "retention": "run.json holds no answers to questions outside the training data: retention was not examined.",
     "train": "run.json holds no training losses: the run recorded no optimizer step.",
     "fixed": "run.json holds no loss on the same fixed batches before and after training.",
-    "held_out": "run.json holds no loss on rows kept out of training: it needs validation data.",
+    "held_out": "No validation split: set data.valid or data.valid_fraction.",
     "memory": "run.json holds no memory measurement: LoRA and full fine-tuning were not run in fresh processes.",
     "counts": "run.json holds no row counts for this data.",
     "verdict": "No judge spoke on this criterion in this run.",

@@ -65,7 +65,7 @@ def settings_of_rows_do_something(trainer: SubjectClient, case: cases.Change) ->
 @law("config.batches", ["batches"], st.sampled_from(cases.CONFIG_BATCHES), examples=len(cases.CONFIG_BATCHES))
 @oracle("the batches with the other value")
 def settings_of_batches_do_something(trainer: SubjectClient, case: cases.Change) -> None:
-    """A setting of batches that is changed changes the batches, or is refused."""
+    """Every batching option has an effect or is rejected."""
 
     def outcome(settings: Mapping[str, object]) -> object:
         model, given = trainer.model(TINY), {**PLAIN, **settings}
