@@ -95,19 +95,19 @@ def _not_learned(evidence: Evidence, outcomes: Mapping[str, Outcome], facts: Run
     # To tell open answers apart is not to know them: where their loss fell much, there was something to learn.
     if known >= (_KNOWN if rows else 1 - MIN_IMPROVED_SHARE) and not (rows and fell >= _LITTLE):
         return f"the base gets {known:.0%} of these rows right already: there is little to learn from them"
-    steps = len(evidence.loss.per_step)
+    steps, lost = len(evidence.loss.per_step), f"the loss on fixed batches fell by {fell:.0%}"
     if fell >= _LITTLE:
         right = learning.tuned.share if learning and not rows else 1.0
-        told = f"the loss fell by {fell:.0%} in {steps} steps, and {right:.0%} of the answers are right: train longer"
+        told = f"{lost} in {steps} steps, and {right:.0%} of the answers are right: train longer"
         return f"{told} (training.epochs)" if right < _KNOWN else ""
     if facts.usual_rate >= _FAR * facts.learning_rate:
         return (
-            f"the loss fell by {fell:.0%} only: raise training.learning_rate (it is {facts.learning_rate:g}; "
+            f"{lost} only: raise training.learning_rate (it is {facts.learning_rate:g}; "
             f"{facts.usual_rate:g} is usual for this size)"
         )
     if 0 < steps < FEWEST_STEPS:
-        return f"the loss fell by {fell:.0%} in {steps} steps: train longer (training.epochs, or a smaller batch_size)"
+        return f"{lost} in {steps} steps: train longer (training.epochs, or a smaller batch_size)"
     return (
-        f"the loss fell by {fell:.0%} only, at a usual learning rate in {steps} steps: train longer (training.epochs), "
+        f"{lost} only, at a usual learning rate in {steps} steps: train longer (training.epochs), "
         "with a higher adapter.rank, or look at the rows"
     )
