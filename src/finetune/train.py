@@ -1,6 +1,5 @@
 """Fine-tune from a configuration to a report: the whole order, from top to bottom."""
 
-import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +14,7 @@ from finetune.config import LoadedConfig, dump_plan, resolve_processes
 from finetune.criteria.judge import judge, overall
 from finetune.data.batches import epoch_batches
 from finetune.distributed.data_parallel import data_parallel
-from finetune.distributed.environment import launch_words
-from finetune.errors import FineTuneError, InterruptedRunError, LostProcessError, ModelError, OutOfMemoryError
+from finetune.errors import LostProcessError, ModelError, OutOfMemoryError, StorageError
 from finetune.events import (
     CheckpointSaved,
     Event,
@@ -61,7 +59,7 @@ from finetune.training.longer import Longer, lengthen
 from finetune.training.loop import LoopPlan, train
 from finetune.training.out_of_memory import with_estimate
 from finetune.training.prepare import Prepared, batch_of_all, held_out_batches, pack_length, packed_sample, prepare
-from finetune.training.resume import claim_resumed, early_stopping_at, load_newest
+from finetune.training.resume import claim_resumed, early_stopping_at, interrupted, load_newest
 from finetune.training.run import Listener, Run
 from finetune.training.start import begun_note, start_of
 
@@ -117,8 +115,8 @@ def fine_tune(
         return folder.path, {}
     try:
         record = _train_and_judge(run, resume=bool(resume), clock=clock)
-    except (KeyboardInterrupt, LostProcessError) as error:
-        raise _interrupted(run, error) from None
+    except (KeyboardInterrupt, LostProcessError, StorageError) as error:
+        raise interrupted(run, error) from None
     except (MemoryError, OutOfMemoryError) as error:
         raise with_estimate(error, prepared, run.folder.resume_hint()[0]) from None
     finally:
@@ -389,10 +387,3 @@ def _write_card(run: Run, record: Mapping[str, Any]) -> None:
     whole = run.prepared.target is None
     saved = run.folder.model if whole else run.folder.adapter
     write_text(saved / CARD, model_card(record, licence, "model" if whole else "adapter"))
-
-
-def _interrupted(run: Run, error: BaseException) -> FineTuneError:
-    kept, hint = run.folder.resume_hint(launch=launch_words(os.environ, run.group.size))
-    if isinstance(error, LostProcessError):
-        return LostProcessError(f"{error.message}; {kept}", hint=hint)
-    return InterruptedRunError(f"interrupted; {kept}", hint=hint)

@@ -144,6 +144,7 @@ def test_workflow_on_a_full_disk_fails_clearly_and_can_go_on(
             assert failed.hint
             assert not (output / "run.json").exists()
             if (output / "plan.yaml").exists():
+                assert f"go on with: ft train --resume --output {output}" in failed.hint
                 resume(output)
             else:
                 fine_tune(demanding(model, data), output=output)

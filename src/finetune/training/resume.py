@@ -1,7 +1,10 @@
 """Resumes a run from its newest checkpoint, and refuses one that is not as it was."""
 
+import os
+
 from finetune.distributed.data_parallel import check_same
-from finetune.errors import RefusedError
+from finetune.distributed.environment import launch_words
+from finetune.errors import FineTuneError, InterruptedRunError, LostProcessError, RefusedError, StorageError
 from finetune.events import HeldOutLoss
 from finetune.ports import Session
 from finetune.run.checkpoints import CheckpointStore, Owner
@@ -62,3 +65,12 @@ def early_stopping_at(run: Run, done: int) -> EarlyStopping:
         if isinstance(event, HeldOutLoss) and event.step > 0:
             stopping = stopping.update(event.step, event.loss)
     return stopping
+
+
+def interrupted(run: Run, error: BaseException) -> FineTuneError:
+    """What ended a run before its time, with what is kept of it and the line that goes on."""
+    kept, hint = run.folder.resume_hint(launch=launch_words(os.environ, run.group.size))
+    if isinstance(error, (LostProcessError, StorageError)):
+        first = error.hint if isinstance(error, StorageError) else ""  # a full disk needs room before it can go on
+        return type(error)(f"{error.message}; {kept}", hint="; ".join(filter(None, (first, hint))))
+    return InterruptedRunError(f"interrupted; {kept}", hint=hint)
