@@ -292,6 +292,28 @@ numpy.save(logits, numpy.concatenate(said))
 """What users of PEFT write: nothing of ours in it. At rest bitsandbytes' layers on a CPU would round to bfloat16."""
 
 
+WITH_KERNELS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import kernels, torch
+from pathlib import Path
+from finetune.backends.torch.packed import quantizing
+from finetune.records import Quantization
+quantizing(Path(sys.argv[2]), Quantization(4, 64, "nf4"), torch.float32, "here")
+import bitsandbytes
+assert sys.modules["kernels"] is kernels
+"""
+
+
+def test_library_runs_no_code_of_the_hub(llama: Bench, tmp_path: Path) -> None:
+    """Where `kernels` is installed, bitsandbytes fetches code from the hub and runs it as it is imported: not here."""
+    fetches = "def get_kernel(*given, **named):\n    open(__file__ + '.ran', 'w').close()\n"
+    (tmp_path / "kernels.py").write_text(fetches)
+    words = [sys.executable, "-c", WITH_KERNELS, str(tmp_path), str(llama.location.folder)]
+    subprocess.run(words, check=True, timeout=300)
+    assert not (tmp_path / "kernels.py.ran").exists()
+
+
 def test_saved_adapter_is_one_of_pefts_own_qlora(tmp_path: Path) -> None:
     """It names its base, and with PEFT alone it has the same logits on bitsandbytes' own layers."""
     sizes = {**SIZES["llama"], "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}

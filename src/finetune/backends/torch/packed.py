@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from finetune.backends.torch import without
 from finetune.errors import ModelError
 from finetune.models.quantize import quantize_shape
 from finetune.models.shape import read_shape
@@ -78,6 +79,8 @@ def quantizing(folder: Path, how: Quantization, dtype: torch.dtype, owner: str) 
     Raises:
         ModelError: as `quantize_shape`.
     """
+    with without("kernels"):  # by way of which it would fetch code from the hub and run it
+        import bitsandbytes  # noqa: F401
     paths = "|".join(map(re.escape, _planned(folder, how, owner).quantized))
     # A pattern of what is left out: all but these, whether or not the model puts a name before those of its files.
     others = rf"(?!(?:.*\.)?(?:{paths})$).*"
