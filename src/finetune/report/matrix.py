@@ -1,14 +1,14 @@
-"""The kill matrix as a page: every fault against every law, as one picture, and each fault with its example."""
+"""The kill matrix as a page: which laws caught the faults of which stage, and each fault with its example."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import Any
 
 from finetune.report.html import page_template
 from finetune.report.numbers import say_count, say_percent, say_seconds
 
-_CELL = 11
-_LEFT, _TOP, _GAP = 250, 150, 6
 _WORDS = {"killed": "killed", "survived": "survived", "equivalent": "changed nothing", "error": "not judged"}
 
 
@@ -33,38 +33,32 @@ def render_matrix(proof: Mapping[str, Any]) -> str:
         lead=f"{say_count(len(proof['laws']))} laws, {say_seconds(proof['seconds'])} in all",
         tiles=tiles,
         stop_after=proof["stop_after"],
-        picture=_picture(faults, proof["laws"]),
+        table=_table(faults),
         rows=[_row(fault) for fault in faults],
         idle=proof["idle"],
         alarms=proof["false_alarms"],
     )
 
 
-def _picture(faults: Sequence[Mapping[str, Any]], laws: Sequence[str]) -> dict[str, Any]:
-    """Where each cell, label and line of the picture is, in pixels; a gap parts the stages."""
-    cells, labels, y, stage = [], [], float(_TOP), ""
-    places = {law: _LEFT + number * _CELL for number, law in enumerate(laws)}
+def _table(faults: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Stages in rows and families of laws in columns: which family caught how many of a stage's faults first.
+
+    Both are in the order of how many they are of, so that what is caught where is seen at once.
+    """
+    first = [(fault["stage"], fault["laws"][0].partition(".")[0]) for fault in faults if fault["laws"]]
+    families, most = Counter(family for _, family in first), max(Counter(first).values(), default=1)
+    pairs: dict[tuple[str, str], list[str]] = {}
     for fault in faults:
-        if stage and fault["stage"] != stage:
-            y += _GAP
-        stage = fault["stage"]
-        labels.append({"y": y, "text": f"{fault['fault']} {fault['slug']}", "status": fault["status"]})
-        hits = [law for law in fault["laws"] if law in places]
-        cells += [{"x": places[law], "y": y, "tip": f"{fault['slug']}: {law}", "first": law == hits[0]} for law in hits]
-        y += _CELL
-    width = _LEFT + len(laws) * _CELL + 90
-    return {
-        "width": width,
-        "height": y + 10,
-        "size": _CELL - 1,
-        "bottom": y,
-        "left": _LEFT,
-        "right": _LEFT + len(laws) * _CELL,
-        "top": _TOP,
-        "cells": cells,
-        "labels": labels,
-        "columns": [{"x": x + _CELL - 2, "text": law} for law, x in places.items()],
-    }
+        for law in fault["laws"][:1]:
+            pairs.setdefault((fault["stage"], law.partition(".")[0]), []).append(f"{fault['slug']}: {law}")
+    stages = Counter(fault["stage"] for fault in faults)
+    rows = []
+    for stage, count in stages.most_common():
+        killed = sum(fault["status"] == "killed" for fault in faults if fault["stage"] == stage)
+        caught = [pairs.get((stage, family), []) for family, _ in families.most_common()]
+        cells = [{"count": len(each), "tip": "\n".join(each), "shade": ceil(4 * len(each) / most)} for each in caught]
+        rows.append({"stage": stage, "killed": killed, "count": count, "cells": cells})
+    return {"families": families.most_common(), "rows": rows}
 
 
 def _row(fault: Mapping[str, Any]) -> dict[str, Any]:
