@@ -31,6 +31,10 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "lists": {"prompt": [U], "chosen": [GOOD], "rejected": [BAD]},
     "whole conversations": {"chosen": [U, GOOD], "rejected": [U, BAD]},
     "with the prompt again": {"prompt": "u", "chosen": [U, GOOD], "rejected": [U, BAD], "score_chosen": 8.0},
+    "whole conversations in texts": {
+        "chosen": "\n\nHuman: u\n\nAssistant: g",
+        "rejected": "\n\nHuman: u\n\nAssistant: b",
+    },
     "single messages": {
         "conversations": [{"from": "human", "value": "u"}],
         "chosen": {"from": "gpt", "value": "g"},

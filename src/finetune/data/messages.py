@@ -83,9 +83,16 @@ def side_of(row: Row, key: str, role: str) -> tuple[Message, ...]:
         return (Message(role, said_in(value, key, row.where)),)
     if isinstance(value, list | dict):
         return messages_of(row, key)
-    if role == "user" and isinstance(value, str) and is_open(turns := turns_of_script(value)):
-        return tuple(Message(each["role"], text_of(each["content"], key, row.where)) for each in turns[:-1])
+    if role == "user" and is_open(turns_of_script(value) if isinstance(value, str) else []):
+        return script_of(row, key)[:-1]
     return (Message(role, text_of(value, key, row.where)),)
+
+
+def script_of(row: Row, key: str) -> tuple[Message, ...]:
+    """The turns of a text that says before each who speaks; none of anything else."""
+    value = row.values.get(key)
+    turns = turns_of_script(value) if isinstance(value, str) else []
+    return tuple(Message(each["role"], text_of(each["content"], key, row.where)) for each in turns)
 
 
 def messages_of(row: Row, key: str) -> tuple[Message, ...]:

@@ -18,6 +18,7 @@ from finetune.data.messages import (
     mark_of,
     messages_of,
     said_in,
+    script_of,
     side_of,
     text_of,
     tools_of,
@@ -306,7 +307,10 @@ def _parse_preference(row: Row, columns: Mapping[str, str]) -> Conversation:
         asked += (Message("input", extra),)
     if not any(message.content.strip() for message in asked):
         asked = ()
-    chosen, rejected = (side_of(row, columns[name], "assistant") for name in ("chosen", "rejected"))
+    sides = [side_of(row, columns[name], "assistant") for name in ("chosen", "rejected")]
+    if not asked and all(scripts := [script_of(row, columns[name]) for name in ("chosen", "rejected")]):
+        sides = scripts  # as Anthropic's HH has them
+    chosen, rejected = sides
     if chosen and chosen[0].role != "assistant":
         if not all(message in chosen for message in asked):
             raise RowError(
