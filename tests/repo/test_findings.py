@@ -48,7 +48,9 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[st
         names = [name for name, cause in SCRIPTS.items() if cause["component"] == component]
         paths = [str(EVIDENCE / "scripts" / f"{name}.py") for name in names]
         run = "import runpy, sys\nfor path in sys.argv[1:]:\n    print('== ')\n    runpy.run_path(path)"
-        command = [sys.executable, "-W", "always", "-u", "-c", run, *paths]
+        # Of deprecations Python itself tells no user, and libraries below the component have many as they are imported.
+        shown = ["-W", "always", "-W", "ignore::DeprecationWarning"]
+        command = [sys.executable, *shown, "-u", "-c", run, *paths]
         place = tmp_path_factory.mktemp("scripts")
         both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         done = subprocess.run(command, cwd=place, text=True, check=True, **both)
