@@ -3,7 +3,6 @@
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -224,27 +223,21 @@ def _ask_both(exportable: Exportable, vocabulary: GgufVocabulary, files: _Files)
     )
     from_table = exportable.described.family.activation_from_table
     bounds = exportable.bounds(trainer.session, questions.sequences)
-    # llama.cpp answers, of one file after the other, while the bounds are measured.
-    with (
-        tempfile.TemporaryDirectory(prefix=f".{files.path.name}.", suffix=".part", dir=files.path.parent) as folder,
-        ThreadPoolExecutor(max_workers=1) as pool,
-    ):
-        other, before = Path(folder) / "other.gguf", None
+    with tempfile.TemporaryDirectory(prefix=f".{files.path.name}.", suffix=".part", dir=files.path.parent) as folder:
+        other = Path(folder) / "other.gguf"
         if files.twin:
             write_gguf(files.twin, other)
-            before = pool.submit(ask_llama_cpp, other, questions)
+            bound = bound_of(bounds, files.twin, "f32", from_table=from_table)
+            for check in compare(trainer, questions, wanted, ask_llama_cpp(other, questions), bound=bound):
+                yield replace(check, stage=f"{check.stage} before quantising")
         if files.under:
             write_gguf(files.under, other)
-            asked = pool.submit(ask_llama_cpp, other, questions, adapter=files.path)
+            answers = ask_llama_cpp(other, questions, adapter=files.path)
         else:
-            asked = pool.submit(ask_llama_cpp, files.path, questions)
-        bound = bound_of(bounds, files.under or files.planned, files.outtype, from_table=from_table)
-        if files.twin and before:
-            exact = bound_of(bounds, files.twin, "f32", from_table=from_table)
-            for check in compare(trainer, questions, wanted, before.result(), bound=exact):
-                yield replace(check, stage=f"{check.stage} before quantising")
-        files.sees.update(bounds.sight(bound))
-        yield from compare(trainer, questions, wanted, asked.result(), bound=bound)
+            answers = ask_llama_cpp(files.path, questions)
+    bound = bound_of(bounds, files.under or files.planned, files.outtype, from_table=from_table)
+    yield from compare(trainer, questions, wanted, answers, bound=bound)
+    files.sees.update(bounds.sight(bound))
 
 
 def _refused(check: Check, outtype: Outtype, kept: Path) -> ExportError:

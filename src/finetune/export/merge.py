@@ -3,7 +3,6 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,12 +95,9 @@ def _examine(result: Result, weights: ModelFiles, folder: Path, sees: dict[str, 
     yield Check("file", f"{len(weights.base.names())} weights", "every weight byte for byte what was merged", wrong)
     context = read_shape(result.folder).context_length
     baseline = compute_baseline(result.open(), result.prompts(), STEPS, result.encoder.stop_ids, context)
-    with ThreadPoolExecutor(max_workers=1) as pool:  # the fresh process answers while the bounds are measured
-        asked = pool.submit(ask_folder, folder.resolve(), baseline.request, otherwise=result.config.backend)
-        bounds = result.bounds(baseline.session, baseline.sequences)
-        bound = bounds.of(weights.rounding, weights.storages)
-        sees.update(bounds.sight(bound))
-        drift = baseline.drift(asked.result())
+    drift = baseline.drift(ask_folder(folder.resolve(), baseline.request, otherwise=result.config.backend))
+    bounds = result.bounds(baseline.session, baseline.sequences)
+    bound = bounds.of(weights.rounding, weights.storages)
     found = problems(drift, bound)
     yield Check(
         "fresh process",
@@ -110,6 +106,7 @@ def _examine(result: Result, weights: ModelFiles, folder: Path, sees: dict[str, 
         f"equal, or diverging at a near-tie; at most {bound.distance:.2g}, {bound.why}",
         next(iter(found), ""),
     )
+    sees.update(bounds.sight(bound))
 
 
 def _refused(check: Check, kept: Path) -> ExportError:
