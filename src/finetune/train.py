@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -328,10 +329,12 @@ def _train_control(run: Run, rows: Sequence[TokenizedRow], steps: int, asked: As
     last = round(run.group.total(steps))
     if last == 0:
         return None
-    with run.phase("shuffled-label control", f"{last} steps on shuffled answers"):
+    others = "pairs changed round" if run.prepared.pairs else "shuffled answers"
+    with run.phase("shuffled-label control", f"{last} steps on {others}"):
         control = run.open_session()
         run.attach_adapter(control, fresh=True)  # compared, as the run is, with the base
-        other = replace(run, objective=run.objective_of(control, [*rows, *compared_pairs(asked)] if asked else rows))
+        wanted = chain(rows, compared_pairs(asked) if asked else ())
+        other = replace(run, objective=run.objective_of(control, wanted))
         for event in training_events(other, control, rows, last=last):
             if isinstance(event, StepDone):
                 run.listener(event)

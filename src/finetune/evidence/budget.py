@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from finetune.abilities import ABILITIES
-from finetune.data.batches import sequences_of, shared_start, sides_of
+from finetune.data.batches import sequences_of, shared_start
+from finetune.data.stored import sizes_of
 from finetune.records import Batch, Question, TokenizedRow
 from finetune.training.loop import steps_per_epoch
 from finetune.training.prepare import Prepared, batch_of_all, pack_length
@@ -90,8 +91,9 @@ class Prices:
         return 2 * self.process + (1 + _FULL_STEP) * tokens if able and config.judge.memory != "never" else 0.0
 
 
-def _tokens(rows: Iterable[TokenizedRow]) -> int:
-    return sum(len(side.ids) for row in rows for side in sides_of(row))
+def _tokens(rows: Sequence[TokenizedRow]) -> int:
+    """Of both sides where rows are pairs; rows that lie in a file are not read for it."""
+    return int(sizes_of(rows)[:, 0].sum())
 
 
 @dataclass(frozen=True, slots=True)
