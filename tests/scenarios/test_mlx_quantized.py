@@ -25,9 +25,11 @@ from support.sessions import (
     adapter_bytes,
     all_logits,
     batches_of,
+    in_full,
     make_model,
     make_rows,
     need,
+    of_base,
     put,
     shake,
     step,
@@ -86,24 +88,11 @@ def convert(bench: Bench, folder: Path, how: Quantization = HOW, predicate: Any 
     return bench.at(folder)
 
 
-def in_full(bench: Bench, folder: Path, **opening: Any) -> Bench:
-    """The full model that a quantised one stands for."""
-    folder.mkdir()
-    bench.open(**opening).save_model(folder)
-    return bench.at(folder)
-
-
 def alone(bench: Bench, adapter: Path | None = None) -> Any:
     """The logits of mlx-lm's own model, with an adapter in mlx-lm's format where there is one."""
     model = load_model(bench.location.folder)[0]
     model = load_adapters(model, str(adapter)).eval() if adapter else model
     return np.concatenate([np.array(model(mx.array([ids]))[0]) for ids in PROMPTS])
-
-
-def of_base(session: Any) -> dict[str, str]:
-    """The hashes of all that is not trained."""
-    names = session.trainable_names()
-    return {name: mark for name, mark in session.fingerprints().items() if name not in names}
 
 
 def packed(session: Any) -> set[str]:

@@ -35,9 +35,11 @@ from support.sessions import (
     adapter_bytes,
     all_logits,
     batches_of,
+    in_full,
     make_model,
     make_rows,
     need,
+    of_base,
     put,
     shake,
     step,
@@ -101,22 +103,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return make_model("torch-llama", tmp_path_factory.mktemp("llama"), **SIZES["llama"])
 
 
-def in_full(bench: Bench, folder: Path, **opening: Any) -> Bench:
-    """The full model that a quantised one stands for."""
-    folder.mkdir()
-    bench.open(**opening).save_model(folder)
-    return bench.at(folder)
-
-
 def packed(session: Any) -> set[str]:
     """The modules whose matrices are packed."""
     return {path for path, module in session.model.named_modules() if isinstance(module, PackedLinear)}
-
-
-def of_base(session: Any) -> dict[str, str]:
-    """The hashes of all that is not trained."""
-    names = session.trainable_names()
-    return {name: mark for name, mark in session.fingerprints().items() if name not in names}
 
 
 def nearest(matrix: Any, how: Quantization) -> Any:

@@ -322,3 +322,16 @@ def _torch() -> Any:
     import torch
 
     return torch
+
+
+def in_full(bench: Bench, folder: Path, **opening: Any) -> Bench:
+    """The full model that a quantised one stands for."""
+    folder.mkdir()
+    bench.open(**opening).save_model(folder)
+    return bench.at(folder)
+
+
+def of_base(session: Any) -> dict[str, str]:
+    """The hashes of all that is not trained."""
+    names = session.trainable_names()
+    return {name: mark for name, mark in session.fingerprints().items() if name not in names}
