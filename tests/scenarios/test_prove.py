@@ -184,12 +184,12 @@ def test_fault_that_does_not_exist_is_refused() -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
 def test_fault_can_be_planted_where_it_says(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a fault replaces is there and public; all but a tenth are no matter of one backend's inside."""
+    """Whatever a fault replaces is there and public; all but a few are no matter of one backend's inside."""
     need(backend)
     # What is planted is taken out again when the test ends.
     monkeypatch.setattr(fault_room, "setattr", monkeypatch.setattr, raising=False)
     here = chosen_faults(backend=backend)
-    assert 10 * len(here) >= 9 * len(faults())
+    assert len(here) >= len(faults()) - 20
     for fault in here:
         fault.plant_in(backend)
     elsewhere = next(each for each in faults().values() if each.backends == ("reference",))

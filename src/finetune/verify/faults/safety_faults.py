@@ -11,8 +11,6 @@ from typing import Any
 import jinja2
 import yaml
 
-from finetune.backends.reference import adapter, backend
-from finetune.backends.reference.model import Array
 from finetune.chat import render
 from finetune.chat.budget import Meter
 from finetune.config import yaml_file
@@ -20,7 +18,7 @@ from finetune.models import shape
 from finetune.ports import Session
 from finetune.run.folder import RunFolder
 from finetune.verify.faults.fault import fault, in_place_of, plant, planted_by
-from finetune.verify.faults.sessions import plant_session
+from finetune.verify.faults.sessions import plant_opening, plant_session
 
 
 def _unpickle(path: Path) -> None:
@@ -47,13 +45,14 @@ def _adapter_unpickled(right: Callable[..., None], session: Session, folder: Pat
     right(session, folder)
 
 
-@fault("A290c", "sec.pickle_behind_a_name", "transformers #27282", backends=("reference",))
-@in_place_of("read_tensors", adapter)
-def _any_file_unpickled(right: Callable[..., dict[str, Array]], path: Path, owner: str) -> dict[str, Array]:
+@fault("A290c", "sec.pickle_behind_a_name", "transformers #27282")
+@planted_by(plant_session, "load_adapter")
+def _any_file_unpickled(right: Callable[..., None], session: Session, folder: Path) -> None:
     """A file that is no safetensors, whatever its name, is tried as a pickle."""
-    if path.exists() and path.read_bytes()[:1] == b"\x80":
-        _unpickle(path)
-    return right(path, owner)
+    for path in folder.glob("*.safetensors"):
+        if path.read_bytes()[:1] == b"\x80":
+            _unpickle(path)
+    right(session, folder)
 
 
 @fault("A292", "sec.template_ssti", "llama-cpp-python #1462 (CVE-2024-34359)")
@@ -75,8 +74,8 @@ def _unbounded_templates() -> None:
     plant(Meter, "afford", lambda right, meter, units: None)
 
 
-@fault("A294", "sec.remote_code_bypass", "unsloth #6869", backends=("reference",))
-@in_place_of("read_config", backend)
+@fault("A294", "sec.remote_code_bypass", "unsloth #6869")
+@planted_by(plant_opening, "read_config")
 def _remote_code(right: Callable[..., dict[str, Any]], folder: Path) -> dict[str, Any]:
     """Code that lies beside a model is executed although nobody allowed it."""
     config = right(folder)
@@ -85,8 +84,8 @@ def _remote_code(right: Callable[..., dict[str, Any]], folder: Path) -> dict[str
     return config
 
 
-@fault("A294b", "sec.model_file_runs", "mlx-lm #1385 (CVE-2026-5843)", backends=("reference",))
-@in_place_of("read_config", backend)
+@fault("A294b", "sec.model_file_runs", "mlx-lm #1385 (CVE-2026-5843)")
+@planted_by(plant_opening, "read_config")
 def _model_file(right: Callable[..., dict[str, Any]], folder: Path) -> dict[str, Any]:
     """A file that a model's config names as its code is executed."""
     config = right(folder)

@@ -27,6 +27,11 @@ def plant_session(name: str, wrong: Callable[..., object]) -> None:
     plant(getattr(module, _SESSIONS[backend_under_judgement()]), name, wrong)
 
 
+def plant_opening(name: str, wrong: Callable[..., object]) -> None:
+    """Plant a fault in what the backend under judgement asks when it opens a model."""
+    plant(import_module(f"finetune.backends.{backend_under_judgement()}.backend"), name, wrong)
+
+
 def plant_arrays(wrong: WrongArrays) -> None:
     """Plant a fault where a batch becomes arrays.
 
